@@ -1,0 +1,34 @@
+# make demo and make test set everything up by themselves: Python 3.11 or newer and make are all they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint quick setup clean
+
+demo: $(READY)
+	$(BIN)/qmix demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .typecheck/qmix
+	ln -sfn $(CURDIR)/qmix/* $(CURDIR)/quantize $(CURDIR)/evals $(CURDIR)/cli.py .typecheck/qmix/
+	$(BIN)/mypy -p qmix
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "qmix needs Python 3.11 or newer, found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache demo-out

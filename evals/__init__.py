@@ -1,0 +1,1 @@
+"""Evals: what 4 bits cost, and the small Mixtral that shows it on every machine."""

@@ -1,0 +1,435 @@
+"""Trains the tiny Mixtral of `evals/tiny` through the project's own model class, on the corpus of evals/corpus.py.
+
+A fixed number of steps from a seed, so that one command gives one model. Knows nothing of 4 bits.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qmix.config import MixtralConfig
+from qmix.errors import QmixError, QualityError, UsageError
+from qmix.evals import corpus
+from qmix.evals.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
+from qmix.heads import MixtralForCausalLM
+
+CONFIG = MixtralConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    rope_theta=1e4,  # at 1e6 most of the 16 rotary pairs would not turn within 1024 positions
+    router_aux_loss_coef=0.02,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+    dtype="bfloat16",
+)
+LEAST_SHARE = 0.05  # of a layer's routes; 0.125 is perfect balance
+SHARD_BYTES = 5_000_000  # three shards, so that every reader of the directory meets an index
+ANSWER_CHARS = 150  # a shorter first paragraph takes the next one with it
+
+_HEADING = re.compile(r"[A-Za-z_][\w.]*(\(.*\))?")
+_QUESTIONS = (
+    "What is {}?",
+    "What does {} do?",
+    "Explain {}.",
+    "Tell me about {}.",
+    "How do I use {}?",
+    "Describe {} in short.",
+    "what is {}",
+    "{}",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the model is trained; with the corpus, all that the weights depend on."""
+
+    steps: int = 1750
+    seed: int = 0
+    batch: int = 4
+    window: int = CONFIG.max_position_embeddings
+    peak_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    chat_share: float = 0.15  # of the tokens: questions and answers in the [INST] format
+    report_every: int = 25
+    score_every: int = 250
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a hundredth of the peak."""
+        if step < self.warmup_steps:
+            return self.peak_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.peak_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Held-out text by convention A: one BOS, windows side by side, the tail dropped.
+
+    Attributes:
+        loss: mean cross-entropy of a token, in nats.
+        tokens: how many were predicted.
+        shares: of each layer's routes that went to each expert; a layer sums to 1.
+    """
+
+    loss: float
+    tokens: int
+    shares: list[list[float]]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def least_share(self) -> float:
+        return min(min(layer) for layer in self.shares)
+
+
+def questions(document: corpus.Document) -> Iterator[tuple[str, str]]:
+    """(subject, first words about it): a topic, or every object and member that says something."""
+    kind, _, name = document.name.partition(":")
+    paragraphs = document.paragraphs
+    if kind == "topic":
+        prose = (p for p in paragraphs if p[:1].isalpha() and "***" not in p and len(p) >= 60)
+        answer = next(prose, None)
+        if answer:
+            yield name.replace("-", " "), _unwrapped(answer)
+        return
+    for at, heading in enumerate(paragraphs):
+        if _is_heading(heading, at):
+            answer = _first_words(paragraphs[at + 1 :])
+            if answer:
+                yield heading.partition("(")[0], answer
+
+
+def _is_heading(paragraph: str, at: int) -> bool:
+    """`module.name(arguments)`, as the corpus writes it; a lone word is one only at the top."""
+    return bool(_HEADING.fullmatch(paragraph)) and (at == 0 or bool({".", "("} & set(paragraph)))
+
+
+def _first_words(paragraphs: Sequence[str]) -> str:
+    """Paragraphs up to the next heading until they make an answer."""
+    taken: list[str] = []
+    for paragraph in paragraphs[:3]:
+        if _is_heading(paragraph, 1) or sum(map(len, taken)) >= ANSWER_CHARS:
+            break
+        taken.append(_unwrapped(paragraph))
+    return "\n\n".join(taken)
+
+
+def _unwrapped(paragraph: str) -> str:
+    """Prose on one line; whatever is indented or listed keeps its lines."""
+    lines = paragraph.split("\n")
+    if all(line[:1].isalnum() or line[:1] in "\"'`(" for line in lines):
+        return " ".join(lines)
+    return paragraph
+
+
+class Stream:
+    """Batches of training tokens without end; each epoch joins and orders the documents anew."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, plan: Plan) -> None:
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.documents = corpus.training_documents()
+        self.questions = [pair for d in self.documents for pair in questions(d)]
+        self.random = random.Random(plan.seed)
+
+    def batches(self) -> Iterator[Tensor]:
+        """int64 (batch, window), every token of an epoch at most once."""
+        while True:
+            ids = torch.tensor(self.epoch())
+            ids = ids[self.random.randrange(self.plan.window) :]
+            windows = list(
+                ids[: len(ids) // self.plan.window * self.plan.window].split(self.plan.window)
+            )
+            self.random.shuffle(windows)
+            for first in range(0, len(windows) - self.plan.batch + 1, self.plan.batch):
+                yield torch.stack(windows[first : first + self.plan.batch])
+
+    def epoch(self) -> list[int]:
+        pieces = list(self.passages())
+        wanted = sum(map(len, pieces)) * self.plan.chat_share / (1 - self.plan.chat_share)
+        left = list(self.questions)
+        self.random.shuffle(left)
+        while wanted > 0 and left:
+            pieces.append(self.conversation(left))
+            wanted -= len(pieces[-1])
+        self.random.shuffle(pieces)
+        return [token for piece in pieces for token in piece]
+
+    def passages(self) -> Iterator[list[int]]:
+        """Neighbours joined as in the held-out text, in runs of 3 on average between BOS and EOS."""
+        run: list[str] = []
+        for document in self.documents:
+            run.append(document.text)
+            if self.random.random() < 1 / 3:
+                yield [BOS, *self.tokenizer.encode(corpus.JOINT.join(run)), EOS]
+                run.clear()
+        if run:
+            yield [BOS, *self.tokenizer.encode(corpus.JOINT.join(run)), EOS]
+
+    def conversation(self, left: list[tuple[str, str]]) -> list[int]:
+        """One to three turns taken off `left`, encoded segment by segment as Mixtral v1 does."""
+        ids = [BOS]
+        for _ in range(min(self.random.randint(1, 3), len(left))):
+            subject, answer = left.pop()
+            if self.random.random() < 0.3:
+                subject = subject.rpartition(".")[2]
+            question = self.random.choice(_QUESTIONS).format(subject)
+            ids += self.tokenizer.encode(f"[INST] {question} [/INST]")
+            ids += [*self.tokenizer.encode(answer), EOS]
+        return ids
+
+
+@torch.no_grad()
+def score(model: MixtralForCausalLM, ids: Sequence[int], window: int) -> Score:
+    """Score the tokens of a text that starts with BOS."""
+    experts, chosen = model.config.num_local_experts, model.config.num_experts_per_tok
+    counts = torch.zeros(model.config.num_hidden_layers, experts)
+    total, tokens = 0.0, 0
+    for first in range(0, len(ids) - window + 1, window):
+        rows = torch.tensor([ids[first : first + window]])
+        out = model(input_ids=rows, labels=rows, output_router_logits=True, use_cache=False)
+        plain = out.loss - model.config.router_aux_loss_coef * out.aux_loss
+        total += plain.item() * (window - 1)
+        tokens += window - 1
+        for layer, logits in enumerate(out.router_logits):
+            routes = logits.topk(chosen, -1).indices.flatten()
+            counts[layer] += torch.bincount(routes, minlength=experts)
+    if not tokens:
+        raise UsageError(
+            "the held-out text is shorter than one window", expected=window, found=len(ids)
+        )
+    shares = (counts / counts.sum(-1, keepdim=True)).tolist()
+    return Score(loss=total / tokens, tokens=tokens, shares=shares)
+
+
+def train(plan: Plan, tokenizer_bytes: bytes) -> tuple[MixtralForCausalLM, Score]:
+    """The trained model, its weights rounded to bfloat16 (held in float32), and its score."""
+    torch.manual_seed(plan.seed)
+    torch.set_num_threads(2)  # another number adds in another order, and gives other weights
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_bytes)
+    heldout = [BOS, *tokenizer.encode(corpus.heldout_text())]
+    model = MixtralForCausalLM(CONFIG)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": plan.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=plan.peak_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    stream = Stream(tokenizer, plan).batches()
+    started = time.monotonic()
+    model.train()
+    for step in range(plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        ids = next(stream)
+        out = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if done % plan.report_every == 0:
+            elapsed = time.monotonic() - started
+            _say(
+                f"step {done}/{plan.steps}  loss {out.loss.item():.3f}  aux {out.aux_loss.item():.3f}"
+                f"  {done * ids.numel() / elapsed:.0f} tok/s"
+                f"  ETA {(plan.steps - done) * elapsed / done / 60:.1f} min"
+            )
+        if done % plan.score_every == 0 and done < plan.steps:
+            _say(_verdict(_scored(model, heldout, plan)))
+            model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model, _scored(model, heldout, plan)
+
+
+def _scored(model: MixtralForCausalLM, heldout: list[int], plan: Plan) -> Score:
+    model.eval()
+    return score(model, heldout, plan.window)
+
+
+def _verdict(result: Score) -> str:
+    return (
+        f"held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}"
+        f"  least share of an expert {result.least_share:.3f}"
+    )
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def save(model: MixtralForCausalLM, tokenizer_bytes: bytes, card: str, out: Path) -> None:
+    """The directory as the hub has Mixtral-8x7B's, written beside `out` and renamed at the end."""
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True)
+    model.config.save_pretrained(partial)
+    _save_weights(model, partial)
+    (partial / "tokenizer.model").write_bytes(tokenizer_bytes)
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    _write_json(partial / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
+    _write_json(partial / "special_tokens_map.json", specials)
+    _write_json(
+        partial / "tokenizer_config.json",
+        {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "additional_special_tokens": [],
+            **specials,
+            "clean_up_tokenization_spaces": False,
+            "legacy": True,
+            "model_max_length": model.config.max_position_embeddings,
+            "pad_token": None,
+            "sp_model_kwargs": {},
+            "spaces_between_special_tokens": False,
+            "tokenizer_class": "LlamaTokenizer",
+            "use_default_system_prompt": False,
+        },
+    )
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    partial.rename(out)
+
+
+def _save_weights(model: MixtralForCausalLM, folder: Path) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    used = total = 0
+    for name, tensor in model.state_dict().items():
+        data = tensor.bfloat16().contiguous()
+        if used + data.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            used = 0
+        shards[-1][name] = data
+        used += data.nbytes
+        total += data.nbytes
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    homes = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))},
+    )
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(plan: Plan, result: Score, model: MixtralForCausalLM, elapsed_s: float) -> str:
+    training, heldout = corpus.training_text(), corpus.heldout_text()
+    parameters = sum(p.numel() for p in model.parameters())
+    seen = plan.steps * plan.batch * plan.window
+    experts = range(model.config.num_local_experts)
+    shares = [
+        f"| {layer} | " + " | ".join(f"{100 * share:.1f}" for share in row) + " |"
+        for layer, row in enumerate(result.shares)
+    ]
+    lines = [
+        "# A tiny Mixtral",
+        "",
+        f"{parameters / 1e6:.2f} M parameters ({2 * parameters / 1e6:.1f} MB in bfloat16), trained from scratch on",
+        "the text that every Python carries: pydoc's topics and the docstrings of the standard library",
+        "(Python Software Foundation License). It exists so that every change to qmix is measured on a",
+        "really trained mixture of experts. It writes like a docstring, knows little, and should not be",
+        "asked for facts.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| held-out perplexity | **{result.perplexity:.3f}** (loss {result.loss:.4f} nats a token, {result.tokens} tokens) |",
+        f"| protocol | one BOS, windows of {plan.window} side by side, tail dropped; weights rounded to bfloat16, arithmetic in float32 |",
+        f"| tokens seen | {seen:,} ({plan.steps} steps of {plan.batch} x {plan.window}) |",
+        f"| seed | {plan.seed} |",
+        f"| command | `python -m qmix.evals.train_tiny OUT --steps {plan.steps} --seed {plan.seed}` |",
+        f"| Python, torch | {sys.version.split()[0]}, {torch.__version__} |",
+        f"| wall time | {elapsed_s / 60:.1f} minutes on 2 threads, evaluation included |",
+        f"| training text | {len(training.encode()):,} bytes, sha256 `{corpus.fingerprint(training)}` |",
+        f"| held-out text | {len(heldout.encode()):,} bytes, sha256 `{corpus.fingerprint(heldout)}` |",
+        "",
+        "Optimizer: AdamW, peak rate "
+        f"{plan.peak_rate:g}, {plan.warmup_steps} steps of warm-up, cosine, weight decay {plan.weight_decay:g}, clip",
+        f"{plan.clip_norm:g}; auxiliary loss with coefficient {model.config.router_aux_loss_coef:g}. {100 * plan.chat_share:.0f} % of the tokens are questions and answers",
+        "made from the same docstrings, in Mixtral's `[INST]` format.",
+        "",
+        "The text differs between Python versions, and with it every number above; which documents are",
+        "held out does not, because their names decide.",
+        "",
+        "Share of each layer's routes (percent of 2 a token, held-out text; even is 12.5):",
+        "",
+        "| layer | " + " | ".join(str(e) for e in experts) + " |",
+        "|---|" + "---|" * len(experts),
+        *shares,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def build(out: Path, plan: Plan) -> None:
+    """Train, save, and fail if an expert is starved.
+
+    Raises:
+        UsageError: `out`, or what an earlier run left beside it, is there.
+        QualityError: an expert gets less than LEAST_SHARE of a layer's routes; nothing is written.
+    """
+    for path in (out, out.with_name(out.name + ".partial")):
+        if path.exists():
+            raise UsageError("already there", where=str(path), remedy="Name another directory.")
+    started = time.monotonic()
+    tokenizer_bytes = train_tokenizer(corpus.training_text())
+    model, result = train(plan, tokenizer_bytes)
+    _say(_verdict(result))
+    for layer, row in enumerate(result.shares):
+        _say(f"layer {layer}: " + " ".join(f"{share:.3f}" for share in row))
+    if result.least_share < LEAST_SHARE:
+        raise QualityError(
+            "an expert is starved",
+            expected=f"at least {LEAST_SHARE:.0%} of a layer's routes",
+            found=f"{result.least_share:.1%}",
+            remedy="Raise router_aux_loss_coef or train longer.",
+        )
+    save(model, tokenizer_bytes, model_card(plan, result, model, time.monotonic() - started), out)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m qmix.evals.train_tiny OUT [--steps N] [--seed S]`."""
+    parser = argparse.ArgumentParser(prog="python -m qmix.evals.train_tiny", description=__doc__)
+    parser.add_argument("out", type=Path, help="directory to write; must not exist")
+    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--seed", type=int, default=Plan.seed)
+    given = parser.parse_args(arguments)
+    try:
+        build(given.out, Plan(steps=given.steps, seed=given.seed))
+    except QmixError as error:
+        _say(str(error))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

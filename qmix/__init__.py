@@ -1,0 +1,47 @@
+"""qmix: Mixtral-8x7B in 4 bits on one GPU.
+
+Importing this package imports no torch: the public names below are resolved on first use.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qmix.auto import AutoModelForCausalLM, AutoTokenizer, load
+    from qmix.config import MixtralConfig
+    from qmix.heads import MixtralForCausalLM, MixtralModel
+    from qmix.tokenizer import LlamaTokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "LlamaTokenizer",
+    "MixtralConfig",
+    "MixtralForCausalLM",
+    "MixtralModel",
+    "load",
+]
+
+# In a checkout quantize/, evals/ and cli.py lie beside this package; the wheel nests them inside it.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file():
+    __path__.append(str(_checkout))
+
+_HOMES = {
+    "AutoModelForCausalLM": "qmix.auto",
+    "AutoTokenizer": "qmix.auto",
+    "LlamaTokenizer": "qmix.tokenizer",
+    "MixtralConfig": "qmix.config",
+    "MixtralForCausalLM": "qmix.heads",
+    "MixtralModel": "qmix.heads",
+    "load": "qmix.auto",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'qmix' has no attribute {name!r}")

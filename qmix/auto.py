@@ -1,0 +1,45 @@
+"""The short ways in: load, AutoModelForCausalLM, AutoTokenizer. Knows only which class to call."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmix.heads import MixtralForCausalLM
+from qmix.tokenizer import LlamaTokenizer
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[MixtralForCausalLM, LlamaTokenizer]:
+    """A checkpoint directory's model and tokenizer, ready to generate.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not this model's.
+        UnsupportedError: a layout that qmix does not read.
+    """
+    tokenizer = LlamaTokenizer.from_pretrained(directory)
+    model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+    model.tokenizer = tokenizer
+    return model, tokenizer
+
+
+class AutoModelForCausalLM:
+    """Hugging Face's entry point; there is one architecture to choose."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> MixtralForCausalLM:
+        """See MixtralForCausalLM.from_pretrained."""
+        return MixtralForCausalLM.from_pretrained(directory, **options)
+
+
+class AutoTokenizer:
+    """Hugging Face's entry point; there is one tokenizer to choose."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> LlamaTokenizer:
+        """See LlamaTokenizer.from_pretrained."""
+        return LlamaTokenizer.from_pretrained(directory, **options)

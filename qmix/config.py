@@ -1,0 +1,351 @@
+"""MixtralConfig: every number that shapes the model, read strictly from `config.json`.
+
+Field names are Hugging Face's. Knows nothing of tensors or files other than `config.json`.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from qmix import strict_json
+from qmix.errors import ConfigError, UnsupportedError
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+DTYPES = ("float32", "float16", "bfloat16")
+
+# Largest values taken seriously: an order of magnitude above any Mixtral, far below what overflows.
+_INT_RANGES = {
+    "vocab_size": (2, 1 << 22),
+    "hidden_size": (1, 1 << 17),
+    "intermediate_size": (1, 1 << 20),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 4096),
+    "num_key_value_heads": (1, 4096),
+    "head_dim": (2, 4096),
+    "max_position_embeddings": (1, 1 << 28),
+    "num_local_experts": (1, 1024),
+    "num_experts_per_tok": (1, 1024),
+}
+_FLOAT_RANGES = {
+    "initializer_range": (0.0, 1e3),
+    "rms_norm_eps": (0.0, 1.0),
+    "rope_theta": (1e-3, 1e15),
+    "attention_dropout": (0.0, 1.0),
+    "router_aux_loss_coef": (0.0, 1e6),
+    "router_jitter_noise": (0.0, 1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class MixtralConfig:
+    """The configuration of a Mixtral model (reference page, section MixtralConfig).
+
+    Unknown keyword arguments are kept in `extra`, readable as attributes, and written back by
+    `to_dict`. `num_key_value_heads=None` means one per attention head. `head_dim=None` means
+    `hidden_size // num_attention_heads`.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its range; the message names the field.
+        UnsupportedError: a feature that qmix does not have (RoPE scaling, another architecture).
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    tie_word_embeddings: bool = False
+    rope_theta: float = 1e6
+    sliding_window: int | None = None
+    attention_dropout: float = 0.0
+    num_experts_per_tok: int = 2
+    num_local_experts: int = 8
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+    dtype: str | None = None
+    quantization_config: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(self, **kwargs: Any) -> None:
+        values = _normalise(kwargs)
+        known = {f.name: f.default for f in fields(self) if f.name != "extra"}
+        extra = {key: values.pop(key) for key in list(values) if key not in known}
+        given = set(values)
+        merged = {**known, **values}
+        if "num_key_value_heads" in given and merged["num_key_value_heads"] is None:
+            merged["num_key_value_heads"] = merged["num_attention_heads"]
+        _check(merged)
+        if merged.get("head_dim") is None or "head_dim" not in given:
+            hidden, heads = merged["hidden_size"], merged["num_attention_heads"]
+            if hidden % heads:
+                raise ConfigError(
+                    "hidden_size is not divisible by num_attention_heads",
+                    where="config.hidden_size",
+                    expected=f"a multiple of {heads}",
+                    found=hidden,
+                    remedy="Give head_dim if that is meant.",
+                )
+            merged["head_dim"] = hidden // heads
+        if isinstance(merged["eos_token_id"], list):
+            merged["eos_token_id"] = tuple(merged["eos_token_id"])
+        _check_together(merged)
+        for name, value in merged.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "extra", extra)
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"MixtralConfig has no field {name!r}")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All end-of-sequence ids, also when there is one or none."""
+        if self.eos_token_id is None:
+            return ()
+        if isinstance(self.eos_token_id, int):
+            return (self.eos_token_id,)
+        return self.eos_token_id
+
+    def replace(self, **changes: Any) -> "MixtralConfig":
+        """A copy with some fields changed, checked again."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        if ("hidden_size" in changes or "num_attention_heads" in changes) and (
+            self.head_dim * self.num_attention_heads == self.hidden_size
+        ):
+            values["head_dim"] = None
+        return MixtralConfig(**{**values, **self.extra, **changes})
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], *, where: str = "config") -> "MixtralConfig":
+        """From the document of a `config.json`, in the spelling of transformers 4 or 5."""
+        model_type = document.get("model_type", "mixtral")
+        if model_type != "mixtral":
+            raise UnsupportedError(
+                "not a Mixtral model",
+                where=f"{where}: model_type",
+                expected="'mixtral'",
+                found=repr(model_type),
+                remedy="qmix runs Mixtral checkpoints only.",
+            )
+        try:
+            return cls(**{key: value for key, value in document.items() if key != "model_type"})
+        except (ConfigError, UnsupportedError) as error:
+            raise type(error)(
+                error.what,
+                where=f"{where}: {(error.where or '').removeprefix('config.')}",
+                expected=error.expected,
+                found=error.found,
+                remedy=error.remedy,
+            ) from None
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "MixtralConfig":
+        """Read `config.json` of a checkpoint directory."""
+        path = Path(directory) / "config.json"
+        return cls.from_dict(strict_json.read(path), where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of a `config.json`, in the spelling that transformers 4 and 5 both read."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        dtype = own.pop("dtype")
+        quantization = own.pop("quantization_config")
+        if isinstance(own["eos_token_id"], tuple):
+            own["eos_token_id"] = list(own["eos_token_id"])
+        document = {"model_type": "mixtral", **self.extra, **own}
+        document.setdefault("architectures", ["MixtralForCausalLM"])
+        if dtype is not None:
+            document["torch_dtype"] = dtype
+        if quantization is not None:
+            document["quantization_config"] = dict(quantization)
+        return dict(sorted(document.items()))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=True) + "\n"
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` into an existing or new directory."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(self.to_json(), encoding="utf-8")
+
+
+def _normalise(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Fold the spellings of transformers 4 and 5 into one."""
+    values = dict(kwargs)
+    rope = values.pop("rope_parameters", None)
+    if rope is not None:
+        if not isinstance(rope, Mapping):
+            raise ConfigError(
+                "wrong type", where="config.rope_parameters", expected="an object", found=repr(rope)
+            )
+        theta = rope.get("rope_theta")
+        if theta is not None and values.setdefault("rope_theta", theta) != theta:
+            raise ConfigError(
+                "rope_theta is given twice and differs",
+                where="config.rope_parameters",
+                expected=values["rope_theta"],
+                found=theta,
+            )
+        _refuse_scaling("rope_parameters", rope)
+    scaling = values.pop("rope_scaling", None)
+    if scaling is not None:
+        _refuse_scaling("rope_scaling", scaling)
+    _alias(values, "num_experts", "num_local_experts")
+    _alias(values, "torch_dtype", "dtype")
+    dtype = values.get("dtype")
+    if dtype is not None and not isinstance(dtype, str):
+        values["dtype"] = str(dtype).removeprefix("torch.")
+    if isinstance(values.get("dtype"), str):
+        values["dtype"] = values["dtype"].removeprefix("torch.")
+    act = values.get("hidden_act")
+    if callable(act) and hasattr(act, "__name__"):
+        values["hidden_act"] = act.__name__
+    if values.get("rope_theta", 0) is None:
+        del values["rope_theta"]
+    if values.get("router_jitter_noise", 0) is None:
+        del values["router_jitter_noise"]
+    return values
+
+
+def _alias(values: dict[str, Any], alias: str, name: str) -> None:
+    if alias not in values:
+        return
+    value = values.pop(alias)
+    if value is not None and values.setdefault(name, value) != value:
+        raise ConfigError(
+            f"{alias} and {name} differ", where=f"config.{alias}", expected=values[name], found=value
+        )
+
+
+def _refuse_scaling(name: str, rope: Any) -> None:
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+    if kind not in (None, "default"):
+        raise UnsupportedError(
+            "RoPE scaling is not supported",
+            where=f"config.{name}",
+            expected="'default' or null",
+            found=repr(kind),
+            remedy="No released Mixtral uses it; remove the entry to run without scaling.",
+        )
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    for name, (low, high) in _INT_RANGES.items():
+        value = values[name]
+        if name == "head_dim" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(
+                "absurd value",
+                where=f"config.{name}",
+                expected=f"an integer from {low} to {high}",
+                found=repr(value)[:80],
+            )
+    for name, (least, most) in _FLOAT_RANGES.items():
+        value = values[name]
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or not least <= value <= most
+        ):
+            raise ConfigError(
+                "absurd value",
+                where=f"config.{name}",
+                expected=f"a number from {least:g} to {most:g}",
+                found=repr(value)[:80],
+            )
+    for name in ("use_cache", "tie_word_embeddings", "output_router_logits"):
+        if not isinstance(values[name], bool):
+            raise ConfigError(
+                "wrong type",
+                where=f"config.{name}",
+                expected="true or false",
+                found=repr(values[name])[:80],
+            )
+    window = values["sliding_window"]
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ConfigError(
+            "absurd value",
+            where="config.sliding_window",
+            expected="null (full attention) or an integer of at least 1",
+            found=repr(window)[:80],
+        )
+    _check_tokens(values)
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise UnsupportedError(
+            "unknown activation",
+            where="config.hidden_act",
+            expected="one of " + ", ".join(ACTIVATIONS),
+            found=repr(values["hidden_act"])[:80],
+        )
+    if values["dtype"] is not None and values["dtype"] not in DTYPES:
+        raise UnsupportedError(
+            "unknown dtype",
+            where="config.torch_dtype",
+            expected="one of " + ", ".join(DTYPES),
+            found=repr(values["dtype"])[:80],
+        )
+    quantization = values["quantization_config"]
+    if quantization is not None and not isinstance(quantization, Mapping):
+        raise ConfigError(
+            "wrong type",
+            where="config.quantization_config",
+            expected="an object or null",
+            found=repr(quantization)[:80],
+        )
+
+
+def _check_tokens(values: Mapping[str, Any]) -> None:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = values[name]
+        ids = value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]
+        for one in ids:
+            if one is not None and (isinstance(one, bool) or not isinstance(one, int)):
+                raise ConfigError(
+                    "wrong type",
+                    where=f"config.{name}",
+                    expected="a token id or null",
+                    found=repr(value)[:80],
+                )
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+    if heads % kv_heads:
+        raise ConfigError(
+            "num_attention_heads is not a multiple of num_key_value_heads",
+            where="config.num_key_value_heads",
+            expected=f"a divisor of {heads}",
+            found=kv_heads,
+        )
+    if values["head_dim"] % 2:
+        raise ConfigError(
+            "head_dim is odd, and RoPE rotates pairs",
+            where="config.head_dim",
+            expected="an even number",
+            found=values["head_dim"],
+        )
+    if values["num_experts_per_tok"] > values["num_local_experts"]:
+        raise ConfigError(
+            "more experts per token than experts",
+            where="config.num_experts_per_tok",
+            expected=f"at most {values['num_local_experts']}",
+            found=values["num_experts_per_tok"],
+        )

@@ -1,0 +1,84 @@
+"""Every error a user can cause: what went wrong, where, what was expected, what was found, what to do.
+
+Each kind carries the exit code of the command line. Knows nothing of torch or of files.
+"""
+
+
+class QmixError(Exception):
+    """An error with its remedy.
+
+    Args:
+        what: the failure in a few words, without a trailing full stop.
+        where: file, tensor, field or option it happened in.
+        expected: the accepted form.
+        found: the offending value, as found.
+        remedy: one sentence: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: object = None,
+        found: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        if self.expected is not None:
+            head += f"; expected {self.expected}"
+        if self.found is not None:
+            head += f"; found {self.found}"
+        line = f"{head}. {self.remedy}" if self.remedy else head
+        # One line, and nothing in a file name or a header may drive the terminal.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+class UsageError(QmixError, ValueError):
+    """An argument or option is out of its range, or two of them contradict each other."""
+
+    exit_code = 2
+
+
+class CheckpointError(QmixError):
+    """A file is missing, damaged or inconsistent."""
+
+    exit_code = 3
+
+
+class UnsupportedError(QmixError):
+    """The input is well-formed, and qmix does not do this."""
+
+    exit_code = 3
+
+
+class ConfigError(CheckpointError, ValueError):
+    """A configuration value is absurd or contradicts another."""
+
+
+class ResourceError(QmixError):
+    """It does not fit: disk, host memory or device memory."""
+
+    exit_code = 4
+
+
+class QualityError(QmixError):
+    """A quality gate failed."""
+
+    exit_code = 5
+
+
+class InterruptedRunError(QmixError):
+    """The run was interrupted and can be resumed."""
+
+    exit_code = 75

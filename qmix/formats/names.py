@@ -1,0 +1,92 @@
+"""Every tensor name a Mixtral checkpoint may use, in one table, and the exact set a model needs.
+
+The canonical spelling is the classic one of the hub's Mixtral-8x7B:
+`model.layers.L.block_sparse_moe.experts.E.w1.weight`. Knows nothing of files or bits.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qmix.config import MixtralConfig
+
+Kind = Literal["embedding", "norm", "attention", "router", "expert", "head"]
+
+# Other spellings, rewritten in this order (gptqmodel 7 and transformers 5 name the block `mlp`).
+_SPELLINGS = (
+    (re.compile(r"^(embed_tokens|layers|norm)\."), r"model.\1."),
+    (re.compile(r"\.mlp\.(gate|experts)\."), r".block_sparse_moe.\1."),
+    (re.compile(r"(\.block_sparse_moe\.experts\.\d+)\.gate_proj\."), r"\1.w1."),
+    (re.compile(r"(\.block_sparse_moe\.experts\.\d+)\.up_proj\."), r"\1.w3."),
+    (re.compile(r"(\.block_sparse_moe\.experts\.\d+)\.down_proj\."), r"\1.w2."),
+)
+
+# Buffers that old versions saved although they follow from the config.
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """One weight that a model needs: canonical name (ending in `.weight`), shape and kind."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    layer: int | None = None
+
+    @property
+    def prefix(self) -> str:
+        """The module's name: the tensor's without `.weight`."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is the matrix of a linear layer, which may be packed."""
+        return self.kind in ("attention", "router", "expert", "head")
+
+
+def canonical(name: str) -> str:
+    """The classic spelling of a tensor name; names that are none of ours come back unchanged."""
+    for pattern, spelling in _SPELLINGS:
+        name = pattern.sub(spelling, name)
+    return name
+
+
+def ignored(name: str) -> bool:
+    """Whether a tensor carries nothing that the config does not say."""
+    return _IGNORED.fullmatch(name) is not None
+
+
+def model_tensors(config: MixtralConfig) -> Iterator[ModelTensor]:
+    """Every weight of a MixtralForCausalLM, in the order in which it is walked."""
+    hidden = config.hidden_size
+    yield ModelTensor("model.embed_tokens.weight", (config.vocab_size, hidden), "embedding")
+    for layer in range(config.num_hidden_layers):
+        yield from layer_tensors(config, layer)
+    yield ModelTensor("model.norm.weight", (hidden,), "norm")
+    if not config.tie_word_embeddings:
+        yield ModelTensor("lm_head.weight", (config.vocab_size, hidden), "head")
+
+
+def layer_tensors(config: MixtralConfig, layer: int) -> Iterator[ModelTensor]:
+    """The weights of one decoder layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    wide = config.num_attention_heads * config.head_dim
+    narrow = config.num_key_value_heads * config.head_dim
+    base = f"model.layers.{layer}"
+    yield ModelTensor(f"{base}.input_layernorm.weight", (hidden,), "norm", layer)
+    for name, shape in (
+        ("q_proj", (wide, hidden)),
+        ("k_proj", (narrow, hidden)),
+        ("v_proj", (narrow, hidden)),
+        ("o_proj", (hidden, wide)),
+    ):
+        yield ModelTensor(f"{base}.self_attn.{name}.weight", shape, "attention", layer)
+    yield ModelTensor(f"{base}.post_attention_layernorm.weight", (hidden,), "norm", layer)
+    moe = f"{base}.block_sparse_moe"
+    experts = config.num_local_experts
+    yield ModelTensor(f"{moe}.gate.weight", (experts, hidden), "router", layer)
+    for expert in range(experts):
+        for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+            yield ModelTensor(f"{moe}.experts.{expert}.{name}.weight", shape, "expert", layer)

@@ -1,0 +1,52 @@
+"""Routed products: which token goes through which expert, expert by expert.
+
+Shape letters: T tokens, K chosen experts a token, D hidden width, F expert width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmix.weights import Weight
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """The router's choice: `ids` int64 [T, K] and `weights` float32 [T, K], each row summing to 1."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """One SwiGLU expert: w1 (gate) and w3 (up) [F, D], w2 (down) [D, F]."""
+
+    w1: Weight
+    w2: Weight
+    w3: Weight
+
+
+def routed(
+    x: Tensor,
+    routes: Routes,
+    weights: Sequence[Expert],
+    act: Callable[[Tensor], Tensor],
+    linear: Callable[[Tensor, Weight], Tensor],
+) -> Tensor:
+    """`sum_k weight_k * w2(act(w1 x) * w3 x)`: (T, D) -> (T, D).
+
+    Only experts that some token chose are multiplied. The sum is float32 in ascending expert order,
+    so two runs give equal bits.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for index in routes.ids.unique().tolist():
+        expert = weights[index]
+        token, slot = torch.where(routes.ids == index)
+        chosen = x[token]
+        hidden = act(linear(chosen, expert.w1)) * linear(chosen, expert.w3)
+        y = linear(hidden, expert.w2).float() * routes.weights[token, slot, None]
+        out = out.index_add(0, token, y) if y.requires_grad else out.index_add_(0, token, y)
+    return out.to(x.dtype)

@@ -1,0 +1,203 @@
+"""The parts of a Mixtral layer as modules: linear, norm, attention, router, experts.
+
+Shape letters: B batch, S new positions, D hidden width, H heads, G key-value heads, d head width,
+T = B * S tokens, E experts. Knows no bits, no files, no tiers: products go through qmix.kernels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qmix import kernels
+from qmix.cache import KVCache
+from qmix.config import MixtralConfig
+from qmix.kernels import Expert
+from qmix.weights import Dense, Weight
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What every layer needs to know of one forward pass.
+
+    Attributes:
+        cos, sin: rotary factors of the new positions, (B or 1, 1, S, d).
+        keep: bool (B, L), False at padding, over all positions held and new; None keeps all.
+        cache: where keys and values are appended; None runs without a past.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    keep: Tensor | None
+    cache: KVCache | None
+
+
+class Linear(nn.Module):
+    """A bias-free linear layer over any Weight: a trainable parameter when dense.
+
+    `weight` is None while a packed weight is stored; `stored` is the Weight in either case.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self._packed: Weight | None = None
+
+    @property
+    def stored(self) -> Weight:
+        if self._packed is not None:
+            return self._packed
+        assert self.weight is not None
+        return Dense(self.weight)
+
+    def store(self, weight: Weight) -> None:
+        """Replace the weight; the shape [out_features, in_features] must stay."""
+        assert weight.shape == (self.out_features, self.in_features), weight.shape
+        if isinstance(weight, Dense):
+            self.weight = nn.Parameter(weight.data)
+            self._packed = None
+        else:
+            self.weight = None
+            self._packed = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return kernels.linear(x, self.stored)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._packed is not None:
+            # Codes and scales follow the device; a change of dtype must not round the scales.
+            probe = fn(torch.empty(0, device=self._packed.device))
+            self._packed = self._packed.to(probe.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.stored.scheme}"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, causal or in a sliding window."""
+
+    def __init__(self, config: MixtralConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window
+        self.dropout = config.attention_dropout
+        self.q_proj = Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        batch, new, _ = x.shape
+        q = self.q_proj(x).view(batch, new, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q = kernels.apply_rotary(q, step.cos, step.sin)
+        k = kernels.apply_rotary(k, step.cos, step.sin)
+        if step.cache is not None:
+            k, v = step.cache.append(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        out = kernels.attend(q, k, v, window=self.window, keep=step.keep, dropout=dropout)
+        out = out.transpose(1, 2).reshape(batch, new, self.num_heads * self.head_dim)
+        result: Tensor = self.o_proj(out)
+        return result
+
+
+class SwiGLU(nn.Module):
+    """One expert: w1 (gate), w2 (down), w3 (up). Multiplied by kernels.experts, never called."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = Linear(config.intermediate_size, config.hidden_size)
+        self.w3 = Linear(config.hidden_size, config.intermediate_size)
+
+    @property
+    def stored(self) -> Expert:
+        return Expert(w1=self.w1.stored, w2=self.w2.stored, w3=self.w3.stored)
+
+
+class SparseMoeBlock(nn.Module):
+    """Router and experts: every token through its top-k of E (arXiv 2401.04088, section 2.1)."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.jitter_noise = config.router_jitter_noise
+        self.act = _ACTIVATIONS[config.hidden_act]
+        self.gate = Linear(config.hidden_size, config.num_local_experts)
+        self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
+        if self.training and self.jitter_noise > 0:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+        tokens = x.reshape(-1, x.shape[-1])
+        logits: Tensor = self.gate(tokens)
+        routes = kernels.route(logits, self.num_experts_per_tok)
+        weights = [expert.stored for expert in self.experts if isinstance(expert, SwiGLU)]
+        return kernels.experts(tokens, routes, weights, self.act).view_as(x), logits
+
+
+class DecoderLayer(nn.Module):
+    """`h = x + attention(norm x); out = h + experts(norm h)`."""
+
+    def __init__(self, config: MixtralConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.block_sparse_moe = SparseMoeBlock(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        y, router_logits = self.block_sparse_moe(self.post_attention_layernorm(x))
+        return x + y, router_logits
+
+
+def initialise(module: nn.Module, config: MixtralConfig, generator: Any = None) -> None:
+    """Plain N(0, initializer_range) for linear and embedding weights, ones for norms."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue
+        with torch.no_grad():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, config.initializer_range, generator=generator)

@@ -1,0 +1,145 @@
+"""Checkpoint -> module, module -> checkpoint. Knows modules by their names, not by their classes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qmix.config import MixtralConfig
+from qmix.errors import CheckpointError, ResourceError, UsageError
+from qmix.formats import Checkpoint, bnb, open_checkpoint, shards
+from qmix.formats.names import ModelTensor
+from qmix.layers import Linear
+from qmix.weights import NF4, Dense, Weight
+
+Model = TypeVar("Model", bound=nn.Module)
+
+SHARD_BYTES = 4_900_000_000
+
+
+def load(
+    build: Callable[[MixtralConfig], Model],
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Model:
+    """Build a model without storage and fill it, one tensor at a time.
+
+    Args:
+        build: the class: MixtralModel, MixtralForCausalLM.
+        dtype: of dense weights and activations; default: the checkpoint's.
+        device: default: the GPU if there is one.
+    """
+    target = _device(device)
+    checkpoint = open_checkpoint(directory)
+    with torch.device("meta"):
+        model = build(checkpoint.config)
+    fill(model, checkpoint, dtype or checkpoint.dtype, target)
+    return model.eval()
+
+
+def fill(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give every parameter of `model` its weight."""
+    modules = dict(model.named_modules())
+    headless = "model.embed_tokens" not in modules
+    for tensor in checkpoint.tensors:
+        module = modules.get(tensor.prefix.removeprefix("model.") if headless else tensor.prefix)
+        if module is None:
+            continue  # the head of a checkpoint that is loaded without one
+        if isinstance(module, Linear):
+            module.store(_placed(checkpoint.weight(tensor), dtype, device, tensor, checkpoint))
+        else:
+            data = checkpoint.read(tensor.name).to(device=device, dtype=dtype)
+            module.weight = nn.Parameter(data)
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    absent = [name for name, p in model.named_parameters() if p.is_meta]
+    assert not absent, absent
+
+
+def save(model: nn.Module, config: MixtralConfig, directory: str | Path) -> None:
+    """Write config.json and sharded safetensors, each weight as it is stored."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [path.name for path in folder.glob("*.safetensors")]
+    if taken:
+        raise UsageError(
+            "the directory holds a checkpoint already", where=str(folder), found=", ".join(taken[:3])
+        )
+    dtype = next(model.parameters()).dtype
+    groups: list[tuple[list[shards.Planned], dict[str, Tensor]]] = []
+    for name, stored in _stored(model, config):
+        if isinstance(stored, NF4):
+            tensors = bnb.pack(stored, name.removesuffix(".weight"))
+        else:
+            tensors = {name: stored.data if isinstance(stored, Dense) else stored}
+        plan = [shards.Planned(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
+        groups.append((plan, tensors))
+    cut = shards.cut([plan for plan, _ in groups], SHARD_BYTES)
+    values = {key: tensor for _, tensors in groups for key, tensor in tensors.items()}
+    for index, planned in enumerate(cut):
+        path = folder / shards.shard_name(index, len(cut))
+        with shards.ShardWriter(path, planned) as writer:
+            for one in planned:
+                writer.write(one.name, values[one.name])
+    total = sum(tensor.nbytes for tensor in values.values())
+    listing = [[one.name for one in planned] for planned in cut]
+    (folder / shards.INDEX).write_text(shards.index_json(listing, total), encoding="utf-8")
+    replace_dtype = config.replace(dtype=str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(replace_dtype.to_json(), encoding="utf-8")
+
+
+def _stored(model: nn.Module, config: MixtralConfig) -> list[tuple[str, Weight | Tensor]]:
+    found: list[tuple[str, Weight | Tensor]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            if name == "lm_head" and config.tie_word_embeddings:
+                continue
+            found.append((f"{name}.weight", module.stored))
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            found.append((f"{name}.weight", module.weight.data))  # type: ignore[union-attr]
+    return found
+
+
+def _placed(
+    weight: Weight,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor: ModelTensor,
+    checkpoint: Checkpoint,
+) -> Weight:
+    """On the device; dense weights in `dtype`, packed ones with their scales untouched."""
+    if not isinstance(weight, Dense):
+        return weight.to(device)
+    data = weight.data.to(device=device, dtype=dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(data).all()):
+        raise CheckpointError(
+            f"tensor {tensor.name}: not finite in float16",
+            where=str(checkpoint.entry(tensor.name).file),
+            remedy="Load it as bfloat16 or float32.",
+        )
+    return replace(weight, data=data)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError("no such device", where="device", found=str(error).split("\n")[0]) from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "no CUDA device is available",
+            where="device",
+            found=str(target),
+            remedy="Use --device cpu, or check the driver.",
+        )
+    return target

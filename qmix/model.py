@@ -1,0 +1,106 @@
+"""The decoder: embedding, layers, final norm; hidden states in, hidden states out.
+
+Shape letters: B batch, S new positions, L positions held, D hidden width, E experts.
+Knows no bits, no files, no tokens' text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qmix import kernels
+from qmix.cache import KVCache
+from qmix.config import MixtralConfig
+from qmix.errors import UsageError
+from qmix.layers import DecoderLayer, RMSNorm, Step
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What a pass through the decoder leaves.
+
+    Attributes:
+        hidden: after the final norm, (B, S, D).
+        router_logits: raw, one (B * S, E) a layer.
+        hidden_states: the input of every layer and, last, `hidden`; None unless asked for.
+    """
+
+    hidden: Tensor
+    router_logits: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...] | None
+
+
+class Decoder(nn.Module):
+    """embed_tokens, layers, norm."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=_uninitialised(config)
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, S) -> (B, S, D).
+
+        Raises:
+            UsageError: an id outside the vocabulary.
+        """
+        if input_ids.numel() and not input_ids.is_cuda:  # on a GPU the check would wait for it
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise UsageError(
+                    "token id outside the vocabulary",
+                    where="input_ids",
+                    expected=f"0 to {self.config.vocab_size - 1}",
+                    found=low if low < 0 else high,
+                )
+        embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded
+
+    def decode(
+        self,
+        x: Tensor,
+        *,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        keep_hidden_states: bool = False,
+    ) -> Decoded:
+        """Run embedded positions (B, S, D) through all layers, after what `cache` holds.
+
+        Args:
+            keep: bool (B, L + S), False at padding; None keeps all.
+            positions: (B or 1, S) for the rotary embedding; default L .. L + S - 1.
+        """
+        new = x.shape[1]
+        past = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(past, past + new, device=x.device)[None]
+        cos, sin = kernels.rotary(
+            positions.to(x.device), self.config.head_dim, self.config.rope_theta, x.dtype
+        )
+        step = Step(cos=cos, sin=sin, keep=keep, cache=cache)
+        router_logits: list[Tensor] = []
+        hidden_states: list[Tensor] = []
+        for layer in self.layers:
+            if keep_hidden_states:
+                hidden_states.append(x)
+            x, logits = layer(x, step)
+            router_logits.append(logits)
+        if cache is not None:
+            cache.advance(new)
+        x = self.norm(x)
+        if keep_hidden_states:
+            hidden_states.append(x)
+        return Decoded(x, tuple(router_logits), tuple(hidden_states) or None)
+
+
+def _uninitialised(config: MixtralConfig) -> Tensor:
+    """Storage without torch's default initialisation, on whatever device is being built on."""
+    return torch.empty(config.vocab_size, config.hidden_size)

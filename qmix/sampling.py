@@ -1,0 +1,123 @@
+"""Sampling: from the logits of the last position to the next token id.
+
+Shape letters: B rows, V vocabulary. Knows nothing of models, caches or text.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmix.errors import QmixError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Applied in Hugging Face's order: repetition_penalty, temperature, top_k, top_p, min_p.
+
+    Attributes:
+        temperature: logits are divided by it; 0 means greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities sum to at least p.
+        min_p: drop tokens less likely than min_p times the most likely one.
+        repetition_penalty: logits of tokens already in the context are divided (positive) or
+            multiplied (negative) by it; 1 is off. Applies to greedy choice too.
+
+    Raises:
+        UsageError: a value outside its range, by name.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0.0, 1e4)
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UsageError(
+                "out of range",
+                where="top_k",
+                expected="an integer of at least 0 (0 keeps all)",
+                found=repr(self.top_k),
+            )
+        _within("top_p", self.top_p, 0.0, 1.0)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 1e4)
+        if self.repetition_penalty == 0:
+            raise UsageError(
+                "out of range", where="repetition_penalty", expected="more than 0", found=0
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def scores(self, logits: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after all processors, float32, excluded tokens at -inf.
+
+        Args:
+            context: ids so far (B, L), for the repetition penalty.
+            keep: bool (B, L), False at padding.
+        """
+        scores = logits.float()
+        if self.repetition_penalty != 1:
+            scores = _penalised(scores, context, keep, self.repetition_penalty)
+        if self.greedy:
+            return scores
+        scores = scores / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k, -1).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if self.top_p < 1:
+            scores = _nucleus(scores, self.top_p)
+        if self.min_p > 0:
+            probabilities = scores.softmax(-1)
+            least = self.min_p * probabilities.amax(-1, keepdim=True)
+            scores = scores.masked_fill(probabilities < least, -math.inf)
+        return scores
+
+    def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Token ids (B,) from processed scores (B, V).
+
+        Raises:
+            QmixError: the scores hold no finite maximum; a damaged model must not emit token 0.
+        """
+        top = scores.amax(-1)
+        if not bool(torch.isfinite(top).all()) or bool(torch.isnan(scores).any()):
+            raise QmixError(
+                "the model computed non-finite logits",
+                remedy="The checkpoint is damaged or overflows in this dtype; try bfloat16.",
+            )
+        if self.greedy:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _penalised(scores: Tensor, context: Tensor, keep: Tensor | None, penalty: float) -> Tensor:
+    """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) on every id in the context."""
+    seen = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+    ones = torch.ones_like(context, dtype=torch.int32) if keep is None else keep.int()
+    seen = seen.scatter_add(1, context, ones)
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(seen > 0, penalised, scores)
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Keep the most likely tokens until their mass reaches top_p; at least one stays."""
+    ordered, order = scores.sort(-1, descending=True)
+    mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    drop = mass_before >= top_p
+    drop[:, 0] = False
+    return scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UsageError(
+            "out of range", where=name, expected=f"{low:g} to {high:g}", found=repr(value)
+        )

@@ -1,0 +1,71 @@
+"""Scheme: how one tensor is stored. Recipe: which tensor gets which Scheme.
+
+Standard library only; knows nothing of tensors in memory or of file formats.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["dense", "nf4"]
+
+NESTED_BLOCK = 256  # absmax values that share one fp32 scale under double quantization (QLoRA, section 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How the weight of one linear layer is stored.
+
+    `dense`: 16 or 32 bits a weight. `nf4`: 4-bit NormalFloat codes with one absmax per
+    `block_size` consecutive weights (QLoRA, arXiv 2305.14314); with `double_quant` the absmax is
+    itself stored in 8 bits.
+    """
+
+    kind: Kind
+    block_size: int = 64
+    double_quant: bool = True
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight, scales included; 16 for `dense`."""
+        if self.kind == "dense":
+            return 16.0
+        scale_bits = 8 + 32 / NESTED_BLOCK if self.double_quant else 32
+        return 4 + scale_bits / self.block_size
+
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            return "16-bit"
+        return f"nf4 b{self.block_size}" + (" double-quant" if self.double_quant else "")
+
+
+DENSE = Scheme(kind="dense")
+NF4 = Scheme(kind="nf4")
+
+_EXPERTS = r"model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w[123]\.weight"
+_ATTENTION = r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.weight"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Tensor-name patterns with their schemes; the first full match wins, the rest stays dense."""
+
+    rules: tuple[tuple[str, Scheme], ...]
+
+    @classmethod
+    def uniform(cls, scheme: Scheme, *, attention: bool) -> "Recipe":
+        """Every expert matrix in `scheme`, and the attention's four too if `attention`.
+
+        Router, norms, embeddings and lm_head are never matched: they stay 16-bit.
+        """
+        rules = [(_EXPERTS, scheme)]
+        if attention:
+            rules.append((_ATTENTION, scheme))
+        return cls(tuple(rules))
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The scheme of the tensor `name` (Hugging Face's name, ending in `.weight`)."""
+        for pattern, scheme in self.rules:
+            if re.fullmatch(pattern, name):
+                return scheme
+        return DENSE

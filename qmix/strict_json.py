@@ -1,0 +1,72 @@
+"""JSON as a safe format: no NaN, no duplicate keys, no endless nesting, a cap on size.
+
+Knows nothing of what the document means.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qmix.errors import CheckpointError
+
+CONFIG_BYTES = 1 << 20
+INDEX_BYTES = 64 << 20
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} does not fit a float")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return seen
+
+
+def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
+    """Parse one JSON object; `where` names it in errors.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, not an object, a duplicate key, NaN or infinity.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        document = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise CheckpointError("not valid JSON", where=where, found=reason[:200]) from None
+    if not isinstance(document, dict):
+        raise CheckpointError(
+            "wrong JSON value", where=where, expected="an object", found=type(document).__name__
+        )
+    return document
+
+
+def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
+    """Read one JSON object from a regular file of at most `limit_bytes`."""
+    try:
+        if not path.is_file():
+            raise CheckpointError("no such file", where=str(path))
+        size = path.stat().st_size
+        if size > limit_bytes:
+            raise CheckpointError(
+                "file too large", where=str(path), expected=f"at most {limit_bytes} B", found=size
+            )
+        return loads(path.read_bytes(), where=str(path))
+    except OSError as error:
+        raise CheckpointError("cannot be read", where=str(path), found=error.strerror) from error
