@@ -23,7 +23,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals import corpus
 from qmix.evals.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
-from qmix.heads import MixtralForCausalLM
+from qmix.heads import MixtralForCausalLM, load_balancing_loss
 
 CONFIG = MixtralConfig(
     vocab_size=VOCABULARY,
@@ -249,7 +249,7 @@ def train(plan: Plan, tokenizer_bytes: bytes) -> tuple[MixtralForCausalLM, Score
             group["lr"] = plan.rate(step)
         ids = next(stream)
         out = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
-        out.loss.backward()
+        (out.loss + CONFIG.router_aux_loss_coef * _layer_balance(out.router_logits)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -268,6 +268,17 @@ def train(plan: Plan, tokenizer_bytes: bytes) -> tuple[MixtralForCausalLM, Score
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     return model, _scored(model, heldout, plan)
+
+
+def _layer_balance(router_logits: tuple[Tensor, ...]) -> Tensor:
+    """The auxiliary loss of each layer by itself, averaged.
+
+    The reference page's takes all layers together, so that layers may starve different experts: with
+    it alone 5 of 24 experts had under 1 % of the routes after 120 steps, at a perfect loss of 2.0.
+    """
+    chosen = CONFIG.num_experts_per_tok
+    layers = [load_balancing_loss((logits,), chosen) for logits in router_logits]
+    return torch.stack(layers).mean()
 
 
 def _scored(model: MixtralForCausalLM, heldout: list[int], plan: Plan) -> Score:

@@ -229,7 +229,10 @@ def _alias(values: dict[str, Any], alias: str, name: str) -> None:
     value = values.pop(alias)
     if value is not None and values.setdefault(name, value) != value:
         raise ConfigError(
-            f"{alias} and {name} differ", where=f"config.{alias}", expected=values[name], found=value
+            f"{alias} and {name} differ",
+            where=f"config.{alias}",
+            expected=values[name],
+            found=value,
         )
 
 
@@ -280,7 +283,9 @@ def _check(values: Mapping[str, Any]) -> None:
                 found=repr(values[name])[:80],
             )
     window = values["sliding_window"]
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, int) or window < 1
+    ):
         raise ConfigError(
             "absurd value",
             where="config.sliding_window",

@@ -294,9 +294,7 @@ def _prefill(model: CausalLM, ids: Tensor, keep: Tensor | None, cache: KVCache) 
     for start in range(cache.length, ids.shape[1], PREFILL_CHUNK):
         stop = min(start + PREFILL_CHUNK, ids.shape[1])
         seen = keep[:, :stop] if keep is not None else None
-        logits = model.next_logits(
-            ids[:, start:stop], cache, seen, _positions(seen, stop - start)
-        )
+        logits = model.next_logits(ids[:, start:stop], cache, seen, _positions(seen, stop - start))
     return logits
 
 

@@ -101,9 +101,7 @@ class _Loadable(nn.Module):
 
     def new_cache(self, batch: int = 1, capacity: int = 0) -> KVCache:
         """An empty cache for this model; `capacity` positions are allocated at once."""
-        return KVCache(
-            self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity
-        )
+        return KVCache(self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity)
 
 
 class MixtralModel(_Loadable, Decoder):
@@ -231,7 +229,9 @@ class MixtralForCausalLM(_Loadable):
     def tie_weights(self) -> None:
         """Share the embedding with the head, where the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            shared = self.model.embed_tokens.weight
+            assert isinstance(shared, nn.Parameter)
+            self.lm_head.weight = shared
 
     def forward(
         self,
@@ -277,11 +277,9 @@ class MixtralForCausalLM(_Loadable):
                 logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
             )
         if wants_routers:
-            batch, new = out.last_hidden_state.shape[:2]
+            new = out.last_hidden_state.shape[1]
             keep = attention_mask[:, -new:] if attention_mask is not None else None
-            aux_loss = load_balancing_loss(
-                out.router_logits, self.config.num_experts_per_tok, keep
-            )
+            aux_loss = load_balancing_loss(out.router_logits, self.config.num_experts_per_tok, keep)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         return CausalLMOutput(
@@ -374,17 +372,10 @@ def _default(given: bool | None, default: bool) -> bool:
 def _agreed(
     torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None
 ) -> torch.dtype | None:
-    """One dtype out of the two spellings; 'auto' and None mean the checkpoint's."""
-    chosen = {d for d in (torch_dtype, dtype) if d is not None and d != "auto"}
-    names = {str(d).removeprefix("torch.") for d in chosen}
-    if not names:
-        return None
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if len(names) > 1 or not names <= known.keys():
+    """One dtype out of its two spellings."""
+    first, second = loader.named_dtype(torch_dtype), loader.named_dtype(dtype)
+    if first is not None and second is not None and first != second:
         raise UsageError(
-            "no such dtype",
-            where="dtype",
-            expected="one of " + ", ".join(known),
-            found=", ".join(sorted(names)),
+            "torch_dtype and dtype differ", where="dtype", expected=first, found=second
         )
-    return known[names.pop()]
+    return first or second

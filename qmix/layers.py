@@ -7,7 +7,6 @@ T = B * S tokens, E experts. Knows no bits, no files, no tiers: products go thro
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +190,7 @@ class DecoderLayer(nn.Module):
         return x + y, router_logits
 
 
-def initialise(module: nn.Module, config: MixtralConfig, generator: Any = None) -> None:
+def initialise(module: nn.Module, config: MixtralConfig) -> None:
     """Plain N(0, initializer_range) for linear and embedding weights, ones for norms."""
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
@@ -200,4 +199,4 @@ def initialise(module: nn.Module, config: MixtralConfig, generator: Any = None) 
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, config.initializer_range, generator=generator)
+                parameter.normal_(0.0, config.initializer_range)

@@ -1,6 +1,6 @@
 """Checkpoint -> module, module -> checkpoint. Knows modules by their names, not by their classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -34,34 +34,36 @@ def load(
         dtype: of dense weights and activations; default: the checkpoint's.
         device: default: the GPU if there is one.
     """
-    target = _device(device)
+    target = target_device(device)
     checkpoint = open_checkpoint(directory)
     with torch.device("meta"):
         model = build(checkpoint.config)
-    fill(model, checkpoint, dtype or checkpoint.dtype, target)
+    modules = dict(model.named_modules())
+    if "model.embed_tokens" not in modules:  # a model without its head has no "model." before names
+        modules = {f"model.{name}": module for name, module in modules.items()}
+    fill(modules, checkpoint, dtype or checkpoint.dtype, target)
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not absent, absent
     return model.eval()
 
 
 def fill(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    modules: Mapping[str, nn.Module],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Give every parameter of `model` its weight."""
-    modules = dict(model.named_modules())
-    headless = "model.embed_tokens" not in modules
+    """Give every module that is there its weight, by the checkpoint's canonical names."""
     for tensor in checkpoint.tensors:
-        module = modules.get(tensor.prefix.removeprefix("model.") if headless else tensor.prefix)
-        if module is None:
-            continue  # the head of a checkpoint that is loaded without one
+        module = modules.get(tensor.prefix)
         if isinstance(module, Linear):
             module.store(_placed(checkpoint.weight(tensor), dtype, device, tensor, checkpoint))
-        else:
+        elif module is not None:
             data = checkpoint.read(tensor.name).to(device=device, dtype=dtype)
             module.weight = nn.Parameter(data)
-    tie = getattr(model, "tie_weights", None)
-    if tie is not None:
-        tie()
-    absent = [name for name, p in model.named_parameters() if p.is_meta]
-    assert not absent, absent
 
 
 def save(model: nn.Module, config: MixtralConfig, directory: str | Path) -> None:
@@ -71,7 +73,9 @@ def save(model: nn.Module, config: MixtralConfig, directory: str | Path) -> None
     taken = [path.name for path in folder.glob("*.safetensors")]
     if taken:
         raise UsageError(
-            "the directory holds a checkpoint already", where=str(folder), found=", ".join(taken[:3])
+            "the directory holds a checkpoint already",
+            where=str(folder),
+            found=", ".join(taken[:3]),
         )
     dtype = next(model.parameters()).dtype
     groups: list[tuple[list[shards.Planned], dict[str, Tensor]]] = []
@@ -82,18 +86,11 @@ def save(model: nn.Module, config: MixtralConfig, directory: str | Path) -> None
             tensors = {name: stored.data if isinstance(stored, Dense) else stored}
         plan = [shards.Planned(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
         groups.append((plan, tensors))
-    cut = shards.cut([plan for plan, _ in groups], SHARD_BYTES)
-    values = {key: tensor for _, tensors in groups for key, tensor in tensors.items()}
-    for index, planned in enumerate(cut):
-        path = folder / shards.shard_name(index, len(cut))
-        with shards.ShardWriter(path, planned) as writer:
-            for one in planned:
-                writer.write(one.name, values[one.name])
-    total = sum(tensor.nbytes for tensor in values.values())
-    listing = [[one.name for one in planned] for planned in cut]
-    (folder / shards.INDEX).write_text(shards.index_json(listing, total), encoding="utf-8")
-    replace_dtype = config.replace(dtype=str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(replace_dtype.to_json(), encoding="utf-8")
+    shards.write_shards(
+        folder, [plan for plan, _ in groups], (tensors for _, tensors in groups), SHARD_BYTES
+    )
+    written = config.replace(dtype=str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(written.to_json(), encoding="utf-8")
 
 
 def _stored(model: nn.Module, config: MixtralConfig) -> list[tuple[str, Weight | Tensor]]:
@@ -104,7 +101,7 @@ def _stored(model: nn.Module, config: MixtralConfig) -> list[tuple[str, Weight |
                 continue
             found.append((f"{name}.weight", module.stored))
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
-            found.append((f"{name}.weight", module.weight.data))  # type: ignore[union-attr]
+            found.append((f"{name}.weight", module.weight.data))
     return found
 
 
@@ -128,13 +125,37 @@ def _placed(
     return replace(weight, data=data)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The floating dtype of a name, with or without `torch.`; None and 'auto': the checkpoint's.
+
+    Raises:
+        UsageError: another name.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name == "auto":
+        return None
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise UsageError(
+            "no such dtype", where="dtype", expected="one of " + ", ".join(known), found=name
+        )
+    return known[name]
+
+
+def target_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for; None is the GPU if there is one.
+
+    Raises:
+        UsageError: no such device. ResourceError: no CUDA device is available.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
     except RuntimeError as error:
-        raise UsageError("no such device", where="device", found=str(error).split("\n")[0]) from None
+        raise UsageError(
+            "no such device", where="device", found=str(error).split("\n")[0]
+        ) from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "no CUDA device is available",

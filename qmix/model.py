@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.cache import KVCache
@@ -51,17 +52,7 @@ class Decoder(nn.Module):
         Raises:
             UsageError: an id outside the vocabulary.
         """
-        if input_ids.numel() and not input_ids.is_cuda:  # on a GPU the check would wait for it
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise UsageError(
-                    "token id outside the vocabulary",
-                    where="input_ids",
-                    expected=f"0 to {self.config.vocab_size - 1}",
-                    found=low if low < 0 else high,
-                )
-        embedded: Tensor = self.embed_tokens(input_ids)
-        return embedded
+        return embedding(input_ids, self.embed_tokens.weight)
 
     def decode(
         self,
@@ -99,6 +90,24 @@ class Decoder(nn.Module):
         if keep_hidden_states:
             hidden_states.append(x)
         return Decoded(x, tuple(router_logits), tuple(hidden_states) or None)
+
+
+def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of the embedding (V, D) for ids (B, S): (B, S, D).
+
+    Raises:
+        UsageError: an id outside the vocabulary.
+    """
+    if input_ids.numel() and not input_ids.is_cuda:  # on a GPU the check would wait for it
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise UsageError(
+                "token id outside the vocabulary",
+                where="input_ids",
+                expected=f"0 to {weight.shape[0] - 1}",
+                found=low if low < 0 else high,
+            )
+    return F.embedding(input_ids, weight)
 
 
 def _uninitialised(config: MixtralConfig) -> Tensor:

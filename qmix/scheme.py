@@ -9,7 +9,9 @@ from typing import Literal
 
 Kind = Literal["dense", "nf4"]
 
-NESTED_BLOCK = 256  # absmax values that share one fp32 scale under double quantization (QLoRA, section 3)
+NESTED_BLOCK = (
+    256  # absmax values that share one fp32 scale under double quantization (QLoRA, section 3)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

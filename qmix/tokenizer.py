@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import sentencepiece
 
@@ -235,22 +235,20 @@ class LlamaTokenizer:
             UsageError: a wrong option, or rows of unequal length asked for as a tensor.
         """
         _check_options(return_tensors, padding, truncation, max_length)
-        single = isinstance(text, str)
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise UsageError("no text given", where="text")
-        special = len(self._front()) + len(self._back()) if add_special_tokens else 0
         rows = [self.encode(one, add_special_tokens) for one in texts]
         if max_length is not None:
-            tail = self._back() if add_special_tokens else []
-            room = max(max_length, special)
-            rows = [row if len(row) <= room else row[: room - len(tail)] + tail for row in rows]
+            front, back = (self._front(), self._back()) if add_special_tokens else ([], [])
+            room = max(max_length, len(front) + len(back))
+            rows = [row if len(row) <= room else row[: room - len(back)] + back for row in rows]
         masks = [[1] * len(row) for row in rows]
         if padding and len(rows) > 1:
             rows, masks = self._pad(rows)
         if return_tensors == "pt":
             return _tensors(rows, masks)
-        if single:
+        if isinstance(text, str):
             return BatchEncoding(input_ids=rows[0], attention_mask=masks[0])
         return BatchEncoding(input_ids=rows, attention_mask=masks)
 
@@ -271,11 +269,7 @@ class LlamaTokenizer:
             UsageError: an id outside the vocabulary.
         """
         if clean_up_tokenization_spaces:
-            raise UsageError(
-                "clean_up_tokenization_spaces=True is not offered: it changes the text",
-                where="decode",
-                remedy="Leave it out.",
-            )
+            raise _wrong("clean_up_tokenization_spaces", "False: it changes the text", True)
         stream = StreamDetokenizer(self, skip_special_tokens=skip_special_tokens)
         parts = [stream.put(i) for i in self._checked(ids)]
         return "".join(parts) + stream.end()
@@ -291,34 +285,9 @@ class LlamaTokenizer:
             self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences
         ]
 
-    @overload
     def apply_chat_template(
         self,
-        messages: Sequence["chat.Message | Mapping[str, str]"],
-        tokenize: Literal[True] = True,
-        return_tensors: None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]: ...
-    @overload
-    def apply_chat_template(
-        self,
-        messages: Sequence["chat.Message | Mapping[str, str]"],
-        tokenize: Literal[False],
-        return_tensors: None = None,
-        add_generation_prompt: bool = True,
-    ) -> str: ...
-    @overload
-    def apply_chat_template(
-        self,
-        messages: Sequence["chat.Message | Mapping[str, str]"],
-        tokenize: Literal[True] = True,
-        *,
-        return_tensors: Literal["pt"],
-        add_generation_prompt: bool = True,
-    ) -> "Tensor": ...
-    def apply_chat_template(
-        self,
-        messages: Sequence["chat.Message | Mapping[str, str]"],
+        messages: Sequence[chat.Message | Mapping[str, str]],
         tokenize: bool = True,
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
@@ -343,9 +312,7 @@ class LlamaTokenizer:
         names: list[str] = [sp.id_to_piece(i) for i in range(size)]
         texts = [name.replace(SPACE_MARK, " ") for name in names]
         controls = {i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)}
-        worded = next(
-            (i for i, text in enumerate(texts) if text[:1] == " " and len(text) > 1), None
-        )
+        spaced = next((i for i, text in enumerate(texts) if text.startswith(" ")), None)
         for index, (content, special) in self._added_tokens(size).items():
             if index != len(names):
                 raise CheckpointError(
@@ -363,7 +330,7 @@ class LlamaTokenizer:
             texts=tuple(texts),
             bytes_by_id={i: int(names[i][1:-1], 16) for i in range(size) if sp.is_byte(i)},
             controls=frozenset(controls),
-            drops_first_space=worded is None or not sp.decode([worded]).startswith(" "),
+            drops_first_space=spaced is not None and sp.decode([spaced]) != texts[spaced],
         )
 
     def _added_tokens(self, size: int) -> dict[int, tuple[str, bool]]:

@@ -88,5 +88,9 @@ def layer_tensors(config: MixtralConfig, layer: int) -> Iterator[ModelTensor]:
     experts = config.num_local_experts
     yield ModelTensor(f"{moe}.gate.weight", (experts, hidden), "router", layer)
     for expert in range(experts):
-        for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+        for name, shape in (
+            ("w1", (inner, hidden)),
+            ("w2", (hidden, inner)),
+            ("w3", (inner, hidden)),
+        ):
             yield ModelTensor(f"{moe}.experts.{expert}.{name}.weight", shape, "expert", layer)

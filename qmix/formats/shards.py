@@ -86,7 +86,7 @@ class Shards:
         entry = self.entries[name]
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
         if entry.nbytes:
-            read = _read_into(entry, memoryview(data.numpy()))
+            read = _read_into(entry, data.numpy().data)
             if read != entry.nbytes:
                 raise CheckpointError(
                     f"the data of {name} ends early",
@@ -290,7 +290,9 @@ def _nothing_to_read(folder: Path, present: Sequence[str]) -> QmixError:
             found=", ".join(others[:5]),
             remedy="qmix never unpickles: save the model again with safe_serialization=True.",
         )
-    return CheckpointError("no safetensors files", where=str(folder), expected=f"{SINGLE} or {INDEX}")
+    return CheckpointError(
+        "no safetensors files", where=str(folder), expected=f"{SINGLE} or {INDEX}"
+    )
 
 
 def _different(path: Path, expected: Iterable[str], found: Iterable[str]) -> CheckpointError:
@@ -341,7 +343,8 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Append one tensor of the plan."""
         planned = self._planned[name]
-        assert tensor.dtype == planned.dtype and tensor.nbytes <= planned.nbytes, name
+        assert tensor.dtype == planned.dtype, name
+        assert tensor.nbytes <= planned.nbytes, name
         if tensor.nbytes % _ALIGNMENT:
             self._deferred[name] = tensor
         else:
@@ -365,7 +368,7 @@ class ShardWriter:
     def _append(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
         if data.nbytes:
-            self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
         start, self._end = self._end, self._end + data.nbytes
         self._offsets[name] = (_NAMES[data.dtype], list(data.shape), start, self._end)
 
@@ -388,20 +391,46 @@ def _header(offsets: Mapping[str, tuple[str, list[int], int, int]]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def cut(planned: Iterable[Sequence[Planned]], max_bytes: int) -> list[list[Planned]]:
-    """Distribute groups of tensors over shards of at most `max_bytes`, in order.
+def write_shards(
+    folder: Path,
+    groups: Sequence[Sequence[Planned]],
+    tensors: Iterable[Mapping[str, Tensor]],
+    max_bytes: int,
+) -> None:
+    """Write shards with the hub's names and their index, holding one group of tensors at a time.
 
-    A group (one weight's codes and scales) stays in one shard; a group larger than the limit gets a
-    shard of its own.
+    Args:
+        groups: the plan; a group (one weight's codes and scales) stays in one shard.
+        tensors: the tensors of each group, in the same order, by name.
+        max_bytes: of a shard; a group larger than that gets a shard of its own.
     """
-    shards: list[list[Planned]] = [[]]
+    shards = cut(groups, max_bytes)
+    stream = iter(tensors)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for index, shard in enumerate(shards):
+        name = shard_name(index, len(shards))
+        with ShardWriter(folder / name, [tensor for group in shard for tensor in group]) as writer:
+            for group in shard:
+                values = next(stream)
+                for planned in group:
+                    writer.write(planned.name, values[planned.name])
+                    weight_map[planned.name] = name
+                    total += values[planned.name].nbytes
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def cut(groups: Sequence[Sequence[Planned]], max_bytes: int) -> list[list[Sequence[Planned]]]:
+    """Distribute groups over shards of at most `max_bytes`, in order."""
+    shards: list[list[Sequence[Planned]]] = [[]]
     filled = 0
-    for group in planned:
+    for group in groups:
         size = sum(tensor.nbytes for tensor in group)
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].extend(group)
+        shards[-1].append(group)
         filled += size
     return shards
 
@@ -409,12 +438,3 @@ def cut(planned: Iterable[Sequence[Planned]], max_bytes: int) -> list[list[Plann
 def shard_name(index: int, count: int) -> str:
     """The hub's file name of shard `index`, counted from 0, of `count`."""
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def index_json(shards: Sequence[Sequence[str]], total_bytes: int) -> str:
-    """The index document of shards given as lists of tensor names."""
-    weight_map = {
-        name: shard_name(index, len(shards)) for index, names in enumerate(shards) for name in names
-    }
-    document = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(document, indent=2) + "\n"

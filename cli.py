@@ -1,0 +1,433 @@
+"""The command line: parses, draws, sets exit codes. Heavy imports stay inside the commands.
+
+stdout carries data, stderr the interface. Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or
+checkpoint, 4 resources, 5 quality gate failed, 75 interrupted but resumable, 130 Ctrl-C.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+from qmix import __version__
+from qmix.errors import QmixError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    from qmix.evals.perplexity import Perplexity
+    from qmix.generate import GenerationConfig
+    from qmix.quantize.report import Report
+
+app = typer.Typer(
+    help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
+    epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or checkpoint, 4 resources, "
+    "5 quality gate failed, 75 interrupted but resumable, 130 Ctrl-C.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Directory = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="the GPU if there is one")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's"),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the smallest set with this probability mass.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most likely one.")]
+Penalty = Annotated[float, typer.Option(help="Above 1 discourages repetition.")]
+Seed = Annotated[int | None, typer.Option(help="Of the sampler.", show_default="random")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text here; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (QMIX_DEBUG=1).")] = False,
+) -> None:
+    if debug:
+        os.environ["QMIX_DEBUG"] = "1"
+    if version:
+        sys.stdout.write(f"qmix {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="16- or 32-bit checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the 4-bit one.")],
+    method: Annotated[Literal["nf4"], typer.Option(help="How to quantize.")] = "nf4",
+    attention: Annotated[
+        Literal["4bit", "bf16"], typer.Option(help="Bits of the attention's matrices.")
+    ] = "4bit",
+    double_quant: Annotated[
+        bool, typer.Option(help="Scales in 8 bits: 4.13 instead of 4.5.")
+    ] = True,
+    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = "4.9GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a checkpoint to 4 bits.
+
+    Example: qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
+    """
+    from qmix.quantize import pipeline
+    from qmix.scheme import Recipe, Scheme
+
+    assert method == "nf4"
+    scheme = Scheme(kind="nf4", double_quant=double_quant)
+    recipe = Recipe.uniform(scheme, attention=attention == "4bit")
+    shard_bytes = _size(shard_size)
+    with _bar() as bar:
+        task = bar.add_task("quantizing", total=None)
+
+        def progress(at: pipeline.Progress) -> None:
+            bar.update(task, total=at.total_bytes, completed=at.done_bytes, description=at.tensor)
+
+        report = pipeline.run(
+            source,
+            out,
+            recipe,
+            method=method,
+            shard_bytes=shard_bytes,
+            force=force,
+            progress=progress,
+        )
+    _draw_report(report, out)
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict()) + "\n")
+
+
+@app.command()
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, typer.Argument(help="The text to go on with; - reads it from stdin.")],
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in [INST] tags.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Continue a prompt once; the new text goes to stdout.
+
+    Example: qmix generate mixtral-nf4 "My favourite condiment is" --max-new-tokens 50
+    """
+    import torch
+
+    import qmix
+    from qmix import chat as template
+    from qmix.generate import stream
+    from qmix.repl import printable
+    from qmix.tokenizer import StreamDetokenizer
+
+    config = _sampling(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
+    )
+    text = _stdin() if prompt == "-" else prompt
+    model, tokenizer = qmix.load(directory, dtype=dtype, device=device)
+    config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
+    if chat:
+        ids = template.encode([template.Message("user", text)], tokenizer)
+    else:
+        ids = tokenizer.encode(text)
+    _fits(len(ids), max_new_tokens, model.config.max_position_embeddings)
+    words = StreamDetokenizer(tokenizer, prompt=() if chat else ids)
+    count, seconds = 0, 0.0
+    for token in stream(model, torch.tensor([ids]), config, tokenizer=tokenizer):
+        sys.stdout.write(printable(words.put(int(token.ids))))
+        sys.stdout.flush()
+        count, seconds = count + 1, token.elapsed_s
+    sys.stdout.write(printable(words.end()) + "\n")
+    _notice(f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tok/s)")
+
+
+@app.command()
+def chat(
+    directory: Directory,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    ctx: Annotated[
+        int | None, typer.Option(help="Context in tokens.", show_default="the model's")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 1024,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.05,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Talk to a model. From a pipe every line is a message.
+
+    Examples: qmix chat mixtral-nf4 · echo "What is NF4?" | qmix chat mixtral-nf4
+    """
+    import qmix
+    from qmix.repl import Repl, Streams
+    from qmix.session import Session
+
+    config = _sampling(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
+    )
+    model, tokenizer = qmix.load(directory, dtype=dtype, device=device)
+    config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
+    session = Session(model, tokenizer, config, system=system, context=ctx)
+    _utf8(sys.stdin)
+    Repl(session, Streams(sys.stdin, sys.stdout, _console())).run()
+
+
+@app.command(name="eval")
+def evaluate(
+    directory: Directory,
+    data: Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)],
+    reference: Annotated[
+        Path | None, typer.Option(help="Unquantized checkpoint to compare with.")
+    ] = None,
+    ctx: Annotated[
+        int | None, typer.Option(help="Window.", show_default="2048, or the model's positions")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Step between windows.", show_default="the window")
+    ] = None,
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Exit 5 if the perplexity is higher.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Exit 5 if the mean KL divergence is higher.")
+    ] = None,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Perplexity of a text, and the divergence from a reference model.
+
+    Example: qmix eval mixtral-nf4 --data wiki.test.raw --reference Mixtral-8x7B-v0.1
+    """
+    from qmix.evals import perplexity
+
+    if max_kl is not None and reference is None:
+        raise UsageError("--max-kl needs --reference")
+    with _bar() as bar:
+        task = bar.add_task("scoring", total=None)
+        result = perplexity.evaluate(
+            directory,
+            data,
+            reference=reference,
+            window=ctx,
+            stride=stride,
+            dtype=dtype,
+            device=device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(result.to_dict()) + "\n")
+    else:
+        _draw_perplexity(result)
+    result.gate(max_perplexity=max_perplexity, max_kl=max_kl)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep the 4-bit checkpoint here.", show_default="a temporary directory"),
+    ] = None,
+) -> None:
+    """All of it on the tiny Mixtral of a checkout: quantize, evaluate, generate. No arguments."""
+    from qmix.evals import demo as show
+
+    show.run(out, _console(), _draw_report)
+
+
+def main() -> NoReturn:
+    """Entry point of the `qmix` command."""
+    try:
+        app(standalone_mode=True)
+    except QmixError as error:
+        _fail(error, error.exit_code)
+    except BrokenPipeError:
+        # The reader has gone; the interpreter must not complain at its last flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        _notice("interrupted")
+        sys.exit(130)
+    except MemoryError as error:
+        _fail(error, 4)
+    except Exception as error:  # noqa: BLE001 - the last line of defence of a command
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
+        _fail(error, 4 if out_of_memory else 1)
+    sys.exit(0)
+
+
+def _fail(error: BaseException, code: int) -> NoReturn:
+    if os.environ.get("QMIX_DEBUG"):
+        raise error
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if not isinstance(error, QmixError):
+        first = f"{type(error).__name__}: {first} (--debug shows where)"
+    sys.stderr.write(f"qmix: {first}\n")
+    sys.exit(code)
+
+
+def _sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: list[str] | None,
+) -> "GenerationConfig":
+    """The options of a command, checked before a model is loaded."""
+    from qmix.generate import GenerationConfig
+    from qmix.sampling import Sampling
+
+    Sampling(temperature=temperature)  # checked even where 0 makes the choice greedy
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature != 0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop_strings=stop or None,
+    )
+
+
+def _fits(prompt: int, new: int, positions: int) -> None:
+    if prompt + new > positions:
+        raise UsageError(
+            "prompt and new tokens do not fit the model's positions",
+            expected=f"at most {positions}",
+            found=f"{prompt} + {new}",
+            remedy="Shorten the prompt or lower --max-new-tokens.",
+        )
+
+
+def _size(text: str) -> int:
+    units = {
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+    }
+    digits = text.strip().upper()
+    for unit in sorted(units, key=len, reverse=True):
+        number = digits.removesuffix(unit).strip()
+        if number != digits and number.replace(".", "", 1).isdigit():
+            size = int(float(number) * units[unit])
+            if 1 << 16 <= size <= 1 << 44:
+                return size
+    raise UsageError(
+        "not a size", where="--shard-size", expected="64KiB to 16TiB, as 5GB or 500MB", found=text
+    )
+
+
+def _stdin() -> str:
+    _utf8(sys.stdin)
+    return sys.stdin.read()
+
+
+def _utf8(stream: object) -> None:
+    """Input is UTF-8 whatever the locale; broken bytes become U+FFFD."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(encoding="utf-8", errors="replace")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _notice(text: str) -> None:
+    _console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _bar() -> "Bar":
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("eta"),
+        progress.TimeRemainingColumn(),
+        console=_console(),
+        transient=True,
+    )
+
+
+def _draw_report(report: "Report", out: Path) -> None:
+    from rich.table import Table
+
+    table = Table("tensors", "stored as", "count", "weights", "bits/weight", "relative error")
+    for kind in report.kinds():
+        table.add_row(
+            kind.kind,
+            kind.scheme,
+            str(kind.tensors),
+            f"{kind.parameters / 1e6:,.2f} M",
+            f"{kind.bits_per_weight:.3f}",
+            f"{kind.relative_error:.4f}" if kind.relative_error else "-",
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{out}: {report.bytes_in / 1e9:.3f} GB in, {report.bytes_out / 1e9:.3f} GB out, "
+        f"{report.bits_per_weight:.2f} bits a weight in all, {report.seconds:.1f} s "
+        f"({report.bytes_in / 1e9 / report.seconds:.3f} GB/s)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _draw_perplexity(result: "Perplexity") -> None:
+    lines = [
+        f"perplexity  {result.perplexity:.4f} ± {result.stderr:.4f}",
+        f"tokens      {result.tokens}",
+        f"protocol    {result.protocol}",
+        f"text        sha256 {result.text_sha256}",
+    ]
+    if result.reference is not None:
+        other = result.reference
+        lines += [
+            f"reference   {other.perplexity:.4f} "
+            f"(ratio {result.perplexity / other.perplexity:.4f})",
+            f"KL          mean {other.kl_mean:.6f}, median {other.kl_median:.6f}, "
+            f"p99 {other.kl_p99:.6f} nats",
+            f"top-1       {100 * other.top1_agreement:.2f} % agree",
+        ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

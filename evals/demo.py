@@ -1,0 +1,67 @@
+"""`qmix demo`: quantize the tiny Mixtral, show what the 4 bits cost, stream a sample of its text."""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import qmix
+from qmix.evals import tiny_model
+from qmix.evals.measure import compare
+from qmix.generate import GenerationConfig, stream
+from qmix.quantize.report import Report
+from qmix.repl import printable
+from qmix.tokenizer import StreamDetokenizer
+
+PROMPT = "Return a new list containing"
+NEW_TOKENS = 96
+
+
+def run(out: Path | None, console: Console, draw_report: Callable[[Report, Path], None]) -> None:
+    """The whole road on the tiny model; the 4-bit checkpoint is kept if `out` is given."""
+    tiny = tiny_model.directory()
+    with tempfile.TemporaryDirectory() as scratch:
+        target = out or Path(scratch) / "tiny-nf4"
+        console.print(f"1. quantize {tiny} to 4 bits, and score both on held-out text ...")
+        comparison = compare(target)
+        draw_report(comparison.report, target)
+        console.print("2. what the 4 bits cost, on text the model never saw:")
+        header, *rows = comparison.rows()
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print(
+            f"   {comparison.result.tokens} tokens; {comparison.result.protocol}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        console.print("3. the 4-bit model writes (it is tiny: expect grammar, not sense):")
+        _sample(target)
+    kept = out if out is not None else "OUT, after: qmix quantize evals/tiny OUT"
+    console.print(f"Next: qmix chat {kept}", markup=False, highlight=False)
+
+
+def _sample(directory: Path) -> None:
+    model, tokenizer = qmix.load(directory, device="cpu")
+    ids = tokenizer.encode(PROMPT)
+    config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=True,
+        temperature=0.7,
+        top_k=0,
+        top_p=0.95,
+        seed=0,
+        eos_token_id=model.generation_config.eos_token_id,
+    )
+    words = StreamDetokenizer(tokenizer, prompt=ids)
+    sys.stdout.write(PROMPT)
+    for token in stream(model, torch.tensor([ids]), config):
+        sys.stdout.write(printable(words.put(int(token.ids))))
+        sys.stdout.flush()
+    sys.stdout.write(printable(words.end()) + "\n")

@@ -1,0 +1,298 @@
+"""Perplexity of a text under a stated protocol, and the divergence from a reference model.
+
+Shape letters: W windows, S window, V vocabulary. Knows nothing of drawing.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix import loader
+from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
+from qmix.evals.streaming import Scorer
+from qmix.formats import open_checkpoint
+from qmix.tokenizer import LlamaTokenizer
+
+WINDOW = 2048
+_ROWS = 512  # positions compared at a time: 66 MB of float32 log-probabilities at V = 32000
+_TEXT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The reference model's perplexity, and KL(reference || model) a token in nats."""
+
+    perplexity: float
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """A text's perplexity; `stderr` is exp(mean) times the standard error of the mean, taking the
+    tokens as independent (they are not quite: read it as a lower bound)."""
+
+    perplexity: float
+    stderr: float
+    tokens: int
+    protocol: str
+    text_sha256: str
+    reference: Reference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stable JSON document of `qmix eval --json`."""
+        document: dict[str, Any] = {
+            "perplexity": self.perplexity,
+            "perplexity_stderr": self.stderr,
+            "tokens": self.tokens,
+            "protocol": self.protocol,
+            "text_sha256": self.text_sha256,
+        }
+        if self.reference is not None:
+            document["reference"] = dict(vars(self.reference))
+        return document
+
+    def gate(self, *, max_perplexity: float | None, max_kl: float | None) -> None:
+        """Raise QualityError where a bound is exceeded; None bounds nothing."""
+        kl = self.reference.kl_mean if self.reference is not None else None
+        for name, value, bound in (
+            ("perplexity", self.perplexity, max_perplexity),
+            ("mean KL divergence", kl, max_kl),
+        ):
+            if bound is not None and value is not None and not value <= bound:
+                raise QualityError(
+                    f"the {name} is too high", expected=f"at most {bound}", found=f"{value:.6f}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A tokenized text, cut.
+
+    Attributes:
+        ids: (W, S).
+        first: the first target position scored in every window but the first (which scores from 1).
+        protocol: in words.
+    """
+
+    ids: Tensor
+    first: int
+    protocol: str
+
+
+def cut(ids: list[int], window: int, stride: int) -> Windows:
+    """Windows of `window` ids every `stride`; each target is scored once, the tail is dropped.
+
+    With `stride == window` this is the protocol of the GPTQ papers (convention A): one BOS at the
+    very start, non-overlapping windows, the mean over the window - 1 shifted targets of each.
+
+    Raises:
+        UsageError: fewer than two ids.
+    """
+    if len(ids) < 2:
+        raise UsageError("the text is too short to score", expected="2 tokens", found=len(ids))
+    if len(ids) < window:
+        words = (
+            f"one window of {len(ids)}, the whole text (shorter than {window}); BOS at the start"
+        )
+        return Windows(torch.tensor([ids]), 1, words)
+    starts = range(0, len(ids) - window + 1, stride)
+    dropped = len(ids) - (starts[-1] + window)
+    kind = "non-overlapping" if stride == window else f"stride {stride}, each token scored once,"
+    words = (
+        f"{len(starts)} windows of {window}, {kind} BOS at the text's start only, "
+        f"tail of {dropped} tokens dropped"
+    )
+    rows = torch.tensor([ids[start : start + window] for start in starts])
+    return Windows(rows, 1 if stride == window else window - stride, words)
+
+
+def evaluate(
+    directory: Path,
+    data: Path,
+    *,
+    reference: Path | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Score the text file `data` with the checkpoint, and compare with a reference checkpoint.
+
+    Args:
+        window: tokens a window; default min(2048, the model's positions).
+        stride: default: the window.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: a bound is out of range or the text too short.
+        CheckpointError: a damaged checkpoint, a text that is not UTF-8, two different tokenizers.
+    """
+    raw, text = read_text(data)
+    return score(
+        directory,
+        text,
+        hashlib.sha256(raw).hexdigest(),
+        reference=reference,
+        window=window,
+        stride=stride,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
+
+
+def score(
+    directory: Path,
+    text: str,
+    text_sha256: str,
+    *,
+    reference: Path | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """As `evaluate`, on a text in memory."""
+    chosen = loader.named_dtype(dtype)
+    tokenizer = LlamaTokenizer.from_pretrained(directory)
+    checkpoint = open_checkpoint(directory)
+    ids = tokenizer.encode(text)
+    positions = checkpoint.config.max_position_embeddings
+    size = min(WINDOW, positions) if window is None else window
+    _within("ctx", size, 2, positions)
+    step = size if stride is None else stride
+    _within("stride", step, 1, size)
+    windows = cut(ids, size, step)
+    layers = checkpoint.config.num_hidden_layers
+    total, other = layers, None
+    if reference is not None:
+        if LlamaTokenizer.from_pretrained(reference).encode(text) != ids:
+            raise CheckpointError(
+                "the two checkpoints tokenize the text differently",
+                where=str(reference),
+                remedy="Give the checkpoint that the 4-bit one was made from.",
+            )
+        base = open_checkpoint(reference)
+        if base.config.vocab_size != checkpoint.config.vocab_size:
+            raise CheckpointError(
+                "the two checkpoints have different vocabularies",
+                where=str(reference),
+                expected=checkpoint.config.vocab_size,
+                found=base.config.vocab_size,
+            )
+        total += base.config.num_hidden_layers
+        other = Scorer(
+            base, windows.ids, dtype=chosen, device=device, progress=lambda d, _: progress(d, total)
+        )
+    scorer = Scorer(
+        checkpoint,
+        windows.ids,
+        dtype=chosen,
+        device=device,
+        progress=lambda d, n: progress(total - n + d, total),
+    )
+    return _score(windows, scorer, other, text_sha256)
+
+
+def read_text(data: Path) -> tuple[bytes, str]:
+    """A text file's bytes and text, newlines untouched.
+
+    Raises:
+        CheckpointError: not a file, unreadable, over 1 GiB, empty or not UTF-8.
+    """
+    try:
+        if not data.is_file():
+            raise CheckpointError("no such file", where=str(data))
+        if data.stat().st_size > _TEXT_BYTES:
+            raise CheckpointError(
+                "file too large",
+                where=str(data),
+                expected=f"at most {_TEXT_BYTES} B",
+                found=data.stat().st_size,
+            )
+        raw = data.read_bytes()
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise CheckpointError("cannot be read", where=str(data), found=error.strerror) from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            "not UTF-8",
+            where=str(data),
+            found=f"byte {raw[error.start]:#04x} at offset {error.start}",
+            remedy="Convert the text to UTF-8 first.",
+        ) from None
+    if not text:
+        raise CheckpointError("the text is empty", where=str(data))
+    return raw, text
+
+
+def _score(windows: Windows, scorer: Scorer, other: Scorer | None, text_sha256: str) -> Perplexity:
+    losses, base_losses, divergences, agreements = [], [], [], []
+    for index, row in enumerate(windows.ids):
+        first = 1 if index == 0 else windows.first
+        for start in range(first, len(row), _ROWS):
+            stop = min(start + _ROWS, len(row))
+            targets = row[start:stop, None]
+            ours = scorer.log_probabilities(index, start - 1, stop - 1).cpu()
+            losses.append(-ours.gather(1, targets)[:, 0])
+            if other is None:
+                continue
+            theirs = other.log_probabilities(index, start - 1, stop - 1).cpu()
+            base_losses.append(-theirs.gather(1, targets)[:, 0])
+            divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
+            agreements.append(theirs.argmax(-1) == ours.argmax(-1))
+    perplexity, stderr = _perplexity(torch.cat(losses))
+    compared = None
+    if other is not None:
+        kl = torch.cat(divergences).double()
+        compared = Reference(
+            perplexity=_perplexity(torch.cat(base_losses))[0],
+            kl_mean=float(kl.mean()),
+            kl_median=float(kl.median()),
+            kl_p99=_quantile(kl, 0.99),
+            top1_agreement=float(torch.cat(agreements).double().mean()),
+        )
+    return Perplexity(
+        perplexity=perplexity,
+        stderr=stderr,
+        tokens=sum(len(chunk) for chunk in losses),
+        protocol=windows.protocol,
+        text_sha256=text_sha256,
+        reference=compared,
+    )
+
+
+def _perplexity(losses: Tensor) -> tuple[float, float]:
+    losses = losses.double()
+    mean = float(losses.mean())
+    if not math.isfinite(mean):
+        raise QmixError(
+            "the model computed non-finite logits",
+            remedy="The checkpoint is damaged or overflows in this dtype; try bfloat16.",
+        )
+    spread = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    try:
+        return math.exp(mean), math.exp(mean) * spread
+    except OverflowError:
+        raise QmixError("the perplexity overflows", found=f"a mean loss of {mean:.1f}") from None
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """The smallest value that `share` of all do not exceed (torch.quantile stops at 16 M values)."""
+    return float(values.kthvalue(max(1, math.ceil(share * len(values)))).values)
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError("out of range", where=name, expected=f"{low} to {high}", found=value)

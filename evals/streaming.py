@@ -1,0 +1,86 @@
+"""The final hidden states of many windows, with one layer of the model in memory at a time.
+
+This is how a 93 GB checkpoint is scored beside its 24 GB one on a machine that holds neither. Walks
+the runtime's own layers. Shape letters: W windows, S window, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qmix import kernels, loader
+from qmix.formats import Checkpoint
+from qmix.layers import DecoderLayer, Linear, RMSNorm, Step
+from qmix.model import embedding
+
+BATCH_TOKENS = 4096  # tokens a pass: enough to give every expert of 8 some hundred
+
+
+class Scorer:
+    """A checkpoint's logits over fixed windows.
+
+    Args:
+        ids: int64 (W, S).
+        progress: called with (layers done, layers).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: Tensor,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._device = loader.target_device(device)
+        self._dtype = dtype or checkpoint.dtype
+        self._norm, self._head = self._tail()
+        self._hidden = self._run(ids, progress)
+
+    @torch.no_grad()
+    def log_probabilities(self, window: int, start: int, stop: int) -> Tensor:
+        """Float32 log-softmax (stop - start, V) at positions [start, stop) of one window."""
+        x = self._hidden[window, start:stop].to(self._device)
+        logits: Tensor = self._head(self._norm(x))
+        return logits.float().log_softmax(-1)
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, progress: Callable[[int, int], None]) -> Tensor:
+        config = self._checkpoint.config
+        embed = self._checkpoint.read("model.embed_tokens.weight").to(self._dtype)
+        hidden = embedding(ids, embed)  # stays on the host
+        del embed
+        positions = torch.arange(ids.shape[1], device=self._device)[None]
+        cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, self._dtype)
+        step = Step(cos=cos, sin=sin, keep=None, cache=None)
+        batch = max(1, BATCH_TOKENS // ids.shape[1])
+        for index in range(config.num_hidden_layers):
+            progress(index, config.num_hidden_layers)
+            layer = self._layer(index)
+            for first in range(0, len(hidden), batch):
+                x, _ = layer(hidden[first : first + batch].to(self._device), step)
+                hidden[first : first + batch] = x.to(hidden.device)
+        progress(config.num_hidden_layers, config.num_hidden_layers)
+        return hidden
+
+    def _layer(self, index: int) -> DecoderLayer:
+        with torch.device("meta"):
+            layer = DecoderLayer(self._checkpoint.config, index)
+        modules = {f"model.layers.{index}.{name}": m for name, m in layer.named_modules()}
+        loader.fill(modules, self._checkpoint, self._dtype, self._device)
+        return layer.eval()
+
+    def _tail(self) -> tuple[RMSNorm, Linear]:
+        config = self._checkpoint.config
+        with torch.device("meta"):
+            norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            head = Linear(config.hidden_size, config.vocab_size)
+        modules: dict[str, nn.Module] = {"model.norm": norm, "lm_head": head}
+        loader.fill(modules, self._checkpoint, self._dtype, self._device)
+        if config.tie_word_embeddings:
+            data = self._checkpoint.read("model.embed_tokens.weight")
+            head.weight = nn.Parameter(data.to(self._device, self._dtype))
+        return norm, head

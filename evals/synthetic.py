@@ -1,0 +1,163 @@
+"""Mixtral checkpoints of the real widths with seeded weights, for memory and speed without the hub.
+
+`python -m qmix.evals.synthetic OUT --layers N [--packed nf4] [--seed S]`. The weights are Gaussian
+with outlier channels, so sizes, statistics and time are real; the text such a model writes is noise.
+Shape letters: N output features, K input features.
+"""
+
+import argparse
+import hashlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qmix.config import MixtralConfig
+from qmix.errors import QmixError
+from qmix.evals.tiny_model import TINY
+from qmix.formats import bnb, shards
+from qmix.formats.names import ModelTensor, model_tensors
+from qmix.formats.shards import Planned
+from qmix.quantize import nf4, output
+from qmix.scheme import NESTED_BLOCK, Recipe
+from qmix.scheme import NF4 as NF4_SCHEME
+from qmix.weights import NF4, NestedAbsmax
+
+SHARD_BYTES = 4_900_000_000
+# One input channel in 256 is eight times as strong, as in trained transformers (LLM.int8, section 3).
+_OUTLIER_EVERY, _OUTLIER_FACTOR = 256, 8.0
+
+
+def config(layers: int, *, packed: bool) -> MixtralConfig:
+    """Mixtral-8x7B's configuration with another number of layers."""
+    quantization = bnb.config(NF4_SCHEME, torch.bfloat16, attention=True) if packed else None
+    return MixtralConfig(
+        num_hidden_layers=layers,
+        max_position_embeddings=32768,
+        dtype="bfloat16",
+        quantization_config=quantization,
+    )
+
+
+def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
+    """Write a checkpoint directory, holding one matrix at a time.
+
+    Args:
+        packed: draw NF4 codes and scales directly instead of 16-bit weights.
+
+    Raises:
+        UsageError: OUT exists. ResourceError: the disk is too small.
+    """
+    shape = config(layers, packed=packed)
+    recipe = Recipe.uniform(NF4_SCHEME, attention=True) if packed else Recipe(())
+    tensors = list(model_tensors(shape))
+    groups = [_planned(tensor, recipe) for tensor in tensors]
+    output.check_paths(TINY, out, force=False)
+    output.check_space(out, sum(planned.nbytes for group in groups for planned in group))
+    with output.partial(out) as folder:
+        shards.write_shards(folder, groups, _drawn(tensors, recipe, seed), SHARD_BYTES)
+        (folder / "config.json").write_text(shape.to_json(), encoding="utf-8")
+        if (TINY / "tokenizer.model").is_file():
+            (folder / "tokenizer.model").write_bytes(
+                padded_tokenizer((TINY / "tokenizer.model").read_bytes(), shape.vocab_size)
+            )
+        output.write_manifest(folder, {"synthetic": True, "seed": seed, "layers": layers})
+
+
+def padded_tokenizer(model: bytes, vocab_size: int) -> bytes:
+    """A sentencepiece model with unused pieces appended up to `vocab_size`.
+
+    Appending to a protobuf message extends its repeated field `pieces` (number 1 of ModelProto in
+    sentencepiece_model.proto: piece = 1, score = 2, type = 3 with UNUSED = 5).
+    """
+    import sentencepiece
+
+    have = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    added = bytearray()
+    for index in range(have, vocab_size):
+        text = f"<unused{index}>".encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15\x00\x00\x00\x00" + b"\x18\x05"
+        added += b"\x0a" + bytes([len(piece)]) + piece
+    return model + bytes(added)
+
+
+def _planned(tensor: ModelTensor, recipe: Recipe) -> Sequence[Planned]:
+    scheme = recipe.scheme_of(tensor.name)
+    if scheme.kind == "dense":
+        return (Planned(tensor.name, torch.bfloat16, tensor.shape),)
+    rows, columns = tensor.shape
+    specs = bnb.packed_specs(tensor.prefix, (rows, columns), scheme, torch.bfloat16)
+    return tuple(Planned(name, *spec) for name, spec in specs.items())
+
+
+def _drawn(
+    tensors: Sequence[ModelTensor], recipe: Recipe, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    for index, tensor in enumerate(tensors):
+        sys.stderr.write(f"\r{index + 1}/{len(tensors)} {tensor.name:60}")
+        sys.stderr.flush()
+        generator = _generator(seed, tensor.name)
+        if recipe.scheme_of(tensor.name).kind == "dense":
+            yield {tensor.name: _dense(tensor, generator)}
+        else:
+            rows, columns = tensor.shape
+            yield bnb.pack(_packed((rows, columns), generator), tensor.prefix)
+    sys.stderr.write("\n")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """Each tensor's own stream, so that a layer does not depend on how many stand before it."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _dense(tensor: ModelTensor, generator: torch.Generator) -> Tensor:
+    if tensor.kind == "norm":
+        return (1 + 0.1 * torch.randn(tensor.shape, generator=generator)).bfloat16()
+    std = 1 / math.sqrt(tensor.shape[-1])  # keeps activations of order one through any depth
+    data = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(0, std, generator=generator)
+    if tensor.kind in ("attention", "expert"):
+        data[:, ::_OUTLIER_EVERY] *= _OUTLIER_FACTOR
+    return data
+
+
+def _packed(shape: tuple[int, int], generator: torch.Generator) -> NF4:
+    """NF4 weights without quantizing: codes are equally likely by the format's design, and the
+    largest of 64 Gaussians of deviation s is about 2.4 s."""
+    count = math.prod(shape)
+    blocks = -(-count // 64)
+    absmax = 2.4 / math.sqrt(shape[1])
+    return NF4(
+        codes=torch.randint(0, 256, (count // 2,), dtype=torch.uint8, generator=generator),
+        absmax=NestedAbsmax(
+            codes=torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator),
+            absmax=torch.full((-(-blocks // NESTED_BLOCK),), 0.3 * absmax),
+            map=nf4.dynamic_map(),
+            offset=absmax,
+        ),
+        table=nf4.table(),
+        out_shape=shape,
+        out_dtype=torch.bfloat16,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qmix.evals.synthetic", description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--packed", choices=("nf4",))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        write(options.out, options.layers, packed=options.packed is not None, seed=options.seed)
+    except QmixError as error:
+        sys.stderr.write(f"synthetic: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Where the tiny trained Mixtral lies. It ships with a checkout, not with the wheel."""
+
+from pathlib import Path
+
+from qmix.errors import CheckpointError
+
+TINY = Path(__file__).resolve().parent / "tiny"
+
+
+def directory() -> Path:
+    """The tiny model's checkpoint directory.
+
+    Raises:
+        CheckpointError: qmix is installed from a wheel, which leaves the weights out.
+    """
+    if not (TINY / "config.json").is_file():
+        raise CheckpointError(
+            "the tiny model is not here",
+            where=str(TINY),
+            remedy="It ships with the source checkout, not with the wheel: clone the repository.",
+        )
+    return TINY

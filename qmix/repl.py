@@ -1,0 +1,245 @@
+"""The chat in a terminal or a pipe: reads lines, obeys /commands, streams replies.
+
+stdout carries the model's text and nothing else; prompts, notices and statistics go to stderr.
+Model text is written as it is, without control characters: it is never parsed as markup and cannot
+drive the terminal.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from qmix.errors import UsageError
+from qmix.generate import GenerationConfig
+from qmix.session import Session
+
+PROMPT = ">>> "
+CONTINUED = "... "
+_FENCE = '"""'
+
+HELP = """\
+/help                this text
+/clear               forget the conversation, keep the system prompt
+/system [TEXT]       show or set the system prompt; /system - removes it
+/set [NAME VALUE]    show or set temperature, top_k, top_p, min_p,
+                     repetition_penalty, max_new_tokens, seed
+/stats               the last reply in numbers
+/exit                leave (Ctrl-D too)
+Ctrl-C stops a reply and keeps it. Text between two lines of \"\"\" is one message.
+A line that begins with a space is sent as it is, also if a / follows."""
+
+_SETTINGS: Mapping[str, Callable[[str], int | float]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+    "seed": int,
+}
+_COMMANDS = ("/help", "/clear", "/system", "/set", "/stats", "/exit")
+
+
+def printable(text: str) -> str:
+    """Text without characters that control a terminal; newline and tab stay."""
+    return "".join(c for c in text if c in "\n\t" or (c.isprintable() or c == "\u00ad"))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Where lines come from and where text and notices go."""
+
+    lines: TextIO
+    text: TextIO
+    notices: Console
+
+    @property
+    def interactive(self) -> bool:
+        return self.lines.isatty()
+
+
+class Repl:
+    """One conversation at a prompt, or line by line from a pipe."""
+
+    def __init__(self, session: Session, streams: Streams) -> None:
+        self.session = session
+        self.streams = streams
+
+    def run(self) -> None:
+        """Until end of input or /exit.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C while reading from a pipe.
+        """
+        if self.streams.interactive:
+            _enable_line_editing()
+            self._notice("Type a message, /help for commands, Ctrl-D to leave.")
+        while True:
+            try:
+                line = self._read()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if not self.streams.interactive:
+                    raise
+                self._notice("\nCtrl-D or /exit leaves; Ctrl-C stops a reply.")
+                continue
+            if line.strip() == "":
+                continue
+            try:
+                if line.startswith("/"):
+                    if self._command(line) == "exit":
+                        break
+                else:
+                    self._say(line)
+            except UsageError as error:
+                self._notice(f"{error}")
+
+    def _read(self) -> str:
+        line = self._line(PROMPT)
+        if not line.startswith(_FENCE):
+            return line
+        body = line[len(_FENCE) :]
+        lines = [body] if body else []
+        while not (lines and lines[-1].endswith(_FENCE)):
+            lines.append(self._line(CONTINUED))
+        lines[-1] = lines[-1].removesuffix(_FENCE)
+        return "\n".join(lines).strip("\n")
+
+    def _line(self, prompt: str) -> str:
+        if self.streams.interactive:
+            return input(prompt)
+        line = self.streams.lines.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n").removesuffix("\r")
+
+    def _say(self, line: str) -> None:
+        opening = self.session.open(line)
+        if opening.dropped_turns:
+            self._notice(
+                f"dropped the {opening.dropped_turns} oldest turns "
+                f"({opening.dropped_tokens} tokens): the context of {self.session.context} was full"
+            )
+        pieces = self.session.reply(opening, line)
+        stopped = False
+        try:
+            for piece in pieces:
+                self.streams.text.write(printable(piece))
+                self.streams.text.flush()
+        except KeyboardInterrupt:
+            stopped = True
+            if not self.streams.interactive:
+                raise
+        finally:
+            pieces.close()  # type: ignore[attr-defined]
+            self.streams.text.write("\n")
+            self.streams.text.flush()
+        stats = self.session.stats
+        assert stats is not None
+        if stopped and not stats.new_tokens:
+            self._notice("stopped before the first token; the message was not kept")
+        elif self.streams.interactive:
+            self._notice(("stopped · " if stopped else "") + str(stats))
+
+    def _command(self, line: str) -> str | None:
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if name in ("/exit", "/quit", "/bye"):
+            return "exit"
+        if name in ("/help", "/?"):
+            self._notice(HELP)
+        elif name == "/clear":
+            self.session.clear()
+            self._notice("forgotten")
+        elif name == "/stats":
+            self._notice(str(self.session.stats or "no reply yet"))
+        elif name == "/system":
+            self._system(argument)
+        elif name == "/set":
+            self._set(argument)
+        else:
+            self._notice(f"no command {name}; /help lists them, a leading space sends it as text")
+        return None
+
+    def _system(self, argument: str) -> None:
+        if argument:
+            self.session.system = None if argument == "-" else argument
+        self._notice(f"system: {self.session.system or '(none)'}")
+
+    def _set(self, argument: str) -> None:
+        config = self.session.config
+        if argument:
+            name, _, value = argument.replace("=", " ", 1).partition(" ")
+            self.session.config = configured(config, {name: value.strip()})
+        for name in _SETTINGS:
+            self._notice(f"{name:20} {_shown(self.session.config, name)}")
+
+    def _notice(self, text: str) -> None:
+        self.streams.notices.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def configured(config: GenerationConfig, settings: Mapping[str, str]) -> GenerationConfig:
+    """A configuration with settings given as text; temperature 0 means greedy.
+
+    Raises:
+        UsageError: an unknown name, not a number, or out of range.
+    """
+    changes: dict[str, int | float | bool] = {}
+    for name, text in settings.items():
+        if name not in _SETTINGS:
+            raise UsageError(f"no setting {name!r}", expected=", ".join(_SETTINGS))
+        try:
+            changes[name] = _SETTINGS[name](text)
+        except ValueError:
+            raise UsageError("not a number", where=name, found=repr(text)) from None
+    if "temperature" in changes:
+        changes["do_sample"] = changes["temperature"] != 0
+    return config.updated(changes)
+
+
+def _shown(config: GenerationConfig, name: str) -> object:
+    if name == "temperature" and not config.do_sample:
+        return "0 (greedy)"
+    value = getattr(config, name)
+    return "(none)" if value is None else value
+
+
+def _enable_line_editing() -> None:
+    """Arrow keys, history across sessions and tab completion of commands, where readline exists."""
+    try:
+        import readline
+    except ImportError:
+        return
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "qmix"
+    history = state / "chat_history"
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        readline.read_history_file(history)
+    except OSError:
+        return  # a read-only home has no history, and that is all it lacks
+    readline.set_history_length(1000)
+    readline.set_completer_delims("")
+
+    def complete(text: str, state: int) -> str | None:
+        matches = [name for name in _COMMANDS if name.startswith(text)]
+        return matches[state] if text and state < len(matches) else None
+
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
+
+    import atexit
+
+    def save() -> None:
+        try:
+            readline.write_history_file(history)
+        except OSError:
+            sys.stderr.write(f"qmix: the history could not be saved to {history}\n")
+
+    atexit.register(save)

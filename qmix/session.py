@@ -1,0 +1,195 @@
+"""A conversation: its turns, and the KV cache that is kept between them.
+
+Knows nothing of terminals. Every prompt is the whole conversation's token ids; whatever prefix the
+cache already holds is not computed again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import torch
+
+from qmix import chat
+from qmix.cache import KVCache
+from qmix.chat import Message
+from qmix.errors import UsageError
+from qmix.generate import Finish, GenerationConfig, stream
+from qmix.heads import MixtralForCausalLM
+from qmix.tokenizer import LlamaTokenizer, StreamDetokenizer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the user said and the ids of the answer, without the closing end-of-sequence."""
+
+    user: str
+    answer: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """A prompt made ready: what had to be dropped for it, and how much of it is cached."""
+
+    ids: tuple[int, ...]
+    cached_tokens: int
+    dropped_turns: int
+    dropped_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyStats:
+    """One reply in numbers; times in seconds."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    first_token_s: float
+    elapsed_s: float
+    context_tokens: int
+    context_limit: int
+    finish: Finish | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed, the first token's prefill left out; 0 for a single token."""
+        after_first = self.elapsed_s - self.first_token_s
+        return (self.new_tokens - 1) / after_first if after_first > 0 else 0.0
+
+    def __str__(self) -> str:
+        share = round(100 * self.context_tokens / self.context_limit)
+        stopped = "" if self.finish == "stop" else " · cut short"
+        return (
+            f"{self.new_tokens} tokens · {self.tokens_per_s:.1f} tok/s · "
+            f"first token {self.first_token_s:.2f} s · "
+            f"context {self.context_tokens}/{self.context_limit} ({share} %) · "
+            f"cached {self.cached_tokens}{stopped}"
+        )
+
+
+class Session:
+    """Turns, system prompt and cache of one conversation.
+
+    Args:
+        context: most tokens of prompt and reply together; default: the model's positions.
+    """
+
+    def __init__(
+        self,
+        model: MixtralForCausalLM,
+        tokenizer: LlamaTokenizer,
+        config: GenerationConfig,
+        *,
+        system: str | None = None,
+        context: int | None = None,
+    ) -> None:
+        limit = model.config.max_position_embeddings
+        if context is not None and not 16 <= context <= limit:
+            raise UsageError(
+                "out of range", where="context", expected=f"16 to {limit}", found=context
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.system = system
+        self.context = context or limit
+        self.turns: list[Turn] = []
+        self.stats: ReplyStats | None = None
+        self._cache: KVCache = model.new_cache(1)
+        self._cached: tuple[int, ...] = ()
+
+    def clear(self) -> None:
+        """Forget all turns; the system prompt stays."""
+        self.turns.clear()
+
+    def open(self, text: str) -> Opening:
+        """The ids of the conversation with `text` as its next user message.
+
+        Where they leave too little room for a reply, the oldest turns are dropped, down to half of
+        the context at once, so that the cached prefix survives for some turns.
+
+        Raises:
+            UsageError: the message alone does not fit; both token counts are named.
+        """
+        reserve = min(self.config.max_new_tokens or 256, self.context // 4)
+        ids = self._prompt([*self.turns, Turn(text)])
+        before, dropped = len(ids), 0
+        if before + reserve > self.context:
+            while dropped < len(self.turns) and len(ids) + reserve > self.context // 2:
+                dropped += 1
+                ids = self._prompt([*self.turns[dropped:], Turn(text)])
+        if len(ids) + reserve > self.context:
+            raise UsageError(
+                "the message does not fit the context",
+                expected=f"at most {self.context - reserve} tokens ({self.context} of context, "
+                f"{reserve} kept for the reply)",
+                found=f"{len(ids)} tokens",
+                remedy="Shorten it, or the system prompt.",
+            )
+        del self.turns[:dropped]
+        common = sum(
+            1
+            for _ in takewhile(
+                lambda pair: pair[0] == pair[1], zip(ids, self._cached, strict=False)
+            )
+        )
+        return Opening(
+            ids=ids,
+            cached_tokens=min(common, len(ids) - 1),
+            dropped_turns=dropped,
+            dropped_tokens=before - len(ids),
+        )
+
+    def reply(self, opening: Opening, text: str) -> Iterator[str]:
+        """Generate the answer to `text`, piece by piece.
+
+        However the iteration ends (end, `close`, KeyboardInterrupt), what was generated is kept as
+        the turn's answer, in history and cache alike; a turn without a single token is dropped.
+        """
+        self._cache.rewind(opening.cached_tokens)
+        room = self.context - len(opening.ids)
+        config = replace(self.config, max_new_tokens=min(self.config.max_new_tokens or room, room))
+        answer: list[int] = []
+        detokenizer = StreamDetokenizer(self.tokenizer)
+        finish: Finish | None = None
+        first_token_s = elapsed_s = 0.0
+        try:
+            prompt = torch.tensor([opening.ids])
+            for token in stream(
+                self.model, prompt, config, cache=self._cache, tokenizer=self.tokenizer
+            ):
+                elapsed_s, finish = token.elapsed_s, token.finish
+                first_token_s = first_token_s or elapsed_s
+                index = int(token.ids)
+                answer.append(index)
+                piece = detokenizer.put(index)
+                if piece:
+                    yield piece
+            rest = detokenizer.end()
+            if rest:
+                yield rest
+        finally:
+            whole = (*opening.ids, *answer)
+            self._cached = whole[: self._cache.length]
+            new_tokens = len(answer)
+            if answer and answer[-1] in config.eos_ids:
+                answer.pop()
+            if new_tokens:
+                self.turns.append(Turn(text, tuple(answer)))
+            self.stats = ReplyStats(
+                prompt_tokens=len(opening.ids),
+                cached_tokens=opening.cached_tokens,
+                new_tokens=new_tokens,
+                first_token_s=first_token_s,
+                elapsed_s=elapsed_s,
+                context_tokens=len(whole),
+                context_limit=self.context,
+                finish=finish,
+            )
+
+    def _prompt(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """The template's ids, each answer by the ids that were generated."""
+        messages = [Message("system", self.system)] if self.system else []
+        for turn in turns[:-1]:
+            messages += [Message("user", turn.user), Message("assistant", "", turn.answer)]
+        return tuple(chat.encode([*messages, Message("user", turns[-1].user)], self.tokenizer))

@@ -1,0 +1,225 @@
+"""Rounds weights to NF4, byte for byte as bitsandbytes 0.50.2 does on the CPU.
+
+Blocks are independent of each other: tiles that fit the cache are encoded on several threads, and
+the number of threads changes no code and no absmax. Knows nothing of files or of models.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from math import gcd
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmix.errors import CheckpointError, UsageError
+from qmix.scheme import NESTED_BLOCK, Scheme
+from qmix.scheme import NF4 as NF4_SCHEME
+from qmix.weights import NF4, NF4_BLOCK_SIZES, NF4_VALUES, TILE_ELEMENTS, NestedAbsmax
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+# A thread's share of the work at a time, and so the copy that a strided weight needs: 4 MB at most.
+_SLAB_ELEMENTS = 1 << 20
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Below this the reciprocal of an absmax would overflow; bitsandbytes clamps there too.
+_SMALLEST = np.float32(1e-38)
+_DYNAMIC_BINS = 1 << 16
+
+
+def table() -> Tensor:
+    """float32 [16]: the value of each code."""
+    return torch.tensor(NF4_VALUES, dtype=torch.float32)
+
+
+@cache
+def _bounds() -> tuple[np.float32, ...]:
+    """The 15 values halfway between neighbours of the table, rounded to float32."""
+    values = np.array(NF4_VALUES, np.float32)
+    return tuple((values[:-1] + values[1:]) / np.float32(2))
+
+
+def dynamic_map() -> Tensor:
+    """float32 [256], ascending: the signed 8-bit "dynamic" type of arXiv 1511.04561.
+
+    A code has a sign, a decade 10^-6 .. 10^0, and 2^0 .. 2^6 values within its decade: the
+    midpoints of equal parts of [0.1, 1]. Zero and one are added; minus one is not in the map.
+    """
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        # The decade's power is taken as a double and rounded by the product, as bitsandbytes does.
+        positive.append(10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0))
+    half = torch.cat(positive)
+    return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values
+
+
+@cache
+def _dynamic_codes() -> U8:
+    """uint8 [65536]: the dynamic code of each of 65536 equal steps from -1 to 1.
+
+    bitsandbytes rounds to the nearest step first and takes the step's code after, so a value within
+    1/131070 of a midpoint may get the farther code; 0.1 % of the codes differ from exact rounding.
+    """
+    values = dynamic_map().numpy()
+    bounds = (values[:-1] + values[1:]) * np.float32(0.5)
+    steps = np.arange(_DYNAMIC_BINS, dtype=np.float32)
+    steps = (steps + steps) / np.float32(_DYNAMIC_BINS - 1) - np.float32(1)
+    return np.searchsorted(bounds, steps, side="left").astype(np.uint8)
+
+
+def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weight") -> NF4:
+    """Round a weight to NF4.
+
+    A code is the table's value nearest to `w * (1 / absmax)` in float32, where absmax is the
+    largest magnitude of the block; a tie goes to the lower code. A block of zeros has absmax 0 and
+    codes 7. A short last block is divided by its absmax instead, and that is at least 1e-38
+    (bitsandbytes 0.50.2, backends/default/ops.py, `quantize_4bit`).
+
+    The offset of the nested scales is `torch.mean`: from 32768 blocks on, its last bit depends on
+    torch's thread count. It is the only thing here that does, and bitsandbytes' does alike.
+
+    Args:
+        weight: bfloat16, float16 or float32 [N, K]; any strides, any device.
+        scheme: of kind `nf4`.
+        where: file and tensor, for the error.
+
+    Returns:
+        The packed weight, on the CPU. Beside it and the input about 1 MB a thread is held.
+
+    Raises:
+        CheckpointError: NaN or infinity in the weight, or another dtype or number of dimensions.
+        UsageError: a scheme that is not NF4, or has a block size that bitsandbytes does not know.
+    """
+    if scheme.kind != "nf4" or scheme.block_size not in NF4_BLOCK_SIZES:
+        raise UsageError(
+            "not a scheme of NF4",
+            expected=f"nf4 with a block of {', '.join(map(str, NF4_BLOCK_SIZES))}",
+            found=f"{scheme.kind}, block {scheme.block_size}",
+        )
+    if weight.dtype not in _DTYPES or weight.ndim != 2 or not weight.numel():
+        raise CheckpointError(
+            "not a weight that can be quantized",
+            where=where,
+            expected="bfloat16, float16 or float32 [N, K]",
+            found=f"{weight.dtype} {list(weight.shape)}".removeprefix("torch."),
+        )
+    block, count = scheme.block_size, weight.numel()
+    codes = np.empty(-(-count // 2), np.uint8)
+    absmax = np.empty(-(-count // block), np.float32)
+
+    def encode(rows: tuple[int, int]) -> None:
+        first = rows[0] * weight.shape[1]
+        slab = weight.detach()[rows[0] : rows[1]].cpu().reshape(-1)
+        if not _encode(slab, block, codes[first // 2 :], absmax[first // block :]):
+            raise CheckpointError(
+                "NaN, infinity or a value beyond float32 in the weight",
+                where=where,
+                remedy="The checkpoint is damaged; download it again.",
+            )
+
+    slabs = list(_slabs(weight.shape[0], weight.shape[1], block))
+    if len(slabs) == 1:
+        encode(slabs[0])
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(encode, slabs):
+                pass
+    scales = torch.from_numpy(absmax)
+    return NF4(
+        codes=torch.from_numpy(codes),
+        absmax=_nest(scales, where) if scheme.double_quant else scales,
+        table=table(),
+        out_shape=(weight.shape[0], weight.shape[1]),
+        out_dtype=weight.dtype,
+        block_size=block,
+    )
+
+
+def _slabs(rows: int, columns: int, block: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that begin with a block."""
+    unit = block // gcd(columns, block)
+    step = unit * max(1, _SLAB_ELEMENTS // (unit * columns))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _encode(flat: Tensor, block: int, codes: U8, absmax: F32) -> bool:
+    """Encode `flat` [n] into the front of `codes` and `absmax`; False if a value is not finite."""
+    values = np.empty(TILE_ELEMENTS, np.float32)
+    scratch = np.empty(TILE_ELEMENTS, np.float32)
+    full = flat.numel() // block * block
+    for start in range(0, full, TILE_ELEMENTS):
+        stop = min(start + TILE_ELEMENTS, full)
+        tile = values[: stop - start]
+        torch.from_numpy(tile).copy_(flat[start:stop])
+        magnitude = np.abs(tile, out=scratch[: stop - start]).reshape(-1, block)
+        largest = absmax[start // block : stop // block]
+        torch.amax(torch.from_numpy(magnitude), 1, out=torch.from_numpy(largest))
+        if not np.isfinite(largest).all():
+            return False
+        inverse = np.float32(1) / np.maximum(largest, _SMALLEST)
+        blocks = tile.reshape(-1, block)
+        np.multiply(blocks, inverse[:, None], out=blocks)
+        codes[start // 2 : stop // 2] = _codes(tile)
+    rest = flat[full:].float().numpy()
+    if rest.size:
+        largest = np.maximum(np.abs(rest).max(), _SMALLEST)
+        if not np.isfinite(largest):
+            return False
+        absmax[full // block] = largest
+        padded = np.append(rest / largest, np.zeros(rest.size % 2, np.float32))
+        codes[full // 2 : full // 2 + padded.size // 2] = _codes(padded)
+    return True
+
+
+def _codes(scaled: F32) -> U8:
+    """The codes of values in [-1, 1], two to a byte: [a b | c d] -> [ab cd]."""
+    # A code is the number of bounds below the value. Fifteen comparisons that numpy vectorizes take
+    # 1.1 ns a value on a Zen 4 core; torch.bucketize takes 10.
+    code = np.empty(scaled.size, np.uint8)
+    above = np.empty(scaled.size, np.bool_)
+    lowest, *others = _bounds()
+    np.greater(scaled, lowest, out=code.view(np.bool_))
+    for bound in others:
+        np.greater(scaled, bound, out=above)
+        np.add(code, above.view(np.uint8), out=code)
+    # a + 256 b, times 4097: the upper byte of the 16-bit product is 16 a + b.
+    pair = code.view("<u2")
+    np.multiply(pair, 4097, out=pair)
+    return code[1::2]
+
+
+def _nest(absmax: Tensor, where: str) -> NestedAbsmax:
+    """Round float32 absmax [B] to 8 bits around their mean (bitsandbytes' `quantize_blockwise`).
+
+    A group in which every absmax equals the mean gets codes 0, not the code of zero; its own
+    absmax is 0, so they decode to the mean all the same.
+    """
+    mean = absmax.mean()
+    offset = mean.item()
+    centred = (absmax - mean).numpy()
+    short = -centred.size % NESTED_BLOCK
+    groups = np.pad(centred, (0, short)).reshape(-1, NESTED_BLOCK)
+    largest = np.abs(groups).max(axis=1)
+    if not np.isfinite(largest).all():
+        raise CheckpointError(
+            "weights so large that the mean of their scales overflows", where=where
+        )
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scaled = np.clip(groups * (np.float32(1) / largest)[:, None], np.float32(-1), np.float32(1))
+        # The product and the sum are rounded together: bitsandbytes' binary uses a fused operation.
+        step = (scaled + np.float32(1)) * np.float32(0.5)
+        step = (step.astype(np.float64) * (_DYNAMIC_BINS - 1) + 0.5).astype(np.float32)
+    # Zero times an infinite reciprocal is NaN; bitsandbytes' conversion makes it step 0.
+    codes = _dynamic_codes()[np.nan_to_num(step, nan=0.0).astype(np.intp)]
+    return NestedAbsmax(
+        codes=torch.from_numpy(codes.reshape(-1)[: centred.size].copy()),
+        absmax=torch.from_numpy(largest),
+        map=dynamic_map(),
+        offset=offset,
+    )

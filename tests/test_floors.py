@@ -1,0 +1,121 @@
+"""Imports go downward only: each module may import lower floors, or siblings of its own floor."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# qmix/DESIGN.md, "Floors". A package stands for all its modules unless one is named itself.
+FLOORS = {
+    "qmix": 0,
+    "qmix.errors": 0,
+    "qmix.strict_json": 0,
+    "qmix.config": 0,
+    "qmix.scheme": 0,
+    "qmix.tokenizer": 0,
+    "qmix.chat": 0,
+    "qmix.weights": 1,
+    "qmix.kernels": 2,
+    "qmix.formats": 3,
+    "qmix.cache": 4,
+    "qmix.layers": 5,
+    "qmix.model": 5,
+    "qmix.sampling": 6,
+    "qmix.generate": 6,
+    "qmix.loader": 6,
+    "qmix.heads": 7,
+    "qmix.auto": 7,
+    "qmix.session": 8,
+    "qmix.repl": 8,
+    "qmix.quantize": 8,
+    "qmix.evals": 9,
+    "qmix.cli": 10,
+}
+
+# Which files may import which third-party package.
+HOMES = {
+    "sentencepiece": {"qmix.tokenizer", "qmix.evals.train_tokenizer", "qmix.evals.synthetic"},
+    "rich": {"qmix.cli", "qmix.repl", "qmix.evals.demo"},
+    "typer": {"qmix.cli"},
+    "numpy": {"qmix.weights", "qmix.quantize.nf4"},
+}
+TORCHLESS = {"qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.scheme", "qmix.chat"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for base, package in (("qmix", "qmix"), ("quantize", "qmix.quantize"), ("evals", "qmix.evals")):
+        for path in (ROOT / base).rglob("*.py"):
+            parts = path.relative_to(ROOT / base).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            found[name] = path
+    found["qmix.cli"] = ROOT / "cli.py"
+    return found
+
+
+MODULES = modules()
+
+
+def imported(path: Path) -> set[str]:
+    """Every module imported anywhere in the file, functions included, type checking excluded."""
+    names = set()
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def floor(name: str) -> int | None:
+    while name:
+        if name in FLOORS:
+            return FLOORS[name]
+        name = name.rpartition(".")[0]
+    return None
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_downward_only(name):
+    own = floor(name)
+    assert own is not None, f"{name} has no floor"
+    for other in imported(MODULES[name]):
+        if other.startswith("qmix"):
+            assert floor(other) <= own, f"{name} (floor {own}) imports {other}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_third_party_packages_stay_in_their_homes(name):
+    for other in imported(MODULES[name]):
+        package = other.partition(".")[0]
+        if package in HOMES:
+            assert name in HOMES[package], f"{name} imports {package}"
+        elif package not in sys.stdlib_module_names:
+            assert package in ("qmix", "torch", "pydoc_data"), f"{name} imports {package}"
+    if name in TORCHLESS:
+        assert not any(other.partition(".")[0] == "torch" for other in imported(MODULES[name]))
+
+
+def test_every_file_fits_a_few_screens():
+    long = {name: n for name, path in MODULES.items() if (n := path.read_text().count("\n")) > 600}
+    assert not long, long
+
+
+def test_importing_qmix_imports_no_torch():
+    import subprocess
+
+    code = "import sys, qmix, qmix.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
