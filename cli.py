@@ -300,9 +300,7 @@ def _sampling(
 ) -> "GenerationConfig":
     """The options of a command, checked before a model is loaded."""
     from qmix.generate import GenerationConfig
-    from qmix.sampling import Sampling
 
-    Sampling(temperature=temperature)  # checked even where 0 makes the choice greedy
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature != 0,

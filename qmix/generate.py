@@ -96,12 +96,16 @@ class GenerationConfig:
             )
         if any(stop == "" or not isinstance(stop, str) for stop in self.stops):
             raise UsageError("an empty stop string stops everything", where="stop_strings")
-        _ = self.sampling
+        _ = self._drawing  # checked also where greedy choice does not need it
 
     @property
     def sampling(self) -> Sampling:
         if not self.do_sample:
             return Sampling(repetition_penalty=self.repetition_penalty)
+        return self._drawing
+
+    @property
+    def _drawing(self) -> Sampling:
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k or 0,

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
 import sentencepiece
 
@@ -26,12 +26,6 @@ MODEL_BYTES = 64 << 20
 # sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space: the one
 # character that does not survive the round trip.
 SPACE_MARK = "\u2581"
-
-
-class IntArray(Protocol):
-    """A tensor or array of ids."""
-
-    def tolist(self) -> int | list[int]: ...
 
 
 class BatchEncoding(dict[str, Any]):
@@ -107,12 +101,11 @@ class LlamaTokenizer:
         """
         path = Path(path)
         file = path / MODEL_FILE if path.is_dir() else path
-        if path.is_dir() and not file.exists():
-            json_only = (path / "tokenizer.json").exists()
+        if not file.exists() and (path / "tokenizer.json").exists():
             raise CheckpointError(
                 f"{MODEL_FILE} is missing",
                 where=str(path),
-                found="tokenizer.json, which qmix does not read" if json_only else None,
+                found="tokenizer.json, which qmix does not read",
                 remedy=f"Copy {MODEL_FILE} from the original checkpoint into this directory.",
             )
         model = _read_model(file)
@@ -174,19 +167,11 @@ class LlamaTokenizer:
     def get_vocab(self) -> dict[str, int]:
         return dict(self._ids)
 
-    @overload
-    def convert_ids_to_tokens(self, ids: int) -> str: ...
-    @overload
-    def convert_ids_to_tokens(self, ids: Sequence[int] | IntArray) -> list[str]: ...
-    def convert_ids_to_tokens(self, ids: int | Sequence[int] | IntArray) -> str | list[str]:
+    def convert_ids_to_tokens(self, ids: "int | Sequence[int] | Tensor") -> str | list[str]:
         """The pieces' own names: `▁My`, `<0x0A>`, `</s>`."""
         names = [self._pieces.names[i] for i in self._checked(ids)]
         return names[0] if isinstance(ids, int) else names
 
-    @overload
-    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
-    @overload
-    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]: ...
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int | None] | None:
         """The ids of pieces by name; a name that is no piece gives the unknown id."""
         if isinstance(tokens, str):
@@ -254,7 +239,7 @@ class LlamaTokenizer:
 
     def decode(
         self,
-        ids: int | Sequence[int] | IntArray,
+        ids: "int | Sequence[int] | Tensor",
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> str:
@@ -276,7 +261,7 @@ class LlamaTokenizer:
 
     def batch_decode(
         self,
-        sequences: Iterable[Sequence[int] | IntArray],
+        sequences: "Iterable[Sequence[int] | Tensor]",
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
@@ -315,12 +300,7 @@ class LlamaTokenizer:
         spaced = next((i for i, text in enumerate(texts) if text.startswith(" ")), None)
         for index, (content, special) in self._added_tokens(size).items():
             if index != len(names):
-                raise CheckpointError(
-                    "added token ids leave a gap",
-                    where=self._where,
-                    expected=len(names),
-                    found=index,
-                )
+                raise self._bad_entry("added_tokens_decoder", f"{len(names)}: no gap", index)
             names.append(content)
             texts.append(content)
             if special:
@@ -400,13 +380,13 @@ class LlamaTokenizer:
         longest = max(map(len, rows))
         padded, masks = [], []
         for row in rows:
-            blank = longest - len(row)
-            left, right = (blank, 0) if self.padding_side == "left" else (0, blank)
-            padded.append([pad] * left + row + [pad] * right)
-            masks.append([0] * left + [1] * len(row) + [0] * right)
+            blank, mask = longest - len(row), [1] * len(row)
+            left = self.padding_side == "left"
+            padded.append([pad] * blank + row if left else row + [pad] * blank)
+            masks.append([0] * blank + mask if left else mask + [0] * blank)
         return padded, masks
 
-    def _checked(self, ids: int | Sequence[int] | IntArray) -> list[int]:
+    def _checked(self, ids: "int | Sequence[int] | Tensor") -> list[int]:
         """A flat list of ids, each inside the vocabulary."""
         listed = ids if isinstance(ids, (int, Sequence)) else ids.tolist()
         listed = [listed] if isinstance(listed, int) else list(listed)
@@ -539,9 +519,9 @@ def _read_model(file: Path) -> bytes:
             raise CheckpointError(
                 "file too large",
                 where=str(file),
-                expected=f"at most {MODEL_BYTES} B (Mixtral's has 493443)",
+                expected=f"at most {MODEL_BYTES} B",
                 found=size,
-                remedy="This is no tokenizer.model: fetch it again.",
+                remedy="Mixtral's tokenizer.model has 493443 B: fetch it again.",
             )
         return file.read_bytes()
     except OSError as error:
