@@ -133,9 +133,9 @@ def generate(
 
     import qmix
     from qmix import chat as template
+    from qmix.detokenizer import StreamDetokenizer
     from qmix.generate import stream
     from qmix.repl import printable
-    from qmix.tokenizer import StreamDetokenizer
 
     config = _sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop

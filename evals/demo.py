@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
+from qmix.detokenizer import StreamDetokenizer
 from qmix.evals import tiny_model
 from qmix.evals.measure import compare
 from qmix.generate import GenerationConfig, stream
 from qmix.quantize.report import Report
 from qmix.repl import printable
-from qmix.tokenizer import StreamDetokenizer
 
 PROMPT = "Return a new list containing"
 NEW_TOKENS = 96

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
+from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import UsageError
 from qmix.sampling import Sampling
-from qmix.tokenizer import LlamaTokenizer, StreamDetokenizer
+from qmix.tokenizer import LlamaTokenizer
 
 # Bounds the attention mask (chunk x context) and the activations of a long prompt.
 PREFILL_CHUNK = 512

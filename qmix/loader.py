@@ -82,8 +82,11 @@ def save(model: nn.Module, config: MixtralConfig, directory: str | Path) -> None
     for name, stored in _stored(model, config):
         if isinstance(stored, NF4):
             tensors = bnb.pack(stored, name.removesuffix(".weight"))
+        elif isinstance(stored, Dense):
+            tensors = {name: stored.data}
         else:
-            tensors = {name: stored.data if isinstance(stored, Dense) else stored}
+            assert isinstance(stored, Tensor)
+            tensors = {name: stored}
         plan = [shards.Planned(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
         groups.append((plan, tensors))
     shards.write_shards(

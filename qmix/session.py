@@ -13,10 +13,11 @@ import torch
 from qmix import chat
 from qmix.cache import KVCache
 from qmix.chat import Message
+from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import UsageError
 from qmix.generate import Finish, GenerationConfig, stream
 from qmix.heads import MixtralForCausalLM
-from qmix.tokenizer import LlamaTokenizer, StreamDetokenizer
+from qmix.tokenizer import LlamaTokenizer
 
 
 @dataclass(frozen=True)

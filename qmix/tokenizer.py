@@ -8,21 +8,20 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import sentencepiece
 
 from qmix import chat, strict_json
+from qmix.detokenizer import Pieces, StreamDetokenizer
 from qmix.errors import CheckpointError, UsageError
+from qmix.tokenizer_file import MODEL_FILE, check_model, damaged, read_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
-MODEL_BYTES = 64 << 20
 # sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space: the one
 # character that does not survive the round trip.
 SPACE_MARK = "\u2581"
@@ -45,17 +44,6 @@ class BatchEncoding(dict[str, Any]):
         return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pieces:
-    """What each id shows: one table, so that streaming and decoding cannot disagree."""
-
-    names: tuple[str, ...]
-    texts: tuple[str, ...]  # with spaces in place of the mark
-    bytes_by_id: Mapping[int, int]
-    controls: frozenset[int]  # unknown, begin, end, special added tokens: no text of their own
-    drops_first_space: bool
-
-
 class LlamaTokenizer:
     """The tokenizer of a Mixtral checkpoint: byte-fallback BPE, in which no character is unknown.
 
@@ -75,16 +63,16 @@ class LlamaTokenizer:
     def __init__(
         self, model: bytes, config: Mapping[str, Any] | None = None, *, where: str = MODEL_FILE
     ) -> None:
-        _check_model(model, where)
+        check_model(model, where)
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
-            raise _damaged(where, str(error)[:120]) from None
+            raise damaged(where, str(error)[:120]) from None
         self._model = model
         self._config = dict(config or {})
         self._where = str(Path(where).with_name(CONFIG_FILE))
-        self._pieces = self._read_pieces()
-        self._ids = {name: i for i, name in reversed(list(enumerate(self._pieces.names)))}
+        self.pieces = self._read_pieces()
+        self._ids = {name: i for i, name in reversed(list(enumerate(self.pieces.names)))}
         self.padding_side = "left"
         self.add_bos_token = self._flag("add_bos_token", True)
         self.add_eos_token = self._flag("add_eos_token", False)
@@ -108,7 +96,7 @@ class LlamaTokenizer:
                 found="tokenizer.json, which qmix does not read",
                 remedy=f"Copy {MODEL_FILE} from the original checkpoint into this directory.",
             )
-        model = _read_model(file)
+        model = read_model(file)
         config_file = file.with_name(CONFIG_FILE)
         config = strict_json.read(config_file) if config_file.exists() else None
         tokenizer = cls(model, config, where=str(file))
@@ -140,7 +128,7 @@ class LlamaTokenizer:
         return int(self._sp.get_piece_size())
 
     def __len__(self) -> int:
-        return len(self._pieces.names)
+        return len(self.pieces.names)
 
     @property
     def bos_token(self) -> str | None:
@@ -169,7 +157,7 @@ class LlamaTokenizer:
 
     def convert_ids_to_tokens(self, ids: "int | Sequence[int] | Tensor") -> str | list[str]:
         """The pieces' own names: `▁My`, `<0x0A>`, `</s>`."""
-        names = [self._pieces.names[i] for i in self._checked(ids)]
+        names = [self.pieces.names[i] for i in self._checked(ids)]
         return names[0] if isinstance(ids, int) else names
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int | None] | None:
@@ -291,7 +279,7 @@ class LlamaTokenizer:
             return tensor
         return ids
 
-    def _read_pieces(self) -> _Pieces:
+    def _read_pieces(self) -> Pieces:
         sp = self._sp
         size = sp.get_piece_size()
         names: list[str] = [sp.id_to_piece(i) for i in range(size)]
@@ -305,7 +293,7 @@ class LlamaTokenizer:
             texts.append(content)
             if special:
                 controls.add(index)
-        return _Pieces(
+        return Pieces(
             names=tuple(names),
             texts=tuple(texts),
             bytes_by_id={i: int(names[i][1:-1], 16) for i in range(size) if sp.is_byte(i)},
@@ -363,7 +351,7 @@ class LlamaTokenizer:
         )
 
     def _name(self, index: int | None) -> str | None:
-        return None if index is None else self._pieces.names[index]
+        return None if index is None else self.pieces.names[index]
 
     def _front(self) -> list[int]:
         return [self.bos_token_id] if self.add_bos_token and self.bos_token_id is not None else []
@@ -395,78 +383,6 @@ class LlamaTokenizer:
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
                 raise _wrong("ids", f"token ids from 0 to {size - 1}, one row", index)
         return listed
-
-
-class StreamDetokenizer:
-    """Text from ids as they arrive: what is finished comes out, and comes out once.
-
-    All `put` results and `end` together are the text that `decode` gives for the same ids. The
-    bytes of an unfinished character wait for their rest. O(1) a token.
-
-    Args:
-        tokenizer: whose ids they are.
-        prompt: ids that stand before the first `put`; their text is not repeated. With a prompt
-            the first piece keeps its leading space (`generate`: the text goes on); without one
-            it loses it (`chat`: an answer starts).
-        skip_special_tokens: leave control tokens out.
-    """
-
-    def __init__(
-        self,
-        tokenizer: LlamaTokenizer,
-        prompt: Sequence[int] = (),
-        *,
-        skip_special_tokens: bool = True,
-    ) -> None:
-        self._pieces = tokenizer._pieces
-        self._skip = skip_special_tokens
-        self._started = not self._pieces.drops_first_space
-        self._waiting = b""
-        for index in prompt:
-            self.put(index)
-
-    def put(self, token_id: int) -> str:
-        """The text that `token_id` finishes; often one piece, sometimes nothing.
-
-        Raises:
-            UsageError: an id outside the vocabulary.
-        """
-        pieces = self._pieces
-        if not isinstance(token_id, int) or not 0 <= token_id < len(pieces.texts):
-            expected = f"a token id from 0 to {len(pieces.texts) - 1}"
-            raise _wrong("token_id", expected, token_id)
-        byte = pieces.bytes_by_id.get(token_id)
-        if byte is not None:
-            self._started = True
-            self._waiting += bytes((byte,))
-            return self._finished(last=False)
-        before = self._finished(last=True)
-        if token_id in pieces.controls and self._skip:
-            return before
-        text = pieces.texts[token_id]
-        if not self._started:
-            self._started = True
-            text = text.removeprefix(" ")
-        return before + text
-
-    def end(self) -> str:
-        """What still waits: U+FFFD for each byte of a character that never came whole."""
-        return self._finished(last=True)
-
-    def _finished(self, *, last: bool) -> str:
-        text = ""
-        while self._waiting:
-            try:
-                text += self._waiting.decode()
-                self._waiting = b""
-            except UnicodeDecodeError as error:
-                # Only "unexpected end" reaches the last byte without breaking a rule of UTF-8.
-                if error.reason == "unexpected end of data" and not last:
-                    return text
-                # One U+FFFD a byte, as sentencepiece does; Python's own rule merges some.
-                text += self._waiting[: error.start].decode() + "\ufffd"
-                self._waiting = self._waiting[error.start + 1 :]
-        return text
 
 
 def _wrong(where: str, expected: str, found: object) -> UsageError:
@@ -504,79 +420,6 @@ def _tensors(rows: list[list[int]], masks: list[list[int]]) -> BatchEncoding:
         input_ids=torch.tensor(rows, dtype=torch.int64),
         attention_mask=torch.tensor(masks, dtype=torch.int64),
     )
-
-
-def _read_model(file: Path) -> bytes:
-    try:
-        if not file.is_file():
-            raise CheckpointError(
-                "no such file",
-                where=str(file),
-                remedy=f"Give a local checkpoint directory that holds {MODEL_FILE}.",
-            )
-        size = file.stat().st_size
-        if size > MODEL_BYTES:
-            raise CheckpointError(
-                "file too large",
-                where=str(file),
-                expected=f"at most {MODEL_BYTES} B",
-                found=size,
-                remedy="Mixtral's tokenizer.model has 493443 B: fetch it again.",
-            )
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError("cannot be read", where=str(file), found=error.strerror) from error
-
-
-def _damaged(where: str, found: str) -> CheckpointError:
-    return CheckpointError(
-        "not a sentencepiece model, or a damaged one",
-        where=where,
-        found=found,
-        remedy="Fetch the file again; Mixtral's tokenizer.model has 493443 B.",
-    )
-
-
-def _check_model(data: bytes, where: str) -> None:
-    """Walk the outer protobuf message: pieces (1), trainer (2) and normaliser (3) must be there.
-
-    The parser accepts a file that was cut between two fields, and then fills in defaults: another
-    algorithm and another treatment of spaces, silently. (Layout: sentencepiece_model.proto.)
-    """
-    if not data:
-        raise _damaged(where, "an empty file")
-    if data.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            "this is a git-lfs pointer, not the file itself",
-            where=where,
-            remedy="Run `git lfs pull` in the checkpoint's directory.",
-        )
-    fields = set()
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at, where)
-        kind = tag & 7
-        fields.add(tag >> 3)
-        if kind == 2:
-            size, at = _varint(data, at, where)
-            at += size
-        elif kind == 0:
-            _, at = _varint(data, at, where)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise _damaged(where, f"{len(data)} B of another format")
-    if at > len(data) or not fields >= {1, 2, 3}:
-        raise _damaged(where, f"a file cut short after {len(data)} B")
-
-
-def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:
-    value = 0
-    for place, byte in enumerate(data[at : at + 10]):
-        value |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            return value, at + place + 1
-    raise _damaged(where, f"a file cut short after {len(data)} B")
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -251,7 +251,9 @@ class NF4:
             tile = target[first - start : last - start]
             in_place = dtype == torch.float32
             scaled = np.multiply(
-                values, scales[first - start : last - start], out=tile.numpy() if in_place else values
+                values,
+                scales[first - start : last - start],
+                out=tile.numpy() if in_place else values,
             )
             if not in_place:
                 tile.copy_(torch.from_numpy(scaled))

@@ -19,7 +19,9 @@ def folder(tmp_path):
     """A small dense checkpoint in one file, as save_pretrained of transformers writes it."""
     model = small_model()
     model.config.save_pretrained(tmp_path)
-    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {n: t.contiguous() for n, t in model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
     return tmp_path
 
 
@@ -107,7 +109,11 @@ def test_dtype_and_device_are_honoured(folder):
     model = MixtralForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, device="cpu")
     assert model.dtype == torch.bfloat16
     assert MixtralForCausalLM.from_pretrained(folder, dtype="float16").dtype == torch.float16
-    for bad in ({"dtype": "int8"}, {"device": "abacus"}, {"dtype": "float16", "torch_dtype": "float32"}):
+    for bad in (
+        {"dtype": "int8"},
+        {"device": "abacus"},
+        {"dtype": "float16", "torch_dtype": "float32"},
+    ):
         with pytest.raises(QmixError):
             MixtralForCausalLM.from_pretrained(folder, **bad)
 
@@ -150,7 +156,7 @@ print([path for path in seen if not path.startswith({str(folder)!r})])
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_missing_files_are_named(folder, missing):
     (folder / missing).unlink()
-    with pytest.raises(CheckpointError, match="config|safetensors"):
+    with pytest.raises(CheckpointError, match=r"config|safetensors"):
         load(folder)
 
 
@@ -174,7 +180,11 @@ def test_a_v5_config_gives_the_same_logits(folder):
 
 
 def test_foreign_layouts_are_refused_by_name(folder):
-    for suffix, layout in ((".weight_packed", "compressed-tensors"), (".W_q", "HQQ"), (".SCB", "int8")):
+    for suffix, layout in (
+        (".weight_packed", "compressed-tensors"),
+        (".W_q", "HQQ"),
+        (".SCB", "int8"),
+    ):
         tensors = {f"model.layers.0.self_attn.q_proj{suffix}": torch.zeros(1)}
         save_file({n: t.clone() for n, t in tensors.items()}, folder / "model.safetensors")
         with pytest.raises(UnsupportedError, match=layout):

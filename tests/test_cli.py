@@ -132,7 +132,13 @@ def test_eval_prints_one_json_document_with_the_agreed_names(tiny, tiny_nf4, tmp
     result = qmix("eval", tiny_nf4, "--data", text, "--reference", tiny, "--json")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
-    assert document.keys() >= {"perplexity", "perplexity_stderr", "tokens", "protocol", "text_sha256"}
+    assert document.keys() >= {
+        "perplexity",
+        "perplexity_stderr",
+        "tokens",
+        "protocol",
+        "text_sha256",
+    }
     assert document["reference"].keys() >= {
         "perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement",
     }  # fmt: skip

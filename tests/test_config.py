@@ -11,7 +11,11 @@ def test_defaults_are_the_reference_pages():
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (32000, 4096, 14336)
     assert (config.num_hidden_layers, config.num_attention_heads) == (32, 32)
     assert (config.num_key_value_heads, config.head_dim) == (8, 128)
-    assert (config.rope_theta, config.sliding_window, config.tie_word_embeddings) == (1e6, None, False)
+    assert (config.rope_theta, config.sliding_window, config.tie_word_embeddings) == (
+        1e6,
+        None,
+        False,
+    )
     assert (config.num_experts_per_tok, config.num_local_experts) == (2, 8)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
 
@@ -21,7 +25,12 @@ def test_no_key_value_heads_means_one_per_head():
 
 
 def test_transformers_4_and_5_spellings_give_the_same_config():
-    old = {"model_type": "mixtral", "rope_theta": 5e5, "torch_dtype": "bfloat16", "num_local_experts": 4}
+    old = {
+        "model_type": "mixtral",
+        "rope_theta": 5e5,
+        "torch_dtype": "bfloat16",
+        "num_local_experts": 4,
+    }
     new = {
         "model_type": "mixtral",
         "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
@@ -36,7 +45,9 @@ def test_rope_theta_missing_everywhere_is_a_million():
 
 
 def test_unknown_keys_are_kept_and_round_trip(tmp_path):
-    config = MixtralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, zebra=[1, {"a": None}])
+    config = MixtralConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, zebra=[1, {"a": None}]
+    )
     assert config.zebra == [1, {"a": None}]
     config.save_pretrained(tmp_path)
     again = MixtralConfig.from_pretrained(tmp_path)

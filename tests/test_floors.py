@@ -16,6 +16,8 @@ FLOORS = {
     "qmix.config": 0,
     "qmix.scheme": 0,
     "qmix.tokenizer": 0,
+    "qmix.tokenizer_file": 0,
+    "qmix.detokenizer": 0,
     "qmix.chat": 0,
     "qmix.weights": 1,
     "qmix.kernels": 2,

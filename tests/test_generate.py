@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import small_model
@@ -120,7 +122,7 @@ def test_tokens_say_when_and_why_generation_ended():
     eos = int(tokens[1].ids)
     tokens = list(stream(model, ids(4), GenerationConfig(max_new_tokens=9, eos_token_id=eos)))
     assert tokens[-1].finish == "stop"
-    assert all(a.elapsed_s <= b.elapsed_s for a, b in zip(tokens, tokens[1:], strict=False))
+    assert all(a.elapsed_s <= b.elapsed_s for a, b in pairwise(tokens))
 
 
 def test_a_cache_that_holds_a_prefix_is_not_computed_again():

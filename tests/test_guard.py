@@ -35,9 +35,21 @@ def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path, monkeypatch)
 
 
 def test_every_figure_is_guarded_in_its_direction():
-    base = Figures(bf16_perplexity=10.0, nf4_ratio=1.02, nf4_kl_mean=0.01, nf4_kl_p99=0.1, nf4_top1_agreement=0.95)
+    base = Figures(
+        bf16_perplexity=10.0,
+        nf4_ratio=1.02,
+        nf4_kl_mean=0.01,
+        nf4_kl_p99=0.1,
+        nf4_top1_agreement=0.95,
+    )
     assert check(base, base, guard.SAME_TEXT) == ()
-    worse = {"bf16_perplexity": 11.0, "nf4_ratio": 1.1, "nf4_kl_mean": 0.02, "nf4_kl_p99": 0.2, "nf4_top1_agreement": 0.9}
+    worse = {
+        "bf16_perplexity": 11.0,
+        "nf4_ratio": 1.1,
+        "nf4_kl_mean": 0.02,
+        "nf4_kl_p99": 0.2,
+        "nf4_top1_agreement": 0.9,
+    }
     for name, value in worse.items():
         (failure,) = check(dataclasses.replace(base, **{name: value}), base, guard.SAME_TEXT)
         assert name in failure

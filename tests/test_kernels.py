@@ -63,7 +63,9 @@ def test_an_nf4_product_never_holds_more_than_one_tile(monkeypatch):
 
 def expert(seed, kind, d=64, f=96):
     return Expert(
-        w1=kind(matrix(f, d, seed)), w2=kind(matrix(d, f, seed + 1)), w3=kind(matrix(f, d, seed + 2))
+        w1=kind(matrix(f, d, seed)),
+        w2=kind(matrix(d, f, seed + 1)),
+        w3=kind(matrix(f, d, seed + 2)),
     )
 
 

@@ -73,7 +73,9 @@ def test_logits_to_keep_equals_the_slice_and_computes_no_other_row(model):
     tokens = ids(9, batch=2)
     whole = logits(model, tokens)
     seen = []
-    model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[:-1].numel()))
+    model.lm_head.register_forward_hook(
+        lambda _m, args, _o: seen.append(args[0].shape[:-1].numel())
+    )
     assert torch.allclose(logits(model, tokens, logits_to_keep=3), whole[:, -3:], atol=1e-6)
     picked = logits(model, tokens, logits_to_keep=torch.tensor([0, 4]))
     assert torch.allclose(picked, whole[:, [0, 4]], atol=1e-6)
@@ -177,7 +179,9 @@ def test_tied_embeddings_are_one_tensor(tmp_path):
 def test_save_and_load_are_exact_and_the_headless_model_reads_the_same_files(model, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     again = MixtralForCausalLM.from_pretrained(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     headless = MixtralModel.from_pretrained(tmp_path / "whole")
     with torch.no_grad():
         hidden = headless(input_ids=ids(5), output_hidden_states=True)

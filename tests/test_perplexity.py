@@ -114,7 +114,9 @@ def test_divergence_is_kl_of_reference_from_model_per_token(folder, text, tmp_pa
     assert other.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
     assert other.kl_median == pytest.approx(float(kl.median()), rel=1e-3)
     assert other.kl_p99 == pytest.approx(float(kl.quantile(0.99)), rel=0.05)
-    assert other.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert other.top1_agreement == pytest.approx(
+        float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    )
     assert other.perplexity == pytest.approx(evaluate(folder, text).perplexity, rel=1e-6)
 
 

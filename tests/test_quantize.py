@@ -13,14 +13,13 @@ import torch
 from conftest import ROOT, small_config, small_model
 from safetensors.torch import load_file, save_file
 
+from qmix import weights
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint, shards
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize import output, pipeline
 from qmix.quantize.nf4 import quantize
 from qmix.scheme import NF4, Recipe, Scheme
-from qmix.weights import NF4 as NF4Weight
-from qmix.weights import Dense
 
 
 @pytest.fixture
@@ -36,7 +35,9 @@ def source(tmp_path):
 
 
 def run(source, out, *, attention=True, **options):
-    return pipeline.run(source, out, Recipe.uniform(NF4, attention=attention), method="nf4", **options)
+    return pipeline.run(
+        source, out, Recipe.uniform(NF4, attention=attention), method="nf4", **options
+    )
 
 
 def test_experts_and_attention_are_4_bit_and_the_rest_stays_16_bit(source, tmp_path):
@@ -46,7 +47,7 @@ def test_experts_and_attention_are_4_bit_and_the_rest_stays_16_bit(source, tmp_p
         if tensor.linear:
             weight = checkpoint.weight(tensor)
             packed = tensor.kind in ("expert", "attention")
-            assert isinstance(weight, NF4Weight if packed else Dense), tensor.name
+            assert isinstance(weight, weights.NF4 if packed else weights.Dense), tensor.name
         if tensor.kind in ("router", "head", "embedding", "norm"):
             assert checkpoint.entry(tensor.name).dtype == torch.bfloat16
 
@@ -55,8 +56,8 @@ def test_attention_can_be_left_dense_and_the_config_says_so(source, tmp_path):
     run(source, tmp_path / "out", attention=False)
     checkpoint = open_checkpoint(tmp_path / "out")
     kinds = {t.kind: type(checkpoint.weight(t)) for t in checkpoint.tensors if t.linear}
-    assert kinds["attention"] is Dense
-    assert kinds["expert"] is NF4Weight
+    assert kinds["attention"] is weights.Dense
+    assert kinds["expert"] is weights.NF4
     assert "q_proj" in checkpoint.config.quantization_config["llm_int8_skip_modules"]
 
 
@@ -148,7 +149,9 @@ def test_without_double_quant_the_scales_are_float32(source, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.2.block_sparse_moe.experts.1.w3.weight"])
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.layers.2.block_sparse_moe.experts.1.w3.weight"]
+)
 def test_weights_that_are_not_finite_are_refused_and_nothing_is_left(source, tmp_path, name, bad):
     path = next(source.glob("*.safetensors"))
     tensors = load_file(path)
@@ -280,12 +283,10 @@ def test_ctrl_c_leaves_nothing_and_exits_130(larger, tmp_path):
 
 
 def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(source, tmp_path):
-    with (
-        output.partial(tmp_path / "out") as folder,
-        pytest.raises(CheckpointError, match="another run"),
-    ):
+    with output.partial(tmp_path / "out") as folder:
         (folder / "half").write_text("written")
-        run(source, tmp_path / "out")
+        with pytest.raises(CheckpointError, match="another run"):
+            run(source, tmp_path / "out")
     assert (tmp_path / "out" / "half").is_file()
 
 

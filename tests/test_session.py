@@ -66,7 +66,12 @@ def test_a_reply_that_is_stopped_is_kept_in_history_and_cache(tokenizer):
     assert 1 <= len(kept) < 12
     opening, _ = say(session, "Go on")
     assert opening.cached_tokens >= len(kept)
-    assert list(kept) == list(opening.ids)[-len(chat.continue_turn("Go on", tokenizer)) - len(kept) :][: len(kept)]
+    assert (
+        list(kept)
+        == list(opening.ids)[-len(chat.continue_turn("Go on", tokenizer)) - len(kept) :][
+            : len(kept)
+        ]
+    )
 
 
 def test_an_interrupt_inside_the_model_keeps_what_was_generated(tokenizer):

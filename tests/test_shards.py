@@ -155,7 +155,9 @@ def test_a_damaged_file_is_refused_or_reads_as_the_library_reads_it(tmp_path_fac
     theirs = load_file(path)  # what we accept, the library accepts
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert torch.equal(tensor.view(-1).view(torch.uint8), theirs[name].view(-1).view(torch.uint8))
+        assert torch.equal(
+            tensor.view(-1).view(torch.uint8), theirs[name].view(-1).view(torch.uint8)
+        )
 
 
 def indexed(tmp_path, weight_map):

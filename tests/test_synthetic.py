@@ -7,7 +7,6 @@ import qmix
 from qmix.config import MixtralConfig
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
-from qmix.heads import MixtralForCausalLM
 from qmix.weights import NF4, Dense
 
 
@@ -29,7 +28,10 @@ def narrow(monkeypatch):
 def test_the_true_configuration_is_mixtrals():
     config = MixtralConfig(num_hidden_layers=3)
     true = synthetic.config.__closure__[0].cell_contents(3, packed=False)
-    assert (true.hidden_size, true.intermediate_size) == (config.hidden_size, config.intermediate_size)
+    assert (true.hidden_size, true.intermediate_size) == (
+        config.hidden_size,
+        config.intermediate_size,
+    )
     assert true.num_hidden_layers == 3
 
 

@@ -16,8 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import CheckpointError, UsageError
-from qmix.tokenizer import CONFIG_FILE, MODEL_FILE, LlamaTokenizer, StreamDetokenizer
+from qmix.tokenizer import CONFIG_FILE, LlamaTokenizer
+from qmix.tokenizer_file import MODEL_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 UDHR = ROOT.parent / "shared" / "data" / "udhr2.zip"

@@ -1,0 +1,84 @@
+"""The file `tokenizer.model`: read whole, and checked before sentencepiece sees it.
+
+Knows nothing of tokens. Layout: sentencepiece_model.proto.
+"""
+
+from pathlib import Path
+
+from qmix.errors import CheckpointError
+
+MODEL_FILE = "tokenizer.model"
+MODEL_BYTES = 64 << 20
+
+
+def read_model(file: Path) -> bytes:
+    try:
+        if not file.is_file():
+            raise CheckpointError(
+                "no such file",
+                where=str(file),
+                remedy=f"Give a local checkpoint directory that holds {MODEL_FILE}.",
+            )
+        size = file.stat().st_size
+        if size > MODEL_BYTES:
+            raise CheckpointError(
+                "file too large",
+                where=str(file),
+                expected=f"at most {MODEL_BYTES} B",
+                found=size,
+                remedy="Mixtral's tokenizer.model has 493443 B: fetch it again.",
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError("cannot be read", where=str(file), found=error.strerror) from error
+
+
+def damaged(where: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        "not a sentencepiece model, or a damaged one",
+        where=where,
+        found=found,
+        remedy="Fetch the file again; Mixtral's tokenizer.model has 493443 B.",
+    )
+
+
+def check_model(data: bytes, where: str) -> None:
+    """Walk the outer protobuf message: pieces (1), trainer (2) and normaliser (3) must be there.
+
+    The parser accepts a file that was cut between two fields, and then fills in defaults: another
+    algorithm and another treatment of spaces, silently. (Layout: sentencepiece_model.proto.)
+    """
+    if not data:
+        raise damaged(where, "an empty file")
+    if data.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            "this is a git-lfs pointer, not the file itself",
+            where=where,
+            remedy="Run `git lfs pull` in the checkpoint's directory.",
+        )
+    fields = set()
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at, where)
+        kind = tag & 7
+        fields.add(tag >> 3)
+        if kind == 2:
+            size, at = _varint(data, at, where)
+            at += size
+        elif kind == 0:
+            _, at = _varint(data, at, where)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        else:
+            raise damaged(where, f"{len(data)} B of another format")
+    if at > len(data) or not fields >= {1, 2, 3}:
+        raise damaged(where, f"a file cut short after {len(data)} B")
+
+
+def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:
+    value = 0
+    for place, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return value, at + place + 1
+    raise damaged(where, f"a file cut short after {len(data)} B")
