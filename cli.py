@@ -8,6 +8,9 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -18,11 +21,12 @@ from qmix.errors import QmixError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
 
     from qmix.evals.perplexity import Perplexity
     from qmix.generate import GenerationConfig
     from qmix.quantize.report import Report
+
+_LINE_EVERY_S = 10
 
 app = typer.Typer(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
@@ -89,12 +93,7 @@ def quantize(
     scheme = Scheme(kind="nf4", double_quant=double_quant)
     recipe = Recipe.uniform(scheme, attention=attention == "4bit")
     shard_bytes = _size(shard_size)
-    with _bar() as bar:
-        task = bar.add_task("quantizing", total=None)
-
-        def progress(at: pipeline.Progress) -> None:
-            bar.update(task, total=at.total_bytes, completed=at.done_bytes, description=at.tensor)
-
+    with _progress() as show:
         report = pipeline.run(
             source,
             out,
@@ -102,7 +101,7 @@ def quantize(
             method=method,
             shard_bytes=shard_bytes,
             force=force,
-            progress=progress,
+            progress=lambda at: show(at.tensor, at.done_bytes, at.total_bytes),
         )
     _draw_report(report, out)
     if as_json:
@@ -225,17 +224,16 @@ def evaluate(
 
     if max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
-    with _bar() as bar:
-        task = bar.add_task("scoring", total=None)
+    with _progress() as show:
         result = perplexity.evaluate(
             directory,
-            data,
+            perplexity.read_text(data),
             reference=reference,
             window=ctx,
             stride=stride,
             dtype=dtype,
             device=device,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: show(f"layer {done} of {total}", done, total),
         )
     if as_json:
         sys.stdout.write(json.dumps(result.to_dict()) + "\n")
@@ -368,19 +366,46 @@ def _notice(text: str) -> None:
     _console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _bar() -> "Bar":
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield show(what, done, total): a bar on a terminal, a line every ten seconds elsewhere."""
     from rich import progress
 
-    return progress.Progress(
+    console = _console()
+    if not console.is_terminal:
+        yield _lines()
+        return
+    bar = progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.TaskProgressColumn(),
         progress.TimeElapsedColumn(),
         progress.TextColumn("eta"),
         progress.TimeRemainingColumn(),
-        console=_console(),
+        console=console,
         transient=True,
     )
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    begun = last = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _LINE_EVERY_S or not done:
+            return
+        last = now
+        left = (now - begun) * (total - done) / done
+        sys.stderr.write(f"{100 * done // total:3d} %  eta {left:.0f} s  {what}\n")
+        sys.stderr.flush()
+
+    return show
 
 
 def _draw_report(report: "Report", out: Path) -> None:

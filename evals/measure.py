@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmix.evals import corpus, tiny_model
-from qmix.evals.perplexity import Perplexity, score
+from qmix.evals.perplexity import Perplexity, Text, evaluate
 from qmix.quantize import pipeline
 from qmix.quantize.report import Report
 from qmix.scheme import NF4, Recipe
@@ -53,6 +53,6 @@ def compare(out: Path) -> Comparison:
     tiny = tiny_model.directory()
     recipe = Recipe.uniform(NF4, attention=True)
     report = pipeline.run(tiny, out, recipe, method="nf4")
-    text = corpus.heldout_text()
-    result = score(out, text, corpus.fingerprint(text), reference=tiny, device="cpu")
+    text = Text.of(corpus.heldout_text())
+    result = evaluate(out, text, reference=tiny, device="cpu")
     return Comparison(report=report, result=result)

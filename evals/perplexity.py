@@ -24,6 +24,18 @@ _ROWS = 512  # positions compared at a time: 66 MB of float32 log-probabilities 
 _TEXT_BYTES = 1 << 30
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text and the SHA-256 of its UTF-8 bytes."""
+
+    content: str
+    sha256: str
+
+    @classmethod
+    def of(cls, content: str) -> "Text":
+        return cls(content, hashlib.sha256(content.encode()).hexdigest())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """The reference model's perplexity, and KL(reference || model) a token in nats."""
@@ -117,7 +129,7 @@ def cut(ids: list[int], window: int, stride: int) -> Windows:
 
 def evaluate(
     directory: Path,
-    data: Path,
+    text: Text,
     *,
     reference: Path | None = None,
     window: int | None = None,
@@ -126,7 +138,7 @@ def evaluate(
     device: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
-    """Score the text file `data` with the checkpoint, and compare with a reference checkpoint.
+    """Score a text with the checkpoint, and compare with a reference checkpoint.
 
     Args:
         window: tokens a window; default min(2048, the model's positions).
@@ -135,39 +147,12 @@ def evaluate(
 
     Raises:
         UsageError: a bound is out of range or the text too short.
-        CheckpointError: a damaged checkpoint, a text that is not UTF-8, two different tokenizers.
+        CheckpointError: a damaged checkpoint, or two different tokenizers.
     """
-    raw, text = read_text(data)
-    return score(
-        directory,
-        text,
-        hashlib.sha256(raw).hexdigest(),
-        reference=reference,
-        window=window,
-        stride=stride,
-        dtype=dtype,
-        device=device,
-        progress=progress,
-    )
-
-
-def score(
-    directory: Path,
-    text: str,
-    text_sha256: str,
-    *,
-    reference: Path | None = None,
-    window: int | None = None,
-    stride: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Perplexity:
-    """As `evaluate`, on a text in memory."""
     chosen = loader.named_dtype(dtype)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     checkpoint = open_checkpoint(directory)
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text.content)
     positions = checkpoint.config.max_position_embeddings
     size = min(WINDOW, positions) if window is None else window
     _within("ctx", size, 2, positions)
@@ -177,7 +162,7 @@ def score(
     layers = checkpoint.config.num_hidden_layers
     total, other = layers, None
     if reference is not None:
-        if LlamaTokenizer.from_pretrained(reference).encode(text) != ids:
+        if LlamaTokenizer.from_pretrained(reference).encode(text.content) != ids:
             raise CheckpointError(
                 "the two checkpoints tokenize the text differently",
                 where=str(reference),
@@ -202,11 +187,11 @@ def score(
         device=device,
         progress=lambda d, n: progress(total - n + d, total),
     )
-    return _score(windows, scorer, other, text_sha256)
+    return _score(windows, scorer, other, text.sha256)
 
 
-def read_text(data: Path) -> tuple[bytes, str]:
-    """A text file's bytes and text, newlines untouched.
+def read_text(data: Path) -> Text:
+    """A text file, newlines untouched.
 
     Raises:
         CheckpointError: not a file, unreadable, over 1 GiB, empty or not UTF-8.
@@ -222,7 +207,7 @@ def read_text(data: Path) -> tuple[bytes, str]:
                 found=data.stat().st_size,
             )
         raw = data.read_bytes()
-        text = raw.decode("utf-8")
+        content = raw.decode("utf-8")
     except OSError as error:
         raise CheckpointError("cannot be read", where=str(data), found=error.strerror) from None
     except UnicodeDecodeError as error:
@@ -232,9 +217,9 @@ def read_text(data: Path) -> tuple[bytes, str]:
             found=f"byte {raw[error.start]:#04x} at offset {error.start}",
             remedy="Convert the text to UTF-8 first.",
         ) from None
-    if not text:
+    if not content:
         raise CheckpointError("the text is empty", where=str(data))
-    return raw, text
+    return Text.of(content)
 
 
 def _score(windows: Windows, scorer: Scorer, other: Scorer | None, text_sha256: str) -> Perplexity:

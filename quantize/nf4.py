@@ -50,14 +50,24 @@ def dynamic_map() -> Tensor:
 
     A code has a sign, a decade 10^-6 .. 10^0, and 2^0 .. 2^6 values within its decade: the
     midpoints of equal parts of [0.1, 1]. Zero and one are added; minus one is not in the map.
+
+    bitsandbytes takes the parts from `torch.linspace`, whose last bits depend on whether the
+    processor fuses multiplication and addition. All since 2013 do: that is computed here, in
+    float64 and rounded once, so that a file is the same from any machine.
     """
+    low, high = np.float32(0.1), np.float32(1)
     positive = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        # The decade's power is taken as a double and rounded by the product, as bitsandbytes does.
-        positive.append(10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0))
-    half = torch.cat(positive)
-    return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values
+        parts = 2**decade
+        part = np.float64((high - low) / np.float32(parts))
+        index = np.arange(parts + 1, dtype=np.float64)
+        upper = index >= (parts + 1) // 2  # counted from the upper end
+        edges = np.where(upper, high - part * (parts - index), low + part * index)
+        edges = edges.astype(np.float32)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
+        positive.append(np.float32(10.0 ** (decade - 6)) * middles)
+    half = np.concatenate(positive)
+    return torch.from_numpy(np.sort(np.concatenate((half, -half, np.array((0, 1), np.float32)))))
 
 
 @cache
@@ -91,7 +101,7 @@ def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weigh
         where: file and tensor, for the error.
 
     Returns:
-        The packed weight, on the CPU. Beside it and the input about 1 MB a thread is held.
+        The packed weight, on the CPU. For 14336 x 4096 about 25 MB are held beside it and the input.
 
     Raises:
         CheckpointError: NaN or infinity in the weight, or another dtype or number of dimensions.

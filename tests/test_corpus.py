@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmix import chat
 from qmix.errors import CheckpointError
 from qmix.evals import corpus
+from qmix.evals.train_tiny import Plan, Stream, questions
 from qmix.evals.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,3 +147,71 @@ def test_the_tiny_tokenizer_compresses_the_heldout_text(tiny):
 def test_the_same_text_trains_the_same_tokenizer():
     text = corpus.heldout_text()
     assert train_tokenizer(text, 512) == train_tokenizer(text, 512)
+
+
+def test_questions_come_from_headings_and_their_first_words():
+    text = "m.f(a, b=1)\n\nAdd a\nto b.\n\nUsage\n\n  f(1)\n\nm.g()\n\nNothing."
+    document = corpus.Document(name="doc:m", text=text)
+    assert list(questions(document)) == [
+        ("m.f", "Add a to b.\n\nUsage\n\n  f(1)"),
+        ("m.g", "Nothing."),
+    ]
+
+
+class Shaped:
+    """sentencepiece with the ids and the signature that qmix.chat asks for."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def encode(self, text, add_special_tokens=True):
+        return self.processor.encode(text)
+
+
+def test_training_conversations_are_encoded_as_chat_encodes_them(tiny):
+    stream = Stream(tiny, Plan(seed=3))
+    for _ in range(50):
+        left = list(stream.questions[:3])
+        ids = stream.conversation(left)
+        assert ids[0] == 1
+        assert ids[-1] == 2
+        parts, part = [], []
+        for token in ids[1:]:
+            if token == 2:
+                parts.append(tiny.decode(part))
+                part = []
+            else:
+                part.append(token)
+        turns = [p.removeprefix("[INST] ").split(" [/INST] ", 1) for p in parts]
+        assert 1 <= len(turns) == 3 - len(left)
+        messages = [
+            {"role": role, "content": content}
+            for turn in turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        assert ids[: ids.index(2)] == [
+            *chat.encode(messages[:1], Shaped(tiny)),
+            *tiny.encode(messages[1]["content"]),
+        ]
+        if len(messages) > 2:
+            asked = chat.encode(messages[:-1], Shaped(tiny))
+            assert ids[: len(asked)] == asked
+
+
+def test_the_same_seed_draws_the_same_batches(tiny):
+    def first(seed):
+        return [rows.tolist() for rows in Stream(tiny, Plan(seed=seed)).batches(3)]
+
+    assert first(0) == first(0)
+    assert first(0) != first(1)
+
+
+def test_an_epoch_is_drawn_without_repeating_a_window(tiny):
+    plan = Plan()
+    stream = Stream(tiny, plan)
+    length = len(stream.epoch())
+    count = (length - plan.window) // plan.window // plan.batch
+    rows = [tuple(r) for b in islice(stream.batches(count), count) for r in b.tolist()]
+    assert len(set(rows)) == len(rows) == count * plan.batch

@@ -67,14 +67,14 @@ def test_the_markdown_table_names_both_models(comparison):
 
 
 def test_scores_do_not_depend_on_the_number_of_threads(comparison, tiny, tiny_nf4):
-    from qmix.evals.perplexity import score
+    from qmix.evals.perplexity import Text, evaluate
 
-    text = "Return a list of the names in the current scope. " * 30
+    text = Text.of("Return a list of the names in the current scope. " * 30)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = score(tiny_nf4, text, "", reference=tiny, device="cpu")
+        one = evaluate(tiny_nf4, text, reference=tiny, device="cpu")
     finally:
         torch.set_num_threads(threads)
-    two = score(tiny_nf4, text, "", reference=tiny, device="cpu")
+    two = evaluate(tiny_nf4, text, reference=tiny, device="cpu")
     assert one.perplexity == pytest.approx(two.perplexity, rel=1e-3)

@@ -10,8 +10,13 @@ from conftest import TINY, small_model
 
 from qmix.errors import CheckpointError, QualityError, UsageError
 from qmix.evals import perplexity
-from qmix.evals.perplexity import cut, evaluate
+from qmix.evals.perplexity import cut, read_text
 from qmix.tokenizer import LlamaTokenizer
+
+
+def evaluate(folder, path, **options):
+    return perplexity.evaluate(folder, read_text(path), **options)
+
 
 TEXT = "Return the item at the given index, or raise an error; see also list. " * 40
 

@@ -160,6 +160,13 @@ def test_a_damaged_file_is_refused_or_reads_as_the_library_reads_it(tmp_path_fac
         )
 
 
+@pytest.mark.parametrize("length", [0x280, 0x8B1F, 0x3C + 256])
+def test_a_header_length_may_look_like_another_formats_first_bytes(tmp_path, length):
+    raw = json.dumps({"a": F32}).encode().ljust(length)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + raw + b"1234")
+    assert shards.open_shards(tmp_path).entries.keys() == {"a"}
+
+
 def indexed(tmp_path, weight_map):
     save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
     (tmp_path / shards.INDEX).write_text(json.dumps({"weight_map": weight_map}))

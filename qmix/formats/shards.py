@@ -137,17 +137,19 @@ def open_shards(directory: str | Path) -> Shards:
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file, every claim of the header checked against the file."""
 
+    start = b""
+
     def refuse(what: str, expected: object = None, found: object = None) -> CheckpointError:
+        for magic, kind, remedy in _KNOWN_STARTS:
+            if start.startswith(magic):
+                return CheckpointError(
+                    "not a safetensors file", where=str(path), found=kind, remedy=remedy
+                )
         return CheckpointError(what, where=str(path), expected=expected, found=found)
 
     with _open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(64)
-        for magic, kind, remedy in _KNOWN_STARTS:
-            if start.startswith(magic):
-                raise CheckpointError(
-                    "not a safetensors file", where=str(path), found=kind, remedy=remedy
-                )
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > size - 8:
             raise refuse("the file ends inside its header", f"{length + 8} B", f"{size} B")
@@ -157,6 +159,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raw = file.read(length)
     if not raw.startswith(b"{"):
         raise refuse("the header is not a JSON object", found=ascii(raw[:16]))
+    start = b""  # a header's length may look like another format's first bytes
     header = strict_json.loads(raw, where=f"{path} header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
