@@ -132,7 +132,6 @@ def generate(
 
     import qmix
     from qmix import chat as template
-    from qmix.detokenizer import StreamDetokenizer
     from qmix.generate import stream
     from qmix.repl import printable
 
@@ -147,13 +146,12 @@ def generate(
     else:
         ids = tokenizer.encode(text)
     _fits(len(ids), max_new_tokens, model.config.max_position_embeddings)
-    words = StreamDetokenizer(tokenizer, prompt=() if chat else ids)
     count, seconds = 0, 0.0
-    for token in stream(model, torch.tensor([ids]), config, tokenizer=tokenizer):
-        sys.stdout.write(printable(words.put(int(token.ids))))
+    for token in stream(model, torch.tensor([ids]), config, tokenizer=tokenizer, answers=chat):
+        sys.stdout.write(printable(token.texts[0]))
         sys.stdout.flush()
         count, seconds = count + 1, token.elapsed_s
-    sys.stdout.write(printable(words.end()) + "\n")
+    sys.stdout.write("\n")
     _notice(f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tok/s)")
 
 

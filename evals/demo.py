@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from qmix.detokenizer import StreamDetokenizer
 from qmix.evals import tiny_model
 from qmix.evals.measure import compare
 from qmix.generate import GenerationConfig, stream
@@ -26,7 +25,12 @@ def run(out: Path | None, console: Console, draw_report: Callable[[Report, Path]
     tiny = tiny_model.directory()
     with tempfile.TemporaryDirectory() as scratch:
         target = out or Path(scratch) / "tiny-nf4"
-        console.print(f"1. quantize {tiny} to 4 bits, and score both on held-out text ...")
+        console.print(
+            f"1. quantize {tiny} to 4 bits, and score both on held-out text ...",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         comparison = compare(target)
         draw_report(comparison.report, target)
         console.print("2. what the 4 bits cost, on text the model never saw:")
@@ -59,9 +63,8 @@ def _sample(directory: Path) -> None:
         seed=0,
         eos_token_id=model.generation_config.eos_token_id,
     )
-    words = StreamDetokenizer(tokenizer, prompt=ids)
     sys.stdout.write(PROMPT)
-    for token in stream(model, torch.tensor([ids]), config):
-        sys.stdout.write(printable(words.put(int(token.ids))))
+    for token in stream(model, torch.tensor([ids]), config, tokenizer=tokenizer):
+        sys.stdout.write(printable(token.texts[0]))
         sys.stdout.flush()
-    sys.stdout.write(printable(words.end()) + "\n")
+    sys.stdout.write("\n")

@@ -57,7 +57,8 @@ class GenerationConfig:
         min_new_tokens: end-of-sequence ids are excluded before this many new tokens.
         do_sample: False is greedy; True draws, with top_k 50 unless given (Hugging Face's default).
         seed: of the draw; None takes torch's global generator.
-        stop_strings: generation of a row ends once its new text holds one of these.
+        stop_strings: generation of a row ends once its new text holds one of these; the ids keep it,
+            a stream of text leaves it out.
         eos_token_id: ids that end a row; None: none.
         pad_token_id: fills rows that ended before others; default: the first eos id, else 0.
     """
@@ -165,11 +166,14 @@ class Token:
 
     Attributes:
         ids: the new id of each row (B,), on the CPU; pad_id for rows that have ended.
+        texts: what each row's token adds to its text, whole characters only; empty without a
+            tokenizer.
         elapsed_s: seconds since generation began.
         finish: on the last step: `stop` if every row ended by itself, else `length`.
     """
 
     ids: Tensor
+    texts: tuple[str, ...]
     elapsed_s: float
     finish: Finish | None
 
@@ -182,6 +186,7 @@ def stream(
     keep: Tensor | None = None,
     cache: KVCache | None = None,
     tokenizer: LlamaTokenizer | None = None,
+    answers: bool = False,
 ) -> Iterator[Token]:
     """Generate after `input_ids` (B, P), one Token a step.
 
@@ -189,7 +194,9 @@ def stream(
         keep: bool (B, P), False at padding (on the left).
         cache: holds the first `cache.length < P` columns already; the rest is prefilled into it.
             After a step the cache holds all columns but the newest.
-        tokenizer: needed for stop strings.
+        tokenizer: gives the tokens' texts, and is needed for stop strings.
+        answers: the text starts anew (a chat's reply) instead of going on with the prompt's, which
+            keeps a leading space.
     """
     begun = time.perf_counter()
     batch, prompt_length = input_ids.shape
@@ -217,7 +224,10 @@ def stream(
     if cache is None:
         cache = model.new_cache(batch, min(prompt_length + budget, prompt_length + 1024))
     assert cache.length < prompt_length, "the newest column must still be computed"
-    watchers = [_Stop(config.stops, tokenizer, row) for row in input_ids.tolist()]
+    rows: list[_Row] = []
+    if tokenizer is not None:
+        prompts = [[]] * batch if answers else input_ids.tolist()
+        rows = [_Row(config, StreamDetokenizer(tokenizer, prompt=ids)) for ids in prompts]
 
     context = input_ids.to(device)
     keep = _or_none(keep, device)
@@ -230,12 +240,12 @@ def stream(
         ids = sampling.choose(scores, generator).cpu()
         ids = torch.where(finished, config.pad_id, ids)
         finished = finished | torch.isin(ids, eos)
-        for row, watcher in enumerate(watchers):
-            if not finished[row] and watcher.sees(int(ids[row])):
-                finished[row] = True
-        done = bool(finished.all())
-        finish: Finish | None = "stop" if done else "length" if index + 1 == budget else None
-        yield Token(ids, time.perf_counter() - begun, finish)
+        last = index + 1 == budget
+        texts = tuple(row.put(int(token), last=last) for row, token in zip(rows, ids, strict=False))
+        if rows:
+            finished = finished | torch.tensor([row.ended for row in rows])
+        finish: Finish | None = "stop" if bool(finished.all()) else "length" if last else None
+        yield Token(ids, texts, time.perf_counter() - begun, finish)
         if finish is not None:
             return
         column = ids.to(device)[:, None]
@@ -272,25 +282,37 @@ def generate(
     return torch.cat(columns, 1)
 
 
-class _Stop:
-    """Watches the new text of one row for stop strings."""
+class _Row:
+    """The new text of one row: taken apart from its tokens, ended and trimmed at stop strings."""
 
-    def __init__(
-        self, stops: tuple[str, ...], tokenizer: LlamaTokenizer | None, prompt: Sequence[int]
-    ) -> None:
-        self._stops = stops
-        self._tail = ""
-        self._reach = max(map(len, stops), default=1) - 1
-        self._text = (
-            StreamDetokenizer(tokenizer, prompt=prompt) if stops and tokenizer is not None else None
-        )
+    def __init__(self, config: GenerationConfig, words: StreamDetokenizer) -> None:
+        self.ended = False
+        self._eos = config.eos_ids
+        self._stops = config.stops
+        self._held = ""  # may yet become a stop string
+        self._words = words
 
-    def sees(self, token: int) -> bool:
-        if self._text is None:
-            return False
-        piece = self._tail + self._text.put(token)
-        self._tail = piece[max(0, len(piece) - self._reach) :] if self._reach else ""
-        return any(stop in piece for stop in self._stops)
+    def put(self, token: int, *, last: bool) -> str:
+        """The text that the token settles; nothing once the row has ended."""
+        if self.ended:
+            return ""
+        text = self._held + self._words.put(token)
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.ended = True
+            return text[: min(found)]
+        self.ended = token in self._eos
+        if self.ended or last:
+            return text + self._words.end()
+        settled = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[settled:]
+        return text[:settled]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _prefill(model: CausalLM, ids: Tensor, keep: Tensor | None, cache: KVCache) -> Tensor:

@@ -4,6 +4,7 @@ Shape letters: B batch, S new positions, L positions held, D hidden width, E exp
 Knows no bits and no files: those come through qmix.loader.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -338,6 +339,28 @@ class MixtralForCausalLM(_Loadable):
             tokenizer=tokenizer or self.tokenizer,
             streamer=streamer,
         )
+
+    @torch.no_grad()
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The text that follows `prompt`, piece by piece as it is finished.
+
+        Args:
+            options: any field of GenerationConfig.
+
+        Raises:
+            UsageError: the model was loaded without its tokenizer (`qmix.load` gives it one), an
+                unknown option, or a value outside its range.
+        """
+        if self.tokenizer is None:
+            raise UsageError(
+                "text needs a tokenizer", remedy="Load the model with qmix.load, or set tokenizer."
+            )
+        self.eval()
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        config = self.generation_config.updated(options)
+        for token in generation.stream(self, ids, config, tokenizer=self.tokenizer):
+            if token.texts[0]:
+                yield token.texts[0]
 
 
 def load_balancing_loss(

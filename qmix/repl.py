@@ -7,6 +7,7 @@ drive the terminal.
 
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from qmix.session import Session
 PROMPT = ">>> "
 CONTINUED = "... "
 _FENCE = '"""'
+_DIRECTION_MARKS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 HELP = """\
 /help                this text
@@ -46,8 +48,16 @@ _COMMANDS = ("/help", "/clear", "/system", "/set", "/stats", "/exit")
 
 
 def printable(text: str) -> str:
-    """Text without characters that control a terminal; newline and tab stay."""
-    return "".join(c for c in text if c in "\n\t" or (c.isprintable() or c == "\u00ad"))
+    """Text without characters that control a terminal; newline and tab stay.
+
+    Control characters (Cc: escape, backspace, carriage return, the 8-bit C1 set), surrogates and
+    the marks that turn the direction of text go; joiners and all kinds of spaces stay.
+    """
+    return "".join(c for c in text if c in "\n\t" or not _drives_terminal(c))
+
+
+def _drives_terminal(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTION_MARKS
 
 
 @dataclass(frozen=True)
@@ -79,26 +89,26 @@ class Repl:
         if self.streams.interactive:
             _enable_line_editing()
             self._notice("Type a message, /help for commands, Ctrl-D to leave.")
-        while True:
+        leaving = False
+        while not leaving:
             try:
-                line = self._read()
+                leaving = self._answer(self._read())
             except EOFError:
-                break
+                leaving = True
+            except UsageError as error:
+                self._notice(f"{error}")
             except KeyboardInterrupt:
                 if not self.streams.interactive:
                     raise
                 self._notice("\nCtrl-D or /exit leaves; Ctrl-C stops a reply.")
-                continue
-            if line.strip() == "":
-                continue
-            try:
-                if line.startswith("/"):
-                    if self._command(line) == "exit":
-                        break
-                else:
-                    self._say(line)
-            except UsageError as error:
-                self._notice(f"{error}")
+
+    def _answer(self, line: str) -> bool:
+        """Obey or reply; True if the line asks to leave."""
+        if line.startswith("/"):
+            return self._command(line)
+        if line.strip():
+            self._say(line)
+        return False
 
     def _read(self) -> str:
         line = self._line(PROMPT)
@@ -147,11 +157,11 @@ class Repl:
         elif self.streams.interactive:
             self._notice(("stopped · " if stopped else "") + str(stats))
 
-    def _command(self, line: str) -> str | None:
+    def _command(self, line: str) -> bool:
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name in ("/exit", "/quit", "/bye"):
-            return "exit"
+            return True
         if name in ("/help", "/?"):
             self._notice(HELP)
         elif name == "/clear":
@@ -165,7 +175,7 @@ class Repl:
             self._set(argument)
         else:
             self._notice(f"no command {name}; /help lists them, a leading space sends it as text")
-        return None
+        return False
 
     def _system(self, argument: str) -> None:
         if argument:

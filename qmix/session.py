@@ -13,7 +13,6 @@ import torch
 from qmix import chat
 from qmix.cache import KVCache
 from qmix.chat import Message
-from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import UsageError
 from qmix.generate import Finish, GenerationConfig, stream
 from qmix.heads import MixtralForCausalLM
@@ -151,24 +150,23 @@ class Session:
         room = self.context - len(opening.ids)
         config = replace(self.config, max_new_tokens=min(self.config.max_new_tokens or room, room))
         answer: list[int] = []
-        detokenizer = StreamDetokenizer(self.tokenizer)
         finish: Finish | None = None
         first_token_s = elapsed_s = 0.0
         try:
             prompt = torch.tensor([opening.ids])
             for token in stream(
-                self.model, prompt, config, cache=self._cache, tokenizer=self.tokenizer
+                self.model,
+                prompt,
+                config,
+                cache=self._cache,
+                tokenizer=self.tokenizer,
+                answers=True,
             ):
                 elapsed_s, finish = token.elapsed_s, token.finish
                 first_token_s = first_token_s or elapsed_s
-                index = int(token.ids)
-                answer.append(index)
-                piece = detokenizer.put(index)
-                if piece:
-                    yield piece
-            rest = detokenizer.end()
-            if rest:
-                yield rest
+                answer.append(int(token.ids))
+                if token.texts[0]:
+                    yield token.texts[0]
         finally:
             whole = (*opening.ids, *answer)
             self._cached = whole[: self._cache.length]

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.scheme import DENSE, NESTED_BLOCK, Scheme
@@ -25,11 +26,12 @@ NF4_VALUES = (
 )
 NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# A multiple of every block size, 112 KiB of float32, and below the 32768 elements from which torch
-# splits an operation over its own threads (which would fight with ours).
-TILE_ELEMENTS = 7 * 4096
-# A thread's share at a time. Starting threads takes 0.1 ms, decoding a slab 0.7 ms.
-_SLAB_ELEMENTS = 256 * 4096
+# All are multiples of every block size. From 32768 elements on torch splits an operation over its own
+# threads, which would fight with ours. A tile's float32 values (0.9 MB) fit a core's cache; with
+# smaller ones the threads wait for the interpreter's lock. Starting threads takes 0.1 ms, a slab 2 ms.
+SERIAL_ELEMENTS = 7 * 4096
+TILE_ELEMENTS = 8 * SERIAL_ELEMENTS
+SLAB_ELEMENTS = 8 * TILE_ELEMENTS
 _THREADED_SLABS = 4
 # Work of the generic path at a time: bounds its float32 and index copies at 100 MB.
 _DEVICE_ELEMENTS = 2048 * 4096
@@ -224,7 +226,7 @@ class NF4:
             out = torch.from_numpy(bits[(first - start) * block : (last - start) * block])
             self._decode_slab(first, last, out.view(dtype).view(-1, block))
 
-        step = _SLAB_ELEMENTS // block
+        step = SLAB_ELEMENTS // block
         slabs = range(start, stop, step)
         if len(slabs) < _THREADED_SLABS:
             for first in slabs:
@@ -240,21 +242,22 @@ class NF4:
         block = self.block_size
         codes, pairs = self.codes.numpy(), self._pairs.numpy()
         scales = self.scales(start, stop).numpy()[:, None]
-        step = TILE_ELEMENTS // block
-        looked_up = np.empty(min(step, stop - start) * block // 2, np.int64)
+        step = min(TILE_ELEMENTS // block, stop - start)
+        looked_up = np.empty(step * block // 2, np.int64)
         values = looked_up.view(np.float32).reshape(-1, block)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            packed = codes[first * block // 2 : last * block // 2]
-            np.take(pairs, packed, out=looked_up[: packed.size], mode="clip")
-            looked_up[packed.size :] = 0
-            tile, scale = out[first - start : last - start], scales[first - start : last - start]
-            with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                packed = codes[first * block // 2 : last * block // 2]
+                np.take(pairs, packed, out=looked_up[: packed.size], mode="clip")
+                looked_up[packed.size :] = 0  # the last block of the weight may be short
+                tile = values[: last - first]
+                scale = scales[first - start : last - start]
+                target = out[first - start : last - start]
                 if out.dtype == torch.float32:
-                    np.multiply(values[: last - first], scale, out=tile.numpy())
+                    np.multiply(tile, scale, out=target.numpy())
                 else:
-                    np.multiply(values[: last - first], scale, out=values[: last - first])
-                    tile.copy_(torch.from_numpy(values[: last - first]))
+                    _narrow(np.multiply(tile, scale, out=tile), target)
 
     def to(self, device: torch.device) -> "NF4":
         absmax = self.absmax
@@ -270,3 +273,10 @@ class NF4:
         return replace(
             self, codes=self.codes.to(device), absmax=absmax, table=self.table.to(device)
         )
+
+
+def _narrow(values: NDArray[np.float32], out: Tensor) -> None:
+    """Round `values` [B, block] to the dtype of `out`, on this thread."""
+    step = SERIAL_ELEMENTS // out.shape[1]
+    for first in range(0, len(values), step):
+        out[first : first + step].copy_(torch.from_numpy(values[first : first + step]))

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -157,26 +158,30 @@ class Terminal:
             os.environ.update({"PYTHONPATH": str(ROOT), "TERM": "xterm", **environment})
             os.execv(sys.executable, [*QMIX, *map(str, arguments)])
         self.seen = ""
+        self.at = 0  # what has been waited for ends here
 
     def until(self, text, seconds=60):
-        start = len(self.seen)
+        """Read on until `text` appears behind what was waited for before."""
         deadline = time.monotonic() + seconds
-        while text not in self.seen[start:]:
+        while (found := self.seen.find(text, self.at)) < 0:
             assert time.monotonic() < deadline, self.seen
             if select.select([self.descriptor], [], [], 0.2)[0]:
-                try:
-                    self.seen += os.read(self.descriptor, 65536).decode("utf-8", "replace")
-                except OSError:
-                    break
-        return self.seen[start:]
+                self.seen += os.read(self.descriptor, 65536).decode("utf-8", "replace")
+        self.at = found + len(text)
 
     def send(self, text):
         os.write(self.descriptor, text.encode())
 
-    def wait(self):
-        self.until("\0never", seconds=0.1) if False else None
-        _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status)
+    def wait(self, seconds=30):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"still running: {self.seen}")
 
 
 def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
@@ -185,18 +190,23 @@ def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
     chat.until(">>> ")
     chat.send("What is a list?\n")
     chat.until("tok/s")
-    chat.until(">>> ") if not chat.seen.rstrip().endswith(">>>") else None
+    chat.until(">>> ")
     chat.send("/set temperature 3\n")  # noise hardly ever ends by itself
-    chat.until("seed")
+    chat.until(">>> ")
     chat.send("Go on\n")
-    chat.until("\n", 30)
-    time.sleep(0.4)
+    chat.until("Go on\r\n")
+    seen = len(chat.seen)
+    while len(chat.seen) < seen + 20:  # the reply is under way
+        chat.seen += os.read(chat.descriptor, 65536).decode("utf-8", "replace")
     chat.send("\x03")
     chat.until("stopped")
+    chat.until(">>> ")
     chat.send("/stats\n")
-    assert "context" in chat.until("cached")
+    chat.until("context")
+    chat.until(">>> ")
     chat.send("\x03")
     chat.until("Ctrl-D")
+    chat.until(">>> ")
     chat.send("\x04")
     assert chat.wait() == 0
     history = tmp_path / "qmix" / "chat_history"

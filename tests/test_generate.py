@@ -2,11 +2,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import TINY, small_model
 
 from qmix import generate as generation
 from qmix.errors import UsageError
 from qmix.generate import GenerationConfig, stream
+from qmix.tokenizer import LlamaTokenizer
 
 
 def ids(length, batch=1, seed=1):
@@ -177,3 +178,43 @@ def test_passing_the_models_positions_warns():
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(UsageError, match="tokenizer"):
         small_model().generate(ids(4), stop_strings=["x"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return LlamaTokenizer.from_pretrained(TINY)
+
+
+def test_streamed_texts_are_the_decoded_ids(tokenizer):
+    model = small_model(vocab_size=len(tokenizer))
+    prompt = torch.tensor([tokenizer.encode("Return the")])
+    tokens = list(stream(model, prompt, GenerationConfig(max_new_tokens=40), tokenizer=tokenizer))
+    ids = [int(token.ids) for token in tokens]
+    text = "".join(token.texts[0] for token in tokens)
+    whole = tokenizer.decode([*prompt[0].tolist(), *ids], skip_special_tokens=True)
+    assert tokenizer.decode(prompt[0], skip_special_tokens=True) + text == whole
+
+
+def test_a_stop_string_ends_the_row_stays_in_the_ids_and_is_left_out_of_the_text(tokenizer):
+    model = small_model(vocab_size=len(tokenizer))
+    model.tokenizer = tokenizer
+    free = "".join(model.stream("Return the", max_new_tokens=40))
+    stop = free[20:26]
+    cut = free.index(stop)
+    for stops in (stop, ["never seen", stop]):
+        text = "".join(model.stream("Return the", max_new_tokens=40, stop_strings=stops))
+        assert text == free[:cut]
+    prompt = torch.tensor([tokenizer.encode("Return the")])
+    out = model.generate(prompt, max_new_tokens=40, stop_strings=[stop])
+    decoded = tokenizer.decode(out[0], skip_special_tokens=True)
+    assert stop in decoded
+    assert len(out[0]) < prompt.shape[1] + 40
+    prefix_only = "".join(
+        model.stream("Return the", max_new_tokens=40, stop_strings=[stop + "\0never"])
+    )
+    assert prefix_only == free
+
+
+def test_streaming_text_needs_a_tokenizer():
+    with pytest.raises(UsageError, match=r"qmix\.load"):
+        next(small_model().stream("hello"))

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UsageError
+from qmix.formats import bnb as layout
 from qmix.quantize import nf4
 from qmix.scheme import DENSE, Scheme
 from qmix.weights import NF4_BLOCK_SIZES, NF4_VALUES, NestedAbsmax
@@ -373,8 +374,6 @@ def fixed_matrix(rows, columns):
     ],
 )
 def test_the_bytes_of_a_fixed_matrix_never_change(dtype, shape, block, double, expected):
-    from qmix.formats import bnb as layout
-
     weight = nf4.quantize(fixed_matrix(*shape).to(dtype), scheme(block, double))
     digest = hashlib.sha256()
     for name, tensor in layout.pack(weight, "p").items():
@@ -406,15 +405,15 @@ def test_a_large_matrix_is_quantized_within_64_mb(layout):
     assert float(run.stdout) < 64
 
 
-def best_of(functions, rounds):
+def best_of(functions, rounds, clock):
     """Best seconds of each, measured in turns: the machine's other load falls on all alike."""
     best = dict.fromkeys(functions, float("inf"))
     for _ in range(rounds):
         for name, function in functions.items():
             gc.collect()
-            begun = time.perf_counter()
+            begun = clock()
             function()
-            best[name] = min(best[name], time.perf_counter() - begun)
+            best[name] = min(best[name], clock() - begun)
     return best
 
 
@@ -423,7 +422,26 @@ def test_quantizing_is_at_least_twice_as_fast_as_bitsandbytes():
     weight = (random(14336, 4096) * 0.02).bfloat16()
     contenders = {"theirs": lambda: oracle(weight), "ours": lambda: nf4.quantize(weight)}
     for _ in range(2):
-        best = best_of(contenders, 2)
+        best = best_of(contenders, 2, time.perf_counter)
         if best["ours"] * 2 <= best["theirs"]:
+            return
+    raise AssertionError(best)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decoding_takes_no_more_processor_time_than_in_bitsandbytes(dtype):
+    """Theirs is C++. Processor seconds, since seconds of a busy machine are luck; a third of slack."""
+    ours = replace(nf4.quantize(random(14336, 4096)), out_dtype=dtype)
+    packed = {n.removeprefix("p.weight."): t for n, t in layout.pack(ours, "p").items()}
+    codes = packed.pop("p.weight")
+    state = bnb.QuantState.from_dict(packed, torch.device("cpu"))
+    contenders = {
+        "theirs": lambda: bnb.dequantize_4bit(codes, state),
+        "ours": lambda: ours.dequantize(dtype),
+    }
+    for _ in range(5):
+        best = best_of(contenders, 10, time.process_time)
+        if best["ours"] <= best["theirs"] * 4 / 3:
             return
     raise AssertionError(best)

@@ -104,3 +104,5 @@ def test_temperature_zero_is_greedy():
 def test_model_text_cannot_drive_the_terminal():
     hostile = "a\x1b[31mb\x1b]0;title\x07c\x9b2Jd\re\x08f\u202eg\x00\n\tü[/bold]日"
     assert printable(hostile) == "a[31mb]0;titlec2Jdefg\n\tü[/bold]日"
+    harmless = "fin\u00a0: \u3000 می\u200cخواهم 👨\u200d👩\u200d👧 e\u0301"
+    assert printable(harmless) == harmless
