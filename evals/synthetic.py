@@ -24,6 +24,7 @@ from qmix.formats.shards import Planned
 from qmix.quantize import nf4, output
 from qmix.scheme import NESTED_BLOCK, Recipe
 from qmix.scheme import NF4 as NF4_SCHEME
+from qmix.tokenizer import LlamaTokenizer
 from qmix.weights import NF4, NestedAbsmax
 
 SHARD_BYTES = 4_900_000_000
@@ -73,9 +74,7 @@ def padded_tokenizer(model: bytes, vocab_size: int) -> bytes:
     Appending to a protobuf message extends its repeated field `pieces` (number 1 of ModelProto in
     sentencepiece_model.proto: piece = 1, score = 2, type = 3 with UNUSED = 5).
     """
-    import sentencepiece
-
-    have = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    have = LlamaTokenizer(model).vocab_size
     added = bytearray()
     for index in range(have, vocab_size):
         text = f"<unused{index}>".encode()

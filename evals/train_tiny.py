@@ -16,16 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import torch
 from torch import Tensor
 
+from qmix import chat
+from qmix.chat import Message
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals import corpus
 from qmix.evals.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
-from qmix.formats import shards
 from qmix.heads import MixtralForCausalLM, load_balancing_loss
+from qmix.tokenizer import LlamaTokenizer
 
 CONFIG = MixtralConfig(
     vocab_size=VOCABULARY,
@@ -151,7 +152,7 @@ def _unwrapped(paragraph: str) -> str:
 class Stream:
     """Batches of training tokens without end; each epoch joins and orders the documents anew."""
 
-    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, plan: Plan) -> None:
+    def __init__(self, tokenizer: LlamaTokenizer, plan: Plan) -> None:
         self.tokenizer = tokenizer
         self.plan = plan
         self.documents = corpus.training_documents()
@@ -188,22 +189,22 @@ class Stream:
         for document in self.documents:
             run.append(document.text)
             if self.random.random() < 1 / 3:
-                yield [BOS, *self.tokenizer.encode(corpus.JOINT.join(run)), EOS]
+                yield [*self.tokenizer.encode(corpus.JOINT.join(run)), EOS]
                 run.clear()
         if run:
-            yield [BOS, *self.tokenizer.encode(corpus.JOINT.join(run)), EOS]
+            yield [*self.tokenizer.encode(corpus.JOINT.join(run)), EOS]
 
     def conversation(self, left: list[tuple[str, str]]) -> list[int]:
-        """One to three turns taken off `left`, encoded segment by segment as Mixtral v1 does."""
-        ids = [BOS]
+        """One to three turns taken off `left`, in the format that `qmix chat` speaks."""
+        turns: list[Message] = []
         for _ in range(min(self.random.randint(1, 3), len(left))):
             subject, answer = left.pop()
             if self.random.random() < 0.3:
                 subject = subject.rpartition(".")[2]
             question = self.random.choice(_QUESTIONS).format(subject)
-            ids += self.tokenizer.encode(f"[INST] {question} [/INST]")
-            ids += [*self.tokenizer.encode(answer), EOS]
-        return ids
+            turns += [Message("user", question), Message("assistant", answer)]
+        ids = chat.encode(turns[:-1], self.tokenizer)
+        return [*ids, *self.tokenizer.encode(turns[-1].content, add_special_tokens=False), EOS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,8 +249,8 @@ class Trainer:
         torch.manual_seed(plan.seed)
         torch.set_num_threads(1)
         self.plan = plan
-        self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_bytes)
-        self.heldout = [BOS, *self.tokenizer.encode(corpus.heldout_text())]
+        self.tokenizer = LlamaTokenizer(tokenizer_bytes)
+        self.heldout = self.tokenizer.encode(corpus.heldout_text())
         self.model = MixtralForCausalLM(CONFIG)
         self.workers = ThreadPoolExecutor(WORKERS)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
@@ -345,8 +346,7 @@ def save(model: MixtralForCausalLM, tokenizer_bytes: bytes, card: str, out: Path
     """The directory as the hub has Mixtral-8x7B's, written beside `out` and renamed at the end."""
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True)
-    model.config.save_pretrained(partial)
-    _save_weights(model, partial)
+    model.bfloat16().save_pretrained(partial, max_shard_bytes=SHARD_BYTES)
     (partial / "tokenizer.model").write_bytes(tokenizer_bytes)
     specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     _write_json(partial / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
@@ -370,12 +370,6 @@ def save(model: MixtralForCausalLM, tokenizer_bytes: bytes, card: str, out: Path
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
     partial.rename(out)
-
-
-def _save_weights(model: MixtralForCausalLM, folder: Path) -> None:
-    tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
-    groups = [[shards.Planned(name, t.dtype, tuple(t.shape))] for name, t in tensors.items()]
-    shards.write_shards(folder, groups, ({name: t} for name, t in tensors.items()), SHARD_BYTES)
 
 
 def _write_json(path: Path, document: object) -> None:

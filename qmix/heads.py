@@ -88,9 +88,15 @@ class _Loadable(nn.Module):
         """
         return loader.load(cls, directory, dtype=_agreed(torch_dtype, dtype), device=device)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and sharded safetensors, dense and 4-bit weights as they are."""
-        loader.save(self, self.config, directory)
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_bytes: int = loader.SHARD_BYTES
+    ) -> None:
+        """Write config.json and sharded safetensors, dense and 4-bit weights as they are.
+
+        Raises:
+            UsageError: the directory holds weights already.
+        """
+        loader.save(self, self.config, directory, max_shard_bytes)
 
     @property
     def device(self) -> torch.device:

@@ -66,7 +66,12 @@ def fill(
             module.weight = nn.Parameter(data)
 
 
-def save(model: nn.Module, config: MixtralConfig, directory: str | Path) -> None:
+def save(
+    model: nn.Module,
+    config: MixtralConfig,
+    directory: str | Path,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write config.json and sharded safetensors, each weight as it is stored."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +95,10 @@ def save(model: nn.Module, config: MixtralConfig, directory: str | Path) -> None
         plan = [shards.Planned(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
         groups.append((plan, tensors))
     shards.write_shards(
-        folder, [plan for plan, _ in groups], (tensors for _, tensors in groups), SHARD_BYTES
+        folder,
+        [plan for plan, _ in groups],
+        (tensors for _, tensors in groups),
+        max_shard_bytes,
     )
     written = config.replace(dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(written.to_json(), encoding="utf-8")

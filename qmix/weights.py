@@ -11,7 +11,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.scheme import DENSE, NESTED_BLOCK, Scheme
@@ -245,19 +244,24 @@ class NF4:
         step = min(TILE_ELEMENTS // block, stop - start)
         looked_up = np.empty(step * block // 2, np.int64)
         values = looked_up.view(np.float32).reshape(-1, block)
+        serial = SERIAL_ELEMENTS // block
+        parts = torch.from_numpy(values).split(serial)
         with np.errstate(over="ignore", invalid="ignore"):
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
+            for tile, target in enumerate(out.split(step)):
+                first = start + tile * step
+                last = first + len(target)
                 packed = codes[first * block // 2 : last * block // 2]
                 np.take(pairs, packed, out=looked_up[: packed.size], mode="clip")
                 looked_up[packed.size :] = 0  # the last block of the weight may be short
-                tile = values[: last - first]
                 scale = scales[first - start : last - start]
-                target = out[first - start : last - start]
                 if out.dtype == torch.float32:
-                    np.multiply(tile, scale, out=target.numpy())
-                else:
-                    _narrow(np.multiply(tile, scale, out=tile), target)
+                    np.multiply(values[: last - first], scale, out=target.numpy())
+                    continue
+                np.multiply(values[: last - first], scale, out=values[: last - first])
+                if last - first < step:
+                    parts = torch.from_numpy(values[: last - first]).split(serial)
+                # One call for all parts: the threads wait less for the interpreter's lock.
+                torch._foreach_copy_(target.split(serial), parts)
 
     def to(self, device: torch.device) -> "NF4":
         absmax = self.absmax
@@ -273,10 +277,3 @@ class NF4:
         return replace(
             self, codes=self.codes.to(device), absmax=absmax, table=self.table.to(device)
         )
-
-
-def _narrow(values: NDArray[np.float32], out: Tensor) -> None:
-    """Round `values` [B, block] to the dtype of `out`, on this thread."""
-    step = SERIAL_ELEMENTS // out.shape[1]
-    for first in range(0, len(values), step):
-        out[first : first + step].copy_(torch.from_numpy(values[first : first + step]))

@@ -193,12 +193,10 @@ def _encode(flat: Tensor, block: int, codes: U8, absmax: F32) -> bool:
 def _load(blocks: Tensor, values: F32, absmax: F32) -> None:
     """Widen `blocks` [B, block] into `values`, and take each block's largest magnitude."""
     step = SERIAL_ELEMENTS // blocks.shape[1]
-    scratch = np.empty((step, blocks.shape[1]), np.float32)
-    for first in range(0, blocks.shape[0], step):
-        tile = values[first : first + step]
-        torch.from_numpy(tile).copy_(blocks[first : first + step])
-        magnitude = torch.from_numpy(np.abs(tile, out=scratch[: len(tile)]))
-        torch.amax(magnitude, 1, out=torch.from_numpy(absmax[first : first + step]))
+    torch._foreach_copy_(torch.from_numpy(values).split(step), blocks.split(step))
+    magnitudes = torch.from_numpy(np.abs(values)).split(step)
+    for part, largest in zip(magnitudes, torch.from_numpy(absmax).split(step), strict=True):
+        torch.amax(part, 1, out=largest)
 
 
 def _codes(scaled: F32) -> U8:

@@ -20,6 +20,7 @@ FLOORS = {
     "qmix.detokenizer": 0,
     "qmix.chat": 0,
     "qmix.weights": 1,
+    "qmix.int4": 1,
     "qmix.kernels": 2,
     "qmix.formats": 3,
     "qmix.cache": 4,
@@ -39,10 +40,10 @@ FLOORS = {
 
 # Which files may import which third-party package.
 HOMES = {
-    "sentencepiece": {"qmix.tokenizer", "qmix.evals.train_tokenizer", "qmix.evals.synthetic"},
+    "sentencepiece": {"qmix.tokenizer", "qmix.evals.train_tokenizer"},
     "rich": {"qmix.cli", "qmix.repl", "qmix.evals.demo"},
     "typer": {"qmix.cli"},
-    "numpy": {"qmix.weights", "qmix.quantize.nf4"},
+    "numpy": {"qmix.weights", "qmix.int4", "qmix.quantize.nf4"},
 }
 TORCHLESS = {"qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.scheme", "qmix.chat"}
 

@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+from qmix import weights
 from qmix.errors import QualityError
 from qmix.evals import guard, measure
 from qmix.evals.guard import Figures, check
+from qmix.formats import bnb
+from qmix.quantize import nf4
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +23,28 @@ def test_the_guard_passes(comparison):
     guard.guard(comparison)
 
 
-def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path, monkeypatch):
-    """One of 16 values moved by a tenth: the codes decode to other weights than were meant."""
-    from qmix.weights import NF4
+@pytest.fixture
+def perturbed(monkeypatch):
+    """One of the 16 values moved by a tenth, alike for encoder, writer and reader."""
+    values = (*weights.NF4_VALUES[:9], weights.NF4_VALUES[9] + 0.1, *weights.NF4_VALUES[10:])
+    for module in (weights, nf4, bnb):
+        monkeypatch.setattr(module, "NF4_VALUES", values)
+    nf4._bounds.cache_clear()
+    yield
+    nf4._bounds.cache_clear()
 
-    def perturbed(self):
-        table = self.table.clone()
-        table[9] += 0.1
-        object.__setattr__(self, "table", table)
 
-    monkeypatch.setattr(NF4, "__post_init__", perturbed, raising=False)
+@pytest.mark.usefixtures("perturbed")
+def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path):
+    comparison = measure.compare(tmp_path / "broken")
+    with pytest.raises(QualityError, match="nf4_kl_mean"):
+        guard.guard(comparison)
+
+
+def test_the_guard_fails_when_the_encoder_rounds_wrongly(tmp_path, monkeypatch):
+    """Every value takes the next higher code where it lies just below the middle."""
+    bounds = tuple(b - np.float32(0.02) for b in nf4._bounds())
+    monkeypatch.setattr(nf4, "_bounds", lambda: bounds)
     comparison = measure.compare(tmp_path / "broken")
     with pytest.raises(QualityError, match="nf4_kl_mean"):
         guard.guard(comparison)

@@ -12,7 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from qmix.errors import UnsupportedError, UsageError
-from qmix.kernels import dense, nf4, reference
+from qmix.int4 import Int4
+from qmix.kernels import dense, int4, nf4, reference
 from qmix.kernels.attention import attend, visible
 from qmix.kernels.experts import Expert, Routes, routed
 from qmix.kernels.pointwise import apply_rotary, rms_norm, rotary, route
@@ -41,6 +42,8 @@ _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Dense, "cuda"): dense.linear,
     (NF4, "cpu"): nf4.linear,
     (NF4, "cuda"): nf4.linear,
+    (Int4, "cpu"): int4.linear,
+    (Int4, "cuda"): int4.linear,
 }
 
 _choice: ContextVar[Choice | None] = ContextVar("kernel override", default=None)

@@ -1,0 +1,113 @@
+"""AWQ's "gemm" layout, 4-bit: the tensors of one weight, strictly read.
+
+As AutoAWQ 0.2.9 wrote it (awq/modules/linear/gemm.py, awq/utils/packing_utils.py): codes packed
+along the outputs, interleaved. Shape letters: N outputs, K inputs, G groups. Knows no files.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix.errors import CheckpointError, UnsupportedError
+from qmix.formats.members import Members, nibbles, unlisted, zeros_or_symmetric
+from qmix.int4 import Int4, pack_codes
+
+QWEIGHT = ".qweight"
+QZEROS = ".qzeros"
+SCALES = ".scales"
+
+_WORD_CODES = 8
+# Output 8c + i lies in nibble _NIBBLE_OF[i] of word c: the word holds, from its lowest four bits
+# on, the outputs [0 2 4 6 | 1 3 5 7].
+_NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
+_WORDS = 128  # columns of words unpacked at a time: 1024 outputs, 15 MB for w2
+
+
+def check(document: Mapping[str, Any] | None, where: str) -> None:
+    """Refuse settings of another layout: `quantization_config` of config.json or `quant_config.json`.
+
+    Args:
+        document: None if there is neither.
+        where: the file, for errors.
+
+    Raises:
+        UnsupportedError: another version than gemm, or other bits.
+        CheckpointError: the settings are not AWQ's.
+    """
+    if document is None:
+        return
+    fields = unlisted(document)
+    if fields.get("quant_method", "awq") != "awq":
+        raise CheckpointError(
+            "the tensors are AWQ's and quant_method says otherwise",
+            where=where,
+            expected="'awq'",
+            found=repr(fields["quant_method"]),
+        )
+    version, bits = fields.get("version", "gemm"), fields.get("bits", fields.get("w_bit", 4))
+    remedy = "Quantize the original checkpoint with qmix quantize."
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise UnsupportedError(
+            f"AWQ in the {version} version is not read",
+            where=where,
+            expected="gemm",
+            found=repr(version),
+            remedy=remedy,
+        )
+    if type(bits) is not int or bits != 4:
+        raise UnsupportedError(
+            "AWQ is read in 4 bits only", where=where, expected=4, found=repr(bits), remedy=remedy
+        )
+
+
+def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
+    """The tensor names that make up the weight of module `prefix`; none if it is not AWQ's.
+
+    Those that must be there are among them even if they are not. GPTQ's have the same names and
+    `.g_idx`.
+    """
+    if prefix + QWEIGHT not in names or prefix + ".g_idx" in names:
+        return ()
+    return tuple(prefix + suffix for suffix in (QWEIGHT, QZEROS, SCALES))
+
+
+def unpack(
+    tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]
+) -> Int4:
+    """The weight of module `prefix`, after checking each of its tensors against the others.
+
+    Args:
+        tensors: by name; others than this module's may be among them.
+        where: the file, for errors.
+        shape: (N, K) of the model's weight.
+
+    Raises:
+        CheckpointError: a tensor is missing, or is not what the format says.
+    """
+    read = Members(tensors, prefix, where, shape)
+    rows, columns = shape
+    if rows % _WORD_CODES:
+        raise read.wrong(QWEIGHT, "no whole words", "a multiple of 8 outputs", rows)
+    qweight = read.tensor(QWEIGHT, torch.int32, (columns, rows // _WORD_CODES))
+    scales = read.scales(SCALES, 0)
+    groups = scales.shape[0]
+    qzeros = read.tensor(QZEROS, torch.int32, (groups, rows // _WORD_CODES))
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    for start in range(0, qweight.shape[1], _WORDS):
+        stop = min(start + _WORDS, qweight.shape[1])
+        codes[start * _WORD_CODES : stop * _WORD_CODES] = pack_codes(
+            _outputs(qweight[:, start:stop])
+        )
+    return Int4(
+        codes=codes,
+        scales=scales.T.contiguous(),
+        zeros=zeros_or_symmetric(_outputs(qzeros)),
+    )
+
+
+def _outputs(packed: Tensor) -> Tensor:
+    """int32 [R, C] -> uint8 [8 * C, R]: a row for each output."""
+    codes = nibbles(packed)[..., _NIBBLE_OF]
+    return codes.view(packed.shape[0], -1).T.contiguous()

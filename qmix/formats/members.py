@@ -1,0 +1,152 @@
+"""What the readers of the 4-bit integer layouts share: checked access to one weight's tensors.
+
+Shape letters: N output features, K input features, G groups. Knows no layout and no file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix.errors import CheckpointError, UnsupportedError
+from qmix.int4 import GROUP_SIZES, SYMMETRIC_ZERO
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GROUP_LIST = ", ".join(map(str, GROUP_SIZES)) + " inputs or all of them"
+
+
+@dataclass(frozen=True)
+class Members:
+    """The tensors of one weight; every method checks one, and names it if it is wrong.
+
+    Attributes:
+        tensors: by name; others than this weight's may be among them.
+        prefix: the module's name.
+        where: the file, for errors.
+        shape: (N, K) of the model's weight.
+    """
+
+    tensors: Mapping[str, Tensor]
+    prefix: str
+    where: str
+    shape: tuple[int, int]
+
+    def wrong(
+        self,
+        suffix: str,
+        what: str,
+        expected: object = None,
+        found: object = None,
+        remedy: str | None = None,
+    ) -> CheckpointError:
+        return CheckpointError(
+            f"tensor {self.prefix}{suffix}: {what}",
+            where=self.where,
+            expected=expected,
+            found=None if found is None else str(found)[:200],
+            remedy=remedy,
+        )
+
+    def unsupported(
+        self, suffix: str, what: str, expected: object, found: object
+    ) -> UnsupportedError:
+        return UnsupportedError(
+            f"tensor {self.prefix}{suffix}: {what}",
+            where=self.where,
+            expected=expected,
+            found=str(found)[:200],
+            remedy="Quantize the original checkpoint with qmix quantize.",
+        )
+
+    def has(self, suffix: str) -> bool:
+        return self.prefix + suffix in self.tensors
+
+    def tensor(self, suffix: str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> Tensor:
+        """The tensor P.suffix; of any shape if that is None."""
+        tensor = self.tensors.get(self.prefix + suffix)
+        if tensor is None:
+            raise self.wrong(suffix, "missing")
+        if tensor.dtype != dtype:
+            raise self.wrong(suffix, "wrong dtype", dtype, tensor.dtype)
+        if shape is not None and tensor.shape != shape:
+            raise self.wrong(suffix, "wrong shape", list(shape), list(tensor.shape))
+        return tensor
+
+    def scales(self, suffix: str, group_axis: int) -> Tensor:
+        """Finite scales of N outputs, their groups on `group_axis` of the two, in the file's dtype.
+
+        Negative ones are kept: a signed scale lets a symmetric group use all of -8 to 7.
+
+        Raises:
+            CheckpointError: another shape or dtype, NaN, infinity, or a group size not in the list.
+        """
+        tensor = self.tensors.get(self.prefix + suffix)
+        if tensor is None:
+            raise self.wrong(suffix, "missing")
+        if tensor.dtype not in SCALE_DTYPES:
+            raise self.wrong(suffix, "wrong dtype", "float16, bfloat16 or float32", tensor.dtype)
+        rows, columns = self.shape
+        if tensor.dim() != 2 or tensor.shape[1 - group_axis] != rows:
+            expected = f"[groups, {rows}]" if group_axis == 0 else f"[{rows}, groups]"
+            raise self.wrong(suffix, "wrong shape", expected, list(tensor.shape))
+        groups = tensor.shape[group_axis]
+        if groups != 1 and groups not in [columns / size for size in GROUP_SIZES]:
+            found = f"{groups} groups of {columns} inputs"
+            raise self.wrong(suffix, "unknown group size", GROUP_LIST, found)
+        if not bool(torch.isfinite(tensor).all()):
+            raise self.wrong(suffix, "holds NaN or infinity")
+        return tensor
+
+    def permutation(self, suffix: str, groups: int) -> Tensor | None:
+        """The order that sorts the inputs by group, int32 [K]; None if they are sorted already.
+
+        Raises:
+            CheckpointError: an index out of range, or a group with more inputs than the others.
+        """
+        columns = self.shape[1]
+        index = self.tensor(suffix, torch.int32, (columns,))
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= groups:
+            bad = low if low < 0 else high
+            raise self.wrong(suffix, "group index out of range", f"0 to {groups - 1}", bad)
+        size = columns // groups
+        counts = torch.bincount(index, minlength=groups)
+        if not bool((counts == size).all()):
+            group = int((counts != size).nonzero()[0])
+            raise self.wrong(
+                suffix,
+                "groups of unequal size",
+                f"{size} inputs in each of {groups} groups",
+                f"{int(counts[group])} inputs in group {group}",
+            )
+        if bool((index[1:] >= index[:-1]).all()):
+            return None
+        return torch.argsort(index, stable=True).int()
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """int32 or int64 [...] -> uint8 [..., 8], the lowest four bits first."""
+    shifts = torch.arange(0, 32, 4, dtype=words.dtype)
+    return ((words[..., None] >> shifts) & 15).to(torch.uint8)
+
+
+def words(codes: Tensor) -> Tensor:
+    """uint8 [..., 8] of 0 to 15 -> int32 [...]: the inverse of `nibbles`."""
+    shifts = torch.arange(0, 32, 4)
+    packed = (codes.long() << shifts).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
+
+
+def zeros_or_symmetric(zeros: Tensor) -> Tensor | None:
+    """`zeros` [N, G], or None where all are the symmetric one."""
+    return None if bool((zeros == SYMMETRIC_ZERO).all()) else zeros
+
+
+def unlisted(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with one-element lists replaced by their element, as some files have them."""
+    return {
+        key: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for key, value in document.items()
+    }

@@ -1,0 +1,30 @@
+"""Products with packed weights on any device: a tile of rows is dequantized, multiplied and dropped.
+
+Knows weights by `rows` only.
+"""
+
+import torch
+from torch import Tensor
+
+from qmix.weights import Weight
+
+
+def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
+    """[..., K] -> [..., N], on the CPU never holding more than one dequantized tile of the weight.
+
+    There the tile is float32 whatever x's dtype: float32 products are faster than emulated
+    bfloat16 ones, and closer to the oracle.
+
+    Args:
+        tile_elements: upper bound of a tile, but for a tile of one row.
+    """
+    out_features, in_features = weight.shape
+    on_cpu = x.device.type == "cpu"
+    compute = torch.float32 if on_cpu else x.dtype
+    tokens = x.reshape(-1, in_features).to(compute)
+    out = torch.empty(tokens.shape[0], out_features, dtype=compute, device=x.device)
+    step = max(1, tile_elements // in_features) if on_cpu else out_features
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        torch.mm(tokens, weight.rows(start, stop, compute).T, out=out[:, start:stop])
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
