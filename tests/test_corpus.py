@@ -11,11 +11,11 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix import chat
 from qmix.errors import CheckpointError
 from qmix.evals import corpus
 from qmix.evals.train_tiny import Plan, Stream, questions
 from qmix.evals.train_tokenizer import train_tokenizer
+from qmix.tokenizer import LlamaTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = corpus.PARAGRAPH_CHARS
@@ -158,59 +158,40 @@ def test_questions_come_from_headings_and_their_first_words():
     ]
 
 
-class Shaped:
-    """sentencepiece with the ids and the signature that qmix.chat asks for."""
-
-    bos_token_id, eos_token_id = 1, 2
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def encode(self, text, add_special_tokens=True):
-        return self.processor.encode(text)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return LlamaTokenizer((ROOT / "evals" / "tiny" / "tokenizer.model").read_bytes())
 
 
-def test_training_conversations_are_encoded_as_chat_encodes_them(tiny):
-    stream = Stream(tiny, Plan(seed=3))
+def test_training_conversations_are_one_to_three_turns_that_end(tokenizer):
+    stream = Stream(tokenizer, Plan(seed=3))
+    counts = set()
     for _ in range(50):
         left = list(stream.questions[:3])
+        asked = [left[-1], left[-2], left[-3]]
         ids = stream.conversation(left)
+        answers = [answer for _, answer in asked[: 3 - len(left)]]
         assert ids[0] == 1
         assert ids[-1] == 2
-        parts, part = [], []
-        for token in ids[1:]:
-            if token == 2:
-                parts.append(tiny.decode(part))
-                part = []
-            else:
-                part.append(token)
-        turns = [p.removeprefix("[INST] ").split(" [/INST] ", 1) for p in parts]
-        assert 1 <= len(turns) == 3 - len(left)
-        messages = [
-            {"role": role, "content": content}
-            for turn in turns
-            for role, content in zip(("user", "assistant"), turn, strict=True)
-        ]
-        assert ids[: ids.index(2)] == [
-            *chat.encode(messages[:1], Shaped(tiny)),
-            *tiny.encode(messages[1]["content"]),
-        ]
-        if len(messages) > 2:
-            asked = chat.encode(messages[:-1], Shaped(tiny))
-            assert ids[: len(asked)] == asked
+        turns = tokenizer.decode(ids[1:-1]).split("</s>")
+        for turn, answer in zip(turns, answers, strict=True):
+            assert turn.lstrip().startswith("[INST] ")
+            assert turn.endswith(f" [/INST] {answer}")
+        counts.add(len(turns))
+    assert counts == {1, 2, 3}
 
 
-def test_the_same_seed_draws_the_same_batches(tiny):
+def test_the_same_seed_draws_the_same_batches(tokenizer):
     def first(seed):
-        return [rows.tolist() for rows in Stream(tiny, Plan(seed=seed)).batches(3)]
+        return [rows.tolist() for rows in Stream(tokenizer, Plan(seed=seed)).batches(3)]
 
     assert first(0) == first(0)
     assert first(0) != first(1)
 
 
-def test_an_epoch_is_drawn_without_repeating_a_window(tiny):
+def test_an_epoch_is_drawn_without_repeating_a_window(tokenizer):
     plan = Plan()
-    stream = Stream(tiny, plan)
+    stream = Stream(tokenizer, plan)
     length = len(stream.epoch())
     count = (length - plan.window) // plan.window // plan.batch
     rows = [tuple(r) for b in islice(stream.batches(count), count) for r in b.tolist()]
