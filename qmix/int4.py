@@ -125,7 +125,9 @@ class Int4:
         def decode(first: int) -> None:
             last = min(first + step, stop)
             # A tensor of this thread: one made under inference_mode in another is read-only here.
-            self._decode_slab(first, last, torch.from_numpy(bits[first - start : last - start]).view(dtype))
+            self._decode_slab(
+                first, last, torch.from_numpy(bits[first - start : last - start]).view(dtype)
+            )
 
         step = max(1, SLAB_ELEMENTS // in_features)
         slabs = range(start, stop, step)
@@ -157,7 +159,9 @@ class Int4:
                     np.subtract(values, zeros[first:last], out=values)
                 target = out[first:last].view(-1)
                 if out.dtype == torch.float32:
-                    np.multiply(values, scales[first:last], out=target.numpy().reshape(values.shape))
+                    np.multiply(
+                        values, scales[first:last], out=target.numpy().reshape(values.shape)
+                    )
                     continue
                 np.multiply(values, scales[first:last], out=values)
                 flat = torch.from_numpy(values.reshape(-1))

@@ -240,28 +240,27 @@ class NF4:
         """Decode blocks [start, stop) into `out` [B, block], a tile that fits the cache at a time."""
         block = self.block_size
         codes, pairs = self.codes.numpy(), self._pairs.numpy()
-        scales = self.scales(start, stop).numpy()[:, None]
-        step = min(TILE_ELEMENTS // block, stop - start)
-        looked_up = np.empty(step * block // 2, np.int64)
-        values = looked_up.view(np.float32).reshape(-1, block)
-        serial = SERIAL_ELEMENTS // block
-        parts = torch.from_numpy(values).split(serial)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for tile, target in enumerate(out.split(step)):
-                first = start + tile * step
-                last = first + len(target)
-                packed = codes[first * block // 2 : last * block // 2]
-                np.take(pairs, packed, out=looked_up[: packed.size], mode="clip")
-                looked_up[packed.size :] = 0  # the last block of the weight may be short
-                scale = scales[first - start : last - start]
-                if out.dtype == torch.float32:
-                    np.multiply(values[: last - first], scale, out=target.numpy())
-                    continue
-                np.multiply(values[: last - first], scale, out=values[: last - first])
-                if last - first < step:
-                    parts = torch.from_numpy(values[: last - first]).split(serial)
-                # One call for all parts: the threads wait less for the interpreter's lock.
-                torch._foreach_copy_(target.split(serial), parts)
+        step, serial = TILE_ELEMENTS // block, SERIAL_ELEMENTS // block
+        in_place = out.dtype == torch.float32
+        buffer = out if in_place else torch.empty(min(step, stop - start), block)
+        looked_up = buffer.numpy().reshape(-1).view(np.int64)
+        # One call multiplies or rounds a list of parts on this thread, without the interpreter's lock.
+        scales = torch.split(self.scales(start, stop)[:, None], serial)
+        targets, parts = torch.split(out, serial), torch.split(buffer, serial)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            packed = codes[first * block // 2 : last * block // 2]
+            values = looked_up[(first - start) * block // 2 :] if in_place else looked_up
+            np.take(pairs, packed, out=values[: packed.size], mode="clip")
+            values[packed.size : (last - first) * block // 2] = 0  # the last block may be short
+            tile = slice((first - start) // serial, -(-(last - start) // serial))
+            if in_place:
+                torch._foreach_mul_(targets[tile], scales[tile])
+                continue
+            if last - first < len(buffer):
+                parts = torch.split(buffer[: last - first], serial)
+            torch._foreach_mul_(parts, scales[tile])
+            torch._foreach_copy_(targets[tile], parts)
 
     def to(self, device: torch.device) -> "NF4":
         absmax = self.absmax

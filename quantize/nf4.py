@@ -172,13 +172,11 @@ def _encode(flat: Tensor, block: int, codes: U8, absmax: F32) -> bool:
     full = flat.numel() // block * block
     for start in range(0, full, TILE_ELEMENTS):
         stop = min(start + TILE_ELEMENTS, full)
-        blocks = values[: stop - start].reshape(-1, block)
+        scaled = values[: stop - start]
         largest = absmax[start // block : stop // block]
-        _load(flat[start:stop].view(-1, block), blocks, largest)
-        if not np.isfinite(largest).all():
+        if not _scale(flat[start:stop].view(-1, block), scaled.reshape(-1, block), largest):
             return False
-        np.multiply(blocks, np.float32(1) / np.maximum(largest, _SMALLEST)[:, None], out=blocks)
-        codes[start // 2 : stop // 2] = _codes(blocks.reshape(-1))
+        codes[start // 2 : stop // 2] = _codes(scaled)
     rest = flat[full:].float().numpy()
     if rest.size:
         magnitude = np.maximum(np.abs(rest).max(), _SMALLEST)
@@ -190,13 +188,21 @@ def _encode(flat: Tensor, block: int, codes: U8, absmax: F32) -> bool:
     return True
 
 
-def _load(blocks: Tensor, values: F32, absmax: F32) -> None:
-    """Widen `blocks` [B, block] into `values`, and take each block's largest magnitude."""
+def _scale(blocks: Tensor, scaled: F32, absmax: F32) -> bool:
+    """Divide `blocks` [B, block] by their largest magnitudes; False if one is not finite."""
     step = SERIAL_ELEMENTS // blocks.shape[1]
-    torch._foreach_copy_(torch.from_numpy(values).split(step), blocks.split(step))
-    magnitudes = torch.from_numpy(np.abs(values)).split(step)
-    for part, largest in zip(magnitudes, torch.from_numpy(absmax).split(step), strict=True):
-        torch.amax(part, 1, out=largest)
+    parts = torch.split(torch.from_numpy(scaled), step)
+    # One call converts or multiplies all parts on this thread, without the interpreter's lock.
+    torch._foreach_copy_(parts, torch.split(blocks, step))
+    magnitudes = torch.split(torch.from_numpy(np.abs(scaled)), step)
+    largest = torch.split(torch.from_numpy(absmax), step)
+    for part, target in zip(magnitudes, largest, strict=True):
+        torch.amax(part, 1, out=target)
+    if not np.isfinite(absmax).all():
+        return False
+    inverse = torch.from_numpy(np.float32(1) / np.maximum(absmax, _SMALLEST))
+    torch._foreach_mul_(parts, torch.split(inverse[:, None], step))
+    return True
 
 
 def _codes(scaled: F32) -> U8:

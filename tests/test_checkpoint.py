@@ -55,7 +55,9 @@ def test_one_file_and_shards_load_alike(folder, tmp_path):
         (lambda t: t.update({W2: t[W2].T.contiguous()}), "wrong shape; expected [64, 96]; found [96, 64]"),
         (lambda t: t.update({W2: t[W2].to(torch.int32)}), "wrong dtype"),
         (lambda t: t.pop("lm_head.weight"), "missing lm_head.weight"),
-        (lambda t: t.update({f"{W2[:-7]}.qweight": torch.zeros(1)}), "GPTQ"),
+        (lambda t: t.update({f"{W2[:-7]}.qweight": torch.zeros(1)}), f"left over {W2}"),
+        (lambda t: t.update({f"{W2[:-7]}.qweight": torch.zeros(1)}), f"missing {W2[:-7]}.scales"),
+        (lambda t: t.update({f"{W2[:-7]}.weight_packed": torch.zeros(1)}), f"left over {W2}"),
         (lambda t: t.update({W2.replace("1.block", "3.block"): t[W2]}), "left over"),
         (lambda t: t.update({W2.replace("block_sparse_moe", "mlp").replace("w2", "down_proj"): t[W2]}), "two names"),
     ],
@@ -181,9 +183,9 @@ def test_a_v5_config_gives_the_same_logits(folder):
 
 def test_foreign_layouts_are_refused_by_name(folder):
     for suffix, layout in (
-        (".weight_packed", "compressed-tensors"),
         (".W_q", "HQQ"),
         (".SCB", "int8"),
+        (".q_weight", "EXL2"),
     ):
         tensors = {f"model.layers.0.self_attn.q_proj{suffix}": torch.zeros(1)}
         save_file({n: t.clone() for n, t in tensors.items()}, folder / "model.safetensors")

@@ -137,6 +137,13 @@ def test_bytes_equal_those_of_bitsandbytes(name, dtype, double):
     assert_equal_bytes(MATRICES[name](dtype), double=double)
 
 
+def test_a_short_last_block_is_divided_not_multiplied_by_a_reciprocal():
+    """The two differ next to the bounds between codes."""
+    near = ties(torch.float32)[0, :46]
+    for absmax in range(3, 103):
+        assert_equal_bytes((near * absmax)[None], double=False)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     rows=st.integers(1, 70),
@@ -421,8 +428,8 @@ def best_of(functions, rounds, clock):
 def test_quantizing_is_at_least_twice_as_fast_as_bitsandbytes():
     weight = (random(14336, 4096) * 0.02).bfloat16()
     contenders = {"theirs": lambda: oracle(weight), "ours": lambda: nf4.quantize(weight)}
-    for _ in range(2):
-        best = best_of(contenders, 2, time.perf_counter)
+    for _ in range(3):
+        best = best_of(contenders, 1, time.perf_counter)
         if best["ours"] * 2 <= best["theirs"]:
             return
     raise AssertionError(best)
@@ -441,7 +448,7 @@ def test_decoding_takes_no_more_processor_time_than_in_bitsandbytes(dtype):
         "ours": lambda: ours.dequantize(dtype),
     }
     for _ in range(5):
-        best = best_of(contenders, 10, time.process_time)
+        best = best_of(contenders, 5, time.process_time)
         if best["ours"] <= best["theirs"] * 4 / 3:
             return
     raise AssertionError(best)

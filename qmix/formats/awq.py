@@ -73,9 +73,7 @@ def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(prefix + suffix for suffix in (QWEIGHT, QZEROS, SCALES))
 
 
-def unpack(
-    tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]
-) -> Int4:
+def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]) -> Int4:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:

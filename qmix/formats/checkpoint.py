@@ -4,15 +4,17 @@ How a weight is stored is decided from its tensors, never from the config. Knows
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats import bnb, names
+from qmix.formats import awq, bnb, compressed, gptq, names
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Entry, Shards, open_shards
 from qmix.weights import Dense, Weight
@@ -21,14 +23,25 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # Marks of layouts that are not read, so that they are refused by name.
 _FOREIGN = {
-    ".qweight": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
     ".SCB": "bitsandbytes LLM.int8",
     ".W_q": "HQQ",
     ".trellis": "EXL3",
     ".q_weight": "EXL2",
     ".gate_up_proj": "fused experts",
 }
+
+Layout = Literal["bitsandbytes", "compressed-tensors", "AWQ", "GPTQ"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How one weight is packed, and the canonical names of its tensors.
+
+    Those that the layout demands are among them even if the files lack them.
+    """
+
+    layout: Layout
+    members: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,12 +53,14 @@ class Checkpoint:
         shards: the files.
         tensors: what the model needs, in walking order.
         spelled: canonical tensor name -> name in the files.
+        settings: what GPTQ's tensors do not say by themselves.
     """
 
     config: MixtralConfig
     shards: Shards
     tensors: tuple[ModelTensor, ...]
     spelled: Mapping[str, str]
+    settings: gptq.Settings = field(default_factory=gptq.Settings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +80,23 @@ class Checkpoint:
 
     def packed(self, tensor: ModelTensor) -> bool:
         """Whether the weight is stored in 4 bits."""
-        return bool(bnb.members(tensor.prefix, self.spelled.keys()))
+        return self.packing(tensor) is not None
+
+    def packing(self, tensor: ModelTensor) -> Packed | None:
+        """How the weight is packed, decided from its tensors; None if it is stored as it is."""
+        prefix, spelled = tensor.prefix, self.spelled
+        if not tensor.linear:
+            return None
+        if members := bnb.members(prefix, spelled):
+            return Packed("bitsandbytes", tuple(dict.fromkeys((tensor.name, *members))))
+        if members := compressed.members(prefix, spelled):
+            return Packed("compressed-tensors", members)
+        members = awq.members(prefix, spelled)
+        if members and self.entry(members[0]).shape[:1] == tensor.shape[1:]:
+            return Packed("AWQ", members)
+        if members := gptq.members(prefix, spelled):
+            return Packed("GPTQ", members)
+        return None
 
     def weight(self, tensor: ModelTensor) -> Weight:
         """The weight of one linear layer, however it is stored.
@@ -73,17 +104,25 @@ class Checkpoint:
         Raises:
             CheckpointError: the stored tensors are damaged, or another shape than the model's.
         """
-        where = str(self.entry(tensor.name).file)
-        if self.packed(tensor):
-            members = bnb.members(tensor.prefix, self.spelled.keys())
-            weight: Weight = bnb.unpack(
-                {name: self.read(name) for name in members}, tensor.prefix, where
-            )
-        else:
-            weight = Dense(self.read(tensor.name))
+        packed = self.packing(tensor)
+        where = str(self.entry(packed.members[0] if packed else tensor.name).file)
+        weight = self._unpack(packed, tensor, where) if packed else Dense(self.read(tensor.name))
         if weight.shape != tensor.shape:
             raise _wrong_shape(where, tensor, weight.shape)
         return weight
+
+    def _unpack(self, packed: Packed, tensor: ModelTensor, where: str) -> Weight:
+        read = {name: self.read(name) for name in packed.members}
+        prefix, shape = tensor.prefix, (tensor.shape[0], tensor.shape[1])
+        match packed.layout:
+            case "bitsandbytes":
+                return bnb.unpack(read, prefix, where)
+            case "compressed-tensors":
+                return compressed.unpack(read, prefix, where, shape)
+            case "AWQ":
+                return awq.unpack(read, prefix, where, shape)
+            case "GPTQ":
+                return gptq.unpack(read, prefix, where, shape, self.settings)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -117,10 +156,37 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     tensors = tuple(names.model_tensors(config))
     if config.tie_word_embeddings:
         spelled.pop("lm_head.weight", None)  # a saved copy of the embedding
-    checkpoint = Checkpoint(config, shards, tensors, spelled)
     _refuse_foreign(folder, spelled)
+    checkpoint = Checkpoint(config, shards, tensors, spelled)
+    checkpoint = replace(checkpoint, settings=_settings(checkpoint))
     _match(checkpoint)
     return checkpoint
+
+
+def _settings(checkpoint: Checkpoint) -> gptq.Settings:
+    """Check what the config says of the layouts that the tensors have."""
+    packings = (checkpoint.packing(tensor) for tensor in checkpoint.tensors)
+    layouts = {packed.layout for packed in packings if packed}
+    config = checkpoint.config.quantization_config
+    method = config.get("quant_method") if config else None
+    if "compressed-tensors" in layouts:
+        compressed.check(*_declared(checkpoint, None))
+    # AWQ's other versions may look like GPTQ without g_idx; the config tells them by name.
+    if "AWQ" in layouts or ("GPTQ" in layouts and method == "awq"):
+        awq.check(*_declared(checkpoint, "quant_config.json"))
+    if "GPTQ" in layouts:
+        return gptq.settings(*_declared(checkpoint, "quantize_config.json"))
+    return gptq.Settings()
+
+
+def _declared(checkpoint: Checkpoint, beside: str | None) -> tuple[Mapping[str, Any] | None, str]:
+    """The quantization settings and their file: config.json's, else those of the file `beside` it."""
+    folder = checkpoint.shards.directory
+    if checkpoint.config.quantization_config is not None:
+        return checkpoint.config.quantization_config, str(folder / "config.json")
+    if beside is not None and (folder / beside).exists():
+        return strict_json.read(folder / beside), str(folder / beside)
+    return None, str(folder)
 
 
 def _refuse_foreign(folder: Path, spelled: Mapping[str, str]) -> None:
@@ -130,7 +196,7 @@ def _refuse_foreign(folder: Path, spelled: Mapping[str, str]) -> None:
                 raise UnsupportedError(
                     f"{layout} checkpoints are not read",
                     where=str(folder),
-                    expected="16-bit or bitsandbytes 4-bit safetensors",
+                    expected="16-bit, or 4-bit of bitsandbytes, GPTQ, AWQ or compressed-tensors",
                     found=spelled[name],
                     remedy="Quantize the 16-bit checkpoint with qmix quantize.",
                 )
@@ -142,12 +208,11 @@ def _match(checkpoint: Checkpoint) -> None:
     left = set(spelled)
     missing: list[str] = []
     for tensor in checkpoint.tensors:
-        if tensor.name not in left:
-            missing.append(tensor.name)
-            continue
-        members = bnb.members(tensor.prefix, spelled.keys()) if tensor.linear else ()
-        left -= {tensor.name, *members}
-        if members:
+        packed = checkpoint.packing(tensor)
+        needed = packed.members if packed else (tensor.name,)
+        missing += [name for name in needed if name not in left]
+        left -= set(needed)
+        if packed or tensor.name not in spelled:
             continue
         entry = checkpoint.entry(tensor.name)
         if entry.shape != tensor.shape:

@@ -67,9 +67,7 @@ def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(prefix + suffix for suffix in (*_REQUIRED, *optional))
 
 
-def unpack(
-    tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]
-) -> Int4:
+def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]) -> Int4:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:

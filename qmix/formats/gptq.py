@@ -149,6 +149,7 @@ def unpack(
     """
     read = Members(tensors, prefix, where, shape)
     rows, columns = shape
+    read.tensor(G_IDX, torch.int32, (columns,))  # before the bits, which follow from K
     qweight = read.tensor(QWEIGHT, torch.int32, None)
     expected = (columns // _WORD_CODES, rows)
     if qweight.shape != expected:

@@ -1,0 +1,145 @@
+"""Packers of the 4-bit integer layouts in plain Python, nibble by nibble: the readers' oracles.
+
+Written from the formulas of the layouts' own projects, without qmix's code.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from conftest import small_model
+from safetensors.torch import save_file
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One quantized weight: codes [N][K], zeros [N][G] and groups [K] as lists, scales [N, G]."""
+
+    codes: list
+    zeros: list
+    groups: list
+    scales: torch.Tensor
+
+    @property
+    def shape(self):
+        return len(self.codes), len(self.groups)
+
+    def meant(self):
+        """float32 [N, K]: (code - zero) * scale."""
+        index = torch.tensor(self.groups)
+        difference = torch.tensor(self.codes) - torch.tensor(self.zeros)[:, index]
+        return difference.float() * self.scales.float()[:, index]
+
+
+def plain(shape, group, *, symmetric=True, act_order=False, low=1, seed=0, dtype=torch.float16):
+    """A random weight of that shape; group -1 is one group. Zeros from `low` to 15."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+    size = columns if group == -1 else group
+    count = columns // size
+    groups = torch.arange(columns) // size
+    if act_order:
+        groups = groups[torch.randperm(columns, generator=generator)]
+    zeros = torch.randint(low, 16, (rows, count), generator=generator)
+    return Plain(
+        codes=torch.randint(0, 16, shape, generator=generator).tolist(),
+        zeros=[[8] * count] * rows if symmetric else zeros.tolist(),
+        groups=groups.tolist(),
+        scales=(torch.rand(rows, count, generator=generator) / 100 + 0.001).to(dtype),
+    )
+
+
+def word(codes):
+    """Eight codes as a signed 32-bit integer, the first in the lowest four bits."""
+    value = sum(code << 4 * i for i, code in enumerate(codes))
+    return signed(value)
+
+
+def signed(value):
+    value %= 1 << 32
+    return value - (1 << 32) if value >> 31 else value
+
+
+def gptq(weight, prefix, *, version=1):
+    """AutoGPTQ's tensors; v1 subtracts one from each nibble of a word at once, as gptqmodel."""
+    rows, columns = weight.shape
+    less = 0x11111111 if version == 1 else 0
+    qweight = [
+        [word(weight.codes[n][k : k + 8]) for n in range(rows)] for k in range(0, columns, 8)
+    ]
+    qzeros = [
+        [signed(word([weight.zeros[n + i][g] for i in range(8)]) - less) for n in range(0, rows, 8)]
+        for g in range(len(weight.zeros[0]))
+    ]
+    return {
+        f"{prefix}.qweight": torch.tensor(qweight, dtype=torch.int32),
+        f"{prefix}.qzeros": torch.tensor(qzeros, dtype=torch.int32),
+        f"{prefix}.scales": weight.scales.T.contiguous(),
+        f"{prefix}.g_idx": torch.tensor(weight.groups, dtype=torch.int32),
+    }
+
+
+def awq(weight, prefix):
+    """AutoAWQ's tensors of its "gemm" version."""
+    rows, columns = weight.shape
+
+    def outputs(column):
+        return [word([column[n + i] for i in AWQ_ORDER]) for n in range(0, rows, 8)]
+
+    qweight = [outputs([weight.codes[n][k] for n in range(rows)]) for k in range(columns)]
+    qzeros = [
+        outputs([weight.zeros[n][g] for n in range(rows)]) for g in range(len(weight.zeros[0]))
+    ]
+    return {
+        f"{prefix}.qweight": torch.tensor(qweight, dtype=torch.int32),
+        f"{prefix}.qzeros": torch.tensor(qzeros, dtype=torch.int32),
+        f"{prefix}.scales": weight.scales.T.contiguous(),
+    }
+
+
+def compressed(weight, prefix, *, symmetric=True):
+    """compressed-tensors' tensors in its "pack-quantized" format."""
+    rows, columns = weight.shape
+    packed = [[word(row[k : k + 8]) for k in range(0, columns, 8)] for row in weight.codes]
+    tensors = {
+        f"{prefix}.weight_packed": torch.tensor(packed, dtype=torch.int32),
+        f"{prefix}.weight_scale": weight.scales,
+        f"{prefix}.weight_shape": torch.tensor([rows, columns]),
+    }
+    if not symmetric:
+        padded = [*weight.zeros, *[[8] * len(weight.zeros[0])] * (-rows % 8)]
+        points = [
+            [word([padded[n + i][g] for i in range(8)]) for g in range(len(padded[0]))]
+            for n in range(0, rows, 8)
+        ]
+        tensors[f"{prefix}.weight_zero_point"] = torch.tensor(points, dtype=torch.int32)
+    return tensors
+
+
+def checkpoint(
+    folder, pack, quantization, *, group=32, experts=4, dense=("gate", "lm_head"), **options
+):
+    """Write a small Mixtral with every linear layer packed by `pack(weight, prefix)`.
+
+    Returns the model of the same values in float32.
+    """
+    model = small_model(intermediate_size=128, num_hidden_layers=2, num_local_experts=experts)
+    tensors = {}
+    for name, value in list(model.state_dict().items()):
+        prefix = name.removesuffix(".weight")
+        if value.dim() == 1 or prefix.endswith((*dense, "embed_tokens")):
+            tensors[name] = value.clone()
+            continue
+        weight = plain(tuple(value.shape), group, seed=len(tensors), **options)
+        tensors |= pack(weight, prefix)
+        with torch.no_grad():
+            value.copy_(weight.meant())
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    document = model.config.to_dict()
+    if quantization is not None:
+        document["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(document))
+    return model

@@ -1,0 +1,158 @@
+"""Int4: what its bits mean, however they are reached."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qmix import kernels
+from qmix.int4 import Int4, pack_codes, unpack_codes
+from qmix.kernels import int4 as int4_kernel
+from qmix.scheme import DENSE, NF4, Scheme
+from qmix.weights import TILE_ELEMENTS, Weight
+
+SHAPES = [(8, 32), (40, 128), (7, 256), (1, 4096)]
+
+
+def drawn(rows, columns, group, *, symmetric=True, act_order=False, dtype=torch.float16, seed=0):
+    """A random weight and, computed in plain float32, what it must mean."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = columns // group
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(rows, groups, generator=generator) / 10 + 0.001).to(dtype)
+    zeros = torch.randint(1, 16, (rows, groups), dtype=torch.uint8, generator=generator)
+    if symmetric:
+        zeros = torch.full_like(zeros, 8)
+    order = torch.randperm(columns, generator=generator) if act_order else torch.arange(columns)
+    meant = torch.empty(rows, columns)
+    for j in range(columns):
+        difference = codes[:, j].float() - zeros[:, j // group].float()
+        meant[:, order[j]] = difference * scales[:, j // group].float()
+    weight = Int4(
+        codes=pack_codes(codes),
+        scales=scales,
+        zeros=None if symmetric else zeros,
+        perm=order.int() if act_order else None,
+    )
+    return weight, meant
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group", [-1, 32, 64, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantize_is_code_less_zero_times_scale(shape, group, symmetric, act_order):
+    rows, columns = shape
+    group = columns if group == -1 else group
+    if columns % group:
+        return
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weight, meant = drawn(rows, columns, group, symmetric=symmetric, act_order=act_order, dtype=dtype)  # fmt: skip
+        assert isinstance(weight, Weight)
+        assert weight.shape == shape
+        assert weight.dtype == dtype
+        assert weight.group_inputs == group
+        assert torch.equal(weight.dequantize(torch.float32), meant)
+        assert torch.equal(weight.dequantize(), meant.to(dtype))
+        assert torch.equal(weight.dequantize(torch.bfloat16), meant.bfloat16())
+        # The path for other devices means the same.
+        plain = replace(weight, perm=None)
+        assert torch.equal(plain._decode(0, rows, torch.float32), plain.dequantize(torch.float32))
+        assert torch.equal(plain._decode(0, rows, torch.bfloat16), plain.dequantize(torch.bfloat16))
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+def test_rows_are_slices_of_dequantize(act_order):
+    weight, meant = drawn(13, 64, 32, symmetric=False, act_order=act_order)
+    for start in range(13):
+        for stop in range(start + 1, 14):
+            assert torch.equal(weight.rows(start, stop, torch.float32), meant[start:stop])
+
+
+def test_tiles_and_threads_change_nothing():
+    columns = 4096
+    rows = 5 * 8 * TILE_ELEMENTS // columns + 3  # more than four slabs, the last one short
+    weight, meant = drawn(rows, columns, 128, symmetric=False)
+    assert torch.equal(weight.dequantize(torch.float32), meant)
+    assert torch.equal(weight.dequantize(), meant.half())
+    with torch.inference_mode():
+        assert torch.equal(weight.dequantize(), meant.half())
+
+
+def test_a_byte_holds_two_inputs_the_first_one_low():
+    codes = torch.tensor([[1, 2, 3, 15]], dtype=torch.uint8)
+    assert pack_codes(codes).tolist() == [[0x21, 0xF3]]
+    weight = Int4(pack_codes(codes), torch.tensor([[0.5]]))
+    assert weight.dequantize().tolist() == [[-3.5, -3.0, -2.5, 3.5]]
+    every = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    assert torch.equal(pack_codes(unpack_codes(every)), every)
+
+
+def test_extreme_scales_are_kept():
+    codes = pack_codes(torch.tensor([[0, 15] * 16, [8, 9] * 16], dtype=torch.uint8))
+    scales = torch.tensor([[65504.0], [6e-8]], dtype=torch.float16)
+    values = Int4(codes, scales).dequantize(torch.float32)
+    assert values[0, :2].tolist() == [-8 * 65504.0, 7 * 65504.0]
+    assert values[1, :2].tolist() == [0.0, 2**-24]
+    assert Int4(codes, scales).dequantize()[0, 0] == -torch.inf  # no clamp hides an overflow
+    assert Int4(codes, -scales).dequantize(torch.float32)[0, 0] == 8 * 65504.0
+    assert not Int4(codes, 0 * scales).dequantize().any()
+
+
+def test_the_scheme_and_the_bytes():
+    weight, _ = drawn(16, 256, 64)
+    assert weight.scheme == Scheme(kind="int4", group_size=64)
+    assert str(weight.scheme) == "int4 g64"
+    assert weight.nbytes == 16 * 128 + 16 * 4 * 2
+    assert weight.scheme.bits_per_weight == 8 * weight.nbytes / (16 * 256) == 4.25
+    weight, _ = drawn(16, 256, 256, symmetric=False)
+    assert weight.scheme == Scheme(kind="int4", group_size=-1, symmetric=False)
+    assert str(weight.scheme) == "int4 per output asymmetric"
+    assert weight.scheme.bits_per_weight == 4
+    assert Scheme(kind="int4").bits_per_weight == 4.125
+    assert Scheme(kind="int4", symmetric=False).bits_per_weight == 4.15625
+    # The names that were there before are untouched.
+    assert (str(NF4), str(DENSE)) == ("nf4 b64 double-quant", "16-bit")
+    assert Scheme(kind="nf4", block_size=128).bits_per_weight == 4 + 8.125 / 128
+
+
+def test_moving_keeps_everything():
+    weight, meant = drawn(8, 64, 32, symmetric=False, act_order=True)
+    moved = weight.to(torch.device("cpu"))
+    assert torch.equal(moved.dequantize(torch.float32), meant)
+    assert weight.to(torch.device("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("batch", [1, 2, 17])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_linear_matches_the_oracle(batch, symmetric, act_order, dtype, bound):
+    weight, meant = drawn(300, 2048, 128, symmetric=symmetric, act_order=act_order)
+    x = torch.randn(3, batch, 2048, generator=torch.Generator().manual_seed(1)).to(dtype)
+    oracle = x.float() @ meant.T
+    for out in (kernels.linear(x, weight), _reference(x, weight)):
+        assert out.dtype == dtype
+        assert out.shape == (3, batch, 300)
+        assert (out.float() - oracle).abs().max() <= bound * oracle.abs().max()
+
+
+def _reference(x, weight):
+    with kernels.override("reference"):
+        return kernels.linear(x, weight)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+def test_a_product_never_holds_more_than_one_tile(monkeypatch, act_order):
+    weight, _ = drawn(1000, 1024, 128, act_order=act_order)
+    seen = []
+    original = Int4.rows
+
+    def rows(self, start, stop, dtype=None):
+        seen.append((stop - start) * self.shape[1])
+        return original(self, start, stop, dtype)
+
+    monkeypatch.setattr(Int4, "rows", rows)
+    kernels.linear(torch.ones(4, 1024), weight)
+    assert sum(seen) == 1000 * 1024
+    assert max(seen) <= int4_kernel.TILE_ELEMENTS
