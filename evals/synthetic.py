@@ -96,15 +96,17 @@ def _drawn(
     tensors: Sequence[ModelTensor], recipe: Recipe, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     for index, tensor in enumerate(tensors):
-        sys.stderr.write(f"\r{index + 1}/{len(tensors)} {tensor.name:60}")
-        sys.stderr.flush()
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{index + 1}/{len(tensors)} {tensor.name:60}")
+            sys.stderr.flush()
         generator = _generator(seed, tensor.name)
         if recipe.scheme_of(tensor.name).kind == "dense":
             yield {tensor.name: _dense(tensor, generator)}
         else:
             rows, columns = tensor.shape
             yield bnb.pack(_packed((rows, columns), generator), tensor.prefix)
-    sys.stderr.write("\n")
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
