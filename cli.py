@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -255,23 +256,31 @@ def demo(
 
 def main() -> NoReturn:
     """Entry point of the `qmix` command."""
+    _make_streams_safe()
     try:
-        app(standalone_mode=True)
+        app()
     except QmixError as error:
         _fail(error, error.exit_code)
-    except BrokenPipeError:
-        # The reader has gone; the interpreter must not complain at its last flush either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        _notice("interrupted")
-        sys.exit(130)
     except MemoryError as error:
         _fail(error, 4)
     except Exception as error:  # noqa: BLE001 - the last line of defence of a command
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
         _fail(error, 4 if out_of_memory else 1)
     sys.exit(0)
+
+
+def _make_streams_safe() -> None:
+    """A closed stream must not lend its number to a file, nor a locale end a reply."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    # Arguments are UTF-8 whatever the locale; broken bytes become U+FFFD.
+    sys.argv = [os.fsencode(argument).decode("utf-8", "replace") for argument in sys.argv]
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has gone ends us quietly
 
 
 def _fail(error: BaseException, code: int) -> NoReturn:
@@ -348,10 +357,9 @@ def _stdin() -> str:
 
 
 def _utf8(stream: object) -> None:
-    """Input is UTF-8 whatever the locale; broken bytes become U+FFFD."""
-    reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(encoding="utf-8", errors="replace")
+    """Input is UTF-8 whatever the locale; broken bytes become U+FFFD, a byte-order mark goes."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(encoding="utf-8-sig", errors="replace")
 
 
 def _console() -> "Console":

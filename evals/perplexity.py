@@ -118,9 +118,9 @@ def cut(ids: list[int], window: int, stride: int) -> Windows:
         return Windows(torch.tensor([ids]), 1, words)
     starts = range(0, len(ids) - window + 1, stride)
     dropped = len(ids) - (starts[-1] + window)
-    kind = "non-overlapping" if stride == window else f"stride {stride}, each token scored once,"
+    kind = "non-overlapping" if stride == window else f"stride {stride}, each token scored once"
     words = (
-        f"{len(starts)} windows of {window}, {kind} BOS at the text's start only, "
+        f"{len(starts)} windows of {window}, {kind}, BOS at the text's start only, "
         f"tail of {dropped} tokens dropped"
     )
     rows = torch.tensor([ids[start : start + window] for start in starts])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from qmix.errors import CheckpointError
 from qmix.heads import MixtralForCausalLM
 from qmix.tokenizer import LlamaTokenizer
 
@@ -23,7 +24,17 @@ def load(
     """
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointError(
+            "the tokenizer has more tokens than the model",
+            where=str(directory),
+            expected=f"at most {model.config.vocab_size}",
+            found=len(tokenizer),
+            remedy="tokenizer.model is another model's.",
+        )
     model.tokenizer = tokenizer
+    ends = {*model.generation_config.eos_ids, tokenizer.eos_token_id} - {None}
+    model.generation_config = model.generation_config.updated({"eos_token_id": sorted(ends)})
     return model, tokenizer
 
 

@@ -39,6 +39,19 @@ _FLOAT_RANGES = {
 }
 
 
+# Fields whose null in config.json says no more than their absence.
+_NULL_MEANS_DEFAULT = (
+    "rope_theta",
+    "router_jitter_noise",
+    "router_aux_loss_coef",
+    "attention_dropout",
+    "initializer_range",
+    "use_cache",
+    "output_router_logits",
+    "tie_word_embeddings",
+)
+
+
 @dataclass(frozen=True, kw_only=True, init=False)
 class MixtralConfig:
     """The configuration of a Mixtral model (reference page, section MixtralConfig).
@@ -80,7 +93,7 @@ class MixtralConfig:
     quantization_config: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, /, **kwargs: Any) -> None:
         values = _normalise(kwargs)
         known = {f.name: f.default for f in fields(self) if f.name != "extra"}
         extra = {key: values.pop(key) for key in list(values) if key not in known}
@@ -118,9 +131,11 @@ class MixtralConfig:
         """All end-of-sequence ids, also when there is one or none."""
         if self.eos_token_id is None:
             return ()
-        if isinstance(self.eos_token_id, int):
-            return (self.eos_token_id,)
-        return self.eos_token_id
+        ids = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+        return tuple(index for index in ids if index >= 0)
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
 
     def replace(self, **changes: Any) -> "MixtralConfig":
         """A copy with some fields changed, checked again."""
@@ -216,10 +231,16 @@ def _normalise(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     act = values.get("hidden_act")
     if callable(act) and hasattr(act, "__name__"):
         values["hidden_act"] = act.__name__
-    if values.get("rope_theta", 0) is None:
-        del values["rope_theta"]
-    if values.get("router_jitter_noise", 0) is None:
-        del values["router_jitter_noise"]
+    for name in _NULL_MEANS_DEFAULT:
+        if values.get(name, 0) is None:
+            del values[name]
+    if values.get("partial_rotary_factor", 1) not in (None, 1):
+        raise UnsupportedError(
+            "partial rotary embedding is not supported",
+            where="config.partial_rotary_factor",
+            expected="1 or null",
+            found=repr(values["partial_rotary_factor"])[:80],
+        )
     return values
 
 
@@ -227,6 +248,8 @@ def _alias(values: dict[str, Any], alias: str, name: str) -> None:
     if alias not in values:
         return
     value = values.pop(alias)
+    if values.get(name, value) is None:
+        values.pop(name, None)
     if value is not None and values.setdefault(name, value) != value:
         raise ConfigError(
             f"{alias} and {name} differ",
@@ -322,11 +345,13 @@ def _check_tokens(values: Mapping[str, Any]) -> None:
         value = values[name]
         ids = value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]
         for one in ids:
-            if one is not None and (isinstance(one, bool) or not isinstance(one, int)):
+            if one is None and ids is not value:
+                continue
+            if isinstance(one, bool) or not isinstance(one, int) or not -1 <= one < 1 << 31:
                 raise ConfigError(
                     "wrong type",
                     where=f"config.{name}",
-                    expected="a token id or null",
+                    expected="a token id (-1: none) or null",
                     found=repr(value)[:80],
                 )
 

@@ -63,7 +63,9 @@ class StreamDetokenizer:
             UsageError: an id outside the vocabulary.
         """
         pieces = self._pieces
-        if not isinstance(token_id, int) or not 0 <= token_id < len(pieces.texts):
+        if isinstance(token_id, int) and token_id >= len(pieces.texts):
+            return self._finished(last=True)  # a row of a padded embedding has no text
+        if not isinstance(token_id, int) or token_id < 0:
             expected = f"a token id from 0 to {len(pieces.texts) - 1}"
             raise UsageError(
                 "wrong value", where="token_id", expected=expected, found=repr(token_id)[:80]

@@ -8,15 +8,17 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from qmix import strict_json
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
 from qmix.detokenizer import StreamDetokenizer
-from qmix.errors import UsageError
+from qmix.errors import CheckpointError, UsageError
 from qmix.sampling import Sampling
 from qmix.tokenizer import LlamaTokenizer
 
@@ -92,12 +94,27 @@ class GenerationConfig:
                     expected=f"{least} to {MAX_NEW_TOKENS}",
                     found=repr(value),
                 )
-        if self.seed is not None and not 0 <= self.seed < 1 << 64:
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
             raise UsageError(
-                "out of range", where="seed", expected="0 to 2^64 - 1", found=self.seed
+                "out of range", where="seed", expected="0 to 2^64 - 1", found=repr(self.seed)
             )
-        if any(stop == "" or not isinstance(stop, str) for stop in self.stops):
-            raise UsageError("an empty stop string stops everything", where="stop_strings")
+        stops = self.stop_strings
+        if not (stops is None or isinstance(stops, (str, list, tuple))) or not all(
+            isinstance(stop, str) and stop for stop in self.stops
+        ):
+            raise UsageError(
+                "wrong value",
+                where="stop_strings",
+                expected="a text or several, none of them empty",
+                found=repr(stops)[:80],
+            )
+        for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, (list, tuple))
+            if any(type(index) is not int for index in (value if several else [value or 0])):
+                raise UsageError(
+                    "wrong type", where=name, expected="a token id", found=repr(value)[:80]
+                )
         _ = self._drawing  # checked also where greedy choice does not need it
 
     @property
@@ -133,6 +150,29 @@ class GenerationConfig:
         if self.pad_token_id is not None and self.pad_token_id >= 0:
             return self.pad_token_id
         return self.eos_ids[0] if self.eos_ids else 0
+
+    @classmethod
+    def of(cls, config: MixtralConfig, directory: Path | None = None) -> "GenerationConfig":
+        """The checkpoint's own: special ids of generation_config.json, else of config.json.
+
+        Other entries of the file are not taken: how to sample is the user's choice.
+        """
+        own = cls(
+            eos_token_id=config.eos_token_ids or None,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+        )
+        path = directory / "generation_config.json" if directory is not None else None
+        if path is None or not path.is_file():
+            return own
+        document = strict_json.read(path)
+        names = ("eos_token_id", "pad_token_id", "bos_token_id")
+        try:
+            return own.updated({n: document[n] for n in names if document.get(n) is not None})
+        except UsageError as error:
+            raise CheckpointError(
+                error.what, where=f"{path}: {error.where}", expected=error.expected, found=error.found
+            ) from None
 
     def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":
         """A copy with changes; an unknown name is refused."""
@@ -191,7 +231,7 @@ def stream(
     """Generate after `input_ids` (B, P), one Token a step.
 
     Args:
-        keep: bool (B, P), False at padding (on the left).
+        keep: bool (B, P), False at padding, on whichever side.
         cache: holds the first `cache.length < P` columns already; the rest is prefilled into it.
             After a step the cache holds all columns but the newest.
         tokenizer: gives the tokens' texts, and is needed for stop strings.
@@ -199,9 +239,8 @@ def stream(
             keeps a leading space.
     """
     begun = time.perf_counter()
+    check_prompt(input_ids, keep)
     batch, prompt_length = input_ids.shape
-    if batch == 0 or prompt_length == 0:
-        raise UsageError("the prompt is empty", where="input_ids", expected="at least one token")
     if config.stops and tokenizer is None:
         raise UsageError(
             "stop strings need a tokenizer",
@@ -216,6 +255,8 @@ def stream(
             "model was made for; expect worse text beyond them",
             stacklevel=2,
         )
+    if keep is not None:
+        input_ids, keep = _left_padded(input_ids, keep)
     device = model.device
     sampling, eos = config.sampling, torch.tensor(config.eos_ids, dtype=torch.long)
     generator = None
@@ -235,7 +276,8 @@ def stream(
     finished = torch.zeros(batch, dtype=torch.bool)
     for index in range(budget):
         if index < config.min_new_tokens and len(eos):
-            logits = logits.index_fill(-1, eos.to(device), float("-inf"))
+            known = eos[(eos >= 0) & (eos < logits.shape[-1])].to(device)
+            logits = logits.index_fill(-1, known, float("-inf"))
         scores = sampling.scores(logits, context, keep)
         ids = sampling.choose(scores, generator).cpu()
         ids = torch.where(finished, config.pad_id, ids)
@@ -264,7 +306,9 @@ def generate(
     tokenizer: LlamaTokenizer | None = None,
     streamer: Streamer | None = None,
 ) -> Tensor:
-    """Prompt and new ids, (B, P + N) on the prompt's device."""
+    """Prompt and new ids, (B, P + N) on the prompt's device; padding stays where it was."""
+    keep = None if attention_mask is None else attention_mask.bool()
+    check_prompt(input_ids, keep)
     if streamer is not None:
         if input_ids.shape[0] != 1:
             raise UsageError(
@@ -272,7 +316,6 @@ def generate(
             )
         streamer.put(input_ids.cpu())
     columns = [input_ids]
-    keep = None if attention_mask is None else attention_mask.bool()
     for token in stream(model, input_ids, config, keep=keep, tokenizer=tokenizer):
         columns.append(token.ids[:, None].to(input_ids.device))
         if streamer is not None:
@@ -330,6 +373,49 @@ def _positions(keep: Tensor | None, new: int) -> Tensor | None:
     if keep is None:
         return None
     return (keep.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
+
+
+def check_prompt(input_ids: Tensor, keep: Tensor | None) -> None:
+    """Refuse what is no prompt.
+
+    Raises:
+        UsageError: not integers of shape (B, P), no token, or a mask of another shape.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not _is_integer(input_ids):
+        found = (
+            f"{input_ids.dtype} {list(input_ids.shape)}".removeprefix("torch.")
+            if isinstance(input_ids, Tensor)
+            else type(input_ids).__name__
+        )
+        raise UsageError(
+            "not a batch of token ids",
+            where="input_ids",
+            expected="an integer tensor [batch, sequence]",
+            found=found,
+        )
+    if not input_ids.numel():
+        raise UsageError("the prompt is empty", where="input_ids", expected="at least one token")
+    if keep is None:
+        return
+    if keep.shape != input_ids.shape:
+        raise UsageError(
+            "wrong shape",
+            where="attention_mask",
+            expected=list(input_ids.shape),
+            found=list(keep.shape),
+        )
+    if not bool(keep.any(-1).all()):
+        raise UsageError("a row is all padding", where="attention_mask")
+
+
+def _is_integer(ids: Tensor) -> bool:
+    return ids.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _left_padded(ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with all padding moved to the left, where new tokens can follow on the right."""
+    order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices.to(ids.device)
+    return ids.gather(1, order), keep.gather(1, order.to(keep.device))
 
 
 def _or_none(keep: Tensor | None, device: torch.device) -> Tensor | None:

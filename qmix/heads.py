@@ -133,14 +133,15 @@ class MixtralModel(_Loadable, Decoder):
             raise UsageError("give input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             assert input_ids is not None
-            if input_ids.dim() != 2:
-                raise UsageError(
-                    "wrong shape",
-                    where="input_ids",
-                    expected="[batch, sequence]",
-                    found=list(input_ids.shape),
-                )
+            generation.check_prompt(input_ids, None)
             inputs_embeds = self.embed(input_ids)
+        if position_ids is not None and position_ids.dim() != 2:
+            raise UsageError(
+                "wrong shape",
+                where="position_ids",
+                expected="[batch, sequence]",
+                found=list(position_ids.shape),
+            )
         batch, new = inputs_embeds.shape[:2]
         past = cache.length if cache is not None else 0
         keep = None
@@ -209,7 +210,7 @@ class MixtralModel(_Loadable, Decoder):
         inputs_embeds: Tensor | None,
     ) -> KVCache | None:
         given = input_ids if input_ids is not None else inputs_embeds
-        if past is not None or given is None:
+        if past is not None or given is None or given.dim() < 2:
             return past
         if not _default(use_cache, self.config.use_cache and not self.training):
             return None
@@ -225,13 +226,28 @@ class MixtralForCausalLM(_Loadable):
         self.model = MixtralModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         initialise(self.lm_head, config)
-        self.generation_config = GenerationConfig(
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            bos_token_id=config.bos_token_id,
-        )
+        self.generation_config = GenerationConfig.of(config)
         self.tokenizer: LlamaTokenizer | None = None
         self.tie_weights()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """As MixtralModel.from_pretrained; special ids come from generation_config.json."""
+        generation_config = GenerationConfig.of(
+            MixtralConfig.from_pretrained(directory), Path(directory)
+        )
+        model = super().from_pretrained(
+            directory, torch_dtype=torch_dtype, dtype=dtype, device=device
+        )
+        model.generation_config = generation_config
+        return model
 
     def tie_weights(self) -> None:
         """Share the embedding with the head, where the config says so."""
@@ -326,7 +342,7 @@ class MixtralForCausalLM(_Loadable):
         """Generate after (B, P) ids: (B, P + N), rows that end early filled with pad_token_id.
 
         Args:
-            attention_mask: (B, P), 0 at padding (on the left).
+            attention_mask: (B, P), 0 at padding, on whichever side.
             generation_config: defaults to the model's own.
             tokenizer: for stop_strings; defaults to the one the model was loaded with.
             streamer: gets the prompt, then each new token, then `end()`; one row only.
@@ -337,9 +353,11 @@ class MixtralForCausalLM(_Loadable):
         """
         config = (generation_config or self.generation_config).updated(options)
         self.eval()
+        if isinstance(input_ids, Tensor):
+            input_ids = input_ids.to(self.device)
         return generation.generate(
             self,
-            input_ids.to(self.device),
+            input_ids,
             config,
             attention_mask=attention_mask,
             tokenizer=tokenizer or self.tokenizer,

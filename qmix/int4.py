@@ -20,6 +20,8 @@ GROUP_SIZES = (32, 64, 128)
 SYMMETRIC_ZERO = 8
 
 _THREADED_SLABS = 4
+_REORDERED_ROWS = 64  # seven times as fast as 1024: what is gathered stays in the cache
+_DEVICE_ELEMENTS = 2048 * 4096  # as for NF4: bounds the float32 and index copies at 100 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ class Int4:
     @cached_property
     def _pairs(self) -> Tensor:
         """int64 [256]: the two float32 values of each byte in memory order, before zeros and scales."""
-        code = torch.arange(16, dtype=torch.float32)
+        code = torch.arange(16, dtype=torch.float32, device=self.device)
         if self.zeros is None:
             code -= SYMMETRIC_ZERO
         low, high = code.repeat(16), code.repeat_interleave(16)
@@ -108,14 +110,19 @@ class Int4:
 
     def _decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) in stored order, on any device."""
-        rows, groups = stop - start, self.scales.shape[1]
-        codes = self.codes[start:stop].reshape(-1).int()
-        pairs = torch.index_select(self._pairs.to(self.device), 0, codes)
-        values = pairs.view(torch.float32).view(rows, groups, -1)
-        if self.zeros is not None:
-            values -= self.zeros[start:stop, :, None]
-        values *= self.scales[start:stop, :, None].float()
-        return values.view(rows, -1).to(dtype)
+        in_features, groups = self.shape[1], self.scales.shape[1]
+        out = torch.empty(stop - start, in_features, dtype=dtype, device=self.device)
+        step = max(1, _DEVICE_ELEMENTS // in_features)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            codes = self.codes[first:last].reshape(-1).int()
+            pairs = torch.index_select(self._pairs, 0, codes)
+            values = pairs.view(torch.float32).view(last - first, groups, -1)
+            if self.zeros is not None:
+                values -= self.zeros[first:last, :, None]
+            values *= self.scales[first:last, :, None].float()
+            out[first - start : last - start] = values.view(last - first, -1)
+        return out
 
     def _decode_cpu(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """`_decode` for the CPU, on several threads if there is enough to do (as NF4's)."""
@@ -181,3 +188,17 @@ def pack_codes(codes: Tensor) -> Tensor:
 def unpack_codes(packed: Tensor) -> Tensor:
     """uint8 [N, K / 2] -> uint8 [N, K]."""
     return torch.stack((packed & 15, packed >> 4), -1).view(packed.shape[0], -1)
+
+
+def reorder_codes(packed: Tensor, order: Tensor) -> Tensor:
+    """Packed codes on the CPU, [N, K / 2], whose j-th input is the `order[j]`-th of those given."""
+    codes, index = packed.numpy(), order.long().numpy()
+    (low, high), (low_shift, high_shift) = (
+        (which[0::2], which[1::2]) for which in (index // 2, (index % 2 * 4).astype(np.uint8))
+    )
+    out = np.empty_like(codes)
+    for start in range(0, len(codes), _REORDERED_ROWS):
+        rows = codes[start : start + _REORDERED_ROWS]
+        first = np.take(rows, low, axis=1) >> low_shift & 15
+        out[start : start + len(rows)] = first | np.take(rows, high, axis=1) >> high_shift << 4
+    return torch.from_numpy(out)

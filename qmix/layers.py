@@ -7,6 +7,7 @@ T = B * S tokens, E experts. Knows no bits, no files, no tiers: products go thro
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
+from qmix.errors import UsageError
 from qmix.kernels import Expert
 from qmix.weights import Dense, Weight
 
@@ -87,6 +89,17 @@ class Linear(nn.Module):
             probe = fn(torch.empty(0, device=self._packed.device))
             self._packed = self._packed.to(probe.device)
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self._packed is not None:
+            raise UsageError(
+                "a packed weight does not fit a state_dict",
+                where=f"{prefix}weight",
+                remedy="Use save_pretrained, which writes packed weights too.",
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.stored.scheme}"

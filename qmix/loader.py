@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.errors import CheckpointError, ResourceError, UsageError
+from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.formats import Checkpoint, bnb, open_checkpoint, shards
 from qmix.formats.names import ModelTensor
 from qmix.layers import Linear
@@ -89,9 +89,14 @@ def save(
             tensors = bnb.pack(stored, name.removesuffix(".weight"))
         elif isinstance(stored, Dense):
             tensors = {name: stored.data}
-        else:
-            assert isinstance(stored, Tensor)
+        elif isinstance(stored, Tensor):
             tensors = {name: stored}
+        else:
+            raise UnsupportedError(
+                f"{type(stored).__name__} weights are not written here",
+                where=name,
+                remedy="Keep the directory they were loaded from.",
+            )
         plan = [shards.Planned(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
         groups.append((plan, tensors))
     shards.write_shards(
@@ -100,7 +105,15 @@ def save(
         (tensors for _, tensors in groups),
         max_shard_bytes,
     )
-    written = config.replace(dtype=str(dtype).removeprefix("torch."))
+    packed = {name: weight for name, weight in _stored(model, config) if isinstance(weight, NF4)}
+    quantization = config.quantization_config
+    if packed and quantization is None:
+        attention = any(".self_attn." in name for name in packed)
+        scheme = next(iter(packed.values())).scheme
+        quantization = bnb.config(scheme, dtype, attention=attention)
+    written = config.replace(
+        dtype=str(dtype).removeprefix("torch."), quantization_config=quantization
+    )
     (folder / "config.json").write_text(written.to_json(), encoding="utf-8")
 
 
@@ -167,6 +180,10 @@ def target_device(device: torch.device | str | None) -> torch.device:
         raise UsageError(
             "no such device", where="device", found=str(error).split("\n")[0]
         ) from None
+    if target.type not in ("cpu", "cuda"):
+        raise UsageError(
+            "no such device", where="device", expected="cpu or cuda", found=str(target)
+        )
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "no CUDA device is available",

@@ -84,7 +84,8 @@ class Repl:
         """Until end of input or /exit.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C while reading from a pipe.
+            KeyboardInterrupt: Ctrl-C, from a pipe.
+            UsageError: a message does not fit, from a pipe.
         """
         if self.streams.interactive:
             _enable_line_editing()
@@ -92,44 +93,58 @@ class Repl:
         leaving = False
         while not leaving:
             try:
-                leaving = self._answer(self._read())
+                line = self._line(PROMPT)
+                if line.startswith(_FENCE):
+                    self._say(self._fenced(line))
+                elif line.startswith("/"):
+                    leaving = self._obey(line)
+                elif line.strip():
+                    self._say(line)
             except EOFError:
                 leaving = True
             except UsageError as error:
+                if not self.streams.interactive:
+                    raise
                 self._notice(f"{error}")
             except KeyboardInterrupt:
                 if not self.streams.interactive:
                     raise
                 self._notice("\nCtrl-D or /exit leaves; Ctrl-C stops a reply.")
 
-    def _answer(self, line: str) -> bool:
-        """Obey or reply; True if the line asks to leave."""
-        if line.startswith("/"):
+    def _obey(self, line: str) -> bool:
+        """Carry out a command; True if it asks to leave."""
+        try:
             return self._command(line)
-        if line.strip():
-            self._say(line)
-        return False
+        except UsageError as error:
+            self._notice(f"{error}")
+            return False
 
-    def _read(self) -> str:
-        line = self._line(PROMPT)
-        if not line.startswith(_FENCE):
-            return line
+    def _fenced(self, line: str) -> str:
+        """The lines up to the closing fence, or to the end of the input."""
         body = line[len(_FENCE) :]
         lines = [body] if body else []
-        while not (lines and lines[-1].endswith(_FENCE)):
-            lines.append(self._line(CONTINUED))
+        try:
+            while not (lines and lines[-1].endswith(_FENCE)):
+                lines.append(self._line(CONTINUED))
+        except EOFError:
+            self._notice(f"the message was not closed with {_FENCE}; sent as it is")
+            lines.append(_FENCE)
         lines[-1] = lines[-1].removesuffix(_FENCE)
         return "\n".join(lines).strip("\n")
 
     def _line(self, prompt: str) -> str:
-        if self.streams.interactive:
+        if self.streams.interactive and self.streams.text.isatty():
             return input(prompt)
+        if self.streams.interactive:  # input() would write its prompt among the replies
+            self.streams.notices.print(prompt, end="", markup=False, highlight=False)
         line = self.streams.lines.readline()
         if not line:
             raise EOFError
         return line.removesuffix("\n").removesuffix("\r")
 
     def _say(self, line: str) -> None:
+        if not line.strip():
+            return
         opening = self.session.open(line)
         if opening.dropped_turns:
             self._notice(

@@ -55,7 +55,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-6  # below it the division overflows float32
 
     def scores(self, logits: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits (B, V) after all processors, float32, excluded tokens at -inf.

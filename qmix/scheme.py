@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["dense", "nf4", "int4"]
+Kind = Literal["dense", "nf4", "fp4", "int4"]
 
 NESTED_BLOCK = (
     256  # absmax values that share one fp32 scale under double quantization (QLoRA, section 3)
@@ -20,7 +20,7 @@ class Scheme:
 
     `dense`: 16 or 32 bits a weight. `nf4`: 4-bit NormalFloat codes with one absmax per
     `block_size` consecutive weights (QLoRA, arXiv 2305.14314); with `double_quant` the absmax is
-    itself stored in 8 bits. `int4`: 4-bit integers with one 16-bit scale, and one 4-bit zero unless
+    itself stored in 8 bits. `fp4`: the same with 4-bit floats. `int4`: 4-bit integers with one 16-bit scale, and one 4-bit zero unless
     `symmetric`, per `group_size` consecutive inputs of an output; -1 is all of them.
     """
 
@@ -47,7 +47,7 @@ class Scheme:
         if self.kind == "int4":
             group = "per output" if self.group_size == -1 else f"g{self.group_size}"
             return f"int4 {group}" + ("" if self.symmetric else " asymmetric")
-        return f"nf4 b{self.block_size}" + (" double-quant" if self.double_quant else "")
+        return f"{self.kind} b{self.block_size}" + (" double-quant" if self.double_quant else "")
 
 
 DENSE = Scheme(kind="dense")

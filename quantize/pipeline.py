@@ -94,7 +94,7 @@ def run(
             done += checkpoint.entry(item.tensor.name).nbytes
             yield tensors
 
-    with output.partial(out) as folder:
+    with output.partial(out, force=force) as folder:
         shards.write_shards(folder, groups, converted(), shard_bytes)
         progress(Progress(bytes_in, bytes_in, "checksums"))
         _write_companions(checkpoint, folder)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qmix.errors import CheckpointError, UnsupportedError
+from qmix.errors import CheckpointError
 from qmix.formats import bnb
 from qmix.quantize import nf4
 from qmix.scheme import NF4, Scheme
@@ -366,16 +366,6 @@ def test_damage_is_refused_naming_the_file_and_the_tensor(name):
 def test_what_is_sound_is_read():
     for double in (True, False):
         assert bnb.unpack(good(double), P, "file").shape == (12, 64)
-
-
-def test_fp4_is_refused_by_name():
-    codes, state = functional.quantize_4bit(random(8, 64), quant_type="fp4", blocksize=64)
-    tensors = {f"{P}.weight.{n}": t for n, t in state.as_dict(packed=True).items()}
-    tensors[f"{P}.weight"] = codes
-    assert set(bnb.members(P, tensors.keys())) == set(tensors)
-    with pytest.raises(UnsupportedError, match="FP4") as caught:
-        bnb.unpack(tensors, P, "file")
-    assert P in str(caught.value)
 
 
 @settings(deadline=None, max_examples=300)

@@ -220,6 +220,7 @@ def test_the_declared_group_size_must_be_that_of_the_scales():
         ({"checkpoint_format": "gptq", "format": "gptq", "quant_method": "gptq"}, (1, True, None)),
         ({"group_size": 128, "dynamic": {"-:.*gate": {}}}, (1, True, None)),
         ({"group_size": 128, "dynamic": {}}, (1, True, 128)),
+        ({"checkpoint_format": None, "format": "gptq_v2"}, (2, True, None)),
         ({"is_marlin_format": False, "model_name_or_path": None}, (1, True, None)),
     ],
 )
@@ -236,6 +237,7 @@ def test_the_settings_that_files_have(document, expected):
         ({"bits": True}, UnsupportedError, "bits"),
         ({"bits": [4, 8]}, UnsupportedError, "bits"),
         ({"checkpoint_format": "marlin"}, UnsupportedError, "marlin format"),
+        ({"checkpoint_format": 2}, UnsupportedError, "in the 2 format is not read; expected gptq or gptq_v2"),
         ({"is_marlin_format": True}, UnsupportedError, "marlin"),
         ({"checkpoint_format": "gptq", "format": "gptq_v2"}, CheckpointError, "differ"),
         ({"quant_method": "awq"}, CheckpointError, "quant_method.*expected 'gptq'; found 'awq'"),

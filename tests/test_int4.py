@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmix import kernels
-from qmix.int4 import Int4, pack_codes, unpack_codes
+from qmix.int4 import Int4, pack_codes, reorder_codes, unpack_codes
 from qmix.kernels import int4 as int4_kernel
 from qmix.scheme import DENSE, NF4, Scheme
 from qmix.weights import TILE_ELEMENTS, Weight
@@ -86,6 +86,16 @@ def test_a_byte_holds_two_inputs_the_first_one_low():
     assert weight.dequantize().tolist() == [[-3.5, -3.0, -2.5, 3.5]]
     every = torch.arange(256, dtype=torch.uint8).view(4, 64)
     assert torch.equal(pack_codes(unpack_codes(every)), every)
+
+
+def test_reordering_moves_whole_codes():
+    for rows, columns in ((3, 64), (64, 128), (130, 32)):
+        generator = torch.Generator().manual_seed(rows)
+        codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
+        order = torch.randperm(columns, generator=generator)
+        moved = reorder_codes(pack_codes(codes), order.int())
+        assert torch.equal(unpack_codes(moved), codes[:, order])
+        assert torch.equal(reorder_codes(moved, torch.argsort(order)), pack_codes(codes))
 
 
 def test_extreme_scales_are_kept():

@@ -174,7 +174,6 @@ def test_an_existing_output_is_refused_without_force_and_replaced_with_it(source
     before = (out / output.MANIFEST).read_bytes()
     with pytest.raises(UsageError, match="OUT exists"):
         run(source, out)
-    (out / "mine.txt").write_text("kept until a complete new output stands")
     run(source, out, force=True)
     assert (out / output.MANIFEST).read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
@@ -184,9 +183,13 @@ def test_force_replaces_checkpoints_only(source, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="holds no checkpoint"):
+    with pytest.raises(UsageError, match="holds more than a checkpoint"):
         run(source, home, force=True)
     assert (home / "thesis.tex").is_file()
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / "notes.odt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.odt"):
+        run(source, tmp_path / "out", force=True)
 
 
 def test_a_failed_forced_run_keeps_the_old_output(source, tmp_path):
@@ -288,6 +291,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(source
         with pytest.raises(CheckpointError, match="another run"):
             run(source, tmp_path / "out")
     assert (tmp_path / "out" / "half").is_file()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["half"]
 
 
 def test_the_writer_holds_one_tensor_at_a_time(source, tmp_path, monkeypatch):

@@ -55,8 +55,19 @@ def test_a_leading_space_sends_a_slash_as_text():
 
 
 def test_fenced_lines_are_one_message():
-    session, _, _ = run('"""first\nsecond\n\nfourth"""\n"""\nalone\n"""\n')
-    assert [turn.user for turn in session.turns] == ["first\nsecond\n\nfourth", "alone"]
+    session, _, _ = run('"""first\nsecond\n\nfourth"""\n"""\n/alone\n"""\n')
+    assert [turn.user for turn in session.turns] == ["first\nsecond\n\nfourth", "/alone"]
+
+
+def test_a_fence_that_is_never_closed_is_sent_and_said():
+    session, _, notices = run('"""\nhello\nthere\n')
+    assert [turn.user for turn in session.turns] == ["hello\nthere"]
+    assert "not closed" in notices
+
+
+def test_a_piped_message_that_does_not_fit_is_an_error():
+    with pytest.raises(UsageError, match="does not fit"):
+        run("word " * 2000 + "\n")
 
 
 def test_commands_change_and_show_what_they_name():

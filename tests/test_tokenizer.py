@@ -225,10 +225,15 @@ def test_what_is_no_token_id_is_refused_with_its_range(ids):
         TOKENIZER.decode(ids)
 
 
-@pytest.mark.parametrize("token_id", [32000, -1, 1.0, None])
+@pytest.mark.parametrize("token_id", [-1, 1.0, None])
 def test_a_stream_refuses_what_is_no_token_id(token_id):
     with pytest.raises(UsageError, match="31999"):
         StreamDetokenizer(TOKENIZER).put(token_id)
+
+
+def test_a_row_of_a_padded_embedding_has_no_text():
+    stream = StreamDetokenizer(TOKENIZER)
+    assert [stream.put(i) for i in (32000, 99999)] == ["", ""]
 
 
 @pytest.mark.parametrize("text", ["a\ud800", "\udfff", None, b"bytes", 3])

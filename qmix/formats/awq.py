@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.members import Members, nibbles, unlisted, zeros_or_symmetric
-from qmix.int4 import Int4, pack_codes
+from qmix.int4 import Int4
 
 QWEIGHT = ".qweight"
 QZEROS = ".qzeros"
@@ -22,7 +22,6 @@ _WORD_CODES = 8
 # Output 8c + i lies in nibble _NIBBLE_OF[i] of word c: the word holds, from its lowest four bits
 # on, the outputs [0 2 4 6 | 1 3 5 7].
 _NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
-_WORDS = 128  # columns of words unpacked at a time: 1024 outputs, 15 MB for w2
 
 
 def check(document: Mapping[str, Any] | None, where: str) -> None:
@@ -92,20 +91,25 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[
     scales = read.scales(SCALES, 0)
     groups = scales.shape[0]
     qzeros = read.tensor(QZEROS, torch.int32, (groups, rows // _WORD_CODES))
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    for start in range(0, qweight.shape[1], _WORDS):
-        stop = min(start + _WORDS, qweight.shape[1])
-        codes[start * _WORD_CODES : stop * _WORD_CODES] = pack_codes(
-            _outputs(qweight[:, start:stop])
-        )
     return Int4(
-        codes=codes,
+        codes=_codes(qweight),
         scales=scales.T.contiguous(),
         zeros=zeros_or_symmetric(_outputs(qzeros)),
     )
 
 
+def _codes(qweight: Tensor) -> Tensor:
+    """int32 [K, N / 8] -> uint8 [N, K / 2], without unpacking: two inputs' nibbles change places."""
+    octets = qweight.contiguous().view(torch.uint8).view(qweight.shape[0], -1, 4)
+    even, odd = octets[0::2], octets[1::2]  # (K / 2, N / 8, 4)
+    halves = (even & 15 | odd << 4, even >> 4 | odd & 0xF0)
+    pairs = torch.empty(even.shape[0], even.shape[1], _WORD_CODES, dtype=torch.uint8)
+    for output, nibble in enumerate(_NIBBLE_OF):
+        pairs[..., output] = halves[nibble % 2][..., nibble // 2]
+    return pairs.view(even.shape[0], -1).T.contiguous()
+
+
 def _outputs(packed: Tensor) -> Tensor:
-    """int32 [R, C] -> uint8 [8 * C, R]: a row for each output."""
+    """int32 [G, N / 8] -> uint8 [N, G]."""
     codes = nibbles(packed)[..., _NIBBLE_OF]
     return codes.view(packed.shape[0], -1).T.contiguous()

@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 layout: the tensors and the JSON blob of one weight, written and strictly read.
+"""bitsandbytes' NF4 and FP4 layout: the tensors and JSON blob of one weight, strictly read, and written.
 
 The layout of bitsandbytes 0.50.2 (functional.py, `QuantState.as_dict` and `from_dict`); the hub's
 4-bit checkpoints of 2023 and later have the same. Knows nothing of files or of rounding.
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qmix import strict_json
-from qmix.errors import CheckpointError, UnsupportedError
-from qmix.scheme import NESTED_BLOCK, Scheme
+from qmix.errors import CheckpointError
+from qmix.fp4 import FP4, FP4_VALUES
+from qmix.scheme import NESTED_BLOCK, Kind, Scheme
 from qmix.weights import NF4, NF4_BLOCK_SIZES, NF4_VALUES, NestedAbsmax
 
 WEIGHT = ".weight"
@@ -28,6 +29,7 @@ STATE_FP4 = ".weight.quant_state.bitsandbytes__fp4"
 # What stands beside `P.weight` where P is packed, in bitsandbytes' order.
 SUFFIXES = (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP, STATE_NF4, STATE_FP4)
 
+_STATES: Mapping[Kind, str] = {"nf4": STATE_NF4, "fp4": STATE_FP4}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # `bnb_4bit_quant_storage`: the same bytes under another name, so that FSDP can flatten them.
 _STORAGE = (torch.uint8, *_DTYPES.values())
@@ -69,10 +71,8 @@ def packed_specs(
         specs[prefix + NESTED_ABSMAX] = (torch.float32, (-(-blocks // NESTED_BLOCK),))
         specs[prefix + NESTED_QUANT_MAP] = (torch.float32, (256,))
     offset = _LONGEST_OFFSET if scheme.double_quant else None
-    specs[prefix + STATE_NF4] = (
-        torch.uint8,
-        (len(_state(scheme.block_size, dtype, shape, offset)),),
-    )
+    blob = _state(scheme.kind, scheme.block_size, dtype, shape, offset)
+    specs[prefix + _STATES[scheme.kind]] = (torch.uint8, (len(blob),))
     return specs
 
 
@@ -93,16 +93,17 @@ def pack(weight: NF4, prefix: str) -> dict[str, Tensor]:
         tensors[prefix + NESTED_ABSMAX] = nested.absmax
         tensors[prefix + NESTED_QUANT_MAP] = nested.map
     offset = nested.offset if nested else None
-    blob = _state(weight.block_size, weight.dtype, weight.shape, offset)
-    tensors[prefix + STATE_NF4] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+    kind = weight.scheme.kind
+    blob = _state(kind, weight.block_size, weight.dtype, weight.shape, offset)
+    tensors[prefix + _STATES[kind]] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
     return tensors
 
 
 def _state(
-    block_size: int, dtype: torch.dtype, shape: tuple[int, int], offset: float | None
+    kind: Kind, block_size: int, dtype: torch.dtype, shape: tuple[int, int], offset: float | None
 ) -> bytes:
     state: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": kind,
         "blocksize": block_size,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
@@ -123,7 +124,6 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str) -> NF4:
 
     Raises:
         CheckpointError: a tensor is missing, or is not what the format says.
-        UnsupportedError: the weight is FP4.
     """
     return _Reader(tensors, prefix, where).read()
 
@@ -135,23 +135,21 @@ class _Reader:
         self.tensors = tensors
         self.prefix = prefix
         self.where = where
+        self.kind: Kind = "fp4" if prefix + STATE_FP4 in tensors else "nf4"
+        self.blob = _STATES[self.kind]
 
     def read(self) -> NF4:
-        if self.prefix + STATE_FP4 in self.tensors:
-            raise UnsupportedError(
-                f"tensor {self.prefix}{WEIGHT}: FP4 is not read",
-                where=self.where,
-                expected="NF4",
-                found=STATE_FP4.rpartition(".")[2],
-                remedy="Quantize the original checkpoint with qmix quantize.",
-            )
+        name = self.kind.upper()
+        if self.kind == "fp4" and self.prefix + STATE_NF4 in self.tensors:
+            raise self.wrong(STATE_NF4, "a second state", STATE_FP4, STATE_NF4)
         state = self.state()
         shape, block = tuple(state["shape"]), state["blocksize"]
         codes = self.codes(shape)
         blocks = -(-prod(shape) // block)
-        table = self.floats(QUANT_MAP, len(NF4_VALUES))
-        if not torch.equal(table.cpu(), torch.tensor(NF4_VALUES, dtype=torch.float32)):
-            raise self.wrong(QUANT_MAP, "not the NF4 table", found=table.tolist())
+        values = FP4_VALUES if self.kind == "fp4" else NF4_VALUES
+        table = self.floats(QUANT_MAP, len(values))
+        if not torch.equal(table.cpu(), torch.tensor(values, dtype=torch.float32)):
+            raise self.wrong(QUANT_MAP, f"not the {name} table", found=table.tolist())
         absmax: Tensor | NestedAbsmax
         if "nested_offset" in state:
             absmax = NestedAbsmax(
@@ -162,7 +160,8 @@ class _Reader:
             )
         else:
             absmax = self.scales(ABSMAX, blocks)
-        return NF4(
+        packed = FP4 if self.kind == "fp4" else NF4
+        return packed(
             codes=codes,
             absmax=absmax,
             table=table,
@@ -183,23 +182,23 @@ class _Reader:
 
     def state(self) -> dict[str, Any]:
         """The checked blob; its dtype as a torch dtype, its offset rounded to float32."""
-        blob = self.tensor(STATE_NF4, torch.uint8, None)
-        if blob.numel() > _STATE_BYTES:
+        blob = self.tensor(self.blob, torch.uint8, None)
+        if blob.dim() != 1 or blob.numel() > _STATE_BYTES:
             raise self.wrong(
-                STATE_NF4, "too long", f"at most {_STATE_BYTES} B", f"{blob.numel()} B"
+                self.blob, "too long", f"at most {_STATE_BYTES} B", f"{blob.numel()} B"
             )
-        name = f"{self.where}: {self.prefix}{STATE_NF4}"
+        name = f"{self.where}: {self.prefix}{self.blob}"
         state = strict_json.loads(bytes(blob.tolist()), where=name)
         nested = {s for s in (NESTED_ABSMAX, NESTED_QUANT_MAP) if self.prefix + s in self.tensors}
         keys = _KEYS | (_NESTED_KEYS if nested or _NESTED_KEYS & state.keys() else set())
         if state.keys() != keys:
-            raise self.wrong(STATE_NF4, "wrong keys", sorted(keys), sorted(state))
+            raise self.wrong(self.blob, "wrong keys", sorted(keys), sorted(state))
 
         def require(key: str, right: bool, expected: str) -> None:
             if not right:
-                raise self.wrong(STATE_NF4, f"wrong {key}", expected, repr(state[key]))
+                raise self.wrong(self.blob, f"wrong {key}", expected, repr(state[key]))
 
-        require("quant_type", state["quant_type"] == "nf4", "nf4")
+        require("quant_type", state["quant_type"] == self.kind, self.kind)
         block, shape = state["blocksize"], state["shape"]
         sizes = ", ".join(map(str, NF4_BLOCK_SIZES))
         require("blocksize", type(block) is int and block in NF4_BLOCK_SIZES, f"one of {sizes}")

@@ -153,6 +153,14 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
                 found=f"{spelled[canonical]} and {name}",
             )
         spelled[canonical] = name
+    if names.count(config) > len(shards.entries) + 1000:  # absurd sizes are not spelled out
+        raise CheckpointError(
+            "not the tensors of the model that config.json describes",
+            where=str(folder),
+            expected=f"at least {names.count(config)} tensors",
+            found=len(shards.entries),
+            remedy="The download is incomplete, or config.json is another model's.",
+        )
     tensors = tuple(names.model_tensors(config))
     if config.tie_word_embeddings:
         spelled.pop("lm_head.weight", None)  # a saved copy of the embedding

@@ -19,7 +19,7 @@ from qmix.formats.members import (
     words,
     zeros_or_symmetric,
 )
-from qmix.int4 import GROUP_SIZES, SYMMETRIC_ZERO, Int4, pack_codes, unpack_codes
+from qmix.int4 import GROUP_SIZES, SYMMETRIC_ZERO, Int4, reorder_codes
 from qmix.scheme import Scheme
 
 QWEIGHT = ".qweight"
@@ -32,7 +32,6 @@ _REQUIRED = (QWEIGHT, QZEROS, SCALES, G_IDX)
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _WORD_CODES = 8
 _ONES = 0x11111111
-_PERMUTED_ROWS = 1024  # act-order codes are unpacked 1024 rows at a time: at most 15 MB for w2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,8 @@ def settings(document: Mapping[str, Any] | None, where: str) -> Settings:
             expected="'gptq'",
             found=repr(method),
         )
-    named = {fields[k] for k in ("checkpoint_format", "format") if isinstance(fields.get(k), str)}
+    given = (fields.get("checkpoint_format"), fields.get("format"))
+    named = {str(layout) for layout in given if layout is not None}
     if fields.get("is_marlin_format"):
         named.add("marlin")
     if len(named) > 1:
@@ -179,7 +179,7 @@ def unpack(
     perm = read.permutation(G_IDX, groups)
     codes = qweight.T.contiguous().view(torch.uint8)
     return Int4(
-        codes=codes if perm is None else _reordered(codes, perm),
+        codes=codes if perm is None else reorder_codes(codes, perm),
         scales=scales.T.contiguous(),
         zeros=zeros,
         perm=perm,
@@ -207,15 +207,6 @@ def _zeros(read: Members, groups: int, declared: Settings) -> Tensor | None:
             remedy="Correct checkpoint_format (gptq or gptq_v2) or sym there.",
         )
     return None
-
-
-def _reordered(codes: Tensor, order: Tensor) -> Tensor:
-    """Packed codes [N, K / 2] whose j-th input is the `order[j]`-th of those given."""
-    out = torch.empty_like(codes)
-    for start in range(0, codes.shape[0], _PERMUTED_ROWS):
-        rows = slice(start, start + _PERMUTED_ROWS)
-        out[rows] = pack_codes(unpack_codes(codes[rows]).index_select(1, order))
-    return out
 
 
 def packed_specs(
@@ -248,7 +239,7 @@ def pack(weight: Int4, prefix: str) -> dict[str, Tensor]:
     codes, index = weight.codes, torch.arange(columns, dtype=torch.int32) // weight.group_inputs
     if weight.perm is not None:
         inverse = torch.argsort(weight.perm)
-        codes, index = _reordered(codes, inverse), index[inverse]
+        codes, index = reorder_codes(codes, inverse), index[inverse]
     if weight.zeros is None:
         zeros = torch.full((groups, rows), SYMMETRIC_ZERO, dtype=torch.uint8)
     else:

@@ -69,6 +69,12 @@ def model_tensors(config: MixtralConfig) -> Iterator[ModelTensor]:
         yield ModelTensor("lm_head.weight", (config.vocab_size, hidden), "head")
 
 
+def count(config: MixtralConfig) -> int:
+    """How many weights `model_tensors` yields, without naming them."""
+    a_layer = 4 + 2 + 1 + 3 * config.num_local_experts
+    return 2 + config.num_hidden_layers * a_layer + (not config.tie_word_embeddings)
+
+
 def layer_tensors(config: MixtralConfig, layer: int) -> Iterator[ModelTensor]:
     """The weights of one decoder layer."""
     hidden, inner = config.hidden_size, config.intermediate_size

@@ -41,10 +41,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_BLANKS = b" \t\r\n\xef\xbb\xbf"
 _KNOWN_STARTS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file", "Run git lfs pull."),
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle?)", "qmix reads safetensors only."),
     (b"\x80\x02", "a Python pickle", "qmix reads safetensors only."),
+    (b"\x80\x03", "a Python pickle", "qmix reads safetensors only."),
+    (b"\x80\x04", "a Python pickle", "qmix reads safetensors only."),
+    (b"\x80\x05", "a Python pickle", "qmix reads safetensors only."),
     (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
     (b"<", "a web page", "Download the file itself."),
     (b"GGUF", "a GGUF file", "qmix reads safetensors only."),
@@ -141,7 +145,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     def refuse(what: str, expected: object = None, found: object = None) -> CheckpointError:
         for magic, kind, remedy in _KNOWN_STARTS:
-            if start.startswith(magic):
+            if start.lstrip(_BLANKS).startswith(magic):
                 return CheckpointError(
                     "not a safetensors file", where=str(path), found=kind, remedy=remedy
                 )

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from qmix.errors import UnsupportedError, UsageError
+from qmix.fp4 import FP4
 from qmix.int4 import Int4
 from qmix.kernels import dense, int4, nf4, reference
 from qmix.kernels.attention import attend, visible
@@ -42,6 +43,8 @@ _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Dense, "cuda"): dense.linear,
     (NF4, "cpu"): nf4.linear,
     (NF4, "cuda"): nf4.linear,
+    (FP4, "cpu"): nf4.linear,
+    (FP4, "cuda"): nf4.linear,
     (Int4, "cpu"): int4.linear,
     (Int4, "cuda"): int4.linear,
 }

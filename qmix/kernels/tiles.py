@@ -22,9 +22,13 @@ def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
     on_cpu = x.device.type == "cpu"
     compute = torch.float32 if on_cpu else x.dtype
     tokens = x.reshape(-1, in_features).to(compute)
-    out = torch.empty(tokens.shape[0], out_features, dtype=compute, device=x.device)
     step = max(1, tile_elements // in_features) if on_cpu else out_features
-    for start in range(0, out_features, step):
-        stop = min(start + step, out_features)
-        torch.mm(tokens, weight.rows(start, stop, compute).T, out=out[:, start:stop])
+    starts = range(0, out_features, step)
+    tiles = (weight.rows(start, min(start + step, out_features), compute) for start in starts)
+    if tokens.requires_grad and torch.is_grad_enabled():
+        out = torch.cat([tokens @ tile.T for tile in tiles], 1)  # autograd keeps every tile
+    else:
+        out = torch.empty(tokens.shape[0], out_features, dtype=compute, device=x.device)
+        for start, tile in zip(starts, tiles, strict=True):
+            torch.mm(tokens, tile.T, out=out[:, start : start + step])
     return out.to(x.dtype).view(*x.shape[:-1], out_features)

@@ -1,0 +1,77 @@
+"""Whatever a file holds, the readers of the 4-bit integer layouts give a weight or a QmixError."""
+
+import packers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packers import plain
+
+from qmix.errors import QmixError
+from qmix.formats import awq, compressed, gptq
+from qmix.formats.members import nibbles, words
+
+P = "model.layers.0.block_sparse_moe.experts.0.w1"
+SHAPE = (16, 64)
+WEIGHT = plain(SHAPE, 32, symmetric=False)
+FILES = {
+    "gptq": packers.gptq(WEIGHT, P),
+    "awq": packers.awq(WEIGHT, P),
+    "compressed": packers.compressed(WEIGHT, P, symmetric=False),
+}
+READERS = {
+    "gptq": lambda t: gptq.unpack(t, P, "f", SHAPE, gptq.Settings(symmetric=False)),
+    "awq": lambda t: awq.unpack(t, P, "f", SHAPE),
+    "compressed": lambda t: compressed.unpack(t, P, "f", SHAPE),
+}
+DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16,
+          torch.bfloat16, torch.float32, torch.float64, torch.bool)  # fmt: skip
+FORMS = (
+    lambda t: t,
+    lambda t: t.reshape(-1),
+    lambda t: t.t().contiguous(),
+    lambda t: t[None],
+    lambda t: t[:0],
+    lambda t: t.reshape(-1)[0],
+    lambda t: t.repeat(2, *[1] * (t.dim() - 1)),
+    lambda t: t.t(),  # not contiguous
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    layout=st.sampled_from(sorted(FILES)),
+    place=st.integers(0, 3),
+    dtype=st.sampled_from((None, *DTYPES)),
+    form=st.sampled_from(FORMS),
+    index=st.integers(0, 1 << 20),
+    value=st.sampled_from((None, 0, -1, 1, 2, 127, -(2**31), 2**31 - 1)),
+)
+def test_a_weight_or_an_error_that_names_the_tensor(layout, place, dtype, form, index, value):
+    tensors = {name: tensor.clone() for name, tensor in FILES[layout].items()}
+    name = sorted(tensors)[place % len(tensors)]
+    tensor = tensors[name]
+    if value is not None:
+        limits = torch.finfo if tensor.dtype.is_floating_point else torch.iinfo
+        low, high = limits(tensor.dtype).min, limits(tensor.dtype).max
+        tensor.view(-1)[index % tensor.numel()] = min(max(value, low), high)
+    tensors[name] = form(tensor if dtype is None else tensor.to(dtype))
+    problem = None
+    try:
+        weight = READERS[layout](tensors)
+    except QmixError as error:
+        problem = error
+    if problem is not None:
+        assert P in str(problem)
+        assert problem.exit_code == 3
+    else:
+        assert weight.dequantize(torch.float32).shape == SHAPE
+        assert weight.dequantize(torch.float32).isfinite().all()
+
+
+@given(st.lists(st.lists(st.integers(0, 15), min_size=8, max_size=8), min_size=1, max_size=4))
+def test_words_and_nibbles_are_inverse(codes):
+    packed = words(torch.tensor(codes, dtype=torch.uint8))
+    assert packed.dtype == torch.int32
+    assert packed.tolist() == [packers.word(eight) for eight in codes]
+    assert nibbles(packed).tolist() == codes
+    assert nibbles(packed.long()).tolist() == codes
