@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if options.write:
             document = {
-                "python": ".".join(map(str, sys.version_info[:2])),
+                "python": ".".join(map(str, sys.version_info[:3])),
                 "text_sha256": comparison.result.text_sha256,
                 "figures": asdict(Figures.of(comparison)),
             }

@@ -24,12 +24,12 @@ def load(
     """
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device)
-    if len(tokenizer) > model.config.vocab_size:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             "the tokenizer has more tokens than the model",
             where=str(directory),
             expected=f"at most {model.config.vocab_size}",
-            found=len(tokenizer),
+            found=tokenizer.vocab_size,
             remedy="tokenizer.model is another model's.",
         )
     model.tokenizer = tokenizer

@@ -171,7 +171,10 @@ class GenerationConfig:
             return own.updated({n: document[n] for n in names if document.get(n) is not None})
         except UsageError as error:
             raise CheckpointError(
-                error.what, where=f"{path}: {error.where}", expected=error.expected, found=error.found
+                error.what,
+                where=f"{path}: {error.where}",
+                expected=error.expected,
+                found=error.found,
             ) from None
 
     def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":

@@ -166,8 +166,26 @@ def test_load_needs_a_tokenizer_and_says_so(folder, tiny):
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         qmix.load(folder)
     shutil.copy(tiny / "tokenizer.model", folder)
-    model, tokenizer = qmix.load(folder, device="cpu")
+    with pytest.raises(CheckpointError, match="the tokenizer has more tokens"):
+        qmix.load(folder, device="cpu")
+    small_model(vocab_size=2100).save_pretrained(folder / "wide")
+    shutil.copy(tiny / "tokenizer.model", folder / "wide")
+    model, tokenizer = qmix.load(folder / "wide", device="cpu")
     assert model.tokenizer is tokenizer
+    assert model.generation_config.eos_ids == (2,)
+
+
+def test_generation_config_json_names_the_ends_of_a_text(folder, tiny):
+    small_model(vocab_size=2048, eos_token_id=2).save_pretrained(folder / "chat")
+    shutil.copy(tiny / "tokenizer.model", folder / "chat")
+    document = {"eos_token_id": [7, 9], "do_sample": True, "temperature": 0.1}
+    (folder / "chat" / "generation_config.json").write_text(json.dumps(document))
+    model, _ = qmix.load(folder / "chat", device="cpu")
+    assert model.generation_config.eos_ids == (2, 7, 9)
+    assert not model.generation_config.do_sample
+    (folder / "chat" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointError, match="generation_config"):
+        qmix.load(folder / "chat", device="cpu")
 
 
 def test_a_v5_config_gives_the_same_logits(folder):

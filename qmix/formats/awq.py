@@ -112,4 +112,4 @@ def _codes(qweight: Tensor) -> Tensor:
 def _outputs(packed: Tensor) -> Tensor:
     """int32 [G, N / 8] -> uint8 [N, G]."""
     codes = nibbles(packed)[..., _NIBBLE_OF]
-    return codes.view(packed.shape[0], -1).T.contiguous()
+    return codes.reshape(packed.shape[0], -1).T.contiguous()

@@ -193,7 +193,7 @@ def _zeros(read: Members, groups: int, declared: Settings) -> Tensor | None:
     if declared.version == 1:
         # On whole words, as gptqmodel: a zero of 0 was stored by borrowing from the next nibble.
         stored = stored + _ONES
-    zeros = nibbles(stored & 0xFFFFFFFF).view(groups, rows).T.contiguous()
+    zeros = nibbles(stored & 0xFFFFFFFF).reshape(groups, rows).T.contiguous()
     if not declared.symmetric:
         return zeros_or_symmetric(zeros)
     wrong = zeros[zeros != SYMMETRIC_ZERO]
