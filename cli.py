@@ -242,6 +242,46 @@ def evaluate(
 
 
 @app.command()
+def inspect(directory: Directory, as_json: AsJson = False) -> None:
+    """What a checkpoint holds, from its headers alone: layouts, bits a weight, sizes.
+
+    Example: qmix inspect mixtral-nf4
+    """
+    from qmix.inventory import inspect
+
+    inventory = inspect(directory)
+    if as_json:
+        sys.stdout.write(json.dumps(inventory.to_dict()) + "\n")
+        return
+    for part in inventory.parts:
+        sys.stdout.write(
+            f"{part.kind:10} {part.layout:19} {part.scheme:22} {part.weights:5} tensors "
+            f"{part.parameters / 1e6:12,.2f} M {part.bits_per_weight:7.3f} bits/weight\n"
+        )
+    sys.stdout.write(
+        f"{len(inventory.files)} files, {inventory.stored_bytes / 1e9:.3f} GB, "
+        f"{inventory.parameters / 1e9:.3f} B weights, {inventory.bits_per_weight:.3f} bits each\n"
+    )
+
+
+@app.command()
+def verify(directory: Directory) -> None:
+    """Check a checkpoint to the last number: hashes, exact tensor set, finite values. Exit 3 if not.
+
+    Example: qmix verify mixtral-nf4
+    """
+    from qmix.verification import verify
+
+    with _progress() as show:
+        verdict = verify(directory, lambda at: show(at.name, at.done, at.total))
+    for problem in verdict.problems[1:]:
+        _notice(str(problem))
+    if verdict.problems:
+        raise verdict.problems[0]
+    sys.stdout.write(f"ok: {verdict.weights} weights read, {verdict.hashed} files hashed\n")
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path | None,

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def qmix(*arguments, stdin=None, **options):
 def test_help_lists_the_commands_and_answers_fast():
     result = qmix("--help")
     assert result.returncode == 0
-    for command in ("quantize", "generate", "chat", "eval", "demo"):
+    for command in ("quantize", "generate", "chat", "eval", "inspect", "verify", "demo"):
         assert command in result.stdout
     seconds = []
     for _ in range(3):
@@ -43,7 +44,9 @@ def test_help_lists_the_commands_and_answers_fast():
     assert min(seconds) < 0.5 * 2, seconds  # 0.5 s is the promise; a shared machine gets twice that
 
 
-@pytest.mark.parametrize("command", ["quantize", "generate", "chat", "eval", "demo"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "generate", "chat", "eval", "inspect", "verify", "demo"]
+)
 def test_every_command_has_help(command):
     result = qmix(command, "--help")
     assert result.returncode == 0
@@ -125,6 +128,27 @@ def test_a_reader_that_goes_away_is_no_error(tiny):
     )
     assert b"Traceback" not in result.stderr
     assert b"BrokenPipe" not in result.stderr
+
+
+def test_inspect_reads_headers_and_verify_reads_everything(tiny_nf4, tmp_path):
+    shown = qmix("inspect", tiny_nf4)
+    assert shown.returncode == 0, shown.stderr
+    assert "nf4 b64 double-quant" in shown.stdout
+    document = json.loads(qmix("inspect", tiny_nf4, "--json").stdout)
+    assert document["parameters"] == 6_266_624
+    good = qmix("verify", tiny_nf4)
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.startswith("ok: ")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_nf4, damaged)
+    shard = next(damaged.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1
+    shard.write_bytes(data)
+    bad = qmix("verify", damaged)
+    assert bad.returncode == 3
+    assert shard.name in bad.stderr
+    assert bad.stdout == ""
 
 
 def test_eval_prints_one_json_document_with_the_agreed_names(tiny, tiny_nf4, tmp_path):
