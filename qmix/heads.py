@@ -86,7 +86,12 @@ class _Loadable(nn.Module):
             CheckpointError: a file is missing, damaged, or its tensors are not the model's.
             UnsupportedError: a layout that qmix does not read.
         """
-        return loader.load(cls, directory, dtype=_agreed(torch_dtype, dtype), device=device)
+        model = loader.load(cls, directory, dtype=_agreed(torch_dtype, dtype), device=device)
+        model.adopt(Path(directory))
+        return model
+
+    def adopt(self, directory: Path) -> None:
+        """Take what else the directory says of a model; nothing without a head."""
 
     def save_pretrained(
         self, directory: str | Path, *, max_shard_bytes: int = loader.SHARD_BYTES
@@ -230,24 +235,9 @@ class MixtralForCausalLM(_Loadable):
         self.tokenizer: LlamaTokenizer | None = None
         self.tie_weights()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        torch_dtype: torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """As MixtralModel.from_pretrained; special ids come from generation_config.json."""
-        generation_config = GenerationConfig.of(
-            MixtralConfig.from_pretrained(directory), Path(directory)
-        )
-        model = super().from_pretrained(
-            directory, torch_dtype=torch_dtype, dtype=dtype, device=device
-        )
-        model.generation_config = generation_config
-        return model
+    def adopt(self, directory: Path) -> None:
+        """Take the special ids from generation_config.json."""
+        self.generation_config = GenerationConfig.of(self.config, directory)
 
     def tie_weights(self) -> None:
         """Share the embedding with the head, where the config says so."""

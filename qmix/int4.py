@@ -5,7 +5,6 @@ Knows nothing of files, of kernels, or of how codes are chosen.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 
 from qmix.scheme import Scheme
-from qmix.weights import SERIAL_ELEMENTS, SLAB_ELEMENTS, TILE_ELEMENTS
+from qmix.weights import SERIAL_ELEMENTS, SLAB_ELEMENTS, TILE_ELEMENTS, each_slab
 
 GROUP_SIZES = (32, 64, 128)
 SYMMETRIC_ZERO = 8
 
-_THREADED_SLABS = 4
 _REORDERED_ROWS = 64  # seven times as fast as 1024: what is gathered stays in the cache
 _DEVICE_ELEMENTS = 2048 * 4096  # as for NF4: bounds the float32 and index copies at 100 MB
 
@@ -137,14 +135,7 @@ class Int4:
             )
 
         step = max(1, SLAB_ELEMENTS // in_features)
-        slabs = range(start, stop, step)
-        if len(slabs) < _THREADED_SLABS:
-            for first in slabs:
-                decode(first)
-        else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                for _ in pool.map(decode, slabs):
-                    pass
+        each_slab(decode, range(start, stop, step))
         return torch.from_numpy(bits).view(dtype)
 
     def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:

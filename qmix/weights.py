@@ -4,6 +4,7 @@ Shape letters: N output features, K input features, B blocks.
 Knows nothing of files, kernels or models.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,6 +92,17 @@ class Dense:
 
     def to(self, device: torch.device) -> "Dense":
         return replace(self, data=self.data.to(device))
+
+
+def each_slab(decode: Callable[[int], None], slabs: range) -> None:
+    """Call `decode` with the start of each slab, on torch's number of threads if there are many."""
+    if len(slabs) < _THREADED_SLABS:
+        for first in slabs:
+            decode(first)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(decode, slabs):
+            pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,14 +238,7 @@ class NF4:
             self._decode_slab(first, last, out.view(dtype).view(-1, block))
 
         step = SLAB_ELEMENTS // block
-        slabs = range(start, stop, step)
-        if len(slabs) < _THREADED_SLABS:
-            for first in slabs:
-                decode(first)
-        else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                for _ in pool.map(decode, slabs):
-                    pass
+        each_slab(decode, range(start, stop, step))
         return torch.from_numpy(bits).view(dtype)
 
     def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
