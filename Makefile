@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint quick setup clean
+.PHONY: demo test lint quick setup goldens clean
 
 demo: $(READY)
 	$(BIN)/qmix demo
@@ -23,6 +23,17 @@ lint: $(READY)
 	$(BIN)/mypy -p qmix
 
 setup: $(READY)
+
+# Write the committed golden values anew, each by its oracle in an environment of its own.
+goldens:
+	for name in 4 5 ct; do \
+	  test -x .oracles/$$name/bin/python || $(PYTHON) -m venv .oracles/$$name; \
+	  .oracles/$$name/bin/python -m pip install --quiet -e ".[oracle-$$name]" || exit 1; \
+	done
+	.oracles/4/bin/python tests/golden/make_logits.py
+	.oracles/5/bin/python tests/golden/make_logits.py
+	.oracles/5/bin/python tests/golden/make_logits.py --compare
+	.oracles/ct/bin/python tests/golden/make_compressed.py
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "qmix needs Python 3.11 or newer, found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'

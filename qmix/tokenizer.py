@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE = "tokenizer_config.json"
+ADDED_FILE = "added_tokens.json"
 # sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space: the one
 # character that does not survive the round trip.
 SPACE_MARK = "\u2581"
@@ -85,7 +86,8 @@ class LlamaTokenizer:
     def from_pretrained(cls, path: str | Path, *, padding_side: str = "left") -> Self:
         """Read a checkpoint directory, or a `tokenizer.model` file by its path.
 
-        A `tokenizer_config.json` beside it is honoured. Data only: no code is ever loaded.
+        A `tokenizer_config.json` beside it is honoured, and where that lists no added tokens, the
+        `added_tokens.json` of fine-tunes before 2024. Data only: no code is ever loaded.
         """
         path = Path(path)
         file = path / MODEL_FILE if path.is_dir() else path
@@ -98,7 +100,10 @@ class LlamaTokenizer:
             )
         model = read_model(file)
         config_file = file.with_name(CONFIG_FILE)
-        config = strict_json.read(config_file) if config_file.exists() else None
+        config = strict_json.read(config_file) if config_file.exists() else {}
+        added = file.with_name(ADDED_FILE)
+        if "added_tokens_decoder" not in config and added.exists():
+            config["added_tokens_decoder"] = _decoder(strict_json.read(added), str(added))
         tokenizer = cls(model, config, where=str(file))
         tokenizer.padding_side = padding_side
         return tokenizer
@@ -383,6 +388,16 @@ class LlamaTokenizer:
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
                 raise _wrong("ids", f"token ids from 0 to {size - 1}, one row", index)
         return listed
+
+
+def _decoder(added: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`added_tokens.json` (content -> id) as the `added_tokens_decoder` that came after it."""
+    for content, index in added.items():
+        if type(index) is not int or index < 0:
+            raise CheckpointError(
+                f"token {content!r}: not an id", where=where, expected="a number", found=index
+            )
+    return {str(index): {"content": content, "special": True} for content, index in added.items()}
 
 
 def _wrong(where: str, expected: str, found: object) -> UsageError:

@@ -444,3 +444,15 @@ def test_the_models_own_rule_for_the_leading_space_is_followed(prefix):
 def test_importing_the_tokenizer_imports_no_torch():
     code = "import sys, qmix.tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_added_tokens_of_older_fine_tunes_are_read(tmp_path):
+    (tmp_path / MODEL_FILE).write_bytes(MODEL)
+    (tmp_path / CONFIG_FILE).write_text('{"eos_token": "<|im_end|>"}')
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 32000, "<|im_start|>": 32001}')
+    tokenizer = LlamaTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.eos_token_id == 32000
+    assert 32000 not in tokenizer.encode("<|im_end|>")
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": "x"}')
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json"):
+        LlamaTokenizer.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
     python tests/golden/make_logits.py             # in an environment with that transformers
     python tests/golden/make_logits.py --compare   # the largest difference between the versions
+    make goldens                                   # both, in environments that it sets up
 
 Kept as oracle: transformers 4.47.1 and 5.23.0 (torch 2.13 CPU), eager attention, float32. Weights
 and inputs come from tests/exact.py, bit for bit, so that no checkpoint needs to be kept.
