@@ -5,7 +5,6 @@ import os
 import pty
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -176,11 +175,19 @@ class Terminal:
     """A chat in a pseudo-terminal."""
 
     def __init__(self, *arguments, **environment):
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.environ.update({"PYTHONPATH": str(ROOT), "TERM": "xterm", **environment})
-            os.execv(sys.executable, [*QMIX, *map(str, arguments)])
+        self.descriptor, terminal = pty.openpty()
+        # The new session takes the terminal as its own, so that Ctrl-C reaches it.
+        own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", own, *QMIX, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
         self.seen = ""
         self.at = 0  # what has been waited for ends here
 
@@ -197,20 +204,16 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def wait(self, seconds=30):
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        raise AssertionError(f"still running: {self.seen}")
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+            os.close(self.descriptor)
 
 
 def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
     home = {"XDG_STATE_HOME": str(tmp_path)}
-    chat = Terminal("chat", tiny, "--max-new-tokens", 200, "--min-p", 0, **home)
+    chat = Terminal("chat", tiny, "--max-new-tokens", 800, "--min-p", 0, "--seed", 3, **home)
     chat.until(">>> ")
     chat.send("What is a list?\n")
     chat.until("tok/s")
