@@ -20,8 +20,7 @@ from qmix.errors import QmixError
 from qmix.evals.tiny_model import TINY
 from qmix.formats import bnb, shards
 from qmix.formats.names import ModelTensor, model_tensors
-from qmix.formats.shards import Planned
-from qmix.quantize import nf4, output
+from qmix.quantize import nf4, output, pipeline
 from qmix.scheme import NESTED_BLOCK, Recipe
 from qmix.scheme import NF4 as NF4_SCHEME
 from qmix.tokenizer import LlamaTokenizer
@@ -55,9 +54,12 @@ def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
     shape = config(layers, packed=packed)
     recipe = Recipe.uniform(NF4_SCHEME, attention=True) if packed else Recipe(())
     tensors = list(model_tensors(shape))
-    groups = [_planned(tensor, recipe) for tensor in tensors]
+    groups = [
+        pipeline.planned(tensor, recipe.scheme_of(tensor.name), torch.bfloat16)
+        for tensor in tensors
+    ]
     output.check_paths(TINY, out, force=False)
-    output.check_space(out, sum(planned.nbytes for group in groups for planned in group))
+    output.check_space(out, sum(one.nbytes for group in groups for one in group))
     with output.partial(out) as folder:
         shards.write_shards(folder, groups, _drawn(tensors, recipe, seed), SHARD_BYTES)
         (folder / "config.json").write_text(shape.to_json(), encoding="utf-8")
@@ -81,15 +83,6 @@ def padded_tokenizer(model: bytes, vocab_size: int) -> bytes:
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15\x00\x00\x00\x00" + b"\x18\x05"
         added += b"\x0a" + bytes([len(piece)]) + piece
     return model + bytes(added)
-
-
-def _planned(tensor: ModelTensor, recipe: Recipe) -> Sequence[Planned]:
-    scheme = recipe.scheme_of(tensor.name)
-    if scheme.kind == "dense":
-        return (Planned(tensor.name, torch.bfloat16, tensor.shape),)
-    rows, columns = tensor.shape
-    specs = bnb.packed_specs(tensor.prefix, (rows, columns), scheme, torch.bfloat16)
-    return tuple(Planned(name, *spec) for name, spec in specs.items())
 
 
 def _drawn(

@@ -83,29 +83,18 @@ def save(
             found=", ".join(taken[:3]),
         )
     dtype = next(model.parameters()).dtype
-    groups: list[tuple[list[shards.Planned], dict[str, Tensor]]] = []
-    for name, stored in _stored(model, config):
-        if isinstance(stored, NF4):
-            tensors = bnb.pack(stored, name.removesuffix(".weight"))
-        elif isinstance(stored, Dense):
-            tensors = {name: stored.data}
-        elif isinstance(stored, Tensor):
-            tensors = {name: stored}
-        else:
-            raise UnsupportedError(
-                f"{type(stored).__name__} weights are not written here",
-                where=name,
-                remedy="Keep the directory they were loaded from.",
-            )
-        plan = [shards.Planned(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
-        groups.append((plan, tensors))
+    stored = dict(_stored(model, config))
+    groups = [_tensors(name, weight) for name, weight in stored.items()]
     shards.write_shards(
         folder,
-        [plan for plan, _ in groups],
-        (tensors for _, tensors in groups),
+        [
+            [shards.Planned(n, t.dtype, tuple(t.shape)) for n, t in group.items()]
+            for group in groups
+        ],
+        groups,
         max_shard_bytes,
     )
-    packed = {name: weight for name, weight in _stored(model, config) if isinstance(weight, NF4)}
+    packed = {name: weight for name, weight in stored.items() if isinstance(weight, NF4)}
     quantization = config.quantization_config
     if packed and quantization is None:
         attention = any(".self_attn." in name for name in packed)
@@ -127,6 +116,21 @@ def _stored(model: nn.Module, config: MixtralConfig) -> list[tuple[str, Weight |
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             found.append((f"{name}.weight", module.weight.data))
     return found
+
+
+def _tensors(name: str, stored: Weight | Tensor) -> dict[str, Tensor]:
+    """What a file holds of one weight, by tensor name."""
+    if isinstance(stored, NF4):
+        return bnb.pack(stored, name.removesuffix(".weight"))
+    if isinstance(stored, Dense):
+        return {name: stored.data}
+    if isinstance(stored, Tensor):
+        return {name: stored}
+    raise UnsupportedError(
+        f"{type(stored).__name__} weights are not written here",
+        where=name,
+        remedy="Keep the directory they were loaded from.",
+    )
 
 
 def _placed(

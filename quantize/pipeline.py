@@ -82,7 +82,7 @@ def run(
     items = _plan(checkpoint, recipe)
     bytes_in = sum(checkpoint.entry(item.tensor.name).nbytes for item in items)
     groups = [item.planned for item in items]
-    output.check_space(out, sum(planned.nbytes for group in groups for planned in group))
+    output.check_space(out, sum(one.nbytes for group in groups for one in group))
     results: list[TensorResult] = []
 
     def converted() -> Iterator[dict[str, Tensor]]:
@@ -135,15 +135,17 @@ def _plan(checkpoint: Checkpoint, recipe: Recipe) -> list[_Item]:
         dtype = checkpoint.entry(tensor.name).dtype
         if dtype == torch.float32:
             dtype = torch.bfloat16  # 16-bit is what a 4-bit model computes in
-        planned: tuple[Planned, ...]
-        if scheme.kind == "dense":
-            planned = (Planned(tensor.name, dtype, tensor.shape),)
-        else:
-            rows, columns = tensor.shape
-            specs = bnb.packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
-            planned = tuple(Planned(name, *spec) for name, spec in specs.items())
-        items.append(_Item(tensor, scheme, dtype, planned))
+        items.append(_Item(tensor, scheme, dtype, planned(tensor, scheme, dtype)))
     return items
+
+
+def planned(tensor: ModelTensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Planned, ...]:
+    """What will be written of one weight; `dtype` is that of the 16-bit weight."""
+    if scheme.kind == "dense":
+        return (Planned(tensor.name, dtype, tensor.shape),)
+    rows, columns = tensor.shape
+    specs = bnb.packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
+    return tuple(Planned(name, *spec) for name, spec in specs.items())
 
 
 def _convert(checkpoint: Checkpoint, item: _Item) -> tuple[dict[str, Tensor], TensorResult]:
