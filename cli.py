@@ -8,26 +8,17 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from qmix import __version__
+from qmix import __version__, terminal
 from qmix.errors import QmixError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from qmix.evals.perplexity import Perplexity
     from qmix.generate import GenerationConfig
-    from qmix.quantize.report import Report
-
-_LINE_EVERY_S = 10
 
 app = typer.Typer(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
@@ -94,7 +85,7 @@ def quantize(
     scheme = Scheme(kind="nf4", double_quant=double_quant)
     recipe = Recipe.uniform(scheme, attention=attention == "4bit")
     shard_bytes = _size(shard_size)
-    with _progress() as show:
+    with terminal.progress() as show:
         report = pipeline.run(
             source,
             out,
@@ -104,7 +95,7 @@ def quantize(
             force=force,
             progress=lambda at: show(at.tensor, at.done_bytes, at.total_bytes),
         )
-    _draw_report(report, out)
+    terminal.draw_report(report, out)
     if as_json:
         sys.stdout.write(json.dumps(report.to_dict()) + "\n")
 
@@ -153,7 +144,7 @@ def generate(
         sys.stdout.flush()
         count, seconds = count + 1, token.elapsed_s
     sys.stdout.write("\n")
-    _notice(f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tok/s)")
+    terminal.notice(f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tok/s)")
 
 
 @app.command()
@@ -189,7 +180,7 @@ def chat(
     config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
     session = Session(model, tokenizer, config, system=system, context=ctx)
     _utf8(sys.stdin)
-    Repl(session, Streams(sys.stdin, sys.stdout, _console())).run()
+    Repl(session, Streams(sys.stdin, sys.stdout, terminal.console())).run()
 
 
 @app.command(name="eval")
@@ -223,7 +214,7 @@ def evaluate(
 
     if max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
-    with _progress() as show:
+    with terminal.progress() as show:
         result = perplexity.evaluate(
             directory,
             perplexity.read_text(data),
@@ -237,7 +228,7 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps(result.to_dict()) + "\n")
     else:
-        _draw_perplexity(result)
+        terminal.draw_perplexity(result)
     result.gate(max_perplexity=max_perplexity, max_kl=max_kl)
 
 
@@ -253,15 +244,7 @@ def inspect(directory: Directory, as_json: AsJson = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps(inventory.to_dict()) + "\n")
         return
-    for part in inventory.parts:
-        sys.stdout.write(
-            f"{part.kind:10} {part.layout:19} {part.scheme:22} {part.weights:5} tensors "
-            f"{part.parameters / 1e6:12,.2f} M {part.bits_per_weight:7.3f} bits/weight\n"
-        )
-    sys.stdout.write(
-        f"{len(inventory.files)} files, {inventory.stored_bytes / 1e9:.3f} GB, "
-        f"{inventory.parameters / 1e9:.3f} B weights, {inventory.bits_per_weight:.3f} bits each\n"
-    )
+    terminal.draw_inventory(inventory)
 
 
 @app.command()
@@ -272,10 +255,10 @@ def verify(directory: Directory) -> None:
     """
     from qmix.verification import verify
 
-    with _progress() as show:
+    with terminal.progress() as show:
         verdict = verify(directory, lambda at: show(at.name, at.done, at.total))
     for problem in verdict.problems[1:]:
-        _notice(str(problem))
+        terminal.notice(str(problem))
     if verdict.problems:
         raise verdict.problems[0]
     sys.stdout.write(f"ok: {verdict.weights} weights read, {verdict.hashed} files hashed\n")
@@ -291,7 +274,7 @@ def demo(
     """All of it on the tiny Mixtral of a checkout: quantize, evaluate, generate. No arguments."""
     from qmix.evals import demo as show
 
-    show.run(out, _console(), _draw_report)
+    show.run(out, terminal.console(), terminal.draw_report)
 
 
 def main() -> NoReturn:
@@ -400,102 +383,6 @@ def _utf8(stream: object) -> None:
     """Input is UTF-8 whatever the locale; broken bytes become U+FFFD, a byte-order mark goes."""
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(encoding="utf-8-sig", errors="replace")
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _notice(text: str) -> None:
-    _console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield show(what, done, total): a bar on a terminal, a line every ten seconds elsewhere."""
-    from rich import progress
-
-    console = _console()
-    if not console.is_terminal:
-        yield _lines()
-        return
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("eta"),
-        progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
-
-
-def _lines() -> Callable[[str, int, int], None]:
-    begun = last = time.monotonic()
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _LINE_EVERY_S or not done:
-            return
-        last = now
-        left = (now - begun) * (total - done) / done
-        sys.stderr.write(f"{100 * done // total:3d} %  eta {left:.0f} s  {what}\n")
-        sys.stderr.flush()
-
-    return show
-
-
-def _draw_report(report: "Report", out: Path) -> None:
-    from rich.table import Table
-
-    table = Table("tensors", "stored as", "count", "weights", "bits/weight", "relative error")
-    for kind in report.kinds():
-        table.add_row(
-            kind.kind,
-            kind.scheme,
-            str(kind.tensors),
-            f"{kind.parameters / 1e6:,.2f} M",
-            f"{kind.bits_per_weight:.3f}",
-            f"{kind.relative_error:.4f}" if kind.relative_error else "-",
-        )
-    console = _console()
-    console.print(table)
-    console.print(
-        f"{out}: {report.bytes_in / 1e9:.3f} GB in, {report.bytes_out / 1e9:.3f} GB out, "
-        f"{report.bits_per_weight:.2f} bits a weight in all, {report.seconds:.1f} s "
-        f"({report.bytes_in / 1e9 / report.seconds:.3f} GB/s)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _draw_perplexity(result: "Perplexity") -> None:
-    lines = [
-        f"perplexity  {result.perplexity:.4f} ± {result.stderr:.4f}",
-        f"tokens      {result.tokens}",
-        f"protocol    {result.protocol}",
-        f"text        sha256 {result.text_sha256}",
-    ]
-    if result.reference is not None:
-        other = result.reference
-        lines += [
-            f"reference   {other.perplexity:.4f} "
-            f"(ratio {result.perplexity / other.perplexity:.4f})",
-            f"KL          mean {other.kl_mean:.6f}, median {other.kl_median:.6f}, "
-            f"p99 {other.kl_p99:.6f} nats",
-            f"top-1       {100 * other.top1_agreement:.2f} % agree",
-        ]
-    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ class Calibration:
     text_sha256: str
 
 
-def cut(
-    text: str, encode: Callable[[str], list[int]], *, samples: int, seqlen: int
-) -> Calibration:
+def cut(text: str, encode: Callable[[str], list[int]], *, samples: int, seqlen: int) -> Calibration:
     """At most `samples` windows of `seqlen` ids, spread evenly over the whole text, none overlapping.
 
     A text that holds fewer windows gives fewer; `ids.shape` says how many.

@@ -38,13 +38,14 @@ FLOORS = {
     "qmix.verification": 8,
     "qmix.quantize": 8,
     "qmix.evals": 9,
+    "qmix.terminal": 9,
     "qmix.cli": 10,
 }
 
 # Which files may import which third-party package.
 HOMES = {
     "sentencepiece": {"qmix.tokenizer", "qmix.evals.train_tokenizer"},
-    "rich": {"qmix.cli", "qmix.repl", "qmix.evals.demo"},
+    "rich": {"qmix.terminal", "qmix.repl", "qmix.evals.demo"},
     "typer": {"qmix.cli"},
     "numpy": {"qmix.weights", "qmix.int4", "qmix.quantize.nf4"},
 }
