@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint quick setup goldens clean
+.PHONY: demo test lint quick setup goldens rivals clean
 
 demo: $(READY)
 	$(BIN)/qmix demo
@@ -25,15 +25,35 @@ lint: $(READY)
 setup: $(READY)
 
 # Write the committed golden values anew, each by its oracle in an environment of its own.
-goldens:
-	for name in 4 5 ct; do \
+goldens: .oracles/gptqmodel/.ready
+	for name in 38 4 5 ct; do \
 	  test -x .oracles/$$name/bin/python || $(PYTHON) -m venv .oracles/$$name; \
 	  .oracles/$$name/bin/python -m pip install --quiet -e ".[oracle-$$name]" || exit 1; \
 	done
-	.oracles/4/bin/python tests/golden/make_logits.py
-	.oracles/5/bin/python tests/golden/make_logits.py
+	for name in 38 4 5; do for file in logits page; do \
+	  .oracles/$$name/bin/python tests/golden/make_$$file.py || exit 1; \
+	done; done
 	.oracles/5/bin/python tests/golden/make_logits.py --compare
 	.oracles/ct/bin/python tests/golden/make_compressed.py
+	.oracles/gptqmodel/bin/python tests/golden/make_gptqmodel.py
+
+# What gptqmodel makes of the tiny model at its defaults and at its best, scored as ours is.
+RIVALS := .oracles/rivals
+rivals: $(READY) .oracles/gptqmodel/.ready
+	mkdir -p $(RIVALS)
+	for part in train heldout; do $(BIN)/python -m qmix.evals.corpus $$part > $(RIVALS)/$$part.txt || exit 1; done
+	for group in 128 32; do for more in '' ', "desc_act": true, "mse": 2.4'; do \
+	  out=$(RIVALS)/gptqmodel-g$$group$${more:+-act-mse}; rm -rf $$out; \
+	  .oracles/gptqmodel/bin/python tests/golden/make_gptqmodel.py evals/tiny $(RIVALS)/train.txt $$out \
+	    "{\"group_size\": $$group$$more}" > $$out.log 2>&1 || { tail $$out.log; exit 1; }; \
+	  $(BIN)/qmix eval $$out --data $(RIVALS)/heldout.txt --reference evals/tiny --dtype float32 || exit 1; \
+	done; done
+
+.oracles/gptqmodel/.ready: pyproject.toml
+	test -x .oracles/gptqmodel/bin/python || $(PYTHON) -m venv .oracles/gptqmodel
+	.oracles/gptqmodel/bin/python -m pip install --quiet -e ".[oracle-gptqmodel]"
+	.oracles/gptqmodel/bin/python -m pip install --quiet --no-deps gptqmodel==7.7.0 auto-gptq==0.7.1
+	touch $@
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "qmix needs Python 3.11 or newer, found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -29,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Method = Literal["nf4", "gptq", "rtn", "auto"]
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
 Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="the GPU if there is one")
@@ -63,41 +66,134 @@ def top(
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="16- or 32-bit checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the 4-bit one.")],
-    method: Annotated[Literal["nf4"], typer.Option(help="How to quantize.")] = "nf4",
+    method: Annotated[
+        Method, typer.Option(help="How to round; auto chooses bits by loss.")
+    ] = "nf4",
     attention: Annotated[
         Literal["4bit", "bf16"], typer.Option(help="Bits of the attention's matrices.")
     ] = "4bit",
     double_quant: Annotated[
-        bool, typer.Option(help="Scales in 8 bits: 4.13 instead of 4.5.")
+        bool, typer.Option(help="nf4: scales in 8 bits, 4.13 instead of 4.5.")
     ] = True,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="gptq, rtn: inputs a scale, 32, 64, 128 or -1 (all).", show_default="128"
+        ),
+    ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="gptq, rtn: a zero a group; vLLM wants none.")
+    ] = False,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="auto: bits per quantized weight, scales included.", show_default="4.25"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="gptq, auto: UTF-8 text of the kind that the model will see.",
+            show_default="Python's documentation",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="gptq, auto: windows of the text.")] = 256,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(help="gptq, auto: tokens a window.", show_default="2048, or the model's"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="gptq, auto: go on with an interrupted run.")
+    ] = False,
+    device: Device = None,
     shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = "4.9GB",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint to 4 bits.
 
-    Example: qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
-    """
-    from qmix.quantize import pipeline
-    from qmix.scheme import Recipe, Scheme
+    gptq and auto run calibration text through the model, a layer at a time. Ctrl-C ends after the layer
+    (exit 75); the same command with --resume goes on.
 
-    assert method == "nf4"
-    scheme = Scheme(kind="nf4", double_quant=double_quant)
-    recipe = Recipe.uniform(scheme, attention=attention == "4bit")
-    shard_bytes = _size(shard_size)
-    with terminal.progress() as show:
-        report = pipeline.run(
+    Examples: qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4 ·
+    qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq --calibration books.txt
+    """
+    from qmix.quantize import methods
+
+    request = methods.Request(
+        method=method,
+        attention=attention == "4bit",
+        double_quant=double_quant,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        bits=bits,
+        samples=samples,
+        seqlen=seqlen,
+        device=device,
+        shard_bytes=_size(shard_size),
+        resume=resume,
+        force=force,
+    )
+    text: str | None = None
+    signals: AbstractContextManager[Callable[[], bool]] = nullcontext(lambda: False)
+    if request.calibrated:
+        text, signals = _calibration_text(calibration), terminal.interruptible()
+    with signals as interrupted, terminal.progress() as show:
+        report = methods.run(
             source,
             out,
-            recipe,
-            method=method,
-            shard_bytes=shard_bytes,
-            force=force,
+            request,
+            text,
+            interrupted=interrupted,
             progress=lambda at: show(at.tensor, at.done_bytes, at.total_bytes),
         )
     terminal.draw_report(report, out)
     if as_json:
         sys.stdout.write(json.dumps(report.to_dict()) + "\n")
+
+
+@app.command()
+def convert(
+    raw: Annotated[Path, typer.Argument(metavar="RAW", help="Folder of consolidated.* files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory in the hub's layout.")],
+    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = "4.9GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+) -> None:
+    """Turn Mistral's own checkpoint (consolidated.*, params.json) into the hub's layout, bit for bit.
+
+    Example: qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
+    """
+    from qmix.quantize import conversion
+
+    shard_bytes = _size(shard_size)
+    with terminal.progress() as show:
+        result = conversion.run(raw, out, shard_bytes=shard_bytes, force=force, progress=show)
+    terminal.draw_conversion(result, out)
+
+
+@app.command()
+def export(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the other layout.")],
+    layout: Annotated[
+        Literal["compressed-tensors", "gptq"],
+        typer.Option(
+            "--format", help="What vLLM, SGLang and transformers read.", show_default=False
+        ),
+    ],
+    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = "4.9GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+) -> None:
+    """Write Int4 and Int8 weights (GPTQ, AWQ, compressed-tensors) in another layout, without rounding.
+
+    Example: qmix export mixtral-gptq mixtral-ct --format compressed-tensors
+    """
+    from qmix import export as exporter
+
+    shard_bytes = _size(shard_size)
+    with terminal.progress() as show:
+        result = exporter.run(
+            directory, out, layout, shard_bytes=shard_bytes, force=force, progress=show
+        )
+    terminal.draw_export(result, out)
 
 
 @app.command()
@@ -340,6 +436,15 @@ def _sampling(
         seed=seed,
         stop_strings=stop or None,
     )
+
+
+def _calibration_text(path: Path | None) -> str:
+    from qmix.evals import corpus, perplexity
+
+    if path is not None:
+        return perplexity.read_text(path).content
+    terminal.notice("calibrating with Python's documentation; --calibration takes a text of yours")
+    return corpus.training_text()
 
 
 def _fits(prompt: int, new: int, positions: int) -> None:

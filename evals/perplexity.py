@@ -150,8 +150,8 @@ def evaluate(
         CheckpointError: a damaged checkpoint, or two different tokenizers.
     """
     chosen = loader.named_dtype(dtype)
-    tokenizer = LlamaTokenizer.from_pretrained(directory)
     checkpoint = open_checkpoint(directory)
+    tokenizer = LlamaTokenizer.from_pretrained(directory)
     ids = tokenizer.encode(text.content)
     positions = checkpoint.config.max_position_embeddings
     size = min(WINDOW, positions) if window is None else window

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qmix.auto import AutoModelForCausalLM, AutoTokenizer, load
     from qmix.config import MixtralConfig
-    from qmix.heads import MixtralForCausalLM, MixtralModel
+    from qmix.generation_config import GenerationConfig
+    from qmix.heads import MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel
+    from qmix.streamers import TextIteratorStreamer, TextStreamer
     from qmix.tokenizer import LlamaTokenizer
 
 __version__ = "0.1.0"
@@ -18,10 +20,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
+    "GenerationConfig",
     "LlamaTokenizer",
     "MixtralConfig",
     "MixtralForCausalLM",
+    "MixtralForSequenceClassification",
     "MixtralModel",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "load",
 ]
 
@@ -33,10 +39,14 @@ if (_checkout / "pyproject.toml").is_file():
 _HOMES = {
     "AutoModelForCausalLM": "qmix.auto",
     "AutoTokenizer": "qmix.auto",
+    "GenerationConfig": "qmix.generation_config",
     "LlamaTokenizer": "qmix.tokenizer",
     "MixtralConfig": "qmix.config",
     "MixtralForCausalLM": "qmix.heads",
+    "MixtralForSequenceClassification": "qmix.heads",
     "MixtralModel": "qmix.heads",
+    "TextIteratorStreamer": "qmix.streamers",
+    "TextStreamer": "qmix.streamers",
     "load": "qmix.auto",
 }
 

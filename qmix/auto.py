@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qmix.errors import CheckpointError
+from qmix.formats import mistral
 from qmix.heads import MixtralForCausalLM
 from qmix.tokenizer import LlamaTokenizer
 
@@ -15,15 +16,20 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    **options: Any,
 ) -> tuple[MixtralForCausalLM, LlamaTokenizer]:
     """A checkpoint directory's model and tokenizer, ready to generate.
+
+    Args:
+        dtype, device, options: as in MixtralForCausalLM.from_pretrained.
 
     Raises:
         CheckpointError: a file is missing, damaged or not this model's.
         UnsupportedError: a layout that qmix does not read.
     """
+    mistral.refuse_raw(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
-    model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+    model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device, **options)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             "the tokenizer has more tokens than the model",

@@ -57,8 +57,22 @@ class MixtralConfig:
     """The configuration of a Mixtral model (reference page, section MixtralConfig).
 
     Unknown keyword arguments are kept in `extra`, readable as attributes, and written back by
-    `to_dict`. `num_key_value_heads=None` means one per attention head. `head_dim=None` means
-    `hidden_size // num_attention_heads`.
+    `to_dict`. Defaults are the page's; the released 8x7B differs where noted.
+
+    Attributes:
+        num_key_value_heads: heads that share their keys; None means one per attention head.
+        head_dim: None means `hidden_size // num_attention_heads`.
+        hidden_act: silu (swish), gelu, gelu_new, gelu_pytorch_tanh or relu, or a function so named.
+        max_position_embeddings: a bound that is warned about, not enforced; 32768 as released.
+        initializer_range: deviation of the normal distribution of new weights (not truncated).
+        sliding_window: keys that a query sees, itself included; None is full attention, as
+            released.
+        rope_theta: also where transformers 5 writes it, in `rope_parameters`.
+        num_experts_per_tok: the k of the router's top-k.
+        output_router_logits: default of forward: raw router logits and the auxiliary loss too.
+        router_aux_loss_coef: weight of that loss in the total; 0.02 as released.
+        router_jitter_noise: inputs of the router are scaled by up to this much, while training.
+        dtype: of the checkpoint's floating tensors; `torch_dtype` in transformers 4.
 
     Raises:
         ConfigError: a value of the wrong type or outside its range; the message names the field.
@@ -134,6 +148,20 @@ class MixtralConfig:
         ids = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
         return tuple(index for index in ids if index >= 0)
 
+    @property
+    def num_labels(self) -> int:
+        """Classes of a sequence classifier: num_labels, else as many as id2label names, else 2."""
+        named = self.extra.get("id2label")
+        labels = self.extra.get("num_labels", len(named) if isinstance(named, Mapping) else 2)
+        if type(labels) is not int or not 1 <= labels <= 1 << 22:
+            raise ConfigError(
+                "absurd value",
+                where="config.num_labels",
+                expected=f"an integer from 1 to {1 << 22}",
+                found=repr(labels)[:80],
+            )
+        return labels
+
     def __hash__(self) -> int:
         return hash(self.to_json())
 
@@ -184,6 +212,7 @@ class MixtralConfig:
             own["eos_token_id"] = list(own["eos_token_id"])
         document = {"model_type": "mixtral", **self.extra, **own}
         document.setdefault("architectures", ["MixtralForCausalLM"])
+        document.pop("attn_implementation", None)  # of this machine, not of the model
         if dtype is not None:
             document["torch_dtype"] = dtype
         if quantization is not None:

@@ -1,174 +1,58 @@
 """Int4: a weight in 4-bit integers with one scale, and perhaps one zero, per group of inputs.
 
-Shape letters: N output features, K input features, G groups of K / G inputs.
-Knows nothing of files, of kernels, or of how codes are chosen.
+Shape letters: N output features, K input features. Knows nothing of files or of kernels.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qmix.scheme import Scheme
-from qmix.weights import SERIAL_ELEMENTS, SLAB_ELEMENTS, TILE_ELEMENTS, each_slab
-
-GROUP_SIZES = (32, 64, 128)
-SYMMETRIC_ZERO = 8
+from qmix.integers import Integers, symmetric_zero
 
 _REORDERED_ROWS = 64  # seven times as fast as 1024: what is gathered stays in the cache
-_DEVICE_ELEMENTS = 2048 * 4096  # as for NF4: bounds the float32 and index copies at 100 MB
 
 
 @dataclass(frozen=True, eq=False)
-class Int4:
-    """A weight in 4-bit integers: `value = (code - zero) * scale`, per group of inputs.
+class Int4(Integers):
+    """A weight in 4-bit integers; symmetric with zeros of 8.
 
-    Computed in float32 and rounded once to the dtype asked for. Two codes share a byte, the first
-    in the low nibble: inputs `[a b | c d]` of an output are the bytes `[ba dc]`. Rows lie one after
-    another, so a tile of outputs is one run of bytes, and eight codes are a little-endian 32-bit
-    word, first input lowest: the words of compressed-tensors as they are, those of GPTQ transposed.
-
-    Attributes:
-        codes: uint8 [N, K / 2].
-        scales: float16, bfloat16 or float32 [N, G]; their dtype is the default of `dequantize`.
-        zeros: uint8 [N, G], 0 to 15; None is 8 everywhere (symmetric).
-        perm: int32 [K]; the j-th stored input is input `perm[j]` of the layer, so that each group's
-            inputs are neighbours although an act-order file scatters them. None is the identity.
+    Two codes share a byte, the first in the low nibble: inputs `[a b | c d]` of an output are the
+    bytes `[ba dc]`.
     """
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
-    perm: Tensor | None = None
+    bits: ClassVar[Literal[4, 8]] = 4
+    kind: ClassVar[Literal["int4", "int8"]] = "int4"
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], 2 * self.codes.shape[1]
+    @classmethod
+    def packed(cls, codes: Tensor) -> Tensor:
+        """uint8 [N, K] of 0 to 15 -> uint8 [N, K / 2]."""
+        return pack_codes(codes)
 
-    @property
-    def group_inputs(self) -> int:
-        """Inputs a group: K / G."""
-        return self.shape[1] // self.scales.shape[1]
-
-    @property
-    def scheme(self) -> Scheme:
-        size = self.group_inputs if self.group_inputs in GROUP_SIZES else -1
-        return Scheme(kind="int4", group_size=size, symmetric=self.zeros is None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scales.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales, zeros and permutation."""
-        parts = (self.codes, self.scales, self.zeros, self.perm)
-        return sum(part.nbytes for part in parts if part is not None)
-
-    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows [start, stop) as [stop - start, K], inputs in the layer's order."""
-        decode = self._decode_cpu if self.device.type == "cpu" else self._decode
-        values = decode(start, stop, dtype or self.dtype)
-        return values if self.perm is None else values.index_select(1, self._inverse)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole weight [N, K] in `dtype` (default: that of the scales)."""
-        return self.rows(0, self.shape[0], dtype)
-
-    def to(self, device: torch.device) -> "Int4":
-        return replace(
-            self,
-            codes=self.codes.to(device),
-            scales=self.scales.to(device),
-            zeros=None if self.zeros is None else self.zeros.to(device),
-            perm=None if self.perm is None else self.perm.to(device),
-        )
-
-    @cached_property
-    def _inverse(self) -> Tensor:
-        """int64 [K]: where each input of the layer is stored."""
-        assert self.perm is not None
-        return torch.argsort(self.perm)
+    @classmethod
+    def reordered(cls, packed: Tensor, order: Tensor) -> Tensor:
+        """Packed codes on the CPU, [N, K / 2], whose j-th input is the `order[j]`-th of those given."""
+        return reorder_codes(packed, order)
 
     @cached_property
     def _pairs(self) -> Tensor:
-        """int64 [256]: the two float32 values of each byte in memory order, before zeros and scales."""
+        """int64 [256]: the two float32 values of each byte in memory order, before scales."""
         code = torch.arange(16, dtype=torch.float32, device=self.device)
         if self.zeros is None:
-            code -= SYMMETRIC_ZERO
+            code -= symmetric_zero(self.bits)
         low, high = code.repeat(16), code.repeat_interleave(16)
         return torch.stack((low, high), 1).view(torch.int64).view(-1)
 
-    def _decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) in stored order, on any device."""
-        in_features, groups = self.shape[1], self.scales.shape[1]
-        out = torch.empty(stop - start, in_features, dtype=dtype, device=self.device)
-        step = max(1, _DEVICE_ELEMENTS // in_features)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            codes = self.codes[first:last].reshape(-1).int()
-            pairs = torch.index_select(self._pairs, 0, codes)
-            values = pairs.view(torch.float32).view(last - first, groups, -1)
-            if self.zeros is not None:
-                values -= self.zeros[first:last, :, None]
-            values *= self.scales[first:last, :, None].float()
-            out[first - start : last - start] = values.view(last - first, -1)
-        return out
+    def _floats(self, packed: Tensor) -> Tensor:
+        pairs = torch.index_select(self._pairs, 0, packed.reshape(-1).int())
+        return pairs.view(torch.float32).view(len(packed), -1)
 
-    def _decode_cpu(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """`_decode` for the CPU, on several threads if there is enough to do (as NF4's)."""
-        in_features = self.shape[1]
-        bits = np.empty((stop - start, in_features), f"i{dtype.itemsize}")
-
-        def decode(first: int) -> None:
-            last = min(first + step, stop)
-            # A tensor of this thread: one made under inference_mode in another is read-only here.
-            self._decode_slab(
-                first, last, torch.from_numpy(bits[first - start : last - start]).view(dtype)
-            )
-
-        step = max(1, SLAB_ELEMENTS // in_features)
-        each_slab(decode, range(start, stop, step))
-        return torch.from_numpy(bits).view(dtype)
-
-    def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
-        """Decode rows [start, stop) into `out`, a tile that fits the cache at a time."""
-        in_features, groups = self.shape[1], self.scales.shape[1]
-        pairs = self._pairs.numpy()
-        codes = self.codes[start:stop].numpy()
-        scales = self.scales[start:stop].float().numpy()[:, :, None]
-        zeros = None if self.zeros is None else self.zeros[start:stop].float().numpy()[:, :, None]
-        step = min(max(1, TILE_ELEMENTS // in_features), stop - start)
-        looked_up = np.empty((step, in_features // 2), np.int64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for first in range(0, stop - start, step):
-                last = min(first + step, stop - start)
-                part = looked_up[: last - first]
-                np.take(pairs, codes[first:last], out=part, mode="clip")
-                values = part.view(np.float32).reshape(last - first, groups, -1)
-                if zeros is not None:
-                    np.subtract(values, zeros[first:last], out=values)
-                target = out[first:last].view(-1)
-                if out.dtype == torch.float32:
-                    np.multiply(
-                        values, scales[first:last], out=target.numpy().reshape(values.shape)
-                    )
-                    continue
-                np.multiply(values, scales[first:last], out=values)
-                flat = torch.from_numpy(values.reshape(-1))
-                for piece in _pieces(flat.numel()):  # rounded on this thread
-                    target[piece].copy_(flat[piece])
-
-
-def _pieces(count: int) -> Iterator[slice]:
-    return (slice(i, i + SERIAL_ELEMENTS) for i in range(0, count, SERIAL_ELEMENTS))
+    def _floats_into(self, packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        np.take(self._pairs.numpy(), packed, out=out.view(np.int64), mode="clip")
 
 
 def pack_codes(codes: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qmix.compatibility import Contents, Verdict, verdicts
 from qmix.config import MixtralConfig
-from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.checkpoint import Packed
+from qmix.formats import Checkpoint, awq, compressed, gptq, gptq_config, open_checkpoint
+from qmix.formats.checkpoint import Packed, settings_of
 from qmix.formats.names import Kind, ModelTensor
-from qmix.int4 import GROUP_SIZES
-from qmix.scheme import Scheme
+from qmix.int4 import Int4
+from qmix.int8 import Int8
+from qmix.integers import GROUP_SIZES
+from qmix.scheme import DENSE, Scheme
 from qmix.weights import NF4_BLOCK_SIZES
 
 
@@ -45,12 +48,14 @@ class Inventory:
     Attributes:
         files: safetensors file name -> size in bytes.
         parts: in walking order.
+        readers: which programs load it.
     """
 
     directory: Path
     config: MixtralConfig
     files: dict[str, int]
     parts: tuple[Part, ...]
+    readers: tuple[Verdict, ...]
 
     @property
     def parameters(self) -> int:
@@ -78,6 +83,7 @@ class Inventory:
                 {**asdict(part), "bits_per_weight": round(part.bits_per_weight, 4)}
                 for part in self.parts
             ],
+            "readers": [asdict(verdict) for verdict in self.readers],
         }
 
 
@@ -113,7 +119,36 @@ def inspect(directory: str | Path) -> Inventory:
     )
     files = {path.name: path.stat().st_size for path in checkpoint.shards.files}
     return Inventory(
-        directory=checkpoint.shards.directory, config=checkpoint.config, files=files, parts=parts
+        directory=checkpoint.shards.directory,
+        config=checkpoint.config,
+        files=files,
+        parts=parts,
+        readers=verdicts(contents_of(checkpoint)),
+    )
+
+
+def contents_of(checkpoint: Checkpoint) -> Contents:
+    """What decides which programs load a checkpoint."""
+    packings = {tensor: checkpoint.packing(tensor) for tensor in checkpoint.tensors}
+    schemes = {
+        tensor.prefix: scheme_of(checkpoint, tensor, packed) if packed else DENSE
+        for tensor, packed in packings.items()
+        if tensor.linear
+    }
+    classic = all(
+        checkpoint.spelled[name] == name
+        for tensor, packed in packings.items()
+        if tensor.kind == "expert"
+        for name in (packed.members if packed else (tensor.name,))
+    )
+    layouts = frozenset(packed.layout for packed in packings.values() if packed)
+    beside = {"GPTQ": gptq_config.FILE, "AWQ": awq.FILE}
+    files = [beside[layout] for layout in layouts if layout in beside]
+    return Contents(
+        schemes=schemes,
+        layouts=layouts,
+        dialect="classic" if classic else "gptqmodel",
+        settings=settings_of(checkpoint, files[0] if len(files) == 1 else None)[0],
     )
 
 
@@ -130,10 +165,19 @@ def scheme_of(checkpoint: Checkpoint, tensor: ModelTensor, packed: Packed) -> Sc
         block = 64 if 64 in fitting or not fitting else fitting[0]
         kind: Any = "fp4" if "bitsandbytes__fp4" in shapes else "nf4"
         return Scheme(kind=kind, block_size=block, double_quant="nested_absmax" in shapes)
+    columns = tensor.shape[1]
+    bits: int | None = Int4.bits
     if packed.layout == "compressed-tensors":
         groups, symmetric = shapes["weight_scale"][-1], "weight_zero_point" not in shapes
+        bits = compressed.bits_of(shapes["weight_packed"][-1], columns)
     else:
         groups = shapes["scales"][0]
-        symmetric = packed.layout == "GPTQ" and checkpoint.settings.symmetric
-    size = tensor.shape[1] // max(groups, 1)
-    return Scheme(kind="int4", group_size=size if size in GROUP_SIZES else -1, symmetric=symmetric)
+        symmetric = packed.layout == "GPTQ" and checkpoint.declared(packed).symmetric
+        if packed.layout == "GPTQ":
+            bits = gptq.bits_of(shapes["qweight"][0], columns)
+    size = columns // max(groups, 1)
+    return Scheme(
+        kind="int8" if bits == Int8.bits else "int4",
+        group_size=size if size in GROUP_SIZES else -1,
+        symmetric=symmetric,
+    )

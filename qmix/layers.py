@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.cache import KVCache
+from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.kernels import Expert
+from qmix.kernels.attention import Implementation, Sight, weighted
 from qmix.weights import Dense, Weight
 
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
@@ -36,14 +37,22 @@ class Step:
 
     Attributes:
         cos, sin: rotary factors of the new positions, (B or 1, 1, S, d).
-        keep: bool (B, L), False at padding, over all positions held and new; None keeps all.
+        keep: bool (B, L), False at padding, over the keys that the cache shows; None keeps all.
         cache: where keys and values are appended; None runs without a past.
+        mask: (B or 1, H or 1, S, L) in place of causality, window and keep: bool, True is seen, or
+            floats added to the scores; None for the usual.
+        attn_implementation: the row of kernels.attention.
+        attentions: each layer adds its weights (B, H, S, L) here, oldest key first; None computes
+            none.
     """
 
     cos: Tensor
     sin: Tensor
     keep: Tensor | None
-    cache: KVCache | None
+    cache: Cache | None
+    mask: Tensor | None = None
+    attn_implementation: Implementation = "sdpa"
+    attentions: list[Tensor] | None = None
 
 
 class Linear(nn.Module):
@@ -142,9 +151,22 @@ class Attention(nn.Module):
         q = kernels.apply_rotary(q, step.cos, step.sin)
         k = kernels.apply_rotary(k, step.cos, step.sin)
         if step.cache is not None:
-            k, v = step.cache.append(self.layer, k, v)
+            k, v = step.cache.append(self.layer, k, v, in_order=step.attentions is not None)
         dropout = self.dropout if self.training else 0.0
-        out = kernels.attend(q, k, v, window=self.window, keep=step.keep, dropout=dropout)
+        if step.attentions is not None:
+            out, weights = weighted(q, k, v, Sight(self.window, step.keep, step.mask, dropout))
+            step.attentions.append(weights)
+        else:
+            out = kernels.attend(
+                q,
+                k,
+                v,
+                window=self.window,
+                keep=step.keep,
+                dropout=dropout,
+                mask=step.mask,
+                implementation=step.attn_implementation,
+            )
         out = out.transpose(1, 2).reshape(batch, new, self.num_heads * self.head_dim)
         result: Tensor = self.o_proj(out)
         return result
@@ -171,7 +193,7 @@ class SparseMoeBlock(nn.Module):
         super().__init__()
         self.num_experts_per_tok = config.num_experts_per_tok
         self.jitter_noise = config.router_jitter_noise
-        self.act = _ACTIVATIONS[config.hidden_act]
+        self.act = ACTIVATIONS[config.hidden_act]
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
 
@@ -204,7 +226,11 @@ class DecoderLayer(nn.Module):
 
 
 def initialise(module: nn.Module, config: MixtralConfig) -> None:
-    """Plain N(0, initializer_range) for linear and embedding weights, ones for norms."""
+    """Plain N(0, initializer_range) for linear and embedding weights, ones for norms.
+
+    The embedding of pad_token_id is zero.
+    """
+    pad = config.pad_token_id
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             continue
@@ -213,3 +239,9 @@ def initialise(module: nn.Module, config: MixtralConfig) -> None:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, config.initializer_range)
+            if (
+                name.endswith("embed_tokens.weight")
+                and pad is not None
+                and 0 <= pad < len(parameter)
+            ):
+                parameter[pad] = 0.0

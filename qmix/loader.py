@@ -1,6 +1,6 @@
 """Checkpoint -> module, module -> checkpoint. Knows modules by their names, not by their classes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
-from qmix.formats import Checkpoint, bnb, open_checkpoint, shards
+from qmix.errors import CheckpointError, ResourceError, UsageError
+from qmix.formats import Checkpoint, names, open_checkpoint, packing, shards
 from qmix.formats.names import ModelTensor
 from qmix.layers import Linear
-from qmix.weights import NF4, Dense, Weight
+from qmix.scheme import DENSE
+from qmix.weights import Dense, Weight
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,8 +46,17 @@ def load(
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+    fresh = getattr(model, "initialise_absent", None)
+    if fresh is not None:
+        fresh(target, dtype or checkpoint.dtype)
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not absent, absent
+    if absent:
+        raise CheckpointError(
+            "the checkpoint is of a model without this head",
+            where=str(directory),
+            found=f"no {', '.join(absent)}",
+            remedy="Load it as MixtralModel.",
+        )
     return model.eval()
 
 
@@ -72,9 +82,17 @@ def save(
     directory: str | Path,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config.json and sharded safetensors, each weight as it is stored."""
+    """Write config.json and sharded safetensors, each weight as it is stored (qmix.formats.packing).
+
+    Whatever layout integers came from they are written as GPTQ: version 2 if a zero is 0, their
+    inputs' groups as they were. The codes and scales do not change.
+
+    Raises:
+        UsageError: the directory holds weights already.
+        UnsupportedError: weights of two layouts, or integers that fill no whole words; no file is
+            written.
+    """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     taken = [path.name for path in folder.glob("*.safetensors")]
     if taken:
         raise UsageError(
@@ -82,55 +100,45 @@ def save(
             where=str(folder),
             found=", ".join(taken[:3]),
         )
-    dtype = next(model.parameters()).dtype
     stored = dict(_stored(model, config))
-    groups = [_tensors(name, weight) for name, weight in stored.items()]
-    shards.write_shards(
-        folder,
-        [
-            [shards.Planned(n, t.dtype, tuple(t.shape)) for n, t in group.items()]
-            for group in groups
-        ],
-        groups,
-        max_shard_bytes,
+    weights = {module: own for module, own in stored.items() if not isinstance(own, Tensor)}
+    dtype = next(model.parameters()).dtype
+    version = packing.version_of(weights.values())
+    quantization = packing.quantization_config(
+        {names.canonical(module): weight.scheme for module, weight in weights.items()},
+        dtype,
+        version=version,
+        act_order=packing.act_order(weights.values()),
     )
-    packed = {name: weight for name, weight in stored.items() if isinstance(weight, NF4)}
-    quantization = config.quantization_config
-    if packed and quantization is None:
-        attention = any(".self_attn." in name for name in packed)
-        scheme = next(iter(packed.values())).scheme
-        quantization = bnb.config(scheme, dtype, attention=attention)
+    plan = [_planned(module, own) for module, own in stored.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = (
+        {f"{module}.weight": own}
+        if isinstance(own, Tensor)
+        else packing.pack(own, module, version=version)
+        for module, own in stored.items()
+    )
+    shards.write_shards(folder, plan, packed, max_shard_bytes)
     written = config.replace(
         dtype=str(dtype).removeprefix("torch."), quantization_config=quantization
     )
     (folder / "config.json").write_text(written.to_json(), encoding="utf-8")
 
 
-def _stored(model: nn.Module, config: MixtralConfig) -> list[tuple[str, Weight | Tensor]]:
-    found: list[tuple[str, Weight | Tensor]] = []
+def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:
+    """The modules that have a weight: a Weight where it is a linear layer's."""
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            if name == "lm_head" and config.tie_word_embeddings:
-                continue
-            found.append((f"{name}.weight", module.stored))
+            if name != "lm_head" or not config.tie_word_embeddings:
+                yield name, module.stored
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
-            found.append((f"{name}.weight", module.weight.data))
-    return found
+            yield name, module.weight.data
 
 
-def _tensors(name: str, stored: Weight | Tensor) -> dict[str, Tensor]:
-    """What a file holds of one weight, by tensor name."""
-    if isinstance(stored, NF4):
-        return bnb.pack(stored, name.removesuffix(".weight"))
-    if isinstance(stored, Dense):
-        return {name: stored.data}
-    if isinstance(stored, Tensor):
-        return {name: stored}
-    raise UnsupportedError(
-        f"{type(stored).__name__} weights are not written here",
-        where=name,
-        remedy="Keep the directory they were loaded from.",
-    )
+def _planned(module: str, stored: Weight | Tensor) -> list[shards.Planned]:
+    scheme = DENSE if isinstance(stored, Tensor) else stored.scheme
+    specs = packing.packed_specs(module, tuple(stored.shape), scheme, stored.dtype)
+    return [shards.Planned(name, *spec) for name, spec in specs.items()]
 
 
 def _placed(

@@ -1,6 +1,6 @@
 """The decoder: embedding, layers, final norm; hidden states in, hidden states out.
 
-Shape letters: B batch, S new positions, L positions held, D hidden width, E experts.
+Shape letters: B batch, S new positions, L positions seen, D hidden width, H heads, E experts.
 Knows no bits, no files, no tokens' text.
 """
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.cache import KVCache
+from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.kernels.attention import Implementation
 from qmix.layers import DecoderLayer, RMSNorm, Step
 
 
@@ -25,11 +26,13 @@ class Decoded:
         hidden: after the final norm, (B, S, D).
         router_logits: raw, one (B * S, E) a layer.
         hidden_states: the input of every layer and, last, `hidden`; None unless asked for.
+        attentions: weights (B, H, S, K), one a layer, K the keys held; None unless asked for.
     """
 
     hidden: Tensor
     router_logits: tuple[Tensor, ...]
     hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
 class Decoder(nn.Module):
@@ -38,6 +41,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
         self.config = config
+        self.attn_implementation: Implementation = "sdpa"
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, _weight=_uninitialised(config)
         )
@@ -60,14 +64,18 @@ class Decoder(nn.Module):
         *,
         keep: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
         keep_hidden_states: bool = False,
+        keep_attentions: bool = False,
     ) -> Decoded:
         """Run embedded positions (B, S, D) through all layers, after what `cache` holds.
 
         Args:
             keep: bool (B, L + S), False at padding; None keeps all.
             positions: (B or 1, S) for the rotary embedding; default L .. L + S - 1.
+            mask: (B or 1, H or 1, S, L + S) instead of causality, window and `keep`.
+            keep_attentions: the weights are kept, by eager attention, whatever the model's own.
         """
         new = x.shape[1]
         past = cache.length if cache is not None else 0
@@ -76,7 +84,21 @@ class Decoder(nn.Module):
         cos, sin = kernels.rotary(
             positions.to(x.device), self.config.head_dim, self.config.rope_theta, x.dtype
         )
-        step = Step(cos=cos, sin=sin, keep=keep, cache=cache)
+        attentions: list[Tensor] | None = [] if keep_attentions else None
+        if cache is not None:
+            keep, mask = (
+                None if t is None else cache.arranged(t, new, in_order=keep_attentions)
+                for t in (keep, mask)
+            )
+        step = Step(
+            cos=cos,
+            sin=sin,
+            keep=keep,
+            cache=cache,
+            mask=mask,
+            attn_implementation=self.attn_implementation,
+            attentions=attentions,
+        )
         router_logits: list[Tensor] = []
         hidden_states: list[Tensor] = []
         for layer in self.layers:
@@ -89,7 +111,12 @@ class Decoder(nn.Module):
         x = self.norm(x)
         if keep_hidden_states:
             hidden_states.append(x)
-        return Decoded(x, tuple(router_logits), tuple(hidden_states) or None)
+        return Decoded(
+            hidden=x,
+            router_logits=tuple(router_logits),
+            hidden_states=tuple(hidden_states) or None,
+            attentions=None if attentions is None else tuple(attentions),
+        )
 
 
 def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:

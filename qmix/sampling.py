@@ -64,9 +64,17 @@ class Sampling:
             context: ids so far (B, L), for the repetition penalty.
             keep: bool (B, L), False at padding.
         """
+        return self.warped(self.penalised(logits, context, keep))
+
+    def penalised(self, logits: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits (B, V) in float32 after the repetition penalty alone."""
         scores = logits.float()
-        if self.repetition_penalty != 1:
-            scores = _penalised(scores, context, keep, self.repetition_penalty)
+        if self.repetition_penalty == 1:
+            return scores
+        return _penalised(scores, context, keep, self.repetition_penalty)
+
+    def warped(self, scores: Tensor) -> Tensor:
+        """Scores (B, V) after temperature, top_k, top_p and min_p; unchanged for greedy choice."""
         if self.greedy:
             return scores
         scores = scores / self.temperature
@@ -91,7 +99,8 @@ class Sampling:
         if not bool(torch.isfinite(top).all()) or bool(torch.isnan(scores).any()):
             raise QmixError(
                 "the model computed non-finite logits",
-                remedy="The checkpoint is damaged or overflows in this dtype; try bfloat16.",
+                remedy="The checkpoint is damaged or overflows in this dtype (try bfloat16), or a "
+                "rule excludes every token.",
             )
         if self.greedy:
             return scores.argmax(-1)

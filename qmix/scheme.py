@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["dense", "nf4", "fp4", "int4"]
+Kind = Literal["dense", "nf4", "fp4", "int4", "int8"]
 
 NESTED_BLOCK = (
     256  # absmax values that share one fp32 scale under double quantization (QLoRA, section 3)
@@ -20,8 +20,9 @@ class Scheme:
 
     `dense`: 16 or 32 bits a weight. `nf4`: 4-bit NormalFloat codes with one absmax per
     `block_size` consecutive weights (QLoRA, arXiv 2305.14314); with `double_quant` the absmax is
-    itself stored in 8 bits. `fp4`: the same with 4-bit floats. `int4`: 4-bit integers with one 16-bit scale, and one 4-bit zero unless
-    `symmetric`, per `group_size` consecutive inputs of an output; -1 is all of them.
+    itself stored in 8 bits. `fp4`: the same with 4-bit floats. `int4`, `int8`: integers of 4 or 8
+    bits with one 16-bit scale, and one zero of a code's bits unless `symmetric`, per `group_size`
+    consecutive inputs of an output; -1 is all of them.
     """
 
     kind: Kind
@@ -31,22 +32,31 @@ class Scheme:
     symmetric: bool = True
 
     @property
+    def integer(self) -> bool:
+        """Whether the codes are integers: `int4` or `int8`."""
+        return self.kind in ("int4", "int8")
+
+    @property
+    def bits(self) -> int:
+        """Bits a code, scales left out; 16 for `dense`."""
+        return {"dense": 16, "int8": 8}.get(self.kind, 4)
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits a weight, scales included; 16 for `dense`. A scale for all inputs counts as nothing."""
-        if self.kind == "dense":
-            return 16.0
-        if self.kind == "int4":
-            group_bits = 16 if self.symmetric else 16 + 4
-            return 4.0 if self.group_size == -1 else 4 + group_bits / self.group_size
+        if self.kind == "dense" or (self.integer and self.group_size == -1):
+            return float(self.bits)
+        if self.integer:
+            return self.bits + (16 if self.symmetric else 16 + self.bits) / self.group_size
         scale_bits = 8 + 32 / NESTED_BLOCK if self.double_quant else 32
         return 4 + scale_bits / self.block_size
 
     def __str__(self) -> str:
         if self.kind == "dense":
             return "16-bit"
-        if self.kind == "int4":
+        if self.integer:
             group = "per output" if self.group_size == -1 else f"g{self.group_size}"
-            return f"int4 {group}" + ("" if self.symmetric else " asymmetric")
+            return f"{self.kind} {group}" + ("" if self.symmetric else " asymmetric")
         return f"{self.kind} b{self.block_size}" + (" double-quant" if self.double_quant else "")
 
 

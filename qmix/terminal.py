@@ -3,6 +3,7 @@
 Rich is imported when something is drawn, never before.
 """
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qmix.evals.perplexity import Perplexity
+    from qmix.export import Export
     from qmix.inventory import Inventory
+    from qmix.quantize.conversion import Conversion
     from qmix.quantize.report import Report
 
 _LINE_EVERY_S = 10
@@ -79,19 +82,47 @@ def _lines() -> Callable[[str, int, int], None]:
     return show
 
 
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yield asked(): whether Ctrl-C or SIGTERM came; the second Ctrl-C ends the program at once."""
+    asked = False
+
+    def ask(number: int, _: object) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        sys.stderr.write("\nending after this layer; Ctrl-C again ends at once\n")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def draw_report(report: "Report", out: Path) -> None:
     from rich.table import Table
 
+    kinds = report.kinds()
+    calibrated = any(kind.output_error is not None for kind in kinds)
     table = Table("tensors", "stored as", "count", "weights", "bits/weight", "relative error")
-    for kind in report.kinds():
-        table.add_row(
+    if calibrated:
+        table.add_column("output error")
+    for kind in kinds:
+        cells = [
             kind.kind,
             kind.scheme,
             str(kind.tensors),
             f"{kind.parameters / 1e6:,.2f} M",
             f"{kind.bits_per_weight:.3f}",
             f"{kind.relative_error:.4f}" if kind.relative_error else "-",
-        )
+        ]
+        if calibrated:
+            cells.append("-" if kind.output_error is None else f"{kind.output_error:.4f}")
+        table.add_row(*cells)
     screen = console()
     screen.print(table)
     screen.print(
@@ -101,6 +132,35 @@ def draw_report(report: "Report", out: Path) -> None:
         markup=False,
         highlight=False,
         soft_wrap=True,
+    )
+    for line in report.remarks():
+        notice(line)
+
+
+def draw_conversion(result: "Conversion", out: Path) -> None:
+    if result.ignored:
+        notice(f"left aside from params.json: {', '.join(result.ignored)}")
+    if result.tokenizer is None:
+        notice(
+            f"there is no tokenizer: put the model's tokenizer.model into {out} before you "
+            "generate or chat"
+        )
+    elif result.tokenizer != "tokenizer.model":
+        notice(f"{result.tokenizer} became tokenizer.model")
+    console().print(
+        f"{out}: {result.tensors} tensors, {result.parameters / 1e9:.3f} B weights in "
+        f"{result.dtype}, {result.bytes_out / 1e9:.3f} GB, {result.seconds:.1f} s "
+        f"({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def draw_export(result: "Export", out: Path) -> None:
+    notice(
+        f"{out}: {result.weights} weights packed anew, {result.bytes_out / 1e9:.3f} GB, "
+        f"{result.seconds:.1f} s ({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)"
     )
 
 
@@ -133,4 +193,7 @@ def draw_inventory(inventory: "Inventory") -> None:
         f"{len(inventory.files)} files, {inventory.stored_bytes / 1e9:.3f} GB, "
         f"{inventory.parameters / 1e9:.3f} B weights, {inventory.bits_per_weight:.3f} bits each"
     )
+    for verdict in inventory.readers:
+        reason = verdict.reason if verdict.tried else f"{verdict.reason} (not tried)".lstrip()
+        lines.append(f"{verdict.reader:18} {verdict.outcome:8} {reason}".rstrip())
     sys.stdout.write("\n".join(lines) + "\n")

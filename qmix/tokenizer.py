@@ -27,6 +27,30 @@ ADDED_FILE = "added_tokens.json"
 # character that does not survive the round trip.
 SPACE_MARK = "\u2581"
 
+# What a caller of from_pretrained may say instead of tokenizer_config.json.
+_ENTRIES = (
+    "add_bos_token",
+    "add_eos_token",
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "model_max_length",
+)
+# Options of transformers about which class reads which file from where: here there is one of each.
+_WITHOUT_EFFECT = (
+    "cache_dir",
+    "force_download",
+    "legacy",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_auth_token",
+    "use_fast",
+)
+
 
 class BatchEncoding(dict[str, Any]):
     """`input_ids` and `attention_mask` (1 keep, 0 padding), by key or as attributes."""
@@ -83,12 +107,26 @@ class LlamaTokenizer:
         self.pad_token_id = self._special("pad_token", self._sp.pad_id())
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, padding_side: str = "left") -> Self:
+    def from_pretrained(
+        cls, path: str | Path, *, padding_side: str = "left", **options: Any
+    ) -> Self:
         """Read a checkpoint directory, or a `tokenizer.model` file by its path.
 
         A `tokenizer_config.json` beside it is honoured, and where that lists no added tokens, the
         `added_tokens.json` of fine-tunes before 2024. Data only: no code is ever loaded.
+
+        Args:
+            padding_side: "left" or "right".
+            options: entries of tokenizer_config.json that are to be others: add_bos_token,
+                add_eos_token, bos_token, eos_token, unk_token, pad_token, model_max_length. Options
+                of transformers that cannot change the ids here (use_fast, legacy, revision, ...)
+                are taken and change nothing.
+
+        Raises:
+            CheckpointError: a file is missing or damaged; the message names it.
+            UsageError: an unknown option.
         """
+        changes = _changes(options)
         path = Path(path)
         file = path / MODEL_FILE if path.is_dir() else path
         if not file.exists() and (path / "tokenizer.json").exists():
@@ -104,7 +142,9 @@ class LlamaTokenizer:
         added = file.with_name(ADDED_FILE)
         if "added_tokens_decoder" not in config and added.exists():
             config["added_tokens_decoder"] = _decoder(strict_json.read(added), str(added))
-        tokenizer = cls(model, config, where=str(file))
+        tokenizer = cls(model, {**config, **changes}, where=str(file))
+        if padding_side not in ("left", "right"):
+            raise _wrong("padding_side", "'left' or 'right'", padding_side)
         tokenizer.padding_side = padding_side
         return tokenizer
 
@@ -398,6 +438,17 @@ def _decoder(added: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"token {content!r}: not an id", where=where, expected="a number", found=index
             )
     return {str(index): {"content": content, "special": True} for content, index in added.items()}
+
+
+def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that change tokenizer_config.json; those without effect dropped."""
+    for name in options:
+        if name not in (*_ENTRIES, *_WITHOUT_EFFECT):
+            raise UsageError(
+                f"from_pretrained has no option {name!r}",
+                expected=", ".join(("padding_side", *_ENTRIES)),
+            )
+    return {name: value for name, value in options.items() if name in _ENTRIES}
 
 
 def _wrong(where: str, expected: str, found: object) -> UsageError:

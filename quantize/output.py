@@ -22,6 +22,10 @@ from qmix.errors import CheckpointError, ResourceError, UsageError
 MANIFEST = "qmix_manifest.json"
 # Stands in OUT.partial from its first moment: what holds it is ours to empty.
 _MARKER = ".qmix-partial"
+# Stands in OUT.partial once there is work in it that --resume can go on with.
+STATE = "qmix_resume.json"
+# What a run did and how long it took: no two runs write the same, so the manifest leaves it out.
+REPORT = "qmix_report.json"
 _NAME_BYTES = 255
 # Files other than weights, and the file system's own: ample for a tokenizer and a few JSON files.
 _SLACK_BYTES = 64 << 20
@@ -124,14 +128,18 @@ def check_space(out: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def partial(out: Path, *, force: bool = False) -> Iterator[Path]:
+def partial(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
     """Yield `OUT.partial`; complete it to OUT if the block ends well, remove it if not.
 
-    The remainder of a killed run is emptied first; a directory that another run holds is refused.
+    The remainder of a killed run is emptied first, unless it can be resumed; that is kept, and kept
+    again if the block fails. A directory that another run holds is refused.
+
+    Args:
+        resume: the caller goes on with what can be resumed; without it such a directory is refused.
 
     Raises:
         CheckpointError: another run is writing the same OUT.
-        UsageError: something that qmix did not write is in the way.
+        UsageError: something that qmix did not write is in the way, or work that can be resumed.
         ResourceError: the disk is full.
     """
     out = Path(os.path.abspath(out))
@@ -141,9 +149,16 @@ def partial(out: Path, *, force: bool = False) -> Iterator[Path]:
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _hold(lock, folder)
+        if (folder / STATE).is_file() and not resume:
+            raise UsageError(
+                "an interrupted run stands there",
+                where=str(folder),
+                remedy="Go on with it by --resume, or remove the directory to start anew.",
+            )
         try:
             (folder / _MARKER).touch()
-            _empty(folder)
+            if not (folder / STATE).is_file():
+                _empty(folder)
             yield folder
             if os.path.lexists(out):
                 _check_replaceable(out, force=force)  # it may have appeared meanwhile
@@ -155,10 +170,12 @@ def partial(out: Path, *, force: bool = False) -> Iterator[Path]:
                 "the disk is full",
                 where=str(out.parent),
                 found=f"{shutil.disk_usage(out.parent).free / 1e9:.2f} GB free",
-                remedy="Nothing was kept; free space and run again.",
+                remedy="Free space and go on with --resume."
+                if (folder / STATE).is_file()
+                else "Nothing was kept; free space and run again.",
             ) from error
         finally:
-            if _same(lock, folder):
+            if _same(lock, folder) and not (folder / STATE).is_file():
                 shutil.rmtree(folder)
     finally:
         os.close(lock)
@@ -185,7 +202,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """List every file of the folder with its size and SHA-256, after `facts`."""
     files = {}
     for path in sorted(folder.iterdir()):
-        if path.name in (_MARKER, MANIFEST):
+        if path.name in (_MARKER, MANIFEST, STATE, REPORT):
             continue
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -224,6 +241,7 @@ def _complete(folder: Path, out: Path) -> None:
             aside.rmdir()
         raise
     (out / _MARKER).unlink()
+    (out / STATE).unlink(missing_ok=True)
     _sync(out.parent)
     if aside is not None:
         shutil.rmtree(aside)

@@ -1,25 +1,28 @@
 """The quantizer's road: source shards in, tensor by tensor, 4-bit shards out.
 
-Holds one tensor at a time. Knows the algorithms and formats by their functions only.
+For the methods that look at weights alone; holds one tensor at a time. What needs calibration is in
+`calibrated`. Knows the algorithms and formats by their functions only.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import qmix
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats import Checkpoint, bnb, open_checkpoint, shards
+from qmix.formats import Checkpoint, gptq_config, open_checkpoint, packing, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Planned
-from qmix.quantize import nf4, output
+from qmix.quantize import nf4, output, rtn
 from qmix.quantize.report import Report, TensorResult
-from qmix.scheme import DENSE, Recipe, Scheme
-from qmix.weights import Weight
+from qmix.scheme import Recipe, Scheme
+from qmix.weights import NF4, Dense, Weight
 
 # Carried along unchanged where the source has them.
 COMPANIONS = (
@@ -31,6 +34,9 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.jinja",
 )
+SCALES = (
+    torch.float16
+)  # of integer weights: what GPTQ files hold, and three bits finer than bfloat16
 _COMPANION_BYTES = 64 << 20
 _ERROR_ROWS = 1024  # rows compared at a time: bounds the float32 copies at 117 MB for w2
 
@@ -45,8 +51,12 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One tensor of the plan and what it will become."""
+class Item:
+    """One tensor of the plan and what it will become.
+
+    Attributes:
+        dtype: of the 16-bit weight that it is, or was.
+    """
 
     tensor: ModelTensor
     scheme: Scheme
@@ -64,7 +74,7 @@ def run(
     force: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
-    """Quantize a 16- or 32-bit checkpoint directory into a new one.
+    """Quantize a 16- or 32-bit checkpoint directory into a new one, each weight to its nearest codes.
 
     Args:
         source, out: directories; `out` appears complete or not at all.
@@ -74,12 +84,13 @@ def run(
 
     Raises:
         UsageError: the paths are unfit. CheckpointError: the source is damaged or holds NaN.
-        UnsupportedError: the source is quantized already. ResourceError: the disk is too small.
+        UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
+        ResourceError: the disk is too small.
     """
     begun = time.perf_counter()
     output.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
-    items = _plan(checkpoint, recipe)
+    items = plan(checkpoint, recipe)
     bytes_in = sum(checkpoint.entry(item.tensor.name).nbytes for item in items)
     groups = [item.planned for item in items]
     output.check_space(out, sum(one.nbytes for group in groups for one in group))
@@ -97,30 +108,22 @@ def run(
     with output.partial(out, force=force) as folder:
         shards.write_shards(folder, groups, converted(), shard_bytes)
         progress(Progress(bytes_in, bytes_in, "checksums"))
-        _write_companions(checkpoint, folder)
-        config = checkpoint.config.replace(
-            dtype=str(items[0].dtype).removeprefix("torch."),
-            quantization_config=_quantization_config(recipe, items),
+        report = Report(
+            method=method,
+            tensors=tuple(results),
+            bytes_in=bytes_in,
+            seconds=time.perf_counter() - begun,
         )
-        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-        facts = {
-            "qmix": qmix.__version__,
-            "method": method,
-            "source": source.resolve().name,
-            "schemes": sorted({str(item.scheme) for item in items}),
-        }
-        output.write_manifest(folder, facts)
-        bytes_out = sum(path.stat().st_size for path in folder.iterdir())
-    return Report(
-        method=method,
-        tensors=tuple(results),
-        bytes_in=bytes_in,
-        bytes_out=bytes_out,
-        seconds=time.perf_counter() - begun,
-    )
+        finish(folder, checkpoint, items, report, {})
+    return report
 
 
-def _plan(checkpoint: Checkpoint, recipe: Recipe) -> list[_Item]:
+def plan(checkpoint: Checkpoint, recipe: Recipe) -> list[Item]:
+    """What becomes of every tensor, in the model's order.
+
+    Raises:
+        UnsupportedError: the source is quantized already, or a scheme does not fit a weight's shape.
+    """
     items = []
     for tensor in checkpoint.tensors:
         if tensor.linear and checkpoint.packed(tensor):
@@ -135,48 +138,66 @@ def _plan(checkpoint: Checkpoint, recipe: Recipe) -> list[_Item]:
         dtype = checkpoint.entry(tensor.name).dtype
         if dtype == torch.float32:
             dtype = torch.bfloat16  # 16-bit is what a 4-bit model computes in
-        items.append(_Item(tensor, scheme, dtype, planned(tensor, scheme, dtype)))
+        items.append(Item(tensor, scheme, dtype, planned(tensor, scheme, dtype)))
+    packing.layout_of({item.tensor.prefix: item.scheme for item in items})
     return items
 
 
 def planned(tensor: ModelTensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Planned, ...]:
     """What will be written of one weight; `dtype` is that of the 16-bit weight."""
-    if scheme.kind == "dense":
-        return (Planned(tensor.name, dtype, tensor.shape),)
-    rows, columns = tensor.shape
-    specs = bnb.packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
+    stored = SCALES if scheme.integer else dtype
+    specs = packing.packed_specs(tensor.prefix, tensor.shape, scheme, stored)
     return tuple(Planned(name, *spec) for name, spec in specs.items())
 
 
-def _convert(checkpoint: Checkpoint, item: _Item) -> tuple[dict[str, Tensor], TensorResult]:
-    data = checkpoint.read(item.tensor.name)
-    where = str(checkpoint.entry(item.tensor.name).file)
-    tensors: dict[str, Tensor]
-    error = norm = 0.0
-    if item.scheme.kind == "dense":
-        if not bool(torch.isfinite(data).all()):
-            raise _not_finite(item.tensor.name, where)
-        tensors = {item.tensor.name: data.to(item.dtype)}
-    else:
-        weight = replace(
-            nf4.quantize(data, item.scheme, where=f"{where}: {item.tensor.name}"),
-            out_dtype=item.dtype,
-        )
-        tensors = bnb.pack(weight, item.tensor.prefix)
-        error, norm = _errors(data, weight)
-    return tensors, TensorResult(
-        name=item.tensor.name,
-        kind=item.tensor.kind,
-        scheme=item.scheme if item.scheme.kind != "dense" else DENSE,
-        parameters=data.numel(),
-        bytes_out=sum(tensor.nbytes for tensor in tensors.values()),
-        squared_error=error,
-        squared_norm=norm,
+def finish(
+    folder: Path,
+    checkpoint: Checkpoint,
+    items: Sequence[Item],
+    report: Report,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write all of a checkpoint but its shards: companions, settings, report and manifest.
+
+    Args:
+        facts: for the manifest, besides what every quantization has.
+    """
+    _write_companions(checkpoint, folder)
+    dtype = items[0].dtype
+    schemes = {item.tensor.prefix: item.scheme for item in items if item.tensor.linear}
+    settings = packing.quantization_config(schemes, dtype)
+    config = checkpoint.config.replace(
+        dtype=str(dtype).removeprefix("torch."), quantization_config=settings
+    )
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+    if packing.layout_of(schemes) == "GPTQ":
+        _write_json(folder / gptq_config.FILE, settings)  # where older readers look
+    _write_json(folder / output.REPORT, report.to_dict())
+    output.write_manifest(
+        folder,
+        {
+            "qmix": qmix.__version__,
+            "method": report.method,
+            "source": checkpoint.shards.directory.resolve().name,
+            "schemes": sorted({str(item.scheme) for item in items}),
+            **facts,
+        },
     )
 
 
-def _errors(data: Tensor, weight: Weight) -> tuple[float, float]:
-    """Sums of (W - Q(W))^2 and of W^2."""
+def packed(weight: Weight, item: Item) -> dict[str, Tensor]:
+    """What the file holds of a weight, by tensor name, in the plan's dtypes."""
+    if isinstance(weight, Dense):
+        weight = replace(weight, data=weight.data.to(item.dtype))
+    elif isinstance(weight, NF4):
+        weight = replace(weight, out_dtype=item.dtype)
+    return packing.pack(weight, item.tensor.prefix)
+
+
+def errors(data: Tensor, weight: Weight) -> tuple[float, float]:
+    """Sums of (W - Q(W))^2 and of W^2; both 0 if nothing was rounded."""
+    if isinstance(weight, Dense):
+        return 0.0, 0.0
     error = norm = 0.0
     for start in range(0, data.shape[0], _ERROR_ROWS):
         stop = min(start + _ERROR_ROWS, data.shape[0])
@@ -187,11 +208,46 @@ def _errors(data: Tensor, weight: Weight) -> tuple[float, float]:
     return error, norm
 
 
-def _quantization_config(recipe: Recipe, items: list[_Item]) -> dict[str, object]:
-    schemes = {item.scheme for item in items if item.scheme.kind != "dense"}
-    attention = any(i.scheme.kind != "dense" for i in items if i.tensor.kind == "attention")
-    (scheme,) = schemes
-    return bnb.config(scheme, items[0].dtype, attention=attention)
+def read(checkpoint: Checkpoint, tensor: ModelTensor) -> Tensor:
+    """A weight of the source.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    data = checkpoint.read(tensor.name)
+    if not bool(torch.isfinite(data).all()):
+        raise CheckpointError(
+            f"tensor {tensor.name} holds NaN or infinity",
+            where=str(checkpoint.entry(tensor.name).file),
+            remedy="The checkpoint is damaged; download it again.",
+        )
+    return data
+
+
+def _convert(checkpoint: Checkpoint, item: Item) -> tuple[dict[str, Tensor], TensorResult]:
+    begun = time.perf_counter()
+    where = f"{checkpoint.entry(item.tensor.name).file}: {item.tensor.name}"
+    weight: Weight
+    if item.scheme.kind == "nf4":  # the encoder finds NaN by itself, faster
+        data = checkpoint.read(item.tensor.name)
+        weight = nf4.quantize(data, item.scheme, where=where)
+    else:
+        data = read(checkpoint, item.tensor)
+        weight = (
+            rtn.quantize(data, item.scheme, where=where) if item.scheme.integer else Dense(data)
+        )
+    tensors = packed(weight, item)
+    squared_error, squared_norm = errors(data, weight)
+    return tensors, TensorResult(
+        name=item.tensor.name,
+        kind=item.tensor.kind,
+        scheme=item.scheme,
+        parameters=data.numel(),
+        bytes_out=sum(tensor.nbytes for tensor in tensors.values()),
+        squared_error=squared_error,
+        squared_norm=squared_norm,
+        seconds=time.perf_counter() - begun,
+    )
 
 
 def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
@@ -209,9 +265,5 @@ def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / name).write_bytes(path.read_bytes())
 
 
-def _not_finite(name: str, where: str) -> CheckpointError:
-    return CheckpointError(
-        f"tensor {name} holds NaN or infinity",
-        where=where,
-        remedy="The checkpoint is damaged; download it again.",
-    )
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

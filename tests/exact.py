@@ -59,18 +59,16 @@ def ids(count, vocabulary, seed):
 def mixtral_shapes(config):
     """Shapes by the names that Mixtral's checkpoints have on disk; `config` as in config.json."""
     d, f = config["hidden_size"], config["intermediate_size"]
-    head = d // config["num_attention_heads"]
-    kv = head * config["num_key_value_heads"]
+    head = config.get("head_dim") or d // config["num_attention_heads"]
+    kv, wide = head * config["num_key_value_heads"], head * config["num_attention_heads"]
     vocabulary = config["vocab_size"]
-    shapes = {
-        "model.embed_tokens.weight": (vocabulary, d),
-        "model.norm.weight": (d,),
-        "lm_head.weight": (vocabulary, d),
-    }
+    shapes = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (vocabulary, d)
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
-        for name, rows in (("q", d), ("k", kv), ("v", kv), ("o", d)):
-            shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows, d)
+        for name, shape in (("q", (wide, d)), ("k", (kv, d)), ("v", (kv, d)), ("o", (d, wide))):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = shape
         shapes[f"{at}.input_layernorm.weight"] = (d,)
         shapes[f"{at}.post_attention_layernorm.weight"] = (d,)
         shapes[f"{at}.block_sparse_moe.gate.weight"] = (config["num_local_experts"], d)
@@ -129,3 +127,59 @@ def golden_inputs(seed):
     batch[1, -6:] = 0
     batch_labels = batch.masked_fill(mask == 0, -100)
     return drawn[0], labels, drawn[2, :, :PROMPT], (batch, mask, batch_labels)
+
+
+def page_cases():
+    """Name -> config.json of the models of the reference page's other rows.
+
+    Two kinds of attention, and each field of the config whose effect the golden models do not show.
+    """
+    plain = golden_cases()["kv2-experts8-top2-windownone"]
+    changes = {
+        "plain": {},
+        "window": {"sliding_window": 8},
+        "gelu": {"hidden_act": "gelu"},
+        "eps": {"rms_norm_eps": 0.1},
+        "theta": {"rope_theta": 100.0},
+        "positions": {"max_position_embeddings": 8},
+        "tied": {"tie_word_embeddings": True},
+        "experts16": {"num_local_experts": 16},
+        "experts1": {"num_local_experts": 1, "num_experts_per_tok": 1},
+        "head_dim": {"head_dim": 16},
+    }
+    return {name: {**plain, **change} for name, change in changes.items()}
+
+
+PAGE_SEED = 100  # of the first page case; the others follow
+LABELS = 5
+DETAILED = ("plain", "window")  # the cases of which all outputs are kept
+
+
+def score_weight(seed):
+    """The classifier's weight (LABELS, 64) of one page case."""
+    return weights({"score.weight": (LABELS, 64)}, seed + 1000)["score.weight"]
+
+
+def page_batch(seed):
+    """Ids (4, 20) and masks (4, 20): no padding, left, right, and in the middle; pads are id 0."""
+    batch = ids(4 * SEQUENCE, 125, seed).view(4, SEQUENCE) + 3
+    mask = torch.ones_like(batch)
+    mask[1, :5] = 0
+    mask[2, -6:] = 0
+    mask[3, 8:11] = 0
+    return batch.masked_fill(mask == 0, 0), mask
+
+
+def page_labels():
+    """Of the four rows: class ids (4,), floats (4,) and floats (4, LABELS)."""
+    several = torch.zeros(4, LABELS)
+    several[torch.arange(4), torch.tensor([0, 2, 4, 1])] = 1.0
+    several[0, 3] = 1.0
+    return torch.tensor([3, 0, 4, 1]), torch.tensor([0.5, -1.0, 2.0, 0.0]), several
+
+
+def page_pairs():
+    """A mask of pairs, bool (1, 1, 20, 20): causal, but that the first six see each other."""
+    seen = torch.ones(SEQUENCE, SEQUENCE).tril().bool()
+    seen[:6, :6] = True
+    return seen[None, None]

@@ -1,6 +1,6 @@
-"""Packers of the 4-bit integer layouts in plain Python, nibble by nibble: the readers' oracles.
+"""Packers of the integer layouts in plain Python, code by code: the readers' oracles.
 
-Written from the formulas of the layouts' own projects, without qmix's code.
+Written from the formulas of the layouts' own projects, without qmix's formats.
 """
 
 import json
@@ -10,7 +10,27 @@ import torch
 from conftest import small_model
 from safetensors.torch import save_file
 
+from qmix.scheme import DENSE
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+# The linear layers of a small Mixtral.
+LAYERS, EXPERTS = 3, 4
+ATTENTION = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(LAYERS) for x in "qkvo"]
+ROUTERS = [f"model.layers.{i}.block_sparse_moe.gate" for i in range(LAYERS)]
+MATRICES = [
+    f"model.layers.{i}.block_sparse_moe.experts.{e}.w{n}"
+    for i in range(LAYERS)
+    for e in range(EXPERTS)
+    for n in (1, 2, 3)
+]
+MODULES = [*ATTENTION, *ROUTERS, *MATRICES, "lm_head"]
+
+
+def uniform(scheme, *, attention=None):
+    """Experts in `scheme`, the attention too unless it is given, the rest dense."""
+    chosen = dict.fromkeys(MODULES, DENSE) | dict.fromkeys(MATRICES, scheme)
+    return chosen | dict.fromkeys(ATTENTION, attention or scheme)
 
 
 @dataclass(frozen=True)
@@ -21,6 +41,7 @@ class Plain:
     zeros: list
     groups: list
     scales: torch.Tensor
+    bits: int = 4
 
     @property
     def shape(self):
@@ -33,8 +54,18 @@ class Plain:
         return difference.float() * self.scales.float()[:, index]
 
 
-def plain(shape, group, *, symmetric=True, act_order=False, low=1, seed=0, dtype=torch.float16):
-    """A random weight of that shape; group -1 is one group. Zeros from `low` to 15."""
+def plain(
+    shape,
+    group,
+    *,
+    bits=4,
+    symmetric=True,
+    act_order=False,
+    low=1,
+    seed=0,
+    dtype=torch.float16,
+):
+    """A random weight of that shape; group -1 is one group. Zeros from `low` to 15 or 255."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
     size = columns if group == -1 else group
@@ -42,19 +73,20 @@ def plain(shape, group, *, symmetric=True, act_order=False, low=1, seed=0, dtype
     groups = torch.arange(columns) // size
     if act_order:
         groups = groups[torch.randperm(columns, generator=generator)]
-    zeros = torch.randint(low, 16, (rows, count), generator=generator)
+    zeros = torch.randint(low, 1 << bits, (rows, count), generator=generator)
     return Plain(
-        codes=torch.randint(0, 16, shape, generator=generator).tolist(),
-        zeros=[[8] * count] * rows if symmetric else zeros.tolist(),
+        codes=torch.randint(0, 1 << bits, shape, generator=generator).tolist(),
+        zeros=[[1 << bits - 1] * count] * rows if symmetric else zeros.tolist(),
         groups=groups.tolist(),
         scales=(torch.rand(rows, count, generator=generator) / 100 + 0.001).to(dtype),
+        bits=bits,
     )
 
 
 def word(codes):
-    """Eight codes as a signed 32-bit integer, the first in the lowest four bits."""
-    value = sum(code << 4 * i for i, code in enumerate(codes))
-    return signed(value)
+    """Eight codes (or four of 8 bits) as a signed 32-bit integer, the first in the lowest bits."""
+    bits = 32 // len(codes)
+    return signed(sum(code << bits * i for i, code in enumerate(codes)))
 
 
 def signed(value):
@@ -63,14 +95,18 @@ def signed(value):
 
 
 def gptq(weight, prefix, *, version=1):
-    """AutoGPTQ's tensors; v1 subtracts one from each nibble of a word at once, as gptqmodel."""
+    """AutoGPTQ's tensors; v1 subtracts one from each code of a word at once, as gptqmodel."""
     rows, columns = weight.shape
-    less = 0x11111111 if version == 1 else 0
+    each = 32 // weight.bits
+    less = (0x11111111 if weight.bits == 4 else 0x01010101) if version == 1 else 0
     qweight = [
-        [word(weight.codes[n][k : k + 8]) for n in range(rows)] for k in range(0, columns, 8)
+        [word(weight.codes[n][k : k + each]) for n in range(rows)] for k in range(0, columns, each)
     ]
     qzeros = [
-        [signed(word([weight.zeros[n + i][g] for i in range(8)]) - less) for n in range(0, rows, 8)]
+        [
+            signed(word([weight.zeros[n + i][g] for i in range(each)]) - less)
+            for n in range(0, rows, each)
+        ]
         for g in range(len(weight.zeros[0]))
     ]
     return {
@@ -102,28 +138,39 @@ def awq(weight, prefix):
 def compressed(weight, prefix, *, symmetric=True):
     """compressed-tensors' tensors in its "pack-quantized" format."""
     rows, columns = weight.shape
-    packed = [[word(row[k : k + 8]) for k in range(0, columns, 8)] for row in weight.codes]
+    each = 32 // weight.bits
+    packed = [[word(row[k : k + each]) for k in range(0, columns, each)] for row in weight.codes]
     tensors = {
         f"{prefix}.weight_packed": torch.tensor(packed, dtype=torch.int32),
         f"{prefix}.weight_scale": weight.scales,
         f"{prefix}.weight_shape": torch.tensor([rows, columns]),
     }
     if not symmetric:
-        padded = [*weight.zeros, *[[8] * len(weight.zeros[0])] * (-rows % 8)]
+        half = [1 << weight.bits - 1] * len(weight.zeros[0])
+        padded = [*weight.zeros, *[half] * (-rows % each)]
         points = [
-            [word([padded[n + i][g] for i in range(8)]) for g in range(len(padded[0]))]
-            for n in range(0, rows, 8)
+            [word([padded[n + i][g] for i in range(each)]) for g in range(len(padded[0]))]
+            for n in range(0, rows, each)
         ]
         tensors[f"{prefix}.weight_zero_point"] = torch.tensor(points, dtype=torch.int32)
     return tensors
 
 
 def checkpoint(
-    folder, pack, quantization, *, group=32, experts=4, dense=("gate", "lm_head"), **options
+    folder,
+    pack,
+    quantization,
+    *,
+    group=32,
+    experts=4,
+    dense=("gate", "lm_head"),
+    own=lambda prefix: {},
+    **options,
 ):
     """Write a small Mixtral with every linear layer packed by `pack(weight, prefix)`.
 
-    Returns the model of the same values in float32.
+    `own(prefix)` are the options of one module, before `options`. Returns the model of the same
+    values in float32.
     """
     model = small_model(intermediate_size=128, num_hidden_layers=2, num_local_experts=experts)
     tensors = {}
@@ -132,7 +179,8 @@ def checkpoint(
         if value.dim() == 1 or prefix.endswith((*dense, "embed_tokens")):
             tensors[name] = value.clone()
             continue
-        weight = plain(tuple(value.shape), group, seed=len(tensors), **options)
+        chosen = {"group": group, **options, **own(prefix)}
+        weight = plain(tuple(value.shape), seed=len(tensors), **chosen)
         tensors |= pack(weight, prefix)
         with torch.no_grad():
             value.copy_(weight.meant())

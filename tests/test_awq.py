@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import awq, gptq, open_checkpoint
+from qmix.formats.gptq_config import Settings
 from qmix.heads import MixtralForCausalLM
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
@@ -54,7 +55,7 @@ def test_the_words_of_a_weight_worked_out_by_hand():
 def test_awq_to_gptq_is_exact_unless_a_zero_is_0():
     weight = plain((16, 128), 32, symmetric=False)
     ours = read(packers.awq(weight, P))
-    again = gptq.unpack(gptq.pack(ours, P), P, FILE, (16, 128), gptq.Settings(symmetric=False))
+    again = gptq.unpack(gptq.pack(ours, P), P, FILE, (16, 128), Settings(symmetric=False).of(P))
     assert torch.equal(again.dequantize(), ours.dequantize())
     with pytest.raises(UnsupportedError, match="zero of 0"):
         gptq.pack(read(packers.awq(plain((64, 128), 32, symmetric=False, low=0), P), (64, 128)), P)

@@ -1,19 +1,19 @@
 """compressed-tensors' "pack-quantized" layout: read, written, and equal to GPTQ's weights."""
 
-import json
 from pathlib import Path
 
 import packers
 import pytest
 import torch
-from packers import plain
+from packers import MATRICES, plain, uniform
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import compressed, gptq, open_checkpoint
+from qmix.formats.gptq_config import Settings
 from qmix.heads import MixtralForCausalLM
 from qmix.int4 import Int4
-from qmix.scheme import Scheme
+from qmix.scheme import DENSE, Scheme
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 FILE = "model-00001-of-00002.safetensors"
@@ -35,10 +35,12 @@ def same(a, b):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", [-1, 32, 64, 128])
 @pytest.mark.parametrize("shape", [(24, 256), (13, 128)], ids=str)
-def test_what_another_packer_wrote_is_read(shape, group, symmetric, dtype):
-    weight = plain(shape, group, symmetric=symmetric, low=0, dtype=dtype)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_another_packer_wrote_is_read(bits, shape, group, symmetric, dtype):
+    weight = plain(shape, group, bits=bits, symmetric=symmetric, low=0, dtype=dtype)
     tensors = packers.compressed(weight, P, symmetric=symmetric)
     ours = read(tensors, shape)
+    assert ours.bits == bits
     assert ours.shape == shape
     assert ours.dtype == dtype
     assert (ours.zeros is None) == symmetric
@@ -50,7 +52,18 @@ def test_what_another_packer_wrote_is_read(shape, group, symmetric, dtype):
             compressed.pack(ours, P)
 
 
-@pytest.mark.parametrize("name", ["grouped", "asymmetric", "channel", "channel_asymmetric"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grouped",
+        "asymmetric",
+        "channel",
+        "channel_asymmetric",
+        "grouped8",
+        "asymmetric8",
+        "channel8",
+    ],
+)
 def test_what_compressed_tensors_wrote_is_read_to_the_bits_that_it_reads(name):
     stored = load_file(Path(__file__).parent / "golden" / "compressed-tensors-0.20.0.safetensors")
     expected = stored.pop(f"{name}.expected")
@@ -79,10 +92,11 @@ def test_the_words_of_a_weight_worked_out_by_hand():
     assert read(tensors, (1, 32)).dequantize().tolist() == [values * 4]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [-1, 32, 128])
-def test_a_symmetric_gptq_weight_is_the_same_weight(group):
-    weight = plain((16, 256), group)
-    from_gptq = gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 256), gptq.Settings())
+def test_a_symmetric_gptq_weight_is_the_same_weight(group, bits):
+    weight = plain((16, 256), group, bits=bits)
+    from_gptq = gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 256), Settings().of(P))
     from_compressed = read(packers.compressed(weight, P), (16, 256))
     same(gptq.pack(from_compressed, P), packers.gptq(weight, P))
     same(compressed.pack(from_gptq, P), packers.compressed(weight, P))
@@ -90,19 +104,21 @@ def test_a_symmetric_gptq_weight_is_the_same_weight(group):
 
 def test_an_act_order_weight_is_not_written():
     weight = gptq.unpack(
-        packers.gptq(plain((16, 128), 32, act_order=True), P), P, FILE, (16, 128), gptq.Settings()
+        packers.gptq(plain((16, 128), 32, act_order=True), P), P, FILE, (16, 128), Settings().of(P)
     )
     with pytest.raises(UnsupportedError, match="act-order"):
         compressed.pack(weight, P)
 
 
-def test_the_plan_is_what_is_packed():
-    for group in (-1, 32, 128):
-        packed = compressed.pack(read(packers.compressed(plain((16, 128), group), P)), P)
-        scheme = Scheme(kind="int4", group_size=group)
-        specs = compressed.packed_specs(P, (16, 128), scheme, torch.float16)
-        assert specs == {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
-        assert list(specs) == list(packed)
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("group", [-1, 32, 128])
+def test_the_plan_is_what_is_packed(group, kind):
+    scheme = Scheme(kind=kind, group_size=group)
+    weight = plain((16, 128), group, bits=scheme.bits)
+    packed = compressed.pack(read(packers.compressed(weight, P)), P)
+    specs = compressed.packed_specs(P, (16, 128), scheme, torch.float16)
+    assert specs == {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
+    assert list(specs) == list(packed)
 
 
 def test_members_are_this_modules_tensors_only():
@@ -129,8 +145,9 @@ def indexed(values):
     ("tensors", "named"),
     [
         (edited(".weight_packed", lambda t: t.byte()), r"w2\.weight_packed: wrong dtype; expected torch.int32; found torch.uint8"),
-        (edited(".weight_packed", lambda t: t[:, 1:]), r"w2\.weight_packed: wrong shape; expected \[16, 16\]; found \[16, 15\]"),
-        (edited(".weight_packed", lambda t: t.repeat(1, 2)), r"w2\.weight_packed: .*4 bits only; expected 4; found 8 bits"),
+        (edited(".weight_packed", lambda t: t[:, 1:]), r"w2\.weight_packed: wrong shape; expected \[16, 128 codes of 4 or 8 bits\]; found \[16, 15\]"),
+        (edited(".weight_packed", lambda t: t[:, :12]), r"w2\.weight_packed: .*4 or 8 bits only; expected 4 or 8 bits; found 3 bits"),
+        (edited(".weight_packed", lambda t: t.repeat(1, 2)), r"w2\.weight_zero_point: wrong shape; expected \[4, 4\]; found \[2, 4\]"),
         (edited(".weight_shape", lambda t: t.flip(0)), r"w2\.weight_shape: not the shape.*expected \[16, 128\]; found \[128, 16\]"),
         (edited(".weight_shape", lambda t: t.int()), r"w2\.weight_shape: wrong dtype"),
         (edited(".weight_scale", lambda t: t.T), r"w2\.weight_scale: wrong shape; expected \[16, groups\]; found \[4, 16\]"),
@@ -198,42 +215,64 @@ def test_a_mixtral_computes_what_its_weights_mean(tmp_path, symmetric):
     def pack(weight, prefix):
         return packers.compressed(weight, prefix, symmetric=symmetric)
 
-    config = compressed.config(SCHEME, attention=True)
+    config = compressed.config(uniform(SCHEME))
     model = packers.checkpoint(tmp_path, pack, config, symmetric=symmetric, low=0)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
     assert (logits(tmp_path) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def weights(bits, size):
+    strategy = {"strategy": "group", "group_size": size} if size != -1 else {"strategy": "channel"}
+    return {"num_bits": bits, "type": "int", "symmetric": True, **strategy}
+
+
 def test_the_settings_written():
-    config = compressed.config(SCHEME, attention=True)
+    config = compressed.config(uniform(SCHEME))
     compressed.check(config, "config.json")
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": 32,
-    }
     assert config == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights(4, 32)}},
         "ignore": ["lm_head", "re:.*gate$"],
     }
-    whole = compressed.config(Scheme(kind="int4", group_size=-1), attention=False)
-    text = json.dumps(whole)
-    assert '"strategy": "channel"' in text
-    assert "group_size" not in text
-    assert len(whole["ignore"]) == 3
+    whole = compressed.config(uniform(Scheme(kind="int8", group_size=-1), attention=DENSE))
+    assert whole["config_groups"]["group_0"]["weights"] == weights(8, -1)
+    assert whole["ignore"] == ["lm_head", "re:.*gate$", r"re:model\.layers\.\d+\.self_attn\..*"]
+
+
+def test_mixed_schemes_are_groups_of_named_modules():
+    groups = compressed.config(uniform(SCHEME, attention=Scheme(kind="int8")))["config_groups"]
+    attention = r"re:model\.layers\.\d+\.self_attn\..*"
+    assert groups == {
+        "group_0": {"targets": ["Linear"], "weights": weights(4, 32)},
+        "group_1": {"targets": [attention], "weights": weights(8, 128)},
+    }
+
+
+def test_where_experts_differ_all_are_named_and_8_bits_come_first():
+    # Or transformers 5.23, which takes one group for all experts, would read 8 bits as 4 unnoticed.
+    layer = {name: SCHEME for name in MATRICES if name.startswith("model.layers.1.")}
+    groups = compressed.config(uniform(Scheme(kind="int8")) | layer)["config_groups"]
+    experts = r"(block_sparse_moe|mlp)\.experts(\..*)?$"
+    assert groups == {
+        "group_0": {
+            "targets": [
+                r"re:model\.layers\.\d+\.self_attn\..*",
+                rf"re:model\.layers\.(0|2)\.{experts}",
+            ],
+            "weights": weights(8, 128),
+        },
+        "group_1": {"targets": [rf"re:model\.layers\.1\.{experts}"], "weights": weights(4, 32)},
+    }
 
 
 def test_a_weight_has_one_meaning_in_all_layouts():
     weight = plain((16, 128), 32, symmetric=False, low=0)
     layouts = [
         read(packers.compressed(weight, P, symmetric=False)),
-        gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 128), gptq.Settings(symmetric=False)),
+        gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 128), Settings(symmetric=False).of(P)),
     ]
     for ours in layouts:
         assert isinstance(ours, Int4)

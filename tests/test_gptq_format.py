@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import gptq, open_checkpoint
+from qmix.formats.gptq_config import Settings
+from qmix.formats.names import spellings
 from qmix.heads import MixtralForCausalLM
 from qmix.int4 import Int4, pack_codes
+from qmix.int8 import Int8
 from qmix.scheme import Scheme
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
@@ -20,7 +23,7 @@ CONFIG = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "quant_me
 
 
 def read(tensors, shape, **settings):
-    return gptq.unpack(tensors, P, FILE, shape, gptq.Settings(**settings))
+    return gptq.unpack(tensors, P, FILE, shape, Settings(**settings).of(P))
 
 
 def same(a, b):
@@ -34,11 +37,14 @@ def same(a, b):
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", [-1, 32, 64, 128])
-def test_what_another_packer_wrote_is_read(group, symmetric, act_order, version):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_another_packer_wrote_is_read(bits, group, symmetric, act_order, version):
     shape = (24, 256)
-    weight = plain(shape, group, symmetric=symmetric, act_order=act_order)
+    weight = plain(shape, group, bits=bits, symmetric=symmetric, act_order=act_order)
     tensors = packers.gptq(weight, P, version=version)
-    ours = read(tensors, shape, version=version, symmetric=symmetric, group_size=group)
+    said = {"bits": bits, "symmetric": symmetric, "group_size": group}
+    ours = read(tensors, shape, version=version, **said)
+    assert type(ours) is {4: Int4, 8: Int8}[bits]
     assert ours.shape == shape
     assert ours.dtype == torch.float16
     assert (ours.zeros is None) == symmetric
@@ -46,6 +52,7 @@ def test_what_another_packer_wrote_is_read(group, symmetric, act_order, version)
     assert ours.group_inputs == (256 if group == -1 else group)
     assert torch.equal(ours.dequantize(torch.float32), weight.meant())
     # Written again it is the same file, the permutation included.
+    same(gptq.pack(ours, P, version), tensors)
     same(gptq.pack(ours, P), packers.gptq(weight, P))
 
 
@@ -65,16 +72,29 @@ def test_the_bytes_of_a_weight_worked_out_by_hand():
     assert read(tensors, (8, 32)).dequantize()[2, 31] == (33 % 16 - 8) * 3 / 8
 
 
-def test_the_words_of_symmetric_zeros():
-    weight = plain((16, 64), 32)
-    for version, expected in ((1, 0x77777777), (2, packers.signed(0x88888888))):
-        stored = packers.gptq(weight, P, version=version)[f"{P}.qzeros"]
-        assert stored.unique().tolist() == [expected]
-        assert (
-            read(packers.gptq(weight, P, version=version), (16, 64), version=version).zeros is None
-        )
-    ours = read(packers.gptq(weight, P), (16, 64))
-    assert gptq.pack(ours, P)[f"{P}.qzeros"].unique().tolist() == [0x77777777]
+@pytest.mark.parametrize(
+    ("bits", "version", "expected"),
+    [(4, 1, 0x77777777), (4, 2, 0x88888888), (8, 1, 0x7F7F7F7F), (8, 2, 0x80808080)],
+)
+def test_the_words_of_symmetric_zeros(bits, version, expected):
+    weight = plain((16, 64), 32, bits=bits)
+    tensors = packers.gptq(weight, P, version=version)
+    assert tensors[f"{P}.qzeros"].unique().tolist() == [packers.signed(expected)]
+    ours = read(tensors, (16, 64), version=version)
+    assert ours.zeros is None
+    stored = gptq.pack(ours, P, version)[f"{P}.qzeros"]
+    assert stored.unique().tolist() == [packers.signed(expected)]
+
+
+def test_the_bytes_of_an_8_bit_weight_worked_out_by_hand():
+    codes = (torch.arange(4)[:, None] + torch.arange(32)).to(torch.uint8)
+    tensors = gptq.pack(Int8(codes, torch.full((4, 1), 0.5).half()), P)
+    qweight = tensors[f"{P}.qweight"]
+    assert qweight.shape == (8, 4)
+    assert hex(int(qweight[0, 0])) == "0x3020100"
+    assert hex(int(qweight[7, 3])) == "0x2221201f"
+    assert tensors[f"{P}.qzeros"].tolist() == [[0x7F7F7F7F]]
+    assert read(tensors, (4, 32)).dequantize()[3, 31] == (34 - 128) / 2
 
 
 def test_a_zero_of_0_was_stored_by_borrowing():
@@ -88,14 +108,25 @@ def test_a_zero_of_0_was_stored_by_borrowing():
     assert torch.equal(ours.dequantize(torch.float32), weight.meant())
     with pytest.raises(UnsupportedError, match="cannot store a zero of 0"):
         gptq.pack(ours, P)
+    assert gptq.version_of([ours]) == 2
+    same(gptq.pack(ours, P, 2), packers.gptq(weight, P, version=2))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_any_zero_is_read(bits):
     for seed in range(20):
-        weight = plain((16, 64), 32, symmetric=False, low=0, seed=seed)
-        ours = read(packers.gptq(weight, P), (16, 64), symmetric=False)
-        assert torch.equal(ours.dequantize(torch.float32), weight.meant())
+        weight = plain((32, 256), 32, bits=bits, symmetric=False, low=0, seed=seed)
+        for version in (1, 2):
+            tensors = packers.gptq(weight, P, version=version)
+            ours = read(tensors, (32, 256), symmetric=False, version=version)
+            assert torch.equal(ours.dequantize(torch.float32), weight.meant())
+            same(gptq.pack(ours, P, 2), packers.gptq(weight, P, version=2))
 
 
-def test_zeros_that_are_all_8_make_a_symmetric_weight():
-    assert read(packers.gptq(plain((8, 32), 32), P), (8, 32), symmetric=False).zeros is None
+def test_zeros_that_are_all_half_make_a_symmetric_weight():
+    for bits in (4, 8):
+        tensors = packers.gptq(plain((8, 32), 32, bits=bits), P)
+        assert read(tensors, (8, 32), symmetric=False).zeros is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -107,15 +138,29 @@ def test_scales_keep_their_dtype(dtype):
     same(gptq.pack(ours, P), packers.gptq(weight, P))
 
 
-def test_the_plan_is_what_is_packed():
-    for group in (-1, 32, 128):
-        ours = read(packers.gptq(plain((16, 128), group), P), (16, 128))
-        specs = gptq.packed_specs(
-            P, (16, 128), Scheme(kind="int4", group_size=group), torch.float16
-        )
-        packed = gptq.pack(ours, P)
-        assert specs == {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
-        assert list(specs) == list(packed)
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("group", [-1, 32, 128])
+def test_the_plan_is_what_is_packed(kind, group):
+    scheme = Scheme(kind=kind, group_size=group)
+    ours = read(packers.gptq(plain((16, 128), group, bits=scheme.bits), P), (16, 128))
+    specs = gptq.packed_specs(P, (16, 128), scheme, torch.float16)
+    packed = gptq.pack(ours, P)
+    assert specs == {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
+    assert list(specs) == list(packed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme"),
+    [
+        ((12, 128), Scheme(kind="int4")),
+        ((10, 128), Scheme(kind="int8")),
+        ((16, 12), Scheme(kind="int4", group_size=-1)),
+        ((16, 96), Scheme(kind="int8", group_size=64)),
+    ],
+)
+def test_what_fills_no_whole_words_or_groups_is_refused_in_the_plan(shape, scheme):
+    with pytest.raises(UnsupportedError, match=rf"module {P}: not written as GPTQ.*{shape[0]}"):
+        gptq.packed_specs(P, shape, scheme, torch.float16)
 
 
 def test_members_are_this_modules_tensors_only():
@@ -157,8 +202,10 @@ def test_a_bias_of_zeros_is_accepted():
         (edited(".qweight", lambda t: t.long()), r"w2\.qweight: wrong dtype; expected torch.int32; found torch.int64"),
         (edited(".qweight", lambda t: t.float()), r"w2\.qweight: wrong dtype"),
         (edited(".qweight", lambda t: t[:-1]), r"w2\.qweight: wrong shape; expected \[16, 16\]; found \[15, 16\]"),
-        (edited(".qweight", lambda t: t.repeat(2, 1)), r"w2\.qweight: GPTQ is read in 4 bits only; expected 4; found 8 bits"),
-        (edited(".qweight", lambda t: t[:12]), r"w2\.qweight: GPTQ is read in 4 bits only; expected 4; found 3 bits"),
+        (edited(".qweight", lambda t: t[:12]), r"w2\.qweight: GPTQ is read in 4 or 8 bits only; expected 4 or 8 bits; found 3 bits"),
+        (edited(".qweight", lambda t: t[:8]), r"w2\.qweight: GPTQ is read in 4 or 8 bits only; expected 4 or 8 bits; found 2 bits"),
+        (edited(".qweight", lambda t: t.repeat(2, 1)), r"w2\.qzeros: wrong shape; expected \[4, 4\]; found \[4, 2\]"),
+        (edited(".qzeros", lambda t: 0 * t, bits=8), r"w2\.qzeros: not the zeros of a symmetric.*expected 127 in every 8 bits .version 1.; found 0"),
         (edited(".qzeros", lambda t: t[:1]), r"w2\.qzeros: wrong shape; expected \[4, 2\]; found \[1, 2\]"),
         (edited(".qzeros", put(3, packers.signed(0x88888888))), r"w2\.qzeros: not the zeros of a symmetric.*expected 7.*version 1.*found 8.*checkpoint_format"),
         (edited(".qzeros", put(3, 0x77777377)), r"w2\.qzeros: not the zeros of a symmetric.*found 3"),
@@ -209,50 +256,6 @@ def test_the_declared_group_size_must_be_that_of_the_scales():
         read(tensors, (16, 128), group_size=64, where="a/config.json")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("document", "expected"),
-    [
-        (None, (1, True, None)),
-        ({}, (1, True, None)),
-        ({"bits": [4], "group_size": [128], "sym": [True], "desc_act": [True]}, (1, True, 128)),
-        ({"bits": 4, "group_size": -1, "sym": False}, (1, False, -1)),
-        ({"checkpoint_format": "gptq_v2", "bits": 4}, (2, True, None)),
-        ({"checkpoint_format": "gptq", "format": "gptq", "quant_method": "gptq"}, (1, True, None)),
-        ({"group_size": 128, "dynamic": {"-:.*gate": {}}}, (1, True, None)),
-        ({"group_size": 128, "dynamic": {}}, (1, True, 128)),
-        ({"checkpoint_format": None, "format": "gptq_v2"}, (2, True, None)),
-        ({"is_marlin_format": False, "model_name_or_path": None}, (1, True, None)),
-    ],
-)
-def test_the_settings_that_files_have(document, expected):
-    found = gptq.settings(document, "x.json")
-    assert (found.version, found.symmetric, found.group_size) == expected
-
-
-@pytest.mark.parametrize(
-    ("document", "kind", "named"),
-    [
-        ({"bits": 8}, UnsupportedError, "bits.*4 bits only.*found 8"),
-        ({"bits": "4"}, UnsupportedError, "bits"),
-        ({"bits": True}, UnsupportedError, "bits"),
-        ({"bits": [4, 8]}, UnsupportedError, "bits"),
-        ({"checkpoint_format": "marlin"}, UnsupportedError, "marlin format"),
-        ({"checkpoint_format": 2}, UnsupportedError, "in the 2 format is not read; expected gptq or gptq_v2"),
-        ({"is_marlin_format": True}, UnsupportedError, "marlin"),
-        ({"checkpoint_format": "gptq", "format": "gptq_v2"}, CheckpointError, "differ"),
-        ({"quant_method": "awq"}, CheckpointError, "quant_method.*expected 'gptq'; found 'awq'"),
-        ({"group_size": 48}, CheckpointError, "group_size: unknown group size.*-1 or one of 32, 64, 128; found 48"),
-        ({"group_size": 0}, CheckpointError, "group_size"),
-        ({"group_size": 128.0}, CheckpointError, "group_size"),
-        ({"sym": 1}, CheckpointError, "sym.*true or false"),
-    ],
-)  # fmt: skip
-def test_settings_that_are_not_read_are_refused(document, kind, named):
-    with pytest.raises(kind, match=named) as caught:
-        gptq.settings(document, "x.json")
-    assert str(caught.value).startswith("x.json")
-
-
 IDS = torch.tensor([[5, 6, 7, 99, 3]])
 
 
@@ -265,9 +268,11 @@ def logits(folder):
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
 @pytest.mark.parametrize("group", [32, 64, -1])
-def test_a_mixtral_computes_what_its_weights_mean(tmp_path, group, act_order):
-    config = {**CONFIG, "group_size": group, "desc_act": act_order}
-    model = packers.checkpoint(tmp_path, packers.gptq, config, group=group, act_order=act_order)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_mixtral_computes_what_its_weights_mean(tmp_path, bits, group, act_order):
+    config = {**CONFIG, "bits": bits, "group_size": group, "desc_act": act_order}
+    options = {"bits": bits, "group": group, "act_order": act_order}
+    model = packers.checkpoint(tmp_path, packers.gptq, config, **options)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
     assert (logits(tmp_path) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -362,12 +367,71 @@ def test_a_stale_config_does_not_make_dense_weights_packed(tmp_path):
     assert logits(tmp_path).isfinite().all()
 
 
-def test_the_settings_written_are_those_that_vllm_demands():
-    config = gptq.config(Scheme(kind="int4"), attention=True)
-    assert config == {
-        "bits": 4, "checkpoint_format": "gptq", "desc_act": False, "dynamic": {}, "group_size": 128,
-        "lm_head": False, "quant_method": "gptq", "sym": True,
-    }  # fmt: skip
-    assert gptq.settings(config, "x").group_size == 128
-    (rule,) = gptq.config(Scheme(kind="int4"), attention=False)["dynamic"]
-    assert rule.startswith("-:")  # gptqmodel's mark of modules that stay dense
+MIXED = {
+    **CONFIG,
+    "dynamic": {
+        r"+:model\.layers\.1\.(mlp|block_sparse_moe)\.experts\.3\.(w2|down_proj)$": {
+            "bits": 8,
+            "group_size": 64,
+        },
+        r".*\.self_attn\.(q|k|v|qkv)_proj": {"bits": 8, "sym": False},
+        r"-:.*\.o_proj": {},
+    },
+}
+
+
+def own(prefix):
+    if prefix == P:
+        return {"bits": 8, "group": 64}
+    return {"bits": 8, "symmetric": False} if prefix[-6:-5] in "qkv" and "attn" in prefix else {}
+
+
+def mixed(folder, **changes):
+    """A Mixtral as MIXED says, but for `changes` of that."""
+    dense = ("gate", "lm_head", "o_proj")
+    config = {**MIXED, **changes}
+    return packers.checkpoint(folder, packers.gptq, config, own=own, dense=dense)
+
+
+@pytest.mark.parametrize("dialect", ["classic", "gptqmodel"])
+def test_mixed_bits_follow_rules_that_name_modules_as_the_files_do(tmp_path, dialect):
+    model = mixed(tmp_path)
+    if dialect == "gptqmodel":
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors = {spellings(name)[1]: t for name, t in tensors.items()}
+        save_file(tensors, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    assert (logits(tmp_path) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    checkpoint = open_checkpoint(tmp_path)
+    found = {t.prefix: str(checkpoint.weight(t).scheme) for t in checkpoint.tensors if t.linear}
+    assert found[P] == "int8 g64"
+    assert found["model.layers.0.self_attn.k_proj"] == "int8 g32 asymmetric"
+    assert found["model.layers.0.self_attn.o_proj"] == "16-bit"
+    assert found["model.layers.0.block_sparse_moe.experts.1.w2"] == "int4 g32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"bits": 8}, r"q_proj|w1\.qweight: not the bits of .*config\.json; expected 8 bits; found 4 bits"),
+        ({"dynamic": {}}, r"q_proj\.qweight: not the bits of .*config\.json; expected 4 bits; found 8 bits"),
+        (
+            {"dynamic": {".*_proj": {"bits": 8, "sym": False}, r".*\.experts\.0": {"bits": 8}}},
+            r"w1\.qweight: not the bits of the rule '.*experts.*0' of .*config\.json; expected 8 bits; found 4 bits",
+        ),
+        (
+            {"dynamic": {"-:.*": {}}},
+            r"q_proj\.qweight: the rule '-:\.\*' of .*config\.json says that the module is not quantized; expected its \.weight alone; found 8 bits",
+        ),
+        (
+            {"dynamic": {**MIXED["dynamic"], r".*\.w1": {"group_size": 128}}},
+            r"w1\.scales: not the group size of the rule .* of .*config\.json; expected groups of 128 inputs",
+        ),
+        ({"dynamic": {".*_proj": {"bits": 8}}}, r"q_proj\.qzeros: not the zeros of a symmetric"),
+    ],
+)  # fmt: skip
+def test_tensors_and_rules_must_not_contradict_each_other(tmp_path, changes, named):
+    mixed(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=named):
+        logits(tmp_path)

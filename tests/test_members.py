@@ -1,4 +1,4 @@
-"""Whatever a file holds, the readers of the 4-bit integer layouts give a weight or a QmixError."""
+"""Whatever a file holds, the readers of the integer layouts give a weight or a QmixError."""
 
 import packers
 import torch
@@ -8,18 +8,25 @@ from packers import plain
 
 from qmix.errors import QmixError
 from qmix.formats import awq, compressed, gptq
-from qmix.formats.members import nibbles, words
+from qmix.formats.gptq_config import Settings
+from qmix.formats.members import pack_words, unpack_words
 
 P = "model.layers.0.block_sparse_moe.experts.0.w1"
 SHAPE = (16, 64)
 WEIGHT = plain(SHAPE, 32, symmetric=False)
+WIDE = plain(SHAPE, 32, bits=8, symmetric=False)
 FILES = {
     "gptq": packers.gptq(WEIGHT, P),
+    "gptq8": packers.gptq(WIDE, P),
+    "compressed8": packers.compressed(WIDE, P, symmetric=False),
     "awq": packers.awq(WEIGHT, P),
     "compressed": packers.compressed(WEIGHT, P, symmetric=False),
 }
+DECLARED = Settings(symmetric=False).of(P)
 READERS = {
-    "gptq": lambda t: gptq.unpack(t, P, "f", SHAPE, gptq.Settings(symmetric=False)),
+    "gptq": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),
+    "gptq8": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),
+    "compressed8": lambda t: compressed.unpack(t, P, "f", SHAPE),
     "awq": lambda t: awq.unpack(t, P, "f", SHAPE),
     "compressed": lambda t: compressed.unpack(t, P, "f", SHAPE),
 }
@@ -68,10 +75,12 @@ def test_a_weight_or_an_error_that_names_the_tensor(layout, place, dtype, form, 
         assert weight.dequantize(torch.float32).isfinite().all()
 
 
-@given(st.lists(st.lists(st.integers(0, 15), min_size=8, max_size=8), min_size=1, max_size=4))
-def test_words_and_nibbles_are_inverse(codes):
-    packed = words(torch.tensor(codes, dtype=torch.uint8))
+@given(st.sampled_from((4, 8)), st.data())
+def test_words_are_packed_and_unpacked(bits, data):
+    row = st.lists(st.integers(0, 2**bits - 1), min_size=32 // bits, max_size=32 // bits)
+    codes = data.draw(st.lists(row, min_size=1, max_size=4))
+    packed = pack_words(torch.tensor(codes, dtype=torch.uint8), bits)
     assert packed.dtype == torch.int32
-    assert packed.tolist() == [packers.word(eight) for eight in codes]
-    assert nibbles(packed).tolist() == codes
-    assert nibbles(packed.long()).tolist() == codes
+    assert packed.tolist() == [packers.word(word) for word in codes]
+    assert unpack_words(packed, bits).tolist() == codes
+    assert unpack_words(packed.long(), bits).tolist() == codes

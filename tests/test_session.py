@@ -144,3 +144,26 @@ def test_clear_forgets_the_turns_and_a_new_system_prompt_takes_effect(tokenizer)
 def test_a_context_outside_the_models_is_refused(tokenizer, context):
     with pytest.raises(UsageError, match="16 to 256"):
         make(tokenizer, context=context)
+
+
+def test_a_rolling_cache_is_kept_between_turns_or_started_anew(tokenizer):
+    """A full ring cannot go back to a shorter prefix: then the prompt is computed again, rightly."""
+    model = small_model(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        max_position_embeddings=512,
+        sliding_window=16,
+    )
+    session = Session(model, tokenizer, GenerationConfig(max_new_tokens=12, eos_token_id=2))
+    for text in ("Hello there", "What is a list?", "More"):
+        opening, _ = say(session, text)
+        cold = model.generate(torch.tensor([opening.ids]), max_new_tokens=12, eos_token_id=2)
+        answer = list(session.turns[-1].answer)
+        assert cold[0, len(opening.ids) :].tolist()[: len(answer)] == answer
+    assert session.stats.cached_tokens > 20
+    session.turns.pop()
+    opening, _ = say(session, "Something else")
+    assert opening.cached_tokens == 0
+    cold = model.generate(torch.tensor([opening.ids]), max_new_tokens=12, eos_token_id=2)
+    answer = list(session.turns[-1].answer)
+    assert cold[0, len(opening.ids) :].tolist()[: len(answer)] == answer

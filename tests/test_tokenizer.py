@@ -456,3 +456,33 @@ def test_the_added_tokens_of_older_fine_tunes_are_read(tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": "x"}')
     with pytest.raises(CheckpointError, match=r"added_tokens\.json"):
         LlamaTokenizer.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_takes_the_options_of_transformers(tmp_path):
+    write(tmp_path)
+    plain = LlamaTokenizer.from_pretrained(tmp_path)
+    same = LlamaTokenizer.from_pretrained(
+        tmp_path, use_fast=False, legacy=True, trust_remote_code=False, revision="main"
+    )
+    assert same.encode("My favourite") == plain.encode("My favourite")
+    right = LlamaTokenizer.from_pretrained(tmp_path, padding_side="right", pad_token="</s>")
+    assert right(["My", "My favourite"], padding=True)["attention_mask"][0][-1] == 0
+    assert right.pad_token_id == 2
+    bare = LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=False, add_eos_token=True)
+    assert bare.encode("My") == [1984, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"padding_sides": "left"}, "padding_sides"),
+        ({"padding_side": "top"}, "padding_side"),
+        ({"add_bos_token": "yes"}, "add_bos_token"),
+        ({"eos_token": "<|nowhere|>"}, "eos_token"),
+    ],
+    ids=str,
+)
+def test_from_pretrained_refuses_other_options_by_name(tmp_path, options, named):
+    write(tmp_path)
+    with pytest.raises((UsageError, CheckpointError), match=named):
+        LlamaTokenizer.from_pretrained(tmp_path, **options)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats.members import Members, nibbles, unlisted, zeros_or_symmetric
+from qmix.formats.members import Members, unlisted, unpack_words, zeros_or_symmetric
 from qmix.int4 import Int4
+
+FILE = "quant_config.json"  # where AutoAWQ keeps the settings, beside config.json
 
 QWEIGHT = ".qweight"
 QZEROS = ".qzeros"
@@ -25,7 +27,7 @@ _NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def check(document: Mapping[str, Any] | None, where: str) -> None:
-    """Refuse settings of another layout: `quantization_config` of config.json or `quant_config.json`.
+    """Refuse settings of another layout: `quantization_config` of config.json or FILE.
 
     Args:
         document: None if there is neither.
@@ -94,7 +96,7 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[
     return Int4(
         codes=_codes(qweight),
         scales=scales.T.contiguous(),
-        zeros=zeros_or_symmetric(_outputs(qzeros)),
+        zeros=zeros_or_symmetric(_outputs(qzeros), Int4.bits),
     )
 
 
@@ -111,5 +113,5 @@ def _codes(qweight: Tensor) -> Tensor:
 
 def _outputs(packed: Tensor) -> Tensor:
     """int32 [G, N / 8] -> uint8 [N, G]."""
-    codes = nibbles(packed)[..., _NIBBLE_OF]
+    codes = unpack_words(packed, Int4.bits)[..., _NIBBLE_OF]
     return codes.reshape(packed.shape[0], -1).T.contiguous()

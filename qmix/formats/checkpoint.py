@@ -14,7 +14,7 @@ from torch import Tensor
 from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats import awq, bnb, compressed, gptq, names
+from qmix.formats import awq, bnb, compressed, gptq, gptq_config, mistral, names
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Entry, Shards, open_shards
 from qmix.weights import Dense, Weight
@@ -60,7 +60,7 @@ class Checkpoint:
     shards: Shards
     tensors: tuple[ModelTensor, ...]
     spelled: Mapping[str, str]
-    settings: gptq.Settings = field(default_factory=gptq.Settings)
+    settings: gptq_config.Settings = field(default_factory=gptq_config.Settings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +79,7 @@ class Checkpoint:
         return self.shards.read(self.spelled[name])
 
     def packed(self, tensor: ModelTensor) -> bool:
-        """Whether the weight is stored in 4 bits."""
+        """Whether the weight is stored in 4 or 8 bits."""
         return self.packing(tensor) is not None
 
     def packing(self, tensor: ModelTensor) -> Packed | None:
@@ -97,6 +97,10 @@ class Checkpoint:
         if members := gptq.members(prefix, spelled):
             return Packed("GPTQ", members)
         return None
+
+    def declared(self, packed: Packed) -> gptq_config.Declared:
+        """What GPTQ's settings say of a weight."""
+        return self.settings.of(self.spelled[packed.members[0]].rpartition(".")[0])
 
     def weight(self, tensor: ModelTensor) -> Weight:
         """The weight of one linear layer, however it is stored.
@@ -122,7 +126,7 @@ class Checkpoint:
             case "AWQ":
                 return awq.unpack(read, prefix, where, shape)
             case "GPTQ":
-                return gptq.unpack(read, prefix, where, shape, self.settings)
+                return gptq.unpack(read, prefix, where, shape, self.declared(packed))
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -130,7 +134,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: tensors are missing, left over or of a wrong shape; the first five are named.
-        UnsupportedError: a layout that is not read.
+        UnsupportedError: a layout that is not read, Mistral's own files among them.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -139,6 +143,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             where=str(folder),
             remedy="Give the folder that holds config.json and the safetensors files.",
         )
+    mistral.refuse_raw(folder)
     config = MixtralConfig.from_pretrained(folder)
     shards = open_shards(folder)
     spelled: dict[str, str] = {}
@@ -171,23 +176,23 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _settings(checkpoint: Checkpoint) -> gptq.Settings:
+def _settings(checkpoint: Checkpoint) -> gptq_config.Settings:
     """Check what the config says of the layouts that the tensors have."""
     packings = (checkpoint.packing(tensor) for tensor in checkpoint.tensors)
     layouts = {packed.layout for packed in packings if packed}
     config = checkpoint.config.quantization_config
     method = config.get("quant_method") if config else None
     if "compressed-tensors" in layouts:
-        compressed.check(*_declared(checkpoint, None))
+        compressed.check(*settings_of(checkpoint, None))
     # AWQ's other versions may look like GPTQ without g_idx; the config tells them by name.
     if "AWQ" in layouts or ("GPTQ" in layouts and method == "awq"):
-        awq.check(*_declared(checkpoint, "quant_config.json"))
+        awq.check(*settings_of(checkpoint, awq.FILE))
     if "GPTQ" in layouts:
-        return gptq.settings(*_declared(checkpoint, "quantize_config.json"))
-    return gptq.Settings()
+        return gptq_config.settings(*settings_of(checkpoint, gptq_config.FILE))
+    return gptq_config.Settings()
 
 
-def _declared(checkpoint: Checkpoint, beside: str | None) -> tuple[Mapping[str, Any] | None, str]:
+def settings_of(checkpoint: Checkpoint, beside: str | None) -> tuple[Mapping[str, Any] | None, str]:
     """The quantization settings and their file: config.json's, else those of the file `beside` it."""
     folder = checkpoint.shards.directory
     if checkpoint.config.quantization_config is not None:

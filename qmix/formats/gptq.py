@@ -1,25 +1,25 @@
-"""GPTQ's layout, 4-bit: the tensors of one weight and the settings beside them, read and written.
+"""GPTQ's layout, 4 or 8 bits: the tensors of one weight, read and written.
 
 As AutoGPTQ wrote it since 2023 ("gptq", v1) and gptqmodel 7.7 ("gptq_v2"); v1 stores each zero
 less one. Shape letters: N outputs, K inputs, G groups. Knows nothing of files or of rounding.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from qmix.errors import CheckpointError, UnsupportedError
+from qmix.errors import UnsupportedError
+from qmix.formats.gptq_config import Declared
 from qmix.formats.members import (
+    TYPES,
+    WORD_BITS,
     Members,
-    nibbles,
-    unlisted,
-    words,
+    pack_words,
+    unpack_words,
     zeros_or_symmetric,
 )
-from qmix.int4 import GROUP_SIZES, SYMMETRIC_ZERO, Int4, reorder_codes
+from qmix.integers import Integers, symmetric_zero
 from qmix.scheme import Scheme
 
 QWEIGHT = ".qweight"
@@ -29,92 +29,6 @@ G_IDX = ".g_idx"
 BIAS = ".bias"
 
 _REQUIRED = (QWEIGHT, QZEROS, SCALES, G_IDX)
-_VERSIONS = {"gptq": 1, "gptq_v2": 2}
-_WORD_CODES = 8
-_ONES = 0x11111111
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the tensors do not say, or say a second time.
-
-    Attributes:
-        version: 1 if the file stores each zero less one, 2 if it stores the zero.
-        symmetric: every zero is 8.
-        group_size: inputs a group, -1 for all; None if it is not one number for all weights.
-        where: the file that says so.
-    """
-
-    version: int = 1
-    symmetric: bool = True
-    group_size: int | None = None
-    where: str = "no quantization_config"
-
-
-def settings(document: Mapping[str, Any] | None, where: str) -> Settings:
-    """From config.json's `quantization_config` or from `quantize_config.json`.
-
-    A missing `checkpoint_format` means v1 and a missing `sym` true, as in AutoGPTQ.
-
-    Args:
-        document: None if there is neither.
-        where: the file, for errors.
-
-    Raises:
-        UnsupportedError: another layout, or other bits. CheckpointError: a value of the wrong type.
-    """
-    if document is None:
-        return Settings()
-    fields = unlisted(document)
-    method = fields.get("quant_method", "gptq")
-    if method != "gptq":
-        raise CheckpointError(
-            "the tensors are GPTQ's and quant_method says otherwise",
-            where=where,
-            expected="'gptq'",
-            found=repr(method),
-        )
-    given = (fields.get("checkpoint_format"), fields.get("format"))
-    named = {str(layout) for layout in given if layout is not None}
-    if fields.get("is_marlin_format"):
-        named.add("marlin")
-    if len(named) > 1:
-        raise CheckpointError(
-            "checkpoint_format and format differ", where=where, found=" and ".join(sorted(named))
-        )
-    layout = named.pop() if named else "gptq"
-    if layout not in _VERSIONS:
-        raise UnsupportedError(
-            f"GPTQ in the {layout} format is not read",
-            where=where,
-            expected=" or ".join(_VERSIONS),
-            found=layout,
-            remedy="Quantize the original checkpoint with qmix quantize.",
-        )
-    bits = fields.get("bits", 4)
-    if type(bits) is not int or bits != 4:
-        raise UnsupportedError(
-            "GPTQ is read in 4 bits only", where=f"{where}: bits", expected=4, found=repr(bits)
-        )
-    symmetric = fields.get("sym", True)
-    if type(symmetric) is not bool:
-        raise CheckpointError(
-            "wrong type", where=f"{where}: sym", expected="true or false", found=repr(symmetric)
-        )
-    size = fields.get("group_size")
-    if size is not None and (type(size) is not int or size not in (-1, *GROUP_SIZES)):
-        raise CheckpointError(
-            "unknown group size",
-            where=f"{where}: group_size",
-            expected=f"-1 or one of {', '.join(map(str, GROUP_SIZES))}",
-            found=repr(size),
-        )
-    return Settings(
-        version=_VERSIONS[layout],
-        symmetric=symmetric,
-        group_size=None if fields.get("dynamic") else size,
-        where=where,
-    )
 
 
 def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
@@ -134,31 +48,29 @@ def unpack(
     prefix: str,
     where: str,
     shape: tuple[int, int],
-    declared: Settings,
-) -> Int4:
+    declared: Declared,
+) -> Integers:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
         tensors: by name; others than this module's may be among them.
         where: the file, for errors.
         shape: (N, K) of the model's weight.
+        declared: what the settings say of this module.
 
     Raises:
         CheckpointError: a tensor is missing, or is not what the format or the settings say.
-        UnsupportedError: other bits than 4.
+        UnsupportedError: other bits than 4 and 8.
     """
     read = Members(tensors, prefix, where, shape)
     rows, columns = shape
     read.tensor(G_IDX, torch.int32, (columns,))  # before the bits, which follow from K
-    qweight = read.tensor(QWEIGHT, torch.int32, None)
-    expected = (columns // _WORD_CODES, rows)
-    if qweight.shape != expected:
-        for bits in (2, 3, 8):
-            if qweight.shape == (columns * bits // 32, rows):
-                raise read.unsupported(QWEIGHT, "GPTQ is read in 4 bits only", 4, f"{bits} bits")
-    if columns % _WORD_CODES or rows % _WORD_CODES:
-        raise read.wrong(QWEIGHT, "no whole words", "multiples of 8", f"weight {list(shape)}")
-    qweight = read.tensor(QWEIGHT, torch.int32, expected)
+    bits = _bits(read, declared)
+    codes_a_word = WORD_BITS // bits
+    if columns % codes_a_word or rows % codes_a_word:
+        expected = f"multiples of {codes_a_word}"
+        raise read.wrong(QWEIGHT, "no whole words", expected, f"weight {list(shape)}")
+    qweight = read.tensor(QWEIGHT, torch.int32, (columns // codes_a_word, rows))
     scales = read.scales(SCALES, 0)
     groups = scales.shape[0]
     if declared.group_size is not None:
@@ -166,11 +78,11 @@ def unpack(
         if size * groups != columns:
             raise read.wrong(
                 SCALES,
-                f"not the group size of {declared.where}",
+                f"not the group size of {declared.source}",
                 f"groups of {size} inputs",
                 f"{groups} groups of {columns} inputs",
             )
-    zeros = _zeros(read, groups, declared)
+    zeros = _zeros(read, bits, groups, declared)
     if read.has(BIAS):
         # AutoGPTQ wrote biases for layers that have none; they are zero.
         bias = read.tensor(BIAS, scales.dtype, (rows,))
@@ -178,31 +90,62 @@ def unpack(
             raise read.wrong(BIAS, "a Mixtral has no biases", "zeros", bias.abs().max().item())
     perm = read.permutation(G_IDX, groups)
     codes = qweight.T.contiguous().view(torch.uint8)
-    return Int4(
-        codes=codes if perm is None else reorder_codes(codes, perm),
+    return TYPES[bits](
+        codes=codes if perm is None else TYPES[bits].reordered(codes, perm),
         scales=scales.T.contiguous(),
         zeros=zeros,
         perm=perm,
     )
 
 
-def _zeros(read: Members, groups: int, declared: Settings) -> Tensor | None:
+def bits_of(qweight_rows: int, columns: int) -> int | None:
+    """Bits a code, from the rows of `.qweight` and the weight's inputs; None if it fits none."""
+    fitting = (bits for bits in (4, 8, 2, 3) if qweight_rows * WORD_BITS == columns * bits)
+    return next(fitting, None)
+
+
+def _bits(read: Members, declared: Declared) -> int:
+    """4 or 8, of the tensors, which the settings must confirm."""
+    rows, columns = read.shape
+    qweight = read.tensor(QWEIGHT, torch.int32, None)
+    bits = bits_of(qweight.shape[0], columns) if qweight.shape[1:] == (rows,) else None
+    if bits is None:
+        expected = [columns * (declared.bits or 4) // WORD_BITS, rows]
+        raise read.wrong(QWEIGHT, "wrong shape", expected, list(qweight.shape))
+    if declared.rule is not None and declared.rule.excluded:
+        raise read.wrong(
+            QWEIGHT,
+            f"{declared.source} says that the module is not quantized",
+            "its .weight alone",
+            f"{bits} bits",
+        )
+    if bits not in TYPES:
+        what = "GPTQ is read in 4 or 8 bits only"
+        raise read.unsupported(QWEIGHT, what, "4 or 8 bits", f"{bits} bits")
+    if declared.bits not in (None, bits):
+        what = f"not the bits of {declared.source}"
+        raise read.wrong(QWEIGHT, what, f"{declared.bits} bits", f"{bits} bits")
+    return bits
+
+
+def _zeros(read: Members, bits: int, groups: int, declared: Declared) -> Tensor | None:
     """uint8 [N, G]; None if symmetric, which the settings must confirm."""
     rows = read.shape[0]
-    stored = read.tensor(QZEROS, torch.int32, (groups, rows // _WORD_CODES)).long()
+    codes_a_word = WORD_BITS // bits
+    stored = read.tensor(QZEROS, torch.int32, (groups, rows // codes_a_word)).long()
     if declared.version == 1:
-        # On whole words, as gptqmodel: a zero of 0 was stored by borrowing from the next nibble.
-        stored = stored + _ONES
-    zeros = nibbles(stored & 0xFFFFFFFF).reshape(groups, rows).T.contiguous()
+        # On whole words, as gptqmodel: a zero of 0 was stored by borrowing from the next code.
+        stored = stored + sum(1 << shift for shift in range(0, WORD_BITS, bits))
+    zeros = unpack_words(stored & 0xFFFFFFFF, bits).reshape(groups, rows).T.contiguous()
     if not declared.symmetric:
-        return zeros_or_symmetric(zeros)
-    wrong = zeros[zeros != SYMMETRIC_ZERO]
+        return zeros_or_symmetric(zeros, bits)
+    wrong = zeros[zeros != symmetric_zero(bits)]
     if wrong.numel():
         less = 1 if declared.version == 1 else 0
         raise read.wrong(
             QZEROS,
-            f"not the zeros of a symmetric weight (sym of {declared.where})",
-            f"{SYMMETRIC_ZERO - less} in every four bits (version {declared.version})",
+            f"not the zeros of a symmetric weight (sym of {declared.source})",
+            f"{symmetric_zero(bits) - less} in every {bits} bits (version {declared.version})",
             int(wrong[0]) - less,
             remedy="Correct checkpoint_format (gptq or gptq_v2) or sym there.",
         )
@@ -215,65 +158,68 @@ def packed_specs(
     """Names, dtypes and shapes that `pack` will give.
 
     Args:
-        shape: (N, K), multiples of 8; K one of the group size.
+        shape: (N, K), multiples of 8 (of 4 for 8 bits); K one of the group size.
         dtype: of the scales.
+
+    Raises:
+        UnsupportedError: outputs or inputs that fill no whole words or groups.
     """
     rows, columns = shape
+    codes_a_word = WORD_BITS // scheme.bits
+    unit = columns if scheme.group_size == -1 else scheme.group_size
+    if rows % codes_a_word or columns % codes_a_word or columns % unit:
+        raise UnsupportedError(
+            f"module {prefix}: not written as GPTQ",
+            expected=f"multiples of {codes_a_word} outputs and inputs, whole groups of inputs",
+            found=f"{rows} and {columns} in {scheme}",
+            remedy="Leave it dense, or choose another group size.",
+        )
     groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
     return {
-        prefix + QWEIGHT: (torch.int32, (columns // _WORD_CODES, rows)),
-        prefix + QZEROS: (torch.int32, (groups, rows // _WORD_CODES)),
+        prefix + QWEIGHT: (torch.int32, (columns // codes_a_word, rows)),
+        prefix + QZEROS: (torch.int32, (groups, rows // codes_a_word)),
         prefix + SCALES: (dtype, (groups, rows)),
         prefix + G_IDX: (torch.int32, (columns,)),
     }
 
 
-def pack(weight: Int4, prefix: str) -> dict[str, Tensor]:
-    """The tensors of one weight in v1, named and ordered as AutoGPTQ saves them.
+def version_of(weights: Iterable[Integers]) -> int:
+    """The version that holds all of them: 1 unless a zero is 0, which v1's readers disagree about."""
+    for weight in weights:
+        if weight.zeros is not None and bool((weight.zeros == 0).any()):
+            return 2
+    return 1
+
+
+def pack(weight: Integers, prefix: str, version: int = 1) -> dict[str, Tensor]:
+    """The tensors of one weight of whole words, named and ordered as AutoGPTQ saves them.
 
     Raises:
-        UnsupportedError: a zero of 0, which v1's readers disagree about.
+        UnsupportedError: a zero of 0 in v1.
     """
     rows, columns = weight.shape
-    groups = weight.scales.shape[1]
+    bits, groups = weight.bits, weight.scales.shape[1]
+    codes_a_word = WORD_BITS // bits
     codes, index = weight.codes, torch.arange(columns, dtype=torch.int32) // weight.group_inputs
     if weight.perm is not None:
         inverse = torch.argsort(weight.perm)
-        codes, index = reorder_codes(codes, inverse), index[inverse]
+        codes, index = weight.reordered(codes, inverse), index[inverse]
     if weight.zeros is None:
-        zeros = torch.full((groups, rows), SYMMETRIC_ZERO, dtype=torch.uint8)
+        zeros = torch.full((groups, rows), symmetric_zero(bits), dtype=torch.uint8)
     else:
         zeros = weight.zeros.T
-        if bool((zeros == 0).any()):
+        if version == 1 and version_of([weight]) != 1:
             raise UnsupportedError(
                 f"module {prefix}: GPTQ v1 cannot store a zero of 0",
-                expected="zeros of 1 to 15",
+                expected=f"zeros of 1 to {(1 << bits) - 1}",
                 found=0,
-                remedy="Quantize symmetrically, or with zeros clamped to 1..15.",
+                remedy="Quantize symmetrically, or with zeros of 1 or more.",
             )
+    if version == 1:
+        zeros = zeros - 1
     return {
         prefix + QWEIGHT: codes.view(torch.int32).T.contiguous(),
-        prefix + QZEROS: words((zeros - 1).view(groups, -1, _WORD_CODES)),
+        prefix + QZEROS: pack_words(zeros.reshape(groups, -1, codes_a_word), bits),
         prefix + SCALES: weight.scales.T.contiguous(),
         prefix + G_IDX: index,
-    }
-
-
-def config(scheme: Scheme, *, attention: bool) -> dict[str, object]:
-    """config.json's `quantization_config` and `quantize_config.json` of what `pack` writes.
-
-    The fields that vLLM 0.33 and SGLang demand, and no more.
-
-    Args:
-        attention: whether the attention's matrices are packed too.
-    """
-    return {
-        "bits": 4,
-        "checkpoint_format": "gptq",
-        "desc_act": False,
-        "dynamic": {} if attention else {r"-:.*\.self_attn\..*": {}},
-        "group_size": scheme.group_size,
-        "lm_head": False,
-        "quant_method": "gptq",
-        "sym": scheme.symmetric,
     }

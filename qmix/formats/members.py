@@ -1,4 +1,4 @@
-"""What the readers of the 4-bit integer layouts share: checked access to one weight's tensors.
+"""What the readers of the integer layouts share: checked access to one weight's tensors.
 
 Shape letters: N output features, K input features, G groups. Knows no layout and no file.
 """
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.int4 import GROUP_SIZES, SYMMETRIC_ZERO
+from qmix.int4 import Int4
+from qmix.int8 import Int8
+from qmix.integers import GROUP_SIZES, Integers, symmetric_zero
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WORD_BITS = 32
+TYPES: Mapping[int, type[Integers]] = {4: Int4, 8: Int8}
 GROUP_LIST = ", ".join(map(str, GROUP_SIZES)) + " inputs or all of them"
 
 
@@ -126,22 +130,22 @@ class Members:
         return torch.argsort(index, stable=True).int()
 
 
-def nibbles(words: Tensor) -> Tensor:
-    """int32 or int64 [...] -> uint8 [..., 8], the lowest four bits first."""
-    shifts = torch.arange(0, 32, 4, dtype=words.dtype)
-    return ((words[..., None] >> shifts) & 15).to(torch.uint8)
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 or int64 [...] -> uint8 [..., 32 / bits], the lowest bits first."""
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=words.dtype)
+    return ((words[..., None] >> shifts) & (1 << bits) - 1).to(torch.uint8)
 
 
-def words(codes: Tensor) -> Tensor:
-    """uint8 [..., 8] of 0 to 15 -> int32 [...]: the inverse of `nibbles`."""
-    shifts = torch.arange(0, 32, 4)
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., 32 / bits] of codes -> int32 [...]: the inverse of `unpack_words`."""
+    shifts = torch.arange(0, WORD_BITS, bits)
     packed = (codes.long() << shifts).sum(-1)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
 
 
-def zeros_or_symmetric(zeros: Tensor) -> Tensor | None:
+def zeros_or_symmetric(zeros: Tensor, bits: int) -> Tensor | None:
     """`zeros` [N, G], or None where all are the symmetric one."""
-    return None if bool((zeros == SYMMETRIC_ZERO).all()) else zeros
+    return None if bool((zeros == symmetric_zero(bits)).all()) else zeros
 
 
 def unlisted(document: Mapping[str, Any]) -> dict[str, Any]:

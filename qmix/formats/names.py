@@ -22,6 +22,13 @@ _SPELLINGS = (
     (re.compile(r"(\.block_sparse_moe\.experts\.\d+)\.down_proj\."), r"\1.w2."),
 )
 
+_GPTQMODEL = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1": ".gate_proj",
+    ".w3": ".up_proj",
+    ".w2": ".down_proj",
+}
+
 # Buffers that old versions saved although they follow from the config.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -53,26 +60,43 @@ def canonical(name: str) -> str:
     return name
 
 
+def spellings(module: str) -> tuple[str, str]:
+    """A module's classic name, as given, and gptqmodel 7's."""
+    theirs = module
+    for ours, other in _GPTQMODEL.items():
+        theirs = theirs.replace(ours, other)
+    return module, theirs
+
+
 def ignored(name: str) -> bool:
     """Whether a tensor carries nothing that the config does not say."""
     return _IGNORED.fullmatch(name) is not None
 
 
 def model_tensors(config: MixtralConfig) -> Iterator[ModelTensor]:
-    """Every weight of a MixtralForCausalLM, in the order in which it is walked."""
+    """Every weight of a model, its head by the config's architectures, in walking order."""
     hidden = config.hidden_size
     yield ModelTensor("model.embed_tokens.weight", (config.vocab_size, hidden), "embedding")
     for layer in range(config.num_hidden_layers):
         yield from layer_tensors(config, layer)
     yield ModelTensor("model.norm.weight", (hidden,), "norm")
-    if not config.tie_word_embeddings:
-        yield ModelTensor("lm_head.weight", (config.vocab_size, hidden), "head")
+    yield from _head(config)
+
+
+def _head(config: MixtralConfig) -> Iterator[ModelTensor]:
+    """The language-model head, unless it is the embedding or the files are of a model without it."""
+    declared = config.extra.get("architectures")
+    architectures = declared if isinstance(declared, list) else []
+    if "MixtralForSequenceClassification" in architectures:
+        yield ModelTensor("score.weight", (config.num_labels, config.hidden_size), "head")
+    elif "MixtralModel" not in architectures and not config.tie_word_embeddings:
+        yield ModelTensor("lm_head.weight", (config.vocab_size, config.hidden_size), "head")
 
 
 def count(config: MixtralConfig) -> int:
     """How many weights `model_tensors` yields, without naming them."""
     a_layer = 4 + 2 + 1 + 3 * config.num_local_experts
-    return 2 + config.num_hidden_layers * a_layer + (not config.tie_word_embeddings)
+    return 2 + config.num_hidden_layers * a_layer + len(list(_head(config)))
 
 
 def layer_tensors(config: MixtralConfig, layer: int) -> Iterator[ModelTensor]:

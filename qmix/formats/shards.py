@@ -42,7 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _BLANKS = b" \t\r\n\xef\xbb\xbf"
-_KNOWN_STARTS = (
+KNOWN_STARTS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file", "Run git lfs pull."),
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle?)", "qmix reads safetensors only."),
     (b"\x80\x02", "a Python pickle", "qmix reads safetensors only."),
@@ -130,7 +130,7 @@ def open_shards(directory: str | Path) -> Shards:
         raise _nothing_to_read(folder, present)
     entries: dict[str, Entry] = {}
     for name, expected in mapped.items():
-        path = _inside(folder, name)
+        path = inside(folder, name)
         found = read_header(path)
         if expected is not None and found.keys() != expected:
             raise _different(path, expected, found.keys())
@@ -144,14 +144,14 @@ def read_header(path: Path) -> dict[str, Entry]:
     start = b""
 
     def refuse(what: str, expected: object = None, found: object = None) -> CheckpointError:
-        for magic, kind, remedy in _KNOWN_STARTS:
+        for magic, kind, remedy in KNOWN_STARTS:
             if start.lstrip(_BLANKS).startswith(magic):
                 return CheckpointError(
                     "not a safetensors file", where=str(path), found=kind, remedy=remedy
                 )
         return CheckpointError(what, where=str(path), expected=expected, found=found)
 
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
@@ -238,7 +238,7 @@ def _plain(name: str) -> bool:
     )
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The path of a file of `folder`, refusing links that leave it (except a hub cache's blobs)."""
     path = folder / name
     try:
@@ -258,7 +258,7 @@ def _inside(folder: Path, name: str) -> Path:
 def _read_into(entry: Entry, view: memoryview) -> int:
     """Fill `view` from the file; returns the bytes read, short only at the file's end."""
     done = 0
-    with _open_regular(entry.file) as file:
+    with open_regular(entry.file) as file:
         while done < entry.nbytes:  # one call reads at most 2 GiB
             got = os.preadv(file.fileno(), [view[done:]], entry.start + done)
             if got == 0:
@@ -267,7 +267,7 @@ def _read_into(entry: Entry, view: memoryview) -> int:
     return done
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BinaryIO:
     """Open a regular file; a pipe or device is refused without blocking on it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -424,7 +424,16 @@ def write_shards(
                     writer.write(planned.name, values[planned.name])
                     weight_map[planned.name] = name
                     total += values[planned.name].nbytes
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+                del values  # or it would be held while the next group is made
+    write_index(folder, weight_map, total)
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of shards: which file holds each tensor."""
+    document = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from qmix.errors import UnsupportedError, UsageError
 from qmix.fp4 import FP4
 from qmix.int4 import Int4
+from qmix.int8 import Int8
 from qmix.kernels import dense, int4, nf4, reference
 from qmix.kernels.attention import attend, visible
 from qmix.kernels.experts import Expert, Routes, routed
@@ -47,6 +48,8 @@ _LINEAR: Mapping[tuple[type, str], Linear] = {
     (FP4, "cuda"): nf4.linear,
     (Int4, "cpu"): int4.linear,
     (Int4, "cuda"): int4.linear,
+    (Int8, "cpu"): int4.linear,
+    (Int8, "cuda"): int4.linear,
 }
 
 _choice: ContextVar[Choice | None] = ContextVar("kernel override", default=None)

@@ -1,10 +1,10 @@
-"""Products with Int4 weights."""
+"""Products with Int4 and Int8 weights."""
 
 from dataclasses import replace
 
 from torch import Tensor
 
-from qmix.int4 import Int4
+from qmix.integers import Integers
 from qmix.kernels import tiles
 from qmix.weights import Weight
 
@@ -16,7 +16,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
     An act-order weight stays in its stored order: the activations are permuted, which are fewer.
     """
-    assert isinstance(weight, Int4)
+    assert isinstance(weight, Integers)
     if weight.perm is not None:
         x, weight = x.index_select(-1, weight.perm), replace(weight, perm=None)
     return tiles.linear(x, weight, TILE_ELEMENTS)

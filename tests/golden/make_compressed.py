@@ -14,21 +14,24 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
 
-CASES = {  # name: shape, group size (None: a channel), symmetric, dtype
-    "grouped": ((16, 64), 32, True, torch.bfloat16),
-    "asymmetric": ((24, 64), 32, False, torch.float16),
-    "channel": ((11, 64), None, True, torch.bfloat16),
-    "channel_asymmetric": ((11, 64), None, False, torch.float16),
+CASES = {  # name: bits, shape, group size (None: a channel), symmetric, dtype
+    "grouped": (4, (16, 64), 32, True, torch.bfloat16),
+    "asymmetric": (4, (24, 64), 32, False, torch.float16),
+    "channel": (4, (11, 64), None, True, torch.bfloat16),
+    "channel_asymmetric": (4, (11, 64), None, False, torch.float16),
+    "grouped8": (8, (16, 64), 32, True, torch.bfloat16),
+    "asymmetric8": (8, (10, 64), 32, False, torch.float16),
+    "channel8": (8, (11, 64), None, True, torch.float16),
 }
 
 
 def main():
     tensors = {}
     generator = torch.Generator().manual_seed(0)
-    for name, (shape, size, symmetric, dtype) in CASES.items():
+    for name, (bits, shape, size, symmetric, dtype) in CASES.items():
         weight = (torch.randn(shape, generator=generator) + 0.3).to(dtype)
         options = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
-        args = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, **options)
+        args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **options)
         grouped = weight.view(shape[0], -1, size or shape[1])
         scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
         state = {"weight": weight, "weight_scale": scale.to(dtype), "weight_zero_point": zero}

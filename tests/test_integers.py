@@ -1,4 +1,4 @@
-"""Int4: what its bits mean, however they are reached."""
+"""Int4 and Int8: what their bits mean, however they are reached."""
 
 from dataclasses import replace
 
@@ -7,29 +7,35 @@ import torch
 
 from qmix import kernels
 from qmix.int4 import Int4, pack_codes, reorder_codes, unpack_codes
+from qmix.int8 import Int8
+from qmix.integers import Integers
 from qmix.kernels import int4 as int4_kernel
 from qmix.scheme import DENSE, NF4, Scheme
 from qmix.weights import TILE_ELEMENTS, Weight
 
 SHAPES = [(8, 32), (40, 128), (7, 256), (1, 4096)]
+KINDS = pytest.mark.parametrize("kind", [Int4, Int8], ids=lambda kind: kind.__name__)
 
 
-def drawn(rows, columns, group, *, symmetric=True, act_order=False, dtype=torch.float16, seed=0):
+def drawn(
+    rows, columns, group, *, kind=Int4, symmetric=True, act_order=False, dtype=torch.float16, seed=0
+):
     """A random weight and, computed in plain float32, what it must mean."""
+    count, half = (16, 8) if kind is Int4 else (256, 128)
     generator = torch.Generator().manual_seed(seed)
     groups = columns // group
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
+    codes = torch.randint(0, count, (rows, columns), dtype=torch.uint8, generator=generator)
     scales = (torch.rand(rows, groups, generator=generator) / 10 + 0.001).to(dtype)
-    zeros = torch.randint(1, 16, (rows, groups), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(0, count, (rows, groups), dtype=torch.uint8, generator=generator)
     if symmetric:
-        zeros = torch.full_like(zeros, 8)
+        zeros = torch.full_like(zeros, half)
     order = torch.randperm(columns, generator=generator) if act_order else torch.arange(columns)
     meant = torch.empty(rows, columns)
     for j in range(columns):
         difference = codes[:, j].float() - zeros[:, j // group].float()
         meant[:, order[j]] = difference * scales[:, j // group].float()
-    weight = Int4(
-        codes=pack_codes(codes),
+    weight = kind(
+        codes=kind.packed(codes),
         scales=scales,
         zeros=None if symmetric else zeros,
         perm=order.int() if act_order else None,
@@ -41,13 +47,14 @@ def drawn(rows, columns, group, *, symmetric=True, act_order=False, dtype=torch.
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", [-1, 32, 64, 128])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dequantize_is_code_less_zero_times_scale(shape, group, symmetric, act_order):
+@KINDS
+def test_dequantize_is_code_less_zero_times_scale(kind, shape, group, symmetric, act_order):
     rows, columns = shape
     group = columns if group == -1 else group
     if columns % group:
         return
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        weight, meant = drawn(rows, columns, group, symmetric=symmetric, act_order=act_order, dtype=dtype)  # fmt: skip
+        weight, meant = drawn(rows, columns, group, kind=kind, symmetric=symmetric, act_order=act_order, dtype=dtype)  # fmt: skip
         assert isinstance(weight, Weight)
         assert weight.shape == shape
         assert weight.dtype == dtype
@@ -62,17 +69,19 @@ def test_dequantize_is_code_less_zero_times_scale(shape, group, symmetric, act_o
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
-def test_rows_are_slices_of_dequantize(act_order):
-    weight, meant = drawn(13, 64, 32, symmetric=False, act_order=act_order)
+@KINDS
+def test_rows_are_slices_of_dequantize(kind, act_order):
+    weight, meant = drawn(13, 64, 32, kind=kind, symmetric=False, act_order=act_order)
     for start in range(13):
         for stop in range(start + 1, 14):
             assert torch.equal(weight.rows(start, stop, torch.float32), meant[start:stop])
 
 
-def test_tiles_and_threads_change_nothing():
+@KINDS
+def test_tiles_and_threads_change_nothing(kind):
     columns = 4096
     rows = 5 * 8 * TILE_ELEMENTS // columns + 3  # more than four slabs, the last one short
-    weight, meant = drawn(rows, columns, 128, symmetric=False)
+    weight, meant = drawn(rows, columns, 128, kind=kind, symmetric=False)
     assert torch.equal(weight.dequantize(torch.float32), meant)
     assert torch.equal(weight.dequantize(), meant.half())
     with torch.inference_mode():
@@ -88,6 +97,15 @@ def test_a_byte_holds_two_inputs_the_first_one_low():
     assert torch.equal(pack_codes(unpack_codes(every)), every)
 
 
+def test_a_code_of_8_bits_is_a_byte():
+    codes = torch.tensor([[0, 1, 128, 255]], dtype=torch.uint8)
+    assert Int8.packed(codes).tolist() == codes.tolist()
+    scales = torch.tensor([[0.5]])
+    assert Int8(codes, scales).dequantize().tolist() == [[-64.0, -63.5, 0.0, 63.5]]
+    zeros = torch.tensor([[255]], dtype=torch.uint8)
+    assert Int8(codes, scales, zeros).dequantize().tolist() == [[-127.5, -127.0, -63.5, 0.0]]
+
+
 def test_reordering_moves_whole_codes():
     for rows, columns in ((3, 64), (64, 128), (130, 32)):
         generator = torch.Generator().manual_seed(rows)
@@ -96,6 +114,8 @@ def test_reordering_moves_whole_codes():
         moved = reorder_codes(pack_codes(codes), order.int())
         assert torch.equal(unpack_codes(moved), codes[:, order])
         assert torch.equal(reorder_codes(moved, torch.argsort(order)), pack_codes(codes))
+        assert torch.equal(Int4.reordered(pack_codes(codes), order.int()), moved)
+        assert torch.equal(Int8.reordered(codes, order.int()), codes[:, order])
 
 
 def test_extreme_scales_are_kept():
@@ -121,14 +141,25 @@ def test_the_scheme_and_the_bytes():
     assert weight.scheme.bits_per_weight == 4
     assert Scheme(kind="int4").bits_per_weight == 4.125
     assert Scheme(kind="int4", symmetric=False).bits_per_weight == 4.15625
+    weight, _ = drawn(16, 256, 64, kind=Int8)
+    assert weight.scheme == Scheme(kind="int8", group_size=64)
+    assert weight.nbytes == 16 * 256 + 16 * 4 * 2
+    assert weight.scheme.bits_per_weight == 8 * weight.nbytes / (16 * 256) == 8.25
+    assert str(Scheme(kind="int8")) == "int8 g128"
+    assert Scheme(kind="int8").bits_per_weight == 8 + 16 / 128
+    assert Scheme(kind="int8", symmetric=False).bits_per_weight == 8 + 24 / 128
+    assert Scheme(kind="int8", group_size=-1).bits_per_weight == 8
+    assert str(Scheme(kind="int8", group_size=-1, symmetric=False)) == "int8 per output asymmetric"
     # The names that were there before are untouched.
     assert (str(NF4), str(DENSE)) == ("nf4 b64 double-quant", "16-bit")
     assert Scheme(kind="nf4", block_size=128).bits_per_weight == 4 + 8.125 / 128
 
 
-def test_moving_keeps_everything():
-    weight, meant = drawn(8, 64, 32, symmetric=False, act_order=True)
+@KINDS
+def test_moving_keeps_everything(kind):
+    weight, meant = drawn(8, 64, 32, kind=kind, symmetric=False, act_order=True)
     moved = weight.to(torch.device("cpu"))
+    assert type(moved) is kind
     assert torch.equal(moved.dequantize(torch.float32), meant)
     assert weight.to(torch.device("meta")).device.type == "meta"
 
@@ -137,8 +168,9 @@ def test_moving_keeps_everything():
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("batch", [1, 2, 17])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_linear_matches_the_oracle(batch, symmetric, act_order, dtype, bound):
-    weight, meant = drawn(300, 2048, 128, symmetric=symmetric, act_order=act_order)
+@KINDS
+def test_linear_matches_the_oracle(kind, batch, symmetric, act_order, dtype, bound):
+    weight, meant = drawn(300, 2048, 128, kind=kind, symmetric=symmetric, act_order=act_order)
     x = torch.randn(3, batch, 2048, generator=torch.Generator().manual_seed(1)).to(dtype)
     oracle = x.float() @ meant.T
     for out in (kernels.linear(x, weight), _reference(x, weight)):
@@ -153,16 +185,17 @@ def _reference(x, weight):
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
-def test_a_product_never_holds_more_than_one_tile(monkeypatch, act_order):
-    weight, _ = drawn(1000, 1024, 128, act_order=act_order)
+@KINDS
+def test_a_product_never_holds_more_than_one_tile(monkeypatch, kind, act_order):
+    weight, _ = drawn(1000, 1024, 128, kind=kind, act_order=act_order)
     seen = []
-    original = Int4.rows
+    original = Integers.rows
 
     def rows(self, start, stop, dtype=None):
         seen.append((stop - start) * self.shape[1])
         return original(self, start, stop, dtype)
 
-    monkeypatch.setattr(Int4, "rows", rows)
+    monkeypatch.setattr(Integers, "rows", rows)
     kernels.linear(torch.ones(4, 1024), weight)
     assert sum(seen) == 1000 * 1024
     assert max(seen) <= int4_kernel.TILE_ELEMENTS

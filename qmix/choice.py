@@ -1,0 +1,61 @@
+"""The choice of a step: rules, the user's processors, temperature and filters, then the draw.
+
+In Hugging Face's order. Shape letters: B rows, L context columns, V vocabulary. Knows no models.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qmix.generation_config import GenerationConfig
+from qmix.logits_processors import (
+    LogitsProcessor,
+    without_ids,
+    without_repeated_ngrams,
+    without_words,
+)
+
+
+class Choice:
+    """What a GenerationConfig does to the logits of a step.
+
+    Args:
+        processors: the user's own, after the rules and before the temperature.
+        generator: of the draw; None takes torch's global generator.
+    """
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        processors: Sequence[LogitsProcessor],
+        generator: torch.Generator | None,
+    ) -> None:
+        self._config = config
+        self._sampling = config.sampling
+        self._processors = processors
+        self._generator = generator
+
+    def scores(self, logits: Tensor, context: Tensor, keep: Tensor | None, step: int) -> Tensor:
+        """Scores (B, V) of the logits (B, V) after all processors, excluded ids at -inf.
+
+        Args:
+            context: ids so far (B, L).
+            keep: bool (B, L), False at padding.
+            step: new tokens before this one.
+        """
+        config = self._config
+        scores = self._sampling.penalised(logits, context, keep)
+        if config.no_repeat_ngram_size:
+            scores = without_repeated_ngrams(scores, context, keep, config.no_repeat_ngram_size)
+        if config.bad_words_ids:
+            scores = without_words(scores, context, config.bad_words_ids, config.eos_ids)
+        if step < config.min_new_tokens and config.eos_ids:
+            scores = without_ids(scores, config.eos_ids)
+        for processor in self._processors:
+            scores = processor(context, scores)
+        return self._sampling.warped(scores)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Token ids (B,) from processed scores (B, V)."""
+        return self._sampling.choose(scores, self._generator)

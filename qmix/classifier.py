@@ -1,0 +1,120 @@
+"""MixtralForSequenceClassification: a linear layer on one position of each row.
+
+Shape letters: B batch, S new positions, C labels. Knows no bits and no files.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmix.config import MixtralConfig
+from qmix.errors import UsageError
+from qmix.layers import Linear, initialise
+from qmix.losses import classification_loss, problem_of
+from qmix.mixtral import MixtralModel, Past
+from qmix.outputs import SequenceClassifierOutputWithPast
+from qmix.pretrained import PreTrainedModel
+
+
+class MixtralForSequenceClassification(PreTrainedModel):
+    """The decoder with a linear layer on one position of each row (reference page, same section).
+
+    That position is the last that is no padding: the rightmost id that is not the config's
+    pad_token_id, 0 in a row of padding alone; without a pad_token_id, and for inputs_embeds, the
+    last of the row. (transformers 4.38.1 takes the place before the first pad, which differs for
+    a pad id inside the text.) The number of classes is the config's num_labels.
+    """
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = MixtralModel(config)
+        self.score = Linear(config.hidden_size, config.num_labels)
+        initialise(self.score, config)
+
+    def initialise_absent(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Random classes for a checkpoint that has none, with a warning."""
+        weight = self.score.weight
+        if weight is None or not weight.is_meta:
+            return
+        warnings.warn(
+            "the checkpoint has no score.weight: the classes are random until they are trained",
+            stacklevel=2,
+        )
+        self.score.weight = nn.Parameter(torch.empty(weight.shape, device=device, dtype=dtype))
+        initialise(self.score, self.config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Past | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        output_router_logits: bool | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """One pass over (B, S) new positions; arguments as in MixtralModel.forward.
+
+        Args:
+            labels: (B,) class ids, or floats (B,) or (B, C); the config's problem_type says which
+                loss, else one label is a regression (mean squared error), class ids give
+                cross-entropy, floats binary cross-entropy, and the config keeps that.
+
+        Raises:
+            UsageError: as MixtralModel.forward; several rows without a pad_token_id; labels that
+                do not fit.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            output_router_logits,
+            True,
+        )
+        hidden = out.last_hidden_state
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        logits = self.score(hidden[rows, self._last(input_ids, hidden)]).float()
+        loss = None
+        if labels is not None:
+            declared = getattr(self.config, "problem_type", None)
+            problem = problem_of(declared, self.config.num_labels, labels)
+            if declared is None:
+                self.config = self.config.replace(problem_type=problem)
+            loss = classification_loss(problem, logits, labels)
+        found = SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            router_logits=out.router_logits,
+        )
+        return found if self._wants_dict(return_dict) else found.to_tuple()
+
+    def _last(self, input_ids: Tensor | None, hidden: Tensor) -> Tensor:
+        """The position (B,) of each row that the classes are read from."""
+        batch, new = hidden.shape[:2]
+        pad = self.config.pad_token_id
+        if pad is None or pad < 0:
+            if batch > 1:
+                raise UsageError(
+                    "the last position of several rows is unknown without a padding id",
+                    where="config.pad_token_id",
+                    remedy="Load the model with pad_token_id=, or pass one row at a time.",
+                )
+        elif input_ids is not None:
+            places = torch.arange(new, device=hidden.device)
+            return (places * (input_ids.to(hidden.device) != pad)).argmax(-1)
+        return torch.full((batch,), new - 1, device=hidden.device)

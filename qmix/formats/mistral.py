@@ -1,0 +1,259 @@
+"""Mistral's own checkpoints: `consolidated.*` files and `params.json`, read as Hugging Face's weights.
+
+Which of the two layouts it is, stacked or single experts, is decided from the tensors' names. Knows
+nothing of output. Shape letters: H heads, D width.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qmix.config import MixtralConfig
+from qmix.errors import CheckpointError, UnsupportedError
+from qmix.formats import names, params, pickles, shards
+from qmix.formats.names import ModelTensor
+from qmix.formats.params import PARAMS
+from qmix.formats.shards import Entry, Shards
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Hugging Face's name -> Mistral's.
+_SPELLINGS = (
+    (re.compile(r"^model\.embed_tokens\."), "tok_embeddings."),
+    (re.compile(r"^lm_head\."), "output."),
+    (re.compile(r"^model\."), ""),
+    (re.compile(r"\.input_layernorm\."), ".attention_norm."),
+    (re.compile(r"\.post_attention_layernorm\."), ".ffn_norm."),
+    (re.compile(r"\.self_attn\.([qkvo])_proj\."), r".attention.w\1."),
+)
+_SINGLE = (re.compile(r"\.block_sparse_moe\."), ".feed_forward.")
+_STACKED = (re.compile(r"\.experts\.\d+\.(w[123])\.weight$"), r".\1")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.(w[123])\.weight$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies in the raw files, and how it lies there.
+
+    Attributes:
+        name, shape: of the raw tensor.
+        rows: which of its rows, [start, stop).
+        transposed: the rows are the weight's transpose (w2 of a stack).
+        heads: of interleaved rotary rows; 0 for any other tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int]
+    transposed: bool = False
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """An opened raw folder whose tensor set is exactly that of the model.
+
+    Attributes:
+        config: of params.json, or of the config.json that stands in for it.
+        ignored: entries of params.json that were left aside.
+        shards: the files.
+        tensors: what the model needs, in walking order.
+        places: where each of them lies, by its canonical name.
+    """
+
+    config: MixtralConfig
+    ignored: tuple[str, ...]
+    shards: Shards
+    tensors: tuple[ModelTensor, ...]
+    places: Mapping[str, Place]
+
+    def entry(self, tensor: ModelTensor) -> Entry:
+        """The bytes of one weight: a run of rows, as all layouts stack along the first axis."""
+        place = self.places[tensor.name]
+        entry = self.shards.entries[place.name]
+        row = entry.nbytes // entry.shape[0]
+        first, last = place.rows
+        shape = (last - first, *entry.shape[1:])
+        start = entry.start + first * row
+        return Entry(entry.file, entry.dtype, shape, start, entry.start + last * row)
+
+    def read(self, tensor: ModelTensor) -> Tensor:
+        """One weight in fresh memory, as Hugging Face stores it."""
+        place = self.places[tensor.name]
+        one = Shards(self.shards.directory, {place.name: self.entry(tensor)})
+        data = one.read(place.name)
+        if place.heads:
+            return half_split(data, place.heads)
+        return data.t().contiguous() if place.transposed else data
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """Rotary rows from pairs (2i, 2i + 1) to halves (i, i + d/2), head by head: [H d, D] alike.
+
+    As in transformers 4's convert_mixtral_weights_to_hf.py.
+    """
+    rows, width = weight.shape
+    pairs = weight.view(heads, rows // heads // 2, 2, width)
+    return pairs.transpose(1, 2).reshape(rows, width)
+
+
+def raw_files(folder: Path) -> list[Path]:
+    """The weight files of a raw folder: safetensors where there are any, else pickles."""
+    found = sorted(path for path in folder.glob("consolidated*") if path.suffix)
+    preferred = [path for path in found if path.suffix == ".safetensors"]
+    return preferred or [path for path in found if path.suffix in pickles.SUFFIXES]
+
+
+def refuse_raw(directory: str | Path) -> None:
+    """Send a folder that holds Mistral's own files, and none of Hugging Face's, to `qmix convert`.
+
+    Raises:
+        UnsupportedError: it is one.
+    """
+    folder = Path(directory)
+    others = (path for path in folder.glob("*.safetensors") if not _raw(path))
+    if raw_files(folder) and next(others, None) is None:
+        raise UnsupportedError(
+            "a raw Mistral checkpoint",
+            where=str(folder),
+            expected="config.json and safetensors files of Hugging Face's layout",
+            found=", ".join(path.name for path in raw_files(folder)[:5]),
+            remedy="Convert it first: qmix convert RAW OUT",
+        )
+
+
+def _raw(path: Path) -> bool:
+    return path.name.startswith("consolidated")
+
+
+def open_raw(directory: str | Path) -> RawCheckpoint:
+    """Open a raw folder and match its tensors against its params.json, before any data is read.
+
+    Raises:
+        CheckpointError: a file is damaged, or tensors are missing, left over, in two files, of a
+            wrong shape or dtype; the first five are named. UnsupportedError: a pickle too old.
+    """
+    folder = Path(directory)
+    entries = _entries(folder)
+    config, ignored = _describe(folder)
+    stacked = not any(".feed_forward." in name for name in entries)
+    layer = 10 if stacked else 7 + 3 * config.num_local_experts
+    if 3 + config.num_hidden_layers * layer > len(entries) + 1000:  # not spelled out
+        raise CheckpointError(
+            "not the tensors of the model that its description names",
+            where=str(folder),
+            expected=f"{3 + config.num_hidden_layers * layer} tensors",
+            found=len(entries),
+            remedy=f"The download is incomplete, or {PARAMS} is another model's.",
+        )
+    tensors = tuple(names.model_tensors(config))
+    places = {tensor.name: _place(tensor, config, stacked=stacked) for tensor in tensors}
+    raw = RawCheckpoint(config, ignored, Shards(folder, entries), tensors, places)
+    _match(raw)
+    return raw
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    if not folder.is_dir():
+        raise CheckpointError("no such directory", where=str(folder))
+    files = raw_files(folder)
+    if not files:
+        ready = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        others = ", ".join(sorted(path.name for path in folder.glob("consolidated*"))[:5])
+        raise CheckpointError(
+            "no raw Mistral files",
+            where=str(folder),
+            expected=f"consolidated.00.pt, .pth or consolidated.safetensors, with {PARAMS}",
+            found="a Hugging Face checkpoint" if ready else others or None,
+            remedy="Use it as it is: it needs no conversion." if ready else None,
+        )
+    entries: dict[str, Entry] = {}
+    for path in files:
+        shards.inside(folder, path.name)
+        read = shards.read_header if path.suffix == ".safetensors" else pickles.read_header
+        for name, entry in read(path).items():
+            if name in entries:
+                raise CheckpointError(
+                    f"tensor {name} stands in two files",
+                    where=str(folder),
+                    found=f"{entries[name].file.name} and {path.name}",
+                    remedy="Keep the files of one download.",
+                )
+            entries[name] = entry
+    return entries
+
+
+def _describe(folder: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
+    if (folder / PARAMS).exists():
+        return params.read(folder / PARAMS)
+    # The hub's repository holds Mistral's pickles beside config.json, without params.json.
+    if (folder / "config.json").exists():
+        return MixtralConfig.from_pretrained(folder).replace(quantization_config=None), ()
+    raise CheckpointError(
+        "no such file",
+        where=str(folder / PARAMS),
+        remedy=f"Put the model's {PARAMS}, or its config.json, beside the weights.",
+    )
+
+
+def _place(tensor: ModelTensor, config: MixtralConfig, *, stacked: bool) -> Place:
+    name = tensor.name
+    for pattern, spelling in (*_SPELLINGS, _STACKED if stacked else _SINGLE):
+        name = pattern.sub(spelling, name)
+    expert = _EXPERT.search(tensor.name)
+    if stacked and expert is not None:
+        count, inner = config.num_local_experts, config.intermediate_size
+        first = int(expert[1]) * inner
+        return Place(
+            name=name,
+            shape=(count * inner, config.hidden_size),
+            rows=(first, first + inner),
+            transposed=expert[2] == "w2",
+        )
+    heads = 0
+    if tensor.name.endswith(".q_proj.weight"):
+        heads = config.num_attention_heads
+    elif tensor.name.endswith(".k_proj.weight"):
+        heads = config.num_key_value_heads
+    return Place(name=name, shape=tensor.shape, rows=(0, tensor.shape[0]), heads=heads)
+
+
+def _match(raw: RawCheckpoint) -> None:
+    """Every raw tensor used, none missing, none left over."""
+    entries = raw.shards.entries
+    needed = {place.name: place.shape for place in raw.places.values()}
+    missing = [name for name in needed if name not in entries]
+    left = sorted(entries.keys() - needed.keys())
+    for name, shape in needed.items():
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"tensor {name}: wrong shape",
+                where=str(entry.file),
+                expected=list(shape),
+                found=list(entry.shape),
+                remedy=f"{PARAMS} and the files do not belong together.",
+            )
+        if entry.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"tensor {name}: wrong dtype",
+                where=str(entry.file),
+                expected="float32, float16 or bfloat16",
+                found=str(entry.dtype).removeprefix("torch."),
+            )
+    if missing or left:
+        named = [f"missing {n}" for n in missing[:5]] + [f"left over {n}" for n in left[:5]]
+        raise CheckpointError(
+            f"not the tensors of a Mixtral with {raw.config.num_hidden_layers} layers and "
+            f"{raw.config.num_local_experts} experts: {len(missing)} missing, "
+            f"{len(left)} left over",
+            where=str(raw.shards.directory),
+            found="; ".join(named[:5]),
+            remedy=f"The download is incomplete, or {PARAMS} is another model's.",
+        )

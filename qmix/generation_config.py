@@ -1,0 +1,249 @@
+"""GenerationConfig: when to stop and how to choose, checked field by field.
+
+Knows no models and no text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qmix import strict_json
+from qmix.config import MixtralConfig
+from qmix.errors import CheckpointError, UsageError
+from qmix.sampling import Sampling
+
+MAX_NEW_TOKENS = 1 << 24
+
+_WHOLE_NUMBERS = (
+    ("max_new_tokens", 1),
+    ("max_length", 1),
+    ("min_new_tokens", 0),
+    ("no_repeat_ngram_size", 0),
+    ("num_return_sequences", 1),
+    ("prefill_chunk_size", 1),
+)
+_FLAGS = (
+    "do_sample",
+    "use_cache",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """When to stop and how to choose; the names are Hugging Face's, and `seed` is ours.
+
+    Attributes:
+        max_new_tokens: new tokens at most; None: see max_length.
+        max_length: prompt and new tokens together; without either limit 20 new tokens.
+        min_new_tokens: end-of-sequence ids are excluded before this many new tokens.
+        do_sample: False is greedy; True draws, with top_k 50 unless given (Hugging Face's default).
+        temperature, top_k, top_p, min_p: see Sampling; temperature 0 is greedy.
+        repetition_penalty: see Sampling.
+        no_repeat_ngram_size: no n ids in a row stand twice in prompt and text; 0 is off.
+        bad_words_ids: sequences of ids that are never completed; an end-of-sequence id by itself
+            is let through.
+        seed: of the draw; None takes torch's global generator.
+        stop_strings: generation of a row ends once its new text holds one of these; the ids keep it,
+            a stream of text leaves it out.
+        eos_token_id: ids that end a row; None: none.
+        pad_token_id: fills rows that ended before others; default: the first eos id, else 0.
+        num_return_sequences: draws a row; more than one needs do_sample.
+        num_beams: 1; there is no beam search here.
+        use_cache: False computes the whole context anew for every token.
+        prefill_chunk_size: prompt columns that are computed at once; default 512.
+        return_dict_in_generate: return an output with the ids and what is asked for below.
+        output_scores, output_logits: a (B, V) tensor a step, after and before all processors.
+
+    Raises:
+        UsageError: a value outside its range, by name; beams.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    seed: int | None = None
+    stop_strings: str | Sequence[str] | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    num_return_sequences: int = 1
+    num_beams: int = 1
+    use_cache: bool = True
+    prefill_chunk_size: int | None = None
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in _WHOLE_NUMBERS:
+            self._check_whole(name, least)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "True or False", getattr(self, name))
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
+            raise UsageError(
+                "out of range", where="seed", expected="0 to 2^64 - 1", found=repr(self.seed)
+            )
+        stops = self.stop_strings
+        if not (stops is None or isinstance(stops, (str, list, tuple))) or not all(
+            isinstance(stop, str) and stop for stop in self.stops
+        ):
+            raise _wrong("stop_strings", "a text or several, none of them empty", stops)
+        for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, (list, tuple))
+            if any(type(index) is not int for index in (value if several else [value or 0])):
+                raise UsageError(
+                    "wrong type", where=name, expected="a token id", found=repr(value)[:80]
+                )
+        words = self.bad_words_ids
+        if words is not None and not (
+            isinstance(words, (list, tuple)) and all(_is_word(word) for word in words)
+        ):
+            raise _wrong("bad_words_ids", "lists of token ids, none of them empty", words)
+        self._check_together()
+        _ = self._drawing  # checked also where greedy choice does not need it
+
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        optional = name in ("max_new_tokens", "max_length", "prefill_chunk_size")
+        if value is None and optional:
+            return
+        if type(value) is not int or not least <= value <= MAX_NEW_TOKENS:
+            raise UsageError(
+                "out of range",
+                where=name,
+                expected=f"{least} to {MAX_NEW_TOKENS}",
+                found=repr(value)[:80],
+            )
+
+    def _check_together(self) -> None:
+        if self.num_beams != 1:
+            raise UsageError(
+                "there is no beam search",
+                where="num_beams",
+                expected=1,
+                found=repr(self.num_beams)[:80],
+                remedy="qmix.hf.adapt(model) lets transformers search with beams.",
+            )
+        if self.num_return_sequences > 1 and not self.do_sample:
+            raise UsageError(
+                "greedy rows would all be the same",
+                where="num_return_sequences",
+                expected="1, or do_sample=True",
+                found=self.num_return_sequences,
+            )
+        for name in ("output_scores", "output_logits"):
+            if getattr(self, name) and not self.return_dict_in_generate:
+                raise UsageError(
+                    "plain ids have no room for it",
+                    where=name,
+                    remedy="Give return_dict_in_generate=True too.",
+                )
+
+    @property
+    def sampling(self) -> Sampling:
+        if not self.do_sample:
+            return Sampling(repetition_penalty=self.repetition_penalty)
+        return self._drawing
+
+    @property
+    def _drawing(self) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k or 0,
+            top_p=self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop_strings is None:
+            return ()
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) else (*self.stop_strings,)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else (*self.eos_token_id,)
+
+    @property
+    def pad_id(self) -> int:
+        if self.pad_token_id is not None and self.pad_token_id >= 0:
+            return self.pad_token_id
+        return self.eos_ids[0] if self.eos_ids else 0
+
+    @classmethod
+    def of(cls, config: MixtralConfig, directory: Path | None = None) -> "GenerationConfig":
+        """The checkpoint's own: special ids of generation_config.json, else of config.json.
+
+        Other entries of the file are not taken: how to sample is the user's choice.
+        """
+        own = cls(
+            eos_token_id=config.eos_token_ids or None,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+        )
+        path = directory / "generation_config.json" if directory is not None else None
+        if path is None or not path.is_file():
+            return own
+        document = strict_json.read(path)
+        names = ("eos_token_id", "pad_token_id", "bos_token_id")
+        try:
+            return own.updated({n: document[n] for n in names if document.get(n) is not None})
+        except UsageError as error:
+            raise CheckpointError(
+                error.what,
+                where=f"{path}: {error.where}",
+                expected=error.expected,
+                found=error.found,
+            ) from None
+
+    def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":
+        """A copy with changes; an unknown name is refused."""
+        known = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise UsageError(
+                    f"generate has no option {name!r}", expected=", ".join(sorted(known))
+                )
+        return replace(self, **changes)
+
+    def new_tokens(self, prompt_length: int) -> int:
+        """How many tokens may follow a prompt of this many columns."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None:
+            return 20
+        if self.max_length <= prompt_length:
+            raise UsageError(
+                "the prompt leaves no room for new tokens",
+                where="max_length",
+                expected=f"more than the prompt's {prompt_length} tokens",
+                found=self.max_length,
+            )
+        return self.max_length - prompt_length
+
+
+def _is_word(word: object) -> bool:
+    if not isinstance(word, (list, tuple)) or not word:
+        return False
+    return all(type(index) is int and index >= 0 for index in word)
+
+
+def _wrong(where: str, expected: str, found: object) -> UsageError:
+    return UsageError("wrong value", where=where, expected=expected, found=repr(found)[:80])

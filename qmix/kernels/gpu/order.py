@@ -1,0 +1,342 @@
+"""Packed order: the one contiguous run of bytes in which the GPU kernels read a 4-bit matrix.
+
+A matrix is cut into panels of 128 rows, a panel into tiles of 64 or 128 inputs. A byte of a tile
+holds the codes of two rows, the low plane's in its low nibble and the high plane's in its high
+nibble: of an expert's w1 and w3 the same row (so that one thread ends up with a gate and its up
+projection), of any other matrix rows r and r + 64 of the panel. A matrix is
+
+    header   128 bytes: float32 [2], what the kernels multiply the low and the high plane's sums by;
+             float32 [2], the power of two that the plane's scales were divided by; int32 [4], the
+             words of NF4's table that the kernels keep in registers
+    panels   [N / 128][K / inputs] tiles, each
+             codes   [inputs / 32][4 warps][32 lanes][16 bytes]
+             scales  [64] pairs of float16: low plane, high plane
+             zeros   [64] pairs of float16, only if asymmetric: 8 minus the zero
+
+and an expert is the matrix of w1 and w3, then the matrix of w2. Every section is a multiple of 128
+bytes. The 16 bytes of a lane are what it needs of 16 rows and 32 inputs in the order of its
+registers as the first operand of mma.m16n8k16: one 128-bit load, and nothing is exchanged.
+
+A scale is stored as float16 times a power of two that all scales of the plane share: exact for
+scales that are float16 or bfloat16 already, as Int4's are; NF4's absmax is rounded, by at most
+2^-11 = 0.049 %. Measured on normal weights this changes a product by 0.019 %, the table in float16
+by 0.012 %, both by 0.022 %; rounding the weights to bfloat16, as is usual, by 0.16 %, NF4 itself by
+9 %. 4.25 bits a weight instead of the 4.127 of nested absmax: 3 % more bytes, but decoding those in
+the loop would cost about 0.6 instructions a weight (estimated) of the 4.5 that an H100 has time for.
+Eight bits a scale in one linear step per 256 would change a product by 0.18 %.
+
+Act-order: columns are packed as they are stored, sorted by group, and the activations are put in
+that order. Of an expert's w2 nothing is left to do: the rows of w1 and w3 are packed in its order.
+
+Shape letters: N outputs, K inputs, R byte rows (N / 2), C inputs of a tile. Knows torch only.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qmix.errors import UnsupportedError
+from qmix.int4 import Int4, pack_codes, unpack_codes
+from qmix.kernels.experts import Expert
+from qmix.kernels.gpu import ptx
+from qmix.weights import NF4, NF4_VALUES, Weight
+
+PANEL = 128
+BYTE_ROWS = PANEL // 2
+HEADER_BYTES = 128
+TILE_INPUTS = (128, 64)
+
+_LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
+
+
+@dataclass(frozen=True)
+class TileFormat:
+    """What a tile holds. `inputs` (64 or 128) weights of a row share a scale."""
+
+    kind: Literal["nf4", "int4"]
+    inputs: int
+    symmetric: bool = True
+
+    @property
+    def code_bytes(self) -> int:
+        return BYTE_ROWS * self.inputs
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.code_bytes + BYTE_ROWS * 4 * (1 if self.symmetric else 2)
+
+    def matrix_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix [N, K], header included."""
+        return HEADER_BYTES + shape[0] // PANEL * (shape[1] // self.inputs) * self.tile_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """One matrix in packed order: `blob` uint8 [matrix_bytes], aligned to 128 bytes on a GPU.
+
+    Attributes:
+        shape: (N, K).
+        group: inputs that shared a scale in the weight that was packed; a multiple of the tile's.
+        dtype: what the weight dequantizes to by default.
+        perm: int32 [K], which input of the layer each packed input is; None is the identity.
+    """
+
+    blob: Tensor
+    format: TileFormat
+    shape: tuple[int, int]
+    group: int
+    dtype: torch.dtype
+    perm: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExpert:
+    """A SwiGLU expert as one blob: `gate_up` [2F, D] and `down` [D, F] are views into it.
+
+    `inner` int32 [F] or None: which row of w1 and w3, and column of w2, the packed ones are.
+    """
+
+    blob: Tensor
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    inner: Tensor | None = None
+
+
+def pack_matrix(weight: Weight) -> PackedMatrix:
+    """Bring an NF4 or Int4 matrix [N, K] into packed order, on its own device.
+
+    Raises:
+        UnsupportedError: the weight is of another kind, N is no multiple of 128, K or the scales'
+            group is no multiple of 64, blocks straddle rows, or the table is not NF4's.
+    """
+    plan = _plan(weight, "the weight", rows=PANEL)
+    whole = _plane(weight, plan)
+    of_panel = torch.arange(weight.shape[0], device=weight.device).view(-1, 2, BYTE_ROWS)
+    low, high = (whole.select(of_panel[:, half].flatten()) for half in (0, 1))
+    blob = _pack(low, high, plan)
+    return PackedMatrix(blob, plan, weight.shape, _group(weight), weight.dtype, _perm(weight))
+
+
+def unpack_matrix(packed: PackedMatrix) -> Weight:
+    """The inverse of `pack_matrix`: codes and zeros exactly, scales as they were rounded."""
+    low, high = _unpack(packed)
+    rows = torch.arange(packed.shape[0], device=packed.blob.device).view(2, -1, BYTE_ROWS)
+    return _weight(packed, low.join(high).select(rows.transpose(0, 1).flatten()))
+
+
+def pack_expert(expert: Expert) -> PackedExpert:
+    """Bring an expert into packed order: one blob.
+
+    Raises:
+        UnsupportedError: as pack_matrix, for any of the three (of w1 and w3, N must be a multiple of
+            64), or w1 and w3 are stored differently.
+    """
+    plan, perm = _plan(expert.w1, "w1", rows=BYTE_ROWS), _perm(expert.w1)
+    group, other_group = _group(expert.w1), _group(expert.w3)
+    other, other_perm = _plan(expert.w3, "w3", rows=BYTE_ROWS), _perm(expert.w3)
+    same_order = perm is None and other_perm is None
+    if perm is not None and other_perm is not None:
+        same_order = torch.equal(perm, other_perm)
+    if (plan, group) != (other, other_group) or not same_order:
+        order = "" if same_order else ", inputs in another order"
+        raise _refuse(
+            "w1 and w3 of an expert are packed together and must be stored alike",
+            "w3",
+            f"{plan}, group {group}",
+            f"{other}, group {other_group}{order}",
+        )
+    down, inner = pack_matrix(expert.w2), _perm(expert.w2)
+    gate, up = _plane(expert.w1, plan), _plane(expert.w3, plan)
+    if inner is not None:
+        gate, up = gate.select(inner), up.select(inner)
+    first = _pack(gate, up, plan)
+    blob = torch.cat((first, down.blob))
+    width, hidden = expert.w1.shape
+    shape = (2 * width, hidden)
+    return PackedExpert(
+        blob,
+        PackedMatrix(blob[: len(first)], plan, shape, group, expert.w1.dtype, perm),
+        replace(down, blob=blob[len(first) :], perm=None),
+        inner,
+    )
+
+
+def unpack_expert(packed: PackedExpert) -> Expert:
+    """The inverse of `pack_expert`, as `unpack_matrix`."""
+    gate, up = _unpack(packed.gate_up)
+    if packed.inner is not None:
+        rows = torch.argsort(packed.inner)
+        gate, up = gate.select(rows), up.select(rows)
+    w2 = unpack_matrix(replace(packed.down, perm=packed.inner))
+    return Expert(w1=_weight(packed.gate_up, gate), w2=w2, w3=_weight(packed.gate_up, up))
+
+
+@dataclass(frozen=True, eq=False)
+class _Plane:
+    """Rows on their way into or out of packed order.
+
+    Attributes:
+        codes: uint8 [R, K], as they are stored.
+        scales: float32 [R, K / C].
+        zeros: float32 [R, K / C], 8 minus the zero; None if symmetric.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def select(self, rows: Tensor) -> "_Plane":
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return _Plane(self.codes[rows], self.scales[rows], zeros)
+
+    def join(self, other: "_Plane") -> "_Plane":
+        zeros = None
+        if self.zeros is not None and other.zeros is not None:
+            zeros = torch.cat((self.zeros, other.zeros))
+        codes = torch.cat((self.codes, other.codes))
+        return _Plane(codes, torch.cat((self.scales, other.scales)), zeros)
+
+
+def _refuse(what: str, where: str, expected: object, found: object) -> UnsupportedError:
+    return UnsupportedError(
+        what,
+        where=where,
+        expected=expected,
+        found=found,
+        remedy="The fallback kernel multiplies such a weight.",
+    )
+
+
+def _group(weight: Weight) -> int:
+    """Consecutive inputs of a row that share a scale."""
+    if isinstance(weight, NF4):
+        return weight.block_size
+    assert isinstance(weight, Int4)
+    return weight.group_inputs
+
+
+def _perm(weight: Weight) -> Tensor | None:
+    return weight.perm if isinstance(weight, Int4) else None
+
+
+def _plan(weight: Weight, where: str, rows: int) -> TileFormat:
+    """The tile format of a weight, or why there is none."""
+    if not isinstance(weight, (NF4, Int4)):
+        raise _refuse("no packed order", where, "NF4 or Int4", type(weight).__name__)
+    out_features, in_features = weight.shape
+    if out_features % rows:
+        expected = f"a multiple of {rows} outputs"
+        raise _refuse("no packed order for this shape", where, expected, out_features)
+    group = _group(weight)
+    inputs = next((size for size in TILE_INPUTS if group % size == 0), None)
+    if inputs is None or in_features % group:
+        expected, found = (
+            "inputs in whole groups, a multiple of 64 each",
+            f"{in_features} inputs in groups of {group}",
+        )
+        raise _refuse("no packed order for this shape", where, expected, found)
+    if isinstance(weight, Int4):
+        return TileFormat("int4", inputs, symmetric=weight.zeros is None)
+    if weight.table.tolist() != list(NF4_VALUES):
+        raise _refuse("no packed order", where, "the values of NF4", "another table")
+    return TileFormat("nf4", inputs)
+
+
+def _plane(weight: Weight, plan: TileFormat) -> _Plane:
+    """The rows of a weight, a scale for every tile."""
+    out_features, in_features = weight.shape
+    repeats = _group(weight) // plan.inputs
+    if isinstance(weight, NF4):
+        pairs = weight.codes.view(out_features, -1)
+        codes = torch.stack((pairs >> 4, pairs & 15), -1).view(out_features, in_features)
+        stored = torch.tensor(ptx.NF4_STORED_OF_CODE, dtype=torch.uint8, device=weight.device)
+        scales = weight.scales(0, codes.numel() // weight.block_size).view(out_features, -1)
+        return _Plane(torch.take(stored, codes.long()), scales.repeat_interleave(repeats, 1), None)
+    assert isinstance(weight, Int4)
+    zeros = None
+    if weight.zeros is not None:
+        zeros = (ptx.INT4_ZERO - weight.zeros.float()).repeat_interleave(repeats, 1)
+    scales = weight.scales.float().repeat_interleave(repeats, 1)
+    return _Plane(unpack_codes(weight.codes), scales, zeros)
+
+
+def _weight(packed: PackedMatrix, rows: _Plane) -> Weight:
+    step = packed.group // packed.format.inputs
+    codes, scales = rows.codes, rows.scales[:, ::step]
+    if packed.format.kind == "nf4":
+        meant = torch.tensor(ptx.NF4_CODE_OF_STORED, dtype=torch.uint8, device=codes.device)
+        codes = torch.take(meant, codes.long())
+        return NF4(
+            codes=(codes[:, 0::2] << 4 | codes[:, 1::2]).flatten(),
+            absmax=scales.flatten(),
+            table=torch.tensor(NF4_VALUES, device=codes.device),
+            out_shape=(codes.shape[0], codes.shape[1]),
+            out_dtype=packed.dtype,
+            block_size=packed.group,
+        )
+    zeros = None
+    if rows.zeros is not None:
+        zeros = (ptx.INT4_ZERO - rows.zeros[:, ::step]).to(torch.uint8)
+    return Int4(pack_codes(codes), scales.to(packed.dtype), zeros, packed.perm)
+
+
+# Dimensions of a matrix of bytes: panel, warp, r, g; tile, 32 inputs, j, c, t, p. Lane 4g + t holds rows
+# 8r + g and inputs 16j + 8c + 2t + p, in the order c, r, j, p.
+_TO_LANES = (0, 4, 5, 1, 3, 8, 7, 2, 6, 9)
+_FROM_LANES = tuple(_TO_LANES.index(dim) for dim in range(len(_TO_LANES)))
+
+
+def _pack(low: _Plane, high: _Plane, plan: TileFormat) -> Tensor:
+    """Two planes -> blob."""
+    rows, in_features = low.codes.shape
+    panels, tiles, halves = rows // BYTE_ROWS, in_features // plan.inputs, plan.inputs // 32
+
+    def pairs(first: Tensor, second: Tensor) -> Tensor:
+        both = torch.stack((first.half(), second.half()), -1).view(panels, BYTE_ROWS, tiles, 2)
+        return both.transpose(1, 2).reshape(panels, tiles, -1).view(torch.uint8)
+
+    codes = low.codes | high.codes << 4
+    codes = codes.view(panels, 4, 2, 8, tiles, halves, 2, 2, 4, 2).permute(_TO_LANES)
+    exponents = torch.stack((_exponent(low.scales), _exponent(high.scales)))
+    scales = (torch.ldexp(low.scales, -exponents[0]), torch.ldexp(high.scales, -exponents[1]))
+    sections = [codes.reshape(panels, tiles, -1), pairs(*scales)]
+    if low.zeros is not None and high.zeros is not None:
+        sections.append(pairs(low.zeros, high.zeros))
+    powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    header = torch.zeros(HEADER_BYTES // 4, device=codes.device)
+    header[:2] = powers / (ptx.NF4_STRETCH if plan.kind == "nf4" else 1)
+    header[2:4] = powers
+    header[4:8].view(torch.int32)[:] = torch.tensor(ptx.NF4_WORDS).to(torch.int32)
+    return torch.cat((header.view(torch.uint8), torch.cat(sections, 2).flatten()))
+
+
+def _exponent(scales: Tensor) -> Tensor:
+    """The power of two that brings the largest scale into [2^14, 2^15)."""
+    exponent = torch.frexp(scales.abs().max()).exponent - _LARGEST_EXPONENT
+    return exponent.clamp(-100, 100)  # the header's powers stay normal numbers
+
+
+def _unpack(packed: PackedMatrix) -> tuple[_Plane, _Plane]:
+    """Both planes, as `_pack` takes them."""
+    plan = packed.format
+    rows, in_features = packed.shape[0] // 2, packed.shape[1]
+    panels, tiles, halves = rows // BYTE_ROWS, in_features // plan.inputs, plan.inputs // 32
+    powers = packed.blob[8:16].view(torch.float32)
+    tile = packed.blob[HEADER_BYTES:].view(panels, tiles, plan.tile_bytes)
+    codes = tile[:, :, : plan.code_bytes].reshape(panels, tiles, halves, 4, 8, 4, 2, 2, 2, 2)
+    codes = codes.permute(_FROM_LANES).reshape(rows, in_features)
+
+    def pairs(section: Tensor) -> Tensor:
+        both = section.contiguous().view(torch.float16).view(panels, tiles, BYTE_ROWS, 2)
+        return both.transpose(1, 2).reshape(rows, tiles, 2).float()
+
+    scale_end = plan.code_bytes + BYTE_ROWS * 4
+    scales = pairs(tile[:, :, plan.code_bytes : scale_end]) * powers
+    zeros = None if plan.symmetric else pairs(tile[:, :, scale_end:])
+    low, high = (
+        _Plane(part, scales[..., i], None if zeros is None else zeros[..., i])
+        for i, part in enumerate((codes & 15, codes >> 4))
+    )
+    return low, high

@@ -1,0 +1,330 @@
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, ANN202, RET505
+"""The Triton programs: what one thread block does. Started by qmix.kernels.gpu.experts alone.
+
+A program owns WARPS * 16 byte rows (twice as many matrix rows: a low and a high plane) and COLUMNS
+tokens. Weights are the matrix instruction's first operand, tokens its second: at few tokens a tile
+is 8 or 16 wide instead of 64 or more high. Products of a tile are summed by the matrix units and
+multiplied by the tile's scales once, in float32.
+
+Activations are float16: 11 bits of mantissa, so a bfloat16 activation is exact; so are the tables.
+
+Shape letters: T tokens, P routed pairs (token, choice), E experts, D hidden width, F expert width,
+N outputs, K inputs, C inputs of a tile, S splits of K.
+"""
+
+import triton
+import triton.language as tl
+
+from qmix.kernels.gpu import ptx
+
+# Triton's interpreter knows no inline assembly; there the same values come from the table.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NF4_INSTRUCTIONS = tl.constexpr(ptx.NF4_INSTRUCTIONS)
+INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
+NF4_CONSTRAINTS = tl.constexpr(ptx.NF4_CONSTRAINTS)
+INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
+NF4_VALUES = tl.constexpr(ptx.NF4_STORED_VALUES)
+INT4_ZERO = tl.constexpr(ptx.INT4_ZERO)
+BYTE_ROWS = tl.constexpr(64)
+HEADER = tl.constexpr(128)
+
+
+@triton.jit
+def decode(word, table, KIND: tl.constexpr):
+    """uint8 codes -> float16 values of the low and of the high nibbles."""
+    if INTERPRETED:
+        return _value(word & 15, KIND), _value(word >> 4, KIND)
+    elif KIND == "nf4":
+        # Declared impure: otherwise the compiler sees 8-bit operands behind it and wants the matrix
+        # unit's operand in another order of inputs, different between architectures.
+        return tl.inline_asm_elementwise(
+            NF4_INSTRUCTIONS, NF4_CONSTRAINTS, [word, table[0], table[1], table[2], table[3]],
+            (tl.float16, tl.float16), False, 4,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word], (tl.float16, tl.float16), False, 4
+        )
+
+
+@triton.jit
+def _table(matrix):
+    """The four words of NF4's table that the instructions want in registers, from the header."""
+    # Zero, but not known to be the same in all threads: known, the words would go to uniform
+    # registers, which a permutation cannot read, and be copied for each: one instruction a weight.
+    # (The minimum of integers would be known: its instruction writes a uniform register.)
+    zero = tl.min(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32)
+    words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
+    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+
+
+@triton.jit
+def _value(code, KIND: tl.constexpr):
+    if KIND == "int4":
+        return code.to(tl.float16) - INT4_ZERO
+    value = tl.zeros(code.shape, tl.float16)
+    for i in tl.static_range(16):
+        value = tl.where(code == i, NF4_VALUES[i], value)
+    return value.to(tl.float16)
+
+
+@triton.jit
+def _operand(values, WARPS: tl.constexpr, HALVES: tl.constexpr):
+    """Bytes in packed order -> [WARPS * 16 rows, HALVES * 32 inputs]; no value changes its register's thread."""
+    values = tl.reshape(values, [HALVES, WARPS, 8, 4, 2, 2, 2, 2])  # half, warp, g, t, c, r, j, p
+    values = tl.permute(values, [1, 5, 2, 0, 6, 4, 3, 7])
+    return tl.reshape(values, [WARPS * 16, HALVES * 32])
+
+
+@triton.jit
+def _codes_at(part, WARPS: tl.constexpr, HALVES: tl.constexpr):
+    """Offsets of a program's codes in a tile: all of it, or the `part`-th share of the four warps."""
+    if WARPS == 4:
+        return tl.arange(0, HALVES * 2048)
+    else:
+        half = tl.arange(0, HALVES)[:, None] * 2048
+        return half + part * (WARPS * 512) + tl.arange(0, WARPS * 512)[None, :]
+
+
+@triton.jit
+def _both(section, rows):
+    """The pairs of float16 of these rows of a tile's scales or zeros: low plane, high plane."""
+    pair = tl.load(section.to(tl.pointer_type(tl.int32)) + rows)
+    low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    return low, ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def accumulate(
+    matrix, x, x_row, used, panel, part, first, last, K,
+    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Both planes of a panel (or `part` of it) times x over tiles [first, last): float32 [rows, COLUMNS].
+
+    x_row [COLUMNS] are offsets of rows of x, `used` says which columns are.
+    """
+    ROWS: tl.constexpr = WARPS * 16
+    CODES: tl.constexpr = BYTE_ROWS * C
+    SCALES: tl.constexpr = BYTE_ROWS * 4
+    TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
+    codes_at = _codes_at(part, WARPS, C // 32)
+    inputs = tl.arange(0, C)
+    rows = part * ROWS + tl.arange(0, ROWS)
+    tile = matrix + HEADER + (panel.to(tl.int64) * (K // C) + first) * TILE
+    x = x + x_row[None, :] + first * C + inputs[:, None]
+    low = tl.zeros([ROWS, COLUMNS], tl.float32)
+    high = tl.zeros([ROWS, COLUMNS], tl.float32)
+    table = _table(matrix)
+    # Stages asked for by the loop itself make the scales travel asynchronously too.
+    for _ in tl.range(first, last, num_stages=STAGES):
+        word = tl.load(tile + codes_at)
+        tokens = tl.load(x, mask=used[None, :], other=0.0)
+        low_scale, high_scale = _both(tile + CODES, rows)
+        low_word, high_word = decode(word, table, KIND)
+        low_weight = _operand(low_word, WARPS, C // 32)
+        high_weight = _operand(high_word, WARPS, C // 32)
+        if not SYMMETRIC:
+            low_zero, high_zero = _both(tile + CODES + SCALES, rows)
+            low_weight += low_zero[:, None]
+            high_weight += high_zero[:, None]
+        low += tl.dot(low_weight, tokens) * low_scale.to(tl.float32)[:, None]
+        high += tl.dot(high_weight, tokens) * high_scale.to(tl.float32)[:, None]
+        tile += TILE
+        x += C
+    factors = matrix.to(tl.pointer_type(tl.float32))
+    return low * tl.load(factors), high * tl.load(factors + 1)
+
+
+@triton.jit
+def _matrix(addresses, expert, offset):
+    """The expert's matrix: the kernels know experts by address only. The hint keeps 128-bit loads."""
+    address = tl.load(addresses + expert) + offset
+    return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+
+
+@triton.jit
+def _columns(
+    ids, order, starts, blocks, turn, T,
+    CHOICES: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """Which expert a program multiplies, by which columns: (expert, pair [COLUMNS], used [COLUMNS]).
+
+    Few tokens: column t is token t, the expert the `turn`-th in ascending order of those that any
+    token chose, the pair the first of the token's choices that is this expert. Sorted: columns are
+    the `turn`-th block of pairs, of which each expert has its own. No column is used where there
+    is no such expert or block.
+    """
+    at = tl.arange(0, COLUMNS)
+    experts = tl.arange(0, E)
+    if SORTED:
+        expert = tl.sum((tl.load(blocks + 1 + experts) <= turn).to(tl.int32), 0)
+        here = tl.minimum(expert, E - 1)
+        at += tl.load(starts + here) + (turn - tl.load(blocks + here)) * COLUMNS
+        used = (at < tl.load(starts + here + 1)) & (expert < E)
+        return here, tl.load(order + at, mask=used, other=0), used
+    else:
+        hits = tl.zeros([E], tl.int32)
+        for choice in tl.static_range(CHOICES):
+            chosen = tl.load(ids + at * CHOICES + choice, mask=at < T, other=-1).to(tl.int32)
+            hits += tl.sum((chosen[:, None] == experts[None, :]).to(tl.int32), 0)
+        rank = tl.cumsum((hits > 0).to(tl.int32), 0)
+        expert = tl.sum(tl.where((hits > 0) & (rank == turn + 1), experts + 1, 0), 0) - 1
+        pair = at * 0 - 1
+        for back in tl.static_range(1, CHOICES + 1):
+            last = at * CHOICES + CHOICES - back
+            chosen = tl.load(ids + last, mask=at < T, other=-2).to(tl.int32)
+            pair = tl.where(chosen == expert, last, pair)
+        used = pair >= 0
+        return tl.maximum(expert, 0), tl.where(used, pair, 0), used & (expert >= 0)
+
+
+@triton.jit
+def gate_up(
+    addresses, x, hidden, ids, order, starts, blocks, T, D, F,
+    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SHRINK: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """hidden [P, F] = SHRINK * silu(w1 x) * w3 x; grid (F / rows, turns).
+
+    x is [P / SHARED, D]: a row for each token, or, where experts want it in orders of their own,
+    for each pair.
+    """
+    PARTS: tl.constexpr = 4 // WARPS
+    ROWS: tl.constexpr = WARPS * 16
+    panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    expert, pair, used = _columns(
+        ids, order, starts, blocks, tl.program_id(1), T, CHOICES, E, COLUMNS, SORTED
+    )
+    if tl.sum(used.to(tl.int32), 0) == 0:
+        return
+    matrix = _matrix(addresses, expert, 0)
+    gate, up = accumulate(
+        matrix, x, pair // SHARED * D, used, panel, part, 0, D // C, D,
+        KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
+    )  # fmt: skip
+    decay = tl.exp(-tl.abs(gate))  # never overflows
+    sigmoid = tl.where(gate >= 0, 1.0, decay) / (1.0 + decay)
+    value = gate * sigmoid * up * SHRINK
+    row = panel * BYTE_ROWS + part * ROWS + tl.arange(0, ROWS)
+    at = hidden + pair[None, :] * F + row[:, None]
+    tl.store(at, value.to(hidden.dtype.element_ty), mask=used[None, :])
+
+
+@triton.jit
+def down(
+    addresses, offset, x, partial, ids, weights, order, starts, blocks, T, N, K, SPLITS,
+    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
+):  # fmt: skip
+    """partial [S, P, N] = GROW * weight * (matrix times x [P, K]); grid (2N / rows, turns, S).
+
+    Split s multiplies its share of the inputs; every element of `partial` is written once.
+    """
+    PARTS: tl.constexpr = 4 // WARPS
+    panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    split = tl.program_id(2)
+    expert, pair, used = _columns(
+        ids, order, starts, blocks, tl.program_id(1), T, CHOICES, E, COLUMNS, SORTED
+    )
+    if tl.sum(used.to(tl.int32), 0) == 0:
+        return
+    matrix = _matrix(addresses, expert, offset)
+    tiles = K // C
+    low, high = accumulate(
+        matrix, x, pair * K, used, panel, part, split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
+        KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
+    )  # fmt: skip
+    partial += split.to(tl.int64) * (T * CHOICES) * N
+    if SORTED:
+        weight = tl.load(weights + pair, mask=used, other=0.0) * GROW
+        _store(partial, low, high, weight, pair, used, panel, part, N, WARPS)
+    else:
+        at = tl.arange(0, COLUMNS) * CHOICES
+        for choice in tl.static_range(CHOICES):
+            chosen = tl.load(ids + at + choice, mask=used, other=-1).to(tl.int32)
+            mine = used & (chosen == expert)
+            weight = tl.load(weights + at + choice, mask=mine, other=0.0) * GROW
+            _store(partial, low, high, weight, at + choice, mine, panel, part, N, WARPS)
+
+
+@triton.jit
+def product(
+    matrix, x, partial, T, N, K, SPLITS,
+    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """partial [S, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, S)."""
+    PARTS: tl.constexpr = 4 // WARPS
+    panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    split = tl.program_id(2)
+    token = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    used = token < T
+    tiles = K // C
+    low, high = accumulate(
+        matrix, x, token * K, used, panel, part,
+        split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
+        KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
+    )  # fmt: skip
+    partial += split.to(tl.int64) * T * N
+    _store(partial, low, high, used.to(tl.float32), token, used, panel, part, N, WARPS)
+
+
+@triton.jit
+def _store(partial, low, high, weight, pair, used, panel, part, N, WARPS: tl.constexpr):
+    ROWS: tl.constexpr = WARPS * 16
+    row = panel * (2 * BYTE_ROWS) + part * ROWS + tl.arange(0, ROWS)
+    at = partial + pair[None, :] * N + row[:, None]
+    tl.store(at, low * weight[None, :], mask=used[None, :])
+    tl.store(at + BYTE_ROWS, high * weight[None, :], mask=used[None, :])
+
+
+@triton.jit
+def combine(partial, out, P, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """out [T, N] = the sum of partial [S, P, N] over a token's choices and splits, in that order."""
+    token = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(CHOICES):
+        for split in tl.static_range(SPLITS):
+            row = split * P + token * CHOICES + choice
+            total += tl.load(partial + row.to(tl.int64) * N + at, mask=at < N, other=0.0)
+    tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def dequantize(
+    addresses, expert, offset, out, K, SECOND,
+    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] = the matrix; grid (N / 128, K / C).
+
+    Rows of the high plane follow SECOND rows after the low plane's: F for w1 and w3, else 64.
+    """
+    CODES: tl.constexpr = BYTE_ROWS * C
+    SCALES: tl.constexpr = BYTE_ROWS * 4
+    TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
+    panel, tile = tl.program_id(0), tl.program_id(1)
+    matrix = _matrix(addresses, expert, offset)
+    source = matrix + HEADER + (panel.to(tl.int64) * (K // C) + tile) * TILE
+    rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, C)
+    word = tl.load(source + _codes_at(0, 4, C // 32))
+    low_word, high_word = decode(word, _table(matrix), KIND)
+    low, high = _operand(low_word, 4, C // 32), _operand(high_word, 4, C // 32)
+    if not SYMMETRIC:
+        low_zero, high_zero = _both(source + CODES + SCALES, rows)
+        low += low_zero[:, None]
+        high += high_zero[:, None]
+    low_scale, high_scale = _both(source + CODES, rows)
+    factors = matrix.to(tl.pointer_type(tl.float32))
+    low = low.to(tl.float32) * (low_scale.to(tl.float32) * tl.load(factors))[:, None]
+    high = high.to(tl.float32) * (high_scale.to(tl.float32) * tl.load(factors + 1))[:, None]
+    panel_rows = tl.where(SECOND == BYTE_ROWS, 2 * BYTE_ROWS, BYTE_ROWS)
+    row = (panel * panel_rows + rows).to(tl.int64)
+    at = out + row[:, None] * K + (tile * C + inputs)[None, :]
+    tl.store(at, low.to(out.dtype.element_ty))
+    tl.store(at + SECOND.to(tl.int64) * K, high.to(out.dtype.element_ty))

@@ -1,0 +1,202 @@
+"""What the public models share: loading, saving, placing, a cache of their own.
+
+Knows no forward pass and no bits; files come through qmix.loader.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from qmix import loader
+from qmix.cache import KVCache
+from qmix.config import MixtralConfig
+from qmix.errors import UnsupportedError, UsageError
+from qmix.kernels import attention
+from qmix.model import Decoder
+
+# Fields of the config that a user may set while loading: no shape depends on them.
+_OVERRIDES = (
+    "attention_dropout",
+    "max_position_embeddings",
+    "num_experts_per_tok",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "rope_theta",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "sliding_window",
+    "use_cache",
+)
+
+# Options of transformers about where files come from and how they are read. Here they come from a
+# local directory, as safetensors, without code, one tensor at a time: whatever is asked, it is so.
+_WITHOUT_EFFECT = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "offload_state_dict",
+    "resume_download",
+    "revision",
+    "token",
+    "trust_remote_code",
+    "use_auth_token",
+    "use_safetensors",
+)
+
+_QUANTIZING = ("load_in_4bit", "load_in_8bit", "quantization_config")
+
+
+class PreTrainedModel(nn.Module):
+    """A model with a config, that can be loaded, saved and placed."""
+
+    config: MixtralConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: object = None,
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a checkpoint directory, dense or 4-bit.
+
+        Args:
+            directory: holds config.json and safetensors, one file or shards with an index.
+            torch_dtype, dtype: of the activations and dense weights; default: the checkpoint's.
+            device: default: the GPU if there is one.
+            device_map: the same in transformers' words: "auto", a device, or {"": device}.
+            attn_implementation: "eager", "sdpa" (default), "flash_attention_2" or "triton".
+            options: fields of the config that no shape depends on, such as `sliding_window`,
+                `num_experts_per_tok` or `num_labels`. Options of transformers that ask for what is
+                so anyway (`low_cpu_mem_usage`, `use_safetensors`, ...) are taken and change nothing.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or its tensors are not the model's.
+            UnsupportedError: a layout that qmix does not read, or an attention that is not here.
+            UsageError: an unknown option.
+        """
+        changes = _changes(options)
+        if attn_implementation is not None:
+            changes["attn_implementation"] = attn_implementation
+        model = loader.load(
+            lambda config: cls(config.replace(**changes)),
+            directory,
+            dtype=_agreed(torch_dtype, dtype),
+            device=_placed(device, device_map),
+        )
+        model.adopt(Path(directory))
+        return model
+
+    def adopt(self, directory: Path) -> None:
+        """Take what else the directory says of a model; nothing without a head."""
+
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_bytes: int = loader.SHARD_BYTES
+    ) -> None:
+        """Write config.json and sharded safetensors, dense and 4-bit weights as they are.
+
+        Raises:
+            UsageError: the directory holds weights already.
+        """
+        config = self.config.replace(architectures=[type(self).__name__])
+        loader.save(self, config, directory, max_shard_bytes)
+
+    def set_attn_implementation(self, name: str | None) -> None:
+        """Choose the attention: "eager", "sdpa", "flash_attention_2" or "triton"; None: the default.
+
+        Raises:
+            UsageError: no such name.
+            UnsupportedError: what it needs is not here.
+        """
+        chosen = attention.named(name)
+        for module in self.modules():
+            if isinstance(module, Decoder):
+                module.attn_implementation = chosen
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        """Whether a forward gives a named output: as asked, else as the config says."""
+        default = getattr(self.config, "return_dict", True)
+        return bool(default if return_dict is None else return_dict)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The module that turns ids (B, S) into embeddings (B, S, D), for `inputs_embeds`."""
+        return next(m.embed_tokens for m in self.modules() if isinstance(m, Decoder))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def new_cache(self, batch: int = 1, capacity: int = 0) -> KVCache:
+        """An empty cache for this model; `capacity` positions are allocated at once."""
+        return KVCache(self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity)
+
+
+def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that change the config; those without effect dropped, all others refused."""
+    for name, value in options.items():
+        if name in _QUANTIZING and value:
+            raise UnsupportedError(
+                "nothing is quantized while loading",
+                where=name,
+                remedy="Run qmix quantize once, and load what it writes.",
+            )
+        if name not in (*_OVERRIDES, *_WITHOUT_EFFECT, *_QUANTIZING):
+            raise UsageError(
+                f"from_pretrained has no option {name!r}",
+                expected="torch_dtype, dtype, device, device_map, attn_implementation, "
+                + ", ".join(_OVERRIDES),
+            )
+    return {name: value for name, value in options.items() if name in _OVERRIDES}
+
+
+def _placed(device: torch.device | str | None, device_map: object) -> torch.device | str | None:
+    """One device out of `device` and `device_map`; None is the default device."""
+    if device_map is None:
+        return device
+    if device is not None:
+        raise UsageError("give device or device_map, and not both", where="device_map")
+    place = device_map
+    if isinstance(place, Mapping):
+        place = next(iter(place.values())) if len(set(place.values())) == 1 else repr(place)
+    if place == "auto":
+        return None
+    if isinstance(place, int) and not isinstance(place, bool):
+        return f"cuda:{place}"
+    if isinstance(place, torch.device) or str(place).partition(":")[0] in ("cpu", "cuda"):
+        return torch.device(place) if isinstance(place, torch.device) else str(place)
+    raise UsageError(
+        "the model is placed as a whole",
+        where="device_map",
+        expected="'auto', a device, or {'': device}",
+        found=repr(device_map)[:80],
+    )
+
+
+def _agreed(
+    torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None
+) -> torch.dtype | None:
+    """One dtype out of its two spellings."""
+    first, second = loader.named_dtype(torch_dtype), loader.named_dtype(dtype)
+    if first is not None and second is not None and first != second:
+        raise UsageError(
+            "torch_dtype and dtype differ", where="dtype", expected=first, found=second
+        )
+    return first or second

@@ -1,0 +1,103 @@
+"""Streamers: where the ids of a generation go while it runs.
+
+Shape letters: P prompt columns. Knows no models; text comes from the detokenizer, in whole
+characters: the bytes of an unfinished one wait.
+"""
+
+import queue
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qmix.detokenizer import Decodes, StreamDetokenizer
+from qmix.errors import UsageError
+
+
+class Streamer(Protocol):
+    """Hugging Face's streamer protocol: the prompt (1, P) first, then each new id (1,), then end."""
+
+    def put(self, value: Tensor, /) -> None: ...
+    def end(self) -> None: ...
+
+
+class TextStreamer:
+    """Writes a generation's text to stdout as it is finished.
+
+    Args:
+        tokenizer: whose ids they are.
+        skip_prompt: leave the prompt's text out.
+        skip_special_tokens: leave control tokens out.
+
+    Override `on_finalized_text` to send the text elsewhere.
+
+    Raises:
+        UsageError: more than one row is put.
+    """
+
+    def __init__(
+        self, tokenizer: Decodes, skip_prompt: bool = False, *, skip_special_tokens: bool = False
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.skip_prompt = skip_prompt
+        self.skip_special_tokens = skip_special_tokens
+        self._words: StreamDetokenizer | None = None
+
+    def put(self, value: Tensor, /) -> None:
+        """Ids (1, P) or (1,)."""
+        if value.dim() > 1 and value.shape[0] != 1:
+            raise UsageError("a streamer takes one row", where="streamer", found=list(value.shape))
+        first = self._words is None
+        if self._words is None:
+            self._words = StreamDetokenizer(
+                self.tokenizer, skip_special_tokens=self.skip_special_tokens
+            )
+        text = "".join([self._words.put(index) for index in value.flatten().tolist()])
+        if text and not (first and self.skip_prompt):
+            self.on_finalized_text(text)
+
+    def end(self) -> None:
+        """The rest of the text; the streamer may then serve another generation."""
+        rest = self._words.end() if self._words is not None else ""
+        self._words = None
+        self.on_finalized_text(rest, stream_end=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write text that will not change any more."""
+        sys.stdout.write(text + ("\n" if stream_end else ""))
+        sys.stdout.flush()
+
+
+class TextIteratorStreamer(TextStreamer):
+    """The text of a generation that runs in another thread, as an iterator.
+
+    Args:
+        timeout: seconds to wait for the next piece before queue.Empty is raised; None waits.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Decodes,
+        skip_prompt: bool = False,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt, **options)
+        self.timeout = timeout
+        self._pieces: queue.Queue[str | None] = queue.Queue()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._pieces.put(text)
+        if stream_end:
+            self._pieces.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = self._pieces.get(timeout=self.timeout)
+        if piece is None:
+            raise StopIteration
+        return piece

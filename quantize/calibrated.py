@@ -1,0 +1,315 @@
+"""GPTQ of a whole checkpoint: layer after layer, each finished layer on the disk for good.
+
+Every layer is one shard. Besides it OUT.partial keeps the calibration tokens as the finished layers
+left them, so that a killed run goes on where it stood and ends with the same bytes. Shape letters:
+T calibration tokens, S window, D hidden width.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qmix
+from qmix.errors import InterruptedRunError, UsageError
+from qmix.formats import Checkpoint, open_checkpoint, shards
+from qmix.formats.names import ModelTensor
+from qmix.formats.shards import ShardWriter
+from qmix.model import embedding
+from qmix.quantize import layerwise, output, pipeline, resume
+from qmix.quantize.activations import Activations
+from qmix.quantize.calibration import Calibration
+from qmix.quantize.layerwise import LayerQuantizer, Rounded
+from qmix.quantize.pipeline import Item, Progress
+from qmix.quantize.report import Report, TensorResult
+from qmix.scheme import Recipe
+from qmix.weights import Dense
+
+_EMBEDDED_TOKENS = 8192  # looked up at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a checkpoint is quantized.
+
+    Attributes:
+        layer: of the rounding.
+        device: where layers are computed.
+        activation_bytes: tokens that need more (twice T x D float32) are kept in files.
+        shard_bytes: upper bound of an output file; a layer is one.
+    """
+
+    layer: layerwise.Options = field(default_factory=layerwise.Options)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    activation_bytes: int = 4 << 30
+    shard_bytes: int = 4_900_000_000
+
+
+def run(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: Options,
+    *,
+    method: str = "gptq",
+    resumed: bool = False,
+    force: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Report:
+    """Quantize a 16- or 32-bit checkpoint directory into a new one, by what its matrices see.
+
+    Args:
+        source, out: directories; `out` appears complete or not at all.
+        recipe: which tensor gets which scheme; router, norms, embedding and head stay as they are.
+        resumed: go on with the interrupted run that stands at `out`.partial, if one does.
+        force: replace an existing checkpoint at `out`.
+        interrupted: asked after every layer; true ends the run there.
+
+    Raises:
+        UsageError: the paths are unfit, or the interrupted run had other settings.
+        CheckpointError: the source is damaged or holds NaN.
+        UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
+        ResourceError: the disk is too small. InterruptedRunError: `interrupted` said so.
+    """
+    begun = time.perf_counter()
+    output.check_paths(source, out, force=force)
+    checkpoint = open_checkpoint(source)
+    items = pipeline.plan(checkpoint, recipe)
+    _check_shards(checkpoint, items, options.shard_bytes)
+    settings = _settings(checkpoint, recipe, calibration, options, method)
+    work = _Work(checkpoint, items, recipe, calibration, options)
+    output.check_space(out, work.bytes_needed)
+    with output.partial(out, force=force, resume=resumed) as folder:
+        state = resume.read(folder, settings)
+        done = [[TensorResult.of(result) for result in layer] for layer in state.results]
+        layers = checkpoint.config.num_hidden_layers
+        work.tidy(folder, len(done))
+        hidden = work.enter(folder, len(done)) if len(done) < layers else None
+        for layer in range(len(done), layers):
+            assert hidden is not None
+            results, hidden = work.layer(folder, layer, hidden, progress)
+            done.append(results)
+            stored = [[asdict(result) for result in results] for results in done]
+            resume.State(settings, stored).write(folder)
+            work.tidy(folder, len(done))
+            if interrupted() and layer + 1 < layers:
+                raise InterruptedRunError(
+                    f"interrupted after layer {layer + 1} of {layers}, which is kept",
+                    where=str(folder),
+                    remedy="The same command with --resume goes on.",
+                )
+        first, last = work.ends(folder)
+        progress(Progress(1, 1, "checksums"))
+        report = Report(
+            method=method,
+            tensors=(*first, *(result for results in done for result in results), *last),
+            bytes_in=work.bytes_in,
+            seconds=time.perf_counter() - begun,
+        )
+        facts = {name: settings[name] for name in ("calibration", "rounding", "weighting")}
+        pipeline.finish(folder, checkpoint, items, report, facts)
+    return report
+
+
+def _check_shards(checkpoint: Checkpoint, items: Sequence[Item], limit: int) -> None:
+    largest = max(_bytes(items, layer) for layer in range(checkpoint.config.num_hidden_layers))
+    if largest > limit:
+        raise UsageError(
+            "a layer is one file, and larger than that",
+            where="--shard-size",
+            expected=f"at least {largest} B",
+            found=f"{limit} B",
+        )
+
+
+def _bytes(items: Sequence[Item], layer: int) -> int:
+    return sum(one.nbytes for item in items if item.tensor.layer == layer for one in item.planned)
+
+
+def _settings(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: Options,
+    method: str,
+) -> dict[str, Any]:
+    """What decides the bytes of the result, as JSON."""
+    device = options.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    settings = {
+        "qmix version": qmix.__version__,
+        "torch version": torch.__version__.split("+")[0],
+        "device": name,
+        "number of threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "method": method,
+        "source": resume.digest(checkpoint),
+        "recipe": [[pattern, str(scheme)] for pattern, scheme in recipe.rules],
+        "calibration": {
+            "text_sha256": calibration.text_sha256,
+            "samples": calibration.ids.shape[0],
+            "seqlen": calibration.ids.shape[1],
+        },
+        "rounding": asdict(options.layer.rounding),
+        "weighting": options.layer.weighting,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+class _Work:
+    """The files of one run: shards by layer, and the tokens between the layers."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        items: Sequence[Item],
+        recipe: Recipe,
+        calibration: Calibration,
+        options: Options,
+    ) -> None:
+        self.checkpoint, self.items, self.recipe = checkpoint, items, recipe
+        self.ids, self.options = calibration.ids, options
+        self.width = checkpoint.config.hidden_size
+        self.layers = checkpoint.config.num_hidden_layers
+        self.bytes_in = sum(checkpoint.entry(item.tensor.name).nbytes for item in items)
+        token_bytes = 4 * self.ids.numel() * self.width
+        self.in_memory = 2 * token_bytes <= options.activation_bytes
+        self.bytes_out = sum(one.nbytes for item in items for one in item.planned)
+        self.bytes_needed = self.bytes_out + 2 * token_bytes
+
+    def enter(self, folder: Path, done: int) -> Activations:
+        """The tokens before layer `done`."""
+        tokens = self.ids.numel()
+        path = folder / _tokens_name(done)
+        if done:
+            return Activations.load(path, tokens, self.width, in_memory=self.in_memory)
+        path.unlink(missing_ok=True)
+        hidden = Activations(tokens, self.width, None if self.in_memory else path)
+        table = self.checkpoint.read("model.embed_tokens.weight").float()
+        flat = self.ids.view(-1)
+        for start in range(0, tokens, _EMBEDDED_TOKENS):
+            hidden.write(start, embedding(flat[start : start + _EMBEDDED_TOKENS], table))
+        return hidden
+
+    def layer(
+        self,
+        folder: Path,
+        layer: int,
+        hidden: Activations,
+        progress: Callable[[Progress], None],
+    ) -> tuple[list[TensorResult], Activations]:
+        """Round one layer and put its shard, and the tokens after it, on the disk."""
+        scratch = folder / f"{_tokens_name(layer + 1)}.writing"
+        after = Activations(hidden.tokens, self.width, None if self.in_memory else scratch)
+        order = [item.tensor.name for item in self.items]
+        sizes = [self.checkpoint.entry(name).nbytes for name in order]
+
+        def at(name: str) -> None:
+            done = sum(sizes[: order.index(name)])
+            progress(Progress(done, self.bytes_in, f"layer {layer + 1} of {self.layers}"))
+
+        rounded = LayerQuantizer(
+            self.checkpoint,
+            layer,
+            hidden,
+            after,
+            seqlen=self.ids.shape[1],
+            recipe=self.recipe,
+            options=self.options.layer,
+            device=self.options.device,
+            progress=at,
+        ).run()
+        mine = [item for item in self.items if item.tensor.layer == layer]
+        results = self._write(folder, layer + 1, mine, iter(rounded))
+        after.save(folder / _tokens_name(layer + 1))
+        return results, after
+
+    def ends(self, folder: Path) -> tuple[list[TensorResult], list[TensorResult]]:
+        """Write what lies before and behind the layers, and the index."""
+        embedded, behind = (
+            [item for item in self.items if self._shard(item.tensor) == index]
+            for index in (0, self.layers + 1)
+        )
+        found = (
+            self._write(folder, 0, embedded, self._kept(embedded)),
+            self._write(folder, self.layers + 1, behind, self._kept(behind)),
+        )
+        weight_map = {
+            one.name: shards.shard_name(self._shard(item.tensor), self.layers + 2)
+            for item in self.items
+            for one in item.planned
+        }
+        shards.write_index(folder, weight_map, self.bytes_out)
+        return found
+
+    def tidy(self, folder: Path, done: int) -> None:
+        """Remove all but the shards of `done` layers, and the tokens behind them for the next."""
+        kept = {shards.shard_name(index + 1, self.layers + 2) for index in range(done)}
+        kept.add(output.STATE)
+        if done < self.layers:
+            kept.add(_tokens_name(done))
+        for path in folder.iterdir():
+            if path.name not in kept and not path.name.startswith("."):
+                path.unlink()
+
+    def _shard(self, tensor: ModelTensor) -> int:
+        if tensor.layer is not None:
+            return tensor.layer + 1
+        return 0 if tensor.kind == "embedding" else self.layers + 1
+
+    def _kept(self, items: Sequence[Item]) -> Iterator[Rounded]:
+        for item in items:
+            data = pipeline.read(self.checkpoint, item.tensor)
+            yield Rounded(tensor=item.tensor, weight=Dense(data))
+
+    def _write(
+        self, folder: Path, index: int, items: Sequence[Item], rounded: Iterator[Rounded]
+    ) -> list[TensorResult]:
+        name = shards.shard_name(index, self.layers + 2)
+        partial = folder / f"{name}.writing"
+        partial.unlink(missing_ok=True)
+        results = []
+        with ShardWriter(partial, [one for item in items for one in item.planned]) as writer:
+            for item, one in zip(items, rounded, strict=True):
+                assert one.tensor == item.tensor
+                tensors = pipeline.packed(one.weight, item)
+                for tensor_name, tensor in tensors.items():
+                    writer.write(tensor_name, tensor)
+                results.append(self._result(item, one, tensors))
+        partial.rename(folder / name)
+        return results
+
+    def _result(self, item: Item, one: Rounded, tensors: Mapping[str, Tensor]) -> TensorResult:
+        squared_error = squared_norm = 0.0
+        if one.solution is not None:
+            source = self.checkpoint.read(item.tensor.name)
+            squared_error, squared_norm = pipeline.errors(source, one.weight)
+        solution = one.solution
+        return TensorResult(
+            name=item.tensor.name,
+            kind=item.tensor.kind,
+            scheme=item.scheme,
+            parameters=math.prod(item.tensor.shape),
+            bytes_out=sum(tensor.nbytes for tensor in tensors.values()),
+            squared_error=squared_error,
+            squared_norm=squared_norm,
+            seconds=one.seconds,
+            tokens=one.tokens,
+            output_error=solution.output_error if solution else None,
+            damping=solution.damping if solution else None,
+            raised=solution.raised if solution else 0,
+            fallback=solution.fallback if solution else None,
+        )
+
+
+def _tokens_name(done: int) -> str:
+    """The file of the tokens as `done` layers left them."""
+    return f"tokens-{done:05d}.f32"

@@ -1,0 +1,136 @@
+"""One request to quantize -> the method that does it. Knows the methods' entries, not their insides."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qmix import loader
+from qmix.config import MixtralConfig
+from qmix.errors import UsageError
+from qmix.integers import GROUP_SIZES
+from qmix.quantize import calibrated, calibration, pipeline
+from qmix.quantize.pipeline import Progress
+from qmix.quantize.report import Report
+from qmix.scheme import Recipe, Scheme
+from qmix.tokenizer import LlamaTokenizer
+
+Method = Literal["nf4", "gptq", "rtn", "auto"]
+
+_SEQLEN = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asks for, checked as far as it can be without the model.
+
+    Attributes:
+        attention: whether the attention's matrices are quantized too.
+        group_size, bits, seqlen: None is the default, 128, 4.25 and 2048 or the model's positions.
+
+    Raises:
+        UsageError: an option that the method does not have, or out of its range.
+    """
+
+    method: Method
+    attention: bool = True
+    double_quant: bool = True
+    group_size: int | None = None
+    asymmetric: bool = False
+    bits: float | None = None
+    samples: int = 256
+    seqlen: int | None = None
+    device: str | None = None
+    shard_bytes: int = 4_900_000_000
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        foreign = {
+            "--group-size": self.group_size is not None and self.method not in ("gptq", "rtn"),
+            "--asymmetric": self.asymmetric and self.method not in ("gptq", "rtn"),
+            "--no-double-quant": not self.double_quant and self.method != "nf4",
+            "--bits": self.bits is not None and self.method != "auto",
+            "--seqlen": self.seqlen is not None and not self.calibrated,
+            "--resume": self.resume and not self.calibrated,
+            "--device": self.device is not None and not self.calibrated,
+        }
+        for option, given in foreign.items():
+            if given:
+                raise UsageError(f"{option} means nothing to --method {self.method}")
+        if self.group_size is not None and self.group_size not in (-1, *GROUP_SIZES):
+            raise UsageError(
+                "no such group size",
+                where="--group-size",
+                expected=f"-1 or one of {', '.join(map(str, GROUP_SIZES))}",
+                found=self.group_size,
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at text."""
+        return self.method in ("gptq", "auto")
+
+    @property
+    def scheme(self) -> Scheme:
+        if self.method == "nf4":
+            return Scheme(kind="nf4", double_quant=self.double_quant)
+        return Scheme(kind="int4", group_size=self.group_size or 128, symmetric=not self.asymmetric)
+
+
+def run(
+    source: Path,
+    out: Path,
+    request: Request,
+    text: str | None,
+    *,
+    interrupted: Callable[[], bool] = lambda: False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Report:
+    """Quantize `source` into `out`.
+
+    Args:
+        text: of the calibration; None for methods without one.
+        interrupted, progress: see `calibrated.run`.
+
+    Raises:
+        QmixError: see `pipeline.run` and `calibrated.run`.
+    """
+    recipe = Recipe.uniform(request.scheme, attention=request.attention)
+    if not request.calibrated:
+        return pipeline.run(
+            source,
+            out,
+            recipe,
+            method=request.method,
+            shard_bytes=request.shard_bytes,
+            force=request.force,
+            progress=progress,
+        )
+    assert text is not None
+    positions = MixtralConfig.from_pretrained(source).max_position_embeddings
+    seqlen = min(_SEQLEN, positions) if request.seqlen is None else request.seqlen
+    if seqlen > positions:
+        raise UsageError(
+            "longer than the model's positions",
+            where="--seqlen",
+            expected=f"at most {positions}",
+            found=seqlen,
+        )
+    tokenizer = LlamaTokenizer.from_pretrained(source)
+    windows = calibration.cut(text, tokenizer.encode, samples=request.samples, seqlen=seqlen)
+    options = calibrated.Options(
+        device=loader.target_device(request.device), shard_bytes=request.shard_bytes
+    )
+    return calibrated.run(
+        source,
+        out,
+        recipe,
+        windows,
+        options,
+        method=request.method,
+        resumed=request.resume,
+        force=request.force,
+        interrupted=interrupted,
+        progress=progress,
+    )

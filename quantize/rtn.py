@@ -1,0 +1,58 @@
+"""Round to nearest, without any calibration: what the better methods are measured against.
+
+Shape letters: N outputs, K inputs, g inputs of a group, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from qmix.errors import CheckpointError
+from qmix.int4 import Int4
+from qmix.int8 import Int8
+from qmix.quantize import scales
+from qmix.scheme import Scheme
+
+_SLAB = 1 << 22  # weights rounded at a time: 16 MiB of float32
+
+
+def quantize(weight: Tensor, scheme: Scheme, *, where: str = "weight") -> Int4 | Int8:
+    """Round each weight to the nearest code; the largest of a group lies half a step beyond the last.
+
+    Args:
+        weight: [N, K], any floating dtype.
+        scheme: `int4` or `int8`; its group size divides K.
+        where: file and tensor, for errors.
+
+    Raises:
+        CheckpointError: NaN or infinity, or beyond the scales of float16.
+    """
+    rows, columns = weight.shape
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    assert columns % size == 0, (columns, size)
+    kind = Int4 if scheme.kind == "int4" else Int8
+    packed, factors, zeros = [], [], []
+    step = max(1, _SLAB // columns)
+    for start in range(0, rows, step):
+        slab = weight[start : start + step].float()
+        if not bool(torch.isfinite(slab).all()):
+            raise CheckpointError(
+                "NaN or infinity in the weight",
+                where=where,
+                remedy="The checkpoint is damaged; download it again.",
+            )
+        groups = slab.view(len(slab), -1, size).permute(1, 2, 0)  # [G, g, n]
+        grid = scales.plain(groups, scheme)
+        if not bool(torch.isfinite(grid.scale).all()):
+            raise CheckpointError(
+                "weights too large for float16 scales", where=where, expected="scales below 65504"
+            )
+        wide = grid.of_inputs()
+        codes = wide.nearest(groups).sub_(wide.low).to(torch.uint8)
+        packed.append(kind.packed(codes.permute(2, 0, 1).reshape(len(slab), columns)))
+        factors.append(grid.scale.half().T)
+        zeros.append((-grid.low).to(torch.uint8).T if not scheme.symmetric else grid.scale.T)
+    return kind(
+        codes=torch.cat(packed),
+        scales=torch.cat(factors),
+        zeros=None if scheme.symmetric else torch.cat(zeros),
+    )

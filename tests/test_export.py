@@ -1,0 +1,152 @@
+"""`qmix export`: another layout, the same numbers to the bit."""
+
+import json
+
+import packers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_packing import equal
+from typer.testing import CliRunner
+
+from qmix import export
+from qmix.cli import app
+from qmix.errors import QmixError, UnsupportedError, UsageError
+from qmix.formats import compressed, gptq_config, open_checkpoint
+from qmix.formats.names import spellings
+from qmix.verification import verify
+
+P = "model.layers.1.block_sparse_moe.experts.3.w2"
+GPTQ = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "gptq"}
+AWQ = {"quant_method": "awq", "version": "gemm"}
+CT = {"quant_method": "compressed-tensors"}
+MIXED = {
+    "dynamic": {r".*\.self_attn\..*": {"bits": 8, "group_size": 64}, r".*\.o_proj": {"bits": 8}}
+}
+
+
+def own(prefix):
+    return {"bits": 8, "group": 64} if "self_attn" in prefix else {}
+
+
+SOURCES = {
+    "gptq": (packers.gptq, GPTQ, {}),
+    "gptq v2": (
+        lambda w, p: packers.gptq(w, p, version=2),
+        {**GPTQ, "checkpoint_format": "gptq_v2"},
+        {},
+    ),
+    "gptq per output": (packers.gptq, {**GPTQ, "group_size": -1}, {"group": -1}),
+    "gptq 8 bits": (packers.gptq, {**GPTQ, "bits": 8}, {"bits": 8}),
+    "gptq mixed": (packers.gptq, {**GPTQ, **MIXED}, {"own": own}),
+    "gptq bfloat16 scales": (packers.gptq, GPTQ, {"dtype": torch.bfloat16}),
+    "gptq dense attention": (packers.gptq, GPTQ, {"dense": ("gate", "lm_head", "_proj")}),
+    "awq symmetric": (packers.awq, AWQ, {}),
+    "compressed": (packers.compressed, CT, {}),
+}
+ASYMMETRIC = {
+    "gptq asymmetric": (packers.gptq, {**GPTQ, "sym": False}, {"symmetric": False}),
+    "awq": (packers.awq, AWQ, {"symmetric": False}),
+    "gptq act-order": (packers.gptq, {**GPTQ, "desc_act": True}, {"act_order": True}),
+}
+
+
+def write(folder, name):
+    pack, settings, options = (SOURCES | ASYMMETRIC)[name]
+    packers.checkpoint(folder, pack, settings, **options)
+    (folder / "tokenizer.model").write_bytes(b"any")
+
+
+@pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_same_weights_in_another_layout(tmp_path, name, layout):
+    write(tmp_path / "in", name)
+    result = export.run(tmp_path / "in", tmp_path / "out", layout)
+    schemes = equal(tmp_path / "in", tmp_path / "out")
+    assert result.weights == sum(scheme.integer for scheme in schemes.values()) > 0
+    assert result.bytes_out == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    found = open_checkpoint(tmp_path / "out")
+    (tensor,) = (t for t in found.tensors if t.prefix == P)
+    assert found.packing(tensor).layout == {"gptq": "GPTQ"}.get(layout, layout)
+    settings = found.config.quantization_config
+    if layout == "gptq":
+        said = gptq_config.settings(settings, "config.json")
+        assert {module: said.scheme_of(module) for module in schemes} == schemes
+        assert (settings["checkpoint_format"], settings["desc_act"]) == ("gptq", False)
+        beside = json.loads((tmp_path / "out" / gptq_config.FILE).read_text())
+        assert beside == settings
+    else:
+        assert settings == compressed.config(schemes)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"any"
+    assert verify(tmp_path / "out").problems == ()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ASYMMETRIC)
+def test_gptq_holds_what_compressed_tensors_refuses_by_name(tmp_path, name):
+    write(tmp_path / "in", name)
+    export.run(tmp_path / "in", tmp_path / "out", "gptq")
+    equal(tmp_path / "in", tmp_path / "out")
+    settings = open_checkpoint(tmp_path / "out").config.quantization_config
+    assert settings["desc_act"] == (name == "gptq act-order")
+    with pytest.raises(UnsupportedError, match=r"self_attn\.q_proj: not written as compressed-ten"):
+        export.run(tmp_path / "in", tmp_path / "other", "compressed-tensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_zero_of_0_is_refused_by_name(tmp_path):
+    packers.checkpoint(tmp_path / "in", packers.awq, AWQ, symmetric=False, low=0)
+    with pytest.raises(UnsupportedError, match=r"q_proj: GPTQ v1 cannot store a zero of 0"):
+        export.run(tmp_path / "in", tmp_path / "out", "gptq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_gptqmodels_names_become_the_classic_ones(tmp_path):
+    write(tmp_path / "in", "gptq")
+    path = tmp_path / "in" / "model.safetensors"
+    classic = load_file(path)
+    save_file({spellings(name)[1]: tensor for name, tensor in classic.items()}, path)
+    export.run(tmp_path / "in", tmp_path / "out", "gptq")
+    (written,) = (tmp_path / "out").glob("*.safetensors")
+    again = load_file(written)
+    assert again.keys() == classic.keys()
+    assert all(torch.equal(again[name], classic[name]) for name in classic)
+
+
+def test_what_holds_no_integers_is_refused_with_what_to_do(tmp_path, tiny, tiny_nf4):
+    with pytest.raises(UnsupportedError, match=r"nothing is quantized here.*qmix quantize"):
+        export.run(tiny, tmp_path / "out", "gptq")
+    with pytest.raises(UnsupportedError, match=r"NF4 and FP4 are no integers.*qmix quantize"):
+        export.run(tiny_nf4, tmp_path / "out", "compressed-tensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_cut_and_an_existing_directory_needs_force(tmp_path):
+    write(tmp_path / "in", "gptq")
+    export.run(tmp_path / "in", tmp_path / "out", "compressed-tensors", shard_bytes=40_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    with pytest.raises(UsageError, match="OUT exists"):
+        export.run(tmp_path / "in", tmp_path / "out", "gptq")
+    export.run(tmp_path / "in", tmp_path / "out", "gptq", force=True)
+    equal(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_damaged_source_leaves_nothing(tmp_path):
+    write(tmp_path / "in", "gptq")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{P}.scales"][0, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(QmixError, match=r"w2\.scales: holds NaN"):
+        export.run(tmp_path / "in", tmp_path / "out", "compressed-tensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_the_command(tmp_path):
+    write(tmp_path / "in", "gptq")
+    arguments = ["export", str(tmp_path / "in"), str(tmp_path / "out"), "--format"]
+    result = CliRunner().invoke(app, [*arguments, "compressed-tensors"])
+    assert result.exit_code == 0, result.output
+    assert "32 weights packed anew" in result.stderr
+    equal(tmp_path / "in", tmp_path / "out")
+    assert CliRunner().invoke(app, [*arguments, "awq"]).exit_code == 2

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmix.errors import UsageError
+from qmix.prompt import check_embedded, check_prompt, left_padded, or_none, positions
+
+ROWS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4)
+
+
+@given(ROWS)
+def test_padding_moves_left_and_the_rest_keeps_its_order(rows):
+    keep = torch.tensor(rows)
+    columns = torch.arange(keep.numel()).view(keep.shape)
+    moved, mask = left_padded(columns, keep)
+    for row, kept, found, seen in zip(columns, keep, moved, mask, strict=True):
+        assert seen.tolist() == sorted(seen.tolist())
+        assert found[seen].tolist() == row[kept].tolist()
+        assert sorted(found.tolist()) == row.tolist()
+
+
+def test_embeddings_move_with_their_padding():
+    embeds = torch.arange(6.0).view(1, 3, 2)
+    moved, mask = left_padded(embeds, torch.tensor([[True, False, True]]))
+    assert moved.tolist() == [[[2, 3], [0, 1], [4, 5]]]
+    assert mask.tolist() == [[False, True, True]]
+
+
+def test_positions_do_not_count_padding():
+    keep = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    assert positions(keep, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert positions(keep, 1).tolist() == [[1], [3]]
+    assert positions(None, 4) is None
+    assert or_none(torch.ones(1, 3, dtype=torch.bool), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        (None, "NoneType"),
+        (torch.zeros(3), "float32"),
+        (torch.zeros(1, 0, dtype=torch.long), "empty"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(ids, named):
+    with pytest.raises(UsageError, match=named):
+        check_prompt(ids, None)
+
+
+@pytest.mark.parametrize("embeds", [None, torch.zeros(2, 3), torch.zeros(1, 2, 3).long()])
+def test_what_is_no_embedding_is_refused(embeds):
+    with pytest.raises(UsageError, match="inputs_embeds"):
+        check_embedded(embeds, None)
+
+
+def test_masks_must_fit_and_keep_something():
+    embeds = torch.zeros(1, 2, 3)
+    for mask in (torch.ones(1, 3), torch.zeros(1, 2)):
+        with pytest.raises(UsageError, match="attention_mask"):
+            check_embedded(embeds, mask.bool())
