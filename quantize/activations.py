@@ -8,7 +8,9 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.errors import CheckpointError
@@ -74,12 +76,19 @@ class Activations:
         if self._data is not None:
             self._data[start : start + len(values)] = values
             return
-        data, done = values.numpy().view("u1").reshape(-1), 0
         with self._open("r+b") as descriptor:
-            while done < data.size:
-                done += os.pwrite(
-                    descriptor, data[done : done + _RUN].data, start * self._row + done
-                )
+            self._write(descriptor, values.numpy().view("u1").reshape(-1), start)
+
+    def add_rows(self, index: Tensor, values: Tensor) -> None:
+        """Add `values` [n, D], from any device, to the rows of an ascending index [n]."""
+        values = values.to("cpu", torch.float32)
+        if self._data is not None:
+            self._data.index_add_(0, index, values)
+            return
+        total = self.rows(index).add_(values).numpy().view("u1").reshape(len(index), -1)
+        with self._open("r+b") as descriptor:
+            for row, data in zip(index.tolist(), total, strict=True):
+                self._write(descriptor, data, row)
 
     def save(self, path: Path) -> None:
         """Put them on the disk under `path`, complete or not at all; a file moves there."""
@@ -122,6 +131,12 @@ class Activations:
             if got == 0:
                 raise CheckpointError("ends early", where=str(self.path))
             done += got
+
+    def _write(self, descriptor: int, data: NDArray[np.uint8], row: int) -> None:
+        done = 0
+        while done < data.size:
+            place = row * self._row + done
+            done += os.pwrite(descriptor, data[done : done + _RUN].data, place)
 
     def _open(self, mode: str) -> "_Descriptor":
         assert self.path is not None

@@ -25,7 +25,7 @@ from qmix.model import embedding
 from qmix.quantize import layerwise, output, pipeline, resume
 from qmix.quantize.activations import Activations
 from qmix.quantize.calibration import Calibration
-from qmix.quantize.layerwise import LayerQuantizer, Rounded
+from qmix.quantize.layerwise import LayerQuantizer, Rounded, Stream
 from qmix.quantize.pipeline import Item, Progress
 from qmix.quantize.report import Report, TensorResult
 from qmix.scheme import Recipe
@@ -41,7 +41,8 @@ class Options:
     Attributes:
         layer: of the rounding.
         device: where layers are computed.
-        activation_bytes: tokens that need more (twice T x D float32) are kept in files.
+        activation_bytes: tokens that need more (two arrays of T x D float32, five with correction)
+            are kept in files.
         shard_bytes: upper bound of an output file; a layer is one.
     """
 
@@ -92,10 +93,9 @@ def run(
         done = [[TensorResult.of(result) for result in layer] for layer in state.results]
         layers = checkpoint.config.num_hidden_layers
         work.tidy(folder, len(done))
-        hidden = work.enter(folder, len(done)) if len(done) < layers else None
+        tokens = work.enter(folder, len(done)) if len(done) < layers else {}
         for layer in range(len(done), layers):
-            assert hidden is not None
-            results, hidden = work.layer(folder, layer, hidden, progress)
+            results, tokens = work.layer(folder, layer, tokens, progress)
             done.append(results)
             stored = [[asdict(result) for result in results] for results in done]
             resume.State(settings, stored).write(folder)
@@ -114,7 +114,8 @@ def run(
             bytes_in=work.bytes_in,
             seconds=time.perf_counter() - begun,
         )
-        facts = {name: settings[name] for name in ("calibration", "rounding", "weighting")}
+        named = ("calibration", "rounding", "weighting", "correction")
+        facts = {name: settings[name] for name in named}
         pipeline.finish(folder, checkpoint, items, report, facts)
     return report
 
@@ -159,6 +160,7 @@ def _settings(
         },
         "rounding": asdict(options.layer.rounding),
         "weighting": options.layer.weighting,
+        "correction": options.layer.correct,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
@@ -180,35 +182,52 @@ class _Work:
         self.width = checkpoint.config.hidden_size
         self.layers = checkpoint.config.num_hidden_layers
         self.bytes_in = sum(checkpoint.entry(item.tensor.name).nbytes for item in items)
-        token_bytes = 4 * self.ids.numel() * self.width
-        self.in_memory = 2 * token_bytes <= options.activation_bytes
+        self.streams = ("tokens", "exact") if options.layer.correct else ("tokens",)
+        array_bytes = 4 * self.ids.numel() * self.width
+        token_bytes = array_bytes * (2 * len(self.streams) + len(self.streams) - 1)
+        self.in_memory = token_bytes <= options.activation_bytes
         self.bytes_out = sum(one.nbytes for item in items for one in item.planned)
-        self.bytes_needed = self.bytes_out + 2 * token_bytes
+        self.bytes_needed = self.bytes_out + token_bytes
 
-    def enter(self, folder: Path, done: int) -> Activations:
-        """The tokens before layer `done`."""
-        tokens = self.ids.numel()
-        path = folder / _tokens_name(done)
+    def enter(self, folder: Path, done: int) -> dict[str, Activations]:
+        """The tokens before layer `done`, by stream: rounded so far, and unrounded if corrected."""
+        count = self.ids.numel()
         if done:
-            return Activations.load(path, tokens, self.width, in_memory=self.in_memory)
-        path.unlink(missing_ok=True)
-        hidden = Activations(tokens, self.width, None if self.in_memory else path)
+            return {
+                stream: Activations.load(
+                    folder / _tokens_name(stream, done), count, self.width, in_memory=self.in_memory
+                )
+                for stream in self.streams
+            }
         table = self.checkpoint.read("model.embed_tokens.weight").float()
+        tokens = {stream: self._array(folder / _tokens_name(stream, 0)) for stream in self.streams}
         flat = self.ids.view(-1)
-        for start in range(0, tokens, _EMBEDDED_TOKENS):
-            hidden.write(start, embedding(flat[start : start + _EMBEDDED_TOKENS], table))
-        return hidden
+        for start in range(0, count, _EMBEDDED_TOKENS):
+            embedded = embedding(flat[start : start + _EMBEDDED_TOKENS], table)
+            for array in tokens.values():
+                array.write(start, embedded)
+        return tokens
+
+    def _array(self, path: Path) -> Activations:
+        path.unlink(missing_ok=True)
+        return Activations(self.ids.numel(), self.width, None if self.in_memory else path)
 
     def layer(
         self,
         folder: Path,
         layer: int,
-        hidden: Activations,
+        tokens: Mapping[str, Activations],
         progress: Callable[[Progress], None],
-    ) -> tuple[list[TensorResult], Activations]:
+    ) -> tuple[list[TensorResult], dict[str, Activations]]:
         """Round one layer and put its shard, and the tokens after it, on the disk."""
-        scratch = folder / f"{_tokens_name(layer + 1)}.writing"
-        after = Activations(hidden.tokens, self.width, None if self.in_memory else scratch)
+        places = {stream: folder / _tokens_name(stream, layer + 1) for stream in self.streams}
+        after = {
+            stream: self._array(path.with_name(f"{path.name}.writing"))
+            for stream, path in places.items()
+        }
+        streams = {name: Stream(tokens[name], after[name]) for name in self.streams}
+        scratch = folder / "sum.writing"
+        exact = (streams["exact"], self._array(scratch)) if "exact" in streams else None
         order = [item.tensor.name for item in self.items]
         sizes = [self.checkpoint.entry(name).nbytes for name in order]
 
@@ -219,8 +238,8 @@ class _Work:
         rounded = LayerQuantizer(
             self.checkpoint,
             layer,
-            hidden,
-            after,
+            streams["tokens"],
+            exact,
             seqlen=self.ids.shape[1],
             recipe=self.recipe,
             options=self.options.layer,
@@ -229,7 +248,9 @@ class _Work:
         ).run()
         mine = [item for item in self.items if item.tensor.layer == layer]
         results = self._write(folder, layer + 1, mine, iter(rounded))
-        after.save(folder / _tokens_name(layer + 1))
+        for stream, path in places.items():
+            after[stream].save(path)
+        scratch.unlink(missing_ok=True)
         return results, after
 
     def ends(self, folder: Path) -> tuple[list[TensorResult], list[TensorResult]]:
@@ -255,7 +276,7 @@ class _Work:
         kept = {shards.shard_name(index + 1, self.layers + 2) for index in range(done)}
         kept.add(output.STATE)
         if done < self.layers:
-            kept.add(_tokens_name(done))
+            kept |= {_tokens_name(stream, done) for stream in self.streams}
         for path in folder.iterdir():
             if path.name not in kept and not path.name.startswith("."):
                 path.unlink()
@@ -310,6 +331,6 @@ class _Work:
         )
 
 
-def _tokens_name(done: int) -> str:
-    """The file of the tokens as `done` layers left them."""
-    return f"tokens-{done:05d}.f32"
+def _tokens_name(stream: str, done: int) -> str:
+    """The file of a stream's tokens as `done` layers left them."""
+    return f"{stream}-{done:05d}.f32"

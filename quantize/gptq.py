@@ -21,6 +21,7 @@ from qmix.errors import CheckpointError
 from qmix.int4 import Int4
 from qmix.int8 import Int8
 from qmix.quantize import scales
+from qmix.quantize.moments import Moments
 from qmix.quantize.scales import Grid
 from qmix.scheme import Scheme
 
@@ -61,7 +62,8 @@ class Solution:
 
     Attributes:
         weight: on the CPU.
-        output_error: `|(W - Q) x| / |W x|` over the inputs that H is made of; None without any.
+        output_error: `|(W - Q) x| / |W x|` over the inputs that H is made of, W corrected if crossed;
+            None without any.
         damping: the share that H needed; None if H was given up.
         raised: how often that was raised tenfold.
         fallback: why H was given up and the weight rounded to nearest; None if it was not.
@@ -85,8 +87,7 @@ def damping_of(inputs: int, samples: float, least: float) -> float:
 
 def solve(
     weights: Tensor,
-    hessians: Tensor,
-    samples: Sequence[float],
+    moments: Sequence[Moments],
     scheme: Scheme,
     options: Options,
     *,
@@ -100,8 +101,8 @@ def solve(
 
     Args:
         weights: [B, N, K], any floating dtype, on the CPU or a GPU.
-        hessians: float32 [B, K, K], there too; overwritten.
-        samples: how many inputs each H is made of.
+        moments: of each one's inputs, there too; overwritten. Where they are crossed, W is replaced
+            by what reproduces the unrounded outputs best, `W C H^-1`, C the sum of `e x^T`.
         scheme: `int4` or `int8`; its group size divides K.
         where: file and tensor of each, for errors.
         parts: outputs of the matrices that are stacked in each weight; default: one, N.
@@ -112,21 +113,30 @@ def solve(
     Raises:
         CheckpointError: NaN or infinity, or a weight beyond the scales of float16.
     """
-    for name, weight, hessian in zip(where, weights, hessians, strict=True):
-        for what, tensor in (("weight", weight), ("sum over its inputs", hessian)):
+    for name, weight, moment in zip(where, weights, moments, strict=True):
+        for what, tensor in (("weight", weight), ("sum over its inputs", moment.hessian)):
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"NaN or infinity in the {what}", where=name)
     columns = weights.shape[2]
     size = columns if scheme.group_size == -1 else scheme.group_size
     assert columns % size == 0, (columns, size)
-    order = _order(hessians.diagonal(dim1=1, dim2=2), size, options.act_order)
-    lower = torch.empty_like(hessians)
+    order = torch.stack([_order(m.hessian.diagonal(), size, options.act_order) for m in moments])
+    lower = torch.empty(len(order), columns, columns, device=weights.device)
+    targets = torch.empty(len(order), columns, weights.shape[1], device=weights.device)
     factors = []
-    for index, count in enumerate(samples):
-        hessian, perm = hessians[index], order[index]
-        hessian.copy_(hessian[perm][:, perm])
-        factors.append(_factor(hessian, lower[index], count, options.damping))
-    run = _Run(weights, order, hessians, scheme, options)
+    for index, moment in enumerate(moments):
+        perm = order[index]
+        moment.hessian.copy_(moment.hessian[perm][:, perm])
+        factor = _factor(moment.hessian, lower[index], moment.samples, options.damping)
+        targets[index] = weights[index].T[perm]
+        if moment.cross is not None and not factor.fallback:
+            moment.cross.copy_(moment.cross[perm][:, perm])
+            moment.cross.diagonal().add_(factor.added)
+            torch.cholesky_solve(moment.cross.T @ targets[index], lower[index], out=targets[index])
+        factors.append(factor)
+    hessians = [moment.hessian for moment in moments]
+    stacked = hessians[0][None] if len(hessians) == 1 else torch.stack(hessians)
+    run = _Run(targets, order, stacked, scheme, options)
     run.greedy(lower)
     del lower  # 0.8 GB for w2
     for _ in range(options.refine):
@@ -144,19 +154,17 @@ def solve(
 
 
 def _order(diagonal: Tensor, size: int, act_order: bool) -> Tensor:
-    """int64 [B, K]: inputs as they are stored here; the last is rounded first.
+    """int64 [K]: inputs as they are stored here; the last is rounded first.
 
     Groups stay whole, so that the file needs no g_idx and a group's live weights are known when its
     turn comes. Ordering all inputs alike had a loss 0.6 % lower at g128, 3 % higher at g32.
     """
-    count, columns = diagonal.shape
     if not act_order:
-        return torch.arange(columns, device=diagonal.device).flip(0).expand(count, columns)
-    grouped = diagonal.view(count, -1, size)
-    groups = grouped.mean(2).argsort(dim=1, stable=True)
-    inner = grouped.argsort(dim=2, stable=True)
-    inner = inner.gather(1, groups[:, :, None].expand_as(inner))
-    return (groups[:, :, None] * size + inner).view(count, columns)
+        return torch.arange(len(diagonal), device=diagonal.device).flip(0)
+    grouped = diagonal.view(-1, size)
+    groups = grouped.mean(1).argsort(stable=True)
+    inner = grouped.argsort(dim=1, stable=True)[groups]
+    return (groups[:, None] * size + inner).view(-1)
 
 
 @dataclass(frozen=True)
@@ -195,22 +203,14 @@ class _Run:
     """The state of one solve: weights, errors and codes in processing order, grids by group."""
 
     def __init__(
-        self,
-        weights: Tensor,
-        order: Tensor,
-        hessians: Tensor,
-        scheme: Scheme,
-        options: Options,
+        self, weights: Tensor, order: Tensor, hessians: Tensor, scheme: Scheme, options: Options
     ) -> None:
-        count, rows, columns = weights.shape
-        self.scheme, self.options, self.order = scheme, options, order
+        self.weights, self.order, self.hessians = weights, order, hessians
+        self.scheme, self.options = scheme, options
+        columns = weights.shape[1]
         self.size = columns if scheme.group_size == -1 else scheme.group_size
-        self.hessians = hessians
-        self.weights = torch.empty(count, columns, rows, device=weights.device)
-        for target, weight, perm in zip(self.weights, weights, order, strict=True):
-            target.copy_(weight.T[perm])
-        self.errors = torch.zeros_like(self.weights)
-        self.codes = torch.zeros_like(self.weights, dtype=torch.int16)
+        self.errors = torch.zeros_like(weights)
+        self.codes = torch.zeros_like(weights, dtype=torch.int16)
         self.grids: dict[int, Grid] = {}  # by first input of the group
 
     def greedy(self, lower: Tensor) -> None:

@@ -1,9 +1,12 @@
 """One decoder layer, rounded by GPTQ for the inputs it really gets.
 
 In order: q, k and v; o; w1 and w3 of every expert; w2. Each sees what the rounded ones before it
-compute, and tokens are routed by what the rounded attention gives the router. Reads one matrix (or
-one expert's w1 and w3) at a time. Shape letters: T tokens, S window, D hidden width, F expert width,
-E experts, K inputs of a matrix. Knows nothing of files but by `read`.
+compute, and tokens are routed by what the rounded attention gives the router. Beside them runs the
+unrounded model on the same tokens: each matrix is fitted to *its* outputs (arXiv 2504.02692), so that
+a layer takes back part of the errors of those before it.
+
+One expert is in memory at a time. Shape letters: T tokens, S window, D hidden width, F expert width,
+E experts, K inputs of a matrix. Knows nothing of files but by the checkpoint's names.
 """
 
 import time
@@ -22,6 +25,7 @@ from qmix.kernels import Routes
 from qmix.layers import ACTIVATIONS, Attention, Linear, RMSNorm, SparseMoeBlock, Step
 from qmix.quantize import gptq, pipeline
 from qmix.quantize.activations import Activations
+from qmix.quantize.moments import Moments
 from qmix.scheme import Recipe, Scheme
 from qmix.weights import Dense, Weight
 
@@ -32,12 +36,16 @@ _BATCH_TOKENS = 4096  # tokens a pass
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Attributes:
-    weighting: what a token counts in an expert's H: 1, its routing weight or that squared.
-    rounding: of each matrix.
+    """How a layer is rounded.
+
+    Attributes:
+        weighting: what a token counts in an expert's H: 1, its routing weight or that squared.
+        correct: fit each matrix to the unrounded model's outputs; else to its own before rounding.
+        rounding: of each matrix.
     """
 
     weighting: Weighting = "score"
+    correct: bool = True
     rounding: gptq.Options = field(default_factory=gptq.Options)
 
 
@@ -59,12 +67,20 @@ class Rounded:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The tokens of one model around a layer: `before` [T, D] is kept, `after` [T, D] is written."""
+
+    before: Activations
+    after: Activations
+
+
 class LayerQuantizer:
     """Rounds layer `layer` and runs the calibration tokens through the result.
 
     Args:
-        hidden: the layer's input [T, D], rows of windows of `seqlen`; stays as it is.
-        output: [T, D]; holds the layer's output when `run` has ended.
+        rounded: the tokens of the model that is being rounded, in windows of `seqlen`.
+        exact: those of the unrounded model, with room [T, D] for a sum; None without correction.
         device: where all is computed, in float32.
         progress: called with each tensor that is about to be rounded.
     """
@@ -73,8 +89,8 @@ class LayerQuantizer:
         self,
         checkpoint: Checkpoint,
         layer: int,
-        hidden: Activations,
-        output: Activations,
+        rounded: Stream,
+        exact: tuple[Stream, Activations] | None,
         *,
         seqlen: int,
         recipe: Recipe,
@@ -82,9 +98,13 @@ class LayerQuantizer:
         device: torch.device,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
+        assert options.correct == (exact is not None)
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self._layer, self._base = layer, f"model.layers.{layer}"
-        self._hidden, self._output, self._seqlen = hidden, output, seqlen
+        self._rounded, self._seqlen = rounded, seqlen
+        self._exact: Stream | None
+        self._sum: Activations | None
+        self._exact, self._sum = exact if exact is not None else (None, None)
         self._recipe, self._options, self._device = recipe, options, device
         self._progress = progress
         self._tensors = {t.name: t for t in names.layer_tensors(self._config, layer)}
@@ -98,142 +118,207 @@ class LayerQuantizer:
             CheckpointError: a weight or an activation is not finite.
         """
         self._round_attention()
-        routes = self._route()
-        self._round_experts(routes)
+        routes = self._route(self._rounded.after)
+        exact_routes = self._route(self._exact.after) if self._exact else None
+        count = self._config.num_local_experts
+        for experts in _batched(range(count), self._experts_at_once()):
+            self._round_experts(experts, routes, exact_routes)
         self._finish()
         return tuple(self._done[name] for name in self._tensors)
 
     def _round_attention(self) -> None:
-        """q, k, v, then o; leaves the input plus the attention's part in `output`."""
+        """q, k, v, then o; leaves the input plus the attention's part in `after`."""
         norm, step = self._norm("input_layernorm"), self._step()
+        names = [f"{self._base}.self_attn.{part}_proj.weight" for part in "qkvo"]
         with torch.device("meta"):
-            attention = Attention(self._config, self._layer)
-        names = [f"{self._base}.self_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj")]
-        hessian = _Hessian(self._config.hidden_size, self._device)
-        for _, x in self._windows(self._hidden):
-            hessian.add(norm(x))
-        self._round(names, hessian)
-        for name in names:
+            attention, exact = (Attention(self._config, self._layer) for _ in range(2))
+        for name in names if self._exact else names[3:]:
+            linear = exact.get_submodule(name.split(".")[-2])
+            assert isinstance(linear, Linear)
+            linear.store(self._unrounded(name))
+        moments = self._moments(self._config.hidden_size)
+        for _, x, e in self._windows():
+            moments.add(norm(x), exact=None if e is None else norm(e))
+        self._round([(names[:3], moments)])
+        for name in names[:3]:
             self._store(attention.get_submodule(name.split(".")[-2]), name)
 
-        name = f"{self._base}.self_attn.o_proj.weight"
-        attention.o_proj.store(Dense(self._dense(name).to(self._device).float()))
-        hessian = _Hessian(attention.o_proj.in_features, self._device)
-        hook = attention.o_proj.register_forward_pre_hook(lambda _, args: hessian.add(args[0]))
-        for _, x in self._windows(self._hidden):
+        attention.o_proj.store(exact.o_proj.stored)
+        moments = self._moments(attention.o_proj.in_features)
+        seen: list[Tensor] = []
+        hooks = [
+            module.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            for module in (attention, exact)
+        ]
+        for start, x, e in self._windows():
             attention(norm(x), step)
-        hook.remove()
-        self._round([name], hessian)
-        self._store(attention.o_proj, name)
-        for start, x in self._windows(self._hidden):
-            self._output.write(start, (x + attention(norm(x), step)).flatten(0, 1))
+            if e is not None:
+                assert self._exact is not None
+                self._exact.after.write(start, (e + exact(norm(e), step)).flatten(0, 1))
+            moments.add(seen[0], exact=seen[1] if e is not None else None)
+            seen.clear()
+        for hook in hooks:
+            hook.remove()
+        self._round([(names[3:], moments)])
+        self._store(attention.o_proj, names[3])
+        for start, x, _ in self._windows():
+            self._rounded.after.write(start, (x + attention(norm(x), step)).flatten(0, 1))
 
-    def _route(self) -> Routes:
-        """What every token's rounded attention makes the router choose, on the CPU."""
+    def _route(self, tokens: Activations) -> Routes:
+        """What the router chooses for each, on the CPU."""
         norm, gate = self._norm("post_attention_layernorm"), self._gate()
         routes = [
-            kernels.route(gate(norm(x).flatten(0, 1)), self._config.num_experts_per_tok)
-            for _, x in self._windows(self._output)
+            kernels.route(gate(norm(x)), self._config.num_experts_per_tok)
+            for _, x in self._batches(tokens)
         ]
         return Routes(
             torch.cat([part.ids.cpu() for part in routes]),
             torch.cat([part.weights.cpu() for part in routes]),
         )
 
-    def _round_experts(self, routes: Routes) -> None:
-        for expert in range(self._config.num_local_experts):
-            token, slot = torch.where(routes.ids == expert)
-            self._round_expert(expert, token, routes.weights[token, slot])
+    def _round_experts(
+        self, experts: Sequence[int], routes: Routes, exact_routes: Routes | None
+    ) -> None:
+        """w1 and w3 of each from the same inputs, then w2 from what the two make of them."""
+        jobs = []
+        for expert in experts:
+            moments = self._moments(self._config.hidden_size)
+            for x, e, share in self._chosen(expert, routes):
+                moments.add(x, share, exact=e)
+            jobs.append(([self._expert(expert, "w1"), self._expert(expert, "w3")], moments))
+        self._round(jobs)
+        jobs = []
+        for expert in experts:
+            names = [self._expert(expert, part) for part in ("w1", "w3")]
+            exact: Callable[[Tensor], Tensor] | None = None
+            if exact_routes is not None:
+                exact = self._swiglu(*(self._unrounded(name) for name in names))
+                self._add_exact(expert, exact, exact_routes)
+            inner = self._swiglu(*(self._done[n].weight.to(self._device) for n in names))
+            moments = self._moments(self._config.intermediate_size)
+            for x, e, share in self._chosen(expert, routes):
+                moments.add(inner(x), share, exact=exact(e) if exact and e is not None else None)
+            jobs.append(([self._expert(expert, "w2")], moments))
+            del exact, inner  # 0.7 GB
+        self._round(jobs)
 
-    def _round_expert(self, expert: int, tokens: Tensor, scores: Tensor) -> None:
-        """w1 and w3 from one H, then w2 from what the two make of the tokens."""
-        base = f"{self._base}.block_sparse_moe.experts.{expert}"
-        gate, down, up = (f"{base}.{part}.weight" for part in ("w1", "w2", "w3"))
-        norm, act = self._norm("post_attention_layernorm"), ACTIVATIONS[self._config.hidden_act]
-        counted = {"none": torch.ones_like(scores), "score": scores, "square": scores.square()}
-        importance = counted[self._options.weighting]
-        hessian = _Hessian(self._config.hidden_size, self._device)
-        for x, share in self._chosen(tokens, importance):
-            hessian.add(norm(x), share)
-        self._round([gate, up], hessian)
+    def _experts_at_once(self) -> int:
+        """How many are rounded together: all whose moments and weights fit a GPU; one on the CPU."""
+        if self._device.type != "cuda":
+            return 1
+        hidden, inner = self._config.hidden_size, self._config.intermediate_size
+        matrices = max(
+            3 * hidden * hidden + 8 * inner * hidden, 3 * inner * inner + 4 * inner * hidden
+        )
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return max(1, min(self._config.num_local_experts, int(0.8 * free / (4 * matrices))))
 
-        hessian = _Hessian(self._config.intermediate_size, self._device)
-        w1, w3 = (self._done[name].weight.to(self._device) for name in (gate, up))
-        for x, share in self._chosen(tokens, importance):
-            x = norm(x)
-            hessian.add(act(kernels.linear(x, w1)) * kernels.linear(x, w3), share)
-        self._round([down], hessian)
+    def _add_exact(self, expert: int, inner: Callable[[Tensor], Tensor], routes: Routes) -> None:
+        """Add what the unrounded expert makes of its own tokens to their sum."""
+        assert self._exact is not None
+        assert self._sum is not None
+        down = self._unrounded(self._expert(expert, "w2"))
+        norm = self._norm("post_attention_layernorm")
+        token, slot = torch.where(routes.ids == expert)
+        for index, score in _pieces(token, routes.weights[token, slot]):
+            x = norm(self._exact.after.rows(index).to(self._device))
+            y = kernels.linear(inner(x), down) * score.to(self._device)[:, None]
+            self._sum.add_rows(index, y)
 
     def _finish(self) -> None:
-        """Add what the rounded experts make of `output` to it."""
+        """Complete `after` of both models by what the experts make of it."""
         norm = self._norm("post_attention_layernorm")
         with torch.device("meta"):
             moe = SparseMoeBlock(self._config)
         moe.gate = self._gate()
         for expert in range(self._config.num_local_experts):
             for part in ("w1", "w2", "w3"):
-                place = f"block_sparse_moe.experts.{expert}.{part}"
-                linear = moe.get_submodule(place.removeprefix("block_sparse_moe."))
-                self._store(linear, f"{self._base}.{place}.weight")
+                name = self._expert(expert, part)
+                self._store(moe.get_submodule(f"experts.{expert}.{part}"), name)
         moe.eval()
-        for start, x in self._windows(self._output):
-            y, _ = moe(norm(x))
-            x = x + y
-            if not bool(torch.isfinite(x).all()):
-                raise CheckpointError(
-                    f"the activations after layer {self._layer} are not finite",
-                    where=str(self._checkpoint.shards.directory),
-                    remedy="The checkpoint is damaged.",
-                )
-            self._output.write(start, x.flatten(0, 1))
+        for start, x in self._batches(self._rounded.after):
+            y, _ = moe(norm(x)[None])
+            self._write(self._rounded.after, start, x + y[0])
+        if self._exact is not None:
+            assert self._sum is not None
+            for start, x in self._batches(self._exact.after):
+                y = self._sum.read(start, start + len(x)).to(self._device)
+                self._write(self._exact.after, start, x + y)
 
-    def _round(self, names: Sequence[str], hessian: "_Hessian") -> None:
-        """Round matrices with the same inputs; those of one scheme are stacked."""
-        schemes: dict[Scheme, list[str]] = {}
-        for name in names:
-            schemes.setdefault(self._recipe.scheme_of(name), []).append(name)
-        for scheme, members in schemes.items():
-            begun = time.perf_counter()
-            if scheme.kind == "dense":
-                for name in members:
-                    self._keep(name)
-                continue
-            self._progress(members[0])
-            weights = [self._dense(name) for name in members]
-            (solutions,) = gptq.solve(
-                torch.cat(weights).to(self._device)[None],
-                hessian.sum[None].clone() if len(schemes) > 1 else hessian.sum[None],
-                [hessian.samples],
-                scheme,
-                self._options.rounding,
-                where=[f"{self._where(members[0])}"],
-                parts=[len(weight) for weight in weights],
+    def _write(self, target: Activations, start: int, values: Tensor) -> None:
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(
+                f"the activations after layer {self._layer} are not finite",
+                where=str(self._checkpoint.shards.directory),
+                remedy="The checkpoint is damaged.",
             )
-            seconds = (time.perf_counter() - begun) / len(members)
-            for name, solution in zip(members, solutions, strict=True):
+        target.write(start, values)
+
+    def _round(self, jobs: Sequence[tuple[Sequence[str], Moments]]) -> None:
+        """Round matrices, each job's from the same inputs; those of one scheme are stacked."""
+        batches: dict[tuple[Scheme, int], list[tuple[list[str], Moments]]] = {}
+        for matrices, moments in jobs:
+            schemes: dict[Scheme, list[str]] = {}
+            for name in matrices:
+                schemes.setdefault(self._recipe.scheme_of(name), []).append(name)
+            for index, (scheme, members) in enumerate(schemes.items()):
+                own = moments if index == 0 else moments.copy()
+                batches.setdefault((scheme, len(members)), []).append((members, own))
+        for (scheme, _), batch in batches.items():
+            if scheme.kind == "dense":
+                for members, _ in batch:
+                    for name in members:
+                        self._keep(name)
+            else:
+                self._solve(scheme, batch)
+
+    def _solve(self, scheme: Scheme, batch: Sequence[tuple[Sequence[str], Moments]]) -> None:
+        begun = time.perf_counter()
+        first = [self._tensors[name] for name in batch[0][0]]
+        self._progress(first[0].name)
+        stacked = [torch.cat([self._read(name) for name in members]) for members, _ in batch]
+        solutions = gptq.solve(
+            torch.stack([weight.to(self._device) for weight in stacked]),
+            [moments for _, moments in batch],
+            scheme,
+            self._options.rounding,
+            where=[f"{self._checkpoint.entry(names[0]).file}: {names[0]}" for names, _ in batch],
+            parts=[tensor.shape[0] for tensor in first],
+        )
+        seconds = (time.perf_counter() - begun) / (len(batch) * len(first))
+        for (members, moments), parts in zip(batch, solutions, strict=True):
+            for name, solution in zip(members, parts, strict=True):
                 self._done[name] = Rounded(
                     tensor=self._tensors[name],
                     weight=solution.weight,
-                    tokens=hessian.tokens,
+                    tokens=moments.tokens,
                     solution=solution,
                     seconds=seconds,
                 )
 
-    def _keep(self, name: str) -> None:
-        self._done[name] = Rounded(tensor=self._tensors[name], weight=Dense(self._dense(name)))
+    def _expert(self, expert: int, part: str) -> str:
+        return f"{self._base}.block_sparse_moe.experts.{expert}.{part}.weight"
 
-    def _dense(self, name: str) -> Tensor:
+    def _moments(self, width: int) -> Moments:
+        return Moments(width, self._device, crossed=self._options.correct)
+
+    def _read(self, name: str) -> Tensor:
         return pipeline.read(self._checkpoint, self._tensors[name])
 
-    def _where(self, name: str) -> str:
-        return f"{self._checkpoint.entry(name).file}: {name}"
+    def _unrounded(self, name: str) -> Dense:
+        return Dense(self._read(name).to(self._device).float())
+
+    def _keep(self, name: str) -> None:
+        self._done[name] = Rounded(tensor=self._tensors[name], weight=Dense(self._read(name)))
 
     def _store(self, linear: nn.Module, name: str) -> None:
         assert isinstance(linear, Linear)
         weight = self._done[name].weight.to(self._device)
-        if isinstance(weight, Dense):
-            weight = Dense(weight.data.float())
-        linear.store(weight)
+        linear.store(Dense(weight.data.float()) if isinstance(weight, Dense) else weight)
+
+    def _swiglu(self, gate: Weight, up: Weight) -> Callable[[Tensor], Tensor]:
+        act = ACTIVATIONS[self._config.hidden_act]
+        return lambda x: act(kernels.linear(x, gate)) * kernels.linear(x, up)
 
     def _norm(self, part: str) -> RMSNorm:
         name = f"{self._base}.{part}.weight"
@@ -260,43 +345,42 @@ class LayerQuantizer:
         cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.float32)
         return Step(cos=cos, sin=sin, keep=None, cache=None)
 
-    def _windows(self, source: Activations) -> Iterator[tuple[int, Tensor]]:
-        """(first row, [windows, S, D]) of all tokens in turn."""
+    def _batches(self, tokens: Activations) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows [n, D]) of whole windows in turn."""
         step = max(1, _BATCH_TOKENS // self._seqlen) * self._seqlen
-        for start in range(0, source.tokens, step):
-            x = source.read(start, min(start + step, source.tokens))
-            yield start, x.to(self._device).view(-1, self._seqlen, source.width)
+        for start in range(0, tokens.tokens, step):
+            rows = tokens.read(start, min(start + step, tokens.tokens))
+            yield start, rows.to(self._device)
 
-    def _chosen(self, tokens: Tensor, importance: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows [n, D] of `output` at ascending `tokens`, with what each of them counts [n]."""
-        for start in range(0, len(tokens), _BATCH_TOKENS):
-            batch = slice(start, start + _BATCH_TOKENS)
-            x = self._output.rows(tokens[batch]).to(self._device)
-            yield x, importance[batch].to(self._device)
+    def _windows(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(first row, [windows, S, D] before the layer in this model and in the unrounded one)."""
+        shape = (-1, self._seqlen, self._config.hidden_size)
+        for start, x in self._batches(self._rounded.before):
+            other = None
+            if self._exact is not None:
+                other = self._exact.before.read(start, start + len(x)).to(self._device).view(shape)
+            yield start, x.view(shape), other
+
+    def _chosen(
+        self, expert: int, routes: Routes
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """What the expert gets [n, D], what the unrounded model has there, and what each counts."""
+        norm = self._norm("post_attention_layernorm")
+        token, slot = torch.where(routes.ids == expert)
+        score = routes.weights[token, slot]
+        shares = {"none": torch.ones_like(score), "score": score, "square": score.square()}
+        for index, share in _pieces(token, shares[self._options.weighting]):
+            x = norm(self._rounded.after.rows(index).to(self._device))
+            exact = None
+            if self._exact is not None:
+                exact = norm(self._exact.after.rows(index).to(self._device))
+            yield x, exact, share.to(self._device)
 
 
-class _Hessian:
-    """The sum of `share * x x^T` over inputs [..., K]."""
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    for start in range(0, len(tensors[0]), _BATCH_TOKENS):
+        yield tuple(tensor[start : start + _BATCH_TOKENS] for tensor in tensors)
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.sum = torch.zeros(width, width, device=device)
-        self.tokens = 0
-        self._shares = self._squares = 0.0
 
-    def add(self, inputs: Tensor, shares: Tensor | None = None) -> None:
-        """`shares` [n]: what each input counts; None counts every one as 1."""
-        flat = inputs.reshape(-1, self.sum.shape[0])
-        self.tokens += len(flat)
-        if shares is None:
-            self._shares += len(flat)
-            self._squares += len(flat)
-        else:
-            self._shares += float(shares.sum())
-            self._squares += float(shares.square().sum())
-            flat = flat * shares.sqrt()[:, None]
-        self.sum.addmm_(flat.T, flat)
-
-    @property
-    def samples(self) -> float:
-        """How many inputs of equal shares tell as much (Kish's effective sample size)."""
-        return self._shares**2 / self._squares if self._squares else 0.0
+def _batched(numbers: range, size: int) -> Iterator[range]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
