@@ -361,6 +361,38 @@ def verify(directory: Directory) -> None:
 
 
 @app.command()
+def bench(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt lengths.")] = "512",
+    new: Annotated[str, typer.Option("-n", "--n-gen", help="Numbers of new tokens.")] = "128",
+    depth: Annotated[
+        str, typer.Option("-d", "--n-depth", help="Tokens in the cache before.")
+    ] = "0",
+    batch: Annotated[str, typer.Option("-b", "--batch", help="Rows at once.")] = "1",
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", min=1, help="Timed runs of each test.")
+    ] = 5,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Tokens a second, beside the bound that memory sets, in llama-bench's grammar.
+
+    Example: qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8
+    """
+    from qmix import MixtralForCausalLM
+    from qmix.evals import bench as benchmark
+
+    tests = benchmark.tests_of(prompt, new, depth, batch)
+    model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+    with terminal.progress() as show:
+        report = benchmark.run(
+            model, tests, name=directory.resolve().name, repetitions=repetitions, progress=show
+        )
+    sys.stdout.write(json.dumps(report.to_dict()) + "\n" if as_json else report.markdown())
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path | None,

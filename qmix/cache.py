@@ -168,6 +168,17 @@ class KVCache:
             self._unrolled(self._values[layer], self.length),
         )
 
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The tensors [B, G, slots, d] behind one layer: column c lies in slot c mod slots."""
+        return self._keys[layer], self._values[layer]
+
+    def reserve(self, positions: int) -> None:
+        """Have room for so many positions, or for the window, without growing on the way."""
+        for kept in (self._keys, self._values):
+            for layer, old in enumerate(kept):
+                if self._capped(positions) > old.shape[2]:
+                    kept[layer] = self._grown(old, positions)
+
     def reachable(self, length: int) -> int:
         """The longest prefix of at most `length` positions that `rewind` can go back to.
 

@@ -15,6 +15,7 @@ from qmix import generate as generation
 from qmix.cache import Cache, KVCache
 from qmix.classifier import MixtralForSequenceClassification
 from qmix.config import MixtralConfig
+from qmix.decoding import Decodings
 from qmix.errors import UsageError
 from qmix.generation_config import GenerationConfig
 from qmix.layers import Linear, initialise
@@ -46,6 +47,7 @@ class MixtralForCausalLM(PreTrainedModel):
         initialise(self.lm_head, config)
         self.generation_config = GenerationConfig.of(config)
         self.tokenizer: LlamaTokenizer | None = None
+        self.decodings = Decodings()
         self.tie_weights()
 
     def adopt(self, directory: Path) -> None:
@@ -134,7 +136,16 @@ class MixtralForCausalLM(PreTrainedModel):
         positions: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Append (B, S) ids, or embeddings, to the cache; float32 logits of the last position (B, V)."""
+        """Append (B, S) ids, or embeddings, to the cache; float32 logits of the last position (B, V).
+
+        keep: bool (B, L + S), False at padding, all of it on the left.
+        """
+        if input_ids is not None and input_ids.shape[1] == 1 and isinstance(cache, KVCache):
+            step = self.decodings.of(self.model, self.lm_head, cache, keep)
+            if step is not None:
+                following = step.step(input_ids).clone()
+                cache.advance(1)
+                return following
         x = inputs_embeds
         if x is None:
             assert input_ids is not None

@@ -4,7 +4,7 @@ Shape letters: B batch, S new positions, D hidden width, H heads, G key-value he
 T = B * S tokens, E experts. Knows no bits, no files, no tiers: products go through qmix.kernels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from qmix import kernels
 from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.kernels import Expert
+from qmix.kernels import Expert, Packed, PackedExperts
 from qmix.kernels.attention import Implementation, Sight, weighted
 from qmix.weights import Dense, Weight
 
@@ -141,13 +141,35 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.joined: Packed | None = None  # q, k and v as one matrix
+
+    def store_joined(self, whole: Packed, parts: Sequence[Packed]) -> None:
+        """Replace q, k and v by one matrix and its parts."""
+        for module, part in zip((self.q_proj, self.k_proj, self.v_proj), parts, strict=True):
+            module.store(part)
+        self.joined = whole
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not isinstance(self.q_proj.stored, Packed):
+            self.joined = None  # moved: three standard weights again
+        return self
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) -> queries (B, S, H * d), keys and values (B, S, G * d)."""
+        if self.joined is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        widths = [part.out_features for part in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = kernels.linear(x, self.joined).split_with_sizes(widths, -1)
+        return q, k, v
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         batch, new, _ = x.shape
-        q = self.q_proj(x).view(batch, new, self.num_heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = self._projected(x)
+        q = q.view(batch, new, self.num_heads, self.head_dim).transpose(1, 2)
+        k = k.view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = v.view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q = kernels.apply_rotary(q, step.cos, step.sin)
         k = kernels.apply_rotary(k, step.cos, step.sin)
         if step.cache is not None:
@@ -196,6 +218,23 @@ class SparseMoeBlock(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
+        self._packed: PackedExperts | None = None
+
+    @property
+    def stored(self) -> Sequence[Expert]:
+        """The experts' weights, as a whole if they lie in packed order."""
+        if self._packed is not None:
+            return self._packed
+        return [expert.stored for expert in self.experts if isinstance(expert, SwiGLU)]
+
+    def store(self, experts: PackedExperts) -> None:
+        """Replace the experts' weights."""
+        for module, expert in zip(self.experts, experts, strict=True):
+            assert isinstance(module, SwiGLU)
+            module.w1.store(expert.w1)
+            module.w2.store(expert.w2)
+            module.w3.store(expert.w3)
+        self._packed = experts
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
@@ -204,8 +243,18 @@ class SparseMoeBlock(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         logits: Tensor = self.gate(tokens)
         routes = kernels.route(logits, self.num_experts_per_tok)
-        weights = [expert.stored for expert in self.experts if isinstance(expert, SwiGLU)]
-        return kernels.experts(tokens, routes, weights, self.act).view_as(x), logits
+        return kernels.experts(tokens, routes, self.stored, self.act).view_as(x), logits
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoeBlock":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._packed is not None and self._packed[0].w1 is not self._first().w1.stored:
+            self._packed = None  # moved: its experts are standard weights again
+        return self
+
+    def _first(self) -> SwiGLU:
+        first = self.experts[0]
+        assert isinstance(first, SwiGLU)
+        return first
 
 
 class DecoderLayer(nn.Module):

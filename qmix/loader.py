@@ -1,5 +1,7 @@
 """Checkpoint -> module, module -> checkpoint. Knows modules by their names, not by their classes."""
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,9 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ResourceError, UsageError
 from qmix.formats import Checkpoint, names, open_checkpoint, packing, shards
 from qmix.formats.names import ModelTensor
+from qmix.kernels import Packed
 from qmix.layers import Linear
+from qmix.placement import Placement
 from qmix.scheme import DENSE
 from qmix.weights import Dense, Weight
 
@@ -42,7 +46,11 @@ def load(
     modules = dict(model.named_modules())
     if "model.embed_tokens" not in modules:  # a model without its head has no "model." before names
         modules = {f"model.{name}": module for name, module in modules.items()}
-    fill(modules, checkpoint, dtype or checkpoint.dtype, target)
+    placement = Placement()
+    pack = placement.pack if target.type == "cuda" else None
+    fill(modules, checkpoint, dtype or checkpoint.dtype, target, pack)
+    if not placement.complete:
+        warnings.warn(f"slower than it could be: {placement}", stacklevel=2)
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
@@ -65,8 +73,14 @@ def fill(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Give every module that is there its weight, by the checkpoint's canonical names."""
+    """Give every module that is there its weight, by the checkpoint's canonical names.
+
+    Args:
+        finish: called with each decoder layer that is complete, before the next one is read.
+    """
+    missing = Counter(tensor.layer for tensor in checkpoint.tensors)
     for tensor in checkpoint.tensors:
         module = modules.get(tensor.prefix)
         if isinstance(module, Linear):
@@ -74,6 +88,9 @@ def fill(
         elif module is not None:
             data = checkpoint.read(tensor.name).to(device=device, dtype=dtype)
             module.weight = nn.Parameter(data)
+        missing[tensor.layer] -= 1
+        if finish is not None and tensor.layer is not None and not missing[tensor.layer]:
+            finish(modules[f"model.layers.{tensor.layer}"])
 
 
 def save(
@@ -85,7 +102,7 @@ def save(
     """Write config.json and sharded safetensors, each weight as it is stored (qmix.formats.packing).
 
     Whatever layout integers came from they are written as GPTQ: version 2 if a zero is 0, their
-    inputs' groups as they were. The codes and scales do not change.
+    inputs' groups as they were. The codes and scales do not change, in packed order or not.
 
     Raises:
         UsageError: the directory holds weights already.
@@ -101,7 +118,7 @@ def save(
             found=", ".join(taken[:3]),
         )
     stored = dict(_stored(model, config))
-    weights = {module: own for module, own in stored.items() if not isinstance(own, Tensor)}
+    weights = {m: _described(own) for m, own in stored.items() if not isinstance(own, Tensor)}
     dtype = next(model.parameters()).dtype
     version = packing.version_of(weights.values())
     quantization = packing.quantization_config(
@@ -115,7 +132,7 @@ def save(
     packed = (
         {f"{module}.weight": own}
         if isinstance(own, Tensor)
-        else packing.pack(own, module, version=version)
+        else packing.pack(_standard(own), module, version=version)
         for module, own in stored.items()
     )
     shards.write_shards(folder, plan, packed, max_shard_bytes)
@@ -133,6 +150,17 @@ def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weig
                 yield name, module.stored
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             yield name, module.weight.data
+
+
+def _standard(weight: Weight) -> Weight:
+    return weight.standard() if isinstance(weight, Packed) else weight
+
+
+def _described(weight: Weight) -> Weight:
+    """What says how a weight is stored: itself; in packed order all but its codes."""
+    if isinstance(weight, Packed):
+        return weight.kept or weight.standard()
+    return weight
 
 
 def _planned(module: str, stored: Weight | Tensor) -> list[shards.Planned]:

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from qmix import loader
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.formats import open_checkpoint
 from qmix.integers import GROUP_SIZES
-from qmix.quantize import calibrated, calibration, pipeline
+from qmix.quantize import allocation, calibrated, calibration, pipeline
+from qmix.quantize.calibration import Calibration
 from qmix.quantize.pipeline import Progress
 from qmix.quantize.report import Report
 from qmix.scheme import Recipe, Scheme
@@ -18,6 +22,7 @@ from qmix.tokenizer import LlamaTokenizer
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 
 _SEQLEN = 2048
+_BITS = 4.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +124,10 @@ def run(
         )
     tokenizer = LlamaTokenizer.from_pretrained(source)
     windows = calibration.cut(text, tokenizer.encode, samples=request.samples, seqlen=seqlen)
-    options = calibrated.Options(
-        device=loader.target_device(request.device), shard_bytes=request.shard_bytes
-    )
+    device = loader.target_device(request.device)
+    if request.method == "auto":
+        recipe = _chosen(source, windows, request, device, progress)
+    options = calibrated.Options(device=device, shard_bytes=request.shard_bytes)
     return calibrated.run(
         source,
         out,
@@ -134,3 +140,20 @@ def run(
         interrupted=interrupted,
         progress=progress,
     )
+
+
+def _chosen(
+    source: Path,
+    windows: Calibration,
+    request: Request,
+    device: torch.device,
+    progress: Callable[[Progress], None],
+) -> Recipe:
+    bits = request.bits or _BITS
+    allocation.check(bits)
+    checkpoint = open_checkpoint(source)
+    pipeline.plan(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))
+    measured = allocation.Sensitivity(
+        checkpoint, windows.ids, attention=request.attention, device=device
+    ).units(lambda done, total: progress(Progress(done, total, f"measuring layer {done + 1}")))
+    return allocation.recipe(measured, bits)

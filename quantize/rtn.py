@@ -15,10 +15,13 @@ from qmix.scheme import Scheme
 _SLAB = 1 << 22  # weights rounded at a time: 16 MiB of float32
 
 
-def quantize(weight: Tensor, scheme: Scheme, *, where: str = "weight") -> Int4 | Int8:
+def quantize(
+    weight: Tensor, scheme: Scheme, *, search: bool = False, where: str = "weight"
+) -> Int4 | Int8:
     """Round each weight to the nearest code; the largest of a group lies half a step beyond the last.
 
     Args:
+        search: choose each group's scale for the least squared error instead.
         weight: [N, K], any floating dtype.
         scheme: `int4` or `int8`; its group size divides K.
         where: file and tensor, for errors.
@@ -42,6 +45,8 @@ def quantize(weight: Tensor, scheme: Scheme, *, where: str = "weight") -> Int4 |
             )
         groups = slab.view(len(slab), -1, size).permute(1, 2, 0)  # [G, g, n]
         grid = scales.plain(groups, scheme)
+        if search:
+            grid = scales.search(groups, torch.ones(1, device=groups.device), scheme)
         if not bool(torch.isfinite(grid.scale).all()):
             raise CheckpointError(
                 "weights too large for float16 scales", where=where, expected="scales below 65504"

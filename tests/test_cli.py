@@ -33,7 +33,7 @@ def qmix(*arguments, stdin=None, **options):
 def test_help_lists_the_commands_and_answers_fast():
     result = qmix("--help")
     assert result.returncode == 0
-    for command in ("quantize", "generate", "chat", "eval", "inspect", "verify", "demo"):
+    for command in ("quantize", "generate", "chat", "eval", "bench", "inspect", "verify", "demo"):
         assert command in result.stdout
     seconds = []
     for _ in range(3):
@@ -44,7 +44,7 @@ def test_help_lists_the_commands_and_answers_fast():
 
 
 @pytest.mark.parametrize(
-    "command", ["quantize", "generate", "chat", "eval", "inspect", "verify", "demo"]
+    "command", ["quantize", "generate", "chat", "eval", "bench", "inspect", "verify", "demo"]
 )
 def test_every_command_has_help(command):
     result = qmix(command, "--help")

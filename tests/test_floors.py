@@ -41,6 +41,8 @@ FLOORS = {
     "qmix.generation_config": 6,
     "qmix.choice": 6,
     "qmix.generate": 6,
+    "qmix.placement": 6,
+    "qmix.decoding": 6,
     "qmix.loader": 6,
     "qmix.pretrained": 7,
     "qmix.mixtral": 7,
@@ -65,7 +67,12 @@ HOMES = {
     "typer": {"qmix.cli"},
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
-    "triton": {"qmix.kernels.gpu.programs", "qmix.evals.aot"},
+    "triton": {
+        "qmix.kernels.gpu.programs",
+        "qmix.kernels.gpu.attention_programs",
+        "qmix.kernels.gpu.pointwise_programs",
+        "qmix.evals.machine_code",
+    },
     "numpy": {"qmix.weights", "qmix.integers", "qmix.int4", "qmix.int8", "qmix.quantize.nf4"},
 }
 TORCHLESS = {"qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.scheme", "qmix.chat"}

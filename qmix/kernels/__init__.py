@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError, UsageError
 from qmix.fp4 import FP4
@@ -18,16 +20,21 @@ from qmix.int8 import Int8
 from qmix.kernels import dense, int4, nf4, reference
 from qmix.kernels.attention import attend, visible
 from qmix.kernels.experts import Expert, Routes, routed
+from qmix.kernels.gpu import packed
+from qmix.kernels.gpu.packed import Packed, PackedExperts
 from qmix.kernels.pointwise import apply_rotary, rms_norm, rotary, route
 from qmix.weights import NF4, Dense, Weight
 
 __all__ = [
     "Expert",
+    "Packed",
+    "PackedExperts",
     "Routes",
     "apply_rotary",
     "attend",
     "experts",
     "linear",
+    "overridden",
     "override",
     "rms_norm",
     "rotary",
@@ -50,6 +57,7 @@ _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Int4, "cuda"): int4.linear,
     (Int8, "cpu"): int4.linear,
     (Int8, "cuda"): int4.linear,
+    (Packed, "cuda"): packed.linear,
 }
 
 _choice: ContextVar[Choice | None] = ContextVar("kernel override", default=None)
@@ -65,6 +73,11 @@ def override(choice: Choice) -> Iterator[None]:
         yield
     finally:
         _choice.reset(token)
+
+
+def overridden() -> bool:
+    """Whether products take another row than their device's."""
+    return _choice.get() is not None
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -90,4 +103,7 @@ def experts(
     """
     if _choice.get() == "reference":
         return reference.experts(x, routes, weights, act)
+    trained = x.requires_grad and torch.is_grad_enabled()
+    if isinstance(weights, PackedExperts) and act is F.silu and not trained:
+        return packed.experts(x, routes, weights)
     return routed(x, routes, weights, act, linear)

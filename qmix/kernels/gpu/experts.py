@@ -113,6 +113,18 @@ def experts(
     """`sum_k weight_k * w2(silu(w1 x) * w3 x)` from packed experts: [T, D] -> [T, D] in x's dtype."""
     if x.shape[0] > tuning.dense_tokens:
         return _dense_experts(x, routes, table, layer)
+    shares = expert_shares(x.to(torch.float16), routes, table, layer, tuning)
+    return _combine(shares, len(x), routes.ids.shape[1], x.dtype)
+
+
+def expert_shares(
+    x: Tensor, routes: Routes, table: ExpertTable, layer: int, tuning: Tuning = UNTUNED
+) -> Tensor:
+    """Shares of the sum that `experts` gives, float32 [S, P, D], of float16 activations [T, D].
+
+    A token's output is the sum over its choices and the splits, in that order.
+    """
+    assert x.dtype == torch.float16, x.dtype
     (tokens, hidden), choices = x.shape, routes.ids.shape[1]
     pairs, width = tokens * choices, table.shape[0] // 2
     addresses = table.addresses[layer]
@@ -122,7 +134,7 @@ def experts(
     plan = (groups.order, groups.starts, groups.blocks)
 
     config = config_for(groups.columns, table.gate_up, tuning)
-    x16, sharing = x.to(torch.float16).contiguous(), choices
+    x16, sharing = x.contiguous(), choices
     if table.perm is not None:  # act-order: a row for each pair, in its expert's order
         orders = table.perm[layer].index_select(0, ids.reshape(-1)).long()
         x16, sharing = x16.repeat_interleave(choices, 0).gather(1, orders), 1
@@ -140,18 +152,28 @@ def experts(
         addresses, table.down_offset, inner, partial, ids, weights, *plan, tokens, hidden, width, splits,
         **_constants(table.down, config), **shared, GROW=1 / SHRINK,
     )  # fmt: skip
-    return _combine(partial, tokens, choices, x.dtype)
+    return partial
 
 
 def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
     """`x @ weight.T`: [..., K] -> [..., N] in x's dtype."""
-    (out_features, in_features), plan = weight.shape, weight.format
+    out_features, in_features = weight.shape
     rows = x.reshape(-1, in_features)
-    tokens = len(rows)
-    if weight.perm is not None:
-        rows = rows.index_select(1, weight.perm)
-    if tokens > tuning.dense_tokens:
+    if len(rows) > tuning.dense_tokens:
+        if weight.perm is not None:
+            rows = rows.index_select(1, weight.perm)
         return F.linear(rows, dequantize(weight, x.dtype)).view(*x.shape[:-1], out_features)
+    shares = linear_shares(rows.to(torch.float16), weight, tuning)
+    return _combine(shares, len(rows), 1, x.dtype).view(*x.shape[:-1], out_features)
+
+
+def linear_shares(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
+    """Shares of `x @ weight.T`, float32 [S, T, N], of float16 activations [T, K]: their sum is it."""
+    assert x.dtype == torch.float16, x.dtype
+    (out_features, in_features), plan = weight.shape, weight.format
+    tokens = len(x)
+    if weight.perm is not None:
+        x = x.index_select(1, weight.perm)
     config = config_for(columns_for(tokens, plan), plan, tuning)
     panels = out_features // PANEL * (4 // config.warps)
     turns = -(-tokens // config.columns)
@@ -159,10 +181,10 @@ def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
     splits = splits_for(panels * turns, in_features // plan.inputs, wanted)
     partial = torch.empty(splits, tokens, out_features, dtype=torch.float32, device=x.device)
     programs.product[(panels, turns, splits)](
-        weight.blob, rows.to(torch.float16).contiguous(), partial, tokens, out_features, in_features, splits,
+        weight.blob, x.contiguous(), partial, tokens, out_features, in_features, splits,
         **_constants(plan, config),
     )  # fmt: skip
-    return _combine(partial, tokens, 1, x.dtype).view(*x.shape[:-1], out_features)
+    return partial
 
 
 def dequantize(weight: PackedMatrix, dtype: torch.dtype) -> Tensor:

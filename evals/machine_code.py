@@ -1,0 +1,145 @@
+"""A Triton program as an architecture's machine code: compiled ahead of time, then counted.
+
+Needs triton, no GPU: triton brings the assembler and the disassembler. Knows no program of ours.
+
+Must not run in Triton's interpreter (TRITON_INTERPRET=1): its kernels cannot be compiled.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Shared memory a block may have (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MATRIX = re.compile(r"\b[HIDQ]G?MMA\b")  # HFMA2.MMA is none
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A program and what Triton would learn of its arguments at a launch.
+
+    Attributes:
+        function: the Triton function.
+        constants: compile-time constants by name; None is a tensor that is not given.
+        types: Triton's type of each other argument, such as "*fp16" or "i32".
+        multiples: names of arguments that are multiples of 16, pointers mostly.
+        weights: packed weights that a thread multiplies in a turn of the loop; 0 if there are none.
+        copies: 128-bit copies that a thread needs in a turn of the loop.
+    """
+
+    function: Any
+    constants: Mapping[str, object]
+    types: Mapping[str, str]
+    multiples: Set[str]
+    warps: int
+    stages: int
+    arch: int
+    weights: int
+    copies: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one program costs.
+
+    Attributes:
+        registers: a thread's; a multiprocessor has 65536.
+        stack: bytes of local memory a thread, where spilled registers go.
+        shared: bytes of shared memory a program.
+        loop: machine instructions of the loop around the matrix instructions; 0 if there is none.
+        per_weight: the same divided by the weights that a thread multiplies in it.
+        wide_copies: 128-bit copies from global memory in the loop.
+        needed_copies: as many as its codes, or keys and values, need.
+        exchanges: stores to shared memory and shuffles in the loop: a layout conversion or a reduction.
+        opcodes: how often each instruction occurs in the loop.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    loop: int
+    per_weight: float
+    wide_copies: int
+    needed_copies: int
+    exchanges: int
+    opcodes: dict[str, int]
+
+
+def cost_of(source: Source) -> Cost:
+    """Compile and disassemble a program."""
+    names = source.function.arg_names
+    compiled = triton.compile(
+        ASTSource(
+            fn=source.function,
+            signature={name: source.types.get(name, "constexpr") for name in names},
+            constexprs=dict(source.constants),
+            attrs={
+                (index,): [["tt.divisibility", 16]]
+                for index, name in enumerate(names)
+                if name in source.types and name in source.multiples
+            },
+        ),
+        target=GPUTarget("cuda", source.arch, 32),
+        options={"num_warps": source.warps, "num_stages": source.stages},
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        cubin = Path(scratch) / "program.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        body = _loop(_run("nvdisasm", "-c", str(cubin)))
+    opcodes = Counter(_opcode(line) for line in body)
+
+    def count(*prefixes: str) -> int:
+        return sum(n for name, n in opcodes.items() if name.startswith(prefixes))
+
+    return Cost(
+        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
+        stack=int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        shared=compiled.metadata.shared,
+        loop=len(body),
+        per_weight=len(body) / source.weights if source.weights else 0.0,
+        wide_copies=sum(
+            n for name, n in opcodes.items() if "LDG" in name and name.endswith(".128")
+        ),
+        needed_copies=source.copies if body else 0,
+        exchanges=count("STS", "SHFL", "MOVM"),
+        opcodes=dict(opcodes.most_common()),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def _loop(listing: str) -> list[str]:
+    """The instructions of the shortest loop with a matrix instruction in it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    loops = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if branch and branch[1] in labels:  # backwards
+                loops.append(instructions[labels[branch[1]] :])
+    return min((body for body in loops if any(map(_MATRIX.search, body))), key=len, default=[])
+
+
+def _opcode(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]

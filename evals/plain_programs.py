@@ -1,0 +1,127 @@
+"""The GPU programs that read no weights, as they can be started: attention, norms, rotary, router.
+
+All at the 8x7B's shapes. What evals.aot compiles; nothing is compiled here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from qmix.evals.machine_code import Source
+from qmix.kernels.gpu import attention, attention_programs, pointwise, pointwise_programs
+
+_HEADS, _SHARED, _HEAD_WIDTH, _HIDDEN, _EXPERTS, _CHOSEN = 32, 8, 128, 4096, 8, 2
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_POINTERS = {
+    "keep": "*u8",
+    "past": "*i32",
+    "starts": "*i32",
+    "sums": "*fp32",
+    "peaks": "*fp32",
+    "totals": "*fp32",
+    "shares": "*fp32",
+    "ids": "*i64",
+    "weights": "*fp32",
+    "normed": "*fp16",
+}
+_MODEL_POINTERS = (
+    "q",
+    "keys",
+    "values",
+    "out",
+    "x",
+    "weight",
+    "total",
+    "gate",
+    "logits",
+    "cos",
+    "sin",
+)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A program that reads no weights: what is constant in it, and which tensors it is not given."""
+
+    program: str
+    dtype: torch.dtype
+    constants: tuple[tuple[str, int], ...]
+    absent: tuple[str, ...]
+    warps: int
+    stages: int
+    arch: int
+
+    def __str__(self) -> str:
+        shape = " ".join(f"{name} {value}" for name, value in self.constants)
+        without = f", no {' '.join(self.absent)}" if self.absent else ""
+        return f"sm_{self.arch} {self.program} {_TYPES[self.dtype]} {shape}{without}"
+
+    def source(self) -> Source:
+        """What is to be compiled."""
+        module = (
+            attention_programs if hasattr(attention_programs, self.program) else pointwise_programs
+        )
+        function: Any = getattr(module, self.program)
+        constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
+        pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS
+        names = [name for name in function.arg_names if name not in constants]
+        types = {name: "fp32" if name == "eps" else pointers.get(name, "i32") for name in names}
+        sizes = ("D", *(name for name in names if name.endswith(("_batch", "_head", "_row"))))
+        tile = dict(self.constants)
+        both = 2 * tile.get("COLUMNS", 0) * tile.get("D", 0) * self.dtype.itemsize
+        return Source(
+            function, constants, types, {*pointers, *sizes}, self.warps, self.stages, self.arch,
+            weights=0, copies=both // (16 * 32 * self.warps),
+        )  # fmt: skip
+
+
+def plain_variants(
+    archs: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+) -> Iterator[Plain]:
+    """Everything that `qmix.kernels.gpu.attention` and `.pointwise` can start, at the 8x7B's shapes."""
+    for arch, dtype in product(archs, dtypes):
+        for program, warps, stages, constants, absent in _programs(dtype):
+            yield Plain(program, dtype, tuple(constants.items()), absent, warps, stages, arch)
+
+
+def _programs(
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, int, int, Mapping[str, int], tuple[str, ...]]]:
+    """Name, warps, stages, constants, and the tensors not given."""
+    tile = {"SHARE": _HEADS // _SHARED, "D": _HEAD_WIDTH}
+    decode, prefill = attention.blocks(dtype)
+    for absent in (("keep",), ("past", "starts")):
+        for shape, name, rows in (
+            (decode, "split", "ROWS"),
+            (decode, "prefill", "QUERIES"),
+            (prefill, "prefill", "QUERIES"),
+        ):
+            size = {rows: shape.rows, "COLUMNS": shape.columns, "STAGES": shape.stages}
+            yield name, shape.warps, shape.stages, size | tile, absent
+    for power in range(attention.LARGEST_SPLIT.bit_length()):
+        yield "merge", 4, 1, {"PARTS": 1 << power, "D": _HEAD_WIDTH}, ()
+    warps = pointwise.norm_warps(_HIDDEN)
+    norm = {"BLOCK": _HIDDEN, "EXPERTS": _EXPERTS, "E": _EXPERTS, "CHOSEN": _CHOSEN}
+    plain, of_experts = {"SPLITS": 1, "CHOICES": 1}, {"CHOICES": _CHOSEN}
+    no_router = ("gate", "logits", "ids", "weights")
+    yield "residual_norm", warps, 1, norm | plain, ("shares", "total", *no_router)
+    rotations = tuple({"D": _HEAD_WIDTH, "ROWS": rows} for rows in (1, 16))
+    for splits in (1, 2, 4, 8, 16):
+        shares = {**plain, "SPLITS": splits}
+        yield "residual_norm", warps, 1, norm | shares | of_experts, no_router
+        yield "residual_norm", warps, 1, norm | shares, ()
+        for rotation in rotations:
+            heads = {"SPLITS": splits, "H": _HEADS, "G": _SHARED}
+            yield (
+                "rotate_store",
+                pointwise.rotation_warps(rotation["ROWS"]),
+                1,
+                heads | rotation,
+                (),
+            )
+    for rotation in rotations:
+        yield "rotate", pointwise.rotation_warps(rotation["ROWS"]), 1, rotation, ()
+    yield "route", 1, 1, {"E": _EXPERTS, "CHOSEN": _CHOSEN, "EXPERTS": _EXPERTS}, ()

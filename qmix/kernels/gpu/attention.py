@@ -1,0 +1,204 @@
+"""Attention on a GPU: which program, how many of them, in which tiles.
+
+One new token a row walks its columns in shares, so that a long context keeps all multiprocessors
+busy; the shares are merged in a fixed order, and the same arguments give the same bits. More new
+tokens are walked in blocks of queries. How long a row is may be known on the device only: no call
+waits for it, and all shapes follow from the arguments' shapes.
+
+Shape letters: B batch, H query heads, G key-value heads, S queries, L keys, R slots, d head width,
+N splits. Knows nothing of models; of caches that column c lies in slot c mod R.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qmix.errors import UnsupportedError
+from qmix.kernels.gpu import attention_programs as programs
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_WIDTHS = (16, 32, 64, 128)
+LARGEST_SPLIT = 64
+
+_EVERYTHING = 2**30  # a window that no context fills
+_SMALLEST_TILE = 16  # rows of a matrix instruction
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What only measuring decides. The defaults are reasoned, not measured.
+
+    Attributes:
+        columns: keys of a tile; None is 64, of float32 16.
+        stages: tiles in flight.
+        programs: of a decode step, as many a multiprocessor are wanted.
+    """
+
+    columns: int | None = None
+    stages: int = 2
+    programs: int = 2
+
+
+UNTUNED = Tuning()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The shape of a program: rows of queries, keys of a tile, warps, tiles in flight."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def blocks_for(queries: int, dtype: torch.dtype, tuning: Tuning = UNTUNED) -> Blocks:
+    """The shape of programs over this many queries.
+
+    Others spill (python -m qmix.evals.aot): 64 rows in four warps on compute capability 8, and most
+    tiles of float32, which matrix units do not multiply.
+    """
+    is_short = queries <= _SMALLEST_TILE
+    if dtype == torch.float32:
+        return Blocks(_SMALLEST_TILE if is_short else 32, tuning.columns or 16, 8, tuning.stages)
+    rows, warps = (_SMALLEST_TILE, 4) if is_short else (128, 8)
+    return Blocks(rows, tuning.columns or 64, warps, tuning.stages)
+
+
+def blocks(dtype: torch.dtype) -> tuple[Blocks, Blocks]:
+    """Every shape that can be chosen; decode steps take the first."""
+    return blocks_for(1, dtype), blocks_for(_SMALLEST_TILE + 1, dtype)
+
+
+def splits_for(unsplit: int, slots: int, columns: int, wanted: int) -> int:
+    """Shares of the columns that make `unsplit` programs at least `wanted`, a tile each at least."""
+    return max(1, min(-(-wanted // unsplit), -(-slots // columns), LARGEST_SPLIT))
+
+
+def check(q: Tensor, k: Tensor) -> None:
+    """Refuse queries (B, H, S, d) and keys (B, G, L, d) that the programs do not take.
+
+    Raises:
+        UnsupportedError: another dtype, mixed dtypes, or a head width that is no power of 2 from 16
+            to 128.
+    """
+    if q.dtype in DTYPES and k.dtype == q.dtype and q.shape[-1] in HEAD_WIDTHS:
+        return
+    raise UnsupportedError(
+        "the Triton attention kernel does not fit this model",
+        where="attn_implementation",
+        expected="float16, bfloat16 or float32, heads of 16, 32, 64 or 128",
+        found=f"{q.dtype} and {k.dtype}, heads of {q.shape[-1]}".replace("torch.", ""),
+        remedy="Use attn_implementation='sdpa', which means the same.",
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    keep: Tensor | None,
+    tuning: Tuning = UNTUNED,
+) -> Tensor:
+    """Attention of the last S of L columns: (B, H, S, d) with (B, G, L, d) -> (B, H, S, d).
+
+    Args:
+        window: each query sees this many columns, its own included; None sees all before it.
+        keep: bool (B, L), False at padding; None keeps all. A query that sees no key gives zeros.
+
+    Raises:
+        UnsupportedError: as `check`.
+    """
+    out = _attend(q, k, v, None, None, window, keep, q.dtype, tuning)
+    return out.transpose(1, 2)
+
+
+def attend_cached(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: Tensor,
+    *,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    dtype: torch.dtype | None = None,
+    tuning: Tuning = UNTUNED,
+) -> Tensor:
+    """Attention of S new columns over a cache that holds them: [B, S, H, d] -> [B, S, H, d].
+
+    Args:
+        keys, values: [B, G, R, d], column c in slot c mod R. A cache that has rolled must hold all
+            that the new columns see: R >= window + S - 1.
+        past: int32 [B] on the device, columns before the new ones.
+        starts: int32 [B] on the device, columns of padding on the left; None is none.
+        dtype: of the result, by default q's; float16 is what packed products take.
+
+    Raises:
+        UnsupportedError: as `check`.
+    """
+    q = q.transpose(1, 2)
+    return _attend(q, keys, values, past, starts, window, None, dtype or q.dtype, tuning)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Tensor | None,
+    starts: Tensor | None,
+    window: int | None,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+    tuning: Tuning,
+) -> Tensor:
+    """(B, H, S, d) over (B, G, R, d): [B, S, H, d]."""
+    check(q, k)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    (batch, heads, queries, width), (shared, slots) = q.shape, k.shape[1:3]
+    share = heads // shared
+    marks = None if keep is None else keep.to(q.device).contiguous().view(torch.uint8)
+    out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
+    reach = _EVERYTHING if window is None else window
+    rows_of = (q.stride(0), q.stride(1))
+    strides = (*k.stride()[:3], *v.stride()[:3], 0 if marks is None else marks.stride(0))
+    if queries > 1:
+        plan = blocks_for(queries, q.dtype, tuning)
+        programs.prefill[(-(-queries // plan.rows), heads, batch)](
+            q, k, v, marks, past, starts, out, slots, queries, reach, slots,
+            *rows_of, q.stride(2), *strides,
+            SHARE=share, D=width, QUERIES=plan.rows, COLUMNS=plan.columns, STAGES=plan.stages,
+            num_warps=plan.warps,
+        )  # fmt: skip
+        return out
+    plan = blocks_for(1, q.dtype, tuning)
+    wanted = tuning.programs * _multiprocessors(q.device)
+    splits = splits_for(batch * shared, slots, plan.columns, wanted)
+    sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
+    peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
+    programs.split[(shared, splits, batch)](
+        q, k, v, marks, past, starts, sums, peaks, totals, slots, reach, slots, splits,
+        *rows_of, *strides,
+        SHARE=share, ROWS=max(_SMALLEST_TILE, _power_of_2(share)), D=width,
+        COLUMNS=plan.columns, STAGES=plan.stages, num_warps=plan.warps,
+    )  # fmt: skip
+    programs.merge[(batch * heads,)](
+        sums, peaks, totals, out, splits, PARTS=_power_of_2(splits), D=width, num_warps=4
+    )
+    return out
+
+
+def _power_of_2(count: int) -> int:
+    """The smallest power of 2 that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: enough for columns to be split
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

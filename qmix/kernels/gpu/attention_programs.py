@@ -1,0 +1,164 @@
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, ANN202
+"""The Triton programs of attention. Started by qmix.kernels.gpu.attention alone.
+
+Keys and values are a ring of R slots: column c of a row lies in slot c mod R. A cache that never
+rolls is a ring that is never full, a plain tensor one that is exactly full. Programs walk columns,
+not slots, and only those that some query of theirs may see: what lies in other slots is not read,
+and a rolled cache gives the same bits as a straight one.
+
+Query heads that share a key-value head are rows of one tile, so each key is read once for them.
+The softmax is float32 and is taken while walking (arXiv 2205.14135): a row keeps the largest score
+so far, the sum of exponentials and the weighted sum of values.
+
+Shape letters: B batch, H query heads, G key-value heads, S queries, R slots, d head width, N splits.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# They change from step to step: no program of its own for a length of 1 or of a multiple of 16.
+_LENGTHS = ["columns", "queries", "window", "R", "keep_batch", "SPLITS"]
+
+
+@triton.jit
+def _walk(
+    q, at, keys, values, keep, lowest, first, last, end, window, R, k_row, v_row,
+    D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles [first, last) of the columns from `lowest` to `end`, for queries q [rows, d] at columns `at`.
+
+    Returns (sum [rows, d], largest score [rows], sum of exponentials [rows]), scores in powers of 2.
+    """
+    dim = tl.arange(0, D)
+    summed = tl.zeros([q.shape[0], D], tl.float32)
+    largest = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    scale = _LOG2_E / tl.sqrt(D * 1.0)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = lowest + tile * COLUMNS
+        column = start + tl.arange(0, COLUMNS)
+        there = column < end
+        slot = start % R + tl.arange(0, COLUMNS)
+        slot = tl.where(slot >= R, slot - R, slot)  # at most R columns are walked
+        key = tl.load(keys + slot[None, :] * k_row + dim[:, None], mask=there[None, :], other=0.0)
+        scores = tl.dot(q, key, input_precision="ieee") * scale
+        seen = there[None, :] & (column[None, :] <= at[:, None])
+        seen = seen & (column[None, :] > at[:, None] - window)
+        if keep is not None:
+            # Only scores are masked: loads that depend on a load could not run ahead.
+            seen = seen & (tl.load(keep + column, mask=there, other=0) != 0)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(largest, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+        weight = tl.exp2(scores - shift[:, None])
+        shrink = tl.exp2(largest - shift)
+        total = total * shrink + tl.sum(weight, 1)
+        value = tl.load(
+            values + slot[:, None] * v_row + dim[None, :], mask=there[:, None], other=0.0
+        )
+        summed = summed * shrink[:, None]
+        summed += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        largest = higher
+    return summed, largest, total
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def split(
+    q, keys, values, keep, past, starts, sums, peaks, totals, columns, window, R, SPLITS,
+    q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, keep_batch,
+    SHARE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One query of a row: sums [B, H, N, d], peaks and totals [B, H, N] of a share of the columns.
+
+    Grid (G, N, B). The new column is the last of `columns`, or column past[b] where `past` is given.
+    """
+    shared, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = columns
+    if past is not None:
+        end = tl.load(past + batch) + 1
+    lowest = tl.maximum(end - window, 0)
+    if starts is not None:
+        lowest = tl.maximum(lowest, tl.load(starts + batch))
+    if keep is not None:
+        keep += batch.to(tl.int64) * keep_batch
+    tiles = tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS)
+    row, dim = tl.arange(0, ROWS), tl.arange(0, D)
+    head = shared * SHARE + row
+    used = row < SHARE
+    query = tl.load(
+        q + batch.to(tl.int64) * q_batch + head[:, None] * q_head + dim[None, :],
+        mask=used[:, None],
+        other=0.0,
+    )
+    summed, largest, total = _walk(
+        query, row * 0 + end - 1,
+        keys + batch.to(tl.int64) * k_batch + shared.to(tl.int64) * k_head,
+        values + batch.to(tl.int64) * v_batch + shared.to(tl.int64) * v_head,
+        keep, lowest, part * tiles // SPLITS, (part + 1) * tiles // SPLITS, end, window, R,
+        k_row, v_row, D, COLUMNS, STAGES,
+    )  # fmt: skip
+    place = (batch * tl.num_programs(0) * SHARE + head) * SPLITS + part
+    tl.store(peaks + place, largest, mask=used)
+    tl.store(totals + place, total, mask=used)
+    # A share without a visible column is not stored, nor read by `merge`.
+    tl.store(sums + place[:, None] * D + dim[None, :], summed, mask=(used & (total > 0))[:, None])
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def merge(sums, peaks, totals, out, SPLITS, PARTS: tl.constexpr, D: tl.constexpr):
+    """out [B, H, d] = the shares of `split` as one softmax; grid (B * H). PARTS >= N is a power of 2."""
+    head = tl.program_id(0)
+    part, dim = tl.arange(0, PARTS), tl.arange(0, D)
+    place = head * SPLITS + part
+    total = tl.load(totals + place, mask=part < SPLITS, other=0.0)
+    peak = tl.load(peaks + place, mask=part < SPLITS, other=float("-inf"))
+    highest = tl.max(peak, 0)
+    factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
+    share = tl.load(sums + place[:, None] * D + dim[None, :], mask=(total > 0)[:, None], other=0.0)
+    summed = tl.sum(share * factor[:, None], 0)
+    whole = tl.sum(total * factor, 0)
+    result = summed / tl.where(whole == 0, 1.0, whole)  # no visible column: zeros
+    tl.store(out + head * D + dim, result.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def prefill(
+    q, keys, values, keep, past, starts, out, columns, queries, window, R,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, keep_batch,
+    SHARE: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """out [B, S, H, d] of the last S of `columns`, or from column past[b] on; grid (S / QUERIES, H, B)."""
+    # The blocks that see most begin first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, batch = tl.program_id(1), tl.program_id(2)
+    before = columns - queries
+    if past is not None:
+        before = tl.load(past + batch)
+    row, dim = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, D)
+    used = row < queries
+    end = before + tl.minimum((block + 1) * QUERIES, queries)
+    lowest = tl.maximum(before + block * QUERIES + 1 - window, 0)
+    if starts is not None:
+        lowest = tl.maximum(lowest, tl.load(starts + batch))
+    if keep is not None:
+        keep += batch.to(tl.int64) * keep_batch
+    query = tl.load(
+        q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+        + row[:, None] * q_row + dim[None, :],
+        mask=used[:, None], other=0.0,
+    )  # fmt: skip
+    shared = (head // SHARE).to(tl.int64)
+    summed, _, total = _walk(
+        query, before + row,
+        keys + batch.to(tl.int64) * k_batch + shared * k_head,
+        values + batch.to(tl.int64) * v_batch + shared * v_head,
+        keep, lowest, 0, tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS), end, window, R,
+        k_row, v_row, D, COLUMNS, STAGES,
+    )  # fmt: skip
+    result = summed / tl.where(total == 0, 1.0, total)[:, None]  # no visible column: zeros
+    place = (batch.to(tl.int64) * queries + row[:, None]) * tl.num_programs(1) + head
+    tl.store(out + place * D + dim[None, :], result.to(out.dtype.element_ty), mask=used[:, None])

@@ -1,0 +1,279 @@
+"""Weights in packed order, as the models hold them and the kernels' table knows them.
+
+The codes lie in packed order on the device. What packing rounds (scales), and what a file wants besides
+(zeros, nested scales, the input order), stays on the host as it was, 2 % of the bytes: `standard` puts
+both together and is the weight that was packed, bit for bit. A weight that never was a standard one
+(drawn at random in packed order) keeps nothing, and its scales are those of the kernels.
+
+Shape letters: N outputs, K inputs, E experts. Knows torch only; triton is imported by the first product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from qmix.errors import UnsupportedError
+from qmix.int4 import Int4
+from qmix.kernels import tiles
+from qmix.kernels.experts import Expert, Routes
+from qmix.kernels.gpu.address import ExpertTable
+from qmix.kernels.gpu.order import (
+    PackedExpert,
+    PackedMatrix,
+    pack_expert,
+    pack_matrix,
+    unpack_expert,
+    unpack_matrix,
+)
+from qmix.scheme import Scheme
+from qmix.weights import NF4, Weight
+
+# Of an expert by name, of matrices with the same inputs that were joined by their rows.
+Part = Literal["w1", "w2", "w3"] | range
+
+_HOST = torch.device("cpu")
+# Where a packed matrix must be multiplied without its kernel (gradients), a standard one is, whole.
+_TILE_ELEMENTS = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight [N, K] in packed order: a matrix of its own, or a part of an expert.
+
+    Attributes:
+        source: where its codes lie.
+        part: of the expert, or which rows of the matrix; None is all of it.
+        kept: the weight without its codes, on the host; None if there never was one.
+    """
+
+    source: PackedMatrix | PackedExpert
+    part: Part | None
+    kept: Weight | None
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """Its matrix; w1 and w3 of an expert share one, of twice the rows."""
+        if isinstance(self.source, PackedMatrix):
+            return self.source
+        return self.source.down if self.part == "w2" else self.source.gate_up
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.matrix.shape
+        if isinstance(self.part, range):
+            return len(self.part), columns
+        return (rows if self.part in (None, "w2") else rows // 2, columns)
+
+    @property
+    def scheme(self) -> Scheme:
+        if self.kept is not None:
+            return self.kept.scheme
+        plan, group = self.matrix.format, self.matrix.group
+        if plan.kind == "nf4":
+            return Scheme(kind="nf4", block_size=group, double_quant=False)
+        return Scheme(kind="int4", group_size=group, symmetric=plan.symmetric)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.blob.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in packed order, its share of them if it is a part: what a product reads."""
+        return self.matrix.blob.nbytes * self.shape[0] // self.matrix.shape[0]
+
+    def standard(self) -> Weight:
+        """The weight that was packed, on the same device: its codes anew, all else as it was kept."""
+        found: Weight
+        if isinstance(self.source, PackedExpert):
+            assert isinstance(self.part, str)
+            found = getattr(unpack_expert(self.source), self.part)
+        else:
+            found = unpack_matrix(self.source)
+            if isinstance(self.part, range):
+                found = _some_rows(found, self.part)
+        if self.kept is None:
+            return found
+        assert isinstance(found, (NF4, Int4))
+        kept = self.kept.to(found.device)
+        assert isinstance(kept, (NF4, Int4))
+        return replace(kept, codes=found.codes)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows [start, stop) as [stop - start, K]. The whole matrix is unpacked for it."""
+        return self.standard().rows(start, stop, dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole weight [N, K], as the standard one says: the oracle knows no packed order."""
+        return self.standard().dequantize(dtype)
+
+    def to(self, device: torch.device) -> Weight:
+        """Itself where it is; elsewhere the standard weight, which every device multiplies."""
+        return self if device == self.device else self.standard().to(device)
+
+
+class PackedExperts(Sequence[Expert]):
+    """One layer's experts in packed order, and the table through which kernels find them."""
+
+    def __init__(
+        self, packed: Sequence[PackedExpert], kept: Sequence[Expert] | None = None
+    ) -> None:
+        """Args:
+            kept: the experts that were packed; their codes are let go.
+
+        Raises:
+            UnsupportedError: as ExpertTable.build.
+        """
+        self.table = ExpertTable.build([packed])
+        bare = None if kept is None else [_bare(expert) for expert in kept]
+        self._made_of = (packed, bare)
+        self._experts = [
+            _parts(expert, None if bare is None else bare[index])
+            for index, expert in enumerate(packed)
+        ]
+
+    @classmethod
+    def pack(cls, experts: Sequence[Expert]) -> "PackedExperts":
+        """Bring a layer's experts into packed order where they are.
+
+        Raises:
+            UnsupportedError: as pack_expert and ExpertTable.build.
+        """
+        return cls([pack_expert(expert) for expert in experts], experts)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy, or what is read back from a pickle, lies elsewhere: its addresses are taken anew."""
+        return PackedExperts, self._made_of
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.addresses.device
+
+    @overload
+    def __getitem__(self, index: int) -> Expert: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
+    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
+        return self._experts[index]
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+
+def pack(weight: Weight) -> Packed:
+    """Bring a matrix into packed order where it is.
+
+    Raises:
+        UnsupportedError: as pack_matrix.
+    """
+    return Packed(pack_matrix(weight), None, _without_codes(weight))
+
+
+def pack_joined(weights: Sequence[Weight]) -> tuple[Packed, tuple[Packed, ...]]:
+    """Matrices with the same inputs as one, q, k and v: the whole, and each as a part of it.
+
+    Raises:
+        UnsupportedError: as pack_matrix; or they are stored differently.
+    """
+    whole = pack(_joined(weights))
+    assert isinstance(whole.source, PackedMatrix)
+    parts, start = [], 0
+    for weight in weights:
+        rows = range(start, start + weight.shape[0])
+        parts.append(Packed(whole.source, rows, _without_codes(weight)))
+        start = rows.stop
+    return whole, tuple(parts)
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """[..., K] -> [..., N] in x's dtype. Gradients, and parts of an expert, take the standard weight."""
+    assert isinstance(weight, Packed)
+    if weight.part is not None or (x.requires_grad and torch.is_grad_enabled()):
+        return tiles.linear(x, weight.standard(), _TILE_ELEMENTS)
+    from qmix.kernels.gpu import experts as gpu
+
+    return gpu.linear(x, weight.matrix)
+
+
+def experts(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
+    """Each token through its chosen SwiGLU experts: [T, D] -> [T, D]."""
+    from qmix.kernels.gpu import experts as gpu
+
+    return gpu.experts(x, routes, weights.table, 0)
+
+
+def _without_codes(weight: Weight) -> Weight:
+    """On the host, with codes of no rows: the number of inputs is still there."""
+    assert isinstance(weight, (NF4, Int4))
+    none = torch.empty(0, *weight.codes.shape[1:], dtype=torch.uint8)
+    return replace(weight, codes=none).to(_HOST)
+
+
+def _joined(weights: Sequence[Weight]) -> Weight:
+    """One weight of all rows."""
+    first = weights[0]
+    if isinstance(first, NF4):
+        others = [w for w in weights if isinstance(w, NF4) and w.block_size == first.block_size]
+        if len(others) == len(weights) and all(
+            w.codes.numel() * 2 % w.block_size == 0 for w in others
+        ):
+            blocks = [w.codes.numel() * 2 // w.block_size for w in others]
+            return replace(
+                first,
+                codes=torch.cat([w.codes for w in others]),
+                absmax=torch.cat([w.scales(0, n) for w, n in zip(others, blocks, strict=True)]),
+                out_shape=(sum(w.shape[0] for w in others), first.shape[1]),
+            )
+    if isinstance(first, Int4):
+        integers = [w for w in weights if isinstance(w, Int4)]
+        alike = [_inputs(w) == _inputs(first) and _same(w.perm, first.perm) for w in integers]
+        if len(integers) == len(weights) and all(alike):
+            zeros = [w.zeros for w in integers if w.zeros is not None]
+            return replace(
+                first,
+                codes=torch.cat([w.codes for w in integers]),
+                scales=torch.cat([w.scales for w in integers]),
+                zeros=torch.cat(zeros) if zeros else None,
+            )
+    raise UnsupportedError("matrices that are joined must be stored alike")
+
+
+def _inputs(weight: Int4) -> tuple[object, ...]:
+    return weight.group_inputs, weight.dtype, weight.zeros is None
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def _some_rows(weight: Weight, rows: range) -> Weight:
+    """Rows of a weight as it was unpacked; NF4's scales are plain then."""
+    part = slice(rows.start, rows.stop)
+    if isinstance(weight, NF4):
+        assert isinstance(weight.absmax, Tensor)
+        codes, scales = (t.view(weight.shape[0], -1)[part] for t in (weight.codes, weight.absmax))
+        shape = (len(rows), weight.shape[1])
+        return replace(weight, codes=codes.flatten(), absmax=scales.flatten(), out_shape=shape)
+    assert isinstance(weight, Int4)
+    zeros = None if weight.zeros is None else weight.zeros[part]
+    return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=zeros)
+
+
+def _bare(expert: Expert) -> Expert:
+    w1, w2, w3 = (_without_codes(weight) for weight in (expert.w1, expert.w2, expert.w3))
+    return Expert(w1=w1, w2=w2, w3=w3)
+
+
+def _parts(packed: PackedExpert, kept: Expert | None) -> Expert:
+    names: tuple[Literal["w1", "w2", "w3"], ...] = ("w1", "w2", "w3")
+    w1, w2, w3 = (
+        Packed(packed, name, None if kept is None else getattr(kept, name)) for name in names
+    )
+    return Expert(w1=w1, w2=w2, w3=w3)

@@ -1,0 +1,178 @@
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, ANN202
+"""The Triton programs between the products of a layer. Started by qmix.kernels.gpu.pointwise alone.
+
+A product leaves float32 shares [S, P, N], a row for each pair of token and choice. Whatever comes
+next adds them while reading, choice by choice and split by split as `combine` does, and rounds to
+the model's dtype where the reference rounds.
+
+Shape letters: T tokens, S splits, k choices of a token, P = T * k pairs, D hidden width, E experts,
+B batch, H query heads, G key-value heads, R slots, d head width.
+"""
+
+import triton
+import triton.language as tl
+
+# They change from step to step: no program of its own for a length of 1 or of a multiple of 16.
+_LENGTHS = ["P", "T", "rows", "queries", "positions", "R", "cos_batch"]
+
+
+@triton.jit
+def _added(shares, token, P, width, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
+    """Columns `at` of a token's product, float32: its choices and splits added in that order."""
+    total = tl.zeros(at.shape, tl.float32)
+    for choice in tl.static_range(CHOICES):
+        for split in tl.static_range(SPLITS):
+            row = (token * CHOICES + choice).to(tl.int64) + split * P
+            total += tl.load(shares + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _choose(
+    logits, expert, inside, ids, weights, token,
+    E: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Store a token's CHOSEN largest of E logits and the softmax over these; equal ones in order."""
+    # A softmax over all E, renormalised to the chosen, is the softmax over the chosen.
+    free = inside
+    whole = tl.sum(tl.zeros([1], tl.float32), 0)
+    highest = tl.max(tl.where(inside, logits, float("-inf")), 0)
+    share = tl.zeros(logits.shape, tl.float32)
+    for choice in tl.static_range(CHOSEN):
+        best = tl.max(tl.where(free, logits, float("-inf")), 0)
+        # Logits that are no numbers choose the last expert: an id is always one of E.
+        found = tl.minimum(tl.min(tl.where(free & (logits == best), expert, E), 0), E - 1)
+        value = tl.sum(tl.where(expert == found, tl.exp(logits - highest), 0.0), 0)
+        share = tl.where(expert == choice, value, share)
+        whole += value
+        free = free & (expert != found)
+        tl.store(ids + token * CHOSEN + choice, found.to(tl.int64))
+    tl.store(weights + token * CHOSEN + expert, share / whole, mask=expert < CHOSEN)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def residual_norm(
+    x, shares, weight, total, normed, gate, logits, ids, weights, P, D, eps,
+    SPLITS: tl.constexpr, CHOICES: tl.constexpr, E: tl.constexpr, CHOSEN: tl.constexpr,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """total [T, D] = x + the shares' sum; normed = its RMSNorm; then the router; grid (T).
+
+    Without `shares` total is x and not stored; without `gate` there is no router. BLOCK >= D and
+    EXPERTS >= E are powers of 2.
+    """
+    token = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    row = token.to(tl.int64) * D + at
+    own = tl.load(x + row, mask=inside, other=0.0)
+    dtype: tl.constexpr = x.dtype.element_ty
+    if shares is not None:
+        added = _added(shares, token, P, D, at, inside, SPLITS, CHOICES).to(dtype)
+        own = (own.to(tl.float32) + added.to(tl.float32)).to(dtype)
+        tl.store(total + row, own, mask=inside)
+    value = own.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    value = (factor * (value * scale).to(dtype).to(tl.float32)).to(dtype)
+    tl.store(normed + row, value.to(normed.dtype.element_ty), mask=inside)
+    if gate is not None:
+        value = value.to(tl.float32)
+        expert = tl.arange(0, EXPERTS)
+        score = tl.zeros([EXPERTS], tl.float32)
+        for index in tl.static_range(E):
+            part = tl.load(gate + index * D + at, mask=inside, other=0.0).to(tl.float32)
+            score = tl.where(expert == index, tl.sum(part * value, 0), score)
+        rounded = score.to(dtype)
+        tl.store(logits + token * E + expert, rounded, mask=expert < E)
+        _choose(rounded.to(tl.float32), expert, expert < E, ids, weights, token, E, CHOSEN)
+
+
+@triton.jit
+def route(logits, ids, weights, E: tl.constexpr, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr):
+    """ids and weights [T, k] of logits [T, E]; grid (T)."""
+    token, expert = tl.program_id(0), tl.arange(0, EXPERTS)
+    score = tl.load(logits + token * E + expert, mask=expert < E, other=0.0).to(tl.float32)
+    _choose(score, expert, expert < E, ids, weights, token, E, CHOSEN)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def rotate(
+    x, out, cos, sin, rows, queries, x_batch, x_head, x_row, cos_batch,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, S, d] = x rotated by cos and sin [B or 1, S, d]; grid (B * S / ROWS, H)."""
+    row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    used = (row < rows)[:, None]
+    batch, query = (row // queries).to(tl.int64)[:, None], (row % queries)[:, None]
+    dim = tl.arange(0, D // 2)[None, :]
+    source = x + batch * x_batch + head.to(tl.int64) * x_head + query * x_row + dim
+    angle = batch * cos_batch + query * D + dim
+    low = tl.load(source, mask=used, other=0.0).to(tl.float32)
+    high = tl.load(source + D // 2, mask=used, other=0.0).to(tl.float32)
+    low_cos = tl.load(cos + angle, mask=used, other=0.0).to(tl.float32)
+    low_sin = tl.load(sin + angle, mask=used, other=0.0).to(tl.float32)
+    high_cos = tl.load(cos + angle + D // 2, mask=used, other=0.0).to(tl.float32)
+    high_sin = tl.load(sin + angle + D // 2, mask=used, other=0.0).to(tl.float32)
+    place = out + ((batch * tl.num_programs(1) + head) * queries + query) * D + dim
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(place, (low * low_cos - high * low_sin).to(dtype), mask=used)
+    tl.store(place + D // 2, (high * high_cos + low * high_sin).to(dtype), mask=used)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def rotate_store(
+    shares, q, keys, values, cos, sin, past, starts, T, queries, positions, R,
+    k_batch, k_head, k_row, v_batch, v_head, v_row,
+    SPLITS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One head of ROWS tokens: rotated into q [T, H, d] or into its slot; grid (T / ROWS, H + 2 G).
+
+    Heads of shares [S, T, (H + 2 G) d]: queries, keys, values. cos and sin are [positions, d], equal
+    in both halves. Of more tokens than slots the last R are stored.
+    """
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch, query = row // queries, row % queries
+    used = row < T
+    before = tl.load(past + batch, mask=used, other=0)
+    column = before + query
+    position = column
+    if starts is not None:
+        position = tl.maximum(column - tl.load(starts + batch, mask=used, other=0), 0)
+    dim = tl.arange(0, D // 2)[None, :]
+    at = head * D + dim + row[:, None] * 0
+    width = (H + 2 * G) * D
+    inside = used[:, None] & (dim >= 0)
+    dtype: tl.constexpr = q.dtype.element_ty
+    # Rounded as a product of its own would be.
+    low = _added(shares, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
+    high = _added(shares, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
+    if head < H + G:
+        # A position beyond the table must show.
+        known = inside & (position < positions)[:, None]
+        angle = position[:, None] * D + dim
+        c = tl.load(cos + angle, mask=known, other=float("nan")).to(tl.float32)
+        s = tl.load(sin + angle, mask=known, other=float("nan")).to(tl.float32)
+        plain = low.to(tl.float32)
+        low = (plain * c - high.to(tl.float32) * s).to(dtype)
+        high = (high.to(tl.float32) * c + plain * s).to(dtype)
+    if head < H:
+        place = q + (row.to(tl.int64)[:, None] * H + head) * D + dim
+        tl.store(place, low, mask=inside)
+        tl.store(place + D // 2, high, mask=inside)
+    else:
+        lasting = inside & (query >= queries - R)[:, None]
+        slot = (column % R)[:, None]
+        far = batch.to(tl.int64)[:, None]
+        if head < H + G:
+            place = keys + far * k_batch + (head - H).to(tl.int64) * k_head + slot * k_row + dim
+            tl.store(place, low.to(keys.dtype.element_ty), mask=lasting)
+            tl.store(place + D // 2, high.to(keys.dtype.element_ty), mask=lasting)
+        else:
+            place = (
+                values + far * v_batch + (head - H - G).to(tl.int64) * v_head + slot * v_row + dim
+            )
+            tl.store(place, low.to(values.dtype.element_ty), mask=lasting)
+            tl.store(place + D // 2, high.to(values.dtype.element_ty), mask=lasting)

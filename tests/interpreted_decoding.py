@@ -1,0 +1,188 @@
+"""One decode step of a packed model against the reference, in Triton's interpreter or on a GPU.
+
+Run by test_decoding.py in a process of its own with TRITON_INTERPRET=1. Tolerance: the kernels' own
+(tests/interpreted_experts.py); tokens must be equal.
+"""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import small_model
+from test_packed_order import act_order, int4, nf4
+
+from qmix import kernels
+from qmix.decoding import Decoding, Decodings, supported
+from qmix.generate import GenerationConfig, generate
+from qmix.kernels.gpu import packed
+from qmix.layers import Linear
+from qmix.placement import Placement
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("neither the interpreter nor a CUDA device", allow_module_level=True)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+BOUND = 5e-3
+
+# Triton 3.6's interpreter, in every loop whose bound is known at run time only.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+
+def packed_model(make, **changes):
+    widths = {"hidden_size": 128, "intermediate_size": 64, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    model = small_model(**{**widths, **heads, "num_hidden_layers": 2, **changes})
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, Linear) and not name.endswith(("gate", "lm_head")):
+            module.store(make(module.out_features, module.in_features, seed))
+    model.to(DEVICE)
+    placement = Placement()
+    placement.pack(model)
+    assert placement.complete
+    assert supported(model.model)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu_too(monkeypatch):
+    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed.linear)
+
+
+def reference_steps(model, prompt, keep, count):
+    """Greedy ids and logits, by the standard weights and a cache of their own."""
+    cache, ids, found = model.new_cache(len(prompt), 32), prompt, []
+    with kernels.override("reference"), torch.no_grad():
+        for _ in range(count):
+            positions = (
+                None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            )
+            hidden = model.model.decode(
+                model.model.embed(ids), keep=keep, positions=positions, cache=cache
+            ).hidden
+            found.append(model.lm_head(hidden[:, -1]).float())
+            ids = found[-1].argmax(-1, keepdim=True)
+            if keep is not None:
+                keep = torch.cat((keep, torch.ones_like(keep[:, :1])), 1)
+    return found
+
+
+def prefilled(model, prompt, keep, capacity=32):
+    cache = model.new_cache(len(prompt), capacity)
+    positions = None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)
+    with kernels.override("reference"), torch.no_grad():
+        model.model.decode(model.model.embed(prompt), keep=keep, positions=positions, cache=cache)
+    return cache
+
+
+def error(out, oracle):
+    return ((out - oracle).norm() / oracle.norm()).item()
+
+
+PROMPT = torch.tensor([[3, 17, 90, 41, 8], [5, 9, 11, 77, 21]])
+
+
+@pytest.mark.parametrize("make", [nf4, int4, act_order])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_equal_the_reference(make, window, padded):
+    model = packed_model(make, sliding_window=window)
+    prompt = PROMPT.to(DEVICE)
+    keep = torch.ones_like(prompt, dtype=torch.bool) if padded else None
+    if padded:
+        keep[1, :2] = False
+    expected = reference_steps(model, prompt, keep, 4)
+    cache = prefilled(model, prompt, keep)
+    step = Decoding(model.model, model.lm_head, cache, padded=padded)
+    if padded:
+        step.pad(keep)
+    for before, after in pairwise(expected):
+        logits = step.step(before.argmax(-1))
+        cache.advance(1)
+        assert torch.isfinite(logits).all()
+        assert error(logits, after) <= BOUND
+        assert torch.equal(logits.argmax(-1), after.argmax(-1))
+    assert cache.length == 8
+    assert step.past.tolist() == [8, 8]
+
+
+def test_the_step_can_choose_by_itself():
+    model = packed_model(nf4)
+    expected = reference_steps(model, PROMPT.to(DEVICE), None, 4)
+    cache = prefilled(model, PROMPT.to(DEVICE), None)
+    step = Decoding(model.model, model.lm_head, cache, choose=lambda logits: logits.argmax(-1))
+    step.ids.copy_(expected[0].argmax(-1))
+    for after in expected[1:]:
+        step.step()
+        assert torch.equal(step.ids, after.argmax(-1))
+
+
+def test_a_step_is_repeatable_and_can_go_back():
+    model = packed_model(int4)
+    cache = prefilled(model, PROMPT.to(DEVICE), None)
+    step = Decoding(model.model, model.lm_head, cache)
+    first = step.step(PROMPT[:, 0].to(DEVICE)).clone()
+    step.step(PROMPT[:, 1].to(DEVICE))
+    step.move(5)
+    assert torch.equal(step.step(PROMPT[:, 0].to(DEVICE)), first)
+
+
+def test_generate_takes_the_step(monkeypatch):
+    """Through the loop, with a cache that grows on the way: the reference's tokens."""
+    model = packed_model(nf4)
+    taken = []
+    plain = Decoding.step
+    monkeypatch.setattr(
+        Decoding, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
+    )
+    if INTERPRETED:
+        monkeypatch.setattr("qmix.decoding._on_gpu", lambda weight: True)
+    keep = torch.ones_like(PROMPT)
+    keep[0, :1] = 0
+    for mask in (None, keep.to(DEVICE)):
+        config = GenerationConfig(max_new_tokens=5)
+        with torch.no_grad():
+            with kernels.override("reference"):
+                expected = generate(model, PROMPT.to(DEVICE), config, attention_mask=mask)
+            assert not taken
+            cache = model.new_cache(2, 6)
+            found = generate(model, PROMPT.to(DEVICE), config, attention_mask=mask, cache=cache)
+        assert torch.equal(found, expected)
+        assert len(taken) == 4
+        taken.clear()
+
+
+def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
+    monkeypatch.setattr("qmix.decoding._on_gpu", lambda weight: True)
+    model = small_model()
+    with torch.no_grad():
+        found = Decodings().of(model.model, model.lm_head, model.new_cache(1, 4), None)
+    assert found is None
+
+
+@pytest.mark.skipif(INTERPRETED, reason="graphs are recorded on a GPU")
+@pytest.mark.parametrize("draws", [False, True])
+def test_the_graph_gives_the_tokens_of_the_launches(draws):
+    model = packed_model(nf4)
+    found = []
+    for record in (False, True):
+        generator = torch.Generator(DEVICE).manual_seed(7)
+
+        def choose(logits, generator=generator):
+            if not draws:
+                return logits.argmax(-1)
+            noise = torch.empty_like(logits).exponential_(generator=generator)
+            return (logits.softmax(-1) / noise).argmax(-1)
+
+        cache = prefilled(model, PROMPT.to(DEVICE), None)
+        step = Decoding(
+            model.model, model.lm_head, cache, choose=choose, generator=generator, record=record
+        )
+        step.ids.copy_(PROMPT[:, 0])
+        ids = []
+        for _ in range(8):
+            step.step()
+            ids.append(step.ids.clone())
+        found.append((torch.stack(ids), step.logits.clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
