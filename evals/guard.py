@@ -1,8 +1,9 @@
 """The quality guard: the tiny model's perplexity and divergence against `baselines.json`.
 
 `python -m qmix.evals.guard` prints the table and exits 5 on a regression; `--write` replaces the
-baselines (a commit of its own, with the reason). The held-out text comes with Python and differs
-between its versions; on another text than the baselines' the wider tolerance applies, and is named.
+baselines (a commit of its own, with the reason). The held-out and the calibration text come with Python
+and differ between its versions; on other texts than the baselines' the wider tolerance applies, and is
+named.
 """
 
 import argparse
@@ -15,78 +16,80 @@ from pathlib import Path
 
 from qmix import strict_json
 from qmix.errors import QmixError, QualityError
-from qmix.evals.measure import Comparison, compare
+from qmix.evals.measure import SAMPLES, SEQLEN, Comparison, compare, compare_gptq
 
 BASELINES = Path(__file__).resolve().parent / "baselines.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What is guarded: the 16-bit perplexity, the 4-bit one's ratio to it, KL and agreement."""
+    """What is guarded: the 16-bit perplexity; of NF4 and GPTQ the ratio to it, KL and agreement."""
 
     bf16_perplexity: float
     nf4_ratio: float
     nf4_kl_mean: float
     nf4_kl_p99: float
     nf4_top1_agreement: float
+    gptq_ratio: float
+    gptq_kl_mean: float
+    gptq_kl_p99: float
+    gptq_top1_agreement: float
 
     @classmethod
-    def of(cls, comparison: Comparison) -> "Figures":
-        reference = comparison.result.reference
-        assert reference is not None
+    def of(cls, nf4: Comparison, gptq: Comparison) -> "Figures":
+        base, other = nf4.result.reference, gptq.result.reference
+        assert base is not None
+        assert other is not None
         return cls(
-            bf16_perplexity=reference.perplexity,
-            nf4_ratio=comparison.result.perplexity / reference.perplexity,
-            nf4_kl_mean=reference.kl_mean,
-            nf4_kl_p99=reference.kl_p99,
-            nf4_top1_agreement=reference.top1_agreement,
+            bf16_perplexity=base.perplexity,
+            nf4_ratio=nf4.result.perplexity / base.perplexity,
+            nf4_kl_mean=base.kl_mean,
+            nf4_kl_p99=base.kl_p99,
+            nf4_top1_agreement=base.top1_agreement,
+            gptq_ratio=gptq.result.perplexity / other.perplexity,
+            gptq_kl_mean=other.kl_mean,
+            gptq_kl_p99=other.kl_p99,
+            gptq_top1_agreement=other.top1_agreement,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far each figure may move for the worse (perplexity: either way), relative to its baseline.
+    """How far a figure may move for the worse (perplexity: either way), relative to its baseline.
 
     Measured on one machine and text the figures repeat to 1e-6; other processors round matrix
-    products differently, which moved them by less than a tenth of `same_text`.
+    products differently, which moved NF4's by less than a tenth of `SAME_TEXT`.
     """
 
-    bf16_perplexity: float
-    nf4_ratio: float
-    nf4_kl_mean: float
-    nf4_kl_p99: float
-    nf4_top1_agreement: float
+    perplexity: float
+    ratio: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+    def of(self, figure: str) -> float:
+        """That of a field of Figures, by what follows the method's name."""
+        return float(getattr(self, figure.partition("_")[2]))
 
 
-SAME_TEXT = Tolerance(
-    bf16_perplexity=0.005,
-    nf4_ratio=0.005,
-    nf4_kl_mean=0.05,
-    nf4_kl_p99=0.10,
-    nf4_top1_agreement=0.01,
-)
-OTHER_TEXT = Tolerance(
-    bf16_perplexity=0.25,
-    nf4_ratio=0.02,
-    nf4_kl_mean=0.25,
-    nf4_kl_p99=0.35,
-    nf4_top1_agreement=0.03,
-)
+SAME_TEXT = Tolerance(perplexity=0.005, ratio=0.005, kl_mean=0.05, kl_p99=0.10, top1_agreement=0.01)
+OTHER_TEXT = Tolerance(perplexity=0.25, ratio=0.02, kl_mean=0.25, kl_p99=0.35, top1_agreement=0.03)
 
 
 def check(found: Figures, baseline: Figures, tolerance: Tolerance) -> tuple[str, ...]:
     """Every figure that is worse than its baseline by more than the tolerance, in words."""
     failures = []
     for name, base in asdict(baseline).items():
-        value, slack = getattr(found, name), getattr(tolerance, name) * base
-        low = base - slack if name in ("bf16_perplexity", "nf4_top1_agreement") else float("-inf")
-        high = base + slack if name != "nf4_top1_agreement" else float("inf")
+        value, slack = getattr(found, name), tolerance.of(name) * base
+        agreement = name.endswith("top1_agreement")
+        low = base - slack if agreement or name == "bf16_perplexity" else float("-inf")
+        high = float("inf") if agreement else base + slack
         if not low <= value <= high:
             failures.append(f"{name} is {value:.6f}, baseline {base:.6f} ± {slack:.6f}")
     return tuple(failures)
 
 
-def guard(comparison: Comparison) -> str:
+def guard(nf4: Comparison, gptq: Comparison) -> str:
     """Compare with the baselines; returns which tolerance held.
 
     Raises:
@@ -94,8 +97,8 @@ def guard(comparison: Comparison) -> str:
     """
     document = strict_json.read(BASELINES)
     baseline = Figures(**document["figures"])
-    same = comparison.result.text_sha256 == document["text_sha256"]
-    failures = check(Figures.of(comparison), baseline, SAME_TEXT if same else OTHER_TEXT)
+    same = all(document[name] == value for name, value in _texts(nf4, gptq).items())
+    failures = check(Figures.of(nf4, gptq), baseline, SAME_TEXT if same else OTHER_TEXT)
     if failures:
         raise QualityError(
             "quality has regressed",
@@ -104,13 +107,20 @@ def guard(comparison: Comparison) -> str:
             remedy="Find the cause; change a baseline only in a commit of its own, with the reason.",
         )
     if same:
-        return "same text as the baselines: narrow tolerance"
-    return f"another text than the baselines' (Python {document['python']}): wide tolerance"
+        return "same texts as the baselines: narrow tolerance"
+    return f"other texts than the baselines' (Python {document['python']}): wide tolerance"
 
 
-def markdown(comparison: Comparison) -> str:
-    """The comparison as a markdown table, the README's."""
-    header, *rows = comparison.rows()
+def _texts(nf4: Comparison, gptq: Comparison) -> dict[str, str | None]:
+    return {
+        "text_sha256": nf4.result.text_sha256,
+        "calibration_sha256": gptq.calibration_sha256,
+    }
+
+
+def markdown(nf4: Comparison, gptq: Comparison) -> str:
+    """Both comparisons as a markdown table, the README's."""
+    header, *rows = (*nf4.rows(), gptq.rows()[-1])
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
@@ -121,21 +131,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            comparison = compare(Path(scratch) / "tiny-nf4")
-        sys.stdout.write(markdown(comparison))
+            nf4 = compare(Path(scratch) / "tiny-nf4")
+            gptq = compare_gptq(Path(scratch) / "tiny-gptq")
+        sys.stdout.write(markdown(nf4, gptq))
         sys.stdout.write(
-            f"\n{comparison.result.tokens} tokens; {comparison.result.protocol}; "
-            f"text sha256 {comparison.result.text_sha256}\n"
+            f"\n{nf4.result.tokens} tokens; {nf4.result.protocol}; "
+            f"text sha256 {nf4.result.text_sha256}; GPTQ: group 128, calibrated with "
+            f"{SAMPLES} x {SEQLEN} tokens\n"
         )
         if options.write:
             document = {
                 "python": ".".join(map(str, sys.version_info[:3])),
-                "text_sha256": comparison.result.text_sha256,
-                "figures": asdict(Figures.of(comparison)),
+                **_texts(nf4, gptq),
+                "figures": asdict(Figures.of(nf4, gptq)),
             }
             BASELINES.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
             return 0
-        sys.stdout.write(f"guard passed; {guard(comparison)}\n")
+        sys.stdout.write(f"guard passed; {guard(nf4, gptq)}\n")
     except QmixError as error:
         sys.stderr.write(f"guard: {error}\n")
         return error.exit_code

@@ -1,13 +1,20 @@
-"""The tiny model beside its quantized self on held-out text: what the guard and the demo show."""
+"""The tiny model beside its quantized self on held-out text: what the guard and the demo show.
+
+GPTQ is calibrated with little text, so that a guard of it takes seconds: its figures say whether the
+solver still does what it did, not how good it is (that is qmix.evals.accuracy).
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmix.evals import corpus, tiny_model
 from qmix.evals.perplexity import Perplexity, Text, evaluate
-from qmix.quantize import pipeline
+from qmix.quantize import calibrated, calibration, pipeline
 from qmix.quantize.report import Report
-from qmix.scheme import NF4, Recipe
+from qmix.scheme import NF4, Recipe, Scheme
+from qmix.tokenizer import LlamaTokenizer
+
+SAMPLES, SEQLEN = 16, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +23,12 @@ class Comparison:
 
     Attributes:
         report: of the quantization. result: of the 4-bit model, with the source as its reference.
+        calibration_sha256: of the calibration's text; None without one.
     """
 
     report: Report
     result: Perplexity
+    calibration_sha256: str | None = None
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """The table: a header, the 16-bit row, the 4-bit row."""
@@ -50,9 +59,21 @@ class Comparison:
 
 def compare(out: Path) -> Comparison:
     """Quantize the tiny model to NF4 at `out`, then score both on the held-out text."""
-    tiny = tiny_model.directory()
     recipe = Recipe.uniform(NF4, attention=True)
-    report = pipeline.run(tiny, out, recipe, method="nf4")
+    report = pipeline.run(tiny_model.directory(), out, recipe, method="nf4")
+    return Comparison(report=report, result=_scored(out))
+
+
+def compare_gptq(out: Path) -> Comparison:
+    """The same by GPTQ, group 128, calibrated with 16 x 256 tokens of the training text."""
+    tiny = tiny_model.directory()
+    encode = LlamaTokenizer.from_pretrained(tiny).encode
+    windows = calibration.cut(corpus.training_text(), encode, samples=SAMPLES, seqlen=SEQLEN)
+    recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
+    report = calibrated.run(tiny, out, recipe, windows, calibrated.Options())
+    return Comparison(report=report, result=_scored(out), calibration_sha256=windows.text_sha256)
+
+
+def _scored(directory: Path) -> Perplexity:
     text = Text.of(corpus.heldout_text())
-    result = evaluate(out, text, reference=tiny, device="cpu")
-    return Comparison(report=report, result=result)
+    return evaluate(directory, text, reference=tiny_model.directory(), device="cpu")

@@ -4,6 +4,7 @@ In Hugging Face's order. Shape letters: B rows, L context columns, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,19 @@ from qmix.logits_processors import (
     without_repeated_ngrams,
     without_words,
 )
+from qmix.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Scores (B, V) and ids (B,) from logits (B, V), reading nothing back; see Sampling.draw."""
+
+    sampling: Sampling
+    generator: torch.Generator | None
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.sampling.warped(logits)
+        return scores, self.sampling.draw(scores, self.generator)
 
 
 class Choice:
@@ -55,6 +69,21 @@ class Choice:
         for processor in self._processors:
             scores = processor(context, scores)
         return self._sampling.warped(scores)
+
+    @property
+    def draw(self) -> Draw | None:
+        """The choice as a function of a step's logits alone; None if it needs more than them.
+
+        A global generator is nothing that a recorded step may use: it is others' too.
+        """
+        config = self._config
+        rules = config.no_repeat_ngram_size or config.bad_words_ids or self._processors
+        held_back = config.min_new_tokens and config.eos_ids
+        if rules or held_back or self._sampling.repetition_penalty != 1:
+            return None
+        if self._generator is None and not self._sampling.greedy:
+            return None
+        return Draw(self._sampling, None if self._sampling.greedy else self._generator)
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Token ids (B,) from processed scores (B, V)."""

@@ -8,7 +8,6 @@ Shape letters: B rows, D hidden width, H heads, G key-value heads, d head width,
 V vocabulary. Knows modules; of bits only that they lie in packed order.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.cache import KVCache
+from qmix.choice import Draw
 from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu.order import PackedMatrix
 from qmix.layers import Attention, DecoderLayer, Linear, SparseMoeBlock
@@ -82,14 +82,14 @@ class Decoding:
     Between steps the caller may change `ids`; the cache's length is the caller's to advance.
 
     Attributes:
-        ids: int64 [B], what the next step reads. If `choose` is given the step replaces it.
+        ids: int64 [B], what the next step reads. If `draw` is given the step replaces it.
         past: int32 [B], columns before it; a step counts one on.
-        logits: float32 (B, V), of the last step.
+        logits, scores: float32 (B, V), of the last step, before and after the draw's processors.
         positions: how many there may be.
 
     Args:
         padded: rows may have padding on the left, see `pad`.
-        choose: logits (B, V) -> ids (B,), of tensor operations that read nothing back.
+        draw: the choice of the next id, part of the step.
         record: make a CUDA graph of the step; otherwise it is launched operation by operation.
     """
 
@@ -100,8 +100,7 @@ class Decoding:
         cache: KVCache,
         *,
         padded: bool = False,
-        choose: Callable[[Tensor], Tensor] | None = None,
-        generator: torch.Generator | None = None,
+        draw: Draw | None = None,
         record: bool = True,
     ) -> None:
         layers = [_layer(layer) for layer in model.layers]
@@ -112,7 +111,7 @@ class Decoding:
         self._heads, self._choices = config.num_attention_heads, config.num_experts_per_tok
         self._eps, self._hidden = config.rms_norm_eps, config.hidden_size
         self._storage = [cache.storage(layer) for layer in range(len(layers))]
-        self.padded, self._choose, self._generator = padded, choose, generator
+        self.padded, self.draw = padded, draw
         device, dtype = self._embedding.device, self._embedding.dtype
         slots = self._storage[0][0].shape[2]
         self.positions = positions = max(config.max_position_embeddings, slots) + 1
@@ -124,6 +123,7 @@ class Decoding:
         self._starts = torch.zeros_like(self.past) if padded else None
         self._nothing = torch.zeros(cache.batch, self._hidden, device=device)
         self.logits = torch.zeros(cache.batch, head.out_features, device=device)
+        self.scores = torch.zeros_like(self.logits)
         self._record = record and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._length = cache.length
@@ -210,8 +210,10 @@ class Decoding:
         _, last = pointwise.residual_norm(x, shares, self._norm, self._eps)
         self.logits.copy_(kernels.linear(last, self._head.stored))
         self.past.add_(1)
-        if self._choose is not None:
-            self.ids.copy_(self._choose(self.logits))
+        if self.draw is not None:
+            scores, ids = self.draw(self.logits)
+            self.scores.copy_(scores)
+            self.ids.copy_(ids)
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
         """Record the step. The runs before it count for nothing: what they changed is put back.
@@ -219,7 +221,8 @@ class Decoding:
         They write the keys of the same position, which the step itself overwrites.
         """
         ids, past = self.ids.clone(), self.past.clone()
-        state = None if self._generator is None else self._generator.get_state()
+        generator = None if self.draw is None else self.draw.generator
+        state = None if generator is None else generator.get_state()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -228,11 +231,11 @@ class Decoding:
                 self.ids.copy_(ids)
                 self.past.copy_(past)
         torch.cuda.current_stream().wait_stream(stream)
-        if self._generator is not None and state is not None:
-            self._generator.set_state(state)
+        if generator is not None and state is not None:
+            generator.set_state(state)
         graph = torch.cuda.CUDAGraph()
-        if self._generator is not None:
-            graph.register_generator_state(self._generator)
+        if generator is not None:
+            graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
             self._launch()
         return graph
@@ -243,31 +246,43 @@ def _on_gpu(weight: Tensor) -> bool:
 
 
 class Decodings:
-    """The Decoding of each cache that a model writes into, as long as the cache lives."""
+    """The Decodings of each cache that a model writes into, as long as the cache lives.
+
+    One that chooses and one that does not: a prompt of one column, or a choice that needs the whole
+    context, asks for logits alone.
+    """
 
     def __init__(self) -> None:
-        self._of: WeakKeyDictionary[KVCache, Decoding] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[KVCache, dict[bool, Decoding]] = WeakKeyDictionary()
 
     def of(
-        self, model: Decoder, head: Linear, cache: KVCache, keep: Tensor | None
+        self,
+        model: Decoder,
+        head: Linear,
+        cache: KVCache,
+        keep: Tensor | None,
+        draw: Draw | None = None,
     ) -> Decoding | None:
         """Ready for the cache's next position; None where the model or the cache is not fit for it.
 
         Args:
-            keep: bool (B, L + 1), False at padding on the left.
+            keep: bool (B, L or L + 1), False at padding on the left.
+            draw: the step chooses, too; one for another choice is made anew.
         """
         if not _on_gpu(model.embed_tokens.weight) or torch.is_grad_enabled():
             return None
         if kernels.overridden() or model.attn_implementation == "eager":
             return None
         cache.reserve(cache.length + 1)
-        found = self._of.get(cache)
+        own = self._of.setdefault(cache, {})
+        found = own.get(draw is None)
         padded = keep is not None
-        if found is None or not found.fits(model, cache) or found.padded != padded:
+        fits = found is not None and (found.padded, found.draw) == (padded, draw)
+        if found is None or not fits or not found.fits(model, cache):
             if not supported(model):
                 return None
-            found = Decoding(model, head, cache, padded=padded)
-            self._of[cache] = found
+            found = Decoding(model, head, cache, padded=padded, draw=draw)
+            own[draw is None] = found
         if cache.length >= found.positions:
             return None
         if keep is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qmix.cache import KVCache
-from qmix.choice import Choice
+from qmix.choice import Choice, Draw
 from qmix.config import MixtralConfig
 from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import UsageError
@@ -22,6 +22,7 @@ from qmix.generation_config import MAX_NEW_TOKENS, GenerationConfig
 from qmix.logits_processors import LogitsProcessor
 from qmix.outputs import GenerateDecoderOnlyOutput
 from qmix.prompt import check_embedded, check_prompt, left_padded, or_none, positions
+from qmix.sampling import checked
 from qmix.stopping import RowText, StoppingCriterion, met
 from qmix.streamers import Streamer
 from qmix.tokenizer import LlamaTokenizer
@@ -29,6 +30,7 @@ from qmix.tokenizer import LlamaTokenizer
 __all__ = [
     "MAX_NEW_TOKENS",
     "CausalLM",
+    "Drawn",
     "Finish",
     "GenerationConfig",
     "Streamer",
@@ -39,6 +41,8 @@ __all__ = [
 
 # Bounds the attention mask (chunk x context) and the activations of a long prompt.
 PREFILL_CHUNK = 512
+# On a GPU a chunk reads all experts, whatever its length: 24 GB for the 8x7B.
+GPU_PREFILL_CHUNK = 4096
 
 Finish = Literal["stop", "length"]
 
@@ -59,6 +63,18 @@ class CausalLM(Protocol):
         positions: Tensor | None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor: ...
+    def next_choice(
+        self, ids: Tensor, cache: KVCache, keep: Tensor | None, draw: Draw
+    ) -> "Drawn | None": ...
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What a step on the device chose, as it will be there: logits, scores (B, V) and ids (B,)."""
+
+    logits: Tensor
+    scores: Tensor
+    ids: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,13 +172,22 @@ def stream(
     columns, context, keep = columns.to(device), known.to(device), or_none(keep, device)
     choose = Choice(config, logits_processor, generator)
     eos = torch.tensor(config.eos_ids, dtype=torch.long)
-    chunk = config.prefill_chunk_size or PREFILL_CHUNK
+    default = GPU_PREFILL_CHUNK if device.type == "cuda" else PREFILL_CHUNK
+    chunk = config.prefill_chunk_size or default
     logits = _prefill(model, columns, keep, cache, chunk)
     finished = torch.zeros(batch, dtype=torch.bool)
+    draw = choose.draw if config.use_cache else None
+    drawn: Drawn | None = None
     for index in range(budget):
-        seen = None if keep is None else keep[:, keep.shape[1] - context.shape[1] :]
-        scores = choose.scores(logits, context, seen, index)
-        ids = choose(scores).cpu()
+        if drawn is None:
+            seen = None if keep is None else keep[:, keep.shape[1] - context.shape[1] :]
+            scores = choose.scores(logits, context, seen, index)
+            ids = choose(scores).cpu()
+        else:
+            logits, scores, ids = drawn.logits, drawn.scores, checked(drawn.ids.cpu())
+        drawn = None
+        if draw is not None and index + 1 < budget and not bool(finished.any()):
+            drawn = model.next_choice(ids, cache, keep, draw)  # runs while the host reads this one
         ids = torch.where(finished, config.pad_id, ids)
         finished = finished | torch.isin(ids, eos)
         column = ids.to(device)[:, None]
@@ -182,7 +207,9 @@ def stream(
             return
         if keep is not None:
             keep = torch.cat((keep, torch.ones_like(column, dtype=torch.bool)), 1)
-        if config.use_cache:
+        if drawn is not None:
+            cache.advance(1)
+        elif config.use_cache:
             logits = model.next_logits(column, cache, keep, positions(keep, 1))
         else:
             whole = model.new_cache(batch, context.shape[1])

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from qmix import generate as generation
 from qmix.cache import Cache, KVCache
+from qmix.choice import Draw
 from qmix.classifier import MixtralForSequenceClassification
 from qmix.config import MixtralConfig
 from qmix.decoding import Decodings
 from qmix.errors import UsageError
+from qmix.generate import Drawn
 from qmix.generation_config import GenerationConfig
 from qmix.layers import Linear, initialise
 from qmix.logits_processors import LogitsProcessor
@@ -153,6 +155,20 @@ class MixtralForCausalLM(PreTrainedModel):
         decoded = self.model.decode(x, keep=keep, positions=positions, cache=cache)
         logits: Tensor = self.lm_head(decoded.hidden[:, -1]).float()
         return logits
+
+    @torch.no_grad()
+    def next_choice(
+        self, ids: Tensor, cache: KVCache, keep: Tensor | None, draw: Draw
+    ) -> Drawn | None:
+        """Run ids (B,) and choose what follows, without waiting for it; None where that cannot be.
+
+        The cache holds the new position, but does not count it: `cache.advance(1)` is the caller's.
+        """
+        step = self.decodings.of(self.model, self.lm_head, cache, keep, draw)
+        if step is None:
+            return None
+        step.step(ids)
+        return Drawn(step.logits.clone(), step.scores.clone(), step.ids.clone())
 
     @torch.no_grad()
     def generate(

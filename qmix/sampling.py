@@ -89,22 +89,40 @@ class Sampling:
             scores = scores.masked_fill(probabilities < least, -math.inf)
         return scores
 
+    def draw(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Token ids (B,) from processed scores (B, V), reading nothing back; -1: no finite maximum.
+
+        The numbers drawn, and the ids, are those of torch.multinomial.
+        """
+        if self.greedy:
+            ids = scores.argmax(-1)
+        else:
+            noise = torch.empty_like(scores).exponential_(generator=generator)
+            ids = (scores.softmax(-1) / noise).argmax(-1)
+        return torch.where(torch.isfinite(scores.amax(-1)), ids, -1)
+
     def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
         """Token ids (B,) from processed scores (B, V).
 
         Raises:
             QmixError: the scores hold no finite maximum; a damaged model must not emit token 0.
         """
-        top = scores.amax(-1)
-        if not bool(torch.isfinite(top).all()) or bool(torch.isnan(scores).any()):
-            raise QmixError(
-                "the model computed non-finite logits",
-                remedy="The checkpoint is damaged or overflows in this dtype (try bfloat16), or a "
-                "rule excludes every token.",
-            )
-        if self.greedy:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        return checked(self.draw(scores, generator))
+
+
+def checked(ids: Tensor) -> Tensor:
+    """Ids (B,) as they were drawn.
+
+    Raises:
+        QmixError: one is -1.
+    """
+    if bool((ids < 0).any()):
+        raise QmixError(
+            "the model computed non-finite logits",
+            remedy="The checkpoint is damaged or overflows in this dtype (try bfloat16), or a "
+            "rule excludes every token.",
+        )
+    return ids
 
 
 def _penalised(scores: Tensor, context: Tensor, keep: Tensor | None, penalty: float) -> Tensor:

@@ -64,7 +64,7 @@ class Activations:
             return self._data[index]
         out = torch.empty(len(index), self.width)
         breaks = (index[1:] != index[:-1] + 1).nonzero()[:, 0].add_(1).tolist()
-        bounds = [0, *breaks, len(index)]
+        bounds = [0, *breaks, len(index)] if len(index) else []
         with self._open("rb") as descriptor:
             for first, last in pairwise(bounds):
                 self._read(descriptor, out[first:last], int(index[first]))
@@ -85,7 +85,7 @@ class Activations:
         if self._data is not None:
             self._data.index_add_(0, index, values)
             return
-        total = self.rows(index).add_(values).numpy().view("u1").reshape(len(index), -1)
+        total = self.rows(index).add_(values).numpy().view("u1").reshape(-1, self._row)
         with self._open("r+b") as descriptor:
             for row, data in zip(index.tolist(), total, strict=True):
                 self._write(descriptor, data, row)

@@ -22,12 +22,12 @@ from qmix.formats import Checkpoint, open_checkpoint, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import ShardWriter
 from qmix.model import embedding
-from qmix.quantize import layerwise, output, pipeline, resume
+from qmix.quantize import estimate, layerwise, output, pipeline, resume
 from qmix.quantize.activations import Activations
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.layerwise import LayerQuantizer, Rounded, Stream
 from qmix.quantize.pipeline import Item, Progress
-from qmix.quantize.report import Report, TensorResult
+from qmix.quantize.report import Effort, Report, TensorResult
 from qmix.scheme import Recipe
 from qmix.weights import Dense
 
@@ -92,6 +92,7 @@ def run(
         state = resume.read(folder, settings)
         done = [[TensorResult.of(result) for result in layer] for layer in state.results]
         layers = checkpoint.config.num_hidden_layers
+        at, before = time.perf_counter(), len(done)
         work.tidy(folder, len(done))
         tokens = work.enter(folder, len(done)) if len(done) < layers else {}
         for layer in range(len(done), layers):
@@ -106,6 +107,7 @@ def run(
                     where=str(folder),
                     remedy="The same command with --resume goes on.",
                 )
+        rounded = layers - before, time.perf_counter() - at
         first, last = work.ends(folder)
         progress(Progress(1, 1, "checksums"))
         report = Report(
@@ -113,11 +115,37 @@ def run(
             tensors=(*first, *(result for results in done for result in results), *last),
             bytes_in=work.bytes_in,
             seconds=time.perf_counter() - begun,
+            effort=_effort(checkpoint, calibration, options, *rounded) if rounded[0] else None,
         )
         named = ("calibration", "rounding", "weighting", "correction")
         facts = {name: settings[name] for name in named}
         pipeline.finish(folder, checkpoint, items, report, facts)
     return report
+
+
+def _effort(
+    checkpoint: Checkpoint, calibration: Calibration, options: Options, layers: int, seconds: float
+) -> Effort:
+    work = estimate.work(checkpoint.config, calibration.ids.numel(), options.layer)
+    return Effort(
+        layers=layers,
+        layer_seconds=seconds,
+        layer_flops=work.flops,
+        peak_bytes=work.peak_bytes,
+        resident_bytes=_resident_bytes(),
+        gpu_seconds=work.gpu_seconds(32),
+        gpu_flops=estimate.GPU_FLOPS,
+    )
+
+
+def _resident_bytes() -> int | None:
+    """The most that this process ever held; None where /proc does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None
 
 
 def _check_shards(checkpoint: Checkpoint, items: Sequence[Item], limit: int) -> None:

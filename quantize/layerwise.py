@@ -194,7 +194,7 @@ class LayerQuantizer:
             if exact_routes is not None:
                 exact = self._swiglu(*(self._unrounded(name) for name in names))
                 self._add_exact(expert, exact, exact_routes)
-            inner = self._swiglu(*(self._done[n].weight.to(self._device) for n in names))
+            inner = self._swiglu(*(self._result(name) for name in names))
             moments = self._moments(self._config.intermediate_size)
             for x, e, share in self._chosen(expert, routes):
                 moments.add(inner(x), share, exact=exact(e) if exact and e is not None else None)
@@ -313,8 +313,11 @@ class LayerQuantizer:
 
     def _store(self, linear: nn.Module, name: str) -> None:
         assert isinstance(linear, Linear)
+        linear.store(self._result(name))
+
+    def _result(self, name: str) -> Weight:
         weight = self._done[name].weight.to(self._device)
-        linear.store(Dense(weight.data.float()) if isinstance(weight, Dense) else weight)
+        return Dense(weight.data.float()) if isinstance(weight, Dense) else weight
 
     def _swiglu(self, gate: Weight, up: Weight) -> Callable[[Tensor], Tensor]:
         act = ACTIVATIONS[self._config.hidden_act]

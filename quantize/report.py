@@ -75,13 +75,48 @@ class KindSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What a calibrated run took, and would take elsewhere, by the arithmetic of `estimate`.
+
+    Attributes:
+        layers: that were rounded. layer_seconds: of their rounding.
+        layer_flops: of one. peak_bytes: of arrays, by arithmetic.
+        resident_bytes: the most that the process held, measured; None where the system cannot tell.
+        gpu_seconds: of 32 layers on a GPU of `gpu_flops`.
+    """
+
+    layers: int
+    layer_seconds: float
+    layer_flops: float
+    peak_bytes: int
+    resident_bytes: int | None
+    gpu_seconds: float
+    gpu_flops: float
+
+    def lines(self) -> tuple[str, ...]:
+        """In words, a line each."""
+        rate = self.layers * self.layer_flops / self.layer_seconds
+        resident = ""
+        if self.resident_bytes is not None:
+            resident = f", {self.resident_bytes / 2**30:.2f} GiB resident at most"
+        return (
+            f"{self.layers} layers of {self.layer_flops / 1e12:.2f} TFLOP in "
+            f"{self.layer_seconds:.0f} s: {rate / 1e9:.0f} GFLOP/s{resident}",
+            f"32 such layers: {32 * self.layer_flops / rate / 3600:.2f} h at this rate, "
+            f"{self.peak_bytes / 2**30:.2f} GiB of arrays; by arithmetic {self.gpu_seconds / 60:.0f} "
+            f"min on a GPU at {self.gpu_flops / 1e12:.0f} TFLOP/s in float32",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole run: sizes in bytes, time in seconds."""
+    """A whole run: sizes in bytes, time in seconds; `effort` of calibrated ones."""
 
     method: str
     tensors: tuple[TensorResult, ...]
     bytes_in: int
     seconds: float
+    effort: "Effort | None" = None
 
     @property
     def bytes_out(self) -> int:
@@ -127,7 +162,7 @@ class Report:
                 f"{len(given_up)} matrices were rounded to nearest, {given_up[0].name} first: "
                 f"{given_up[0].fallback}"
             )
-        return tuple(lines)
+        return (*lines, *(self.effort.lines() if self.effort else ()))
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON document."""
@@ -138,6 +173,7 @@ class Report:
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "seconds": round(self.seconds, 2),
+            "effort": asdict(self.effort) if self.effort else None,
             "kinds": [asdict(kind) for kind in self.kinds()],
             "tensors": [
                 {

@@ -157,13 +157,17 @@ def test_large_scores_do_not_overflow():
     assert error(out, oracle(q, k, v, None, None)) <= 20 * ORDER_BOUND
 
 
-def ring(k, slots, past):
-    """Columns [B, G, L, d] as they lie in a ring after `past` [B] of each row; NaN where none is."""
+def ring(k, slots, past, *, reach=None, starts=None):
+    """Columns [B, G, L, d] as they lie in a ring after `past` [B] of each row.
+
+    NaN is whatever no query may see: empty slots, columns older than `reach`, padding.
+    """
     out = torch.full(
         (*k.shape[:2], slots, k.shape[3]), float("nan"), device=k.device, dtype=k.dtype
     )
     for row, length in enumerate(past.tolist()):
-        for column in range(max(0, length - slots), length):
+        oldest = max(0, length - min(slots, reach or slots))
+        for column in range(max(oldest, 0 if starts is None else int(starts[row])), length):
             out[row, :, column % slots] = k[row, :, column]
     return out
 
@@ -189,9 +193,7 @@ def test_decode_over_a_cache(window):
     expected = one_by_one(q, k, v, past, starts, window)
     outs = []
     for slots in (41, 48) if window is None else (window, 41, window + 3):
-        keys, values = (ring(t, slots, past + 1) for t in (k, v))
-        hidden = torch.arange(slots, device=DEVICE)
-        keys[5, :, (hidden < 16) & (slots >= 41)] = float("nan")  # padding may hold anything
+        keys, values = (ring(t, slots, past + 1, reach=window, starts=starts) for t in (k, v))
         outs.append(
             gpu.attend_cached(q, keys, values, past, starts=starts, window=window, tuning=SMALL)
         )
@@ -229,9 +231,12 @@ def test_chunked_prefill(chunk, window):
     keep = torch.arange(length, device=DEVICE)[None] >= starts[:, None]
     expected = oracle(q.transpose(1, 2), k, v, window, keep).transpose(1, 2)
     for slots in (length,) if window is None else (length, window + chunk - 1):
-        for before in range(0, length - chunk + 1, chunk):
+        for before in range(0, length - chunk + 1, max(chunk, 6)):
             past = torch.full((2,), before, dtype=torch.int32, device=DEVICE)
-            keys, values = (ring(t, slots, past + chunk) for t in (k, v))
+            reach = None if window is None else window + chunk - 1
+            keys, values = (
+                ring(t, slots, past + chunk, reach=reach, starts=starts) for t in (k, v)
+            )
             part = q[:, before : before + chunk]
             out = gpu.attend_cached(
                 part, keys, values, past, starts=starts, window=window, tuning=SMALL
@@ -246,6 +251,8 @@ def test_what_does_not_fit_is_refused():
     q = drawn(1, 2, 1, 16)
     with pytest.raises(UnsupportedError, match="float16"):
         gpu.attend(q, q.half(), q.half(), window=None, keep=None)
+    with pytest.raises(UnsupportedError, match="gradients"):
+        gpu.attend(q.requires_grad_(), q, q, window=None, keep=None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,11 +13,13 @@ from conftest import small_model
 from test_packed_order import act_order, int4, nf4
 
 from qmix import kernels
+from qmix.choice import Draw
 from qmix.decoding import Decoding, Decodings, supported
 from qmix.generate import GenerationConfig, generate
 from qmix.kernels.gpu import packed
 from qmix.layers import Linear
 from qmix.placement import Placement
+from qmix.sampling import Sampling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -110,7 +112,7 @@ def test_the_step_can_choose_by_itself():
     model = packed_model(nf4)
     expected = reference_steps(model, PROMPT.to(DEVICE), None, 4)
     cache = prefilled(model, PROMPT.to(DEVICE), None)
-    step = Decoding(model.model, model.lm_head, cache, choose=lambda logits: logits.argmax(-1))
+    step = Decoding(model.model, model.lm_head, cache, draw=Draw(Sampling(), None))
     step.ids.copy_(expected[0].argmax(-1))
     for after in expected[1:]:
         step.step()
@@ -127,8 +129,16 @@ def test_a_step_is_repeatable_and_can_go_back():
     assert torch.equal(step.step(PROMPT[:, 0].to(DEVICE)), first)
 
 
-def test_generate_takes_the_step(monkeypatch):
-    """Through the loop, with a cache that grows on the way: the reference's tokens."""
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 5, "seed": 3}, {"repetition_penalty": 1.2}],
+    ids=str,
+)
+def test_generate_takes_the_step(monkeypatch, options):
+    """Through the loop, with a cache that grows on the way: the reference's tokens.
+
+    With the choice inside the step, or, where it needs the whole context, after it.
+    """
     model = packed_model(nf4)
     taken = []
     plain = Decoding.step
@@ -140,7 +150,7 @@ def test_generate_takes_the_step(monkeypatch):
     keep = torch.ones_like(PROMPT)
     keep[0, :1] = 0
     for mask in (None, keep.to(DEVICE)):
-        config = GenerationConfig(max_new_tokens=5)
+        config = GenerationConfig(max_new_tokens=5, **options)
         with torch.no_grad():
             with kernels.override("reference"):
                 expected = generate(model, PROMPT.to(DEVICE), config, attention_mask=mask)
@@ -160,27 +170,19 @@ def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
     assert found is None
 
 
-@pytest.mark.skipif(INTERPRETED, reason="graphs are recorded on a GPU")
-@pytest.mark.parametrize("draws", [False, True])
-def test_the_graph_gives_the_tokens_of_the_launches(draws):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_graph_gives_the_tokens_of_the_launches(sampled):
+    """In the interpreter both are launched one by one; a seed gives the same tokens again."""
     model = packed_model(nf4)
     found = []
     for record in (False, True):
         generator = torch.Generator(DEVICE).manual_seed(7)
-
-        def choose(logits, generator=generator):
-            if not draws:
-                return logits.argmax(-1)
-            noise = torch.empty_like(logits).exponential_(generator=generator)
-            return (logits.softmax(-1) / noise).argmax(-1)
-
+        draw = Draw(Sampling(temperature=1.0, top_p=0.9) if sampled else Sampling(), generator)
         cache = prefilled(model, PROMPT.to(DEVICE), None)
-        step = Decoding(
-            model.model, model.lm_head, cache, choose=choose, generator=generator, record=record
-        )
+        step = Decoding(model.model, model.lm_head, cache, draw=draw, record=record)
         step.ids.copy_(PROMPT[:, 0])
         ids = []
-        for _ in range(8):
+        for _ in range(4):
             step.step()
             ids.append(step.ids.clone())
         found.append((torch.stack(ids), step.logits.clone()))

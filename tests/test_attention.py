@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, small_model
 
+from qmix import kernels
 from qmix.errors import UnsupportedError, UsageError
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import attention, flash
@@ -241,3 +242,37 @@ def test_float16_stays_finite_at_8192_tokens():
     model = small_model(num_hidden_layers=1, hidden_size=32, intermediate_size=32).half()
     out = model.model(ids(8192), use_cache=False).last_hidden_state
     assert torch.isfinite(out).all()
+
+
+@torch.no_grad()
+def test_on_a_gpu_sdpa_leaves_to_triton_what_needs_a_mask(monkeypatch):
+    """Which row is taken, with a device made up; what the rows compute is tested elsewhere."""
+    pytest.importorskip("triton")
+    taken = []
+    monkeypatch.setattr(kernels, "_fused", lambda *tensors: not kernels.overridden())
+    monkeypatch.setitem(
+        attention._ROWS, "triton", lambda q, k, v, sight: taken.append("triton") or q
+    )
+    monkeypatch.setitem(attention._ROWS, "sdpa", lambda q, k, v, sight: taken.append("sdpa") or q)
+    q, k = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 8, 16)
+    whole = torch.zeros(1, 4, 8, 16)
+    keep = torch.ones(1, 8, dtype=torch.bool)
+
+    def row(q, k, **options):
+        kernels.attend(q, k, k, **{"window": None, "keep": None, **options})
+        return taken.pop()
+
+    assert row(whole, k) == "sdpa"  # causality alone
+    assert row(whole, k, window=8) == "sdpa"
+    assert row(whole, k, window=4) == row(whole, k, keep=keep) == row(q, k) == "triton"
+    assert row(q, k, mask=torch.ones(1, 1, 3, 8, dtype=torch.bool)) == "sdpa"
+    assert row(q, k, dropout=0.1) == "sdpa"
+    assert row(q[..., :12], k[..., :12]) == "sdpa"
+    with kernels.override("reference"):
+        assert row(q, k) == "sdpa"
+
+
+def test_the_triton_row_refuses_what_it_cannot():
+    q = torch.zeros(1, 4, 3, 16)
+    with pytest.raises(UnsupportedError, match="Triton"):
+        attention.attend(q, q, q, window=None, keep=None, implementation="triton")

@@ -11,7 +11,7 @@ from qmix.errors import QualityError
 from qmix.evals import guard, measure
 from qmix.evals.guard import Figures, check
 from qmix.formats import bnb
-from qmix.quantize import nf4
+from qmix.quantize import gptq, nf4
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,14 @@ def comparison(tmp_path_factory):
     return measure.compare(tmp_path_factory.mktemp("guard") / "tiny-nf4")
 
 
-def test_the_guard_passes(comparison):
-    guard.guard(comparison)
+@pytest.fixture(scope="module")
+def gptq_comparison(tmp_path_factory):
+    return measure.compare_gptq(tmp_path_factory.mktemp("guard") / "tiny-gptq")
+
+
+@pytest.mark.slow
+def test_the_guard_passes(comparison, gptq_comparison):
+    guard.guard(comparison, gptq_comparison)
 
 
 @pytest.fixture
@@ -35,19 +41,47 @@ def perturbed(monkeypatch):
 
 
 @pytest.mark.usefixtures("perturbed")
-def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path):
-    comparison = measure.compare(tmp_path / "broken")
+@pytest.mark.slow
+def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path, gptq_comparison):
+    broken = measure.compare(tmp_path / "broken")
     with pytest.raises(QualityError, match="nf4_kl_mean"):
-        guard.guard(comparison)
+        guard.guard(broken, gptq_comparison)
 
 
-def test_the_guard_fails_when_the_encoder_rounds_wrongly(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_the_guard_fails_when_the_encoder_rounds_wrongly(tmp_path, monkeypatch, gptq_comparison):
     """Every value takes the next higher code where it lies just below the middle."""
     bounds = tuple(b - np.float32(0.02) for b in nf4._bounds())
     monkeypatch.setattr(nf4, "_bounds", lambda: bounds)
-    comparison = measure.compare(tmp_path / "broken")
+    broken = measure.compare(tmp_path / "broken")
     with pytest.raises(QualityError, match="nf4_kl_mean"):
-        guard.guard(comparison)
+        guard.guard(broken, gptq_comparison)
+
+
+@pytest.mark.slow
+def test_the_guard_fails_when_the_solver_is_perturbed(tmp_path, monkeypatch, comparison):
+    """The coordinate descent forgets what the codes it moved in a block did to those after it."""
+    descend = gptq._descend
+
+    def forgetful(errors, codes, gradient, hessian, grid):
+        descend(errors, codes, gradient, torch.diag_embed(hessian.diagonal(dim1=1, dim2=2)), grid)
+
+    monkeypatch.setattr(gptq, "_descend", forgetful)
+    broken = measure.compare_gptq(tmp_path / "broken")
+    with pytest.raises(QualityError, match="gptq_kl_mean"):
+        guard.guard(comparison, broken)
+
+
+@pytest.mark.slow
+def test_other_texts_have_the_wider_tolerance(comparison, gptq_comparison):
+    for name in ("text_sha256", "calibration_sha256"):
+        nf4_side, gptq_side = comparison, gptq_comparison
+        if name == "text_sha256":
+            result = dataclasses.replace(comparison.result, text_sha256="0" * 64)
+            nf4_side = dataclasses.replace(comparison, result=result)
+        else:
+            gptq_side = dataclasses.replace(gptq_comparison, calibration_sha256="0" * 64)
+        assert "wide" in guard.guard(nf4_side, gptq_side)
 
 
 def test_every_figure_is_guarded_in_its_direction():
@@ -57,6 +91,10 @@ def test_every_figure_is_guarded_in_its_direction():
         nf4_kl_mean=0.01,
         nf4_kl_p99=0.1,
         nf4_top1_agreement=0.95,
+        gptq_ratio=1.01,
+        gptq_kl_mean=0.008,
+        gptq_kl_p99=0.09,
+        gptq_top1_agreement=0.96,
     )
     assert check(base, base, guard.SAME_TEXT) == ()
     worse = {
@@ -65,7 +103,12 @@ def test_every_figure_is_guarded_in_its_direction():
         "nf4_kl_mean": 0.02,
         "nf4_kl_p99": 0.2,
         "nf4_top1_agreement": 0.9,
+        "gptq_ratio": 1.1,
+        "gptq_kl_mean": 0.0085,
+        "gptq_kl_p99": 0.1,
+        "gptq_top1_agreement": 0.9,
     }
+    assert set(worse) == {field.name for field in dataclasses.fields(Figures)}
     for name, value in worse.items():
         (failure,) = check(dataclasses.replace(base, **{name: value}), base, guard.SAME_TEXT)
         assert name in failure
@@ -75,11 +118,12 @@ def test_every_figure_is_guarded_in_its_direction():
     assert "nf4_kl_mean" in failure
 
 
-def test_the_markdown_table_names_both_models(comparison):
-    table = guard.markdown(comparison)
-    assert table.count("\n") == 4
-    assert "bf16" in table
-    assert "NF4" in table
+@pytest.mark.slow
+def test_the_markdown_table_names_every_model(comparison, gptq_comparison):
+    table = guard.markdown(comparison, gptq_comparison)
+    assert table.count("\n") == 5
+    for name in ("bf16", "NF4", "GPTQ"):
+        assert name in table
 
 
 def test_scores_do_not_depend_on_the_number_of_threads(comparison, tiny, tiny_nf4):

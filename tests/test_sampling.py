@@ -118,3 +118,14 @@ def test_a_tiny_temperature_is_greedy_and_not_nan():
     sampling = Sampling(temperature=1e-30)
     scores = sampling.scores(logits(1, 2), NONE)
     assert int(sampling.choose(scores, torch.Generator().manual_seed(0))) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 2048)])
+def test_a_draw_is_torchs_multinomial(shape):
+    """The same numbers from the same generator: seeds keep their texts."""
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
+    for _ in range(20):
+        drawn = Sampling(temperature=1.0).draw(scores, ours)
+        meant = torch.multinomial(scores.softmax(-1), 1, generator=theirs)[:, 0]
+        assert torch.equal(drawn, meant)

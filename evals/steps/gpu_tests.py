@@ -39,7 +39,7 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
         ]
         try:
             done = subprocess.run(
-                [*command, "--maxfail=5", str(path)],
+                [*command, "-p", "no:cacheprovider", "--maxfail=5", str(path)],
                 cwd=ROOT,
                 env=environment,
                 capture_output=True,

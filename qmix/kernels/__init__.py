@@ -17,12 +17,12 @@ from qmix.errors import UnsupportedError, UsageError
 from qmix.fp4 import FP4
 from qmix.int4 import Int4
 from qmix.int8 import Int8
-from qmix.kernels import dense, int4, nf4, reference
-from qmix.kernels.attention import attend, visible
+from qmix.kernels import attention, dense, int4, nf4, pointwise, reference
+from qmix.kernels.attention import Implementation, visible
 from qmix.kernels.experts import Expert, Routes, routed
 from qmix.kernels.gpu import packed
 from qmix.kernels.gpu.packed import Packed, PackedExperts
-from qmix.kernels.pointwise import apply_rotary, rms_norm, rotary, route
+from qmix.kernels.pointwise import rotary
 from qmix.weights import NF4, Dense, Weight
 
 __all__ = [
@@ -59,6 +59,8 @@ _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Int8, "cuda"): int4.linear,
     (Packed, "cuda"): packed.linear,
 }
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _choice: ContextVar[Choice | None] = ContextVar("kernel override", default=None)
 
@@ -107,3 +109,70 @@ def experts(
     if isinstance(weights, PackedExperts) and act is F.silu and not trained:
         return packed.experts(x, routes, weights)
     return routed(x, routes, weights, act, linear)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See pointwise.rms_norm: [..., D]."""
+    if not _fused(x, weight):
+        return pointwise.rms_norm(x, weight, eps)
+    from qmix.kernels.gpu import pointwise as gpu
+
+    return gpu.rms_norm(x, weight, eps)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See pointwise.apply_rotary: (B, H, S, d)."""
+    if not _fused(x) or x.shape[-1] & (x.shape[-1] - 1):
+        return pointwise.apply_rotary(x, cos, sin)
+    from qmix.kernels.gpu import pointwise as gpu
+
+    return gpu.apply_rotary(x, cos, sin)
+
+
+def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
+    """See pointwise.route: (T, E) -> Routes."""
+    if not _fused(logits):
+        return pointwise.route(logits, num_experts_per_tok)
+    from qmix.kernels.gpu import pointwise as gpu
+
+    return gpu.route(logits, num_experts_per_tok)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    keep: Tensor | None,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+    implementation: Implementation = "sdpa",
+) -> Tensor:
+    """See attention.attend. On a GPU `sdpa` leaves to our kernels what it would need a mask for."""
+    queries, keys = q.shape[2], k.shape[2]
+    if implementation == "sdpa" and mask is None and not dropout and _fused(q, k, v):
+        from qmix.kernels.gpu import attention as gpu
+
+        causal = keep is None and queries == keys and (window is None or keys <= window)
+        if not causal and q.shape[-1] in gpu.HEAD_WIDTHS and q.dtype == k.dtype:
+            implementation = "triton"
+    return attention.attend(
+        q,
+        k,
+        v,
+        window=window,
+        keep=keep,
+        dropout=dropout,
+        mask=mask,
+        implementation=implementation,
+    )
+
+
+def _fused(*tensors: Tensor) -> bool:
+    """Whether a GPU kernel without gradients may be taken: all in floats that it knows."""
+    return (
+        all(t.is_cuda and t.dtype in _FLOATS for t in tensors)
+        and not overridden()
+        and not attention.traced(*tensors)
+    )

@@ -133,10 +133,31 @@ def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
     return flash.attend(q, k, v, window=sight.window, keep=sight.keep, dropout=sight.dropout)
 
 
+def triton(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """Our own kernels, on a GPU, where they fit."""
+    if not q.is_cuda or sight.mask is not None or sight.dropout or traced(q, k, v):
+        raise UnsupportedError(
+            "the Triton attention kernel has no gradients, no dropout and takes no 4-D mask",
+            where="attn_implementation",
+            expected="a CUDA device, inference",
+            found=q.device.type,
+            remedy="Use sdpa, which means the same.",
+        )
+    from qmix.kernels.gpu import attention
+
+    return attention.attend(q, k, v, window=sight.window, keep=sight.keep)
+
+
+def traced(*tensors: Tensor) -> bool:
+    """Whether gradients are asked for."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 _ROWS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Sight], Tensor]] = {
     "eager": eager,
     "sdpa": sdpa,
     "flash_attention_2": flash_attention_2,
+    "triton": triton,
 }
 
 
@@ -156,12 +177,11 @@ def named(name: str | None) -> Implementation:
             expected=", ".join(known),
             found=repr(name)[:80],
         )
-    if name not in _ROWS:
+    if name == "triton" and not torch.cuda.is_available():
         raise UnsupportedError(
-            "this version has no Triton attention kernel",
+            "the Triton attention kernel needs a CUDA device, and there is none",
             where="attn_implementation",
-            expected=", ".join(_ROWS),
-            found=name,
+            remedy="Use sdpa, which means the same.",
         )
     if name == "flash_attention_2":
         flash.check_installed()

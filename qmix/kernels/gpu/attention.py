@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import attention_programs as programs
+from qmix.kernels.gpu.pointwise import power_of_2
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -81,16 +82,23 @@ def check(q: Tensor, k: Tensor) -> None:
     """Refuse queries (B, H, S, d) and keys (B, G, L, d) that the programs do not take.
 
     Raises:
-        UnsupportedError: another dtype, mixed dtypes, or a head width that is no power of 2 from 16
-            to 128.
+        UnsupportedError: another dtype, mixed dtypes, a head width that is no power of 2 from 16 to
+            128, or gradients are wanted.
     """
-    if q.dtype in DTYPES and k.dtype == q.dtype and q.shape[-1] in HEAD_WIDTHS:
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if (
+        q.dtype in DTYPES
+        and k.dtype == q.dtype
+        and q.shape[-1] in HEAD_WIDTHS
+        and not differentiated
+    ):
         return
+    found = f"{q.dtype} and {k.dtype}, heads of {q.shape[-1]}".replace("torch.", "")
     raise UnsupportedError(
-        "the Triton attention kernel does not fit this model",
+        "the Triton attention kernel does not fit",
         where="attn_implementation",
-        expected="float16, bfloat16 or float32, heads of 16, 32, 64 or 128",
-        found=f"{q.dtype} and {k.dtype}, heads of {q.shape[-1]}".replace("torch.", ""),
+        expected="float16, bfloat16 or float32, heads of 16, 32, 64 or 128, no gradients",
+        found=found + (", gradients" if differentiated else ""),
         remedy="Use attn_implementation='sdpa', which means the same.",
     )
 
@@ -182,18 +190,13 @@ def _attend(
     programs.split[(shared, splits, batch)](
         q, k, v, marks, past, starts, sums, peaks, totals, slots, reach, slots, splits,
         *rows_of, *strides,
-        SHARE=share, ROWS=max(_SMALLEST_TILE, _power_of_2(share)), D=width,
+        SHARE=share, ROWS=max(_SMALLEST_TILE, power_of_2(share)), D=width,
         COLUMNS=plan.columns, STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
     programs.merge[(batch * heads,)](
-        sums, peaks, totals, out, splits, PARTS=_power_of_2(splits), D=width, num_warps=4
+        sums, peaks, totals, out, splits, PARTS=power_of_2(splits), D=width, num_warps=4
     )
     return out
-
-
-def _power_of_2(count: int) -> int:
-    """The smallest power of 2 that is at least `count`."""
-    return 1 << (count - 1).bit_length()
 
 
 @cache

@@ -3,7 +3,7 @@
 Products with packed weights end in shares, float32 [N, P, width]: N splits of their inputs, a row
 for each pair of token and choice (P = T for a projection, T * k for experts). The functions here
 take shares as they are and add them while reading, which saves `combine`'s launch. A plain tensor
-[T, width] will do as well.
+[T, width] will do as well. There is no backward pass.
 
 Launches of one layer of a decode step, packed weights, q, k and v packed as one matrix:
 
@@ -101,7 +101,7 @@ def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
     routes, experts = _routes(logits, num_experts_per_tok), logits.shape[1]
     programs.route[(len(logits),)](
         logits.contiguous(), routes.ids, routes.weights,
-        E=experts, CHOSEN=num_experts_per_tok, EXPERTS=_power_of_2(experts), num_warps=1,
+        E=experts, CHOSEN=num_experts_per_tok, EXPERTS=power_of_2(experts), num_warps=1,
     )  # fmt: skip
     return routes
 
@@ -176,13 +176,14 @@ def _residual_norm(
 ) -> None:
     tokens, hidden = x.shape
     assert x.is_contiguous()
+    assert not (torch.is_grad_enabled() and x.requires_grad), "no backward"
     if shares is not None:
         shares = _as_shares(shares)
         assert shares.shape[1] % tokens == 0, (tuple(shares.shape), tokens)
         assert shares.shape[2] == hidden, (tuple(shares.shape), hidden)
     pairs = tokens if shares is None else shares.shape[1]
     experts = 1 if gate is None else gate.shape[0]
-    block = _power_of_2(hidden)
+    block = power_of_2(hidden)
     programs.residual_norm[(tokens,)](
         x, shares, weight, total, normed,
         None if gate is None else gate.contiguous(), logits,
@@ -190,7 +191,7 @@ def _residual_norm(
         pairs, hidden, eps,
         SPLITS=1 if shares is None else len(shares), CHOICES=pairs // tokens,
         E=experts, CHOSEN=1 if routes is None else routes.ids.shape[1],
-        BLOCK=block, EXPERTS=_power_of_2(experts), num_warps=norm_warps(block),
+        BLOCK=block, EXPERTS=power_of_2(experts), num_warps=norm_warps(block),
     )  # fmt: skip
 
 
@@ -222,6 +223,6 @@ def rotation_warps(rows: int) -> int:
     return 1 if rows == 1 else 4
 
 
-def _power_of_2(count: int) -> int:
+def power_of_2(count: int) -> int:
     """The smallest power of 2 that is at least `count`."""
     return 1 << (count - 1).bit_length()

@@ -36,7 +36,7 @@ def _choose(
     """Store a token's CHOSEN largest of E logits and the softmax over these; equal ones in order."""
     # A softmax over all E, renormalised to the chosen, is the softmax over the chosen.
     free = inside
-    whole = tl.sum(tl.zeros([1], tl.float32), 0)
+    whole = 0.0
     highest = tl.max(tl.where(inside, logits, float("-inf")), 0)
     share = tl.zeros(logits.shape, tl.float32)
     for choice in tl.static_range(CHOSEN):

@@ -1,0 +1,181 @@
+"""The accuracy command on a little text: its table, its record, its rivals, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from qmix.evals import accuracy, corpus
+from qmix.evals.perplexity import Perplexity, Reference
+
+WORDS = "Return a list of the names in the current scope. "
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch):
+    monkeypatch.setattr(corpus, "training_text", lambda: WORDS * 40)
+    monkeypatch.setattr(corpus, "heldout_text", lambda: "Delete the names of that scope. " * 20)
+
+
+@pytest.fixture
+def rivals(tmp_path, tiny_nf4):
+    """Two checkpoints, a folder that is none, and a file."""
+    parent = tmp_path / "rivals"
+    for name in ("b", "a"):
+        shutil.copytree(tiny_nf4, parent / name)
+    (parent / "logs").mkdir()
+    (parent / "train.txt").write_text("text")
+    return parent
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def score(name, kl, *, bits=4.125, group=128, rival=False, schemes=None):
+    reference = Reference(perplexity=20.0, kl_mean=kl, kl_median=kl, kl_p99=kl, top1_agreement=0.95)
+    result = Perplexity(
+        perplexity=20.5,
+        stderr=0.1,
+        tokens=100,
+        protocol="one window",
+        text_sha256="0" * 64,
+        reference=reference,
+    )
+    return accuracy.Score(
+        name=name,
+        bits_per_weight=bits,
+        schemes=schemes or {f"int4 g{group}": 84},
+        group_size=group,
+        rival=rival,
+        result=result,
+    )
+
+
+def test_the_table_has_a_row_for_each_and_the_record_says_on_what(capsys, tmp_path):
+    out = tmp_path / "record.json"
+    options = "--only rtn-g32 gptq-g128 --samples 2 --seqlen 32 --out"
+    assert accuracy.main([*options.split(), str(out)]) == 0
+    captured = capsys.readouterr()
+    header, rule, *rows = captured.out.splitlines()[:5]
+    assert cells(header)[:4] == ["model", "bits/weight", "perplexity", "mean KL"]
+    assert cells(rule) == ["---"] * 6
+    assert [cells(row)[:2] for row in rows] == [
+        ["bf16", "16.000"],
+        ["rtn-g32", "4.500"],
+        ["gptq-g128", "4.125"],
+    ]
+    assert "gptq-g128: quantizing" in captured.err
+    record = json.loads(out.read_text())
+    assert record["calibration"]["windows"] == 2
+    assert record["calibration"]["tokens_a_window"] == 32
+    assert record["text"]["sha256"] in captured.out
+    assert [one["name"] for one in record["scores"]] == ["rtn-g32", "gptq-g128"]
+    assert all(0 < one["kl_mean"] < 1 for one in record["scores"])
+    assert record["scores"][1]["schemes"] == {"int4 g128": 84}
+    assert str(tmp_path) not in out.read_text()
+
+
+def test_the_rivals_come_first_by_name(capsys, rivals):
+    options = [
+        "--rivals",
+        str(rivals),
+        "--only",
+        "nf4",
+        "--samples",
+        "2",
+        "--seqlen",
+        "32",
+        "--json",
+    ]
+    assert accuracy.main(options) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [(one["name"], one["rival"]) for one in document["scores"]] == [
+        ("a", True),
+        ("b", True),
+        ("nf4", False),
+    ]
+    ours = document["scores"][2]
+    assert ours["kl_mean"] == document["scores"][0]["kl_mean"]  # the same bytes
+    assert "ratio" not in ours  # blocks are compared with no group size
+    assert str(rivals) not in json.dumps(document)
+
+
+def test_each_is_compared_with_the_best_rival_of_its_group_size():
+    rivals = [
+        score("x-128", 0.010, rival=True),
+        score("y-128", 0.008, rival=True),
+        score("x-32", 0.006, bits=4.5, group=32, rival=True),
+        score("y-32", 0.007, bits=4.5, group=32, rival=True),
+    ]
+    mixed = {"int4 g128": 50, "int8 g128": 34}
+    cases = [
+        (score("ours-128", 0.004), "y-128"),
+        (score("asymmetric", 0.004, bits=4.156), "y-128"),
+        (score("ours-32", 0.003, bits=4.5, group=32), "x-32"),
+        (score("ours-64", 0.003, bits=4.25, group=64), None),
+        (score("auto", 0.003, bits=4.25, group=None, schemes=mixed), "x-32"),
+        (score("auto-8", 0.003, bits=8.0, group=None, schemes=mixed), None),
+        (score("nf4", 0.003, bits=4.127, group=None, schemes={"nf4 b64": 84}), None),
+    ]
+    for ours, name in cases:
+        found = accuracy.to_beat(ours, [*rivals, ours])
+        assert (found.name if found else None) == name, ours.name
+    body = accuracy.table([*rivals, *(ours for ours, _ in cases)])
+    last = {cells(row)[0]: cells(row)[-1] for row in body.splitlines()[2:]}
+    assert last["ours-128"] == "0.50"
+    assert last["ours-32"] == "0.50"
+    assert last["x-128"] == last["bf16"] == last["nf4"] == "-"
+
+
+def test_the_ablations_are_set_against_their_own_full_row():
+    scores = [
+        score("g128-full", 0.004),
+        score("g128-plain", 0.008),
+        score("g32-full", 0.002, group=32),
+        score("g32-plain", 0.005, group=32),
+    ]
+    rows = accuracy.ablation_table(scores).splitlines()[2:]
+    assert [cells(row)[-1] for row in rows] == ["1.000", "2.000", "1.000", "2.500"]
+    assert cells(accuracy.ablation_table(scores[1:2]).splitlines()[2])[-1] == "-"
+
+
+def test_every_ablation_differs_from_the_full_method():
+    full = dataclasses.asdict(accuracy.ABLATIONS["full"])
+    documents = [dataclasses.asdict(options) for options in accuracy.ABLATIONS.values()]
+    assert documents.count(full) == 1
+    assert len({json.dumps(document) for document in documents}) == len(documents)
+
+
+def test_an_ablation_runs(capsys):
+    options = "--ablations --only g32-plain --samples 2 --seqlen 32"
+    assert accuracy.main(options.split()) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:3]
+    assert cells(row)[:2] == ["g32-plain", "4.500"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ("--only gptq-g127", 2, "gptq-g127"),
+        ("--ablations --only nf4", 2, "no such row"),
+        ("--ablations --rivals nowhere", 2, "--rivals"),
+        ("--samples 0", 2, "too little calibration"),
+        ("--seqlen 4096 --samples 1", 2, "too short"),
+        ("--out nowhere/record.json --only nf4", 2, "no such directory"),
+        ("--rivals nowhere --only nf4", 3, "no checkpoints"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(capsys, options, code, words):
+    assert accuracy.main(options.split()) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert words in line
+
+
+def test_a_rival_that_is_not_quantized_is_refused(capsys, tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "dense")
+    assert accuracy.main(["--rivals", str(tmp_path), "--only", "nf4"]) == 3
+    assert "not quantized" in capsys.readouterr().err
