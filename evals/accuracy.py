@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,15 @@ from qmix.tokenizer import LlamaTokenizer
 SAMPLES, SEQLEN = 128, 512
 GROUPS = (128, 32)
 
-METHODS: dict[str, dict[str, Any]] = {
-    "rtn-g128": {"method": "rtn", "group_size": 128},
-    "rtn-g32": {"method": "rtn", "group_size": 32},
-    "nf4": {"method": "nf4"},
-    "gptq-g128": {"method": "gptq", "group_size": 128},
-    "gptq-g128-asymmetric": {"method": "gptq", "group_size": 128, "asymmetric": True},
-    "gptq-g32": {"method": "gptq", "group_size": 32},
-    "auto-4.25": {"method": "auto", "bits": 4.25},
-    "auto-4.5": {"method": "auto", "bits": 4.5},
+METHODS = {
+    "rtn-g128": Request(method="rtn", group_size=128),
+    "rtn-g32": Request(method="rtn", group_size=32),
+    "nf4": Request(method="nf4"),
+    "gptq-g128": Request(method="gptq", group_size=128),
+    "gptq-g128-asymmetric": Request(method="gptq", group_size=128, asymmetric=True),
+    "gptq-g32": Request(method="gptq", group_size=32),
+    "auto-4.25": Request(method="auto", bits=4.25),
+    "auto-4.5": Request(method="auto", bits=4.5),
 }
 # What is changed of the defaults, one thing a row; `plain` is the paper's algorithm and no more.
 ABLATIONS: dict[str, layerwise.Options] = {
@@ -74,6 +74,8 @@ ABLATIONS: dict[str, layerwise.Options] = {
         ),
     ),
 }
+
+_HEADER = ("model", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,12 @@ def requested(text: str, samples: int, seqlen: int) -> tuple[Variant, ...]:
         text: of the calibration.
     """
 
-    def variant(name: str, options: dict[str, Any]) -> Variant:
-        looks = options["method"] in ("gptq", "auto")
-        sizes = {"samples": samples, "seqlen": seqlen, "device": "cpu"} if looks else {}
-        request = Request(**options, **sizes)
+    def variant(name: str, request: Request) -> Variant:
+        if request.calibrated:
+            request = replace(request, samples=samples, seqlen=seqlen, device="cpu")
         return Variant(name, lambda source, out: methods.run(source, out, request, text))
 
-    return tuple(variant(name, options) for name, options in METHODS.items())
+    return tuple(variant(name, request) for name, request in METHODS.items())
 
 
 def ablated(windows: Calibration) -> tuple[Variant, ...]:
@@ -257,7 +258,7 @@ def to_beat(ours: Score, scores: Sequence[Score]) -> Score | None:
 
 def table(scores: Sequence[Score]) -> str:
     """All scores as a markdown table, the 16-bit model first."""
-    header = ("model", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+    header: tuple[str, ...] = _HEADER
     base = scores[0].result.reference
     assert base is not None
     rows: list[tuple[str, ...]] = [("bf16", "16.000", f"{base.perplexity:.4f}", "-", "-", "-")]
@@ -281,8 +282,7 @@ def ablation_table(scores: Sequence[Score]) -> str:
         base = full.get(one.group_size)
         ratio = "-" if base is None else f"{one.kl / base:.3f}"
         rows.append((*one.cells(), ratio))
-    header = ("GPTQ", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
-    return markdown((*header, "KL over full"), rows)
+    return markdown((*_HEADER, "KL over full"), rows)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

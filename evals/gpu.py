@@ -54,6 +54,7 @@ STEPS = (
     Plan("attention", "attention", 0.15),
 )
 PROFILE = Plan("profile", "token_profile", 0.2)
+_START_SECONDS = 30.0  # importing torch and starting CUDA, with room for a busy machine
 _LEAST_SECONDS = 5.0  # less is not worth starting a process
 
 
@@ -132,16 +133,16 @@ def run(
         else:
             share = plan.share if len(plans) > 1 else 1.0
             later = sum(other.share for other in plans[plans.index(plan) :])
-            limit = left * min(1.0, share / later * 1.5)
+            limit = min(left, max(_START_SECONDS, left * share / later * 1.5))
             sys.stderr.write(f"{plan.name}: at most {limit:.0f} s\n")
-            outcome = _apart(plan, limit, record.command)
+            outcome = _apart(plan, limit)
         record.steps[plan.name] = outcome
         record.write(out)
         sys.stderr.write(f"{plan.name}: {outcome.status}, {outcome.seconds:.1f} s\n")
     return record
 
 
-def _apart(plan: Plan, limit: float, command: str) -> Outcome:
+def _apart(plan: Plan, limit: float) -> Outcome:
     """Run a step in a process group of its own, for at most `limit` seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         lines, messages = Path(scratch) / "results", Path(scratch) / "messages"

@@ -55,32 +55,54 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far a figure may move for the worse (perplexity: either way), relative to its baseline.
+    """How far each figure may move for the worse (perplexity: either way), relative to its baseline.
 
-    Measured on one machine and text the figures repeat to 1e-6; other processors round matrix
-    products differently, which moved NF4's by less than a tenth of `SAME_TEXT`.
+    Measured on one machine and text the figures repeat to 1e-6. Other processors, and other numbers of
+    threads, round matrix products differently, which moved NF4's by less than a tenth of `SAME_TEXT`.
+    GPTQ turns such a difference into other codes: two threads instead of one moved its mean KL by
+    2.3 %, p99 by 6.7 %.
     """
 
-    perplexity: float
-    ratio: float
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
+    bf16_perplexity: float
+    nf4_ratio: float
+    nf4_kl_mean: float
+    nf4_kl_p99: float
+    nf4_top1_agreement: float
+    gptq_ratio: float
+    gptq_kl_mean: float
+    gptq_kl_p99: float
+    gptq_top1_agreement: float
 
-    def of(self, figure: str) -> float:
-        """That of a field of Figures, by what follows the method's name."""
-        return float(getattr(self, figure.partition("_")[2]))
 
-
-SAME_TEXT = Tolerance(perplexity=0.005, ratio=0.005, kl_mean=0.05, kl_p99=0.10, top1_agreement=0.01)
-OTHER_TEXT = Tolerance(perplexity=0.25, ratio=0.02, kl_mean=0.25, kl_p99=0.35, top1_agreement=0.03)
+SAME_TEXT = Tolerance(
+    bf16_perplexity=0.005,
+    nf4_ratio=0.005,
+    nf4_kl_mean=0.05,
+    nf4_kl_p99=0.10,
+    nf4_top1_agreement=0.01,
+    gptq_ratio=0.005,
+    gptq_kl_mean=0.08,
+    gptq_kl_p99=0.20,
+    gptq_top1_agreement=0.01,
+)
+OTHER_TEXT = Tolerance(
+    bf16_perplexity=0.25,
+    nf4_ratio=0.02,
+    nf4_kl_mean=0.25,
+    nf4_kl_p99=0.35,
+    nf4_top1_agreement=0.03,
+    gptq_ratio=0.02,
+    gptq_kl_mean=0.25,
+    gptq_kl_p99=0.35,
+    gptq_top1_agreement=0.03,
+)
 
 
 def check(found: Figures, baseline: Figures, tolerance: Tolerance) -> tuple[str, ...]:
     """Every figure that is worse than its baseline by more than the tolerance, in words."""
     failures = []
     for name, base in asdict(baseline).items():
-        value, slack = getattr(found, name), tolerance.of(name) * base
+        value, slack = getattr(found, name), getattr(tolerance, name) * base
         agreement = name.endswith("top1_agreement")
         low = base - slack if agreement or name == "bf16_perplexity" else float("-inf")
         high = float("inf") if agreement else base + slack

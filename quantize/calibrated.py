@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import qmix
-from qmix.errors import InterruptedRunError, UsageError
+from qmix.errors import CheckpointError, InterruptedRunError, UsageError
 from qmix.formats import Checkpoint, open_checkpoint, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import ShardWriter
@@ -76,7 +77,7 @@ def run(
 
     Raises:
         UsageError: the paths are unfit, or the interrupted run had other settings.
-        CheckpointError: the source is damaged or holds NaN.
+        CheckpointError: the source is damaged or holds NaN, or the interrupted run is damaged.
         UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
         ResourceError: the disk is too small. InterruptedRunError: `interrupted` said so.
     """
@@ -90,7 +91,7 @@ def run(
     output.check_space(out, work.bytes_needed)
     with output.partial(out, force=force, resume=resumed) as folder:
         state = resume.read(folder, settings)
-        done = [[TensorResult.of(result) for result in layer] for layer in state.results]
+        done = work.finished(folder, state)
         layers = checkpoint.config.num_hidden_layers
         at, before = time.perf_counter(), len(done)
         work.tidy(folder, len(done))
@@ -216,6 +217,30 @@ class _Work:
         self.in_memory = token_bytes <= options.activation_bytes
         self.bytes_out = sum(one.nbytes for item in items for one in item.planned)
         self.bytes_needed = self.bytes_out + token_bytes
+
+    def finished(self, folder: Path, state: resume.State) -> list[list[TensorResult]]:
+        """The results of the layers that are done.
+
+        Raises:
+            CheckpointError: `state` holds something else, or a layer's shard has gone.
+        """
+        names = [
+            [item.tensor.name for item in self.items if item.tensor.layer == layer]
+            for layer in range(self.layers)
+        ]
+        remedy = "Remove the interrupted run and start again."
+        done: list[list[TensorResult]] | None = None
+        with suppress(TypeError, KeyError):
+            done = [[TensorResult.of(result) for result in layer] for layer in state.results]
+        if done is None or [[one.name for one in layer] for layer in done] != names[: len(done)]:
+            raise CheckpointError(
+                "not the results of layers", where=str(folder / output.STATE), remedy=remedy
+            )
+        for layer in range(len(done)):
+            shard = folder / shards.shard_name(layer + 1, self.layers + 2)
+            if not shard.is_file():
+                raise CheckpointError("missing", where=str(shard), remedy=remedy)
+        return done
 
     def enter(self, folder: Path, done: int) -> dict[str, Activations]:
         """The tokens before layer `done`, by stream: rounded so far, and unrounded if corrected."""

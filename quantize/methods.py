@@ -149,7 +149,7 @@ def _chosen(
     device: torch.device,
     progress: Callable[[Progress], None],
 ) -> Recipe:
-    bits = request.bits or _BITS
+    bits = _BITS if request.bits is None else request.bits
     allocation.check(bits)
     checkpoint = open_checkpoint(source)
     pipeline.plan(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))

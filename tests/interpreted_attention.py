@@ -220,7 +220,7 @@ def test_batch_buckets(batch):
 @pytest.mark.parametrize("window", [None, 7, 16])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 19])
 def test_chunked_prefill(chunk, window):
-    """A prompt of 38 in chunks, over a straight cache and over a ring that is just large enough."""
+    """Chunks of prompts of 38 and less, over a straight cache and a ring that is just large enough."""
     length = 38
     q, k, v = (
         drawn(2, length, 2, 16),
@@ -228,12 +228,10 @@ def test_chunked_prefill(chunk, window):
         drawn(2, 1, length, 16, seed=3),
     )
     starts = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
-    keep = torch.arange(length, device=DEVICE)[None] >= starts[:, None]
-    expected = oracle(q.transpose(1, 2), k, v, window, keep).transpose(1, 2)
-    for slots in (length,) if window is None else (length, window + chunk - 1):
+    reach = None if window is None else window + chunk - 1
+    for slots in (length,) if reach is None else (length, reach):
         for before in range(0, length - chunk + 1, max(chunk, 6)):
-            past = torch.full((2,), before, dtype=torch.int32, device=DEVICE)
-            reach = None if window is None else window + chunk - 1
+            past = torch.tensor([before, max(before - 3, 0)], dtype=torch.int32, device=DEVICE)
             keys, values = (
                 ring(t, slots, past + chunk, reach=reach, starts=starts) for t in (k, v)
             )
@@ -241,7 +239,7 @@ def test_chunked_prefill(chunk, window):
             out = gpu.attend_cached(
                 part, keys, values, past, starts=starts, window=window, tuning=SMALL
             )
-            assert error(out, expected[:, before : before + chunk]) <= ORDER_BOUND
+            assert error(out, one_by_one(part, k, v, past, starts, window)) <= ORDER_BOUND
 
 
 def test_what_does_not_fit_is_refused():
@@ -260,7 +258,10 @@ def test_what_does_not_fit_is_refused():
 def test_rms_norm(width, dtype):
     x, weight = drawn(2, 3, width, dtype=dtype) * 5, drawn(width, seed=2, dtype=dtype)
     expected = kernels.rms_norm(x, weight, 1e-5)
-    assert error(pointwise.rms_norm(x, weight, 1e-5), expected) <= 2 * bound(dtype)
+    found = pointwise.rms_norm(x, weight, 1e-5)
+    assert error(found, expected) <= 2 * bound(dtype)
+    # Rounded where the reference rounds: only sums on the other side of a tie differ.
+    assert dtype == torch.float32 or (found == expected).float().mean() >= 0.98
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -69,9 +69,7 @@ def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 <
 
 
 def contents(folder):
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name != output.REPORT
-    }
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != output.REPORT}
 
 
 def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
@@ -261,7 +259,9 @@ def test_an_expert_without_tokens_is_reported_and_written(tmp_path):
 
 @pytest.mark.parametrize("correct", [False, True])
 def test_the_attention_may_stay_dense(source, tmp_path, correct):
-    report = run(source, tmp_path / "out", recipe=Recipe.uniform(INT4, attention=False), correct=correct)
+    report = run(
+        source, tmp_path / "out", recipe=Recipe.uniform(INT4, attention=False), correct=correct
+    )
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
     kinds = {tensor.kind for tensor in report.tensors if tensor.tokens is not None}
     assert kinds == {"expert"}
@@ -291,7 +291,9 @@ def test_mixed_schemes_within_one_stack(source, tmp_path):
 
 
 def test_a_layer_larger_than_a_file_is_refused_by_the_options_name(source, tmp_path):
-    with pytest.raises(UsageError, match=r"--shard-size: a layer is one file.*expected at least \d+ B"):
+    with pytest.raises(
+        UsageError, match=r"--shard-size: a layer is one file.*expected at least \d+ B"
+    ):
         run(source, tmp_path / "out", shard_bytes=50_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -315,7 +317,11 @@ def test_what_cannot_be_done_is_refused_as_usage(source, tmp_path, changes, text
 
 def test_a_group_that_does_not_divide_and_a_quantized_source_are_refused(source, tmp_path):
     with pytest.raises(UnsupportedError):
-        run(source, tmp_path / "out", recipe=Recipe.uniform(replace(INT4, group_size=128), attention=True))
+        run(
+            source,
+            tmp_path / "out",
+            recipe=Recipe.uniform(replace(INT4, group_size=128), attention=True),
+        )
     run(source, tmp_path / "out")
     with pytest.raises(UnsupportedError, match="quantized already"):
         run(tmp_path / "out", tmp_path / "twice")
@@ -380,7 +386,9 @@ def test_activations_that_overflow_are_an_error_and_no_layer_of_noise(source, tm
 
 
 def test_an_interruption_keeps_the_layer_and_says_how_to_go_on(source, tmp_path):
-    with pytest.raises(InterruptedRunError, match=r"out\.partial: interrupted after layer 1 of 2.*--resume") as caught:
+    with pytest.raises(
+        InterruptedRunError, match=r"out\.partial: interrupted after layer 1 of 2.*--resume"
+    ) as caught:
         run(source, tmp_path / "out", interrupted=lambda: True)
     assert caught.value.exit_code == 75
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "source"]

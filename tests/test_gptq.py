@@ -95,12 +95,12 @@ def plain_gptq(weight, x, size, bits, *, live):
 def test_without_its_switches_it_is_the_papers_algorithm(bits, size, live):
     weight, x = weight_of(), correlated()
     scheme = Scheme(kind="int4" if bits == 4 else "int8", group_size=size)
-    options = Options(
-        act_order=False, live_scales=live, scale_search=False, trials=1, refine=0
-    )
+    options = Options(act_order=False, live_scales=live, scale_search=False, trials=1, refine=0)
     solution = solve(weight, moments_of(x), scheme, options)
     codes, scales = plain_gptq(weight, x, INPUTS if size == -1 else size, bits, live=live)
-    assert solution.weight.scheme == Scheme(kind=scheme.kind, group_size=128 if size == -1 else size)
+    assert solution.weight.scheme == Scheme(
+        kind=scheme.kind, group_size=128 if size == -1 else size
+    )
     assert (codes_of(solution.weight) != codes).float().mean() < (0.002 if bits == 4 else 0.01)
     # A live scale is a float16 of a float32 that was computed in another order.
     assert torch.allclose(solution.weight.scales.float(), scales.float(), rtol=2e-3)
@@ -122,7 +122,9 @@ def mean_loss(options, scheme=INT4, seeds=range(0, 800, 100)):
     logarithms = []
     for seed in seeds:
         weight, x = weight_of(seed), correlated(seed)
-        logarithms.append(loss(weight, solve(weight, moments_of(x), scheme, options), x).sum().log())
+        logarithms.append(
+            loss(weight, solve(weight, moments_of(x), scheme, options), x).sum().log()
+        )
     return float(torch.stack(logarithms).mean().exp())
 
 
@@ -187,7 +189,7 @@ def test_asymmetric_zeros_are_those_that_a_v1_file_can_hold(shift):
     weight, x = weight_of() + shift, correlated()
     scheme = Scheme(kind="int4", group_size=32, symmetric=False)
     zeros = solve(weight, moments_of(x), scheme, Options()).weight.zeros
-    assert 1 <= int(zeros.min())
+    assert int(zeros.min()) >= 1
     assert int(zeros.max()) <= 15
     if shift:
         assert zeros.unique().tolist() == [{1: 1, -1: 15}[shift]]
@@ -268,7 +270,9 @@ def test_what_is_not_finite_is_named(bad):
             where=["f: w", "g: v"],
         )  # fmt: skip
     x[7, 8] = bad
-    with pytest.raises(CheckpointError, match=r"^f: w: NaN or infinity in the sum over its inputs$"):
+    with pytest.raises(
+        CheckpointError, match=r"^f: w: NaN or infinity in the sum over its inputs$"
+    ):
         solve(weight, moments_of(x))
 
 

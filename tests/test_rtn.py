@@ -67,7 +67,8 @@ def test_the_codes_are_those_of_plain_python(bits, size, symmetric, dtype):
             else:
                 assert int(found.zeros[n, group]) == zero
             different += sum(
-                a != b for a, b in zip(codes[n, start : start + step].tolist(), expected, strict=True)
+                a != b
+                for a, b in zip(codes[n, start : start + step].tolist(), expected, strict=True)
             )
     assert different <= 4  # quotients that float32 and float64 see on two sides of a half
 
@@ -76,7 +77,9 @@ def test_the_codes_are_those_of_plain_python(bits, size, symmetric, dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_nothing_is_further_off_than_its_step_and_zeros_stay(symmetric, search):
     weight = weight_of()
-    found = rtn.quantize(weight, Scheme(kind="int4", group_size=32, symmetric=symmetric), search=search)
+    found = rtn.quantize(
+        weight, Scheme(kind="int4", group_size=32, symmetric=symmetric), search=search
+    )
     values = found.dequantize(torch.float32)
     assert not values[8].any()
     assert not values[7, :128].any()
@@ -95,7 +98,8 @@ def test_the_search_lowers_the_squared_error(kind, symmetric):
     scheme = Scheme(kind=kind, group_size=64, symmetric=symmetric)
     plainly, searched = (rtn.quantize(weight, scheme, search=on) for on in (False, True))
     errors = [
-        float((one.dequantize(torch.float32) - weight).square().sum()) for one in (plainly, searched)
+        float((one.dequantize(torch.float32) - weight).square().sum())
+        for one in (plainly, searched)
     ]
     assert errors[1] < errors[0]
 
@@ -128,7 +132,7 @@ def test_slabs_change_nothing(monkeypatch):
 def test_what_is_not_finite_is_named(bad):
     weight = weight_of()
     weight[20, 30] = bad
-    with pytest.raises(CheckpointError, match="^f: w: NaN or infinity in the weight"):
+    with pytest.raises(CheckpointError, match=r"^f: w: NaN or infinity in the weight"):
         rtn.quantize(weight, Scheme(kind="int4"), where="f: w")
 
 

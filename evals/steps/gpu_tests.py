@@ -1,5 +1,6 @@
 """Step `tests`: the kernels against the oracle on this GPU, file by file, each in a process of its own."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -39,7 +40,7 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
         ]
         try:
             done = subprocess.run(
-                [*command, "-p", "no:cacheprovider", "--maxfail=5", str(path)],
+                [*command, *_workers(), "-p", "no:cacheprovider", "--maxfail=5", str(path)],
                 cwd=ROOT,
                 env=environment,
                 capture_output=True,
@@ -65,6 +66,13 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
             result["failed"] = counts.get("failed", 0) or f"exit code {done.returncode}"
             result["output"] = _tail(done.stdout + done.stderr)
         yield result
+
+
+def _workers() -> list[str]:
+    """Most of the time is compiling, one program after another: side by side if pytest-xdist is there."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
 
 
 def _tail(text: str) -> str:

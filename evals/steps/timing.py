@@ -31,13 +31,17 @@ class Timing:
     repetitions: int
 
 
-def timed(calls: Sequence[Callable[[], object]]) -> Timing:
-    """The time of one of `calls`, which do the same work on weights of their own, run in turn."""
+def timed(calls: Sequence[Callable[[], object]], *, record: bool = True) -> Timing:
+    """The time of one of `calls`, which do the same work on weights of their own, run in turn.
+
+    Args:
+        record: False where it is known that the work asks the device.
+    """
     for _ in range(_WARM_UP):
         for call in calls:
             call()
     torch.cuda.synchronize()
-    run, how = _recorded(calls), "graph"
+    run, how = _recorded(calls) if record else None, "graph"
     if run is None:
         run, how = lambda: [call() for call in calls], "eager"
     first = _events(run)

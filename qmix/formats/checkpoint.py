@@ -243,7 +243,8 @@ def _match(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"not the tensors of a Mixtral with {config.num_hidden_layers} layers and "
             f"{config.num_local_experts} experts: {len(missing)} missing, {len(left)} left over",
-            where=str(folder),
+            where=str(folder if missing else checkpoint.entry(min(left)).file),
+            expected="each tensor of config.json's model once",
             found="; ".join(named[:5]),
             remedy="The download is incomplete, or config.json is another model's.",
         )

@@ -99,8 +99,8 @@ class Members:
         if groups != 1 and groups not in [columns / size for size in GROUP_SIZES]:
             found = f"{groups} groups of {columns} inputs"
             raise self.wrong(suffix, "unknown group size", GROUP_LIST, found)
-        if not bool(torch.isfinite(tensor).all()):
-            raise self.wrong(suffix, "holds NaN or infinity")
+        if wrong := tensor.numel() - int(torch.isfinite(tensor).sum()):
+            raise self.wrong(suffix, "holds NaN or infinity", "finite values", f"{wrong} others")
         return tensor
 
     def permutation(self, suffix: str, groups: int) -> Tensor | None:
