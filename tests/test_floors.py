@@ -73,7 +73,14 @@ HOMES = {
         "qmix.kernels.gpu.pointwise_programs",
         "qmix.evals.machine_code",
     },
-    "numpy": {"qmix.weights", "qmix.integers", "qmix.int4", "qmix.int8", "qmix.quantize.nf4"},
+    "numpy": {
+        "qmix.weights",
+        "qmix.integers",
+        "qmix.int4",
+        "qmix.int8",
+        "qmix.quantize.nf4",
+        "qmix.quantize.activations",
+    },
 }
 TORCHLESS = {"qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.scheme", "qmix.chat"}
 

@@ -80,10 +80,12 @@ def residual_norm(
     if gate is not None:
         value = value.to(tl.float32)
         expert = tl.arange(0, EXPERTS)
-        score = tl.zeros([EXPERTS], tl.float32)
-        for index in tl.static_range(E):
-            part = tl.load(gate + index * D + at, mask=inside, other=0.0).to(tl.float32)
-            score = tl.where(expert == index, tl.sum(part * value, 0), score)
+        rows = tl.load(
+            gate + expert[:, None] * D + at[None, :],
+            mask=(expert < E)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        score = tl.sum(rows.to(tl.float32) * value[None, :], 1)  # one reduction for all experts
         rounded = score.to(dtype)
         tl.store(logits + token * E + expert, rounded, mask=expert < E)
         _choose(rounded.to(tl.float32), expert, expert < E, ids, weights, token, E, CHOSEN)
