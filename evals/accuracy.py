@@ -129,8 +129,8 @@ class Score:
             "rival": self.rival,
             "bits_per_weight": round(self.bits_per_weight, 4),
             "schemes": self.schemes,
-            "perplexity": self.result.perplexity,
             **asdict(self.result)["reference"],
+            "perplexity": self.result.perplexity,  # in place of the source's
         }
 
 
@@ -282,7 +282,7 @@ def ablation_table(scores: Sequence[Score]) -> str:
         base = full.get(one.group_size)
         ratio = "-" if base is None else f"{one.kl / base:.3f}"
         rows.append((*one.cells(), ratio))
-    return markdown((*_HEADER, "KL over full"), rows)
+    return markdown(("GPTQ", *_HEADER[1:], "KL over full"), rows)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.formats import open_checkpoint
 from qmix.integers import GROUP_SIZES
-from qmix.quantize import allocation, calibrated, calibration, pipeline
+from qmix.quantize import allocation, calibrated, calibration, output, pipeline
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.pipeline import Progress
 from qmix.quantize.report import Report
@@ -113,6 +113,7 @@ def run(
             progress=progress,
         )
     assert text is not None
+    output.check_paths(source, out, force=request.force)  # before an hour of measuring
     positions = MixtralConfig.from_pretrained(source).max_position_embeddings
     seqlen = min(_SEQLEN, positions) if request.seqlen is None else request.seqlen
     if seqlen > positions:

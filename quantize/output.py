@@ -116,6 +116,9 @@ def check_space(out: Path, needed_bytes: int) -> None:
         ResourceError: with both figures.
     """
     free = shutil.disk_usage(out.parent).free
+    partial = _partial_path(Path(os.path.abspath(out)))
+    if partial.is_dir():  # what an interrupted run wrote is used again, or removed first
+        free += sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
     needed = needed_bytes + _SLACK_BYTES
     if free < needed:
         raise ResourceError(

@@ -46,7 +46,7 @@ def read(folder: Path, settings: Mapping[str, Any]) -> State:
     path = folder / STATE
     if not path.is_file():
         return State(settings, ())
-    document = strict_json.read(path)
+    document = strict_json.read(path, limit_bytes=strict_json.INDEX_BYTES)
     stored, results = document.get("settings"), document.get("results")
     if not isinstance(stored, dict) or not isinstance(results, list):
         raise CheckpointError(

@@ -74,6 +74,10 @@ def test_the_table_has_a_row_for_each_and_the_record_says_on_what(capsys, tmp_pa
     assert [one["name"] for one in record["scores"]] == ["rtn-g32", "gptq-g128"]
     assert all(0 < one["kl_mean"] < 1 for one in record["scores"])
     assert record["scores"][1]["schemes"] == {"int4 g128": 84}
+    printed = [cells(row)[2] for row in rows]
+    assert [f"{one['perplexity']:.4f}" for one in record["scores"]] == printed[1:]
+    assert f"{record['text']['bf16_perplexity']:.4f}" == printed[0]
+    assert len(set(printed)) == 3
     assert str(tmp_path) not in out.read_text()
 
 

@@ -196,8 +196,8 @@ def _residual_norm(
 
 
 def norm_warps(block: int) -> int:
-    """Warps of a program that norms rows of up to `block`. Sixteen make the assembler spill."""
-    return min(max(block // 256, 1), 8)
+    """Warps of a program that norms rows of up to `block`. Eight make the assembler spill at 4096."""
+    return min(max(block // 256, 1), 16)
 
 
 def _routes(logits: Tensor, chosen: int) -> Routes:
