@@ -14,11 +14,10 @@ against it in the same dtype a residual, a norm after it and a rotation differ b
 and four roundings, where a sum that falls on the other side of a tie counts as one.
 """
 
-import os
-
 import pytest
 import torch
 from conftest import small_model
+from interpreter import CONVERSIONS, DEVICE, DTYPES, drawn, error, poison, skip_without_a_device  # noqa: F401
 from torch.nn import functional as F
 
 from qmix import kernels
@@ -29,41 +28,13 @@ from qmix.kernels import attention as rows
 from qmix.kernels.gpu import attention as gpu
 from qmix.kernels.gpu import pointwise
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("neither the interpreter nor a CUDA device", allow_module_level=True)
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the oracle's, under `poison`
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+skip_without_a_device()
 ORDER_BOUND = 1e-5
 HALF = 2.0**-11
 HALF_BOUND = 2 * HALF
-DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
 SMALL = gpu.Tuning(columns=16)  # tiles have edges at 16, 32, ...
 
-# Triton 3.6's interpreter, in every loop whose bound is known at run time only.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def drawn(*shape, seed=1, dtype=torch.float32):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return x.half().to(DEVICE, dtype)
-
-
-def error(out, oracle):
-    assert out.shape == oracle.shape
-    assert torch.isfinite(out).all()
-    norm = oracle.float().norm()
-    difference = (out.float() - oracle.float()).norm()
-    return (difference / norm).item() if norm else difference.item()
+pytestmark = [CONVERSIONS, pytest.mark.usefixtures("poison")]
 
 
 def bound(dtype):

@@ -4,12 +4,12 @@ Run by test_decoding.py in a process of its own with TRITON_INTERPRET=1. Toleran
 (tests/interpreted_experts.py); tokens must be equal.
 """
 
-import os
 from itertools import pairwise
 
 import pytest
 import torch
 from conftest import small_model
+from interpreter import CONVERSIONS, DEVICE, INTERPRETED, error, skip_without_a_device
 from test_packed_order import act_order, int4, nf4
 
 from qmix import kernels
@@ -21,14 +21,10 @@ from qmix.layers import Linear
 from qmix.placement import Placement
 from qmix.sampling import Sampling
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("neither the interpreter nor a CUDA device", allow_module_level=True)
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+skip_without_a_device()
 BOUND = 5e-3
 
-# Triton 3.6's interpreter, in every loop whose bound is known at run time only.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = CONVERSIONS
 
 
 def packed_model(make, **changes):
@@ -75,10 +71,6 @@ def prefilled(model, prompt, keep, capacity=32):
     with kernels.override("reference"), torch.no_grad():
         model.model.decode(model.model.embed(prompt), keep=keep, positions=positions, cache=cache)
     return cache
-
-
-def error(out, oracle):
-    return ((out - oracle).norm() / oracle.norm()).item()
 
 
 PROMPT = torch.tensor([[3, 17, 90, 41, 8], [5, 9, 11, 77, 21]])

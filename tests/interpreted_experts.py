@@ -14,12 +14,21 @@ An expert's gate and up projections and its down projection err by eps each, the
 (`unpack`, and the table of the kernels) only the order of float32 additions remains: ORDER_BOUND.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import small_model
+from interpreter import (  # noqa: F401
+    CONVERSIONS,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    drawn,
+    error,
+    poison,
+    skip_without_a_device,
+)
 from test_packed_order import act_order, int4, nf4
 from torch.nn import functional as F
 
@@ -32,17 +41,11 @@ from qmix.kernels.gpu.order import pack_expert, pack_matrix, unpack_matrix
 from qmix.layers import Linear
 from qmix.weights import NF4, Dense
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("neither the interpreter nor a CUDA device", allow_module_level=True)
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the oracle's, under `poison`
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+skip_without_a_device()
 NF4_BOUND, INT4_BOUND = 2.5e-3, 2**-11
 ORDER_BOUND = 1e-5 if INTERPRETED else 1e-4  # a GPU's matrix units truncate while they add
-DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
 
-# Triton 3.6's interpreter, in every loop whose bound is known at run time only.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = [CONVERSIONS, pytest.mark.usefixtures("poison")]
 
 KINDS = {
     "nf4": (nf4, NF4_BOUND),
@@ -51,26 +54,6 @@ KINDS = {
     "int4 act-order": (act_order, INT4_BOUND),
     "int4 asymmetric": (lambda n, k, seed=0: int4(n, k, seed, symmetric=False), INT4_BOUND),
 }
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def drawn(*shape, seed=1, dtype=torch.float32):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return x.half().to(DEVICE, dtype)
-
-
-def error(out, oracle):
-    assert out.shape == oracle.shape
-    assert torch.isfinite(out).all()
-    return ((out.float() - oracle).norm() / oracle.norm()).item()
 
 
 def as_computed(packed):

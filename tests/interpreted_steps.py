@@ -3,11 +3,10 @@
 Run by test_decoding.py in a process of its own with TRITON_INTERPRET=1. Times and memory are made up.
 """
 
-import os
-
 import pytest
 import torch
 from conftest import small_config
+from interpreter import CONVERSIONS, INTERPRETED
 
 from qmix import kernels
 from qmix.evals import bench, random_model
@@ -16,11 +15,11 @@ from qmix.evals.steps import attention, full_model, moe_block, peers, token_prof
 from qmix.evals.steps.timing import Timing
 from qmix.kernels.gpu import packed
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
     pytest.skip("not the interpreter", allow_module_level=True)
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = CONVERSIONS
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,8 @@
 """The decode step without a GPU: interpreted, and at full size on meta, where no value can be read."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
+from interpreter import run_apart
 from test_triton_experts import Recorder
 
 from qmix import kernels
@@ -23,25 +19,15 @@ from qmix.kernels import dense
 from qmix.kernels.gpu import attention_programs, pointwise_programs, programs
 
 
-def run_interpreted(name, environment):
-    path = ROOT / "tests" / f"interpreted_{name}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoding", "steps"])
 def test_steps_in_the_interpreter(name):
-    run_interpreted(name, {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    run_apart(name, interpreted=True)
 
 
 @pytest.mark.gpu
 def test_steps_on_the_gpu():
-    run_interpreted("decoding", {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    run_apart("decoding", interpreted=False)
 
 
 @pytest.fixture

@@ -1,12 +1,8 @@
 """Triton attention and pointwise programs without a GPU: interpreted, traced, compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import run_apart
 
 from qmix import kernels
 from qmix.kernels import Routes
@@ -17,31 +13,15 @@ from qmix.evals import aot
 from qmix.evals.plain_programs import plain_variants
 from qmix.kernels.gpu import attention, attention_programs, pointwise, pointwise_programs
 
-ROOT = Path(__file__).resolve().parent.parent
-INTERPRETED = ROOT / "tests" / "interpreted_attention.py"
-
-
-def run_interpreted_attention(environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
-
 
 @pytest.mark.slow
 def test_every_program_in_the_interpreter():
-    """One thread: the interpreter's tensors are too small for more."""
-    run_interpreted_attention({**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert "skipped" not in run_apart("attention", interpreted=True)
 
 
 @pytest.mark.gpu
 def test_every_program_on_the_gpu():
-    run_interpreted_attention(
-        {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    )
+    assert "skipped" not in run_apart("attention", interpreted=False)
 
 
 class Recorder:

@@ -1,12 +1,12 @@
 """The packed GPU kernels on a machine without a GPU: interpreted, traced, and compiled ahead of time."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from interpreter import run_apart
 
 from qmix.kernels import Routes
 
@@ -18,32 +18,17 @@ from qmix.kernels.gpu import programs
 from qmix.kernels.gpu.address import ExpertTable
 from qmix.kernels.gpu.order import PackedMatrix, TileFormat
 
-ROOT = Path(__file__).resolve().parent.parent
-INTERPRETED = ROOT / "tests" / "interpreted_experts.py"
 NF4, INT4 = aot.FORMATS[:2]
-
-
-def run_interpreted_experts(environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
 
 
 @pytest.mark.slow
 def test_every_kernel_in_the_interpreter():
-    """One thread: the interpreter's tensors are too small for more."""
-    run_interpreted_experts({**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert "skipped" not in run_apart("experts", interpreted=True)
 
 
 @pytest.mark.gpu
 def test_every_kernel_on_the_gpu():
-    run_interpreted_experts(
-        {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    )
+    assert "skipped" not in run_apart("experts", interpreted=False)
 
 
 def test_importing_the_kernels_imports_no_triton():

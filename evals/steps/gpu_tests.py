@@ -28,19 +28,10 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for path in files():
         begun = time.perf_counter()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         try:
             done = subprocess.run(
-                [*command, *_workers(), "-p", "no:cacheprovider", "--maxfail=5", str(path)],
+                [*command, *_workers(), "--maxfail=5", str(path)],
                 cwd=ROOT,
                 env=environment,
                 capture_output=True,
