@@ -1,6 +1,7 @@
 """Small checkpoints built from a seed; no download, no device index, no path of anybody's."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,23 @@ def small_config(**changes):
 def small_model(**changes):
     torch.manual_seed(0)
     return MixtralForCausalLM(small_config(**changes)).eval()
+
+
+@contextmanager
+def threads(count):
+    """Torch's threads within the block: sums of many threads are added in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    with threads(1):
+        yield
 
 
 @pytest.fixture

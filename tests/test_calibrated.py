@@ -26,13 +26,7 @@ QUICK = gptq.Options(trials=1, refine=1)
 WINDOWS, WINDOW, LAYERS, EXPERTS = 4, 32, 2, 4
 TEXT = "Perfect is the enemy of good, and a list is not a tuple; see the tutorial. " * 40
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

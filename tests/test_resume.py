@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, threads
 from test_calibrated import TEXT, contents, run, windows, write_source
 from typer.testing import CliRunner
 
@@ -22,6 +22,8 @@ from qmix.verification import verify
 LAYERS = 3
 STATE = output.STATE
 QUICK = gptq.Options(trials=1, refine=1)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What replaces a function of qmix in the process that will kill itself. `die()` is SIGKILL.
 STAGES = {
@@ -94,23 +96,13 @@ run(Path({source!r}), Path({out!r}), activation_bytes={budget})
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A source, and what an uninterrupted run makes of it."""
     folder = tmp_path_factory.mktemp("whole")
     source = write_source(folder / "source", num_hidden_layers=LAYERS)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run(source, folder / "out")
-    torch.set_num_threads(before)
+    with threads(1):
+        run(source, folder / "out")
     return source, contents(folder / "out")
 
 
