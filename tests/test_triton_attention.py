@@ -1,5 +1,7 @@
 """Triton attention and pointwise programs without a GPU: interpreted, traced, compiled ahead of time."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from interpreter import run_apart
@@ -107,8 +109,10 @@ def test_columns_are_split_where_programs_are_few():
     assert attention.splits_for(1024, 4096, 64, 2 * 132) == 1
 
 
-# What was reached with Triton 3.7: registers a thread, and machine instructions of the loop.
-REACHED = {"split": (96, 530), "prefill": (240, 1060)}
+# What was reached: registers a thread, and machine instructions of the loop. 112 registers are still
+# four programs of four warps a multiprocessor.
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
+REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 1060)}
 
 
 @pytest.mark.slow
