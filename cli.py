@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from qmix import __version__, terminal
+from qmix import __version__, plan_commands, terminal, trace_commands
 from qmix.errors import QmixError, UsageError
+from qmix.sizes import parse_size
 
 if TYPE_CHECKING:
     from qmix.generate import GenerationConfig
@@ -31,6 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(trace_commands.app, name="trace")
+
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
 Device = Annotated[
@@ -39,6 +42,12 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's"),
+]
+Vram = Annotated[
+    str | None, typer.Option(help="GPU memory to keep to, as 16GiB; experts beyond it stay in RAM.")
+]
+Ram = Annotated[
+    str | None, typer.Option(help="Host memory to keep to; experts beyond it stay in the file.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
@@ -211,6 +220,8 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in [INST] tags.")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    vram: Vram = None,
+    ram: Ram = None,
 ) -> None:
     """Continue a prompt once; the new text goes to stdout.
 
@@ -227,7 +238,7 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
     text = _stdin() if prompt == "-" else prompt
-    model, tokenizer = qmix.load(directory, dtype=dtype, device=device)
+    model, tokenizer = qmix.load(directory, dtype=dtype, device=device, vram=vram, ram=ram)
     config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
     if chat:
         ids = template.encode([template.Message("user", text)], tokenizer)
@@ -260,6 +271,8 @@ def chat(
     stop: Stop = None,
     dtype: Dtype = None,
     device: Device = None,
+    vram: Vram = None,
+    ram: Ram = None,
 ) -> None:
     """Talk to a model. From a pipe every line is a message.
 
@@ -272,7 +285,9 @@ def chat(
     config = _sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
-    model, tokenizer = qmix.load(directory, dtype=dtype, device=device)
+    model, tokenizer = qmix.load(
+        directory, dtype=dtype, device=device, vram=vram, ram=ram, max_context=ctx
+    )
     config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
     session = Session(model, tokenizer, config, system=system, context=ctx)
     _utf8(sys.stdin)
@@ -362,8 +377,20 @@ def verify(directory: Directory) -> None:
 
 @app.command()
 def bench(
-    directory: Directory,
-    prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt lengths.")] = "512",
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="Checkpoint directory; --attention needs none.", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "-p",
+            "--n-prompt",
+            "--prompts",
+            help="Prompt lengths.",
+            show_default="512; 512 to 4096 with --attention",
+        ),
+    ] = None,
     new: Annotated[str, typer.Option("-n", "--n-gen", help="Numbers of new tokens.")] = "128",
     depth: Annotated[
         str, typer.Option("-d", "--n-depth", help="Tokens in the cache before.")
@@ -372,24 +399,54 @@ def bench(
     repetitions: Annotated[
         int, typer.Option("-r", "--repetitions", min=1, help="Timed runs of each test.")
     ] = 5,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Attention alone, each implementation beside eager.")
+    ] = False,
+    window: Annotated[
+        int, typer.Option(min=1, help="--attention: the sliding window compared with none.")
+    ] = 1024,
+    plot: Annotated[
+        Path | None, typer.Option(help="--attention: draw it to this PNG.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
     dtype: Dtype = None,
     device: Device = None,
+    vram: Vram = None,
+    ram: Ram = None,
 ) -> None:
     """Tokens a second, beside the bound that memory sets, in llama-bench's grammar.
 
-    Example: qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8
+    Examples: qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8 ·
+    qmix bench --attention -p 512,4096 --plot attention.png
     """
-    from qmix import MixtralForCausalLM
+    from qmix.evals import attention_bench
     from qmix.evals import bench as benchmark
 
-    tests = benchmark.tests_of(prompt, new, depth, batch)
-    model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+    if attention:
+        if (new, depth, batch) != ("128", "0", "1"):
+            raise UsageError("--attention takes no -n, -d and -b")
+        request = attention_bench.Request.of(directory, prompt, window, dtype, device, plot)
+        with terminal.progress() as show:
+            compared = attention_bench.run(request, repetitions=repetitions, progress=show)
+        sys.stdout.write(json.dumps(compared.to_dict()) + "\n" if as_json else compared.markdown())
+        return
+    if directory is None or plot is not None:
+        raise UsageError("bench needs a DIRECTORY, and --plot needs --attention")
+    from qmix import MixtralForCausalLM
+
+    tests = benchmark.tests_of(prompt or "512", new, depth, batch)
+    model = MixtralForCausalLM.from_pretrained(
+        directory, dtype=dtype, device=device, vram=vram, ram=ram
+    )
     with terminal.progress() as show:
         report = benchmark.run(
             model, tests, name=directory.resolve().name, repetitions=repetitions, progress=show
         )
     sys.stdout.write(json.dumps(report.to_dict()) + "\n" if as_json else report.markdown())
+
+
+app.command()(plan_commands.plan)
+app.command()(plan_commands.doctor)
 
 
 @app.command()
@@ -490,25 +547,7 @@ def _fits(prompt: int, new: int, positions: int) -> None:
 
 
 def _size(text: str) -> int:
-    units = {
-        "B": 1,
-        "KB": 10**3,
-        "MB": 10**6,
-        "GB": 10**9,
-        "KIB": 2**10,
-        "MIB": 2**20,
-        "GIB": 2**30,
-    }
-    digits = text.strip().upper()
-    for unit in sorted(units, key=len, reverse=True):
-        number = digits.removesuffix(unit).strip()
-        if number != digits and number.replace(".", "", 1).isdigit():
-            size = int(float(number) * units[unit])
-            if 1 << 16 <= size <= 1 << 44:
-                return size
-    raise UsageError(
-        "not a size", where="--shard-size", expected="64KiB to 16TiB, as 5GB or 500MB", found=text
-    )
+    return parse_size(text, where="--shard-size", least=1 << 16, most=1 << 44)
 
 
 def _stdin() -> str:

@@ -215,7 +215,7 @@ def score(
         CheckpointError: damaged, another tokenizer's than the source's, or not quantized.
     """
     checkpoint = open_checkpoint(directory)
-    schemes = contents_of(checkpoint).schemes
+    schemes = contents_of(checkpoint.outline).schemes
     weights = [
         (schemes[tensor.prefix], math.prod(tensor.shape))
         for tensor in checkpoint.tensors

@@ -3,13 +3,17 @@
 Knows nothing of models.
 """
 
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 _COPIES = 10
+_BLOCK = 16 << 20
 
 
 def synchronize(device: torch.device) -> None:
@@ -39,6 +43,50 @@ def copy_bandwidth(device: torch.device, nbytes: int | None = None) -> float:
     target.copy_(source)  # touches every page
     times = [seconds(lambda: target.copy_(source), device) for _ in range(_COPIES)]
     return 2 * source.nbytes / statistics.median(times)
+
+
+def read_bandwidth(device: torch.device, nbytes: int = 512 << 20) -> float:
+    """Bytes a second that all threads read from the device's memory: the fastest of ten sums.
+
+    The fastest, because a plan asks what the memory can do and not what else ran meanwhile.
+    """
+    source = torch.zeros(nbytes // 4, device=device)
+    source.sum()
+    return source.nbytes / min(seconds(source.sum, device) for _ in range(_COPIES))
+
+
+def link_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
+    """Bytes a second of a copy from pinned host memory to a GPU; the median of ten."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    target.copy_(source, non_blocking=True)
+    times = [
+        seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(_COPIES)
+    ]
+    return nbytes / statistics.median(times)
+
+
+def disk_bandwidth(folder: Path, nbytes: int = 512 << 20) -> float:
+    """Bytes a second that are read from a file below `folder`, nothing of it in the page cache.
+
+    The file is written for it and removed; reads are of 16 MiB, as an expert's tensors are.
+
+    Raises:
+        OSError: the folder cannot be written, or has no room.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        block, descriptor = os.urandom(_BLOCK), file.fileno()
+        for _ in range(nbytes // _BLOCK):
+            file.write(block)
+        file.flush()
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer = bytearray(_BLOCK)
+        begun = time.perf_counter()
+        for start in range(0, nbytes // _BLOCK * _BLOCK, _BLOCK):
+            os.preadv(descriptor, [buffer], start)
+        return nbytes / (time.perf_counter() - begun)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

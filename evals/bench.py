@@ -14,7 +14,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from qmix.errors import UsageError
 from qmix.evals import traffic
 from qmix.evals.bandwidth import copy_bandwidth, seconds, synchronize
 from qmix.evals.traffic import Traffic
+from qmix.experts.store import Statistics
 from qmix.generate import GenerationConfig, Token, stream
 from qmix.heads import MixtralForCausalLM
 
@@ -61,6 +62,7 @@ class Measurement:
         distinct_experts: a layer and step.
         bandwidth: bytes a second that were read. of_bound: that over the copy bandwidth.
         peak_bytes: of device memory during the test; on a CPU the process's largest so far.
+        experts: what the store did meanwhile, if the model is offloaded.
     """
 
     test: str
@@ -74,6 +76,7 @@ class Measurement:
     bandwidth: float | None = None
     of_bound: float | None = None
     peak_bytes: int = 0
+    experts: Statistics | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,10 @@ class Report:
     measurements: tuple[Measurement, ...]
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        found = asdict(self)
+        for shown, one in zip(found["measurements"], self.measurements, strict=True):
+            shown["experts"] = None if one.experts is None else one.experts.to_dict()
+        return found
 
     def markdown(self) -> str:
         """The table, a line a test."""
@@ -104,12 +110,15 @@ class Report:
             *("model", "size", "weights", "device", "batch", "test", "t/s"),
             *("GB/s", "MB/token", "of bound", "experts", "peak GiB"),
         )
+        notes = "".join(
+            f"\n{one.test}: {one.experts}\n" for one in self.measurements if one.experts
+        )
         rows = [self._row(one) for one in self.measurements]
         lines = [header, tuple("---" for _ in header), *rows]
         table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
         return (
             f"{table}\n\nbound: {self.copy_bandwidth / 1e9:.1f} GB/s, a copy in the same run; "
-            f"{self.repetitions} repetitions; {self.dtype}; torch {self.torch}\n"
+            f"{self.repetitions} repetitions; {self.dtype}; torch {self.torch}\n{notes}"
         )
 
     def _row(self, one: Measurement) -> tuple[str, ...]:
@@ -145,11 +154,11 @@ def tests_of(prompts: str, news: str, depths: str, batches: str) -> tuple[Test, 
     Raises:
         UsageError: not a list of whole numbers, or nothing to measure.
     """
-    lengths = [("pp", n) for n in _numbers("-p", prompts)]
-    lengths += [("tg", n) for n in _numbers("-n", news)]
+    lengths = [("pp", n) for n in numbers("-p", prompts)]
+    lengths += [("tg", n) for n in numbers("-n", news)]
     found: list[Test] = []
     for batch, depth, (kind, tokens) in itertools.product(
-        _numbers("-b", batches, least=1), _numbers("-d", depths), lengths
+        numbers("-b", batches, least=1), numbers("-d", depths), lengths
     ):
         if tokens:
             found.append(
@@ -234,6 +243,8 @@ def measure(
         tokens[:] = _generate(model, ids, cache, new)
 
     timed()  # compiles kernels, captures graphs
+    store = model.store
+    before = None if store is None else store.statistics()
     times = tuple(seconds(timed, device) for _ in range(repetitions))
     peak = _peak(device)
     rates = [test.batch * test.tokens / each for each in times]
@@ -245,6 +256,7 @@ def measure(
         tokens_per_second=mean,
         deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
         peak_bytes=peak,
+        experts=None if store is None or before is None else store.statistics().since(before),
     )
     if test.kind == "pp":
         return measurement
@@ -253,15 +265,13 @@ def measure(
     steps = _counted(model, cache, chosen[: min(_COUNTED_STEPS, test.tokens)])
     read = statistics.fmean(step.total for step in steps)
     bandwidth = read * mean / test.batch
-    return Measurement(
-        **{
-            **asdict(measurement),
-            "bytes_per_step": read,
-            "bytes_per_token": read / test.batch,
-            "distinct_experts": statistics.fmean(step.distinct for step in steps),
-            "bandwidth": bandwidth,
-            "of_bound": bandwidth / bound,
-        }
+    return replace(
+        measurement,
+        bytes_per_step=read,
+        bytes_per_token=read / test.batch,
+        distinct_experts=statistics.fmean(step.distinct for step in steps),
+        bandwidth=bandwidth,
+        of_bound=bandwidth / bound,
     )
 
 
@@ -300,7 +310,12 @@ def device_name(device: torch.device) -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _numbers(option: str, text: str, least: int = 0) -> list[int]:
+def numbers(option: str, text: str, least: int = 0) -> list[int]:
+    """A list of lengths as `0,4096`.
+
+    Raises:
+        UsageError: not a list of whole numbers from `least` on.
+    """
     found = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and least <= int(part) <= 1 << 20 for part in found):
         raise UsageError(

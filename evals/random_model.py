@@ -15,15 +15,9 @@ from qmix.config import MixtralConfig
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu import ptx
-from qmix.kernels.gpu.order import (
-    BYTE_ROWS,
-    HEADER_BYTES,
-    PANEL,
-    PackedExpert,
-    PackedMatrix,
-    TileFormat,
-)
+from qmix.kernels.gpu.order import PackedExpert, PackedMatrix
 from qmix.layers import DecoderLayer, Linear
+from qmix.packed_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat
 
 NF4 = TileFormat("nf4", 64)
 INT4 = TileFormat("int4", 128)

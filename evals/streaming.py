@@ -9,10 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qmix import kernels, loader
+from qmix import bills, kernels, loader
+from qmix.footprint import Model
 from qmix.formats import Checkpoint
 from qmix.layers import DecoderLayer, Linear, RMSNorm, Step
 from qmix.model import embedding
+from qmix.plan import check_memory
 
 BATCH_TOKENS = 4096  # tokens a pass: enough to give every expert of 8 some hundred
 
@@ -23,6 +25,9 @@ class Scorer:
     Args:
         ids: int64 (W, S).
         progress: called with (layers done, layers).
+
+    Raises:
+        ResourceError: too little memory for one layer and the windows.
     """
 
     def __init__(
@@ -37,6 +42,9 @@ class Scorer:
         self._checkpoint = checkpoint
         self._device = loader.target_device(device)
         self._dtype = dtype or checkpoint.dtype
+        if self._device.type == "cpu":
+            model = Model.of(checkpoint.outline, str(self._dtype).removeprefix("torch."))
+            check_memory(bills.of_scoring(model, *ids.shape))
         self._norm, self._head = self._tail()
         self._hidden = self._run(ids, progress)
 

@@ -46,7 +46,7 @@ def of_step(model: MixtralForCausalLM, ids: Tensor, cache: KVCache) -> Traffic:
         experts += sum(_expert_bytes(block, index) for index in taken)
     held = cache.held / cache.capacity
     return Traffic(
-        weights=experts + _shared_bytes(model, ids.shape[0]),
+        weights=experts + shared_bytes(model, ids.shape[0]),
         cache=round(cache.nbytes * held),
         distinct=distinct / len(chosen),
     )
@@ -81,7 +81,7 @@ def _expert_bytes(block: SparseMoeBlock, index: int) -> int:
     return sum(part.stored.nbytes for part in (expert.w1, expert.w2, expert.w3))
 
 
-def _shared_bytes(model: nn.Module, rows: int) -> int:
+def shared_bytes(model: nn.Module, rows: int) -> int:
     """Everything but the experts; of the embedding a row for each id."""
     total = 0
     for name, module in model.named_modules():
@@ -104,7 +104,7 @@ def weight_bytes(model: nn.Module) -> int:
     )
     embedding = next(m.weight for m in model.modules() if isinstance(m, nn.Embedding))
     assert isinstance(embedding, torch.Tensor)
-    return experts + _shared_bytes(model, len(embedding))
+    return experts + shared_bytes(model, len(embedding))
 
 
 def weight_count(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.formats import mistral
+from qmix.formats.raw import refuse_raw
 from qmix.heads import MixtralForCausalLM
 from qmix.tokenizer import LlamaTokenizer
 
@@ -21,13 +21,14 @@ def load(
     """A checkpoint directory's model and tokenizer, ready to generate.
 
     Args:
-        dtype, device, options: as in MixtralForCausalLM.from_pretrained.
+        dtype, device, options: as in MixtralForCausalLM.from_pretrained, vram= and ram= among them.
 
     Raises:
         CheckpointError: a file is missing, damaged or not this model's.
         UnsupportedError: a layout that qmix does not read.
+        ResourceError: it does not fit.
     """
-    mistral.refuse_raw(directory)
+    refuse_raw(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device, **options)
     if tokenizer.vocab_size > model.config.vocab_size:

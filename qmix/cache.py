@@ -5,7 +5,7 @@ Knows nothing of tokens; of attention only that a window never looks back furthe
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from qmix.errors import UsageError
 _FIRST_CAPACITY = 256
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What a decoder asks of a cache."""
 
@@ -68,10 +69,11 @@ class KVCache:
         Raises:
             UsageError: not one pair a layer, or of another shape than the model's.
         """
-        first = pairs[0][0] if len(pairs) == config.num_hidden_layers else torch.empty(0)
+        several = len(pairs) == config.num_hidden_layers and all(map(_is_pair, pairs))
+        first = pairs[0][0] if several else torch.empty(0)
         batch, length = first.shape[0], first.shape[-2] if first.dim() == 4 else 0
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        if any(tuple(t.shape) != shape for pair in pairs for t in pair) or first.dim() != 4:
+        if first.dim() != 4 or any(tuple(t.shape) != shape for pair in pairs for t in pair):
             raise UsageError(
                 "not this model's keys and values",
                 where="past_key_values",
@@ -84,6 +86,26 @@ class KVCache:
             cache.append(layer, keys, values)
         cache.advance(length)
         return cache
+
+    def check(self, own: "KVCache") -> None:
+        """Refuse to stand for `own`, the cache that a model would make for itself.
+
+        Raises:
+            UsageError: made for other layers, heads, window, rows, dtype or device.
+        """
+        if str(self) != str(own):
+            raise UsageError(
+                "not this model's and batch's cache",
+                where="past_key_values",
+                expected=own,
+                found=self,
+            )
+
+    def __str__(self) -> str:
+        batch, heads, _, width = self._keys[0].shape
+        kind = f"{self._keys[0].dtype} on {self._keys[0].device}".removeprefix("torch.")
+        window = f", window {self.window}" if self.window else ""
+        return f"{len(self)} layers [{batch}, {heads}, positions, {width}]{window}, {kind}"
 
     @property
     def batch(self) -> int:
@@ -239,3 +261,9 @@ class KVCache:
         new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
+
+
+def _is_pair(pair: object) -> bool:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return False
+    return all(isinstance(t, Tensor) for t in pair)

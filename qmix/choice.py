@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmix.errors import UsageError
 from qmix.generation_config import GenerationConfig
 from qmix.logits_processors import (
     LogitsProcessor,
@@ -67,7 +68,7 @@ class Choice:
         if step < config.min_new_tokens and config.eos_ids:
             scores = without_ids(scores, config.eos_ids)
         for processor in self._processors:
-            scores = processor(context, scores)
+            scores = _processed(processor, context, scores)
         return self._sampling.warped(scores)
 
     @property
@@ -88,3 +89,15 @@ class Choice:
     def __call__(self, scores: Tensor) -> Tensor:
         """Token ids (B,) from processed scores (B, V)."""
         return self._sampling.choose(scores, self._generator)
+
+
+def _processed(processor: LogitsProcessor, context: Tensor, scores: Tensor) -> Tensor:
+    found = processor(context, scores)
+    if isinstance(found, Tensor) and found.shape == scores.shape:
+        return found
+    raise UsageError(
+        "a processor gave no scores",
+        where="logits_processor",
+        expected=f"a tensor {list(scores.shape)}",
+        found=list(found.shape) if isinstance(found, Tensor) else repr(found)[:80],
+    )

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from qmix.errors import QmixError
 from qmix.formats import gptq_config
-from qmix.formats.checkpoint import Layout
-from qmix.integers import GROUP_SIZES
-from qmix.scheme import Scheme
+from qmix.formats.layouts import Layout
+from qmix.scheme import GROUP_SIZES, Scheme
 
 Outcome = Literal["loads", "refuses", "noise", "unknown"]
 Dialect = Literal["classic", "gptqmodel"]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.cache import KVCache
 from qmix.choice import Draw
+from qmix.experts.device import DeviceExperts, DeviceStore
 from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu.order import PackedMatrix
 from qmix.layers import Attention, DecoderLayer, Linear, SparseMoeBlock
@@ -54,6 +55,8 @@ def _layer(layer: nn.Module) -> _Layer | None:
     gate, experts = block.gate.stored, block.stored
     if qkv is None or o_proj is None or not isinstance(gate, Dense):
         return None
+    if isinstance(experts, DeviceExperts) and experts.store.in_place:
+        experts = experts.whole
     if not isinstance(experts, PackedExperts):
         return None
     return _Layer(
@@ -64,6 +67,13 @@ def _layer(layer: nn.Module) -> _Layer | None:
         gate.data,
         experts,
     )
+
+
+def _block(model: Decoder) -> SparseMoeBlock:
+    """The first layer's experts, which stand for all."""
+    block = model.layers[0].block_sparse_moe
+    assert isinstance(block, SparseMoeBlock)
+    return block
 
 
 def supported(model: Decoder) -> bool:
@@ -106,6 +116,9 @@ class Decoding:
         layers = [_layer(layer) for layer in model.layers]
         self._layers = [layer for layer in layers if layer is not None]
         assert len(self._layers) == len(layers)
+        first = _block(model)
+        self._stored = first.stored
+        self._store = first.offloaded if isinstance(first.offloaded, DeviceStore) else None
         config, self._embedding = model.config, model.embed_tokens.weight
         self._head, self._norm, self._window = head, model.norm.weight, config.sliding_window
         self._heads, self._choices = config.num_attention_heads, config.num_experts_per_tok
@@ -124,6 +137,8 @@ class Decoding:
         self._nothing = torch.zeros(cache.batch, self._hidden, device=device)
         self.logits = torch.zeros(cache.batch, head.out_features, device=device)
         self.scores = torch.zeros_like(self.logits)
+        shape = (len(layers), cache.batch, self._choices)
+        self._route_log = torch.zeros(shape, dtype=torch.int64, device=device)
         self._record = record and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._length = cache.length
@@ -133,12 +148,10 @@ class Decoding:
         filled anew, have other tensors. The outer layers stand for all: this is asked every token.
         """
         first, last = self._storage[0][0], self._storage[-1][1]
-        block = model.layers[0].block_sparse_moe
-        assert isinstance(block, SparseMoeBlock)
         return (
             cache.storage(0)[0] is first
             and cache.storage(len(self._storage) - 1)[1] is last
-            and block.stored is self._layers[0].experts
+            and _block(model).stored is self._stored
         )
 
     @torch.no_grad()
@@ -150,12 +163,16 @@ class Decoding:
         """
         if ids is not None:
             self.ids.copy_(ids.reshape(-1))
+        if self._store is not None:
+            self._store.boundary()
         if not self._record:
             self._launch()
         else:
             if self._graph is None:
                 self._graph = self._recorded()
             self._graph.replay()
+        if self._store is not None:
+            self._store.log(self._route_log)
         self._length += 1
         return self.logits
 
@@ -180,6 +197,7 @@ class Decoding:
         half, batch = torch.float16, len(self.ids)
         x = F.embedding(self.ids, self._embedding)
         shares = self._nothing
+        chosen = []
         for layer, (keys, values) in zip(self._layers, self._storage, strict=True):
             x, normed = pointwise.residual_norm(x, shares, layer.input_norm, self._eps, dtype=half)
             q = pointwise.rotate_store(
@@ -206,10 +224,13 @@ class Decoding:
                 dtype=half,
             )
             x = routed.total
+            chosen.append(routed.routes.ids)
             shares = products.expert_shares(routed.normed, routed.routes, layer.experts.table, 0)
         _, last = pointwise.residual_norm(x, shares, self._norm, self._eps)
         self.logits.copy_(kernels.linear(last, self._head.stored))
         self.past.add_(1)
+        if self._store is not None:
+            torch.stack(chosen, out=self._route_log)
         if self.draw is not None:
             scores, ids = self.draw(self.logits)
             self.scores.copy_(scores)
@@ -272,6 +293,9 @@ class Decodings:
         if not _on_gpu(model.embed_tokens.weight) or torch.is_grad_enabled():
             return None
         if kernels.overridden() or model.attn_implementation == "eager":
+            return None
+        store = _block(model).offloaded
+        if isinstance(store, DeviceStore) and not store.recordable:
             return None
         cache.reserve(cache.length + 1)
         own = self._of.setdefault(cache, {})

@@ -14,12 +14,13 @@ from typing import Literal
 from torch import Tensor
 
 import qmix
+from qmix import bills
 from qmix.errors import UnsupportedError
-from qmix.formats import Checkpoint, compressed, gptq, gptq_config, open_checkpoint, shards
+from qmix.formats import Checkpoint, compressed, gptq, gptq_config, layouts, open_checkpoint, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Planned
 from qmix.integers import Integers
-from qmix.inventory import scheme_of
+from qmix.plan import check_memory
 from qmix.quantize import output, pipeline
 from qmix.scheme import DENSE, Scheme
 
@@ -27,7 +28,7 @@ Format = Literal["compressed-tensors", "gptq"]
 
 SHARD_BYTES = 4_900_000_000
 _LAYOUTS = {"compressed-tensors": compressed, "gptq": gptq}
-_SCALES = (gptq.SCALES, compressed.SCALE)
+_SCALES = (layouts.SCALES, layouts.SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ def run(
     _refuse_others(checkpoint)
     plan = [_planned(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
     output.check_space(out, sum(one.nbytes for group in plan for one in group))
+    largest = max(header.nbytes for header in checkpoint.outline.headers.values())
+    check_memory(bills.of_rewriting(largest))
     schemes: dict[str, Scheme] = {}  # of the linear layers
     scattered = 0
 
@@ -142,6 +145,6 @@ def _planned(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> lis
         return [Planned(tensor.name, checkpoint.entry(tensor.name).dtype, tensor.shape)]
     (scales,) = (name for name in packed.members if name.endswith(_SCALES))
     dtype, (rows, columns) = checkpoint.entry(scales).dtype, tensor.shape
-    scheme = scheme_of(checkpoint, tensor, packed)
+    scheme = checkpoint.outline.scheme_of(tensor, packed)
     specs = _LAYOUTS[layout].packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
     return [Planned(name, *spec) for name, spec in specs.items()]

@@ -7,6 +7,7 @@ Knows the model only by its `next_logits`, and text only for stop strings.
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,7 +22,14 @@ from qmix.errors import UsageError
 from qmix.generation_config import MAX_NEW_TOKENS, GenerationConfig
 from qmix.logits_processors import LogitsProcessor
 from qmix.outputs import GenerateDecoderOnlyOutput
-from qmix.prompt import check_embedded, check_prompt, left_padded, or_none, positions
+from qmix.prompt import (
+    check_embedded,
+    check_prompt,
+    left_padded,
+    mask_given,
+    or_none,
+    positions,
+)
 from qmix.sampling import checked
 from qmix.stopping import RowText, StoppingCriterion, met
 from qmix.streamers import Streamer
@@ -125,7 +133,7 @@ def stream(
         logits_processor, stopping_criteria: see MixtralForCausalLM.generate.
     """
     begun = time.perf_counter()
-    columns = _columns(input_ids, inputs_embeds, keep, config)
+    columns = _columns(model, input_ids, inputs_embeds, keep, config)
     batch, prompt_length = columns.shape[:2]
     if config.stops and tokenizer is None:
         raise UsageError(
@@ -153,6 +161,7 @@ def stream(
     capacity = min(prompt_length + budget, prompt_length + 1024)
     if cache is None:
         cache = model.new_cache(batch, capacity)
+    cache.check(model.new_cache(batch, 0))
     if cache.length >= prompt_length:
         raise UsageError(
             "the cache holds the whole prompt already",
@@ -230,8 +239,8 @@ def generate(
     stopping_criteria: Sequence[StoppingCriterion] = (),
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Prompt and new ids, (B, P + N) on the prompt's device; padding stays where it was."""
-    keep = None if attention_mask is None else attention_mask.bool()
-    columns = _columns(input_ids, inputs_embeds, keep, config)
+    keep = None if attention_mask is None else mask_given(attention_mask).bool()
+    columns = _columns(model, input_ids, inputs_embeds, keep, config)
     copies = config.num_return_sequences
     if copies > 1:
         columns = columns.repeat_interleave(copies, 0)
@@ -246,9 +255,7 @@ def generate(
     found = [prompt.to(device)]
     scores: list[Tensor] = []
     logits: list[Tensor] = []
-    if streamer is not None:
-        streamer.put(prompt.cpu())
-    for token in stream(
+    tokens = stream(
         model,
         columns if inputs_embeds is None else None,
         config,
@@ -258,16 +265,18 @@ def generate(
         inputs_embeds=None if inputs_embeds is None else columns,
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
-    ):
-        found.append(token.ids[:, None].to(device))
-        if config.output_scores:
-            scores.append(token.scores)
-        if config.output_logits:
-            logits.append(token.logits)
+    )
+    with _ended(streamer):
         if streamer is not None:
-            streamer.put(token.ids)
-    if streamer is not None:
-        streamer.end()
+            streamer.put(prompt.cpu())
+        for token in tokens:
+            found.append(token.ids[:, None].to(device))
+            if config.output_scores:
+                scores.append(token.scores)
+            if config.output_logits:
+                logits.append(token.logits)
+            if streamer is not None:
+                streamer.put(token.ids)
     sequences = torch.cat(found, 1)
     if not config.return_dict_in_generate:
         return sequences
@@ -279,7 +288,18 @@ def generate(
     )
 
 
+@contextmanager
+def _ended(streamer: Streamer | None) -> Iterator[None]:
+    """Tell a streamer of the end, after a failure too: another thread may wait for it."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+
 def _columns(
+    model: CausalLM,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     keep: Tensor | None,
@@ -292,7 +312,7 @@ def _columns(
         return input_ids
     if input_ids is not None:
         raise UsageError("give input_ids or inputs_embeds, and not both")
-    check_embedded(inputs_embeds, keep)
+    check_embedded(inputs_embeds, keep, model.config.hidden_size)
     if not config.use_cache:
         raise UsageError("embeddings are generated from with a cache only", where="use_cache")
     return inputs_embeds

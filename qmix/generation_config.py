@@ -36,12 +36,15 @@ _FLAGS = (
 class GenerationConfig:
     """When to stop and how to choose; the names are Hugging Face's, and `seed` is ours.
 
+    None stands for a field's default.
+
     Attributes:
         max_new_tokens: new tokens at most; None: see max_length.
         max_length: prompt and new tokens together; without either limit 20 new tokens.
         min_new_tokens: end-of-sequence ids are excluded before this many new tokens.
         do_sample: False is greedy; True draws, with top_k 50 unless given (Hugging Face's default).
-        temperature, top_k, top_p, min_p: see Sampling; temperature 0 is greedy.
+        temperature, top_k, top_p, min_p: see Sampling; temperature 0 is greedy, top_k None keeps
+            all.
         repetition_penalty: see Sampling.
         no_repeat_ngram_size: no n ids in a row stand twice in prompt and text; 0 is off.
         bad_words_ids: sequences of ids that are never completed; an end-of-sequence id by itself
@@ -87,6 +90,9 @@ class GenerationConfig:
     output_logits: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None and field.name != "top_k":
+                object.__setattr__(self, field.name, field.default)
         for name, least in _WHOLE_NUMBERS:
             self._check_whole(name, least)
         for name in _FLAGS:
@@ -212,6 +218,11 @@ class GenerationConfig:
                 expected=error.expected,
                 found=error.found,
             ) from None
+
+    def completed(self, own: "GenerationConfig") -> "GenerationConfig":
+        """A copy whose special ids are those of `own`, a model's, where it says nothing of them."""
+        names = ("eos_token_id", "pad_token_id", "bos_token_id")
+        return self.updated({n: getattr(own, n) for n in names if getattr(self, n) is None})
 
     def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":
         """A copy with changes; an unknown name is refused."""

@@ -5,6 +5,7 @@ width, V vocabulary. Knows no bits and no files: those come through qmix.loader.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qmix.generation_config import GenerationConfig
 from qmix.layers import Linear, initialise
 from qmix.logits_processors import LogitsProcessor
 from qmix.losses import load_balancing_loss, next_token_loss
-from qmix.mixtral import MixtralModel, Past
+from qmix.mixtral import MixtralModel, Pairs, Past
 from qmix.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
 from qmix.pretrained import PreTrainedModel
 from qmix.stopping import StoppingCriterion
@@ -100,6 +101,10 @@ class MixtralForCausalLM(PreTrainedModel):
             True,
         )
         kept = out.last_hidden_state
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise UsageError(
+                "out of range", where="logits_to_keep", expected="at least 0", found=logits_to_keep
+            )
         if isinstance(logits_to_keep, Tensor):
             kept = kept[:, logits_to_keep]
         elif logits_to_keep:
@@ -174,15 +179,15 @@ class MixtralForCausalLM(PreTrainedModel):
     def generate(
         self,
         input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        generation_config: GenerationConfig | None = None,
+        past_key_values: KVCache | Pairs | None = None,
         tokenizer: LlamaTokenizer | None = None,
         streamer: Streamer | None = None,
-        logits_processor: Sequence[LogitsProcessor] = (),
-        stopping_criteria: Sequence[StoppingCriterion] = (),
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriterion] | None = None,
         **options: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Generate after (B, P) ids: (B, P + N), rows that end early filled with pad_token_id.
@@ -192,8 +197,10 @@ class MixtralForCausalLM(PreTrainedModel):
         Args:
             attention_mask: (B, P), 0 at padding, on whichever side.
             inputs_embeds: (B, P, D) instead of ids; the result then holds the N new ids only.
-            past_key_values: holds the first columns of input_ids already.
-            generation_config: defaults to the model's own.
+            past_key_values: holds the first columns of input_ids already; a cache, or a tuple as in
+                MixtralModel.forward.
+            generation_config: defaults to the model's own, whose special ids it takes where it has
+                none.
             tokenizer: for stop_strings; defaults to the one the model was loaded with.
             streamer: gets the prompt, then each new id, then `end()`; one row only.
             logits_processor: each `(ids so far (B, L), scores (B, V)) -> scores`, after the
@@ -206,24 +213,52 @@ class MixtralForCausalLM(PreTrainedModel):
             int64 ids; with return_dict_in_generate an output with them and what else was asked for.
 
         Raises:
-            UsageError: an unknown option or a value outside its range.
+            UsageError: an unknown option, a value outside its range, or another model's cache.
         """
-        config = (generation_config or self.generation_config).updated(options)
-        self.eval()
+        config = self._generation_config(generation_config).updated(options)
         if isinstance(input_ids, Tensor):
             input_ids = input_ids.to(self.device)
-        return generation.generate(
-            self,
-            input_ids,
-            config,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            cache=past_key_values,
-            tokenizer=tokenizer or self.tokenizer,
-            streamer=streamer,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-        )
+        if isinstance(past_key_values, (tuple, list)):
+            past_key_values = KVCache.of(self.config, past_key_values)
+        elif not (past_key_values is None or isinstance(past_key_values, KVCache)):
+            raise UsageError(
+                "not a cache of qmix", where="past_key_values", found=type(past_key_values).__name__
+            )
+        with self._evaluating():
+            return generation.generate(
+                self,
+                input_ids,
+                config,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                cache=past_key_values,
+                tokenizer=tokenizer or self.tokenizer,
+                streamer=streamer,
+                logits_processor=logits_processor or (),
+                stopping_criteria=stopping_criteria or (),
+            )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout, and back to training if that is what the model was at."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
+        if given is None:
+            return self.generation_config
+        if not isinstance(given, GenerationConfig):
+            raise UsageError(
+                "wrong type",
+                where="generation_config",
+                expected="a qmix.GenerationConfig",
+                found=type(given).__name__,
+            )
+        return given.completed(self.generation_config)
 
     @torch.no_grad()
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
@@ -240,9 +275,9 @@ class MixtralForCausalLM(PreTrainedModel):
             raise UsageError(
                 "text needs a tokenizer", remedy="Load the model with qmix.load, or set tokenizer."
             )
-        self.eval()
         ids = torch.tensor([self.tokenizer.encode(prompt)])
         config = self.generation_config.updated(options)
-        for token in generation.stream(self, ids, config, tokenizer=self.tokenizer):
-            if token.texts[0]:
-                yield token.texts[0]
+        with self._evaluating():
+            for token in generation.stream(self, ids, config, tokenizer=self.tokenizer):
+                if token.texts[0]:
+                    yield token.texts[0]

@@ -4,6 +4,7 @@
     from qmix import hf, load
     model, tokenizer = load("mixtral-nf4")
     pipe = transformers.pipeline("text-generation", model=hf.adapt(model), tokenizer=hf.tokenizer(tokenizer))
+    harness = lm_eval.models.huggingface.HFLM(hf.adapt(model), tokenizer=hf.tokenizer(tokenizer))
 
 Importing this file imports transformers; nothing else in qmix does. Made and tested for
 transformers 5.23.0. Weights, layers and kernels stay qmix's; masks, caches and generation are

@@ -14,10 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmix.scheme import Scheme
+from qmix.scheme import GROUP_SIZES, Scheme
 from qmix.weights import SERIAL_ELEMENTS, SLAB_ELEMENTS, TILE_ELEMENTS, each_slab
-
-GROUP_SIZES = (32, 64, 128)
 
 _DEVICE_ELEMENTS = 2048 * 4096  # as for NF4: bounds the float32 and index copies at 100 MB
 

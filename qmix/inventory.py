@@ -10,14 +10,11 @@ from typing import Any
 
 from qmix.compatibility import Contents, Verdict, verdicts
 from qmix.config import MixtralConfig
-from qmix.formats import Checkpoint, awq, compressed, gptq, gptq_config, open_checkpoint
-from qmix.formats.checkpoint import Packed, settings_of
-from qmix.formats.names import Kind, ModelTensor
-from qmix.int4 import Int4
-from qmix.int8 import Int8
-from qmix.integers import GROUP_SIZES
-from qmix.scheme import DENSE, Scheme
-from qmix.weights import NF4_BLOCK_SIZES
+from qmix.formats import gptq_config, layouts
+from qmix.formats.headers import DTYPES
+from qmix.formats.names import Kind
+from qmix.formats.outline import Outline, open_outline
+from qmix.scheme import DENSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +90,17 @@ def inspect(directory: str | Path) -> Inventory:
     Raises:
         CheckpointError: it is not exactly the tensors of the model. UnsupportedError: its layout.
     """
-    checkpoint = open_checkpoint(directory)
+    outline = open_outline(directory)
     grouped: dict[tuple[Kind, str, str], list[tuple[int, int]]] = {}
-    for tensor in checkpoint.tensors:
-        packed = checkpoint.packing(tensor)
+    for tensor in outline.tensors:
+        packed = outline.packing(tensor)
         members = packed.members if packed else (tensor.name,)
-        stored = sum(checkpoint.entry(name).nbytes for name in members)
+        stored = sum(outline.header(name).nbytes for name in members)
         layout: str = packed.layout if packed else "safetensors"
         if packed:
-            scheme = str(scheme_of(checkpoint, tensor, packed))
+            scheme = str(outline.scheme_of(tensor, packed))
         else:
-            scheme = str(checkpoint.entry(tensor.name).dtype).removeprefix("torch.")
+            scheme = DTYPES[outline.header(tensor.name).dtype][0]
         row = (math.prod(tensor.shape), stored)
         grouped.setdefault((tensor.kind, layout, scheme), []).append(row)
     parts = tuple(
@@ -117,67 +114,36 @@ def inspect(directory: str | Path) -> Inventory:
         )
         for (kind, layout, scheme), rows in grouped.items()
     )
-    files = {path.name: path.stat().st_size for path in checkpoint.shards.files}
+    paths = sorted({header.file for header in outline.headers.values()})
     return Inventory(
-        directory=checkpoint.shards.directory,
-        config=checkpoint.config,
-        files=files,
+        directory=outline.directory,
+        config=outline.config,
+        files={path.name: path.stat().st_size for path in paths},
         parts=parts,
-        readers=verdicts(contents_of(checkpoint)),
+        readers=verdicts(contents_of(outline)),
     )
 
 
-def contents_of(checkpoint: Checkpoint) -> Contents:
+def contents_of(outline: Outline) -> Contents:
     """What decides which programs load a checkpoint."""
-    packings = {tensor: checkpoint.packing(tensor) for tensor in checkpoint.tensors}
+    packings = {tensor: outline.packing(tensor) for tensor in outline.tensors}
     schemes = {
-        tensor.prefix: scheme_of(checkpoint, tensor, packed) if packed else DENSE
+        tensor.prefix: outline.scheme_of(tensor, packed) if packed else DENSE
         for tensor, packed in packings.items()
         if tensor.linear
     }
     classic = all(
-        checkpoint.spelled[name] == name
+        outline.spelled[name] == name
         for tensor, packed in packings.items()
         if tensor.kind == "expert"
         for name in (packed.members if packed else (tensor.name,))
     )
-    layouts = frozenset(packed.layout for packed in packings.values() if packed)
-    beside = {"GPTQ": gptq_config.FILE, "AWQ": awq.FILE}
-    files = [beside[layout] for layout in layouts if layout in beside]
+    found = frozenset(packed.layout for packed in packings.values() if packed)
+    beside = {"GPTQ": gptq_config.FILE, "AWQ": layouts.AWQ_FILE}
+    files = [beside[layout] for layout in found if layout in beside]
     return Contents(
         schemes=schemes,
-        layouts=layouts,
+        layouts=found,
         dialect="classic" if classic else "gptqmodel",
-        settings=settings_of(checkpoint, files[0] if len(files) == 1 else None)[0],
-    )
-
-
-def scheme_of(checkpoint: Checkpoint, tensor: ModelTensor, packed: Packed) -> Scheme:
-    """The scheme of a packed weight, as far as shapes and settings tell.
-
-    An AWQ weight counts as asymmetric although all its zeros may be 8.
-    """
-    shapes = {name.rpartition(".")[2]: checkpoint.entry(name).shape for name in packed.members}
-    if packed.layout == "bitsandbytes":
-        blocks, count = math.prod(shapes.get("absmax", (0,))), math.prod(tensor.shape)
-        # Sizes that give the same number of blocks differ in the last block only.
-        fitting = [size for size in NF4_BLOCK_SIZES if -(-count // size) == blocks]
-        block = 64 if 64 in fitting or not fitting else fitting[0]
-        kind: Any = "fp4" if "bitsandbytes__fp4" in shapes else "nf4"
-        return Scheme(kind=kind, block_size=block, double_quant="nested_absmax" in shapes)
-    columns = tensor.shape[1]
-    bits: int | None = Int4.bits
-    if packed.layout == "compressed-tensors":
-        groups, symmetric = shapes["weight_scale"][-1], "weight_zero_point" not in shapes
-        bits = compressed.bits_of(shapes["weight_packed"][-1], columns)
-    else:
-        groups = shapes["scales"][0]
-        symmetric = packed.layout == "GPTQ" and checkpoint.declared(packed).symmetric
-        if packed.layout == "GPTQ":
-            bits = gptq.bits_of(shapes["qweight"][0], columns)
-    size = columns // max(groups, 1)
-    return Scheme(
-        kind="int8" if bits == Int8.bits else "int4",
-        group_size=size if size in GROUP_SIZES else -1,
-        symmetric=symmetric,
+        settings=outline.quantization_settings(files[0] if len(files) == 1 else None)[0],
     )

@@ -17,6 +17,7 @@ from qmix import kernels
 from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.experts.store import Store, StoredExperts
 from qmix.kernels import Expert, Packed, PackedExperts
 from qmix.kernels.attention import Implementation, Sight, weighted
 from qmix.weights import Dense, Weight
@@ -218,23 +219,37 @@ class SparseMoeBlock(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
-        self._packed: PackedExperts | None = None
+        self._whole: PackedExperts | StoredExperts | None = None
 
     @property
     def stored(self) -> Sequence[Expert]:
-        """The experts' weights, as a whole if they lie in packed order."""
-        if self._packed is not None:
-            return self._packed
+        """The experts' weights, as a whole if they lie in packed order or in a store."""
+        if self._whole is not None:
+            return self._whole
         return [expert.stored for expert in self.experts if isinstance(expert, SwiGLU)]
 
-    def store(self, experts: PackedExperts) -> None:
+    @property
+    def offloaded(self) -> Store | None:
+        """The store that keeps the experts, if one does."""
+        return self._whole.store if isinstance(self._whole, StoredExperts) else None
+
+    def store(self, experts: PackedExperts | StoredExperts) -> None:
         """Replace the experts' weights."""
         for module, expert in zip(self.experts, experts, strict=True):
             assert isinstance(module, SwiGLU)
             module.w1.store(expert.w1)
             module.w2.store(expert.w2)
             module.w3.store(expert.w3)
-        self._packed = experts
+        self._whole = experts
+
+    def release(self) -> None:
+        """Let the experts' weights go, until others are stored."""
+        for expert in self.experts:
+            assert isinstance(expert, SwiGLU)
+            for module in (expert.w1, expert.w2, expert.w3):
+                shape = (module.out_features, module.in_features)
+                module.store(Dense(torch.empty(shape, device="meta")))
+        self._whole = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
@@ -243,12 +258,19 @@ class SparseMoeBlock(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         logits: Tensor = self.gate(tokens)
         routes = kernels.route(logits, self.num_experts_per_tok)
-        return kernels.experts(tokens, routes, self.stored, self.act).view_as(x), logits
+        if isinstance(self._whole, StoredExperts):
+            out = self._whole.product(tokens, routes, self.act)
+        else:
+            out = kernels.experts(tokens, routes, self.stored, self.act)
+        return out.view_as(x), logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoeBlock":
+        if isinstance(self._whole, StoredExperts):
+            self.gate._apply(fn, recurse)  # a store's experts lie in several memories, and stay
+            return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._packed is not None and self._packed[0].w1 is not self._first().w1.stored:
-            self._packed = None  # moved: its experts are standard weights again
+        if self._whole is not None and self._whole[0].w1 is not self._first().w1.stored:
+            self._whole = None  # moved: its experts are standard weights again
         return self
 
     def _first(self) -> SwiGLU:

@@ -10,12 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from qmix import offload
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ResourceError, UsageError
+from qmix.experts.reader import ExpertReader, FileWeight
 from qmix.formats import Checkpoint, names, open_checkpoint, packing, shards
 from qmix.formats.names import ModelTensor
 from qmix.kernels import Packed
 from qmix.layers import Linear
+from qmix.offload import Tiers
 from qmix.placement import Placement
 from qmix.scheme import DENSE
 from qmix.weights import Dense, Weight
@@ -23,6 +26,7 @@ from qmix.weights import Dense, Weight
 Model = TypeVar("Model", bound=nn.Module)
 
 SHARD_BYTES = 4_900_000_000
+_HOST = torch.device("cpu")
 
 
 def load(
@@ -31,6 +35,10 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    max_context: int | None = None,
+    tiers: Tiers | None = None,
 ) -> Model:
     """Build a model without storage and fill it, one tensor at a time.
 
@@ -38,9 +46,20 @@ def load(
         build: the class: MixtralModel, MixtralForCausalLM.
         dtype: of dense weights and activations; default: the checkpoint's.
         device: default: the GPU if there is one.
+        vram, ram: memory that may be used on the device and on the host, as "16GiB" or in bytes, what
+            the process has anyway included. Experts that do not fit are kept in the next tier, and the
+            parameters are frozen.
+        max_context: positions that the plan leaves room for.
+        tiers: where experts are kept; default: as planned for these budgets.
+
+    Raises:
+        ResourceError: it does not fit the budgets, or the memory that is free.
     """
     target = target_device(device)
     checkpoint = open_checkpoint(directory)
+    kept = dtype or checkpoint.dtype
+    if tiers is None:
+        tiers = offload.planned(checkpoint, kept, target, vram, ram, max_context)
     with torch.device("meta"):
         model = build(checkpoint.config)
     modules = dict(model.named_modules())
@@ -48,7 +67,11 @@ def load(
         modules = {f"model.{name}": module for name, module in modules.items()}
     placement = Placement()
     pack = placement.pack if target.type == "cuda" else None
-    fill(modules, checkpoint, dtype or checkpoint.dtype, target, pack)
+    if tiers is None:
+        fill(modules, checkpoint, kept, target, pack)
+    else:
+        _offload(modules, checkpoint, kept, target, tiers, placement)
+        model.requires_grad_(requires_grad=False)
     if not placement.complete:
         warnings.warn(f"slower than it could be: {placement}", stacklevel=2)
     tie = getattr(model, "tie_weights", None)
@@ -56,7 +79,7 @@ def load(
         tie()
     fresh = getattr(model, "initialise_absent", None)
     if fresh is not None:
-        fresh(target, dtype or checkpoint.dtype)
+        fresh(target, kept)
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise CheckpointError(
@@ -68,20 +91,51 @@ def load(
     return model.eval()
 
 
+def _offload(
+    modules: Mapping[str, nn.Module],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    tiers: Tiers,
+    placement: Placement,
+) -> None:
+    """Fill a model whose experts do not all fit its device."""
+    reader = ExpertReader(
+        checkpoint, dtype, lambda weight, tensor: _placed(weight, dtype, _HOST, tensor, checkpoint)
+    )
+    blocks, memory = offload.blocks_of(modules), offload.Memory(checkpoint, tiers)
+    if not tiers.device:
+        fill(modules, checkpoint, dtype, device, experts=False)
+        memory.keep(offload.on_the_host(blocks, reader, tiers, memory.policy))
+        return
+    taker = offload.OnDevice(reader, len(blocks), tiers, memory.policy, device)
+
+    def take(layer: nn.Module) -> None:
+        placement.pack(layer)
+        taker.take(*offload.blocks_of(dict(layer.named_modules())))
+
+    fill(modules, checkpoint, dtype, device, take)
+    memory.keep(taker.finish(blocks))
+
+
 def fill(
     modules: Mapping[str, nn.Module],
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
     finish: Callable[[nn.Module], None] | None = None,
+    *,
+    experts: bool = True,
 ) -> None:
     """Give every module that is there its weight, by the checkpoint's canonical names.
 
     Args:
         finish: called with each decoder layer that is complete, before the next one is read.
+        experts: False leaves them out.
     """
-    missing = Counter(tensor.layer for tensor in checkpoint.tensors)
-    for tensor in checkpoint.tensors:
+    tensors = [t for t in checkpoint.tensors if experts or t.kind != "expert"]
+    missing = Counter(tensor.layer for tensor in tensors)
+    for tensor in tensors:
         module = modules.get(tensor.prefix)
         if isinstance(module, Linear):
             module.store(_placed(checkpoint.weight(tensor), dtype, device, tensor, checkpoint))
@@ -118,16 +172,18 @@ def save(
             found=", ".join(taken[:3]),
         )
     stored = dict(_stored(model, config))
-    weights = {m: _described(own) for m, own in stored.items() if not isinstance(own, Tensor)}
     dtype = next(model.parameters()).dtype
-    version = packing.version_of(weights.values())
-    quantization = packing.quantization_config(
-        {names.canonical(module): weight.scheme for module, weight in weights.items()},
-        dtype,
-        version=version,
-        act_order=packing.act_order(weights.values()),
-    )
-    plan = [_planned(module, own) for module, own in stored.items()]
+    version, act_order, schemes, plan = 1, False, {}, []
+    for module, own in stored.items():
+        if isinstance(own, Tensor):
+            plan.append(_planned(module, own))
+            continue
+        weight = _described(own)  # one at a time: some are read from their file for it
+        version = max(version, packing.version_of([weight]))
+        act_order = act_order or packing.act_order([weight])
+        schemes[names.canonical(module)] = weight.scheme
+        plan.append(_planned(module, weight if isinstance(own, FileWeight) else own))
+    quantization = packing.quantization_config(schemes, dtype, version=version, act_order=act_order)
     folder.mkdir(parents=True, exist_ok=True)
     packed = (
         {f"{module}.weight": own}
@@ -153,14 +209,14 @@ def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weig
 
 
 def _standard(weight: Weight) -> Weight:
+    if isinstance(weight, FileWeight):
+        return weight.load()
     return weight.standard() if isinstance(weight, Packed) else weight
 
 
 def _described(weight: Weight) -> Weight:
     """What says how a weight is stored: itself; in packed order all but its codes."""
-    if isinstance(weight, Packed):
-        return weight.kept or weight.standard()
-    return weight
+    return (isinstance(weight, Packed) and weight.kept) or _standard(weight)
 
 
 def _planned(module: str, stored: Weight | Tensor) -> list[shards.Planned]:

@@ -20,14 +20,14 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     -100 is left out; if nothing is left the mean is NaN, as in transformers.
 
     Raises:
-        UsageError: another shape than the logits', or a label outside the vocabulary.
+        UsageError: another shape than the logits', no whole numbers, or a label outside the
+            vocabulary.
     """
     if labels.shape != logits.shape[:2]:
         raise UsageError(
             "wrong shape", where="labels", expected=list(logits.shape[:2]), found=list(labels.shape)
         )
-    targets = labels[:, 1:].flatten().to(logits.device)
-    _check_labels(targets, logits.shape[-1])
+    targets = _targets(labels[:, 1:].to(logits.device), logits.shape[-1])
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
 
 
@@ -93,10 +93,8 @@ def classification_loss(problem: ProblemType, logits: Tensor, labels: Tensor) ->
     labels = labels.to(logits.device)
     rows, classes = logits.shape
     if problem == "single_label_classification":
-        targets = labels.view(-1)
-        _check_size(targets, rows, "[batch]")
-        _check_labels(targets, classes)
-        return F.cross_entropy(logits, targets)
+        _check_size(labels, rows, "[batch]")
+        return F.cross_entropy(logits, _targets(labels, classes))
     _check_size(labels, rows * classes, f"[batch, {classes}]")
     if problem == "regression":
         return F.mse_loss(logits, labels.view(rows, classes).to(logits.dtype))
@@ -108,9 +106,15 @@ def _check_size(labels: Tensor, size: int, expected: str) -> None:
         raise UsageError("wrong shape", where="labels", expected=expected, found=list(labels.shape))
 
 
-def _check_labels(targets: Tensor, classes: int) -> None:
+def _targets(labels: Tensor, classes: int) -> Tensor:
+    """The labels in a row, int64, checked."""
+    if labels.is_floating_point() or labels.is_complex():
+        raise UsageError(
+            "wrong dtype", where="labels", expected="whole numbers", found=labels.dtype
+        )
+    targets = labels.flatten().long()
     if targets.is_cuda or not targets.numel():  # on a GPU the check would wait for it
-        return
+        return targets
     low, high = int(targets.masked_fill(targets == -100, 0).min()), int(targets.max())
     if low < 0 or high >= classes:
         raise UsageError(
@@ -119,3 +123,4 @@ def _check_labels(targets: Tensor, classes: int) -> None:
             expected=f"0 to {classes - 1}, or -100 to leave one out",
             found=low if low < 0 else high,
         )
+    return targets

@@ -17,9 +17,10 @@ from qmix.layers import initialise
 from qmix.model import Decoder
 from qmix.outputs import MoeModelOutputWithPast
 from qmix.pretrained import PreTrainedModel
-from qmix.prompt import check_prompt
+from qmix.prompt import check_embedded, check_prompt, mask_given
 
-Past = Cache | tuple[tuple[Tensor, Tensor], ...] | list[tuple[Tensor, Tensor]]
+Pairs = tuple[tuple[Tensor, Tensor], ...] | list[tuple[Tensor, Tensor]]
+Past = Cache | Pairs
 
 
 class MixtralModel(PreTrainedModel, Decoder):
@@ -65,7 +66,8 @@ class MixtralModel(PreTrainedModel, Decoder):
             return_dict: False gives a plain tuple of the fields that are not None.
 
         Raises:
-            UsageError: ids outside the vocabulary, a wrong shape, both or neither kind of input.
+            UsageError: ids outside the vocabulary, a wrong shape, another model's cache, both or
+                neither kind of input.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give input_ids or inputs_embeds, and not both")
@@ -73,6 +75,7 @@ class MixtralModel(PreTrainedModel, Decoder):
             assert input_ids is not None
             check_prompt(input_ids, None)
             inputs_embeds = self.embed(input_ids)
+        check_embedded(inputs_embeds, None, self.config.hidden_size)
         batch, new = inputs_embeds.shape[:2]
         cache = self._cache(past_key_values, use_cache, batch, new)
         past = cache.length if cache is not None else 0
@@ -113,12 +116,14 @@ class MixtralModel(PreTrainedModel, Decoder):
     ) -> Cache | None:
         if isinstance(past, (tuple, list)):
             past = KVCache.of(self.config, past)
-        if isinstance(past, KVCache) and past.batch != batch:
+        if isinstance(past, KVCache):
+            past.check(self.new_cache(batch))
+        elif past is not None and not isinstance(past, Cache):
             raise UsageError(
-                "the cache is another batch's",
+                "not a cache of qmix",
                 where="past_key_values",
-                expected=f"{batch} rows",
-                found=past.batch,
+                found=type(past).__name__,
+                remedy="qmix.hf.adapt(model) takes the caches of transformers.",
             )
         default = self.config.use_cache and not self.training
         if past is None and (default if use_cache is None else use_cache):
@@ -131,7 +136,7 @@ class MixtralModel(PreTrainedModel, Decoder):
         """The mask of columns and the mask of pairs that an attention_mask stands for."""
         if given is None:
             return None, None
-        given = given.to(self.device)
+        given = mask_given(given).to(self.device)
         columns = past + new
         if given.dim() == 4:
             heads = self.config.num_attention_heads

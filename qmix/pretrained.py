@@ -3,18 +3,20 @@
 Knows no forward pass and no bits; files come through qmix.loader.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qmix import loader
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError, UsageError
+from qmix.experts.store import Store
 from qmix.kernels import attention
+from qmix.layers import SparseMoeBlock
 from qmix.model import Decoder
 
 # Fields of the config that a user may set while loading: no shape depends on them.
@@ -70,6 +72,9 @@ class PreTrainedModel(nn.Module):
         device: torch.device | str | None = None,
         device_map: object = None,
         attn_implementation: str | None = None,
+        vram: str | int | None = None,
+        ram: str | int | None = None,
+        max_context: int | None = None,
         **options: Any,
     ) -> Self:
         """Load a checkpoint directory, dense or 4-bit.
@@ -80,6 +85,10 @@ class PreTrainedModel(nn.Module):
             device: default: the GPU if there is one.
             device_map: the same in transformers' words: "auto", a device, or {"": device}.
             attn_implementation: "eager", "sdpa" (default), "flash_attention_2" or "triton".
+            vram, ram: memory that may be used on the GPU and on the host: "16GiB", "16GB" or bytes.
+                Experts that do not fit are kept in host memory, or stay in the file and are read when
+                they are chosen; the text is the same. Such a model cannot be trained or moved.
+            max_context: positions that the budgets leave room for; default: 4096, or the model's.
             options: fields of the config that no shape depends on, such as `sliding_window`,
                 `num_experts_per_tok` or `num_labels`. Options of transformers that ask for what is
                 so anyway (`low_cpu_mem_usage`, `use_safetensors`, ...) are taken and change nothing.
@@ -88,6 +97,7 @@ class PreTrainedModel(nn.Module):
             CheckpointError: a file is missing, damaged, or its tensors are not the model's.
             UnsupportedError: a layout that qmix does not read, or an attention that is not here.
             UsageError: an unknown option.
+            ResourceError: it does not fit the budgets, or the memory that is free.
         """
         changes = _changes(options)
         if attn_implementation is not None:
@@ -97,6 +107,9 @@ class PreTrainedModel(nn.Module):
             directory,
             dtype=_agreed(torch_dtype, dtype),
             device=_placed(device, device_map),
+            vram=vram,
+            ram=ram,
+            max_context=max_context,
         )
         model.adopt(Path(directory))
         return model
@@ -137,6 +150,29 @@ class PreTrainedModel(nn.Module):
         return next(m.embed_tokens for m in self.modules() if isinstance(m, Decoder))
 
     @property
+    def store(self) -> Store | None:
+        """What keeps the experts of an offloaded model; its `statistics()` say how well."""
+        for module in self.modules():
+            if isinstance(module, SparseMoeBlock):
+                return module.offloaded
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        store = self.store
+        if store is not None:  # before anything is moved
+            target = fn(torch.empty(0, device=self.device)).device
+            if target != self.device:
+                raise UsageError(
+                    "an offloaded model is not moved",
+                    where=".to()",
+                    expected=self.device,
+                    found=target,
+                    remedy="Load it again with device=.",
+                )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -161,7 +197,8 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in (*_OVERRIDES, *_WITHOUT_EFFECT, *_QUANTIZING):
             raise UsageError(
                 f"from_pretrained has no option {name!r}",
-                expected="torch_dtype, dtype, device, device_map, attn_implementation, "
+                expected="torch_dtype, dtype, device, device_map, attn_implementation, vram, ram, "
+                "max_context, "
                 + ", ".join(_OVERRIDES),
             )
     return {name: value for name, value in options.items() if name in _OVERRIDES}

@@ -34,8 +34,8 @@ def check_prompt(input_ids: Tensor | None, keep: Tensor | None) -> None:
     _check_mask(input_ids, keep)
 
 
-def check_embedded(inputs_embeds: Tensor | None, keep: Tensor | None) -> None:
-    """Refuse what is no prompt of embeddings.
+def check_embedded(inputs_embeds: Tensor | None, keep: Tensor | None, width: int) -> None:
+    """Refuse what is no prompt of embeddings of the model's width D.
 
     Raises:
         UsageError: not floats of shape (B, P, D), no position, or a mask of another shape.
@@ -45,14 +45,28 @@ def check_embedded(inputs_embeds: Tensor | None, keep: Tensor | None) -> None:
         or inputs_embeds.dim() != 3
         or not inputs_embeds.is_floating_point()
         or not inputs_embeds.numel()
+        or inputs_embeds.shape[-1] != width
     ):
         raise UsageError(
             "not a batch of embeddings",
             where="inputs_embeds",
-            expected="a floating tensor [batch, sequence, hidden]",
+            expected=f"a floating tensor [batch, sequence, {width}]",
             found=_described(inputs_embeds),
         )
     _check_mask(inputs_embeds, keep)
+
+
+def mask_given(attention_mask: object) -> Tensor:
+    """An attention mask of any form, if it is a tensor.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(attention_mask, Tensor):
+        return attention_mask
+    raise UsageError(
+        "wrong type", where="attention_mask", expected="a tensor", found=_described(attention_mask)
+    )
 
 
 def left_padded(columns: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,8 @@ class Repl:
             self.session.clear()
             self._notice("forgotten")
         elif name == "/stats":
-            self._notice(str(self.session.stats or "no reply yet"))
+            stats = self.session.stats
+            self._notice("no reply yet" if stats is None else stats.details)
         elif name == "/system":
             self._system(argument)
         elif name == "/set":

@@ -9,9 +9,10 @@ from typing import Literal
 
 Kind = Literal["dense", "nf4", "fp4", "int4", "int8"]
 
-NESTED_BLOCK = (
-    256  # absmax values that share one fp32 scale under double quantization (QLoRA, section 3)
-)
+# Absmax values that share one fp32 scale under double quantization (QLoRA, section 3).
+NESTED_BLOCK = 256
+NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from qmix import chat
 from qmix.cache import KVCache
 from qmix.chat import Message
 from qmix.errors import UsageError
+from qmix.experts.store import Statistics
 from qmix.generate import Finish, GenerationConfig, stream
 from qmix.heads import MixtralForCausalLM
 from qmix.tokenizer import LlamaTokenizer
@@ -39,7 +40,11 @@ class Opening:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyStats:
-    """One reply in numbers; times in seconds."""
+    """One reply in numbers; times in seconds.
+
+    Attributes:
+        experts: what the store did meanwhile, if the model is offloaded.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -49,6 +54,12 @@ class ReplyStats:
     context_tokens: int
     context_limit: int
     finish: Finish | None
+    experts: Statistics | None = None
+
+    @property
+    def details(self) -> str:
+        """All of it: the line, and another for an offloaded model's experts."""
+        return str(self) if self.experts is None else f"{self}\n{self.experts}"
 
     @property
     def tokens_per_s(self) -> float:
@@ -152,6 +163,8 @@ class Session:
         answer: list[int] = []
         finish: Finish | None = None
         first_token_s = elapsed_s = 0.0
+        store = self.model.store
+        before = None if store is None else store.statistics()
         try:
             prompt = torch.tensor([opening.ids])
             for token in stream(
@@ -184,6 +197,9 @@ class Session:
                 context_tokens=len(whole),
                 context_limit=self.context,
                 finish=finish,
+                experts=None
+                if store is None or before is None
+                else store.statistics().since(before),
             )
 
     def _prompt(self, turns: Sequence[Turn]) -> tuple[int, ...]:

@@ -24,7 +24,6 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # All are multiples of every block size. From 32768 elements on torch splits an operation over its own
 # threads, which would fight with ours. A tile's float32 values take 1.8 MB; with half of that the

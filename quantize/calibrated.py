@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 import qmix
+from qmix import bills, effort
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
 from qmix.formats import Checkpoint, open_checkpoint, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import ShardWriter
 from qmix.model import embedding
-from qmix.quantize import estimate, layerwise, output, pipeline, resume
+from qmix.plan import check_memory
+from qmix.quantize import layerwise, output, pipeline, resume
 from qmix.quantize.activations import Activations
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.layerwise import LayerQuantizer, Rounded, Stream
@@ -89,6 +91,8 @@ def run(
     settings = _settings(checkpoint, recipe, calibration, options, method)
     work = _Work(checkpoint, items, recipe, calibration, options)
     output.check_space(out, work.bytes_needed)
+    if options.device.type == "cpu":
+        check_memory(work.bill)
     with output.partial(out, force=force, resume=resumed) as folder:
         state = resume.read(folder, settings)
         done = work.finished(folder, state)
@@ -127,7 +131,13 @@ def run(
 def _effort(
     checkpoint: Checkpoint, calibration: Calibration, options: Options, layers: int, seconds: float
 ) -> Effort:
-    work = estimate.work(checkpoint.config, calibration.ids.numel(), options.layer)
+    rounding = options.layer.rounding
+    work = effort.work(
+        checkpoint.config,
+        calibration.ids.numel(),
+        correct=options.layer.correct,
+        refine=rounding.refine,
+    )
     return Effort(
         layers=layers,
         layer_seconds=seconds,
@@ -135,7 +145,7 @@ def _effort(
         peak_bytes=work.peak_bytes,
         resident_bytes=_resident_bytes(),
         gpu_seconds=work.gpu_seconds(32),
-        gpu_flops=estimate.GPU_FLOPS,
+        gpu_flops=effort.GPU_FLOPS,
     )
 
 
@@ -215,6 +225,8 @@ class _Work:
         array_bytes = 4 * self.ids.numel() * self.width
         token_bytes = array_bytes * (2 * len(self.streams) + len(self.streams) - 1)
         self.in_memory = token_bytes <= options.activation_bytes
+        held = token_bytes if self.in_memory else 0
+        self.bill = bills.of_calibration(checkpoint.config, self.ids.numel(), held)
         self.bytes_out = sum(one.nbytes for item in items for one in item.planned)
         self.bytes_needed = self.bytes_out + token_bytes
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 import qmix
+from qmix import bills
 from qmix.errors import CheckpointError
 from qmix.formats import mistral, shards
 from qmix.formats.mistral import RawCheckpoint
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Planned
+from qmix.plan import check_memory
 from qmix.quantize import output
 from qmix.tokenizer import LlamaTokenizer
 from qmix.tokenizer_file import MODEL_FILE, read_model
@@ -81,6 +83,7 @@ def run(
     ]
     total = sum(group[0].nbytes for group in groups)
     output.check_space(out, total)
+    check_memory(bills.of_rewriting(max(group[0].nbytes for group in groups)))
     dtype = str(groups[0][0].dtype).removeprefix("torch.")
 
     def converted() -> Iterator[dict[str, Tensor]]:

@@ -11,12 +11,11 @@ from qmix import loader
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.formats import open_checkpoint
-from qmix.integers import GROUP_SIZES
 from qmix.quantize import allocation, calibrated, calibration, output, pipeline
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.pipeline import Progress
 from qmix.quantize.report import Report
-from qmix.scheme import Recipe, Scheme
+from qmix.scheme import GROUP_SIZES, Recipe, Scheme
 from qmix.tokenizer import LlamaTokenizer
 
 Method = Literal["nf4", "gptq", "rtn", "auto"]

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.errors import CheckpointError, UsageError
-from qmix.scheme import NESTED_BLOCK, Scheme
+from qmix.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Scheme
 from qmix.scheme import NF4 as NF4_SCHEME
 from qmix.weights import (
     NF4,
-    NF4_BLOCK_SIZES,
     NF4_VALUES,
     SERIAL_ELEMENTS,
     SLAB_ELEMENTS,

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 import qmix
+from qmix import bills
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import Checkpoint, gptq_config, open_checkpoint, packing, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Planned
+from qmix.plan import check_memory
 from qmix.quantize import nf4, output, rtn
 from qmix.quantize.report import Report, TensorResult
 from qmix.scheme import Recipe, Scheme
@@ -85,7 +87,7 @@ def run(
     Raises:
         UsageError: the paths are unfit. CheckpointError: the source is damaged or holds NaN.
         UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
-        ResourceError: the disk is too small.
+        ResourceError: the disk or the memory is too small.
     """
     begun = time.perf_counter()
     output.check_paths(source, out, force=force)
@@ -94,6 +96,8 @@ def run(
     bytes_in = sum(checkpoint.entry(item.tensor.name).nbytes for item in items)
     groups = [item.planned for item in items]
     output.check_space(out, sum(one.nbytes for group in groups for one in group))
+    largest = max(checkpoint.entry(item.tensor.name).nbytes for item in items)
+    check_memory(bills.of_rewriting(largest))
     results: list[TensorResult] = []
 
     def converted() -> Iterator[dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from packers import plain
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import awq, gptq, open_checkpoint
+from qmix.formats import awq, gptq, layouts, open_checkpoint
 from qmix.formats.gptq_config import Settings
 from qmix.heads import MixtralForCausalLM
 
@@ -63,10 +63,10 @@ def test_awq_to_gptq_is_exact_unless_a_zero_is_0():
 
 def test_members_are_those_of_awq():
     names = [f"{P}.qweight", f"{P}.qzeros", f"{P}.scales"]
-    assert list(awq.members(P, [*names, f"{P}.weight", f"{P}0.qweight"])) == names
-    assert list(awq.members(P, [f"{P}.qweight"])) == names  # what there should be
-    assert awq.members(P, [*names, f"{P}.g_idx"]) == ()
-    assert awq.members(P, [f"{P}.weight"]) == ()
+    assert list(layouts.awq_members(P, [*names, f"{P}.weight", f"{P}0.qweight"])) == names
+    assert list(layouts.awq_members(P, [f"{P}.qweight"])) == names  # what there should be
+    assert layouts.awq_members(P, [*names, f"{P}.g_idx"]) == ()
+    assert layouts.awq_members(P, [f"{P}.weight"]) == ()
 
 
 def edited(suffix, edit):
@@ -116,12 +116,12 @@ def test_a_missing_tensor_is_named(suffix):
 )
 def test_other_settings_are_refused(document, named):
     with pytest.raises(QmixError, match=named):
-        awq.check(document, "config.json")
+        layouts.check_awq(document, "config.json")
 
 
 def test_the_settings_that_files_have():
     for document in (None, CONFIG, {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, {}):
-        awq.check(document, "config.json")
+        layouts.check_awq(document, "config.json")
 
 
 IDS = torch.tensor([[5, 6, 7, 99, 3]])

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError
-from qmix.formats import bnb
+from qmix.formats import bnb, layouts
 from qmix.quantize import nf4
-from qmix.scheme import NF4, Scheme
-from qmix.weights import NF4_BLOCK_SIZES, NestedAbsmax
+from qmix.scheme import NF4, NF4_BLOCK_SIZES, Scheme
+from qmix.weights import NestedAbsmax
 
 with warnings.catch_warnings():
     # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.
@@ -119,8 +119,8 @@ def test_a_checkpoint_of_theirs_is_read(tmp_path, double, storage):
     save_file({f"{Q}.{n}": t for n, t in layer.state_dict().items()}, tmp_path / "a.safetensors")
     read = load_file(tmp_path / "a.safetensors")
     assert read[f"{Q}.weight"].dtype == storage
-    assert bnb.members(Q, read.keys())[0] == f"{Q}.weight"
-    assert set(bnb.members(Q, read.keys())) == set(read)
+    assert layouts.bnb_members(Q, read.keys())[0] == f"{Q}.weight"
+    assert set(layouts.bnb_members(Q, read.keys())) == set(read)
     ours = bnb.unpack(read, Q, "a.safetensors")
     assert ours.dtype == torch.bfloat16
     assert torch.equal(
@@ -170,10 +170,10 @@ def test_the_plan_bounds_a_blob_with_the_longest_offset():
 def test_members_are_this_modules_tensors_only():
     names = list(bnb.pack(nf4.quantize(random(2, 64)), P))
     others = ["model.norm.weight", f"{Q}.weight", f"{P}0.weight.absmax", f"{P}.weight.g_idx"]
-    assert bnb.members(P, names + others) == tuple(names)
-    assert bnb.members(Q, names + others) == ()
-    assert bnb.members(P, [*others, f"{P}.weight"]) == ()
-    assert bnb.members(P, [f"{P}.weight.absmax"]) == (f"{P}.weight.absmax",)
+    assert layouts.bnb_members(P, names + others) == tuple(names)
+    assert layouts.bnb_members(Q, names + others) == ()
+    assert layouts.bnb_members(P, [*others, f"{P}.weight"]) == ()
+    assert layouts.bnb_members(P, [f"{P}.weight.absmax"]) == (f"{P}.weight.absmax",)
 
 
 def test_the_config_names_what_stays_dense():

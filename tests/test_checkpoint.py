@@ -145,7 +145,8 @@ def hook(event, arguments):
     if event in ("exec", "compile", "subprocess.Popen", "socket.connect"): seen.append(event)
 sys.addaudithook(hook)
 load()
-print([path for path in seen if not path.startswith({str(folder)!r})])
+asked = ({str(folder)!r}, "/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup/")  # free memory
+print([path for path in seen if not path.startswith(asked)])
 """
     from conftest import ROOT
 

@@ -173,7 +173,7 @@ def test_what_qmix_writes_meets_vllms_demands(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     export.run(tmp_path / "in", tmp_path / "exported", "gptq")
     for name in ("saved", "exported"):
-        contents = contents_of(open_checkpoint(tmp_path / name))
+        contents = contents_of(open_checkpoint(tmp_path / name).outline)
         assert len(set(contents.schemes.values())) == 3
         assert reasons(contents) == ""
         assert verdicts(contents)[1].outcome == "loads"

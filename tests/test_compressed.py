@@ -9,7 +9,7 @@ from packers import MATRICES, plain, uniform
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import compressed, gptq, open_checkpoint
+from qmix.formats import compressed, gptq, layouts, open_checkpoint
 from qmix.formats.gptq_config import Settings
 from qmix.heads import MixtralForCausalLM
 from qmix.int4 import Int4
@@ -68,7 +68,7 @@ def test_what_compressed_tensors_wrote_is_read_to_the_bits_that_it_reads(name):
     stored = load_file(Path(__file__).parent / "golden" / "compressed-tensors-0.20.0.safetensors")
     expected = stored.pop(f"{name}.expected")
     theirs = {n: t for n, t in stored.items() if n.startswith(f"{name}.")}
-    assert set(compressed.members(name, stored.keys())) == set(theirs)
+    assert set(layouts.compressed_members(name, stored.keys())) == set(theirs)
     ours = compressed.unpack(stored, name, FILE, tuple(expected.shape))
     assert ours.dtype == expected.dtype
     assert torch.equal(ours.dequantize(), expected)
@@ -123,11 +123,11 @@ def test_the_plan_is_what_is_packed(group, kind):
 
 def test_members_are_this_modules_tensors_only():
     names = [f"{P}.weight_packed", f"{P}.weight_scale", f"{P}.weight_shape"]
-    assert list(compressed.members(P, [*names, f"{P}.weight", f"{P}0.weight_packed"])) == names
+    assert list(layouts.compressed_members(P, [*names, f"{P}.weight", f"{P}0.weight_packed"])) == names
     zeros = f"{P}.weight_zero_point"
-    assert list(compressed.members(P, [zeros, *names])) == [*names, zeros]
-    assert list(compressed.members(P, [names[1]])) == names  # what there should be
-    assert compressed.members(P, [f"{P}.weight"]) == ()
+    assert list(layouts.compressed_members(P, [zeros, *names])) == [*names, zeros]
+    assert list(layouts.compressed_members(P, [names[1]])) == names  # what there should be
+    assert layouts.compressed_members(P, [f"{P}.weight"]) == ()
 
 
 def edited(suffix, edit, shape=(16, 128)):
@@ -199,7 +199,7 @@ def test_a_missing_tensor_is_named(tmp_path, suffix):
 )  # fmt: skip
 def test_other_settings_are_refused(document, named):
     with pytest.raises(QmixError, match=named):
-        compressed.check(document, "config.json")
+        layouts.check_compressed(document, "config.json")
 
 
 IDS = torch.tensor([[5, 6, 7, 99, 3]])
@@ -230,7 +230,7 @@ def weights(bits, size):
 
 def test_the_settings_written():
     config = compressed.config(uniform(SCHEME))
-    compressed.check(config, "config.json")
+    layouts.check_compressed(config, "config.json")
     assert config == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

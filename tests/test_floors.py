@@ -15,6 +15,9 @@ FLOORS = {
     "qmix.strict_json": 0,
     "qmix.config": 0,
     "qmix.scheme": 0,
+    "qmix.sizes": 0,
+    "qmix.packed_format": 0,
+    "qmix.cards": 0,
     "qmix.tokenizer": 0,
     "qmix.tokenizer_file": 0,
     "qmix.detokenizer": 0,
@@ -30,6 +33,14 @@ FLOORS = {
     "qmix.outputs": 4,
     "qmix.compatibility": 4,
     "qmix.inventory": 4,
+    "qmix.machine": 4,
+    "qmix.footprint": 4,
+    "qmix.bills": 4,
+    "qmix.bounds": 4,
+    "qmix.effort": 4,
+    "qmix.plan": 5,
+    "qmix.outlook": 5,
+    "qmix.experts": 4,
     "qmix.layers": 5,
     "qmix.model": 5,
     "qmix.losses": 5,
@@ -43,6 +54,7 @@ FLOORS = {
     "qmix.generate": 6,
     "qmix.placement": 6,
     "qmix.decoding": 6,
+    "qmix.offload": 6,
     "qmix.loader": 6,
     "qmix.pretrained": 7,
     "qmix.mixtral": 7,
@@ -56,7 +68,11 @@ FLOORS = {
     "qmix.export": 8,
     "qmix.quantize": 8,
     "qmix.evals": 9,
+    "qmix.doctor": 9,
+    "qmix.planner": 9,
     "qmix.terminal": 9,
+    "qmix.trace_commands": 10,
+    "qmix.plan_commands": 10,
     "qmix.cli": 10,
 }
 
@@ -64,9 +80,10 @@ FLOORS = {
 HOMES = {
     "sentencepiece": {"qmix.tokenizer", "qmix.evals.train_tokenizer"},
     "rich": {"qmix.terminal", "qmix.repl", "qmix.evals.demo"},
-    "typer": {"qmix.cli"},
+    "typer": {"qmix.cli", "qmix.trace_commands", "qmix.plan_commands"},
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
+    "matplotlib": {"qmix.evals.attention_bench"},
     "triton": {
         "qmix.kernels.gpu.programs",
         "qmix.kernels.gpu.attention_programs",
@@ -82,7 +99,12 @@ HOMES = {
         "qmix.quantize.activations",
     },
 }
-TORCHLESS = {"qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.scheme", "qmix.chat"}
+TORCHLESS = {
+    *("qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.scheme", "qmix.chat"),
+    *("qmix.sizes", "qmix.packed_format", "qmix.cards", "qmix.machine", "qmix.footprint"),
+    *("qmix.bills", "qmix.bounds", "qmix.effort", "qmix.plan", "qmix.outlook", "qmix.planner"),
+    *("qmix.formats.headers", "qmix.formats.layouts", "qmix.formats.outline", "qmix.formats.raw"),
+}
 
 
 def modules() -> dict[str, Path]:

@@ -9,7 +9,7 @@ import torch
 
 from qmix import kernels
 from qmix.errors import CheckpointError
-from qmix.formats import bnb, open_checkpoint
+from qmix.formats import bnb, layouts, open_checkpoint
 from qmix.fp4 import FP4, FP4_VALUES
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize import nf4
@@ -44,7 +44,7 @@ def random(rows, columns, dtype=torch.bfloat16, seed=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_what_they_wrote_is_read_to_the_bits_that_they_read(dtype, double, storage):
     tensors, values = theirs(random(64, 256, dtype), double=double, storage=storage)
-    assert set(bnb.members(P, tensors.keys())) == set(tensors)
+    assert set(layouts.bnb_members(P, tensors.keys())) == set(tensors)
     ours = bnb.unpack(tensors, P, "file")
     assert isinstance(ours, FP4)
     assert ours.dtype == dtype

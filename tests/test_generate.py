@@ -116,6 +116,35 @@ def test_the_streamer_gets_the_prompt_then_each_token_then_the_end():
     assert recorder.calls == [ids(4).tolist(), *([int(t)] for t in out[0, 4:]), "end"]
 
 
+def test_a_streamer_hears_of_the_end_after_a_failure_too():
+    """Whoever reads it in another thread would wait for ever."""
+
+    class Recorder:
+        ended = False
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            self.ended = True
+
+    def fail(ids, scores):
+        raise ZeroDivisionError
+
+    recorder = Recorder()
+    with pytest.raises(ZeroDivisionError):
+        small_model().generate(ids(4), max_new_tokens=3, streamer=recorder, logits_processor=[fail])
+    assert recorder.ended
+
+
+def test_a_model_in_training_generates_without_dropout_and_trains_on():
+    model = small_model(attention_dropout=0.5)
+    expected = model.generate(ids(4), max_new_tokens=6)
+    model.train()
+    assert torch.equal(model.generate(ids(4), max_new_tokens=6), expected)
+    assert all(module.training for module in model.modules())
+
+
 def test_tokens_say_when_and_why_generation_ended():
     model = small_model()
     tokens = list(stream(model, ids(4), GenerationConfig(max_new_tokens=3)))

@@ -246,7 +246,11 @@ def test_draws_do_not_depend_on_how_rows_are_padded(model):
         ({"prefill_chunk_size": 0}, "prefill_chunk_size"),
         ({"use_cache": "yes"}, "use_cache"),
         ({"do_sample": 1}, "do_sample"),
-        ({"min_new_tokens": None}, "min_new_tokens"),
+        ({"min_new_tokens": "few"}, "min_new_tokens"),
+        ({"generation_config": {"max_new_tokens": 3}}, "generation_config"),
+        ({"attention_mask": [[1, 1, 1, 1]]}, "attention_mask"),
+        ({"logits_processor": [lambda ids, scores: None]}, "logits_processor"),
+        ({"logits_processor": [lambda ids, scores: scores[0]]}, "logits_processor"),
         ({"typical_p": 0.9}, "typical_p"),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
     ],
@@ -255,6 +259,34 @@ def test_draws_do_not_depend_on_how_rows_are_padded(model):
 def test_other_values_and_unknown_fields_are_refused_by_name(model, options, named):
     with pytest.raises(UsageError, match=named):
         model.generate(ids(4), **options)
+
+
+def test_none_leaves_an_option_at_its_default(model):
+    """As in transformers, where `do_sample=False, temperature=None, top_p=None` is common."""
+    names = (
+        *("do_sample", "temperature", "top_p", "min_p", "repetition_penalty", "min_new_tokens"),
+        *("no_repeat_ngram_size", "num_return_sequences", "num_beams", "use_cache"),
+        *("output_scores", "return_dict_in_generate"),
+    )
+    given = dict.fromkeys(names)
+    assert GenerationConfig(**given) == GenerationConfig()
+    expected = model.generate(ids(4), max_new_tokens=6)
+    out = model.generate(
+        ids(4), max_new_tokens=6, logits_processor=None, stopping_criteria=None, **given
+    )
+    assert torch.equal(out, expected)
+
+
+def test_a_config_of_ones_own_keeps_the_models_special_ids(model):
+    """As transformers 5: what it leaves open is the model's; an option still switches them off."""
+    free = model.generate(ids(4), max_new_tokens=9)
+    end = int(free[0, 6])
+    model.generation_config = model.generation_config.updated({"eos_token_id": end})
+    own = GenerationConfig(max_new_tokens=9)
+    assert model.generate(ids(4), own).shape[1] < 4 + 9
+    assert torch.equal(model.generate(ids(4), generation_config=own, eos_token_id=None), free)
+    other = GenerationConfig(max_new_tokens=9, eos_token_id=[])
+    assert torch.equal(model.generate(ids(4), other), free)
 
 
 def test_temperature_zero_is_greedy_and_top_k_is_50_unless_given(model):

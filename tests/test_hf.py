@@ -122,6 +122,26 @@ def test_streamers_of_transformers_and_ours_are_interchangeable(loaded, capsys):
     assert capsys.readouterr().out.split()[:3] == written.split()[:3]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_scores_what_we_score(loaded):
+    lm_eval = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = loaded
+    harness = lm_eval.HFLM(
+        hf.adapt(model), tokenizer=hf.tokenizer(tokenizer), device="cpu", batch_size=2
+    )
+    pairs = [("Return the length of", " the list."), ("If", " the file does not exist")]
+    asked = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    for (context, rest), (found, _) in zip(pairs, harness.loglikelihood(asked), strict=True):
+        row = torch.tensor([tokenizer.encode(context + rest)])
+        start = len(tokenizer.encode(context))
+        with torch.no_grad():
+            scores = model(row).logits[0, start - 1 : -1].log_softmax(-1)
+        own = float(scores.gather(1, row[0, start:, None]).sum())
+        assert found == pytest.approx(own, abs=1e-4)
+
+
 def test_without_transformers_the_remedy_is_named():
     code = (
         "import sys; sys.modules['transformers'] = None\n"

@@ -57,7 +57,7 @@ def test_an_nf4_product_never_holds_more_than_one_tile(monkeypatch):
 
     monkeypatch.setattr(NF4, "rows", rows)
     monkeypatch.setattr(nf4_kernel, "TILE_ELEMENTS", 64 * 1024)
-    kernels.linear(inputs(4, 1024, torch.float32), weight)
+    nf4_kernel.linear(inputs(4, 1024, torch.float32), weight)
     assert sum(seen) == 1000 * 1024
     assert max(seen) <= nf4_kernel.TILE_ELEMENTS
 
@@ -87,20 +87,22 @@ def test_experts_match_the_oracle(kind, routing):
     assert (out.float() - oracle.float()).abs().max() <= 2e-2 * oracle.float().abs().max()
 
 
-def test_decode_does_not_touch_experts_that_the_token_does_not_use(monkeypatch):
-    experts = [expert(10 * i, quantize) for i in range(8)]
-    touched = set()
-    original = NF4.rows
+def test_only_chosen_experts_are_asked_for_once_each_and_in_order():
+    class Asked(list):
+        def __getitem__(self, index):
+            order.append(index)
+            return super().__getitem__(index)
 
-    def rows(self, start, stop, dtype=None):
-        touched.add(id(self))
-        return original(self, start, stop, dtype)
+        def __iter__(self):
+            raise AssertionError("all experts were touched")
 
-    monkeypatch.setattr(NF4, "rows", rows)
-    routes = Routes(torch.tensor([[5, 2]]), torch.tensor([[0.7, 0.3]]))
-    kernels.experts(inputs(1, 64, torch.float32), routes, experts, torch.nn.functional.silu)
-    used = {id(w) for i in (5, 2) for w in (experts[i].w1, experts[i].w2, experts[i].w3)}
-    assert touched == used
+    experts, order = Asked(expert(10 * i, quantize) for i in range(8)), []
+    for ids in ([[5, 2]], [[5, 2], [7, 5], [2, 5]]):
+        order.clear()
+        routes = Routes(torch.tensor(ids), torch.tensor([[0.7, 0.3]]).expand(len(ids), 2))
+        x = inputs(len(ids), 64, torch.float32)
+        kernels.experts(x, routes, experts, torch.nn.functional.silu)
+        assert order == torch.tensor(ids).unique().tolist()
 
 
 def test_experts_scaled_by_their_number_give_the_sum_computed_by_hand():

@@ -215,6 +215,42 @@ def test_a_cache_of_another_batch_is_refused(model):
         model(ids(1, batch=2), past_key_values=past)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 2},
+        {"num_key_value_heads": 4},
+        {"head_dim": 16},
+        {"sliding_window": 3},
+        {"sliding_window": None},
+        {"dtype": torch.float16},
+        {"batch": 2},
+    ],
+    ids=str,
+)
+def test_a_cache_that_another_model_made_is_refused(changes):
+    """A narrower window would have forgotten keys without a word."""
+    model = small_model(sliding_window=6)
+    rows, dtype = changes.pop("batch", 1), changes.pop("dtype", torch.float32)
+    other = small_model(**{"sliding_window": 6, **changes}).to(dtype)
+    cache = other(ids(4, batch=rows)).past_key_values
+    for call in (
+        lambda: model(ids(1), past_key_values=cache),
+        lambda: MixtralModel(model.config).eval()(ids(1), past_key_values=cache),
+        lambda: model.generate(ids(6), past_key_values=cache, max_new_tokens=1),
+    ):
+        with pytest.raises(UsageError, match="past_key_values"):
+            call()
+
+
+@pytest.mark.parametrize("past", [object(), ((torch.ones(1, 2, 4, 8),) * 2,), (1, 2, 3)], ids=str)
+def test_what_is_no_cache_is_refused(model, past):
+    with pytest.raises(UsageError, match="past_key_values"):
+        model(ids(5), past_key_values=past)
+    with pytest.raises(UsageError, match="past_key_values"):
+        model.generate(ids(5), past_key_values=past, max_new_tokens=1)
+
+
 @torch.no_grad()
 def test_shifted_positions_change_nothing_but_must_agree_with_the_cache(model):
     tokens = ids(9)
@@ -239,11 +275,35 @@ def test_shifted_positions_change_nothing_but_must_agree_with_the_cache(model):
         ("labels", torch.ones(1, 4, dtype=torch.long)),
         ("labels", torch.full((1, 5), 128)),
         ("labels", torch.full((1, 5), -7)),
+        ("labels", torch.ones(1, 5)),
+        ("attention_mask", [[1, 1, 1, 1, 1]]),
+        ("logits_to_keep", -1),
     ],
 )
 def test_a_wrong_shape_or_value_is_refused_by_its_name(model, name, value):
     with pytest.raises(UsageError, match=name):
         model(ids(5), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "embeds",
+    [
+        torch.ones(5, 64),
+        torch.ones(1, 5, 63),
+        torch.ones(1, 0, 64),
+        torch.ones(1, 5, 64, dtype=torch.long),
+    ],
+    ids=lambda embeds: f"{embeds.dtype} {list(embeds.shape)}",
+)
+def test_what_is_no_embedding_of_this_model_is_refused(model, embeds):
+    for call in (model, model.model, model.generate):
+        with pytest.raises(UsageError, match="inputs_embeds"):
+            call(inputs_embeds=embeds)
+
+
+def test_labels_may_be_any_whole_numbers(model):
+    loss = model(ids(5), labels=ids(5)).loss
+    assert torch.equal(model(ids(5), labels=ids(5).int()).loss, loss)
 
 
 @torch.no_grad()

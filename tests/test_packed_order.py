@@ -13,13 +13,12 @@ from qmix.kernels import Expert
 from qmix.kernels.gpu import ptx
 from qmix.kernels.gpu.address import ExpertTable
 from qmix.kernels.gpu.order import (
-    PANEL,
-    TileFormat,
     pack_expert,
     pack_matrix,
     unpack_expert,
     unpack_matrix,
 )
+from qmix.packed_format import PANEL, TileFormat
 from qmix.quantize.nf4 import quantize
 from qmix.scheme import Scheme
 from qmix.weights import NF4_VALUES, Dense

@@ -48,14 +48,16 @@ def test_what_is_no_prompt_is_refused(ids, named):
         check_prompt(ids, None)
 
 
-@pytest.mark.parametrize("embeds", [None, torch.zeros(2, 3), torch.zeros(1, 2, 3).long()])
+@pytest.mark.parametrize(
+    "embeds", [None, torch.zeros(2, 3), torch.zeros(1, 2, 3).long(), torch.zeros(1, 2, 4)]
+)
 def test_what_is_no_embedding_is_refused(embeds):
     with pytest.raises(UsageError, match="inputs_embeds"):
-        check_embedded(embeds, None)
+        check_embedded(embeds, None, 3)
 
 
 def test_masks_must_fit_and_keep_something():
     embeds = torch.zeros(1, 2, 3)
     for mask in (torch.ones(1, 3), torch.zeros(1, 2)):
         with pytest.raises(UsageError, match="attention_mask"):
-            check_embedded(embeds, mask.bool())
+            check_embedded(embeds, mask.bool(), 3)

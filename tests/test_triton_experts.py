@@ -16,7 +16,8 @@ from qmix.evals import aot
 from qmix.kernels.gpu import experts as gpu
 from qmix.kernels.gpu import programs
 from qmix.kernels.gpu.address import ExpertTable
-from qmix.kernels.gpu.order import PackedMatrix, TileFormat
+from qmix.kernels.gpu.order import PackedMatrix
+from qmix.packed_format import TileFormat
 
 NF4, INT4 = aot.FORMATS[:2]
 

@@ -1,5 +1,19 @@
-"""Files <-> weights: strict readers and writers, one file a format."""
+"""Files <-> weights: strict readers and writers, one file a format.
 
-from qmix.formats.checkpoint import Checkpoint, open_checkpoint
+Importing this package, and what reads headers alone (headers, layouts, outline), imports no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qmix.formats.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from qmix.formats import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module 'qmix.formats' has no attribute {name!r}")

@@ -4,74 +4,19 @@ As AutoAWQ 0.2.9 wrote it (awq/modules/linear/gemm.py, awq/utils/packing_utils.p
 along the outputs, interleaved. Shape letters: N outputs, K inputs, G groups. Knows no files.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats.members import Members, unlisted, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts import QWEIGHT, QZEROS, SCALES
+from qmix.formats.members import Members, unpack_words, zeros_or_symmetric
 from qmix.int4 import Int4
-
-FILE = "quant_config.json"  # where AutoAWQ keeps the settings, beside config.json
-
-QWEIGHT = ".qweight"
-QZEROS = ".qzeros"
-SCALES = ".scales"
 
 _WORD_CODES = 8
 # Output 8c + i lies in nibble _NIBBLE_OF[i] of word c: the word holds, from its lowest four bits
 # on, the outputs [0 2 4 6 | 1 3 5 7].
 _NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
-
-
-def check(document: Mapping[str, Any] | None, where: str) -> None:
-    """Refuse settings of another layout: `quantization_config` of config.json or FILE.
-
-    Args:
-        document: None if there is neither.
-        where: the file, for errors.
-
-    Raises:
-        UnsupportedError: another version than gemm, or other bits.
-        CheckpointError: the settings are not AWQ's.
-    """
-    if document is None:
-        return
-    fields = unlisted(document)
-    if fields.get("quant_method", "awq") != "awq":
-        raise CheckpointError(
-            "the tensors are AWQ's and quant_method says otherwise",
-            where=where,
-            expected="'awq'",
-            found=repr(fields["quant_method"]),
-        )
-    version, bits = fields.get("version", "gemm"), fields.get("bits", fields.get("w_bit", 4))
-    remedy = "Quantize the original checkpoint with qmix quantize."
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise UnsupportedError(
-            f"AWQ in the {version} version is not read",
-            where=where,
-            expected="gemm",
-            found=repr(version),
-            remedy=remedy,
-        )
-    if type(bits) is not int or bits != 4:
-        raise UnsupportedError(
-            "AWQ is read in 4 bits only", where=where, expected=4, found=repr(bits), remedy=remedy
-        )
-
-
-def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the weight of module `prefix`; none if it is not AWQ's.
-
-    Those that must be there are among them even if they are not. GPTQ's have the same names and
-    `.g_idx`.
-    """
-    if prefix + QWEIGHT not in names or prefix + ".g_idx" in names:
-        return ()
-    return tuple(prefix + suffix for suffix in (QWEIGHT, QZEROS, SCALES))
 
 
 def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]) -> Int4:

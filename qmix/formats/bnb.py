@@ -5,7 +5,7 @@ The layout of bitsandbytes 0.50.2 (functional.py, `QuantState.as_dict` and `from
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -14,20 +14,18 @@ from torch import Tensor
 
 from qmix import strict_json
 from qmix.errors import CheckpointError
+from qmix.formats.layouts import (
+    ABSMAX,
+    NESTED_ABSMAX,
+    NESTED_QUANT_MAP,
+    QUANT_MAP,
+    STATE_FP4,
+    STATE_NF4,
+    WEIGHT,
+)
 from qmix.fp4 import FP4, FP4_VALUES
-from qmix.scheme import NESTED_BLOCK, Kind, Scheme
-from qmix.weights import NF4, NF4_BLOCK_SIZES, NF4_VALUES, NestedAbsmax
-
-WEIGHT = ".weight"
-ABSMAX = ".weight.absmax"
-QUANT_MAP = ".weight.quant_map"
-NESTED_ABSMAX = ".weight.nested_absmax"
-NESTED_QUANT_MAP = ".weight.nested_quant_map"
-STATE_NF4 = ".weight.quant_state.bitsandbytes__nf4"
-STATE_FP4 = ".weight.quant_state.bitsandbytes__fp4"
-
-# What stands beside `P.weight` where P is packed, in bitsandbytes' order.
-SUFFIXES = (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP, STATE_NF4, STATE_FP4)
+from qmix.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Kind, Scheme
+from qmix.weights import NF4, NF4_VALUES, NestedAbsmax
 
 _STATES: Mapping[Kind, str] = {"nf4": STATE_NF4, "fp4": STATE_FP4}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -39,15 +37,6 @@ _KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 # The longest spelling of a float32 as Python's shortest double: bounds the blob before the mean of
 # the scales is known.
 _LONGEST_OFFSET = -1.1754943508222875e-38
-
-
-def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the packed weight of module `prefix`; none if it is not packed."""
-    states = tuple(prefix + suffix for suffix in SUFFIXES if prefix + suffix in names)
-    if not states:
-        return ()
-    weight = prefix + WEIGHT
-    return (weight, *states) if weight in names else states
 
 
 def packed_specs(

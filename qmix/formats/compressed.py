@@ -5,67 +5,25 @@ the outputs. Shape letters: N outputs, K inputs, G groups. Knows nothing of file
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats.members import TYPES, WORD_BITS, Members, unpack_words, zeros_or_symmetric
+from qmix.errors import UnsupportedError
+from qmix.formats.layouts import (
+    PACKED,
+    PACKED_G_IDX,
+    SCALE,
+    SHAPE,
+    WORD_BITS,
+    ZERO_POINT,
+    compressed_bits,
+)
+from qmix.formats.members import TYPES, Members, unpack_words, zeros_or_symmetric
 from qmix.formats.patterns import patterns
 from qmix.integers import Integers
 from qmix.scheme import DENSE, Scheme
-
-PACKED = ".weight_packed"
-SCALE = ".weight_scale"
-SHAPE = ".weight_shape"
-ZERO_POINT = ".weight_zero_point"
-G_IDX = ".weight_g_idx"
-
-_REQUIRED = (PACKED, SCALE, SHAPE)
-_OPTIONAL = (ZERO_POINT, G_IDX)
-
-
-def check(document: Mapping[str, Any] | None, where: str) -> None:
-    """Refuse settings of another layout: config.json's `quantization_config`.
-
-    Args:
-        document: None if there is none.
-        where: the file, for errors.
-
-    Raises:
-        UnsupportedError: another format. CheckpointError: the settings are not compressed-tensors'.
-    """
-    if document is None:
-        return
-    if document.get("quant_method") != "compressed-tensors":
-        raise CheckpointError(
-            "the tensors are compressed-tensors' and quant_method says otherwise",
-            where=where,
-            expected="'compressed-tensors'",
-            found=repr(document.get("quant_method")),
-        )
-    layout = document.get("format", "pack-quantized")
-    if layout != "pack-quantized":
-        raise UnsupportedError(
-            f"compressed-tensors in the {layout} format is not read",
-            where=where,
-            expected="pack-quantized",
-            found=repr(layout),
-            remedy="Quantize the original checkpoint with qmix quantize.",
-        )
-
-
-def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the weight of module `prefix`; none if it is another layout's.
-
-    Those that must be there are among them even if they are not.
-    """
-    if not any(prefix + suffix in names for suffix in (*_REQUIRED, *_OPTIONAL)):
-        return ()
-    optional = [suffix for suffix in _OPTIONAL if prefix + suffix in names]
-    return tuple(prefix + suffix for suffix in (*_REQUIRED, *optional))
 
 
 def unpack(
@@ -88,7 +46,7 @@ def unpack(
     if stated != list(shape):
         raise read.wrong(SHAPE, "not the shape of the model's weight", list(shape), stated)
     packed = read.tensor(PACKED, torch.int32, None)
-    bits = bits_of(packed.shape[-1], columns) if packed.shape[:1] == (rows,) else None
+    bits = compressed_bits(packed.shape[-1], columns) if packed.shape[:1] == (rows,) else None
     if bits is None:
         expected = f"[{rows}, {columns} codes of 4 or 8 bits]"
         raise read.wrong(PACKED, "wrong shape", expected, list(packed.shape))
@@ -107,17 +65,14 @@ def unpack(
         # Both codes and zeros are stored plus half of the range: the difference is that of the signed integers.
         unpacked = unpack_words(words, bits).transpose(1, 2).reshape(-1, groups)[:rows]
         zeros = zeros_or_symmetric(unpacked.contiguous(), bits)
-    if read.has(G_IDX) and read.permutation(G_IDX, groups) is not None:
+    if read.has(PACKED_G_IDX) and read.permutation(PACKED_G_IDX, groups) is not None:
         raise read.unsupported(
-            G_IDX, "inputs scattered over groups are not read", "input // group size", "act-order"
+            PACKED_G_IDX,
+            "inputs scattered over groups are not read",
+            "input // group size",
+            "act-order",
         )
     return TYPES[bits](codes=packed.contiguous().view(torch.uint8), scales=scales, zeros=zeros)
-
-
-def bits_of(words: int, columns: int) -> int | None:
-    """Bits a code, from a row's words and the weight's inputs; None if it fits none."""
-    fitting = (bits for bits in (4, 8, 2, 3, 5, 6, 7) if words == -(-columns * bits // WORD_BITS))
-    return next(fitting, None)
 
 
 def packed_specs(

@@ -4,16 +4,16 @@ As AutoGPTQ wrote it since 2023 ("gptq", v1) and gptqmodel 7.7 ("gptq_v2"); v1 s
 less one. Shape letters: N outputs, K inputs, G groups. Knows nothing of files or of rounding.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.formats.gptq_config import Declared
+from qmix.formats.layouts import BIAS, G_IDX, QWEIGHT, QZEROS, SCALES, WORD_BITS, gptq_bits
 from qmix.formats.members import (
     TYPES,
-    WORD_BITS,
     Members,
     pack_words,
     unpack_words,
@@ -21,26 +21,6 @@ from qmix.formats.members import (
 )
 from qmix.integers import Integers, symmetric_zero
 from qmix.scheme import Scheme
-
-QWEIGHT = ".qweight"
-QZEROS = ".qzeros"
-SCALES = ".scales"
-G_IDX = ".g_idx"
-BIAS = ".bias"
-
-_REQUIRED = (QWEIGHT, QZEROS, SCALES, G_IDX)
-
-
-def members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the weight of module `prefix`; none if it is not GPTQ's.
-
-    Those that must be there are among them even if they are not. AWQ's have the same names but for
-    `.g_idx`; the shape of `.qweight` tells them apart.
-    """
-    if prefix + QWEIGHT not in names and prefix + G_IDX not in names:
-        return ()
-    bias = (BIAS,) if prefix + BIAS in names else ()
-    return tuple(prefix + suffix for suffix in (*_REQUIRED, *bias))
 
 
 def unpack(
@@ -98,17 +78,11 @@ def unpack(
     )
 
 
-def bits_of(qweight_rows: int, columns: int) -> int | None:
-    """Bits a code, from the rows of `.qweight` and the weight's inputs; None if it fits none."""
-    fitting = (bits for bits in (4, 8, 2, 3) if qweight_rows * WORD_BITS == columns * bits)
-    return next(fitting, None)
-
-
 def _bits(read: Members, declared: Declared) -> int:
     """4 or 8, of the tensors, which the settings must confirm."""
     rows, columns = read.shape
     qweight = read.tensor(QWEIGHT, torch.int32, None)
-    bits = bits_of(qweight.shape[0], columns) if qweight.shape[1:] == (rows,) else None
+    bits = gptq_bits(qweight.shape[0], columns) if qweight.shape[1:] == (rows,) else None
     if bits is None:
         expected = [columns * (declared.bits or 4) // WORD_BITS, rows]
         raise read.wrong(QWEIGHT, "wrong shape", expected, list(qweight.shape))

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats.members import TYPES, unlisted
+from qmix.formats.layouts import KINDS, unlisted
 from qmix.formats.patterns import patterns
-from qmix.integers import GROUP_SIZES
-from qmix.scheme import DENSE, Scheme
+from qmix.scheme import DENSE, GROUP_SIZES, Scheme
 
 FILE = "quantize_config.json"  # where AutoGPTQ kept the settings, beside config.json
 
@@ -118,9 +117,9 @@ class Settings:
         unnamed_router = own.rule is None and module.endswith(".gate")
         if excluded or unnamed_router or (module == "lm_head" and not self.lm_head):
             return DENSE
-        if own.group_size is None or own.bits is None or own.bits not in TYPES:
+        if own.group_size is None or own.bits is None or own.bits not in KINDS:
             return None
-        kind = TYPES[own.bits].kind
+        kind = KINDS[own.bits]
         return Scheme(kind=kind, group_size=own.group_size, symmetric=own.symmetric)
 
 
@@ -149,7 +148,7 @@ def settings(document: Mapping[str, Any] | None, where: str) -> Settings:
             found=repr(method),
         )
     bits = fields.get("bits")
-    if bits is not None and (type(bits) is not int or bits not in TYPES):
+    if bits is not None and (type(bits) is not int or bits not in KINDS):
         raise UnsupportedError(
             "GPTQ is read in 4 or 8 bits only",
             where=f"{where}: bits",

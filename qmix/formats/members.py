@@ -5,18 +5,18 @@ Shape letters: N output features, K input features, G groups. Knows no layout an
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
+from qmix.formats.layouts import WORD_BITS
 from qmix.int4 import Int4
 from qmix.int8 import Int8
-from qmix.integers import GROUP_SIZES, Integers, symmetric_zero
+from qmix.integers import Integers, symmetric_zero
+from qmix.scheme import GROUP_SIZES
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WORD_BITS = 32
 TYPES: Mapping[int, type[Integers]] = {4: Int4, 8: Int8}
 GROUP_LIST = ", ".join(map(str, GROUP_SIZES)) + " inputs or all of them"
 
@@ -146,11 +146,3 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 def zeros_or_symmetric(zeros: Tensor, bits: int) -> Tensor | None:
     """`zeros` [N, G], or None where all are the symmetric one."""
     return None if bool((zeros == symmetric_zero(bits)).all()) else zeros
-
-
-def unlisted(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with one-element lists replaced by their element, as some files have them."""
-    return {
-        key: value[0] if isinstance(value, list) and len(value) == 1 else value
-        for key, value in document.items()
-    }

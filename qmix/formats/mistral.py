@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
-from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats import names, params, pickles, shards
+from qmix.errors import CheckpointError
+from qmix.formats import headers, names, params, pickles, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.params import PARAMS
+from qmix.formats.raw import raw_files
 from qmix.formats.shards import Entry, Shards
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,35 +102,6 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows, width)
 
 
-def raw_files(folder: Path) -> list[Path]:
-    """The weight files of a raw folder: safetensors where there are any, else pickles."""
-    found = sorted(path for path in folder.glob("consolidated*") if path.suffix)
-    preferred = [path for path in found if path.suffix == ".safetensors"]
-    return preferred or [path for path in found if path.suffix in pickles.SUFFIXES]
-
-
-def refuse_raw(directory: str | Path) -> None:
-    """Send a folder that holds Mistral's own files, and none of Hugging Face's, to `qmix convert`.
-
-    Raises:
-        UnsupportedError: it is one.
-    """
-    folder = Path(directory)
-    others = (path for path in folder.glob("*.safetensors") if not _raw(path))
-    if raw_files(folder) and next(others, None) is None:
-        raise UnsupportedError(
-            "a raw Mistral checkpoint",
-            where=str(folder),
-            expected="config.json and safetensors files of Hugging Face's layout",
-            found=", ".join(path.name for path in raw_files(folder)[:5]),
-            remedy="Convert it first: qmix convert RAW OUT",
-        )
-
-
-def _raw(path: Path) -> bool:
-    return path.name.startswith("consolidated")
-
-
 def open_raw(directory: str | Path) -> RawCheckpoint:
     """Open a raw folder and match its tensors against its params.json, before any data is read.
 
@@ -173,7 +145,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for path in files:
-        shards.inside(folder, path.name)
+        headers.inside(folder, path.name)
         read = shards.read_header if path.suffix == ".safetensors" else pickles.read_header
         for name, entry in read(path).items():
             if name in entries:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats.shards import DTYPES, HEADER_BYTES, KNOWN_STARTS, Entry, open_regular
+from qmix.formats.headers import HEADER_BYTES, KNOWN_STARTS, open_regular
+from qmix.formats.shards import DTYPES, Entry
 
-SUFFIXES = (".pt", ".pth")
 # Before it the weights-only unpickler could be made to write outside its memory (CVE-2026-24747).
 _PYTORCH = (2, 10)
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"

@@ -19,6 +19,7 @@ from qmix.int4 import Int4
 from qmix.int8 import Int8
 from qmix.kernels import attention, dense, int4, nf4, pointwise, reference
 from qmix.kernels.attention import Implementation, visible
+from qmix.kernels.cpu import products
 from qmix.kernels.experts import Expert, Routes, routed
 from qmix.kernels.gpu import packed
 from qmix.kernels.gpu.packed import Packed, PackedExperts
@@ -34,6 +35,7 @@ __all__ = [
     "attend",
     "experts",
     "linear",
+    "linears",
     "overridden",
     "override",
     "rms_norm",
@@ -49,11 +51,11 @@ Linear = Callable[[Tensor, Weight], Tensor]
 _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Dense, "cpu"): dense.linear,
     (Dense, "cuda"): dense.linear,
-    (NF4, "cpu"): nf4.linear,
+    (NF4, "cpu"): products.linear,
     (NF4, "cuda"): nf4.linear,
-    (FP4, "cpu"): nf4.linear,
+    (FP4, "cpu"): products.linear,
     (FP4, "cuda"): nf4.linear,
-    (Int4, "cpu"): int4.linear,
+    (Int4, "cpu"): products.linear,
     (Int4, "cuda"): int4.linear,
     (Int8, "cpu"): int4.linear,
     (Int8, "cuda"): int4.linear,
@@ -96,19 +98,28 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return row(x, weight)
 
 
+def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    """`linear` with each of several weights, at once where their row can."""
+    rows = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
+    if rows == {products.linear} and not overridden():
+        return products.linears(x, weights)
+    return [linear(x, weight) for weight in weights]
+
+
 def experts(
     x: Tensor, routes: Routes, weights: Sequence[Expert], act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Each token through its chosen experts: [T, D] -> [T, D], summed in float32.
 
-    Experts that no token chose are not touched.
+    Experts that no token chose are not touched: `weights[i]` is asked for once a chosen expert, in
+    ascending order, and let go before the next.
     """
     if _choice.get() == "reference":
         return reference.experts(x, routes, weights, act)
     trained = x.requires_grad and torch.is_grad_enabled()
     if isinstance(weights, PackedExperts) and act is F.silu and not trained:
         return packed.experts(x, routes, weights)
-    return routed(x, routes, weights, act, linear)
+    return routed(x, routes, weights, act, linears)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

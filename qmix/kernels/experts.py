@@ -34,21 +34,22 @@ def routed(
     routes: Routes,
     weights: Sequence[Expert],
     act: Callable[[Tensor], Tensor],
-    linear: Callable[[Tensor, Weight], Tensor],
+    linears: Callable[[Tensor, Sequence[Weight]], list[Tensor]],
 ) -> Tensor:
     """`sum_k weight_k * w2(act(w1 x) * w3 x)`: (T, D) -> (T, D).
 
-    Only experts that some token chose are multiplied. The sum is float32 in ascending expert order,
-    so two runs give equal bits.
+    Only experts that some token chose are asked for and multiplied, one after another. The sum is
+    float32 in ascending expert order, so two runs give equal bits.
+
+    Args:
+        linears: a product with each of several weights.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    tokens_of = torch.bincount(routes.ids.reshape(-1), minlength=len(weights)).tolist()
-    for index, expert in enumerate(weights):
-        if not tokens_of[index]:
-            continue
+    for index in torch.unique(routes.ids).tolist():
+        expert = weights[index]
         token, slot = torch.where(routes.ids == index)
         chosen = x[token]
-        hidden = act(linear(chosen, expert.w1)) * linear(chosen, expert.w3)
-        y = linear(hidden, expert.w2).float() * routes.weights[token, slot, None]
+        gate, up = linears(chosen, (expert.w1, expert.w3))
+        y = linears(act(gate) * up, (expert.w2,))[0].float() * routes.weights[token, slot, None]
         out = out.index_add(0, token, y) if y.requires_grad else out.index_add_(0, token, y)
     return out.to(x.dtype)

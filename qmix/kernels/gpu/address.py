@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.kernels.gpu.order import PackedExpert, TileFormat
+from qmix.kernels.gpu.order import PackedExpert
+from qmix.packed_format import TileFormat
 
 
 @dataclass(frozen=True, eq=False)

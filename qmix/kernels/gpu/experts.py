@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from qmix.kernels.experts import Routes
 from qmix.kernels.gpu import programs
 from qmix.kernels.gpu.address import ExpertTable
-from qmix.kernels.gpu.order import BYTE_ROWS, PANEL, PackedMatrix, TileFormat
+from qmix.kernels.gpu.order import PackedMatrix
+from qmix.packed_format import BYTE_ROWS, PANEL, TileFormat
 
 DECODE_TOKENS = 16
 

@@ -32,44 +32,17 @@ Shape letters: N outputs, K inputs, R byte rows (N / 2), C inputs of a tile. Kno
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qmix.errors import UnsupportedError
 from qmix.int4 import Int4, pack_codes, unpack_codes
 from qmix.kernels.experts import Expert
 from qmix.kernels.gpu import ptx
+from qmix.packed_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat, refusal, tile_format
 from qmix.weights import NF4, NF4_VALUES, Weight
 
-PANEL = 128
-BYTE_ROWS = PANEL // 2
-HEADER_BYTES = 128
-TILE_INPUTS = (128, 64)
-
 _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
-
-
-@dataclass(frozen=True)
-class TileFormat:
-    """What a tile holds. `inputs` (64 or 128) weights of a row share a scale."""
-
-    kind: Literal["nf4", "int4"]
-    inputs: int
-    symmetric: bool = True
-
-    @property
-    def code_bytes(self) -> int:
-        return BYTE_ROWS * self.inputs
-
-    @property
-    def tile_bytes(self) -> int:
-        return self.code_bytes + BYTE_ROWS * 4 * (1 if self.symmetric else 2)
-
-    def matrix_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a matrix [N, K], header included."""
-        return HEADER_BYTES + shape[0] // PANEL * (shape[1] // self.inputs) * self.tile_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +114,7 @@ def pack_expert(expert: Expert) -> PackedExpert:
         same_order = torch.equal(perm, other_perm)
     if (plan, group) != (other, other_group) or not same_order:
         order = "" if same_order else ", inputs in another order"
-        raise _refuse(
+        raise refusal(
             "w1 and w3 of an expert are packed together and must be stored alike",
             "w3",
             f"{plan}, group {group}",
@@ -173,6 +146,17 @@ def unpack_expert(packed: PackedExpert) -> Expert:
     return Expert(w1=_weight(packed.gate_up, gate), w2=w2, w3=_weight(packed.gate_up, up))
 
 
+def rebased(packed: PackedExpert, blob: Tensor) -> PackedExpert:
+    """The expert whose bytes are those of `blob`: a copy of its own blob, or where one will be."""
+    end = len(packed.gate_up.blob)
+    return replace(
+        packed,
+        blob=blob,
+        gate_up=replace(packed.gate_up, blob=blob[:end]),
+        down=replace(packed.down, blob=blob[end:]),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _Plane:
     """Rows on their way into or out of packed order.
@@ -199,16 +183,6 @@ class _Plane:
         return _Plane(codes, torch.cat((self.scales, other.scales)), zeros)
 
 
-def _refuse(what: str, where: str, expected: object, found: object) -> UnsupportedError:
-    return UnsupportedError(
-        what,
-        where=where,
-        expected=expected,
-        found=found,
-        remedy="The fallback kernel multiplies such a weight.",
-    )
-
-
 def _group(weight: Weight) -> int:
     """Consecutive inputs of a row that share a scale."""
     if isinstance(weight, NF4):
@@ -224,24 +198,16 @@ def _perm(weight: Weight) -> Tensor | None:
 def _plan(weight: Weight, where: str, rows: int) -> TileFormat:
     """The tile format of a weight, or why there is none."""
     if not isinstance(weight, (NF4, Int4)):
-        raise _refuse("no packed order", where, "NF4 or Int4", type(weight).__name__)
-    out_features, in_features = weight.shape
-    if out_features % rows:
-        expected = f"a multiple of {rows} outputs"
-        raise _refuse("no packed order for this shape", where, expected, out_features)
-    group = _group(weight)
-    inputs = next((size for size in TILE_INPUTS if group % size == 0), None)
-    if inputs is None or in_features % group:
-        expected, found = (
-            "inputs in whole groups, a multiple of 64 each",
-            f"{in_features} inputs in groups of {group}",
-        )
-        raise _refuse("no packed order for this shape", where, expected, found)
+        raise refusal("no packed order", where, "NF4 or Int4", type(weight).__name__)
     if isinstance(weight, Int4):
-        return TileFormat("int4", inputs, symmetric=weight.zeros is None)
+        symmetric = weight.zeros is None
+        return tile_format(
+            "int4", weight.shape, group=_group(weight), symmetric=symmetric, rows=rows, where=where
+        )
+    plan = tile_format("nf4", weight.shape, group=_group(weight), rows=rows, where=where)
     if weight.table.tolist() != list(NF4_VALUES):
-        raise _refuse("no packed order", where, "the values of NF4", "another table")
-    return TileFormat("nf4", inputs)
+        raise refusal("no packed order", where, "the values of NF4", "another table")
+    return plan
 
 
 def _plane(weight: Weight, plan: TileFormat) -> _Plane:

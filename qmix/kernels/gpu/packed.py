@@ -25,6 +25,7 @@ from qmix.kernels.gpu.order import (
     PackedMatrix,
     pack_expert,
     pack_matrix,
+    rebased,
     unpack_expert,
     unpack_matrix,
 )
@@ -123,15 +124,19 @@ class PackedExperts(Sequence[Expert]):
     """One layer's experts in packed order, and the table through which kernels find them."""
 
     def __init__(
-        self, packed: Sequence[PackedExpert], kept: Sequence[Expert] | None = None
+        self,
+        packed: Sequence[PackedExpert],
+        kept: Sequence[Expert] | None = None,
+        table: ExpertTable | None = None,
     ) -> None:
         """Args:
             kept: the experts that were packed; their codes are let go.
+            table: where kernels find them, if it is not where `packed` lies.
 
         Raises:
             UnsupportedError: as ExpertTable.build.
         """
-        self.table = ExpertTable.build([packed])
+        self.table = table or ExpertTable.build([packed])
         bare = None if kept is None else [_bare(expert) for expert in kept]
         self._made_of = (packed, bare)
         self._experts = [
@@ -147,6 +152,22 @@ class PackedExperts(Sequence[Expert]):
             UnsupportedError: as pack_expert and ExpertTable.build.
         """
         return cls([pack_expert(expert) for expert in experts], experts)
+
+    @property
+    def packed(self) -> Sequence[PackedExpert]:
+        """The experts' bytes, and how to read them."""
+        return self._made_of[0]
+
+    def elsewhere(self, blobs: Sequence[Tensor], addresses: Tensor) -> "PackedExperts":
+        """The same experts with their bytes in `blobs`, found by kernels at `addresses` int64 [1, E]."""
+        packed, kept = self._made_of
+        moved = [rebased(expert, blob) for expert, blob in zip(packed, blobs, strict=True)]
+        table = replace(self.table, addresses=addresses, blobs=[list(blobs)])
+        return PackedExperts(moved, kept, table)
+
+    def through(self, addresses: Tensor) -> "PackedExperts":
+        """The same experts, found by kernels at other addresses, int64 [1, E]."""
+        return PackedExperts(*self._made_of, replace(self.table, addresses=addresses))
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy, or what is read back from a pickle, lies elsewhere: its addresses are taken anew."""
@@ -207,6 +228,14 @@ def experts(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
     from qmix.kernels.gpu import experts as gpu
 
     return gpu.experts(x, routes, weights.table, 0)
+
+
+def expert_pairs(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
+    """As `experts`, each choice for itself and times its weight: float32 [T, K, D]."""
+    from qmix.kernels.gpu import experts as gpu
+
+    shares = gpu.expert_shares(x.to(torch.float16), routes, weights.table, 0)
+    return shares.sum(0).view(*routes.ids.shape, x.shape[1])
 
 
 def _without_codes(weight: Weight) -> Weight:

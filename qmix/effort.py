@@ -1,13 +1,12 @@
-"""How much work a calibrated run is, by arithmetic: for the report, and for a GPU that is not there.
+"""How much work a calibrated quantization is, by arithmetic: for plans, for reports, for a GPU that is not there.
 
 Shape letters: L layers, T calibration tokens, D hidden width, F expert width, E experts, K inputs and
-N outputs of a matrix. Knows nothing of files or of time measured.
+N outputs of a matrix. Knows no torch, nothing of files or of time measured.
 """
 
 from dataclasses import dataclass
 
 from qmix.config import MixtralConfig
-from qmix.quantize import layerwise
 
 # What a large GPU does without tensor cores (H100 SXM: 67 by its data sheet), 60 % of it.
 GPU_FLOPS = 40e12
@@ -34,8 +33,12 @@ class Work:
         return layers * (self.flops / GPU_FLOPS + self.launches * GPU_LAUNCH_S)
 
 
-def work(config: MixtralConfig, tokens: int, options: layerwise.Options) -> Work:
-    """The arithmetic of `layerwise` and `gptq`, term by term."""
+def work(config: MixtralConfig, tokens: int, *, correct: bool = True, refine: int = 3) -> Work:
+    """The arithmetic of `quantize.layerwise` and `quantize.gptq`, term by term.
+
+    Args:
+        tokens: T. correct, refine: as `layerwise.Options` and `gptq.Options` have them.
+    """
     hidden, inner, experts = (
         config.hidden_size,
         config.intermediate_size,
@@ -44,7 +47,7 @@ def work(config: MixtralConfig, tokens: int, options: layerwise.Options) -> Work
     heads = config.num_attention_heads * config.head_dim
     narrow = 2 * config.num_key_value_heads * config.head_dim
     routed = tokens * config.num_experts_per_tok
-    sums = 2 if options.correct else 1
+    sums = 2 if correct else 1
     matrices = (  # (count, tokens each, K, N)
         (1, tokens, hidden, heads + narrow),
         (1, tokens, heads, hidden),
@@ -54,14 +57,14 @@ def work(config: MixtralConfig, tokens: int, options: layerwise.Options) -> Work
     flops = 0.0
     for count, seen, columns, rows in matrices:
         square = columns * columns
-        solved = 1 + 2 * options.rounding.refine + (4 if options.correct else 0)
+        solved = 1 + 2 * refine + (4 if correct else 0)
         flops += count * (2 * sums * seen * square + columns**3 / 3 + solved * rows * square)
     attention = hidden * (2 * heads + narrow)
     flops += 2 * tokens * attention * (3 + sums)
     expert = hidden * inner
-    flops += 2 * routed * expert * (10 if options.correct else 5)
+    flops += 2 * routed * expert * (10 if correct else 5)
     columns = 2 * hidden + heads + inner
-    launches = columns * (_GREEDY_LAUNCHES + _REFINE_LAUNCHES * options.rounding.refine)
+    launches = columns * (_GREEDY_LAUNCHES + _REFINE_LAUNCHES * refine)
     moments = 4 * inner * inner * (sums + 1)  # with the Cholesky factor
     state = (4 + 4 + 2 + 4) * inner * hidden  # targets, errors, codes, the weight
     kept = 3 * experts * inner * hidden // 2  # rounded matrices of the layer

@@ -1,0 +1,495 @@
+"""One Mixtral layer of true width on this machine's CPU, beside the memory's bandwidth and the others.
+
+`python -m qmix.evals.cpu [--json FILE] [--llama PYTHON]`: random 4-bit weights of the 8x7B's shapes, at
+one token, at 32 and at a prompt of 512. The experts alone against torch (dequantize, then multiply;
+its int4 kernel) and bitsandbytes, a whole layer against llama.cpp in an interpreter of its own
+(`--llama`, with llama-cpp-python and gguf). All take turns within one run, so that what else the machine
+does meets them alike; the best of the turns is shown, the median recorded beside it. Every figure at one
+token stands beside its bound: the bytes of the weights over the bandwidth of a plain read.
+
+Shape letters: T tokens, E experts, N outputs, K inputs, D hidden width, F expert width.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qmix import kernels
+from qmix.config import MixtralConfig
+from qmix.errors import QmixError, ResourceError, UsageError
+from qmix.evals.bandwidth import seconds
+from qmix.int4 import Int4
+from qmix.kernels import Expert, Routes, int4, nf4
+from qmix.kernels.cpu.library import library
+from qmix.kernels.experts import routed
+from qmix.layers import DecoderLayer, Linear, Step
+from qmix.weights import NF4, NF4_VALUES, NestedAbsmax, Weight
+
+CPU = torch.device("cpu")
+FORMATS = ("nf4", "nf4 nested", "int4 g128", "int4 g32")
+LLAMA_KINDS = ("Q4_0", "Q4_K")
+TOKENS = (1, 32, 512)
+CHOICES = 2
+_READ_BYTES = 1 << 29
+# Seconds until the threads of the one before us no longer wait in a loop for more work.
+_PAUSE = 0.02
+# Turns at so many tokens, after one that does not count.
+_TURNS = {1: 25, 32: 7, 512: 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one way took.
+
+    Attributes:
+        part: "experts" (one layer's) or "layer" (attention, router and norms too).
+        tokens: T. way: whose. bits: a weight, scales included.
+        best, median: seconds; None if it did not run, and `note` says why.
+        of_bound: at one token, the bandwidth of its weights' bytes over that of a plain read.
+    """
+
+    part: str
+    tokens: int
+    way: str
+    bits: float | None = None
+    best: float | None = None
+    median: float | None = None
+    of_bound: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One run; `bandwidth` in bytes a second."""
+
+    command: str
+    date: str
+    cpu: str
+    threads: int
+    path: str | None
+    dtype: str
+    shape: Mapping[str, int]
+    versions: Mapping[str, str]
+    bandwidth: float
+    measurements: tuple[Measurement, ...]
+
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The table, header first."""
+        header = ("part", "tokens", "way", "bits/weight", "ms", "of the bandwidth")
+        return (header, *(_row(one) for one in self.measurements))
+
+
+def random_weight(form: str, shape: tuple[int, int], seed: int) -> Weight:
+    """A weight [N, K] of random codes, its values about as large as K ** -0.5."""
+    rows, inputs = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+    if form.startswith("int4"):
+        group = min(int(form.removeprefix("int4 g")), inputs)
+        scales = torch.rand(rows, inputs // group, generator=generator).add_(0.5)
+        return Int4(drawn(rows, inputs // 2), scales.mul_(inputs**-0.5 / 5).half())
+    blocks = rows * inputs // 64
+    absmax: Tensor | NestedAbsmax
+    if form == "nf4 nested":
+        outer = torch.full((-(-blocks // 256),), inputs**-0.5)
+        absmax = NestedAbsmax(drawn(blocks), outer, torch.linspace(-1, 1, 256), 2 * inputs**-0.5)
+    else:
+        absmax = torch.rand(blocks, generator=generator).add_(1).mul_(inputs**-0.5)
+    codes = drawn(rows * inputs // 2)
+    return NF4(codes, absmax, torch.tensor(NF4_VALUES), shape, torch.bfloat16)
+
+
+def random_layer(config: MixtralConfig, form: str) -> DecoderLayer:
+    """A layer whose attention and experts are random weights of one format."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config, 0)
+    for seed, (name, module) in enumerate(layer.named_modules()):
+        if isinstance(module, Linear) and name.endswith("gate"):
+            gate = torch.randn(module.out_features, module.in_features).bfloat16()
+            module.weight = nn.Parameter(gate / module.in_features**0.5)
+        elif isinstance(module, Linear):
+            module.store(random_weight(form, (module.out_features, module.in_features), seed))
+        elif name.endswith("norm"):
+            module.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=torch.bfloat16))
+    return layer.eval()
+
+
+def read_bandwidth(turns: int = 10) -> float:
+    """Bytes a second of reading 512 MiB once, on torch's threads; the best of so many.
+
+    Raises:
+        ResourceError: no compiled kernels.
+    """
+    found = library()
+    if found.path is None:
+        raise ResourceError("the CPU kernels are not compiled", remedy="See the warning above.")
+    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+    return memory.nbytes / min(seconds(lambda: found.read(memory), CPU) for _ in range(turns))
+
+
+def run(
+    config: MixtralConfig,
+    *,
+    llama: str | None,
+    formats: Sequence[str] = FORMATS,
+    tokens: Sequence[int] = TOKENS,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Report:
+    """Measure everything.
+
+    Raises:
+        ResourceError: no compiled kernels.
+    """
+    bandwidth = read_bandwidth()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    measured: list[Measurement] = []
+    for form in formats:
+        layer = random_layer(config, form)
+        for count in tokens:
+            progress(f"experts, {form}, {count} tokens")
+            measured += _of_experts(layer, form, count, bandwidth)
+        if form != formats[-1]:
+            del layer
+    kinds = LLAMA_KINDS if llama else ()
+    if not llama:
+        measured.append(_absent("layer", "llama.cpp", "not installed: no --llama"))
+    for kind in kinds or (None,):
+        with _llama(llama, kind, config) as peer:
+            versions.update(peer.versions)
+            if peer.failure:
+                measured.append(_absent("layer", f"llama.cpp {kind}", peer.failure))
+            for form in formats:
+                layer = random_layer(config, form)
+                for count in tokens:
+                    progress(f"layer, {form}, {kind}, {count} tokens")
+                    measured += _of_layer(layer, config, form, count, bandwidth, peer)
+    return Report(
+        command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        cpu=processor(),
+        threads=torch.get_num_threads(),
+        path=library().path,
+        dtype="bfloat16",
+        shape={
+            "hidden": config.hidden_size,
+            "width": config.intermediate_size,
+            "experts": config.num_local_experts,
+        },
+        versions=versions,
+        bandwidth=bandwidth,
+        measurements=tuple(measured),
+    )
+
+
+def processor() -> str:
+    """The CPU's model, from the kernel where it says it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _of_experts(layer: DecoderLayer, form: str, count: int, bound: float) -> list[Measurement]:
+    """Ours and the others' with the same routes; inputs and routes are new every turn."""
+    weights = layer.block_sparse_moe.stored
+    hidden = weights[0].w1.shape[1]
+    sample = weights[0].w1
+    bits = 8 * sample.nbytes / (sample.shape[0] * sample.shape[1])
+    generator = torch.Generator().manual_seed(count)
+
+    def turn() -> tuple[Tensor, Routes]:
+        x = torch.randn(count, hidden, generator=generator).bfloat16()
+        ids = torch.stack(
+            [torch.randperm(len(weights), generator=generator)[:CHOICES] for _ in range(count)]
+        )
+        return x, Routes(ids, torch.full(ids.shape, 1 / CHOICES))
+
+    ways: dict[str, Callable[[Tensor, Routes], object]] = {
+        f"qmix {form}": partial(_experts, weights=weights),
+        f"torch dequantize, {form}": partial(_on_torch, weights=weights),
+    }
+    found: list[Measurement] = []
+    for name, peer in (("torch int4pack", _int4pack), ("bitsandbytes", _bitsandbytes)):
+        try:
+            products = peer(weights)
+        except ImportError as error:
+            found.append(_absent("experts", f"{name}, {form}", f"not installed: {error}", count))
+            continue
+        if products is not None:
+            ways[f"{name}, {form}"] = partial(_peer_experts, products=products)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for index in range(_TURNS.get(count, 5) + 1):
+        x, routes = turn()
+        for name, way in ways.items():
+            slow = not name.startswith("qmix")
+            if slow and index > (4 if count == 1 else 2):
+                continue
+            taken = seconds(partial(way, x, routes), CPU)
+            if index:
+                times[name].append(taken)
+    nbytes = CHOICES * sum(weight.nbytes for weight in vars(weights[0]).values())
+    return [
+        Measurement(
+            part="experts",
+            tokens=count,
+            way=name,
+            bits=bits,
+            best=min(taken),
+            median=statistics.median(taken),
+            of_bound=nbytes / min(taken) / bound if count == 1 else None,
+        )
+        for name, taken in times.items()
+    ] + found
+
+
+def _of_layer(
+    layer: DecoderLayer, config: MixtralConfig, form: str, count: int, bound: float, peer: "_Peer"
+) -> list[Measurement]:
+    """A whole layer of ours, turn by turn with llama.cpp's."""
+    positions = torch.arange(count)[None]
+    cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
+    step = Step(cos=cos, sin=sin, keep=None, cache=None)
+    ours: list[float] = []
+    theirs: list[tuple[float, float]] = []
+    with torch.no_grad():
+        for index in range(_TURNS.get(count, 5) + 1):
+            x = torch.randn(1, count, config.hidden_size).bfloat16()
+            time.sleep(_PAUSE)
+            taken = seconds(partial(layer, x, step), CPU)
+            time.sleep(_PAUSE)
+            other = peer.seconds(count)
+            if index:
+                ours.append(taken)
+                theirs += [other] if other else []
+    nbytes = sum(
+        module.stored.nbytes for module in layer.self_attn.modules() if isinstance(module, Linear)
+    ) + CHOICES * sum(weight.nbytes for weight in vars(layer.block_sparse_moe.stored[0]).values())
+    sample = layer.self_attn.q_proj.stored
+    found = [
+        Measurement(
+            part="layer",
+            tokens=count,
+            way=f"qmix {form}" + (f" (beside {peer.kind})" if peer.kind else ""),
+            bits=8 * sample.nbytes / (sample.shape[0] * sample.shape[1]),
+            best=min(ours),
+            median=statistics.median(ours),
+            of_bound=nbytes / min(ours) / bound if count == 1 else None,
+        )
+    ]
+    if theirs:
+        best = min(two for _, two in theirs) - min(one for one, _ in theirs)
+        found.append(
+            Measurement(
+                part="layer",
+                tokens=count,
+                way=f"llama.cpp {peer.kind} (beside {form})",
+                bits=4.5,
+                best=best,
+                median=statistics.median(two - one for one, two in theirs),
+                note="two layers less one",
+            )
+        )
+    return found
+
+
+def _experts(x: Tensor, routes: Routes, weights: Sequence[Expert]) -> Tensor:
+    return kernels.experts(x, routes, weights, F.silu)
+
+
+def _on_torch(x: Tensor, routes: Routes, weights: Sequence[Expert]) -> Tensor:
+    """A tile decoded, then multiplied by torch: what runs without a compiler."""
+
+    def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+        return [(int4 if isinstance(one, Int4) else nf4).linear(x, one) for one in weights]
+
+    return routed(x, routes, weights, F.silu, linears)
+
+
+_Product = Callable[[Tensor], Tensor]
+
+
+def _peer_experts(
+    x: Tensor, routes: Routes, products: Sequence[tuple[_Product, _Product, _Product]]
+) -> None:
+    for index in torch.unique(routes.ids).tolist():
+        w1, w2, w3 = products[index]
+        token = torch.where(routes.ids == index)[0]
+        chosen = x[token]
+        w2(F.silu(w1(chosen)) * w3(chosen))
+
+
+def _int4pack(
+    weights: Sequence[Expert],
+) -> list[tuple[_Product, _Product, _Product]] | None:
+    """torch's `_weight_int4pack_mm_for_cpu`; one expert stands for all but for its memory."""
+    if not isinstance(weights[0].w1, Int4):
+        return None
+
+    def product(weight: Weight) -> _Product:
+        assert isinstance(weight, Int4)
+        codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).view(weight.shape)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        scales = weight.scales.t().bfloat16()
+        both = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return lambda x: multiply(x, packed, weight.group_inputs, both)
+
+    return [(product(one.w1), product(one.w2), product(one.w3)) for one in weights]
+
+
+def _bitsandbytes(
+    weights: Sequence[Expert],
+) -> list[tuple[_Product, _Product, _Product]] | None:
+    """bitsandbytes' matmul_4bit on the same NF4 bytes, plain absmax."""
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    package: Any = importlib.import_module("bitsandbytes")
+
+    def product(weight: Weight) -> _Product:
+        assert isinstance(weight, NF4)
+        assert isinstance(weight.absmax, Tensor)
+        state = functional.QuantState(
+            absmax=weight.absmax,
+            shape=torch.Size(weight.shape),
+            dtype=torch.bfloat16,
+            blocksize=weight.block_size,
+            code=weight.table,
+            quant_type="nf4",
+        )
+        codes = weight.codes.view(-1, 1)
+        return lambda x: package.matmul_4bit(x, codes.t(), state)
+
+    first = weights[0].w1
+    if not isinstance(first, NF4) or not isinstance(first.absmax, Tensor):
+        return None
+    return [(product(one.w1), product(one.w2), product(one.w3)) for one in weights]
+
+
+class _Peer:
+    """llama.cpp in another process; without one it answers nothing."""
+
+    def __init__(self, kind: str | None, process: "subprocess.Popen[str] | None") -> None:
+        self.kind, self._process = kind, process
+        self.versions: dict[str, str] = {}
+        self.failure = ""
+        if process is None:
+            return
+        said = self._line()
+        if said is None:
+            self.failure = f"failed: exit code {process.wait()}"
+        else:
+            self.versions = {"llama-cpp-python": said["version"], "llama.cpp": said["features"]}
+
+    def seconds(self, count: int) -> tuple[float, float] | None:
+        """Of one and of two layers."""
+        if self._process is None or self.failure:
+            return None
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        one, two = self._line()
+        return one, two
+
+    def _line(self) -> Any:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+
+@contextmanager
+def _llama(python: str | None, kind: str | None, config: MixtralConfig) -> Iterator[_Peer]:
+    if python is None:
+        yield _Peer(None, None)
+        return
+    sizes = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_local_experts,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        torch.get_num_threads(),
+    )
+    script = str(Path(__file__).with_name("llama_peer.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, script, folder, str(kind), *map(str, sizes)]
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            raise UsageError("no such interpreter", where="--llama", found=error) from None
+        try:
+            yield _Peer(kind, process)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+
+
+def _absent(part: str, way: str, note: str, count: int = 1) -> Measurement:
+    return Measurement(part=part, tokens=count, way=way, note=note)
+
+
+def _row(one: Measurement) -> tuple[str, ...]:
+    return (
+        one.part,
+        str(one.tokens),
+        one.way,
+        "" if one.bits is None else f"{one.bits:.3f}",
+        one.note if one.best is None else f"{1e3 * one.best:.1f}",
+        "" if one.of_bound is None else f"{100 * one.of_bound:.0f} %",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qmix.evals.cpu", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the record here too")
+    parser.add_argument("--llama", help="an interpreter that has llama-cpp-python and gguf")
+    options = parser.parse_args(arguments)
+    try:
+        report = run(
+            MixtralConfig(),
+            llama=options.llama,
+            progress=lambda what: print(what, file=sys.stderr, flush=True),  # noqa: T201
+        )
+        if options.json:
+            record = json.dumps(asdict(report), indent=1) + "\n"
+            options.json.write_text(record, encoding="utf-8")
+        sys.stdout.write(f"{report.cpu}, {report.threads} threads, {report.path}; ")
+        sys.stdout.write(f"memory read at {report.bandwidth / 1e9:.1f} GB/s\n\n")
+        for index, row in enumerate(report.rows()):
+            sys.stdout.write("| " + " | ".join(row) + " |\n")
+            if not index:
+                sys.stdout.write("|" + " --- |" * len(row) + "\n")
+    except QmixError as error:
+        sys.stderr.write(f"cpu: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

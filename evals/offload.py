@@ -1,0 +1,205 @@
+"""A checkpoint in less memory than it has bytes: tokens, the process's peak, and where bytes came from.
+
+`python -m qmix.evals.offload DIR --ram 8GiB [--vram 16GiB] [--new 16] [--prompt 4]
+[--temperature T] [--json FILE]`. The peak is the kernel's own account (VmHWM: the page cache is not in it, mapped files would be); above the budget
+the exit code is 5.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmix import MixtralForCausalLM, __version__, machine
+from qmix.errors import QmixError, QualityError, UsageError
+from qmix.evals.bandwidth import disk_bandwidth
+from qmix.generate import GenerationConfig, stream
+from qmix.sizes import parse_size, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One run.
+
+    Attributes:
+        checkpoint_bytes: of its files. ram, vram: the budgets, None without.
+        peak_host_bytes: VmHWM, the process in whole. peak_device_bytes: reserved by torch.
+        load_s, first_token_s, decode_s: seconds; decode_s of all tokens after the first.
+        ids: that were generated.
+        disk_bandwidth: bytes a second of the disk that the checkpoint lies on, nothing cached.
+        experts: what the store did after loading.
+    """
+
+    command: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    checkpoint: str
+    checkpoint_bytes: int
+    ram: int | None
+    vram: int | None
+    peak_host_bytes: int
+    peak_device_bytes: int
+    prompt_tokens: int
+    new_tokens: int
+    load_s: float
+    first_token_s: float
+    decode_s: float
+    tokens_per_s: float
+    ids: tuple[int, ...]
+    disk_bandwidth: float
+    experts: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def statistics(self) -> str:
+        """From the disk, in words."""
+        read = self.experts.get("disk_bytes", 0), self.experts.get("prefill_disk_bytes", 0)
+        return f"read for steps {show(read[0])}, for the prompt {show(read[1])}"
+
+    @property
+    def within(self) -> bool:
+        """Whether the process kept to its budget of host memory."""
+        return self.ram is None or self.peak_host_bytes <= self.ram
+
+    def __str__(self) -> str:
+        budget = "none" if self.ram is None else show(self.ram)
+        return (
+            f"{show(self.checkpoint_bytes)} of checkpoint; host budget {budget}, peak "
+            f"{show(self.peak_host_bytes)}; {self.new_tokens} tokens, first after "
+            f"{self.first_token_s:.1f} s, then {self.tokens_per_s:.3f} tok/s; {self.statistics}"
+        )
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has ever had resident.
+
+    Raises:
+        UsageError: the system does not say (only Linux does).
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    raise UsageError("this system does not tell a process's peak memory", expected="Linux's /proc")
+
+
+def run(
+    directory: Path,
+    *,
+    ram: str | None,
+    vram: str | None,
+    prompt: int,
+    new: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Record:
+    """Load within the budgets, then generate `new` tokens after `prompt` random ones.
+
+    Args:
+        temperature: 0 is greedy. Random weights soon repeat one token, and so one set of experts: a
+            high temperature keeps them changing.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        begun = time.perf_counter()
+        model = MixtralForCausalLM.from_pretrained(
+            directory, ram=ram, vram=vram, max_context=prompt + new
+        )
+        load_s = time.perf_counter() - begun
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, model.config.vocab_size, (1, prompt), generator=generator)
+        store = model.store
+        found, times = [], []
+        with torch.no_grad():
+            config = GenerationConfig(
+                max_new_tokens=new,
+                do_sample=temperature != 0,
+                temperature=temperature,
+                seed=seed,
+            )
+            for token in stream(model, ids, config):
+                found.append(int(token.ids))
+                times.append(token.elapsed_s)
+    decode_s = times[-1] - times[0]
+    name, extensions = machine.processor()
+    gpu = model.device.type == "cuda"
+    return Record(
+        command=shlex.join(["python", "-m", "qmix.evals.offload", *sys.argv[1:]]),
+        versions={
+            "qmix": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        machine={
+            "cpu": name,
+            "extensions": extensions,
+            "threads": torch.get_num_threads(),
+            "ram": machine.memory().total,
+            "gpu": torch.cuda.get_device_name() if gpu else None,
+        },
+        checkpoint=directory.resolve().name,
+        checkpoint_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        ram=None if ram is None else parse_size(ram, where="ram"),
+        vram=None if vram is None else parse_size(vram, where="vram"),
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_reserved() if gpu else 0,
+        prompt_tokens=prompt,
+        new_tokens=len(found),
+        load_s=load_s,
+        first_token_s=times[0],
+        decode_s=decode_s,
+        tokens_per_s=(len(found) - 1) / decode_s if decode_s else 0.0,
+        ids=tuple(found),
+        disk_bandwidth=disk_bandwidth(directory),
+        experts={} if store is None else store.statistics().to_dict(),
+        warnings=tuple(str(one.message) for one in caught),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qmix.evals.offload", description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--ram")
+    parser.add_argument("--vram")
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=4)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        record = run(
+            options.directory,
+            ram=options.ram,
+            vram=options.vram,
+            prompt=options.prompt,
+            new=options.new,
+            temperature=options.temperature,
+        )
+        sys.stdout.write(f"{record}\n")
+        if options.json is not None:
+            options.json.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        if not record.within:
+            raise QualityError(
+                "the process went over its budget of host memory",
+                expected=f"at most {show(record.ram or 0)}",
+                found=show(record.peak_host_bytes),
+            )
+    except QmixError as error:
+        sys.stderr.write(f"offload: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

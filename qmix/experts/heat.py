@@ -1,0 +1,110 @@
+"""Heat files: what a model's experts were worth when it last ran, for the next warm start.
+
+JSON: {"format": "qmix-heat", "version": 1, "model": fingerprint, "heat": [Q16, ...]}. Knows no slots.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qmix import strict_json
+from qmix.errors import CheckpointError
+
+FORMAT, VERSION = "qmix-heat", 1
+
+
+def fingerprint(routers: Iterable[bytes]) -> str:
+    """SHA-256 of the routers' weights, layer by layer: what decides the heat.
+
+    They stay in 16 bits, so one model has the same heat file however its experts are stored.
+    """
+    found = hashlib.sha256()
+    for data in routers:
+        found.update(len(data).to_bytes(8, "little"))
+        found.update(data)
+    return found.hexdigest()
+
+
+def save(path: Path, heat: Sequence[int], *, model: str) -> None:
+    """Replace the file; the old one stands until the new one is on the disk.
+
+    Args:
+        heat: Q16, one an expert.
+        model: its fingerprint.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    document = {"format": FORMAT, "version": VERSION, "model": model, "heat": list(heat)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(document, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(
+            "the heat file cannot be written", where=str(path), found=error.strerror
+        ) from error
+
+
+def read(path: Path, *, experts: int, model: str) -> list[int]:
+    """The heat of `experts` experts.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or another model's.
+    """
+    document = strict_json.read(path)
+    remedy = "Delete it: a new one is made."
+    kind = (document.get("format"), document.get("version"))
+    if kind != (FORMAT, VERSION):
+        raise CheckpointError(
+            "not a heat file",
+            where=str(path),
+            expected=f"{FORMAT} {VERSION}",
+            found=f"{kind[0]} {kind[1]}"[:80],
+            remedy=remedy,
+        )
+    if document.get("model") != model:
+        raise CheckpointError(
+            "the heat of another model",
+            where=str(path),
+            expected=model[:12],
+            found=str(document.get("model"))[:12],
+            remedy=remedy,
+        )
+    heat = document.get("heat")
+    if not isinstance(heat, list) or not all(type(h) is int and h >= 0 for h in heat):
+        raise CheckpointError(
+            "damaged", where=str(path), expected="a list of whole numbers, 0 or more", remedy=remedy
+        )
+    if len(heat) != experts:
+        raise CheckpointError(
+            "damaged",
+            where=str(path),
+            expected=f"{experts} experts",
+            found=len(heat),
+            remedy=remedy,
+        )
+    return heat
+
+
+def read_if_good(path: Path, *, experts: int, model: str) -> list[int] | None:
+    """The heat, or None: silently where there is no file yet, with one warning where it is no good."""
+    if not path.exists():
+        return None
+    try:
+        return read(path, experts=experts, model=model)
+    except CheckpointError as error:
+        warnings.warn(f"{error} Starting without it.", stacklevel=2)
+        return None

@@ -1,0 +1,114 @@
+"""Which expert is worth a slot: decayed heat and recency in integers, behind one key.
+
+Heat is Q16: 65536 stands for one use that has just been. Knows no slots, no copies, no tensors.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qmix.errors import UsageError
+
+ONE = 1 << 16  # 1.0 in Q16
+
+PolicyName = Literal["heat", "lru", "lfu", "static"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How experts are ordered and how many may move; all policies are settings of the same key.
+
+    Attributes:
+        decay: Q16 factor of all heat, once a token; 65536 forgets nothing.
+        gain: Q16 heat of one use.
+        margin: how far a missed expert's score must exceed the victim's: Q16 heat, or visits where
+            recency is weighed.
+        uploads: most admissions a token; None sets no limit.
+        heat_weight, recency_weight: of the score, see Policy.score.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    decay: int = 64881  # 0.99: half of the heat is 69 tokens old at most
+    gain: int = ONE
+    margin: int = 2 * ONE
+    uploads: int | None = 4
+    heat_weight: int = 1
+    recency_weight: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 0:
+                raise UsageError("out of range", where=name, expected="0 or more", found=value)
+        if self.decay > ONE:
+            raise UsageError(
+                "out of range", where="decay", expected=f"0 to {ONE}", found=self.decay
+            )
+
+
+HEAT = Settings()
+LRU = Settings(margin=0, uploads=None, heat_weight=0, recency_weight=1)
+LFU = Settings(decay=ONE, margin=0, uploads=None)
+STATIC = Settings(decay=ONE, gain=0, uploads=0)  # what the heat file says, for good
+
+PRESETS: Mapping[PolicyName, Settings] = {"heat": HEAT, "lru": LRU, "lfu": LFU, "static": STATIC}
+
+
+class Policy:
+    """Heat and last use of every expert.
+
+    Attributes:
+        heat: Q16, one an expert.
+        last_use: number of the visit that used the expert last, counted over all experts; 0: none.
+
+    Args:
+        experts: how many there are.
+        heat: to start from, as a heat file gives it; default: none has any.
+    """
+
+    def __init__(
+        self, experts: int, settings: Settings = HEAT, *, heat: Sequence[int] | None = None
+    ) -> None:
+        assert heat is None or len(heat) == experts, len(heat)
+        self.settings = settings
+        self.heat = [0] * experts if heat is None else list(heat)
+        self.last_use = [0] * experts
+        self._visits = 0
+
+    def touch(self, expert: int) -> None:
+        """A visit in the midst of a token: counts for recency only."""
+        self._visits += 1
+        self.last_use[expert] = self._visits
+
+    def used(self, experts: Iterable[int]) -> None:
+        """A token went through these, in this order; an expert that stands twice counts once."""
+        decay, gain = self.settings.decay, self.settings.gain
+        if decay != ONE:
+            self.heat = [heat * decay >> 16 for heat in self.heat]
+        for expert in dict.fromkeys(experts):
+            self.heat[expert] += gain
+            self.touch(expert)
+
+    def score(self, expert: int) -> int:
+        """`heat_weight * heat + recency_weight * last_use`: what the margin is measured in."""
+        settings = self.settings
+        return (
+            settings.heat_weight * self.heat[expert]
+            + settings.recency_weight * self.last_use[expert]
+        )
+
+    def key(self, expert: int) -> tuple[int, int, int]:
+        """(score, last use, id): the lowest is the first to go, and no two are equal."""
+        return self.score(expert), self.last_use[expert], expert
+
+    def order(self, per_layer: int) -> list[int]:
+        """All ids for a warm start: hottest first, the equally hot in turn over the layers.
+
+        Args:
+            per_layer: experts a layer.
+        """
+        return sorted(
+            range(len(self.heat)),
+            key=lambda expert: (-self.heat[expert], expert % per_layer, expert),
+        )

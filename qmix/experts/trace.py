@@ -1,0 +1,214 @@
+"""Traces of routing: which experts every token went through, as a small text file.
+
+The first line is a JSON object, the header. Each further line is one token: its layers' choices, apart
+by spaces; a choice is the chosen experts' numbers within the layer, apart by commas, each followed by
+":weight" (Q16, 65536 is 1) if the header says so:
+
+    {"format": "qmix-trace", "version": 1, "model": "", "layers": 3, "experts": 8, "chosen": 2,
+     "gates": false, "expert_bytes": 0, "dense_bytes": 0}
+    1,5 0,3 7,2
+
+Knows no model and no slots.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qmix import strict_json
+from qmix.errors import CheckpointError, UsageError
+
+FORMAT, VERSION = "qmix-trace", 1
+
+Choice = tuple[int, ...]  # a layer's experts, by their numbers within it
+_TRACE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a trace is of.
+
+    Attributes:
+        layers, experts, chosen: of the model: experts a layer, and how many a token takes.
+        model: its name or fingerprint, for people.
+        gates: whether weights stand behind the numbers.
+        expert_bytes, dense_bytes: of one expert, and of all else that a token reads; 0: not known.
+    """
+
+    layers: int
+    experts: int
+    chosen: int
+    model: str = ""
+    gates: bool = False
+    expert_bytes: int = 0
+    dense_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace in memory: tokens x layers x chosen experts; gates alike in Q16, empty without them."""
+
+    header: Header
+    tokens: tuple[tuple[Choice, ...], ...]
+    gates: tuple[tuple[Choice, ...], ...] = ()
+
+    def ids(self) -> Iterator[list[list[int]]]:
+        """Token by token, each layer's experts by their ids over all layers."""
+        for token in self.tokens:
+            yield [
+                [layer * self.header.experts + expert for expert in choice]
+                for layer, choice in enumerate(token)
+            ]
+
+
+class Recorder:
+    """Writes a trace, a line a token; what stands in the file is complete but for the last line.
+
+    Raises:
+        CheckpointError: the file cannot be written. UsageError: it exists.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.header = header
+        self._path = path
+        try:
+            self._file = path.open("x", encoding="ascii")
+        except FileExistsError:
+            raise UsageError(
+                "the file exists", where=str(path), remedy="Remove it or choose another name."
+            ) from None
+        except OSError as error:
+            raise self._unwritten(error) from error
+        self._line(json.dumps({"format": FORMAT, "version": VERSION, **asdict(header)}))
+
+    def token(self, ids: Sequence[Sequence[int]], gates: Sequence[Sequence[int]] = ()) -> None:
+        """One token: for each layer the chosen experts' numbers within it, and their Q16 weights."""
+        assert len(ids) == self.header.layers, len(ids)
+        assert all(len(choice) == self.header.chosen for choice in ids), ids
+        assert bool(gates) == self.header.gates
+        if gates:
+            choices = (
+                ",".join(f"{expert}:{gate}" for expert, gate in zip(*pair, strict=True))
+                for pair in zip(ids, gates, strict=True)
+            )
+        else:
+            choices = (",".join(map(str, choice)) for choice in ids)
+        self._line(" ".join(choices))
+
+    def _line(self, text: str) -> None:
+        try:
+            self._file.write(text + "\n")
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trail: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError as failure:
+            raise self._unwritten(failure) from failure
+
+    def _unwritten(self, error: OSError) -> CheckpointError:
+        return CheckpointError("cannot be written", where=str(self._path), found=error.strerror)
+
+
+def read(path: Path) -> Trace:
+    """Read a trace whole.
+
+    Raises:
+        CheckpointError: not a trace, another version, or a damaged line, which is named.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError("no such file", where=str(path))
+        size = path.stat().st_size
+        if size > _TRACE_BYTES:
+            raise CheckpointError(
+                "file too large", where=str(path), expected=f"at most {_TRACE_BYTES} B", found=size
+            )
+        lines = path.read_bytes().decode("ascii", "replace").splitlines()
+    except OSError as error:
+        raise CheckpointError("cannot be read", where=str(path), found=error.strerror) from error
+    header = _header(lines[0] if lines else "", str(path))
+    tokens, gates = [], []
+    for number, line in enumerate(lines[1:], 2):
+        ids, weights = _token(line, header, f"{path}, line {number}")
+        tokens.append(ids)
+        gates.append(weights)
+    if not tokens:
+        raise CheckpointError("the trace holds no token", where=str(path))
+    return Trace(header, tuple(tokens), tuple(gates) if header.gates else ())
+
+
+def _header(line: str, where: str) -> Header:
+    try:
+        document = strict_json.loads(line, where=where)
+    except CheckpointError:
+        document = {}
+    kind = (document.pop("format", None), document.pop("version", None))
+    if kind != (FORMAT, VERSION):
+        raise CheckpointError(
+            "not a trace",
+            where=where,
+            expected=f"{FORMAT} {VERSION} in the first line",
+            found=f"{kind[0]} {kind[1]}"[:80] if kind[0] else line[:40] or "an empty file",
+            remedy="`qmix trace record` makes one.",
+        )
+    types = {field.name: field.type for field in fields(Header)}
+    for name, value in document.items():
+        if types.get(name) is not type(value):
+            raise CheckpointError(
+                "wrong value in the header", where=f"{where}, {name}", found=value
+            )
+    for name in ("layers", "experts", "chosen"):
+        if not 1 <= document.get(name, 0) <= 1 << 16:
+            raise CheckpointError(
+                "out of range", where=f"{where}, {name}", found=document.get(name, "nothing")
+            )
+    if min(document.get("expert_bytes", 0), document.get("dense_bytes", 0)) < 0:
+        raise CheckpointError("negative size in the header", where=where)
+    return Header(**document)
+
+
+def _token(line: str, header: Header, where: str) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
+    choices = line.split(" ")
+    if len(choices) != header.layers:
+        raise CheckpointError(
+            "damaged", where=where, expected=f"{header.layers} layers", found=len(choices)
+        )
+    ids, gates = [], []
+    for choice in choices:
+        pairs = [part.split(":") for part in choice.split(",")]
+        width = 2 if header.gates else 1
+        good = all(
+            len(pair) == width and all(n.isascii() and n.isdigit() and len(n) < 10 for n in pair)
+            for pair in pairs
+        )
+        numbers = tuple(int(pair[0]) for pair in pairs) if good else ()
+        if len(numbers) != header.chosen or len(set(numbers)) != header.chosen:
+            raise CheckpointError(
+                "damaged",
+                where=where,
+                expected=f"{header.chosen} different experts a layer",
+                found=choice[:40],
+            )
+        if max(numbers) >= header.experts:
+            raise CheckpointError(
+                "damaged",
+                where=where,
+                expected=f"experts 0 to {header.experts - 1}",
+                found=max(numbers),
+            )
+        ids.append(numbers)
+        gates.append(tuple(int(pair[1]) for pair in pairs) if header.gates else ())
+    return tuple(ids), tuple(gates)

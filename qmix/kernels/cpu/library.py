@@ -1,0 +1,261 @@
+"""The compiled products as Python functions: weights in, pointers through, float32 out.
+
+`QMIX_CPU_KERNELS` chooses among the paths of one library for tests and for comparisons: `avx512`,
+`avx2` or `portable`, or `torch` for none of them. Without it the best that the processor has is taken.
+
+Shape letters: T tokens, N outputs, K inputs.
+"""
+
+import ctypes
+import os
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qmix.errors import QmixError, ResourceError, UsageError
+from qmix.int4 import Int4
+from qmix.integers import symmetric_zero
+from qmix.kernels.cpu import compiler
+from qmix.kernels.gpu.order import PackedMatrix
+from qmix.packed_format import HEADER_BYTES
+from qmix.weights import NF4, NestedAbsmax
+
+VARIABLE = "QMIX_CPU_KERNELS"
+PATHS = ("portable", "avx2", "avx512")  # their numbers in the source
+
+_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_NESTED = 3
+_CODES = torch.arange(16, dtype=torch.float32)
+_SYMMETRIC = _CODES - symmetric_zero(4)
+_FORKED = 0x40  # Linux' PF_FORKNOEXEC
+
+
+class _Matrix(Structure):
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("table", c_void_p),
+        ("nested_absmax", c_void_p),
+        ("nested_map", c_void_p),
+        ("rows", c_int64),
+        ("inputs", c_int64),
+        ("block", c_int64),
+        ("offset", c_float),
+        ("scale_kind", c_int32),
+        ("high_first", c_int32),
+    )
+
+
+class _Product(Structure):
+    _fields_ = (
+        ("weight", _Matrix),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("tokens", c_int64),
+        ("rounded", c_int32),
+    )
+
+
+class _Packed(Structure):
+    _fields_ = (
+        ("tiles", c_void_p),
+        ("powers", c_void_p),
+        ("table", c_void_p),
+        ("byte_rows", c_int64),
+        ("inputs", c_int64),
+        ("tile_inputs", c_int64),
+        ("zeros", c_int32),
+    )
+
+
+@dataclass
+class Library:
+    """The compiled products, or why there are none.
+
+    Attributes:
+        path: which of PATHS; None: there are none, every product takes torch's tiles.
+        fallbacks: products that did so.
+    """
+
+    path: str | None
+    functions: ctypes.CDLL | None = None
+    fork: int | None = None
+    process: int = field(default_factory=os.getpid)
+    fallbacks: int = 0
+
+    def multiply(
+        self, xs: Sequence[Tensor], weights: Sequence[NF4 | Int4], *, rounded: bool = False
+    ) -> list[Tensor]:
+        """Each x [T, K], float32 and contiguous, times its weight [N, K]: float32 [T, N] each.
+
+        An act-order weight takes its inputs in the order that it stores them.
+
+        Args:
+            rounded: for few tokens 16-bit integers may stand for x and for the table: an error of
+                0.007 %, for outputs that are rounded to 16 bits anyway.
+
+        Raises:
+            ResourceError: no memory for the arranged activations.
+        """
+        assert self.functions is not None
+        assert self.path is not None
+        outs = [torch.empty(len(x), weight.shape[0]) for x, weight in zip(xs, weights, strict=True)]
+        held: list[Tensor] = []  # what the pointers point to
+        products = (_Product * len(weights))(
+            *(
+                _Product(_matrix(weight, held), x.data_ptr(), out.data_ptr(), len(x), rounded)
+                for x, weight, out in zip(xs, weights, outs, strict=True)
+            )
+        )
+        failed = self.functions.qmix_multiply(
+            products, len(weights), torch.get_num_threads(), PATHS.index(self.path), self._fork
+        )
+        if failed:
+            raise ResourceError("no memory for a product's activations", found=tuple(xs[0].shape))
+        return outs
+
+    def multiply_packed(self, x: Tensor, matrix: PackedMatrix, table: Tensor) -> Tensor:
+        """x [T, K], float32 and contiguous, times a matrix in packed order in host memory.
+
+        Args:
+            table: float32 [16], the value of each code as it is packed, 8 being Int4's zero.
+        Returns:
+            float32 [T, 2, N / 2]: the low plane's rows, then the high plane's.
+        Raises:
+            ResourceError: no memory for the arranged activations.
+        """
+        assert self.functions is not None
+        assert self.path is not None
+        rows, inputs = matrix.shape
+        out = torch.empty(len(x), 2, rows // 2)
+        start = matrix.blob.data_ptr()
+        packed = _Packed(
+            tiles=start + HEADER_BYTES,
+            powers=start + 8,
+            table=table.data_ptr(),
+            byte_rows=rows // 2,
+            inputs=inputs,
+            tile_inputs=matrix.format.inputs,
+            zeros=not matrix.format.symmetric,
+        )
+        failed = self.functions.qmix_multiply_packed(
+            byref(packed),
+            x.data_ptr(),
+            out.data_ptr(),
+            len(x),
+            torch.get_num_threads(),
+            PATHS.index(self.path),
+            self._fork,
+        )
+        if failed:
+            raise ResourceError("no memory for a product's activations", found=tuple(x.shape))
+        return out
+
+    def read(self, memory: Tensor) -> int:
+        """Read a contiguous tensor of whole MiB once, on torch's threads; the xor of its words."""
+        assert self.functions is not None
+        return int(
+            self.functions.qmix_read(
+                memory.data_ptr(), memory.nbytes, torch.get_num_threads(), self._fork
+            )
+        )
+
+    @property
+    def _fork(self) -> int | None:
+        """The entry to torch's threads; not in a forked child, where they do not live."""
+        return self.fork if os.getpid() == self.process else None
+
+
+@cache
+def library() -> Library:
+    """The library of this process; one warning if there is none.
+
+    Raises:
+        UsageError: `QMIX_CPU_KERNELS` names no path, or one that this processor does not have.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted == "torch":
+        return Library(None)
+    if wanted is not None and wanted not in PATHS:
+        raise UsageError(
+            "no such CPU kernels",
+            where=VARIABLE,
+            expected=f"torch, {', '.join(PATHS)}",
+            found=wanted,
+        )
+    try:
+        functions = compiler.load()
+    except QmixError as error:
+        warnings.warn(
+            f"4-bit products run on torch, at a tenth of the speed: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return Library(None)
+    functions.qmix_multiply.argtypes = (POINTER(_Product), c_int64, c_int32, c_int32, c_void_p)
+    functions.qmix_multiply_packed.argtypes = (
+        POINTER(_Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
+    )  # fmt: skip
+    functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_void_p)
+    functions.qmix_read.restype = c_uint64
+    best = int(functions.qmix_path())
+    path = PATHS[best] if wanted is None else wanted
+    if PATHS.index(path) > best:
+        raise UsageError(
+            "this processor lacks such kernels",
+            where=VARIABLE,
+            expected=f"torch, {', '.join(PATHS[: best + 1])}",
+            found=wanted,
+        )
+    return Library(path, functions, _openmp())
+
+
+def _openmp() -> int | None:
+    """libgomp's entry in the very copy that torch runs on, for one set of threads and not two.
+
+    None where torch has another, or where this process was forked off one whose threads it does not
+    have: entering libgomp there would wait for them for ever.
+    """
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
+            flags = int(stat.read().rpartition(")")[2].split()[6])
+        if flags & _FORKED:
+            return None
+        entry = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
+    return ctypes.cast(entry, c_void_p).value
+
+
+def _matrix(weight: NF4 | Int4, held: list[Tensor]) -> _Matrix:
+    def pointer(tensor: Tensor) -> int:
+        held.append(tensor.contiguous())
+        return held[-1].data_ptr()
+
+    rows, inputs = weight.shape
+    found = _Matrix(codes=pointer(weight.codes), rows=rows, inputs=inputs)
+    if isinstance(weight, Int4):
+        found.table, found.high_first = (
+            pointer(_CODES if weight.zeros is not None else _SYMMETRIC),
+            0,
+        )
+        found.scales, found.scale_kind = pointer(weight.scales), _SCALES[weight.scales.dtype]
+        found.block = weight.group_inputs
+        if weight.zeros is not None:
+            found.zeros = pointer(weight.zeros)
+        return found
+    found.table, found.high_first, found.block = pointer(weight.table), 1, weight.block_size
+    if isinstance(weight.absmax, NestedAbsmax):
+        nested = weight.absmax
+        found.scales, found.scale_kind = pointer(nested.codes), _NESTED
+        found.nested_absmax, found.nested_map = pointer(nested.absmax), pointer(nested.map)
+        found.offset = nested.offset
+    else:
+        found.scales, found.scale_kind = pointer(weight.absmax), _SCALES[weight.absmax.dtype]
+    return found

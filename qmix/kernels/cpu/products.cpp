@@ -1,0 +1,367 @@
+// Products of 4-bit matrices on a CPU, straight from their standard layouts. A plain C interface, no
+// state: qmix/kernels/cpu/library.py compiles these files at first use and calls it through ctypes.
+//
+// y = x W^T, with W[n][k] = (table[code] - zero) * scale in float32, as the weight's `dequantize`
+// defines it; only the order of the float32 sums is ours. A row is summed by one thread, so the number
+// of threads changes no bit.
+//
+// Few tokens are multiplied as the codes are looked up, in registers: those products wait for memory.
+// More tokens share tiles of the weight that are decoded into the cache.
+//
+// Where the caller allows `rounded` products (its inputs and outputs have 16 bits), few tokens are
+// multiplied as 16-bit integers, on processors with AVX-512: inputs by a scale a chunk, the table by
+// one scale, integer tables as they are; sums are exact. A product errs by 0.007 % (a bfloat16
+// output by 0.1 %). Half the instructions a weight: float32 look-ups would not keep up with memory.
+//
+// A chunk is 128 inputs of a row: 64 bytes, 16 little-endian words of 8 codes. Shifted right by 4 p,
+// the low bits of the words are 16 codes that index a table in registers; so inputs are arranged in
+// the order [p][word] within a chunk, and never codes. (Rounded: 32 words of 4 codes.)
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "avx2.h"
+#include "avx512.h"
+#include "matrix.h"
+#include "packed.h"
+#include "portable.h"
+
+extern "C" {
+
+// libgomp's own entry, so that we share the threads that torch has; null starts threads a call.
+typedef void (*Fork)(void (*)(void*), void*, unsigned, unsigned);
+
+}  // extern "C"
+
+namespace {
+
+// Chunks [first, last) of a row as arranged float32.
+template <class Kernels>
+void decode(const Matrix& m, int64_t size, int64_t row, int64_t first, int64_t last, const Scratch& own, float* out) {
+    if (!size) {
+        for (int64_t c = first; c < last; c++) look_up_slowly(m, row, c, out + (c - first) * CHUNK);
+        return;
+    }
+    const int64_t units = CHUNK / size, all = m.inputs / size;
+    const int64_t end = last * units < all ? last * units : all;
+    read_scales<Kernels>(m, size, row, first * units, end, (last - first) * units + 4, own.scales, m.zeros ? own.zeros : nullptr);
+    const uint8_t* codes = m.codes + row * (m.inputs / 2);
+    for (int64_t c = first; c < last; c++) {
+        const uint8_t* from = codes + c * BYTES;
+        uint8_t rest[BYTES] = {};
+        if ((c + 1) * CHUNK > m.inputs) from = static_cast<uint8_t*>(memcpy(rest, from, m.inputs % CHUNK / 2));
+        int64_t at = (c - first) * units;
+        Kernels::look_up(m, from, size, own.scales + at, m.zeros ? own.zeros + at : nullptr, out + (c - first) * CHUNK);
+    }
+}
+
+// One product on its way: tokens [from, from + tokens) of it.
+struct Work {
+    const Product* product;
+    int64_t from, tokens, size, chunks, lanes;  // lanes of its last panel; 0: direct
+    bool rounded;
+    float* arranged;     // direct: [tokens][chunks * CHUNK]; else panels of WIDE tokens, [places][lanes] each
+    float* input_scales; // rounded: [tokens][chunks], and `arranged` holds int16
+    int64_t items, step;  // runs of `step` rows
+};
+
+void arrange_rounded(const Work& work, int64_t token) {
+    const Matrix& m = work.product->weight;
+    const Integers integers(m.table);
+    const float* x = work.product->x + (work.from + token) * m.inputs;
+    int16_t* to = reinterpret_cast<int16_t*>(work.arranged) + token * work.chunks * CHUNK;
+    for (int64_t c = 0; c < work.chunks; c++, to += CHUNK) {
+        const int64_t held = m.inputs - c * CHUNK < CHUNK ? m.inputs - c * CHUNK : CHUNK;
+        float inputs[CHUNK] = {}, largest = 0, poison = 0;
+        memcpy(inputs, x + c * CHUNK, sizeof(float) * held);
+        for (float each : inputs) {
+            const float size = each < 0 ? -each : each;
+            largest = size > largest ? size : largest;
+            poison += each * 0;  // not a number, if any input is none or infinite
+        }
+        const float by = largest > 0 ? integers.largest_input / largest : 0;
+        const bool sound = poison == 0 && by < 3e38f;
+        for (int64_t place = 0; place < CHUNK; place++)
+            to[place] = sound ? int16_t(__builtin_rintf(inputs[rounded_input_at(place, m.high_first)] * by)) : 0;
+        work.input_scales[token * work.chunks + c] = poison + (sound ? largest / (integers.largest_input * integers.by) : 0);
+    }
+}
+
+template <class Kernels>
+void arrange(const Work& work, int64_t panel, int64_t wide) {
+    const Matrix& m = work.product->weight;
+    const int64_t places = work.chunks * CHUNK, first = panel * wide;
+    const bool direct = !work.lanes;
+    const int64_t held = work.tokens - first < wide ? work.tokens - first : wide;
+    const int64_t lanes = direct ? 1 : first + wide >= work.tokens ? work.lanes : wide;
+    const float* x = work.product->x + (work.from + first) * m.inputs;
+    float* to = work.arranged + first * places;
+    for (int64_t place = 0; place < places; place++) {
+        int64_t input = place / CHUNK * CHUNK + input_at(place % CHUNK, m.high_first);
+        for (int64_t t = 0; t < held; t++)
+            to[place * lanes + t] = input < m.inputs ? x[t * m.inputs + input] : 0;
+        for (int64_t t = held; t < lanes; t++) to[place * lanes + t] = 0;
+    }
+}
+
+template <class Kernels>
+void multiply_direct(const Work& work, int64_t item, const Scratch& own) {
+    const Matrix& m = work.product->weight;
+    const int64_t places = work.chunks * CHUNK, end = (item + 1) * work.step < m.rows ? (item + 1) * work.step : m.rows;
+    float* y = work.product->y + work.from * m.rows;
+    if constexpr (Kernels::INTEGERS) {
+        if (work.rounded) {
+            const Integers integers(m.table);
+            const int16_t* x = reinterpret_cast<const int16_t*>(work.arranged);
+            const int64_t all = m.inputs / work.size;
+            for (int64_t row = item * work.step; row < end; row++) {
+                read_scales<Kernels>(m, work.size, row, 0, all, all + 8, own.scales, m.zeros ? own.zeros : nullptr);
+                Kernels::rounded(m, integers, x, work.input_scales, work.tokens, row, work.size, own, y);
+            }
+            return;
+        }
+    }
+    for (int64_t row = item * work.step; row < end; row++) {
+        if (work.size) {
+            const int64_t all = m.inputs / work.size;
+            read_scales<Kernels>(m, work.size, row, 0, all, all + 8, own.scales, m.zeros ? own.zeros : nullptr);
+            Kernels::direct(m, work.arranged, places, work.tokens, row, work.size, own, y);
+            continue;
+        }
+        float sums[DIRECT] = {}, values[CHUNK];
+        for (int64_t c = 0; c < work.chunks; c++) {
+            look_up_slowly(m, row, c, values);
+            for (int64_t t = 0; t < work.tokens; t++) {
+                const float* x = work.arranged + t * places + c * CHUNK;
+                for (int64_t i = 0; i < CHUNK; i++) sums[t] += values[i] * x[i];
+            }
+        }
+        for (int64_t t = 0; t < work.tokens; t++) y[t * m.rows + row] = sums[t];
+    }
+}
+
+template <class Kernels>
+void multiply_tile(const Work& work, int64_t item, const Scratch& own, int64_t wide) {
+    const Matrix& m = work.product->weight;
+    const int64_t first = item * ROWS, rows = m.rows - first < ROWS ? m.rows - first : ROWS;
+    const int64_t padded = up(rows, 12), places = work.chunks * CHUNK;
+    memset(own.sums, 0, sizeof(float) * ROWS * up(work.tokens, wide));
+    if (padded > rows) memset(own.tile + rows * PITCH, 0, sizeof(float) * (padded - rows) * PITCH);
+    for (int64_t at = 0; at < places; at += DEPTH) {
+        const int64_t depth = places - at < DEPTH ? places - at : DEPTH;
+        for (int64_t r = 0; r < rows; r++)
+            decode<Kernels>(m, work.size, first + r, at / CHUNK, (at + depth) / CHUNK, own, own.tile + r * PITCH);
+        for (int64_t t = 0; t < work.tokens; t += wide) {
+            const int64_t lanes = t + wide >= work.tokens ? work.lanes : wide;
+            Kernels::tile(own.tile, padded, depth, work.arranged + t * places + at * lanes, lanes, own.sums + t * ROWS);
+        }
+    }
+    float* y = work.product->y + work.from * m.rows + first;
+    for (int64_t t = 0; t < work.tokens; t++) {
+        const int64_t panel = t / wide * wide, lanes = panel + wide >= work.tokens ? work.lanes : wide;
+        const float* sums = own.sums + panel * ROWS + t % wide;
+        for (int64_t r = 0; r < rows; r++) y[t * m.rows + r] = sums[r * lanes];
+    }
+}
+
+// Runs `body(item, thread)` for all items, on so many threads.
+template <class Body>
+struct Loop {
+    const Body& body;
+    const int64_t items;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> threads{0};
+
+    static void enter(void* self) {
+        Loop& loop = *static_cast<Loop*>(self);
+        const int thread = loop.threads++;
+        for (int64_t item; (item = loop.next++) < loop.items;) loop.body(item, thread);
+    }
+};
+
+template <class Body>
+void each(int64_t items, int threads, Fork fork, const Body& body) {
+    Loop<Body> loop{body, items};
+    if (threads > items) threads = int(items);
+    if (threads > 1 && fork) {
+        fork(Loop<Body>::enter, &loop, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            for (int i = 1; i < threads; i++) others.emplace_back(Loop<Body>::enter, &loop);
+        } catch (...) {  // fewer threads than were asked for: the work is shared among those there are
+        }
+        Loop<Body>::enter(&loop);
+        for (auto& other : others) other.join();
+    }
+}
+
+// Below so many products of a weight and an input (30 us on one core) others are not woken up.
+constexpr int64_t SERIAL = 1 << 20;
+
+template <class Kernels>
+void multiply(const Product* products, int64_t count, int threads, Fork fork) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; i++) all += products[i].tokens * products[i].weight.rows * products[i].weight.inputs;
+    if (all < SERIAL) threads = 1;
+    const int64_t wide = Kernels::lanes(TOKENS);
+    std::vector<Work> works;
+    int64_t floats = 0, units = 0, sums = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Matrix& m = products[i].weight;
+        for (int64_t from = 0; from < products[i].tokens; from += TOKENS) {
+            Work work{};
+            work.product = products + i;
+            work.from = from;
+            work.tokens = products[i].tokens - from < TOKENS ? products[i].tokens - from : TOKENS;
+            work.size = unit(m);
+            work.chunks = up(m.inputs, CHUNK) / CHUNK;
+            work.rounded = Kernels::INTEGERS && work.size && products[i].rounded && work.tokens <= ROUNDED;
+            if (work.tokens > DIRECT && !work.rounded) {
+                work.lanes = Kernels::lanes((work.tokens - 1) % wide + 1);
+                work.step = ROWS;
+            } else {
+                work.step = DIRECT_BYTES / (m.inputs / 2 + 1);
+                if (work.step < 1) work.step = 1;
+            }
+            work.items = up(m.rows, work.step) / work.step;
+            floats += up(work.tokens, work.lanes ? wide : 1) * work.chunks * CHUNK;
+            if (work.rounded) floats += work.tokens * work.chunks;
+            if (work.lanes && sums < ROWS * up(work.tokens, wide)) sums = ROWS * up(work.tokens, wide);
+            if (work.size && units < m.inputs / work.size) units = m.inputs / work.size;
+            works.push_back(work);
+        }
+    }
+    // Cache lines of its own for every thread.
+    const int64_t of_scales = up(units + 16, 16), of_tile = sums ? ROWS * PITCH : 0;
+    const int64_t own = 2 * of_scales + of_tile + sums;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, sizeof(float) * size_t(floats + threads * own + 16))) throw std::bad_alloc();
+    float* arranged = static_cast<float*>(memory);
+    float* scratch = arranged + up(floats, 16);
+
+    struct Panel { const Work* work; int64_t index; };
+    std::vector<Panel> panels;
+    int64_t items = 0, arranged_floats = 0;
+    for (size_t i = 0; i < works.size(); i++) {
+        Work& work = works[i];
+        const Product& now = *work.product;
+        const Work* before = i ? &works[i - 1] : nullptr;
+        items += work.items;
+        if (before && before->product->x == now.x && before->from == work.from && before->tokens == work.tokens
+            && before->product->weight.inputs == now.weight.inputs
+            && before->rounded == work.rounded && before->product->weight.high_first == now.weight.high_first
+            && (!work.rounded || !memcmp(before->product->weight.table, now.weight.table, 16 * sizeof(float)))) {
+            work.arranged = before->arranged;
+            work.input_scales = before->input_scales;
+            continue;
+        }
+        const int64_t panel = work.lanes ? wide : 1;
+        work.arranged = arranged;
+        arranged += up(work.tokens, panel) * work.chunks * CHUNK;
+        if (work.rounded) {
+            work.input_scales = arranged;
+            arranged += work.tokens * work.chunks;
+        }
+        arranged_floats += work.tokens * work.chunks * CHUNK;
+        for (int64_t p = 0; p * panel < work.tokens; p++) panels.push_back({&work, p});
+    }
+    auto bring = [&](int64_t i, int) {
+        const Work& work = *panels[i].work;
+        if (work.rounded) arrange_rounded(work, panels[i].index);
+        else arrange<Kernels>(work, panels[i].index, work.lanes ? wide : 1);
+    };
+    each(int64_t(panels.size()), arranged_floats > (1 << 16) ? threads : 1, fork, bring);
+    each(items, threads, fork, [&](int64_t item, int thread) {
+        const Work* work = works.data();
+        while (item >= work->items) item -= work++->items;
+        float* mine = scratch + thread * own;
+        const Scratch part{mine, mine + of_scales, mine + 2 * of_scales, mine + 2 * of_scales + of_tile};
+        if (work->lanes) multiply_tile<Kernels>(*work, item, part, wide);
+        else multiply_direct<Kernels>(*work, item, part);
+    });
+    free(memory);
+}
+
+}  // namespace
+
+extern "C" {
+
+// The best path that this processor has.
+int32_t qmix_path() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")
+        || !__builtin_cpu_supports("f16c"))
+        return PORTABLE;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+                      && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return wide ? AVX512 : AVX2;
+#else
+    return PORTABLE;
+#endif
+}
+
+// 0, or 1 without memory for the arranged inputs.
+int32_t qmix_multiply(const Product* products, int64_t count, int32_t threads, int32_t path, Fork fork) {
+    try {
+#if defined(__x86_64__)
+        if (path == AVX512) return multiply<Avx512>(products, count, threads, fork), 0;
+        if (path == AVX2) return multiply<Avx2>(products, count, threads, fork), 0;
+#endif
+        multiply<Portable>(products, count, threads, fork);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// y [tokens][2 planes][byte_rows] = x [tokens, inputs] W^T, as qmix_multiply.
+int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int64_t tokens, int32_t threads,
+                             int32_t path, Fork fork) {
+    const Packed& m = *matrix;
+    const int64_t tiles = m.inputs / m.tile_inputs, panels = m.byte_rows / PANEL;
+    Integers integers(m.table);
+    if (integers.by != 1 && m.tile_inputs > 64) integers.largest_input = 8191;  // twice as many products a sum
+    if (tokens * 2 * m.byte_rows * m.inputs < SERIAL) threads = 1;
+    try {
+        std::vector<int16_t> arranged(size_t(tokens * 2 * m.inputs));
+        std::vector<float> scales(size_t(tokens * tiles));
+        each(tokens, tokens > 8 ? threads : 1, fork, [&](int64_t t, int) {
+            arrange_packed(m, integers, x + t * m.inputs, arranged.data() + t * 2 * m.inputs, scales.data() + t * tiles);
+        });
+        each(panels, threads, fork, [&](int64_t panel, int) {
+            for (int64_t t = 0; t < tokens; t++) {
+                float* low = y + 2 * t * m.byte_rows + panel * PANEL;
+                const PackedInputs in{arranged.data() + t * 2 * m.inputs, scales.data() + t * tiles};
+                packed_panel(m, integers, path, panel, in, low, low + m.byte_rows);
+            }
+        });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// Reads all of [bytes / 64][64] once, for the memory's bandwidth; the xor of its words.
+uint64_t qmix_read(const uint8_t* from, int64_t bytes, int32_t threads, Fork fork) {
+    constexpr int64_t STEP = 1 << 20;
+    std::atomic<uint64_t> all{0};
+    each(bytes / STEP, threads, fork, [&](int64_t item, int) {
+        uint64_t found[8] = {};
+        const uint8_t* at = from + item * STEP;
+        for (int64_t i = 0; i < STEP; i += 64) {
+            uint64_t line[8];
+            memcpy(line, at + i, 64);
+            __builtin_prefetch(at + i + 2048);
+            for (int j = 0; j < 8; j++) found[j] ^= line[j];
+        }
+        for (uint64_t each : found) all ^= each;
+    });
+    return all;
+}
+
+}  // extern "C"

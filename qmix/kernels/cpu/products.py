@@ -1,0 +1,48 @@
+"""Products with NF4 and Int4 weights on a CPU, straight from their codes.
+
+Where there is no compiler, and where gradients are wanted, a tile of the weight at a time is decoded
+and multiplied by torch. Shape letters: K input features, N output features.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qmix.int4 import Int4
+from qmix.kernels import int4, nf4
+from qmix.kernels.cpu.library import library
+from qmix.weights import NF4, Weight
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """[..., K] -> [..., N]."""
+    return linears(x, (weight,))[0]
+
+
+def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    """[..., K] times each of several NF4 or Int4 weights: [..., N] each.
+
+    They share one start of the threads; an act-order weight's activations are permuted, not its codes.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return [_tiles(x, weight) for weight in weights]
+    compiled = library()
+    if compiled.path is None:
+        compiled.fallbacks += len(weights)
+        return [_tiles(x, weight) for weight in weights]
+    tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    ordered: list[Tensor] = []
+    packed: list[NF4 | Int4] = []
+    for weight in weights:
+        assert isinstance(weight, (NF4, Int4))
+        perm = weight.perm if isinstance(weight, Int4) else None
+        ordered.append(tokens if perm is None else tokens.index_select(1, perm))
+        packed.append(weight)
+    outs = compiled.multiply(ordered, packed, rounded=x.dtype.itemsize == 2)
+    return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def _tiles(x: Tensor, weight: Weight) -> Tensor:
+    row = int4.linear if isinstance(weight, Int4) else nf4.linear
+    return row(x, weight)

@@ -1,0 +1,290 @@
+"""The machine that this process runs on: memory, processor, disk, GPUs, and what was measured of them.
+
+Reads the system's own files and asks nvidia-smi; knows no torch. `qmix doctor --measure` writes the
+measurements, plans read them.
+"""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qmix import strict_json
+from qmix.errors import CheckpointError, QmixError
+
+FILE = "machine.json"
+_VERSION = 1
+_CGROUP = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # cgroup v1 writes the largest page count where there is no limit
+_NVIDIA_SMI_S = 10
+_EXTENSIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Host memory in bytes, limits of control groups included.
+
+    Attributes:
+        total: that this process may ever use. available: now, without swapping.
+        limit: who says so: "system" or "cgroup".
+    """
+
+    total: int
+    available: int
+    limit: str = "system"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A card as its driver names it; sizes in bytes, `free` at this moment."""
+
+    name: str
+    total: int
+    free: int
+    driver: str
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What `qmix doctor --measure` timed, in bytes a second; None where there is nothing to time.
+
+    Attributes:
+        key: the machine and its GPU, see `key`.
+        host_read: host memory, read by all threads. disk_read: of the file system measured, not
+            cached. device_copy: device memory, bytes read and written both counted. link: pinned
+            host memory to the device.
+        date: ISO 8601.
+    """
+
+    key: str
+    host_read: float
+    disk_read: float | None = None
+    device_copy: float | None = None
+    link: float | None = None
+    date: str = ""
+
+
+def memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> Memory:
+    """What the system and its control groups leave this process; page cache counts as available."""
+    found = _system(proc)
+    for limit, used in _cgroups(proc, cgroup):
+        if limit < found.total:
+            available = max(0, min(found.available, limit - used))
+            found = Memory(total=limit, available=available, limit="cgroup")
+        elif limit - used < found.available:
+            found = Memory(total=found.total, available=max(0, limit - used), limit="cgroup")
+    return found
+
+
+def _system(proc: Path) -> Memory:
+    lines: dict[str, int] = {}
+    with suppress(OSError, ValueError, IndexError):
+        for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            lines[name] = int(value.split()[0]) * 1024
+    if "MemTotal" in lines:
+        total = lines["MemTotal"]
+        return Memory(total=total, available=lines.get("MemAvailable", lines.get("MemFree", total)))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Memory(total=total, available=total)
+
+
+def _cgroups(proc: Path, root: Path) -> list[tuple[int, int]]:
+    """(limit, used) of every control group around this process, versions 2 and 1."""
+    found = []
+    with suppress(OSError):
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            names = ("memory.max", "memory.current", "inactive_file")
+            base = root
+            if controllers:
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                base = root / "memory"
+            # Inside a container the path may be the host's: the root's own files then say it.
+            for folder in {base, *_upward(base, path)}:
+                with suppress(OSError, ValueError):
+                    limit = int((folder / names[0]).read_text())  # "max" is no number
+                    used = int((folder / names[1]).read_text())
+                    if limit < _UNLIMITED:
+                        found.append((limit, max(0, used - _inactive(folder, names[2]))))
+    return found
+
+
+def _upward(base: Path, path: str) -> list[Path]:
+    folder, found = base / path.strip("/"), []
+    while folder != base and base in folder.parents:
+        found.append(folder)
+        folder = folder.parent
+    return found
+
+
+def _inactive(folder: Path, name: str) -> int:
+    """Bytes of files in a group's memory that go before anything is refused."""
+    with suppress(OSError, ValueError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
+
+
+def gpus(run: Callable[..., Any] = subprocess.run) -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that this process may see, by nvidia-smi; none without it."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = "name,memory.total,memory.free,driver_version,compute_cap"
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        done = run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=_NVIDIA_SMI_S,
+            check=True,
+        )
+        found = tuple(_gpu(line) for line in done.stdout.splitlines() if line.strip())
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            return found
+        chosen = [part.strip() for part in visible.split(",")]
+        return tuple(found[int(i)] for i in chosen if i.isdecimal() and int(i) < len(found))
+    return ()
+
+
+def _gpu(line: str) -> Gpu:
+    name, total, free, driver, capability = (part.strip() for part in line.rsplit(",", 4))
+    major, _, minor = capability.partition(".")
+    return Gpu(
+        name=name,
+        total=int(total) << 20,
+        free=int(free) << 20,
+        driver=driver,
+        capability=(int(major), int(minor or 0)),
+    )
+
+
+def processor() -> tuple[str, tuple[str, ...]]:
+    """The CPU's model and those of its vector extensions that kernels ask for."""
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                model = value.strip()
+            elif name.strip() in ("flags", "Features"):
+                flags = set(value.split())
+                break
+    return model, tuple(name for name in _EXTENSIONS if name in flags)
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that may be written below a directory."""
+    return shutil.disk_usage(folder).free
+
+
+def key(gpu: str | None = None) -> str:
+    """What measurements belong to: host name, CPU, cores and GPU."""
+    model, _ = processor()
+    return " / ".join((socket.gethostname(), model, f"{cores()} cores", gpu or "no GPU"))
+
+
+def measurements_path(environment: Mapping[str, str] = os.environ) -> Path:
+    """The user's file of measurements: qmix/machine.json below XDG_CACHE_HOME or ~/.cache."""
+    base = environment.get("XDG_CACHE_HOME", "")
+    home = Path(environment.get("HOME") or Path.home())
+    return (Path(base) if os.path.isabs(base) else home / ".cache") / "qmix" / FILE
+
+
+@dataclass(frozen=True)
+class Found:
+    """The measurements of this machine; `trouble` says why a file that is there was ignored."""
+
+    measured: Measured | None = None
+    trouble: str | None = None
+
+
+def measurements(wanted: str, path: Path | None = None) -> Found:
+    """What was saved for the machine `wanted`; a damaged file is told and ignored."""
+    path = path or measurements_path()
+    if not path.exists():
+        return Found()
+    try:
+        entries = _entries(path)
+        return Found(next((one for one in entries if one.key == wanted), None))
+    except QmixError as error:
+        return Found(trouble=f"{error} (ignored)")
+
+
+def save(measured: Measured, path: Path | None = None) -> Path:
+    """Put the measurements of one machine into the user's file, beside others'; complete or not at all."""
+    path = path or measurements_path()
+    others: list[Measured] = []
+    with suppress(QmixError):
+        others = [one for one in _entries(path) if one.key != measured.key]
+    document = {"version": _VERSION, "machines": [asdict(one) for one in (*others, measured)]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{FILE}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(document, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _entries(path: Path) -> list[Measured]:
+    """All that the file holds.
+
+    Raises:
+        CheckpointError: not a file of measurements.
+    """
+
+    def refuse(found: object) -> CheckpointError:
+        return CheckpointError(
+            "not a file of measurements",
+            where=str(path),
+            found=repr(found)[:80],
+            remedy="qmix doctor --measure writes it anew.",
+        )
+
+    document = strict_json.read(path)
+    machines = document.get("machines")
+    if document.get("version") != _VERSION or not isinstance(machines, list):
+        raise refuse(document)
+    known = {field.name for field in fields(Measured)}
+    found = []
+    for entry in machines:
+        if (
+            not isinstance(entry, dict)
+            or not entry.keys() <= known
+            or not {"key", "host_read"} <= entry.keys()
+        ):
+            raise refuse(entry)
+        rates = [entry.get(n) for n in ("host_read", "disk_read", "device_copy", "link")]
+        positive = [type(rate) in (int, float) and rate > 0 for rate in rates if rate is not None]
+        if (
+            not all(positive)
+            or rates[0] is None
+            or not all(isinstance(entry.get(n, ""), str) for n in ("key", "date"))
+        ):
+            raise refuse(entry)
+        found.append(Measured(**entry))
+    return found

@@ -1,0 +1,83 @@
+"""Packed order in numbers: how many bytes a 4-bit matrix takes where the GPU kernels read it.
+
+The layout itself is described in kernels/gpu/order.py. Knows no torch. Shape letters: N outputs, K
+inputs, F expert width, D hidden width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qmix.errors import UnsupportedError
+
+PANEL = 128
+BYTE_ROWS = PANEL // 2
+HEADER_BYTES = 128
+TILE_INPUTS = (128, 64)
+
+
+@dataclass(frozen=True)
+class TileFormat:
+    """What a tile holds. `inputs` (64 or 128) weights of a row share a scale."""
+
+    kind: Literal["nf4", "int4"]
+    inputs: int
+    symmetric: bool = True
+
+    @property
+    def code_bytes(self) -> int:
+        return BYTE_ROWS * self.inputs
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.code_bytes + BYTE_ROWS * 4 * (1 if self.symmetric else 2)
+
+    def matrix_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix [N, K], header included."""
+        return HEADER_BYTES + shape[0] // PANEL * (shape[1] // self.inputs) * self.tile_bytes
+
+
+def tile_format(
+    kind: Literal["nf4", "int4"],
+    shape: tuple[int, int],
+    *,
+    group: int,
+    symmetric: bool = True,
+    rows: int = PANEL,
+    where: str = "the weight",
+) -> TileFormat:
+    """How a matrix [N, K] is cut into tiles.
+
+    Args:
+        group: consecutive inputs of a row that share a scale.
+        rows: what N must be a multiple of.
+        where: the matrix, for errors.
+
+    Raises:
+        UnsupportedError: N is no multiple of `rows`, K no whole number of groups, or the group no
+            multiple of 64.
+    """
+    out_features, in_features = shape
+    if out_features % rows:
+        raise refusal(
+            "no packed order for this shape", where, f"a multiple of {rows} outputs", out_features
+        )
+    inputs = next((size for size in TILE_INPUTS if group % size == 0), None)
+    if inputs is None or in_features % group:
+        raise refusal(
+            "no packed order for this shape",
+            where,
+            "inputs in whole groups, a multiple of 64 each",
+            f"{in_features} inputs in groups of {group}",
+        )
+    return TileFormat(kind, inputs, symmetric)
+
+
+def refusal(what: str, where: str, expected: object, found: object) -> UnsupportedError:
+    """The error of a weight that has no packed order."""
+    return UnsupportedError(
+        what,
+        where=where,
+        expected=expected,
+        found=found,
+        remedy="The fallback kernel multiplies such a weight.",
+    )

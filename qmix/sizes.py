@@ -1,0 +1,53 @@
+"""Sizes in bytes as people write them. Knows nothing of what is measured."""
+
+from qmix.errors import UsageError
+
+# A card of "24 GB" holds 24 GiB, so that a bare letter is binary, as in every tool that starts
+# containers; what is spelled with a B is taken at its word.
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{letter: 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}B": 10 ** (3 * power) for power, letter in enumerate("KMGT", 1)},
+}
+_LARGEST = 1 << 50
+
+
+def parse_size(size: str | int, *, where: str, least: int = 0, most: int = _LARGEST) -> int:
+    """Bytes of "24G", "24GiB" (2^30 each), "16GB" (10^9), "500MB", "1.5T" or a number.
+
+    Args:
+        where: the option, for errors.
+        least, most: accepted bytes.
+
+    Raises:
+        UsageError: not a size, or out of range.
+    """
+    text = str(size).strip()
+    digits = text.rstrip("BbIiKkMmGgTt ")
+    unit = text[len(digits) :].strip().upper()
+    if unit in _UNITS and digits.isascii() and digits.replace(".", "", 1).isdigit():
+        found = int(float(digits) * _UNITS[unit])
+        if least <= found <= most:
+            return found
+        raise UsageError(
+            "a size out of range",
+            where=where,
+            expected=f"{show(least)} to {show(most)}",
+            found=text,
+        )
+    raise UsageError(
+        "not a size", where=where, expected="a size as 24G, 500MB or 1.5TiB", found=text
+    )
+
+
+def show(nbytes: float) -> str:
+    """In the largest binary unit that leaves a number of at least 1."""
+    if abs(nbytes) < 1024:
+        return f"{nbytes:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        nbytes /= 1024
+        if abs(nbytes) < 1024 or unit == "GiB":
+            break
+    return f"{nbytes:.2f} {unit}"

@@ -1,0 +1,285 @@
+"""Every path of the compiled CPU kernels against `x @ w.dequantize().T`."""
+
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from qmix import kernels
+from qmix.fp4 import FP4, FP4_VALUES
+from qmix.int4 import Int4
+from qmix.kernels import Expert, Routes
+from qmix.kernels.cpu import library as libraries
+from qmix.kernels.cpu.library import PATHS, VARIABLE, library
+from qmix.weights import NF4, NF4_VALUES, NestedAbsmax
+
+BEST = PATHS.index(library().path) if library().path else -1
+TOKENS = (1, 2, 4, 7, 12, 13, 33)
+
+
+@pytest.fixture(params=("torch", *PATHS))
+def path(request, monkeypatch):
+    """Each path that this processor has; the library is found anew for it, and after it."""
+    if request.param in PATHS and PATHS.index(request.param) > BEST:
+        pytest.skip(f"no {request.param} on this processor, or no compiler")
+    monkeypatch.setenv(VARIABLE, request.param)
+    library.cache_clear()
+    yield request.param
+    library.cache_clear()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_bytes(*shape, seed=0, high=256):
+    return torch.randint(0, high, shape, dtype=torch.uint8, generator=seeded(seed))
+
+
+def random_nf4(n, k, block=64, nested=False, kind=NF4):
+    blocks = -(-n * k // block)
+    absmax = 0.01 + 0.1 * torch.rand(blocks, generator=seeded(1))
+    if nested:
+        absmax = NestedAbsmax(
+            codes=random_bytes(blocks, seed=2),
+            absmax=0.01 + 0.1 * torch.rand(-(-blocks // 256), generator=seeded(3)),
+            map=torch.linspace(-1, 1, 256),
+            offset=0.05,
+        )
+    table = torch.tensor(FP4_VALUES if kind is FP4 else NF4_VALUES)
+    return kind(random_bytes(-(-n * k // 2)), absmax, table, (n, k), torch.bfloat16, block)
+
+
+def random_int4(n, k, groups=1, zeros=False, perm=False, dtype=torch.float16):
+    scales = 0.001 + 0.01 * torch.rand(n, groups, generator=seeded(1))
+    return Int4(
+        codes=random_bytes(n, k // 2),
+        scales=(scales * (1 - 2 * torch.randint(0, 2, scales.shape, generator=seeded(4)))).to(
+            dtype
+        ),
+        zeros=random_bytes(n, groups, seed=2, high=16) if zeros else None,
+        perm=torch.randperm(k, generator=seeded(3)).int() if perm else None,
+    )
+
+
+def check(weight, dtypes=(torch.float32, torch.bfloat16, torch.float16), tokens=TOKENS):
+    """Equal to float32 rounding for float32; to well below the output's own for 16 bits."""
+    dense = weight.dequantize(torch.float32)
+    scale = dense.norm(dim=1)
+    for dtype in dtypes:
+        for count in tokens:
+            x = torch.randn(count, weight.shape[1], generator=seeded(5)).to(dtype)
+            oracle = x.double() @ dense.double().T
+            out = kernels.linear(x, weight)
+            assert out.dtype == dtype
+            assert out.shape == oracle.shape
+            error = (out.double() - oracle).abs() / (scale * x.double().norm(dim=1, keepdim=True))
+            eps = 3e-7 if dtype == torch.float32 else 3e-5
+            # What rounding the output costs, which no kernel can avoid.
+            unavoidable = (oracle.to(dtype).double() - oracle).abs() / (
+                scale * x.double().norm(dim=1, keepdim=True)
+            )
+            assert (error <= 2 * unavoidable + eps).all(), (dtype, count, float(error.max()))
+
+
+@pytest.mark.parametrize("block", [32, 64, 128, 256, 4096])
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_of_every_block_size(path, block, nested):
+    check(random_nf4(50, 384, block, nested), tokens=(1, 3, 13))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 64), (7, 33), (3, 7), (130, 96), (61, 448), (49, 1056), (300, 1024)]
+)
+def test_ragged_shapes(path, shape):
+    check(random_nf4(*shape))
+    if shape[1] % 2 == 0:
+        check(random_int4(*shape), tokens=(1, 5, 33))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16, 12])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_int4_of_every_group_size(path, groups, zeros):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        check(
+            random_int4(50, 1536 if groups == 12 else 512, groups, zeros, dtype=dtype),
+            tokens=(1, 4, 13),
+        )
+
+
+def test_act_order_permutes_the_activations(path):
+    check(random_int4(50, 512, 4, zeros=True, perm=True), tokens=(1, 13))
+
+
+def test_fp4_has_its_own_table(path):
+    check(random_nf4(50, 256, kind=FP4), tokens=(1, 13))
+
+
+def test_float16_scales_that_are_zero_or_subnormal(path):
+    weight = random_int4(50, 512, 4)
+    values = torch.tensor([0.0, 2.0**-24, -(2.0**-20), 65504.0], dtype=torch.float16)
+    check(replace(weight, scales=values.expand(50, 4).contiguous()), (torch.float32,), (1, 13))
+    assert not kernels.linear(
+        torch.ones(2, 512), replace(weight, scales=torch.zeros_like(weight.scales))
+    ).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_that_are_zero_huge_or_poisoned(path, dtype):
+    weight = random_nf4(50, 512)
+    x = torch.zeros(5, 512, dtype=dtype)
+    x[1, 3], x[2] = 1e-38, 1e30
+    x[3, 200], x[4, 500] = float("nan"), float("inf")
+    for rows in (x, x.repeat(4, 1)):
+        out = kernels.linear(rows, weight).float()
+        assert not out[0].any()
+        assert torch.isfinite(out[:3]).all()
+        oracle = x[2].float() @ weight.dequantize(torch.float32).T
+        assert torch.allclose(out[2], oracle, rtol=0.02, atol=1e-2 * float(oracle.abs().max()))
+        assert out[3].isnan().all()
+        assert not torch.isfinite(out[4]).any()
+
+
+def test_empty_and_strided_inputs(path):
+    weight = random_nf4(50, 256)
+    assert kernels.linear(torch.empty(0, 256), weight).shape == (0, 50)
+    x = torch.randn(2, 3, 512, generator=seeded())[..., ::2]
+    assert torch.equal(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight))
+
+
+def test_what_memory_held_before_does_not_matter(path):
+    weight = random_nf4(50, 416)
+    x = torch.randn(13, 416)
+    clean = [kernels.linear(x[:count], weight) for count in (1, 13)]
+    for _ in range(3):
+        poison = [
+            torch.full((size,), float("nan")) for size in (13 * 50, 50, 13 * 512, 1 << 16, 1 << 20)
+        ]
+        del poison
+        for count, expected in zip((1, 13), clean, strict=True):
+            assert torch.equal(kernels.linear(x[:count], weight), expected)
+
+
+def test_threads_and_repetition_change_no_bit(path):
+    if path == "torch":
+        pytest.skip("torch's products are torch's affair")
+    before = torch.get_num_threads()
+    weights = [random_nf4(2099, 512, nested=True), random_int4(2099, 512, 4, zeros=True)]  # threaded
+    try:
+        for weight in weights:
+            for count in (1, 4, 33):
+                x = torch.randn(count, 512, generator=seeded())
+                for rows in (x, x.bfloat16()):
+                    outs = []
+                    for threads in (1, 2, 3, 2):
+                        torch.set_num_threads(threads)
+                        outs.append(kernels.linear(rows, weight))
+                    assert all(torch.equal(out, outs[0]) for out in outs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_several_weights_at_once_are_as_each_alone(path):
+    weights = [random_nf4(70, 256), random_int4(30, 256, 2), random_int4(50, 256, 2, perm=True)]
+    for count in (1, 13, 600):
+        x = torch.randn(count, 256, generator=seeded()).bfloat16()
+        outs = kernels.linears(x, weights)
+        assert all(
+            torch.equal(out, kernels.linear(x, weight))
+            for out, weight in zip(outs, weights, strict=True)
+        )
+
+
+def test_experts_match_the_oracle(path):
+    experts = [
+        Expert(random_nf4(96, 64), random_nf4(64, 96, nested=True), random_nf4(96, 64))
+        for _ in range(4)
+    ]
+    for tokens in (1, 9, 40):
+        ids = torch.stack([torch.randperm(4, generator=seeded(i))[:2] for i in range(tokens)])
+        routes = Routes(ids, torch.tensor([[0.7, 0.3]]).expand(tokens, 2))
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+            x = torch.randn(tokens, 64, generator=seeded()).to(dtype)
+            out = kernels.experts(x, routes, experts, torch.nn.functional.silu)
+            with kernels.override("reference"):
+                oracle = kernels.experts(x, routes, experts, torch.nn.functional.silu)
+            assert (out - oracle).abs().max() <= bound * oracle.abs().max()
+
+
+def test_gradients_pass_through(path):
+    weight = random_nf4(50, 256)
+    x = torch.randn(3, 256, requires_grad=True)
+    kernels.linear(x, weight).sum().backward()
+    assert torch.allclose(x.grad, weight.dequantize(torch.float32).sum(0).expand(3, -1), atol=1e-5)
+    with torch.no_grad():
+        assert not kernels.linear(x, weight).requires_grad
+
+
+def test_what_falls_back_is_counted(path):
+    before = library().fallbacks
+    kernels.linear(torch.ones(1, 256), random_nf4(50, 256))
+    kernels.linears(torch.ones(1, 256), [random_nf4(50, 256), random_int4(50, 256)])
+    assert library().fallbacks - before == (3 if path == "torch" else 0)
+
+
+@pytest.mark.skipif(BEST < 0, reason="no compiler")
+def test_a_forked_child_multiplies():
+    weight, x = random_nf4(2099, 512), torch.randn(4, 512, generator=seeded())
+    expected = kernels.linear(x, weight)  # libgomp's threads live from here on
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking where threads live
+        child = os.fork()
+    if not child:
+        alike = torch.equal(kernels.linear(x, weight), expected)
+        library.cache_clear()
+        os._exit(0 if alike and torch.equal(kernels.linear(x, weight), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(BEST < 0, reason="no compiler")
+def test_the_threads_are_torchs_own():
+    found = library()
+    assert found.fork is None or found._fork == found.fork
+    assert libraries._openmp() == found.fork
+    memory = torch.arange(1 << 18, dtype=torch.int64)
+    expected = 0
+    for value in memory.tolist():
+        expected ^= value
+    assert found.read(memory) == expected
+
+
+@pytest.mark.skipif(BEST < 0, reason="no compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_tiny_model_says_what_the_oracle_says(tiny_nf4, dtype):
+    from qmix import load
+
+    model = load(tiny_nf4, device="cpu", torch_dtype=getattr(torch, dtype))[0]
+    ids = torch.randint(3, 2048, (1, 9), generator=seeded())
+    with torch.no_grad():
+        for count in (1, 9):
+            fast = model(input_ids=ids[:, :count]).logits.double().log_softmax(-1)
+            with kernels.override("reference"):
+                oracle = model(input_ids=ids[:, :count]).logits.double().log_softmax(-1)
+            divergence = (oracle.exp() * (oracle - fast)).sum(-1).max()
+            assert divergence < (1e-8 if dtype == "float32" else 5e-3)
+
+
+def test_one_thread_by_environment_works():
+    code = (
+        "import torch; from qmix import kernels; from qmix.quantize.nf4 import quantize;"
+        "w = quantize(torch.randn(300, 256)); x = torch.randn(3, 256);"
+        "assert torch.get_num_threads() == 1;"
+        "assert torch.allclose(kernels.linear(x, w), x @ w.dequantize(torch.float32).T, atol=1e-4)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert TINY.is_dir()
