@@ -45,6 +45,7 @@ from qmix.weights import NF4, NF4_VALUES, NestedAbsmax, Weight
 
 CPU = torch.device("cpu")
 FORMATS = ("nf4", "nf4 nested", "int4 g128", "int4 g32")
+LAYER_FORMATS = ("nf4", "int4 g32")  # of as many bits as these:
 LLAMA_KINDS = ("Q4_0", "Q4_K")
 TOKENS = (1, 32, 512)
 CHOICES = 2
@@ -179,7 +180,7 @@ def run(
             versions.update(peer.versions)
             if peer.failure:
                 measured.append(_absent("layer", f"llama.cpp {kind}", peer.failure))
-            for form in formats:
+            for form in (form for form in formats if form in LAYER_FORMATS):
                 layer = random_layer(config, form)
                 for count in tokens:
                     progress(f"layer, {form}, {kind}, {count} tokens")
@@ -246,8 +247,8 @@ def _of_experts(layer: DecoderLayer, form: str, count: int, bound: float) -> lis
         x, routes = turn()
         for name, way in ways.items():
             slow = not name.startswith("qmix")
-            if slow and index > (4 if count == 1 else 2):
-                continue
+            if slow and index not in ((0, 1, 2, 3) if count == 1 else (1,)):
+                continue  # seconds each
             taken = seconds(partial(way, x, routes), CPU)
             if index:
                 times[name].append(taken)

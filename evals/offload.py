@@ -13,15 +13,17 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qmix import MixtralForCausalLM, __version__, machine
+from qmix import MixtralForCausalLM, __version__, bounds, machine, plan
+from qmix.bounds import Rate, Rates
 from qmix.errors import QmixError, QualityError, UsageError
-from qmix.evals.bandwidth import disk_bandwidth
+from qmix.evals.bandwidth import copy_bandwidth, disk_bandwidth, link_bandwidth, read_bandwidth
+from qmix.formats.outline import open_outline
 from qmix.generate import GenerationConfig, stream
 from qmix.sizes import parse_size, show
 
@@ -32,10 +34,14 @@ class Record:
 
     Attributes:
         checkpoint_bytes: of its files. ram, vram: the budgets, None without.
-        peak_host_bytes: VmHWM, the process in whole. peak_device_bytes: reserved by torch.
+        peak_host_bytes: VmHWM, the process in whole. peak_device_bytes: reserved by torch; what
+            is beyond the budget of device memory is held by a ballast.
         load_s, first_token_s, decode_s: seconds; decode_s of all tokens after the first.
         ids: that were generated.
-        disk_bandwidth: bytes a second of the disk that the checkpoint lies on, nothing cached.
+        bandwidths: bytes a second, measured after the run: of the host's memory, of the disk that the
+            checkpoint lies on with nothing cached, and with a GPU of its memory and of the link.
+        bound_tokens_per_s: of the plan's step (qmix.bounds) at the hit rate that was met. What the
+            system's page cache serves in the disk's place is faster.
         experts: what the store did after loading.
     """
 
@@ -55,7 +61,8 @@ class Record:
     decode_s: float
     tokens_per_s: float
     ids: tuple[int, ...]
-    disk_bandwidth: float
+    bandwidths: dict[str, float]
+    bound_tokens_per_s: float
     experts: dict[str, Any]
     warnings: tuple[str, ...]
 
@@ -75,7 +82,8 @@ class Record:
         return (
             f"{show(self.checkpoint_bytes)} of checkpoint; host budget {budget}, peak "
             f"{show(self.peak_host_bytes)}; {self.new_tokens} tokens, first after "
-            f"{self.first_token_s:.1f} s, then {self.tokens_per_s:.3f} tok/s; {self.statistics}"
+            f"{self.first_token_s:.1f} s, then {self.tokens_per_s:.3f} tok/s "
+            f"(bound {self.bound_tokens_per_s:.2f}); {self.statistics}"
         )
 
 
@@ -112,6 +120,7 @@ def run(
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        ballast = _ballast(vram)
         begun = time.perf_counter()
         model = MixtralForCausalLM.from_pretrained(
             directory, ram=ram, vram=vram, max_context=prompt + new
@@ -131,11 +140,15 @@ def run(
             for token in stream(model, ids, config):
                 found.append(int(token.ids))
                 times.append(token.elapsed_s)
-    decode_s = times[-1] - times[0]
+    peak_device = torch.cuda.max_memory_reserved() if ballast is not None else 0
+    peak_device -= 0 if ballast is None else ballast.nbytes
+    del ballast
+    decode_s, peak_host = times[-1] - times[0], peak_host_bytes()
     name, extensions = machine.processor()
     gpu = model.device.type == "cuda"
+    rates = _rates(model.device, directory)
     return Record(
-        command=shlex.join(["python", "-m", "qmix.evals.offload", *sys.argv[1:]]),
+        command=f"python -m qmix.evals.offload DIR {shlex.join(_options(ram, vram, prompt, new, temperature))}",
         versions={
             "qmix": __version__,
             "torch": torch.__version__,
@@ -152,8 +165,8 @@ def run(
         checkpoint_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
         ram=None if ram is None else parse_size(ram, where="ram"),
         vram=None if vram is None else parse_size(vram, where="vram"),
-        peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=torch.cuda.max_memory_reserved() if gpu else 0,
+        peak_host_bytes=peak_host,
+        peak_device_bytes=peak_device,
         prompt_tokens=prompt,
         new_tokens=len(found),
         load_s=load_s,
@@ -161,10 +174,68 @@ def run(
         decode_s=decode_s,
         tokens_per_s=(len(found) - 1) / decode_s if decode_s else 0.0,
         ids=tuple(found),
-        disk_bandwidth=disk_bandwidth(directory),
+        bandwidths={
+            name: getattr(rates, name).bandwidth
+            for name in (("host", "disk", "device", "link") if gpu else ("host", "disk"))
+        },
+        bound_tokens_per_s=1 / _seconds(directory, model, ram, vram, prompt + new, rates),
         experts={} if store is None else store.statistics().to_dict(),
         warnings=tuple(str(one.message) for one in caught),
     )
+
+
+def _options(
+    ram: str | None, vram: str | None, prompt: int, new: int, temperature: float
+) -> list[str]:
+    budgets = [
+        part for name, size in (("--ram", ram), ("--vram", vram)) if size for part in (name, size)
+    ]
+    return [*budgets, "--prompt", str(prompt), "--new", str(new), "--temperature", str(temperature)]
+
+
+def _rates(device: torch.device, directory: Path) -> Rates:
+    """What the memories do, measured now; without a GPU its two are the host's."""
+    host = Rate(read_bandwidth(torch.device("cpu")), "measured")
+    disk = Rate(disk_bandwidth(directory), "measured")
+    if device.type == "cpu":
+        return Rates(device=host, link=host, host=host, disk=disk)
+    own, link = Rate(copy_bandwidth(device), "measured"), Rate(link_bandwidth(device), "measured")
+    return Rates(device=own, link=link, host=host, disk=disk)
+
+
+def _seconds(
+    directory: Path,
+    model: MixtralForCausalLM,
+    ram: str | None,
+    vram: str | None,
+    context: int,
+    rates: Rates,
+) -> float:
+    """The least time of a step that meets its experts as this run did."""
+    gpu, store = model.device.type == "cuda", model.store
+    planned = plan.plan(
+        open_outline(directory),
+        gpu=gpu,
+        ram=None if ram is None else parse_size(ram, where="ram"),
+        vram=None if vram is None else parse_size(vram, where="vram"),
+        context=context,
+    )
+    if store is None:
+        return planned.step.seconds("resident" if gpu else "host", rates)
+    hit = store.statistics().hit_rate
+    if gpu:
+        path: bounds.Path = "cpu" if store.statistics().path == "cpu" else "link"
+        return replace(planned.step, hit=hit).seconds(path, rates)
+    return replace(planned.step, hit=hit, cold=1 - hit).seconds("host and disk", rates)
+
+
+def _ballast(vram: str | None) -> torch.Tensor | None:
+    """What holds the rest of a GPU's memory, so that the budget is all that is left."""
+    if vram is None or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    rest = max(0, free - parse_size(vram, where="vram"))
+    return torch.empty(rest, dtype=torch.uint8, device="cuda")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

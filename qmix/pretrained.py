@@ -198,8 +198,7 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(
                 f"from_pretrained has no option {name!r}",
                 expected="torch_dtype, dtype, device, device_map, attn_implementation, vram, ram, "
-                "max_context, "
-                + ", ".join(_OVERRIDES),
+                "max_context, " + ", ".join(_OVERRIDES),
             )
     return {name: value for name, value in options.items() if name in _OVERRIDES}
 

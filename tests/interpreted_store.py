@@ -83,6 +83,16 @@ def test_steps_and_prompts_are_equal_bits_whatever_has_a_slot(directory):
         assert did.disk == 0
 
 
+def test_a_step_is_recorded_only_while_it_needs_nothing_from_the_host(directory, monkeypatch):
+    monkeypatch.setattr("qmix.decoding._on_gpu", lambda weight: True)
+    model = loaded(directory, 3)
+    cache = model.new_cache(1, 8)
+    with torch.no_grad():
+        assert model.decodings.of(model.model, model.lm_head, cache, None) is not None
+        model.store.path.current = "cpu"
+        assert model.decodings.of(model.model, model.lm_head, cache, None) is None
+
+
 def test_what_fits_neither_memory_is_read_packed_and_brought(directory):
     """Fewer blobs on the host than experts: no recorded step, every chosen expert in a slot first."""
     prompt = PROMPT.to(DEVICE)

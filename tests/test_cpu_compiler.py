@@ -157,7 +157,7 @@ def test_without_a_working_compiler_torch_multiplies_and_says_so_once(
 
 def test_an_unknown_choice_is_refused(cache, monkeypatch):
     monkeypatch.setenv(VARIABLE, "fastest")
-    with pytest.raises(UsageError, match="portable, avx2, avx512"):
+    with pytest.raises(UsageError, match="portable, avx2, avx512, vnni"):
         library()
 
 

@@ -169,7 +169,10 @@ def test_threads_and_repetition_change_no_bit(path):
     if path == "torch":
         pytest.skip("torch's products are torch's affair")
     before = torch.get_num_threads()
-    weights = [random_nf4(2099, 512, nested=True), random_int4(2099, 512, 4, zeros=True)]  # threaded
+    weights = [
+        random_nf4(2099, 512, nested=True),
+        random_int4(2099, 512, 4, zeros=True),
+    ]  # threaded
     try:
         for weight in weights:
             for count in (1, 4, 33):

@@ -4,18 +4,10 @@ import json
 
 import pytest
 from test_cli import qmix
+from test_plan_commands import CARD, GIB
 
 from qmix import doctor, machine
 from qmix.machine import Gpu, Measured, Memory
-
-GIB = 1 << 30
-CARD = Gpu(
-    name="NVIDIA GeForce RTX 3090",
-    total=24 * GIB,
-    free=23 * GIB,
-    driver="550.54",
-    capability=(8, 6),
-)
 
 
 @pytest.fixture

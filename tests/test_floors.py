@@ -97,6 +97,7 @@ HOMES = {
         "qmix.int8",
         "qmix.quantize.nf4",
         "qmix.quantize.activations",
+        "qmix.evals.llama_peer",
     },
 }
 TORCHLESS = {

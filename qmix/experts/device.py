@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, overload
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ class DeviceStore(Store):
         addresses: int64 [L, E] on the device.
         in_place: the device can read every source.
         fill: needed where a source is None.
-        arena: that the sources lie in; it is unpinned when the store is closed.
+        arena: that the sources lie in; it is unpinned when the store is closed or goes.
 
     Attributes:
         path: the way of misses that are in host memory.
@@ -145,6 +146,8 @@ class DeviceStore(Store):
         self.in_place, self.path = in_place, PathChoice()
         self.layers, self.per_layer = addresses.shape
         self._arena = arena
+        if arena is not None:  # registered memory that is unmapped could not be registered again
+            finalize(self, arena.unpin).atexit = False
         self._sources, self._copier, self._fill = sources, copier, fill
         self._copies: list[tuple[Upload, Ticket]] = []
         self._logs: deque[tuple[Tensor, Ticket]] = deque()

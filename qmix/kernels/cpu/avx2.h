@@ -63,6 +63,7 @@ struct Avx2 {
         for (int64_t c = 0; c < chunks; c++) {
             const uint8_t* from = codes + c * BYTES;
             if (tail && c == chunks - 1) from = static_cast<uint8_t*>(memcpy(last, from, tail / 2));
+            ahead(from);
             for (int64_t part = 0; part < 2; part++) {
                 __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * part));
                 int64_t at = (c * CHUNK + 64 * part) / size;

@@ -1,7 +1,7 @@
 """The compiled products as Python functions: weights in, pointers through, float32 out.
 
-`QMIX_CPU_KERNELS` chooses among the paths of one library for tests and for comparisons: `avx512`,
-`avx2` or `portable`, or `torch` for none of them. Without it the best that the processor has is taken.
+`QMIX_CPU_KERNELS` chooses among the paths of one library for tests and for comparisons: `vnni`,
+`avx512`, `avx2` or `portable`, or `torch` for none of them. Without it the best that the processor has is taken.
 
 Shape letters: T tokens, N outputs, K inputs.
 """
@@ -26,7 +26,7 @@ from qmix.packed_format import HEADER_BYTES
 from qmix.weights import NF4, NestedAbsmax
 
 VARIABLE = "QMIX_CPU_KERNELS"
-PATHS = ("portable", "avx2", "avx512")  # their numbers in the source
+PATHS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source
 
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NESTED = 3

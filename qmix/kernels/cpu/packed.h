@@ -123,7 +123,7 @@ QMIX_AVX512 void packed_panel_avx512(const Packed& m, const Integers& integers, 
             const int16_t* x = in.x + i * 2 * m.tile_inputs;
             for (int64_t part = 0; part < m.tile_inputs / 32; part++, x += 64) {
                 const uint8_t* from = tile + part * 2048 + at * 64;
-                _mm_prefetch(reinterpret_cast<const char*>(from + 16384), _MM_HINT_T0);
+                ahead(from);
                 const __m512i words = _mm512_loadu_si512(from);
 #pragma GCC unroll 4
                 for (int nibble = 0; nibble < 4; nibble++) {
@@ -155,7 +155,7 @@ QMIX_AVX512 void packed_panel_avx512(const Packed& m, const Integers& integers, 
 void packed_panel(const Packed& m, const Integers& integers, int32_t path, int64_t panel, const PackedInputs& in,
                   float* low, float* high) {
 #if defined(__x86_64__)
-    if (path == AVX512)
+    if (path >= AVX512)
         return m.zeros ? packed_panel_avx512<true>(m, integers, panel, in, low, high)
                        : packed_panel_avx512<false>(m, integers, panel, in, low, high);
 #endif

@@ -4,7 +4,7 @@ Packed scales are rounded already (qmix.kernels.gpu.order), and activations here
 product errs by 0.01 % of the unpacked weight's. Shape letters: T tokens, D hidden width, F expert width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

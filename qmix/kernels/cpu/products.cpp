@@ -9,7 +9,7 @@
 // More tokens share tiles of the weight that are decoded into the cache.
 //
 // Where the caller allows `rounded` products (its inputs and outputs have 16 bits), few tokens are
-// multiplied as 16-bit integers, on processors with AVX-512: inputs by a scale a chunk, the table by
+// multiplied as 16-bit integers, on processors with AVX-512 VNNI: inputs by a scale a chunk, the table by
 // one scale, integer tables as they are; sums are exact. A product errs by 0.007 % (a bfloat16
 // output by 0.1 %). Half the instructions a weight: float32 look-ups would not keep up with memory.
 //
@@ -47,7 +47,8 @@ void decode(const Matrix& m, int64_t size, int64_t row, int64_t first, int64_t l
     }
     const int64_t units = CHUNK / size, all = m.inputs / size;
     const int64_t end = last * units < all ? last * units : all;
-    read_scales<Kernels>(m, size, row, first * units, end, (last - first) * units + 4, own.scales, m.zeros ? own.zeros : nullptr);
+    read_scales<Kernels>(m, size, row, first * units, end, (last - first) * units + 4, own.scales,
+                         m.zeros ? own.zeros : nullptr);
     const uint8_t* codes = m.codes + row * (m.inputs / 2);
     for (int64_t c = first; c < last; c++) {
         const uint8_t* from = codes + c * BYTES;
@@ -64,7 +65,7 @@ struct Work {
     int64_t from, tokens, size, chunks, lanes;  // lanes of its last panel; 0: direct
     bool rounded;
     float* arranged;     // direct: [tokens][chunks * CHUNK]; else panels of WIDE tokens, [places][lanes] each
-    float* input_scales; // rounded: [tokens][chunks], and `arranged` holds int16
+    float* input_scales; // rounded: [tokens][units + 16], and `arranged` holds int16
     int64_t items, step;  // runs of `step` rows
 };
 
@@ -73,6 +74,7 @@ void arrange_rounded(const Work& work, int64_t token) {
     const Integers integers(m.table);
     const float* x = work.product->x + (work.from + token) * m.inputs;
     int16_t* to = reinterpret_cast<int16_t*>(work.arranged) + token * work.chunks * CHUNK;
+    float* scales = work.input_scales + token * (m.inputs / work.size + 16);
     for (int64_t c = 0; c < work.chunks; c++, to += CHUNK) {
         const int64_t held = m.inputs - c * CHUNK < CHUNK ? m.inputs - c * CHUNK : CHUNK;
         float inputs[CHUNK] = {}, largest = 0, poison = 0;
@@ -86,8 +88,11 @@ void arrange_rounded(const Work& work, int64_t token) {
         const bool sound = poison == 0 && by < 3e38f;
         for (int64_t place = 0; place < CHUNK; place++)
             to[place] = sound ? int16_t(__builtin_rintf(inputs[rounded_input_at(place, m.high_first)] * by)) : 0;
-        work.input_scales[token * work.chunks + c] = poison + (sound ? largest / (integers.largest_input * integers.by) : 0);
+        const float scale = poison + (sound ? largest / (integers.largest_input * integers.by) : 0);
+        for (int64_t i = 0; i < CHUNK / work.size && c * CHUNK + i * work.size < m.inputs; i++)
+            scales[c * (CHUNK / work.size) + i] = scale;
     }
+    for (int64_t i = 0; i < 16; i++) scales[m.inputs / work.size + i] = 0;
 }
 
 template <class Kernels>
@@ -118,7 +123,8 @@ void multiply_direct(const Work& work, int64_t item, const Scratch& own) {
             const int16_t* x = reinterpret_cast<const int16_t*>(work.arranged);
             const int64_t all = m.inputs / work.size;
             for (int64_t row = item * work.step; row < end; row++) {
-                read_scales<Kernels>(m, work.size, row, 0, all, all + 8, own.scales, m.zeros ? own.zeros : nullptr);
+                scales_ahead(m, row + 8);
+                read_scales<Kernels>(m, work.size, row, 0, all, all + 16, own.scales, m.zeros ? own.zeros : nullptr);
                 Kernels::rounded(m, integers, x, work.input_scales, work.tokens, row, work.size, own, y);
             }
             return;
@@ -127,6 +133,7 @@ void multiply_direct(const Work& work, int64_t item, const Scratch& own) {
     for (int64_t row = item * work.step; row < end; row++) {
         if (work.size) {
             const int64_t all = m.inputs / work.size;
+            scales_ahead(m, row + 8);
             read_scales<Kernels>(m, work.size, row, 0, all, all + 8, own.scales, m.zeros ? own.zeros : nullptr);
             Kernels::direct(m, work.arranged, places, work.tokens, row, work.size, own, y);
             continue;
@@ -224,12 +231,13 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
                 work.lanes = Kernels::lanes((work.tokens - 1) % wide + 1);
                 work.step = ROWS;
             } else {
-                work.step = DIRECT_BYTES / (m.inputs / 2 + 1);
-                if (work.step < 1) work.step = 1;
+                int64_t bytes = m.rows * m.inputs / 2 / (16 * threads);
+                bytes = bytes > MOST_BYTES ? MOST_BYTES : bytes < LEAST_BYTES ? LEAST_BYTES : bytes;
+                work.step = bytes / (m.inputs / 2 + 1) + 1;
             }
             work.items = up(m.rows, work.step) / work.step;
             floats += up(work.tokens, work.lanes ? wide : 1) * work.chunks * CHUNK;
-            if (work.rounded) floats += work.tokens * work.chunks;
+            if (work.rounded) floats += work.tokens * (m.inputs / work.size + 16);
             if (work.lanes && sums < ROWS * up(work.tokens, wide)) sums = ROWS * up(work.tokens, wide);
             if (work.size && units < m.inputs / work.size) units = m.inputs / work.size;
             works.push_back(work);
@@ -237,7 +245,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     }
     // Cache lines of its own for every thread.
     const int64_t of_scales = up(units + 16, 16), of_tile = sums ? ROWS * PITCH : 0;
-    const int64_t own = 2 * of_scales + of_tile + sums;
+    const int64_t own = 6 * of_scales + of_tile + sums;
     void* memory = nullptr;
     if (posix_memalign(&memory, 64, sizeof(float) * size_t(floats + threads * own + 16))) throw std::bad_alloc();
     float* arranged = static_cast<float*>(memory);
@@ -253,7 +261,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
         items += work.items;
         if (before && before->product->x == now.x && before->from == work.from && before->tokens == work.tokens
             && before->product->weight.inputs == now.weight.inputs
-            && before->rounded == work.rounded && before->product->weight.high_first == now.weight.high_first
+            && before->rounded == work.rounded && (!work.rounded || before->size == work.size) && before->product->weight.high_first == now.weight.high_first
             && (!work.rounded || !memcmp(before->product->weight.table, now.weight.table, 16 * sizeof(float)))) {
             work.arranged = before->arranged;
             work.input_scales = before->input_scales;
@@ -264,7 +272,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
         arranged += up(work.tokens, panel) * work.chunks * CHUNK;
         if (work.rounded) {
             work.input_scales = arranged;
-            arranged += work.tokens * work.chunks;
+            arranged += work.tokens * (now.weight.inputs / work.size + 16);
         }
         arranged_floats += work.tokens * work.chunks * CHUNK;
         for (int64_t p = 0; p * panel < work.tokens; p++) panels.push_back({&work, p});
@@ -279,7 +287,8 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
         const Work* work = works.data();
         while (item >= work->items) item -= work++->items;
         float* mine = scratch + thread * own;
-        const Scratch part{mine, mine + of_scales, mine + 2 * of_scales, mine + 2 * of_scales + of_tile};
+        float* tile = mine + 6 * of_scales;
+        const Scratch part{mine, mine + of_scales, mine + 2 * of_scales, tile, tile + of_tile};
         if (work->lanes) multiply_tile<Kernels>(*work, item, part, wide);
         else multiply_direct<Kernels>(*work, item, part);
     });
@@ -299,7 +308,8 @@ int32_t qmix_path() {
         return PORTABLE;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
                       && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return wide ? AVX512 : AVX2;
+    if (!wide) return AVX2;
+    return __builtin_cpu_supports("avx512vnni") ? VNNI : AVX512;
 #else
     return PORTABLE;
 #endif
@@ -309,6 +319,7 @@ int32_t qmix_path() {
 int32_t qmix_multiply(const Product* products, int64_t count, int32_t threads, int32_t path, Fork fork) {
     try {
 #if defined(__x86_64__)
+        if (path == VNNI) return multiply<Vnni>(products, count, threads, fork), 0;
         if (path == AVX512) return multiply<Avx512>(products, count, threads, fork), 0;
         if (path == AVX2) return multiply<Avx2>(products, count, threads, fork), 0;
 #endif
@@ -331,7 +342,8 @@ int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int
         std::vector<int16_t> arranged(size_t(tokens * 2 * m.inputs));
         std::vector<float> scales(size_t(tokens * tiles));
         each(tokens, tokens > 8 ? threads : 1, fork, [&](int64_t t, int) {
-            arrange_packed(m, integers, x + t * m.inputs, arranged.data() + t * 2 * m.inputs, scales.data() + t * tiles);
+            arrange_packed(m, integers, x + t * m.inputs, arranged.data() + t * 2 * m.inputs,
+                           scales.data() + t * tiles);
         });
         each(panels, threads, fork, [&](int64_t panel, int) {
             for (int64_t t = 0; t < tokens; t++) {

@@ -147,13 +147,14 @@ def unpack_expert(packed: PackedExpert) -> Expert:
 
 
 def rebased(packed: PackedExpert, blob: Tensor) -> PackedExpert:
-    """The expert whose bytes are those of `blob`: a copy of its own blob, or where one will be."""
-    end = len(packed.gate_up.blob)
-    return replace(
-        packed,
-        blob=blob,
-        gate_up=replace(packed.gate_up, blob=blob[:end]),
-        down=replace(packed.down, blob=blob[end:]),
+    """The expert whose bytes are those of `blob`, a copy of its own; its orders go to where that is."""
+    end, perm, inner = len(packed.gate_up.blob), packed.gate_up.perm, packed.inner
+    perm = None if perm is None else perm.to(blob.device)
+    return PackedExpert(
+        blob,
+        replace(packed.gate_up, blob=blob[:end], perm=perm),
+        replace(packed.down, blob=blob[end:]),
+        None if inner is None else inner.to(blob.device),
     )
 
 

@@ -1,0 +1,53 @@
+"""qmix.evals.cpu on a small layer: every row is there, and says what it is."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from qmix.config import MixtralConfig
+from qmix.errors import UsageError
+from qmix.evals import cpu
+from qmix.kernels.cpu.library import library
+
+SMALL = MixtralConfig(
+    hidden_size=256, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2
+)
+
+
+@pytest.mark.parametrize("form", cpu.FORMATS)
+def test_random_weights_are_of_their_format_and_of_normal_size(form):
+    weight = cpu.random_weight(form, (128, 256), 0)
+    assert weight.shape == (128, 256)
+    assert weight.scheme.kind == form.split()[0]
+    values = weight.dequantize(torch.float32)
+    assert torch.isfinite(values).all()
+    assert 0.1 < float(values.square().mean().sqrt()) * math.sqrt(256) < 10
+
+
+@pytest.mark.skipif(library().path is None, reason="no compiler")
+def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
+    monkeypatch.setattr(cpu, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu, "_TURNS", {1: 2, 8: 1})
+    report = cpu.run(SMALL, llama=None, tokens=(1, 8))
+    assert report.bandwidth > 0
+    for part, forms in (("experts", cpu.FORMATS), ("layer", cpu.LAYER_FORMATS)):
+        for form in forms:
+            found = [m for m in report.measurements if m.part == part and m.way == f"qmix {form}"]
+            assert [m.tokens for m in found] == [1, 8]
+            assert all(0 < m.best <= m.median for m in found)
+            assert found[0].of_bound > 0
+    absent = [m for m in report.measurements if m.best is None]
+    assert [m.note for m in absent if m.way == "llama.cpp"] == ["not installed: no --llama"]
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["threads"] == torch.get_num_threads()
+    assert len({len(row) for row in report.rows()}) == 1
+
+
+def test_an_interpreter_that_is_none_is_named(tmp_path):
+    with (
+        pytest.raises(UsageError, match="--llama"),
+        cpu._llama(str(tmp_path / "none"), "Q4_0", SMALL),
+    ):
+        pass
