@@ -261,7 +261,8 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
         items += work.items;
         if (before && before->product->x == now.x && before->from == work.from && before->tokens == work.tokens
             && before->product->weight.inputs == now.weight.inputs
-            && before->rounded == work.rounded && (!work.rounded || before->size == work.size) && before->product->weight.high_first == now.weight.high_first
+            && before->rounded == work.rounded && (!work.rounded || before->size == work.size)
+            && before->product->weight.high_first == now.weight.high_first
             && (!work.rounded || !memcmp(before->product->weight.table, now.weight.table, 16 * sizeof(float)))) {
             work.arranged = before->arranged;
             work.input_scales = before->input_scales;
