@@ -123,7 +123,9 @@ def test_the_plan_is_what_is_packed(group, kind):
 
 def test_members_are_this_modules_tensors_only():
     names = [f"{P}.weight_packed", f"{P}.weight_scale", f"{P}.weight_shape"]
-    assert list(layouts.compressed_members(P, [*names, f"{P}.weight", f"{P}0.weight_packed"])) == names
+    assert (
+        list(layouts.compressed_members(P, [*names, f"{P}.weight", f"{P}0.weight_packed"])) == names
+    )
     zeros = f"{P}.weight_zero_point"
     assert list(layouts.compressed_members(P, [zeros, *names])) == [*names, zeros]
     assert list(layouts.compressed_members(P, [names[1]])) == names  # what there should be
