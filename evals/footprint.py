@@ -123,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    torch.set_grad_enabled(mode=False)
     try:
-        found = compare(options.directory, options.ctx)
+        with torch.no_grad():
+            found = compare(options.directory, options.ctx)
     except QmixError as error:
         sys.stderr.write(f"footprint: {error}\n")
         return error.exit_code

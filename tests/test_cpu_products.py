@@ -286,3 +286,15 @@ def test_one_thread_by_environment_works():
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert TINY.is_dir()
+
+
+@pytest.mark.parametrize("form", ["nf4", "int4"])
+def test_gradients_are_those_of_the_dequantized_weight(form):
+    """The forward pass is the very one without gradients; the backward pass is float32 tiles."""
+    weight = random_nf4(96, 128) if form == "nf4" else random_int4(96, 128, 2, perm=True)
+    x = torch.randn(3, 128, generator=seeded(), requires_grad=True)
+    out = kernels.linear(x, weight)
+    assert torch.equal(out, kernels.linear(x.detach(), weight))
+    grad = torch.randn(3, 96, generator=seeded(1))
+    out.backward(grad)
+    assert torch.allclose(x.grad, grad @ weight.dequantize(torch.float32), rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import gptq, open_checkpoint
 from qmix.formats.gptq_config import Settings
+from qmix.formats.layouts import gptq_members
 from qmix.formats.names import spellings
 from qmix.heads import MixtralForCausalLM
 from qmix.int4 import Int4, pack_codes
@@ -166,10 +167,10 @@ def test_what_fills_no_whole_words_or_groups_is_refused_in_the_plan(shape, schem
 def test_members_are_this_modules_tensors_only():
     names = [f"{P}.qweight", f"{P}.qzeros", f"{P}.scales", f"{P}.g_idx"]
     others = [f"{P}0.qweight", "model.norm.weight", f"{P}.weight", "lm_head.g_idx"]
-    assert list(gptq.members(P, names + others)) == names
-    assert list(gptq.members(P, [*names, f"{P}.bias"])) == [*names, f"{P}.bias"]
-    assert gptq.members(P, others) == ()
-    assert list(gptq.members(P, [f"{P}.g_idx"])) == names  # what there should be
+    assert list(gptq_members(P, names + others)) == names
+    assert list(gptq_members(P, [*names, f"{P}.bias"])) == [*names, f"{P}.bias"]
+    assert gptq_members(P, others) == ()
+    assert list(gptq_members(P, [f"{P}.g_idx"])) == names  # what there should be
 
 
 def edited(suffix, edit, **options):

@@ -186,7 +186,7 @@ def _reference(x, weight):
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
 @KINDS
-def test_a_product_never_holds_more_than_one_tile(monkeypatch, kind, act_order):
+def test_without_a_compiler_a_product_never_holds_more_than_one_tile(monkeypatch, kind, act_order):
     weight, _ = drawn(1000, 1024, 128, kind=kind, act_order=act_order)
     seen = []
     original = Integers.rows
@@ -196,6 +196,6 @@ def test_a_product_never_holds_more_than_one_tile(monkeypatch, kind, act_order):
         return original(self, start, stop, dtype)
 
     monkeypatch.setattr(Integers, "rows", rows)
-    kernels.linear(torch.ones(4, 1024), weight)
+    int4_kernel.linear(torch.ones(4, 1024), weight)
     assert sum(seen) == 1000 * 1024
     assert max(seen) <= int4_kernel.TILE_ELEMENTS

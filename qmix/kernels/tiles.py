@@ -32,3 +32,15 @@ def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
         for start, tile in zip(starts, tiles, strict=True):
             torch.mm(tokens, tile.T, out=out[:, start : start + step])
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def transposed(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
+    """x [..., N] times the weight itself, not its transpose: float32 [..., K], a tile at a time."""
+    out_features, in_features = weight.shape
+    rows = x.reshape(-1, out_features).float()
+    out = torch.zeros(rows.shape[0], in_features, device=x.device)
+    step = max(1, tile_elements // in_features)
+    for start in range(0, out_features, step):
+        tile = weight.rows(start, min(start + step, out_features), torch.float32)
+        out.addmm_(rows[:, start : start + step], tile)
+    return out.view(*x.shape[:-1], in_features)

@@ -1,16 +1,18 @@
 """Products with NF4 and Int4 weights on a CPU, straight from their codes.
 
-Where there is no compiler, and where gradients are wanted, a tile of the weight at a time is decoded
-and multiplied by torch. Shape letters: K input features, N output features.
+Where there is no compiler, and in a backward pass, a tile of the weight at a time is decoded and
+multiplied by torch. Shape letters: K input features, N output features.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qmix.int4 import Int4
-from qmix.kernels import int4, nf4
+from qmix.kernels import int4, nf4, tiles
 from qmix.kernels.cpu.library import library
 from qmix.weights import NF4, Weight
 
@@ -25,12 +27,16 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
 
     They share one start of the threads; an act-order weight's activations are permuted, not its codes.
     """
-    if x.requires_grad and torch.is_grad_enabled():
-        return [_tiles(x, weight) for weight in weights]
     compiled = library()
     if compiled.path is None:
         compiled.fallbacks += len(weights)
         return [_tiles(x, weight) for weight in weights]
+    if x.requires_grad and torch.is_grad_enabled():
+        return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
+    return _multiplied(x, weights)
+
+
+def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
     ordered: list[Tensor] = []
     packed: list[NF4 | Int4] = []
@@ -39,8 +45,26 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
         perm = weight.perm if isinstance(weight, Int4) else None
         ordered.append(tokens if perm is None else tokens.index_select(1, perm))
         packed.append(weight)
-    outs = compiled.multiply(ordered, packed, rounded=x.dtype.itemsize == 2)
+    outs = library().multiply(ordered, packed, rounded=x.dtype.itemsize == 2)
     return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The same products with a gradient for x; the weights have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        return tuple(_multiplied(x, weights))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        parts = [
+            tiles.transposed(grad, weight, nf4.TILE_ELEMENTS)
+            for grad, weight in zip(grads, ctx.weights, strict=True)
+        ]
+        return torch.stack(parts).sum(0).to(grads[0].dtype), None
 
 
 def _tiles(x: Tensor, weight: Weight) -> Tensor:
