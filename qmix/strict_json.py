@@ -61,6 +61,15 @@ def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
 
 def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     """Read one JSON object from a regular file of at most `limit_bytes`."""
+    return loads(read_bytes(path, limit_bytes=limit_bytes), where=str(path))
+
+
+def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
+    """A regular file of at most `limit_bytes`.
+
+    Raises:
+        CheckpointError: it is absent, no file, larger, or cannot be read.
+    """
     try:
         if not path.is_file():
             raise CheckpointError("no such file", where=str(path))
@@ -69,6 +78,6 @@ def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
             raise CheckpointError(
                 "file too large", where=str(path), expected=f"at most {limit_bytes} B", found=size
             )
-        return loads(path.read_bytes(), where=str(path))
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError("cannot be read", where=str(path), found=error.strerror) from error

@@ -15,7 +15,7 @@ Shape letters: L layers, E experts a layer, T tokens, K chosen experts a token, 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, overload
+from typing import Protocol
 from weakref import finalize
 
 import torch
@@ -375,17 +375,8 @@ class DeviceExperts(StoredExperts):
         self, store: DeviceStore, layer: int, whole: PackedExperts, parts: Sequence[Expert]
     ) -> None:
         self.store: DeviceStore = store
-        self._layer, self._whole, self._parts = layer, whole, parts
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    @overload
-    def __getitem__(self, index: int) -> Expert: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
-    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
-        return self._parts[index]
+        super().__init__(parts)
+        self._layer, self._whole = layer, whole
 
     @property
     def whole(self) -> PackedExperts:
@@ -418,17 +409,17 @@ class DeviceExperts(StoredExperts):
         there = [e for e in range(store.per_layer) if not store.missed(first + e)]
         missed = torch.tensor([[store.missed(first + e) for e in row] for row in chosen])
         out = torch.zeros(*routes.ids.shape, x.shape[1], dtype=torch.float32, device=x.device)
-        on_device = missed.to(x.device)
+        absent = missed.to(x.device)
         if not bool(missed.all()):
-            ids = routes.ids.masked_fill(on_device, there[0])
-            weights = routes.weights.masked_fill(on_device, 0)
+            ids = routes.ids.masked_fill(absent, there[0])
+            weights = routes.weights.masked_fill(absent, 0)
             out += packed.expert_pairs(x, Routes(ids, weights), self._whole)
         if bool(missed.any()):
             begun = time.perf_counter()
             at_host = Routes(routes.ids.cpu(), routes.weights.cpu())
             found, experts = pairs_on_host(x.cpu(), at_host, self._whole, missed)
             store.path.observe("cpu", experts * store.slots.nbytes, time.perf_counter() - begun)
-            out[on_device] = found.to(x.device)
+            out[absent] = found.to(x.device)
         return out.sum(1).to(x.dtype)
 
 

@@ -186,17 +186,7 @@ class DiskExperts(StoredExperts):
     def __init__(self, store: DiskStore, layer: int) -> None:
         self.store, self._layer = store, layer
         self._first = layer * store.per_layer
-        self._parts = [store.reader.described(self._first + i) for i in range(store.per_layer)]
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    @overload
-    def __getitem__(self, index: int) -> Expert: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
-    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
-        return self._parts[index]
+        super().__init__([store.reader.described(self._first + i) for i in range(store.per_layer)])
 
     def ready(self, routes: Routes) -> Sequence[Expert]:
         store, ids = self.store, [self._first + index for index in chosen_ids(routes)]

@@ -6,7 +6,7 @@ Shape letters: T tokens, K chosen experts a token, D hidden width.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -131,6 +131,19 @@ class StoredExperts(Sequence[Expert], ABC):
     """One layer's experts in a store, each indexed as it can be described and saved at rest."""
 
     store: Store
+
+    def __init__(self, parts: Sequence[Expert]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Expert: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
+    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
+        return self._parts[index]
 
     @abstractmethod
     def ready(self, routes: Routes) -> Sequence[Expert]:

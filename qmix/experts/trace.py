@@ -128,17 +128,8 @@ def read(path: Path) -> Trace:
     Raises:
         CheckpointError: not a trace, another version, or a damaged line, which is named.
     """
-    try:
-        if not path.is_file():
-            raise CheckpointError("no such file", where=str(path))
-        size = path.stat().st_size
-        if size > _TRACE_BYTES:
-            raise CheckpointError(
-                "file too large", where=str(path), expected=f"at most {_TRACE_BYTES} B", found=size
-            )
-        lines = path.read_bytes().decode("ascii", "replace").splitlines()
-    except OSError as error:
-        raise CheckpointError("cannot be read", where=str(path), found=error.strerror) from error
+    content = strict_json.read_bytes(path, limit_bytes=_TRACE_BYTES)
+    lines = content.decode("ascii", "replace").splitlines()
     header = _header(lines[0] if lines else "", str(path))
     tokens, gates = [], []
     for number, line in enumerate(lines[1:], 2):
