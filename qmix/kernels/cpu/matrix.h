@@ -47,6 +47,7 @@ constexpr int64_t BYTES = CHUNK / 2;
 constexpr int64_t NESTED_BLOCK = 256;
 constexpr int64_t DIRECT = 4;        // most tokens that are multiplied while codes are looked up
 constexpr int64_t ROUNDED = 12;      // the same, of rounded products
+constexpr int64_t ABREAST = 2;       // rows of a rounded product that are multiplied at a time
 constexpr int64_t TOKENS = 512;      // tokens that are arranged at a time
 constexpr int64_t WIDE = 32;         // tokens of a panel, lanes of the largest register tile
 constexpr int64_t ROWS = 48;         // rows of a decoded tile: a multiple of every register tile's
@@ -180,26 +181,25 @@ int64_t input_at(int64_t place, int32_t high_first) {
     return 8 * word + (high_first ? p ^ 1 : p);
 }
 
-// Which input of a chunk stands at each place of a rounded product's.
-int64_t rounded_input_at(int64_t place, int32_t high_first) {
-    int64_t p = place / 32, word = place % 32;
-    return 4 * word + (high_first ? p ^ 1 : p);
-}
-
 // The table as integers: `values[code] / by`. Eight products of a lane's sum stay below 2^31.
 struct Integers {
     int16_t values[32];  // twice the sixteen: a fifth bit of an index is another code's
     float by, largest_input;
+    bool linear;         // code + values[0]; the inputs are sums of two signed bytes then
 
-    explicit Integers(const float* table) : by(1), largest_input(32767) {
+    explicit Integers(const float* table) : by(1), largest_input(32767), linear(true) {
         float largest = 0;
         bool whole = true;
         for (int i = 0; i < 16; i++) {
             const float size = table[i] < 0 ? -table[i] : table[i];
             largest = size > largest ? size : largest;
             whole = whole && table[i] == float(int(table[i]));
+            linear = linear && table[i] == table[0] + float(i);
         }
-        if (!whole || largest > 16) {
+        linear = linear && whole && largest <= 16;
+        if (linear) {
+            largest_input = 127 * 256 + 127;
+        } else if (!whole || largest > 16) {
             largest_input = 16383;
             by = largest > 0 ? 16383 / largest : 1;
         }
@@ -207,13 +207,21 @@ struct Integers {
     }
 };
 
+// Tokens of a rounded product.
+struct Inputs {
+    const int16_t* x;     // [tokens][chunks * CHUNK], in a rounded product's order
+    const float* scales;  // [tokens][chunks]
+    const float* totals;  // linear codes: [tokens][chunks][4], of the inputs of a scale
+    int64_t tokens;
+};
+
 // One thread's memory.
 struct Scratch {
-    float* scales;  // of a row, and room for a vector's load behind the last
-    float* zeros;
-    float* scaled;  // rounded: of four tokens, [4][units + 16], a row's scales times the inputs'
+    float* scales;  // of ABREAST rows, `pitch` apart, and room for a vector's load behind the last
+    float* zeros;   // as many
     float* tile;    // [ROWS, PITCH]
     float* sums;    // [panels of TOKENS][ROWS][lanes]
+    int64_t pitch;
 };
 
 // A chunk whose scales do not fit it, or the last of a matrix whose rows share bytes.

@@ -65,34 +65,22 @@ struct Work {
     int64_t from, tokens, size, chunks, lanes;  // lanes of its last panel; 0: direct
     bool rounded;
     float* arranged;     // direct: [tokens][chunks * CHUNK]; else panels of WIDE tokens, [places][lanes] each
-    float* input_scales; // rounded: [tokens][units + 16], and `arranged` holds int16
+    float* input_scales; // rounded: [tokens][chunks], and `arranged` holds int16
+    float* totals;       // rounded: [tokens][chunks][4]
     int64_t items, step;  // runs of `step` rows
 };
 
+template <class Kernels>
 void arrange_rounded(const Work& work, int64_t token) {
     const Matrix& m = work.product->weight;
     const Integers integers(m.table);
     const float* x = work.product->x + (work.from + token) * m.inputs;
-    int16_t* to = reinterpret_cast<int16_t*>(work.arranged) + token * work.chunks * CHUNK;
-    float* scales = work.input_scales + token * (m.inputs / work.size + 16);
-    for (int64_t c = 0; c < work.chunks; c++, to += CHUNK) {
-        const int64_t held = m.inputs - c * CHUNK < CHUNK ? m.inputs - c * CHUNK : CHUNK;
-        float inputs[CHUNK] = {}, largest = 0, poison = 0;
-        memcpy(inputs, x + c * CHUNK, sizeof(float) * held);
-        for (float each : inputs) {
-            const float size = each < 0 ? -each : each;
-            largest = size > largest ? size : largest;
-            poison += each * 0;  // not a number, if any input is none or infinite
-        }
-        const float by = largest > 0 ? integers.largest_input / largest : 0;
-        const bool sound = poison == 0 && by < 3e38f;
-        for (int64_t place = 0; place < CHUNK; place++)
-            to[place] = sound ? int16_t(__builtin_rintf(inputs[rounded_input_at(place, m.high_first)] * by)) : 0;
-        const float scale = poison + (sound ? largest / (integers.largest_input * integers.by) : 0);
-        for (int64_t i = 0; i < CHUNK / work.size && c * CHUNK + i * work.size < m.inputs; i++)
-            scales[c * (CHUNK / work.size) + i] = scale;
+    for (int64_t c = 0, left = m.inputs; c < work.chunks; c++, left -= CHUNK) {
+        const int64_t at = token * work.chunks + c;
+        work.input_scales[at] =
+            Kernels::arrange(x + c * CHUNK, left < CHUNK ? left : CHUNK, m.high_first, integers, work.size,
+                             reinterpret_cast<int16_t*>(work.arranged) + at * CHUNK, work.totals + 4 * at);
     }
-    for (int64_t i = 0; i < 16; i++) scales[m.inputs / work.size + i] = 0;
 }
 
 template <class Kernels>
@@ -113,23 +101,22 @@ void arrange(const Work& work, int64_t panel, int64_t wide) {
 }
 
 template <class Kernels>
+void multiply_rounded(const Work& work, int64_t item, const Scratch& own) {
+    const Matrix& m = work.product->weight;
+    const Integers integers(m.table);
+    const Inputs in{reinterpret_cast<const int16_t*>(work.arranged), work.input_scales, work.totals, work.tokens};
+    float* y = work.product->y + work.from * m.rows;
+    const int64_t first = item * work.step, end = first + work.step < m.rows ? first + work.step : m.rows;
+    const int64_t even = end - (end - first) % ABREAST;
+    Kernels::template rounded<ABREAST>(m, integers, work.size, in, first, even, own, y);
+    Kernels::template rounded<1>(m, integers, work.size, in, even, end, own, y);
+}
+
+template <class Kernels>
 void multiply_direct(const Work& work, int64_t item, const Scratch& own) {
     const Matrix& m = work.product->weight;
     const int64_t places = work.chunks * CHUNK, end = (item + 1) * work.step < m.rows ? (item + 1) * work.step : m.rows;
     float* y = work.product->y + work.from * m.rows;
-    if constexpr (Kernels::INTEGERS) {
-        if (work.rounded) {
-            const Integers integers(m.table);
-            const int16_t* x = reinterpret_cast<const int16_t*>(work.arranged);
-            const int64_t all = m.inputs / work.size;
-            for (int64_t row = item * work.step; row < end; row++) {
-                scales_ahead(m, row + 8);
-                read_scales<Kernels>(m, work.size, row, 0, all, all + 16, own.scales, m.zeros ? own.zeros : nullptr);
-                Kernels::rounded(m, integers, x, work.input_scales, work.tokens, row, work.size, own, y);
-            }
-            return;
-        }
-    }
     for (int64_t row = item * work.step; row < end; row++) {
         if (work.size) {
             const int64_t all = m.inputs / work.size;
@@ -226,18 +213,19 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
             work.tokens = products[i].tokens - from < TOKENS ? products[i].tokens - from : TOKENS;
             work.size = unit(m);
             work.chunks = up(m.inputs, CHUNK) / CHUNK;
-            work.rounded = Kernels::INTEGERS && work.size && products[i].rounded && work.tokens <= ROUNDED;
+            work.rounded = Kernels::INTEGERS && work.size && products[i].rounded && work.tokens <= ROUNDED
+                           && (!m.zeros || Integers(m.table).linear);
             if (work.tokens > DIRECT && !work.rounded) {
                 work.lanes = Kernels::lanes((work.tokens - 1) % wide + 1);
                 work.step = ROWS;
             } else {
                 int64_t bytes = m.rows * m.inputs / 2 / (16 * threads);
                 bytes = bytes > MOST_BYTES ? MOST_BYTES : bytes < LEAST_BYTES ? LEAST_BYTES : bytes;
-                work.step = bytes / (m.inputs / 2 + 1) + 1;
+                work.step = up(bytes / (m.inputs / 2 + 1) + 1, ABREAST);
             }
             work.items = up(m.rows, work.step) / work.step;
             floats += up(work.tokens, work.lanes ? wide : 1) * work.chunks * CHUNK;
-            if (work.rounded) floats += work.tokens * (m.inputs / work.size + 16);
+            if (work.rounded) floats += 5 * work.tokens * work.chunks;
             if (work.lanes && sums < ROWS * up(work.tokens, wide)) sums = ROWS * up(work.tokens, wide);
             if (work.size && units < m.inputs / work.size) units = m.inputs / work.size;
             works.push_back(work);
@@ -245,7 +233,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     }
     // Cache lines of its own for every thread.
     const int64_t of_scales = up(units + 16, 16), of_tile = sums ? ROWS * PITCH : 0;
-    const int64_t own = 6 * of_scales + of_tile + sums;
+    const int64_t own = 2 * ABREAST * of_scales + of_tile + sums;
     void* memory = nullptr;
     if (posix_memalign(&memory, 64, sizeof(float) * size_t(floats + threads * own + 16))) throw std::bad_alloc();
     float* arranged = static_cast<float*>(memory);
@@ -266,6 +254,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
             && (!work.rounded || !memcmp(before->product->weight.table, now.weight.table, 16 * sizeof(float)))) {
             work.arranged = before->arranged;
             work.input_scales = before->input_scales;
+            work.totals = before->totals;
             continue;
         }
         const int64_t panel = work.lanes ? wide : 1;
@@ -273,23 +262,27 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
         arranged += up(work.tokens, panel) * work.chunks * CHUNK;
         if (work.rounded) {
             work.input_scales = arranged;
-            arranged += work.tokens * (now.weight.inputs / work.size + 16);
+            work.totals = arranged + work.tokens * work.chunks;
+            arranged += 5 * work.tokens * work.chunks;
         }
         arranged_floats += work.tokens * work.chunks * CHUNK;
         for (int64_t p = 0; p * panel < work.tokens; p++) panels.push_back({&work, p});
     }
     auto bring = [&](int64_t i, int) {
         const Work& work = *panels[i].work;
-        if (work.rounded) arrange_rounded(work, panels[i].index);
-        else arrange<Kernels>(work, panels[i].index, work.lanes ? wide : 1);
+        if constexpr (Kernels::INTEGERS)
+            if (work.rounded) return arrange_rounded<Kernels>(work, panels[i].index);
+        arrange<Kernels>(work, panels[i].index, work.lanes ? wide : 1);
     };
     each(int64_t(panels.size()), arranged_floats > (1 << 16) ? threads : 1, fork, bring);
     each(items, threads, fork, [&](int64_t item, int thread) {
         const Work* work = works.data();
         while (item >= work->items) item -= work++->items;
         float* mine = scratch + thread * own;
-        float* tile = mine + 6 * of_scales;
-        const Scratch part{mine, mine + of_scales, mine + 2 * of_scales, tile, tile + of_tile};
+        float* tile = mine + 2 * ABREAST * of_scales;
+        const Scratch part{mine, mine + ABREAST * of_scales, tile, tile + of_tile, of_scales};
+        if constexpr (Kernels::INTEGERS)
+            if (work->rounded) return multiply_rounded<Kernels>(*work, item, part);
         if (work->lanes) multiply_tile<Kernels>(*work, item, part, wide);
         else multiply_direct<Kernels>(*work, item, part);
     });
