@@ -107,8 +107,9 @@ void multiply_rounded(const Work& work, int64_t item, const Scratch& own) {
     const Inputs in{reinterpret_cast<const int16_t*>(work.arranged), work.input_scales, work.totals, work.tokens};
     float* y = work.product->y + work.from * m.rows;
     const int64_t first = item * work.step, end = first + work.step < m.rows ? first + work.step : m.rows;
-    const int64_t even = end - (end - first) % ABREAST;
-    Kernels::template rounded<ABREAST>(m, integers, work.size, in, first, even, own, y);
+    const int64_t even = end - (end - first) % (work.tokens == 1 ? ABREAST : ABREAST / 2);
+    if (work.tokens == 1) Kernels::template rounded<ABREAST>(m, integers, work.size, in, first, even, own, y);
+    else Kernels::template rounded<ABREAST / 2>(m, integers, work.size, in, first, even, own, y);
     Kernels::template rounded<1>(m, integers, work.size, in, even, end, own, y);
 }
 
@@ -225,7 +226,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
             }
             work.items = up(m.rows, work.step) / work.step;
             floats += up(work.tokens, work.lanes ? wide : 1) * work.chunks * CHUNK;
-            if (work.rounded) floats += 5 * work.tokens * work.chunks;
+            if (work.rounded) floats += up(5 * work.tokens * work.chunks, 16);
             if (work.lanes && sums < ROWS * up(work.tokens, wide)) sums = ROWS * up(work.tokens, wide);
             if (work.size && units < m.inputs / work.size) units = m.inputs / work.size;
             works.push_back(work);
@@ -263,7 +264,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
         if (work.rounded) {
             work.input_scales = arranged;
             work.totals = arranged + work.tokens * work.chunks;
-            arranged += 5 * work.tokens * work.chunks;
+            arranged += up(5 * work.tokens * work.chunks, 16);
         }
         arranged_floats += work.tokens * work.chunks * CHUNK;
         for (int64_t p = 0; p * panel < work.tokens; p++) panels.push_back({&work, p});
