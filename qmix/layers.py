@@ -78,6 +78,11 @@ class Linear(nn.Module):
         assert self.weight is not None
         return Dense(self.weight)
 
+    @property
+    def hooked(self) -> bool:
+        """Whether a caller wants to see each call."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+
     def store(self, weight: Weight) -> None:
         """Replace the weight; the shape [out_features, in_features] must stay."""
         assert weight.shape == (self.out_features, self.in_features), weight.shape
@@ -158,10 +163,14 @@ class Attention(nn.Module):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, D) -> queries (B, S, H * d), keys and values (B, S, G * d)."""
-        if self.joined is None:
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        widths = [part.out_features for part in (self.q_proj, self.k_proj, self.v_proj)]
-        q, k, v = kernels.linear(x, self.joined).split_with_sizes(widths, -1)
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if self.joined is not None:
+            widths = [part.out_features for part in parts]
+            q, k, v = kernels.linear(x, self.joined).split_with_sizes(widths, -1)
+        elif all(type(part) is Linear and not part.hooked for part in parts):
+            q, k, v = kernels.linears(x, [part.stored for part in parts])
+        else:
+            q, k, v = (part(x) for part in parts)
         return q, k, v
 
     def forward(self, x: Tensor, step: Step) -> Tensor:

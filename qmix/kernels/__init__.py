@@ -20,7 +20,7 @@ from qmix.int8 import Int8
 from qmix.kernels import attention, dense, int4, nf4, pointwise, reference
 from qmix.kernels.attention import Implementation, visible
 from qmix.kernels.cpu import products
-from qmix.kernels.experts import Expert, Routes, routed
+from qmix.kernels.experts import Expert, Routes, routed, routed_token
 from qmix.kernels.gpu import packed
 from qmix.kernels.gpu.packed import Packed, PackedExperts
 from qmix.kernels.pointwise import rotary
@@ -100,8 +100,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     """`linear` with each of several weights, at once where their row can."""
-    rows = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
-    if rows == {products.linear} and not overridden():
+    if _compiled(x, weights):
         return products.linears(x, weights)
     return [linear(x, weight) for weight in weights]
 
@@ -112,13 +111,16 @@ def experts(
     """Each token through its chosen experts: [T, D] -> [T, D], summed in float32.
 
     Experts that no token chose are not touched: `weights[i]` is asked for once a chosen expert, in
-    ascending order, and let go before the next.
+    ascending order, and let go before the next; but those of a list all stay, and serve one token at once.
     """
     if _choice.get() == "reference":
         return reference.experts(x, routes, weights, act)
     trained = x.requires_grad and torch.is_grad_enabled()
     if isinstance(weights, PackedExperts) and act is F.silu and not trained:
         return packed.experts(x, routes, weights)
+    if len(x) == 1 and isinstance(weights, list) and not trained:
+        if _compiled(x, [part for expert in weights for part in (expert.w1, expert.w2, expert.w3)]):
+            return routed_token(x, routes, weights, act, products.pairs)
     return routed(x, routes, weights, act, linears)
 
 
@@ -178,6 +180,12 @@ def attend(
         mask=mask,
         implementation=implementation,
     )
+
+
+def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
+    """Whether the CPU's compiled products multiply all of these."""
+    rows = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
+    return rows == {products.linear} and not overridden()
 
 
 def _fused(*tensors: Tensor) -> bool:

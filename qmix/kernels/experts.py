@@ -53,3 +53,28 @@ def routed(
         y = linears(act(gate) * up, (expert.w2,))[0].float() * routes.weights[token, slot, None]
         out = out.index_add(0, token, y) if y.requires_grad else out.index_add_(0, token, y)
     return out.to(x.dtype)
+
+
+def routed_token(
+    x: Tensor,
+    routes: Routes,
+    weights: Sequence[Expert],
+    act: Callable[[Tensor], Tensor],
+    pairs: Callable[[Sequence[Tensor], Sequence[Weight]], list[Tensor]],
+) -> Tensor:
+    """`routed` of one token, to the same bits: (1, D) -> (1, D); all its experts at once.
+
+    Args:
+        pairs: the product of each x with its weight.
+    """
+    ids, order = routes.ids[0].sort()
+    shares = routes.weights[0, order]
+    chosen = [weights[index] for index in ids.tolist()]
+    count = len(chosen)
+    both = pairs([x] * (2 * count), [e.w1 for e in chosen] + [e.w3 for e in chosen])
+    hidden = [act(gate) * up for gate, up in zip(both[:count], both[count:], strict=True)]
+    ys = torch.cat(pairs(hidden, [e.w2 for e in chosen])).float() * shares[:, None]
+    out = ys[:1]
+    for index in range(1, count):
+        out = out + ys[index]
+    return out.to(x.dtype)

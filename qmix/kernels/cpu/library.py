@@ -30,6 +30,7 @@ PATHS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source
 
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NESTED = 3
+DENSE_TOKENS = 2  # at most, of a compiled product with a weight in bfloat16
 _CODES = torch.arange(16, dtype=torch.float32)
 _SYMMETRIC = _CODES - symmetric_zero(4)
 _FORKED = 0x40  # Linux' PF_FORKNOEXEC
@@ -62,6 +63,17 @@ class _Product(Structure):
     )
 
 
+class _DenseProduct(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("inputs", c_int64),
+        ("tokens", c_int64),
+    )
+
+
 class _Packed(Structure):
     _fields_ = (
         ("tiles", c_void_p),
@@ -90,35 +102,44 @@ class Library:
     fallbacks: int = 0
 
     def multiply(
-        self, xs: Sequence[Tensor], weights: Sequence[NF4 | Int4], *, rounded: bool = False
+        self,
+        xs: Sequence[Tensor],
+        weights: Sequence[NF4 | Int4],
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
-        """Each x [T, K], float32 and contiguous, times its weight [N, K]: float32 [T, N] each.
+        """Each x [T, K], float32 and contiguous, times its weight [N, K]: [T, N] each, in `dtype`.
 
         An act-order weight takes its inputs in the order that it stores them.
 
-        Args:
-            rounded: for few tokens 16-bit integers may stand for x and for the table: an error of
-                0.007 %, for outputs that are rounded to 16 bits anyway.
+        Outputs of 16 bits allow 16-bit integers to stand for x and for the table, for few tokens: an
+        error of 0.007 %.
 
         Raises:
             ResourceError: no memory for the arranged activations.
         """
         assert self.functions is not None
         assert self.path is not None
-        outs = [torch.empty(len(x), weight.shape[0]) for x, weight in zip(xs, weights, strict=True)]
+        sizes = [len(x) * weight.shape[0] for x, weight in zip(xs, weights, strict=True)]
+        flat = torch.empty(sum(sizes))
         held: list[Tensor] = []  # what the pointers point to
-        products = (_Product * len(weights))(
-            *(
-                _Product(_matrix(weight, held), x.data_ptr(), out.data_ptr(), len(x), rounded)
-                for x, weight, out in zip(xs, weights, outs, strict=True)
-            )
-        )
+        products = (_Product * len(weights))()
+        at = flat.data_ptr()
+        for product, x, weight, size in zip(products, xs, weights, sizes, strict=True):
+            product.weight = _matrix(weight, held)
+            product.x, product.y = x.data_ptr(), at
+            product.tokens, product.rounded = len(x), dtype.itemsize == 2
+            at += 4 * size
         failed = self.functions.qmix_multiply(
             products, len(weights), torch.get_num_threads(), PATHS.index(self.path), self._fork
         )
         if failed:
             raise ResourceError("no memory for a product's activations", found=tuple(xs[0].shape))
-        return outs
+        parts = flat.to(dtype).split_with_sizes(sizes)
+        return [
+            part.view(len(x), weight.shape[0])
+            for part, x, weight in zip(parts, xs, weights, strict=True)
+        ]
 
     def multiply_packed(self, x: Tensor, matrix: PackedMatrix, table: Tensor) -> Tensor:
         """x [T, K], float32 and contiguous, times a matrix in packed order in host memory.
@@ -156,6 +177,28 @@ class Library:
         if failed:
             raise ResourceError("no memory for a product's activations", found=tuple(x.shape))
         return out
+
+    def multiply_dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K] times a weight [N, K], both bfloat16 and contiguous, T up to DENSE_TOKENS: [T, N].
+
+        Summed in float32.
+        """
+        assert self.functions is not None
+        assert self.path is not None
+        assert 0 < len(x) <= DENSE_TOKENS, x.shape
+        inputs, out = x.float(), torch.empty(len(x), len(weight))
+        product = _DenseProduct(
+            weight.data_ptr(),
+            inputs.data_ptr(),
+            out.data_ptr(),
+            len(weight),
+            weight.shape[1],
+            len(x),
+        )
+        self.functions.qmix_multiply_dense(
+            byref(product), torch.get_num_threads(), PATHS.index(self.path), self._fork
+        )
+        return out.to(x.dtype)
 
     def read(self, memory: Tensor) -> int:
         """Read a contiguous tensor of whole MiB once, on torch's threads; the xor of its words."""
@@ -202,6 +245,8 @@ def library() -> Library:
     functions.qmix_multiply_packed.argtypes = (
         POINTER(_Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
     )  # fmt: skip
+    functions.qmix_multiply_dense.argtypes = (POINTER(_DenseProduct), c_int32, c_int32, c_void_p)
+    functions.qmix_multiply_dense.restype = None
     functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_void_p)
     functions.qmix_read.restype = c_uint64
     best = int(functions.qmix_path())

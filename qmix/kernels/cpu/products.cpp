@@ -25,6 +25,7 @@
 
 #include "avx2.h"
 #include "avx512.h"
+#include "dense.h"
 #include "matrix.h"
 #include "packed.h"
 #include "portable.h"
@@ -351,6 +352,16 @@ int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int
     } catch (const std::bad_alloc&) {
         return 1;
     }
+}
+
+// Of one or two tokens.
+void qmix_multiply_dense(const DenseProduct* product, int32_t threads, int32_t path, Fork fork) {
+    const DenseProduct& d = *product;
+    if (d.tokens * d.rows * d.inputs < SERIAL) threads = 1;
+    const int64_t step = (MOST_BYTES / 4) / (2 * d.inputs + 1) + 1, items = up(d.rows, step) / step;
+    each(items, threads, fork, [&](int64_t item, int) {
+        dense_rows(d, path, item * step, (item + 1) * step < d.rows ? (item + 1) * step : d.rows);
+    });
 }
 
 // Reads all of [bytes / 64][64] once, for the memory's bandwidth; the xor of its words.

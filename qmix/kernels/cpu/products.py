@@ -23,30 +23,33 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    """[..., K] times each of several NF4 or Int4 weights: [..., N] each.
+    """[..., K] times each of several NF4 or Int4 weights: [..., N] each, in one start of the threads."""
+    if x.requires_grad and torch.is_grad_enabled() and library().path is not None:
+        return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
+    return pairs([x] * len(weights), weights)
 
-    They share one start of the threads; an act-order weight's activations are permuted, not its codes.
+
+def pairs(xs: Sequence[Tensor], weights: Sequence[Weight]) -> list[Tensor]:
+    """Each [..., K] times its NF4 or Int4 weight: [..., N] each, in one start of the threads.
+
+    All in the first one's dtype; without gradients. An act-order weight's activations are permuted, not its
+    codes.
     """
     compiled = library()
     if compiled.path is None:
         compiled.fallbacks += len(weights)
-        return [_tiles(x, weight) for weight in weights]
-    if x.requires_grad and torch.is_grad_enabled():
-        return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
-    return _multiplied(x, weights)
-
-
-def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+        return [_tiles(x, weight) for x, weight in zip(xs, weights, strict=True)]
+    floats = {id(x): x.detach().reshape(-1, x.shape[-1]).float().contiguous() for x in xs}
     ordered: list[Tensor] = []
     packed: list[NF4 | Int4] = []
-    for weight in weights:
+    for x, weight in zip(xs, weights, strict=True):
         assert isinstance(weight, (NF4, Int4))
+        tokens = floats[id(x)]
         perm = weight.perm if isinstance(weight, Int4) else None
         ordered.append(tokens if perm is None else tokens.index_select(1, perm))
         packed.append(weight)
-    outs = library().multiply(ordered, packed, rounded=x.dtype.itemsize == 2)
-    return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
+    outs = compiled.multiply(ordered, packed, dtype=xs[0].dtype)
+    return [out.view(*x.shape[:-1], out.shape[1]) for x, out in zip(xs, outs, strict=True)]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -55,7 +58,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
         ctx.weights = weights
-        return tuple(_multiplied(x, weights))
+        return tuple(pairs([x] * len(weights), weights))
 
     @staticmethod
     @once_differentiable
