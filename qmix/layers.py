@@ -7,7 +7,7 @@ T = B * S tokens, E experts. Knows no bits, no files, no tiers: products go thro
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.experts.store import Store, StoredExperts
-from qmix.kernels import Expert, Packed, PackedExperts
+from qmix.kernels import Expert, Packed, PackedExperts, Resident
 from qmix.kernels.attention import Implementation, Sight, weighted
 from qmix.weights import Dense, Weight
 
@@ -235,7 +235,11 @@ class SparseMoeBlock(nn.Module):
         """The experts' weights, as a whole if they lie in packed order or in a store."""
         if self._whole is not None:
             return self._whole
-        return [expert.stored for expert in self.experts if isinstance(expert, SwiGLU)]
+        return list(self._resident)
+
+    @property
+    def _resident(self) -> Resident:
+        return Resident(len(self.experts), lambda index: cast(SwiGLU, self.experts[index]).stored)
 
     @property
     def offloaded(self) -> Store | None:
@@ -270,7 +274,8 @@ class SparseMoeBlock(nn.Module):
         if isinstance(self._whole, StoredExperts):
             out = self._whole.product(tokens, routes, self.act)
         else:
-            out = kernels.experts(tokens, routes, self.stored, self.act)
+            whole = self._whole if self._whole is not None else self._resident
+            out = kernels.experts(tokens, routes, whole, self.act)
         return out.view_as(x), logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoeBlock":

@@ -20,7 +20,8 @@ from qmix.int8 import Int8
 from qmix.kernels import attention, dense, int4, nf4, pointwise, reference
 from qmix.kernels.attention import Implementation, visible
 from qmix.kernels.cpu import products
-from qmix.kernels.experts import Expert, Routes, routed, routed_token
+from qmix.kernels.cpu.library import library
+from qmix.kernels.experts import Expert, Resident, Routes, routed, routed_token
 from qmix.kernels.gpu import packed
 from qmix.kernels.gpu.packed import Packed, PackedExperts
 from qmix.kernels.pointwise import rotary
@@ -30,6 +31,7 @@ __all__ = [
     "Expert",
     "Packed",
     "PackedExperts",
+    "Resident",
     "Routes",
     "apply_rotary",
     "attend",
@@ -111,17 +113,26 @@ def experts(
     """Each token through its chosen experts: [T, D] -> [T, D], summed in float32.
 
     Experts that no token chose are not touched: `weights[i]` is asked for once a chosen expert, in
-    ascending order, and let go before the next; but those of a list all stay, and serve one token at once.
+    ascending order, and let go before the next; but those of a list or Resident serve one token at once.
     """
     if _choice.get() == "reference":
         return reference.experts(x, routes, weights, act)
     trained = x.requires_grad and torch.is_grad_enabled()
-    if isinstance(weights, PackedExperts) and act is F.silu and not trained:
-        return packed.experts(x, routes, weights)
-    if len(x) == 1 and isinstance(weights, list) and not trained:
-        if _compiled(x, [part for expert in weights for part in (expert.w1, expert.w2, expert.w3)]):
-            return routed_token(x, routes, weights, act, products.pairs)
+    if act is F.silu and not trained:
+        if isinstance(weights, PackedExperts):
+            return packed.experts(x, routes, weights)
+        if len(x) == 1 and x.is_cpu and library().path is not None:
+            return routed_token(x, routes, weights, _mix)
     return routed(x, routes, weights, act, linears)
+
+
+def _mix(x: Tensor, chosen: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
+    if all(_compiled(x, (expert.w1, expert.w2, expert.w3)) for expert in chosen):
+        products.mix(x, chosen, shares, out)
+        return
+    for expert, share in zip(chosen, shares, strict=True):
+        gate, up = linears(x, (expert.w1, expert.w3))
+        out += linear(F.silu(gate) * up, expert.w2)[0].float() * share
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,6 +5,7 @@ Shape letters: T tokens, K chosen experts a token, D hidden width, F expert widt
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -27,6 +28,27 @@ class Expert:
     w1: Weight
     w2: Weight
     w3: Weight
+
+
+class Resident(Sequence[Expert]):
+    """Experts that all lie in memory and stay: asked for when they are needed, several at once."""
+
+    def __init__(self, count: int, found: Callable[[int], Expert]) -> None:
+        self._count, self._found = count, found
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Expert: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
+    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
+        if isinstance(index, slice):
+            return [self._found(i) for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._found(index)
 
 
 def routed(
@@ -59,22 +81,17 @@ def routed_token(
     x: Tensor,
     routes: Routes,
     weights: Sequence[Expert],
-    act: Callable[[Tensor], Tensor],
-    pairs: Callable[[Sequence[Tensor], Sequence[Weight]], list[Tensor]],
+    mix: Callable[[Tensor, Sequence[Expert], Sequence[float], Tensor], None],
 ) -> Tensor:
-    """`routed` of one token, to the same bits: (1, D) -> (1, D); all its experts at once.
+    """`routed` of one token: (1, D) -> (1, D); all its experts at once where they stay.
 
     Args:
-        pairs: the product of each x with its weight.
+        mix: adds the experts' outputs for x [1, D], by their shares, to a float32 sum [D].
     """
-    ids, order = routes.ids[0].sort()
-    shares = routes.weights[0, order]
-    chosen = [weights[index] for index in ids.tolist()]
-    count = len(chosen)
-    both = pairs([x] * (2 * count), [e.w1 for e in chosen] + [e.w3 for e in chosen])
-    hidden = [act(gate) * up for gate, up in zip(both[:count], both[count:], strict=True)]
-    ys = torch.cat(pairs(hidden, [e.w2 for e in chosen])).float() * shares[:, None]
-    out = ys[:1]
-    for index in range(1, count):
-        out = out + ys[index]
-    return out.to(x.dtype)
+    shares = dict(zip(routes.ids[0].tolist(), routes.weights[0].tolist(), strict=True))
+    ids = sorted(shares)
+    groups = [ids] if isinstance(weights, (list, Resident)) else [[index] for index in ids]
+    out = torch.zeros(x.shape[1], dtype=torch.float32)
+    for group in groups:
+        mix(x, [weights[index] for index in group], [shares[index] for index in group], out)
+    return out.to(x.dtype)[None]

@@ -122,6 +122,10 @@ struct Avx2 {
             for (int v = 0; v < V; v++) _mm256_storeu_ps(sums + 8 * (V * r + v), sum[r][v]);
     }
 
+    static QMIX_AVX2 void gated(const float* gate, const float* up, int64_t count, float* out) {
+        gated_values(gate, up, count, out);
+    }
+
     static void tile(const float* w, int64_t rows, int64_t depth, const float* x, int64_t lanes, float* sums) {
         if (lanes == 8)
             for (int64_t r = 0; r < rows; r += 12) block<12, 1>(w + r * PITCH, depth, x, sums + 8 * r);

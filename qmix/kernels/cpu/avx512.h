@@ -99,6 +99,10 @@ struct Avx512 {
             for (int v = 0; v < V; v++) _mm512_storeu_ps(sums + 16 * (V * r + v), sum[r][v]);
     }
 
+    static QMIX_AVX512 void gated(const float* gate, const float* up, int64_t count, float* out) {
+        gated_values(gate, up, count, out);
+    }
+
     static void tile(const float* w, int64_t rows, int64_t depth, const float* x, int64_t lanes, float* sums) {
         for (int64_t r = 0; r < rows; r += 12)
             if (lanes == 16)

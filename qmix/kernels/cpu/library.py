@@ -63,6 +63,18 @@ class _Product(Structure):
     )
 
 
+class _MixedExpert(Structure):
+    _fields_ = (
+        ("gate", _Matrix),
+        ("up", _Matrix),
+        ("down", _Matrix),
+        ("x_of_gate", c_void_p),
+        ("x_of_up", c_void_p),
+        ("perm", c_void_p),
+        ("share", c_float),
+    )
+
+
 class _DenseProduct(Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -178,6 +190,48 @@ class Library:
             raise ResourceError("no memory for a product's activations", found=tuple(x.shape))
         return out
 
+    def mix(
+        self,
+        x: Tensor,
+        experts: Sequence[tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4]],
+        shares: Sequence[float],
+        out: Tensor,
+        *,
+        rounded: bool,
+    ) -> None:
+        """Add `share * down(silu(gate x) * (up x))` of each (gate, up, down) to `out`, in this order.
+
+        Args:
+            x: of one token, [K], float32 and contiguous. out: [D], likewise.
+            rounded: as outputs of 16 bits allow.
+
+        Raises:
+            ResourceError: no memory for the activations.
+        """
+        assert self.functions is not None
+        assert self.path is not None
+        held: list[Tensor] = []  # what the pointers point to
+        mixed = (_MixedExpert * len(experts))()
+        for entry, (gate, up, down), share in zip(mixed, experts, shares, strict=True):
+            entry.gate, entry.up = _matrix(gate, held), _matrix(up, held)
+            entry.down = _matrix(down, held)
+            entry.x_of_gate, entry.x_of_up = _ordered(x, gate, held), _ordered(x, up, held)
+            if isinstance(down, Int4) and down.perm is not None:
+                held.append(down.perm.long().contiguous())
+                entry.perm = held[-1].data_ptr()
+            entry.share = share
+        failed = self.functions.qmix_mixture(
+            mixed,
+            len(experts),
+            out.data_ptr(),
+            rounded,
+            torch.get_num_threads(),
+            PATHS.index(self.path),
+            self._fork,
+        )
+        if failed:
+            raise ResourceError("no memory for an expert's activations", found=tuple(x.shape))
+
     def multiply_dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K] times a weight [N, K], both bfloat16 and contiguous, T up to DENSE_TOKENS: [T, N].
 
@@ -245,6 +299,9 @@ def library() -> Library:
     functions.qmix_multiply_packed.argtypes = (
         POINTER(_Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
     )  # fmt: skip
+    functions.qmix_mixture.argtypes = (
+        POINTER(_MixedExpert), c_int64, c_void_p, c_int32, c_int32, c_int32, c_void_p,
+    )  # fmt: skip
     functions.qmix_multiply_dense.argtypes = (POINTER(_DenseProduct), c_int32, c_int32, c_void_p)
     functions.qmix_multiply_dense.restype = None
     functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_void_p)
@@ -276,6 +333,14 @@ def _openmp() -> int | None:
     except (OSError, AttributeError, ValueError, IndexError):
         return None
     return ctypes.cast(entry, c_void_p).value
+
+
+def _ordered(x: Tensor, weight: NF4 | Int4, held: list[Tensor]) -> int:
+    """Where a token's inputs [K] lie in the order that the weight stores them."""
+    if isinstance(weight, NF4) or weight.perm is None:
+        return x.data_ptr()
+    held.append(x[weight.perm])
+    return held[-1].data_ptr()
 
 
 def _matrix(weight: NF4 | Int4, held: list[Tensor]) -> _Matrix:

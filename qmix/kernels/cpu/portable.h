@@ -44,6 +44,10 @@ struct Portable {
         }
     }
 
+    static void gated(const float* gate, const float* up, int64_t count, float* out) {
+        gated_values(gate, up, count, out);
+    }
+
     static void tile(const float* w, int64_t rows, int64_t depth, const float* x, int64_t, float* sums) {
         for (int64_t row = 0; row < rows; row++) {
             float sum[8];

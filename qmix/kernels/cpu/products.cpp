@@ -35,6 +35,14 @@ extern "C" {
 // libgomp's own entry, so that we share the threads that torch has; null starts threads a call.
 typedef void (*Fork)(void (*)(void*), void*, unsigned, unsigned);
 
+struct MixedExpert {            // y += share * down(silu(gate x) * (up x)) of one token, all in float32
+    Matrix gate, up, down;
+    const float* x_of_gate;
+    const float* x_of_up;
+    const int64_t* perm;        // which of the hidden values each of down's inputs is; null: in their order
+    float share;
+};
+
 }  // extern "C"
 
 namespace {
@@ -291,6 +299,39 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     free(memory);
 }
 
+template <class Kernels>
+void mixture(const MixedExpert* experts, int64_t count, float* y, int32_t rounded, int threads, Fork fork) {
+    constexpr int64_t STEP = 2048;
+    const int64_t width = experts->gate.rows, outputs = experts->down.rows, steps = up(width, STEP) / STEP;
+    std::vector<float> values(size_t(count * (4 * width + outputs)));
+    float* hidden = values.data() + 2 * count * width;
+    float* ordered = hidden + count * width;
+    float* downs = ordered + count * width;
+    std::vector<Product> products;
+    for (int64_t e = 0; e < count; e++) {
+        products.push_back({experts[e].gate, experts[e].x_of_gate, values.data() + 2 * e * width, 1, rounded});
+        products.push_back({experts[e].up, experts[e].x_of_up, values.data() + (2 * e + 1) * width, 1, rounded});
+    }
+    multiply<Kernels>(products.data(), 2 * count, threads, fork);
+    each(count * steps, threads, fork, [&](int64_t item, int) {
+        const int64_t e = item / steps, from = item % steps * STEP, held = width - from < STEP ? width - from : STEP;
+        const float* gate = values.data() + 2 * e * width + from;
+        Kernels::gated(gate, gate + width, held, hidden + e * width + from);
+    });
+    products.clear();
+    for (int64_t e = 0; e < count; e++) {
+        const float* x = hidden + e * width;
+        if (experts[e].perm) {
+            for (int64_t i = 0; i < width; i++) ordered[e * width + i] = x[experts[e].perm[i]];
+            x = ordered + e * width;
+        }
+        products.push_back({experts[e].down, x, downs + e * outputs, 1, rounded});
+    }
+    multiply<Kernels>(products.data(), count, threads, fork);
+    for (int64_t e = 0; e < count; e++)
+        for (int64_t i = 0; i < outputs; i++) y[i] += experts[e].share * downs[e * outputs + i];
+}
+
 }  // namespace
 
 extern "C" {
@@ -320,6 +361,22 @@ int32_t qmix_multiply(const Product* products, int64_t count, int32_t threads, i
         if (path == AVX2) return multiply<Avx2>(products, count, threads, fork), 0;
 #endif
         multiply<Portable>(products, count, threads, fork);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// The products' sizes are those of the first expert; y is added to. 0, or 1 without memory.
+int32_t qmix_mixture(const MixedExpert* experts, int64_t count, float* y, int32_t rounded, int32_t threads,
+                     int32_t path, Fork fork) {
+    try {
+#if defined(__x86_64__)
+        if (path == VNNI) return mixture<Vnni>(experts, count, y, rounded, threads, fork), 0;
+        if (path == AVX512) return mixture<Avx512>(experts, count, y, rounded, threads, fork), 0;
+        if (path == AVX2) return mixture<Avx2>(experts, count, y, rounded, threads, fork), 0;
+#endif
+        mixture<Portable>(experts, count, y, rounded, threads, fork);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from qmix.int4 import Int4
 from qmix.kernels import int4, nf4, tiles
 from qmix.kernels.cpu.library import library
+from qmix.kernels.experts import Expert
 from qmix.weights import NF4, Weight
 
 
@@ -23,33 +24,42 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    """[..., K] times each of several NF4 or Int4 weights: [..., N] each, in one start of the threads."""
-    if x.requires_grad and torch.is_grad_enabled() and library().path is not None:
-        return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
-    return pairs([x] * len(weights), weights)
+    """[..., K] times each of several NF4 or Int4 weights: [..., N] each.
 
-
-def pairs(xs: Sequence[Tensor], weights: Sequence[Weight]) -> list[Tensor]:
-    """Each [..., K] times its NF4 or Int4 weight: [..., N] each, in one start of the threads.
-
-    All in the first one's dtype; without gradients. An act-order weight's activations are permuted, not its
-    codes.
+    They share one start of the threads; an act-order weight's activations are permuted, not its codes.
     """
     compiled = library()
     if compiled.path is None:
         compiled.fallbacks += len(weights)
-        return [_tiles(x, weight) for x, weight in zip(xs, weights, strict=True)]
-    floats = {id(x): x.detach().reshape(-1, x.shape[-1]).float().contiguous() for x in xs}
-    ordered: list[Tensor] = []
-    packed: list[NF4 | Int4] = []
-    for x, weight in zip(xs, weights, strict=True):
-        assert isinstance(weight, (NF4, Int4))
-        tokens = floats[id(x)]
-        perm = weight.perm if isinstance(weight, Int4) else None
-        ordered.append(tokens if perm is None else tokens.index_select(1, perm))
-        packed.append(weight)
-    outs = compiled.multiply(ordered, packed, dtype=xs[0].dtype)
-    return [out.view(*x.shape[:-1], out.shape[1]) for x, out in zip(xs, outs, strict=True)]
+        return [_tiles(x, weight) for weight in weights]
+    if x.requires_grad and torch.is_grad_enabled():
+        return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
+    return _multiplied(x, weights)
+
+
+def mix(x: Tensor, experts: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
+    """Add `share * w2(silu(w1 x) * w3 x)` of NF4 or Int4 experts to `out`, in this order.
+
+    x is one token's [1, D], out float32 [D]; nothing between them is rounded to x's dtype.
+    """
+    compiled = library()
+    assert compiled.path is not None
+    packed = [(_packed(e.w1), _packed(e.w3), _packed(e.w2)) for e in experts]
+    compiled.mix(x[0].float().contiguous(), packed, shares, out, rounded=x.dtype.itemsize == 2)
+
+
+def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    tokens = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+    packed = [_packed(weight) for weight in weights]
+    perms = [weight.perm if isinstance(weight, Int4) else None for weight in packed]
+    ordered = [tokens if perm is None else tokens.index_select(1, perm) for perm in perms]
+    outs = library().multiply(ordered, packed, dtype=x.dtype)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def _packed(weight: Weight) -> NF4 | Int4:
+    assert isinstance(weight, (NF4, Int4))
+    return weight
 
 
 class _Differentiable(torch.autograd.Function):
@@ -58,7 +68,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
         ctx.weights = weights
-        return tuple(pairs([x] * len(weights), weights))
+        return tuple(_multiplied(x, weights))
 
     @staticmethod
     @once_differentiable
