@@ -18,9 +18,11 @@ from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.experts.store import Store, StoredExperts
-from qmix.kernels import Expert, Packed, PackedExperts, Resident
+from qmix.int4 import Int4
+from qmix.kernels import Expert, Packed, PackedExperts, Resident, Routes
 from qmix.kernels.attention import Implementation, Sight, weighted
-from qmix.weights import Dense, Weight
+from qmix.kernels.cpu.library import TokenLayer, library
+from qmix.weights import NF4, Dense, Weight
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -182,6 +184,18 @@ class Attention(nn.Module):
         v = v.view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q = kernels.apply_rotary(q, step.cos, step.sin)
         k = kernels.apply_rotary(k, step.cos, step.sin)
+        result: Tensor = self.o_proj(self._attended(q, k, v, step))
+        return result
+
+    def attended(self, qkv: Tensor, step: Step) -> Tensor:
+        """One token's rotated queries and keys and its values, one after another, to (1, 1, H * d)."""
+        heads = qkv.view(1, -1, 1, self.head_dim)
+        q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+        return self._attended(q, k, v, step)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """(B, H, S, d) and (B, G, S, d) -> (B, S, H * d)."""
+        batch, _, new, _ = q.shape
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v, in_order=step.attentions is not None)
         dropout = self.dropout if self.training else 0.0
@@ -199,9 +213,7 @@ class Attention(nn.Module):
                 mask=step.mask,
                 implementation=step.attn_implementation,
             )
-        out = out.transpose(1, 2).reshape(batch, new, self.num_heads * self.head_dim)
-        result: Tensor = self.o_proj(out)
-        return result
+        return out.transpose(1, 2).reshape(batch, new, self.num_heads * self.head_dim)
 
 
 class SwiGLU(nn.Module):
@@ -271,12 +283,14 @@ class SparseMoeBlock(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         logits: Tensor = self.gate(tokens)
         routes = kernels.route(logits, self.num_experts_per_tok)
+        return self.routed(tokens, routes).view_as(x), logits
+
+    def routed(self, tokens: Tensor, routes: Routes) -> Tensor:
+        """Tokens through the experts that were chosen for them: (T, D) -> (T, D)."""
         if isinstance(self._whole, StoredExperts):
-            out = self._whole.product(tokens, routes, self.act)
-        else:
-            whole = self._whole if self._whole is not None else self._resident
-            out = kernels.experts(tokens, routes, whole, self.act)
-        return out.view_as(x), logits
+            return self._whole.product(tokens, routes, self.act)
+        whole = self._whole if self._whole is not None else self._resident
+        return kernels.experts(tokens, routes, whole, self.act)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoeBlock":
         if isinstance(self._whole, StoredExperts):
@@ -302,12 +316,72 @@ class DecoderLayer(nn.Module):
         self.block_sparse_moe = SparseMoeBlock(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._token: tuple[tuple[object, ...], TokenLayer | None] | None = None  # and of which parts
 
     def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
+        token = self._one_token(x, step)
+        if token is not None:
+            return self._compiled(token, x, step)
         x = x + self.self_attn(self.input_layernorm(x), step)
         y, router_logits = self.block_sparse_moe(self.post_attention_layernorm(x))
         return x + y, router_logits
+
+    def _compiled(self, token: TokenLayer, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The same of one token on a CPU, in a few calls."""
+        products = library()
+        attended = self.self_attn.attended(products.before_attention(token, x, step.cos, step.sin), step)
+        x, normed, router_logits, routes = products.after_attention(token, attended, x)
+        return x + self.block_sparse_moe.routed(normed, routes), router_logits
+
+    def _one_token(self, x: Tensor, step: Step) -> TokenLayer | None:
+        """What the compiled products need, if they may take this step."""
+        if not (
+            x.is_cpu
+            and x.shape[:2] == (1, 1)
+            and x.dtype == step.cos.dtype == torch.bfloat16
+            and step.attentions is None
+            and not (self.training or torch.is_grad_enabled() or kernels.overridden())
+        ):
+            return None
+        attention, block = self.self_attn, self.block_sparse_moe
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, block.gate)
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        if any(
+            module._forward_hooks or module._forward_pre_hooks
+            for module in (attention, block, *linears, *norms)
+        ):
+            return None  # a caller wants to see each call
+        if not all(type(linear) is Linear for linear in linears):
+            return None  # an adapter's
+        *projections, router = (linear.stored for linear in linears)
+        tensors = (*(norm.weight for norm in norms), getattr(router, "data", None))
+        parts = (*map(id, projections), *((t.data_ptr(), t.dtype) for t in tensors if t is not None))
+        if self._token is None or self._token[0] != parts:
+            self._token = parts, self._prepared(projections, tensors)
+        return self._token[1]
+
+    def _prepared(
+        self, projections: Sequence[Weight], tensors: Sequence[Tensor | None]
+    ) -> TokenLayer | None:
+        """The parts of a layer for the compiled products, if they multiply all of them."""
+        packed = [weight for weight in projections if isinstance(weight, (NF4, Int4))]
+        dense = [t.detach() for t in tensors if t is not None and t.dtype == torch.bfloat16]
+        if (
+            (len(packed), len(dense)) != (4, 3)
+            or not all(t.is_cpu and t.is_contiguous() for t in dense)
+            or not all(weight.device.type == "cpu" for weight in packed)
+            or library().path is None
+        ):
+            return None
+        return TokenLayer.of(
+            packed,
+            dense[:2],
+            dense[2],
+            eps=self.input_layernorm.eps,
+            head_dim=self.self_attn.head_dim,
+            chosen=self.block_sparse_moe.num_experts_per_tok,
+        )
 
 
 def initialise(module: nn.Module, config: MixtralConfig) -> None:

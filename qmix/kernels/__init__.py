@@ -132,13 +132,15 @@ def _mix(x: Tensor, chosen: Sequence[Expert], shares: Sequence[float], out: Tens
         return
     for expert, share in zip(chosen, shares, strict=True):
         gate, up = linears(x, (expert.w1, expert.w3))
-        out += linear(F.silu(gate) * up, expert.w2)[0].float() * share
+        out += linear(F.silu(gate) * up, expert.w2).float() * share
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See pointwise.rms_norm: [..., D]."""
-    if not _fused(x, weight):
+    if overridden():
         return pointwise.rms_norm(x, weight, eps)
+    if not _fused(x, weight):
+        return dense.rms_norm(x, weight, eps)
     from qmix.kernels.gpu import pointwise as gpu
 
     return gpu.rms_norm(x, weight, eps)

@@ -1,13 +1,14 @@
-"""Products with weights that are stored as they are: torch's own matmul.
+"""Products with weights that are stored as they are, and norms: torch's own operations.
 
 But one or two tokens in bfloat16 on a CPU go through the compiled products, where there are any: torch takes
-1.7 times as long for a row of them (16 ms instead of 9 for an lm_head of 262 MB).
+1.7 times as long for a row of them (16 ms instead of 9 for an lm_head of 262 MB), and 7 operations for a norm.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qmix.kernels import pointwise
 from qmix.kernels.cpu.library import DENSE_TOKENS, library
 from qmix.weights import Dense, Weight
 
@@ -16,17 +17,26 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     """[..., K] -> [..., N]; differentiable in both arguments."""
     assert isinstance(weight, Dense)
     data = weight.data
-    if x.is_cpu and 0 < x.numel() <= DENSE_TOKENS * data.shape[1] and _plain(x, data):
+    if _few(x, data):
         tokens = x.detach().reshape(-1, data.shape[1]).contiguous()
         return library().multiply_dense(tokens, data.detach()).view(*x.shape[:-1], len(data))
     return F.linear(x, data)
 
 
-def _plain(x: Tensor, data: Tensor) -> bool:
-    """Whether the compiled products may be taken."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See pointwise.rms_norm: [..., D]."""
+    if _few(x, weight) and x.is_contiguous():
+        return library().rms_norm(x.detach(), weight.detach(), eps)
+    return pointwise.rms_norm(x, weight, eps)
+
+
+def _few(x: Tensor, data: Tensor) -> bool:
+    """Whether the compiled products may be taken for x [..., K] and a weight [..., K]."""
     trained = torch.is_grad_enabled() and (x.requires_grad or data.requires_grad)
     return (
-        x.dtype == data.dtype == torch.bfloat16
+        x.is_cpu
+        and 0 < x.numel() <= DENSE_TOKENS * data.shape[-1]
+        and x.dtype == data.dtype == torch.bfloat16
         and data.is_contiguous()
         and not trained
         and library().path is not None

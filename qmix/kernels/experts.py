@@ -86,12 +86,12 @@ def routed_token(
     """`routed` of one token: (1, D) -> (1, D); all its experts at once where they stay.
 
     Args:
-        mix: adds the experts' outputs for x [1, D], by their shares, to a float32 sum [D].
+        mix: adds the experts' outputs for x [1, D], by their shares, to a float32 sum [1, D].
     """
-    shares = dict(zip(routes.ids[0].tolist(), routes.weights[0].tolist(), strict=True))
+    shares = dict(zip(routes.ids.tolist()[0], routes.weights.tolist()[0], strict=True))
     ids = sorted(shares)
     groups = [ids] if isinstance(weights, (list, Resident)) else [[index] for index in ids]
-    out = torch.zeros(x.shape[1], dtype=torch.float32)
+    out = torch.zeros(x.shape, dtype=torch.float32)
     for group in groups:
         mix(x, [weights[index] for index in group], [shares[index] for index in group], out)
-    return out.to(x.dtype)[None]
+    return out.to(x.dtype)

@@ -21,6 +21,7 @@ from qmix.errors import QmixError, ResourceError, UsageError
 from qmix.int4 import Int4
 from qmix.integers import symmetric_zero
 from qmix.kernels.cpu import compiler
+from qmix.kernels.experts import Routes
 from qmix.kernels.gpu.order import PackedMatrix
 from qmix.packed_format import HEADER_BYTES
 from qmix.weights import NF4, NestedAbsmax
@@ -75,6 +76,34 @@ class _MixedExpert(Structure):
     )
 
 
+class _TokenLayer(Structure):
+    _fields_ = (
+        ("q", _Matrix),
+        ("k", _Matrix),
+        ("v", _Matrix),
+        ("o", _Matrix),
+        ("perms", c_void_p * 4),
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("router", c_void_p),
+        ("hidden", c_int64),
+        ("head_dim", c_int64),
+        ("experts", c_int64),
+        ("chosen", c_int64),
+        ("eps", c_float),
+    )
+
+
+class _TokenRoute(Structure):
+    _fields_ = (
+        ("residual", c_void_p),
+        ("normed", c_void_p),
+        ("logits", c_void_p),
+        ("ids", c_void_p),
+        ("shares", c_void_p),
+    )
+
+
 class _DenseProduct(Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -96,6 +125,56 @@ class _Packed(Structure):
         ("tile_inputs", c_int64),
         ("zeros", c_int32),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayer:
+    """Where the parts of a layer lie that one token passes around its attention; none of a copy's.
+
+    Attributes:
+        outputs: of queries, keys and values together.
+        held: what the pointers point to.
+    """
+
+    fields: _TokenLayer
+    outputs: int
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls,
+        projections: Sequence[NF4 | Int4],
+        norms: Sequence[Tensor],
+        router: Tensor,
+        *,
+        eps: float,
+        head_dim: int,
+        chosen: int,
+    ) -> "TokenLayer":
+        """Of q, k, v and o; the norms before and after attention [D] and the router's [E, D] in bfloat16."""
+        held: list[Tensor] = [*norms, router]
+        matrices = [_matrix(weight, held) for weight in projections]
+        perms = (c_void_p * 4)()
+        for index, weight in enumerate(projections):
+            if isinstance(weight, Int4) and weight.perm is not None:
+                held.append(weight.perm.long().contiguous())
+                perms[index] = held[-1].data_ptr()
+        fields = _TokenLayer(
+            *matrices,
+            perms,
+            *(norm.data_ptr() for norm in norms),
+            router.data_ptr(),
+            router.shape[1],
+            head_dim,
+            router.shape[0],
+            chosen,
+            eps,
+        )
+        outputs = sum(weight.shape[0] for weight in projections[:3])
+        return cls(fields, outputs, tuple(held))
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 @dataclass
@@ -143,7 +222,7 @@ class Library:
             product.tokens, product.rounded = len(x), dtype.itemsize == 2
             at += 4 * size
         failed = self.functions.qmix_multiply(
-            products, len(weights), torch.get_num_threads(), PATHS.index(self.path), self._fork
+            products, len(weights), *self._ways()
         )
         if failed:
             raise ResourceError("no memory for a product's activations", found=tuple(xs[0].shape))
@@ -182,9 +261,7 @@ class Library:
             x.data_ptr(),
             out.data_ptr(),
             len(x),
-            torch.get_num_threads(),
-            PATHS.index(self.path),
-            self._fork,
+            *self._ways(),
         )
         if failed:
             raise ResourceError("no memory for a product's activations", found=tuple(x.shape))
@@ -202,7 +279,7 @@ class Library:
         """Add `share * down(silu(gate x) * (up x))` of each (gate, up, down) to `out`, in this order.
 
         Args:
-            x: of one token, [K], float32 and contiguous. out: [D], likewise.
+            x: of one token, [1, K], float32 and contiguous. out: [1, D], likewise.
             rounded: as outputs of 16 bits allow.
 
         Raises:
@@ -225,12 +302,52 @@ class Library:
             len(experts),
             out.data_ptr(),
             rounded,
-            torch.get_num_threads(),
-            PATHS.index(self.path),
-            self._fork,
+            *self._ways(),
         )
         if failed:
             raise ResourceError("no memory for an expert's activations", found=tuple(x.shape))
+
+    def before_attention(self, layer: "TokenLayer", x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Norm, projections and rotation of x [1, 1, D]: queries, keys and values one after another.
+
+        All bfloat16 and contiguous; cos and sin [1, 1, 1, d].
+        """
+        assert self.functions is not None
+        out = torch.empty(layer.outputs, dtype=x.dtype)
+        failed = self.functions.qmix_before_attention(
+            byref(layer.fields),
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            *self._ways(),
+        )
+        if failed:
+            raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
+        return out
+
+    def after_attention(
+        self, layer: "TokenLayer", attended: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Routes]:
+        """Output projection, residual, norm and router.
+
+        All bfloat16 and contiguous; attended [1, 1, H * d] and x [1, 1, D].
+
+        Returns:
+            the residual stream [1, 1, D], its norm [1, D], the router's logits [1, E] and its choice.
+        """
+        assert self.functions is not None
+        residual, normed = torch.empty_like(x), torch.empty_like(x[0])
+        logits = torch.empty(1, layer.fields.experts, dtype=x.dtype)
+        ids = torch.empty(1, layer.fields.chosen, dtype=torch.int64)
+        shares = torch.empty(1, layer.fields.chosen)
+        to = _TokenRoute(*(part.data_ptr() for part in (residual, normed, logits, ids, shares)))
+        failed = self.functions.qmix_after_attention(
+            byref(layer.fields), byref(to), attended.data_ptr(), x.data_ptr(), *self._ways()
+        )
+        if failed:
+            raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
+        return residual, normed, logits, Routes(ids, shares)
 
     def multiply_dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K] times a weight [N, K], both bfloat16 and contiguous, T up to DENSE_TOKENS: [T, N].
@@ -250,9 +367,26 @@ class Library:
             len(x),
         )
         self.functions.qmix_multiply_dense(
-            byref(product), torch.get_num_threads(), PATHS.index(self.path), self._fork
+            byref(product), *self._ways()
         )
         return out.to(x.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """pointwise.rms_norm over the last axis, all bfloat16 and contiguous."""
+        assert self.functions is not None
+        assert self.path is not None
+        out = torch.empty_like(x)
+        width = weight.shape[0]
+        self.functions.qmix_rms_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // width,
+            width,
+            eps,
+            PATHS.index(self.path),
+        )
+        return out
 
     def read(self, memory: Tensor) -> int:
         """Read a contiguous tensor of whole MiB once, on torch's threads; the xor of its words."""
@@ -262,6 +396,11 @@ class Library:
                 memory.data_ptr(), memory.nbytes, torch.get_num_threads(), self._fork
             )
         )
+
+    def _ways(self) -> tuple[int, int, int | None]:
+        """The last arguments of every product: threads, path, the entry to torch's threads."""
+        assert self.path is not None
+        return torch.get_num_threads(), PATHS.index(self.path), self._fork
 
     @property
     def _fork(self) -> int | None:
@@ -302,8 +441,18 @@ def library() -> Library:
     functions.qmix_mixture.argtypes = (
         POINTER(_MixedExpert), c_int64, c_void_p, c_int32, c_int32, c_int32, c_void_p,
     )  # fmt: skip
+    functions.qmix_before_attention.argtypes = (
+        POINTER(_TokenLayer), c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p,
+    )  # fmt: skip
+    functions.qmix_after_attention.argtypes = (
+        POINTER(_TokenLayer), POINTER(_TokenRoute), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
+    )  # fmt: skip
     functions.qmix_multiply_dense.argtypes = (POINTER(_DenseProduct), c_int32, c_int32, c_void_p)
     functions.qmix_multiply_dense.restype = None
+    functions.qmix_rms_norm.argtypes = (
+        c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32,
+    )  # fmt: skip
+    functions.qmix_rms_norm.restype = None
     functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_void_p)
     functions.qmix_read.restype = c_uint64
     best = int(functions.qmix_path())
@@ -336,10 +485,10 @@ def _openmp() -> int | None:
 
 
 def _ordered(x: Tensor, weight: NF4 | Int4, held: list[Tensor]) -> int:
-    """Where a token's inputs [K] lie in the order that the weight stores them."""
+    """Where a token's inputs [1, K] lie in the order that the weight stores them."""
     if isinstance(weight, NF4) or weight.perm is None:
         return x.data_ptr()
-    held.append(x[weight.perm])
+    held.append(x.index_select(1, weight.perm))
     return held[-1].data_ptr()
 
 

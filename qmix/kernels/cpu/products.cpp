@@ -35,14 +35,6 @@ extern "C" {
 // libgomp's own entry, so that we share the threads that torch has; null starts threads a call.
 typedef void (*Fork)(void (*)(void*), void*, unsigned, unsigned);
 
-struct MixedExpert {            // y += share * down(silu(gate x) * (up x)) of one token, all in float32
-    Matrix gate, up, down;
-    const float* x_of_gate;
-    const float* x_of_up;
-    const int64_t* perm;        // which of the hidden values each of down's inputs is; null: in their order
-    float share;
-};
-
 }  // extern "C"
 
 namespace {
@@ -299,40 +291,9 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     free(memory);
 }
 
-template <class Kernels>
-void mixture(const MixedExpert* experts, int64_t count, float* y, int32_t rounded, int threads, Fork fork) {
-    constexpr int64_t STEP = 2048;
-    const int64_t width = experts->gate.rows, outputs = experts->down.rows, steps = up(width, STEP) / STEP;
-    std::vector<float> values(size_t(count * (4 * width + outputs)));
-    float* hidden = values.data() + 2 * count * width;
-    float* ordered = hidden + count * width;
-    float* downs = ordered + count * width;
-    std::vector<Product> products;
-    for (int64_t e = 0; e < count; e++) {
-        products.push_back({experts[e].gate, experts[e].x_of_gate, values.data() + 2 * e * width, 1, rounded});
-        products.push_back({experts[e].up, experts[e].x_of_up, values.data() + (2 * e + 1) * width, 1, rounded});
-    }
-    multiply<Kernels>(products.data(), 2 * count, threads, fork);
-    each(count * steps, threads, fork, [&](int64_t item, int) {
-        const int64_t e = item / steps, from = item % steps * STEP, held = width - from < STEP ? width - from : STEP;
-        const float* gate = values.data() + 2 * e * width + from;
-        Kernels::gated(gate, gate + width, held, hidden + e * width + from);
-    });
-    products.clear();
-    for (int64_t e = 0; e < count; e++) {
-        const float* x = hidden + e * width;
-        if (experts[e].perm) {
-            for (int64_t i = 0; i < width; i++) ordered[e * width + i] = x[experts[e].perm[i]];
-            x = ordered + e * width;
-        }
-        products.push_back({experts[e].down, x, downs + e * outputs, 1, rounded});
-    }
-    multiply<Kernels>(products.data(), count, threads, fork);
-    for (int64_t e = 0; e < count; e++)
-        for (int64_t i = 0; i < outputs; i++) y[i] += experts[e].share * downs[e * outputs + i];
-}
-
 }  // namespace
+
+#include "token.h"
 
 extern "C" {
 
@@ -383,6 +344,38 @@ int32_t qmix_mixture(const MixedExpert* experts, int64_t count, float* y, int32_
     }
 }
 
+// The layer of one token before its attention: `qkv` is queries and keys, rotated, and values.
+int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, const uint16_t* cos, const uint16_t* sin,
+                              uint16_t* qkv, int32_t threads, int32_t path, Fork fork) {
+    try {
+#if defined(__x86_64__)
+        if (path == VNNI) return before_attention<Vnni>(*layer, x, cos, sin, qkv, threads, path, fork), 0;
+        if (path == AVX512) return before_attention<Avx512>(*layer, x, cos, sin, qkv, threads, path, fork), 0;
+        if (path == AVX2) return before_attention<Avx2>(*layer, x, cos, sin, qkv, threads, path, fork), 0;
+#endif
+        before_attention<Portable>(*layer, x, cos, sin, qkv, threads, path, fork);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// And after it, as far as the router's choice.
+int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* to, const uint16_t* attended,
+                             const uint16_t* x, int32_t threads, int32_t path, Fork fork) {
+    try {
+#if defined(__x86_64__)
+        if (path == VNNI) return after_attention<Vnni>(*layer, *to, attended, x, threads, path, fork), 0;
+        if (path == AVX512) return after_attention<Avx512>(*layer, *to, attended, x, threads, path, fork), 0;
+        if (path == AVX2) return after_attention<Avx2>(*layer, *to, attended, x, threads, path, fork), 0;
+#endif
+        after_attention<Portable>(*layer, *to, attended, x, threads, path, fork);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 // y [tokens][2 planes][byte_rows] = x [tokens, inputs] W^T, as qmix_multiply.
 int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int64_t tokens, int32_t threads,
                              int32_t path, Fork fork) {
@@ -419,6 +412,12 @@ void qmix_multiply_dense(const DenseProduct* product, int32_t threads, int32_t p
     each(items, threads, fork, [&](int64_t item, int) {
         dense_rows(d, path, item * step, (item + 1) * step < d.rows ? (item + 1) * step : d.rows);
     });
+}
+
+// RMSNorm over the rows of x [rows, width], all in bfloat16.
+void qmix_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, float eps,
+                   int32_t path) {
+    for (int64_t row = 0; row < rows; row++) norm(x + row * width, weight, width, eps, path, y + row * width);
 }
 
 // Reads all of [bytes / 64][64] once, for the memory's bandwidth; the xor of its words.

@@ -40,12 +40,12 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
 def mix(x: Tensor, experts: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
     """Add `share * w2(silu(w1 x) * w3 x)` of NF4 or Int4 experts to `out`, in this order.
 
-    x is one token's [1, D], out float32 [D]; nothing between them is rounded to x's dtype.
+    x is one token's [1, D], out float32 [1, D]; nothing between them is rounded to x's dtype.
     """
     compiled = library()
     assert compiled.path is not None
     packed = [(_packed(e.w1), _packed(e.w3), _packed(e.w2)) for e in experts]
-    compiled.mix(x[0].float().contiguous(), packed, shares, out, rounded=x.dtype.itemsize == 2)
+    compiled.mix(x.float().contiguous(), packed, shares, out, rounded=x.dtype.itemsize == 2)
 
 
 def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:

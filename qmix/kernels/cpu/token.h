@@ -1,0 +1,140 @@
+// One token through a layer, but for its attention: what torch's operations take a fifth of the time for, because
+// the weights that pass in between leave nothing of them in a cache. Included after `multiply`.
+//
+// Values between operations are bfloat16, rounded where torch rounds them, but within an expert float32.
+
+#pragma once
+
+#include "dense.h"
+
+extern "C" {
+
+struct MixedExpert {            // y += share * down(silu(gate x) * (up x)) of one token, all in float32
+    Matrix gate, up, down;
+    const float* x_of_gate;
+    const float* x_of_up;
+    const int64_t* perm;        // which of the hidden values each of down's inputs is; null: in their order
+    float share;
+};
+
+struct TokenLayer {
+    Matrix q, k, v, o;
+    const int64_t* perms[4];    // of their inputs, as in MixedExpert
+    const uint16_t *input_norm, *post_norm;  // [hidden]
+    const uint16_t* router;     // [experts, hidden]
+    int64_t hidden, head_dim, experts, chosen;
+    float eps;
+};
+
+struct TokenRoute {
+    uint16_t* residual;         // [hidden], x and what attention added
+    uint16_t* normed;           // [hidden], what the experts take
+    uint16_t* logits;           // [experts]
+    int64_t* ids;               // [chosen]
+    float* shares;              // [chosen]
+};
+
+}  // extern "C"
+
+namespace {
+
+template <class Kernels>
+void mixture(const MixedExpert* experts, int64_t count, float* y, int32_t rounded, int threads, Fork fork) {
+    constexpr int64_t STEP = 2048;
+    const int64_t width = experts->gate.rows, outputs = experts->down.rows, steps = up(width, STEP) / STEP;
+    std::vector<float> values(size_t(count * (4 * width + outputs)));
+    float* hidden = values.data() + 2 * count * width;
+    float* ordered = hidden + count * width;
+    float* downs = ordered + count * width;
+    std::vector<Product> products;
+    for (int64_t e = 0; e < count; e++) {
+        products.push_back({experts[e].gate, experts[e].x_of_gate, values.data() + 2 * e * width, 1, rounded});
+        products.push_back({experts[e].up, experts[e].x_of_up, values.data() + (2 * e + 1) * width, 1, rounded});
+    }
+    multiply<Kernels>(products.data(), 2 * count, threads, fork);
+    each(count * steps, threads, fork, [&](int64_t item, int) {
+        const int64_t e = item / steps, from = item % steps * STEP, held = width - from < STEP ? width - from : STEP;
+        const float* gate = values.data() + 2 * e * width + from;
+        Kernels::gated(gate, gate + width, held, hidden + e * width + from);
+    });
+    products.clear();
+    for (int64_t e = 0; e < count; e++) {
+        const float* x = hidden + e * width;
+        if (experts[e].perm) {
+            for (int64_t i = 0; i < width; i++) ordered[e * width + i] = x[experts[e].perm[i]];
+            x = ordered + e * width;
+        }
+        products.push_back({experts[e].down, x, downs + e * outputs, 1, rounded});
+    }
+    multiply<Kernels>(products.data(), count, threads, fork);
+    for (int64_t e = 0; e < count; e++)
+        for (int64_t i = 0; i < outputs; i++) y[i] += experts[e].share * downs[e * outputs + i];
+}
+
+// The inputs of a product, in the order that its weight stores them.
+inline const float* ordered(const std::vector<float>& x, const int64_t* perm, std::vector<float>& to) {
+    if (!perm) return x.data();
+    to.resize(x.size());
+    for (size_t i = 0; i < x.size(); i++) to[i] = x[perm[i]];
+    return to.data();
+}
+
+template <class Kernels>
+void before_attention(const TokenLayer& l, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* qkv,
+                      int threads, int32_t path, Fork fork) {
+    const int64_t rotated = l.q.rows + l.k.rows, all = rotated + l.v.rows, d = l.head_dim;
+    std::vector<uint16_t> normed(l.hidden);
+    norm(x, l.input_norm, l.hidden, l.eps, path, normed.data());
+    std::vector<float> inputs(l.hidden), out(all), moved[3];
+    for (int64_t i = 0; i < l.hidden; i++) inputs[i] = widened(normed[i]);
+    const Product products[3] = {
+        {l.q, ordered(inputs, l.perms[0], moved[0]), out.data(), 1, 1},
+        {l.k, ordered(inputs, l.perms[1], moved[1]), out.data() + l.q.rows, 1, 1},
+        {l.v, ordered(inputs, l.perms[2], moved[2]), out.data() + rotated, 1, 1},
+    };
+    multiply<Kernels>(products, 3, threads, fork);
+    for (float& each : out) each = widened(rounded_to_even(each));
+    for (int64_t head = 0; head < rotated; head += d)
+        for (int64_t i = 0; i < d; i++) {
+            const float other = i < d / 2 ? -out[head + i + d / 2] : out[head + i - d / 2];
+            const float sum = widened(rounded_to_even(out[head + i] * widened(cos[i])))
+                              + widened(rounded_to_even(other * widened(sin[i])));
+            qkv[head + i] = rounded_to_even(sum);
+        }
+    for (int64_t i = rotated; i < all; i++) qkv[i] = rounded_to_even(out[i]);
+}
+
+// Softmax in float32, the largest so many, the first of equals, their shares summing to 1.
+inline void choose(const uint16_t* logits, int64_t experts, int64_t chosen, int64_t* ids, float* shares) {
+    std::vector<float> left(experts);
+    float most = widened(logits[0]), sum = 0, of_chosen = 0;
+    for (int64_t e = 1; e < experts; e++) most = widened(logits[e]) > most ? widened(logits[e]) : most;
+    for (int64_t e = 0; e < experts; e++) sum += left[e] = __builtin_expf(widened(logits[e]) - most);
+    for (int64_t i = 0; i < chosen; i++) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < experts; e++)
+            if (left[e] != -1 && (best < 0 || left[e] > left[best])) best = e;
+        ids[i] = best;
+        of_chosen += shares[i] = left[best] / sum;
+        left[best] = -1;
+    }
+    for (int64_t i = 0; i < chosen; i++) shares[i] /= of_chosen;
+}
+
+template <class Kernels>
+void after_attention(const TokenLayer& l, const TokenRoute& to, const uint16_t* attended, const uint16_t* x,
+                     int threads, int32_t path, Fork fork) {
+    std::vector<float> inputs(l.o.inputs), out(l.hidden), moved, logits(l.experts);
+    for (int64_t i = 0; i < l.o.inputs; i++) inputs[i] = widened(attended[i]);
+    const Product product{l.o, ordered(inputs, l.perms[3], moved), out.data(), 1, 1};
+    multiply<Kernels>(&product, 1, threads, fork);
+    for (int64_t i = 0; i < l.hidden; i++)
+        to.residual[i] = rounded_to_even(widened(x[i]) + widened(rounded_to_even(out[i])));
+    norm(to.residual, l.post_norm, l.hidden, l.eps, path, to.normed);
+    for (int64_t i = 0; i < l.hidden; i++) out[i] = widened(to.normed[i]);
+    dense_rows({l.router, out.data(), logits.data(), l.experts, l.hidden, 1}, path, 0, l.experts);
+    for (int64_t e = 0; e < l.experts; e++) to.logits[e] = rounded_to_even(logits[e]);
+    choose(to.logits, l.experts, l.chosen, to.ids, to.shares);
+}
+
+}  // namespace
