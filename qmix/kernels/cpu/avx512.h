@@ -212,45 +212,44 @@ struct Vnni : Avx512 {
     // The scales of a row's units, so many, and zeros behind them.
     static inline QMIX_VNNI void fetch_scales(const Matrix& m, int64_t size, int64_t row, int64_t count, float* scales,
                                               float* zeros) {
-        const int64_t at = row * m.inputs / m.block;
+        const int64_t at = row * m.inputs / m.block, whole = count / 16 * 16;
         if (size != m.block || (m.scale_kind == NESTED && at % 16))
             return read_scales<Vnni>(m, size, row, 0, count, count + 16, scales, zeros);
-        for (int64_t i = 0; i <= count; i += 16) {
-            const __mmask16 held = count - i >= 16 ? 0xffff : __mmask16((1 << (count - i)) - 1);
-            __m512 values;
-            if (m.scale_kind == FLOAT32) {
-                values = _mm512_maskz_loadu_ps(held, static_cast<const float*>(m.scales) + at + i);
-            } else if (m.scale_kind == NESTED) {
-                const __m128i codes = _mm_maskz_loadu_epi8(held, static_cast<const uint8_t*>(m.scales) + at + i);
-                values = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(codes), m.nested_map, 4);
-                values = _mm512_mul_ps(values, _mm512_set1_ps(m.nested_absmax[held ? (at + i) / NESTED_BLOCK : 0]));
-                values = _mm512_maskz_add_ps(held, values, _mm512_set1_ps(m.offset));
-            } else {
-                const __m256i bits = _mm256_maskz_loadu_epi16(held, static_cast<const uint16_t*>(m.scales) + at + i);
-                values = m.scale_kind == FLOAT16
-                             ? _mm512_cvtph_ps(bits)
-                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        const uint16_t* bits = static_cast<const uint16_t*>(m.scales) + at;
+        if (m.scale_kind == FLOAT16) {
+            for (int64_t i = 0; i < whole; i += 16)
+                _mm512_storeu_ps(scales + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits + i))));
+        } else if (m.scale_kind == FLOAT32) {
+            for (int64_t i = 0; i < whole; i += 16)
+                _mm512_storeu_ps(scales + i, _mm512_loadu_ps(static_cast<const float*>(m.scales) + at + i));
+        } else if (m.scale_kind == NESTED) {
+            const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + at;
+            for (int64_t i = 0; i < whole; i += 16) {
+                const __m128i which = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+                __m512 values = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(which), m.nested_map, 4);
+                values = _mm512_mul_ps(values, _mm512_set1_ps(m.nested_absmax[(at + i) / NESTED_BLOCK]));
+                _mm512_storeu_ps(scales + i, _mm512_add_ps(values, _mm512_set1_ps(m.offset)));
             }
-            _mm512_storeu_ps(scales + i, values);
-            if (zeros) {
-                const __m128i bytes = _mm_maskz_loadu_epi8(held, m.zeros + at + i);
-                _mm512_storeu_ps(zeros + i, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
-            }
+        } else {
+            copy_scales(m, at, whole, scales);
         }
+        copy_scales(m, at + whole, count - whole, scales + whole);
+        _mm512_storeu_ps(scales + count, _mm512_setzero_ps());
+        if (!zeros) return;
+        for (int64_t i = 0; i < count; i++) zeros[i] = m.zeros[at + i];
+        _mm512_storeu_ps(zeros + count, _mm512_setzero_ps());
     }
 
     // Rows [first, end), R at a time, times M tokens: the more rows, the fewer loads of inputs; the more
     // tokens, the fewer look-ups.
     template <int R, int M, bool LINEAR, class Codes>
-    static QMIX_VNNI void block(const Matrix& m, const Codes& codes_of, float base, int64_t size, const Inputs& in,
-                                int64_t first, int64_t end, const Scratch& own, float* y) {
+    static QMIX_VNNI void block(const Matrix& m, const Codes& codes_of, float base, int64_t size, const Inputs in,
+                                int64_t first, int64_t end, const Scratch own, float* y) {
         const Codes kind = codes_of;
         const __m512i which = Avx512::spread(size);
-        const int64_t chunks = up(m.inputs, CHUNK) / CHUNK, tail = m.inputs % CHUNK, units = CHUNK / size;
+        const int64_t chunks = up(m.inputs, CHUNK) / CHUNK, units = CHUNK / size;
         const int64_t bytes = m.inputs / 2, held = m.inputs / size, pitch = own.pitch;
-        const float* const input_scales = in.scales;
-        const float* const input_totals = in.totals;
-        uint8_t last[BYTES] = {};
+        uint8_t last[R][BYTES] = {};
         for (int64_t row = first; row < end; row += R) {
             for (int r = 0; r < R; r++) {
                 scales_ahead(m, row + r + 8);
@@ -261,32 +260,37 @@ struct Vnni : Avx512 {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
                 for (int t = 0; t < M; t++) all[r][t] = _mm512_setzero_ps(), offsets[r][t] = _mm_setzero_ps();
-            const float* scales = own.scales;
-            const float* zeros = own.zeros;
-            const uint8_t* codes = m.codes + row * bytes;
-            const int16_t* x = in.x;
-            for (int64_t c = 0; c < chunks; c++) {
+            // All whole chunks, and then a copy of the codes of one that is not: reading on would leave the matrix.
+            const uint8_t* codes[R];
+            for (int r = 0; r < R; r++) codes[r] = m.codes + (row + r) * bytes;
+            for (int64_t c = 0, stop = m.inputs / CHUNK; c < chunks; stop = chunks) {
+                if (c == m.inputs / CHUNK)
+                    for (int r = 0; r < R; r++) {
+                        memcpy(last[r], codes[r] + c * BYTES, m.inputs % CHUNK / 2);
+                        codes[r] = last[r] - c * BYTES;
+                    }
+                for (; c < stop; c++) {
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    const uint8_t* from = codes + r * bytes;
-                    // To the second cache, or the few lines that the first one can wait for are the bound.
-                    _mm_prefetch(reinterpret_cast<const char*>(from + R * bytes), _MM_HINT_T1);
-                    if (tail && c == chunks - 1) from = static_cast<uint8_t*>(memcpy(last, from, tail / 2));
-                    __m512i sums[M];
-                    kind.sums(_mm512_loadu_si512(from), x, chunks * CHUNK, sums);
+                    for (int r = 0; r < R; r++) {
+                        const uint8_t* from = codes[r] + c * BYTES;
+                        // To the second cache, or the few lines that the first one can wait for are the bound.
+                        _mm_prefetch(reinterpret_cast<const char*>(from + R * bytes), _MM_HINT_T1);
+                        __m512i sums[M];
+                        kind.sums(_mm512_loadu_si512(from), in.x + c * CHUNK, chunks * CHUNK, sums);
+                        const int64_t unit = r * pitch + c * units;
 #pragma GCC unroll 4
-                    for (int t = 0; t < M; t++) {
-                        __m128 scaled = _mm_mul_ps(_mm_loadu_ps(scales + r * pitch), _mm_set1_ps(input_scales[t * chunks + c]));
-                        const __m512 scale = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(scaled));
-                        all[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), scale, all[r][t]);
-                        if (!LINEAR) continue;
-                        if (Codes::ZEROS)
-                            scaled = _mm_mul_ps(scaled, _mm_sub_ps(_mm_set1_ps(base), _mm_loadu_ps(zeros + r * pitch)));
-                        const __m128 totals = _mm_loadu_ps(input_totals + (t * chunks + c) * 4);
-                        offsets[r][t] = _mm_fmadd_ps(scaled, totals, offsets[r][t]);
+                        for (int t = 0; t < M; t++) {
+                            __m128 scaled = _mm_mul_ps(_mm_loadu_ps(own.scales + unit), _mm_set1_ps(in.scales[t * chunks + c]));
+                            const __m512 scale = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(scaled));
+                            all[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), scale, all[r][t]);
+                            if (!LINEAR) continue;
+                            if (Codes::ZEROS)
+                                scaled = _mm_mul_ps(scaled, _mm_sub_ps(_mm_set1_ps(base), _mm_loadu_ps(own.zeros + unit)));
+                            const __m128 totals = _mm_loadu_ps(in.totals + (t * chunks + c) * 4);
+                            offsets[r][t] = _mm_fmadd_ps(scaled, totals, offsets[r][t]);
+                        }
                     }
                 }
-                codes += BYTES, x += CHUNK, scales += units, zeros += units;
             }
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
