@@ -53,7 +53,7 @@ _READ_BYTES = 1 << 29
 # Seconds until the threads of the one before us no longer wait in a loop for more work.
 _PAUSE = 0.02
 # Turns at so many tokens, after one that does not count.
-_TURNS = {1: 25, 32: 7, 512: 3}
+_TURNS = {1: 40, 32: 7, 512: 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +181,11 @@ def run(
             if peer.failure:
                 measured.append(_absent("layer", f"llama.cpp {kind}", peer.failure))
             for form in (form for form in formats if form in LAYER_FORMATS):
-                layer = random_layer(config, form)
+                layers = [random_layer(config, form) for _ in range(3)]
                 for count in tokens:
                     progress(f"layer, {form}, {kind}, {count} tokens")
-                    measured += _of_layer(layer, config, form, count, bandwidth, peer)
+                    measured += _of_layer(layers, config, form, count, bandwidth, peer)
+                del layers
     return Report(
         command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -268,53 +269,64 @@ def _of_experts(layer: DecoderLayer, form: str, count: int, bound: float) -> lis
 
 
 def _of_layer(
-    layer: DecoderLayer, config: MixtralConfig, form: str, count: int, bound: float, peer: "_Peer"
+    layers: Sequence[DecoderLayer],
+    config: MixtralConfig,
+    form: str,
+    count: int,
+    bound: float,
+    peer: "_Peer",
 ) -> list[Measurement]:
-    """A whole layer of ours, turn by turn with llama.cpp's."""
+    """A whole layer, turn by turn with llama.cpp's: half of what three take longer than one, of either."""
     positions = torch.arange(count)[None]
     cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
     step = Step(cos=cos, sin=sin, keep=None, cache=None)
-    ours: list[float] = []
+    ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
+
+    def through(x: Tensor, some: Sequence[DecoderLayer]) -> None:
+        for each in some:
+            x, _ = each(x, step)
+
     with torch.no_grad():
         for index in range(_TURNS.get(count, 5) + 1):
             x = torch.randn(1, count, config.hidden_size).bfloat16()
             time.sleep(_PAUSE)
-            taken = seconds(partial(layer, x, step), CPU)
+            one = seconds(partial(through, x, layers[:1]), CPU)
+            three = seconds(partial(through, x, layers), CPU)
             time.sleep(_PAUSE)
             other = peer.seconds(count)
             if index:
-                ours.append(taken)
+                ours.append((one, three))
                 theirs += [other] if other else []
     nbytes = sum(
-        module.stored.nbytes for module in layer.self_attn.modules() if isinstance(module, Linear)
-    ) + CHOICES * sum(weight.nbytes for weight in vars(layer.block_sparse_moe.stored[0]).values())
-    sample = layer.self_attn.q_proj.stored
-    found = [
-        Measurement(
-            part="layer",
-            tokens=count,
-            way=f"qmix {form}" + (f" (beside {peer.kind})" if peer.kind else ""),
-            bits=8 * sample.nbytes / (sample.shape[0] * sample.shape[1]),
-            best=min(ours),
-            median=statistics.median(ours),
-            of_bound=nbytes / min(ours) / bound if count == 1 else None,
-        )
-    ]
+        module.stored.nbytes for module in layers[0].self_attn.modules() if isinstance(module, Linear)
+    ) + CHOICES * sum(
+        weight.nbytes for weight in vars(layers[0].block_sparse_moe.stored[0]).values()
+    )
+    sample = layers[0].self_attn.q_proj.stored
+    bits = 8 * sample.nbytes / (sample.shape[0] * sample.shape[1])
+    beside = f" (beside {peer.kind})" if peer.kind else ""
+    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours, nbytes / bound)]
     if theirs:
-        best = min(two for _, two in theirs) - min(one for one, _ in theirs)
-        found.append(
-            Measurement(
-                part="layer",
-                tokens=count,
-                way=f"llama.cpp {peer.kind} (beside {form})",
-                bits=4.5,
-                best=best,
-                median=statistics.median(two - one for one, two in theirs),
-                note="two layers less one",
-            )
-        )
+        found.append(_layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs, None))
     return found
+
+
+def _layer_row(
+    way: str, count: int, bits: float, times: Sequence[tuple[float, float]], least: float | None
+) -> Measurement:
+    """Of the seconds of one layer and of three; `least` is what reading the weights takes."""
+    best = (min(three for _, three in times) - min(one for one, _ in times)) / 2
+    return Measurement(
+        part="layer",
+        tokens=count,
+        way=way,
+        bits=bits,
+        best=best,
+        median=statistics.median((three - one) / 2 for one, three in times),
+        of_bound=least / best if least is not None and count == 1 else None,
+        note="half of three layers less one",
+    )
 
 
 def _experts(x: Tensor, routes: Routes, weights: Sequence[Expert]) -> Tensor:
@@ -405,14 +417,14 @@ class _Peer:
             self.versions = {"llama-cpp-python": said["version"], "llama.cpp": said["features"]}
 
     def seconds(self, count: int) -> tuple[float, float] | None:
-        """Of one and of two layers."""
+        """Of one and of three layers."""
         if self._process is None or self.failure:
             return None
         assert self._process.stdin is not None
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
-        one, two = self._line()
-        return one, two
+        one, three = self._line()
+        return one, three
 
     def _line(self) -> Any:
         assert self._process is not None

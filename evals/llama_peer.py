@@ -1,8 +1,8 @@
 """llama.cpp's side of qmix.evals.cpu: a stand-alone script for the interpreter that llama-cpp-python has.
 
 `PYTHON llama_peer.py FOLDER KIND HIDDEN WIDTH EXPERTS HEADS KV_HEADS THREADS` writes synthetic Mixtral
-files of one and of two layers (random codes, scales that keep activations small) into FOLDER, says on
-stdout which version it is as one line of JSON, and answers each line `N` on stdin by `[one, two]`: the
+files of one and of three layers (random codes, scales that keep activations small) into FOLDER, says on
+stdout which version it is as one line of JSON, and answers each line `N` on stdin by `[one, three]`: the
 seconds that both models took for a prompt of N random tokens. Knows nothing of qmix.
 """
 
@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> None:
     quiet = package.llama_log_callback(lambda level, text, data: None)
     package.llama_log_set(quiet, ctypes.c_void_p(0))
     models = []
-    for layers in (1, 2):
+    for layers in (1, 3):
         path = folder / f"{kind}-{layers}.gguf"
         write(path, kind, layers, [int(size) for size in arguments[2:-1]])
         models.append(Model(package, path, threads))

@@ -267,6 +267,16 @@ class SparseMoeBlock(nn.Module):
             module.w3.store(expert.w3)
         self._whole = experts
 
+    def placed(self) -> list[Weight | None]:
+        """What w1, w3 and w2 of each expert hold in 4 bits; none of a store's, which come and go."""
+        if self._whole is not None:
+            return []
+        return [
+            getattr(modules.get(name), "_packed", None)
+            for modules in (expert._modules for expert in self.experts._modules.values())
+            for name in ("w1", "w3", "w2")
+        ]
+
     def release(self) -> None:
         """Let the experts' weights go, until others are stored."""
         for expert in self.experts:
@@ -327,12 +337,22 @@ class DecoderLayer(nn.Module):
         y, router_logits = self.block_sparse_moe(self.post_attention_layernorm(x))
         return x + y, router_logits
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoderLayer":
+        self._token = None  # let go of what is moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_token": None}  # a copy's weights lie elsewhere
+
     def _compiled(self, token: TokenLayer, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The same of one token on a CPU, in a few calls."""
         products = library()
         attended = self.self_attn.attended(products.before_attention(token, x, step.cos, step.sin), step)
         x, normed, router_logits, routes = products.after_attention(token, attended, x)
-        return x + self.block_sparse_moe.routed(normed, routes), router_logits
+        if not token.whole:
+            x = x + self.block_sparse_moe.routed(normed, routes)
+        return x, router_logits
 
     def _one_token(self, x: Tensor, step: Step) -> TokenLayer | None:
         """What the compiled products need, if they may take this step."""
@@ -355,32 +375,40 @@ class DecoderLayer(nn.Module):
         if not all(type(linear) is Linear for linear in linears):
             return None  # an adapter's
         *projections, router = (linear.stored for linear in linears)
+        experts = block.placed()
         tensors = (*(norm.weight for norm in norms), getattr(router, "data", None))
-        parts = (*map(id, projections), *((t.data_ptr(), t.dtype) for t in tensors if t is not None))
+        parts = (projections, experts, [(t.data_ptr(), t.dtype) for t in tensors if t is not None])
         if self._token is None or self._token[0] != parts:
-            self._token = parts, self._prepared(projections, tensors)
+            self._token = parts, self._prepared(projections, tensors, experts)
         return self._token[1]
 
     def _prepared(
-        self, projections: Sequence[Weight], tensors: Sequence[Tensor | None]
+        self,
+        projections: Sequence[Weight],
+        tensors: Sequence[Tensor | None],
+        experts: Sequence[Weight | None],
     ) -> TokenLayer | None:
-        """The parts of a layer for the compiled products, if they multiply all of them."""
+        """The parts of a layer for the compiled products, if they multiply all but the experts."""
         packed = [weight for weight in projections if isinstance(weight, (NF4, Int4))]
         dense = [t.detach() for t in tensors if t is not None and t.dtype == torch.bfloat16]
         if (
             (len(packed), len(dense)) != (4, 3)
-            or not all(t.is_cpu and t.is_contiguous() for t in dense)
-            or not all(weight.device.type == "cpu" for weight in packed)
+            or not all(part.device.type == "cpu" for part in (*packed, *dense))
+            or not all(t.is_contiguous() for t in dense)
             or library().path is None
         ):
             return None
+        block = self.block_sparse_moe
+        parts = [weight for weight in experts if isinstance(weight, (NF4, Int4))]
+        whole = block.act is F.silu and 0 < len(parts) == len(experts)
         return TokenLayer.of(
             packed,
             dense[:2],
             dense[2],
+            list(zip(parts[::3], parts[1::3], parts[2::3], strict=True)) if whole else None,
             eps=self.input_layernorm.eps,
             head_dim=self.self_attn.head_dim,
-            chosen=self.block_sparse_moe.num_experts_per_tok,
+            chosen=block.num_experts_per_tok,
         )
 
 

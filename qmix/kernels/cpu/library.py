@@ -10,7 +10,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -69,9 +69,9 @@ class _MixedExpert(Structure):
         ("gate", _Matrix),
         ("up", _Matrix),
         ("down", _Matrix),
-        ("x_of_gate", c_void_p),
-        ("x_of_up", c_void_p),
-        ("perm", c_void_p),
+        ("gate_perm", c_void_p),
+        ("up_perm", c_void_p),
+        ("down_perm", c_void_p),
         ("share", c_float),
     )
 
@@ -86,6 +86,7 @@ class _TokenLayer(Structure):
         ("input_norm", c_void_p),
         ("post_norm", c_void_p),
         ("router", c_void_p),
+        ("mixed", c_void_p),
         ("hidden", c_int64),
         ("head_dim", c_int64),
         ("experts", c_int64),
@@ -129,16 +130,18 @@ class _Packed(Structure):
 
 @dataclass(frozen=True, eq=False)
 class TokenLayer:
-    """Where the parts of a layer lie that one token passes around its attention; none of a copy's.
+    """Where the parts of a layer lie that one token passes around its attention.
 
     Attributes:
         outputs: of queries, keys and values together.
+        whole: whether the experts are among them.
         held: what the pointers point to.
     """
 
     fields: _TokenLayer
     outputs: int
-    held: tuple[Tensor, ...]
+    whole: bool
+    held: tuple[object, ...]
 
     @classmethod
     def of(
@@ -146,24 +149,29 @@ class TokenLayer:
         projections: Sequence[NF4 | Int4],
         norms: Sequence[Tensor],
         router: Tensor,
+        experts: Sequence[tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4]] | None,
         *,
         eps: float,
         head_dim: int,
         chosen: int,
     ) -> "TokenLayer":
-        """Of q, k, v and o; the norms before and after attention [D] and the router's [E, D] in bfloat16."""
+        """Of q, k, v and o; the norms before and after attention [D] and the router's [E, D] in bfloat16.
+
+        Args:
+            experts: each one's gate, up and down; None leaves their products to the caller.
+        """
         held: list[Tensor] = [*norms, router]
         matrices = [_matrix(weight, held) for weight in projections]
-        perms = (c_void_p * 4)()
-        for index, weight in enumerate(projections):
-            if isinstance(weight, Int4) and weight.perm is not None:
-                held.append(weight.perm.long().contiguous())
-                perms[index] = held[-1].data_ptr()
+        perms = (c_void_p * 4)(*(_perm(weight, held) for weight in projections))
+        mixed = None
+        if experts is not None:
+            mixed = (_MixedExpert * len(experts))(*(_mixed(expert, held) for expert in experts))
         fields = _TokenLayer(
             *matrices,
             perms,
             *(norm.data_ptr() for norm in norms),
             router.data_ptr(),
+            None if mixed is None else addressof(mixed),
             router.shape[1],
             head_dim,
             router.shape[0],
@@ -171,10 +179,7 @@ class TokenLayer:
             eps,
         )
         outputs = sum(weight.shape[0] for weight in projections[:3])
-        return cls(fields, outputs, tuple(held))
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+        return cls(fields, outputs, mixed is not None, (*held, mixed))
 
 
 @dataclass
@@ -288,21 +293,11 @@ class Library:
         assert self.functions is not None
         assert self.path is not None
         held: list[Tensor] = []  # what the pointers point to
-        mixed = (_MixedExpert * len(experts))()
-        for entry, (gate, up, down), share in zip(mixed, experts, shares, strict=True):
-            entry.gate, entry.up = _matrix(gate, held), _matrix(up, held)
-            entry.down = _matrix(down, held)
-            entry.x_of_gate, entry.x_of_up = _ordered(x, gate, held), _ordered(x, up, held)
-            if isinstance(down, Int4) and down.perm is not None:
-                held.append(down.perm.long().contiguous())
-                entry.perm = held[-1].data_ptr()
+        mixed = (_MixedExpert * len(experts))(*(_mixed(expert, held) for expert in experts))
+        for entry, share in zip(mixed, shares, strict=True):
             entry.share = share
         failed = self.functions.qmix_mixture(
-            mixed,
-            len(experts),
-            out.data_ptr(),
-            rounded,
-            *self._ways(),
+            mixed, len(experts), x.data_ptr(), out.data_ptr(), rounded, *self._ways()
         )
         if failed:
             raise ResourceError("no memory for an expert's activations", found=tuple(x.shape))
@@ -329,12 +324,12 @@ class Library:
     def after_attention(
         self, layer: "TokenLayer", attended: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Routes]:
-        """Output projection, residual, norm and router.
+        """Output projection, residual, norm and router, and the experts if the layer is whole.
 
         All bfloat16 and contiguous; attended [1, 1, H * d] and x [1, 1, D].
 
         Returns:
-            the residual stream [1, 1, D], its norm [1, D], the router's logits [1, E] and its choice.
+            the residual stream [1, 1, D], the experts' input [1, D], the router's logits [1, E] and its choice.
         """
         assert self.functions is not None
         residual, normed = torch.empty_like(x), torch.empty_like(x[0])
@@ -439,7 +434,7 @@ def library() -> Library:
         POINTER(_Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
     )  # fmt: skip
     functions.qmix_mixture.argtypes = (
-        POINTER(_MixedExpert), c_int64, c_void_p, c_int32, c_int32, c_int32, c_void_p,
+        POINTER(_MixedExpert), c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p,
     )  # fmt: skip
     functions.qmix_before_attention.argtypes = (
         POINTER(_TokenLayer), c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p,
@@ -484,11 +479,17 @@ def _openmp() -> int | None:
     return ctypes.cast(entry, c_void_p).value
 
 
-def _ordered(x: Tensor, weight: NF4 | Int4, held: list[Tensor]) -> int:
-    """Where a token's inputs [1, K] lie in the order that the weight stores them."""
+def _mixed(parts: tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4], held: list[Tensor]) -> _MixedExpert:
+    """Of gate, up and down; the share is the caller's."""
+    perms = (_perm(part, held) for part in parts)
+    return _MixedExpert(*(_matrix(part, held) for part in parts), *perms)
+
+
+def _perm(weight: NF4 | Int4, held: list[Tensor]) -> int | None:
+    """Where the order lies that an act-order weight stores its inputs in."""
     if isinstance(weight, NF4) or weight.perm is None:
-        return x.data_ptr()
-    held.append(x.index_select(1, weight.perm))
+        return None
+    held.append(weight.perm.long().contiguous())
     return held[-1].data_ptr()
 
 

@@ -329,15 +329,15 @@ int32_t qmix_multiply(const Product* products, int64_t count, int32_t threads, i
 }
 
 // The products' sizes are those of the first expert; y is added to. 0, or 1 without memory.
-int32_t qmix_mixture(const MixedExpert* experts, int64_t count, float* y, int32_t rounded, int32_t threads,
-                     int32_t path, Fork fork) {
+int32_t qmix_mixture(const MixedExpert* experts, int64_t count, const float* x, float* y, int32_t rounded,
+                     int32_t threads, int32_t path, Fork fork) {
     try {
 #if defined(__x86_64__)
-        if (path == VNNI) return mixture<Vnni>(experts, count, y, rounded, threads, fork), 0;
-        if (path == AVX512) return mixture<Avx512>(experts, count, y, rounded, threads, fork), 0;
-        if (path == AVX2) return mixture<Avx2>(experts, count, y, rounded, threads, fork), 0;
+        if (path == VNNI) return mixture<Vnni>(experts, count, x, y, rounded, threads, fork), 0;
+        if (path == AVX512) return mixture<Avx512>(experts, count, x, y, rounded, threads, fork), 0;
+        if (path == AVX2) return mixture<Avx2>(experts, count, x, y, rounded, threads, fork), 0;
 #endif
-        mixture<Portable>(experts, count, y, rounded, threads, fork);
+        mixture<Portable>(experts, count, x, y, rounded, threads, fork);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;
@@ -360,7 +360,7 @@ int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, const 
     }
 }
 
-// And after it, as far as the router's choice.
+// And after it: to the router's choice, or to the end if the experts are there too.
 int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* to, const uint16_t* attended,
                              const uint16_t* x, int32_t threads, int32_t path, Fork fork) {
     try {

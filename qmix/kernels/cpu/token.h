@@ -11,9 +11,7 @@ extern "C" {
 
 struct MixedExpert {            // y += share * down(silu(gate x) * (up x)) of one token, all in float32
     Matrix gate, up, down;
-    const float* x_of_gate;
-    const float* x_of_up;
-    const int64_t* perm;        // which of the hidden values each of down's inputs is; null: in their order
+    const int64_t *gate_perm, *up_perm, *down_perm;  // which input each of the weight's is; null: in their order
     float share;
 };
 
@@ -22,12 +20,13 @@ struct TokenLayer {
     const int64_t* perms[4];    // of their inputs, as in MixedExpert
     const uint16_t *input_norm, *post_norm;  // [hidden]
     const uint16_t* router;     // [experts, hidden]
+    const MixedExpert* mixed;   // [experts], of any share; null: their products are the caller's
     int64_t hidden, head_dim, experts, chosen;
     float eps;
 };
 
 struct TokenRoute {
-    uint16_t* residual;         // [hidden], x and what attention added
+    uint16_t* residual;         // [hidden], x and what attention added, and the experts if they are ours
     uint16_t* normed;           // [hidden], what the experts take
     uint16_t* logits;           // [experts]
     int64_t* ids;               // [chosen]
@@ -38,18 +37,28 @@ struct TokenRoute {
 
 namespace {
 
+// The inputs of a product, in the order that its weight stores them.
+inline const float* ordered(const float* x, int64_t count, const int64_t* perm, std::vector<float>& to) {
+    if (!perm) return x;
+    to.resize(size_t(count));
+    for (int64_t i = 0; i < count; i++) to[i] = x[perm[i]];
+    return to.data();
+}
+
 template <class Kernels>
-void mixture(const MixedExpert* experts, int64_t count, float* y, int32_t rounded, int threads, Fork fork) {
+void mixture(const MixedExpert* experts, int64_t count, const float* x, float* y, int32_t rounded, int threads, Fork fork) {
     constexpr int64_t STEP = 2048;
-    const int64_t width = experts->gate.rows, outputs = experts->down.rows, steps = up(width, STEP) / STEP;
-    std::vector<float> values(size_t(count * (4 * width + outputs)));
+    const int64_t inputs = experts->gate.inputs, width = experts->gate.rows, outputs = experts->down.rows;
+    const int64_t steps = up(width, STEP) / STEP;
+    std::vector<float> values(size_t(count * (3 * width + outputs)));
+    std::vector<std::vector<float>> moved(size_t(2 * count));
     float* hidden = values.data() + 2 * count * width;
-    float* ordered = hidden + count * width;
-    float* downs = ordered + count * width;
+    float* downs = hidden + count * width;
     std::vector<Product> products;
     for (int64_t e = 0; e < count; e++) {
-        products.push_back({experts[e].gate, experts[e].x_of_gate, values.data() + 2 * e * width, 1, rounded});
-        products.push_back({experts[e].up, experts[e].x_of_up, values.data() + (2 * e + 1) * width, 1, rounded});
+        float* gate = values.data() + 2 * e * width;
+        products.push_back({experts[e].gate, ordered(x, inputs, experts[e].gate_perm, moved[2 * e]), gate, 1, rounded});
+        products.push_back({experts[e].up, ordered(x, inputs, experts[e].up_perm, moved[2 * e + 1]), gate + width, 1, rounded});
     }
     multiply<Kernels>(products.data(), 2 * count, threads, fork);
     each(count * steps, threads, fork, [&](int64_t item, int) {
@@ -58,25 +67,12 @@ void mixture(const MixedExpert* experts, int64_t count, float* y, int32_t rounde
         Kernels::gated(gate, gate + width, held, hidden + e * width + from);
     });
     products.clear();
-    for (int64_t e = 0; e < count; e++) {
-        const float* x = hidden + e * width;
-        if (experts[e].perm) {
-            for (int64_t i = 0; i < width; i++) ordered[e * width + i] = x[experts[e].perm[i]];
-            x = ordered + e * width;
-        }
-        products.push_back({experts[e].down, x, downs + e * outputs, 1, rounded});
-    }
+    for (int64_t e = 0; e < count; e++)
+        products.push_back({experts[e].down, ordered(hidden + e * width, width, experts[e].down_perm, moved[e]),
+                            downs + e * outputs, 1, rounded});
     multiply<Kernels>(products.data(), count, threads, fork);
     for (int64_t e = 0; e < count; e++)
         for (int64_t i = 0; i < outputs; i++) y[i] += experts[e].share * downs[e * outputs + i];
-}
-
-// The inputs of a product, in the order that its weight stores them.
-inline const float* ordered(const std::vector<float>& x, const int64_t* perm, std::vector<float>& to) {
-    if (!perm) return x.data();
-    to.resize(x.size());
-    for (size_t i = 0; i < x.size(); i++) to[i] = x[perm[i]];
-    return to.data();
 }
 
 template <class Kernels>
@@ -88,9 +84,9 @@ void before_attention(const TokenLayer& l, const uint16_t* x, const uint16_t* co
     std::vector<float> inputs(l.hidden), out(all), moved[3];
     for (int64_t i = 0; i < l.hidden; i++) inputs[i] = widened(normed[i]);
     const Product products[3] = {
-        {l.q, ordered(inputs, l.perms[0], moved[0]), out.data(), 1, 1},
-        {l.k, ordered(inputs, l.perms[1], moved[1]), out.data() + l.q.rows, 1, 1},
-        {l.v, ordered(inputs, l.perms[2], moved[2]), out.data() + rotated, 1, 1},
+        {l.q, ordered(inputs.data(), l.hidden, l.perms[0], moved[0]), out.data(), 1, 1},
+        {l.k, ordered(inputs.data(), l.hidden, l.perms[1], moved[1]), out.data() + l.q.rows, 1, 1},
+        {l.v, ordered(inputs.data(), l.hidden, l.perms[2], moved[2]), out.data() + rotated, 1, 1},
     };
     multiply<Kernels>(products, 3, threads, fork);
     for (float& each : out) each = widened(rounded_to_even(each));
@@ -126,7 +122,7 @@ void after_attention(const TokenLayer& l, const TokenRoute& to, const uint16_t* 
                      int threads, int32_t path, Fork fork) {
     std::vector<float> inputs(l.o.inputs), out(l.hidden), moved, logits(l.experts);
     for (int64_t i = 0; i < l.o.inputs; i++) inputs[i] = widened(attended[i]);
-    const Product product{l.o, ordered(inputs, l.perms[3], moved), out.data(), 1, 1};
+    const Product product{l.o, ordered(inputs.data(), l.o.inputs, l.perms[3], moved), out.data(), 1, 1};
     multiply<Kernels>(&product, 1, threads, fork);
     for (int64_t i = 0; i < l.hidden; i++)
         to.residual[i] = rounded_to_even(widened(x[i]) + widened(rounded_to_even(out[i])));
@@ -135,6 +131,18 @@ void after_attention(const TokenLayer& l, const TokenRoute& to, const uint16_t* 
     dense_rows({l.router, out.data(), logits.data(), l.experts, l.hidden, 1}, path, 0, l.experts);
     for (int64_t e = 0; e < l.experts; e++) to.logits[e] = rounded_to_even(logits[e]);
     choose(to.logits, l.experts, l.chosen, to.ids, to.shares);
+    if (!l.mixed) return;
+    std::vector<MixedExpert> mixed;
+    for (int64_t e = 0; e < l.experts; e++)  // summed in ascending order
+        for (int64_t i = 0; i < l.chosen; i++)
+            if (to.ids[i] == e) {
+                mixed.push_back(l.mixed[e]);
+                mixed.back().share = to.shares[i];
+            }
+    std::vector<float> sum(l.hidden);
+    mixture<Kernels>(mixed.data(), l.chosen, out.data(), sum.data(), 1, threads, fork);
+    for (int64_t i = 0; i < l.hidden; i++)
+        to.residual[i] = rounded_to_even(widened(to.residual[i]) + widened(rounded_to_even(sum[i])));
 }
 
 }  // namespace
