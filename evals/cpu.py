@@ -299,7 +299,9 @@ def _of_layer(
                 ours.append((one, three))
                 theirs += [other] if other else []
     nbytes = sum(
-        module.stored.nbytes for module in layers[0].self_attn.modules() if isinstance(module, Linear)
+        module.stored.nbytes
+        for module in layers[0].self_attn.modules()
+        if isinstance(module, Linear)
     ) + CHOICES * sum(
         weight.nbytes for weight in vars(layers[0].block_sparse_moe.stored[0]).values()
     )

@@ -326,7 +326,9 @@ class DecoderLayer(nn.Module):
         self.block_sparse_moe = SparseMoeBlock(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._token: tuple[tuple[object, ...], TokenLayer | None] | None = None  # and of which parts
+        self._token: tuple[tuple[object, ...], TokenLayer | None] | None = (
+            None  # and of which parts
+        )
 
     def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
@@ -348,7 +350,9 @@ class DecoderLayer(nn.Module):
     def _compiled(self, token: TokenLayer, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The same of one token on a CPU, in a few calls."""
         products = library()
-        attended = self.self_attn.attended(products.before_attention(token, x, step.cos, step.sin), step)
+        attended = self.self_attn.attended(
+            products.before_attention(token, x, step.cos, step.sin), step
+        )
         x, normed, router_logits, routes = products.after_attention(token, attended, x)
         if not token.whole:
             x = x + self.block_sparse_moe.routed(normed, routes)
@@ -365,7 +369,13 @@ class DecoderLayer(nn.Module):
         ):
             return None
         attention, block = self.self_attn, self.block_sparse_moe
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, block.gate)
+        linears = (
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.o_proj,
+            block.gate,
+        )
         norms = (self.input_layernorm, self.post_attention_layernorm)
         if any(
             module._forward_hooks or module._forward_pre_hooks

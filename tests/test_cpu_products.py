@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,10 @@ from conftest import ROOT, TINY
 from qmix import kernels
 from qmix.fp4 import FP4, FP4_VALUES
 from qmix.int4 import Int4
-from qmix.kernels import Expert, Routes
+from qmix.kernels import Expert, Routes, pointwise
 from qmix.kernels.cpu import library as libraries
 from qmix.kernels.cpu.library import PATHS, VARIABLE, library
-from qmix.weights import NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights import NF4, NF4_VALUES, Dense, NestedAbsmax
 
 BEST = PATHS.index(library().path) if library().path else -1
 TOKENS = (1, 2, 4, 7, 12, 13, 33)
@@ -212,6 +213,122 @@ def test_experts_match_the_oracle(path):
             with kernels.override("reference"):
                 oracle = kernels.experts(x, routes, experts, torch.nn.functional.silu)
             assert (out - oracle).abs().max() <= bound * oracle.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (8, 64), (41, 4096), (300, 1000)])
+def test_one_or_two_tokens_with_a_bfloat16_weight(path, shape):
+    weight = torch.randn(shape, generator=seeded()).bfloat16()
+    for count in (1, 2, 3):
+        x = torch.randn(count, shape[1], generator=seeded(1)).bfloat16()
+        with torch.no_grad():
+            out = kernels.linear(x, Dense(weight))
+        oracle = x.double() @ weight.double().T
+        assert (out.dtype, out.shape) == (torch.bfloat16, oracle.shape)
+        bound = 2**-8 * oracle.abs() + 1e-6 * float(x.double().norm() * weight.double().norm())
+        assert ((out.double() - oracle).abs() <= bound).all()
+
+
+def test_a_bfloat16_weight_that_learns_is_torchs_affair(path):
+    weight = torch.nn.Parameter(torch.randn(8, 64, generator=seeded()).bfloat16())
+    x = torch.randn(1, 64, generator=seeded(1)).bfloat16()
+    kernels.linear(x, Dense(weight)).sum().backward()
+    assert torch.equal(weight.grad, x.expand(8, 64))
+
+
+@pytest.mark.parametrize("width", [1, 37, 64, 4096])
+def test_norms_of_one_or_two_tokens_are_torchs(path, width):
+    x = 3 * torch.randn(2, 3, width, generator=seeded()).bfloat16()
+    weight = torch.randn(width, generator=seeded(1)).bfloat16()
+    for rows in (x[0, :1], x[0, :2], x[:, 0]):
+        out = kernels.rms_norm(rows, weight, 1e-5)
+        assert torch.allclose(out, pointwise.rms_norm(rows, weight, 1e-5), rtol=2**-7, atol=0)
+    assert (
+        kernels.rms_norm(torch.full((1, width), torch.inf).bfloat16(), weight, 1e-5).isnan().all()
+    )
+
+
+EXPERTS = {
+    "nf4": lambda n, k: random_nf4(n, k),
+    "nested": lambda n, k: random_nf4(n, k, nested=True),
+    "int4": lambda n, k: random_int4(n, k, 4),
+    "act-order": lambda n, k: random_int4(n, k, 2, zeros=True, perm=True),
+    "bfloat16": lambda n, k: Dense(torch.randn(n, k, generator=seeded(n)).bfloat16() / k**0.5),
+}
+
+
+class View(Sequence):
+    """Experts that come one at a time, as a store's do."""
+
+    def __init__(self, experts):
+        self.experts, self.asked = experts, []
+
+    def __len__(self):
+        return len(self.experts)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.experts[index]
+
+
+@pytest.mark.parametrize(
+    "kinds", [(kind, kind, kind) for kind in EXPERTS] + [("nf4", "bfloat16", "int4")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_tokens_experts_are_those_of_the_oracle_and_of_a_view(path, kinds, dtype):
+    experts = [
+        Expert(
+            EXPERTS[kinds[0]](320, 128), EXPERTS[kinds[1]](128, 320), EXPERTS[kinds[2]](320, 128)
+        )
+        for _ in range(4)
+    ]
+    if "bfloat16" in kinds and dtype != torch.bfloat16:
+        pytest.skip("dense weights have their model's dtype")
+    routes = Routes(torch.tensor([[3, 0, 2]]), torch.tensor([[0.5, 0.2, 0.3]]))
+    x = torch.randn(1, 128, generator=seeded()).to(dtype)
+    silu = torch.nn.functional.silu
+    out = kernels.experts(x, routes, experts, silu)
+    assert (out.dtype, out.shape) == (dtype, x.shape)
+    with kernels.override("reference"):
+        oracle = kernels.experts(x, routes, experts, silu)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (out - oracle).abs().max() <= bound * oracle.abs().max()
+    view = View(experts)
+    assert torch.equal(kernels.experts(x, routes, view, silu), out)
+    assert view.asked == [0, 2, 3]
+    resident = kernels.Resident(4, experts.__getitem__)
+    assert torch.equal(kernels.experts(x, routes, resident, silu), out)
+    x[0, 5] = torch.nan
+    assert kernels.experts(x, routes, experts, silu).isnan().all()
+
+
+def test_the_gate_opens_and_closes_as_torchs(path):
+    """Gates from the smallest to the largest float32s that a model could have."""
+    width = 4096
+    codes = torch.zeros(width // 2, dtype=torch.uint8)
+    eye = [
+        NF4(codes.repeat(2), torch.ones(1), torch.ones(16), (width, 1), torch.float32, width)
+    ] * 2
+    down = NF4(codes, torch.ones(1), torch.ones(16), (1, width), torch.float32, width)
+    routes = Routes(torch.tensor([[0]]), torch.ones(1, 1))
+    for value in (
+        -1e30,
+        -200.0,
+        -88.5,
+        -87.0,
+        -10.0,
+        -1e-3,
+        -1e-30,
+        0.0,
+        1e-30,
+        0.5,
+        10.0,
+        89.0,
+        1e15,
+    ):
+        x = torch.tensor([[value]])
+        out = kernels.experts(x, routes, [Expert(eye[0], down, eye[1])], torch.nn.functional.silu)
+        expected = width * torch.nn.functional.silu(x.double()) * x.double()
+        assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-30), value
 
 
 def test_gradients_pass_through(path):

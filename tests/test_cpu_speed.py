@@ -37,6 +37,9 @@ def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
         for form in forms:
             found = [m for m in report.measurements if m.part == part and m.way == f"qmix {form}"]
             assert [m.tokens for m in found] == [1, 8]
+            if part == "layer":  # differences: of so small layers, of any sign
+                assert all(m.note == "half of three layers less one" for m in found)
+                continue
             assert all(0 < m.best <= m.median for m in found)
             assert found[0].of_bound > 0
     absent = [m for m in report.measurements if m.best is None]

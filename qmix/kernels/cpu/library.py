@@ -10,7 +10,17 @@ import ctypes
 import os
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, addressof, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    addressof,
+    byref,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -226,9 +236,7 @@ class Library:
             product.x, product.y = x.data_ptr(), at
             product.tokens, product.rounded = len(x), dtype.itemsize == 2
             at += 4 * size
-        failed = self.functions.qmix_multiply(
-            products, len(weights), *self._ways()
-        )
+        failed = self.functions.qmix_multiply(products, len(weights), *self._ways())
         if failed:
             raise ResourceError("no memory for a product's activations", found=tuple(xs[0].shape))
         parts = flat.to(dtype).split_with_sizes(sizes)
@@ -361,9 +369,7 @@ class Library:
             weight.shape[1],
             len(x),
         )
-        self.functions.qmix_multiply_dense(
-            byref(product), *self._ways()
-        )
+        self.functions.qmix_multiply_dense(byref(product), *self._ways())
         return out.to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -221,7 +221,7 @@ inline __attribute__((always_inline)) void gated_values(const float* gate, const
     for (int64_t i = 0; i < count; i++) {
         float x = -gate[i];
         x = x > -87.f ? x : -87.f;
-        x = x < 88.f ? x : 88.f;
+        x = x < 89.f ? x : 89.f;  // there the power is infinite, and a gate so low closed
         const float n = __builtin_rintf(x * 1.44269504f), rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
         float sum = 1.9875691500e-4f;
         sum = sum * rest + 1.3981999507e-3f;

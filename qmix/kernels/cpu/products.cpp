@@ -17,10 +17,12 @@
 // the low bits of the words are 16 codes that index a table in registers; so inputs are arranged in
 // the order [p][word] within a chunk, and never codes. (Rounded: 32 words of 4 codes.)
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "avx2.h"

@@ -100,19 +100,31 @@ void before_attention(const TokenLayer& l, const uint16_t* x, const uint16_t* co
     for (int64_t i = rotated; i < all; i++) qkv[i] = rounded_to_even(out[i]);
 }
 
-// Softmax in float32, the largest so many, the first of equals, their shares summing to 1.
+// Softmax in float32, the largest so many, their shares summing to 1. Among equals the choice is that of
+// torch.topk, which sorts by the same functions: a prompt, which torch routes, takes the same experts.
 inline void choose(const uint16_t* logits, int64_t experts, int64_t chosen, int64_t* ids, float* shares) {
-    std::vector<float> left(experts);
+    typedef std::pair<float, int64_t> Entry;
+    std::vector<Entry> entries(experts);
     float most = widened(logits[0]), sum = 0, of_chosen = 0;
     for (int64_t e = 1; e < experts; e++) most = widened(logits[e]) > most ? widened(logits[e]) : most;
-    for (int64_t e = 0; e < experts; e++) sum += left[e] = __builtin_expf(widened(logits[e]) - most);
+    for (int64_t e = 0; e < experts; e++) {
+        entries[e] = {__builtin_expf(widened(logits[e]) - most), e};
+        sum += entries[e].first;
+    }
+    for (Entry& entry : entries) entry.first /= sum;
+    const auto before = [](const Entry& a, const Entry& b) {
+        return (a.first != a.first && b.first == b.first) || a.first > b.first;
+    };
+    const auto first = entries.begin(), last = first + chosen;
+    if (chosen * 64 <= experts) {
+        std::partial_sort(first, last, entries.end(), before);
+    } else {
+        std::nth_element(first, last - 1, entries.end(), before);
+        std::sort(first, last - 1, before);
+    }
     for (int64_t i = 0; i < chosen; i++) {
-        int64_t best = -1;
-        for (int64_t e = 0; e < experts; e++)
-            if (left[e] != -1 && (best < 0 || left[e] > left[best])) best = e;
-        ids[i] = best;
-        of_chosen += shares[i] = left[best] / sum;
-        left[best] = -1;
+        ids[i] = entries[i].second;
+        of_chosen += shares[i] = entries[i].first;
     }
     for (int64_t i = 0; i < chosen; i++) shares[i] /= of_chosen;
 }

@@ -1,0 +1,233 @@
+"""One token through a layer in two calls of the compiled products: what the modules compute."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from test_cpu_products import BEST, path, random_int4, random_nf4, seeded  # noqa: F401
+
+from qmix import kernels
+from qmix.cache import KVCache
+from qmix.config import MixtralConfig
+from qmix.kernels.cpu.library import library
+from qmix.layers import DecoderLayer, Linear, Step
+from qmix.weights import Dense
+
+CONFIG = MixtralConfig(
+    hidden_size=256,
+    intermediate_size=384,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    num_hidden_layers=1,
+    num_local_experts=4,
+)
+WEIGHTS = {
+    "nf4": random_nf4,
+    "nested": partial(random_nf4, nested=True),
+    "int4": lambda n, k: random_int4(n, k, k // 32),
+    "act-order": lambda n, k: random_int4(n, k, k // 64, zeros=True, perm=True),
+}
+
+
+def random_layer(kind, config=CONFIG):
+    layer = DecoderLayer(config, 0).bfloat16().eval()
+    for name, module in layer.named_modules():
+        if isinstance(module, Linear) and not name.endswith("gate"):
+            module.store(WEIGHTS[kind](module.out_features, module.in_features))
+        elif isinstance(module, Linear):
+            torch.nn.init.normal_(module.weight, generator=seeded(5))
+        elif name.endswith("norm"):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5, generator=seeded(6))
+    return layer
+
+
+def run(layer, tokens=5, config=CONFIG):
+    """Outputs and router logits of a short prompt and of single tokens behind it."""
+    cache = KVCache(config, 1, dtype=torch.bfloat16, device=torch.device("cpu"))
+    outs = []
+    for index, new in enumerate([3] + [1] * tokens):
+        positions = cache.length + torch.arange(new)[None]
+        cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
+        x = torch.randn(1, new, config.hidden_size, generator=seeded(index)).bfloat16()
+        with torch.no_grad():
+            outs += layer(x, Step(cos=cos, sin=sin, keep=None, cache=cache))
+        cache.advance(new)
+    return outs
+
+
+def by_modules(layer, **options):
+    """The same without the compiled calls."""
+    layer._one_token = lambda x, step: None
+    try:
+        return run(layer, **options)
+    finally:
+        del layer._one_token
+
+
+def same(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def alike(ours, theirs):
+    """The same but where the last place of a share turned a rounding to bfloat16: a few in a thousand."""
+    pairs = list(zip(ours, theirs, strict=True))
+    turned = torch.cat([(a != b).flatten() for a, b in pairs]).float().mean()
+    return turned <= 0.01 and all(torch.allclose(a, b, rtol=2**-6, atol=0.02) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("window", [None, 4])
+def test_it_is_what_the_modules_compute(path, kind, window):  # noqa: F811
+    config = MixtralConfig(**{**CONFIG.to_dict(), "sliding_window": window})
+    layer = random_layer(kind, config)
+    ours = run(layer, config=config)
+    assert (layer._token is not None and layer._token[1] is not None) == (path != "torch")
+    if path != "torch":
+        assert layer._token[1].whole
+    assert alike(ours, by_modules(layer, config=config))
+    with kernels.override("reference"):
+        oracle = run(layer, config=config)
+    for out, reference in zip(ours, oracle, strict=True):
+        assert (out - reference).abs().max() <= 0.05 * reference.abs().max()
+
+
+pytestmark = pytest.mark.skipif(BEST < 0, reason="no compiler")
+
+
+def taken(layer):
+    """Whether a token now goes through the compiled calls."""
+    layer._token = None
+    run(layer, 1)
+    return layer._token is not None and layer._token[1] is not None
+
+
+def test_new_weights_are_seen():
+    layer = random_layer("nf4")
+    before = run(layer)
+    changes = (
+        lambda: layer.self_attn.o_proj.store(random_int4(256, 256, 4)),
+        lambda: layer.block_sparse_moe.experts[1].w2.store(random_int4(256, 384, 4)),
+        lambda: layer.input_layernorm.weight.data.mul_(1.5),
+        lambda: setattr(layer.input_layernorm.weight, "data", torch.ones(256).bfloat16()),
+        lambda: layer.block_sparse_moe.gate.store(Dense(torch.randn(4, 256).bfloat16())),
+    )
+    for change in changes:
+        change()
+        after = run(layer)
+        assert not alike(before, after)
+        assert alike(after, by_modules(layer))
+        before = after
+    assert taken(layer)
+
+
+def test_experts_of_another_kind_are_multiplied_by_their_own_kernels():
+    layer = random_layer("nf4")
+    layer.block_sparse_moe.experts[2].w1.store(Dense(torch.randn(384, 256).bfloat16() / 16))
+    assert taken(layer)
+    assert not layer._token[1].whole
+    assert alike(run(layer), by_modules(layer))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn",
+        "block_sparse_moe",
+        "self_attn.q_proj",
+        "block_sparse_moe.gate",
+        "input_layernorm",
+    ],
+)
+def test_hooks_are_called(name):
+    layer, calls = random_layer("nf4"), []
+    before = run(layer)
+    handle = layer.get_submodule(name).register_forward_hook(lambda *given: calls.append(given))
+    assert alike(run(layer), before)
+    assert len(calls) == 6
+    handle.remove()
+    assert taken(layer)
+
+
+def test_an_adapter_in_place_of_a_linear_is_called():
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    layer = random_layer("nf4")
+    before = run(layer)
+    layer.self_attn.v_proj = Adapter(layer.self_attn.v_proj)
+    assert not alike(run(layer), before)
+
+
+@pytest.mark.parametrize(
+    "where", ["gradients", "float32", "two rows", "training", "attentions", "reference"]
+)
+def test_what_it_cannot_do_goes_through_the_modules(where):
+    layer = random_layer("nf4")
+    dtype = torch.float32 if where == "float32" else torch.bfloat16
+    layer = layer.to(dtype).train(where == "training")
+    cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, dtype)
+    attentions = [] if where == "attentions" else None
+    step = Step(cos=cos, sin=sin, keep=None, cache=None, attentions=attentions)
+    x = torch.randn(2 if where == "two rows" else 1, 1, 256, generator=seeded()).to(dtype)
+    with torch.set_grad_enabled(where == "gradients"):
+        if where == "reference":
+            with kernels.override("reference"):
+                out, _ = layer(x, step)
+        else:
+            out, _ = layer(x, step)
+    assert layer._token is None
+    assert out.requires_grad == (where == "gradients")
+    assert attentions is None or len(attentions) == 1
+
+
+def test_copies_have_their_own():
+    layer = random_layer("act-order")
+    before = run(layer)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other._token is None
+        assert same(run(other), before)
+        assert other._token is not None
+        assert other._token[1].fields.q.codes != layer._token[1].fields.q.codes
+
+
+def test_inputs_that_are_no_numbers_come_out_as_none():
+    layer = random_layer("int4")
+    cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, torch.bfloat16)
+    x = torch.ones(1, 1, 256).bfloat16()
+    x[0, 0, 3] = torch.inf
+    with torch.no_grad():
+        out, logits = layer(x, Step(cos=cos, sin=sin, keep=None, cache=None))
+    assert layer._token is not None
+    assert out.isnan().all()
+    assert logits.isnan().all()
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (4, 1), (16, 3), (128, 2), (8, 8)])
+def test_the_router_chooses_as_torch_among_equals_too(experts, chosen):
+    config = MixtralConfig(
+        **{**CONFIG.to_dict(), "num_local_experts": experts, "num_experts_per_tok": chosen}
+    )
+    layer = random_layer("nf4", config)
+    cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, torch.bfloat16)
+    step = Step(cos=cos, sin=sin, keep=None, cache=None)
+    for index in range(20):
+        # Logits that tie as bfloat16, that tie as vanishing shares, and others.
+        scale = (1e-3, 3.0, 0.05)[index % 3]
+        gate = scale * torch.randn(experts, 256, generator=seeded(index))
+        gate[index % experts] = gate[0]
+        layer.block_sparse_moe.gate.store(Dense(gate.bfloat16()))
+        x = torch.randn(1, 1, 256, generator=seeded(index)).bfloat16()
+        with torch.no_grad():
+            token = layer._one_token(x, step)
+            _, normed, logits, routes = library().after_attention(token, x, x)
+        assert torch.equal(logits, layer.block_sparse_moe.gate(normed))
+        expected = kernels.route(logits, chosen)
+        assert torch.equal(routes.ids, expected.ids)
+        assert torch.allclose(routes.weights, expected.weights, rtol=1e-6, atol=1e-12)
