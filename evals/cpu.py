@@ -40,7 +40,8 @@ from qmix.int4 import Int4
 from qmix.kernels import Expert, Routes, int4, nf4
 from qmix.kernels.cpu.library import library
 from qmix.kernels.experts import routed
-from qmix.layers import DecoderLayer, Linear, Step
+from qmix.decoder_layer import DecoderLayer
+from qmix.layers import Linear, Step
 from qmix.weights import NF4, NF4_VALUES, NestedAbsmax, Weight
 
 CPU = torch.device("cpu")

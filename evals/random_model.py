@@ -16,7 +16,8 @@ from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu import ptx
 from qmix.kernels.gpu.order import PackedExpert, PackedMatrix
-from qmix.layers import DecoderLayer, Linear
+from qmix.decoder_layer import DecoderLayer
+from qmix.layers import Linear
 from qmix.packed_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat
 
 NF4 = TileFormat("nf4", 64)

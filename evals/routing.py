@@ -18,7 +18,7 @@ from qmix.experts.trace import Header, Recorder
 from qmix.generate import PREFILL_CHUNK
 from qmix.generation_config import GenerationConfig
 from qmix.heads import MixtralForCausalLM
-from qmix.layers import DecoderLayer
+from qmix.decoder_layer import DecoderLayer
 from qmix.tokenizer import LlamaTokenizer
 
 Progress = Callable[[int, int], None]

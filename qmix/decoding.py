@@ -21,7 +21,8 @@ from qmix.choice import Draw
 from qmix.experts.device import DeviceExperts, DeviceStore
 from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu.order import PackedMatrix
-from qmix.layers import Attention, DecoderLayer, Linear, SparseMoeBlock
+from qmix.decoder_layer import DecoderLayer
+from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.model import Decoder
 from qmix.weights import Dense
 

@@ -18,11 +18,9 @@ from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.experts.store import Store, StoredExperts
-from qmix.int4 import Int4
 from qmix.kernels import Expert, Packed, PackedExperts, Resident, Routes
 from qmix.kernels.attention import Implementation, Sight, weighted
-from qmix.kernels.cpu.library import TokenLayer, library
-from qmix.weights import NF4, Dense, Weight
+from qmix.weights import Dense, Weight
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -151,9 +149,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.joined: Packed | None = None  # q, k and v as one matrix
 
+    @property
+    def projections(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """Of queries, keys, values and the output."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+
     def store_joined(self, whole: Packed, parts: Sequence[Packed]) -> None:
         """Replace q, k and v by one matrix and its parts."""
-        for module, part in zip((self.q_proj, self.k_proj, self.v_proj), parts, strict=True):
+        for module, part in zip(self.projections[:3], parts, strict=True):
             module.store(part)
         self.joined = whole
 
@@ -165,7 +168,7 @@ class Attention(nn.Module):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, D) -> queries (B, S, H * d), keys and values (B, S, G * d)."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
+        parts = self.projections[:3]
         if self.joined is not None:
             widths = [part.out_features for part in parts]
             q, k, v = kernels.linear(x, self.joined).split_with_sizes(widths, -1)
@@ -315,111 +318,6 @@ class SparseMoeBlock(nn.Module):
         first = self.experts[0]
         assert isinstance(first, SwiGLU)
         return first
-
-
-class DecoderLayer(nn.Module):
-    """`h = x + attention(norm x); out = h + experts(norm h)`."""
-
-    def __init__(self, config: MixtralConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.block_sparse_moe = SparseMoeBlock(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._token: tuple[tuple[object, ...], TokenLayer | None] | None = (
-            None  # and of which parts
-        )
-
-    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
-        token = self._one_token(x, step)
-        if token is not None:
-            return self._compiled(token, x, step)
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        y, router_logits = self.block_sparse_moe(self.post_attention_layernorm(x))
-        return x + y, router_logits
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoderLayer":
-        self._token = None  # let go of what is moved
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_token": None}  # a copy's weights lie elsewhere
-
-    def _compiled(self, token: TokenLayer, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The same of one token on a CPU, in a few calls."""
-        products = library()
-        attended = self.self_attn.attended(
-            products.before_attention(token, x, step.cos, step.sin), step
-        )
-        x, normed, router_logits, routes = products.after_attention(token, attended, x)
-        if not token.whole:
-            x = x + self.block_sparse_moe.routed(normed, routes)
-        return x, router_logits
-
-    def _one_token(self, x: Tensor, step: Step) -> TokenLayer | None:
-        """What the compiled products need, if they may take this step."""
-        if not (
-            x.is_cpu
-            and x.shape[:2] == (1, 1)
-            and x.dtype == step.cos.dtype == torch.bfloat16
-            and step.attentions is None
-            and not (self.training or torch.is_grad_enabled() or kernels.overridden())
-        ):
-            return None
-        attention, block = self.self_attn, self.block_sparse_moe
-        linears = (
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.o_proj,
-            block.gate,
-        )
-        norms = (self.input_layernorm, self.post_attention_layernorm)
-        if any(
-            module._forward_hooks or module._forward_pre_hooks
-            for module in (attention, block, *linears, *norms)
-        ):
-            return None  # a caller wants to see each call
-        if not all(type(linear) is Linear for linear in linears):
-            return None  # an adapter's
-        *projections, router = (linear.stored for linear in linears)
-        experts = block.placed()
-        tensors = (*(norm.weight for norm in norms), getattr(router, "data", None))
-        parts = (projections, experts, [(t.data_ptr(), t.dtype) for t in tensors if t is not None])
-        if self._token is None or self._token[0] != parts:
-            self._token = parts, self._prepared(projections, tensors, experts)
-        return self._token[1]
-
-    def _prepared(
-        self,
-        projections: Sequence[Weight],
-        tensors: Sequence[Tensor | None],
-        experts: Sequence[Weight | None],
-    ) -> TokenLayer | None:
-        """The parts of a layer for the compiled products, if they multiply all but the experts."""
-        packed = [weight for weight in projections if isinstance(weight, (NF4, Int4))]
-        dense = [t.detach() for t in tensors if t is not None and t.dtype == torch.bfloat16]
-        if (
-            (len(packed), len(dense)) != (4, 3)
-            or not all(part.device.type == "cpu" for part in (*packed, *dense))
-            or not all(t.is_contiguous() for t in dense)
-            or library().path is None
-        ):
-            return None
-        block = self.block_sparse_moe
-        parts = [weight for weight in experts if isinstance(weight, (NF4, Int4))]
-        whole = block.act is F.silu and 0 < len(parts) == len(experts)
-        return TokenLayer.of(
-            packed,
-            dense[:2],
-            dense[2],
-            list(zip(parts[::3], parts[1::3], parts[2::3], strict=True)) if whole else None,
-            eps=self.input_layernorm.eps,
-            head_dim=self.self_attn.head_dim,
-            chosen=block.num_experts_per_tok,
-        )
 
 
 def initialise(module: nn.Module, config: MixtralConfig) -> None:

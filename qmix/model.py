@@ -15,7 +15,8 @@ from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.kernels.attention import Implementation
-from qmix.layers import DecoderLayer, RMSNorm, Step
+from qmix.decoder_layer import DecoderLayer
+from qmix.layers import RMSNorm, Step
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from qmix import kernels
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
 from qmix.kernels.cpu.library import library
-from qmix.layers import DecoderLayer, Linear, Step
+from qmix.decoder_layer import DecoderLayer
+from qmix.layers import Linear, Step
 from qmix.weights import Dense
 
 CONFIG = MixtralConfig(

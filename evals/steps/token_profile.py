@@ -17,7 +17,7 @@ from qmix.evals.bandwidth import copy_bandwidth
 from qmix.evals.steps import full_model
 from qmix.evals.steps.timing import timed_as_is
 from qmix.heads import MixtralForCausalLM
-from qmix.layers import DecoderLayer
+from qmix.decoder_layer import DecoderLayer
 
 LAYERS = 8  # of 32: the launches repeat, and building them takes a fourth
 DEPTHS = (0, 4096)

@@ -10,17 +10,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Sequence
-from ctypes import (
-    POINTER,
-    Structure,
-    addressof,
-    byref,
-    c_float,
-    c_int32,
-    c_int64,
-    c_uint64,
-    c_void_p,
-)
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -29,167 +19,28 @@ from torch import Tensor
 
 from qmix.errors import QmixError, ResourceError, UsageError
 from qmix.int4 import Int4
-from qmix.integers import symmetric_zero
 from qmix.kernels.cpu import compiler
+from qmix.kernels.cpu.structures import (
+    DenseProduct,
+    MixedExpert,
+    Packed,
+    Product,
+    TokenLayer,
+    TokenLayerFields,
+    TokenRoute,
+    expert_of,
+    matrix_of,
+)
 from qmix.kernels.experts import Routes
 from qmix.kernels.gpu.order import PackedMatrix
 from qmix.packed_format import HEADER_BYTES
-from qmix.weights import NF4, NestedAbsmax
+from qmix.weights import NF4
 
 VARIABLE = "QMIX_CPU_KERNELS"
 PATHS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source
 
-_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_NESTED = 3
 DENSE_TOKENS = 2  # at most, of a compiled product with a weight in bfloat16
-_CODES = torch.arange(16, dtype=torch.float32)
-_SYMMETRIC = _CODES - symmetric_zero(4)
 _FORKED = 0x40  # Linux' PF_FORKNOEXEC
-
-
-class _Matrix(Structure):
-    _fields_ = (
-        ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("zeros", c_void_p),
-        ("table", c_void_p),
-        ("nested_absmax", c_void_p),
-        ("nested_map", c_void_p),
-        ("rows", c_int64),
-        ("inputs", c_int64),
-        ("block", c_int64),
-        ("offset", c_float),
-        ("scale_kind", c_int32),
-        ("high_first", c_int32),
-    )
-
-
-class _Product(Structure):
-    _fields_ = (
-        ("weight", _Matrix),
-        ("x", c_void_p),
-        ("y", c_void_p),
-        ("tokens", c_int64),
-        ("rounded", c_int32),
-    )
-
-
-class _MixedExpert(Structure):
-    _fields_ = (
-        ("gate", _Matrix),
-        ("up", _Matrix),
-        ("down", _Matrix),
-        ("gate_perm", c_void_p),
-        ("up_perm", c_void_p),
-        ("down_perm", c_void_p),
-        ("share", c_float),
-    )
-
-
-class _TokenLayer(Structure):
-    _fields_ = (
-        ("q", _Matrix),
-        ("k", _Matrix),
-        ("v", _Matrix),
-        ("o", _Matrix),
-        ("perms", c_void_p * 4),
-        ("input_norm", c_void_p),
-        ("post_norm", c_void_p),
-        ("router", c_void_p),
-        ("mixed", c_void_p),
-        ("hidden", c_int64),
-        ("head_dim", c_int64),
-        ("experts", c_int64),
-        ("chosen", c_int64),
-        ("eps", c_float),
-    )
-
-
-class _TokenRoute(Structure):
-    _fields_ = (
-        ("residual", c_void_p),
-        ("normed", c_void_p),
-        ("logits", c_void_p),
-        ("ids", c_void_p),
-        ("shares", c_void_p),
-    )
-
-
-class _DenseProduct(Structure):
-    _fields_ = (
-        ("weight", c_void_p),
-        ("x", c_void_p),
-        ("y", c_void_p),
-        ("rows", c_int64),
-        ("inputs", c_int64),
-        ("tokens", c_int64),
-    )
-
-
-class _Packed(Structure):
-    _fields_ = (
-        ("tiles", c_void_p),
-        ("powers", c_void_p),
-        ("table", c_void_p),
-        ("byte_rows", c_int64),
-        ("inputs", c_int64),
-        ("tile_inputs", c_int64),
-        ("zeros", c_int32),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class TokenLayer:
-    """Where the parts of a layer lie that one token passes around its attention.
-
-    Attributes:
-        outputs: of queries, keys and values together.
-        whole: whether the experts are among them.
-        held: what the pointers point to.
-    """
-
-    fields: _TokenLayer
-    outputs: int
-    whole: bool
-    held: tuple[object, ...]
-
-    @classmethod
-    def of(
-        cls,
-        projections: Sequence[NF4 | Int4],
-        norms: Sequence[Tensor],
-        router: Tensor,
-        experts: Sequence[tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4]] | None,
-        *,
-        eps: float,
-        head_dim: int,
-        chosen: int,
-    ) -> "TokenLayer":
-        """Of q, k, v and o; the norms before and after attention [D] and the router's [E, D] in bfloat16.
-
-        Args:
-            experts: each one's gate, up and down; None leaves their products to the caller.
-        """
-        held: list[Tensor] = [*norms, router]
-        matrices = [_matrix(weight, held) for weight in projections]
-        perms = (c_void_p * 4)(*(_perm(weight, held) for weight in projections))
-        mixed = None
-        if experts is not None:
-            mixed = (_MixedExpert * len(experts))(*(_mixed(expert, held) for expert in experts))
-        fields = _TokenLayer(
-            *matrices,
-            perms,
-            *(norm.data_ptr() for norm in norms),
-            router.data_ptr(),
-            None if mixed is None else addressof(mixed),
-            router.shape[1],
-            head_dim,
-            router.shape[0],
-            chosen,
-            eps,
-        )
-        outputs = sum(weight.shape[0] for weight in projections[:3])
-        return cls(fields, outputs, mixed is not None, (*held, mixed))
 
 
 @dataclass
@@ -229,10 +80,10 @@ class Library:
         sizes = [len(x) * weight.shape[0] for x, weight in zip(xs, weights, strict=True)]
         flat = torch.empty(sum(sizes))
         held: list[Tensor] = []  # what the pointers point to
-        products = (_Product * len(weights))()
+        products = (Product * len(weights))()
         at = flat.data_ptr()
         for product, x, weight, size in zip(products, xs, weights, sizes, strict=True):
-            product.weight = _matrix(weight, held)
+            product.weight = matrix_of(weight, held)
             product.x, product.y = x.data_ptr(), at
             product.tokens, product.rounded = len(x), dtype.itemsize == 2
             at += 4 * size
@@ -260,7 +111,7 @@ class Library:
         rows, inputs = matrix.shape
         out = torch.empty(len(x), 2, rows // 2)
         start = matrix.blob.data_ptr()
-        packed = _Packed(
+        packed = Packed(
             tiles=start + HEADER_BYTES,
             powers=start + 8,
             table=table.data_ptr(),
@@ -301,7 +152,7 @@ class Library:
         assert self.functions is not None
         assert self.path is not None
         held: list[Tensor] = []  # what the pointers point to
-        mixed = (_MixedExpert * len(experts))(*(_mixed(expert, held) for expert in experts))
+        mixed = (MixedExpert * len(experts))(*(expert_of(expert, held) for expert in experts))
         for entry, share in zip(mixed, shares, strict=True):
             entry.share = share
         failed = self.functions.qmix_mixture(
@@ -344,7 +195,7 @@ class Library:
         logits = torch.empty(1, layer.fields.experts, dtype=x.dtype)
         ids = torch.empty(1, layer.fields.chosen, dtype=torch.int64)
         shares = torch.empty(1, layer.fields.chosen)
-        to = _TokenRoute(*(part.data_ptr() for part in (residual, normed, logits, ids, shares)))
+        to = TokenRoute(*(part.data_ptr() for part in (residual, normed, logits, ids, shares)))
         failed = self.functions.qmix_after_attention(
             byref(layer.fields), byref(to), attended.data_ptr(), x.data_ptr(), *self._ways()
         )
@@ -361,7 +212,7 @@ class Library:
         assert self.path is not None
         assert 0 < len(x) <= DENSE_TOKENS, x.shape
         inputs, out = x.float(), torch.empty(len(x), len(weight))
-        product = _DenseProduct(
+        product = DenseProduct(
             weight.data_ptr(),
             inputs.data_ptr(),
             out.data_ptr(),
@@ -435,20 +286,20 @@ def library() -> Library:
             stacklevel=2,
         )
         return Library(None)
-    functions.qmix_multiply.argtypes = (POINTER(_Product), c_int64, c_int32, c_int32, c_void_p)
+    functions.qmix_multiply.argtypes = (POINTER(Product), c_int64, c_int32, c_int32, c_void_p)
     functions.qmix_multiply_packed.argtypes = (
-        POINTER(_Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
+        POINTER(Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
     )  # fmt: skip
     functions.qmix_mixture.argtypes = (
-        POINTER(_MixedExpert), c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p,
+        POINTER(MixedExpert), c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p,
     )  # fmt: skip
     functions.qmix_before_attention.argtypes = (
-        POINTER(_TokenLayer), c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p,
+        POINTER(TokenLayerFields), c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p,
     )  # fmt: skip
     functions.qmix_after_attention.argtypes = (
-        POINTER(_TokenLayer), POINTER(_TokenRoute), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
+        POINTER(TokenLayerFields), POINTER(TokenRoute), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
     )  # fmt: skip
-    functions.qmix_multiply_dense.argtypes = (POINTER(_DenseProduct), c_int32, c_int32, c_void_p)
+    functions.qmix_multiply_dense.argtypes = (POINTER(DenseProduct), c_int32, c_int32, c_void_p)
     functions.qmix_multiply_dense.restype = None
     functions.qmix_rms_norm.argtypes = (
         c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32,
@@ -483,45 +334,3 @@ def _openmp() -> int | None:
     except (OSError, AttributeError, ValueError, IndexError):
         return None
     return ctypes.cast(entry, c_void_p).value
-
-
-def _mixed(parts: tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4], held: list[Tensor]) -> _MixedExpert:
-    """Of gate, up and down; the share is the caller's."""
-    perms = (_perm(part, held) for part in parts)
-    return _MixedExpert(*(_matrix(part, held) for part in parts), *perms)
-
-
-def _perm(weight: NF4 | Int4, held: list[Tensor]) -> int | None:
-    """Where the order lies that an act-order weight stores its inputs in."""
-    if isinstance(weight, NF4) or weight.perm is None:
-        return None
-    held.append(weight.perm.long().contiguous())
-    return held[-1].data_ptr()
-
-
-def _matrix(weight: NF4 | Int4, held: list[Tensor]) -> _Matrix:
-    def pointer(tensor: Tensor) -> int:
-        held.append(tensor.contiguous())
-        return held[-1].data_ptr()
-
-    rows, inputs = weight.shape
-    found = _Matrix(codes=pointer(weight.codes), rows=rows, inputs=inputs)
-    if isinstance(weight, Int4):
-        found.table, found.high_first = (
-            pointer(_CODES if weight.zeros is not None else _SYMMETRIC),
-            0,
-        )
-        found.scales, found.scale_kind = pointer(weight.scales), _SCALES[weight.scales.dtype]
-        found.block = weight.group_inputs
-        if weight.zeros is not None:
-            found.zeros = pointer(weight.zeros)
-        return found
-    found.table, found.high_first, found.block = pointer(weight.table), 1, weight.block_size
-    if isinstance(weight.absmax, NestedAbsmax):
-        nested = weight.absmax
-        found.scales, found.scale_kind = pointer(nested.codes), _NESTED
-        found.nested_absmax, found.nested_map = pointer(nested.absmax), pointer(nested.map)
-        found.offset = nested.offset
-    else:
-        found.scales, found.scale_kind = pointer(weight.absmax), _SCALES[weight.absmax.dtype]
-    return found
