@@ -69,8 +69,7 @@ class Library:
 
         An act-order weight takes its inputs in the order that it stores them.
 
-        Outputs of 16 bits allow 16-bit integers to stand for x and for the table, for few tokens: an
-        error of 0.007 %.
+        Outputs of 16 bits allow 16-bit integers to stand for x and for the table: an error of 0.007 %.
 
         Raises:
             ResourceError: no memory for the arranged activations.

@@ -8,14 +8,15 @@
 // Few tokens are multiplied as the codes are looked up, in registers: those products wait for memory.
 // More tokens share tiles of the weight that are decoded into the cache.
 //
-// Where the caller allows `rounded` products (its inputs and outputs have 16 bits), few tokens are
-// multiplied as 16-bit integers, on processors with AVX-512 VNNI: inputs by a scale a chunk, the table by
-// one scale, integer tables as they are; sums are exact. A product errs by 0.007 % (a bfloat16
-// output by 0.1 %). Half the instructions a weight: float32 look-ups would not keep up with memory.
+// Where the caller allows `rounded` products (its inputs and outputs have 16 bits), tokens are multiplied as
+// integers instead, on processors with AVX-512 VNNI: inputs as 16 bits by a scale a chunk, the table by one
+// scale, integer tables as they are; sums are exact. A product errs by 0.007 % (a bfloat16 output by
+// 0.1 %). One token needs a third fewer instructions than with float32, a prompt of 512 is through in 0.55 of the time.
 //
 // A chunk is 128 inputs of a row: 64 bytes, 16 little-endian words of 8 codes. Shifted right by 4 p,
 // the low bits of the words are 16 codes that index a table in registers; so inputs are arranged in
-// the order [p][word] within a chunk, and never codes. (Rounded: 32 words of 4 codes.)
+// the order [p][word] within a chunk, and never codes. (Rounded: 32 words of 4 codes; of a table that is the
+// codes less a constant, bytes of 2 codes, and the inputs' high and low bytes apart.)
 
 #include <algorithm>
 #include <atomic>
@@ -210,15 +211,17 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     int64_t floats = 0, units = 0, sums = 0;
     for (int64_t i = 0; i < count; i++) {
         const Matrix& m = products[i].weight;
-        for (int64_t from = 0; from < products[i].tokens; from += TOKENS) {
+        const int64_t size = unit(m);
+        const bool rounded = Kernels::INTEGERS && size && products[i].rounded && (!m.zeros || Integers(m.table).linear);
+        const int64_t most = rounded ? ROUNDED : TOKENS;
+        for (int64_t from = 0; from < products[i].tokens; from += most) {
             Work work{};
             work.product = products + i;
             work.from = from;
-            work.tokens = products[i].tokens - from < TOKENS ? products[i].tokens - from : TOKENS;
-            work.size = unit(m);
+            work.tokens = products[i].tokens - from < most ? products[i].tokens - from : most;
+            work.size = size;
             work.chunks = up(m.inputs, CHUNK) / CHUNK;
-            work.rounded = Kernels::INTEGERS && work.size && products[i].rounded && work.tokens <= ROUNDED
-                           && (!m.zeros || Integers(m.table).linear);
+            work.rounded = rounded;
             if (work.tokens > DIRECT && !work.rounded) {
                 work.lanes = Kernels::lanes((work.tokens - 1) % wide + 1);
                 work.step = ROWS;
