@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,13 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.config import MixtralConfig
+from qmix.decoder_layer import DecoderLayer
 from qmix.errors import QmixError, ResourceError, UsageError
 from qmix.evals.bandwidth import seconds
 from qmix.int4 import Int4
 from qmix.kernels import Expert, Routes, int4, nf4
 from qmix.kernels.cpu.library import library
 from qmix.kernels.experts import routed
-from qmix.decoder_layer import DecoderLayer
 from qmix.layers import Linear, Step
 from qmix.weights import NF4, NF4_VALUES, NestedAbsmax, Weight
 
@@ -163,14 +163,15 @@ def run(
     Raises:
         ResourceError: no compiled kernels.
     """
-    bandwidth = read_bandwidth()
+    bandwidths = [read_bandwidth()]  # it wanders while others use the memory: the best counts
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     measured: list[Measurement] = []
     for form in formats:
         layer = random_layer(config, form)
         for count in tokens:
             progress(f"experts, {form}, {count} tokens")
-            measured += _of_experts(layer, form, count, bandwidth)
+            measured += _of_experts(layer, form, count)
+            bandwidths.append(read_bandwidth())
         if form != formats[-1]:
             del layer
     kinds = LLAMA_KINDS if llama else ()
@@ -185,7 +186,8 @@ def run(
                 layers = [random_layer(config, form) for _ in range(3)]
                 for count in tokens:
                     progress(f"layer, {form}, {kind}, {count} tokens")
-                    measured += _of_layer(layers, config, form, count, bandwidth, peer)
+                    measured += _of_layer(layers, config, form, count, peer)
+                    bandwidths.append(read_bandwidth())
                 del layers
     return Report(
         command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
@@ -200,8 +202,11 @@ def run(
             "experts": config.num_local_experts,
         },
         versions=versions,
-        bandwidth=bandwidth,
-        measurements=tuple(measured),
+        bandwidth=max(bandwidths),
+        measurements=tuple(
+            one if one.of_bound is None else replace(one, of_bound=one.of_bound / max(bandwidths))
+            for one in measured
+        ),
     )
 
 
@@ -216,8 +221,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _of_experts(layer: DecoderLayer, form: str, count: int, bound: float) -> list[Measurement]:
-    """Ours and the others' with the same routes; inputs and routes are new every turn."""
+def _of_experts(layer: DecoderLayer, form: str, count: int) -> list[Measurement]:
+    """Ours and the others' with the same routes; inputs and routes are new every turn.
+
+    `of_bound` is bytes a second yet.
+    """
     weights = layer.block_sparse_moe.stored
     hidden = weights[0].w1.shape[1]
     sample = weights[0].w1
@@ -263,7 +271,7 @@ def _of_experts(layer: DecoderLayer, form: str, count: int, bound: float) -> lis
             bits=bits,
             best=min(taken),
             median=statistics.median(taken),
-            of_bound=nbytes / min(taken) / bound if count == 1 else None,
+            of_bound=nbytes / min(taken) if count == 1 else None,
         )
         for name, taken in times.items()
     ] + found
@@ -274,10 +282,12 @@ def _of_layer(
     config: MixtralConfig,
     form: str,
     count: int,
-    bound: float,
     peer: "_Peer",
 ) -> list[Measurement]:
-    """A whole layer, turn by turn with llama.cpp's: half of what three take longer than one, of either."""
+    """A whole layer, turn by turn with llama.cpp's: half of what three take longer than one, of either.
+
+    `of_bound` is bytes a second yet.
+    """
     positions = torch.arange(count)[None]
     cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
     step = Step(cos=cos, sin=sin, keep=None, cache=None)
@@ -309,16 +319,16 @@ def _of_layer(
     sample = layers[0].self_attn.q_proj.stored
     bits = 8 * sample.nbytes / (sample.shape[0] * sample.shape[1])
     beside = f" (beside {peer.kind})" if peer.kind else ""
-    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours, nbytes / bound)]
+    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours, nbytes)]
     if theirs:
         found.append(_layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs, None))
     return found
 
 
 def _layer_row(
-    way: str, count: int, bits: float, times: Sequence[tuple[float, float]], least: float | None
+    way: str, count: int, bits: float, times: Sequence[tuple[float, float]], nbytes: int | None
 ) -> Measurement:
-    """Of the seconds of one layer and of three; `least` is what reading the weights takes."""
+    """Of the seconds of one layer and of three; nbytes are those of the weights."""
     best = (min(three for _, three in times) - min(one for one, _ in times)) / 2
     return Measurement(
         part="layer",
@@ -327,7 +337,7 @@ def _layer_row(
         bits=bits,
         best=best,
         median=statistics.median((three - one) / 2 for one, three in times),
-        of_bound=least / best if least is not None and count == 1 else None,
+        of_bound=nbytes / best if nbytes is not None and count == 1 else None,
         note="half of three layers less one",
     )
 

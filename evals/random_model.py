@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
+from qmix.decoder_layer import DecoderLayer
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu import ptx
 from qmix.kernels.gpu.order import PackedExpert, PackedMatrix
-from qmix.decoder_layer import DecoderLayer
 from qmix.layers import Linear
 from qmix.packed_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qmix import kernels
+from qmix.decoder_layer import DecoderLayer
 from qmix.errors import UsageError
 from qmix.evals import traffic
 from qmix.experts.policy import ONE
@@ -18,7 +19,6 @@ from qmix.experts.trace import Header, Recorder
 from qmix.generate import PREFILL_CHUNK
 from qmix.generation_config import GenerationConfig
 from qmix.heads import MixtralForCausalLM
-from qmix.decoder_layer import DecoderLayer
 from qmix.tokenizer import LlamaTokenizer
 
 Progress = Callable[[int, int], None]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qmix import bills, kernels, loader
+from qmix.decoder_layer import DecoderLayer
 from qmix.footprint import Model
 from qmix.formats import Checkpoint
-from qmix.decoder_layer import DecoderLayer
 from qmix.layers import Linear, RMSNorm, Step
 from qmix.model import embedding
 from qmix.plan import check_memory

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.cache import KVCache
 from qmix.choice import Draw
+from qmix.decoder_layer import DecoderLayer
 from qmix.experts.device import DeviceExperts, DeviceStore
 from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu.order import PackedMatrix
-from qmix.decoder_layer import DecoderLayer
 from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.model import Decoder
 from qmix.weights import Dense

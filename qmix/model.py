@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.cache import Cache
 from qmix.config import MixtralConfig
+from qmix.decoder_layer import DecoderLayer
 from qmix.errors import UsageError
 from qmix.kernels.attention import Implementation
-from qmix.decoder_layer import DecoderLayer
 from qmix.layers import RMSNorm, Step
 
 

@@ -11,8 +11,8 @@ from test_cpu_products import BEST, path, random_int4, random_nf4, seeded  # noq
 from qmix import kernels
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
-from qmix.kernels.cpu.library import library
 from qmix.decoder_layer import DecoderLayer
+from qmix.kernels.cpu.library import library
 from qmix.layers import Linear, Step
 from qmix.weights import Dense
 
