@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,8 @@ class Measurement:
         part: "experts" (one layer's) or "layer" (attention, router and norms too).
         tokens: T. way: whose. bits: a weight, scales included.
         best, median: seconds; None if it did not run, and `note` says why.
-        of_bound: at one token, the bandwidth of its weights' bytes over that of a plain read.
+        of_bound: at one token, the bandwidth of its weights' bytes over that of a plain read in the same
+            turn, the median of all turns.
     """
 
     part: str
@@ -80,7 +81,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One run; `bandwidth` in bytes a second."""
+    """One run; `bandwidth` in bytes a second: the median of a plain read before every turn at one token."""
 
     command: str
     date: str
@@ -91,6 +92,7 @@ class Report:
     shape: Mapping[str, int]
     versions: Mapping[str, str]
     bandwidth: float
+    bandwidth_range: tuple[float, float]
     measurements: tuple[Measurement, ...]
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
@@ -137,17 +139,28 @@ def random_layer(config: MixtralConfig, form: str) -> DecoderLayer:
     return layer.eval()
 
 
-def read_bandwidth(turns: int = 10) -> float:
-    """Bytes a second of reading 512 MiB once, on torch's threads; the best of so many.
+class PlainRead:
+    """Reads 512 MiB once, on torch's threads: what a turn's products are measured against.
+
+    The bandwidth of a machine that others use too wanders by a half: only what was read in the same turn
+    compares. `rates` are bytes a second.
 
     Raises:
         ResourceError: no compiled kernels.
     """
-    found = library()
-    if found.path is None:
-        raise ResourceError("the CPU kernels are not compiled", remedy="See the warning above.")
-    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
-    return memory.nbytes / min(seconds(lambda: found.read(memory), CPU) for _ in range(turns))
+
+    def __init__(self) -> None:
+        if library().path is None:
+            raise ResourceError("the CPU kernels are not compiled", remedy="See the warning above.")
+        self._memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+        self.rates: list[float] = []
+        self.rate()
+
+    def rate(self) -> float:
+        """Of now."""
+        taken = seconds(partial(library().read, self._memory), CPU)
+        self.rates.append(self._memory.nbytes / taken)
+        return self.rates[-1]
 
 
 def run(
@@ -163,15 +176,14 @@ def run(
     Raises:
         ResourceError: no compiled kernels.
     """
-    bandwidths = [read_bandwidth()]  # it wanders while others use the memory: the best counts
+    reads = PlainRead()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     measured: list[Measurement] = []
     for form in formats:
         layer = random_layer(config, form)
         for count in tokens:
             progress(f"experts, {form}, {count} tokens")
-            measured += _of_experts(layer, form, count)
-            bandwidths.append(read_bandwidth())
+            measured += _of_experts(layer, form, count, reads)
         if form != formats[-1]:
             del layer
     kinds = LLAMA_KINDS if llama else ()
@@ -186,8 +198,7 @@ def run(
                 layers = [random_layer(config, form) for _ in range(3)]
                 for count in tokens:
                     progress(f"layer, {form}, {kind}, {count} tokens")
-                    measured += _of_layer(layers, config, form, count, peer)
-                    bandwidths.append(read_bandwidth())
+                    measured += _of_layer(layers, config, form, count, peer, reads)
                 del layers
     return Report(
         command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
@@ -202,11 +213,9 @@ def run(
             "experts": config.num_local_experts,
         },
         versions=versions,
-        bandwidth=max(bandwidths),
-        measurements=tuple(
-            one if one.of_bound is None else replace(one, of_bound=one.of_bound / max(bandwidths))
-            for one in measured
-        ),
+        bandwidth=statistics.median(reads.rates),
+        bandwidth_range=(min(reads.rates), max(reads.rates)),
+        measurements=tuple(measured),
     )
 
 
@@ -221,11 +230,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _of_experts(layer: DecoderLayer, form: str, count: int) -> list[Measurement]:
-    """Ours and the others' with the same routes; inputs and routes are new every turn.
-
-    `of_bound` is bytes a second yet.
-    """
+def _of_experts(layer: DecoderLayer, form: str, count: int, reads: PlainRead) -> list[Measurement]:
+    """Ours and the others' with the same routes; inputs and routes are new every turn."""
     weights = layer.block_sparse_moe.stored
     hidden = weights[0].w1.shape[1]
     sample = weights[0].w1
@@ -252,9 +258,12 @@ def _of_experts(layer: DecoderLayer, form: str, count: int) -> list[Measurement]
             continue
         if products is not None:
             ways[f"{name}, {form}"] = partial(_peer_experts, products=products)
+    nbytes = CHOICES * sum(weight.nbytes for weight in vars(weights[0]).values())
     times: dict[str, list[float]] = {name: [] for name in ways}
+    parts: dict[str, list[float]] = {name: [] for name in ways}
     for index in range(_TURNS.get(count, 5) + 1):
         x, routes = turn()
+        read = reads.rate() if count == 1 else None
         for name, way in ways.items():
             slow = not name.startswith("qmix")
             if slow and index not in ((0, 1, 2, 3) if count == 1 else (1,)):
@@ -262,7 +271,7 @@ def _of_experts(layer: DecoderLayer, form: str, count: int) -> list[Measurement]
             taken = seconds(partial(way, x, routes), CPU)
             if index:
                 times[name].append(taken)
-    nbytes = CHOICES * sum(weight.nbytes for weight in vars(weights[0]).values())
+                parts[name] += [nbytes / taken / read] if read else []
     return [
         Measurement(
             part="experts",
@@ -271,7 +280,7 @@ def _of_experts(layer: DecoderLayer, form: str, count: int) -> list[Measurement]
             bits=bits,
             best=min(taken),
             median=statistics.median(taken),
-            of_bound=nbytes / min(taken) if count == 1 else None,
+            of_bound=statistics.median(parts[name]) if parts[name] else None,
         )
         for name, taken in times.items()
     ] + found
@@ -283,14 +292,20 @@ def _of_layer(
     form: str,
     count: int,
     peer: "_Peer",
+    reads: PlainRead,
 ) -> list[Measurement]:
-    """A whole layer, turn by turn with llama.cpp's: half of what three take longer than one, of either.
-
-    `of_bound` is bytes a second yet.
-    """
+    """A whole layer, turn by turn with llama.cpp's: half of what three take longer than one, of either."""
     positions = torch.arange(count)[None]
     cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
     step = Step(cos=cos, sin=sin, keep=None, cache=None)
+    nbytes = sum(
+        module.stored.nbytes
+        for module in layers[0].self_attn.modules()
+        if isinstance(module, Linear)
+    ) + CHOICES * sum(
+        weight.nbytes for weight in vars(layers[0].block_sparse_moe.stored[0]).values()
+    )
+    parts: list[float] = []
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
 
@@ -302,33 +317,28 @@ def _of_layer(
         for index in range(_TURNS.get(count, 5) + 1):
             x = torch.randn(1, count, config.hidden_size).bfloat16()
             time.sleep(_PAUSE)
+            read = reads.rate() if count == 1 else None
             one = seconds(partial(through, x, layers[:1]), CPU)
             three = seconds(partial(through, x, layers), CPU)
             time.sleep(_PAUSE)
             other = peer.seconds(count)
             if index:
                 ours.append((one, three))
+                parts += [2 * nbytes / (three - one) / read] if read else []
                 theirs += [other] if other else []
-    nbytes = sum(
-        module.stored.nbytes
-        for module in layers[0].self_attn.modules()
-        if isinstance(module, Linear)
-    ) + CHOICES * sum(
-        weight.nbytes for weight in vars(layers[0].block_sparse_moe.stored[0]).values()
-    )
     sample = layers[0].self_attn.q_proj.stored
     bits = 8 * sample.nbytes / (sample.shape[0] * sample.shape[1])
     beside = f" (beside {peer.kind})" if peer.kind else ""
-    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours, nbytes)]
+    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours, parts)]
     if theirs:
-        found.append(_layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs, None))
+        found.append(_layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs, []))
     return found
 
 
 def _layer_row(
-    way: str, count: int, bits: float, times: Sequence[tuple[float, float]], nbytes: int | None
+    way: str, count: int, bits: float, times: Sequence[tuple[float, float]], parts: Sequence[float]
 ) -> Measurement:
-    """Of the seconds of one layer and of three; nbytes are those of the weights."""
+    """Of the seconds of one layer and of three, and the parts of the bandwidth."""
     best = (min(three for _, three in times) - min(one for one, _ in times)) / 2
     return Measurement(
         part="layer",
@@ -337,7 +347,7 @@ def _layer_row(
         bits=bits,
         best=best,
         median=statistics.median((three - one) / 2 for one, three in times),
-        of_bound=nbytes / best if nbytes is not None and count == 1 else None,
+        of_bound=statistics.median(parts) if parts else None,
         note="half of three layers less one",
     )
 
@@ -506,7 +516,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = json.dumps(asdict(report), indent=1) + "\n"
             options.json.write_text(record, encoding="utf-8")
         sys.stdout.write(f"{report.cpu}, {report.threads} threads, {report.path}; ")
-        sys.stdout.write(f"memory read at {report.bandwidth / 1e9:.1f} GB/s\n\n")
+        low, high = (rate / 1e9 for rate in report.bandwidth_range)
+        sys.stdout.write(
+            f"memory read at {report.bandwidth / 1e9:.1f} GB/s ({low:.1f} to {high:.1f})\n\n"
+        )
         for index, row in enumerate(report.rows()):
             sys.stdout.write("| " + " | ".join(row) + " |\n")
             if not index:

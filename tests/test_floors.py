@@ -42,6 +42,7 @@ FLOORS = {
     "qmix.outlook": 5,
     "qmix.experts": 4,
     "qmix.layers": 5,
+    "qmix.decoder_layer": 5,
     "qmix.model": 5,
     "qmix.losses": 5,
     "qmix.prompt": 5,
