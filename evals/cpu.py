@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.config import MixtralConfig
-from qmix.decoder_layer import DecoderLayer
+from qmix.decoder_layer import DecoderLayer, one_token
 from qmix.errors import QmixError, ResourceError, UsageError
 from qmix.evals.bandwidth import seconds
 from qmix.int4 import Int4
@@ -310,8 +310,9 @@ def _of_layer(
     theirs: list[tuple[float, float]] = []
 
     def through(x: Tensor, some: Sequence[DecoderLayer]) -> None:
-        for each in some:
-            x, _ = each(x, step)
+        if one_token(some, x, step) is None:
+            for each in some:
+                x, _ = each(x, step)
 
     with torch.no_grad():
         for index in range(_TURNS.get(count, 5) + 1):

@@ -158,6 +158,18 @@ class KVCache:
         )
         return torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
 
+    def room(self) -> tuple[int, int]:
+        """Make room for one new position in every layer's `storage`, for who writes it there himself.
+
+        Returns its slot, and how many slots, from the first on, it may look at.
+        """
+        self._waiting.clear()  # of a pass that was interrupted
+        end = self.length + 1
+        self.reserve(end)
+        if self.window is None or end <= self.window:
+            return self.length, end
+        return self.length % self.window, self.window
+
     def arranged(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
         """A mask's last axis, over L + S positions, in the order in which `append` shows the keys."""
         end = self.length + new

@@ -1,9 +1,9 @@
-"""A whole layer: attention and experts, each behind its norm, or one token on a CPU in two calls around attention.
+"""A whole layer: attention and experts, each behind its norm; and one token on a CPU, all layers in one call.
 
 Shape letters: B batch, S new positions, D hidden width, H heads, G key-value heads, d head width, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
+from qmix.cache import KVCache
 from qmix.config import MixtralConfig
 from qmix.int4 import Int4
 from qmix.kernels.cpu.library import library
@@ -33,7 +34,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
-        token = self._one_token(x, step)
+        token = self._one_token() if _is_one_token(x, step) else None
         if token is not None:
             return self._compiled(token, x, step)
         x = x + self.self_attn(self.input_layernorm(x), step)
@@ -49,7 +50,7 @@ class DecoderLayer(nn.Module):
         return {**self.__dict__, "_token": None}  # a copy's weights lie elsewhere
 
     def _compiled(self, token: TokenLayer, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The same of one token on a CPU, in a few calls."""
+        """The same of one token on a CPU, in two calls around attention."""
         products = library()
         attended = self.self_attn.attended(
             products.before_attention(token, x, step.cos, step.sin), step
@@ -59,18 +60,9 @@ class DecoderLayer(nn.Module):
             x = x + self.block_sparse_moe.routed(normed, routes)
         return x, router_logits
 
-    def _one_token(self, x: Tensor, step: Step) -> TokenLayer | None:
-        """What the compiled products need, if they may take this step."""
-        if not (
-            x.is_cpu
-            and x.shape[:2] == (1, 1)
-            and x.dtype == step.cos.dtype == torch.bfloat16
-            and x.is_contiguous()
-            and step.cos.is_contiguous()
-            and step.sin.is_contiguous()
-            and step.attentions is None
-            and not (self.training or torch.is_grad_enabled() or kernels.overridden())
-        ):
+    def _one_token(self) -> TokenLayer | None:
+        """What the compiled products need of this layer, if they may take it."""
+        if self.training:
             return None
         attention, block = self.self_attn, self.block_sparse_moe
         norms = (self.input_layernorm, self.post_attention_layernorm)
@@ -81,11 +73,8 @@ class DecoderLayer(nn.Module):
             return None  # an adapter's
         if not all(type(norm) is RMSNorm for norm in norms):
             return None
-        if any(
-            module._forward_hooks or module._forward_pre_hooks
-            for module in (attention, block, *linears, *norms)
-        ):
-            return None  # a caller wants to see each call
+        if any(_seen(module) for module in (attention, block, *linears, *norms)):
+            return None
         *projections, router = (linear.stored for linear in linears)
         experts = block.placed()
         tensors = (*(norm.weight for norm in norms), getattr(router, "data", None))
@@ -122,3 +111,61 @@ class DecoderLayer(nn.Module):
             head_dim=self.self_attn.head_dim,
             chosen=block.num_experts_per_tok,
         )
+
+
+def one_token(
+    layers: Iterable[nn.Module], x: Tensor, step: Step
+) -> tuple[Tensor, list[Tensor]] | None:
+    """All layers in one call: (1, 1, D) -> (1, 1, D) and each one's router logits (1, E).
+
+    None where each must be called: on another device or dtype, for more tokens, where somebody wants to
+    see what passes between, or where the experts come and go.
+    """
+    cache = step.cache
+    if not (
+        _is_one_token(x, step)
+        and (cache is None or (type(cache) is KVCache and _holds(cache, x)))
+        and step.keep is None
+        and step.mask is None
+        and step.attn_implementation == "sdpa"
+    ):
+        return None
+    ready = []
+    for layer in layers:
+        if type(layer) is not DecoderLayer or _seen(layer):
+            return None
+        token = layer._one_token()
+        if token is None or not token.whole:
+            return None
+        ready.append(token)
+    slot, seen = (0, 1) if cache is None else cache.room()
+    caches = [] if cache is None else [cache.storage(index) for index in range(len(ready))]
+    out, logits = library().token(ready, x, step.cos, step.sin, caches, slot=slot, seen=seen)
+    return out, list(logits[:, None].unbind())
+
+
+def _is_one_token(x: Tensor, step: Step) -> bool:
+    """Whether the compiled products take such a step."""
+    return (
+        x.is_cpu
+        and x.shape[:2] == (1, 1)
+        and x.dtype == step.cos.dtype == torch.bfloat16
+        and x.is_contiguous()
+        and step.cos.is_contiguous()
+        and step.sin.is_contiguous()
+        and step.attentions is None
+        and not (torch.is_grad_enabled() or kernels.overridden())
+    )
+
+
+def _holds(cache: KVCache, x: Tensor) -> bool:
+    """Whether keys of x lie in the cache as they are."""
+    keys, _ = cache.storage(0)
+    return keys.is_cpu and keys.dtype == x.dtype and keys.shape[0] == 1
+
+
+def _seen(module: nn.Module) -> bool:
+    """Whether somebody wants to see each call of it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    )

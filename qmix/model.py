@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.cache import Cache
 from qmix.config import MixtralConfig
-from qmix.decoder_layer import DecoderLayer
+from qmix.decoder_layer import DecoderLayer, one_token
 from qmix.errors import UsageError
 from qmix.kernels.attention import Implementation
 from qmix.layers import RMSNorm, Step
@@ -102,11 +102,15 @@ class Decoder(nn.Module):
         )
         router_logits: list[Tensor] = []
         hidden_states: list[Tensor] = []
-        for layer in self.layers:
-            if keep_hidden_states:
-                hidden_states.append(x)
-            x, logits = layer(x, step)
-            router_logits.append(logits)
+        passed = None if keep_hidden_states else one_token(self.layers, x, step)
+        if passed is not None:
+            x, router_logits = passed
+        else:
+            for layer in self.layers:
+                if keep_hidden_states:
+                    hidden_states.append(x)
+                x, logits = layer(x, step)
+                router_logits.append(logits)
         if cache is not None:
             cache.advance(new)
         x = self.norm(x)

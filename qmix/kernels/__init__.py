@@ -19,6 +19,7 @@ from qmix.int4 import Int4
 from qmix.int8 import Int8
 from qmix.kernels import attention, dense, int4, nf4, pointwise, reference
 from qmix.kernels.attention import Implementation, visible
+from qmix.kernels.cpu import attention as single
 from qmix.kernels.cpu import products
 from qmix.kernels.cpu.library import library
 from qmix.kernels.experts import Expert, Resident, Routes, routed, routed_token
@@ -175,8 +176,16 @@ def attend(
     mask: Tensor | None = None,
     implementation: Implementation = "sdpa",
 ) -> Tensor:
-    """See attention.attend. On a GPU `sdpa` leaves to our kernels what it would need a mask for."""
+    """See attention.attend. `sdpa` leaves to our kernels what it would need a mask for on a GPU, and single
+    tokens on a CPU.
+    """
     queries, keys = q.shape[2], k.shape[2]
+    unmasked = mask is None and keep is None and not dropout
+    if implementation == "sdpa" and queries == 1 and unmasked and not overridden():
+        reach = keys if window is None else window
+        k, v = k[:, :, -reach:], v[:, :, -reach:]
+        if single.attends(q, k, v) and not attention.traced(q, k, v):
+            return library().attend(q, k, v)
     if implementation == "sdpa" and mask is None and not dropout and _fused(q, k, v):
         from qmix.kernels.gpu import attention as gpu
 

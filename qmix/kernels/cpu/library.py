@@ -10,7 +10,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, addressof, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -21,13 +21,16 @@ from qmix.errors import QmixError, ResourceError, UsageError
 from qmix.int4 import Int4
 from qmix.kernels.cpu import compiler
 from qmix.kernels.cpu.structures import (
+    Attended,
     DenseProduct,
     MixedExpert,
     Packed,
     Product,
+    TokenCache,
     TokenLayer,
     TokenLayerFields,
     TokenRoute,
+    TokenStep,
     expert_of,
     matrix_of,
 )
@@ -202,6 +205,79 @@ class Library:
             raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
         return residual, normed, logits, Routes(ids, shares)
 
+    def token(
+        self,
+        layers: Sequence[TokenLayer],
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        slot: int,
+        seen: int,
+    ) -> tuple[Tensor, Tensor]:
+        """x [1, 1, D] through whole layers, one after another.
+
+        All bfloat16 and contiguous; cos and sin [1, 1, 1, d].
+
+        Args:
+            caches: each layer's keys and values [1, G, slots, d], or none where nothing was before.
+            slot, seen: where the token's own go, and how many slots it sees, from the first on.
+
+        Returns:
+            the residual stream [1, 1, D] and each layer's router logits [layers, E].
+        """
+        assert self.functions is not None
+        assert all(layer.whole for layer in layers)
+        out = x.clone()
+        logits = torch.empty(len(layers), layers[0].fields.experts, dtype=x.dtype)
+        rings = (TokenCache * len(caches))(
+            *(TokenCache(k.data_ptr(), v.data_ptr(), k.stride(1)) for k, v in caches)
+        )
+        step = TokenStep(
+            cos.data_ptr(),
+            sin.data_ptr(),
+            addressof(rings) if caches else None,
+            slot,
+            seen,
+            out.data_ptr(),
+            logits.data_ptr(),
+        )
+        pointers = (c_void_p * len(layers))(*(addressof(layer.fields) for layer in layers))
+        failed = self.functions.qmix_token(pointers, len(layers), byref(step), *self._ways())
+        if failed:
+            raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
+        return out, logits
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of single tokens to all of k and v: (B, H, 1, d) with (B, G, L, d) -> (B, H, 1, d).
+
+        All bfloat16; the rows of k and v, G of them a batch, lie as far apart in both, positions behind
+        one another.
+
+        Raises:
+            ResourceError: no memory for the scores.
+        """
+        assert self.functions is not None
+        assert self.path is not None
+        batch, heads, _, width = q.shape
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        attended = Attended(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            batch * heads,
+            batch * k.shape[1],
+            width,
+            k.shape[2],
+            k.stride(1),
+        )
+        if self.functions.qmix_attend(byref(attended), *self._ways()):
+            raise ResourceError("no memory for a token's attention", found=tuple(k.shape))
+        return out
+
     def multiply_dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K] times a weight [N, K], both bfloat16 and contiguous, T up to DENSE_TOKENS: [T, N].
 
@@ -298,6 +374,10 @@ def library() -> Library:
     functions.qmix_after_attention.argtypes = (
         POINTER(TokenLayerFields), POINTER(TokenRoute), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
     )  # fmt: skip
+    functions.qmix_token.argtypes = (
+        c_void_p, c_int64, POINTER(TokenStep), c_int32, c_int32, c_void_p,
+    )  # fmt: skip
+    functions.qmix_attend.argtypes = (POINTER(Attended), c_int32, c_int32, c_void_p)
     functions.qmix_multiply_dense.argtypes = (POINTER(DenseProduct), c_int32, c_int32, c_void_p)
     functions.qmix_multiply_dense.restype = None
     functions.qmix_rms_norm.argtypes = (

@@ -215,26 +215,28 @@ struct Inputs {
     int64_t tokens;
 };
 
-// silu(gate) * up, in words that a compiler makes vectors of: e^x as 2^n times a polynomial in the rest
-// (Cephes' expf), within 2 of the last places.
+// e^x, in words that a compiler makes vectors of: 2^n times a polynomial in the rest (Cephes' expf), within 2
+// of the last places; e^-87 of anything below.
+inline __attribute__((always_inline)) float exponential(float x) {
+    x = x > -87.f ? x : -87.f;
+    x = x < 89.f ? x : 89.f;  // there the power is infinite
+    const float n = __builtin_rintf(x * 1.44269504f), rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1;
+    const int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return sum * power;
+}
+
+// silu(gate) * up: a gate so low that its exponential is infinite is closed.
 inline __attribute__((always_inline)) void gated_values(const float* gate, const float* up, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i++) {
-        float x = -gate[i];
-        x = x > -87.f ? x : -87.f;
-        x = x < 89.f ? x : 89.f;  // there the power is infinite, and a gate so low closed
-        const float n = __builtin_rintf(x * 1.44269504f), rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-        float sum = 1.9875691500e-4f;
-        sum = sum * rest + 1.3981999507e-3f;
-        sum = sum * rest + 8.3334519073e-3f;
-        sum = sum * rest + 4.1665795894e-2f;
-        sum = sum * rest + 1.6666665459e-1f;
-        sum = sum * rest + 5.0000001201e-1f;
-        sum = sum * rest * rest + rest + 1;
-        const int32_t bits = (int32_t(n) + 127) << 23;
-        float power;
-        memcpy(&power, &bits, 4);
-        out[i] = gate[i] / (1 + sum * power) * up[i];
-    }
+    for (int64_t i = 0; i < count; i++) out[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
 }
 
 // One thread's memory.

@@ -381,6 +381,32 @@ int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* to, cons
     }
 }
 
+// One token through all of several layers, whose experts must be there.
+int32_t qmix_token(const TokenLayer* const* layers, int64_t count, const TokenStep* step, int32_t threads, int32_t path,
+                   Fork fork) {
+    try {
+#if defined(__x86_64__)
+        if (path == VNNI) return token<Vnni>(layers, count, *step, threads, path, fork), 0;
+        if (path == AVX512) return token<Avx512>(layers, count, *step, threads, path, fork), 0;
+        if (path == AVX2) return token<Avx2>(layers, count, *step, threads, path, fork), 0;
+#endif
+        token<Portable>(layers, count, *step, threads, path, fork);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// Attention alone.
+int32_t qmix_attend(const Attended* attended, int32_t threads, int32_t path, Fork fork) {
+    try {
+        attend(*attended, threads, path, fork);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 // y [tokens][2 planes][byte_rows] = x [tokens, inputs] W^T, as qmix_multiply.
 int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int64_t tokens, int32_t threads,
                              int32_t path, Fork fork) {

@@ -89,6 +89,36 @@ class TokenRoute(Structure):
     )
 
 
+class TokenCache(Structure):
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("pitch", c_int64))
+
+
+class TokenStep(Structure):
+    _fields_ = (
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("caches", c_void_p),
+        ("slot", c_int64),
+        ("positions", c_int64),
+        ("x", c_void_p),
+        ("logits", c_void_p),
+    )
+
+
+class Attended(Structure):
+    _fields_ = (
+        ("q", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("out", c_void_p),
+        ("heads", c_int64),
+        ("groups", c_int64),
+        ("width", c_int64),
+        ("positions", c_int64),
+        ("pitch", c_int64),
+    )
+
+
 class DenseProduct(Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -114,7 +144,7 @@ class Packed(Structure):
 
 @dataclass(frozen=True, eq=False)
 class TokenLayer:
-    """Where the parts of a layer lie that one token passes around its attention.
+    """Where the parts of a layer lie that one token passes.
 
     Attributes:
         outputs: of queries, keys and values together.

@@ -1,11 +1,11 @@
-// One token through a layer, but for its attention: what torch's operations take a fifth of the time for, because
-// the weights that pass in between leave nothing of them in a cache. Included after `multiply`.
+// One token through layers: what torch's operations take a fifth of the time for, because the weights that
+// pass in between leave nothing of them in a cache. Included after `multiply`.
 //
 // Values between operations are bfloat16, rounded where torch rounds them, but within an expert float32.
 
 #pragma once
 
-#include "dense.h"
+#include "attention.h"
 
 extern "C" {
 
@@ -31,6 +31,19 @@ struct TokenRoute {
     uint16_t* logits;           // [experts]
     int64_t* ids;               // [chosen]
     float* shares;              // [chosen]
+};
+
+struct TokenCache {             // [groups][slots][head_dim], each group's `pitch` elements apart
+    uint16_t *keys, *values;
+    int64_t pitch;
+};
+
+struct TokenStep {
+    const uint16_t *cos, *sin;  // [head_dim]
+    const TokenCache* caches;   // a layer's each; null: nothing was before this token
+    int64_t slot, positions;    // where this token's keys lie, and how many it sees, from the first slot on
+    uint16_t* x;                // [hidden], in and out
+    uint16_t* logits;           // [layers][experts]
 };
 
 }  // extern "C"
@@ -155,6 +168,34 @@ void after_attention(const TokenLayer& l, const TokenRoute& to, const uint16_t* 
     mixture<Kernels>(mixed.data(), l.chosen, out.data(), sum.data(), 1, threads, fork);
     for (int64_t i = 0; i < l.hidden; i++)
         to.residual[i] = rounded_to_even(widened(to.residual[i]) + widened(rounded_to_even(sum[i])));
+}
+
+// All of several layers, their experts included.
+template <class Kernels>
+void token(const TokenLayer* const* layers, int64_t count, const TokenStep& step, int threads, int32_t path, Fork fork) {
+    for (int64_t i = 0; i < count; i++) {
+        const TokenLayer& l = *layers[i];
+        const int64_t d = l.head_dim, groups = l.k.rows / d;
+        std::vector<uint16_t> qkv(l.q.rows + l.k.rows + l.v.rows), attended(l.q.rows), normed(l.hidden);
+        std::vector<int64_t> ids(l.chosen);
+        std::vector<float> shares(l.chosen);
+        before_attention<Kernels>(l, step.x, step.cos, step.sin, qkv.data(), threads, path, fork);
+        const uint16_t *keys = qkv.data() + l.q.rows, *values = keys + l.k.rows;
+        Attended heads{qkv.data(), keys, values, attended.data(), l.q.rows / d, groups, d, step.positions, d};
+        if (step.caches) {
+            const TokenCache& cache = step.caches[i];
+            for (int64_t g = 0; g < groups; g++) {
+                memcpy(cache.keys + g * cache.pitch + step.slot * d, keys + g * d, sizeof(uint16_t) * d);
+                memcpy(cache.values + g * cache.pitch + step.slot * d, values + g * d, sizeof(uint16_t) * d);
+            }
+            heads.keys = cache.keys;
+            heads.values = cache.values;
+            heads.pitch = cache.pitch;
+        }
+        attend(heads, threads, path, fork);
+        const TokenRoute to{step.x, normed.data(), step.logits + i * l.experts, ids.data(), shares.data()};
+        after_attention<Kernels>(l, to, attended.data(), step.x, threads, path, fork);
+    }
 }
 
 }  // namespace
