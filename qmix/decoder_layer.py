@@ -166,6 +166,4 @@ def _holds(cache: KVCache, x: Tensor) -> bool:
 
 def _seen(module: nn.Module) -> bool:
     """Whether somebody wants to see each call of it."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    )
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -1,17 +1,21 @@
-"""One token through a layer in two calls of the compiled products: what the modules compute."""
+"""One token through the compiled products, a layer in two calls or all in one: what the modules compute."""
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from test_cpu_products import BEST, path, random_int4, random_nf4, seeded  # noqa: F401
 
-from qmix import kernels
+import qmix.model
+from qmix import MixtralForCausalLM, kernels
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
-from qmix.decoder_layer import DecoderLayer
+from qmix.decoder_layer import DecoderLayer, one_token
+from qmix.kernels import attention
+from qmix.kernels.cpu.attention import attends
 from qmix.kernels.cpu.library import library
 from qmix.layers import Linear, Step
 from qmix.weights import Dense
@@ -216,8 +220,6 @@ def test_the_router_chooses_as_torch_among_equals_too(experts, chosen):
         **{**CONFIG.to_dict(), "num_local_experts": experts, "num_experts_per_tok": chosen}
     )
     layer = random_layer("nf4", config)
-    cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, torch.bfloat16)
-    step = Step(cos=cos, sin=sin, keep=None, cache=None)
     for index in range(20):
         # Logits that tie as bfloat16, that tie as vanishing shares, and others.
         scale = (1e-3, 3.0, 0.05)[index % 3]
@@ -232,3 +234,225 @@ def test_the_router_chooses_as_torch_among_equals_too(experts, chosen):
         expected = kernels.route(logits, chosen)
         assert torch.equal(routes.ids, expected.ids)
         assert torch.allclose(routes.weights, expected.weights, rtol=1e-6, atol=1e-12)
+
+
+def random_model(kind="nf4", window=None, layers=3):
+    config = MixtralConfig(
+        **{
+            **CONFIG.to_dict(),
+            "num_hidden_layers": layers,
+            "sliding_window": window,
+            "vocab_size": 64,
+        }
+    )
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).bfloat16().eval()
+    for index in range(layers):
+        model.model.layers[index] = random_layer(kind, config)
+        model.model.layers[index].self_attn.layer = index
+    return model
+
+
+def said(model, *, at_once=True, tokens=12, cache=None, **options):
+    """Logits of a prompt of 3 tokens and of single ones behind it, and which of these went at once."""
+    ids = torch.randint(0, 64, (1, 3 + tokens), generator=seeded(1))
+    cache = model.new_cache(1) if cache is None else cache
+    logits, went = [], []
+
+    def spied(*given):
+        found = one_token(*given) if at_once else None
+        went.append(found is not None)
+        return found
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qmix.model, "one_token", spied)
+        for piece in (ids[:, :3], *ids[:, 3:].split(1, 1)):
+            out = model(piece, past_key_values=cache, output_router_logits=True, **options)
+            logits += [out.logits, *out.router_logits]
+    return logits, went[1:]
+
+
+@pytest.mark.parametrize("window", [None, 3, 5, 8])
+def test_all_layers_at_once_are_what_they_are_one_by_one(path, window):  # noqa: F811
+    model = random_model(window=window)
+    together, went = said(model)
+    assert went == [path != "torch"] * 12
+    apart, went = said(model, at_once=False)
+    assert not any(went)
+    assert same(together, apart)
+
+
+def test_a_cache_that_grows_rewinds_and_was_interrupted_stays_right():
+    model = random_model()
+    cache = model.new_cache(1)
+    first, _ = said(model, cache=cache, tokens=300)  # beyond the first capacity
+    assert cache.length == 303
+    keys, values = cache[1]
+    other = model.new_cache(1)
+    again, _ = said(model, at_once=False, cache=other, tokens=300)
+    assert same(first, again)
+    assert torch.equal(keys, other[1][0])
+    assert torch.equal(values, other[1][1])
+    cache.rewind(100)
+    other.rewind(100)
+    with torch.no_grad():
+        one_token(  # a pass that never counts
+            model.model.layers,
+            torch.randn(1, 1, 256).bfloat16(),
+            step_at(100, cache=cache),
+        )
+    assert cache.length == 100
+    assert same(said(model, cache=cache)[0], said(model, at_once=False, cache=other)[0])
+
+
+def step_at(position, **options):
+    cos, sin = kernels.rotary(torch.tensor([[position]]), 32, CONFIG.rope_theta, torch.bfloat16)
+    return Step(**{"cos": cos, "sin": sin, "keep": None, "cache": None, **options})
+
+
+def test_a_token_without_a_past_sees_itself():
+    model, x = random_model(), torch.randn(1, 1, 256, generator=seeded()).bfloat16()
+    with torch.no_grad():
+        out, logits = one_token(model.model.layers, x, step_at(0))
+        before = x.clone()
+        for index, layer in enumerate(model.model.layers):
+            x, expected = layer(x, step_at(0))
+            assert torch.equal(logits[index], expected)
+    assert torch.equal(out, x)
+    assert not torch.equal(out, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "hook",
+        "forward",
+        "dense expert",
+        "training",
+        "eager",
+        "other layer",
+        "a mask",
+        "float32 cache",
+    ],
+)
+def test_layers_that_must_be_called_one_by_one_are(change):
+    model = random_model()
+    layers, options, calls = model.model.layers, {}, []
+    if change == "hook":
+        layers[1].register_forward_hook(lambda *given: calls.append(given))
+    elif change == "forward":
+        own = layers[1].forward
+        layers[1].forward = lambda *given: calls.append(given) or own(*given)
+    elif change == "dense expert":
+        layers[2].block_sparse_moe.experts[0].w2.store(Dense(torch.randn(256, 384).bfloat16()))
+    elif change == "training":
+        layers[0].train()
+    elif change == "eager":
+        model.set_attn_implementation("eager")
+    elif change == "other layer":
+
+        class Other(DecoderLayer):
+            def forward(self, x, step):
+                calls.append(x)
+                return super().forward(x, step)
+
+        layers[1].__class__ = Other
+    elif change == "a mask":
+        options["keep"] = torch.tensor([[True]])
+    else:
+        options["cache"] = KVCache(model.config, 1, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        step = step_at(0, attn_implementation=model.model.attn_implementation, **options)
+        assert one_token(layers, torch.randn(1, 1, 256).bfloat16(), step) is None
+    if not options:
+        found, went = said(model)
+        assert not any(went)
+        assert same(found, said(model, at_once=False)[0])
+        assert len(calls) == (26 if change in ("hook", "forward", "other layer") else 0)
+
+
+def test_hidden_states_are_those_of_every_layer():
+    model = random_model()
+    logits, went = said(model, output_hidden_states=True)
+    assert not went  # never asked
+    assert same(logits, said(model)[0])
+
+
+def test_a_call_keeps_no_state():
+    """Two threads through one model at a time give what one does."""
+    model = random_model()
+    ids = torch.randint(0, 64, (1, 15), generator=seeded(1))
+
+    def talked(_):
+        cache, logits = model.new_cache(1), []
+        with torch.no_grad():
+            for piece in (ids[:, :3], *ids[:, 3:].split(1, 1)):
+                out = model(piece, past_key_values=cache, output_router_logits=True)
+                logits += [out.logits, *out.router_logits]
+        return logits
+
+    expected = talked(None)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(same(found, expected) for found in pool.map(talked, range(4)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "keys", "width"),
+    [
+        (1, 8, 2, 1, 32),
+        (1, 32, 8, 127, 128),
+        (1, 32, 8, 129, 128),
+        (2, 4, 4, 40, 64),
+        (3, 6, 2, 300, 20),
+        (1, 5, 1, 1030, 80),
+        (1, 14, 2, 256, 16),
+    ],
+)
+def test_attention_of_one_token(path, batch, heads, groups, keys, width):  # noqa: F811
+    def drawn(seed, *shape):
+        return torch.randn(*shape, generator=seeded(seed)).bfloat16()
+
+    q = drawn(0, batch, heads, 1, width)
+    k, v = (drawn(seed, batch, groups, keys + 7, width)[:, :, 3 : 3 + keys] for seed in (1, 2))
+    assert attends(q, k, v) == (path != "torch")
+    with torch.no_grad():
+        out = kernels.attend(q, k, v, window=None, keep=None)
+    everything = torch.ones(1, 1, 1, keys, dtype=torch.bool)
+    exact = attention.reference(q.float(), k, v, everything)
+    assert out.shape == q.shape
+    assert (out - exact).abs().max() <= 2**-8 * exact.abs().max() + (0.01 if path == "torch" else 0)
+    if path == "torch":
+        return
+    near = max(1, keys - 5)
+    windowed = kernels.attend(q, k, v, window=near, keep=None)
+    exact = attention.reference(
+        q.float(), k[:, :, -near:], v[:, :, -near:], everything[..., -near:]
+    )
+    assert (windowed - exact).abs().max() <= 2**-8 * exact.abs().max()
+    q = 100 * q  # all of a head's weight on one key, nearly
+    sharp = kernels.attend(q, k, v, window=None, keep=None)
+    exact = attention.reference(q.float(), k, v, everything)
+    assert (sharp - exact).abs().max() <= 2**-8 * exact.abs().max()
+    k[0, 0, keys // 2] = torch.nan
+    found = kernels.attend(q, k, v, window=None, keep=None)
+    assert found[0, : heads // groups].isnan().all()
+    assert found[0, heads // groups :].isfinite().all()
+
+
+def test_the_number_of_threads_changes_no_bit_of_attention():
+    q = torch.randn(1, 32, 1, 128, generator=seeded()).bfloat16()
+    k = torch.randn(1, 8, 3000, 128, generator=seeded(1)).bfloat16()
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(kernels.attend(q, k, k, window=None, keep=None))
+    finally:
+        torch.set_num_threads(before)
+    assert same(outs, [outs[0]] * 3)
+
+
+def test_attention_with_gradients_is_torchs():
+    q = torch.randn(1, 4, 1, 32).bfloat16().requires_grad_()
+    k = torch.randn(1, 2, 9, 32).bfloat16()
+    assert kernels.attend(q, k, k, window=None, keep=None).requires_grad

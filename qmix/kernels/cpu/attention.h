@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dense.h"
+#include "threads.h"
 
 extern "C" {
 

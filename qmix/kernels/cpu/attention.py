@@ -22,4 +22,3 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and (batch == 1 or k.stride(0) == groups * k.stride(1))
         and library().path is not None
     )
-

@@ -318,11 +318,7 @@ class Library:
     def read(self, memory: Tensor) -> int:
         """Read a contiguous tensor of whole MiB once, on torch's threads; the xor of its words."""
         assert self.functions is not None
-        return int(
-            self.functions.qmix_read(
-                memory.data_ptr(), memory.nbytes, torch.get_num_threads(), self._fork
-            )
-        )
+        return int(self.functions.qmix_read(memory.data_ptr(), memory.nbytes, *self._ways()))
 
     def _ways(self) -> tuple[int, int, int | None]:
         """The last arguments of every product: threads, path, the entry to torch's threads."""
@@ -384,7 +380,7 @@ def library() -> Library:
         c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32,
     )  # fmt: skip
     functions.qmix_rms_norm.restype = None
-    functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_void_p)
+    functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_int32, c_void_p)
     functions.qmix_read.restype = c_uint64
     best = int(functions.qmix_path())
     path = PATHS[best] if wanted is None else wanted

@@ -19,10 +19,8 @@
 // codes less a constant, bytes of 2 codes, and the inputs' high and low bytes apart.)
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <new>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -31,14 +29,9 @@
 #include "dense.h"
 #include "matrix.h"
 #include "packed.h"
+#include "plain_read.h"
 #include "portable.h"
-
-extern "C" {
-
-// libgomp's own entry, so that we share the threads that torch has; null starts threads a call.
-typedef void (*Fork)(void (*)(void*), void*, unsigned, unsigned);
-
-}  // extern "C"
+#include "threads.h"
 
 namespace {
 
@@ -165,41 +158,6 @@ void multiply_tile(const Work& work, int64_t item, const Scratch& own, int64_t w
         for (int64_t r = 0; r < rows; r++) y[t * m.rows + r] = sums[r * lanes];
     }
 }
-
-// Runs `body(item, thread)` for all items, on so many threads.
-template <class Body>
-struct Loop {
-    const Body& body;
-    const int64_t items;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> threads{0};
-
-    static void enter(void* self) {
-        Loop& loop = *static_cast<Loop*>(self);
-        const int thread = loop.threads++;
-        for (int64_t item; (item = loop.next++) < loop.items;) loop.body(item, thread);
-    }
-};
-
-template <class Body>
-void each(int64_t items, int threads, Fork fork, const Body& body) {
-    Loop<Body> loop{body, items};
-    if (threads > items) threads = int(items);
-    if (threads > 1 && fork) {
-        fork(Loop<Body>::enter, &loop, unsigned(threads), 0);
-    } else {
-        std::vector<std::thread> others;
-        try {
-            for (int i = 1; i < threads; i++) others.emplace_back(Loop<Body>::enter, &loop);
-        } catch (...) {  // fewer threads than were asked for: the work is shared among those there are
-        }
-        Loop<Body>::enter(&loop);
-        for (auto& other : others) other.join();
-    }
-}
-
-// Below so many products of a weight and an input (30 us on one core) others are not woken up.
-constexpr int64_t SERIAL = 1 << 20;
 
 template <class Kernels>
 void multiply(const Product* products, int64_t count, int threads, Fork fork) {
@@ -449,24 +407,6 @@ void qmix_multiply_dense(const DenseProduct* product, int32_t threads, int32_t p
 void qmix_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, float eps,
                    int32_t path) {
     for (int64_t row = 0; row < rows; row++) norm(x + row * width, weight, width, eps, path, y + row * width);
-}
-
-// Reads all of [bytes / 64][64] once, for the memory's bandwidth; the xor of its words.
-uint64_t qmix_read(const uint8_t* from, int64_t bytes, int32_t threads, Fork fork) {
-    constexpr int64_t STEP = 1 << 20;
-    std::atomic<uint64_t> all{0};
-    each(bytes / STEP, threads, fork, [&](int64_t item, int) {
-        uint64_t found[8] = {};
-        const uint8_t* at = from + item * STEP;
-        for (int64_t i = 0; i < STEP; i += 64) {
-            uint64_t line[8];
-            memcpy(line, at + i, 64);
-            __builtin_prefetch(at + i + 2048);
-            for (int j = 0; j < 8; j++) found[j] ^= line[j];
-        }
-        for (uint64_t each : found) all ^= each;
-    });
-    return all;
 }
 
 }  // extern "C"
