@@ -4,8 +4,8 @@
 one token, at 32 and at a prompt of 512. The experts alone against torch (dequantize, then multiply;
 its int4 kernel) and bitsandbytes, a whole layer against llama.cpp in an interpreter of its own
 (`--llama`, with llama-cpp-python and gguf). All take turns within one run, so that what else the machine
-does meets them alike; the best of the turns is shown, the median recorded beside it. Every figure at one
-token stands beside its bound: the bytes of the weights over the bandwidth of a plain read.
+does meets them alike: the median of the turns' quotients is what compares two programs. Every figure at
+one token stands beside its bound: the bytes of the weights over the bandwidth of a plain read.
 
 Shape letters: T tokens, E experts, N outputs, K inputs, D hidden width, F expert width.
 """
@@ -16,13 +16,10 @@ import importlib.metadata
 import json
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,8 +32,9 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.decoder_layer import DecoderLayer, one_token
-from qmix.errors import QmixError, ResourceError, UsageError
+from qmix.errors import QmixError, ResourceError
 from qmix.evals.bandwidth import seconds
+from qmix.evals.llama import Llama, llama
 from qmix.int4 import Int4
 from qmix.kernels import Expert, Routes, int4, nf4
 from qmix.kernels.cpu.library import library
@@ -53,8 +51,9 @@ CHOICES = 2
 _READ_BYTES = 1 << 29
 # Seconds until the threads of the one before us no longer wait in a loop for more work.
 _PAUSE = 0.02
-# Turns at so many tokens, after one that does not count.
+# Turns at so many tokens, after one that does not count; and of whole layers.
 _TURNS = {1: 40, 32: 7, 512: 2}
+_LAYER_TURNS = {1: 120, 32: 7, 512: 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +66,8 @@ class Measurement:
         best, median: seconds; None if it did not run, and `note` says why.
         of_bound: at one token, the bandwidth of its weights' bytes over that of a plain read in the same
             turn, the median of all turns.
+        of_peer: our time over llama.cpp's in the same turn, the median of all turns, and between what that
+            median lies in 19 of 20 such runs; the least and the most of less than ten turns.
     """
 
     part: str
@@ -76,6 +77,7 @@ class Measurement:
     best: float | None = None
     median: float | None = None
     of_bound: float | None = None
+    of_peer: tuple[float, float, float] | None = None
     note: str = ""
 
 
@@ -97,7 +99,9 @@ class Report:
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """The table, header first."""
-        header = ("part", "tokens", "way", "bits/weight", "ms", "of the bandwidth")
+        header = (
+            "part", "tokens", "way", "bits/weight", "ms, best (median)", "of the bandwidth", "of llama.cpp's time",
+        )  # fmt: skip
         return (header, *(_row(one) for one in self.measurements))
 
 
@@ -166,7 +170,7 @@ class PlainRead:
 def run(
     config: MixtralConfig,
     *,
-    llama: str | None,
+    llama_python: str | None,
     formats: Sequence[str] = FORMATS,
     tokens: Sequence[int] = TOKENS,
     progress: Callable[[str], None] = lambda what: None,
@@ -186,11 +190,11 @@ def run(
             measured += _of_experts(layer, form, count, reads)
         if form != formats[-1]:
             del layer
-    kinds = LLAMA_KINDS if llama else ()
-    if not llama:
+    kinds = LLAMA_KINDS if llama_python else ()
+    if not llama_python:
         measured.append(_absent("layer", "llama.cpp", "not installed: no --llama"))
     for kind in kinds or (None,):
-        with _llama(llama, kind, config) as peer:
+        with llama(llama_python, kind, config) as peer:
             versions.update(peer.versions)
             if peer.failure:
                 measured.append(_absent("layer", f"llama.cpp {kind}", peer.failure))
@@ -291,7 +295,7 @@ def _of_layer(
     config: MixtralConfig,
     form: str,
     count: int,
-    peer: "_Peer",
+    peer: Llama,
     reads: PlainRead,
 ) -> list[Measurement]:
     """A whole layer, turn by turn with llama.cpp's: half of what three take longer than one, of either."""
@@ -315,10 +319,10 @@ def _of_layer(
                 x, _ = each(x, step)
 
     with torch.no_grad():
-        for index in range(_TURNS.get(count, 5) + 1):
+        for index in range(_LAYER_TURNS.get(count, 5) + 1):
             x = torch.randn(1, count, config.hidden_size).bfloat16()
             time.sleep(_PAUSE)
-            read = reads.rate() if count == 1 else None
+            read = reads.rate() if count == 1 and not index % 3 else None
             one = seconds(partial(through, x, layers[:1]), CPU)
             three = seconds(partial(through, x, layers), CPU)
             time.sleep(_PAUSE)
@@ -330,25 +334,39 @@ def _of_layer(
     sample = layers[0].self_attn.q_proj.stored
     bits = 8 * sample.nbytes / (sample.shape[0] * sample.shape[1])
     beside = f" (beside {peer.kind})" if peer.kind else ""
-    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours, parts)]
+    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours)]
+    if parts:
+        found[0] = replace(found[0], of_bound=statistics.median(parts))
     if theirs:
-        found.append(_layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs, []))
+        quotients = [_a_layer(*a) / _a_layer(*b) for a, b in zip(ours, theirs, strict=True)]
+        found[0] = replace(found[0], of_peer=median_between(quotients))
+        found.append(_layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs))
     return found
 
 
+def median_between(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the order statistics between which it lies in 19 of 20 samples (binomial)."""
+    ordered = sorted(values)
+    reach = round(0.98 * len(ordered) ** 0.5)
+    low = max(0, len(ordered) // 2 - reach) if len(ordered) >= 10 else 0
+    return statistics.median(ordered), ordered[low], ordered[-1 - low]
+
+
+def _a_layer(one: float, three: float) -> float:
+    return (three - one) / 2
+
+
 def _layer_row(
-    way: str, count: int, bits: float, times: Sequence[tuple[float, float]], parts: Sequence[float]
+    way: str, count: int, bits: float, times: Sequence[tuple[float, float]]
 ) -> Measurement:
-    """Of the seconds of one layer and of three, and the parts of the bandwidth."""
-    best = (min(three for _, three in times) - min(one for one, _ in times)) / 2
+    """Of the seconds of one layer and of three."""
     return Measurement(
         part="layer",
         tokens=count,
         way=way,
         bits=bits,
-        best=best,
-        median=statistics.median((three - one) / 2 for one, three in times),
-        of_bound=statistics.median(parts) if parts else None,
+        best=_a_layer(min(one for one, _ in times), min(three for _, three in times)),
+        median=statistics.median(_a_layer(*both) for both in times),
         note="half of three layers less one",
     )
 
@@ -425,80 +443,22 @@ def _bitsandbytes(
     return [(product(one.w1), product(one.w2), product(one.w3)) for one in weights]
 
 
-class _Peer:
-    """llama.cpp in another process; without one it answers nothing."""
-
-    def __init__(self, kind: str | None, process: "subprocess.Popen[str] | None") -> None:
-        self.kind, self._process = kind, process
-        self.versions: dict[str, str] = {}
-        self.failure = ""
-        if process is None:
-            return
-        said = self._line()
-        if said is None:
-            self.failure = f"failed: exit code {process.wait()}"
-        else:
-            self.versions = {"llama-cpp-python": said["version"], "llama.cpp": said["features"]}
-
-    def seconds(self, count: int) -> tuple[float, float] | None:
-        """Of one and of three layers."""
-        if self._process is None or self.failure:
-            return None
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
-        one, three = self._line()
-        return one, three
-
-    def _line(self) -> Any:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
-
-
-@contextmanager
-def _llama(python: str | None, kind: str | None, config: MixtralConfig) -> Iterator[_Peer]:
-    if python is None:
-        yield _Peer(None, None)
-        return
-    sizes = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_local_experts,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        torch.get_num_threads(),
-    )
-    script = str(Path(__file__).with_name("llama_peer.py"))
-    with tempfile.TemporaryDirectory() as folder:
-        command = [python, script, folder, str(kind), *map(str, sizes)]
-        try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        except OSError as error:
-            raise UsageError("no such interpreter", where="--llama", found=error) from None
-        try:
-            yield _Peer(kind, process)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
-
-
 def _absent(part: str, way: str, note: str, count: int = 1) -> Measurement:
     return Measurement(part=part, tokens=count, way=way, note=note)
 
 
 def _row(one: Measurement) -> tuple[str, ...]:
+    time = one.note
+    if one.best is not None and one.median is not None:
+        time = f"{1e3 * one.best:.1f} ({1e3 * one.median:.1f})"
     return (
         one.part,
         str(one.tokens),
         one.way,
         "" if one.bits is None else f"{one.bits:.3f}",
-        one.note if one.best is None else f"{1e3 * one.best:.1f}",
+        time,
         "" if one.of_bound is None else f"{100 * one.of_bound:.0f} %",
+        "" if one.of_peer is None else "{:.2f} ({:.2f} to {:.2f})".format(*one.of_peer),
     )
 
 
@@ -510,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = run(
             MixtralConfig(),
-            llama=options.llama,
+            llama_python=options.llama,
             progress=lambda what: print(what, file=sys.stderr, flush=True),  # noqa: T201
         )
         if options.json:

@@ -31,7 +31,8 @@ def test_random_weights_are_of_their_format_and_of_normal_size(form):
 def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
     monkeypatch.setattr(cpu, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(cpu, "_TURNS", {1: 2, 8: 1})
-    report = cpu.run(SMALL, llama=None, tokens=(1, 8))
+    monkeypatch.setattr(cpu, "_LAYER_TURNS", {1: 3, 8: 1})
+    report = cpu.run(SMALL, llama_python=None, tokens=(1, 8))
     assert report.bandwidth > 0
     for part, forms in (("experts", cpu.FORMATS), ("layer", cpu.LAYER_FORMATS)):
         for form in forms:
@@ -51,6 +52,41 @@ def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
 def test_an_interpreter_that_is_none_is_named(tmp_path):
     with (
         pytest.raises(UsageError, match="--llama"),
-        cpu._llama(str(tmp_path / "none"), "Q4_0", SMALL),
+        cpu.llama(str(tmp_path / "none"), "Q4_0", SMALL),
     ):
         pass
+
+
+def test_the_median_of_quotients_and_how_sure_it_is():
+    assert cpu.median_between([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(200):
+        middle, low, high = cpu.median_between(torch.randn(119, generator=generator).tolist())
+        assert low <= middle <= high
+        held += low <= 0 <= high
+    assert 184 <= held <= 198  # 19 of 20, give or take
+
+
+class Fixed:
+    """A peer that takes the same times whatever comes."""
+
+    kind, versions, failure = "Q4_0", {}, ""
+
+    def seconds(self, count):
+        return 1.0, 3.0 + count
+
+
+@pytest.mark.skipif(library().path is None, reason="no compiler")
+def test_a_peer_is_compared_turn_by_turn(monkeypatch):
+    monkeypatch.setattr(cpu, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu, "_LAYER_TURNS", {1: 3})
+    monkeypatch.setattr(cpu, "seconds", lambda work, device: work() or 1.0 + len(work.args[1]))
+    layers = [cpu.random_layer(SMALL, "nf4") for _ in range(3)]
+    reads = cpu.PlainRead.__new__(cpu.PlainRead)
+    monkeypatch.setattr(reads, "rate", lambda: 1e9, raising=False)
+    ours, theirs = cpu._of_layer(layers, SMALL, "nf4", 1, Fixed(), reads)
+    assert (ours.best, ours.median) == (1.0, 1.0)  # half of 4 less 2
+    assert theirs.best == 1.5  # half of 4 less 1
+    assert ours.of_peer == pytest.approx((1 / 1.5,) * 3)
+    assert theirs.of_peer is None
