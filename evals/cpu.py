@@ -66,8 +66,9 @@ class Measurement:
         best, median: seconds; None if it did not run, and `note` says why.
         of_bound: at one token, the bandwidth of its weights' bytes over that of a plain read in the same
             turn, the median of all turns.
-        of_peer: our time over llama.cpp's in the same turn, the median of all turns, and between what that
-            median lies in 19 of 20 such runs; the least and the most of less than ten turns.
+        of_peer: our time over llama.cpp's in the same turn, the median of all turns, and the order statistics
+            that hold it in 19 of 20 samples of such turns (a run at another hour may differ by more); of
+            less than ten turns the least and the most.
     """
 
     part: str
