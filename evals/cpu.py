@@ -330,19 +330,20 @@ def _of_layer(
             other = peer.seconds(count)
             if index:
                 ours.append((one, three))
-                parts += [2 * nbytes / (three - one) / read] if read else []
+                parts += [nbytes / _a_layer(one, three) / read] if read else []
                 theirs += [other] if other else []
     sample = layers[0].self_attn.q_proj.stored
     bits = 8 * sample.nbytes / (sample.shape[0] * sample.shape[1])
     beside = f" (beside {peer.kind})" if peer.kind else ""
-    found = [_layer_row(f"qmix {form}{beside}", count, bits, ours)]
-    if parts:
-        found[0] = replace(found[0], of_bound=statistics.median(parts))
-    if theirs:
-        quotients = [_a_layer(*a) / _a_layer(*b) for a, b in zip(ours, theirs, strict=True)]
-        found[0] = replace(found[0], of_peer=median_between(quotients))
-        found.append(_layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs))
-    return found
+    row = _layer_row(f"qmix {form}{beside}", count, bits, ours)
+    row = replace(row, of_bound=statistics.median(parts) if parts else None)
+    if not theirs:
+        return [row]
+    quotients = [_a_layer(*a) / _a_layer(*b) for a, b in zip(ours, theirs, strict=True)]
+    return [
+        replace(row, of_peer=median_between(quotients)),
+        _layer_row(f"llama.cpp {peer.kind} (beside {form})", count, 4.5, theirs),
+    ]
 
 
 def median_between(values: Sequence[float]) -> tuple[float, float, float]:
@@ -449,15 +450,15 @@ def _absent(part: str, way: str, note: str, count: int = 1) -> Measurement:
 
 
 def _row(one: Measurement) -> tuple[str, ...]:
-    time = one.note
+    took = one.note
     if one.best is not None and one.median is not None:
-        time = f"{1e3 * one.best:.1f} ({1e3 * one.median:.1f})"
+        took = f"{1e3 * one.best:.1f} ({1e3 * one.median:.1f})"
     return (
         one.part,
         str(one.tokens),
         one.way,
         "" if one.bits is None else f"{one.bits:.3f}",
-        time,
+        took,
         "" if one.of_bound is None else f"{100 * one.of_bound:.0f} %",
         "" if one.of_peer is None else "{:.2f} ({:.2f} to {:.2f})".format(*one.of_peer),
     )

@@ -166,9 +166,8 @@ class KVCache:
         self._waiting.clear()  # of a pass that was interrupted
         end = self.length + 1
         self.reserve(end)
-        if self.window is None or end <= self.window:
-            return self.length, end
-        return self.length % self.window, self.window
+        slot = self.length if self.window is None else self.length % self.window
+        return slot, self._capped(end)
 
     def arranged(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
         """A mask's last axis, over L + S positions, in the order in which `append` shows the keys."""

@@ -180,13 +180,11 @@ def attend(
     tokens on a CPU.
     """
     queries, keys = q.shape[2], k.shape[2]
-    unmasked = mask is None and keep is None and not dropout
-    if implementation == "sdpa" and queries == 1 and unmasked and not overridden():
-        reach = keys if window is None else window
-        k, v = k[:, :, -reach:], v[:, :, -reach:]
-        if single.attends(q, k, v) and not attention.traced(q, k, v):
-            return library().attend(q, k, v)
-    if implementation == "sdpa" and mask is None and not dropout and _fused(q, k, v):
+    plain = implementation == "sdpa" and mask is None and not dropout
+    if plain and keep is None and _single(q, k, v):
+        seen = attention.reach(keys, queries, window)
+        return library().attend(q, k[:, :, -seen:], v[:, :, -seen:])
+    if plain and _fused(q, k, v):
         from qmix.kernels.gpu import attention as gpu
 
         causal = keep is None and queries == keys and (window is None or keys <= window)
@@ -208,6 +206,11 @@ def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
     """Whether the CPU's compiled products multiply all of these."""
     rows = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
     return rows == {products.linear} and not overridden()
+
+
+def _single(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the CPU's compiled attention takes these: one token, without gradients."""
+    return single.attends(q, k, v) and not overridden() and not attention.traced(q, k, v)
 
 
 def _fused(*tensors: Tensor) -> bool:

@@ -188,6 +188,11 @@ def named(name: str | None) -> Implementation:
     return known[name]
 
 
+def reach(keys: int, queries: int, window: int | None) -> int:
+    """How many of the keys any query sees: older ones are outside every window."""
+    return keys if window is None else min(keys, window + queries - 1)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -205,11 +210,10 @@ def attend(
         window, keep, mask, dropout: see Sight.
         implementation: which row of the table; all of them mean the same.
     """
-    queries = q.shape[2]
-    if mask is None and window is not None and k.shape[2] > window + queries - 1:
-        reach = window + queries - 1  # older keys are outside every query's window
-        k, v = k[:, :, -reach:], v[:, :, -reach:]
-        keep = keep[:, -reach:] if keep is not None else None
+    seen = reach(k.shape[2], q.shape[2], window)
+    if mask is None and seen < k.shape[2]:
+        k, v = k[:, :, -seen:], v[:, :, -seen:]
+        keep = keep[:, -seen:] if keep is not None else None
     return _ROWS[implementation](q, k, v, Sight(window, keep, mask, dropout))
 
 

@@ -25,11 +25,10 @@ struct Attended {               // all bfloat16
 namespace {
 
 constexpr int64_t PIECE = 128;  // positions: 32 KiB of keys at a width of 128
-constexpr int ABOUT = 4;        // heads of a group that read keys and values together
+constexpr int TOGETHER = 4;     // heads of a group that read keys and values at once
 
 // Sixteen values: one register, or as many as a processor needs for them.
 typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 inline __attribute__((always_inline)) Floats sixteen(const uint16_t* from) {
@@ -88,9 +87,9 @@ inline __attribute__((always_inline)) void attend_values(const Attended& a, int6
         Floats sums[HEADS] = {};
         int64_t i = 0;
         for (; i + 16 <= width; i += 16) {
-            const Floats values = sixteen(key + i);
+            const Floats inputs = sixteen(key + i);
 #pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) sums[h] += values * sixteen(q + h * width + i);
+            for (int h = 0; h < HEADS; h++) sums[h] += inputs * sixteen(q + h * width + i);
         }
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
@@ -129,8 +128,8 @@ inline __attribute__((always_inline)) void attend_values(const Attended& a, int6
 inline __attribute__((always_inline)) void attend_group(const Attended& a, int64_t group, int64_t piece, const float* q,
                                                         float* bounds, float* to) {
     int64_t head = 0;
-    for (; head + ABOUT <= a.heads / a.groups; head += ABOUT)
-        attend_values<ABOUT>(a, group, piece, q + head * a.width, bounds + 2 * head, to + head * a.width);
+    for (; head + TOGETHER <= a.heads / a.groups; head += TOGETHER)
+        attend_values<TOGETHER>(a, group, piece, q + head * a.width, bounds + 2 * head, to + head * a.width);
     for (; head < a.heads / a.groups; head++)
         attend_values<1>(a, group, piece, q + head * a.width, bounds + 2 * head, to + head * a.width);
 }

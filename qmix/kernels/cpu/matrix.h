@@ -42,6 +42,9 @@ struct Product {                // y [tokens, rows] = x [tokens, inputs] W^T, fl
 
 namespace {
 
+// One register of 64 bytes, or as many as a processor needs for them.
+typedef uint32_t Words __attribute__((vector_size(64)));
+
 constexpr int64_t CHUNK = 128;       // inputs
 constexpr int64_t BYTES = CHUNK / 2;
 constexpr int64_t NESTED_BLOCK = 256;

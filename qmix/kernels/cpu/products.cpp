@@ -254,6 +254,22 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     free(memory);
 }
 
+// Runs `body` with a path's kernels; 0, or 1 without memory.
+template <class Body>
+int32_t on_path(int32_t path, const Body& body) {
+    try {
+#if defined(__x86_64__)
+        if (path == VNNI) return body(Vnni{}), 0;
+        if (path == AVX512) return body(Avx512{}), 0;
+        if (path == AVX2) return body(Avx2{}), 0;
+#endif
+        body(Portable{});
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 }  // namespace
 
 #include "token.h"
@@ -278,81 +294,31 @@ int32_t qmix_path() {
 
 // 0, or 1 without memory for the arranged inputs.
 int32_t qmix_multiply(const Product* products, int64_t count, int32_t threads, int32_t path, Fork fork) {
-    try {
-#if defined(__x86_64__)
-        if (path == VNNI) return multiply<Vnni>(products, count, threads, fork), 0;
-        if (path == AVX512) return multiply<Avx512>(products, count, threads, fork), 0;
-        if (path == AVX2) return multiply<Avx2>(products, count, threads, fork), 0;
-#endif
-        multiply<Portable>(products, count, threads, fork);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    return on_path(path, [&](auto kernels) { multiply<decltype(kernels)>(products, count, threads, fork); });
 }
 
 // The products' sizes are those of the first expert; y is added to. 0, or 1 without memory.
 int32_t qmix_mixture(const MixedExpert* experts, int64_t count, const float* x, float* y, int32_t rounded,
                      int32_t threads, int32_t path, Fork fork) {
-    try {
-#if defined(__x86_64__)
-        if (path == VNNI) return mixture<Vnni>(experts, count, x, y, rounded, threads, fork), 0;
-        if (path == AVX512) return mixture<Avx512>(experts, count, x, y, rounded, threads, fork), 0;
-        if (path == AVX2) return mixture<Avx2>(experts, count, x, y, rounded, threads, fork), 0;
-#endif
-        mixture<Portable>(experts, count, x, y, rounded, threads, fork);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    return on_path(path, [&](auto kernels) { mixture<decltype(kernels)>(experts, count, x, y, rounded, threads, fork); });
 }
 
 // The layer of one token before its attention: `qkv` is queries and keys, rotated, and values.
 int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, const uint16_t* cos, const uint16_t* sin,
                               uint16_t* qkv, int32_t threads, int32_t path, Fork fork) {
-    try {
-#if defined(__x86_64__)
-        if (path == VNNI) return before_attention<Vnni>(*layer, x, cos, sin, qkv, threads, path, fork), 0;
-        if (path == AVX512) return before_attention<Avx512>(*layer, x, cos, sin, qkv, threads, path, fork), 0;
-        if (path == AVX2) return before_attention<Avx2>(*layer, x, cos, sin, qkv, threads, path, fork), 0;
-#endif
-        before_attention<Portable>(*layer, x, cos, sin, qkv, threads, path, fork);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    return on_path(path, [&](auto kernels) { before_attention<decltype(kernels)>(*layer, x, cos, sin, qkv, threads, path, fork); });
 }
 
 // And after it: to the router's choice, or to the end if the experts are there too.
 int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* to, const uint16_t* attended,
                              const uint16_t* x, int32_t threads, int32_t path, Fork fork) {
-    try {
-#if defined(__x86_64__)
-        if (path == VNNI) return after_attention<Vnni>(*layer, *to, attended, x, threads, path, fork), 0;
-        if (path == AVX512) return after_attention<Avx512>(*layer, *to, attended, x, threads, path, fork), 0;
-        if (path == AVX2) return after_attention<Avx2>(*layer, *to, attended, x, threads, path, fork), 0;
-#endif
-        after_attention<Portable>(*layer, *to, attended, x, threads, path, fork);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    return on_path(path, [&](auto kernels) { after_attention<decltype(kernels)>(*layer, *to, attended, x, threads, path, fork); });
 }
 
 // One token through all of several layers, whose experts must be there.
 int32_t qmix_token(const TokenLayer* const* layers, int64_t count, const TokenStep* step, int32_t threads, int32_t path,
                    Fork fork) {
-    try {
-#if defined(__x86_64__)
-        if (path == VNNI) return token<Vnni>(layers, count, *step, threads, path, fork), 0;
-        if (path == AVX512) return token<Avx512>(layers, count, *step, threads, path, fork), 0;
-        if (path == AVX2) return token<Avx2>(layers, count, *step, threads, path, fork), 0;
-#endif
-        token<Portable>(layers, count, *step, threads, path, fork);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    return on_path(path, [&](auto kernels) { token<decltype(kernels)>(layers, count, *step, threads, path, fork); });
 }
 
 // Attention alone.
