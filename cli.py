@@ -230,9 +230,9 @@ def generate(
     import torch
 
     import qmix
-    from qmix import chat as template
     from qmix.generate import stream
-    from qmix.repl import printable
+    from qmix.text import chat_template as template
+    from qmix.text.printable import printable
 
     config = _sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop

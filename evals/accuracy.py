@@ -35,7 +35,7 @@ from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.methods import Request
 from qmix.scheme import Recipe, Scheme
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 SAMPLES, SEQLEN = 128, 512
 GROUPS = (128, 32)

@@ -14,7 +14,7 @@ from qmix.evals import tiny_model
 from qmix.evals.measure import compare
 from qmix.generate import GenerationConfig, stream
 from qmix.quantize.report import Report
-from qmix.repl import printable
+from qmix.text.printable import printable
 
 PROMPT = "Return a new list containing"
 NEW_TOKENS = 96

@@ -12,7 +12,7 @@ from qmix.evals.perplexity import Perplexity, Text, evaluate
 from qmix.quantize import calibrated, calibration, pipeline
 from qmix.quantize.report import Report
 from qmix.scheme import NF4, Recipe, Scheme
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 SAMPLES, SEQLEN = 16, 256
 

@@ -17,7 +17,7 @@ from qmix import loader
 from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
 from qmix.evals.streaming import Scorer
 from qmix.formats import open_checkpoint
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 WINDOW = 2048
 _ROWS = 512  # positions compared at a time: 66 MB of float32 log-probabilities at V = 32000

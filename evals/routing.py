@@ -19,7 +19,7 @@ from qmix.experts.trace import Header, Recorder
 from qmix.generate import PREFILL_CHUNK
 from qmix.generation_config import GenerationConfig
 from qmix.heads import MixtralForCausalLM
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 Progress = Callable[[int, int], None]
 

@@ -23,7 +23,7 @@ from qmix.formats.names import ModelTensor, model_tensors
 from qmix.quantize import nf4, output, pipeline
 from qmix.scheme import NESTED_BLOCK, Recipe
 from qmix.scheme import NF4 as NF4_SCHEME
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights import NF4, NestedAbsmax
 
 SHARD_BYTES = 4_900_000_000

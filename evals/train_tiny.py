@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmix import chat
-from qmix.chat import Message
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals import corpus
 from qmix.evals.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
 from qmix.heads import MixtralForCausalLM, load_balancing_loss
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text import chat_template
+from qmix.text.chat_template import Message
+from qmix.text.tokenizer import LlamaTokenizer
 
 CONFIG = MixtralConfig(
     vocab_size=VOCABULARY,
@@ -203,7 +203,7 @@ class Stream:
                 subject = subject.rpartition(".")[2]
             question = self.random.choice(_QUESTIONS).format(subject)
             turns += [Message("user", question), Message("assistant", answer)]
-        ids = chat.encode(turns[:-1], self.tokenizer)
+        ids = chat_template.encode(turns[:-1], self.tokenizer)
         return [*ids, *self.tokenizer.encode(turns[-1].content, add_special_tokens=False), EOS]
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qmix.generation_config import GenerationConfig
     from qmix.heads import MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel
     from qmix.streamers import TextIteratorStreamer, TextStreamer
-    from qmix.tokenizer import LlamaTokenizer
+    from qmix.text.tokenizer import LlamaTokenizer
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _HOMES = {
     "AutoModelForCausalLM": "qmix.auto",
     "AutoTokenizer": "qmix.auto",
     "GenerationConfig": "qmix.generation_config",
-    "LlamaTokenizer": "qmix.tokenizer",
+    "LlamaTokenizer": "qmix.text.tokenizer",
     "MixtralConfig": "qmix.config",
     "MixtralForCausalLM": "qmix.heads",
     "MixtralForSequenceClassification": "qmix.heads",

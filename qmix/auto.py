@@ -8,7 +8,7 @@ import torch
 from qmix.errors import CheckpointError
 from qmix.formats.raw import refuse_raw
 from qmix.heads import MixtralForCausalLM
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 
 def load(

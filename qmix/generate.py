@@ -17,7 +17,6 @@ from torch import Tensor
 from qmix.cache import KVCache
 from qmix.choice import Choice, Draw
 from qmix.config import MixtralConfig
-from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import UsageError
 from qmix.generation_config import MAX_NEW_TOKENS, GenerationConfig
 from qmix.logits_processors import LogitsProcessor
@@ -33,7 +32,8 @@ from qmix.prompt import (
 from qmix.sampling import checked
 from qmix.stopping import RowText, StoppingCriterion, met
 from qmix.streamers import Streamer
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.detokenizer import StreamDetokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 __all__ = [
     "MAX_NEW_TOKENS",

@@ -29,7 +29,7 @@ from qmix.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
 from qmix.pretrained import PreTrainedModel
 from qmix.stopping import StoppingCriterion
 from qmix.streamers import Streamer
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 __all__ = [
     "MixtralForCausalLM",

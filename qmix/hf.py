@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qmix import heads
 from qmix.errors import UnsupportedError
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 try:
     import transformers

@@ -7,7 +7,6 @@ drive the terminal.
 
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from rich.console import Console
 from qmix.errors import UsageError
 from qmix.generate import GenerationConfig
 from qmix.session import Session
+from qmix.text.printable import printable
 
 PROMPT = ">>> "
 CONTINUED = "... "
 _FENCE = '"""'
-_DIRECTION_MARKS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 HELP = """\
 /help                this text
@@ -45,19 +44,6 @@ _SETTINGS: Mapping[str, Callable[[str], int | float]] = {
     "seed": int,
 }
 _COMMANDS = ("/help", "/clear", "/system", "/set", "/stats", "/exit")
-
-
-def printable(text: str) -> str:
-    """Text without characters that control a terminal; newline and tab stay.
-
-    Control characters (Cc: escape, backspace, carriage return, the 8-bit C1 set), surrogates and
-    the marks that turn the direction of text go; joiners and all kinds of spaces stay.
-    """
-    return "".join(c for c in text if c in "\n\t" or not _drives_terminal(c))
-
-
-def _drives_terminal(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTION_MARKS
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from itertools import takewhile
 
 import torch
 
-from qmix import chat
 from qmix.cache import KVCache
-from qmix.chat import Message
 from qmix.errors import UsageError
 from qmix.experts.store import Statistics
 from qmix.generate import Finish, GenerationConfig, stream
 from qmix.heads import MixtralForCausalLM
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text import chat_template
+from qmix.text.chat_template import Message
+from qmix.text.tokenizer import LlamaTokenizer
 
 
 @dataclass(frozen=True)
@@ -207,4 +207,6 @@ class Session:
         messages = [Message("system", self.system)] if self.system else []
         for turn in turns[:-1]:
             messages += [Message("user", turn.user), Message("assistant", "", turn.answer)]
-        return tuple(chat.encode([*messages, Message("user", turns[-1].user)], self.tokenizer))
+        return tuple(
+            chat_template.encode([*messages, Message("user", turns[-1].user)], self.tokenizer)
+        )

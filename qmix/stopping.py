@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import UsageError
+from qmix.text.detokenizer import StreamDetokenizer
 
 
 class StoppingCriterion(Protocol):

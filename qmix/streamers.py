@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qmix.detokenizer import Decodes, StreamDetokenizer
 from qmix.errors import UsageError
+from qmix.text.detokenizer import Decodes, StreamDetokenizer
 
 
 class Streamer(Protocol):

@@ -21,8 +21,8 @@ from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Planned
 from qmix.plan import check_memory
 from qmix.quantize import output
-from qmix.tokenizer import LlamaTokenizer
-from qmix.tokenizer_file import MODEL_FILE, read_model
+from qmix.text.sentencepiece_file import MODEL_FILE, read_model
+from qmix.text.tokenizer import LlamaTokenizer
 
 SHARD_BYTES = 4_900_000_000
 # What Hugging Face's LlamaTokenizer cannot see in tokenizer.model; the values of the hub's Mixtral.

@@ -16,7 +16,7 @@ from qmix.quantize.calibration import Calibration
 from qmix.quantize.pipeline import Progress
 from qmix.quantize.report import Report
 from qmix.scheme import GROUP_SIZES, Recipe, Scheme
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 

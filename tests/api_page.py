@@ -45,8 +45,8 @@ CONTENTS = {
         "qmix/streamers.py": ["Streamer", "TextStreamer", "TextIteratorStreamer"],
     },
     "Text": {
-        "qmix/tokenizer.py": ["LlamaTokenizer", "BatchEncoding"],
-        "qmix/chat.py": ["Message", "encode"],
+        "qmix/text/tokenizer.py": ["LlamaTokenizer", "BatchEncoding"],
+        "qmix/text/chat_template.py": ["Message", "encode"],
     },
     "transformers": {"qmix/hf.py": ["adapt", "tokenizer"]},
     "Errors": {

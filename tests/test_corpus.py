@@ -15,7 +15,7 @@ from qmix.errors import CheckpointError
 from qmix.evals import corpus
 from qmix.evals.train_tiny import Plan, Stream, questions
 from qmix.evals.train_tokenizer import train_tokenizer
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = corpus.PARAGRAPH_CHARS

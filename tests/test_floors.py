@@ -18,10 +18,10 @@ FLOORS = {
     "qmix.sizes": 0,
     "qmix.packed_format": 0,
     "qmix.cards": 0,
-    "qmix.tokenizer": 0,
-    "qmix.tokenizer_file": 0,
-    "qmix.detokenizer": 0,
-    "qmix.chat": 0,
+    "qmix.text.tokenizer": 0,
+    "qmix.text.sentencepiece_file": 0,
+    "qmix.text.detokenizer": 0,
+    "qmix.text.chat_template": 0,
     "qmix.weights": 1,
     "qmix.fp4": 1,
     "qmix.integers": 1,
@@ -79,7 +79,7 @@ FLOORS = {
 
 # Which files may import which third-party package.
 HOMES = {
-    "sentencepiece": {"qmix.tokenizer", "qmix.evals.train_tokenizer"},
+    "sentencepiece": {"qmix.text.tokenizer", "qmix.evals.train_tokenizer"},
     "rich": {"qmix.terminal", "qmix.repl", "qmix.evals.demo"},
     "typer": {"qmix.cli", "qmix.trace_commands", "qmix.plan_commands"},
     "flash_attn": {"qmix.kernels.flash"},
@@ -102,7 +102,14 @@ HOMES = {
     },
 }
 TORCHLESS = {
-    *("qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.scheme", "qmix.chat"),
+    *(
+        "qmix",
+        "qmix.errors",
+        "qmix.strict_json",
+        "qmix.config",
+        "qmix.scheme",
+        "qmix.text.chat_template",
+    ),
     *("qmix.sizes", "qmix.packed_format", "qmix.cards", "qmix.machine", "qmix.footprint"),
     *("qmix.bills", "qmix.bounds", "qmix.effort", "qmix.plan", "qmix.outlook", "qmix.planner"),
     *("qmix.formats.headers", "qmix.formats.layouts", "qmix.formats.outline", "qmix.formats.raw"),

@@ -7,7 +7,7 @@ from conftest import TINY, small_model
 from qmix import generate as generation
 from qmix.errors import UsageError
 from qmix.generate import GenerationConfig, stream
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 
 def ids(length, batch=1, seed=1):

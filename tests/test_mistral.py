@@ -22,7 +22,7 @@ from qmix.heads import MixtralForCausalLM
 from qmix.inventory import inspect
 from qmix.quantize import conversion, pipeline
 from qmix.scheme import NF4, Recipe
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 from qmix.verification import verify
 
 IDS = torch.tensor([[1, 5, 9, 77, 3]])

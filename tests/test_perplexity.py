@@ -11,7 +11,7 @@ from conftest import TINY, small_model
 from qmix.errors import CheckpointError, QualityError, UsageError
 from qmix.evals import perplexity
 from qmix.evals.perplexity import cut, read_text
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 
 def evaluate(folder, path, **options):

@@ -8,9 +8,10 @@ from rich.console import Console
 
 from qmix.errors import UsageError
 from qmix.generate import GenerationConfig
-from qmix.repl import Repl, Streams, configured, printable
+from qmix.repl import Repl, Streams, configured
 from qmix.session import Session
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.printable import printable
+from qmix.text.tokenizer import LlamaTokenizer
 
 
 def run(lines):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import TINY, small_model
 
-from qmix import chat
-from qmix.chat import Message
 from qmix.errors import UsageError
 from qmix.generate import GenerationConfig
 from qmix.session import Session
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text import chat_template
+from qmix.text.chat_template import Message
+from qmix.text.tokenizer import LlamaTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_prompt_of_every_turn_is_the_template_of_all_messages(tokenizer):
     say(session, "Hi")
     opening, _ = say(session, "And?")
     first = session.turns[0]
-    assert list(opening.ids) == chat.encode(
+    assert list(opening.ids) == chat_template.encode(
         [
             Message("system", "Be brief."),
             Message("user", "Hi"),
@@ -68,7 +68,7 @@ def test_a_reply_that_is_stopped_is_kept_in_history_and_cache(tokenizer):
     assert opening.cached_tokens >= len(kept)
     assert (
         list(kept)
-        == list(opening.ids)[-len(chat.continue_turn("Go on", tokenizer)) - len(kept) :][
+        == list(opening.ids)[-len(chat_template.continue_turn("Go on", tokenizer)) - len(kept) :][
             : len(kept)
         ]
     )
@@ -135,7 +135,7 @@ def test_clear_forgets_the_turns_and_a_new_system_prompt_takes_effect(tokenizer)
     session.clear()
     session.system = "Be kind."
     opening = session.open("Hi")
-    assert list(opening.ids) == chat.encode(
+    assert list(opening.ids) == chat_template.encode(
         [Message("system", "Be kind."), Message("user", "Hi")], tokenizer
     )
 

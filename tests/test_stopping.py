@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import TINY
 
-from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import UsageError
 from qmix.stopping import RowText, met
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.detokenizer import StreamDetokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 TOKENIZER = LlamaTokenizer.from_pretrained(TINY)
 

@@ -9,7 +9,7 @@ from conftest import TINY, small_model
 
 from qmix import TextIteratorStreamer, TextStreamer
 from qmix.errors import UsageError
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 
 @pytest.fixture(scope="module")

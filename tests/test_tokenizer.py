@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmix.detokenizer import StreamDetokenizer
 from qmix.errors import CheckpointError, UsageError
-from qmix.tokenizer import CONFIG_FILE, LlamaTokenizer
-from qmix.tokenizer_file import MODEL_FILE
+from qmix.text.detokenizer import StreamDetokenizer
+from qmix.text.sentencepiece_file import MODEL_FILE
+from qmix.text.tokenizer import CONFIG_FILE, LlamaTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 UDHR = ROOT.parent / "shared" / "data" / "udhr2.zip"
@@ -442,7 +442,7 @@ def test_the_models_own_rule_for_the_leading_space_is_followed(prefix):
 
 
 def test_importing_the_tokenizer_imports_no_torch():
-    code = "import sys, qmix.tokenizer; sys.exit('torch' in sys.modules)"
+    code = "import sys, qmix.text.tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

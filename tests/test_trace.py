@@ -18,7 +18,7 @@ from qmix.experts.policy import PRESETS
 from qmix.experts.simulation import Machine
 from qmix.experts.trace import Header, Recorder
 from qmix.offload import Tiers
-from qmix.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny.trace"  # qmix trace record evals/tiny --data LICENSE
 HEADER = Header(layers=3, experts=8, chosen=2, model="small", expert_bytes=7, dense_bytes=9)

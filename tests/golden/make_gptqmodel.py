@@ -282,7 +282,7 @@ def make():
 def rival(source, text, out, options="{}"):
     """A checkpoint for the comparison, with the source's tokenizer files beside it."""
     from qmix.quantize import calibration
-    from qmix.tokenizer import LlamaTokenizer
+    from qmix.text.tokenizer import LlamaTokenizer
 
     source, out = Path(source).resolve(), Path(out).resolve()
     encode = LlamaTokenizer.from_pretrained(source).encode

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import sentencepiece
 
-from qmix import chat, strict_json
-from qmix.detokenizer import Pieces, StreamDetokenizer
+from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
-from qmix.tokenizer_file import MODEL_FILE, check_model, damaged, read_model
+from qmix.text import chat_template
+from qmix.text.detokenizer import Pieces, StreamDetokenizer
+from qmix.text.sentencepiece_file import MODEL_FILE, check_model, damaged, read_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -305,18 +306,18 @@ class LlamaTokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[chat.Message | Mapping[str, str]],
+        messages: Sequence[chat_template.Message | Mapping[str, str]],
         tokenize: bool = True,
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
     ) -> "list[int] | str | Tensor":
-        """Mixtral's [INST] format (see `qmix.chat`): ids, int64 (1, ids), or readable text.
+        """Mixtral's [INST] format (see `qmix.text.chat_template`): ids, int64 (1, ids), or readable text.
 
         The format ends where the answer begins, so `add_generation_prompt` changes nothing. A
         chat_template of the checkpoint is a program and is not run.
         """
         _check_options(return_tensors, False, None, None)
-        ids = chat.encode(messages, self)
+        ids = chat_template.encode(messages, self)
         if not tokenize:
             return self.decode(ids)
         if return_tensors == "pt":
