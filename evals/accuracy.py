@@ -34,8 +34,8 @@ from qmix.inventory import contents_of
 from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.methods import Request
-from qmix.scheme import Recipe, Scheme
 from qmix.text.tokenizer import LlamaTokenizer
+from qmix.weights.scheme import Recipe, Scheme
 
 SAMPLES, SEQLEN = 128, 512
 GROUPS = (128, 32)

@@ -35,12 +35,14 @@ from qmix.decoder_layer import DecoderLayer, one_token
 from qmix.errors import QmixError, ResourceError
 from qmix.evals.bandwidth import seconds
 from qmix.evals.llama import Llama, llama
-from qmix.int4 import Int4
-from qmix.kernels import Expert, Routes, int4, nf4
+from qmix.kernels import Routes, int4, nf4
 from qmix.kernels.cpu.library import library
 from qmix.kernels.experts import routed
 from qmix.layers import Linear, Step
-from qmix.weights import NF4, NF4_VALUES, NestedAbsmax, Weight
+from qmix.weights.dense import Weight
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4, NF4_VALUES, NestedAbsmax
 
 CPU = torch.device("cpu")
 FORMATS = ("nf4", "nf4 nested", "int4 g128", "int4 g32")

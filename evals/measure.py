@@ -11,8 +11,8 @@ from qmix.evals import corpus, tiny_model
 from qmix.evals.perplexity import Perplexity, Text, evaluate
 from qmix.quantize import calibrated, calibration, pipeline
 from qmix.quantize.report import Report
-from qmix.scheme import NF4, Recipe, Scheme
 from qmix.text.tokenizer import LlamaTokenizer
+from qmix.weights.scheme import NF4, Recipe, Scheme
 
 SAMPLES, SEQLEN = 16, 256
 

@@ -21,10 +21,10 @@ from qmix.evals.tiny_model import TINY
 from qmix.formats import bnb, shards
 from qmix.formats.names import ModelTensor, model_tensors
 from qmix.quantize import nf4, output, pipeline
-from qmix.scheme import NESTED_BLOCK, Recipe
-from qmix.scheme import NF4 as NF4_SCHEME
 from qmix.text.tokenizer import LlamaTokenizer
-from qmix.weights import NF4, NestedAbsmax
+from qmix.weights.nf4 import NF4, NestedAbsmax
+from qmix.weights.scheme import NESTED_BLOCK, Recipe
+from qmix.weights.scheme import NF4 as NF4_SCHEME
 
 SHARD_BYTES = 4_900_000_000
 # One input channel in 256 is eight times as strong, as in trained transformers (LLM.int8, section 3).

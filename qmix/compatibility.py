@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qmix.errors import QmixError
 from qmix.formats import gptq_config
 from qmix.formats.layouts import Layout
-from qmix.scheme import GROUP_SIZES, Scheme
+from qmix.weights.scheme import GROUP_SIZES, Scheme
 
 Outcome = Literal["loads", "refuses", "noise", "unknown"]
 Dialect = Literal["classic", "gptqmodel"]

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
-from qmix.int4 import Int4
 from qmix.kernels.cpu.library import library
 from qmix.kernels.cpu.structures import TokenLayer
 from qmix.layers import Attention, Linear, RMSNorm, SparseMoeBlock, Step
-from qmix.weights import NF4, Weight
+from qmix.weights.dense import Weight
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4
 
 
 class DecoderLayer(nn.Module):

@@ -24,7 +24,7 @@ from qmix.kernels import Packed, PackedExperts
 from qmix.kernels.gpu.order import PackedMatrix
 from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.model import Decoder
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
 
 _WARM_UP = 3  # Triton compiles, torch plans; neither may happen while a graph is recorded
 

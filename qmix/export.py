@@ -19,10 +19,10 @@ from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, compressed, gptq, gptq_config, layouts, open_checkpoint, shards
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import Planned
-from qmix.integers import Integers
 from qmix.plan import check_memory
 from qmix.quantize import output, pipeline
-from qmix.scheme import DENSE, Scheme
+from qmix.weights.integers import Integers
+from qmix.weights.scheme import DENSE, Scheme
 
 Format = Literal["compressed-tensors", "gptq"]
 

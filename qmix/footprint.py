@@ -18,7 +18,7 @@ from qmix.formats.headers import DTYPES
 from qmix.formats.names import Kind, ModelTensor, model_tensors
 from qmix.formats.outline import Outline
 from qmix.packed_format import BYTE_ROWS, PANEL, TileFormat, tile_format
-from qmix.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
+from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
 
 PAGE_BYTES = 4096  # blobs of experts start on pages
 _LINE_BYTES = 64  # and their tensors on cache lines

@@ -14,7 +14,7 @@ from qmix.formats import gptq_config, layouts
 from qmix.formats.headers import DTYPES
 from qmix.formats.names import Kind
 from qmix.formats.outline import Outline, open_outline
-from qmix.scheme import DENSE
+from qmix.weights.scheme import DENSE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from qmix.cache import Cache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.experts.store import Store, StoredExperts
-from qmix.kernels import Expert, Packed, PackedExperts, Resident, Routes
+from qmix.kernels import Packed, PackedExperts, Routes
 from qmix.kernels.attention import Implementation, Sight, weighted
-from qmix.weights import Dense, Weight
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.expert import Expert, Resident
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -20,8 +20,8 @@ from qmix.kernels import Packed
 from qmix.layers import Linear
 from qmix.offload import Tiers
 from qmix.placement import Placement
-from qmix.scheme import DENSE
-from qmix.weights import Dense, Weight
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.scheme import DENSE
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -12,7 +12,7 @@ from qmix.bounds import Path, Rates
 from qmix.errors import ResourceError
 from qmix.footprint import Model
 from qmix.plan import Plan, plan
-from qmix.scheme import Scheme
+from qmix.weights.scheme import Scheme
 
 # 9.23 GB of bfloat16 to NF4 in 36 s on two processors, checksums and fsync included (evals/LOG.md).
 REWRITE_BANDWIDTH = 0.256e9

@@ -13,7 +13,7 @@ from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import packed
 from qmix.kernels.gpu.packed import Packed, PackedExperts
 from qmix.layers import Attention, Linear, SparseMoeBlock
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
 
 
 @dataclass

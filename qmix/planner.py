@@ -19,8 +19,8 @@ from qmix.formats.outline import open_outline
 from qmix.formats.raw import refuse_raw
 from qmix.outlook import Outlook, Quantization, Speed, figure, outlook, rates_used
 from qmix.plan import plan
-from qmix.scheme import DENSE, Scheme
 from qmix.sizes import parse_size, show
+from qmix.weights.scheme import DENSE, Scheme
 
 # Where nothing was measured: two channels of DDR4 as a matrix-vector product reads them (38 GB/s in
 # reference formulas' table), and an NVMe drive read an expert at a time (assumed).

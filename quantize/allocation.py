@@ -27,8 +27,8 @@ from qmix.formats.names import ModelTensor
 from qmix.layers import ACTIVATIONS, Attention, Linear, RMSNorm, Step
 from qmix.model import embedding
 from qmix.quantize import pipeline, rtn
-from qmix.scheme import Recipe, Scheme
-from qmix.weights import Dense, Weight
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.scheme import Recipe, Scheme
 
 # From the fewest bits to the most; the first is what every weight has at least.
 CHOICES = (

@@ -31,8 +31,8 @@ from qmix.quantize.calibration import Calibration
 from qmix.quantize.layerwise import LayerQuantizer, Rounded, Stream
 from qmix.quantize.pipeline import Item, Progress
 from qmix.quantize.report import Effort, Report, TensorResult
-from qmix.scheme import Recipe
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
+from qmix.weights.scheme import Recipe
 
 _EMBEDDED_TOKENS = 8192  # looked up at a time
 

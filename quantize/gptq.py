@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.int4 import Int4
-from qmix.int8 import Int8
 from qmix.quantize import scales
 from qmix.quantize.moments import Moments
 from qmix.quantize.scales import Grid
-from qmix.scheme import Scheme
+from qmix.weights.integers import Int4, Int8
+from qmix.weights.scheme import Scheme
 
 _BLOCK = 32  # inputs rounded one by one before the rest of their group is updated by one product
 _DAMPINGS = 4  # the damping is raised tenfold so often, then H is given up

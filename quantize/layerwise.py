@@ -26,8 +26,8 @@ from qmix.layers import ACTIVATIONS, Attention, Linear, RMSNorm, SparseMoeBlock,
 from qmix.quantize import gptq, pipeline
 from qmix.quantize.activations import Activations
 from qmix.quantize.moments import Moments
-from qmix.scheme import Recipe, Scheme
-from qmix.weights import Dense, Weight
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.scheme import Recipe, Scheme
 
 Weighting = Literal["none", "score", "square"]
 

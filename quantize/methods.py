@@ -15,8 +15,8 @@ from qmix.quantize import allocation, calibrated, calibration, output, pipeline
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.pipeline import Progress
 from qmix.quantize.report import Report
-from qmix.scheme import GROUP_SIZES, Recipe, Scheme
 from qmix.text.tokenizer import LlamaTokenizer
+from qmix.weights.scheme import GROUP_SIZES, Recipe, Scheme
 
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 

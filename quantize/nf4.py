@@ -15,16 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.errors import CheckpointError, UsageError
-from qmix.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Scheme
-from qmix.scheme import NF4 as NF4_SCHEME
-from qmix.weights import (
-    NF4,
-    NF4_VALUES,
-    SERIAL_ELEMENTS,
-    SLAB_ELEMENTS,
-    TILE_ELEMENTS,
-    NestedAbsmax,
-)
+from qmix.weights.nf4 import NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Scheme
+from qmix.weights.scheme import NF4 as NF4_SCHEME
+from qmix.weights.slabs import SERIAL_ELEMENTS, SLAB_ELEMENTS, TILE_ELEMENTS
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

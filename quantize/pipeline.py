@@ -23,8 +23,9 @@ from qmix.formats.shards import Planned
 from qmix.plan import check_memory
 from qmix.quantize import nf4, output, rtn
 from qmix.quantize.report import Report, TensorResult
-from qmix.scheme import Recipe, Scheme
-from qmix.weights import NF4, Dense, Weight
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.nf4 import NF4
+from qmix.weights.scheme import Recipe, Scheme
 
 # Carried along unchanged where the source has them.
 COMPANIONS = (

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qmix.formats.names import Kind
-from qmix.scheme import Scheme
+from qmix.weights.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)

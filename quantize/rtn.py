@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.int4 import Int4
-from qmix.int8 import Int8
 from qmix.quantize import scales
-from qmix.scheme import Scheme
+from qmix.weights.integers import Int4, Int8
+from qmix.weights.scheme import Scheme
 
 _SLAB = 1 << 22  # weights rounded at a time: 16 MiB of float32
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix.scheme import Scheme
+from qmix.weights.scheme import Scheme
 
 # Clippings tried: shares of the largest magnitude. On trained experts a finer or wider grid changes
 # the GPTQ loss by less than 0.2 %, six shares by 0.6 %.

@@ -77,7 +77,7 @@ def tiny():
 def tiny_nf4(tmp_path_factory):
     """The tiny Mixtral in 4 bits, quantized once a session."""
     from qmix.quantize import pipeline
-    from qmix.scheme import NF4, Recipe
+    from qmix.weights.scheme import NF4, Recipe
 
     out = tmp_path_factory.mktemp("nf4") / "tiny-nf4"
     pipeline.run(TINY, out, Recipe.uniform(NF4, attention=True), method="nf4")

@@ -33,13 +33,15 @@ from test_packed_order import act_order, int4, nf4
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.kernels import Expert, Routes
+from qmix.kernels import Routes
 from qmix.kernels.gpu import experts as gpu
 from qmix.kernels.gpu import ptx
 from qmix.kernels.gpu.address import ExpertTable
 from qmix.kernels.gpu.order import pack_expert, pack_matrix, unpack_matrix
 from qmix.layers import Linear
-from qmix.weights import NF4, Dense
+from qmix.weights.dense import Dense
+from qmix.weights.expert import Expert
+from qmix.weights.nf4 import NF4
 
 skip_without_a_device()
 NF4_BOUND, INT4_BOUND = 2.5e-3, 2**-11

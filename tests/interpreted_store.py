@@ -16,7 +16,7 @@ from qmix.heads import MixtralForCausalLM
 from qmix.kernels.gpu import packed
 from qmix.offload import Tiers
 from qmix.quantize import pipeline
-from qmix.scheme import Recipe, Scheme
+from qmix.weights.scheme import Recipe, Scheme
 
 skip_without_a_device()
 pytestmark = CONVERSIONS

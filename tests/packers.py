@@ -10,7 +10,7 @@ import torch
 from conftest import small_model
 from safetensors.torch import save_file
 
-from qmix.scheme import DENSE
+from qmix.weights.scheme import DENSE
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -22,7 +22,7 @@ from qmix.quantize import allocation, methods, rtn
 from qmix.quantize.allocation import CHOICES, Sensitivity, Unit
 from qmix.quantize.methods import Request
 from qmix.verification import verify
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
 
 LAYERS, EXPERTS = 2, 4
 CPU = torch.device("cpu")

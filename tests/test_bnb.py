@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError
 from qmix.formats import bnb, layouts
 from qmix.quantize import nf4
-from qmix.scheme import NF4, NF4_BLOCK_SIZES, Scheme
-from qmix.weights import NestedAbsmax
+from qmix.weights.nf4 import NestedAbsmax
+from qmix.weights.scheme import NF4, NF4_BLOCK_SIZES, Scheme
 
 with warnings.catch_warnings():
     # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.

@@ -16,9 +16,9 @@ from qmix.heads import MixtralForCausalLM
 from qmix.quantize import calibrated, calibration, gptq, layerwise, methods, output
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.methods import Request
-from qmix.scheme import Recipe, Scheme
 from qmix.verification import verify
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
+from qmix.weights.scheme import Recipe, Scheme
 
 INT4 = Scheme(kind="int4", group_size=32)
 RECIPE = Recipe.uniform(INT4, attention=True)

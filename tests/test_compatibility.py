@@ -13,7 +13,7 @@ from qmix.formats import compressed, gptq_config, open_checkpoint
 from qmix.formats.names import spellings
 from qmix.heads import MixtralForCausalLM
 from qmix.inventory import contents_of, inspect
-from qmix.scheme import DENSE, NF4, Scheme
+from qmix.weights.scheme import DENSE, NF4, Scheme
 
 INT4, INT8 = Scheme(kind="int4"), Scheme(kind="int8")
 ASYMMETRIC = Scheme(kind="int4", symmetric=False)

@@ -12,8 +12,8 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import compressed, gptq, layouts, open_checkpoint
 from qmix.formats.gptq_config import Settings
 from qmix.heads import MixtralForCausalLM
-from qmix.int4 import Int4
-from qmix.scheme import DENSE, Scheme
+from qmix.weights.integers import Int4
+from qmix.weights.scheme import DENSE, Scheme
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 FILE = "model-00001-of-00002.safetensors"

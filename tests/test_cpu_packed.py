@@ -4,10 +4,11 @@ import pytest
 import torch
 from test_cpu_products import path, random_int4, random_nf4, seeded  # noqa: F401
 
-from qmix.kernels import Expert, Routes
+from qmix.kernels import Routes
 from qmix.kernels.cpu import packed
 from qmix.kernels.cpu.library import library
 from qmix.kernels.gpu.order import pack_expert, unpack_expert
+from qmix.weights.expert import Expert
 
 D, WIDTH = 256, 384
 

@@ -12,12 +12,13 @@ import torch
 from conftest import ROOT, TINY
 
 from qmix import kernels
-from qmix.fp4 import FP4, FP4_VALUES
-from qmix.int4 import Int4
-from qmix.kernels import Expert, Routes, pointwise
+from qmix.kernels import Routes, pointwise
 from qmix.kernels.cpu import library as libraries
 from qmix.kernels.cpu.library import PATHS, VARIABLE, library
-from qmix.weights import NF4, NF4_VALUES, Dense, NestedAbsmax
+from qmix.weights.dense import Dense
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
 
 BEST = PATHS.index(library().path) if library().path else -1
 TOKENS = (1, 2, 4, 7, 12, 13, 33)

@@ -9,7 +9,7 @@ from qmix import kernels
 from qmix.choice import Draw
 from qmix.config import MixtralConfig
 from qmix.sampling import Sampling
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
 
 pytest.importorskip("triton")
 

@@ -18,7 +18,7 @@ from qmix.kernels import Packed, PackedExperts
 from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.placement import Placement
 from qmix.quantize import pipeline
-from qmix.scheme import NF4, Recipe, Scheme
+from qmix.weights.scheme import NF4, Recipe, Scheme
 
 SCHEMES = {
     "nf4": NF4,
@@ -90,8 +90,8 @@ def _bytes(weight):
 
 
 def test_an_expert_of_full_width_in_packed_order():
-    from qmix.kernels.experts import Expert
     from qmix.kernels.gpu.order import pack_expert
+    from qmix.weights.expert import Expert
 
     config = synthetic.config(1, packed=True)
     hidden, inner = config.hidden_size, config.intermediate_size

@@ -10,10 +10,10 @@ import torch
 from qmix import kernels
 from qmix.errors import CheckpointError
 from qmix.formats import bnb, layouts, open_checkpoint
-from qmix.fp4 import FP4, FP4_VALUES
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize import nf4
-from qmix.scheme import Scheme
+from qmix.weights.nf4 import FP4, FP4_VALUES
+from qmix.weights.scheme import Scheme
 
 with warnings.catch_warnings():
     # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.

@@ -12,7 +12,7 @@ from qmix.formats import open_checkpoint
 from qmix.heads import MixtralForCausalLM
 from qmix.machine import Memory
 from qmix.quantize import calibrated, calibration, conversion, pipeline
-from qmix.scheme import NF4, Recipe, Scheme
+from qmix.weights.scheme import NF4, Recipe, Scheme
 
 MIB = 1 << 20
 NF4_RECIPE = Recipe.uniform(NF4, attention=True)

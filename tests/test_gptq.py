@@ -8,12 +8,11 @@ import torch
 
 from qmix.errors import CheckpointError
 from qmix.formats import gptq as layout
-from qmix.int4 import Int4, unpack_codes
-from qmix.int8 import Int8
 from qmix.quantize import gptq, rtn
 from qmix.quantize.gptq import Options
 from qmix.quantize.moments import Moments
-from qmix.scheme import Scheme
+from qmix.weights.integers import Int4, Int8, unpack_codes
+from qmix.weights.scheme import Scheme
 
 CPU = torch.device("cpu")
 INT4 = Scheme(kind="int4", group_size=32)

@@ -12,7 +12,7 @@ from packers import ATTENTION, LAYERS, MATRICES, MODULES, ROUTERS, uniform
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import gptq_config
 from qmix.formats.names import spellings
-from qmix.scheme import DENSE, Scheme
+from qmix.weights.scheme import DENSE, Scheme
 
 INT4, INT8 = Scheme(kind="int4"), Scheme(kind="int8")
 

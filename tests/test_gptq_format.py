@@ -14,9 +14,8 @@ from qmix.formats.gptq_config import Settings
 from qmix.formats.layouts import gptq_members
 from qmix.formats.names import spellings
 from qmix.heads import MixtralForCausalLM
-from qmix.int4 import Int4, pack_codes
-from qmix.int8 import Int8
-from qmix.scheme import Scheme
+from qmix.weights.integers import Int4, Int8, pack_codes
+from qmix.weights.scheme import Scheme
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 FILE = "model-00001-of-00002.safetensors"

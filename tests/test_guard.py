@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from qmix import weights
 from qmix.errors import QualityError
 from qmix.evals import guard, measure
 from qmix.evals.guard import Figures, check
 from qmix.formats import bnb
 from qmix.quantize import nf4, scales
+from qmix.weights import nf4 as weights
 
 
 @pytest.fixture(scope="module")

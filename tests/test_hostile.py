@@ -24,7 +24,7 @@ from qmix.formats import open_checkpoint
 from qmix.generate import GenerationConfig
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize import output, pipeline
-from qmix.scheme import NF4, Recipe
+from qmix.weights.scheme import NF4, Recipe
 
 SHARD = "model-00001-of-00001.safetensors"
 IDS = torch.tensor([[1, 5, 6, 7]])

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from qmix import kernels
-from qmix.int4 import Int4, pack_codes, reorder_codes, unpack_codes
-from qmix.int8 import Int8
-from qmix.integers import Integers
 from qmix.kernels import int4 as int4_kernel
-from qmix.scheme import DENSE, NF4, Scheme
-from qmix.weights import TILE_ELEMENTS, Weight
+from qmix.weights.dense import Weight
+from qmix.weights.integers import Int4, Int8, Integers, pack_codes, reorder_codes, unpack_codes
+from qmix.weights.scheme import DENSE, NF4, Scheme
+from qmix.weights.slabs import TILE_ELEMENTS
 
 SHAPES = [(8, 32), (40, 128), (7, 256), (1, 4096)]
 KINDS = pytest.mark.parametrize("kind", [Int4, Int8], ids=lambda kind: kind.__name__)

@@ -11,7 +11,7 @@ from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.inventory import inspect
 from qmix.quantize import pipeline
-from qmix.scheme import Recipe, Scheme
+from qmix.weights.scheme import Recipe, Scheme
 
 
 def schemes(inventory):

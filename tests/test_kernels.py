@@ -6,11 +6,13 @@ from conftest import small_model
 
 from qmix import kernels
 from qmix.errors import UsageError
-from qmix.kernels import Expert, Routes
+from qmix.kernels import Routes
 from qmix.kernels import nf4 as nf4_kernel
 from qmix.kernels.attention import attend, reference, visible
 from qmix.quantize.nf4 import quantize
-from qmix.weights import NF4, Dense
+from qmix.weights.dense import Dense
+from qmix.weights.expert import Expert
+from qmix.weights.nf4 import NF4
 
 
 def matrix(n, k, seed=0, dtype=torch.bfloat16):

@@ -21,9 +21,9 @@ from qmix.formats import mistral, open_checkpoint, params, shards
 from qmix.heads import MixtralForCausalLM
 from qmix.inventory import inspect
 from qmix.quantize import conversion, pipeline
-from qmix.scheme import NF4, Recipe
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.verification import verify
+from qmix.weights.scheme import NF4, Recipe
 
 IDS = torch.tensor([[1, 5, 9, 77, 3]])
 TRUE_LAYOUTS = [

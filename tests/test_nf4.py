@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from qmix.errors import CheckpointError, UsageError
 from qmix.formats import bnb as layout
 from qmix.quantize import nf4
-from qmix.scheme import DENSE, NF4_BLOCK_SIZES, Scheme
-from qmix.weights import NF4_VALUES, NestedAbsmax
+from qmix.weights.nf4 import NF4_VALUES, NestedAbsmax
+from qmix.weights.scheme import DENSE, NF4_BLOCK_SIZES, Scheme
 
 with warnings.catch_warnings():
     # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.

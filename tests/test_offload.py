@@ -24,9 +24,9 @@ from qmix.generate import GenerationConfig
 from qmix.heads import MixtralForCausalLM
 from qmix.offload import Tiers
 from qmix.quantize import pipeline
-from qmix.scheme import Recipe, Scheme
 from qmix.session import Session
 from qmix.text.tokenizer import LlamaTokenizer
+from qmix.weights.scheme import Recipe, Scheme
 
 PROMPT = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2, 3, 4, 5, 6, 7, 8, 21, 22, 23, 24]])
 EXPERTS = 3 * 8  # of the dense and NF4 ones

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from qmix.errors import UnsupportedError
-from qmix.int4 import Int4, pack_codes
-from qmix.kernels import Expert
 from qmix.kernels.gpu import ptx
 from qmix.kernels.gpu.address import ExpertTable
 from qmix.kernels.gpu.order import (
@@ -20,8 +18,11 @@ from qmix.kernels.gpu.order import (
 )
 from qmix.packed_format import PANEL, TileFormat
 from qmix.quantize.nf4 import quantize
-from qmix.scheme import Scheme
-from qmix.weights import NF4_VALUES, Dense
+from qmix.weights.dense import Dense
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4, pack_codes
+from qmix.weights.nf4 import NF4_VALUES
+from qmix.weights.scheme import Scheme
 
 SHAPES = [(128, 64), (128, 128), (384, 192), (256, 448), (128, 1024)]
 

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from qmix import MixtralForCausalLM, kernels, loader
 from qmix.formats import open_checkpoint
-from qmix.kernels import Expert, PackedExperts, Routes
+from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.gpu import packed
 from qmix.layers import Linear
 from qmix.placement import Placement
-from qmix.weights import NF4, NestedAbsmax
+from qmix.weights.expert import Expert
+from qmix.weights.nf4 import NF4, NestedAbsmax
 
 
 def tensors_of(weight):

@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from qmix.errors import UnsupportedError
 from qmix.formats import gptq, gptq_config, open_checkpoint, packing
 from qmix.heads import MixtralForCausalLM
-from qmix.int4 import Int4
-from qmix.int8 import Int8
 from qmix.quantize.nf4 import quantize
-from qmix.scheme import DENSE, NF4, Scheme
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
+from qmix.weights.integers import Int4, Int8
+from qmix.weights.scheme import DENSE, NF4, Scheme
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 INT4, INT8 = Scheme(kind="int4", group_size=32), Scheme(kind="int8", group_size=32)

@@ -16,8 +16,8 @@ from qmix.errors import ResourceError, UsageError
 from qmix.footprint import Model, on_device, on_host
 from qmix.outlook import outlook
 from qmix.plan import Plan, check_memory, plan
-from qmix.scheme import DENSE, NF4, Scheme
 from qmix.sizes import parse_size
+from qmix.weights.scheme import DENSE, NF4, Scheme
 
 GIB = 1 << 30
 FULL = MixtralConfig(max_position_embeddings=32768, dtype="bfloat16")

@@ -13,13 +13,13 @@ import torch
 from conftest import ROOT, small_config, small_model
 from safetensors.torch import load_file, save_file
 
-from qmix import weights
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint, shards
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize import output, pipeline
 from qmix.quantize.nf4 import quantize
-from qmix.scheme import NF4, Recipe, Scheme
+from qmix.weights import nf4
+from qmix.weights.scheme import NF4, Recipe, Scheme
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_experts_and_attention_are_4_bit_and_the_rest_stays_16_bit(source, tmp_p
         if tensor.linear:
             weight = checkpoint.weight(tensor)
             packed = tensor.kind in ("expert", "attention")
-            assert isinstance(weight, weights.NF4 if packed else weights.Dense), tensor.name
+            assert isinstance(weight, nf4.NF4 if packed else nf4.Dense), tensor.name
         if tensor.kind in ("router", "head", "embedding", "norm"):
             assert checkpoint.entry(tensor.name).dtype == torch.bfloat16
 
@@ -56,8 +56,8 @@ def test_attention_can_be_left_dense_and_the_config_says_so(source, tmp_path):
     run(source, tmp_path / "out", attention=False)
     checkpoint = open_checkpoint(tmp_path / "out")
     kinds = {t.kind: type(checkpoint.weight(t)) for t in checkpoint.tensors if t.linear}
-    assert kinds["attention"] is weights.Dense
-    assert kinds["expert"] is weights.NF4
+    assert kinds["attention"] is nf4.Dense
+    assert kinds["expert"] is nf4.NF4
     assert "q_proj" in checkpoint.config.quantization_config["llm_int8_skip_modules"]
 
 

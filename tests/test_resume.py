@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from qmix.cli import app
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
 from qmix.quantize import gptq, output
-from qmix.scheme import Recipe, Scheme
 from qmix.verification import verify
+from qmix.weights.scheme import Recipe, Scheme
 
 LAYERS = 3
 STATE = output.STATE

@@ -8,9 +8,9 @@ import torch
 from qmix.errors import CheckpointError
 from qmix.formats import gptq
 from qmix.formats.gptq_config import Settings
-from qmix.int4 import unpack_codes
 from qmix.quantize import rtn, scales
-from qmix.scheme import Scheme
+from qmix.weights.integers import unpack_codes
+from qmix.weights.scheme import Scheme
 
 N, K = 24, 256
 

@@ -7,7 +7,8 @@ import qmix
 from qmix.config import MixtralConfig
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
-from qmix.weights import NF4, Dense
+from qmix.weights.dense import Dense
+from qmix.weights.nf4 import NF4
 
 
 @pytest.fixture(autouse=True)

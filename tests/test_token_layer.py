@@ -18,7 +18,7 @@ from qmix.kernels import attention
 from qmix.kernels.cpu.attention import attends
 from qmix.kernels.cpu.library import library
 from qmix.layers import Linear, Step
-from qmix.weights import Dense
+from qmix.weights.dense import Dense
 
 CONFIG = MixtralConfig(
     hidden_size=256,

@@ -27,9 +27,10 @@ from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.path import PathChoice
 from qmix.experts.residency import Residency, Upload
 from qmix.experts.store import STEP_TOKENS, Moved, Statistics, Store, StoredExperts, chosen_ids
-from qmix.kernels import Expert, PackedExperts, Routes
+from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.cpu import packed as host
 from qmix.kernels.gpu import packed
+from qmix.weights.expert import Expert
 
 # Writes an expert that is not in host memory into a blob of the device.
 Fill = Callable[[int, Tensor], None]

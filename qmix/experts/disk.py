@@ -24,7 +24,8 @@ from qmix.experts.store import (
     StoredExperts,
     chosen_ids,
 )
-from qmix.kernels import Expert, Routes
+from qmix.kernels import Routes
+from qmix.weights.expert import Expert
 
 BUFFERS = 2
 # Of a layer's two chosen experts one is multiplied while the other is read. One thread or two made no

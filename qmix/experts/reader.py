@@ -16,9 +16,9 @@ from torch import Tensor
 from qmix.formats import Checkpoint
 from qmix.formats.names import ModelTensor
 from qmix.formats.shards import fresh
-from qmix.kernels import Expert
-from qmix.scheme import DENSE, Scheme
-from qmix.weights import Weight
+from qmix.weights.dense import Weight
+from qmix.weights.expert import Expert
+from qmix.weights.scheme import DENSE, Scheme
 
 ALIGNMENT = 64  # a cache line, and the widest vector of a CPU
 

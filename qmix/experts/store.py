@@ -14,7 +14,8 @@ from torch import Tensor
 from qmix import kernels
 from qmix.errors import UnsupportedError, UsageError
 from qmix.experts.residency import Counts
-from qmix.kernels import Expert, Routes
+from qmix.kernels import Routes
+from qmix.weights.expert import Expert
 
 # More tokens than this in one pass are a prompt: every layer is streamed once and heat stays as it is.
 # As many as the GPU's kernels take without sorting (kernels.gpu.experts.DECODE_TOKENS).

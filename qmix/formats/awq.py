@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qmix.formats.layouts import QWEIGHT, QZEROS, SCALES
 from qmix.formats.members import Members, unpack_words, zeros_or_symmetric
-from qmix.int4 import Int4
+from qmix.weights.integers import Int4
 
 _WORD_CODES = 8
 # Output 8c + i lies in nibble _NIBBLE_OF[i] of word c: the word holds, from its lowest four bits

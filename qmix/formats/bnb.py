@@ -23,9 +23,8 @@ from qmix.formats.layouts import (
     STATE_NF4,
     WEIGHT,
 )
-from qmix.fp4 import FP4, FP4_VALUES
-from qmix.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Kind, Scheme
-from qmix.weights import NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Kind, Scheme
 
 _STATES: Mapping[Kind, str] = {"nf4": STATE_NF4, "fp4": STATE_FP4}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

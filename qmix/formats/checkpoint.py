@@ -15,7 +15,7 @@ from qmix.formats import awq, bnb, compressed, gptq, gptq_config
 from qmix.formats.names import ModelTensor
 from qmix.formats.outline import Outline, Packed, open_outline, wrong_shape
 from qmix.formats.shards import Allocate, Entry, Shards, fresh
-from qmix.weights import Dense, Weight
+from qmix.weights.dense import Dense, Weight
 
 
 @dataclass(frozen=True)

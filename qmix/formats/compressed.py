@@ -22,8 +22,8 @@ from qmix.formats.layouts import (
 )
 from qmix.formats.members import TYPES, Members, unpack_words, zeros_or_symmetric
 from qmix.formats.patterns import patterns
-from qmix.integers import Integers
-from qmix.scheme import DENSE, Scheme
+from qmix.weights.integers import Integers
+from qmix.weights.scheme import DENSE, Scheme
 
 
 def unpack(

@@ -19,8 +19,8 @@ from qmix.formats.members import (
     unpack_words,
     zeros_or_symmetric,
 )
-from qmix.integers import Integers, symmetric_zero
-from qmix.scheme import Scheme
+from qmix.weights.integers import Integers, symmetric_zero
+from qmix.weights.scheme import Scheme
 
 
 def unpack(

@@ -13,7 +13,7 @@ from typing import Any
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.layouts import KINDS, unlisted
 from qmix.formats.patterns import patterns
-from qmix.scheme import DENSE, GROUP_SIZES, Scheme
+from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
 FILE = "quantize_config.json"  # where AutoGPTQ kept the settings, beside config.json
 

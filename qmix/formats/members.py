@@ -11,10 +11,8 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.layouts import WORD_BITS
-from qmix.int4 import Int4
-from qmix.int8 import Int8
-from qmix.integers import Integers, symmetric_zero
-from qmix.scheme import GROUP_SIZES
+from qmix.weights.integers import Int4, Int8, Integers, symmetric_zero
+from qmix.weights.scheme import GROUP_SIZES
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TYPES: Mapping[int, type[Integers]] = {4: Int4, 8: Int8}

@@ -17,7 +17,7 @@ from qmix.formats import gptq_config, layouts, names, raw
 from qmix.formats.headers import DTYPES, Header, open_headers
 from qmix.formats.layouts import Layout
 from qmix.formats.names import ModelTensor
-from qmix.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
+from qmix.weights.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
 
 _FLOATS = ("F32", "F16", "BF16")
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.formats import bnb, gptq, gptq_config
-from qmix.integers import Integers
-from qmix.scheme import DENSE, Scheme
-from qmix.weights import NF4, Dense, Weight
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.integers import Integers
+from qmix.weights.nf4 import NF4
+from qmix.weights.scheme import DENSE, Scheme
 
 Layout = Literal["bitsandbytes", "GPTQ"]
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]

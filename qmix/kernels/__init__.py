@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError, UsageError
-from qmix.fp4 import FP4
-from qmix.int4 import Int4
-from qmix.int8 import Int8
 from qmix.kernels import attention, dense, int4, nf4, pointwise, reference
 from qmix.kernels.attention import Implementation, visible
 from qmix.kernels.cpu import attention as single
 from qmix.kernels.cpu import products
 from qmix.kernels.cpu.library import library
-from qmix.kernels.experts import Expert, Resident, Routes, routed, routed_token
+from qmix.kernels.experts import Routes, routed, routed_token
 from qmix.kernels.gpu import packed
 from qmix.kernels.gpu.packed import Packed, PackedExperts
 from qmix.kernels.pointwise import rotary
-from qmix.weights import NF4, Dense, Weight
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.expert import Expert, Resident
+from qmix.weights.integers import Int4, Int8
+from qmix.weights.nf4 import FP4, NF4
 
 __all__ = [
     "Expert",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qmix.kernels import pointwise
 from qmix.kernels.cpu.library import DENSE_TOKENS, library
-from qmix.weights import Dense, Weight
+from qmix.weights.dense import Dense, Weight
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qmix.integers import Integers
 from qmix.kernels import tiles
-from qmix.weights import Weight
+from qmix.weights.dense import Weight
+from qmix.weights.integers import Integers
 
 TILE_ELEMENTS = 512 * 1024  # as for NF4: 2 MiB of float32
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qmix.kernels.experts import Expert, Routes
-from qmix.weights import Weight
+from qmix.kernels.experts import Routes
+from qmix.weights.dense import Weight
+from qmix.weights.expert import Expert
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

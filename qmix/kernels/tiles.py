@@ -6,7 +6,7 @@ Knows weights by `rows` only.
 import torch
 from torch import Tensor
 
-from qmix.weights import Weight
+from qmix.weights.dense import Weight
 
 
 def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from qmix.errors import QmixError, ResourceError, UsageError
-from qmix.int4 import Int4
 from qmix.kernels.cpu import compiler
 from qmix.kernels.cpu.structures import (
     Attended,
@@ -37,7 +36,8 @@ from qmix.kernels.cpu.structures import (
 from qmix.kernels.experts import Routes
 from qmix.kernels.gpu.order import PackedMatrix
 from qmix.packed_format import HEADER_BYTES
-from qmix.weights import NF4
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4
 
 VARIABLE = "QMIX_CPU_KERNELS"
 PATHS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source

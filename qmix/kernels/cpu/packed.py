@@ -15,7 +15,7 @@ from qmix.kernels.cpu.library import library
 from qmix.kernels.experts import Routes
 from qmix.kernels.gpu import ptx
 from qmix.kernels.gpu.order import PackedExpert, PackedMatrix, unpack_expert
-from qmix.weights import NF4_VALUES
+from qmix.weights.nf4 import NF4_VALUES
 
 _TILE_ELEMENTS = 2048 * 1024
 _TABLES = {

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qmix.int4 import Int4
 from qmix.kernels import int4, nf4, tiles
 from qmix.kernels.cpu.library import library
-from qmix.kernels.experts import Expert
-from qmix.weights import NF4, Weight
+from qmix.weights.dense import Weight
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix.int4 import Int4
-from qmix.integers import symmetric_zero
-from qmix.weights import NF4, NestedAbsmax
+from qmix.weights.integers import Int4, symmetric_zero
+from qmix.weights.nf4 import NF4, NestedAbsmax
 
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NESTED = 3

@@ -36,11 +36,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qmix.int4 import Int4, pack_codes, unpack_codes
-from qmix.kernels.experts import Expert
 from qmix.kernels.gpu import ptx
 from qmix.packed_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat, refusal, tile_format
-from qmix.weights import NF4, NF4_VALUES, Weight
+from qmix.weights.dense import Weight
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4, pack_codes, unpack_codes
+from qmix.weights.nf4 import NF4, NF4_VALUES
 
 _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.int4 import Int4
 from qmix.kernels import tiles
-from qmix.kernels.experts import Expert, Routes
+from qmix.kernels.experts import Routes
 from qmix.kernels.gpu.address import ExpertTable
 from qmix.kernels.gpu.order import (
     PackedExpert,
@@ -29,8 +28,11 @@ from qmix.kernels.gpu.order import (
     unpack_expert,
     unpack_matrix,
 )
-from qmix.scheme import Scheme
-from qmix.weights import NF4, Weight
+from qmix.weights.dense import Weight
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4
+from qmix.weights.scheme import Scheme
 
 # Of an expert by name, of matrices with the same inputs that were joined by their rows.
 Part = Literal["w1", "w2", "w3"] | range

@@ -16,7 +16,7 @@ instructions for 8 weights.
 
 import struct
 
-from qmix.weights import NF4_VALUES
+from qmix.weights.nf4 import NF4_VALUES
 
 # Of 16.8 M factors in [1, 2) the one with the smallest largest rounding error (1.82e-4, against
 # 3.3e-4 of the plain table) among those that allow the pairing. With it zero must be stored as -0.

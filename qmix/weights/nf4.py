@@ -1,20 +1,23 @@
-"""Weight types: frozen bundles of tensors whose `dequantize` defines what their bits mean.
+"""NF4 and FP4: 4-bit codes of a table of 16 values, with one scale per block of inputs.
 
 Shape letters: N output features, K input features, B blocks.
-Knows nothing of files, kernels or models.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qmix.scheme import DENSE, NESTED_BLOCK, Scheme
+from qmix.weights.scheme import NESTED_BLOCK, Scheme
+from qmix.weights.slabs import (
+    DEVICE_ELEMENTS,
+    SERIAL_ELEMENTS,
+    SLAB_ELEMENTS,
+    TILE_ELEMENTS,
+    each_slab,
+)
 
 # The value of each NF4 code: quantiles of the normal distribution (QLoRA, arXiv 2305.14314,
 # appendix E), in the digits of bitsandbytes.
@@ -24,85 +27,6 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-
-# All are multiples of every block size. From 32768 elements on torch splits an operation over its own
-# threads, which would fight with ours. A tile's float32 values take 1.8 MB; with half of that the
-# threads wait longer for the interpreter's lock (encoding 10 to 30 % slower, decoding 10 %). Starting
-# threads takes 0.1 ms, a slab 4 ms.
-SERIAL_ELEMENTS = 7 * 4096
-TILE_ELEMENTS = 16 * SERIAL_ELEMENTS
-SLAB_ELEMENTS = 8 * TILE_ELEMENTS
-_THREADED_SLABS = 4
-# Work of the generic path at a time: bounds its float32 and index copies at 100 MB.
-_DEVICE_ELEMENTS = 2048 * 4096
-
-
-@runtime_checkable
-class Weight(Protocol):
-    """The weight [N, K] of one linear layer, however it is stored."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def scheme(self) -> Scheme: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def nbytes(self) -> int: ...
-    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor: ...
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
-    def to(self, device: torch.device) -> "Weight": ...
-
-
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """A weight stored as it is: `data` [N, K] in 16 or 32 bits."""
-
-    data: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.data.shape[0], self.data.shape[1]
-
-    @property
-    def scheme(self) -> Scheme:
-        return DENSE
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
-
-    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows [start, stop) as [stop - start, K]."""
-        return self.data[start:stop].to(dtype or self.dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole weight [N, K]."""
-        return self.data.to(dtype or self.dtype)
-
-    def to(self, device: torch.device) -> "Dense":
-        return replace(self, data=self.data.to(device))
-
-
-def each_slab(decode: Callable[[int], None], slabs: range) -> None:
-    """Call `decode` with the start of each slab, on torch's number of threads if there are many."""
-    if len(slabs) < _THREADED_SLABS:
-        for first in slabs:
-            decode(first)
-        return
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(decode, slabs):
-            pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +135,7 @@ class NF4:
         """The values of blocks [start, stop), on any device; the last one padded with zeros."""
         block = self.block_size
         out = torch.empty(stop - start, block, dtype=dtype, device=self.device)
-        step = _DEVICE_ELEMENTS // block
+        step = DEVICE_ELEMENTS // block
         for first in range(start, stop, step):
             last = min(first + step, stop)
             packed = self.codes[first * block // 2 : last * block // 2]
@@ -281,3 +205,22 @@ class NF4:
         return replace(
             self, codes=self.codes.to(device), absmax=absmax, table=self.table.to(device)
         )
+
+
+# The value of each code: a sign, then 0, 1/16, 8, 12, 4, 6, 2, 3, all divided by 12 and in float32
+# (bitsandbytes 0.50.2, functional.py, `get_4bit_type`). Minus zero is written as zero.
+FP4_VALUES = (
+    *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+    *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+    *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+    *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FP4(NF4):
+    """A weight in 4-bit floats with one absmax per block: NF4's layout with `FP4_VALUES` as table."""
+
+    @property
+    def scheme(self) -> Scheme:
+        return replace(super().scheme, kind="fp4")

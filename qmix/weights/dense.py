@@ -1,0 +1,69 @@
+"""A weight as it is stored: the protocol of all of them, and the one in 16 or 32 bits.
+
+Shape letters: N output features, K input features.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from qmix.weights.scheme import DENSE, Scheme
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """The weight [N, K] of one linear layer, however it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def nbytes(self) -> int: ...
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor: ...
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
+    def to(self, device: torch.device) -> "Weight": ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A weight stored as it is: `data` [N, K] in 16 or 32 bits."""
+
+    data: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[0], self.data.shape[1]
+
+    @property
+    def scheme(self) -> Scheme:
+        return DENSE
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows [start, stop) as [stop - start, K]."""
+        return self.data[start:stop].to(dtype or self.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole weight [N, K]."""
+        return self.data.to(dtype or self.dtype)
+
+    def to(self, device: torch.device) -> "Dense":
+        return replace(self, data=self.data.to(device))
