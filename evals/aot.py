@@ -21,7 +21,7 @@ from qmix.evals.machine_code import SHARED_LIMIT, Cost, Source, cost_of
 from qmix.evals.plain_programs import Plain, plain_variants
 from qmix.kernels.gpu import attention, experts, programs
 from qmix.kernels.gpu.experts import Config, configs
-from qmix.packed_format import TileFormat
+from qmix.weights.packed.tile_format import TileFormat
 
 FORMATS = (
     TileFormat("nf4", 64),

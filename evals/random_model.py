@@ -15,10 +15,10 @@ from qmix.config import MixtralConfig
 from qmix.decoder_layer import DecoderLayer
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
-from qmix.kernels.gpu import ptx
-from qmix.kernels.gpu.order import PackedExpert, PackedMatrix
 from qmix.layers import Linear
-from qmix.packed_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat
+from qmix.weights.packed import codes
+from qmix.weights.packed.layout import PackedExpert, PackedMatrix
+from qmix.weights.packed.tile_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat
 
 NF4 = TileFormat("nf4", 64)
 INT4 = TileFormat("int4", 128)
@@ -26,8 +26,8 @@ FORMATS = {"nf4": NF4, "int4": INT4}
 
 # Root mean square of codes that are all as likely.
 _RMS = {
-    "nf4": math.sqrt(sum(v * v for v in ptx.NF4_STORED_VALUES) / 16) / ptx.NF4_STRETCH,
-    "int4": math.sqrt(sum((c - ptx.INT4_ZERO) ** 2 for c in range(16)) / 16),
+    "nf4": math.sqrt(sum(v * v for v in codes.NF4_STORED_VALUES) / 16) / codes.NF4_STRETCH,
+    "int4": math.sqrt(sum((c - codes.INT4_ZERO) ** 2 for c in range(16)) / 16),
 }
 
 
@@ -106,9 +106,9 @@ class Draw:
     def _filled(self, blob: Tensor, shape: tuple[int, int]) -> PackedMatrix:
         plan = self._plan
         blob.random_(0, 256, generator=self._generator)
-        stretch = ptx.NF4_STRETCH if plan.kind == "nf4" else 1.0
+        stretch = codes.NF4_STRETCH if plan.kind == "nf4" else 1.0
         header = torch.tensor([1 / stretch, 1 / stretch, 1.0, 1.0]).view(torch.uint8)
-        words = torch.tensor(ptx.NF4_WORDS).to(torch.int32).view(torch.uint8)
+        words = torch.tensor(codes.NF4_WORDS).to(torch.int32).view(torch.uint8)
         blob[: len(header)] = header.to(self._device)
         blob[len(header) : len(header) + len(words)] = words.to(self._device)
         panels, tiles = shape[0] // PANEL, shape[1] // plan.inputs

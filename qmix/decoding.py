@@ -21,10 +21,10 @@ from qmix.choice import Draw
 from qmix.decoder_layer import DecoderLayer
 from qmix.experts.device import DeviceExperts, DeviceStore
 from qmix.kernels import Packed, PackedExperts
-from qmix.kernels.gpu.order import PackedMatrix
 from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.model import Decoder
 from qmix.weights.dense import Dense
+from qmix.weights.packed.layout import PackedMatrix
 
 _WARM_UP = 3  # Triton compiles, torch plans; neither may happen while a graph is recorded
 

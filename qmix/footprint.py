@@ -17,7 +17,7 @@ from qmix.errors import UnsupportedError
 from qmix.formats.headers import DTYPES
 from qmix.formats.names import Kind, ModelTensor, model_tensors
 from qmix.formats.outline import Outline
-from qmix.packed_format import BYTE_ROWS, PANEL, TileFormat, tile_format
+from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat, tile_format
 from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
 
 PAGE_BYTES = 4096  # blobs of experts start on pages

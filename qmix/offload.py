@@ -31,9 +31,9 @@ from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
 from qmix.kernels import PackedExperts, Routes
-from qmix.kernels.gpu.order import pack_expert
 from qmix.layers import SparseMoeBlock
 from qmix.sizes import parse_size
+from qmix.weights.packed.layout import pack_expert
 
 
 @dataclass(frozen=True, kw_only=True)

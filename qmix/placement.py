@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError
-from qmix.kernels.gpu import packed
-from qmix.kernels.gpu.packed import Packed, PackedExperts
 from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.weights.dense import Dense
+from qmix.weights.packed import weight as packed
+from qmix.weights.packed.weight import Packed, PackedExperts
 
 
 @dataclass

@@ -16,7 +16,7 @@ from qmix import kernels
 from qmix.choice import Draw
 from qmix.decoding import Decoding, Decodings, supported
 from qmix.generate import GenerationConfig, generate
-from qmix.kernels.gpu import packed
+from qmix.kernels.gpu import packed_matmul
 from qmix.layers import Linear
 from qmix.placement import Placement
 from qmix.sampling import Sampling
@@ -44,7 +44,7 @@ def packed_model(make, **changes):
 
 @pytest.fixture(autouse=True)
 def on_the_cpu_too(monkeypatch):
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
 
 
 def reference_steps(model, prompt, keep, count):

@@ -35,13 +35,13 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.kernels import Routes
 from qmix.kernels.gpu import experts as gpu
-from qmix.kernels.gpu import ptx
-from qmix.kernels.gpu.address import ExpertTable
-from qmix.kernels.gpu.order import pack_expert, pack_matrix, unpack_matrix
 from qmix.layers import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4
+from qmix.weights.packed import codes
+from qmix.weights.packed.layout import pack_expert, pack_matrix, unpack_matrix
+from qmix.weights.packed.table import ExpertTable
 
 skip_without_a_device()
 NF4_BOUND, INT4_BOUND = 2.5e-3, 2**-11
@@ -62,8 +62,8 @@ def as_computed(packed):
     """The weight with the table and the scales of the kernels, float32."""
     weight = unpack_matrix(packed)
     if isinstance(weight, NF4):
-        values = [ptx.NF4_STORED_VALUES[stored] for stored in ptx.NF4_STORED_OF_CODE]
-        table = torch.tensor(values, device=weight.device) / ptx.NF4_STRETCH
+        values = [codes.NF4_STORED_VALUES[stored] for stored in codes.NF4_STORED_OF_CODE]
+        table = torch.tensor(values, device=weight.device) / codes.NF4_STRETCH
         weight = replace(weight, table=table)
     return weight.dequantize(torch.float32)
 

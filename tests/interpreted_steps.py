@@ -13,7 +13,7 @@ from qmix.evals import bench, random_model
 from qmix.evals.bench import Test
 from qmix.evals.steps import attention, full_model, moe_block, peers, token_profile
 from qmix.evals.steps.timing import Timing
-from qmix.kernels.gpu import packed
+from qmix.kernels.gpu import packed_matmul
 
 if not INTERPRETED:
     pytest.skip("not the interpreter", allow_module_level=True)
@@ -38,7 +38,7 @@ def made_up(monkeypatch):
     for module in (full_model, token_profile):
         monkeypatch.setattr(module, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr("qmix.decoding._on_gpu", lambda weight: True)
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
 
 
 def tiny(**changes):

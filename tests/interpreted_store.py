@@ -13,7 +13,7 @@ from qmix import kernels, loader
 from qmix.decoding import Decoding, supported
 from qmix.experts.policy import PRESETS
 from qmix.heads import MixtralForCausalLM
-from qmix.kernels.gpu import packed
+from qmix.kernels.gpu import packed_matmul
 from qmix.offload import Tiers
 from qmix.quantize import pipeline
 from qmix.weights.scheme import Recipe, Scheme
@@ -27,7 +27,7 @@ PROMPT = torch.arange(3, 22)[None]  # more than a step's 16 tokens
 
 @pytest.fixture(autouse=True)
 def on_the_cpu_too(monkeypatch):
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from test_cpu_products import path, random_int4, random_nf4, seeded  # noqa: F40
 from qmix.kernels import Routes
 from qmix.kernels.cpu import packed
 from qmix.kernels.cpu.library import library
-from qmix.kernels.gpu.order import pack_expert, unpack_expert
 from qmix.weights.expert import Expert
+from qmix.weights.packed.layout import pack_expert, unpack_expert
 
 D, WIDTH = 256, 384
 

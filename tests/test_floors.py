@@ -16,7 +16,7 @@ FLOORS = {
     "qmix.config": 0,
     "qmix.weights.scheme": 0,
     "qmix.sizes": 0,
-    "qmix.packed_format": 0,
+    "qmix.weights.packed.tile_format": 0,
     "qmix.cards": 0,
     "qmix.text.tokenizer": 0,
     "qmix.text.sentencepiece_file": 0,
@@ -110,7 +110,13 @@ TORCHLESS = {
         "qmix.weights.scheme",
         "qmix.text.chat_template",
     ),
-    *("qmix.sizes", "qmix.packed_format", "qmix.cards", "qmix.machine", "qmix.footprint"),
+    *(
+        "qmix.sizes",
+        "qmix.weights.packed.tile_format",
+        "qmix.cards",
+        "qmix.machine",
+        "qmix.footprint",
+    ),
     *("qmix.bills", "qmix.bounds", "qmix.effort", "qmix.plan", "qmix.outlook", "qmix.planner"),
     *("qmix.formats.headers", "qmix.formats.layouts", "qmix.formats.outline", "qmix.formats.raw"),
 }

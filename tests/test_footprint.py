@@ -90,8 +90,8 @@ def _bytes(weight):
 
 
 def test_an_expert_of_full_width_in_packed_order():
-    from qmix.kernels.gpu.order import pack_expert
     from qmix.weights.expert import Expert
+    from qmix.weights.packed.layout import pack_expert
 
     config = synthetic.config(1, packed=True)
     hidden, inner = config.hidden_size, config.intermediate_size

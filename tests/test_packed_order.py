@@ -9,19 +9,22 @@ import torch
 
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import ptx
-from qmix.kernels.gpu.address import ExpertTable
-from qmix.kernels.gpu.order import (
-    pack_expert,
-    pack_matrix,
-    unpack_expert,
-    unpack_matrix,
-)
-from qmix.packed_format import PANEL, TileFormat
 from qmix.quantize.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.integers import Int4, pack_codes
 from qmix.weights.nf4 import NF4_VALUES
+from qmix.weights.packed.codes import (
+    NF4_CODE_OF_STORED,
+    NF4_STORED_BITS,
+    NF4_STORED_OF_CODE,
+    NF4_STORED_VALUES,
+    NF4_STRETCH,
+    NF4_WORDS,
+)
+from qmix.weights.packed.layout import pack_expert, pack_matrix, unpack_expert, unpack_matrix
+from qmix.weights.packed.table import ExpertTable
+from qmix.weights.packed.tile_format import PANEL, TileFormat
 from qmix.weights.scheme import Scheme
 
 SHAPES = [(128, 64), (128, 128), (384, 192), (256, 448), (128, 1024)]
@@ -224,7 +227,7 @@ def lop3(a, b, c, table):
 def execute(text, word):
     """Run one instruction string on the words `$4`; the four output registers."""
     registers = {"$4": word}
-    for group, value in enumerate(ptx.NF4_WORDS):
+    for group, value in enumerate(NF4_WORDS):
         registers.update({f"${5 + 4 * group + i}": torch.tensor(value) for i in range(4)})
 
     def value(operand):
@@ -264,7 +267,7 @@ INT4_BITS = tuple(struct.unpack("<H", struct.pack("<e", float(c - 8)))[0] for c 
 
 @pytest.mark.parametrize(
     ("text", "bits"),
-    [(ptx.NF4_INSTRUCTIONS, ptx.NF4_STORED_BITS), (ptx.INT4_INSTRUCTIONS, INT4_BITS)],
+    [(ptx.NF4_INSTRUCTIONS, NF4_STORED_BITS), (ptx.INT4_INSTRUCTIONS, INT4_BITS)],
     ids=["nf4", "int4"],
 )
 def test_the_instructions_give_the_table_exactly(text, bits):
@@ -277,11 +280,11 @@ def test_the_instructions_give_the_table_exactly(text, bits):
 
 def test_the_nf4_table_is_nf4_in_float16():
     """Renumbered and stretched, within half a unit of float16; zero stays zero."""
-    assert sorted(ptx.NF4_CODE_OF_STORED) == list(range(16))
+    assert sorted(NF4_CODE_OF_STORED) == list(range(16))
     for code, value in enumerate(NF4_VALUES):
-        stored = ptx.NF4_STORED_VALUES[ptx.NF4_STORED_OF_CODE[code]]
-        assert abs(stored / ptx.NF4_STRETCH - value) <= 1.83e-4 * abs(value)
-        assert stored == struct.unpack("<e", struct.pack("<e", ptx.NF4_STRETCH * value))[0]
+        stored = NF4_STORED_VALUES[NF4_STORED_OF_CODE[code]]
+        assert abs(stored / NF4_STRETCH - value) <= 1.83e-4 * abs(value)
+        assert stored == struct.unpack("<e", struct.pack("<e", NF4_STRETCH * value))[0]
 
 
 def test_instructions_a_weight():

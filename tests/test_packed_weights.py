@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from qmix import MixtralForCausalLM, kernels, loader
 from qmix.formats import open_checkpoint
 from qmix.kernels import PackedExperts, Routes
-from qmix.kernels.gpu import packed
+from qmix.kernels.gpu import packed_matmul
 from qmix.layers import Linear
 from qmix.placement import Placement
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4, NestedAbsmax
+from qmix.weights.packed import weight as packed
 
 
 def tensors_of(weight):
@@ -202,7 +203,7 @@ def test_moved_away_a_packed_model_is_a_standard_one():
 
 
 def test_gradients_go_around_the_kernels(monkeypatch):
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
     model, twin = quantized_model(), quantized_model()
     place(model)
     inputs = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from conftest import small_config
 
 from qmix.config import MixtralConfig
 from qmix.evals import random_model, traffic
-from qmix.kernels.gpu.order import unpack_matrix
+from qmix.weights.packed.layout import unpack_matrix
 
 
 @pytest.mark.parametrize("name", random_model.FORMATS)

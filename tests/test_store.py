@@ -26,10 +26,11 @@ from qmix.experts.path import PathChoice
 from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
 from qmix.kernels.cpu import packed as host
-from qmix.kernels.gpu import packed
-from qmix.kernels.gpu.order import rebased, unpack_expert
+from qmix.kernels.gpu import packed_matmul
 from qmix.layers import Linear
 from qmix.placement import Placement
+from qmix.weights.packed import weight
+from qmix.weights.packed.layout import rebased, unpack_expert
 
 LAYERS, EXPERTS = 3, 4
 PROMPT = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2, 3, 4, 5, 6, 7, 8, 21, 22, 23, 24]])
@@ -95,8 +96,8 @@ def through_the_table(monkeypatch):
             out[token, choice] = y * routes.weights[token, choice, None]
         return out
 
-    monkeypatch.setattr(packed, "expert_pairs", pairs)
-    monkeypatch.setattr(packed, "experts", lambda x, r, w: pairs(x, r, w).sum(1).to(x.dtype))
+    monkeypatch.setattr(weight, "expert_pairs", pairs)
+    monkeypatch.setattr(weight, "experts", lambda x, r, w: pairs(x, r, w).sum(1).to(x.dtype))
 
 
 def whole_model(make):
@@ -321,7 +322,7 @@ def test_misses_on_the_cpu_give_the_sum_in_routing_order(monkeypatch, alike):
             whole = SimpleNamespace(table=None, packed=weights)
             blobs = torch.tensor([[expert.blob.data_ptr() for expert in weights]])
             whole.table = SimpleNamespace(addresses=blobs)
-            return packed.expert_pairs(x, routes, whole).sum(1)
+            return packed_matmul.expert_pairs(x, routes, whole).sum(1)
 
         monkeypatch.setattr(host, "experts", same)
     plain, model = whole_model(nf4), whole_model(nf4)

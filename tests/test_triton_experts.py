@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 from qmix.evals import aot
 from qmix.kernels.gpu import experts as gpu
 from qmix.kernels.gpu import programs
-from qmix.kernels.gpu.address import ExpertTable
-from qmix.kernels.gpu.order import PackedMatrix
-from qmix.packed_format import TileFormat
+from qmix.weights.packed.layout import PackedMatrix
+from qmix.weights.packed.table import ExpertTable
+from qmix.weights.packed.tile_format import TileFormat
 
 NF4, INT4 = aot.FORMATS[:2]
 
@@ -34,7 +34,7 @@ def test_every_kernel_on_the_gpu():
 
 def test_importing_the_kernels_imports_no_triton():
     code = (
-        "import sys, qmix.kernels, qmix.kernels.gpu.order, qmix.kernels.gpu.address; "
+        "import sys, qmix.kernels, qmix.weights.packed.layout, qmix.weights.packed.table; "
         "sys.exit('triton' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

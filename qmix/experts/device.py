@@ -29,7 +29,7 @@ from qmix.experts.residency import Residency, Upload
 from qmix.experts.store import STEP_TOKENS, Moved, Statistics, Store, StoredExperts, chosen_ids
 from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.cpu import packed as host
-from qmix.kernels.gpu import packed
+from qmix.kernels.gpu import packed_matmul
 from qmix.weights.expert import Expert
 
 # Writes an expert that is not in host memory into a blob of the device.
@@ -414,7 +414,7 @@ class DeviceExperts(StoredExperts):
         if not bool(missed.all()):
             ids = routes.ids.masked_fill(absent, there[0])
             weights = routes.weights.masked_fill(absent, 0)
-            out += packed.expert_pairs(x, Routes(ids, weights), self._whole)
+            out += packed_matmul.expert_pairs(x, Routes(ids, weights), self._whole)
         if bool(missed.any()):
             begun = time.perf_counter()
             at_host = Routes(routes.ids.cpu(), routes.weights.cpu())

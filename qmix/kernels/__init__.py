@@ -20,13 +20,13 @@ from qmix.kernels.cpu import attention as single
 from qmix.kernels.cpu import products
 from qmix.kernels.cpu.library import library
 from qmix.kernels.experts import Routes, routed, routed_token
-from qmix.kernels.gpu import packed
-from qmix.kernels.gpu.packed import Packed, PackedExperts
+from qmix.kernels.gpu import packed_matmul
 from qmix.kernels.pointwise import rotary
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.expert import Expert, Resident
 from qmix.weights.integers import Int4, Int8
 from qmix.weights.nf4 import FP4, NF4
+from qmix.weights.packed.weight import Packed, PackedExperts
 
 __all__ = [
     "Expert",
@@ -62,7 +62,7 @@ _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Int4, "cuda"): int4.linear,
     (Int8, "cpu"): int4.linear,
     (Int8, "cuda"): int4.linear,
-    (Packed, "cuda"): packed.linear,
+    (Packed, "cuda"): packed_matmul.linear,
 }
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -121,7 +121,7 @@ def experts(
     trained = x.requires_grad and torch.is_grad_enabled()
     if act is F.silu and not trained:
         if isinstance(weights, PackedExperts):
-            return packed.experts(x, routes, weights)
+            return packed_matmul.experts(x, routes, weights)
         if len(x) == 1 and x.is_cpu and library().path is not None:
             return routed_token(x, routes, weights, _mix)
     return routed(x, routes, weights, act, linears)

@@ -34,10 +34,10 @@ from qmix.kernels.cpu.structures import (
     matrix_of,
 )
 from qmix.kernels.experts import Routes
-from qmix.kernels.gpu.order import PackedMatrix
-from qmix.packed_format import HEADER_BYTES
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import NF4
+from qmix.weights.packed.layout import PackedMatrix
+from qmix.weights.packed.tile_format import HEADER_BYTES
 
 VARIABLE = "QMIX_CPU_KERNELS"
 PATHS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source

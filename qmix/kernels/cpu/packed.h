@@ -1,4 +1,4 @@
-// Products of matrices in the GPU's packed order (qmix/kernels/gpu/order.py), as they lie in host memory.
+// Products of matrices in the GPU's packed order (qmix/weights/packed/layout.py), as they lie in host memory.
 //
 // A byte holds the codes of two rows, one a plane; 16 bytes of a lane hold rows g and g + 8 and 32 inputs.
 // Four lanes together, 64 bytes, are one register: 32 words, word t * 8 + c * 4 + r * 2 + j of row

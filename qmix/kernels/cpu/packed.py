@@ -1,6 +1,6 @@
 """Experts in the GPU's packed order, multiplied on the CPU from the very blob that the GPU would read.
 
-Packed scales are rounded already (qmix.kernels.gpu.order), and activations here to 16 bits a tile: a
+Packed scales are rounded already (qmix.weights.packed.layout), and activations here to 16 bits a tile: a
 product errs by 0.01 % of the unpacked weight's. Shape letters: T tokens, D hidden width, F expert width.
 """
 
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.experts import Routes
-from qmix.kernels.gpu import ptx
-from qmix.kernels.gpu.order import PackedExpert, PackedMatrix, unpack_expert
 from qmix.weights.nf4 import NF4_VALUES
+from qmix.weights.packed import codes
+from qmix.weights.packed.layout import PackedExpert, PackedMatrix, unpack_expert
 
 _TILE_ELEMENTS = 2048 * 1024
 _TABLES = {
-    "nf4": torch.tensor([NF4_VALUES[code] for code in ptx.NF4_CODE_OF_STORED]),
-    "int4": torch.arange(16, dtype=torch.float32) - ptx.INT4_ZERO,
+    "nf4": torch.tensor([NF4_VALUES[code] for code in codes.NF4_CODE_OF_STORED]),
+    "int4": torch.arange(16, dtype=torch.float32) - codes.INT4_ZERO,
 }
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels that multiply straight from packed 4-bit weights.
+"""Triton kernels that multiply straight from packed 4-bit weights, and their launchers.
 
-Nothing is imported here: `order`, `ptx` and `address` need torch only, the rest needs triton.
+Nothing is imported here: the `*_triton` modules need triton, the rest torch only.
 """

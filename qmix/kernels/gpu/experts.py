@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from qmix.kernels.experts import Routes
 from qmix.kernels.gpu import programs
-from qmix.kernels.gpu.address import ExpertTable
-from qmix.kernels.gpu.order import PackedMatrix
-from qmix.packed_format import BYTE_ROWS, PANEL, TileFormat
+from qmix.weights.packed.layout import PackedMatrix
+from qmix.weights.packed.table import ExpertTable
+from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat
 
 DECODE_TOKENS = 16
 

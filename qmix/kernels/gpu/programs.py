@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu import ptx
+from qmix.weights.packed import codes
 
 # Triton's interpreter knows no inline assembly; there the same values come from the table.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -24,8 +25,8 @@ NF4_INSTRUCTIONS = tl.constexpr(ptx.NF4_INSTRUCTIONS)
 INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
 NF4_CONSTRAINTS = tl.constexpr(ptx.NF4_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
-NF4_VALUES = tl.constexpr(ptx.NF4_STORED_VALUES)
-INT4_ZERO = tl.constexpr(ptx.INT4_ZERO)
+NF4_VALUES = tl.constexpr(codes.NF4_STORED_VALUES)
+INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
 BYTE_ROWS = tl.constexpr(64)
 HEADER = tl.constexpr(128)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.kernels.gpu.order import PackedExpert
-from qmix.packed_format import TileFormat
+from qmix.weights.packed.layout import PackedExpert
+from qmix.weights.packed.tile_format import TileFormat
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.kernels import tiles
-from qmix.kernels.experts import Routes
-from qmix.kernels.gpu.address import ExpertTable
-from qmix.kernels.gpu.order import (
+from qmix.weights.dense import Weight
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4
+from qmix.weights.packed.layout import (
     PackedExpert,
     PackedMatrix,
     pack_expert,
@@ -28,18 +29,13 @@ from qmix.kernels.gpu.order import (
     unpack_expert,
     unpack_matrix,
 )
-from qmix.weights.dense import Weight
-from qmix.weights.expert import Expert
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4
+from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 
 # Of an expert by name, of matrices with the same inputs that were joined by their rows.
 Part = Literal["w1", "w2", "w3"] | range
 
 _HOST = torch.device("cpu")
-# Where a packed matrix must be multiplied without its kernel (gradients), a standard one is, whole.
-_TILE_ELEMENTS = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,31 +209,6 @@ def pack_joined(weights: Sequence[Weight]) -> tuple[Packed, tuple[Packed, ...]]:
         parts.append(Packed(whole.source, rows, _without_codes(weight)))
         start = rows.stop
     return whole, tuple(parts)
-
-
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """[..., K] -> [..., N] in x's dtype. Gradients, and parts of an expert, take the standard weight."""
-    assert isinstance(weight, Packed)
-    if weight.part is not None or (x.requires_grad and torch.is_grad_enabled()):
-        return tiles.linear(x, weight.standard(), _TILE_ELEMENTS)
-    from qmix.kernels.gpu import experts as gpu
-
-    return gpu.linear(x, weight.matrix)
-
-
-def experts(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
-    """Each token through its chosen SwiGLU experts: [T, D] -> [T, D]."""
-    from qmix.kernels.gpu import experts as gpu
-
-    return gpu.experts(x, routes, weights.table, 0)
-
-
-def expert_pairs(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
-    """As `experts`, each choice for itself and times its weight: float32 [T, K, D]."""
-    from qmix.kernels.gpu import experts as gpu
-
-    shares = gpu.expert_shares(x.to(torch.float16), routes, weights.table, 0)
-    return shares.sum(0).view(*routes.ids.shape, x.shape[1])
 
 
 def _without_codes(weight: Weight) -> Weight:

@@ -36,12 +36,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qmix.kernels.gpu import ptx
-from qmix.packed_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat, refusal, tile_format
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.integers import Int4, pack_codes, unpack_codes
 from qmix.weights.nf4 import NF4, NF4_VALUES
+from qmix.weights.packed.codes import (
+    INT4_ZERO,
+    NF4_CODE_OF_STORED,
+    NF4_STORED_OF_CODE,
+    NF4_STRETCH,
+    NF4_WORDS,
+)
+from qmix.weights.packed.tile_format import (
+    BYTE_ROWS,
+    HEADER_BYTES,
+    PANEL,
+    TileFormat,
+    refusal,
+    tile_format,
+)
 
 _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
 
@@ -219,13 +232,13 @@ def _plane(weight: Weight, plan: TileFormat) -> _Plane:
     if isinstance(weight, NF4):
         pairs = weight.codes.view(out_features, -1)
         codes = torch.stack((pairs >> 4, pairs & 15), -1).view(out_features, in_features)
-        stored = torch.tensor(ptx.NF4_STORED_OF_CODE, dtype=torch.uint8, device=weight.device)
+        stored = torch.tensor(NF4_STORED_OF_CODE, dtype=torch.uint8, device=weight.device)
         scales = weight.scales(0, codes.numel() // weight.block_size).view(out_features, -1)
         return _Plane(torch.take(stored, codes.long()), scales.repeat_interleave(repeats, 1), None)
     assert isinstance(weight, Int4)
     zeros = None
     if weight.zeros is not None:
-        zeros = (ptx.INT4_ZERO - weight.zeros.float()).repeat_interleave(repeats, 1)
+        zeros = (INT4_ZERO - weight.zeros.float()).repeat_interleave(repeats, 1)
     scales = weight.scales.float().repeat_interleave(repeats, 1)
     return _Plane(unpack_codes(weight.codes), scales, zeros)
 
@@ -234,7 +247,7 @@ def _weight(packed: PackedMatrix, rows: _Plane) -> Weight:
     step = packed.group // packed.format.inputs
     codes, scales = rows.codes, rows.scales[:, ::step]
     if packed.format.kind == "nf4":
-        meant = torch.tensor(ptx.NF4_CODE_OF_STORED, dtype=torch.uint8, device=codes.device)
+        meant = torch.tensor(NF4_CODE_OF_STORED, dtype=torch.uint8, device=codes.device)
         codes = torch.take(meant, codes.long())
         return NF4(
             codes=(codes[:, 0::2] << 4 | codes[:, 1::2]).flatten(),
@@ -246,7 +259,7 @@ def _weight(packed: PackedMatrix, rows: _Plane) -> Weight:
         )
     zeros = None
     if rows.zeros is not None:
-        zeros = (ptx.INT4_ZERO - rows.zeros[:, ::step]).to(torch.uint8)
+        zeros = (INT4_ZERO - rows.zeros[:, ::step]).to(torch.uint8)
     return Int4(pack_codes(codes), scales.to(packed.dtype), zeros, packed.perm)
 
 
@@ -274,9 +287,9 @@ def _pack(low: _Plane, high: _Plane, plan: TileFormat) -> Tensor:
         sections.append(pairs(low.zeros, high.zeros))
     powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     header = torch.zeros(HEADER_BYTES // 4, device=codes.device)
-    header[:2] = powers / (ptx.NF4_STRETCH if plan.kind == "nf4" else 1)
+    header[:2] = powers / (NF4_STRETCH if plan.kind == "nf4" else 1)
     header[2:4] = powers
-    header[4:8].view(torch.int32)[:] = torch.tensor(ptx.NF4_WORDS).to(torch.int32)
+    header[4:8].view(torch.int32)[:] = torch.tensor(NF4_WORDS).to(torch.int32)
     return torch.cat((header.view(torch.uint8), torch.cat(sections, 2).flatten()))
 
 

@@ -1,0 +1,40 @@
+"""Products with packed weights on a GPU: one matrix, or the chosen experts of a layer.
+
+Shape letters: T tokens, N outputs, K inputs.
+"""
+
+import torch
+from torch import Tensor
+
+from qmix.kernels import tiles
+from qmix.kernels.experts import Routes
+from qmix.weights.dense import Weight
+from qmix.weights.packed.weight import Packed, PackedExperts
+
+# Where a packed matrix must be multiplied without its kernel (gradients), a standard one is, whole.
+_TILE_ELEMENTS = 1 << 30
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """[..., K] -> [..., N] in x's dtype. Gradients, and parts of an expert, take the standard weight."""
+    assert isinstance(weight, Packed)
+    if weight.part is not None or (x.requires_grad and torch.is_grad_enabled()):
+        return tiles.linear(x, weight.standard(), _TILE_ELEMENTS)
+    from qmix.kernels.gpu import experts as gpu
+
+    return gpu.linear(x, weight.matrix)
+
+
+def experts(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
+    """Each token through its chosen SwiGLU experts: [T, D] -> [T, D]."""
+    from qmix.kernels.gpu import experts as gpu
+
+    return gpu.experts(x, routes, weights.table, 0)
+
+
+def expert_pairs(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
+    """As `experts`, each choice for itself and times its weight: float32 [T, K, D]."""
+    from qmix.kernels.gpu import experts as gpu
+
+    shares = gpu.expert_shares(x.to(torch.float16), routes, weights.table, 0)
+    return shares.sum(0).view(*routes.ids.shape, x.shape[1])
