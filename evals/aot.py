@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from qmix.evals.machine_code import SHARED_LIMIT, Cost, Source, cost_of
 from qmix.evals.plain_programs import Plain, plain_variants
-from qmix.kernels.gpu import attention, experts, programs
-from qmix.kernels.gpu.experts import Config, configs
+from qmix.kernels.gpu import attention, moe, moe_triton
+from qmix.kernels.gpu.moe import Config, configs
 from qmix.weights.packed.tile_format import TileFormat
 
 FORMATS = (
@@ -69,7 +69,7 @@ class Variant:
 
     def source(self) -> Source:
         """What is to be compiled."""
-        function: Any = getattr(programs, self.program)
+        function: Any = getattr(moe_triton, self.program)
         plan, config = self.plan, self.config
         every = {
             "KIND": plan.kind,
@@ -81,8 +81,8 @@ class Variant:
             "WARPS": config.warps,
             "COLUMNS": config.columns,
             "STAGES": config.stages,
-            "SHRINK": experts.SHRINK,
-            "GROW": 1 / experts.SHRINK,
+            "SHRINK": moe.SHRINK,
+            "GROW": 1 / moe.SHRINK,
             "SHARED": 2,
         }
         names = function.arg_names
@@ -103,14 +103,14 @@ AnyVariant = TypeVar("AnyVariant", Variant, Plain, Variant | Plain)
 
 
 def variants(archs: Sequence[int], plans: Sequence[TileFormat] = FORMATS) -> Iterator[Variant]:
-    """Everything that `qmix.kernels.gpu.experts` can start, but for the pointwise `combine`."""
+    """Everything that `qmix.kernels.gpu.moe` can start, but for the pointwise `combine`."""
     for arch in archs:
         for plan in plans:
             for config in configs(plan):
                 yield Variant("product", plan, config, False, arch)
                 for program in ("gate_up", "down"):
                     yield Variant(program, plan, config, True, arch)
-                    if config.columns <= experts.DECODE_TOKENS:
+                    if config.columns <= moe.DECODE_TOKENS:
                         yield Variant(program, plan, config, False, arch)
             yield Variant("dequantize", plan, Config(0, 4, 1), False, arch)
 

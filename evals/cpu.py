@@ -35,9 +35,9 @@ from qmix.decoder_layer import DecoderLayer, one_token
 from qmix.errors import QmixError, ResourceError
 from qmix.evals.bandwidth import seconds
 from qmix.evals.llama import Llama, llama
-from qmix.kernels import Routes, int4, nf4
+from qmix.kernels import Routes, tiles
 from qmix.kernels.cpu.library import library
-from qmix.kernels.experts import routed
+from qmix.kernels.moe import routed
 from qmix.layers import Linear, Step
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
@@ -383,7 +383,10 @@ def _on_torch(x: Tensor, routes: Routes, weights: Sequence[Expert]) -> Tensor:
     """A tile decoded, then multiplied by torch: what runs without a compiler."""
 
     def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-        return [(int4 if isinstance(one, Int4) else nf4).linear(x, one) for one in weights]
+        return [
+            tiles.integers(x, one) if isinstance(one, Int4) else tiles.nf4(x, one)
+            for one in weights
+        ]
 
     return routed(x, routes, weights, F.silu, linears)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qmix.evals.machine_code import Source
-from qmix.kernels.gpu import attention, attention_programs, pointwise, pointwise_programs
+from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
 _HEADS, _SHARED, _HEAD_WIDTH, _HIDDEN, _EXPERTS, _CHOSEN = 32, 8, 128, 4096, 8, 2
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -61,9 +61,7 @@ class Plain:
 
     def source(self) -> Source:
         """What is to be compiled."""
-        module = (
-            attention_programs if hasattr(attention_programs, self.program) else pointwise_programs
-        )
+        module = attention_triton if hasattr(attention_triton, self.program) else pointwise_triton
         function: Any = getattr(module, self.program)
         constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
         pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.cache import KVCache
 from qmix.config import MixtralConfig
+from qmix.kernels.cpu.ctypes_structs import TokenLayer
 from qmix.kernels.cpu.library import library
-from qmix.kernels.cpu.structures import TokenLayer
 from qmix.layers import Attention, Linear, RMSNorm, SparseMoeBlock, Step
 from qmix.weights.dense import Weight
 from qmix.weights.integers import Int4

@@ -193,7 +193,7 @@ class Decoding:
     def _launch(self) -> None:
         """The step itself. Nothing here may depend on a value that lies on the device."""
         from qmix.kernels.gpu import attention, pointwise
-        from qmix.kernels.gpu import experts as products
+        from qmix.kernels.gpu import moe as products
 
         half, batch = torch.float16, len(self.ids)
         x = F.embedding(self.ids, self._embedding)

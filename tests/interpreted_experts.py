@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.kernels import Routes
-from qmix.kernels.gpu import experts as gpu
+from qmix.kernels.gpu import moe as gpu
 from qmix.layers import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert

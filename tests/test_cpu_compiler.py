@@ -13,12 +13,12 @@ from conftest import ROOT
 
 from qmix import kernels
 from qmix.errors import ResourceError, UsageError
-from qmix.kernels.cpu import compiler
+from qmix.kernels.cpu import build
 from qmix.kernels.cpu.library import VARIABLE, library
 from qmix.quantize.nf4 import quantize
 
 try:
-    compiler._compiler()
+    build._compiler()
     COMPILES = True
 except ResourceError:
     COMPILES = False
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache directory; the library is found anew in it, and elsewhere after it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(compiler, "FLAGS", ("-O0", *compiler.FLAGS[1:]))  # four times as fast
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # four times as fast
     library.cache_clear()
     yield tmp_path / "cache" / "qmix"
     library.cache_clear()
@@ -68,21 +68,21 @@ def small(tmp_path, monkeypatch):
     source = tmp_path / "source" / "products.cpp"
     source.parent.mkdir()
     source.write_text("int answer = 42;")
-    monkeypatch.setattr(compiler, "SOURCE", source)
+    monkeypatch.setattr(build, "SOURCE", source)
     return source
 
 
 @needs_compiler
 def test_another_source_flag_or_compiler_is_another_file(small, monkeypatch, tmp_path):
-    files = [compiler.compiled(tmp_path / "cache") for _ in range(2)]
+    files = [build.compiled(tmp_path / "cache") for _ in range(2)]
     small.with_name("part.h").write_text("// included")
-    files.append(compiler.compiled(tmp_path / "cache"))
-    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-DOTHER"))
-    files.append(compiler.compiled(tmp_path / "cache"))
-    real = compiler._compiler()[0]
+    files.append(build.compiled(tmp_path / "cache"))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    files.append(build.compiled(tmp_path / "cache"))
+    real = build._compiler()[0]
     text = f'[ "$1" = --version ] && echo other && exit 0; exec {real} "$@"'
     monkeypatch.setenv("CXX", script(tmp_path / "other", text))
-    files.append(compiler.compiled(tmp_path / "cache"))
+    files.append(build.compiled(tmp_path / "cache"))
     assert files[0] == files[1]
     assert len(set(files)) == 4
     assert set((tmp_path / "cache").iterdir()) == set(files)
@@ -91,13 +91,13 @@ def test_another_source_flag_or_compiler_is_another_file(small, monkeypatch, tmp
 @needs_compiler
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_damaged_file_is_compiled_anew(small, tmp_path, keep):
-    kept = compiler.compiled(tmp_path)
+    kept = build.compiled(tmp_path)
     whole = kept.read_bytes()
     kept.write_bytes(whole[:keep])
-    assert compiler.compiled(tmp_path) == kept
+    assert build.compiled(tmp_path) == kept
     assert kept.read_bytes() == whole
     kept.write_bytes(whole[:50] + b"?" + whole[51:])
-    assert compiler.compiled(tmp_path) == kept
+    assert build.compiled(tmp_path) == kept
     assert kept.read_bytes() == whole
 
 
@@ -170,8 +170,8 @@ def test_torch_by_choice_is_no_reason_to_warn(cache, monkeypatch):
 
 def test_the_cache_lies_where_the_user_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiler.cache_directory() == tmp_path / "qmix"
+    assert build.cache_directory() == tmp_path / "qmix"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert compiler.cache_directory() == tmp_path / "home" / ".cache" / "qmix"
-    assert os.path.isabs(compiler.cache_directory())
+    assert build.cache_directory() == tmp_path / "home" / ".cache" / "qmix"
+    assert os.path.isabs(build.cache_directory())

@@ -5,7 +5,7 @@ import torch
 from test_cpu_products import path, random_int4, random_nf4, seeded  # noqa: F401
 
 from qmix.kernels import Routes
-from qmix.kernels.cpu import packed
+from qmix.kernels.cpu import packed_moe
 from qmix.kernels.cpu.library import library
 from qmix.weights.expert import Expert
 from qmix.weights.packed.layout import pack_expert, unpack_expert
@@ -47,10 +47,10 @@ def test_packed_experts_are_what_unpacking_gives(path, kind, group, tokens):  # 
         if dtype == torch.bfloat16:
             x = x.to(dtype)
             expected = oracle(x, routes, [unpack_expert(blob) for blob in blobs])
-        out = packed.experts(x, routes, blobs)
+        out = packed_moe.experts(x, routes, blobs)
         assert out.dtype == torch.float32
         assert (out - expected).norm() <= 3e-4 * expected.norm()
-        assert torch.equal(out, packed.experts(x, routes, blobs))
+        assert torch.equal(out, packed_moe.experts(x, routes, blobs))
     assert (library().fallbacks > 0) == (path == "torch")
 
 
@@ -68,7 +68,7 @@ def test_threads_change_no_bit_and_only_chosen_experts_are_asked_for(path):  # n
         outs = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outs.append(packed.experts(x, routes, blobs))
+            outs.append(packed_moe.experts(x, routes, blobs))
     finally:
         torch.set_num_threads(before)
     assert order == [1, 3] * 3

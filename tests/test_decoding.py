@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from qmix.decoding import Decoding, supported
 from qmix.evals import random_model
 from qmix.kernels import dense
-from qmix.kernels.gpu import attention_programs, pointwise_programs, programs
+from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def launches(monkeypatch):
     """Every program recorded instead of launched, by name."""
     monkeypatch.setitem(kernels._LINEAR, (Dense, "meta"), dense.linear)  # the head's
     found = {}
-    for module in (programs, attention_programs, pointwise_programs):
+    for module in (moe_triton, attention_triton, pointwise_triton):
         for name in dir(module):
             if hasattr(getattr(module, name), "arg_names") and not name.startswith("_"):
                 found[name] = Recorder()

@@ -86,9 +86,9 @@ HOMES = {
     "transformers": {"qmix.hf"},
     "matplotlib": {"qmix.evals.attention_bench"},
     "triton": {
-        "qmix.kernels.gpu.programs",
-        "qmix.kernels.gpu.attention_programs",
-        "qmix.kernels.gpu.pointwise_programs",
+        "qmix.kernels.gpu.moe_triton",
+        "qmix.kernels.gpu.attention_triton",
+        "qmix.kernels.gpu.pointwise_triton",
         "qmix.evals.machine_code",
     },
     "numpy": {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmix import kernels
-from qmix.kernels import int4 as int4_kernel
+from qmix.kernels import tiles
 from qmix.weights.dense import Weight
 from qmix.weights.integers import Int4, Int8, Integers, pack_codes, reorder_codes, unpack_codes
 from qmix.weights.scheme import DENSE, NF4, Scheme
@@ -195,6 +195,6 @@ def test_without_a_compiler_a_product_never_holds_more_than_one_tile(monkeypatch
         return original(self, start, stop, dtype)
 
     monkeypatch.setattr(Integers, "rows", rows)
-    int4_kernel.linear(torch.ones(4, 1024), weight)
+    tiles.integers(torch.ones(4, 1024), weight)
     assert sum(seen) == 1000 * 1024
-    assert max(seen) <= int4_kernel.TILE_ELEMENTS
+    assert max(seen) <= tiles.INTEGER_TILE_ELEMENTS

@@ -6,8 +6,7 @@ from conftest import small_model
 
 from qmix import kernels
 from qmix.errors import UsageError
-from qmix.kernels import Routes
-from qmix.kernels import nf4 as nf4_kernel
+from qmix.kernels import Routes, tiles
 from qmix.kernels.attention import attend, reference, visible
 from qmix.quantize.nf4 import quantize
 from qmix.weights.dense import Dense
@@ -58,10 +57,10 @@ def test_an_nf4_product_never_holds_more_than_one_tile(monkeypatch):
         return original(self, start, stop, dtype)
 
     monkeypatch.setattr(NF4, "rows", rows)
-    monkeypatch.setattr(nf4_kernel, "TILE_ELEMENTS", 64 * 1024)
-    nf4_kernel.linear(inputs(4, 1024, torch.float32), weight)
+    monkeypatch.setattr(tiles, "NF4_TILE_ELEMENTS", 64 * 1024)
+    tiles.nf4(inputs(4, 1024, torch.float32), weight)
     assert sum(seen) == 1000 * 1024
-    assert max(seen) <= nf4_kernel.TILE_ELEMENTS
+    assert max(seen) <= tiles.NF4_TILE_ELEMENTS
 
 
 def expert(seed, kind, d=64, f=96):

@@ -25,7 +25,7 @@ from qmix.experts.device import DeviceExperts, DeviceStore
 from qmix.experts.path import PathChoice
 from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
-from qmix.kernels.cpu import packed as host
+from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
 from qmix.layers import Linear
 from qmix.placement import Placement

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from qmix.evals import aot
 from qmix.evals.plain_programs import plain_variants
-from qmix.kernels.gpu import attention, attention_programs, pointwise, pointwise_programs
+from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ class Recorder:
 
     def __init__(self, monkeypatch):
         self.launches = []
-        for module in (attention_programs, pointwise_programs):
+        for module in (attention_triton, pointwise_triton):
             for name, program in vars(module).items():
                 if hasattr(program, "arg_names") and not name.startswith("_"):
                     monkeypatch.setattr(module, name, self.program(name))

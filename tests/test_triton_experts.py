@@ -13,8 +13,8 @@ from qmix.kernels import Routes
 pytest.importorskip("triton")
 
 from qmix.evals import aot
-from qmix.kernels.gpu import experts as gpu
-from qmix.kernels.gpu import programs
+from qmix.kernels.gpu import moe as gpu
+from qmix.kernels.gpu import moe_triton
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import TileFormat
@@ -56,7 +56,7 @@ def test_nothing_waits_for_the_device(tokens, monkeypatch):
     """On meta tensors whatever needs a value on the host raises, and every shape is known before."""
     recorders = {name: Recorder() for name in ("gate_up", "down", "combine", "product")}
     for name, recorder in recorders.items():
-        monkeypatch.setattr(programs, name, recorder)
+        monkeypatch.setattr(moe_triton, name, recorder)
     table = ExpertTable(
         torch.empty(2, 8, dtype=torch.int64, device="meta"), NF4, NF4, (28672, 4096), []
     )

@@ -29,8 +29,8 @@ def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
     assert wheel.name.startswith("qmix_runtime-")
     inside = {name for name in names if name.startswith("qmix/")}
     for module in ("cli.py", "py.typed", "quantize/nf4.py", "evals/perplexity.py", "evals/demo.py",
-                   "evals/baselines.json", "formats/bnb.py", "kernels/nf4.py", "kernels/cpu/products.cpp",
-                   "kernels/cpu/matrix.h"):  # fmt: skip
+                   "evals/baselines.json", "formats/bnb.py", "kernels/tiles.py", "kernels/cpu/csrc/kernels.cpp",
+                   "kernels/cpu/csrc/matrix.h"):  # fmt: skip
         assert f"qmix/{module}" in inside, module
     assert not [n for n in inside if n.endswith((".safetensors", ".model", ".md"))]
     expected = {

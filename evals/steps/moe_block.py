@@ -13,7 +13,7 @@ from torch import Tensor
 from qmix.evals.random_model import FORMATS, Draw
 from qmix.evals.steps.timing import timed
 from qmix.kernels import PackedExperts, Routes
-from qmix.kernels.gpu import experts as gpu
+from qmix.kernels.gpu import moe as gpu
 
 HIDDEN, WIDTH, EXPERTS, CHOICES = 4096, 14336, 8, 2
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)

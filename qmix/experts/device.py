@@ -28,7 +28,7 @@ from qmix.experts.path import PathChoice
 from qmix.experts.residency import Residency, Upload
 from qmix.experts.store import STEP_TOKENS, Moved, Statistics, Store, StoredExperts, chosen_ids
 from qmix.kernels import PackedExperts, Routes
-from qmix.kernels.cpu import packed as host
+from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
 from qmix.weights.expert import Expert
 

@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError, UsageError
-from qmix.kernels import attention, dense, int4, nf4, pointwise, reference
+from qmix.kernels import attention, dense, pointwise, reference, tiles
 from qmix.kernels.attention import Implementation, visible
-from qmix.kernels.cpu import attention as single
-from qmix.kernels.cpu import products
-from qmix.kernels.cpu.library import library
-from qmix.kernels.experts import Routes, routed, routed_token
+from qmix.kernels.cpu import matmul
+from qmix.kernels.cpu.library import attends, library
 from qmix.kernels.gpu import packed_matmul
+from qmix.kernels.moe import Routes, routed, routed_token
 from qmix.kernels.pointwise import rotary
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.expert import Expert, Resident
@@ -54,14 +53,14 @@ Linear = Callable[[Tensor, Weight], Tensor]
 _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Dense, "cpu"): dense.linear,
     (Dense, "cuda"): dense.linear,
-    (NF4, "cpu"): products.linear,
-    (NF4, "cuda"): nf4.linear,
-    (FP4, "cpu"): products.linear,
-    (FP4, "cuda"): nf4.linear,
-    (Int4, "cpu"): products.linear,
-    (Int4, "cuda"): int4.linear,
-    (Int8, "cpu"): int4.linear,
-    (Int8, "cuda"): int4.linear,
+    (NF4, "cpu"): matmul.linear,
+    (NF4, "cuda"): tiles.nf4,
+    (FP4, "cpu"): matmul.linear,
+    (FP4, "cuda"): tiles.nf4,
+    (Int4, "cpu"): matmul.linear,
+    (Int4, "cuda"): tiles.integers,
+    (Int8, "cpu"): tiles.integers,
+    (Int8, "cuda"): tiles.integers,
     (Packed, "cuda"): packed_matmul.linear,
 }
 
@@ -104,7 +103,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     """`linear` with each of several weights, at once where their row can."""
     if _compiled(x, weights):
-        return products.linears(x, weights)
+        return matmul.linears(x, weights)
     return [linear(x, weight) for weight in weights]
 
 
@@ -129,7 +128,7 @@ def experts(
 
 def _mix(x: Tensor, chosen: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
     if all(_compiled(x, (expert.w1, expert.w2, expert.w3)) for expert in chosen):
-        products.mix(x, chosen, shares, out)
+        matmul.mix(x, chosen, shares, out)
         return
     for expert, share in zip(chosen, shares, strict=True):
         gate, up = linears(x, (expert.w1, expert.w3))
@@ -205,12 +204,12 @@ def attend(
 def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
     """Whether the CPU's compiled products multiply all of these."""
     rows = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
-    return rows == {products.linear} and not overridden()
+    return rows == {matmul.linear} and not overridden()
 
 
 def _single(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the CPU's compiled attention takes these: one token, without gradients."""
-    return single.attends(q, k, v) and not overridden() and not attention.traced(q, k, v)
+    return attends(q, k, v) and not overridden() and not attention.traced(q, k, v)
 
 
 def _fused(*tensors: Tensor) -> bool:

@@ -6,7 +6,7 @@ Shape letters: B batch, S sequence, H heads, d head width, T tokens, E experts, 
 import torch
 from torch import Tensor
 
-from qmix.kernels.experts import Routes
+from qmix.kernels.moe import Routes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qmix.kernels.experts import Routes
+from qmix.kernels.moe import Routes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 

@@ -1,12 +1,38 @@
-"""Products with packed weights on any device: a tile of rows is dequantized, multiplied and dropped.
+"""Products with 4-bit weights on any device: a tile of rows is dequantized, multiplied and dropped.
 
-Knows weights by `rows` only.
+Shape letters: N outputs, K inputs.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qmix.weights.dense import Weight
+from qmix.weights.integers import Integers
+from qmix.weights.nf4 import NF4
+
+# 8 MiB of float32. On 2 cores a 14336 x 4096 product of one row takes 51 ms with such tiles, 61 with
+# 2 MiB, 81 with 512 KiB and 76 with 64 MiB; of 64 rows 104, 107, 152 and 120.
+NF4_TILE_ELEMENTS = 2048 * 1024
+INTEGER_TILE_ELEMENTS = 512 * 1024  # 2 MiB of float32
+
+
+def nf4(x: Tensor, weight: Weight) -> Tensor:
+    """[..., K] -> [..., N] with an NF4 or FP4 weight."""
+    assert isinstance(weight, NF4)
+    return linear(x, weight, NF4_TILE_ELEMENTS)
+
+
+def integers(x: Tensor, weight: Weight) -> Tensor:
+    """[..., K] -> [..., N] with an Int4 or Int8 weight.
+
+    An act-order weight stays in its stored order: the activations are permuted, which are fewer.
+    """
+    assert isinstance(weight, Integers)
+    if weight.perm is not None:
+        x, weight = x.index_select(-1, weight.perm), replace(weight, perm=None)
+    return linear(x, weight, INTEGER_TILE_ELEMENTS)
 
 
 def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:

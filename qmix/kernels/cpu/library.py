@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qmix.errors import QmixError, ResourceError, UsageError
-from qmix.kernels.cpu import compiler
-from qmix.kernels.cpu.structures import (
+from qmix.kernels.cpu import build
+from qmix.kernels.cpu.ctypes_structs import (
     Attended,
     DenseProduct,
     MixedExpert,
@@ -33,7 +33,7 @@ from qmix.kernels.cpu.structures import (
     expert_of,
     matrix_of,
 )
-from qmix.kernels.experts import Routes
+from qmix.kernels.moe import Routes
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import NF4
 from qmix.weights.packed.layout import PackedMatrix
@@ -349,7 +349,7 @@ def library() -> Library:
             found=wanted,
         )
     try:
-        functions = compiler.load()
+        functions = build.load()
     except QmixError as error:
         warnings.warn(
             f"4-bit products run on torch, at a tenth of the speed: {error}",
@@ -409,3 +409,18 @@ def _openmp() -> int | None:
     except (OSError, AttributeError, ValueError, IndexError):
         return None
     return ctypes.cast(entry, c_void_p).value
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the compiled attention takes these, each query seeing all keys."""
+    batch, groups, positions, width = k.shape
+    return (
+        q.is_cpu
+        and q.shape[2] == 1
+        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and k.stride() == v.stride()
+        and k.stride(3) == 1
+        and (positions == 1 or k.stride(2) == width)
+        and (batch == 1 or k.stride(0) == groups * k.stride(1))
+        and library().path is not None
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.kernels.gpu import attention_programs as programs
+from qmix.kernels.gpu import attention_triton as programs
 from qmix.kernels.gpu.pointwise import power_of_2
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels import tiles
-from qmix.kernels.experts import Routes
+from qmix.kernels.moe import Routes
 from qmix.weights.dense import Weight
 from qmix.weights.packed.weight import Packed, PackedExperts
 
@@ -20,21 +20,21 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     assert isinstance(weight, Packed)
     if weight.part is not None or (x.requires_grad and torch.is_grad_enabled()):
         return tiles.linear(x, weight.standard(), _TILE_ELEMENTS)
-    from qmix.kernels.gpu import experts as gpu
+    from qmix.kernels.gpu import moe as gpu
 
     return gpu.linear(x, weight.matrix)
 
 
 def experts(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
     """Each token through its chosen SwiGLU experts: [T, D] -> [T, D]."""
-    from qmix.kernels.gpu import experts as gpu
+    from qmix.kernels.gpu import moe as gpu
 
     return gpu.experts(x, routes, weights.table, 0)
 
 
 def expert_pairs(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
     """As `experts`, each choice for itself and times its weight: float32 [T, K, D]."""
-    from qmix.kernels.gpu import experts as gpu
+    from qmix.kernels.gpu import moe as gpu
 
     shares = gpu.expert_shares(x.to(torch.float16), routes, weights.table, 0)
     return shares.sum(0).view(*routes.ids.shape, x.shape[1])

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix.kernels.experts import Routes
-from qmix.kernels.gpu import pointwise_programs as programs
+from qmix.kernels.gpu import pointwise_triton as programs
+from qmix.kernels.moe import Routes
 
 _ROTATED_ROWS = 16
 

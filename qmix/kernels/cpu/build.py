@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qmix.errors import ResourceError
 
-SOURCE = Path(__file__).with_name("products.cpp")
+SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
 # No contraction: a multiply and an add are fused only where the source says so, as `dequantize` has it.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qmix.kernels.experts import Routes
-from qmix.kernels.gpu import programs
+from qmix.kernels.gpu import moe_triton
+from qmix.kernels.moe import Routes
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat
@@ -140,7 +140,7 @@ def expert_shares(
         orders = table.perm[layer].index_select(0, ids.reshape(-1)).long()
         x16, sharing = x16.repeat_interleave(choices, 0).gather(1, orders), 1
     inner = torch.empty(pairs, width, dtype=torch.float16, device=x.device)
-    programs.gate_up[(width // BYTE_ROWS * (4 // config.warps), groups.turns)](
+    moe_triton.gate_up[(width // BYTE_ROWS * (4 // config.warps), groups.turns)](
         addresses, x16, inner, ids, *plan, tokens, hidden, width,
         **_constants(table.gate_up, config), **shared, SHRINK=SHRINK, SHARED=sharing,
     )  # fmt: skip
@@ -149,7 +149,7 @@ def expert_shares(
     wanted = tuning.programs * _multiprocessors(x.device)
     splits = splits_for(rows * groups.turns, width // table.down.inputs, wanted)
     partial = torch.empty(splits, pairs, hidden, dtype=torch.float32, device=x.device)
-    programs.down[(rows, groups.turns, splits)](
+    moe_triton.down[(rows, groups.turns, splits)](
         addresses, table.down_offset, inner, partial, ids, weights, *plan, tokens, hidden, width, splits,
         **_constants(table.down, config), **shared, GROW=1 / SHRINK,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def linear_shares(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> 
     wanted = tuning.programs * _multiprocessors(x.device)
     splits = splits_for(panels * turns, in_features // plan.inputs, wanted)
     partial = torch.empty(splits, tokens, out_features, dtype=torch.float32, device=x.device)
-    programs.product[(panels, turns, splits)](
+    moe_triton.product[(panels, turns, splits)](
         weight.blob, x.contiguous(), partial, tokens, out_features, in_features, splits,
         **_constants(plan, config),
     )  # fmt: skip
@@ -199,7 +199,7 @@ def _dequantize(
     addresses: Tensor, expert: int, offset: int, plan: TileFormat, second: int, out: Tensor
 ) -> Tensor:
     rows, inputs = out.shape
-    programs.dequantize[(rows // PANEL, inputs // plan.inputs)](
+    moe_triton.dequantize[(rows // PANEL, inputs // plan.inputs)](
         addresses, expert, offset, out, inputs, second, **_format(plan), num_warps=4
     )
     return out
@@ -236,7 +236,7 @@ def _combine(partial: Tensor, tokens: int, choices: int, dtype: torch.dtype) -> 
     splits, pairs, width = partial.shape
     out = torch.empty(tokens, width, dtype=dtype, device=partial.device)
     block = 512
-    programs.combine[(tokens, -(-width // block))](
+    moe_triton.combine[(tokens, -(-width // block))](
         partial, out, pairs, width, SPLITS=splits, CHOICES=choices, BLOCK=block, num_warps=4
     )
     return out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qmix.kernels import int4, nf4, tiles
+from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
@@ -75,12 +75,12 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         parts = [
-            tiles.transposed(grad, weight, nf4.TILE_ELEMENTS)
+            tiles.transposed(grad, weight, tiles.NF4_TILE_ELEMENTS)
             for grad, weight in zip(grads, ctx.weights, strict=True)
         ]
         return torch.stack(parts).sum(0).to(grads[0].dtype), None
 
 
 def _tiles(x: Tensor, weight: Weight) -> Tensor:
-    row = int4.linear if isinstance(weight, Int4) else nf4.linear
+    row = tiles.integers if isinstance(weight, Int4) else tiles.nf4
     return row(x, weight)

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202, RET505
-"""The Triton programs: what one thread block does. Started by qmix.kernels.gpu.experts alone.
+"""The Triton programs: what one thread block does. Started by qmix.kernels.gpu.moe alone.
 
 A program owns WARPS * 16 byte rows (twice as many matrix rows: a low and a high plane) and COLUMNS
 tokens. Weights are the matrix instruction's first operand, tokens its second: at few tokens a tile

@@ -29,7 +29,7 @@
 #include "dense.h"
 #include "matrix.h"
 #include "packed.h"
-#include "plain_read.h"
+#include "bandwidth.h"
 #include "portable.h"
 #include "threads.h"
 
@@ -272,7 +272,7 @@ int32_t on_path(int32_t path, const Body& body) {
 
 }  // namespace
 
-#include "token.h"
+#include "decode_layer.h"
 
 extern "C" {
 

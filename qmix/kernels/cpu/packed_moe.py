@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
-from qmix.kernels.experts import Routes
+from qmix.kernels.moe import Routes
 from qmix.weights.nf4 import NF4_VALUES
 from qmix.weights.packed import codes
 from qmix.weights.packed.layout import PackedExpert, PackedMatrix, unpack_expert
 
-_TILE_ELEMENTS = 2048 * 1024
 _TABLES = {
     "nf4": torch.tensor([NF4_VALUES[code] for code in codes.NF4_CODE_OF_STORED]),
     "int4": torch.arange(16, dtype=torch.float32) - codes.INT4_ZERO,
@@ -44,8 +43,10 @@ def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
     if compiled.path is None:
         compiled.fallbacks += 3
         expert = unpack_expert(packed)
-        gate, up = (tiles.linear(x, weight, _TILE_ELEMENTS) for weight in (expert.w1, expert.w3))
-        return tiles.linear(F.silu(gate) * up, expert.w2, _TILE_ELEMENTS)
+        gate, up = (
+            tiles.linear(x, weight, tiles.NF4_TILE_ELEMENTS) for weight in (expert.w1, expert.w3)
+        )
+        return tiles.linear(F.silu(gate) * up, expert.w2, tiles.NF4_TILE_ELEMENTS)
 
     def product(x: Tensor, matrix: PackedMatrix) -> Tensor:
         return compiled.multiply_packed(x, matrix, _TABLES[matrix.format.kind])
