@@ -30,7 +30,7 @@ from qmix.errors import CheckpointError, QmixError, UsageError
 from qmix.evals import corpus, tiny_model
 from qmix.evals.perplexity import Perplexity, Text, evaluate
 from qmix.formats import open_checkpoint
-from qmix.inventory import contents_of
+from qmix.formats.compatibility import contents_of
 from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.methods import Request

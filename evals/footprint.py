@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qmix.errors import QmixError
 from qmix.evals import bench
 from qmix.footprint import Model
-from qmix.formats.outline import open_outline
+from qmix.formats.metadata import open_outline
 from qmix.heads import MixtralForCausalLM
 from qmix.layers import Linear
 from qmix.plan import plan

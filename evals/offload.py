@@ -23,7 +23,7 @@ from qmix import MixtralForCausalLM, __version__, bounds, machine, plan
 from qmix.bounds import Rate, Rates
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals.bandwidth import copy_bandwidth, disk_bandwidth, link_bandwidth, read_bandwidth
-from qmix.formats.outline import open_outline
+from qmix.formats.metadata import open_outline
 from qmix.generate import GenerationConfig, stream
 from qmix.sizes import parse_size, show
 

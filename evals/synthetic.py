@@ -18,9 +18,10 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError
 from qmix.evals.tiny_model import TINY
-from qmix.formats import bnb, shards
+from qmix.formats.files import output_dir, shards
+from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors
-from qmix.quantize import nf4, output, pipeline
+from qmix.quantize import nf4, pipeline
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.nf4 import NF4, NestedAbsmax
 from qmix.weights.scheme import NESTED_BLOCK, Recipe
@@ -58,16 +59,16 @@ def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
         pipeline.planned(tensor, recipe.scheme_of(tensor.name), torch.bfloat16)
         for tensor in tensors
     ]
-    output.check_paths(TINY, out, force=False)
-    output.check_space(out, sum(one.nbytes for group in groups for one in group))
-    with output.partial(out) as folder:
+    output_dir.check_paths(TINY, out, force=False)
+    output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))
+    with output_dir.partial(out) as folder:
         shards.write_shards(folder, groups, _drawn(tensors, recipe, seed), SHARD_BYTES)
         (folder / "config.json").write_text(shape.to_json(), encoding="utf-8")
         if (TINY / "tokenizer.model").is_file():
             (folder / "tokenizer.model").write_bytes(
                 padded_tokenizer((TINY / "tokenizer.model").read_bytes(), shape.vocab_size)
             )
-        output.write_manifest(folder, {"synthetic": True, "seed": seed, "layers": layers})
+        output_dir.write_manifest(folder, {"synthetic": True, "seed": seed, "layers": layers})
 
 
 def padded_tokenizer(model: bytes, vocab_size: int) -> bytes:

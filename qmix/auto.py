@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.formats.raw import refuse_raw
+from qmix.formats.mistral.detect import refuse_raw
 from qmix.heads import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
 

@@ -16,19 +16,21 @@ from torch import Tensor
 import qmix
 from qmix import bills
 from qmix.errors import UnsupportedError
-from qmix.formats import Checkpoint, compressed, gptq, gptq_config, layouts, open_checkpoint, shards
+from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shards import Planned
+from qmix.formats.layouts import compressed_tensors, gptq, gptq_config, tensor_names
 from qmix.formats.names import ModelTensor
-from qmix.formats.shards import Planned
 from qmix.plan import check_memory
-from qmix.quantize import output, pipeline
+from qmix.quantize import pipeline
 from qmix.weights.integers import Integers
 from qmix.weights.scheme import DENSE, Scheme
 
 Format = Literal["compressed-tensors", "gptq"]
 
 SHARD_BYTES = 4_900_000_000
-_LAYOUTS = {"compressed-tensors": compressed, "gptq": gptq}
-_SCALES = (layouts.SCALES, layouts.SCALE)
+_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq}
+_SCALES = (tensor_names.SCALES, tensor_names.SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,11 @@ def run(
             act-order in compressed-tensors, a zero of 0 in GPTQ. ResourceError: the disk is too small.
     """
     begun = time.perf_counter()
-    output.check_paths(source, out, force=force)
+    output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
     _refuse_others(checkpoint)
     plan = [_planned(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
-    output.check_space(out, sum(one.nbytes for group in plan for one in group))
+    output_dir.check_space(out, sum(one.nbytes for group in plan for one in group))
     largest = max(header.nbytes for header in checkpoint.outline.headers.values())
     check_memory(bills.of_rewriting(largest))
     schemes: dict[str, Scheme] = {}  # of the linear layers
@@ -91,7 +93,7 @@ def run(
             scattered += weight.perm is not None
             yield _LAYOUTS[layout].pack(weight, tensor.prefix)
 
-    with output.partial(out, force=force) as folder:
+    with output_dir.partial(out, force=force) as folder:
         shards.write_shards(folder, plan, converted(), shard_bytes)
         progress("checksums", len(plan), len(plan))
         if layout == "gptq":
@@ -99,14 +101,14 @@ def run(
             document = json.dumps(settings, indent=2) + "\n"
             (folder / gptq_config.FILE).write_text(document, encoding="utf-8")
         else:
-            settings = compressed.config(schemes)
+            settings = compressed_tensors.config(schemes)
         config = checkpoint.config.replace(quantization_config=settings)
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
         for name in pipeline.COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         facts = {"method": f"export to {layout}", "source": source.resolve().name}
-        output.write_manifest(folder, {"qmix": qmix.__version__, **facts})
+        output_dir.write_manifest(folder, {"qmix": qmix.__version__, **facts})
         bytes_out = sum(path.stat().st_size for path in folder.iterdir())
     return Export(
         weights=sum(scheme.integer for scheme in schemes.values()),

@@ -14,9 +14,9 @@ from typing import Literal
 
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
-from qmix.formats.headers import DTYPES
+from qmix.formats.files.safetensors_header import DTYPES
+from qmix.formats.metadata import Outline
 from qmix.formats.names import Kind, ModelTensor, model_tensors
-from qmix.formats.outline import Outline
 from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat, tile_format
 from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
 

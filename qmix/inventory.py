@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qmix.compatibility import Contents, Verdict, verdicts
 from qmix.config import MixtralConfig
-from qmix.formats import gptq_config, layouts
-from qmix.formats.headers import DTYPES
+from qmix.formats.compatibility import Verdict, contents_of, verdicts
+from qmix.formats.files.safetensors_header import DTYPES
+from qmix.formats.metadata import open_outline
 from qmix.formats.names import Kind
-from qmix.formats.outline import Outline, open_outline
-from qmix.weights.scheme import DENSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,29 +119,4 @@ def inspect(directory: str | Path) -> Inventory:
         files={path.name: path.stat().st_size for path in paths},
         parts=parts,
         readers=verdicts(contents_of(outline)),
-    )
-
-
-def contents_of(outline: Outline) -> Contents:
-    """What decides which programs load a checkpoint."""
-    packings = {tensor: outline.packing(tensor) for tensor in outline.tensors}
-    schemes = {
-        tensor.prefix: outline.scheme_of(tensor, packed) if packed else DENSE
-        for tensor, packed in packings.items()
-        if tensor.linear
-    }
-    classic = all(
-        outline.spelled[name] == name
-        for tensor, packed in packings.items()
-        if tensor.kind == "expert"
-        for name in (packed.members if packed else (tensor.name,))
-    )
-    found = frozenset(packed.layout for packed in packings.values() if packed)
-    beside = {"GPTQ": gptq_config.FILE, "AWQ": layouts.AWQ_FILE}
-    files = [beside[layout] for layout in found if layout in beside]
-    return Contents(
-        schemes=schemes,
-        layouts=found,
-        dialect="classic" if classic else "gptqmodel",
-        settings=outline.quantization_settings(files[0] if len(files) == 1 else None)[0],
     )

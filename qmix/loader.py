@@ -14,7 +14,9 @@ from qmix import offload
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ResourceError, UsageError
 from qmix.experts.reader import ExpertReader, FileWeight
-from qmix.formats import Checkpoint, names, open_checkpoint, packing, shards
+from qmix.formats import Checkpoint, names, open_checkpoint
+from qmix.formats.files import shards
+from qmix.formats.layouts import writer
 from qmix.formats.names import ModelTensor
 from qmix.kernels import Packed
 from qmix.layers import Linear
@@ -153,7 +155,7 @@ def save(
     directory: str | Path,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config.json and sharded safetensors, each weight as it is stored (qmix.formats.packing).
+    """Write config.json and sharded safetensors, each weight as it is stored (qmix.formats.layouts.writer).
 
     Whatever layout integers came from they are written as GPTQ: version 2 if a zero is 0, their
     inputs' groups as they were. The codes and scales do not change, in packed order or not.
@@ -179,16 +181,16 @@ def save(
             plan.append(_planned(module, own))
             continue
         weight = _described(own)  # one at a time: some are read from their file for it
-        version = max(version, packing.version_of([weight]))
-        act_order = act_order or packing.act_order([weight])
+        version = max(version, writer.version_of([weight]))
+        act_order = act_order or writer.act_order([weight])
         schemes[names.canonical(module)] = weight.scheme
         plan.append(_planned(module, weight if isinstance(own, FileWeight) else own))
-    quantization = packing.quantization_config(schemes, dtype, version=version, act_order=act_order)
+    quantization = writer.quantization_config(schemes, dtype, version=version, act_order=act_order)
     folder.mkdir(parents=True, exist_ok=True)
     packed = (
         {f"{module}.weight": own}
         if isinstance(own, Tensor)
-        else packing.pack(_standard(own), module, version=version)
+        else writer.pack(_standard(own), module, version=version)
         for module, own in stored.items()
     )
     shards.write_shards(folder, plan, packed, max_shard_bytes)
@@ -221,7 +223,7 @@ def _described(weight: Weight) -> Weight:
 
 def _planned(module: str, stored: Weight | Tensor) -> list[shards.Planned]:
     scheme = DENSE if isinstance(stored, Tensor) else stored.scheme
-    specs = packing.packed_specs(module, tuple(stored.shape), scheme, stored.dtype)
+    specs = writer.packed_specs(module, tuple(stored.shape), scheme, stored.dtype)
     return [shards.Planned(name, *spec) for name, spec in specs.items()]
 
 

@@ -13,7 +13,7 @@ from qmix import bills, bounds, machine
 from qmix.bills import READ_BUFFERS, Bill, Line
 from qmix.errors import ResourceError, UsageError
 from qmix.footprint import Footprint, Model
-from qmix.formats.outline import Outline
+from qmix.formats.metadata import Outline
 from qmix.sizes import show
 
 CONTEXT = 4096  # positions that are planned for where nobody says how many

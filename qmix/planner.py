@@ -14,9 +14,9 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.footprint import Model
 from qmix.formats import names
-from qmix.formats.headers import INDEX, SINGLE
-from qmix.formats.outline import open_outline
-from qmix.formats.raw import refuse_raw
+from qmix.formats.files.safetensors_header import INDEX, SINGLE
+from qmix.formats.metadata import open_outline
+from qmix.formats.mistral.detect import refuse_raw
 from qmix.outlook import Outlook, Quantization, Speed, figure, outlook, rates_used
 from qmix.plan import plan
 from qmix.sizes import parse_size, show

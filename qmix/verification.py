@@ -14,8 +14,8 @@ import torch
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats.files.output_dir import MANIFEST
 from qmix.formats.names import ModelTensor
-from qmix.quantize.output import MANIFEST
 
 PROBLEMS = 5
 

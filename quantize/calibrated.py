@@ -20,12 +20,13 @@ from torch import Tensor
 import qmix
 from qmix import bills, effort
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
-from qmix.formats import Checkpoint, open_checkpoint, shards
+from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shards import ShardWriter
 from qmix.formats.names import ModelTensor
-from qmix.formats.shards import ShardWriter
 from qmix.model import embedding
 from qmix.plan import check_memory
-from qmix.quantize import layerwise, output, pipeline, resume
+from qmix.quantize import layerwise, pipeline, resume
 from qmix.quantize.activations import Activations
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.layerwise import LayerQuantizer, Rounded, Stream
@@ -84,16 +85,16 @@ def run(
         ResourceError: the disk is too small. InterruptedRunError: `interrupted` said so.
     """
     begun = time.perf_counter()
-    output.check_paths(source, out, force=force)
+    output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
     items = pipeline.plan(checkpoint, recipe)
     _check_shards(checkpoint, items, options.shard_bytes)
     settings = _settings(checkpoint, recipe, calibration, options, method)
     work = _Work(checkpoint, items, recipe, calibration, options)
-    output.check_space(out, work.bytes_needed)
+    output_dir.check_space(out, work.bytes_needed)
     if options.device.type == "cpu":
         check_memory(work.bill)
-    with output.partial(out, force=force, resume=resumed) as folder:
+    with output_dir.partial(out, force=force, resume=resumed) as folder:
         state = resume.read(folder, settings)
         done = work.finished(folder, state)
         layers = checkpoint.config.num_hidden_layers
@@ -246,7 +247,7 @@ class _Work:
             done = [[TensorResult.of(result) for result in layer] for layer in state.results]
         if done is None or [[one.name for one in layer] for layer in done] != names[: len(done)]:
             raise CheckpointError(
-                "not the results of layers", where=str(folder / output.STATE), remedy=remedy
+                "not the results of layers", where=str(folder / output_dir.STATE), remedy=remedy
             )
         for layer in range(len(done)):
             shard = folder / shards.shard_name(layer + 1, self.layers + 2)
@@ -339,7 +340,7 @@ class _Work:
     def tidy(self, folder: Path, done: int) -> None:
         """Remove all but the shards of `done` layers, and the tokens behind them for the next."""
         kept = {shards.shard_name(index + 1, self.layers + 2) for index in range(done)}
-        kept.add(output.STATE)
+        kept.add(output_dir.STATE)
         if done < self.layers:
             kept |= {_tokens_name(stream, done) for stream in self.streams}
         for path in folder.iterdir():

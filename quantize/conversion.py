@@ -15,12 +15,12 @@ from torch import Tensor
 import qmix
 from qmix import bills
 from qmix.errors import CheckpointError
-from qmix.formats import mistral, shards
-from qmix.formats.mistral import RawCheckpoint
+from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shards import Planned
+from qmix.formats.mistral import checkpoint
+from qmix.formats.mistral.checkpoint import RawCheckpoint
 from qmix.formats.names import ModelTensor
-from qmix.formats.shards import Planned
 from qmix.plan import check_memory
-from qmix.quantize import output
 from qmix.text.sentencepiece_file import MODEL_FILE, read_model
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -75,14 +75,14 @@ def run(
             holds NaN. UnsupportedError: a pickle too old. ResourceError: the disk is too small.
     """
     begun = time.perf_counter()
-    output.check_paths(source, out, force=force)
-    raw = mistral.open_raw(source)
+    output_dir.check_paths(source, out, force=force)
+    raw = checkpoint.open_raw(source)
     tokenizer = _tokenizer(source, raw.config.vocab_size)
     groups = [
         (Planned(tensor.name, raw.entry(tensor).dtype, tensor.shape),) for tensor in raw.tensors
     ]
     total = sum(group[0].nbytes for group in groups)
-    output.check_space(out, total)
+    output_dir.check_space(out, total)
     check_memory(bills.of_rewriting(max(group[0].nbytes for group in groups)))
     dtype = str(groups[0][0].dtype).removeprefix("torch.")
 
@@ -93,7 +93,7 @@ def run(
             done += planned.nbytes
             yield {tensor.name: _finite(raw, tensor)}
 
-    with output.partial(out, force=force) as folder:
+    with output_dir.partial(out, force=force) as folder:
         shards.write_shards(folder, groups, converted(), shard_bytes)
         progress("checksums", total, total)
         config = raw.config.replace(dtype=dtype)
@@ -109,7 +109,7 @@ def run(
         if tokenizer is not None:
             tokenizer[1].save_pretrained(folder)
         facts = {"qmix": qmix.__version__, "method": "convert", "source": source.resolve().name}
-        output.write_manifest(folder, facts)
+        output_dir.write_manifest(folder, facts)
         bytes_out = sum(path.stat().st_size for path in folder.iterdir())
     return Conversion(
         tensors=len(groups),

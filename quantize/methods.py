@@ -11,7 +11,8 @@ from qmix import loader
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.formats import open_checkpoint
-from qmix.quantize import allocation, calibrated, calibration, output, pipeline
+from qmix.formats.files import output_dir
+from qmix.quantize import allocation, calibrated, calibration, pipeline
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.pipeline import Progress
 from qmix.quantize.report import Report
@@ -112,7 +113,7 @@ def run(
             progress=progress,
         )
     assert text is not None
-    output.check_paths(source, out, force=request.force)  # before an hour of measuring
+    output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
     positions = MixtralConfig.from_pretrained(source).max_position_embeddings
     seqlen = min(_SEQLEN, positions) if request.seqlen is None else request.seqlen
     if seqlen > positions:

@@ -17,11 +17,13 @@ from torch import Tensor
 import qmix
 from qmix import bills
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats import Checkpoint, gptq_config, open_checkpoint, packing, shards
+from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shards import Planned
+from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
-from qmix.formats.shards import Planned
 from qmix.plan import check_memory
-from qmix.quantize import nf4, output, rtn
+from qmix.quantize import nf4, rtn
 from qmix.quantize.report import Report, TensorResult
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.nf4 import NF4
@@ -91,12 +93,12 @@ def run(
         ResourceError: the disk or the memory is too small.
     """
     begun = time.perf_counter()
-    output.check_paths(source, out, force=force)
+    output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
     items = plan(checkpoint, recipe)
     bytes_in = sum(checkpoint.entry(item.tensor.name).nbytes for item in items)
     groups = [item.planned for item in items]
-    output.check_space(out, sum(one.nbytes for group in groups for one in group))
+    output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))
     largest = max(checkpoint.entry(item.tensor.name).nbytes for item in items)
     check_memory(bills.of_rewriting(largest))
     results: list[TensorResult] = []
@@ -110,7 +112,7 @@ def run(
             done += checkpoint.entry(item.tensor.name).nbytes
             yield tensors
 
-    with output.partial(out, force=force) as folder:
+    with output_dir.partial(out, force=force) as folder:
         shards.write_shards(folder, groups, converted(), shard_bytes)
         progress(Progress(bytes_in, bytes_in, "checksums"))
         report = Report(
@@ -144,14 +146,14 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> list[Item]:
         if dtype == torch.float32:
             dtype = torch.bfloat16  # 16-bit is what a 4-bit model computes in
         items.append(Item(tensor, scheme, dtype, planned(tensor, scheme, dtype)))
-    packing.layout_of({item.tensor.prefix: item.scheme for item in items})
+    writer.layout_of({item.tensor.prefix: item.scheme for item in items})
     return items
 
 
 def planned(tensor: ModelTensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Planned, ...]:
     """What will be written of one weight; `dtype` is that of the 16-bit weight."""
     stored = SCALES if scheme.integer else dtype
-    specs = packing.packed_specs(tensor.prefix, tensor.shape, scheme, stored)
+    specs = writer.packed_specs(tensor.prefix, tensor.shape, scheme, stored)
     return tuple(Planned(name, *spec) for name, spec in specs.items())
 
 
@@ -170,15 +172,15 @@ def finish(
     _write_companions(checkpoint, folder)
     dtype = items[0].dtype
     schemes = {item.tensor.prefix: item.scheme for item in items if item.tensor.linear}
-    settings = packing.quantization_config(schemes, dtype)
+    settings = writer.quantization_config(schemes, dtype)
     config = checkpoint.config.replace(
         dtype=str(dtype).removeprefix("torch."), quantization_config=settings
     )
     (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-    if packing.layout_of(schemes) == "GPTQ":
+    if writer.layout_of(schemes) == "GPTQ":
         _write_json(folder / gptq_config.FILE, settings)  # where older readers look
-    _write_json(folder / output.REPORT, report.to_dict())
-    output.write_manifest(
+    _write_json(folder / output_dir.REPORT, report.to_dict())
+    output_dir.write_manifest(
         folder,
         {
             "qmix": qmix.__version__,
@@ -196,7 +198,7 @@ def packed(weight: Weight, item: Item) -> dict[str, Tensor]:
         weight = replace(weight, data=weight.data.to(item.dtype))
     elif isinstance(weight, NF4):
         weight = replace(weight, out_dtype=item.dtype)
-    return packing.pack(weight, item.tensor.prefix)
+    return writer.pack(weight, item.tensor.prefix)
 
 
 def errors(data: Tensor, weight: Weight) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from typing import Any
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.formats import Checkpoint
-from qmix.quantize.output import STATE
+from qmix.formats.files.output_dir import STATE
 
 _SAMPLE = 4096  # bytes of each tensor that go into the source's digest
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from qmix import inventory, kernels
 from qmix.cli import app
 from qmix.errors import QmixError, UsageError
-from qmix.formats import gptq_config, open_checkpoint
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import gptq_config
 from qmix.formats.names import layer_tensors
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize import allocation, methods, rtn

@@ -9,8 +9,9 @@ from packers import plain
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import awq, gptq, layouts, open_checkpoint
-from qmix.formats.gptq_config import Settings
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import awq, gptq, tensor_names
+from qmix.formats.layouts.gptq_config import Settings
 from qmix.heads import MixtralForCausalLM
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
@@ -63,10 +64,10 @@ def test_awq_to_gptq_is_exact_unless_a_zero_is_0():
 
 def test_members_are_those_of_awq():
     names = [f"{P}.qweight", f"{P}.qzeros", f"{P}.scales"]
-    assert list(layouts.awq_members(P, [*names, f"{P}.weight", f"{P}0.qweight"])) == names
-    assert list(layouts.awq_members(P, [f"{P}.qweight"])) == names  # what there should be
-    assert layouts.awq_members(P, [*names, f"{P}.g_idx"]) == ()
-    assert layouts.awq_members(P, [f"{P}.weight"]) == ()
+    assert list(tensor_names.awq_members(P, [*names, f"{P}.weight", f"{P}0.qweight"])) == names
+    assert list(tensor_names.awq_members(P, [f"{P}.qweight"])) == names  # what there should be
+    assert tensor_names.awq_members(P, [*names, f"{P}.g_idx"]) == ()
+    assert tensor_names.awq_members(P, [f"{P}.weight"]) == ()
 
 
 def edited(suffix, edit):
@@ -116,12 +117,12 @@ def test_a_missing_tensor_is_named(suffix):
 )
 def test_other_settings_are_refused(document, named):
     with pytest.raises(QmixError, match=named):
-        layouts.check_awq(document, "config.json")
+        tensor_names.check_awq(document, "config.json")
 
 
 def test_the_settings_that_files_have():
     for document in (None, CONFIG, {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, {}):
-        layouts.check_awq(document, "config.json")
+        tensor_names.check_awq(document, "config.json")
 
 
 IDS = torch.tensor([[5, 6, 7, 99, 3]])

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from qmix import kernels
 from qmix.errors import CheckpointError, InterruptedRunError, UnsupportedError, UsageError
-from qmix.formats import gptq_config, open_checkpoint
+from qmix.formats import open_checkpoint
+from qmix.formats.files import output_dir
+from qmix.formats.layouts import gptq_config
 from qmix.heads import MixtralForCausalLM
-from qmix.quantize import calibrated, calibration, gptq, layerwise, methods, output
+from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.methods import Request
 from qmix.verification import verify
@@ -63,7 +65,9 @@ def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 <
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != output.REPORT}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != output_dir.REPORT
+    }
 
 
 def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
@@ -107,7 +111,7 @@ def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
 
 def test_the_report_says_what_was_seen_and_done(source, tmp_path):
     report = run(source, tmp_path / "out")
-    document = json.loads((tmp_path / "out" / output.REPORT).read_text())
+    document = json.loads((tmp_path / "out" / output_dir.REPORT).read_text())
     assert {name: document[name] for name in ("method", "parameters", "bytes_out")} == {
         "method": "gptq",
         "parameters": sum(parameter.numel() for parameter in small_model(
@@ -351,7 +355,7 @@ def test_a_weight_that_is_not_finite_is_named_and_the_finished_layers_go_on(sour
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     left = {file.name for file in (tmp_path / "out.partial").iterdir()}
-    assert {output.STATE, "model-00002-of-00004.safetensors"} <= left
+    assert {output_dir.STATE, "model-00002-of-00004.safetensors"} <= left
     assert not (tmp_path / "out").exists()
     spoil(source, name, before)
     run(source, tmp_path / "out", resumed=True)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import qmix
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import names, open_checkpoint, shards
+from qmix.formats import names, open_checkpoint
+from qmix.formats.files import shards
 from qmix.heads import MixtralForCausalLM
 
 

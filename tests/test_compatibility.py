@@ -8,11 +8,12 @@ from packers import ATTENTION, MATRICES, ROUTERS, uniform
 from safetensors.torch import load_file, save_file
 
 from qmix import export
-from qmix.compatibility import Contents, verdicts, vllm_gptq
-from qmix.formats import compressed, gptq_config, open_checkpoint
+from qmix.formats import open_checkpoint
+from qmix.formats.compatibility import Contents, contents_of, verdicts, vllm_gptq
+from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
 from qmix.heads import MixtralForCausalLM
-from qmix.inventory import contents_of, inspect
+from qmix.inventory import inspect
 from qmix.weights.scheme import DENSE, NF4, Scheme
 
 INT4, INT8 = Scheme(kind="int4"), Scheme(kind="int8")
@@ -31,7 +32,7 @@ def pack_quantized(schemes, settings=None, **options):
         schemes=schemes,
         layouts=frozenset({"compressed-tensors"}),
         dialect=options.get("dialect", "classic"),
-        settings=settings or compressed.config(schemes),
+        settings=settings or compressed_tensors.config(schemes),
     )
 
 

@@ -9,8 +9,9 @@ from packers import MATRICES, plain, uniform
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import compressed, gptq, layouts, open_checkpoint
-from qmix.formats.gptq_config import Settings
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import compressed_tensors, gptq, tensor_names
+from qmix.formats.layouts.gptq_config import Settings
 from qmix.heads import MixtralForCausalLM
 from qmix.weights.integers import Int4
 from qmix.weights.scheme import DENSE, Scheme
@@ -21,7 +22,7 @@ SCHEME = Scheme(kind="int4", group_size=32)
 
 
 def read(tensors, shape=(16, 128)):
-    return compressed.unpack(tensors, P, FILE, shape)
+    return compressed_tensors.unpack(tensors, P, FILE, shape)
 
 
 def same(a, b):
@@ -46,10 +47,10 @@ def test_what_another_packer_wrote_is_read(bits, shape, group, symmetric, dtype)
     assert (ours.zeros is None) == symmetric
     assert torch.equal(ours.dequantize(torch.float32), weight.meant())
     if symmetric:
-        same(compressed.pack(ours, P), tensors)
+        same(compressed_tensors.pack(ours, P), tensors)
     else:
         with pytest.raises(UnsupportedError, match=r"not written as compressed-tensors.*zeros"):
-            compressed.pack(ours, P)
+            compressed_tensors.pack(ours, P)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,12 @@ def test_what_compressed_tensors_wrote_is_read_to_the_bits_that_it_reads(name):
     stored = load_file(Path(__file__).parent / "golden" / "compressed-tensors-0.20.0.safetensors")
     expected = stored.pop(f"{name}.expected")
     theirs = {n: t for n, t in stored.items() if n.startswith(f"{name}.")}
-    assert set(layouts.compressed_members(name, stored.keys())) == set(theirs)
-    ours = compressed.unpack(stored, name, FILE, tuple(expected.shape))
+    assert set(tensor_names.compressed_members(name, stored.keys())) == set(theirs)
+    ours = compressed_tensors.unpack(stored, name, FILE, tuple(expected.shape))
     assert ours.dtype == expected.dtype
     assert torch.equal(ours.dequantize(), expected)
     if ours.zeros is None:
-        again = compressed.pack(ours, name)
+        again = compressed_tensors.pack(ours, name)
         assert again.keys() == theirs.keys()
         assert all(torch.equal(again[n], theirs[n]) for n in theirs)
 
@@ -99,7 +100,7 @@ def test_a_symmetric_gptq_weight_is_the_same_weight(group, bits):
     from_gptq = gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 256), Settings().of(P))
     from_compressed = read(packers.compressed(weight, P), (16, 256))
     same(gptq.pack(from_compressed, P), packers.gptq(weight, P))
-    same(compressed.pack(from_gptq, P), packers.compressed(weight, P))
+    same(compressed_tensors.pack(from_gptq, P), packers.compressed(weight, P))
 
 
 def test_an_act_order_weight_is_not_written():
@@ -107,7 +108,7 @@ def test_an_act_order_weight_is_not_written():
         packers.gptq(plain((16, 128), 32, act_order=True), P), P, FILE, (16, 128), Settings().of(P)
     )
     with pytest.raises(UnsupportedError, match="act-order"):
-        compressed.pack(weight, P)
+        compressed_tensors.pack(weight, P)
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
@@ -115,8 +116,8 @@ def test_an_act_order_weight_is_not_written():
 def test_the_plan_is_what_is_packed(group, kind):
     scheme = Scheme(kind=kind, group_size=group)
     weight = plain((16, 128), group, bits=scheme.bits)
-    packed = compressed.pack(read(packers.compressed(weight, P)), P)
-    specs = compressed.packed_specs(P, (16, 128), scheme, torch.float16)
+    packed = compressed_tensors.pack(read(packers.compressed(weight, P)), P)
+    specs = compressed_tensors.packed_specs(P, (16, 128), scheme, torch.float16)
     assert specs == {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
     assert list(specs) == list(packed)
 
@@ -124,12 +125,13 @@ def test_the_plan_is_what_is_packed(group, kind):
 def test_members_are_this_modules_tensors_only():
     names = [f"{P}.weight_packed", f"{P}.weight_scale", f"{P}.weight_shape"]
     assert (
-        list(layouts.compressed_members(P, [*names, f"{P}.weight", f"{P}0.weight_packed"])) == names
+        list(tensor_names.compressed_members(P, [*names, f"{P}.weight", f"{P}0.weight_packed"]))
+        == names
     )
     zeros = f"{P}.weight_zero_point"
-    assert list(layouts.compressed_members(P, [zeros, *names])) == [*names, zeros]
-    assert list(layouts.compressed_members(P, [names[1]])) == names  # what there should be
-    assert layouts.compressed_members(P, [f"{P}.weight"]) == ()
+    assert list(tensor_names.compressed_members(P, [zeros, *names])) == [*names, zeros]
+    assert list(tensor_names.compressed_members(P, [names[1]])) == names  # what there should be
+    assert tensor_names.compressed_members(P, [f"{P}.weight"]) == ()
 
 
 def edited(suffix, edit, shape=(16, 128)):
@@ -201,7 +203,7 @@ def test_a_missing_tensor_is_named(tmp_path, suffix):
 )  # fmt: skip
 def test_other_settings_are_refused(document, named):
     with pytest.raises(QmixError, match=named):
-        layouts.check_compressed(document, "config.json")
+        tensor_names.check_compressed(document, "config.json")
 
 
 IDS = torch.tensor([[5, 6, 7, 99, 3]])
@@ -218,7 +220,7 @@ def test_a_mixtral_computes_what_its_weights_mean(tmp_path, symmetric):
     def pack(weight, prefix):
         return packers.compressed(weight, prefix, symmetric=symmetric)
 
-    config = compressed.config(uniform(SCHEME))
+    config = compressed_tensors.config(uniform(SCHEME))
     model = packers.checkpoint(tmp_path, pack, config, symmetric=symmetric, low=0)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
@@ -231,8 +233,8 @@ def weights(bits, size):
 
 
 def test_the_settings_written():
-    config = compressed.config(uniform(SCHEME))
-    layouts.check_compressed(config, "config.json")
+    config = compressed_tensors.config(uniform(SCHEME))
+    tensor_names.check_compressed(config, "config.json")
     assert config == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -240,13 +242,15 @@ def test_the_settings_written():
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights(4, 32)}},
         "ignore": ["lm_head", "re:.*gate$"],
     }
-    whole = compressed.config(uniform(Scheme(kind="int8", group_size=-1), attention=DENSE))
+    whole = compressed_tensors.config(uniform(Scheme(kind="int8", group_size=-1), attention=DENSE))
     assert whole["config_groups"]["group_0"]["weights"] == weights(8, -1)
     assert whole["ignore"] == ["lm_head", "re:.*gate$", r"re:model\.layers\.\d+\.self_attn\..*"]
 
 
 def test_mixed_schemes_are_groups_of_named_modules():
-    groups = compressed.config(uniform(SCHEME, attention=Scheme(kind="int8")))["config_groups"]
+    groups = compressed_tensors.config(uniform(SCHEME, attention=Scheme(kind="int8")))[
+        "config_groups"
+    ]
     attention = r"re:model\.layers\.\d+\.self_attn\..*"
     assert groups == {
         "group_0": {"targets": ["Linear"], "weights": weights(4, 32)},
@@ -257,7 +261,7 @@ def test_mixed_schemes_are_groups_of_named_modules():
 def test_where_experts_differ_all_are_named_and_8_bits_come_first():
     # Or transformers 5.23, which takes one group for all experts, would read 8 bits as 4 unnoticed.
     layer = {name: SCHEME for name in MATRICES if name.startswith("model.layers.1.")}
-    groups = compressed.config(uniform(Scheme(kind="int8")) | layer)["config_groups"]
+    groups = compressed_tensors.config(uniform(Scheme(kind="int8")) | layer)["config_groups"]
     experts = r"(block_sparse_moe|mlp)\.experts(\..*)?$"
     assert groups == {
         "group_0": {

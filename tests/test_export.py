@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from qmix import export
 from qmix.cli import app
 from qmix.errors import QmixError, UnsupportedError, UsageError
-from qmix.formats import compressed, gptq_config, open_checkpoint
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
 from qmix.verification import verify
 
@@ -76,7 +77,7 @@ def test_the_same_weights_in_another_layout(tmp_path, name, layout):
         beside = json.loads((tmp_path / "out" / gptq_config.FILE).read_text())
         assert beside == settings
     else:
-        assert settings == compressed.config(schemes)
+        assert settings == compressed_tensors.config(schemes)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"any"
     assert verify(tmp_path / "out").problems == ()
     assert not (tmp_path / "out.partial").exists()

@@ -31,7 +31,7 @@ FLOORS = {
     "qmix.formats": 3,
     "qmix.cache": 4,
     "qmix.outputs": 4,
-    "qmix.compatibility": 4,
+    "qmix.formats.compatibility": 4,
     "qmix.inventory": 4,
     "qmix.machine": 4,
     "qmix.footprint": 4,
@@ -118,7 +118,12 @@ TORCHLESS = {
         "qmix.footprint",
     ),
     *("qmix.bills", "qmix.bounds", "qmix.effort", "qmix.plan", "qmix.outlook", "qmix.planner"),
-    *("qmix.formats.headers", "qmix.formats.layouts", "qmix.formats.outline", "qmix.formats.raw"),
+    *(
+        "qmix.formats.files.safetensors_header",
+        "qmix.formats.layouts.tensor_names",
+        "qmix.formats.metadata",
+        "qmix.formats.mistral.detect",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from qmix.evals import footprint as reality
 from qmix.evals import synthetic
 from qmix.footprint import Model, on_device
 from qmix.formats import open_checkpoint
-from qmix.formats.outline import open_outline
+from qmix.formats.metadata import open_outline
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
 from qmix.layers import Attention, Linear, SparseMoeBlock

@@ -9,7 +9,8 @@ import torch
 
 from qmix import kernels
 from qmix.errors import CheckpointError
-from qmix.formats import bnb, layouts, open_checkpoint
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import bnb, tensor_names
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize import nf4
 from qmix.weights.nf4 import FP4, FP4_VALUES
@@ -44,7 +45,7 @@ def random(rows, columns, dtype=torch.bfloat16, seed=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_what_they_wrote_is_read_to_the_bits_that_they_read(dtype, double, storage):
     tensors, values = theirs(random(64, 256, dtype), double=double, storage=storage)
-    assert set(layouts.bnb_members(P, tensors.keys())) == set(tensors)
+    assert set(tensor_names.bnb_members(P, tensors.keys())) == set(tensors)
     ours = bnb.unpack(tensors, P, "file")
     assert isinstance(ours, FP4)
     assert ours.dtype == dtype

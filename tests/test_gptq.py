@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.formats import gptq as layout
+from qmix.formats.layouts import gptq as layout
 from qmix.quantize import gptq, rtn
 from qmix.quantize.gptq import Options
 from qmix.quantize.moments import Moments

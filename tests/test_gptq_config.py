@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from packers import ATTENTION, LAYERS, MATRICES, MODULES, ROUTERS, uniform
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats import gptq_config
+from qmix.formats.layouts import gptq_config
 from qmix.formats.names import spellings
 from qmix.weights.scheme import DENSE, Scheme
 

@@ -9,9 +9,10 @@ from packers import Plain, plain
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import gptq, open_checkpoint
-from qmix.formats.gptq_config import Settings
-from qmix.formats.layouts import gptq_members
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import gptq
+from qmix.formats.layouts.gptq_config import Settings
+from qmix.formats.layouts.tensor_names import gptq_members
 from qmix.formats.names import spellings
 from qmix.heads import MixtralForCausalLM
 from qmix.weights.integers import Int4, Int8, pack_codes

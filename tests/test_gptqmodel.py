@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qmix.formats import awq, gptq, gptq_config, open_checkpoint
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import awq, gptq, gptq_config
 from qmix.heads import MixtralForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,7 +9,7 @@ import torch
 from qmix.errors import QualityError
 from qmix.evals import guard, measure
 from qmix.evals.guard import Figures, check
-from qmix.formats import bnb
+from qmix.formats.layouts import bnb
 from qmix.quantize import nf4, scales
 from qmix.weights import nf4 as weights
 

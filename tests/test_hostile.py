@@ -21,9 +21,10 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, QmixError, UnsupportedError, UsageError
 from qmix.evals import perplexity
 from qmix.formats import open_checkpoint
+from qmix.formats.files import output_dir
 from qmix.generate import GenerationConfig
 from qmix.heads import MixtralForCausalLM
-from qmix.quantize import output, pipeline
+from qmix.quantize import pipeline
 from qmix.weights.scheme import NF4, Recipe
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -105,16 +106,16 @@ def test_a_file_named_out_partial_is_refused_by_name(source, tmp_path):
 def test_a_second_run_in_the_moment_of_the_rename_cannot_empty_the_first_ones_output(
     source, tmp_path, monkeypatch
 ):
-    out, sync, tried = tmp_path / "m", output._sync, []
+    out, sync, tried = tmp_path / "m", output_dir._sync, []
 
     def sync_beside_a_second_run(folder):
         if not tried:
             tried.append(folder)
-            with suppress(CheckpointError), output.partial(out):
+            with suppress(CheckpointError), output_dir.partial(out):
                 pass
         sync(folder)
 
-    monkeypatch.setattr(output, "_sync", sync_beside_a_second_run)
+    monkeypatch.setattr(output_dir, "_sync", sync_beside_a_second_run)
     quantize(source, out)
     assert (out / "config.json").is_file()
 

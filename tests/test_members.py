@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from packers import plain
 
 from qmix.errors import QmixError
-from qmix.formats import awq, compressed, gptq
-from qmix.formats.gptq_config import Settings
-from qmix.formats.members import pack_words, unpack_words
+from qmix.formats.layouts import awq, compressed_tensors, gptq
+from qmix.formats.layouts.checked_tensors import pack_words, unpack_words
+from qmix.formats.layouts.gptq_config import Settings
 
 P = "model.layers.0.block_sparse_moe.experts.0.w1"
 SHAPE = (16, 64)
@@ -26,9 +26,9 @@ DECLARED = Settings(symmetric=False).of(P)
 READERS = {
     "gptq": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),
     "gptq8": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),
-    "compressed8": lambda t: compressed.unpack(t, P, "f", SHAPE),
+    "compressed8": lambda t: compressed_tensors.unpack(t, P, "f", SHAPE),
     "awq": lambda t: awq.unpack(t, P, "f", SHAPE),
-    "compressed": lambda t: compressed.unpack(t, P, "f", SHAPE),
+    "compressed": lambda t: compressed_tensors.unpack(t, P, "f", SHAPE),
 }
 DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16,
           torch.bfloat16, torch.float32, torch.float64, torch.bool)  # fmt: skip

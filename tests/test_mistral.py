@@ -17,7 +17,10 @@ import qmix
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
 from qmix.evals import perplexity
-from qmix.formats import mistral, open_checkpoint, params, shards
+from qmix.formats import open_checkpoint
+from qmix.formats.files import shards
+from qmix.formats.mistral import checkpoint as mistral
+from qmix.formats.mistral import params
 from qmix.heads import MixtralForCausalLM
 from qmix.inventory import inspect
 from qmix.quantize import conversion, pipeline

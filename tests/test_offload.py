@@ -19,7 +19,8 @@ from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageE
 from qmix.evals import bench
 from qmix.evals import offload as offload_record
 from qmix.experts.policy import PRESETS
-from qmix.formats import open_checkpoint, shards
+from qmix.formats import open_checkpoint
+from qmix.formats.files import shards
 from qmix.generate import GenerationConfig
 from qmix.heads import MixtralForCausalLM
 from qmix.offload import Tiers

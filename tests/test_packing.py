@@ -10,7 +10,8 @@ from packers import MATRICES, MODULES, plain, uniform
 from safetensors.torch import load_file
 
 from qmix.errors import UnsupportedError
-from qmix.formats import gptq, gptq_config, open_checkpoint, packing
+from qmix.formats import open_checkpoint
+from qmix.formats.layouts import gptq, gptq_config, writer
 from qmix.heads import MixtralForCausalLM
 from qmix.quantize.nf4 import quantize
 from qmix.weights.dense import Dense
@@ -176,44 +177,42 @@ WEIGHTS = {
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_the_plan_of_every_kind_is_what_is_packed(kind):
     weight = WEIGHTS[kind]
-    specs = packing.packed_specs(P, weight.shape, weight.scheme, weight.dtype)
-    packed = packing.pack(weight, P)
+    specs = writer.packed_specs(P, weight.shape, weight.scheme, weight.dtype)
+    packed = writer.pack(weight, P)
     assert list(specs) == list(packed)
     for name, (dtype, shape) in specs.items():
         assert packed[name].dtype == dtype
         longest = "quant_state" in name  # the plan knows an upper bound
         assert packed[name].shape == shape or (longest and packed[name].shape < shape)
     if kind != "dense":
-        assert packing.layout_of({P: weight.scheme}) == (
-            "bitsandbytes" if kind == "nf4" else "GPTQ"
-        )
+        assert writer.layout_of({P: weight.scheme}) == ("bitsandbytes" if kind == "nf4" else "GPTQ")
 
 
 def test_the_settings_of_each_layout():
-    assert packing.quantization_config(uniform(DENSE), torch.float16) is None
-    config = packing.quantization_config(uniform(INT4), torch.float16)
+    assert writer.quantization_config(uniform(DENSE), torch.float16) is None
+    config = writer.quantization_config(uniform(INT4), torch.float16)
     assert config == gptq_config.config(uniform(INT4))
-    config = packing.quantization_config(uniform(NF4), torch.float16)
+    config = writer.quantization_config(uniform(NF4), torch.float16)
     assert config["bnb_4bit_compute_dtype"] == "float16"
     assert config["llm_int8_skip_modules"] == ["lm_head", "gate"]
     dense = [f"{x}_proj" for x in "qkvo"]
-    config = packing.quantization_config(uniform(NF4, attention=DENSE), torch.float16)
+    config = writer.quantization_config(uniform(NF4, attention=DENSE), torch.float16)
     assert config["llm_int8_skip_modules"] == ["lm_head", "gate", *dense]
     # A single dense expert is named in full, a packed router not at all.
     some = uniform(NF4) | {MATRICES[0]: DENSE} | {m: NF4 for m in MODULES if m.endswith("gate")}
-    config = packing.quantization_config(some, torch.float16)
+    config = writer.quantization_config(some, torch.float16)
     assert config["llm_int8_skip_modules"] == ["lm_head", MATRICES[0]]
     with pytest.raises(UnsupportedError, match="two layouts"):
-        packing.quantization_config(uniform(NF4, attention=INT8), torch.float16)
+        writer.quantization_config(uniform(NF4, attention=INT8), torch.float16)
 
 
 def test_the_version_is_1_unless_a_zero_is_0():
     tensors = packers.gptq(plain((16, 64), 32, symmetric=False, low=0, seed=1), P)
     said = gptq_config.Settings(symmetric=False).of(P)
     weight = gptq.unpack(tensors, P, "f", (16, 64), said)
-    assert packing.version_of(WEIGHTS.values()) == 1
-    assert packing.version_of([*WEIGHTS.values(), weight]) == 2
-    assert not packing.act_order([*WEIGHTS.values(), weight])
+    assert writer.version_of(WEIGHTS.values()) == 1
+    assert writer.version_of([*WEIGHTS.values(), weight]) == 2
+    assert not writer.act_order([*WEIGHTS.values(), weight])
     tensors = packers.gptq(plain((16, 64), 32, act_order=True), P)
     weight = gptq.unpack(tensors, P, "f", (16, 64), gptq_config.Settings().of(P))
-    assert packing.act_order([*WEIGHTS.values(), weight])
+    assert writer.act_order([*WEIGHTS.values(), weight])

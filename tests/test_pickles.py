@@ -18,7 +18,8 @@ from conftest import ROOT, small_model
 from raw_mistral import refused
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import open_checkpoint, pickles
+from qmix.formats import open_checkpoint
+from qmix.formats.files import pickles
 from qmix.quantize import conversion
 from qmix.verification import verify
 

@@ -14,9 +14,10 @@ from conftest import ROOT, small_config, small_model
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
-from qmix.formats import open_checkpoint, shards
+from qmix.formats import open_checkpoint
+from qmix.formats.files import output_dir, shards
 from qmix.heads import MixtralForCausalLM
-from qmix.quantize import output, pipeline
+from qmix.quantize import pipeline
 from qmix.quantize.nf4 import quantize
 from qmix.weights import nf4
 from qmix.weights.scheme import NF4, Recipe, Scheme
@@ -83,8 +84,8 @@ def test_config_tokenizer_and_manifest_come_with_it(source, tmp_path):
     assert config["architectures"] == ["MixtralForCausalLM"]
     assert (out / "tokenizer.model").read_bytes() == b"tokenizer"
     assert (out / "generation_config.json").is_file()
-    manifest = json.loads((out / output.MANIFEST).read_text())
-    present = {path.name for path in out.iterdir()} - {output.MANIFEST, output.REPORT}
+    manifest = json.loads((out / output_dir.MANIFEST).read_text())
+    present = {path.name for path in out.iterdir()} - {output_dir.MANIFEST, output_dir.REPORT}
     assert manifest["files"].keys() == present
     for name, facts in manifest["files"].items():
         data = (out / name).read_bytes()
@@ -95,7 +96,7 @@ def test_two_runs_write_the_same_bytes(source, tmp_path):
     run(source, tmp_path / "a")
     run(source, tmp_path / "b")
     for path in (tmp_path / "a").iterdir():
-        if path.name == output.REPORT:  # holds seconds
+        if path.name == output_dir.REPORT:  # holds seconds
             continue
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -173,11 +174,11 @@ def test_a_quantized_source_is_refused(source, tmp_path):
 def test_an_existing_output_is_refused_without_force_and_replaced_with_it(source, tmp_path):
     out = tmp_path / "out"
     run(source, out)
-    before = (out / output.MANIFEST).read_bytes()
+    before = (out / output_dir.MANIFEST).read_bytes()
     with pytest.raises(UsageError, match="OUT exists"):
         run(source, out)
     run(source, out, force=True)
-    assert (out / output.MANIFEST).read_bytes() == before
+    assert (out / output_dir.MANIFEST).read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
@@ -288,7 +289,7 @@ def test_ctrl_c_leaves_nothing_and_exits_130(larger, tmp_path):
 
 
 def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(source, tmp_path):
-    with output.partial(tmp_path / "out") as folder:
+    with output_dir.partial(tmp_path / "out") as folder:
         (folder / "half").write_text("written")
         with pytest.raises(CheckpointError, match="another run"):
             run(source, tmp_path / "out")

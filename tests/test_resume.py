@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from qmix.cli import app
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
-from qmix.quantize import gptq, output
+from qmix.formats.files import output_dir
+from qmix.quantize import gptq
 from qmix.verification import verify
 from qmix.weights.scheme import Recipe, Scheme
 
 LAYERS = 3
-STATE = output.STATE
+STATE = output_dir.STATE
 QUICK = gptq.Options(trials=1, refine=1)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,7 +152,7 @@ def test_layer_by_layer_with_the_tokens_now_in_memory_now_in_files(stopped):
         run(source, out, resumed=True, activation_bytes=0, interrupted=lambda: True)
     run(source, out, resumed=True)
     assert contents(out) == expected
-    report = json.loads((out / output.REPORT).read_text())
+    report = json.loads((out / output_dir.REPORT).read_text())
     assert len(report["tensors"]) == LAYERS * (4 + 3 * 4)  # of the layers before the stop too
 
 

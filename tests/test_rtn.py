@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.formats import gptq
-from qmix.formats.gptq_config import Settings
+from qmix.formats.layouts import gptq
+from qmix.formats.layouts.gptq_config import Settings
 from qmix.quantize import rtn, scales
 from qmix.weights.integers import unpack_codes
 from qmix.weights.scheme import Scheme

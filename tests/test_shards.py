@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError
-from qmix.formats import shards
-from qmix.formats.shards import Planned
+from qmix.formats.files import shards
+from qmix.formats.files.shards import Planned
 
 
 def planned(tensors):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError
-from qmix.quantize.output import MANIFEST, write_manifest
+from qmix.formats.files.output_dir import MANIFEST, write_manifest
 from qmix.verification import verify
 
 W2 = "model.layers.1.block_sparse_moe.experts.3.w2"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qmix.formats import Checkpoint
+from qmix.formats.files.shards import fresh
 from qmix.formats.names import ModelTensor
-from qmix.formats.shards import fresh
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.scheme import DENSE, Scheme

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
-from qmix.formats import awq, bnb, compressed, gptq, gptq_config
+from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
+from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq, gptq_config
+from qmix.formats.metadata import Outline, Packed, open_outline, wrong_shape
 from qmix.formats.names import ModelTensor
-from qmix.formats.outline import Outline, Packed, open_outline, wrong_shape
-from qmix.formats.shards import Allocate, Entry, Shards, fresh
 from qmix.weights.dense import Dense, Weight
 
 
@@ -98,7 +98,7 @@ class Checkpoint:
             case "bitsandbytes":
                 return bnb.unpack(read, prefix, where)
             case "compressed-tensors":
-                return compressed.unpack(read, prefix, where, shape)
+                return compressed_tensors.unpack(read, prefix, where, shape)
             case "AWQ":
                 return awq.unpack(read, prefix, where, shape)
             case "GPTQ":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.formats import bnb, gptq, gptq_config
+from qmix.formats.layouts import bnb, gptq, gptq_config
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.integers import Integers
 from qmix.weights.nf4 import NF4

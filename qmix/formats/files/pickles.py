@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats.headers import HEADER_BYTES, KNOWN_STARTS, open_regular
-from qmix.formats.shards import DTYPES, Entry
+from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS, open_regular
+from qmix.formats.files.shards import DTYPES, Entry
 
 # Before it the weights-only unpickler could be made to write outside its memory (CVE-2026-24747).
 _PYTORCH = (2, 10)

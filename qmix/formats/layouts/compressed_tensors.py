@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.formats.layouts import (
+from qmix.formats.layouts.checked_tensors import TYPES, Members, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts.module_patterns import patterns
+from qmix.formats.layouts.tensor_names import (
     PACKED,
     PACKED_G_IDX,
     SCALE,
@@ -20,8 +22,6 @@ from qmix.formats.layouts import (
     ZERO_POINT,
     compressed_bits,
 )
-from qmix.formats.members import TYPES, Members, unpack_words, zeros_or_symmetric
-from qmix.formats.patterns import patterns
 from qmix.weights.integers import Integers
 from qmix.weights.scheme import DENSE, Scheme
 

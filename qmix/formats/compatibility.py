@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qmix.errors import QmixError
-from qmix.formats import gptq_config
-from qmix.formats.layouts import Layout
-from qmix.weights.scheme import GROUP_SIZES, Scheme
+from qmix.formats.layouts import gptq_config, tensor_names
+from qmix.formats.layouts.tensor_names import Layout
+from qmix.formats.metadata import Outline
+from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
 Outcome = Literal["loads", "refuses", "noise", "unknown"]
 Dialect = Literal["classic", "gptqmodel"]
@@ -217,3 +218,28 @@ def _gptqmodel(contents: Contents) -> Verdict:
     elif layouts & {"compressed-tensors"} or not layouts:
         outcome, reason, tried = "unknown", "it is made for GPTQ and AWQ", False
     return Verdict(reader="gptqmodel 7.7", outcome=outcome, reason=reason, tried=tried)
+
+
+def contents_of(outline: Outline) -> Contents:
+    """What decides which programs load a checkpoint."""
+    packings = {tensor: outline.packing(tensor) for tensor in outline.tensors}
+    schemes = {
+        tensor.prefix: outline.scheme_of(tensor, packed) if packed else DENSE
+        for tensor, packed in packings.items()
+        if tensor.linear
+    }
+    classic = all(
+        outline.spelled[name] == name
+        for tensor, packed in packings.items()
+        if tensor.kind == "expert"
+        for name in (packed.members if packed else (tensor.name,))
+    )
+    found = frozenset(packed.layout for packed in packings.values() if packed)
+    beside = {"GPTQ": gptq_config.FILE, "AWQ": tensor_names.AWQ_FILE}
+    files = [beside[layout] for layout in found if layout in beside]
+    return Contents(
+        schemes=schemes,
+        layouts=found,
+        dialect="classic" if classic else "gptqmodel",
+        settings=outline.quantization_settings(files[0] if len(files) == 1 else None)[0],
+    )

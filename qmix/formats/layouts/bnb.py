@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qmix import strict_json
 from qmix.errors import CheckpointError
-from qmix.formats.layouts import (
+from qmix.formats.layouts.tensor_names import (
     ABSMAX,
     NESTED_ABSMAX,
     NESTED_QUANT_MAP,

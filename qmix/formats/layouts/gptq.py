@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.formats.gptq_config import Declared
-from qmix.formats.layouts import BIAS, G_IDX, QWEIGHT, QZEROS, SCALES, WORD_BITS, gptq_bits
-from qmix.formats.members import (
+from qmix.formats.layouts.checked_tensors import (
     TYPES,
     Members,
     pack_words,
     unpack_words,
     zeros_or_symmetric,
+)
+from qmix.formats.layouts.gptq_config import Declared
+from qmix.formats.layouts.tensor_names import (
+    BIAS,
+    G_IDX,
+    QWEIGHT,
+    QZEROS,
+    SCALES,
+    WORD_BITS,
+    gptq_bits,
 )
 from qmix.weights.integers import Integers, symmetric_zero
 from qmix.weights.scheme import Scheme

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
-from qmix.formats import headers, names, params, pickles, shards
+from qmix.formats import names
+from qmix.formats.files import pickles, safetensors_header, shards
+from qmix.formats.files.shards import Entry, Shards
+from qmix.formats.mistral import params
+from qmix.formats.mistral.detect import raw_files
+from qmix.formats.mistral.params import PARAMS
 from qmix.formats.names import ModelTensor
-from qmix.formats.params import PARAMS
-from qmix.formats.raw import raw_files
-from qmix.formats.shards import Entry, Shards
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -145,7 +147,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for path in files:
-        headers.inside(folder, path.name)
+        safetensors_header.inside(folder, path.name)
         read = shards.read_header if path.suffix == ".safetensors" else pickles.read_header
         for name, entry in read(path).items():
             if name in entries:

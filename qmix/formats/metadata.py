@@ -13,9 +13,11 @@ from typing import Any
 from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats import gptq_config, layouts, names, raw
-from qmix.formats.headers import DTYPES, Header, open_headers
-from qmix.formats.layouts import Layout
+from qmix.formats import names
+from qmix.formats.files.safetensors_header import DTYPES, Header, open_headers
+from qmix.formats.layouts import gptq_config, tensor_names
+from qmix.formats.layouts.tensor_names import Layout
+from qmix.formats.mistral import detect
 from qmix.formats.names import ModelTensor
 from qmix.weights.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
 
@@ -76,14 +78,14 @@ class Outline:
         prefix, spelled = tensor.prefix, self.spelled
         if not tensor.linear:
             return None
-        if members := layouts.bnb_members(prefix, spelled):
+        if members := tensor_names.bnb_members(prefix, spelled):
             return Packed("bitsandbytes", tuple(dict.fromkeys((tensor.name, *members))))
-        if members := layouts.compressed_members(prefix, spelled):
+        if members := tensor_names.compressed_members(prefix, spelled):
             return Packed("compressed-tensors", members)
-        members = layouts.awq_members(prefix, spelled)
+        members = tensor_names.awq_members(prefix, spelled)
         if members and self.header(members[0]).shape[:1] == tensor.shape[1:]:
             return Packed("AWQ", members)
-        if members := layouts.gptq_members(prefix, spelled):
+        if members := tensor_names.gptq_members(prefix, spelled):
             return Packed("GPTQ", members)
         return None
 
@@ -108,12 +110,12 @@ class Outline:
         bits: int | None = 4
         if packed.layout == "compressed-tensors":
             groups, symmetric = shapes["weight_scale"][-1], "weight_zero_point" not in shapes
-            bits = layouts.compressed_bits(shapes["weight_packed"][-1], columns)
+            bits = tensor_names.compressed_bits(shapes["weight_packed"][-1], columns)
         else:
             groups = shapes["scales"][0]
             symmetric = packed.layout == "GPTQ" and self.declared(packed).symmetric
             if packed.layout == "GPTQ":
-                bits = layouts.gptq_bits(shapes["qweight"][0], columns)
+                bits = tensor_names.gptq_bits(shapes["qweight"][0], columns)
         size = columns // max(groups, 1)
         return Scheme(
             kind="int8" if bits == 8 else "int4",
@@ -144,7 +146,7 @@ def open_outline(directory: str | Path) -> Outline:
             where=str(folder),
             remedy="Give the folder that holds config.json and the safetensors files.",
         )
-    raw.refuse_raw(folder)
+    detect.refuse_raw(folder)
     config = MixtralConfig.from_pretrained(folder)
     headers = open_headers(folder)
     spelled: dict[str, str] = {}
@@ -184,10 +186,10 @@ def _settings(outline: Outline) -> gptq_config.Settings:
     config = outline.config.quantization_config
     method = config.get("quant_method") if config else None
     if "compressed-tensors" in found:
-        layouts.check_compressed(*outline.quantization_settings(None))
+        tensor_names.check_compressed(*outline.quantization_settings(None))
     # AWQ's other versions may look like GPTQ without g_idx; the config tells them by name.
     if "AWQ" in found or ("GPTQ" in found and method == "awq"):
-        layouts.check_awq(*outline.quantization_settings(layouts.AWQ_FILE))
+        tensor_names.check_awq(*outline.quantization_settings(tensor_names.AWQ_FILE))
     if "GPTQ" in found:
         return gptq_config.settings(*outline.quantization_settings(gptq_config.FILE))
     return gptq_config.Settings()

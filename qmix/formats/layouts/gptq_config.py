@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats.layouts import KINDS, unlisted
-from qmix.formats.patterns import patterns
+from qmix.formats.layouts.module_patterns import patterns
+from qmix.formats.layouts.tensor_names import KINDS, unlisted
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
 FILE = "quantize_config.json"  # where AutoGPTQ kept the settings, beside config.json

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats.layouts import WORD_BITS
+from qmix.formats.layouts.tensor_names import WORD_BITS
 from qmix.weights.integers import Int4, Int8, Integers, symmetric_zero
 from qmix.weights.scheme import GROUP_SIZES
 

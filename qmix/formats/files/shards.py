@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.formats import headers
-from qmix.formats.headers import INDEX, Header, open_headers, open_regular
+from qmix.formats.files import safetensors_header
+from qmix.formats.files.safetensors_header import INDEX, Header, open_headers, open_regular
 
 _ALIGNMENT = 8
 
 DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, spelled) for name, (spelled, _) in headers.DTYPES.items()
+    name: getattr(torch, spelled) for name, (spelled, _) in safetensors_header.DTYPES.items()
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -99,7 +99,7 @@ def open_shards(directory: str | Path) -> Shards:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file; see headers.read_header."""
-    return {name: _entry(header) for name, header in headers.read_header(path).items()}
+    return {name: _entry(header) for name, header in safetensors_header.read_header(path).items()}
 
 
 def _entry(header: Header) -> Entry:

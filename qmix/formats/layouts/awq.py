@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qmix.formats.layouts import QWEIGHT, QZEROS, SCALES
-from qmix.formats.members import Members, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts.checked_tensors import Members, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts.tensor_names import QWEIGHT, QZEROS, SCALES
 from qmix.weights.integers import Int4
 
 _WORD_CODES = 8
