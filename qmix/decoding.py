@@ -19,7 +19,7 @@ from qmix import kernels
 from qmix.cache import KVCache
 from qmix.choice import Draw
 from qmix.decoder_layer import DecoderLayer
-from qmix.experts.device import DeviceExperts, DeviceStore
+from qmix.experts.gpu_store import DeviceExperts, DeviceStore
 from qmix.kernels import Packed, PackedExperts
 from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.model import Decoder

@@ -16,16 +16,10 @@ from torch import Tensor, nn
 
 from qmix import machine, plan
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
-from qmix.experts import disk, heat
+from qmix.experts import disk_store, heat_file
 from qmix.experts.arena import HostArena, SlotArena
-from qmix.experts.device import (
-    CudaCopier,
-    DeviceExperts,
-    DeviceStore,
-    HostCopier,
-    pairs_on_host,
-)
-from qmix.experts.disk import DiskStore
+from qmix.experts.disk_store import DiskStore
+from qmix.experts.gpu_store import CudaCopier, DeviceExperts, DeviceStore, HostCopier, pairs_on_host
 from qmix.experts.policy import HEAT, Policy, Settings
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
@@ -68,10 +62,10 @@ class Memory:
         if tiers.remembers:
             names = (t.name for t in checkpoint.tensors if t.kind == "router")
             bits = (checkpoint.read(name).view(torch.uint8).numpy().tobytes() for name in names)
-            self._model = heat.fingerprint(bits)
+            self._model = heat_file.fingerprint(bits)
             folder = machine.measurements_path().parent / "heat"
             self._path = folder / f"{self._model[:16]}.json"
-            known = heat.read_if_good(self._path, experts=self._count, model=self._model)
+            known = heat_file.read_if_good(self._path, experts=self._count, model=self._model)
         self.policy = Policy(self._count, tiers.settings, heat=known)
 
     def keep(self, store: DiskStore | DeviceStore) -> None:
@@ -84,7 +78,7 @@ def _save(path: Path, model: str, residency: Residency) -> None:
     if not residency.counts.tokens:
         return
     try:
-        heat.save(path, residency.policy.heat, model=model)
+        heat_file.save(path, residency.policy.heat, model=model)
     except CheckpointError as error:
         warnings.warn(f"{error} The next run starts without it.", stacklevel=2)
 
@@ -141,12 +135,12 @@ def on_the_host(
     if tiers.host < least:
         raise ResourceError(
             "too little host memory for one token's experts",
-            expected=f"{least} experts of {reader.blob_bytes / 2**20:.1f} MiB, and {disk.BUFFERS} buffers",
+            expected=f"{least} experts of {reader.blob_bytes / 2**20:.1f} MiB, and {disk_store.BUFFERS} buffers",
             found=f"room for {tiers.host}",
             remedy="Give a larger ram.",
         )
     policy.settings = replace(policy.settings, uploads=0)
-    arena = HostArena(tiers.host + disk.BUFFERS, reader.blob_bytes)
+    arena = HostArena(tiers.host + disk_store.BUFFERS, reader.blob_bytes)
     store = DiskStore(reader, arena, Residency(len(reader), tiers.host, policy), per_layer)
     for index, block in enumerate(blocks):
         block.store(store.layer(index))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UsageError
-from qmix.experts import heat as heat_file
+from qmix.experts import heat_file
 from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, Settings
 
 TOKENS = st.lists(st.lists(st.integers(0, 5), max_size=8), max_size=40)

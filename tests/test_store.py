@@ -21,8 +21,8 @@ from qmix import kernels
 from qmix.errors import ResourceError
 from qmix.experts import arena
 from qmix.experts.arena import HostArena, SlotArena
-from qmix.experts.device import DeviceExperts, DeviceStore
-from qmix.experts.path import PathChoice
+from qmix.experts.gpu_store import DeviceExperts, DeviceStore
+from qmix.experts.miss_path import PathChoice
 from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
 from qmix.kernels.cpu import packed_moe as host

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.experts.arena import HostArena, SlotArena
-from qmix.experts.path import PathChoice
+from qmix.experts.miss_path import PathChoice
 from qmix.experts.residency import Residency, Upload
 from qmix.experts.store import STEP_TOKENS, Moved, Statistics, Store, StoredExperts, chosen_ids
 from qmix.kernels import PackedExperts, Routes
