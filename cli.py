@@ -18,7 +18,7 @@ import typer
 
 from qmix import __version__, plan_commands, terminal, trace_commands
 from qmix.errors import QmixError, UsageError
-from qmix.sizes import parse_size
+from qmix.planning.byte_sizes import parse_size
 
 if TYPE_CHECKING:
     from qmix.generate import GenerationConfig

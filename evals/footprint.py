@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from qmix.errors import QmixError
 from qmix.evals import bench
-from qmix.footprint import Model
 from qmix.formats.metadata import open_outline
 from qmix.heads import MixtralForCausalLM
 from qmix.layers import Linear
-from qmix.plan import plan
+from qmix.planning.footprint import Model
+from qmix.planning.plan import plan
 
 _PARTS = ("experts", "attention", "embeddings", "head", "router and norms")
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from qmix import MixtralForCausalLM, __version__, bounds, machine, plan
-from qmix.bounds import Rate, Rates
+from qmix import MixtralForCausalLM, __version__
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals.bandwidth import copy_bandwidth, disk_bandwidth, link_bandwidth, read_bandwidth
 from qmix.formats.metadata import open_outline
 from qmix.generate import GenerationConfig, stream
-from qmix.sizes import parse_size, show
+from qmix.planning import machine, plan, roofline
+from qmix.planning.byte_sizes import parse_size, show
+from qmix.planning.roofline import Rate, Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Record:
         ids: that were generated.
         bandwidths: bytes a second, measured after the run: of the host's memory, of the disk that the
             checkpoint lies on with nothing cached, and with a GPU of its memory and of the link.
-        bound_tokens_per_s: of the plan's step (qmix.bounds) at the hit rate that was met. What the
+        bound_tokens_per_s: of the plan's step (qmix.planning.roofline) at the hit rate that was met. What the
             system's page cache serves in the disk's place is faster.
         experts: what the store did after loading.
     """
@@ -224,7 +225,7 @@ def _seconds(
         return planned.step.seconds("resident" if gpu else "host", rates)
     hit = store.statistics().hit_rate
     if gpu:
-        path: bounds.Path = "cpu" if store.statistics().path == "cpu" else "link"
+        path: roofline.Path = "cpu" if store.statistics().path == "cpu" else "link"
         return replace(planned.step, hit=hit).seconds(path, rates)
     return replace(planned.step, hit=hit, cold=1 - hit).seconds("host and disk", rates)
 

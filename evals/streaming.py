@@ -9,13 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qmix import bills, kernels, loader
+from qmix import kernels, loader
 from qmix.decoder_layer import DecoderLayer
-from qmix.footprint import Model
 from qmix.formats import Checkpoint
 from qmix.layers import Linear, RMSNorm, Step
 from qmix.model import embedding
-from qmix.plan import check_memory
+from qmix.planning import budget
+from qmix.planning.footprint import Model
+from qmix.planning.plan import check_memory
 
 BATCH_TOKENS = 4096  # tokens a pass: enough to give every expert of 8 some hundred
 
@@ -45,7 +46,7 @@ class Scorer:
         self._dtype = dtype or checkpoint.dtype
         if self._device.type == "cpu":
             model = Model.of(checkpoint.outline, str(self._dtype).removeprefix("torch."))
-            check_memory(bills.of_scoring(model, *ids.shape))
+            check_memory(budget.of_scoring(model, *ids.shape))
         self._norm, self._head = self._tail()
         self._hidden = self._run(ids, progress)
 

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from qmix import cards, machine
-from qmix.machine import Gpu, Measured
-from qmix.sizes import show
+from qmix.planning import gpus as cards
+from qmix.planning import machine
+from qmix.planning.byte_sizes import show
+from qmix.planning.machine import Gpu, Measured
 
 State = Literal["ok", "slow", "fails", "note"]
 

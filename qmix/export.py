@@ -14,14 +14,14 @@ from typing import Literal
 from torch import Tensor
 
 import qmix
-from qmix import bills
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
 from qmix.formats.files.shards import Planned
 from qmix.formats.layouts import compressed_tensors, gptq, gptq_config, tensor_names
 from qmix.formats.names import ModelTensor
-from qmix.plan import check_memory
+from qmix.planning import budget
+from qmix.planning.plan import check_memory
 from qmix.quantize import pipeline
 from qmix.weights.integers import Integers
 from qmix.weights.scheme import DENSE, Scheme
@@ -74,7 +74,7 @@ def run(
     plan = [_planned(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
     output_dir.check_space(out, sum(one.nbytes for group in plan for one in group))
     largest = max(header.nbytes for header in checkpoint.outline.headers.values())
-    check_memory(bills.of_rewriting(largest))
+    check_memory(budget.of_rewriting(largest))
     schemes: dict[str, Scheme] = {}  # of the linear layers
     scattered = 0
 

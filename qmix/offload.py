@@ -1,6 +1,6 @@
 """From a number of experts in each tier to stores that hold them, and to a model over the stores.
 
-Knows modules by their names and their blocks' `store`; how many fit where is the plan's (qmix.plan).
+Knows modules by their names and their blocks' `store`; how many fit where is the plan's (qmix.planning.plan).
 """
 
 import time
@@ -14,7 +14,6 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from qmix import machine, plan
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.experts import disk_store, heat_file
 from qmix.experts.arena import HostArena, SlotArena
@@ -26,7 +25,8 @@ from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
 from qmix.kernels import PackedExperts, Routes
 from qmix.layers import SparseMoeBlock
-from qmix.sizes import parse_size
+from qmix.planning import machine, plan
+from qmix.planning.byte_sizes import parse_size
 from qmix.weights.packed.layout import pack_expert
 
 

@@ -6,20 +6,22 @@ Looks at the machine by `machine`, computes by `plan` and `outlook`, draws plain
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmix import cards, machine, strict_json
-from qmix.bills import Bill
-from qmix.bounds import Rate, Rates
-from qmix.cards import Card
+from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
-from qmix.footprint import Model
 from qmix.formats import names
 from qmix.formats.files.safetensors_header import INDEX, SINGLE
 from qmix.formats.metadata import open_outline
 from qmix.formats.mistral.detect import refuse_raw
-from qmix.outlook import Outlook, Quantization, Speed, figure, outlook, rates_used
-from qmix.plan import plan
-from qmix.sizes import parse_size, show
+from qmix.planning import gpus as cards
+from qmix.planning import machine
+from qmix.planning.budget import Bill
+from qmix.planning.byte_sizes import parse_size, show
+from qmix.planning.estimate import Outlook, Quantization, Speed, figure, outlook, rates_used
+from qmix.planning.footprint import Model
+from qmix.planning.gpus import Card
+from qmix.planning.plan import plan
+from qmix.planning.roofline import Rate, Rates
 from qmix.weights.scheme import DENSE, Scheme
 
 # Where nothing was measured: two channels of DDR4 as a matrix-vector product reads them (38 GB/s in

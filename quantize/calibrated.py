@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 import qmix
-from qmix import bills, effort
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
 from qmix.formats.files.shards import ShardWriter
 from qmix.formats.names import ModelTensor
 from qmix.model import embedding
-from qmix.plan import check_memory
+from qmix.planning import budget, quantize_cost
+from qmix.planning.plan import check_memory
 from qmix.quantize import layerwise, pipeline, resume
 from qmix.quantize.activations import Activations
 from qmix.quantize.calibration import Calibration
@@ -133,7 +133,7 @@ def _effort(
     checkpoint: Checkpoint, calibration: Calibration, options: Options, layers: int, seconds: float
 ) -> Effort:
     rounding = options.layer.rounding
-    work = effort.work(
+    work = quantize_cost.work(
         checkpoint.config,
         calibration.ids.numel(),
         correct=options.layer.correct,
@@ -146,7 +146,7 @@ def _effort(
         peak_bytes=work.peak_bytes,
         resident_bytes=_resident_bytes(),
         gpu_seconds=work.gpu_seconds(32),
-        gpu_flops=effort.GPU_FLOPS,
+        gpu_flops=quantize_cost.GPU_FLOPS,
     )
 
 
@@ -227,7 +227,7 @@ class _Work:
         token_bytes = array_bytes * (2 * len(self.streams) + len(self.streams) - 1)
         self.in_memory = token_bytes <= options.activation_bytes
         held = token_bytes if self.in_memory else 0
-        self.bill = bills.of_calibration(checkpoint.config, self.ids.numel(), held)
+        self.bill = budget.of_calibration(checkpoint.config, self.ids.numel(), held)
         self.bytes_out = sum(one.nbytes for item in items for one in item.planned)
         self.bytes_needed = self.bytes_out + token_bytes
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 import qmix
-from qmix import bills
 from qmix.errors import CheckpointError
 from qmix.formats.files import output_dir, shards
 from qmix.formats.files.shards import Planned
 from qmix.formats.mistral import checkpoint
 from qmix.formats.mistral.checkpoint import RawCheckpoint
 from qmix.formats.names import ModelTensor
-from qmix.plan import check_memory
+from qmix.planning import budget
+from qmix.planning.plan import check_memory
 from qmix.text.sentencepiece_file import MODEL_FILE, read_model
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -83,7 +83,7 @@ def run(
     ]
     total = sum(group[0].nbytes for group in groups)
     output_dir.check_space(out, total)
-    check_memory(bills.of_rewriting(max(group[0].nbytes for group in groups)))
+    check_memory(budget.of_rewriting(max(group[0].nbytes for group in groups)))
     dtype = str(groups[0][0].dtype).removeprefix("torch.")
 
     def converted() -> Iterator[dict[str, Tensor]]:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 import qmix
-from qmix import bills
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
 from qmix.formats.files.shards import Planned
 from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
-from qmix.plan import check_memory
+from qmix.planning import budget
+from qmix.planning.plan import check_memory
 from qmix.quantize import nf4, rtn
 from qmix.quantize.report import Report, TensorResult
 from qmix.weights.dense import Dense, Weight
@@ -100,7 +100,7 @@ def run(
     groups = [item.planned for item in items]
     output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))
     largest = max(checkpoint.entry(item.tensor.name).nbytes for item in items)
-    check_memory(bills.of_rewriting(largest))
+    check_memory(budget.of_rewriting(largest))
     results: list[TensorResult] = []
 
     def converted() -> Iterator[dict[str, Tensor]]:

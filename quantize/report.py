@@ -76,7 +76,7 @@ class KindSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What a calibrated run took, and would take elsewhere, by the arithmetic of `qmix.effort`.
+    """What a calibrated run took, and would take elsewhere, by the arithmetic of `qmix.planning.quantize_cost`.
 
     Attributes:
         layers: that were rounded. layer_seconds: of their rounding.

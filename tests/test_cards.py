@@ -2,8 +2,8 @@
 
 import pytest
 
-from qmix import cards
 from qmix.errors import UsageError
+from qmix.planning import gpus
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,13 @@ from qmix.errors import UsageError
     ],
 )
 def test_cards_are_found_as_people_name_them(text, name):
-    assert cards.find(text).name == name
+    assert gpus.find(text).name == name
 
 
 @pytest.mark.parametrize("text", ["3080", "", "a100", "rtx", "abacus"])
 def test_what_is_none_or_several_is_told(text):
     with pytest.raises(UsageError, match="--card"):
-        cards.find(text)
+        gpus.find(text)
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,17 @@ def test_what_is_none_or_several_is_told(text):
     ],
 )
 def test_cards_are_known_by_their_drivers_names(device, name):
-    found = cards.known(device)
+    found = gpus.known(device)
     assert (found.name if found else None) == name
 
 
 def test_the_table_is_plausible():
-    assert len({card.name for card in cards.CARDS}) == len(cards.CARDS)
-    for card in cards.CARDS:
+    assert len({card.name for card in gpus.CARDS}) == len(gpus.CARDS)
+    for card in gpus.CARDS:
         assert 0.88 < card.vram / (card.nominal << 30) < 1.05, card  # as drivers report it
         assert 2e11 < card.bandwidth < 1e13
         assert card.read_bandwidth < card.bandwidth
         assert card.source
-    assert not cards.find("T4").supported
-    assert cards.of_size(24 << 30).name == "RTX 3090"
-    assert cards.of_size(16 << 30).supported
+    assert not gpus.find("T4").supported
+    assert gpus.of_size(24 << 30).name == "RTX 3090"
+    assert gpus.of_size(16 << 30).supported

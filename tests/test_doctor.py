@@ -6,8 +6,9 @@ import pytest
 from test_cli import qmix
 from test_plan_commands import CARD, GIB
 
-from qmix import doctor, machine
-from qmix.machine import Gpu, Measured, Memory
+from qmix import doctor
+from qmix.planning import machine
+from qmix.planning.machine import Gpu, Measured, Memory
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from conftest import ROOT, small_model
 
 from qmix.evals import footprint as reality
 from qmix.evals import synthetic
-from qmix.footprint import Model, on_device
 from qmix.formats import open_checkpoint
 from qmix.formats.metadata import open_outline
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
 from qmix.layers import Attention, Linear, SparseMoeBlock
 from qmix.placement import Placement
+from qmix.planning.footprint import Model, on_device
 from qmix.quantize import pipeline
 from qmix.weights.scheme import NF4, Recipe, Scheme
 

@@ -5,12 +5,13 @@ import raw_mistral
 import torch
 from conftest import TINY, small_model
 
-from qmix import export, machine
+from qmix import export
 from qmix.errors import ResourceError
 from qmix.evals.streaming import Scorer
 from qmix.formats import open_checkpoint
 from qmix.heads import MixtralForCausalLM
-from qmix.machine import Memory
+from qmix.planning import machine
+from qmix.planning.machine import Memory
 from qmix.quantize import calibrated, calibration, conversion, pipeline
 from qmix.weights.scheme import NF4, Recipe, Scheme
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from qmix import machine
-from qmix.machine import Measured
+from qmix.planning import machine
+from qmix.planning.machine import Measured
 
 GIB = 1 << 30
 MEMINFO = "MemTotal: 33554432 kB\nMemFree: 1 kB\nMemAvailable: 20971520 kB\n"

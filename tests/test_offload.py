@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_cli import qmix
 from test_export import write
 
-from qmix import kernels, loader, machine, plan
+from qmix import kernels, loader
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.evals import bench
 from qmix.evals import offload as offload_record
@@ -24,6 +24,7 @@ from qmix.formats.files import shards
 from qmix.generate import GenerationConfig
 from qmix.heads import MixtralForCausalLM
 from qmix.offload import Tiers
+from qmix.planning import machine, plan
 from qmix.quantize import pipeline
 from qmix.session import Session
 from qmix.text.tokenizer import LlamaTokenizer

@@ -9,14 +9,14 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmix import bills, bounds, effort, machine
-from qmix.bounds import Rate, Rates
 from qmix.config import MixtralConfig
 from qmix.errors import ResourceError, UsageError
-from qmix.footprint import Model, on_device, on_host
-from qmix.outlook import outlook
-from qmix.plan import Plan, check_memory, plan
-from qmix.sizes import parse_size
+from qmix.planning import budget, machine, quantize_cost, roofline
+from qmix.planning.byte_sizes import parse_size
+from qmix.planning.estimate import outlook
+from qmix.planning.footprint import Model, on_device, on_host
+from qmix.planning.plan import Plan, check_memory, plan
+from qmix.planning.roofline import Rate, Rates
 from qmix.weights.scheme import DENSE, NF4, Scheme
 
 GIB = 1 << 30
@@ -78,7 +78,7 @@ def test_what_a_token_reads_beside_experts_is_the_references():
     ],
 )
 def test_bounds_are_those_of_the_references_table(slots, copied, slow_cpu, fast_cpu):
-    step = bounds.Step(dense=0.98e9, visits=64, expert=93.6e6, hit=slots / 256, layers=32)
+    step = roofline.Step(dense=0.98e9, visits=64, expert=93.6e6, hit=slots / 256, layers=32)
     fast = replace(RATES, host=Rate(60e9, "test"))
     assert 1 / step.seconds("link", RATES) == pytest.approx(copied, rel=0.02)
     assert 1 / step.seconds("cpu", RATES) == pytest.approx(slow_cpu, rel=0.02)
@@ -253,7 +253,7 @@ def test_check_memory_names_what_is_needed_and_free(monkeypatch):
     with pytest.raises(ResourceError, match=r"found 1.00 GiB free"):
         check_memory(found)
     with pytest.raises(ResourceError, match=r"host memory"):
-        check_memory(bills.of_rewriting(GIB))
+        check_memory(budget.of_rewriting(GIB))
     device = plan(MIXTRAL, gpu=True)
     check_memory(device, ram_free=GIB * 4, vram_free=26 * GIB)
     with pytest.raises(ResourceError, match=r"device memory"):
@@ -263,7 +263,7 @@ def test_check_memory_names_what_is_needed_and_free(monkeypatch):
 def test_the_small_model_is_never_refused_for_memory():
     """What it takes beside the process is less than any machine that runs torch has free."""
     assert plan(SMALL, gpu=False).host_bill.loaded < 150 << 20
-    assert bills.of_scoring(SMALL, 4, 512).loaded < 150 << 20
+    assert budget.of_scoring(SMALL, 4, 512).loaded < 150 << 20
     check_memory(plan(SMALL, gpu=False), ram_free=200 << 20)
 
 
@@ -312,8 +312,8 @@ def test_the_disk_is_counted_in_the_bound():
 
 def test_work_is_the_logs():
     """evals/LOG.md: 146 TFLOP a layer of 8 x 512 tokens; 83 PFLOP and 37 minutes in all of 256 x 2048."""
-    assert effort.work(FULL, 8 * 512).flops == pytest.approx(146e12, rel=0.01)
-    whole = effort.work(FULL, 256 * 2048)
+    assert quantize_cost.work(FULL, 8 * 512).flops == pytest.approx(146e12, rel=0.01)
+    whole = quantize_cost.work(FULL, 256 * 2048)
     assert 32 * whole.flops == pytest.approx(83e15, rel=0.01)
     assert whole.gpu_seconds(32) == pytest.approx(37 * 60, rel=0.02)
 

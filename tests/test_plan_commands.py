@@ -7,9 +7,10 @@ import time
 import pytest
 from test_cli import qmix
 
-from qmix import machine, planner
-from qmix.machine import Gpu, Measured, Memory
+from qmix import planner
 from qmix.planner import Request
+from qmix.planning import machine
+from qmix.planning.machine import Gpu, Measured, Memory
 
 GIB = 1 << 30
 CARD = Gpu(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.sizes import parse_size, show
+from qmix.planning.byte_sizes import parse_size, show
 
 
 @pytest.mark.parametrize(

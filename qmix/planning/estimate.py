@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qmix import bills, bounds, cards, effort
-from qmix.bounds import Path, Rates
 from qmix.errors import ResourceError
-from qmix.footprint import Model
-from qmix.plan import Plan, plan
+from qmix.planning import budget, gpus, quantize_cost, roofline
+from qmix.planning.footprint import Model
+from qmix.planning.plan import Plan, plan
+from qmix.planning.roofline import Path, Rates
 from qmix.weights.scheme import Scheme
 
 # 9.23 GB of bfloat16 to NF4 in 36 s on two processors, checksums and fsync included (evals/LOG.md).
@@ -141,8 +141,8 @@ def _speeds(planned: Plan, rates: Rates) -> Iterator[Speed]:
             path=path,
             bound=bound,
             bound_full=planned.batch / full.seconds(path, rates),
-            expected=bounds.SHARE[path] * bound,
-            share=bounds.SHARE[path],
+            expected=roofline.SHARE[path] * bound,
+            share=roofline.SHARE[path],
         )
 
 
@@ -154,7 +154,7 @@ def fastest(planned: Plan, rates: Rates) -> Speed:
 def _quantization(target: Model, source: Model) -> Iterator[Quantization]:
     assumed = target.assumed
     assert assumed is not None
-    bytes_in, peak = source.stored, 3 * source.largest + bills.PROCESS_BYTES
+    bytes_in, peak = source.stored, 3 * source.largest + budget.PROCESS_BYTES
     yield Quantization(
         method="nf4" if assumed.kind == "nf4" else "rtn",
         scheme=str(assumed),
@@ -167,7 +167,7 @@ def _quantization(target: Model, source: Model) -> Iterator[Quantization]:
         source="0.256 GB/s, measured on two processors",
     )
     integers = assumed if assumed.kind == "int4" else Scheme(kind="int4")
-    work = effort.work(target.config, _CALIBRATION)
+    work = quantize_cost.work(target.config, _CALIBRATION)
     layers = target.config.num_hidden_layers
     tokens = _TOKEN_ARRAYS * _CALIBRATION * target.config.hidden_size * 4
     in_memory = tokens if tokens <= _ARRAYS_IN_MEMORY else 0
@@ -178,11 +178,11 @@ def _quantization(target: Model, source: Model) -> Iterator[Quantization]:
         bytes_in=bytes_in,
         bytes_out=fitted.stored,
         scratch=0 if in_memory else tokens,
-        peak=work.peak_bytes + in_memory + bills.PROCESS_BYTES,
+        peak=work.peak_bytes + in_memory + budget.PROCESS_BYTES,
         seconds=layers * work.flops / CPU_FLOPS,
         gpu_seconds=work.gpu_seconds(layers),
         source=f"{layers * work.flops / 1e15:.3g} PFLOP at {CPU_FLOPS / 1e9:.0f} GFLOP/s, or "
-        f"{effort.GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU: by arithmetic",
+        f"{quantize_cost.GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU: by arithmetic",
     )
 
 
@@ -245,14 +245,14 @@ def _other_schemes(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
 def _other_cards(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
     """The smallest cards that hold everything."""
     needed = planned.device_bill.total - planned.device_bill["experts"]
-    best: list[cards.Card] = []
-    for card in cards.CARDS:
+    best: list[gpus.Card] = []
+    for card in gpus.CARDS:
         if card.supported and card.vram > (planned.vram or 0):
             other = _again(planned, vram=card.vram)
             if other is not None and other.resident:
                 best.append(card)
     for card in sorted(best, key=lambda card: (card.nominal, card.bandwidth))[:2]:
-        on_card = replace(rates, device=bounds.Rate(card.read_bandwidth, card.source))
+        on_card = replace(rates, device=roofline.Rate(card.read_bandwidth, card.source))
         other = _again(planned, vram=card.vram)
         assert other is not None
         yield Suggestion(

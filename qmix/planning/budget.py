@@ -7,9 +7,9 @@ window.
 
 from dataclasses import dataclass
 
-from qmix import effort
 from qmix.config import MixtralConfig
-from qmix.footprint import ITEM_BYTES, Footprint, Model
+from qmix.planning import quantize_cost
+from qmix.planning.footprint import ITEM_BYTES, Footprint, Model
 
 CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens at a time (qmix.generate)
 
@@ -130,7 +130,7 @@ def of_rewriting(largest: int) -> Bill:
 
 def of_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> Bill:
     """Host memory of GPTQ: the arrays of one matrix, and `in_memory` bytes of tokens."""
-    work = effort.work(config, tokens)
+    work = quantize_cost.work(config, tokens)
     return Bill(
         (
             Line("arrays of a matrix", work.peak_bytes),

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qmix import bills, bounds, machine
-from qmix.bills import READ_BUFFERS, Bill, Line
 from qmix.errors import ResourceError, UsageError
-from qmix.footprint import Footprint, Model
 from qmix.formats.metadata import Outline
-from qmix.sizes import show
+from qmix.planning import budget as bills
+from qmix.planning import machine, roofline
+from qmix.planning.budget import READ_BUFFERS, Bill, Line
+from qmix.planning.byte_sizes import show
+from qmix.planning.footprint import Footprint, Model
 
 CONTEXT = 4096  # positions that are planned for where nobody says how many
 
@@ -54,7 +55,7 @@ class Plan:
     host_bill: Bill
     largest_context: int
     resident_context: int
-    step: bounds.Step
+    step: roofline.Step
 
     @property
     def bill(self) -> Bill:
@@ -282,12 +283,12 @@ class _Fitting:
             return bills.beside_device(self.model, self.footprint)
         return bills.of_host(self.model, self.footprint, context, self.batch)
 
-    def step(self, split: _Split) -> bounds.Step:
+    def step(self, split: _Split) -> roofline.Step:
         """Distinct experts of B rows are E (1 - (1 - k/E)^B) a layer if rows choose independently."""
         config, every = self.model.config, self.model.experts
         missed = (1 - config.num_experts_per_tok / self.per_layer) ** self.batch
         held = split.slots if self.gpu else split.host
-        return bounds.Step(
+        return roofline.Step(
             dense=self.footprint.reads,
             visits=config.num_hidden_layers * self.per_layer * (1 - missed),
             expert=self.footprint.whole / every,
