@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qmix.cache import KVCache
 from qmix.errors import UsageError
 from qmix.evals import traffic
 from qmix.evals.bandwidth import copy_bandwidth, seconds, synchronize
@@ -28,6 +27,7 @@ from qmix.evals.traffic import Traffic
 from qmix.experts.store import Statistics
 from qmix.generate import GenerationConfig, Token, stream
 from qmix.heads import MixtralForCausalLM
+from qmix.nn.cache import KVCache
 
 # Steps whose distinct experts are counted; each is run once more, outside the timing.
 _COUNTED_STEPS = 8

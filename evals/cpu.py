@@ -31,14 +31,15 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.config import MixtralConfig
-from qmix.decoder_layer import DecoderLayer, one_token
 from qmix.errors import QmixError, ResourceError
 from qmix.evals.bandwidth import seconds
 from qmix.evals.llama import Llama, llama
 from qmix.kernels import Routes, tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.moe import routed
-from qmix.layers import Linear, Step
+from qmix.nn.attention import Step
+from qmix.nn.decoder_layer import DecoderLayer, one_token
+from qmix.nn.linear import Linear
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.integers import Int4

@@ -19,7 +19,7 @@ from qmix.errors import QmixError
 from qmix.evals import bench
 from qmix.formats.metadata import open_outline
 from qmix.heads import MixtralForCausalLM
-from qmix.layers import Linear
+from qmix.nn.linear import Linear
 from qmix.planning.footprint import Model
 from qmix.planning.plan import plan
 

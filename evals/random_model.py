@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.decoder_layer import DecoderLayer
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
-from qmix.layers import Linear
+from qmix.nn.decoder_layer import DecoderLayer
+from qmix.nn.linear import Linear
 from qmix.weights.packed import codes
 from qmix.weights.packed.layout import PackedExpert, PackedMatrix
 from qmix.weights.packed.tile_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from qmix import kernels
-from qmix.decoder_layer import DecoderLayer
 from qmix.errors import UsageError
 from qmix.evals import traffic
 from qmix.experts.policy import ONE
@@ -19,6 +18,7 @@ from qmix.experts.trace import Header, Recorder
 from qmix.generate import PREFILL_CHUNK
 from qmix.generation_config import GenerationConfig
 from qmix.heads import MixtralForCausalLM
+from qmix.nn.decoder_layer import DecoderLayer
 from qmix.text.tokenizer import LlamaTokenizer
 
 Progress = Callable[[int, int], None]

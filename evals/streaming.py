@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qmix import kernels, loader
-from qmix.decoder_layer import DecoderLayer
 from qmix.formats import Checkpoint
-from qmix.layers import Linear, RMSNorm, Step
-from qmix.model import embedding
+from qmix.nn.attention import Step
+from qmix.nn.decoder import embedding
+from qmix.nn.decoder_layer import DecoderLayer
+from qmix.nn.linear import Linear, RMSNorm
 from qmix.planning import budget
 from qmix.planning.footprint import Model
 from qmix.planning.plan import check_memory

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qmix.cache import KVCache
 from qmix.heads import MixtralForCausalLM
-from qmix.layers import Linear, SparseMoeBlock, SwiGLU
+from qmix.nn.cache import KVCache
+from qmix.nn.linear import Linear
+from qmix.nn.moe import SparseMoeBlock, SwiGLU
 
 
 @dataclass(frozen=True)

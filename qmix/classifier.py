@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.layers import Linear, initialise
-from qmix.losses import classification_loss, problem_of
 from qmix.mixtral import MixtralModel, Past
-from qmix.outputs import SequenceClassifierOutputWithPast
+from qmix.nn.linear import Linear, initialise
+from qmix.nn.losses import classification_loss, problem_of
+from qmix.nn.outputs import SequenceClassifierOutputWithPast
 from qmix.pretrained import PreTrainedModel
 
 

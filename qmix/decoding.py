@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.cache import KVCache
 from qmix.choice import Draw
-from qmix.decoder_layer import DecoderLayer
 from qmix.experts.gpu_store import DeviceExperts, DeviceStore
 from qmix.kernels import Packed, PackedExperts
-from qmix.layers import Attention, Linear, SparseMoeBlock
-from qmix.model import Decoder
+from qmix.nn.attention import Attention
+from qmix.nn.cache import KVCache
+from qmix.nn.decoder import Decoder
+from qmix.nn.decoder_layer import DecoderLayer
+from qmix.nn.linear import Linear
+from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense
 from qmix.weights.packed.layout import PackedMatrix
 

@@ -14,13 +14,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from qmix.cache import KVCache
 from qmix.choice import Choice, Draw
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation_config import MAX_NEW_TOKENS, GenerationConfig
 from qmix.logits_processors import LogitsProcessor
-from qmix.outputs import GenerateDecoderOnlyOutput
+from qmix.nn.cache import KVCache
+from qmix.nn.outputs import GenerateDecoderOnlyOutput
 from qmix.prompt import (
     check_embedded,
     check_prompt,

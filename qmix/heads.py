@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from qmix import generate as generation
-from qmix.cache import Cache, KVCache
 from qmix.choice import Draw
 from qmix.classifier import MixtralForSequenceClassification
 from qmix.config import MixtralConfig
@@ -21,11 +20,12 @@ from qmix.decoding import Decodings
 from qmix.errors import UsageError
 from qmix.generate import Drawn
 from qmix.generation_config import GenerationConfig
-from qmix.layers import Linear, initialise
 from qmix.logits_processors import LogitsProcessor
-from qmix.losses import load_balancing_loss, next_token_loss
 from qmix.mixtral import MixtralModel, Pairs, Past
-from qmix.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
+from qmix.nn.cache import Cache, KVCache
+from qmix.nn.linear import Linear, initialise
+from qmix.nn.losses import load_balancing_loss, next_token_loss
+from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
 from qmix.pretrained import PreTrainedModel
 from qmix.stopping import StoppingCriterion
 from qmix.streamers import Streamer

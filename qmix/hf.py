@@ -48,7 +48,7 @@ def tokenizer(own: LlamaTokenizer) -> "Tokenizer":
 
 
 class _Columns:
-    """A transformers cache in the words of qmix.cache.Cache."""
+    """A transformers cache in the words of qmix.nn.cache.Cache."""
 
     def __init__(self, cache: Any) -> None:
         if isinstance(cache, transformers.StaticCache):

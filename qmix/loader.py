@@ -19,7 +19,7 @@ from qmix.formats.files import shards
 from qmix.formats.layouts import writer
 from qmix.formats.names import ModelTensor
 from qmix.kernels import Packed
-from qmix.layers import Linear
+from qmix.nn.linear import Linear
 from qmix.offload import Tiers
 from qmix.placement import Placement
 from qmix.weights.dense import Dense, Weight

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmix.cache import Cache, KVCache
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.layers import initialise
-from qmix.model import Decoder
-from qmix.outputs import MoeModelOutputWithPast
+from qmix.nn.cache import Cache, KVCache
+from qmix.nn.decoder import Decoder
+from qmix.nn.linear import initialise
+from qmix.nn.outputs import MoeModelOutputWithPast
 from qmix.pretrained import PreTrainedModel
 from qmix.prompt import check_embedded, check_prompt, mask_given
 

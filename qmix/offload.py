@@ -24,7 +24,7 @@ from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
 from qmix.kernels import PackedExperts, Routes
-from qmix.layers import SparseMoeBlock
+from qmix.nn.moe import SparseMoeBlock
 from qmix.planning import machine, plan
 from qmix.planning.byte_sizes import parse_size
 from qmix.weights.packed.layout import pack_expert

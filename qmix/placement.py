@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError
-from qmix.layers import Attention, Linear, SparseMoeBlock
+from qmix.nn.attention import Attention
+from qmix.nn.linear import Linear
+from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense
 from qmix.weights.packed import weight as packed
 from qmix.weights.packed.weight import Packed, PackedExperts

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qmix import loader
-from qmix.cache import KVCache
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError, UsageError
 from qmix.experts.store import Store
 from qmix.kernels import attention
-from qmix.layers import SparseMoeBlock
-from qmix.model import Decoder
+from qmix.nn.cache import KVCache
+from qmix.nn.decoder import Decoder
+from qmix.nn.moe import SparseMoeBlock
 
 # Fields of the config that a user may set while loading: no shape depends on them.
 _OVERRIDES = (

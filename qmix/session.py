@@ -10,11 +10,11 @@ from itertools import takewhile
 
 import torch
 
-from qmix.cache import KVCache
 from qmix.errors import UsageError
 from qmix.experts.store import Statistics
 from qmix.generate import Finish, GenerationConfig, stream
 from qmix.heads import MixtralForCausalLM
+from qmix.nn.cache import KVCache
 from qmix.text import chat_template
 from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer

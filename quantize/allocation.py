@@ -24,8 +24,10 @@ from qmix import kernels
 from qmix.errors import UsageError
 from qmix.formats import Checkpoint
 from qmix.formats.names import ModelTensor
-from qmix.layers import ACTIVATIONS, Attention, Linear, RMSNorm, Step
-from qmix.model import embedding
+from qmix.nn.attention import Attention, Step
+from qmix.nn.decoder import embedding
+from qmix.nn.linear import Linear, RMSNorm
+from qmix.nn.moe import ACTIVATIONS
 from qmix.quantize import pipeline, rtn
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe, Scheme

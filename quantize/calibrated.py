@@ -23,7 +23,7 @@ from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
 from qmix.formats.files.shards import ShardWriter
 from qmix.formats.names import ModelTensor
-from qmix.model import embedding
+from qmix.nn.decoder import embedding
 from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
 from qmix.quantize import layerwise, pipeline, resume

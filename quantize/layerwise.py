@@ -22,7 +22,9 @@ from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, names
 from qmix.formats.names import ModelTensor
 from qmix.kernels import Routes
-from qmix.layers import ACTIVATIONS, Attention, Linear, RMSNorm, SparseMoeBlock, Step
+from qmix.nn.attention import Attention, Step
+from qmix.nn.linear import Linear, RMSNorm
+from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize import gptq, pipeline
 from qmix.quantize.activations import Activations
 from qmix.quantize.moments import Moments

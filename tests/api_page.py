@@ -25,10 +25,10 @@ CONTENTS = {
         "qmix/mixtral.py": ["MixtralModel"],
         "qmix/heads.py": ["MixtralForCausalLM"],
         "qmix/classifier.py": ["MixtralForSequenceClassification"],
-        "qmix/losses.py": ["load_balancing_loss"],
+        "qmix/nn/losses.py": ["load_balancing_loss"],
     },
     "Outputs": {
-        "qmix/outputs.py": [
+        "qmix/nn/outputs.py": [
             "ModelOutput",
             "MoeModelOutputWithPast",
             "MoeCausalLMOutputWithPast",
@@ -36,7 +36,7 @@ CONTENTS = {
             "GenerateDecoderOnlyOutput",
         ],
     },
-    "The cache": {"qmix/cache.py": ["KVCache"]},
+    "The cache": {"qmix/nn/cache.py": ["KVCache"]},
     "Generation": {
         "qmix/generation_config.py": ["GenerationConfig"],
         "qmix/sampling.py": ["Sampling"],

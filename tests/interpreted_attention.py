@@ -21,12 +21,12 @@ from interpreter import CONVERSIONS, DEVICE, DTYPES, drawn, error, poison, skip_
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.cache import KVCache
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
 from qmix.kernels import attention as rows
 from qmix.kernels.gpu import attention as gpu
 from qmix.kernels.gpu import pointwise
+from qmix.nn.cache import KVCache
 
 skip_without_a_device()
 ORDER_BOUND = 1e-5

@@ -17,7 +17,7 @@ from qmix.choice import Draw
 from qmix.decoding import Decoding, Decodings, supported
 from qmix.generate import GenerationConfig, generate
 from qmix.kernels.gpu import packed_matmul
-from qmix.layers import Linear
+from qmix.nn.linear import Linear
 from qmix.placement import Placement
 from qmix.sampling import Sampling
 

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.kernels import Routes
 from qmix.kernels.gpu import moe as gpu
-from qmix.layers import Linear
+from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4

@@ -6,9 +6,9 @@ from conftest import small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmix.cache import KVCache
 from qmix.errors import UsageError
 from qmix.generate import GenerationConfig, stream
+from qmix.nn.cache import KVCache
 
 
 def ids(length, batch=1, seed=1):

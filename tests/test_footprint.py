@@ -14,7 +14,9 @@ from qmix.formats import open_checkpoint
 from qmix.formats.metadata import open_outline
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
-from qmix.layers import Attention, Linear, SparseMoeBlock
+from qmix.nn.attention import Attention
+from qmix.nn.linear import Linear
+from qmix.nn.moe import SparseMoeBlock
 from qmix.placement import Placement
 from qmix.planning.footprint import Model, on_device
 from qmix.quantize import pipeline

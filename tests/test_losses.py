@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qmix.errors import UsageError
-from qmix.losses import classification_loss, load_balancing_loss, next_token_loss, problem_of
+from qmix.nn.losses import classification_loss, load_balancing_loss, next_token_loss, problem_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from conftest import small_config, small_model
 
 from qmix.errors import UsageError
 from qmix.heads import MixtralModel
-from qmix.outputs import MoeCausalLMOutputWithPast
+from qmix.nn.outputs import MoeCausalLMOutputWithPast
 
 pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention has no weights")
 LAYERS, HEADS, EXPERTS = 3, 8, 8
@@ -370,7 +370,7 @@ def test_the_aux_loss_of_a_cached_piece_is_that_of_its_own_tokens(model):
     out = model(tokens[:, 6:], attention_mask=mask, past_key_values=past, output_router_logits=True)
     whole = model(tokens, attention_mask=mask, output_router_logits=True)
     kept = [r.view(2, 10, EXPERTS)[:, 6:].reshape(-1, EXPERTS) for r in whole.router_logits]
-    from qmix.losses import load_balancing_loss
+    from qmix.nn.losses import load_balancing_loss
 
     assert torch.allclose(out.aux_loss, load_balancing_loss(tuple(kept), 2), atol=1e-5)
     quiet = small_model(output_router_logits=True)

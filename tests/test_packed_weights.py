@@ -16,7 +16,7 @@ from qmix import MixtralForCausalLM, kernels, loader
 from qmix.formats import open_checkpoint
 from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.gpu import packed_matmul
-from qmix.layers import Linear
+from qmix.nn.linear import Linear
 from qmix.placement import Placement
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4, NestedAbsmax

@@ -27,7 +27,7 @@ from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
 from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
-from qmix.layers import Linear
+from qmix.nn.linear import Linear
 from qmix.placement import Placement
 from qmix.weights.packed import weight
 from qmix.weights.packed.layout import rebased, unpack_expert

@@ -9,15 +9,16 @@ import pytest
 import torch
 from test_cpu_products import BEST, path, random_int4, random_nf4, seeded  # noqa: F401
 
-import qmix.model
+import qmix.nn.decoder
 from qmix import MixtralForCausalLM, kernels
-from qmix.cache import KVCache
 from qmix.config import MixtralConfig
-from qmix.decoder_layer import DecoderLayer, one_token
 from qmix.kernels import attention
 from qmix.kernels.cpu.attention import attends
 from qmix.kernels.cpu.library import library
-from qmix.layers import Linear, Step
+from qmix.nn.attention import Step
+from qmix.nn.cache import KVCache
+from qmix.nn.decoder_layer import DecoderLayer, one_token
+from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 
 CONFIG = MixtralConfig(
@@ -265,7 +266,7 @@ def said(model, *, at_once=True, tokens=12, cache=None, **options):
         return found
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qmix.model, "one_token", spied)
+        patch.setattr(qmix.nn.decoder, "one_token", spied)
         for piece in (ids[:, :3], *ids[:, 3:].split(1, 1)):
             out = model(piece, past_key_values=cache, output_router_logits=True, **options)
             logits += [out.logits, *out.router_logits]

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from qmix.cache import KVCache
-from qmix.decoder_layer import DecoderLayer
 from qmix.decoding import Decoding
 from qmix.evals import bench, traffic
 from qmix.evals.bandwidth import copy_bandwidth
 from qmix.evals.steps import full_model
 from qmix.evals.steps.timing import timed_as_is
 from qmix.heads import MixtralForCausalLM
+from qmix.nn.cache import KVCache
+from qmix.nn.decoder_layer import DecoderLayer
 
 LAYERS = 8  # of 32: the launches repeat, and building them takes a fourth
 DEPTHS = (0, 4096)

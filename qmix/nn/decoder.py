@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.cache import Cache
 from qmix.config import MixtralConfig
-from qmix.decoder_layer import DecoderLayer, one_token
 from qmix.errors import UsageError
 from qmix.kernels.attention import Implementation
-from qmix.layers import RMSNorm, Step
+from qmix.nn.attention import Step
+from qmix.nn.cache import Cache
+from qmix.nn.decoder_layer import DecoderLayer, one_token
+from qmix.nn.linear import RMSNorm
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from qmix.cache import Cache
+from qmix.nn.cache import Cache
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.cache import KVCache
 from qmix.config import MixtralConfig
 from qmix.kernels.cpu.ctypes_structs import TokenLayer
 from qmix.kernels.cpu.library import library
-from qmix.layers import Attention, Linear, RMSNorm, SparseMoeBlock, Step
+from qmix.nn.attention import Attention, Step
+from qmix.nn.cache import KVCache
+from qmix.nn.linear import Linear, RMSNorm
+from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Weight
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import NF4

@@ -1,0 +1,128 @@
+"""The parts of a Mixtral layer as modules: linear, norm, attention, router, experts.
+
+Shape letters: B batch, S new positions, D hidden width, H heads, G key-value heads, d head width,
+T = B * S tokens, E experts. Knows no bits, no files, no tiers: products go through qmix.kernels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qmix import kernels
+from qmix.config import MixtralConfig
+from qmix.kernels import Packed
+from qmix.kernels.attention import Implementation, Sight, weighted
+from qmix.nn.cache import Cache
+from qmix.nn.linear import Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What every layer needs to know of one forward pass.
+
+    Attributes:
+        cos, sin: rotary factors of the new positions, (B or 1, 1, S, d).
+        keep: bool (B, L), False at padding, over the keys that the cache shows; None keeps all.
+        cache: where keys and values are appended; None runs without a past.
+        mask: (B or 1, H or 1, S, L) in place of causality, window and keep: bool, True is seen, or
+            floats added to the scores; None for the usual.
+        attn_implementation: the row of kernels.attention.
+        attentions: each layer adds its weights (B, H, S, L) here, oldest key first; None computes
+            none.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    keep: Tensor | None
+    cache: Cache | None
+    mask: Tensor | None = None
+    attn_implementation: Implementation = "sdpa"
+    attentions: list[Tensor] | None = None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, causal or in a sliding window."""
+
+    def __init__(self, config: MixtralConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window
+        self.dropout = config.attention_dropout
+        self.q_proj = Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.joined: Packed | None = None  # q, k and v as one matrix
+
+    @property
+    def projections(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """Of queries, keys, values and the output."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+
+    def store_joined(self, whole: Packed, parts: Sequence[Packed]) -> None:
+        """Replace q, k and v by one matrix and its parts."""
+        for module, part in zip(self.projections[:3], parts, strict=True):
+            module.store(part)
+        self.joined = whole
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not isinstance(self.q_proj.stored, Packed):
+            self.joined = None  # moved: three standard weights again
+        return self
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) -> queries (B, S, H * d), keys and values (B, S, G * d)."""
+        parts = self.projections[:3]
+        if self.joined is not None:
+            widths = [part.out_features for part in parts]
+            q, k, v = kernels.linear(x, self.joined).split_with_sizes(widths, -1)
+        elif all(type(part) is Linear and not part.hooked for part in parts):
+            q, k, v = kernels.linears(x, [part.stored for part in parts])
+        else:
+            q, k, v = (part(x) for part in parts)
+        return q, k, v
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        batch, new, _ = x.shape
+        q, k, v = self._projected(x)
+        q = q.view(batch, new, self.num_heads, self.head_dim).transpose(1, 2)
+        k = k.view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = v.view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q = kernels.apply_rotary(q, step.cos, step.sin)
+        k = kernels.apply_rotary(k, step.cos, step.sin)
+        result: Tensor = self.o_proj(self._attended(q, k, v, step))
+        return result
+
+    def attended(self, qkv: Tensor, step: Step) -> Tensor:
+        """One token's rotated queries and keys and its values, one after another, to (1, 1, H * d)."""
+        heads = qkv.view(1, -1, 1, self.head_dim)
+        q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+        return self._attended(q, k, v, step)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """(B, H, S, d) and (B, G, S, d) -> (B, S, H * d)."""
+        batch, _, new, _ = q.shape
+        if step.cache is not None:
+            k, v = step.cache.append(self.layer, k, v, in_order=step.attentions is not None)
+        dropout = self.dropout if self.training else 0.0
+        if step.attentions is not None:
+            out, weights = weighted(q, k, v, Sight(self.window, step.keep, step.mask, dropout))
+            step.attentions.append(weights)
+        else:
+            out = kernels.attend(
+                q,
+                k,
+                v,
+                window=self.window,
+                keep=step.keep,
+                dropout=dropout,
+                mask=step.mask,
+                implementation=step.attn_implementation,
+            )
+        return out.transpose(1, 2).reshape(batch, new, self.num_heads * self.head_dim)

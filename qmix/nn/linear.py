@@ -1,0 +1,113 @@
+"""A linear layer that holds a weight of any kind, and the norm.
+
+Shape letters: B rows, S positions, D hidden width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmix import kernels
+from qmix.config import MixtralConfig
+from qmix.errors import UsageError
+from qmix.weights.dense import Dense, Weight
+
+
+class Linear(nn.Module):
+    """A bias-free linear layer over any Weight: a trainable parameter when dense.
+
+    `weight` is None while a packed weight is stored; `stored` is the Weight in either case.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self._packed: Weight | None = None
+
+    @property
+    def stored(self) -> Weight:
+        if self._packed is not None:
+            return self._packed
+        assert self.weight is not None
+        return Dense(self.weight)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a caller wants to see each call."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+
+    def store(self, weight: Weight) -> None:
+        """Replace the weight; the shape [out_features, in_features] must stay."""
+        assert weight.shape == (self.out_features, self.in_features), weight.shape
+        if isinstance(weight, Dense):
+            self.weight = nn.Parameter(weight.data)
+            self._packed = None
+        else:
+            self.weight = None
+            self._packed = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return kernels.linear(x, self.stored)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._packed is not None:
+            # Codes and scales follow the device; a change of dtype must not round the scales.
+            probe = fn(torch.empty(0, device=self._packed.device))
+            self._packed = self._packed.to(probe.device)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self._packed is not None:
+            raise UsageError(
+                "a packed weight does not fit a state_dict",
+                where=f"{prefix}weight",
+                remedy="Use save_pretrained, which writes packed weights too.",
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.stored.scheme}"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+def initialise(module: nn.Module, config: MixtralConfig) -> None:
+    """Plain N(0, initializer_range) for linear and embedding weights, ones for norms.
+
+    The embedding of pad_token_id is zero.
+    """
+    pad = config.pad_token_id
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue
+        with torch.no_grad():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, config.initializer_range)
+            if (
+                name.endswith("embed_tokens.weight")
+                and pad is not None
+                and 0 <= pad < len(parameter)
+            ):
+                parameter[pad] = 0.0

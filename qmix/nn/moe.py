@@ -1,0 +1,130 @@
+"""The sparse block: a router, and the experts that it chooses.
+
+Shape letters: B rows, S positions, T = B * S tokens, D hidden width, E experts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qmix import kernels
+from qmix.config import MixtralConfig
+from qmix.experts.store import Store, StoredExperts
+from qmix.kernels import PackedExperts, Routes
+from qmix.nn.linear import Linear
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.expert import Expert, Resident
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class SwiGLU(nn.Module):
+    """One expert: w1 (gate), w2 (down), w3 (up). Multiplied by kernels.experts, never called."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = Linear(config.intermediate_size, config.hidden_size)
+        self.w3 = Linear(config.hidden_size, config.intermediate_size)
+
+    @property
+    def stored(self) -> Expert:
+        return Expert(w1=self.w1.stored, w2=self.w2.stored, w3=self.w3.stored)
+
+
+class SparseMoeBlock(nn.Module):
+    """Router and experts: every token through its top-k of E (arXiv 2401.04088, section 2.1)."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.jitter_noise = config.router_jitter_noise
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.gate = Linear(config.hidden_size, config.num_local_experts)
+        self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
+        self._whole: PackedExperts | StoredExperts | None = None
+
+    @property
+    def stored(self) -> Sequence[Expert]:
+        """The experts' weights, as a whole if they lie in packed order or in a store."""
+        if self._whole is not None:
+            return self._whole
+        return list(self._resident)
+
+    @property
+    def _resident(self) -> Resident:
+        return Resident(len(self.experts), lambda index: cast(SwiGLU, self.experts[index]).stored)
+
+    @property
+    def offloaded(self) -> Store | None:
+        """The store that keeps the experts, if one does."""
+        return self._whole.store if isinstance(self._whole, StoredExperts) else None
+
+    def store(self, experts: PackedExperts | StoredExperts) -> None:
+        """Replace the experts' weights."""
+        for module, expert in zip(self.experts, experts, strict=True):
+            assert isinstance(module, SwiGLU)
+            module.w1.store(expert.w1)
+            module.w2.store(expert.w2)
+            module.w3.store(expert.w3)
+        self._whole = experts
+
+    def placed(self) -> list[Weight | None]:
+        """What w1, w3 and w2 of each expert hold in 4 bits; none of a store's, which come and go."""
+        if self._whole is not None:
+            return []
+        return [
+            getattr(modules.get(name), "_packed", None)
+            for modules in (expert._modules for expert in self.experts._modules.values())
+            for name in ("w1", "w3", "w2")
+        ]
+
+    def release(self) -> None:
+        """Let the experts' weights go, until others are stored."""
+        for expert in self.experts:
+            assert isinstance(expert, SwiGLU)
+            for module in (expert.w1, expert.w2, expert.w3):
+                shape = (module.out_features, module.in_features)
+                module.store(Dense(torch.empty(shape, device="meta")))
+        self._whole = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
+        if self.training and self.jitter_noise > 0:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+        tokens = x.reshape(-1, x.shape[-1])
+        logits: Tensor = self.gate(tokens)
+        routes = kernels.route(logits, self.num_experts_per_tok)
+        return self.routed(tokens, routes).view_as(x), logits
+
+    def routed(self, tokens: Tensor, routes: Routes) -> Tensor:
+        """Tokens through the experts that were chosen for them: (T, D) -> (T, D)."""
+        if isinstance(self._whole, StoredExperts):
+            return self._whole.product(tokens, routes, self.act)
+        whole = self._whole if self._whole is not None else self._resident
+        return kernels.experts(tokens, routes, whole, self.act)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoeBlock":
+        if isinstance(self._whole, StoredExperts):
+            self.gate._apply(fn, recurse)  # a store's experts lie in several memories, and stay
+            return self
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._whole is not None and self._whole[0].w1 is not self._first().w1.stored:
+            self._whole = None  # moved: its experts are standard weights again
+        return self
+
+    def _first(self) -> SwiGLU:
+        first = self.experts[0]
+        assert isinstance(first, SwiGLU)
+        return first
