@@ -21,7 +21,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.planning.byte_sizes import parse_size
 
 if TYPE_CHECKING:
-    from qmix.generate import GenerationConfig
+    from qmix.generation.loop import GenerationConfig
 
 app = typer.Typer(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
@@ -230,7 +230,7 @@ def generate(
     import torch
 
     import qmix
-    from qmix.generate import stream
+    from qmix.generation.loop import stream
     from qmix.text import chat_template as template
     from qmix.text.printable import printable
 
@@ -512,7 +512,7 @@ def _sampling(
     stop: list[str] | None,
 ) -> "GenerationConfig":
     """The options of a command, checked before a model is loaded."""
-    from qmix.generate import GenerationConfig
+    from qmix.generation.loop import GenerationConfig
 
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -25,7 +25,7 @@ from qmix.evals import traffic
 from qmix.evals.bandwidth import copy_bandwidth, seconds, synchronize
 from qmix.evals.traffic import Traffic
 from qmix.experts.store import Statistics
-from qmix.generate import GenerationConfig, Token, stream
+from qmix.generation.loop import GenerationConfig, Token, stream
 from qmix.heads import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 

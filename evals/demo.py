@@ -12,7 +12,7 @@ from rich.table import Table
 import qmix
 from qmix.evals import tiny_model
 from qmix.evals.measure import compare
-from qmix.generate import GenerationConfig, stream
+from qmix.generation.loop import GenerationConfig, stream
 from qmix.quantize.report import Report
 from qmix.text.printable import printable
 

@@ -23,7 +23,7 @@ from qmix import MixtralForCausalLM, __version__
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals.bandwidth import copy_bandwidth, disk_bandwidth, link_bandwidth, read_bandwidth
 from qmix.formats.metadata import open_outline
-from qmix.generate import GenerationConfig, stream
+from qmix.generation.loop import GenerationConfig, stream
 from qmix.planning import machine, plan, roofline
 from qmix.planning.byte_sizes import parse_size, show
 from qmix.planning.roofline import Rate, Rates

@@ -15,8 +15,8 @@ from qmix.errors import UsageError
 from qmix.evals import traffic
 from qmix.experts.policy import ONE
 from qmix.experts.trace import Header, Recorder
-from qmix.generate import PREFILL_CHUNK
-from qmix.generation_config import GenerationConfig
+from qmix.generation.config import GenerationConfig
+from qmix.generation.loop import PREFILL_CHUNK
 from qmix.heads import MixtralForCausalLM
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.text.tokenizer import LlamaTokenizer

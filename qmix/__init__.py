@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qmix.auto import AutoModelForCausalLM, AutoTokenizer, load
     from qmix.config import MixtralConfig
-    from qmix.generation_config import GenerationConfig
+    from qmix.generation.config import GenerationConfig
+    from qmix.generation.streamers import TextIteratorStreamer, TextStreamer
     from qmix.heads import MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel
-    from qmix.streamers import TextIteratorStreamer, TextStreamer
     from qmix.text.tokenizer import LlamaTokenizer
 
 __version__ = "0.1.0"
@@ -39,14 +39,14 @@ if (_checkout / "pyproject.toml").is_file():
 _HOMES = {
     "AutoModelForCausalLM": "qmix.auto",
     "AutoTokenizer": "qmix.auto",
-    "GenerationConfig": "qmix.generation_config",
+    "GenerationConfig": "qmix.generation.config",
     "LlamaTokenizer": "qmix.text.tokenizer",
     "MixtralConfig": "qmix.config",
     "MixtralForCausalLM": "qmix.heads",
     "MixtralForSequenceClassification": "qmix.heads",
     "MixtralModel": "qmix.heads",
-    "TextIteratorStreamer": "qmix.streamers",
-    "TextStreamer": "qmix.streamers",
+    "TextIteratorStreamer": "qmix.generation.streamers",
+    "TextStreamer": "qmix.generation.streamers",
     "load": "qmix.auto",
 }
 

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmix import generate as generation
-from qmix.choice import Draw
 from qmix.classifier import MixtralForSequenceClassification
 from qmix.config import MixtralConfig
-from qmix.decoding import Decodings
 from qmix.errors import UsageError
-from qmix.generate import Drawn
-from qmix.generation_config import GenerationConfig
-from qmix.logits_processors import LogitsProcessor
+from qmix.generation import loop as generation
+from qmix.generation.config import GenerationConfig
+from qmix.generation.cuda_graph import Decodings
+from qmix.generation.logits_processors import LogitsProcessor
+from qmix.generation.loop import Drawn
+from qmix.generation.stopping import StoppingCriterion
+from qmix.generation.streamers import Streamer
+from qmix.generation.token_choice import Draw
 from qmix.mixtral import MixtralModel, Pairs, Past
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import load_balancing_loss, next_token_loss
 from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
 from qmix.pretrained import PreTrainedModel
-from qmix.stopping import StoppingCriterion
-from qmix.streamers import Streamer
 from qmix.text.tokenizer import LlamaTokenizer
 
 __all__ = [

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.generation.padding import check_embedded, check_prompt, mask_given
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import initialise
 from qmix.nn.outputs import MoeModelOutputWithPast
 from qmix.pretrained import PreTrainedModel
-from qmix.prompt import check_embedded, check_prompt, mask_given
 
 Pairs = tuple[tuple[Tensor, Tensor], ...] | list[tuple[Tensor, Tensor]]
 Past = Cache | Pairs

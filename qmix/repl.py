@@ -15,7 +15,7 @@ from typing import TextIO
 from rich.console import Console
 
 from qmix.errors import UsageError
-from qmix.generate import GenerationConfig
+from qmix.generation.loop import GenerationConfig
 from qmix.session import Session
 from qmix.text.printable import printable
 

@@ -12,7 +12,7 @@ import torch
 
 from qmix.errors import UsageError
 from qmix.experts.store import Statistics
-from qmix.generate import Finish, GenerationConfig, stream
+from qmix.generation.loop import Finish, GenerationConfig, stream
 from qmix.heads import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.text import chat_template

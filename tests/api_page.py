@@ -38,11 +38,11 @@ CONTENTS = {
     },
     "The cache": {"qmix/nn/cache.py": ["KVCache"]},
     "Generation": {
-        "qmix/generation_config.py": ["GenerationConfig"],
-        "qmix/sampling.py": ["Sampling"],
-        "qmix/logits_processors.py": ["LogitsProcessor"],
-        "qmix/stopping.py": ["StoppingCriterion"],
-        "qmix/streamers.py": ["Streamer", "TextStreamer", "TextIteratorStreamer"],
+        "qmix/generation/config.py": ["GenerationConfig"],
+        "qmix/generation/sampling.py": ["Sampling"],
+        "qmix/generation/logits_processors.py": ["LogitsProcessor"],
+        "qmix/generation/stopping.py": ["StoppingCriterion"],
+        "qmix/generation/streamers.py": ["Streamer", "TextStreamer", "TextIteratorStreamer"],
     },
     "Text": {
         "qmix/text/tokenizer.py": ["LlamaTokenizer", "BatchEncoding"],

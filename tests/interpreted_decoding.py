@@ -13,13 +13,13 @@ from interpreter import CONVERSIONS, DEVICE, INTERPRETED, error, skip_without_a_
 from test_packed_order import act_order, int4, nf4
 
 from qmix import kernels
-from qmix.choice import Draw
-from qmix.decoding import Decoding, Decodings, supported
-from qmix.generate import GenerationConfig, generate
+from qmix.generation.cuda_graph import Decoding, Decodings, supported
+from qmix.generation.loop import GenerationConfig, generate
+from qmix.generation.sampling import Sampling
+from qmix.generation.token_choice import Draw
 from qmix.kernels.gpu import packed_matmul
 from qmix.nn.linear import Linear
 from qmix.placement import Placement
-from qmix.sampling import Sampling
 
 skip_without_a_device()
 BOUND = 5e-3
@@ -138,7 +138,7 @@ def test_generate_takes_the_step(monkeypatch, options):
         Decoding, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
     )
     if INTERPRETED:
-        monkeypatch.setattr("qmix.decoding._on_gpu", lambda weight: True)
+        monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
     keep = torch.ones_like(PROMPT)
     keep[0, :1] = 0
     for mask in (None, keep.to(DEVICE)):
@@ -155,7 +155,7 @@ def test_generate_takes_the_step(monkeypatch, options):
 
 
 def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
-    monkeypatch.setattr("qmix.decoding._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
     model = small_model()
     with torch.no_grad():
         found = Decodings().of(model.model, model.lm_head, model.new_cache(1, 4), None)

@@ -10,8 +10,8 @@ from conftest import small_model
 from interpreter import CONVERSIONS, DEVICE, INTERPRETED, skip_without_a_device
 
 from qmix import kernels, loader
-from qmix.decoding import Decoding, supported
 from qmix.experts.policy import PRESETS
+from qmix.generation.cuda_graph import Decoding, supported
 from qmix.heads import MixtralForCausalLM
 from qmix.kernels.gpu import packed_matmul
 from qmix.offload import Tiers
@@ -84,7 +84,7 @@ def test_steps_and_prompts_are_equal_bits_whatever_has_a_slot(directory):
 
 
 def test_a_step_is_recorded_only_while_it_needs_nothing_from_the_host(directory, monkeypatch):
-    monkeypatch.setattr("qmix.decoding._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
     model = loaded(directory, 3)
     cache = model.new_cache(1, 8)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.generate import GenerationConfig, stream
+from qmix.generation.loop import GenerationConfig, stream
 from qmix.nn.cache import KVCache
 
 

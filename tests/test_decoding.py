@@ -6,15 +6,15 @@ from interpreter import run_apart
 from test_triton_experts import Recorder
 
 from qmix import kernels
-from qmix.choice import Draw
 from qmix.config import MixtralConfig
-from qmix.sampling import Sampling
+from qmix.generation.sampling import Sampling
+from qmix.generation.token_choice import Draw
 from qmix.weights.dense import Dense
 
 pytest.importorskip("triton")
 
-from qmix.decoding import Decoding, supported
 from qmix.evals import random_model
+from qmix.generation.cuda_graph import Decoding, supported
 from qmix.kernels import dense
 from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import TINY, small_model
 
-from qmix import generate as generation
 from qmix.errors import UsageError
-from qmix.generate import GenerationConfig, stream
+from qmix.generation import loop as generation
+from qmix.generation.loop import GenerationConfig, stream
 from qmix.text.tokenizer import LlamaTokenizer
 
 

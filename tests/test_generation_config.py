@@ -7,7 +7,7 @@ import torch
 from conftest import TINY, small_model
 
 from qmix.errors import UsageError
-from qmix.generate import GenerationConfig, stream
+from qmix.generation.loop import GenerationConfig, stream
 from qmix.text.tokenizer import LlamaTokenizer
 
 

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from qmix.logits_processors import without_ids, without_repeated_ngrams, without_words
+from qmix.generation.logits_processors import without_ids, without_repeated_ngrams, without_words
 
 
 def banned(scores):

@@ -21,7 +21,7 @@ from qmix.evals import offload as offload_record
 from qmix.experts.policy import PRESETS
 from qmix.formats import open_checkpoint
 from qmix.formats.files import shards
-from qmix.generate import GenerationConfig
+from qmix.generation.loop import GenerationConfig
 from qmix.heads import MixtralForCausalLM
 from qmix.offload import Tiers
 from qmix.planning import machine, plan

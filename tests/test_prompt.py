@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.prompt import check_embedded, check_prompt, left_padded, or_none, positions
+from qmix.generation.padding import check_embedded, check_prompt, left_padded, or_none, positions
 
 ROWS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4)
 

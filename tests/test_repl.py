@@ -7,7 +7,7 @@ from conftest import TINY, small_model
 from rich.console import Console
 
 from qmix.errors import UsageError
-from qmix.generate import GenerationConfig
+from qmix.generation.loop import GenerationConfig
 from qmix.repl import Repl, Streams, configured
 from qmix.session import Session
 from qmix.text.printable import printable

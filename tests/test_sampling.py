@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmix.errors import QmixError, UsageError
-from qmix.sampling import Sampling
+from qmix.generation.sampling import Sampling
 
 NONE = torch.zeros(1, 1, dtype=torch.long)
 

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, small_model
 
 from qmix.errors import UsageError
-from qmix.generate import GenerationConfig
+from qmix.generation.loop import GenerationConfig
 from qmix.session import Session
 from qmix.text import chat_template
 from qmix.text.chat_template import Message

@@ -3,7 +3,7 @@ import torch
 from conftest import TINY
 
 from qmix.errors import UsageError
-from qmix.stopping import RowText, met
+from qmix.generation.stopping import RowText, met
 from qmix.text.detokenizer import StreamDetokenizer
 from qmix.text.tokenizer import LlamaTokenizer
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from qmix.decoding import Decoding
 from qmix.evals import bench, traffic
 from qmix.evals.bandwidth import copy_bandwidth
 from qmix.evals.steps import full_model
 from qmix.evals.steps.timing import timed_as_is
+from qmix.generation.cuda_graph import Decoding
 from qmix.heads import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder_layer import DecoderLayer

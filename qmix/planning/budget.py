@@ -11,7 +11,7 @@ from qmix.config import MixtralConfig
 from qmix.planning import quantize_cost
 from qmix.planning.footprint import ITEM_BYTES, Footprint, Model
 
-CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens at a time (qmix.generate)
+CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens at a time (qmix.generation.loop)
 
 # A process with torch loaded holds 227 MiB, 266 MiB after it ran the tiny model (torch 2.13, Linux);
 # with CUDA's libraries about 2 GiB (assumed).

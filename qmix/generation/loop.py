@@ -14,14 +14,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from qmix.choice import Choice, Draw
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.generation_config import MAX_NEW_TOKENS, GenerationConfig
-from qmix.logits_processors import LogitsProcessor
-from qmix.nn.cache import KVCache
-from qmix.nn.outputs import GenerateDecoderOnlyOutput
-from qmix.prompt import (
+from qmix.generation.config import MAX_NEW_TOKENS, GenerationConfig
+from qmix.generation.logits_processors import LogitsProcessor
+from qmix.generation.padding import (
     check_embedded,
     check_prompt,
     left_padded,
@@ -29,9 +26,12 @@ from qmix.prompt import (
     or_none,
     positions,
 )
-from qmix.sampling import checked
-from qmix.stopping import RowText, StoppingCriterion, met
-from qmix.streamers import Streamer
+from qmix.generation.sampling import checked
+from qmix.generation.stopping import RowText, StoppingCriterion, met
+from qmix.generation.streamers import Streamer
+from qmix.generation.token_choice import Choice, Draw
+from qmix.nn.cache import KVCache
+from qmix.nn.outputs import GenerateDecoderOnlyOutput
 from qmix.text.detokenizer import StreamDetokenizer
 from qmix.text.tokenizer import LlamaTokenizer
 

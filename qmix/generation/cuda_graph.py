@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.choice import Draw
 from qmix.experts.gpu_store import DeviceExperts, DeviceStore
+from qmix.generation.token_choice import Draw
 from qmix.kernels import Packed, PackedExperts
 from qmix.nn.attention import Attention
 from qmix.nn.cache import KVCache

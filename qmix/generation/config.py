@@ -11,7 +11,7 @@ from typing import Any
 from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UsageError
-from qmix.sampling import Sampling
+from qmix.generation.sampling import Sampling
 
 MAX_NEW_TOKENS = 1 << 24
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.generation_config import GenerationConfig
-from qmix.logits_processors import (
+from qmix.generation.config import GenerationConfig
+from qmix.generation.logits_processors import (
     LogitsProcessor,
     without_ids,
     without_repeated_ngrams,
     without_words,
 )
-from qmix.sampling import Sampling
+from qmix.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
