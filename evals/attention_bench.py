@@ -19,13 +19,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from qmix import loader
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError, UsageError
 from qmix.evals.bandwidth import seconds
 from qmix.evals.bench import device_name, numbers
 from qmix.kernels import attention
 from qmix.kernels.attention import Implementation
+from qmix.models import load
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)  # eager comes first
 
@@ -134,7 +134,7 @@ class Request:
             UsageError: not a list of lengths, no such dtype, device or folder.
             UnsupportedError: a plot, and no matplotlib.
         """
-        target = loader.target_device(device)
+        target = load.target_device(device)
         if plot is not None:
             _check_plot(plot)
         default = torch.bfloat16 if target.type == "cuda" else torch.float32
@@ -143,7 +143,7 @@ class Request:
             prompts=numbers("--prompts", prompts or _PROMPTS, least=1),
             windows=(None, window),
             heads=Heads.of(config),
-            dtype=loader.named_dtype(dtype) or default,
+            dtype=load.named_dtype(dtype) or default,
             device=target,
             plot=plot,
         )

@@ -26,7 +26,7 @@ from qmix.evals.bandwidth import copy_bandwidth, seconds, synchronize
 from qmix.evals.traffic import Traffic
 from qmix.experts.store import Statistics
 from qmix.generation.loop import GenerationConfig, Token, stream
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 
 # Steps whose distinct experts are counted; each is run once more, outside the timing.

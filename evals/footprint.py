@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qmix.errors import QmixError
 from qmix.evals import bench
 from qmix.formats.metadata import open_outline
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.linear import Linear
 from qmix.planning.footprint import Model
 from qmix.planning.plan import plan

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.linear import Linear
 from qmix.weights.packed import codes

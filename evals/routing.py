@@ -17,7 +17,7 @@ from qmix.experts.policy import ONE
 from qmix.experts.trace import Header, Recorder
 from qmix.generation.config import GenerationConfig
 from qmix.generation.loop import PREFILL_CHUNK
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.text.tokenizer import LlamaTokenizer
 

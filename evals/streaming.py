@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qmix import kernels, loader
+from qmix import kernels
 from qmix.formats import Checkpoint
+from qmix.models import load
 from qmix.nn.attention import Step
 from qmix.nn.decoder import embedding
 from qmix.nn.decoder_layer import DecoderLayer
@@ -43,7 +44,7 @@ class Scorer:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._device = loader.target_device(device)
+        self._device = load.target_device(device)
         self._dtype = dtype or checkpoint.dtype
         if self._device.type == "cpu":
             model = Model.of(checkpoint.outline, str(self._dtype).removeprefix("torch."))
@@ -81,7 +82,7 @@ class Scorer:
         with torch.device("meta"):
             layer = DecoderLayer(self._checkpoint.config, index)
         modules = {f"model.layers.{index}.{name}": m for name, m in layer.named_modules()}
-        loader.fill(modules, self._checkpoint, self._dtype, self._device)
+        load.fill(modules, self._checkpoint, self._dtype, self._device)
         return layer.eval()
 
     def _tail(self) -> tuple[RMSNorm, Linear]:
@@ -90,7 +91,7 @@ class Scorer:
             norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             head = Linear(config.hidden_size, config.vocab_size)
         modules: dict[str, nn.Module] = {"model.norm": norm, "lm_head": head}
-        loader.fill(modules, self._checkpoint, self._dtype, self._device)
+        load.fill(modules, self._checkpoint, self._dtype, self._device)
         if config.tie_word_embeddings:
             data = self._checkpoint.read("model.embed_tokens.weight")
             head.weight = nn.Parameter(data.to(self._device, self._dtype))

@@ -23,7 +23,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals import corpus
 from qmix.evals.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
-from qmix.heads import MixtralForCausalLM, load_balancing_loss
+from qmix.models.causal_lm import MixtralForCausalLM, load_balancing_loss
 from qmix.text import chat_template
 from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer

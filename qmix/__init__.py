@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qmix.auto import AutoModelForCausalLM, AutoTokenizer, load
     from qmix.config import MixtralConfig
     from qmix.generation.config import GenerationConfig
     from qmix.generation.streamers import TextIteratorStreamer, TextStreamer
-    from qmix.heads import MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel
+    from qmix.models.auto import AutoModelForCausalLM, AutoTokenizer, load
+    from qmix.models.causal_lm import (
+        MixtralForCausalLM,
+        MixtralForSequenceClassification,
+        MixtralModel,
+    )
     from qmix.text.tokenizer import LlamaTokenizer
 
 __version__ = "0.1.0"
@@ -37,17 +41,17 @@ if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
 _HOMES = {
-    "AutoModelForCausalLM": "qmix.auto",
-    "AutoTokenizer": "qmix.auto",
+    "AutoModelForCausalLM": "qmix.models.auto",
+    "AutoTokenizer": "qmix.models.auto",
     "GenerationConfig": "qmix.generation.config",
     "LlamaTokenizer": "qmix.text.tokenizer",
     "MixtralConfig": "qmix.config",
-    "MixtralForCausalLM": "qmix.heads",
-    "MixtralForSequenceClassification": "qmix.heads",
-    "MixtralModel": "qmix.heads",
+    "MixtralForCausalLM": "qmix.models.causal_lm",
+    "MixtralForSequenceClassification": "qmix.models.causal_lm",
+    "MixtralModel": "qmix.models.causal_lm",
     "TextIteratorStreamer": "qmix.generation.streamers",
     "TextStreamer": "qmix.generation.streamers",
-    "load": "qmix.auto",
+    "load": "qmix.models.auto",
 }
 
 

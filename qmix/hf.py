@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qmix import heads
 from qmix.errors import UnsupportedError
+from qmix.models import causal_lm
 from qmix.text.tokenizer import LlamaTokenizer
 
 try:
@@ -34,7 +34,7 @@ except ImportError as error:
 _LEFT_OUT = ("architectures", "attn_implementation", "model_type", "quantization_config")
 
 
-def adapt(model: heads.MixtralForCausalLM) -> "MixtralForCausalLM":
+def adapt(model: causal_lm.MixtralForCausalLM) -> "MixtralForCausalLM":
     """A transformers model over the same weights; nothing is copied."""
     return MixtralForCausalLM(model)
 
@@ -88,7 +88,7 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, model: heads.MixtralForCausalLM) -> None:
+    def __init__(self, model: causal_lm.MixtralForCausalLM) -> None:
         document = {k: v for k, v in model.config.to_dict().items() if k not in _LEFT_OUT}
         super().__init__(transformers.MixtralConfig(**document))
         self.runtime = model

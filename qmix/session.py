@@ -13,7 +13,7 @@ import torch
 from qmix.errors import UsageError
 from qmix.experts.store import Statistics
 from qmix.generation.loop import Finish, GenerationConfig, stream
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.text import chat_template
 from qmix.text.chat_template import Message

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from qmix import loader
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
+from qmix.models import load
 from qmix.quantize import allocation, calibrated, calibration, pipeline
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.pipeline import Progress
@@ -125,7 +125,7 @@ def run(
         )
     tokenizer = LlamaTokenizer.from_pretrained(source)
     windows = calibration.cut(text, tokenizer.encode, samples=request.samples, seqlen=seqlen)
-    device = loader.target_device(request.device)
+    device = load.target_device(request.device)
     if request.method == "auto":
         recipe = _chosen(source, windows, request, device, progress)
     options = calibrated.Options(device=device, shard_bytes=request.shard_bytes)

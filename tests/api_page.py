@@ -17,14 +17,14 @@ PAGE = ROOT / "qmix" / "API.md"
 # Section -> file -> public names, in reading order.
 CONTENTS = {
     "Loading": {
-        "qmix/auto.py": ["load", "AutoModelForCausalLM", "AutoTokenizer"],
-        "qmix/pretrained.py": ["PreTrainedModel"],
+        "qmix/models/auto.py": ["load", "AutoModelForCausalLM", "AutoTokenizer"],
+        "qmix/models/pretrained.py": ["PreTrainedModel"],
         "qmix/config.py": ["MixtralConfig"],
     },
     "Models": {
-        "qmix/mixtral.py": ["MixtralModel"],
-        "qmix/heads.py": ["MixtralForCausalLM"],
-        "qmix/classifier.py": ["MixtralForSequenceClassification"],
+        "qmix/models/mixtral.py": ["MixtralModel"],
+        "qmix/models/causal_lm.py": ["MixtralForCausalLM"],
+        "qmix/models/classifier.py": ["MixtralForSequenceClassification"],
         "qmix/nn/losses.py": ["load_balancing_loss"],
     },
     "Outputs": {

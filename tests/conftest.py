@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qmix.config import MixtralConfig
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "evals" / "tiny"

@@ -18,8 +18,8 @@ from qmix.generation.loop import GenerationConfig, generate
 from qmix.generation.sampling import Sampling
 from qmix.generation.token_choice import Draw
 from qmix.kernels.gpu import packed_matmul
+from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
-from qmix.placement import Placement
 
 skip_without_a_device()
 BOUND = 5e-3

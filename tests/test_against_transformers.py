@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import small_config
 
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = [

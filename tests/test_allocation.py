@@ -18,7 +18,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq_config
 from qmix.formats.names import layer_tensors
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import allocation, methods, rtn
 from qmix.quantize.allocation import CHOICES, Sensitivity, Unit
 from qmix.quantize.methods import Request

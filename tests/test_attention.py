@@ -11,9 +11,9 @@ from conftest import TINY, small_model
 
 from qmix import kernels
 from qmix.errors import UnsupportedError, UsageError
-from qmix.heads import MixtralForCausalLM
 from qmix.kernels import attention, flash
 from qmix.kernels.attention import Sight, attend, reference, visible, weighted
+from qmix.models.causal_lm import MixtralForCausalLM
 
 
 def ids(length, batch=1, seed=1):

@@ -12,7 +12,7 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import awq, gptq, tensor_names
 from qmix.formats.layouts.gptq_config import Settings
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 FILE = "model-00001-of-00002.safetensors"

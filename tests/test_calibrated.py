@@ -14,7 +14,7 @@ from qmix.errors import CheckpointError, InterruptedRunError, UnsupportedError, 
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.layouts import gptq_config
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.methods import Request

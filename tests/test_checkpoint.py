@@ -12,7 +12,7 @@ import qmix
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import names, open_checkpoint
 from qmix.formats.files import shards
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 
 @pytest.fixture
@@ -136,9 +136,9 @@ def test_nothing_outside_the_directory_is_opened_and_nothing_is_executed(folder)
     (folder / "config.json").write_text(json.dumps(document))
     (folder / "evil.py").write_text("raise SystemExit('executed')")
     code = f"""
-import sys, torch, qmix.heads
+import sys, torch, qmix.models.causal_lm
 def load():
-    qmix.heads.MixtralForCausalLM.from_pretrained({str(folder)!r}, device="cpu")
+    qmix.models.causal_lm.MixtralForCausalLM.from_pretrained({str(folder)!r}, device="cpu")
 load()  # torch imports some of itself lazily
 seen = []
 def hook(event, arguments):

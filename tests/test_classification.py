@@ -8,7 +8,7 @@ from conftest import small_config, small_model
 
 from qmix.config import MixtralConfig
 from qmix.errors import ConfigError, UsageError
-from qmix.heads import MixtralForCausalLM, MixtralForSequenceClassification
+from qmix.models.causal_lm import MixtralForCausalLM, MixtralForSequenceClassification
 
 
 def ids(length, batch=1, seed=1):

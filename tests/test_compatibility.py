@@ -12,8 +12,8 @@ from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import Contents, contents_of, verdicts, vllm_gptq
 from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
-from qmix.heads import MixtralForCausalLM
 from qmix.inventory import inspect
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.scheme import DENSE, NF4, Scheme
 
 INT4, INT8 = Scheme(kind="int4"), Scheme(kind="int8")

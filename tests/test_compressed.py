@@ -12,7 +12,7 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import compressed_tensors, gptq, tensor_names
 from qmix.formats.layouts.gptq_config import Settings
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.integers import Int4
 from qmix.weights.scheme import DENSE, Scheme
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 CONFIG = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "gptq"}

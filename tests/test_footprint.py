@@ -12,12 +12,12 @@ from qmix.evals import footprint as reality
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
 from qmix.formats.metadata import open_outline
-from qmix.heads import MixtralForCausalLM
 from qmix.kernels import Packed, PackedExperts
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.pack import Placement
 from qmix.nn.attention import Attention
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
-from qmix.placement import Placement
 from qmix.planning.footprint import Model, on_device
 from qmix.quantize import pipeline
 from qmix.weights.scheme import NF4, Recipe, Scheme

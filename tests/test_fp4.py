@@ -11,7 +11,7 @@ from qmix import kernels
 from qmix.errors import CheckpointError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import bnb, tensor_names
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import nf4
 from qmix.weights.nf4 import FP4, FP4_VALUES
 from qmix.weights.scheme import Scheme

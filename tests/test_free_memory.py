@@ -9,7 +9,7 @@ from qmix import export
 from qmix.errors import ResourceError
 from qmix.evals.streaming import Scorer
 from qmix.formats import open_checkpoint
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning import machine
 from qmix.planning.machine import Memory
 from qmix.quantize import calibrated, calibration, conversion, pipeline

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from qmix.config import MixtralConfig
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 VERSIONS = ("4.38.1", "4.47.1", "5.23.0")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.heads import MixtralForCausalLM, MixtralForSequenceClassification
+from qmix.models.causal_lm import MixtralForCausalLM, MixtralForSequenceClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention has no weights")
 GOLDEN = Path(__file__).resolve().parent / "golden"

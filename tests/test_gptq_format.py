@@ -14,7 +14,7 @@ from qmix.formats.layouts import gptq
 from qmix.formats.layouts.gptq_config import Settings
 from qmix.formats.layouts.tensor_names import gptq_members
 from qmix.formats.names import spellings
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.integers import Int4, Int8, pack_codes
 from qmix.weights.scheme import Scheme
 

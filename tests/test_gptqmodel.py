@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import awq, gptq, gptq_config
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 STORED = load_file(GOLDEN / "gptqmodel-7.7.0.safetensors")

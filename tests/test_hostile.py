@@ -23,7 +23,7 @@ from qmix.evals import perplexity
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.generation.loop import GenerationConfig
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import pipeline
 from qmix.weights.scheme import NF4, Recipe
 

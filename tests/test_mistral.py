@@ -21,8 +21,8 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import shards
 from qmix.formats.mistral import checkpoint as mistral
 from qmix.formats.mistral import params
-from qmix.heads import MixtralForCausalLM
 from qmix.inventory import inspect
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import conversion, pipeline
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.verification import verify

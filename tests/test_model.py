@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.heads import MixtralForCausalLM, MixtralModel, load_balancing_loss
+from qmix.models.causal_lm import MixtralForCausalLM, MixtralModel, load_balancing_loss
 
 
 def ids(length, batch=1, seed=1):

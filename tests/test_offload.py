@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_cli import qmix
 from test_export import write
 
-from qmix import kernels, loader
+from qmix import kernels
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.evals import bench
 from qmix.evals import offload as offload_record
@@ -22,8 +22,9 @@ from qmix.experts.policy import PRESETS
 from qmix.formats import open_checkpoint
 from qmix.formats.files import shards
 from qmix.generation.loop import GenerationConfig
-from qmix.heads import MixtralForCausalLM
-from qmix.offload import Tiers
+from qmix.models import load
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.offload import Tiers
 from qmix.planning import machine, plan
 from qmix.quantize import pipeline
 from qmix.session import Session
@@ -65,7 +66,7 @@ def saved(tmp_path_factory):
 
 def offloaded(directory, host, name="heat", **options):
     tiers = Tiers(device=0, host=host, settings=PRESETS[name])
-    return loader.load(MixtralForCausalLM, directory, device="cpu", tiers=tiers, **options)
+    return load.load(MixtralForCausalLM, directory, device="cpu", tiers=tiers, **options)
 
 
 def greedy(model, prompt=PROMPT, count=12):
@@ -335,7 +336,7 @@ def test_budgets_that_cannot_be_are_refused(saved, options, kind, named):
 
 def test_memory_that_is_not_free_is_refused_before_it_is_taken(saved, monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(total=1 << 30, available=1 << 20))
-    monkeypatch.setattr(loader, "fill", None)
+    monkeypatch.setattr(load, "fill", None)
     with pytest.raises(ResourceError, match="not enough free host memory") as caught:
         MixtralForCausalLM.from_pretrained(saved["nf4"], device="cpu")
     assert caught.value.exit_code == 4

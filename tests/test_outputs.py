@@ -7,7 +7,7 @@ import torch
 from conftest import small_config, small_model
 
 from qmix.errors import UsageError
-from qmix.heads import MixtralModel
+from qmix.models.causal_lm import MixtralModel
 from qmix.nn.outputs import MoeCausalLMOutputWithPast
 
 pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention has no weights")

@@ -12,12 +12,13 @@ from conftest import ROOT, small_model
 from test_packed_order import KINDS, act_order, int4, nf4
 from torch.nn import functional as F
 
-from qmix import MixtralForCausalLM, kernels, loader
+from qmix import MixtralForCausalLM, kernels
 from qmix.formats import open_checkpoint
 from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.gpu import packed_matmul
+from qmix.models import load
+from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
-from qmix.placement import Placement
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4, NestedAbsmax
 from qmix.weights.packed import weight as packed
@@ -169,7 +170,7 @@ def test_layers_are_packed_as_they_are_read(tmp_path):
         seen.append(layer)
 
     modules = dict(model.named_modules())
-    loader.fill(modules, checkpoint, torch.float32, torch.device("cpu"), finish)
+    load.fill(modules, checkpoint, torch.float32, torch.device("cpu"), finish)
     assert seen == layers
 
 
@@ -228,7 +229,7 @@ def test_the_kernels_are_asked_without_gradients(monkeypatch):
 
 
 def test_loading_packed_weights_imports_no_triton():
-    code = "import sys, qmix.loader, qmix.placement; sys.exit('triton' in sys.modules)"
+    code = "import sys, qmix.models.load, qmix.models.pack; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from qmix.errors import UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq, gptq_config, writer
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.integers import Int4, Int8

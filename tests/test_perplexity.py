@@ -40,7 +40,7 @@ def text(tmp_path):
 
 def losses(folder, ids):
     """Every target's loss, by the runtime model on one window."""
-    from qmix.heads import MixtralForCausalLM
+    from qmix.models.causal_lm import MixtralForCausalLM
 
     model = MixtralForCausalLM.from_pretrained(folder, device="cpu")
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_model_compared_with_itself_diverges_by_nothing(folder, text):
 
 
 def test_divergence_is_kl_of_reference_from_model_per_token(folder, text, tmp_path):
-    from qmix.heads import MixtralForCausalLM
+    from qmix.models.causal_lm import MixtralForCausalLM
 
     model = MixtralForCausalLM.from_pretrained(folder, device="cpu")
     with torch.no_grad():

@@ -9,7 +9,7 @@ from conftest import TINY, small_model
 
 import qmix
 from qmix.errors import CheckpointError, QmixError, UnsupportedError, UsageError
-from qmix.heads import MixtralForCausalLM, MixtralModel
+from qmix.models.causal_lm import MixtralForCausalLM, MixtralModel
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13]])
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir, shards
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import pipeline
 from qmix.quantize.nf4 import quantize
 from qmix.weights import nf4

@@ -27,8 +27,8 @@ from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
 from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
+from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
-from qmix.placement import Placement
 from qmix.weights.packed import weight
 from qmix.weights.packed.layout import rebased, unpack_expert
 

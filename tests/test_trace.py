@@ -10,14 +10,15 @@ import torch
 from conftest import ROOT, TINY, small_model
 from test_cli import qmix
 
-from qmix import MixtralForCausalLM, loader
+from qmix import MixtralForCausalLM
 from qmix.errors import CheckpointError, UsageError
 from qmix.evals import routing
 from qmix.experts import replay, trace
 from qmix.experts.policy import PRESETS
 from qmix.experts.simulation import Machine
 from qmix.experts.trace import Header, Recorder
-from qmix.offload import Tiers
+from qmix.models import load
+from qmix.models.offload import Tiers
 from qmix.text.tokenizer import LlamaTokenizer
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny.trace"  # qmix trace record evals/tiny --data LICENSE
@@ -203,7 +204,7 @@ def test_a_replay_predicts_what_the_store_counts(tmp_path, name):
         trace.read(tmp_path / "t"), slots, chosen, Machine(), name=name, path="copy"
     )
     tiers = Tiers(device=0, host=slots, settings=chosen)
-    model = loader.load(MixtralForCausalLM, TINY, device="cpu", tiers=tiers)
+    model = load.load(MixtralForCausalLM, TINY, device="cpu", tiers=tiers)
     ids = torch.tensor([tokenizer.encode(prompt)])
     model.generate(ids, max_new_tokens=new)
     counted = model.store.statistics()

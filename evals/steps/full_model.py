@@ -14,7 +14,7 @@ from qmix.config import MixtralConfig
 from qmix.evals import bench, random_model, traffic
 from qmix.evals.bandwidth import copy_bandwidth
 from qmix.evals.bench import Test
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 
 POSITIONS = 65536
 REPETITIONS = 3

@@ -15,7 +15,7 @@ from qmix.evals.bandwidth import copy_bandwidth
 from qmix.evals.steps import full_model
 from qmix.evals.steps.timing import timed_as_is
 from qmix.generation.cuda_graph import Decoding
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder_layer import DecoderLayer
 

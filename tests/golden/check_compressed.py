@@ -16,7 +16,7 @@ import exact  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from qmix.heads import MixtralForCausalLM  # noqa: E402
+from qmix.models.causal_lm import MixtralForCausalLM  # noqa: E402
 
 KL = 1e-4  # nats a token; transformers multiplies codes and scales in the scales' dtype
 

@@ -27,7 +27,7 @@ from gptqmodel.nn_modules.qlinear.torch import dequantize_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qmix.formats import open_checkpoint  # noqa: E402
-from qmix.heads import MixtralForCausalLM  # noqa: E402
+from qmix.models.causal_lm import MixtralForCausalLM  # noqa: E402
 
 THEIRS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 RELATIVE = 2e-3  # of the logits' deviation; gptqmodel rounds every weight to float16

@@ -1,6 +1,6 @@
 """What the public models share: loading, saving, placing, a cache of their own.
 
-Knows no forward pass and no bits; files come through qmix.loader.
+Knows no forward pass and no bits; files come through qmix.models.load.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from qmix import loader
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError, UsageError
 from qmix.experts.store import Store
 from qmix.kernels import attention
+from qmix.models import load, save
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.moe import SparseMoeBlock
@@ -102,7 +102,7 @@ class PreTrainedModel(nn.Module):
         changes = _changes(options)
         if attn_implementation is not None:
             changes["attn_implementation"] = attn_implementation
-        model = loader.load(
+        model = load.load(
             lambda config: cls(config.replace(**changes)),
             directory,
             dtype=_agreed(torch_dtype, dtype),
@@ -118,7 +118,7 @@ class PreTrainedModel(nn.Module):
         """Take what else the directory says of a model; nothing without a head."""
 
     def save_pretrained(
-        self, directory: str | Path, *, max_shard_bytes: int = loader.SHARD_BYTES
+        self, directory: str | Path, *, max_shard_bytes: int = save.SHARD_BYTES
     ) -> None:
         """Write config.json and sharded safetensors, dense and 4-bit weights as they are.
 
@@ -126,7 +126,7 @@ class PreTrainedModel(nn.Module):
             UsageError: the directory holds weights already.
         """
         config = self.config.replace(architectures=[type(self).__name__])
-        loader.save(self, config, directory, max_shard_bytes)
+        save.save(self, config, directory, max_shard_bytes)
 
     def set_attn_implementation(self, name: str | None) -> None:
         """Choose the attention: "eager", "sdpa", "flash_attention_2" or "triton"; None: the default.
@@ -230,7 +230,7 @@ def _agreed(
     torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None
 ) -> torch.dtype | None:
     """One dtype out of its two spellings."""
-    first, second = loader.named_dtype(torch_dtype), loader.named_dtype(dtype)
+    first, second = load.named_dtype(torch_dtype), load.named_dtype(dtype)
     if first is not None and second is not None and first != second:
         raise UsageError(
             "torch_dtype and dtype differ", where="dtype", expected=first, found=second

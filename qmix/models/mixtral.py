@@ -1,7 +1,7 @@
 """MixtralModel: the decoder in the shape of the reference page, arguments checked, outputs named.
 
 Shape letters: B batch, S new positions, L positions seen, D hidden width, H heads. Knows no bits and
-no files: those come through qmix.loader.
+no files: those come through qmix.models.load.
 """
 
 import warnings
@@ -13,11 +13,11 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation.padding import check_embedded, check_prompt, mask_given
+from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import initialise
 from qmix.nn.outputs import MoeModelOutputWithPast
-from qmix.pretrained import PreTrainedModel
 
 Pairs = tuple[tuple[Tensor, Tensor], ...] | list[tuple[Tensor, Tensor]]
 Past = Cache | Pairs

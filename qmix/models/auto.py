@@ -7,7 +7,7 @@ import torch
 
 from qmix.errors import CheckpointError
 from qmix.formats.mistral.detect import refuse_raw
-from qmix.heads import MixtralForCausalLM
+from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
 
 

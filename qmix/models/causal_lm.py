@@ -1,7 +1,7 @@
 """The public models, in the shape of the reference page: MixtralForCausalLM, and the two beside it.
 
 Shape letters: B batch, S new positions, L positions seen, P prompt columns, N new tokens, D hidden
-width, V vocabulary. Knows no bits and no files: those come through qmix.loader.
+width, V vocabulary. Knows no bits and no files: those come through qmix.models.load.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmix.classifier import MixtralForSequenceClassification
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation import loop as generation
@@ -23,12 +22,13 @@ from qmix.generation.loop import Drawn
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_choice import Draw
-from qmix.mixtral import MixtralModel, Pairs, Past
+from qmix.models.classifier import MixtralForSequenceClassification
+from qmix.models.mixtral import MixtralModel, Pairs, Past
+from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import load_balancing_loss, next_token_loss
 from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
-from qmix.pretrained import PreTrainedModel
 from qmix.text.tokenizer import LlamaTokenizer
 
 __all__ = [

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.mixtral import MixtralModel, Past
+from qmix.models.mixtral import MixtralModel, Past
+from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import classification_loss, problem_of
 from qmix.nn.outputs import SequenceClassifierOutputWithPast
-from qmix.pretrained import PreTrainedModel
 
 
 class MixtralForSequenceClassification(PreTrainedModel):
