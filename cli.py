@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from qmix import __version__, plan_commands, terminal, trace_commands
+from qmix import __version__, plan_commands
+from qmix.commands import terminal, trace
 from qmix.errors import QmixError, UsageError
 from qmix.planning.byte_sizes import parse_size
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(trace_commands.app, name="trace")
+app.add_typer(trace.app, name="trace")
 
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
@@ -170,7 +171,7 @@ def convert(
 
     Example: qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
     """
-    from qmix.quantize import conversion
+    from qmix.commands.checkpoint import convert as conversion
 
     shard_bytes = _size(shard_size)
     with terminal.progress() as show:
@@ -195,7 +196,7 @@ def export(
 
     Example: qmix export mixtral-gptq mixtral-ct --format compressed-tensors
     """
-    from qmix import export as exporter
+    from qmix.commands.checkpoint import export as exporter
 
     shard_bytes = _size(shard_size)
     with terminal.progress() as show:
@@ -279,8 +280,8 @@ def chat(
     Examples: qmix chat mixtral-nf4 · echo "What is NF4?" | qmix chat mixtral-nf4
     """
     import qmix
-    from qmix.repl import Repl, Streams
-    from qmix.session import Session
+    from qmix.commands.repl import Repl, Streams
+    from qmix.commands.session import Session
 
     config = _sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
@@ -349,7 +350,7 @@ def inspect(directory: Directory, as_json: AsJson = False) -> None:
 
     Example: qmix inspect mixtral-nf4
     """
-    from qmix.inventory import inspect
+    from qmix.commands.checkpoint.inspect import inspect
 
     inventory = inspect(directory)
     if as_json:
@@ -364,7 +365,7 @@ def verify(directory: Directory) -> None:
 
     Example: qmix verify mixtral-nf4
     """
-    from qmix.verification import verify
+    from qmix.commands.checkpoint.verify import verify
 
     with terminal.progress() as show:
         verdict = verify(directory, lambda at: show(at.name, at.done, at.total))

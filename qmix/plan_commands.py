@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qmix import terminal
+from qmix.commands import terminal
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
@@ -45,7 +45,7 @@ def plan(
 
     Examples: qmix plan mixtral-nf4 · qmix plan config.json --card 3090 --ram 64G --ctx 8192
     """
-    from qmix import planner
+    from qmix.commands import plan as planner
 
     found = planner.answer(
         planner.Request(
@@ -72,7 +72,7 @@ def doctor(
 
     Example: qmix doctor --measure
     """
-    from qmix import doctor
+    from qmix.commands import doctor
 
     with terminal.progress() as show:
         report = doctor.examine(Path.cwd(), measure=measure, progress=show)

@@ -12,8 +12,10 @@ from test_calibrated import TEXT
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from qmix import inventory, kernels
+from qmix import kernels
 from qmix.cli import app
+from qmix.commands.checkpoint import inspect
+from qmix.commands.checkpoint.verify import verify
 from qmix.errors import QmixError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq_config
@@ -22,7 +24,6 @@ from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import allocation, methods, rtn
 from qmix.quantize.allocation import CHOICES, Sensitivity, Unit
 from qmix.quantize.methods import Request
-from qmix.verification import verify
 from qmix.weights.dense import Dense
 
 LAYERS, EXPERTS = 2, 4
@@ -263,7 +264,7 @@ def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_pat
     assert bits / weights <= 4.7
     shown = CliRunner().invoke(app, ["inspect", str(out)])
     assert shown.exit_code == 0
-    kinds = {part.scheme for part in inventory.inspect(out).parts if part.layout == "GPTQ"}
+    kinds = {part.scheme for part in inspect.inspect(out).parts if part.layout == "GPTQ"}
     assert kinds == {str(scheme) for scheme in schemes}
     assert all(kind in shown.output for kind in kinds)
     model = MixtralForCausalLM.from_pretrained(out, device="cpu")

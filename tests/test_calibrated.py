@@ -10,6 +10,7 @@ from conftest import TINY, small_model
 from safetensors.torch import load_file, save_file
 
 from qmix import kernels
+from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError, InterruptedRunError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
@@ -18,7 +19,6 @@ from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.methods import Request
-from qmix.verification import verify
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import Recipe, Scheme
 

@@ -7,12 +7,12 @@ import pytest
 from packers import ATTENTION, MATRICES, ROUTERS, uniform
 from safetensors.torch import load_file, save_file
 
-from qmix import export
+from qmix.commands.checkpoint import export
+from qmix.commands.checkpoint.inspect import inspect
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import Contents, contents_of, verdicts, vllm_gptq
 from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
-from qmix.inventory import inspect
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.scheme import DENSE, NF4, Scheme
 

@@ -6,7 +6,7 @@ import pytest
 from test_cli import qmix
 from test_plan_commands import CARD, GIB
 
-from qmix import doctor
+from qmix.commands import doctor
 from qmix.planning import machine
 from qmix.planning.machine import Gpu, Measured, Memory
 

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from test_packing import equal
 from typer.testing import CliRunner
 
-from qmix import export
 from qmix.cli import app
+from qmix.commands.checkpoint import export
+from qmix.commands.checkpoint.verify import verify
 from qmix.errors import QmixError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
-from qmix.verification import verify
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 GPTQ = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "gptq"}

@@ -5,14 +5,14 @@ import raw_mistral
 import torch
 from conftest import TINY, small_model
 
-from qmix import export
+from qmix.commands.checkpoint import convert, export
 from qmix.errors import ResourceError
 from qmix.evals.streaming import Scorer
 from qmix.formats import open_checkpoint
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning import machine
 from qmix.planning.machine import Memory
-from qmix.quantize import calibrated, calibration, conversion, pipeline
+from qmix.quantize import calibrated, calibration, pipeline
 from qmix.weights.scheme import NF4, Recipe, Scheme
 
 MIB = 1 << 20
@@ -67,6 +67,6 @@ def test_export_and_convert_look_too(monkeypatch, tmp_path):
     with pytest.raises(ResourceError, match="free host memory"):
         export.run(tmp_path / "int4", tmp_path / "ct", "compressed-tensors")
     with pytest.raises(ResourceError, match="free host memory"):
-        conversion.run(source, tmp_path / "hub")
+        convert.run(source, tmp_path / "hub")
     assert not (tmp_path / "ct").exists()
     assert not (tmp_path / "hub").exists()

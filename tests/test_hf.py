@@ -154,5 +154,5 @@ def test_without_transformers_the_remedy_is_named():
 
 
 def test_nothing_else_imports_transformers():
-    code = "import sys, qmix.models.auto, qmix.session; sys.exit('transformers' in sys.modules)"
+    code = "import sys, qmix.models.auto, qmix.commands.session; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

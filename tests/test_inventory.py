@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.inventory import inspect
 from qmix.quantize import pipeline
 from qmix.weights.scheme import Recipe, Scheme
 

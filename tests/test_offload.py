@@ -15,6 +15,7 @@ from test_cli import qmix
 from test_export import write
 
 from qmix import kernels
+from qmix.commands.session import Session
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.evals import bench
 from qmix.evals import offload as offload_record
@@ -27,7 +28,6 @@ from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.planning import machine, plan
 from qmix.quantize import pipeline
-from qmix.session import Session
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme
 

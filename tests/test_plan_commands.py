@@ -7,8 +7,8 @@ import time
 import pytest
 from test_cli import qmix
 
-from qmix import planner
-from qmix.planner import Request
+from qmix.commands import plan
+from qmix.commands.plan import Request
 from qmix.planning import machine
 from qmix.planning.machine import Gpu, Measured, Memory
 
@@ -122,7 +122,7 @@ def test_a_dense_one_for_its_quantization(tiny):
 
 
 def test_without_a_gpu_the_machines_free_memory_is_planned_for(here, full):
-    found = planner.answer(Request(source=full))
+    found = plan.answer(Request(source=full))
     assert not found.outlook.plan.gpu
     assert found.outlook.plan.ram == 30 * GIB
     assert "assumed" in found.outlook.rates.host.source
@@ -130,7 +130,7 @@ def test_without_a_gpu_the_machines_free_memory_is_planned_for(here, full):
 
 def test_a_gpu_is_planned_for_where_there_is_one(here, full):
     here.setattr(machine, "gpus", lambda: (CARD,))
-    found = planner.answer(Request(source=full))
+    found = plan.answer(Request(source=full))
     assert (found.outlook.plan.vram, found.outlook.plan.ram) == (23 * GIB, 30 * GIB)
     assert "RTX 3090" in found.place
     assert "RTX 3090" in found.outlook.rates.device.source
@@ -138,10 +138,10 @@ def test_a_gpu_is_planned_for_where_there_is_one(here, full):
 
 def test_a_budget_on_this_card_is_not_another_card(here, full):
     here.setattr(machine, "gpus", lambda: (CARD,))
-    mine = planner.answer(Request(source=full, vram="16G"))
+    mine = plan.answer(Request(source=full, vram="16G"))
     assert "RTX 3090, 16.00 GiB" in mine.place
     assert mine.outlook.plan.ram == 30 * GIB
-    other = planner.answer(Request(source=full, vram="40G"))
+    other = plan.answer(Request(source=full, vram="40G"))
     assert "A100-40" in other.place
     assert other.outlook.plan.ram is None
 
@@ -158,12 +158,12 @@ def test_measurements_of_this_machine_are_taken_and_another_cards_are_not(here, 
             date="2026-01-02T03:04:05+00:00",
         )
     )
-    rates = planner.answer(Request(source=full)).outlook.rates
+    rates = plan.answer(Request(source=full)).outlook.rates
     assert [r.bandwidth for r in (rates.host, rates.disk, rates.device, rates.link)] == [
         41e9, 3e9, 840e9, 24e9,
     ]  # fmt: skip
     assert rates.link.source == "measured here on 2026-01-02"
-    other = planner.answer(Request(source=full, card="a100-80")).outlook.rates
+    other = plan.answer(Request(source=full, card="a100-80")).outlook.rates
     assert "A100-80" in other.device.source
     assert "assumed" in other.host.source
 
@@ -172,18 +172,18 @@ def test_a_damaged_file_of_measurements_is_told(here, full):
     path = machine.measurements_path()
     path.parent.mkdir(parents=True)
     path.write_text("no JSON")
-    found = planner.answer(Request(source=full))
-    assert str(path) in planner.text(found)
+    found = plan.answer(Request(source=full))
+    assert str(path) in plan.text(found)
 
 
 def test_a_card_without_the_kernels_is_told(here, full):
-    assert "compute capability" in planner.text(planner.answer(Request(source=full, card="T4")))
-    assert "compute capability" not in planner.text(planner.answer(Request(source=full, card="L4")))
+    assert "compute capability" in plan.text(plan.answer(Request(source=full, card="T4")))
+    assert "compute capability" not in plan.text(plan.answer(Request(source=full, card="L4")))
 
 
 @pytest.mark.parametrize("size", ["8G", "12G", "16G", "20G", "24G", "40G", "80G"])
 def test_every_usual_card_gets_an_answer_that_fits_the_screen(here, full, size):
-    text = planner.text(planner.answer(Request(source=full, vram=size, ram="64G")))
+    text = plan.text(plan.answer(Request(source=full, vram=size, ram="64G")))
     assert text.startswith("Mixtral-8x7B: 32 layers of 8 experts")
     assert "e+" not in text
     assert len(text.splitlines()) < 45

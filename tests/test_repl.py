@@ -6,10 +6,10 @@ import pytest
 from conftest import TINY, small_model
 from rich.console import Console
 
+from qmix.commands.repl import Repl, Streams, configured
+from qmix.commands.session import Session
 from qmix.errors import UsageError
 from qmix.generation.loop import GenerationConfig
-from qmix.repl import Repl, Streams, configured
-from qmix.session import Session
 from qmix.text.printable import printable
 from qmix.text.tokenizer import LlamaTokenizer
 

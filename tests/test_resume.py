@@ -14,10 +14,10 @@ from test_calibrated import TEXT, contents, run, windows, write_source
 from typer.testing import CliRunner
 
 from qmix.cli import app
+from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
 from qmix.formats.files import output_dir
 from qmix.quantize import gptq
-from qmix.verification import verify
 from qmix.weights.scheme import Recipe, Scheme
 
 LAYERS = 3
@@ -352,7 +352,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_finished_layers(whole, tmp_p
 
 
 def test_handlers_of_signals_are_put_back():
-    from qmix import terminal
+    from qmix.commands import terminal
 
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with terminal.interruptible() as asked:

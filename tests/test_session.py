@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import TINY, small_model
 
+from qmix.commands.session import Session
 from qmix.errors import UsageError
 from qmix.generation.loop import GenerationConfig
-from qmix.session import Session
 from qmix.text import chat_template
 from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer

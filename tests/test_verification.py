@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError
 from qmix.formats.files.output_dir import MANIFEST, write_manifest
-from qmix.verification import verify
 
 W2 = "model.layers.1.block_sparse_moe.experts.3.w2"
 CONFIG = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "gptq"}

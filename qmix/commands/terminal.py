@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qmix.commands.checkpoint.convert import Conversion
+    from qmix.commands.checkpoint.export import Export
+    from qmix.commands.checkpoint.inspect import Inventory
     from qmix.evals.perplexity import Perplexity
-    from qmix.export import Export
-    from qmix.inventory import Inventory
-    from qmix.quantize.conversion import Conversion
     from qmix.quantize.report import Report
 
 _LINE_EVERY_S = 10

@@ -14,9 +14,9 @@ from typing import TextIO
 
 from rich.console import Console
 
+from qmix.commands.session import Session
 from qmix.errors import UsageError
 from qmix.generation.loop import GenerationConfig
-from qmix.session import Session
 from qmix.text.printable import printable
 
 PROMPT = ">>> "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmix import terminal
+from qmix.commands import terminal
 from qmix.errors import UsageError
 
 if TYPE_CHECKING:

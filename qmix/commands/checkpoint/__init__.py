@@ -1,0 +1,1 @@
+"""Commands on a checkpoint's files: inspect, verify, export, convert."""
