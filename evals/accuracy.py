@@ -31,9 +31,13 @@ from qmix.evals import corpus, tiny_model
 from qmix.evals.perplexity import Perplexity, Text, evaluate
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import contents_of
-from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
-from qmix.quantize.calibration import Calibration
+from qmix.quantize import methods
+from qmix.quantize.calibrated import layer as layerwise
+from qmix.quantize.calibrated import run as calibrated
+from qmix.quantize.calibrated import windows as calibration
+from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.methods import Request
+from qmix.quantize.rounding import gptq
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from qmix.evals import corpus, tiny_model
 from qmix.evals.perplexity import Perplexity, Text, evaluate
-from qmix.quantize import calibrated, calibration, pipeline
+from qmix.quantize import streaming
+from qmix.quantize.calibrated import run
+from qmix.quantize.calibrated import windows as calibration
 from qmix.quantize.report import Report
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import NF4, Recipe, Scheme
@@ -60,7 +62,7 @@ class Comparison:
 def compare(out: Path) -> Comparison:
     """Quantize the tiny model to NF4 at `out`, then score both on the held-out text."""
     recipe = Recipe.uniform(NF4, attention=True)
-    report = pipeline.run(tiny_model.directory(), out, recipe, method="nf4")
+    report = streaming.run(tiny_model.directory(), out, recipe, method="nf4")
     return Comparison(report=report, result=_scored(out))
 
 
@@ -70,7 +72,7 @@ def compare_gptq(out: Path) -> Comparison:
     encode = LlamaTokenizer.from_pretrained(tiny).encode
     windows = calibration.cut(corpus.training_text(), encode, samples=SAMPLES, seqlen=SEQLEN)
     recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
-    report = calibrated.run(tiny, out, recipe, windows, calibrated.Options())
+    report = run.run(tiny, out, recipe, windows, run.Options())
     return Comparison(report=report, result=_scored(out), calibration_sha256=windows.text_sha256)
 
 

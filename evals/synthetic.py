@@ -21,7 +21,8 @@ from qmix.evals.tiny_model import TINY
 from qmix.formats.files import output_dir, shards
 from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors
-from qmix.quantize import nf4, pipeline
+from qmix.quantize import streaming
+from qmix.quantize.rounding import nf4
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.nf4 import NF4, NestedAbsmax
 from qmix.weights.scheme import NESTED_BLOCK, Recipe
@@ -56,7 +57,7 @@ def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
     recipe = Recipe.uniform(NF4_SCHEME, attention=True) if packed else Recipe(())
     tensors = list(model_tensors(shape))
     groups = [
-        pipeline.planned(tensor, recipe.scheme_of(tensor.name), torch.bfloat16)
+        streaming.planned(tensor, recipe.scheme_of(tensor.name), torch.bfloat16)
         for tensor in tensors
     ]
     output_dir.check_paths(TINY, out, force=False)

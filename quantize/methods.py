@@ -12,10 +12,13 @@ from qmix.errors import UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.models import load
-from qmix.quantize import allocation, calibrated, calibration, pipeline
-from qmix.quantize.calibration import Calibration
-from qmix.quantize.pipeline import Progress
+from qmix.quantize import streaming
+from qmix.quantize.calibrated import bit_allocation
+from qmix.quantize.calibrated import run as calibrated
+from qmix.quantize.calibrated import windows as calibration
+from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.report import Report
+from qmix.quantize.streaming import Progress
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import GROUP_SIZES, Recipe, Scheme
 
@@ -103,7 +106,7 @@ def run(
     """
     recipe = Recipe.uniform(request.scheme, attention=request.attention)
     if not request.calibrated:
-        return pipeline.run(
+        return streaming.run(
             source,
             out,
             recipe,
@@ -151,10 +154,10 @@ def _chosen(
     progress: Callable[[Progress], None],
 ) -> Recipe:
     bits = _BITS if request.bits is None else request.bits
-    allocation.check(bits)
+    bit_allocation.check(bits)
     checkpoint = open_checkpoint(source)
-    pipeline.plan(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))
-    measured = allocation.Sensitivity(
+    streaming.plan(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))
+    measured = bit_allocation.Sensitivity(
         checkpoint, windows.ids, attention=request.attention, device=device
     ).units(lambda done, total: progress(Progress(done, total, f"measuring layer {done + 1}")))
-    return allocation.recipe(measured, bits)
+    return bit_allocation.recipe(measured, bits)

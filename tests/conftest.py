@@ -76,11 +76,11 @@ def tiny():
 @pytest.fixture(scope="session")
 def tiny_nf4(tmp_path_factory):
     """The tiny Mixtral in 4 bits, quantized once a session."""
-    from qmix.quantize import pipeline
+    from qmix.quantize import streaming
     from qmix.weights.scheme import NF4, Recipe
 
     out = tmp_path_factory.mktemp("nf4") / "tiny-nf4"
-    pipeline.run(TINY, out, Recipe.uniform(NF4, attention=True), method="nf4")
+    streaming.run(TINY, out, Recipe.uniform(NF4, attention=True), method="nf4")
     return out
 
 

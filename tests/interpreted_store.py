@@ -16,7 +16,7 @@ from qmix.kernels.gpu import packed_matmul
 from qmix.models import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
-from qmix.quantize import pipeline
+from qmix.quantize import streaming
 from qmix.weights.scheme import Recipe, Scheme
 
 skip_without_a_device()
@@ -40,7 +40,7 @@ def directory(tmp_path_factory):
     model.half().save_pretrained(root / "dense")
     scheme = Scheme(kind="nf4", double_quant=True)
     recipe = Recipe.uniform(scheme, attention=True)
-    pipeline.run(root / "dense", root / "nf4", recipe, method="nf4")
+    streaming.run(root / "dense", root / "nf4", recipe, method="nf4")
     return root / "nf4"
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.quantize import activations
-from qmix.quantize.activations import Activations
+from qmix.quantize.calibrated import activations
+from qmix.quantize.calibrated.activations import Activations
 
 TOKENS, WIDTH = 50, 7
 

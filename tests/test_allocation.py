@@ -21,9 +21,11 @@ from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq_config
 from qmix.formats.names import layer_tensors
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import allocation, methods, rtn
-from qmix.quantize.allocation import CHOICES, Sensitivity, Unit
+from qmix.quantize import methods
+from qmix.quantize.calibrated import bit_allocation
+from qmix.quantize.calibrated.bit_allocation import CHOICES, Sensitivity, Unit
 from qmix.quantize.methods import Request
+from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense
 
 LAYERS, EXPERTS = 2, 4
@@ -168,7 +170,7 @@ def test_without_the_attention_its_matrices_are_no_units(source, ids, units):
 
 def outcome(units, bits):
     """(bits a weight, loss) of the recipe, by its rules."""
-    recipe = allocation.recipe(units, bits)
+    recipe = bit_allocation.recipe(units, bits)
     spent = loss = 0.0
     for unit in units:
         (scheme,) = {recipe.scheme_of(tensor.name) for tensor in unit.tensors}
@@ -216,7 +218,7 @@ def test_what_costs_nothing_gets_no_bits(source):
     linear = [tensor for tensor in tensors if tensor.name.endswith("w2.weight")][:2]
     free, dear = (Unit((tensor,), losses) for tensor, losses in zip(
         linear, [(0.0, 0.0, 0.0, 0.0), (4.0, 3.0, 2.0, 0.1)], strict=True))  # fmt: skip
-    recipe = allocation.recipe([free, dear], 8.125)
+    recipe = bit_allocation.recipe([free, dear], 8.125)
     assert recipe.scheme_of(linear[0].name) == CHOICES[0]
     assert recipe.scheme_of(linear[1].name) == CHOICES[-1]
 
@@ -224,7 +226,7 @@ def test_what_costs_nothing_gets_no_bits(source):
 @pytest.mark.parametrize("bits", [0.0, 4, 4.1249, 8.126, -1, 16, math.inf, math.nan])
 def test_a_budget_that_no_recipe_meets_is_refused(source, tmp_path, bits):
     with pytest.raises(UsageError, match=r"--bits: out of range; expected 4\.125 to 8\.125"):
-        allocation.check(bits)
+        bit_allocation.check(bits)
     request = Request(method="auto", bits=bits, samples=2, seqlen=32, device="cpu")
     with pytest.raises(UsageError, match="--bits: out of range"):
         methods.run(source, tmp_path / "out", request, TEXT)

@@ -16,9 +16,13 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.layouts import gptq_config
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import calibrated, calibration, gptq, layerwise, methods
-from qmix.quantize.calibration import Calibration
+from qmix.quantize import methods
+from qmix.quantize.calibrated import layer as layerwise
+from qmix.quantize.calibrated import run as calibrated
+from qmix.quantize.calibrated import windows as calibration
+from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.methods import Request
+from qmix.quantize.rounding import gptq
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import Recipe, Scheme
 

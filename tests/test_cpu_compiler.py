@@ -15,7 +15,7 @@ from qmix import kernels
 from qmix.errors import ResourceError, UsageError
 from qmix.kernels.cpu import build
 from qmix.kernels.cpu.library import VARIABLE, library
-from qmix.quantize.nf4 import quantize
+from qmix.quantize.rounding.nf4 import quantize
 
 try:
     build._compiler()

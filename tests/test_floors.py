@@ -96,8 +96,8 @@ HOMES = {
         "qmix.weights.integers",
         "qmix.int4",
         "qmix.int8",
-        "qmix.quantize.nf4",
-        "qmix.quantize.activations",
+        "qmix.quantize.rounding.nf4",
+        "qmix.quantize.calibrated.activations",
         "qmix.evals.llama_peer",
     },
 }

@@ -19,7 +19,7 @@ from qmix.nn.attention import Attention
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning.footprint import Model, on_device
-from qmix.quantize import pipeline
+from qmix.quantize import streaming
 from qmix.weights.scheme import NF4, Recipe, Scheme
 
 SCHEMES = {
@@ -32,7 +32,7 @@ SCHEMES = {
 
 
 def quantized(source, out, scheme):
-    pipeline.run(source, out, Recipe.uniform(scheme, attention=True), method="rtn")
+    streaming.run(source, out, Recipe.uniform(scheme, attention=True), method="rtn")
     return out
 
 

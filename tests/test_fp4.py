@@ -12,7 +12,7 @@ from qmix.errors import CheckpointError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import bnb, tensor_names
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import nf4
+from qmix.quantize.rounding import nf4
 from qmix.weights.nf4 import FP4, FP4_VALUES
 from qmix.weights.scheme import Scheme
 

@@ -12,7 +12,9 @@ from qmix.formats import open_checkpoint
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning import machine
 from qmix.planning.machine import Memory
-from qmix.quantize import calibrated, calibration, pipeline
+from qmix.quantize import streaming
+from qmix.quantize.calibrated import run
+from qmix.quantize.calibrated import windows as calibration
 from qmix.weights.scheme import NF4, Recipe, Scheme
 
 MIB = 1 << 20
@@ -26,13 +28,13 @@ def starve(monkeypatch, available):
 
 
 def quantize(tmp_path):
-    pipeline.run(TINY, tmp_path / "out", NF4_RECIPE, method="nf4")
+    streaming.run(TINY, tmp_path / "out", NF4_RECIPE, method="nf4")
 
 
 def gptq(tmp_path):
     text = "free memory is looked at first " * 200
     windows = calibration.cut(text, lambda _: list(range(3, 900)), samples=1, seqlen=64)
-    calibrated.run(TINY, tmp_path / "out", INT4_RECIPE, windows, calibrated.Options())
+    run.run(TINY, tmp_path / "out", INT4_RECIPE, windows, run.Options())
 
 
 def evaluate(_):
@@ -61,7 +63,7 @@ def test_the_tiny_model_needs_little(monkeypatch, tmp_path, command):
 
 
 def test_export_and_convert_look_too(monkeypatch, tmp_path):
-    pipeline.run(TINY, tmp_path / "int4", INT4_RECIPE, method="rtn")
+    streaming.run(TINY, tmp_path / "int4", INT4_RECIPE, method="rtn")
     source = raw_mistral.write(tmp_path / "raw", small_model(), layout="safetensors")
     starve(monkeypatch, 1 << 12)
     with pytest.raises(ResourceError, match="free host memory"):

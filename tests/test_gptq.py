@@ -8,9 +8,9 @@ import torch
 
 from qmix.errors import CheckpointError
 from qmix.formats.layouts import gptq as layout
-from qmix.quantize import gptq, rtn
-from qmix.quantize.gptq import Options
-from qmix.quantize.moments import Moments
+from qmix.quantize.rounding import gptq, rtn
+from qmix.quantize.rounding.gptq import Options
+from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.integers import Int4, Int8, unpack_codes
 from qmix.weights.scheme import Scheme
 

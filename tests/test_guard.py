@@ -10,7 +10,8 @@ from qmix.errors import QualityError
 from qmix.evals import guard, measure
 from qmix.evals.guard import Figures, check
 from qmix.formats.layouts import bnb
-from qmix.quantize import nf4, scales
+from qmix.quantize.rounding import grid as scales
+from qmix.quantize.rounding import nf4
 from qmix.weights import nf4 as weights
 
 

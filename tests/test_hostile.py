@@ -24,7 +24,7 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.generation.loop import GenerationConfig
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import pipeline
+from qmix.quantize import streaming
 from qmix.weights.scheme import NF4, Recipe
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -32,7 +32,7 @@ IDS = torch.tensor([[1, 5, 6, 7]])
 
 
 def quantize(source, out, **options):
-    return pipeline.run(source, out, Recipe.uniform(NF4, attention=True), method="nf4", **options)
+    return streaming.run(source, out, Recipe.uniform(NF4, attention=True), method="nf4", **options)
 
 
 def contents(folder):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.quantize import pipeline
+from qmix.quantize import streaming
 from qmix.weights.scheme import Recipe, Scheme
 
 
@@ -52,7 +52,7 @@ def test_packed_layouts(tmp_path, monkeypatch, pack, settings, options, expected
 @pytest.mark.parametrize("block", [64, 128, 512])
 def test_nf4(tiny, tmp_path, block, double):
     scheme = Scheme(kind="nf4", block_size=block, double_quant=double)
-    pipeline.run(tiny, tmp_path / "out", Recipe.uniform(scheme, attention=True), method="nf4")
+    streaming.run(tiny, tmp_path / "out", Recipe.uniform(scheme, attention=True), method="nf4")
     found = inspect(tmp_path / "out")
     assert schemes(found)["expert"] == ("bitsandbytes", str(scheme))
     (experts,) = (part for part in found.parts if part.kind == "expert")

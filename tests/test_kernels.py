@@ -8,7 +8,7 @@ from qmix import kernels
 from qmix.errors import UsageError
 from qmix.kernels import Routes, tiles
 from qmix.kernels.attention import attend, reference, visible
-from qmix.quantize.nf4 import quantize
+from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4

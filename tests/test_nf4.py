@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UsageError
 from qmix.formats.layouts import bnb as layout
-from qmix.quantize import nf4
+from qmix.quantize.rounding import nf4
 from qmix.weights.nf4 import NF4_VALUES, NestedAbsmax
 from qmix.weights.scheme import DENSE, NF4_BLOCK_SIZES, Scheme
 

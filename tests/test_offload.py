@@ -27,7 +27,7 @@ from qmix.models import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.planning import machine, plan
-from qmix.quantize import pipeline
+from qmix.quantize import streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme
 
@@ -46,7 +46,7 @@ def written(folder, layout):
         if layout != "dense":
             double = layout == "nf4"
             scheme = Scheme(kind="nf4", double_quant=double)
-            pipeline.run(
+            streaming.run(
                 folder / "dense",
                 folder / "out",
                 Recipe.uniform(scheme, attention=True),

@@ -9,7 +9,7 @@ import torch
 
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import ptx
-from qmix.quantize.nf4 import quantize
+from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.integers import Int4, pack_codes

@@ -13,7 +13,7 @@ from qmix.errors import UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq, gptq_config, writer
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize.nf4 import quantize
+from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.integers import Int4, Int8
 from qmix.weights.scheme import DENSE, NF4, Scheme

@@ -17,7 +17,7 @@ from qmix.cli import app
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
 from qmix.formats.files import output_dir
-from qmix.quantize import gptq
+from qmix.quantize.rounding import gptq
 from qmix.weights.scheme import Recipe, Scheme
 
 LAYERS = 3

@@ -8,7 +8,8 @@ import torch
 from qmix.errors import CheckpointError
 from qmix.formats.layouts import gptq
 from qmix.formats.layouts.gptq_config import Settings
-from qmix.quantize import rtn, scales
+from qmix.quantize.rounding import grid as scales
+from qmix.quantize.rounding import rtn
 from qmix.weights.integers import unpack_codes
 from qmix.weights.scheme import Scheme
 

@@ -281,7 +281,7 @@ def make():
 
 def rival(source, text, out, options="{}"):
     """A checkpoint for the comparison, with the source's tokenizer files beside it."""
-    from qmix.quantize import calibration
+    from qmix.quantize.calibrated import windows as calibration
     from qmix.text.tokenizer import LlamaTokenizer
 
     source, out = Path(source).resolve(), Path(out).resolve()

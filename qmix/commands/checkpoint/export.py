@@ -22,7 +22,7 @@ from qmix.formats.layouts import compressed_tensors, gptq, gptq_config, tensor_n
 from qmix.formats.names import ModelTensor
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
-from qmix.quantize import pipeline
+from qmix.quantize import streaming
 from qmix.weights.integers import Integers
 from qmix.weights.scheme import DENSE, Scheme
 
@@ -104,7 +104,7 @@ def run(
             settings = compressed_tensors.config(schemes)
         config = checkpoint.config.replace(quantization_config=settings)
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-        for name in pipeline.COMPANIONS:
+        for name in streaming.COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         facts = {"method": f"export to {layout}", "source": source.resolve().name}

@@ -28,7 +28,8 @@ from qmix.nn.attention import Attention, Step
 from qmix.nn.decoder import embedding
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS
-from qmix.quantize import pipeline, rtn
+from qmix.quantize import streaming
+from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe, Scheme
 
@@ -258,7 +259,7 @@ class Sensitivity:
         return tuple(self._tensors[name] for name in group)
 
     def _read(self, name: str) -> Dense:
-        data = pipeline.read(self._checkpoint, self._tensors[name])
+        data = streaming.read(self._checkpoint, self._tensors[name])
         return Dense(data.to(self._device).float())
 
     def _rounded(self, name: str, scheme: Scheme) -> Weight:

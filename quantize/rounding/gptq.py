@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.quantize import scales
-from qmix.quantize.moments import Moments
-from qmix.quantize.scales import Grid
+from qmix.quantize.rounding import grid as scales
+from qmix.quantize.rounding.grid import Grid
+from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.integers import Int4, Int8
 from qmix.weights.scheme import Scheme
 

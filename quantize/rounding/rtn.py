@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.quantize import scales
+from qmix.quantize.rounding import grid as scales
 from qmix.weights.integers import Int4, Int8
 from qmix.weights.scheme import Scheme
 

@@ -25,9 +25,10 @@ from qmix.kernels import Routes
 from qmix.nn.attention import Attention, Step
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
-from qmix.quantize import gptq, pipeline
-from qmix.quantize.activations import Activations
-from qmix.quantize.moments import Moments
+from qmix.quantize import streaming
+from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.rounding import gptq
+from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe, Scheme
 
@@ -305,7 +306,7 @@ class LayerQuantizer:
         return Moments(width, self._device, crossed=self._options.correct)
 
     def _read(self, name: str) -> Tensor:
-        return pipeline.read(self._checkpoint, self._tensors[name])
+        return streaming.read(self._checkpoint, self._tensors[name])
 
     def _unrounded(self, name: str) -> Dense:
         return Dense(self._read(name).to(self._device).float())

@@ -23,8 +23,8 @@ from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
-from qmix.quantize import nf4, rtn
 from qmix.quantize.report import Report, TensorResult
+from qmix.quantize.rounding import nf4, rtn
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import Recipe, Scheme

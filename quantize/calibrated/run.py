@@ -26,12 +26,14 @@ from qmix.formats.names import ModelTensor
 from qmix.nn.decoder import embedding
 from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
-from qmix.quantize import layerwise, pipeline, resume
-from qmix.quantize.activations import Activations
-from qmix.quantize.calibration import Calibration
-from qmix.quantize.layerwise import LayerQuantizer, Rounded, Stream
-from qmix.quantize.pipeline import Item, Progress
+from qmix.quantize import streaming
+from qmix.quantize.calibrated import layer as layerwise
+from qmix.quantize.calibrated import resume
+from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.layer import LayerQuantizer, Rounded, Stream
+from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.report import Effort, Report, TensorResult
+from qmix.quantize.streaming import Item, Progress
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import Recipe
 
@@ -87,7 +89,7 @@ def run(
     begun = time.perf_counter()
     output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
-    items = pipeline.plan(checkpoint, recipe)
+    items = streaming.plan(checkpoint, recipe)
     _check_shards(checkpoint, items, options.shard_bytes)
     settings = _settings(checkpoint, recipe, calibration, options, method)
     work = _Work(checkpoint, items, recipe, calibration, options)
@@ -125,7 +127,7 @@ def run(
         )
         named = ("calibration", "rounding", "weighting", "correction")
         facts = {name: settings[name] for name in named}
-        pipeline.finish(folder, checkpoint, items, report, facts)
+        streaming.finish(folder, checkpoint, items, report, facts)
     return report
 
 
@@ -354,7 +356,7 @@ class _Work:
 
     def _kept(self, items: Sequence[Item]) -> Iterator[Rounded]:
         for item in items:
-            data = pipeline.read(self.checkpoint, item.tensor)
+            data = streaming.read(self.checkpoint, item.tensor)
             yield Rounded(tensor=item.tensor, weight=Dense(data))
 
     def _write(
@@ -367,7 +369,7 @@ class _Work:
         with ShardWriter(partial, [one for item in items for one in item.planned]) as writer:
             for item, one in zip(items, rounded, strict=True):
                 assert one.tensor == item.tensor
-                tensors = pipeline.packed(one.weight, item)
+                tensors = streaming.packed(one.weight, item)
                 for tensor_name, tensor in tensors.items():
                     writer.write(tensor_name, tensor)
                 results.append(self._result(item, one, tensors))
@@ -378,7 +380,7 @@ class _Work:
         squared_error = squared_norm = 0.0
         if one.solution is not None:
             source = self.checkpoint.read(item.tensor.name)
-            squared_error, squared_norm = pipeline.errors(source, one.weight)
+            squared_error, squared_norm = streaming.errors(source, one.weight)
         solution = one.solution
         return TensorResult(
             name=item.tensor.name,

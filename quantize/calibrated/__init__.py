@@ -1,0 +1,1 @@
+"""Calibrated runs: a layer at a time on real activations, resumable, bits chosen by divergence."""
