@@ -322,7 +322,7 @@ def evaluate(
 
     Example: qmix eval mixtral-nf4 --data wiki.test.raw --reference Mixtral-8x7B-v0.1
     """
-    from qmix.evals import perplexity
+    from qmix.evals.quality import perplexity
 
     if max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
@@ -420,8 +420,8 @@ def bench(
     Examples: qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8 ·
     qmix bench --attention -p 512,4096 --plot attention.png
     """
-    from qmix.evals import attention_bench
-    from qmix.evals import bench as benchmark
+    from qmix.evals.timing import attention_bench
+    from qmix.evals.timing import bench as benchmark
 
     if attention:
         if (new, depth, batch) != ("128", "0", "1"):
@@ -458,7 +458,7 @@ def demo(
     ] = None,
 ) -> None:
     """All of it on the tiny Mixtral of a checkout: quantize, evaluate, generate. No arguments."""
-    from qmix.evals import demo as show
+    from qmix.evals.quality import demo as show
 
     show.run(out, terminal.console(), terminal.draw_report)
 
@@ -529,7 +529,8 @@ def _sampling(
 
 
 def _calibration_text(path: Path | None) -> str:
-    from qmix.evals import corpus, perplexity
+    from qmix.evals import corpus
+    from qmix.evals.quality import perplexity
 
     if path is not None:
         return perplexity.read_text(path).content

@@ -27,8 +27,9 @@ import torch
 
 import qmix
 from qmix.errors import CheckpointError, QmixError, UsageError
-from qmix.evals import corpus, tiny_model
-from qmix.evals.perplexity import Perplexity, Text, evaluate
+from qmix.evals import corpus
+from qmix.evals.quality.perplexity import Perplexity, Text, evaluate
+from qmix.evals.training import tiny_model
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import contents_of
 from qmix.quantize import methods

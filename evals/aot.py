@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from qmix.evals.machine_code import SHARED_LIMIT, Cost, Source, cost_of
-from qmix.evals.plain_programs import Plain, plain_variants
+from qmix.evals.timing.machine_code import SHARED_LIMIT, Cost, Source, cost_of
+from qmix.evals.timing.plain_programs import Plain, plain_variants
 from qmix.kernels.gpu import attention, moe, moe_triton
 from qmix.kernels.gpu.moe import Config, configs
 from qmix.weights.packed.tile_format import TileFormat

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError, ResourceError
-from qmix.evals.bandwidth import seconds
-from qmix.evals.llama import Llama, llama
+from qmix.evals.timing.bandwidth import seconds
+from qmix.evals.timing.llama import Llama, llama
 from qmix.kernels import Routes, tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.moe import routed

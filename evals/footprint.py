@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qmix.errors import QmixError
-from qmix.evals import bench
+from qmix.evals.timing import bench
 from qmix.formats.metadata import open_outline
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.linear import Linear

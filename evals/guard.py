@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qmix import strict_json
 from qmix.errors import QmixError, QualityError
-from qmix.evals.measure import SAMPLES, SEQLEN, Comparison, compare, compare_gptq
+from qmix.evals.quality.measure import SAMPLES, SEQLEN, Comparison, compare, compare_gptq
 
 BASELINES = Path(__file__).resolve().parent / "baselines.json"
 

@@ -21,7 +21,12 @@ import torch
 
 from qmix import MixtralForCausalLM, __version__
 from qmix.errors import QmixError, QualityError, UsageError
-from qmix.evals.bandwidth import copy_bandwidth, disk_bandwidth, link_bandwidth, read_bandwidth
+from qmix.evals.timing.bandwidth import (
+    copy_bandwidth,
+    disk_bandwidth,
+    link_bandwidth,
+    read_bandwidth,
+)
 from qmix.formats.metadata import open_outline
 from qmix.generation.loop import GenerationConfig, stream
 from qmix.planning import machine, plan, roofline

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError
-from qmix.evals.tiny_model import TINY
+from qmix.evals.training.tiny_model import TINY
 from qmix.formats.files import output_dir, shards
 from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors

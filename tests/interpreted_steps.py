@@ -9,10 +9,10 @@ from conftest import small_config
 from interpreter import CONVERSIONS, INTERPRETED
 
 from qmix import kernels
-from qmix.evals import bench, random_model
-from qmix.evals.bench import Test
 from qmix.evals.steps import attention, full_model, moe_block, peers, token_profile
 from qmix.evals.steps.timing import Timing
+from qmix.evals.timing import bench, random_model
+from qmix.evals.timing.bench import Test
 from qmix.kernels.gpu import packed_matmul
 
 if not INTERPRETED:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from qmix.evals import accuracy, corpus
-from qmix.evals.perplexity import Perplexity, Reference
+from qmix.evals.quality.perplexity import Perplexity, Reference
 
 WORDS = "Return a list of the names in the current scope. "
 

@@ -11,8 +11,8 @@ from conftest import ROOT
 from test_cli import qmix
 
 from qmix.errors import UnsupportedError, UsageError
-from qmix.evals import attention_bench
-from qmix.evals.attention_bench import Heads, Request
+from qmix.evals.timing import attention_bench
+from qmix.evals.timing.attention_bench import Heads, Request
 from qmix.kernels import flash
 
 CPU = torch.device("cpu")

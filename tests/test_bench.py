@@ -8,8 +8,8 @@ from conftest import TINY, small_model
 from test_cli import qmix
 
 from qmix.errors import UsageError
-from qmix.evals import bandwidth, bench, traffic
-from qmix.evals.bench import Test
+from qmix.evals.timing import bandwidth, bench, traffic
+from qmix.evals.timing.bench import Test
 
 
 def test_the_grammar():

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError
 from qmix.evals import corpus
-from qmix.evals.train_tiny import Plan, Stream, questions
-from qmix.evals.train_tokenizer import train_tokenizer
+from qmix.evals.training.train_tiny import Plan, Stream, questions
+from qmix.evals.training.train_tokenizer import train_tokenizer
 from qmix.text.tokenizer import LlamaTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

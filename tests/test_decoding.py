@@ -13,7 +13,7 @@ from qmix.weights.dense import Dense
 
 pytest.importorskip("triton")
 
-from qmix.evals import random_model
+from qmix.evals.timing import random_model
 from qmix.generation.cuda_graph import Decoding, supported
 from qmix.kernels import dense
 from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton

@@ -109,7 +109,7 @@ def test_a_cache_that_cannot_be_written_is_told(bench_machine, tmp_path):
 def test_measuring_gives_plausible_figures(tmp_path):
     import torch
 
-    from qmix.evals import bandwidth
+    from qmix.evals.timing import bandwidth
 
     assert 1e8 < bandwidth.read_bandwidth(torch.device("cpu"), 64 << 20) < 1e13
     assert 1e6 < bandwidth.disk_bandwidth(tmp_path, 64 << 20) < 1e12

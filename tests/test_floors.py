@@ -79,17 +79,17 @@ FLOORS = {
 
 # Which files may import which third-party package.
 HOMES = {
-    "sentencepiece": {"qmix.text.tokenizer", "qmix.evals.train_tokenizer"},
-    "rich": {"qmix.commands.terminal", "qmix.commands.repl", "qmix.evals.demo"},
+    "sentencepiece": {"qmix.text.tokenizer", "qmix.evals.training.train_tokenizer"},
+    "rich": {"qmix.commands.terminal", "qmix.commands.repl", "qmix.evals.quality.demo"},
     "typer": {"qmix.cli", "qmix.commands.trace", "qmix.plan_commands"},
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
-    "matplotlib": {"qmix.evals.attention_bench"},
+    "matplotlib": {"qmix.evals.timing.attention_bench"},
     "triton": {
         "qmix.kernels.gpu.moe_triton",
         "qmix.kernels.gpu.attention_triton",
         "qmix.kernels.gpu.pointwise_triton",
-        "qmix.evals.machine_code",
+        "qmix.evals.timing.machine_code",
     },
     "numpy": {
         "qmix.weights.nf4",
@@ -98,7 +98,7 @@ HOMES = {
         "qmix.int8",
         "qmix.quantize.rounding.nf4",
         "qmix.quantize.calibrated.activations",
-        "qmix.evals.llama_peer",
+        "qmix.evals.timing.llama_peer",
     },
 }
 TORCHLESS = {

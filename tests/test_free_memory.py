@@ -7,7 +7,7 @@ from conftest import TINY, small_model
 
 from qmix.commands.checkpoint import convert, export
 from qmix.errors import ResourceError
-from qmix.evals.streaming import Scorer
+from qmix.evals.quality.layer_streaming import Scorer
 from qmix.formats import open_checkpoint
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning import machine

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qmix.errors import QualityError
-from qmix.evals import guard, measure
+from qmix.evals import guard
 from qmix.evals.guard import Figures, check
+from qmix.evals.quality import measure
 from qmix.formats.layouts import bnb
 from qmix.quantize.rounding import grid as scales
 from qmix.quantize.rounding import nf4
@@ -127,7 +128,7 @@ def test_the_markdown_table_names_every_model(comparison, gptq_comparison):
 
 
 def test_scores_do_not_depend_on_the_number_of_threads(comparison, tiny, tiny_nf4):
-    from qmix.evals.perplexity import Text, evaluate
+    from qmix.evals.quality.perplexity import Text, evaluate
 
     text = Text.of("Return a list of the names in the current scope. " * 30)
     threads = torch.get_num_threads()

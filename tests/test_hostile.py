@@ -19,7 +19,7 @@ import qmix
 from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, QmixError, UnsupportedError, UsageError
-from qmix.evals import perplexity
+from qmix.evals.quality import perplexity
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.generation.loop import GenerationConfig

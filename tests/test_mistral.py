@@ -19,7 +19,7 @@ from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
-from qmix.evals import perplexity
+from qmix.evals.quality import perplexity
 from qmix.formats import open_checkpoint
 from qmix.formats.files import shards
 from qmix.formats.mistral import checkpoint as mistral

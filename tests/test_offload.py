@@ -17,8 +17,8 @@ from test_export import write
 from qmix import kernels
 from qmix.commands.session import Session
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
-from qmix.evals import bench
 from qmix.evals import offload as offload_record
+from qmix.evals.timing import bench
 from qmix.experts.policy import PRESETS
 from qmix.formats import open_checkpoint
 from qmix.formats.files import shards

@@ -9,8 +9,8 @@ import torch
 from conftest import TINY, small_model
 
 from qmix.errors import CheckpointError, QualityError, UsageError
-from qmix.evals import perplexity
-from qmix.evals.perplexity import cut, read_text
+from qmix.evals.quality import perplexity
+from qmix.evals.quality.perplexity import cut, read_text
 from qmix.text.tokenizer import LlamaTokenizer
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import small_config
 
 from qmix.config import MixtralConfig
-from qmix.evals import random_model, traffic
+from qmix.evals.timing import random_model, traffic
 from qmix.weights.packed.layout import unpack_matrix
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.experts import replay, trace
+from qmix.evals.routing import replay, trace
+from qmix.evals.routing.simulation import Faults, Machine, SimClock, SimTier, Simulation
+from qmix.evals.routing.trace import Header, Trace
 from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, Settings
 from qmix.experts.residency import Residency, State
-from qmix.experts.simulation import Faults, Machine, SimClock, SimTier, Simulation
-from qmix.experts.trace import Header, Trace
 
 GOLDEN = Path(__file__).parent / "golden"
 EVENTS = GOLDEN / "residency-events.txt"

@@ -12,11 +12,10 @@ from test_cli import qmix
 
 from qmix import MixtralForCausalLM
 from qmix.errors import CheckpointError, UsageError
-from qmix.evals import routing
-from qmix.experts import replay, trace
+from qmix.evals.routing import record, replay, trace
+from qmix.evals.routing.simulation import Machine
+from qmix.evals.routing.trace import Header, Recorder
 from qmix.experts.policy import PRESETS
-from qmix.experts.simulation import Machine
-from qmix.experts.trace import Header, Recorder
 from qmix.models import load
 from qmix.models.offload import Tiers
 from qmix.text.tokenizer import LlamaTokenizer
@@ -132,11 +131,11 @@ def recorded(path):
 
 @torch.no_grad()
 def test_a_text_is_recorded_as_its_routers_choose(tmp_path, monkeypatch):
-    monkeypatch.setattr(routing, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(record, "PREFILL_CHUNK", 7)
     model = small_model(max_position_embeddings=20)
     text = "The quick brown fox jumps over the lazy dog."
     ids = Words().encode(text)
-    count = routing.record(
+    count = record.record(
         model, Words(), tmp_path / "t", name="small", max_new_tokens=33, text=text, gates=True
     )
     assert count == 33
@@ -156,7 +155,7 @@ def test_after_a_prompt_the_decoded_tokens_alone_are_recorded(tmp_path):
     model, prompt = small_model(), "Hello"
     ids = torch.tensor([Words().encode(prompt)])
     whole = model.generate(ids, max_new_tokens=9)[0].tolist()
-    count = routing.record(
+    count = record.record(
         model, Words(), tmp_path / "t", name="small", max_new_tokens=9, prompt=prompt
     )
     assert count == 8  # the ninth token is never fed back
@@ -165,7 +164,7 @@ def test_after_a_prompt_the_decoded_tokens_alone_are_recorded(tmp_path):
 
 def test_recording_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(UsageError, match="positions"):
-        routing.record(
+        record.record(
             small_model(), Words(), tmp_path / "t", name="", max_new_tokens=999, prompt="x"
         )
     assert not (tmp_path / "t").exists()
@@ -177,7 +176,7 @@ def test_the_committed_trace_is_what_the_tiny_model_chooses(tmp_path):
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
     text = (ROOT / "LICENSE").read_text()
     golden = trace.read(GOLDEN)
-    routing.record(
+    record.record(
         model,
         tokenizer,
         tmp_path / "t",
@@ -198,7 +197,7 @@ def test_a_replay_predicts_what_the_store_counts(tmp_path, name):
     whole = MixtralForCausalLM.from_pretrained(TINY)
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
     prompt, slots, new = (ROOT / "LICENSE").read_text()[:400], 11, 150
-    routing.record(whole, tokenizer, tmp_path / "t", name="tiny", max_new_tokens=new, prompt=prompt)
+    record.record(whole, tokenizer, tmp_path / "t", name="tiny", max_new_tokens=new, prompt=prompt)
     chosen = replace(PRESETS[name], uploads=0)
     predicted = replay.replay(
         trace.read(tmp_path / "t"), slots, chosen, Machine(), name=name, path="copy"

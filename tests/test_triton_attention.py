@@ -12,7 +12,7 @@ from qmix.kernels import Routes
 pytest.importorskip("triton")
 
 from qmix.evals import aot
-from qmix.evals.plain_programs import plain_variants
+from qmix.evals.timing.plain_programs import plain_variants
 from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qmix.evals.bandwidth import copy_bandwidth, matmul_rate, seconds
+from qmix.evals.timing.bandwidth import copy_bandwidth, matmul_rate, seconds
 
 
 def run(device: torch.device) -> Iterator[dict[str, object]]:

@@ -11,9 +11,9 @@ from dataclasses import asdict
 import torch
 
 from qmix.config import MixtralConfig
-from qmix.evals import bench, random_model, traffic
-from qmix.evals.bandwidth import copy_bandwidth
-from qmix.evals.bench import Test
+from qmix.evals.timing import bench, random_model, traffic
+from qmix.evals.timing.bandwidth import copy_bandwidth
+from qmix.evals.timing.bench import Test
 from qmix.models.causal_lm import MixtralForCausalLM
 
 POSITIONS = 65536

@@ -10,8 +10,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from qmix.evals.random_model import FORMATS, Draw
 from qmix.evals.steps.timing import timed
+from qmix.evals.timing.random_model import FORMATS, Draw
 from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.gpu import moe as gpu
 

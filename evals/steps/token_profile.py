@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qmix.evals import bench, traffic
-from qmix.evals.bandwidth import copy_bandwidth
 from qmix.evals.steps import full_model
 from qmix.evals.steps.timing import timed_as_is
+from qmix.evals.timing import bench, traffic
+from qmix.evals.timing.bandwidth import copy_bandwidth
 from qmix.generation.cuda_graph import Decoding
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache

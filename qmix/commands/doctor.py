@@ -282,7 +282,7 @@ def _measure(
 ) -> Measured:
     import torch
 
-    from qmix.evals import bandwidth
+    from qmix.evals.timing import bandwidth
 
     steps = 4 if cuda else 2
     progress("host memory", 0, steps)

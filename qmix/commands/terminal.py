@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qmix.commands.checkpoint.convert import Conversion
     from qmix.commands.checkpoint.export import Export
     from qmix.commands.checkpoint.inspect import Inventory
-    from qmix.evals.perplexity import Perplexity
+    from qmix.evals.quality.perplexity import Perplexity
     from qmix.quantize.report import Report
 
 _LINE_EVERY_S = 10

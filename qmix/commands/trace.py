@@ -15,9 +15,9 @@ from qmix.commands import terminal
 from qmix.errors import UsageError
 
 if TYPE_CHECKING:
-    from qmix.experts.replay import Replay
-    from qmix.experts.simulation import Machine
-    from qmix.experts.trace import Header, Trace
+    from qmix.evals.routing.replay import Replay
+    from qmix.evals.routing.simulation import Machine
+    from qmix.evals.routing.trace import Header, Trace
 
 app = typer.Typer(help="Record and replay which experts a model uses.", no_args_is_help=True)
 
@@ -59,7 +59,8 @@ def record(
     if out.exists():
         raise UsageError("the file exists", where=str(out), remedy="Choose another name.")
     import qmix
-    from qmix.evals import perplexity, routing
+    from qmix.evals.quality import perplexity
+    from qmix.evals.routing import record as routing
 
     text = None if data is None else perplexity.read_text(data).content
     model, tokenizer = qmix.load(directory, dtype=dtype, device=device, vram=vram, ram=ram)
@@ -107,8 +108,8 @@ def replay_trace(
 
     Example: qmix trace replay wiki.trace --slots 148 --policy heat --link 25
     """
-    from qmix.experts import replay, trace
-    from qmix.experts.simulation import Machine
+    from qmix.evals.routing import replay, trace
+    from qmix.evals.routing.simulation import Machine
 
     found = trace.read(path)
     heat = None if profile is None else replay.heat_of(_profile(profile, found), policy)
@@ -144,7 +145,7 @@ def table(rows: tuple["Replay", ...]) -> str:
 
 
 def _profile(path: Path, found: "Trace") -> "Trace":
-    from qmix.experts import trace
+    from qmix.evals.routing import trace
 
     other = trace.read(path)
     shape = (found.header.layers, found.header.experts)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qmix import kernels
 from qmix.errors import UsageError
-from qmix.evals import traffic
+from qmix.evals.routing.trace import Header, Recorder
+from qmix.evals.timing import traffic
 from qmix.experts.policy import ONE
-from qmix.experts.trace import Header, Recorder
 from qmix.generation.config import GenerationConfig
 from qmix.generation.loop import PREFILL_CHUNK
 from qmix.models.causal_lm import MixtralForCausalLM

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError, UsageError
-from qmix.evals.bandwidth import seconds
-from qmix.evals.bench import device_name, numbers
+from qmix.evals.timing.bandwidth import seconds
+from qmix.evals.timing.bench import device_name, numbers
 from qmix.kernels import attention
 from qmix.kernels.attention import Implementation
 from qmix.models import load

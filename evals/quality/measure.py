@@ -7,8 +7,9 @@ solver still does what it did, not how good it is (that is qmix.evals.accuracy).
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmix.evals import corpus, tiny_model
-from qmix.evals.perplexity import Perplexity, Text, evaluate
+from qmix.evals import corpus
+from qmix.evals.quality.perplexity import Perplexity, Text, evaluate
+from qmix.evals.training import tiny_model
 from qmix.quantize import streaming
 from qmix.quantize.calibrated import run
 from qmix.quantize.calibrated import windows as calibration

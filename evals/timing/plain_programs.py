@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qmix.evals.machine_code import Source
+from qmix.evals.timing.machine_code import Source
 from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
 _HEADS, _SHARED, _HEAD_WIDTH, _HIDDEN, _EXPERTS, _CHOSEN = 32, 8, 128, 4096, 8, 2

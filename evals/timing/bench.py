@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.evals import traffic
-from qmix.evals.bandwidth import copy_bandwidth, seconds, synchronize
-from qmix.evals.traffic import Traffic
+from qmix.evals.timing import traffic
+from qmix.evals.timing.bandwidth import copy_bandwidth, seconds, synchronize
+from qmix.evals.timing.traffic import Traffic
 from qmix.experts.store import Statistics
 from qmix.generation.loop import GenerationConfig, Token, stream
 from qmix.models.causal_lm import MixtralForCausalLM

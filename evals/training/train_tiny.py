@@ -22,7 +22,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals import corpus
-from qmix.evals.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
+from qmix.evals.training.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
 from qmix.models.causal_lm import MixtralForCausalLM, load_balancing_loss
 from qmix.text import chat_template
 from qmix.text.chat_template import Message
@@ -400,7 +400,7 @@ def model_card(plan: Plan, result: Score, model: MixtralForCausalLM, minutes: st
         f"| protocol | one BOS, windows of {plan.window} side by side, tail dropped; weights rounded to bfloat16, arithmetic in float32 |",
         f"| tokens seen | {seen:,} ({plan.steps} steps of {plan.batch} x {plan.window}) |",
         f"| seed | {plan.seed} |",
-        f"| command | `python -m qmix.evals.train_tiny OUT --steps {plan.steps} --seed {plan.seed}` |",
+        f"| command | `python -m qmix.evals.training.train_tiny OUT --steps {plan.steps} --seed {plan.seed}` |",
         f"| Python, torch | {sys.version.split()[0]}, {torch.__version__} |",
         f"| time | {minutes}, evaluation included |",
         f"| training text | {len(training.encode()):,} bytes, sha256 `{corpus.fingerprint(training)}` |",
@@ -454,8 +454,10 @@ def build(out: Path, plan: Plan) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m qmix.evals.train_tiny OUT [--steps N] [--seed S]`."""
-    parser = argparse.ArgumentParser(prog="python -m qmix.evals.train_tiny", description=__doc__)
+    """`python -m qmix.evals.training.train_tiny OUT [--steps N] [--seed S]`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qmix.evals.training.train_tiny", description=__doc__
+    )
     parser.add_argument("out", type=Path, help="directory to write; must not exist")
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--seed", type=int, default=Plan.seed)

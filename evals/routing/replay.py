@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qmix.errors import UsageError
+from qmix.evals.routing.simulation import SECOND, Machine, MissPath, Simulation
+from qmix.evals.routing.trace import Trace
 from qmix.experts.policy import LFU, LRU, PRESETS, Policy, PolicyName, Settings
 from qmix.experts.residency import Residency
-from qmix.experts.simulation import SECOND, Machine, MissPath, Simulation
-from qmix.experts.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)

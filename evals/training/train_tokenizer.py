@@ -47,7 +47,7 @@ def train_tokenizer(text: str, vocabulary: int = VOCABULARY) -> bytes:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m qmix.evals.train_tokenizer OUT/tokenizer.model`."""
+    """`python -m qmix.evals.training.train_tokenizer OUT/tokenizer.model`."""
     if len(arguments) != 1:
         sys.stderr.write("name the file to write\n")
         return 2

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from qmix.evals import tiny_model
-from qmix.evals.measure import compare
+from qmix.evals.quality.measure import compare
+from qmix.evals.training import tiny_model
 from qmix.generation.loop import GenerationConfig, stream
 from qmix.quantize.report import Report
 from qmix.text.printable import printable

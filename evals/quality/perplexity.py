@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
-from qmix.evals.streaming import Scorer
+from qmix.evals.quality.layer_streaming import Scorer
 from qmix.formats import open_checkpoint
 from qmix.models import load
 from qmix.text.tokenizer import LlamaTokenizer

@@ -1,0 +1,1 @@
+"""Which experts tokens choose: traces recorded, replayed and simulated."""

@@ -1,0 +1,1 @@
+"""How evals/tiny came to be: its model, its tokenizer, its training."""
