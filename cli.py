@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from qmix import __version__, plan_commands
-from qmix.commands import terminal, trace
+from qmix import __version__
+from qmix.commands import plan_command, terminal, trace
 from qmix.errors import QmixError, UsageError
 from qmix.planning.byte_sizes import parse_size
 
@@ -446,8 +446,8 @@ def bench(
     sys.stdout.write(json.dumps(report.to_dict()) + "\n" if as_json else report.markdown())
 
 
-app.command()(plan_commands.plan)
-app.command()(plan_commands.doctor)
+app.command()(plan_command.plan)
+app.command()(plan_command.doctor)
 
 
 @app.command()

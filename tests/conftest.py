@@ -1,18 +1,13 @@
-"""Small checkpoints built from a seed; no download, no device index, no path of anybody's."""
+"""Fixtures of every test: no download, no device index, no path outside the checkout but ../shared."""
 
 import os
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
-from qmix.config import MixtralConfig
-from qmix.models.causal_lm import MixtralForCausalLM
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "evals" / "tiny"
-SHARED = ROOT.parent / "shared"
+from qmix.kernels.cpu.library import PATHS, VARIABLE, library
+from tests.support.cpu_kernels import BEST
+from tests.support.models import SHARED, TINY, small_model, threads
 
 os.environ.pop("QMIX_DEBUG", None)
 
@@ -21,39 +16,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def small_config(**changes):
-    """Three layers, eight experts, widths that make blocks straddle rows (96 is no multiple of 64)."""
-    values = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.15,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    return MixtralConfig(**{**values, **changes})
-
-
-def small_model(**changes):
-    torch.manual_seed(0)
-    return MixtralForCausalLM(small_config(**changes)).eval()
-
-
-@contextmanager
-def threads(count):
-    """Torch's threads within the block: sums of many threads are added in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -90,3 +52,25 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no ../shared beside this checkout")
     return SHARED / "data"
+
+
+@pytest.fixture(params=("torch", *PATHS))
+def path(request, monkeypatch):
+    """Each path that this processor has; the library is found anew for it, and after it."""
+    if request.param in PATHS and PATHS.index(request.param) > BEST:
+        pytest.skip(f"no {request.param} on this processor, or no compiler")
+    monkeypatch.setenv(VARIABLE, request.param)
+    library.cache_clear()
+    yield request.param
+    library.cache_clear()
+
+
+@pytest.fixture
+def poison():
+    """Fresh tensors are filled with NaN, so that what a program forgets to write shows."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the oracle's
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,13 +1,12 @@
 """qmix/API.md says what the docstrings say, and every public name is on it."""
 
-import api_page
-
 import qmix
+from tests.support import api_page
 
 
 def test_the_page_is_in_step_with_the_docstrings():
     found = api_page.PAGE.read_text(encoding="utf-8")
-    assert found == api_page.page(), "run: python tests/api_page.py"
+    assert found == api_page.page(), "run: python -m tests.support.api_page"
 
 
 def test_every_public_name_is_on_the_page():

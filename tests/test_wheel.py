@@ -5,7 +5,8 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+
+from tests.support.models import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
     assert wheel.name.startswith("qmix_runtime-")
     inside = {name for name in names if name.startswith("qmix/")}
     for module in ("cli.py", "py.typed", "quantize/rounding/nf4.py", "evals/quality/perplexity.py", "evals/quality/demo.py",
-                   "evals/baselines.json", "formats/bnb.py", "kernels/tiles.py", "kernels/cpu/csrc/kernels.cpp",
+                   "evals/baselines.json", "formats/layouts/bnb.py", "kernels/tiles.py", "kernels/cpu/csrc/kernels.cpp",
                    "kernels/cpu/csrc/matrix.h"):  # fmt: skip
         assert f"qmix/{module}" in inside, module
     assert not [n for n in inside if n.endswith((".safetensors", ".model", ".md"))]

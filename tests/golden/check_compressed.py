@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent.parent)]
 
-import exact  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from qmix.models.causal_lm import MixtralForCausalLM  # noqa: E402
+from tests.support import exact  # noqa: E402
 
 KL = 1e-4  # nats a token; transformers multiplies codes and scales in the scales' dtype
 

@@ -17,9 +17,8 @@ from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # fewer, the default of two cores, and it stops
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent.parent))
 
-import exact  # noqa: E402
 import torch  # noqa: E402
 from gptqmodel import BACKEND, GPTQModel  # noqa: E402
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear  # noqa: E402
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qmix.formats import open_checkpoint  # noqa: E402
 from qmix.models.causal_lm import MixtralForCausalLM  # noqa: E402
+from tests.support import exact  # noqa: E402
 
 THEIRS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 RELATIVE = 2e-3  # of the logits' deviation; gptqmodel rounds every weight to float16

@@ -25,9 +25,8 @@ from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # fewer, the default of two cores, and it stops
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent.parent))
 
-import exact  # noqa: E402
 import torch  # noqa: E402
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # noqa: E402
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear, dequantize_model  # noqa: E402
@@ -40,6 +39,8 @@ from gptqmodel.utils.model import (  # noqa: E402
     convert_gptq_v2_to_v1_format_module,
 )
 from safetensors.torch import save_file  # noqa: E402
+
+from tests.support import exact  # noqa: E402
 
 NAME = f"gptqmodel-{version('gptqmodel')}"
 OLDER = f"auto-gptq-{version('auto-gptq')}"

@@ -5,7 +5,7 @@
     make goldens                                   # both, in environments that it sets up
 
 Kept as oracle: transformers 4.38.1, 4.47.1 and 5.23.0 (torch 2.13 CPU), eager attention, float32.
-Weights and inputs come from tests/exact.py, bit for bit, so that no checkpoint needs to be kept.
+Weights and inputs come from tests/support/exact.py, bit for bit, so that no checkpoint needs to be kept.
 
 4.38.1 computes the auxiliary loss under a mask as if every token had two experts (twice the right
 value for one, an exception for three; corrected in transformers' PR 29363): those values are left
@@ -19,12 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent.parent))
 
-import exact  # noqa: E402
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+
+from tests.support import exact  # noqa: E402
 
 
 def load(config, seed):

@@ -4,7 +4,7 @@
     make goldens                           # all versions, in environments that it sets up
 
 Hidden states, attentions, padded batches, masks of four axes, fields of the config, sequence
-classification. Weights and inputs come from tests/exact.py, bit for bit. What a version cannot do
+classification. Weights and inputs come from tests/support/exact.py, bit for bit. What a version cannot do
 is left out of its file: head_dim came after 4.47.1, masks of four axes and `output_router_logits`
 of a classifier after 4.38.1.
 """
@@ -15,13 +15,14 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent.parent))
 sys.path.insert(0, str(HERE))
 
-import exact  # noqa: E402
 import torch  # noqa: E402
 from make_logits import load, version  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+from tests.support import exact  # noqa: E402
 
 
 def classifier(config, seed, **changes):

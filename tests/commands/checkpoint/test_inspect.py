@@ -1,0 +1,77 @@
+"""`inspect` tells from the headers what a checkpoint holds."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qmix.commands.checkpoint.inspect import inspect
+from qmix.errors import CheckpointError
+from qmix.formats import Checkpoint, open_checkpoint
+from qmix.quantize import streaming
+from qmix.weights.scheme import Recipe, Scheme
+from tests.support import packers
+
+
+def schemes(inventory):
+    return {part.kind: (part.layout, part.scheme) for part in inventory.parts}
+
+
+CASES = [
+    (packers.gptq, {"sym": True}, {}, ("GPTQ", "int4 g32")),
+    (packers.gptq, {"sym": False}, {"symmetric": False}, ("GPTQ", "int4 g32 asymmetric")),
+    (packers.gptq, {}, {"group": -1, "act_order": True}, None),
+    (packers.awq, {"quant_method": "awq"}, {"group": 64}, ("AWQ", "int4 g64 asymmetric")),
+    (packers.compressed, None, {}, ("compressed-tensors", "int4 g32")),
+]
+
+
+@pytest.mark.parametrize(("pack", "settings", "options", "expected"), CASES)
+def test_packed_layouts(tmp_path, monkeypatch, pack, settings, options, expected):
+    packers.checkpoint(tmp_path, pack, settings, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "read", lambda *_: pytest.fail("data was read"))
+        found = inspect(tmp_path)
+    if expected:
+        assert schemes(found)["expert"] == schemes(found)["attention"] == expected
+    assert schemes(found)["router"] == schemes(found)["norm"] == ("safetensors", "float32")
+    total = sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
+    assert found.stored_bytes == total
+    assert found.files == {"model.safetensors": (tmp_path / "model.safetensors").stat().st_size}
+    assert json.loads(json.dumps(found.to_dict()))["stored_bytes"] == total
+    # The same as the weights themselves say, but for AWQ's zeros.
+    checkpoint = open_checkpoint(tmp_path)
+    for tensor in checkpoint.tensors:
+        if tensor.kind == "expert" and pack is not packers.awq:
+            names = {part.scheme for part in found.parts if part.kind == "expert"}
+            assert str(checkpoint.weight(tensor).scheme) in names
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("block", [64, 128, 512])
+def test_nf4(tiny, tmp_path, block, double):
+    scheme = Scheme(kind="nf4", block_size=block, double_quant=double)
+    streaming.run(tiny, tmp_path / "out", Recipe.uniform(scheme, attention=True), method="nf4")
+    found = inspect(tmp_path / "out")
+    assert schemes(found)["expert"] == ("bitsandbytes", str(scheme))
+    (experts,) = (part for part in found.parts if part.kind == "expert")
+    assert abs(experts.bits_per_weight - scheme.bits_per_weight) < 0.7  # tiny weights, 1 kB tables
+
+
+def test_a_dense_checkpoint(tiny):
+    found = inspect(tiny)
+    assert {part.layout for part in found.parts} == {"safetensors"}
+    assert found.bits_per_weight == 16
+    assert found.parameters == sum(
+        torch.Size(t.shape).numel() for t in open_checkpoint(tiny).tensors
+    )
+
+
+def test_an_incomplete_one_is_refused(tmp_path):
+    packers.checkpoint(tmp_path, packers.gptq, None)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.0.block_sparse_moe.experts.2.w3.qzeros")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing .*experts\.2\.w3\.qzeros"):
+        inspect(tmp_path)

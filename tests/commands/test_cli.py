@@ -1,0 +1,227 @@
+"""The command line as a user meets it: processes, exit codes, stdout and stderr apart."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.models import ROOT
+from tests.support.process import QMIX, qmix
+
+
+def test_help_lists_the_commands_and_answers_fast():
+    result = qmix("--help")
+    assert result.returncode == 0
+    for command in ("quantize", "generate", "chat", "eval", "bench", "inspect", "verify", "demo"):
+        assert command in result.stdout
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        qmix("--help")
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 0.5 * 2, seconds  # 0.5 s is the promise; a shared machine gets twice that
+
+
+@pytest.mark.parametrize(
+    "command", ["quantize", "generate", "chat", "eval", "bench", "inspect", "verify", "demo"]
+)
+def test_every_command_has_help(command):
+    result = qmix(command, "--help")
+    assert result.returncode == 0
+    assert result.stderr == ""
+
+
+def test_version():
+    assert qmix("--version").stdout.startswith("qmix 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["fly"], 2),
+        (["quantize", "only-one"], 2),
+        (["quantize", "a", "b", "--method", "magic"], 2),
+        (["generate", "/nowhere", "hi"], 3),
+        (["chat", "/nowhere"], 3),
+        (["eval", "/nowhere", "--data", "README.md"], 3),
+        (["generate", "evals/tiny", "hi", "--top-p", "7"], 2),
+        (["generate", "evals/tiny", "hi", "--max-new-tokens", "0"], 2),
+        (["generate", "evals/tiny", "hi", "--max-new-tokens", "100000"], 2),
+        (["generate", "evals/tiny", "hi", "--dtype", "int3"], 2),
+        (["generate", "evals/tiny", "hi", "--device", "abacus"], 2),
+        (["generate", "evals/tiny", "hi", "--device", "cuda"], 4),
+        (["generate", "evals/tiny", "hi", "--seed", "-1"], 2),
+        (["chat", "evals/tiny", "--ctx", "3"], 2),
+        (["eval", "evals/tiny", "--data", "/nowhere.txt"], 3),
+        (["eval", "evals/tiny", "--data", "README.md", "--ctx", "1"], 2),
+        (["eval", "evals/tiny", "--data", "README.md", "--stride", "0"], 2),
+        (["eval", "evals/tiny", "--data", "README.md", "--max-kl", "1"], 2),
+        (["quantize", "evals/tiny", "evals/tiny"], 2),
+        (["quantize", "evals/tiny", "evals/tiny/out"], 2),
+        (["quantize", "evals/tiny", "evals"], 2),
+        (["quantize", "evals/tiny", "/no/such/parent/out"], 2),
+        (["quantize", "/nowhere", "/tmp/qmix-never-written"], 3),
+        (["quantize", "evals/tiny", "/tmp/qmix-never-written", "--shard-size", "three"], 2),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_exit_code(arguments, code):
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = qmix(*arguments)
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    if "Usage:" not in result.stderr:  # typer's own usage errors are a box
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("qmix: ")
+
+
+def test_debug_shows_the_traceback():
+    assert "Traceback" in qmix("--debug", "chat", "/nowhere").stderr
+
+
+def test_generate_writes_the_new_text_to_stdout_and_repeats_itself(tiny):
+    first = qmix("generate", tiny, "Return the", "--max-new-tokens", 12)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip()
+    assert "tok/s" in first.stderr
+    again = qmix("generate", tiny, "-", "--max-new-tokens", 12, stdin="Return the")
+    assert again.stdout == first.stdout
+
+
+def test_chat_works_from_a_pipe(tiny_nf4):
+    result = qmix("chat", tiny_nf4, "--max-new-tokens", 8, stdin="hi\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("\n")
+    assert result.stderr == ""
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny):
+    command = f"{' '.join(QMIX)} generate {tiny} 'Return the' --max-new-tokens 40 | head -c 1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, timeout=120
+    )
+    assert b"Traceback" not in result.stderr
+    assert b"BrokenPipe" not in result.stderr
+
+
+def test_inspect_reads_headers_and_verify_reads_everything(tiny_nf4, tmp_path):
+    shown = qmix("inspect", tiny_nf4)
+    assert shown.returncode == 0, shown.stderr
+    assert "nf4 b64 double-quant" in shown.stdout
+    document = json.loads(qmix("inspect", tiny_nf4, "--json").stdout)
+    assert document["parameters"] == 6_266_624
+    good = qmix("verify", tiny_nf4)
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.startswith("ok: ")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_nf4, damaged)
+    shard = next(damaged.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1
+    shard.write_bytes(data)
+    bad = qmix("verify", damaged)
+    assert bad.returncode == 3
+    assert shard.name in bad.stderr
+    assert bad.stdout == ""
+
+
+def test_eval_prints_one_json_document_with_the_agreed_names(tiny, tiny_nf4, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Return the number of items in a list. " * 60, encoding="utf-8")
+    result = qmix("eval", tiny_nf4, "--data", text, "--reference", tiny, "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document.keys() >= {
+        "perplexity",
+        "perplexity_stderr",
+        "tokens",
+        "protocol",
+        "text_sha256",
+    }
+    assert document["reference"].keys() >= {
+        "perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement",
+    }  # fmt: skip
+    failed = qmix("eval", tiny_nf4, "--data", text, "--reference", tiny, "--max-kl", "0")
+    assert failed.returncode == 5
+    assert "KL" in failed.stderr
+
+
+class Terminal:
+    """A chat in a pseudo-terminal."""
+
+    def __init__(self, *arguments, **environment):
+        self.descriptor, terminal = pty.openpty()
+        # The new session takes the terminal as its own, so that Ctrl-C reaches it.
+        own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", own, *QMIX, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self.seen = ""
+        self.at = 0  # what has been waited for ends here
+
+    def until(self, text, seconds=60):
+        """Read on until `text` appears behind what was waited for before."""
+        deadline = time.monotonic() + seconds
+        while (found := self.seen.find(text, self.at)) < 0:
+            assert time.monotonic() < deadline, self.seen
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                self.seen += os.read(self.descriptor, 65536).decode("utf-8", "replace")
+        self.at = found + len(text)
+
+    def send(self, text):
+        os.write(self.descriptor, text.encode())
+
+    def wait(self, seconds=30):
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+            os.close(self.descriptor)
+
+
+def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
+    home = {"XDG_STATE_HOME": str(tmp_path)}
+    chat = Terminal("chat", tiny, "--max-new-tokens", 800, "--min-p", 0, "--seed", 3, **home)
+    chat.until(">>> ")
+    chat.send("What is a list?\n")
+    chat.until("tok/s")
+    chat.until(">>> ")
+    chat.send("/set temperature 3\n")  # noise hardly ever ends by itself
+    chat.until(">>> ")
+    chat.send("Go on\n")
+    chat.until("Go on\r\n")
+    seen = len(chat.seen)
+    while len(chat.seen) < seen + 20:  # the reply is under way
+        chat.seen += os.read(chat.descriptor, 65536).decode("utf-8", "replace")
+    chat.send("\x03")
+    chat.until("stopped")
+    chat.until(">>> ")
+    chat.send("/stats\n")
+    chat.until("context")
+    chat.until(">>> ")
+    time.sleep(0.5)  # CPython's readline misses a signal between drawing the prompt and waiting
+    chat.send("\x03")
+    chat.until("Ctrl-D")
+    chat.until(">>> ")
+    chat.send("\x04")
+    assert chat.wait() == 0
+    history = tmp_path / "qmix" / "chat_history"
+    assert "Go on" in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600

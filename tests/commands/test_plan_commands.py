@@ -1,0 +1,191 @@
+"""qmix plan as a user meets it."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from qmix.commands import plan
+from qmix.commands.plan import Request
+from qmix.planning import machine
+from qmix.planning.machine import Measured, Memory
+from tests.support.process import CARD, GIB, qmix
+
+
+@pytest.fixture
+def full(tmp_path):
+    """The 8x7B's config.json."""
+    path = tmp_path / "Mixtral-8x7B" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"model_type": "mixtral", "max_position_embeddings": 32768}))
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """A desktop without a GPU that nobody measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "memory", lambda: Memory(total=32 * GIB, available=30 * GIB))
+    monkeypatch.setattr(machine, "gpus", lambda: ())
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["/nowhere"], 3, "/nowhere: no such directory or file"),
+        (["tests"], 3, "neither a checkpoint nor a config.json"),
+        (["README.md"], 3, "not valid JSON"),
+        (["evals/tiny", "--vram", "24Q"], 2, "--vram: not a size"),
+        (["evals/tiny", "--ram", "0"], 2, "--ram: a size out of range"),
+        (["evals/tiny", "--vram", "1M"], 4, "vram: too little device memory"),
+        (["evals/tiny", "--ram", "100M"], 4, "ram: too little host memory"),
+        (["evals/tiny", "--card", "abacus"], 2, "--card: no such card"),
+        (["evals/tiny", "--ctx", "100000"], 2, "context: out of range"),
+        (["evals/tiny", "--batch", "0"], 2, "batch: out of range"),
+        (["evals/tiny", "--group-size", "64"], 2, "--group-size means nothing"),
+        (["evals/tiny", "--method", "gptq", "--group-size", "5"], 2, "no such group size"),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_exit_code(arguments, code, words):
+    result = qmix("plan", *arguments)
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_nf4, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_nf4, folder)
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    result = qmix("plan", folder)
+    assert result.returncode == 3
+    assert shard.name in result.stderr
+
+
+def test_too_small_a_card_exits_4_and_names_what_would_fit(full):
+    result = qmix("plan", full, "--vram", "1G")
+    assert result.returncode == 4
+    assert "What would fit: --vram 5.0G" in result.stderr
+
+
+def test_an_absurd_config_is_refused_at_once(full):
+    full.write_text(json.dumps({"num_hidden_layers": 1024, "num_local_experts": 1024}))
+    result = qmix("plan", full)
+    assert result.returncode == 3
+    assert "too many weights" in result.stderr
+
+
+def test_json_and_text_say_the_same(full):
+    arguments = ("plan", full, "--vram", "16G", "--ram", "32G", "--ctx", "8192")
+    text = qmix(*arguments)
+    document = json.loads(qmix(*arguments, "--json").stdout)
+    assert text.returncode == 0
+    assert text.stderr == ""
+    experts = document["experts"]
+    assert experts["device"] + 0 < experts["all"] == 256
+    assert f"{experts['device']} of 256 in device memory" in text.stdout
+    assert document["device_bytes"] == sum(document["device"].values()) <= 16 * GIB
+    assert document["assumed"] == "nf4 b64 double-quant"
+    assert "assumed" in text.stdout
+    assert {speed["path"] for speed in document["speeds"]} == {"link", "cpu"}
+    assert all(rate["source"] for rate in document["rates"].values())
+
+
+def test_a_folder_with_a_config_alone_will_do(full):
+    assert qmix("plan", full.parent, "--card", "h100").returncode == 0
+
+
+def test_a_quantized_checkpoint_is_planned_as_it_is(tiny_nf4):
+    document = json.loads(qmix("plan", tiny_nf4, "--ram", "2G", "--json").stdout)
+    assert document["assumed"] is None
+    assert document["quantization"] == []
+    assert document["resident"]
+
+
+def test_a_dense_one_for_its_quantization(tiny):
+    document = json.loads(qmix("plan", tiny, "--ram", "2G", "--method", "gptq", "--json").stdout)
+    assert document["assumed"] == "int4 g128"
+    assert [one["method"] for one in document["quantization"]] == ["rtn", "gptq"]
+
+
+def test_without_a_gpu_the_machines_free_memory_is_planned_for(here, full):
+    found = plan.answer(Request(source=full))
+    assert not found.outlook.plan.gpu
+    assert found.outlook.plan.ram == 30 * GIB
+    assert "assumed" in found.outlook.rates.host.source
+
+
+def test_a_gpu_is_planned_for_where_there_is_one(here, full):
+    here.setattr(machine, "gpus", lambda: (CARD,))
+    found = plan.answer(Request(source=full))
+    assert (found.outlook.plan.vram, found.outlook.plan.ram) == (23 * GIB, 30 * GIB)
+    assert "RTX 3090" in found.place
+    assert "RTX 3090" in found.outlook.rates.device.source
+
+
+def test_a_budget_on_this_card_is_not_another_card(here, full):
+    here.setattr(machine, "gpus", lambda: (CARD,))
+    mine = plan.answer(Request(source=full, vram="16G"))
+    assert "RTX 3090, 16.00 GiB" in mine.place
+    assert mine.outlook.plan.ram == 30 * GIB
+    other = plan.answer(Request(source=full, vram="40G"))
+    assert "A100-40" in other.place
+    assert other.outlook.plan.ram is None
+
+
+def test_measurements_of_this_machine_are_taken_and_another_cards_are_not(here, full):
+    here.setattr(machine, "gpus", lambda: (CARD,))
+    machine.save(
+        Measured(
+            key=machine.key(CARD.name),
+            host_read=41e9,
+            disk_read=3e9,
+            device_copy=840e9,
+            link=24e9,
+            date="2026-01-02T03:04:05+00:00",
+        )
+    )
+    rates = plan.answer(Request(source=full)).outlook.rates
+    assert [r.bandwidth for r in (rates.host, rates.disk, rates.device, rates.link)] == [
+        41e9, 3e9, 840e9, 24e9,
+    ]  # fmt: skip
+    assert rates.link.source == "measured here on 2026-01-02"
+    other = plan.answer(Request(source=full, card="a100-80")).outlook.rates
+    assert "A100-80" in other.device.source
+    assert "assumed" in other.host.source
+
+
+def test_a_damaged_file_of_measurements_is_told(here, full):
+    path = machine.measurements_path()
+    path.parent.mkdir(parents=True)
+    path.write_text("no JSON")
+    found = plan.answer(Request(source=full))
+    assert str(path) in plan.text(found)
+
+
+def test_a_card_without_the_kernels_is_told(here, full):
+    assert "compute capability" in plan.text(plan.answer(Request(source=full, card="T4")))
+    assert "compute capability" not in plan.text(plan.answer(Request(source=full, card="L4")))
+
+
+@pytest.mark.parametrize("size", ["8G", "12G", "16G", "20G", "24G", "40G", "80G"])
+def test_every_usual_card_gets_an_answer_that_fits_the_screen(here, full, size):
+    text = plan.text(plan.answer(Request(source=full, vram=size, ram="64G")))
+    assert text.startswith("Mixtral-8x7B: 32 layers of 8 experts")
+    assert "e+" not in text
+    assert len(text.splitlines()) < 45
+
+
+def test_it_answers_fast(full):
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        assert qmix("plan", full, "--vram", "16G").returncode == 0
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1.0 * 2, (
+        seconds
+    )  # a second is the promise; a shared machine gets twice that

@@ -1,0 +1,291 @@
+"""The GPU acceptance command where there is no GPU: skipped visibly, isolated, boxed, recorded."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.support.models import ROOT
+
+pytest.importorskip("triton")
+
+from qmix.evals import gpu
+from qmix.evals.gpu import Outcome, Plan, Record
+from qmix.evals.steps import gpu_tests, moe_block, peers, timing
+from qmix.evals.steps.timing import Timing
+
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_without_a_gpu_all_but_the_bandwidth_is_skipped(tmp_path):
+    """From a bare copy of the checkout, with nothing installed and no git."""
+    bare = tmp_path / "checkout"
+    bare.mkdir()
+    for name in ("qmix", "quantize", "evals"):
+        shutil.copytree(ROOT / name, bare / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("cli.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, bare / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "qmix.evals.gpu", "--out", str(tmp_path / "out"), "--budget", "120",
+         "--profile"],
+        cwd=bare, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert path.name.endswith("-no-gpu-acceptance.json")
+    record = json.loads(path.read_text())
+    states = {name: step["status"] for name, step in record["steps"].items()}
+    assert states.pop("bandwidth") == "ok"
+    assert states == dict.fromkeys(
+        ("tests", "moe", "model", "peers", "attention", "profile"), "skipped"
+    )
+    assert all(
+        step["error"] == "no CUDA device"
+        for name, step in record["steps"].items()
+        if name != "bandwidth"
+    )
+    copied = record["steps"]["bandwidth"]["results"][0]
+    assert copied["what"] == "copy"
+    assert copied["gigabytes_per_second"] > 0.1
+    assert record["revision"] is None
+    assert record["versions"]["torch"] == torch.__version__
+    assert "qmix.evals.gpu --out" in record["command"]
+    table = path.with_suffix(".md").read_text()
+    assert table == done.stdout
+    assert "## moe: skipped" in table
+    assert "no CUDA device" in table
+
+
+@pytest.fixture
+def steps(tmp_path, monkeypatch):
+    """Steps of our own: a package qmix.evals.steps that the step's process finds first."""
+    root = tmp_path / "root"
+    shutil.copytree(
+        ROOT, root,
+        ignore=lambda folder, names: [n for n in names if n not in ("qmix", "evals", "pyproject.toml")]
+        if folder == str(ROOT) else [n for n in names if n in ("__pycache__", "tiny", "records")],
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "ROOT", root)
+
+    def write(name, body):
+        (root / "evals" / "steps" / f"{name}.py").write_text(body)
+        return Plan(name, name, 1.0, needs_gpu=False)
+
+    return write
+
+
+def test_a_step_that_fails_keeps_its_results_and_lets_others_run(steps, tmp_path):
+    plans = [
+        steps("broken", "def run(device):\n    yield {'a': 1}\n    raise ValueError('of mine')\n"),
+        steps("dying", "import os\ndef run(device):\n    yield {'b': 2}\n    os.abort()\n"),
+        steps("fine", "def run(device):\n    yield {'c': str(device.type)}\n"),
+    ]
+    record = gpu.run(plans, tmp_path / "out", 100, "command", gpu=False)
+    broken, dying, fine = (record.steps[plan.name] for plan in plans)
+    assert (broken.status, broken.results) == ("failed", [{"a": 1}])
+    assert "Traceback" in broken.error
+    assert "ValueError: of mine" in broken.error
+    assert (dying.status, dying.results) == ("failed", [{"b": 2}])
+    assert (fine.status, len(fine.results)) == ("ok", 1)
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert set(json.loads(path.read_text())["steps"]) == {"broken", "dying", "fine"}
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_is_ended_with_what_it_started(steps, tmp_path):
+    marker = tmp_path / "alive"
+    body = f"""
+import subprocess, sys, time
+def run(device):
+    child = "import time\\nwhile True:\\n    open({str(marker)!r}, 'a').write('x'); time.sleep(0.1)"
+    subprocess.Popen([sys.executable, "-c", child])
+    yield {{"started": 1}}
+    time.sleep(600)
+"""
+    begun = time.monotonic()
+    record = gpu.run([steps("hanging", body)], tmp_path / "out", 30, "command", gpu=False)
+    assert 29 < time.monotonic() - begun < 120
+    outcome = record.steps["hanging"]
+    assert (outcome.status, outcome.results) == ("timeout", [{"started": 1}])
+    size = marker.stat().st_size
+    time.sleep(0.5)
+    assert marker.stat().st_size == size
+
+
+def test_no_time_left_is_said(steps, tmp_path):
+    plan = steps("fine", "def run(device):\n    yield {'c': 3}\n")
+    record = gpu.run([plan], tmp_path / "out", 1, "command", gpu=False)
+    assert record.steps["fine"] == Outcome("skipped", error="no time left")
+
+
+def test_the_table():
+    record = Record("command", "2026-01-02T03:04:05+00:00", "NVIDIA H100 80GB HBM3", "1.2", {"torch": "2"},
+                    None, 9.0)  # fmt: skip
+    record.steps["moe"] = Outcome(
+        "ok", 3.0, [{"kernel": "a|b", "us": 95.123456, "list": [1]}, {"kernel": "c", "tok": 3}]
+    )
+    record.steps["peers"] = Outcome("failed", 1.0, [], "Traceback\nValueError: odd\n")
+    text = record.markdown()
+    assert "| kernel | us | tok |" in text
+    assert "| a/b | 95.12 |  |" in text
+    assert "failed: ValueError: odd" in text
+
+
+def test_the_record_is_named_by_date_and_gpu(tmp_path):
+    record = Record("c", "2026-01-02T03:04:05+00:00", "NVIDIA H100 80GB HBM3", None, {}, None, 9.0)
+    assert record.write(tmp_path).name == "2026-01-02-nvidia-h100-80gb-hbm3-acceptance.json"
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md"]
+
+
+def test_an_unknown_step_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", "x", "--only", "nothing"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_every_step_can_be_imported():
+    from importlib import import_module
+
+    for plan in (*gpu.STEPS, gpu.PROFILE):
+        assert callable(import_module(f"qmix.evals.steps.{plan.module}").run)
+
+
+def test_the_gpu_tests_are_the_interpreted_ones():
+    names = [path.name for path in gpu_tests.files()]
+    assert names[0] == "interpreted_decoding.py"
+    assert "interpreted_experts.py" in names
+
+
+def test_the_block_is_asked_layer_by_layer(monkeypatch):
+    """Shapes, bytes and rates, with times made up and kernels left out."""
+    asked = []
+    monkeypatch.setattr(moe_block, "HIDDEN", 128)
+    monkeypatch.setattr(moe_block, "WIDTH", 64)
+    monkeypatch.setattr(moe_block, "WEIGHTS", 3 * 128 * 64)
+    monkeypatch.setattr(moe_block, "TOKENS", (1, 4))
+    monkeypatch.setattr(moe_block, "FORMATS", {"nf4": moe_block.FORMATS["nf4"]})
+    monkeypatch.setattr(
+        moe_block.gpu, "experts", lambda x, chosen, table, layer: asked.append(table)
+    )
+
+    def timed(calls, record=True):
+        for call in calls:
+            call()
+        return Timing(100.0, 90.0, 1.0, "graph", 20)
+
+    monkeypatch.setattr(moe_block, "timed", timed)
+    found = list(moe_block.run(torch.device("cpu")))
+    assert [(row["kernel"], row["tokens"]) for row in found] == [("qmix nf4", 1), ("qmix nf4", 4)]
+    assert len({id(table) for table in asked}) == moe_block.LAYERS
+    first = found[0]
+    assert first["distinct_experts"] == 2
+    assert first["bits_per_weight"] == pytest.approx(4.25, rel=0.02)
+    bytes_read = 2 * 3 * 128 * 64 * first["bits_per_weight"] / 8
+    assert first["gigabytes_per_second"] == pytest.approx(bytes_read / 100e-6 / 1e9)
+
+
+def test_peers_that_are_not_there_say_so(monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    def broken(device):
+        raise RuntimeError("shape")
+        yield
+
+    monkeypatch.setattr(peers.importlib, "import_module", missing)
+    monkeypatch.setattr(peers, "int4pack", broken)
+    monkeypatch.setattr(peers, "gather", broken)
+    found = list(peers.run(torch.device("cpu")))
+    assert [("skipped" in row, "failed" in row) for row in found] == [
+        (True, False), (True, False), (False, True), (False, True),
+    ]  # fmt: skip
+
+
+def test_pairs_are_sorted_by_expert():
+    chosen = moe_block.routes(5, torch.device("cpu"))
+    token, weights, sizes, experts = peers._sorted(chosen)
+    assert sum(sizes) == 10
+    rows = [
+        (expert, t.item(), w.item())
+        for expert, ts, ws in zip(
+            experts.tolist(), token.split(sizes), weights.split(sizes), strict=True
+        )
+        for t, w in zip(ts, ws, strict=True)
+    ]
+    meant = [
+        (expert, t, chosen.weights[t, k].item())
+        for expert in range(8)
+        for t in range(5)
+        for k in range(2)
+        if chosen.ids[t, k] == expert
+    ]
+    assert rows == meant
+
+
+def test_test_files_are_counted(tmp_path, monkeypatch):
+    path = tmp_path / "interpreted_few.py"
+    path.write_text("import pytest\ndef test_one(): pass\ndef test_two(): assert 1 == 2, 'odd'\n")
+    monkeypatch.setattr(gpu_tests, "files", lambda: [path])
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    (found,) = gpu_tests.run(torch.device("cpu"))
+    assert (found["passed"], found["failed"]) == (1, 1)
+    assert "odd" in found["output"]
+
+
+class Clock:
+    """Stands for CUDA: a call takes 250 us; recording can be refused."""
+
+    def __init__(self, monkeypatch, records):
+        self.replays, self.records = 0, records
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                pass
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 0.5  # two calls
+
+        class Graph:
+            def replay(self):
+                clock.replays += 1
+
+        class Recording:
+            def __init__(self, graph):
+                pass
+
+            def __enter__(self):
+                if not clock.records:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+
+            def __exit__(self, *_):
+                pass
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Recording)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_work_is_timed_in_a_graph_where_it_can_be_recorded(monkeypatch, records):
+    clock, called = Clock(monkeypatch, records), []
+    calls = [lambda: called.append(0), lambda: called.append(1)]
+    took = timing.timed(calls)
+    assert (took.microseconds, took.deviation, took.repetitions) == (250.0, 0.0, 200)
+    assert took.how == ("graph" if records else "eager")
+    assert clock.replays == (202 if records else 0)
+    assert called.count(0) == called.count(1) == (4 if records else 3 + 201)
+    assert timing.timed(calls, record=False).how == "eager"
+    assert timing.timed_as_is(calls[0]) == 50.0

@@ -1,0 +1,97 @@
+"""The speed table says what the records say, and that there are none where there are none."""
+
+import json
+
+import pytest
+
+from qmix.errors import CheckpointError
+from qmix.evals import speed
+from tests.support.models import ROOT
+
+
+def record(date="2026-01-02T00:00:00+00:00", gpu="NVIDIA H100", us=95.4):
+    def result(**values):
+        return values
+
+    return {
+        "gpu": gpu,
+        "date": date,
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "steps": {
+            "bandwidth": {"results": [result(what="copy", gigabytes_per_second=3000.0)]},
+            "moe": {"results": [
+                result(kernel="qmix nf4", tokens=1, microseconds=us, gigabytes_per_second=1500.0),
+                result(kernel="qmix nf4", tokens=2, microseconds=99.0, gigabytes_per_second=1.0),
+            ]},
+            "peers": {"results": [
+                result(kernel="slow", tokens=1, microseconds=300.0, bits_per_weight=4.5),
+                result(kernel="fast", tokens=1, microseconds=120.0, bits_per_weight=4.25),
+                result(kernel="gone", skipped="not installed"),
+            ]},
+            "model": {"results": [
+                result(test="build", peak_bytes=1),
+                result(test="tg64", batch=1, tokens_per_second=250.0, of_bound=0.55, peak_bytes=1),
+                result(test="tg64 @ d4096", batch=1, tokens_per_second=240.0, of_bound=0.5,
+                       peak_bytes=25 * 2**30),
+                result(test="pp4096", batch=1, tokens_per_second=12345.0, of_bound=None, peak_bytes=1),
+                result(test="tg64", batch=8, failed="out of memory"),
+            ]},
+        },
+    }  # fmt: skip
+
+
+def put(folder, name, document):
+    (folder / f"{name}-acceptance.json").write_text(json.dumps(document))
+
+
+def test_no_record_no_figure(tmp_path):
+    assert speed.table(tmp_path) == speed.NOTHING
+    put(tmp_path, "2026-01-01-no-gpu", {**record(), "gpu": None})
+    assert speed.table(tmp_path) == speed.NOTHING
+
+
+def test_the_rows(tmp_path):
+    put(tmp_path, "a", record())
+    lines = speed.table(tmp_path).splitlines()
+    assert (
+        lines[0] == "**NVIDIA H100**, 2026-01-02, torch 2.11.0, triton 3.6.0 (`a-acceptance.json`)"
+    )
+    assert lines[4:] == [
+        "| memory, copied | 3,000 GB/s |  |  |",
+        "| experts of a layer, M=1, nf4 | 95.4 us | 50 % | fast: 120.0 us, 4.25 bits |",
+        "| decode, batch 1 | 250 tok/s | 55 % |  |",
+        "| decode, batch 1, after 4k | 240 tok/s | 50 % |  |",
+        "| prefill of 4k | 12,345 tok/s |  |  |",
+        "| peak memory, 4k of context | 25.0 GiB |  |  |",
+    ]
+
+
+def test_the_newest_record_of_a_gpu_counts(tmp_path):
+    put(tmp_path, "2026-01-02", record(us=95.4))
+    put(tmp_path, "2026-01-09", record(us=80.0))
+    put(tmp_path, "2026-01-03", record(gpu="A100"))
+    text = speed.table(tmp_path)
+    assert text.count("**") == 4
+    assert "80.0 us" in text
+    assert text.index("A100") < text.index("H100")
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    put(tmp_path, "odd", {"gpu": 1})
+    with pytest.raises(CheckpointError, match="not a record"):
+        speed.table(tmp_path)
+
+
+def test_the_table_goes_between_its_marks():
+    text = "a\n<!-- speed -->\nold\n<!-- /speed -->\nb\n"
+    assert speed.written(text, "new\n") == "a\n<!-- speed -->\nnew\n<!-- /speed -->\nb\n"
+    with pytest.raises(CheckpointError, match="no place"):
+        speed.written("a\n", "new\n")
+
+
+def test_the_readme_shows_the_records():
+    """Where it has the marks; the table is never written by hand."""
+    text = (ROOT / "README.md").read_text()
+    if speed.MARKS[0] not in text:
+        pytest.skip("README.md has no speed table")
+    assert speed.written(text, speed.table()) == text

@@ -1,0 +1,175 @@
+"""`qmix bench --attention`: what is run, what is left out and why, the table, the plot."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qmix.errors import UnsupportedError, UsageError
+from qmix.evals.timing import attention_bench
+from qmix.evals.timing.attention_bench import Heads, Request
+from qmix.kernels import flash
+from tests.support.models import ROOT
+from tests.support.process import qmix
+
+CPU = torch.device("cpu")
+FEW = Heads(queries=4, shared=2, width=8)
+
+
+def compared(prompts, windows, heads=FEW, repetitions=2):
+    request = Request(
+        prompts=prompts, windows=windows, heads=heads, dtype=torch.float32, device=CPU
+    )
+    return attention_bench.run(request, repetitions=repetitions)
+
+
+def ticking(monkeypatch, *times):
+    """Each call takes the next of `times`, again and again; returns how often any was called."""
+    calls = []
+
+    def seconds(work, device):
+        work()
+        calls.append(device)
+        return times[(len(calls) - 1) % len(times)]
+
+    monkeypatch.setattr(attention_bench, "seconds", seconds)
+    return calls
+
+
+def test_the_best_repetition_counts_beside_eager(monkeypatch):
+    calls = ticking(monkeypatch, 0.4, 0.2, 0.5, 0.05)
+    eager, sdpa = (one for one in compared([16], [None]).measurements if one.best is not None)
+    assert (eager.attention, eager.best, eager.tokens_per_second) == ("eager", 0.2, 80)
+    assert (sdpa.attention, sdpa.best, sdpa.tokens_per_second) == ("sdpa", 0.05, 320)
+    assert eager.seconds == (0.4, 0.2)
+    assert (eager.against_eager, sdpa.against_eager) == (1, 4)
+    assert len(calls) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_cannot_run_here_is_named_with_its_reason():
+    report = compared([16, 24], [None, 8])
+    for prompt in (16, 24):
+        for window in (None, 8):
+            found = {
+                one.attention: one
+                for one in report.measurements
+                if (one.prompt, one.window) == (prompt, window)
+            }
+            assert list(found) == ["eager", "sdpa", "flash_attention_2", "triton"]
+            assert "needs a CUDA device" in found["triton"].left_out
+            assert found["flash_attention_2"].left_out
+            assert found["triton"].best is found["triton"].against_eager is None
+    lines = report.markdown().splitlines()
+    assert sum("needs a CUDA device" in line for line in lines) == 4
+    assert lines[0].startswith("| prompt | window | attention | ms |")
+
+
+def test_flash_attention_is_left_out_where_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr(flash, "check_installed", lambda: None)
+    found = compared([16], [None]).measurements[2]
+    assert (found.attention, found.best) == ("flash_attention_2", None)
+    assert "does not fit" in found.left_out
+    assert "float32 on cpu" in found.left_out
+
+
+def test_a_window_that_no_prompt_reaches_is_not_measured_twice():
+    report = compared([16, 32], [None, 16])
+    assert {(one.prompt, one.window) for one in report.measurements} == {
+        (16, None), (32, None), (32, 16),
+    }  # fmt: skip
+
+
+def test_what_does_not_fit_the_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr(attention_bench, "_free", lambda device: 4 * 12 * 64 * 64)
+    report = compared([64, 65], [None])
+    eager = [one for one in report.measurements if one.attention == "eager"]
+    assert eager[0].best is not None
+    assert eager[1].best is None
+    assert "memory" in eager[1].left_out
+    sdpa = [one for one in report.measurements if one.attention == "sdpa"][1]
+    assert sdpa.best is not None
+    assert sdpa.against_eager is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_peak_is_that_of_the_call_alone():
+    wide = Heads(queries=8, shared=2, width=16)
+    found = compared([1024], [None], heads=wide, repetitions=1).measurements
+    eager, sdpa = found[0].peak_bytes, found[1].peak_bytes
+    scores = 8 * 1024 * 1024 * 4
+    assert 2 * scores < eager < 4 * scores
+    out = 8 * 1024 * 16 * 4
+    assert out <= sdpa < scores / 4
+
+
+def test_the_command_prints_a_table_and_draws_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "attention.png"
+    result = qmix(
+        "bench", "--attention", "--prompts", "32,64", "--window", "16", "-r", "2",
+        "--device", "cpu", "--plot", target,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 2 * 2 * 4
+    assert "best of 2" in result.stdout
+    assert "32 heads of 128, 8 of keys and values" in result.stdout
+    picture = target.read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 60_000
+
+
+def test_the_command_in_json_with_a_models_own_heads(tiny):
+    result = qmix(
+        "bench", tiny, "--attention", "-p", "24", "-r", "1", "--device", "cpu", "--dtype",
+        "bfloat16", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    config = json.loads((tiny / "config.json").read_text())
+    assert document["heads"]["queries"] == config["num_attention_heads"]
+    assert document["dtype"] == "bfloat16"
+    eager = document["measurements"][0]
+    assert eager["attention"] == "eager"
+    assert eager["tokens_per_second"] == pytest.approx(24 / min(eager["seconds"]))
+
+
+def test_a_plot_without_matplotlib_names_the_extra_before_anything_is_measured(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('hidden')\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[0] = 'qmix'; "
+        "from qmix.cli import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "bench", "--attention", "--plot", str(tmp_path / "a.png")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == UnsupportedError.exit_code
+    assert "qmix-runtime[plot]" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--plot", "a.png"), "--attention"),
+        ((), "DIRECTORY"),
+        (("--attention", "-b", "8"), "--attention"),
+        (("--attention", "-p", "many"), "whole numbers"),
+        (("--attention", "-p", "0"), "whole numbers"),
+        (("--attention", "--window", "0"), "window"),
+        (("--attention", "--plot", "nowhere/a.png"), "nowhere"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, said):
+    result = qmix("bench", *arguments)
+    assert result.returncode == UsageError.exit_code, result.stderr
+    assert said in result.stderr

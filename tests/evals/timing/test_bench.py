@@ -1,0 +1,151 @@
+"""`qmix bench`: llama-bench's grammar, what is counted as read, and the command itself."""
+
+import json
+
+import pytest
+import torch
+
+from qmix.errors import UsageError
+from qmix.evals.timing import bandwidth, bench, traffic
+from qmix.evals.timing.bench import Test
+from tests.support.models import TINY, small_model
+from tests.support.process import qmix
+
+
+def test_the_grammar():
+    tests = bench.tests_of("512", "128", "0,4096", "1,8")
+    assert [(str(test), test.batch) for test in tests] == [
+        ("pp512", 1), ("tg128", 1), ("pp512 @ d4096", 1), ("tg128 @ d4096", 1),
+        ("pp512", 8), ("tg128", 8), ("pp512 @ d4096", 8), ("tg128 @ d4096", 8),
+    ]  # fmt: skip
+    assert [str(test) for test in bench.tests_of("0", "16,32", "0", "1")] == ["tg16", "tg32"]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [("x", "1", "0", "1"), ("-1", "1", "0", "1"), ("1", "1", "0", "0"), ("0", "0", "0", "1")],
+)
+def test_what_is_no_test_is_refused(lists):
+    with pytest.raises(UsageError):
+        bench.tests_of(*lists)
+
+
+def test_a_test_beyond_the_models_positions_is_refused():
+    with pytest.raises(UsageError, match="positions"):
+        bench.run(small_model(), [Test(kind="pp", tokens=512)], name="small")
+
+
+def test_bandwidth_is_bytes_read_and_written_a_second(monkeypatch):
+    monkeypatch.setattr(bandwidth, "seconds", lambda work, device: 0.5)
+    assert bandwidth.copy_bandwidth(torch.device("cpu"), 1 << 20) == 2 * (1 << 20) / 0.5
+    assert bandwidth.matmul_rate(torch.device("cpu"), torch.float32, 8) == 2 * 8**3 / 0.5
+
+
+def expert_bytes(model):
+    return 3 * model.config.hidden_size * model.config.intermediate_size * 4
+
+
+def test_distinct_experts_are_counted_once():
+    """Two equal rows choose what one row chooses; the router is made to send all to experts 3 and 5."""
+    model = small_model()
+    one, two = (model.new_cache(rows, 8) for rows in (1, 2))
+    first = traffic.of_step(model, torch.tensor([[7]]), one)
+    second = traffic.of_step(model, torch.tensor([[7], [7]]), two)
+    assert first.distinct == second.distinct == 2
+    assert second.weights - first.weights == model.config.hidden_size * 4  # one embedding row
+    assert second.cache == 2 * first.cache
+    shared = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
+    shared -= model.model.embed_tokens.weight.nbytes - model.config.hidden_size * 4
+    assert first.weights == shared + 3 * 2 * expert_bytes(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.block_sparse_moe.gate.weight.zero_()  # topk of equal logits: one choice for all
+    many = traffic.of_step(model, torch.arange(8)[:, None], model.new_cache(8, 8))
+    assert many.distinct == 2
+
+
+def test_the_cache_counts_by_what_it_holds():
+    model = small_model()
+    cache = model.new_cache(1, 100)
+    model.next_logits(torch.arange(9)[None], cache)
+    found = traffic.of_step(model, torch.tensor([[7]]), cache)
+    assert found.cache == 2 * 3 * 2 * 10 * 8 * 4  # keys and values, layers, heads, positions, width
+
+
+def test_all_weights_are_counted():
+    model = small_model()
+    assert traffic.weight_count(model) == sum(p.numel() for p in model.parameters())
+    assert traffic.weight_bytes(model) == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["pp", "tg"])
+@pytest.mark.parametrize("depth", [0, 5])
+def test_a_measurement(kind, depth, monkeypatch):
+    """Times are made up; what is run, and what follows from the times, is checked."""
+    model, calls = small_model(), []
+
+    def fake(work, device):
+        before = steps[0]
+        work()
+        calls.append(steps[0] - before)
+        return 0.25 * len(calls)
+
+    steps = [0]
+    plain = type(model).next_logits
+
+    def next_logits(self, ids, *args, **options):
+        steps[0] += ids.shape[1]
+        return plain(self, ids, *args, **options)
+
+    monkeypatch.setattr(type(model), "next_logits", next_logits)
+    monkeypatch.setattr(bench, "seconds", fake)
+    test = Test(kind=kind, tokens=6, depth=depth, batch=2)
+    found = bench.measure(model, test, 2, bound=1e6)
+    assert calls == [6, 6]  # a pass over each token, from the same depth again
+    assert found.seconds == (0.25, 0.5)
+    assert found.tokens_per_second == (48 + 24) / 2
+    assert found.deviation == pytest.approx(12 * 2**0.5)
+    assert found.peak_bytes > 1 << 20
+    if kind == "pp":
+        assert found.bandwidth is None
+    else:
+        assert found.bandwidth == pytest.approx(found.bytes_per_step * 36 / 2)
+        assert found.of_bound == pytest.approx(found.bandwidth / 1e6)
+        assert 2 <= found.distinct_experts <= 4
+    assert f"{test}" == f"{kind}6" + (" @ d5" if depth else "")
+
+
+def test_the_command(tiny_nf4):
+    result = qmix(
+        "bench", tiny_nf4, "-p", "8", "-n", "4", "-d", "0,16", "-b", "1,2", "-r", "2", "--device", "cpu"
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+    header, _, *tests = rows
+    assert [(row[header.index("batch")], row[header.index("test")]) for row in tests] == [
+        (batch, test + depth)
+        for batch in ("1", "2")
+        for depth in ("", " @ d16")
+        for test in ("pp8", "tg4")
+    ]
+    assert all("±" in row[header.index("t/s")] for row in tests)
+    assert "a copy in the same run" in result.stdout
+
+
+def test_the_command_in_json(tiny_nf4):
+    result = qmix("bench", tiny_nf4, "-p", "0", "-n", "3", "-r", "1", "--device", "cpu", "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    (one,) = document["measurements"]
+    assert (one["test"], one["batch"], len(one["seconds"])) == ("tg3", 1, 1)
+    assert 0 < one["of_bound"] < 2
+    assert document["weights"] == sum(
+        p.numel() for p in __import__("qmix").MixtralForCausalLM.from_pretrained(TINY).parameters()
+    )
+    assert document["size"] < 2 * document["weights"]
+
+
+def test_bad_lists_end_the_command(tiny_nf4):
+    result = qmix("bench", tiny_nf4, "-p", "many")
+    assert result.returncode == 2
+    assert "whole numbers" in result.stderr

@@ -1,0 +1,477 @@
+"""Slots over host memory, with host memory in the device's part: addresses, order of events, bytes.
+
+Products read through the table's addresses, as the kernels do, and nothing but the addresses: a stale one
+gives wrong logits, not an error.
+"""
+
+import ctypes
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmix import kernels
+from qmix.errors import ResourceError
+from qmix.experts import arena
+from qmix.experts.arena import HostArena, SlotArena
+from qmix.experts.gpu_store import DeviceExperts, DeviceStore
+from qmix.experts.miss_path import PathChoice
+from qmix.experts.policy import HEAT, PRESETS, Policy
+from qmix.experts.residency import Residency
+from qmix.kernels.cpu import packed_moe as host
+from qmix.kernels.gpu import packed_matmul
+from qmix.models.pack import Placement
+from qmix.nn.linear import Linear
+from qmix.weights.packed import weight
+from qmix.weights.packed.layout import rebased, unpack_expert
+from tests.support.interpreter import run_apart
+from tests.support.models import small_model
+from tests.support.packed import act_order, int4, nf4
+
+LAYERS, EXPERTS = 3, 4
+PROMPT = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2, 3, 4, 5, 6, 7, 8, 21, 22, 23, 24]])
+
+
+class Late:
+    """Copies that take some token boundaries, and leave noise where they have not been yet."""
+
+    def __init__(self, seed, most=3):
+        self.random, self.most = random.Random(seed), most
+        self.bytes = 0
+        self.under_way = []
+
+    def copy(self, source, target):
+        target.random_(0, 256)
+        self.bytes += len(source)
+        ticket = Ticket(self, source, target, self.random.randint(0, self.most))
+        self.under_way.append(ticket)
+        return ticket
+
+    def write(self, values, target):
+        target.copy_(values)
+
+    def read(self, source):
+        return source.clone(), Ticket(self, source, None, self.random.randint(0, 1))
+
+
+class Ticket:
+    def __init__(self, copier, source, target, asked):
+        self.source, self.target, self.asked = source, target, asked
+
+    def done(self):
+        self.asked -= 1
+        if self.asked < 0:
+            self.join()
+        return self.asked < 0
+
+    def join(self):
+        if self.target is not None:
+            self.target.copy_(self.source)
+        self.asked = -1
+
+
+def at(address, template):
+    """The expert whose bytes begin at an address."""
+    assert address > 0
+    raw = (ctypes.c_uint8 * len(template.blob)).from_address(address)
+    return unpack_expert(rebased(template, torch.frombuffer(raw, dtype=torch.uint8).clone()))
+
+
+@pytest.fixture(autouse=True)
+def through_the_table(monkeypatch):
+    def pairs(x, routes, weights):
+        """Each choice's product times its weight, float32 [T, K, D]."""
+        out = torch.zeros(*routes.ids.shape, x.shape[1])
+        addresses = weights.table.addresses[0].tolist()
+        for index in torch.unique(routes.ids[routes.weights != 0]).tolist():
+            expert = at(addresses[index], weights.packed[index])
+            token, choice = torch.where((routes.ids == index) & (routes.weights != 0))
+            hidden = torch.nn.functional.silu(kernels.linear(x[token], expert.w1))
+            hidden = hidden * kernels.linear(x[token], expert.w3)
+            y = kernels.linear(hidden, expert.w2).float()
+            out[token, choice] = y * routes.weights[token, choice, None]
+        return out
+
+    monkeypatch.setattr(weight, "expert_pairs", pairs)
+    monkeypatch.setattr(weight, "experts", lambda x, r, w: pairs(x, r, w).sum(1).to(x.dtype))
+
+
+def whole_model(make):
+    """A small model in packed order; only its experts, so that torch multiplies the rest."""
+    model = small_model(
+        hidden_size=128, intermediate_size=64, num_local_experts=EXPERTS, head_dim=16
+    )
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, Linear) and ".experts." in name:
+            module.store(make(module.out_features, module.in_features, seed))
+    placement = Placement()
+    for layer in model.model.layers:
+        placement._pack_experts(layer.block_sparse_moe)
+    assert placement.complete
+    return model
+
+
+def blobs_of(block):
+    return [expert.blob for expert in block.stored.packed]
+
+
+def store_of(model, slots, *, copier, settings=HEAT, in_place=True, held=None, fill=None):
+    """Offload the model's experts; returns the store."""
+    blocks = [layer.block_sparse_moe for layer in model.model.layers]
+    size = len(blobs_of(blocks[0])[0])
+    host = HostArena(LAYERS * EXPERTS, size)
+    sources = []
+    for index, block in enumerate(blocks):
+        sources += [host.blob(index * EXPERTS + e).copy_(b) for e, b in enumerate(blobs_of(block))]
+    policy = Policy(len(sources), settings)
+    addresses = torch.zeros(LAYERS, EXPERTS, dtype=torch.int64)
+    store = DeviceStore(
+        sources,
+        SlotArena(slots, size, torch.device("cpu")),
+        Residency(len(sources), slots, policy),
+        addresses,
+        copier,
+        in_place=in_place,
+        fill=fill,
+    )
+    for index, block in enumerate(blocks):
+        here = sources[index * EXPERTS : (index + 1) * EXPERTS]
+        whole = block.stored.elsewhere(here, addresses[index : index + 1])
+        block.store(DeviceExperts(store, index, whole, list(whole)))
+    store.warm(policy.order(EXPERTS))
+    return store
+
+
+def greedy(model, prompt=PROMPT, count=10):
+    with torch.no_grad():
+        out = model.generate(
+            prompt, max_new_tokens=count, output_logits=True, return_dict_in_generate=True
+        )
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("make", [nf4, int4, act_order], ids=["nf4", "int4", "act-order"])
+@pytest.mark.parametrize("slots", [0, 2, 5, 12])
+def test_logits_are_equal_bits_whatever_has_a_slot(make, slots):
+    reference = greedy(whole_model(make))
+    for seed, (name, policy) in enumerate(PRESETS.items()):
+        model = whole_model(make)
+        store = store_of(model, slots, copier=Late(seed), settings=policy)
+        for _ in range(2):
+            found = greedy(model)
+            assert torch.equal(found[0], reference[0]), name
+            assert torch.equal(found[1], reference[1]), name
+        assert store.statistics().tokens >= 16
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    slots=st.integers(0, LAYERS * EXPERTS),
+    name=st.sampled_from(sorted(PRESETS)),
+    seed=st.integers(0, 999),
+    most=st.integers(0, 6),
+    rows=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 21), min_size=1, max_size=3),
+)
+def test_neither_delay_nor_slots_nor_policy_change_a_bit(slots, name, seed, most, rows, lengths):
+    """Prompts and steps in turn, copies late, slots lent and taken back."""
+    plain, model = whole_model(nf4), whole_model(nf4)
+    store_of(model, slots, copier=Late(seed, most), settings=PRESETS[name])
+    generator = torch.Generator().manual_seed(seed)
+    for length in lengths:
+        prompt = torch.randint(1, 100, (rows, length), generator=generator)
+        assert torch.equal(greedy(model, prompt, 4)[1], greedy(plain, prompt, 4)[1])
+
+
+def decode(model, count):
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        for token in range(count):
+            model.next_logits(torch.tensor([[token + 1]]), cache)
+
+
+def test_bytes_to_the_device_are_admissions_times_a_blob():
+    model, copier = whole_model(nf4), Late(0, most=0)
+    store = store_of(model, 5, copier=copier)
+    size = store.slots.nbytes
+    assert copier.bytes == 5 * size  # warm
+    decode(model, 30)
+    did, counts = store.statistics(), store.residency.counts
+    assert counts.admissions > 0
+    assert did.link_bytes == counts.admissions * size
+    assert copier.bytes == counts.copies * size
+    assert did.in_place_bytes == did.misses * size
+    assert did.hits + did.misses == did.tokens * LAYERS * 2
+    assert did.tokens >= 28  # the last are read when the next step begins
+    assert (did.prefill_link_bytes, did.disk_bytes) == (0, 0)
+    assert "zero-copy" in str(did)
+    assert "5 on the device, 12 in RAM" in str(did)
+
+
+@pytest.mark.parametrize("slots", [4, 7, 8, 11])
+def test_a_prompt_sends_each_missing_expert_once_and_leaves_heat_alone(slots):
+    model, copier = whole_model(nf4), Late(0, most=0)
+    store = store_of(model, slots, copier=copier)
+    size = store.slots.nbytes
+    decode(model, 12)
+    store.boundary()
+    store.boundary()
+    heat = list(store.residency.policy.heat)
+    before, sent = store.statistics(), copier.bytes
+    with torch.no_grad():
+        model(PROMPT)
+    did = store.statistics().since(before)
+    kept = slots - len(store._lent)
+    assert len(store._lent) == min(2, slots // EXPERTS) * EXPERTS
+    assert copier.bytes - sent == did.prefill_link_bytes == (LAYERS * EXPERTS - kept) * size
+    assert (did.link_bytes, did.tokens, did.hits, did.misses) == (0, 0, 0, 0)
+    assert store.residency.policy.heat == heat
+    with torch.no_grad():
+        model(PROMPT)  # another chunk: the same again, nothing is taken back between
+    assert copier.bytes - sent == 2 * (LAYERS * EXPERTS - kept) * size
+    lent = len(store._lent)
+    decode(model, 1)
+    assert not store._lent
+    assert (
+        store.statistics().since(before).prefill_link_bytes
+        == (2 * (LAYERS * EXPERTS - kept) + lent) * size
+    )
+
+
+def test_a_victim_is_switched_back_before_its_slot_is_written():
+    """The copier looks at the table when a copy begins: nothing may point to the target."""
+    model = whole_model(nf4)
+
+    class Watching(Late):
+        table = None
+
+        def copy(self, source, target):
+            if self.table is not None:
+                assert target.data_ptr() not in self.table.flatten().tolist()
+            return super().copy(source, target)
+
+    copier = Watching(3)
+    store = store_of(model, 6, copier=copier, settings=PRESETS["lru"])
+    copier.table = store.addresses
+    greedy(model)
+    decode(model, 20)
+    greedy(model)
+    assert store.residency.counts.admissions > 3
+    pointed = set(store.addresses.flatten().tolist())
+    assert len(pointed) == LAYERS * EXPERTS  # no two experts share a place
+
+
+def test_a_copy_that_fails_is_counted_and_its_expert_stays_on_the_host():
+    plain, model = whole_model(nf4), whole_model(nf4)
+
+    class Broken(Late):
+        def copy(self, source, target):
+            ticket = super().copy(source, target)
+            if self.random.random() < 0.5:
+                ticket.done = lambda: (_ for _ in ()).throw(RuntimeError("CUDA error"))
+            return ticket
+
+    store = store_of(model, 6, copier=Broken(1))
+    prompt = PROMPT[:, :5]
+    for _ in range(2):
+        assert torch.equal(greedy(model, prompt)[1], greedy(plain, prompt)[1])
+    assert store.statistics().failures > 0
+    assert "copies failed" in str(store.statistics())
+
+
+@pytest.mark.parametrize("slots", [4, 5, 8, 12])
+@pytest.mark.parametrize("left", [0, 5])
+def test_where_the_host_cannot_be_read_every_chosen_expert_is_brought(slots, left):
+    """Not pinned, and some of them in the file only."""
+    plain, model, other = whole_model(nf4), whole_model(nf4), whole_model(nf4)
+    blobs = [b.clone() for layer in other.model.layers for b in blobs_of(layer.block_sparse_moe)]
+    filled = []
+
+    def fill(expert, target):
+        filled.append(expert)
+        target.copy_(blobs[expert])
+
+    settings = replace(HEAT, uploads=0)
+    store = store_of(model, slots, copier=Late(2), settings=settings, in_place=False, fill=fill)
+    store._finish(join=True)
+    for expert in range(left):
+        store._sources[expert].random_(0, 256)
+        store._sources[expert] = None
+    for prompt in (PROMPT[:, :1], PROMPT, PROMPT[:, :4]):
+        found, expected = greedy(model, prompt), greedy(plain, prompt)
+        assert torch.equal(found[1], expected[1])
+    did, counts = store.statistics(), store.residency.counts
+    assert not store.recordable
+    assert did.path == "copy"
+    assert did.link_bytes == counts.fetches * store.slots.nbytes
+    assert did.in_place_bytes == 0
+    assert did.disk == left
+    assert bool(filled) == bool(left)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_misses_on_the_cpu_give_the_sum_in_routing_order(monkeypatch, alike):
+    """Activations down, products up. Where both sides compute alike, equal bits; else near ones."""
+    if alike:
+
+        def same(x, routes, weights):
+            whole = SimpleNamespace(table=None, packed=weights)
+            blobs = torch.tensor([[expert.blob.data_ptr() for expert in weights]])
+            whole.table = SimpleNamespace(addresses=blobs)
+            return packed_matmul.expert_pairs(x, routes, whole).sum(1)
+
+        monkeypatch.setattr(host, "experts", same)
+    plain, model = whole_model(nf4), whole_model(nf4)
+    copier = Late(5)
+    store = store_of(model, 5, copier=copier)
+    expected = greedy(plain, PROMPT[:, :3])
+    store.path.observe("zero-copy", 10**9, 1.0)
+    store.path.observe("cpu", 10**12, 1.0)
+    assert store.path.choose() == "cpu"
+    assert not store.recordable
+    store.path.weight = 0  # what this machine reaches is no matter
+    found = greedy(model, PROMPT[:, :3])
+    assert torch.equal(found[0], expected[0])
+    if alike:
+        assert torch.equal(found[1], expected[1])
+    assert (found[1] - expected[1]).norm() < 2e-3 * expected[1].norm()
+    did = store.statistics()
+    assert did.path == "cpu"
+    assert did.path_switches == 1
+    assert did.in_place_bytes == 0
+    assert did.misses > 0
+    assert "misses by cpu" in str(did)
+
+
+def test_the_decode_step_keeps_a_log_of_its_routes(monkeypatch):
+    """The host reads the step's log once a token; a step of another length changes nothing."""
+    model = whole_model(nf4)
+    store = store_of(model, 5, copier=Late(0, most=0))
+    logs = []
+    plain = store.log
+    monkeypatch.setattr(store, "log", lambda routes: logs.append(routes.clone()) or plain(routes))
+    decode(model, 3)
+    assert [tuple(log.shape) for log in logs] == [(LAYERS, 1, 2)] * 3
+
+
+class Cudart:
+    """Registers up to `limit` bytes."""
+
+    def __init__(self, limit=1 << 60):
+        self.limit, self.held = limit, {}
+
+    def cudaHostRegister(self, pointer, size, flags):  # noqa: N802
+        assert flags == 3
+        if sum(self.held.values()) + size > self.limit:
+            return 2
+        self.held[pointer] = size
+        return 0
+
+    def cudaHostUnregister(self, pointer):  # noqa: N802
+        del self.held[pointer]
+        return 0
+
+
+def test_an_arena_is_pinned_in_chunks_of_whole_blobs(monkeypatch):
+    monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
+    own, runtime = HostArena(20, 30_000), Cudart()
+    assert own.stride == 32768
+    assert own.pin(runtime)
+    assert own.pinned
+    assert sorted(runtime.held.values()) == [2 * 32768] + [3 * 32768] * 6
+    start = own.blob(0).data_ptr()
+    assert start % 4096 == 0
+    for index in range(20):
+        place = own.blob(index)
+        assert len(place) == 30_000
+        chunk = max(p for p in runtime.held if p <= place.data_ptr())
+        assert place.data_ptr() + 30_000 <= chunk + runtime.held[chunk]
+    own.unpin()
+    assert not runtime.held
+
+
+def test_a_failure_to_pin_is_loud_counted_and_takes_everything_back(monkeypatch):
+    monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
+    own, runtime = HostArena(20, 30_000), Cudart(limit=300_000)
+    with pytest.warns(UserWarning, match=r"could not be pinned.*0\.00 GiB.*error 2.*ulimit -l"):
+        assert not own.pin(runtime)
+    assert not runtime.held
+    assert not own.pinned
+    assert own.unpinned_bytes == 20 * 32768
+    own.blob(19).fill_(7)  # still memory
+
+
+def test_no_memory_is_one_clear_error():
+    with pytest.raises(ResourceError, match=r"no host memory for the experts.*smaller ram"):
+        HostArena(1 << 20, 1 << 40)
+
+
+def test_memory_that_was_not_written_is_not_resident():
+    own = HostArena(64, 4 << 20)
+    own.blob(3).fill_(1)
+    assert own.blob(2).data_ptr() + own.stride == own.blob(3).data_ptr()
+    assert len(own) == 64
+
+
+def clocked(path, link, cpu, tokens, missed=10**8):
+    """A clock that gives each way its rate: what `tokens` tokens take, and the ways they took."""
+    ways, clock = [], 0.0
+    for token in range(tokens):
+        way = path.choose()
+        rate = cpu(token) if way == "cpu" else link
+        seconds = missed / rate
+        path.observe(way, missed, seconds)
+        ways.append(way)
+        clock += seconds
+    return ways, clock
+
+
+def test_the_link_serves_misses_until_both_are_measured():
+    path = PathChoice()
+    assert clocked(path, 25e9, lambda t: 60e9, 10)[0] == ["zero-copy"] * 10
+    path.observe("cpu", 10**9, 10**9 / 60e9)
+    assert set(clocked(path, 25e9, lambda t: 60e9, 10)[0]) == {"cpu"}
+    assert path.switches == 1
+
+
+def test_a_cpu_that_collapses_in_service_is_left_and_not_taken_again():
+    path = PathChoice(rates={"zero-copy": 25e9, "cpu": 60e9})
+    ways, clock = clocked(path, 25e9, lambda t: 60e9 if t < 5 else 2e9, 40)
+    assert ways[:5] == ["cpu"] * 5
+    assert "cpu" not in ways[10:]
+    assert path.switches == 2
+    assert clock < 40 * 10**8 / 25e9 + 4 * 10**8 / 2e9  # some slow tokens, and no more
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.12])
+def test_rates_that_wander_do_not_make_it_swing(noise):
+    """Around the ratio at which it enters, and around that at which it leaves."""
+    for ratio in (1.75, 2.0, 1.5):
+        path = PathChoice(rates={"zero-copy": 25e9, "cpu": ratio * 25e9})
+        chance = random.Random(1)
+        clocked(
+            path, 25e9, lambda t, r=ratio, c=chance: r * 25e9 * (1 + c.uniform(-noise, noise)), 300
+        )
+        assert path.switches <= 2
+
+
+def test_nothing_measured_is_no_measurement():
+    path = PathChoice()
+    path.observe("cpu", 0, 1.0)
+    path.observe("cpu", 5, 0.0)
+    assert path.rates == {}
+
+
+@pytest.mark.slow
+def test_the_kernels_through_the_table_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_apart("store", interpreted=True)
+
+
+@pytest.mark.gpu
+def test_the_kernels_through_the_table_on_the_gpu():
+    run_apart("store", interpreted=False)

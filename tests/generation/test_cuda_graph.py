@@ -1,0 +1,118 @@
+"""The decode step without a GPU: interpreted, and at full size on meta, where no value can be read."""
+
+import pytest
+import torch
+
+from qmix import kernels
+from qmix.config import MixtralConfig
+from qmix.generation.sampling import Sampling
+from qmix.generation.token_choice import Draw
+from qmix.weights.dense import Dense
+from tests.support.interpreter import Recorder, run_apart
+
+pytest.importorskip("triton")
+
+from qmix.evals.timing import random_model
+from qmix.generation.cuda_graph import Decoding, supported
+from qmix.kernels import dense
+from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decoding", "steps"])
+def test_steps_in_the_interpreter(name):
+    run_apart(name, interpreted=True)
+
+
+@pytest.mark.gpu
+def test_steps_on_the_gpu():
+    run_apart("decoding", interpreted=False)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every program recorded instead of launched, by name."""
+    monkeypatch.setitem(kernels._LINEAR, (Dense, "meta"), dense.linear)  # the head's
+    found = {}
+    for module in (moe_triton, attention_triton, pointwise_triton):
+        for name in dir(module):
+            if hasattr(getattr(module, name), "arg_names") and not name.startswith("_"):
+                found[name] = Recorder()
+                monkeypatch.setattr(module, name, found[name])
+    return found
+
+
+GREEDY = Draw(Sampling(), None)
+
+
+def step_of(batch, draw=GREEDY, **changes):
+    config = MixtralConfig(**changes)
+    model = random_model.build(config, random_model.NF4, torch.device("meta"))
+    assert supported(model.model)
+    cache = model.new_cache(batch, 4096)
+    return Decoding(model.model, model.lm_head, cache, padded=True, draw=draw)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_a_token_of_the_8x7b_is_nine_launches_a_layer(batch, launches):
+    """On meta tensors whatever needs a value on the host raises, and every shape is known before."""
+    step = step_of(batch)
+    logits = step.step()
+    assert logits.shape == (batch, 32000)
+    counts = {name: len(recorder.grids) for name, recorder in launches.items() if recorder.grids}
+    assert counts == {
+        "residual_norm": 2 * 32 + 1,
+        "product": 2 * 32,
+        "rotate_store": 32,
+        "split": 32,
+        "merge": 32,
+        "gate_up": 32,
+        "down": 32,
+    }
+    assert sum(counts.values()) == 9 * 32 + 1
+    with pytest.raises(RuntimeError):
+        step.past.tolist()  # the trap is armed
+
+
+def test_what_torch_launches_beside_the_programs(launches, monkeypatch):
+    """A handful an embedding and a head; nothing a layer but empty tensors."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counted(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    step = step_of(1)
+    with Counted() as counted:
+        step.step()
+    free = ("aten.empty", "aten.view", "aten.select", "aten.unbind", "aten.transpose", "aten.detach",
+            "aten.new_empty", "aten._unsafe_view", "aten.t.", "aten.unsqueeze", "aten.alias",
+            "aten.slice", "aten.as_strided", "aten.permute", "aten.expand", "aten.lift_fresh")  # fmt: skip
+    launched = [name for name in counted.names if not name.startswith(free)]
+    assert len(launched) <= 16, launched
+
+
+def test_shapes_do_not_depend_on_the_position(launches):
+    step = step_of(2, num_hidden_layers=1)
+    step.step()
+    first = {name: list(recorder.grids) for name, recorder in launches.items()}
+    step.move(3000)
+    for recorder in launches.values():
+        recorder.grids.clear()
+    step.step()
+    assert {name: recorder.grids for name, recorder in launches.items()} == first
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.05)], ids=str
+)
+def test_choosing_is_part_of_the_step_and_reads_nothing_back(sampling, launches):
+    step = step_of(4, Draw(sampling, None), num_hidden_layers=1)
+    step.step()
+    assert step.ids.shape == (4,)
+    assert step.scores.shape == (4, 32000)

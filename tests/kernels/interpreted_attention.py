@@ -1,0 +1,398 @@
+"""Triton attention and pointwise programs against the reference rows, interpreted or on a GPU.
+
+Run by test_triton_attention.py in a process of its own with TRITON_INTERPRET=1: the flag is read when
+a kernel is defined. On a machine with a GPU: python -m pytest tests/kernels/interpreted_attention.py. Fresh
+tensors are filled with NaN, so that what a program forgets to write shows; so are all slots of a
+cache that no query may see.
+
+Tolerances, in the norm of the error relative to the oracle's. In float32 only the order of additions
+and exp2 for exp differ: ORDER_BOUND. In float16 the oracle is float32 over the same float16 inputs
+and attention differs by two roundings to nearest, each at most 2^-11 = 4.9e-4 and independent from
+element to element: of the softmax's weights before they multiply values, and of the result. So
+HALF_BOUND = 2 * 2^-11. The pointwise programs round where the reference rounds, or less often:
+against it in the same dtype a residual, a norm after it and a rotation differ by at most two, four
+and four roundings, where a sum that falls on the other side of a tie counts as one.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qmix import kernels
+from qmix.config import MixtralConfig
+from qmix.errors import UnsupportedError
+from qmix.kernels import attention as rows
+from qmix.kernels.gpu import attention as gpu
+from qmix.kernels.gpu import pointwise
+from qmix.nn.cache import KVCache
+from tests.support.interpreter import (
+    CONVERSIONS,
+    DEVICE,
+    DTYPES,
+    drawn,
+    error,
+    skip_without_a_device,
+)
+from tests.support.models import small_model
+
+skip_without_a_device()
+ORDER_BOUND = 1e-5
+HALF = 2.0**-11
+HALF_BOUND = 2 * HALF
+SMALL = gpu.Tuning(columns=16)  # tiles have edges at 16, 32, ...
+
+pytestmark = [CONVERSIONS, pytest.mark.usefixtures("poison")]
+
+
+def bound(dtype):
+    return ORDER_BOUND if dtype == torch.float32 else HALF_BOUND
+
+
+def oracle(q, k, v, window, keep):
+    """The reference, float32; keys of columns that are not kept are put to zero, NaN or not."""
+    if keep is not None:
+        k, v = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (k, v))
+    mask = kernels.visible(q.shape[2], k.shape[2], window, keep, q.device)
+    return rows.reference(q.float(), k.float(), v.float(), mask)
+
+
+def padding(batch, length, holes=False):
+    """The first row has none, the others more and more on the left, the last perhaps in the middle."""
+    keep = torch.ones(batch, length, dtype=torch.bool)
+    for row in range(batch):
+        keep[row, : row * length // batch] = False
+    if holes:
+        keep[-1, length // 2 :: 3] = False
+    return keep.to(DEVICE)
+
+
+SHARES = (1, 2, 4)  # query heads of a key-value head
+LENGTHS = (1, 2, 15, 16, 17, 33)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("window", [None, 1, 7, 8, 16])
+def test_attend(window, length, dtype):
+    """One query, some at the end of a cache, and all: at every block edge and window edge."""
+    share = SHARES[length % 3]
+    k, v = (
+        drawn(2, 2, length, 32, seed=2, dtype=dtype),
+        drawn(2, 2, length, 32, seed=3, dtype=dtype),
+    )
+    for queries in sorted({1, (length + 1) // 2, length}):
+        q = drawn(2, 2 * share, queries, 32, dtype=dtype)
+        out = gpu.attend(q, k, v, window=window, keep=None, tuning=SMALL)
+        assert out.dtype == dtype
+        assert error(out, oracle(q, k, v, window, None)) <= bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize("length", [16, 35])
+def test_padding(length, window, dtype):
+    """A query that sees no key gives zeros; what lies at padding, here huge, does not leak."""
+    keep = padding(3, length, holes=True)
+    poisoned = ~keep[:, None, :, None]
+    k = drawn(3, 1, length, 16, seed=2, dtype=dtype).masked_fill(poisoned, 6e4)
+    v = drawn(3, 1, length, 16, seed=3, dtype=dtype).masked_fill(poisoned, 6e4)
+    for queries in (1, length):
+        q = drawn(3, 2, queries, 16, dtype=dtype)
+        out = gpu.attend(q, k, v, window=window, keep=keep, tuning=SMALL)
+        expected = oracle(q, k, v, window, keep)
+        assert error(out, expected) <= bound(dtype)
+        blind = ~rows.visible(queries, length, window, keep).any(-1)[:, 0]
+        assert blind.any() == (queries > 1 or (not keep[:, -1].all() and window == 1))
+        assert out.transpose(1, 2)[blind].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_mixtrals_heads(queries, dtype):
+    q = drawn(1, 32, queries, 128, dtype=dtype)
+    k, v = drawn(1, 8, 67, 128, seed=2, dtype=dtype), drawn(1, 8, 67, 128, seed=3, dtype=dtype)
+    out = gpu.attend(q, k, v, window=None, keep=None)
+    assert error(out, oracle(q, k, v, None, None)) <= bound(dtype)
+
+
+def test_tensors_as_a_layer_has_them():
+    """Heads behind positions in memory, as a projection leaves them, and a slice of a longer tensor."""
+    q, k, v = (drawn(2, 20, heads, 32, seed=heads).transpose(1, 2) for heads in (4, 2, 2))
+    expected = oracle(q, k, v, 8, None)
+    assert error(gpu.attend(q, k, v, window=8, keep=None), expected) <= ORDER_BOUND
+    longer = torch.cat((k, torch.full_like(k, float("nan"))), 2)[:, :, :20]
+    assert error(gpu.attend(q, longer, v, window=8, keep=None), expected) <= ORDER_BOUND
+    keep = padding(2, 30)[:, -20:]
+    out = gpu.attend(q, k, v, window=8, keep=keep)
+    assert error(out, oracle(q, k, v, 8, keep)) <= ORDER_BOUND
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = (drawn(1, 2, 40, 16, seed=seed) for seed in (1, 2, 3))
+    q = q * 300
+    out = gpu.attend(q, k, v, window=None, keep=None, tuning=SMALL)
+    # exp of scores around 1000: their rounding, 1000 * 2^-24, is relative to the weights.
+    assert error(out, oracle(q, k, v, None, None)) <= 20 * ORDER_BOUND
+
+
+def ring(k, slots, past, *, reach=None, starts=None):
+    """Columns [B, G, L, d] as they lie in a ring after `past` [B] of each row.
+
+    NaN is whatever no query may see: empty slots, columns older than `reach`, padding.
+    """
+    out = torch.full(
+        (*k.shape[:2], slots, k.shape[3]), float("nan"), device=k.device, dtype=k.dtype
+    )
+    for row, length in enumerate(past.tolist()):
+        oldest = max(0, length - min(slots, reach or slots))
+        for column in range(max(oldest, 0 if starts is None else int(starts[row])), length):
+            out[row, :, column % slots] = k[row, :, column]
+    return out
+
+
+def one_by_one(q, k, v, past, starts, window):
+    """The oracle row by row: rows [B, S, H, d] of their own length and padding."""
+    out = []
+    for row, before in enumerate(past.tolist()):
+        end = before + q.shape[1]
+        keep = torch.arange(end, device=q.device)[None] >= (0 if starts is None else starts[row])
+        cut = (t[row : row + 1, :, :end] for t in (k, v))
+        out.append(oracle(q[row : row + 1].transpose(1, 2), *cut, window, keep))
+    return torch.cat(out).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 8, 16])
+def test_decode_over_a_cache(window):
+    """Rows of different lengths and padding; the ring of W slots at every place of its turn."""
+    past = torch.tensor([0, 6, 7, 8, 15, 16, 24, 40], dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, 0, 3, 8, 2, 16, 0, 30], dtype=torch.int32, device=DEVICE)
+    k, v = drawn(8, 1, 41, 16, seed=2), drawn(8, 1, 41, 16, seed=3)
+    q = drawn(8, 1, 2, 16)
+    expected = one_by_one(q, k, v, past, starts, window)
+    outs = []
+    for slots in (41, 48) if window is None else (window, 41, window + 3):
+        keys, values = (ring(t, slots, past + 1, reach=window, starts=starts) for t in (k, v))
+        outs.append(
+            gpu.attend_cached(q, keys, values, past, starts=starts, window=window, tuning=SMALL)
+        )
+        assert error(outs[-1], expected) <= ORDER_BOUND
+    narrow = gpu.splits_for(8, slots, 16, 8)
+    assert narrow == 1  # the same shares for all: then the same bits wherever columns lie
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
+def test_batch_buckets(batch):
+    """A row's result does not depend on who else is there; split or not."""
+    past = torch.arange(batch, dtype=torch.int32, device=DEVICE) * 5 + 3
+    k, v = drawn(16, 2, 96, 16, seed=2)[:batch], drawn(16, 2, 96, 16, seed=3)[:batch]
+    q = drawn(16, 1, 4, 16)[:batch]
+    keys, values = (ring(t, 96, past + 1) for t in (k, v))
+    out = gpu.attend_cached(q, keys, values, past, tuning=SMALL)
+    assert error(out, one_by_one(q, k, v, past, None, None)) <= ORDER_BOUND
+    assert torch.equal(out, gpu.attend_cached(q, keys, values, past, tuning=SMALL))
+    half = gpu.attend_cached(q, keys, values, past, tuning=SMALL, dtype=torch.float16)
+    assert torch.equal(half, out.half())
+
+
+@pytest.mark.parametrize("window", [None, 7, 16])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 19])
+def test_chunked_prefill(chunk, window):
+    """Chunks of prompts of 38 and less, over a straight cache and a ring that is just large enough."""
+    length = 38
+    q, k, v = (
+        drawn(2, length, 2, 16),
+        drawn(2, 1, length, 16, seed=2),
+        drawn(2, 1, length, 16, seed=3),
+    )
+    starts = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
+    reach = None if window is None else window + chunk - 1
+    for slots in (length,) if reach is None else (length, reach):
+        for before in range(0, length - chunk + 1, max(chunk, 6)):
+            past = torch.tensor([before, max(before - 3, 0)], dtype=torch.int32, device=DEVICE)
+            keys, values = (
+                ring(t, slots, past + chunk, reach=reach, starts=starts) for t in (k, v)
+            )
+            part = q[:, before : before + chunk]
+            out = gpu.attend_cached(
+                part, keys, values, past, starts=starts, window=window, tuning=SMALL
+            )
+            assert error(out, one_by_one(part, k, v, past, starts, window)) <= ORDER_BOUND
+
+
+def test_what_does_not_fit_is_refused():
+    q = drawn(1, 2, 1, 24)
+    with pytest.raises(UnsupportedError, match="heads of 24"):
+        gpu.attend(q, q, q, window=None, keep=None)
+    q = drawn(1, 2, 1, 16)
+    with pytest.raises(UnsupportedError, match="float16"):
+        gpu.attend(q, q.half(), q.half(), window=None, keep=None)
+    with pytest.raises(UnsupportedError, match="gradients"):
+        gpu.attend(q.requires_grad_(), q, q, window=None, keep=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [96, 128])
+def test_rms_norm(width, dtype):
+    x, weight = drawn(2, 3, width, dtype=dtype) * 5, drawn(width, seed=2, dtype=dtype)
+    expected = kernels.rms_norm(x, weight, 1e-5)
+    found = pointwise.rms_norm(x, weight, 1e-5)
+    assert error(found, expected) <= 2 * bound(dtype)
+    # Rounded where the reference rounds: only sums on the other side of a tie differ.
+    assert dtype == torch.float32 or (found == expected).float().mean() >= 0.98
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("splits", "choices"), [(1, 1), (3, 2)])
+def test_residual_norm_adds_what_a_product_left(splits, choices, dtype):
+    x, weight = drawn(5, 96, dtype=dtype), drawn(96, seed=2, dtype=dtype)
+    shares = drawn(splits, 5 * choices, 96, seed=3)
+    added = shares.view(splits, 5, choices, 96).sum((0, 2)).to(dtype)
+    total, normed = pointwise.residual_norm(x, shares, weight, 1e-5, dtype=torch.float16)
+    assert (total.dtype, normed.dtype) == (dtype, torch.float16)
+    assert error(total, x + added) <= bound(dtype)
+    assert error(normed, kernels.rms_norm(x + added, weight, 1e-5)) <= 2 * HALF_BOUND
+    plain, _ = pointwise.residual_norm(x, added, weight, 1e-5)
+    assert torch.equal(plain, x + added)
+
+
+def same_routes(found, expected, logits):
+    assert (found.ids.dtype, found.weights.dtype) == (torch.int64, torch.float32)
+    assert error(found.weights, expected.weights) <= ORDER_BOUND
+    assert torch.equal(logits.gather(1, found.ids), logits.gather(1, expected.ids))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (8, 1), (6, 3), (4, 4), (1, 1)])
+def test_route(experts, chosen, dtype):
+    logits = drawn(7, experts, dtype=dtype) * 3
+    logits[3] = logits[3].sort().values * 30
+    same_routes(pointwise.route(logits, chosen), kernels.route(logits, chosen), logits)
+
+
+def test_equal_logits_choose_different_experts():
+    routes = pointwise.route(torch.ones(3, 8, device=DEVICE), 3)
+    assert torch.equal(routes.ids, torch.arange(3, device=DEVICE).expand(3, 3))
+    assert torch.equal(routes.weights, torch.full((3, 3), 1 / 3, device=DEVICE))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum
+def test_logits_that_are_no_numbers_choose_experts_that_exist():
+    logits = drawn(3, 8)
+    logits[1] = float("nan")
+    logits[2, 3:] = float("-inf")
+    routes = pointwise.route(logits, 4)
+    assert ((routes.ids >= 0) & (routes.ids < 8)).all()
+    assert torch.equal(routes.weights.isnan().any(1), torch.tensor([False, True, False]).to(DEVICE))
+    assert len(set(routes.ids[2].tolist())) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_residual_norm_route(tokens, dtype):
+    x, shares = drawn(tokens, 96, dtype=dtype), drawn(2, tokens, 96, seed=2)
+    weight, gate = drawn(96, seed=3, dtype=dtype), drawn(8, 96, seed=4, dtype=dtype) / 8
+    found = pointwise.residual_norm_route(x, shares, weight, 1e-5, gate, 2, dtype=torch.float16)
+    total = x + shares.sum(0).to(dtype)
+    normed = kernels.rms_norm(total, weight, 1e-5)
+    assert error(found.total, total) <= bound(dtype)
+    assert error(found.normed, normed) <= 2 * HALF_BOUND
+    # Of the logits too only the order of additions, and their own rounding.
+    assert error(found.logits, F.linear(normed, gate)) <= 2 * bound(dtype)
+    same_routes(found.routes, kernels.route(found.logits, 2), found.logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "queries"), [(1, 1), (2, 3), (1, 19)])
+def test_apply_rotary(batch, queries, dtype):
+    x = drawn(batch, queries, 3, 16, dtype=dtype).transpose(1, 2)
+    for rows_of in {1, batch}:
+        positions = torch.randint(0, 5000, (rows_of, queries), device=DEVICE)
+        cos, sin = kernels.rotary(positions, 16, 1e4, dtype)
+        found = pointwise.apply_rotary(x, cos, sin)
+        assert found.dtype == dtype
+        assert error(found, kernels.apply_rotary(x, cos, sin)) <= 2 * bound(dtype)
+
+
+def config(window):
+    return MixtralConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=64, num_local_experts=4,
+        sliding_window=window,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 6])
+def test_rotate_store_writes_what_a_cache_holds(window, dtype):
+    """Chunks and steps, past the ring's end twice, against KVCache and the reference's rotation."""
+    cache = KVCache(config(window), 2, dtype=dtype, device=DEVICE)
+    slots = 24 if window is None else window
+    keys, values = torch.full((2, 2, 2, slots, 16), float("nan"), dtype=dtype, device=DEVICE)
+    table = kernels.rotary(torch.arange(24, device=DEVICE)[None], 16, 1e4, dtype)
+    starts = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)
+    for new in (4, 1, 1, 1, 9, 1, 1):
+        length = cache.length
+        splits = 1 + new % 3
+        shares = drawn(splits, 2 * new, 8 * 16, seed=length)
+        past = torch.full((2,), length, dtype=torch.int32, device=DEVICE)
+        q = pointwise.rotate_store(
+            shares, keys, values, *table, past, heads=4, starts=starts, dtype=dtype
+        )
+        heads = shares.sum(0).to(dtype).view(2, new, 8, 16).transpose(1, 2)
+        positions = torch.arange(length, length + new, device=DEVICE)[None] - starts[:, None]
+        cos, sin = kernels.rotary(positions.clamp(min=0), 16, 1e4, dtype)
+        rotated = kernels.apply_rotary(heads[:, :6], cos, sin)
+        cache.append(0, rotated[:, 4:], heads[:, 6:])
+        cache.advance(new)
+        assert q.shape == (2, new, 4, 16)
+        assert error(q.transpose(1, 2), rotated[:, :4]) <= 3 * bound(dtype)
+        held = torch.arange(length + new - cache.held, length + new, device=DEVICE) % slots
+        for found, expected in zip((keys, values), cache[0], strict=True):
+            assert error(found[:, :, held], expected) <= 3 * bound(dtype)
+    if window is None:
+        assert keys[:, :, cache.length :].isnan().all()
+
+
+def test_a_position_beyond_the_table_shows():
+    keys, values = torch.zeros(2, 1, 1, 8, 16, device=DEVICE)
+    cos, sin = kernels.rotary(torch.arange(4, device=DEVICE)[None], 16, 1e4, torch.float32)
+    past = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    shares = drawn(2, 4 * 16)
+    q = pointwise.rotate_store(shares, keys, values, cos, sin, past, heads=2, dtype=torch.float32)
+    assert torch.equal(q.isnan().flatten(2).all(-1)[0], torch.tensor([False, True]).to(DEVICE))
+    assert not q[0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_model_says_the_same_tokens(window, monkeypatch):
+    """Norms, rotations, attention and routing of a model that generates: the oracle's greedy tokens."""
+    model = small_model(
+        hidden_size=64, intermediate_size=64, num_local_experts=4, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=window,
+    ).to(DEVICE)  # fmt: skip
+    prompt = torch.tensor([[3, 17, 90, 41, 8, 2, 11], [1, 1, 5, 60, 7, 33, 4]], device=DEVICE)
+    mask = torch.ones_like(prompt)
+    mask[1, :2] = 0
+
+    def greedy():
+        return model.generate(prompt, attention_mask=mask, max_new_tokens=5, do_sample=False)
+
+    def logits():
+        return model(input_ids=prompt, attention_mask=mask).logits
+
+    def attend(q, k, v, *, window, keep, dropout, mask, implementation):
+        assert not dropout
+        assert mask is None
+        calls.append(q.shape[2])
+        return gpu.attend(q, k, v, window=window, keep=keep)
+
+    calls = []
+    with torch.no_grad():
+        expected, expected_logits = greedy(), logits()
+        for name in ("rms_norm", "apply_rotary", "route"):
+            monkeypatch.setattr(kernels, name, getattr(pointwise, name))
+        monkeypatch.setattr(kernels, "attend", attend)
+        assert torch.equal(greedy(), expected)
+        assert error(logits(), expected_logits) <= ORDER_BOUND
+    assert calls == 2 * [7] + 2 * 4 * [1] + 2 * [7]

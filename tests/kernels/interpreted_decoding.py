@@ -1,0 +1,182 @@
+"""One decode step of a packed model against the reference, in Triton's interpreter or on a GPU.
+
+Run by test_decoding.py in a process of its own with TRITON_INTERPRET=1. Tolerance: the kernels' own
+(tests/kernels/interpreted_experts.py); tokens must be equal.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from qmix import kernels
+from qmix.generation.cuda_graph import Decoding, Decodings, supported
+from qmix.generation.loop import GenerationConfig, generate
+from qmix.generation.sampling import Sampling
+from qmix.generation.token_choice import Draw
+from qmix.kernels.gpu import packed_matmul
+from qmix.models.pack import Placement
+from qmix.nn.linear import Linear
+from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, error, skip_without_a_device
+from tests.support.models import small_model
+from tests.support.packed import act_order, int4, nf4
+
+skip_without_a_device()
+BOUND = 5e-3
+
+pytestmark = CONVERSIONS
+
+
+def packed_model(make, **changes):
+    widths = {"hidden_size": 128, "intermediate_size": 64, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    model = small_model(**{**widths, **heads, "num_hidden_layers": 2, **changes})
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, Linear) and not name.endswith(("gate", "lm_head")):
+            module.store(make(module.out_features, module.in_features, seed))
+    model.to(DEVICE)
+    placement = Placement()
+    placement.pack(model)
+    assert placement.complete
+    assert supported(model.model)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu_too(monkeypatch):
+    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
+
+
+def reference_steps(model, prompt, keep, count):
+    """Greedy ids and logits, by the standard weights and a cache of their own."""
+    cache, ids, found = model.new_cache(len(prompt), 32), prompt, []
+    with kernels.override("reference"), torch.no_grad():
+        for _ in range(count):
+            positions = (
+                None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            )
+            hidden = model.model.decode(
+                model.model.embed(ids), keep=keep, positions=positions, cache=cache
+            ).hidden
+            found.append(model.lm_head(hidden[:, -1]).float())
+            ids = found[-1].argmax(-1, keepdim=True)
+            if keep is not None:
+                keep = torch.cat((keep, torch.ones_like(keep[:, :1])), 1)
+    return found
+
+
+def prefilled(model, prompt, keep, capacity=32):
+    cache = model.new_cache(len(prompt), capacity)
+    positions = None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)
+    with kernels.override("reference"), torch.no_grad():
+        model.model.decode(model.model.embed(prompt), keep=keep, positions=positions, cache=cache)
+    return cache
+
+
+PROMPT = torch.tensor([[3, 17, 90, 41, 8], [5, 9, 11, 77, 21]])
+
+
+@pytest.mark.parametrize("make", [nf4, int4, act_order])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_equal_the_reference(make, window, padded):
+    model = packed_model(make, sliding_window=window)
+    prompt = PROMPT.to(DEVICE)
+    keep = torch.ones_like(prompt, dtype=torch.bool) if padded else None
+    if padded:
+        keep[1, :2] = False
+    expected = reference_steps(model, prompt, keep, 4)
+    cache = prefilled(model, prompt, keep)
+    step = Decoding(model.model, model.lm_head, cache, padded=padded)
+    if padded:
+        step.pad(keep)
+    for before, after in pairwise(expected):
+        logits = step.step(before.argmax(-1))
+        cache.advance(1)
+        assert torch.isfinite(logits).all()
+        assert error(logits, after) <= BOUND
+        assert torch.equal(logits.argmax(-1), after.argmax(-1))
+    assert cache.length == 8
+    assert step.past.tolist() == [8, 8]
+
+
+def test_the_step_can_choose_by_itself():
+    model = packed_model(nf4)
+    expected = reference_steps(model, PROMPT.to(DEVICE), None, 4)
+    cache = prefilled(model, PROMPT.to(DEVICE), None)
+    step = Decoding(model.model, model.lm_head, cache, draw=Draw(Sampling(), None))
+    step.ids.copy_(expected[0].argmax(-1))
+    for after in expected[1:]:
+        step.step()
+        assert torch.equal(step.ids, after.argmax(-1))
+
+
+def test_a_step_is_repeatable_and_can_go_back():
+    model = packed_model(int4)
+    cache = prefilled(model, PROMPT.to(DEVICE), None)
+    step = Decoding(model.model, model.lm_head, cache)
+    first = step.step(PROMPT[:, 0].to(DEVICE)).clone()
+    step.step(PROMPT[:, 1].to(DEVICE))
+    step.move(5)
+    assert torch.equal(step.step(PROMPT[:, 0].to(DEVICE)), first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 5, "seed": 3}, {"repetition_penalty": 1.2}],
+    ids=str,
+)
+def test_generate_takes_the_step(monkeypatch, options):
+    """Through the loop, with a cache that grows on the way: the reference's tokens.
+
+    With the choice inside the step, or, where it needs the whole context, after it.
+    """
+    model = packed_model(nf4)
+    taken = []
+    plain = Decoding.step
+    monkeypatch.setattr(
+        Decoding, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
+    )
+    if INTERPRETED:
+        monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
+    keep = torch.ones_like(PROMPT)
+    keep[0, :1] = 0
+    for mask in (None, keep.to(DEVICE)):
+        config = GenerationConfig(max_new_tokens=5, **options)
+        with torch.no_grad():
+            with kernels.override("reference"):
+                expected = generate(model, PROMPT.to(DEVICE), config, attention_mask=mask)
+            assert not taken
+            cache = model.new_cache(2, 6)
+            found = generate(model, PROMPT.to(DEVICE), config, attention_mask=mask, cache=cache)
+        assert torch.equal(found, expected)
+        assert len(taken) == 4
+        taken.clear()
+
+
+def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
+    monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
+    model = small_model()
+    with torch.no_grad():
+        found = Decodings().of(model.model, model.lm_head, model.new_cache(1, 4), None)
+    assert found is None
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_graph_gives_the_tokens_of_the_launches(sampled):
+    """In the interpreter both are launched one by one; a seed gives the same tokens again."""
+    model = packed_model(nf4)
+    found = []
+    for record in (False, True):
+        generator = torch.Generator(DEVICE).manual_seed(7)
+        draw = Draw(Sampling(temperature=1.0, top_p=0.9) if sampled else Sampling(), generator)
+        cache = prefilled(model, PROMPT.to(DEVICE), None)
+        step = Decoding(model.model, model.lm_head, cache, draw=draw, record=record)
+        step.ids.copy_(PROMPT[:, 0])
+        ids = []
+        for _ in range(4):
+            step.step()
+            ids.append(step.ids.clone())
+        found.append((torch.stack(ids), step.logits.clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])

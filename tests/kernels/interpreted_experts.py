@@ -1,0 +1,266 @@
+"""The packed kernels against `x @ w.dequantize().T`, in Triton's interpreter or on a GPU.
+
+Run by test_triton_experts.py in a process of its own with TRITON_INTERPRET=1: the flag is read when
+a kernel is defined. On a machine with a GPU: python -m pytest tests/kernels/interpreted_experts.py. Fresh
+tensors are filled with NaN, so that what a kernel forgets to write shows.
+
+Tolerances. Relative to one product, the kernels differ from the oracle by four roundings to
+nearest: NF4's table in float16 (at most 1.82e-4), its scales in float16 (2^-11), activations in
+float16 (2^-11; exact here, where they are drawn so), and between the two products of an expert the
+inner activations in float16 (2^-11). Each is independent from weight to weight, so the norm of the
+error of a sum stays below the largest of them: eps = 1.82e-4 + 2^-11 = 6.7e-4 for an NF4 product.
+An expert's gate and up projections and its down projection err by eps each, the rounding between by
+2^-11: at most 3 eps + 2^-11 = 2.5e-3 for NF4, 2^-11 for Int4. Against the weight as it was packed
+(`unpack`, and the table of the kernels) only the order of float32 additions remains: ORDER_BOUND.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qmix import kernels
+from qmix.kernels import Routes
+from qmix.kernels.gpu import moe as gpu
+from qmix.nn.linear import Linear
+from qmix.weights.dense import Dense
+from qmix.weights.expert import Expert
+from qmix.weights.nf4 import NF4
+from qmix.weights.packed import codes
+from qmix.weights.packed.layout import pack_expert, pack_matrix, unpack_matrix
+from qmix.weights.packed.table import ExpertTable
+from tests.support.interpreter import (
+    CONVERSIONS,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    drawn,
+    error,
+    skip_without_a_device,
+)
+from tests.support.models import small_model
+from tests.support.packed import act_order, int4, nf4
+
+skip_without_a_device()
+NF4_BOUND, INT4_BOUND = 2.5e-3, 2**-11
+ORDER_BOUND = 1e-5 if INTERPRETED else 1e-4  # a GPU's matrix units truncate while they add
+
+pytestmark = [CONVERSIONS, pytest.mark.usefixtures("poison")]
+
+KINDS = {
+    "nf4": (nf4, NF4_BOUND),
+    "int4 g128": (lambda n, k, seed=0: int4(n, k, seed, group=128), INT4_BOUND),
+    "int4 g64": (int4, INT4_BOUND),
+    "int4 act-order": (act_order, INT4_BOUND),
+    "int4 asymmetric": (lambda n, k, seed=0: int4(n, k, seed, symmetric=False), INT4_BOUND),
+}
+
+
+def as_computed(packed):
+    """The weight with the table and the scales of the kernels, float32."""
+    weight = unpack_matrix(packed)
+    if isinstance(weight, NF4):
+        values = [codes.NF4_STORED_VALUES[stored] for stored in codes.NF4_STORED_OF_CODE]
+        table = torch.tensor(values, device=weight.device) / codes.NF4_STRETCH
+        weight = replace(weight, table=table)
+    return weight.dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(128, 128), (384, 256), (128, 640)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 17, 33, 70])
+def test_linear(kind, shape, tokens):
+    make, bound = KINDS[kind]
+    weight = make(*shape).to(DEVICE)
+    packed = pack_matrix(weight)
+    x = drawn(tokens, shape[1])
+    out = gpu.linear(x, packed)
+    assert out.dtype == x.dtype
+    assert error(out, x @ weight.dequantize(torch.float32).T) <= bound
+    assert error(out, x @ as_computed(packed).T) <= ORDER_BOUND
+    assert torch.equal(out, gpu.linear(x, packed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_in_other_shapes_and_dtypes(dtype):
+    weight = nf4(128, 192).to(DEVICE)
+    x = drawn(2, 3, 192, dtype=dtype)
+    out = gpu.linear(x, pack_matrix(weight))
+    assert out.shape == (2, 3, 128)
+    assert out.dtype == dtype
+    assert error(out, x.float() @ weight.dequantize(torch.float32).T) <= NF4_BOUND
+
+
+@pytest.mark.parametrize("shape", [(128, 14336), (256, 4096)], ids=str)
+def test_linear_at_mixtrals_widths(shape):
+    """A slice of a matrix as it is in the 8x7B: as many tiles, and K split, in few rows."""
+    weight = nf4(*shape).to(DEVICE)
+    packed = pack_matrix(weight)
+    x = drawn(2, shape[1])
+    out = gpu.linear(x, packed)
+    assert error(out, x @ as_computed(packed).T) <= ORDER_BOUND
+
+
+def routes(tokens, count, choices, how, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(count, generator=generator) for _ in range(tokens)])
+    ids = ids[:, :choices].contiguous()
+    if how == "all to one":
+        ids[:] = torch.arange(choices) + 1
+    elif how == "none to some":
+        ids = ids % 2 * 3
+    elif how == "the same twice":
+        ids[:, 1] = ids[:, 0]
+    weights = torch.rand(tokens, choices, generator=generator) + 0.1
+    return Routes(ids.to(DEVICE), (weights / weights.sum(-1, keepdim=True)).to(DEVICE))
+
+
+def experts_of(make, count, hidden, width):
+    seeds = range(0, 10 * count, 10)
+    experts = [
+        Expert(make(width, hidden, s), make(hidden, width, s + 1), make(width, hidden, s + 2))
+        for s in seeds
+    ]
+    experts = [Expert(e.w1.to(DEVICE), e.w2.to(DEVICE), e.w3.to(DEVICE)) for e in experts]
+    return experts, ExpertTable.build([[pack_expert(e) for e in experts]])
+
+
+def oracle(x, chosen, experts):
+    with kernels.override("reference"):
+        return kernels.experts(x, chosen, experts, F.silu)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33])
+def test_experts(kind, tokens):
+    make, bound = KINDS[kind]
+    experts, table = experts_of(make, 4, 128, 128)
+    x, chosen = drawn(tokens, 128), routes(tokens, 4, 2, "spread")
+    out = gpu.experts(x, chosen, table, 0)
+    assert error(out, oracle(x, chosen, experts)) <= bound
+
+
+@pytest.mark.parametrize("how", ["all to one", "none to some", "the same twice"])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33])
+def test_routing(how, tokens):
+    experts, table = experts_of(nf4, 4, 128, 64)
+    x, chosen = drawn(tokens, 128), routes(tokens, 4, 2, how)
+    out = gpu.experts(x, chosen, table, 0)
+    assert error(out, oracle(x, chosen, experts)) <= NF4_BOUND
+    assert torch.equal(out, gpu.experts(x, chosen, table, 0))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_eight_experts_of_a_ragged_width(tokens):
+    """K is no multiple of 128 on either side, w2's tiles are of another size than w1's."""
+
+    def make(rows, columns, seed):
+        return int4(rows, columns, seed, group=columns)
+
+    experts, table = experts_of(make, 8, 256, 192)
+    assert (table.gate_up.inputs, table.down.inputs) == (128, 64)
+    x, chosen = drawn(tokens, 256), routes(tokens, 8, 2, "spread")
+    assert error(gpu.experts(x, chosen, table, 0), oracle(x, chosen, experts)) <= INT4_BOUND
+
+
+@pytest.mark.parametrize("warps", [1, 2])
+def test_smaller_programs(warps):
+    tuning = gpu.Tuning(warps=warps, stages=2)
+    weight = int4(128, 256, group=128, symmetric=False).to(DEVICE)
+    x = drawn(3, 256)
+    out = gpu.linear(x, pack_matrix(weight), tuning)
+    assert error(out, x @ weight.dequantize(torch.float32).T) <= ORDER_BOUND
+    experts, table = experts_of(nf4, 2, 128, 64)
+    x, chosen = drawn(2, 128), routes(2, 2, 2, "spread")
+    assert error(gpu.experts(x, chosen, table, 0, tuning), oracle(x, chosen, experts)) <= NF4_BOUND
+
+
+def test_where_an_expert_lies_changes_no_bit():
+    _, table = experts_of(nf4, 4, 128, 64)
+    x, chosen = drawn(2, 128), routes(2, 4, 2, "spread")
+    before = gpu.experts(x, chosen, table, 0)
+    for expert in range(4):
+        moved = torch.cat((table.blobs[0][expert].new_zeros(128), table.blobs[0][expert]))[128:]
+        table.blobs[0][expert].zero_()
+        table.place(0, expert, moved)
+    assert torch.equal(gpu.experts(x, chosen, table, 0), before)
+
+
+@pytest.mark.parametrize("scale", [0.05, 300.0])
+def test_large_and_small_activations(scale):
+    """Inner activations above 65504 do not fit float16 as they are; nor may small ones vanish."""
+    experts, table = experts_of(nf4, 4, 128, 64)
+    x, chosen = drawn(2, 128) * scale, routes(2, 4, 2, "spread")
+    inner = [F.silu(kernels.linear(x, e.w1)) * kernels.linear(x, e.w3) for e in experts]
+    assert (max(part.abs().max() for part in inner) > 65504) == (scale > 1)
+    assert error(gpu.experts(x, chosen, table, 0), oracle(x, chosen, experts)) <= 2 * NF4_BOUND
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize(kind):
+    make, _ = KINDS[kind]
+    for shape in ((128, 128), (256, 384)):
+        packed = replace(pack_matrix(make(*shape).to(DEVICE)), perm=None)  # inputs as packed
+        found, meant = gpu.dequantize(packed, torch.float32), as_computed(packed)
+        assert (found - meant).abs().max() <= 1e-6 * meant.abs().max()
+
+
+@pytest.mark.parametrize("kind", [nf4, act_order])
+@pytest.mark.parametrize("how", ["spread", "all to one", "the same twice"])
+def test_above_the_crossover_experts_are_dequantized(how, kind):
+    tuning = gpu.Tuning(dense_tokens=4)
+    experts, table = experts_of(kind, 4, 128, 64)
+    x, chosen = drawn(6, 128), routes(6, 4, 2, how)
+    assert error(gpu.experts(x, chosen, table, 0, tuning), oracle(x, chosen, experts)) <= NF4_BOUND
+    weight = kind(128, 192).to(DEVICE)
+    x = drawn(6, 192)
+    out = gpu.linear(x, pack_matrix(weight), tuning)
+    assert error(out, x @ weight.dequantize(torch.float32).T) <= NF4_BOUND
+
+
+@pytest.mark.parametrize("kind", [nf4, int4])
+def test_a_model_says_the_same_tokens(kind, monkeypatch):
+    """Every expert and projection through the packed kernels: the oracle's greedy tokens."""
+    model = small_model(
+        hidden_size=128, intermediate_size=64, num_local_experts=4, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+    ).to(DEVICE)  # fmt: skip
+    packed, tables = {}, {}
+    for seed, module in enumerate(m for m in model.modules() if isinstance(m, Linear)):
+        if module.out_features % 64 == 0 and module.in_features % 64 == 0:
+            module.store(kind(module.out_features, module.in_features, seed).to(DEVICE))
+    prompt = torch.tensor([[3, 17, 90, 41, 8]], device=DEVICE)
+
+    def greedy():
+        tokens, logits = prompt, []
+        for _ in range(4):
+            logits.append(model(input_ids=tokens).logits[:, -1].float())
+            tokens = torch.cat((tokens, logits[-1].argmax(-1, keepdim=True)), 1)
+        return tokens, torch.cat(logits)
+
+    def linear(x, weight):
+        if isinstance(weight, Dense):
+            return plain(x, weight)
+        if id(weight) not in packed:
+            packed[id(weight)] = pack_matrix(weight)
+        return gpu.linear(x, packed[id(weight)])
+
+    def experts(x, chosen, weights, act):
+        key = id(weights[0].w1)
+        if key not in tables:
+            tables[key] = ExpertTable.build([[pack_expert(e) for e in weights]])
+        return gpu.experts(x, chosen, tables[key], 0)
+
+    plain = kernels.linear
+    with torch.no_grad():
+        with kernels.override("reference"):
+            expected, expected_logits = greedy()
+        monkeypatch.setattr(kernels, "linear", linear)
+        monkeypatch.setattr(kernels, "linears", lambda x, each: [linear(x, w) for w in each])
+        monkeypatch.setattr(kernels, "experts", experts)
+        found, logits = greedy()
+    assert len(tables) == 2
+    assert len(packed) == 2 * 4 + 1  # projections and lm_head
+    assert torch.equal(found, expected)
+    assert error(logits, expected_logits) <= 2 * NF4_BOUND

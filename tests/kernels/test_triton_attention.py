@@ -1,0 +1,169 @@
+"""Triton attention and pointwise programs without a GPU: interpreted, traced, compiled ahead of time."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from qmix import kernels
+from qmix.kernels import Routes
+from tests.support.interpreter import run_apart
+
+pytest.importorskip("triton")
+
+from qmix.evals import aot
+from qmix.evals.timing.plain_programs import plain_variants
+from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
+
+
+@pytest.mark.slow
+def test_every_program_in_the_interpreter():
+    assert "skipped" not in run_apart("attention", interpreted=True)
+
+
+@pytest.mark.gpu
+def test_every_program_on_the_gpu():
+    assert "skipped" not in run_apart("attention", interpreted=False)
+
+
+class Recorder:
+    """Stands for the programs: keeps names and grids in order, computes nothing."""
+
+    def __init__(self, monkeypatch):
+        self.launches = []
+        for module in (attention_triton, pointwise_triton):
+            for name, program in vars(module).items():
+                if hasattr(program, "arg_names") and not name.startswith("_"):
+                    monkeypatch.setattr(module, name, self.program(name))
+
+    def program(self, name):
+        launches = self.launches
+
+        class Program:
+            def __getitem__(self, grid):
+                launches.append((name, grid))
+                return lambda *_, **__: None
+
+        return Program()
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
+def test_a_decode_step_waits_for_nothing(batch, monkeypatch):
+    """On meta tensors whatever needs a value on the host raises; of nine launches a layer six are here."""
+    recorder = Recorder(monkeypatch)
+    past = meta(batch, dtype=torch.int32)
+    keys, values = meta(2, batch, 8, 4096, 128)
+    cos, sin = kernels.rotary(meta(1, 32768, dtype=torch.int64), 128, 1e6, torch.bfloat16)
+    x, weight, gate = meta(batch, 4096), meta(4096), meta(8, 4096)
+    half = torch.float16
+
+    x, normed = pointwise.residual_norm(
+        x, meta(8, 2 * batch, 4096, dtype=torch.float32), weight, 1e-5, dtype=half
+    )
+    assert (normed.shape, normed.dtype) == ((batch, 4096), half)
+    q = pointwise.rotate_store(
+        meta(4, batch, 48 * 128, dtype=torch.float32), keys, values, cos, sin, past,
+        heads=32, starts=past, dtype=torch.bfloat16,
+    )  # fmt: skip
+    out = attention.attend_cached(q, keys, values, past, starts=past, window=4096, dtype=half)
+    assert (out.shape, out.dtype) == ((batch, 1, 32, 128), half)
+    routed = pointwise.residual_norm_route(
+        x, meta(16, batch, 4096, dtype=torch.float32), weight, 1e-5, gate, 2, dtype=half
+    )
+    assert isinstance(routed.routes, Routes)
+    assert (routed.routes.ids.shape, routed.logits.shape) == ((batch, 2), (batch, 8))
+
+    names = ["residual_norm", "rotate_store", "split", "merge", "residual_norm"]
+    assert [name for name, _ in recorder.launches] == names
+    products = ["q, k, v", "o_proj", "gate_up", "down"]
+    assert len(names) + len(products) == 9
+    with pytest.raises(RuntimeError):
+        past.tolist()  # the trap is armed
+
+
+@pytest.mark.parametrize("queries", [2, 16, 17, 4096])
+def test_prefill_waits_for_nothing(queries, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    q, k = meta(1, 32, queries, 128), meta(1, 8, queries, 128)
+    keep = meta(1, queries, dtype=torch.bool)
+    assert attention.attend(q, k, k, window=None, keep=keep).shape == q.shape
+    assert pointwise.rms_norm(meta(1, queries, 4096), meta(4096), 1e-5).shape == (1, queries, 4096)
+    cos, sin = meta(2, 1, 1, queries, 128)
+    assert pointwise.apply_rotary(q, cos, sin).shape == q.shape
+    assert pointwise.route(meta(queries, 8), 2).ids.shape == (queries, 2)
+    rows = 16 if queries <= 16 else 128
+    assert recorder.launches[0] == ("prefill", (-(-queries // rows), 32, 1))
+
+
+def test_columns_are_split_where_programs_are_few():
+    """One row of eight key-value heads is eight programs, a sixteenth of an H100's multiprocessors."""
+    assert attention.splits_for(8, 4096, 64, 2 * 132) == 33
+    assert attention.splits_for(8, 32768, 64, 2 * 132) == 33
+    assert attention.splits_for(8, 256, 64, 2 * 132) == 4  # a tile each
+    assert attention.splits_for(1, 32768, 64, 2 * 132) == 64
+    assert attention.splits_for(128, 4096, 64, 2 * 132) == 3
+    assert attention.splits_for(1024, 4096, 64, 2 * 132) == 1
+
+
+# What was reached: registers a thread, and machine instructions of the loop. 112 registers are still
+# four programs of four warps a multiprocessor.
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
+REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 1060)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.SHARED_LIMIT)
+def test_attention_programs_ahead_of_time(arch, tmp_path, monkeypatch):
+    """No spill, no narrow load of keys or values, shared memory for two programs a multiprocessor."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    chosen = [v for v in plain_variants([arch]) if v.program in REACHED]
+    assert len(chosen) == 2 * (1 + 2)
+    for variant, cost in aot.compile_all(chosen, workers=2):
+        registers, loop = REACHED[variant.program]
+        assert not aot.faults(variant, cost), f"{variant}: {cost}"
+        assert cost.needed_copies > 0
+        assert 0 < cost.loop <= loop, f"{variant}: {cost}"
+        assert cost.registers <= registers, f"{variant}: {cost}"
+
+
+@pytest.mark.slow
+def test_pointwise_programs_ahead_of_time(tmp_path, monkeypatch):
+    """All norms, the widest and the narrowest of the others: no spill."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    chosen = [
+        variant
+        for variant in plain_variants([80, 90])
+        if variant.program not in REACHED
+        and (
+            variant.program == "residual_norm"
+            or dict(variant.constants).get("SPLITS", 16) in (1, 16)
+        )
+        and dict(variant.constants).get("PARTS", 64) in (1, 64)
+    ]
+    assert {v.program for v in chosen} == {
+        "merge",
+        "residual_norm",
+        "rotate",
+        "rotate_store",
+        "route",
+    }
+    for variant, cost in aot.compile_all(chosen, workers=2):
+        assert not aot.faults(variant, cost), f"{variant}: {cost}"
+
+
+def test_every_selectable_shape_is_listed():
+    """blocks_for chooses nothing that the command above does not compile."""
+    listed = {
+        (variant.program, variant.dtype, dict(variant.constants)["COLUMNS"], variant.warps)
+        for variant in plain_variants([90], attention.DTYPES)
+        if variant.program in REACHED
+    }
+    for dtype in attention.DTYPES:
+        for queries in range(1, 300):
+            shape = attention.blocks_for(queries, dtype)
+            program = "prefill" if queries > 1 else "split"
+            assert (program, dtype, shape.columns, shape.warps) in listed

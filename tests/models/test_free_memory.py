@@ -1,0 +1,74 @@
+"""Every command looks at free memory before it allocates: exit 4, one line, nothing written."""
+
+import pytest
+import torch
+
+from qmix.commands.checkpoint import convert, export
+from qmix.errors import ResourceError
+from qmix.evals.quality.layer_streaming import Scorer
+from qmix.formats import open_checkpoint
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.planning import machine
+from qmix.planning.machine import Memory
+from qmix.quantize import streaming
+from qmix.quantize.calibrated import run
+from qmix.quantize.calibrated import windows as calibration
+from qmix.weights.scheme import NF4, Recipe, Scheme
+from tests.support import raw_mistral
+from tests.support.models import TINY, small_model
+
+MIB = 1 << 20
+NF4_RECIPE = Recipe.uniform(NF4, attention=True)
+INT4_RECIPE = Recipe.uniform(Scheme(kind="int4"), attention=True)
+
+
+def starve(monkeypatch, available):
+    memory = Memory(total=64 << 30, available=available, limit="cgroup")
+    monkeypatch.setattr(machine, "memory", lambda: memory)
+
+
+def quantize(tmp_path):
+    streaming.run(TINY, tmp_path / "out", NF4_RECIPE, method="nf4")
+
+
+def gptq(tmp_path):
+    text = "free memory is looked at first " * 200
+    windows = calibration.cut(text, lambda _: list(range(3, 900)), samples=1, seqlen=64)
+    run.run(TINY, tmp_path / "out", INT4_RECIPE, windows, run.Options())
+
+
+def evaluate(_):
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    Scorer(open_checkpoint(TINY), ids, dtype=None, device="cpu")
+
+
+def load(_):
+    MixtralForCausalLM.from_pretrained(TINY, device="cpu")
+
+
+@pytest.mark.parametrize("command", [quantize, gptq, evaluate, load])
+def test_too_little_is_refused_before_anything_is_written(monkeypatch, tmp_path, command):
+    starve(monkeypatch, MIB)
+    with pytest.raises(
+        ResourceError, match=r"not enough free host memory; expected .* found 1.00 MiB free"
+    ):
+        command(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [quantize, evaluate, load])
+def test_the_tiny_model_needs_little(monkeypatch, tmp_path, command):
+    starve(monkeypatch, 150 * MIB)
+    command(tmp_path)
+
+
+def test_export_and_convert_look_too(monkeypatch, tmp_path):
+    streaming.run(TINY, tmp_path / "int4", INT4_RECIPE, method="rtn")
+    source = raw_mistral.write(tmp_path / "raw", small_model(), layout="safetensors")
+    starve(monkeypatch, 1 << 12)
+    with pytest.raises(ResourceError, match="free host memory"):
+        export.run(tmp_path / "int4", tmp_path / "ct", "compressed-tensors")
+    with pytest.raises(ResourceError, match="free host memory"):
+        convert.run(source, tmp_path / "hub")
+    assert not (tmp_path / "ct").exists()
+    assert not (tmp_path / "hub").exists()

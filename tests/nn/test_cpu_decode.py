@@ -1,0 +1,458 @@
+"""One token through the compiled products, a layer in two calls or all in one: what the modules compute."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+import qmix.nn.decoder
+from qmix import MixtralForCausalLM, kernels
+from qmix.config import MixtralConfig
+from qmix.kernels import attention
+from qmix.kernels.cpu.library import attends, library
+from qmix.nn.attention import Step
+from qmix.nn.cache import KVCache
+from qmix.nn.decoder_layer import DecoderLayer, one_token
+from qmix.nn.linear import Linear
+from qmix.weights.dense import Dense
+from tests.support.cpu_kernels import BEST, random_int4, random_nf4, seeded
+
+CONFIG = MixtralConfig(
+    hidden_size=256,
+    intermediate_size=384,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    num_hidden_layers=1,
+    num_local_experts=4,
+)
+WEIGHTS = {
+    "nf4": random_nf4,
+    "nested": partial(random_nf4, nested=True),
+    "int4": lambda n, k: random_int4(n, k, k // 32),
+    "act-order": lambda n, k: random_int4(n, k, k // 64, zeros=True, perm=True),
+}
+
+
+def random_layer(kind, config=CONFIG):
+    layer = DecoderLayer(config, 0).bfloat16().eval()
+    for name, module in layer.named_modules():
+        if isinstance(module, Linear) and not name.endswith("gate"):
+            module.store(WEIGHTS[kind](module.out_features, module.in_features))
+        elif isinstance(module, Linear):
+            torch.nn.init.normal_(module.weight, generator=seeded(5))
+        elif name.endswith("norm"):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5, generator=seeded(6))
+    return layer
+
+
+def run(layer, tokens=5, config=CONFIG):
+    """Outputs and router logits of a short prompt and of single tokens behind it."""
+    cache = KVCache(config, 1, dtype=torch.bfloat16, device=torch.device("cpu"))
+    outs = []
+    for index, new in enumerate([3] + [1] * tokens):
+        positions = cache.length + torch.arange(new)[None]
+        cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
+        x = torch.randn(1, new, config.hidden_size, generator=seeded(index)).bfloat16()
+        with torch.no_grad():
+            outs += layer(x, Step(cos=cos, sin=sin, keep=None, cache=cache))
+        cache.advance(new)
+    return outs
+
+
+def by_modules(layer, **options):
+    """The same without the compiled calls."""
+    layer._one_token = lambda: None
+    try:
+        return run(layer, **options)
+    finally:
+        del layer._one_token
+
+
+def same(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def alike(ours, theirs):
+    """The same but where the last place of a share turned a rounding to bfloat16: a few in a thousand."""
+    pairs = list(zip(ours, theirs, strict=True))
+    turned = torch.cat([(a != b).flatten() for a, b in pairs]).float().mean()
+    return turned <= 0.01 and all(torch.allclose(a, b, rtol=2**-6, atol=0.02) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("window", [None, 4])
+def test_it_is_what_the_modules_compute(path, kind, window):
+    config = MixtralConfig(**{**CONFIG.to_dict(), "sliding_window": window})
+    layer = random_layer(kind, config)
+    ours = run(layer, config=config)
+    assert (layer._token is not None and layer._token[1] is not None) == (path != "torch")
+    if path != "torch":
+        assert layer._token[1].whole
+    assert alike(ours, by_modules(layer, config=config))
+    with kernels.override("reference"):
+        oracle = run(layer, config=config)
+    for out, reference in zip(ours, oracle, strict=True):
+        assert (out - reference).abs().max() <= 0.05 * reference.abs().max()
+
+
+pytestmark = pytest.mark.skipif(BEST < 0, reason="no compiler")
+
+
+def taken(layer):
+    """Whether a token now goes through the compiled calls."""
+    layer._token = None
+    run(layer, 1)
+    return layer._token is not None and layer._token[1] is not None
+
+
+def test_new_weights_are_seen():
+    layer = random_layer("nf4")
+    before = run(layer)
+    changes = (
+        lambda: layer.self_attn.o_proj.store(random_int4(256, 256, 4)),
+        lambda: layer.block_sparse_moe.experts[1].w2.store(random_int4(256, 384, 4)),
+        lambda: layer.input_layernorm.weight.data.mul_(1.5),
+        lambda: setattr(layer.input_layernorm.weight, "data", torch.ones(256).bfloat16()),
+        lambda: layer.block_sparse_moe.gate.store(Dense(torch.randn(4, 256).bfloat16())),
+    )
+    for change in changes:
+        change()
+        after = run(layer)
+        assert not alike(before, after)
+        assert alike(after, by_modules(layer))
+        before = after
+    assert taken(layer)
+
+
+def test_experts_of_another_kind_are_multiplied_by_their_own_kernels():
+    layer = random_layer("nf4")
+    layer.block_sparse_moe.experts[2].w1.store(Dense(torch.randn(384, 256).bfloat16() / 16))
+    assert taken(layer)
+    assert not layer._token[1].whole
+    assert alike(run(layer), by_modules(layer))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn",
+        "block_sparse_moe",
+        "self_attn.q_proj",
+        "block_sparse_moe.gate",
+        "input_layernorm",
+    ],
+)
+def test_hooks_are_called(name):
+    layer, calls = random_layer("nf4"), []
+    before = run(layer)
+    handle = layer.get_submodule(name).register_forward_hook(lambda *given: calls.append(given))
+    assert alike(run(layer), before)
+    assert len(calls) == 6
+    handle.remove()
+    assert taken(layer)
+
+
+def test_an_adapter_in_place_of_a_linear_is_called():
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    layer = random_layer("nf4")
+    before = run(layer)
+    layer.self_attn.v_proj = Adapter(layer.self_attn.v_proj)
+    assert not alike(run(layer), before)
+
+
+@pytest.mark.parametrize(
+    "where", ["gradients", "float32", "two rows", "training", "attentions", "reference"]
+)
+def test_what_it_cannot_do_goes_through_the_modules(where):
+    layer = random_layer("nf4")
+    dtype = torch.float32 if where == "float32" else torch.bfloat16
+    layer = layer.to(dtype).train(where == "training")
+    cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, dtype)
+    attentions = [] if where == "attentions" else None
+    step = Step(cos=cos, sin=sin, keep=None, cache=None, attentions=attentions)
+    x = torch.randn(2 if where == "two rows" else 1, 1, 256, generator=seeded()).to(dtype)
+    with torch.set_grad_enabled(where == "gradients"):
+        if where == "reference":
+            with kernels.override("reference"):
+                out, _ = layer(x, step)
+        else:
+            out, _ = layer(x, step)
+    assert layer._token is None
+    assert out.requires_grad == (where == "gradients")
+    assert attentions is None or len(attentions) == 1
+
+
+def test_copies_have_their_own():
+    layer = random_layer("act-order")
+    before = run(layer)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other._token is None
+        assert same(run(other), before)
+        assert other._token is not None
+        assert other._token[1].fields.q.codes != layer._token[1].fields.q.codes
+
+
+def test_inputs_that_are_no_numbers_come_out_as_none():
+    layer = random_layer("int4")
+    cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, torch.bfloat16)
+    x = torch.ones(1, 1, 256).bfloat16()
+    x[0, 0, 3] = torch.inf
+    with torch.no_grad():
+        out, logits = layer(x, Step(cos=cos, sin=sin, keep=None, cache=None))
+    assert layer._token is not None
+    assert out.isnan().all()
+    assert logits.isnan().all()
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (4, 1), (16, 3), (128, 2), (8, 8)])
+def test_the_router_chooses_as_torch_among_equals_too(experts, chosen):
+    config = MixtralConfig(
+        **{**CONFIG.to_dict(), "num_local_experts": experts, "num_experts_per_tok": chosen}
+    )
+    layer = random_layer("nf4", config)
+    for index in range(20):
+        # Logits that tie as bfloat16, that tie as vanishing shares, and others.
+        scale = (1e-3, 3.0, 0.05)[index % 3]
+        gate = scale * torch.randn(experts, 256, generator=seeded(index))
+        gate[index % experts] = gate[0]
+        layer.block_sparse_moe.gate.store(Dense(gate.bfloat16()))
+        x = torch.randn(1, 1, 256, generator=seeded(index)).bfloat16()
+        with torch.no_grad():
+            token = layer._one_token()
+            _, normed, logits, routes = library().after_attention(token, x, x)
+        assert torch.equal(logits, layer.block_sparse_moe.gate(normed))
+        expected = kernels.route(logits, chosen)
+        assert torch.equal(routes.ids, expected.ids)
+        assert torch.allclose(routes.weights, expected.weights, rtol=1e-6, atol=1e-12)
+
+
+def random_model(kind="nf4", window=None, layers=3):
+    config = MixtralConfig(
+        **{
+            **CONFIG.to_dict(),
+            "num_hidden_layers": layers,
+            "sliding_window": window,
+            "vocab_size": 64,
+        }
+    )
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).bfloat16().eval()
+    for index in range(layers):
+        model.model.layers[index] = random_layer(kind, config)
+        model.model.layers[index].self_attn.layer = index
+    return model
+
+
+def said(model, *, at_once=True, tokens=12, cache=None, **options):
+    """Logits of a prompt of 3 tokens and of single ones behind it, and which of these went at once."""
+    ids = torch.randint(0, 64, (1, 3 + tokens), generator=seeded(1))
+    cache = model.new_cache(1) if cache is None else cache
+    logits, went = [], []
+
+    def spied(*given):
+        found = one_token(*given) if at_once else None
+        went.append(found is not None)
+        return found
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qmix.nn.decoder, "one_token", spied)
+        for piece in (ids[:, :3], *ids[:, 3:].split(1, 1)):
+            out = model(piece, past_key_values=cache, output_router_logits=True, **options)
+            logits += [out.logits, *out.router_logits]
+    return logits, went[1:]
+
+
+@pytest.mark.parametrize("window", [None, 3, 5, 8])
+def test_all_layers_at_once_are_what_they_are_one_by_one(path, window):
+    model = random_model(window=window)
+    together, went = said(model)
+    assert went == [path != "torch"] * 12
+    apart, went = said(model, at_once=False)
+    assert not any(went)
+    assert same(together, apart)
+
+
+def test_a_cache_that_grows_rewinds_and_was_interrupted_stays_right():
+    model = random_model()
+    cache = model.new_cache(1)
+    first, _ = said(model, cache=cache, tokens=300)  # beyond the first capacity
+    assert cache.length == 303
+    keys, values = cache[1]
+    other = model.new_cache(1)
+    again, _ = said(model, at_once=False, cache=other, tokens=300)
+    assert same(first, again)
+    assert torch.equal(keys, other[1][0])
+    assert torch.equal(values, other[1][1])
+    cache.rewind(100)
+    other.rewind(100)
+    with torch.no_grad():
+        one_token(  # a pass that never counts
+            model.model.layers,
+            torch.randn(1, 1, 256).bfloat16(),
+            step_at(100, cache=cache),
+        )
+    assert cache.length == 100
+    assert same(said(model, cache=cache)[0], said(model, at_once=False, cache=other)[0])
+
+
+def step_at(position, **options):
+    cos, sin = kernels.rotary(torch.tensor([[position]]), 32, CONFIG.rope_theta, torch.bfloat16)
+    return Step(**{"cos": cos, "sin": sin, "keep": None, "cache": None, **options})
+
+
+def test_a_token_without_a_past_sees_itself():
+    model, x = random_model(), torch.randn(1, 1, 256, generator=seeded()).bfloat16()
+    with torch.no_grad():
+        out, logits = one_token(model.model.layers, x, step_at(0))
+        before = x.clone()
+        for index, layer in enumerate(model.model.layers):
+            x, expected = layer(x, step_at(0))
+            assert torch.equal(logits[index], expected)
+    assert torch.equal(out, x)
+    assert not torch.equal(out, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "hook",
+        "forward",
+        "dense expert",
+        "training",
+        "eager",
+        "other layer",
+        "a mask",
+        "float32 cache",
+    ],
+)
+def test_layers_that_must_be_called_one_by_one_are(change):
+    model = random_model()
+    layers, options, calls = model.model.layers, {}, []
+    if change == "hook":
+        layers[1].register_forward_hook(lambda *given: calls.append(given))
+    elif change == "forward":
+        own = layers[1].forward
+        layers[1].forward = lambda *given: calls.append(given) or own(*given)
+    elif change == "dense expert":
+        layers[2].block_sparse_moe.experts[0].w2.store(Dense(torch.randn(256, 384).bfloat16()))
+    elif change == "training":
+        layers[0].train()
+    elif change == "eager":
+        model.set_attn_implementation("eager")
+    elif change == "other layer":
+
+        class Other(DecoderLayer):
+            def forward(self, x, step):
+                calls.append(x)
+                return super().forward(x, step)
+
+        layers[1].__class__ = Other
+    elif change == "a mask":
+        options["keep"] = torch.tensor([[True]])
+    else:
+        options["cache"] = KVCache(model.config, 1, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        step = step_at(0, attn_implementation=model.model.attn_implementation, **options)
+        assert one_token(layers, torch.randn(1, 1, 256).bfloat16(), step) is None
+    if not options:
+        found, went = said(model)
+        assert not any(went)
+        assert same(found, said(model, at_once=False)[0])
+        assert len(calls) == (26 if change in ("hook", "forward", "other layer") else 0)
+
+
+def test_hidden_states_are_those_of_every_layer():
+    model = random_model()
+    logits, went = said(model, output_hidden_states=True)
+    assert not went  # never asked
+    assert same(logits, said(model)[0])
+
+
+def test_a_call_keeps_no_state():
+    """Two threads through one model at a time give what one does."""
+    model = random_model()
+    ids = torch.randint(0, 64, (1, 15), generator=seeded(1))
+
+    def talked(_):
+        cache, logits = model.new_cache(1), []
+        with torch.no_grad():
+            for piece in (ids[:, :3], *ids[:, 3:].split(1, 1)):
+                out = model(piece, past_key_values=cache, output_router_logits=True)
+                logits += [out.logits, *out.router_logits]
+        return logits
+
+    expected = talked(None)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(same(found, expected) for found in pool.map(talked, range(4)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "keys", "width"),
+    [
+        (1, 8, 2, 1, 32),
+        (1, 32, 8, 127, 128),
+        (1, 32, 8, 129, 128),
+        (2, 4, 4, 40, 64),
+        (3, 6, 2, 300, 20),
+        (1, 5, 1, 1030, 80),
+        (1, 14, 2, 256, 16),
+    ],
+)
+def test_attention_of_one_token(path, batch, heads, groups, keys, width):
+    def drawn(seed, *shape):
+        return torch.randn(*shape, generator=seeded(seed)).bfloat16()
+
+    q = drawn(0, batch, heads, 1, width)
+    k, v = (drawn(seed, batch, groups, keys + 7, width)[:, :, 3 : 3 + keys] for seed in (1, 2))
+    assert attends(q, k, v) == (path != "torch")
+    with torch.no_grad():
+        out = kernels.attend(q, k, v, window=None, keep=None)
+    everything = torch.ones(1, 1, 1, keys, dtype=torch.bool)
+    exact = attention.reference(q.float(), k, v, everything)
+    assert out.shape == q.shape
+    assert (out - exact).abs().max() <= 2**-8 * exact.abs().max() + (0.01 if path == "torch" else 0)
+    if path == "torch":
+        return
+    near = max(1, keys - 5)
+    windowed = kernels.attend(q, k, v, window=near, keep=None)
+    exact = attention.reference(
+        q.float(), k[:, :, -near:], v[:, :, -near:], everything[..., -near:]
+    )
+    assert (windowed - exact).abs().max() <= 2**-8 * exact.abs().max()
+    q = 100 * q  # all of a head's weight on one key, nearly
+    sharp = kernels.attend(q, k, v, window=None, keep=None)
+    exact = attention.reference(q.float(), k, v, everything)
+    assert (sharp - exact).abs().max() <= 2**-8 * exact.abs().max()
+    k[0, 0, keys // 2] = torch.nan
+    found = kernels.attend(q, k, v, window=None, keep=None)
+    assert found[0, : heads // groups].isnan().all()
+    assert found[0, heads // groups :].isfinite().all()
+
+
+def test_the_number_of_threads_changes_no_bit_of_attention():
+    q = torch.randn(1, 32, 1, 128, generator=seeded()).bfloat16()
+    k = torch.randn(1, 8, 3000, 128, generator=seeded(1)).bfloat16()
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(kernels.attend(q, k, k, window=None, keep=None))
+    finally:
+        torch.set_num_threads(before)
+    assert same(outs, [outs[0]] * 3)
+
+
+def test_attention_with_gradients_is_torchs():
+    q = torch.randn(1, 4, 1, 32).bfloat16().requires_grad_()
+    k = torch.randn(1, 2, 9, 32).bfloat16()
+    assert kernels.attend(q, k, k, window=None, keep=None).requires_grad

@@ -1,0 +1,152 @@
+"""The planner against reality: predicted bytes and those of models that were loaded or packed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qmix.evals import footprint as reality
+from qmix.evals import synthetic
+from qmix.formats import open_checkpoint
+from qmix.formats.metadata import open_outline
+from qmix.kernels import Packed, PackedExperts
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.pack import Placement
+from qmix.nn.attention import Attention
+from qmix.nn.linear import Linear
+from qmix.nn.moe import SparseMoeBlock
+from qmix.planning.footprint import Model, on_device
+from qmix.quantize import streaming
+from qmix.weights.scheme import NF4, Recipe, Scheme
+from tests.support.models import ROOT, small_model
+
+SCHEMES = {
+    "nf4": NF4,
+    "nf4 plain": Scheme(kind="nf4", double_quant=False),
+    "int4": Scheme(kind="int4"),
+    "int4 asymmetric": Scheme(kind="int4", group_size=32, symmetric=False),
+    "int4 per output": Scheme(kind="int4", group_size=-1),
+}
+
+
+def quantized(source, out, scheme):
+    streaming.run(source, out, Recipe.uniform(scheme, attention=True), method="rtn")
+    return out
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_the_dense_tiny_model(tiny, dtype):
+    found = reality.compare(tiny, 512, dtype)
+    assert abs(found.error) < 0.0001
+    assert found.predicted_cache == found.cache
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
+    directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
+    found = reality.compare(directory, 512)
+    assert abs(found.error) < 0.001
+    assert found.predicted_cache == found.cache
+    outline = open_outline(directory)
+    read, assumed = Model.of(outline), Model.assume("x", outline.config, SCHEMES[name])
+    assert assumed.stored == pytest.approx(read.stored, rel=0.001)
+    assert on_device(assumed).total == on_device(read).total
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int4 asymmetric", "int4 per output"])
+def test_packed_order_on_a_device(tiny, tmp_path, name):
+    """What the placement makes of the tiny model, byte for byte, with CPU tensors as the device."""
+    directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
+    predicted = on_device(Model.of(open_outline(directory)))
+    model = MixtralForCausalLM.from_pretrained(directory, device="cpu")
+    Placement().pack(model)
+    experts, attention, kept = [], 0, 0
+    for module in model.modules():
+        if isinstance(module, SparseMoeBlock):
+            if isinstance(module.stored, PackedExperts):
+                blobs = module.stored.table.blobs[0]
+                experts += [blob.nbytes for blob in blobs]
+            else:
+                experts += [
+                    sum(_bytes(part.stored) for part in (one.w1, one.w2, one.w3))
+                    for one in module.experts
+                ]
+        elif isinstance(module, Attention):
+            parts = [module.q_proj.stored, module.k_proj.stored, module.v_proj.stored]
+            attention += sum(_bytes(part) for part in ([module.joined] if module.joined else parts))
+            attention += _bytes(module.o_proj.stored)
+    for module in model.modules():
+        if isinstance(module, Linear) and isinstance(module.stored, Packed):
+            kept += sum(t.nbytes for t in reality._tensors(module.stored.kept))
+    assert tuple(experts) == predicted.experts
+    assert attention == predicted.kinds["attention"]
+    assert kept == pytest.approx(predicted.kept, rel=0.01)
+
+
+def _bytes(weight):
+    if isinstance(weight, Packed):
+        return weight.matrix.blob.nbytes
+    return sum(tensor.nbytes for tensor in reality._tensors(weight))
+
+
+def test_an_expert_of_full_width_in_packed_order():
+    from qmix.weights.expert import Expert
+    from qmix.weights.packed.layout import pack_expert
+
+    config = synthetic.config(1, packed=True)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    generator = torch.Generator().manual_seed(0)
+    w1, w3 = (synthetic._packed((inner, hidden), generator) for _ in range(2))
+    expert = Expert(w1=w1, w2=synthetic._packed((hidden, inner), generator), w3=w3)
+    assert pack_expert(expert).blob.nbytes == on_device(Model.assume("x", config, NF4)).experts[0]
+
+
+def test_the_cache_of_any_shape(tmp_path):
+    for changes in ({}, {"sliding_window": 64}, {"num_key_value_heads": 8}):
+        model = small_model(**changes)
+        model.save_pretrained(tmp_path / str(len(changes)) / str(changes.get("sliding_window")))
+        shape = Model.of(
+            open_outline(tmp_path / str(len(changes)) / str(changes.get("sliding_window")))
+        )
+        for batch, context in ((1, 100), (3, 512)):
+            assert model.new_cache(batch, context).nbytes == shape.kv_bytes(context, batch)
+
+
+@pytest.mark.slow
+def test_two_layers_of_full_width(tmp_path):
+    synthetic.write(tmp_path / "syn", 2, packed=True, seed=0)
+    command = [
+        sys.executable,
+        "-m",
+        "qmix.evals.footprint",
+        tmp_path / "syn",
+        "--ctx",
+        "4096",
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert abs(found["error"]) < 0.001
+    assert found["weights"] > 2e9
+    if found["resident"] is not None:
+        predicted = found["predicted_weights"] + found["predicted_cache"]
+        assert predicted == pytest.approx(found["resident"], rel=0.02)
+
+
+def test_the_command(tiny_nf4, capsys):
+    assert reality.main([str(tiny_nf4), "--ctx", "64"]) == 0
+    assert "predicted" in capsys.readouterr().out
+    assert reality.main(["/nowhere"]) == 3
+    assert "no such directory" in capsys.readouterr().err
+
+
+def test_outline_and_checkpoint_agree(tiny_nf4):
+    outline, checkpoint = open_outline(tiny_nf4), open_checkpoint(tiny_nf4)
+    assert outline.tensors == checkpoint.tensors
+    assert f"torch.{outline.dtype}" == str(checkpoint.dtype)
+    for tensor in outline.tensors:
+        packed = outline.packing(tensor)
+        weight = checkpoint.weight(tensor) if packed else None
+        assert weight is None or weight.scheme == outline.scheme_of(tensor, packed)

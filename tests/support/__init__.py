@@ -1,0 +1,1 @@
+"""What tests share: small models, checkpoints in every layout, processes. Holds no test."""

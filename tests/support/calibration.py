@@ -1,0 +1,52 @@
+"""A small checkpoint, windows of ids, and a calibrated run over both."""
+
+import shutil
+
+import torch
+
+from qmix.formats.files import output_dir
+from qmix.quantize.calibrated import layer as layerwise
+from qmix.quantize.calibrated import run as calibrated
+from qmix.quantize.calibrated.windows import Calibration
+from qmix.quantize.rounding import gptq
+from qmix.weights.scheme import Recipe, Scheme
+from tests.support.models import TINY, small_model
+
+INT4 = Scheme(kind="int4", group_size=32)
+RECIPE = Recipe.uniform(INT4, attention=True)
+QUICK = gptq.Options(trials=1, refine=1)
+WINDOWS, WINDOW, LAYERS, EXPERTS = 4, 32, 2, 4
+TEXT = "Perfect is the enemy of good, and a list is not a tuple; see the tutorial. " * 40
+
+
+def write_source(folder, **changes):
+    changes = {"num_hidden_layers": LAYERS, "num_local_experts": EXPERTS, **changes}
+    model = small_model(vocab_size=2048, eos_token_id=2, **changes)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    shutil.copy(TINY / "tokenizer.model", folder)
+    return folder
+
+
+def windows(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 2048, (WINDOWS, WINDOW), generator=generator)
+    return Calibration(ids, f"text {seed}")
+
+
+def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 << 30, **options):
+    settings = {"rounding": QUICK}
+    settings |= {k: options.pop(k) for k in ("weighting", "correct", "rounding") if k in options}
+    return calibrated.run(
+        source, out, recipe, options.pop("calibration", windows()),
+        calibrated.Options(
+            layer=layerwise.Options(**settings),
+            activation_bytes=activation_bytes, shard_bytes=shard_bytes,
+        ),
+        **options,
+    )  # fmt: skip
+
+
+def contents(folder):
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != output_dir.REPORT
+    }

@@ -1,0 +1,69 @@
+"""Triton programs in a process of their own: interpreted on the CPU, or on a GPU.
+
+The files `interpreted_*.py` run in that process and take their device, their poisoned memory and
+their drawn inputs from here; other tests start it. The flag is read when a kernel is defined, so an
+interpreted process can neither compile nor launch.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support.models import ROOT
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
+
+# Triton 3.6's interpreter, in every loop whose bound is known at run time only.
+CONVERSIONS = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+
+def run_apart(name, *, interpreted):
+    """Run tests/interpreted_`name`.py to its end; all of it must pass, and in the interpreter run."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if interpreted:  # one thread: the interpreter's tensors are too small for more
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    path = ROOT / "tests" / "kernels" / f"interpreted_{name}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    return done.stdout
+
+
+def skip_without_a_device():
+    """Skip the whole module that calls it where nothing can run its programs."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("neither the interpreter nor a CUDA device", allow_module_level=True)
+
+
+def drawn(*shape, seed=1, dtype=torch.float32):
+    """Normal values that are float16, on the device."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x.half().to(DEVICE, dtype)
+
+
+def error(out, oracle):
+    """The norm of the difference, relative to the oracle's; all of `out` must be finite."""
+    assert out.shape == oracle.shape
+    assert torch.isfinite(out).all()
+    norm = oracle.float().norm()
+    difference = (out.float() - oracle.float()).norm()
+    return (difference / norm).item() if norm else difference.item()
+
+
+class Recorder:
+    """Stands for a program: keeps its grid and arguments, computes nothing."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *_, **__: None

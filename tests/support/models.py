@@ -1,0 +1,47 @@
+"""Small models from a seed, and where the checkout and its trained model lie."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qmix.config import MixtralConfig
+from qmix.models.causal_lm import MixtralForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "evals" / "tiny"
+SHARED = ROOT.parent / "shared"
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def small_config(**changes):
+    """Three layers, eight experts, widths that make blocks straddle rows (96 is no multiple of 64)."""
+    values = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    return MixtralConfig(**{**values, **changes})
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    return MixtralForCausalLM(small_config(**changes)).eval()
+
+
+@contextmanager
+def threads(count):
+    """Torch's threads within the block: sums of many threads are added in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

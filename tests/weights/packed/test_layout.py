@@ -1,0 +1,263 @@
+"""Packed order and the instructions that decode it: exact inverses, exact values, clear refusals."""
+
+import re
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qmix.errors import UnsupportedError
+from qmix.kernels.gpu import ptx
+from qmix.weights.dense import Dense
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4_VALUES
+from qmix.weights.packed.codes import (
+    NF4_CODE_OF_STORED,
+    NF4_STORED_BITS,
+    NF4_STORED_OF_CODE,
+    NF4_STORED_VALUES,
+    NF4_STRETCH,
+    NF4_WORDS,
+)
+from qmix.weights.packed.layout import pack_expert, pack_matrix, unpack_expert, unpack_matrix
+from qmix.weights.packed.table import ExpertTable
+from qmix.weights.packed.tile_format import PANEL, TileFormat
+from tests.support.packed import KINDS, act_order, int4, nf4
+
+SHAPES = [(128, 64), (128, 128), (384, 192), (256, 448), (128, 1024)]
+
+
+def assert_same(back, weight):
+    assert back.shape == weight.shape
+    assert back.scheme.kind == weight.scheme.kind
+    assert torch.equal(back.codes, weight.codes)
+    if isinstance(weight, Int4):
+        assert torch.equal(back.scales, weight.scales)
+        assert back.scales.dtype == weight.scales.dtype
+        assert (back.zeros is None) == (weight.zeros is None)
+        assert weight.zeros is None or torch.equal(back.zeros, weight.zeros)
+        assert (back.perm is None) == (weight.perm is None)
+        assert weight.perm is None or torch.equal(back.perm, weight.perm)
+    else:
+        scales = weight.scales(0, weight.codes.numel() * 2 // weight.block_size)
+        assert back.block_size == weight.block_size
+        assert ((back.absmax - scales).abs() <= 2**-11 * scales).all()
+        mantissa = torch.frexp(back.absmax).mantissa * 2**11
+        assert torch.equal(mantissa, mantissa.round())  # rounded to float16, once
+
+
+def pack_and_back(weight):
+    return unpack_matrix(pack_matrix(weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_unpack_is_the_inverse_of_pack(kind, shape):
+    weight = KINDS[kind](*shape)
+    packed = pack_matrix(weight)
+    assert packed.blob.dtype == torch.uint8
+    assert packed.blob.is_contiguous()
+    assert len(packed.blob) == packed.format.matrix_bytes(shape)
+    assert len(packed.blob) % 128 == packed.format.tile_bytes % 128 == 0
+    assert_same(unpack_matrix(packed), weight)
+    assert torch.equal(pack_matrix(unpack_matrix(packed)).blob, packed.blob)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(128, 64), (256, 192)], ids=str)
+def test_an_expert_is_one_blob(kind, sizes):
+    hidden, width = sizes
+    make = KINDS[kind]
+    expert = Expert(make(width, hidden, 1), make(hidden, width, 2), make(width, hidden, 3))
+    packed = pack_expert(expert)
+    assert len(packed.blob) == len(packed.gate_up.blob) + len(packed.down.blob)
+    assert packed.gate_up.shape == (2 * width, hidden)
+    assert packed.down.blob.data_ptr() - packed.blob.data_ptr() == len(packed.gate_up.blob)
+    back = unpack_expert(packed)
+    for name in ("w1", "w2", "w3"):
+        assert_same(getattr(back, name), getattr(expert, name))
+
+
+def test_a_large_block_is_stored_a_tile_at_a_time():
+    weight = nf4(128, 512, block=256)
+    packed = pack_matrix(weight)
+    assert packed.format == TileFormat("nf4", 128)
+    assert packed.group == 256
+    assert_same(unpack_matrix(packed), weight)
+
+
+def test_bits_a_weight():
+    """What the kernels read a weight; the header is 128 bytes a matrix."""
+    for plan, bits in (
+        (TileFormat("nf4", 64), 4.25),
+        (TileFormat("int4", 128), 4.125),
+        (TileFormat("int4", 64), 4.25),
+        (TileFormat("int4", 128, symmetric=False), 4.25),
+    ):
+        assert 8 * plan.tile_bytes / (PANEL * plan.inputs) == bits
+        assert 8 * plan.matrix_bytes((28672, 4096)) / (28672 * 4096) < bits + 1e-4
+
+
+def test_extreme_scales_keep_their_ratio():
+    """Scales that float16 cannot hold: a power of two for the whole matrix brings them into range."""
+    for factor in (1e-12, 1e-6, 1.0, 1e6, 1e30):
+        weight = nf4(128, 64)
+        weight = replace(weight, absmax=weight.absmax * factor)
+        back = pack_and_back(weight)
+        assert ((back.absmax - weight.absmax).abs() <= 2**-11 * weight.absmax).all()
+    nothing = replace(weight, absmax=torch.zeros_like(weight.absmax))
+    assert not pack_and_back(nothing).absmax.any()
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"),
+    [
+        (Dense(torch.zeros(128, 64)), "Dense"),
+        (nf4(64, 64), "multiple of 128 outputs"),
+        (nf4(192, 64), "found 192"),
+        (nf4(128, 96, block=32), "groups of 32"),
+        (nf4(128, 64, block=128), "groups of 128"),
+        (int4(128, 96, group=96), "groups of 96"),
+        (replace(nf4(128, 64), table=torch.linspace(-1, 1, 16)), "another table"),
+    ],
+)
+def test_what_has_no_packed_order_is_refused_by_name(weight, named):
+    with pytest.raises(UnsupportedError, match=named):
+        pack_matrix(weight)
+
+
+def test_w1_and_w3_must_be_stored_alike():
+    with pytest.raises(UnsupportedError, match="stored alike"):
+        pack_expert(Expert(nf4(64, 128), nf4(128, 64), int4(64, 128)))
+    with pytest.raises(UnsupportedError, match="stored alike"):
+        pack_expert(Expert(int4(64, 128), int4(128, 64), int4(64, 128, group=128)))
+    other = replace(act_order(64, 128), perm=torch.arange(128).int())
+    with pytest.raises(UnsupportedError, match="in another order"):
+        pack_expert(Expert(act_order(64, 128), int4(128, 64), other))
+
+
+def test_the_table_holds_addresses_and_follows_a_move():
+    experts = [
+        pack_expert(Expert(nf4(64, 128, i), nf4(128, 64, i + 1), nf4(64, 128, i + 2)))
+        for i in range(4)
+    ]
+    table = ExpertTable.build([experts[:2], experts[2:]])
+    assert table.addresses.dtype == torch.int64
+    assert table.addresses.tolist() == [
+        [e.blob.data_ptr() for e in experts[:2]],
+        [e.blob.data_ptr() for e in experts[2:]],
+    ]
+    assert table.down_offset == len(experts[0].gate_up.blob)
+    moved = experts[3].blob.clone()
+    table.place(1, 1, moved)
+    assert table.addresses[1, 1] == moved.data_ptr()
+    with pytest.raises(UnsupportedError, match="powers of two"):
+        ExpertTable.build([experts[:3]])
+    other = pack_expert(Expert(int4(64, 128), int4(128, 64), int4(64, 128)))
+    with pytest.raises(UnsupportedError, match="stored alike"):
+        ExpertTable.build([[experts[0], other]])
+
+
+# The instruction strings themselves, executed on int64 tensors of 32-bit words.
+
+MASK = 0xFFFFFFFF
+
+
+def prmt(a, b, selector):
+    data = a | b << 32
+    out = torch.tensor(0)
+    for i in range(4):
+        pick = selector >> 4 * i & 15
+        byte = data >> 8 * (pick & 7) & 0xFF
+        out = out | torch.where(pick > 7, (byte >> 7) * 0xFF, byte) << 8 * i
+    return out
+
+
+def add_halves(a, b):
+    def halves(word):
+        return torch.stack((word & 0xFFFF, word >> 16), -1).to(torch.uint16).view(torch.float16)
+
+    both = (halves(a) + halves(b)).view(torch.uint16).long()
+    return both[..., 0] | both[..., 1] << 16
+
+
+def lop3(a, b, c, table):
+    out = torch.zeros_like(a)
+    for i in range(8):
+        if table >> i & 1:
+            x, y, z = (v if i >> s & 1 else ~v for v, s in ((a, 2), (b, 1), (c, 0)))
+            out |= x & y & z
+    return out & MASK
+
+
+def execute(text, word):
+    """Run one instruction string on the words `$4`; the four output registers."""
+    registers = {"$4": word}
+    for group, value in enumerate(NF4_WORDS):
+        registers.update({f"${5 + 4 * group + i}": torch.tensor(value) for i in range(4)})
+
+    def value(operand):
+        return registers[operand] if operand in registers else torch.tensor(int(operand, 0))
+
+    body = text.strip().removeprefix("{").removesuffix("}")
+    written = set()
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        if line.startswith(".reg"):
+            continue
+        name, operands = re.fullmatch(r"(\S+)\s+(.*)", line).groups()
+        target, *sources = (part.strip() for part in operands.split(","))
+        arguments = [value(source) for source in sources]
+        if target.startswith("$"):
+            assert int(target[1:]) < 4  # inputs are never overwritten
+            written.add(target)
+        registers[target] = {
+            "mov.b32": lambda a: a,
+            "shr.b32": lambda a, n: a >> n,
+            "xor.b32": lambda a, b: a ^ b,
+            "prmt.b32": lambda a, b, c: prmt(a, b, c & 0xFFFF),
+            "lop3.b32": lop3,
+            "add.f16x2": add_halves,
+        }[name](*arguments)
+    assert written == {"$0", "$1", "$2", "$3"}
+    return [registers[f"${i}"] for i in range(4)]
+
+
+def meant(word, bits):
+    """Low codes of bytes 0 to 3 in two registers, then the high ones."""
+    value = [torch.tensor(bits)[word >> 4 * i & 15] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+    return [value[i] | value[i + 1] << 16 for i in range(0, 8, 2)]
+
+
+INT4_BITS = tuple(struct.unpack("<H", struct.pack("<e", float(c - 8)))[0] for c in range(16))
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [(ptx.NF4_INSTRUCTIONS, NF4_STORED_BITS), (ptx.INT4_INSTRUCTIONS, INT4_BITS)],
+    ids=["nf4", "int4"],
+)
+def test_the_instructions_give_the_table_exactly(text, bits):
+    pairs = torch.arange(65536)  # all byte pairs in each half of a word
+    drawn = torch.randint(0, 2**32, (2**20,), generator=torch.Generator().manual_seed(0))
+    for words in (pairs | (pairs ^ 0xFFFF) << 16, drawn):
+        for found, expected in zip(execute(text, words), meant(words, bits), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_the_nf4_table_is_nf4_in_float16():
+    """Renumbered and stretched, within half a unit of float16; zero stays zero."""
+    assert sorted(NF4_CODE_OF_STORED) == list(range(16))
+    for code, value in enumerate(NF4_VALUES):
+        stored = NF4_STORED_VALUES[NF4_STORED_OF_CODE[code]]
+        assert abs(stored / NF4_STRETCH - value) <= 1.83e-4 * abs(value)
+        assert stored == struct.unpack("<e", struct.pack("<e", NF4_STRETCH * value))[0]
+
+
+def test_instructions_a_weight():
+    count = {
+        text: sum(line.strip()[0] not in "{}." and not line.startswith("mov") for line in text.splitlines())
+        for text in (ptx.NF4_INSTRUCTIONS, ptx.INT4_INSTRUCTIONS)
+    }  # fmt: skip
+    assert count == {ptx.NF4_INSTRUCTIONS: 19, ptx.INT4_INSTRUCTIONS: 10}  # for 8 weights

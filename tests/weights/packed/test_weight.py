@@ -1,0 +1,239 @@
+"""Packed order in a model: exactly back, saved as it came, counted where it is refused, moved and copied."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qmix import MixtralForCausalLM, kernels
+from qmix.formats import open_checkpoint
+from qmix.kernels import PackedExperts, Routes
+from qmix.kernels.gpu import packed_matmul
+from qmix.models import load
+from qmix.models.pack import Placement
+from qmix.nn.linear import Linear
+from qmix.weights.expert import Expert
+from qmix.weights.nf4 import NF4, NestedAbsmax
+from qmix.weights.packed import weight as packed
+from tests.support.models import ROOT, small_model
+from tests.support.packed import KINDS, act_order, int4, nf4
+
+
+def tensors_of(weight):
+    parts = [weight.codes]
+    if isinstance(weight, NF4):
+        nested = isinstance(weight.absmax, NestedAbsmax)
+        parts += [weight.absmax.codes, weight.absmax.absmax] if nested else [weight.absmax]
+        return parts
+    return [*parts, weight.scales, *(t for t in (weight.zeros, weight.perm) if t is not None)]
+
+
+def assert_equal(back, weight):
+    assert type(back) is type(weight)
+    assert (back.shape, back.dtype, back.scheme) == (weight.shape, weight.dtype, weight.scheme)
+    for one, other in zip(tensors_of(back), tensors_of(weight), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_comes_back_bit_for_bit(kind):
+    weight = KINDS[kind](256, 128)
+    found = packed.pack(weight)
+    assert_equal(found.standard(), weight)
+    assert (found.shape, found.scheme, found.dtype) == (weight.shape, weight.scheme, weight.dtype)
+    assert torch.equal(found.dequantize(torch.float32), weight.dequantize(torch.float32))
+    assert torch.equal(found.rows(3, 9), weight.rows(3, 9))
+    assert found.kept.codes.numel() == 0
+    assert found.to(torch.device("cpu")) is found
+    assert isinstance(found, kernels.Packed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_matrices_come_back_bit_for_bit(kind):
+    weights = [KINDS[kind](rows, 128, seed) for seed, rows in enumerate((256, 128, 128))]
+    whole, parts = packed.pack_joined(weights)
+    assert whole.shape == (512, 128)
+    dense = torch.cat([weight.dequantize(torch.float32) for weight in weights])
+    assert torch.equal(whole.dequantize(torch.float32), dense)
+    for part, weight in zip(parts, weights, strict=True):
+        assert part.shape == weight.shape
+        assert_equal(part.standard(), weight)
+        bare = packed.Packed(part.source, part.part, None).standard()
+        assert torch.equal(bare.codes, weight.codes)
+    assert sum(part.nbytes for part in parts) == whole.nbytes
+
+
+def test_matrices_that_differ_are_not_joined():
+    with pytest.raises(kernels.UnsupportedError, match="stored alike"):
+        packed.pack_joined([nf4(128, 128), int4(128, 128)])
+    orders = [act_order(128, 128), replace(act_order(128, 128), perm=torch.arange(128).int())]
+    with pytest.raises(kernels.UnsupportedError, match="stored alike"):
+        packed.pack_joined(orders)
+
+
+def layer_of(make, count=4, hidden=128, width=64):
+    return [
+        Expert(make(width, hidden, s), make(hidden, width, s + 1), make(width, hidden, s + 2))
+        for s in range(0, 10 * count, 10)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_come_back_bit_for_bit(kind):
+    experts = layer_of(KINDS[kind], width=128)
+    found = PackedExperts.pack(experts)
+    assert len(found) == 4
+    for one, other in zip(found, experts, strict=True):
+        for part in ("w1", "w2", "w3"):
+            assert_equal(getattr(one, part).standard(), getattr(other, part))
+    blobs = found.table.blobs[0]
+    assert sum(w.nbytes for e in found for w in (e.w1, e.w2, e.w3)) == sum(b.nbytes for b in blobs)
+
+
+def test_what_was_drawn_in_packed_order_has_a_standard_form_too():
+    matrix = packed.Packed(packed.pack(nf4(128, 64)).source, None, None)
+    assert matrix.scheme.kind == "nf4"
+    assert not matrix.scheme.double_quant
+    assert matrix.standard().shape == (128, 64)
+    assert packed.Packed(packed.pack(int4(128, 64)).source, None, None).scheme.symmetric
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_addresses_of_its_own(again):
+    found = PackedExperts.pack(layer_of(nf4))
+    other = again(found)
+    for expert in range(4):
+        blob = other.table.blobs[0][expert]
+        assert other.table.addresses[0, expert] == blob.data_ptr()
+        assert blob.data_ptr() != found.table.blobs[0][expert].data_ptr()
+        assert torch.equal(blob, found.table.blobs[0][expert])
+    assert_equal(other[1].w3.standard(), found[1].w3.standard())
+
+
+def quantized_model(make=nf4, **changes):
+    widths = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}
+    model = small_model(**{**widths, "num_key_value_heads": 4, "num_hidden_layers": 2, **changes})
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, Linear) and not name.endswith(("gate", "lm_head")):
+            module.store(make(module.out_features, module.in_features, seed))
+    return model
+
+
+def place(model):
+    placement = Placement()
+    placement.pack(model)
+    return placement
+
+
+def test_a_model_is_packed_once_and_says_the_same(monkeypatch):
+    """Without a GPU: what every product asks for is the standard weight, through `rows`."""
+    model, twin = quantized_model(), quantized_model()
+    placement = place(model)
+    assert placement.complete
+    assert placement.packed == 2 * (4 + 8 * 3)
+    assert str(placement) == "56 of 56 quantized matrices in packed order"
+    assert place(model).packed == 0
+    ids = torch.arange(2, 9)[None]
+    with kernels.override("reference"), torch.no_grad():
+        assert torch.equal(model(ids).logits, twin(ids).logits)
+
+
+@pytest.mark.parametrize("make", [nf4, KINDS["nf4 nested"], int4, act_order])
+def test_a_packed_model_is_saved_as_it_came(make, tmp_path):
+    model, twin = quantized_model(make), quantized_model(make)
+    place(model)
+    model.save_pretrained(tmp_path / "packed")
+    twin.save_pretrained(tmp_path / "plain")
+    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_layers_are_packed_as_they_are_read(tmp_path):
+    """Each layer once it is complete, and before any weight of the next one is there."""
+    quantized_model().save_pretrained(tmp_path / "nf4")
+    checkpoint = open_checkpoint(tmp_path / "nf4")
+    with torch.device("meta"):
+        model = MixtralForCausalLM(checkpoint.config)
+    layers = list(model.model.layers)
+    seen = []
+
+    def finish(layer):
+        assert not any(p.is_meta for p in layer.parameters())
+        assert all(p.is_meta for later in layers[len(seen) + 1 :] for p in later.parameters())
+        seen.append(layer)
+
+    modules = dict(model.named_modules())
+    load.fill(modules, checkpoint, torch.float32, torch.device("cpu"), finish)
+    assert seen == layers
+
+
+def test_what_is_refused_is_counted():
+    model = quantized_model(hidden_act="gelu")
+    placement = place(model)
+    assert not placement.complete
+    assert placement.apart.total() == 2
+    assert placement.packed == 56  # each matrix has its kernel, the layer as a whole has none
+    assert "layers whose experts are multiplied one by one: 2: the kernels fuse SiLU" in str(
+        placement
+    )
+    odd = quantized_model(intermediate_size=96, hidden_size=96, num_attention_heads=3,
+                          num_key_value_heads=3, head_dim=32, make=lambda n, k, s: int4(n, k, s, group=32))  # fmt: skip
+    placement = place(odd)
+    assert placement.packed == 0
+    assert placement.refused.total() == 56
+    assert "dequantized before every product (56: no packed order for this shape)" in str(placement)
+
+
+def test_moved_away_a_packed_model_is_a_standard_one():
+    model = quantized_model()
+    place(model)
+    block = model.model.layers[0].block_sparse_moe
+    assert isinstance(block.stored, PackedExperts)
+    model.float()  # a change of dtype moves nothing
+    assert isinstance(block.stored, PackedExperts)
+    model.to("meta")
+    assert not isinstance(block.stored, PackedExperts)
+    assert isinstance(block.experts[0].w1.stored, NF4)
+
+
+def test_gradients_go_around_the_kernels(monkeypatch):
+    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
+    model, twin = quantized_model(), quantized_model()
+    place(model)
+    inputs = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))
+    found, expected = (inputs.clone().requires_grad_() for _ in range(2))
+    model(inputs_embeds=found).logits.sum().backward()
+    twin(inputs_embeds=expected).logits.sum().backward()
+    assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernels_are_asked_without_gradients(monkeypatch):
+    asked = []
+    monkeypatch.setattr(packed, "experts", lambda x, routes, weights: asked.append(weights) or x)
+    experts = PackedExperts.pack(layer_of(nf4))
+    x = torch.randn(3, 128)
+    routes = Routes(torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), 0.5))
+    assert kernels.experts(x, routes, experts, F.silu) is x
+    assert asked == [experts]
+    with kernels.override("reference"):
+        out = kernels.experts(x, routes, experts, F.silu)
+    assert len(asked) == 1
+    assert not torch.equal(out, x)
+
+
+def test_loading_packed_weights_imports_no_triton():
+    code = "import sys, qmix.models.load, qmix.models.pack; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_table_wants_experts_stored_alike():
+    mixed = [*layer_of(nf4, 2), *layer_of(int4, 2)]
+    with pytest.raises(kernels.UnsupportedError, match="stored alike"):
+        PackedExperts.pack(mixed)
