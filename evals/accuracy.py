@@ -31,7 +31,7 @@ from qmix.evals import corpus
 from qmix.evals.quality.perplexity import Perplexity, Text, evaluate
 from qmix.evals.training import tiny_model
 from qmix.formats import open_checkpoint
-from qmix.formats.compatibility import contents_of
+from qmix.formats.compatibility import storage_summary
 from qmix.quantize import methods
 from qmix.quantize.calibrated import layer as layerwise
 from qmix.quantize.calibrated import run as calibrated
@@ -220,7 +220,7 @@ def score(
         CheckpointError: damaged, another tokenizer's than the source's, or not quantized.
     """
     checkpoint = open_checkpoint(directory)
-    schemes = contents_of(checkpoint.outline).schemes
+    schemes = storage_summary(checkpoint.metadata).schemes
     weights = [
         (schemes[tensor.prefix], math.prod(tensor.shape))
         for tensor in checkpoint.tensors

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qmix.errors import QmixError
 from qmix.evals.timing import bench
-from qmix.formats.metadata import open_outline
+from qmix.formats.metadata import read_metadata
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.linear import Linear
 from qmix.planning.footprint import Model
@@ -69,7 +69,7 @@ def compare(directory: Path, context: int = 512, dtype: str | None = None) -> Co
     Raises:
         QmixError: the checkpoint is damaged, or does not fit.
     """
-    model = Model.of(open_outline(directory), dtype)
+    model = Model.of(read_metadata(directory), dtype)
     predicted = plan(model, gpu=False, context=context).host_bill
     gc.collect()
     before = _resident()

@@ -27,7 +27,7 @@ from qmix.evals.timing.bandwidth import (
     link_bandwidth,
     read_bandwidth,
 )
-from qmix.formats.metadata import open_outline
+from qmix.formats.metadata import read_metadata
 from qmix.generation.loop import GenerationConfig, stream
 from qmix.planning import machine, plan, roofline
 from qmix.planning.byte_sizes import parse_size, show
@@ -220,7 +220,7 @@ def _seconds(
     """The least time of a step that meets its experts as this run did."""
     gpu, store = model.device.type == "cuda", model.store
     planned = plan.plan(
-        open_outline(directory),
+        read_metadata(directory),
         gpu=gpu,
         ram=None if ram is None else parse_size(ram, where="ram"),
         vram=None if vram is None else parse_size(vram, where="vram"),

@@ -159,5 +159,5 @@ def _chosen(
     streaming.plan(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))
     measured = bit_allocation.Sensitivity(
         checkpoint, windows.ids, attention=request.attention, device=device
-    ).units(lambda done, total: progress(Progress(done, total, f"measuring layer {done + 1}")))
+    ).groups(lambda done, total: progress(Progress(done, total, f"measuring layer {done + 1}")))
     return bit_allocation.recipe(measured, bits)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qmix.formats.names import Kind
+from qmix.formats.names import TensorKind
 from qmix.weights.scheme import Scheme
 
 
@@ -23,7 +23,7 @@ class TensorResult:
     """
 
     name: str
-    kind: Kind
+    kind: TensorKind
     scheme: Scheme
     parameters: int
     bytes_out: int

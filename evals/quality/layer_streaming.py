@@ -47,7 +47,7 @@ class Scorer:
         self._device = load.target_device(device)
         self._dtype = dtype or checkpoint.dtype
         if self._device.type == "cpu":
-            model = Model.of(checkpoint.outline, str(self._dtype).removeprefix("torch."))
+            model = Model.of(checkpoint.metadata, str(self._dtype).removeprefix("torch."))
             check_memory(budget.of_scoring(model, *ids.shape))
         self._norm, self._head = self._tail()
         self._hidden = self._run(ids, progress)

@@ -11,7 +11,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.formats import names
 from qmix.formats.files.safetensors_header import INDEX, SINGLE
-from qmix.formats.metadata import open_outline
+from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.planning import gpus as cards
 from qmix.planning import machine
@@ -128,7 +128,7 @@ def _models(request: Request) -> tuple[Model, Model | None]:
         (path / INDEX).is_file() or (path / SINGLE).is_file() or any(path.glob("*.safetensors"))
     )
     if folder_has_weights:
-        stored = Model.of(open_outline(path))
+        stored = Model.of(read_metadata(path))
         if not stored.dense:
             return stored, None
         return Model.assume(stored.name, stored.config, scheme), stored

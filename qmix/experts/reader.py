@@ -118,7 +118,7 @@ class ExpertReader:
         return FileWeight(
             partial(self._weight, tensor, None),
             (tensor.shape[0], tensor.shape[1]),
-            self._checkpoint.outline.scheme_of(tensor, packed) if packed else DENSE,
+            self._checkpoint.metadata.scheme_of(tensor, packed) if packed else DENSE,
             self._dtype,
             self._stored(tensor),
         )
@@ -134,7 +134,7 @@ class ExpertReader:
 
     def _members(self, tensor: ModelTensor) -> tuple[str, ...]:
         packed = self._checkpoint.packing(tensor)
-        return packed.members if packed else (tensor.name,)
+        return packed.tensor_names if packed else (tensor.name,)
 
     def _stored(self, tensor: ModelTensor) -> int:
         return sum(self._checkpoint.entry(name).nbytes for name in self._members(tensor))
@@ -145,9 +145,9 @@ class ExpertReader:
         packed = self._checkpoint.packing(tensor)
         if packed is None:
             return aligned(rows * columns * self._dtype.itemsize)
-        total = sum(aligned(self._checkpoint.entry(name).nbytes) for name in packed.members)
+        total = sum(aligned(self._checkpoint.entry(name).nbytes) for name in packed.tensor_names)
         if packed.layout != "bitsandbytes":  # zeros become a byte each
-            scales = next(n for n in packed.members if n.endswith(("scales", "weight_scale")))
+            scales = next(n for n in packed.tensor_names if n.endswith(("scales", "weight_scale")))
             total += aligned(math.prod(self._checkpoint.entry(scales).shape))
             total += aligned(4 * columns)
         return total
@@ -159,7 +159,7 @@ class FileWeight:
 
     Attributes:
         load: reads it, into memory of its own.
-        scheme: as far as the headers tell (Outline.scheme_of).
+        scheme: as far as the headers tell (CheckpointMetadata.scheme_of).
         nbytes: in the file.
     """
 

@@ -1,6 +1,6 @@
 """Files <-> weights: strict readers and writers, one file a format.
 
-Importing this package, and what reads headers alone (headers, layouts, outline), imports no torch.
+Importing this package, and what reads headers alone (headers, layouts, metadata), imports no torch.
 """
 
 from typing import TYPE_CHECKING, Any

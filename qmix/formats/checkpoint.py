@@ -13,7 +13,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
 from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq, gptq_config
-from qmix.formats.metadata import Outline, Packed, open_outline, wrong_shape
+from qmix.formats.metadata import CheckpointMetadata, Packing, read_metadata, wrong_shape
 from qmix.formats.names import ModelTensor
 from qmix.weights.dense import Dense, Weight
 
@@ -23,52 +23,52 @@ class Checkpoint:
     """An opened checkpoint whose tensor set is exactly that of the model.
 
     Attributes:
-        outline: all that the headers say.
+        metadata: all that the headers say.
         shards: the files.
     """
 
-    outline: Outline
+    metadata: CheckpointMetadata
     shards: Shards
 
     @property
     def config(self) -> MixtralConfig:
-        return self.outline.config
+        return self.metadata.config
 
     @property
     def tensors(self) -> tuple[ModelTensor, ...]:
         """What the model needs, in walking order."""
-        return self.outline.tensors
+        return self.metadata.tensors
 
     @property
-    def spelled(self) -> Mapping[str, str]:
+    def stored_names(self) -> Mapping[str, str]:
         """Canonical tensor name -> name in the files."""
-        return self.outline.spelled
+        return self.metadata.stored_names
 
     @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's floating dtype: the config's, else the embedding's."""
-        named = getattr(torch, self.outline.dtype)
+        named = getattr(torch, self.metadata.dtype)
         assert isinstance(named, torch.dtype)
         return named
 
     def entry(self, name: str) -> Entry:
-        return self.shards.entries[self.spelled[name]]
+        return self.shards.entries[self.stored_names[name]]
 
     def read(self, name: str, into: Allocate = fresh) -> Tensor:
         """One tensor by its canonical name; `into` as for Shards.read."""
-        return self.shards.read(self.spelled[name], into)
+        return self.shards.read(self.stored_names[name], into)
 
     def packed(self, tensor: ModelTensor) -> bool:
         """Whether the weight is stored in 4 or 8 bits."""
         return self.packing(tensor) is not None
 
-    def packing(self, tensor: ModelTensor) -> Packed | None:
+    def packing(self, tensor: ModelTensor) -> Packing | None:
         """How the weight is packed, decided from its tensors; None if it is stored as it is."""
-        return self.outline.packing(tensor)
+        return self.metadata.packing(tensor)
 
-    def declared(self, packed: Packed) -> gptq_config.Declared:
+    def module_settings(self, packed: Packing) -> gptq_config.ModuleSettings:
         """What GPTQ's settings say of a weight."""
-        return self.outline.declared(packed)
+        return self.metadata.module_settings(packed)
 
     def weight(self, tensor: ModelTensor, into: Allocate = fresh) -> Weight:
         """The weight of one linear layer, however it is stored.
@@ -81,7 +81,7 @@ class Checkpoint:
             CheckpointError: the stored tensors are damaged, or another shape than the model's.
         """
         packed = self.packing(tensor)
-        where = str(self.entry(packed.members[0] if packed else tensor.name).file)
+        where = str(self.entry(packed.tensor_names[0] if packed else tensor.name).file)
         if packed:
             weight = self._unpack(packed, tensor, where, into)
         else:
@@ -90,9 +90,9 @@ class Checkpoint:
             raise wrong_shape(where, tensor, weight.shape)
         return weight
 
-    def _unpack(self, packed: Packed, tensor: ModelTensor, where: str, into: Allocate) -> Weight:
+    def _unpack(self, packed: Packing, tensor: ModelTensor, where: str, into: Allocate) -> Weight:
         as_stored = packed.layout in ("bitsandbytes", "compressed-tensors")
-        read = {name: self.read(name, into if as_stored else fresh) for name in packed.members}
+        read = {name: self.read(name, into if as_stored else fresh) for name in packed.tensor_names}
         prefix, shape = tensor.prefix, (tensor.shape[0], tensor.shape[1])
         match packed.layout:
             case "bitsandbytes":
@@ -102,7 +102,7 @@ class Checkpoint:
             case "AWQ":
                 return awq.unpack(read, prefix, where, shape)
             case "GPTQ":
-                return gptq.unpack(read, prefix, where, shape, self.declared(packed))
+                return gptq.unpack(read, prefix, where, shape, self.module_settings(packed))
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -112,5 +112,5 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         CheckpointError: tensors are missing, left over or of a wrong shape; the first five are named.
         UnsupportedError: a layout that is not read, Mistral's own files among them.
     """
-    outline = open_outline(directory)
-    return Checkpoint(outline, Shards.of(outline.directory, outline.headers))
+    metadata = read_metadata(directory)
+    return Checkpoint(metadata, Shards.of(metadata.directory, metadata.tensor_infos))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qmix.errors import QmixError
 from qmix.formats.layouts import gptq_config, tensor_names
 from qmix.formats.layouts.tensor_names import Layout
-from qmix.formats.metadata import Outline
+from qmix.formats.metadata import CheckpointMetadata
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
 Outcome = Literal["loads", "refuses", "noise", "unknown"]
@@ -25,7 +25,7 @@ _AWQ_FIELDS = ("bits|w_bit", "group_size|q_group_size", "zero_point")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class StorageSummary:
     """What the verdicts depend on.
 
     Attributes:
@@ -60,7 +60,7 @@ class Verdict:
     tried: bool
 
 
-def verdicts(contents: Contents) -> tuple[Verdict, ...]:
+def verdicts(contents: StorageSummary) -> tuple[Verdict, ...]:
     """One for each program; the first is qmix, which has read the headers already."""
     return (
         Verdict(reader="qmix", outcome="loads", reason="", tried=True),
@@ -70,8 +70,8 @@ def verdicts(contents: Contents) -> tuple[Verdict, ...]:
     )
 
 
-def _vllm(contents: Contents) -> Verdict:
-    demands: dict[Layout, Callable[[Contents], Iterator[str]]] = {
+def _vllm(contents: StorageSummary) -> Verdict:
+    demands: dict[Layout, Callable[[StorageSummary], Iterator[str]]] = {
         "bitsandbytes": lambda _: iter(["bitsandbytes left its core in 0.28"]),
         "GPTQ": vllm_gptq,
         "AWQ": lambda own: _missing(own.settings, _AWQ_FIELDS),
@@ -91,14 +91,14 @@ def _vllm(contents: Contents) -> Verdict:
     )
 
 
-def vllm_gptq(contents: Contents) -> Iterator[str]:
+def vllm_gptq(contents: StorageSummary) -> Iterator[str]:
     """What vLLM 0.33's GPTQ loader demands of the settings and does not find; nothing if all is well."""
     missing = list(_missing(contents.settings, _GPTQ_FIELDS))
     if missing or contents.settings is None:
         yield from missing
         return
     try:
-        said = gptq_config.settings(contents.settings, "quantization_config")
+        said = gptq_config.parse(contents.settings, "quantization_config")
     except QmixError as error:
         yield str(error)
         return
@@ -133,7 +133,7 @@ def _fused_name(module: str) -> str:
     return f"{qkv[1]}qkv_proj" if qkv else module
 
 
-def _fused_apart(contents: Contents) -> Iterator[str]:
+def _fused_apart(contents: StorageSummary) -> Iterator[str]:
     """Modules that vLLM fuses although they are stored in different ways."""
     fused: dict[str, set[Scheme]] = {}
     for module, own in contents.schemes.items():
@@ -151,7 +151,7 @@ def _missing(settings: Mapping[str, Any] | None, fields: tuple[str, ...]) -> Ite
         yield f"the settings lack {', '.join(absent)}"
 
 
-def _transformers(contents: Contents) -> Verdict:
+def _transformers(contents: StorageSummary) -> Verdict:
     outcome: Outcome = "loads"
     reason = ""
     tried = True
@@ -167,7 +167,7 @@ def _transformers(contents: Contents) -> Verdict:
     return Verdict(reader="transformers 5.23", outcome=outcome, reason=reason, tried=tried)
 
 
-def _compressed_in_transformers(contents: Contents) -> tuple[Outcome, str]:
+def _compressed_in_transformers(contents: StorageSummary) -> tuple[Outcome, str]:
     packed = [own for own in contents.schemes.values() if own.integer]
     if list(_missing(contents.settings, ("config_groups",))):
         return "unknown", "there are no settings of compressed-tensors"
@@ -198,7 +198,7 @@ def _bits_of_all_experts(groups: Any) -> int:
     return bits if isinstance(bits, int) else 8
 
 
-def _gptqmodel(contents: Contents) -> Verdict:
+def _gptqmodel(contents: StorageSummary) -> Verdict:
     outcome: Outcome = "loads"
     reason = ""
     tried = True
@@ -220,26 +220,26 @@ def _gptqmodel(contents: Contents) -> Verdict:
     return Verdict(reader="gptqmodel 7.7", outcome=outcome, reason=reason, tried=tried)
 
 
-def contents_of(outline: Outline) -> Contents:
+def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
     """What decides which programs load a checkpoint."""
-    packings = {tensor: outline.packing(tensor) for tensor in outline.tensors}
+    packings = {tensor: metadata.packing(tensor) for tensor in metadata.tensors}
     schemes = {
-        tensor.prefix: outline.scheme_of(tensor, packed) if packed else DENSE
+        tensor.prefix: metadata.scheme_of(tensor, packed) if packed else DENSE
         for tensor, packed in packings.items()
         if tensor.linear
     }
     classic = all(
-        outline.spelled[name] == name
+        metadata.stored_names[name] == name
         for tensor, packed in packings.items()
         if tensor.kind == "expert"
-        for name in (packed.members if packed else (tensor.name,))
+        for name in (packed.tensor_names if packed else (tensor.name,))
     )
     found = frozenset(packed.layout for packed in packings.values() if packed)
     beside = {"GPTQ": gptq_config.FILE, "AWQ": tensor_names.AWQ_FILE}
     files = [beside[layout] for layout in found if layout in beside]
-    return Contents(
+    return StorageSummary(
         schemes=schemes,
         layouts=found,
         dialect="classic" if classic else "gptqmodel",
-        settings=outline.quantization_settings(files[0] if len(files) == 1 else None)[0],
+        settings=metadata.quantization_settings(files[0] if len(files) == 1 else None)[0],
     )

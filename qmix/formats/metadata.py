@@ -14,7 +14,7 @@ from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import names
-from qmix.formats.files.safetensors_header import DTYPES, Header, open_headers
+from qmix.formats.files.safetensors_header import DTYPES, TensorInfo, read_headers
 from qmix.formats.layouts import gptq_config, tensor_names
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.mistral import detect
@@ -34,71 +34,75 @@ _FOREIGN = {
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packing:
     """How one weight is packed, and the canonical names of its tensors.
 
     Those that the layout demands are among them even if the files lack them.
     """
 
     layout: Layout
-    members: tuple[str, ...]
+    tensor_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Outline:
+class CheckpointMetadata:
     """The headers of a checkpoint whose tensor set is exactly that of the model.
 
     Attributes:
         config: of config.json.
-        headers: of the files, by the names there.
+        tensor_infos: of the files, by the names there.
         tensors: what the model needs, in walking order.
-        spelled: canonical tensor name -> name in the files.
+        stored_names: canonical tensor name -> name in the files.
         settings: what GPTQ's tensors do not say by themselves.
     """
 
     directory: Path
     config: MixtralConfig
-    headers: Mapping[str, Header]
+    tensor_infos: Mapping[str, TensorInfo]
     tensors: tuple[ModelTensor, ...]
-    spelled: Mapping[str, str]
-    settings: gptq_config.Settings = field(default_factory=gptq_config.Settings)
+    stored_names: Mapping[str, str]
+    settings: gptq_config.GPTQConfig = field(default_factory=gptq_config.GPTQConfig)
 
     @property
     def dtype(self) -> str:
         """The checkpoint's floating dtype by torch's name: the config's, else the embedding's."""
         if self.config.dtype is not None:
             return self.config.dtype
-        return DTYPES[self.header("model.embed_tokens.weight").dtype][0]
+        return DTYPES[self.tensor_info("model.embed_tokens.weight").dtype][0]
 
-    def header(self, name: str) -> Header:
-        return self.headers[self.spelled[name]]
+    def tensor_info(self, name: str) -> TensorInfo:
+        return self.tensor_infos[self.stored_names[name]]
 
-    def packing(self, tensor: ModelTensor) -> Packed | None:
+    def packing(self, tensor: ModelTensor) -> Packing | None:
         """How the weight is packed, decided from its tensors; None if it is stored as it is."""
-        prefix, spelled = tensor.prefix, self.spelled
+        prefix, stored_names = tensor.prefix, self.stored_names
         if not tensor.linear:
             return None
-        if members := tensor_names.bnb_members(prefix, spelled):
-            return Packed("bitsandbytes", tuple(dict.fromkeys((tensor.name, *members))))
-        if members := tensor_names.compressed_members(prefix, spelled):
-            return Packed("compressed-tensors", members)
-        members = tensor_names.awq_members(prefix, spelled)
-        if members and self.header(members[0]).shape[:1] == tensor.shape[1:]:
-            return Packed("AWQ", members)
-        if members := tensor_names.gptq_members(prefix, spelled):
-            return Packed("GPTQ", members)
+        if members := tensor_names.bnb_names(prefix, stored_names):
+            return Packing("bitsandbytes", tuple(dict.fromkeys((tensor.name, *members))))
+        if members := tensor_names.compressed_names(prefix, stored_names):
+            return Packing("compressed-tensors", members)
+        members = tensor_names.awq_names(prefix, stored_names)
+        if members and self.tensor_info(members[0]).shape[:1] == tensor.shape[1:]:
+            return Packing("AWQ", members)
+        if members := tensor_names.gptq_names(prefix, stored_names):
+            return Packing("GPTQ", members)
         return None
 
-    def declared(self, packed: Packed) -> gptq_config.Declared:
+    def module_settings(self, packed: Packing) -> gptq_config.ModuleSettings:
         """What GPTQ's settings say of a weight."""
-        return self.settings.of(self.spelled[packed.members[0]].rpartition(".")[0])
+        return self.settings.for_module(
+            self.stored_names[packed.tensor_names[0]].rpartition(".")[0]
+        )
 
-    def scheme_of(self, tensor: ModelTensor, packed: Packed) -> Scheme:
+    def scheme_of(self, tensor: ModelTensor, packed: Packing) -> Scheme:
         """The scheme of a packed weight, as far as shapes and settings tell.
 
         An AWQ weight counts as asymmetric although all its zeros may be 8.
         """
-        shapes = {name.rpartition(".")[2]: self.header(name).shape for name in packed.members}
+        shapes = {
+            name.rpartition(".")[2]: self.tensor_info(name).shape for name in packed.tensor_names
+        }
         if packed.layout == "bitsandbytes":
             blocks, count = math.prod(shapes.get("absmax", (0,))), math.prod(tensor.shape)
             # Sizes that give the same number of blocks differ in the last block only.
@@ -113,7 +117,7 @@ class Outline:
             bits = tensor_names.compressed_bits(shapes["weight_packed"][-1], columns)
         else:
             groups = shapes["scales"][0]
-            symmetric = packed.layout == "GPTQ" and self.declared(packed).symmetric
+            symmetric = packed.layout == "GPTQ" and self.module_settings(packed).symmetric
             if packed.layout == "GPTQ":
                 bits = tensor_names.gptq_bits(shapes["qweight"][0], columns)
         size = columns // max(groups, 1)
@@ -132,7 +136,7 @@ class Outline:
         return None, str(self.directory)
 
 
-def open_outline(directory: str | Path) -> Outline:
+def read_metadata(directory: str | Path) -> CheckpointMetadata:
     """Open a directory and match its tensors against its config, before any data is read.
 
     Raises:
@@ -148,19 +152,19 @@ def open_outline(directory: str | Path) -> Outline:
         )
     detect.refuse_raw(folder)
     config = MixtralConfig.from_pretrained(folder)
-    headers = open_headers(folder)
-    spelled: dict[str, str] = {}
+    headers = read_headers(folder)
+    stored_names: dict[str, str] = {}
     for name in headers:
         if names.ignored(name):
             continue
         canonical = names.canonical(name)
-        if canonical in spelled:
+        if canonical in stored_names:
             raise CheckpointError(
                 "the same tensor under two names",
                 where=str(headers[name].file),
-                found=f"{spelled[canonical]} and {name}",
+                found=f"{stored_names[canonical]} and {name}",
             )
-        spelled[canonical] = name
+        stored_names[canonical] = name
     if names.count(config) > len(headers) + 1000:  # absurd sizes are not spelled out
         raise CheckpointError(
             "not the tensors of the model that config.json describes",
@@ -171,56 +175,56 @@ def open_outline(directory: str | Path) -> Outline:
         )
     tensors = tuple(names.model_tensors(config))
     if config.tie_word_embeddings:
-        spelled.pop("lm_head.weight", None)  # a saved copy of the embedding
-    _refuse_foreign(folder, spelled)
-    outline = Outline(folder, config, headers, tensors, spelled)
-    outline = replace(outline, settings=_settings(outline))
-    _match(outline)
-    return outline
+        stored_names.pop("lm_head.weight", None)  # a saved copy of the embedding
+    _refuse_foreign(folder, stored_names)
+    metadata = CheckpointMetadata(folder, config, headers, tensors, stored_names)
+    metadata = replace(metadata, settings=_settings(metadata))
+    _match(metadata)
+    return metadata
 
 
-def _settings(outline: Outline) -> gptq_config.Settings:
+def _settings(metadata: CheckpointMetadata) -> gptq_config.GPTQConfig:
     """Check what the config says of the layouts that the tensors have."""
-    packings = (outline.packing(tensor) for tensor in outline.tensors)
+    packings = (metadata.packing(tensor) for tensor in metadata.tensors)
     found = {packed.layout for packed in packings if packed}
-    config = outline.config.quantization_config
+    config = metadata.config.quantization_config
     method = config.get("quant_method") if config else None
     if "compressed-tensors" in found:
-        tensor_names.check_compressed(*outline.quantization_settings(None))
+        tensor_names.check_compressed(*metadata.quantization_settings(None))
     # AWQ's other versions may look like GPTQ without g_idx; the config tells them by name.
     if "AWQ" in found or ("GPTQ" in found and method == "awq"):
-        tensor_names.check_awq(*outline.quantization_settings(tensor_names.AWQ_FILE))
+        tensor_names.check_awq(*metadata.quantization_settings(tensor_names.AWQ_FILE))
     if "GPTQ" in found:
-        return gptq_config.settings(*outline.quantization_settings(gptq_config.FILE))
-    return gptq_config.Settings()
+        return gptq_config.parse(*metadata.quantization_settings(gptq_config.FILE))
+    return gptq_config.GPTQConfig()
 
 
-def _refuse_foreign(folder: Path, spelled: Mapping[str, str]) -> None:
-    for name in spelled:
+def _refuse_foreign(folder: Path, stored_names: Mapping[str, str]) -> None:
+    for name in stored_names:
         for suffix, layout in _FOREIGN.items():
             if name.endswith(suffix):
                 raise UnsupportedError(
                     f"{layout} checkpoints are not read",
                     where=str(folder),
                     expected="16-bit, or 4-bit of bitsandbytes, GPTQ, AWQ or compressed-tensors",
-                    found=spelled[name],
+                    found=stored_names[name],
                     remedy="Quantize the 16-bit checkpoint with qmix quantize.",
                 )
 
 
-def _match(outline: Outline) -> None:
+def _match(metadata: CheckpointMetadata) -> None:
     """Every tensor used exactly once, none missing, none left over."""
-    folder, spelled = outline.directory, outline.spelled
-    left = set(spelled)
+    folder, stored_names = metadata.directory, metadata.stored_names
+    left = set(stored_names)
     missing: list[str] = []
-    for tensor in outline.tensors:
-        packed = outline.packing(tensor)
-        needed = packed.members if packed else (tensor.name,)
+    for tensor in metadata.tensors:
+        packed = metadata.packing(tensor)
+        needed = packed.tensor_names if packed else (tensor.name,)
         missing += [name for name in needed if name not in left]
         left -= set(needed)
-        if packed or tensor.name not in spelled:
+        if packed or tensor.name not in stored_names:
             continue
-        header = outline.header(tensor.name)
+        header = metadata.tensor_info(tensor.name)
         if header.shape != tensor.shape:
             raise wrong_shape(str(header.file), tensor, header.shape)
         if header.dtype not in _FLOATS:
@@ -232,11 +236,11 @@ def _match(outline: Outline) -> None:
             )
     if missing or left:
         named = [f"missing {n}" for n in missing[:5]] + [f"left over {n}" for n in sorted(left)[:5]]
-        config = outline.config
+        config = metadata.config
         raise CheckpointError(
             f"not the tensors of a Mixtral with {config.num_hidden_layers} layers and "
             f"{config.num_local_experts} experts: {len(missing)} missing, {len(left)} left over",
-            where=str(folder if missing else outline.header(min(left)).file),
+            where=str(folder if missing else metadata.tensor_info(min(left)).file),
             expected="each tensor of config.json's model once",
             found="; ".join(named[:5]),
             remedy="The download is incomplete, or config.json is another model's.",

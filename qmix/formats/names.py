@@ -11,7 +11,7 @@ from typing import Literal
 
 from qmix.config import MixtralConfig
 
-Kind = Literal["embedding", "norm", "attention", "router", "expert", "head"]
+TensorKind = Literal["embedding", "norm", "attention", "router", "expert", "head"]
 
 # Other spellings, rewritten in this order (gptqmodel 7 and transformers 5 name the block `mlp`).
 _SPELLINGS = (
@@ -39,7 +39,7 @@ class ModelTensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: Kind
+    kind: TensorKind
     layer: int | None = None
 
     @property

@@ -105,7 +105,7 @@ def planned(
     budgeted = vram is not None or ram is not None
     positions = checkpoint.config.max_position_embeddings
     found = plan.plan(
-        checkpoint.outline,
+        checkpoint.metadata,
         gpu=gpu,
         vram=None if vram is None else parse_size(vram, where="vram"),
         ram=None if ram is None else parse_size(ram, where="ram"),

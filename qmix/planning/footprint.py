@@ -15,8 +15,8 @@ from typing import Literal
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
 from qmix.formats.files.safetensors_header import DTYPES
-from qmix.formats.metadata import Outline
-from qmix.formats.names import Kind, ModelTensor, model_tensors
+from qmix.formats.metadata import CheckpointMetadata
+from qmix.formats.names import ModelTensor, TensorKind, model_tensors
 from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat, tile_format
 from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
 
@@ -113,39 +113,39 @@ class Model:
     assumed: Scheme | None = None
 
     @classmethod
-    def of(cls, outline: Outline, dtype: str | None = None) -> "Model":
+    def of(cls, metadata: CheckpointMetadata, dtype: str | None = None) -> "Model":
         """As the files hold it.
 
         Args:
             dtype: of activations and dense weights; default: the checkpoint's.
         """
-        quantization = outline.config.quantization_config or {}
+        quantization = metadata.config.quantization_config or {}
         scattered = bool(quantization.get("desc_act")) or (
             quantization.get("quant_method") == "gptq" and "desc_act" not in quantization
         )
         weights = []
-        for tensor in outline.tensors:
-            packed = outline.packing(tensor)
+        for tensor in metadata.tensors:
+            packed = metadata.packing(tensor)
             if packed is None:
-                header = outline.header(tensor.name)
+                header = metadata.tensor_info(tensor.name)
                 item = DTYPES[header.dtype][1]
                 weights.append(StoredWeight(tensor, DENSE, (header.nbytes,), item))
                 continue
-            headers = {name: outline.header(name) for name in packed.members}
+            headers = {name: metadata.tensor_info(name) for name in packed.tensor_names}
             scale = next((h for n, h in headers.items() if n.endswith(("scales", "scale"))), None)
             weights.append(
                 StoredWeight(
                     tensor,
-                    outline.scheme_of(tensor, packed),
+                    metadata.scheme_of(tensor, packed),
                     tuple(header.nbytes for header in headers.values()),
                     DTYPES[scale.dtype][1] if scale else 4,
                     scattered and packed.layout == "GPTQ",
                 )
             )
         return cls(
-            name=outline.directory.resolve().name,
-            config=outline.config,
-            dtype=dtype or outline.dtype,
+            name=metadata.directory.resolve().name,
+            config=metadata.config,
+            dtype=dtype or metadata.dtype,
             weights=tuple(weights),
         )
 
@@ -230,7 +230,7 @@ class Footprint:
 
     experts: tuple[int, ...]
     blob: int
-    kinds: Mapping[Kind, int]
+    kinds: Mapping[TensorKind, int]
     kept: int = 0
     unpacked: str | None = None
 
@@ -253,7 +253,7 @@ class Footprint:
 def on_host(model: Model) -> Footprint:
     """In host memory, in the standard layouts."""
     item = ITEM_BYTES[model.dtype]
-    kinds: dict[Kind, int] = defaultdict(int)
+    kinds: dict[TensorKind, int] = defaultdict(int)
     for weight in model.weights:
         if weight.tensor.kind != "expert":
             kinds[weight.tensor.kind] += weight.held(item)
@@ -268,7 +268,7 @@ def on_host(model: Model) -> Footprint:
 def on_device(model: Model) -> Footprint:
     """On a GPU, quantized weights in packed order where they have one."""
     item, kept = ITEM_BYTES[model.dtype], 0
-    kinds: dict[Kind, int] = defaultdict(int)
+    kinds: dict[TensorKind, int] = defaultdict(int)
     attention: dict[int | None, list[StoredWeight]] = defaultdict(list)
     for weight in model.weights:
         if weight.tensor.kind == "attention":
@@ -310,7 +310,7 @@ def on_device(model: Model) -> Footprint:
     )
 
 
-def _shared_head(model: Model, kinds: dict[Kind, int]) -> dict[Kind, int]:
+def _shared_head(model: Model, kinds: dict[TensorKind, int]) -> dict[TensorKind, int]:
     """A tied head reads the whole embedding, which lies there once."""
     if model.config.tie_word_embeddings:
         kinds["head"] = kinds.pop("embedding")

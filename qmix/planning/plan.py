@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from qmix.errors import ResourceError, UsageError
-from qmix.formats.metadata import Outline
+from qmix.formats.metadata import CheckpointMetadata
 from qmix.planning import budget as bills
 from qmix.planning import machine, roofline
 from qmix.planning.budget import READ_BUFFERS, Bill, Line
@@ -93,7 +93,7 @@ class Plan:
 
 
 def plan(
-    source: Model | Outline,
+    source: Model | CheckpointMetadata,
     *,
     gpu: bool,
     vram: int | None = None,

@@ -1,9 +1,9 @@
 """Which weights deserve more bits: a Recipe of least measured loss within a budget of bits a weight.
 
-A unit is q, k and v of a layer; its o; an expert's w1 and w3; its w2. Each is rounded alone under every
+A group is q, k and v of a layer; its o; an expert's w1 and w3; its w2. Each is rounded alone under every
 scheme, and the change of its block's output measured. What such a change costs in the end, KL(exact ||
 changed) of the next token, is measured once a layer for qkv, o, all w1 and w3, and all w2: a copy of
-the tokens, changed there, runs through the rest of the model beside the others. A unit's loss is its
+the tokens, changed there, runs through the rest of the model beside the others. A group's loss is its
 change times what its kind of change costs in its layer. Losses are added as if errors were independent;
 bits go where a bit takes away most loss.
 
@@ -47,7 +47,7 @@ _BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Unit:
+class QuantGroup:
     """Weights that share a scheme, and their loss under each of CHOICES."""
 
     tensors: tuple[ModelTensor, ...]
@@ -69,15 +69,15 @@ def check(bits: float) -> None:
         raise UsageError("out of range", where="--bits", expected=f"{low} to {high}", found=bits)
 
 
-def recipe(units: Sequence[Unit], bits: float) -> Recipe:
-    """The greedy choice: raise the unit whose next step takes away most loss a bit, while it fits.
+def recipe(groups: Sequence[QuantGroup], bits: float) -> Recipe:
+    """The greedy choice: raise the group whose next step takes away most loss a bit, while it fits.
 
     Args:
-        bits: on average over the units' weights, scales included.
+        bits: on average over the groups' weights, scales included.
     """
-    room = sum(unit.parameters for unit in units) * (bits - CHOICES[0].bits_per_weight)
-    chosen = [0] * len(units)
-    steps = [step for index in range(len(units)) if (step := _step(units[index], index, 0))]
+    room = sum(group.parameters for group in groups) * (bits - CHOICES[0].bits_per_weight)
+    chosen = [0] * len(groups)
+    steps = [step for index in range(len(groups)) if (step := _step(groups[index], index, 0))]
     heapq.heapify(steps)
     while steps:
         _, index, level, cost = heapq.heappop(steps)
@@ -85,29 +85,29 @@ def recipe(units: Sequence[Unit], bits: float) -> Recipe:
             continue
         room -= cost
         chosen[index] = level
-        if following := _step(units[index], index, level):
+        if following := _step(groups[index], index, level):
             heapq.heappush(steps, following)
     rules = [
         (re.escape(tensor.name), CHOICES[level])
-        for unit, level in zip(units, chosen, strict=True)
-        for tensor in unit.tensors
+        for group, level in zip(groups, chosen, strict=True)
+        for tensor in group.tensors
     ]
     return Recipe(tuple(rules))
 
 
-def _step(unit: Unit, index: int, level: int) -> tuple[float, int, int, float] | None:
-    """The best rise from `level`: (minus loss a bit, unit, new level, bits); None without a gain."""
+def _step(group: QuantGroup, index: int, level: int) -> tuple[float, int, int, float] | None:
+    """The best rise from `level`: (minus loss a bit, group, new level, bits); None without a gain."""
     best = None
     for higher in range(level + 1, len(CHOICES)):
-        gain = unit.losses[level] - unit.losses[higher]
-        cost = unit.parameters * (CHOICES[higher].bits_per_weight - CHOICES[level].bits_per_weight)
+        gain = group.losses[level] - group.losses[higher]
+        cost = group.parameters * (CHOICES[higher].bits_per_weight - CHOICES[level].bits_per_weight)
         if gain > 0 and (best is None or -gain / cost < best[0]):
             best = (-gain / cost, index, higher, cost)
     return best
 
 
 class Sensitivity:
-    """Measures the units of a checkpoint, a layer at a time, one expert in memory.
+    """Measures the groups of a checkpoint, a layer at a time, one expert in memory.
 
     Args:
         ids: int64 (W, S); an even choice of windows is taken, 32768 tokens and fewer in the copies.
@@ -126,13 +126,15 @@ class Sensitivity:
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
 
     @torch.no_grad()
-    def units(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Unit]:
-        """Every unit, in the model's order; progress(layers done, layers)."""
+    def groups(
+        self, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[QuantGroup]:
+        """Every group, in the model's order; progress(layers done, layers)."""
         table = self._checkpoint.read("model.embed_tokens.weight")
         x = embedding(self._ids, table).to(self._device).float()  # (W, S, D)
         del table
         copies: list[Tensor] = []  # (copied windows, S, D), one a kind and layer
-        changes: list[list[_Change]] = []  # the units behind each copy
+        changes: list[list[_Change]] = []  # the groups behind each copy
         for layer in range(self._config.num_hidden_layers):
             progress(layer, self._config.num_hidden_layers)
             base = f"model.layers.{layer}"
@@ -142,7 +144,7 @@ class Sensitivity:
             changes += found
         costs = self._divergences(x[: self._copied], copies)
         return [
-            Unit(change.tensors, tuple(loss * cost / _total(group) for loss in change.losses))
+            QuantGroup(change.tensors, tuple(loss * cost / _total(group) for loss in change.losses))
             for group, cost in zip(changes, costs, strict=True)
             for change in group
         ]
@@ -281,7 +283,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _Change:
-    """A unit's mean squared change of its block's output under each of CHOICES."""
+    """A group's mean squared change of its block's output under each of CHOICES."""
 
     tensors: tuple[ModelTensor, ...]
     losses: tuple[float, ...]

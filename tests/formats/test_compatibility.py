@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from qmix.commands.checkpoint import export
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.formats import open_checkpoint
-from qmix.formats.compatibility import Contents, contents_of, verdicts, vllm_gptq
+from qmix.formats.compatibility import StorageSummary, storage_summary, verdicts, vllm_gptq
 from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
 from qmix.models.causal_lm import MixtralForCausalLM
@@ -22,13 +22,13 @@ ASYMMETRIC = Scheme(kind="int4", symmetric=False)
 
 def gptq(schemes, *, dialect="classic", **changes):
     settings = {**gptq_config.config(schemes), **changes}
-    return Contents(
+    return StorageSummary(
         schemes=schemes, layouts=frozenset({"GPTQ"}), dialect=dialect, settings=settings
     )
 
 
 def pack_quantized(schemes, settings=None, **options):
-    return Contents(
+    return StorageSummary(
         schemes=schemes,
         layouts=frozenset({"compressed-tensors"}),
         dialect=options.get("dialect", "classic"),
@@ -38,7 +38,7 @@ def pack_quantized(schemes, settings=None, **options):
 
 def awq(**options):
     settings = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
-    found = Contents(
+    found = StorageSummary(
         schemes=uniform(ASYMMETRIC),
         layouts=frozenset({"AWQ"}),
         dialect="classic",
@@ -51,7 +51,9 @@ def layer(index, scheme):
     return {name: scheme for name in MATRICES if name.startswith(f"model.layers.{index}.")}
 
 
-DENSE_ONE = Contents(schemes=uniform(DENSE), layouts=frozenset(), dialect="classic", settings=None)
+DENSE_ONE = StorageSummary(
+    schemes=uniform(DENSE), layouts=frozenset(), dialect="classic", settings=None
+)
 BNB = replace(DENSE_ONE, schemes=uniform(NF4), layouts=frozenset({"bitsandbytes"}))
 LINEAR = {
     "config_groups": {
@@ -174,7 +176,7 @@ def test_what_qmix_writes_meets_vllms_demands(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     export.run(tmp_path / "in", tmp_path / "exported", "gptq")
     for name in ("saved", "exported"):
-        contents = contents_of(open_checkpoint(tmp_path / name).outline)
+        contents = storage_summary(open_checkpoint(tmp_path / name).metadata)
         assert len(set(contents.schemes.values())) == 3
         assert reasons(contents) == ""
         assert verdicts(contents)[1].outcome == "loads"

@@ -66,7 +66,7 @@ def test_saving_keeps_every_bit_and_the_config_says_how(tmp_path, name):
     schemes = equal(tmp_path / "in", tmp_path / "out")
     written = saved(tmp_path / "out")
     assert written["quant_method"] == "gptq"
-    said = gptq_config.settings(written, "config.json")
+    said = gptq_config.parse(written, "config.json")
     assert {module: said.scheme_of(module) for module in schemes} == schemes
     assert written["desc_act"] == bool(options.get("act_order"))
     assert written["checkpoint_format"] == ("gptq_v2" if options.get("low") == 0 else "gptq")
@@ -186,11 +186,11 @@ def test_the_settings_of_each_layout():
 
 def test_the_version_is_1_unless_a_zero_is_0():
     tensors = packers.gptq(plain((16, 64), 32, symmetric=False, low=0, seed=1), P)
-    said = gptq_config.Settings(symmetric=False).of(P)
+    said = gptq_config.GPTQConfig(symmetric=False).for_module(P)
     weight = gptq.unpack(tensors, P, "f", (16, 64), said)
     assert writer.version_of(WEIGHTS.values()) == 1
     assert writer.version_of([*WEIGHTS.values(), weight]) == 2
     assert not writer.act_order([*WEIGHTS.values(), weight])
     tensors = packers.gptq(plain((16, 64), 32, act_order=True), P)
-    weight = gptq.unpack(tensors, P, "f", (16, 64), gptq_config.Settings().of(P))
+    weight = gptq.unpack(tensors, P, "f", (16, 64), gptq_config.GPTQConfig().for_module(P))
     assert writer.act_order([*WEIGHTS.values(), weight])

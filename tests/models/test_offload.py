@@ -287,13 +287,13 @@ def cache(tmp_path, monkeypatch):
 
 def least(directory, blobs, **options):
     """A budget for so many experts on the host, two buffers and all the rest; and its plan."""
-    outline = open_checkpoint(directory).outline
+    metadata = open_checkpoint(directory).metadata
     options = {"dtype": "float32", **options}
-    bill = plan.plan(outline, gpu=False, **options).host_bill
+    bill = plan.plan(metadata, gpu=False, **options).host_bill
     beside = bill.total - bill["experts"]
     for ram in range(beside, bill.total, 256):
         with suppress(ResourceError):
-            planned = plan.plan(outline, gpu=False, ram=ram, **options)
+            planned = plan.plan(metadata, gpu=False, ram=ram, **options)
             if planned.host == blobs:
                 return ram, planned
     raise AssertionError("no budget gives so many")
@@ -364,7 +364,7 @@ def test_the_next_run_starts_with_what_this_one_used_most(saved, cache):
 @pytest.mark.slow
 def test_the_command_takes_a_budget(tiny_nf4, cache):
     plain = qmix("generate", tiny_nf4, "The list", "--max-new-tokens", "8", "--device", "cpu")
-    whole = plan.plan(open_checkpoint(tiny_nf4).outline, gpu=False)
+    whole = plan.plan(open_checkpoint(tiny_nf4).metadata, gpu=False)
     ram = str(whole.host_bill.total - whole.host_bill["experts"] // 2)
     options = ("--max-new-tokens", "8", "--device", "cpu", "--ram", ram)
     done = qmix("generate", tiny_nf4, "The list", *options)

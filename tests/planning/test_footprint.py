@@ -10,7 +10,7 @@ import torch
 from qmix.evals import footprint as reality
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
-from qmix.formats.metadata import open_outline
+from qmix.formats.metadata import read_metadata
 from qmix.kernels import Packed, PackedExperts
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.pack import Placement
@@ -49,8 +49,8 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
     found = reality.compare(directory, 512)
     assert abs(found.error) < 0.001
     assert found.predicted_cache == found.cache
-    outline = open_outline(directory)
-    read, assumed = Model.of(outline), Model.assume("x", outline.config, SCHEMES[name])
+    metadata = read_metadata(directory)
+    read, assumed = Model.of(metadata), Model.assume("x", metadata.config, SCHEMES[name])
     assert assumed.stored == pytest.approx(read.stored, rel=0.001)
     assert on_device(assumed).total == on_device(read).total
 
@@ -59,7 +59,7 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
 def test_packed_order_on_a_device(tiny, tmp_path, name):
     """What the placement makes of the tiny model, byte for byte, with CPU tensors as the device."""
     directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
-    predicted = on_device(Model.of(open_outline(directory)))
+    predicted = on_device(Model.of(read_metadata(directory)))
     model = MixtralForCausalLM.from_pretrained(directory, device="cpu")
     Placement().pack(model)
     experts, attention, kept = [], 0, 0
@@ -108,7 +108,7 @@ def test_the_cache_of_any_shape(tmp_path):
         model = small_model(**changes)
         model.save_pretrained(tmp_path / str(len(changes)) / str(changes.get("sliding_window")))
         shape = Model.of(
-            open_outline(tmp_path / str(len(changes)) / str(changes.get("sliding_window")))
+            read_metadata(tmp_path / str(len(changes)) / str(changes.get("sliding_window")))
         )
         for batch, context in ((1, 100), (3, 512)):
             assert model.new_cache(batch, context).nbytes == shape.kv_bytes(context, batch)
@@ -142,11 +142,11 @@ def test_the_command(tiny_nf4, capsys):
     assert "no such directory" in capsys.readouterr().err
 
 
-def test_outline_and_checkpoint_agree(tiny_nf4):
-    outline, checkpoint = open_outline(tiny_nf4), open_checkpoint(tiny_nf4)
-    assert outline.tensors == checkpoint.tensors
-    assert f"torch.{outline.dtype}" == str(checkpoint.dtype)
-    for tensor in outline.tensors:
-        packed = outline.packing(tensor)
+def test_metadata_and_checkpoint_agree(tiny_nf4):
+    metadata, checkpoint = read_metadata(tiny_nf4), open_checkpoint(tiny_nf4)
+    assert metadata.tensors == checkpoint.tensors
+    assert f"torch.{metadata.dtype}" == str(checkpoint.dtype)
+    for tensor in metadata.tensors:
+        packed = metadata.packing(tensor)
         weight = checkpoint.weight(tensor) if packed else None
-        assert weight is None or weight.scheme == outline.scheme_of(tensor, packed)
+        assert weight is None or weight.scheme == metadata.scheme_of(tensor, packed)

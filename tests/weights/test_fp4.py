@@ -45,7 +45,7 @@ def random(rows, columns, dtype=torch.bfloat16, seed=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_what_they_wrote_is_read_to_the_bits_that_they_read(dtype, double, storage):
     tensors, values = theirs(random(64, 256, dtype), double=double, storage=storage)
-    assert set(tensor_names.bnb_members(P, tensors.keys())) == set(tensors)
+    assert set(tensor_names.bnb_names(P, tensors.keys())) == set(tensors)
     ours = bnb.unpack(tensors, P, "file")
     assert isinstance(ours, FP4)
     assert ours.dtype == dtype
@@ -115,7 +115,7 @@ def test_a_mixtral_of_the_hub(tmp_path, kind, double, dense):
         assert (loaded(input_ids=ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     loaded.save_pretrained(tmp_path / "again")
     first, second = open_checkpoint(tmp_path), open_checkpoint(tmp_path / "again")
-    assert all(torch.equal(first.read(name), second.read(name)) for name in first.spelled)
+    assert all(torch.equal(first.read(name), second.read(name)) for name in first.stored_names)
 
 
 def test_nf4_stays_nf4():

@@ -73,7 +73,7 @@ def run(
     _refuse_others(checkpoint)
     plan = [_planned(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
     output_dir.check_space(out, sum(one.nbytes for group in plan for one in group))
-    largest = max(header.nbytes for header in checkpoint.outline.headers.values())
+    largest = max(header.nbytes for header in checkpoint.metadata.tensor_infos.values())
     check_memory(budget.of_rewriting(largest))
     schemes: dict[str, Scheme] = {}  # of the linear layers
     scattered = 0
@@ -145,8 +145,8 @@ def _planned(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> lis
     packed = checkpoint.packing(tensor)
     if packed is None:
         return [Planned(tensor.name, checkpoint.entry(tensor.name).dtype, tensor.shape)]
-    (scales,) = (name for name in packed.members if name.endswith(_SCALES))
+    (scales,) = (name for name in packed.tensor_names if name.endswith(_SCALES))
     dtype, (rows, columns) = checkpoint.entry(scales).dtype, tensor.shape
-    scheme = checkpoint.outline.scheme_of(tensor, packed)
+    scheme = checkpoint.metadata.scheme_of(tensor, packed)
     specs = _LAYOUTS[layout].packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
     return [Planned(name, *spec) for name, spec in specs.items()]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from qmix.config import MixtralConfig
-from qmix.formats.compatibility import Verdict, contents_of, verdicts
+from qmix.formats.compatibility import Verdict, storage_summary, verdicts
 from qmix.formats.files.safetensors_header import DTYPES
-from qmix.formats.metadata import open_outline
-from qmix.formats.names import Kind
+from qmix.formats.metadata import read_metadata
+from qmix.formats.names import TensorKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Part:
         scheme: how; a dtype if they are stored as they are.
     """
 
-    kind: Kind
+    kind: TensorKind
     layout: str
     scheme: str
     weights: int
@@ -88,17 +88,17 @@ def inspect(directory: str | Path) -> Inventory:
     Raises:
         CheckpointError: it is not exactly the tensors of the model. UnsupportedError: its layout.
     """
-    outline = open_outline(directory)
-    grouped: dict[tuple[Kind, str, str], list[tuple[int, int]]] = {}
-    for tensor in outline.tensors:
-        packed = outline.packing(tensor)
-        members = packed.members if packed else (tensor.name,)
-        stored = sum(outline.header(name).nbytes for name in members)
+    metadata = read_metadata(directory)
+    grouped: dict[tuple[TensorKind, str, str], list[tuple[int, int]]] = {}
+    for tensor in metadata.tensors:
+        packed = metadata.packing(tensor)
+        members = packed.tensor_names if packed else (tensor.name,)
+        stored = sum(metadata.tensor_info(name).nbytes for name in members)
         layout: str = packed.layout if packed else "safetensors"
         if packed:
-            scheme = str(outline.scheme_of(tensor, packed))
+            scheme = str(metadata.scheme_of(tensor, packed))
         else:
-            scheme = DTYPES[outline.header(tensor.name).dtype][0]
+            scheme = DTYPES[metadata.tensor_info(tensor.name).dtype][0]
         row = (math.prod(tensor.shape), stored)
         grouped.setdefault((tensor.kind, layout, scheme), []).append(row)
     parts = tuple(
@@ -112,11 +112,11 @@ def inspect(directory: str | Path) -> Inventory:
         )
         for (kind, layout, scheme), rows in grouped.items()
     )
-    paths = sorted({header.file for header in outline.headers.values()})
+    paths = sorted({header.file for header in metadata.tensor_infos.values()})
     return Inventory(
-        directory=outline.directory,
-        config=outline.config,
+        directory=metadata.directory,
+        config=metadata.config,
         files={path.name: path.stat().st_size for path in paths},
         parts=parts,
-        readers=verdicts(contents_of(outline)),
+        readers=verdicts(storage_summary(metadata)),
     )

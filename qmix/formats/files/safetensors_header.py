@@ -50,7 +50,7 @@ KNOWN_STARTS = (
 
 
 @dataclass(frozen=True)
-class Header:
+class TensorInfo:
     """What a file says of one tensor: a dtype of `DTYPES`, and bytes [start, stop) of `file`."""
 
     file: Path
@@ -64,7 +64,7 @@ class Header:
         return self.stop - self.start
 
 
-def open_headers(directory: str | Path) -> dict[str, Header]:
+def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint directory, by their names in the files.
 
     Raises:
@@ -90,7 +90,7 @@ def open_headers(directory: str | Path) -> dict[str, Header]:
         mapped = {SINGLE if SINGLE in present else present[0]: None}
     else:
         raise _nothing_to_read(folder, present)
-    headers: dict[str, Header] = {}
+    headers: dict[str, TensorInfo] = {}
     for name, expected in mapped.items():
         path = inside(folder, name)
         found = read_header(path)
@@ -100,7 +100,7 @@ def open_headers(directory: str | Path) -> dict[str, Header]:
     return headers
 
 
-def read_header(path: Path) -> dict[str, Header]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, every claim of the header checked against the file."""
 
     start = b""
@@ -146,7 +146,7 @@ def read_header(path: Path) -> dict[str, Header]:
     return entries
 
 
-def _entry(path: Path, name: str, spec: Any, base: int) -> Header:
+def _entry(path: Path, name: str, spec: Any, base: int) -> TensorInfo:
     def refuse(what: str, found: object) -> CheckpointError:
         return CheckpointError(f"tensor {name}: {what}", where=str(path), found=repr(found)[:80])
 
@@ -163,7 +163,7 @@ def _entry(path: Path, name: str, spec: Any, base: int) -> Header:
             raise refuse("shape and offsets must be lists of sizes", numbers)
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype[1]:
         raise refuse(f"the data is not {shape} of {spec['dtype']}", offsets)
-    return Header(path, spec["dtype"], tuple(shape), base + offsets[0], base + offsets[1])
+    return TensorInfo(path, spec["dtype"], tuple(shape), base + offsets[0], base + offsets[1])
 
 
 def _read_index(folder: Path) -> dict[str, set[str] | None]:

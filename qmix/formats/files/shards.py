@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.formats.files import safetensors_header
-from qmix.formats.files.safetensors_header import INDEX, Header, open_headers, open_regular
+from qmix.formats.files.safetensors_header import INDEX, TensorInfo, open_regular, read_headers
 
 _ALIGNMENT = 8
 
@@ -60,7 +60,7 @@ class Shards:
     entries: Mapping[str, Entry]
 
     @classmethod
-    def of(cls, directory: Path, found: Mapping[str, Header]) -> "Shards":
+    def of(cls, directory: Path, found: Mapping[str, TensorInfo]) -> "Shards":
         """From the headers of its files."""
         return cls(directory, {name: _entry(header) for name, header in found.items()})
 
@@ -93,8 +93,8 @@ class Shards:
 
 
 def open_shards(directory: str | Path) -> Shards:
-    """Open a checkpoint directory; see headers.open_headers."""
-    return Shards.of(Path(directory), open_headers(directory))
+    """Open a checkpoint directory; see headers.read_headers."""
+    return Shards.of(Path(directory), read_headers(directory))
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -102,7 +102,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {name: _entry(header) for name, header in safetensors_header.read_header(path).items()}
 
 
-def _entry(header: Header) -> Entry:
+def _entry(header: TensorInfo) -> Entry:
     return Entry(header.file, DTYPES[header.dtype], header.shape, header.start, header.stop)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qmix.formats.layouts.checked_tensors import Members, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts.checked_tensors import CheckedTensors, unpack_words, zeros_or_symmetric
 from qmix.formats.layouts.tensor_names import QWEIGHT, QZEROS, SCALES
 from qmix.weights.integers import Int4
 
@@ -30,7 +30,7 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[
     Raises:
         CheckpointError: a tensor is missing, or is not what the format says.
     """
-    read = Members(tensors, prefix, where, shape)
+    read = CheckedTensors(tensors, prefix, where, shape)
     rows, columns = shape
     if rows % _WORD_CODES:
         raise read.wrong(QWEIGHT, "no whole words", "a multiple of 8 outputs", rows)

@@ -20,7 +20,7 @@ GROUP_LIST = ", ".join(map(str, GROUP_SIZES)) + " inputs or all of them"
 
 
 @dataclass(frozen=True)
-class Members:
+class CheckedTensors:
     """The tensors of one weight; every method checks one, and names it if it is wrong.
 
     Attributes:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.formats.layouts.checked_tensors import TYPES, Members, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts.checked_tensors import (
+    TYPES,
+    CheckedTensors,
+    unpack_words,
+    zeros_or_symmetric,
+)
 from qmix.formats.layouts.module_patterns import patterns
 from qmix.formats.layouts.tensor_names import (
     PACKED,
@@ -40,7 +45,7 @@ def unpack(
         CheckpointError: a tensor is missing, or is not what the format says.
         UnsupportedError: other bits than 4 and 8, or inputs in another order than their groups.
     """
-    read = Members(tensors, prefix, where, shape)
+    read = CheckedTensors(tensors, prefix, where, shape)
     rows, columns = shape
     stated = read.tensor(SHAPE, torch.int64, (2,)).tolist()
     if stated != list(shape):

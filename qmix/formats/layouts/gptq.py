@@ -12,12 +12,12 @@ from torch import Tensor
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts.checked_tensors import (
     TYPES,
-    Members,
+    CheckedTensors,
     pack_words,
     unpack_words,
     zeros_or_symmetric,
 )
-from qmix.formats.layouts.gptq_config import Declared
+from qmix.formats.layouts.gptq_config import ModuleSettings
 from qmix.formats.layouts.tensor_names import (
     BIAS,
     G_IDX,
@@ -36,7 +36,7 @@ def unpack(
     prefix: str,
     where: str,
     shape: tuple[int, int],
-    declared: Declared,
+    settings: ModuleSettings,
 ) -> Integers:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
@@ -44,16 +44,16 @@ def unpack(
         tensors: by name; others than this module's may be among them.
         where: the file, for errors.
         shape: (N, K) of the model's weight.
-        declared: what the settings say of this module.
+        settings: what the settings say of this module.
 
     Raises:
         CheckpointError: a tensor is missing, or is not what the format or the settings say.
         UnsupportedError: other bits than 4 and 8.
     """
-    read = Members(tensors, prefix, where, shape)
+    read = CheckedTensors(tensors, prefix, where, shape)
     rows, columns = shape
     read.tensor(G_IDX, torch.int32, (columns,))  # before the bits, which follow from K
-    bits = _bits(read, declared)
+    bits = _bits(read, settings)
     codes_a_word = WORD_BITS // bits
     if columns % codes_a_word or rows % codes_a_word:
         expected = f"multiples of {codes_a_word}"
@@ -61,16 +61,16 @@ def unpack(
     qweight = read.tensor(QWEIGHT, torch.int32, (columns // codes_a_word, rows))
     scales = read.scales(SCALES, 0)
     groups = scales.shape[0]
-    if declared.group_size is not None:
-        size = columns if declared.group_size == -1 else declared.group_size
+    if settings.group_size is not None:
+        size = columns if settings.group_size == -1 else settings.group_size
         if size * groups != columns:
             raise read.wrong(
                 SCALES,
-                f"not the group size of {declared.source}",
+                f"not the group size of {settings.source}",
                 f"groups of {size} inputs",
                 f"{groups} groups of {columns} inputs",
             )
-    zeros = _zeros(read, bits, groups, declared)
+    zeros = _zeros(read, bits, groups, settings)
     if read.has(BIAS):
         # AutoGPTQ wrote biases for layers that have none; they are zero.
         bias = read.tensor(BIAS, scales.dtype, (rows,))
@@ -86,48 +86,48 @@ def unpack(
     )
 
 
-def _bits(read: Members, declared: Declared) -> int:
+def _bits(read: CheckedTensors, settings: ModuleSettings) -> int:
     """4 or 8, of the tensors, which the settings must confirm."""
     rows, columns = read.shape
     qweight = read.tensor(QWEIGHT, torch.int32, None)
     bits = gptq_bits(qweight.shape[0], columns) if qweight.shape[1:] == (rows,) else None
     if bits is None:
-        expected = [columns * (declared.bits or 4) // WORD_BITS, rows]
+        expected = [columns * (settings.bits or 4) // WORD_BITS, rows]
         raise read.wrong(QWEIGHT, "wrong shape", expected, list(qweight.shape))
-    if declared.rule is not None and declared.rule.excluded:
+    if settings.rule is not None and settings.rule.excluded:
         raise read.wrong(
             QWEIGHT,
-            f"{declared.source} says that the module is not quantized",
+            f"{settings.source} says that the module is not quantized",
             "its .weight alone",
             f"{bits} bits",
         )
     if bits not in TYPES:
         what = "GPTQ is read in 4 or 8 bits only"
         raise read.unsupported(QWEIGHT, what, "4 or 8 bits", f"{bits} bits")
-    if declared.bits not in (None, bits):
-        what = f"not the bits of {declared.source}"
-        raise read.wrong(QWEIGHT, what, f"{declared.bits} bits", f"{bits} bits")
+    if settings.bits not in (None, bits):
+        what = f"not the bits of {settings.source}"
+        raise read.wrong(QWEIGHT, what, f"{settings.bits} bits", f"{bits} bits")
     return bits
 
 
-def _zeros(read: Members, bits: int, groups: int, declared: Declared) -> Tensor | None:
+def _zeros(read: CheckedTensors, bits: int, groups: int, settings: ModuleSettings) -> Tensor | None:
     """uint8 [N, G]; None if symmetric, which the settings must confirm."""
     rows = read.shape[0]
     codes_a_word = WORD_BITS // bits
     stored = read.tensor(QZEROS, torch.int32, (groups, rows // codes_a_word)).long()
-    if declared.version == 1:
+    if settings.version == 1:
         # On whole words, as gptqmodel: a zero of 0 was stored by borrowing from the next code.
         stored = stored + sum(1 << shift for shift in range(0, WORD_BITS, bits))
     zeros = unpack_words(stored & 0xFFFFFFFF, bits).reshape(groups, rows).T.contiguous()
-    if not declared.symmetric:
+    if not settings.symmetric:
         return zeros_or_symmetric(zeros, bits)
     wrong = zeros[zeros != symmetric_zero(bits)]
     if wrong.numel():
-        less = 1 if declared.version == 1 else 0
+        less = 1 if settings.version == 1 else 0
         raise read.wrong(
             QZEROS,
-            f"not the zeros of a symmetric weight (sym of {declared.source})",
-            f"{symmetric_zero(bits) - less} in every {bits} bits (version {declared.version})",
+            f"not the zeros of a symmetric weight (sym of {settings.source})",
+            f"{symmetric_zero(bits) - less} in every {bits} bits (version {settings.version})",
             int(wrong[0]) - less,
             remedy="Correct checkpoint_format (gptq or gptq_v2) or sym there.",
         )

@@ -45,7 +45,7 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Declared:
+class ModuleSettings:
     """What the settings say of one module, its rule's overrides included.
 
     Attributes:
@@ -70,11 +70,11 @@ class Declared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class GPTQConfig:
     """What the tensors do not say, or say a second time.
 
     Attributes:
-        version, symmetric, bits, group_size, where: of most modules, as in Declared.
+        version, symmetric, bits, group_size, where: of most modules, as in ModuleSettings.
         lm_head: whether the head is quantized.
         rules: for the others; the first that matches a module's name, as the files spell it, wins.
     """
@@ -87,10 +87,10 @@ class Settings:
     rules: tuple[Rule, ...] = ()
     where: str = "no quantization_config"
 
-    def of(self, module: str) -> Declared:
+    def for_module(self, module: str) -> ModuleSettings:
         """For one module, by its name in the files."""
         rule = next((rule for rule in self.rules if rule.pattern.match(module)), None)
-        declared = Declared(
+        settings = ModuleSettings(
             version=self.version,
             symmetric=self.symmetric,
             bits=self.bits,
@@ -99,9 +99,9 @@ class Settings:
             where=self.where,
         )
         if rule is None:
-            return declared
+            return settings
         return replace(
-            declared,
+            settings,
             bits=self.bits if rule.bits is None else rule.bits,
             group_size=self.group_size if rule.group_size is None else rule.group_size,
             symmetric=self.symmetric if rule.symmetric is None else rule.symmetric,
@@ -112,7 +112,7 @@ class Settings:
 
         The router is dense unless a rule names it, the head unless `lm_head` is true.
         """
-        own = self.of(module)
+        own = self.for_module(module)
         excluded = own.rule is not None and own.rule.excluded
         unnamed_router = own.rule is None and module.endswith(".gate")
         if excluded or unnamed_router or (module == "lm_head" and not self.lm_head):
@@ -123,7 +123,7 @@ class Settings:
         return Scheme(kind=kind, group_size=own.group_size, symmetric=own.symmetric)
 
 
-def settings(document: Mapping[str, Any] | None, where: str) -> Settings:
+def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
     """From config.json's `quantization_config` or from `quantize_config.json`.
 
     A missing `checkpoint_format` means v1 and a missing `sym` true, as in AutoGPTQ.
@@ -137,7 +137,7 @@ def settings(document: Mapping[str, Any] | None, where: str) -> Settings:
         CheckpointError: a value of the wrong type.
     """
     if document is None:
-        return Settings()
+        return GPTQConfig()
     fields = unlisted(document)
     method = fields.get("quant_method", "gptq")
     if method != "gptq":
@@ -156,7 +156,7 @@ def settings(document: Mapping[str, Any] | None, where: str) -> Settings:
             found=repr(bits),
         )
     symmetric, lm_head = fields.get("sym", True), fields.get("lm_head", False)
-    return Settings(
+    return GPTQConfig(
         version=_version(fields, where),
         symmetric=_flag(symmetric, f"{where}: sym"),
         bits=bits,

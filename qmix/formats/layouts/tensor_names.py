@@ -44,7 +44,7 @@ _REQUIRED = (PACKED, SCALE, SHAPE)
 _OPTIONAL = (ZERO_POINT, PACKED_G_IDX)
 
 
-def bnb_members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
+def bnb_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     """The tensor names that make up the packed weight of module `prefix`; none if it is not packed."""
     states = tuple(prefix + suffix for suffix in BNB_SUFFIXES if prefix + suffix in names)
     if not states:
@@ -53,7 +53,7 @@ def bnb_members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     return (weight, *states) if weight in names else states
 
 
-def compressed_members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
+def compressed_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     """The tensor names that make up the weight of module `prefix`; none if it is another layout's.
 
     Those that must be there are among them even if they are not.
@@ -64,7 +64,7 @@ def compressed_members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(prefix + suffix for suffix in (*_REQUIRED, *optional))
 
 
-def awq_members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
+def awq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     """The tensor names that make up the weight of module `prefix`; none if it is not AWQ's.
 
     Those that must be there are among them even if they are not. GPTQ's have the same names and
@@ -75,7 +75,7 @@ def awq_members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(prefix + suffix for suffix in (QWEIGHT, QZEROS, SCALES))
 
 
-def gptq_members(prefix: str, names: Collection[str]) -> tuple[str, ...]:
+def gptq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
     """The tensor names that make up the weight of module `prefix`; none if it is not GPTQ's.
 
     Those that must be there are among them even if they are not. AWQ's have the same names but for

@@ -33,7 +33,7 @@ def test_the_same_weights_in_another_layout(tmp_path, name, layout):
     assert found.packing(tensor).layout == {"gptq": "GPTQ"}.get(layout, layout)
     settings = found.config.quantization_config
     if layout == "gptq":
-        said = gptq_config.settings(settings, "config.json")
+        said = gptq_config.parse(settings, "config.json")
         assert {module: said.scheme_of(module) for module in schemes} == schemes
         assert (settings["checkpoint_format"], settings["desc_act"]) == ("gptq", False)
         beside = json.loads((tmp_path / "out" / gptq_config.FILE).read_text())

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import awq, gptq, tensor_names
-from qmix.formats.layouts.gptq_config import Settings
+from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support import packers
 from tests.support.packers import plain
@@ -56,7 +56,9 @@ def test_the_words_of_a_weight_worked_out_by_hand():
 def test_awq_to_gptq_is_exact_unless_a_zero_is_0():
     weight = plain((16, 128), 32, symmetric=False)
     ours = read(packers.awq(weight, P))
-    again = gptq.unpack(gptq.pack(ours, P), P, FILE, (16, 128), Settings(symmetric=False).of(P))
+    again = gptq.unpack(
+        gptq.pack(ours, P), P, FILE, (16, 128), GPTQConfig(symmetric=False).for_module(P)
+    )
     assert torch.equal(again.dequantize(), ours.dequantize())
     with pytest.raises(UnsupportedError, match="zero of 0"):
         gptq.pack(read(packers.awq(plain((64, 128), 32, symmetric=False, low=0), P), (64, 128)), P)
@@ -64,10 +66,10 @@ def test_awq_to_gptq_is_exact_unless_a_zero_is_0():
 
 def test_members_are_those_of_awq():
     names = [f"{P}.qweight", f"{P}.qzeros", f"{P}.scales"]
-    assert list(tensor_names.awq_members(P, [*names, f"{P}.weight", f"{P}0.qweight"])) == names
-    assert list(tensor_names.awq_members(P, [f"{P}.qweight"])) == names  # what there should be
-    assert tensor_names.awq_members(P, [*names, f"{P}.g_idx"]) == ()
-    assert tensor_names.awq_members(P, [f"{P}.weight"]) == ()
+    assert list(tensor_names.awq_names(P, [*names, f"{P}.weight", f"{P}0.qweight"])) == names
+    assert list(tensor_names.awq_names(P, [f"{P}.qweight"])) == names  # what there should be
+    assert tensor_names.awq_names(P, [*names, f"{P}.g_idx"]) == ()
+    assert tensor_names.awq_names(P, [f"{P}.weight"]) == ()
 
 
 def edited(suffix, edit):

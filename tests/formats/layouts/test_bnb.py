@@ -119,8 +119,8 @@ def test_a_checkpoint_of_theirs_is_read(tmp_path, double, storage):
     save_file({f"{Q}.{n}": t for n, t in layer.state_dict().items()}, tmp_path / "a.safetensors")
     read = load_file(tmp_path / "a.safetensors")
     assert read[f"{Q}.weight"].dtype == storage
-    assert tensor_names.bnb_members(Q, read.keys())[0] == f"{Q}.weight"
-    assert set(tensor_names.bnb_members(Q, read.keys())) == set(read)
+    assert tensor_names.bnb_names(Q, read.keys())[0] == f"{Q}.weight"
+    assert set(tensor_names.bnb_names(Q, read.keys())) == set(read)
     ours = bnb.unpack(read, Q, "a.safetensors")
     assert ours.dtype == torch.bfloat16
     assert torch.equal(
@@ -170,10 +170,10 @@ def test_the_plan_bounds_a_blob_with_the_longest_offset():
 def test_members_are_this_modules_tensors_only():
     names = list(bnb.pack(nf4.quantize(random(2, 64)), P))
     others = ["model.norm.weight", f"{Q}.weight", f"{P}0.weight.absmax", f"{P}.weight.g_idx"]
-    assert tensor_names.bnb_members(P, names + others) == tuple(names)
-    assert tensor_names.bnb_members(Q, names + others) == ()
-    assert tensor_names.bnb_members(P, [*others, f"{P}.weight"]) == ()
-    assert tensor_names.bnb_members(P, [f"{P}.weight.absmax"]) == (f"{P}.weight.absmax",)
+    assert tensor_names.bnb_names(P, names + others) == tuple(names)
+    assert tensor_names.bnb_names(Q, names + others) == ()
+    assert tensor_names.bnb_names(P, [*others, f"{P}.weight"]) == ()
+    assert tensor_names.bnb_names(P, [f"{P}.weight.absmax"]) == (f"{P}.weight.absmax",)
 
 
 def test_the_config_names_what_stays_dense():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from qmix.errors import QmixError
 from qmix.formats.layouts import awq, compressed_tensors, gptq
 from qmix.formats.layouts.checked_tensors import pack_words, unpack_words
-from qmix.formats.layouts.gptq_config import Settings
+from qmix.formats.layouts.gptq_config import GPTQConfig
 from tests.support import packers
 from tests.support.packers import plain
 
@@ -22,7 +22,7 @@ FILES = {
     "awq": packers.awq(WEIGHT, P),
     "compressed": packers.compressed(WEIGHT, P, symmetric=False),
 }
-DECLARED = Settings(symmetric=False).of(P)
+DECLARED = GPTQConfig(symmetric=False).for_module(P)
 READERS = {
     "gptq": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),
     "gptq8": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),

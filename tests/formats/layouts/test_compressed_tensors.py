@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import compressed_tensors, gptq, tensor_names
-from qmix.formats.layouts.gptq_config import Settings
+from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.integers import Int4
 from qmix.weights.scheme import DENSE, Scheme
@@ -68,7 +68,7 @@ def test_what_compressed_tensors_wrote_is_read_to_the_bits_that_it_reads(name):
     stored = load_file(GOLDEN / "compressed-tensors-0.20.0.safetensors")
     expected = stored.pop(f"{name}.expected")
     theirs = {n: t for n, t in stored.items() if n.startswith(f"{name}.")}
-    assert set(tensor_names.compressed_members(name, stored.keys())) == set(theirs)
+    assert set(tensor_names.compressed_names(name, stored.keys())) == set(theirs)
     ours = compressed_tensors.unpack(stored, name, FILE, tuple(expected.shape))
     assert ours.dtype == expected.dtype
     assert torch.equal(ours.dequantize(), expected)
@@ -96,7 +96,7 @@ def test_the_words_of_a_weight_worked_out_by_hand():
 @pytest.mark.parametrize("group", [-1, 32, 128])
 def test_a_symmetric_gptq_weight_is_the_same_weight(group, bits):
     weight = plain((16, 256), group, bits=bits)
-    from_gptq = gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 256), Settings().of(P))
+    from_gptq = gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 256), GPTQConfig().for_module(P))
     from_compressed = read(packers.compressed(weight, P), (16, 256))
     same(gptq.pack(from_compressed, P), packers.gptq(weight, P))
     same(compressed_tensors.pack(from_gptq, P), packers.compressed(weight, P))
@@ -104,7 +104,11 @@ def test_a_symmetric_gptq_weight_is_the_same_weight(group, bits):
 
 def test_an_act_order_weight_is_not_written():
     weight = gptq.unpack(
-        packers.gptq(plain((16, 128), 32, act_order=True), P), P, FILE, (16, 128), Settings().of(P)
+        packers.gptq(plain((16, 128), 32, act_order=True), P),
+        P,
+        FILE,
+        (16, 128),
+        GPTQConfig().for_module(P),
     )
     with pytest.raises(UnsupportedError, match="act-order"):
         compressed_tensors.pack(weight, P)
@@ -124,13 +128,13 @@ def test_the_plan_is_what_is_packed(group, kind):
 def test_members_are_this_modules_tensors_only():
     names = [f"{P}.weight_packed", f"{P}.weight_scale", f"{P}.weight_shape"]
     assert (
-        list(tensor_names.compressed_members(P, [*names, f"{P}.weight", f"{P}0.weight_packed"]))
+        list(tensor_names.compressed_names(P, [*names, f"{P}.weight", f"{P}0.weight_packed"]))
         == names
     )
     zeros = f"{P}.weight_zero_point"
-    assert list(tensor_names.compressed_members(P, [zeros, *names])) == [*names, zeros]
-    assert list(tensor_names.compressed_members(P, [names[1]])) == names  # what there should be
-    assert tensor_names.compressed_members(P, [f"{P}.weight"]) == ()
+    assert list(tensor_names.compressed_names(P, [zeros, *names])) == [*names, zeros]
+    assert list(tensor_names.compressed_names(P, [names[1]])) == names  # what there should be
+    assert tensor_names.compressed_names(P, [f"{P}.weight"]) == ()
 
 
 def edited(suffix, edit, shape=(16, 128)):
@@ -278,7 +282,9 @@ def test_a_weight_has_one_meaning_in_all_layouts():
     weight = plain((16, 128), 32, symmetric=False, low=0)
     layouts = [
         read(packers.compressed(weight, P, symmetric=False)),
-        gptq.unpack(packers.gptq(weight, P), P, FILE, (16, 128), Settings(symmetric=False).of(P)),
+        gptq.unpack(
+            packers.gptq(weight, P), P, FILE, (16, 128), GPTQConfig(symmetric=False).for_module(P)
+        ),
     ]
     for ours in layouts:
         assert isinstance(ours, Int4)

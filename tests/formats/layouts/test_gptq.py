@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq
-from qmix.formats.layouts.gptq_config import Settings
-from qmix.formats.layouts.tensor_names import gptq_members
+from qmix.formats.layouts.gptq_config import GPTQConfig
+from qmix.formats.layouts.tensor_names import gptq_names
 from qmix.formats.names import spellings
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.integers import Int4, Int8, pack_codes
@@ -24,7 +24,7 @@ CONFIG = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "quant_me
 
 
 def read(tensors, shape, **settings):
-    return gptq.unpack(tensors, P, FILE, shape, Settings(**settings).of(P))
+    return gptq.unpack(tensors, P, FILE, shape, GPTQConfig(**settings).for_module(P))
 
 
 def same(a, b):
@@ -167,10 +167,10 @@ def test_what_fills_no_whole_words_or_groups_is_refused_in_the_plan(shape, schem
 def test_members_are_this_modules_tensors_only():
     names = [f"{P}.qweight", f"{P}.qzeros", f"{P}.scales", f"{P}.g_idx"]
     others = [f"{P}0.qweight", "model.norm.weight", f"{P}.weight", "lm_head.g_idx"]
-    assert list(gptq_members(P, names + others)) == names
-    assert list(gptq_members(P, [*names, f"{P}.bias"])) == [*names, f"{P}.bias"]
-    assert gptq_members(P, others) == ()
-    assert list(gptq_members(P, [f"{P}.g_idx"])) == names  # what there should be
+    assert list(gptq_names(P, names + others)) == names
+    assert list(gptq_names(P, [*names, f"{P}.bias"])) == [*names, f"{P}.bias"]
+    assert gptq_names(P, others) == ()
+    assert list(gptq_names(P, [f"{P}.g_idx"])) == names  # what there should be
 
 
 def edited(suffix, edit, **options):

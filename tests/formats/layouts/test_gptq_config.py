@@ -18,7 +18,7 @@ INT4, INT8 = Scheme(kind="int4"), Scheme(kind="int8")
 
 
 def read(config):
-    return gptq_config.settings(json.loads(json.dumps(config)), "config.json")
+    return gptq_config.parse(json.loads(json.dumps(config)), "config.json")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def read(config):
     ],
 )
 def test_the_settings_that_files_have(document, expected):
-    found = gptq_config.settings(document, "x.json")
+    found = gptq_config.parse(document, "x.json")
     assert (found.version, found.symmetric, found.group_size) == expected
 
 
@@ -76,7 +76,7 @@ def test_the_settings_that_files_have(document, expected):
 )  # fmt: skip
 def test_settings_that_are_not_read_are_refused(document, kind, named):
     with pytest.raises(kind, match=named) as caught:
-        gptq_config.settings(document, "x.json")
+        gptq_config.parse(document, "x.json")
     assert str(caught.value).startswith("x.json")
 
 

@@ -33,19 +33,19 @@ def gptq_tensors(case, version):
     return {**tensors, f"{case}.qzeros": STORED[f"{case}.qzeros.v{version}"]}
 
 
-def declared(case, version):
+def settings_of(case, version):
     document = {
         "bits": bits_of(case),
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
         "group_size": int(re.search(r"group(-?\d+)-", case)[1]),
         "sym": "-symmetric" in case,
     }
-    return gptq_config.settings(document, "config.json").of(case)
+    return gptq_config.parse(document, "config.json").for_module(case)
 
 
 def read(case, version):
     tensors = gptq_tensors(case, version)
-    return gptq.unpack(tensors, case, "the golden file", SHAPE, declared(case, version))
+    return gptq.unpack(tensors, case, "the golden file", SHAPE, settings_of(case, version))
 
 
 def test_the_golden_weights_are_of_every_kind():
@@ -80,7 +80,9 @@ def test_a_weight_written_again_is_the_file_that_gptqmodel_wrote(case):
 @pytest.mark.parametrize("case", sorted({name.partition(".")[0] for name in OLDER}))
 def test_gptq_weights_have_the_values_that_autogptq_gives_them(case):
     expected = OLDER[f"{case}.expected"]
-    ours = gptq.unpack(OLDER, case, "the golden file", tuple(expected.shape), declared(case, 1))
+    ours = gptq.unpack(
+        OLDER, case, "the golden file", tuple(expected.shape), settings_of(case, 1)
+    )
     assert (ours.perm is None) == ("in-order" in case)
     assert (ours.zeros is None) == ("-symmetric" in case)
     assert torch.equal(ours.dequantize(), expected)
@@ -105,7 +107,7 @@ def packed_weights():
     checkpoint = open_checkpoint(DIRECTORY)
     for tensor in checkpoint.tensors:
         if packed := checkpoint.packing(tensor):
-            theirs = checkpoint.spelled[packed.members[0]].rpartition(".")[0]
+            theirs = checkpoint.stored_names[packed.tensor_names[0]].rpartition(".")[0]
             yield tensor, theirs, checkpoint.weight(tensor)
 
 

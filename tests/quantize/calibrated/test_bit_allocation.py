@@ -21,7 +21,7 @@ from qmix.formats.names import layer_tensors
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import methods
 from qmix.quantize.calibrated import bit_allocation
-from qmix.quantize.calibrated.bit_allocation import CHOICES, Sensitivity, Unit
+from qmix.quantize.calibrated.bit_allocation import CHOICES, QuantGroup, Sensitivity
 from qmix.quantize.methods import Request
 from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense
@@ -54,7 +54,7 @@ def ids():
 
 @pytest.fixture(scope="module")
 def units(source, ids):
-    return Sensitivity(open_checkpoint(source), ids, attention=True, device=CPU).units()
+    return Sensitivity(open_checkpoint(source), ids, attention=True, device=CPU).groups()
 
 
 def names_of(unit):
@@ -156,12 +156,12 @@ def test_within_a_group_the_change_of_the_blocks_output_divides(source, ids, uni
 
 
 def test_measuring_changes_nothing_and_is_the_same_twice(source, ids, units):
-    again = Sensitivity(open_checkpoint(source), ids, attention=True, device=CPU).units()
+    again = Sensitivity(open_checkpoint(source), ids, attention=True, device=CPU).groups()
     assert [unit.losses for unit in again] == [unit.losses for unit in units]
 
 
 def test_without_the_attention_its_matrices_are_no_units(source, ids, units):
-    found = Sensitivity(open_checkpoint(source), ids, attention=False, device=CPU).units()
+    found = Sensitivity(open_checkpoint(source), ids, attention=False, device=CPU).groups()
     experts = [unit for unit in units if group_of(unit)[1] in ("w1 w3", "w2")]
     assert [names_of(unit) for unit in found] == [names_of(unit) for unit in experts]
     for one, other in zip(found, experts, strict=True):
@@ -216,7 +216,7 @@ def test_close_to_the_best_of_all_recipes(units):
 def test_what_costs_nothing_gets_no_bits(source):
     tensors = layer_tensors(open_checkpoint(source).config, 0)
     linear = [tensor for tensor in tensors if tensor.name.endswith("w2.weight")][:2]
-    free, dear = (Unit((tensor,), losses) for tensor, losses in zip(
+    free, dear = (QuantGroup((tensor,), losses) for tensor, losses in zip(
         linear, [(0.0, 0.0, 0.0, 0.0), (4.0, 3.0, 2.0, 0.1)], strict=True))  # fmt: skip
     recipe = bit_allocation.recipe([free, dear], 8.125)
     assert recipe.scheme_of(linear[0].name) == CHOICES[0]

@@ -7,7 +7,7 @@ import torch
 
 from qmix.errors import CheckpointError
 from qmix.formats.layouts import gptq
-from qmix.formats.layouts.gptq_config import Settings
+from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.quantize.rounding import grid as scales
 from qmix.quantize.rounding import rtn
 from qmix.weights.integers import unpack_codes
@@ -111,7 +111,7 @@ def test_the_search_lowers_the_squared_error(kind, symmetric):
 def test_the_file_holds_the_same_codes(kind, size, symmetric):
     found = rtn.quantize(weight_of(), Scheme(kind=kind, group_size=size, symmetric=symmetric))
     bits = 4 if kind == "int4" else 8
-    said = Settings(bits=bits, symmetric=symmetric, group_size=size).of("w")
+    said = GPTQConfig(bits=bits, symmetric=symmetric, group_size=size).for_module("w")
     again = gptq.unpack(gptq.pack(found, "w"), "w", "a file", (N, K), said)
     assert torch.equal(again.codes, found.codes)
     assert torch.equal(again.scales, found.scales)
