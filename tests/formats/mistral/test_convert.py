@@ -474,12 +474,12 @@ def test_memory_is_that_of_a_matrix_and_not_of_a_stack(tmp_path):
     code = f"""
 import resource
 from pathlib import Path
-from qmix.quantize import conversion
+from qmix.commands.checkpoint import convert
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folder = Path({str(tmp_path)!r})
-conversion.run(folder / "small", folder / "first")
+convert.run(folder / "small", folder / "first")
 before = peak()
-conversion.run(folder / "large", folder / "second")
+convert.run(folder / "large", folder / "second")
 print(peak() - before)
 """
     done = subprocess.run(
