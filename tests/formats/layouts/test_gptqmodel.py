@@ -80,9 +80,7 @@ def test_a_weight_written_again_is_the_file_that_gptqmodel_wrote(case):
 @pytest.mark.parametrize("case", sorted({name.partition(".")[0] for name in OLDER}))
 def test_gptq_weights_have_the_values_that_autogptq_gives_them(case):
     expected = OLDER[f"{case}.expected"]
-    ours = gptq.unpack(
-        OLDER, case, "the golden file", tuple(expected.shape), settings_of(case, 1)
-    )
+    ours = gptq.unpack(OLDER, case, "the golden file", tuple(expected.shape), settings_of(case, 1))
     assert (ours.perm is None) == ("in-order" in case)
     assert (ours.zeros is None) == ("-symmetric" in case)
     assert torch.equal(ours.dequantize(), expected)

@@ -248,7 +248,7 @@ def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_pat
     settings = found.config.quantization_config
     assert settings["dynamic"]
     assert json.loads((out / gptq_config.FILE).read_text()) == settings
-    said = gptq_config.settings(settings, "config.json")
+    said = gptq_config.parse(settings, "config.json")
     schemes, bits, weights = set(), 0.0, 0
     for tensor in found.tensors:
         if tensor.kind not in ("attention", "expert"):

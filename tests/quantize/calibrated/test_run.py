@@ -62,7 +62,7 @@ def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
         else:
             assert torch.equal(weight.data, open_checkpoint(source).read(tensor.name))
     settings = found.config.quantization_config
-    assert gptq_config.settings(settings, "config.json").scheme_of("model.layers.0.x") == INT4
+    assert gptq_config.parse(settings, "config.json").scheme_of("model.layers.0.x") == INT4
     assert (settings["desc_act"], settings["sym"]) == (False, True)
     assert json.loads((tmp_path / "out" / gptq_config.FILE).read_text()) == settings
     assert (tmp_path / "out" / "tokenizer.model").is_file()
