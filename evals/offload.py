@@ -24,7 +24,7 @@ from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals.timing.bandwidth import (
     copy_bandwidth,
     disk_bandwidth,
-    link_bandwidth,
+    interconnect_bandwidth,
     read_bandwidth,
 )
 from qmix.formats.metadata import read_metadata
@@ -45,7 +45,7 @@ class Record:
         load_s, first_token_s, decode_s: seconds; decode_s of all tokens after the first.
         ids: that were generated.
         bandwidths: bytes a second, measured after the run: of the host's memory, of the disk that the
-            checkpoint lies on with nothing cached, and with a GPU of its memory and of the link.
+            checkpoint lies on with nothing cached, and with a GPU of its memory and of the interconnect.
         bound_tokens_per_s: of the plan's step (qmix.planning.roofline) at the hit rate that was met. What the
             system's page cache serves in the disk's place is faster.
         experts: what the store did after loading.
@@ -182,7 +182,7 @@ def run(
         ids=tuple(found),
         bandwidths={
             name: getattr(rates, name).bandwidth
-            for name in (("host", "disk", "device", "link") if gpu else ("host", "disk"))
+            for name in (("host", "disk", "device", "interconnect") if gpu else ("host", "disk"))
         },
         bound_tokens_per_s=1 / _seconds(directory, model, ram, vram, prompt + new, rates),
         experts={} if store is None else store.statistics().to_dict(),
@@ -204,9 +204,12 @@ def _rates(device: torch.device, directory: Path) -> Rates:
     host = Rate(read_bandwidth(torch.device("cpu")), "measured")
     disk = Rate(disk_bandwidth(directory), "measured")
     if device.type == "cpu":
-        return Rates(device=host, link=host, host=host, disk=disk)
-    own, link = Rate(copy_bandwidth(device), "measured"), Rate(link_bandwidth(device), "measured")
-    return Rates(device=own, link=link, host=host, disk=disk)
+        return Rates(device=host, interconnect=host, host=host, disk=disk)
+    own, interconnect = (
+        Rate(copy_bandwidth(device), "measured"),
+        Rate(interconnect_bandwidth(device), "measured"),
+    )
+    return Rates(device=own, interconnect=interconnect, host=host, disk=disk)
 
 
 def _seconds(
@@ -230,7 +233,7 @@ def _seconds(
         return planned.step.seconds("resident" if gpu else "host", rates)
     hit = store.statistics().hit_rate
     if gpu:
-        path: roofline.Path = "cpu" if store.statistics().path == "cpu" else "link"
+        path: roofline.Path = "cpu" if store.statistics().path == "cpu" else "interconnect"
         return replace(planned.step, hit=hit).seconds(path, rates)
     return replace(planned.step, hit=hit, cold=1 - hit).seconds("host and disk", rates)
 

@@ -21,7 +21,7 @@ class Replay:
 
     Attributes:
         uploads: copies into slots, those before the first token left out.
-        link_bytes: over the link into the device, without those either.
+        interconnect_bytes: over PCIe into the device, without those either.
         nanoseconds: simulated, all tokens.
     """
 
@@ -31,7 +31,7 @@ class Replay:
     hits: int
     misses: int
     uploads: int
-    link_bytes: int
+    interconnect_bytes: int
     nanoseconds: int
 
     @property
@@ -43,8 +43,8 @@ class Replay:
         return self.uploads / self.tokens
 
     @property
-    def link_bytes_per_token(self) -> float:
-        return self.link_bytes / self.tokens
+    def interconnect_bytes_per_token(self) -> float:
+        return self.interconnect_bytes / self.tokens
 
     @property
     def tokens_per_s(self) -> float:
@@ -56,7 +56,7 @@ class Replay:
             **asdict(self),
             "hit_rate": round(self.hit_rate, 6),
             "uploads_per_token": round(self.uploads_per_token, 6),
-            "link_bytes_per_token": round(self.link_bytes_per_token),
+            "interconnect_bytes_per_token": round(self.interconnect_bytes_per_token),
             "tokens_per_s": round(self.tokens_per_s, 3),
         }
 
@@ -89,7 +89,7 @@ def replay(
     simulation.warm(policy.order(experts))
     for token in trace.ids():
         simulation.token(token)
-    counts, moved = residency.counts, simulation.link.moved
+    counts, moved = residency.counts, simulation.interconnect.moved
     return Replay(
         name=name,
         path=path,
@@ -97,7 +97,7 @@ def replay(
         hits=counts.hits,
         misses=counts.misses,
         uploads=counts.admissions + counts.fetches,
-        link_bytes=moved["copy"] + moved["read"],
+        interconnect_bytes=moved["copy"] + moved["read"],
         nanoseconds=simulation.clock.now,
     )
 
@@ -118,7 +118,7 @@ def optimum(trace: Trace, slots: int, machine: Machine, *, path: MissPath = "rea
         hits=hits,
         misses=misses,
         uploads=0,
-        link_bytes=0 if path == "cpu" else misses * machine.expert_bytes,
+        interconnect_bytes=0 if path == "cpu" else misses * machine.expert_bytes,
         nanoseconds=machine.token_ns(path, trace.header.layers, len(visits), misses, tokens),
     )
 

@@ -1,10 +1,10 @@
 """A decoding machine without a machine: clock, tiers and bytes in integers, the real Residency inside.
 
 Times are nanoseconds, rates bytes a second. A tier moves one thing at a time, in the order asked for;
-copies into slots and reads of missed experts share the link. Knows ids and sizes, no tensors.
+copies into slots and reads of missed experts share the interconnect. Knows ids and sizes, no tensors.
 
 Shape letters of reference formulas: A expert visits a token, S bytes an expert, D dense bytes a token,
-m share of misses, B rates (g device, p link, c CPU), t_s waiting a layer.
+m share of misses, B rates (g device, p interconnect, c CPU), t_s waiting a layer.
 """
 
 import heapq
@@ -78,15 +78,15 @@ class Machine:
 
     Attributes:
         expert_bytes: S. dense_bytes: D.
-        device, link, cpu: B_g, B_p, B_c in bytes a second.
-        latency_ns: of each request on the link.
+        device, interconnect, cpu: B_g, B_p, B_c in bytes a second.
+        latency_ns: of each request on the interconnect.
         sync_ns: t_s, waiting a layer where the host takes part in it.
     """
 
     expert_bytes: int = 3 * 4096 * 14336 * 17 // 32
     dense_bytes: int = 980_000_000
     device: int = 850 * 10**9
-    link: int = 25 * 10**9
+    interconnect: int = 25 * 10**9
     cpu: int = 60 * 10**9
     latency_ns: int = 0
     sync_ns: int = 80_000
@@ -103,7 +103,7 @@ class Machine:
         """
         seen = visits if path == "copy" else visits - misses
         near = tokens * self.dense_bytes + seen * self.expert_bytes
-        rate = self.cpu if path == "cpu" else self.link
+        rate = self.cpu if path == "cpu" else self.interconnect
         waiting = 0 if path == "read" else tokens * layers * self.sync_ns
         far = misses * self.expert_bytes * SECOND // rate
         return near * SECOND // self.device + far + waiting
@@ -122,7 +122,7 @@ class Simulation:
     """Decodes token by token what a trace says.
 
     Args:
-        path: what a miss does. read: the device reads it over the link. cpu: the host multiplies it.
+        path: what a miss does. read: the device reads it over PCIe. cpu: the host multiplies it.
             copy: it is copied into a slot first, at once (Residency.fetch).
         lag: whole tokens between the choice of an upload and the beginning of its copy.
         log: every event is written there, a line each: time, event, numbers.
@@ -141,8 +141,8 @@ class Simulation:
         self.residency, self.machine, self.path, self.lag = residency, machine, path, lag
         self.clock = SimClock()
         self.device = SimTier(self.clock, machine.device)
-        self.link = SimTier(self.clock, machine.link, machine.latency_ns)
-        self.upward = SimTier(self.clock, machine.link)
+        self.interconnect = SimTier(self.clock, machine.interconnect, machine.latency_ns)
+        self.upward = SimTier(self.clock, machine.interconnect)
         self.cpu = SimTier(self.clock, machine.cpu)
         self._faults = faults or Faults()
         self._random = Random(self._faults.seed)
@@ -153,7 +153,7 @@ class Simulation:
     def warm(self, order: Sequence[int]) -> None:
         """Fill the slots before the first token, in no time; the bytes count."""
         for upload in self.residency.warm(order):
-            self.link.moved["warm"] += self.machine.expert_bytes
+            self.interconnect.moved["warm"] += self.machine.expert_bytes
             self._note("warm", upload)
             self.residency.ready(upload)
 
@@ -176,7 +176,7 @@ class Simulation:
         """Begin every copy that was chosen, and let all of them end."""
         while self._waiting:
             self._begin(self._waiting.popleft())
-        self._wait(max(self.link.free_at, self.clock.now))
+        self._wait(max(self.interconnect.free_at, self.clock.now))
         self._publish()
 
     def _layer(self, ids: list[int]) -> None:
@@ -186,7 +186,7 @@ class Simulation:
                 self._fetch(expert, ids)
         missed = sum(residency.slot_of_id[expert] < 0 for expert in ids)
         self._wait(self.device.move("experts", (len(ids) - missed) * size))
-        tier = self.cpu if self.path == "cpu" else self.link
+        tier = self.cpu if self.path == "cpu" else self.interconnect
         for _ in range(missed):
             self._wait(tier.move(self.path, size))
         if self.path != "read":
@@ -196,7 +196,9 @@ class Simulation:
         upload = self.residency.fetch(expert, needed)
         while upload is not None:
             self._note("fetch", upload)
-            self._wait(self.link.move("copy", self.machine.expert_bytes, extra_ns=self._late_by()))
+            self._wait(
+                self.interconnect.move("copy", self.machine.expert_bytes, extra_ns=self._late_by())
+            )
             if self._good():
                 self.residency.ready(upload)
                 return
@@ -207,7 +209,9 @@ class Simulation:
     def _begin(self, uploads: Sequence[Upload]) -> None:
         for upload in uploads:
             self._note("copy", upload)
-            end = self.link.move("copy", self.machine.expert_bytes, extra_ns=self._late_by())
+            end = self.interconnect.move(
+                "copy", self.machine.expert_bytes, extra_ns=self._late_by()
+            )
             self.clock.at(end, partial(self._land, upload))
 
     def _land(self, upload: Upload) -> None:

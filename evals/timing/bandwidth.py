@@ -55,7 +55,7 @@ def read_bandwidth(device: torch.device, nbytes: int = 512 << 20) -> float:
     return source.nbytes / min(seconds(source.sum, device) for _ in range(_COPIES))
 
 
-def link_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
+def interconnect_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     """Bytes a second of a copy from pinned host memory to a GPU; the median of ten."""
     source = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -79,7 +79,7 @@ def examine(
     """Look at the machine, and at the disk below `folder`.
 
     Args:
-        measure: time memory, disk, device and link, and save it for plans (a few seconds).
+        measure: time memory, disk, device and PCIe, and save it for plans (a few seconds).
     """
     gpus = machine.gpus()
     key = machine.key(gpus[0].name if gpus else None)
@@ -291,18 +291,18 @@ def _measure(
     disk: float | None = None
     if machine.disk_free(folder) > 2 << 30 and os.access(folder, os.W_OK):
         disk = bandwidth.disk_bandwidth(folder)
-    device = link = None
+    device = interconnect = None
     if cuda:
         progress("device memory", 2, steps)
         device = bandwidth.copy_bandwidth(torch.device("cuda"))
-        progress("link", 3, steps)
-        link = bandwidth.link_bandwidth(torch.device("cuda"))
+        progress("PCIe", 3, steps)
+        interconnect = bandwidth.interconnect_bandwidth(torch.device("cuda"))
     return Measured(
         key=key,
         host_read=host,
         disk_read=disk,
         device_copy=device,
-        link=link,
+        interconnect=interconnect,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -312,7 +312,7 @@ def _measured_lines(measured: Measured) -> Iterator[str]:
         ("host memory", measured.host_read, "read by all threads"),
         ("disk", measured.disk_read, "read, not cached"),
         ("GPU memory", measured.device_copy, "copied, both directions counted"),
-        ("link", measured.link, "pinned host memory to the GPU"),
+        ("PCIe", measured.interconnect, "pinned host memory to the GPU"),
     )
     for what, rate, how in rows:
         if rate is not None:

@@ -194,8 +194,8 @@ def _rates(here: _Here, card: Card | None, *, elsewhere: bool) -> Rates:
         )
     )
     generation = 4 if card is None else card.pcie
-    link = Rate(
-        cards.LINK_BANDWIDTH[generation], f"pinned memory over PCIe {generation} x16, table"
+    interconnect = Rate(
+        cards.PCIE_BANDWIDTH[generation], f"pinned memory over PCIe {generation} x16, table"
     )
     host, disk = _HOST, _DISK
     if measured is not None:
@@ -203,8 +203,8 @@ def _rates(here: _Here, card: Card | None, *, elsewhere: bool) -> Rates:
         host = Rate(measured.host_read, told)
         disk = Rate(measured.disk_read, told) if measured.disk_read else disk
         device = Rate(measured.device_copy, told) if measured.device_copy else device
-        link = Rate(measured.link, told) if measured.link else link
-    return Rates(device=device, link=link, host=host, disk=disk)
+        interconnect = Rate(measured.interconnect, told) if measured.interconnect else interconnect
+    return Rates(device=device, interconnect=interconnect, host=host, disk=disk)
 
 
 def _place(
@@ -290,7 +290,7 @@ def _table(title: str, bill: Bill, budget: int | None) -> list[str]:
 
 _MEANING = {
     "resident": "all experts in device memory",
-    "link": "misses read over the link",
+    "interconnect": "misses read over PCIe",
     "cpu": "misses computed on the CPU",
     "host": "everything in host memory",
     "host and disk": "misses read from the disk",
@@ -299,7 +299,7 @@ _MEANING = {
 
 def _speed_lines(seen: Outlook) -> list[str]:
     lines = [_speed_line(speed) for speed in seen.speeds]
-    names = {"device": "device", "link": "link", "host": "host", "disk": "disk"}
+    names = {"device": "device", "interconnect": "PCIe", "host": "host", "disk": "disk"}
     for name in rates_used(seen.speeds):
         rate = getattr(seen.rates, name)
         lines.append(f"{names[name]:11} {figure(rate.bandwidth / 1e9)} GB/s ({rate.source})")

@@ -91,7 +91,7 @@ def replay_trace(
         typer.Option(help="A trace whose hottest experts fill the slots at the start."),
     ] = None,
     hbm: Rate = 850.0,
-    link: Rate = 25.0,
+    interconnect: Rate = 25.0,
     cpu: Rate = 60.0,
     expert_mb: Annotated[
         float | None, typer.Option(min=0.000001, help="MB an expert.", show_default="the trace's")
@@ -102,18 +102,18 @@ def replay_trace(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hit rate, bytes over the link and simulated speed of a policy, beside LRU and the optimum.
+    """Hit rate, bytes over PCIe and simulated speed of a policy, beside LRU and the optimum.
 
-    hbm, link and cpu are what the device's memory, the bus and the host's 4-bit products reach.
+    hbm, interconnect and cpu are what the device's memory, PCIe and the host's 4-bit products reach.
 
-    Example: qmix trace replay wiki.trace --slots 148 --policy heat --link 25
+    Example: qmix trace replay wiki.trace --slots 148 --policy heat --interconnect 25
     """
     from qmix.evals.routing import replay, trace
     from qmix.evals.routing.simulation import Machine
 
     found = trace.read(path)
     heat = None if profile is None else replay.heat_of(_profile(profile, found), policy)
-    machine = _machine(Machine(), found.header, (hbm, link, cpu), (expert_mb, dense_mb))
+    machine = _machine(Machine(), found.header, (hbm, interconnect, cpu), (expert_mb, dense_mb))
     rows = replay.compare(found, slots, policy, machine, heat=heat)
     if as_json:
         document = {
@@ -130,15 +130,15 @@ def replay_trace(
 
 def table(rows: tuple["Replay", ...]) -> str:
     """The replays as a markdown table."""
-    paths = {"read": "read over the link", "cpu": "CPU", "copy": "copied first"}
+    paths = {"read": "read over PCIe", "cpu": "CPU", "copy": "copied first"}
     lines = [
-        "| policy | misses | hit rate | uploads/token | MB/token over the link | tok/s simulated |",
+        "| policy | misses | hit rate | uploads/token | MB/token over PCIe | tok/s simulated |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.name} | {paths[row.path]} | {100 * row.hit_rate:.2f} % | "
-            f"{row.uploads_per_token:.3f} | {row.link_bytes_per_token / 1e6:,.2f} | "
+            f"{row.uploads_per_token:.3f} | {row.interconnect_bytes_per_token / 1e6:,.2f} | "
             f"{row.tokens_per_s:,.1f} |"
         )
     return "\n".join(lines) + "\n"
@@ -166,12 +166,12 @@ def _machine(
     megabytes: tuple[float | None, float | None],
 ) -> "Machine":
     """Sizes by the options, else as the trace has them, else Mixtral-8x7B's."""
-    device, link, cpu = (round(rate * 1e9) for rate in rates)
+    device, interconnect, cpu = (round(rate * 1e9) for rate in rates)
     expert, dense = (None if size is None else round(size * 1e6) for size in megabytes)
     return replace(
         default,
         device=device,
-        link=link,
+        interconnect=interconnect,
         cpu=cpu,
         expert_bytes=expert or header.expert_bytes or default.expert_bytes,
         dense_bytes=header.dense_bytes or default.dense_bytes if dense is None else dense,

@@ -189,7 +189,7 @@ class DeviceStore(Store):
         self._finish()
         self._write_table()
         self._start(uploads)
-        self._moved.link += len(uploads) * self.slots.nbytes
+        self._moved.interconnect += len(uploads) * self.slots.nbytes
         self.path.choose()
 
     def log(self, routes: Tensor) -> None:
@@ -221,7 +221,7 @@ class DeviceStore(Store):
             upload = self.residency.fetch(expert, experts)
             if upload is not None:
                 self._copy(expert, self.slots.blob(upload.slot)).join()
-                self._moved.link += self.slots.nbytes
+                self._moved.interconnect += self.slots.nbytes
                 self.residency.ready(upload)
         self._write_table()
 
@@ -249,7 +249,7 @@ class DeviceStore(Store):
             else:
                 row.append(self._address(expert))
                 if self.residency.slot_of_id[expert] < 0:
-                    self._moved.prefill_link += self.slots.nbytes
+                    self._moved.prefill_interconnect += self.slots.nbytes
         if layer == self.layers - 1:
             self._streamed = -1
         out = torch.empty(1, self.per_layer, dtype=torch.int64, device=self.addresses.device)
@@ -346,7 +346,9 @@ class DeviceStore(Store):
         if self._lent:
             self.residency.take_back(self._lent)
             self._lent, self._ahead, self._streamed = (), {}, -1
-            self._moved.prefill_link += self.warm(self.residency.policy.order(self.per_layer))
+            self._moved.prefill_interconnect += self.warm(
+                self.residency.policy.order(self.per_layer)
+            )
 
     def _send(self, layer: int, halves: int) -> None:
         """Start to copy what a layer has in no slot into its half of the buffers."""
@@ -360,7 +362,7 @@ class DeviceStore(Store):
             if self.missed(expert):
                 slot = buffers[index]
                 sent[expert] = slot, self._copy(expert, self.slots.blob(slot))
-                self._moved.prefill_link += self.slots.nbytes
+                self._moved.prefill_interconnect += self.slots.nbytes
         self._ahead[layer] = sent
 
 

@@ -1,4 +1,4 @@
-"""Whether the device reads a missing expert over the link, or the CPU multiplies it where it lies.
+"""Whether the device reads a missing expert over PCIe, or the CPU multiplies it where it lies.
 
 By measured bytes a second of both, with hysteresis. Pure Python: knows no clock, no tensors.
 """
@@ -18,7 +18,7 @@ class PathChoice:
     averages of what was really reached: a way that collapses in service is left.
 
     Attributes:
-        enter: the CPU is taken at this many times the link's rate.
+        enter: the CPU is taken at this many times the interconnect's rate.
         leave: and left below this many times.
         weight: of a new measurement in the average.
         current: the way. switches: how often it changed.

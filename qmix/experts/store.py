@@ -31,9 +31,9 @@ class Statistics:
         expert_bytes: of one blob.
         tokens: decode steps. hits, misses: experts they met in the fastest tier, and not there.
         failures: copies or reads that failed.
-        link_bytes: copied to the device for decode steps. in_place_bytes: read over the link where
+        interconnect_bytes: copied to the device for decode steps. in_place_bytes: read over PCIe where
             they lie. disk_bytes: read from the file for decode steps.
-        prefill_link_bytes, prefill_disk_bytes: the same for prompts.
+        prefill_interconnect_bytes, prefill_disk_bytes: the same for prompts.
         unpinned_bytes: of host memory that should have been pinned and could not be.
         path: how a miss is served: "disk", "zero-copy", "copy" or "cpu".
         path_switches: how often it changed.
@@ -47,10 +47,10 @@ class Statistics:
     hits: int = 0
     misses: int = 0
     failures: int = 0
-    link_bytes: int = 0
+    interconnect_bytes: int = 0
     in_place_bytes: int = 0
     disk_bytes: int = 0
-    prefill_link_bytes: int = 0
+    prefill_interconnect_bytes: int = 0
     prefill_disk_bytes: int = 0
     unpinned_bytes: int = 0
     path: str = "disk"
@@ -68,8 +68,16 @@ class Statistics:
     def since(self, earlier: "Statistics") -> "Statistics":
         """What was counted after `earlier`; sizes and path as they are now."""
         counted = (
-            *("tokens", "hits", "misses", "failures", "link_bytes", "in_place_bytes", "disk_bytes"),
-            *("prefill_link_bytes", "prefill_disk_bytes", "path_switches"),
+            *(
+                "tokens",
+                "hits",
+                "misses",
+                "failures",
+                "interconnect_bytes",
+                "in_place_bytes",
+                "disk_bytes",
+            ),
+            *("prefill_interconnect_bytes", "prefill_disk_bytes", "path_switches"),
         )
         now, then = asdict(self), asdict(earlier)
         return Statistics(**{**now, **{name: now[name] - then[name] for name in counted}})
@@ -78,7 +86,7 @@ class Statistics:
         """As a JSON document, with the figures a token."""
         moved = {
             name: self.per_token(getattr(self, name))
-            for name in ("link_bytes", "in_place_bytes", "disk_bytes")
+            for name in ("interconnect_bytes", "in_place_bytes", "disk_bytes")
         }
         return {
             **asdict(self),
@@ -96,7 +104,7 @@ class Statistics:
         moved = [
             f"{self.per_token(nbytes) / 1e9:.2f} GB/token {how}"
             for nbytes, how in (
-                (self.link_bytes + self.in_place_bytes, "over the link"),
+                (self.interconnect_bytes + self.in_place_bytes, "over PCIe"),
                 (self.disk_bytes, "from disk"),
             )
             if nbytes
@@ -177,10 +185,10 @@ def chosen_ids(routes: Routes) -> list[int]:
 class Moved:
     """Bytes that a store has moved, beside what its Residency counts."""
 
-    link: int = 0
+    interconnect: int = 0
     in_place: int = 0
     disk: int = 0
-    prefill_link: int = 0
+    prefill_interconnect: int = 0
     prefill_disk: int = 0
 
     def fields(self, counts: Counts, failures: int = 0) -> dict[str, int]:
@@ -190,9 +198,9 @@ class Moved:
             "hits": counts.hits,
             "misses": counts.misses,
             "failures": counts.failures + failures,
-            "link_bytes": self.link,
+            "interconnect_bytes": self.interconnect,
             "in_place_bytes": self.in_place,
             "disk_bytes": self.disk,
-            "prefill_link_bytes": self.prefill_link,
+            "prefill_interconnect_bytes": self.prefill_interconnect,
             "prefill_disk_bytes": self.prefill_disk,
         }

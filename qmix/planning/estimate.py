@@ -99,7 +99,7 @@ class Outlook:
 
 _USED: dict[Path, tuple[str, ...]] = {
     "resident": ("device",),
-    "link": ("device", "link"),
+    "interconnect": ("device", "interconnect"),
     "cpu": ("device", "host"),
     "host": ("host",),
     "host and disk": ("host", "disk"),
@@ -129,7 +129,7 @@ def outlook(planned: Plan, rates: Rates, source: Model | None = None) -> Outlook
 def _paths(planned: Plan) -> tuple[Path, ...]:
     if not planned.gpu:
         return ("host",) if planned.resident else ("host and disk",)
-    return ("resident",) if planned.resident else ("link", "cpu")
+    return ("resident",) if planned.resident else ("interconnect", "cpu")
 
 
 def _speeds(planned: Plan, rates: Rates) -> Iterator[Speed]:

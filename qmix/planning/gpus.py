@@ -1,4 +1,4 @@
-"""Graphics cards by their data sheets: memory, its bandwidth, the link to the host.
+"""Graphics cards by their data sheets: memory, its bandwidth, the interconnect to the host.
 
 Facts with their sources, for a card that is not in this machine. Knows nothing of what is measured:
 `qmix doctor --measure` is for the card that is.
@@ -12,7 +12,7 @@ from qmix.errors import UsageError
 # Host to device, bytes a second, of pinned memory over 16 lanes. PCIe 4: 23.8 measured on a 3090
 # (FlashML-org/FreeToken#281), 25 as the round figure of reference/offload.md, section 3. Other
 # generations by their ratio; 5 on an H100's host was 51 (kekzl/imp#1377).
-LINK_BANDWIDTH = {3: 12.5e9, 4: 25e9, 5: 50e9}
+PCIE_BANDWIDTH = {3: 12.5e9, 4: 25e9, 5: 50e9}
 # What reading reaches of a data sheet's bandwidth: 854 of the 3090's 936 GB/s (ashalliants/ninfer-3090#50).
 READ_SHARE = 0.91
 # The kernels are compiled for 8.0, 8.6, 8.9 and 9.0; older matrix units lack their instruction.
@@ -28,7 +28,7 @@ class Card:
         vram: bytes that the driver reports as total (nvidia-smi).
         nominal: GB on the box.
         bandwidth: bytes a second of the data sheet.
-        pcie: generation of its link, 16 lanes.
+        pcie: generation of its interconnect, 16 lanes.
         capability: CUDA compute capability.
         source: of bandwidth and generation.
     """
@@ -47,9 +47,9 @@ class Card:
         return READ_SHARE * self.bandwidth
 
     @property
-    def link(self) -> float:
+    def interconnect(self) -> float:
         """Bytes a second from pinned host memory."""
-        return LINK_BANDWIDTH[self.pcie]
+        return PCIE_BANDWIDTH[self.pcie]
 
     @property
     def supported(self) -> bool:

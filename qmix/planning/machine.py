@@ -60,7 +60,7 @@ class Measured:
     Attributes:
         key: the machine and its GPU, see `key`.
         host_read: host memory, read by all threads. disk_read: of the file system measured, not
-            cached. device_copy: device memory, bytes read and written both counted. link: pinned
+            cached. device_copy: device memory, bytes read and written both counted. interconnect: pinned
             host memory to the device.
         date: ISO 8601.
     """
@@ -69,7 +69,7 @@ class Measured:
     host_read: float
     disk_read: float | None = None
     device_copy: float | None = None
-    link: float | None = None
+    interconnect: float | None = None
     date: str = ""
 
 
@@ -278,7 +278,7 @@ def _entries(path: Path) -> list[Measured]:
             or not {"key", "host_read"} <= entry.keys()
         ):
             raise refuse(entry)
-        rates = [entry.get(n) for n in ("host_read", "disk_read", "device_copy", "link")]
+        rates = [entry.get(n) for n in ("host_read", "disk_read", "device_copy", "interconnect")]
         positive = [type(rate) in (int, float) and rate > 0 for rate in rates if rate is not None]
         if (
             not all(positive)

@@ -2,7 +2,7 @@
 
 T of one decode step, batch 1, for a model whose experts lie in several tiers:
     all in device memory     T = (D + A S) / B_device
-    misses over the link     T = (D + A S) / B_device + m A S / B_link
+    misses over PCIe         T = (D + A S) / B_device + m A S / B_pcie
     misses on the CPU        T = (D + h A S) / B_device + m A S / B_host + L t
     experts on the disk      + f A S / B_disk
     no device                T = (D + A S) / B_host + f A S / B_disk
@@ -14,13 +14,13 @@ share of experts that the tier holds, which any policy reaches. Knows no torch a
 from dataclasses import dataclass
 from typing import Literal
 
-Path = Literal["resident", "link", "cpu", "host", "host and disk"]
+Path = Literal["resident", "interconnect", "cpu", "host", "host and disk"]
 
 # What is expected of a bound until it has been measured: the goals that this project set itself.
 # llama.cpp's static split reaches 0.54 to 0.78 of its own, a tuned resident MoE decode 0.51.
 SHARE: dict[Path, float] = {
     "resident": 0.60,
-    "link": 0.80,
+    "interconnect": 0.80,
     "cpu": 0.70,
     "host": 0.70,
     "host and disk": 0.70,
@@ -37,10 +37,10 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What can be read a second: device memory, the link to it, host memory by the CPU, the disk."""
+    """What can be read a second: device memory, the interconnect to it, host memory by the CPU, the disk."""
 
     device: Rate
-    link: Rate
+    interconnect: Rate
     host: Rate
     disk: Rate
 
@@ -77,8 +77,12 @@ class Step:
         match path:
             case "resident":
                 return active / rates.device.bandwidth
-            case "link":
-                return active / rates.device.bandwidth + self.missed / rates.link.bandwidth + read
+            case "interconnect":
+                return (
+                    active / rates.device.bandwidth
+                    + self.missed / rates.interconnect.bandwidth
+                    + read
+                )
             case "cpu":
                 on_device = (active - self.missed) / rates.device.bandwidth
                 waiting = self.layers * self.wait_s

@@ -91,7 +91,7 @@ def test_json_and_text_say_the_same(full):
     assert document["device_bytes"] == sum(document["device"].values()) <= 16 * GIB
     assert document["assumed"] == "nf4 b64 double-quant"
     assert "assumed" in text.stdout
-    assert {speed["path"] for speed in document["speeds"]} == {"link", "cpu"}
+    assert {speed["path"] for speed in document["speeds"]} == {"interconnect", "cpu"}
     assert all(rate["source"] for rate in document["rates"].values())
 
 
@@ -145,15 +145,15 @@ def test_measurements_of_this_machine_are_taken_and_another_cards_are_not(here, 
             host_read=41e9,
             disk_read=3e9,
             device_copy=840e9,
-            link=24e9,
+            interconnect=24e9,
             date="2026-01-02T03:04:05+00:00",
         )
     )
     rates = plan.answer(Request(source=full)).outlook.rates
-    assert [r.bandwidth for r in (rates.host, rates.disk, rates.device, rates.link)] == [
+    assert [r.bandwidth for r in (rates.host, rates.disk, rates.device, rates.interconnect)] == [
         41e9, 3e9, 840e9, 24e9,
     ]  # fmt: skip
-    assert rates.link.source == "measured here on 2026-01-02"
+    assert rates.interconnect.source == "measured here on 2026-01-02"
     other = plan.answer(Request(source=full, card="a100-80")).outlook.rates
     assert "A100-80" in other.device.source
     assert "assumed" in other.host.source

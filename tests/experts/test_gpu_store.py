@@ -26,7 +26,6 @@ from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
-from qmix.weights.packed import weight
 from qmix.weights.packed.layout import rebased, unpack_expert
 from tests.support.interpreter import run_apart
 from tests.support.models import small_model
@@ -96,8 +95,8 @@ def through_the_table(monkeypatch):
             out[token, choice] = y * routes.weights[token, choice, None]
         return out
 
-    monkeypatch.setattr(weight, "expert_pairs", pairs)
-    monkeypatch.setattr(weight, "experts", lambda x, r, w: pairs(x, r, w).sum(1).to(x.dtype))
+    monkeypatch.setattr(packed_matmul, "expert_pairs", pairs)
+    monkeypatch.setattr(packed_matmul, "experts", lambda x, r, w: pairs(x, r, w).sum(1).to(x.dtype))
 
 
 def whole_model(make):
@@ -202,12 +201,12 @@ def test_bytes_to_the_device_are_admissions_times_a_blob():
     decode(model, 30)
     did, counts = store.statistics(), store.residency.counts
     assert counts.admissions > 0
-    assert did.link_bytes == counts.admissions * size
+    assert did.interconnect_bytes == counts.admissions * size
     assert copier.bytes == counts.copies * size
     assert did.in_place_bytes == did.misses * size
     assert did.hits + did.misses == did.tokens * LAYERS * 2
     assert did.tokens >= 28  # the last are read when the next step begins
-    assert (did.prefill_link_bytes, did.disk_bytes) == (0, 0)
+    assert (did.prefill_interconnect_bytes, did.disk_bytes) == (0, 0)
     assert "zero-copy" in str(did)
     assert "5 on the device, 12 in RAM" in str(did)
 
@@ -227,8 +226,8 @@ def test_a_prompt_sends_each_missing_expert_once_and_leaves_heat_alone(slots):
     did = store.statistics().since(before)
     kept = slots - len(store._lent)
     assert len(store._lent) == min(2, slots // EXPERTS) * EXPERTS
-    assert copier.bytes - sent == did.prefill_link_bytes == (LAYERS * EXPERTS - kept) * size
-    assert (did.link_bytes, did.tokens, did.hits, did.misses) == (0, 0, 0, 0)
+    assert copier.bytes - sent == did.prefill_interconnect_bytes == (LAYERS * EXPERTS - kept) * size
+    assert (did.interconnect_bytes, did.tokens, did.hits, did.misses) == (0, 0, 0, 0)
     assert store.residency.policy.heat == heat
     with torch.no_grad():
         model(PROMPT)  # another chunk: the same again, nothing is taken back between
@@ -237,7 +236,7 @@ def test_a_prompt_sends_each_missing_expert_once_and_leaves_heat_alone(slots):
     decode(model, 1)
     assert not store._lent
     assert (
-        store.statistics().since(before).prefill_link_bytes
+        store.statistics().since(before).prefill_interconnect_bytes
         == (2 * (LAYERS * EXPERTS - kept) + lent) * size
     )
 
@@ -307,7 +306,7 @@ def test_where_the_host_cannot_be_read_every_chosen_expert_is_brought(slots, lef
     did, counts = store.statistics(), store.residency.counts
     assert not store.recordable
     assert did.path == "copy"
-    assert did.link_bytes == counts.fetches * store.slots.nbytes
+    assert did.interconnect_bytes == counts.fetches * store.slots.nbytes
     assert did.in_place_bytes == 0
     assert did.disk == left
     assert bool(filled) == bool(left)
@@ -417,12 +416,12 @@ def test_memory_that_was_not_written_is_not_resident():
     assert len(own) == 64
 
 
-def clocked(path, link, cpu, tokens, missed=10**8):
+def clocked(path, interconnect, cpu, tokens, missed=10**8):
     """A clock that gives each way its rate: what `tokens` tokens take, and the ways they took."""
     ways, clock = [], 0.0
     for token in range(tokens):
         way = path.choose()
-        rate = cpu(token) if way == "cpu" else link
+        rate = cpu(token) if way == "cpu" else interconnect
         seconds = missed / rate
         path.observe(way, missed, seconds)
         ways.append(way)
@@ -430,7 +429,7 @@ def clocked(path, link, cpu, tokens, missed=10**8):
     return ways, clock
 
 
-def test_the_link_serves_misses_until_both_are_measured():
+def test_the_interconnect_serves_misses_until_both_are_measured():
     path = PathChoice()
     assert clocked(path, 25e9, lambda t: 60e9, 10)[0] == ["zero-copy"] * 10
     path.observe("cpu", 10**9, 10**9 / 60e9)

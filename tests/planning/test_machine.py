@@ -138,7 +138,7 @@ def test_no_gpus_where_nvidia_smi_is_missing_or_fails(monkeypatch):
 def test_measurements_are_kept_by_machine(tmp_path):
     path = tmp_path / "cache" / "qmix" / "machine.json"
     one = Measured(key="a", host_read=38e9, disk_read=2e9, date="2026-01-01T00:00:00+00:00")
-    other = Measured(key="b", host_read=60e9, device_copy=8e11, link=25e9)
+    other = Measured(key="b", host_read=60e9, device_copy=8e11, interconnect=25e9)
     assert machine.measurements("a", path) == machine.Found()
     machine.save(one, path)
     machine.save(other, path)

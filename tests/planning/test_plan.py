@@ -38,7 +38,7 @@ SMALL = Model.assume(
 )
 RATES = Rates(
     device=Rate(850e9, "test"),
-    link=Rate(25e9, "test"),
+    interconnect=Rate(25e9, "test"),
     host=Rate(38e9, "test"),
     disk=Rate(2e9, "test"),
 )
@@ -80,7 +80,7 @@ def test_what_a_token_reads_beside_experts_is_the_references():
 def test_bounds_are_those_of_the_references_table(slots, copied, slow_cpu, fast_cpu):
     step = roofline.Step(dense=0.98e9, visits=64, expert=93.6e6, hit=slots / 256, layers=32)
     fast = replace(RATES, host=Rate(60e9, "test"))
-    assert 1 / step.seconds("link", RATES) == pytest.approx(copied, rel=0.02)
+    assert 1 / step.seconds("interconnect", RATES) == pytest.approx(copied, rel=0.02)
     assert 1 / step.seconds("cpu", RATES) == pytest.approx(slow_cpu, rel=0.02)
     assert 1 / step.seconds("cpu", fast) == pytest.approx(fast_cpu, rel=0.02)
     assert 1 / step.seconds("resident", RATES) == pytest.approx(122, rel=0.01)
@@ -271,7 +271,7 @@ def test_the_outlook_of_a_card_that_is_too_small():
     found = outlook(
         plan(MIXTRAL, gpu=True, vram=16 * GIB, ram=16 * GIB), RATES, Model.assume("x", FULL, DENSE)
     )
-    assert {speed.path for speed in found.speeds} == {"link", "cpu"}
+    assert {speed.path for speed in found.speeds} == {"interconnect", "cpu"}
     for speed in found.speeds:
         assert speed.expected == speed.share * speed.bound
         assert speed.bound_full < speed.bound
@@ -321,9 +321,10 @@ def test_work_is_the_logs():
 def test_planning_imports_no_torch():
     code = (
         "import sys, pathlib\n"
-        "from qmix import cli, plan_commands, planner\n"
-        "found = planner.answer(planner.Request(source=pathlib.Path('evals/tiny'), ram='1G'))\n"
-        "planner.text(found)\n"
+        "from qmix import cli\n"
+        "from qmix.commands import plan, plan_command\n"
+        "found = plan.answer(plan.Request(source=pathlib.Path('evals/tiny'), ram='1G'))\n"
+        "plan.text(found)\n"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -25,7 +25,7 @@ ROUND = Machine(
     expert_bytes=1000,
     dense_bytes=5000,
     device=10**10,
-    link=10**8,
+    interconnect=10**8,
     cpu=2 * 10**8,
     sync_ns=700,
 )
@@ -102,9 +102,9 @@ def test_every_byte_is_in_the_ledger(seed, slots, name, path, lag, faults):
     counts, size, visits = simulation.residency.counts, ROUND.expert_bytes, 25 * 3 * 2
     assert counts.hits + counts.misses == visits
     copied = (counts.admissions + counts.fetches) * size
-    assert simulation.link.moved["warm"] == counts.warmed * size == slots * size
-    assert simulation.link.moved["copy"] == copied
-    assert simulation.link.moved["read"] == (counts.misses * size if path == "read" else 0)
+    assert simulation.interconnect.moved["warm"] == counts.warmed * size == slots * size
+    assert simulation.interconnect.moved["copy"] == copied
+    assert simulation.interconnect.moved["read"] == (counts.misses * size if path == "read" else 0)
     assert simulation.cpu.moved["cpu"] == (counts.misses * size if path == "cpu" else 0)
     # Weights never go up: an evicted expert is dropped, its blob is still on the host.
     assert set(simulation.upward.moved) == {"routes"}
@@ -128,7 +128,7 @@ def test_the_time_is_the_formula_where_nothing_moves(slots, path):
     assert (counts.hits, counts.misses) == (40 * slots, 40 * (12 - slots))
     hit_share, visits = slots / 12, 12
     near = (ROUND.dense_bytes + hit_share * visits * ROUND.expert_bytes) / ROUND.device
-    rate = ROUND.link if path == "read" else ROUND.cpu
+    rate = ROUND.interconnect if path == "read" else ROUND.cpu
     far = (1 - hit_share) * visits * ROUND.expert_bytes / rate
     waiting = 3 * ROUND.sync_ns if path == "cpu" else 0
     assert simulation.clock.now == pytest.approx(40 * (1e9 * (near + far) + waiting), rel=1e-12)
@@ -144,7 +144,7 @@ def test_the_time_is_the_formula_for_copies_on_demand():
     counts = simulation.residency.counts
     assert (counts.hits, counts.misses) == (61, 59)  # the slots held 0 and 1 at the start
     near = (60 * ROUND.dense_bytes + 120 * ROUND.expert_bytes) * 10**9 // ROUND.device
-    far = 59 * ROUND.expert_bytes * 10**9 // ROUND.link
+    far = 59 * ROUND.expert_bytes * 10**9 // ROUND.interconnect
     assert simulation.clock.now == near + far + 60 * ROUND.sync_ns
     assert simulation.clock.now == ROUND.token_ns("copy", 1, 120, 59, 60)
 
@@ -160,12 +160,12 @@ def test_the_default_machine_gives_the_bounds_of_a_24_gb_card():
     assert 10**9 / machine.token_ns("read", 32, 64, 0, 1) == pytest.approx(122, abs=0.5)
 
 
-def test_copies_and_missed_reads_share_the_link():
+def test_copies_and_missed_reads_share_the_interconnect():
     """Four admissions (10 us each) go first; the next token's miss waits for them."""
     found = Trace(Header(layers=1, experts=8, chosen=1), (((7,),), ((6,),)))
     simulation = simulated(found, 1, Settings(decay=ONE, margin=0, uploads=4))
     dense, blob = 500, 10_000
-    # Token 1 reads 7 over the link and admits it; token 2 waits for that copy, then reads 6.
+    # Token 1 reads 7 over PCIe and admits it; token 2 waits for that copy, then reads 6.
     assert simulation.clock.now == (dense + blob) + (blob + blob)
     assert simulation.residency.counts.admissions == 1
 
@@ -300,14 +300,14 @@ def test_the_tiny_models_own_routing_replayed():
         for row in (read, cpu, lru, best, best_cpu):
             assert row.hits + row.misses == visits
             assert row.hits <= best.hits
-        assert read.link_bytes == (read.misses + read.uploads) * machine.expert_bytes
-        assert cpu.link_bytes == cpu.uploads * machine.expert_bytes > 0
+        assert read.interconnect_bytes == (read.misses + read.uploads) * machine.expert_bytes
+        assert cpu.interconnect_bytes == cpu.uploads * machine.expert_bytes > 0
         assert (
-            lru.link_bytes
+            lru.interconnect_bytes
             == lru.uploads * machine.expert_bytes
             == lru.misses * (machine.expert_bytes)
         )
-        assert best.link_bytes == best.misses * machine.expert_bytes
+        assert best.interconnect_bytes == best.misses * machine.expert_bytes
         assert read.nanoseconds >= machine.token_ns("read", 3, visits, read.misses, 800)
         assert read.uploads_per_token < 0.2 * lru.uploads_per_token
         # Local routing: better than any placement that looks at nothing.

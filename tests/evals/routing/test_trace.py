@@ -233,7 +233,7 @@ def test_the_commands_record_and_replay(tmp_path):
     assert document["machine"]["expert_bytes"] == header.expert_bytes > 0
     drawn = qmix("trace", "replay", out, "--slots", 16, "--expert-mb", 93.6, "--policy", "lfu")
     assert drawn.stdout.count("\n") == 7
-    assert "| lfu | read over the link |" in drawn.stdout
+    assert "| lfu | read over PCIe |" in drawn.stdout
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,8 @@ def test_bad_input_gets_one_line_and_its_exit_code(arguments, code):
 def test_replaying_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
-        "from qmix.experts import heat, policy, replay, residency, simulation, trace\n"
+        "from qmix.experts import heat_file, policy, residency\n"
+        "from qmix.evals.routing import replay, simulation, trace\n"
         f"sys.argv = ['qmix', 'trace', 'replay', {str(GOLDEN)!r}, '--slots', '12']\n"
         "from qmix.cli import main; main()"
     )
