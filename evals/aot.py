@@ -1,8 +1,8 @@
-"""Compile every selectable GPU program ahead of time and count what its inner loop costs.
+"""Compile every selectable GPU kernel ahead of time and count what its inner loop costs.
 
 Needs triton, no GPU. Shows what a GPU would not
 tell anyway: registers, spills, shared memory against the architecture's limit, and the machine
-instructions a weight of the loop that reads the weights. Says nothing of time. Programs that read
+instructions a weight of the loop that reads the weights. Says nothing of time. Kernels that read
 no weights (attention, norms, router) are compiled in the 8x7B's shapes.
 
 Must not run in Triton's interpreter (TRITON_INTERPRET=1): its kernels cannot be compiled.
@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from qmix.evals.timing.machine_code import SHARED_LIMIT, Cost, Source, cost_of
-from qmix.evals.timing.plain_programs import Plain, plain_variants
+from qmix.evals.timing.plain_kernels import Plain, plain_variants
 from qmix.kernels.gpu import attention, moe, moe_triton
 from qmix.kernels.gpu.moe import Config, configs
 from qmix.weights.packed.tile_format import TileFormat
@@ -42,18 +42,18 @@ _POINTERS = {
     "x": "*fp16",
     "hidden": "*fp16",
     "weights": "*fp32",
-    "partial": "*fp32",
+    "partials": "*fp32",
     "out": "*bf16",
 }
-# Integers that are multiples of 16 in every model with a packed order; triton sees it at run time.
+# Integers that are multiples of 16 in every model with a packed layout; triton sees it at run time.
 _MULTIPLES = ("D", "F", "N", "K", "offset", "SECOND")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One program as it is compiled: its name, what is constant in it, and the architecture."""
+    """One kernel as it is compiled: its name, what is constant in it, and the architecture."""
 
-    program: str
+    kernel: str
     plan: TileFormat
     config: Config
     is_sorted: bool
@@ -63,13 +63,13 @@ class Variant:
         zeros = "" if self.plan.symmetric else " asymmetric"
         how = " sorted" if self.is_sorted else ""
         return (
-            f"sm_{self.arch} {self.program}{how} {self.plan.kind} {self.plan.inputs}{zeros}, "
+            f"sm_{self.arch} {self.kernel}{how} {self.plan.kind} {self.plan.inputs}{zeros}, "
             f"{self.config.columns} columns"
         )
 
     def source(self) -> Source:
         """What is to be compiled."""
-        function: Any = getattr(moe_triton, self.program)
+        function: Any = getattr(moe_triton, self.kernel)
         plan, config = self.plan, self.config
         every = {
             "KIND": plan.kind,
@@ -107,11 +107,11 @@ def variants(archs: Sequence[int], plans: Sequence[TileFormat] = FORMATS) -> Ite
     for arch in archs:
         for plan in plans:
             for config in configs(plan):
-                yield Variant("product", plan, config, False, arch)
-                for program in ("gate_up", "down"):
-                    yield Variant(program, plan, config, True, arch)
+                yield Variant("packed_matmul", plan, config, False, arch)
+                for kernel in ("gate_up", "down"):
+                    yield Variant(kernel, plan, config, True, arch)
                     if config.columns <= moe.DECODE_TOKENS:
-                        yield Variant(program, plan, config, False, arch)
+                        yield Variant(kernel, plan, config, False, arch)
             yield Variant("dequantize", plan, Config(0, 4, 1), False, arch)
 
 

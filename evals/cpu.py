@@ -36,7 +36,7 @@ from qmix.evals.timing.bandwidth import seconds
 from qmix.evals.timing.llama import Llama, llama
 from qmix.kernels import Routes, tiles
 from qmix.kernels.cpu.library import library
-from qmix.kernels.moe import routed
+from qmix.kernels.moe import moe_forward
 from qmix.nn.attention import Step
 from qmix.nn.decoder_layer import DecoderLayer, one_token
 from qmix.nn.linear import Linear
@@ -93,7 +93,7 @@ class Report:
     date: str
     cpu: str
     threads: int
-    path: str | None
+    isa: str | None
     dtype: str
     shape: Mapping[str, int]
     versions: Mapping[str, str]
@@ -148,7 +148,7 @@ def random_layer(config: MixtralConfig, form: str) -> DecoderLayer:
 
 
 class PlainRead:
-    """Reads 512 MiB once, on torch's threads: what a turn's products are measured against.
+    """Reads 512 MiB once, on torch's threads: what a turn's matmuls are measured against.
 
     The bandwidth of a machine that others use too wanders by a half: only what was read in the same turn
     compares. `rates` are bytes a second.
@@ -158,7 +158,7 @@ class PlainRead:
     """
 
     def __init__(self) -> None:
-        if library().path is None:
+        if library().isa is None:
             raise ResourceError("the CPU kernels are not compiled", remedy="See the warning above.")
         self._memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
         self.rates: list[float] = []
@@ -213,7 +213,7 @@ def run(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=processor(),
         threads=torch.get_num_threads(),
-        path=library().path,
+        isa=library().isa,
         dtype="bfloat16",
         shape={
             "hidden": config.hidden_size,
@@ -260,12 +260,12 @@ def _of_experts(layer: DecoderLayer, form: str, count: int, reads: PlainRead) ->
     found: list[Measurement] = []
     for name, peer in (("torch int4pack", _int4pack), ("bitsandbytes", _bitsandbytes)):
         try:
-            products = peer(weights)
+            matmuls = peer(weights)
         except ImportError as error:
             found.append(_absent("experts", f"{name}, {form}", f"not installed: {error}", count))
             continue
-        if products is not None:
-            ways[f"{name}, {form}"] = partial(_peer_experts, products=products)
+        if matmuls is not None:
+            ways[f"{name}, {form}"] = partial(_peer_experts, matmuls=matmuls)
     nbytes = CHOICES * sum(weight.nbytes for weight in vars(weights[0]).values())
     times: dict[str, list[float]] = {name: [] for name in ways}
     parts: dict[str, list[float]] = {name: [] for name in ways}
@@ -389,17 +389,17 @@ def _on_torch(x: Tensor, routes: Routes, weights: Sequence[Expert]) -> Tensor:
             for one in weights
         ]
 
-    return routed(x, routes, weights, F.silu, linears)
+    return moe_forward(x, routes, weights, F.silu, linears)
 
 
-_Product = Callable[[Tensor], Tensor]
+_Matmul = Callable[[Tensor], Tensor]
 
 
 def _peer_experts(
-    x: Tensor, routes: Routes, products: Sequence[tuple[_Product, _Product, _Product]]
+    x: Tensor, routes: Routes, matmuls: Sequence[tuple[_Matmul, _Matmul, _Matmul]]
 ) -> None:
     for index in torch.unique(routes.ids).tolist():
-        w1, w2, w3 = products[index]
+        w1, w2, w3 = matmuls[index]
         token = torch.where(routes.ids == index)[0]
         chosen = x[token]
         w2(F.silu(w1(chosen)) * w3(chosen))
@@ -407,12 +407,12 @@ def _peer_experts(
 
 def _int4pack(
     weights: Sequence[Expert],
-) -> list[tuple[_Product, _Product, _Product]] | None:
+) -> list[tuple[_Matmul, _Matmul, _Matmul]] | None:
     """torch's `_weight_int4pack_mm_for_cpu`; one expert stands for all but for its memory."""
     if not isinstance(weights[0].w1, Int4):
         return None
 
-    def product(weight: Weight) -> _Product:
+    def matmul(weight: Weight) -> _Matmul:
         assert isinstance(weight, Int4)
         codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).view(weight.shape)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
@@ -421,17 +421,17 @@ def _int4pack(
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         return lambda x: multiply(x, packed, weight.group_inputs, both)
 
-    return [(product(one.w1), product(one.w2), product(one.w3)) for one in weights]
+    return [(matmul(one.w1), matmul(one.w2), matmul(one.w3)) for one in weights]
 
 
 def _bitsandbytes(
     weights: Sequence[Expert],
-) -> list[tuple[_Product, _Product, _Product]] | None:
+) -> list[tuple[_Matmul, _Matmul, _Matmul]] | None:
     """bitsandbytes' matmul_4bit on the same NF4 bytes, plain absmax."""
     functional: Any = importlib.import_module("bitsandbytes.functional")
     package: Any = importlib.import_module("bitsandbytes")
 
-    def product(weight: Weight) -> _Product:
+    def matmul(weight: Weight) -> _Matmul:
         assert isinstance(weight, NF4)
         assert isinstance(weight.absmax, Tensor)
         state = functional.QuantState(
@@ -448,7 +448,7 @@ def _bitsandbytes(
     first = weights[0].w1
     if not isinstance(first, NF4) or not isinstance(first.absmax, Tensor):
         return None
-    return [(product(one.w1), product(one.w2), product(one.w3)) for one in weights]
+    return [(matmul(one.w1), matmul(one.w2), matmul(one.w3)) for one in weights]
 
 
 def _absent(part: str, way: str, note: str, count: int = 1) -> Measurement:
@@ -484,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             record = json.dumps(asdict(report), indent=1) + "\n"
             options.json.write_text(record, encoding="utf-8")
-        sys.stdout.write(f"{report.cpu}, {report.threads} threads, {report.path}; ")
+        sys.stdout.write(f"{report.cpu}, {report.threads} threads, {report.isa}; ")
         low, high = (rate / 1e9 for rate in report.bandwidth_range)
         sys.stdout.write(
             f"memory read at {report.bandwidth / 1e9:.1f} GB/s ({low:.1f} to {high:.1f})\n\n"

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from qmix.kernels.cpu.library import PATHS, VARIABLE, library
+from qmix.kernels.cpu.library import ISAS, VARIABLE, library
 from tests.support.cpu_kernels import BEST
 from tests.support.models import SHARED, TINY, small_model, threads
 
@@ -54,10 +54,10 @@ def shared():
     return SHARED / "data"
 
 
-@pytest.fixture(params=("torch", *PATHS))
-def path(request, monkeypatch):
-    """Each path that this processor has; the library is found anew for it, and after it."""
-    if request.param in PATHS and PATHS.index(request.param) > BEST:
+@pytest.fixture(params=("torch", *ISAS))
+def isa(request, monkeypatch):
+    """Each instruction set that this processor has; the library is found anew for it, and after it."""
+    if request.param in ISAS and ISAS.index(request.param) > BEST:
         pytest.skip(f"no {request.param} on this processor, or no compiler")
     monkeypatch.setenv(VARIABLE, request.param)
     library.cache_clear()
@@ -67,7 +67,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture
 def poison():
-    """Fresh tensors are filled with NaN, so that what a program forgets to write shows."""
+    """Fresh tensors are filled with NaN, so that what a kernel forgets to write shows."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the oracle's
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

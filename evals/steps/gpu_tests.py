@@ -60,7 +60,7 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
 
 
 def _workers() -> list[str]:
-    """Most of the time is compiling, one program after another: side by side if pytest-xdist is there."""
+    """Most of the time is compiling, one kernel after another: side by side if pytest-xdist is there."""
     if importlib.util.find_spec("xdist") is None:
         return []
     return ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]

@@ -33,7 +33,7 @@ GATHERED_TOKENS = (1, 2, 4)  # a gather copies the experts of every token
 _SHAPES = ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH))
 
 # (x, out's shape) through one matrix of one expert.
-Product = Callable[[Tensor, int, int], Tensor]
+Matmul = Callable[[Tensor, int, int], Tensor]
 
 
 def run(device: torch.device) -> Iterator[dict[str, object]]:
@@ -76,7 +76,7 @@ def bitsandbytes(device: torch.device) -> Iterator[dict[str, object]]:
         [[matrix(*shape) for shape in _SHAPES] for _ in range(EXPERTS)] for _ in range(LAYERS)
     ]
 
-    def product(layer: int) -> Product:
+    def matmul(layer: int) -> Matmul:
         def multiply(x: Tensor, expert: int, which: int) -> Tensor:
             codes, state = layers[layer][expert][which]
             out: Tensor = package.matmul_4bit(x, codes.t(), quant_state=state)
@@ -85,7 +85,7 @@ def bitsandbytes(device: torch.device) -> Iterator[dict[str, object]]:
         return multiply
 
     name = f"bitsandbytes {package.__version__} nf4"
-    yield from _by_expert(name, 4.5, device, product)
+    yield from _by_expert(name, 4.5, device, matmul)
 
 
 def grouped_nf4_gemm(device: torch.device) -> Iterator[dict[str, object]]:
@@ -144,14 +144,14 @@ def int4pack(device: torch.device) -> Iterator[dict[str, object]]:
         [[matrix(*shape) for shape in _SHAPES] for _ in range(EXPERTS)] for _ in range(LAYERS)
     ]
 
-    def product(layer: int) -> Product:
+    def matmul(layer: int) -> Matmul:
         def multiply(x: Tensor, expert: int, which: int) -> Tensor:
             packed, scales = layers[layer][expert][which]
             return torch._weight_int4pack_mm(x, packed, 128, scales)
 
         return multiply
 
-    yield from _by_expert("torch._weight_int4pack_mm", 4.25, device, product)
+    yield from _by_expert("torch._weight_int4pack_mm", 4.25, device, matmul)
 
 
 def gather(device: torch.device) -> Iterator[dict[str, object]]:
@@ -198,7 +198,7 @@ def _sorted(chosen: Routes) -> tuple[Tensor, Tensor, list[int], Tensor]:
 
 
 def _by_expert(
-    name: str, bits: float, device: torch.device, product: Callable[[int], Product]
+    name: str, bits: float, device: torch.device, matmul: Callable[[int], Matmul]
 ) -> Iterator[dict[str, object]]:
     """A block of two products an expert, for a kernel that knows one matrix at a time."""
     for tokens in TOKENS:
@@ -214,7 +214,7 @@ def _by_expert(
         )
 
         def call(layer: int, x: Tensor = x, parts: list[Any] = parts) -> Callable[[], object]:
-            multiply = product(layer)
+            multiply = matmul(layer)
 
             def block() -> Tensor:
                 out = torch.zeros_like(x)

@@ -70,7 +70,7 @@ def _reads(model: MixtralForCausalLM, cache: KVCache) -> dict[str, float]:
         up += found.distinct * (first.w1.nbytes + first.w3.nbytes)
         down += found.distinct * first.w2.nbytes
     return {
-        "product": projections,
+        "packed_matmul": projections,
         "gate_up": up,
         "down": down,
         "split": found.cache,

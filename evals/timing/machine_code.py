@@ -1,6 +1,6 @@
-"""A Triton program as an architecture's machine code: compiled ahead of time, then counted.
+"""A Triton kernel as an architecture's machine code: compiled ahead of time, then counted.
 
-Needs triton, no GPU: triton brings the assembler and the disassembler. Knows no program of ours.
+Needs triton, no GPU: triton brings the assembler and the disassembler. Knows no kernel of ours.
 
 Must not run in Triton's interpreter (TRITON_INTERPRET=1): its kernels cannot be compiled.
 """
@@ -27,7 +27,7 @@ _MATRIX = re.compile(r"\b[HIDQ]G?MMA\b")  # HFMA2.MMA is none
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A program and what Triton would learn of its arguments at a launch.
+    """A kernel and what Triton would learn of its arguments at a launch.
 
     Attributes:
         function: the Triton function.
@@ -51,12 +51,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one program costs.
+    """What one kernel costs.
 
     Attributes:
         registers: a thread's; a multiprocessor has 65536.
         stack: bytes of local memory a thread, where spilled registers go.
-        shared: bytes of shared memory a program.
+        shared: bytes of shared memory a thread block.
         loop: machine instructions of the loop around the matrix instructions; 0 if there is none.
         per_weight: the same divided by the weights that a thread multiplies in it.
         wide_copies: 128-bit copies from global memory in the loop.
@@ -77,7 +77,7 @@ class Cost:
 
 
 def cost_of(source: Source) -> Cost:
-    """Compile and disassemble a program."""
+    """Compile and disassemble a kernel."""
     names = source.function.arg_names
     compiled = triton.compile(
         ASTSource(
@@ -94,7 +94,7 @@ def cost_of(source: Source) -> Cost:
         options={"num_warps": source.warps, "num_stages": source.stages},
     )
     with tempfile.TemporaryDirectory() as scratch:
-        cubin = Path(scratch) / "program.cubin"
+        cubin = Path(scratch) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
         body = _loop(_run("nvdisasm", "-c", str(cubin)))

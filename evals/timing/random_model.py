@@ -1,4 +1,4 @@
-"""Models of any size with random weights in packed order, drawn on the device: for speed, not for sense.
+"""Models of any size with random weights in the packed layout, drawn on the device: for speed, not for sense.
 
 46.7 B weights are there in seconds, nothing is read, quantized or packed. Activations keep their size
 through any depth, so routing is near uniform; real prompts route less evenly.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.kernels import Packed, PackedExperts
+from qmix.kernels import PackedExperts, PackedWeight
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.linear import Linear
@@ -55,11 +55,11 @@ def build(
         whole = draw.matrix((sum(rows), config.hidden_size))
         starts = [sum(rows[:index]) for index in range(len(rows))]
         parts = [
-            Packed(whole, range(start, start + count), None)
+            PackedWeight(whole, range(start, start + count), None)
             for start, count in zip(starts, rows, strict=True)
         ]
-        attention.store_joined(Packed(whole, None, None), parts)
-        attention.o_proj.store(Packed(draw.matrix(_shape(attention.o_proj)), None, None))
+        attention.store_joined(PackedWeight(whole, None, None), parts)
+        attention.o_proj.store(PackedWeight(draw.matrix(_shape(attention.o_proj)), None, None))
         shape = (config.intermediate_size, config.hidden_size)
         block.store(PackedExperts([draw.expert(shape) for _ in range(config.num_local_experts)]))
     for name, module in model.named_modules():

@@ -5,7 +5,7 @@ every token and can be recorded once as a CUDA graph. Means what `Decoder.decode
 one new position; the choice of the next id can be part of it.
 
 Shape letters: B rows, D hidden width, H heads, G key-value heads, d head width, R slots, E experts,
-V vocabulary. Knows modules; of bits only that they lie in packed order.
+V vocabulary. Knows modules; of bits only that they lie in the packed layout.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.experts.gpu_store import DeviceExperts, DeviceStore
 from qmix.generation.token_choice import Draw
-from qmix.kernels import Packed, PackedExperts
+from qmix.kernels import PackedExperts, PackedWeight
 from qmix.nn.attention import Attention
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
@@ -44,12 +44,12 @@ class _Layer:
 
 
 def _matrix(weight: object) -> PackedMatrix | None:
-    whole = isinstance(weight, Packed) and weight.part is None
-    return weight.matrix if whole and isinstance(weight, Packed) else None
+    whole = isinstance(weight, PackedWeight) and weight.selection is None
+    return weight.matrix if whole and isinstance(weight, PackedWeight) else None
 
 
 def _layer(layer: nn.Module) -> _Layer | None:
-    """The layer's tensors, or None if a weight is not in packed order."""
+    """The layer's tensors, or None if a weight is not in the packed layout."""
     assert isinstance(layer, DecoderLayer)
     attention, block = layer.self_attn, layer.block_sparse_moe
     assert isinstance(attention, Attention)
@@ -195,16 +195,18 @@ class Decoding:
     def _launch(self) -> None:
         """The step itself. Nothing here may depend on a value that lies on the device."""
         from qmix.kernels.gpu import attention, pointwise
-        from qmix.kernels.gpu import moe as products
+        from qmix.kernels.gpu import moe as gpu_moe
 
         half, batch = torch.float16, len(self.ids)
         x = F.embedding(self.ids, self._embedding)
-        shares = self._nothing
+        partials = self._nothing
         chosen = []
         for layer, (keys, values) in zip(self._layers, self._storage, strict=True):
-            x, normed = pointwise.residual_norm(x, shares, layer.input_norm, self._eps, dtype=half)
+            x, normed = pointwise.residual_norm(
+                x, partials, layer.input_norm, self._eps, dtype=half
+            )
             q = pointwise.rotate_store(
-                products.linear_shares(normed, layer.qkv),
+                gpu_moe.linear_partials(normed, layer.qkv),
                 keys,
                 values,
                 self._cos,
@@ -217,19 +219,19 @@ class Decoding:
             seen = attention.attend_cached(
                 q, keys, values, self.past, starts=self._starts, window=self._window, dtype=half
             )
-            routed = pointwise.residual_norm_route(
+            router = pointwise.residual_norm_route(
                 x,
-                products.linear_shares(seen.view(batch, -1), layer.o_proj),
+                gpu_moe.linear_partials(seen.view(batch, -1), layer.o_proj),
                 layer.post_norm,
                 self._eps,
                 layer.gate,
                 self._choices,
                 dtype=half,
             )
-            x = routed.total
-            chosen.append(routed.routes.ids)
-            shares = products.expert_shares(routed.normed, routed.routes, layer.experts.table, 0)
-        _, last = pointwise.residual_norm(x, shares, self._norm, self._eps)
+            x = router.total
+            chosen.append(router.routes.ids)
+            partials = gpu_moe.expert_partials(router.normed, router.routes, layer.experts.table, 0)
+        _, last = pointwise.residual_norm(x, partials, self._norm, self._eps)
         self.logits.copy_(kernels.linear(last, self._head.stored))
         self.past.add_(1)
         if self._store is not None:

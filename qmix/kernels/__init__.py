@@ -1,4 +1,4 @@
-"""One table: (weight type, device) -> the function that multiplies. Reference rows first.
+"""One table: (weight type, device) -> the function that multiplies. Reference backends first.
 
 A kernel may only be faster than `x @ w.dequantize().T`; it may not mean anything else. Knows
 nothing of models, files or tiers.
@@ -19,18 +19,18 @@ from qmix.kernels.attention import Implementation, visible
 from qmix.kernels.cpu import matmul
 from qmix.kernels.cpu.library import attends, library
 from qmix.kernels.gpu import packed_matmul
-from qmix.kernels.moe import Routes, routed, routed_token
+from qmix.kernels.moe import Routes, moe_forward, moe_forward_token
 from qmix.kernels.pointwise import rotary
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.expert import Expert, Resident
 from qmix.weights.integers import Int4, Int8
 from qmix.weights.nf4 import FP4, NF4
-from qmix.weights.packed.weight import Packed, PackedExperts
+from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
 __all__ = [
     "Expert",
-    "Packed",
     "PackedExperts",
+    "PackedWeight",
     "Resident",
     "Routes",
     "apply_rotary",
@@ -46,11 +46,11 @@ __all__ = [
     "visible",
 ]
 
-Choice = Literal["reference"]
-Linear = Callable[[Tensor, Weight], Tensor]
+Backend = Literal["reference"]
+LinearFn = Callable[[Tensor, Weight], Tensor]
 
 # The fast rows. A device without a row of its own takes the reference row's arithmetic in tiles.
-_LINEAR: Mapping[tuple[type, str], Linear] = {
+_LINEAR: Mapping[tuple[type, str], LinearFn] = {
     (Dense, "cpu"): dense.linear,
     (Dense, "cuda"): dense.linear,
     (NF4, "cpu"): matmul.linear,
@@ -61,35 +61,35 @@ _LINEAR: Mapping[tuple[type, str], Linear] = {
     (Int4, "cuda"): tiles.integers,
     (Int8, "cpu"): tiles.integers,
     (Int8, "cuda"): tiles.integers,
-    (Packed, "cuda"): packed_matmul.linear,
+    (PackedWeight, "cuda"): packed_matmul.linear,
 }
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-_choice: ContextVar[Choice | None] = ContextVar("kernel override", default=None)
+_override: ContextVar[Backend | None] = ContextVar("kernel override", default=None)
 
 
 @contextmanager
-def override(choice: Choice) -> Iterator[None]:
+def override(choice: Backend) -> Iterator[None]:
     """Within the block every product takes the named row: `reference` is the oracle."""
     if choice != "reference":
-        raise UsageError("no such kernel row", expected="'reference'", found=repr(choice))
-    token = _choice.set(choice)
+        raise UsageError("no such kernel backend", expected="'reference'", found=repr(choice))
+    token = _override.set(choice)
     try:
         yield
     finally:
-        _choice.reset(token)
+        _override.reset(token)
 
 
 def overridden() -> bool:
     """Whether products take another row than their device's."""
-    return _choice.get() is not None
+    return _override.get() is not None
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [..., K] times [N, K] gives [..., N] in x's dtype."""
     assert x.shape[-1] == weight.shape[1], (tuple(x.shape), weight.shape)
-    if _choice.get() == "reference":
+    if _override.get() == "reference":
         return reference.linear(x, weight)
     row = _LINEAR.get((type(weight), x.device.type))
     if row is None:
@@ -115,20 +115,20 @@ def experts(
     Experts that no token chose are not touched: `weights[i]` is asked for once a chosen expert, in
     ascending order, and let go before the next; but those of a list or Resident serve one token at once.
     """
-    if _choice.get() == "reference":
+    if _override.get() == "reference":
         return reference.experts(x, routes, weights, act)
     trained = x.requires_grad and torch.is_grad_enabled()
     if act is F.silu and not trained:
         if isinstance(weights, PackedExperts):
             return packed_matmul.experts(x, routes, weights)
-        if len(x) == 1 and x.is_cpu and library().path is not None:
-            return routed_token(x, routes, weights, _mix)
-    return routed(x, routes, weights, act, linears)
+        if len(x) == 1 and x.is_cpu and library().isa is not None:
+            return moe_forward_token(x, routes, weights, _add_experts)
+    return moe_forward(x, routes, weights, act, linears)
 
 
-def _mix(x: Tensor, chosen: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
+def _add_experts(x: Tensor, chosen: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
     if all(_compiled(x, (expert.w1, expert.w2, expert.w3)) for expert in chosen):
-        matmul.mix(x, chosen, shares, out)
+        matmul.add_experts(x, chosen, shares, out)
         return
     for expert, share in zip(chosen, shares, strict=True):
         gate, up = linears(x, (expert.w1, expert.w3))

@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     data = weight.data
     if _few(x, data):
         tokens = x.detach().reshape(-1, data.shape[1]).contiguous()
-        return library().multiply_dense(tokens, data.detach()).view(*x.shape[:-1], len(data))
+        return library().matmul_dense(tokens, data.detach()).view(*x.shape[:-1], len(data))
     return F.linear(x, data)
 
 
@@ -39,5 +39,5 @@ def _few(x: Tensor, data: Tensor) -> bool:
         and x.dtype == data.dtype == torch.bfloat16
         and data.is_contiguous()
         and not trained
-        and library().path is not None
+        and library().isa is not None
     )

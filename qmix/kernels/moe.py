@@ -21,7 +21,7 @@ class Routes:
     weights: Tensor
 
 
-def routed(
+def moe_forward(
     x: Tensor,
     routes: Routes,
     weights: Sequence[Expert],
@@ -47,21 +47,21 @@ def routed(
     return out.to(x.dtype)
 
 
-def routed_token(
+def moe_forward_token(
     x: Tensor,
     routes: Routes,
     weights: Sequence[Expert],
-    mix: Callable[[Tensor, Sequence[Expert], Sequence[float], Tensor], None],
+    add_experts: Callable[[Tensor, Sequence[Expert], Sequence[float], Tensor], None],
 ) -> Tensor:
-    """`routed` of one token: (1, D) -> (1, D); all its experts at once where they stay.
+    """`moe_forward` of one token: (1, D) -> (1, D); all its experts at once where they stay.
 
     Args:
-        mix: adds the experts' outputs for x [1, D], by their shares, to a float32 sum [1, D].
+        add_experts: adds the experts' outputs for x [1, D], by their shares, to a float32 sum [1, D].
     """
     shares = dict(zip(routes.ids.tolist()[0], routes.weights.tolist()[0], strict=True))
     ids = sorted(shares)
     groups = [ids] if isinstance(weights, (list, Resident)) else [[index] for index in ids]
     out = torch.zeros(x.shape, dtype=torch.float32)
     for group in groups:
-        mix(x, [weights[index] for index in group], [shares[index] for index in group], out)
+        add_experts(x, [weights[index] for index in group], [shares[index] for index in group], out)
     return out.to(x.dtype)

@@ -149,7 +149,7 @@ def on_the_host(
 
 
 class OnDevice:
-    """Takes layer after layer, brought into packed order, from the device to host memory; then makes the store.
+    """Takes layer after layer, brought into the packed layout, from the device to host memory; then makes the store.
 
     Between the two at most one layer lies on the device whole.
 
@@ -180,13 +180,13 @@ class OnDevice:
         """The next layer's experts to host memory. Their room on the device is free when this returns.
 
         Raises:
-            UnsupportedError: they are not in packed order, or of another size than the others.
+            UnsupportedError: they are not in the packed layout, or of another size than the others.
             ResourceError: no host memory.
         """
         experts = block.stored
         if not isinstance(experts, PackedExperts):
             raise UnsupportedError(
-                "experts that are not in packed order are not offloaded from a GPU",
+                "experts that are not in the packed layout are not offloaded from a GPU",
                 where=f"layer {len(self._packed)}",
                 found=str(experts[0].w1.scheme),
                 remedy="Load it with device='cpu' and ram=, or quantize it as NF4 or GPTQ.",
@@ -269,7 +269,7 @@ class OnDevice:
         return store
 
     def _fill(self, expert: int, target: Tensor) -> None:
-        """An expert from its file into device memory, in packed order."""
+        """An expert from its file into device memory, in the packed layout."""
         standard = self._reader.load(expert)
         there = type(standard)(
             *(w.to(self._device) for w in (standard.w1, standard.w2, standard.w3))

@@ -1,6 +1,6 @@
-"""Packed order for a whole model: which of its weights the GPU kernels can read, and the rest counted.
+"""Packed layout for a whole model: which of its weights the GPU kernels can read, and the rest counted.
 
-Knows modules by their classes, and of packed order only that it may refuse a weight.
+Knows modules by their classes, and of the packed layout only that it may refuse a weight.
 """
 
 from collections import Counter
@@ -15,12 +15,12 @@ from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense
 from qmix.weights.packed import weight as packed
-from qmix.weights.packed.weight import Packed, PackedExperts
+from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
 
 @dataclass
 class Placement:
-    """How many quantized matrices lie in packed order, and why the others do not.
+    """How many quantized matrices lie in the packed layout, and why the others do not.
 
     Attributes:
         packed: matrices.
@@ -34,7 +34,7 @@ class Placement:
     apart: Counter[str] = field(default_factory=Counter)
 
     def pack(self, root: nn.Module) -> None:
-        """Bring every quantized matrix below `root` into packed order, where it is.
+        """Bring every quantized matrix below `root` into the packed layout, where it is.
 
         While it runs the experts of one layer are held twice.
         """
@@ -44,7 +44,7 @@ class Placement:
             elif isinstance(module, Attention):
                 self._join(module)
         for module in root.modules():
-            if isinstance(module, Linear) and not isinstance(module.stored, (Dense, Packed)):
+            if isinstance(module, Linear) and not isinstance(module.stored, (Dense, PackedWeight)):
                 self._pack_matrix(module)
 
     @property
@@ -53,7 +53,7 @@ class Placement:
         return not self.refused and not self.apart
 
     def __str__(self) -> str:
-        text = f"{self.packed} of {self.packed + self.refused.total()} quantized matrices in packed order"
+        text = f"{self.packed} of {self.packed + self.refused.total()} quantized matrices in the packed layout"
         if self.refused:
             text += f"; the others are dequantized before every product ({_listed(self.refused)})"
         if self.apart:
@@ -77,7 +77,7 @@ class Placement:
     def _join(self, attention: Attention) -> None:
         """q, k and v as one matrix; where they cannot be, each is packed by itself."""
         weights = [m.stored for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        if any(isinstance(weight, (Dense, Packed)) for weight in weights):
+        if any(isinstance(weight, (Dense, PackedWeight)) for weight in weights):
             return
         try:
             attention.store_joined(*packed.pack_joined(weights))

@@ -11,7 +11,7 @@ from qmix.experts.reader import FileWeight
 from qmix.formats import names
 from qmix.formats.files import shards
 from qmix.formats.layouts import writer
-from qmix.kernels import Packed
+from qmix.kernels import PackedWeight
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Weight
 from qmix.weights.scheme import DENSE
@@ -28,7 +28,7 @@ def save(
     """Write config.json and sharded safetensors, each weight as it is stored (qmix.formats.layouts.writer).
 
     Whatever layout integers came from they are written as GPTQ: version 2 if a zero is 0, their
-    inputs' groups as they were. The codes and scales do not change, in packed order or not.
+    inputs' groups as they were. The codes and scales do not change, in the packed layout or not.
 
     Raises:
         UsageError: the directory holds weights already.
@@ -83,12 +83,12 @@ def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weig
 def _standard(weight: Weight) -> Weight:
     if isinstance(weight, FileWeight):
         return weight.load()
-    return weight.standard() if isinstance(weight, Packed) else weight
+    return weight.standard() if isinstance(weight, PackedWeight) else weight
 
 
 def _described(weight: Weight) -> Weight:
-    """What says how a weight is stored: itself; in packed order all but its codes."""
-    return (isinstance(weight, Packed) and weight.kept) or _standard(weight)
+    """What says how a weight is stored: itself; in the packed layout all but its codes."""
+    return (isinstance(weight, PackedWeight) and weight.template) or _standard(weight)
 
 
 def _planned(module: str, stored: Weight | Tensor) -> list[shards.Planned]:

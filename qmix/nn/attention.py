@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qmix import kernels
 from qmix.config import MixtralConfig
-from qmix.kernels import Packed
+from qmix.kernels import PackedWeight
 from qmix.kernels.attention import Implementation, Sight, weighted
 from qmix.nn.cache import Cache
 from qmix.nn.linear import Linear
@@ -56,14 +56,14 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
-        self.joined: Packed | None = None  # q, k and v as one matrix
+        self.joined: PackedWeight | None = None  # q, k and v as one matrix
 
     @property
     def projections(self) -> tuple[Linear, Linear, Linear, Linear]:
         """Of queries, keys, values and the output."""
         return self.q_proj, self.k_proj, self.v_proj, self.o_proj
 
-    def store_joined(self, whole: Packed, parts: Sequence[Packed]) -> None:
+    def store_joined(self, whole: PackedWeight, parts: Sequence[PackedWeight]) -> None:
         """Replace q, k and v by one matrix and its parts."""
         for module, part in zip(self.projections[:3], parts, strict=True):
             module.store(part)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not isinstance(self.q_proj.stored, Packed):
+        if not isinstance(self.q_proj.stored, PackedWeight):
             self.joined = None  # moved: three standard weights again
         return self
 

@@ -54,13 +54,13 @@ class DecoderLayer(nn.Module):
 
     def _compiled(self, token: TokenLayer, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The same of one token on a CPU, in two calls around attention."""
-        products = library()
+        compiled = library()
         attended = self.self_attn.attended(
-            products.before_attention(token, x, step.cos, step.sin), step
+            compiled.before_attention(token, x, step.cos, step.sin), step
         )
-        x, normed, router_logits, routes = products.after_attention(token, attended, x)
+        x, normed, router_logits, routes = compiled.after_attention(token, attended, x)
         if not token.whole:
-            x = x + self.block_sparse_moe.routed(normed, routes)
+            x = x + self.block_sparse_moe.moe_forward(normed, routes)
         return x, router_logits
 
     def _one_token(self) -> TokenLayer | None:
@@ -99,7 +99,7 @@ class DecoderLayer(nn.Module):
             (len(packed), len(dense)) != (4, 3)
             or not all(part.device.type == "cpu" for part in (*packed, *dense))
             or not all(t.is_contiguous() for t in dense)
-            or library().path is None
+            or library().isa is None
         ):
             return None
         block = self.block_sparse_moe
@@ -143,7 +143,7 @@ def one_token(
         ready.append(token)
     slot, seen = (0, 1) if cache is None else cache.room()
     caches = [] if cache is None else [cache.storage(index) for index in range(len(ready))]
-    out, logits = library().token(ready, x, step.cos, step.sin, caches, slot=slot, seen=seen)
+    out, logits = library().decode_token(ready, x, step.cos, step.sin, caches, slot=slot, seen=seen)
     return out, list(logits[:, None].unbind())
 
 

@@ -57,7 +57,7 @@ class SparseMoeBlock(nn.Module):
 
     @property
     def stored(self) -> Sequence[Expert]:
-        """The experts' weights, as a whole if they lie in packed order or in a store."""
+        """The experts' weights, as a whole if they lie in the packed layout or in a store."""
         if self._whole is not None:
             return self._whole
         return list(self._resident)
@@ -106,9 +106,9 @@ class SparseMoeBlock(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         logits: Tensor = self.gate(tokens)
         routes = kernels.route(logits, self.num_experts_per_tok)
-        return self.routed(tokens, routes).view_as(x), logits
+        return self.moe_forward(tokens, routes).view_as(x), logits
 
-    def routed(self, tokens: Tensor, routes: Routes) -> Tensor:
+    def moe_forward(self, tokens: Tensor, routes: Routes) -> Tensor:
         """Tokens through the experts that were chosen for them: (T, D) -> (T, D)."""
         if isinstance(self._whole, StoredExperts):
             return self._whole.product(tokens, routes, self.act)

@@ -1,4 +1,4 @@
-"""The bytes of a model by its parts: in host memory as files have it, on a GPU in packed order.
+"""The bytes of a model by its parts: in host memory as files have it, on a GPU in the packed layout.
 
 From headers, or from a config and an assumed scheme. Mirrors what the loader and the placement do, so
 that a plan is what will be measured. Knows no torch and no tensors. Shape letters: N outputs, K
@@ -225,7 +225,7 @@ class Footprint:
         blob: what an arena keeps for each of them, whole pages.
         kinds: bytes of the other weights by kind.
         kept: bytes that stay on the host beside a model on a GPU: the scales as they were read.
-        unpacked: why experts have no packed order; None if they have, and without a GPU.
+        unpacked: why experts have no packed layout; None if they have, and without a GPU.
     """
 
     experts: tuple[int, ...]
@@ -266,7 +266,7 @@ def on_host(model: Model) -> Footprint:
 
 
 def on_device(model: Model) -> Footprint:
-    """On a GPU, quantized weights in packed order where they have one."""
+    """On a GPU, quantized weights in the packed layout where they have one."""
     item, kept = ITEM_BYTES[model.dtype], 0
     kinds: dict[TensorKind, int] = defaultdict(int)
     attention: dict[int | None, list[StoredWeight]] = defaultdict(list)
@@ -294,13 +294,11 @@ def on_device(model: Model) -> Footprint:
             if alike:
                 sizes[index] = _packed_expert(groups[index])
                 kept += sum(weight.scales for weight in groups[index])
-            else:  # one by one, each matrix in packed order if it has one
+            else:  # one by one, each matrix in the packed layout if it has one
                 sizes[index] = sum(_matrix(weight, item) for weight in groups[index])
                 kept += sum(_left(weight) for weight in groups[index])
         if not alike and reason is None:
-            reason = (
-                "experts of a layer that are stored differently, or in a shape without packed order"
-            )
+            reason = "experts of a layer that are stored differently, or in a shape without a packed layout"
     return Footprint(
         tuple(sizes),
         _aligned(max(sizes), PAGE_BYTES),
@@ -328,7 +326,7 @@ def _aligned(nbytes: int, to: int) -> int:
 
 
 def _format(weight: StoredWeight, rows: int = PANEL) -> TileFormat | None:
-    """The tile format; None if it has no packed order."""
+    """The tile format; None if it has no packed layout."""
     kind: Literal["nf4", "int4"]
     match weight.scheme.kind:
         case "nf4":
@@ -353,13 +351,13 @@ def _matrix(weight: StoredWeight, item: int) -> int:
 
 
 def _left(weight: StoredWeight) -> int:
-    """Bytes that stay on the host of a matrix in packed order."""
+    """Bytes that stay on the host of a matrix in the packed layout."""
     packed = weight.tensor.linear and _format(weight) is not None
     return weight.scales if packed else 0
 
 
 def _joined(parts: Sequence[StoredWeight]) -> int | None:
-    """Bytes of q, k and v as one matrix; None if they are not stored alike, or it has no packed order."""
+    """Bytes of q, k and v as one matrix; None if they are not stored alike, or it has no packed layout."""
     first = parts[0]
     if len({(weight.scheme, weight.item) for weight in parts}) != 1:
         return None
@@ -371,7 +369,7 @@ def _joined(parts: Sequence[StoredWeight]) -> int | None:
 
 
 def _expert_formats(parts: Sequence[StoredWeight]) -> tuple[TileFormat, TileFormat] | None:
-    """Of w1 with w3, and of w2; None if they have no packed order."""
+    """Of w1 with w3, and of w2; None if they have no packed layout."""
     w1, w2, w3 = parts
     gate, up, down = _format(w1, BYTE_ROWS), _format(w3, BYTE_ROWS), _format(w2)
     if gate is None or down is None or gate != up or w1.group != w3.group:

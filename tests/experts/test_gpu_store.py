@@ -100,7 +100,7 @@ def through_the_table(monkeypatch):
 
 
 def whole_model(make):
-    """A small model in packed order; only its experts, so that torch multiplies the rest."""
+    """A small model in the packed layout; only its experts, so that torch multiplies the rest."""
     model = small_model(
         hidden_size=128, intermediate_size=64, num_local_experts=EXPERTS, head_dim=16
     )

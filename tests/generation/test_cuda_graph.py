@@ -31,7 +31,7 @@ def test_steps_on_the_gpu():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Every program recorded instead of launched, by name."""
+    """Every kernel recorded instead of launched, by name."""
     monkeypatch.setitem(kernels._LINEAR, (Dense, "meta"), dense.linear)  # the head's
     found = {}
     for module in (moe_triton, attention_triton, pointwise_triton):
@@ -62,7 +62,7 @@ def test_a_token_of_the_8x7b_is_nine_launches_a_layer(batch, launches):
     counts = {name: len(recorder.grids) for name, recorder in launches.items() if recorder.grids}
     assert counts == {
         "residual_norm": 2 * 32 + 1,
-        "product": 2 * 32,
+        "packed_matmul": 2 * 32,
         "rotate_store": 32,
         "split": 32,
         "merge": 32,
@@ -74,7 +74,7 @@ def test_a_token_of_the_8x7b_is_nine_launches_a_layer(batch, launches):
         step.past.tolist()  # the trap is armed
 
 
-def test_what_torch_launches_beside_the_programs(launches, monkeypatch):
+def test_what_torch_launches_beside_the_kernels(launches, monkeypatch):
     """A handful an embedding and a head; nothing a layer but empty tensors."""
     from torch.utils._python_dispatch import TorchDispatchMode
 

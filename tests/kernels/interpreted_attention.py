@@ -1,15 +1,15 @@
-"""Triton attention and pointwise programs against the reference rows, interpreted or on a GPU.
+"""Triton attention and pointwise kernels against the reference backends, interpreted or on a GPU.
 
 Run by test_triton_attention.py in a process of its own with TRITON_INTERPRET=1: the flag is read when
 a kernel is defined. On a machine with a GPU: python -m pytest tests/kernels/interpreted_attention.py. Fresh
-tensors are filled with NaN, so that what a program forgets to write shows; so are all slots of a
+tensors are filled with NaN, so that what a kernel forgets to write shows; so are all slots of a
 cache that no query may see.
 
 Tolerances, in the norm of the error relative to the oracle's. In float32 only the order of additions
 and exp2 for exp differ: ORDER_BOUND. In float16 the oracle is float32 over the same float16 inputs
 and attention differs by two roundings to nearest, each at most 2^-11 = 4.9e-4 and independent from
 element to element: of the softmax's weights before they multiply values, and of the result. So
-HALF_BOUND = 2 * 2^-11. The pointwise programs round where the reference rounds, or less often:
+HALF_BOUND = 2 * 2^-11. The pointwise kernels round where the reference rounds, or less often:
 against it in the same dtype a residual, a norm after it and a rotation differ by at most two, four
 and four roundings, where a sum that falls on the other side of a tie counts as one.
 """
@@ -66,7 +66,7 @@ def padding(batch, length, holes=False):
     return keep.to(DEVICE)
 
 
-SHARES = (1, 2, 4)  # query heads of a key-value head
+GROUP_HEADS = (1, 2, 4)  # query heads of a key-value head
 LENGTHS = (1, 2, 15, 16, 17, 33)
 
 
@@ -75,13 +75,13 @@ LENGTHS = (1, 2, 15, 16, 17, 33)
 @pytest.mark.parametrize("window", [None, 1, 7, 8, 16])
 def test_attend(window, length, dtype):
     """One query, some at the end of a cache, and all: at every block edge and window edge."""
-    share = SHARES[length % 3]
+    group_heads = GROUP_HEADS[length % 3]
     k, v = (
         drawn(2, 2, length, 32, seed=2, dtype=dtype),
         drawn(2, 2, length, 32, seed=3, dtype=dtype),
     )
     for queries in sorted({1, (length + 1) // 2, length}):
-        q = drawn(2, 2 * share, queries, 32, dtype=dtype)
+        q = drawn(2, 2 * group_heads, queries, 32, dtype=dtype)
         out = gpu.attend(q, k, v, window=window, keep=None, tuning=SMALL)
         assert out.dtype == dtype
         assert error(out, oracle(q, k, v, window, None)) <= bound(dtype)
@@ -246,9 +246,9 @@ def test_rms_norm(width, dtype):
 @pytest.mark.parametrize(("splits", "choices"), [(1, 1), (3, 2)])
 def test_residual_norm_adds_what_a_product_left(splits, choices, dtype):
     x, weight = drawn(5, 96, dtype=dtype), drawn(96, seed=2, dtype=dtype)
-    shares = drawn(splits, 5 * choices, 96, seed=3)
-    added = shares.view(splits, 5, choices, 96).sum((0, 2)).to(dtype)
-    total, normed = pointwise.residual_norm(x, shares, weight, 1e-5, dtype=torch.float16)
+    partials = drawn(splits, 5 * choices, 96, seed=3)
+    added = partials.view(splits, 5, choices, 96).sum((0, 2)).to(dtype)
+    total, normed = pointwise.residual_norm(x, partials, weight, 1e-5, dtype=torch.float16)
     assert (total.dtype, normed.dtype) == (dtype, torch.float16)
     assert error(total, x + added) <= bound(dtype)
     assert error(normed, kernels.rms_norm(x + added, weight, 1e-5)) <= 2 * HALF_BOUND
@@ -290,10 +290,10 @@ def test_logits_that_are_no_numbers_choose_experts_that_exist():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_residual_norm_route(tokens, dtype):
-    x, shares = drawn(tokens, 96, dtype=dtype), drawn(2, tokens, 96, seed=2)
+    x, partials = drawn(tokens, 96, dtype=dtype), drawn(2, tokens, 96, seed=2)
     weight, gate = drawn(96, seed=3, dtype=dtype), drawn(8, 96, seed=4, dtype=dtype) / 8
-    found = pointwise.residual_norm_route(x, shares, weight, 1e-5, gate, 2, dtype=torch.float16)
-    total = x + shares.sum(0).to(dtype)
+    found = pointwise.residual_norm_route(x, partials, weight, 1e-5, gate, 2, dtype=torch.float16)
+    total = x + partials.sum(0).to(dtype)
     normed = kernels.rms_norm(total, weight, 1e-5)
     assert error(found.total, total) <= bound(dtype)
     assert error(found.normed, normed) <= 2 * HALF_BOUND
@@ -334,12 +334,12 @@ def test_rotate_store_writes_what_a_cache_holds(window, dtype):
     for new in (4, 1, 1, 1, 9, 1, 1):
         length = cache.length
         splits = 1 + new % 3
-        shares = drawn(splits, 2 * new, 8 * 16, seed=length)
+        partials = drawn(splits, 2 * new, 8 * 16, seed=length)
         past = torch.full((2,), length, dtype=torch.int32, device=DEVICE)
         q = pointwise.rotate_store(
-            shares, keys, values, *table, past, heads=4, starts=starts, dtype=dtype
+            partials, keys, values, *table, past, heads=4, starts=starts, dtype=dtype
         )
-        heads = shares.sum(0).to(dtype).view(2, new, 8, 16).transpose(1, 2)
+        heads = partials.sum(0).to(dtype).view(2, new, 8, 16).transpose(1, 2)
         positions = torch.arange(length, length + new, device=DEVICE)[None] - starts[:, None]
         cos, sin = kernels.rotary(positions.clamp(min=0), 16, 1e4, dtype)
         rotated = kernels.apply_rotary(heads[:, :6], cos, sin)
@@ -358,8 +358,8 @@ def test_a_position_beyond_the_table_shows():
     keys, values = torch.zeros(2, 1, 1, 8, 16, device=DEVICE)
     cos, sin = kernels.rotary(torch.arange(4, device=DEVICE)[None], 16, 1e4, torch.float32)
     past = torch.tensor([3], dtype=torch.int32, device=DEVICE)
-    shares = drawn(2, 4 * 16)
-    q = pointwise.rotate_store(shares, keys, values, cos, sin, past, heads=2, dtype=torch.float32)
+    partials = drawn(2, 4 * 16)
+    q = pointwise.rotate_store(partials, keys, values, cos, sin, past, heads=2, dtype=torch.float32)
     assert torch.equal(q.isnan().flatten(2).all(-1)[0], torch.tensor([False, True]).to(DEVICE))
     assert not q[0, 0].isnan().any()
 

@@ -44,7 +44,7 @@ def packed_model(make, **changes):
 
 @pytest.fixture(autouse=True)
 def on_the_cpu_too(monkeypatch):
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.PackedWeight, "cpu"), packed_matmul.linear)
 
 
 def reference_steps(model, prompt, keep, count):

@@ -165,7 +165,7 @@ def test_eight_experts_of_a_ragged_width(tokens):
 
 
 @pytest.mark.parametrize("warps", [1, 2])
-def test_smaller_programs(warps):
+def test_smaller_thread_blocks(warps):
     tuning = gpu.Tuning(warps=warps, stages=2)
     weight = int4(128, 256, group=128, symmetric=False).to(DEVICE)
     x = drawn(3, 256)

@@ -38,7 +38,7 @@ def made_up(monkeypatch):
     for module in (full_model, token_profile):
         monkeypatch.setattr(module, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.PackedWeight, "cpu"), packed_matmul.linear)
 
 
 def tiny(**changes):

@@ -28,7 +28,7 @@ PROMPT = torch.arange(3, 22)[None]  # more than a step's 16 tokens
 
 @pytest.fixture(autouse=True)
 def on_the_cpu_too(monkeypatch):
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.PackedWeight, "cpu"), packed_matmul.linear)
 
 
 @pytest.fixture(scope="module")

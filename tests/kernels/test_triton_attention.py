@@ -1,4 +1,4 @@
-"""Triton attention and pointwise programs without a GPU: interpreted, traced, compiled ahead of time."""
+"""Triton attention and pointwise kernels without a GPU: interpreted, traced, compiled ahead of time."""
 
 from importlib.metadata import version
 
@@ -12,39 +12,39 @@ from tests.support.interpreter import run_apart
 pytest.importorskip("triton")
 
 from qmix.evals import aot
-from qmix.evals.timing.plain_programs import plain_variants
+from qmix.evals.timing.plain_kernels import plain_variants
 from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
 
 @pytest.mark.slow
-def test_every_program_in_the_interpreter():
+def test_every_kernel_in_the_interpreter():
     assert "skipped" not in run_apart("attention", interpreted=True)
 
 
 @pytest.mark.gpu
-def test_every_program_on_the_gpu():
+def test_every_kernel_on_the_gpu():
     assert "skipped" not in run_apart("attention", interpreted=False)
 
 
 class Recorder:
-    """Stands for the programs: keeps names and grids in order, computes nothing."""
+    """Stands for the kernels: keeps names and grids in order, computes nothing."""
 
     def __init__(self, monkeypatch):
         self.launches = []
         for module in (attention_triton, pointwise_triton):
-            for name, program in vars(module).items():
-                if hasattr(program, "arg_names") and not name.startswith("_"):
-                    monkeypatch.setattr(module, name, self.program(name))
+            for name, kernel in vars(module).items():
+                if hasattr(kernel, "arg_names") and not name.startswith("_"):
+                    monkeypatch.setattr(module, name, self.kernel(name))
 
-    def program(self, name):
+    def kernel(self, name):
         launches = self.launches
 
-        class Program:
+        class Kernel:
             def __getitem__(self, grid):
                 launches.append((name, grid))
                 return lambda *_, **__: None
 
-        return Program()
+        return Kernel()
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -71,11 +71,11 @@ def test_a_decode_step_waits_for_nothing(batch, monkeypatch):
     )  # fmt: skip
     out = attention.attend_cached(q, keys, values, past, starts=past, window=4096, dtype=half)
     assert (out.shape, out.dtype) == ((batch, 1, 32, 128), half)
-    routed = pointwise.residual_norm_route(
+    router = pointwise.residual_norm_route(
         x, meta(16, batch, 4096, dtype=torch.float32), weight, 1e-5, gate, 2, dtype=half
     )
-    assert isinstance(routed.routes, Routes)
-    assert (routed.routes.ids.shape, routed.logits.shape) == ((batch, 2), (batch, 8))
+    assert isinstance(router.routes, Routes)
+    assert (router.routes.ids.shape, router.logits.shape) == ((batch, 2), (batch, 8))
 
     names = ["residual_norm", "rotate_store", "split", "merge", "residual_norm"]
     assert [name for name, _ in recorder.launches] == names
@@ -99,8 +99,8 @@ def test_prefill_waits_for_nothing(queries, monkeypatch):
     assert recorder.launches[0] == ("prefill", (-(-queries // rows), 32, 1))
 
 
-def test_columns_are_split_where_programs_are_few():
-    """One row of eight key-value heads is eight programs, a sixteenth of an H100's multiprocessors."""
+def test_columns_are_split_where_thread_blocks_are_few():
+    """One row of eight key-value heads is eight thread blocks, a sixteenth of an H100's multiprocessors."""
     assert attention.splits_for(8, 4096, 64, 2 * 132) == 33
     assert attention.splits_for(8, 32768, 64, 2 * 132) == 33
     assert attention.splits_for(8, 256, 64, 2 * 132) == 4  # a tile each
@@ -110,20 +110,20 @@ def test_columns_are_split_where_programs_are_few():
 
 
 # What was reached: registers a thread, and machine instructions of the loop. 112 registers are still
-# four programs of four warps a multiprocessor.
+# four thread blocks of four warps a multiprocessor.
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 1060)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.SHARED_LIMIT)
-def test_attention_programs_ahead_of_time(arch, tmp_path, monkeypatch):
-    """No spill, no narrow load of keys or values, shared memory for two programs a multiprocessor."""
+def test_attention_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
+    """No spill, no narrow load of keys or values, shared memory for two thread blocks a multiprocessor."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    chosen = [v for v in plain_variants([arch]) if v.program in REACHED]
+    chosen = [v for v in plain_variants([arch]) if v.kernel in REACHED]
     assert len(chosen) == 2 * (1 + 2)
     for variant, cost in aot.compile_all(chosen, workers=2):
-        registers, loop = REACHED[variant.program]
+        registers, loop = REACHED[variant.kernel]
         assert not aot.faults(variant, cost), f"{variant}: {cost}"
         assert cost.needed_copies > 0
         assert 0 < cost.loop <= loop, f"{variant}: {cost}"
@@ -131,20 +131,20 @@ def test_attention_programs_ahead_of_time(arch, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pointwise_programs_ahead_of_time(tmp_path, monkeypatch):
+def test_pointwise_kernels_ahead_of_time(tmp_path, monkeypatch):
     """All norms, the widest and the narrowest of the others: no spill."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = [
         variant
         for variant in plain_variants([80, 90])
-        if variant.program not in REACHED
+        if variant.kernel not in REACHED
         and (
-            variant.program == "residual_norm"
+            variant.kernel == "residual_norm"
             or dict(variant.constants).get("SPLITS", 16) in (1, 16)
         )
         and dict(variant.constants).get("PARTS", 64) in (1, 64)
     ]
-    assert {v.program for v in chosen} == {
+    assert {v.kernel for v in chosen} == {
         "merge",
         "residual_norm",
         "rotate",
@@ -158,12 +158,12 @@ def test_pointwise_programs_ahead_of_time(tmp_path, monkeypatch):
 def test_every_selectable_shape_is_listed():
     """blocks_for chooses nothing that the command above does not compile."""
     listed = {
-        (variant.program, variant.dtype, dict(variant.constants)["COLUMNS"], variant.warps)
+        (variant.kernel, variant.dtype, dict(variant.constants)["COLUMNS"], variant.warps)
         for variant in plain_variants([90], attention.DTYPES)
-        if variant.program in REACHED
+        if variant.kernel in REACHED
     }
     for dtype in attention.DTYPES:
         for queries in range(1, 300):
             shape = attention.blocks_for(queries, dtype)
-            program = "prefill" if queries > 1 else "split"
-            assert (program, dtype, shape.columns, shape.warps) in listed
+            kernel = "prefill" if queries > 1 else "split"
+            assert (kernel, dtype, shape.columns, shape.warps) in listed

@@ -44,7 +44,7 @@ def test_importing_the_kernels_imports_no_triton():
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 1024])
 def test_nothing_waits_for_the_device(tokens, monkeypatch):
     """On meta tensors whatever needs a value on the host raises, and every shape is known before."""
-    recorders = {name: Recorder() for name in ("gate_up", "down", "combine", "product")}
+    recorders = {name: Recorder() for name in ("gate_up", "down", "combine", "packed_matmul")}
     for name, recorder in recorders.items():
         monkeypatch.setattr(moe_triton, name, recorder)
     table = ExpertTable(
@@ -58,26 +58,26 @@ def test_nothing_waits_for_the_device(tokens, monkeypatch):
     blob = torch.empty(NF4.matrix_bytes((6144, 4096)), dtype=torch.uint8, device="meta")
     packed = PackedMatrix(blob, NF4, (6144, 4096), 64, torch.bfloat16)
     assert gpu.linear(x, packed).shape == (tokens, 6144)
-    (gate_up,), (down,), (product,) = (
-        recorders[name].grids for name in ("gate_up", "down", "product")
+    (gate_up,), (down,), (packed_matmul,) = (
+        recorders[name].grids for name in ("gate_up", "down", "packed_matmul")
     )
-    turns = min(8, 2 * tokens)  # no more programs than experts that can have been chosen
+    turns = min(8, 2 * tokens)  # no more thread blocks than experts that can have been chosen
     if tokens <= gpu.DECODE_TOKENS:
         assert gate_up == (14336 // 64, turns)
         assert down[:2] == (4096 // 128, turns)
-    assert product[0] == 6144 // 128
+    assert packed_matmul[0] == 6144 // 128
     assert len(recorders["combine"].grids) == 2
     with pytest.raises(RuntimeError):
         ids.tolist()  # the trap is armed
 
 
-def test_k_is_split_where_programs_are_fewer_than_multiprocessors():
-    """One token's down projection is 64 programs, half of an H100's 132 multiprocessors."""
+def test_k_is_split_where_thread_blocks_are_fewer_than_multiprocessors():
+    """One token's down projection is 64 thread blocks, half of an H100's 132 multiprocessors."""
     assert gpu.splits_for(64, 224, 3 * 132) == 8
     assert gpu.splits_for(64, 224, 3 * 108) == 8
     assert gpu.splits_for(256, 224, 3 * 132) == 2
     assert gpu.splits_for(448, 64, 3 * 132) == 1
-    assert gpu.splits_for(1, 4, 3 * 132) == 1  # four tiles are not worth a second program
+    assert gpu.splits_for(1, 4, 3 * 132) == 1  # four tiles are not worth a second thread block
     assert gpu.splits_for(1, 1000, 3 * 132) == 16
 
 
@@ -93,20 +93,20 @@ REACHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.SHARED_LIMIT)
-def test_decode_programs_ahead_of_time(arch, tmp_path, monkeypatch):
+def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
     """No spill, no narrow load, no exchange in the loop, and no more instructions than once reached."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = [
         variant
         for variant in aot.variants([arch], [NF4, INT4])
-        if variant.program in ("gate_up", "down", "product")
+        if variant.kernel in ("gate_up", "down", "packed_matmul")
         and variant.config.columns <= gpu.DECODE_TOKENS
         and not variant.is_sorted
     ]
     assert len(chosen) == 2 * 2 * 3
     for variant, cost in aot.compile_all(chosen, workers=2):
         assert not aot.faults(variant, cost), f"{variant}: {cost}"
-        assert cost.registers <= 144, f"{variant}: {cost}"  # three programs a multiprocessor
+        assert cost.registers <= 144, f"{variant}: {cost}"  # three thread blocks a multiprocessor
         assert cost.loop > 0
         assert cost.per_weight <= REACHED[variant.plan, variant.config.columns], (
             f"{variant}: {cost}"

@@ -84,12 +84,12 @@ def alike(ours, theirs):
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("window", [None, 4])
-def test_it_is_what_the_modules_compute(path, kind, window):
+def test_it_is_what_the_modules_compute(isa, kind, window):
     config = MixtralConfig(**{**CONFIG.to_dict(), "sliding_window": window})
     layer = random_layer(kind, config)
     ours = run(layer, config=config)
-    assert (layer._token is not None and layer._token[1] is not None) == (path != "torch")
-    if path != "torch":
+    assert (layer._token is not None and layer._token[1] is not None) == (isa != "torch")
+    if isa != "torch":
         assert layer._token[1].whole
     assert alike(ours, by_modules(layer, config=config))
     with kernels.override("reference"):
@@ -273,10 +273,10 @@ def said(model, *, at_once=True, tokens=12, cache=None, **options):
 
 
 @pytest.mark.parametrize("window", [None, 3, 5, 8])
-def test_all_layers_at_once_are_what_they_are_one_by_one(path, window):
+def test_all_layers_at_once_are_what_they_are_one_by_one(isa, window):
     model = random_model(window=window)
     together, went = said(model)
-    assert went == [path != "torch"] * 12
+    assert went == [isa != "torch"] * 12
     apart, went = said(model, at_once=False)
     assert not any(went)
     assert same(together, apart)
@@ -408,20 +408,20 @@ def test_a_call_keeps_no_state():
         (1, 14, 2, 256, 16),
     ],
 )
-def test_attention_of_one_token(path, batch, heads, groups, keys, width):
+def test_attention_of_one_token(isa, batch, heads, groups, keys, width):
     def drawn(seed, *shape):
         return torch.randn(*shape, generator=seeded(seed)).bfloat16()
 
     q = drawn(0, batch, heads, 1, width)
     k, v = (drawn(seed, batch, groups, keys + 7, width)[:, :, 3 : 3 + keys] for seed in (1, 2))
-    assert attends(q, k, v) == (path != "torch")
+    assert attends(q, k, v) == (isa != "torch")
     with torch.no_grad():
         out = kernels.attend(q, k, v, window=None, keep=None)
     everything = torch.ones(1, 1, 1, keys, dtype=torch.bool)
     exact = attention.reference(q.float(), k, v, everything)
     assert out.shape == q.shape
-    assert (out - exact).abs().max() <= 2**-8 * exact.abs().max() + (0.01 if path == "torch" else 0)
-    if path == "torch":
+    assert (out - exact).abs().max() <= 2**-8 * exact.abs().max() + (0.01 if isa == "torch" else 0)
+    if isa == "torch":
         return
     near = max(1, keys - 5)
     windowed = kernels.attend(q, k, v, window=near, keep=None)

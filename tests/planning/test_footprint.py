@@ -11,7 +11,7 @@ from qmix.evals import footprint as reality
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
 from qmix.formats.metadata import read_metadata
-from qmix.kernels import Packed, PackedExperts
+from qmix.kernels import PackedExperts, PackedWeight
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.pack import Placement
 from qmix.nn.attention import Attention
@@ -78,20 +78,20 @@ def test_packed_order_on_a_device(tiny, tmp_path, name):
             attention += sum(_bytes(part) for part in ([module.joined] if module.joined else parts))
             attention += _bytes(module.o_proj.stored)
     for module in model.modules():
-        if isinstance(module, Linear) and isinstance(module.stored, Packed):
-            kept += sum(t.nbytes for t in reality._tensors(module.stored.kept))
+        if isinstance(module, Linear) and isinstance(module.stored, PackedWeight):
+            kept += sum(t.nbytes for t in reality._tensors(module.stored.template))
     assert tuple(experts) == predicted.experts
     assert attention == predicted.kinds["attention"]
     assert kept == pytest.approx(predicted.kept, rel=0.01)
 
 
 def _bytes(weight):
-    if isinstance(weight, Packed):
+    if isinstance(weight, PackedWeight):
         return weight.matrix.blob.nbytes
     return sum(tensor.nbytes for tensor in reality._tensors(weight))
 
 
-def test_an_expert_of_full_width_in_packed_order():
+def test_an_expert_of_full_width_in_packed_layout():
     from qmix.weights.expert import Expert
     from qmix.weights.packed.layout import pack_expert
 

@@ -52,7 +52,7 @@ def refused(*arguments, **options):
         return error
 
 
-def test_an_experts_bytes_are_the_packed_orders():
+def test_an_experts_bytes_are_the_packed_layout():
     found = on_device(MIXTRAL)
     assert set(found.experts) == {93_585_664}  # 4.25 bits and two headers of 128 bytes
     assert found.blob % 4096 == 0

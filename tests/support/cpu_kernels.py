@@ -1,12 +1,12 @@
-"""Random 4-bit weights for the CPU kernels, and the best path that this processor has."""
+"""Random 4-bit weights for the CPU kernels, and the best instruction set that this processor has."""
 
 import torch
 
-from qmix.kernels.cpu.library import PATHS, library
+from qmix.kernels.cpu.library import ISAS, library
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
 
-BEST = PATHS.index(library().path) if library().path else -1
+BEST = ISAS.index(library().isa) if library().isa else -1
 
 
 def seeded(seed=0):

@@ -1,4 +1,4 @@
-"""Triton programs in a process of their own: interpreted on the CPU, or on a GPU.
+"""Triton kernels in a process of their own: interpreted on the CPU, or on a GPU.
 
 The files `interpreted_*.py` run in that process and take their device, their poisoned memory and
 their drawn inputs from here; other tests start it. The flag is read when a kernel is defined, so an
@@ -38,7 +38,7 @@ def run_apart(name, *, interpreted):
 
 
 def skip_without_a_device():
-    """Skip the whole module that calls it where nothing can run its programs."""
+    """Skip the whole module that calls it where nothing can run its kernels."""
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("neither the interpreter nor a CUDA device", allow_module_level=True)
 
@@ -59,7 +59,7 @@ def error(out, oracle):
 
 
 class Recorder:
-    """Stands for a program: keeps its grid and arguments, computes nothing."""
+    """Stands for a kernel: keeps its grid and arguments, computes nothing."""
 
     def __init__(self):
         self.grids = []

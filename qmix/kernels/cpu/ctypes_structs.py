@@ -37,7 +37,7 @@ class Matrix(Structure):
     )
 
 
-class Product(Structure):
+class Matmul(Structure):
     _fields_ = (
         ("weight", Matrix),
         ("x", c_void_p),
@@ -118,7 +118,7 @@ class Attended(Structure):
     )
 
 
-class DenseProduct(Structure):
+class DenseMatmul(Structure):
     _fields_ = (
         ("weight", c_void_p),
         ("x", c_void_p),

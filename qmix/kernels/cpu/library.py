@@ -1,6 +1,6 @@
 """The compiled products as Python functions: weights in, pointers through, float32 out.
 
-`QMIX_CPU_KERNELS` chooses among the paths of one library for tests and for comparisons: `vnni`,
+`QMIX_CPU_KERNELS` chooses among the instruction sets of one library for tests and for comparisons: `vnni`,
 `avx512`, `avx2` or `portable`, or `torch` for none of them. Without it the best that the processor has is taken.
 
 Shape letters: T tokens, N outputs, K inputs.
@@ -21,10 +21,10 @@ from qmix.errors import QmixError, ResourceError, UsageError
 from qmix.kernels.cpu import build
 from qmix.kernels.cpu.ctypes_structs import (
     Attended,
-    DenseProduct,
+    DenseMatmul,
+    Matmul,
     MixedExpert,
     Packed,
-    Product,
     TokenCache,
     TokenLayer,
     TokenLayerFields,
@@ -40,7 +40,7 @@ from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import HEADER_BYTES
 
 VARIABLE = "QMIX_CPU_KERNELS"
-PATHS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source
+ISAS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source
 
 DENSE_TOKENS = 2  # at most, of a compiled product with a weight in bfloat16
 _FORKED = 0x40  # Linux' PF_FORKNOEXEC
@@ -51,17 +51,17 @@ class Library:
     """The compiled products, or why there are none.
 
     Attributes:
-        path: which of PATHS; None: there are none, every product takes torch's tiles.
+        isa: which of ISAS; None: there are none, every product takes torch's tiles.
         fallbacks: products that did so.
     """
 
-    path: str | None
+    isa: str | None
     functions: ctypes.CDLL | None = None
     fork: int | None = None
     process: int = field(default_factory=os.getpid)
     fallbacks: int = 0
 
-    def multiply(
+    def matmul(
         self,
         xs: Sequence[Tensor],
         weights: Sequence[NF4 | Int4],
@@ -78,18 +78,18 @@ class Library:
             ResourceError: no memory for the arranged activations.
         """
         assert self.functions is not None
-        assert self.path is not None
+        assert self.isa is not None
         sizes = [len(x) * weight.shape[0] for x, weight in zip(xs, weights, strict=True)]
         flat = torch.empty(sum(sizes))
         held: list[Tensor] = []  # what the pointers point to
-        products = (Product * len(weights))()
+        products = (Matmul * len(weights))()
         at = flat.data_ptr()
         for product, x, weight, size in zip(products, xs, weights, sizes, strict=True):
             product.weight = matrix_of(weight, held)
             product.x, product.y = x.data_ptr(), at
             product.tokens, product.rounded = len(x), dtype.itemsize == 2
             at += 4 * size
-        failed = self.functions.qmix_multiply(products, len(weights), *self._ways())
+        failed = self.functions.qmix_matmul(products, len(weights), *self._ways())
         if failed:
             raise ResourceError("no memory for a product's activations", found=tuple(xs[0].shape))
         parts = flat.to(dtype).split_with_sizes(sizes)
@@ -98,8 +98,8 @@ class Library:
             for part, x, weight in zip(parts, xs, weights, strict=True)
         ]
 
-    def multiply_packed(self, x: Tensor, matrix: PackedMatrix, table: Tensor) -> Tensor:
-        """x [T, K], float32 and contiguous, times a matrix in packed order in host memory.
+    def matmul_packed(self, x: Tensor, matrix: PackedMatrix, table: Tensor) -> Tensor:
+        """x [T, K], float32 and contiguous, times a matrix in the packed layout in host memory.
 
         Args:
             table: float32 [16], the value of each code as it is packed, 8 being Int4's zero.
@@ -109,7 +109,7 @@ class Library:
             ResourceError: no memory for the arranged activations.
         """
         assert self.functions is not None
-        assert self.path is not None
+        assert self.isa is not None
         rows, inputs = matrix.shape
         out = torch.empty(len(x), 2, rows // 2)
         start = matrix.blob.data_ptr()
@@ -122,7 +122,7 @@ class Library:
             tile_inputs=matrix.format.inputs,
             zeros=not matrix.format.symmetric,
         )
-        failed = self.functions.qmix_multiply_packed(
+        failed = self.functions.qmix_matmul_packed(
             byref(packed),
             x.data_ptr(),
             out.data_ptr(),
@@ -133,7 +133,7 @@ class Library:
             raise ResourceError("no memory for a product's activations", found=tuple(x.shape))
         return out
 
-    def mix(
+    def add_experts(
         self,
         x: Tensor,
         experts: Sequence[tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4]],
@@ -152,12 +152,12 @@ class Library:
             ResourceError: no memory for the activations.
         """
         assert self.functions is not None
-        assert self.path is not None
+        assert self.isa is not None
         held: list[Tensor] = []  # what the pointers point to
         mixed = (MixedExpert * len(experts))(*(expert_of(expert, held) for expert in experts))
         for entry, share in zip(mixed, shares, strict=True):
             entry.share = share
-        failed = self.functions.qmix_mixture(
+        failed = self.functions.qmix_moe_token(
             mixed, len(experts), x.data_ptr(), out.data_ptr(), rounded, *self._ways()
         )
         if failed:
@@ -205,7 +205,7 @@ class Library:
             raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
         return residual, normed, logits, Routes(ids, shares)
 
-    def token(
+    def decode_token(
         self,
         layers: Sequence[TokenLayer],
         x: Tensor,
@@ -244,7 +244,7 @@ class Library:
             logits.data_ptr(),
         )
         pointers = (c_void_p * len(layers))(*(addressof(layer.fields) for layer in layers))
-        failed = self.functions.qmix_token(pointers, len(layers), byref(step), *self._ways())
+        failed = self.functions.qmix_decode_token(pointers, len(layers), byref(step), *self._ways())
         if failed:
             raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
         return out, logits
@@ -259,7 +259,7 @@ class Library:
             ResourceError: no memory for the scores.
         """
         assert self.functions is not None
-        assert self.path is not None
+        assert self.isa is not None
         batch, heads, _, width = q.shape
         q = q.contiguous()
         out = torch.empty_like(q)
@@ -278,16 +278,16 @@ class Library:
             raise ResourceError("no memory for a token's attention", found=tuple(k.shape))
         return out
 
-    def multiply_dense(self, x: Tensor, weight: Tensor) -> Tensor:
+    def matmul_dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K] times a weight [N, K], both bfloat16 and contiguous, T up to DENSE_TOKENS: [T, N].
 
         Summed in float32.
         """
         assert self.functions is not None
-        assert self.path is not None
+        assert self.isa is not None
         assert 0 < len(x) <= DENSE_TOKENS, x.shape
         inputs, out = x.float(), torch.empty(len(x), len(weight))
-        product = DenseProduct(
+        product = DenseMatmul(
             weight.data_ptr(),
             inputs.data_ptr(),
             out.data_ptr(),
@@ -295,13 +295,13 @@ class Library:
             weight.shape[1],
             len(x),
         )
-        self.functions.qmix_multiply_dense(byref(product), *self._ways())
+        self.functions.qmix_matmul_dense(byref(product), *self._ways())
         return out.to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """pointwise.rms_norm over the last axis, all bfloat16 and contiguous."""
         assert self.functions is not None
-        assert self.path is not None
+        assert self.isa is not None
         out = torch.empty_like(x)
         width = weight.shape[0]
         self.functions.qmix_rms_norm(
@@ -311,7 +311,7 @@ class Library:
             x.numel() // width,
             width,
             eps,
-            PATHS.index(self.path),
+            ISAS.index(self.isa),
         )
         return out
 
@@ -321,9 +321,9 @@ class Library:
         return int(self.functions.qmix_read(memory.data_ptr(), memory.nbytes, *self._ways()))
 
     def _ways(self) -> tuple[int, int, int | None]:
-        """The last arguments of every product: threads, path, the entry to torch's threads."""
-        assert self.path is not None
-        return torch.get_num_threads(), PATHS.index(self.path), self._fork
+        """The last arguments of every product: threads, instruction set, the entry to torch's threads."""
+        assert self.isa is not None
+        return torch.get_num_threads(), ISAS.index(self.isa), self._fork
 
     @property
     def _fork(self) -> int | None:
@@ -336,16 +336,16 @@ def library() -> Library:
     """The library of this process; one warning if there is none.
 
     Raises:
-        UsageError: `QMIX_CPU_KERNELS` names no path, or one that this processor does not have.
+        UsageError: `QMIX_CPU_KERNELS` names no instruction set, or one that this processor does not have.
     """
     wanted = os.environ.get(VARIABLE) or None
     if wanted == "torch":
         return Library(None)
-    if wanted is not None and wanted not in PATHS:
+    if wanted is not None and wanted not in ISAS:
         raise UsageError(
             "no such CPU kernels",
             where=VARIABLE,
-            expected=f"torch, {', '.join(PATHS)}",
+            expected=f"torch, {', '.join(ISAS)}",
             found=wanted,
         )
     try:
@@ -357,11 +357,11 @@ def library() -> Library:
             stacklevel=2,
         )
         return Library(None)
-    functions.qmix_multiply.argtypes = (POINTER(Product), c_int64, c_int32, c_int32, c_void_p)
-    functions.qmix_multiply_packed.argtypes = (
+    functions.qmix_matmul.argtypes = (POINTER(Matmul), c_int64, c_int32, c_int32, c_void_p)
+    functions.qmix_matmul_packed.argtypes = (
         POINTER(Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
     )  # fmt: skip
-    functions.qmix_mixture.argtypes = (
+    functions.qmix_moe_token.argtypes = (
         POINTER(MixedExpert), c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p,
     )  # fmt: skip
     functions.qmix_before_attention.argtypes = (
@@ -370,28 +370,28 @@ def library() -> Library:
     functions.qmix_after_attention.argtypes = (
         POINTER(TokenLayerFields), POINTER(TokenRoute), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
     )  # fmt: skip
-    functions.qmix_token.argtypes = (
+    functions.qmix_decode_token.argtypes = (
         c_void_p, c_int64, POINTER(TokenStep), c_int32, c_int32, c_void_p,
     )  # fmt: skip
     functions.qmix_attend.argtypes = (POINTER(Attended), c_int32, c_int32, c_void_p)
-    functions.qmix_multiply_dense.argtypes = (POINTER(DenseProduct), c_int32, c_int32, c_void_p)
-    functions.qmix_multiply_dense.restype = None
+    functions.qmix_matmul_dense.argtypes = (POINTER(DenseMatmul), c_int32, c_int32, c_void_p)
+    functions.qmix_matmul_dense.restype = None
     functions.qmix_rms_norm.argtypes = (
         c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32,
     )  # fmt: skip
     functions.qmix_rms_norm.restype = None
     functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_int32, c_void_p)
     functions.qmix_read.restype = c_uint64
-    best = int(functions.qmix_path())
-    path = PATHS[best] if wanted is None else wanted
-    if PATHS.index(path) > best:
+    best = int(functions.qmix_isa())
+    isa = ISAS[best] if wanted is None else wanted
+    if ISAS.index(isa) > best:
         raise UsageError(
             "this processor lacks such kernels",
             where=VARIABLE,
-            expected=f"torch, {', '.join(PATHS[: best + 1])}",
+            expected=f"torch, {', '.join(ISAS[: best + 1])}",
             found=wanted,
         )
-    return Library(path, functions, _openmp())
+    return Library(isa, functions, _openmp())
 
 
 def _openmp() -> int | None:
@@ -422,5 +422,5 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k.stride(3) == 1
         and (positions == 1 or k.stride(2) == width)
         and (batch == 1 or k.stride(0) == groups * k.stride(1))
-        and library().path is not None
+        and library().isa is not None
     )

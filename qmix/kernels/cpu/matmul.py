@@ -30,7 +30,7 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     They share one start of the threads; an act-order weight's activations are permuted, not its codes.
     """
     compiled = library()
-    if compiled.path is None:
+    if compiled.isa is None:
         compiled.fallbacks += len(weights)
         return [_tiles(x, weight) for weight in weights]
     if x.requires_grad and torch.is_grad_enabled():
@@ -38,15 +38,15 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     return _multiplied(x, weights)
 
 
-def mix(x: Tensor, experts: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
+def add_experts(x: Tensor, experts: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
     """Add `share * w2(silu(w1 x) * w3 x)` of NF4 or Int4 experts to `out`, in this order.
 
     x is one token's [1, D], out float32 [1, D]; nothing between them is rounded to x's dtype.
     """
     compiled = library()
-    assert compiled.path is not None
+    assert compiled.isa is not None
     packed = [(_packed(e.w1), _packed(e.w3), _packed(e.w2)) for e in experts]
-    compiled.mix(x.float().contiguous(), packed, shares, out, rounded=x.dtype.itemsize == 2)
+    compiled.add_experts(x.float().contiguous(), packed, shares, out, rounded=x.dtype.itemsize == 2)
 
 
 def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
@@ -54,7 +54,7 @@ def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     packed = [_packed(weight) for weight in weights]
     perms = [weight.perm if isinstance(weight, Int4) else None for weight in packed]
     ordered = [tokens if perm is None else tokens.index_select(1, perm) for perm in perms]
-    outs = library().multiply(ordered, packed, dtype=x.dtype)
+    outs = library().matmul(ordered, packed, dtype=x.dtype)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 

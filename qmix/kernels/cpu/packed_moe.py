@@ -1,4 +1,4 @@
-"""Experts in the GPU's packed order, multiplied on the CPU from the very blob that the GPU would read.
+"""Experts in the GPU's packed layout, multiplied on the CPU from the very blob that the GPU would read.
 
 Packed scales are rounded already (qmix.weights.packed.layout), and activations here to 16 bits a tile: a
 product errs by 0.01 % of the unpacked weight's. Shape letters: T tokens, D hidden width, F expert width.
@@ -40,7 +40,7 @@ def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tenso
 
 def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
     compiled = library()
-    if compiled.path is None:
+    if compiled.isa is None:
         compiled.fallbacks += 3
         expert = unpack_expert(packed)
         gate, up = (
@@ -49,7 +49,7 @@ def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
         return tiles.linear(F.silu(gate) * up, expert.w2, tiles.NF4_TILE_ELEMENTS)
 
     def product(x: Tensor, matrix: PackedMatrix) -> Tensor:
-        return compiled.multiply_packed(x, matrix, _TABLES[matrix.format.kind])
+        return compiled.matmul_packed(x, matrix, _TABLES[matrix.format.kind])
 
     perm = packed.gate_up.perm
     both = product(x if perm is None else x.index_select(1, perm), packed.gate_up)

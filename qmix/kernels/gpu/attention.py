@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.kernels.gpu import attention_triton as programs
+from qmix.kernels.gpu import attention_triton as kernels
 from qmix.kernels.gpu.pointwise import power_of_2
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,12 +34,12 @@ class Tuning:
     Attributes:
         columns: keys of a tile; None is 64, of float32 16.
         stages: tiles in flight.
-        programs: of a decode step, as many a multiprocessor are wanted.
+        blocks_per_sm: of a decode step, as many a multiprocessor are wanted.
     """
 
     columns: int | None = None
     stages: int = 2
-    programs: int = 2
+    blocks_per_sm: int = 2
 
 
 UNTUNED = Tuning()
@@ -175,25 +175,25 @@ def _attend(
     strides = (*k.stride()[:3], *v.stride()[:3], 0 if marks is None else marks.stride(0))
     if queries > 1:
         plan = blocks_for(queries, q.dtype, tuning)
-        programs.prefill[(-(-queries // plan.rows), heads, batch)](
+        kernels.prefill[(-(-queries // plan.rows), heads, batch)](
             q, k, v, marks, past, starts, out, slots, queries, reach, slots,
             *rows_of, q.stride(2), *strides,
-            SHARE=share, D=width, QUERIES=plan.rows, COLUMNS=plan.columns, STAGES=plan.stages,
+            GROUP_HEADS=share, D=width, QUERIES=plan.rows, COLUMNS=plan.columns, STAGES=plan.stages,
             num_warps=plan.warps,
         )  # fmt: skip
         return out
     plan = blocks_for(1, q.dtype, tuning)
-    wanted = tuning.programs * _multiprocessors(q.device)
+    wanted = tuning.blocks_per_sm * _multiprocessors(q.device)
     splits = splits_for(batch * shared, slots, plan.columns, wanted)
     sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
-    programs.split[(shared, splits, batch)](
+    kernels.split[(shared, splits, batch)](
         q, k, v, marks, past, starts, sums, peaks, totals, slots, reach, slots, splits,
         *rows_of, *strides,
-        SHARE=share, ROWS=max(_SMALLEST_TILE, power_of_2(share)), D=width,
+        GROUP_HEADS=share, ROWS=max(_SMALLEST_TILE, power_of_2(share)), D=width,
         COLUMNS=plan.columns, STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
-    programs.merge[(batch * heads,)](
+    kernels.merge[(batch * heads,)](
         sums, peaks, totals, out, splits, PARTS=power_of_2(splits), D=width, num_warps=4
     )
     return out

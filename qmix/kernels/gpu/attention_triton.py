@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202
-"""The Triton programs of attention. Started by qmix.kernels.gpu.attention alone.
+"""The Triton kernels of attention. Started by qmix.kernels.gpu.attention alone.
 
 Keys and values are a ring of R slots: column c of a row lies in slot c mod R. A cache that never
 rolls is a ring that is never full, a plain tensor one that is exactly full. Programs walk columns,
@@ -68,7 +68,7 @@ def _walk(
 def split(
     q, keys, values, keep, past, starts, sums, peaks, totals, columns, window, R, SPLITS,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, keep_batch,
-    SHARE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query of a row: sums [B, H, N, d], peaks and totals [B, H, N] of a share of the columns.
@@ -86,8 +86,8 @@ def split(
         keep += batch.to(tl.int64) * keep_batch
     tiles = tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS)
     row, dim = tl.arange(0, ROWS), tl.arange(0, D)
-    head = shared * SHARE + row
-    used = row < SHARE
+    head = shared * GROUP_HEADS + row
+    used = row < GROUP_HEADS
     query = tl.load(
         q + batch.to(tl.int64) * q_batch + head[:, None] * q_head + dim[None, :],
         mask=used[:, None],
@@ -100,7 +100,7 @@ def split(
         keep, lowest, part * tiles // SPLITS, (part + 1) * tiles // SPLITS, end, window, R,
         k_row, v_row, D, COLUMNS, STAGES,
     )  # fmt: skip
-    place = (batch * tl.num_programs(0) * SHARE + head) * SPLITS + part
+    place = (batch * tl.num_programs(0) * GROUP_HEADS + head) * SPLITS + part
     tl.store(peaks + place, largest, mask=used)
     tl.store(totals + place, total, mask=used)
     # A share without a visible column is not stored, nor read by `merge`.
@@ -128,7 +128,7 @@ def merge(sums, peaks, totals, out, SPLITS, PARTS: tl.constexpr, D: tl.constexpr
 def prefill(
     q, keys, values, keep, past, starts, out, columns, queries, window, R,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, keep_batch,
-    SHARE: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP_HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [B, S, H, d] of the last S of `columns`, or from column past[b] on; grid (S / QUERIES, H, B)."""
@@ -151,7 +151,7 @@ def prefill(
         + row[:, None] * q_row + dim[None, :],
         mask=used[:, None], other=0.0,
     )  # fmt: skip
-    shared = (head // SHARE).to(tl.int64)
+    shared = (head // GROUP_HEADS).to(tl.int64)
     summed, _, total = _walk(
         query, before + row,
         keys + batch.to(tl.int64) * k_batch + shared * k_head,

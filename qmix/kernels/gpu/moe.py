@@ -42,14 +42,14 @@ class Tuning:
         warps: of a program, 1, 2 or 4: it owns 32 rows a warp. Fewer make more, smaller programs.
         stages: tiles in flight; None is four while three programs fit the shared memory of a
             multiprocessor, else three.
-        programs: as many a multiprocessor are wanted; K is split until there are.
+        blocks_per_sm: as many a multiprocessor are wanted; K is split until there are.
         dense_tokens: above this many, matrices are dequantized. By arithmetic the tiles lose to
             that from 1300 tokens on on an H100, from 2700 on an A100.
     """
 
     warps: Literal[1, 2, 4] = 4
     stages: int | None = None
-    programs: int = 3
+    blocks_per_sm: int = 3
     dense_tokens: int = 1024
 
 
@@ -114,11 +114,11 @@ def experts(
     """`sum_k weight_k * w2(silu(w1 x) * w3 x)` from packed experts: [T, D] -> [T, D] in x's dtype."""
     if x.shape[0] > tuning.dense_tokens:
         return _dense_experts(x, routes, table, layer)
-    shares = expert_shares(x.to(torch.float16), routes, table, layer, tuning)
-    return _combine(shares, len(x), routes.ids.shape[1], x.dtype)
+    partials = expert_partials(x.to(torch.float16), routes, table, layer, tuning)
+    return _combine(partials, len(x), routes.ids.shape[1], x.dtype)
 
 
-def expert_shares(
+def expert_partials(
     x: Tensor, routes: Routes, table: ExpertTable, layer: int, tuning: Tuning = UNTUNED
 ) -> Tensor:
     """Shares of the sum that `experts` gives, float32 [S, P, D], of float16 activations [T, D].
@@ -146,14 +146,14 @@ def expert_shares(
     )  # fmt: skip
     config = config_for(groups.columns, table.down, tuning)
     rows = hidden // PANEL * (4 // config.warps)
-    wanted = tuning.programs * _multiprocessors(x.device)
+    wanted = tuning.blocks_per_sm * _multiprocessors(x.device)
     splits = splits_for(rows * groups.turns, width // table.down.inputs, wanted)
-    partial = torch.empty(splits, pairs, hidden, dtype=torch.float32, device=x.device)
+    partials = torch.empty(splits, pairs, hidden, dtype=torch.float32, device=x.device)
     moe_triton.down[(rows, groups.turns, splits)](
-        addresses, table.down_offset, inner, partial, ids, weights, *plan, tokens, hidden, width, splits,
+        addresses, table.down_offset, inner, partials, ids, weights, *plan, tokens, hidden, width, splits,
         **_constants(table.down, config), **shared, GROW=1 / SHRINK,
     )  # fmt: skip
-    return partial
+    return partials
 
 
 def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
@@ -164,11 +164,11 @@ def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
         if weight.perm is not None:
             rows = rows.index_select(1, weight.perm)
         return F.linear(rows, dequantize(weight, x.dtype)).view(*x.shape[:-1], out_features)
-    shares = linear_shares(rows.to(torch.float16), weight, tuning)
-    return _combine(shares, len(rows), 1, x.dtype).view(*x.shape[:-1], out_features)
+    partials = linear_partials(rows.to(torch.float16), weight, tuning)
+    return _combine(partials, len(rows), 1, x.dtype).view(*x.shape[:-1], out_features)
 
 
-def linear_shares(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
+def linear_partials(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
     """Shares of `x @ weight.T`, float32 [S, T, N], of float16 activations [T, K]: their sum is it."""
     assert x.dtype == torch.float16, x.dtype
     (out_features, in_features), plan = weight.shape, weight.format
@@ -178,14 +178,14 @@ def linear_shares(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> 
     config = config_for(columns_for(tokens, plan), plan, tuning)
     panels = out_features // PANEL * (4 // config.warps)
     turns = -(-tokens // config.columns)
-    wanted = tuning.programs * _multiprocessors(x.device)
+    wanted = tuning.blocks_per_sm * _multiprocessors(x.device)
     splits = splits_for(panels * turns, in_features // plan.inputs, wanted)
-    partial = torch.empty(splits, tokens, out_features, dtype=torch.float32, device=x.device)
-    moe_triton.product[(panels, turns, splits)](
-        weight.blob, x.contiguous(), partial, tokens, out_features, in_features, splits,
+    partials = torch.empty(splits, tokens, out_features, dtype=torch.float32, device=x.device)
+    moe_triton.packed_matmul[(panels, turns, splits)](
+        weight.blob, x.contiguous(), partials, tokens, out_features, in_features, splits,
         **_constants(plan, config),
     )  # fmt: skip
-    return partial
+    return partials
 
 
 def dequantize(weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
@@ -231,13 +231,13 @@ def _dense_experts(x: Tensor, routes: Routes, table: ExpertTable, layer: int) ->
     return out.view(tokens, choices, hidden).sum(1).to(x.dtype)
 
 
-def _combine(partial: Tensor, tokens: int, choices: int, dtype: torch.dtype) -> Tensor:
+def _combine(partials: Tensor, tokens: int, choices: int, dtype: torch.dtype) -> Tensor:
     """Sum float32 [S, P, N] over splits and choices: [T, N]."""
-    splits, pairs, width = partial.shape
-    out = torch.empty(tokens, width, dtype=dtype, device=partial.device)
+    splits, pairs, width = partials.shape
+    out = torch.empty(tokens, width, dtype=dtype, device=partials.device)
     block = 512
     moe_triton.combine[(tokens, -(-width // block))](
-        partial, out, pairs, width, SPLITS=splits, CHOICES=choices, BLOCK=block, num_warps=4
+        partials, out, pairs, width, SPLITS=splits, CHOICES=choices, BLOCK=block, num_warps=4
     )
     return out
 

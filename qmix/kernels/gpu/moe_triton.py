@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202, RET505
-"""The Triton programs: what one thread block does. Started by qmix.kernels.gpu.moe alone.
+"""The Triton kernels: what one thread block does. Started by qmix.kernels.gpu.moe alone.
 
 A program owns WARPS * 16 byte rows (twice as many matrix rows: a low and a high plane) and COLUMNS
 tokens. Weights are the matrix instruction's first operand, tokens its second: at few tokens a tile
@@ -72,7 +72,7 @@ def _value(code, KIND: tl.constexpr):
 
 @triton.jit
 def _operand(values, WARPS: tl.constexpr, HALVES: tl.constexpr):
-    """Bytes in packed order -> [WARPS * 16 rows, HALVES * 32 inputs]; no value changes its register's thread."""
+    """Bytes in the packed layout -> [WARPS * 16 rows, HALVES * 32 inputs]; no value changes its register's thread."""
     values = tl.reshape(values, [HALVES, WARPS, 8, 4, 2, 2, 2, 2])  # half, warp, g, t, c, r, j, p
     values = tl.permute(values, [1, 5, 2, 0, 6, 4, 3, 7])
     return tl.reshape(values, [WARPS * 16, HALVES * 32])
@@ -217,14 +217,14 @@ def gate_up(
 
 @triton.jit
 def down(
-    addresses, offset, x, partial, ids, weights, order, starts, blocks, T, N, K, SPLITS,
+    addresses, offset, x, partials, ids, weights, order, starts, blocks, T, N, K, SPLITS,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
 ):  # fmt: skip
-    """partial [S, P, N] = GROW * weight * (matrix times x [P, K]); grid (2N / rows, turns, S).
+    """partials [S, P, N] = GROW * weight * (matrix times x [P, K]); grid (2N / rows, turns, S).
 
-    Split s multiplies its share of the inputs; every element of `partial` is written once.
+    Split s multiplies its share of the inputs; every element of `partials` is written once.
     """
     PARTS: tl.constexpr = 4 // WARPS
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -240,26 +240,26 @@ def down(
         matrix, x, pair * K, used, panel, part, split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
-    partial += split.to(tl.int64) * (T * CHOICES) * N
+    partials += split.to(tl.int64) * (T * CHOICES) * N
     if SORTED:
         weight = tl.load(weights + pair, mask=used, other=0.0) * GROW
-        _store(partial, low, high, weight, pair, used, panel, part, N, WARPS)
+        _store(partials, low, high, weight, pair, used, panel, part, N, WARPS)
     else:
         at = tl.arange(0, COLUMNS) * CHOICES
         for choice in tl.static_range(CHOICES):
             chosen = tl.load(ids + at + choice, mask=used, other=-1).to(tl.int32)
             mine = used & (chosen == expert)
             weight = tl.load(weights + at + choice, mask=mine, other=0.0) * GROW
-            _store(partial, low, high, weight, at + choice, mine, panel, part, N, WARPS)
+            _store(partials, low, high, weight, at + choice, mine, panel, part, N, WARPS)
 
 
 @triton.jit
-def product(
-    matrix, x, partial, T, N, K, SPLITS,
+def packed_matmul(
+    matrix, x, partials, T, N, K, SPLITS,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """partial [S, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, S)."""
+    """partials [S, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, S)."""
     PARTS: tl.constexpr = 4 // WARPS
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     split = tl.program_id(2)
@@ -271,29 +271,29 @@ def product(
         split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
-    partial += split.to(tl.int64) * T * N
-    _store(partial, low, high, used.to(tl.float32), token, used, panel, part, N, WARPS)
+    partials += split.to(tl.int64) * T * N
+    _store(partials, low, high, used.to(tl.float32), token, used, panel, part, N, WARPS)
 
 
 @triton.jit
-def _store(partial, low, high, weight, pair, used, panel, part, N, WARPS: tl.constexpr):
+def _store(partials, low, high, weight, pair, used, panel, part, N, WARPS: tl.constexpr):
     ROWS: tl.constexpr = WARPS * 16
     row = panel * (2 * BYTE_ROWS) + part * ROWS + tl.arange(0, ROWS)
-    at = partial + pair[None, :] * N + row[:, None]
+    at = partials + pair[None, :] * N + row[:, None]
     tl.store(at, low * weight[None, :], mask=used[None, :])
     tl.store(at + BYTE_ROWS, high * weight[None, :], mask=used[None, :])
 
 
 @triton.jit
-def combine(partial, out, P, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """out [T, N] = the sum of partial [S, P, N] over a token's choices and splits, in that order."""
+def combine(partials, out, P, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """out [T, N] = the sum of partials [S, P, N] over a token's choices and splits, in that order."""
     token = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for choice in tl.static_range(CHOICES):
         for split in tl.static_range(SPLITS):
             row = split * P + token * CHOICES + choice
-            total += tl.load(partial + row.to(tl.int64) * N + at, mask=at < N, other=0.0)
+            total += tl.load(partials + row.to(tl.int64) * N + at, mask=at < N, other=0.0)
     tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
 
 

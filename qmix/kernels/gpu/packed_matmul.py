@@ -9,7 +9,7 @@ from torch import Tensor
 from qmix.kernels import tiles
 from qmix.kernels.moe import Routes
 from qmix.weights.dense import Weight
-from qmix.weights.packed.weight import Packed, PackedExperts
+from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
 # Where a packed matrix must be multiplied without its kernel (gradients), a standard one is, whole.
 _TILE_ELEMENTS = 1 << 30
@@ -17,8 +17,8 @@ _TILE_ELEMENTS = 1 << 30
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """[..., K] -> [..., N] in x's dtype. Gradients, and parts of an expert, take the standard weight."""
-    assert isinstance(weight, Packed)
-    if weight.part is not None or (x.requires_grad and torch.is_grad_enabled()):
+    assert isinstance(weight, PackedWeight)
+    if weight.selection is not None or (x.requires_grad and torch.is_grad_enabled()):
         return tiles.linear(x, weight.standard(), _TILE_ELEMENTS)
     from qmix.kernels.gpu import moe as gpu
 
@@ -36,5 +36,5 @@ def expert_pairs(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
     """As `experts`, each choice for itself and times its weight: float32 [T, K, D]."""
     from qmix.kernels.gpu import moe as gpu
 
-    shares = gpu.expert_shares(x.to(torch.float16), routes, weights.table, 0)
-    return shares.sum(0).view(*routes.ids.shape, x.shape[1])
+    partials = gpu.expert_partials(x.to(torch.float16), routes, weights.table, 0)
+    return partials.sum(0).view(*routes.ids.shape, x.shape[1])

@@ -1,8 +1,8 @@
 """What lies between the products of a layer, on a GPU: residual and norm, rotary and cache, router.
 
-Products with packed weights end in shares, float32 [N, P, width]: N splits of their inputs, a row
+Products with packed weights end in partials, float32 [N, P, width]: N splits of their inputs, a row
 for each pair of token and choice (P = T for a projection, T * k for experts). The functions here
-take shares as they are and add them while reading, which saves `combine`'s launch. A plain tensor
+take partials as they are and add them while reading, which saves `combine`'s launch. A plain tensor
 [T, width] will do as well. There is no backward pass.
 
 Launches of one layer of a decode step, packed weights, q, k and v packed as one matrix:
@@ -10,12 +10,12 @@ Launches of one layer of a decode step, packed weights, q, k and v packed as one
     | launch                     | does                                                             |
     |----------------------------|------------------------------------------------------------------|
     | 1 residual_norm            | adds the last layer's experts, input_layernorm, to float16       |
-    | 2 product                  | q, k and v                                                       |
-    | 3 rotate_store             | adds the shares, rotates q and k, writes k and v into the cache  |
+    | 2 packed_matmul            | q, k and v                                                       |
+    | 3 rotate_store             | adds the partials, rotates q and k, writes k and v into the cache  |
     | 4 split                    | attention, each share of the columns                             |
     | 5 merge                    | the shares' softmax, to float16                                  |
-    | 6 product                  | o_proj                                                           |
-    | 7 residual_norm_route      | adds the shares, post_attention_layernorm, gate, softmax, top-k  |
+    | 6 packed_matmul            | o_proj                                                           |
+    | 7 residual_norm_route      | adds the partials, post_attention_layernorm, gate, softmax, top-k  |
     | 8 gate_up                  | w1, w3, SiLU                                                     |
     | 9 down                     | w2 times routing weight                                          |
 
@@ -30,14 +30,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix.kernels.gpu import pointwise_triton as programs
+from qmix.kernels.gpu import pointwise_triton as kernels
 from qmix.kernels.moe import Routes
 
 _ROTATED_ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Routed:
+class RouterOutput:
     """What residual_norm_route leaves.
 
     Attributes:
@@ -62,34 +62,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def residual_norm(
-    x: Tensor, shares: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None
+    x: Tensor, partials: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`h = x + sum(shares)` and the norm of h: [T, D] in x's dtype, [T, D] in `dtype`, by default x's.
+    """`h = x + sum(partials)` and the norm of h: [T, D] in x's dtype, [T, D] in `dtype`, by default x's.
 
-    shares: [N, P, D] or [T, D].
+    partials: [N, P, D] or [T, D].
     """
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype or x.dtype)
-    _residual_norm(x, shares, weight, eps, total, normed)
+    _residual_norm(x, partials, weight, eps, total, normed)
     return total, normed
 
 
 def residual_norm_route(
     x: Tensor,
-    shares: Tensor,
+    partials: Tensor,
     weight: Tensor,
     eps: float,
     gate: Tensor,
     num_experts_per_tok: int,
     *,
     dtype: torch.dtype | None = None,
-) -> Routed:
+) -> RouterOutput:
     """As residual_norm, and the router over the norm: gate [E, D] in x's dtype."""
     experts = gate.shape[0]
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype or x.dtype)
     logits = torch.empty(x.shape[0], experts, dtype=x.dtype, device=x.device)
     routes = _routes(logits, num_experts_per_tok)
-    _residual_norm(x, shares, weight, eps, total, normed, gate, logits, routes)
-    return Routed(total, normed, logits, routes)
+    _residual_norm(x, partials, weight, eps, total, normed, gate, logits, routes)
+    return RouterOutput(total, normed, logits, routes)
 
 
 def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
@@ -99,7 +99,7 @@ def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
     with weights that are none.
     """
     routes, experts = _routes(logits, num_experts_per_tok), logits.shape[1]
-    programs.route[(len(logits),)](
+    kernels.route[(len(logits),)](
         logits.contiguous(), routes.ids, routes.weights,
         E=experts, CHOSEN=num_experts_per_tok, EXPERTS=power_of_2(experts), num_warps=1,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = batch * queries
     block = _rows(rows)
-    programs.rotate[(-(-rows // block), heads)](
+    kernels.rotate[(-(-rows // block), heads)](
         x, out, cos, sin, rows, queries, *x.stride()[:3], 0 if cos.shape[0] == 1 else queries * width,
         D=width, ROWS=block, num_warps=rotation_warps(block),
     )  # fmt: skip
@@ -123,7 +123,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_store(
-    shares: Tensor,
+    partials: Tensor,
     keys: Tensor,
     values: Tensor,
     cos: Tensor,
@@ -137,7 +137,7 @@ def rotate_store(
     """Queries rotated, keys rotated and stored, values stored: returns q [B, S, H, d] in `dtype`.
 
     Args:
-        shares: [N, T, (H + 2 G) d] or [T, (H + 2 G) d]: heads of queries, of keys, of values.
+        partials: [N, T, (H + 2 G) d] or [T, (H + 2 G) d]: heads of queries, of keys, of values.
         keys, values: [B, G, R, d], written at slot (past + s) mod R. Of more than R new columns the
             last R are kept. Nothing grows: in a cache that must not roll, past + S <= R.
         cos, sin: [positions, d] or (1, 1, positions, d) of all positions, from `kernels.rotary`. A
@@ -145,27 +145,27 @@ def rotate_store(
         past: int32 [B] on the device, columns before the new ones.
         starts: int32 [B] on the device, columns of padding on the left, which are no positions.
     """
-    shares = _as_shares(shares)
+    partials = _as_partials(partials)
     batch, shared, slots, width = keys.shape
-    tokens = shares.shape[1]
+    tokens = partials.shape[1]
     queries = tokens // batch
-    assert shares.shape[2] == (heads + 2 * shared) * width, (tuple(shares.shape), heads)
+    assert partials.shape[2] == (heads + 2 * shared) * width, (tuple(partials.shape), heads)
     assert cos.is_contiguous()
     assert sin.is_contiguous()
     assert width & (width - 1) == 0, width
-    q = torch.empty(batch, queries, heads, width, dtype=dtype, device=shares.device)
+    q = torch.empty(batch, queries, heads, width, dtype=dtype, device=partials.device)
     block = _rows(tokens)
-    programs.rotate_store[(-(-tokens // block), heads + 2 * shared)](
-        shares, q, keys, values, cos, sin, past, starts, tokens, queries, cos.shape[-2], slots,
+    kernels.rotate_store[(-(-tokens // block), heads + 2 * shared)](
+        partials, q, keys, values, cos, sin, past, starts, tokens, queries, cos.shape[-2], slots,
         *keys.stride()[:3], *values.stride()[:3],
-        SPLITS=len(shares), H=heads, G=shared, D=width, ROWS=block, num_warps=rotation_warps(block),
+        SPLITS=len(partials), H=heads, G=shared, D=width, ROWS=block, num_warps=rotation_warps(block),
     )  # fmt: skip
     return q
 
 
 def _residual_norm(
     x: Tensor,
-    shares: Tensor | None,
+    partials: Tensor | None,
     weight: Tensor,
     eps: float,
     total: Tensor,
@@ -177,19 +177,19 @@ def _residual_norm(
     tokens, hidden = x.shape
     assert x.is_contiguous()
     assert not (torch.is_grad_enabled() and x.requires_grad), "no backward"
-    if shares is not None:
-        shares = _as_shares(shares)
-        assert shares.shape[1] % tokens == 0, (tuple(shares.shape), tokens)
-        assert shares.shape[2] == hidden, (tuple(shares.shape), hidden)
-    pairs = tokens if shares is None else shares.shape[1]
+    if partials is not None:
+        partials = _as_partials(partials)
+        assert partials.shape[1] % tokens == 0, (tuple(partials.shape), tokens)
+        assert partials.shape[2] == hidden, (tuple(partials.shape), hidden)
+    pairs = tokens if partials is None else partials.shape[1]
     experts = 1 if gate is None else gate.shape[0]
     block = power_of_2(hidden)
-    programs.residual_norm[(tokens,)](
-        x, shares, weight, total, normed,
+    kernels.residual_norm[(tokens,)](
+        x, partials, weight, total, normed,
         None if gate is None else gate.contiguous(), logits,
         None if routes is None else routes.ids, None if routes is None else routes.weights,
         pairs, hidden, eps,
-        SPLITS=1 if shares is None else len(shares), CHOICES=pairs // tokens,
+        SPLITS=1 if partials is None else len(partials), CHOICES=pairs // tokens,
         E=experts, CHOSEN=1 if routes is None else routes.ids.shape[1],
         BLOCK=block, EXPERTS=power_of_2(experts), num_warps=norm_warps(block),
     )  # fmt: skip
@@ -207,10 +207,10 @@ def _routes(logits: Tensor, chosen: int) -> Routes:
     return Routes(ids, torch.empty(tokens, chosen, dtype=torch.float32, device=logits.device))
 
 
-def _as_shares(shares: Tensor) -> Tensor:
-    """[N, P, width] of shares, or of a plain tensor [T, width]."""
-    assert shares.is_contiguous()
-    return shares[None] if shares.dim() == 2 else shares
+def _as_partials(partials: Tensor) -> Tensor:
+    """[N, P, width] of partials, or of a plain tensor [T, width]."""
+    assert partials.is_contiguous()
+    return partials[None] if partials.dim() == 2 else partials
 
 
 def _rows(rows: int) -> int:

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202
-"""The Triton programs between the products of a layer. Started by qmix.kernels.gpu.pointwise alone.
+"""The Triton kernels between the products of a layer. Started by qmix.kernels.gpu.pointwise alone.
 
-A product leaves float32 shares [S, P, N], a row for each pair of token and choice. Whatever comes
+A product leaves float32 partials [S, P, N], a row for each pair of token and choice. Whatever comes
 next adds them while reading, choice by choice and split by split as `combine` does, and rounds to
 the model's dtype where the reference rounds.
 
@@ -18,13 +18,13 @@ _LENGTHS = ["P", "T", "rows", "queries", "positions", "R", "cos_batch"]
 
 
 @triton.jit
-def _added(shares, token, P, width, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
+def _added(partials, token, P, width, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
     """Columns `at` of a token's product, float32: its choices and splits added in that order."""
     total = tl.zeros(at.shape, tl.float32)
     for choice in tl.static_range(CHOICES):
         for split in tl.static_range(SPLITS):
             row = (token * CHOICES + choice).to(tl.int64) + split * P
-            total += tl.load(shares + row * width + at, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partials + row * width + at, mask=inside, other=0.0).to(tl.float32)
     return total
 
 
@@ -53,7 +53,7 @@ def _choose(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def residual_norm(
-    x, shares, weight, total, normed, gate, logits, ids, weights, P, D, eps,
+    x, partials, weight, total, normed, gate, logits, ids, weights, P, D, eps,
     SPLITS: tl.constexpr, CHOICES: tl.constexpr, E: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -68,8 +68,8 @@ def residual_norm(
     row = token.to(tl.int64) * D + at
     own = tl.load(x + row, mask=inside, other=0.0)
     dtype: tl.constexpr = x.dtype.element_ty
-    if shares is not None:
-        added = _added(shares, token, P, D, at, inside, SPLITS, CHOICES).to(dtype)
+    if partials is not None:
+        added = _added(partials, token, P, D, at, inside, SPLITS, CHOICES).to(dtype)
         own = (own.to(tl.float32) + added.to(tl.float32)).to(dtype)
         tl.store(total + row, own, mask=inside)
     value = own.to(tl.float32)
@@ -125,13 +125,13 @@ def rotate(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def rotate_store(
-    shares, q, keys, values, cos, sin, past, starts, T, queries, positions, R,
+    partials, q, keys, values, cos, sin, past, starts, T, queries, positions, R,
     k_batch, k_head, k_row, v_batch, v_head, v_row,
     SPLITS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One head of ROWS tokens: rotated into q [T, H, d] or into its slot; grid (T / ROWS, H + 2 G).
 
-    Heads of shares [S, T, (H + 2 G) d]: queries, keys, values. cos and sin are [positions, d], equal
+    Heads of partials [S, T, (H + 2 G) d]: queries, keys, values. cos and sin are [positions, d], equal
     in both halves. Of more tokens than slots the last R are stored.
     """
     head = tl.program_id(1)
@@ -149,8 +149,8 @@ def rotate_store(
     inside = used[:, None] & (dim >= 0)
     dtype: tl.constexpr = q.dtype.element_ty
     # Rounded as a product of its own would be.
-    low = _added(shares, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
-    high = _added(shares, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
+    low = _added(partials, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
+    high = _added(partials, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
     if head < H + G:
         # A position beyond the table must show.
         known = inside & (position < positions)[:, None]

@@ -1,4 +1,4 @@
-"""Packed order: the one contiguous run of bytes in which the GPU kernels read a 4-bit matrix.
+"""Packed layout: the one contiguous run of bytes in which the GPU kernels read a 4-bit matrix.
 
 A matrix is cut into panels of 128 rows, a panel into tiles of 64 or 128 inputs. A byte of a tile
 holds the codes of two rows, the low plane's in its low nibble and the high plane's in its high
@@ -61,7 +61,7 @@ _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """One matrix in packed order: `blob` uint8 [matrix_bytes], aligned to 128 bytes on a GPU.
+    """One matrix in the packed layout: `blob` uint8 [matrix_bytes], aligned to 128 bytes on a GPU.
 
     Attributes:
         shape: (N, K).
@@ -92,7 +92,7 @@ class PackedExpert:
 
 
 def pack_matrix(weight: Weight) -> PackedMatrix:
-    """Bring an NF4 or Int4 matrix [N, K] into packed order, on its own device.
+    """Bring an NF4 or Int4 matrix [N, K] into the packed layout, on its own device.
 
     Raises:
         UnsupportedError: the weight is of another kind, N is no multiple of 128, K or the scales'
@@ -114,7 +114,7 @@ def unpack_matrix(packed: PackedMatrix) -> Weight:
 
 
 def pack_expert(expert: Expert) -> PackedExpert:
-    """Bring an expert into packed order: one blob.
+    """Bring an expert into the packed layout: one blob.
 
     Raises:
         UnsupportedError: as pack_matrix, for any of the three (of w1 and w3, N must be a multiple of
@@ -174,7 +174,7 @@ def rebased(packed: PackedExpert, blob: Tensor) -> PackedExpert:
 
 @dataclass(frozen=True, eq=False)
 class _Plane:
-    """Rows on their way into or out of packed order.
+    """Rows on their way into or out of the packed layout.
 
     Attributes:
         codes: uint8 [R, K], as they are stored.
@@ -213,7 +213,7 @@ def _perm(weight: Weight) -> Tensor | None:
 def _plan(weight: Weight, where: str, rows: int) -> TileFormat:
     """The tile format of a weight, or why there is none."""
     if not isinstance(weight, (NF4, Int4)):
-        raise refusal("no packed order", where, "NF4 or Int4", type(weight).__name__)
+        raise refusal("no packed layout", where, "NF4 or Int4", type(weight).__name__)
     if isinstance(weight, Int4):
         symmetric = weight.zeros is None
         return tile_format(
@@ -221,7 +221,7 @@ def _plan(weight: Weight, where: str, rows: int) -> TileFormat:
         )
     plan = tile_format("nf4", weight.shape, group=_group(weight), rows=rows, where=where)
     if weight.table.tolist() != list(NF4_VALUES):
-        raise refusal("no packed order", where, "the values of NF4", "another table")
+        raise refusal("no packed layout", where, "the values of NF4", "another table")
     return plan
 
 

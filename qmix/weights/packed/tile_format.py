@@ -1,4 +1,4 @@
-"""Packed order in numbers: how many bytes a 4-bit matrix takes where the GPU kernels read it.
+"""Packed layout in numbers: how many bytes a 4-bit matrix takes where the GPU kernels read it.
 
 The layout itself is described in kernels/gpu/order.py. Knows no torch. Shape letters: N outputs, K
 inputs, F expert width, D hidden width.
@@ -59,12 +59,12 @@ def tile_format(
     out_features, in_features = shape
     if out_features % rows:
         raise refusal(
-            "no packed order for this shape", where, f"a multiple of {rows} outputs", out_features
+            "no packed layout for this shape", where, f"a multiple of {rows} outputs", out_features
         )
     inputs = next((size for size in TILE_INPUTS if group % size == 0), None)
     if inputs is None or in_features % group:
         raise refusal(
-            "no packed order for this shape",
+            "no packed layout for this shape",
             where,
             "inputs in whole groups, a multiple of 64 each",
             f"{in_features} inputs in groups of {group}",
@@ -73,7 +73,7 @@ def tile_format(
 
 
 def refusal(what: str, where: str, expected: object, found: object) -> UnsupportedError:
-    """The error of a weight that has no packed order."""
+    """The error of a weight that has no packed layout."""
     return UnsupportedError(
         what,
         where=where,

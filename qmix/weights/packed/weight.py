@@ -1,9 +1,9 @@
-"""Weights in packed order, as the models hold them and the kernels' table knows them.
+"""Weights in the packed layout, as the models hold them and the kernels' table knows them.
 
-The codes lie in packed order on the device. What packing rounds (scales), and what a file wants besides
+The codes lie in the packed layout on the device. What packing rounds (scales), and what a file wants besides
 (zeros, nested scales, the input order), stays on the host as it was, 2 % of the bytes: `standard` puts
 both together and is the weight that was packed, bit for bit. A weight that never was a standard one
-(drawn at random in packed order) keeps nothing, and its scales are those of the kernels.
+(drawn at random in the packed layout) keeps nothing, and its scales are those of the kernels.
 
 Shape letters: N outputs, K inputs, E experts. Knows torch only; triton is imported by the first product.
 """
@@ -33,43 +33,43 @@ from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 
 # Of an expert by name, of matrices with the same inputs that were joined by their rows.
-Part = Literal["w1", "w2", "w3"] | range
+Selection = Literal["w1", "w2", "w3"] | range
 
 _HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """A weight [N, K] in packed order: a matrix of its own, or a part of an expert.
+class PackedWeight:
+    """A weight [N, K] in the packed layout: a matrix of its own, or a part of an expert.
 
     Attributes:
         source: where its codes lie.
-        part: of the expert, or which rows of the matrix; None is all of it.
-        kept: the weight without its codes, on the host; None if there never was one.
+        selection: of the expert, or which rows of the matrix; None is all of it.
+        template: the weight without its codes, on the host; None if there never was one.
     """
 
     source: PackedMatrix | PackedExpert
-    part: Part | None
-    kept: Weight | None
+    selection: Selection | None
+    template: Weight | None
 
     @property
     def matrix(self) -> PackedMatrix:
         """Its matrix; w1 and w3 of an expert share one, of twice the rows."""
         if isinstance(self.source, PackedMatrix):
             return self.source
-        return self.source.down if self.part == "w2" else self.source.gate_up
+        return self.source.down if self.selection == "w2" else self.source.gate_up
 
     @property
     def shape(self) -> tuple[int, int]:
         rows, columns = self.matrix.shape
-        if isinstance(self.part, range):
-            return len(self.part), columns
-        return (rows if self.part in (None, "w2") else rows // 2, columns)
+        if isinstance(self.selection, range):
+            return len(self.selection), columns
+        return (rows if self.selection in (None, "w2") else rows // 2, columns)
 
     @property
     def scheme(self) -> Scheme:
-        if self.kept is not None:
-            return self.kept.scheme
+        if self.template is not None:
+            return self.template.scheme
         plan, group = self.matrix.format, self.matrix.group
         if plan.kind == "nf4":
             return Scheme(kind="nf4", block_size=group, double_quant=False)
@@ -85,32 +85,32 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in packed order, its share of them if it is a part: what a product reads."""
+        """Bytes in the packed layout, its share of them if it is a part: what a product reads."""
         return self.matrix.blob.nbytes * self.shape[0] // self.matrix.shape[0]
 
     def standard(self) -> Weight:
         """The weight that was packed, on the same device: its codes anew, all else as it was kept."""
         found: Weight
         if isinstance(self.source, PackedExpert):
-            assert isinstance(self.part, str)
-            found = getattr(unpack_expert(self.source), self.part)
+            assert isinstance(self.selection, str)
+            found = getattr(unpack_expert(self.source), self.selection)
         else:
             found = unpack_matrix(self.source)
-            if isinstance(self.part, range):
-                found = _some_rows(found, self.part)
-        if self.kept is None:
+            if isinstance(self.selection, range):
+                found = _some_rows(found, self.selection)
+        if self.template is None:
             return found
         assert isinstance(found, (NF4, Int4))
-        kept = self.kept.to(found.device)
-        assert isinstance(kept, (NF4, Int4))
-        return replace(kept, codes=found.codes)
+        template = self.template.to(found.device)
+        assert isinstance(template, (NF4, Int4))
+        return replace(template, codes=found.codes)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows [start, stop) as [stop - start, K]. The whole matrix is unpacked for it."""
         return self.standard().rows(start, stop, dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole weight [N, K], as the standard one says: the oracle knows no packed order."""
+        """The whole weight [N, K], as the standard one says: the oracle knows no packed layout."""
         return self.standard().dequantize(dtype)
 
     def to(self, device: torch.device) -> Weight:
@@ -119,7 +119,7 @@ class Packed:
 
 
 class PackedExperts(Sequence[Expert]):
-    """One layer's experts in packed order, and the table through which kernels find them."""
+    """One layer's experts in the packed layout, and the table through which kernels find them."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class PackedExperts(Sequence[Expert]):
 
     @classmethod
     def pack(cls, experts: Sequence[Expert]) -> "PackedExperts":
-        """Bring a layer's experts into packed order where they are.
+        """Bring a layer's experts into the packed layout where they are.
 
         Raises:
             UnsupportedError: as pack_expert and ExpertTable.build.
@@ -186,16 +186,16 @@ class PackedExperts(Sequence[Expert]):
         return len(self._experts)
 
 
-def pack(weight: Weight) -> Packed:
-    """Bring a matrix into packed order where it is.
+def pack(weight: Weight) -> PackedWeight:
+    """Bring a matrix into the packed layout where it is.
 
     Raises:
         UnsupportedError: as pack_matrix.
     """
-    return Packed(pack_matrix(weight), None, _without_codes(weight))
+    return PackedWeight(pack_matrix(weight), None, _without_codes(weight))
 
 
-def pack_joined(weights: Sequence[Weight]) -> tuple[Packed, tuple[Packed, ...]]:
+def pack_joined(weights: Sequence[Weight]) -> tuple[PackedWeight, tuple[PackedWeight, ...]]:
     """Matrices with the same inputs as one, q, k and v: the whole, and each as a part of it.
 
     Raises:
@@ -206,7 +206,7 @@ def pack_joined(weights: Sequence[Weight]) -> tuple[Packed, tuple[Packed, ...]]:
     parts, start = [], 0
     for weight in weights:
         rows = range(start, start + weight.shape[0])
-        parts.append(Packed(whole.source, rows, _without_codes(weight)))
+        parts.append(PackedWeight(whole.source, rows, _without_codes(weight)))
         start = rows.stop
     return whole, tuple(parts)
 
@@ -276,6 +276,6 @@ def _bare(expert: Expert) -> Expert:
 def _parts(packed: PackedExpert, kept: Expert | None) -> Expert:
     names: tuple[Literal["w1", "w2", "w3"], ...] = ("w1", "w2", "w3")
     w1, w2, w3 = (
-        Packed(packed, name, None if kept is None else getattr(kept, name)) for name in names
+        PackedWeight(packed, name, None if kept is None else getattr(kept, name)) for name in names
     )
     return Expert(w1=w1, w2=w2, w3=w3)

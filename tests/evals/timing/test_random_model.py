@@ -1,4 +1,4 @@
-"""Random models in packed order: weights of normal size, the right bytes, the true model on meta."""
+"""Random models in the packed layout: weights of normal size, the right bytes, the true model on meta."""
 
 import pytest
 import torch

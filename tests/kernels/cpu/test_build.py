@@ -58,7 +58,7 @@ def test_it_is_compiled_once_and_found_again(cache, monkeypatch):
     library.cache_clear()
     product()
     assert kept.stat().st_mtime_ns == before
-    assert library().path is not None
+    assert library().isa is not None
     assert not library().fallbacks
 
 
@@ -106,15 +106,15 @@ def test_a_cache_that_cannot_be_written_is_named_and_done_without(cache, tmp_pat
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.warns(RuntimeWarning, match=r"cache/qmix: .* XDG_CACHE_HOME"):
         product()
-    assert library().path is not None
+    assert library().isa is not None
     assert not library().fallbacks
 
 
 @needs_compiler
 def test_two_processes_at_once_both_end_with_it(cache):
     code = (
-        "import torch; from qmix.kernels.cpu import compiler; compiler.FLAGS = ('-O0', *compiler.FLAGS[1:]);"
-        "from qmix.kernels.cpu.library import library; assert library().path is not None"
+        "import torch; from qmix.kernels.cpu import build; build.FLAGS = ('-O0', *build.FLAGS[1:]);"
+        "from qmix.kernels.cpu.library import library; assert library().isa is not None"
     )
     both = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=ROOT) for _ in range(2)
@@ -151,7 +151,7 @@ def test_without_a_working_compiler_torch_multiplies_and_says_so_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         product()
-    assert library().path is None
+    assert library().isa is None
     assert library().fallbacks == 2
 
 

@@ -1,4 +1,4 @@
-"""Every path of the compiled CPU kernels against `x @ w.dequantize().T`."""
+"""Every instruction set of the compiled CPU kernels against `x @ w.dequantize().T`."""
 
 import os
 import subprocess
@@ -45,14 +45,14 @@ def check(weight, dtypes=(torch.float32, torch.bfloat16, torch.float16), tokens=
 
 @pytest.mark.parametrize("block", [32, 64, 128, 256, 4096])
 @pytest.mark.parametrize("nested", [False, True])
-def test_nf4_of_every_block_size(path, block, nested):
+def test_nf4_of_every_block_size(isa, block, nested):
     check(random_nf4(50, 384, block, nested), tokens=(1, 3, 13))
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 64), (7, 33), (3, 7), (130, 96), (61, 448), (49, 1056), (300, 1024)]
 )
-def test_ragged_shapes(path, shape):
+def test_ragged_shapes(isa, shape):
     check(random_nf4(*shape))
     if shape[1] % 2 == 0:
         check(random_int4(*shape), tokens=(1, 5, 33))
@@ -60,7 +60,7 @@ def test_ragged_shapes(path, shape):
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 16, 12])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_int4_of_every_group_size(path, groups, zeros):
+def test_int4_of_every_group_size(isa, groups, zeros):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         check(
             random_int4(50, 1536 if groups == 12 else 512, groups, zeros, dtype=dtype),
@@ -68,15 +68,15 @@ def test_int4_of_every_group_size(path, groups, zeros):
         )
 
 
-def test_act_order_permutes_the_activations(path):
+def test_act_order_permutes_the_activations(isa):
     check(random_int4(50, 512, 4, zeros=True, perm=True), tokens=(1, 13))
 
 
-def test_fp4_has_its_own_table(path):
+def test_fp4_has_its_own_table(isa):
     check(random_nf4(50, 256, kind=FP4), tokens=(1, 13))
 
 
-def test_float16_scales_that_are_zero_or_subnormal(path):
+def test_float16_scales_that_are_zero_or_subnormal(isa):
     weight = random_int4(50, 512, 4)
     values = torch.tensor([0.0, 2.0**-24, -(2.0**-20), 65504.0], dtype=torch.float16)
     check(replace(weight, scales=values.expand(50, 4).contiguous()), (torch.float32,), (1, 13))
@@ -86,7 +86,7 @@ def test_float16_scales_that_are_zero_or_subnormal(path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inputs_that_are_zero_huge_or_poisoned(path, dtype):
+def test_inputs_that_are_zero_huge_or_poisoned(isa, dtype):
     weight = random_nf4(50, 512)
     x = torch.zeros(5, 512, dtype=dtype)
     x[1, 3], x[2] = 1e-38, 1e30
@@ -101,14 +101,14 @@ def test_inputs_that_are_zero_huge_or_poisoned(path, dtype):
         assert not torch.isfinite(out[4]).any()
 
 
-def test_empty_and_strided_inputs(path):
+def test_empty_and_strided_inputs(isa):
     weight = random_nf4(50, 256)
     assert kernels.linear(torch.empty(0, 256), weight).shape == (0, 50)
     x = torch.randn(2, 3, 512, generator=seeded())[..., ::2]
     assert torch.equal(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight))
 
 
-def test_what_memory_held_before_does_not_matter(path):
+def test_what_memory_held_before_does_not_matter(isa):
     weight = random_nf4(50, 416)
     x = torch.randn(13, 416)
     clean = [kernels.linear(x[:count], weight) for count in (1, 13)]
@@ -121,8 +121,8 @@ def test_what_memory_held_before_does_not_matter(path):
             assert torch.equal(kernels.linear(x[:count], weight), expected)
 
 
-def test_threads_and_repetition_change_no_bit(path):
-    if path == "torch":
+def test_threads_and_repetition_change_no_bit(isa):
+    if isa == "torch":
         pytest.skip("torch's products are torch's affair")
     before = torch.get_num_threads()
     weights = [
@@ -143,7 +143,7 @@ def test_threads_and_repetition_change_no_bit(path):
         torch.set_num_threads(before)
 
 
-def test_several_weights_at_once_are_as_each_alone(path):
+def test_several_weights_at_once_are_as_each_alone(isa):
     weights = [random_nf4(70, 256), random_int4(30, 256, 2), random_int4(50, 256, 2, perm=True)]
     for count in (1, 13, 600):
         x = torch.randn(count, 256, generator=seeded()).bfloat16()
@@ -154,7 +154,7 @@ def test_several_weights_at_once_are_as_each_alone(path):
         )
 
 
-def test_experts_match_the_oracle(path):
+def test_experts_match_the_oracle(isa):
     experts = [
         Expert(random_nf4(96, 64), random_nf4(64, 96, nested=True), random_nf4(96, 64))
         for _ in range(4)
@@ -171,7 +171,7 @@ def test_experts_match_the_oracle(path):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (8, 64), (41, 4096), (300, 1000)])
-def test_one_or_two_tokens_with_a_bfloat16_weight(path, shape):
+def test_one_or_two_tokens_with_a_bfloat16_weight(isa, shape):
     weight = torch.randn(shape, generator=seeded()).bfloat16()
     for count in (1, 2, 3):
         x = torch.randn(count, shape[1], generator=seeded(1)).bfloat16()
@@ -183,7 +183,7 @@ def test_one_or_two_tokens_with_a_bfloat16_weight(path, shape):
         assert ((out.double() - oracle).abs() <= bound).all()
 
 
-def test_a_bfloat16_weight_that_learns_is_torchs_affair(path):
+def test_a_bfloat16_weight_that_learns_is_torchs_affair(isa):
     weight = torch.nn.Parameter(torch.randn(8, 64, generator=seeded()).bfloat16())
     x = torch.randn(1, 64, generator=seeded(1)).bfloat16()
     kernels.linear(x, Dense(weight)).sum().backward()
@@ -191,7 +191,7 @@ def test_a_bfloat16_weight_that_learns_is_torchs_affair(path):
 
 
 @pytest.mark.parametrize("width", [1, 37, 64, 4096])
-def test_norms_of_one_or_two_tokens_are_torchs(path, width):
+def test_norms_of_one_or_two_tokens_are_torchs(isa, width):
     x = 3 * torch.randn(2, 3, width, generator=seeded()).bfloat16()
     weight = torch.randn(width, generator=seeded(1)).bfloat16()
     for rows in (x[0, :1], x[0, :2], x[:, 0]):
@@ -229,7 +229,7 @@ class View(Sequence):
     "kinds", [(kind, kind, kind) for kind in EXPERTS] + [("nf4", "bfloat16", "int4")]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_tokens_experts_are_those_of_the_oracle_and_of_a_view(path, kinds, dtype):
+def test_one_tokens_experts_are_those_of_the_oracle_and_of_a_view(isa, kinds, dtype):
     experts = [
         Expert(
             EXPERTS[kinds[0]](320, 128), EXPERTS[kinds[1]](128, 320), EXPERTS[kinds[2]](320, 128)
@@ -256,7 +256,7 @@ def test_one_tokens_experts_are_those_of_the_oracle_and_of_a_view(path, kinds, d
     assert kernels.experts(x, routes, experts, silu).isnan().all()
 
 
-def test_the_gate_opens_and_closes_as_torchs(path):
+def test_the_gate_opens_and_closes_as_torchs(isa):
     """Gates from the smallest to the largest float32s that a model could have."""
     width = 4096
     codes = torch.zeros(width // 2, dtype=torch.uint8)
@@ -286,7 +286,7 @@ def test_the_gate_opens_and_closes_as_torchs(path):
         assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-30), value
 
 
-def test_gradients_pass_through(path):
+def test_gradients_pass_through(isa):
     weight = random_nf4(50, 256)
     x = torch.randn(3, 256, requires_grad=True)
     kernels.linear(x, weight).sum().backward()
@@ -295,11 +295,11 @@ def test_gradients_pass_through(path):
         assert not kernels.linear(x, weight).requires_grad
 
 
-def test_what_falls_back_is_counted(path):
+def test_what_falls_back_is_counted(isa):
     before = library().fallbacks
     kernels.linear(torch.ones(1, 256), random_nf4(50, 256))
     kernels.linears(torch.ones(1, 256), [random_nf4(50, 256), random_int4(50, 256)])
-    assert library().fallbacks - before == (3 if path == "torch" else 0)
+    assert library().fallbacks - before == (3 if isa == "torch" else 0)
 
 
 @pytest.mark.skipif(BEST < 0, reason="no compiler")

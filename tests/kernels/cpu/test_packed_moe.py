@@ -1,4 +1,4 @@
-"""Experts in packed order on the CPU against what unpacking them gives."""
+"""Experts in the packed layout on the CPU against what unpacking them gives."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def oracle(x, routes, experts):
 @pytest.mark.parametrize("kind", ["nf4", "int4", "int4 zeros", "int4 perm zeros"])
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("tokens", [1, 2, 11])
-def test_packed_experts_are_what_unpacking_gives(path, kind, group, tokens):
+def test_packed_experts_are_what_unpacking_gives(isa, kind, group, tokens):
     blobs = [pack_expert(expert(kind, group)) for _ in range(3)]
     ids = torch.stack([torch.randperm(3, generator=seeded(i))[:2] for i in range(tokens)])
     routes = Routes(ids, torch.tensor([[0.7, 0.3]]).expand(tokens, 2))
@@ -51,10 +51,10 @@ def test_packed_experts_are_what_unpacking_gives(path, kind, group, tokens):
         assert out.dtype == torch.float32
         assert (out - expected).norm() <= 3e-4 * expected.norm()
         assert torch.equal(out, packed_moe.experts(x, routes, blobs))
-    assert (library().fallbacks > 0) == (path == "torch")
+    assert (library().fallbacks > 0) == (isa == "torch")
 
 
-def test_threads_change_no_bit_and_only_chosen_experts_are_asked_for(path):
+def test_threads_change_no_bit_and_only_chosen_experts_are_asked_for(isa):
     class Asked(list):
         def __getitem__(self, index):
             order.append(index)
@@ -72,5 +72,5 @@ def test_threads_change_no_bit_and_only_chosen_experts_are_asked_for(path):
     finally:
         torch.set_num_threads(before)
     assert order == [1, 3] * 3
-    if path != "torch":
+    if isa != "torch":
         assert all(torch.equal(out, outs[0]) for out in outs)

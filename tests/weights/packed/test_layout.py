@@ -1,4 +1,4 @@
-"""Packed order and the instructions that decode it: exact inverses, exact values, clear refusals."""
+"""Packed layout and the instructions that decode it: exact inverses, exact values, clear refusals."""
 
 import re
 import struct

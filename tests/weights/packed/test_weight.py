@@ -1,4 +1,4 @@
-"""Packed order in a model: exactly back, saved as it came, counted where it is refused, moved and copied."""
+"""Packed layout in a model: exactly back, saved as it came, counted where it is refused, moved and copied."""
 
 import copy
 import pickle
@@ -48,9 +48,9 @@ def test_a_matrix_comes_back_bit_for_bit(kind):
     assert (found.shape, found.scheme, found.dtype) == (weight.shape, weight.scheme, weight.dtype)
     assert torch.equal(found.dequantize(torch.float32), weight.dequantize(torch.float32))
     assert torch.equal(found.rows(3, 9), weight.rows(3, 9))
-    assert found.kept.codes.numel() == 0
+    assert found.template.codes.numel() == 0
     assert found.to(torch.device("cpu")) is found
-    assert isinstance(found, kernels.Packed)
+    assert isinstance(found, kernels.PackedWeight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +63,7 @@ def test_joined_matrices_come_back_bit_for_bit(kind):
     for part, weight in zip(parts, weights, strict=True):
         assert part.shape == weight.shape
         assert_equal(part.standard(), weight)
-        bare = packed.Packed(part.source, part.part, None).standard()
+        bare = packed.PackedWeight(part.source, part.selection, None).standard()
         assert torch.equal(bare.codes, weight.codes)
     assert sum(part.nbytes for part in parts) == whole.nbytes
 
@@ -96,11 +96,11 @@ def test_experts_come_back_bit_for_bit(kind):
 
 
 def test_what_was_drawn_in_packed_order_has_a_standard_form_too():
-    matrix = packed.Packed(packed.pack(nf4(128, 64)).source, None, None)
+    matrix = packed.PackedWeight(packed.pack(nf4(128, 64)).source, None, None)
     assert matrix.scheme.kind == "nf4"
     assert not matrix.scheme.double_quant
     assert matrix.standard().shape == (128, 64)
-    assert packed.Packed(packed.pack(int4(128, 64)).source, None, None).scheme.symmetric
+    assert packed.PackedWeight(packed.pack(int4(128, 64)).source, None, None).scheme.symmetric
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -136,7 +136,7 @@ def test_a_model_is_packed_once_and_says_the_same(monkeypatch):
     placement = place(model)
     assert placement.complete
     assert placement.packed == 2 * (4 + 8 * 3)
-    assert str(placement) == "56 of 56 quantized matrices in packed order"
+    assert str(placement) == "56 of 56 quantized matrices in the packed layout"
     assert place(model).packed == 0
     ids = torch.arange(2, 9)[None]
     with kernels.override("reference"), torch.no_grad():
@@ -188,7 +188,9 @@ def test_what_is_refused_is_counted():
     placement = place(odd)
     assert placement.packed == 0
     assert placement.refused.total() == 56
-    assert "dequantized before every product (56: no packed order for this shape)" in str(placement)
+    assert "dequantized before every product (56: no packed layout for this shape)" in str(
+        placement
+    )
 
 
 def test_moved_away_a_packed_model_is_a_standard_one():
@@ -204,7 +206,7 @@ def test_moved_away_a_packed_model_is_a_standard_one():
 
 
 def test_gradients_go_around_the_kernels(monkeypatch):
-    monkeypatch.setitem(kernels._LINEAR, (kernels.Packed, "cpu"), packed_matmul.linear)
+    monkeypatch.setitem(kernels._LINEAR, (kernels.PackedWeight, "cpu"), packed_matmul.linear)
     model, twin = quantized_model(), quantized_model()
     place(model)
     inputs = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))

@@ -144,16 +144,16 @@ QMIX_AVX512 void attend_avx512(const Attended& a, int64_t group, int64_t piece, 
 }
 #endif
 
-void attend_piece(const Attended& a, int64_t group, int64_t piece, const float* q, int32_t path, float* bounds, float* to) {
+void attend_piece(const Attended& a, int64_t group, int64_t piece, const float* q, int32_t isa, float* bounds, float* to) {
 #if defined(__x86_64__)
-    if (path >= AVX512) return attend_avx512(a, group, piece, q, bounds, to);
-    if (path == AVX2) return attend_avx2(a, group, piece, q, bounds, to);
+    if (isa >= AVX512) return attend_avx512(a, group, piece, q, bounds, to);
+    if (isa == AVX2) return attend_avx2(a, group, piece, q, bounds, to);
 #endif
-    (void)path;
+    (void)isa;
     attend_group(a, group, piece, q, bounds, to);
 }
 
-void attend(const Attended& a, int threads, int32_t path, Fork fork) {
+void attend(const Attended& a, int threads, int32_t isa, Fork fork) {
     const int64_t pieces = up(a.positions, PIECE) / PIECE, shared = a.heads / a.groups, values = a.heads * a.width;
     const float by = 1 / __builtin_sqrtf(float(a.width));
     std::vector<float> q(static_cast<size_t>(values));
@@ -163,7 +163,7 @@ void attend(const Attended& a, int threads, int32_t path, Fork fork) {
     if (values * a.positions < SERIAL / 8) threads = 1;
     each(a.groups * pieces, threads, fork, [&](int64_t item, int) {
         const int64_t group = item / pieces, piece = item % pieces, head = piece * a.heads + group * shared;
-        attend_piece(a, group, piece, q.data() + group * shared * a.width, path, bounds + 2 * head, parts + head * a.width);
+        attend_piece(a, group, piece, q.data() + group * shared * a.width, isa, bounds + 2 * head, parts + head * a.width);
     });
     each(a.heads, pieces > 8 ? threads : 1, fork, [&](int64_t head, int) {
         float *sums = q.data() + head * a.width, most = -__builtin_inff(), sum = 0;

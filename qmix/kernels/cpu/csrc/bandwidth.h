@@ -33,22 +33,22 @@ QMIX_AVX2 uint64_t plain_avx2(const uint8_t* from) { return plain_words(from); }
 QMIX_AVX512 uint64_t plain_avx512(const uint8_t* from) { return plain_words(from); }
 #endif
 
-uint64_t plain_read(const uint8_t* from, int32_t path) {
+uint64_t plain_read(const uint8_t* from, int32_t isa) {
 #if defined(__x86_64__)
-    if (path >= AVX512) return plain_avx512(from);
-    if (path == AVX2) return plain_avx2(from);
+    if (isa >= AVX512) return plain_avx512(from);
+    if (isa == AVX2) return plain_avx2(from);
 #endif
-    (void)path;
+    (void)isa;
     return plain_words(from);
 }
 
 }  // namespace
 
 // Reads all of [bytes / 64][64] once; the xor of its words. A part of less than 1 MiB at the end is left out.
-extern "C" uint64_t qmix_read(const uint8_t* from, int64_t bytes, int32_t threads, int32_t path, Fork fork) {
+extern "C" uint64_t qmix_read(const uint8_t* from, int64_t bytes, int32_t threads, int32_t isa, Fork fork) {
     std::atomic<uint64_t> all{0};
     each(bytes / PLAIN_BYTES, threads, fork, [&](int64_t item, int) {
-        all ^= plain_read(from + item * PLAIN_BYTES, path);
+        all ^= plain_read(from + item * PLAIN_BYTES, isa);
     });
     return all;
 }

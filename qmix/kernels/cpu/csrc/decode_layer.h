@@ -67,7 +67,7 @@ void mixture(const MixedExpert* experts, int64_t count, const float* x, float* y
     std::vector<std::vector<float>> moved(size_t(2 * count));
     float* hidden = values.data() + 2 * count * width;
     float* downs = hidden + count * width;
-    std::vector<Product> products;
+    std::vector<Matmul> products;
     for (int64_t e = 0; e < count; e++) {
         float* gate = values.data() + 2 * e * width;
         products.push_back({experts[e].gate, ordered(x, inputs, experts[e].gate_perm, moved[2 * e]), gate, 1, rounded});
@@ -90,13 +90,13 @@ void mixture(const MixedExpert* experts, int64_t count, const float* x, float* y
 
 template <class Kernels>
 void before_attention(const TokenLayer& l, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* qkv,
-                      int threads, int32_t path, Fork fork) {
+                      int threads, int32_t isa, Fork fork) {
     const int64_t rotated = l.q.rows + l.k.rows, all = rotated + l.v.rows, d = l.head_dim;
     std::vector<uint16_t> normed(l.hidden);
-    norm(x, l.input_norm, l.hidden, l.eps, path, normed.data());
+    norm(x, l.input_norm, l.hidden, l.eps, isa, normed.data());
     std::vector<float> inputs(l.hidden), out(all), moved[3];
     for (int64_t i = 0; i < l.hidden; i++) inputs[i] = widened(normed[i]);
-    const Product products[3] = {
+    const Matmul products[3] = {
         {l.q, ordered(inputs.data(), l.hidden, l.perms[0], moved[0]), out.data(), 1, 1},
         {l.k, ordered(inputs.data(), l.hidden, l.perms[1], moved[1]), out.data() + l.q.rows, 1, 1},
         {l.v, ordered(inputs.data(), l.hidden, l.perms[2], moved[2]), out.data() + rotated, 1, 1},
@@ -144,16 +144,16 @@ inline void choose(const uint16_t* logits, int64_t experts, int64_t chosen, int6
 
 template <class Kernels>
 void after_attention(const TokenLayer& l, const TokenRoute& to, const uint16_t* attended, const uint16_t* x,
-                     int threads, int32_t path, Fork fork) {
+                     int threads, int32_t isa, Fork fork) {
     std::vector<float> inputs(l.o.inputs), out(l.hidden), moved, logits(l.experts);
     for (int64_t i = 0; i < l.o.inputs; i++) inputs[i] = widened(attended[i]);
-    const Product product{l.o, ordered(inputs.data(), l.o.inputs, l.perms[3], moved), out.data(), 1, 1};
+    const Matmul product{l.o, ordered(inputs.data(), l.o.inputs, l.perms[3], moved), out.data(), 1, 1};
     multiply<Kernels>(&product, 1, threads, fork);
     for (int64_t i = 0; i < l.hidden; i++)
         to.residual[i] = rounded_to_even(widened(x[i]) + widened(rounded_to_even(out[i])));
-    norm(to.residual, l.post_norm, l.hidden, l.eps, path, to.normed);
+    norm(to.residual, l.post_norm, l.hidden, l.eps, isa, to.normed);
     for (int64_t i = 0; i < l.hidden; i++) out[i] = widened(to.normed[i]);
-    dense_rows({l.router, out.data(), logits.data(), l.experts, l.hidden, 1}, path, 0, l.experts);
+    dense_rows({l.router, out.data(), logits.data(), l.experts, l.hidden, 1}, isa, 0, l.experts);
     for (int64_t e = 0; e < l.experts; e++) to.logits[e] = rounded_to_even(logits[e]);
     choose(to.logits, l.experts, l.chosen, to.ids, to.shares);
     if (!l.mixed) return;
@@ -172,14 +172,14 @@ void after_attention(const TokenLayer& l, const TokenRoute& to, const uint16_t* 
 
 // All of several layers, their experts included.
 template <class Kernels>
-void token(const TokenLayer* const* layers, int64_t count, const TokenStep& step, int threads, int32_t path, Fork fork) {
+void token(const TokenLayer* const* layers, int64_t count, const TokenStep& step, int threads, int32_t isa, Fork fork) {
     for (int64_t i = 0; i < count; i++) {
         const TokenLayer& l = *layers[i];
         const int64_t d = l.head_dim, groups = l.k.rows / d;
         std::vector<uint16_t> qkv(l.q.rows + l.k.rows + l.v.rows), attended(l.q.rows), normed(l.hidden);
         std::vector<int64_t> ids(l.chosen);
         std::vector<float> shares(l.chosen);
-        before_attention<Kernels>(l, step.x, step.cos, step.sin, qkv.data(), threads, path, fork);
+        before_attention<Kernels>(l, step.x, step.cos, step.sin, qkv.data(), threads, isa, fork);
         const uint16_t *keys = qkv.data() + l.q.rows, *values = keys + l.k.rows;
         Attended heads{qkv.data(), keys, values, attended.data(), l.q.rows / d, groups, d, step.positions, d};
         if (step.caches) {
@@ -192,9 +192,9 @@ void token(const TokenLayer* const* layers, int64_t count, const TokenStep& step
             heads.values = cache.values;
             heads.pitch = cache.pitch;
         }
-        attend(heads, threads, path, fork);
+        attend(heads, threads, isa, fork);
         const TokenRoute to{step.x, normed.data(), step.logits + i * l.experts, ids.data(), shares.data()};
-        after_attention<Kernels>(l, to, attended.data(), step.x, threads, path, fork);
+        after_attention<Kernels>(l, to, attended.data(), step.x, threads, isa, fork);
     }
 }
 

@@ -7,7 +7,7 @@
 
 extern "C" {
 
-struct DenseProduct {       // y [tokens, rows] = x [tokens, inputs] W^T, y and x float32, contiguous
+struct DenseMatmul {       // y [tokens, rows] = x [tokens, inputs] W^T, y and x float32, contiguous
     const uint16_t* weight; // [rows, inputs]
     const float* x;
     float* y;
@@ -47,13 +47,13 @@ inline __attribute__((always_inline)) void norm_values(const uint16_t* x, const 
 }
 
 // Inputs [from, inputs) of a row, for all tokens, added to y.
-inline void dense_rest(const DenseProduct& d, int64_t row, int64_t from) {
+inline void dense_rest(const DenseMatmul& d, int64_t row, int64_t from) {
     for (int64_t t = 0; t < d.tokens; t++)
         for (int64_t k = from; k < d.inputs; k++)
             d.y[t * d.rows + row] += widened(d.weight[row * d.inputs + k]) * d.x[t * d.inputs + k];
 }
 
-void dense_rows_portable(const DenseProduct& d, int64_t first, int64_t end) {
+void dense_rows_portable(const DenseMatmul& d, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; row++) {
         for (int64_t t = 0; t < d.tokens; t++) d.y[t * d.rows + row] = 0;
         dense_rest(d, row, 0);
@@ -63,7 +63,7 @@ void dense_rows_portable(const DenseProduct& d, int64_t first, int64_t end) {
 #if defined(__x86_64__)
 
 template <int M>
-QMIX_AVX2 void dense_rows_avx2(const DenseProduct& d, int64_t first, int64_t end) {
+QMIX_AVX2 void dense_rows_avx2(const DenseMatmul& d, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; row++) {
         const uint16_t* w = d.weight + row * d.inputs;
         __m256 sums[M][2];
@@ -92,7 +92,7 @@ QMIX_AVX2 void dense_rows_avx2(const DenseProduct& d, int64_t first, int64_t end
 }
 
 template <int M>
-QMIX_AVX512 void dense_rows_avx512(const DenseProduct& d, int64_t first, int64_t end) {
+QMIX_AVX512 void dense_rows_avx512(const DenseMatmul& d, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; row++) {
         const uint16_t* w = d.weight + row * d.inputs;
         __m512 sums[M][2];
@@ -124,22 +124,22 @@ QMIX_AVX2 void norm_avx2(const uint16_t* x, const uint16_t* w, int64_t width, fl
 }
 #endif
 
-void norm(const uint16_t* x, const uint16_t* w, int64_t width, float eps, int32_t path, uint16_t* y) {
+void norm(const uint16_t* x, const uint16_t* w, int64_t width, float eps, int32_t isa, uint16_t* y) {
 #if defined(__x86_64__)
-    if (path >= AVX2) return norm_avx2(x, w, width, eps, y);
+    if (isa >= AVX2) return norm_avx2(x, w, width, eps, y);
 #endif
-    (void)path;
+    (void)isa;
     norm_values(x, w, width, eps, y);
 }
 
-void dense_rows(const DenseProduct& d, int32_t path, int64_t first, int64_t end) {
+void dense_rows(const DenseMatmul& d, int32_t isa, int64_t first, int64_t end) {
 #if defined(__x86_64__)
-    if (path >= AVX512)
+    if (isa >= AVX512)
         return d.tokens == 1 ? dense_rows_avx512<1>(d, first, end) : dense_rows_avx512<2>(d, first, end);
-    if (path == AVX2)
+    if (isa == AVX2)
         return d.tokens == 1 ? dense_rows_avx2<1>(d, first, end) : dense_rows_avx2<2>(d, first, end);
 #endif
-    (void)path;
+    (void)isa;
     dense_rows_portable(d, first, end);
 }
 

@@ -58,7 +58,7 @@ void decode(const Matrix& m, int64_t size, int64_t row, int64_t first, int64_t l
 
 // One product on its way: tokens [from, from + tokens) of it.
 struct Work {
-    const Product* product;
+    const Matmul* product;
     int64_t from, tokens, size, chunks, lanes;  // lanes of its last panel; 0: direct
     bool rounded;
     float* arranged;     // direct: [tokens][chunks * CHUNK]; else panels of WIDE tokens, [places][lanes] each
@@ -160,7 +160,7 @@ void multiply_tile(const Work& work, int64_t item, const Scratch& own, int64_t w
 }
 
 template <class Kernels>
-void multiply(const Product* products, int64_t count, int threads, Fork fork) {
+void multiply(const Matmul* products, int64_t count, int threads, Fork fork) {
     int64_t all = 0;
     for (int64_t i = 0; i < count; i++) all += products[i].tokens * products[i].weight.rows * products[i].weight.inputs;
     if (all < SERIAL) threads = 1;
@@ -209,7 +209,7 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     int64_t items = 0, arranged_floats = 0;
     for (size_t i = 0; i < works.size(); i++) {
         Work& work = works[i];
-        const Product& now = *work.product;
+        const Matmul& now = *work.product;
         const Work* before = i ? &works[i - 1] : nullptr;
         items += work.items;
         if (before && before->product->x == now.x && before->from == work.from && before->tokens == work.tokens
@@ -254,14 +254,14 @@ void multiply(const Product* products, int64_t count, int threads, Fork fork) {
     free(memory);
 }
 
-// Runs `body` with a path's kernels; 0, or 1 without memory.
+// Runs `body` with the kernels of an instruction set; 0, or 1 without memory.
 template <class Body>
-int32_t on_path(int32_t path, const Body& body) {
+int32_t with_isa(int32_t isa, const Body& body) {
     try {
 #if defined(__x86_64__)
-        if (path == VNNI) return body(Vnni{}), 0;
-        if (path == AVX512) return body(Avx512{}), 0;
-        if (path == AVX2) return body(Avx2{}), 0;
+        if (isa == VNNI) return body(Vnni{}), 0;
+        if (isa == AVX512) return body(Avx512{}), 0;
+        if (isa == AVX2) return body(Avx2{}), 0;
 #endif
         body(Portable{});
         return 0;
@@ -276,8 +276,8 @@ int32_t on_path(int32_t path, const Body& body) {
 
 extern "C" {
 
-// The best path that this processor has.
-int32_t qmix_path() {
+// The best instruction set that this processor has.
+int32_t qmix_isa() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")
@@ -293,47 +293,47 @@ int32_t qmix_path() {
 }
 
 // 0, or 1 without memory for the arranged inputs.
-int32_t qmix_multiply(const Product* products, int64_t count, int32_t threads, int32_t path, Fork fork) {
-    return on_path(path, [&](auto kernels) { multiply<decltype(kernels)>(products, count, threads, fork); });
+int32_t qmix_matmul(const Matmul* products, int64_t count, int32_t threads, int32_t isa, Fork fork) {
+    return with_isa(isa, [&](auto kernels) { multiply<decltype(kernels)>(products, count, threads, fork); });
 }
 
 // The products' sizes are those of the first expert; y is added to. 0, or 1 without memory.
-int32_t qmix_mixture(const MixedExpert* experts, int64_t count, const float* x, float* y, int32_t rounded,
-                     int32_t threads, int32_t path, Fork fork) {
-    return on_path(path, [&](auto kernels) { mixture<decltype(kernels)>(experts, count, x, y, rounded, threads, fork); });
+int32_t qmix_moe_token(const MixedExpert* experts, int64_t count, const float* x, float* y, int32_t rounded,
+                     int32_t threads, int32_t isa, Fork fork) {
+    return with_isa(isa, [&](auto kernels) { mixture<decltype(kernels)>(experts, count, x, y, rounded, threads, fork); });
 }
 
 // The layer of one token before its attention: `qkv` is queries and keys, rotated, and values.
 int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, const uint16_t* cos, const uint16_t* sin,
-                              uint16_t* qkv, int32_t threads, int32_t path, Fork fork) {
-    return on_path(path, [&](auto kernels) { before_attention<decltype(kernels)>(*layer, x, cos, sin, qkv, threads, path, fork); });
+                              uint16_t* qkv, int32_t threads, int32_t isa, Fork fork) {
+    return with_isa(isa, [&](auto kernels) { before_attention<decltype(kernels)>(*layer, x, cos, sin, qkv, threads, isa, fork); });
 }
 
 // And after it: to the router's choice, or to the end if the experts are there too.
 int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* to, const uint16_t* attended,
-                             const uint16_t* x, int32_t threads, int32_t path, Fork fork) {
-    return on_path(path, [&](auto kernels) { after_attention<decltype(kernels)>(*layer, *to, attended, x, threads, path, fork); });
+                             const uint16_t* x, int32_t threads, int32_t isa, Fork fork) {
+    return with_isa(isa, [&](auto kernels) { after_attention<decltype(kernels)>(*layer, *to, attended, x, threads, isa, fork); });
 }
 
 // One token through all of several layers, whose experts must be there.
-int32_t qmix_token(const TokenLayer* const* layers, int64_t count, const TokenStep* step, int32_t threads, int32_t path,
+int32_t qmix_decode_token(const TokenLayer* const* layers, int64_t count, const TokenStep* step, int32_t threads, int32_t isa,
                    Fork fork) {
-    return on_path(path, [&](auto kernels) { token<decltype(kernels)>(layers, count, *step, threads, path, fork); });
+    return with_isa(isa, [&](auto kernels) { token<decltype(kernels)>(layers, count, *step, threads, isa, fork); });
 }
 
 // Attention alone.
-int32_t qmix_attend(const Attended* attended, int32_t threads, int32_t path, Fork fork) {
+int32_t qmix_attend(const Attended* attended, int32_t threads, int32_t isa, Fork fork) {
     try {
-        attend(*attended, threads, path, fork);
+        attend(*attended, threads, isa, fork);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;
     }
 }
 
-// y [tokens][2 planes][byte_rows] = x [tokens, inputs] W^T, as qmix_multiply.
-int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int64_t tokens, int32_t threads,
-                             int32_t path, Fork fork) {
+// y [tokens][2 planes][byte_rows] = x [tokens, inputs] W^T, as qmix_matmul.
+int32_t qmix_matmul_packed(const Packed* matrix, const float* x, float* y, int64_t tokens, int32_t threads,
+                             int32_t isa, Fork fork) {
     const Packed& m = *matrix;
     const int64_t tiles = m.inputs / m.tile_inputs, panels = m.byte_rows / PANEL;
     Integers integers(m.table);
@@ -350,7 +350,7 @@ int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int
             for (int64_t t = 0; t < tokens; t++) {
                 float* low = y + 2 * t * m.byte_rows + panel * PANEL;
                 const PackedInputs in{arranged.data() + t * 2 * m.inputs, scales.data() + t * tiles};
-                packed_panel(m, integers, path, panel, in, low, low + m.byte_rows);
+                packed_panel(m, integers, isa, panel, in, low, low + m.byte_rows);
             }
         });
         return 0;
@@ -360,19 +360,19 @@ int32_t qmix_multiply_packed(const Packed* matrix, const float* x, float* y, int
 }
 
 // Of one or two tokens.
-void qmix_multiply_dense(const DenseProduct* product, int32_t threads, int32_t path, Fork fork) {
-    const DenseProduct& d = *product;
+void qmix_matmul_dense(const DenseMatmul* product, int32_t threads, int32_t isa, Fork fork) {
+    const DenseMatmul& d = *product;
     if (d.tokens * d.rows * d.inputs < SERIAL) threads = 1;
     const int64_t step = (MOST_BYTES / 4) / (2 * d.inputs + 1) + 1, items = up(d.rows, step) / step;
     each(items, threads, fork, [&](int64_t item, int) {
-        dense_rows(d, path, item * step, (item + 1) * step < d.rows ? (item + 1) * step : d.rows);
+        dense_rows(d, isa, item * step, (item + 1) * step < d.rows ? (item + 1) * step : d.rows);
     });
 }
 
 // RMSNorm over the rows of x [rows, width], all in bfloat16.
 void qmix_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, float eps,
-                   int32_t path) {
-    for (int64_t row = 0; row < rows; row++) norm(x + row * width, weight, width, eps, path, y + row * width);
+                   int32_t isa) {
+    for (int64_t row = 0; row < rows; row++) norm(x + row * width, weight, width, eps, isa, y + row * width);
 }
 
 }  // extern "C"

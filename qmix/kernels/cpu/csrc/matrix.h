@@ -30,7 +30,7 @@ struct Matrix {                 // [rows, inputs], packed two codes a byte, rows
     int32_t high_first;         // the first of a byte's two codes is its high nibble
 };
 
-struct Product {                // y [tokens, rows] = x [tokens, inputs] W^T, float32, contiguous
+struct Matmul {                // y [tokens, rows] = x [tokens, inputs] W^T, float32, contiguous
     Matrix weight;
     const float* x;
     float* y;

@@ -1,4 +1,4 @@
-// Products of matrices in the GPU's packed order (qmix/weights/packed/layout.py), as they lie in host memory.
+// Products of matrices in the GPU's packed layout (qmix/weights/packed/layout.py), as they lie in host memory.
 //
 // A byte holds the codes of two rows, one a plane; 16 bytes of a lane hold rows g and g + 8 and 32 inputs.
 // Four lanes together, 64 bytes, are one register: 32 words, word t * 8 + c * 4 + r * 2 + j of row
@@ -152,14 +152,14 @@ QMIX_AVX512 void packed_panel_avx512(const Packed& m, const Integers& integers, 
 
 #endif
 
-void packed_panel(const Packed& m, const Integers& integers, int32_t path, int64_t panel, const PackedInputs& in,
+void packed_panel(const Packed& m, const Integers& integers, int32_t isa, int64_t panel, const PackedInputs& in,
                   float* low, float* high) {
 #if defined(__x86_64__)
-    if (path >= AVX512)
+    if (isa >= AVX512)
         return m.zeros ? packed_panel_avx512<true>(m, integers, panel, in, low, high)
                        : packed_panel_avx512<false>(m, integers, panel, in, low, high);
 #endif
-    (void)path;
+    (void)isa;
     packed_panel_portable(m, integers, panel, in, low, high);
 }
 

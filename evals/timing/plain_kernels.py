@@ -1,4 +1,4 @@
-"""The GPU programs that read no weights, as they can be started: attention, norms, rotary, router.
+"""The GPU kernels that read no weights, as they can be started: attention, norms, rotary, router.
 
 All at the 8x7B's shapes. What evals.aot compiles; nothing is compiled here.
 """
@@ -22,7 +22,7 @@ _POINTERS = {
     "sums": "*fp32",
     "peaks": "*fp32",
     "totals": "*fp32",
-    "shares": "*fp32",
+    "partials": "*fp32",
     "ids": "*i64",
     "weights": "*fp32",
     "normed": "*fp16",
@@ -44,9 +44,9 @@ _MODEL_POINTERS = (
 
 @dataclass(frozen=True)
 class Plain:
-    """A program that reads no weights: what is constant in it, and which tensors it is not given."""
+    """A kernel that reads no weights: what is constant in it, and which tensors it is not given."""
 
-    program: str
+    kernel: str
     dtype: torch.dtype
     constants: tuple[tuple[str, int], ...]
     absent: tuple[str, ...]
@@ -57,12 +57,12 @@ class Plain:
     def __str__(self) -> str:
         shape = " ".join(f"{name} {value}" for name, value in self.constants)
         without = f", no {' '.join(self.absent)}" if self.absent else ""
-        return f"sm_{self.arch} {self.program} {_TYPES[self.dtype]} {shape}{without}"
+        return f"sm_{self.arch} {self.kernel} {_TYPES[self.dtype]} {shape}{without}"
 
     def source(self) -> Source:
         """What is to be compiled."""
-        module = attention_triton if hasattr(attention_triton, self.program) else pointwise_triton
-        function: Any = getattr(module, self.program)
+        module = attention_triton if hasattr(attention_triton, self.kernel) else pointwise_triton
+        function: Any = getattr(module, self.kernel)
         constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
         pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS
         names = [name for name in function.arg_names if name not in constants]
@@ -81,15 +81,15 @@ def plain_variants(
 ) -> Iterator[Plain]:
     """Everything that `qmix.kernels.gpu.attention` and `.pointwise` can start, at the 8x7B's shapes."""
     for arch, dtype in product(archs, dtypes):
-        for program, warps, stages, constants, absent in _programs(dtype):
-            yield Plain(program, dtype, tuple(constants.items()), absent, warps, stages, arch)
+        for kernel, warps, stages, constants, absent in _kernels(dtype):
+            yield Plain(kernel, dtype, tuple(constants.items()), absent, warps, stages, arch)
 
 
-def _programs(
+def _kernels(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, int, int, Mapping[str, int], tuple[str, ...]]]:
     """Name, warps, stages, constants, and the tensors not given."""
-    tile = {"SHARE": _HEADS // _SHARED, "D": _HEAD_WIDTH}
+    tile = {"GROUP_HEADS": _HEADS // _SHARED, "D": _HEAD_WIDTH}
     decode, prefill = attention.blocks(dtype)
     for absent in (("keep",), ("past", "starts")):
         for shape, name, rows in (
@@ -105,7 +105,7 @@ def _programs(
     norm = {"BLOCK": _HIDDEN, "EXPERTS": _EXPERTS, "E": _EXPERTS, "CHOSEN": _CHOSEN}
     plain, of_experts = {"SPLITS": 1, "CHOICES": 1}, {"CHOICES": _CHOSEN}
     no_router = ("gate", "logits", "ids", "weights")
-    yield "residual_norm", warps, 1, norm | plain, ("shares", "total", *no_router)
+    yield "residual_norm", warps, 1, norm | plain, ("partials", "total", *no_router)
     rotations = tuple({"D": _HEAD_WIDTH, "ROWS": rows} for rows in (1, 16))
     for splits in (1, 2, 4, 8, 16):
         shares = {**plain, "SPLITS": splits}
