@@ -19,6 +19,7 @@ import typer
 from qmix import __version__
 from qmix.commands import plan_command, terminal, trace
 from qmix.errors import QmixError, UsageError
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.planning.byte_sizes import parse_size
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 app.add_typer(trace.app, name="trace")
 
+SHARD_SIZE = f"{SHARD_BYTES / 1e9:g}GB"
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
 Device = Annotated[
@@ -114,7 +116,7 @@ def quantize(
         bool, typer.Option("--resume", help="gptq, auto: go on with an interrupted run.")
     ] = False,
     device: Device = None,
-    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = "4.9GB",
+    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = SHARD_SIZE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -164,7 +166,7 @@ def quantize(
 def convert(
     raw: Annotated[Path, typer.Argument(metavar="RAW", help="Folder of consolidated.* files.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory in the hub's layout.")],
-    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = "4.9GB",
+    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = SHARD_SIZE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
 ) -> None:
     """Turn Mistral's own checkpoint (consolidated.*, params.json) into the hub's layout, bit for bit.
@@ -189,7 +191,7 @@ def export(
             "--format", help="What vLLM, SGLang and transformers read.", show_default=False
         ),
     ],
-    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = "4.9GB",
+    shard_size: Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")] = SHARD_SIZE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
 ) -> None:
     """Write Int4 and Int8 weights (GPTQ, AWQ, compressed-tensors) in another layout, without rounding.

@@ -19,6 +19,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import QmixError
 from qmix.evals.training.tiny_model import TINY
 from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors
 from qmix.quantize import streaming
@@ -28,7 +29,6 @@ from qmix.weights.nf4 import NF4, NestedAbsmax
 from qmix.weights.scheme import NESTED_BLOCK, Recipe
 from qmix.weights.scheme import NF4 as NF4_SCHEME
 
-SHARD_BYTES = 4_900_000_000
 # One input channel in 256 is eight times as strong, as in trained transformers (LLM.int8, section 3).
 _OUTLIER_EVERY, _OUTLIER_FACTOR = 256, 8.0
 

@@ -11,6 +11,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models import load
 from qmix.quantize import streaming
 from qmix.quantize.calibrated import bit_allocation
@@ -49,7 +50,7 @@ class Request:
     samples: int = 256
     seqlen: int | None = None
     device: str | None = None
-    shard_bytes: int = 4_900_000_000
+    shard_bytes: int = SHARD_BYTES
     resume: bool = False
     force: bool = False
 

@@ -18,6 +18,7 @@ import qmix
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shards import Planned
 from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
@@ -75,7 +76,7 @@ def run(
     recipe: Recipe,
     *,
     method: str,
-    shard_bytes: int = 4_900_000_000,
+    shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:

@@ -10,7 +10,7 @@ from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.formats import names
-from qmix.formats.files.safetensors_header import INDEX, SINGLE
+from qmix.formats.files.shard_names import INDEX, SINGLE
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.planning import gpus as cards

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError, UsageError
 from qmix.experts.store import Store
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.kernels import attention
 from qmix.models import load, save
 from qmix.nn.cache import KVCache
@@ -117,9 +118,7 @@ class PreTrainedModel(nn.Module):
     def adopt(self, directory: Path) -> None:
         """Take what else the directory says of a model; nothing without a head."""
 
-    def save_pretrained(
-        self, directory: str | Path, *, max_shard_bytes: int = save.SHARD_BYTES
-    ) -> None:
+    def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
         """Write config.json and sharded safetensors, dense and 4-bit weights as they are.
 
         Raises:

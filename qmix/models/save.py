@@ -10,13 +10,12 @@ from qmix.errors import UsageError
 from qmix.experts.reader import FileWeight
 from qmix.formats import names
 from qmix.formats.files import shards
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.layouts import writer
 from qmix.kernels import PackedWeight
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Weight
 from qmix.weights.scheme import DENSE
-
-SHARD_BYTES = 4_900_000_000
 
 
 def save(

@@ -21,6 +21,7 @@ import qmix
 from qmix.errors import CheckpointError, InterruptedRunError, UsageError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shard_names import SHARD_BYTES, shard_name
 from qmix.formats.files.shards import ShardWriter
 from qmix.formats.names import ModelTensor
 from qmix.nn.decoder import embedding
@@ -55,7 +56,7 @@ class Options:
     layer: layerwise.Options = field(default_factory=layerwise.Options)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     activation_bytes: int = 4 << 30
-    shard_bytes: int = 4_900_000_000
+    shard_bytes: int = SHARD_BYTES
 
 
 def run(
@@ -252,7 +253,7 @@ class _Work:
                 "not the results of layers", where=str(folder / output_dir.STATE), remedy=remedy
             )
         for layer in range(len(done)):
-            shard = folder / shards.shard_name(layer + 1, self.layers + 2)
+            shard = folder / shard_name(layer + 1, self.layers + 2)
             if not shard.is_file():
                 raise CheckpointError("missing", where=str(shard), remedy=remedy)
         return done
@@ -332,7 +333,7 @@ class _Work:
             self._write(folder, self.layers + 1, behind, self._kept(behind)),
         )
         weight_map = {
-            one.name: shards.shard_name(self._shard(item.tensor), self.layers + 2)
+            one.name: shard_name(self._shard(item.tensor), self.layers + 2)
             for item in self.items
             for one in item.planned
         }
@@ -341,7 +342,7 @@ class _Work:
 
     def tidy(self, folder: Path, done: int) -> None:
         """Remove all but the shards of `done` layers, and the tokens behind them for the next."""
-        kept = {shards.shard_name(index + 1, self.layers + 2) for index in range(done)}
+        kept = {shard_name(index + 1, self.layers + 2) for index in range(done)}
         kept.add(output_dir.STATE)
         if done < self.layers:
             kept |= {_tokens_name(stream, done) for stream in self.streams}
@@ -362,7 +363,7 @@ class _Work:
     def _write(
         self, folder: Path, index: int, items: Sequence[Item], rounded: Iterator[Rounded]
     ) -> list[TensorResult]:
-        name = shards.shard_name(index, self.layers + 2)
+        name = shard_name(index, self.layers + 2)
         partial = folder / f"{name}.writing"
         partial.unlink(missing_ok=True)
         results = []

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import qmix
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import names, open_checkpoint
-from qmix.formats.files import shards
+from qmix.formats.files import shard_names, shards
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.models import small_model
 
@@ -219,5 +219,5 @@ def test_the_index_is_used_when_there_is_one(folder):
         shards.read_header(folder / "model-00001-of-00001.safetensors"),
         "model-00001-of-00001.safetensors",
     )
-    (folder / shards.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listing}))
+    (folder / shard_names.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listing}))
     assert load(folder).dtype == torch.float32

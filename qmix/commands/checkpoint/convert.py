@@ -15,6 +15,7 @@ from torch import Tensor
 import qmix
 from qmix.errors import CheckpointError
 from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shards import Planned
 from qmix.formats.mistral import checkpoint
 from qmix.formats.mistral.checkpoint import RawCheckpoint
@@ -24,7 +25,6 @@ from qmix.planning.plan import check_memory
 from qmix.text.sentencepiece_file import MODEL_FILE, read_model
 from qmix.text.tokenizer import LlamaTokenizer
 
-SHARD_BYTES = 4_900_000_000
 # What Hugging Face's LlamaTokenizer cannot see in tokenizer.model; the values of the hub's Mixtral.
 _TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,

@@ -17,6 +17,7 @@ import qmix
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shards import Planned
 from qmix.formats.layouts import compressed_tensors, gptq, gptq_config, tensor_names
 from qmix.formats.names import ModelTensor
@@ -28,7 +29,6 @@ from qmix.weights.scheme import DENSE, Scheme
 
 Format = Literal["compressed-tensors", "gptq"]
 
-SHARD_BYTES = 4_900_000_000
 _LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq}
 _SCALES = (tensor_names.SCALES, tensor_names.SCALE)
 

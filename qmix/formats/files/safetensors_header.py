@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
+from qmix.formats.files.shard_names import INDEX, SINGLE
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # Mixtral-8x7B has about 5,500 tensors as NF4: under 1 MB of header in one file.
 HEADER_BYTES = 8 << 20
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.formats.files import safetensors_header
-from qmix.formats.files.safetensors_header import INDEX, TensorInfo, open_regular, read_headers
+from qmix.formats.files.safetensors_header import TensorInfo, open_regular, read_headers
+from qmix.formats.files.shard_names import INDEX, shard_name
 
 _ALIGNMENT = 8
 
@@ -255,8 +256,3 @@ def cut(groups: Sequence[Sequence[Planned]], max_bytes: int) -> list[list[Sequen
         shards[-1].append(group)
         filled += size
     return shards
-
-
-def shard_name(index: int, count: int) -> str:
-    """The hub's file name of shard `index`, counted from 0, of `count`."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

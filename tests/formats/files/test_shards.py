@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError
-from qmix.formats.files import shards
+from qmix.formats.files import shard_names, shards
 from qmix.formats.files.shards import Planned
 
 
@@ -72,7 +72,7 @@ def test_shards_hold_at_most_the_limit_and_the_index_lists_all(tmp_path):
     groups = [[Planned(n, t.dtype, tuple(t.shape))] for n, t in tensors.items()]
     shards.write_shards(tmp_path, groups, ({n: t} for n, t in tensors.items()), 1000)
     names = sorted(p.name for p in tmp_path.glob("*.safetensors"))
-    assert names == [shards.shard_name(i, 4) for i in range(4)]
+    assert names == [shard_names.shard_name(i, 4) for i in range(4)]
     assert all(os.path.getsize(tmp_path / n) < 1000 + 400 for n in names)
     opened = shards.open_shards(tmp_path)
     assert all(torch.equal(opened.read(n), t) for n, t in tensors.items())
@@ -169,7 +169,7 @@ def test_a_header_length_may_look_like_another_formats_first_bytes(tmp_path, len
 
 def indexed(tmp_path, weight_map):
     save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
-    (tmp_path / shards.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / shard_names.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
