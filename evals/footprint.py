@@ -20,7 +20,7 @@ from qmix.evals.timing import bench
 from qmix.formats.metadata import read_metadata
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.linear import Linear
-from qmix.planning.footprint import Model
+from qmix.planning.footprint import StoredModel
 from qmix.planning.plan import plan
 
 _PARTS = ("experts", "attention", "embeddings", "head", "router and norms")
@@ -69,8 +69,8 @@ def compare(directory: Path, context: int = 512, dtype: str | None = None) -> Co
     Raises:
         QmixError: the checkpoint is damaged, or does not fit.
     """
-    model = Model.of(read_metadata(directory), dtype)
-    predicted = plan(model, gpu=False, context=context).host_bill
+    model = StoredModel.of(read_metadata(directory), dtype)
+    predicted = plan(model, gpu=False, context=context).host_memory
     gc.collect()
     before = _resident()
     loaded = MixtralForCausalLM.from_pretrained(directory, device="cpu", dtype=dtype)

@@ -230,12 +230,12 @@ def _seconds(
         context=context,
     )
     if store is None:
-        return planned.step.seconds("resident" if gpu else "host", rates)
+        return planned.step_cost.seconds("resident" if gpu else "host", rates)
     hit = store.statistics().hit_rate
     if gpu:
         path: roofline.Path = "cpu" if store.statistics().path == "cpu" else "interconnect"
-        return replace(planned.step, hit=hit).seconds(path, rates)
-    return replace(planned.step, hit=hit, cold=1 - hit).seconds("host and disk", rates)
+        return replace(planned.step_cost, hit=hit).seconds(path, rates)
+    return replace(planned.step_cost, hit=hit, cold=1 - hit).seconds("host and disk", rates)
 
 
 def _ballast(vram: str | None) -> torch.Tensor | None:

@@ -101,7 +101,7 @@ def run(
     groups = [item.planned for item in items]
     output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))
     largest = max(checkpoint.entry(item.tensor.name).nbytes for item in items)
-    check_memory(budget.of_rewriting(largest))
+    check_memory(budget.for_rewriting(largest))
     results: list[TensorResult] = []
 
     def converted() -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from qmix.nn.decoder import embedding
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.planning import budget
-from qmix.planning.footprint import Model
+from qmix.planning.footprint import StoredModel
 from qmix.planning.plan import check_memory
 
 BATCH_TOKENS = 4096  # tokens a pass: enough to give every expert of 8 some hundred
@@ -47,8 +47,8 @@ class Scorer:
         self._device = load.target_device(device)
         self._dtype = dtype or checkpoint.dtype
         if self._device.type == "cpu":
-            model = Model.of(checkpoint.metadata, str(self._dtype).removeprefix("torch."))
-            check_memory(budget.of_scoring(model, *ids.shape))
+            model = StoredModel.of(checkpoint.metadata, str(self._dtype).removeprefix("torch."))
+            check_memory(budget.for_scoring(model, *ids.shape))
         self._norm, self._head = self._tail()
         self._hidden = self._run(ids, progress)
 

@@ -11,7 +11,7 @@ from typing import Any
 from qmix.errors import UsageError
 from qmix.evals.routing.simulation import SECOND, Machine, MissPath, Simulation
 from qmix.evals.routing.trace import Trace
-from qmix.experts.policy import LFU, LRU, PRESETS, Policy, PolicyName, Settings
+from qmix.experts.policy import LFU, LRU, PRESETS, Policy, PolicyName, PolicySettings
 from qmix.experts.residency import Residency
 
 
@@ -64,7 +64,7 @@ class Replay:
 def replay(
     trace: Trace,
     slots: int,
-    settings: Settings,
+    settings: PolicySettings,
     machine: Machine,
     *,
     name: str,
@@ -108,9 +108,9 @@ def optimum(trace: Trace, slots: int, machine: Machine, *, path: MissPath = "rea
     It may pass an expert by and pays for no upload, so no policy that loads what was missed has more
     hits. (L. A. Belady, IBM Systems Journal 5(2), 1966; with bypassing.)
     """
-    visits = [expert for token in trace.ids() for ids in token for expert in ids]
-    hits = optimal_hits(visits, slots)
-    misses, tokens = len(visits) - hits, len(trace.tokens)
+    activations = [expert for token in trace.ids() for ids in token for expert in ids]
+    hits = optimal_hits(activations, slots)
+    misses, tokens = len(activations) - hits, len(trace.tokens)
     return Replay(
         name="belady",
         path=path,
@@ -119,29 +119,29 @@ def optimum(trace: Trace, slots: int, machine: Machine, *, path: MissPath = "rea
         misses=misses,
         uploads=0,
         interconnect_bytes=0 if path == "cpu" else misses * machine.expert_bytes,
-        nanoseconds=machine.token_ns(path, trace.header.layers, len(visits), misses, tokens),
+        nanoseconds=machine.token_ns(path, trace.header.layers, len(activations), misses, tokens),
     )
 
 
-def optimal_hits(visits: Sequence[int], slots: int) -> int:
-    """The most hits that `slots` slots can have, filled with anything before the first visit."""
+def optimal_hits(activations: Sequence[int], slots: int) -> int:
+    """The most hits that `slots` slots can have, filled with anything before the first activation."""
     assert slots > 0, slots
-    never = len(visits)
-    following, next_visit = [never] * never, dict[int, int]()
+    never = len(activations)
+    following, next_activation = [never] * never, dict[int, int]()
     for at in reversed(range(never)):
-        following[at] = next_visit.get(visits[at], never)
-        next_visit[visits[at]] = at
+        following[at] = next_activation.get(activations[at], never)
+        next_activation[activations[at]] = at
     # At the start the slots hold what is asked for first.
-    held = dict(sorted(next_visit.items(), key=lambda item: item[1])[:slots])
+    held = dict(sorted(next_activation.items(), key=lambda item: item[1])[:slots])
     farthest = [(-at, expert) for expert, at in held.items()]
     heapq.heapify(farthest)
     hits = 0
-    for at, expert in enumerate(visits):
+    for at, expert in enumerate(activations):
         if expert in held:
             hits += 1
         else:
             while held.get(farthest[0][1]) != -farthest[0][0]:
-                heapq.heappop(farthest)  # its next visit has moved, or it has gone
+                heapq.heappop(farthest)  # its next activation has moved, or it has gone
             if -farthest[0][0] <= following[at]:
                 continue  # all that is held is needed sooner
             del held[heapq.heappop(farthest)[1]]

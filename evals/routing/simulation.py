@@ -3,7 +3,7 @@
 Times are nanoseconds, rates bytes a second. A tier moves one thing at a time, in the order asked for;
 copies into slots and reads of missed experts share the interconnect. Knows ids and sizes, no tensors.
 
-Shape letters of reference formulas: A expert visits a token, S bytes an expert, D dense bytes a token,
+Shape letters of reference formulas: A expert activations a token, S bytes an expert, D dense bytes a token,
 m share of misses, B rates (g device, p interconnect, c CPU), t_s waiting a layer.
 """
 
@@ -91,7 +91,9 @@ class Machine:
     latency_ns: int = 0
     sync_ns: int = 80_000
 
-    def token_ns(self, path: MissPath, layers: int, visits: int, misses: int, tokens: int) -> int:
+    def token_ns(
+        self, path: MissPath, layers: int, activations: int, misses: int, tokens: int
+    ) -> int:
         """The bound on so many tokens, no copies beside them.
 
         read: (D + (1 - m) A S) / B_g + m A S / B_p
@@ -99,9 +101,9 @@ class Machine:
         copy: (D + A S) / B_g + m A S / B_p + layers t_s
 
         Args:
-            visits, misses: of all the tokens together.
+            activations, misses: of all the tokens together.
         """
-        seen = visits if path == "copy" else visits - misses
+        seen = activations if path == "copy" else activations - misses
         near = tokens * self.dense_bytes + seen * self.expert_bytes
         rate = self.cpu if path == "cpu" else self.interconnect
         waiting = 0 if path == "read" else tokens * layers * self.sync_ns

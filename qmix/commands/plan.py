@@ -1,6 +1,6 @@
 """`qmix plan`: a checkpoint or a config, this machine or another, and the plan in words.
 
-Looks at the machine by `machine`, computes by `plan` and `outlook`, draws plain text. Knows no torch.
+Looks at the machine by `machine`, computes by `plan` and `estimate`, draws plain text. Knows no torch.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.planning import gpus as cards
 from qmix.planning import machine
-from qmix.planning.budget import Bill
+from qmix.planning.budget import MemoryBreakdown
 from qmix.planning.byte_sizes import parse_size, show
-from qmix.planning.estimate import Outlook, Quantization, Speed, figure, outlook, rates_used
-from qmix.planning.footprint import Model
+from qmix.planning.estimate import Estimate, Quantization, Speed, estimate, figure, rates_used
+from qmix.planning.footprint import StoredModel
 from qmix.planning.gpus import Card
 from qmix.planning.plan import plan
 from qmix.planning.roofline import Rate, Rates
@@ -52,19 +52,19 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An outlook, and what it was computed for.
+    """An estimate, and what it was computed for.
 
     Attributes:
         place: the device or machine, in words. notes: what should be known of the figures.
     """
 
-    outlook: Outlook
+    estimate: Estimate
     place: str
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """As a JSON document."""
-        return {"place": self.place, "notes": list(self.notes), **self.outlook.to_dict()}
+        return {"place": self.place, "notes": list(self.notes), **self.estimate.to_dict()}
 
 
 def answer(request: Request) -> Answer:
@@ -106,13 +106,13 @@ def answer(request: Request) -> Answer:
         )
     rates = _rates(here, card, elsewhere=elsewhere)
     return Answer(
-        outlook=outlook(planned, rates, source),
+        estimate=estimate(planned, rates, source),
         place=_place(request, gpu, card, on_device=on_device, vram=vram, ram=ram),
         notes=tuple(notes),
     )
 
 
-def _models(request: Request) -> tuple[Model, Model | None]:
+def _models(request: Request) -> tuple[StoredModel, StoredModel | None]:
     """What will run, and the 16-bit checkpoint that it is made from if it is still to be quantized."""
     path = request.source
     scheme = _scheme(request)
@@ -128,10 +128,10 @@ def _models(request: Request) -> tuple[Model, Model | None]:
         (path / INDEX).is_file() or (path / SINGLE).is_file() or any(path.glob("*.safetensors"))
     )
     if folder_has_weights:
-        stored = Model.of(read_metadata(path))
+        stored = StoredModel.of(read_metadata(path))
         if not stored.dense:
             return stored, None
-        return Model.assume(stored.name, stored.config, scheme), stored
+        return StoredModel.assume(stored.name, stored.config, scheme), stored
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(
@@ -148,7 +148,7 @@ def _models(request: Request) -> tuple[Model, Model | None]:
             found=names.count(config),
         )
     name = file.resolve().parent.name
-    return Model.assume(name, config, scheme), Model.assume(name, config, DENSE)
+    return StoredModel.assume(name, config, scheme), StoredModel.assume(name, config, DENSE)
 
 
 def _scheme(request: Request) -> Scheme:
@@ -169,7 +169,7 @@ def _scheme(request: Request) -> Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class _Here:
-    memory: machine.Memory
+    memory: machine.HostMemory
     gpu: machine.Gpu | None
     measured: machine.Measured | None
     trouble: str | None
@@ -232,7 +232,7 @@ def _place(
 
 def text(found: Answer) -> str:
     """The answer for a person to read."""
-    seen = found.outlook
+    seen = found.estimate
     planned, model = seen.plan, seen.plan.model
     how = "as stored" if model.assumed is None else f"as {model.assumed}, assumed"
     config = model.config
@@ -245,9 +245,9 @@ def text(found: Answer) -> str:
         "",
     ]
     if planned.gpu:
-        lines += _table("device memory", planned.device_bill, planned.vram)
+        lines += _table("device memory", planned.device_memory, planned.vram)
         lines.append("")
-    lines += _table("host memory", planned.host_bill, planned.ram)
+    lines += _table("host memory", planned.host_memory, planned.ram)
     lines += ["", *_speed_lines(seen)]
     lines += [_quantization_line(one) for one in seen.quantization]
     lines += [f"would help  {one.change}: {one.yields}" for one in seen.suggestions]
@@ -255,7 +255,7 @@ def text(found: Answer) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _verdict(seen: Outlook) -> list[str]:
+def _verdict(seen: Estimate) -> list[str]:
     planned = seen.plan
     best = max(seen.speeds, key=lambda speed: speed.expected)
     head = f"about {figure(best.expected)} tokens a second"
@@ -280,10 +280,10 @@ def _verdict(seen: Outlook) -> list[str]:
     return [f"{where}; {head}", contexts]
 
 
-def _table(title: str, bill: Bill, budget: int | None) -> list[str]:
-    rows = [(line.what, line.nbytes) for line in bill.lines if line.nbytes]
+def _table(title: str, breakdown: MemoryBreakdown, budget: int | None) -> list[str]:
+    rows = [(item.what, item.nbytes) for item in breakdown.items if item.nbytes]
     room = "" if budget is None else f" of {show(budget)}"
-    return [f"{title:26} {show(bill.total):>12}{room}"] + [
+    return [f"{title:26} {show(breakdown.total):>12}{room}"] + [
         f"  {what:24} {show(nbytes):>12}" for what, nbytes in rows
     ]
 
@@ -297,7 +297,7 @@ _MEANING = {
 }
 
 
-def _speed_lines(seen: Outlook) -> list[str]:
+def _speed_lines(seen: Estimate) -> list[str]:
     lines = [_speed_line(speed) for speed in seen.speeds]
     names = {"device": "device", "interconnect": "PCIe", "host": "host", "disk": "disk"}
     for name in rates_used(seen.speeds):

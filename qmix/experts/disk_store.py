@@ -38,7 +38,7 @@ class DiskStore(Store):
 
     Args:
         arena: a blob for each slot of the residency, and two more for prompts.
-        residency: with Settings.uploads 0: nothing moves but what a step asks for.
+        residency: with PolicySettings.uploads 0: nothing moves but what a step asks for.
         per_layer: E.
     """
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.experts.arena import HostArena, SlotArena
-from qmix.experts.miss_path import PathChoice
+from qmix.experts.miss_path import MissPathSelector
 from qmix.experts.residency import Residency, Upload
 from qmix.experts.store import STEP_TOKENS, Moved, Statistics, Store, StoredExperts, chosen_ids
 from qmix.kernels import PackedExperts, Routes
@@ -144,7 +144,7 @@ class DeviceStore(Store):
         assert len(sources) == addresses.numel()
         assert not in_place or all(source is not None for source in sources)
         self.slots, self.residency, self.addresses = slots, residency, addresses
-        self.in_place, self.path = in_place, PathChoice()
+        self.in_place, self.path = in_place, MissPathSelector()
         self.layers, self.per_layer = addresses.shape
         self._arena = arena
         if arena is not None:  # registered memory that is unmapped could not be registered again
@@ -156,7 +156,7 @@ class DeviceStore(Store):
         self._routes: list[Tensor] = []  # of a step that is not recorded
         self._used: list[int] = []  # the same, where the host has waited for them
         self._layer = -1
-        self._lent: tuple[int, ...] = ()
+        self._borrowed: tuple[int, ...] = ()
         self._ahead: dict[int, dict[int, tuple[int, Ticket | None]]] = {}  # by layer, expert
         self._streamed = -1  # layer that a prompt has reached
         self._written: list[int] = []
@@ -173,7 +173,7 @@ class DeviceStore(Store):
         self._start(uploads)
         return len(uploads) * self.slots.nbytes
 
-    def boundary(self) -> None:
+    def on_token_end(self) -> None:
         """Between two decode steps: learn, admit, publish. Waits for nothing."""
         uploads: list[Upload] = []
         while self._logs and self._logs[0][1].done():
@@ -202,14 +202,14 @@ class DeviceStore(Store):
             self._routes.clear()
             self._end_fetching()
         if layer == 0:
-            self.boundary()
+            self.on_token_end()
         self._layer = layer
         if self.in_place:
             self._routes.append(routes.ids)
             if len(self._routes) == self.layers:
                 self.log(torch.stack(self._routes))
 
-    def bring(self, layer: int, experts: Sequence[int]) -> None:
+    def fetch_now(self, layer: int, experts: Sequence[int]) -> None:
         """Have all of these in slots for the product that is asked for next.
 
         Args:
@@ -231,9 +231,9 @@ class DeviceStore(Store):
             self._ahead.clear()
             self._end_fetching()
             self._finish(join=True)
-            self._borrow()
+            self._borrow_buffers()
         self._streamed = layer
-        halves = len(self._lent) // self.per_layer
+        halves = len(self._borrowed) // self.per_layer
         if halves:
             self._send(layer, halves)
             if halves > 1 and layer + 1 < self.layers:
@@ -334,18 +334,18 @@ class DeviceStore(Store):
             self.residency.token(self._used)
         self._used = []
 
-    def _borrow(self) -> None:
+    def _borrow_buffers(self) -> None:
         """Buffers for two layers if there are slots, else for one; none: the device reads the host."""
-        if self._lent:
+        if self._borrowed:
             return
         halves = min(2, len(self.slots) // self.per_layer)
-        self._lent = self.residency.lend(halves * self.per_layer)
+        self._borrowed = self.residency.borrow(halves * self.per_layer)
         self._write_table()
 
     def _return_buffers(self) -> None:
-        if self._lent:
-            self.residency.take_back(self._lent)
-            self._lent, self._ahead, self._streamed = (), {}, -1
+        if self._borrowed:
+            self.residency.return_slots(self._borrowed)
+            self._borrowed, self._ahead, self._streamed = (), {}, -1
             self._moved.prefill_interconnect += self.warm(
                 self.residency.policy.order(self.per_layer)
             )
@@ -355,7 +355,7 @@ class DeviceStore(Store):
         if layer in self._ahead:
             return
         first = layer % halves * self.per_layer
-        buffers = self._lent[first : first + self.per_layer]
+        buffers = self._borrowed[first : first + self.per_layer]
         sent: dict[int, tuple[int, Ticket | None]] = {}
         for index in range(self.per_layer):
             expert = layer * self.per_layer + index
@@ -392,7 +392,7 @@ class DeviceExperts(StoredExperts):
         self.store.reach(self._layer, routes)
         if not self.store.in_place:
             first = self._layer * self.store.per_layer
-            self.store.bring(self._layer, [first + index for index in chosen_ids(routes)])
+            self.store.fetch_now(self._layer, [first + index for index in chosen_ids(routes)])
         return self._whole
 
     def product(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,11 +6,11 @@ By measured bytes a second of both, with hysteresis. Pure Python: knows no clock
 from dataclasses import dataclass, field
 from typing import Literal
 
-Way = Literal["zero-copy", "cpu"]
+MissPath = Literal["zero-copy", "cpu"]
 
 
 @dataclass
-class PathChoice:
+class MissPathSelector:
     """The way of misses; zero-copy until both have been measured.
 
     Leaving zero-copy costs the recorded step (some milliseconds a token of launches and waits), and both ways read the
@@ -28,18 +28,18 @@ class PathChoice:
     enter: float = 2.0
     leave: float = 1.5
     weight: float = 0.25
-    current: Way = "zero-copy"
+    current: MissPath = "zero-copy"
     switches: int = 0
-    rates: dict[Way, float] = field(default_factory=dict)
+    rates: dict[MissPath, float] = field(default_factory=dict)
 
-    def observe(self, way: Way, nbytes: int, seconds: float) -> None:
+    def observe(self, way: MissPath, nbytes: int, seconds: float) -> None:
         """So many bytes took so long."""
         if nbytes <= 0 or seconds <= 0:
             return
         rate, known = nbytes / seconds, self.rates.get(way)
         self.rates[way] = rate if known is None else known + self.weight * (rate - known)
 
-    def choose(self) -> Way:
+    def choose(self) -> MissPath:
         """The way of the next token."""
         if len(self.rates) == 2:
             ratio = self.rates["cpu"] / self.rates["zero-copy"]
@@ -49,6 +49,6 @@ class PathChoice:
                 self._take("zero-copy")
         return self.current
 
-    def _take(self, way: Way) -> None:
+    def _take(self, way: MissPath) -> None:
         self.switches += way != self.current
         self.current = way

@@ -15,13 +15,13 @@ PolicyName = Literal["heat", "lru", "lfu", "static"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PolicySettings:
     """How experts are ordered and how many may move; all policies are settings of the same key.
 
     Attributes:
         decay: Q16 factor of all heat, once a token; 65536 forgets nothing.
         gain: Q16 heat of one use.
-        margin: how far a missed expert's score must exceed the victim's: Q16 heat, or visits where
+        margin: how far a missed expert's score must exceed the victim's: Q16 heat, or activations where
             recency is weighed.
         uploads: most admissions a token; None sets no limit.
         heat_weight, recency_weight: of the score, see Policy.score.
@@ -47,12 +47,17 @@ class Settings:
             )
 
 
-HEAT = Settings()
-LRU = Settings(margin=0, uploads=None, heat_weight=0, recency_weight=1)
-LFU = Settings(decay=ONE, margin=0, uploads=None)
-STATIC = Settings(decay=ONE, gain=0, uploads=0)  # what the heat file says, for good
+HEAT = PolicySettings()
+LRU = PolicySettings(margin=0, uploads=None, heat_weight=0, recency_weight=1)
+LFU = PolicySettings(decay=ONE, margin=0, uploads=None)
+STATIC = PolicySettings(decay=ONE, gain=0, uploads=0)  # what the heat file says, for good
 
-PRESETS: Mapping[PolicyName, Settings] = {"heat": HEAT, "lru": LRU, "lfu": LFU, "static": STATIC}
+PRESETS: Mapping[PolicyName, PolicySettings] = {
+    "heat": HEAT,
+    "lru": LRU,
+    "lfu": LFU,
+    "static": STATIC,
+}
 
 
 class Policy:
@@ -60,7 +65,7 @@ class Policy:
 
     Attributes:
         heat: Q16, one an expert.
-        last_use: number of the visit that used the expert last, counted over all experts; 0: none.
+        last_use: number of the activation that used the expert last, counted over all experts; 0: none.
 
     Args:
         experts: how many there are.
@@ -68,18 +73,18 @@ class Policy:
     """
 
     def __init__(
-        self, experts: int, settings: Settings = HEAT, *, heat: Sequence[int] | None = None
+        self, experts: int, settings: PolicySettings = HEAT, *, heat: Sequence[int] | None = None
     ) -> None:
         assert heat is None or len(heat) == experts, len(heat)
         self.settings = settings
         self.heat = [0] * experts if heat is None else list(heat)
         self.last_use = [0] * experts
-        self._visits = 0
+        self._activations = 0
 
     def touch(self, expert: int) -> None:
-        """A visit in the midst of a token: counts for recency only."""
-        self._visits += 1
-        self.last_use[expert] = self._visits
+        """An activation in the midst of a token: counts for recency only."""
+        self._activations += 1
+        self.last_use[expert] = self._activations
 
     def used(self, experts: Iterable[int]) -> None:
         """A token went through these, in this order; an expert that stands twice counts once."""

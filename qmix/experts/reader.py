@@ -22,8 +22,8 @@ from qmix.weights.scheme import DENSE, Scheme
 
 ALIGNMENT = 64  # a cache line, and the widest vector of a CPU
 
-Part = Literal["w1", "w2", "w3"]
-PARTS: tuple[Part, ...] = ("w1", "w2", "w3")
+MatrixName = Literal["w1", "w2", "w3"]
+MATRIX_NAMES: tuple[MatrixName, ...] = ("w1", "w2", "w3")
 Finish = Callable[[Weight, ModelTensor], Weight]
 Bundle = TypeVar("Bundle")
 
@@ -79,7 +79,7 @@ class ExpertReader:
         # Walking order: w1, w2, w3 of one expert after the other.
         self._tensors = [tuple(found[i : i + 3]) for i in range(0, len(found), 3)]
         for tensors in self._tensors:
-            assert [t.prefix.rpartition(".")[2] for t in tensors] == list(PARTS)
+            assert [t.prefix.rpartition(".")[2] for t in tensors] == list(MATRIX_NAMES)
 
     def __len__(self) -> int:
         return len(self._tensors)

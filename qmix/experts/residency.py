@@ -1,7 +1,7 @@
 """Which expert lies in which slot: a state machine that decides, and leaves copying to its caller.
 
     FREE -> FILLING -> READY -> FILLING (another expert) ...
-            |  failed, cancel: FREE        LENT <-> FREE (buffers of a prefill)
+            |  failed, cancel: FREE        BORROWED <-> FREE (buffers of a prefill)
 
 A slot's generation counts its fillings; what is reported of an earlier one is late and changes
 nothing. One thread calls; nothing here waits. Knows no tensors, no bytes, no clock.
@@ -18,13 +18,13 @@ from qmix.experts.policy import Policy
 _TOKENS_IN_FLIGHT = 2
 
 
-class State(Enum):
-    """Of a slot. LENT ones serve as buffers and hold no expert."""
+class SlotState(Enum):
+    """Of a slot. BORROWED ones serve as buffers and hold no expert."""
 
     FREE = "free"
     FILLING = "filling"
     READY = "ready"
-    LENT = "lent"
+    BORROWED = "borrowed"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Residency:
 
     Two ways of use. Where a missing expert can be read in place (host memory that the GPU sees), a step
     runs on what is there, and `token` then chooses what moves. Where it cannot (disk), the step calls
-    `fetch` for every expert it needs, and `token` or `prefilled` at its end; Settings.uploads
+    `fetch` for every expert it needs, and `token` or `prefilled` at its end; PolicySettings.uploads
     should be 0 there.
 
     Attributes:
@@ -97,7 +97,7 @@ class Residency:
         self.policy = policy
         self.slot_of_id = [-1] * experts
         self.id_of_slot = [-1] * slots
-        self.states = [State.FREE] * slots
+        self.states = [SlotState.FREE] * slots
         self.counts = Counts()
         self._generation = [0] * slots
         self._filling: dict[int, Upload] = {}  # by expert
@@ -125,7 +125,7 @@ class Residency:
 
         Admitted are missed experts, hottest first, into free slots, then in place of the lowest key
         that this token did not use, if the score exceeds its by more than the margin; at most
-        Settings.uploads of them, fewer while earlier ones are under way. Victims leave `slot_of_id` at
+        PolicySettings.uploads of them, fewer while earlier ones are under way. Victims leave `slot_of_id` at
         once. At a token's end call this before `ready`: hits are counted by what the token saw.
         """
         distinct = dict.fromkeys(used)
@@ -178,7 +178,7 @@ class Residency:
         if not self._current(upload):
             return False
         del self._filling[upload.expert]
-        self.states[upload.slot] = State.READY
+        self.states[upload.slot] = SlotState.READY
         self.slot_of_id[upload.expert] = upload.slot
         return True
 
@@ -194,7 +194,7 @@ class Residency:
             self._drop(upload)
             self.counts.cancelled += 1
 
-    def lend(self, count: int) -> tuple[int, ...]:
+    def borrow(self, count: int) -> tuple[int, ...]:
         """Slots as buffers: the free ones first, then those of the lowest keys, which lose their experts.
 
         Raises:
@@ -210,14 +210,14 @@ class Residency:
             )
         for slot in slots:
             self._evict(slot)
-            self.states[slot] = State.LENT
+            self.states[slot] = SlotState.BORROWED
         return tuple(slots)
 
-    def take_back(self, slots: Iterable[int]) -> None:
+    def return_slots(self, slots: Iterable[int]) -> None:
         """Lent slots are free again; `warm` fills them at once, `token` by and by."""
         for slot in slots:
-            assert self.states[slot] is State.LENT, (slot, self.states[slot])
-            self.states[slot] = State.FREE
+            assert self.states[slot] is SlotState.BORROWED, (slot, self.states[slot])
+            self.states[slot] = SlotState.FREE
 
     def _admit(self, used: Collection[int]) -> tuple[Upload, ...]:
         settings, policy = self.policy.settings, self.policy
@@ -237,7 +237,7 @@ class Residency:
         return tuple(uploads)
 
     def _free(self) -> list[int]:
-        free = State.FREE  # an enum's member is slow to look up 256 times
+        free = SlotState.FREE  # an enum's member is slow to look up 256 times
         return [slot for slot, state in enumerate(self.states) if state is free]
 
     def _evictable(self, needed: Collection[int]) -> list[int]:
@@ -253,7 +253,7 @@ class Residency:
         self._generation[slot] += 1
         upload = Upload(expert, slot, self._generation[slot], evicted)
         self.id_of_slot[slot] = expert
-        self.states[slot] = State.FILLING
+        self.states[slot] = SlotState.FILLING
         self._filling[expert] = upload
         return upload
 
@@ -272,4 +272,4 @@ class Residency:
     def _drop(self, upload: Upload) -> None:
         del self._filling[upload.expert]
         self.id_of_slot[upload.slot] = -1
-        self.states[upload.slot] = State.FREE
+        self.states[upload.slot] = SlotState.FREE

@@ -58,7 +58,7 @@ class Statistics:
 
     @property
     def hit_rate(self) -> float:
-        """Hits among the decode steps' visits; 0 before the first."""
+        """Hits among the decode steps' activations; 0 before the first."""
         return self.hits / max(self.hits + self.misses, 1)
 
     def per_token(self, nbytes: int) -> float:

@@ -167,7 +167,7 @@ class Decoding:
         if ids is not None:
             self.ids.copy_(ids.reshape(-1))
         if self._store is not None:
-            self._store.boundary()
+            self._store.on_token_end()
         if not self._record:
             self._launch()
         else:

@@ -100,7 +100,7 @@ def _offload(
     reader = ExpertReader(
         checkpoint, dtype, lambda weight, tensor: _placed(weight, dtype, _HOST, tensor, checkpoint)
     )
-    blocks, memory = offload.blocks_of(modules), offload.Memory(checkpoint, tiers)
+    blocks, memory = offload.blocks_of(modules), offload.HeatRecord(checkpoint, tiers)
     if not tiers.device:
         fill(modules, checkpoint, dtype, device, experts=False)
         memory.keep(offload.on_the_host(blocks, reader, tiers, memory.policy))

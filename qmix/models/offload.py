@@ -19,7 +19,7 @@ from qmix.experts import disk_store, heat_file
 from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.disk_store import DiskStore
 from qmix.experts.gpu_store import CudaCopier, DeviceExperts, DeviceStore, HostCopier, pairs_on_host
-from qmix.experts.policy import HEAT, Policy, Settings
+from qmix.experts.policy import HEAT, Policy, PolicySettings
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
@@ -43,11 +43,11 @@ class Tiers:
 
     device: int
     host: int
-    settings: Settings = HEAT
+    settings: PolicySettings = HEAT
     remembers: bool = False
 
 
-class Memory:
+class HeatRecord:
     """The policy of a model's experts, as hot as its last run left them, and kept for its next.
 
     The heat file lies in the user's cache directory, by the routers' fingerprint; it is written when the
@@ -265,7 +265,7 @@ class OnDevice:
             store.path.observe("zero-copy", moved, time.perf_counter() - begun)
             if in_place:
                 self._measure(store)
-        store.boundary()
+        store.on_token_end()
         return store
 
     def _fill(self, expert: int, target: Tensor) -> None:

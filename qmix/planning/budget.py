@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qmix.config import MixtralConfig
 from qmix.planning import quantize_cost
-from qmix.planning.footprint import ITEM_BYTES, Footprint, Model
+from qmix.planning.footprint import ITEM_BYTES, Footprint, StoredModel
 
 CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens at a time (qmix.generation.loop)
 
@@ -24,7 +24,7 @@ _GRAPH_BYTES = 64 << 20  # a CUDA graph's private pool
 
 
 @dataclass(frozen=True)
-class Line:
+class Item:
     """One entry of a bill; `standing`: there before anything is loaded, or kept free."""
 
     what: str
@@ -33,68 +33,74 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Bill:
+class MemoryBreakdown:
     """What a plan takes of one memory, in bytes."""
 
-    lines: tuple[Line, ...] = ()
+    items: tuple[Item, ...] = ()
 
     @property
     def total(self) -> int:
-        return sum(line.nbytes for line in self.lines)
+        return sum(item.nbytes for item in self.items)
 
     @property
     def loaded(self) -> int:
         """What is allocated by loading and running, beside what a process has anyway."""
-        return sum(line.nbytes for line in self.lines if not line.standing)
+        return sum(item.nbytes for item in self.items if not item.standing)
 
     def __getitem__(self, what: str) -> int:
-        return next((line.nbytes for line in self.lines if line.what == what), 0)
+        return next((item.nbytes for item in self.items if item.what == what), 0)
 
     def to_dict(self) -> dict[str, int]:
-        return {line.what: line.nbytes for line in self.lines}
+        return {item.what: item.nbytes for item in self.items}
 
 
-def _weights(model: Model, footprint: Footprint, context: int, batch: int) -> tuple[Line, ...]:
+def _weights(
+    model: StoredModel, footprint: Footprint, context: int, batch: int
+) -> tuple[Item, ...]:
     kinds = footprint.kinds
     return (
-        Line("attention", kinds.get("attention", 0)),
-        Line("embeddings", kinds.get("embedding", 0)),
-        Line("head", kinds.get("head", 0)),
-        Line("router and norms", kinds.get("router", 0) + kinds.get("norm", 0)),
-        Line("KV cache", model.kv_bytes(context, batch)),
+        Item("attention", kinds.get("attention", 0)),
+        Item("embeddings", kinds.get("embedding", 0)),
+        Item("head", kinds.get("head", 0)),
+        Item("router and norms", kinds.get("router", 0) + kinds.get("norm", 0)),
+        Item("KV cache", model.kv_bytes(context, batch)),
     )
 
 
-def of_device(model: Model, footprint: Footprint, context: int, batch: int) -> tuple[Line, ...]:
+def device_items(
+    model: StoredModel, footprint: Footprint, context: int, batch: int
+) -> tuple[Item, ...]:
     """A GPU's bill without the experts."""
     return (
         *_weights(model, footprint, context, batch),
-        Line("decode workspace", _decoding(model, batch)),
-        Line("prefill workspace", _device_prefill(model, context, batch)),
-        Line("CUDA context", CUDA_CONTEXT_BYTES, standing=True),
-        Line("reserve", RESERVE_BYTES, standing=True),
+        Item("decode workspace", _decoding(model, batch)),
+        Item("prefill workspace", _device_prefill(model, context, batch)),
+        Item("CUDA context", CUDA_CONTEXT_BYTES, standing=True),
+        Item("reserve", RESERVE_BYTES, standing=True),
     )
 
 
-def beside_device(model: Model, footprint: Footprint) -> tuple[Line, ...]:
+def host_items_beside_device(model: StoredModel, footprint: Footprint) -> tuple[Item, ...]:
     """The host's bill where a GPU runs the model, without experts that stay there."""
     return (
-        Line("scales as they were read", footprint.kept),
-        Line("loading", max(model.loading, model.largest)),
-        Line("process", CUDA_PROCESS_BYTES, standing=True),
+        Item("scales as they were read", footprint.kept),
+        Item("loading", max(model.loading, model.largest)),
+        Item("process", CUDA_PROCESS_BYTES, standing=True),
     )
 
 
-def of_host(model: Model, footprint: Footprint, context: int, batch: int) -> tuple[Line, ...]:
+def host_items(
+    model: StoredModel, footprint: Footprint, context: int, batch: int
+) -> tuple[Item, ...]:
     """The host's bill where it runs the model itself, without the experts."""
     return (
         *_weights(model, footprint, context, batch),
-        Line("workspace", max(_host_prefill(model, context, batch), model.loading)),
-        Line("process", PROCESS_BYTES, standing=True),
+        Item("workspace", max(_host_prefill(model, context, batch), model.loading)),
+        Item("process", PROCESS_BYTES, standing=True),
     )
 
 
-def of_scoring(model: Model, windows: int, window: int) -> Bill:
+def for_scoring(model: StoredModel, windows: int, window: int) -> MemoryBreakdown:
     """Host memory of `qmix eval`: one layer at a time and the hidden states of all windows [W, S, D]."""
     item, layers = ITEM_BYTES[model.dtype], model.config.num_hidden_layers
     sizes = [0] * layers
@@ -105,19 +111,19 @@ def of_scoring(model: Model, windows: int, window: int) -> Bill:
         else:
             sizes[weight.tensor.layer] += weight.held(item)
     hidden = windows * window * model.config.hidden_size * item
-    return Bill(
+    return MemoryBreakdown(
         (
-            Line("one layer", max(sizes)),
-            Line("embeddings and head", ends),
-            Line("hidden states", hidden),
-            Line("logits", 3 * 4 * window * model.config.vocab_size),
-            Line("workspace", max(_host_prefill(model, 4096, 1), model.loading)),
-            Line("process", PROCESS_BYTES, standing=True),
+            Item("one layer", max(sizes)),
+            Item("embeddings and head", ends),
+            Item("hidden states", hidden),
+            Item("logits", 3 * 4 * window * model.config.vocab_size),
+            Item("workspace", max(_host_prefill(model, 4096, 1), model.loading)),
+            Item("process", PROCESS_BYTES, standing=True),
         )
     )
 
 
-def of_rewriting(largest: int) -> Bill:
+def for_rewriting(largest: int) -> MemoryBreakdown:
     """Host memory of what goes through a checkpoint weight by weight: nf4, rtn, convert, export.
 
     Args:
@@ -125,22 +131,24 @@ def of_rewriting(largest: int) -> Bill:
 
     Measured for NF4 of full width: 1,165 MiB with an embedding of 250 MiB as the largest tensor.
     """
-    return Bill((Line("one weight", 3 * largest), Line("process", PROCESS_BYTES, standing=True)))
+    return MemoryBreakdown(
+        (Item("one weight", 3 * largest), Item("process", PROCESS_BYTES, standing=True))
+    )
 
 
-def of_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> Bill:
+def for_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> MemoryBreakdown:
     """Host memory of GPTQ: the arrays of one matrix, and `in_memory` bytes of tokens."""
     work = quantize_cost.work(config, tokens)
-    return Bill(
+    return MemoryBreakdown(
         (
-            Line("arrays of a matrix", work.peak_bytes),
-            Line("calibration tokens", in_memory),
-            Line("process", PROCESS_BYTES, standing=True),
+            Item("arrays of a matrix", work.peak_bytes),
+            Item("calibration tokens", in_memory),
+            Item("process", PROCESS_BYTES, standing=True),
         )
     )
 
 
-def _decoding(model: Model, batch: int) -> int:
+def _decoding(model: StoredModel, batch: int) -> int:
     """Rotary factors of every position, logits before and after the processors, shares."""
     config, item = model.config, ITEM_BYTES[model.dtype]
     rotary = 2 * (config.max_position_embeddings + 1) * config.head_dim * item
@@ -150,7 +158,7 @@ def _decoding(model: Model, batch: int) -> int:
     return rotary + logits + 16 * batch * row * 4 + _GRAPH_BYTES
 
 
-def _device_prefill(model: Model, context: int, batch: int) -> int:
+def _device_prefill(model: StoredModel, context: int, batch: int) -> int:
     """Of a chunk: one expert dequantized, all its tokens' inner rows, shares of the sum; or, while
     loading, a layer's experts in the files' layout."""
     config, tokens, item = model.config, batch * min(GPU_CHUNK, context), 2
@@ -161,7 +169,7 @@ def _device_prefill(model: Model, context: int, batch: int) -> int:
     return max(dequantized + rows + sums, model.first_layer)
 
 
-def _host_prefill(model: Model, context: int, batch: int) -> int:
+def _host_prefill(model: StoredModel, context: int, batch: int) -> int:
     """Of a chunk: float32 rows of one expert, a layer's mask, tiles, logits."""
     config, chunk = model.config, min(CPU_CHUNK, context)
     held = min(context, config.sliding_window or context) + chunk

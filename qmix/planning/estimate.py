@@ -9,7 +9,7 @@ from typing import Any
 
 from qmix.errors import ResourceError
 from qmix.planning import budget, gpus, quantize_cost, roofline
-from qmix.planning.footprint import Model
+from qmix.planning.footprint import StoredModel
 from qmix.planning.plan import Plan, plan
 from qmix.planning.roofline import Path, Rates
 from qmix.weights.scheme import Scheme
@@ -72,7 +72,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outlook:
+class Estimate:
     """A plan with all that follows from it."""
 
     plan: Plan
@@ -111,13 +111,13 @@ def rates_used(speeds: tuple[Speed, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for speed in speeds for name in _USED[speed.path]))
 
 
-def outlook(planned: Plan, rates: Rates, source: Model | None = None) -> Outlook:
+def estimate(planned: Plan, rates: Rates, source: StoredModel | None = None) -> Estimate:
     """All that follows from a plan.
 
     Args:
         source: the 16-bit checkpoint that is still to be quantized for it, if it is.
     """
-    return Outlook(
+    return Estimate(
         plan=planned,
         rates=rates,
         speeds=tuple(_speeds(planned, rates)),
@@ -134,9 +134,9 @@ def _paths(planned: Plan) -> tuple[Path, ...]:
 
 def _speeds(planned: Plan, rates: Rates) -> Iterator[Speed]:
     cache = planned.model.kv_bytes(planned.context, planned.batch)
-    full = replace(planned.step, dense=planned.step.dense + cache)
+    full = replace(planned.step_cost, dense=planned.step_cost.dense + cache)
     for path in _paths(planned):
-        bound = planned.batch / planned.step.seconds(path, rates)
+        bound = planned.batch / planned.step_cost.seconds(path, rates)
         yield Speed(
             path=path,
             bound=bound,
@@ -151,7 +151,7 @@ def fastest(planned: Plan, rates: Rates) -> Speed:
     return max(_speeds(planned, rates), key=lambda speed: speed.expected)
 
 
-def _quantization(target: Model, source: Model) -> Iterator[Quantization]:
+def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantization]:
     assumed = target.assumed
     assert assumed is not None
     bytes_in, peak = source.stored, 3 * source.largest + budget.PROCESS_BYTES
@@ -171,7 +171,7 @@ def _quantization(target: Model, source: Model) -> Iterator[Quantization]:
     layers = target.config.num_hidden_layers
     tokens = _TOKEN_ARRAYS * _CALIBRATION * target.config.hidden_size * 4
     in_memory = tokens if tokens <= _ARRAYS_IN_MEMORY else 0
-    fitted = Model.assume(target.name, target.config, integers)
+    fitted = StoredModel.assume(target.name, target.config, integers)
     yield Quantization(
         method="gptq",
         scheme=str(integers),
@@ -219,9 +219,9 @@ def _suggestions(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
         yield from _other_cards(planned, rates)
     if planned.disk:
         held = _again(planned, ram=None)
-        if held is not None and held.host_bill.total > (planned.ram or 0):
+        if held is not None and held.host_memory.total > (planned.ram or 0):
             yield Suggestion(
-                change=f"--ram {_gib(held.host_bill.total)}",
+                change=f"--ram {_gib(held.host_memory.total)}",
                 yields=f"nothing is read from the disk, {_rate(held, rates)} instead of {figure(now)}",
             )
 
@@ -231,7 +231,7 @@ def _other_schemes(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
     config = planned.model.config
     held = planned.slots if planned.gpu else planned.host
     scheme = Scheme(kind="int4")
-    other = _again(planned, source=Model.assume(planned.model.name, config, scheme))
+    other = _again(planned, source=StoredModel.assume(planned.model.name, config, scheme))
     if other is None:
         return
     more = (other.slots if planned.gpu else other.host) - held
@@ -244,7 +244,7 @@ def _other_schemes(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
 
 def _other_cards(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
     """The smallest cards that hold everything."""
-    needed = planned.device_bill.total - planned.device_bill["experts"]
+    needed = planned.device_memory.total - planned.device_memory["experts"]
     best: list[gpus.Card] = []
     for card in gpus.CARDS:
         if card.supported and card.vram > (planned.vram or 0):
@@ -263,7 +263,7 @@ def _other_cards(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
         whole = _again(planned, vram=None)
         if whole is not None:
             yield Suggestion(
-                change=f"--vram {_gib(whole.device_bill.total)}",
+                change=f"--vram {_gib(whole.device_memory.total)}",
                 yields="all experts in device memory",
             )
 

@@ -97,7 +97,7 @@ class StoredWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class StoredModel:
     """What a plan asks of a model: its shape, and how each weight is stored.
 
     Attributes:
@@ -113,7 +113,7 @@ class Model:
     assumed: Scheme | None = None
 
     @classmethod
-    def of(cls, metadata: CheckpointMetadata, dtype: str | None = None) -> "Model":
+    def of(cls, metadata: CheckpointMetadata, dtype: str | None = None) -> "StoredModel":
         """As the files hold it.
 
         Args:
@@ -152,7 +152,7 @@ class Model:
     @classmethod
     def assume(
         cls, name: str, config: MixtralConfig, scheme: Scheme, *, attention: bool = True
-    ) -> "Model":
+    ) -> "StoredModel":
         """As `qmix quantize` would store it."""
         recipe, dtype = Recipe.uniform(scheme, attention=attention), config.dtype or "bfloat16"
         if dtype == "float32":
@@ -250,7 +250,7 @@ class Footprint:
         return sum(size for kind, size in self.kinds.items() if kind != "embedding")
 
 
-def on_host(model: Model) -> Footprint:
+def on_host(model: StoredModel) -> Footprint:
     """In host memory, in the standard layouts."""
     item = ITEM_BYTES[model.dtype]
     kinds: dict[TensorKind, int] = defaultdict(int)
@@ -265,7 +265,7 @@ def on_host(model: Model) -> Footprint:
     )
 
 
-def on_device(model: Model) -> Footprint:
+def on_device(model: StoredModel) -> Footprint:
     """On a GPU, quantized weights in the packed layout where they have one."""
     item, kept = ITEM_BYTES[model.dtype], 0
     kinds: dict[TensorKind, int] = defaultdict(int)
@@ -308,14 +308,14 @@ def on_device(model: Model) -> Footprint:
     )
 
 
-def _shared_head(model: Model, kinds: dict[TensorKind, int]) -> dict[TensorKind, int]:
+def _shared_head(model: StoredModel, kinds: dict[TensorKind, int]) -> dict[TensorKind, int]:
     """A tied head reads the whole embedding, which lies there once."""
     if model.config.tie_word_embeddings:
         kinds["head"] = kinds.pop("embedding")
     return dict(kinds)
 
 
-def _experts(model: Model) -> list[tuple[StoredWeight, ...]]:
+def _experts(model: StoredModel) -> list[tuple[StoredWeight, ...]]:
     """w1, w2, w3 of each, by layer * E + expert."""
     found = [weight for weight in model.weights if weight.tensor.kind == "expert"]
     return [tuple(found[index : index + 3]) for index in range(0, len(found), 3)]
@@ -384,7 +384,7 @@ def _packed_expert(parts: Sequence[StoredWeight]) -> int:
     return formats[0].matrix_bytes((2 * width, hidden)) + formats[1].matrix_bytes((hidden, width))
 
 
-def _refused(model: Model) -> str | None:
+def _refused(model: StoredModel) -> str | None:
     """What the kernels ask of a model as a whole."""
     if model.config.hidden_act not in ("silu", "swish"):
         return "the kernels fuse SiLU only"

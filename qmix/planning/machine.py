@@ -29,7 +29,7 @@ _EXTENSIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class HostMemory:
     """Host memory in bytes, limits of control groups included.
 
     Attributes:
@@ -73,19 +73,19 @@ class Measured:
     date: str = ""
 
 
-def memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> Memory:
+def memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> HostMemory:
     """What the system and its control groups leave this process; page cache counts as available."""
     found = _system(proc)
     for limit, used in _cgroups(proc, cgroup):
         if limit < found.total:
             available = max(0, min(found.available, limit - used))
-            found = Memory(total=limit, available=available, limit="cgroup")
+            found = HostMemory(total=limit, available=available, limit="cgroup")
         elif limit - used < found.available:
-            found = Memory(total=found.total, available=max(0, limit - used), limit="cgroup")
+            found = HostMemory(total=found.total, available=max(0, limit - used), limit="cgroup")
     return found
 
 
-def _system(proc: Path) -> Memory:
+def _system(proc: Path) -> HostMemory:
     lines: dict[str, int] = {}
     with suppress(OSError, ValueError, IndexError):
         for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
@@ -93,9 +93,11 @@ def _system(proc: Path) -> Memory:
             lines[name] = int(value.split()[0]) * 1024
     if "MemTotal" in lines:
         total = lines["MemTotal"]
-        return Memory(total=total, available=lines.get("MemAvailable", lines.get("MemFree", total)))
+        return HostMemory(
+            total=total, available=lines.get("MemAvailable", lines.get("MemFree", total))
+        )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Memory(total=total, available=total)
+    return HostMemory(total=total, available=total)
 
 
 def _cgroups(proc: Path, root: Path) -> list[tuple[int, int]]:
@@ -210,23 +212,23 @@ def measurements_path(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 @dataclass(frozen=True)
-class Found:
+class SavedMeasurements:
     """The measurements of this machine; `trouble` says why a file that is there was ignored."""
 
     measured: Measured | None = None
     trouble: str | None = None
 
 
-def measurements(wanted: str, path: Path | None = None) -> Found:
+def measurements(wanted: str, path: Path | None = None) -> SavedMeasurements:
     """What was saved for the machine `wanted`; a damaged file is told and ignored."""
     path = path or measurements_path()
     if not path.exists():
-        return Found()
+        return SavedMeasurements()
     try:
         entries = _entries(path)
-        return Found(next((one for one in entries if one.key == wanted), None))
+        return SavedMeasurements(next((one for one in entries if one.key == wanted), None))
     except QmixError as error:
-        return Found(trouble=f"{error} (ignored)")
+        return SavedMeasurements(trouble=f"{error} (ignored)")
 
 
 def save(measured: Measured, path: Path | None = None) -> Path:

@@ -11,11 +11,10 @@ from typing import Any
 
 from qmix.errors import ResourceError, UsageError
 from qmix.formats.metadata import CheckpointMetadata
-from qmix.planning import budget as bills
-from qmix.planning import machine, roofline
-from qmix.planning.budget import READ_BUFFERS, Bill, Line
+from qmix.planning import budget, machine, roofline
+from qmix.planning.budget import READ_BUFFERS, Item, MemoryBreakdown
 from qmix.planning.byte_sizes import show
-from qmix.planning.footprint import Footprint, Model
+from qmix.planning.footprint import Footprint, StoredModel
 
 CONTEXT = 4096  # positions that are planned for where nobody says how many
 
@@ -34,13 +33,13 @@ class Plan:
         context, batch: positions a row, and rows.
         experts: of all layers. slots: in device memory. host: in host memory. disk: in the file only.
         expert_bytes: what an arena keeps for one; 0 if nothing is kept in arenas.
-        device_bill, host_bill: of each memory; the device's is empty without one.
+        device_memory, host_memory: of each memory; the device's is empty without one.
         largest_context: that fits these budgets. resident_context: with every expert in the fastest
             tier; 0 if none does.
-        step: what a token reads, for `bounds`, with an empty cache.
+        step_cost: what a token reads, for `bounds`, with an empty cache.
     """
 
-    model: Model
+    model: StoredModel
     gpu: bool
     vram: int | None
     ram: int | None
@@ -51,16 +50,11 @@ class Plan:
     host: int
     disk: int
     expert_bytes: int
-    device_bill: Bill
-    host_bill: Bill
+    device_memory: MemoryBreakdown
+    host_memory: MemoryBreakdown
     largest_context: int
     resident_context: int
-    step: roofline.Step
-
-    @property
-    def bill(self) -> Bill:
-        """Of the memory that the model runs in."""
-        return self.device_bill if self.gpu else self.host_bill
+    step_cost: roofline.StepCost
 
     @property
     def resident(self) -> bool:
@@ -83,17 +77,17 @@ class Plan:
                 "disk": self.disk,
                 "bytes": self.expert_bytes,
             },
-            "device": self.device_bill.to_dict(),
-            "host": self.host_bill.to_dict(),
-            "device_bytes": self.device_bill.total,
-            "host_bytes": self.host_bill.total,
+            "device": self.device_memory.to_dict(),
+            "host": self.host_memory.to_dict(),
+            "device_bytes": self.device_memory.total,
+            "host_bytes": self.host_memory.total,
             "largest_context": self.largest_context,
             "resident_context": self.resident_context,
         }
 
 
 def plan(
-    source: Model | CheckpointMetadata,
+    source: StoredModel | CheckpointMetadata,
     *,
     gpu: bool,
     vram: int | None = None,
@@ -116,7 +110,7 @@ def plan(
         ResourceError: it cannot fit; the message says what would.
         UsageError: a context or batch out of range.
     """
-    model = source if isinstance(source, Model) else Model.of(source, dtype)
+    model = source if isinstance(source, StoredModel) else StoredModel.of(source, dtype)
     positions = model.config.max_position_embeddings
     if context is not None and not 1 <= context <= positions:
         raise UsageError(
@@ -141,16 +135,16 @@ def plan(
         host=split.host,
         disk=0 if gpu and split.slots == model.experts else model.experts - split.host,
         expert_bytes=fitting.blob if split.arena else 0,
-        device_bill=fitting.device_bill(asked, split),
-        host_bill=fitting.host_bill(asked, split),
+        device_memory=fitting.device_memory(asked, split),
+        host_memory=fitting.host_memory(asked, split),
         largest_context=fitting.largest(lambda one: one is not None),
         resident_context=fitting.largest(lambda one: one is not None and not one.arena),
-        step=fitting.step(split),
+        step_cost=fitting.step_cost(split),
     )
 
 
 def check_memory(
-    planned: Plan | Bill, *, ram_free: int | None = None, vram_free: int | None = None
+    planned: Plan | MemoryBreakdown, *, ram_free: int | None = None, vram_free: int | None = None
 ) -> None:
     """Refuse what the machine has no room for now, before anything is allocated.
 
@@ -162,12 +156,12 @@ def check_memory(
     Raises:
         ResourceError: with what is needed, what is free, and what to do.
     """
-    host = planned if isinstance(planned, Bill) else planned.host_bill
+    host = planned if isinstance(planned, MemoryBreakdown) else planned.host_memory
     free = machine.memory().available if ram_free is None else ram_free
     if host.loaded > free:
         raise _short("host memory", host.loaded, free, _host_remedy(planned))
     if isinstance(planned, Plan) and vram_free is not None:
-        needed = planned.device_bill.loaded
+        needed = planned.device_memory.loaded
         if needed > vram_free:
             remedy = (
                 "Give a smaller vram, so that experts stay in host memory, or close what holds it."
@@ -184,8 +178,8 @@ def _short(what: str, needed: int, free: int, remedy: str) -> ResourceError:
     )
 
 
-def _host_remedy(planned: Plan | Bill) -> str:
-    if isinstance(planned, Bill):
+def _host_remedy(planned: Plan | MemoryBreakdown) -> str:
+    if isinstance(planned, MemoryBreakdown):
         return "Close other programs, or use a machine with more memory."
     if planned.gpu:
         return "Give a smaller ram: experts that do not fit are read from the file."
@@ -205,7 +199,7 @@ class _Split:
 class _Fitting:
     """One model in one pair of budgets; everything as a function of the context."""
 
-    model: Model
+    model: StoredModel
     gpu: bool
     vram: int | None
     ram: int | None
@@ -237,7 +231,7 @@ class _Fitting:
     def split(self, context: int) -> _Split | None:
         """The most experts in the fastest memory that the budgets allow; None if it does not fit."""
         every, whole = self.model.experts, self.footprint.whole
-        fixed, beside = _total(self._device_lines(context)), _total(self._host_lines(context))
+        fixed, beside = _total(self._device_items(context)), _total(self._host_items(context))
         if not self.gpu:
             if self.ram is None or beside + whole <= self.ram:
                 return _Split(0, every, arena=False)
@@ -256,41 +250,41 @@ class _Fitting:
             return None
         return _Split(min(slots, every), min(room, every), arena=True)
 
-    def device_bill(self, context: int, split: _Split) -> Bill:
+    def device_memory(self, context: int, split: _Split) -> MemoryBreakdown:
         if not self.gpu:
-            return Bill()
+            return MemoryBreakdown()
         experts = split.slots * self.blob if split.arena else self.footprint.whole
-        return Bill((Line("experts", experts), *self._device_lines(context)))
+        return MemoryBreakdown((Item("experts", experts), *self._device_items(context)))
 
-    def host_bill(self, context: int, split: _Split) -> Bill:
-        lines = self._host_lines(context)
+    def host_memory(self, context: int, split: _Split) -> MemoryBreakdown:
+        items = self._host_items(context)
         if not split.arena:
             if self.gpu:
-                return Bill(lines)
-            return Bill((Line("experts", self.footprint.whole), *lines))
-        held = [Line("experts", split.host * self.blob)]
+                return MemoryBreakdown(items)
+            return MemoryBreakdown((Item("experts", self.footprint.whole), *items))
+        held = [Item("experts", split.host * self.blob)]
         if split.host < self.model.experts:
-            held.append(Line("read buffers", READ_BUFFERS * self.blob))
-        return Bill((*held, *lines))
+            held.append(Item("read buffers", READ_BUFFERS * self.blob))
+        return MemoryBreakdown((*held, *items))
 
-    def _device_lines(self, context: int) -> tuple[Line, ...]:
+    def _device_items(self, context: int) -> tuple[Item, ...]:
         if not self.gpu:
             return ()
-        return bills.of_device(self.model, self.footprint, context, self.batch)
+        return budget.device_items(self.model, self.footprint, context, self.batch)
 
-    def _host_lines(self, context: int) -> tuple[Line, ...]:
+    def _host_items(self, context: int) -> tuple[Item, ...]:
         if self.gpu:
-            return bills.beside_device(self.model, self.footprint)
-        return bills.of_host(self.model, self.footprint, context, self.batch)
+            return budget.host_items_beside_device(self.model, self.footprint)
+        return budget.host_items(self.model, self.footprint, context, self.batch)
 
-    def step(self, split: _Split) -> roofline.Step:
+    def step_cost(self, split: _Split) -> roofline.StepCost:
         """Distinct experts of B rows are E (1 - (1 - k/E)^B) a layer if rows choose independently."""
         config, every = self.model.config, self.model.experts
         missed = (1 - config.num_experts_per_tok / self.per_layer) ** self.batch
         held = split.slots if self.gpu else split.host
-        return roofline.Step(
+        return roofline.StepCost(
             dense=self.footprint.reads,
-            visits=config.num_hidden_layers * self.per_layer * (1 - missed),
+            activations=config.num_hidden_layers * self.per_layer * (1 - missed),
             expert=self.footprint.whole / every,
             hit=held / every,
             cold=0.0 if self.gpu and not split.arena else 1 - split.host / every,
@@ -310,11 +304,11 @@ class _Fitting:
 
     def least(self, context: int) -> tuple[int, int]:
         """The smallest device and host budgets that this context fits."""
-        beside = _total(self._host_lines(context))
+        beside = _total(self._host_items(context))
         if not self.gpu:
             tiered = beside + (self.least_host + READ_BUFFERS) * self.blob
             return 0, min(tiered, beside + self.footprint.whole)
-        fixed, whole = _total(self._device_lines(context)), self.footprint.whole
+        fixed, whole = _total(self._device_items(context)), self.footprint.whole
         if self.footprint.unpacked is not None:
             return fixed + whole, beside
         vram = min(fixed + self.least_slots * self.blob, fixed + whole)
@@ -345,8 +339,8 @@ class _Fitting:
         )
 
 
-def _total(lines: tuple[Line, ...]) -> int:
-    return sum(line.nbytes for line in lines)
+def _total(items: tuple[Item, ...]) -> int:
+    return sum(item.nbytes for item in items)
 
 
 def _rounded_up(nbytes: int) -> str:

@@ -6,7 +6,7 @@ T of one decode step, batch 1, for a model whose experts lie in several tiers:
     misses on the CPU        T = (D + h A S) / B_device + m A S / B_host + L t
     experts on the disk      + f A S / B_disk
     no device                T = (D + A S) / B_host + f A S / B_disk
-A expert visits a token, S bytes an expert, D other bytes read, h the share of visits that hit the
+A expert activations a token, S bytes an expert, D other bytes read, h the share of activations that hit the
 fastest tier, m = 1 - h, f the share that only the disk holds, L layers, t what a layer waits for the host. Without locality h is the
 share of experts that the tier holds, which any policy reaches. Knows no torch and no model.
 """
@@ -46,19 +46,19 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepCost:
     """The bytes of one decode step.
 
     Attributes:
         dense: bytes that every token reads: attention, router, norms, head (D).
-        visits: expert visits (A). expert: bytes of one (S).
-        hit: share of visits that the fastest tier holds (h). cold: that only the disk holds (f).
+        activations: expert activations (A). expert: bytes of one (S).
+        hit: share of activations that the fastest tier holds (h). cold: that only the disk holds (f).
         layers: L.
         wait_s: what a layer waits for the host's answer (t); 0 for a bound.
     """
 
     dense: float
-    visits: float
+    activations: float
     expert: float
     hit: float
     layers: int
@@ -68,12 +68,12 @@ class Step:
     @property
     def missed(self) -> float:
         """Bytes of experts that come from the next tier: m A S."""
-        return (1 - self.hit) * self.visits * self.expert
+        return (1 - self.hit) * self.activations * self.expert
 
     def seconds(self, path: Path, rates: Rates) -> float:
         """The least time of the step."""
-        active = self.dense + self.visits * self.expert
-        read = self.cold * self.visits * self.expert / rates.disk.bandwidth
+        active = self.dense + self.activations * self.expert
+        read = self.cold * self.activations * self.expert / rates.disk.bandwidth
         match path:
             case "resident":
                 return active / rates.device.bandwidth

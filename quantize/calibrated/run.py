@@ -96,7 +96,7 @@ def run(
     work = _Work(checkpoint, items, recipe, calibration, options)
     output_dir.check_space(out, work.bytes_needed)
     if options.device.type == "cpu":
-        check_memory(work.bill)
+        check_memory(work.memory)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
         state = resume.read(folder, settings)
         done = work.finished(folder, state)
@@ -230,7 +230,7 @@ class _Work:
         token_bytes = array_bytes * (2 * len(self.streams) + len(self.streams) - 1)
         self.in_memory = token_bytes <= options.activation_bytes
         held = token_bytes if self.in_memory else 0
-        self.bill = budget.of_calibration(checkpoint.config, self.ids.numel(), held)
+        self.memory = budget.for_calibration(checkpoint.config, self.ids.numel(), held)
         self.bytes_out = sum(one.nbytes for item in items for one in item.planned)
         self.bytes_needed = self.bytes_out + token_bytes
 

@@ -6,7 +6,7 @@ import pytest
 
 from qmix.commands import doctor
 from qmix.planning import machine
-from qmix.planning.machine import Gpu, Measured, Memory
+from qmix.planning.machine import Gpu, HostMemory, Measured
 from tests.support.process import CARD, GIB, qmix
 
 
@@ -14,7 +14,7 @@ from tests.support.process import CARD, GIB, qmix
 def bench_machine(monkeypatch, tmp_path):
     """A machine on which all is well; tests break one thing each."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(machine, "memory", lambda: Memory(total=64 * GIB, available=60 * GIB))
+    monkeypatch.setattr(machine, "memory", lambda: HostMemory(total=64 * GIB, available=60 * GIB))
     monkeypatch.setattr(machine, "gpus", lambda: (CARD,))
     monkeypatch.setattr(machine, "disk_free", lambda _: 500 * GIB)
     monkeypatch.setattr(machine, "processor", lambda: ("Test CPU", ("avx2", "fma")))
@@ -38,13 +38,17 @@ def test_a_good_machine_has_nothing_to_mend(bench_machine, tmp_path):
     ("patch", "what", "state", "words"),
     [
         (
-            ("machine", "memory", lambda: Memory(total=GIB, available=GIB)),
+            ("machine", "memory", lambda: HostMemory(total=GIB, available=GIB)),
             "host memory",
             "fails",
             "3 GiB",
         ),
         (
-            ("machine", "memory", lambda: Memory(total=8 * GIB, available=8 * GIB, limit="cgroup")),
+            (
+                "machine",
+                "memory",
+                lambda: HostMemory(total=8 * GIB, available=8 * GIB, limit="cgroup"),
+            ),
             "host memory",
             "note",
             "control group",

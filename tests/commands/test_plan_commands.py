@@ -9,7 +9,7 @@ import pytest
 from qmix.commands import plan
 from qmix.commands.plan import Request
 from qmix.planning import machine
-from qmix.planning.machine import Measured, Memory
+from qmix.planning.machine import HostMemory, Measured
 from tests.support.process import CARD, GIB, qmix
 
 
@@ -26,7 +26,7 @@ def full(tmp_path):
 def here(monkeypatch, tmp_path):
     """A desktop without a GPU that nobody measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(machine, "memory", lambda: Memory(total=32 * GIB, available=30 * GIB))
+    monkeypatch.setattr(machine, "memory", lambda: HostMemory(total=32 * GIB, available=30 * GIB))
     monkeypatch.setattr(machine, "gpus", lambda: ())
     return monkeypatch
 
@@ -114,27 +114,27 @@ def test_a_dense_one_for_its_quantization(tiny):
 
 def test_without_a_gpu_the_machines_free_memory_is_planned_for(here, full):
     found = plan.answer(Request(source=full))
-    assert not found.outlook.plan.gpu
-    assert found.outlook.plan.ram == 30 * GIB
-    assert "assumed" in found.outlook.rates.host.source
+    assert not found.estimate.plan.gpu
+    assert found.estimate.plan.ram == 30 * GIB
+    assert "assumed" in found.estimate.rates.host.source
 
 
 def test_a_gpu_is_planned_for_where_there_is_one(here, full):
     here.setattr(machine, "gpus", lambda: (CARD,))
     found = plan.answer(Request(source=full))
-    assert (found.outlook.plan.vram, found.outlook.plan.ram) == (23 * GIB, 30 * GIB)
+    assert (found.estimate.plan.vram, found.estimate.plan.ram) == (23 * GIB, 30 * GIB)
     assert "RTX 3090" in found.place
-    assert "RTX 3090" in found.outlook.rates.device.source
+    assert "RTX 3090" in found.estimate.rates.device.source
 
 
 def test_a_budget_on_this_card_is_not_another_card(here, full):
     here.setattr(machine, "gpus", lambda: (CARD,))
     mine = plan.answer(Request(source=full, vram="16G"))
     assert "RTX 3090, 16.00 GiB" in mine.place
-    assert mine.outlook.plan.ram == 30 * GIB
+    assert mine.estimate.plan.ram == 30 * GIB
     other = plan.answer(Request(source=full, vram="40G"))
     assert "A100-40" in other.place
-    assert other.outlook.plan.ram is None
+    assert other.estimate.plan.ram is None
 
 
 def test_measurements_of_this_machine_are_taken_and_another_cards_are_not(here, full):
@@ -149,12 +149,12 @@ def test_measurements_of_this_machine_are_taken_and_another_cards_are_not(here, 
             date="2026-01-02T03:04:05+00:00",
         )
     )
-    rates = plan.answer(Request(source=full)).outlook.rates
+    rates = plan.answer(Request(source=full)).estimate.rates
     assert [r.bandwidth for r in (rates.host, rates.disk, rates.device, rates.interconnect)] == [
         41e9, 3e9, 840e9, 24e9,
     ]  # fmt: skip
     assert rates.interconnect.source == "measured here on 2026-01-02"
-    other = plan.answer(Request(source=full, card="a100-80")).outlook.rates
+    other = plan.answer(Request(source=full, card="a100-80")).estimate.rates
     assert "A100-80" in other.device.source
     assert "assumed" in other.host.source
 

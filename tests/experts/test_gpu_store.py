@@ -19,7 +19,7 @@ from qmix.errors import ResourceError
 from qmix.experts import arena
 from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.gpu_store import DeviceExperts, DeviceStore
-from qmix.experts.miss_path import PathChoice
+from qmix.experts.miss_path import MissPathSelector
 from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
 from qmix.kernels.cpu import packed_moe as host
@@ -177,7 +177,7 @@ def test_logits_are_equal_bits_whatever_has_a_slot(make, slots):
     lengths=st.lists(st.integers(1, 21), min_size=1, max_size=3),
 )
 def test_neither_delay_nor_slots_nor_policy_change_a_bit(slots, name, seed, most, rows, lengths):
-    """Prompts and steps in turn, copies late, slots lent and taken back."""
+    """Prompts and steps in turn, copies late, slots borrowed and taken back."""
     plain, model = whole_model(nf4), whole_model(nf4)
     store_of(model, slots, copier=Late(seed, most), settings=PRESETS[name])
     generator = torch.Generator().manual_seed(seed)
@@ -217,27 +217,27 @@ def test_a_prompt_sends_each_missing_expert_once_and_leaves_heat_alone(slots):
     store = store_of(model, slots, copier=copier)
     size = store.slots.nbytes
     decode(model, 12)
-    store.boundary()
-    store.boundary()
+    store.on_token_end()
+    store.on_token_end()
     heat = list(store.residency.policy.heat)
     before, sent = store.statistics(), copier.bytes
     with torch.no_grad():
         model(PROMPT)
     did = store.statistics().since(before)
-    kept = slots - len(store._lent)
-    assert len(store._lent) == min(2, slots // EXPERTS) * EXPERTS
+    kept = slots - len(store._borrowed)
+    assert len(store._borrowed) == min(2, slots // EXPERTS) * EXPERTS
     assert copier.bytes - sent == did.prefill_interconnect_bytes == (LAYERS * EXPERTS - kept) * size
     assert (did.interconnect_bytes, did.tokens, did.hits, did.misses) == (0, 0, 0, 0)
     assert store.residency.policy.heat == heat
     with torch.no_grad():
         model(PROMPT)  # another chunk: the same again, nothing is taken back between
     assert copier.bytes - sent == 2 * (LAYERS * EXPERTS - kept) * size
-    lent = len(store._lent)
+    borrowed = len(store._borrowed)
     decode(model, 1)
-    assert not store._lent
+    assert not store._borrowed
     assert (
         store.statistics().since(before).prefill_interconnect_bytes
-        == (2 * (LAYERS * EXPERTS - kept) + lent) * size
+        == (2 * (LAYERS * EXPERTS - kept) + borrowed) * size
     )
 
 
@@ -430,7 +430,7 @@ def clocked(path, interconnect, cpu, tokens, missed=10**8):
 
 
 def test_the_interconnect_serves_misses_until_both_are_measured():
-    path = PathChoice()
+    path = MissPathSelector()
     assert clocked(path, 25e9, lambda t: 60e9, 10)[0] == ["zero-copy"] * 10
     path.observe("cpu", 10**9, 10**9 / 60e9)
     assert set(clocked(path, 25e9, lambda t: 60e9, 10)[0]) == {"cpu"}
@@ -438,7 +438,7 @@ def test_the_interconnect_serves_misses_until_both_are_measured():
 
 
 def test_a_cpu_that_collapses_in_service_is_left_and_not_taken_again():
-    path = PathChoice(rates={"zero-copy": 25e9, "cpu": 60e9})
+    path = MissPathSelector(rates={"zero-copy": 25e9, "cpu": 60e9})
     ways, clock = clocked(path, 25e9, lambda t: 60e9 if t < 5 else 2e9, 40)
     assert ways[:5] == ["cpu"] * 5
     assert "cpu" not in ways[10:]
@@ -450,7 +450,7 @@ def test_a_cpu_that_collapses_in_service_is_left_and_not_taken_again():
 def test_rates_that_wander_do_not_make_it_swing(noise):
     """Around the ratio at which it enters, and around that at which it leaves."""
     for ratio in (1.75, 2.0, 1.5):
-        path = PathChoice(rates={"zero-copy": 25e9, "cpu": ratio * 25e9})
+        path = MissPathSelector(rates={"zero-copy": 25e9, "cpu": ratio * 25e9})
         chance = random.Random(1)
         clocked(
             path, 25e9, lambda t, r=ratio, c=chance: r * 25e9 * (1 + c.uniform(-noise, noise)), 300
@@ -459,7 +459,7 @@ def test_rates_that_wander_do_not_make_it_swing(noise):
 
 
 def test_nothing_measured_is_no_measurement():
-    path = PathChoice()
+    path = MissPathSelector()
     path.observe("cpu", 0, 1.0)
     path.observe("cpu", 5, 0.0)
     assert path.rates == {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UsageError
 from qmix.experts import heat_file
-from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, Settings
+from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, PolicySettings
 
 TOKENS = st.lists(st.lists(st.integers(0, 5), max_size=8), max_size=40)
 
@@ -39,11 +39,14 @@ def test_lfu_counts_tokens_and_static_learns_nothing(tokens):
 
 
 @given(TOKENS)
-def test_the_lru_key_orders_by_last_visit(tokens):
+def test_the_lru_key_orders_by_last_activation(tokens):
     policy = after(LRU, tokens)
     # A repeated id counts where it stands first in its token.
-    visits = [expert for token in tokens for expert in dict.fromkeys(token)]
-    last = {expert: max(i for i, e in enumerate(visits) if e == expert) for expert in set(visits)}
+    activations = [expert for token in tokens for expert in dict.fromkeys(token)]
+    last = {
+        expert: max(i for i, e in enumerate(activations) if e == expert)
+        for expert in set(activations)
+    }
     expected = sorted(range(6), key=lambda expert: (last.get(expert, -1), expert))
     assert sorted(range(6), key=policy.key) == expected
 
@@ -70,7 +73,7 @@ def test_a_warm_start_without_heat_goes_in_turn_over_the_layers():
 )
 def test_settings_out_of_range_are_named(bad):
     with pytest.raises(UsageError, match=next(iter(bad))):
-        Settings(**bad)
+        PolicySettings(**bad)
 
 
 def test_a_heat_file_comes_back_and_replaces_the_old_one_whole(tmp_path):

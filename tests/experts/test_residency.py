@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qmix.errors import ResourceError
-from qmix.experts.policy import HEAT, LRU, ONE, PRESETS, STATIC, Policy, Settings
-from qmix.experts.residency import Residency, State
+from qmix.experts.policy import HEAT, LRU, ONE, PRESETS, STATIC, Policy, PolicySettings
+from qmix.experts.residency import Residency, SlotState
 
 EXPERTS = 12
 LAYER = 4
@@ -28,7 +28,7 @@ class Machine(RuleBasedStateMachine):
         chosen=st.one_of(
             st.sampled_from(list(PRESETS.values())),
             st.builds(
-                Settings,
+                PolicySettings,
                 decay=st.integers(0, ONE),
                 margin=st.integers(0, 3 * ONE),
                 uploads=st.one_of(st.none(), st.integers(0, 4)),
@@ -41,7 +41,7 @@ class Machine(RuleBasedStateMachine):
         self.policy = Policy(EXPERTS, chosen)
         self.residency = Residency(EXPERTS, slots, self.policy)
         self.memory = [None] * slots
-        self.begun, self.over, self.lent = [], [], ()
+        self.begun, self.over, self.borrowed = [], [], ()
         self.warmed = self.admitted = self.fetched = 0
         self.hits = self.misses = self.tokens = self.failures = self.cancelled = self.late = 0
 
@@ -52,13 +52,13 @@ class Machine(RuleBasedStateMachine):
             assert upload.evicted != upload.expert
             assert self.residency.slot_of_id[upload.expert] == -1
             assert all(other.slot != upload.slot for other in self.begun), "two copies, one slot"
-            assert upload.slot not in self.lent
+            assert upload.slot not in self.borrowed
             self.memory[upload.slot] = None
             self.begun.append(upload)
 
     @rule(order=st.permutations(range(EXPERTS)))
     def warm(self, order):
-        free = self.residency.states.count(State.FREE)
+        free = self.residency.states.count(SlotState.FREE)
         uploads = self.residency.warm([*order, *order])
         absent = [e for e in order if self.residency.slot_of_id[e] < 0]
         held = {upload.expert for upload in self.begun}
@@ -106,8 +106,8 @@ class Machine(RuleBasedStateMachine):
             usable = [
                 slot
                 for slot, state in enumerate(self.residency.states)
-                if state is State.FREE
-                or (state is State.READY and self.residency.id_of_slot[slot] not in needed)
+                if state is SlotState.FREE
+                or (state is SlotState.READY and self.residency.id_of_slot[slot] not in needed)
             ]
             if not usable and not ready and expert not in known:
                 with pytest.raises(ResourceError, match="no slot is left"):
@@ -144,7 +144,7 @@ class Machine(RuleBasedStateMachine):
         getattr(self.residency, how)(upload)
         self.failures += how == "failed"
         self.cancelled += how == "cancel"
-        assert self.residency.states[upload.slot] is State.FREE
+        assert self.residency.states[upload.slot] is SlotState.FREE
 
     @precondition(lambda self: self.over)
     @rule(data=st.data(), how=st.sampled_from(["ready", "failed", "cancel"]))
@@ -154,25 +154,25 @@ class Machine(RuleBasedStateMachine):
         assert (self.residency.slot_of_id, self.residency.states) == before
         self.late += 1
 
-    @precondition(lambda self: not self.lent)
+    @precondition(lambda self: not self.borrowed)
     @rule(count=st.integers(1, 4))
-    def lend(self, count):
-        able = sum(state in (State.FREE, State.READY) for state in self.residency.states)
+    def borrow(self, count):
+        able = sum(state in (SlotState.FREE, SlotState.READY) for state in self.residency.states)
         try:
-            self.lent = self.residency.lend(count)
+            self.borrowed = self.residency.borrow(count)
         except ResourceError:
             assert able < count
             return
-        assert len(set(self.lent)) == count
-        assert all(upload.slot not in self.lent for upload in self.begun)
-        for slot in self.lent:
+        assert len(set(self.borrowed)) == count
+        assert all(upload.slot not in self.borrowed for upload in self.begun)
+        for slot in self.borrowed:
             self.memory[slot] = "a layer of the prompt"
 
-    @precondition(lambda self: self.lent)
+    @precondition(lambda self: self.borrowed)
     @rule()
-    def take_back(self):
-        self.residency.take_back(self.lent)
-        self.lent = ()
+    def return_slots(self):
+        self.residency.return_slots(self.borrowed)
+        self.borrowed = ()
 
     @invariant()
     def tables_agree(self):
@@ -180,16 +180,20 @@ class Machine(RuleBasedStateMachine):
         for expert, slot in enumerate(r.slot_of_id):
             if slot >= 0:
                 assert r.id_of_slot[slot] == expert
-                assert r.states[slot] is State.READY
+                assert r.states[slot] is SlotState.READY
                 assert self.memory[slot] == expert  # the copy has really ended
         for slot, expert in enumerate(r.id_of_slot):
-            assert (r.states[slot] is State.READY) == (expert >= 0 and r.slot_of_id[expert] == slot)
-            assert (expert < 0) == (r.states[slot] in (State.FREE, State.LENT))
+            assert (r.states[slot] is SlotState.READY) == (
+                expert >= 0 and r.slot_of_id[expert] == slot
+            )
+            assert (expert < 0) == (r.states[slot] in (SlotState.FREE, SlotState.BORROWED))
         held = [expert for expert in r.id_of_slot if expert >= 0]
         assert len(held) == len(set(held))
         assert set(r.in_flight) == set(self.begun)
-        assert r.states.count(State.FILLING) == len(self.begun)
-        assert {s for s, state in enumerate(r.states) if state is State.LENT} == set(self.lent)
+        assert r.states.count(SlotState.FILLING) == len(self.begun)
+        assert {s for s, state in enumerate(r.states) if state is SlotState.BORROWED} == set(
+            self.borrowed
+        )
 
     @invariant()
     def everything_is_counted(self):
@@ -237,7 +241,7 @@ def test_a_victim_leaves_at_once_and_its_slot_holds_nothing_until_the_copy_has_e
     assert (upload.evicted, upload.slot) == (0, 0)
     assert residency.slot_of_id[0] == residency.slot_of_id[9] == -1
     assert residency.id_of_slot[0] == 9
-    assert residency.states[0] is State.FILLING
+    assert residency.states[0] is SlotState.FILLING
 
 
 def test_a_late_copy_of_an_earlier_generation_is_rejected():
@@ -268,16 +272,16 @@ def test_a_failed_copy_frees_the_slot_for_the_next():
 
 
 def test_admission_waits_until_the_heat_exceeds_the_victims_by_the_margin():
-    residency = filled(Settings(decay=ONE, margin=2 * ONE), slots=2)
+    residency = filled(PolicySettings(decay=ONE, margin=2 * ONE), slots=2)
     assert [len(residency.token([5])) for _ in range(3)] == [0, 0, 1]
 
 
 def test_slow_copies_cannot_empty_the_slots():
-    residency = filled(Settings(margin=0, uploads=2), experts=40, slots=20)
+    residency = filled(PolicySettings(margin=0, uploads=2), experts=40, slots=20)
     for token in range(30):
         residency.token(range(token % 10, token % 10 + 25))
     assert len(residency.in_flight) == 4
-    assert residency.states.count(State.READY) == 16
+    assert residency.states.count(SlotState.READY) == 16
 
 
 def test_hits_are_those_of_the_fetches_and_a_prompt_leaves_no_trace_in_them():

@@ -9,7 +9,7 @@ from qmix.evals.quality.layer_streaming import Scorer
 from qmix.formats import open_checkpoint
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning import machine
-from qmix.planning.machine import Memory
+from qmix.planning.machine import HostMemory
 from qmix.quantize import streaming
 from qmix.quantize.calibrated import run
 from qmix.quantize.calibrated import windows as calibration
@@ -23,7 +23,7 @@ INT4_RECIPE = Recipe.uniform(Scheme(kind="int4"), attention=True)
 
 
 def starve(monkeypatch, available):
-    memory = Memory(total=64 << 30, available=available, limit="cgroup")
+    memory = HostMemory(total=64 << 30, available=available, limit="cgroup")
     monkeypatch.setattr(machine, "memory", lambda: memory)
 
 

@@ -289,9 +289,9 @@ def least(directory, blobs, **options):
     """A budget for so many experts on the host, two buffers and all the rest; and its plan."""
     metadata = open_checkpoint(directory).metadata
     options = {"dtype": "float32", **options}
-    bill = plan.plan(metadata, gpu=False, **options).host_bill
-    beside = bill.total - bill["experts"]
-    for ram in range(beside, bill.total, 256):
+    breakdown = plan.plan(metadata, gpu=False, **options).host_memory
+    beside = breakdown.total - breakdown["experts"]
+    for ram in range(beside, breakdown.total, 256):
         with suppress(ResourceError):
             planned = plan.plan(metadata, gpu=False, ram=ram, **options)
             if planned.host == blobs:
@@ -335,7 +335,9 @@ def test_budgets_that_cannot_be_are_refused(saved, options, kind, named):
 
 
 def test_memory_that_is_not_free_is_refused_before_it_is_taken(saved, monkeypatch):
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(total=1 << 30, available=1 << 20))
+    monkeypatch.setattr(
+        machine, "memory", lambda: machine.HostMemory(total=1 << 30, available=1 << 20)
+    )
     monkeypatch.setattr(load, "fill", None)
     with pytest.raises(ResourceError, match="not enough free host memory") as caught:
         MixtralForCausalLM.from_pretrained(saved["nf4"], device="cpu")
@@ -365,7 +367,7 @@ def test_the_next_run_starts_with_what_this_one_used_most(saved, cache):
 def test_the_command_takes_a_budget(tiny_nf4, cache):
     plain = qmix("generate", tiny_nf4, "The list", "--max-new-tokens", "8", "--device", "cpu")
     whole = plan.plan(open_checkpoint(tiny_nf4).metadata, gpu=False)
-    ram = str(whole.host_bill.total - whole.host_bill["experts"] // 2)
+    ram = str(whole.host_memory.total - whole.host_memory["experts"] // 2)
     options = ("--max-new-tokens", "8", "--device", "cpu", "--ram", ram)
     done = qmix("generate", tiny_nf4, "The list", *options)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from qmix.models.pack import Placement
 from qmix.nn.attention import Attention
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
-from qmix.planning.footprint import Model, on_device
+from qmix.planning.footprint import StoredModel, on_device
 from qmix.quantize import streaming
 from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support.models import ROOT, small_model
@@ -50,7 +50,10 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
     assert abs(found.error) < 0.001
     assert found.predicted_cache == found.cache
     metadata = read_metadata(directory)
-    read, assumed = Model.of(metadata), Model.assume("x", metadata.config, SCHEMES[name])
+    read, assumed = (
+        StoredModel.of(metadata),
+        StoredModel.assume("x", metadata.config, SCHEMES[name]),
+    )
     assert assumed.stored == pytest.approx(read.stored, rel=0.001)
     assert on_device(assumed).total == on_device(read).total
 
@@ -59,7 +62,7 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
 def test_packed_order_on_a_device(tiny, tmp_path, name):
     """What the placement makes of the tiny model, byte for byte, with CPU tensors as the device."""
     directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
-    predicted = on_device(Model.of(read_metadata(directory)))
+    predicted = on_device(StoredModel.of(read_metadata(directory)))
     model = MixtralForCausalLM.from_pretrained(directory, device="cpu")
     Placement().pack(model)
     experts, attention, kept = [], 0, 0
@@ -100,14 +103,17 @@ def test_an_expert_of_full_width_in_packed_layout():
     generator = torch.Generator().manual_seed(0)
     w1, w3 = (synthetic._packed((inner, hidden), generator) for _ in range(2))
     expert = Expert(w1=w1, w2=synthetic._packed((hidden, inner), generator), w3=w3)
-    assert pack_expert(expert).blob.nbytes == on_device(Model.assume("x", config, NF4)).experts[0]
+    assert (
+        pack_expert(expert).blob.nbytes
+        == on_device(StoredModel.assume("x", config, NF4)).experts[0]
+    )
 
 
 def test_the_cache_of_any_shape(tmp_path):
     for changes in ({}, {"sliding_window": 64}, {"num_key_value_heads": 8}):
         model = small_model(**changes)
         model.save_pretrained(tmp_path / str(len(changes)) / str(changes.get("sliding_window")))
-        shape = Model.of(
+        shape = StoredModel.of(
             read_metadata(tmp_path / str(len(changes)) / str(changes.get("sliding_window")))
         )
         for batch, context in ((1, 100), (3, 512)):

@@ -139,7 +139,7 @@ def test_measurements_are_kept_by_machine(tmp_path):
     path = tmp_path / "cache" / "qmix" / "machine.json"
     one = Measured(key="a", host_read=38e9, disk_read=2e9, date="2026-01-01T00:00:00+00:00")
     other = Measured(key="b", host_read=60e9, device_copy=8e11, interconnect=25e9)
-    assert machine.measurements("a", path) == machine.Found()
+    assert machine.measurements("a", path) == machine.SavedMeasurements()
     machine.save(one, path)
     machine.save(other, path)
     assert machine.measurements("a", path).measured == one

@@ -12,8 +12,8 @@ from qmix.config import MixtralConfig
 from qmix.errors import ResourceError, UsageError
 from qmix.planning import budget, machine, quantize_cost, roofline
 from qmix.planning.byte_sizes import parse_size
-from qmix.planning.estimate import outlook
-from qmix.planning.footprint import Model, on_device, on_host
+from qmix.planning.estimate import estimate
+from qmix.planning.footprint import StoredModel, on_device, on_host
 from qmix.planning.plan import Plan, check_memory, plan
 from qmix.planning.roofline import Rate, Rates
 from qmix.weights.scheme import DENSE, NF4, Scheme
@@ -21,8 +21,8 @@ from tests.support.models import ROOT
 
 GIB = 1 << 30
 FULL = MixtralConfig(max_position_embeddings=32768, dtype="bfloat16")
-MIXTRAL = Model.assume("8x7B", FULL, NF4)
-SMALL = Model.assume(
+MIXTRAL = StoredModel.assume("8x7B", FULL, NF4)
+SMALL = StoredModel.assume(
     "small",
     MixtralConfig(
         vocab_size=512,
@@ -58,7 +58,7 @@ def test_an_experts_bytes_are_the_packed_layout():
     assert found.blob % 4096 == 0
     assert 0 <= found.blob - found.experts[0] < 4096
     assert found.unpacked is None
-    four = on_device(Model.assume("x", FULL, Scheme(kind="int4"))).experts[0]
+    four = on_device(StoredModel.assume("x", FULL, Scheme(kind="int4"))).experts[0]
     assert 8 * (four - 256) / (3 * 4096 * 14336) == 4.125
 
 
@@ -78,7 +78,9 @@ def test_what_a_token_reads_beside_experts_is_the_references():
     ],
 )
 def test_bounds_are_those_of_the_references_table(slots, copied, slow_cpu, fast_cpu):
-    step = roofline.Step(dense=0.98e9, visits=64, expert=93.6e6, hit=slots / 256, layers=32)
+    step = roofline.StepCost(
+        dense=0.98e9, activations=64, expert=93.6e6, hit=slots / 256, layers=32
+    )
     fast = replace(RATES, host=Rate(60e9, "test"))
     assert 1 / step.seconds("interconnect", RATES) == pytest.approx(copied, rel=0.02)
     assert 1 / step.seconds("cpu", RATES) == pytest.approx(slow_cpu, rel=0.02)
@@ -96,8 +98,10 @@ def test_slots_are_near_the_references(gib, slots):
 
 def test_a_step_of_more_rows_reads_more_experts():
     """Two, 3.5, 5.5 and 7.2 of 8 for 1, 2, 4 and 8 rows that choose independently."""
-    visits = [plan(MIXTRAL, gpu=True, batch=b).step.visits / 32 for b in (1, 2, 4, 8)]
-    assert visits == pytest.approx([2, 3.5, 5.469, 7.199], rel=1e-3)
+    activations = [
+        plan(MIXTRAL, gpu=True, batch=b).step_cost.activations / 32 for b in (1, 2, 4, 8)
+    ]
+    assert activations == pytest.approx([2, 3.5, 5.469, 7.199], rel=1e-3)
 
 
 SIZES = st.integers(0, 40 * GIB)
@@ -115,16 +119,16 @@ def test_a_plan_stays_within_its_budgets(gpu, vram, ram, context, batch):
     found = refused(MIXTRAL, gpu=gpu, vram=vram, ram=ram, context=context, batch=batch)
     if isinstance(found, ResourceError):
         return
-    assert found.host_bill.total <= ram
-    assert not gpu or found.device_bill.total <= vram
+    assert found.host_memory.total <= ram
+    assert not gpu or found.device_memory.total <= vram
     assert min(found.slots, found.host, found.disk) >= 0
     if found.resident:
         assert (found.slots, found.host) == ((256, 0) if gpu else (0, 256))
         assert found.disk == 0
     else:
         assert found.host + found.disk == 256
-        assert found.slots * found.expert_bytes == found.device_bill["experts"]
-        assert found.host * found.expert_bytes == found.host_bill["experts"]
+        assert found.slots * found.expert_bytes == found.device_memory["experts"]
+        assert found.host * found.expert_bytes == found.host_memory["experts"]
     assert found.context <= found.largest_context
     assert found.resident == (found.resident_context >= context)
     assert (found.slots > 0) == gpu
@@ -156,7 +160,7 @@ def test_more_memory_never_holds_less(gpu, vram, ram, more, context):
         assert after.largest_context >= before.largest_context
         assert after.resident_context >= before.resident_context
         speed, slower = (
-            {one.path: one.bound for one in outlook(p, RATES).speeds} for p in (after, before)
+            {one.path: one.bound for one in estimate(p, RATES).speeds} for p in (after, before)
         )
         assert max(speed.values()) >= max(slower.values()) * (1 - 1e-12)
 
@@ -197,7 +201,7 @@ def test_a_named_context_fits():
 
 
 def test_experts_without_packed_order_are_not_offloaded():
-    odd = Model.assume("x", FULL, Scheme(kind="int4", group_size=32))
+    odd = StoredModel.assume("x", FULL, Scheme(kind="int4", group_size=32))
     assert on_device(odd).unpacked
     assert plan(odd, gpu=True, vram=80 * GIB).resident
     with pytest.raises(ResourceError, match="cannot stay in host memory"):
@@ -219,7 +223,7 @@ def test_out_of_range_is_told(name, value):
 
 
 def test_a_window_bounds_the_cache():
-    rolled = Model.assume("x", FULL.replace(sliding_window=4096), NF4)
+    rolled = StoredModel.assume("x", FULL.replace(sliding_window=4096), NF4)
     assert rolled.kv_bytes(32768) == MIXTRAL.kv_bytes(4096)
     assert plan(rolled, gpu=True, vram=12 * GIB, context=32768).slots > (
         plan(MIXTRAL, gpu=True, vram=12 * GIB, context=32768).slots
@@ -227,33 +231,33 @@ def test_a_window_bounds_the_cache():
 
 
 def test_a_dense_checkpoint_is_planned_as_it_is():
-    dense = Model.assume("x", FULL, DENSE)
+    dense = StoredModel.assume("x", FULL, DENSE)
     assert dense.stored == pytest.approx(93.4e9, rel=1e-3)
     assert plan(dense, gpu=False, ram=96 * GIB).resident
     assert not plan(dense, gpu=False, ram=32 * GIB).resident
 
 
 def test_a_tied_head_is_counted_once():
-    tied = on_host(Model.assume("x", FULL.replace(tie_word_embeddings=True), NF4))
+    tied = on_host(StoredModel.assume("x", FULL.replace(tie_word_embeddings=True), NF4))
     assert tied.total == on_host(MIXTRAL).total - 32000 * 4096 * 2
     assert tied.reads == on_host(MIXTRAL).reads
 
 
 def test_check_memory_names_what_is_needed_and_free(monkeypatch):
     found = plan(MIXTRAL, gpu=False)
-    check_memory(found, ram_free=found.host_bill.loaded)
+    check_memory(found, ram_free=found.host_memory.loaded)
     with pytest.raises(
         ResourceError,
         match=r"not enough free host memory; expected 23\.\d+ GiB; found 8.00 GiB free",
     ):
         check_memory(found, ram_free=8 * GIB)
     monkeypatch.setattr(
-        machine, "memory", lambda: machine.Memory(total=GIB, available=GIB, limit="cgroup")
+        machine, "memory", lambda: machine.HostMemory(total=GIB, available=GIB, limit="cgroup")
     )
     with pytest.raises(ResourceError, match=r"found 1.00 GiB free"):
         check_memory(found)
     with pytest.raises(ResourceError, match=r"host memory"):
-        check_memory(budget.of_rewriting(GIB))
+        check_memory(budget.for_rewriting(GIB))
     device = plan(MIXTRAL, gpu=True)
     check_memory(device, ram_free=GIB * 4, vram_free=26 * GIB)
     with pytest.raises(ResourceError, match=r"device memory"):
@@ -262,14 +266,16 @@ def test_check_memory_names_what_is_needed_and_free(monkeypatch):
 
 def test_the_small_model_is_never_refused_for_memory():
     """What it takes beside the process is less than any machine that runs torch has free."""
-    assert plan(SMALL, gpu=False).host_bill.loaded < 150 << 20
-    assert budget.of_scoring(SMALL, 4, 512).loaded < 150 << 20
+    assert plan(SMALL, gpu=False).host_memory.loaded < 150 << 20
+    assert budget.for_scoring(SMALL, 4, 512).loaded < 150 << 20
     check_memory(plan(SMALL, gpu=False), ram_free=200 << 20)
 
 
 def test_the_outlook_of_a_card_that_is_too_small():
-    found = outlook(
-        plan(MIXTRAL, gpu=True, vram=16 * GIB, ram=16 * GIB), RATES, Model.assume("x", FULL, DENSE)
+    found = estimate(
+        plan(MIXTRAL, gpu=True, vram=16 * GIB, ram=16 * GIB),
+        RATES,
+        StoredModel.assume("x", FULL, DENSE),
     )
     assert {speed.path for speed in found.speeds} == {"interconnect", "cpu"}
     for speed in found.speeds:
@@ -290,8 +296,8 @@ def test_the_outlook_of_a_card_that_is_too_small():
 
 
 def test_a_shorter_context_is_suggested_where_it_helps():
-    whole = plan(MIXTRAL, gpu=False, context=1024).host_bill.total
-    found = outlook(plan(MIXTRAL, gpu=False, ram=whole, context=8192), RATES)
+    whole = plan(MIXTRAL, gpu=False, context=1024).host_memory.total
+    found = estimate(plan(MIXTRAL, gpu=False, ram=whole, context=8192), RATES)
     (ctx,) = [one for one in found.suggestions if one.change.startswith("--ctx")]
     context = int(ctx.change.split()[1])
     assert 1024 <= context < 8192
@@ -299,13 +305,13 @@ def test_a_shorter_context_is_suggested_where_it_helps():
 
 
 def test_nothing_is_suggested_where_all_fits():
-    assert outlook(plan(MIXTRAL, gpu=True, vram=80 * GIB), RATES).suggestions == ()
+    assert estimate(plan(MIXTRAL, gpu=True, vram=80 * GIB), RATES).suggestions == ()
 
 
 def test_the_disk_is_counted_in_the_bound():
     found = plan(MIXTRAL, gpu=False, ram=16 * GIB)
-    (speed,) = outlook(found, RATES).speeds
-    step = found.step
+    (speed,) = estimate(found, RATES).speeds
+    step = found.step_cost
     seconds = (step.dense + 64 * step.expert) / 38e9 + found.disk / 256 * 64 * step.expert / 2e9
     assert 1 / speed.bound == pytest.approx(seconds, rel=1e-9)
 

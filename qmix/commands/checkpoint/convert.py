@@ -83,7 +83,7 @@ def run(
     ]
     total = sum(group[0].nbytes for group in groups)
     output_dir.check_space(out, total)
-    check_memory(budget.of_rewriting(max(group[0].nbytes for group in groups)))
+    check_memory(budget.for_rewriting(max(group[0].nbytes for group in groups)))
     dtype = str(groups[0][0].dtype).removeprefix("torch.")
 
     def converted() -> Iterator[dict[str, Tensor]]:

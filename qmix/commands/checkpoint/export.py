@@ -74,7 +74,7 @@ def run(
     plan = [_planned(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
     output_dir.check_space(out, sum(one.nbytes for group in plan for one in group))
     largest = max(header.nbytes for header in checkpoint.metadata.tensor_infos.values())
-    check_memory(budget.of_rewriting(largest))
+    check_memory(budget.for_rewriting(largest))
     schemes: dict[str, Scheme] = {}  # of the linear layers
     scattered = 0
 

@@ -15,8 +15,8 @@ from qmix.errors import UsageError
 from qmix.evals.routing import replay, trace
 from qmix.evals.routing.simulation import Faults, Machine, SimClock, SimTier, Simulation
 from qmix.evals.routing.trace import Header, Trace
-from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, Settings
-from qmix.experts.residency import Residency, State
+from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, PolicySettings
+from qmix.experts.residency import Residency, SlotState
 from tests.support.models import GOLDEN
 
 EVENTS = GOLDEN / "residency-events.txt"
@@ -96,11 +96,11 @@ FAULTS = st.builds(
 def test_every_byte_is_in_the_ledger(seed, slots, name, path, lag, faults):
     found = random_trace(seed, 25, skew=1.0)
     # An admitted copy stays under way while a step needs all other slots: the disk tier admits none.
-    chosen = PRESETS[name] if path != "copy" else Settings(uploads=0)
+    chosen = PRESETS[name] if path != "copy" else PolicySettings(uploads=0)
     simulation = simulated(found, slots, chosen, path=path, lag=lag, faults=faults)
     simulation.drain()
-    counts, size, visits = simulation.residency.counts, ROUND.expert_bytes, 25 * 3 * 2
-    assert counts.hits + counts.misses == visits
+    counts, size, activations = simulation.residency.counts, ROUND.expert_bytes, 25 * 3 * 2
+    assert counts.hits + counts.misses == activations
     copied = (counts.admissions + counts.fetches) * size
     assert simulation.interconnect.moved["warm"] == counts.warmed * size == slots * size
     assert simulation.interconnect.moved["copy"] == copied
@@ -108,12 +108,12 @@ def test_every_byte_is_in_the_ledger(seed, slots, name, path, lag, faults):
     assert simulation.cpu.moved["cpu"] == (counts.misses * size if path == "cpu" else 0)
     # Weights never go up: an evicted expert is dropped, its blob is still on the host.
     assert set(simulation.upward.moved) == {"routes"}
-    assert simulation.upward.moved["routes"] == 4 * visits
+    assert simulation.upward.moved["routes"] == 4 * activations
     assert simulation.device.moved["dense"] == 25 * ROUND.dense_bytes
-    read_near = visits if path == "copy" else counts.hits
+    read_near = activations if path == "copy" else counts.hits
     assert simulation.device.moved["experts"] == read_near * size
     assert counts.late == 0
-    assert State.FILLING not in simulation.residency.states
+    assert SlotState.FILLING not in simulation.residency.states
     if path == "copy":
         assert counts.fetches == counts.misses + counts.failures
 
@@ -126,10 +126,10 @@ def test_the_time_is_the_formula_where_nothing_moves(slots, path):
     simulation = simulated(found, slots, STATIC, path=path)
     counts = simulation.residency.counts
     assert (counts.hits, counts.misses) == (40 * slots, 40 * (12 - slots))
-    hit_share, visits = slots / 12, 12
-    near = (ROUND.dense_bytes + hit_share * visits * ROUND.expert_bytes) / ROUND.device
+    hit_share, activations = slots / 12, 12
+    near = (ROUND.dense_bytes + hit_share * activations * ROUND.expert_bytes) / ROUND.device
     rate = ROUND.interconnect if path == "read" else ROUND.cpu
-    far = (1 - hit_share) * visits * ROUND.expert_bytes / rate
+    far = (1 - hit_share) * activations * ROUND.expert_bytes / rate
     waiting = 3 * ROUND.sync_ns if path == "cpu" else 0
     assert simulation.clock.now == pytest.approx(40 * (1e9 * (near + far) + waiting), rel=1e-12)
     bound = ROUND.token_ns(path, 3, counts.hits + counts.misses, counts.misses, 40)
@@ -151,10 +151,11 @@ def test_the_time_is_the_formula_for_copies_on_demand():
 
 def test_the_default_machine_gives_the_bounds_of_a_24_gb_card():
     """16 GiB: 148 slots, 9.2 tok/s with copies alone, 21.1 with the CPU (waiting left out)."""
-    machine, visits = Machine(sync_ns=0), 1000 * 64
-    misses = visits * (256 - 148) // 256
+    machine, activations = Machine(sync_ns=0), 1000 * 64
+    misses = activations * (256 - 148) // 256
     rates = [
-        1000 * 10**9 / machine.token_ns(path, 32, visits, misses, 1000) for path in ("copy", "cpu")
+        1000 * 10**9 / machine.token_ns(path, 32, activations, misses, 1000)
+        for path in ("copy", "cpu")
     ]
     assert rates == pytest.approx([9.2, 21.1], abs=0.06)
     assert 10**9 / machine.token_ns("read", 32, 64, 0, 1) == pytest.approx(122, abs=0.5)
@@ -163,7 +164,7 @@ def test_the_default_machine_gives_the_bounds_of_a_24_gb_card():
 def test_copies_and_missed_reads_share_the_interconnect():
     """Four admissions (10 us each) go first; the next token's miss waits for them."""
     found = Trace(Header(layers=1, experts=8, chosen=1), (((7,),), ((6,),)))
-    simulation = simulated(found, 1, Settings(decay=ONE, margin=0, uploads=4))
+    simulation = simulated(found, 1, PolicySettings(decay=ONE, margin=0, uploads=4))
     dense, blob = 500, 10_000
     # Token 1 reads 7 over PCIe and admits it; token 2 waits for that copy, then reads 6.
     assert simulation.clock.now == (dense + blob) + (blob + blob)
@@ -183,7 +184,7 @@ def event_log(seed):
     simulated(
         found,
         7,
-        Settings(margin=ONE // 2, uploads=2),
+        PolicySettings(margin=ONE // 2, uploads=2),
         lag=1,
         faults=Faults(seed, failures=200, jitter_ns=9000),
         log=log,
@@ -199,8 +200,8 @@ def test_the_same_seed_gives_the_same_events():
 
 
 def test_uniform_routing_hits_by_the_share_of_slots():
-    """Independent uniform choices: whoever decides, a visit hits with k/8. The share of hits has at most
-    the standard deviation of independent visits, since a layer's two differ; five of them are allowed.
+    """Independent uniform choices: whoever decides, an activation hits with k/8. The share of hits has at most
+    the standard deviation of independent activations, since a layer's two differ; five of them are allowed.
     """
     layers, tokens = 4, 1500
     found = random_trace(11, tokens, layers=layers, experts=8)
@@ -213,8 +214,8 @@ def test_uniform_routing_hits_by_the_share_of_slots():
             for token in found.ids():
                 for upload in residency.token([e for ids in token for e in ids]):
                     residency.ready(upload)
-            share, visits = k / 8, tokens * layers * 2
-            deviation = (share * (1 - share) / visits) ** 0.5
+            share, activations = k / 8, tokens * layers * 2
+            deviation = (share * (1 - share) / activations) ** 0.5
             assert abs(residency.counts.hit_rate - share) < 5 * deviation, (name, k)
 
 
@@ -232,14 +233,14 @@ def test_a_cycle_with_one_slot_too_few_does_not_collapse():
 # Independent oracles.
 
 
-def best_hits(visits, slots, experts):
+def best_hits(activations, slots, experts):
     """The optimum by trying everything: all contents, and after a miss all ways to make room or not."""
 
     @cache
     def ahead(at, held):
-        if at == len(visits):
+        if at == len(activations):
             return 0
-        expert = visits[at]
+        expert = activations[at]
         if expert in held:
             return 1 + ahead(at + 1, held)
         others = [(held - {victim}) | {expert} for victim in held]
@@ -248,18 +249,18 @@ def best_hits(visits, slots, experts):
     return max(ahead(0, frozenset(held)) for held in combinations(range(experts), slots))
 
 
-def farthest_first(visits, slots):
+def farthest_first(activations, slots):
     """Belady's rule in so many words, quadratic: keep the `slots` experts that are needed soonest."""
 
     def following(expert, start):
-        for at in range(start, len(visits)):
-            if visits[at] == expert:
+        for at in range(start, len(activations)):
+            if activations[at] == expert:
                 return at
-        return len(visits)
+        return len(activations)
 
-    held = set(sorted(set(visits), key=lambda expert: following(expert, 0))[:slots])
+    held = set(sorted(set(activations), key=lambda expert: following(expert, 0))[:slots])
     hits = 0
-    for at, expert in enumerate(visits):
+    for at, expert in enumerate(activations):
         hits += expert in held
         ranked = sorted(held | {expert}, key=lambda e: (following(e, at + 1), e not in held))
         held = set(ranked[: max(slots, len(held))])
@@ -268,10 +269,10 @@ def farthest_first(visits, slots):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=14), st.integers(1, 5))
 @settings(max_examples=200, deadline=None)
-def test_the_optimum_is_the_best_of_all_ways(visits, slots):
-    best = best_hits(tuple(visits), slots, 5)
-    assert replay.optimal_hits(visits, slots) == best
-    assert farthest_first(visits, slots) == best
+def test_the_optimum_is_the_best_of_all_ways(activations, slots):
+    best = best_hits(tuple(activations), slots, 5)
+    assert replay.optimal_hits(activations, slots) == best
+    assert farthest_first(activations, slots) == best
 
 
 @given(
@@ -283,8 +284,8 @@ def test_the_optimum_is_the_best_of_all_ways(visits, slots):
 @settings(max_examples=60, deadline=None)
 def test_no_policy_beats_the_optimum(seed, slots, skew, lag):
     found = random_trace(seed, 40, skew=skew)
-    visits = [expert for token in found.ids() for ids in token for expert in ids]
-    best = farthest_first(visits, slots)
+    activations = [expert for token in found.ids() for ids in token for expert in ids]
+    best = farthest_first(activations, slots)
     assert replay.optimum(found, slots, ROUND).hits == best
     assert simulated(found, slots, LRU, path="copy").residency.counts.hits <= best
     for chosen in PRESETS.values():
@@ -296,9 +297,9 @@ def test_the_tiny_models_own_routing_replayed():
     machine = Machine()  # Mixtral's sizes: copies take a token and more
     for slots in (8, 12, 16, 20):
         read, cpu, lru, best, best_cpu = replay.compare(found, slots, "heat", machine)
-        visits = len(found.tokens) * 3 * 2
+        activations = len(found.tokens) * 3 * 2
         for row in (read, cpu, lru, best, best_cpu):
-            assert row.hits + row.misses == visits
+            assert row.hits + row.misses == activations
             assert row.hits <= best.hits
         assert read.interconnect_bytes == (read.misses + read.uploads) * machine.expert_bytes
         assert cpu.interconnect_bytes == cpu.uploads * machine.expert_bytes > 0
@@ -308,7 +309,7 @@ def test_the_tiny_models_own_routing_replayed():
             == lru.misses * (machine.expert_bytes)
         )
         assert best.interconnect_bytes == best.misses * machine.expert_bytes
-        assert read.nanoseconds >= machine.token_ns("read", 3, visits, read.misses, 800)
+        assert read.nanoseconds >= machine.token_ns("read", 3, activations, read.misses, 800)
         assert read.uploads_per_token < 0.2 * lru.uploads_per_token
         # Local routing: better than any placement that looks at nothing.
         assert read.hit_rate > slots / 24
@@ -318,10 +319,10 @@ def test_a_profile_fills_the_slots_of_a_static_split():
     found = trace.read(GOLDEN / "tiny.trace")
     machine = Machine()
     heat = replay.heat_of(found, "static")
-    visits = [expert for token in found.ids() for ids in token for expert in ids]
-    assert heat == [visits.count(expert) * ONE for expert in range(24)]
+    activations = [expert for token in found.ids() for ids in token for expert in ids]
+    assert heat == [activations.count(expert) * ONE for expert in range(24)]
     row = replay.replay(found, 9, STATIC, machine, name="static", heat=heat)
-    assert row.hits == sum(sorted((visits.count(e) for e in range(24)), reverse=True)[:9])
+    assert row.hits == sum(sorted((activations.count(e) for e in range(24)), reverse=True)[:9])
     assert row.uploads == 0
     blind = replay.replay(found, 9, STATIC, machine, name="static")
     assert blind.hits < row.hits
