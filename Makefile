@@ -1,19 +1,34 @@
 # make demo and make test set everything up by themselves: Python 3.11 or newer and make are all they need.
+#
+#   make demo     install what qmix needs to run, then quantize the tiny Mixtral and chat with it
+#   make test     lint, type-check and run the tests
+#   make quick    the tests again, without those marked slow
+#   make soak     the long campaigns: fuzzing, hundreds of drawn cases, kernels at many shapes
+#   make newest   the quick tests beside the newest release of every dependency
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo $$p; break; }; done || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
+RUN    := $(VENV)/.ready-run
 READY  := $(VENV)/.ready
+NEWEST := .newest
+# One worker a core, each on one thread. `make test PYTEST="-x -k cache"` passes more to pytest.
+PYTEST ?=
+TESTS  := -m pytest -n auto --maxprocesses 8 --dist worksteal
+PIP    := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint quick setup goldens rivals clean
+.PHONY: demo test lint quick soak newest setup goldens rivals clean
 
-demo: $(READY)
+demo: $(RUN)
 	$(BIN)/qmix demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python $(TESTS) $(PYTEST)
 
 quick: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(TESTS) -m "not slow and not soak" $(PYTEST)
+
+soak: $(READY)
+	$(BIN)/python $(TESTS) -m soak $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -23,6 +38,13 @@ lint: $(READY)
 	$(BIN)/mypy -p qmix
 
 setup: $(READY)
+
+# No constraints: what a user gets who installs today. Torch for CUDA comes along, several gigabytes of it.
+newest:
+	test -x $(NEWEST)/bin/python || $$(command -v python3.13 || echo $(PYTHON)) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(PIP) --upgrade -e ".[test]"
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE "^(torch|triton|numpy|safetensors|sentencepiece|typer|rich|transformers|bitsandbytes) "
+	$(NEWEST)/bin/python $(TESTS) -m "not slow and not soak" $(PYTEST)
 
 # Write the committed golden values anew, each by its oracle in an environment of its own.
 goldens: .oracles/gptqmodel/.ready
@@ -55,11 +77,17 @@ rivals: $(READY) .oracles/gptqmodel/.ready
 	.oracles/gptqmodel/bin/python -m pip install --quiet --no-deps gptqmodel==7.7.0 auto-gptq==0.7.1
 	touch $@
 
-$(READY): pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "qmix needs Python 3.11 or newer, found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
-	touch $(READY)
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) -c constraints.txt -e .
+	touch $@
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) -c constraints.txt -e ".[test]"
+	touch $(RUN) $@
 
 clean:
-	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache demo-out
+	rm -rf $(VENV) $(NEWEST) .typecheck .mypy_cache .ruff_cache .pytest_cache demo-out

@@ -1,63 +1,115 @@
-"""Fixtures of every test: no download, no device index, no path outside the checkout but ../shared."""
+"""Fixtures of every test, and the environment in which all of them run.
+
+Tests download nothing, name no device index, and touch no path outside the checkout but ../shared.
+They and their children see a new home, and run on one thread unless they ask for more.
+
+Torch is not imported at the top: the controller of several workers needs none, and the number of
+threads must be set before.
+"""
 
 import os
+import shutil
+import warnings
 
 import pytest
-import torch
 
-from qmix.kernels.cpu.library import ISAS, VARIABLE, library
-from tests.support.cpu_kernels import BEST
-from tests.support.models import SHARED, TINY, small_model, threads
+from tests.support import environment
 
-os.environ.pop("QMIX_DEBUG", None)
+
+def pytest_configure(config):
+    if environment.entered() and not hasattr(config, "workerinput"):
+        return  # a pytest that a test started
+    home = environment.enter()
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.usefixtures("_gpu"))
+
+
+@pytest.fixture(scope="session")
+def _gpu():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_kernels(pytestconfig):
+    """Compile the CPU kernels once for all workers and sessions; without a compiler do without."""
+    from qmix.kernels.cpu.library import library
+
+    cache = getattr(pytestconfig, "cache", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if cache is None:
+            library()
+        else:
+            environment.keep_compiled(cache.mkdir("kernels"), library)
 
 
 @pytest.fixture
 def one_thread():
+    from tests.support.models import threads
+
     with threads(1):
         yield
 
 
 @pytest.fixture
+def two_threads():
+    from tests.support.models import threads
+
+    with threads(2):
+        yield
+
+
+@pytest.fixture
 def model():
+    from tests.support.models import small_model
+
     return small_model()
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """The trained tiny Mixtral of the checkout."""
+    from tests.support.models import TINY
+
     return TINY
 
 
 @pytest.fixture(scope="session")
-def tiny_nf4(tmp_path_factory):
+def tiny_nf4(tmp_path_factory, tiny):
     """The tiny Mixtral in 4 bits, quantized once a session."""
     from qmix.quantize import streaming
     from qmix.weights.scheme import NF4, Recipe
 
     out = tmp_path_factory.mktemp("nf4") / "tiny-nf4"
-    streaming.run(TINY, out, Recipe.uniform(NF4, attention=True), method="nf4")
+    streaming.run(tiny, out, Recipe.uniform(NF4, attention=True), method="nf4")
     return out
 
 
 @pytest.fixture(scope="session")
 def shared():
     """Texts beside the checkout; the project runs without them."""
+    from tests.support.models import SHARED
+
     if not SHARED.is_dir():
         pytest.skip("no ../shared beside this checkout")
     return SHARED / "data"
 
 
-@pytest.fixture(params=("torch", *ISAS))
-def isa(request, monkeypatch):
+@pytest.fixture(params=("torch", "portable", "avx2", "avx512", "vnni"))
+def isa(request, monkeypatch, two_threads):
     """Each instruction set that this processor has; the library is found anew for it, and after it."""
-    if request.param in ISAS and ISAS.index(request.param) > BEST:
+    from qmix.kernels.cpu.library import ISAS, VARIABLE, library
+    from tests.support.cpu_kernels import best
+
+    if request.param in ISAS and ISAS.index(request.param) > best():
         pytest.skip(f"no {request.param} on this processor, or no compiler")
     monkeypatch.setenv(VARIABLE, request.param)
     library.cache_clear()
@@ -66,8 +118,19 @@ def isa(request, monkeypatch):
 
 
 @pytest.fixture
+def compiled(two_threads):
+    """The compiled kernels, or a skip."""
+    from tests.support.cpu_kernels import best
+
+    if best() < 0:
+        pytest.skip("no compiler")
+
+
+@pytest.fixture
 def poison():
     """Fresh tensors are filled with NaN, so that what a kernel forgets to write shows."""
+    import torch
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the oracle's
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

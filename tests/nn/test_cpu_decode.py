@@ -18,7 +18,7 @@ from qmix.nn.cache import KVCache
 from qmix.nn.decoder_layer import DecoderLayer, one_token
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
-from tests.support.cpu_kernels import BEST, random_int4, random_nf4, seeded
+from tests.support.cpu_kernels import random_int4, random_nf4, seeded
 
 CONFIG = MixtralConfig(
     hidden_size=256,
@@ -98,7 +98,7 @@ def test_it_is_what_the_modules_compute(isa, kind, window):
         assert (out - reference).abs().max() <= 0.05 * reference.abs().max()
 
 
-pytestmark = pytest.mark.skipif(BEST < 0, reason="no compiler")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def taken(layer):

@@ -1,12 +1,19 @@
 """Random 4-bit weights for the CPU kernels, and the best instruction set that this processor has."""
 
+from functools import cache
+
 import torch
 
 from qmix.kernels.cpu.library import ISAS, library
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
 
-BEST = ISAS.index(library().isa) if library().isa else -1
+
+@cache
+def best() -> int:
+    """The place in ISAS of the best of the instruction sets that this processor has; -1 without a compiler."""
+    found = library().isa
+    return ISAS.index(found) if found else -1
 
 
 def seeded(seed=0):

@@ -17,7 +17,7 @@ from qmix.kernels.cpu.library import library
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import FP4, NF4
-from tests.support.cpu_kernels import BEST, random_int4, random_nf4, seeded
+from tests.support.cpu_kernels import random_int4, random_nf4, seeded
 from tests.support.models import ROOT, TINY
 
 TOKENS = (1, 2, 4, 7, 12, 13, 33)
@@ -302,7 +302,7 @@ def test_what_falls_back_is_counted(isa):
     assert library().fallbacks - before == (3 if isa == "torch" else 0)
 
 
-@pytest.mark.skipif(BEST < 0, reason="no compiler")
+@pytest.mark.usefixtures("compiled")
 def test_a_forked_child_multiplies():
     weight, x = random_nf4(2099, 512), torch.randn(4, 512, generator=seeded())
     expected = kernels.linear(x, weight)  # libgomp's threads live from here on
@@ -316,7 +316,7 @@ def test_a_forked_child_multiplies():
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.skipif(BEST < 0, reason="no compiler")
+@pytest.mark.usefixtures("compiled")
 def test_the_threads_are_torchs_own():
     found = library()
     assert found.fork is None or found._fork == found.fork
@@ -328,7 +328,7 @@ def test_the_threads_are_torchs_own():
     assert found.read(memory) == expected
 
 
-@pytest.mark.skipif(BEST < 0, reason="no compiler")
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_tiny_model_says_what_the_oracle_says(tiny_nf4, dtype):
     from qmix import load
