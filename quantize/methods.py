@@ -12,7 +12,7 @@ from qmix.errors import UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
-from qmix.models import load
+from qmix.models.options import parse_device
 from qmix.quantize import streaming
 from qmix.quantize.calibrated import bit_allocation
 from qmix.quantize.calibrated import run as calibrated
@@ -129,7 +129,7 @@ def run(
         )
     tokenizer = LlamaTokenizer.from_pretrained(source)
     windows = calibration.cut(text, tokenizer.encode, samples=request.samples, seqlen=seqlen)
-    device = load.target_device(request.device)
+    device = parse_device(request.device)
     if request.method == "auto":
         recipe = _chosen(source, windows, request, device, progress)
     options = calibrated.Options(device=device, shard_bytes=request.shard_bytes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qmix import kernels
 from qmix.formats import Checkpoint
 from qmix.models import load
+from qmix.models.options import parse_device
 from qmix.nn.attention import Step
 from qmix.nn.decoder import embedding
 from qmix.nn.decoder_layer import DecoderLayer
@@ -44,7 +45,7 @@ class Scorer:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._device = load.target_device(device)
+        self._device = parse_device(device)
         self._dtype = dtype or checkpoint.dtype
         if self._device.type == "cpu":
             model = StoredModel.of(checkpoint.metadata, str(self._dtype).removeprefix("torch."))

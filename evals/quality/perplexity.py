@@ -16,7 +16,7 @@ from torch import Tensor
 from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
 from qmix.evals.quality.layer_streaming import Scorer
 from qmix.formats import open_checkpoint
-from qmix.models import load
+from qmix.models.options import parse_dtype
 from qmix.text.tokenizer import LlamaTokenizer
 
 WINDOW = 2048
@@ -149,7 +149,7 @@ def evaluate(
         UsageError: a bound is out of range or the text too short.
         CheckpointError: a damaged checkpoint, or two different tokenizers.
     """
-    chosen = load.named_dtype(dtype)
+    chosen = parse_dtype(dtype)
     checkpoint = open_checkpoint(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     ids = tokenizer.encode(text.content)

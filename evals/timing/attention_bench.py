@@ -25,7 +25,7 @@ from qmix.evals.timing.bandwidth import seconds
 from qmix.evals.timing.bench import device_name, numbers
 from qmix.kernels import attention
 from qmix.kernels.attention import Implementation
-from qmix.models import load
+from qmix.models.options import parse_device, parse_dtype
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)  # eager comes first
 
@@ -134,7 +134,7 @@ class Request:
             UsageError: not a list of lengths, no such dtype, device or folder.
             UnsupportedError: a plot, and no matplotlib.
         """
-        target = load.target_device(device)
+        target = parse_device(device)
         if plot is not None:
             _check_plot(plot)
         default = torch.bfloat16 if target.type == "cuda" else torch.float32
@@ -143,7 +143,7 @@ class Request:
             prompts=numbers("--prompts", prompts or _PROMPTS, least=1),
             windows=(None, window),
             heads=Heads.of(config),
-            dtype=load.named_dtype(dtype) or default,
+            dtype=parse_dtype(dtype) or default,
             device=target,
             plot=plot,
         )

@@ -53,12 +53,12 @@ class MixtralForCausalLM(PreTrainedModel):
         self.decodings = Decodings()
         self.tie_weights()
 
-    def adopt(self, directory: Path) -> None:
+    def read_generation_config(self, directory: Path) -> None:
         """Take the special ids from generation_config.json."""
         self.generation_config = GenerationConfig.of(self.config, directory)
 
     def tie_weights(self) -> None:
-        """Share the embedding with the head, where the config says so."""
+        """Share the embedding with the head where the config says so."""
         if self.config.tie_word_embeddings:
             shared = self.model.embed_tokens.weight
             assert isinstance(shared, nn.Parameter)

@@ -34,8 +34,8 @@ class MixtralForSequenceClassification(PreTrainedModel):
         self.score = Linear(config.hidden_size, config.num_labels)
         initialise(self.score, config)
 
-    def initialise_absent(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Random classes for a checkpoint that has none, with a warning."""
+    def initialise_missing(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Initialise the classes at random, with a warning, for a checkpoint that has none."""
         weight = self.score.weight
         if weight is None or not weight.is_meta:
             return

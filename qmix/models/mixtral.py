@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
@@ -34,6 +34,10 @@ class MixtralModel(PreTrainedModel, Decoder):
         super().__init__(config)
         initialise(self, config)
         self.set_attn_implementation(config.extra.get("attn_implementation"))
+
+    def checkpoint_modules(self) -> dict[str, nn.Module]:
+        """All modules by their checkpoint names, which a model without a head prefixes by "model."."""
+        return {f"model.{name}": module for name, module in self.named_modules()}
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
+from qmix.errors import CheckpointError, ResourceError, UnsupportedError
 from qmix.experts import disk_store, heat_file
 from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.disk_store import DiskStore
@@ -24,9 +24,9 @@ from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
 from qmix.kernels import PackedExperts, Routes
+from qmix.models.options import LoadOptions
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning import machine, plan
-from qmix.planning.byte_sizes import parse_size
 from qmix.weights.packed.layout import pack_expert
 
 
@@ -83,37 +83,25 @@ def _save(path: Path, model: str, residency: Residency) -> None:
         warnings.warn(f"{error} The next run starts without it.", stacklevel=2)
 
 
-def planned(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    vram: str | int | None,
-    ram: str | int | None,
-    max_context: int | None,
-) -> Tiers | None:
-    """What the budgets allow; None if all experts fit the device. Looks at the memory that is free.
+def planned(checkpoint: Checkpoint, options: LoadOptions) -> Tiers | None:
+    """The tiers that fit the budgets; None if all experts fit the device.
 
     Raises:
-        ResourceError: it does not fit the budgets, or not into what is free.
-        UsageError: a budget that is no size, or vram without a GPU.
+        ResourceError: the model does not fit the budgets, or the memory that is free.
     """
-    gpu = device.type == "cuda"
-    if vram is not None and not gpu:
-        raise UsageError(
-            "there is no device memory to budget", where="vram", found=device, remedy="Give ram."
-        )
-    budgeted = vram is not None or ram is not None
+    gpu = options.device.type == "cuda"
+    budgeted = options.vram is not None or options.ram is not None
     positions = checkpoint.config.max_position_embeddings
     found = plan.plan(
         checkpoint.metadata,
         gpu=gpu,
-        vram=None if vram is None else parse_size(vram, where="vram"),
-        ram=None if ram is None else parse_size(ram, where="ram"),
-        # Without a budget nothing is promised: what is short of one chunk is refused, and no more.
-        context=max_context or (None if budgeted else min(512, positions)),
-        dtype=str(dtype).removeprefix("torch."),
+        vram=options.vram,
+        ram=options.ram,
+        # Without a budget nothing is promised: only what is short of one prompt chunk is refused.
+        context=options.max_context or (None if budgeted else min(512, positions)),
+        dtype=str(options.dtype or checkpoint.dtype).removeprefix("torch."),
     )
-    plan.check_memory(found, vram_free=torch.cuda.mem_get_info(device)[0] if gpu else None)
+    plan.check_memory(found, vram_free=torch.cuda.mem_get_info(options.device)[0] if gpu else None)
     return None if found.resident else Tiers(device=found.slots, host=found.host, remembers=True)
 
 

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.errors import UnsupportedError, UsageError
+from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.experts.store import Store
+from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.kernels import attention
-from qmix.models import load, save
+from qmix.models import load, offload, save
+from qmix.models.offload import Tiers
+from qmix.models.options import LoadOptions, parse_dtype
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.moe import SparseMoeBlock
@@ -76,6 +79,7 @@ class PreTrainedModel(nn.Module):
         vram: str | int | None = None,
         ram: str | int | None = None,
         max_context: int | None = None,
+        load_options: LoadOptions | None = None,
         **options: Any,
     ) -> Self:
         """Load a checkpoint directory, dense or 4-bit.
@@ -90,6 +94,7 @@ class PreTrainedModel(nn.Module):
                 Experts that do not fit are kept in host memory, or stay in the file and are read when
                 they are chosen; the text is the same. Such a model cannot be trained or moved.
             max_context: positions that the budgets leave room for; default: 4096, or the model's.
+            load_options: dtype, device, vram, ram and max_context as one object instead.
             options: fields of the config that no shape depends on, such as `sliding_window`,
                 `num_experts_per_tok` or `num_labels`. Options of transformers that ask for what is
                 so anyway (`low_cpu_mem_usage`, `use_safetensors`, ...) are taken and change nothing.
@@ -103,20 +108,73 @@ class PreTrainedModel(nn.Module):
         changes = _changes(options)
         if attn_implementation is not None:
             changes["attn_implementation"] = attn_implementation
-        model = load.load(
-            lambda config: cls(config.replace(**changes)),
-            directory,
-            dtype=_agreed(torch_dtype, dtype),
-            device=_placed(device, device_map),
-            vram=vram,
-            ram=ram,
-            max_context=max_context,
-        )
-        model.adopt(Path(directory))
+        given = (torch_dtype, dtype, device, device_map, vram, ram, max_context)
+        if load_options is None:
+            load_options = LoadOptions(
+                dtype=_agreed(torch_dtype, dtype),
+                device=_placed(device, device_map),
+                vram=vram,
+                ram=ram,
+                max_context=max_context,
+            )
+        elif any(value is not None for value in given):
+            raise UsageError("give load_options or its fields, not both", where="load_options")
+        model = cls.from_checkpoint(open_checkpoint(directory), load_options, **changes)
+        model.read_generation_config(Path(directory))
         return model
 
-    def adopt(self, directory: Path) -> None:
-        """Take what else the directory says of a model; nothing without a head."""
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        options: LoadOptions,
+        *,
+        tiers: Tiers | None = None,
+        **changes: Any,
+    ) -> Self:
+        """Build a model without storage and fill it, one tensor at a time.
+
+        Args:
+            tiers: where experts are kept; default: as planned for the budgets. Where they do not
+                all lie on the device, the parameters are frozen.
+            changes: fields of the config.
+
+        Raises:
+            CheckpointError: a tensor is damaged, or the checkpoint is of a model without this head.
+            ResourceError: it does not fit the budgets, or the memory that is free.
+        """
+        if tiers is None:
+            tiers = offload.planned(checkpoint, options)
+        dtype = options.dtype or checkpoint.dtype
+        with torch.device("meta"):
+            model = cls(checkpoint.config.replace(**changes))
+        load.fill_model(model.checkpoint_modules(), checkpoint, dtype, options.device, tiers)
+        if tiers is not None:
+            model.requires_grad_(requires_grad=False)
+        model.tie_weights()
+        model.initialise_missing(options.device, dtype)
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if missing:
+            raise CheckpointError(
+                "the checkpoint is of a model without this head",
+                where=str(checkpoint.outline.directory),
+                found=f"no {', '.join(missing)}",
+                remedy="Load it as MixtralModel.",
+            )
+        return model.eval()
+
+    def checkpoint_modules(self) -> dict[str, nn.Module]:
+        """All modules by the names that their tensors have in a checkpoint."""
+        return dict(self.named_modules())
+
+    def tie_weights(self) -> None:
+        """Share the embedding with the head where the config says so; nothing without such a head."""
+
+    def initialise_missing(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Initialise the weights that a checkpoint may leave out; by default there are none."""
+
+    def read_generation_config(self, directory: Path) -> None:
+        """Take the special ids from generation_config.json; nothing for a model that generates not."""
 
     def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
         """Write config.json and sharded safetensors, dense and 4-bit weights as they are.
@@ -229,7 +287,7 @@ def _agreed(
     torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None
 ) -> torch.dtype | None:
     """One dtype out of its two spellings."""
-    first, second = load.named_dtype(torch_dtype), load.named_dtype(dtype)
+    first, second = parse_dtype(torch_dtype), parse_dtype(dtype)
     if first is not None and second is not None and first != second:
         raise UsageError(
             "torch_dtype and dtype differ", where="dtype", expected=first, found=second

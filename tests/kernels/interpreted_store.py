@@ -11,13 +11,12 @@ from qmix import kernels
 from qmix.experts.policy import PRESETS
 from qmix.generation.cuda_graph import Decoding, supported
 from qmix.kernels.gpu import packed_matmul
-from qmix.models import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.quantize import streaming
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, skip_without_a_device
-from tests.support.models import small_model
+from tests.support.models import load_in_tiers, small_model
 
 skip_without_a_device()
 pytestmark = CONVERSIONS
@@ -48,7 +47,7 @@ def loaded(directory, slots, name="heat"):
     """Through the loader, as on a GPU, experts of all layers in slots where none is asked for."""
     slots = EXPERTS if slots is None else slots
     tiers = Tiers(device=slots, host=EXPERTS, settings=PRESETS[name])
-    model = load.load(MixtralForCausalLM, directory, device=DEVICE, tiers=tiers)
+    model = load_in_tiers(directory, DEVICE, tiers=tiers)
     assert supported(model.model)
     return model
 
@@ -99,9 +98,7 @@ def test_what_fits_neither_memory_is_read_packed_and_brought(directory):
     prompt = PROMPT.to(DEVICE)
     with torch.no_grad():
         expected = loaded(directory, None)(prompt[:, :5]).logits
-        model = load.load(
-            MixtralForCausalLM, directory, device=DEVICE, tiers=Tiers(device=4, host=5)
-        )
+        model = load_in_tiers(directory, DEVICE, tiers=Tiers(device=4, host=5))
         assert not model.store.recordable
         assert not supported(model.model)
         assert torch.equal(model(prompt[:, :5]).logits, expected)
@@ -109,7 +106,7 @@ def test_what_fits_neither_memory_is_read_packed_and_brought(directory):
 
 
 def test_saving_writes_what_was_read(directory, tmp_path):
-    model = load.load(MixtralForCausalLM, directory, device=DEVICE, tiers=Tiers(device=4, host=5))
+    model = load_in_tiers(directory, DEVICE, tiers=Tiers(device=4, host=5))
     model.save_pretrained(tmp_path / "again")
     plain = MixtralForCausalLM.from_pretrained(directory, device="cpu")
     plain.save_pretrained(tmp_path / "plain")

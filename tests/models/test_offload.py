@@ -27,7 +27,7 @@ from qmix.planning import machine, plan
 from qmix.quantize import streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme
-from tests.support.models import TINY, small_model
+from tests.support.models import TINY, load_in_tiers, small_model
 from tests.support.packers import write
 from tests.support.process import qmix
 
@@ -64,9 +64,9 @@ def saved(tmp_path_factory):
     return {name: written(tmp_path_factory.mktemp("layout"), name) for name in LAYOUTS}
 
 
-def offloaded(directory, host, name="heat", **options):
+def offloaded(directory, host, name="heat"):
     tiers = Tiers(device=0, host=host, settings=PRESETS[name])
-    return load.load(MixtralForCausalLM, directory, device="cpu", tiers=tiers, **options)
+    return load_in_tiers(directory, "cpu", tiers=tiers)
 
 
 def greedy(model, prompt=PROMPT, count=12):
@@ -324,7 +324,7 @@ def test_a_budget_that_holds_everything_changes_nothing(saved, cache):
     [
         ({"ram": "1MiB"}, ResourceError, "ram: .*expected at least .*found 1.00 MiB"),
         ({"ram": "24Q"}, UsageError, "ram: not a size.*24Q"),
-        ({"vram": "8GiB"}, UsageError, "vram: there is no device memory to budget"),
+        ({"vram": "8GiB"}, UsageError, "vram: the CPU has no device memory to budget"),
         ({"ram": "8GiB", "max_context": 513}, UsageError, "context"),
     ],
     ids=str,

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from qmix.config import MixtralConfig
+from qmix.formats import open_checkpoint
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.options import LoadOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "evals" / "tiny"
@@ -34,6 +36,12 @@ def small_config(**changes):
 def small_model(**changes):
     torch.manual_seed(0)
     return MixtralForCausalLM(small_config(**changes)).eval()
+
+
+def load_in_tiers(directory, device, tiers):
+    """A checkpoint's model with its experts in the given tiers instead of planned ones."""
+    checkpoint = open_checkpoint(directory)
+    return MixtralForCausalLM.from_checkpoint(checkpoint, LoadOptions(device=device), tiers=tiers)
 
 
 @contextmanager

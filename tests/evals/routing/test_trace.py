@@ -14,10 +14,9 @@ from qmix.evals.routing import record, replay, trace
 from qmix.evals.routing.simulation import Machine
 from qmix.evals.routing.trace import Header, Recorder
 from qmix.experts.policy import PRESETS
-from qmix.models import load
 from qmix.models.offload import Tiers
 from qmix.text.tokenizer import LlamaTokenizer
-from tests.support.models import ROOT, TINY, small_model
+from tests.support.models import ROOT, TINY, load_in_tiers, small_model
 from tests.support.process import qmix
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny.trace"  # qmix trace record evals/tiny --data LICENSE
@@ -203,7 +202,7 @@ def test_a_replay_predicts_what_the_store_counts(tmp_path, name):
         trace.read(tmp_path / "t"), slots, chosen, Machine(), name=name, path="copy"
     )
     tiers = Tiers(device=0, host=slots, settings=chosen)
-    model = load.load(MixtralForCausalLM, TINY, device="cpu", tiers=tiers)
+    model = load_in_tiers(TINY, "cpu", tiers=tiers)
     ids = torch.tensor([tokenizer.encode(prompt)])
     model.generate(ids, max_new_tokens=new)
     counted = model.store.statistics()

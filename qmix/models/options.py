@@ -1,0 +1,109 @@
+"""How a checkpoint is loaded: dtype, device and memory budgets, parsed and checked once.
+
+Knows no file and no model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from qmix.errors import ResourceError, UsageError
+from qmix.planning.byte_sizes import parse_size
+
+
+@dataclass(frozen=True, init=False)
+class LoadOptions:
+    """How a checkpoint is loaded.
+
+    Attributes:
+        dtype: of dense weights and activations; None: the checkpoint's.
+        device: the GPU if there is one, unless another device is given.
+        vram, ram: bytes that may be used on the GPU and on the host, including what the process
+            already uses; None: no limit but the free memory.
+        max_context: positions that the budgets leave room for; None: 4096, or the model's if fewer.
+    """
+
+    dtype: torch.dtype | None
+    device: torch.device
+    vram: int | None
+    ram: int | None
+    max_context: int | None
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        vram: str | int | None = None,
+        ram: str | int | None = None,
+        max_context: int | None = None,
+    ) -> None:
+        """Parse what a user wrote: names, and sizes such as "16GiB", "16GB" or bytes.
+
+        Raises:
+            UsageError: an unknown dtype or device, not a size, or vram without a GPU.
+            ResourceError: a CUDA device was asked for and none is available.
+        """
+        target = parse_device(device)
+        if vram is not None and target.type != "cuda":
+            raise UsageError(
+                "the CPU has no device memory to budget",
+                where="vram",
+                found=target,
+                remedy="Give ram.",
+            )
+        parsed = {
+            "dtype": parse_dtype(dtype),
+            "device": target,
+            "vram": None if vram is None else parse_size(vram, where="vram"),
+            "ram": None if ram is None else parse_size(ram, where="ram"),
+            "max_context": max_context,
+        }
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The floating dtype of a name, with or without `torch.`; None and 'auto': the checkpoint's.
+
+    Raises:
+        UsageError: another name.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name == "auto":
+        return None
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise UsageError(
+            "no such dtype", where="dtype", expected="one of " + ", ".join(known), found=name
+        )
+    return known[name]
+
+
+def parse_device(device: torch.device | str | None) -> torch.device:
+    """The device of a name; None: the GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: no such device.
+        ResourceError: no CUDA device is available.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            "no such device", where="device", found=str(error).split("\n")[0]
+        ) from None
+    if target.type not in ("cpu", "cuda"):
+        raise UsageError(
+            "no such device", where="device", expected="cpu or cuda", found=str(target)
+        )
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "no CUDA device is available",
+            where="device",
+            found=str(target),
+            remedy="Use --device cpu, or check the driver.",
+        )
+    return target
