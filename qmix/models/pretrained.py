@@ -157,7 +157,7 @@ class PreTrainedModel(nn.Module):
         if missing:
             raise CheckpointError(
                 "the checkpoint is of a model without this head",
-                where=str(checkpoint.outline.directory),
+                where=str(checkpoint.metadata.directory),
                 found=f"no {', '.join(missing)}",
                 remedy="Load it as MixtralModel.",
             )
