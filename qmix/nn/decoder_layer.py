@@ -59,7 +59,7 @@ class DecoderLayer(nn.Module):
             compiled.before_attention(token, x, step.cos, step.sin), step
         )
         x, normed, router_logits, routes = compiled.after_attention(token, attended, x)
-        if not token.whole:
+        if not token.has_experts:
             x = x + self.block_sparse_moe.moe_forward(normed, routes)
         return x, router_logits
 
@@ -138,7 +138,7 @@ def one_token(
         if type(layer) is not DecoderLayer or _seen(layer):
             return None
         token = layer._one_token()
-        if token is None or not token.whole:
+        if token is None or not token.has_experts:
             return None
         ready.append(token)
     slot, seen = (0, 1) if cache is None else cache.room()

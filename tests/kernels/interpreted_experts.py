@@ -183,7 +183,8 @@ def test_where_an_expert_lies_changes_no_bit():
     for expert in range(4):
         moved = torch.cat((table.blobs[0][expert].new_zeros(128), table.blobs[0][expert]))[128:]
         table.blobs[0][expert].zero_()
-        table.place(0, expert, moved)
+        table.addresses[0, expert] = moved.data_ptr()
+        table.blobs[0][expert] = moved
     assert torch.equal(gpu.experts(x, chosen, table, 0), before)
 
 

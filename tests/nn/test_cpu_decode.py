@@ -90,7 +90,7 @@ def test_it_is_what_the_modules_compute(isa, kind, window):
     ours = run(layer, config=config)
     assert (layer._token is not None and layer._token[1] is not None) == (isa != "torch")
     if isa != "torch":
-        assert layer._token[1].whole
+        assert layer._token[1].has_experts
     assert alike(ours, by_modules(layer, config=config))
     with kernels.override("reference"):
         oracle = run(layer, config=config)
@@ -131,7 +131,7 @@ def test_experts_of_another_kind_are_multiplied_by_their_own_kernels():
     layer = random_layer("nf4")
     layer.block_sparse_moe.experts[2].w1.store(Dense(torch.randn(384, 256).bfloat16() / 16))
     assert taken(layer)
-    assert not layer._token[1].whole
+    assert not layer._token[1].has_experts
     assert alike(run(layer), by_modules(layer))
 
 

@@ -147,13 +147,13 @@ class TokenLayer:
 
     Attributes:
         outputs: of queries, keys and values together.
-        whole: whether the experts are among them.
+        has_experts: whether the experts are among them.
         held: what the pointers point to.
     """
 
     fields: TokenLayerFields
     outputs: int
-    whole: bool
+    has_experts: bool
     held: tuple[object, ...]
 
     @classmethod

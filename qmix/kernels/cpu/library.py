@@ -228,7 +228,7 @@ class Library:
             the residual stream [1, 1, D] and each layer's router logits [layers, E].
         """
         assert self.functions is not None
-        assert all(layer.whole for layer in layers)
+        assert all(layer.has_experts for layer in layers)
         out = x.clone()
         logits = torch.empty(len(layers), layers[0].fields.experts, dtype=x.dtype)
         rings = (TokenCache * len(caches))(

@@ -82,13 +82,6 @@ class ExpertTable:
         """Bytes from the start of an expert to its w2."""
         return self.gate_up.matrix_bytes(self.shape)
 
-    def place(self, layer: int, expert: int, blob: Tensor) -> None:
-        """From the next kernel on this stream the expert is read from `blob`."""
-        assert blob.shape == self.blobs[layer][expert].shape
-        assert blob.data_ptr() % 16 == 0
-        self.addresses[layer, expert] = blob.data_ptr()
-        self.blobs[layer][expert] = blob
-
 
 def _perms(layers: Sequence[Sequence[PackedExpert]], hidden: int) -> Tensor | None:
     if all(expert.gate_up.perm is None for layer in layers for expert in layer):

@@ -218,7 +218,9 @@ def test_gradients_go_around_the_kernels(monkeypatch):
 
 def test_the_kernels_are_asked_without_gradients(monkeypatch):
     asked = []
-    monkeypatch.setattr(packed, "experts", lambda x, routes, weights: asked.append(weights) or x)
+    monkeypatch.setattr(
+        packed_matmul, "experts", lambda x, routes, weights: asked.append(weights) or x
+    )
     experts = PackedExperts.pack(layer_of(nf4))
     x = torch.randn(3, 128)
     routes = Routes(torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), 0.5))
