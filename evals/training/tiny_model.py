@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qmix.errors import CheckpointError
 
-TINY = Path(__file__).resolve().parent / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
 def directory() -> Path:

@@ -76,7 +76,7 @@ def dying(self, experts, routes, exact_routes):
 LayerQuantizer._round_experts = dying
 """,
     "within the final checksums": """
-output.write_manifest = lambda folder, facts: die()
+output_dir.write_manifest = lambda folder, facts: die()
 """,
 }
 
@@ -84,13 +84,12 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-sys.path.insert(0, "tests")
 from tests.support.calibration import run, windows
-from qmix.formats.shards import ShardWriter
-from qmix.quantize import output
-from qmix.quantize.activations import Activations
-from qmix.quantize.layerwise import LayerQuantizer
-from qmix.quantize.resume import State
+from qmix.formats.files.shards import ShardWriter
+from qmix.formats.files import output_dir
+from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.layer import LayerQuantizer
+from qmix.quantize.calibrated.resume import State
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 {stage}
 run(Path({source!r}), Path({out!r}), activation_bytes={budget})
@@ -286,7 +285,7 @@ def test_what_is_not_ours_is_never_resumed_nor_deleted(whole, tmp_path):
 SIGNALLED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from qmix.quantize.layerwise import LayerQuantizer
+from qmix.quantize.calibrated.layer import LayerQuantizer
 original = LayerQuantizer._round_experts
 def signalled(self, experts, routes, exact_routes):
     if self._layer == 1 and 2 in experts:
