@@ -1,0 +1,296 @@
+"""Write the tables of figures in README.md and docs/ from records, baselines and the planner.
+
+    python -m tests.support.figures
+
+Each table stands between two marks that name it. Nothing between them is written by hand;
+tests/test_docs.py keeps it in step.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qmix.commands import plan as planner
+from qmix.config import MixtralConfig
+from qmix.errors import ResourceError
+from qmix.evals import speed
+from tests.support.house import ROOT
+
+RECORDS = ROOT / "evals" / "records"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_MARKS = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
+_GIB = 2**30
+
+
+def _record(name: str) -> Any:
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def summary() -> str:
+    """The README's five rows."""
+    figures = _baselines()
+    base = figures["bf16_perplexity"]
+    within = _record("2026-11-23-cpu-offload-8gib")
+    layer = _layers()
+    rows = [
+        (
+            "memory, all on one GPU",
+            f"{_planned('A100-40', 4096)} with 4k of context, by arithmetic",
+            "[memory](docs/memory-and-offload.md)",
+        ),
+        (
+            "memory, less than the model",
+            f"{within['peak_host_bytes'] / _GIB:.2f} GiB of host memory, no GPU: "
+            f"{within['tokens_per_s']:.1f} tok/s on 2 cores",
+            "[offload](docs/memory-and-offload.md#less-memory-than-the-model)",
+        ),
+        (
+            "accuracy, tiny Mixtral",
+            f"perplexity {base:.2f}; NF4 {base * figures['nf4_ratio']:.2f}, "
+            f"GPTQ {base * figures['gptq_ratio']:.2f}; KL {figures['nf4_kl_mean']:.4f} and "
+            f"{figures['gptq_kl_mean']:.4f}",
+            "[accuracy](docs/accuracy.md)",
+        ),
+        ("speed on a GPU", _gpu(), "[speed](docs/speed.md)"),
+        (
+            "speed on a CPU, a layer",
+            f"1 token {_range(layer, 1)} of llama.cpp's time, 512 tokens {_range(layer, 512)}",
+            "[speed](docs/speed.md#on-a-cpu)",
+        ),
+    ]
+    return _markdown(("", "qmix", "how it was measured"), rows)
+
+
+def _gpu() -> str:
+    return "-" if speed.table() == speed.NOTHING else "see the table"
+
+
+def guard() -> str:
+    """The tiny model against its baselines."""
+    figures = _baselines()
+    base = figures["bf16_perplexity"]
+    rows = [("bf16", f"{base:.4f}", "-", "-", "-")]
+    for name, label in (("nf4", "NF4"), ("gptq", "GPTQ")):
+        rows.append(
+            (
+                label,
+                f"{base * figures[f'{name}_ratio']:.4f}",
+                f"{figures[f'{name}_kl_mean']:.5f}",
+                f"{figures[f'{name}_kl_p99']:.4f}",
+                f"{100 * figures[f'{name}_top1_agreement']:.2f} %",
+            )
+        )
+    return _markdown(("", "perplexity", "mean KL", "p99 KL", "top-1 agreement"), rows)
+
+
+def _baselines() -> Mapping[str, float]:
+    found: Mapping[str, float] = json.loads((ROOT / "evals" / "baselines.json").read_text())[
+        "figures"
+    ]
+    return found
+
+
+def rivals() -> str:
+    """Every method beside gptqmodel's, as the record has it."""
+    return "\n".join(_record("2026-11-22-cpu-accuracy")["table"]) + "\n"
+
+
+def attention() -> str:
+    """Attention alone on a CPU, by prompt length."""
+    found = {
+        (one["prompt"], one["attention"]): one
+        for one in _record("2026-11-22-cpu-attention")["report"]["measurements"]
+        if one["window"] is None and one["best"] is not None
+    }
+    rows = []
+    for prompt in sorted({prompt for prompt, _ in found}):
+        eager, sdpa = found[prompt, "eager"], found[prompt, "sdpa"]
+        rows.append(
+            (
+                str(prompt),
+                f"{1e3 * eager['best']:.0f} ms",
+                f"{1e3 * sdpa['best']:.0f} ms",
+                f"{sdpa['against_eager']:.1f}",
+                f"{eager['peak_bytes'] / 2**20:.0f} MiB",
+                f"{sdpa['peak_bytes'] / 2**20:.0f} MiB",
+            )
+        )
+    header = ("prompt", "eager", "sdpa", "times as fast", "memory, eager", "memory, sdpa")
+    return _markdown(header, rows)
+
+
+_PAIRS = tuple((way, peer) for way in ("nf4", "int4 g32") for peer in ("Q4_0", "Q4_K"))
+_NAMES = {
+    "nf4": "NF4",
+    "nf4 nested": "NF4 nested",
+    "int4 g128": "Int4 g128",
+    "int4 g32": "Int4 g32",
+}
+
+
+def _measured() -> Mapping[tuple[str, str, int], Any]:
+    return {
+        (one["part"], one["way"], one["tokens"]): one
+        for one in _record("2026-11-23-epyc-cpu")["measurements"]
+    }
+
+
+def _layers() -> Mapping[int, list[float]]:
+    """Median quotients of a layer's time, qmix over llama.cpp, by tokens."""
+    found = _measured()
+    return {
+        count: [
+            found["layer", f"qmix {way} (beside {peer})", count]["of_peer"][0]
+            for way, peer in _PAIRS
+        ]
+        for count in (1, 32, 512)
+    }
+
+
+def _range(quotients: Mapping[int, list[float]], count: int) -> str:
+    return f"{min(quotients[count]):.2f} to {max(quotients[count]):.2f}"
+
+
+def layers() -> str:
+    """A whole layer on a CPU beside llama.cpp's."""
+    found = _measured()
+    rows = []
+    for way, peer in _PAIRS:
+        cells = [f"{_NAMES[way]} / {peer}"]
+        for count in (1, 32, 512):
+            ours = found["layer", f"qmix {way} (beside {peer})", count]
+            theirs = found["layer", f"llama.cpp {peer} (beside {way})", count]
+            cells.append(f"{_ms(ours['median'])} / {_ms(theirs['median'])}")
+            if count == 1:
+                cells.append(f"{_ms(ours['best'])} / {_ms(theirs['best'])}")
+                cells.append(f"{100 * ours['of_bound']:.0f} %")
+            middle, low, high = ours["of_peer"]
+            cells.append(f"**{middle:.2f}** ({low:.2f} to {high:.2f})")
+        rows.append(cells)
+    header = (
+        *("qmix / llama.cpp, ms", "1 token, median", "best", "qmix of a plain read", "quotient"),
+        *("32, median", "quotient", "512, median", "quotient"),
+    )
+    return _markdown(header, rows)
+
+
+def experts() -> str:
+    """The routed experts of one layer on a CPU, beside other 4-bit matmuls."""
+    found = _measured()
+    rows = []
+    for label, way in (
+        *((f"qmix {name}", f"qmix {way}") for way, name in _NAMES.items()),
+        ("torch's int4 kernel, g128", "torch int4pack, int4 g128"),
+        ("torch's int4 kernel, g32", "torch int4pack, int4 g32"),
+        ("bitsandbytes, NF4", "bitsandbytes, nf4"),
+        ("torch, dequantize and multiply, NF4", "torch dequantize, nf4"),
+    ):
+        one, few, many = (found["experts", way, count] for count in (1, 32, 512))
+        rows.append(
+            (
+                label,
+                f"{one['bits']:.3f}",
+                f"{_ms(one['best'])} ({_ms(one['median'])})",
+                f"{100 * one['of_bound']:.0f} %",
+                _ms(few["median"]),
+                _ms(many["median"]),
+            )
+        )
+    header = ("experts of a layer, top-2, ms", "bits", "1 token, best (median)")
+    return _markdown((*header, "of a plain read", "32, median", "512, median"), rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds < 0.1 else f"{1e3 * seconds:.0f}"
+
+
+def offload() -> str:
+    """The full shape in less memory than it has bytes."""
+    rows = []
+    for size in (8, 4):
+        one = _record(f"2026-11-23-cpu-offload-{size}gib")
+        rows.append(
+            (
+                f"{size} GiB",
+                f"{one['peak_host_bytes'] / _GIB:.2f} GiB",
+                f"{one['first_token_s']:.1f} s",
+                f"{one['tokens_per_s']:.1f} tok/s",
+                f"[record](../evals/records/2026-11-23-cpu-offload-{size}gib.json)",
+            )
+        )
+    return _markdown(("budget", "peak", "first token", "then", ""), rows)
+
+
+def cards() -> str:
+    """What fits in which device memory, and the bound."""
+    sizes = [("40 GiB and more", "A100-40"), ("24 GiB", "3090")]
+    rows = []
+    for label, card in (*sizes, *((f"{size} GiB", f"{size}GiB") for size in (20, 16, 12, 8))):
+        short, long = _plan(card, 4096), _plan(card, 32768)
+        rows.append((label, _experts(short), _experts(long), _bound(short)))
+    header = ("device memory", "experts on the GPU at 4k", "at 32k", "bound at 4k, tok/s")
+    return _markdown(header, rows)
+
+
+def _plan(card: str, context: int) -> planner.Answer | None:
+    """For a card by its name, or for one of a size."""
+    where = {"vram": card} if card.endswith("GiB") else {"card": card}
+    with TemporaryDirectory() as scratch:
+        MixtralConfig(max_position_embeddings=32768).save_pretrained(Path(scratch))
+        try:
+            return planner.answer(
+                planner.Request(source=Path(scratch), ram="64GiB", context=context, **where)
+            )
+        except ResourceError:
+            return None
+
+
+def _planned(card: str, context: int) -> str:
+    answer = _plan(card, context)
+    assert answer is not None
+    return f"{answer.outlook.plan.device_bill.total / _GIB:.1f} GiB"
+
+
+def _experts(answer: planner.Answer | None) -> str:
+    if answer is None:
+        return "-"
+    plan = answer.outlook.plan
+    if plan.resident:
+        return f"all ({plan.device_bill.total / _GIB:.1f} GiB)"
+    return f"{plan.slots} of {plan.experts}"
+
+
+def _bound(answer: planner.Answer | None) -> str:
+    assert answer is not None
+    bounds = {one.path: one.bound for one in answer.outlook.speeds}
+    if "resident" in bounds:
+        return f"{bounds['resident']:.0f}"
+    return f"{bounds['link']:.1f} over PCIe, {bounds['cpu']:.1f} on the CPU"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    table.__name__: table
+    for table in (summary, guard, rivals, attention, layers, experts, offload, cards)
+}
+
+
+def written(text: str) -> str:
+    """A page with its tables as they are now."""
+    return _MARKS.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
