@@ -1,7 +1,7 @@
-"""The README's speed table, from the records of the GPU acceptance command and from nothing else.
+"""The table of GPU speeds in docs/speed.md, from the records of the acceptance command alone.
 
-`python -m qmix.evals.speed` prints it; `--write` puts it between the README's `<!-- speed -->` marks.
-Of several records of one GPU the newest counts.
+`python -m qmix.evals.speed` prints it; `--write` puts it between the page's `<!-- speed -->` marks.
+If there are several records of one GPU, the newest counts.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from qmix.errors import CheckpointError, QmixError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "evals" / "records"
+PAGE = ROOT / "docs" / "speed.md"
 MARKS = ("<!-- speed -->\n", "<!-- /speed -->\n")
 NOTHING = "Nothing has been measured on a GPU yet.\n"
 
@@ -124,20 +125,19 @@ def written(text: str, body: str) -> str:
     _, closing, after = rest.partition(MARKS[1])
     if not opening or not closing:
         raise CheckpointError(
-            "no place for the speed table", where="README.md", expected=" and ".join(MARKS)
+            "no place for the speed table", where=str(PAGE), expected=" and ".join(MARKS)
         )
     return before + opening + body + closing + after
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.speed", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into docs/speed.md")
     options = parser.parse_args(arguments)
     try:
         body = table()
         if options.write:
-            readme = ROOT / "README.md"
-            readme.write_text(written(readme.read_text(encoding="utf-8"), body), encoding="utf-8")
+            PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), body), encoding="utf-8")
         else:
             sys.stdout.write(body)
     except QmixError as error:

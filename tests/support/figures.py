@@ -231,10 +231,13 @@ def offload() -> str:
 
 def cards() -> str:
     """What fits in which device memory, and the bound."""
-    sizes = [("40 GiB and more", "A100-40"), ("24 GiB", "3090")]
     rows = []
-    for label, card in (*sizes, *((f"{size} GiB", f"{size}GiB") for size in (20, 16, 12, 8))):
+    for card in ("H100", "A100-40", "3090", "20GiB", "16GiB", "12GiB", "8GiB"):
         short, long = _plan(card, 4096), _plan(card, 32768)
+        assert short is not None
+        label = f"{short.estimate.plan.vram / _GIB:.0f} GiB"
+        if not card.endswith("GiB"):
+            label += f" ({card})"
         rows.append((label, _experts(short), _experts(long), _bound(short)))
     header = ("device memory", "experts on the GPU at 4k", "at 32k", "bound at 4k, tok/s")
     return _markdown(header, rows)
@@ -256,24 +259,25 @@ def _plan(card: str, context: int) -> planner.Answer | None:
 def _planned(card: str, context: int) -> str:
     answer = _plan(card, context)
     assert answer is not None
-    return f"{answer.outlook.plan.device_bill.total / _GIB:.1f} GiB"
+    return f"{answer.estimate.plan.device_memory.total / _GIB:.1f} GiB"
 
 
 def _experts(answer: planner.Answer | None) -> str:
     if answer is None:
         return "-"
-    plan = answer.outlook.plan
+    plan = answer.estimate.plan
     if plan.resident:
-        return f"all ({plan.device_bill.total / _GIB:.1f} GiB)"
+        return f"all ({plan.device_memory.total / _GIB:.1f} GiB)"
     return f"{plan.slots} of {plan.experts}"
 
 
-def _bound(answer: planner.Answer | None) -> str:
-    assert answer is not None
-    bounds = {one.path: one.bound for one in answer.outlook.speeds}
-    if "resident" in bounds:
-        return f"{bounds['resident']:.0f}"
-    return f"{bounds['link']:.1f} over PCIe, {bounds['cpu']:.1f} on the CPU"
+def _bound(answer: planner.Answer) -> str:
+    if answer.estimate.plan.resident:
+        return f"{answer.estimate.speeds[0].bound:.0f}"
+    return ", ".join(
+        f"{one.bound:.1f} {'on the CPU' if one.path == 'cpu' else 'over PCIe'}"
+        for one in answer.estimate.speeds
+    )
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
