@@ -37,7 +37,7 @@ from qmix.evals.timing.llama import Llama, llama
 from qmix.kernels import Routes, tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.moe import moe_forward
-from qmix.nn.attention import Step
+from qmix.nn.attention import ForwardContext
 from qmix.nn.decoder_layer import DecoderLayer, one_token
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Weight
@@ -305,7 +305,7 @@ def _of_layer(
     """A whole layer, turn by turn with llama.cpp's: half of what three take longer than one, of either."""
     positions = torch.arange(count)[None]
     cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
-    step = Step(cos=cos, sin=sin, keep=None, cache=None)
+    context = ForwardContext(cos=cos, sin=sin)
     nbytes = sum(
         module.stored.nbytes
         for module in layers[0].self_attn.modules()
@@ -318,9 +318,9 @@ def _of_layer(
     theirs: list[tuple[float, float]] = []
 
     def through(x: Tensor, some: Sequence[DecoderLayer]) -> None:
-        if one_token(some, x, step) is None:
+        if one_token(some, x, context) is None:
             for each in some:
-                x, _ = each(x, step)
+                x, _ = each(x, context)
 
     with torch.no_grad():
         for index in range(_LAYER_TURNS.get(count, 5) + 1):

@@ -67,7 +67,7 @@ class _Columns:
         held: tuple[Tensor, Tensor] = self.cache.update(keys, values, layer)
         return held
 
-    def arranged(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
+    def align_mask(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
         """The columns that a sliding layer still holds, and the new ones."""
         layers = self.cache.layers
         keys = layers[0].keys if layers and layers[0].is_initialized else None

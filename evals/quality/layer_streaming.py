@@ -13,7 +13,7 @@ from qmix import kernels
 from qmix.formats import Checkpoint
 from qmix.models import load
 from qmix.models.options import parse_device
-from qmix.nn.attention import Step
+from qmix.nn.attention import ForwardContext
 from qmix.nn.decoder import embedding
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.linear import Linear, RMSNorm
@@ -68,13 +68,13 @@ class Scorer:
         del embed
         positions = torch.arange(ids.shape[1], device=self._device)[None]
         cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, self._dtype)
-        step = Step(cos=cos, sin=sin, keep=None, cache=None)
+        context = ForwardContext(cos=cos, sin=sin)
         batch = max(1, BATCH_TOKENS // ids.shape[1])
         for index in range(config.num_hidden_layers):
             progress(index, config.num_hidden_layers)
             layer = self._layer(index)
             for first in range(0, len(hidden), batch):
-                x, _ = layer(hidden[first : first + batch].to(self._device), step)
+                x, _ = layer(hidden[first : first + batch].to(self._device), context)
                 hidden[first : first + batch] = x.to(hidden.device)
         progress(config.num_hidden_layers, config.num_hidden_layers)
         return hidden

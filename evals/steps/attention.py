@@ -65,7 +65,7 @@ def _prefill(device: torch.device, queries: int, window: int | None) -> Iterator
     if window is not None:
         seen -= (queries - window) * (queries - window + 1) // 2
     calls: dict[str, Callable[[], object]] = {
-        "qmix": lambda: attention.attend(q, k, v, window=window, keep=None)
+        "qmix": lambda: attention.attend(q, k, v, window=window, padding_mask=None)
     }
     if window is None:
         calls["torch SDPA"] = lambda: F.scaled_dot_product_attention(

@@ -14,7 +14,7 @@ from qmix.evals.steps import full_model
 from qmix.evals.steps.timing import timed_as_is
 from qmix.evals.timing import bench, traffic
 from qmix.evals.timing.bandwidth import copy_bandwidth
-from qmix.generation.cuda_graph import Decoding
+from qmix.generation.cuda_graph import DecodeStep
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder_layer import DecoderLayer
@@ -35,9 +35,9 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
             reads = _reads(model, cache)
             cache.rewind(depth)
             for record in (True, False):
-                step = Decoding(model.model, model.lm_head, cache, record=record)
+                step = DecodeStep(model.model, model.lm_head, cache, record=record)
 
-                def one(step: Decoding = step, depth: int = depth) -> None:
+                def one(step: DecodeStep = step, depth: int = depth) -> None:
                     step.step()
                     step.move(depth)
 

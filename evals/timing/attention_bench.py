@@ -24,7 +24,7 @@ from qmix.errors import UnsupportedError, UsageError
 from qmix.evals.timing.bandwidth import seconds
 from qmix.evals.timing.bench import device_name, numbers
 from qmix.kernels import attention
-from qmix.kernels.attention import Implementation
+from qmix.kernels.attention import AttentionMask, Implementation
 from qmix.models.options import parse_device, parse_dtype
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)  # eager comes first
@@ -210,10 +210,10 @@ def _measured(
         return replace(one, left_out=too_large)
 
     def call() -> None:
-        attention.attend(q, k, v, window=one.window, keep=None, implementation=name)
+        attention.attend(q, k, v, AttentionMask(one.window), implementation=name)
 
     try:
-        attention.named(name)
+        attention.checked_implementation(name)
         peak = _peak_of(call, q.device)  # compiles kernels
     except UnsupportedError as error:
         told = error.what if error.found is None else f"{error.what}: {error.found}"

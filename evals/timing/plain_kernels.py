@@ -16,7 +16,7 @@ from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_t
 _HEADS, _SHARED, _HEAD_WIDTH, _HIDDEN, _EXPERTS, _CHOSEN = 32, 8, 128, 4096, 8, 2
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _POINTERS = {
-    "keep": "*u8",
+    "padding_mask": "*u8",
     "past": "*i32",
     "starts": "*i32",
     "sums": "*fp32",
@@ -91,7 +91,7 @@ def _kernels(
     """Name, warps, stages, constants, and the tensors not given."""
     tile = {"GROUP_HEADS": _HEADS // _SHARED, "D": _HEAD_WIDTH}
     decode, prefill = attention.blocks(dtype)
-    for absent in (("keep",), ("past", "starts")):
+    for absent in (("padding_mask",), ("past", "starts")):
         for shape, name, rows in (
             (decode, "split", "ROWS"),
             (decode, "prefill", "QUERIES"),

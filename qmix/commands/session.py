@@ -146,7 +146,7 @@ class Session:
         )
         return Opening(
             ids=ids,
-            cached_tokens=self._cache.reachable(min(common, len(ids) - 1)),
+            cached_tokens=self._cache.longest_rewindable(min(common, len(ids) - 1)),
             dropped_turns=dropped,
             dropped_tokens=before - len(ids),
         )

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.experts.gpu_store import DeviceExperts, DeviceStore
-from qmix.generation.token_choice import Draw
+from qmix.generation.token_choice import SampleFn
 from qmix.kernels import PackedExperts, PackedWeight
 from qmix.nn.attention import Attention
 from qmix.nn.cache import KVCache
@@ -89,20 +89,20 @@ def supported(model: Decoder) -> bool:
     )
 
 
-class Decoding:
+class DecodeStep:
     """Steps of one new position a row over a cache, every one the same launches.
 
     Between steps the caller may change `ids`; the cache's length is the caller's to advance.
 
     Attributes:
-        ids: int64 [B], what the next step reads. If `draw` is given the step replaces it.
+        ids: int64 [B], what the next step reads. If `sample_fn` is given the step replaces it.
         past: int32 [B], columns before it; a step counts one on.
-        logits, scores: float32 (B, V), of the last step, before and after the draw's processors.
+        logits, scores: float32 (B, V), of the last step, before and after its processors.
         positions: how many there may be.
 
     Args:
         padded: rows may have padding on the left, see `pad`.
-        draw: the choice of the next id, part of the step.
+        sample_fn: chooses the next id, as part of the step.
         record: make a CUDA graph of the step; otherwise it is launched operation by operation.
     """
 
@@ -113,7 +113,7 @@ class Decoding:
         cache: KVCache,
         *,
         padded: bool = False,
-        draw: Draw | None = None,
+        sample_fn: SampleFn | None = None,
         record: bool = True,
     ) -> None:
         layers = [_layer(layer) for layer in model.layers]
@@ -127,7 +127,7 @@ class Decoding:
         self._heads, self._choices = config.num_attention_heads, config.num_experts_per_tok
         self._eps, self._hidden = config.rms_norm_eps, config.hidden_size
         self._storage = [cache.storage(layer) for layer in range(len(layers))]
-        self.padded, self.draw = padded, draw
+        self.padded, self.sample_fn = padded, sample_fn
         device, dtype = self._embedding.device, self._embedding.dtype
         slots = self._storage[0][0].shape[2]
         self.positions = positions = max(config.max_position_embeddings, slots) + 1
@@ -187,10 +187,10 @@ class Decoding:
             self._length = length
 
     @torch.no_grad()
-    def pad(self, keep: Tensor) -> None:
-        """Take each row's padding from keep, bool (B, L): False at the columns on the left."""
+    def pad(self, attention_mask: Tensor) -> None:
+        """Take each row's padding from attention_mask, bool (B, L): False at the columns on the left."""
         assert self._starts is not None
-        self._starts.copy_((~keep).sum(1))
+        self._starts.copy_((~attention_mask).sum(1))
 
     def _launch(self) -> None:
         """The step itself. Nothing here may depend on a value that lies on the device."""
@@ -236,8 +236,8 @@ class Decoding:
         self.past.add_(1)
         if self._store is not None:
             torch.stack(chosen, out=self._route_log)
-        if self.draw is not None:
-            scores, ids = self.draw(self.logits)
+        if self.sample_fn is not None:
+            scores, ids = self.sample_fn(self.logits)
             self.scores.copy_(scores)
             self.ids.copy_(ids)
 
@@ -247,7 +247,7 @@ class Decoding:
         They write the keys of the same position, which the step itself overwrites.
         """
         ids, past = self.ids.clone(), self.past.clone()
-        generator = None if self.draw is None else self.draw.generator
+        generator = None if self.sample_fn is None else self.sample_fn.generator
         state = None if generator is None else generator.get_state()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -271,29 +271,29 @@ def _on_gpu(weight: Tensor) -> bool:
     return weight.is_cuda
 
 
-class Decodings:
-    """The Decodings of each cache that a model writes into, as long as the cache lives.
+class DecodeSteps:
+    """The DecodeSteps of each cache that a model writes into, as long as the cache lives.
 
     One that chooses and one that does not: a prompt of one column, or a choice that needs the whole
     context, asks for logits alone.
     """
 
     def __init__(self) -> None:
-        self._of: WeakKeyDictionary[KVCache, dict[bool, Decoding]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[KVCache, dict[bool, DecodeStep]] = WeakKeyDictionary()
 
-    def of(
+    def for_cache(
         self,
         model: Decoder,
         head: Linear,
         cache: KVCache,
-        keep: Tensor | None,
-        draw: Draw | None = None,
-    ) -> Decoding | None:
+        attention_mask: Tensor | None,
+        sample_fn: SampleFn | None = None,
+    ) -> DecodeStep | None:
         """Ready for the cache's next position; None where the model or the cache is not fit for it.
 
         Args:
-            keep: bool (B, L or L + 1), False at padding on the left.
-            draw: the step chooses, too; one for another choice is made anew.
+            attention_mask: bool (B, L or L + 1), False at padding on the left.
+            sample_fn: makes the step choose the next id; another function needs another step.
         """
         if not _on_gpu(model.embed_tokens.weight) or torch.is_grad_enabled():
             return None
@@ -304,21 +304,21 @@ class Decodings:
             return None
         cache.reserve(cache.length + 1)
         own = self._of.setdefault(cache, {})
-        found = own.get(draw is None)
-        padded = keep is not None
-        fits = found is not None and (found.padded, found.draw) == (padded, draw)
+        found = own.get(sample_fn is None)
+        padded = attention_mask is not None
+        fits = found is not None and (found.padded, found.sample_fn) == (padded, sample_fn)
         if found is None or not fits or not found.fits(model, cache):
             if not supported(model):
                 return None
-            found = Decoding(model, head, cache, padded=padded, draw=draw)
-            own[draw is None] = found
+            found = DecodeStep(model, head, cache, padded=padded, sample_fn=sample_fn)
+            own[sample_fn is None] = found
         if cache.length >= found.positions:
             return None
-        if keep is not None:
-            found.pad(keep)
+        if attention_mask is not None:
+            found.pad(attention_mask)
         found.move(cache.length)
         return found
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy of a model has caches of its own."""
-        return Decodings, ()
+        return DecodeSteps, ()

@@ -19,12 +19,12 @@ class LogitsProcessor(Protocol):
 
 
 def without_repeated_ngrams(
-    scores: Tensor, context: Tensor, keep: Tensor | None, size: int
+    scores: Tensor, context: Tensor, attention_mask: Tensor | None, size: int
 ) -> Tensor:
     """Exclude every id that would complete n ids standing in the row already.
 
     Args:
-        keep: bool (B, L), False at padding, which is part of no n-gram.
+        attention_mask: bool (B, L), False at padding, which is part of no n-gram.
         size: n, at least 1.
     """
     if context.shape[1] < size:
@@ -32,8 +32,8 @@ def without_repeated_ngrams(
     ngrams = context.unfold(1, size, 1)  # (B, L - n + 1, n)
     follows = context[:, context.shape[1] - size + 1 :]  # the n - 1 newest
     found = (ngrams[:, :, :-1] == follows[:, None]).all(-1)
-    if keep is not None:
-        found &= keep.unfold(1, size, 1).all(-1)
+    if attention_mask is not None:
+        found &= attention_mask.unfold(1, size, 1).all(-1)
     banned = torch.zeros_like(scores, dtype=torch.int32)
     banned = banned.scatter_add(1, ngrams[:, :, -1], found.int())
     return scores.masked_fill(banned > 0, -math.inf)

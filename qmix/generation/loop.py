@@ -29,7 +29,7 @@ from qmix.generation.padding import (
 from qmix.generation.sampling import checked
 from qmix.generation.stopping import RowText, StoppingCriterion, met
 from qmix.generation.streamers import Streamer
-from qmix.generation.token_choice import Choice, Draw
+from qmix.generation.token_choice import SampleFn, TokenSelector
 from qmix.nn.cache import KVCache
 from qmix.nn.outputs import GenerateDecoderOnlyOutput
 from qmix.text.detokenizer import StreamDetokenizer
@@ -38,9 +38,9 @@ from qmix.text.tokenizer import LlamaTokenizer
 __all__ = [
     "MAX_NEW_TOKENS",
     "CausalLM",
-    "Drawn",
     "Finish",
     "GenerationConfig",
+    "SampledStep",
     "Streamer",
     "Token",
     "generate",
@@ -67,17 +67,17 @@ class CausalLM(Protocol):
         self,
         input_ids: Tensor | None,
         cache: KVCache,
-        keep: Tensor | None,
+        attention_mask: Tensor | None,
         positions: Tensor | None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor: ...
-    def next_choice(
-        self, ids: Tensor, cache: KVCache, keep: Tensor | None, draw: Draw
-    ) -> "Drawn | None": ...
+    def sample_next(
+        self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None, sample_fn: SampleFn
+    ) -> "SampledStep | None": ...
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class SampledStep:
     """What a step on the device chose, as it will be there: logits, scores (B, V) and ids (B,)."""
 
     logits: Tensor
@@ -111,7 +111,7 @@ def stream(
     input_ids: Tensor | None,
     config: GenerationConfig,
     *,
-    keep: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     cache: KVCache | None = None,
     tokenizer: LlamaTokenizer | None = None,
     answers: bool = False,
@@ -122,7 +122,7 @@ def stream(
     """Generate after `input_ids` (B, P), one Token a step.
 
     Args:
-        keep: bool (B, P), False at padding, on whichever side.
+        attention_mask: bool (B, P), False at padding, on whichever side.
         cache: holds the first `cache.length < P` columns already; the rest is prefilled into it.
             After a step the cache holds all columns but the newest.
         tokenizer: gives the tokens' texts, and is needed for stop strings.
@@ -133,7 +133,7 @@ def stream(
         logits_processor, stopping_criteria: see MixtralForCausalLM.generate.
     """
     begun = time.perf_counter()
-    columns = _columns(model, input_ids, inputs_embeds, keep, config)
+    columns = _columns(model, input_ids, inputs_embeds, attention_mask, config)
     batch, prompt_length = columns.shape[:2]
     if config.stops and tokenizer is None:
         raise UsageError(
@@ -149,10 +149,10 @@ def stream(
             "model was made for; expect worse text beyond them",
             stacklevel=2,
         )
-    if keep is not None:
-        given = keep
-        columns, keep = left_padded(columns, keep)
-        if cache is not None and cache.length and not torch.equal(given, keep):
+    if attention_mask is not None:
+        given = attention_mask
+        columns, attention_mask = left_padded(columns, attention_mask)
+        if cache is not None and cache.length and not torch.equal(given, attention_mask):
             raise UsageError("a cache goes with padding on the left only", where="attention_mask")
     device = model.device
     generator = None
@@ -178,25 +178,35 @@ def stream(
             RowText(StreamDetokenizer(tokenizer, prompt=ids), config.eos_ids, config.stops)
             for ids in prompts
         ]
-    columns, context, keep = columns.to(device), known.to(device), or_none(keep, device)
-    choose = Choice(config, logits_processor, generator)
+    columns, context, attention_mask = (
+        columns.to(device),
+        known.to(device),
+        or_none(attention_mask, device),
+    )
+    select = TokenSelector(config, logits_processor, generator)
     eos = torch.tensor(config.eos_ids, dtype=torch.long)
     default = GPU_PREFILL_CHUNK if device.type == "cuda" else PREFILL_CHUNK
     chunk = config.prefill_chunk_size or default
-    logits = _prefill(model, columns, keep, cache, chunk)
+    logits = _prefill(model, columns, attention_mask, cache, chunk)
     finished = torch.zeros(batch, dtype=torch.bool)
-    draw = choose.draw if config.use_cache else None
-    drawn: Drawn | None = None
+    sample_fn = select.sample_fn if config.use_cache else None
+    sampled: SampledStep | None = None
     for index in range(budget):
-        if drawn is None:
-            seen = None if keep is None else keep[:, keep.shape[1] - context.shape[1] :]
-            scores = choose.scores(logits, context, seen, index)
-            ids = choose(scores).cpu()
+        if sampled is None:
+            seen = (
+                None
+                if attention_mask is None
+                else attention_mask[:, attention_mask.shape[1] - context.shape[1] :]
+            )
+            scores = select.scores(logits, context, seen, index)
+            ids = select(scores).cpu()
         else:
-            logits, scores, ids = drawn.logits, drawn.scores, checked(drawn.ids.cpu())
-        drawn = None
-        if draw is not None and index + 1 < budget and not bool(finished.any()):
-            drawn = model.next_choice(ids, cache, keep, draw)  # runs while the host reads this one
+            logits, scores, ids = sampled.logits, sampled.scores, checked(sampled.ids.cpu())
+        sampled = None
+        if sample_fn is not None and index + 1 < budget and not bool(finished.any()):
+            sampled = model.sample_next(
+                ids, cache, attention_mask, sample_fn
+            )  # runs while the host reads this one
         ids = torch.where(finished, config.pad_id, ids)
         finished = finished | torch.isin(ids, eos)
         column = ids.to(device)[:, None]
@@ -214,15 +224,17 @@ def stream(
         yield Token(ids, texts, time.perf_counter() - begun, finish, logits, scores)
         if finish is not None:
             return
-        if keep is not None:
-            keep = torch.cat((keep, torch.ones_like(column, dtype=torch.bool)), 1)
-        if drawn is not None:
+        if attention_mask is not None:
+            attention_mask = torch.cat(
+                (attention_mask, torch.ones_like(column, dtype=torch.bool)), 1
+            )
+        if sampled is not None:
             cache.advance(1)
         elif config.use_cache:
-            logits = model.next_logits(column, cache, keep, positions(keep, 1))
+            logits = model.next_logits(column, cache, attention_mask, positions(attention_mask, 1))
         else:
             whole = model.new_cache(batch, context.shape[1])
-            logits = _prefill(model, context, keep, whole, chunk)
+            logits = _prefill(model, context, attention_mask, whole, chunk)
 
 
 def generate(
@@ -239,12 +251,14 @@ def generate(
     stopping_criteria: Sequence[StoppingCriterion] = (),
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Prompt and new ids, (B, P + N) on the prompt's device; padding stays where it was."""
-    keep = None if attention_mask is None else mask_given(attention_mask).bool()
-    columns = _columns(model, input_ids, inputs_embeds, keep, config)
+    attention_mask = None if attention_mask is None else mask_given(attention_mask).bool()
+    columns = _columns(model, input_ids, inputs_embeds, attention_mask, config)
     copies = config.num_return_sequences
     if copies > 1:
         columns = columns.repeat_interleave(copies, 0)
-        keep = None if keep is None else keep.repeat_interleave(copies, 0)
+        attention_mask = (
+            None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
+        )
     batch, device = columns.shape[0], columns.device
     if streamer is not None and batch != 1:
         raise UsageError("a streamer takes one row", where="input_ids", found=f"{batch} rows")
@@ -259,7 +273,7 @@ def generate(
         model,
         columns if inputs_embeds is None else None,
         config,
-        keep=keep,
+        attention_mask=attention_mask,
         cache=cache,
         tokenizer=tokenizer,
         inputs_embeds=None if inputs_embeds is None else columns,
@@ -302,30 +316,30 @@ def _columns(
     model: CausalLM,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-    keep: Tensor | None,
+    attention_mask: Tensor | None,
     config: GenerationConfig,
 ) -> Tensor:
     """The prompt, ids (B, P) or embeddings (B, P, D), checked."""
     if inputs_embeds is None:
-        check_prompt(input_ids, keep)
+        check_prompt(input_ids, attention_mask)
         assert input_ids is not None
         return input_ids
     if input_ids is not None:
         raise UsageError("give input_ids or inputs_embeds, and not both")
-    check_embedded(inputs_embeds, keep, model.config.hidden_size)
+    check_embedded(inputs_embeds, attention_mask, model.config.hidden_size)
     if not config.use_cache:
         raise UsageError("embeddings are generated from with a cache only", where="use_cache")
     return inputs_embeds
 
 
 def _prefill(
-    model: CausalLM, columns: Tensor, keep: Tensor | None, cache: KVCache, chunk: int
+    model: CausalLM, columns: Tensor, attention_mask: Tensor | None, cache: KVCache, chunk: int
 ) -> Tensor:
     """Feed the columns that the cache does not hold yet, in chunks; logits of the last (B, V)."""
     logits = torch.empty(0)
     for start in range(cache.length, columns.shape[1], chunk):
         stop = min(start + chunk, columns.shape[1])
-        seen = keep[:, :stop] if keep is not None else None
+        seen = attention_mask[:, :stop] if attention_mask is not None else None
         piece, places = columns[:, start:stop], positions(seen, stop - start)
         if columns.dim() == 2:
             logits = model.next_logits(piece, cache, seen, places)

@@ -1,7 +1,7 @@
 """What a batch of prompts must be, and its padding moved to the left, where nothing follows it.
 
 Shape letters: B rows, P prompt columns, D hidden width. A prompt is ids (B, P) or embeddings
-(B, P, D); its mask `keep` is bool (B, P), False at padding. Knows no model.
+(B, P, D); its mask `attention_mask` is bool (B, P), False at padding. Knows no model.
 """
 
 import torch
@@ -12,7 +12,7 @@ from qmix.errors import UsageError
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_prompt(input_ids: Tensor | None, keep: Tensor | None) -> None:
+def check_prompt(input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
     """Refuse what is no prompt of ids.
 
     Raises:
@@ -31,10 +31,10 @@ def check_prompt(input_ids: Tensor | None, keep: Tensor | None) -> None:
         )
     if not input_ids.numel():
         raise UsageError("the prompt is empty", where="input_ids", expected="at least one token")
-    _check_mask(input_ids, keep)
+    _check_mask(input_ids, attention_mask)
 
 
-def check_embedded(inputs_embeds: Tensor | None, keep: Tensor | None, width: int) -> None:
+def check_embedded(inputs_embeds: Tensor | None, attention_mask: Tensor | None, width: int) -> None:
     """Refuse what is no prompt of embeddings of the model's width D.
 
     Raises:
@@ -53,7 +53,7 @@ def check_embedded(inputs_embeds: Tensor | None, keep: Tensor | None, width: int
             expected=f"a floating tensor [batch, sequence, {width}]",
             found=_described(inputs_embeds),
         )
-    _check_mask(inputs_embeds, keep)
+    _check_mask(inputs_embeds, attention_mask)
 
 
 def mask_given(attention_mask: object) -> Tensor:
@@ -69,38 +69,38 @@ def mask_given(attention_mask: object) -> Tensor:
     )
 
 
-def left_padded(columns: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def left_padded(columns: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same rows with all padding moved to the left, the rest in its order."""
-    order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices
-    rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
-    return columns[rows.to(columns.device), order.to(columns.device)], keep[rows, order]
+    order = attention_mask.to(torch.uint8).sort(dim=-1, stable=True).indices
+    rows = torch.arange(attention_mask.shape[0], device=attention_mask.device)[:, None]
+    return columns[rows.to(columns.device), order.to(columns.device)], attention_mask[rows, order]
 
 
-def positions(keep: Tensor | None, new: int) -> Tensor | None:
+def positions(attention_mask: Tensor | None, new: int) -> Tensor | None:
     """Positions of the last `new` columns, padding not counted; None without padding."""
-    if keep is None:
+    if attention_mask is None:
         return None
-    return (keep.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
 
 
-def or_none(keep: Tensor | None, device: torch.device) -> Tensor | None:
+def or_none(attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
     """All-ones masks are dropped, so that the unmasked, faster attention serves them."""
-    if keep is None or bool(keep.all()):
+    if attention_mask is None or bool(attention_mask.all()):
         return None
-    return keep.to(device)
+    return attention_mask.to(device)
 
 
-def _check_mask(columns: Tensor, keep: Tensor | None) -> None:
-    if keep is None:
+def _check_mask(columns: Tensor, attention_mask: Tensor | None) -> None:
+    if attention_mask is None:
         return
-    if keep.shape != columns.shape[:2]:
+    if attention_mask.shape != columns.shape[:2]:
         raise UsageError(
             "wrong shape",
             where="attention_mask",
             expected=list(columns.shape[:2]),
-            found=list(keep.shape),
+            found=list(attention_mask.shape),
         )
-    if not bool(keep.any(-1).all()):
+    if not bool(attention_mask.any(-1).all()):
         raise UsageError("a row is all padding", where="attention_mask")
 
 

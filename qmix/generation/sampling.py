@@ -57,21 +57,25 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < 1e-6  # below it the division overflows float32
 
-    def scores(self, logits: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
+    def scores(
+        self, logits: Tensor, context: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, V) after all processors, float32, excluded tokens at -inf.
 
         Args:
             context: ids so far (B, L), for the repetition penalty.
-            keep: bool (B, L), False at padding.
+            attention_mask: bool (B, L), False at padding.
         """
-        return self.warped(self.penalised(logits, context, keep))
+        return self.warped(self.penalised(logits, context, attention_mask))
 
-    def penalised(self, logits: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
+    def penalised(
+        self, logits: Tensor, context: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, V) in float32 after the repetition penalty alone."""
         scores = logits.float()
         if self.repetition_penalty == 1:
             return scores
-        return _penalised(scores, context, keep, self.repetition_penalty)
+        return _penalised(scores, context, attention_mask, self.repetition_penalty)
 
     def warped(self, scores: Tensor) -> Tensor:
         """Scores (B, V) after temperature, top_k, top_p and min_p; unchanged for greedy choice."""
@@ -89,7 +93,7 @@ class Sampling:
             scores = scores.masked_fill(probabilities < least, -math.inf)
         return scores
 
-    def draw(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
         """Token ids (B,) from processed scores (B, V), reading nothing back; -1: no finite maximum.
 
         The numbers drawn, and the ids, are those of torch.multinomial.
@@ -107,7 +111,7 @@ class Sampling:
         Raises:
             QmixError: the scores hold no finite maximum; a damaged model must not emit token 0.
         """
-        return checked(self.draw(scores, generator))
+        return checked(self.sample(scores, generator))
 
 
 def checked(ids: Tensor) -> Tensor:
@@ -125,10 +129,16 @@ def checked(ids: Tensor) -> Tensor:
     return ids
 
 
-def _penalised(scores: Tensor, context: Tensor, keep: Tensor | None, penalty: float) -> Tensor:
+def _penalised(
+    scores: Tensor, context: Tensor, attention_mask: Tensor | None, penalty: float
+) -> Tensor:
     """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) on every id in the context."""
     seen = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
-    ones = torch.ones_like(context, dtype=torch.int32) if keep is None else keep.int()
+    ones = (
+        torch.ones_like(context, dtype=torch.int32)
+        if attention_mask is None
+        else attention_mask.int()
+    )
     seen = seen.scatter_add(1, context, ones)
     penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(seen > 0, penalised, scores)

@@ -21,18 +21,18 @@ from qmix.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Scores (B, V) and ids (B,) from logits (B, V), reading nothing back; see Sampling.draw."""
+class SampleFn:
+    """Scores (B, V) and ids (B,) from logits (B, V), reading nothing back; see Sampling.sample."""
 
     sampling: Sampling
     generator: torch.Generator | None
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.sampling.warped(logits)
-        return scores, self.sampling.draw(scores, self.generator)
+        return scores, self.sampling.sample(scores, self.generator)
 
 
-class Choice:
+class TokenSelector:
     """What a GenerationConfig does to the logits of a step.
 
     Args:
@@ -51,18 +51,22 @@ class Choice:
         self._processors = processors
         self._generator = generator
 
-    def scores(self, logits: Tensor, context: Tensor, keep: Tensor | None, step: int) -> Tensor:
+    def scores(
+        self, logits: Tensor, context: Tensor, attention_mask: Tensor | None, step: int
+    ) -> Tensor:
         """Scores (B, V) of the logits (B, V) after all processors, excluded ids at -inf.
 
         Args:
             context: ids so far (B, L).
-            keep: bool (B, L), False at padding.
+            attention_mask: bool (B, L), False at padding.
             step: new tokens before this one.
         """
         config = self._config
-        scores = self._sampling.penalised(logits, context, keep)
+        scores = self._sampling.penalised(logits, context, attention_mask)
         if config.no_repeat_ngram_size:
-            scores = without_repeated_ngrams(scores, context, keep, config.no_repeat_ngram_size)
+            scores = without_repeated_ngrams(
+                scores, context, attention_mask, config.no_repeat_ngram_size
+            )
         if config.bad_words_ids:
             scores = without_words(scores, context, config.bad_words_ids, config.eos_ids)
         if step < config.min_new_tokens and config.eos_ids:
@@ -72,7 +76,7 @@ class Choice:
         return self._sampling.warped(scores)
 
     @property
-    def draw(self) -> Draw | None:
+    def sample_fn(self) -> SampleFn | None:
         """The choice as a function of a step's logits alone; None if it needs more than them.
 
         A global generator is nothing that a recorded step may use: it is others' too.
@@ -84,7 +88,7 @@ class Choice:
             return None
         if self._generator is None and not self._sampling.greedy:
             return None
-        return Draw(self._sampling, None if self._sampling.greedy else self._generator)
+        return SampleFn(self._sampling, None if self._sampling.greedy else self._generator)
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Token ids (B,) from processed scores (B, V)."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError, UsageError
 from qmix.kernels import attention, dense, pointwise, reference, tiles
-from qmix.kernels.attention import Implementation, visible
+from qmix.kernels.attention import CAUSAL, AttentionMask, Implementation, visible
 from qmix.kernels.cpu import matmul
 from qmix.kernels.cpu.library import attends, library
 from qmix.kernels.gpu import packed_matmul
@@ -28,6 +28,8 @@ from qmix.weights.nf4 import FP4, NF4
 from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
 __all__ = [
+    "CAUSAL",
+    "AttentionMask",
     "Expert",
     "PackedExperts",
     "PackedWeight",
@@ -168,37 +170,28 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: AttentionMask = CAUSAL,
     *,
-    window: int | None,
-    keep: Tensor | None,
     dropout: float = 0.0,
-    mask: Tensor | None = None,
     implementation: Implementation = "sdpa",
 ) -> Tensor:
-    """See attention.attend. `sdpa` leaves to our kernels what it would need a mask for on a GPU, and single
-    tokens on a CPU.
+    """See attention.attend.
+
+    `sdpa` leaves to our kernels what it would need a mask for on a GPU, and single tokens on a CPU.
     """
     queries, keys = q.shape[2], k.shape[2]
-    plain = implementation == "sdpa" and mask is None and not dropout
-    if plain and keep is None and _single(q, k, v):
-        seen = attention.reach(keys, queries, window)
+    replaceable = implementation == "sdpa" and mask.attn_mask is None and not dropout
+    if replaceable and not mask.is_explicit and _single(q, k, v):
+        seen = attention.reachable_keys(keys, queries, mask.window)
         return library().attend(q, k[:, :, -seen:], v[:, :, -seen:])
-    if plain and _fused(q, k, v):
+    if replaceable and _fused(q, k, v):
         from qmix.kernels.gpu import attention as gpu
 
-        causal = keep is None and queries == keys and (window is None or keys <= window)
+        windowed = mask.window is not None and keys > mask.window
+        causal = not mask.is_explicit and queries == keys and not windowed
         if not causal and q.shape[-1] in gpu.HEAD_WIDTHS and q.dtype == k.dtype:
             implementation = "triton"
-    return attention.attend(
-        q,
-        k,
-        v,
-        window=window,
-        keep=keep,
-        dropout=dropout,
-        mask=mask,
-        implementation=implementation,
-    )
+    return attention.attend(q, k, v, mask, dropout=dropout, implementation=implementation)
 
 
 def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
@@ -209,7 +202,7 @@ def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
 
 def _single(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the CPU's compiled attention takes these: one token, without gradients."""
-    return attends(q, k, v) and not overridden() and not attention.traced(q, k, v)
+    return attends(q, k, v) and not overridden() and not attention.needs_grad(q, k, v)
 
 
 def _fused(*tensors: Tensor) -> bool:
@@ -217,5 +210,5 @@ def _fused(*tensors: Tensor) -> bool:
     return (
         all(t.is_cuda and t.dtype in _FLOATS for t in tensors)
         and not overridden()
-        and not attention.traced(*tensors)
+        and not attention.needs_grad(*tensors)
     )

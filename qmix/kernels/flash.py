@@ -13,7 +13,7 @@ from torch import Tensor
 from qmix.errors import UnsupportedError
 
 _WHERE = "attn_implementation"
-_REMEDY = "Use attn_implementation='sdpa', which means the same."
+_REMEDY = "Use attn_implementation='sdpa', which computes the same."
 
 
 def check_installed() -> None:
@@ -53,7 +53,7 @@ def attend(
     v: Tensor,
     *,
     window: int | None,
-    keep: Tensor | None,
+    padding_mask: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention of the last S of L columns: (B, H, S, d) with (B, G, L, d) -> (B, H, S, d).
@@ -67,23 +67,23 @@ def attend(
     reach = (-1, 0) if window is None else (window - 1, 0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out: Tensor
-    if keep is None:
+    if padding_mask is None:
         out = flash_attn_func(q, k, v, dropout_p=dropout, causal=True, window_size=reach)
         return out.transpose(1, 2)
     binds = window is not None and k.shape[1] > window
-    if binds and bool((keep[:, 1:] != keep[:, :-1]).sum(-1).gt(1).any()):
+    if binds and bool((padding_mask[:, 1:] != padding_mask[:, :-1]).sum(-1).gt(1).any()):
         raise UnsupportedError(
             "flash_attention_2 takes no window over padding inside a row",
             where=_WHERE,
             remedy=_REMEDY,
         )
-    asked = keep[:, -q.shape[1] :]
+    asked = padding_mask[:, -q.shape[1] :]
     kept = flash_attn_varlen_func(
         q[asked],
-        k[keep],
-        v[keep],
-        *(_starts(asked), _starts(keep)),
-        *(int(asked.sum(-1).max()), int(keep.sum(-1).max())),
+        k[padding_mask],
+        v[padding_mask],
+        *(_starts(asked), _starts(padding_mask)),
+        *(int(asked.sum(-1).max()), int(padding_mask.sum(-1).max())),
         dropout_p=dropout,
         causal=True,
         window_size=reach,
@@ -93,7 +93,7 @@ def attend(
     return out.transpose(1, 2)
 
 
-def _starts(keep: Tensor) -> Tensor:
+def _starts(padding_mask: Tensor) -> Tensor:
     """Where each row's tokens begin among all that are kept, and their end: int32 (B + 1,)."""
-    ends = keep.sum(-1).cumsum(0)
+    ends = padding_mask.sum(-1).cumsum(0)
     return torch.cat((ends.new_zeros(1), ends)).to(torch.int32)

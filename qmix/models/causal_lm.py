@@ -16,12 +16,12 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation import loop as generation
 from qmix.generation.config import GenerationConfig
-from qmix.generation.cuda_graph import Decodings
+from qmix.generation.cuda_graph import DecodeSteps
 from qmix.generation.logits_processors import LogitsProcessor
-from qmix.generation.loop import Drawn
+from qmix.generation.loop import SampledStep
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
-from qmix.generation.token_choice import Draw
+from qmix.generation.token_choice import SampleFn
 from qmix.models.classifier import MixtralForSequenceClassification
 from qmix.models.mixtral import MixtralModel, Pairs, Past
 from qmix.models.pretrained import PreTrainedModel
@@ -50,7 +50,7 @@ class MixtralForCausalLM(PreTrainedModel):
         initialise(self.lm_head, config)
         self.generation_config = GenerationConfig.of(config)
         self.tokenizer: LlamaTokenizer | None = None
-        self.decodings = Decodings()
+        self.decode_steps = DecodeSteps()
         self.tie_weights()
 
     def read_generation_config(self, directory: Path) -> None:
@@ -116,11 +116,12 @@ class MixtralForCausalLM(PreTrainedModel):
                 raise UsageError("labels need the logits of all positions", where="logits_to_keep")
             loss = next_token_loss(logits, labels)
         if out.router_logits is not None:
-            keep = attention_mask
-            if keep is not None:
-                new = out.last_hidden_state.shape[1]
-                keep = keep[:, -new:] if keep.dim() == 2 else None
-            aux_loss = load_balancing_loss(out.router_logits, self.config.num_experts_per_tok, keep)
+            new_columns = None
+            if attention_mask is not None and attention_mask.dim() == 2:
+                new_columns = attention_mask[:, -out.last_hidden_state.shape[1] :]
+            aux_loss = load_balancing_loss(
+                out.router_logits, self.config.num_experts_per_tok, new_columns
+            )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         found = MoeCausalLMOutputWithPast(
@@ -139,16 +140,16 @@ class MixtralForCausalLM(PreTrainedModel):
         self,
         input_ids: Tensor | None,
         cache: Cache,
-        keep: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Append (B, S) ids, or embeddings, to the cache; float32 logits of the last position (B, V).
 
-        keep: bool (B, L + S), False at padding, all of it on the left.
+        attention_mask: bool (B, L + S), False at padding, all of it on the left.
         """
         if input_ids is not None and input_ids.shape[1] == 1 and isinstance(cache, KVCache):
-            step = self.decodings.of(self.model, self.lm_head, cache, keep)
+            step = self.decode_steps.for_cache(self.model, self.lm_head, cache, attention_mask)
             if step is not None:
                 following = step.step(input_ids).clone()
                 cache.advance(1)
@@ -157,23 +158,27 @@ class MixtralForCausalLM(PreTrainedModel):
         if x is None:
             assert input_ids is not None
             x = self.model.embed(input_ids)
-        decoded = self.model.decode(x, keep=keep, positions=positions, cache=cache)
+        decoded = self.model.decode(
+            x, padding_mask=attention_mask, positions=positions, cache=cache
+        )
         logits: Tensor = self.lm_head(decoded.hidden[:, -1]).float()
         return logits
 
     @torch.no_grad()
-    def next_choice(
-        self, ids: Tensor, cache: KVCache, keep: Tensor | None, draw: Draw
-    ) -> Drawn | None:
+    def sample_next(
+        self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None, sample_fn: SampleFn
+    ) -> SampledStep | None:
         """Run ids (B,) and choose what follows, without waiting for it; None where that cannot be.
 
         The cache holds the new position, but does not count it: `cache.advance(1)` is the caller's.
         """
-        step = self.decodings.of(self.model, self.lm_head, cache, keep, draw)
+        step = self.decode_steps.for_cache(
+            self.model, self.lm_head, cache, attention_mask, sample_fn
+        )
         if step is None:
             return None
         step.step(ids)
-        return Drawn(step.logits.clone(), step.scores.clone(), step.ids.clone())
+        return SampledStep(step.logits.clone(), step.scores.clone(), step.ids.clone())
 
     @torch.no_grad()
     def generate(

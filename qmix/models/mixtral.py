@@ -85,9 +85,9 @@ class MixtralModel(PreTrainedModel, Decoder):
         past = cache.length if cache is not None else 0
         if position_ids is not None and position_ids.shape not in ((batch, new), (1, new)):
             raise _wrong_shape("position_ids", f"[{batch}, {new}]", position_ids)
-        keep, mask = self._masks(attention_mask, batch, past, new)
-        keeps_attentions = self._asked(output_attentions, "output_attentions")
-        if keeps_attentions and self.attn_implementation != "eager":
+        padding_mask, attn_mask = self._masks(attention_mask, batch, past, new)
+        output_weights = self._asked(output_attentions, "output_attentions")
+        if output_weights and self.attn_implementation != "eager":
             warnings.warn(
                 f"{self.attn_implementation} attention has no weights to give: output_attentions "
                 "computes them by eager attention",
@@ -95,12 +95,12 @@ class MixtralModel(PreTrainedModel, Decoder):
             )
         decoded = self.decode(
             inputs_embeds,
-            keep=keep,
-            mask=mask,
+            padding_mask=padding_mask,
+            attn_mask=attn_mask,
             positions=position_ids,
             cache=cache,
-            keep_hidden_states=self._asked(output_hidden_states, "output_hidden_states"),
-            keep_attentions=keeps_attentions,
+            output_hidden_states=self._asked(output_hidden_states, "output_hidden_states"),
+            output_attentions=output_weights,
         )
         routers = self._asked(output_router_logits, "output_router_logits")
         out = MoeModelOutputWithPast(
@@ -160,8 +160,10 @@ class MixtralModel(PreTrainedModel, Decoder):
         if tuple(given.shape) != (batch, columns):
             expected = f"[{batch}, {columns}], past and new positions"
             raise _wrong_shape("attention_mask", expected, given)
-        keep = given.bool()
-        return None if bool(keep.all()) else keep, None  # the unmasked attention is faster
+        padding_mask = given.bool()
+        return None if bool(
+            padding_mask.all()
+        ) else padding_mask, None  # the unmasked attention is faster
 
 
 def _wrong_shape(where: str, expected: str, found: Tensor) -> UsageError:

@@ -192,7 +192,7 @@ class PreTrainedModel(nn.Module):
             UsageError: no such name.
             UnsupportedError: what it needs is not here.
         """
-        chosen = attention.named(name)
+        chosen = attention.checked_implementation(name)
         for module in self.modules():
             if isinstance(module, Decoder):
                 module.attn_implementation = chosen

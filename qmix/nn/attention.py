@@ -12,31 +12,29 @@ from torch import Tensor, nn
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.kernels import PackedWeight
-from qmix.kernels.attention import Implementation, Sight, weighted
+from qmix.kernels.attention import AttentionMask, Implementation, attention_with_weights
 from qmix.nn.cache import Cache
 from qmix.nn.linear import Linear
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """What every layer needs to know of one forward pass.
+class ForwardContext:
+    """What every layer needs to know about one forward pass.
 
     Attributes:
         cos, sin: rotary factors of the new positions, (B or 1, 1, S, d).
-        keep: bool (B, L), False at padding, over the keys that the cache shows; None keeps all.
-        cache: where keys and values are appended; None runs without a past.
-        mask: (B or 1, H or 1, S, L) in place of causality, window and keep: bool, True is seen, or
-            floats added to the scores; None for the usual.
-        attn_implementation: the row of kernels.attention.
-        attentions: each layer adds its weights (B, H, S, L) here, oldest key first; None computes
-            none.
+        cache: where keys and values are appended; None: there is no past.
+        padding_mask, attn_mask: as in kernels.AttentionMask, over the keys that the cache returns.
+        attn_implementation: the entry of kernels.attention.
+        attentions: each layer appends its weights (B, H, S, L) here, oldest key first; None:
+            weights are not computed.
     """
 
     cos: Tensor
     sin: Tensor
-    keep: Tensor | None
-    cache: Cache | None
-    mask: Tensor | None = None
+    cache: Cache | None = None
+    padding_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
     attn_implementation: Implementation = "sdpa"
     attentions: list[Tensor] | None = None
 
@@ -87,42 +85,36 @@ class Attention(nn.Module):
             q, k, v = (part(x) for part in parts)
         return q, k, v
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         batch, new, _ = x.shape
         q, k, v = self._projected(x)
         q = q.view(batch, new, self.num_heads, self.head_dim).transpose(1, 2)
         k = k.view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
         v = v.view(batch, new, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        q = kernels.apply_rotary(q, step.cos, step.sin)
-        k = kernels.apply_rotary(k, step.cos, step.sin)
-        result: Tensor = self.o_proj(self._attended(q, k, v, step))
+        q = kernels.apply_rotary(q, context.cos, context.sin)
+        k = kernels.apply_rotary(k, context.cos, context.sin)
+        result: Tensor = self.o_proj(self._attended(q, k, v, context))
         return result
 
-    def attended(self, qkv: Tensor, step: Step) -> Tensor:
+    def attended(self, qkv: Tensor, context: ForwardContext) -> Tensor:
         """One token's rotated queries and keys and its values, one after another, to (1, 1, H * d)."""
         heads = qkv.view(1, -1, 1, self.head_dim)
         q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-        return self._attended(q, k, v, step)
+        return self._attended(q, k, v, context)
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
         """(B, H, S, d) and (B, G, S, d) -> (B, S, H * d)."""
         batch, _, new, _ = q.shape
-        if step.cache is not None:
-            k, v = step.cache.append(self.layer, k, v, in_order=step.attentions is not None)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v, in_order=context.attentions is not None)
         dropout = self.dropout if self.training else 0.0
-        if step.attentions is not None:
-            out, weights = weighted(q, k, v, Sight(self.window, step.keep, step.mask, dropout))
-            step.attentions.append(weights)
+        mask = AttentionMask(self.window, context.padding_mask, context.attn_mask)
+        if context.attentions is not None:
+            out, weights = attention_with_weights(q, k, v, mask, dropout)
+            context.attentions.append(weights)
         else:
             out = kernels.attend(
-                q,
-                k,
-                v,
-                window=self.window,
-                keep=step.keep,
-                dropout=dropout,
-                mask=step.mask,
-                implementation=step.attn_implementation,
+                q, k, v, mask, dropout=dropout, implementation=context.attn_implementation
             )
         return out.transpose(1, 2).reshape(batch, new, self.num_heads * self.head_dim)

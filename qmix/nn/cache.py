@@ -25,7 +25,7 @@ class Cache(Protocol):
     def append(
         self, layer: int, keys: Tensor, values: Tensor, *, in_order: bool = False
     ) -> tuple[Tensor, Tensor]: ...
-    def arranged(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor: ...
+    def align_mask(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor: ...
     def advance(self, positions: int) -> None: ...
 
 
@@ -158,7 +158,7 @@ class KVCache:
         )
         return torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
 
-    def room(self) -> tuple[int, int]:
+    def reserve_slot(self) -> tuple[int, int]:
         """Make room for one new position in every layer's `storage`, for who writes it there himself.
 
         Returns its slot, and how many slots, from the first on, it may look at.
@@ -169,7 +169,7 @@ class KVCache:
         slot = self.length if self.window is None else self.length % self.window
         return slot, self._capped(end)
 
-    def arranged(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
+    def align_mask(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
         """A mask's last axis, over L + S positions, in the order in which `append` shows the keys."""
         end = self.length + new
         if self.window is None or end <= self.window:
@@ -212,7 +212,7 @@ class KVCache:
                 if self._capped(positions) > old.shape[2]:
                     kept[layer] = self._grown(old, positions)
 
-    def reachable(self, length: int) -> int:
+    def longest_rewindable(self, length: int) -> int:
         """The longest prefix of at most `length` positions that `rewind` can go back to.
 
         A full ring has overwritten what a shorter prefix would need: all of it or nothing.
@@ -231,7 +231,7 @@ class KVCache:
             raise UsageError(
                 "cannot rewind", where="KVCache", expected=f"0 to {self.length}", found=length
             )
-        if self.reachable(length) != length:
+        if self.longest_rewindable(length) != length:
             raise UsageError(
                 "a rolling cache has overwritten what lies before",
                 where="KVCache",
@@ -244,11 +244,6 @@ class KVCache:
     def get_seq_length(self) -> int:
         """Positions seen, as Hugging Face's caches name it."""
         return self.length
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was; rows may repeat or drop out."""
-        for kept in (self._keys, self._values):
-            kept[:] = [t.index_select(0, rows.to(t.device)) for t in kept]
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.view(range(len(self))[layer])

@@ -14,7 +14,7 @@ from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.kernels.attention import Implementation
-from qmix.nn.attention import Step
+from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import Cache
 from qmix.nn.decoder_layer import DecoderLayer, one_token
 from qmix.nn.linear import RMSNorm
@@ -64,20 +64,21 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         *,
-        keep: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        mask: Tensor | None = None,
-        keep_hidden_states: bool = False,
-        keep_attentions: bool = False,
+        attn_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> Decoded:
         """Run embedded positions (B, S, D) through all layers, after what `cache` holds.
 
         Args:
-            keep: bool (B, L + S), False at padding; None keeps all.
+            padding_mask: bool (B, L + S), False at padding; None: no padding.
             positions: (B or 1, S) for the rotary embedding; default L .. L + S - 1.
-            mask: (B or 1, H or 1, S, L + S) instead of causality, window and `keep`.
-            keep_attentions: the weights are kept, by eager attention, whatever the model's own.
+            attn_mask: (B or 1, H or 1, S, L + S), replaces causality, window and `padding_mask`.
+            output_attentions: return the weights, computed by eager attention whatever the model's
+                implementation is.
         """
         new = x.shape[1]
         past = cache.length if cache is not None else 0
@@ -86,36 +87,36 @@ class Decoder(nn.Module):
         cos, sin = kernels.rotary(
             positions.to(x.device), self.config.head_dim, self.config.rope_theta, x.dtype
         )
-        attentions: list[Tensor] | None = [] if keep_attentions else None
+        attentions: list[Tensor] | None = [] if output_attentions else None
         if cache is not None:
-            keep, mask = (
-                None if t is None else cache.arranged(t, new, in_order=keep_attentions)
-                for t in (keep, mask)
+            padding_mask, attn_mask = (
+                None if t is None else cache.align_mask(t, new, in_order=output_attentions)
+                for t in (padding_mask, attn_mask)
             )
-        step = Step(
+        context = ForwardContext(
             cos=cos,
             sin=sin,
-            keep=keep,
+            padding_mask=padding_mask,
             cache=cache,
-            mask=mask,
+            attn_mask=attn_mask,
             attn_implementation=self.attn_implementation,
             attentions=attentions,
         )
         router_logits: list[Tensor] = []
         hidden_states: list[Tensor] = []
-        passed = None if keep_hidden_states else one_token(self.layers, x, step)
+        passed = None if output_hidden_states else one_token(self.layers, x, context)
         if passed is not None:
             x, router_logits = passed
         else:
             for layer in self.layers:
-                if keep_hidden_states:
+                if output_hidden_states:
                     hidden_states.append(x)
-                x, logits = layer(x, step)
+                x, logits = layer(x, context)
                 router_logits.append(logits)
         if cache is not None:
             cache.advance(new)
         x = self.norm(x)
-        if keep_hidden_states:
+        if output_hidden_states:
             hidden_states.append(x)
         return Decoded(
             hidden=x,

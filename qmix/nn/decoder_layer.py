@@ -14,7 +14,7 @@ from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.kernels.cpu.ctypes_structs import TokenLayer
 from qmix.kernels.cpu.library import library
-from qmix.nn.attention import Attention, Step
+from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.cache import KVCache
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import SparseMoeBlock
@@ -35,12 +35,12 @@ class DecoderLayer(nn.Module):
         # Of which parts it was made, and what the compiled products take of them, if they do.
         self._token: tuple[tuple[object, ...], TokenLayer | None] | None = None
 
-    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
-        token = self._one_token() if _is_one_token(x, step) else None
+        token = self._one_token() if _is_one_token(x, context) else None
         if token is not None:
-            return self._compiled(token, x, step)
-        x = x + self.self_attn(self.input_layernorm(x), step)
+            return self._compiled(token, x, context)
+        x = x + self.self_attn(self.input_layernorm(x), context)
         y, router_logits = self.block_sparse_moe(self.post_attention_layernorm(x))
         return x + y, router_logits
 
@@ -52,11 +52,13 @@ class DecoderLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_token": None}  # a copy's weights lie elsewhere
 
-    def _compiled(self, token: TokenLayer, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def _compiled(
+        self, token: TokenLayer, x: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
         """The same of one token on a CPU, in two calls around attention."""
         compiled = library()
         attended = self.self_attn.attended(
-            compiled.before_attention(token, x, step.cos, step.sin), step
+            compiled.before_attention(token, x, context.cos, context.sin), context
         )
         x, normed, router_logits, routes = compiled.after_attention(token, attended, x)
         if not token.has_experts:
@@ -117,20 +119,20 @@ class DecoderLayer(nn.Module):
 
 
 def one_token(
-    layers: Iterable[nn.Module], x: Tensor, step: Step
+    layers: Iterable[nn.Module], x: Tensor, context: ForwardContext
 ) -> tuple[Tensor, list[Tensor]] | None:
     """All layers in one call: (1, 1, D) -> (1, 1, D) and each one's router logits (1, E).
 
     None where each must be called: on another device or dtype, for more tokens, where somebody wants to
     see what passes between, or where the experts come and go.
     """
-    cache = step.cache
+    cache = context.cache
     if not (
-        _is_one_token(x, step)
+        _is_one_token(x, context)
         and (cache is None or (type(cache) is KVCache and _holds(cache, x)))
-        and step.keep is None
-        and step.mask is None
-        and step.attn_implementation == "sdpa"
+        and context.padding_mask is None
+        and context.attn_mask is None
+        and context.attn_implementation == "sdpa"
     ):
         return None
     ready = []
@@ -141,22 +143,24 @@ def one_token(
         if token is None or not token.has_experts:
             return None
         ready.append(token)
-    slot, seen = (0, 1) if cache is None else cache.room()
+    slot, seen = (0, 1) if cache is None else cache.reserve_slot()
     caches = [] if cache is None else [cache.storage(index) for index in range(len(ready))]
-    out, logits = library().decode_token(ready, x, step.cos, step.sin, caches, slot=slot, seen=seen)
+    out, logits = library().decode_token(
+        ready, x, context.cos, context.sin, caches, slot=slot, seen=seen
+    )
     return out, list(logits[:, None].unbind())
 
 
-def _is_one_token(x: Tensor, step: Step) -> bool:
-    """Whether the compiled products take such a step."""
+def _is_one_token(x: Tensor, context: ForwardContext) -> bool:
+    """Whether the compiled products take such a context."""
     return (
         x.is_cpu
         and x.shape[:2] == (1, 1)
-        and x.dtype == step.cos.dtype == torch.bfloat16
+        and x.dtype == context.cos.dtype == torch.bfloat16
         and x.is_contiguous()
-        and step.cos.is_contiguous()
-        and step.sin.is_contiguous()
-        and step.attentions is None
+        and context.cos.is_contiguous()
+        and context.sin.is_contiguous()
+        and context.attentions is None
         and not (torch.is_grad_enabled() or kernels.overridden())
     )
 

@@ -32,7 +32,9 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def load_balancing_loss(
-    router_logits: tuple[Tensor, ...], num_experts_per_tok: int, keep: Tensor | None = None
+    router_logits: tuple[Tensor, ...],
+    num_experts_per_tok: int,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """`E * sum_e f_e P_e` over all layers' tokens (Switch Transformer, arXiv 2101.03961, eq. 4).
 
@@ -41,14 +43,14 @@ def load_balancing_loss(
 
     Args:
         router_logits: raw, one (B * S, E) a layer.
-        keep: (B, S), 0 at padding.
+        attention_mask: (B, S), 0 at padding.
     """
     logits = torch.cat([layer.float() for layer in router_logits])
     probabilities = logits.softmax(-1)
     chosen = torch.zeros_like(probabilities)
     chosen = chosen.scatter(1, probabilities.topk(num_experts_per_tok, -1).indices, 1.0)
-    if keep is not None:
-        valid = keep.reshape(-1).repeat(len(router_logits)).to(probabilities)[:, None]
+    if attention_mask is not None:
+        valid = attention_mask.reshape(-1).repeat(len(router_logits)).to(probabilities)[:, None]
         share = (chosen * valid).sum(0) / valid.sum()
         mean = (probabilities * valid).sum(0) / valid.sum()
     else:

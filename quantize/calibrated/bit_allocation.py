@@ -24,7 +24,7 @@ from qmix import kernels
 from qmix.errors import UsageError
 from qmix.formats import Checkpoint
 from qmix.formats.names import ModelTensor
-from qmix.nn.attention import Attention, Step
+from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.decoder import embedding
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS
@@ -161,12 +161,12 @@ class Sensitivity:
         }
         for name, linear in linears.items():
             linear.store(self._read(name))
-        step = self._step()
+        context = self._context()
         batch = max(1, _BATCH_TOKENS // x.shape[1])
 
         def run(hidden: Tensor) -> Tensor:
             parts = (hidden[first : first + batch] for first in range(0, len(hidden), batch))
-            return torch.cat([attention(norm(part), step) for part in parts])
+            return torch.cat([attention(norm(part), context) for part in parts])
 
         out = run(x)
         after, copies = x + out, [copy + run(copy) for copy in copies]
@@ -274,11 +274,11 @@ class Sensitivity:
         norm.weight = nn.Parameter(self._read(name).data)
         return norm
 
-    def _step(self) -> Step:
+    def _context(self) -> ForwardContext:
         positions = torch.arange(self._ids.shape[1], device=self._device)[None]
         config = self._config
         cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.float32)
-        return Step(cos=cos, sin=sin, keep=None, cache=None)
+        return ForwardContext(cos=cos, sin=sin)
 
 
 @dataclass(frozen=True)

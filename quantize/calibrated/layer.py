@@ -22,7 +22,7 @@ from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, names
 from qmix.formats.names import ModelTensor
 from qmix.kernels import Routes
-from qmix.nn.attention import Attention, Step
+from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize import streaming
@@ -131,7 +131,7 @@ class LayerQuantizer:
 
     def _round_attention(self) -> None:
         """q, k, v, then o; leaves the input plus the attention's part in `after`."""
-        norm, step = self._norm("input_layernorm"), self._step()
+        norm, context = self._norm("input_layernorm"), self._context()
         names = [f"{self._base}.self_attn.{part}_proj.weight" for part in "qkvo"]
         with torch.device("meta"):
             attention, exact = (Attention(self._config, self._layer) for _ in range(2))
@@ -154,10 +154,10 @@ class LayerQuantizer:
             for module in (attention, exact)
         ]
         for start, x, e in self._windows():
-            attention(norm(x), step)
+            attention(norm(x), context)
             if e is not None:
                 assert self._exact is not None
-                self._exact.after.write(start, (e + exact(norm(e), step)).flatten(0, 1))
+                self._exact.after.write(start, (e + exact(norm(e), context)).flatten(0, 1))
             moments.add(seen[0], exact=seen[1] if e is not None else None)
             seen.clear()
         for hook in hooks:
@@ -165,7 +165,7 @@ class LayerQuantizer:
         self._round([(names[3:], moments)])
         self._store(attention.o_proj, names[3])
         for start, x, _ in self._windows():
-            self._rounded.after.write(start, (x + attention(norm(x), step)).flatten(0, 1))
+            self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
 
     def _route(self, tokens: Activations) -> Routes:
         """What the router chooses for each, on the CPU."""
@@ -345,11 +345,11 @@ class LayerQuantizer:
         self._store(gate, name)
         return gate
 
-    def _step(self) -> Step:
+    def _context(self) -> ForwardContext:
         positions = torch.arange(self._seqlen, device=self._device)[None]
         config = self._config
         cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.float32)
-        return Step(cos=cos, sin=sin, keep=None, cache=None)
+        return ForwardContext(cos=cos, sin=sin)
 
     def _batches(self, tokens: Activations) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [n, D]) of whole windows in turn."""

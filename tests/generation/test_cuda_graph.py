@@ -6,14 +6,14 @@ import torch
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.generation.sampling import Sampling
-from qmix.generation.token_choice import Draw
+from qmix.generation.token_choice import SampleFn
 from qmix.weights.dense import Dense
 from tests.support.interpreter import Recorder, run_apart
 
 pytest.importorskip("triton")
 
 from qmix.evals.timing import random_model
-from qmix.generation.cuda_graph import Decoding, supported
+from qmix.generation.cuda_graph import DecodeStep, supported
 from qmix.kernels import dense
 from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
 
@@ -42,15 +42,15 @@ def launches(monkeypatch):
     return found
 
 
-GREEDY = Draw(Sampling(), None)
+GREEDY = SampleFn(Sampling(), None)
 
 
-def step_of(batch, draw=GREEDY, **changes):
+def step_of(batch, sample_fn=GREEDY, **changes):
     config = MixtralConfig(**changes)
     model = random_model.build(config, random_model.NF4, torch.device("meta"))
     assert supported(model.model)
     cache = model.new_cache(batch, 4096)
-    return Decoding(model.model, model.lm_head, cache, padded=True, draw=draw)
+    return DecodeStep(model.model, model.lm_head, cache, padded=True, sample_fn=sample_fn)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 16])
@@ -112,7 +112,7 @@ def test_shapes_do_not_depend_on_the_position(launches):
     "sampling", [Sampling(), Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.05)], ids=str
 )
 def test_choosing_is_part_of_the_step_and_reads_nothing_back(sampling, launches):
-    step = step_of(4, Draw(sampling, None), num_hidden_layers=1)
+    step = step_of(4, SampleFn(sampling, None), num_hidden_layers=1)
     step.step()
     assert step.ids.shape == (4,)
     assert step.scores.shape == (4, 32000)

@@ -21,10 +21,10 @@ def test_an_ngram_that_stands_already_is_not_completed_again():
 
 def test_padding_is_part_of_no_ngram():
     context = torch.tensor([[0, 2, 0, 5, 0]])
-    keep = torch.tensor([[False, True, True, True, True]])
+    attention_mask = torch.tensor([[False, True, True, True, True]])
     scores = torch.zeros(1, 6)
     assert banned(without_repeated_ngrams(scores, context, None, 2)) == [[2, 5]]
-    assert banned(without_repeated_ngrams(scores, context, keep, 2)) == [[5]]
+    assert banned(without_repeated_ngrams(scores, context, attention_mask, 2)) == [[5]]
 
 
 def test_a_words_last_id_is_excluded_where_its_others_stand_last():

@@ -11,10 +11,10 @@ ROWS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max
 
 @given(ROWS)
 def test_padding_moves_left_and_the_rest_keeps_its_order(rows):
-    keep = torch.tensor(rows)
-    columns = torch.arange(keep.numel()).view(keep.shape)
-    moved, mask = left_padded(columns, keep)
-    for row, kept, found, seen in zip(columns, keep, moved, mask, strict=True):
+    attention_mask = torch.tensor(rows)
+    columns = torch.arange(attention_mask.numel()).view(attention_mask.shape)
+    moved, mask = left_padded(columns, attention_mask)
+    for row, kept, found, seen in zip(columns, attention_mask, moved, mask, strict=True):
         assert seen.tolist() == sorted(seen.tolist())
         assert found[seen].tolist() == row[kept].tolist()
         assert sorted(found.tolist()) == row.tolist()
@@ -28,9 +28,9 @@ def test_embeddings_move_with_their_padding():
 
 
 def test_positions_do_not_count_padding():
-    keep = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    assert positions(keep, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    assert positions(keep, 1).tolist() == [[1], [3]]
+    attention_mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    assert positions(attention_mask, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert positions(attention_mask, 1).tolist() == [[1], [3]]
     assert positions(None, 4) is None
     assert or_none(torch.ones(1, 3, dtype=torch.bool), torch.device("cpu")) is None
 

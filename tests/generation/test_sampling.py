@@ -46,8 +46,8 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     context = torch.tensor([[0, 0, 1]])
     scores = Sampling(repetition_penalty=2.0).scores(logits(4, -4, 4, -4), context)
     assert scores.tolist() == [[2, -8, 4, -4]]
-    keep = torch.tensor([[False, False, True]])
-    scores = Sampling(repetition_penalty=2.0).scores(logits(4, -4, 4, -4), context, keep)
+    attention_mask = torch.tensor([[False, False, True]])
+    scores = Sampling(repetition_penalty=2.0).scores(logits(4, -4, 4, -4), context, attention_mask)
     assert scores.tolist() == [[4, -8, 4, -4]]
 
 
@@ -126,6 +126,6 @@ def test_a_draw_is_torchs_multinomial(shape):
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
     for _ in range(20):
-        drawn = Sampling(temperature=1.0).draw(scores, ours)
+        drawn = Sampling(temperature=1.0).sample(scores, ours)
         meant = torch.multinomial(scores.softmax(-1), 1, generator=theirs)[:, 0]
         assert torch.equal(drawn, meant)

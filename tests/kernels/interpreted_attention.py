@@ -48,22 +48,22 @@ def bound(dtype):
     return ORDER_BOUND if dtype == torch.float32 else HALF_BOUND
 
 
-def oracle(q, k, v, window, keep):
+def oracle(q, k, v, window, padding_mask):
     """The reference, float32; keys of columns that are not kept are put to zero, NaN or not."""
-    if keep is not None:
-        k, v = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (k, v))
-    mask = kernels.visible(q.shape[2], k.shape[2], window, keep, q.device)
+    if padding_mask is not None:
+        k, v = (t.masked_fill(~padding_mask[:, None, :, None], 0.0) for t in (k, v))
+    mask = kernels.visible(q.shape[2], k.shape[2], window, padding_mask, q.device)
     return rows.reference(q.float(), k.float(), v.float(), mask)
 
 
 def padding(batch, length, holes=False):
     """The first row has none, the others more and more on the left, the last perhaps in the middle."""
-    keep = torch.ones(batch, length, dtype=torch.bool)
+    padding_mask = torch.ones(batch, length, dtype=torch.bool)
     for row in range(batch):
-        keep[row, : row * length // batch] = False
+        padding_mask[row, : row * length // batch] = False
     if holes:
-        keep[-1, length // 2 :: 3] = False
-    return keep.to(DEVICE)
+        padding_mask[-1, length // 2 :: 3] = False
+    return padding_mask.to(DEVICE)
 
 
 GROUP_HEADS = (1, 2, 4)  # query heads of a key-value head
@@ -82,7 +82,7 @@ def test_attend(window, length, dtype):
     )
     for queries in sorted({1, (length + 1) // 2, length}):
         q = drawn(2, 2 * group_heads, queries, 32, dtype=dtype)
-        out = gpu.attend(q, k, v, window=window, keep=None, tuning=SMALL)
+        out = gpu.attend(q, k, v, window=window, padding_mask=None, tuning=SMALL)
         assert out.dtype == dtype
         assert error(out, oracle(q, k, v, window, None)) <= bound(dtype)
 
@@ -92,17 +92,17 @@ def test_attend(window, length, dtype):
 @pytest.mark.parametrize("length", [16, 35])
 def test_padding(length, window, dtype):
     """A query that sees no key gives zeros; what lies at padding, here huge, does not leak."""
-    keep = padding(3, length, holes=True)
-    poisoned = ~keep[:, None, :, None]
+    padding_mask = padding(3, length, holes=True)
+    poisoned = ~padding_mask[:, None, :, None]
     k = drawn(3, 1, length, 16, seed=2, dtype=dtype).masked_fill(poisoned, 6e4)
     v = drawn(3, 1, length, 16, seed=3, dtype=dtype).masked_fill(poisoned, 6e4)
     for queries in (1, length):
         q = drawn(3, 2, queries, 16, dtype=dtype)
-        out = gpu.attend(q, k, v, window=window, keep=keep, tuning=SMALL)
-        expected = oracle(q, k, v, window, keep)
+        out = gpu.attend(q, k, v, window=window, padding_mask=padding_mask, tuning=SMALL)
+        expected = oracle(q, k, v, window, padding_mask)
         assert error(out, expected) <= bound(dtype)
-        blind = ~rows.visible(queries, length, window, keep).any(-1)[:, 0]
-        assert blind.any() == (queries > 1 or (not keep[:, -1].all() and window == 1))
+        blind = ~rows.visible(queries, length, window, padding_mask).any(-1)[:, 0]
+        assert blind.any() == (queries > 1 or (not padding_mask[:, -1].all() and window == 1))
         assert out.transpose(1, 2)[blind].eq(0).all()
 
 
@@ -111,7 +111,7 @@ def test_padding(length, window, dtype):
 def test_mixtrals_heads(queries, dtype):
     q = drawn(1, 32, queries, 128, dtype=dtype)
     k, v = drawn(1, 8, 67, 128, seed=2, dtype=dtype), drawn(1, 8, 67, 128, seed=3, dtype=dtype)
-    out = gpu.attend(q, k, v, window=None, keep=None)
+    out = gpu.attend(q, k, v, window=None, padding_mask=None)
     assert error(out, oracle(q, k, v, None, None)) <= bound(dtype)
 
 
@@ -119,18 +119,18 @@ def test_tensors_as_a_layer_has_them():
     """Heads behind positions in memory, as a projection leaves them, and a slice of a longer tensor."""
     q, k, v = (drawn(2, 20, heads, 32, seed=heads).transpose(1, 2) for heads in (4, 2, 2))
     expected = oracle(q, k, v, 8, None)
-    assert error(gpu.attend(q, k, v, window=8, keep=None), expected) <= ORDER_BOUND
+    assert error(gpu.attend(q, k, v, window=8, padding_mask=None), expected) <= ORDER_BOUND
     longer = torch.cat((k, torch.full_like(k, float("nan"))), 2)[:, :, :20]
-    assert error(gpu.attend(q, longer, v, window=8, keep=None), expected) <= ORDER_BOUND
-    keep = padding(2, 30)[:, -20:]
-    out = gpu.attend(q, k, v, window=8, keep=keep)
-    assert error(out, oracle(q, k, v, 8, keep)) <= ORDER_BOUND
+    assert error(gpu.attend(q, longer, v, window=8, padding_mask=None), expected) <= ORDER_BOUND
+    padding_mask = padding(2, 30)[:, -20:]
+    out = gpu.attend(q, k, v, window=8, padding_mask=padding_mask)
+    assert error(out, oracle(q, k, v, 8, padding_mask)) <= ORDER_BOUND
 
 
 def test_large_scores_do_not_overflow():
     q, k, v = (drawn(1, 2, 40, 16, seed=seed) for seed in (1, 2, 3))
     q = q * 300
-    out = gpu.attend(q, k, v, window=None, keep=None, tuning=SMALL)
+    out = gpu.attend(q, k, v, window=None, padding_mask=None, tuning=SMALL)
     # exp of scores around 1000: their rounding, 1000 * 2^-24, is relative to the weights.
     assert error(out, oracle(q, k, v, None, None)) <= 20 * ORDER_BOUND
 
@@ -155,9 +155,11 @@ def one_by_one(q, k, v, past, starts, window):
     out = []
     for row, before in enumerate(past.tolist()):
         end = before + q.shape[1]
-        keep = torch.arange(end, device=q.device)[None] >= (0 if starts is None else starts[row])
+        padding_mask = torch.arange(end, device=q.device)[None] >= (
+            0 if starts is None else starts[row]
+        )
         cut = (t[row : row + 1, :, :end] for t in (k, v))
-        out.append(oracle(q[row : row + 1].transpose(1, 2), *cut, window, keep))
+        out.append(oracle(q[row : row + 1].transpose(1, 2), *cut, window, padding_mask))
     return torch.cat(out).transpose(1, 2)
 
 
@@ -223,12 +225,12 @@ def test_chunked_prefill(chunk, window):
 def test_what_does_not_fit_is_refused():
     q = drawn(1, 2, 1, 24)
     with pytest.raises(UnsupportedError, match="heads of 24"):
-        gpu.attend(q, q, q, window=None, keep=None)
+        gpu.attend(q, q, q, window=None, padding_mask=None)
     q = drawn(1, 2, 1, 16)
     with pytest.raises(UnsupportedError, match="float16"):
-        gpu.attend(q, q.half(), q.half(), window=None, keep=None)
+        gpu.attend(q, q.half(), q.half(), window=None, padding_mask=None)
     with pytest.raises(UnsupportedError, match="gradients"):
-        gpu.attend(q.requires_grad_(), q, q, window=None, keep=None)
+        gpu.attend(q.requires_grad_(), q, q, window=None, padding_mask=None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -381,11 +383,11 @@ def test_a_model_says_the_same_tokens(window, monkeypatch):
     def logits():
         return model(input_ids=prompt, attention_mask=mask).logits
 
-    def attend(q, k, v, *, window, keep, dropout, mask, implementation):
+    def attend(q, k, v, mask, *, dropout, implementation):
         assert not dropout
-        assert mask is None
+        assert mask.attn_mask is None
         calls.append(q.shape[2])
-        return gpu.attend(q, k, v, window=window, keep=keep)
+        return gpu.attend(q, k, v, window=mask.window, padding_mask=mask.padding_mask)
 
     calls = []
     with torch.no_grad():

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from qmix import kernels
-from qmix.generation.cuda_graph import Decoding, Decodings, supported
+from qmix.generation.cuda_graph import DecodeStep, DecodeSteps, supported
 from qmix.generation.loop import GenerationConfig, generate
 from qmix.generation.sampling import Sampling
-from qmix.generation.token_choice import Draw
+from qmix.generation.token_choice import SampleFn
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
@@ -47,29 +47,38 @@ def on_the_cpu_too(monkeypatch):
     monkeypatch.setitem(kernels._LINEAR, (kernels.PackedWeight, "cpu"), packed_matmul.linear)
 
 
-def reference_steps(model, prompt, keep, count):
+def reference_steps(model, prompt, attention_mask, count):
     """Greedy ids and logits, by the standard weights and a cache of their own."""
     cache, ids, found = model.new_cache(len(prompt), 32), prompt, []
     with kernels.override("reference"), torch.no_grad():
         for _ in range(count):
             positions = (
-                None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                None
+                if attention_mask is None
+                else (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             )
             hidden = model.model.decode(
-                model.model.embed(ids), keep=keep, positions=positions, cache=cache
+                model.model.embed(ids),
+                padding_mask=attention_mask,
+                positions=positions,
+                cache=cache,
             ).hidden
             found.append(model.lm_head(hidden[:, -1]).float())
             ids = found[-1].argmax(-1, keepdim=True)
-            if keep is not None:
-                keep = torch.cat((keep, torch.ones_like(keep[:, :1])), 1)
+            if attention_mask is not None:
+                attention_mask = torch.cat(
+                    (attention_mask, torch.ones_like(attention_mask[:, :1])), 1
+                )
     return found
 
 
-def prefilled(model, prompt, keep, capacity=32):
+def prefilled(model, prompt, attention_mask, capacity=32):
     cache = model.new_cache(len(prompt), capacity)
-    positions = None if keep is None else (keep.cumsum(1) - 1).clamp(min=0)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
     with kernels.override("reference"), torch.no_grad():
-        model.model.decode(model.model.embed(prompt), keep=keep, positions=positions, cache=cache)
+        model.model.decode(
+            model.model.embed(prompt), padding_mask=attention_mask, positions=positions, cache=cache
+        )
     return cache
 
 
@@ -82,14 +91,14 @@ PROMPT = torch.tensor([[3, 17, 90, 41, 8], [5, 9, 11, 77, 21]])
 def test_steps_equal_the_reference(make, window, padded):
     model = packed_model(make, sliding_window=window)
     prompt = PROMPT.to(DEVICE)
-    keep = torch.ones_like(prompt, dtype=torch.bool) if padded else None
+    attention_mask = torch.ones_like(prompt, dtype=torch.bool) if padded else None
     if padded:
-        keep[1, :2] = False
-    expected = reference_steps(model, prompt, keep, 4)
-    cache = prefilled(model, prompt, keep)
-    step = Decoding(model.model, model.lm_head, cache, padded=padded)
+        attention_mask[1, :2] = False
+    expected = reference_steps(model, prompt, attention_mask, 4)
+    cache = prefilled(model, prompt, attention_mask)
+    step = DecodeStep(model.model, model.lm_head, cache, padded=padded)
     if padded:
-        step.pad(keep)
+        step.pad(attention_mask)
     for before, after in pairwise(expected):
         logits = step.step(before.argmax(-1))
         cache.advance(1)
@@ -104,7 +113,7 @@ def test_the_step_can_choose_by_itself():
     model = packed_model(nf4)
     expected = reference_steps(model, PROMPT.to(DEVICE), None, 4)
     cache = prefilled(model, PROMPT.to(DEVICE), None)
-    step = Decoding(model.model, model.lm_head, cache, draw=Draw(Sampling(), None))
+    step = DecodeStep(model.model, model.lm_head, cache, sample_fn=SampleFn(Sampling(), None))
     step.ids.copy_(expected[0].argmax(-1))
     for after in expected[1:]:
         step.step()
@@ -114,7 +123,7 @@ def test_the_step_can_choose_by_itself():
 def test_a_step_is_repeatable_and_can_go_back():
     model = packed_model(int4)
     cache = prefilled(model, PROMPT.to(DEVICE), None)
-    step = Decoding(model.model, model.lm_head, cache)
+    step = DecodeStep(model.model, model.lm_head, cache)
     first = step.step(PROMPT[:, 0].to(DEVICE)).clone()
     step.step(PROMPT[:, 1].to(DEVICE))
     step.move(5)
@@ -133,15 +142,15 @@ def test_generate_takes_the_step(monkeypatch, options):
     """
     model = packed_model(nf4)
     taken = []
-    plain = Decoding.step
+    plain = DecodeStep.step
     monkeypatch.setattr(
-        Decoding, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
+        DecodeStep, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
     )
     if INTERPRETED:
         monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
-    keep = torch.ones_like(PROMPT)
-    keep[0, :1] = 0
-    for mask in (None, keep.to(DEVICE)):
+    attention_mask = torch.ones_like(PROMPT)
+    attention_mask[0, :1] = 0
+    for mask in (None, attention_mask.to(DEVICE)):
         config = GenerationConfig(max_new_tokens=5, **options)
         with torch.no_grad():
             with kernels.override("reference"):
@@ -158,7 +167,7 @@ def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
     monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
     model = small_model()
     with torch.no_grad():
-        found = Decodings().of(model.model, model.lm_head, model.new_cache(1, 4), None)
+        found = DecodeSteps().for_cache(model.model, model.lm_head, model.new_cache(1, 4), None)
     assert found is None
 
 
@@ -169,9 +178,11 @@ def test_the_graph_gives_the_tokens_of_the_launches(sampled):
     found = []
     for record in (False, True):
         generator = torch.Generator(DEVICE).manual_seed(7)
-        draw = Draw(Sampling(temperature=1.0, top_p=0.9) if sampled else Sampling(), generator)
+        sample_fn = SampleFn(
+            Sampling(temperature=1.0, top_p=0.9) if sampled else Sampling(), generator
+        )
         cache = prefilled(model, PROMPT.to(DEVICE), None)
-        step = Decoding(model.model, model.lm_head, cache, draw=draw, record=record)
+        step = DecodeStep(model.model, model.lm_head, cache, sample_fn=sample_fn, record=record)
         step.ids.copy_(PROMPT[:, 0])
         ids = []
         for _ in range(4):

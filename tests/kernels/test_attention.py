@@ -10,7 +10,7 @@ import torch
 from qmix import kernels
 from qmix.errors import UnsupportedError, UsageError
 from qmix.kernels import attention, flash
-from qmix.kernels.attention import Sight, attend, reference, visible, weighted
+from qmix.kernels.attention import AttentionMask, attend, attention_with_weights, reference, visible
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.flash import flash_attn
 from tests.support.models import TINY, small_model
@@ -49,9 +49,9 @@ def test_every_implementation_is_plain_softmax_attention(
     q, k, v = tensors(queries, keys, shared=shared)
     padded = torch.ones(2, keys, dtype=torch.bool)
     padded[1, : keys // 3] = False
-    for keep in (None, padded):
-        expected = reference(q, k, v, visible(queries, keys, window, keep))
-        found = attend(q, k, v, window=window, keep=keep, implementation=name)
+    for padding_mask in (None, padded):
+        expected = reference(q, k, v, visible(queries, keys, window, padding_mask))
+        found = attend(q, k, v, AttentionMask(window, padding_mask), implementation=name)
         assert (found - expected).abs().max() < 1e-5
         assert torch.isfinite(found).all()
 
@@ -59,7 +59,7 @@ def test_every_implementation_is_plain_softmax_attention(
 @pytest.mark.parametrize("window", [1, 3, 8])
 def test_a_query_sees_exactly_window_keys_itself_included(window):
     q, k, v = tensors(12, 12)
-    _, weights = weighted(q, k, v, Sight(window=window))
+    _, weights = attention_with_weights(q, k, v, AttentionMask(window=window))
     assert torch.equal((weights > 0).sum(-1)[0, 0], torch.arange(1, 13).clamp_max(window))
 
 
@@ -71,11 +71,11 @@ def test_a_mask_of_pairs_replaces_the_window_in_every_implementation():
     expected = reference(q, k, v, seen)
     for name in ("eager", "sdpa"):
         for mask in (seen, added, torch.finfo(torch.float32).min * (~seen).float()):
-            found = attend(q, k, v, window=2, keep=None, mask=mask, implementation=name)
+            found = attend(q, k, v, AttentionMask(2, attn_mask=mask), implementation=name)
             assert (found - expected).abs().max() < 1e-5
     bias = torch.randn(1, 8, 4, 9, generator=torch.Generator().manual_seed(1))
-    one = attend(q, k, v, window=None, keep=None, mask=bias, implementation="eager")
-    other = attend(q, k, v, window=None, keep=None, mask=bias, implementation="sdpa")
+    one = attend(q, k, v, AttentionMask(attn_mask=bias), implementation="eager")
+    other = attend(q, k, v, AttentionMask(attn_mask=bias), implementation="sdpa")
     assert (one - other).abs().max() < 1e-5
 
 
@@ -83,7 +83,7 @@ def test_half_precisions_soften_in_float32():
     q, k, v = tensors(16, 16, dtype=torch.float16)
     expected = reference(q.float() * 40, k.float(), v.float(), visible(16, 16, None, None))
     for name in ("eager", "sdpa"):
-        found = attend(q * 40, k, v, window=None, keep=None, implementation=name)
+        found = attend(q * 40, k, v, implementation=name)
         assert found.dtype == torch.float16
         assert (found - expected).abs().max() < 5e-2
 
@@ -91,9 +91,9 @@ def test_half_precisions_soften_in_float32():
 def test_dropout_zeroes_weights_in_training_only():
     q, k, v = tensors(8, 8)
     for name in ("eager", "sdpa"):
-        plain = attend(q, k, v, window=None, keep=None, implementation=name)
+        plain = attend(q, k, v, implementation=name)
         torch.manual_seed(0)
-        dropped = attend(q, k, v, window=None, keep=None, dropout=0.5, implementation=name)
+        dropped = attend(q, k, v, dropout=0.5, implementation=name)
         assert (plain - dropped).abs().max() > 1e-2
     model = small_model(attention_dropout=0.5)
     with torch.no_grad():
@@ -136,15 +136,13 @@ def test_flash_attention_refuses_what_it_would_get_wrong(fake_flash):
     q, k, v = tensors(6, 6)
     holed = torch.tensor([[True] * 6, [True, True, False, True, True, True]])
     with pytest.raises(UnsupportedError, match="padding inside"):
-        attend(q, k, v, window=3, keep=holed, implementation="flash_attention_2")
+        attend(q, k, v, AttentionMask(3, holed), implementation="flash_attention_2")
     with pytest.raises(UnsupportedError, match="4-D mask"):
         attend(
             q,
             k,
             v,
-            window=3,
-            keep=None,
-            mask=torch.ones(1, 1, 6, 6, dtype=torch.bool),
+            AttentionMask(attn_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool)),
             implementation="flash_attention_2",
         )
 
@@ -162,7 +160,7 @@ def test_names_are_checked_when_they_are_given(model):
         model.set_attn_implementation("fast")
     with pytest.raises(UsageError, match="attn_implementation"):
         MixtralForCausalLM.from_pretrained(TINY, device="cpu", attn_implementation="fast")
-    assert attention.named(None) == "sdpa"
+    assert attention.checked_implementation(None) == "sdpa"
 
 
 def test_triton_is_there_or_says_that_it_is_not(model):
@@ -208,21 +206,27 @@ def test_on_a_gpu_sdpa_leaves_to_triton_what_needs_a_mask(monkeypatch):
     taken = []
     monkeypatch.setattr(kernels, "_fused", lambda *tensors: not kernels.overridden())
     monkeypatch.setitem(
-        attention._ROWS, "triton", lambda q, k, v, sight: taken.append("triton") or q
+        attention._IMPLEMENTATIONS,
+        "triton",
+        lambda q, k, v, mask, dropout: taken.append("triton") or q,
     )
-    monkeypatch.setitem(attention._ROWS, "sdpa", lambda q, k, v, sight: taken.append("sdpa") or q)
+    monkeypatch.setitem(
+        attention._IMPLEMENTATIONS, "sdpa", lambda q, k, v, mask, dropout: taken.append("sdpa") or q
+    )
     q, k = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 8, 16)
     whole = torch.zeros(1, 4, 8, 16)
-    keep = torch.ones(1, 8, dtype=torch.bool)
+    no_padding = torch.ones(1, 8, dtype=torch.bool)
 
-    def row(q, k, **options):
-        kernels.attend(q, k, k, **{"window": None, "keep": None, **options})
+    def row(q, k, dropout=0.0, **mask):
+        kernels.attend(q, k, k, AttentionMask(**mask), dropout=dropout)
         return taken.pop()
 
     assert row(whole, k) == "sdpa"  # causality alone
     assert row(whole, k, window=8) == "sdpa"
-    assert row(whole, k, window=4) == row(whole, k, keep=keep) == row(q, k) == "triton"
-    assert row(q, k, mask=torch.ones(1, 1, 3, 8, dtype=torch.bool)) == "sdpa"
+    assert (
+        row(whole, k, window=4) == row(whole, k, padding_mask=no_padding) == row(q, k) == "triton"
+    )
+    assert row(q, k, attn_mask=torch.ones(1, 1, 3, 8, dtype=torch.bool)) == "sdpa"
     assert row(q, k, dropout=0.1) == "sdpa"
     assert row(q[..., :12], k[..., :12]) == "sdpa"
     with kernels.override("reference"):
@@ -232,4 +236,4 @@ def test_on_a_gpu_sdpa_leaves_to_triton_what_needs_a_mask(monkeypatch):
 def test_the_triton_row_refuses_what_it_cannot():
     q = torch.zeros(1, 4, 3, 16)
     with pytest.raises(UnsupportedError, match="Triton"):
-        attention.attend(q, q, q, window=None, keep=None, implementation="triton")
+        attention.attend(q, q, q, implementation="triton")

@@ -6,7 +6,7 @@ import torch
 from qmix import kernels
 from qmix.errors import UsageError
 from qmix.kernels import Routes, tiles
-from qmix.kernels.attention import attend, reference, visible
+from qmix.kernels.attention import AttentionMask, attend, reference, visible
 from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
@@ -132,11 +132,11 @@ def test_attention_matches_plain_softmax_at_every_window_edge(queries, window, g
     q = inputs(8 * queries, 16, torch.float32).view(1, 8, queries, 16)
     k = inputs(groups * 16, 16, torch.float32, 2).view(1, groups, 16, 16)
     v = inputs(groups * 16, 16, torch.float32, 3).view(1, groups, 16, 16)
-    keep = torch.ones(1, 16, dtype=torch.bool)
-    keep[:, :3] = False
-    for mask in (None, keep):
+    padding_mask = torch.ones(1, 16, dtype=torch.bool)
+    padding_mask[:, :3] = False
+    for mask in (None, padding_mask):
         oracle = reference(q, k, v, visible(queries, 16, window, mask))
-        out = attend(q, k, v, window=window, keep=mask)
+        out = attend(q, k, v, AttentionMask(window, mask))
         assert (out - oracle).abs().max() < 1e-5
         assert torch.isfinite(out).all()
 

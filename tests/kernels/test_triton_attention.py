@@ -89,8 +89,8 @@ def test_a_decode_step_waits_for_nothing(batch, monkeypatch):
 def test_prefill_waits_for_nothing(queries, monkeypatch):
     recorder = Recorder(monkeypatch)
     q, k = meta(1, 32, queries, 128), meta(1, 8, queries, 128)
-    keep = meta(1, queries, dtype=torch.bool)
-    assert attention.attend(q, k, k, window=None, keep=keep).shape == q.shape
+    padding_mask = meta(1, queries, dtype=torch.bool)
+    assert attention.attend(q, k, k, window=None, padding_mask=padding_mask).shape == q.shape
     assert pointwise.rms_norm(meta(1, queries, 4096), meta(4096), 1e-5).shape == (1, queries, 4096)
     cos, sin = meta(2, 1, 1, queries, 128)
     assert pointwise.apply_rotary(q, cos, sin).shape == q.shape

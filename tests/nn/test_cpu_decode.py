@@ -13,7 +13,7 @@ from qmix import MixtralForCausalLM, kernels
 from qmix.config import MixtralConfig
 from qmix.kernels import attention
 from qmix.kernels.cpu.library import attends, library
-from qmix.nn.attention import Step
+from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder_layer import DecoderLayer, one_token
 from qmix.nn.linear import Linear
@@ -57,7 +57,7 @@ def run(layer, tokens=5, config=CONFIG):
         cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
         x = torch.randn(1, new, config.hidden_size, generator=seeded(index)).bfloat16()
         with torch.no_grad():
-            outs += layer(x, Step(cos=cos, sin=sin, keep=None, cache=cache))
+            outs += layer(x, ForwardContext(cos=cos, sin=sin, cache=cache))
         cache.advance(new)
     return outs
 
@@ -179,14 +179,14 @@ def test_what_it_cannot_do_goes_through_the_modules(where):
     layer = layer.to(dtype).train(where == "training")
     cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, dtype)
     attentions = [] if where == "attentions" else None
-    step = Step(cos=cos, sin=sin, keep=None, cache=None, attentions=attentions)
+    context = ForwardContext(cos=cos, sin=sin, attentions=attentions)
     x = torch.randn(2 if where == "two rows" else 1, 1, 256, generator=seeded()).to(dtype)
     with torch.set_grad_enabled(where == "gradients"):
         if where == "reference":
             with kernels.override("reference"):
-                out, _ = layer(x, step)
+                out, _ = layer(x, context)
         else:
-            out, _ = layer(x, step)
+            out, _ = layer(x, context)
     assert layer._token is None
     assert out.requires_grad == (where == "gradients")
     assert attentions is None or len(attentions) == 1
@@ -208,7 +208,7 @@ def test_inputs_that_are_no_numbers_come_out_as_none():
     x = torch.ones(1, 1, 256).bfloat16()
     x[0, 0, 3] = torch.inf
     with torch.no_grad():
-        out, logits = layer(x, Step(cos=cos, sin=sin, keep=None, cache=None))
+        out, logits = layer(x, ForwardContext(cos=cos, sin=sin))
     assert layer._token is not None
     assert out.isnan().all()
     assert logits.isnan().all()
@@ -299,24 +299,24 @@ def test_a_cache_that_grows_rewinds_and_was_interrupted_stays_right():
         one_token(  # a pass that never counts
             model.model.layers,
             torch.randn(1, 1, 256).bfloat16(),
-            step_at(100, cache=cache),
+            context_at(100, cache=cache),
         )
     assert cache.length == 100
     assert same(said(model, cache=cache)[0], said(model, at_once=False, cache=other)[0])
 
 
-def step_at(position, **options):
+def context_at(position, **options):
     cos, sin = kernels.rotary(torch.tensor([[position]]), 32, CONFIG.rope_theta, torch.bfloat16)
-    return Step(**{"cos": cos, "sin": sin, "keep": None, "cache": None, **options})
+    return ForwardContext(**{"cos": cos, "sin": sin, **options})
 
 
 def test_a_token_without_a_past_sees_itself():
     model, x = random_model(), torch.randn(1, 1, 256, generator=seeded()).bfloat16()
     with torch.no_grad():
-        out, logits = one_token(model.model.layers, x, step_at(0))
+        out, logits = one_token(model.model.layers, x, context_at(0))
         before = x.clone()
         for index, layer in enumerate(model.model.layers):
-            x, expected = layer(x, step_at(0))
+            x, expected = layer(x, context_at(0))
             assert torch.equal(logits[index], expected)
     assert torch.equal(out, x)
     assert not torch.equal(out, before)
@@ -352,18 +352,18 @@ def test_layers_that_must_be_called_one_by_one_are(change):
     elif change == "other layer":
 
         class Other(DecoderLayer):
-            def forward(self, x, step):
+            def forward(self, x, context):
                 calls.append(x)
-                return super().forward(x, step)
+                return super().forward(x, context)
 
         layers[1].__class__ = Other
     elif change == "a mask":
-        options["keep"] = torch.tensor([[True]])
+        options["padding_mask"] = torch.tensor([[True]])
     else:
         options["cache"] = KVCache(model.config, 1, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
-        step = step_at(0, attn_implementation=model.model.attn_implementation, **options)
-        assert one_token(layers, torch.randn(1, 1, 256).bfloat16(), step) is None
+        context = context_at(0, attn_implementation=model.model.attn_implementation, **options)
+        assert one_token(layers, torch.randn(1, 1, 256).bfloat16(), context) is None
     if not options:
         found, went = said(model)
         assert not any(went)
@@ -416,7 +416,7 @@ def test_attention_of_one_token(isa, batch, heads, groups, keys, width):
     k, v = (drawn(seed, batch, groups, keys + 7, width)[:, :, 3 : 3 + keys] for seed in (1, 2))
     assert attends(q, k, v) == (isa != "torch")
     with torch.no_grad():
-        out = kernels.attend(q, k, v, window=None, keep=None)
+        out = kernels.attend(q, k, v)
     everything = torch.ones(1, 1, 1, keys, dtype=torch.bool)
     exact = attention.reference(q.float(), k, v, everything)
     assert out.shape == q.shape
@@ -424,17 +424,17 @@ def test_attention_of_one_token(isa, batch, heads, groups, keys, width):
     if isa == "torch":
         return
     near = max(1, keys - 5)
-    windowed = kernels.attend(q, k, v, window=near, keep=None)
+    windowed = kernels.attend(q, k, v, kernels.AttentionMask(near))
     exact = attention.reference(
         q.float(), k[:, :, -near:], v[:, :, -near:], everything[..., -near:]
     )
     assert (windowed - exact).abs().max() <= 2**-8 * exact.abs().max()
     q = 100 * q  # all of a head's weight on one key, nearly
-    sharp = kernels.attend(q, k, v, window=None, keep=None)
+    sharp = kernels.attend(q, k, v)
     exact = attention.reference(q.float(), k, v, everything)
     assert (sharp - exact).abs().max() <= 2**-8 * exact.abs().max()
     k[0, 0, keys // 2] = torch.nan
-    found = kernels.attend(q, k, v, window=None, keep=None)
+    found = kernels.attend(q, k, v)
     assert found[0, : heads // groups].isnan().all()
     assert found[0, heads // groups :].isfinite().all()
 
@@ -446,7 +446,7 @@ def test_the_number_of_threads_changes_no_bit_of_attention():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outs.append(kernels.attend(q, k, k, window=None, keep=None))
+            outs.append(kernels.attend(q, k, k))
     finally:
         torch.set_num_threads(before)
     assert same(outs, [outs[0]] * 3)
@@ -455,4 +455,4 @@ def test_the_number_of_threads_changes_no_bit_of_attention():
 def test_attention_with_gradients_is_torchs():
     q = torch.randn(1, 4, 1, 32).bfloat16().requires_grad_()
     k = torch.randn(1, 2, 9, 32).bfloat16()
-    assert kernels.attend(q, k, k, window=None, keep=None).requires_grad
+    assert kernels.attend(q, k, k).requires_grad

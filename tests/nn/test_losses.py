@@ -15,18 +15,18 @@ def test_the_balance_of_random_gates_is_that_of_transformers(k, whole, masked):
     """3 layers, 2 rows of 7, 8 experts, the first three tokens of row 0 masked (4.38.1: k = 2 only)."""
     torch.manual_seed(0)
     gates = tuple(torch.randn(14, 8) for _ in range(3))
-    keep = torch.ones(2, 7)
-    keep[0, :3] = 0
+    attention_mask = torch.ones(2, 7)
+    attention_mask[0, :3] = 0
     assert abs(float(load_balancing_loss(gates, k)) - whole) < 1e-5
-    assert abs(float(load_balancing_loss(gates, k, keep)) - masked) < 1e-5
+    assert abs(float(load_balancing_loss(gates, k, attention_mask)) - masked) < 1e-5
 
 
 def test_a_thousand_pads_do_not_move_the_balance():
     torch.manual_seed(0)
     gates = tuple(torch.randn(20, 8) for _ in range(2))
     padded = tuple(torch.cat((torch.randn(1000, 8), gate)) for gate in gates)
-    keep = torch.cat((torch.zeros(1, 1000), torch.ones(1, 20)), 1)
-    found, expected = load_balancing_loss(padded, 2, keep), load_balancing_loss(gates, 2)
+    attention_mask = torch.cat((torch.zeros(1, 1000), torch.ones(1, 20)), 1)
+    found, expected = load_balancing_loss(padded, 2, attention_mask), load_balancing_loss(gates, 2)
     assert torch.allclose(found, expected, rtol=1e-4)
     assert not torch.allclose(load_balancing_loss(padded, 2), expected, rtol=1e-3)
 

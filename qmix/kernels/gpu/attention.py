@@ -109,19 +109,19 @@ def attend(
     v: Tensor,
     *,
     window: int | None,
-    keep: Tensor | None,
+    padding_mask: Tensor | None,
     tuning: Tuning = UNTUNED,
 ) -> Tensor:
     """Attention of the last S of L columns: (B, H, S, d) with (B, G, L, d) -> (B, H, S, d).
 
     Args:
         window: each query sees this many columns, its own included; None sees all before it.
-        keep: bool (B, L), False at padding; None keeps all. A query that sees no key gives zeros.
+        padding_mask: bool (B, L), False at padding; None keeps all. A query that sees no key gives zeros.
 
     Raises:
         UnsupportedError: as `check`.
     """
-    out = _attend(q, k, v, None, None, window, keep, q.dtype, tuning)
+    out = _attend(q, k, v, None, None, window, padding_mask, q.dtype, tuning)
     return out.transpose(1, 2)
 
 
@@ -159,7 +159,7 @@ def _attend(
     past: Tensor | None,
     starts: Tensor | None,
     window: int | None,
-    keep: Tensor | None,
+    padding_mask: Tensor | None,
     dtype: torch.dtype,
     tuning: Tuning,
 ) -> Tensor:
@@ -168,7 +168,9 @@ def _attend(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, queries, width), (shared, slots) = q.shape, k.shape[1:3]
     share = heads // shared
-    marks = None if keep is None else keep.to(q.device).contiguous().view(torch.uint8)
+    marks = (
+        None if padding_mask is None else padding_mask.to(q.device).contiguous().view(torch.uint8)
+    )
     out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
     reach = _EVERYTHING if window is None else window
     rows_of = (q.stride(0), q.stride(1))

@@ -19,12 +19,12 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # They change from step to step: no program of its own for a length of 1 or of a multiple of 16.
-_LENGTHS = ["columns", "queries", "window", "R", "keep_batch", "SPLITS"]
+_LENGTHS = ["columns", "queries", "window", "R", "mask_batch", "SPLITS"]
 
 
 @triton.jit
 def _walk(
-    q, at, keys, values, keep, lowest, first, last, end, window, R, k_row, v_row,
+    q, at, keys, values, padding_mask, lowest, first, last, end, window, R, k_row, v_row,
     D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of the columns from `lowest` to `end`, for queries q [rows, d] at columns `at`.
@@ -46,9 +46,9 @@ def _walk(
         scores = tl.dot(q, key, input_precision="ieee") * scale
         seen = there[None, :] & (column[None, :] <= at[:, None])
         seen = seen & (column[None, :] > at[:, None] - window)
-        if keep is not None:
+        if padding_mask is not None:
             # Only scores are masked: loads that depend on a load could not run ahead.
-            seen = seen & (tl.load(keep + column, mask=there, other=0) != 0)[None, :]
+            seen = seen & (tl.load(padding_mask + column, mask=there, other=0) != 0)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
@@ -66,8 +66,8 @@ def _walk(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def split(
-    q, keys, values, keep, past, starts, sums, peaks, totals, columns, window, R, SPLITS,
-    q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, keep_batch,
+    q, keys, values, padding_mask, past, starts, sums, peaks, totals, columns, window, R, SPLITS,
+    q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch,
     GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +82,8 @@ def split(
     lowest = tl.maximum(end - window, 0)
     if starts is not None:
         lowest = tl.maximum(lowest, tl.load(starts + batch))
-    if keep is not None:
-        keep += batch.to(tl.int64) * keep_batch
+    if padding_mask is not None:
+        padding_mask += batch.to(tl.int64) * mask_batch
     tiles = tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS)
     row, dim = tl.arange(0, ROWS), tl.arange(0, D)
     head = shared * GROUP_HEADS + row
@@ -97,7 +97,7 @@ def split(
         query, row * 0 + end - 1,
         keys + batch.to(tl.int64) * k_batch + shared.to(tl.int64) * k_head,
         values + batch.to(tl.int64) * v_batch + shared.to(tl.int64) * v_head,
-        keep, lowest, part * tiles // SPLITS, (part + 1) * tiles // SPLITS, end, window, R,
+        padding_mask, lowest, part * tiles // SPLITS, (part + 1) * tiles // SPLITS, end, window, R,
         k_row, v_row, D, COLUMNS, STAGES,
     )  # fmt: skip
     place = (batch * tl.num_programs(0) * GROUP_HEADS + head) * SPLITS + part
@@ -126,8 +126,8 @@ def merge(sums, peaks, totals, out, SPLITS, PARTS: tl.constexpr, D: tl.constexpr
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def prefill(
-    q, keys, values, keep, past, starts, out, columns, queries, window, R,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, keep_batch,
+    q, keys, values, padding_mask, past, starts, out, columns, queries, window, R,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch,
     GROUP_HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +144,8 @@ def prefill(
     lowest = tl.maximum(before + block * QUERIES + 1 - window, 0)
     if starts is not None:
         lowest = tl.maximum(lowest, tl.load(starts + batch))
-    if keep is not None:
-        keep += batch.to(tl.int64) * keep_batch
+    if padding_mask is not None:
+        padding_mask += batch.to(tl.int64) * mask_batch
     query = tl.load(
         q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
         + row[:, None] * q_row + dim[None, :],
@@ -156,7 +156,7 @@ def prefill(
         query, before + row,
         keys + batch.to(tl.int64) * k_batch + shared * k_head,
         values + batch.to(tl.int64) * v_batch + shared * v_head,
-        keep, lowest, 0, tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS), end, window, R,
+        padding_mask, lowest, 0, tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS), end, window, R,
         k_row, v_row, D, COLUMNS, STAGES,
     )  # fmt: skip
     result = summed / tl.where(total == 0, 1.0, total)[:, None]  # no visible column: zeros
