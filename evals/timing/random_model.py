@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
+from qmix.experts.layer_experts import GpuExperts
 from qmix.kernels import PackedExperts, PackedWeight
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.decoder_layer import DecoderLayer
@@ -61,7 +62,8 @@ def build(
         attention.store_joined(PackedWeight(whole, None, None), parts)
         attention.o_proj.store(PackedWeight(draw.matrix(_shape(attention.o_proj)), None, None))
         shape = (config.intermediate_size, config.hidden_size)
-        block.store(PackedExperts([draw.expert(shape) for _ in range(config.num_local_experts)]))
+        experts = [draw.expert(shape) for _ in range(config.num_local_experts)]
+        block.store(GpuExperts(PackedExperts(experts)))
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.is_meta:

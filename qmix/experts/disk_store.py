@@ -7,12 +7,13 @@ else, and leaves the slots alone. Reads are preads into the arena: never a page 
 Shape letters: T tokens, E experts a layer. Knows no kernels.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import overload
 
 from torch import Tensor
 
+from qmix import kernels
 from qmix.experts.arena import HostArena
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency, Upload
@@ -25,7 +26,7 @@ from qmix.experts.store import (
     chosen_ids,
 )
 from qmix.kernels import Routes
-from qmix.weights.expert import Expert
+from qmix.weights.expert import Expert, ExpertSequence
 
 BUFFERS = 2
 # Of a layer's two chosen experts one is multiplied while the other is read. One thread or two made no
@@ -189,7 +190,11 @@ class DiskExperts(StoredExperts):
         self._first = layer * store.per_layer
         super().__init__([store.reader.described(self._first + i) for i in range(store.per_layer)])
 
-    def ready(self, routes: Routes) -> Sequence[Expert]:
+    def _forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
+        return kernels.experts(x, routes, self._view(routes), act, resident=False)
+
+    def _view(self, routes: Routes) -> "_View":
+        """The layer's experts for one product, whose reads begin here."""
         store, ids = self.store, [self._first + index for index in chosen_ids(routes)]
         if len(routes.ids) > STEP_TOKENS:
             store.end()
@@ -202,7 +207,7 @@ class DiskExperts(StoredExperts):
         return _Held(self, self._first, ids)
 
 
-class _View(Sequence[Expert]):
+class _View(ExpertSequence):
     """A layer's experts for one product; those that nobody chose as they are at rest."""
 
     def __init__(self, layer: DiskExperts, first: int, chosen: Sequence[int]) -> None:
@@ -212,26 +217,19 @@ class _View(Sequence[Expert]):
     def __len__(self) -> int:
         return len(self._layer)
 
-    @overload
-    def __getitem__(self, index: int) -> Expert: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
-    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
-        if isinstance(index, slice):
-            return self._layer[index]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def expert(self, index: int) -> Expert:
         expert = self._first + index
-        return self._found(expert) if expert in self._chosen else self._layer[index]
+        return self._loaded(expert) if expert in self._chosen else self._layer[index]
 
-    def _found(self, expert: int) -> Expert:
-        raise NotImplementedError
+    @abstractmethod
+    def _loaded(self, expert: int) -> Expert:
+        """A chosen expert, by its id over all layers, when its weights are in memory."""
 
 
 class _Held(_View):
     """All chosen ones have a slot."""
 
-    def _found(self, expert: int) -> Expert:
+    def _loaded(self, expert: int) -> Expert:
         return self._store.expert(expert)
 
 
@@ -252,7 +250,7 @@ class _Passing(_View):
         for _ in range(BUFFERS):
             self._read_ahead()
 
-    def _found(self, expert: int) -> Expert:
+    def _loaded(self, expert: int) -> Expert:
         if expert not in self._missing:
             return self._store.expert(expert)
         if self._missing.index(expert) + 1 == self._next and self._next >= BUFFERS:

@@ -382,25 +382,21 @@ class DeviceExperts(StoredExperts):
         self._layer, self._whole = layer, whole
 
     @property
-    def whole(self) -> PackedExperts:
-        """The experts through the store's table, for a recorded step."""
-        return self._whole
+    def packed(self) -> PackedExperts | None:
+        """The experts through the store's table, if the device can read all of them there."""
+        return self._whole if self.store.in_place else None
 
-    def ready(self, routes: Routes) -> Sequence[Expert]:
-        if len(routes.ids) > STEP_TOKENS:
-            return self._whole.through(self.store.stream(self._layer))
+    def _forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
+        if len(x) > STEP_TOKENS:
+            streamed = self._whole.through(self.store.stream(self._layer))
+            return kernels.packed_experts(x, routes, streamed, act)
         self.store.reach(self._layer, routes)
         if not self.store.in_place:
             first = self._layer * self.store.per_layer
             self.store.fetch_now(self._layer, [first + index for index in chosen_ids(routes)])
-        return self._whole
-
-    def product(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
-        split = self.store.path.current == "cpu" and len(x) <= STEP_TOKENS and act is F.silu
-        if not split or not self.store.in_place or kernels.overridden():
-            return super().product(x, routes, act)
-        self.store.reach(self._layer, routes)
-        return self._split(x, routes)
+        elif self.store.path.current == "cpu" and act is F.silu and not kernels.overridden():
+            return self._split(x, routes)
+        return kernels.packed_experts(x, routes, self._whole, act)
 
     def _split(self, x: Tensor, routes: Routes) -> Tensor:
         """Hits on the device, misses on the CPU: activations go down, products come up, weights stay.

@@ -6,13 +6,13 @@ Shape letters: T tokens, K chosen experts a token, D hidden width.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from qmix import kernels
 from qmix.errors import UnsupportedError, UsageError
+from qmix.experts.layer_experts import Experts
 from qmix.experts.residency import Counts
 from qmix.kernels import Routes
 from qmix.weights.expert import Expert
@@ -136,34 +136,22 @@ class Store(ABC):
         )
 
 
-class StoredExperts(Sequence[Expert], ABC):
+class StoredExperts(Experts):
     """One layer's experts in a store, each indexed as it can be described and saved at rest."""
 
     store: Store
 
-    def __init__(self, parts: Sequence[Expert]) -> None:
-        self._parts = parts
+    def __init__(self, at_rest: Sequence[Expert]) -> None:
+        self._at_rest = at_rest
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._at_rest)
 
-    @overload
-    def __getitem__(self, index: int) -> Expert: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
-    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
-        return self._parts[index]
+    def expert(self, index: int) -> Expert:
+        return self._at_rest[index]
 
-    @abstractmethod
-    def ready(self, routes: Routes) -> Sequence[Expert]:
-        """The layer's experts for one product: those that `routes` chose may be multiplied.
-
-        An expert is good until the product ends if the pass is a decode step, else until the next
-        one is asked for.
-        """
-
-    def product(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
-        """As kernels.experts: [T, D] -> [T, D].
+    def forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """See Experts.forward.
 
         Raises:
             UsageError: gradients are asked for.
@@ -173,7 +161,10 @@ class StoredExperts(Sequence[Expert], ABC):
                 "an offloaded model computes no gradients",
                 remedy="Load it without vram= and ram= to train, or use torch.no_grad().",
             )
-        return kernels.experts(x, routes, self.ready(routes), act)
+        return self._forward(x, routes, act)
+
+    @abstractmethod
+    def _forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor: ...
 
 
 def chosen_ids(routes: Routes) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.experts.gpu_store import DeviceExperts, DeviceStore
+from qmix.experts.gpu_store import DeviceStore
 from qmix.generation.token_choice import SampleFn
 from qmix.kernels import PackedExperts, PackedWeight
 from qmix.nn.attention import Attention
@@ -55,12 +55,10 @@ def _layer(layer: nn.Module) -> _Layer | None:
     assert isinstance(attention, Attention)
     assert isinstance(block, SparseMoeBlock)
     qkv, o_proj = _matrix(attention.joined), _matrix(attention.o_proj.stored)
-    gate, experts = block.gate.stored, block.stored
+    gate, experts = block.gate.stored, block.stored.packed
     if qkv is None or o_proj is None or not isinstance(gate, Dense):
         return None
-    if isinstance(experts, DeviceExperts) and experts.store.in_place:
-        experts = experts.whole
-    if not isinstance(experts, PackedExperts):
+    if experts is None:
         return None
     return _Layer(
         layer.input_layernorm.weight,

@@ -22,7 +22,7 @@ from qmix.kernels.gpu import packed_matmul
 from qmix.kernels.moe import Routes, moe_forward, moe_forward_token
 from qmix.kernels.pointwise import rotary
 from qmix.weights.dense import Dense, Weight
-from qmix.weights.expert import Expert, Resident
+from qmix.weights.expert import Expert
 from qmix.weights.integers import Int4, Int8
 from qmix.weights.nf4 import FP4, NF4
 from qmix.weights.packed.weight import PackedExperts, PackedWeight
@@ -33,7 +33,6 @@ __all__ = [
     "Expert",
     "PackedExperts",
     "PackedWeight",
-    "Resident",
     "Routes",
     "apply_rotary",
     "attend",
@@ -42,6 +41,7 @@ __all__ = [
     "linears",
     "overridden",
     "override",
+    "packed_experts",
     "rms_norm",
     "rotary",
     "route",
@@ -110,22 +110,45 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
 
 
 def experts(
-    x: Tensor, routes: Routes, weights: Sequence[Expert], act: Callable[[Tensor], Tensor]
+    x: Tensor,
+    routes: Routes,
+    weights: Sequence[Expert],
+    act: Callable[[Tensor], Tensor],
+    *,
+    resident: bool = True,
 ) -> Tensor:
     """Each token through its chosen experts: [T, D] -> [T, D], summed in float32.
 
-    Experts that no token chose are not touched: `weights[i]` is asked for once a chosen expert, in
-    ascending order, and let go before the next; but those of a list or Resident serve one token at once.
+    Experts that no token chose are not touched.
+
+    Args:
+        resident: all experts stay in memory, so that several may be asked for at once. If not,
+            `weights[i]` is asked for once a chosen expert, in ascending order, and let go before
+            the next.
     """
-    if _override.get() == "reference":
+    if overridden():
         return reference.experts(x, routes, weights, act)
-    trained = x.requires_grad and torch.is_grad_enabled()
-    if act is F.silu and not trained:
-        if isinstance(weights, PackedExperts):
-            return packed_matmul.experts(x, routes, weights)
-        if len(x) == 1 and x.is_cpu and library().isa is not None:
-            return moe_forward_token(x, routes, weights, _add_experts)
+    one_token = len(x) == 1 and x.is_cpu and library().isa is not None
+    if one_token and act is F.silu and not _trained(x):
+        return moe_forward_token(x, routes, weights, _add_experts, resident=resident)
     return moe_forward(x, routes, weights, act, linears)
+
+
+def packed_experts(
+    x: Tensor, routes: Routes, weights: PackedExperts, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The same of experts in the packed layout. Gradients, and other activations than SiLU, which the
+    kernels fuse, take one matrix after the other.
+    """
+    if overridden():
+        return reference.experts(x, routes, weights, act)
+    if act is F.silu and not _trained(x):
+        return packed_matmul.experts(x, routes, weights)
+    return moe_forward(x, routes, weights, act, linears)
+
+
+def _trained(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _add_experts(x: Tensor, chosen: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qmix.weights.dense import Weight
-from qmix.weights.expert import Expert, Resident
+from qmix.weights.expert import Expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +52,19 @@ def moe_forward_token(
     routes: Routes,
     weights: Sequence[Expert],
     add_experts: Callable[[Tensor, Sequence[Expert], Sequence[float], Tensor], None],
+    *,
+    resident: bool,
 ) -> Tensor:
-    """`moe_forward` of one token: (1, D) -> (1, D); all its experts at once where they stay.
+    """`moe_forward` of one token: (1, D) -> (1, D).
 
     Args:
-        add_experts: adds the experts' outputs for x [1, D], by their shares, to a float32 sum [1, D].
+        add_experts: adds the experts' outputs for x [1, D], times their routing weights, to a
+            float32 sum [1, D].
+        resident: hand it all experts at once; otherwise one after the other, in ascending order.
     """
-    shares = dict(zip(routes.ids.tolist()[0], routes.weights.tolist()[0], strict=True))
-    ids = sorted(shares)
-    groups = [ids] if isinstance(weights, (list, Resident)) else [[index] for index in ids]
+    weight_of = dict(zip(routes.ids.tolist()[0], routes.weights.tolist()[0], strict=True))
+    ids = sorted(weight_of)
     out = torch.zeros(x.shape, dtype=torch.float32)
-    for group in groups:
-        add_experts(x, [weights[index] for index in group], [shares[index] for index in group], out)
+    for group in [ids] if resident else [[index] for index in ids]:
+        add_experts(x, [weights[i] for i in group], [weight_of[i] for i in group], out)
     return out.to(x.dtype)

@@ -171,12 +171,12 @@ class OnDevice:
             UnsupportedError: they are not in the packed layout, or of another size than the others.
             ResourceError: no host memory.
         """
-        experts = block.stored
-        if not isinstance(experts, PackedExperts):
+        experts = block.stored.packed
+        if experts is None:
             raise UnsupportedError(
                 "experts that are not in the packed layout are not offloaded from a GPU",
                 where=f"layer {len(self._packed)}",
-                found=str(experts[0].w1.scheme),
+                found=str(block.stored[0].w1.scheme),
                 remedy="Load it with device='cpu' and ram=, or quantize it as NF4 or GPTQ.",
             )
         sizes = {len(expert.blob) for expert in experts.packed}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError
+from qmix.experts.layer_experts import GpuExperts
 from qmix.nn.attention import Attention
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
@@ -62,16 +63,16 @@ class Placement:
 
     def _pack_experts(self, block: SparseMoeBlock) -> None:
         experts = block.stored
-        if isinstance(experts, PackedExperts) or isinstance(experts[0].w1, Dense):
+        if experts.packed is not None or isinstance(experts[0].w1, Dense):
             return
         try:
             if block.act is not F.silu:
                 raise UnsupportedError("the kernels fuse SiLU only")
-            found = PackedExperts.pack(experts)
+            packed_experts = PackedExperts.pack(experts)
         except UnsupportedError as error:
             self.apart[error.what] += 1
             return
-        block.store(found)
+        block.store(GpuExperts(packed_experts))
         self.packed += 3 * len(experts)
 
     def _join(self, attention: Attention) -> None:

@@ -3,7 +3,7 @@
 Shape letters: B rows, S positions, T = B * S tokens, D hidden width, E experts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
 
@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.config import MixtralConfig
+from qmix.experts.layer_experts import Experts, ResidentExperts
 from qmix.experts.store import Store, StoredExperts
-from qmix.kernels import PackedExperts, Routes
+from qmix.kernels import Routes
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense, Weight
-from qmix.weights.expert import Expert, Resident
+from qmix.weights.expert import Expert
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -30,7 +31,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class SwiGLU(nn.Module):
-    """One expert: w1 (gate), w2 (down), w3 (up). Multiplied by kernels.experts, never called."""
+    """One expert: w1 (gate), w2 (down), w3 (up). Multiplied by Experts.forward, never called."""
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
@@ -53,36 +54,34 @@ class SparseMoeBlock(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
-        self._whole: PackedExperts | StoredExperts | None = None
+        self._placed: Experts | None = None  # None: the modules' own weights
 
     @property
-    def stored(self) -> Sequence[Expert]:
-        """The experts' weights, as a whole if they lie in the packed layout or in a store."""
-        if self._whole is not None:
-            return self._whole
-        return list(self._resident)
-
-    @property
-    def _resident(self) -> Resident:
-        return Resident(len(self.experts), lambda index: cast(SwiGLU, self.experts[index]).stored)
+    def stored(self) -> Experts:
+        """The experts: the modules' own weights, if none in the packed layout or in a store are."""
+        if self._placed is not None:
+            return self._placed
+        return ResidentExperts(
+            len(self.experts), lambda index: cast(SwiGLU, self.experts[index]).stored
+        )
 
     @property
     def offloaded(self) -> Store | None:
         """The store that keeps the experts, if one does."""
-        return self._whole.store if isinstance(self._whole, StoredExperts) else None
+        return self._placed.store if isinstance(self._placed, StoredExperts) else None
 
-    def store(self, experts: PackedExperts | StoredExperts) -> None:
+    def store(self, experts: Experts) -> None:
         """Replace the experts' weights."""
         for module, expert in zip(self.experts, experts, strict=True):
             assert isinstance(module, SwiGLU)
             module.w1.store(expert.w1)
             module.w2.store(expert.w2)
             module.w3.store(expert.w3)
-        self._whole = experts
+        self._placed = experts
 
     def placed(self) -> list[Weight | None]:
         """What w1, w3 and w2 of each expert hold in 4 bits; none of a store's, which come and go."""
-        if self._whole is not None:
+        if self._placed is not None:
             return []
         return [
             getattr(modules.get(name), "_packed", None)
@@ -97,7 +96,7 @@ class SparseMoeBlock(nn.Module):
             for module in (expert.w1, expert.w2, expert.w3):
                 shape = (module.out_features, module.in_features)
                 module.store(Dense(torch.empty(shape, device="meta")))
-        self._whole = None
+        self._placed = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
@@ -110,18 +109,15 @@ class SparseMoeBlock(nn.Module):
 
     def moe_forward(self, tokens: Tensor, routes: Routes) -> Tensor:
         """Tokens through the experts that were chosen for them: (T, D) -> (T, D)."""
-        if isinstance(self._whole, StoredExperts):
-            return self._whole.product(tokens, routes, self.act)
-        whole = self._whole if self._whole is not None else self._resident
-        return kernels.experts(tokens, routes, whole, self.act)
+        return self.stored.forward(tokens, routes, self.act)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoeBlock":
-        if isinstance(self._whole, StoredExperts):
+        if self.offloaded is not None:
             self.gate._apply(fn, recurse)  # a store's experts lie in several memories, and stay
             return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._whole is not None and self._whole[0].w1 is not self._first().w1.stored:
-            self._whole = None  # moved: its experts are standard weights again
+        if self._placed is not None and self._placed[0].w1 is not self._first().w1.stored:
+            self._placed = None  # moved: its experts are standard weights again
         return self
 
     def _first(self) -> SwiGLU:

@@ -1,9 +1,10 @@
-"""One SwiGLU expert's three weights, and a layer's experts where all of them stay in memory.
+"""One SwiGLU expert's three weights, and a layer's experts as a sequence.
 
 Shape letters: D hidden width, F expert width.
 """
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -19,22 +20,19 @@ class Expert:
     w3: Weight
 
 
-class Resident(Sequence[Expert]):
-    """Experts that all lie in memory and stay: asked for when they are needed, several at once."""
+class ExpertSequence(Sequence[Expert], ABC):
+    """A layer's experts, each looked up or made when it is asked for."""
 
-    def __init__(self, count: int, found: Callable[[int], Expert]) -> None:
-        self._count, self._found = count, found
-
-    def __len__(self) -> int:
-        return self._count
+    @abstractmethod
+    def expert(self, index: int) -> Expert:
+        """The expert of a number from 0 to the length less one."""
 
     @overload
     def __getitem__(self, index: int) -> Expert: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Expert]: ...
     def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
-        if isinstance(index, slice):
-            return [self._found(i) for i in range(*index.indices(self._count))]
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return self._found(index)
+        numbers = range(len(self))[index]
+        if isinstance(numbers, int):
+            return self.expert(numbers)
+        return [self.expert(number) for number in numbers]

@@ -115,7 +115,7 @@ def whole_model(make):
 
 
 def blobs_of(block):
-    return [expert.blob for expert in block.stored.packed]
+    return [expert.blob for expert in block.stored.packed.packed]
 
 
 def store_of(model, slots, *, copier, settings=HEAT, in_place=True, held=None, fill=None):
@@ -139,7 +139,7 @@ def store_of(model, slots, *, copier, settings=HEAT, in_place=True, held=None, f
     )
     for index, block in enumerate(blocks):
         here = sources[index * EXPERTS : (index + 1) * EXPERTS]
-        whole = block.stored.elsewhere(here, addresses[index : index + 1])
+        whole = block.stored.packed.elsewhere(here, addresses[index : index + 1])
         block.store(DeviceExperts(store, index, whole, list(whole)))
     store.warm(policy.order(EXPERTS))
     return store

@@ -16,6 +16,7 @@ from qmix.commands.session import Session
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.evals import offload as offload_record
 from qmix.evals.timing import bench
+from qmix.experts.layer_experts import ResidentExperts
 from qmix.experts.policy import PRESETS
 from qmix.formats import open_checkpoint
 from qmix.formats.files import shards
@@ -248,7 +249,7 @@ def test_the_oracle_reads_every_expert(saved):
 def test_without_a_budget_there_is_no_store(saved):
     model = MixtralForCausalLM.from_pretrained(saved["nf4"], device="cpu")
     assert model.store is None
-    assert isinstance(model.model.layers[0].block_sparse_moe.stored, list)
+    assert isinstance(model.model.layers[0].block_sparse_moe.stored, ResidentExperts)
     assert any(p.requires_grad for p in model.parameters())
 
 

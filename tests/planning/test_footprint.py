@@ -11,7 +11,7 @@ from qmix.evals import footprint as reality
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
 from qmix.formats.metadata import read_metadata
-from qmix.kernels import PackedExperts, PackedWeight
+from qmix.kernels import PackedWeight
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.pack import Placement
 from qmix.nn.attention import Attention
@@ -68,8 +68,8 @@ def test_packed_order_on_a_device(tiny, tmp_path, name):
     experts, attention, kept = [], 0, 0
     for module in model.modules():
         if isinstance(module, SparseMoeBlock):
-            if isinstance(module.stored, PackedExperts):
-                blobs = module.stored.table.blobs[0]
+            if module.stored.packed is not None:
+                blobs = module.stored.packed.table.blobs[0]
                 experts += [blob.nbytes for blob in blobs]
             else:
                 experts += [
