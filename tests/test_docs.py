@@ -1,0 +1,277 @@
+"""The documentation says what is so: commands run, links lead somewhere, tables and pictures are today's.
+
+A command that is not run stands under a comment `<!-- not run: why -->` in its page, and must at least
+name a command, options and files that exist.
+"""
+
+import ast
+import importlib
+import re
+import shlex
+import shutil
+from contextlib import chdir
+from dataclasses import dataclass
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from qmix import cli
+from qmix.config import MixtralConfig
+from qmix.evals import speed
+from tests.support import figures, house, pictures
+from tests.support.house import ROOT
+
+PAGES = (
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
+# What the pages call by the names of real checkpoints are tiny ones here; long runs are cut short.
+SHORTER = {
+    ("quantize", "gptq"): ["--samples", "2", "--seqlen", "32"],
+    ("quantize", "auto"): ["--samples", "2", "--seqlen", "32"],
+    ("bench", None): ["-r", "1", "-n", "8"],
+    ("generate", None): ["--max-new-tokens", "4"],
+}
+MAKES_OUT = ("quantize", "convert", "export")
+FOLDERS = ("qmix", "quantize", "evals", "tests", "docs", ".ci")
+
+_BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_PATH = re.compile(rf"(?<![\w./~$-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*[\w/]")
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    body: str
+    why: str | None
+
+    @property
+    def commands(self):
+        """The words of each line, comments and prompts left out."""
+        lines = (shlex.split(line, comments=True) for line in self.body.splitlines())
+        return [words for words in lines if words]
+
+
+def text(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page):
+    return [Block(m["language"], m["body"], m["why"]) for m in _BLOCK.finditer(text(page))]
+
+
+def run_blocks(page, language):
+    return [one for one in blocks(page) if one.language == language and one.why is None]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, tiny, tiny_nf4):
+    """A folder in which the names of the pages' examples exist, tiny."""
+    from qmix.quantize import streaming
+    from qmix.text.tokenizer import LlamaTokenizer
+    from qmix.weights.scheme import Recipe, Scheme
+    from tests.support import raw_mistral
+    from tests.support.models import small_model
+
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "evals").mkdir()
+    for name in ("evals/tiny", "Mixtral-8x7B-v0.1", "Mixtral-8x7B-Instruct-v0.1"):
+        (folder / name).symlink_to(tiny)
+    shutil.copytree(tiny_nf4, folder / "mixtral-nf4")
+    recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
+    streaming.run(tiny, folder / "mixtral-gptq", recipe, method="rtn")
+    words = LlamaTokenizer.from_pretrained(tiny)
+    raw = folder / "Mixtral-8x7B-v0.1-raw"
+    raw_mistral.write(raw, small_model(vocab_size=len(words)), tokenizer=tiny / "tokenizer.model")
+    MixtralConfig(max_position_embeddings=32768).save_pretrained(folder)
+    for name in ("books.txt", "wiki.test.raw"):
+        (folder / name).write_text("Return a list of the names in the current scope. " * 20)
+    return folder
+
+
+# Calibrated runs take their time, however few the tokens.
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page == "docs/checkpoints.md"))
+        for page in PAGES
+        if run_blocks(page, "sh")
+    ],
+)
+def test_commands_run(page, desk, capsys):
+    for block in run_blocks(page, "sh"):
+        for words in block.commands:
+            with chdir(desk):
+                run(words)
+
+
+def run(words):
+    """A line of a shell block, within this process; what it prints is for nobody."""
+    if "|" in words:
+        at = words.index("|")
+        assert words[0] == "echo", words
+        qmix(words[at + 1 :], " ".join(words[1:at]) + "\n")
+    elif words[0] == "qmix":
+        qmix(words)
+    elif words[:2] == ["python", "-m"] and words[2].startswith("qmix.evals"):
+        module = importlib.import_module(words[2])
+        if "--help" in words:
+            with pytest.raises(SystemExit) as done:
+                module.main(words[3:])
+            assert done.value.code == 0, words
+        else:
+            assert not module.main(words[3:]), words
+    else:
+        pytest.fail(f"nothing runs this: {shlex.join(words)}; say in the page why it is not run")
+
+
+def qmix(words, typed=""):
+    command, arguments = words[1], words[2:]
+    if command in MAKES_OUT:
+        shutil.rmtree(arguments[1], ignore_errors=True)
+    method = arguments[arguments.index("--method") + 1] if "--method" in arguments else None
+    done = CliRunner().invoke(
+        cli.app, [command, *arguments, *SHORTER.get((command, method), [])], input=typed
+    )
+    if done.exit_code:
+        raise AssertionError(f"{shlex.join(words)}: {done.output}") from done.exception
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if run_blocks(page, "python")])
+def test_python_runs(page, desk, monkeypatch, capsys):
+    names = {}
+    monkeypatch.chdir(desk)
+    for block in run_blocks(page, "python"):
+        if "qmix import hf" in block.body:
+            pytest.importorskip("transformers")
+        exec(compile(block.body, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_not_run_exists_and_says_why(page):
+    for block in blocks(page):
+        assert block.language in ("sh", "python", "text"), (page, block.body)
+        if block.language == "sh":
+            for words in block.commands:
+                known(words)
+        if block.why is not None:
+            assert len(block.why) > 20, (page, block.why)
+    prose = _BLOCK.sub("", text(page))
+    for span in re.findall(r"`((?:qmix|python3?|make) [^`\n]+)`", prose):
+        known(shlex.split(span, comments=True))
+
+
+def known(words):
+    """The command, its options, its module or its target exist."""
+    if "|" in words:
+        words = words[words.index("|") + 1 :]
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", text("Makefile"), re.MULTILINE)
+        assert words[1] in targets, words
+    elif words[0] in ("python", "python3"):
+        assert words[1] == "-m", words
+        module = words[2]
+        if module.startswith("tests."):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        elif module.startswith("qmix"):
+            assert module in house.modules(), module
+            source = house.modules()[module].read_text()
+            for option in words[3:]:
+                assert (
+                    not option.startswith("--") or option == "--help" or f'"{option}"' in source
+                ), words
+    elif words[0] == "qmix":
+        known_to_qmix(words[1:])
+
+
+def known_to_qmix(words):
+    command = get_command(cli.app)
+    options = {"--help", "-h"}
+    for word in words:
+        if hasattr(command, "commands") and not word.startswith("-"):
+            assert word in command.commands, words
+            command = command.commands[word]
+        options |= {
+            name for param in command.params for name in (*param.opts, *param.secondary_opts)
+        }
+        assert not word.startswith("-") or word == "-" or word in options, (word, words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in _LINK.findall(text(page)):
+        if target.startswith("https://"):
+            continue
+        name, _, heading = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), (page, target)
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings]
+            assert heading in slugs, (page, target)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    without_links = re.sub(r"https?://\S+|\]\([^)]*\)", "", text(page))
+    for name in _PATH.findall(without_links):
+        assert (ROOT / name).exists() or name == "evals/tiny", (page, name)
+
+
+def test_messages_in_troubleshooting_are_the_programs():
+    said = set()
+    for path in house.modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    headings = re.findall(r"^### (.+)$", text("docs/troubleshooting.md"), re.MULTILINE)
+    quoted = [message for heading in headings for message in re.findall(r"`([^`]+)`", heading)]
+    assert len(quoted) > 10
+    for message in quoted:
+        assert any(message in one for one in said), message
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_records(page):
+    found = text(page)
+    assert found == figures.written(found), "run: python -m tests.support.figures"
+
+
+def test_the_readme_claims_no_speed_on_a_gpu_that_no_record_has():
+    row = next(
+        line for line in text("README.md").splitlines() if line.startswith("| speed on a GPU")
+    )
+    assert (row.split("|")[2].strip() == "-") == (speed.table() == speed.NOTHING)
+
+
+def test_the_readme_fits_a_screen():
+    lines = [line for line in text("README.md").splitlines() if not line.startswith("![")]
+    assert len(lines) <= 60
+
+
+PICTURES = "run: python -m tests.support.pictures"
+
+
+def picture(name):
+    return (pictures.DOCS / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_the_picture_of_the_rooms_is_of_this_house():
+    assert picture("rooms") == pictures.rooms(), PICTURES
+
+
+def test_the_picture_of_a_plan_says_what_qmix_plan_prints():
+    assert pictures.words(picture("plan")) == pictures.words(pictures.plan()), PICTURES
+
+
+def test_the_picture_of_a_chat_says_what_qmix_chat_prints(tiny_nf4):
+    shown, printed = (
+        re.sub(r"[\d.,]+(?= tok/s)|(?<=first token )[\d.]+", "#", pictures.words(svg))
+        for svg in (picture("chat"), pictures.chat(tiny_nf4))
+    )
+    assert shown == printed, PICTURES
