@@ -31,6 +31,7 @@ SHORTER = {
     ("quantize", "gptq"): ["--samples", "2", "--seqlen", "32"],
     ("quantize", "auto"): ["--samples", "2", "--seqlen", "32"],
     ("bench", None): ["-r", "1", "-n", "8"],
+    ("bench", "--attention"): ["-r", "1"],
     ("generate", None): ["--max-new-tokens", "4"],
 }
 MAKES_OUT = ("quantize", "convert", "export")
@@ -134,10 +135,9 @@ def qmix(words, typed=""):
     command, arguments = words[1], words[2:]
     if command in MAKES_OUT:
         shutil.rmtree(arguments[1], ignore_errors=True)
-    method = arguments[arguments.index("--method") + 1] if "--method" in arguments else None
-    done = CliRunner().invoke(
-        cli.app, [command, *arguments, *SHORTER.get((command, method), [])], input=typed
-    )
+    kind = next((word for word in arguments if word in ("gptq", "auto", "--attention")), None)
+    shorter = SHORTER.get((command, kind), [])
+    done = CliRunner().invoke(cli.app, [command, *arguments, *shorter], input=typed)
     if done.exit_code:
         raise AssertionError(f"{shlex.join(words)}: {done.output}") from done.exception
 
