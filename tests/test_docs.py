@@ -223,6 +223,13 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / name).exists() or name == "evals/tiny", (page, name)
 
 
+def test_every_promise_of_security_has_its_test():
+    promises = re.findall(r"`(tests/[\w./]+)::(\w+)`", text("SECURITY.md"))
+    assert len(promises) > 15
+    for path, name in promises:
+        assert re.search(rf"^def {name}\(", text(path), re.MULTILINE), (path, name)
+
+
 def test_messages_in_troubleshooting_are_the_programs():
     said = set()
     for path in house.modules().values():
