@@ -21,6 +21,7 @@ from qmix.evals.timing.machine_code import SHARED_LIMIT, Cost, Source, cost_of
 from qmix.evals.timing.plain_kernels import Plain, plain_variants
 from qmix.kernels.gpu import attention, moe, moe_triton
 from qmix.kernels.gpu.moe import Config, configs
+from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.tile_format import TileFormat
 
 FORMATS = (
@@ -110,7 +111,7 @@ def variants(archs: Sequence[int], plans: Sequence[TileFormat] = FORMATS) -> Ite
                 yield Variant("packed_matmul", plan, config, False, arch)
                 for kernel in ("gate_up", "down"):
                     yield Variant(kernel, plan, config, True, arch)
-                    if config.columns <= moe.DECODE_TOKENS:
+                    if config.columns <= DECODE_TOKENS:
                         yield Variant(kernel, plan, config, False, arch)
             yield Variant("dequantize", plan, Config(0, 4, 1), False, arch)
 

@@ -18,14 +18,14 @@ from qmix.experts.arena import HostArena
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency, Upload
 from qmix.experts.store import (
-    STEP_TOKENS,
-    Moved,
+    MovedBytes,
     Statistics,
     Store,
     StoredExperts,
     chosen_ids,
 )
 from qmix.kernels import Routes
+from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.expert import Expert, ExpertSequence
 
 BUFFERS = 2
@@ -59,7 +59,7 @@ class DiskStore(Store):
         self._reads: dict[int, tuple[Upload, Future[Expert]]] = {}  # by expert
         self._buffers: list[Future[Expert] | None] = [None] * BUFFERS
         self._pool = ThreadPoolExecutor(_THREADS, "qmix-read")
-        self._moved = Moved()
+        self._moved = MovedBytes()
         self.failures = 0  # of reads into buffers
         self._used: list[int] = []  # of the token under way
         self._layer = -1  # that it has reached
@@ -114,10 +114,6 @@ class DiskStore(Store):
         held = self._held[slot] if slot >= 0 else None
         assert held is not None, expert
         return held
-
-    def resident(self, expert: int) -> bool:
-        """Whether it lies in a slot."""
-        return self.residency.slot_of_id[expert] >= 0
 
     def begin(self, layer: int) -> None:
         """A decode step reaches a layer; a step that begins ends the one before it."""
@@ -196,7 +192,7 @@ class DiskExperts(StoredExperts):
     def _view(self, routes: Routes) -> "_View":
         """The layer's experts for one product, whose reads begin here."""
         store, ids = self.store, [self._first + index for index in chosen_ids(routes)]
-        if len(routes.ids) > STEP_TOKENS:
+        if len(routes.ids) > DECODE_TOKENS:
             store.end()
             return _Passing(self, self._first, ids, prompt=True)
         store.begin(self._layer)
@@ -244,7 +240,7 @@ class _Passing(_View):
     ) -> None:
         super().__init__(layer, first, chosen)
         self._prompt = prompt
-        self._missing = [e for e in chosen if not self._store.resident(e)]
+        self._missing = [e for e in chosen if not self._store.residency.in_slot(e)]
         self._next = 0
         self._reads: dict[int, Future[Expert]] = {}
         for _ in range(BUFFERS):

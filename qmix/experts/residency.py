@@ -108,6 +108,10 @@ class Residency:
         """Copies begun and not yet reported, oldest first."""
         return tuple(self._filling.values())
 
+    def in_slot(self, expert: int) -> bool:
+        """Whether the expert is READY in a slot."""
+        return self.slot_of_id[expert] >= 0
+
     def warm(self, order: Iterable[int]) -> tuple[Upload, ...]:
         """Fill free slots, with the first of `order` (Policy.order) that have none."""
         free = self._free()

@@ -17,10 +17,6 @@ from qmix.experts.residency import Counts
 from qmix.kernels import Routes
 from qmix.weights.expert import Expert
 
-# More tokens than this in one pass are a prompt: every layer is streamed once and heat stays as it is.
-# As many as the GPU's kernels take without sorting (kernels.gpu.experts.DECODE_TOKENS).
-STEP_TOKENS = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
@@ -173,7 +169,7 @@ def chosen_ids(routes: Routes) -> list[int]:
 
 
 @dataclass
-class Moved:
+class MovedBytes:
     """Bytes that a store has moved, beside what its Residency counts."""
 
     interconnect: int = 0

@@ -12,6 +12,10 @@ from torch import Tensor
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 
+# A forward pass of more tokens than this is a prompt: a store then streams each layer once and leaves
+# heat as it is. A GPU's kernels take up to as many tokens without sorting them by expert.
+DECODE_TOKENS = 16
+
 
 @dataclass(frozen=True, eq=False)
 class Routes:

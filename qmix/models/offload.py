@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError
 from qmix.experts import disk_store, heat_file
 from qmix.experts.arena import HostArena, SlotArena
+from qmix.experts.copiers import CudaCopier, HostCopier
+from qmix.experts.cpu_misses import pairs_on_host
 from qmix.experts.disk_store import DiskStore
-from qmix.experts.gpu_store import CudaCopier, DeviceExperts, DeviceStore, HostCopier, pairs_on_host
+from qmix.experts.gpu_experts import DeviceExperts
+from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.policy import HEAT, Policy, PolicySettings
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency

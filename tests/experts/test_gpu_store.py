@@ -18,7 +18,8 @@ from qmix import kernels
 from qmix.errors import ResourceError
 from qmix.experts import arena
 from qmix.experts.arena import HostArena, SlotArena
-from qmix.experts.gpu_store import DeviceExperts, DeviceStore
+from qmix.experts.gpu_experts import DeviceExperts
+from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.miss_path import MissPathSelector
 from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
@@ -224,17 +225,17 @@ def test_a_prompt_sends_each_missing_expert_once_and_leaves_heat_alone(slots):
     with torch.no_grad():
         model(PROMPT)
     did = store.statistics().since(before)
-    kept = slots - len(store._borrowed)
-    assert len(store._borrowed) == min(2, slots // EXPERTS) * EXPERTS
+    kept = slots - len(store._prefill.borrowed)
+    assert len(store._prefill.borrowed) == min(2, slots // EXPERTS) * EXPERTS
     assert copier.bytes - sent == did.prefill_interconnect_bytes == (LAYERS * EXPERTS - kept) * size
     assert (did.interconnect_bytes, did.tokens, did.hits, did.misses) == (0, 0, 0, 0)
     assert store.residency.policy.heat == heat
     with torch.no_grad():
         model(PROMPT)  # another chunk: the same again, nothing is taken back between
     assert copier.bytes - sent == 2 * (LAYERS * EXPERTS - kept) * size
-    borrowed = len(store._borrowed)
+    borrowed = len(store._prefill.borrowed)
     decode(model, 1)
-    assert not store._borrowed
+    assert not store._prefill.borrowed
     assert (
         store.statistics().since(before).prefill_interconnect_bytes
         == (2 * (LAYERS * EXPERTS - kept) + borrowed) * size
@@ -298,8 +299,8 @@ def test_where_the_host_cannot_be_read_every_chosen_expert_is_brought(slots, lef
     store = store_of(model, slots, copier=Late(2), settings=settings, in_place=False, fill=fill)
     store._finish(join=True)
     for expert in range(left):
-        store._sources[expert].random_(0, 256)
-        store._sources[expert] = None
+        store._sources.blobs[expert].random_(0, 256)
+        store._sources.blobs[expert] = None
     for prompt in (PROMPT[:, :1], PROMPT, PROMPT[:, :4]):
         found, expected = greedy(model, prompt), greedy(plain, prompt)
         assert torch.equal(found[1], expected[1])

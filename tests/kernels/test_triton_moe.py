@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from qmix.evals import aot
 from qmix.kernels.gpu import moe as gpu
 from qmix.kernels.gpu import moe_triton
+from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import TileFormat
@@ -62,7 +63,7 @@ def test_nothing_waits_for_the_device(tokens, monkeypatch):
         recorders[name].grids for name in ("gate_up", "down", "packed_matmul")
     )
     turns = min(8, 2 * tokens)  # no more thread blocks than experts that can have been chosen
-    if tokens <= gpu.DECODE_TOKENS:
+    if tokens <= DECODE_TOKENS:
         assert gate_up == (14336 // 64, turns)
         assert down[:2] == (4096 // 128, turns)
     assert packed_matmul[0] == 6144 // 128
@@ -100,7 +101,7 @@ def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
         variant
         for variant in aot.variants([arch], [NF4, INT4])
         if variant.kernel in ("gate_up", "down", "packed_matmul")
-        and variant.config.columns <= gpu.DECODE_TOKENS
+        and variant.config.columns <= DECODE_TOKENS
         and not variant.is_sorted
     ]
     assert len(chosen) == 2 * 2 * 3
@@ -120,6 +121,6 @@ def test_every_selectable_variant_is_listed():
         for tokens in range(1, 1100):
             config = gpu.config_for(gpu.columns_for(tokens, plan), plan)
             assert (plan, config, True) in listed
-            assert tokens > gpu.DECODE_TOKENS or (plan, config, False) in listed
+            assert tokens > DECODE_TOKENS or (plan, config, False) in listed
     mixed = gpu.columns_for(64, NF4, TileFormat("int4", 64, symmetric=False))
     assert mixed == 32

@@ -19,12 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.kernels.gpu import moe_triton
-from qmix.kernels.moe import Routes
+from qmix.kernels.moe import DECODE_TOKENS, Routes
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat
-
-DECODE_TOKENS = 16
 
 # Between the two products activations are float16, which ends at 65504 and loses bits below 6e-5.
 # Kept times 2^-2 they reach 262000 (beyond, the result is infinite, not clamped) and are closer than

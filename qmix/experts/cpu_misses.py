@@ -1,0 +1,70 @@
+"""A decode step whose hits the device multiplies and whose misses the CPU multiplies where they lie.
+
+Activations go down to the host and products come up; no weight moves. Knows no store.
+Shape letters: E experts a layer, T tokens, K chosen experts a token, D hidden width.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmix.kernels import PackedExperts, Routes
+from qmix.kernels.cpu import packed_moe
+from qmix.kernels.gpu import packed_matmul
+
+
+@dataclass(frozen=True, eq=False)
+class SplitProduct:
+    """The output [T, D]; how many experts the CPU read for it, and the seconds that this took."""
+
+    out: Tensor
+    missed: int
+    seconds: float
+
+
+def forward(
+    x: Tensor, routes: Routes, experts: PackedExperts, in_slot: Sequence[bool]
+) -> SplitProduct:
+    """Each token [T, D] through its chosen SwiGLU experts.
+
+    The sum is in the order of a token's choices, as in the device's kernels.
+
+    Args:
+        in_slot: for each of the E experts, whether the device has it; the blobs of the others are
+            read on the CPU.
+    """
+    missed = torch.tensor([[not in_slot[expert] for expert in row] for row in routes.ids.tolist()])
+    on_cpu = missed.to(x.device)
+    out = torch.zeros(*routes.ids.shape, x.shape[1], dtype=torch.float32, device=x.device)
+    if not bool(missed.all()):
+        ids = routes.ids.masked_fill(on_cpu, in_slot.index(True))
+        weights = routes.weights.masked_fill(on_cpu, 0)
+        out += packed_matmul.expert_pairs(x, Routes(ids, weights), experts)
+    count, seconds = 0, 0.0
+    if bool(missed.any()):
+        begun = time.perf_counter()
+        host_routes = Routes(routes.ids.cpu(), routes.weights.cpu())
+        products, count = pairs_on_host(x.cpu(), host_routes, experts, missed)
+        seconds = time.perf_counter() - begun
+        out[on_cpu] = products.to(x.device)
+    return SplitProduct(out.sum(1).to(x.dtype), count, seconds)
+
+
+def pairs_on_host(
+    x: Tensor, routes: Routes, experts: PackedExperts, chosen: Tensor
+) -> tuple[Tensor, int]:
+    """Products of the (token, choice) pairs that `chosen`, bool [T, K], marks, from host blobs.
+
+    Returns:
+        float32 [pairs, D], each times its routing weight; and how many experts were read.
+    """
+    out = torch.zeros(*routes.ids.shape, x.shape[1], dtype=torch.float32)
+    indices = torch.unique(routes.ids[chosen]).tolist()
+    for index in indices:
+        token, choice = torch.where((routes.ids == index) & chosen)
+        pair_routes = Routes(routes.ids[token, choice, None], routes.weights[token, choice, None])
+        out[token, choice] = packed_moe.experts(x[token], pair_routes, experts.packed)
+    return out[chosen], len(indices)

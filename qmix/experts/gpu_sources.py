@@ -1,0 +1,96 @@
+"""Where the bytes of each expert come from and where kernels find them: host blobs, slots, addresses.
+
+Shape letters: L layers, E experts a layer. Knows no layer, no step and no policy.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qmix.experts.arena import SlotArena
+from qmix.experts.copiers import Copier, FinishedCopy, PendingCopy
+from qmix.experts.residency import Residency
+
+# Writes an expert that is not in host memory into a blob of the device.
+Fill = Callable[[int, Tensor], None]
+
+
+class ExpertSources:
+    """Copies experts to the device from host memory, or else from their file.
+
+    Args:
+        blobs: each expert's blob in host memory; None if it is only in the file.
+        fill: reads an expert from the file; needed if a blob is None.
+    """
+
+    def __init__(
+        self, blobs: Sequence[Tensor | None], copier: Copier, fill: Fill | None = None
+    ) -> None:
+        self.blobs, self._copier, self._fill = blobs, copier, fill
+
+    def __len__(self) -> int:
+        return len(self.blobs)
+
+    @property
+    def on_host(self) -> int:
+        """The number of experts in host memory."""
+        return sum(blob is not None for blob in self.blobs)
+
+    def copy(self, expert: int, target: Tensor) -> PendingCopy:
+        """Start to copy an expert into a blob of the device."""
+        blob = self.blobs[expert]
+        if blob is not None:
+            return self._copier.copy(blob, target)
+        assert self._fill is not None
+        self._fill(expert, target)
+        return FinishedCopy()
+
+
+class AddressTable:
+    """The device's table of expert addresses: the slot, or the host blob if the device can read it.
+
+    Args:
+        addresses: int64 [L, E] on the device, written by `write`.
+        in_place: the device can read every host blob; otherwise an expert without a slot has the
+            address 0.
+    """
+
+    def __init__(
+        self,
+        addresses: Tensor,
+        sources: ExpertSources,
+        slots: SlotArena,
+        residency: Residency,
+        copier: Copier,
+        *,
+        in_place: bool,
+    ) -> None:
+        assert len(sources) == addresses.numel()
+        assert not in_place or sources.on_host == len(sources)
+        self.addresses, self.in_place = addresses, in_place
+        self._sources, self._slots, self._residency = sources, slots, residency
+        self._copier = copier
+        self._written: list[int] = []
+        self.write()
+
+    def address(self, expert: int) -> int:
+        """Where the device reads an expert now."""
+        slot = self._residency.slot_of_id[expert]
+        if slot >= 0:
+            return self._slots.blob(slot).data_ptr()
+        blob = self._sources.blobs[expert]
+        return blob.data_ptr() if self.in_place and blob is not None else 0
+
+    def write(self) -> None:
+        """Bring the device's table up to date, in order with the device's work."""
+        table = [self.address(expert) for expert in range(len(self._sources))]
+        if table != self._written:
+            self._copier.write(torch.tensor(table).view(self.addresses.shape), self.addresses)
+            self._written = table
+
+    def row(self, addresses: Sequence[int]) -> Tensor:
+        """A table of one layer on the device, int64 [1, E], beside the real one."""
+        row = torch.empty(1, len(addresses), dtype=torch.int64, device=self.addresses.device)
+        self._copier.write(torch.tensor([addresses]), row)
+        return row
