@@ -23,18 +23,12 @@ def pytest_configure(config):
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.usefixtures("_gpu"))
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
 
-
-@pytest.fixture(scope="session")
-def _gpu():
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="session", autouse=True)
