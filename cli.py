@@ -23,7 +23,7 @@ from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.planning.byte_sizes import parse_size
 
 if TYPE_CHECKING:
-    from qmix.generation.loop import GenerationConfig
+    from qmix.generation.config import GenerationConfig
 
 app = typer.Typer(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
@@ -233,6 +233,7 @@ def generate(
     import torch
 
     import qmix
+    from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
     from qmix.text import chat_template as template
     from qmix.text.printable import printable
@@ -249,7 +250,10 @@ def generate(
         ids = tokenizer.encode(text)
     _fits(len(ids), max_new_tokens, model.config.max_position_embeddings)
     count, seconds = 0, 0.0
-    for token in stream(model, torch.tensor([ids]), config, tokenizer=tokenizer, answers=chat):
+    inputs = GenerationInputs(
+        torch.tensor([ids]), config, tokenizer=tokenizer, starts_new_text=chat
+    )
+    for token in stream(model, inputs):
         sys.stdout.write(printable(token.texts[0]))
         sys.stdout.flush()
         count, seconds = count + 1, token.elapsed_s
@@ -515,7 +519,7 @@ def _sampling(
     stop: list[str] | None,
 ) -> "GenerationConfig":
     """The options of a command, checked before a model is loaded."""
-    from qmix.generation.loop import GenerationConfig
+    from qmix.generation.config import GenerationConfig
 
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -28,7 +28,9 @@ from qmix.evals.timing.bandwidth import (
     read_bandwidth,
 )
 from qmix.formats.metadata import read_metadata
-from qmix.generation.loop import GenerationConfig, stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import stream
 from qmix.planning import machine, plan, roofline
 from qmix.planning.byte_sizes import parse_size, show
 from qmix.planning.roofline import Rate, Rates
@@ -143,7 +145,7 @@ def run(
                 temperature=temperature,
                 seed=seed,
             )
-            for token in stream(model, ids, config):
+            for token in stream(model, GenerationInputs(ids, config)):
                 found.append(int(token.ids))
                 times.append(token.elapsed_s)
     peak_device = torch.cuda.max_memory_reserved() if ballast is not None else 0

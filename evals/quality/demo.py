@@ -12,7 +12,9 @@ from rich.table import Table
 import qmix
 from qmix.evals.quality.measure import compare
 from qmix.evals.training import tiny_model
-from qmix.generation.loop import GenerationConfig, stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import stream
 from qmix.quantize.report import Report
 from qmix.text.printable import printable
 
@@ -64,7 +66,7 @@ def _sample(directory: Path) -> None:
         eos_token_id=model.generation_config.eos_token_id,
     )
     sys.stdout.write(PROMPT)
-    for token in stream(model, torch.tensor([ids]), config, tokenizer=tokenizer):
+    for token in stream(model, GenerationInputs(torch.tensor([ids]), config, tokenizer=tokenizer)):
         sys.stdout.write(printable(token.texts[0]))
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -25,7 +25,9 @@ from qmix.evals.timing import traffic
 from qmix.evals.timing.bandwidth import copy_bandwidth, seconds, synchronize
 from qmix.evals.timing.traffic import Traffic
 from qmix.experts.store import Statistics
-from qmix.generation.loop import GenerationConfig, Token, stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import Token, stream
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 
@@ -286,9 +288,9 @@ def fill(cache: KVCache, length: int) -> None:
 
 
 def _generate(model: MixtralForCausalLM, ids: Tensor, cache: KVCache, new: int) -> list[Token]:
-    config = GenerationConfig(max_new_tokens=new)
+    inputs = GenerationInputs(ids, GenerationConfig(max_new_tokens=new), cache=cache)
     with torch.no_grad():
-        return list(stream(model, ids, config, cache=cache))
+        return list(stream(model, inputs))
 
 
 def _counted(model: MixtralForCausalLM, cache: KVCache, columns: Sequence[Tensor]) -> list[Traffic]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qmix.commands.session import Session
 from qmix.errors import UsageError
-from qmix.generation.loop import GenerationConfig
+from qmix.generation.config import GenerationConfig
 from qmix.text.printable import printable
 
 PROMPT = ">>> "

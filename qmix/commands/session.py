@@ -12,7 +12,9 @@ import torch
 
 from qmix.errors import UsageError
 from qmix.experts.store import Statistics
-from qmix.generation.loop import Finish, GenerationConfig, stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import Finish, stream
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.text import chat_template
@@ -166,15 +168,14 @@ class Session:
         store = self.model.store
         before = None if store is None else store.statistics()
         try:
-            prompt = torch.tensor([opening.ids])
-            for token in stream(
-                self.model,
-                prompt,
+            inputs = GenerationInputs(
+                torch.tensor([opening.ids]),
                 config,
                 cache=self._cache,
                 tokenizer=self.tokenizer,
-                answers=True,
-            ):
+                starts_new_text=True,
+            )
+            for token in stream(self.model, inputs):
                 elapsed_s, finish = token.elapsed_s, token.finish
                 first_token_s = first_token_s or elapsed_s
                 answer.append(int(token.ids))

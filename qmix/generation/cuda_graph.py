@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.experts.gpu_store import DeviceStore
-from qmix.generation.token_choice import SampleFn
+from qmix.generation.token_selector import SampleFn
 from qmix.kernels import PackedExperts, PackedWeight
 from qmix.nn.attention import Attention
 from qmix.nn.cache import KVCache

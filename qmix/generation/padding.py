@@ -34,7 +34,7 @@ def check_prompt(input_ids: Tensor | None, attention_mask: Tensor | None) -> Non
     _check_mask(input_ids, attention_mask)
 
 
-def check_embedded(inputs_embeds: Tensor | None, attention_mask: Tensor | None, width: int) -> None:
+def check_embeds(inputs_embeds: Tensor | None, attention_mask: Tensor | None, width: int) -> None:
     """Refuse what is no prompt of embeddings of the model's width D.
 
     Raises:
@@ -56,7 +56,7 @@ def check_embedded(inputs_embeds: Tensor | None, attention_mask: Tensor | None, 
     _check_mask(inputs_embeds, attention_mask)
 
 
-def mask_given(attention_mask: object) -> Tensor:
+def checked_mask(attention_mask: object) -> Tensor:
     """An attention mask of any form, if it is a tensor.
 
     Raises:
@@ -76,14 +76,14 @@ def left_padded(columns: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor
     return columns[rows.to(columns.device), order.to(columns.device)], attention_mask[rows, order]
 
 
-def positions(attention_mask: Tensor | None, new: int) -> Tensor | None:
+def position_ids(attention_mask: Tensor | None, new: int) -> Tensor | None:
     """Positions of the last `new` columns, padding not counted; None without padding."""
     if attention_mask is None:
         return None
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
 
 
-def or_none(attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+def without_full_mask(attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
     """All-ones masks are dropped, so that the unmasked, faster attention serves them."""
     if attention_mask is None or bool(attention_mask.all()):
         return None

@@ -50,7 +50,7 @@ class RowText:
         return text[:settled]
 
 
-def met(criterion: StoppingCriterion, input_ids: Tensor, scores: Tensor) -> Tensor:
+def rows_to_stop(criterion: StoppingCriterion, input_ids: Tensor, scores: Tensor) -> Tensor:
     """The rows (B,) that a criterion ends, on the CPU.
 
     Raises:

@@ -1,6 +1,7 @@
-"""The choice of a step: rules, the user's processors, temperature and filters, then the draw.
+"""TokenSelector: from the logits of a step to the next ids, in Hugging Face's order.
 
-In Hugging Face's order. Shape letters: B rows, L context columns, V vocabulary. Knows no models.
+Rules of the config, the caller's processors, temperature and filters, then the sample. Knows no
+models.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,24 @@ from qmix.generation.logits_processors import (
 from qmix.generation.sampling import Sampling
 
 
+@dataclass(frozen=True, eq=False)
+class SampledStep:
+    """What a step chose: float32 logits and scores (B, V), before and after all processors; ids (B,).
+
+    On a GPU the tensors may still be computed when this is returned.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    ids: Tensor
+
+
 @dataclass(frozen=True)
 class SampleFn:
-    """Scores (B, V) and ids (B,) from logits (B, V), reading nothing back; see Sampling.sample."""
+    """Scores (B, V) and ids (B,) from logits (B, V), without waiting for the device.
+
+    An id is -1 where the scores have no finite maximum; see Sampling.sample.
+    """
 
     sampling: Sampling
     generator: torch.Generator | None
@@ -36,8 +52,8 @@ class TokenSelector:
     """What a GenerationConfig does to the logits of a step.
 
     Args:
-        processors: the user's own, after the rules and before the temperature.
-        generator: of the draw; None takes torch's global generator.
+        processors: the caller's own, applied after the rules and before the temperature.
+        generator: for sampling; None takes torch's global generator.
     """
 
     def __init__(
@@ -51,57 +67,65 @@ class TokenSelector:
         self._processors = processors
         self._generator = generator
 
-    def scores(
-        self, logits: Tensor, context: Tensor, attention_mask: Tensor | None, step: int
-    ) -> Tensor:
-        """Scores (B, V) of the logits (B, V) after all processors, excluded ids at -inf.
-
-        Args:
-            context: ids so far (B, L).
-            attention_mask: bool (B, L), False at padding.
-            step: new tokens before this one.
-        """
-        config = self._config
-        scores = self._sampling.penalised(logits, context, attention_mask)
-        if config.no_repeat_ngram_size:
-            scores = without_repeated_ngrams(
-                scores, context, attention_mask, config.no_repeat_ngram_size
-            )
-        if config.bad_words_ids:
-            scores = without_words(scores, context, config.bad_words_ids, config.eos_ids)
-        if step < config.min_new_tokens and config.eos_ids:
-            scores = without_ids(scores, config.eos_ids)
-        for processor in self._processors:
-            scores = _processed(processor, context, scores)
-        return self._sampling.warped(scores)
-
     @property
     def sample_fn(self) -> SampleFn | None:
-        """The choice as a function of a step's logits alone; None if it needs more than them.
+        """The selection as a function of the logits alone; None if it needs more than them.
 
-        A global generator is nothing that a recorded step may use: it is others' too.
+        Also None where it would take torch's global generator: a CUDA graph must not capture that
+        one, which other code shares.
         """
         config = self._config
-        rules = config.no_repeat_ngram_size or config.bad_words_ids or self._processors
-        held_back = config.min_new_tokens and config.eos_ids
-        if rules or held_back or self._sampling.repetition_penalty != 1:
+        has_rules = config.no_repeat_ngram_size or config.bad_words_ids or self._processors
+        holds_eos_off = config.min_new_tokens and config.eos_ids
+        if has_rules or holds_eos_off or self._sampling.repetition_penalty != 1:
             return None
         if self._generator is None and not self._sampling.greedy:
             return None
         return SampleFn(self._sampling, None if self._sampling.greedy else self._generator)
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Token ids (B,) from processed scores (B, V)."""
-        return self._sampling.choose(scores, self._generator)
+    def select(
+        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
+    ) -> SampledStep:
+        """Choose the next ids, on the CPU, from logits (B, V).
+
+        Args:
+            input_ids: ids so far (B, L).
+            attention_mask: bool (B, L), False at padding.
+            new_tokens: how many were chosen before these.
+
+        Raises:
+            UsageError: a processor returns something else than scores.
+            QmixError: the scores hold no finite maximum.
+        """
+        scores = self._scores(logits, input_ids, attention_mask, new_tokens)
+        return SampledStep(logits, scores, self._sampling.choose(scores, self._generator).cpu())
+
+    def _scores(
+        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
+    ) -> Tensor:
+        """Scores (B, V) after all processors, excluded ids at -inf."""
+        config = self._config
+        scores = self._sampling.penalised(logits, input_ids, attention_mask)
+        if config.no_repeat_ngram_size:
+            scores = without_repeated_ngrams(
+                scores, input_ids, attention_mask, config.no_repeat_ngram_size
+            )
+        if config.bad_words_ids:
+            scores = without_words(scores, input_ids, config.bad_words_ids, config.eos_ids)
+        if new_tokens < config.min_new_tokens and config.eos_ids:
+            scores = without_ids(scores, config.eos_ids)
+        for processor in self._processors:
+            scores = _processed(processor, input_ids, scores)
+        return self._sampling.warped(scores)
 
 
-def _processed(processor: LogitsProcessor, context: Tensor, scores: Tensor) -> Tensor:
-    found = processor(context, scores)
-    if isinstance(found, Tensor) and found.shape == scores.shape:
-        return found
+def _processed(processor: LogitsProcessor, input_ids: Tensor, scores: Tensor) -> Tensor:
+    result = processor(input_ids, scores)
+    if isinstance(result, Tensor) and result.shape == scores.shape:
+        return result
     raise UsageError(
-        "a processor gave no scores",
+        "a logits processor returned no scores",
         where="logits_processor",
         expected=f"a tensor {list(scores.shape)}",
-        found=list(found.shape) if isinstance(found, Tensor) else repr(found)[:80],
+        found=list(result.shape) if isinstance(result, Tensor) else repr(result)[:80],
     )

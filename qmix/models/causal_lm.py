@@ -17,11 +17,11 @@ from qmix.errors import UsageError
 from qmix.generation import loop as generation
 from qmix.generation.config import GenerationConfig
 from qmix.generation.cuda_graph import DecodeSteps
+from qmix.generation.inputs import GenerationInputs
 from qmix.generation.logits_processors import LogitsProcessor
-from qmix.generation.loop import SampledStep
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
-from qmix.generation.token_choice import SampleFn
+from qmix.generation.token_selector import SampledStep, SampleFn
 from qmix.models.classifier import MixtralForSequenceClassification
 from qmix.models.mixtral import MixtralModel, Pairs, Past
 from qmix.models.pretrained import PreTrainedModel
@@ -141,7 +141,7 @@ class MixtralForCausalLM(PreTrainedModel):
         input_ids: Tensor | None,
         cache: Cache,
         attention_mask: Tensor | None = None,
-        positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Append (B, S) ids, or embeddings, to the cache; float32 logits of the last position (B, V).
@@ -159,7 +159,7 @@ class MixtralForCausalLM(PreTrainedModel):
             assert input_ids is not None
             x = self.model.embed(input_ids)
         decoded = self.model.decode(
-            x, padding_mask=attention_mask, positions=positions, cache=cache
+            x, padding_mask=attention_mask, position_ids=position_ids, cache=cache
         )
         logits: Tensor = self.lm_head(decoded.hidden[:, -1]).float()
         return logits
@@ -229,19 +229,18 @@ class MixtralForCausalLM(PreTrainedModel):
             raise UsageError(
                 "not a cache of qmix", where="past_key_values", found=type(past_key_values).__name__
             )
+        inputs = GenerationInputs(
+            input_ids,
+            config,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cache=past_key_values,
+            tokenizer=tokenizer or self.tokenizer,
+            logits_processor=logits_processor or (),
+            stopping_criteria=stopping_criteria or (),
+        )
         with self._evaluating():
-            return generation.generate(
-                self,
-                input_ids,
-                config,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                cache=past_key_values,
-                tokenizer=tokenizer or self.tokenizer,
-                streamer=streamer,
-                logits_processor=logits_processor or (),
-                stopping_criteria=stopping_criteria or (),
-            )
+            return generation.generate(self, inputs, streamer)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -282,7 +281,8 @@ class MixtralForCausalLM(PreTrainedModel):
             )
         ids = torch.tensor([self.tokenizer.encode(prompt)])
         config = self.generation_config.updated(options)
+        inputs = GenerationInputs(ids, config, tokenizer=self.tokenizer)
         with self._evaluating():
-            for token in generation.stream(self, ids, config, tokenizer=self.tokenizer):
+            for token in generation.stream(self, inputs):
                 if token.texts[0]:
                     yield token.texts[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.generation.padding import check_embedded, check_prompt, mask_given
+from qmix.generation.padding import check_embeds, check_prompt, checked_mask
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.decoder import Decoder
@@ -79,7 +79,7 @@ class MixtralModel(PreTrainedModel, Decoder):
             assert input_ids is not None
             check_prompt(input_ids, None)
             inputs_embeds = self.embed(input_ids)
-        check_embedded(inputs_embeds, None, self.config.hidden_size)
+        check_embeds(inputs_embeds, None, self.config.hidden_size)
         batch, new = inputs_embeds.shape[:2]
         cache = self._cache(past_key_values, use_cache, batch, new)
         past = cache.length if cache is not None else 0
@@ -97,7 +97,7 @@ class MixtralModel(PreTrainedModel, Decoder):
             inputs_embeds,
             padding_mask=padding_mask,
             attn_mask=attn_mask,
-            positions=position_ids,
+            position_ids=position_ids,
             cache=cache,
             output_hidden_states=self._asked(output_hidden_states, "output_hidden_states"),
             output_attentions=output_weights,
@@ -140,7 +140,7 @@ class MixtralModel(PreTrainedModel, Decoder):
         """The mask of columns and the mask of pairs that an attention_mask stands for."""
         if given is None:
             return None, None
-        given = mask_given(given).to(self.device)
+        given = checked_mask(given).to(self.device)
         columns = past + new
         if given.dim() == 4:
             heads = self.config.num_attention_heads

@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         x: Tensor,
         *,
         padding_mask: Tensor | None = None,
-        positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
         attn_mask: Tensor | None = None,
         output_hidden_states: bool = False,
@@ -75,17 +75,17 @@ class Decoder(nn.Module):
 
         Args:
             padding_mask: bool (B, L + S), False at padding; None: no padding.
-            positions: (B or 1, S) for the rotary embedding; default L .. L + S - 1.
+            position_ids: (B or 1, S) for the rotary embedding; default L .. L + S - 1.
             attn_mask: (B or 1, H or 1, S, L + S), replaces causality, window and `padding_mask`.
             output_attentions: return the weights, computed by eager attention whatever the model's
                 implementation is.
         """
         new = x.shape[1]
         past = cache.length if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(past, past + new, device=x.device)[None]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new, device=x.device)[None]
         cos, sin = kernels.rotary(
-            positions.to(x.device), self.config.head_dim, self.config.rope_theta, x.dtype
+            position_ids.to(x.device), self.config.head_dim, self.config.rope_theta, x.dtype
         )
         attentions: list[Tensor] | None = [] if output_attentions else None
         if cache is not None:

@@ -11,7 +11,10 @@ from qmix.config import MixtralConfig
 from qmix.planning import quantize_cost
 from qmix.planning.footprint import ITEM_BYTES, Footprint, StoredModel
 
-CPU_CHUNK, GPU_CHUNK = 512, 4096  # prompt tokens at a time (qmix.generation.loop)
+# Prompt columns that generation computes at once: they bound the attention mask (chunk x context)
+# and the activations of a long prompt. On a GPU a chunk of any length reads all experts, 24 GB for
+# the 8x7B.
+PREFILL_CHUNK, GPU_PREFILL_CHUNK = 512, 4096
 
 # A process with torch loaded holds 227 MiB, 266 MiB after it ran the tiny model (torch 2.13, Linux);
 # with CUDA's libraries about 2 GiB (assumed).
@@ -161,7 +164,7 @@ def _decoding(model: StoredModel, batch: int) -> int:
 def _device_prefill(model: StoredModel, context: int, batch: int) -> int:
     """Of a chunk: one expert dequantized, all its tokens' inner rows, shares of the sum; or, while
     loading, a layer's experts in the files' layout."""
-    config, tokens, item = model.config, batch * min(GPU_CHUNK, context), 2
+    config, tokens, item = model.config, batch * min(GPU_PREFILL_CHUNK, context), 2
     hidden, inner = config.hidden_size, config.intermediate_size
     dequantized = 3 * hidden * inner * item
     rows = tokens * 3 * inner * item
@@ -171,7 +174,7 @@ def _device_prefill(model: StoredModel, context: int, batch: int) -> int:
 
 def _host_prefill(model: StoredModel, context: int, batch: int) -> int:
     """Of a chunk: float32 rows of one expert, a layer's mask, tiles, logits."""
-    config, chunk = model.config, min(CPU_CHUNK, context)
+    config, chunk = model.config, min(PREFILL_CHUNK, context)
     held = min(context, config.sliding_window or context) + chunk
     wide = config.num_attention_heads * config.head_dim
     row = 4 * (3 * config.intermediate_size + 8 * config.hidden_size + 4 * wide)

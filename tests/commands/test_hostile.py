@@ -20,7 +20,7 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError, UsageError
 from qmix.evals.quality import perplexity
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
-from qmix.generation.loop import GenerationConfig
+from qmix.generation.config import GenerationConfig
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize import streaming
 from qmix.weights.scheme import NF4, Recipe

@@ -4,7 +4,7 @@ import pytest
 
 from qmix.commands.repl import configured
 from qmix.errors import UsageError
-from qmix.generation.loop import GenerationConfig
+from qmix.generation.config import GenerationConfig
 from qmix.text.printable import printable
 from tests.support.process import run
 

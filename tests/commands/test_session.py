@@ -5,7 +5,7 @@ import torch
 
 from qmix.commands.session import Session
 from qmix.errors import UsageError
-from qmix.generation.loop import GenerationConfig
+from qmix.generation.config import GenerationConfig
 from qmix.text import chat_template
 from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer

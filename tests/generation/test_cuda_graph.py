@@ -6,7 +6,7 @@ import torch
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.generation.sampling import Sampling
-from qmix.generation.token_choice import SampleFn
+from qmix.generation.token_selector import SampleFn
 from qmix.weights.dense import Dense
 from tests.support.interpreter import Recorder, run_apart
 

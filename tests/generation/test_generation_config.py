@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from qmix.errors import UsageError
-from qmix.generation.loop import GenerationConfig, stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import stream
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY, small_model
 
@@ -178,7 +180,7 @@ def test_a_criterion_ends_a_rows_text_too():
         "tokenizer": tokenizer,
         "stopping_criteria": [lambda ids, scores: ids.shape[1] >= prompt.shape[1] + 4],
     }
-    found = list(stream(model, prompt, config, **options))
+    found = list(stream(model, GenerationInputs(prompt, config, **options)))
     assert [token.finish for token in found] == [None] * 3 + ["stop"]
     assert "".join(token.texts[0] for token in found) == free
 

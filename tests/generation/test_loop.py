@@ -5,7 +5,9 @@ import torch
 
 from qmix.errors import UsageError
 from qmix.generation import loop as generation
-from qmix.generation.loop import GenerationConfig, stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import stream
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY, small_model
 
@@ -147,10 +149,11 @@ def test_a_model_in_training_generates_without_dropout_and_trains_on():
 
 def test_tokens_say_when_and_why_generation_ended():
     model = small_model()
-    tokens = list(stream(model, ids(4), GenerationConfig(max_new_tokens=3)))
+    tokens = list(stream(model, GenerationInputs(ids(4), GenerationConfig(max_new_tokens=3))))
     assert [token.finish for token in tokens] == [None, None, "length"]
     eos = int(tokens[1].ids)
-    tokens = list(stream(model, ids(4), GenerationConfig(max_new_tokens=9, eos_token_id=eos)))
+    config = GenerationConfig(max_new_tokens=9, eos_token_id=eos)
+    tokens = list(stream(model, GenerationInputs(ids(4), config)))
     assert tokens[-1].finish == "stop"
     assert all(a.elapsed_s <= b.elapsed_s for a, b in pairwise(tokens))
 
@@ -166,7 +169,7 @@ def test_a_cache_that_holds_a_prefix_is_not_computed_again():
     original = model.next_logits
     model.next_logits = lambda x, *rest: (fed.append(x.shape[1]), original(x, *rest))[1]
     config = GenerationConfig(max_new_tokens=5)
-    again = [int(t.ids) for t in stream(model, prompt, config, cache=cache)]
+    again = [int(t.ids) for t in stream(model, GenerationInputs(prompt, config, cache=cache))]
     assert fed == [3, 1, 1, 1, 1]
     assert again == small_model().generate(prompt, max_new_tokens=5)[0, 12:].tolist()
 
@@ -217,7 +220,8 @@ def tokenizer():
 def test_streamed_texts_are_the_decoded_ids(tokenizer):
     model = small_model(vocab_size=len(tokenizer))
     prompt = torch.tensor([tokenizer.encode("Return the")])
-    tokens = list(stream(model, prompt, GenerationConfig(max_new_tokens=40), tokenizer=tokenizer))
+    config = GenerationConfig(max_new_tokens=40)
+    tokens = list(stream(model, GenerationInputs(prompt, config, tokenizer=tokenizer)))
     ids = [int(token.ids) for token in tokens]
     text = "".join(token.texts[0] for token in tokens)
     whole = tokenizer.decode([*prompt[0].tolist(), *ids], skip_special_tokens=True)

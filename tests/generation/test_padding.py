@@ -4,7 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.generation.padding import check_embedded, check_prompt, left_padded, or_none, positions
+from qmix.generation.padding import (
+    check_embeds,
+    check_prompt,
+    left_padded,
+    position_ids,
+    without_full_mask,
+)
 
 ROWS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4)
 
@@ -29,10 +35,10 @@ def test_embeddings_move_with_their_padding():
 
 def test_positions_do_not_count_padding():
     attention_mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    assert positions(attention_mask, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    assert positions(attention_mask, 1).tolist() == [[1], [3]]
-    assert positions(None, 4) is None
-    assert or_none(torch.ones(1, 3, dtype=torch.bool), torch.device("cpu")) is None
+    assert position_ids(attention_mask, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert position_ids(attention_mask, 1).tolist() == [[1], [3]]
+    assert position_ids(None, 4) is None
+    assert without_full_mask(torch.ones(1, 3, dtype=torch.bool), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
@@ -53,11 +59,11 @@ def test_what_is_no_prompt_is_refused(ids, named):
 )
 def test_what_is_no_embedding_is_refused(embeds):
     with pytest.raises(UsageError, match="inputs_embeds"):
-        check_embedded(embeds, None, 3)
+        check_embeds(embeds, None, 3)
 
 
 def test_masks_must_fit_and_keep_something():
     embeds = torch.zeros(1, 2, 3)
     for mask in (torch.ones(1, 3), torch.zeros(1, 2)):
         with pytest.raises(UsageError, match="attention_mask"):
-            check_embedded(embeds, mask.bool(), 3)
+            check_embeds(embeds, mask.bool(), 3)

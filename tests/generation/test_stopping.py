@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qmix.errors import UsageError
-from qmix.generation.stopping import RowText, met
+from qmix.generation.stopping import RowText, rows_to_stop
 from qmix.text.detokenizer import StreamDetokenizer
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY
@@ -50,11 +50,11 @@ def test_an_end_id_lets_go_of_what_was_held():
     ],
 )
 def test_a_criterion_speaks_for_all_rows_or_for_each(verdict, rows):
-    found = met(lambda ids, scores: verdict, torch.zeros(2, 3), torch.zeros(2, 4))
+    found = rows_to_stop(lambda ids, scores: verdict, torch.zeros(2, 3), torch.zeros(2, 4))
     assert found.tolist() == rows
 
 
 @pytest.mark.parametrize("verdict", [None, 1, "yes", torch.tensor([True] * 3)])
 def test_another_verdict_is_refused(verdict):
     with pytest.raises(UsageError, match="stopping_criteria"):
-        met(lambda ids, scores: verdict, torch.zeros(2, 3), torch.zeros(2, 4))
+        rows_to_stop(lambda ids, scores: verdict, torch.zeros(2, 3), torch.zeros(2, 4))

@@ -4,16 +4,19 @@ Run by test_decoding.py in a process of its own with TRITON_INTERPRET=1. Toleran
 (tests/kernels/interpreted_experts.py); tokens must be equal.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from qmix import kernels
+from qmix.generation.config import GenerationConfig
 from qmix.generation.cuda_graph import DecodeStep, DecodeSteps, supported
-from qmix.generation.loop import GenerationConfig, generate
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import generate
 from qmix.generation.sampling import Sampling
-from qmix.generation.token_choice import SampleFn
+from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
@@ -60,7 +63,7 @@ def reference_steps(model, prompt, attention_mask, count):
             hidden = model.model.decode(
                 model.model.embed(ids),
                 padding_mask=attention_mask,
-                positions=positions,
+                position_ids=positions,
                 cache=cache,
             ).hidden
             found.append(model.lm_head(hidden[:, -1]).float())
@@ -77,7 +80,10 @@ def prefilled(model, prompt, attention_mask, capacity=32):
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
     with kernels.override("reference"), torch.no_grad():
         model.model.decode(
-            model.model.embed(prompt), padding_mask=attention_mask, positions=positions, cache=cache
+            model.model.embed(prompt),
+            padding_mask=attention_mask,
+            position_ids=positions,
+            cache=cache,
         )
     return cache
 
@@ -152,12 +158,12 @@ def test_generate_takes_the_step(monkeypatch, options):
     attention_mask[0, :1] = 0
     for mask in (None, attention_mask.to(DEVICE)):
         config = GenerationConfig(max_new_tokens=5, **options)
+        inputs = GenerationInputs(PROMPT.to(DEVICE), config, attention_mask=mask)
         with torch.no_grad():
             with kernels.override("reference"):
-                expected = generate(model, PROMPT.to(DEVICE), config, attention_mask=mask)
+                expected = generate(model, inputs)
             assert not taken
-            cache = model.new_cache(2, 6)
-            found = generate(model, PROMPT.to(DEVICE), config, attention_mask=mask, cache=cache)
+            found = generate(model, replace(inputs, cache=model.new_cache(2, 6)))
         assert torch.equal(found, expected)
         assert len(taken) == 4
         taken.clear()

@@ -20,7 +20,7 @@ from qmix.experts.layer_experts import ResidentExperts
 from qmix.experts.policy import PRESETS
 from qmix.formats import open_checkpoint
 from qmix.formats.files import shards
-from qmix.generation.loop import GenerationConfig
+from qmix.generation.config import GenerationConfig
 from qmix.models import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers

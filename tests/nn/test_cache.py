@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.generation.loop import GenerationConfig, stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.inputs import GenerationInputs
+from qmix.generation.loop import stream
 from qmix.nn.cache import KVCache
 from tests.support.models import small_config, small_model
 
@@ -214,9 +216,7 @@ def test_a_ragged_batch_gives_each_row_what_it_gets_alone_through_many_wraps(chu
 def test_a_window_generates_in_constant_memory():
     model = small_model(sliding_window=8, num_hidden_layers=1)
     cache = model.new_cache(1)
-    sizes = [
-        cache.nbytes
-        for _ in stream(model, ids(30), GenerationConfig(max_new_tokens=90), cache=cache)
-    ]
+    inputs = GenerationInputs(ids(30), GenerationConfig(max_new_tokens=90), cache=cache)
+    sizes = [cache.nbytes for _ in stream(model, inputs)]
     assert len(set(sizes)) == 1
     assert cache.held == 8

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qmix.commands.repl import Repl, Streams
 from qmix.commands.session import Session
-from qmix.generation.loop import GenerationConfig
+from qmix.generation.config import GenerationConfig
 from qmix.planning.machine import Gpu
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import ROOT, TINY, small_model
