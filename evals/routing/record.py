@@ -16,9 +16,9 @@ from qmix.evals.routing.trace import Header, Recorder
 from qmix.evals.timing import traffic
 from qmix.experts.policy import ONE
 from qmix.generation.config import GenerationConfig
-from qmix.planning.budget import PREFILL_CHUNK
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.decoder_layer import DecoderLayer
+from qmix.planning.budget import PREFILL_CHUNK
 from qmix.text.tokenizer import LlamaTokenizer
 
 Progress = Callable[[int, int], None]
