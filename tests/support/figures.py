@@ -49,7 +49,7 @@ def summary() -> str:
         (
             "memory, less than the model",
             f"{within['peak_host_bytes'] / _GIB:.2f} GiB of host memory, no GPU: "
-            f"{within['tokens_per_s']:.1f} tok/s on 2 cores",
+            f"{within['tokens_per_s']:.1f} tok/s on 2 cores, random weights",
             "[offload](docs/memory-and-offload.md#less-memory-than-the-model)",
         ),
         (
@@ -61,7 +61,7 @@ def summary() -> str:
         ),
         ("speed on a GPU", _gpu(), "[speed](docs/speed.md)"),
         (
-            "speed on a CPU, a layer",
+            "speed on 2 CPU cores, a layer",
             f"1 token {_range(layer, 1)} of llama.cpp's time, 512 tokens {_range(layer, 512)}",
             "[speed](docs/speed.md#on-a-cpu)",
         ),
