@@ -30,8 +30,8 @@ PAGES = (
 SHORTER = {
     ("quantize", "gptq"): ["--samples", "2", "--seqlen", "32"],
     ("quantize", "auto"): ["--samples", "2", "--seqlen", "32"],
-    ("bench", None): ["-r", "1", "-n", "8"],
-    ("bench", "--attention"): ["-r", "1"],
+    ("bench", None): ["-r", "1", "-n", "4", "-p", "64"],
+    ("bench", "--attention"): ["-r", "1", "-p", "64"],
     ("generate", None): ["--max-new-tokens", "4"],
 }
 MAKES_OUT = ("quantize", "convert", "export")
