@@ -226,7 +226,7 @@ class MixtralConfig:
         """Write `config.json` into an existing or new directory."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(self.to_json(), encoding="utf-8")
+        strict_json.write(folder / "config.json", self.to_dict())
 
 
 def _normalise(kwargs: Mapping[str, Any]) -> dict[str, Any]:

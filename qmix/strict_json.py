@@ -1,12 +1,14 @@
 """JSON as a safe format: no NaN, no duplicate keys, no endless nesting, a cap on size.
 
-Knows nothing of what the document means.
+Files are written whole or not at all. Knows nothing of what a document means.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qmix import atomic_file
 from qmix.errors import CheckpointError
 
 CONFIG_BYTES = 1 << 20
@@ -81,3 +83,13 @@ def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError("cannot be read", where=str(path), found=error.strerror) from error
+
+
+def write(path: Path, document: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Replace `path` by the document in ASCII; the old file stands until the new one is on the disk.
+
+    Raises:
+        OSError: the file cannot be written; the old one, if there is one, is unchanged.
+    """
+    text = json.dumps(document, indent=indent) + "\n"
+    atomic_file.write(path, text.encode())

@@ -4,7 +4,6 @@ For the methods that look at weights alone; holds one tensor at a time. What nee
 `calibrated`. Knows the algorithms and formats by their functions only.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 import qmix
+from qmix import strict_json
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
@@ -177,10 +177,10 @@ def finish(
     config = checkpoint.config.replace(
         dtype=str(dtype).removeprefix("torch."), quantization_config=settings
     )
-    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-    if writer.layout_of(schemes) == "GPTQ":
-        _write_json(folder / gptq_config.FILE, settings)  # where older readers look
-    _write_json(folder / output_dir.REPORT, report.to_dict())
+    config.save_pretrained(folder)
+    if settings is not None and writer.layout_of(schemes) == "GPTQ":
+        strict_json.write(folder / gptq_config.FILE, settings)  # where older readers look
+    strict_json.write(folder / output_dir.REPORT, report.to_dict())
     output_dir.write_manifest(
         folder,
         {
@@ -271,7 +271,3 @@ def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
                 found=path.stat().st_size,
             )
         (folder / name).write_bytes(path.read_bytes())
-
-
-def _write_json(path: Path, document: object) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ A fixed number of steps from a seed, so that one command gives one model. Knows 
 
 import argparse
 import itertools
-import json
 import math
 import random
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals import corpus
@@ -349,9 +349,11 @@ def save(model: MixtralForCausalLM, tokenizer_bytes: bytes, card: str, out: Path
     model.bfloat16().save_pretrained(partial, max_shard_bytes=SHARD_BYTES)
     (partial / "tokenizer.model").write_bytes(tokenizer_bytes)
     specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    _write_json(partial / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
-    _write_json(partial / "special_tokens_map.json", specials)
-    _write_json(
+    strict_json.write(
+        partial / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS}
+    )
+    strict_json.write(partial / "special_tokens_map.json", specials)
+    strict_json.write(
         partial / "tokenizer_config.json",
         {
             "add_bos_token": True,
@@ -370,10 +372,6 @@ def save(model: MixtralForCausalLM, tokenizer_bytes: bytes, card: str, out: Path
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
     partial.rename(out)
-
-
-def _write_json(path: Path, document: object) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(plan: Plan, result: Score, model: MixtralForCausalLM, minutes: str) -> str:

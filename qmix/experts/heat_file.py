@@ -4,9 +4,6 @@ JSON: {"format": "qmix-heat", "version": 1, "model": fingerprint, "heat": [Q16, 
 """
 
 import hashlib
-import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,16 +39,7 @@ def save(path: Path, heat: Sequence[int], *, model: str) -> None:
     document = {"format": FORMAT, "version": VERSION, "model": model, "heat": list(heat)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(document, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        strict_json.write(path, document, indent=None)
     except OSError as error:
         raise CheckpointError(
             "the heat file cannot be written", where=str(path), found=error.strerror

@@ -66,7 +66,7 @@ def save(
     written = config.replace(
         dtype=str(dtype).removeprefix("torch."), quantization_config=quantization
     )
-    (folder / "config.json").write_text(written.to_json(), encoding="utf-8")
+    written.save_pretrained(folder)
 
 
 def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:

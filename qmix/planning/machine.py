@@ -4,13 +4,11 @@ Reads the system's own files and asks nvidia-smi; knows no torch. `qmix doctor -
 measurements, plans read them.
 """
 
-import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -239,16 +237,7 @@ def save(measured: Measured, path: Path | None = None) -> Path:
         others = [one for one in _entries(path) if one.key != measured.key]
     document = {"version": _VERSION, "machines": [asdict(one) for one in (*others, measured)]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{FILE}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(document, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    strict_json.write(path, document)
     return path
 
 

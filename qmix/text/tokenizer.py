@@ -4,16 +4,13 @@ Calls have the shape of Hugging Face's LlamaTokenizer. What a user types never b
 token: `</s>` in a text is five ordinary characters. Knows nothing of models; torch only on demand.
 """
 
-import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import sentencepiece
 
-from qmix import strict_json
+from qmix import atomic_file, strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.text import chat_template
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
@@ -164,9 +161,8 @@ class LlamaTokenizer:
             unk_token=self.unk_token,
             pad_token=self.pad_token,
         )
-        text = json.dumps(dict(sorted(document.items())), indent=2, ensure_ascii=True) + "\n"
-        _write(folder / MODEL_FILE, self._model)
-        _write(folder / CONFIG_FILE, text.encode())
+        atomic_file.write(folder / MODEL_FILE, self._model)
+        strict_json.write(folder / CONFIG_FILE, dict(sorted(document.items())))
 
     @property
     def vocab_size(self) -> int:
@@ -487,18 +483,3 @@ def _tensors(rows: list[list[int]], masks: list[list[int]]) -> BatchEncoding:
         input_ids=torch.tensor(rows, dtype=torch.int64),
         attention_mask=torch.tensor(masks, dtype=torch.int64),
     )
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Replace `file` in one step, so that no reader ever sees half of it."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -1,6 +1,7 @@
 """What the machine says of itself, read from files like Linux's, and the file of measurements."""
 
 import json
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -191,7 +192,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(_):
         raise OSError("no space")
 
-    monkeypatch.setattr(machine.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         machine.save(Measured(key="a", host_read=2e9), path)
     assert path.read_bytes() == before

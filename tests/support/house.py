@@ -20,7 +20,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("qmix.errors",),
+    ("qmix.errors", "qmix.atomic_file"),
     ("qmix.weights", "qmix.strict_json"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
@@ -60,7 +60,14 @@ OWNERS: Mapping[str, set[str]] = {
 }
 # Rooms and files without torch: `qmix plan`, `inspect` and every usage error answer without it.
 TORCHLESS = (
-    *("qmix", "qmix.errors", "qmix.strict_json", "qmix.config", "qmix.planning"),
+    *(
+        "qmix",
+        "qmix.errors",
+        "qmix.atomic_file",
+        "qmix.strict_json",
+        "qmix.config",
+        "qmix.planning",
+    ),
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.text.chat_template", "qmix.text.printable", "qmix.formats.metadata"),
     *("qmix.formats.files.safetensors_header", "qmix.formats.layouts.tensor_names"),

@@ -3,7 +3,6 @@
 Holds one tensor at a time (a transposed one twice). Knows the raw layouts by `formats.mistral` only.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import qmix
+from qmix import strict_json
 from qmix.errors import CheckpointError
 from qmix.formats.files import output_dir, shards
 from qmix.formats.files.shard_names import SHARD_BYTES
@@ -97,9 +97,9 @@ def run(
         shards.write_shards(folder, groups, converted(), shard_bytes)
         progress("checksums", total, total)
         config = raw.config.replace(dtype=dtype)
-        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+        config.save_pretrained(folder)
         ends = list(config.eos_token_ids)
-        _write_json(
+        strict_json.write(
             folder / "generation_config.json",
             {
                 "bos_token_id": config.bos_token_id,
@@ -158,7 +158,3 @@ def _finite(raw: RawCheckpoint, tensor: ModelTensor) -> Tensor:
             remedy="The checkpoint is damaged; download it again.",
         )
     return data
-
-
-def _write_json(path: Path, document: dict[str, object]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

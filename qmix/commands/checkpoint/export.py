@@ -3,7 +3,6 @@
 Holds one weight at a time. Knows the layouts by `formats.gptq` and `formats.compressed` only.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 import qmix
+from qmix import strict_json
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shards
@@ -98,12 +98,11 @@ def run(
         progress("checksums", len(plan), len(plan))
         if layout == "gptq":
             settings = gptq_config.config(schemes, act_order=scattered > 0)
-            document = json.dumps(settings, indent=2) + "\n"
-            (folder / gptq_config.FILE).write_text(document, encoding="utf-8")
+            strict_json.write(folder / gptq_config.FILE, settings)
         else:
             settings = compressed_tensors.config(schemes)
         config = checkpoint.config.replace(quantization_config=settings)
-        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+        config.save_pretrained(folder)
         for name in streaming.COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -7,7 +7,6 @@ SHA-256 a file, and renamed last. Knows nothing of tensors.
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qmix import strict_json
 from qmix.errors import CheckpointError, ResourceError, UsageError
 
 MANIFEST = "qmix_manifest.json"
@@ -211,12 +211,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    document = {**facts, "files": files}
-    path = folder / MANIFEST
-    with path.open("w", encoding="utf-8") as out:
-        out.write(json.dumps(document, indent=2) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
+    strict_json.write(folder / MANIFEST, {**facts, "files": files})
 
 
 def _empty(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from qmix import strict_json
 from qmix.errors import CheckpointError
 from qmix.formats.files import safetensors_header
 from qmix.formats.files.safetensors_header import TensorInfo, open_regular, read_headers
@@ -241,7 +242,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
         "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    strict_json.write(folder / INDEX, document)
 
 
 def cut(groups: Sequence[Sequence[Planned]], max_bytes: int) -> list[list[Sequence[Planned]]]:
