@@ -1,7 +1,7 @@
-"""The documentation says what is so: commands run, links lead somewhere, tables and pictures are today's.
+"""The documentation is true: commands run, links lead somewhere, tables and pictures are today's.
 
-A command that is not run stands under a comment `<!-- not run: why -->` in its page, and must at least
-name a command, options and files that exist.
+A command that is not run stands under a comment `<!-- not run: why -->` in its page, and must at
+least name a command, options and files that exist.
 """
 
 import ast

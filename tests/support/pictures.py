@@ -1,9 +1,9 @@
-"""Draw the pictures of the documentation: a chat and a plan as a terminal shows them, and the rooms.
+"""Draw the pictures of the documentation: a chat and a plan in a terminal, and the rooms.
 
-    python -m tests.support.pictures           # writes docs/chat.svg, docs/plan.svg and docs/rooms.svg
+    python -m tests.support.pictures        # writes docs/chat.svg, plan.svg and rooms.svg
 
 The commands run in a terminal of their own, on the tiny Mixtral in 4 bits and on the 8x7B's
-config.json. tests/test_docs.py compares the words of the pictures with what the programs print today.
+config.json. tests/test_docs.py compares the words of the pictures with what is printed today.
 """
 
 import fcntl
@@ -78,7 +78,7 @@ def plan() -> str:
 
 
 def _svg(scene: Scene, folder: Path, name: str) -> str:
-    """The scene as rich draws a terminal, without the fonts that it would fetch from the network."""
+    """The scene as rich draws a terminal, without fonts from the network."""
     console = Console(
         record=True,
         width=scene.width,
@@ -194,7 +194,7 @@ def rooms() -> str:
 
 
 def _places(arrows: Sequence[tuple[str, str]]) -> Mapping[str, tuple[int, int]]:
-    """The middle of every room's box; on a floor, rooms stand in the order of those that import them."""
+    """The middle of every room's box; a floor is in the order of the rooms that import it."""
     at: dict[str, tuple[int, int]] = {}
 
     def above(name: str) -> float:
