@@ -23,7 +23,8 @@ from qmix.config import MixtralConfig
 from qmix.errors import QmixError, QualityError, UsageError
 from qmix.evals import corpus
 from qmix.evals.training.train_tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
-from qmix.models.causal_lm import MixtralForCausalLM, load_balancing_loss
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.nn.losses import load_balancing_loss
 from qmix.text import chat_template
 from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer

@@ -1,17 +1,15 @@
-"""`qmix trace`: records which experts a model uses, and replays that through a policy.
+"""`qmix trace`: record which experts a model uses, and replay that through a policy.
 
-Parses and draws. Knows no policy by more than its name. Heavy imports stay inside the commands.
+Knows policies only by name. Heavy imports stay inside the functions.
 """
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmix.commands import terminal
+from qmix.commands import options, terminal
 from qmix.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,51 +17,54 @@ if TYPE_CHECKING:
     from qmix.evals.routing.simulation import Machine
     from qmix.evals.routing.trace import Header, Trace
 
-app = typer.Typer(help="Record and replay which experts a model uses.", no_args_is_help=True)
+app = typer.Typer(help="Record and replay which experts a model uses.", invoke_without_command=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Rate = Annotated[float, typer.Option(min=0.001, help="GB/s.")]
+Pcie = Annotated[float, typer.Option("--pcie", min=0.001, help="GB/s.")]
+
+
+@app.callback()
+def top(context: typer.Context) -> None:
+    """Without a command: the help."""
+    if context.invoked_subcommand is None:
+        terminal.print_help(context)
 
 
 @app.command()
 def record(
-    directory: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    directory: options.Directory,
     out: Annotated[Path, typer.Option("--out", metavar="TRACE", help="A new file.")],
     prompt: Annotated[
-        str | None, typer.Argument(help="Decode greedily after this text, and record that.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Decode greedily after this text, and record that."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text to record instead, token by token.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to record at most.")] = 1024,
-    gates: Annotated[
-        bool, typer.Option("--gates", help="Record the routing weights, too.")
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's"),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cuda, cuda:1 or cpu.", show_default="the GPU if there is one"),
-    ] = None,
-    vram: Annotated[str | None, typer.Option(help="GPU memory to keep to, as 16GiB.")] = None,
-    ram: Annotated[str | None, typer.Option(help="Host memory to keep to.")] = None,
+    gates: Annotated[bool, typer.Option("--gates", help="Record the routing weights too.")] = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
 ) -> None:
     """Write which experts each token goes through.
 
-    Example: qmix trace record mixtral-nf4 --data wiki.test.raw --out wiki.trace
+    \b
+    Example:
+      qmix trace record mixtral-nf4 --data wiki.test.raw --out wiki.trace
     """
     if (prompt is None) == (data is None):
-        raise UsageError("give a PROMPT or --data, and not both")
+        raise UsageError("give either a PROMPT or --data")
     if out.exists():
         raise UsageError("the file exists", where=str(out), remedy="Choose another name.")
     import qmix
     from qmix.evals.quality import perplexity
     from qmix.evals.routing import record as routing
 
+    load_options = qmix.LoadOptions(dtype=dtype, device=device, vram=vram, ram=ram)
     text = None if data is None else perplexity.read_text(data).content
-    model, tokenizer = qmix.load(directory, dtype=dtype, device=device, vram=vram, ram=ram)
+    model, tokenizer = qmix.load(directory, load_options=load_options)
     with terminal.progress() as show:
         tokens = routing.record(
             model,
@@ -81,51 +82,51 @@ def record(
 
 @app.command(name="replay")
 def replay_trace(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="As `qmix trace record` makes it.")],
-    slots: Annotated[int, typer.Option(min=1, help="Experts that fit the device.")],
+    path: Annotated[Path, typer.Argument(metavar="TRACE", help="Written by qmix trace record.")],
+    slots: Annotated[int, typer.Option(min=1, help="Experts that fit on the device.")],
     policy: Annotated[
-        Literal["heat", "lru", "lfu", "static"], typer.Option(help="What decides who moves in.")
+        Literal["heat", "lru", "lfu", "static"],
+        typer.Option(help="How experts are chosen to move in."),
     ] = "heat",
     profile: Annotated[
         Path | None,
         typer.Option(help="A trace whose hottest experts fill the slots at the start."),
     ] = None,
     hbm: Rate = 850.0,
-    interconnect: Rate = 25.0,
+    interconnect: Pcie = 25.0,
     cpu: Rate = 60.0,
     expert_mb: Annotated[
-        float | None, typer.Option(min=0.000001, help="MB an expert.", show_default="the trace's")
+        float | None, typer.Option(min=0.000001, help="MB per expert.", show_default="the trace's")
     ] = None,
     dense_mb: Annotated[
         float | None,
-        typer.Option(min=0, help="MB of all else a token.", show_default="the trace's"),
+        typer.Option(min=0, help="MB of everything else a token.", show_default="the trace's"),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Hit rate, bytes over PCIe and simulated speed of a policy, beside LRU and the optimum.
+    """Simulate a policy on a trace, beside LRU and the optimum.
 
-    hbm, interconnect and cpu are what the device's memory, PCIe and the host's 4-bit products reach.
+    Prints hit rate, bytes over PCIe and simulated speed. --hbm, --pcie and --cpu are the bandwidths
+    that device memory, PCIe and the host's 4-bit matmuls reach.
 
-    Example: qmix trace replay wiki.trace --slots 148 --policy heat --interconnect 25
+    \b
+    Example:
+      qmix trace replay wiki.trace --slots 148 --policy heat --pcie 25
     """
     from qmix.evals.routing import replay, trace
-    from qmix.evals.routing.simulation import Machine
 
-    found = trace.read(path)
-    heat = None if profile is None else replay.heat_of(_profile(profile, found), policy)
-    machine = _machine(Machine(), found.header, (hbm, interconnect, cpu), (expert_mb, dense_mb))
-    rows = replay.compare(found, slots, policy, machine, heat=heat)
-    if as_json:
-        document = {
-            "trace": str(path),
-            "slots": slots,
-            "experts": found.header.layers * found.header.experts,
-            "machine": vars(machine),
-            "replays": [row.to_dict() for row in rows],
-        }
-        sys.stdout.write(json.dumps(document) + "\n")
-    else:
-        sys.stdout.write(table(rows))
+    recorded = trace.read(path)
+    heat = None if profile is None else replay.heat_of(_profile(profile, recorded), policy)
+    machine = _machine(recorded.header, (hbm, interconnect, cpu), (expert_mb, dense_mb))
+    rows = replay.compare(recorded, slots, policy, machine, heat=heat)
+    document = {
+        "trace": str(path),
+        "slots": slots,
+        "experts": recorded.header.layers * recorded.header.experts,
+        "machine": vars(machine),
+        "replays": [row.to_dict() for row in rows],
+    }
+    terminal.print_result(table(rows), document, as_json=as_json)
 
 
 def table(rows: tuple["Replay", ...]) -> str:
@@ -144,28 +145,31 @@ def table(rows: tuple["Replay", ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _profile(path: Path, found: "Trace") -> "Trace":
+def _profile(path: Path, recorded: "Trace") -> "Trace":
+    """Another trace of the same model."""
     from qmix.evals.routing import trace
 
-    other = trace.read(path)
-    shape = (found.header.layers, found.header.experts)
-    if (other.header.layers, other.header.experts) != shape:
+    profile = trace.read(path)
+    shape = (recorded.header.layers, recorded.header.experts)
+    if (profile.header.layers, profile.header.experts) != shape:
         raise UsageError(
             "the profile is of another model",
             where=str(path),
             expected=f"{shape[0]} layers of {shape[1]} experts",
-            found=f"{other.header.layers} of {other.header.experts}",
+            found=f"{profile.header.layers} of {profile.header.experts}",
         )
-    return other
+    return profile
 
 
 def _machine(
-    default: "Machine",
     header: "Header",
     rates: tuple[float, float, float],
     megabytes: tuple[float | None, float | None],
 ) -> "Machine":
-    """Sizes by the options, else as the trace has them, else Mixtral-8x7B's."""
+    """Sizes from the options, else from the trace, else Mixtral-8x7B's."""
+    from qmix.evals.routing.simulation import Machine
+
+    default = Machine()
     device, interconnect, cpu = (round(rate * 1e9) for rate in rates)
     expert, dense = (None if size is None else round(size * 1e6) for size in megabytes)
     return replace(

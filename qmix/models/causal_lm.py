@@ -22,7 +22,6 @@ from qmix.generation.logits_processors import LogitsProcessor
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn
-from qmix.models.classifier import MixtralForSequenceClassification
 from qmix.models.mixtral import MixtralModel, Pairs, Past
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
@@ -30,13 +29,6 @@ from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import load_balancing_loss, next_token_loss
 from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
 from qmix.text.tokenizer import LlamaTokenizer
-
-__all__ = [
-    "MixtralForCausalLM",
-    "MixtralForSequenceClassification",
-    "MixtralModel",
-    "load_balancing_loss",
-]
 
 
 class MixtralForCausalLM(PreTrainedModel):

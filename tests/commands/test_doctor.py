@@ -1,107 +1,122 @@
-"""qmix doctor: what it says of machines that are good, bad and absent."""
+"""qmix doctor: what it says about machines that are good, bad and absent."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from qmix.commands import doctor
+from qmix.commands import diagnosis, doctor
+from qmix.commands.diagnosis import Facts, diagnose
 from qmix.planning import machine
 from qmix.planning.machine import Gpu, HostMemory, Measured
 from tests.support.process import CARD, GIB, qmix
 
+OLD_GPU = Gpu(name="Tesla T4", total=15 * GIB, free=15 * GIB, driver="550", capability=(7, 5))
+
 
 @pytest.fixture
-def bench_machine(monkeypatch, tmp_path):
-    """A machine on which all is well; tests break one thing each."""
+def good(tmp_path):
+    """The facts of a machine on which all is well; tests change one thing each."""
+    return Facts(
+        folder=tmp_path,
+        versions={"torch": "2.13.0+cu130", **dict.fromkeys(diagnosis.PACKAGES, "1.0")},
+        processor="Test CPU",
+        extensions=("avx2", "fma"),
+        cores=8,
+        compiler="/usr/bin/c++",
+        memory=HostMemory(total=64 * GIB, available=60 * GIB),
+        disk_free=500 * GIB,
+        gpus=(CARD,),
+        torch_sees_cuda=True,
+    )
+
+
+@pytest.fixture
+def on_good_machine(monkeypatch, tmp_path, good):
+    """`examine` finds the good machine, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(machine, "memory", lambda: HostMemory(total=64 * GIB, available=60 * GIB))
-    monkeypatch.setattr(machine, "gpus", lambda: (CARD,))
-    monkeypatch.setattr(machine, "disk_free", lambda _: 500 * GIB)
-    monkeypatch.setattr(machine, "processor", lambda: ("Test CPU", ("avx2", "fma")))
-    monkeypatch.setattr(doctor, "_torch_sees_cuda", lambda: True)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(Facts, "gather", lambda folder: good)
     return monkeypatch
 
 
-def found(what, tmp_path):
-    (one,) = [f for f in doctor.examine(tmp_path).findings if f.what == what]
-    return one
+def with_torch(version):
+    return {"versions": {"torch": version, **dict.fromkeys(diagnosis.PACKAGES, "1.0")}}
 
 
-def test_a_good_machine_has_nothing_to_mend(bench_machine, tmp_path):
-    report = doctor.examine(tmp_path)
-    assert {one.state for one in report.findings} <= {"ok", "note"}
-    assert "RTX 3090, 23.00 GiB free of 24.00 GiB, compute capability 8.6" in report.text()
+def test_a_good_machine_has_nothing_to_mend(good):
+    findings = diagnose(good)
+    assert {finding.state for finding in findings} == {"ok"}
+    text = doctor.DoctorReport(findings=findings).text()
+    assert "RTX 3090, 23.00 GiB free of 24.00 GiB, compute capability 8.6" in text
+    assert "->" not in text
 
 
 @pytest.mark.parametrize(
-    ("patch", "what", "state", "words"),
+    ("change", "what", "state", "words"),
     [
+        ({"memory": HostMemory(total=GIB, available=GIB)}, "host memory", "fails", "3 GiB"),
         (
-            ("machine", "memory", lambda: HostMemory(total=GIB, available=GIB)),
-            "host memory",
-            "fails",
-            "3 GiB",
-        ),
-        (
-            (
-                "machine",
-                "memory",
-                lambda: HostMemory(total=8 * GIB, available=8 * GIB, limit="cgroup"),
-            ),
+            {"memory": HostMemory(total=8 * GIB, available=8 * GIB, limit="cgroup")},
             "host memory",
             "note",
             "control group",
         ),
-        (("machine", "gpus", lambda: ()), "GPU", "note", "CPU"),
-        (("doctor", "_torch_sees_cuda", lambda: False), "CUDA", "fails", "torch built for CUDA"),
-        (("machine", "processor", lambda: ("Old", ())), "processor", "slow", "AVX2"),
-        (("doctor", "_version", lambda _: None), "torch", "fails", "missing"),
-        (("doctor", "_version", lambda _: "2.9.1"), "torch", "note", "2.10"),
-        (("doctor", "_version", lambda _: "3.0"), "torch", "note", "Tested"),
-        (("doctor.shutil", "which", lambda _: None), "compiler", "slow", "g++"),
-        (("machine", "disk_free", lambda _: GIB), "disk", "note", "24 GB"),
+        ({"gpus": ()}, "GPU", "note", "CPU"),
+        ({"gpus": (OLD_GPU,)}, "GPU", "slow", "8.0"),
+        ({"torch_sees_cuda": False}, "CUDA", "fails", "torch built for CUDA"),
+        ({"processor": "Old", "extensions": ()}, "processor", "slow", "AVX2"),
+        (with_torch(None), "torch", "fails", "missing"),
+        (with_torch("2.9.1"), "torch", "note", "2.10"),
+        (with_torch("3.0"), "torch", "note", "Tested"),
+        ({"compiler": None}, "compiler", "slow", "g++"),
+        ({"disk_free": GIB}, "disk", "note", "24 GB"),
     ],
+    ids=str,
 )
-def test_what_is_wrong_is_named_with_its_remedy(bench_machine, tmp_path, patch, what, state, words):
-    place, name, value = patch
-    owner = {"machine": machine, "doctor": doctor, "doctor.shutil": doctor.shutil}[place]
-    bench_machine.setattr(owner, name, value)
-    one = found(what, tmp_path)
-    assert one.state == state
-    assert one.remedy
-    assert words in f"{one.found} {one.remedy}"
+def test_what_is_wrong_is_named_with_its_remedy(monkeypatch, good, change, what, state, words):
+    monkeypatch.setattr(diagnosis.platform, "machine", lambda: "x86_64")
+    (finding,) = [f for f in diagnose(replace(good, **change)) if f.what == what]
+    assert finding.state == state
+    assert finding.remedy
+    assert words in f"{finding.found} {finding.remedy}"
 
 
-def test_an_old_card_is_slow(bench_machine, tmp_path):
-    old = Gpu(name="Tesla T4", total=15 * GIB, free=15 * GIB, driver="550", capability=(7, 5))
-    bench_machine.setattr(machine, "gpus", lambda: (old,))
-    assert found("GPU", tmp_path).state == "slow"
+def test_each_gpu_has_its_line(good):
+    found = [f.found for f in diagnose(replace(good, gpus=(CARD, OLD_GPU))) if f.what == "GPU"]
+    assert [text.split(",")[0] for text in found] == ["NVIDIA GeForce RTX 3090", "Tesla T4"]
 
 
-def test_a_damaged_file_of_measurements_is_told(bench_machine, tmp_path):
+def test_a_missing_package_is_listed(good):
+    versions = {**good.versions, "flash_attn": None}
+    findings = {f.what: f for f in diagnose(replace(good, versions=versions))}
+    assert findings["optional"].found == "not installed: flash_attn"
+    assert "flash_attn" not in findings["packages"].found
+
+
+def test_a_damaged_file_of_measurements_is_noted(on_good_machine, tmp_path):
     path = machine.measurements_path()
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    one = found("measurements", tmp_path)
-    assert str(path) in one.found
-    assert "ignored" in one.found
+    last = doctor.examine(tmp_path).findings[-1]
+    assert last.what == "measurements"
+    assert str(path) in last.found
+    assert "ignored" in last.found
 
 
-def test_measurements_are_saved_and_found_again(bench_machine, tmp_path):
+def test_measurements_are_saved_and_found_again(on_good_machine, tmp_path):
     measured = Measured(
         key=machine.key(CARD.name), host_read=38e9, date="2026-01-02T03:04:05+00:00"
     )
-    bench_machine.setattr(doctor, "_measure", lambda key, *_, **__: measured)
+    on_good_machine.setattr(doctor, "_measure", lambda key, *_, **__: measured)
     report = doctor.examine(tmp_path, measure=True)
     assert report.saved == machine.measurements_path()
     assert doctor.examine(tmp_path).measured == measured
     assert "38 GB/s" in report.text()
 
 
-def test_a_cache_that_cannot_be_written_is_told(bench_machine, tmp_path):
+def test_a_cache_that_cannot_be_written_is_noted(on_good_machine, tmp_path):
     (tmp_path / "qmix").write_text("in the way")
-    bench_machine.setattr(
+    on_good_machine.setattr(
         doctor, "_measure", lambda key, *_, **__: Measured(key=key, host_read=1e9)
     )
     report = doctor.examine(tmp_path, measure=True)

@@ -7,7 +7,8 @@ import torch
 
 from qmix.config import MixtralConfig
 from qmix.errors import ConfigError, UsageError
-from qmix.models.causal_lm import MixtralForCausalLM, MixtralForSequenceClassification
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.classifier import MixtralForSequenceClassification
 from tests.support.models import small_config, small_model
 
 

@@ -8,7 +8,8 @@ import torch
 
 import qmix
 from qmix.errors import CheckpointError, QmixError, UnsupportedError, UsageError
-from qmix.models.causal_lm import MixtralForCausalLM, MixtralModel
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.mixtral import MixtralModel
 from tests.support.models import TINY, small_model
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13]])

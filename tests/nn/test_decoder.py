@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.models.causal_lm import MixtralForCausalLM, MixtralModel, load_balancing_loss
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.mixtral import MixtralModel
+from qmix.nn.losses import load_balancing_loss
 from tests.support.models import small_config, small_model
 
 

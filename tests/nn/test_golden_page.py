@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.models.causal_lm import MixtralForCausalLM, MixtralForSequenceClassification
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.classifier import MixtralForSequenceClassification
 from tests.support import exact
 from tests.support.models import GOLDEN
 

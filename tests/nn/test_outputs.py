@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmix.errors import UsageError
-from qmix.models.causal_lm import MixtralModel
+from qmix.models.mixtral import MixtralModel
 from qmix.nn.outputs import MoeCausalLMOutputWithPast
 from tests.support.models import small_config, small_model
 

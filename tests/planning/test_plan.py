@@ -328,9 +328,9 @@ def test_planning_imports_no_torch():
     code = (
         "import sys, pathlib\n"
         "from qmix import cli\n"
-        "from qmix.commands import plan, plan_command\n"
-        "found = plan.answer(plan.Request(source=pathlib.Path('evals/tiny'), ram='1G'))\n"
-        "plan.text(found)\n"
+        "from qmix.commands import plan_text, planner\n"
+        "request = planner.PlanRequest(source=pathlib.Path('evals/tiny'), ram='1G')\n"
+        "plan_text.text(planner.answer(request))\n"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -2,22 +2,25 @@
 
     python -m tests.support.api_page
 
-Reads source files, imports nothing: the page is the same whatever is installed. test_api_page keeps
-it in step.
+Reads source files and imports no torch: the page is the same whatever is installed. test_api_page
+keeps it in step.
 """
 
 import ast
 import re
 import textwrap
+from pathlib import Path
 
-from tests.support.models import ROOT
+import qmix
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "qmix" / "API.md"
 
 # Section -> file -> public names, in reading order.
 CONTENTS = {
     "Loading": {
         "qmix/models/auto.py": ["load", "AutoModelForCausalLM", "AutoTokenizer"],
+        "qmix/models/options.py": ["LoadOptions"],
         "qmix/models/pretrained.py": ["PreTrainedModel"],
         "qmix/config.py": ["MixtralConfig"],
     },
@@ -63,37 +66,58 @@ CONTENTS = {
     },
 }
 
+INTRODUCTION = (
+    "# qmix: the Python API",
+    "",
+    "Written by `python -m tests.support.api_page` from the docstrings; change those. The models'",
+    "interface is that of",
+    "[Hugging Face's Mixtral](https://huggingface.co/docs/transformers/v4.38.1/en/model_doc/mixtral).",
+    "Shape letters: B batch, S new positions, L positions seen, P prompt columns, N new tokens,",
+    "D hidden width, H heads, E experts, V vocabulary, C labels.",
+)
+
 _SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:")
 _ENTRY = re.compile(r"([A-Za-z_][\w, ]*): (.*)")
 
 
 def page():
     """The whole page."""
-    lines = [
-        "# qmix: the Python API",
-        "",
-        "Written by `python -m tests.support.api_page` from the docstrings; change those. Shape letters: B batch,",
-        "S new positions, L positions seen, P prompt columns, N new tokens, D hidden width, H heads,",
-        "E experts, V vocabulary, C labels.",
-    ]
+    index, body = [], []
     for section, files in CONTENTS.items():
-        lines += ["", f"## {section}"]
-        for file, names in files.items():
-            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-            found = {node.name: node for node in tree.body if hasattr(node, "name")}
-            module = file.removesuffix(".py").replace("/", ".")
-            for name in names:
-                lines += ["", *described(found[name], module)]
-    return "\n".join(lines) + "\n"
+        index += ["", f"**{section}**", ""]
+        body += ["", f"## {section}"]
+        for path, node in definitions(files):
+            index.append(f"- [`{path}`](#{anchor(path)}): {summary(node)}")
+            body += ["", f"### `{path}`", *described(node)]
+    return "\n".join([*INTRODUCTION, *index, *body]) + "\n"
 
 
-def described(node, module):
-    """One public name: heading, signature, docstring, and a class's public methods."""
+def definitions(files):
+    """(dotted path that a user writes, definition) of each name, in reading order."""
+    for file, names in files.items():
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        found = {node.name: node for node in tree.body if hasattr(node, "name")}
+        module = file.removesuffix(".py").replace("/", ".")
+        for name in names:
+            yield f"{'qmix' if name in qmix.__all__ else module}.{name}", found[name]
+
+
+def anchor(heading):
+    """GitHub's link to a heading."""
+    return "".join(letter for letter in heading.lower() if letter.isalnum() or letter in "-_")
+
+
+def summary(node):
+    """The first sentence of a docstring, in one line."""
+    paragraph = ast.get_docstring(node).partition("\n\n")[0]
+    return re.split(r"(?<=\.)\s(?=[A-Z`])", paragraph.replace("\n", " "))[0]
+
+
+def described(node):
+    """One public name: signature, docstring, and a class's public methods."""
     if isinstance(node, ast.FunctionDef):
-        yield f"### `{module}.{node.name}`"
         yield from ("", *signature(node, node.name), "", *prose(node))
         return
-    yield f"### `{module}.{node.name}`"
     bases = [ast.unparse(base) for base in node.bases]
     if bases:
         yield from ("", f"Bases: {', '.join(f'`{base}`' for base in bases)}")

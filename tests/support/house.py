@@ -34,13 +34,23 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("qmix.cli",),
 )
 # Rooms of one floor that may import another of the same floor.
-SIBLINGS = {("qmix.evals", "qmix.quantize"), ("qmix.hf", "qmix")}
+SIBLINGS = {
+    ("qmix.evals", "qmix.quantize"),
+    ("qmix.hf", "qmix"),
+}
 
 # Which files may import which third-party package; torch may be imported by all but TORCHLESS.
 OWNERS: Mapping[str, set[str]] = {
     "sentencepiece": {"qmix.text.tokenizer", "qmix.evals.training.train_tokenizer"},
-    "rich": {"qmix.commands.terminal", "qmix.commands.repl", "qmix.evals.quality.demo"},
-    "typer": {"qmix.cli", "qmix.commands.trace", "qmix.commands.plan_command"},
+    "rich": {
+        *("qmix.commands.terminal", "qmix.commands.repl", "qmix.commands.quantize"),
+        "qmix.evals.quality.demo",
+    },
+    "typer": {
+        *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
+        *("qmix.commands.generate", "qmix.commands.evaluate", "qmix.commands.plan"),
+        *("qmix.commands.doctor", "qmix.commands.trace", "qmix.commands.terminal"),
+    },
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
     "matplotlib": {"qmix.evals.timing.attention_bench"},
@@ -71,7 +81,7 @@ TORCHLESS = (
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.text.chat_template", "qmix.text.printable", "qmix.formats.metadata"),
     *("qmix.formats.files.safetensors_header", "qmix.formats.layouts.tensor_names"),
-    *("qmix.formats.mistral.detect", "qmix.commands.plan"),
+    *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),
 )
 
 
@@ -119,6 +129,8 @@ def imported_modules(name: str) -> Iterator[str]:
 
 def room(name: str) -> str:
     """The room in which a module lies."""
+    if name == "qmix.__main__":  # `python -m qmix` is the command line
+        return "qmix.cli"
     known = {room for floor in FLOORS for room in floor}
     while name not in known:
         name = name.rpartition(".")[0]

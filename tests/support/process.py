@@ -14,7 +14,7 @@ from qmix.planning.machine import Gpu
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import ROOT, TINY, small_model
 
-QMIX = [sys.executable, "-W", "error", "-m", "qmix.cli"]
+QMIX = [sys.executable, "-W", "error", "-m", "qmix"]
 
 
 def qmix(*arguments, stdin=None, **options):

@@ -110,6 +110,6 @@ def test_the_command(tmp_path):
     arguments = ["export", str(tmp_path / "in"), str(tmp_path / "out"), "--format"]
     result = CliRunner().invoke(app, [*arguments, "compressed-tensors"])
     assert result.exit_code == 0, result.output
-    assert "32 weights packed anew" in result.stderr
+    assert "32 weights repacked" in result.stderr
     equal(tmp_path / "in", tmp_path / "out")
     assert CliRunner().invoke(app, [*arguments, "awq"]).exit_code == 2

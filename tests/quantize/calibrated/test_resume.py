@@ -319,7 +319,7 @@ def test_ctrl_c_ends_after_the_layer_with_75_and_the_command_goes_on(whole, tmp_
     found = process(SIGNALLED.format(signals="[signal.SIGINT]", arguments=command))
     assert found.returncode == 75, found.stderr
     assert found.stdout == ""
-    assert "ending after this layer; Ctrl-C again ends at once" in found.stderr
+    assert "stopping after this layer; Ctrl-C again stops at once" in found.stderr
     last = found.stderr.strip().splitlines()[-1]
     assert last.startswith(f"qmix: {out}.partial: interrupted after layer 2 of 3")
     assert last.endswith("--resume goes on.")

@@ -1,0 +1,278 @@
+"""What this machine has, and what would be slow or fail on it: a table of checks over gathered facts.
+
+The checks look at nothing themselves: `Facts.gather` does. Knows no torch, but asks it whether it
+sees a GPU.
+"""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import qmix
+from qmix.planning import gpus as data_sheets
+from qmix.planning import machine
+from qmix.planning.byte_sizes import show
+from qmix.planning.machine import Gpu, HostMemory
+
+Severity = Literal["ok", "slow", "fails", "note"]
+Subject = TypeVar("Subject")
+
+PACKAGES = ("numpy", "sentencepiece", "triton", "transformers", "flash_attn", "matplotlib")
+_COMPILERS = ("c++", "g++", "clang++")
+_OLDEST_TORCH, _NEWEST_TORCH = (2, 9), (2, 13)  # tested
+_PICKLES_TORCH = (2, 10)
+# An 8x7B in 4 bits: what its files take, and the least host memory it runs in.
+_CHECKPOINT_BYTES, _LEAST_RAM = 25 << 30, 3 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What was seen of this machine.
+
+    Attributes:
+        folder: where disk space was looked at.
+        versions: of torch and PACKAGES; None: not installed.
+        torch_sees_cuda: whether this torch can use a GPU.
+    """
+
+    folder: Path
+    versions: Mapping[str, str | None]
+    processor: str
+    extensions: tuple[str, ...]
+    cores: int
+    compiler: str | None
+    memory: HostMemory
+    disk_free: int
+    gpus: tuple[Gpu, ...]
+    torch_sees_cuda: bool
+
+    @classmethod
+    def gather(cls, folder: Path) -> "Facts":
+        """Look at this machine, and at the disk below `folder`."""
+        versions = {name: _version(name) for name in ("torch", *PACKAGES)}
+        processor, extensions = machine.processor()
+        return cls(
+            folder=folder,
+            versions=versions,
+            processor=processor,
+            extensions=extensions,
+            cores=machine.cores(),
+            compiler=next((path for name in _COMPILERS if (path := shutil.which(name))), None),
+            memory=machine.memory(),
+            disk_free=machine.disk_free(folder),
+            gpus=machine.gpus(),
+            torch_sees_cuda=versions["torch"] is not None and _torch_sees_cuda(),
+        )
+
+    @property
+    def torch(self) -> tuple[int, ...] | None:
+        """Torch's version, (major, minor)."""
+        version = self.versions["torch"]
+        if version is None:
+            return None
+        parts = version.split("+")[0].split(".")[:2]
+        return tuple(int(part) for part in parts if part.isdecimal())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line: what was looked at, what is there and, unless all is well, the remedy."""
+
+    what: str
+    found: str
+    state: Severity = "ok"
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule(Generic[Subject]):
+    """What is said where `applies` holds."""
+
+    applies: Callable[[Subject], bool]
+    state: Severity
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Check(Generic[Subject]):
+    """One line of the table.
+
+    Attributes:
+        what: its name.
+        probe: what is there, in words; None: nothing to report.
+        rules: the first that applies decides; all is well if none does.
+    """
+
+    what: str
+    probe: Callable[[Subject], str | None]
+    rules: tuple[Rule[Subject], ...] = ()
+
+    def findings(self, subject: Subject) -> tuple[Finding, ...]:
+        """One finding, or none."""
+        found = self.probe(subject)
+        if found is None:
+            return ()
+        rule = next((rule for rule in self.rules if rule.applies(subject)), None)
+        if rule is None:
+            return (Finding(what=self.what, found=found),)
+        return (Finding(what=self.what, found=found, state=rule.state, remedy=rule.remedy),)
+
+
+CHECKS: tuple[Check[Facts], ...] = (
+    Check("qmix", lambda _: qmix.__version__),
+    Check("python", lambda _: f"{platform.python_version()}, {sys.platform}"),
+    Check(
+        "torch",
+        lambda facts: facts.versions["torch"] or "missing",
+        (
+            Rule(
+                lambda facts: facts.torch is None,
+                "fails",
+                "Install it; only qmix plan, inspect and --help work without.",
+            ),
+            Rule(
+                lambda facts: not _OLDEST_TORCH <= (facts.torch or ()) <= _NEWEST_TORCH,
+                "note",
+                "Tested with 2.9 to 2.13; another version may fail.",
+            ),
+            Rule(
+                lambda facts: (facts.torch or ()) < _PICKLES_TORCH,
+                "note",
+                "qmix convert reads pickles with 2.10 or newer only (CVE-2026-24747).",
+            ),
+        ),
+    ),
+    Check(
+        "processor",
+        lambda facts: (
+            f"{facts.processor}, {facts.cores} cores, "
+            f"{' '.join(facts.extensions) or 'no vector extensions'}"
+        ),
+        (
+            Rule(
+                lambda facts: _is_x86() and "avx2" not in facts.extensions,
+                "slow",
+                "The 4-bit CPU kernels need AVX2; torch's are used instead.",
+            ),
+        ),
+    ),
+    Check(
+        "compiler",
+        lambda facts: facts.compiler or "none",
+        (
+            Rule(
+                lambda facts: facts.compiler is None,
+                "slow",
+                "Install g++ or clang++: the 4-bit CPU kernels are compiled at first use.",
+            ),
+        ),
+    ),
+    Check(
+        "host memory",
+        lambda facts: (
+            f"{show(facts.memory.available)} free of {show(facts.memory.total)}"
+            + (" (limited by a control group)" if facts.memory.limit == "cgroup" else "")
+        ),
+        (
+            Rule(
+                lambda facts: facts.memory.available < _LEAST_RAM,
+                "fails",
+                "An 8x7B in 4 bits needs at least 3 GiB; close other programs.",
+            ),
+            Rule(
+                lambda facts: facts.memory.available < _CHECKPOINT_BYTES,
+                "note",
+                "An 8x7B in 4 bits does not fit as a whole: without a GPU, experts are read from "
+                "the disk (--ram).",
+            ),
+        ),
+    ),
+    Check(
+        "disk",
+        lambda facts: f"{show(facts.disk_free)} free in {facts.folder.resolve()}",
+        (
+            Rule(
+                lambda facts: facts.disk_free < _CHECKPOINT_BYTES,
+                "note",
+                "An 8x7B takes 24 GB in 4 bits and 93 GB in 16.",
+            ),
+        ),
+    ),
+    Check(
+        "GPU",
+        lambda facts: None if facts.gpus else "none that nvidia-smi shows",
+        (
+            Rule(
+                lambda _: True,
+                "note",
+                "Models run on the CPU; qmix plan DIR --card 3090 plans for a GPU.",
+            ),
+        ),
+    ),
+    Check(
+        "CUDA",
+        lambda facts: (
+            "this torch sees no GPU" if facts.gpus and not facts.torch_sees_cuda else None
+        ),
+        (Rule(lambda _: True, "fails", "Install a torch built for CUDA, or a newer driver."),),
+    ),
+    Check("packages", lambda facts: _listed(facts, installed=True) or "none"),
+    Check(
+        "optional",
+        lambda facts: (
+            f"not installed: {missing}" if (missing := _listed(facts, installed=False)) else None
+        ),
+        (Rule(lambda _: True, "note"),),
+    ),
+)
+
+GPU: Check[Gpu] = Check(
+    "GPU",
+    lambda gpu: (
+        f"{gpu.name}, {show(gpu.free)} free of {show(gpu.total)}, compute capability "
+        f"{gpu.capability[0]}.{gpu.capability[1]}, driver {gpu.driver}"
+    ),
+    (
+        Rule(
+            lambda gpu: gpu.capability < data_sheets.LEAST_CAPABILITY,
+            "slow",
+            "The 4-bit kernels need compute capability 8.0; here weights are dequantized before "
+            "every matmul.",
+        ),
+    ),
+)
+
+
+def diagnose(facts: Facts) -> tuple[Finding, ...]:
+    """All checks, then each GPU."""
+    return (
+        *(finding for check in CHECKS for finding in check.findings(facts)),
+        *(finding for gpu in facts.gpus for finding in GPU.findings(gpu)),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_sees_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def _listed(facts: Facts, *, installed: bool) -> str:
+    names = [name for name in PACKAGES if (facts.versions[name] is not None) == installed]
+    return ", ".join(f"{name} {facts.versions[name]}" if installed else name for name in names)

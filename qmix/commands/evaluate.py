@@ -1,0 +1,177 @@
+"""`qmix eval`, `qmix bench` and `qmix demo`: what a checkpoint costs and how fast it is.
+
+What is measured is in qmix.evals; heavy imports stay inside the functions.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qmix.commands import options, quantize, terminal
+from qmix.errors import UsageError
+
+if TYPE_CHECKING:
+    from qmix.evals.quality.perplexity import Perplexity
+
+_TESTS = ("128", "0", "1")  # defaults of -n, -d and -b
+
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "-p",
+        "--n-prompt",
+        "--prompts",
+        help="Prompt lengths.",
+        show_default="512; 512 to 4096 with --attention",
+    ),
+]
+NewTokens = Annotated[str, typer.Option("-n", "--n-gen", help="Numbers of new tokens.")]
+Depths = Annotated[str, typer.Option("-d", "--n-depth", help="Tokens already in the cache.")]
+Batches = Annotated[str, typer.Option("-b", "--batch", help="Rows at once.")]
+Repetitions = Annotated[
+    int, typer.Option("-r", "--repetitions", min=1, help="Timed runs of each test.")
+]
+Attention = Annotated[
+    bool, typer.Option("--attention", help="Time attention alone, each implementation.")
+]
+Window = Annotated[
+    int, typer.Option(min=1, help="--attention: sliding window to compare with none.")
+]
+Plot = Annotated[
+    Path | None, typer.Option(help="--attention: draw the times to this PNG.", show_default=False)
+]
+
+
+def evaluate(
+    directory: options.Directory,
+    data: Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)],
+    reference: Annotated[
+        Path | None, typer.Option(help="Unquantized checkpoint to compare with.")
+    ] = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option(help="Tokens per window.", show_default="2048, or the model's positions"),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows.", show_default="the window")
+    ] = None,
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Exit 5 if the perplexity is higher.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Exit 5 if the mean KL divergence is higher.")
+    ] = None,
+    as_json: options.AsJson = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+) -> None:
+    """Measure perplexity, and the divergence from a reference model.
+
+    \b
+    Example:
+      qmix eval mixtral-nf4 --data wiki.test.raw --reference Mixtral-8x7B-v0.1
+    """
+    if max_kl is not None and reference is None:
+        raise UsageError("--max-kl needs --reference")
+    from qmix.evals.quality import perplexity
+
+    with terminal.progress() as show:
+        result = perplexity.evaluate(
+            directory,
+            perplexity.read_text(data),
+            reference=reference,
+            window=ctx,
+            stride=stride,
+            dtype=dtype,
+            device=device,
+            progress=lambda done, total: show(f"layer {done} of {total}", done, total),
+        )
+    terminal.print_result(_perplexity_text(result), result.to_dict(), as_json=as_json)
+    result.gate(max_perplexity=max_perplexity, max_kl=max_kl)
+
+
+def _perplexity_text(result: "Perplexity") -> str:
+    lines = [
+        f"perplexity  {result.perplexity:.4f} ± {result.stderr:.4f}",
+        f"tokens      {result.tokens}",
+        f"protocol    {result.protocol}",
+        f"text        sha256 {result.text_sha256}",
+    ]
+    if result.reference is not None:
+        other = result.reference
+        lines += [
+            f"reference   {other.perplexity:.4f} "
+            f"(ratio {result.perplexity / other.perplexity:.4f})",
+            f"KL          mean {other.kl_mean:.6f}, median {other.kl_median:.6f}, "
+            f"p99 {other.kl_p99:.6f} nats",
+            f"top-1       {100 * other.top1_agreement:.2f} % agree",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def bench(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DIR", help="Checkpoint directory; --attention needs none.", show_default=False
+        ),
+    ] = None,
+    prompts: Prompts = None,
+    new: NewTokens = _TESTS[0],
+    depth: Depths = _TESTS[1],
+    batch: Batches = _TESTS[2],
+    repetitions: Repetitions = 5,
+    attention: Attention = False,
+    window: Window = 1024,
+    plot: Plot = None,
+    as_json: options.AsJson = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+) -> None:
+    """Measure tokens a second beside the bound that memory sets.
+
+    The options are llama-bench's; lists are separated by commas.
+
+    \b
+    Examples:
+      qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8
+      qmix bench --attention -p 512,4096 --plot attention.png
+    """
+    if attention and (new, depth, batch) != _TESTS:
+        raise UsageError("--attention takes no -n, -d or -b")
+    if not attention and (directory is None or plot is not None):
+        raise UsageError("bench needs a DIR, and --plot needs --attention")
+    if attention or directory is None:
+        from qmix.evals.timing import attention_bench
+
+        request = attention_bench.Request.of(directory, prompts, window, dtype, device, plot)
+        with terminal.progress() as show:
+            compared = attention_bench.run(request, repetitions=repetitions, progress=show)
+        terminal.print_result(compared.markdown(), compared.to_dict(), as_json=as_json)
+        return
+    from qmix import LoadOptions, MixtralForCausalLM
+    from qmix.evals.timing import bench as benchmark
+
+    tests = benchmark.tests_of(prompts or "512", new, depth, batch)
+    load_options = LoadOptions(dtype=dtype, device=device, vram=vram, ram=ram)
+    model = MixtralForCausalLM.from_pretrained(directory, load_options=load_options)
+    with terminal.progress() as show:
+        report = benchmark.run(
+            model, tests, name=directory.resolve().name, repetitions=repetitions, progress=show
+        )
+    terminal.print_result(report.markdown(), report.to_dict(), as_json=as_json)
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep the 4-bit checkpoint here.", show_default="a temporary directory"),
+    ] = None,
+) -> None:
+    """Quantize, evaluate and sample the tiny Mixtral of a checkout."""
+    from qmix.evals.quality import demo
+
+    demo.run(out, terminal.console(), quantize.draw_report)

@@ -1,0 +1,140 @@
+"""`qmix convert`, `export`, `inspect` and `verify`: commands over checkpoint files.
+
+No model is run. What they do is in qmix.commands.checkpoint; heavy imports stay inside the
+functions.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qmix.commands import options, terminal
+
+if TYPE_CHECKING:
+    from qmix.commands.checkpoint.convert import Conversion
+    from qmix.commands.checkpoint.inspect import Inventory
+
+
+def convert(
+    raw: Annotated[Path, typer.Argument(metavar="RAW", help="Folder of consolidated.* files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory in the hub's layout.")],
+    shard_size: options.ShardSize = options.SHARD_SIZE,
+    force: options.Force = False,
+) -> None:
+    """Turn Mistral's own checkpoint into the hub's layout.
+
+    RAW holds consolidated.* files and a params.json; every number is copied bit for bit.
+
+    \b
+    Example:
+      qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
+    """
+    shard_bytes = options.shard_bytes(shard_size)
+    from qmix.commands.checkpoint import convert
+
+    with terminal.progress() as show:
+        result = convert.run(raw, out, shard_bytes=shard_bytes, force=force, progress=show)
+    _draw_conversion(result, out)
+
+
+def export(
+    directory: options.Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the other layout.")],
+    layout: Annotated[
+        Literal["compressed-tensors", "gptq"],
+        typer.Option(
+            "--format", help="Both are read by vLLM, SGLang and transformers.", show_default=False
+        ),
+    ],
+    shard_size: options.ShardSize = options.SHARD_SIZE,
+    force: options.Force = False,
+) -> None:
+    """Write Int4 and Int8 weights in another layout, without rounding.
+
+    Reads GPTQ, AWQ and compressed-tensors.
+
+    \b
+    Example:
+      qmix export mixtral-gptq mixtral-ct --format compressed-tensors
+    """
+    shard_bytes = options.shard_bytes(shard_size)
+    from qmix.commands.checkpoint import export
+
+    with terminal.progress() as show:
+        result = export.run(
+            directory, out, layout, shard_bytes=shard_bytes, force=force, progress=show
+        )
+    terminal.notice(
+        f"{out}: {result.weights} weights repacked, {result.bytes_out / 1e9:.3f} GB, "
+        f"{result.seconds:.1f} s ({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)"
+    )
+
+
+def inspect(directory: options.Directory, as_json: options.AsJson = False) -> None:
+    """Show what a checkpoint holds: layouts, bits a weight, sizes.
+
+    Reads headers only.
+
+    \b
+    Example:
+      qmix inspect mixtral-nf4
+    """
+    from qmix.commands.checkpoint.inspect import inspect
+
+    inventory = inspect(directory)
+    terminal.print_result(_inventory_text(inventory), inventory.to_dict(), as_json=as_json)
+
+
+def verify(directory: options.Directory) -> None:
+    """Check a checkpoint to the last number; exit 3 if it is damaged.
+
+    Hashes, the exact tensor set, finite values.
+
+    \b
+    Example:
+      qmix verify mixtral-nf4
+    """
+    from qmix.commands.checkpoint.verify import verify
+
+    with terminal.progress() as show:
+        verdict = verify(directory, lambda at: show(at.name, at.done, at.total))
+    for problem in verdict.problems[1:]:
+        terminal.notice(str(problem))
+    if verdict.problems:
+        raise verdict.problems[0]
+    sys.stdout.write(f"ok: {verdict.weights} weights read, {verdict.hashed} files hashed\n")
+
+
+def _draw_conversion(result: "Conversion", out: Path) -> None:
+    if result.ignored:
+        terminal.notice(f"ignored in params.json: {', '.join(result.ignored)}")
+    if result.tokenizer is None:
+        terminal.notice(
+            f"there is no tokenizer: put the model's tokenizer.model into {out} before you "
+            "generate or chat"
+        )
+    elif result.tokenizer != "tokenizer.model":
+        terminal.notice(f"{result.tokenizer} became tokenizer.model")
+    terminal.message(
+        f"{out}: {result.tensors} tensors, {result.parameters / 1e9:.3f} B weights in "
+        f"{result.dtype}, {result.bytes_out / 1e9:.3f} GB, {result.seconds:.1f} s "
+        f"({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)"
+    )
+
+
+def _inventory_text(inventory: "Inventory") -> str:
+    lines = [
+        f"{part.kind:10} {part.layout:19} {part.scheme:22} {part.weights:5} tensors "
+        f"{part.parameters / 1e6:12,.2f} M {part.bits_per_weight:7.3f} bits/weight"
+        for part in inventory.parts
+    ]
+    lines.append(
+        f"{len(inventory.files)} files, {inventory.stored_bytes / 1e9:.3f} GB, "
+        f"{inventory.parameters / 1e9:.3f} B weights, {inventory.bits_per_weight:.3f} bits each"
+    )
+    for verdict in inventory.readers:
+        reason = verdict.reason if verdict.tried else f"{verdict.reason} (not tried)".lstrip()
+        lines.append(f"{verdict.reader:18} {verdict.outcome:8} {reason}".rstrip())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,159 @@
+"""`qmix quantize`: options, calibration text, and the table of what was written.
+
+Knows no method by more than its name. Heavy imports stay inside the functions.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qmix.commands import options, terminal
+
+if TYPE_CHECKING:
+    from qmix.quantize.report import Report
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint in 16 or 32 bits.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the 4-bit checkpoint.")]
+Method = Annotated[
+    Literal["nf4", "gptq", "rtn", "auto"],
+    typer.Option(help="How to round; auto chooses each matrix's bits by the loss."),
+]
+Attention = Annotated[
+    Literal["4bit", "bf16"], typer.Option(help="How to store the attention matrices.")
+]
+DoubleQuant = Annotated[
+    bool, typer.Option(help="nf4: store scales in 8 bits, 4.13 bits a weight instead of 4.5.")
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(help="gptq, rtn: inputs per scale: 32, 64, 128 or -1 (all).", show_default="128"),
+]
+Asymmetric = Annotated[
+    bool, typer.Option("--asymmetric", help="gptq, rtn: a zero point per group; not for vLLM.")
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="auto: bits per quantized weight, scales included.", show_default="4.25"),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="gptq, auto: UTF-8 text like what the model will see.",
+        show_default="Python's documentation",
+    ),
+]
+Samples = Annotated[int, typer.Option(help="gptq, auto: windows cut from the text.")]
+Seqlen = Annotated[
+    int | None,
+    typer.Option(help="gptq, auto: tokens per window.", show_default="2048, or the model's"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="gptq, auto: continue an interrupted run.")]
+
+
+def quantize(
+    source: Source,
+    out: Out,
+    method: Method = "nf4",
+    attention: Attention = "4bit",
+    double_quant: DoubleQuant = True,
+    group_size: GroupSize = None,
+    asymmetric: Asymmetric = False,
+    bits: Bits = None,
+    calibration: Calibration = None,
+    samples: Samples = 256,
+    seqlen: Seqlen = None,
+    resume: Resume = False,
+    device: options.Device = None,
+    shard_size: options.ShardSize = options.SHARD_SIZE,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Quantize a checkpoint to 4 bits.
+
+    gptq and auto run calibration text through the model, one layer at a time. Ctrl-C stops after
+    the current layer (exit 75); the same command with --resume continues.
+
+    \b
+    Examples:
+      qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
+      qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
+    """
+    shard_bytes = options.shard_bytes(shard_size)
+    from qmix.quantize import methods
+
+    request = methods.Request(
+        method=method,
+        attention=attention == "4bit",
+        double_quant=double_quant,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        bits=bits,
+        samples=samples,
+        seqlen=seqlen,
+        device=device,
+        shard_bytes=shard_bytes,
+        resume=resume,
+        force=force,
+    )
+    text = _calibration_text(calibration) if request.calibrated else None
+    with _interruptible(request.calibrated) as interrupted, terminal.progress() as show:
+        report = methods.run(
+            source,
+            out,
+            request,
+            text,
+            interrupted=interrupted,
+            progress=lambda at: show(at.tensor, at.done_bytes, at.total_bytes),
+        )
+    draw_report(report, out)
+    if as_json:
+        terminal.print_json(report.to_dict())
+
+
+def _interruptible(calibrated: bool) -> AbstractContextManager[Callable[[], bool]]:
+    """A run without calibration is not resumable, so Ctrl-C ends it at once."""
+    return terminal.interruptible() if calibrated else nullcontext(lambda: False)
+
+
+def _calibration_text(path: Path | None) -> str:
+    from qmix.evals import corpus
+    from qmix.evals.quality import perplexity
+
+    if path is not None:
+        return perplexity.read_text(path).content
+    terminal.notice("calibrating with Python's documentation; --calibration takes your own text")
+    return corpus.training_text()
+
+
+def draw_report(report: "Report", out: Path) -> None:
+    """What was written, a row a kind of tensor, on stderr."""
+    from rich.table import Table
+
+    kinds = report.kinds()
+    calibrated = any(kind.output_error is not None for kind in kinds)
+    table = Table("tensors", "stored as", "count", "weights", "bits/weight", "relative error")
+    if calibrated:
+        table.add_column("output error")
+    for kind in kinds:
+        cells = [
+            kind.kind,
+            kind.scheme,
+            str(kind.tensors),
+            f"{kind.parameters / 1e6:,.2f} M",
+            f"{kind.bits_per_weight:.3f}",
+            f"{kind.relative_error:.4f}" if kind.relative_error else "-",
+        ]
+        if calibrated:
+            cells.append("-" if kind.output_error is None else f"{kind.output_error:.4f}")
+        table.add_row(*cells)
+    terminal.console().print(table)
+    terminal.message(
+        f"{out}: {report.bytes_in / 1e9:.3f} GB in, {report.bytes_out / 1e9:.3f} GB out, "
+        f"{report.bits_per_weight:.2f} bits a weight in all, {report.seconds:.1f} s "
+        f"({report.bytes_in / 1e9 / report.seconds:.3f} GB/s)"
+    )
+    for remark in report.remarks():
+        terminal.notice(remark)
