@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qmix.commands import plan as planner
+from qmix.commands import planner
 from qmix.config import MixtralConfig
 from qmix.errors import ResourceError
 from qmix.evals import speed
@@ -243,14 +243,14 @@ def cards() -> str:
     return _markdown(header, rows)
 
 
-def _plan(card: str, context: int) -> planner.Answer | None:
+def _plan(card: str, context: int) -> planner.PlanAnswer | None:
     """For a card by its name, or for one of a size."""
     where = {"vram": card} if card.endswith("GiB") else {"card": card}
     with TemporaryDirectory() as scratch:
         MixtralConfig(max_position_embeddings=32768).save_pretrained(Path(scratch))
         try:
             return planner.answer(
-                planner.Request(source=Path(scratch), ram="64GiB", context=context, **where)
+                planner.PlanRequest(source=Path(scratch), ram="64GiB", context=context, **where)
             )
         except ResourceError:
             return None
@@ -262,7 +262,7 @@ def _planned(card: str, context: int) -> str:
     return f"{answer.estimate.plan.device_memory.total / _GIB:.1f} GiB"
 
 
-def _experts(answer: planner.Answer | None) -> str:
+def _experts(answer: planner.PlanAnswer | None) -> str:
     if answer is None:
         return "-"
     plan = answer.estimate.plan
@@ -271,7 +271,7 @@ def _experts(answer: planner.Answer | None) -> str:
     return f"{plan.slots} of {plan.experts}"
 
 
-def _bound(answer: planner.Answer) -> str:
+def _bound(answer: planner.PlanAnswer) -> str:
     if answer.estimate.plan.resident:
         return f"{answer.estimate.speeds[0].bound:.0f}"
     return ", ".join(
