@@ -26,21 +26,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for name, command in {
-    "quantize": quantize.quantize,
-    "convert": files.convert,
-    "export": files.export,
-    "generate": generate.generate,
-    "chat": generate.chat,
-    "eval": evaluate.evaluate,
-    "bench": evaluate.bench,
-    "inspect": files.inspect,
-    "verify": files.verify,
-    "plan": plan.plan,
-    "doctor": doctor.doctor,
-    "demo": evaluate.demo,
-}.items():
-    app.command(name)(command)
+app.command("quantize")(quantize.quantize)
+app.command("convert")(files.convert)
+app.command("export")(files.export)
+app.command("generate")(generate.generate)
+app.command("chat")(generate.chat)
+app.command("eval")(evaluate.evaluate)
+app.command("bench")(evaluate.bench)
+app.command("inspect")(files.inspect)
+app.command("verify")(files.verify)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(evaluate.demo)
 app.add_typer(trace.app, name="trace")
 
 
