@@ -59,7 +59,8 @@ def keep_compiled(kept: Path, load) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(kept):
         for library in kept.glob("*.so"):
-            shutil.copy(library, cache)
+            if not (cache / library.name).exists():  # collecting may have loaded it already
+                shutil.copy(library, cache)
         load()
         for library in cache.glob("*.so"):
             if not (kept / library.name).exists():
