@@ -38,7 +38,8 @@ from qmix.kernels import Routes, tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.moe import moe_forward
 from qmix.nn.attention import ForwardContext
-from qmix.nn.decoder_layer import DecoderLayer, one_token
+from qmix.nn.cpu_decode import WhyNot, decode_token
+from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
@@ -318,7 +319,7 @@ def _of_layer(
     theirs: list[tuple[float, float]] = []
 
     def through(x: Tensor, some: Sequence[DecoderLayer]) -> None:
-        if one_token(some, x, context) is None:
+        if isinstance(decode_token(map(compiled_whole, some), x, context), WhyNot):
             for each in some:
                 x, _ = each(x, context)
 

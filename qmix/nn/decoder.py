@@ -1,7 +1,6 @@
 """The decoder: embedding, layers, final norm; hidden states in, hidden states out.
 
-Shape letters: B batch, S new positions, L positions seen, D hidden width, H heads, E experts.
-Knows no bits, no files, no tokens' text.
+Knows no bits, no files and no text.
 """
 
 from dataclasses import dataclass
@@ -16,19 +15,20 @@ from qmix.errors import UsageError
 from qmix.kernels.attention import Implementation
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import Cache
-from qmix.nn.decoder_layer import DecoderLayer, one_token
+from qmix.nn.cpu_decode import WhyNot, decode_token
+from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import RMSNorm
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """What a pass through the decoder leaves.
+    """The results of a pass through the decoder.
 
     Attributes:
         hidden: after the final norm, (B, S, D).
-        router_logits: raw, one (B * S, E) a layer.
+        router_logits: before the softmax, one (B * S, E) per layer.
         hidden_states: the input of every layer and, last, `hidden`; None unless asked for.
-        attentions: weights (B, H, S, K), one a layer, K the keys held; None unless asked for.
+        attentions: weights (B, H, S, keys in the cache), one per layer; None unless asked for.
     """
 
     hidden: Tensor
@@ -71,14 +71,14 @@ class Decoder(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Decoded:
-        """Run embedded positions (B, S, D) through all layers, after what `cache` holds.
+        """Run embedded positions (B, S, D) through all layers, after those in `cache`.
 
         Args:
-            padding_mask: bool (B, L + S), False at padding; None: no padding.
-            position_ids: (B or 1, S) for the rotary embedding; default L .. L + S - 1.
-            attn_mask: (B or 1, H or 1, S, L + S), replaces causality, window and `padding_mask`.
-            output_attentions: return the weights, computed by eager attention whatever the model's
-                implementation is.
+            padding_mask: bool (B, L), False at padding; None: no padding.
+            position_ids: (B or 1, S), for the rotary embedding; default: L - S .. L - 1.
+            attn_mask: (B or 1, H or 1, S, L), replaces causality, window and `padding_mask`.
+            output_hidden_states, output_attentions: return them too. The weights are computed by
+                eager attention, whatever the model's implementation is.
         """
         new = x.shape[1]
         past = cache.length if cache is not None else 0
@@ -87,43 +87,51 @@ class Decoder(nn.Module):
         cos, sin = kernels.rotary(
             position_ids.to(x.device), self.config.head_dim, self.config.rope_theta, x.dtype
         )
-        attentions: list[Tensor] | None = [] if output_attentions else None
         if cache is not None:
             padding_mask, attn_mask = (
-                None if t is None else cache.align_mask(t, new, in_order=output_attentions)
-                for t in (padding_mask, attn_mask)
+                None if mask is None else cache.align_mask(mask, new, in_order=output_attentions)
+                for mask in (padding_mask, attn_mask)
             )
         context = ForwardContext(
             cos=cos,
             sin=sin,
-            padding_mask=padding_mask,
             cache=cache,
+            padding_mask=padding_mask,
             attn_mask=attn_mask,
             attn_implementation=self.attn_implementation,
-            attentions=attentions,
+            attentions=[] if output_attentions else None,
         )
-        router_logits: list[Tensor] = []
-        hidden_states: list[Tensor] = []
-        passed = None if output_hidden_states else one_token(self.layers, x, context)
-        if passed is not None:
-            x, router_logits = passed
-        else:
-            for layer in self.layers:
-                if output_hidden_states:
-                    hidden_states.append(x)
-                x, logits = layer(x, context)
-                router_logits.append(logits)
+        hidden_states: list[Tensor] | None = [] if output_hidden_states else None
+        x, router_logits = self._through_layers(x, context, hidden_states)
         if cache is not None:
             cache.advance(new)
         x = self.norm(x)
-        if output_hidden_states:
-            hidden_states.append(x)
         return Decoded(
             hidden=x,
             router_logits=tuple(router_logits),
-            hidden_states=tuple(hidden_states) or None,
-            attentions=None if attentions is None else tuple(attentions),
+            hidden_states=None if hidden_states is None else (*hidden_states, x),
+            attentions=None if context.attentions is None else tuple(context.attentions),
         )
+
+    def _through_layers(
+        self, x: Tensor, context: ForwardContext, hidden_states: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(B, S, D) -> (B, S, D) and the router logits of each layer.
+
+        Args:
+            hidden_states: the input of each layer is appended here; None: nobody asks for them.
+        """
+        if hidden_states is None:
+            outcome = decode_token(map(compiled_whole, self.layers), x, context)
+            if not isinstance(outcome, WhyNot):
+                return outcome
+        router_logits: list[Tensor] = []
+        for layer in self.layers:
+            if hidden_states is not None:
+                hidden_states.append(x)
+            x, logits = layer(x, context)
+            router_logits.append(logits)
+        return x, router_logits
 
 
 def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:

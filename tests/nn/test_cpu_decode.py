@@ -3,19 +3,22 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 
 import qmix.nn.decoder
+import qmix.nn.decoder_layer
 from qmix import MixtralForCausalLM, kernels
 from qmix.config import MixtralConfig
 from qmix.kernels import attention
 from qmix.kernels.cpu.library import attends, library
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import KVCache
-from qmix.nn.decoder_layer import DecoderLayer, one_token
+from qmix.nn.cpu_decode import WhyNot, decode_token, run_layer, why_not_step
+from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 from tests.support.cpu_kernels import random_int4, random_nf4, seeded
@@ -64,11 +67,11 @@ def run(layer, tokens=5, config=CONFIG):
 
 def by_modules(layer, **options):
     """The same without the compiled calls."""
-    layer._one_token = lambda: None
+    layer.compiled = lambda: WhyNot.OVERRIDE
     try:
         return run(layer, **options)
     finally:
-        del layer._one_token
+        del layer.compiled
 
 
 def same(ours, theirs):
@@ -88,9 +91,11 @@ def test_it_is_what_the_modules_compute(isa, kind, window):
     config = MixtralConfig(**{**CONFIG.to_dict(), "sliding_window": window})
     layer = random_layer(kind, config)
     ours = run(layer, config=config)
-    assert (layer._token is not None and layer._token[1] is not None) == (isa != "torch")
+    assert taken(layer, config) == (isa != "torch")
     if isa != "torch":
-        assert layer._token[1].has_experts
+        assert layer.compiled().has_experts
+    else:
+        assert layer.compiled() is WhyNot.NO_KERNELS
     assert alike(ours, by_modules(layer, config=config))
     with kernels.override("reference"):
         oracle = run(layer, config=config)
@@ -101,11 +106,15 @@ def test_it_is_what_the_modules_compute(isa, kind, window):
 pytestmark = pytest.mark.usefixtures("compiled")
 
 
-def taken(layer):
-    """Whether a token now goes through the compiled calls."""
-    layer._token = None
-    run(layer, 1)
-    return layer._token is not None and layer._token[1] is not None
+def taken(layer, config=CONFIG):
+    """Whether a token goes through the compiled calls."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            qmix.nn.decoder_layer, "run_layer", lambda *given: calls.append(1) or run_layer(*given)
+        )
+        run(layer, 1, config)
+    return calls == [1]
 
 
 def test_new_weights_are_seen():
@@ -131,7 +140,9 @@ def test_experts_of_another_kind_are_multiplied_by_their_own_kernels():
     layer = random_layer("nf4")
     layer.block_sparse_moe.experts[2].w1.store(Dense(torch.randn(384, 256).bfloat16() / 16))
     assert taken(layer)
-    assert not layer._token[1].has_experts
+    assert not layer.compiled().has_experts
+    with torch.no_grad():
+        assert decode_token([layer.compiled()], *one_pass()) is WhyNot.EXPERTS
     assert alike(run(layer), by_modules(layer))
 
 
@@ -170,10 +181,25 @@ def test_an_adapter_in_place_of_a_linear_is_called():
     assert not alike(run(layer), before)
 
 
+def one_pass(position=0, **options):
+    """Hidden states of one token, and what its layers need to know."""
+    return torch.randn(1, 1, 256, generator=seeded()).bfloat16(), context_at(position, **options)
+
+
 @pytest.mark.parametrize(
-    "where", ["gradients", "float32", "two rows", "training", "attentions", "reference"]
+    ("where", "reason"),
+    [
+        ("gradients", WhyNot.GRADIENTS),
+        ("float32", WhyNot.DTYPE),
+        ("two rows", WhyNot.SEVERAL_TOKENS),
+        ("training", WhyNot.TRAINING),
+        ("attentions", WhyNot.ATTENTIONS),
+        ("reference", WhyNot.OVERRIDE),
+        ("strides", WhyNot.STRIDES),
+    ],
 )
-def test_what_it_cannot_do_goes_through_the_modules(where):
+def test_what_it_cannot_do_goes_through_the_modules(where, reason, monkeypatch):
+    monkeypatch.setattr("qmix.nn.decoder_layer.run_layer", None)
     layer = random_layer("nf4")
     dtype = torch.float32 if where == "float32" else torch.bfloat16
     layer = layer.to(dtype).train(where == "training")
@@ -181,13 +207,12 @@ def test_what_it_cannot_do_goes_through_the_modules(where):
     attentions = [] if where == "attentions" else None
     context = ForwardContext(cos=cos, sin=sin, attentions=attentions)
     x = torch.randn(2 if where == "two rows" else 1, 1, 256, generator=seeded()).to(dtype)
-    with torch.set_grad_enabled(where == "gradients"):
-        if where == "reference":
-            with kernels.override("reference"):
-                out, _ = layer(x, context)
-        else:
-            out, _ = layer(x, context)
-    assert layer._token is None
+    if where == "strides":
+        x = torch.stack((x, x), -1)[..., 0]
+    override = kernels.override("reference") if where == "reference" else nullcontext()
+    with torch.set_grad_enabled(where == "gradients"), override:
+        out, _ = layer(x, context)
+        assert (why_not_step(x, context) or layer.compiled()) is reason
     assert out.requires_grad == (where == "gradients")
     assert attentions is None or len(attentions) == 1
 
@@ -196,10 +221,8 @@ def test_copies_have_their_own():
     layer = random_layer("act-order")
     before = run(layer)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other._token is None
         assert same(run(other), before)
-        assert other._token is not None
-        assert other._token[1].fields.q.codes != layer._token[1].fields.q.codes
+        assert other.compiled().fields.q.codes != layer.compiled().fields.q.codes
 
 
 def test_inputs_that_are_no_numbers_come_out_as_none():
@@ -209,7 +232,7 @@ def test_inputs_that_are_no_numbers_come_out_as_none():
     x[0, 0, 3] = torch.inf
     with torch.no_grad():
         out, logits = layer(x, ForwardContext(cos=cos, sin=sin))
-    assert layer._token is not None
+    assert taken(layer)
     assert out.isnan().all()
     assert logits.isnan().all()
 
@@ -228,7 +251,7 @@ def test_the_router_chooses_as_torch_among_equals_too(experts, chosen):
         layer.block_sparse_moe.gate.store(Dense(gate.bfloat16()))
         x = torch.randn(1, 1, 256, generator=seeded(index)).bfloat16()
         with torch.no_grad():
-            token = layer._one_token()
+            token = layer.compiled()
             _, normed, logits, routes = library().after_attention(token, x, x)
         assert torch.equal(logits, layer.block_sparse_moe.gate(normed))
         expected = kernels.route(logits, chosen)
@@ -260,12 +283,12 @@ def said(model, *, at_once=True, tokens=12, cache=None, **options):
     logits, went = [], []
 
     def spied(*given):
-        found = one_token(*given) if at_once else None
-        went.append(found is not None)
+        found = decode_token(*given) if at_once else WhyNot.OVERRIDE
+        went.append(not isinstance(found, WhyNot))
         return found
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qmix.nn.decoder, "one_token", spied)
+        patch.setattr(qmix.nn.decoder, "decode_token", spied)
         for piece in (ids[:, :3], *ids[:, 3:].split(1, 1)):
             out = model(piece, past_key_values=cache, output_router_logits=True, **options)
             logits += [out.logits, *out.router_logits]
@@ -296,8 +319,8 @@ def test_a_cache_that_grows_rewinds_and_was_interrupted_stays_right():
     cache.rewind(100)
     other.rewind(100)
     with torch.no_grad():
-        one_token(  # a pass that never counts
-            model.model.layers,
+        decode_token(  # a pass that never counts
+            map(compiled_whole, model.model.layers),
             torch.randn(1, 1, 256).bfloat16(),
             context_at(100, cache=cache),
         )
@@ -313,7 +336,7 @@ def context_at(position, **options):
 def test_a_token_without_a_past_sees_itself():
     model, x = random_model(), torch.randn(1, 1, 256, generator=seeded()).bfloat16()
     with torch.no_grad():
-        out, logits = one_token(model.model.layers, x, context_at(0))
+        out, logits = decode_token(map(compiled_whole, model.model.layers), x, context_at(0))
         before = x.clone()
         for index, layer in enumerate(model.model.layers):
             x, expected = layer(x, context_at(0))
@@ -323,19 +346,21 @@ def test_a_token_without_a_past_sees_itself():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reason"),
     [
-        "hook",
-        "forward",
-        "dense expert",
-        "training",
-        "eager",
-        "other layer",
-        "a mask",
-        "float32 cache",
+        ("hook", WhyNot.OBSERVED),
+        ("forward", WhyNot.OBSERVED),
+        ("dense expert", WhyNot.EXPERTS),
+        ("dense projection", WhyNot.PROJECTIONS),
+        ("strided router", WhyNot.DENSE_PARTS),
+        ("training", WhyNot.TRAINING),
+        ("eager", WhyNot.IMPLEMENTATION),
+        ("other layer", WhyNot.OTHER_CLASS),
+        ("a mask", WhyNot.MASK),
+        ("float32 cache", WhyNot.CACHE),
     ],
 )
-def test_layers_that_must_be_called_one_by_one_are(change):
+def test_layers_that_must_be_called_one_by_one_are(change, reason):
     model = random_model()
     layers, options, calls = model.model.layers, {}, []
     if change == "hook":
@@ -345,6 +370,10 @@ def test_layers_that_must_be_called_one_by_one_are(change):
         layers[1].forward = lambda *given: calls.append(given) or own(*given)
     elif change == "dense expert":
         layers[2].block_sparse_moe.experts[0].w2.store(Dense(torch.randn(256, 384).bfloat16()))
+    elif change == "dense projection":
+        layers[2].self_attn.o_proj.store(Dense(torch.randn(256, 256).bfloat16()))
+    elif change == "strided router":
+        layers[1].block_sparse_moe.gate.store(Dense(torch.randn(256, 4).bfloat16().T))
     elif change == "training":
         layers[0].train()
     elif change == "eager":
@@ -363,7 +392,8 @@ def test_layers_that_must_be_called_one_by_one_are(change):
         options["cache"] = KVCache(model.config, 1, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         context = context_at(0, attn_implementation=model.model.attn_implementation, **options)
-        assert one_token(layers, torch.randn(1, 1, 256).bfloat16(), context) is None
+        x = torch.randn(1, 1, 256).bfloat16()
+        assert decode_token(map(compiled_whole, layers), x, context) is reason
     if not options:
         found, went = said(model)
         assert not any(went)

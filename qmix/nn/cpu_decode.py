@@ -1,0 +1,203 @@
+"""One new token on a CPU through compiled code: when that may be, and if not, why.
+
+`decode_token` runs all layers in one call, `run_layer` one layer in two calls around its attention.
+Both compute what the modules compute. What they cannot do, and what a caller wants to see of a pass
+(hooks, attention weights), goes through the modules; a WhyNot says for which reason.
+
+Knows modules by their parts; a decoder layer shows it those.
+"""
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qmix import kernels
+from qmix.kernels.cpu.ctypes_structs import TokenLayer
+from qmix.kernels.cpu.library import library
+from qmix.nn.attention import Attention, ForwardContext
+from qmix.nn.cache import KVCache
+from qmix.nn.linear import Linear, RMSNorm
+from qmix.nn.moe import SparseMoeBlock
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4
+
+
+class WhyNot(Enum):
+    """Why a token goes through the modules."""
+
+    # Of the pass: no layer takes it.
+    DEVICE = "the hidden states are not on the CPU"
+    SEVERAL_TOKENS = "there is more than one new token"
+    DTYPE = "the hidden states or the rotary factors are not bfloat16"
+    STRIDES = "the hidden states or the rotary factors are not contiguous"
+    ATTENTIONS = "attention weights are asked for"
+    GRADIENTS = "gradients are recorded"
+    OVERRIDE = "another kernel is chosen by kernels.override"
+    # Of the pass: each layer may take it, but not all at once.
+    MASK = "there is an attention mask"
+    IMPLEMENTATION = "attn_implementation is not sdpa"
+    CACHE = "the cache is not a KVCache of one row in bfloat16 on the CPU"
+    # Of a layer.
+    TRAINING = "the layer is in training"
+    OTHER_CLASS = "a module is of another class, as an adapter is"
+    OBSERVED = "a module has a hook or a forward of its own"
+    PROJECTIONS = "an attention projection is not NF4 or Int4 on the CPU"
+    DENSE_PARTS = "a norm or the router is not bfloat16, contiguous and on the CPU"
+    NO_KERNELS = "there are no compiled kernels"
+    # Of a layer: it is taken, but not in one call with the others.
+    EXPERTS = "the experts are not all NF4 or Int4 in memory, or their activation is not SiLU"
+
+
+class LayerModules(Protocol):
+    """The parts of a decoder layer."""
+
+    training: bool
+    self_attn: Attention
+    block_sparse_moe: SparseMoeBlock
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+
+
+class CompiledLayer:
+    """A layer as the compiled code takes it, made anew when its weights have changed."""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[object, ...] | None = None
+        self._result: TokenLayer | WhyNot = WhyNot.NO_KERNELS
+
+    def of(self, layer: LayerModules) -> TokenLayer | WhyNot:
+        """The layer, without its experts where those are multiplied elsewhere."""
+        if layer.training:
+            return WhyNot.TRAINING
+        attention, block = layer.self_attn, layer.block_sparse_moe
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        if type(attention) is not Attention or type(block) is not SparseMoeBlock:
+            return WhyNot.OTHER_CLASS
+        linears = (*attention.projections, block.gate)
+        if not all(type(linear) is Linear for linear in linears):
+            return WhyNot.OTHER_CLASS
+        if not all(type(norm) is RMSNorm for norm in norms):
+            return WhyNot.OTHER_CLASS
+        if any(is_observed(module) for module in (attention, block, *linears, *norms)):
+            return WhyNot.OBSERVED
+        *projections, router = (linear.stored for linear in linears)
+        experts = block.placed()
+        dense: list[Tensor] = [norm.weight for norm in norms]
+        if isinstance(router, Dense):
+            dense.append(router.data)
+        made_of = projections, experts, [(part.data_ptr(), part.dtype) for part in dense]
+        if self._made_of != made_of:
+            self._made_of, self._result = made_of, _compiled(layer, projections, dense, experts)
+        return self._result
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """The weights of a copy lie elsewhere."""
+        return CompiledLayer, ()
+
+
+def _compiled(
+    layer: LayerModules,
+    projections: Sequence[Weight],
+    dense: Sequence[Tensor],
+    experts: Sequence[Weight | None],
+) -> TokenLayer | WhyNot:
+    """A layer of these parts: q, k, v and o; the two norms and the router; w1, w3, w2 of each expert."""
+    packed = [weight for weight in projections if isinstance(weight, (NF4, Int4))]
+    if len(packed) != len(projections) or any(part.device.type != "cpu" for part in packed):
+        return WhyNot.PROJECTIONS
+    if len(dense) != 3 or not all(
+        part.is_cpu and part.dtype == torch.bfloat16 and part.is_contiguous() for part in dense
+    ):
+        return WhyNot.DENSE_PARTS
+    if library().isa is None:
+        return WhyNot.NO_KERNELS
+    block = layer.block_sparse_moe
+    parts = [weight for weight in experts if isinstance(weight, (NF4, Int4))]
+    has_experts = block.act is F.silu and 0 < len(parts) == len(experts)
+    return TokenLayer.of(
+        packed,
+        [norm.detach() for norm in dense[:2]],
+        dense[2].detach(),
+        list(zip(parts[::3], parts[1::3], parts[2::3], strict=True)) if has_experts else None,
+        eps=layer.input_layernorm.eps,
+        head_dim=layer.self_attn.head_dim,
+        chosen=block.num_experts_per_tok,
+    )
+
+
+def why_not_step(x: Tensor, context: ForwardContext) -> WhyNot | None:
+    """Why no layer takes hidden states x; None if it depends on the layer."""
+    if not x.is_cpu:
+        return WhyNot.DEVICE
+    if x.shape[:2] != (1, 1):
+        return WhyNot.SEVERAL_TOKENS
+    if not x.dtype == context.cos.dtype == torch.bfloat16:
+        return WhyNot.DTYPE
+    if not (x.is_contiguous() and context.cos.is_contiguous() and context.sin.is_contiguous()):
+        return WhyNot.STRIDES
+    if context.attentions is not None:
+        return WhyNot.ATTENTIONS
+    if torch.is_grad_enabled():
+        return WhyNot.GRADIENTS
+    return WhyNot.OVERRIDE if kernels.overridden() else None
+
+
+def run_layer(
+    compiled: TokenLayer, layer: LayerModules, x: Tensor, context: ForwardContext
+) -> tuple[Tensor, Tensor]:
+    """One layer in two calls: (1, 1, D) -> (1, 1, D) and the raw router logits (1, E)."""
+    functions = library()
+    qkv = functions.before_attention(compiled, x, context.cos, context.sin)
+    attended = layer.self_attn.attended(qkv, context)
+    x, normed, router_logits, routes = functions.after_attention(compiled, attended, x)
+    if not compiled.has_experts:
+        x = x + layer.block_sparse_moe.moe_forward(normed, routes)
+    return x, router_logits
+
+
+def decode_token(
+    layers: Iterable[TokenLayer | WhyNot], x: Tensor, context: ForwardContext
+) -> tuple[Tensor, list[Tensor]] | WhyNot:
+    """All layers in one call: (1, 1, D) -> (1, 1, D) and the router logits (1, E) of each.
+
+    Its own keys and values are written to the cache, which does not count them yet.
+    """
+    cache = context.cache
+    reason = why_not_step(x, context)
+    if reason is not None:
+        return reason
+    if context.padding_mask is not None or context.attn_mask is not None:
+        return WhyNot.MASK
+    if context.attn_implementation != "sdpa":
+        return WhyNot.IMPLEMENTATION
+    if cache is not None and not (type(cache) is KVCache and _stores_rows_of(x, cache)):
+        return WhyNot.CACHE
+    ready: list[TokenLayer] = []
+    for layer in layers:
+        if isinstance(layer, WhyNot):
+            return layer
+        if not layer.has_experts:
+            return WhyNot.EXPERTS
+        ready.append(layer)
+    slot, seen = (0, 1) if cache is None else cache.reserve_slot()
+    storage = [] if cache is None else [cache.storage(index) for index in range(len(ready))]
+    out, logits = library().decode_token(
+        ready, x, context.cos, context.sin, storage, slot=slot, seen=seen
+    )
+    return out, list(logits[:, None].unbind())
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody wants to see each call of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _stores_rows_of(x: Tensor, cache: KVCache) -> bool:
+    """Whether keys of x lie in the cache as they are."""
+    keys, _ = cache.storage(0)
+    return keys.is_cpu and keys.dtype == x.dtype and keys.shape[0] == 1
