@@ -32,13 +32,12 @@ from qmix.evals.quality.perplexity import Perplexity, Text, evaluate
 from qmix.evals.training import tiny_model
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import storage_summary
-from qmix.quantize import methods
-from qmix.quantize.calibrated import layer as layerwise
-from qmix.quantize.calibrated import run as calibrated
-from qmix.quantize.calibrated import windows as calibration
-from qmix.quantize.calibrated.windows import Calibration
-from qmix.quantize.methods import Request
-from qmix.quantize.rounding import gptq
+from qmix.quantize.calibrated.layer import LayerOptions
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.run import quantize_calibrated
+from qmix.quantize.calibrated.windows import Calibration, calibration_windows
+from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
+from qmix.quantize.rounding.gptq import RoundingOptions
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme
 
@@ -46,30 +45,30 @@ SAMPLES, SEQLEN = 128, 512
 GROUPS = (128, 32)
 
 METHODS = {
-    "rtn-g128": Request(method="rtn", group_size=128),
-    "rtn-g32": Request(method="rtn", group_size=32),
-    "nf4": Request(method="nf4"),
-    "gptq-g128": Request(method="gptq", group_size=128),
-    "gptq-g128-asymmetric": Request(method="gptq", group_size=128, asymmetric=True),
-    "gptq-g32": Request(method="gptq", group_size=32),
-    "auto-4.25": Request(method="auto", bits=4.25),
-    "auto-4.5": Request(method="auto", bits=4.5),
+    "rtn-g128": QuantizeRequest(method="rtn", group_size=128),
+    "rtn-g32": QuantizeRequest(method="rtn", group_size=32),
+    "nf4": QuantizeRequest(method="nf4"),
+    "gptq-g128": QuantizeRequest(method="gptq", group_size=128),
+    "gptq-g128-asymmetric": QuantizeRequest(method="gptq", group_size=128, asymmetric=True),
+    "gptq-g32": QuantizeRequest(method="gptq", group_size=32),
+    "auto-4.25": QuantizeRequest(method="auto", bits=4.25),
+    "auto-4.5": QuantizeRequest(method="auto", bits=4.5),
 }
 # What is changed of the defaults, one thing a row; `plain` is the paper's algorithm and no more.
-ABLATIONS: dict[str, layerwise.Options] = {
-    "full": layerwise.Options(),
-    "weighting-none": layerwise.Options(weighting="none"),
-    "weighting-square": layerwise.Options(weighting="square"),
-    "no-act-order": layerwise.Options(rounding=gptq.Options(act_order=False)),
-    "no-live-scales": layerwise.Options(rounding=gptq.Options(live_scales=False)),
-    "no-scale-search": layerwise.Options(rounding=gptq.Options(scale_search=False)),
-    "one-trial": layerwise.Options(rounding=gptq.Options(trials=1)),
-    "no-refinement": layerwise.Options(rounding=gptq.Options(refine=0)),
-    "no-correction": layerwise.Options(correct=False),
-    "plain": layerwise.Options(
+ABLATIONS: dict[str, LayerOptions] = {
+    "full": LayerOptions(),
+    "weighting-none": LayerOptions(weighting="none"),
+    "weighting-square": LayerOptions(weighting="square"),
+    "no-act-order": LayerOptions(rounding=RoundingOptions(act_order=False)),
+    "no-live-scales": LayerOptions(rounding=RoundingOptions(live_scales=False)),
+    "no-scale-search": LayerOptions(rounding=RoundingOptions(scale_search=False)),
+    "one-trial": LayerOptions(rounding=RoundingOptions(trials=1)),
+    "no-refinement": LayerOptions(rounding=RoundingOptions(refine=0)),
+    "no-correction": LayerOptions(correct=False),
+    "plain": LayerOptions(
         weighting="none",
         correct=False,
-        rounding=gptq.Options(
+        rounding=RoundingOptions(
             damping=0.01,
             act_order=False,
             live_scales=False,
@@ -146,10 +145,10 @@ def requested(text: str, samples: int, seqlen: int) -> tuple[Variant, ...]:
         text: of the calibration.
     """
 
-    def variant(name: str, request: Request) -> Variant:
+    def variant(name: str, request: QuantizeRequest) -> Variant:
         if request.calibrated:
             request = replace(request, samples=samples, seqlen=seqlen, device="cpu")
-        return Variant(name, lambda source, out: methods.run(source, out, request, text))
+        return Variant(name, lambda source, out: quantize_checkpoint(source, out, request, text))
 
     return tuple(variant(name, request) for name, request in METHODS.items())
 
@@ -157,12 +156,12 @@ def requested(text: str, samples: int, seqlen: int) -> tuple[Variant, ...]:
 def ablated(windows: Calibration) -> tuple[Variant, ...]:
     """GPTQ at both group sizes with one part after the other taken out."""
 
-    def variant(group: int, name: str, layer: layerwise.Options) -> Variant:
+    def variant(group: int, name: str, layer: LayerOptions) -> Variant:
         recipe = Recipe.uniform(Scheme(kind="int4", group_size=group), attention=True)
-        options = calibrated.Options(layer=layer)
+        options = CalibratedOptions(layer=layer)
         return Variant(
             f"g{group}-{name}",
-            lambda source, out: calibrated.run(source, out, recipe, windows, options),
+            lambda source, out: quantize_calibrated(source, out, recipe, windows, options),
         )
 
     return tuple(
@@ -391,7 +390,7 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("no such directory", where="--out", found=str(options.out.parent))
     source, training = tiny_model.directory(), corpus.training_text()
     encode = LlamaTokenizer.from_pretrained(source).encode
-    windows = calibration.cut(training, encode, samples=options.samples, seqlen=options.seqlen)
+    windows = calibration_windows(training, encode, samples=options.samples, seqlen=options.seqlen)
     everything = (
         ablated(windows)
         if options.ablations

@@ -22,7 +22,7 @@ from qmix.formats.files import output_dir, shards
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors
-from qmix.quantize import streaming
+from qmix.quantize.output_checkpoint import planned_tensors
 from qmix.quantize.rounding import nf4
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.nf4 import NF4, NestedAbsmax
@@ -57,8 +57,7 @@ def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
     recipe = Recipe.uniform(NF4_SCHEME, attention=True) if packed else Recipe(())
     tensors = list(model_tensors(shape))
     groups = [
-        streaming.planned(tensor, recipe.scheme_of(tensor.name), torch.bfloat16)
-        for tensor in tensors
+        planned_tensors(tensor, recipe.scheme_of(tensor.name), torch.bfloat16) for tensor in tensors
     ]
     output_dir.check_paths(TINY, out, force=False)
     output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))

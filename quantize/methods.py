@@ -1,4 +1,4 @@
-"""One request to quantize -> the method that does it. Knows the methods' entries, not their insides."""
+"""From a request to quantize to the method that does it. Knows the methods' entry points only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,32 +13,36 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models.options import parse_device
-from qmix.quantize import streaming
-from qmix.quantize.calibrated import bit_allocation
-from qmix.quantize.calibrated import run as calibrated
-from qmix.quantize.calibrated import windows as calibration
-from qmix.quantize.calibrated.windows import Calibration
-from qmix.quantize.report import Report
-from qmix.quantize.streaming import Progress
+from qmix.quantize.calibrated.bit_allocation import allocate_bits, check_bits
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.run import quantize_calibrated
+from qmix.quantize.calibrated.sensitivity import Sensitivity
+from qmix.quantize.calibrated.windows import Calibration, calibration_windows
+from qmix.quantize.output_checkpoint import QuantizeProgress, plan_outputs
+from qmix.quantize.report import QuantizeReport
+from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import GROUP_SIZES, Recipe, Scheme
 
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 
-_SEQLEN = 2048
-_BITS = 4.25
+_DEFAULT_SEQLEN = 2048
+_DEFAULT_BITS = 4.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a user asks for, checked as far as it can be without the model.
+class QuantizeRequest:
+    """What a user asks for, checked as far as possible without the model.
 
     Attributes:
         attention: whether the attention's matrices are quantized too.
-        group_size, bits, seqlen: None is the default, 128, 4.25 and 2048 or the model's positions.
+        group_size: inputs of a group; None means 128.
+        bits: bits a weight for `auto`; None means 4.25.
+        samples: windows of calibration text.
+        seqlen: tokens of a window; None means 2048, or the model's positions if they are fewer.
 
     Raises:
-        UsageError: an option that the method does not have, or out of its range.
+        UsageError: an option that does not apply to the method, or a group size out of range.
     """
 
     method: Method
@@ -55,7 +59,7 @@ class Request:
     force: bool = False
 
     def __post_init__(self) -> None:
-        foreign = {
+        does_not_apply = {
             "--group-size": self.group_size is not None and self.method not in ("gptq", "rtn"),
             "--asymmetric": self.asymmetric and self.method not in ("gptq", "rtn"),
             "--no-double-quant": not self.double_quant and self.method != "nf4",
@@ -64,9 +68,9 @@ class Request:
             "--resume": self.resume and not self.calibrated,
             "--device": self.device is not None and not self.calibrated,
         }
-        for option, given in foreign.items():
-            if given:
-                raise UsageError(f"{option} means nothing to --method {self.method}")
+        for option, refused in does_not_apply.items():
+            if refused:
+                raise UsageError(f"{option} does not apply to --method {self.method}")
         if self.group_size is not None and self.group_size not in (-1, *GROUP_SIZES):
             raise UsageError(
                 "no such group size",
@@ -77,37 +81,39 @@ class Request:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at text."""
+        """Whether the method needs calibration text."""
         return self.method in ("gptq", "auto")
 
     @property
     def scheme(self) -> Scheme:
+        """The scheme of every quantized weight; for `auto` the one with the fewest bits."""
         if self.method == "nf4":
             return Scheme(kind="nf4", double_quant=self.double_quant)
         return Scheme(kind="int4", group_size=self.group_size or 128, symmetric=not self.asymmetric)
 
 
-def run(
+def quantize_checkpoint(
     source: Path,
     out: Path,
-    request: Request,
+    request: QuantizeRequest,
     text: str | None,
     *,
     interrupted: Callable[[], bool] = lambda: False,
-    progress: Callable[[Progress], None] = lambda _: None,
-) -> Report:
-    """Quantize `source` into `out`.
+    progress: Callable[[QuantizeProgress], None] = lambda _: None,
+) -> QuantizeReport:
+    """Quantize the checkpoint directory `source` into `out`.
 
     Args:
-        text: of the calibration; None for methods without one.
-        interrupted, progress: see `calibrated.run`.
+        text: the calibration text; None for a method that needs none.
+        interrupted: see `quantize_calibrated`.
+        progress: called before every tensor or layer.
 
     Raises:
-        QmixError: see `pipeline.run` and `calibrated.run`.
+        QmixError: see `quantize_streaming` and `quantize_calibrated`.
     """
     recipe = Recipe.uniform(request.scheme, attention=request.attention)
     if not request.calibrated:
-        return streaming.run(
+        return quantize_streaming(
             source,
             out,
             recipe,
@@ -118,27 +124,16 @@ def run(
         )
     assert text is not None
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
-    positions = MixtralConfig.from_pretrained(source).max_position_embeddings
-    seqlen = min(_SEQLEN, positions) if request.seqlen is None else request.seqlen
-    if seqlen > positions:
-        raise UsageError(
-            "longer than the model's positions",
-            where="--seqlen",
-            expected=f"at most {positions}",
-            found=seqlen,
-        )
-    tokenizer = LlamaTokenizer.from_pretrained(source)
-    windows = calibration.cut(text, tokenizer.encode, samples=request.samples, seqlen=seqlen)
+    calibration = _calibration(source, request, text)
     device = parse_device(request.device)
     if request.method == "auto":
-        recipe = _chosen(source, windows, request, device, progress)
-    options = calibrated.Options(device=device, shard_bytes=request.shard_bytes)
-    return calibrated.run(
+        recipe = _measured_recipe(source, calibration, request, device, progress)
+    return quantize_calibrated(
         source,
         out,
         recipe,
-        windows,
-        options,
+        calibration,
+        CalibratedOptions(device=device, shard_bytes=request.shard_bytes),
         method=request.method,
         resumed=request.resume,
         force=request.force,
@@ -147,18 +142,35 @@ def run(
     )
 
 
-def _chosen(
+def _calibration(source: Path, request: QuantizeRequest, text: str) -> Calibration:
+    positions = MixtralConfig.from_pretrained(source).max_position_embeddings
+    seqlen = min(_DEFAULT_SEQLEN, positions) if request.seqlen is None else request.seqlen
+    if seqlen > positions:
+        raise UsageError(
+            "longer than the model's positions",
+            where="--seqlen",
+            expected=f"at most {positions}",
+            found=seqlen,
+        )
+    tokenizer = LlamaTokenizer.from_pretrained(source)
+    return calibration_windows(text, tokenizer.encode, samples=request.samples, seqlen=seqlen)
+
+
+def _measured_recipe(
     source: Path,
-    windows: Calibration,
-    request: Request,
+    calibration: Calibration,
+    request: QuantizeRequest,
     device: torch.device,
-    progress: Callable[[Progress], None],
+    progress: Callable[[QuantizeProgress], None],
 ) -> Recipe:
-    bits = _BITS if request.bits is None else request.bits
-    bit_allocation.check(bits)
+    bits = _DEFAULT_BITS if request.bits is None else request.bits
+    check_bits(bits)
     checkpoint = open_checkpoint(source)
-    streaming.plan(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))
-    measured = bit_allocation.Sensitivity(
-        checkpoint, windows.ids, attention=request.attention, device=device
-    ).groups(lambda done, total: progress(Progress(done, total, f"measuring layer {done + 1}")))
-    return bit_allocation.recipe(measured, bits)
+    # Refuses a source that does not fit before it is measured.
+    plan_outputs(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))
+    groups = Sensitivity(
+        checkpoint, calibration.ids, attention=request.attention, device=device
+    ).groups(
+        lambda done, total: progress(QuantizeProgress(done, total, f"measuring layer {done + 1}"))
+    )
+    return allocate_bits(groups, bits)

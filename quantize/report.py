@@ -1,4 +1,4 @@
-"""What a quantization did, in numbers: by kind of tensor and in all. Knows nothing of how."""
+"""What a quantization did, in numbers: by kind of tensor and in total. Knows nothing of methods."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,16 +10,16 @@ from qmix.weights.scheme import Scheme
 
 @dataclass(frozen=True, kw_only=True)
 class TensorResult:
-    """One tensor's outcome.
+    """The outcome for one tensor.
 
     Attributes:
         squared_error, squared_norm: sums over the weight; both 0 where nothing was rounded.
-        tokens: that the matrix saw in calibration; None without one.
-        output_error: relative, over those tokens.
-        damping: that GPTQ needed; None if it had no use for the tokens.
+        seconds: time spent on the tensor.
+        tokens: number of tokens that the matrix saw in calibration; None without calibration.
+        output_error: relative error of its outputs over those tokens.
+        damping: the damping that GPTQ needed; None if it could not use the tokens.
         raised: how often the damping was raised tenfold before H could be factored.
-        fallback: why GPTQ's weight was rounded to nearest; None if it was not.
-        seconds: of work.
+        fallback: why GPTQ rounded the weight to nearest; None if it did not.
     """
 
     name: str
@@ -37,8 +37,8 @@ class TensorResult:
     fallback: str | None = None
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> "TensorResult":
-        """From what `asdict` made of one."""
+    def from_dict(cls, document: Mapping[str, Any]) -> "TensorResult":
+        """The inverse of `asdict`."""
         return cls(**{**document, "scheme": Scheme(**document["scheme"])})
 
     @property
@@ -48,8 +48,8 @@ class TensorResult:
             return 0.0
         return float((self.squared_error / self.squared_norm) ** 0.5)
 
-    def calibrated(self) -> dict[str, Any]:
-        """What calibration has to say of it, as JSON; nothing without one."""
+    def calibration_dict(self) -> dict[str, Any]:
+        """The fields that come from calibration, as JSON; empty without calibration."""
         if self.tokens is None:
             return {}
         return {
@@ -63,7 +63,7 @@ class TensorResult:
 
 @dataclass(frozen=True, kw_only=True)
 class KindSummary:
-    """All tensors of one kind and scheme; `output_error` is the root mean square of theirs."""
+    """All tensors of one kind and scheme; `output_error` is the root mean square over them."""
 
     kind: str
     scheme: str
@@ -76,13 +76,18 @@ class KindSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What a calibrated run took, and would take elsewhere, by the arithmetic of `qmix.planning.quantize_cost`.
+    """What a calibrated run took, and what it would take on a GPU.
+
+    `qmix.planning.quantize_cost` estimates the figures that are not measured.
 
     Attributes:
-        layers: that were rounded. layer_seconds: of their rounding.
-        layer_flops: of one. peak_bytes: of arrays, by arithmetic.
-        resident_bytes: the most that the process held, measured; None where the system cannot tell.
-        gpu_seconds: of 32 layers on a GPU of `gpu_flops`.
+        layers: number of layers that were rounded.
+        layer_seconds: time that rounding them took.
+        layer_flops: floating-point operations of one layer, estimated.
+        peak_bytes: largest size of all arrays, estimated.
+        resident_bytes: peak resident memory of the process, measured; None where the system does
+            not report it.
+        gpu_seconds: estimated time of 32 layers on a GPU of `gpu_flops` operations a second.
     """
 
     layers: int
@@ -94,7 +99,7 @@ class Effort:
     gpu_flops: float
 
     def lines(self) -> tuple[str, ...]:
-        """In words, a line each."""
+        """The figures in words, as two lines."""
         rate = self.layers * self.layer_flops / self.layer_seconds
         resident = ""
         if self.resident_bytes is not None:
@@ -109,18 +114,22 @@ class Effort:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """A whole run: sizes in bytes, time in seconds; `effort` of calibrated ones."""
+class QuantizeReport:
+    """The outcome of a whole run: sizes in bytes, time in seconds.
+
+    Attributes:
+        effort: None unless the run was calibrated.
+    """
 
     method: str
     tensors: tuple[TensorResult, ...]
     bytes_in: int
     seconds: float
-    effort: "Effort | None" = None
+    effort: Effort | None = None
 
     @property
     def bytes_out(self) -> int:
-        """Of the tensors."""
+        """Bytes of all output tensors."""
         return sum(tensor.bytes_out for tensor in self.tensors)
 
     @property
@@ -129,43 +138,43 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all weights, those that stayed 16-bit included."""
+        """The average over all weights, including those that stayed in 16 bits."""
         return 8 * self.bytes_out / self.parameters
 
     def kinds(self) -> tuple[KindSummary, ...]:
-        """One row a kind and scheme, in the order of first appearance."""
+        """One summary for each kind and scheme, in order of first appearance."""
         groups: dict[tuple[str, Scheme], list[TensorResult]] = {}
         for tensor in self.tensors:
             groups.setdefault((tensor.kind, tensor.scheme), []).append(tensor)
-        return tuple(_summary(kind, scheme, rows) for (kind, scheme), rows in groups.items())
+        return tuple(_summary(kind, scheme, group) for (kind, scheme), group in groups.items())
 
     def remarks(self) -> tuple[str, ...]:
-        """What a user should know of a calibrated run, a line each; nothing without calibration."""
-        seen = {
+        """What a user should know about a calibrated run, as lines; empty without calibration."""
+        tokens_seen = {
             tensor.name: tensor.tokens
             for tensor in self.tensors
             if tensor.kind == "expert" and tensor.tokens is not None
         }
-        if not seen:
+        if not tokens_seen:
             return ()
-        least = min(seen, key=lambda name: seen[name])
+        least = min(tokens_seen, key=lambda name: tokens_seen[name])
         lines = [
-            f"experts saw {seen[least]:,} ({least.removesuffix('.weight')}) to "
-            f"{max(seen.values()):,} tokens each"
+            f"experts saw {tokens_seen[least]:,} ({least.removesuffix('.weight')}) to "
+            f"{max(tokens_seen.values()):,} tokens each"
         ]
         raised = [tensor for tensor in self.tensors if tensor.raised]
         if raised:
             lines.append(f"{len(raised)} matrices needed more damping, {raised[0].name} first")
-        given_up = [tensor for tensor in self.tensors if tensor.fallback]
-        if given_up:
+        fallbacks = [tensor for tensor in self.tensors if tensor.fallback]
+        if fallbacks:
             lines.append(
-                f"{len(given_up)} matrices were rounded to nearest, {given_up[0].name} first: "
-                f"{given_up[0].fallback}"
+                f"{len(fallbacks)} matrices were rounded to nearest, {fallbacks[0].name} first: "
+                f"{fallbacks[0].fallback}"
             )
         return (*lines, *(self.effort.lines() if self.effort else ()))
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON document."""
+        """The report as a JSON document."""
         return {
             "method": self.method,
             "parameters": self.parameters,
@@ -181,7 +190,7 @@ class Report:
                     "scheme": str(tensor.scheme),
                     "relative_error": round(tensor.relative_error, 6),
                     "seconds": round(tensor.seconds, 3),
-                    **tensor.calibrated(),
+                    **tensor.calibration_dict(),
                 }
                 for tensor in self.tensors
                 if tensor.scheme.kind != "dense"
@@ -189,17 +198,17 @@ class Report:
         }
 
 
-def _summary(kind: str, scheme: Scheme, rows: Sequence[TensorResult]) -> KindSummary:
-    parameters = sum(row.parameters for row in rows)
-    norm = sum(row.squared_norm for row in rows)
-    error = sum(row.squared_error for row in rows)
-    outputs = [row.output_error for row in rows if row.output_error is not None]
+def _summary(kind: str, scheme: Scheme, tensors: Sequence[TensorResult]) -> KindSummary:
+    parameters = sum(tensor.parameters for tensor in tensors)
+    norm = sum(tensor.squared_norm for tensor in tensors)
+    error = sum(tensor.squared_error for tensor in tensors)
+    outputs = [tensor.output_error for tensor in tensors if tensor.output_error is not None]
     return KindSummary(
         kind=kind,
         scheme=str(scheme),
-        tensors=len(rows),
+        tensors=len(tensors),
         parameters=parameters,
-        bits_per_weight=8 * sum(row.bytes_out for row in rows) / parameters,
+        bits_per_weight=8 * sum(tensor.bytes_out for tensor in tensors) / parameters,
         relative_error=(error / norm) ** 0.5 if norm else 0.0,
         output_error=(sum(e * e for e in outputs) / len(outputs)) ** 0.5 if outputs else None,
     )

@@ -79,11 +79,11 @@ def tiny():
 @pytest.fixture(scope="session")
 def tiny_nf4(tmp_path_factory, tiny):
     """The tiny Mixtral in 4 bits, quantized once a session."""
-    from qmix.quantize import streaming
+    from qmix.quantize.streaming import quantize_streaming
     from qmix.weights.scheme import NF4, Recipe
 
     out = tmp_path_factory.mktemp("nf4") / "tiny-nf4"
-    streaming.run(tiny, out, Recipe.uniform(NF4, attention=True), method="nf4")
+    quantize_streaming(tiny, out, Recipe.uniform(NF4, attention=True), method="nf4")
     return out
 
 

@@ -73,7 +73,7 @@ def run_blocks(page, language):
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, tiny, tiny_nf4):
     """A folder in which the names of the pages' examples exist, tiny."""
-    from qmix.quantize import streaming
+    from qmix.quantize.streaming import quantize_streaming
     from qmix.text.tokenizer import LlamaTokenizer
     from qmix.weights.scheme import Recipe, Scheme
     from tests.support import raw_mistral
@@ -85,7 +85,7 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
         (folder / name).symlink_to(tiny)
     shutil.copytree(tiny_nf4, folder / "mixtral-nf4")
     recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
-    streaming.run(tiny, folder / "mixtral-gptq", recipe, method="rtn")
+    quantize_streaming(tiny, folder / "mixtral-gptq", recipe, method="rtn")
     words = LlamaTokenizer.from_pretrained(tiny)
     raw = folder / "Mixtral-8x7B-v0.1-raw"
     raw_mistral.write(raw, small_model(vocab_size=len(words)), tokenizer=tiny / "tokenizer.model")

@@ -15,14 +15,16 @@ from qmix.evals.training import tiny_model
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
-from qmix.quantize.report import Report
+from qmix.quantize.report import QuantizeReport
 from qmix.text.printable import printable
 
 PROMPT = "Return a new list containing"
 NEW_TOKENS = 96
 
 
-def run(out: Path | None, console: Console, draw_report: Callable[[Report, Path], None]) -> None:
+def run(
+    out: Path | None, console: Console, draw_report: Callable[[QuantizeReport, Path], None]
+) -> None:
     """The whole road on the tiny model; the 4-bit checkpoint is kept if `out` is given."""
     tiny = tiny_model.directory()
     with tempfile.TemporaryDirectory() as scratch:

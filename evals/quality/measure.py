@@ -10,10 +10,11 @@ from pathlib import Path
 from qmix.evals import corpus
 from qmix.evals.quality.perplexity import Perplexity, Text, evaluate
 from qmix.evals.training import tiny_model
-from qmix.quantize import streaming
-from qmix.quantize.calibrated import run
-from qmix.quantize.calibrated import windows as calibration
-from qmix.quantize.report import Report
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.run import quantize_calibrated
+from qmix.quantize.calibrated.windows import calibration_windows
+from qmix.quantize.report import QuantizeReport
+from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import NF4, Recipe, Scheme
 
@@ -29,7 +30,7 @@ class Comparison:
         calibration_sha256: of the calibration's text; None without one.
     """
 
-    report: Report
+    report: QuantizeReport
     result: Perplexity
     calibration_sha256: str | None = None
 
@@ -63,7 +64,7 @@ class Comparison:
 def compare(out: Path) -> Comparison:
     """Quantize the tiny model to NF4 at `out`, then score both on the held-out text."""
     recipe = Recipe.uniform(NF4, attention=True)
-    report = streaming.run(tiny_model.directory(), out, recipe, method="nf4")
+    report = quantize_streaming(tiny_model.directory(), out, recipe, method="nf4")
     return Comparison(report=report, result=_scored(out))
 
 
@@ -71,9 +72,9 @@ def compare_gptq(out: Path) -> Comparison:
     """The same by GPTQ, group 128, calibrated with 16 x 256 tokens of the training text."""
     tiny = tiny_model.directory()
     encode = LlamaTokenizer.from_pretrained(tiny).encode
-    windows = calibration.cut(corpus.training_text(), encode, samples=SAMPLES, seqlen=SEQLEN)
+    windows = calibration_windows(corpus.training_text(), encode, samples=SAMPLES, seqlen=SEQLEN)
     recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
-    report = run.run(tiny, out, recipe, windows, run.Options())
+    report = quantize_calibrated(tiny, out, recipe, windows, CalibratedOptions())
     return Comparison(report=report, result=_scored(out), calibration_sha256=windows.text_sha256)
 
 

@@ -13,7 +13,7 @@ import typer
 from qmix.commands import options, terminal
 
 if TYPE_CHECKING:
-    from qmix.quantize.report import Report
+    from qmix.quantize.report import QuantizeReport
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint in 16 or 32 bits.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the 4-bit checkpoint.")]
@@ -82,9 +82,9 @@ def quantize(
       qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
     """
     shard_bytes = options.shard_bytes(shard_size)
-    from qmix.quantize import methods
+    from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 
-    request = methods.Request(
+    request = QuantizeRequest(
         method=method,
         attention=attention == "4bit",
         double_quant=double_quant,
@@ -100,7 +100,7 @@ def quantize(
     )
     text = _calibration_text(calibration) if request.calibrated else None
     with _interruptible(request.calibrated) as interrupted, terminal.progress() as show:
-        report = methods.run(
+        report = quantize_checkpoint(
             source,
             out,
             request,
@@ -128,7 +128,7 @@ def _calibration_text(path: Path | None) -> str:
     return corpus.training_text()
 
 
-def draw_report(report: "Report", out: Path) -> None:
+def draw_report(report: "QuantizeReport", out: Path) -> None:
     """What was written, a row a kind of tensor, on stderr."""
     from rich.table import Table
 

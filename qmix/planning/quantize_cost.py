@@ -37,7 +37,7 @@ def work(config: MixtralConfig, tokens: int, *, correct: bool = True, refine: in
     """The arithmetic of `quantize.layerwise` and `quantize.gptq`, term by term.
 
     Args:
-        tokens: T. correct, refine: as `layerwise.Options` and `gptq.Options` have them.
+        tokens: T. correct, refine: as in `LayerOptions` and `RoundingOptions` of qmix.quantize.
     """
     hidden, inner, experts = (
         config.hidden_size,

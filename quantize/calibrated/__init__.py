@@ -1,1 +1,4 @@
-"""Calibrated runs: a layer at a time on real activations, resumable, bits chosen by divergence."""
+"""Calibrated runs: layer by layer on real activations, resumable, with bits chosen by divergence.
+
+Knows nothing of how one matrix is rounded, and nothing of the text beyond its token ids.
+"""

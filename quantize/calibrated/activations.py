@@ -1,7 +1,7 @@
-"""One vector a calibration token, in memory or, beyond a budget, in a file.
+"""One vector for each calibration token, in memory or, beyond a budget, in a file.
 
-Read and written by explicit calls, never mapped: a mapped file counts as resident memory. Shape
-letters: T tokens, D width. Knows nothing of layers.
+The file is read and written by explicit calls and never mapped, because mapped pages count as
+resident memory. Shape letters: T tokens, D width, n rows of one call. Knows nothing of layers.
 """
 
 import os
@@ -15,25 +15,29 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 
-_RUN = 1 << 24  # bytes read or written at a time where rows follow each other
+_CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
 
 
 class Activations:
-    """float32 [T, D].
+    """An array of float32 [T, D].
 
     Args:
-        path: the file that holds them; None keeps them in memory. An existing file must have
-            exactly this size; a new one is made.
+        tokens, width: T and D.
+        path: the file that holds the array; None keeps it in memory. An existing file must have
+            exactly the right size; a missing one is created.
+
+    Raises:
+        CheckpointError: the file has another size.
     """
 
     def __init__(self, tokens: int, width: int, path: Path | None = None) -> None:
         self.tokens, self.width, self.path = tokens, width, path
-        self._row = 4 * width
+        self._row_bytes = 4 * width
         self._data: Tensor | None = None
         if path is None:
             self._data = torch.zeros(tokens, width)
             return
-        expected = tokens * self._row
+        expected = tokens * self._row_bytes
         if path.exists() and path.stat().st_size != expected:
             raise CheckpointError(
                 "wrong size",
@@ -47,10 +51,10 @@ class Activations:
 
     @property
     def nbytes(self) -> int:
-        return self.tokens * self._row
+        return self.tokens * self._row_bytes
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) in fresh memory."""
+        """Rows [start, stop), in fresh memory."""
         if self._data is not None:
             return self._data[start:stop].clone()
         out = torch.empty(stop - start, self.width)
@@ -59,7 +63,7 @@ class Activations:
         return out
 
     def rows(self, index: Tensor) -> Tensor:
-        """The rows of an ascending int64 index [n], as [n, D]."""
+        """The rows [n, D] at an ascending int64 index [n]."""
         if self._data is not None:
             return self._data[index]
         out = torch.empty(len(index), self.width)
@@ -71,7 +75,7 @@ class Activations:
         return out
 
     def write(self, start: int, values: Tensor) -> None:
-        """Replace the rows from `start` on by `values` [n, D], from any device."""
+        """Replace the rows from `start` on with `values` [n, D], from any device."""
         values = values.to("cpu", torch.float32).contiguous()
         if self._data is not None:
             self._data[start : start + len(values)] = values
@@ -80,18 +84,21 @@ class Activations:
             self._write(descriptor, values.numpy().view("u1").reshape(-1), start)
 
     def add_rows(self, index: Tensor, values: Tensor) -> None:
-        """Add `values` [n, D], from any device, to the rows of an ascending index [n]."""
+        """Add `values` [n, D], from any device, to the rows at an ascending index [n]."""
         values = values.to("cpu", torch.float32)
         if self._data is not None:
             self._data.index_add_(0, index, values)
             return
-        total = self.rows(index).add_(values).numpy().view("u1").reshape(-1, self._row)
+        total = self.rows(index).add_(values).numpy().view("u1").reshape(-1, self._row_bytes)
         with self._open("r+b") as descriptor:
             for row, data in zip(index.tolist(), total, strict=True):
                 self._write(descriptor, data, row)
 
     def save(self, path: Path) -> None:
-        """Put them on the disk under `path`, complete or not at all; a file moves there."""
+        """Put the array on the disk at `path`, complete or not at all.
+
+        An array in a file moves there: the file is renamed.
+        """
         if self._data is not None:
             partial = path.with_name(path.name + ".writing")
             with partial.open("wb") as file:
@@ -108,10 +115,10 @@ class Activations:
 
     @classmethod
     def load(cls, path: Path, tokens: int, width: int, *, in_memory: bool) -> "Activations":
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
-            CheckpointError: not a file of this size.
+            CheckpointError: the file is missing or has another size.
         """
         if not path.is_file():
             raise CheckpointError(
@@ -120,23 +127,23 @@ class Activations:
         stored = cls(tokens, width, path)
         if not in_memory:
             return stored
-        held = cls(tokens, width)
-        held.write(0, stored.read(0, tokens))
-        return held
+        loaded = cls(tokens, width)
+        loaded.write(0, stored.read(0, tokens))
+        return loaded
 
     def _read(self, descriptor: int, out: Tensor, row: int) -> None:
-        view, done, offset = out.numpy().view("u1").reshape(-1), 0, row * self._row
+        view, done, offset = out.numpy().view("u1").reshape(-1), 0, row * self._row_bytes
         while done < view.size:
-            got = os.preadv(descriptor, [view[done : done + _RUN].data], offset + done)
-            if got == 0:
+            count = os.preadv(descriptor, [view[done : done + _CHUNK_BYTES].data], offset + done)
+            if count == 0:
                 raise CheckpointError("ends early", where=str(self.path))
-            done += got
+            done += count
 
     def _write(self, descriptor: int, data: NDArray[np.uint8], row: int) -> None:
         done = 0
         while done < data.size:
-            place = row * self._row + done
-            done += os.pwrite(descriptor, data[done : done + _RUN].data, place)
+            offset = row * self._row_bytes + done
+            done += os.pwrite(descriptor, data[done : done + _CHUNK_BYTES].data, offset)
 
     def _open(self, mode: str) -> "_Descriptor":
         assert self.path is not None

@@ -1,12 +1,12 @@
-"""One decoder layer, rounded by GPTQ for the inputs it really gets.
+"""One decoder layer, rounded by GPTQ for the inputs that it really gets.
 
-In order: q, k and v; o; w1 and w3 of every expert; w2. Each sees what the rounded ones before it
-compute, and tokens are routed by what the rounded attention gives the router. Beside them runs the
-unrounded model on the same tokens: each matrix is fitted to *its* outputs (arXiv 2504.02692), so that
-a layer takes back part of the errors of those before it.
+The order is q, k and v; o; w1 and w3 of every expert; w2. Each matrix sees what the rounded matrices
+before it compute, and tokens are routed by what the rounded attention feeds the router. The
+unrounded model runs beside it on the same tokens, and each matrix is fitted to *its* outputs
+(https://arxiv.org/abs/2504.02692), so that a layer takes back part of the errors of earlier layers.
 
 One expert is in memory at a time. Shape letters: T tokens, S window, D hidden width, F expert width,
-E experts, K inputs of a matrix. Knows nothing of files but by the checkpoint's names.
+E experts, K inputs of a matrix, n tokens of a batch. Knows the checkpoint, but no other files.
 """
 
 import time
@@ -25,8 +25,9 @@ from qmix.kernels import Routes
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
-from qmix.quantize import streaming
 from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, window_batches
+from qmix.quantize.output_checkpoint import read_finite
 from qmix.quantize.rounding import gptq
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.dense import Dense, Weight
@@ -34,33 +35,32 @@ from qmix.weights.scheme import Recipe, Scheme
 
 Weighting = Literal["none", "score", "square"]
 
-_BATCH_TOKENS = 4096  # tokens a pass
-
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class LayerOptions:
     """How a layer is rounded.
 
     Attributes:
-        weighting: what a token counts in an expert's H: 1, its routing weight or that squared.
-        correct: fit each matrix to the unrounded model's outputs; else to its own before rounding.
-        rounding: of each matrix.
+        weighting: what a token counts in an expert's H: 1, its routing weight, or that squared.
+        correct: fit each matrix to the unrounded model's outputs, and not to its own outputs before
+            rounding.
+        rounding: how each matrix is rounded.
     """
 
     weighting: Weighting = "score"
     correct: bool = True
-    rounding: gptq.Options = field(default_factory=gptq.Options)
+    rounding: gptq.RoundingOptions = field(default_factory=gptq.RoundingOptions)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Rounded:
-    """One tensor of the layer.
+class RoundedTensor:
+    """One tensor of the layer after rounding.
 
     Attributes:
         weight: on the CPU; Dense where the recipe leaves the tensor as it is.
-        tokens: how many the matrix saw; None if dense.
+        tokens: number of tokens that the matrix saw; None if dense.
         solution: how it was rounded; None if dense.
-        seconds: of work, shared equally by matrices that were rounded together.
+        seconds: time spent; matrices that were rounded together share it equally.
     """
 
     tensor: ModelTensor
@@ -70,34 +70,27 @@ class Rounded:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """The tokens of one model around a layer: `before` [T, D] is kept, `after` [T, D] is written."""
-
-    before: Activations
-    after: Activations
-
-
 class LayerQuantizer:
     """Rounds layer `layer` and runs the calibration tokens through the result.
 
     Args:
         rounded: the tokens of the model that is being rounded, in windows of `seqlen`.
-        exact: those of the unrounded model, with room [T, D] for a sum; None without correction.
-        device: where all is computed, in float32.
-        progress: called with each tensor that is about to be rounded.
+        exact: the tokens of the unrounded model, and an array [T, D] for the sum of its experts'
+            outputs; None without correction.
+        device: where everything is computed, in float32.
+        progress: called with the name of each tensor before it is rounded.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         layer: int,
-        rounded: Stream,
-        exact: tuple[Stream, Activations] | None,
+        rounded: TokenStream,
+        exact: tuple[TokenStream, Activations] | None,
         *,
         seqlen: int,
         recipe: Recipe,
-        options: Options,
+        options: LayerOptions,
         device: torch.device,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -105,17 +98,17 @@ class LayerQuantizer:
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self._layer, self._base = layer, f"model.layers.{layer}"
         self._rounded, self._seqlen = rounded, seqlen
-        self._exact: Stream | None
-        self._sum: Activations | None
-        self._exact, self._sum = exact if exact is not None else (None, None)
+        self._exact: TokenStream | None
+        self._expert_sum: Activations | None
+        self._exact, self._expert_sum = exact if exact is not None else (None, None)
         self._recipe, self._options, self._device = recipe, options, device
         self._progress = progress
         self._tensors = {t.name: t for t in names.layer_tensors(self._config, layer)}
-        self._done: dict[str, Rounded] = {}
+        self._results: dict[str, RoundedTensor] = {}
 
     @torch.no_grad()
-    def run(self) -> tuple[Rounded, ...]:
-        """Every tensor of the layer, in the model's order.
+    def quantize(self) -> tuple[RoundedTensor, ...]:
+        """Round every tensor of the layer and return them in the model's order.
 
         Raises:
             CheckpointError: a weight or an activation is not finite.
@@ -123,14 +116,14 @@ class LayerQuantizer:
         self._round_attention()
         routes = self._route(self._rounded.after)
         exact_routes = self._route(self._exact.after) if self._exact else None
-        count = self._config.num_local_experts
-        for experts in _batched(range(count), self._experts_at_once()):
-            self._round_experts(experts, routes, exact_routes)
-        self._finish()
-        return tuple(self._done[name] for name in self._tensors)
+        experts, step = range(self._config.num_local_experts), self._experts_at_once()
+        for first in range(0, len(experts), step):
+            self._round_experts(experts[first : first + step], routes, exact_routes)
+        self._add_experts()
+        return tuple(self._results[name] for name in self._tensors)
 
     def _round_attention(self) -> None:
-        """q, k, v, then o; leaves the input plus the attention's part in `after`."""
+        """Round q, k, v, then o; leave the input plus the attention's output in `after`."""
         norm, context = self._norm("input_layernorm"), self._context()
         names = [f"{self._base}.self_attn.{part}_proj.weight" for part in "qkvo"]
         with torch.device("meta"):
@@ -148,9 +141,9 @@ class LayerQuantizer:
 
         attention.o_proj.store(exact.o_proj.stored)
         moments = self._moments(attention.o_proj.in_features)
-        seen: list[Tensor] = []
+        o_inputs: list[Tensor] = []
         hooks = [
-            module.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            module.o_proj.register_forward_pre_hook(lambda _, args: o_inputs.append(args[0]))
             for module in (attention, exact)
         ]
         for start, x, e in self._windows():
@@ -158,8 +151,8 @@ class LayerQuantizer:
             if e is not None:
                 assert self._exact is not None
                 self._exact.after.write(start, (e + exact(norm(e), context)).flatten(0, 1))
-            moments.add(seen[0], exact=seen[1] if e is not None else None)
-            seen.clear()
+            moments.add(o_inputs[0], exact=o_inputs[1] if e is not None else None)
+            o_inputs.clear()
         for hook in hooks:
             hook.remove()
         self._round([(names[3:], moments)])
@@ -168,26 +161,26 @@ class LayerQuantizer:
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
 
     def _route(self, tokens: Activations) -> Routes:
-        """What the router chooses for each, on the CPU."""
+        """The router's choice for each token, on the CPU."""
         norm, gate = self._norm("post_attention_layernorm"), self._gate()
         routes = [
             kernels.route(gate(norm(x)), self._config.num_experts_per_tok)
             for _, x in self._batches(tokens)
         ]
         return Routes(
-            torch.cat([part.ids.cpu() for part in routes]),
-            torch.cat([part.weights.cpu() for part in routes]),
+            torch.cat([batch.ids.cpu() for batch in routes]),
+            torch.cat([batch.weights.cpu() for batch in routes]),
         )
 
     def _round_experts(
         self, experts: Sequence[int], routes: Routes, exact_routes: Routes | None
     ) -> None:
-        """w1 and w3 of each from the same inputs, then w2 from what the two make of them."""
+        """Round w1 and w3 of each expert for the same inputs, then w2 for what the two compute."""
         jobs = []
         for expert in experts:
             moments = self._moments(self._config.hidden_size)
-            for x, e, share in self._chosen(expert, routes):
-                moments.add(x, share, exact=e)
+            for x, e, token_weights in self._expert_inputs(expert, routes):
+                moments.add(x, token_weights, exact=e)
             jobs.append(([self._expert(expert, "w1"), self._expert(expert, "w3")], moments))
         self._round(jobs)
         jobs = []
@@ -196,40 +189,41 @@ class LayerQuantizer:
             exact: Callable[[Tensor], Tensor] | None = None
             if exact_routes is not None:
                 exact = self._swiglu(*(self._unrounded(name) for name in names))
-                self._add_exact(expert, exact, exact_routes)
-            inner = self._swiglu(*(self._result(name) for name in names))
+                self._sum_exact(expert, exact, exact_routes)
+            inner = self._swiglu(*(self._rounded_weight(name) for name in names))
             moments = self._moments(self._config.intermediate_size)
-            for x, e, share in self._chosen(expert, routes):
-                moments.add(inner(x), share, exact=exact(e) if exact and e is not None else None)
+            for x, e, token_weights in self._expert_inputs(expert, routes):
+                exact_inner = exact(e) if exact and e is not None else None
+                moments.add(inner(x), token_weights, exact=exact_inner)
             jobs.append(([self._expert(expert, "w2")], moments))
             del exact, inner  # 0.7 GB
         self._round(jobs)
 
     def _experts_at_once(self) -> int:
-        """How many are rounded together: all whose moments and weights fit a GPU; one on the CPU."""
+        """How many experts are rounded together: as many as fit a GPU, and one on the CPU."""
         if self._device.type != "cuda":
             return 1
         hidden, inner = self._config.hidden_size, self._config.intermediate_size
-        matrices = max(
+        elements = max(
             3 * hidden * hidden + 8 * inner * hidden, 3 * inner * inner + 4 * inner * hidden
         )
         free, _ = torch.cuda.mem_get_info(self._device)
-        return max(1, min(self._config.num_local_experts, int(0.8 * free / (4 * matrices))))
+        return max(1, min(self._config.num_local_experts, int(0.8 * free / (4 * elements))))
 
-    def _add_exact(self, expert: int, inner: Callable[[Tensor], Tensor], routes: Routes) -> None:
-        """Add what the unrounded expert makes of its own tokens to their sum."""
+    def _sum_exact(self, expert: int, inner: Callable[[Tensor], Tensor], routes: Routes) -> None:
+        """Add the unrounded expert's outputs for its own tokens to the sum over experts."""
         assert self._exact is not None
-        assert self._sum is not None
+        assert self._expert_sum is not None
         down = self._unrounded(self._expert(expert, "w2"))
         norm = self._norm("post_attention_layernorm")
         token, slot = torch.where(routes.ids == expert)
-        for index, score in _pieces(token, routes.weights[token, slot]):
+        for index, score in token_batches(token, routes.weights[token, slot]):
             x = norm(self._exact.after.rows(index).to(self._device))
             y = kernels.linear(inner(x), down) * score.to(self._device)[:, None]
-            self._sum.add_rows(index, y)
+            self._expert_sum.add_rows(index, y)
 
-    def _finish(self) -> None:
-        """Complete `after` of both models by what the experts make of it."""
+    def _add_experts(self) -> None:
+        """Add the experts' outputs to `after` of both models."""
         norm = self._norm("post_attention_layernorm")
         with torch.device("meta"):
             moe = SparseMoeBlock(self._config)
@@ -243,9 +237,9 @@ class LayerQuantizer:
             y, _ = moe(norm(x)[None])
             self._write(self._rounded.after, start, x + y[0])
         if self._exact is not None:
-            assert self._sum is not None
+            assert self._expert_sum is not None
             for start, x in self._batches(self._exact.after):
-                y = self._sum.read(start, start + len(x)).to(self._device)
+                y = self._expert_sum.read(start, start + len(x)).to(self._device)
                 self._write(self._exact.after, start, x + y)
 
     def _write(self, target: Activations, start: int, values: Tensor) -> None:
@@ -258,20 +252,20 @@ class LayerQuantizer:
         target.write(start, values)
 
     def _round(self, jobs: Sequence[tuple[Sequence[str], Moments]]) -> None:
-        """Round matrices, each job's from the same inputs; those of one scheme are stacked."""
+        """Round matrices. Those of a job share their inputs; those of one scheme are stacked."""
         batches: dict[tuple[Scheme, int], list[tuple[list[str], Moments]]] = {}
         for matrices, moments in jobs:
             schemes: dict[Scheme, list[str]] = {}
             for name in matrices:
                 schemes.setdefault(self._recipe.scheme_of(name), []).append(name)
             for index, (scheme, members) in enumerate(schemes.items()):
-                own = moments if index == 0 else moments.copy()
-                batches.setdefault((scheme, len(members)), []).append((members, own))
+                member_moments = moments if index == 0 else moments.copy()
+                batches.setdefault((scheme, len(members)), []).append((members, member_moments))
         for (scheme, _), batch in batches.items():
             if scheme.kind == "dense":
                 for members, _ in batch:
                     for name in members:
-                        self._keep(name)
+                        self._leave_dense(name)
             else:
                 self._solve(scheme, batch)
 
@@ -291,7 +285,7 @@ class LayerQuantizer:
         seconds = (time.perf_counter() - begun) / (len(batch) * len(first))
         for (members, moments), parts in zip(batch, solutions, strict=True):
             for name, solution in zip(members, parts, strict=True):
-                self._done[name] = Rounded(
+                self._results[name] = RoundedTensor(
                     tensor=self._tensors[name],
                     weight=solution.weight,
                     tokens=moments.tokens,
@@ -306,20 +300,22 @@ class LayerQuantizer:
         return Moments(width, self._device, crossed=self._options.correct)
 
     def _read(self, name: str) -> Tensor:
-        return streaming.read(self._checkpoint, self._tensors[name])
+        return read_finite(self._checkpoint, self._tensors[name])
 
     def _unrounded(self, name: str) -> Dense:
         return Dense(self._read(name).to(self._device).float())
 
-    def _keep(self, name: str) -> None:
-        self._done[name] = Rounded(tensor=self._tensors[name], weight=Dense(self._read(name)))
+    def _leave_dense(self, name: str) -> None:
+        self._results[name] = RoundedTensor(
+            tensor=self._tensors[name], weight=Dense(self._read(name))
+        )
 
     def _store(self, linear: nn.Module, name: str) -> None:
         assert isinstance(linear, Linear)
-        linear.store(self._result(name))
+        linear.store(self._rounded_weight(name))
 
-    def _result(self, name: str) -> Weight:
-        weight = self._done[name].weight.to(self._device)
+    def _rounded_weight(self, name: str) -> Weight:
+        weight = self._results[name].weight.to(self._device)
         return Dense(weight.data.float()) if isinstance(weight, Dense) else weight
 
     def _swiglu(self, gate: Weight, up: Weight) -> Callable[[Tensor], Tensor]:
@@ -328,9 +324,9 @@ class LayerQuantizer:
 
     def _norm(self, part: str) -> RMSNorm:
         name = f"{self._base}.{part}.weight"
-        if name not in self._done:
-            self._keep(name)
-        weight = self._done[name].weight
+        if name not in self._results:
+            self._leave_dense(name)
+        weight = self._results[name].weight
         assert isinstance(weight, Dense)
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
         norm.weight = nn.Parameter(weight.data.float())
@@ -338,8 +334,8 @@ class LayerQuantizer:
 
     def _gate(self) -> Linear:
         name = f"{self._base}.block_sparse_moe.gate.weight"
-        if name not in self._done:
-            self._keep(name)
+        if name not in self._results:
+            self._leave_dense(name)
         with torch.device("meta"):
             gate = Linear(self._config.hidden_size, self._config.num_local_experts)
         self._store(gate, name)
@@ -352,41 +348,31 @@ class LayerQuantizer:
         return ForwardContext(cos=cos, sin=sin)
 
     def _batches(self, tokens: Activations) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows [n, D]) of whole windows in turn."""
-        step = max(1, _BATCH_TOKENS // self._seqlen) * self._seqlen
-        for start in range(0, tokens.tokens, step):
-            rows = tokens.read(start, min(start + step, tokens.tokens))
-            yield start, rows.to(self._device)
+        return window_batches(tokens, self._seqlen, self._device)
 
     def _windows(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(first row, [windows, S, D] before the layer in this model and in the unrounded one)."""
+        """(first row, inputs of the layer in this model and in the unrounded one), of whole windows.
+
+        Both inputs have the shape (windows, S, D).
+        """
         shape = (-1, self._seqlen, self._config.hidden_size)
         for start, x in self._batches(self._rounded.before):
-            other = None
+            exact = None
             if self._exact is not None:
-                other = self._exact.before.read(start, start + len(x)).to(self._device).view(shape)
-            yield start, x.view(shape), other
+                exact = self._exact.before.read(start, start + len(x)).to(self._device).view(shape)
+            yield start, x.view(shape), exact
 
-    def _chosen(
+    def _expert_inputs(
         self, expert: int, routes: Routes
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """What the expert gets [n, D], what the unrounded model has there, and what each counts."""
+        """The expert's inputs [n, D], the unrounded model's in their place, and the token weights."""
         norm = self._norm("post_attention_layernorm")
         token, slot = torch.where(routes.ids == expert)
         score = routes.weights[token, slot]
-        shares = {"none": torch.ones_like(score), "score": score, "square": score.square()}
-        for index, share in _pieces(token, shares[self._options.weighting]):
+        weights = {"none": torch.ones_like(score), "score": score, "square": score.square()}
+        for index, token_weights in token_batches(token, weights[self._options.weighting]):
             x = norm(self._rounded.after.rows(index).to(self._device))
             exact = None
             if self._exact is not None:
                 exact = norm(self._exact.after.rows(index).to(self._device))
-            yield x, exact, share.to(self._device)
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    for start in range(0, len(tensors[0]), _BATCH_TOKENS):
-        yield tuple(tensor[start : start + _BATCH_TOKENS] for tensor in tensors)
-
-
-def _batched(numbers: range, size: int) -> Iterator[range]:
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+            yield x, exact, token_weights.to(self._device)

@@ -1,6 +1,6 @@
-"""What an interrupted run leaves behind, and whether another may go on with it.
+"""What an interrupted run leaves behind, and whether another run may continue it.
 
-Knows nothing of what the work is: only settings by name, and results of finished layers.
+Knows settings by name and the results of finished layers; knows nothing of the work itself.
 """
 
 import hashlib
@@ -16,18 +16,23 @@ from qmix.errors import CheckpointError, UsageError
 from qmix.formats import Checkpoint
 from qmix.formats.files.output_dir import STATE
 
-_SAMPLE = 4096  # bytes of each tensor that go into the source's digest
+_SAMPLE_BYTES = 4096  # of each tensor, for the digest of the source
 
 
 @dataclass(frozen=True)
-class State:
-    """Of a run: `settings` that decide its bytes, and the `results` of the layers that are done."""
+class RunState:
+    """The state of a run.
+
+    Attributes:
+        settings: what decides the bytes of the result.
+        results: of the layers that are finished.
+    """
 
     settings: Mapping[str, Any]
     results: Sequence[Any]
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's state; the old one stands until the new one is on the disk."""
+        """Replace the folder's state; the old one stays until the new one is on the disk."""
         partial = folder / f"{STATE}.writing"
         with partial.open("w", encoding="utf-8") as file:
             json.dump({"settings": self.settings, "results": self.results}, file)
@@ -36,21 +41,24 @@ class State:
         partial.rename(folder / STATE)
 
 
-def read(folder: Path, settings: Mapping[str, Any]) -> State:
-    """The state of `folder`: a new one if nothing has been done there.
+def read_state(folder: Path, settings: Mapping[str, Any]) -> RunState:
+    """The state of `folder`, or a new one if no layer has been finished there.
 
     Raises:
-        UsageError: the work that stands there was done with other settings; the first is named.
+        UsageError: the finished layers were made with other settings; the first one that differs
+            is named.
         CheckpointError: the state is damaged.
     """
     path = folder / STATE
     if not path.is_file():
-        return State(settings, ())
+        return RunState(settings, ())
     document = strict_json.read(path, limit_bytes=strict_json.INDEX_BYTES)
     stored, results = document.get("settings"), document.get("results")
     if not isinstance(stored, dict) or not isinstance(results, list):
         raise CheckpointError(
-            "not the state of a run", where=str(path), remedy="Remove the directory and start anew."
+            "not the state of a run",
+            where=str(path),
+            remedy="Remove the directory and start again.",
         )
     for name in sorted(settings.keys() | stored.keys()):
         if stored.get(name) != settings.get(name):
@@ -59,21 +67,21 @@ def read(folder: Path, settings: Mapping[str, Any]) -> State:
                 where=str(path),
                 expected=stored.get(name),
                 found=settings.get(name),
-                remedy="Give the same options, or remove the directory and start anew.",
+                remedy="Give the same options, or remove the directory and start again.",
             )
-    return State(settings, tuple(results))
+    return RunState(settings, tuple(results))
 
 
-def digest(checkpoint: Checkpoint) -> str:
+def source_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over config.json, every header entry and the first 4 KiB of every tensor.
 
-    Fine-tunes of one model have the same headers; no two have the same first bytes everywhere. The
-    whole of 93 GB would take minutes.
+    Fine-tunes of one model have the same headers, but no two have the same first bytes everywhere.
+    Reading all of 93 GB would take minutes.
     """
-    found = hashlib.sha256((checkpoint.shards.directory / "config.json").read_bytes())
+    digest = hashlib.sha256((checkpoint.shards.directory / "config.json").read_bytes())
     for name, entry in sorted(checkpoint.shards.entries.items()):
         line = f"{name} {entry.dtype} {entry.shape} {entry.file.name} {entry.start}\n"
-        found.update(line.encode())
+        digest.update(line.encode())
         with entry.file.open("rb") as file:
-            found.update(os.pread(file.fileno(), min(_SAMPLE, entry.nbytes), entry.start))
-    return found.hexdigest()
+            digest.update(os.pread(file.fileno(), min(_SAMPLE_BYTES, entry.nbytes), entry.start))
+    return digest.hexdigest()

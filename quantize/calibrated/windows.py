@@ -1,6 +1,6 @@
-"""Calibration text -> windows of token ids, the same ones for the same text on any machine.
+"""Calibration text as windows of token ids: the same windows for the same text on any machine.
 
-Knows nothing of models or of what the windows are for. Shape letters: W windows, S window.
+Shape letters: W windows, S window. Knows nothing of models or of what the windows are for.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from qmix.errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What a quantizer sees of the world.
+    """The text that a quantizer measures with.
 
     Attributes:
         ids: int64 (W, S); every window begins with BOS, as every prompt does.
@@ -26,16 +26,18 @@ class Calibration:
     text_sha256: str
 
 
-def cut(text: str, encode: Callable[[str], list[int]], *, samples: int, seqlen: int) -> Calibration:
-    """At most `samples` windows of `seqlen` ids, spread evenly over the whole text, none overlapping.
+def calibration_windows(
+    text: str, encode: Callable[[str], list[int]], *, samples: int, seqlen: int
+) -> Calibration:
+    """Cut at most `samples` windows of `seqlen` ids, evenly spread over the text, none overlapping.
 
-    A text that holds fewer windows gives fewer; `ids.shape` says how many.
+    A shorter text gives fewer windows; `ids.shape` tells how many.
 
     Args:
         encode: text -> ids, BOS first.
 
     Raises:
-        UsageError: fewer than one window of text, or sizes below 1 sample and 2 tokens.
+        UsageError: fewer than one window of text, fewer than 1 sample, or fewer than 2 tokens.
     """
     if samples < 1 or seqlen < 2:
         raise UsageError(

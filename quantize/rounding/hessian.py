@@ -1,6 +1,6 @@
-"""What a solver needs to know of a matrix's inputs: their second moments, and how many there were.
+"""What GPTQ needs to know of a matrix's inputs: their second moments, and how many there were.
 
-Shape letters: K inputs of the matrix. Knows nothing of weights.
+Shape letters: K inputs of the matrix, n tokens of one call. Knows nothing of weights.
 """
 
 import torch
@@ -8,52 +8,62 @@ from torch import Tensor
 
 
 class Moments:
-    """Sums of `share * x x^T` and `share * e x^T` over inputs x, e what the unrounded model has there.
+    """Running sums of `t x x^T` and `t e x^T` over the inputs x of a matrix.
+
+    t is the weight of the token, and e is what the unrounded model has in place of x.
 
     Args:
-        crossed: whether to keep the second.
+        width: K.
+        device: where the sums are kept, in float32.
+        crossed: whether to keep the second sum.
+
+    Attributes:
+        hessian: [K, K], the first sum.
+        cross: [K, K], the second sum; None unless crossed.
+        tokens: number of inputs added so far, whatever their weights.
     """
 
     def __init__(self, width: int, device: torch.device, *, crossed: bool) -> None:
         self.hessian = torch.zeros(width, width, device=device)
         self.cross = torch.zeros(width, width, device=device) if crossed else None
         self.tokens = 0
-        self._shares = self._squares = 0.0
+        self._weight_sum = self._square_sum = 0.0
 
     def add(
-        self, inputs: Tensor, shares: Tensor | None = None, *, exact: Tensor | None = None
+        self, inputs: Tensor, token_weights: Tensor | None = None, *, exact: Tensor | None = None
     ) -> None:
         """Add inputs [..., K].
 
         Args:
-            shares: [n], what each counts; None counts every one as 1.
-            exact: as `inputs`, in the unrounded model.
+            token_weights: [n], how much each token counts; None counts every token as 1.
+            exact: the unrounded model's inputs, of the shape of `inputs`; required if crossed.
         """
         width = self.hessian.shape[0]
-        flat = inputs.reshape(-1, width)
-        other = None if exact is None else exact.reshape(-1, width)
-        self.tokens += len(flat)
-        if shares is None:
-            self._shares += len(flat)
-            self._squares += len(flat)
+        rows = inputs.reshape(-1, width)
+        exact_rows = None if exact is None else exact.reshape(-1, width)
+        self.tokens += len(rows)
+        if token_weights is None:
+            self._weight_sum += len(rows)
+            self._square_sum += len(rows)
         else:
-            self._shares += float(shares.sum())
-            self._squares += float(shares.square().sum())
-            root = shares.sqrt()[:, None]
-            flat, other = flat * root, None if other is None else other * root
-        self.hessian.addmm_(flat.T, flat)
-        assert (other is None) == (self.cross is None)
-        if self.cross is not None and other is not None:
-            self.cross.addmm_(other.T, flat)
+            self._weight_sum += float(token_weights.sum())
+            self._square_sum += float(token_weights.square().sum())
+            root = token_weights.sqrt()[:, None]
+            rows, exact_rows = rows * root, None if exact_rows is None else exact_rows * root
+        self.hessian.addmm_(rows.T, rows)
+        assert (exact_rows is None) == (self.cross is None)
+        if self.cross is not None and exact_rows is not None:
+            self.cross.addmm_(exact_rows.T, rows)
 
     @property
     def samples(self) -> float:
-        """How many inputs of equal shares tell as much (Kish's effective sample size)."""
-        return self._shares**2 / self._squares if self._squares else 0.0
+        """The number of equally weighted inputs that tell as much (Kish's effective sample size)."""
+        return self._weight_sum**2 / self._square_sum if self._square_sum else 0.0
 
     def copy(self) -> "Moments":
-        found = Moments.__new__(Moments)
-        found.__dict__.update(self.__dict__)
-        found.hessian = self.hessian.clone()
-        found.cross = None if self.cross is None else self.cross.clone()
-        return found
+        """An independent copy, sums included."""
+        duplicate = Moments.__new__(Moments)
+        duplicate.__dict__.update(self.__dict__)
+        duplicate.hessian = self.hessian.clone()
+        duplicate.cross = None if self.cross is None else self.cross.clone()
+        return duplicate

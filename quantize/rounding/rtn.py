@@ -1,39 +1,41 @@
-"""Round to nearest, without any calibration: what the better methods are measured against.
+"""Round to nearest, without calibration: the baseline of the better methods.
 
-Shape letters: N outputs, K inputs, g inputs of a group, G groups.
+Shape letters: N outputs, K inputs, g inputs of a group, G groups, n outputs of a slab.
 """
 
 import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.quantize.rounding import grid as scales
+from qmix.quantize.rounding.grid import absmax_grid, search_grid
 from qmix.weights.integers import Int4, Int8
 from qmix.weights.scheme import Scheme
 
-_SLAB = 1 << 22  # weights rounded at a time: 16 MiB of float32
+_SLAB_ELEMENTS = 1 << 22  # weights rounded at a time: 16 MiB of float32
 
 
 def quantize(
     weight: Tensor, scheme: Scheme, *, search: bool = False, where: str = "weight"
 ) -> Int4 | Int8:
-    """Round each weight to the nearest code; the largest of a group lies half a step beyond the last.
+    """Round each weight to the nearest code.
+
+    By default the largest magnitude of a group lies half a step beyond the last code.
 
     Args:
-        search: choose each group's scale for the least squared error instead.
         weight: [N, K], any floating dtype.
-        scheme: `int4` or `int8`; its group size divides K.
+        scheme: `int4` or `int8`; its group size must divide K.
+        search: choose each group's scale for the least squared error instead.
         where: file and tensor, for errors.
 
     Raises:
-        CheckpointError: NaN or infinity, or beyond the scales of float16.
+        CheckpointError: a weight is NaN or infinite, or too large for float16 scales.
     """
     rows, columns = weight.shape
     size = columns if scheme.group_size == -1 else scheme.group_size
     assert columns % size == 0, (columns, size)
     kind = Int4 if scheme.kind == "int4" else Int8
-    packed, factors, zeros = [], [], []
-    step = max(1, _SLAB // columns)
+    packed, scales, zeros = [], [], []
+    step = max(1, _SLAB_ELEMENTS // columns)
     for start in range(0, rows, step):
         slab = weight[start : start + step].float()
         if not bool(torch.isfinite(slab).all()):
@@ -43,20 +45,20 @@ def quantize(
                 remedy="The checkpoint is damaged; download it again.",
             )
         groups = slab.view(len(slab), -1, size).permute(1, 2, 0)  # [G, g, n]
-        grid = scales.plain(groups, scheme)
+        grid = absmax_grid(groups, scheme)
         if search:
-            grid = scales.search(groups, torch.ones(1, device=groups.device), scheme)
+            grid = search_grid(groups, torch.ones(1, device=groups.device), scheme)
         if not bool(torch.isfinite(grid.scale).all()):
             raise CheckpointError(
                 "weights too large for float16 scales", where=where, expected="scales below 65504"
             )
-        wide = grid.of_inputs()
+        wide = grid.with_input_axis()
         codes = wide.nearest(groups).sub_(wide.low).to(torch.uint8)
         packed.append(kind.packed(codes.permute(2, 0, 1).reshape(len(slab), columns)))
-        factors.append(grid.scale.half().T)
+        scales.append(grid.scale.half().T)
         zeros.append((-grid.low).to(torch.uint8).T if not scheme.symmetric else grid.scale.T)
     return kind(
         codes=torch.cat(packed),
-        scales=torch.cat(factors),
+        scales=torch.cat(scales),
         zeros=None if scheme.symmetric else torch.cat(zeros),
     )

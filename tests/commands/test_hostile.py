@@ -22,7 +22,7 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.generation.config import GenerationConfig
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import streaming
+from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe
 from tests.support.models import ROOT, TINY, small_model
 from tests.support.process import run as chat_lines
@@ -32,7 +32,9 @@ IDS = torch.tensor([[1, 5, 6, 7]])
 
 
 def quantize(source, out, **options):
-    return streaming.run(source, out, Recipe.uniform(NF4, attention=True), method="nf4", **options)
+    return quantize_streaming(
+        source, out, Recipe.uniform(NF4, attention=True), method="nf4", **options
+    )
 
 
 def contents(folder):

@@ -11,8 +11,8 @@ from qmix.evals import guard
 from qmix.evals.guard import Figures, check
 from qmix.evals.quality import measure
 from qmix.formats.layouts import bnb
-from qmix.quantize.rounding import grid as scales
 from qmix.quantize.rounding import nf4
+from qmix.quantize.rounding.grid import Grid
 from qmix.weights import nf4 as weights
 
 
@@ -37,9 +37,9 @@ def perturbed(monkeypatch):
     values = (*weights.NF4_VALUES[:9], weights.NF4_VALUES[9] + 0.1, *weights.NF4_VALUES[10:])
     for module in (weights, nf4, bnb):
         monkeypatch.setattr(module, "NF4_VALUES", values)
-    nf4._bounds.cache_clear()
+    nf4._midpoints.cache_clear()
     yield
-    nf4._bounds.cache_clear()
+    nf4._midpoints.cache_clear()
 
 
 @pytest.mark.usefixtures("perturbed")
@@ -53,8 +53,8 @@ def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path, gptq_compari
 @pytest.mark.slow
 def test_the_guard_fails_when_the_encoder_rounds_wrongly(tmp_path, monkeypatch, gptq_comparison):
     """Every value takes the next higher code where it lies just below the middle."""
-    bounds = tuple(b - np.float32(0.02) for b in nf4._bounds())
-    monkeypatch.setattr(nf4, "_bounds", lambda: bounds)
+    bounds = tuple(b - np.float32(0.02) for b in nf4._midpoints())
+    monkeypatch.setattr(nf4, "_midpoints", lambda: bounds)
     broken = measure.compare(tmp_path / "broken")
     with pytest.raises(QualityError, match="nf4_kl_mean"):
         guard.guard(broken, gptq_comparison)
@@ -67,7 +67,7 @@ def test_the_guard_fails_when_the_solver_is_perturbed(tmp_path, monkeypatch, com
     def biased(grid, values):
         return torch.clamp((values / grid.scale - 0.2).round_(), grid.low, grid.high)
 
-    monkeypatch.setattr(scales.Grid, "nearest", biased)
+    monkeypatch.setattr(Grid, "nearest", biased)
     broken = measure.compare_gptq(tmp_path / "broken")
     with pytest.raises(QualityError, match="gptq_kl_mean"):
         guard.guard(comparison, broken)

@@ -282,12 +282,12 @@ def make():
 
 def rival(source, text, out, options="{}"):
     """A checkpoint for the comparison, with the source's tokenizer files beside it."""
-    from qmix.quantize.calibrated import windows as calibration
+    from qmix.quantize.calibrated.windows import calibration_windows
     from qmix.text.tokenizer import LlamaTokenizer
 
     source, out = Path(source).resolve(), Path(out).resolve()
     encode = LlamaTokenizer.from_pretrained(source).encode
-    windows = calibration.cut(
+    windows = calibration_windows(
         Path(text).read_text(encoding="utf-8"), encode, samples=SAMPLES, seqlen=SEQLEN
     )
     done = quantize(source, windows.ids, out, json.loads(options))

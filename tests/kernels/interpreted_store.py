@@ -13,7 +13,7 @@ from qmix.generation.cuda_graph import DecodeStep, supported
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
-from qmix.quantize import streaming
+from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, skip_without_a_device
 from tests.support.models import load_in_tiers, small_model
@@ -39,7 +39,7 @@ def directory(tmp_path_factory):
     model.half().save_pretrained(root / "dense")
     scheme = Scheme(kind="nf4", double_quant=True)
     recipe = Recipe.uniform(scheme, attention=True)
-    streaming.run(root / "dense", root / "nf4", recipe, method="nf4")
+    quantize_streaming(root / "dense", root / "nf4", recipe, method="nf4")
     return root / "nf4"
 
 

@@ -10,9 +10,10 @@ from qmix.formats import open_checkpoint
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning import machine
 from qmix.planning.machine import HostMemory
-from qmix.quantize import streaming
-from qmix.quantize.calibrated import run
-from qmix.quantize.calibrated import windows as calibration
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.run import quantize_calibrated
+from qmix.quantize.calibrated.windows import calibration_windows
+from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support import raw_mistral
 from tests.support.models import TINY, small_model
@@ -28,13 +29,13 @@ def starve(monkeypatch, available):
 
 
 def quantize(tmp_path):
-    streaming.run(TINY, tmp_path / "out", NF4_RECIPE, method="nf4")
+    quantize_streaming(TINY, tmp_path / "out", NF4_RECIPE, method="nf4")
 
 
 def gptq(tmp_path):
     text = "free memory is looked at first " * 200
-    windows = calibration.cut(text, lambda _: list(range(3, 900)), samples=1, seqlen=64)
-    run.run(TINY, tmp_path / "out", INT4_RECIPE, windows, run.Options())
+    windows = calibration_windows(text, lambda _: list(range(3, 900)), samples=1, seqlen=64)
+    quantize_calibrated(TINY, tmp_path / "out", INT4_RECIPE, windows, CalibratedOptions())
 
 
 def evaluate(_):
@@ -63,7 +64,7 @@ def test_the_tiny_model_needs_little(monkeypatch, tmp_path, command):
 
 
 def test_export_and_convert_look_too(monkeypatch, tmp_path):
-    streaming.run(TINY, tmp_path / "int4", INT4_RECIPE, method="rtn")
+    quantize_streaming(TINY, tmp_path / "int4", INT4_RECIPE, method="rtn")
     source = raw_mistral.write(tmp_path / "raw", small_model(), layout="safetensors")
     starve(monkeypatch, 1 << 12)
     with pytest.raises(ResourceError, match="free host memory"):

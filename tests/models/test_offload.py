@@ -25,7 +25,7 @@ from qmix.models import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.planning import machine, plan
-from qmix.quantize import streaming
+from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.models import TINY, load_in_tiers, small_model
@@ -47,7 +47,7 @@ def written(folder, layout):
         if layout != "dense":
             double = layout == "nf4"
             scheme = Scheme(kind="nf4", double_quant=double)
-            streaming.run(
+            quantize_streaming(
                 folder / "dense",
                 folder / "out",
                 Recipe.uniform(scheme, attention=True),

@@ -23,7 +23,7 @@ from qmix import (
 )
 from qmix.errors import UnsupportedError
 from qmix.kernels import flash
-from qmix.quantize import methods
+from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 from tests.support.flash import flash_attn
 from tests.support.models import SHARED, TINY
 
@@ -34,9 +34,9 @@ PAGE = SHARED / "seed" / "mixtral_docs_v4.38.1.txt"
 def tiny_gptq(tmp_path_factory):
     """The tiny Mixtral by GPTQ, on a little text."""
     out = tmp_path_factory.mktemp("gptq") / "tiny-gptq"
-    request = methods.Request(method="gptq", group_size=32, samples=4, seqlen=128, device="cpu")
+    request = QuantizeRequest(method="gptq", group_size=32, samples=4, seqlen=128, device="cpu")
     text = "".join(path.read_text() for path in sorted((TINY.parent.parent / "qmix").rglob("*.py")))
-    methods.run(TINY, out, request, text)
+    quantize_checkpoint(TINY, out, request, text)
     return out
 
 

@@ -18,7 +18,7 @@ from qmix.nn.attention import Attention
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning.footprint import StoredModel, on_device
-from qmix.quantize import streaming
+from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support.models import ROOT, small_model
 
@@ -32,7 +32,7 @@ SCHEMES = {
 
 
 def quantized(source, out, scheme):
-    streaming.run(source, out, Recipe.uniform(scheme, attention=True), method="rtn")
+    quantize_streaming(source, out, Recipe.uniform(scheme, attention=True), method="rtn")
     return out
 
 

@@ -16,8 +16,8 @@ from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageE
 from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir, shards
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import streaming
 from qmix.quantize.rounding.nf4 import quantize
+from qmix.quantize.streaming import quantize_streaming
 from qmix.weights import nf4
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import NF4, Recipe, Scheme
@@ -37,7 +37,7 @@ def source(tmp_path):
 
 
 def run(source, out, *, attention=True, **options):
-    return streaming.run(
+    return quantize_streaming(
         source, out, Recipe.uniform(NF4, attention=attention), method="nf4", **options
     )
 
@@ -145,7 +145,7 @@ def test_float32_sources_become_16_bit(tmp_path):
 
 def test_without_double_quant_the_scales_are_float32(source, tmp_path):
     recipe = Recipe.uniform(Scheme(kind="nf4", double_quant=False), attention=True)
-    streaming.run(source, tmp_path / "out", recipe, method="nf4")
+    quantize_streaming(source, tmp_path / "out", recipe, method="nf4")
     entries = open_checkpoint(tmp_path / "out").shards.entries
     absmax = [e for name, e in entries.items() if name.endswith(".absmax")]
     assert {entry.dtype for entry in absmax} == {torch.float32}

@@ -5,16 +5,17 @@ import shutil
 import torch
 
 from qmix.formats.files import output_dir
-from qmix.quantize.calibrated import layer as layerwise
-from qmix.quantize.calibrated import run as calibrated
+from qmix.quantize.calibrated.layer import LayerOptions
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import Calibration
-from qmix.quantize.rounding import gptq
+from qmix.quantize.rounding.gptq import RoundingOptions
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.models import TINY, small_model
 
 INT4 = Scheme(kind="int4", group_size=32)
 RECIPE = Recipe.uniform(INT4, attention=True)
-QUICK = gptq.Options(trials=1, refine=1)
+QUICK = RoundingOptions(trials=1, refine=1)
 WINDOWS, WINDOW, LAYERS, EXPERTS = 4, 32, 2, 4
 TEXT = "Perfect is the enemy of good, and a list is not a tuple; see the tutorial. " * 40
 
@@ -36,10 +37,10 @@ def windows(seed=1):
 def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 << 30, **options):
     settings = {"rounding": QUICK}
     settings |= {k: options.pop(k) for k in ("weighting", "correct", "rounding") if k in options}
-    return calibrated.run(
+    return quantize_calibrated(
         source, out, recipe, options.pop("calibration", windows()),
-        calibrated.Options(
-            layer=layerwise.Options(**settings),
+        CalibratedOptions(
+            layer=LayerOptions(**settings),
             activation_bytes=activation_bytes, shard_bytes=shard_bytes,
         ),
         **options,

@@ -23,7 +23,7 @@ from qmix.formats.layouts import compressed_tensors, gptq, gptq_config, tensor_n
 from qmix.formats.names import ModelTensor
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
-from qmix.quantize import streaming
+from qmix.quantize.output_checkpoint import COMPANIONS
 from qmix.weights.integers import Integers
 from qmix.weights.scheme import DENSE, Scheme
 
@@ -103,7 +103,7 @@ def run(
             settings = compressed_tensors.config(schemes)
         config = checkpoint.config.replace(quantization_config=settings)
         config.save_pretrained(folder)
-        for name in streaming.COMPANIONS:
+        for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         facts = {"method": f"export to {layout}", "source": source.resolve().name}

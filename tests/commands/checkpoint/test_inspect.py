@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.quantize import streaming
+from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support import packers
 
@@ -52,7 +52,7 @@ def test_packed_layouts(tmp_path, monkeypatch, pack, settings, options, expected
 @pytest.mark.parametrize("block", [64, 128, 512])
 def test_nf4(tiny, tmp_path, block, double):
     scheme = Scheme(kind="nf4", block_size=block, double_quant=double)
-    streaming.run(tiny, tmp_path / "out", Recipe.uniform(scheme, attention=True), method="nf4")
+    quantize_streaming(tiny, tmp_path / "out", Recipe.uniform(scheme, attention=True), method="nf4")
     found = inspect(tmp_path / "out")
     assert schemes(found)["expert"] == ("bitsandbytes", str(scheme))
     (experts,) = (part for part in found.parts if part.kind == "expert")

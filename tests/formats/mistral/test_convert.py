@@ -22,7 +22,7 @@ from qmix.formats.files import shards
 from qmix.formats.mistral import checkpoint as mistral
 from qmix.formats.mistral import params
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import streaming
+from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import NF4, Recipe
 from tests.support import raw_mistral
@@ -169,7 +169,7 @@ def test_the_result_is_a_checkpoint_directory_that_verifies(raw, tiny, tmp_path)
     assert verdict.hashed == len(list(out.iterdir())) - 1
     assert len(list(out.glob("model-*.safetensors"))) > 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
-    streaming.run(out, tmp_path / "nf4", Recipe.uniform(NF4, attention=True), method="nf4")
+    quantize_streaming(out, tmp_path / "nf4", Recipe.uniform(NF4, attention=True), method="nf4")
     assert verify(tmp_path / "nf4").problems == ()
 
 
@@ -511,7 +511,7 @@ def test_everywhere_else_a_raw_folder_is_sent_to_convert(
         lambda: verify(folder),
         lambda: qmix.load(folder, device="cpu"),
         lambda: MixtralForCausalLM.from_pretrained(folder, device="cpu"),
-        lambda: streaming.run(folder, tmp_path / "out", recipe, method="nf4"),
+        lambda: quantize_streaming(folder, tmp_path / "out", recipe, method="nf4"),
         lambda: perplexity.evaluate(folder, text) if text else open_checkpoint(folder),
     ):
         with pytest.raises(UnsupportedError, match="qmix convert RAW OUT"):

@@ -20,7 +20,7 @@ def values(rows, seed=0):
 
 @pytest.fixture(params=[1 << 24, 40], ids=["one run", "many runs"])
 def pair(tmp_path, monkeypatch, request):
-    monkeypatch.setattr(activations, "_RUN", request.param)
+    monkeypatch.setattr(activations, "_CHUNK_BYTES", request.param)
     return both(tmp_path)
 
 

@@ -19,10 +19,14 @@ from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq_config
 from qmix.formats.names import layer_tensors
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import methods
-from qmix.quantize.calibrated import bit_allocation
-from qmix.quantize.calibrated.bit_allocation import CHOICES, QuantGroup, Sensitivity
-from qmix.quantize.methods import Request
+from qmix.quantize.calibrated.bit_allocation import (
+    SCHEMES,
+    QuantGroup,
+    allocate_bits,
+    check_bits,
+)
+from qmix.quantize.calibrated.sensitivity import Sensitivity
+from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense
 from tests.support.calibration import TEXT
@@ -89,7 +93,7 @@ def load(source):
 @torch.no_grad()
 def divergence(source, ids, names):
     exact, model = load(source), load(source)
-    rounded(model, names, CHOICES[0])
+    rounded(model, names, SCHEMES[0])
     before, after = (one(input_ids=ids).logits.log_softmax(-1) for one in (exact, model))
     return float((before.exp() * (before - after)).sum(-1).mean())
 
@@ -131,7 +135,7 @@ def test_within_a_group_the_change_of_the_blocks_output_divides(source, ids, uni
 
     def changes(weight, x, share=1.0):
         found = []
-        for scheme in CHOICES:
+        for scheme in SCHEMES:
             other = rtn.quantize(weight, scheme, search=True).dequantize(torch.float32)
             found.append(float((functional.linear(x, other - weight) * share).square().sum()))
         return found
@@ -170,12 +174,12 @@ def test_without_the_attention_its_matrices_are_no_units(source, ids, units):
 
 def outcome(units, bits):
     """(bits a weight, loss) of the recipe, by its rules."""
-    recipe = bit_allocation.recipe(units, bits)
+    recipe = allocate_bits(units, bits)
     spent = loss = 0.0
     for unit in units:
         (scheme,) = {recipe.scheme_of(tensor.name) for tensor in unit.tensors}
         spent += unit.parameters * scheme.bits_per_weight
-        loss += unit.losses[CHOICES.index(scheme)]
+        loss += unit.losses[SCHEMES.index(scheme)]
     return spent / sum(unit.parameters for unit in units), loss
 
 
@@ -201,11 +205,11 @@ def test_close_to_the_best_of_all_recipes(units):
     total = sum(unit.parameters for unit in few)
     every = [
         (
-            sum(unit.parameters * CHOICES[level].bits_per_weight
+            sum(unit.parameters * SCHEMES[level].bits_per_weight
                 for unit, level in zip(few, levels, strict=True)) / total,
             sum(unit.losses[level] for unit, level in zip(few, levels, strict=True)),
         )
-        for levels in itertools.product(range(len(CHOICES)), repeat=len(few))
+        for levels in itertools.product(range(len(SCHEMES)), repeat=len(few))
     ]  # fmt: skip
     start = sum(unit.losses[0] for unit in few)
     for budget in (4.25, 4.4, 5, 6):
@@ -218,18 +222,18 @@ def test_what_costs_nothing_gets_no_bits(source):
     linear = [tensor for tensor in tensors if tensor.name.endswith("w2.weight")][:2]
     free, dear = (QuantGroup((tensor,), losses) for tensor, losses in zip(
         linear, [(0.0, 0.0, 0.0, 0.0), (4.0, 3.0, 2.0, 0.1)], strict=True))  # fmt: skip
-    recipe = bit_allocation.recipe([free, dear], 8.125)
-    assert recipe.scheme_of(linear[0].name) == CHOICES[0]
-    assert recipe.scheme_of(linear[1].name) == CHOICES[-1]
+    recipe = allocate_bits([free, dear], 8.125)
+    assert recipe.scheme_of(linear[0].name) == SCHEMES[0]
+    assert recipe.scheme_of(linear[1].name) == SCHEMES[-1]
 
 
 @pytest.mark.parametrize("bits", [0.0, 4, 4.1249, 8.126, -1, 16, math.inf, math.nan])
 def test_a_budget_that_no_recipe_meets_is_refused(source, tmp_path, bits):
     with pytest.raises(UsageError, match=r"--bits: out of range; expected 4\.125 to 8\.125"):
-        bit_allocation.check(bits)
-    request = Request(method="auto", bits=bits, samples=2, seqlen=32, device="cpu")
+        check_bits(bits)
+    request = QuantizeRequest(method="auto", bits=bits, samples=2, seqlen=32, device="cpu")
     with pytest.raises(UsageError, match="--bits: out of range"):
-        methods.run(source, tmp_path / "out", request, TEXT)
+        quantize_checkpoint(source, tmp_path / "out", request, TEXT)
     assert not list(tmp_path.iterdir())
 
 
@@ -257,7 +261,7 @@ def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_pat
         assert said.scheme_of(tensor.prefix) in (
             scheme,
             # one group of 128 inputs is all of them: the tensors cannot tell the two apart
-            *(CHOICES[:1] if scheme.group_size == -1 else ()),
+            *(SCHEMES[:1] if scheme.group_size == -1 else ()),
         ), tensor.name
         schemes.add(scheme)
         bits += math.prod(tensor.shape) * scheme.bits_per_weight
@@ -274,20 +278,20 @@ def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_pat
 
 
 WRONG = [
-    ({"method": "gptq", "bits": 4.25}, "--bits means nothing to --method gptq"),
-    ({"method": "rtn", "bits": 4.25}, "--bits means nothing to --method rtn"),
-    ({"method": "nf4", "bits": 4.25}, "--bits means nothing to --method nf4"),
-    ({"method": "auto", "group_size": 32}, "--group-size means nothing to --method auto"),
-    ({"method": "nf4", "group_size": 32}, "--group-size means nothing to --method nf4"),
-    ({"method": "auto", "asymmetric": True}, "--asymmetric means nothing to --method auto"),
-    ({"method": "nf4", "asymmetric": True}, "--asymmetric means nothing to --method nf4"),
-    ({"method": "gptq", "double_quant": False}, "--no-double-quant means nothing to --method gptq"),
-    ({"method": "rtn", "double_quant": False}, "--no-double-quant means nothing to --method rtn"),
-    ({"method": "rtn", "seqlen": 64}, "--seqlen means nothing to --method rtn"),
-    ({"method": "nf4", "seqlen": 64}, "--seqlen means nothing to --method nf4"),
-    ({"method": "rtn", "resume": True}, "--resume means nothing to --method rtn"),
-    ({"method": "nf4", "resume": True}, "--resume means nothing to --method nf4"),
-    ({"method": "nf4", "device": "cpu"}, "--device means nothing to --method nf4"),
+    ({"method": "gptq", "bits": 4.25}, "--bits does not apply to --method gptq"),
+    ({"method": "rtn", "bits": 4.25}, "--bits does not apply to --method rtn"),
+    ({"method": "nf4", "bits": 4.25}, "--bits does not apply to --method nf4"),
+    ({"method": "auto", "group_size": 32}, "--group-size does not apply to --method auto"),
+    ({"method": "nf4", "group_size": 32}, "--group-size does not apply to --method nf4"),
+    ({"method": "auto", "asymmetric": True}, "--asymmetric does not apply to --method auto"),
+    ({"method": "nf4", "asymmetric": True}, "--asymmetric does not apply to --method nf4"),
+    ({"method": "gptq", "double_quant": False}, "--no-double-quant does not apply to --method gptq"),
+    ({"method": "rtn", "double_quant": False}, "--no-double-quant does not apply to --method rtn"),
+    ({"method": "rtn", "seqlen": 64}, "--seqlen does not apply to --method rtn"),
+    ({"method": "nf4", "seqlen": 64}, "--seqlen does not apply to --method nf4"),
+    ({"method": "rtn", "resume": True}, "--resume does not apply to --method rtn"),
+    ({"method": "nf4", "resume": True}, "--resume does not apply to --method nf4"),
+    ({"method": "nf4", "device": "cpu"}, "--device does not apply to --method nf4"),
     ({"method": "gptq", "group_size": 0}, "--group-size: no such group size; expected -1 or one of 32, 64, 128; found 0"),
     ({"method": "rtn", "group_size": 48}, "--group-size: no such group size"),
 ]  # fmt: skip
@@ -296,7 +300,7 @@ WRONG = [
 @pytest.mark.parametrize(("changes", "named"), WRONG, ids=[str(changes) for changes, _ in WRONG])
 def test_options_that_a_method_does_not_have_are_refused(changes, named):
     with pytest.raises(UsageError) as caught:
-        Request(**changes)
+        QuantizeRequest(**changes)
     assert str(caught.value).startswith(named)
     assert caught.value.exit_code == 2
 
@@ -305,5 +309,5 @@ def test_the_command_refuses_them_before_it_reads_anything(tmp_path):
     command = ["quantize", str(tmp_path / "none"), str(tmp_path / "out"), "--method", "gptq"]
     result = CliRunner().invoke(app, [*command, "--bits", "5"])
     assert isinstance(result.exception, QmixError)
-    assert "--bits means nothing" in str(result.exception)
+    assert "--bits does not apply" in str(result.exception)
     assert CliRunner().invoke(app, [*command, "--method", "hqq"]).exit_code == 2

@@ -22,7 +22,7 @@ from tests.support.models import ROOT, threads
 
 LAYERS = 3
 STATE = output_dir.STATE
-QUICK = gptq.Options(trials=1, refine=1)
+QUICK = gptq.RoundingOptions(trials=1, refine=1)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STAGES = {
     "before the first layer ends": """
 def finish(self): die()
-LayerQuantizer._finish = finish
+LayerQuantizer._add_experts = finish
 """,
     "within a shard of a middle layer": """
 write = ShardWriter.write
@@ -50,23 +50,23 @@ def dying(self, path):
 Activations.save = dying
 """,
     "between the tokens and the state": """
-State.write = lambda self, folder: die()
+RunState.write = lambda self, folder: die()
 """,
     "within the second state": """
-write = State.write
+write = RunState.write
 def dying(self, folder):
     if len(self.results) == 2:
         (folder / "qmix_resume.json.writing").write_text('{"settings": {')
         die()
     write(self, folder)
-State.write = dying
+RunState.write = dying
 """,
     "after the state, before the old tokens go": """
-write = State.write
+write = RunState.write
 def dying(self, folder):
     write(self, folder)
     if len(self.results) == 2: die()
-State.write = dying
+RunState.write = dying
 """,
     "within a middle layer": """
 original = LayerQuantizer._round_experts
@@ -89,7 +89,7 @@ from qmix.formats.files.shards import ShardWriter
 from qmix.formats.files import output_dir
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer import LayerQuantizer
-from qmix.quantize.calibrated.resume import State
+from qmix.quantize.calibrated.resume import RunState
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 {stage}
 run(Path({source!r}), Path({out!r}), activation_bytes={budget})
@@ -322,7 +322,7 @@ def test_ctrl_c_ends_after_the_layer_with_75_and_the_command_goes_on(whole, tmp_
     assert "stopping after this layer; Ctrl-C again stops at once" in found.stderr
     last = found.stderr.strip().splitlines()[-1]
     assert last.startswith(f"qmix: {out}.partial: interrupted after layer 2 of 3")
-    assert last.endswith("--resume goes on.")
+    assert last.endswith("--resume to continue.")
     assert "Traceback" not in found.stderr
     assert not out.exists()
     state = json.loads((tmp_path / "out.partial" / STATE).read_text())

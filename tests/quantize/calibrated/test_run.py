@@ -14,9 +14,8 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.layouts import gptq_config
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize import methods
-from qmix.quantize.calibrated import windows as calibration
-from qmix.quantize.methods import Request
+from qmix.quantize.calibrated.windows import calibration_windows
+from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 from qmix.quantize.rounding import gptq
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import Recipe, Scheme
@@ -45,9 +44,9 @@ def source(tmp_path):
 
 
 def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
-    request = Request(method="gptq", group_size=32, samples=4, seqlen=32, device="cpu")
+    request = QuantizeRequest(method="gptq", group_size=32, samples=4, seqlen=32, device="cpu")
     seen = []
-    report = methods.run(source, tmp_path / "out", request, TEXT, progress=seen.append)
+    report = quantize_checkpoint(source, tmp_path / "out", request, TEXT, progress=seen.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     assert verify(tmp_path / "out").problems == ()
     found = open_checkpoint(tmp_path / "out")
@@ -70,7 +69,7 @@ def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
         MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, device="cpu")
         for folder in (source, tmp_path / "out")
     )
-    ids = calibration.cut(TEXT, lambda text: [1, *range(500, 900)], samples=1, seqlen=64).ids
+    ids = calibration_windows(TEXT, lambda text: [1, *range(500, 900)], samples=1, seqlen=64).ids
     with torch.no_grad():
         exact, other = (model(input_ids=ids).logits.log_softmax(-1) for model in (dense, ours))
     assert 0 < float((exact.exp() * (exact - other)).sum(-1).mean()) < 0.5
@@ -196,7 +195,7 @@ def test_correction_brings_the_outputs_closer_to_the_unrounded_models(source, tm
         exact = dense(input_ids=windows().ids).logits.log_softmax(-1)
         for correct in (False, True):
             out = tmp_path / str(correct)
-            run(source, out, correct=correct, rounding=gptq.Options())
+            run(source, out, correct=correct, rounding=gptq.RoundingOptions())
             model = MixtralForCausalLM.from_pretrained(out, dtype=torch.float32, device="cpu")
             other = model(input_ids=windows().ids).logits.log_softmax(-1)
             losses[correct] = float((exact.exp() * (exact - other)).sum(-1).mean())
@@ -264,7 +263,8 @@ def test_mixed_schemes_within_one_stack(source, tmp_path):
 
 def test_a_layer_larger_than_a_file_is_refused_by_the_options_name(source, tmp_path):
     with pytest.raises(
-        UsageError, match=r"--shard-size: a layer is one file.*expected at least \d+ B"
+        UsageError,
+        match=r"--shard-size: each layer is written to one file.*expected at least \d+ B",
     ):
         run(source, tmp_path / "out", shard_bytes=50_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
@@ -281,9 +281,9 @@ def test_a_layer_larger_than_a_file_is_refused_by_the_options_name(source, tmp_p
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_as_usage(source, tmp_path, changes, text, named):
-    request = Request(**{"method": "gptq", "group_size": 32, "device": "cpu", **changes})
+    request = QuantizeRequest(**{"method": "gptq", "group_size": 32, "device": "cpu", **changes})
     with pytest.raises(UsageError, match=named):
-        methods.run(source, tmp_path / "out", request, text)
+        quantize_checkpoint(source, tmp_path / "out", request, text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

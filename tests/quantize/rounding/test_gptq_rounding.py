@@ -8,15 +8,15 @@ import torch
 
 from qmix.errors import CheckpointError
 from qmix.formats.layouts import gptq as layout
-from qmix.quantize.rounding import gptq, rtn
-from qmix.quantize.rounding.gptq import Options
+from qmix.quantize.rounding import gptq, gptq_group, rtn
+from qmix.quantize.rounding.gptq import RoundingOptions
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.integers import Int4, Int8, unpack_codes
 from qmix.weights.scheme import Scheme
 
 CPU = torch.device("cpu")
 INT4 = Scheme(kind="int4", group_size=32)
-PLAIN = Options(act_order=False, live_scales=False, scale_search=False, trials=1, refine=0)
+PLAIN = RoundingOptions(act_order=False, live_scales=False, scale_search=False, trials=1, refine=0)
 OUTPUTS, INPUTS, TOKENS = 24, 128, 1024
 
 
@@ -35,16 +35,16 @@ def weight_of(seed=0, outputs=OUTPUTS, inputs=INPUTS):
     return normal(seed + 10, outputs, inputs) * 0.05
 
 
-def moments_of(x, exact=None, shares=None):
+def moments_of(x, exact=None, token_weights=None):
     moments = Moments(x.shape[1], CPU, crossed=exact is not None)
-    moments.add(x, shares, exact=exact)
+    moments.add(x, token_weights, exact=exact)
     return moments
 
 
 def with_hessian(hessian, tokens=1 << 20):
     """Moments as if so many inputs had made this sum."""
     moments = moments_of(torch.zeros(1, len(hessian)))
-    moments._shares = moments._squares = tokens
+    moments._weight_sum = moments._square_sum = tokens
     moments.hessian.copy_(hessian)
     return moments
 
@@ -94,7 +94,9 @@ def plain_gptq(weight, x, size, bits, *, live):
 def test_without_its_switches_it_is_the_papers_algorithm(bits, size, live):
     weight, x = weight_of(), correlated()
     scheme = Scheme(kind="int4" if bits == 4 else "int8", group_size=size)
-    options = Options(act_order=False, live_scales=live, scale_search=False, trials=1, refine=0)
+    options = RoundingOptions(
+        act_order=False, live_scales=live, scale_search=False, trials=1, refine=0
+    )
     solution = solve(weight, moments_of(x), scheme, options)
     codes, scales = plain_gptq(weight, x, INPUTS if size == -1 else size, bits, live=live)
     assert solution.weight.scheme == Scheme(
@@ -130,7 +132,9 @@ def mean_loss(options, scheme=INT4, seeds=range(0, 800, 100)):
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: next(iter(switch)))
 def test_each_switch_lowers_the_loss(switch):
     settings = {"live_scales": True} | vars(PLAIN) if "live_scales" not in switch else vars(PLAIN)
-    assert mean_loss(Options(**{**settings, **switch})) < mean_loss(Options(**settings))
+    assert mean_loss(RoundingOptions(**{**settings, **switch})) < mean_loss(
+        RoundingOptions(**settings)
+    )
 
 
 def test_all_switches_together_lose_far_less_than_the_plain_one_and_that_less_than_rounding():
@@ -140,7 +144,7 @@ def test_all_switches_together_lose_far_less_than_the_plain_one_and_that_less_th
         nearest = rtn.quantize(weight, INT4).dequantize(torch.float32)
         rounded.append(((weight - nearest) @ x.T).square().sum().log())
     assert mean_loss(PLAIN) < 0.7 * float(torch.stack(rounded).mean().exp())
-    assert mean_loss(Options()) < 0.7 * mean_loss(PLAIN)
+    assert mean_loss(RoundingOptions()) < 0.7 * mean_loss(PLAIN)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -152,7 +156,7 @@ def test_refining_never_raises_what_it_minimises(size, symmetric):
     hessian.diagonal().add_(INPUTS / (2 * TOKENS) * hessian.diagonal().mean())
     losses = []
     for rounds in range(5):
-        solution = solve(weight, moments_of(x), scheme, Options(refine=rounds))
+        solution = solve(weight, moments_of(x), scheme, RoundingOptions(refine=rounds))
         change = weight.double() - solution.weight.dequantize(torch.float32).double()
         losses.append(((change @ hessian) * change).sum(1))
     for before, after in pairwise(losses):
@@ -166,7 +170,7 @@ def test_refining_never_raises_what_it_minimises(size, symmetric):
 def test_every_scheme(kind, symmetric, size):
     weight, x = weight_of(inputs=256), correlated(inputs=256)
     scheme = Scheme(kind=kind, group_size=size, symmetric=symmetric)
-    solution = solve(weight, moments_of(x), scheme, Options())
+    solution = solve(weight, moments_of(x), scheme, RoundingOptions())
     found = solution.weight
     assert type(found) is (Int4 if kind == "int4" else Int8)
     assert (found.shape, found.scheme) == ((OUTPUTS, 256), scheme)
@@ -187,7 +191,7 @@ def test_every_scheme(kind, symmetric, size):
 def test_asymmetric_zeros_are_those_that_a_v1_file_can_hold(shift):
     weight, x = weight_of() + shift, correlated()
     scheme = Scheme(kind="int4", group_size=32, symmetric=False)
-    zeros = solve(weight, moments_of(x), scheme, Options()).weight.zeros
+    zeros = solve(weight, moments_of(x), scheme, RoundingOptions()).weight.zeros
     assert int(zeros.min()) >= 1
     assert int(zeros.max()) <= 15
     if shift:
@@ -201,7 +205,7 @@ def test_asymmetric_zeros_are_those_that_a_v1_file_can_hold(shift):
 def test_damping_is_raised_until_the_sum_can_be_factored(coupling, raised, damping):
     hessian = torch.eye(INPUTS)
     hessian[3, 70] = hessian[70, 3] = coupling
-    solution = solve(weight_of(), with_hessian(hessian), options=Options())
+    solution = solve(weight_of(), with_hessian(hessian), options=RoundingOptions())
     assert (solution.raised, solution.fallback) == (raised, None)
     assert solution.damping == pytest.approx(damping)
     assert bool(solution.weight.dequantize().isfinite().all())
@@ -225,7 +229,7 @@ def test_a_sum_that_says_nothing_is_given_up_and_the_weight_rounded_to_nearest(r
     else:
         x = correlated(tokens=7)
         moments = moments_of(x, exact=2 * x if crossed else None)
-    solution = solve(weight, moments, options=Options())
+    solution = solve(weight, moments, options=RoundingOptions())
     assert solution.fallback == reason
     assert (solution.damping, solution.raised, solution.output_error) == (None, 0, None)
     found = solution.weight
@@ -238,7 +242,7 @@ def test_a_sum_that_says_nothing_is_given_up_and_the_weight_rounded_to_nearest(r
 
 
 def test_a_weight_that_no_token_reached():
-    solution = solve(weight_of(), Moments(INPUTS, CPU, crossed=False), options=Options())
+    solution = solve(weight_of(), Moments(INPUTS, CPU, crossed=False), options=RoundingOptions())
     assert solution.fallback == "fewer than 8 tokens"
     assert bool(solution.weight.dequantize().isfinite().all())
 
@@ -252,7 +256,7 @@ def test_the_damping_is_the_larger_the_fewer_inputs_there_are():
 def test_an_input_that_is_never_seen_harms_nothing():
     weight, x = weight_of(), correlated()
     x[:, [0, 40]] = 0
-    solution = solve(weight, moments_of(x), options=Options())
+    solution = solve(weight, moments_of(x), options=RoundingOptions())
     assert solution.fallback is None
     nearest = rtn.quantize(weight, INT4).dequantize(torch.float32)
     assert float(loss(weight, solution, x).sum()) < float(((weight - nearest) @ x.T).square().sum())
@@ -275,7 +279,7 @@ def test_what_is_not_finite_is_named(bad):
         solve(weight, moments_of(x))
 
 
-@pytest.mark.parametrize("options", [PLAIN, Options()], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [PLAIN, RoundingOptions()], ids=["plain", "all"])
 def test_weights_beyond_float16_scales_are_named(options):
     weight, x = weight_of(), correlated()
     broken = weight.clone()
@@ -288,7 +292,7 @@ def test_weights_beyond_float16_scales_are_named(options):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("options", [PLAIN, Options()], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [PLAIN, RoundingOptions()], ids=["plain", "all"])
 def test_zeros_stay_zeros(symmetric, options):
     scheme = Scheme(kind="int4", group_size=32, symmetric=symmetric)
     x = correlated()
@@ -307,8 +311,8 @@ def test_zeros_stay_zeros(symmetric, options):
 
 def test_fitted_to_its_own_outputs_the_target_is_the_weight():
     weight, x = weight_of(), correlated()
-    alone = solve(weight, moments_of(x), options=Options())
-    fitted = solve(weight, moments_of(x, exact=x), options=Options())
+    alone = solve(weight, moments_of(x), options=RoundingOptions())
+    fitted = solve(weight, moments_of(x, exact=x), options=RoundingOptions())
     same = codes_of(alone.weight) == codes_of(fitted.weight)
     assert same.float().mean() > 0.97  # a target off by 1e-6 rounds now and then otherwise
     assert fitted.output_error == pytest.approx(alone.output_error, rel=0.02)
@@ -319,12 +323,12 @@ def test_fitted_to_other_outputs_it_comes_closer_to_them():
     x = exact + 0.1 * correlated(5)
     losses = []
     for moments in (moments_of(x), moments_of(x, exact=exact)):
-        found = solve(weight, moments, options=Options()).weight.dequantize(torch.float32)
+        found = solve(weight, moments, options=RoundingOptions()).weight.dequantize(torch.float32)
         losses.append(float((x @ found.T - exact @ weight.T).square().sum()))
     assert losses[1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("options", [PLAIN, Options()], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [PLAIN, RoundingOptions()], ids=["plain", "all"])
 def test_a_batch_is_its_matrices_one_at_a_time(options):
     weights = torch.stack([weight_of(seed) for seed in range(3)])
     inputs = [correlated(seed, tokens=tokens) for seed, tokens in enumerate((512, 4, 700))]
@@ -342,46 +346,61 @@ def test_a_batch_is_its_matrices_one_at_a_time(options):
 def test_stacked_matrices_come_back_apart():
     x, parts = correlated(), [weight_of(1, 16), weight_of(2, 8), weight_of(3, 40)]
     ((*found,),) = gptq.solve(
-        torch.cat(parts)[None], [moments_of(x)], INT4, Options(), where=["f"], parts=[16, 8, 40]
+        torch.cat(parts)[None],
+        [moments_of(x)],
+        INT4,
+        RoundingOptions(),
+        where=["f"],
+        parts=[16, 8, 40],
     )
     assert [one.weight.shape[0] for one in found] == [16, 8, 40]
     for weight, one in zip(parts, found, strict=True):
-        alone = solve(weight, moments_of(x), options=Options())
+        alone = solve(weight, moments_of(x), options=RoundingOptions())
         assert (codes_of(one.weight) == codes_of(alone.weight)).float().mean() > 0.995
         assert one.output_error == pytest.approx(alone.output_error, rel=1e-3)
 
 
 def test_trials_in_slabs_are_trials_at_once(monkeypatch):
     weight, x = weight_of(), correlated()
-    whole = solve(weight, moments_of(x), options=Options())
-    monkeypatch.setitem(gptq._TRIAL_ELEMENTS, "cpu", 7 * 8 * INPUTS)
-    slabs = solve(weight, moments_of(x), options=Options())
+    whole = solve(weight, moments_of(x), options=RoundingOptions())
+    monkeypatch.setitem(gptq_group._TRIAL_ELEMENTS, "cpu", 7 * 8 * INPUTS)
+    slabs = solve(weight, moments_of(x), options=RoundingOptions())
     assert (codes_of(slabs.weight) == codes_of(whole.weight)).float().mean() > 0.995
 
 
 def test_the_same_twice():
     weight, x = weight_of(), correlated()
-    first, second = (solve(weight, moments_of(x), options=Options()).weight for _ in range(2))
+    first, second = (
+        solve(weight, moments_of(x), options=RoundingOptions()).weight for _ in range(2)
+    )
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scales, second.scales)
 
 
 def test_sums_count_each_input_by_its_share():
     x, exact = correlated(tokens=60), correlated(3, tokens=60)
-    shares = torch.rand(60, generator=torch.Generator().manual_seed(1))
+    token_weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
     moments = Moments(INPUTS, CPU, crossed=True)
-    moments.add(x[:40].view(2, 20, INPUTS), shares[:40], exact=exact[:40].view(2, 20, INPUTS))
-    moments.add(x[40:], shares[40:], exact=exact[40:])
+    moments.add(
+        x[:40].view(2, 20, INPUTS), token_weights[:40], exact=exact[:40].view(2, 20, INPUTS)
+    )
+    moments.add(x[40:], token_weights[40:], exact=exact[40:])
     assert moments.tokens == 60
-    assert torch.allclose(moments.hessian, x.T @ torch.diag(shares) @ x, rtol=1e-4, atol=1e-2)
-    assert torch.allclose(moments.cross, exact.T @ torch.diag(shares) @ x, rtol=1e-4, atol=1e-2)
-    assert moments.samples == pytest.approx(float(shares.sum() ** 2 / shares.square().sum()))
+    assert torch.allclose(
+        moments.hessian, x.T @ torch.diag(token_weights) @ x, rtol=1e-4, atol=1e-2
+    )
+    assert torch.allclose(
+        moments.cross, exact.T @ torch.diag(token_weights) @ x, rtol=1e-4, atol=1e-2
+    )
+    assert moments.samples == pytest.approx(
+        float(token_weights.sum() ** 2 / token_weights.square().sum())
+    )
     assert Moments(4, CPU, crossed=False).samples == 0
     assert moments_of(x).samples == 60
-    assert moments_of(x, shares=torch.full((60,), 0.3)).samples == pytest.approx(60)
+    assert moments_of(x, token_weights=torch.full((60,), 0.3)).samples == pytest.approx(60)
     one = torch.zeros(60)
     one[0] = 1
-    assert moments_of(x, shares=one).samples == pytest.approx(1)
+    assert moments_of(x, token_weights=one).samples == pytest.approx(1)
 
 
 def test_a_copy_of_sums_is_independent():

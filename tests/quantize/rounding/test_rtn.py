@@ -8,8 +8,8 @@ import torch
 from qmix.errors import CheckpointError
 from qmix.formats.layouts import gptq
 from qmix.formats.layouts.gptq_config import GPTQConfig
-from qmix.quantize.rounding import grid as scales
 from qmix.quantize.rounding import rtn
+from qmix.quantize.rounding.grid import float16_scale, search_grid
 from qmix.weights.integers import unpack_codes
 from qmix.weights.scheme import Scheme
 
@@ -123,7 +123,7 @@ def test_the_file_holds_the_same_codes(kind, size, symmetric):
 def test_slabs_change_nothing(monkeypatch):
     scheme = Scheme(kind="int4", group_size=32, symmetric=False)
     whole = rtn.quantize(weight_of(), scheme)
-    monkeypatch.setattr(rtn, "_SLAB", 5 * K)
+    monkeypatch.setattr(rtn, "_SLAB_ELEMENTS", 5 * K)
     slabs = rtn.quantize(weight_of(), scheme)
     for name in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(slabs, name), getattr(whole, name))
@@ -147,7 +147,7 @@ def test_what_float16_scales_cannot_hold_is_named(symmetric, search):
 
 
 def test_a_scale_is_never_zero_and_keeps_its_sign():
-    found = scales.float16(torch.tensor([0.0, 1e-30, -1e-30, 2**-24, 1.0, 1 + 2**-12]))
+    found = float16_scale(torch.tensor([0.0, 1e-30, -1e-30, 2**-24, 1.0, 1 + 2**-12]))
     assert found.tolist() == [2**-24, 2**-24, -(2**-24), 2**-24, 1, 1]
 
 
@@ -155,9 +155,9 @@ def test_a_group_whose_longer_side_is_positive_is_turned_round():
     steps = torch.arange(-7, 9).repeat(2) * 0.01  # one more code above 0 than below
     importance = torch.ones(32, 1)
     for sign in (1, -1):
-        grid = scales.search(sign * steps[:, None], importance, Scheme(kind="int4", group_size=32))
+        grid = search_grid(sign * steps[:, None], importance, Scheme(kind="int4", group_size=32))
         assert float(grid.scale) * sign == pytest.approx(-0.01, rel=0.02)
-        wide = grid.of_inputs()
+        wide = grid.with_input_axis()
         values = wide.nearest(sign * steps[:, None]) * wide.scale
         assert float((values[:, 0] - sign * steps).abs().max()) < 0.002
 
@@ -171,7 +171,7 @@ def test_the_search_spares_what_is_important(symmetric):
     importance[:8] = 1000
 
     def error(weights):
-        wide = scales.search(group, weights, scheme).of_inputs()
+        wide = search_grid(group, weights, scheme).with_input_axis()
         return float(((wide.nearest(group) * wide.scale - group)[:8]).square().sum())
 
     assert error(importance) < 0.7 * error(torch.ones(64, 1))

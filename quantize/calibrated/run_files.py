@@ -1,0 +1,246 @@
+"""The files of a calibrated run: one shard for each layer, and the tokens between the layers.
+
+Whatever a finished layer has written stays, so a killed run continues there and ends with the same
+bytes. Shape letters: T calibration tokens, D hidden width. Knows nothing of settings or of time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from qmix.errors import CheckpointError
+from qmix.formats import Checkpoint
+from qmix.formats.files import output_dir, shards
+from qmix.formats.files.shard_names import shard_name
+from qmix.formats.files.shards import ShardWriter
+from qmix.formats.names import ModelTensor
+from qmix.nn.decoder import embedding
+from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.layer import LayerQuantizer, RoundedTensor
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.resume import RunState
+from qmix.quantize.calibrated.token_stream import TokenStream
+from qmix.quantize.calibrated.windows import Calibration
+from qmix.quantize.output_checkpoint import (
+    OutputTensor,
+    QuantizeProgress,
+    file_tensors,
+    read_finite,
+    squared_sums,
+)
+from qmix.quantize.report import TensorResult
+from qmix.weights.dense import Dense
+from qmix.weights.scheme import Recipe
+
+_EMBEDDED_TOKENS = 8192  # embedded at a time
+
+
+class RunFiles:
+    """Writes the shards of one run, layer by layer, into a folder.
+
+    Attributes:
+        bytes_in: of the source's tensors. bytes_out: of the output's.
+        token_bytes: of all arrays of tokens that exist at once.
+        in_memory: whether the tokens are kept in memory; if not, in files.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        outputs: Sequence[OutputTensor],
+        recipe: Recipe,
+        calibration: Calibration,
+        options: CalibratedOptions,
+    ) -> None:
+        self.checkpoint, self.outputs, self.recipe = checkpoint, outputs, recipe
+        self.ids, self.options = calibration.ids, options
+        self.width = checkpoint.config.hidden_size
+        self.layers = checkpoint.config.num_hidden_layers
+        self.bytes_in = sum(checkpoint.entry(output.tensor.name).nbytes for output in outputs)
+        self.bytes_out = sum(output.nbytes for output in outputs)
+        self.streams = ("tokens", "exact") if options.layer.correct else ("tokens",)
+        array_bytes = 4 * self.ids.numel() * self.width
+        self.token_bytes = array_bytes * (2 * len(self.streams) + len(self.streams) - 1)
+        self.in_memory = self.token_bytes <= options.activation_bytes
+
+    def finished(self, folder: Path, state: RunState) -> list[list[TensorResult]]:
+        """The results of the layers that an earlier run finished.
+
+        Raises:
+            CheckpointError: `state` holds something else, or the shard of a layer is missing.
+        """
+        names = [
+            [output.tensor.name for output in self.outputs if output.tensor.layer == layer]
+            for layer in range(self.layers)
+        ]
+        remedy = "Remove the interrupted run and start again."
+        done: list[list[TensorResult]] | None = None
+        with suppress(TypeError, KeyError):
+            done = [[TensorResult.from_dict(r) for r in results] for results in state.results]
+        if done is None or [[r.name for r in results] for results in done] != names[: len(done)]:
+            raise CheckpointError(
+                "not the results of layers", where=str(folder / output_dir.STATE), remedy=remedy
+            )
+        for layer in range(len(done)):
+            shard = folder / shard_name(layer + 1, self.layers + 2)
+            if not shard.is_file():
+                raise CheckpointError("missing", where=str(shard), remedy=remedy)
+        return done
+
+    def enter(self, folder: Path, done: int) -> dict[str, Activations]:
+        """The tokens before layer `done`, by stream: "tokens", and "exact" with correction."""
+        count = self.ids.numel()
+        if done:
+            return {
+                stream: Activations.load(
+                    folder / _tokens_name(stream, done), count, self.width, in_memory=self.in_memory
+                )
+                for stream in self.streams
+            }
+        table = self.checkpoint.read("model.embed_tokens.weight").float()
+        tokens = {
+            stream: self._new_array(folder / _tokens_name(stream, 0)) for stream in self.streams
+        }
+        flat = self.ids.view(-1)
+        for start in range(0, count, _EMBEDDED_TOKENS):
+            embedded = embedding(flat[start : start + _EMBEDDED_TOKENS], table)
+            for array in tokens.values():
+                array.write(start, embedded)
+        return tokens
+
+    def quantize_layer(
+        self,
+        folder: Path,
+        layer: int,
+        tokens: Mapping[str, Activations],
+        progress: Callable[[QuantizeProgress], None],
+    ) -> tuple[list[TensorResult], dict[str, Activations]]:
+        """Round one layer, and put its shard and the tokens after it on the disk."""
+        paths = {stream: folder / _tokens_name(stream, layer + 1) for stream in self.streams}
+        after = {
+            stream: self._new_array(path.with_name(f"{path.name}.writing"))
+            for stream, path in paths.items()
+        }
+        streams = {name: TokenStream(tokens[name], after[name]) for name in self.streams}
+        scratch = folder / "sum.writing"
+        exact = (streams["exact"], self._new_array(scratch)) if "exact" in streams else None
+        order = [output.tensor.name for output in self.outputs]
+        sizes = [self.checkpoint.entry(name).nbytes for name in order]
+
+        def at(name: str) -> None:
+            done = sum(sizes[: order.index(name)])
+            progress(QuantizeProgress(done, self.bytes_in, f"layer {layer + 1} of {self.layers}"))
+
+        rounded = LayerQuantizer(
+            self.checkpoint,
+            layer,
+            streams["tokens"],
+            exact,
+            seqlen=self.ids.shape[1],
+            recipe=self.recipe,
+            options=self.options.layer,
+            device=self.options.device,
+            progress=at,
+        ).quantize()
+        layer_outputs = [output for output in self.outputs if output.tensor.layer == layer]
+        results = self._write_shard(folder, layer + 1, layer_outputs, iter(rounded))
+        for stream, path in paths.items():
+            after[stream].save(path)
+        scratch.unlink(missing_ok=True)
+        return results, after
+
+    def write_ends(self, folder: Path) -> tuple[list[TensorResult], list[TensorResult]]:
+        """Write the shards before and after the layers, and the index."""
+        before, after = (
+            [output for output in self.outputs if self._shard(output.tensor) == index]
+            for index in (0, self.layers + 1)
+        )
+        results = (
+            self._write_shard(folder, 0, before, self._unchanged(before)),
+            self._write_shard(folder, self.layers + 1, after, self._unchanged(after)),
+        )
+        weight_map = {
+            planned.name: shard_name(self._shard(output.tensor), self.layers + 2)
+            for output in self.outputs
+            for planned in output.planned
+        }
+        shards.write_index(folder, weight_map, self.bytes_out)
+        return results
+
+    def remove_others(self, folder: Path, done: int) -> None:
+        """Remove everything but the shards of `done` layers and the tokens that the next one needs."""
+        needed = {shard_name(index + 1, self.layers + 2) for index in range(done)}
+        needed.add(output_dir.STATE)
+        if done < self.layers:
+            needed |= {_tokens_name(stream, done) for stream in self.streams}
+        for path in folder.iterdir():
+            if path.name not in needed and not path.name.startswith("."):
+                path.unlink()
+
+    def _new_array(self, path: Path) -> Activations:
+        path.unlink(missing_ok=True)
+        return Activations(self.ids.numel(), self.width, None if self.in_memory else path)
+
+    def _shard(self, tensor: ModelTensor) -> int:
+        if tensor.layer is not None:
+            return tensor.layer + 1
+        return 0 if tensor.kind == "embedding" else self.layers + 1
+
+    def _unchanged(self, outputs: Sequence[OutputTensor]) -> Iterator[RoundedTensor]:
+        for output in outputs:
+            data = read_finite(self.checkpoint, output.tensor)
+            yield RoundedTensor(tensor=output.tensor, weight=Dense(data))
+
+    def _write_shard(
+        self,
+        folder: Path,
+        index: int,
+        outputs: Sequence[OutputTensor],
+        rounded: Iterator[RoundedTensor],
+    ) -> list[TensorResult]:
+        name = shard_name(index, self.layers + 2)
+        partial = folder / f"{name}.writing"
+        partial.unlink(missing_ok=True)
+        results = []
+        planned = [planned for output in outputs for planned in output.planned]
+        with ShardWriter(partial, planned) as writer:
+            for output, tensor in zip(outputs, rounded, strict=True):
+                assert tensor.tensor == output.tensor
+                tensors = file_tensors(tensor.weight, output)
+                for tensor_name, data in tensors.items():
+                    writer.write(tensor_name, data)
+                results.append(self._result(output, tensor, tensors))
+        partial.rename(folder / name)
+        return results
+
+    def _result(
+        self, output: OutputTensor, rounded: RoundedTensor, tensors: Mapping[str, Tensor]
+    ) -> TensorResult:
+        squared_error = squared_norm = 0.0
+        solution = rounded.solution
+        if solution is not None:
+            source = self.checkpoint.read(output.tensor.name)
+            squared_error, squared_norm = squared_sums(source, rounded.weight)
+        return TensorResult(
+            name=output.tensor.name,
+            kind=output.tensor.kind,
+            scheme=output.scheme,
+            parameters=math.prod(output.tensor.shape),
+            bytes_out=sum(tensor.nbytes for tensor in tensors.values()),
+            squared_error=squared_error,
+            squared_norm=squared_norm,
+            seconds=rounded.seconds,
+            tokens=rounded.tokens,
+            output_error=solution.output_error if solution else None,
+            damping=solution.damping if solution else None,
+            raised=solution.raised if solution else 0,
+            fallback=solution.fallback if solution else None,
+        )
+
+
+def _tokens_name(stream: str, done: int) -> str:
+    """The file of a stream's tokens after `done` layers."""
+    return f"{stream}-{done:05d}.f32"

@@ -1,0 +1,191 @@
+"""The quantized checkpoint: what becomes of every tensor, and all files besides the shards.
+
+What streaming and calibrated runs share. Knows nothing of how a weight is rounded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qmix
+from qmix import strict_json
+from qmix.errors import CheckpointError, UnsupportedError
+from qmix.formats import Checkpoint
+from qmix.formats.files import output_dir
+from qmix.formats.files.shards import Planned
+from qmix.formats.layouts import gptq_config, writer
+from qmix.formats.names import ModelTensor
+from qmix.quantize.report import QuantizeReport
+from qmix.weights.dense import Dense, Weight
+from qmix.weights.nf4 import NF4
+from qmix.weights.scheme import Recipe, Scheme
+
+# Files that are copied unchanged if the source has them.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_COMPANION_BYTES = 64 << 20
+# Scales of integer weights: what GPTQ files hold, and three bits finer than bfloat16.
+_SCALE_DTYPE = torch.float16
+_ERROR_ROWS = 1024  # rows compared at a time, which limits the float32 copies to 117 MB for w2
+
+
+@dataclass(frozen=True)
+class QuantizeProgress:
+    """How far a run is: bytes of the source that are done, and the tensor it is working on."""
+
+    done_bytes: int
+    total_bytes: int
+    tensor: str
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the model and what it will become.
+
+    Attributes:
+        dtype: of the weight in 16 bits, before or without quantization.
+        planned: the tensors of the file that will hold it.
+    """
+
+    tensor: ModelTensor
+    scheme: Scheme
+    dtype: torch.dtype
+    planned: tuple[Planned, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it will take in the file."""
+        return sum(planned.nbytes for planned in self.planned)
+
+
+def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
+    """What becomes of every tensor, in the model's order.
+
+    Raises:
+        UnsupportedError: the source is quantized already, or a scheme does not fit a weight's shape.
+    """
+    outputs = []
+    for tensor in checkpoint.tensors:
+        if tensor.linear and checkpoint.packed(tensor):
+            raise UnsupportedError(
+                "the source is quantized already",
+                where=str(checkpoint.shards.directory),
+                expected="16- or 32-bit weights",
+                found=f"{tensor.name} in 4 bits",
+                remedy="Quantize the original checkpoint.",
+            )
+        scheme = recipe.scheme_of(tensor.name)
+        dtype = checkpoint.entry(tensor.name).dtype
+        if dtype == torch.float32:
+            dtype = torch.bfloat16  # a 4-bit model computes in 16 bits
+        planned = planned_tensors(tensor, scheme, dtype)
+        outputs.append(OutputTensor(tensor, scheme, dtype, planned))
+    writer.layout_of({output.tensor.prefix: output.scheme for output in outputs})
+    return outputs
+
+
+def planned_tensors(tensor: ModelTensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Planned, ...]:
+    """The tensors that the file will hold of a weight; `dtype` is that of the 16-bit weight."""
+    stored_dtype = _SCALE_DTYPE if scheme.integer else dtype
+    specs = writer.packed_specs(tensor.prefix, tensor.shape, scheme, stored_dtype)
+    return tuple(Planned(name, *spec) for name, spec in specs.items())
+
+
+def read_finite(checkpoint: Checkpoint, tensor: ModelTensor) -> Tensor:
+    """Read a weight of the source.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    data = checkpoint.read(tensor.name)
+    if not bool(torch.isfinite(data).all()):
+        raise CheckpointError(
+            f"tensor {tensor.name} holds NaN or infinity",
+            where=str(checkpoint.entry(tensor.name).file),
+            remedy="The checkpoint is damaged; download it again.",
+        )
+    return data
+
+
+def file_tensors(weight: Weight, output: OutputTensor) -> dict[str, Tensor]:
+    """The tensors that the file holds of a weight, by name, in the planned dtypes."""
+    if isinstance(weight, Dense):
+        weight = replace(weight, data=weight.data.to(output.dtype))
+    elif isinstance(weight, NF4):
+        weight = replace(weight, out_dtype=output.dtype)
+    return writer.pack(weight, output.tensor.prefix)
+
+
+def squared_sums(data: Tensor, weight: Weight) -> tuple[float, float]:
+    """The sums of (W - Q(W))^2 and of W^2; both 0 if nothing was rounded."""
+    if isinstance(weight, Dense):
+        return 0.0, 0.0
+    error = norm = 0.0
+    for start in range(0, data.shape[0], _ERROR_ROWS):
+        stop = min(start + _ERROR_ROWS, data.shape[0])
+        exact = data[start:stop].float()
+        norm += float(torch.linalg.vector_norm(exact)) ** 2
+        exact -= weight.rows(start, stop, torch.float32)
+        error += float(torch.linalg.vector_norm(exact)) ** 2
+    return error, norm
+
+
+def complete(
+    folder: Path,
+    checkpoint: Checkpoint,
+    outputs: Sequence[OutputTensor],
+    report: QuantizeReport,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write every file of a checkpoint but its shards: companions, config, report and manifest.
+
+    Args:
+        facts: entries of the manifest besides those that every quantization has.
+    """
+    _copy_companions(checkpoint, folder)
+    dtype = outputs[0].dtype
+    schemes = {output.tensor.prefix: output.scheme for output in outputs if output.tensor.linear}
+    settings = writer.quantization_config(schemes, dtype)
+    config = checkpoint.config.replace(
+        dtype=str(dtype).removeprefix("torch."), quantization_config=settings
+    )
+    config.save_pretrained(folder)
+    if settings is not None and writer.layout_of(schemes) == "GPTQ":
+        strict_json.write(folder / gptq_config.FILE, settings)  # older readers look for it there
+    strict_json.write(folder / output_dir.REPORT, report.to_dict())
+    output_dir.write_manifest(
+        folder,
+        {
+            "qmix": qmix.__version__,
+            "method": report.method,
+            "source": checkpoint.shards.directory.resolve().name,
+            "schemes": sorted({str(output.scheme) for output in outputs}),
+            **facts,
+        },
+    )
+
+
+def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    for name in COMPANIONS:
+        path = checkpoint.shards.directory / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > _COMPANION_BYTES:
+            raise CheckpointError(
+                "file too large",
+                where=str(path),
+                expected=f"at most {_COMPANION_BYTES} B",
+                found=path.stat().st_size,
+            )
+        (folder / name).write_bytes(path.read_bytes())
