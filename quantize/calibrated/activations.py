@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qmix import atomic_file
 from qmix.errors import CheckpointError
 
 _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
@@ -100,12 +101,7 @@ class Activations:
         An array in a file moves there: the file is renamed.
         """
         if self._data is not None:
-            partial = path.with_name(path.name + ".writing")
-            with partial.open("wb") as file:
-                file.write(self._data.numpy().data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
+            atomic_file.write(path, self._data.numpy().data)
             return
         assert self.path is not None
         with self._open("rb") as descriptor:

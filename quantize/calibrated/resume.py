@@ -4,7 +4,6 @@ Knows settings by name and the results of finished layers; knows nothing of the 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +32,8 @@ class RunState:
 
     def write(self, folder: Path) -> None:
         """Replace the folder's state; the old one stays until the new one is on the disk."""
-        partial = folder / f"{STATE}.writing"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({"settings": self.settings, "results": self.results}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(folder / STATE)
+        document = {"settings": self.settings, "results": self.results}
+        strict_json.write(folder / STATE, document, indent=None)
 
 
 def read_state(folder: Path, settings: Mapping[str, Any]) -> RunState:
