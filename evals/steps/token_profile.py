@@ -65,8 +65,8 @@ def _reads(model: MixtralForCausalLM, cache: KVCache) -> dict[str, float]:
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
         attention, first = layer.self_attn, layer.block_sparse_moe.stored[0]
-        assert attention.joined is not None
-        projections += attention.joined.nbytes + attention.o_proj.stored.nbytes
+        assert attention.fused_qkv is not None
+        projections += attention.fused_qkv.nbytes + attention.o_proj.stored.nbytes
         up += found.distinct * (first.w1.nbytes + first.w3.nbytes)
         down += found.distinct * first.w2.nbytes
     return {

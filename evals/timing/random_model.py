@@ -59,7 +59,7 @@ def build(
             PackedWeight(whole, range(start, start + count), None)
             for start, count in zip(starts, rows, strict=True)
         ]
-        attention.store_joined(PackedWeight(whole, None, None), parts)
+        attention.store_fused_qkv(PackedWeight(whole, None, None), parts)
         attention.o_proj.store(PackedWeight(draw.matrix(_shape(attention.o_proj)), None, None))
         shape = (config.intermediate_size, config.hidden_size)
         experts = [draw.expert(shape) for _ in range(config.num_local_experts)]

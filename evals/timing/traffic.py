@@ -45,7 +45,7 @@ def of_step(model: MixtralForCausalLM, ids: Tensor, cache: KVCache) -> Traffic:
         taken = set(logits.topk(count, -1).indices.flatten().tolist())
         distinct += len(taken)
         experts += sum(_expert_bytes(block, index) for index in taken)
-    held = cache.held / cache.capacity
+    held = cache.stored_length / cache.capacity
     return Traffic(
         weights=experts + shared_bytes(model, ids.shape[0]),
         cache=round(cache.nbytes * held),

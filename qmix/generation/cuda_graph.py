@@ -54,7 +54,7 @@ def _layer(layer: nn.Module) -> _Layer | None:
     attention, block = layer.self_attn, layer.block_sparse_moe
     assert isinstance(attention, Attention)
     assert isinstance(block, SparseMoeBlock)
-    qkv, o_proj = _matrix(attention.joined), _matrix(attention.o_proj.stored)
+    qkv, o_proj = _matrix(attention.fused_qkv), _matrix(attention.o_proj.stored)
     gate, experts = block.gate.stored, block.stored.packed
     if qkv is None or o_proj is None or not isinstance(gate, Dense):
         return None

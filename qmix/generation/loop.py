@@ -230,7 +230,7 @@ def _prepared(model: CausalLM, inputs: GenerationInputs) -> GenerationInputs:
         )
     inputs = _with_cache(model, inputs.left_padded())
     assert inputs.cache is not None
-    inputs.cache.check(model.new_cache(len(inputs.columns), 0))
+    inputs.cache.check_compatible(model.new_cache(len(inputs.columns), 0))
     if inputs.cache.length >= prompt_length:
         raise UsageError(
             "the cache holds the whole prompt already",

@@ -216,7 +216,7 @@ class MixtralForCausalLM(PreTrainedModel):
         if isinstance(input_ids, Tensor):
             input_ids = input_ids.to(self.device)
         if isinstance(past_key_values, (tuple, list)):
-            past_key_values = KVCache.of(self.config, past_key_values)
+            past_key_values = KVCache.from_legacy_cache(self.config, past_key_values)
         elif not (past_key_values is None or isinstance(past_key_values, KVCache)):
             raise UsageError(
                 "not a cache of qmix", where="past_key_values", found=type(past_key_values).__name__

@@ -14,7 +14,7 @@ from qmix.errors import UsageError
 from qmix.models.mixtral import MixtralModel, Past
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.linear import Linear, initialise
-from qmix.nn.losses import classification_loss, problem_of
+from qmix.nn.losses import classification_loss, problem_type_of
 from qmix.nn.outputs import SequenceClassifierOutputWithPast
 
 
@@ -89,10 +89,10 @@ class MixtralForSequenceClassification(PreTrainedModel):
         loss = None
         if labels is not None:
             declared = getattr(self.config, "problem_type", None)
-            problem = problem_of(declared, self.config.num_labels, labels)
+            problem_type = problem_type_of(declared, self.config.num_labels, labels)
             if declared is None:
-                self.config = self.config.replace(problem_type=problem)
-            loss = classification_loss(problem, logits, labels)
+                self.config = self.config.replace(problem_type=problem_type)
+            loss = classification_loss(problem_type, logits, labels)
         found = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

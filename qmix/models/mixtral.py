@@ -119,9 +119,9 @@ class MixtralModel(PreTrainedModel, Decoder):
         self, past: Past | None, use_cache: bool | None, batch: int, new: int
     ) -> Cache | None:
         if isinstance(past, (tuple, list)):
-            past = KVCache.of(self.config, past)
+            past = KVCache.from_legacy_cache(self.config, past)
         if isinstance(past, KVCache):
-            past.check(self.new_cache(batch))
+            past.check_compatible(self.new_cache(batch))
         elif past is not None and not isinstance(past, Cache):
             raise UsageError(
                 "not a cache of qmix",

@@ -81,7 +81,7 @@ class Placement:
         if any(isinstance(weight, (Dense, PackedWeight)) for weight in weights):
             return
         try:
-            attention.store_joined(*packed.pack_joined(weights))
+            attention.store_fused_qkv(*packed.pack_joined(weights))
         except UnsupportedError:
             return
         self.packed += len(weights)

@@ -1,7 +1,7 @@
-"""The parts of a Mixtral layer as modules: linear, norm, attention, router, experts.
+"""The attention of a layer, and the context of a forward pass that layers share.
 
-Shape letters: B batch, S new positions, D hidden width, H heads, G key-value heads, d head width,
-T = B * S tokens, E experts. Knows no bits, no files, no tiers: products go through qmix.kernels.
+Knows no bits, no files and no tiers: weights are multiplied by qmix.kernels. Shape letters: see
+qmix.nn.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from qmix.config import MixtralConfig
 from qmix.kernels import PackedWeight
 from qmix.kernels.attention import AttentionMask, Implementation, attention_with_weights
 from qmix.nn.cache import Cache
-from qmix.nn.linear import Linear
+from qmix.nn.linear import Linear, is_observed
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,32 +54,32 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
-        self.joined: PackedWeight | None = None  # q, k and v as one matrix
+        self.fused_qkv: PackedWeight | None = None  # q, k and v as one matrix
 
     @property
     def projections(self) -> tuple[Linear, Linear, Linear, Linear]:
-        """Of queries, keys, values and the output."""
+        """The projections of queries, keys and values, and the output projection."""
         return self.q_proj, self.k_proj, self.v_proj, self.o_proj
 
-    def store_joined(self, whole: PackedWeight, parts: Sequence[PackedWeight]) -> None:
-        """Replace q, k and v by one matrix and its parts."""
+    def store_fused_qkv(self, whole: PackedWeight, parts: Sequence[PackedWeight]) -> None:
+        """Replace q, k and v by one matrix, and each by its part of that matrix."""
         for module, part in zip(self.projections[:3], parts, strict=True):
             module.store(part)
-        self.joined = whole
+        self.fused_qkv = whole
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not isinstance(self.q_proj.stored, PackedWeight):
-            self.joined = None  # moved: three standard weights again
+            self.fused_qkv = None  # moved: q, k and v are separate weights again
         return self
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, D) -> queries (B, S, H * d), keys and values (B, S, G * d)."""
         parts = self.projections[:3]
-        if self.joined is not None:
+        if self.fused_qkv is not None:
             widths = [part.out_features for part in parts]
-            q, k, v = kernels.linear(x, self.joined).split_with_sizes(widths, -1)
-        elif all(type(part) is Linear and not part.hooked for part in parts):
+            q, k, v = kernels.linear(x, self.fused_qkv).split_with_sizes(widths, -1)
+        elif all(type(part) is Linear and not is_observed(part) for part in parts):
             q, k, v = kernels.linears(x, [part.stored for part in parts])
         else:
             q, k, v = (part(x) for part in parts)
@@ -98,7 +98,11 @@ class Attention(nn.Module):
         return result
 
     def attended(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """One token's rotated queries and keys and its values, one after another, to (1, 1, H * d)."""
+        """Attention of one token: ((H + 2 G) * d values) -> (1, 1, H * d).
+
+        Args:
+            qkv: its queries, keys and values in this order, queries and keys already rotated.
+        """
         heads = qkv.view(1, -1, 1, self.head_dim)
         q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
         return self._attended(q, k, v, context)

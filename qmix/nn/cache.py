@@ -1,7 +1,7 @@
 """KVCache: rotated keys and values of all layers, appended, viewed and rewound.
 
-Shape letters: B batch, G key-value heads, S new positions, L positions seen, W window, d head width.
-Knows nothing of tokens; of attention only that a window never looks back further than W.
+Knows nothing of tokens, and of attention only that a window never looks back further than W.
+Shape letters: see qmix.nn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,21 +25,21 @@ class Cache(Protocol):
     def append(
         self, layer: int, keys: Tensor, values: Tensor, *, in_order: bool = False
     ) -> tuple[Tensor, Tensor]: ...
-    def align_mask(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor: ...
+    def align_mask(self, mask: Tensor, new: int, *, in_order: bool = False) -> Tensor: ...
     def advance(self, positions: int) -> None: ...
 
 
 class KVCache:
-    """Keys (after RoPE) and values of every layer, [B, G, held, d] each, growing as needed.
+    """Keys (after RoPE) and values of every layer, [B, G, positions, d] each, growing as needed.
 
-    With a sliding window the cache rolls: position p lies in slot p mod W, so that no more than W
-    positions are ever held. Otherwise slot and position are one. Keys were rotated by their true
-    position, which never changes.
+    With a sliding window the cache is a ring: position p lies in slot p mod W, so that it never
+    stores more than W positions. Otherwise position p lies in slot p. Keys were rotated by their
+    true position, which never changes.
 
-    Layers append during a forward pass; `advance` makes the new positions count once all layers
-    have written, so an interrupted pass leaves the cache as it was.
+    Layers append during a forward pass; `advance` counts the new positions once all layers have
+    appended them, so that an interrupted pass leaves the cache as it was.
 
-    Indexing and iterating give each layer's (keys, values), oldest position first.
+    Indexing and iterating give (keys, values) of each layer, oldest position first.
     """
 
     def __init__(
@@ -51,51 +51,62 @@ class KVCache:
         device: torch.device,
         capacity: int = 0,
     ) -> None:
+        """An empty cache.
+
+        Args:
+            capacity: positions that fit before it grows, or W if that is fewer.
+        """
         self.length = 0
         self.window = config.sliding_window
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}  # overwrite what this pass still reads
-        capacity = self._capped(max(capacity, 0))
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        # New positions whose slots hold others that the current pass still reads.
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        slots = self._within_window(max(capacity, 0))
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
         for _ in range(config.num_hidden_layers):
             self._keys.append(torch.empty(shape, dtype=dtype, device=device))
             self._values.append(torch.empty(shape, dtype=dtype, device=device))
 
     @classmethod
-    def of(cls, config: MixtralConfig, pairs: Sequence[tuple[Tensor, Tensor]]) -> "KVCache":
-        """From one (keys, values) [B, G, L, d] a layer, positions 0 .. L - 1, as transformers 4 has it.
+    def from_legacy_cache(
+        cls, config: MixtralConfig, past_key_values: Sequence[tuple[Tensor, Tensor]]
+    ) -> "KVCache":
+        """From (keys, values) of each layer, [B, G, L, d] each, positions 0 .. L - 1.
+
+        That is the format of past_key_values in transformers 4.
 
         Raises:
-            UsageError: not one pair a layer, or of another shape than the model's.
+            UsageError: not one pair per layer, or of another shape than the model's.
         """
-        several = len(pairs) == config.num_hidden_layers and all(map(_is_pair, pairs))
-        first = pairs[0][0] if several else torch.empty(0)
+        is_complete = len(past_key_values) == config.num_hidden_layers
+        is_complete = is_complete and all(map(_is_pair, past_key_values))
+        first = past_key_values[0][0] if is_complete else torch.empty(0)
         batch, length = first.shape[0], first.shape[-2] if first.dim() == 4 else 0
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        if first.dim() != 4 or any(tuple(t.shape) != shape for pair in pairs for t in pair):
+        if first.dim() != 4 or any(tuple(t.shape) != shape for p in past_key_values for t in p):
             raise UsageError(
                 "not this model's keys and values",
                 where="past_key_values",
                 expected=f"{config.num_hidden_layers} pairs of [batch, "
                 f"{config.num_key_value_heads}, positions, {config.head_dim}]",
-                found=f"{len(pairs)} pairs, the first {list(first.shape)}",
+                found=f"{len(past_key_values)} pairs, the first {list(first.shape)}",
             )
         cache = cls(config, batch, dtype=first.dtype, device=first.device, capacity=length)
-        for layer, (keys, values) in enumerate(pairs):
+        for layer, (keys, values) in enumerate(past_key_values):
             cache.append(layer, keys, values)
         cache.advance(length)
         return cache
 
-    def check(self, own: "KVCache") -> None:
-        """Refuse to stand for `own`, the cache that a model would make for itself.
+    def check_compatible(self, own: "KVCache") -> None:
+        """Raise unless compatible with the model's own cache.
 
         Raises:
-            UsageError: made for other layers, heads, window, rows, dtype or device.
+            UsageError: other layers, heads, window, rows, dtype or device.
         """
         if str(self) != str(own):
             raise UsageError(
-                "not this model's and batch's cache",
+                "the cache does not fit this model and batch",
                 where="past_key_values",
                 expected=own,
                 found=self,
@@ -109,6 +120,7 @@ class KVCache:
 
     @property
     def batch(self) -> int:
+        """Rows of the batch."""
         return self._keys[0].shape[0]
 
     @property
@@ -117,25 +129,26 @@ class KVCache:
         return self._keys[0].shape[2]
 
     @property
-    def held(self) -> int:
-        """Positions whose keys are still there."""
-        return self._capped(self.length)
+    def stored_length(self) -> int:
+        """Positions whose keys and values are stored: all, or the last W."""
+        return self._within_window(self.length)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all keys and values, empty slots included."""
         return sum(t.nbytes for t in (*self._keys, *self._values))
 
     def append(
         self, layer: int, keys: Tensor, values: Tensor, *, in_order: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Add S new positions [B, G, S, d] of one layer.
+        """Add S new positions [B, G, S, d] to one layer.
 
-        Returns what the new positions may look at: views or copies whose last S entries are the new
-        ones, oldest first. One new position on a full ring sees the ring as it lies, because a
-        softmax does not care; `in_order` copies it into order.
+        Returns the keys and values that the new positions may attend to: views or copies, oldest
+        position first, so that the last S are the new ones. One new position on a full ring gets
+        the ring in slot order, since softmax is order-independent; `in_order` copies it into order.
         """
         new, end = keys.shape[2], self.length + keys.shape[2]
-        self._waiting.pop(layer, None)  # of a pass that was interrupted
+        self._pending.pop(layer, None)  # left by an interrupted pass
         if self.window is None or end <= self.window:
             if end > self._keys[layer].shape[2]:
                 self._keys[layer] = self._grown(self._keys[layer], end)
@@ -144,7 +157,7 @@ class KVCache:
             self._values[layer][:, :, self.length : end] = values
             return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
         if new == 1:
-            # What lay here was seen for the last time one position ago: an interruption costs nothing.
+            # The overwritten position left the window with this step: an interruption loses nothing.
             slot = self.length % self.window
             self._keys[layer][:, :, slot] = keys[:, :, 0]
             self._values[layer][:, :, slot] = values[:, :, 0]
@@ -152,48 +165,55 @@ class KVCache:
                 return self._keys[layer], self._values[layer]
             return self._unrolled(self._keys[layer], end), self._unrolled(self._values[layer], end)
         old_keys, old_values = self.view(layer)
-        self._waiting[layer] = (
+        self._pending[layer] = (
             keys[:, :, -self.window :].clone(),
             values[:, :, -self.window :].clone(),
         )
         return torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
 
     def reserve_slot(self) -> tuple[int, int]:
-        """Make room for one new position in every layer's `storage`, for who writes it there himself.
+        """Reserve a slot for one new position in every layer's `storage`.
 
-        Returns its slot, and how many slots, from the first on, it may look at.
+        For a caller that writes into the storage directly. Returns the slot, and how many slots,
+        counted from the first, the new position may attend to.
         """
-        self._waiting.clear()  # of a pass that was interrupted
+        self._pending.clear()  # left by an interrupted pass
         end = self.length + 1
         self.reserve(end)
         slot = self.length if self.window is None else self.length % self.window
-        return slot, self._capped(end)
+        return slot, self._within_window(end)
 
-    def align_mask(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
-        """A mask's last axis, over L + S positions, in the order in which `append` shows the keys."""
+    def align_mask(self, mask: Tensor, new: int, *, in_order: bool = False) -> Tensor:
+        """Bring the last axis of a mask, L positions, into the order of the keys from `append`.
+
+        Args:
+            mask: [..., L]; the last `new` positions are those of this pass.
+            in_order: as given to `append`.
+        """
         end = self.length + new
         if self.window is None or end <= self.window:
-            return columns
+            return mask
         if new == 1:
-            columns = columns[..., -self.window :]
-            return columns if in_order else columns.roll(end % self.window, -1)
-        return columns[..., -(self.held + new) :]
+            mask = mask[..., -self.window :]
+            return mask if in_order else mask.roll(end % self.window, -1)
+        return mask[..., -(self.stored_length + new) :]
 
     def advance(self, positions: int) -> None:
         """Count the positions that every layer has appended."""
         end = self.length + positions
-        for layer, (keys, values) in self._waiting.items():
+        for layer, (keys, values) in self._pending.items():
             assert self.window is not None
-            for ring, last in ((self._keys, keys), (self._values, values)):
+            for ring, newest in ((self._keys, keys), (self._values, values)):
                 if ring[layer].shape[2] < self.window:
                     ring[layer] = self._grown(ring[layer], self.window)
-                slots = torch.arange(end - last.shape[2], end, device=last.device) % self.window
-                ring[layer][:, :, slots] = last.to(ring[layer].dtype)
-        self._waiting.clear()
+                first = end - newest.shape[2]
+                slots = torch.arange(first, end, device=newest.device) % self.window
+                ring[layer][:, :, slots] = newest.to(ring[layer].dtype)
+        self._pending.clear()
         self.length = end
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [B, G, held, d] each, oldest position first."""
+        """Stored keys and values of one layer, [B, G, positions, d] each, oldest position first."""
         if self.window is None or self.length <= self.window:
             return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
         return (
@@ -202,20 +222,20 @@ class KVCache:
         )
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The tensors [B, G, slots, d] behind one layer: column c lies in slot c mod slots."""
+        """The tensors [B, G, slots, d] of one layer: position p lies in slot p mod slots."""
         return self._keys[layer], self._values[layer]
 
     def reserve(self, positions: int) -> None:
-        """Have room for so many positions, or for the window, without growing on the way."""
-        for kept in (self._keys, self._values):
-            for layer, old in enumerate(kept):
-                if self._capped(positions) > old.shape[2]:
-                    kept[layer] = self._grown(old, positions)
+        """Grow at once, so that this many positions, or the last W of them, fit."""
+        for tensors in (self._keys, self._values):
+            for layer, old in enumerate(tensors):
+                if self._within_window(positions) > old.shape[2]:
+                    tensors[layer] = self._grown(old, positions)
 
     def longest_rewindable(self, length: int) -> int:
-        """The longest prefix of at most `length` positions that `rewind` can go back to.
+        """The largest number of positions up to `length` that `rewind` can go back to.
 
-        A full ring has overwritten what a shorter prefix would need: all of it or nothing.
+        A full ring has overwritten what a shorter prefix would need: it goes back to all or none.
         """
         if self.window is None or self.length < self.window or length >= self.length:
             return min(length, self.length)
@@ -225,7 +245,7 @@ class KVCache:
         """Forget all positions from `length` on.
 
         Raises:
-            UsageError: more than the cache has seen, or a rolling cache has overwritten the rest.
+            UsageError: the cache has seen fewer positions, or its ring has overwritten earlier ones.
         """
         if not 0 <= length <= self.length:
             raise UsageError(
@@ -233,7 +253,7 @@ class KVCache:
             )
         if self.longest_rewindable(length) != length:
             raise UsageError(
-                "a rolling cache has overwritten what lies before",
+                "a rolling cache has overwritten the positions before this one",
                 where="KVCache",
                 expected=f"0 or {self.length}",
                 found=length,
@@ -242,7 +262,7 @@ class KVCache:
         self.length = length
 
     def get_seq_length(self) -> int:
-        """Positions seen, as Hugging Face's caches name it."""
+        """Positions seen: Hugging Face's name for `length`."""
         return self.length
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -255,15 +275,15 @@ class KVCache:
         return len(self._keys)
 
     def _unrolled(self, ring: Tensor, end: int) -> Tensor:
-        """A full ring, oldest position first, when positions up to `end` have been written."""
+        """A full ring, oldest position first, once positions up to `end` have been written."""
         assert self.window is not None
         return ring.roll(-(end % self.window), 2)
 
-    def _capped(self, positions: int) -> int:
+    def _within_window(self, positions: int) -> int:
         return positions if self.window is None else min(positions, self.window)
 
-    def _grown(self, old: Tensor, needed: int) -> Tensor:
-        capacity = self._capped(max(needed, 2 * old.shape[2], _FIRST_CAPACITY))
+    def _grown(self, old: Tensor, positions: int) -> Tensor:
+        capacity = self._within_window(max(positions, 2 * old.shape[2], _FIRST_CAPACITY))
         new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
         new[:, :, : self.length] = old[:, :, : self.length]
         return new

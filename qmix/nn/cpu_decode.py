@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qmix import kernels
@@ -20,7 +20,7 @@ from qmix.kernels.cpu.ctypes_structs import TokenLayer
 from qmix.kernels.cpu.library import library
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.cache import KVCache
-from qmix.nn.linear import Linear, RMSNorm
+from qmix.nn.linear import Linear, RMSNorm, is_observed
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.integers import Int4
@@ -190,11 +190,6 @@ def decode_token(
         ready, x, context.cos, context.sin, storage, slot=slot, seen=seen
     )
     return out, list(logits[:, None].unbind())
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether somebody wants to see each call of a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _stores_rows_of(x: Tensor, cache: KVCache) -> bool:

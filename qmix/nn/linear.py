@@ -1,6 +1,6 @@
-"""A linear layer that holds a weight of any kind, and the norm.
+"""A linear layer over a weight of any kind, and the norm.
 
-Shape letters: B rows, S positions, D hidden width.
+Knows no bits: a weight is multiplied by qmix.kernels. Shape letters: see qmix.nn.
 """
 
 from collections.abc import Callable
@@ -32,15 +32,11 @@ class Linear(nn.Module):
 
     @property
     def stored(self) -> Weight:
+        """The weight [out_features, in_features], dense or packed."""
         if self._packed is not None:
             return self._packed
         assert self.weight is not None
         return Dense(self.weight)
-
-    @property
-    def hooked(self) -> bool:
-        """Whether a caller wants to see each call."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
 
     def store(self, weight: Weight) -> None:
         """Replace the weight; the shape [out_features, in_features] must stay."""
@@ -88,13 +84,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
-def initialise(module: nn.Module, config: MixtralConfig) -> None:
-    """Plain N(0, initializer_range) for linear and embedding weights, ones for norms.
+def is_observed(module: nn.Module) -> bool:
+    """Whether a caller has to see each call of the module: hooks, or a forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
-    The embedding of pad_token_id is zero.
+
+def initialise(module: nn.Module, config: MixtralConfig) -> None:
+    """Fill linear and embedding weights from N(0, initializer_range), norms with ones.
+
+    The embedding of pad_token_id is zero. Parameters on the meta device stay as they are.
     """
     pad = config.pad_token_id
     for name, parameter in module.named_parameters():

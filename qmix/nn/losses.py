@@ -1,6 +1,6 @@
-"""The losses of the reference page: next token, load balance, classes.
+"""The losses of Hugging Face's Mixtral: next token, load balance, classes.
 
-Shape letters: B batch, S sequence, V vocabulary, E experts, C labels. Knows no modules.
+Knows no modules. Shape letters: see qmix.nn.
 """
 
 from typing import Literal, get_args
@@ -15,13 +15,13 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B, S, V) against the labels (B, S) one place further on.
+    """Mean cross-entropy of logits (B, S, V) against labels (B, S), each of the next position.
 
-    -100 is left out; if nothing is left the mean is NaN, as in transformers.
+    Labels of -100 are ignored; if all are, the mean is NaN, as in transformers.
 
     Raises:
-        UsageError: another shape than the logits', no whole numbers, or a label outside the
-            vocabulary.
+        UsageError: labels of another shape than the logits, of another dtype than an integer, or
+            outside the vocabulary.
     """
     if labels.shape != logits.shape[:2]:
         raise UsageError(
@@ -38,12 +38,13 @@ def load_balancing_loss(
 ) -> Tensor:
     """`E * sum_e f_e P_e` over all layers' tokens (Switch Transformer, arXiv 2101.03961, eq. 4).
 
-    f_e is the share of tokens that chose e among their top k (summing to k), P_e the mean router
-    probability: k at perfect balance.
+    f_e is the fraction of tokens that have e among their top K experts (the fractions sum to K),
+    P_e the mean router probability. At perfect balance the loss is K.
 
     Args:
-        router_logits: raw, one (B * S, E) a layer.
-        attention_mask: (B, S), 0 at padding.
+        router_logits: before the softmax, one (B * S, E) per layer.
+        num_experts_per_tok: K.
+        attention_mask: (B, S), 0 at padding; None: no padding.
     """
     logits = torch.cat([layer.float() for layer in router_logits])
     probabilities = logits.softmax(-1)
@@ -51,54 +52,59 @@ def load_balancing_loss(
     chosen = chosen.scatter(1, probabilities.topk(num_experts_per_tok, -1).indices, 1.0)
     if attention_mask is not None:
         valid = attention_mask.reshape(-1).repeat(len(router_logits)).to(probabilities)[:, None]
-        share = (chosen * valid).sum(0) / valid.sum()
+        fractions = (chosen * valid).sum(0) / valid.sum()
         mean = (probabilities * valid).sum(0) / valid.sum()
     else:
-        share, mean = chosen.mean(0), probabilities.mean(0)
-    return logits.shape[-1] * (share * mean).sum()
+        fractions, mean = chosen.mean(0), probabilities.mean(0)
+    return logits.shape[-1] * (fractions * mean).sum()
 
 
-def problem_of(declared: object, num_labels: int, labels: Tensor) -> ProblemType:
-    """What kind of labels these are: the config's problem_type, else by their number and dtype.
+def problem_type_of(declared: object, num_labels: int, labels: Tensor) -> ProblemType:
+    """The config's problem_type; without one, what the number and dtype of the labels say.
 
-    One label: regression. Several: whole numbers name one class a row, floats weigh each class.
+    One label: regression. Several: integers name one class per row, floats weigh each class.
+
+    Args:
+        declared: the config's problem_type, or None.
 
     Raises:
         UsageError: a problem_type that is none of the three.
     """
     for known in get_args(ProblemType):
         if declared == known:
-            kind: ProblemType = known
-            return kind
+            problem_type: ProblemType = known
+            return problem_type
     if declared is not None:
         raise UsageError(
-            "no such problem",
+            "unknown problem_type",
             where="config.problem_type",
             expected=", ".join(get_args(ProblemType)),
             found=repr(declared)[:80],
         )
     if num_labels == 1:
         return "regression"
-    several = labels.is_floating_point()
-    return "multi_label_classification" if several else "single_label_classification"
+    if labels.is_floating_point():
+        return "multi_label_classification"
+    return "single_label_classification"
 
 
-def classification_loss(problem: ProblemType, logits: Tensor, labels: Tensor) -> Tensor:
+def classification_loss(problem_type: ProblemType, logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of logits (B, C): mean squared error, cross-entropy or binary cross-entropy.
 
     Args:
-        labels: floats (B,) or (B, C) for a regression; ids (B,) of one class a row; floats (B, C).
+        labels: for a regression floats (B,) or (B, C); for a single label integers (B,), one class
+            per row; for multiple labels floats (B, C).
 
     Raises:
         UsageError: labels of another shape, or a class that does not exist.
     """
     labels = labels.to(logits.device)
     rows, classes = logits.shape
-    if problem == "single_label_classification":
+    if problem_type == "single_label_classification":
         _check_size(labels, rows, "[batch]")
         return F.cross_entropy(logits, _targets(labels, classes))
     _check_size(labels, rows * classes, f"[batch, {classes}]")
-    if problem == "regression":
+    if problem_type == "regression":
         return F.mse_loss(logits, labels.view(rows, classes).to(logits.dtype))
     return F.binary_cross_entropy_with_logits(logits, labels.view(rows, classes).to(logits.dtype))
 
@@ -109,11 +115,9 @@ def _check_size(labels: Tensor, size: int, expected: str) -> None:
 
 
 def _targets(labels: Tensor, classes: int) -> Tensor:
-    """The labels in a row, int64, checked."""
+    """The labels, int64, flattened and checked."""
     if labels.is_floating_point() or labels.is_complex():
-        raise UsageError(
-            "wrong dtype", where="labels", expected="whole numbers", found=labels.dtype
-        )
+        raise UsageError("wrong dtype", where="labels", expected="integers", found=labels.dtype)
     targets = labels.flatten().long()
     if targets.is_cuda or not targets.numel():  # on a GPU the check would wait for it
         return targets
@@ -122,7 +126,7 @@ def _targets(labels: Tensor, classes: int) -> Tensor:
         raise UsageError(
             "no such label",
             where="labels",
-            expected=f"0 to {classes - 1}, or -100 to leave one out",
+            expected=f"0 to {classes - 1}, or -100 to ignore one",
             found=low if low < 0 else high,
         )
     return targets

@@ -349,7 +349,7 @@ def test_rotate_store_writes_what_a_cache_holds(window, dtype):
         cache.advance(new)
         assert q.shape == (2, new, 4, 16)
         assert error(q.transpose(1, 2), rotated[:, :4]) <= 3 * bound(dtype)
-        held = torch.arange(length + new - cache.held, length + new, device=DEVICE) % slots
+        held = torch.arange(length + new - cache.stored_length, length + new, device=DEVICE) % slots
         for found, expected in zip((keys, values), cache[0], strict=True):
             assert error(found[:, :, held], expected) <= 3 * bound(dtype)
     if window is None:

@@ -165,7 +165,7 @@ def test_all_weights_give_all_outputs(checkpoint):
     assert len(out.hidden_states) == layers + 1
     assert [(a > 0).sum(-1).max() for a in out.attentions] == [8] * layers
     assert [r.shape for r in out.router_logits] == [(length, 8)] * layers
-    assert out.past_key_values.held == 8
+    assert out.past_key_values.stored_length == 8
     past = model(ids[:, :11]).past_key_values
     rest = model(ids[:, 11:], past_key_values=past).logits
     assert (rest - out.logits[:, 11:]).abs().max() < 1e-3

@@ -56,7 +56,7 @@ def test_any_split_gives_the_same_logits_for_any_window_over_any_wrap(window, pi
     keep = mask.bool()
     assert (found - whole)[keep].abs().max() < 1e-4
     assert torch.isfinite(found).all()
-    assert past.held == min(total, window)
+    assert past.stored_length == min(total, window)
     assert past.capacity <= window
 
 
@@ -111,7 +111,7 @@ def test_its_bytes_stay_flat_once_the_window_is_full(prefill):
     full = 2 * 2 * (2 * 8 * 8) * 4  # layers, keys and values, heads x window x width, float32
     assert set(sizes[8:]) == {full}
     assert past.length == prefill + 80
-    assert past.held == 8
+    assert past.stored_length == 8
 
 
 def test_a_window_allocates_no_more_than_itself():
@@ -197,7 +197,7 @@ def test_a_past_longer_than_the_window_may_come_in_as_a_tuple():
         pairs.append((kernels.apply_rotary(keys, cos, sin), values))
     out = model(tokens[:, 20:], past_key_values=tuple(pairs))
     assert (out.logits - whole).abs().max() < 1e-4
-    assert out.past_key_values.held == 8
+    assert out.past_key_values.stored_length == 8
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 13, 512])
@@ -219,4 +219,4 @@ def test_a_window_generates_in_constant_memory():
     inputs = GenerationInputs(ids(30), GenerationConfig(max_new_tokens=90), cache=cache)
     sizes = [cache.nbytes for _ in stream(model, inputs)]
     assert len(set(sizes)) == 1
-    assert cache.held == 8
+    assert cache.stored_length == 8

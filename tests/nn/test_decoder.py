@@ -131,9 +131,9 @@ def test_aux_loss_of_a_uniform_router_is_the_number_of_chosen_experts():
 def test_aux_loss_ignores_padding():
     gates = tuple(torch.randn(12, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     padded = tuple(torch.cat((g[:6], torch.randn(4, 8), g[6:])) for g in gates)
-    keep = torch.tensor([[1] * 6 + [0] * 4 + [1] * 6])
+    mask = torch.tensor([[1] * 6 + [0] * 4 + [1] * 6])
     expected = load_balancing_loss(gates, 2)
-    assert torch.allclose(load_balancing_loss(padded, 2, keep), expected, atol=1e-6)
+    assert torch.allclose(load_balancing_loss(padded, 2, mask), expected, atol=1e-6)
 
 
 def test_the_model_trains():

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from qmix.errors import UsageError
-from qmix.nn.losses import classification_loss, load_balancing_loss, next_token_loss, problem_of
+from qmix.nn.losses import (
+    classification_loss,
+    load_balancing_loss,
+    next_token_loss,
+    problem_type_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +63,12 @@ def test_labels_outside_the_vocabulary_are_refused(wrong):
 
 def test_problems_are_told_by_number_and_dtype():
     ids, weights = torch.tensor([1]), torch.tensor([[1.0, 0.0]])
-    assert problem_of(None, 1, ids) == "regression"
-    assert problem_of(None, 2, ids) == "single_label_classification"
-    assert problem_of(None, 2, weights) == "multi_label_classification"
-    assert problem_of("regression", 2, weights) == "regression"
+    assert problem_type_of(None, 1, ids) == "regression"
+    assert problem_type_of(None, 2, ids) == "single_label_classification"
+    assert problem_type_of(None, 2, weights) == "multi_label_classification"
+    assert problem_type_of("regression", 2, weights) == "regression"
     with pytest.raises(UsageError, match="problem_type"):
-        problem_of("guessing", 2, ids)
+        problem_type_of("guessing", 2, ids)
 
 
 def test_class_losses_by_hand():

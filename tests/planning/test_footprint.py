@@ -78,7 +78,9 @@ def test_packed_order_on_a_device(tiny, tmp_path, name):
                 ]
         elif isinstance(module, Attention):
             parts = [module.q_proj.stored, module.k_proj.stored, module.v_proj.stored]
-            attention += sum(_bytes(part) for part in ([module.joined] if module.joined else parts))
+            attention += sum(
+                _bytes(part) for part in ([module.fused_qkv] if module.fused_qkv else parts)
+            )
             attention += _bytes(module.o_proj.stored)
     for module in model.modules():
         if isinstance(module, Linear) and isinstance(module.stored, PackedWeight):
