@@ -1,49 +1,41 @@
 // Attention of one token to the positions that it sees: softmax(q K^T / sqrt(width)) V, in float32.
 //
-// A group of heads shares keys and values. Positions are taken in pieces, each with a maximum and a sum of
-// its own, and the pieces are joined in their order: the number of threads changes no bit.
+// Keys and values are shared by a group of heads. Positions are taken in pieces, each with a
+// maximum and a sum of its own, and the pieces are merged in order: the number of threads changes
+// no bit.
 
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "dense.h"
+#include "float_math.h"
+#include "matrix.h"
+#include "structs.h"
 #include "threads.h"
-
-extern "C" {
-
-struct Attended {               // all bfloat16
-    const uint16_t* q;          // [heads, width]
-    const uint16_t *keys, *values;  // [groups][positions][width], each group's `pitch` elements apart
-    uint16_t* out;              // [heads, width]
-    int64_t heads, groups, width, positions, pitch;
-};
-
-}  // extern "C"
 
 namespace {
 
-constexpr int64_t PIECE = 128;  // positions: 32 KiB of keys at a width of 128
-constexpr int TOGETHER = 4;     // heads of a group that read keys and values at once
+constexpr int64_t PIECE = 128;        // positions: 32 KiB of keys at a width of 128
+constexpr int64_t HEADS_AT_ONCE = 4;  // heads of a group that read keys and values together
 
 // Sixteen values: one register, or as many as a processor needs for them.
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
-inline __attribute__((always_inline)) Floats sixteen(const uint16_t* from) {
+QMIX_INLINE Floats load16(const uint16_t* source) {
     Halves bits;
-    memcpy(&bits, from, sizeof bits);
+    memcpy(&bits, source, sizeof bits);
     return Floats(__builtin_convertvector(bits, Words) << 16);
 }
 
-inline __attribute__((always_inline)) Floats sixteen(const float* from) {
+QMIX_INLINE Floats load16(const float* source) {
     Floats values;
-    memcpy(&values, from, sizeof values);
+    memcpy(&values, source, sizeof values);
     return values;
 }
 
-inline __attribute__((always_inline)) float total(const Floats& values) {
+QMIX_INLINE float sum16(const Floats& values) {
     typedef float Eight __attribute__((vector_size(32)));
     typedef float Four __attribute__((vector_size(16)));
     Eight eights[2];
@@ -55,131 +47,169 @@ inline __attribute__((always_inline)) float total(const Floats& values) {
     return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
-// Columns [at, at + 16 * COLUMNS) of so many heads' weighted sums of values.
-template <int HEADS, int COLUMNS>
-inline __attribute__((always_inline)) void weigh(const Attended& a, const uint16_t* values, int64_t held, int64_t at,
-                                                 const float (*weights)[PIECE], float* to) {
-    Floats sums[HEADS][COLUMNS] = {};
-    for (int64_t p = 0; p < held; p++)
+// Columns [column, column + 16 * VECTORS) of the weighted sums of `count` values, for HEADS heads.
+template <int HEADS, int VECTORS>
+QMIX_INLINE void weighted_values(const TokenAttention& attention, const uint16_t* values,
+                                 int64_t count, int64_t column, const float (*weights)[PIECE],
+                                 float* out) {
+    const int64_t width = attention.width;
+    Floats sums[HEADS][VECTORS] = {};
+    for (int64_t p = 0; p < count; p++)
 #pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; c++) {
-            const Floats value = sixteen(values + p * a.width + at + 16 * c);
+        for (int v = 0; v < VECTORS; v++) {
+            const Floats value = load16(values + p * width + column + 16 * v);
 #pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) sums[h][c] += weights[h][p] * value;
+            for (int h = 0; h < HEADS; h++) sums[h][v] += weights[h][p] * value;
         }
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; c++) memcpy(to + h * a.width + at + 16 * c, &sums[h][c], sizeof(Floats));
+        for (int v = 0; v < VECTORS; v++)
+            memcpy(out + h * width + column + 16 * v, &sums[h][v], sizeof(Floats));
 }
 
-// A piece of the positions for some heads of a group: each one's maximum and sum, then its values' sum [width].
+// scores [HEADS][count]: q K^T.
 template <int HEADS>
-inline __attribute__((always_inline)) void attend_values(const Attended& a, int64_t group, int64_t piece, const float* q,
-                                                         float* bounds, float* to) {
-    const int64_t first = piece * PIECE, width = a.width;
-    const int64_t held = a.positions - first < PIECE ? a.positions - first : PIECE;
-    const uint16_t* keys = a.keys + group * a.pitch + first * width;
-    const uint16_t* values = a.values + group * a.pitch + first * width;
-    float weights[HEADS][PIECE];
-    for (int64_t p = 0; p < held; p++) {
+QMIX_INLINE void score_keys(const uint16_t* keys, int64_t count, int64_t width, const float* q,
+                            float (*scores)[PIECE]) {
+    for (int64_t p = 0; p < count; p++) {
         const uint16_t* key = keys + p * width;
         Floats sums[HEADS] = {};
         int64_t i = 0;
         for (; i + 16 <= width; i += 16) {
-            const Floats inputs = sixteen(key + i);
+            const Floats inputs = load16(key + i);
 #pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) sums[h] += inputs * sixteen(q + h * width + i);
+            for (int h = 0; h < HEADS; h++) sums[h] += inputs * load16(q + h * width + i);
         }
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
-            weights[h][p] = total(sums[h]);
-            for (int64_t k = i; k < width; k++) weights[h][p] += q[h * width + k] * widened(key[k]);
+            scores[h][p] = sum16(sums[h]);
+            for (int64_t k = i; k < width; k++)
+                scores[h][p] += q[h * width + k] * bfloat16_to_float(key[k]);
         }
     }
-    for (int h = 0; h < HEADS; h++) {
-        for (int64_t p = held; p < up(held, 16); p++) weights[h][p] = -__builtin_inff();
-        Floats largest = sixteen(weights[h]), sums = {};
-        for (int64_t p = 16; p < held; p += 16) {
-            const Floats some = sixteen(weights[h] + p);
-            largest = some > largest ? some : largest;
-        }
-        float most = largest[0];
-        for (int i = 1; i < 16; i++) most = largest[i] > most ? largest[i] : most;
-        for (int64_t p = 0; p < up(held, 16); p++) {
-            const float below = weights[h][p] - most;
-            weights[h][p] = below == below ? exponential(below) : below;  // what is no number stays none
-        }
-        for (int64_t p = 0; p < held; p += 16) sums += sixteen(weights[h] + p);
-        bounds[2 * h] = most;
-        bounds[2 * h + 1] = total(sums);
+}
+
+// Turns the scores of one head into exponentials below their maximum: stats = maximum, sum.
+QMIX_INLINE void exponentiate(float* scores, int64_t count, float* stats) {
+    for (int64_t p = count; p < round_up(count, 16); p++) scores[p] = -__builtin_inff();
+    Floats largest = load16(scores), sums = {};
+    for (int64_t p = 16; p < count; p += 16) {
+        const Floats some = load16(scores + p);
+        largest = some > largest ? some : largest;
     }
-    int64_t at = 0;
-    for (; at + 64 <= width; at += 64) weigh<HEADS, 4>(a, values, held, at, weights, to);
-    for (; at + 16 <= width; at += 16) weigh<HEADS, 1>(a, values, held, at, weights, to);
-    for (; at < width; at++)
+    float most = largest[0];
+    for (int i = 1; i < 16; i++) most = largest[i] > most ? largest[i] : most;
+    for (int64_t p = 0; p < round_up(count, 16); p++) {
+        const float below = scores[p] - most;
+        scores[p] = below == below ? exp_approx(below) : below;  // NaN stays NaN
+    }
+    for (int64_t p = 0; p < count; p += 16) sums += load16(scores + p);
+    stats[0] = most;
+    stats[1] = sum16(sums);
+}
+
+// One piece of the positions for HEADS heads of a group: stats [HEADS][2], and out [HEADS][width],
+// the sum of values weighted by exponentials.
+template <int HEADS>
+QMIX_INLINE void attend_heads(const TokenAttention& attention, int64_t group, int64_t piece,
+                              const float* q, float* stats, float* out) {
+    const int64_t first = piece * PIECE, width = attention.width;
+    const int64_t left = attention.positions - first, count = left < PIECE ? left : PIECE;
+    const uint16_t* keys = attention.keys + group * attention.pitch + first * width;
+    const uint16_t* values = attention.values + group * attention.pitch + first * width;
+    float weights[HEADS][PIECE];
+    score_keys<HEADS>(keys, count, width, q, weights);
+    for (int h = 0; h < HEADS; h++) exponentiate(weights[h], count, stats + 2 * h);
+    int64_t column = 0;
+    for (; column + 64 <= width; column += 64)
+        weighted_values<HEADS, 4>(attention, values, count, column, weights, out);
+    for (; column + 16 <= width; column += 16)
+        weighted_values<HEADS, 1>(attention, values, count, column, weights, out);
+    for (; column < width; column++)
         for (int h = 0; h < HEADS; h++) {
-            to[h * width + at] = 0;
-            for (int64_t p = 0; p < held; p++) to[h * width + at] += weights[h][p] * widened(values[p * width + at]);
+            out[h * width + column] = 0;
+            for (int64_t p = 0; p < count; p++)
+                out[h * width + column] +=
+                    weights[h][p] * bfloat16_to_float(values[p * width + column]);
         }
 }
 
 // All heads of a group.
-inline __attribute__((always_inline)) void attend_group(const Attended& a, int64_t group, int64_t piece, const float* q,
-                                                        float* bounds, float* to) {
+QMIX_INLINE void attend_group(const TokenAttention& attention, int64_t group, int64_t piece,
+                              const float* q, float* stats, float* out) {
+    const int64_t heads = attention.heads / attention.groups, width = attention.width;
     int64_t head = 0;
-    for (; head + TOGETHER <= a.heads / a.groups; head += TOGETHER)
-        attend_values<TOGETHER>(a, group, piece, q + head * a.width, bounds + 2 * head, to + head * a.width);
-    for (; head < a.heads / a.groups; head++)
-        attend_values<1>(a, group, piece, q + head * a.width, bounds + 2 * head, to + head * a.width);
+    for (; head + HEADS_AT_ONCE <= heads; head += HEADS_AT_ONCE)
+        attend_heads<HEADS_AT_ONCE>(attention, group, piece, q + head * width, stats + 2 * head,
+                                    out + head * width);
+    for (; head < heads; head++)
+        attend_heads<1>(attention, group, piece, q + head * width, stats + 2 * head,
+                        out + head * width);
 }
 
 #if defined(__x86_64__)
-QMIX_AVX2 void attend_avx2(const Attended& a, int64_t group, int64_t piece, const float* q, float* bounds, float* to) {
-    attend_group(a, group, piece, q, bounds, to);
+QMIX_AVX2 void attend_avx2(const TokenAttention& attention, int64_t group, int64_t piece,
+                           const float* q, float* stats, float* out) {
+    attend_group(attention, group, piece, q, stats, out);
 }
 
-QMIX_AVX512 void attend_avx512(const Attended& a, int64_t group, int64_t piece, const float* q, float* bounds, float* to) {
-    attend_group(a, group, piece, q, bounds, to);
+QMIX_AVX512 void attend_avx512(const TokenAttention& attention, int64_t group, int64_t piece,
+                               const float* q, float* stats, float* out) {
+    attend_group(attention, group, piece, q, stats, out);
 }
 #endif
 
-void attend_piece(const Attended& a, int64_t group, int64_t piece, const float* q, int32_t isa, float* bounds, float* to) {
+void attend_piece(const TokenAttention& attention, int64_t group, int64_t piece, const float* q,
+                  int32_t isa, float* stats, float* out) {
 #if defined(__x86_64__)
-    if (isa >= AVX512) return attend_avx512(a, group, piece, q, bounds, to);
-    if (isa == AVX2) return attend_avx2(a, group, piece, q, bounds, to);
+    if (isa >= AVX512) return attend_avx512(attention, group, piece, q, stats, out);
+    if (isa == AVX2) return attend_avx2(attention, group, piece, q, stats, out);
 #endif
     (void)isa;
-    attend_group(a, group, piece, q, bounds, to);
+    attend_group(attention, group, piece, q, stats, out);
 }
 
-void attend(const Attended& a, int threads, int32_t isa, Fork fork) {
-    const int64_t pieces = up(a.positions, PIECE) / PIECE, shared = a.heads / a.groups, values = a.heads * a.width;
-    const float by = 1 / __builtin_sqrtf(float(a.width));
-    std::vector<float> q(static_cast<size_t>(values));
-    const std::unique_ptr<float[]> memory(new float[size_t(pieces * (values + 2 * a.heads))]);
-    float *bounds = memory.get(), *parts = bounds + pieces * 2 * a.heads;  // [pieces][heads][2 or width]
-    for (int64_t i = 0; i < values; i++) q[i] = widened(a.q[i]) * by;
-    if (values * a.positions < SERIAL / 8) threads = 1;
-    each(a.groups * pieces, threads, fork, [&](int64_t item, int) {
-        const int64_t group = item / pieces, piece = item % pieces, head = piece * a.heads + group * shared;
-        attend_piece(a, group, piece, q.data() + group * shared * a.width, isa, bounds + 2 * head, parts + head * a.width);
+// Merges the pieces of a head into `sums` [width]; stats are [pieces][heads][2] and sums of pieces
+// [pieces][heads][width].
+void merge_pieces(const TokenAttention& attention, int64_t pieces, int64_t head, const float* stats,
+                  const float* piece_sums, float* sums) {
+    const int64_t heads = attention.heads, width = attention.width;
+    float most = -__builtin_inff(), sum = 0;
+    for (int64_t p = 0; p < pieces; p++) {
+        const float here = stats[2 * (p * heads + head)];
+        most = here > most ? here : most;
+    }
+    for (int64_t i = 0; i < width; i++) sums[i] = 0;
+    for (int64_t p = 0; p < pieces; p++) {
+        const float* stat = stats + 2 * (p * heads + head);
+        const float factor = pieces > 1 ? exp_approx(stat[0] - most) : 1;
+        const float* values = piece_sums + (p * heads + head) * width;
+        sum += factor * stat[1];
+        for (int64_t i = 0; i < width; i++) sums[i] += factor * values[i];
+    }
+    for (int64_t i = 0; i < width; i++)
+        attention.out[head * width + i] = float_to_bfloat16(sums[i] / sum);
+}
+
+void attend(const TokenAttention& attention, int threads, int32_t isa, Fork fork) {
+    const int64_t heads = attention.heads, width = attention.width;
+    const int64_t pieces = round_up(attention.positions, PIECE) / PIECE;
+    const int64_t group_heads = heads / attention.groups;
+    const float scale = 1 / __builtin_sqrtf(float(width));
+    std::vector<float> q(static_cast<size_t>(heads * width));
+    const std::unique_ptr<float[]> memory(new float[size_t(pieces * heads * (width + 2))]);
+    float *stats = memory.get(), *sums = stats + pieces * 2 * heads;
+    for (int64_t i = 0; i < heads * width; i++) q[i] = bfloat16_to_float(attention.q[i]) * scale;
+    if (heads * width * attention.positions < MIN_PARALLEL / 8) threads = 1;
+    parallel_for(attention.groups * pieces, threads, fork, [&](int64_t task, int) {
+        const int64_t group = task / pieces, piece = task % pieces;
+        const int64_t head = piece * heads + group * group_heads;
+        attend_piece(attention, group, piece, q.data() + group * group_heads * width, isa,
+                     stats + 2 * head, sums + head * width);
     });
-    each(a.heads, pieces > 8 ? threads : 1, fork, [&](int64_t head, int) {
-        float *sums = q.data() + head * a.width, most = -__builtin_inff(), sum = 0;
-        for (int64_t p = 0; p < pieces; p++) {
-            const float here = bounds[2 * (p * a.heads + head)];
-            most = here > most ? here : most;
-        }
-        for (int64_t i = 0; i < a.width; i++) sums[i] = 0;
-        for (int64_t p = 0; p < pieces; p++) {
-            const float* bound = bounds + 2 * (p * a.heads + head);
-            const float share = pieces > 1 ? exponential(bound[0] - most) : 1;
-            const float* part = parts + (p * a.heads + head) * a.width;
-            sum += share * bound[1];
-            for (int64_t i = 0; i < a.width; i++) sums[i] += share * part[i];
-        }
-        for (int64_t i = 0; i < a.width; i++) a.out[head * a.width + i] = rounded_to_even(sums[i] / sum);
+    parallel_for(heads, pieces > 8 ? threads : 1, fork, [&](int64_t head, int) {
+        merge_pieces(attention, pieces, head, stats, sums, q.data() + head * width);
     });
 }
 

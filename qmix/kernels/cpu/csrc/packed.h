@@ -1,143 +1,152 @@
-// Products of matrices in the GPU's packed layout (qmix/weights/packed/layout.py), as they lie in host memory.
+// Matmuls with matrices in the packed layout (qmix/weights/packed/layout.py), where they lie in
+// host memory.
 //
-// A byte holds the codes of two rows, one a plane; 16 bytes of a lane hold rows g and g + 8 and 32 inputs.
-// Four lanes together, 64 bytes, are one register: 32 words, word t * 8 + c * 4 + r * 2 + j of row
-// 8 r + g and inputs 16 j + 8 c + 2 t + {0, 1}. What packing rounded is rounded already, so inputs are
-// 16-bit integers by a scale a tile, whatever they were before.
+// A byte holds the codes of two rows, one in each plane; the 16 bytes of a lane hold rows g and g +
+// 8 and 32 inputs. Four lanes together, 64 bytes, are one register: 32 words, word t * 8 + c * 4 +
+// r * 2 + j of row 8 r + g and inputs 16 j + 8 c + 2 t + {0, 1}. Packing has rounded the scales
+// already, so inputs are always 16-bit integers with a scale for each tile.
 
 #pragma once
 
+#include "float_math.h"
+#include "int16.h"
 #include "matrix.h"
-
-extern "C" {
-
-struct Packed {                 // [2 * byte_rows, inputs]
-    const uint8_t* tiles;       // behind the header
-    const float* powers;        // [2], what the planes' scales are multiplied by
-    const float* table;         // [16], before the zero
-    int64_t byte_rows, inputs, tile_inputs;
-    int32_t zeros;              // whether tiles hold them: 8 less the zero, to be added
-};
-
-}  // extern "C"
+#include "structs.h"
 
 namespace {
 
-constexpr int64_t PANEL = 64;   // byte rows
+constexpr int64_t PANEL = 64;  // byte rows
 
-struct PackedInputs {
-    const int16_t* x;           // a token's: [inputs / 32][2][32 words]
-    const float* scales;        // [tiles]
+// One token as 16-bit integers.
+struct QuantizedTiles {
+    const int16_t* x;     // [inputs / 32][2][32 words]
+    const float* scales;  // [tiles]
 };
 
-int64_t tile_bytes(const Packed& m) { return PANEL * m.tile_inputs + PANEL * 4 * (m.zeros ? 2 : 1); }
+int64_t tile_bytes(const TiledMatrix& matrix) {
+    return PANEL * matrix.tile_inputs + PANEL * 4 * (matrix.zeros ? 2 : 1);
+}
 
 int64_t packed_input_at(int64_t p, int64_t word) {
     return 16 * (word % 2) + 8 * (word / 4 % 2) + 2 * (word / 8) + p;
 }
 
-// One token's inputs as integers; each stands twice, once for both rows of a lane.
-void arrange_packed(const Packed& m, const Integers& integers, const float* x, int16_t* to, float* scales) {
-    for (int64_t tile = 0; tile < m.inputs / m.tile_inputs; tile++, x += m.tile_inputs) {
+// Quantizes the inputs of one token; each stands twice, once for either row of a lane.
+void quantize_tiles(const TiledMatrix& matrix, const IntegerTable& table, const float* x,
+                    int16_t* out, float* scales) {
+    for (int64_t tile = 0; tile < matrix.inputs / matrix.tile_inputs;
+         tile++, x += matrix.tile_inputs) {
         float largest = 0, poison = 0;
-        for (int64_t i = 0; i < m.tile_inputs; i++) {
-            const float size = x[i] < 0 ? -x[i] : x[i];
-            largest = size > largest ? size : largest;
+        for (int64_t i = 0; i < matrix.tile_inputs; i++) {
+            const float magnitude = x[i] < 0 ? -x[i] : x[i];
+            largest = magnitude > largest ? magnitude : largest;
             poison += x[i] * 0;
         }
-        const float by = largest > 0 ? integers.largest_input / largest : 0;
-        const bool sound = poison == 0 && by < 3e38f;
-        scales[tile] = poison + (sound ? largest / (integers.largest_input * integers.by) : 0);
-        for (int64_t half = 0; half < m.tile_inputs; half += 32)
+        const float factor = largest > 0 ? table.max_activation / largest : 0;
+        const bool finite = poison == 0 && factor < 3e38f;
+        scales[tile] = poison + (finite ? largest / (table.max_activation * table.factor) : 0);
+        for (int64_t first = 0; first < matrix.tile_inputs; first += 32)
             for (int64_t p = 0; p < 2; p++)
-                for (int64_t word = 0; word < 32; word++)
-                    *to++ = sound ? int16_t(__builtin_rintf(x[half + packed_input_at(p, word)] * by)) : 0;
+                for (int64_t word = 0; word < 32; word++) {
+                    const float input = x[first + packed_input_at(p, word)];
+                    *out++ = finite ? int16_t(__builtin_rintf(input * factor)) : 0;
+                }
     }
 }
 
 // The scales (or zeros) of a tile as [warp][g][plane][r].
-void packed_scales(const uint8_t* section, float* out) {
+void read_tile_scales(const uint8_t* section, float* out) {
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(section);
     for (int64_t row = 0; row < PANEL; row++)
         for (int64_t plane = 0; plane < 2; plane++)
-            out[row / 16 * 32 + row % 8 * 4 + plane * 2 + row / 8 % 2] = half(bits[2 * row + plane]);
+            out[row / 16 * 32 + row % 8 * 4 + plane * 2 + row / 8 % 2] =
+                half_to_float(bits[2 * row + plane]);
 }
 
-void packed_panel_portable(const Packed& m, const Integers& integers, int64_t panel, const PackedInputs& in,
-                           float* low, float* high) {
-    const int64_t tiles = m.inputs / m.tile_inputs, size = tile_bytes(m);
-    const uint8_t* tile = m.tiles + panel * tiles * size;
+void multiply_panel_portable(const TiledMatrix& matrix, const IntegerTable& table, int64_t panel,
+                             const QuantizedTiles& in, float* low, float* high) {
+    const int64_t tiles = matrix.inputs / matrix.tile_inputs, bytes = tile_bytes(matrix);
+    const uint8_t* tile = matrix.tiles + panel * tiles * bytes;
     float sums[2][PANEL] = {}, scales[2 * PANEL], zeros[2 * PANEL] = {};
-    for (int64_t i = 0; i < tiles; i++, tile += size) {
-        packed_scales(tile + PANEL * m.tile_inputs, scales);
-        if (m.zeros) packed_scales(tile + PANEL * m.tile_inputs + PANEL * 4, zeros);
+    for (int64_t i = 0; i < tiles; i++, tile += bytes) {
+        read_tile_scales(tile + PANEL * matrix.tile_inputs, scales);
+        if (matrix.zeros) read_tile_scales(tile + PANEL * matrix.tile_inputs + PANEL * 4, zeros);
         for (int64_t row = 0; row < PANEL; row++) {
-            const int64_t warp = row / 16, r = row / 8 % 2, g = row % 8, at = warp * 32 + g * 4 + r;
+            const int64_t warp = row / 16, r = row / 8 % 2, g = row % 8;
+            const int64_t at = warp * 32 + g * 4 + r;
             int32_t both[2] = {};
-            for (int64_t part = 0; part < m.tile_inputs / 32; part++)
+            for (int64_t part = 0; part < matrix.tile_inputs / 32; part++)
                 for (int64_t word = 2 * r; word < 32; word += word % 2 ? 3 : 1)
                     for (int64_t p = 0; p < 2; p++) {
-                        const uint8_t codes = tile[part * 2048 + warp * 512 + g * 64 + 2 * word + p];
-                        const int32_t x = in.x[i * 2 * m.tile_inputs + part * 64 + p * 32 + word];
-                        both[0] += (integers.values[codes & 15] + int32_t(zeros[at])) * x;
-                        both[1] += (integers.values[codes >> 4] + int32_t(zeros[at + 2])) * x;
+                        const uint8_t codes =
+                            tile[part * 2048 + warp * 512 + g * 64 + 2 * word + p];
+                        const int32_t x =
+                            in.x[i * 2 * matrix.tile_inputs + part * 64 + p * 32 + word];
+                        both[0] += (table.values[codes & 15] + int32_t(zeros[at])) * x;
+                        both[1] += (table.values[codes >> 4] + int32_t(zeros[at + 2])) * x;
                     }
             for (int plane = 0; plane < 2; plane++)
                 sums[plane][row] += float(both[plane]) * (scales[at + 2 * plane] * in.scales[i]);
         }
     }
     for (int64_t row = 0; row < PANEL; row++) {
-        low[row] = sums[0][row] * m.powers[0];
-        high[row] = sums[1][row] * m.powers[1];
+        low[row] = sums[0][row] * matrix.powers[0];
+        high[row] = sums[1][row] * matrix.powers[1];
     }
 }
 
 #if defined(__x86_64__)
 
-inline QMIX_AVX512 __m512 packed_pair(const float* pair) {
+inline QMIX_AVX512 __m512 spread_pair(const float* pair) {
     double both;
     memcpy(&both, pair, 8);
     return _mm512_castpd_ps(_mm512_set1_pd(both));
 }
 
 template <bool ZEROS>
-QMIX_AVX512 void packed_panel_avx512(const Packed& m, const Integers& integers, int64_t panel, const PackedInputs& in,
-                                     float* low, float* high) {
-    const int64_t tiles = m.inputs / m.tile_inputs, size = tile_bytes(m);
-    const uint8_t* tile = m.tiles + panel * tiles * size;
+QMIX_AVX512 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerTable& integers,
+                                       int64_t panel, const QuantizedTiles& in, float* low,
+                                       float* high) {
+    const int64_t tiles = matrix.inputs / matrix.tile_inputs, bytes = tile_bytes(matrix);
+    const uint8_t* tile = matrix.tiles + panel * tiles * bytes;
     const __m512i table = _mm512_loadu_si512(integers.values);
     alignas(64) float sums[32][2][16] = {};
     alignas(64) float scales[2 * PANEL], zeros[2 * PANEL];
-    for (int64_t i = 0; i < tiles; i++, tile += size) {
-        packed_scales(tile + PANEL * m.tile_inputs, scales);
-        if (ZEROS) packed_scales(tile + PANEL * m.tile_inputs + PANEL * 4, zeros);
-        const __m512 by = _mm512_set1_ps(in.scales[i]);
+    for (int64_t i = 0; i < tiles; i++, tile += bytes) {
+        read_tile_scales(tile + PANEL * matrix.tile_inputs, scales);
+        if (ZEROS) read_tile_scales(tile + PANEL * matrix.tile_inputs + PANEL * 4, zeros);
+        const __m512 input_scale = _mm512_set1_ps(in.scales[i]);
         for (int64_t at = 0; at < 32; at++) {  // warp * 8 + g
-            __m512i both[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, zero[2] = {both[0], both[0]};
+            __m512i both[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+            __m512i zero[2] = {both[0], both[0]};
             if (ZEROS)
                 for (int plane = 0; plane < 2; plane++) {
-                    zero[plane] = _mm512_cvtps_epi32(packed_pair(zeros + 4 * at + 2 * plane));
-                    zero[plane] = _mm512_or_si512(_mm512_slli_epi32(zero[plane], 16),
-                                                  _mm512_and_si512(zero[plane], _mm512_set1_epi32(0xffff)));
+                    zero[plane] = _mm512_cvtps_epi32(spread_pair(zeros + 4 * at + 2 * plane));
+                    zero[plane] =
+                        _mm512_or_si512(_mm512_slli_epi32(zero[plane], 16),
+                                        _mm512_and_si512(zero[plane], _mm512_set1_epi32(0xffff)));
                 }
-            const int16_t* x = in.x + i * 2 * m.tile_inputs;
-            for (int64_t part = 0; part < m.tile_inputs / 32; part++, x += 64) {
-                const uint8_t* from = tile + part * 2048 + at * 64;
-                ahead(from);
-                const __m512i words = _mm512_loadu_si512(from);
+            const int16_t* x = in.x + i * 2 * matrix.tile_inputs;
+            for (int64_t part = 0; part < matrix.tile_inputs / 32; part++, x += 64) {
+                const uint8_t* source = tile + part * 2048 + at * 64;
+                prefetch_codes(source);
+                const __m512i words = _mm512_loadu_si512(source);
 #pragma GCC unroll 4
                 for (int nibble = 0; nibble < 4; nibble++) {
                     const int plane = nibble % 2, p = nibble / 2;
-                    __m512i values = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * nibble), table);
+                    __m512i values =
+                        _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * nibble), table);
                     if (ZEROS) values = _mm512_add_epi16(values, zero[plane]);
-                    both[plane] = _mm512_add_epi32(both[plane],
-                                                   _mm512_madd_epi16(values, _mm512_loadu_si512(x + 32 * p)));
+                    both[plane] = _mm512_add_epi32(
+                        both[plane], _mm512_madd_epi16(values, _mm512_loadu_si512(x + 32 * p)));
                 }
             }
             for (int plane = 0; plane < 2; plane++) {
-                const __m512 scale = _mm512_mul_ps(packed_pair(scales + 4 * at + 2 * plane), by);
+                const __m512 scale =
+                    _mm512_mul_ps(spread_pair(scales + 4 * at + 2 * plane), input_scale);
                 const __m512 sum = _mm512_load_ps(sums[at][plane]);
-                _mm512_store_ps(sums[at][plane], _mm512_fmadd_ps(_mm512_cvtepi32_ps(both[plane]), scale, sum));
+                _mm512_store_ps(sums[at][plane],
+                                _mm512_fmadd_ps(_mm512_cvtepi32_ps(both[plane]), scale, sum));
             }
         }
     }
@@ -146,21 +155,22 @@ QMIX_AVX512 void packed_panel_avx512(const Packed& m, const Integers& integers, 
             for (int r = 0; r < 2; r++) {
                 float sum = 0;
                 for (int lane = r; lane < 16; lane += 2) sum += sums[at][plane][lane];
-                (plane ? high : low)[at / 8 * 16 + 8 * r + at % 8] = sum * m.powers[plane];
+                (plane ? high : low)[at / 8 * 16 + 8 * r + at % 8] = sum * matrix.powers[plane];
             }
 }
 
 #endif
 
-void packed_panel(const Packed& m, const Integers& integers, int32_t isa, int64_t panel, const PackedInputs& in,
-                  float* low, float* high) {
+// One panel of 64 byte rows times one token: the rows of the low plane and those of the high one.
+void multiply_panel(const TiledMatrix& matrix, const IntegerTable& table, int32_t isa,
+                    int64_t panel, const QuantizedTiles& in, float* low, float* high) {
 #if defined(__x86_64__)
     if (isa >= AVX512)
-        return m.zeros ? packed_panel_avx512<true>(m, integers, panel, in, low, high)
-                       : packed_panel_avx512<false>(m, integers, panel, in, low, high);
+        return matrix.zeros ? multiply_panel_avx512<true>(matrix, table, panel, in, low, high)
+                            : multiply_panel_avx512<false>(matrix, table, panel, in, low, high);
 #endif
     (void)isa;
-    packed_panel_portable(m, integers, panel, in, low, high);
+    multiply_panel_portable(matrix, table, panel, in, low, high);
 }
 
 }  // namespace

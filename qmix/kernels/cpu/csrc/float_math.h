@@ -1,0 +1,69 @@
+// Arithmetic on floats in words that a compiler turns into vectors of any instruction set.
+
+#pragma once
+
+#include "isa.h"
+
+namespace {
+
+QMIX_INLINE float bfloat16_to_float(uint16_t bits) {
+    const uint32_t word = uint32_t(bits) << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+// Rounds to even; every NaN becomes the same one.
+QMIX_INLINE uint16_t float_to_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    const uint32_t even = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    return uint16_t(value != value ? 0x7fc0 : even);
+}
+
+QMIX_INLINE float round_to_bfloat16(float value) {
+    return bfloat16_to_float(float_to_bfloat16(value));
+}
+
+float half_to_float(uint16_t bits) {
+    uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff, word;
+    float value;
+    if (rest >= 0x7c00) {
+        word = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+    } else if (rest >= 0x400) {
+        word = sign | ((rest << 13) + (112u << 23));
+    } else {
+        value = float(rest) * 0x1p-24f;
+        memcpy(&word, &value, 4);
+        word |= sign;
+    }
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+// e^x to within 2 units in the last place: 2^n times a polynomial in the remainder (Cephes' expf).
+// Anything below -87 gives e^-87.
+QMIX_INLINE float exp_approx(float x) {
+    x = x > -87.f ? x : -87.f;
+    x = x < 89.f ? x : 89.f;  // the power is infinite there
+    const float n = __builtin_rintf(x * 1.44269504f);
+    const float rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1;
+    const int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return sum * power;
+}
+
+// out = silu(gate) * up. A gate so low that its exponential is infinite gives zero.
+QMIX_INLINE void swiglu_values(const float* gate, const float* up, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = gate[i] / (1 + exp_approx(-gate[i])) * up[i];
+}
+
+}  // namespace

@@ -1,0 +1,131 @@
+// The structures that cross the C interface. qmix/kernels/cpu/ctypes_structs.py mirrors them: the
+// same names, the same fields, in the same order, one field a line here so that a test can read
+// them.
+//
+// bfloat16 values are uint16_t. Every pointer stays the caller's.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum ScaleKind : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, NESTED = 3 };
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3 };
+
+// A 4-bit matrix [rows, inputs] as its weight stores it: two codes a byte, row after row.
+struct Matrix {
+    const uint8_t* codes;
+    const void* scales;          // one for every `block` consecutive elements
+    const uint8_t* zeros;        // as many as scales, or null
+    const float* table;          // [16], the value of each code
+    const float* nested_absmax;  // NESTED: the scale is map[scales[i]] * absmax[i / 256] + offset
+    const float* nested_map;
+    int64_t rows;
+    int64_t inputs;
+    int64_t block;
+    float offset;
+    int32_t scale_kind;
+    int32_t high_first;  // the first of a byte's two codes is its high nibble
+};
+
+// y [tokens, rows] = x [tokens, inputs] W^T, float32 and contiguous.
+struct Matmul {
+    Matrix weight;
+    const float* x;
+    float* y;
+    int64_t tokens;
+    int32_t quantize_activations;  // 16-bit integers may stand for the inputs and the table
+};
+
+// y [tokens, rows] = x [tokens, inputs] W^T with a bfloat16 weight; x and y float32, contiguous.
+struct DenseMatmul {
+    const uint16_t* weight;  // [rows, inputs]
+    const float* x;
+    float* y;
+    int64_t rows;
+    int64_t inputs;
+    int64_t tokens;
+};
+
+// A matrix [2 * byte_rows, inputs] in the packed layout (qmix/weights/packed/layout.py).
+struct TiledMatrix {
+    const uint8_t* tiles;  // behind the header
+    const float* powers;   // [2], multiply the sums of the low and of the high plane
+    const float* table;    // [16], the value of each code before the zero is added
+    int64_t byte_rows;
+    int64_t inputs;
+    int64_t tile_inputs;
+    int32_t zeros;  // whether tiles hold zeros: 8 minus the zero, to be added to a value
+};
+
+// One SwiGLU expert: y += routing_weight * down(silu(gate x) * (up x)) of one token, in float32.
+struct ExpertMatrices {
+    Matrix gate;
+    Matrix up;
+    Matrix down;
+    const int64_t* gate_perm;  // which input each stored input is; null: stored in their order
+    const int64_t* up_perm;
+    const int64_t* down_perm;
+    float routing_weight;
+};
+
+// The weights of a decoder layer that one token passes.
+struct TokenLayer {
+    Matrix q;
+    Matrix k;
+    Matrix v;
+    Matrix o;
+    const int64_t* perms[4];        // of the inputs of q, k, v and o, as in ExpertMatrices
+    const uint16_t* input_norm;     // [hidden]
+    const uint16_t* post_norm;      // [hidden]
+    const uint16_t* router;         // [num_experts, hidden]
+    const ExpertMatrices* experts;  // [num_experts], routing weights unset; null: the caller's task
+    int64_t hidden;
+    int64_t head_dim;
+    int64_t num_experts;
+    int64_t experts_per_token;
+    float eps;
+};
+
+// What a token leaves behind its attention.
+struct TokenRoute {
+    uint16_t* residual;      // [hidden], x plus attention, plus the experts if the layer has them
+    uint16_t* normed;        // [hidden], the experts' input
+    uint16_t* logits;        // [num_experts]
+    int64_t* ids;            // [experts_per_token]
+    float* routing_weights;  // [experts_per_token]
+};
+
+// A layer's cache [groups][slots][head_dim], each group's `pitch` elements apart.
+struct TokenCache {
+    uint16_t* keys;
+    uint16_t* values;
+    int64_t pitch;
+};
+
+// One decode step through all layers.
+struct TokenStep {
+    const uint16_t* cos;       // [head_dim]
+    const uint16_t* sin;       // [head_dim]
+    const TokenCache* caches;  // one a layer; null: no position came before this token
+    int64_t slot;              // where this token's keys and values go
+    int64_t positions;         // how many slots it attends to, from the first on
+    uint16_t* x;               // [hidden], input and output
+    uint16_t* logits;          // [layers][num_experts]
+};
+
+// Attention of one token, all in bfloat16.
+struct TokenAttention {
+    const uint16_t* q;       // [heads, width]
+    const uint16_t* keys;    // [groups][positions][width], each group's `pitch` elements apart
+    const uint16_t* values;  // likewise
+    uint16_t* out;           // [heads, width]
+    int64_t heads;
+    int64_t groups;
+    int64_t width;
+    int64_t positions;
+    int64_t pitch;
+};
+
+}  // extern "C"
