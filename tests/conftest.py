@@ -100,7 +100,8 @@ def shared():
 @pytest.fixture(params=("torch", "portable", "avx2", "avx512", "vnni"))
 def isa(request, monkeypatch, two_threads):
     """Each instruction set that this processor has; the library is found anew for it, and after it."""
-    from qmix.kernels.cpu.library import ISAS, VARIABLE, library
+    from qmix.kernels.cpu.isa import ISAS, VARIABLE
+    from qmix.kernels.cpu.library import library
     from tests.support.cpu_kernels import best
 
     if request.param in ISAS and ISAS.index(request.param) > best():

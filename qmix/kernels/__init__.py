@@ -151,13 +151,15 @@ def _trained(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _add_experts(x: Tensor, chosen: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
+def _add_experts(
+    x: Tensor, chosen: Sequence[Expert], routing_weights: Sequence[float], out: Tensor
+) -> None:
     if all(_compiled(x, (expert.w1, expert.w2, expert.w3)) for expert in chosen):
-        matmul.add_experts(x, chosen, shares, out)
+        matmul.add_experts(x, chosen, routing_weights, out)
         return
-    for expert, share in zip(chosen, shares, strict=True):
+    for expert, routing_weight in zip(chosen, routing_weights, strict=True):
         gate, up = linears(x, (expert.w1, expert.w3))
-        out += linear(F.silu(gate) * up, expert.w2).float() * share
+        out += linear(F.silu(gate) * up, expert.w2).float() * routing_weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

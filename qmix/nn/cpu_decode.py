@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.kernels.cpu.ctypes_structs import TokenLayer
 from qmix.kernels.cpu.library import library
+from qmix.kernels.cpu.pointers import TokenLayer
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.cache import KVCache
 from qmix.nn.linear import Linear, RMSNorm, is_observed

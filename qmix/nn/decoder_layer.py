@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.kernels.cpu.ctypes_structs import TokenLayer
+from qmix.kernels.cpu.pointers import TokenLayer
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.cpu_decode import CompiledLayer, WhyNot, run_layer, why_not_step
 from qmix.nn.linear import RMSNorm, is_observed

@@ -222,7 +222,7 @@ def test_copies_have_their_own():
     before = run(layer)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert same(run(other), before)
-        assert other.compiled().fields.q.codes != layer.compiled().fields.q.codes
+        assert other.compiled().pointers.q.codes != layer.compiled().pointers.q.codes
 
 
 def test_inputs_that_are_no_numbers_come_out_as_none():

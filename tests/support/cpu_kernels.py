@@ -4,7 +4,8 @@ from functools import cache
 
 import torch
 
-from qmix.kernels.cpu.library import ISAS, library
+from qmix.kernels.cpu.isa import ISAS
+from qmix.kernels.cpu.library import library
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
 

@@ -1,65 +1,51 @@
-"""The compiled products as Python functions: weights in, pointers through, float32 out.
+"""The compiled CPU kernels as Python functions: tensors and weights in, tensors out.
 
-`QMIX_CPU_KERNELS` chooses among the instruction sets of one library for tests and for comparisons: `vnni`,
-`avx512`, `avx2` or `portable`, or `torch` for none of them. Without it the best that the processor has is taken.
-
-Shape letters: T tokens, N outputs, K inputs.
+Shape letters: kernels/__init__. Where there is no compiler there is a Library without functions,
+and torch multiplies.
 """
 
-import ctypes
-import os
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, addressof, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
-from dataclasses import dataclass, field
+from ctypes import addressof, c_uint64, c_void_p
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmix.errors import QmixError, ResourceError, UsageError
-from qmix.kernels.cpu import build
-from qmix.kernels.cpu.ctypes_structs import (
-    Attended,
-    DenseMatmul,
-    Matmul,
-    MixedExpert,
-    Packed,
-    TokenCache,
-    TokenLayer,
-    TokenLayerFields,
-    TokenRoute,
-    TokenStep,
-    expert_of,
-    matrix_of,
-)
+from qmix.errors import QmixError
+from qmix.kernels.cpu import build, isa
+from qmix.kernels.cpu import ctypes_structs as structs
+from qmix.kernels.cpu.functions import Functions, torch_threads
+from qmix.kernels.cpu.pointers import TokenLayer, expert_of, matrix_of
 from qmix.kernels.moe import Routes
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import NF4
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import HEADER_BYTES
 
-VARIABLE = "QMIX_CPU_KERNELS"
-ISAS = ("portable", "avx2", "avx512", "vnni")  # their numbers in the source
-
-DENSE_TOKENS = 2  # at most, of a compiled product with a weight in bfloat16
-_FORKED = 0x40  # Linux' PF_FORKNOEXEC
+DENSE_TOKENS = 2  # the most tokens that `matmul_dense` takes
 
 
 @dataclass
 class Library:
-    """The compiled products, or why there are none.
+    """The compiled kernels, or none.
+
+    Every method raises ResourceError if there is no memory for the activations.
 
     Attributes:
-        isa: which of ISAS; None: there are none, every product takes torch's tiles.
-        fallbacks: products that did so.
+        functions: None if torch multiplies instead.
+        fallbacks: matmuls that torch took for that reason.
     """
 
-    isa: str | None
-    functions: ctypes.CDLL | None = None
-    fork: int | None = None
-    process: int = field(default_factory=os.getpid)
+    functions: Functions | None
     fallbacks: int = 0
+
+    @property
+    def isa(self) -> str | None:
+        """The instruction set; None if there are no functions."""
+        return None if self.functions is None else self.functions.isa
 
     def matmul(
         self,
@@ -70,50 +56,39 @@ class Library:
     ) -> list[Tensor]:
         """Each x [T, K], float32 and contiguous, times its weight [N, K]: [T, N] each, in `dtype`.
 
-        An act-order weight takes its inputs in the order that it stores them.
-
-        Outputs of 16 bits allow 16-bit integers to stand for x and for the table: an error of 0.007 %.
-
-        Raises:
-            ResourceError: no memory for the arranged activations.
+        An act-order weight takes its inputs in the order that it stores them. Where `dtype` has 16
+        bits, 16-bit integers may stand for x and for the table: an error of 0.007 %.
         """
-        assert self.functions is not None
-        assert self.isa is not None
         sizes = [len(x) * weight.shape[0] for x, weight in zip(xs, weights, strict=True)]
         flat = torch.empty(sum(sizes))
-        held: list[Tensor] = []  # what the pointers point to
-        products = (Matmul * len(weights))()
-        at = flat.data_ptr()
-        for product, x, weight, size in zip(products, xs, weights, sizes, strict=True):
-            product.weight = matrix_of(weight, held)
-            product.x, product.y = x.data_ptr(), at
-            product.tokens, product.rounded = len(x), dtype.itemsize == 2
-            at += 4 * size
-        failed = self.functions.qmix_matmul(products, len(weights), *self._ways())
-        if failed:
-            raise ResourceError("no memory for a product's activations", found=tuple(xs[0].shape))
-        parts = flat.to(dtype).split_with_sizes(sizes)
+        references: list[Tensor] = []  # what the pointers point to
+        matmuls = (structs.Matmul * len(weights))()
+        address = flat.data_ptr()
+        for matmul, x, weight, size in zip(matmuls, xs, weights, sizes, strict=True):
+            matmul.weight = matrix_of(weight, references)
+            matmul.x, matmul.y = x.data_ptr(), address
+            matmul.tokens, matmul.quantize_activations = len(x), dtype.itemsize == 2
+            address += 4 * size
+        self._call("matmul", matmuls, len(weights))
+        outs = flat.to(dtype).split_with_sizes(sizes)
         return [
-            part.view(len(x), weight.shape[0])
-            for part, x, weight in zip(parts, xs, weights, strict=True)
+            out.view(len(x), weight.shape[0])
+            for out, x, weight in zip(outs, xs, weights, strict=True)
         ]
 
     def matmul_packed(self, x: Tensor, matrix: PackedMatrix, table: Tensor) -> Tensor:
         """x [T, K], float32 and contiguous, times a matrix in the packed layout in host memory.
 
         Args:
-            table: float32 [16], the value of each code as it is packed, 8 being Int4's zero.
+            table: float32 [16], the value of each packed code, 8 being the zero of Int4.
+
         Returns:
-            float32 [T, 2, N / 2]: the low plane's rows, then the high plane's.
-        Raises:
-            ResourceError: no memory for the arranged activations.
+            float32 [T, 2, N / 2]: the rows of the low plane, then those of the high one.
         """
-        assert self.functions is not None
-        assert self.isa is not None
         rows, inputs = matrix.shape
         out = torch.empty(len(x), 2, rows // 2)
         start = matrix.blob.data_ptr()
-        packed = Packed(
+        tiled = structs.TiledMatrix(
             tiles=start + HEADER_BYTES,
             powers=start + 8,
             table=table.data_ptr(),
@@ -122,88 +97,80 @@ class Library:
             tile_inputs=matrix.format.inputs,
             zeros=not matrix.format.symmetric,
         )
-        failed = self.functions.qmix_matmul_packed(
-            byref(packed),
-            x.data_ptr(),
-            out.data_ptr(),
-            len(x),
-            *self._ways(),
-        )
-        if failed:
-            raise ResourceError("no memory for a product's activations", found=tuple(x.shape))
+        self._call("matmul_packed", tiled, x, out, len(x))
+        return out
+
+    def matmul_dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K] times a weight [N, K], both bfloat16 and contiguous: [T, N], summed in float32.
+
+        T is at most DENSE_TOKENS.
+        """
+        assert 0 < len(x) <= DENSE_TOKENS, x.shape
+        rows, inputs = weight.shape
+        values, out = x.float(), torch.empty(len(x), rows)
+        pointers = (weight.data_ptr(), values.data_ptr(), out.data_ptr())
+        self._call("matmul_dense", structs.DenseMatmul(*pointers, rows, inputs, len(x)))
+        return out.to(x.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """pointwise.rms_norm over the last axis, all bfloat16 and contiguous."""
+        out = torch.empty_like(x)
+        width = weight.shape[0]
+        self._call("rms_norm", x, weight, out, x.numel() // width, width, eps)
         return out
 
     def add_experts(
         self,
         x: Tensor,
         experts: Sequence[tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4]],
-        shares: Sequence[float],
+        routing_weights: Sequence[float],
         out: Tensor,
         *,
-        rounded: bool,
+        quantize_activations: bool,
     ) -> None:
-        """Add `share * down(silu(gate x) * (up x))` of each (gate, up, down) to `out`, in this order.
+        """Add `routing_weight * down(silu(gate x) * (up x))` of each expert to `out`, in this order.
 
         Args:
-            x: of one token, [1, K], float32 and contiguous. out: [1, D], likewise.
-            rounded: as outputs of 16 bits allow.
-
-        Raises:
-            ResourceError: no memory for the activations.
+            x: one token [1, D], float32 and contiguous; `out` likewise.
+            experts: gate, up and down of each.
+            quantize_activations: whether 16-bit integers may stand for activations and table.
         """
-        assert self.functions is not None
-        assert self.isa is not None
-        held: list[Tensor] = []  # what the pointers point to
-        mixed = (MixedExpert * len(experts))(*(expert_of(expert, held) for expert in experts))
-        for entry, share in zip(mixed, shares, strict=True):
-            entry.share = share
-        failed = self.functions.qmix_moe_token(
-            mixed, len(experts), x.data_ptr(), out.data_ptr(), rounded, *self._ways()
+        references: list[Tensor] = []  # what the pointers point to
+        array = (structs.ExpertMatrices * len(experts))(
+            *(expert_of(expert, references) for expert in experts)
         )
-        if failed:
-            raise ResourceError("no memory for an expert's activations", found=tuple(x.shape))
+        for entry, routing_weight in zip(array, routing_weights, strict=True):
+            entry.routing_weight = routing_weight
+        self._call("moe_token", array, len(experts), x, out, quantize_activations)
 
-    def before_attention(self, layer: "TokenLayer", x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Norm, projections and rotation of x [1, 1, D]: queries, keys and values one after another.
+    def before_attention(self, layer: TokenLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Norm, projections and rotation of x [1, 1, D]: queries, keys and values, one run.
 
         All bfloat16 and contiguous; cos and sin [1, 1, 1, d].
         """
-        assert self.functions is not None
-        out = torch.empty(layer.outputs, dtype=x.dtype)
-        failed = self.functions.qmix_before_attention(
-            byref(layer.fields),
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            out.data_ptr(),
-            *self._ways(),
-        )
-        if failed:
-            raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
+        out = torch.empty(layer.qkv_outputs, dtype=x.dtype)
+        self._call("before_attention", layer.pointers, x, cos, sin, out)
         return out
 
     def after_attention(
-        self, layer: "TokenLayer", attended: Tensor, x: Tensor
+        self, layer: TokenLayer, attended: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Routes]:
-        """Output projection, residual, norm and router, and the experts if the layer is whole.
+        """Output projection, residual, norm and router, and the experts if the layer has them.
 
         All bfloat16 and contiguous; attended [1, 1, H * d] and x [1, 1, D].
 
         Returns:
-            the residual stream [1, 1, D], the experts' input [1, D], the router's logits [1, E] and its choice.
+            the residual stream [1, 1, D], the input of the experts [1, D], the logits of the router
+            [1, E] and its choice.
         """
-        assert self.functions is not None
         residual, normed = torch.empty_like(x), torch.empty_like(x[0])
-        logits = torch.empty(1, layer.fields.experts, dtype=x.dtype)
-        ids = torch.empty(1, layer.fields.chosen, dtype=torch.int64)
-        shares = torch.empty(1, layer.fields.chosen)
-        to = TokenRoute(*(part.data_ptr() for part in (residual, normed, logits, ids, shares)))
-        failed = self.functions.qmix_after_attention(
-            byref(layer.fields), byref(to), attended.data_ptr(), x.data_ptr(), *self._ways()
-        )
-        if failed:
-            raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
-        return residual, normed, logits, Routes(ids, shares)
+        chosen = layer.pointers.experts_per_token
+        logits = torch.empty(1, layer.pointers.num_experts, dtype=x.dtype)
+        routes = Routes(torch.empty(1, chosen, dtype=torch.int64), torch.empty(1, chosen))
+        outputs = (residual, normed, logits, routes.ids, routes.weights)
+        pointers = structs.TokenRoute(*(tensor.data_ptr() for tensor in outputs))
+        self._call("after_attention", layer.pointers, pointers, attended, x)
+        return residual, normed, logits, routes
 
     def decode_token(
         self,
@@ -216,25 +183,25 @@ class Library:
         slot: int,
         seen: int,
     ) -> tuple[Tensor, Tensor]:
-        """x [1, 1, D] through whole layers, one after another.
+        """x [1, 1, D] through layers that have their experts, one after another.
 
         All bfloat16 and contiguous; cos and sin [1, 1, 1, d].
 
         Args:
-            caches: each layer's keys and values [1, G, slots, d], or none where nothing was before.
-            slot, seen: where the token's own go, and how many slots it sees, from the first on.
+            caches: keys and values [1, G, slots, d] of each layer; empty if no position came before.
+            slot: where the keys and values of this token go.
+            seen: how many slots it attends to, from the first on.
 
         Returns:
-            the residual stream [1, 1, D] and each layer's router logits [layers, E].
+            the residual stream [1, 1, D] and the router logits of each layer [layers, E].
         """
-        assert self.functions is not None
         assert all(layer.has_experts for layer in layers)
         out = x.clone()
-        logits = torch.empty(len(layers), layers[0].fields.experts, dtype=x.dtype)
-        rings = (TokenCache * len(caches))(
-            *(TokenCache(k.data_ptr(), v.data_ptr(), k.stride(1)) for k, v in caches)
+        logits = torch.empty(len(layers), layers[0].pointers.num_experts, dtype=x.dtype)
+        rings = (structs.TokenCache * len(caches))(
+            *((k.data_ptr(), v.data_ptr(), k.stride(1)) for k, v in caches)
         )
-        step = TokenStep(
+        step = structs.TokenStep(
             cos.data_ptr(),
             sin.data_ptr(),
             addressof(rings) if caches else None,
@@ -243,27 +210,20 @@ class Library:
             out.data_ptr(),
             logits.data_ptr(),
         )
-        pointers = (c_void_p * len(layers))(*(addressof(layer.fields) for layer in layers))
-        failed = self.functions.qmix_decode_token(pointers, len(layers), byref(step), *self._ways())
-        if failed:
-            raise ResourceError("no memory for a layer's activations", found=tuple(x.shape))
+        pointers = (c_void_p * len(layers))(*(addressof(layer.pointers) for layer in layers))
+        self._call("decode_token", pointers, len(layers), step)
         return out, logits
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of single tokens to all of k and v: (B, H, 1, d) with (B, G, L, d) -> (B, H, 1, d).
+        """Attention of single tokens to all of k and v: (B, H, 1, d), (B, G, L, d) -> (B, H, 1, d).
 
-        All bfloat16; the rows of k and v, G of them a batch, lie as far apart in both, positions behind
-        one another.
-
-        Raises:
-            ResourceError: no memory for the scores.
+        All bfloat16. In k and v the positions of a head lie behind one another, and the heads, G of
+        each batch entry, equally far apart.
         """
-        assert self.functions is not None
-        assert self.isa is not None
         batch, heads, _, width = q.shape
         q = q.contiguous()
         out = torch.empty_like(q)
-        attended = Attended(
+        attention = structs.TokenAttention(
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -274,61 +234,18 @@ class Library:
             k.shape[2],
             k.stride(1),
         )
-        if self.functions.qmix_attend(byref(attended), *self._ways()):
-            raise ResourceError("no memory for a token's attention", found=tuple(k.shape))
-        return out
-
-    def matmul_dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K] times a weight [N, K], both bfloat16 and contiguous, T up to DENSE_TOKENS: [T, N].
-
-        Summed in float32.
-        """
-        assert self.functions is not None
-        assert self.isa is not None
-        assert 0 < len(x) <= DENSE_TOKENS, x.shape
-        inputs, out = x.float(), torch.empty(len(x), len(weight))
-        product = DenseMatmul(
-            weight.data_ptr(),
-            inputs.data_ptr(),
-            out.data_ptr(),
-            len(weight),
-            weight.shape[1],
-            len(x),
-        )
-        self.functions.qmix_matmul_dense(byref(product), *self._ways())
-        return out.to(x.dtype)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """pointwise.rms_norm over the last axis, all bfloat16 and contiguous."""
-        assert self.functions is not None
-        assert self.isa is not None
-        out = torch.empty_like(x)
-        width = weight.shape[0]
-        self.functions.qmix_rms_norm(
-            x.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.numel() // width,
-            width,
-            eps,
-            ISAS.index(self.isa),
-        )
+        self._call("attend", attention)
         return out
 
     def read(self, memory: Tensor) -> int:
         """Read a contiguous tensor of whole MiB once, on torch's threads; the xor of its words."""
+        found = c_uint64()
+        self._call("read", memory, memory.nbytes, found)
+        return found.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
         assert self.functions is not None
-        return int(self.functions.qmix_read(memory.data_ptr(), memory.nbytes, *self._ways()))
-
-    def _ways(self) -> tuple[int, int, int | None]:
-        """The last arguments of every product: threads, instruction set, the entry to torch's threads."""
-        assert self.isa is not None
-        return torch.get_num_threads(), ISAS.index(self.isa), self._fork
-
-    @property
-    def _fork(self) -> int | None:
-        """The entry to torch's threads; not in a forked child, where they do not live."""
-        return self.fork if os.getpid() == self.process else None
+        self.functions.call(name, *arguments)
 
 
 @cache
@@ -336,83 +253,26 @@ def library() -> Library:
     """The library of this process; one warning if there is none.
 
     Raises:
-        UsageError: `QMIX_CPU_KERNELS` names no instruction set, or one that this processor does not have.
+        UsageError: `QMIX_CPU_KERNELS` names no instruction set, or one that this processor lacks.
     """
-    wanted = os.environ.get(VARIABLE) or None
-    if wanted == "torch":
+    requested = isa.requested()
+    if requested == isa.TORCH:
         return Library(None)
-    if wanted is not None and wanted not in ISAS:
-        raise UsageError(
-            "no such CPU kernels",
-            where=VARIABLE,
-            expected=f"torch, {', '.join(ISAS)}",
-            found=wanted,
-        )
     try:
-        functions = build.load()
+        compiled = build.load()
     except QmixError as error:
         warnings.warn(
-            f"4-bit products run on torch, at a tenth of the speed: {error}",
+            f"4-bit matmuls run on torch, at a tenth of the speed: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
         return Library(None)
-    functions.qmix_matmul.argtypes = (POINTER(Matmul), c_int64, c_int32, c_int32, c_void_p)
-    functions.qmix_matmul_packed.argtypes = (
-        POINTER(Packed), c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p,
-    )  # fmt: skip
-    functions.qmix_moe_token.argtypes = (
-        POINTER(MixedExpert), c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p,
-    )  # fmt: skip
-    functions.qmix_before_attention.argtypes = (
-        POINTER(TokenLayerFields), c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p,
-    )  # fmt: skip
-    functions.qmix_after_attention.argtypes = (
-        POINTER(TokenLayerFields), POINTER(TokenRoute), c_void_p, c_void_p, c_int32, c_int32, c_void_p,
-    )  # fmt: skip
-    functions.qmix_decode_token.argtypes = (
-        c_void_p, c_int64, POINTER(TokenStep), c_int32, c_int32, c_void_p,
-    )  # fmt: skip
-    functions.qmix_attend.argtypes = (POINTER(Attended), c_int32, c_int32, c_void_p)
-    functions.qmix_matmul_dense.argtypes = (POINTER(DenseMatmul), c_int32, c_int32, c_void_p)
-    functions.qmix_matmul_dense.restype = None
-    functions.qmix_rms_norm.argtypes = (
-        c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32,
-    )  # fmt: skip
-    functions.qmix_rms_norm.restype = None
-    functions.qmix_read.argtypes = (c_void_p, c_int64, c_int32, c_int32, c_void_p)
-    functions.qmix_read.restype = c_uint64
-    best = int(functions.qmix_isa())
-    isa = ISAS[best] if wanted is None else wanted
-    if ISAS.index(isa) > best:
-        raise UsageError(
-            "this processor lacks such kernels",
-            where=VARIABLE,
-            expected=f"torch, {', '.join(ISAS[: best + 1])}",
-            found=wanted,
-        )
-    return Library(isa, functions, _openmp())
-
-
-def _openmp() -> int | None:
-    """libgomp's entry in the very copy that torch runs on, for one set of threads and not two.
-
-    None where torch has another, or where this process was forked off one whose threads it does not
-    have: entering libgomp there would wait for them for ever.
-    """
-    try:
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
-            flags = int(stat.read().rpartition(")")[2].split()[6])
-        if flags & _FORKED:
-            return None
-        entry = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError, ValueError, IndexError):
-        return None
-    return ctypes.cast(entry, c_void_p).value
+    name = isa.supported(requested, int(compiled.qmix_isa()))
+    return Library(Functions(compiled, name, torch_threads()))
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the compiled attention takes these, each query seeing all keys."""
+    """Whether `Library.attend` takes these, each query seeing all keys."""
     batch, groups, positions, width = k.shape
     return (
         q.is_cpu

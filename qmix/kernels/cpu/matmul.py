@@ -38,15 +38,23 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     return _multiplied(x, weights)
 
 
-def add_experts(x: Tensor, experts: Sequence[Expert], shares: Sequence[float], out: Tensor) -> None:
-    """Add `share * w2(silu(w1 x) * w3 x)` of NF4 or Int4 experts to `out`, in this order.
+def add_experts(
+    x: Tensor, experts: Sequence[Expert], routing_weights: Sequence[float], out: Tensor
+) -> None:
+    """Add `routing_weight * w2(silu(w1 x) * w3 x)` of NF4 or Int4 experts to `out`, in this order.
 
     x is one token's [1, D], out float32 [1, D]; nothing between them is rounded to x's dtype.
     """
     compiled = library()
     assert compiled.isa is not None
     packed = [(_packed(e.w1), _packed(e.w3), _packed(e.w2)) for e in experts]
-    compiled.add_experts(x.float().contiguous(), packed, shares, out, rounded=x.dtype.itemsize == 2)
+    compiled.add_experts(
+        x.float().contiguous(),
+        packed,
+        routing_weights,
+        out,
+        quantize_activations=x.dtype.itemsize == 2,
+    )
 
 
 def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:

@@ -13,7 +13,8 @@ import torch
 from qmix import kernels
 from qmix.errors import ResourceError, UsageError
 from qmix.kernels.cpu import build
-from qmix.kernels.cpu.library import VARIABLE, library
+from qmix.kernels.cpu.isa import VARIABLE
+from qmix.kernels.cpu.library import library
 from qmix.quantize.rounding.nf4 import quantize
 from tests.support.models import ROOT
 
@@ -36,7 +37,7 @@ def cache(tmp_path, monkeypatch):
     library.cache_clear()
 
 
-def product():
+def multiply():
     weight = quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
     x = torch.ones(2, 128)
     oracle = x @ weight.dequantize(torch.float32).T
@@ -51,12 +52,12 @@ def script(path, text):
 
 @needs_compiler
 def test_it_is_compiled_once_and_found_again(cache, monkeypatch):
-    product()
+    multiply()
     (kept,) = cache.iterdir()  # and nothing of the compilation is left
     assert kept.suffix == ".so"
     before = kept.stat().st_mtime_ns
     library.cache_clear()
-    product()
+    multiply()
     assert kept.stat().st_mtime_ns == before
     assert library().isa is not None
     assert not library().fallbacks
@@ -65,7 +66,7 @@ def test_it_is_compiled_once_and_found_again(cache, monkeypatch):
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A source that compiles in no time, in place of the package's."""
-    source = tmp_path / "source" / "products.cpp"
+    source = tmp_path / "source" / "kernels.cpp"
     source.parent.mkdir()
     source.write_text("int answer = 42;")
     monkeypatch.setattr(build, "SOURCE", source)
@@ -105,7 +106,7 @@ def test_a_damaged_file_is_compiled_anew(small, tmp_path, keep):
 def test_a_cache_that_cannot_be_written_is_named_and_done_without(cache, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.warns(RuntimeWarning, match=r"cache/qmix: .* XDG_CACHE_HOME"):
-        product()
+        multiply()
     assert library().isa is not None
     assert not library().fallbacks
 
@@ -143,14 +144,14 @@ def test_without_a_working_compiler_torch_multiplies_and_says_so_once(
         monkeypatch.setenv("CXX", script(tmp_path / "liar", text))
         reason = "cannot be loaded"
     with pytest.warns(RuntimeWarning) as caught:
-        product()
+        multiply()
     said = [str(each.message) for each in caught if "tenth of the speed" in str(each.message)]
     assert len(said) == 1
     assert re.search(reason, said[0]), said
     assert "Install g++ or clang++" in said[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        product()
+        multiply()
     assert library().isa is None
     assert library().fallbacks == 2
 
@@ -163,7 +164,7 @@ def test_an_unknown_choice_is_refused(cache, monkeypatch):
 
 def test_torch_by_choice_is_no_reason_to_warn(cache, monkeypatch):
     monkeypatch.setenv(VARIABLE, "torch")
-    product()
+    multiply()
     assert library().fallbacks == 1
     assert not cache.exists()
 

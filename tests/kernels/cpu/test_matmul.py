@@ -12,7 +12,7 @@ import torch
 
 from qmix import kernels
 from qmix.kernels import Routes, pointwise
-from qmix.kernels.cpu import library as libraries
+from qmix.kernels.cpu import functions
 from qmix.kernels.cpu.library import library
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
@@ -317,8 +317,7 @@ def test_a_forked_child_multiplies():
 @pytest.mark.usefixtures("compiled")
 def test_the_threads_are_torchs_own():
     found = library()
-    assert found.fork is None or found._fork == found.fork
-    assert libraries._openmp() == found.fork
+    assert functions.torch_threads() == found.functions.fork
     memory = torch.arange(1 << 18, dtype=torch.int64)
     expected = 0
     for value in memory.tolist():
