@@ -199,7 +199,7 @@ class Library:
         out = x.clone()
         logits = torch.empty(len(layers), layers[0].pointers.num_experts, dtype=x.dtype)
         rings = (structs.TokenCache * len(caches))(
-            *((k.data_ptr(), v.data_ptr(), k.stride(1)) for k, v in caches)
+            *(structs.TokenCache(k.data_ptr(), v.data_ptr(), k.stride(1)) for k, v in caches)
         )
         step = structs.TokenStep(
             cos.data_ptr(),
