@@ -1,10 +1,10 @@
 """MixtralConfig: every number that shapes the model, read strictly from `config.json`.
 
-Field names are Hugging Face's. Knows nothing of tensors or files other than `config.json`.
+Field names and defaults are those of Hugging Face's MixtralConfig. Knows nothing of tensors, or of
+files other than `config.json`.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +16,7 @@ from qmix.errors import ConfigError, UnsupportedError
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 DTYPES = ("float32", "float16", "bfloat16")
 
-# Largest values taken seriously: an order of magnitude above any Mixtral, far below what overflows.
+# The accepted ranges reach an order of magnitude above any Mixtral, far below what overflows.
 _INT_RANGES = {
     "vocab_size": (2, 1 << 22),
     "hidden_size": (1, 1 << 17),
@@ -38,8 +38,7 @@ _FLOAT_RANGES = {
     "router_jitter_noise": (0.0, 1.0),
 }
 
-
-# Fields whose null in config.json says no more than their absence.
+# Fields for which null in config.json means the default.
 _NULL_MEANS_DEFAULT = (
     "rope_theta",
     "router_jitter_noise",
@@ -54,28 +53,30 @@ _NULL_MEANS_DEFAULT = (
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class MixtralConfig:
-    """The configuration of a Mixtral model (reference page, section MixtralConfig).
+    """The configuration of a Mixtral model.
 
     Unknown keyword arguments are kept in `extra`, readable as attributes, and written back by
-    `to_dict`. Defaults are the page's; the released 8x7B differs where noted.
+    `to_dict`. Where the released 8x7B differs from a default, the attribute says so.
 
     Attributes:
-        num_key_value_heads: heads that share their keys; None means one per attention head.
+        num_key_value_heads: number of key-value heads; None means one per attention head.
         head_dim: None means `hidden_size // num_attention_heads`.
-        hidden_act: silu (swish), gelu, gelu_new, gelu_pytorch_tanh or relu, or a function so named.
-        max_position_embeddings: a bound that is warned about, not enforced; 32768 as released.
-        initializer_range: deviation of the normal distribution of new weights (not truncated).
-        sliding_window: keys that a query sees, itself included; None is full attention, as
-            released.
-        rope_theta: also where transformers 5 writes it, in `rope_parameters`.
+        hidden_act: silu (swish), gelu, gelu_new, gelu_pytorch_tanh or relu, or a function of one of
+            these names.
+        max_position_embeddings: exceeding it gives a warning, not an error; 32768 in the 8x7B.
+        initializer_range: standard deviation of new weights, which are normal and not truncated.
+        sliding_window: number of keys that a query sees, itself included; None is full attention,
+            as in the 8x7B.
+        rope_theta: also accepted where transformers 5 writes it, in `rope_parameters`.
         num_experts_per_tok: the k of the router's top-k.
-        output_router_logits: default of forward: raw router logits and the auxiliary loss too.
-        router_aux_loss_coef: weight of that loss in the total; 0.02 as released.
-        router_jitter_noise: inputs of the router are scaled by up to this much, while training.
+        output_router_logits: whether forward returns raw router logits and the auxiliary loss by
+            default.
+        router_aux_loss_coef: weight of the auxiliary loss in the total; 0.02 in the 8x7B.
+        router_jitter_noise: in training, the router's inputs are scaled by up to this much.
         dtype: of the checkpoint's floating tensors; `torch_dtype` in transformers 4.
 
     Raises:
-        ConfigError: a value of the wrong type or outside its range; the message names the field.
+        ConfigError: a value has the wrong type or is out of range; the message names the field.
         UnsupportedError: a feature that qmix does not have (RoPE scaling, another architecture).
     """
 
@@ -124,7 +125,7 @@ class MixtralConfig:
                     where="config.hidden_size",
                     expected=f"a multiple of {heads}",
                     found=hidden,
-                    remedy="Give head_dim if that is meant.",
+                    remedy="Give head_dim if this is intended.",
                 )
             merged["head_dim"] = hidden // heads
         if isinstance(merged["eos_token_id"], list):
@@ -142,7 +143,7 @@ class MixtralConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All end-of-sequence ids, also when there is one or none."""
+        """All end-of-sequence ids; empty if there is none."""
         if self.eos_token_id is None:
             return ()
         ids = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
@@ -150,23 +151,18 @@ class MixtralConfig:
 
     @property
     def num_labels(self) -> int:
-        """Classes of a sequence classifier: num_labels, else as many as id2label names, else 2."""
-        named = self.extra.get("id2label")
-        labels = self.extra.get("num_labels", len(named) if isinstance(named, Mapping) else 2)
+        """Number of classes of a classifier: `num_labels`, else the length of `id2label`, else 2."""
+        names = self.extra.get("id2label")
+        labels = self.extra.get("num_labels", len(names) if isinstance(names, Mapping) else 2)
         if type(labels) is not int or not 1 <= labels <= 1 << 22:
-            raise ConfigError(
-                "absurd value",
-                where="config.num_labels",
-                expected=f"an integer from 1 to {1 << 22}",
-                found=repr(labels)[:80],
-            )
+            raise _wrong("absurd value", "num_labels", f"an integer from 1 to {1 << 22}", labels)
         return labels
 
     def __hash__(self) -> int:
         return hash(self.to_json())
 
     def replace(self, **changes: Any) -> "MixtralConfig":
-        """A copy with some fields changed, checked again."""
+        """A copy with some fields changed, checked like a new one."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         if ("hidden_size" in changes or "num_attention_heads" in changes) and (
             self.head_dim * self.num_attention_heads == self.hidden_size
@@ -176,7 +172,12 @@ class MixtralConfig:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, where: str = "config") -> "MixtralConfig":
-        """From the document of a `config.json`, in the spelling of transformers 4 or 5."""
+        """Read the document of a `config.json`, as transformers 4 or 5 writes it.
+
+        Raises:
+            ConfigError, UnsupportedError: as the constructor, and for another model_type; the
+                message starts with `where`.
+        """
         model_type = document.get("model_type", "mixtral")
         if model_type != "mixtral":
             raise UnsupportedError(
@@ -199,20 +200,24 @@ class MixtralConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MixtralConfig":
-        """Read `config.json` of a checkpoint directory."""
+        """Read the `config.json` of a checkpoint directory.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or a value is wrong.
+        """
         path = Path(directory) / "config.json"
         return cls.from_dict(strict_json.read(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of a `config.json`, in the spelling that transformers 4 and 5 both read."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
-        dtype = own.pop("dtype")
-        quantization = own.pop("quantization_config")
-        if isinstance(own["eos_token_id"], tuple):
-            own["eos_token_id"] = list(own["eos_token_id"])
-        document = {"model_type": "mixtral", **self.extra, **own}
+        """The document of a `config.json`, spelled so that transformers 4 and 5 both read it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        dtype = values.pop("dtype")
+        quantization = values.pop("quantization_config")
+        if isinstance(values["eos_token_id"], tuple):
+            values["eos_token_id"] = list(values["eos_token_id"])
+        document = {"model_type": "mixtral", **self.extra, **values}
         document.setdefault("architectures", ["MixtralForCausalLM"])
-        document.pop("attn_implementation", None)  # of this machine, not of the model
+        document.pop("attn_implementation", None)  # a choice of this machine, not of the model
         if dtype is not None:
             document["torch_dtype"] = dtype
         if quantization is not None:
@@ -220,17 +225,18 @@ class MixtralConfig:
         return dict(sorted(document.items()))
 
     def to_json(self) -> str:
+        """The text of a `config.json`."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=True) + "\n"
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` into an existing or new directory."""
+        """Write `config.json` into `directory`, which is created if necessary."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         strict_json.write(folder / "config.json", self.to_dict())
 
 
 def _normalise(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Fold the spellings of transformers 4 and 5 into one."""
+    """Unify the spellings of transformers 4 and 5."""
     values = dict(kwargs)
     rope = values.pop("rope_parameters", None)
     if rope is not None:
@@ -300,92 +306,72 @@ def _refuse_scaling(name: str, rope: Any) -> None:
         )
 
 
+def _wrong(what: str, name: str, expected: str, value: object) -> ConfigError:
+    return ConfigError(what, where=f"config.{name}", expected=expected, found=repr(value)[:80])
+
+
 def _check(values: Mapping[str, Any]) -> None:
+    """Refuse a value that is wrong on its own."""
+    _check_numbers(values)
+    for name in ("use_cache", "tie_word_embeddings", "output_router_logits"):
+        if not isinstance(values[name], bool):
+            raise _wrong("wrong type", name, "true or false", values[name])
+    window = values["sliding_window"]
+    if window is not None and (not _is_int(window) or window < 1):
+        raise _wrong(
+            "absurd value",
+            "sliding_window",
+            "null (full attention) or an integer of at least 1",
+            window,
+        )
+    _check_tokens(values)
+    dtype, quantization = values["dtype"], values["quantization_config"]
+    for what, name, value, known in (
+        ("unknown activation", "hidden_act", values["hidden_act"], ACTIVATIONS),
+        ("unknown dtype", "torch_dtype", dtype, (None, *DTYPES)),
+    ):
+        if value not in known:
+            raise UnsupportedError(
+                what,
+                where=f"config.{name}",
+                expected="one of " + ", ".join(filter(None, known)),
+                found=repr(value)[:80],
+            )
+    if quantization is not None and not isinstance(quantization, Mapping):
+        raise _wrong("wrong type", "quantization_config", "an object or null", quantization)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
     for name, (low, high) in _INT_RANGES.items():
         value = values[name]
         if name == "head_dim" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(
-                "absurd value",
-                where=f"config.{name}",
-                expected=f"an integer from {low} to {high}",
-                found=repr(value)[:80],
-            )
+        if not _is_int(value) or not low <= value <= high:
+            raise _wrong("absurd value", name, f"an integer from {low} to {high}", value)
     for name, (least, most) in _FLOAT_RANGES.items():
         value = values[name]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or not least <= value <= most
-        ):
-            raise ConfigError(
-                "absurd value",
-                where=f"config.{name}",
-                expected=f"a number from {least:g} to {most:g}",
-                found=repr(value)[:80],
-            )
-    for name in ("use_cache", "tie_word_embeddings", "output_router_logits"):
-        if not isinstance(values[name], bool):
-            raise ConfigError(
-                "wrong type",
-                where=f"config.{name}",
-                expected="true or false",
-                found=repr(values[name])[:80],
-            )
-    window = values["sliding_window"]
-    if window is not None and (
-        isinstance(window, bool) or not isinstance(window, int) or window < 1
-    ):
-        raise ConfigError(
-            "absurd value",
-            where="config.sliding_window",
-            expected="null (full attention) or an integer of at least 1",
-            found=repr(window)[:80],
-        )
-    _check_tokens(values)
-    if values["hidden_act"] not in ACTIVATIONS:
-        raise UnsupportedError(
-            "unknown activation",
-            where="config.hidden_act",
-            expected="one of " + ", ".join(ACTIVATIONS),
-            found=repr(values["hidden_act"])[:80],
-        )
-    if values["dtype"] is not None and values["dtype"] not in DTYPES:
-        raise UnsupportedError(
-            "unknown dtype",
-            where="config.torch_dtype",
-            expected="one of " + ", ".join(DTYPES),
-            found=repr(values["dtype"])[:80],
-        )
-    quantization = values["quantization_config"]
-    if quantization is not None and not isinstance(quantization, Mapping):
-        raise ConfigError(
-            "wrong type",
-            where="config.quantization_config",
-            expected="an object or null",
-            found=repr(quantization)[:80],
-        )
+        number = _is_int(value) or isinstance(value, float)
+        if not number or not least <= value <= most:  # no NaN is in a range
+            raise _wrong("absurd value", name, f"a number from {least:g} to {most:g}", value)
 
 
 def _check_tokens(values: Mapping[str, Any]) -> None:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = values[name]
-        ids = value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]
-        for one in ids:
-            if one is None and ids is not value:
+        several = name == "eos_token_id" and isinstance(value, (list, tuple))
+        for index in value if several else [value]:
+            if index is None and not several:
                 continue
-            if isinstance(one, bool) or not isinstance(one, int) or not -1 <= one < 1 << 31:
-                raise ConfigError(
-                    "wrong type",
-                    where=f"config.{name}",
-                    expected="a token id (-1: none) or null",
-                    found=repr(value)[:80],
-                )
+            if not _is_int(index) or not -1 <= index < 1 << 31:
+                raise _wrong("wrong type", name, "a token id (-1: none) or null", value)
 
 
 def _check_together(values: Mapping[str, Any]) -> None:
+    """Refuse values that contradict each other."""
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     if heads % kv_heads:
         raise ConfigError(

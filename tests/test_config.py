@@ -89,6 +89,8 @@ def test_every_field_round_trips(tmp_path):
         ("rope_theta", 0),
         ("rope_theta", "1e6"),
         ("rope_theta", float("nan")),
+        ("rope_theta", float("inf")),
+        ("rope_theta", 10**400),
         ("rms_norm_eps", -1e-5),
         ("sliding_window", 0),
         ("sliding_window", -1),

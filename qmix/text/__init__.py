@@ -1,4 +1,4 @@
-"""Text and ids: tokenizers, the chat template, and what may be shown on a terminal.
+"""Text and token ids: tokenizer, detokenizer, chat template, and what a terminal may show.
 
-Knows nothing of tensors, weights, models or files of weights.
+Knows nothing of weights, models or their files.
 """

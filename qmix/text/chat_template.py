@@ -1,8 +1,8 @@
 """A conversation as token ids: Mixtral-8x7B-Instruct's [INST] format, segment by segment.
 
-Pure: knows of a tokenizer only that it encodes. `[INST]` is ordinary text to this tokenizer (733
-16289 28793), so a user who types it cannot be told from the format: no claim of immunity is made.
-Control tokens (`<s>`, `</s>`) never come out of a text.
+`[INST]` is ordinary text to this tokenizer (733 16289 28793), so a user who types it cannot be told
+apart from the format: the format gives no protection against injection. A text never encodes to a
+control token (`<s>`, `</s>`). Knows of a tokenizer only that it encodes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer."""
+    """The part of a tokenizer that the template needs."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -26,10 +26,13 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `ids`: an assistant's answer as it was generated, used instead of its text.
+    """One turn of a conversation.
 
-    Encoding the text of an answer again need not give the ids that were sampled, and a KV cache
-    knows the sampled ones.
+    Attributes:
+        role: "system", "user" or "assistant".
+        content: the text.
+        ids: the ids of an assistant's answer as they were generated, used instead of its text.
+            Encoding the text again need not give the sampled ids, which are those in a KV cache.
     """
 
     role: str
@@ -38,24 +41,24 @@ class Message:
 
 
 def encode(messages: Sequence[Message | Mapping[str, str]], tokenizer: Encoder) -> list[int]:
-    """The ids that the model continues with its next answer.
+    """Encode a conversation that the model is to continue with its next answer.
 
-    `<s>`, then for each turn `[INST] user [/INST]` and `answer </s>`; a system prompt and a blank
-    line stand before the first user text. Texts are taken as they are: nothing is stripped.
-    (Format v1 of mistral-common, which refuses an empty answer; here it is just `</s>`.)
+    The ids are `<s>`, then `[INST] user [/INST]` and `answer </s>` for each turn. A system prompt
+    and a blank line precede the first user text. Texts are not stripped. (This is format v1 of
+    mistral-common, which refuses an empty answer; here an empty answer is just `</s>`.)
 
     Args:
-        messages: `Message`s, or mappings with `role` and `content`. A system message first or
-            not at all, then user and assistant in turn, the user last.
+        messages: `Message`s, or mappings with `role` and `content`: at most one system message,
+            which comes first, then user and assistant alternating, the user last.
 
     Raises:
-        UsageError: a wrong order of roles; the message names the index and the role.
+        UsageError: the roles are out of order; the message names the index and the role.
     """
-    turns = [_message(one, index) for index, one in enumerate(messages)]
+    turns = [_message(message, index) for index, message in enumerate(messages)]
     _check_order(turns)
     system = ""
     if turns[0].role == "system":
-        # An empty system prompt is none: no blank line is left of it.
+        # An empty system prompt counts as none and leaves no blank line.
         system = turns[0].content and f"{turns[0].content}\n\n"
         turns = turns[1:]
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -67,10 +70,10 @@ def encode(messages: Sequence[Message | Mapping[str, str]], tokenizer: Encoder) 
 
 
 def continue_turn(text: str, tokenizer: Encoder) -> list[int]:
-    """The ids of one more user turn, to append behind an answer that already stands in a cache.
+    """The ids of one more user turn, to append after an answer that is already in a cache.
 
-    `</s>` and `[INST] text [/INST]`: exactly what `encode` puts behind that answer. Leave the
-    first id out if the answer's own `</s>` has been fed to the model.
+    They are `</s>` and `[INST] text [/INST]`, exactly what `encode` puts after that answer. Leave out
+    the first id if the answer's own `</s>` has been fed to the model.
     """
     return [_end(tokenizer), *_user(text, tokenizer)]
 
@@ -115,7 +118,7 @@ def _message(value: Message | Mapping[str, str], index: int) -> Message:
         )
     if not isinstance(value.content, str):
         raise UsageError(
-            f"the {value.role}'s content is not a text",
+            f"the {value.role}'s content is not text",
             where=where,
             expected="a string",
             found=type(value.content).__name__,
@@ -133,13 +136,13 @@ def _check_order(turns: Sequence[Message]) -> None:
                 where=f"messages[{index}]",
                 expected=expected,
                 found=message.role,
-                remedy="A system message first or not at all, then user and assistant in turn.",
+                remedy="Give at most one system message, first, then user and assistant alternating.",
             )
     if len(turns) == first:
         raise UsageError("no user message", where="messages", found=f"{len(turns)} messages")
     if turns[-1].role != "user":
         raise UsageError(
-            "the last message is not the user's",
+            "the last message is not from the user",
             where=f"messages[{len(turns) - 1}]",
             expected="user",
             found=turns[-1].role,

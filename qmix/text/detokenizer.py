@@ -1,4 +1,4 @@
-"""Ids to text as they arrive: whole characters only, each once.
+"""Ids to text as they arrive: whole characters only, each exactly once.
 
 Knows nothing of encoding or of files.
 """
@@ -12,33 +12,41 @@ from qmix.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """What each id shows: one table, so that streaming and decoding cannot disagree."""
+    """The vocabulary by id. Streaming and decoding share it, so they cannot disagree.
+
+    Attributes:
+        names: the pieces as sentencepiece names them.
+        texts: the pieces with spaces in place of sentencepiece's mark.
+        bytes_by_id: the byte of each byte piece.
+        controls: unknown, begin, end and special added tokens, which have no text of their own.
+        drops_first_space: whether decoding drops the space of the first piece.
+    """
 
     names: tuple[str, ...]
-    texts: tuple[str, ...]  # with spaces in place of the mark
+    texts: tuple[str, ...]
     bytes_by_id: Mapping[int, int]
-    controls: frozenset[int]  # unknown, begin, end, special added tokens: no text of their own
+    controls: frozenset[int]
     drops_first_space: bool
 
 
 class Decodes(Protocol):
-    """What is asked of a tokenizer."""
+    """The part of a tokenizer that decoding needs."""
 
     @property
     def pieces(self) -> Pieces: ...
 
 
 class StreamDetokenizer:
-    """Text from ids as they arrive: what is finished comes out, and comes out once.
+    """Turns ids into text as they arrive, each character as soon as it is complete.
 
-    All `put` results and `end` together are the text that `decode` gives for the same ids. The
-    bytes of an unfinished character wait for their rest. O(1) a token.
+    The results of all `put` calls and of `end`, joined, are the text that `decode` gives for the
+    same ids. The bytes of an incomplete character are held back. Each token costs O(1).
 
     Args:
-        tokenizer: whose ids they are.
-        prompt: ids that stand before the first `put`; their text is not repeated. With a prompt
-            the first piece keeps its leading space (`generate`: the text goes on); without one
-            it loses it (`chat`: an answer starts).
+        tokenizer: the tokenizer of the ids.
+        prompt: ids before the first `put`, whose text is not repeated. After a prompt the first
+            piece keeps its leading space, because the text continues (`generate`). Without one it
+            loses the space, because an answer starts (`chat`).
         skip_special_tokens: leave control tokens out.
     """
 
@@ -57,14 +65,14 @@ class StreamDetokenizer:
             self.put(index)
 
     def put(self, token_id: int) -> str:
-        """The text that `token_id` finishes; often one piece, sometimes nothing.
+        """The text that `token_id` completes: mostly one piece, sometimes nothing.
 
         Raises:
             UsageError: an id outside the vocabulary.
         """
         pieces = self._pieces
         if isinstance(token_id, int) and token_id >= len(pieces.texts):
-            return self._finished(last=True)  # a row of a padded embedding has no text
+            return self._complete(last=True)  # a row of a padded embedding has no text
         if not isinstance(token_id, int) or token_id < 0:
             expected = f"a token id from 0 to {len(pieces.texts) - 1}"
             raise UsageError(
@@ -74,8 +82,8 @@ class StreamDetokenizer:
         if byte is not None:
             self._started = True
             self._waiting += bytes((byte,))
-            return self._finished(last=False)
-        before = self._finished(last=True)
+            return self._complete(last=False)
+        before = self._complete(last=True)
         if token_id in pieces.controls and self._skip:
             return before
         text = pieces.texts[token_id]
@@ -85,20 +93,20 @@ class StreamDetokenizer:
         return before + text
 
     def end(self) -> str:
-        """What still waits: U+FFFD for each byte of a character that never came whole."""
-        return self._finished(last=True)
+        """End the text: U+FFFD for each byte of a character that was never completed."""
+        return self._complete(last=True)
 
-    def _finished(self, *, last: bool) -> str:
+    def _complete(self, *, last: bool) -> str:
         text = ""
         while self._waiting:
             try:
                 text += self._waiting.decode()
                 self._waiting = b""
             except UnicodeDecodeError as error:
-                # Only "unexpected end" reaches the last byte without breaking a rule of UTF-8.
+                # Only after "unexpected end" can further bytes still make the sequence valid.
                 if error.reason == "unexpected end of data" and not last:
                     return text
-                # One U+FFFD a byte, as sentencepiece does; Python's own rule merges some.
+                # One U+FFFD for each byte, as in sentencepiece; Python would merge some.
                 text += self._waiting[: error.start].decode() + "\ufffd"
                 self._waiting = self._waiting[error.start + 1 :]
         return text

@@ -1,6 +1,6 @@
-"""The file `tokenizer.model`: read whole, and checked before sentencepiece sees it.
+"""The file `tokenizer.model`: read whole, and checked before sentencepiece parses it.
 
-Knows nothing of tokens. Layout: sentencepiece_model.proto.
+The layout is sentencepiece's sentencepiece_model.proto. Knows nothing of tokens.
 """
 
 from pathlib import Path
@@ -12,6 +12,11 @@ MODEL_BYTES = 64 << 20
 
 
 def read_model(file: Path) -> bytes:
+    """The bytes of a `tokenizer.model`.
+
+    Raises:
+        CheckpointError: no such file, too large, or unreadable.
+    """
     try:
         if not file.is_file():
             raise CheckpointError(
@@ -26,7 +31,7 @@ def read_model(file: Path) -> bytes:
                 where=str(file),
                 expected=f"at most {MODEL_BYTES} B",
                 found=size,
-                remedy="Mixtral's tokenizer.model has 493443 B: fetch it again.",
+                remedy="Download it again; Mixtral's tokenizer.model has 493443 B.",
             )
         return file.read_bytes()
     except OSError as error:
@@ -34,19 +39,23 @@ def read_model(file: Path) -> bytes:
 
 
 def damaged(where: str, found: str) -> CheckpointError:
+    """The error for bytes that are not a sentencepiece model."""
     return CheckpointError(
         "not a sentencepiece model, or a damaged one",
         where=where,
         found=found,
-        remedy="Fetch the file again; Mixtral's tokenizer.model has 493443 B.",
+        remedy="Download it again; Mixtral's tokenizer.model has 493443 B.",
     )
 
 
 def check_model(data: bytes, where: str) -> None:
-    """Walk the outer protobuf message: pieces (1), trainer (2) and normaliser (3) must be there.
+    """Walk the outer protobuf message, in which pieces (1), trainer (2) and normaliser (3) must occur.
 
-    The parser accepts a file that was cut between two fields, and then fills in defaults: another
-    algorithm and another treatment of spaces, silently. (Layout: sentencepiece_model.proto.)
+    sentencepiece accepts a file that was cut between two fields and silently fills in defaults,
+    which mean another algorithm and another treatment of spaces.
+
+    Raises:
+        CheckpointError: empty, cut short, another format, or a git-lfs pointer.
     """
     if not data:
         raise damaged(where, "an empty file")

@@ -1,7 +1,7 @@
-"""Text to ids and back with sentencepiece, as Mixtral's checkpoints carry it (`tokenizer.model`).
+"""Text to ids and back with sentencepiece, whose model a Mixtral checkpoint holds (`tokenizer.model`).
 
-Calls have the shape of Hugging Face's LlamaTokenizer. What a user types never becomes a control
-token: `</s>` in a text is five ordinary characters. Knows nothing of models; torch only on demand.
+Calls have the form of Hugging Face's LlamaTokenizer. What a user types never becomes a control
+token: `</s>` in a text is four ordinary characters. Knows nothing of models.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,58 +13,24 @@ import sentencepiece
 from qmix import atomic_file, strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.text import chat_template
+from qmix.text.batch_encoding import (
+    BatchEncoding,
+    as_tensors,
+    check_options,
+    check_padding_side,
+    pad,
+    wrong_value,
+)
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
 from qmix.text.sentencepiece_file import MODEL_FILE, check_model, damaged, read_model
+from qmix.text.tokenizer_config import CONFIG_FILE, TokenizerConfig, overrides, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_FILE = "tokenizer_config.json"
-ADDED_FILE = "added_tokens.json"
-# sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space: the one
-# character that does not survive the round trip.
+# sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space, so it is the
+# one character that does not survive the round trip.
 SPACE_MARK = "\u2581"
-
-# What a caller of from_pretrained may say instead of tokenizer_config.json.
-_ENTRIES = (
-    "add_bos_token",
-    "add_eos_token",
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-    "model_max_length",
-)
-# Options of transformers about which class reads which file from where: here there is one of each.
-_WITHOUT_EFFECT = (
-    "cache_dir",
-    "force_download",
-    "legacy",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-    "use_auth_token",
-    "use_fast",
-)
-
-
-class BatchEncoding(dict[str, Any]):
-    """`input_ids` and `attention_mask` (1 keep, 0 padding), by key or as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"this encoding has no {name!r}") from None
-
-    def to(self, device: object) -> Self:
-        """Move the tensors to `device`, in place; lists stay."""
-        for name, value in self.items():
-            if hasattr(value, "to"):
-                self[name] = value.to(device)
-        return self
 
 
 class LlamaTokenizer:
@@ -72,15 +38,15 @@ class LlamaTokenizer:
 
     Args:
         model: the bytes of a `tokenizer.model`.
-        config: the document of a `tokenizer_config.json`: add_bos_token, add_eos_token, the
-            bos, eos, unk and pad tokens, added_tokens_decoder. Other keys are carried, unread.
+        config: the document of a `tokenizer_config.json`. add_bos_token, add_eos_token, the bos,
+            eos, unk and pad tokens and added_tokens_decoder are read; other entries are kept.
         where: names the model file in errors.
 
     `padding_side` ("left" or "right") may be set. `pad_token_id` is None unless the config names
     one; batches are then padded with the end-of-sequence id.
 
     Raises:
-        CheckpointError: damaged model or config; the message names the file.
+        CheckpointError: the model or the config is damaged; the message names the file.
     """
 
     def __init__(
@@ -92,17 +58,17 @@ class LlamaTokenizer:
         except (RuntimeError, ValueError) as error:
             raise damaged(where, str(error)[:120]) from None
         self._model = model
-        self._config = dict(config or {})
-        self._where = str(Path(where).with_name(CONFIG_FILE))
-        self.pieces = self._read_pieces()
+        self._config = TokenizerConfig(config or {}, str(Path(where).with_name(CONFIG_FILE)))
+        self.pieces = _pieces(self._sp, self._config)
         self._ids = {name: i for i, name in reversed(list(enumerate(self.pieces.names)))}
         self.padding_side = "left"
-        self.add_bos_token = self._flag("add_bos_token", True)
-        self.add_eos_token = self._flag("add_eos_token", False)
-        self.unk_token_id = self._special("unk_token", self._sp.unk_id())
-        self.bos_token_id = self._special("bos_token", self._sp.bos_id())
-        self.eos_token_id = self._special("eos_token", self._sp.eos_id())
-        self.pad_token_id = self._special("pad_token", self._sp.pad_id())
+        self.add_bos_token = self._config.flag("add_bos_token", True)
+        self.add_eos_token = self._config.flag("add_eos_token", False)
+        special = self._config.special_token
+        self.unk_token_id = special("unk_token", self._ids, self._sp.unk_id())
+        self.bos_token_id = special("bos_token", self._ids, self._sp.bos_id())
+        self.eos_token_id = special("eos_token", self._ids, self._sp.eos_id())
+        self.pad_token_id = special("pad_token", self._ids, self._sp.pad_id())
 
     @classmethod
     def from_pretrained(
@@ -110,21 +76,21 @@ class LlamaTokenizer:
     ) -> Self:
         """Read a checkpoint directory, or a `tokenizer.model` file by its path.
 
-        A `tokenizer_config.json` beside it is honoured, and where that lists no added tokens, the
-        `added_tokens.json` of fine-tunes before 2024. Data only: no code is ever loaded.
+        A `tokenizer_config.json` beside it is honoured. Where that lists no added tokens, so is the
+        `added_tokens.json` of fine-tunes before 2024. No code is ever loaded.
 
         Args:
             padding_side: "left" or "right".
-            options: entries of tokenizer_config.json that are to be others: add_bos_token,
-                add_eos_token, bos_token, eos_token, unk_token, pad_token, model_max_length. Options
-                of transformers that cannot change the ids here (use_fast, legacy, revision, ...)
-                are taken and change nothing.
+            options: entries that override tokenizer_config.json: add_bos_token, add_eos_token,
+                bos_token, eos_token, unk_token, pad_token, model_max_length. Options of
+                transformers that cannot change the ids here (use_fast, legacy, revision, ...) are
+                accepted and have no effect.
 
         Raises:
             CheckpointError: a file is missing or damaged; the message names it.
-            UsageError: an unknown option.
+            UsageError: an unknown option, or another padding_side.
         """
-        changes = _changes(options)
+        changes = overrides(options)
         path = Path(path)
         file = path / MODEL_FILE if path.is_dir() else path
         if not file.exists() and (path / "tokenizer.json").exists():
@@ -135,14 +101,8 @@ class LlamaTokenizer:
                 remedy=f"Copy {MODEL_FILE} from the original checkpoint into this directory.",
             )
         model = read_model(file)
-        config_file = file.with_name(CONFIG_FILE)
-        config = strict_json.read(config_file) if config_file.exists() else {}
-        added = file.with_name(ADDED_FILE)
-        if "added_tokens_decoder" not in config and added.exists():
-            config["added_tokens_decoder"] = _decoder(strict_json.read(added), str(added))
-        tokenizer = cls(model, {**config, **changes}, where=str(file))
-        if padding_side not in ("left", "right"):
-            raise _wrong("padding_side", "'left' or 'right'", padding_side)
+        tokenizer = cls(model, {**read_config(file), **changes}, where=str(file))
+        check_padding_side(padding_side)
         tokenizer.padding_side = padding_side
         return tokenizer
 
@@ -150,8 +110,9 @@ class LlamaTokenizer:
         """Write `tokenizer.model` byte for byte, and `tokenizer_config.json`."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        # auto_map points at code, which is not carried.
-        document = {key: value for key, value in self._config.items() if key != "auto_map"}
+        # auto_map names code, which is not saved.
+        entries = self._config.document.items()
+        document = {key: value for key, value in entries if key != "auto_map"}
         document.update(
             tokenizer_class="LlamaTokenizer",
             add_bos_token=self.add_bos_token,
@@ -166,7 +127,7 @@ class LlamaTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of `tokenizer.model` itself, without added tokens."""
+        """Number of ids of `tokenizer.model`, without added tokens."""
         return int(self._sp.get_piece_size())
 
     def __len__(self) -> int:
@@ -191,31 +152,32 @@ class LlamaTokenizer:
     @pad_token.setter
     def pad_token(self, token: str | None) -> None:
         if token is not None and token not in self._ids:
-            raise _wrong("pad_token", "a token of the vocabulary", token)
+            raise wrong_value("pad_token", "a token of the vocabulary", token)
         self.pad_token_id = None if token is None else self._ids[token]
 
     def get_vocab(self) -> dict[str, int]:
+        """The id of every token by its name."""
         return dict(self._ids)
 
     def convert_ids_to_tokens(self, ids: "int | Sequence[int] | Tensor") -> str | list[str]:
-        """The pieces' own names: `▁My`, `<0x0A>`, `</s>`."""
+        """The names of pieces: `▁My`, `<0x0A>`, `</s>`."""
         names = [self.pieces.names[i] for i in self._checked(ids)]
         return names[0] if isinstance(ids, int) else names
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int | None] | None:
-        """The ids of pieces by name; a name that is no piece gives the unknown id."""
+        """The ids of pieces by name; an unknown name gives the unk id."""
         if isinstance(tokens, str):
             return self._ids.get(tokens, self.unk_token_id)
         return [self._ids.get(token, self.unk_token_id) for token in tokens]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text; with `add_special_tokens` the begin id stands in front.
+        """The ids of a text; with `add_special_tokens` the BOS id comes first.
 
         Raises:
             UsageError: not a string, or a string that is not Unicode text (a lone surrogate).
         """
         if not isinstance(text, str):
-            raise _wrong("text", "a string", text)
+            raise wrong_value("text", "a string", text)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -229,7 +191,7 @@ class LlamaTokenizer:
         ids: list[int] = self._sp.encode(text)
         if not add_special_tokens:
             return ids
-        return [*self._front(), *ids, *self._back()]
+        return [*self._prefix(), *ids, *self._suffix()]
 
     def __call__(
         self,
@@ -243,26 +205,25 @@ class LlamaTokenizer:
     ) -> BatchEncoding:
         """Encode one text or a batch into `input_ids` and `attention_mask`.
 
-        Lists, or with `return_tensors="pt"` int64 tensors (rows, longest). `max_length` counts
-        the special tokens and cuts each row's right end.
+        Returns lists, or with `return_tensors="pt"` int64 tensors (rows, longest). `max_length`
+        counts the special tokens; longer rows lose their right end.
 
         Raises:
-            UsageError: a wrong option, or rows of unequal length asked for as a tensor.
+            UsageError: a wrong option, or a tensor requested of rows that differ in length.
         """
-        _check_options(return_tensors, padding, truncation, max_length)
+        check_options(return_tensors, padding, truncation, max_length)
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise UsageError("no text given", where="text")
-        rows = [self.encode(one, add_special_tokens) for one in texts]
+        rows = [self.encode(each, add_special_tokens) for each in texts]
         if max_length is not None:
-            front, back = (self._front(), self._back()) if add_special_tokens else ([], [])
-            room = max(max_length, len(front) + len(back))
-            rows = [row if len(row) <= room else row[: room - len(back)] + back for row in rows]
+            rows = self._truncate(rows, max_length, add_special_tokens)
         masks = [[1] * len(row) for row in rows]
         if padding and len(rows) > 1:
-            rows, masks = self._pad(rows)
+            pad_token_id = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+            rows, masks = pad(rows, pad_token_id, self.padding_side)
         if return_tensors == "pt":
-            return _tensors(rows, masks)
+            return as_tensors(rows, masks)
         if isinstance(text, str):
             return BatchEncoding(input_ids=rows[0], attention_mask=masks[0])
         return BatchEncoding(input_ids=rows, attention_mask=masks)
@@ -275,16 +236,16 @@ class LlamaTokenizer:
     ) -> str:
         """The text of ids, as `sentencepiece` decodes them.
 
-        The first piece loses the space that encoding put in front, and no other does. Control
-        tokens are left out, or written where they stand: `<s> text</s> text`. (The slow tokenizer
-        of transformers 4 moves those spaces about: `<s>text`, but `<s> text</s>text`.) A control
+        The first piece loses the space that encoding put in front; no other piece does. Control
+        tokens are left out, or written in their place: `<s> text</s> text`. (The slow tokenizer of
+        transformers 4 places these spaces otherwise: `<s>text`, but `<s> text</s>text`.) A control
         token ends a byte sequence. Each broken byte gives one U+FFFD.
 
         Raises:
             UsageError: an id outside the vocabulary.
         """
         if clean_up_tokenization_spaces:
-            raise _wrong("clean_up_tokenization_spaces", "False: it changes the text", True)
+            raise wrong_value("clean_up_tokenization_spaces", "False: it changes the text", True)
         stream = StreamDetokenizer(self, skip_special_tokens=skip_special_tokens)
         parts = [stream.put(i) for i in self._checked(ids)]
         return "".join(parts) + stream.end()
@@ -295,7 +256,7 @@ class LlamaTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
-        """`decode` of each row."""
+        """Apply `decode` to each row."""
         return [
             self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences
         ]
@@ -307,114 +268,41 @@ class LlamaTokenizer:
         return_tensors: str | None = None,
         add_generation_prompt: bool = True,
     ) -> "list[int] | str | Tensor":
-        """Mixtral's [INST] format (see `qmix.text.chat_template`): ids, int64 (1, ids), or readable text.
+        """Messages in Mixtral's [INST] format (see `qmix.text.chat_template`).
 
-        The format ends where the answer begins, so `add_generation_prompt` changes nothing. A
-        chat_template of the checkpoint is a program and is not run.
+        The format ends where the answer begins, so `add_generation_prompt` has no effect. The
+        checkpoint's own chat_template is a program and is not run.
+
+        Returns:
+            Ids, int64 ids (1, n) with `return_tensors="pt"`, or with `tokenize=False` the text.
         """
-        _check_options(return_tensors, False, None, None)
+        check_options(return_tensors, False, None, None)
         ids = chat_template.encode(messages, self)
         if not tokenize:
             return self.decode(ids)
         if return_tensors == "pt":
-            tensor: Tensor = _tensors([ids], [[1] * len(ids)])["input_ids"]
+            tensor: Tensor = as_tensors([ids], [[1] * len(ids)])["input_ids"]
             return tensor
         return ids
-
-    def _read_pieces(self) -> Pieces:
-        sp = self._sp
-        size = sp.get_piece_size()
-        names: list[str] = [sp.id_to_piece(i) for i in range(size)]
-        texts = [name.replace(SPACE_MARK, " ") for name in names]
-        controls = {i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)}
-        spaced = next((i for i, text in enumerate(texts) if text.startswith(" ")), None)
-        for index, (content, special) in self._added_tokens(size).items():
-            if index != len(names):
-                raise self._bad_entry("added_tokens_decoder", f"{len(names)}: no gap", index)
-            names.append(content)
-            texts.append(content)
-            if special:
-                controls.add(index)
-        return Pieces(
-            names=tuple(names),
-            texts=tuple(texts),
-            bytes_by_id={i: int(names[i][1:-1], 16) for i in range(size) if sp.is_byte(i)},
-            controls=frozenset(controls),
-            drops_first_space=spaced is not None and sp.decode([spaced]) != texts[spaced],
-        )
-
-    def _added_tokens(self, size: int) -> dict[int, tuple[str, bool]]:
-        """Tokens behind the model's own, as fine-tunes add them: id -> content, special."""
-        entries = self._config.get("added_tokens_decoder", {})
-        added: dict[int, tuple[str, bool]] = {}
-        if not isinstance(entries, Mapping):
-            raise self._bad_entry("added_tokens_decoder", "an object", entries)
-        for key, entry in entries.items():
-            if not (key.isascii() and key.isdigit() and len(key) < 9):
-                raise self._bad_entry("added_tokens_decoder", "token ids as keys", key)
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-                raise self._bad_entry(
-                    f"added_tokens_decoder.{key}", "an object with content", entry
-                )
-            if int(key) >= size:
-                added[int(key)] = (entry["content"], entry.get("special") is True)
-        return dict(sorted(added.items()))
-
-    def _flag(self, name: str, default: bool) -> bool:
-        value = self._config.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self._bad_entry(name, "true or false", value)
-        return value
-
-    def _special(self, name: str, own: int) -> int | None:
-        """The id of a special token: as the config names it, or the model's own (-1: none)."""
-        value = self._config.get(name)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if value is None:
-            return own if own >= 0 else None
-        if not isinstance(value, str):
-            raise self._bad_entry(name, "a string, or an object with content", value)
-        if value not in self._ids:
-            raise self._bad_entry(
-                name, f"a token of {MODEL_FILE} or of added_tokens_decoder", value
-            )
-        return self._ids[value]
-
-    def _bad_entry(self, name: str, expected: str, found: object) -> CheckpointError:
-        return CheckpointError(
-            "wrong value",
-            where=f"{self._where}: {name}",
-            expected=expected,
-            found=repr(found)[:80],
-            remedy="Correct it, or remove the entry.",
-        )
 
     def _name(self, index: int | None) -> str | None:
         return None if index is None else self.pieces.names[index]
 
-    def _front(self) -> list[int]:
+    def _prefix(self) -> list[int]:
         return [self.bos_token_id] if self.add_bos_token and self.bos_token_id is not None else []
 
-    def _back(self) -> list[int]:
+    def _suffix(self) -> list[int]:
         return [self.eos_token_id] if self.add_eos_token and self.eos_token_id is not None else []
 
-    def _pad(self, rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-        pad = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
-        if pad is None:
-            raise UsageError("the tokenizer has neither a pad nor an end token", where="padding")
-        if self.padding_side not in ("left", "right"):
-            raise _wrong("padding_side", "'left' or 'right'", self.padding_side)
-        longest = max(map(len, rows))
-        padded, masks = [], []
-        for row in rows:
-            blank, mask = longest - len(row), [1] * len(row)
-            left = self.padding_side == "left"
-            padded.append([pad] * blank + row if left else row + [pad] * blank)
-            masks.append([0] * blank + mask if left else mask + [0] * blank)
-        return padded, masks
+    def _truncate(
+        self, rows: list[list[int]], max_length: int, add_special_tokens: bool
+    ) -> list[list[int]]:
+        """Cut the right end of long rows, but leave their special tokens."""
+        prefix, suffix = (self._prefix(), self._suffix()) if add_special_tokens else ([], [])
+        longest = max(max_length, len(prefix) + len(suffix))
+        return [
+            row if len(row) <= longest else row[: longest - len(suffix)] + suffix for row in rows
+        ]
 
     def _checked(self, ids: "int | Sequence[int] | Tensor") -> list[int]:
         """A flat list of ids, each inside the vocabulary."""
@@ -423,63 +311,26 @@ class LlamaTokenizer:
         size = len(self)
         for index in listed:
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
-                raise _wrong("ids", f"token ids from 0 to {size - 1}, one row", index)
+                raise wrong_value("ids", f"token ids from 0 to {size - 1}, one row", index)
         return listed
 
 
-def _decoder(added: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`added_tokens.json` (content -> id) as the `added_tokens_decoder` that came after it."""
-    for content, index in added.items():
-        if type(index) is not int or index < 0:
-            raise CheckpointError(
-                f"token {content!r}: not an id", where=where, expected="a number", found=index
-            )
-    return {str(index): {"content": content, "special": True} for content, index in added.items()}
-
-
-def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that change tokenizer_config.json; those without effect dropped."""
-    for name in options:
-        if name not in (*_ENTRIES, *_WITHOUT_EFFECT):
-            raise UsageError(
-                f"from_pretrained has no option {name!r}",
-                expected=", ".join(("padding_side", *_ENTRIES)),
-            )
-    return {name: value for name, value in options.items() if name in _ENTRIES}
-
-
-def _wrong(where: str, expected: str, found: object) -> UsageError:
-    return UsageError("wrong value", where=where, expected=expected, found=repr(found)[:80])
-
-
-def _check_options(
-    return_tensors: str | None, padding: bool | str, truncation: bool | None, max_length: int | None
-) -> None:
-    if return_tensors not in (None, "pt"):
-        raise _wrong("return_tensors", "'pt' or None", return_tensors)
-    if padding not in (True, False, "longest"):
-        raise _wrong("padding", "True, False or 'longest'", padding)
-    if truncation not in (None, True, False):
-        raise _wrong("truncation", "True or False", truncation)
-    if max_length is None:
-        if truncation:
-            raise _wrong("max_length", "a number, because truncation=True", max_length)
-    elif truncation is False:
-        raise _wrong("truncation", "True, because max_length is given", truncation)
-    elif isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise _wrong("max_length", "an integer of at least 1", max_length)
-
-
-def _tensors(rows: list[list[int]], masks: list[list[int]]) -> BatchEncoding:
-    import torch
-
-    if len({len(row) for row in rows}) > 1:
-        raise UsageError(
-            "rows of unequal length do not make a tensor",
-            where="return_tensors",
-            remedy="Give padding=True.",
-        )
-    return BatchEncoding(
-        input_ids=torch.tensor(rows, dtype=torch.int64),
-        attention_mask=torch.tensor(masks, dtype=torch.int64),
+def _pieces(sp: Any, config: TokenizerConfig) -> Pieces:
+    """The pieces of a sentencepiece model, followed by the added tokens of its config."""
+    size = sp.get_piece_size()
+    names: list[str] = [sp.id_to_piece(i) for i in range(size)]
+    texts = [name.replace(SPACE_MARK, " ") for name in names]
+    controls = {i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)}
+    spaced = next((i for i, text in enumerate(texts) if text.startswith(" ")), None)
+    for text, special in config.added_tokens(size):
+        if special:
+            controls.add(len(names))
+        names.append(text)
+        texts.append(text)
+    return Pieces(
+        names=tuple(names),
+        texts=tuple(texts),
+        bytes_by_id={i: int(names[i][1:-1], 16) for i in range(size) if sp.is_byte(i)},
+        controls=frozenset(controls),
+        drops_first_space=spaced is not None and sp.decode([spaced]) != texts[spaced],
     )

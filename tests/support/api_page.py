@@ -48,7 +48,8 @@ CONTENTS = {
         "qmix/generation/streamers.py": ["Streamer", "TextStreamer", "TextIteratorStreamer"],
     },
     "Text": {
-        "qmix/text/tokenizer.py": ["LlamaTokenizer", "BatchEncoding"],
+        "qmix/text/tokenizer.py": ["LlamaTokenizer"],
+        "qmix/text/batch_encoding.py": ["BatchEncoding"],
         "qmix/text/chat_template.py": ["Message", "encode"],
     },
     "transformers": {"qmix/hf.py": ["adapt", "tokenizer"]},

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from qmix.errors import CheckpointError, UsageError
 from qmix.text.detokenizer import StreamDetokenizer
 from qmix.text.sentencepiece_file import MODEL_FILE
-from qmix.text.tokenizer import CONFIG_FILE, LlamaTokenizer
+from qmix.text.tokenizer import LlamaTokenizer
+from qmix.text.tokenizer_config import CONFIG_FILE
 from tests.support.models import ROOT
 
 UDHR = ROOT.parent / "shared" / "data" / "udhr2.zip"
