@@ -20,7 +20,7 @@ from torch import Tensor
 from qmix import strict_json
 from qmix.errors import CheckpointError
 from qmix.formats.files import safetensors_header
-from qmix.formats.files.safetensors_header import TensorInfo, open_regular, read_headers
+from qmix.formats.files.safetensors_header import TensorInfo, open_regular
 from qmix.formats.files.shard_names import INDEX, shard_name
 
 _ALIGNMENT = 8
@@ -53,6 +53,13 @@ class Entry:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    def rows(self, first: int, last: int) -> "Entry":
+        """Rows [first, last) along the first axis, which lie together."""
+        row_bytes = self.nbytes // self.shape[0]
+        start = self.start + first * row_bytes
+        shape = (last - first, *self.shape[1:])
+        return Entry(self.file, self.dtype, shape, start, start + shape[0] * row_bytes)
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -71,32 +78,8 @@ class Shards:
         return tuple(sorted({entry.file for entry in self.entries.values()}))
 
     def read(self, name: str, into: Allocate = fresh) -> Tensor:
-        """One tensor, by default in fresh memory.
-
-        Args:
-            into: gives the memory for so many bytes, uint8 on the CPU.
-
-        Raises:
-            CheckpointError: the file changed since it was opened.
-        """
-        entry = self.entries[name]
-        data = into(entry.nbytes)
-        if entry.nbytes:
-            read = _read_into(entry, data.numpy().data)
-            if read != entry.nbytes:
-                raise CheckpointError(
-                    f"the data of {name} ends early",
-                    where=str(entry.file),
-                    expected=f"{entry.nbytes} B",
-                    found=f"{read} B",
-                    remedy="The file changed while it was read, or is still being written.",
-                )
-        return data.view(entry.dtype).view(entry.shape)
-
-
-def open_shards(directory: str | Path) -> Shards:
-    """Open a checkpoint directory; see headers.read_headers."""
-    return Shards.of(Path(directory), read_headers(directory))
+        """One tensor by its name in the files; see read_entry."""
+        return read_entry(name, self.entries[name], into)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -106,6 +89,30 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def _entry(header: TensorInfo) -> Entry:
     return Entry(header.file, DTYPES[header.dtype], header.shape, header.start, header.stop)
+
+
+def read_entry(name: str, entry: Entry, into: Allocate = fresh) -> Tensor:
+    """Read a tensor, by default into fresh memory.
+
+    Args:
+        name: the tensor's, for errors.
+        into: returns memory of the given number of bytes, uint8 on the CPU.
+
+    Raises:
+        CheckpointError: the file is gone, or ends before the tensor does.
+    """
+    data = into(entry.nbytes)
+    if entry.nbytes:
+        nbytes = _read_into(entry, data.numpy().data)
+        if nbytes != entry.nbytes:
+            raise CheckpointError(
+                f"the data of {name} ends early",
+                where=str(entry.file),
+                expected=f"{entry.nbytes} B",
+                found=f"{nbytes} B",
+                remedy="The file changed while it was read, or is still being written.",
+            )
+    return data.view(entry.dtype).view(entry.shape)
 
 
 def _read_into(entry: Entry, view: memoryview) -> int:

@@ -77,18 +77,12 @@ class RawCheckpoint:
     def entry(self, tensor: ModelTensor) -> Entry:
         """The bytes of one weight: a run of rows, as all layouts stack along the first axis."""
         place = self.places[tensor.name]
-        entry = self.shards.entries[place.name]
-        row = entry.nbytes // entry.shape[0]
-        first, last = place.rows
-        shape = (last - first, *entry.shape[1:])
-        start = entry.start + first * row
-        return Entry(entry.file, entry.dtype, shape, start, entry.start + last * row)
+        return self.shards.entries[place.name].rows(*place.rows)
 
     def read(self, tensor: ModelTensor) -> Tensor:
         """One weight in fresh memory, as Hugging Face stores it."""
         place = self.places[tensor.name]
-        one = Shards(self.shards.directory, {place.name: self.entry(tensor)})
-        data = one.read(place.name)
+        data = shards.read_entry(place.name, self.entry(tensor))
         if place.heads:
             return half_split(data, place.heads)
         return data.t().contiguous() if place.transposed else data

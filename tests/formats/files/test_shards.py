@@ -13,7 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats.files import shard_names, shards
+from qmix.formats.files.safetensors_header import read_headers
 from qmix.formats.files.shards import Planned
+
+
+def opened(directory):
+    return shards.Shards.of(directory, read_headers(directory))
 
 
 def planned(tensors):
@@ -47,11 +52,11 @@ def test_the_library_reads_what_we_write(tmp_path):
 
 def test_we_read_what_the_library_writes(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
-    opened = shards.open_shards(tmp_path)
-    assert opened.entries.keys() == TENSORS.keys()
+    files = opened(tmp_path)
+    assert files.entries.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert torch.equal(opened.read(name), tensor)
-        assert opened.read(name).shape == tensor.shape
+        assert torch.equal(files.read(name), tensor)
+        assert files.read(name).shape == tensor.shape
 
 
 def test_every_tensor_is_aligned_and_the_bytes_are_golden(tmp_path):
@@ -74,8 +79,8 @@ def test_shards_hold_at_most_the_limit_and_the_index_lists_all(tmp_path):
     names = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert names == [shard_names.shard_name(i, 4) for i in range(4)]
     assert all(os.path.getsize(tmp_path / n) < 1000 + 400 for n in names)
-    opened = shards.open_shards(tmp_path)
-    assert all(torch.equal(opened.read(n), t) for n, t in tensors.items())
+    files = opened(tmp_path)
+    assert all(torch.equal(files.read(n), t) for n, t in tensors.items())
 
 
 def header(path, document, data=b""):
@@ -126,14 +131,14 @@ BAD_DOCUMENTS = {
 def test_files_that_are_no_safetensors_are_named(tmp_path, name):
     (tmp_path / "model.safetensors").write_bytes(BAD_HEADERS[name])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("name", BAD_DOCUMENTS)
 def test_headers_that_lie_are_refused(tmp_path, name):
     header(tmp_path / "model.safetensors", *BAD_DOCUMENTS[name])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -148,8 +153,8 @@ def test_a_damaged_file_is_refused_or_reads_as_the_library_reads_it(tmp_path_fac
     del raw[data.draw(st.integers(len(raw) - 3, len(raw))) :]
     path.write_bytes(raw)
     try:
-        opened = shards.open_shards(folder)
-        ours = {name: opened.read(name) for name in opened.entries}
+        files = opened(folder)
+        ours = {name: files.read(name) for name in files.entries}
     except QmixError:
         return
     theirs = load_file(path)  # what we accept, the library accepts
@@ -164,7 +169,7 @@ def test_a_damaged_file_is_refused_or_reads_as_the_library_reads_it(tmp_path_fac
 def test_a_header_length_may_look_like_another_formats_first_bytes(tmp_path, length):
     raw = json.dumps({"a": F32}).encode().ljust(length)
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + raw + b"1234")
-    assert shards.open_shards(tmp_path).entries.keys() == {"a"}
+    assert opened(tmp_path).entries.keys() == {"a"}
 
 
 def indexed(tmp_path, weight_map):
@@ -180,7 +185,7 @@ def indexed(tmp_path, weight_map):
 def test_an_index_cannot_leave_the_directory(tmp_path, name):
     indexed(tmp_path, {"a": name})
     with pytest.raises(CheckpointError, match=r"index\.json"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -195,16 +200,16 @@ def test_an_index_cannot_leave_the_directory(tmp_path, name):
 def test_an_index_must_list_exactly_what_the_files_hold(tmp_path, weight_map, named):
     indexed(tmp_path, weight_map)
     with pytest.raises(CheckpointError, match=named):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
 
 
 def test_an_unlisted_shard_is_refused_but_mistrals_own_file_is_not(tmp_path):
     indexed(tmp_path, {"a": "one.safetensors"})
     save_file({"z": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
-    assert shards.open_shards(tmp_path).entries.keys() == {"a"}
+    assert opened(tmp_path).entries.keys() == {"a"}
     save_file({"z": torch.zeros(1)}, tmp_path / "stray.safetensors")
     with pytest.raises(CheckpointError, match=r"stray\.safetensors"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
 
 
 def test_links_may_not_leave_the_directory_except_into_the_hub_cache(tmp_path):
@@ -214,29 +219,29 @@ def test_links_may_not_leave_the_directory_except_into_the_hub_cache(tmp_path):
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(outside)
     with pytest.raises(CheckpointError, match="leaves the directory"):
-        shards.open_shards(folder)
+        opened(folder)
     snapshot = tmp_path / "hub" / "snapshots" / "rev"
     blobs = tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     outside.rename(blobs / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
-    assert shards.open_shards(snapshot).entries.keys() == {"a"}
+    assert opened(snapshot).entries.keys() == {"a"}
 
 
 def test_pipes_directories_and_loops_are_refused_without_blocking(tmp_path):
     path = tmp_path / "model.safetensors"
     os.mkfifo(path)
     with pytest.raises(CheckpointError, match="not a regular file"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
     path.unlink()
     path.mkdir()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
     path.rmdir()
     path.symlink_to(path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
 
 
 def test_pickles_are_never_opened(tmp_path):
@@ -245,13 +250,13 @@ def test_pickles_are_never_opened(tmp_path):
         b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
     )
     with pytest.raises(QmixError, match="never unpickles"):
-        shards.open_shards(tmp_path)
+        opened(tmp_path)
     assert not canary.exists()
 
 
 def test_a_file_that_shrinks_after_opening_is_an_error_not_a_signal(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
-    opened = shards.open_shards(tmp_path)
+    files = opened(tmp_path)
     os.truncate(tmp_path / "model.safetensors", 2000)
     with pytest.raises(CheckpointError, match="ends early"):
-        opened.read("a")
+        files.read("a")

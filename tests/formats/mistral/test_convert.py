@@ -439,19 +439,19 @@ def test_a_raw_folder_is_never_replaced_by_force(raw, tmp_path, whole):
 
 def test_a_stack_is_read_one_expert_at_a_time(raw, tmp_path, monkeypatch):
     written, read = [], []
-    write, reader = shards.ShardWriter.write, shards.Shards.read
+    write, reader = shards.ShardWriter.write, shards.read_entry
 
     def writing(self, name, tensor):
         written.append(tensor.untyped_storage().nbytes() == tensor.nbytes)
         return write(self, name, tensor)
 
-    def reading(self, name):
-        tensor = reader(self, name)
+    def reading(name, entry):
+        tensor = reader(name, entry)
         read.append((name, tuple(tensor.shape)))
         return tensor
 
     monkeypatch.setattr(shards.ShardWriter, "write", writing)
-    monkeypatch.setattr(shards.Shards, "read", reading)
+    monkeypatch.setattr(shards, "read_entry", reading)
     convert.run(raw, tmp_path / "out")
     assert all(written)
     stacks = [shape for name, shape in read if ".block_sparse_moe.w" in name]
