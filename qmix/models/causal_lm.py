@@ -1,7 +1,6 @@
-"""The public models, in the shape of the reference page: MixtralForCausalLM, and the two beside it.
+"""MixtralForCausalLM: the decoder with a language-model head, and its generation.
 
-Shape letters: B batch, S new positions, L positions seen, P prompt columns, N new tokens, D hidden
-width, V vocabulary. Knows no bits and no files: those come through qmix.models.load.
+Knows no bits and no files: those come through qmix.models.load. Shape letters as in qmix.nn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,8 @@ from qmix.generation.logits_processors import LogitsProcessor
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn
-from qmix.models.mixtral import MixtralModel, Pairs, Past
+from qmix.models.inputs import CausalLMInputs, Pairs, takes
+from qmix.models.mixtral import MixtralModel
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.linear import Linear, initialise
@@ -32,7 +32,7 @@ from qmix.text.tokenizer import LlamaTokenizer
 
 
 class MixtralForCausalLM(PreTrainedModel):
-    """The decoder with a language-model head (reference page, section MixtralForCausalLM)."""
+    """The decoder with a language-model head: next-token logits, losses, generation."""
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
@@ -56,61 +56,31 @@ class MixtralForCausalLM(PreTrainedModel):
             assert isinstance(shared, nn.Parameter)
             self.lm_head.weight = shared
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Past | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+    @takes(CausalLMInputs)
+    def forward(self, inputs: CausalLMInputs) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """One pass over (B, S) new positions; arguments as in MixtralModel.forward.
 
         Args:
             labels: int64 (B, S), shifted inside; -100 is left out of the loss.
-            logits_to_keep: compute the last n positions only, or those of an index tensor; 0 = all.
+            logits_to_keep: compute the logits of the last n positions only, or of those that an
+                index tensor names; 0: of all.
 
         Raises:
             UsageError: as MixtralModel.forward; labels of another shape or outside the vocabulary.
         """
-        out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            output_router_logits,
-            True,
-        )
-        kept = out.last_hidden_state
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise UsageError(
-                "out of range", where="logits_to_keep", expected="at least 0", found=logits_to_keep
-            )
-        if isinstance(logits_to_keep, Tensor):
-            kept = kept[:, logits_to_keep]
-        elif logits_to_keep:
-            kept = kept[:, -logits_to_keep:]
-        logits = self.lm_head(kept).float()
+        out = self.model(**inputs.for_decoder())
+        hidden = _positions(out.last_hidden_state, inputs.logits_to_keep)
+        logits = self.lm_head(hidden).float()
         loss = aux_loss = None
-        if labels is not None:
-            if kept is not out.last_hidden_state and kept.shape[1] != labels.shape[1]:
+        if inputs.labels is not None:
+            partial = hidden is not out.last_hidden_state
+            if partial and hidden.shape[1] != inputs.labels.shape[1]:
                 raise UsageError("labels need the logits of all positions", where="logits_to_keep")
-            loss = next_token_loss(logits, labels)
+            loss = next_token_loss(logits, inputs.labels)
         if out.router_logits is not None:
             new_columns = None
-            if attention_mask is not None and attention_mask.dim() == 2:
-                new_columns = attention_mask[:, -out.last_hidden_state.shape[1] :]
+            if inputs.attention_mask is not None and inputs.attention_mask.dim() == 2:
+                new_columns = inputs.attention_mask[:, -out.last_hidden_state.shape[1] :]
             aux_loss = load_balancing_loss(
                 out.router_logits, self.config.num_experts_per_tok, new_columns
             )
@@ -125,7 +95,7 @@ class MixtralForCausalLM(PreTrainedModel):
             attentions=out.attentions,
             router_logits=out.router_logits,
         )
-        return found if self._wants_dict(return_dict) else found.to_tuple()
+        return found if self._wants_dict(inputs.return_dict) else found.to_tuple()
 
     @torch.no_grad()
     def next_logits(
@@ -278,3 +248,12 @@ class MixtralForCausalLM(PreTrainedModel):
             for token in generation.stream(self, inputs):
                 if token.texts[0]:
                     yield token.texts[0]
+
+
+def _positions(hidden: Tensor, kept: int | Tensor) -> Tensor:
+    """The hidden states (B, S, D) at the last `kept` positions, or at those of an index tensor."""
+    if isinstance(kept, Tensor):
+        return hidden[:, kept]
+    if kept < 0:
+        raise UsageError("out of range", where="logits_to_keep", expected="at least 0", found=kept)
+    return hidden[:, -kept:] if kept else hidden

@@ -1,6 +1,6 @@
 """MixtralForSequenceClassification: a linear layer on one position of each row.
 
-Shape letters: B batch, S new positions, C labels. Knows no bits and no files.
+Knows no bits and no files. Shape letters as in qmix.nn, and C labels.
 """
 
 import warnings
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.models.mixtral import MixtralModel, Past
+from qmix.models.inputs import ClassifierInputs, takes
+from qmix.models.mixtral import MixtralModel
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import classification_loss, problem_type_of
@@ -19,12 +20,12 @@ from qmix.nn.outputs import SequenceClassifierOutputWithPast
 
 
 class MixtralForSequenceClassification(PreTrainedModel):
-    """The decoder with a linear layer on one position of each row (reference page, same section).
+    """The decoder with a linear layer on one position of each row.
 
-    That position is the last that is no padding: the rightmost id that is not the config's
-    pad_token_id, 0 in a row of padding alone; without a pad_token_id, and for inputs_embeds, the
-    last of the row. (transformers 4.38.1 takes the place before the first pad, which differs for
-    a pad id inside the text.) The number of classes is the config's num_labels.
+    That position is the rightmost id that is not the config's pad_token_id, or 0 in a row of
+    padding alone. Without a pad_token_id, and for inputs_embeds, it is the last of the row.
+    (transformers 4.38.1 takes the position before the first pad, which differs where a pad id
+    stands inside the text.) The number of classes is the config's num_labels.
     """
 
     def __init__(self, config: MixtralConfig) -> None:
@@ -46,53 +47,32 @@ class MixtralForSequenceClassification(PreTrainedModel):
         self.score.weight = nn.Parameter(torch.empty(weight.shape, device=device, dtype=dtype))
         initialise(self.score, self.config)
 
+    @takes(ClassifierInputs)
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Past | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        output_router_logits: bool | None = None,
+        self, inputs: ClassifierInputs
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """One pass over (B, S) new positions; arguments as in MixtralModel.forward.
 
         Args:
-            labels: (B,) class ids, or floats (B,) or (B, C); the config's problem_type says which
-                loss, else one label is a regression (mean squared error), class ids give
-                cross-entropy, floats binary cross-entropy, and the config keeps that.
+            labels: (B,) class ids, or floats (B,) or (B, C). The config's problem_type chooses the
+                loss. Without one, a single label means regression (mean squared error), class ids
+                mean cross-entropy and floats binary cross-entropy, and the config keeps that choice.
 
         Raises:
             UsageError: as MixtralModel.forward; several rows without a pad_token_id; labels that
                 do not fit.
         """
-        out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            output_router_logits,
-            True,
-        )
+        out = self.model(**inputs.for_decoder())
         hidden = out.last_hidden_state
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        logits = self.score(hidden[rows, self._last(input_ids, hidden)]).float()
+        logits = self.score(hidden[rows, self._last(inputs.input_ids, hidden)]).float()
         loss = None
-        if labels is not None:
+        if inputs.labels is not None:
             declared = getattr(self.config, "problem_type", None)
-            problem_type = problem_type_of(declared, self.config.num_labels, labels)
+            problem_type = problem_type_of(declared, self.config.num_labels, inputs.labels)
             if declared is None:
                 self.config = self.config.replace(problem_type=problem_type)
-            loss = classification_loss(problem_type, logits, labels)
+            loss = classification_loss(problem_type, logits, inputs.labels)
         found = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -101,7 +81,7 @@ class MixtralForSequenceClassification(PreTrainedModel):
             attentions=out.attentions,
             router_logits=out.router_logits,
         )
-        return found if self._wants_dict(return_dict) else found.to_tuple()
+        return found if self._wants_dict(inputs.return_dict) else found.to_tuple()
 
     def _last(self, input_ids: Tensor | None, hidden: Tensor) -> Tensor:
         """The position (B,) of each row that the classes are read from."""

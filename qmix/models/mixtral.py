@@ -1,7 +1,6 @@
-"""MixtralModel: the decoder in the shape of the reference page, arguments checked, outputs named.
+"""MixtralModel: the decoder behind Hugging Face's interface, arguments checked, outputs named.
 
-Shape letters: B batch, S new positions, L positions seen, D hidden width, H heads. Knows no bits and
-no files: those come through qmix.models.load.
+Knows no bits and no files: those come through qmix.models.load. Shape letters as in qmix.nn.
 """
 
 import warnings
@@ -13,18 +12,16 @@ from torch import Tensor, nn
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation.padding import check_embeds, check_prompt, checked_mask
+from qmix.models.inputs import DecoderInputs, Inputs, Past, takes
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import initialise
 from qmix.nn.outputs import MoeModelOutputWithPast
 
-Pairs = tuple[tuple[Tensor, Tensor], ...] | list[tuple[Tensor, Tensor]]
-Past = Cache | Pairs
-
 
 class MixtralModel(PreTrainedModel, Decoder):
-    """The decoder without a head (reference page, section MixtralModel).
+    """The decoder without a head: ids or embeddings in, hidden states out.
 
     Raises:
         UnsupportedError: the config names an attn_implementation that is not here.
@@ -39,70 +36,47 @@ class MixtralModel(PreTrainedModel, Decoder):
         """All modules by their checkpoint names, which a model without a head prefixes by "model."."""
         return {f"model.{name}": module for name, module in self.named_modules()}
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Past | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> MoeModelOutputWithPast | tuple[Any, ...]:
+    @takes(DecoderInputs)
+    def forward(self, inputs: DecoderInputs) -> MoeModelOutputWithPast | tuple[Any, ...]:
         """One pass over (B, S) new positions.
 
         Args:
             input_ids: int64 (B, S).
             attention_mask: (B, L + S), 0 at padding. Or (B or 1, H or 1, S, L + S) in place of
                 causality and window: bool, True is seen, or floats that are added to the scores.
-                Where a query sees nothing the output means nothing, but is finite.
+                For a fully masked query the output is undefined but finite.
             position_ids: int64 (B or 1, S), for the rotary embedding; default L .. L + S - 1.
             past_key_values: the cache of an earlier pass, which is appended to; or a tuple of
                 (keys, values), each (B, key-value heads, L, head width), for every layer.
             inputs_embeds: (B, S, D) instead of input_ids.
             use_cache: default: the config's, and False while training.
-            output_attentions: weights too. They are computed by eager attention, whatever the
-                model's own, with a warning if that is another.
+            output_attentions: return attention weights too. They are computed by eager attention,
+                with a warning if the model's own is another.
             output_hidden_states, output_router_logits: default: the config's.
-            return_dict: False gives a plain tuple of the fields that are not None.
+            return_dict: False returns a plain tuple of the fields that are not None.
 
         Raises:
             UsageError: ids outside the vocabulary, a wrong shape, another model's cache, both or
                 neither kind of input.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UsageError("give input_ids or inputs_embeds, and not both")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            check_prompt(input_ids, None)
-            inputs_embeds = self.embed(input_ids)
-        check_embeds(inputs_embeds, None, self.config.hidden_size)
-        batch, new = inputs_embeds.shape[:2]
-        cache = self._cache(past_key_values, use_cache, batch, new)
+        x = self._embeds(inputs)
+        batch, new = x.shape[:2]
+        cache = self._cache(inputs.past_key_values, inputs.use_cache, batch, new)
         past = cache.length if cache is not None else 0
+        position_ids = inputs.position_ids
         if position_ids is not None and position_ids.shape not in ((batch, new), (1, new)):
             raise _wrong_shape("position_ids", f"[{batch}, {new}]", position_ids)
-        padding_mask, attn_mask = self._masks(attention_mask, batch, past, new)
-        output_weights = self._asked(output_attentions, "output_attentions")
-        if output_weights and self.attn_implementation != "eager":
-            warnings.warn(
-                f"{self.attn_implementation} attention has no weights to give: output_attentions "
-                "computes them by eager attention",
-                stacklevel=2,
-            )
+        padding_mask, attn_mask = self._masks(inputs.attention_mask, batch, past, new)
         decoded = self.decode(
-            inputs_embeds,
+            x,
             padding_mask=padding_mask,
             attn_mask=attn_mask,
             position_ids=position_ids,
             cache=cache,
-            output_hidden_states=self._asked(output_hidden_states, "output_hidden_states"),
-            output_attentions=output_weights,
+            output_hidden_states=self._asked(inputs.output_hidden_states, "output_hidden_states"),
+            output_attentions=self._attentions_asked(inputs.output_attentions),
         )
-        routers = self._asked(output_router_logits, "output_router_logits")
+        routers = self._asked(inputs.output_router_logits, "output_router_logits")
         out = MoeModelOutputWithPast(
             last_hidden_state=decoded.hidden,
             past_key_values=cache,
@@ -110,7 +84,29 @@ class MixtralModel(PreTrainedModel, Decoder):
             attentions=decoded.attentions,
             router_logits=decoded.router_logits if routers else None,
         )
-        return out if self._wants_dict(return_dict) else out.to_tuple()
+        return out if self._wants_dict(inputs.return_dict) else out.to_tuple()
+
+    def _embeds(self, inputs: Inputs) -> Tensor:
+        """(B, S, D) of the ids, or as given."""
+        if (inputs.input_ids is None) == (inputs.inputs_embeds is None):
+            raise UsageError("give either input_ids or inputs_embeds")
+        embeds = inputs.inputs_embeds
+        if embeds is None:
+            assert inputs.input_ids is not None
+            check_prompt(inputs.input_ids, None)
+            embeds = self.embed(inputs.input_ids)
+        check_embeds(embeds, None, self.config.hidden_size)
+        return embeds
+
+    def _attentions_asked(self, given: bool | None) -> bool:
+        asked = self._asked(given, "output_attentions")
+        if asked and self.attn_implementation != "eager":
+            warnings.warn(
+                f"{self.attn_implementation} attention returns no weights: output_attentions "
+                "computes them by eager attention",
+                stacklevel=2,
+            )
+        return asked
 
     def _asked(self, given: bool | None, field: str) -> bool:
         return bool(getattr(self.config, field, False) if given is None else given)
@@ -137,7 +133,7 @@ class MixtralModel(PreTrainedModel, Decoder):
     def _masks(
         self, given: Tensor | None, batch: int, past: int, new: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask of columns and the mask of pairs that an attention_mask stands for."""
+        """(padding mask (B, L + S), attention mask of four axes); one of them or neither is given."""
         if given is None:
             return None, None
         given = checked_mask(given).to(self.device)
@@ -161,9 +157,9 @@ class MixtralModel(PreTrainedModel, Decoder):
             expected = f"[{batch}, {columns}], past and new positions"
             raise _wrong_shape("attention_mask", expected, given)
         padding_mask = given.bool()
-        return None if bool(
-            padding_mask.all()
-        ) else padding_mask, None  # the unmasked attention is faster
+        if bool(padding_mask.all()):
+            return None, None  # attention without a mask is faster
+        return padding_mask, None
 
 
 def _wrong_shape(where: str, expected: str, found: Tensor) -> UsageError:

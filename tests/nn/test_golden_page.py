@@ -18,7 +18,7 @@ from qmix.models.classifier import MixtralForSequenceClassification
 from tests.support import exact
 from tests.support.models import GOLDEN
 
-pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention has no weights")
+pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention returns no weights")
 VERSIONS = ("4.38.1", "4.47.1", "5.23.0")
 CASES = exact.page_cases()
 TOLERANCE = 1e-4

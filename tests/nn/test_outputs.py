@@ -10,7 +10,7 @@ from qmix.models.mixtral import MixtralModel
 from qmix.nn.outputs import MoeCausalLMOutputWithPast
 from tests.support.models import small_config, small_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention has no weights")
+pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention returns no weights")
 LAYERS, HEADS, EXPERTS = 3, 8, 8
 
 

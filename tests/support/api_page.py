@@ -15,6 +15,7 @@ import qmix
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "qmix" / "API.md"
+INPUTS = ROOT / "qmix" / "models" / "inputs.py"
 
 # Section -> file -> public names, in reading order.
 CONTENTS = {
@@ -143,6 +144,9 @@ def described(node):
 def signature(node, name):
     """The signature as a code block, an argument a line where it is long."""
     arguments = ast.parse(ast.unparse(node)).body[0].args
+    for mark in node.decorator_list:
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "takes":
+            arguments = taken(mark.args[0].id)
     for group in (arguments.posonlyargs, arguments.args):
         if group and group[0].arg in ("self", "cls"):
             del group[0]
@@ -152,6 +156,20 @@ def signature(node, name):
         words = split(ast.unparse(arguments))
         line = "\n".join([f"{name}(", *(f"    {word}," for word in words), f"){result}"])
     return ["```python", line, "```"]
+
+
+def taken(name):
+    """The arguments of a method that `takes` the fields of a class of qmix/models/inputs.py."""
+    classes = {
+        part.name: part for part in ast.parse(INPUTS.read_text()).body if hasattr(part, "name")
+    }
+    fields, node = [], classes[name]
+    while True:
+        fields = [part for part in node.body if isinstance(part, ast.AnnAssign)] + fields
+        if not node.bases:
+            declared = ", ".join(ast.unparse(field) for field in fields)
+            return ast.parse(f"def forward({declared}): ...").body[0].args
+        node = classes[node.bases[0].id]
 
 
 def split(arguments):
