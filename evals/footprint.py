@@ -20,8 +20,8 @@ from qmix.evals.timing import bench
 from qmix.formats.metadata import read_metadata
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.linear import Linear
-from qmix.planning.footprint import StoredModel
 from qmix.planning.plan import plan
+from qmix.planning.stored_model import StoredModel
 
 _PARTS = ("experts", "attention", "embeddings", "head", "router and norms")
 

@@ -18,8 +18,8 @@ from qmix.nn.decoder import embedding
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.planning import budget
-from qmix.planning.footprint import StoredModel
 from qmix.planning.plan import check_memory
+from qmix.planning.stored_model import StoredModel
 
 BATCH_TOKENS = 4096  # tokens a pass: enough to give every expert of 8 some hundred
 

@@ -3,7 +3,8 @@
 from qmix.commands.planner import PlanAnswer
 from qmix.planning.budget import MemoryBreakdown
 from qmix.planning.byte_sizes import show
-from qmix.planning.estimate import Estimate, Quantization, Speed, figure, rates_used
+from qmix.planning.estimate import Estimate, Quantization
+from qmix.planning.speed import Speed, figure, rates_used
 
 # Nobody decodes a single row faster than this: a step's launches take longer than its bytes.
 _FASTEST = 1000

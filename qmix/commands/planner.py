@@ -16,7 +16,7 @@ from qmix.formats.mistral.detect import refuse_raw
 from qmix.planning import gpus, machine
 from qmix.planning.byte_sizes import parse_size, show
 from qmix.planning.estimate import Estimate, estimate
-from qmix.planning.footprint import StoredModel
+from qmix.planning.stored_model import StoredModel
 from qmix.planning.gpus import Card
 from qmix.planning.plan import plan
 from qmix.planning.roofline import Rate, Rates

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from qmix.errors import ResourceError
+from qmix.weights.blob import PAGE_BYTES, aligned
 
-PAGE_BYTES = 4096
 # One registration may not be larger on some drivers; 15 GB at once failed where chunks did not.
 PIN_BYTES = 1 << 30
+_SLOT_ALIGNMENT = 256
 _PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
@@ -41,7 +42,7 @@ class HostArena:
     """
 
     def __init__(self, blobs: int, nbytes: int) -> None:
-        self.stride = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        self.stride = aligned(nbytes, PAGE_BYTES)
         self.nbytes = nbytes
         self.pinned_bytes = self.unpinned_bytes = 0
         self._runtime: Runtime | None = None
@@ -125,7 +126,7 @@ class SlotArena:
 
     def __init__(self, slots: int, nbytes: int, device: torch.device) -> None:
         self.nbytes = nbytes
-        stride = -(-nbytes // 256) * 256
+        stride = aligned(nbytes, _SLOT_ALIGNMENT)
         with torch.inference_mode(False):
             self._memory = torch.empty(max(slots, 1), stride, dtype=torch.uint8, device=device)
         self._count = slots

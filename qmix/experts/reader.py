@@ -5,7 +5,7 @@ GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
@@ -16,21 +16,15 @@ from torch import Tensor
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import fresh
 from qmix.formats.names import ModelTensor
+from qmix.weights.blob import aligned, blob_bytes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.scheme import DENSE, Scheme
-
-ALIGNMENT = 64  # a cache line, and the widest vector of a CPU
 
 MatrixName = Literal["w1", "w2", "w3"]
 MATRIX_NAMES: tuple[MatrixName, ...] = ("w1", "w2", "w3")
 Finish = Callable[[Weight, ModelTensor], Weight]
 Bundle = TypeVar("Bundle")
-
-
-def aligned(nbytes: int) -> int:
-    """The next multiple of ALIGNMENT."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Region:
@@ -144,13 +138,13 @@ class ExpertReader:
         rows, columns = tensor.shape
         packed = self._checkpoint.packing(tensor)
         if packed is None:
-            return aligned(rows * columns * self._dtype.itemsize)
-        total = sum(aligned(self._checkpoint.entry(name).nbytes) for name in packed.tensor_names)
-        if packed.layout != "bitsandbytes":  # zeros become a byte each
-            scales = next(n for n in packed.tensor_names if n.endswith(("scales", "weight_scale")))
-            total += aligned(math.prod(self._checkpoint.entry(scales).shape))
-            total += aligned(4 * columns)
-        return total
+            return blob_bytes((rows * columns * self._dtype.itemsize,))
+        entries = {name: self._checkpoint.entry(name) for name in packed.tensor_names}
+        tensors = [entry.nbytes for entry in entries.values()]
+        if packed.layout == "bitsandbytes":
+            return blob_bytes(tensors)
+        scales = next(name for name in entries if name.endswith(("scales", "weight_scale")))
+        return blob_bytes(tensors, groups=math.prod(entries[scales].shape), inputs=columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +178,3 @@ class FileWeight:
     def to(self, device: torch.device) -> Weight:
         """Itself on the CPU; elsewhere the weight."""
         return self if device == self.device else self.load().to(device)
-
-
-def in_turn(layers: int, experts: int) -> Iterator[int]:
-    """Expert ids, one of each layer, then the next of each: what to keep where nothing is known."""
-    return (layer * experts + expert for expert in range(experts) for layer in range(layers))

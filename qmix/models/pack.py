@@ -16,6 +16,7 @@ from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense
 from qmix.weights.packed import weight as packed
+from qmix.weights.packed.packed_shapes import require_silu
 from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
 
@@ -66,8 +67,7 @@ class Placement:
         if experts.packed is not None or isinstance(experts[0].w1, Dense):
             return
         try:
-            if block.act is not F.silu:
-                raise UnsupportedError("the kernels fuse SiLU only")
+            require_silu(fused=block.act is F.silu)
             packed_experts = PackedExperts.pack(experts)
         except UnsupportedError as error:
             self.apart[error.what] += 1

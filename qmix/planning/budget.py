@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from qmix.config import MixtralConfig
 from qmix.planning import quantize_cost
-from qmix.planning.footprint import ITEM_BYTES, Footprint, StoredModel
+from qmix.planning.footprint import Footprint
+from qmix.planning.stored_model import StoredModel
 
 # Prompt columns that generation computes at once: they bound the attention mask (chunk x context)
 # and the activations of a long prompt. On a GPU a chunk of any length reads all experts, 24 GB for
@@ -86,7 +87,7 @@ def device_items(
 def host_items_beside_device(model: StoredModel, footprint: Footprint) -> tuple[Item, ...]:
     """The host's bill where a GPU runs the model, without experts that stay there."""
     return (
-        Item("scales as they were read", footprint.kept),
+        Item("scales as they were read", footprint.host_bytes),
         Item("loading", max(model.loading, model.largest)),
         Item("process", CUDA_PROCESS_BYTES, standing=True),
     )
@@ -105,14 +106,14 @@ def host_items(
 
 def for_scoring(model: StoredModel, windows: int, window: int) -> MemoryBreakdown:
     """Host memory of `qmix eval`: one layer at a time and the hidden states of all windows [W, S, D]."""
-    item, layers = ITEM_BYTES[model.dtype], model.config.num_hidden_layers
+    item, layers = model.item, model.config.num_hidden_layers
     sizes = [0] * layers
     ends = 0
     for weight in model.weights:
         if weight.tensor.layer is None:
-            ends += weight.held(item)
+            ends += weight.memory_bytes(item)
         else:
-            sizes[weight.tensor.layer] += weight.held(item)
+            sizes[weight.tensor.layer] += weight.memory_bytes(item)
     hidden = windows * window * model.config.hidden_size * item
     return MemoryBreakdown(
         (
@@ -153,7 +154,7 @@ def for_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> Memor
 
 def _decoding(model: StoredModel, batch: int) -> int:
     """Rotary factors of every position, logits before and after the processors, shares."""
-    config, item = model.config, ITEM_BYTES[model.dtype]
+    config, item = model.config, model.item
     rotary = 2 * (config.max_position_embeddings + 1) * config.head_dim * item
     logits = 4 * batch * config.vocab_size * 4
     wide = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim

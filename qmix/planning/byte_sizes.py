@@ -1,9 +1,9 @@
-"""Sizes in bytes as people write them. Knows nothing of what is measured."""
+"""Sizes in bytes as people write them."""
 
 from qmix.errors import UsageError
 
-# A card of "24 GB" holds 24 GiB, so that a bare letter is binary, as in every tool that starts
-# containers; what is spelled with a B is taken at its word.
+# A "24 GB" GPU has 24 GiB, so a bare letter is binary, as in every tool that starts containers. A
+# unit that ends in B means exactly what it says: powers of ten, or of two with an i.
 _UNITS = {
     "": 1,
     "B": 1,
@@ -28,9 +28,9 @@ def parse_size(size: str | int, *, where: str, least: int = 0, most: int = _LARG
     digits = text.rstrip("BbIiKkMmGgTt ")
     unit = text[len(digits) :].strip().upper()
     if unit in _UNITS and digits.isascii() and digits.replace(".", "", 1).isdigit():
-        found = int(float(digits) * _UNITS[unit])
-        if least <= found <= most:
-            return found
+        nbytes = int(float(digits) * _UNITS[unit])
+        if least <= nbytes <= most:
+            return nbytes
         raise UsageError(
             "a size out of range",
             where=where,
@@ -38,12 +38,12 @@ def parse_size(size: str | int, *, where: str, least: int = 0, most: int = _LARG
             found=text,
         )
     raise UsageError(
-        "not a size", where=where, expected="a size as 24G, 500MB or 1.5TiB", found=text
+        "not a size", where=where, expected="a size such as 24G, 500MB or 1.5TiB", found=text
     )
 
 
 def show(nbytes: float) -> str:
-    """In the largest binary unit that leaves a number of at least 1."""
+    """The size in the largest binary unit that leaves a number of at least 1."""
     if abs(nbytes) < 1024:
         return f"{nbytes:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
@@ -51,3 +51,9 @@ def show(nbytes: float) -> str:
         if abs(nbytes) < 1024 or unit == "GiB":
             break
     return f"{nbytes:.2f} {unit}"
+
+
+def as_option(nbytes: int) -> str:
+    """The size as an option takes it, rounded up to a tenth of a GiB, or of a MiB below 1 GiB."""
+    unit, name = (1 << 30, "G") if nbytes >= 1 << 30 else (1 << 20, "M")
+    return f"{-(-nbytes * 10 // unit) / 10:.1f}{name}"

@@ -17,7 +17,8 @@ from qmix.models.pack import Placement
 from qmix.nn.attention import Attention
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
-from qmix.planning.footprint import StoredModel, on_device
+from qmix.planning.device_footprint import on_device
+from qmix.planning.stored_model import StoredModel
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support.models import ROOT, small_model
@@ -54,7 +55,7 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
         StoredModel.of(metadata),
         StoredModel.assume("x", metadata.config, SCHEMES[name]),
     )
-    assert assumed.stored == pytest.approx(read.stored, rel=0.001)
+    assert assumed.file_bytes == pytest.approx(read.file_bytes, rel=0.001)
     assert on_device(assumed).total == on_device(read).total
 
 
@@ -87,7 +88,7 @@ def test_packed_order_on_a_device(tiny, tmp_path, name):
             kept += sum(t.nbytes for t in reality._tensors(module.stored.template))
     assert tuple(experts) == predicted.experts
     assert attention == predicted.kinds["attention"]
-    assert kept == pytest.approx(predicted.kept, rel=0.01)
+    assert kept == pytest.approx(predicted.host_bytes, rel=0.01)
 
 
 def _bytes(weight):

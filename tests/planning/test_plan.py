@@ -12,10 +12,12 @@ from qmix.config import MixtralConfig
 from qmix.errors import ResourceError, UsageError
 from qmix.planning import budget, machine, quantize_cost, roofline
 from qmix.planning.byte_sizes import parse_size
+from qmix.planning.device_footprint import on_device
 from qmix.planning.estimate import estimate
-from qmix.planning.footprint import StoredModel, on_device, on_host
+from qmix.planning.footprint import on_host
 from qmix.planning.plan import Plan, check_memory, plan
 from qmix.planning.roofline import Rate, Rates
+from qmix.planning.stored_model import StoredModel
 from qmix.weights.scheme import DENSE, NF4, Scheme
 from tests.support.models import ROOT
 
@@ -63,7 +65,7 @@ def test_an_experts_bytes_are_the_packed_layout():
 
 
 def test_what_a_token_reads_beside_experts_is_the_references():
-    assert on_device(MIXTRAL).reads == pytest.approx(0.98e9, rel=0.005)
+    assert on_device(MIXTRAL).read_by_every_token == pytest.approx(0.98e9, rel=0.005)
     assert MIXTRAL.kv_bytes(1) == 131072
 
 
@@ -232,7 +234,7 @@ def test_a_window_bounds_the_cache():
 
 def test_a_dense_checkpoint_is_planned_as_it_is():
     dense = StoredModel.assume("x", FULL, DENSE)
-    assert dense.stored == pytest.approx(93.4e9, rel=1e-3)
+    assert dense.file_bytes == pytest.approx(93.4e9, rel=1e-3)
     assert plan(dense, gpu=False, ram=96 * GIB).resident
     assert not plan(dense, gpu=False, ram=32 * GIB).resident
 
@@ -240,7 +242,7 @@ def test_a_dense_checkpoint_is_planned_as_it_is():
 def test_a_tied_head_is_counted_once():
     tied = on_host(StoredModel.assume("x", FULL.replace(tie_word_embeddings=True), NF4))
     assert tied.total == on_host(MIXTRAL).total - 32000 * 4096 * 2
-    assert tied.reads == on_host(MIXTRAL).reads
+    assert tied.read_by_every_token == on_host(MIXTRAL).read_by_every_token
 
 
 def test_check_memory_names_what_is_needed_and_free(monkeypatch):

@@ -79,6 +79,7 @@ TORCHLESS = (
         "qmix.planning",
     ),
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
+    *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
     *("qmix.text.chat_template", "qmix.text.printable", "qmix.formats.metadata"),
     *("qmix.formats.files.safetensors_header", "qmix.formats.layouts.tensor_names"),
     *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),

@@ -47,13 +47,17 @@ from qmix.weights.packed.codes import (
     NF4_STRETCH,
     NF4_WORDS,
 )
+from qmix.weights.packed.packed_shapes import (
+    ExpertFormat,
+    MatrixSpec,
+    expert_format,
+    matrix_format,
+)
 from qmix.weights.packed.tile_format import (
     BYTE_ROWS,
     HEADER_BYTES,
-    PANEL,
     TileFormat,
     refusal,
-    tile_format,
 )
 
 _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
@@ -90,6 +94,10 @@ class PackedExpert:
     down: PackedMatrix
     inner: Tensor | None = None
 
+    @property
+    def format(self) -> ExpertFormat:
+        return ExpertFormat(self.gate_up.format, self.down.format, self.gate_up.shape)
+
 
 def pack_matrix(weight: Weight) -> PackedMatrix:
     """Bring an NF4 or Int4 matrix [N, K] into the packed layout, on its own device.
@@ -98,7 +106,8 @@ def pack_matrix(weight: Weight) -> PackedMatrix:
         UnsupportedError: the weight is of another kind, N is no multiple of 128, K or the scales'
             group is no multiple of 64, blocks straddle rows, or the table is not NF4's.
     """
-    plan = _plan(weight, "the weight", rows=PANEL)
+    plan = matrix_format(spec_of(weight))
+    _check_table(weight, "the weight")
     whole = _plane(weight, plan)
     of_panel = torch.arange(weight.shape[0], device=weight.device).view(-1, 2, BYTE_ROWS)
     low, high = (whole.select(of_panel[:, half].flatten()) for half in (0, 1))
@@ -120,32 +129,28 @@ def pack_expert(expert: Expert) -> PackedExpert:
         UnsupportedError: as pack_matrix, for any of the three (of w1 and w3, N must be a multiple of
             64), or w1 and w3 are stored differently.
     """
-    plan, perm = _plan(expert.w1, "w1", rows=BYTE_ROWS), _perm(expert.w1)
-    group, other_group = _group(expert.w1), _group(expert.w3)
-    other, other_perm = _plan(expert.w3, "w3", rows=BYTE_ROWS), _perm(expert.w3)
-    same_order = perm is None and other_perm is None
-    if perm is not None and other_perm is not None:
-        same_order = torch.equal(perm, other_perm)
-    if (plan, group) != (other, other_group) or not same_order:
-        order = "" if same_order else ", inputs in another order"
+    layout = expert_format(*(spec_of(weight) for weight in (expert.w1, expert.w2, expert.w3)))
+    for name, weight in (("w1", expert.w1), ("w3", expert.w3)):
+        _check_table(weight, name)
+    perm, other_perm, inner = _perm(expert.w1), _perm(expert.w3), _perm(expert.w2)
+    if not same_order(perm, other_perm):
         raise refusal(
             "w1 and w3 of an expert are packed together and must be stored alike",
             "w3",
-            f"{plan}, group {group}",
-            f"{other}, group {other_group}{order}",
+            "inputs in the order of w1",
+            "inputs in another order",
         )
-    down, inner = pack_matrix(expert.w2), _perm(expert.w2)
-    gate, up = _plane(expert.w1, plan), _plane(expert.w3, plan)
+    down = pack_matrix(expert.w2)
+    gate, up = _plane(expert.w1, layout.gate_up), _plane(expert.w3, layout.gate_up)
     if inner is not None:
         gate, up = gate.select(inner), up.select(inner)
-    first = _pack(gate, up, plan)
-    blob = torch.cat((first, down.blob))
-    width, hidden = expert.w1.shape
-    shape = (2 * width, hidden)
+    gate_up = _pack(gate, up, layout.gate_up)
+    blob = torch.cat((gate_up, down.blob))
+    group, dtype = _group(expert.w1), expert.w1.dtype
     return PackedExpert(
         blob,
-        PackedMatrix(blob[: len(first)], plan, shape, group, expert.w1.dtype, perm),
-        replace(down, blob=blob[len(first) :], perm=None),
+        PackedMatrix(blob[: len(gate_up)], layout.gate_up, layout.shape, group, dtype, perm),
+        replace(down, blob=blob[len(gate_up) :], perm=None),
         inner,
     )
 
@@ -210,19 +215,27 @@ def _perm(weight: Weight) -> Tensor | None:
     return weight.perm if isinstance(weight, Int4) else None
 
 
-def _plan(weight: Weight, where: str, rows: int) -> TileFormat:
-    """The tile format of a weight, or why there is none."""
-    if not isinstance(weight, (NF4, Int4)):
-        raise refusal("no packed layout", where, "NF4 or Int4", type(weight).__name__)
+def spec_of(weight: Weight) -> MatrixSpec:
+    """What decides how a weight is packed, if it can be."""
+    kind = weight.scheme.kind
     if isinstance(weight, Int4):
-        symmetric = weight.zeros is None
-        return tile_format(
-            "int4", weight.shape, group=_group(weight), symmetric=symmetric, rows=rows, where=where
-        )
-    plan = tile_format("nf4", weight.shape, group=_group(weight), rows=rows, where=where)
-    if weight.table.tolist() != list(NF4_VALUES):
+        scale_bytes, symmetric = weight.dtype.itemsize, weight.zeros is None
+        return MatrixSpec(kind, weight.shape, _group(weight), symmetric, scale_bytes)
+    group = weight.block_size if isinstance(weight, NF4) else 1
+    return MatrixSpec(kind, weight.shape, group, symmetric=True, scale_bytes=4)
+
+
+def _check_table(weight: Weight, where: str) -> None:
+    """Raise if the codes stand for other values than the kernels'."""
+    if isinstance(weight, NF4) and weight.table.tolist() != list(NF4_VALUES):
         raise refusal("no packed layout", where, "the values of NF4", "another table")
-    return plan
+
+
+def same_order(perm: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two weights have their inputs in one order."""
+    if perm is None or other is None:
+        return perm is other
+    return torch.equal(perm, other)
 
 
 def _plane(weight: Weight, plan: TileFormat) -> _Plane:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix.errors import UnsupportedError
 from qmix.weights.packed.layout import PackedExpert
+from qmix.weights.packed.packed_shapes import table_format
 from qmix.weights.packed.tile_format import TileFormat
 
 
@@ -46,35 +46,17 @@ class ExpertTable:
             UnsupportedError: the number of experts is no power of two, or experts differ in shape
                 or storage.
         """
-        first = layers[0][0]
-        count = len(layers[0])
-        if count & (count - 1):
-            raise UnsupportedError(
-                "the kernels count experts by powers of two",
-                expected="1, 2, 4, 8, ...",
-                found=count,
-            )
-        for index, layer in enumerate(layers):
-            for expert in layer:
-                alike = (expert.gate_up.format, expert.down.format, expert.gate_up.shape)
-                known = (first.gate_up.format, first.down.format, first.gate_up.shape)
-                if alike != known:
-                    raise UnsupportedError(
-                        "the experts of a table must be stored alike",
-                        where=f"layer {index}",
-                        expected=known,
-                        found=alike,
-                        remedy="The fallback kernel multiplies such a model.",
-                    )
+        shared = table_format([[expert.format for expert in layer] for layer in layers])
+        device = layers[0][0].blob.device
         blobs = [[expert.blob for expert in layer] for layer in layers]
         addresses = [[blob.data_ptr() for blob in row] for row in blobs]
         return cls(
-            torch.tensor(addresses, dtype=torch.int64, device=first.blob.device),
-            first.gate_up.format,
-            first.down.format,
-            first.gate_up.shape,
+            torch.tensor(addresses, dtype=torch.int64, device=device),
+            shared.gate_up,
+            shared.down,
+            shared.shape,
             blobs,
-            _perms(layers, first.gate_up.shape[1]),
+            _perms(layers, shared.shape[1]),
         )
 
     @property

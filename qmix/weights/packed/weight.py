@@ -10,14 +10,14 @@ Shape letters: N outputs, K inputs, E experts. Knows torch only; triton is impor
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.weights.dense import Weight
-from qmix.weights.expert import Expert
+from qmix.weights.expert import Expert, ExpertSequence
 from qmix.weights.integers import Int4
 from qmix.weights.nf4 import NF4
 from qmix.weights.packed.layout import (
@@ -26,9 +26,12 @@ from qmix.weights.packed.layout import (
     pack_expert,
     pack_matrix,
     rebased,
+    same_order,
+    spec_of,
     unpack_expert,
     unpack_matrix,
 )
+from qmix.weights.packed.packed_shapes import joined
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 
@@ -118,7 +121,7 @@ class PackedWeight:
         return self if device == self.device else self.standard().to(device)
 
 
-class PackedExperts(Sequence[Expert]):
+class PackedExperts(ExpertSequence):
     """One layer's experts in the packed layout, and the table through which kernels find them."""
 
     def __init__(
@@ -175,15 +178,11 @@ class PackedExperts(Sequence[Expert]):
     def device(self) -> torch.device:
         return self.table.addresses.device
 
-    @overload
-    def __getitem__(self, index: int) -> Expert: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
-    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
-        return self._experts[index]
-
     def __len__(self) -> int:
         return len(self._experts)
+
+    def expert(self, index: int) -> Expert:
+        return self._experts[index]
 
 
 def pack(weight: Weight) -> PackedWeight:
@@ -220,39 +219,30 @@ def _without_codes(weight: Weight) -> Weight:
 
 def _joined(weights: Sequence[Weight]) -> Weight:
     """One weight of all rows."""
+    shape = joined([spec_of(weight) for weight in weights]).shape
     first = weights[0]
     if isinstance(first, NF4):
-        others = [w for w in weights if isinstance(w, NF4) and w.block_size == first.block_size]
-        if len(others) == len(weights) and all(
-            w.codes.numel() * 2 % w.block_size == 0 for w in others
-        ):
-            blocks = [w.codes.numel() * 2 // w.block_size for w in others]
-            return replace(
-                first,
-                codes=torch.cat([w.codes for w in others]),
-                absmax=torch.cat([w.scales(0, n) for w, n in zip(others, blocks, strict=True)]),
-                out_shape=(sum(w.shape[0] for w in others), first.shape[1]),
-            )
-    if isinstance(first, Int4):
-        integers = [w for w in weights if isinstance(w, Int4)]
-        alike = [_inputs(w) == _inputs(first) and _same(w.perm, first.perm) for w in integers]
-        if len(integers) == len(weights) and all(alike):
-            zeros = [w.zeros for w in integers if w.zeros is not None]
-            return replace(
-                first,
-                codes=torch.cat([w.codes for w in integers]),
-                scales=torch.cat([w.scales for w in integers]),
-                zeros=torch.cat(zeros) if zeros else None,
-            )
-    raise UnsupportedError("matrices that are joined must be stored alike")
-
-
-def _inputs(weight: Int4) -> tuple[object, ...]:
-    return weight.group_inputs, weight.dtype, weight.zeros is None
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+        tables = [weight for weight in weights if isinstance(weight, NF4)]
+        blocks = [weight.codes.numel() * 2 // weight.block_size for weight in tables]
+        scales = [weight.scales(0, n) for weight, n in zip(tables, blocks, strict=True)]
+        return replace(
+            first,
+            codes=torch.cat([weight.codes for weight in tables]),
+            absmax=torch.cat(scales),
+            out_shape=shape,
+        )
+    assert isinstance(first, Int4)
+    integers = [weight for weight in weights if isinstance(weight, Int4)]
+    for weight in integers:
+        if weight.dtype != first.dtype or not same_order(weight.perm, first.perm):
+            raise UnsupportedError("matrices that are joined must be stored alike")
+    zeros = [weight.zeros for weight in integers if weight.zeros is not None]
+    return replace(
+        first,
+        codes=torch.cat([weight.codes for weight in integers]),
+        scales=torch.cat([weight.scales for weight in integers]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
 
 
 def _some_rows(weight: Weight, rows: range) -> Weight:

@@ -114,7 +114,7 @@ def test_extreme_scales_keep_their_ratio():
 @pytest.mark.parametrize(
     ("weight", "named"),
     [
-        (Dense(torch.zeros(128, 64)), "Dense"),
+        (Dense(torch.zeros(128, 64)), "dense"),
         (nf4(64, 64), "multiple of 128 outputs"),
         (nf4(192, 64), "found 192"),
         (nf4(128, 96, block=32), "groups of 32"),

@@ -1,0 +1,242 @@
+"""A model as its files store it, weight by weight: from their headers, or assumed from a config.
+
+Counts bytes in the files and in the standard layouts of host memory. Knows no torch, no tensors and
+no GPU. Shape letters: N outputs, K inputs, E experts, L layers.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from qmix.config import MixtralConfig
+from qmix.formats.files.safetensors_header import DTYPES
+from qmix.formats.metadata import CheckpointMetadata
+from qmix.formats.names import ModelTensor, model_tensors
+from qmix.weights.blob import blob_bytes
+from qmix.weights.packed.packed_shapes import MatrixSpec
+from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
+
+ITEM_BYTES = dict(DTYPES.values())
+_TABLE_BYTES = 16 * 4  # the values of NF4's codes
+_MAP_BYTES = 256 * 4  # the values of nested scales' codes
+_STATE_BYTES = 170  # bitsandbytes' description of one weight, as JSON; half without nested scales
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight as files store it.
+
+    Attributes:
+        tensor_bytes: bytes of each of its tensors in the files.
+        item: bytes of one element of a dense weight, or of one scale of integers.
+        scattered: its inputs may be scattered over their groups (act-order).
+    """
+
+    tensor: ModelTensor
+    scheme: Scheme
+    tensor_bytes: tuple[int, ...]
+    item: int
+    scattered: bool = False
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(self.tensor_bytes)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.tensor.shape)
+
+    @property
+    def group(self) -> int:
+        """Consecutive inputs of a row that share a scale."""
+        if not self.scheme.integer:
+            return self.scheme.block_size
+        return self.tensor.shape[1] if self.scheme.group_size == -1 else self.scheme.group_size
+
+    @property
+    def code_bytes(self) -> int:
+        return -(-self.elements * self.scheme.bits // 8)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes in memory besides the codes: scales, zeros, tables, the order of the inputs."""
+        if self.scheme.integer:
+            zero = 0 if self.scheme.symmetric else 1
+            order = 4 * self.tensor.shape[1] if self.scattered else 0
+            return self._groups * (self.item + zero) + order
+        blocks = -(-self.elements // self.scheme.block_size)
+        if not self.scheme.double_quant:
+            return 4 * blocks + _TABLE_BYTES
+        return blocks + 4 * -(-blocks // NESTED_BLOCK) + _MAP_BYTES + _TABLE_BYTES
+
+    def memory_bytes(self, item: int) -> int:
+        """Bytes in memory in the standard layout; a dense weight has `item` bytes an element."""
+        if self.scheme.kind == "dense":
+            return self.elements * item
+        return self.code_bytes + self.scale_bytes
+
+    def blob_bytes(self, item: int) -> int:
+        """The most bytes that an arena keeps for the weight; `item` as in `memory_bytes`."""
+        if self.scheme.kind == "dense":
+            return blob_bytes((self.elements * item,))
+        if not self.scheme.integer:
+            return blob_bytes(self.tensor_bytes)
+        return blob_bytes(self.tensor_bytes, groups=self._groups, inputs=self.tensor.shape[1])
+
+    @property
+    def spec(self) -> MatrixSpec:
+        """What decides how a GPU's packed layout holds the weight."""
+        rows, columns = self.tensor.shape
+        scheme = self.scheme
+        symmetric = scheme.symmetric if scheme.integer else True
+        return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric, self.item)
+
+    @property
+    def _groups(self) -> int:
+        """How many scales an integer weight has."""
+        rows, columns = self.tensor.shape
+        return rows * (columns // self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """What a plan has to know of a model: its shape, and how each weight is stored.
+
+    Attributes:
+        dtype: of activations and dense weights, by torch's name.
+        weights: in the order of the model's modules.
+        assumed: the scheme, if it was assumed; None if files say it.
+    """
+
+    name: str
+    config: MixtralConfig
+    dtype: str
+    weights: tuple[StoredWeight, ...]
+    assumed: Scheme | None = None
+
+    @classmethod
+    def of(cls, metadata: CheckpointMetadata, dtype: str | None = None) -> "StoredModel":
+        """The model of a checkpoint's headers.
+
+        Args:
+            dtype: of activations and dense weights; default: the checkpoint's.
+        """
+        quantization = metadata.config.quantization_config or {}
+        scattered = bool(quantization.get("desc_act")) or (
+            quantization.get("quant_method") == "gptq" and "desc_act" not in quantization
+        )
+        return cls(
+            name=metadata.directory.resolve().name,
+            config=metadata.config,
+            dtype=dtype or metadata.dtype,
+            weights=tuple(
+                _stored(metadata, tensor, scattered=scattered) for tensor in metadata.tensors
+            ),
+        )
+
+    @classmethod
+    def assume(
+        cls, name: str, config: MixtralConfig, scheme: Scheme, *, attention: bool = True
+    ) -> "StoredModel":
+        """The model as `qmix quantize` would store it."""
+        recipe, dtype = Recipe.uniform(scheme, attention=attention), config.dtype or "bfloat16"
+        if dtype == "float32":
+            dtype = "bfloat16"  # a 4-bit model computes in 16 bits
+        weights = []
+        for tensor in model_tensors(config):
+            weight = StoredWeight(tensor, recipe.scheme_of(tensor.name), (), 2)
+            weights.append(replace(weight, tensor_bytes=_assumed_bytes(weight)))
+        return cls(name=name, config=config, dtype=dtype, weights=tuple(weights), assumed=scheme)
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is quantized."""
+        return all(weight.scheme == DENSE for weight in self.weights)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all weights in the files."""
+        return sum(weight.file_bytes for weight in self.weights)
+
+    @property
+    def experts(self) -> int:
+        """The number of experts in all layers, L * E."""
+        return self.config.num_hidden_layers * self.config.num_local_experts
+
+    @property
+    def item(self) -> int:
+        """Bytes of one element of `dtype`."""
+        return ITEM_BYTES[self.dtype]
+
+    @cached_property
+    def expert_weights(self) -> tuple[tuple[StoredWeight, ...], ...]:
+        """w1, w2 and w3 of each expert, by layer * E + expert."""
+        found = [weight for weight in self.weights if weight.tensor.kind == "expert"]
+        return tuple(tuple(found[index : index + 3]) for index in range(0, len(found), 3))
+
+    @cached_property
+    def loading(self) -> int:
+        """Bytes that the largest weight takes while it is converted: integers are transposed, and
+        dense weights are brought into `dtype`. 0 if no weight is converted.
+        """
+        converted = [3 * weight.file_bytes for weight in self.weights if weight.scheme.integer]
+        converted += [
+            weight.file_bytes
+            for weight in self.weights
+            if weight.scheme.kind == "dense" and weight.item != self.item
+        ]
+        return max((*converted, 0))
+
+    @cached_property
+    def first_layer(self) -> int:
+        """Bytes of layer 0 in memory, in the standard layout."""
+        layer = [weight for weight in self.weights if weight.tensor.layer == 0]
+        return sum(weight.memory_bytes(self.item) for weight in layer)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest weight in the files."""
+        return max(weight.file_bytes for weight in self.weights)
+
+    def kv_bytes(self, context: int, batch: int = 1) -> int:
+        """Keys and values of `context` positions in each of `batch` rows; a sliding window bounds
+        the positions.
+        """
+        config = self.config
+        positions = min(context, config.sliding_window or context)
+        width = 2 * config.num_key_value_heads * config.head_dim
+        return batch * positions * width * config.num_hidden_layers * self.item
+
+
+def _stored(metadata: CheckpointMetadata, tensor: ModelTensor, *, scattered: bool) -> StoredWeight:
+    """A weight from the headers of its tensors."""
+    packing = metadata.packing(tensor)
+    if packing is None:
+        info = metadata.tensor_info(tensor.name)
+        return StoredWeight(tensor, DENSE, (info.nbytes,), DTYPES[info.dtype][1])
+    infos = {name: metadata.tensor_info(name) for name in packing.tensor_names}
+    scale = next((infos[name] for name in infos if name.endswith(("scales", "scale"))), None)
+    return StoredWeight(
+        tensor,
+        metadata.scheme_of(tensor, packing),
+        tuple(info.nbytes for info in infos.values()),
+        DTYPES[scale.dtype][1] if scale else 4,
+        scattered and packing.layout == "GPTQ",
+    )
+
+
+def _assumed_bytes(weight: StoredWeight) -> tuple[int, ...]:
+    """Bytes of each tensor that `qmix quantize` would write for a weight."""
+    scheme = weight.scheme
+    if scheme.kind == "dense":
+        return (weight.elements * weight.item,)
+    if not scheme.integer:
+        blocks = -(-weight.elements // scheme.block_size)
+        if not scheme.double_quant:
+            return (weight.code_bytes, 4 * blocks, _TABLE_BYTES, _STATE_BYTES // 2)
+        nested = (blocks, 4 * -(-blocks // NESTED_BLOCK), _MAP_BYTES, _TABLE_BYTES, _STATE_BYTES)
+        return (weight.code_bytes, *nested)
+    rows, columns = weight.tensor.shape
+    groups = columns // weight.group
+    zeros = -(-rows * groups * scheme.bits // 8)
+    return (weight.code_bytes, rows * groups * weight.item, zeros, 4 * columns)

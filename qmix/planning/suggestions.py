@@ -1,0 +1,121 @@
+"""What would make a plan faster: another context, scheme, GPU or budget, each with its figure.
+
+Pure arithmetic: each suggestion is a plan of its own. Knows no torch and does not look at the machine.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from qmix.errors import ResourceError
+from qmix.planning import gpus, roofline
+from qmix.planning.byte_sizes import as_option
+from qmix.planning.fitting import Fitting
+from qmix.planning.plan import Plan, fitted, plan
+from qmix.planning.roofline import Rates
+from qmix.planning.speed import fastest, figure
+from qmix.planning.stored_model import StoredModel
+from qmix.weights.scheme import Scheme
+
+_LEAST_CONTEXT = 256  # shorter ones are not worth suggesting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Something to change, and what it yields."""
+
+    change: str
+    yields: str
+
+
+def suggestions(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
+    """What would help a plan that does not hold all experts in the fastest memory."""
+    if planned.resident:
+        return
+    yield from _shorter_context(planned, rates)
+    yield from _other_scheme(planned, rates)
+    if planned.gpu:
+        yield from _other_gpus(planned, rates)
+    if planned.disk:
+        yield from _more_host_memory(planned, rates)
+
+
+def _shorter_context(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
+    if planned.resident_context < _LEAST_CONTEXT:
+        return
+    shorter = _fitted(planned.fitting, planned.resident_context)
+    if shorter is not None:
+        place = "device memory" if planned.gpu else "host memory"
+        yield Suggestion(
+            change=f"--ctx {planned.resident_context}",
+            yields=f"all experts in {place}, {_rate(shorter, rates)}",
+        )
+
+
+def _other_scheme(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
+    """Groups of 128 take fewer bytes than NF4's blocks of 64: suggested if more experts then fit."""
+    scheme = Scheme(kind="int4")
+    model = StoredModel.assume(planned.model.name, planned.model.config, scheme)
+    try:
+        other = plan(
+            model,
+            gpu=planned.gpu,
+            vram=planned.vram,
+            ram=planned.ram,
+            context=planned.context,
+            batch=planned.batch,
+        )
+    except ResourceError:
+        return
+    more = other.slots - planned.slots if planned.gpu else other.host - planned.host
+    if more > 0:
+        yield Suggestion(
+            change=f"qmix quantize --method gptq ({scheme.bits_per_weight:.4g} bits a weight)",
+            yields=f"{more} more of {planned.experts} experts, {_rate(other, rates)}",
+        )
+
+
+def _other_gpus(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
+    """The two smallest GPUs that hold everything, or the device memory that would."""
+    larger: list[tuple[gpus.Card, Plan]] = []
+    for card in gpus.CARDS:
+        if card.supported and card.vram > (planned.vram or 0):
+            other = _fitted(replace(planned.fitting, vram=card.vram), planned.context)
+            if other is not None and other.resident:
+                larger.append((card, other))
+    larger.sort(key=lambda pair: (pair[0].nominal, pair[0].bandwidth))
+    for card, other in larger[:2]:
+        card_rates = replace(rates, device=roofline.Rate(card.read_bandwidth, card.source))
+        yield Suggestion(
+            change=f"a GPU with {card.nominal} GB ({card.name})",
+            yields=f"all experts in device memory, {_rate(other, card_rates)}",
+        )
+    if not larger:
+        whole = _fitted(replace(planned.fitting, vram=None), planned.context)
+        if whole is not None:
+            yield Suggestion(
+                change=f"--vram {as_option(whole.device_memory.total)}",
+                yields="all experts in device memory",
+            )
+
+
+def _more_host_memory(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
+    whole = _fitted(replace(planned.fitting, ram=None), planned.context)
+    if whole is None or whole.host_memory.total <= (planned.ram or 0):
+        return
+    now = figure(fastest(planned, rates).expected)
+    yield Suggestion(
+        change=f"--ram {as_option(whole.host_memory.total)}",
+        yields=f"nothing is read from the disk, {_rate(whole, rates)} instead of {now}",
+    )
+
+
+def _fitted(fitting: Fitting, context: int) -> Plan | None:
+    try:
+        return fitted(fitting, context)
+    except ResourceError:
+        return None
+
+
+def _rate(planned: Plan, rates: Rates) -> str:
+    speed = fastest(planned, rates)
+    return f"about {figure(speed.expected)} tok/s (bound {figure(speed.bound)})"

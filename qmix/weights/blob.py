@@ -1,0 +1,27 @@
+"""How an expert's weights lie in one blob of host memory: tensors on cache lines, blobs on pages.
+
+Arithmetic that reading, storing and planning share. Knows no torch and no weights.
+"""
+
+from collections.abc import Sequence
+
+LINE_BYTES = 64  # a cache line, and the widest vector of a CPU
+PAGE_BYTES = 4096
+
+
+def aligned(nbytes: int, to: int = LINE_BYTES) -> int:
+    """The next multiple of `to`."""
+    return -(-nbytes // to) * to
+
+
+def blob_bytes(tensors: Sequence[int], *, groups: int = 0, inputs: int = 0) -> int:
+    """The most bytes that one weight takes in a blob.
+
+    Args:
+        tensors: bytes of each of its tensors in the file.
+        groups: how many scales it has, if its codes are integers: the zero of each one becomes a
+            byte.
+        inputs: how many inputs it has, if its codes are integers: their order is kept as int32.
+    """
+    total = sum(aligned(nbytes) for nbytes in tensors)
+    return total + aligned(groups) + aligned(4 * inputs)

@@ -1,0 +1,142 @@
+"""Which matrices of a model are packed together, and in which format: what packing and planning share.
+
+    q, k and v         one matrix, if they are stored alike; otherwise each by itself
+    w1 and w3          one matrix of an expert's blob, row by row; w2 is the other
+    a layer's experts  one table, if all of them have one format; otherwise each matrix by itself
+    any other matrix   by itself
+
+Everything of a packed weight but its codes stays on the host as it was read. Knows no torch and no
+weights: a MatrixSpec says of a weight what decides its format.
+
+Shape letters: N outputs, K inputs, D hidden width, F expert width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qmix.errors import UnsupportedError
+from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat, refusal, tile_format
+from qmix.weights.scheme import Kind
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """What decides how a matrix is packed.
+
+    Attributes:
+        shape: (N, K).
+        group: consecutive inputs of a row that share a scale.
+        scale_bytes: of one scale as it is stored.
+    """
+
+    kind: Kind
+    shape: tuple[int, int]
+    group: int
+    symmetric: bool
+    scale_bytes: int
+
+
+@dataclass(frozen=True)
+class ExpertFormat:
+    """How an expert is packed: w1 with w3 as a matrix of the shape (2F, D), then w2 (D, F)."""
+
+    gate_up: TileFormat
+    down: TileFormat
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the expert's blob."""
+        rows, hidden = self.shape
+        return self.gate_up.matrix_bytes(self.shape) + self.down.matrix_bytes((hidden, rows // 2))
+
+
+def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PANEL) -> TileFormat:
+    """The tile format of a matrix.
+
+    Args:
+        where: the matrix, for errors.
+        rows: the number that N must be a multiple of.
+
+    Raises:
+        UnsupportedError: the packed layout has no such kind, or no such shape or group.
+    """
+    if spec.kind not in ("nf4", "int4"):
+        raise refusal("no packed layout", where, "NF4 or Int4", spec.kind)
+    return tile_format(
+        spec.kind, spec.shape, group=spec.group, symmetric=spec.symmetric, rows=rows, where=where
+    )
+
+
+def joined(specs: Sequence[MatrixSpec]) -> MatrixSpec:
+    """q, k and v as one matrix of all their rows.
+
+    Raises:
+        UnsupportedError: they are not stored alike, or a block of NF4 would belong to two of them.
+    """
+    first = specs[0]
+    whole = replace(first, shape=(sum(spec.shape[0] for spec in specs), first.shape[1]))
+    alike = all(replace(spec, shape=whole.shape) == whole for spec in specs)
+    same_inputs = all(spec.shape[1] == first.shape[1] for spec in specs)
+    straddling = any(spec.shape[0] * spec.shape[1] % spec.group for spec in specs)
+    if not alike or not same_inputs or straddling:
+        raise UnsupportedError("matrices that are joined must be stored alike")
+    return whole
+
+
+def expert_format(w1: MatrixSpec, w2: MatrixSpec, w3: MatrixSpec) -> ExpertFormat:
+    """The format of an expert.
+
+    Raises:
+        UnsupportedError: a matrix has no packed layout, or w1 and w3 are stored differently.
+    """
+    gate = matrix_format(w1, "w1", rows=BYTE_ROWS)
+    up = matrix_format(w3, "w3", rows=BYTE_ROWS)
+    if (gate, w1.group) != (up, w3.group):
+        raise refusal(
+            "w1 and w3 of an expert are packed together and must be stored alike",
+            "w3",
+            f"{gate}, group {w1.group}",
+            f"{up}, group {w3.group}",
+        )
+    width, hidden = w1.shape
+    return ExpertFormat(gate, matrix_format(w2, "w2"), (2 * width, hidden))
+
+
+def table_format(layers: Sequence[Sequence[ExpertFormat]]) -> ExpertFormat:
+    """The format that the experts of an address table share.
+
+    Args:
+        layers: the formats of each layer's experts.
+
+    Raises:
+        UnsupportedError: a layer's number of experts is no power of two, or experts differ.
+    """
+    count, shared = len(layers[0]), layers[0][0]
+    if count & (count - 1):
+        raise UnsupportedError(
+            "the kernels count experts by powers of two",
+            expected="1, 2, 4, 8, ...",
+            found=count,
+        )
+    for index, layer in enumerate(layers):
+        for expert in layer:
+            if expert != shared:
+                raise UnsupportedError(
+                    "the experts of a table must be stored alike",
+                    where=f"layer {index}",
+                    expected=shared,
+                    found=expert,
+                    remedy="The fallback kernel multiplies such a model.",
+                )
+    return shared
+
+
+def require_silu(*, fused: bool) -> None:
+    """Raise unless the experts' activation is the one that the kernels fuse.
+
+    Raises:
+        UnsupportedError: it is another one.
+    """
+    if not fused:
+        raise UnsupportedError("the kernels fuse SiLU only")
