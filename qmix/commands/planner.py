@@ -16,10 +16,10 @@ from qmix.formats.mistral.detect import refuse_raw
 from qmix.planning import gpus, machine
 from qmix.planning.byte_sizes import parse_size, show
 from qmix.planning.estimate import Estimate, estimate
-from qmix.planning.stored_model import StoredModel
 from qmix.planning.gpus import Card
 from qmix.planning.plan import plan
 from qmix.planning.roofline import Rate, Rates
+from qmix.planning.stored_model import StoredModel
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
 # Where nothing was measured: two channels of DDR4 as a matrix-vector product reads them (38 GB/s),
