@@ -28,7 +28,7 @@ quick: $(READY)
 	$(BIN)/python $(TESTS) -m "not slow and not soak" $(PYTEST)
 
 soak: $(READY)
-	$(BIN)/python $(TESTS) -m soak $(PYTEST)
+	$(BIN)/python $(TESTS) -m soak --hypothesis-profile soak $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import warnings
 import pytest
 
 from tests.support import environment
+from tests.support.soak import leave_to_soak
 
 
 def pytest_configure(config):
@@ -21,6 +22,11 @@ def pytest_configure(config):
         return  # a pytest that a test started
     home = environment.enter()
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(items):
+    leave_to_soak(items)
 
 
 def pytest_runtest_setup(item):

@@ -10,7 +10,6 @@ import torch
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.evals import cpu
-from qmix.kernels.cpu.library import library
 
 SMALL = MixtralConfig(
     hidden_size=256, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2
@@ -27,7 +26,7 @@ def test_random_weights_are_of_their_format_and_of_normal_size(form):
     assert 0.1 < float(values.square().mean().sqrt()) * math.sqrt(256) < 10
 
 
-@pytest.mark.skipif(library().isa is None, reason="no compiler")
+@pytest.mark.usefixtures("compiled")
 def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
     monkeypatch.setattr(cpu, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(cpu, "_TURNS", {1: 2, 8: 1})
@@ -77,7 +76,7 @@ class Fixed:
         return 1.0, 3.0 + count
 
 
-@pytest.mark.skipif(library().isa is None, reason="no compiler")
+@pytest.mark.usefixtures("compiled")
 def test_a_peer_is_compared_turn_by_turn(monkeypatch):
     monkeypatch.setattr(cpu, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(cpu, "_LAYER_TURNS", {1: 3})

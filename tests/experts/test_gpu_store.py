@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix import kernels
@@ -31,6 +31,7 @@ from qmix.weights.packed.layout import rebased, unpack_expert
 from tests.support.interpreter import run_apart
 from tests.support.models import small_model
 from tests.support.packed import act_order, int4, nf4
+from tests.support.soak import both, examples
 
 LAYERS, EXPERTS = 3, 4
 PROMPT = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2, 3, 4, 5, 6, 7, 8, 21, 22, 23, 24]])
@@ -168,7 +169,7 @@ def test_logits_are_equal_bits_whatever_has_a_slot(make, slots):
         assert store.statistics().tokens >= 16
 
 
-@settings(max_examples=25, deadline=None)
+@examples(12)
 @given(
     slots=st.integers(0, LAYERS * EXPERTS),
     name=st.sampled_from(sorted(PRESETS)),
@@ -467,9 +468,10 @@ def test_nothing_measured_is_no_measurement():
 
 
 @pytest.mark.slow
-def test_the_kernels_through_the_table_in_the_interpreter():
+@both
+def test_the_kernels_through_the_table_in_the_interpreter(soak):
     pytest.importorskip("triton")
-    run_apart("store", interpreted=True)
+    run_apart("store", interpreted=True, soak=soak)
 
 
 @pytest.mark.gpu

@@ -4,13 +4,14 @@ import random
 from collections import OrderedDict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qmix.errors import ResourceError
 from qmix.experts.policy import HEAT, LRU, ONE, PRESETS, STATIC, Policy, PolicySettings
 from qmix.experts.residency import Residency, SlotState
+from tests.support.soak import examples
 
 EXPERTS = 12
 LAYER = 4
@@ -206,7 +207,7 @@ class Machine(RuleBasedStateMachine):
         assert counts.copies == len(self.begun) + len(self.over)
 
 
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = examples(15, stateful_step_count=40)
 TestStateMachine = Machine.TestCase
 
 
@@ -373,7 +374,6 @@ def layer_trace(rng, tokens, layers=3, per_layer=LAYER, chosen=2, skew=0):
 
 
 @given(st.integers(0, 10**6), st.integers(2, EXPERTS), st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
 def test_lru_that_fetches_equals_the_oracle_hit_for_hit(seed, slots, skew):
     trace = layer_trace(random.Random(seed), 40, skew=skew)
     residency = filled(LRU, slots=slots)
@@ -392,7 +392,6 @@ def test_lru_that_fetches_equals_the_oracle_hit_for_hit(seed, slots, skew):
 
 
 @given(st.integers(0, 10**6), st.integers(1, EXPERTS), st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
 def test_lru_that_admits_everything_equals_the_oracle_hit_for_hit(seed, slots, skew):
     trace = layer_trace(random.Random(seed), 40, skew=skew)
     tokens = [[expert for step in token for expert in step] for token in trace]

@@ -9,6 +9,7 @@ from qmix.generation.sampling import Sampling
 from qmix.generation.token_selector import SampleFn
 from qmix.weights.dense import Dense
 from tests.support.interpreter import Recorder, run_apart
+from tests.support.soak import both
 
 pytest.importorskip("triton")
 
@@ -19,9 +20,9 @@ from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["decoding", "steps"])
-def test_steps_in_the_interpreter(name):
-    run_apart(name, interpreted=True)
+@both
+def test_steps_in_the_interpreter(soak):
+    run_apart("decoding", "steps", interpreted=True, soak=soak)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import QmixError, UsageError
@@ -66,7 +66,6 @@ def test_draws_follow_the_distribution_and_the_seed():
     assert torch.equal(first, sampling.choose(scores, torch.Generator().manual_seed(5)))
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     values=st.lists(st.floats(-30, 30), min_size=2, max_size=40),
     temperature=st.floats(0.01, 10),

@@ -34,6 +34,7 @@ from tests.support.interpreter import (
     skip_without_a_device,
 )
 from tests.support.models import small_model
+from tests.support.soak import one_in
 
 skip_without_a_device()
 ORDER_BOUND = 1e-5
@@ -70,6 +71,7 @@ GROUP_HEADS = (1, 2, 4)  # query heads of a key-value head
 LENGTHS = (1, 2, 15, 16, 17, 33)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("window", [None, 1, 7, 8, 16])
@@ -183,7 +185,7 @@ def test_decode_over_a_cache(window):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("batch", one_in(2, [1, 2, 4, 8, 16]))
 def test_batch_buckets(batch):
     """A row's result does not depend on who else is there; split or not."""
     past = torch.arange(batch, dtype=torch.int32, device=DEVICE) * 5 + 3
@@ -197,6 +199,7 @@ def test_batch_buckets(batch):
     assert torch.equal(half, out.half())
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("window", [None, 7, 16])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 19])
 def test_chunked_prefill(chunk, window):
@@ -324,6 +327,7 @@ def config(window):
     )  # fmt: skip
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 6])
 def test_rotate_store_writes_what_a_cache_holds(window, dtype):
@@ -366,7 +370,7 @@ def test_a_position_beyond_the_table_shows():
     assert not q[0, 0].isnan().any()
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("window", one_in(2, [6, None]))
 def test_a_model_says_the_same_tokens(window, monkeypatch):
     """Norms, rotations, attention and routing of a model that generates: the oracle's greedy tokens."""
     model = small_model(

@@ -23,6 +23,7 @@ from qmix.nn.linear import Linear
 from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, error, skip_without_a_device
 from tests.support.models import small_model
 from tests.support.packed import act_order, int4, nf4
+from tests.support.soak import one_in
 
 skip_without_a_device()
 BOUND = 5e-3
@@ -91,6 +92,7 @@ def prefilled(model, prompt, attention_mask, capacity=32):
 PROMPT = torch.tensor([[3, 17, 90, 41, 8], [5, 9, 11, 77, 21]])
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("make", [nf4, int4, act_order])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("padded", [False, True])
@@ -100,7 +102,7 @@ def test_steps_equal_the_reference(make, window, padded):
     attention_mask = torch.ones_like(prompt, dtype=torch.bool) if padded else None
     if padded:
         attention_mask[1, :2] = False
-    expected = reference_steps(model, prompt, attention_mask, 4)
+    expected = reference_steps(model, prompt, attention_mask, 3)
     cache = prefilled(model, prompt, attention_mask)
     step = DecodeStep(model.model, model.lm_head, cache, padded=padded)
     if padded:
@@ -111,8 +113,8 @@ def test_steps_equal_the_reference(make, window, padded):
         assert torch.isfinite(logits).all()
         assert error(logits, after) <= BOUND
         assert torch.equal(logits.argmax(-1), after.argmax(-1))
-    assert cache.length == 8
-    assert step.past.tolist() == [8, 8]
+    assert cache.length == 7
+    assert step.past.tolist() == [7, 7]
 
 
 def test_the_step_can_choose_by_itself():
@@ -138,7 +140,7 @@ def test_a_step_is_repeatable_and_can_go_back():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"do_sample": True, "top_k": 5, "seed": 3}, {"repetition_penalty": 1.2}],
+    one_in(3, [{"do_sample": True, "top_k": 5, "seed": 3}, {}, {"repetition_penalty": 1.2}]),
     ids=str,
 )
 def test_generate_takes_the_step(monkeypatch, options):
@@ -157,7 +159,7 @@ def test_generate_takes_the_step(monkeypatch, options):
     attention_mask = torch.ones_like(PROMPT)
     attention_mask[0, :1] = 0
     for mask in (None, attention_mask.to(DEVICE)):
-        config = GenerationConfig(max_new_tokens=5, **options)
+        config = GenerationConfig(max_new_tokens=4, **options)
         inputs = GenerationInputs(PROMPT.to(DEVICE), config, attention_mask=mask)
         with torch.no_grad():
             with kernels.override("reference"):
@@ -165,7 +167,7 @@ def test_generate_takes_the_step(monkeypatch, options):
             assert not taken
             found = generate(model, replace(inputs, cache=model.new_cache(2, 6)))
         assert torch.equal(found, expected)
-        assert len(taken) == 4
+        assert len(taken) == 3
         taken.clear()
 
 
@@ -177,7 +179,7 @@ def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
     assert found is None
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", one_in(2, [True, False]))
 def test_the_graph_gives_the_tokens_of_the_launches(sampled):
     """In the interpreter both are launched one by one; a seed gives the same tokens again."""
     model = packed_model(nf4)
@@ -191,7 +193,7 @@ def test_the_graph_gives_the_tokens_of_the_launches(sampled):
         step = DecodeStep(model.model, model.lm_head, cache, sample_fn=sample_fn, record=record)
         step.ids.copy_(PROMPT[:, 0])
         ids = []
-        for _ in range(4):
+        for _ in range(3):
             step.step()
             ids.append(step.ids.clone())
         found.append((torch.stack(ids), step.logits.clone()))

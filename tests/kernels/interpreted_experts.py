@@ -41,6 +41,7 @@ from tests.support.interpreter import (
 )
 from tests.support.models import small_model
 from tests.support.packed import act_order, int4, nf4
+from tests.support.soak import one_in
 
 skip_without_a_device()
 NF4_BOUND, INT4_BOUND = 2.5e-3, 2**-11
@@ -67,6 +68,7 @@ def as_computed(packed):
     return weight.dequantize(torch.float32)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(128, 128), (384, 256), (128, 640)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 17, 33, 70])
@@ -92,7 +94,7 @@ def test_linear_in_other_shapes_and_dtypes(dtype):
     assert error(out, x.float() @ weight.dequantize(torch.float32).T) <= NF4_BOUND
 
 
-@pytest.mark.parametrize("shape", [(128, 14336), (256, 4096)], ids=str)
+@pytest.mark.parametrize("shape", one_in(2, [(128, 14336), (256, 4096)]), ids=str)
 def test_linear_at_mixtrals_widths(shape):
     """A slice of a matrix as it is in the 8x7B: as many tiles, and K split, in few rows."""
     weight = nf4(*shape).to(DEVICE)
@@ -131,6 +133,7 @@ def oracle(x, chosen, experts):
         return kernels.experts(x, chosen, experts, F.silu)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33])
 def test_experts(kind, tokens):
@@ -141,6 +144,7 @@ def test_experts(kind, tokens):
     assert error(out, oracle(x, chosen, experts)) <= bound
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("how", ["all to one", "none to some", "the same twice"])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33])
 def test_routing(how, tokens):
@@ -220,7 +224,7 @@ def test_above_the_crossover_experts_are_dequantized(how, kind):
     assert error(out, x @ weight.dequantize(torch.float32).T) <= NF4_BOUND
 
 
-@pytest.mark.parametrize("kind", [nf4, int4])
+@pytest.mark.parametrize("kind", one_in(2, [nf4, int4]))
 def test_a_model_says_the_same_tokens(kind, monkeypatch):
     """Every expert and projection through the packed kernels: the oracle's greedy tokens."""
     model = small_model(

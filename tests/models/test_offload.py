@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix import kernels
@@ -31,6 +31,7 @@ from qmix.weights.scheme import Recipe, Scheme
 from tests.support.models import TINY, load_in_tiers, small_model
 from tests.support.packers import write
 from tests.support.process import qmix
+from tests.support.soak import examples
 
 PROMPT = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2, 3, 4, 5, 6, 7, 8, 21, 22, 23, 24]])
 EXPERTS = 3 * 8  # of the dense and NF4 ones
@@ -93,7 +94,7 @@ def test_logits_are_equal_bits_whatever_fits(saved, layout):
                 assert torch.equal(again, logits)
 
 
-@settings(max_examples=12, deadline=None)
+@examples(2)
 @given(
     host=st.integers(2, EXPERTS),
     name=st.sampled_from(sorted(PRESETS)),

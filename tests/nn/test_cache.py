@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
@@ -11,6 +11,7 @@ from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
 from qmix.nn.cache import KVCache
 from tests.support.models import small_config, small_model
+from tests.support.soak import examples
 
 
 def ids(length, batch=1, seed=1):
@@ -37,7 +38,6 @@ def in_pieces(model, tokens, pieces, mask=None):
     return torch.cat(parts, 1), past
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     window=st.integers(1, 16),
     pieces=st.lists(st.integers(1, 40), min_size=1, max_size=8),
@@ -74,7 +74,7 @@ def test_the_named_splits_of_sixty_tokens(window, pieces):
     assert (found - whole).abs().max() < 1e-4
 
 
-@settings(max_examples=15, deadline=None)
+@examples(8)
 @given(
     window=st.integers(1, 12),
     layers=st.integers(1, 3),

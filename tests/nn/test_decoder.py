@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
@@ -22,7 +22,6 @@ def logits(model, tokens, **options):
     return model(input_ids=tokens, **options).logits
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     window=st.sampled_from([None, 1, 2, 5, 8, 16]),
     pieces=st.lists(st.integers(1, 12), min_size=1, max_size=6),

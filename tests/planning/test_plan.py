@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.config import MixtralConfig
@@ -109,7 +109,6 @@ def test_a_step_of_more_rows_reads_more_experts():
 SIZES = st.integers(0, 40 * GIB)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     gpu=st.booleans(),
     vram=SIZES,
@@ -136,7 +135,6 @@ def test_a_plan_stays_within_its_budgets(gpu, vram, ram, context, batch):
     assert (found.slots > 0) == gpu
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     gpu=st.booleans(),
     vram=SIZES,
@@ -167,7 +165,6 @@ def test_more_memory_never_holds_less(gpu, vram, ram, more, context):
         assert max(speed.values()) >= max(slower.values()) * (1 - 1e-12)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     gpu=st.booleans(),
     vram=st.integers(0, 6 * GIB),

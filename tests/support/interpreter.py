@@ -22,13 +22,28 @@ DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 w
 CONVERSIONS = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 
-def run_apart(name, *, interpreted):
-    """Run tests/interpreted_`name`.py to its end; all of it must pass, and in the interpreter run."""
+def run_apart(*names, interpreted, soak=False):
+    """Run each tests/kernels/interpreted_`name`.py to its end; what is chosen must pass.
+
+    Args:
+        soak: run what the soak runs, in place of all else.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if interpreted:  # one thread: the interpreter's tensors are too small for more
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = ROOT / "tests" / "kernels" / f"interpreted_{name}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(path)]
+    paths = [str(ROOT / "tests" / "kernels" / f"interpreted_{name}.py") for name in names]
+    chosen = ["-m", "soak" if soak else "not soak"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        *chosen,
+        *paths,
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )

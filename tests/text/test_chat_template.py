@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
@@ -70,13 +70,11 @@ def test_three_turns_with_a_system_prompt_are_mistral_commons_ids(oracle):
     assert chat_template.encode(THREE_TURNS, TOKENIZER) == oracle(THREE_TURNS)
 
 
-@settings(deadline=None)
 @given(conversations())
 def test_any_conversation_is_mistral_commons_ids(oracle, conversation):
     assert chat_template.encode(conversation, TOKENIZER) == oracle(conversation)
 
 
-@settings(deadline=None)
 @given(conversations(), texts, texts)
 def test_continuing_a_turn_is_the_suffix_of_the_whole(conversation, answer, question):
     """The ids that stand in a cache, then `continue_turn`: what encoding everything would give."""
@@ -88,7 +86,6 @@ def test_continuing_a_turn_is_the_suffix_of_the_whole(conversation, answer, ques
     )
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(3, 31999)), st.booleans())
 def test_an_answer_is_kept_as_it_was_generated(answer_ids, ended):
     generated = tuple(answer_ids) + (2,) * ended

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UsageError
@@ -124,13 +124,11 @@ def test_the_declaration_of_human_rights_comes_back_in_388_languages():
     assert len(names) == 388
 
 
-@settings(deadline=None)
 @given(texts)
 def test_every_text_comes_back(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text, add_special_tokens=False)) == text
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["<s>", "</s>", "<unk>", "<0x0A>", " ", "a", "\n", "[INST]"])))
 def test_no_text_gives_a_control_token(parts):
     text = "".join(parts)
@@ -150,21 +148,18 @@ def test_the_reference_pages_ids():
     assert TOKENIZER.pad_token_id is None
 
 
-@settings(deadline=None, max_examples=500)
 @given(any_ids)
 def test_any_ids_decode_as_sentencepiece_decodes_them(ids):
     known = [i for i in ids if i != 0]  # sentencepiece draws the unknown token as " \u2047 "
     assert TOKENIZER.decode(known, skip_special_tokens=True) == ORACLE.decode(known)
 
 
-@settings(deadline=None, max_examples=500)
 @given(any_ids, st.booleans())
 def test_streamed_text_is_the_decoded_text(ids, skip):
     whole = TOKENIZER.decode(ids, skip_special_tokens=skip)
     assert "".join(streamed(ids, skip_special_tokens=skip)) == whole
 
 
-@settings(deadline=None, max_examples=500)
 @given(any_ids, any_ids, st.booleans())
 def test_streaming_goes_on_after_any_prompt(prompt, ids, skip):
     whole = TOKENIZER.decode(prompt + ids, skip_special_tokens=skip)
@@ -173,7 +168,6 @@ def test_streaming_goes_on_after_any_prompt(prompt, ids, skip):
     assert before + after == whole
 
 
-@settings(deadline=None)
 @given(texts.filter(bool))
 def test_streaming_shows_no_half_characters(text):
     ids = TOKENIZER.encode(text, add_special_tokens=False)
@@ -184,7 +178,6 @@ def test_streaming_shows_no_half_characters(text):
     assert shown == text
 
 
-@settings(deadline=None)
 @given(st.lists(byte_ids, max_size=200))
 def test_streaming_keeps_at_most_three_bytes_back(ids):
     stream = StreamDetokenizer(TOKENIZER)
@@ -422,7 +415,6 @@ def test_a_model_cut_anywhere_is_refused():
             LlamaTokenizer(MODEL[:at])
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_other_bytes_are_refused(data):
     with pytest.raises(CheckpointError, match=MODEL_FILE):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UsageError
@@ -143,7 +143,6 @@ def test_a_short_last_block_is_divided_not_multiplied_by_a_reciprocal():
         assert_equal_bytes((near * absmax)[None], double=False)
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 300),
@@ -163,7 +162,6 @@ def test_bytes_equal_for_any_shape_block_and_scale(
         assert same_bits(ours.dequantize(out), definition(ours, out))
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_bytes_equal_for_any_bit_pattern(data):
     """Neighbouring blocks of any finite float32, denormals and huge values included."""
@@ -291,7 +289,6 @@ def test_decoded_values_equal_those_of_bitsandbytes(dtype, double):
             assert same_bits(ours.dequantize(dtype), bnb.dequantize_4bit(codes, state))
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     rows=st.integers(1, 60),
     columns=st.integers(1, 300),

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
@@ -92,7 +92,6 @@ FAULTS = st.builds(
     lag=st.integers(0, 3),
     faults=FAULTS,
 )
-@settings(max_examples=120, deadline=None)
 def test_every_byte_is_in_the_ledger(seed, slots, name, path, lag, faults):
     found = random_trace(seed, 25, skew=1.0)
     # An admitted copy stays under way while a step needs all other slots: the disk tier admits none.
@@ -268,7 +267,6 @@ def farthest_first(activations, slots):
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=14), st.integers(1, 5))
-@settings(max_examples=200, deadline=None)
 def test_the_optimum_is_the_best_of_all_ways(activations, slots):
     best = best_hits(tuple(activations), slots, 5)
     assert replay.optimal_hits(activations, slots) == best
@@ -281,7 +279,6 @@ def test_the_optimum_is_the_best_of_all_ways(activations, slots):
     skew=st.sampled_from([0.0, 1.0, 4.0]),
     lag=st.integers(0, 2),
 )
-@settings(max_examples=60, deadline=None)
 def test_no_policy_beats_the_optimum(seed, slots, skew, lag):
     found = random_trace(seed, 40, skew=skew)
     activations = [expert for token in found.ids() for ids in token for expert in ids]

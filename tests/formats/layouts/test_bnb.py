@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -129,7 +129,6 @@ def test_a_checkpoint_of_theirs_is_read(tmp_path, double, storage):
     equal(bnb.pack(ours, Q), bnb.pack(nf4.quantize(weight, scheme(double=double)), Q))
 
 
-@settings(deadline=None, max_examples=100)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 200),
@@ -368,7 +367,6 @@ def test_what_is_sound_is_read():
         assert bnb.unpack(good(double), P, "file").shape == (12, 64)
 
 
-@settings(deadline=None, max_examples=300)
 @given(data=st.binary(max_size=300), place=st.integers(0, 160))
 def test_no_blob_raises_anything_but_a_checkpoint_error(data, place):
     sound = bytes(good()[P + bnb.STATE_NF4].tolist())

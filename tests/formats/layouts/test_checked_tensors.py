@@ -1,7 +1,7 @@
 """Whatever a file holds, the readers of the integer layouts give a weight or a QmixError."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import QmixError
@@ -44,7 +44,6 @@ FORMS = (
 )
 
 
-@settings(deadline=None, max_examples=400)
 @given(
     layout=st.sampled_from(sorted(FILES)),
     place=st.integers(0, 3),

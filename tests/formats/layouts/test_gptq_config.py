@@ -5,7 +5,6 @@ import re
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UnsupportedError
@@ -158,7 +157,6 @@ def recipes(draw):
 
 
 @given(recipes())
-@bounds(deadline=None, max_examples=300)
 def test_the_settings_alone_say_the_scheme_of_each_module(schemes):
     config = gptq_config.config(schemes)
     found = read(config)

@@ -1,0 +1,67 @@
+"""What `make test` leaves to `make soak`: most cases of a large grid, and most drawn examples."""
+
+from collections import defaultdict
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Busy machines are slow: no time is a failure. The gate draws the same examples in every run.
+_SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("gate", max_examples=40, derandomize=True, database=None, **_SETTINGS)
+settings.register_profile("soak", max_examples=400, print_blob=True, **_SETTINGS)
+settings.load_profile("gate")
+
+
+both = pytest.mark.parametrize("soak", [False, pytest.param(True, marks=pytest.mark.soak)])
+
+
+def soaking():
+    return settings.get_current_profile_name() == "soak"
+
+
+def examples(count, **options):
+    """Hypothesis settings for an expensive property: `count` examples, ten times as many in a soak."""
+    return settings(max_examples=count * (10 if soaking() else 1), **options)
+
+
+def one_in(every, values):
+    """Parameters of which all but each `every`th are left to the soak."""
+    return [
+        value if number % every == 0 else pytest.param(value, marks=pytest.mark.soak)
+        for number, value in enumerate(values)
+    ]
+
+
+def leave_to_soak(items):
+    """Mark with `soak` what only a soak runs: whatever lies off the diagonal of a marked grid.
+
+    In a soak every property runs again, with the soak's examples.
+    """
+    grids = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("diagonal"):
+            grids[item.parent.nodeid, item.originalname].append(item)
+        if soaking() and getattr(item.obj, "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.soak)
+    for grid in grids.values():
+        kept = _diagonal([item.callspec.params for item in grid])
+        for number, item in enumerate(grid):
+            if number not in kept:
+                item.add_marker(pytest.mark.soak)
+
+
+def _diagonal(cases):
+    """The places of cases that have every value of every parameter between them."""
+    values = {name: list({id(case[name]): None for case in cases}) for name in cases[0]}
+    places = [{name: values[name].index(id(case[name])) for name in case} for case in cases]
+    kept, seen = set(), set()
+    for step in range(max(map(len, values.values()))):
+        wanted = {name: step % len(found) for name, found in values.items()}
+        kept |= {number for number, place in enumerate(places) if place == wanted}
+    for number in sorted(kept):
+        seen |= places[number].items()
+    for number, place in enumerate(places):  # a grid with holes has none on some steps
+        if not place.items() <= seen:
+            kept.add(number)
+            seen |= place.items()
+    return kept
