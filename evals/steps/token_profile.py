@@ -14,7 +14,7 @@ from qmix.evals.steps import full_model
 from qmix.evals.steps.timing import timed_as_is
 from qmix.evals.timing import bench, traffic
 from qmix.evals.timing.bandwidth import copy_bandwidth
-from qmix.generation.cuda_graph import DecodeStep
+from qmix.generation.static_decoder import StaticDecoder
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder_layer import DecoderLayer
@@ -35,11 +35,11 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
             reads = _reads(model, cache)
             cache.rewind(depth)
             for record in (True, False):
-                step = DecodeStep(model.model, model.lm_head, cache, record=record)
+                step = StaticDecoder(model.model, model.lm_head, cache, record=record)
 
-                def one(step: DecodeStep = step, depth: int = depth) -> None:
+                def one(step: StaticDecoder = step, depth: int = depth) -> None:
                     step.step()
-                    step.move(depth)
+                    step.seek(depth)
 
                 yield {
                     "kernel": "whole step, " + ("graph" if record else "launched one by one"),

@@ -15,7 +15,7 @@ from qmix.generation.sampling import Sampling
 
 MAX_NEW_TOKENS = 1 << 24
 
-_WHOLE_NUMBERS = (
+_LEAST = (  # integers, each with its smallest value
     ("max_new_tokens", 1),
     ("max_length", 1),
     ("min_new_tokens", 0),
@@ -36,33 +36,36 @@ _FLAGS = (
 class GenerationConfig:
     """When to stop and how to choose; the names are Hugging Face's, and `seed` is ours.
 
-    None stands for a field's default.
+    None stands for a field's default, except in top_k.
 
     Attributes:
-        max_new_tokens: new tokens at most; None: see max_length.
-        max_length: prompt and new tokens together; without either limit 20 new tokens.
+        max_new_tokens: how many new tokens at most; None: see max_length.
+        max_length: how many tokens at most, the prompt included. Without either limit: 20 new ones.
         min_new_tokens: end-of-sequence ids are excluded before this many new tokens.
-        do_sample: False is greedy; True draws, with top_k 50 unless given (Hugging Face's default).
-        temperature, top_k, top_p, min_p: see Sampling; temperature 0 is greedy, top_k None keeps
-            all.
+        do_sample: False is greedy. True samples, with top_k 50 unless given (Hugging Face's
+            default).
+        temperature, top_k, top_p, min_p: see Sampling; temperature 0 is greedy, top_k None turns
+            that filter off.
         repetition_penalty: see Sampling.
-        no_repeat_ngram_size: no n ids in a row stand twice in prompt and text; 0 is off.
+        no_repeat_ngram_size: no sequence of this many ids occurs twice in prompt and new ids; 0 is
+            off.
         bad_words_ids: sequences of ids that are never completed; an end-of-sequence id by itself
-            is let through.
-        seed: of the draw; None takes torch's global generator.
-        stop_strings: generation of a row ends once its new text holds one of these; the ids keep it,
+            is not excluded.
+        seed: for sampling; None takes torch's global generator.
+        stop_strings: a row ends once its new text contains one of these; its ids keep the string,
             a stream of text leaves it out.
-        eos_token_id: ids that end a row; None: none.
+        eos_token_id: ids that end a row; None: the model's own, or none.
         pad_token_id: fills rows that ended before others; default: the first eos id, else 0.
-        num_return_sequences: draws a row; more than one needs do_sample.
-        num_beams: 1; there is no beam search here.
+        bos_token_id: the checkpoint's; generation does not use it.
+        num_return_sequences: samples per row; more than one needs do_sample.
+        num_beams: must be 1; there is no beam search here.
         use_cache: False computes the whole context anew for every token.
-        prefill_chunk_size: prompt columns that are computed at once; default 512, 4096 on a GPU.
-        return_dict_in_generate: return an output with the ids and what is asked for below.
-        output_scores, output_logits: a (B, V) tensor a step, after and before all processors.
+        prefill_chunk_size: prompt columns that are computed at once; default 512, on a GPU 4096.
+        return_dict_in_generate: return an output with the ids and what the next two ask for.
+        output_scores, output_logits: a (B, V) tensor per step, after and before all processors.
 
     Raises:
-        UsageError: a value outside its range, by name; beams.
+        UsageError: a value outside its range, by name; beam search.
     """
 
     max_new_tokens: int | None = None
@@ -93,7 +96,7 @@ class GenerationConfig:
         for field in fields(self):
             if getattr(self, field.name) is None and field.name != "top_k":
                 object.__setattr__(self, field.name, field.default)
-        for name, least in _WHOLE_NUMBERS:
+        for name, least in _LEAST:
             self._check_whole(name, least)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
@@ -106,7 +109,12 @@ class GenerationConfig:
         if not (stops is None or isinstance(stops, (str, list, tuple))) or not all(
             isinstance(stop, str) and stop for stop in self.stops
         ):
-            raise _wrong("stop_strings", "a text or several, none of them empty", stops)
+            raise _wrong("stop_strings", "a string or several, none of them empty", stops)
+        self._check_ids()
+        self._check_together()
+        _ = self._sampling_if_asked  # checked even if do_sample is False
+
+    def _check_ids(self) -> None:
         for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
             value = getattr(self, name)
             several = name == "eos_token_id" and isinstance(value, (list, tuple))
@@ -119,8 +127,6 @@ class GenerationConfig:
             isinstance(words, (list, tuple)) and all(_is_word(word) for word in words)
         ):
             raise _wrong("bad_words_ids", "lists of token ids, none of them empty", words)
-        self._check_together()
-        _ = self._drawing  # checked also where greedy choice does not need it
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -146,7 +152,7 @@ class GenerationConfig:
             )
         if self.num_return_sequences > 1 and not self.do_sample:
             raise UsageError(
-                "greedy rows would all be the same",
+                "greedy copies of a row would all be the same",
                 where="num_return_sequences",
                 expected="1, or do_sample=True",
                 found=self.num_return_sequences,
@@ -154,19 +160,20 @@ class GenerationConfig:
         for name in ("output_scores", "output_logits"):
             if getattr(self, name) and not self.return_dict_in_generate:
                 raise UsageError(
-                    "plain ids have no room for it",
+                    "a plain tensor of ids cannot carry this output",
                     where=name,
-                    remedy="Give return_dict_in_generate=True too.",
+                    remedy="Pass return_dict_in_generate=True too.",
                 )
 
     @property
     def sampling(self) -> Sampling:
+        """How the next token is chosen; greedy unless do_sample."""
         if not self.do_sample:
             return Sampling(repetition_penalty=self.repetition_penalty)
-        return self._drawing
+        return self._sampling_if_asked
 
     @property
-    def _drawing(self) -> Sampling:
+    def _sampling_if_asked(self) -> Sampling:
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k or 0,
@@ -177,27 +184,35 @@ class GenerationConfig:
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
         if self.stop_strings is None:
             return ()
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else (*self.stop_strings,)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else (*self.eos_token_id,)
 
     @property
     def pad_id(self) -> int:
+        """The id that fills rows that ended before others."""
         if self.pad_token_id is not None and self.pad_token_id >= 0:
             return self.pad_token_id
         return self.eos_ids[0] if self.eos_ids else 0
 
     @classmethod
-    def of(cls, config: MixtralConfig, directory: Path | None = None) -> "GenerationConfig":
-        """The checkpoint's own: special ids of generation_config.json, else of config.json.
+    def from_model_config(
+        cls, config: MixtralConfig, directory: Path | None = None
+    ) -> "GenerationConfig":
+        """The special ids of a checkpoint: those of generation_config.json, else of config.json.
 
-        Other entries of the file are not taken: how to sample is the user's choice.
+        Other entries of generation_config.json are ignored: how to sample is the user's choice.
+
+        Raises:
+            CheckpointError: an id in generation_config.json is not an integer.
         """
         own = cls(
             eos_token_id=config.eos_token_ids or None,
@@ -219,13 +234,17 @@ class GenerationConfig:
                 found=error.found,
             ) from None
 
-    def completed(self, own: "GenerationConfig") -> "GenerationConfig":
-        """A copy whose special ids are those of `own`, a model's, where it says nothing of them."""
+    def with_special_ids_of(self, own: "GenerationConfig") -> "GenerationConfig":
+        """A copy that takes the special ids it does not set from `own`, a model's."""
         names = ("eos_token_id", "pad_token_id", "bos_token_id")
         return self.updated({n: getattr(own, n) for n in names if getattr(self, n) is None})
 
     def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":
-        """A copy with changes; an unknown name is refused."""
+        """A copy with these fields changed.
+
+        Raises:
+            UsageError: an unknown field, or a value outside its range.
+        """
         known = {f.name for f in fields(self)}
         for name in changes:
             if name not in known:
@@ -235,7 +254,11 @@ class GenerationConfig:
         return replace(self, **changes)
 
     def new_tokens(self, prompt_length: int) -> int:
-        """How many tokens may follow a prompt of this many columns."""
+        """How many tokens may follow a prompt of this many columns.
+
+        Raises:
+            UsageError: the prompt alone reaches max_length.
+        """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:

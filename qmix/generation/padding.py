@@ -1,7 +1,7 @@
-"""What a batch of prompts must be, and its padding moved to the left, where nothing follows it.
+"""What a batch of prompts must be, and moving its padding to the left.
 
-Shape letters: B rows, P prompt columns, D hidden width. A prompt is ids (B, P) or embeddings
-(B, P, D); its mask `attention_mask` is bool (B, P), False at padding. Knows no model.
+A prompt is ids (B, P) or embeddings (B, P, D); its attention_mask is bool (B, P), False at padding.
+Knows no model. Shape letters: see qmix.nn.
 """
 
 import torch
@@ -13,10 +13,11 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_prompt(input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Refuse what is no prompt of ids.
+    """Raise unless this is a prompt of ids with its mask.
 
     Raises:
-        UsageError: not integers of shape (B, P), no token, or a mask of another shape.
+        UsageError: not integers of shape (B, P), no token, a mask of another shape, or a row that
+            is all padding.
     """
     if (
         not isinstance(input_ids, Tensor)
@@ -35,10 +36,14 @@ def check_prompt(input_ids: Tensor | None, attention_mask: Tensor | None) -> Non
 
 
 def check_embeds(inputs_embeds: Tensor | None, attention_mask: Tensor | None, width: int) -> None:
-    """Refuse what is no prompt of embeddings of the model's width D.
+    """Raise unless this is a prompt of embeddings with its mask.
+
+    Args:
+        width: D, the model's hidden width.
 
     Raises:
-        UsageError: not floats of shape (B, P, D), no position, or a mask of another shape.
+        UsageError: not floats of shape (B, P, D), no position, a mask of another shape, or a row
+            that is all padding.
     """
     if (
         not isinstance(inputs_embeds, Tensor)
@@ -57,10 +62,10 @@ def check_embeds(inputs_embeds: Tensor | None, attention_mask: Tensor | None, wi
 
 
 def checked_mask(attention_mask: object) -> Tensor:
-    """An attention mask of any form, if it is a tensor.
+    """The attention mask, of any shape and dtype.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a tensor.
     """
     if isinstance(attention_mask, Tensor):
         return attention_mask
@@ -70,21 +75,21 @@ def checked_mask(attention_mask: object) -> Tensor:
 
 
 def left_padded(columns: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with all padding moved to the left, the rest in its order."""
+    """The columns and their mask with all padding moved to the left and the rest in its order."""
     order = attention_mask.to(torch.uint8).sort(dim=-1, stable=True).indices
     rows = torch.arange(attention_mask.shape[0], device=attention_mask.device)[:, None]
     return columns[rows.to(columns.device), order.to(columns.device)], attention_mask[rows, order]
 
 
 def position_ids(attention_mask: Tensor | None, new: int) -> Tensor | None:
-    """Positions of the last `new` columns, padding not counted; None without padding."""
+    """Positions (B, new) of the last `new` columns, not counting padding; None without padding."""
     if attention_mask is None:
         return None
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
 
 
 def without_full_mask(attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """All-ones masks are dropped, so that the unmasked, faster attention serves them."""
+    """The mask on `device`; None if it is all True, so that the faster unmasked attention runs."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask.to(device)

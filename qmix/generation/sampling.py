@@ -1,6 +1,6 @@
 """Sampling: from the logits of the last position to the next token id.
 
-Shape letters: B rows, V vocabulary. Knows nothing of models, caches or text.
+Knows nothing of models, caches or text. Shape letters: see qmix.nn.
 """
 
 import math
@@ -19,12 +19,12 @@ class Sampling:
     Applied in Hugging Face's order: repetition_penalty, temperature, top_k, top_p, min_p.
 
     Attributes:
-        temperature: logits are divided by it; 0 means greedy.
+        temperature: logits are divided by it; 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probabilities sum to at least p.
         min_p: drop tokens less likely than min_p times the most likely one.
-        repetition_penalty: logits of tokens already in the context are divided (positive) or
-            multiplied (negative) by it; 1 is off. Applies to greedy choice too.
+        repetition_penalty: the logits of tokens that a row already contains are divided by it if
+            positive, multiplied if negative; 1 is off. It applies to greedy choice too.
 
     Raises:
         UsageError: a value outside its range, by name.
@@ -55,30 +55,28 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
         return self.temperature < 1e-6  # below it the division overflows float32
 
-    def scores(
-        self, logits: Tensor, context: Tensor, attention_mask: Tensor | None = None
+    def penalised(
+        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, V) after all processors, float32, excluded tokens at -inf.
+        """Logits (B, V) in float32 after the repetition penalty.
 
         Args:
-            context: ids so far (B, L), for the repetition penalty.
-            attention_mask: bool (B, L), False at padding.
+            input_ids: ids so far (B, L).
+            attention_mask: bool (B, L), False at padding; None: no padding.
         """
-        return self.warped(self.penalised(logits, context, attention_mask))
-
-    def penalised(
-        self, logits: Tensor, context: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Logits (B, V) in float32 after the repetition penalty alone."""
         scores = logits.float()
         if self.repetition_penalty == 1:
             return scores
-        return _penalised(scores, context, attention_mask, self.repetition_penalty)
+        return _penalised(scores, input_ids, attention_mask, self.repetition_penalty)
 
     def warped(self, scores: Tensor) -> Tensor:
-        """Scores (B, V) after temperature, top_k, top_p and min_p; unchanged for greedy choice."""
+        """Scores (B, V) after temperature, top_k, top_p and min_p, excluded tokens at -inf.
+
+        Greedy choice leaves them unchanged.
+        """
         if self.greedy:
             return scores
         scores = scores / self.temperature
@@ -94,9 +92,10 @@ class Sampling:
         return scores
 
     def sample(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Token ids (B,) from processed scores (B, V), reading nothing back; -1: no finite maximum.
+        """Token ids (B,) from processed scores (B, V), without waiting for the device.
 
-        The numbers drawn, and the ids, are those of torch.multinomial.
+        An id is -1 where the scores have no finite maximum. The random numbers, and so the ids, are
+        those of torch.multinomial.
         """
         if self.greedy:
             ids = scores.argmax(-1)
@@ -109,13 +108,13 @@ class Sampling:
         """Token ids (B,) from processed scores (B, V).
 
         Raises:
-            QmixError: the scores hold no finite maximum; a damaged model must not emit token 0.
+            QmixError: the scores have no finite maximum; a damaged model must not emit token 0.
         """
         return checked(self.sample(scores, generator))
 
 
 def checked(ids: Tensor) -> Tensor:
-    """Ids (B,) as they were drawn.
+    """The ids (B,), as `Sampling.sample` returns them.
 
     Raises:
         QmixError: one is -1.
@@ -130,22 +129,22 @@ def checked(ids: Tensor) -> Tensor:
 
 
 def _penalised(
-    scores: Tensor, context: Tensor, attention_mask: Tensor | None, penalty: float
+    scores: Tensor, input_ids: Tensor, attention_mask: Tensor | None, penalty: float
 ) -> Tensor:
-    """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) on every id in the context."""
+    """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) on every id of the row."""
     seen = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
     ones = (
-        torch.ones_like(context, dtype=torch.int32)
+        torch.ones_like(input_ids, dtype=torch.int32)
         if attention_mask is None
         else attention_mask.int()
     )
-    seen = seen.scatter_add(1, context, ones)
+    seen = seen.scatter_add(1, input_ids, ones)
     penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(seen > 0, penalised, scores)
 
 
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Keep the most likely tokens until their mass reaches top_p; at least one stays."""
+    """Keep the most likely tokens until their probabilities sum to top_p; at least one stays."""
     ordered, order = scores.sort(-1, descending=True)
     mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     drop = mass_before >= top_p

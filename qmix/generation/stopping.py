@@ -1,6 +1,6 @@
-"""When a row ends: end-of-sequence ids, stop strings in its text, criteria of the user.
+"""When a row ends: end-of-sequence ids, stop strings in its text, the caller's criteria.
 
-Shape letters: B rows, L columns so far, V vocabulary. Knows no models.
+Knows no models. Shape letters: see qmix.nn.
 """
 
 from typing import Protocol
@@ -13,48 +13,49 @@ from qmix.text.detokenizer import StreamDetokenizer
 
 
 class StoppingCriterion(Protocol):
-    """Called like Hugging Face's, once a step, the newest ids included: which rows end here.
+    """Called like Hugging Face's, once per step: which rows end with the newest ids.
 
-    One bool for all rows, or bool (B,).
+    Takes the ids so far (B, L), the newest included, and the scores (B, V) that they were chosen
+    from. Returns one bool for all rows, or bool (B,).
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor, /) -> bool | Tensor: ...
 
 
 class RowText:
-    """The new text of one row: taken apart from its tokens, ended and trimmed at stop strings."""
+    """The new text of one row: decoded from its tokens, and cut at the first stop string."""
 
     def __init__(
-        self, words: StreamDetokenizer, eos_ids: tuple[int, ...], stops: tuple[str, ...]
+        self, detokenizer: StreamDetokenizer, eos_ids: tuple[int, ...], stops: tuple[str, ...]
     ) -> None:
         self.ended = False
-        self._eos = eos_ids
+        self._detokenizer = detokenizer
+        self._eos_ids = eos_ids
         self._stops = stops
-        self._held = ""  # may yet become a stop string
-        self._words = words
+        self._pending = ""  # may yet become a stop string
 
     def put(self, token: int, *, last: bool) -> str:
-        """The text that the token settles; all of it if it is the last; nothing after the end."""
+        """The text that is certain after this token: all if it is the last, none after the end."""
         if self.ended:
             return ""
-        text = self._held + self._words.put(token)
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
+        text = self._pending + self._detokenizer.put(token)
+        cuts = [cut for cut in (text.find(stop) for stop in self._stops) if cut >= 0]
+        if cuts:
             self.ended = True
-            return text[: min(found)]
-        self.ended = last or token in self._eos
+            return text[: min(cuts)]
+        self.ended = last or token in self._eos_ids
         if self.ended:
-            return text + self._words.end()
-        settled = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[settled:]
-        return text[:settled]
+            return text + self._detokenizer.end()
+        certain = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._pending = text[certain:]
+        return text[:certain]
 
 
 def rows_to_stop(criterion: StoppingCriterion, input_ids: Tensor, scores: Tensor) -> Tensor:
-    """The rows (B,) that a criterion ends, on the CPU.
+    """The rows that a criterion ends: bool (B,), on the CPU.
 
     Raises:
-        UsageError: it says neither yes or no, nor yes or no for each row.
+        UsageError: it returns neither a bool nor one for each row.
     """
     rows = input_ids.shape[0]
     verdict = criterion(input_ids, scores)
@@ -63,7 +64,7 @@ def rows_to_stop(criterion: StoppingCriterion, input_ids: Tensor, scores: Tensor
     if isinstance(verdict, bool):
         return torch.full((rows,), verdict)
     raise UsageError(
-        "a stopping criterion gave no verdict",
+        "a stopping criterion returned no bool",
         where="stopping_criteria",
         expected=f"a bool, or bools [{rows}]",
         found=repr(verdict)[:80],
@@ -71,6 +72,6 @@ def rows_to_stop(criterion: StoppingCriterion, input_ids: Tensor, scores: Tensor
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """The length of the longest suffix of `text` that is a prefix of `stop`, and not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
 """Streamers: where the ids of a generation go while it runs.
 
-Shape letters: P prompt columns. Knows no models; text comes from the detokenizer, in whole
-characters: the bytes of an unfinished one wait.
+Text comes from the detokenizer in whole characters; the bytes of an unfinished one wait. Knows no
+models. Shape letters: see qmix.nn.
 """
 
 import queue
@@ -26,14 +26,11 @@ class TextStreamer:
     """Writes a generation's text to stdout as it is finished.
 
     Args:
-        tokenizer: whose ids they are.
-        skip_prompt: leave the prompt's text out.
-        skip_special_tokens: leave control tokens out.
+        tokenizer: decodes the ids.
+        skip_prompt: do not write the prompt's text.
+        skip_special_tokens: do not write control tokens.
 
     Override `on_finalized_text` to send the text elsewhere.
-
-    Raises:
-        UsageError: more than one row is put.
     """
 
     def __init__(
@@ -42,29 +39,33 @@ class TextStreamer:
         self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.skip_special_tokens = skip_special_tokens
-        self._words: StreamDetokenizer | None = None
+        self._detokenizer: StreamDetokenizer | None = None
 
     def put(self, value: Tensor, /) -> None:
-        """Ids (1, P) or (1,)."""
+        """Write the text of ids (1, P) or (1,).
+
+        Raises:
+            UsageError: more than one row.
+        """
         if value.dim() > 1 and value.shape[0] != 1:
             raise UsageError("a streamer takes one row", where="streamer", found=list(value.shape))
-        first = self._words is None
-        if self._words is None:
-            self._words = StreamDetokenizer(
+        first = self._detokenizer is None
+        if self._detokenizer is None:
+            self._detokenizer = StreamDetokenizer(
                 self.tokenizer, skip_special_tokens=self.skip_special_tokens
             )
-        text = "".join([self._words.put(index) for index in value.flatten().tolist()])
+        text = "".join([self._detokenizer.put(index) for index in value.flatten().tolist()])
         if text and not (first and self.skip_prompt):
             self.on_finalized_text(text)
 
     def end(self) -> None:
-        """The rest of the text; the streamer may then serve another generation."""
-        rest = self._words.end() if self._words is not None else ""
-        self._words = None
+        """Write the rest of the text; the streamer may then serve another generation."""
+        rest = self._detokenizer.end() if self._detokenizer is not None else ""
+        self._detokenizer = None
         self.on_finalized_text(rest, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write text that will not change any more."""
+        """Write text that will not change any more; `stream_end` adds a line end."""
         sys.stdout.write(text + ("\n" if stream_end else ""))
         sys.stdout.flush()
 
@@ -73,7 +74,8 @@ class TextIteratorStreamer(TextStreamer):
     """The text of a generation that runs in another thread, as an iterator.
 
     Args:
-        timeout: seconds to wait for the next piece before queue.Empty is raised; None waits.
+        timeout: seconds to wait for the next piece before queue.Empty is raised; None waits
+            without end.
     """
 
     def __init__(

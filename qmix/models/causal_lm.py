@@ -15,9 +15,9 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation import loop as generation
 from qmix.generation.config import GenerationConfig
-from qmix.generation.cuda_graph import DecodeSteps
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.logits_processors import LogitsProcessor
+from qmix.generation.static_decoder import StaticDecoders
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn
@@ -40,14 +40,14 @@ class MixtralForCausalLM(PreTrainedModel):
         self.model = MixtralModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         initialise(self.lm_head, config)
-        self.generation_config = GenerationConfig.of(config)
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.tokenizer: LlamaTokenizer | None = None
-        self.decode_steps = DecodeSteps()
+        self.static_decoders = StaticDecoders()
         self.tie_weights()
 
     def read_generation_config(self, directory: Path) -> None:
         """Take the special ids from generation_config.json."""
-        self.generation_config = GenerationConfig.of(self.config, directory)
+        self.generation_config = GenerationConfig.from_model_config(self.config, directory)
 
     def tie_weights(self) -> None:
         """Share the embedding with the head where the config says so."""
@@ -111,9 +111,11 @@ class MixtralForCausalLM(PreTrainedModel):
         attention_mask: bool (B, L + S), False at padding, all of it on the left.
         """
         if input_ids is not None and input_ids.shape[1] == 1 and isinstance(cache, KVCache):
-            step = self.decode_steps.for_cache(self.model, self.lm_head, cache, attention_mask)
-            if step is not None:
-                following = step.step(input_ids).clone()
+            decoder = self.static_decoders.for_cache(
+                self.model, self.lm_head, cache, attention_mask
+            )
+            if decoder is not None:
+                following = decoder.step(input_ids).clone()
                 cache.advance(1)
                 return following
         x = inputs_embeds
@@ -134,13 +136,13 @@ class MixtralForCausalLM(PreTrainedModel):
 
         The cache holds the new position, but does not count it: `cache.advance(1)` is the caller's.
         """
-        step = self.decode_steps.for_cache(
+        decoder = self.static_decoders.for_cache(
             self.model, self.lm_head, cache, attention_mask, sample_fn
         )
-        if step is None:
+        if decoder is None:
             return None
-        step.step(ids)
-        return SampledStep(step.logits.clone(), step.scores.clone(), step.ids.clone())
+        decoder.step(ids)
+        return SampledStep(decoder.logits.clone(), decoder.scores.clone(), decoder.ids.clone())
 
     @torch.no_grad()
     def generate(
@@ -224,7 +226,7 @@ class MixtralForCausalLM(PreTrainedModel):
                 expected="a qmix.GenerationConfig",
                 found=type(given).__name__,
             )
-        return given.completed(self.generation_config)
+        return given.with_special_ids_of(self.generation_config)
 
     @torch.no_grad()
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:

@@ -12,10 +12,10 @@ import torch
 
 from qmix import kernels
 from qmix.generation.config import GenerationConfig
-from qmix.generation.cuda_graph import DecodeStep, DecodeSteps, supported
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import generate
 from qmix.generation.sampling import Sampling
+from qmix.generation.static_decoder import StaticDecoder, StaticDecoders, supported
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.pack import Placement
@@ -104,9 +104,9 @@ def test_steps_equal_the_reference(make, window, padded):
         attention_mask[1, :2] = False
     expected = reference_steps(model, prompt, attention_mask, 3)
     cache = prefilled(model, prompt, attention_mask)
-    step = DecodeStep(model.model, model.lm_head, cache, padded=padded)
+    step = StaticDecoder(model.model, model.lm_head, cache, padded=padded)
     if padded:
-        step.pad(attention_mask)
+        step.set_padding(attention_mask)
     for before, after in pairwise(expected):
         logits = step.step(before.argmax(-1))
         cache.advance(1)
@@ -121,7 +121,7 @@ def test_the_step_can_choose_by_itself():
     model = packed_model(nf4)
     expected = reference_steps(model, PROMPT.to(DEVICE), None, 4)
     cache = prefilled(model, PROMPT.to(DEVICE), None)
-    step = DecodeStep(model.model, model.lm_head, cache, sample_fn=SampleFn(Sampling(), None))
+    step = StaticDecoder(model.model, model.lm_head, cache, sample_fn=SampleFn(Sampling(), None))
     step.ids.copy_(expected[0].argmax(-1))
     for after in expected[1:]:
         step.step()
@@ -131,10 +131,10 @@ def test_the_step_can_choose_by_itself():
 def test_a_step_is_repeatable_and_can_go_back():
     model = packed_model(int4)
     cache = prefilled(model, PROMPT.to(DEVICE), None)
-    step = DecodeStep(model.model, model.lm_head, cache)
+    step = StaticDecoder(model.model, model.lm_head, cache)
     first = step.step(PROMPT[:, 0].to(DEVICE)).clone()
     step.step(PROMPT[:, 1].to(DEVICE))
-    step.move(5)
+    step.seek(5)
     assert torch.equal(step.step(PROMPT[:, 0].to(DEVICE)), first)
 
 
@@ -150,12 +150,12 @@ def test_generate_takes_the_step(monkeypatch, options):
     """
     model = packed_model(nf4)
     taken = []
-    plain = DecodeStep.step
+    plain = StaticDecoder.step
     monkeypatch.setattr(
-        DecodeStep, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
+        StaticDecoder, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
     )
     if INTERPRETED:
-        monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
+        monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
     attention_mask = torch.ones_like(PROMPT)
     attention_mask[0, :1] = 0
     for mask in (None, attention_mask.to(DEVICE)):
@@ -172,10 +172,10 @@ def test_generate_takes_the_step(monkeypatch, options):
 
 
 def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
-    monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
     model = small_model()
     with torch.no_grad():
-        found = DecodeSteps().for_cache(model.model, model.lm_head, model.new_cache(1, 4), None)
+        found = StaticDecoders().for_cache(model.model, model.lm_head, model.new_cache(1, 4), None)
     assert found is None
 
 
@@ -190,7 +190,7 @@ def test_the_graph_gives_the_tokens_of_the_launches(sampled):
             Sampling(temperature=1.0, top_p=0.9) if sampled else Sampling(), generator
         )
         cache = prefilled(model, PROMPT.to(DEVICE), None)
-        step = DecodeStep(model.model, model.lm_head, cache, sample_fn=sample_fn, record=record)
+        step = StaticDecoder(model.model, model.lm_head, cache, sample_fn=sample_fn, record=record)
         step.ids.copy_(PROMPT[:, 0])
         ids = []
         for _ in range(3):

@@ -9,7 +9,7 @@ import torch
 
 from qmix import kernels
 from qmix.experts.policy import PRESETS
-from qmix.generation.cuda_graph import DecodeStep, supported
+from qmix.generation.static_decoder import StaticDecoder, supported
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
@@ -61,7 +61,7 @@ def tokens(model, count=3):
                 model.model.decode(model.model.embed(PROMPT.to(DEVICE)), cache=cache).hidden
             )
         ]
-    step = DecodeStep(model.model, model.lm_head, cache)
+    step = StaticDecoder(model.model, model.lm_head, cache)
     for token in range(count):
         found.append(step.step(torch.tensor([5 + token], device=DEVICE)).clone())
         cache.advance(1)
@@ -86,13 +86,13 @@ def test_steps_and_prompts_are_equal_bits_whatever_has_a_slot(directory, slots, 
 
 
 def test_a_step_is_recorded_only_while_it_needs_nothing_from_the_host(directory, monkeypatch):
-    monkeypatch.setattr("qmix.generation.cuda_graph._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
     model = loaded(directory, 3)
     cache = model.new_cache(1, 8)
     with torch.no_grad():
-        assert model.decode_steps.for_cache(model.model, model.lm_head, cache, None) is not None
+        assert model.static_decoders.for_cache(model.model, model.lm_head, cache, None) is not None
         model.store.path.current = "cpu"
-        assert model.decode_steps.for_cache(model.model, model.lm_head, cache, None) is None
+        assert model.static_decoders.for_cache(model.model, model.lm_head, cache, None) is None
 
 
 def test_what_fits_neither_memory_is_read_packed_and_brought(directory):

@@ -14,7 +14,7 @@ from tests.support.soak import both
 pytest.importorskip("triton")
 
 from qmix.evals.timing import random_model
-from qmix.generation.cuda_graph import DecodeStep, supported
+from qmix.generation.static_decoder import StaticDecoder, supported
 from qmix.kernels import dense
 from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
 
@@ -51,7 +51,7 @@ def step_of(batch, sample_fn=GREEDY, **changes):
     model = random_model.build(config, random_model.NF4, torch.device("meta"))
     assert supported(model.model)
     cache = model.new_cache(batch, 4096)
-    return DecodeStep(model.model, model.lm_head, cache, padded=True, sample_fn=sample_fn)
+    return StaticDecoder(model.model, model.lm_head, cache, padded=True, sample_fn=sample_fn)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 16])
@@ -102,7 +102,7 @@ def test_shapes_do_not_depend_on_the_position(launches):
     step = step_of(2, num_hidden_layers=1)
     step.step()
     first = {name: list(recorder.grids) for name, recorder in launches.items()}
-    step.move(3000)
+    step.seek(3000)
     for recorder in launches.values():
         recorder.grids.clear()
     step.step()
