@@ -1,8 +1,8 @@
 """Attention by the flash-attn package, where it is installed and fits.
 
-Shape letters: B batch, H query heads, G key-value heads, S queries, L keys, d head width,
-N tokens that are no padding. flash-attn wants (B, S, H, d), and window bounds that are inclusive:
-W keys are `(W - 1, 0)`. (Passing (W, W), as transformers did until 2025, lets W + 1 keys be seen.)
+flash-attn takes (B, S, H, d), and window bounds that are inclusive: a window of W keys is
+`(W - 1, 0)`. (Passing (W, W), as transformers did until 2025, shows W + 1 keys.) Shape letters:
+see qmix.kernels.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ _REMEDY = "Use attn_implementation='sdpa', which computes the same."
 
 
 def check_installed() -> None:
-    """Refuse where flash-attn cannot be imported.
+    """Raise unless flash-attn can be imported.
 
     Raises:
         UnsupportedError: it is not installed.
@@ -31,7 +31,7 @@ def check_installed() -> None:
 
 
 def check(q: Tensor) -> None:
-    """Refuse queries (B, H, S, d) that flash-attn does not take.
+    """Raise unless flash-attn takes queries (B, H, S, d) like these.
 
     Raises:
         UnsupportedError: not on a GPU, not a half precision, or heads wider than 256.
@@ -58,42 +58,47 @@ def attend(
 ) -> Tensor:
     """Attention of the last S of L columns: (B, H, S, d) with (B, G, L, d) -> (B, H, S, d).
 
+    Args:
+        window: each query sees this many keys, itself included; None: all before it.
+        padding_mask: bool (B, L), False at padding; None: no padding.
+        dropout: the probability that an attention weight is zeroed.
+
     Raises:
-        UnsupportedError: a window over padding in the middle of a row, where tokens and columns are
-            not counted alike.
+        UnsupportedError: a window over padding inside a row: flash-attn's windows count tokens, not
+            columns.
     """
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    reach = (-1, 0) if window is None else (window - 1, 0)
+    window_size = (-1, 0) if window is None else (window - 1, 0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out: Tensor
     if padding_mask is None:
-        out = flash_attn_func(q, k, v, dropout_p=dropout, causal=True, window_size=reach)
+        out = flash_attn_func(q, k, v, dropout_p=dropout, causal=True, window_size=window_size)
         return out.transpose(1, 2)
-    binds = window is not None and k.shape[1] > window
-    if binds and bool((padding_mask[:, 1:] != padding_mask[:, :-1]).sum(-1).gt(1).any()):
+    windowed = window is not None and k.shape[1] > window
+    if windowed and bool((padding_mask[:, 1:] != padding_mask[:, :-1]).sum(-1).gt(1).any()):
         raise UnsupportedError(
             "flash_attention_2 takes no window over padding inside a row",
             where=_WHERE,
             remedy=_REMEDY,
         )
-    asked = padding_mask[:, -q.shape[1] :]
-    kept = flash_attn_varlen_func(
-        q[asked],
+    query_mask = padding_mask[:, -q.shape[1] :]
+    attended = flash_attn_varlen_func(
+        q[query_mask],
         k[padding_mask],
         v[padding_mask],
-        *(_starts(asked), _starts(padding_mask)),
-        *(int(asked.sum(-1).max()), int(padding_mask.sum(-1).max())),
+        *(_row_starts(query_mask), _row_starts(padding_mask)),
+        *(int(query_mask.sum(-1).max()), int(padding_mask.sum(-1).max())),
         dropout_p=dropout,
         causal=True,
-        window_size=reach,
+        window_size=window_size,
     )
     out = q.new_zeros(q.shape)
-    out[asked] = kept
+    out[query_mask] = attended
     return out.transpose(1, 2)
 
 
-def _starts(padding_mask: Tensor) -> Tensor:
-    """Where each row's tokens begin among all that are kept, and their end: int32 (B + 1,)."""
+def _row_starts(padding_mask: Tensor) -> Tensor:
+    """Where each row's tokens begin among the tokens of all rows, and the end: int32 (B + 1,)."""
     ends = padding_mask.sum(-1).cumsum(0)
     return torch.cat((ends.new_zeros(1), ends)).to(torch.int32)

@@ -1,6 +1,6 @@
-"""Pointwise pieces of a layer: RMSNorm, rotary embedding, router.
+"""Pointwise parts of a layer, as plain torch operations: RMSNorm, rotary embedding, router.
 
-Shape letters: B batch, S sequence, H heads, d head width, T tokens, E experts, K chosen.
+Shape letters: see qmix.kernels.
 """
 
 import torch
@@ -10,7 +10,10 @@ from qmix.kernels.moe import Routes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`w * (x * rsqrt(mean(x^2) + eps))`, the variance in float32, w multiplied after the cast back."""
+    """`weight * (x * rsqrt(mean(x^2) + eps))` over the last axis, [..., D].
+
+    The norm is float32; it is rounded to x's dtype before it is multiplied by the weight.
+    """
     x32 = x.float()
     scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (x32 * scale).to(x.dtype)
@@ -19,7 +22,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, S, d) of the positions (B, S); angles in float32 (arXiv 2104.09864)."""
+    """Cosines and sines (B, 1, S, d) for positions (B, S) (arXiv 2104.09864).
+
+    Args:
+        head_dim: d.
+        theta: the base of the angles, which are float32.
+        dtype: of the result.
+    """
     power = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[:, None, :, None].float() * (1.0 / theta**power)  # (B, 1, S, d / 2)
     angles = torch.cat((angles, angles), -1)
@@ -27,13 +36,13 @@ def rotary(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, H, S, d) in Hugging Face's half-split order: pairs are (i, i + d / 2)."""
+    """Rotate (B, H, S, d) by (B or 1, 1, S, d), pairs (i, i + d / 2) as in Hugging Face."""
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat((-high, low), -1) * sin
 
 
 def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
-    """Softmax over all E experts in float32, top K, renormalised to sum 1: (T, E) -> Routes."""
+    """Softmax over all E experts in float32, top k, renormalised to sum 1: (T, E) -> Routes."""
     probabilities = logits.float().softmax(-1)
     weights, ids = probabilities.topk(num_experts_per_tok, -1)
     return Routes(ids, weights / weights.sum(-1, keepdim=True))

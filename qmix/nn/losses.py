@@ -38,12 +38,12 @@ def load_balancing_loss(
 ) -> Tensor:
     """`E * sum_e f_e P_e` over all layers' tokens (Switch Transformer, arXiv 2101.03961, eq. 4).
 
-    f_e is the fraction of tokens that have e among their top K experts (the fractions sum to K),
-    P_e the mean router probability. At perfect balance the loss is K.
+    f_e is the fraction of tokens that have e among their top k experts (the fractions sum to k),
+    P_e the mean router probability. At perfect balance the loss is k.
 
     Args:
         router_logits: before the softmax, one (B * S, E) per layer.
-        num_experts_per_tok: K.
+        num_experts_per_tok: k.
         attention_mask: (B, S), 0 at padding; None: no padding.
     """
     logits = torch.cat([layer.float() for layer in router_logits])
