@@ -8,7 +8,7 @@
 
 Importing this file imports transformers; nothing else in qmix does. Made and tested for
 transformers 5.23.0. Weights, layers and kernels stay qmix's; masks, caches and generation are
-transformers'. Shape letters: B batch, S new positions, L positions seen, V vocabulary.
+transformers'. Shape letters as in qmix.nn.
 """
 
 from collections.abc import Sequence

@@ -32,4 +32,4 @@ def test_every_argument_of_a_public_forward_is_on_the_page():
     page = api_page.page()
     for name in ("attention_mask", "past_key_values", "output_attentions", "return_dict", "labels"):
         assert f"    {name}: " in page
-    assert "- `attention_mask`: (B, L + S), 0 at padding." in page
+    assert "- `attention_mask`: (B, L), 0 at padding; L counts past and new positions." in page

@@ -108,7 +108,7 @@ class MixtralForCausalLM(PreTrainedModel):
     ) -> Tensor:
         """Append (B, S) ids, or embeddings, to the cache; float32 logits of the last position (B, V).
 
-        attention_mask: bool (B, L + S), False at padding, all of it on the left.
+        attention_mask: bool (B, L), False at padding, all of it on the left.
         """
         if input_ids is not None and input_ids.shape[1] == 1 and isinstance(cache, KVCache):
             decoder = self.static_decoders.for_cache(

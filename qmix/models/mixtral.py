@@ -42,12 +42,13 @@ class MixtralModel(PreTrainedModel, Decoder):
 
         Args:
             input_ids: int64 (B, S).
-            attention_mask: (B, L + S), 0 at padding. Or (B or 1, H or 1, S, L + S) in place of
-                causality and window: bool, True is seen, or floats that are added to the scores.
-                For a fully masked query the output is undefined but finite.
-            position_ids: int64 (B or 1, S), for the rotary embedding; default L .. L + S - 1.
+            attention_mask: (B, L), 0 at padding; L counts past and new positions. Or (B or 1,
+                H or 1, S, L), which replaces causality and window: bool, True where a key is seen,
+                or floats that are added to the scores. For a fully masked query the output is
+                undefined but finite.
+            position_ids: int64 (B or 1, S), for the rotary embedding; default L - S .. L - 1.
             past_key_values: the cache of an earlier pass, which is appended to; or a tuple of
-                (keys, values), each (B, key-value heads, L, head width), for every layer.
+                (keys, values), each (B, key-value heads, L - S, head width), for every layer.
             inputs_embeds: (B, S, D) instead of input_ids.
             use_cache: default: the config's, and False while training.
             output_attentions: return attention weights too. They are computed by eager attention,
@@ -133,7 +134,7 @@ class MixtralModel(PreTrainedModel, Decoder):
     def _masks(
         self, given: Tensor | None, batch: int, past: int, new: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(padding mask (B, L + S), attention mask of four axes); one of them or neither is given."""
+        """(padding mask (B, L), attention mask of four axes); one of them or neither is given."""
         if given is None:
             return None, None
         given = checked_mask(given).to(self.device)
