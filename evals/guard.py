@@ -1,13 +1,12 @@
 """The quality guard: the tiny model's perplexity and divergence against `baselines.json`.
 
-`python -m qmix.evals.guard` prints the table and exits 5 on a regression; `--write` replaces the
-baselines (a commit of its own, with the reason). The held-out and the calibration text come with Python
-and differ between its versions; on other texts than the baselines' the wider tolerance applies, and is
-named.
+`python -m qmix.evals.guard` prints the table and exits 5 on a regression. `--write` replaces the
+baselines, which is a commit of its own that states the reason. The held-out and the calibration text
+come with Python and differ between its versions. On texts other than the baselines' the wider
+tolerance applies, and the output says so. Knows nothing of how a model is quantized or scored.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,15 +14,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qmix import strict_json
-from qmix.errors import QmixError, QualityError
-from qmix.evals.quality.measure import SAMPLES, SEQLEN, Comparison, compare, compare_gptq
+from qmix.errors import QualityError
+from qmix.evals import markdown
+from qmix.evals.command import exit_code
+from qmix.evals.quality.measure import (
+    SAMPLES,
+    SEQLEN,
+    QualityComparison,
+    compare_gptq,
+    compare_nf4,
+)
 
 BASELINES = Path(__file__).resolve().parent / "baselines.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What is guarded: the 16-bit perplexity; of NF4 and GPTQ the ratio to it, KL and agreement."""
+    """The guarded figures, or a tolerance for each of them.
+
+    They are the 16-bit perplexity, and for NF4 and for GPTQ the ratio of the perplexity to it, the
+    mean and the 99th percentile of the KL divergence, and the top-1 agreement.
+    """
 
     bf16_perplexity: float
     nf4_ratio: float
@@ -36,7 +47,8 @@ class Figures:
     gptq_top1_agreement: float
 
     @classmethod
-    def of(cls, nf4: Comparison, gptq: Comparison) -> "Figures":
+    def of(cls, nf4: QualityComparison, gptq: QualityComparison) -> "Figures":
+        """The figures of two comparisons."""
         base, other = nf4.result.reference, gptq.result.reference
         assert base is not None
         assert other is not None
@@ -53,28 +65,12 @@ class Figures:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """How far each figure may move for the worse (perplexity: either way), relative to its baseline.
-
-    Measured on one machine and text the figures repeat to 1e-6. Other processors, and other numbers of
-    threads, round matrix products differently, which moved NF4's by less than a tenth of `SAME_TEXT`.
-    GPTQ turns such a difference into other codes: two threads instead of one moved its mean KL by
-    2.3 %, p99 by 6.7 %.
-    """
-
-    bf16_perplexity: float
-    nf4_ratio: float
-    nf4_kl_mean: float
-    nf4_kl_p99: float
-    nf4_top1_agreement: float
-    gptq_ratio: float
-    gptq_kl_mean: float
-    gptq_kl_p99: float
-    gptq_top1_agreement: float
-
-
-SAME_TEXT = Tolerance(
+# How far each figure may move for the worse (perplexity: in either direction), relative to its baseline.
+# On one machine and text the figures repeat to 1e-6. Other processors and other numbers of threads
+# round matrix products differently, which moved NF4's by less than a tenth of SAME_TEXT. GPTQ turns
+# such a difference into other codes: two threads instead of one moved its mean KL by 2.3 %, and its
+# p99 by 6.7 %.
+SAME_TEXT = Figures(
     bf16_perplexity=0.005,
     nf4_ratio=0.005,
     nf4_kl_mean=0.05,
@@ -85,7 +81,7 @@ SAME_TEXT = Tolerance(
     gptq_kl_p99=0.20,
     gptq_top1_agreement=0.01,
 )
-OTHER_TEXT = Tolerance(
+OTHER_TEXT = Figures(
     bf16_perplexity=0.25,
     nf4_ratio=0.02,
     nf4_kl_mean=0.25,
@@ -98,11 +94,11 @@ OTHER_TEXT = Tolerance(
 )
 
 
-def check(found: Figures, baseline: Figures, tolerance: Tolerance) -> tuple[str, ...]:
-    """Every figure that is worse than its baseline by more than the tolerance, in words."""
+def check(figures: Figures, baseline: Figures, tolerance: Figures) -> tuple[str, ...]:
+    """Every figure that is worse than its baseline by more than its tolerance, in words."""
     failures = []
     for name, base in asdict(baseline).items():
-        value, slack = getattr(found, name), getattr(tolerance, name) * base
+        value, slack = getattr(figures, name), getattr(tolerance, name) * base
         agreement = name.endswith("top1_agreement")
         low = base - slack if agreement or name == "bf16_perplexity" else float("-inf")
         high = float("inf") if agreement else base + slack
@@ -111,11 +107,11 @@ def check(found: Figures, baseline: Figures, tolerance: Tolerance) -> tuple[str,
     return tuple(failures)
 
 
-def guard(nf4: Comparison, gptq: Comparison) -> str:
-    """Compare with the baselines; returns which tolerance held.
+def guard(nf4: QualityComparison, gptq: QualityComparison) -> str:
+    """Compare with the baselines; returns which tolerance applied, in words.
 
     Raises:
-        QualityError: a regression, each figure named.
+        QualityError: a regression; the message names each figure.
     """
     document = strict_json.read(BASELINES)
     baseline = Figures(**document["figures"])
@@ -133,47 +129,51 @@ def guard(nf4: Comparison, gptq: Comparison) -> str:
     return f"other texts than the baselines' (Python {document['python']}): wide tolerance"
 
 
-def _texts(nf4: Comparison, gptq: Comparison) -> dict[str, str | None]:
+def _texts(nf4: QualityComparison, gptq: QualityComparison) -> dict[str, str | None]:
     return {
         "text_sha256": nf4.result.text_sha256,
         "calibration_sha256": gptq.calibration_sha256,
     }
 
 
-def markdown(nf4: Comparison, gptq: Comparison) -> str:
-    """Both comparisons as a markdown table, the README's."""
+def comparison_table(nf4: QualityComparison, gptq: QualityComparison) -> str:
+    """Both comparisons as one markdown table."""
     header, *rows = (*nf4.rows(), gptq.rows()[-1])
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return markdown.table(header, rows)
+
+
+def run_guard(*, write: bool) -> None:
+    """Quantize, score, print the table, and compare with the baselines or replace them.
+
+    Raises:
+        QualityError: a regression.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        nf4 = compare_nf4(Path(scratch) / "tiny-nf4")
+        gptq = compare_gptq(Path(scratch) / "tiny-gptq")
+    sys.stdout.write(comparison_table(nf4, gptq))
+    sys.stdout.write(
+        f"\n{nf4.result.tokens} tokens; {nf4.result.protocol}; "
+        f"text sha256 {nf4.result.text_sha256}; GPTQ: group 128, calibrated with "
+        f"{SAMPLES} x {SEQLEN} tokens\n"
+    )
+    if write:
+        document = {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **_texts(nf4, gptq),
+            "figures": asdict(Figures.of(nf4, gptq)),
+        }
+        strict_json.write(BASELINES, document)
+    else:
+        sys.stdout.write(f"guard passed; {guard(nf4, gptq)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.guard", description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace the baselines")
     options = parser.parse_args(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            nf4 = compare(Path(scratch) / "tiny-nf4")
-            gptq = compare_gptq(Path(scratch) / "tiny-gptq")
-        sys.stdout.write(markdown(nf4, gptq))
-        sys.stdout.write(
-            f"\n{nf4.result.tokens} tokens; {nf4.result.protocol}; "
-            f"text sha256 {nf4.result.text_sha256}; GPTQ: group 128, calibrated with "
-            f"{SAMPLES} x {SEQLEN} tokens\n"
-        )
-        if options.write:
-            document = {
-                "python": ".".join(map(str, sys.version_info[:3])),
-                **_texts(nf4, gptq),
-                "figures": asdict(Figures.of(nf4, gptq)),
-            }
-            BASELINES.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            return 0
-        sys.stdout.write(f"guard passed; {guard(nf4, gptq)}\n")
-    except QmixError as error:
-        sys.stderr.write(f"guard: {error}\n")
-        return error.exit_code
-    return 0
+    return exit_code("guard", lambda: run_guard(write=options.write))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,4 @@
-"""What 4 bits cost: perplexity, divergence, one layer at a time; and the demo."""
+"""What 4 bits cost: perplexity and divergence, one layer at a time; the methods, scored; the demo.
+
+Knows nothing of time or of traces.
+"""

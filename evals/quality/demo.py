@@ -1,4 +1,7 @@
-"""`qmix demo`: quantize the tiny Mixtral, show what the 4 bits cost, stream a sample of its text."""
+"""`qmix demo`: quantize the tiny Mixtral, show what 4 bits cost, and stream a sample of its text.
+
+Knows nothing of how a report is drawn.
+"""
 
 import sys
 import tempfile
@@ -10,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from qmix.evals.quality.measure import compare
+from qmix.evals.quality.measure import compare_nf4
 from qmix.evals.training import tiny_model
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
@@ -22,10 +25,15 @@ PROMPT = "Return a new list containing"
 NEW_TOKENS = 96
 
 
-def run(
+def show_demo(
     out: Path | None, console: Console, draw_report: Callable[[QuantizeReport, Path], None]
 ) -> None:
-    """The whole road on the tiny model; the 4-bit checkpoint is kept if `out` is given."""
+    """Quantize, evaluate and sample the tiny model.
+
+    Args:
+        out: where the 4-bit checkpoint is kept; None keeps it nowhere.
+        draw_report: prints the report of a quantization.
+    """
     tiny = tiny_model.directory()
     with tempfile.TemporaryDirectory() as scratch:
         target = out or Path(scratch) / "tiny-nf4"
@@ -35,7 +43,7 @@ def run(
             highlight=False,
             soft_wrap=True,
         )
-        comparison = compare(target)
+        comparison = compare_nf4(target)
         draw_report(comparison.report, target)
         console.print("2. what the 4 bits cost, on text the model never saw:")
         header, *rows = comparison.rows()
@@ -51,8 +59,8 @@ def run(
         )
         console.print("3. the 4-bit model writes (it is tiny: expect grammar, not sense):")
         _sample(target)
-    kept = out if out is not None else "OUT, after: qmix quantize evals/tiny OUT"
-    console.print(f"Next: qmix chat {kept}", markup=False, highlight=False)
+    argument = out if out is not None else "OUT, after: qmix quantize evals/tiny OUT"
+    console.print(f"Next: qmix chat {argument}", markup=False, highlight=False)
 
 
 def _sample(directory: Path) -> None:

@@ -1,7 +1,8 @@
 """The final hidden states of many windows, with one layer of the model in memory at a time.
 
-This is how a 93 GB checkpoint is scored beside its 24 GB one on a machine that holds neither. Walks
-the runtime's own layers. Shape letters: W windows, S window, D hidden width, V vocabulary.
+In this way a 93 GB checkpoint is scored beside its 24 GB version on a machine that holds neither.
+The layers are the runtime's own. Shape letters: W windows, S window, D hidden width, V vocabulary.
+Knows nothing of texts.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,15 @@ from qmix.planning import budget
 from qmix.planning.plan import check_memory
 from qmix.planning.stored_model import StoredModel
 
-BATCH_TOKENS = 4096  # tokens a pass: enough to give every expert of 8 some hundred
+BATCH_TOKENS = 4096  # tokens of a pass, which give each of 8 experts several hundred
 
 
 class Scorer:
-    """A checkpoint's logits over fixed windows.
+    """Computes a checkpoint's logits over fixed windows.
 
     Args:
         ids: int64 (W, S).
+        dtype: of the computation; None means the checkpoint's.
         progress: called with (layers done, layers).
 
     Raises:
@@ -51,7 +53,7 @@ class Scorer:
             model = StoredModel.of(checkpoint.metadata, str(self._dtype).removeprefix("torch."))
             check_memory(budget.for_scoring(model, *ids.shape))
         self._norm, self._head = self._tail()
-        self._hidden = self._run(ids, progress)
+        self._hidden = self._final_states(ids, progress)
 
     @torch.no_grad()
     def log_probabilities(self, window: int, start: int, stop: int) -> Tensor:
@@ -61,7 +63,8 @@ class Scorer:
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def _run(self, ids: Tensor, progress: Callable[[int, int], None]) -> Tensor:
+    def _final_states(self, ids: Tensor, progress: Callable[[int, int], None]) -> Tensor:
+        """The hidden states (W, S, D) after the last layer, on the host."""
         config = self._checkpoint.config
         embed = self._checkpoint.read("model.embed_tokens.weight").to(self._dtype)
         hidden = embedding(ids, embed)  # stays on the host

@@ -1,7 +1,8 @@
-"""The tiny model beside its quantized self on held-out text: what the guard and the demo show.
+"""The tiny model beside its quantized self on held-out text, for the guard and the demo.
 
-GPTQ is calibrated with little text, so that a guard of it takes seconds: its figures say whether the
-solver still does what it did, not how good it is (that is qmix.evals.accuracy).
+GPTQ is calibrated with little text, so that guarding it takes seconds. Its figures tell whether the
+solver still does what it did, not how good it is; qmix.evals.accuracy tells that. Knows nothing of
+baselines.
 """
 
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ SAMPLES, SEQLEN = 16, 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One quantized checkpoint against its source.
+class QualityComparison:
+    """A quantized checkpoint against its source.
 
     Attributes:
-        report: of the quantization. result: of the 4-bit model, with the source as its reference.
-        calibration_sha256: of the calibration's text; None without one.
+        report: of the quantization.
+        result: of the 4-bit model, with the source as its reference.
+        calibration_sha256: of the calibration text; None without calibration.
     """
 
     report: QuantizeReport
@@ -35,7 +37,7 @@ class Comparison:
     calibration_sha256: str | None = None
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        """The table: a header, the 16-bit row, the 4-bit row."""
+        """A table: the header, the 16-bit row, the 4-bit row."""
         reference = self.result.reference
         assert reference is not None
         return (
@@ -61,21 +63,23 @@ class Comparison:
         )
 
 
-def compare(out: Path) -> Comparison:
-    """Quantize the tiny model to NF4 at `out`, then score both on the held-out text."""
+def compare_nf4(out: Path) -> QualityComparison:
+    """Quantize the tiny model to NF4 at `out`, and score both on the held-out text."""
     recipe = Recipe.uniform(NF4, attention=True)
     report = quantize_streaming(tiny_model.directory(), out, recipe, method="nf4")
-    return Comparison(report=report, result=_scored(out))
+    return QualityComparison(report=report, result=_scored(out))
 
 
-def compare_gptq(out: Path) -> Comparison:
-    """The same by GPTQ, group 128, calibrated with 16 x 256 tokens of the training text."""
+def compare_gptq(out: Path) -> QualityComparison:
+    """The same by GPTQ in groups of 128, calibrated on 16 x 256 tokens of the training text."""
     tiny = tiny_model.directory()
     encode = LlamaTokenizer.from_pretrained(tiny).encode
     windows = calibration_windows(corpus.training_text(), encode, samples=SAMPLES, seqlen=SEQLEN)
     recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
     report = quantize_calibrated(tiny, out, recipe, windows, CalibratedOptions())
-    return Comparison(report=report, result=_scored(out), calibration_sha256=windows.text_sha256)
+    return QualityComparison(
+        report=report, result=_scored(out), calibration_sha256=windows.text_sha256
+    )
 
 
 def _scored(directory: Path) -> Perplexity:

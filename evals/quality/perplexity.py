@@ -1,6 +1,6 @@
 """Perplexity of a text under a stated protocol, and the divergence from a reference model.
 
-Shape letters: W windows, S window, V vocabulary. Knows nothing of drawing.
+Shape letters: W windows, S window, V vocabulary. Knows nothing of printing.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
 from qmix.evals.quality.layer_streaming import Scorer
-from qmix.formats import open_checkpoint
+from qmix.formats import Checkpoint, open_checkpoint
 from qmix.models.options import parse_dtype
 from qmix.text.tokenizer import LlamaTokenizer
 
 WINDOW = 2048
-_ROWS = 512  # positions compared at a time: 66 MB of float32 log-probabilities at V = 32000
+_POSITIONS = 512  # compared at a time: 66 MB of float32 log-probabilities at V = 32000
 _TEXT_BYTES = 1 << 30
 
 
@@ -33,12 +33,17 @@ class Text:
 
     @classmethod
     def of(cls, content: str) -> "Text":
+        """The text with its SHA-256."""
         return cls(content, hashlib.sha256(content.encode()).hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
-    """The reference model's perplexity, and KL(reference || model) a token in nats."""
+class ReferenceScore:
+    """The reference model's perplexity, and KL(reference || model) in nats a token.
+
+    Attributes:
+        top1_agreement: the fraction of positions at which both predict the same token.
+    """
 
     perplexity: float
     kl_mean: float
@@ -49,15 +54,21 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """A text's perplexity; `stderr` is exp(mean) times the standard error of the mean, taking the
-    tokens as independent (they are not quite: read it as a lower bound)."""
+    """The perplexity of a text.
+
+    Attributes:
+        stderr: exp(mean loss) times the standard error of the mean. It takes the tokens as
+            independent, which they are not quite, so read it as a lower bound.
+        tokens: number of tokens that were predicted.
+        protocol: how the text was cut into windows, in words.
+    """
 
     perplexity: float
     stderr: float
     tokens: int
     protocol: str
     text_sha256: str
-    reference: Reference | None
+    reference: ReferenceScore | None
 
     def to_dict(self) -> dict[str, Any]:
         """The stable JSON document of `qmix eval --json`."""
@@ -73,7 +84,11 @@ class Perplexity:
         return document
 
     def gate(self, *, max_perplexity: float | None, max_kl: float | None) -> None:
-        """Raise QualityError where a bound is exceeded; None bounds nothing."""
+        """Check against bounds, where None is no bound.
+
+        Raises:
+            QualityError: a bound is exceeded.
+        """
         kl = self.reference.kl_mean if self.reference is not None else None
         for name, value, bound in (
             ("perplexity", self.perplexity, max_perplexity),
@@ -86,13 +101,13 @@ class Perplexity:
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
-    """A tokenized text, cut.
+class ScoringWindows:
+    """A tokenized text, cut into windows.
 
     Attributes:
         ids: (W, S).
-        first: the first target position scored in every window but the first (which scores from 1).
-        protocol: in words.
+        first: the first target position that is scored in a window; in the first window it is 1.
+        protocol: how the text was cut, in words.
     """
 
     ids: Tensor
@@ -100,11 +115,11 @@ class Windows:
     protocol: str
 
 
-def cut(ids: list[int], window: int, stride: int) -> Windows:
-    """Windows of `window` ids every `stride`; each target is scored once, the tail is dropped.
+def scoring_windows(ids: list[int], window: int, stride: int) -> ScoringWindows:
+    """Cut windows of `window` ids every `stride`. Each target is scored once; the tail is dropped.
 
-    With `stride == window` this is the protocol of the GPTQ papers (convention A): one BOS at the
-    very start, non-overlapping windows, the mean over the window - 1 shifted targets of each.
+    With `stride == window` this is the protocol of the GPTQ papers: one BOS at the very start,
+    non-overlapping windows, and the mean over the window - 1 shifted targets of each.
 
     Raises:
         UsageError: fewer than two ids.
@@ -115,7 +130,7 @@ def cut(ids: list[int], window: int, stride: int) -> Windows:
         words = (
             f"one window of {len(ids)}, the whole text (shorter than {window}); BOS at the start"
         )
-        return Windows(torch.tensor([ids]), 1, words)
+        return ScoringWindows(torch.tensor([ids]), 1, words)
     starts = range(0, len(ids) - window + 1, stride)
     dropped = len(ids) - (starts[-1] + window)
     kind = "non-overlapping" if stride == window else f"stride {stride}, each token scored once"
@@ -124,7 +139,7 @@ def cut(ids: list[int], window: int, stride: int) -> Windows:
         f"tail of {dropped} tokens dropped"
     )
     rows = torch.tensor([ids[start : start + window] for start in starts])
-    return Windows(rows, 1 if stride == window else window - stride, words)
+    return ScoringWindows(rows, 1 if stride == window else window - stride, words)
 
 
 def evaluate(
@@ -138,60 +153,66 @@ def evaluate(
     device: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
-    """Score a text with the checkpoint, and compare with a reference checkpoint.
+    """Score a text with a checkpoint, and compare with a reference checkpoint.
 
     Args:
-        window: tokens a window; default min(2048, the model's positions).
-        stride: default: the window.
+        reference: directory of the reference; None compares with nothing.
+        window: tokens of a window; by default the model's positions, at most 2048.
+        stride: tokens from one window to the next; by default the window.
+        dtype, device: as `qmix.LoadOptions`.
         progress: called with (layers done, layers in all).
 
     Raises:
-        UsageError: a bound is out of range or the text too short.
-        CheckpointError: a damaged checkpoint, or two different tokenizers.
+        UsageError: window or stride is out of range, or the text is too short.
+        CheckpointError: a checkpoint is damaged, or the two tokenize the text differently.
     """
-    chosen = parse_dtype(dtype)
+    weight_dtype = parse_dtype(dtype)
     checkpoint = open_checkpoint(directory)
-    tokenizer = LlamaTokenizer.from_pretrained(directory)
-    ids = tokenizer.encode(text.content)
+    ids = LlamaTokenizer.from_pretrained(directory).encode(text.content)
     positions = checkpoint.config.max_position_embeddings
     size = min(WINDOW, positions) if window is None else window
-    _within("ctx", size, 2, positions)
+    _check_range("ctx", size, 2, positions)
     step = size if stride is None else stride
-    _within("stride", step, 1, size)
-    windows = cut(ids, size, step)
-    layers = checkpoint.config.num_hidden_layers
-    total, other = layers, None
-    if reference is not None:
-        if LlamaTokenizer.from_pretrained(reference).encode(text.content) != ids:
-            raise CheckpointError(
-                "the two checkpoints tokenize the text differently",
-                where=str(reference),
-                remedy="Give the checkpoint that the 4-bit one was made from.",
-            )
-        base = open_checkpoint(reference)
-        if base.config.vocab_size != checkpoint.config.vocab_size:
-            raise CheckpointError(
-                "the two checkpoints have different vocabularies",
-                where=str(reference),
-                expected=checkpoint.config.vocab_size,
-                found=base.config.vocab_size,
-            )
-        total += base.config.num_hidden_layers
-        other = Scorer(
-            base, windows.ids, dtype=chosen, device=device, progress=lambda d, _: progress(d, total)
+    _check_range("stride", step, 1, size)
+    windows = scoring_windows(ids, size, step)
+    base = None if reference is None else _comparable(reference, checkpoint, text, ids)
+    base_layers = 0 if base is None else base.config.num_hidden_layers
+    total = base_layers + checkpoint.config.num_hidden_layers
+
+    def scorer(each: Checkpoint, before: int) -> Scorer:
+        return Scorer(
+            each,
+            windows.ids,
+            dtype=weight_dtype,
+            device=device,
+            progress=lambda done, _: progress(before + done, total),
         )
-    scorer = Scorer(
-        checkpoint,
-        windows.ids,
-        dtype=chosen,
-        device=device,
-        progress=lambda d, n: progress(total - n + d, total),
-    )
-    return _score(windows, scorer, other, text.sha256)
+
+    compared = None if base is None else scorer(base, 0)
+    return _score(windows, scorer(checkpoint, base_layers), compared, text.sha256)
+
+
+def _comparable(reference: Path, checkpoint: Checkpoint, text: Text, ids: list[int]) -> Checkpoint:
+    """Open the reference, which must have the checkpoint's tokenizer and vocabulary."""
+    if LlamaTokenizer.from_pretrained(reference).encode(text.content) != ids:
+        raise CheckpointError(
+            "the two checkpoints tokenize the text differently",
+            where=str(reference),
+            remedy="Give the checkpoint that the 4-bit one was made from.",
+        )
+    opened = open_checkpoint(reference)
+    if opened.config.vocab_size != checkpoint.config.vocab_size:
+        raise CheckpointError(
+            "the two checkpoints have different vocabularies",
+            where=str(reference),
+            expected=checkpoint.config.vocab_size,
+            found=opened.config.vocab_size,
+        )
+    return opened
 
 
 def read_text(data: Path) -> Text:
-    """A text file, newlines untouched.
+    """Read a text file without touching its newlines.
 
     Raises:
         CheckpointError: not a file, unreadable, over 1 GiB, empty or not UTF-8.
@@ -222,27 +243,29 @@ def read_text(data: Path) -> Text:
     return Text.of(content)
 
 
-def _score(windows: Windows, scorer: Scorer, other: Scorer | None, text_sha256: str) -> Perplexity:
-    losses, base_losses, divergences, agreements = [], [], [], []
+def _score(
+    windows: ScoringWindows, scorer: Scorer, reference: Scorer | None, text_sha256: str
+) -> Perplexity:
+    losses, reference_losses, divergences, agreements = [], [], [], []
     for index, row in enumerate(windows.ids):
         first = 1 if index == 0 else windows.first
-        for start in range(first, len(row), _ROWS):
-            stop = min(start + _ROWS, len(row))
+        for start in range(first, len(row), _POSITIONS):
+            stop = min(start + _POSITIONS, len(row))
             targets = row[start:stop, None]
-            ours = scorer.log_probabilities(index, start - 1, stop - 1).cpu()
-            losses.append(-ours.gather(1, targets)[:, 0])
-            if other is None:
+            predicted = scorer.log_probabilities(index, start - 1, stop - 1).cpu()
+            losses.append(-predicted.gather(1, targets)[:, 0])
+            if reference is None:
                 continue
-            theirs = other.log_probabilities(index, start - 1, stop - 1).cpu()
-            base_losses.append(-theirs.gather(1, targets)[:, 0])
-            divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
-            agreements.append(theirs.argmax(-1) == ours.argmax(-1))
+            expected = reference.log_probabilities(index, start - 1, stop - 1).cpu()
+            reference_losses.append(-expected.gather(1, targets)[:, 0])
+            divergences.append((expected.exp() * (expected - predicted)).sum(-1))
+            agreements.append(expected.argmax(-1) == predicted.argmax(-1))
     perplexity, stderr = _perplexity(torch.cat(losses))
     compared = None
-    if other is not None:
+    if reference is not None:
         kl = torch.cat(divergences).double()
-        compared = Reference(
-            perplexity=_perplexity(torch.cat(base_losses))[0],
+        compared = ReferenceScore(
+            perplexity=_perplexity(torch.cat(reference_losses))[0],
             kl_mean=float(kl.mean()),
             kl_median=float(kl.median()),
             kl_p99=_quantile(kl, 0.99),
@@ -259,6 +282,7 @@ def _score(windows: Windows, scorer: Scorer, other: Scorer | None, text_sha256: 
 
 
 def _perplexity(losses: Tensor) -> tuple[float, float]:
+    """exp of the mean loss, and its standard error."""
     losses = losses.double()
     mean = float(losses.mean())
     if not math.isfinite(mean):
@@ -274,10 +298,10 @@ def _perplexity(losses: Tensor) -> tuple[float, float]:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """The smallest value that `share` of all do not exceed (torch.quantile stops at 16 M values)."""
+    """The smallest value that `share` of all do not exceed (torch.quantile takes at most 16 M)."""
     return float(values.kthvalue(max(1, math.ceil(share * len(values)))).values)
 
 
-def _within(name: str, value: int, low: int, high: int) -> None:
+def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise UsageError("out of range", where=name, expected=f"{low} to {high}", found=value)

@@ -172,6 +172,6 @@ def demo(
     ] = None,
 ) -> None:
     """Quantize, evaluate and sample the tiny Mixtral of a checkout."""
-    from qmix.evals.quality import demo
+    from qmix.evals.quality.demo import show_demo
 
-    demo.run(out, terminal.console(), quantize.draw_report)
+    show_demo(out, terminal.console(), quantize.draw_report)

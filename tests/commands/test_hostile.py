@@ -328,7 +328,7 @@ def test_a_dense_model_survives_a_copy_and_a_cast(model):
 
 
 def test_the_protocol_separates_its_clauses_by_commas():
-    words = perplexity.cut(list(range(40)), 8, 8).protocol
+    words = perplexity.scoring_windows(list(range(40)), 8, 8).protocol
     assert "non-overlapping, BOS" in words
 
 

@@ -7,7 +7,9 @@ import shutil
 import pytest
 
 from qmix.evals import accuracy, corpus
-from qmix.evals.quality.perplexity import Perplexity, Reference
+from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
+from qmix.evals.quality.scores import VariantScore, ablation_table, rival_to_beat, score_table
+from qmix.evals.quality.variants import ABLATIONS
 
 WORDS = "Return a list of the names in the current scope. "
 
@@ -34,7 +36,9 @@ def cells(line):
 
 
 def score(name, kl, *, bits=4.125, group=128, rival=False, schemes=None):
-    reference = Reference(perplexity=20.0, kl_mean=kl, kl_median=kl, kl_p99=kl, top1_agreement=0.95)
+    reference = ReferenceScore(
+        perplexity=20.0, kl_mean=kl, kl_median=kl, kl_p99=kl, top1_agreement=0.95
+    )
     result = Perplexity(
         perplexity=20.5,
         stderr=0.1,
@@ -43,7 +47,7 @@ def score(name, kl, *, bits=4.125, group=128, rival=False, schemes=None):
         text_sha256="0" * 64,
         reference=reference,
     )
-    return accuracy.Score(
+    return VariantScore(
         name=name,
         bits_per_weight=bits,
         schemes=schemes or {f"int4 g{group}": 84},
@@ -124,9 +128,9 @@ def test_each_is_compared_with_the_best_rival_of_its_group_size():
         (score("nf4", 0.003, bits=4.127, group=None, schemes={"nf4 b64": 84}), None),
     ]
     for ours, name in cases:
-        found = accuracy.to_beat(ours, [*rivals, ours])
+        found = rival_to_beat(ours, [*rivals, ours])
         assert (found.name if found else None) == name, ours.name
-    body = accuracy.table([*rivals, *(ours for ours, _ in cases)])
+    body = score_table([*rivals, *(ours for ours, _ in cases)])
     last = {cells(row)[0]: cells(row)[-1] for row in body.splitlines()[2:]}
     assert last["ours-128"] == "0.50"
     assert last["ours-32"] == "0.50"
@@ -140,14 +144,14 @@ def test_the_ablations_are_set_against_their_own_full_row():
         score("g32-full", 0.002, group=32),
         score("g32-plain", 0.005, group=32),
     ]
-    rows = accuracy.ablation_table(scores).splitlines()[2:]
+    rows = ablation_table(scores).splitlines()[2:]
     assert [cells(row)[-1] for row in rows] == ["1.000", "2.000", "1.000", "2.500"]
-    assert cells(accuracy.ablation_table(scores[1:2]).splitlines()[2])[-1] == "-"
+    assert cells(ablation_table(scores[1:2]).splitlines()[2])[-1] == "-"
 
 
 def test_every_ablation_differs_from_the_full_method():
-    full = dataclasses.asdict(accuracy.ABLATIONS["full"])
-    documents = [dataclasses.asdict(options) for options in accuracy.ABLATIONS.values()]
+    full = dataclasses.asdict(ABLATIONS["full"])
+    documents = [dataclasses.asdict(options) for options in ABLATIONS.values()]
     assert documents.count(full) == 1
     assert len({json.dumps(document) for document in documents}) == len(documents)
 

@@ -18,7 +18,7 @@ from qmix.weights import nf4 as weights
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    return measure.compare(tmp_path_factory.mktemp("guard") / "tiny-nf4")
+    return measure.compare_nf4(tmp_path_factory.mktemp("guard") / "tiny-nf4")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def perturbed(monkeypatch):
 @pytest.mark.usefixtures("perturbed")
 @pytest.mark.slow
 def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path, gptq_comparison):
-    broken = measure.compare(tmp_path / "broken")
+    broken = measure.compare_nf4(tmp_path / "broken")
     with pytest.raises(QualityError, match="nf4_kl_mean"):
         guard.guard(broken, gptq_comparison)
 
@@ -55,7 +55,7 @@ def test_the_guard_fails_when_the_encoder_rounds_wrongly(tmp_path, monkeypatch, 
     """Every value takes the next higher code where it lies just below the middle."""
     bounds = tuple(b - np.float32(0.02) for b in nf4._midpoints())
     monkeypatch.setattr(nf4, "_midpoints", lambda: bounds)
-    broken = measure.compare(tmp_path / "broken")
+    broken = measure.compare_nf4(tmp_path / "broken")
     with pytest.raises(QualityError, match="nf4_kl_mean"):
         guard.guard(broken, gptq_comparison)
 
@@ -121,7 +121,7 @@ def test_every_figure_is_guarded_in_its_direction():
 
 @pytest.mark.slow
 def test_the_markdown_table_names_every_model(comparison, gptq_comparison):
-    table = guard.markdown(comparison, gptq_comparison)
+    table = guard.comparison_table(comparison, gptq_comparison)
     assert table.count("\n") == 5
     for name in ("bf16", "NF4", "GPTQ"):
         assert name in table

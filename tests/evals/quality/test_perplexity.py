@@ -9,7 +9,7 @@ import torch
 
 from qmix.errors import CheckpointError, QualityError, UsageError
 from qmix.evals.quality import perplexity
-from qmix.evals.quality.perplexity import cut, read_text
+from qmix.evals.quality.perplexity import read_text, scoring_windows
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY, small_model
 
@@ -175,7 +175,7 @@ def test_every_target_is_scored_once_whatever_the_cut():
     for length in (2, 5, 9, 30, 31):
         for window in (2, 5, 9):
             for stride in range(1, window + 1):
-                windows = cut(list(range(length)), window, stride)
+                windows = scoring_windows(list(range(length)), window, stride)
                 scored = []
                 for index, row in enumerate(windows.ids.tolist()):
                     scored += row[1 if index == 0 else windows.first :]

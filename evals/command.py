@@ -1,0 +1,29 @@
+"""What every command here does around its work: messages to stderr, errors to exit codes.
+
+Knows nothing of any command.
+"""
+
+import sys
+from collections.abc import Callable
+
+from qmix.errors import QmixError
+
+
+def exit_code(name: str, work: Callable[[], int | None]) -> int:
+    """Do the work of a command and return its exit code; an error is printed as one line.
+
+    Args:
+        name: starts the line of an error.
+        work: returns an exit code, or None for 0.
+    """
+    try:
+        return work() or 0
+    except QmixError as error:
+        say(f"{name}: {error}")
+        return error.exit_code
+
+
+def say(line: str) -> None:
+    """Write a line to stderr at once."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,172 @@
+"""Quantized checkpoints scored against their 16-bit source, and the tables of their scores.
+
+Knows nothing of how a checkpoint was quantized.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qmix.errors import CheckpointError
+from qmix.evals import markdown
+from qmix.evals.quality.perplexity import Perplexity, ReferenceScore, Text, evaluate
+from qmix.formats import open_checkpoint
+from qmix.formats.compatibility import storage_summary
+
+_HEADER = ("model", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantScore:
+    """A quantized checkpoint against its 16-bit source.
+
+    Attributes:
+        bits_per_weight: of the quantized weights: codes, scales, and zeros if asymmetric.
+        schemes: number of weights in each scheme.
+        group_size: of all of them; None if they differ, or are in blocks.
+        rival: whether another project's quantizer wrote the checkpoint.
+    """
+
+    name: str
+    bits_per_weight: float
+    schemes: dict[str, int]
+    group_size: int | None
+    rival: bool
+    result: Perplexity
+
+    @property
+    def reference(self) -> ReferenceScore:
+        """The comparison with the source."""
+        assert self.result.reference is not None
+        return self.result.reference
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(source || checkpoint) in nats a token."""
+        return self.reference.kl_mean
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table."""
+        return (
+            self.name,
+            f"{self.bits_per_weight:.3f}",
+            f"{self.result.perplexity:.4f}",
+            f"{self.reference.kl_mean:.5f}",
+            f"{self.reference.kl_p99:.4f}",
+            f"{100 * self.reference.top1_agreement:.2f} %",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The score as a JSON document."""
+        return {
+            "name": self.name,
+            "rival": self.rival,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "schemes": self.schemes,
+            **asdict(self.reference),
+            "perplexity": self.result.perplexity,  # replaces the source's
+        }
+
+
+def score(
+    name: str, directory: Path, text: Text, source: Path, *, rival: bool, window: int | None = None
+) -> VariantScore:
+    """Score a quantized checkpoint in float32 on the CPU.
+
+    Args:
+        window: tokens of a window; by default the model's positions, at most 2048.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, not quantized, or has another tokenizer than the
+            source.
+    """
+    checkpoint = open_checkpoint(directory)
+    schemes = storage_summary(checkpoint.metadata).schemes
+    weights = [
+        (schemes[tensor.prefix], math.prod(tensor.shape))
+        for tensor in checkpoint.tensors
+        if tensor.linear and schemes[tensor.prefix].kind != "dense"
+    ]
+    if not weights:
+        raise CheckpointError(
+            "not quantized", where=str(directory), expected="4- or 8-bit weights", found="none"
+        )
+    total = sum(count for _, count in weights)
+    group_sizes = {scheme.group_size if scheme.integer else None for scheme, _ in weights}
+    mixed = len({scheme.bits for scheme, _ in weights}) > 1 or len(group_sizes) > 1
+    names = [str(scheme) for scheme, _ in weights]
+    result = evaluate(
+        directory, text, reference=source, dtype="float32", device="cpu", window=window
+    )
+    return VariantScore(
+        name=name,
+        bits_per_weight=sum(scheme.bits_per_weight * count for scheme, count in weights) / total,
+        schemes={scheme: names.count(scheme) for scheme in sorted(set(names))},
+        group_size=None if mixed else group_sizes.pop(),
+        rival=rival,
+        result=result,
+    )
+
+
+def rival_directories(parent: Path) -> tuple[Path, ...]:
+    """Every checkpoint directory in `parent`, by name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    directories = tuple(sorted(path.parent for path in parent.glob("*/config.json")))
+    if not directories:
+        raise CheckpointError(
+            "no checkpoints",
+            where=str(parent),
+            expected="a directory of checkpoint directories",
+            remedy="make rivals writes some to .oracles/rivals.",
+        )
+    return directories
+
+
+def rival_to_beat(ours: VariantScore, scores: Sequence[VariantScore]) -> VariantScore | None:
+    """The rival of least KL with the same group size.
+
+    Mixed schemes are compared with the rivals of the fewest bits that are not below theirs.
+    """
+    rivals = [other for other in scores if other.rival]
+    if ours.group_size is not None:
+        rivals = [other for other in rivals if other.group_size == ours.group_size]
+    elif len(ours.schemes) > 1:
+        above = [o for o in rivals if o.bits_per_weight >= ours.bits_per_weight - 1e-9]
+        least = min((other.bits_per_weight for other in above), default=0.0)
+        rivals = [other for other in above if other.bits_per_weight == least]
+    else:
+        rivals = []
+    return min(rivals, key=lambda other: other.kl, default=None)
+
+
+def score_table(scores: Sequence[VariantScore]) -> str:
+    """All scores as a markdown table, the 16-bit model first."""
+    header: tuple[str, ...] = _HEADER
+    source = scores[0].reference
+    rows: list[tuple[str, ...]] = [("bf16", "16.000", f"{source.perplexity:.4f}", "-", "-", "-")]
+    rows += [each.cells() for each in scores]
+    if any(each.rival for each in scores):
+        rivals = [None if each.rival else rival_to_beat(each, scores) for each in scores]
+        ratios = [
+            f"{each.kl / rival.kl:.2f}" if rival else "-"
+            for each, rival in zip(scores, rivals, strict=True)
+        ]
+        header += ("KL over the best rival's",)
+        rows = [(*row, cell) for row, cell in zip(rows, ("-", *ratios), strict=True)]
+    return markdown.table(header, rows)
+
+
+def ablation_table(scores: Sequence[VariantScore]) -> str:
+    """The ablations as a markdown table, each KL over that of the full method."""
+    full = {each.group_size: each.kl for each in scores if each.name.endswith("-full")}
+    rows = []
+    for each in scores:
+        base = full.get(each.group_size)
+        ratio = "-" if base is None else f"{each.kl / base:.3f}"
+        rows.append((*each.cells(), ratio))
+    return markdown.table(("GPTQ", *_HEADER[1:], "KL over full"), rows)

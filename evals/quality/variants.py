@@ -1,0 +1,118 @@
+"""The ways to quantize that the accuracy command compares: every method, and GPTQ with parts left out.
+
+Knows the methods by their options only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from qmix.errors import UsageError
+from qmix.quantize.calibrated.layer import LayerOptions
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.run import quantize_calibrated
+from qmix.quantize.calibrated.windows import Calibration
+from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
+from qmix.quantize.rounding.gptq import RoundingOptions
+from qmix.weights.scheme import Recipe, Scheme
+
+GROUP_SIZES = (128, 32)
+
+METHODS = {
+    "rtn-g128": QuantizeRequest(method="rtn", group_size=128),
+    "rtn-g32": QuantizeRequest(method="rtn", group_size=32),
+    "nf4": QuantizeRequest(method="nf4"),
+    "gptq-g128": QuantizeRequest(method="gptq", group_size=128),
+    "gptq-g128-asymmetric": QuantizeRequest(method="gptq", group_size=128, asymmetric=True),
+    "gptq-g32": QuantizeRequest(method="gptq", group_size=32),
+    "auto-4.25": QuantizeRequest(method="auto", bits=4.25),
+    "auto-4.5": QuantizeRequest(method="auto", bits=4.5),
+}
+# Each row changes one default. `plain` is the paper's algorithm and nothing more.
+ABLATIONS: dict[str, LayerOptions] = {
+    "full": LayerOptions(),
+    "weighting-none": LayerOptions(weighting="none"),
+    "weighting-square": LayerOptions(weighting="square"),
+    "no-act-order": LayerOptions(rounding=RoundingOptions(act_order=False)),
+    "no-live-scales": LayerOptions(rounding=RoundingOptions(live_scales=False)),
+    "no-scale-search": LayerOptions(rounding=RoundingOptions(scale_search=False)),
+    "one-trial": LayerOptions(rounding=RoundingOptions(trials=1)),
+    "no-refinement": LayerOptions(rounding=RoundingOptions(refine=0)),
+    "no-correction": LayerOptions(correct=False),
+    "plain": LayerOptions(
+        weighting="none",
+        correct=False,
+        rounding=RoundingOptions(
+            damping=0.01,
+            act_order=False,
+            live_scales=False,
+            scale_search=False,
+            trials=1,
+            refine=0,
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to quantize; `write(source, out)` leaves a checkpoint at `out`."""
+
+    name: str
+    write: Callable[[Path, Path], object]
+
+
+def method_variants(text: str, samples: int, seqlen: int) -> tuple[Variant, ...]:
+    """Every method as `qmix quantize` runs it.
+
+    Args:
+        text: the calibration text.
+        samples, seqlen: its windows, and the tokens of each.
+    """
+
+    def variant(name: str, request: QuantizeRequest) -> Variant:
+        if request.calibrated:
+            request = replace(request, samples=samples, seqlen=seqlen, device="cpu")
+        return Variant(name, lambda source, out: quantize_checkpoint(source, out, request, text))
+
+    return tuple(variant(name, request) for name, request in METHODS.items())
+
+
+def ablated_variants(calibration: Calibration) -> tuple[Variant, ...]:
+    """GPTQ at both group sizes, with one part after another left out."""
+
+    def variant(group_size: int, name: str, layer: LayerOptions) -> Variant:
+        recipe = Recipe.uniform(Scheme(kind="int4", group_size=group_size), attention=True)
+        options = CalibratedOptions(layer=layer)
+        return Variant(
+            f"g{group_size}-{name}",
+            lambda source, out: quantize_calibrated(source, out, recipe, calibration, options),
+        )
+
+    return tuple(
+        variant(group_size, name, layer)
+        for group_size in GROUP_SIZES
+        for name, layer in ABLATIONS.items()
+    )
+
+
+def matching(variants: Sequence[Variant], patterns: Sequence[str]) -> tuple[Variant, ...]:
+    """The variants whose names match a pattern of file names; all of them without patterns.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatch(variant.name, pattern) for variant in variants):
+            raise UsageError(
+                "no such row",
+                where="--only",
+                expected=", ".join(variant.name for variant in variants),
+                found=pattern,
+            )
+    return tuple(
+        variant
+        for variant in variants
+        if not patterns or any(fnmatch(variant.name, pattern) for pattern in patterns)
+    )
