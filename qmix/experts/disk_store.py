@@ -26,9 +26,9 @@ from qmix.experts.store import (
 )
 from qmix.kernels import Routes
 from qmix.kernels.moe import DECODE_TOKENS
+from qmix.weights.blob import READ_BUFFERS
 from qmix.weights.expert import Expert, ExpertSequence
 
-BUFFERS = 2
 # Of a layer's two chosen experts one is multiplied while the other is read. One thread or two made no
 # difference beyond the scatter where it was measured (8x7B, 4 GiB, most of the file in the page cache).
 _THREADS = 2
@@ -53,11 +53,11 @@ class DiskStore(Store):
             per_layer,
         )
         slots = len(residency.id_of_slot)
-        assert len(arena) == slots + BUFFERS, (len(arena), slots)
+        assert len(arena) == slots + READ_BUFFERS, (len(arena), slots)
         assert residency.policy.settings.uploads == 0
         self._held: list[Expert | None] = [None] * slots
         self._reads: dict[int, tuple[Upload, Future[Expert]]] = {}  # by expert
-        self._buffers: list[Future[Expert] | None] = [None] * BUFFERS
+        self._buffers: list[Future[Expert] | None] = [None] * READ_BUFFERS
         self._pool = ThreadPoolExecutor(_THREADS, "qmix-read")
         self._moved = MovedBytes()
         self.failures = 0  # of reads into buffers
@@ -243,13 +243,13 @@ class _Passing(_View):
         self._missing = [e for e in chosen if not self._store.residency.in_slot(e)]
         self._next = 0
         self._reads: dict[int, Future[Expert]] = {}
-        for _ in range(BUFFERS):
+        for _ in range(READ_BUFFERS):
             self._read_ahead()
 
     def _loaded(self, expert: int) -> Expert:
         if expert not in self._missing:
             return self._store.expert(expert)
-        if self._missing.index(expert) + 1 == self._next and self._next >= BUFFERS:
+        if self._missing.index(expert) + 1 == self._next and self._next >= READ_BUFFERS:
             self._read_ahead()  # into the buffer whose product has just ended
         try:
             return self._reads[expert].result()
@@ -261,6 +261,6 @@ class _Passing(_View):
         if self._next < len(self._missing):
             expert = self._missing[self._next]
             self._reads[expert] = self._store.buffer(
-                expert, self._next % BUFFERS, prompt=self._prompt
+                expert, self._next % READ_BUFFERS, prompt=self._prompt
             )
             self._next += 1

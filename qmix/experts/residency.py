@@ -1,10 +1,10 @@
-"""Which expert lies in which slot: a state machine that decides, and leaves copying to its caller.
+"""Which expert is in which slot: a state machine that decides, and leaves copying to its caller.
 
     FREE -> FILLING -> READY -> FILLING (another expert) ...
-            |  failed, cancel: FREE        BORROWED <-> FREE (buffers of a prefill)
+            |  failed: FREE             BORROWED <-> FREE (buffers of a prefill)
 
-A slot's generation counts its fillings; what is reported of an earlier one is late and changes
-nothing. One thread calls; nothing here waits. Knows no tensors, no bytes, no clock.
+A slot's generation counts its fillings. A report about an earlier filling is late, and changes
+nothing. All calls come from one thread, and none waits. Knows no tensors, no bytes and no clock.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -14,12 +14,12 @@ from enum import Enum
 from qmix.errors import ResourceError
 from qmix.experts.policy import Policy
 
-# Admissions under way, in tokens' worth: a copy that takes longer must not empty the slots.
+# The most admissions under way, in tokens' worth: slow copies must not empty the slots.
 _TOKENS_IN_FLIGHT = 2
 
 
 class SlotState(Enum):
-    """Of a slot. BORROWED ones serve as buffers and hold no expert."""
+    """The state of a slot. A BORROWED slot serves as a buffer and holds no expert."""
 
     FREE = "free"
     FILLING = "filling"
@@ -33,8 +33,8 @@ class Upload:
 
     Attributes:
         generation: of the slot.
-        evicted: the expert that lay there until now, -1 if none did. Nothing may read it there any
-            more when the copy begins.
+        evicted: the expert that was in the slot until now; -1 if none was. When the copy begins,
+            nothing may read that expert there any more.
     """
 
     expert: int
@@ -45,14 +45,14 @@ class Upload:
 
 @dataclass
 class Counts:
-    """What has happened. An expert that a token names twice is one hit or one miss.
+    """Counters. An expert that a token names twice counts as one hit or one miss.
 
     Attributes:
-        tokens: decoded.
-        hits, misses: of decoded tokens, by where the expert lay when it was asked for.
-        warmed, admissions, fetches: copies begun by warm, token and fetch.
-        failures: copies that failed. cancelled: copies that were called off.
-        late: reports of copies whose slot had gone on without them.
+        tokens: decoded tokens.
+        hits, misses: experts of decoded tokens, by whether they were READY when they were needed.
+        warmed, admissions, fetches: copies that `warm`, `token` and `fetch` started.
+        failures: copies that failed.
+        late: reports about copies whose slot has been filled again since.
     """
 
     tokens: int = 0
@@ -62,33 +62,22 @@ class Counts:
     admissions: int = 0
     fetches: int = 0
     failures: int = 0
-    cancelled: int = 0
     late: int = 0
-
-    @property
-    def copies(self) -> int:
-        """Begun in all: each moves one expert's bytes into a slot, and none moves any out."""
-        return self.warmed + self.admissions + self.fetches
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits among the decoded tokens' visits; 0 before the first."""
-        return self.hits / max(self.hits + self.misses, 1)
 
 
 class Residency:
-    """The slots and what they hold.
+    """The slots and the experts in them.
 
-    Two ways of use. Where a missing expert can be read in place (host memory that the GPU sees), a step
-    runs on what is there, and `token` then chooses what moves. Where it cannot (disk), the step calls
-    `fetch` for every expert it needs, and `token` or `prefilled` at its end; PolicySettings.uploads
-    should be 0 there.
+    There are two ways to use it. If a missing expert can be read in place (in host memory that the
+    GPU can read), a step runs without it, and `token` then decides which experts are copied. If it
+    cannot (on a disk), the step calls `fetch` for every expert that it needs, and `token` at its
+    end; PolicySettings.uploads should then be 0.
 
     Attributes:
         slot_of_id: the slot of each expert that is READY, else -1.
         id_of_slot: the expert of each slot that is READY or FILLING, else -1.
-        states: of the slots.
-        counts: what has happened.
+        states: the state of each slot.
+        counts: what has happened so far.
     """
 
     def __init__(self, experts: int, slots: int, policy: Policy) -> None:
@@ -101,19 +90,15 @@ class Residency:
         self.counts = Counts()
         self._generation = [0] * slots
         self._filling: dict[int, Upload] = {}  # by expert
-        self._found: dict[int, bool] = {}  # what fetch met since the last token: READY or not
-
-    @property
-    def in_flight(self) -> tuple[Upload, ...]:
-        """Copies begun and not yet reported, oldest first."""
-        return tuple(self._filling.values())
+        # Whether each expert was READY at its first fetch since the last token.
+        self._fetched_ready: dict[int, bool] = {}
 
     def in_slot(self, expert: int) -> bool:
         """Whether the expert is READY in a slot."""
         return self.slot_of_id[expert] >= 0
 
     def warm(self, order: Iterable[int]) -> tuple[Upload, ...]:
-        """Fill free slots, with the first of `order` (Policy.order) that have none."""
+        """Fill the free slots with the first experts of `order` (Policy.order) that have none."""
         free = self._free()
         uploads: list[Upload] = []
         for expert in dict.fromkeys(order):
@@ -125,16 +110,17 @@ class Residency:
         return tuple(uploads)
 
     def token(self, used: Sequence[int]) -> tuple[Upload, ...]:
-        """A decoded token went through `used`, in this order: count, learn, and admit.
+        """A decoded token used these experts, in this order: count it, update heat, admit experts.
 
-        Admitted are missed experts, hottest first, into free slots, then in place of the lowest key
-        that this token did not use, if the score exceeds its by more than the margin; at most
-        PolicySettings.uploads of them, fewer while earlier ones are under way. Victims leave `slot_of_id` at
-        once. At a token's end call this before `ready`: hits are counted by what the token saw.
+        Missed experts are admitted, hottest first: into free slots, then in place of the expert with
+        the lowest key that this token did not use, if the score exceeds that expert's by more than
+        the margin. At most PolicySettings.uploads are admitted, and fewer while earlier copies are
+        under way. Evicted experts leave `slot_of_id` at once. At the end of a token call this before
+        `ready`, so that hits are counted by what the token met.
         """
         distinct = dict.fromkeys(used)
-        ready = [self._found.get(e, self.slot_of_id[e] >= 0) for e in distinct]
-        self._found.clear()
+        ready = [self._fetched_ready.get(e, self.in_slot(e)) for e in distinct]
+        self._fetched_ready.clear()
         self.policy.used(distinct)
         self.counts.tokens += 1
         self.counts.hits += sum(ready)
@@ -143,25 +129,21 @@ class Residency:
         self.counts.admissions += len(uploads)
         return uploads
 
-    def prefilled(self) -> None:
-        """A prompt went by: what it fetched counts as fetches only, and heat stays as it was."""
-        self._found.clear()
-
     def fetch(self, expert: int, needed: Collection[int]) -> Upload | None:
-        """A slot for an expert that must be READY before it can be used.
+        """Find a slot for an expert that must be READY before it can be used.
 
         Args:
-            needed: experts that must keep their slots: all of the current step.
+            needed: experts that must keep their slots: all those of the current step.
 
         Returns:
-            None if it is READY. If it is FILLING already, that copy's Upload once more.
+            the copy to be made, which may already be under way; None if the expert is READY.
 
         Raises:
-            ResourceError: every slot is needed, lent or being filled.
+            ResourceError: every slot is needed, borrowed or being filled.
         """
         self.policy.touch(expert)
-        ready = self.slot_of_id[expert] >= 0
-        self._found.setdefault(expert, ready)
+        ready = self.in_slot(expert)
+        self._fetched_ready.setdefault(expert, ready)
         if ready:
             return None
         if expert in self._filling:
@@ -178,7 +160,7 @@ class Residency:
         return self._fill(expert, free[0])
 
     def ready(self, upload: Upload) -> bool:
-        """The copy has ended: publish it. False if it came late."""
+        """The copy has ended: publish the expert. False if the report is late."""
         if not self._current(upload):
             return False
         del self._filling[upload.expert]
@@ -189,20 +171,17 @@ class Residency:
     def failed(self, upload: Upload) -> None:
         """The copy has failed: its slot is free again."""
         if self._current(upload):
-            self._drop(upload)
+            del self._filling[upload.expert]
+            self.id_of_slot[upload.slot] = -1
+            self.states[upload.slot] = SlotState.FREE
             self.counts.failures += 1
 
-    def cancel(self, upload: Upload) -> None:
-        """The copy is called off, its slot free at once; whoever copies must not write it any more."""
-        if self._current(upload):
-            self._drop(upload)
-            self.counts.cancelled += 1
-
     def borrow(self, count: int) -> tuple[int, ...]:
-        """Slots as buffers: the free ones first, then those of the lowest keys, which lose their experts.
+        """Take slots as buffers: free ones first, then those of the experts with the lowest keys,
+        which are evicted.
 
         Raises:
-            ResourceError: fewer than `count` are free or READY.
+            ResourceError: fewer than `count` slots are free or READY.
         """
         slots = (self._free() + self._evictable(()))[:count]
         if len(slots) < count:
@@ -218,7 +197,7 @@ class Residency:
         return tuple(slots)
 
     def return_slots(self, slots: Iterable[int]) -> None:
-        """Lent slots are free again; `warm` fills them at once, `token` by and by."""
+        """Borrowed slots are free again; `warm` fills them at once, `token` little by little."""
         for slot in slots:
             assert self.states[slot] is SlotState.BORROWED, (slot, self.states[slot])
             self.states[slot] = SlotState.FREE
@@ -227,8 +206,8 @@ class Residency:
         settings, policy = self.policy.settings, self.policy
         missed = sorted(filter(self._absent, used), key=policy.key, reverse=True)
         if settings.uploads is not None:
-            room = _TOKENS_IN_FLIGHT * settings.uploads - len(self._filling)
-            missed = missed[: max(0, min(settings.uploads, room))]
+            more_in_flight = _TOKENS_IN_FLIGHT * settings.uploads - len(self._filling)
+            missed = missed[: max(0, min(settings.uploads, more_in_flight))]
         if not missed:
             return ()
         slots = self._free() + self._evictable(used)
@@ -241,16 +220,16 @@ class Residency:
         return tuple(uploads)
 
     def _free(self) -> list[int]:
-        free = SlotState.FREE  # an enum's member is slow to look up 256 times
+        free = SlotState.FREE  # looking up a member of an enum is slow, 256 times
         return [slot for slot, state in enumerate(self.states) if state is free]
 
     def _evictable(self, needed: Collection[int]) -> list[int]:
-        """READY slots of experts that are not needed, lowest key first."""
+        """The READY slots of experts that are not needed, lowest key first."""
         ready = [e for e, slot in enumerate(self.slot_of_id) if slot >= 0 and e not in needed]
         return [self.slot_of_id[expert] for expert in sorted(ready, key=self.policy.key)]
 
     def _absent(self, expert: int) -> bool:
-        return self.slot_of_id[expert] < 0 and expert not in self._filling
+        return not self.in_slot(expert) and expert not in self._filling
 
     def _fill(self, expert: int, slot: int) -> Upload:
         evicted = self._evict(slot)
@@ -272,8 +251,3 @@ class Residency:
         current = self._filling.get(upload.expert) == upload
         self.counts.late += not current
         return current
-
-    def _drop(self, upload: Upload) -> None:
-        del self._filling[upload.expert]
-        self.id_of_slot[upload.slot] = -1
-        self.states[upload.slot] = SlotState.FREE

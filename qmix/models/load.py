@@ -13,6 +13,8 @@ from qmix.experts.reader import ExpertReader
 from qmix.formats import Checkpoint
 from qmix.formats.names import ModelTensor
 from qmix.models import offload
+from qmix.models.device_offload import DeviceOffload
+from qmix.models.heat_record import HeatRecord
 from qmix.models.offload import Tiers
 from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
@@ -60,19 +62,20 @@ def _offload(
     reader = ExpertReader(
         checkpoint, dtype, lambda weight, tensor: _placed(weight, dtype, _HOST, tensor, checkpoint)
     )
-    blocks, memory = offload.blocks_of(modules), offload.HeatRecord(checkpoint, tiers)
+    blocks = offload.blocks_of(modules)
+    heat = HeatRecord(checkpoint, tiers.settings, persistent=tiers.persistent)
     if not tiers.device:
         fill(modules, checkpoint, dtype, device, experts=False)
-        memory.keep(offload.on_the_host(blocks, reader, tiers, memory.policy))
+        heat.save_after(offload.offload_to_host(blocks, reader, tiers, heat.policy))
         return
-    taker = offload.OnDevice(reader, len(blocks), tiers, memory.policy, device)
+    offloading = DeviceOffload(reader, len(blocks), tiers, heat.policy, device)
 
     def take(layer: nn.Module) -> None:
         placement.pack(layer)
-        taker.take(*offload.blocks_of(dict(layer.named_modules())))
+        offloading.take(*offload.blocks_of(dict(layer.named_modules())))
 
     fill(modules, checkpoint, dtype, device, take)
-    memory.keep(taker.finish(blocks))
+    heat.save_after(offloading.finish(blocks))
 
 
 def fill(

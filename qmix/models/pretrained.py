@@ -144,7 +144,7 @@ class PreTrainedModel(nn.Module):
             ResourceError: it does not fit the budgets, or the memory that is free.
         """
         if tiers is None:
-            tiers = offload.planned(checkpoint, options)
+            tiers = offload.plan_tiers(checkpoint, options)
         dtype = options.dtype or checkpoint.dtype
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(**changes))

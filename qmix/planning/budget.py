@@ -22,7 +22,6 @@ PREFILL_CHUNK, GPU_PREFILL_CHUNK = 512, 4096
 PROCESS_BYTES, CUDA_PROCESS_BYTES = 384 << 20, 2 << 30
 # CUDA's own memory on the device, 300 to 500 MB by driver and card; and what fragments.
 CUDA_CONTEXT_BYTES, RESERVE_BYTES = 512 << 20, 256 << 20
-READ_BUFFERS = 2  # blobs beside those that are held, for reads under way
 _TILE_BYTES = 64 << 20  # float32 tiles of the CPU's products, a few a thread
 _GRAPH_BYTES = 64 << 20  # a CUDA graph's private pool
 

@@ -9,11 +9,12 @@ from functools import cached_property
 
 from qmix.errors import ResourceError
 from qmix.planning import budget
-from qmix.planning.budget import READ_BUFFERS, Item, MemoryBreakdown
+from qmix.planning.budget import Item, MemoryBreakdown
 from qmix.planning.byte_sizes import as_option, show
 from qmix.planning.footprint import Footprint
 from qmix.planning.roofline import StepCost
 from qmix.planning.stored_model import StoredModel
+from qmix.weights.blob import READ_BUFFERS
 
 
 @dataclass(frozen=True)

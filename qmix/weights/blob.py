@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 LINE_BYTES = 64  # a cache line, and the widest vector of a CPU
 PAGE_BYTES = 4096
+READ_BUFFERS = 2  # blobs beside those of the experts that are kept, for reads under way
 
 
 def aligned(nbytes: int, to: int = LINE_BYTES) -> int:

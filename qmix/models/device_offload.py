@@ -1,0 +1,178 @@
+"""Moves a GPU model's experts to host memory, layer after layer, and makes the store that serves them.
+
+At no time is more than one layer's experts on the device beside the slots.
+"""
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qmix.errors import ResourceError, UnsupportedError
+from qmix.experts.arena import HostArena, SlotArena
+from qmix.experts.copiers import CudaCopier, HostCopier
+from qmix.experts.cpu_misses import pairs_on_host
+from qmix.experts.gpu_experts import DeviceExperts
+from qmix.experts.gpu_store import DeviceStore
+from qmix.experts.policy import Policy
+from qmix.experts.reader import ExpertReader
+from qmix.experts.residency import Residency
+from qmix.kernels import PackedExperts, Routes
+from qmix.models.offload import Tiers
+from qmix.nn.moe import SparseMoeBlock
+from qmix.weights.expert import Expert
+from qmix.weights.packed.layout import pack_expert
+
+
+class DeviceOffload:
+    """Takes the layers in turn, each in the packed layout, then makes the store.
+
+    Args:
+        reader: reads the experts that do not fit host memory, whenever they are needed.
+        layers: how many there are.
+        policy: decides which experts host memory keeps, and which start in slots.
+        device: holds the slots; on the CPU, host memory stands in for it.
+    """
+
+    def __init__(
+        self,
+        reader: ExpertReader,
+        layers: int,
+        tiers: Tiers,
+        policy: Policy,
+        device: torch.device,
+    ) -> None:
+        self._reader, self._tiers, self._device = reader, tiers, device
+        self._layers, self._per_layer = layers, len(reader) // layers
+        self._policy = policy
+        hottest = policy.order(self._per_layer)[: tiers.host]
+        self._blob_of = {expert: index for index, expert in enumerate(hottest)}
+        self._arena: HostArena | None = None
+        self._blobs: list[Tensor | None] = [None] * len(reader)
+        self._packed: list[PackedExperts] = []
+
+    @property
+    def _cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def take(self, block: SparseMoeBlock) -> None:
+        """Move the next layer's experts to host memory, and free their device memory.
+
+        Raises:
+            UnsupportedError: they are not in the packed layout, or their size differs from that of
+                the other experts.
+            ResourceError: there is too little host memory.
+        """
+        where = f"layer {len(self._packed)}"
+        experts = block.stored.packed
+        if experts is None:
+            raise UnsupportedError(
+                "experts that are not in the packed layout are not offloaded from a GPU",
+                where=where,
+                found=str(block.stored[0].w1.scheme),
+                remedy="Load it with device='cpu' and ram=, or quantize it as NF4 or GPTQ.",
+            )
+        sizes = {len(expert.blob) for expert in experts.packed}
+        if self._arena is None:
+            self._arena = self._pinned(HostArena(len(self._blob_of), max(sizes)))
+        if sizes != {self._arena.nbytes}:
+            raise UnsupportedError(
+                "experts of several sizes are not offloaded from a GPU",
+                where=where,
+                expected=f"{self._arena.nbytes} B",
+                found=", ".join(map(str, sorted(sizes))),
+                remedy="Load it with device='cpu' and ram=, or quantize all experts alike.",
+            )
+        first = len(self._packed) * self._per_layer
+        blobs = []
+        for expert, packed in enumerate(experts.packed, first):
+            index = self._blob_of.get(expert)
+            blob = None if index is None else self._arena.blob(index).copy_(packed.blob)
+            self._blobs[expert] = blob
+            blobs.append(torch.empty(0, dtype=torch.uint8) if blob is None else blob)
+        no_addresses = torch.zeros(1, self._per_layer, dtype=torch.int64, device=self._device)
+        self._packed.append(experts.elsewhere(blobs, no_addresses))
+        block.release()
+
+    def finish(self, blocks: list[SparseMoeBlock]) -> DeviceStore:
+        """Make the store, give each block its experts through it, and start to fill the slots.
+
+        Raises:
+            ResourceError: there are too few slots, and misses cannot be read in place.
+        """
+        assert self._arena is not None
+        all_on_host = len(self._blob_of) == len(self._blobs)
+        in_place = all_on_host and (self._arena.pinned or not self._cuda)
+        if not in_place and self._tiers.device < self._per_layer:
+            raise ResourceError(
+                "too few slots in device memory",
+                expected=f"{self._per_layer}, the experts of a layer, where host memory holds too "
+                "few or is not pinned",
+                found=self._tiers.device,
+                remedy="Give a larger vram, or a larger ram.",
+            )
+        if not in_place:
+            self._policy.settings = replace(self._policy.settings, uploads=0)
+        store = self._store(self._arena, in_place=in_place)
+        for layer, (block, packed) in enumerate(zip(blocks, self._packed, strict=True)):
+            experts = packed.through(store.addresses[layer : layer + 1])
+            block.store(DeviceExperts(store, layer, experts, self._at_rest(layer, experts)))
+        begun = time.perf_counter()
+        moved = store.warm(self._policy.order(self._per_layer))
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            store.path.observe("zero-copy", moved, time.perf_counter() - begun)
+            if in_place:
+                self._measure_cpu(store)
+        store.on_token_end()
+        return store
+
+    def _pinned(self, arena: HostArena) -> HostArena:
+        if self._cuda and not arena.pin(torch.cuda.cudart()):  # type: ignore[no-untyped-call]
+            # The error stays in CUDA's runtime until a launch reports it: let this launch do so.
+            with suppress(RuntimeError):
+                torch.zeros(1, device=self._device).add_(1)
+        return arena
+
+    def _store(self, arena: HostArena, *, in_place: bool) -> DeviceStore:
+        if self._cuda:
+            torch.cuda.empty_cache()
+        slots = self._tiers.device
+        return DeviceStore(
+            self._blobs,
+            SlotArena(slots, arena.nbytes, self._device),
+            Residency(len(self._blobs), slots, self._policy),
+            torch.zeros(self._layers, self._per_layer, dtype=torch.int64, device=self._device),
+            CudaCopier(self._device) if self._cuda else HostCopier(),
+            in_place=in_place,
+            fill=self._fill,
+            arena=arena,
+        )
+
+    def _at_rest(self, layer: int, experts: PackedExperts) -> list[Expert]:
+        """The layer's weights as they are described and saved: from the host, or else the file."""
+        first = layer * self._per_layer
+        return [
+            self._reader.described(first + index) if self._blobs[first + index] is None else expert
+            for index, expert in enumerate(experts)
+        ]
+
+    def _fill(self, expert: int, target: Tensor) -> None:
+        """Read an expert from its file into device memory, in the packed layout."""
+        standard = self._reader.load(expert)
+        w1, w2, w3 = (w.to(self._device) for w in (standard.w1, standard.w2, standard.w3))
+        target.copy_(pack_expert(Expert(w1=w1, w2=w2, w3=w3)).blob)
+
+    def _measure_cpu(self, store: DeviceStore) -> None:
+        """Time how fast the CPU multiplies a host blob; the second of two runs, on warm threads."""
+        experts = self._packed[0]
+        x = torch.ones(1, experts.table.shape[1])
+        routes = Routes(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+        chosen = torch.ones(1, 1, dtype=torch.bool)
+        for _ in range(2):
+            begun = time.perf_counter()
+            pairs_on_host(x, routes, experts, chosen)
+            seconds = time.perf_counter() - begun
+        store.path.observe("cpu", store.slots.nbytes, seconds)
