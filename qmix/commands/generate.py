@@ -98,6 +98,8 @@ def chat(
     config = options.generation_config(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
     )
+    if sys.stdin.isatty():
+        terminal.enable_ctrl_c()
     import qmix
     from qmix.commands.repl import Repl, Streams
     from qmix.commands.session import Session

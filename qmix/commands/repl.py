@@ -1,8 +1,8 @@
-"""The chat in a terminal or a pipe: reads lines, obeys /commands, streams replies.
+"""The chat in a terminal or a pipe: reads lines, carries out /commands, streams replies.
 
 stdout carries the model's text and nothing else; prompts, notices and statistics go to stderr.
-Model text is written as it is, without control characters: it is never parsed as markup and cannot
-drive the terminal.
+Model text is written without control characters and never parsed as markup, so that it cannot
+drive the terminal. Knows no option of the command line.
 """
 
 import os
@@ -67,11 +67,11 @@ class Repl:
         self.streams = streams
 
     def run(self) -> None:
-        """Until end of input or /exit.
+        """Read and answer lines until the end of the input or /exit.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, from a pipe.
-            UsageError: a message does not fit, from a pipe.
+            KeyboardInterrupt: Ctrl-C while the input is a pipe.
+            UsageError: a message of a pipe does not fit.
         """
         if self.streams.interactive:
             _enable_line_editing()
@@ -83,7 +83,7 @@ class Repl:
                 if line.startswith(_FENCE):
                     self._say(self._fenced(line))
                 elif line.startswith("/"):
-                    leaving = self._obey(line)
+                    leaving = self._try_command(line)
                 elif line.strip():
                     self._say(line)
             except EOFError:
@@ -97,8 +97,8 @@ class Repl:
                     raise
                 self._notice("\nCtrl-D or /exit leaves; Ctrl-C stops a reply.")
 
-    def _obey(self, line: str) -> bool:
-        """Carry out a command; True if it asks to leave."""
+    def _try_command(self, line: str) -> bool:
+        """Carry out a command, or say what is wrong with it; True if it asks to leave."""
         try:
             return self._command(line)
         except UsageError as error:
@@ -113,7 +113,7 @@ class Repl:
             while not (lines and lines[-1].endswith(_FENCE)):
                 lines.append(self._line(CONTINUED))
         except EOFError:
-            self._notice(f"the message was not closed with {_FENCE}; sent as it is")
+            self._notice(f"the message was not closed with {_FENCE}; it was sent as it is")
             lines.append(_FENCE)
         lines[-1] = lines[-1].removesuffix(_FENCE)
         return "\n".join(lines).strip("\n")
@@ -131,13 +131,13 @@ class Repl:
     def _say(self, line: str) -> None:
         if not line.strip():
             return
-        opening = self.session.open(line)
-        if opening.dropped_turns:
+        prompt = self.session.prepare(line)
+        if prompt.dropped_turns:
             self._notice(
-                f"dropped the {opening.dropped_turns} oldest turns "
-                f"({opening.dropped_tokens} tokens): the context of {self.session.context} was full"
+                f"dropped the {prompt.dropped_turns} oldest turns "
+                f"({prompt.dropped_tokens} tokens): the context of {self.session.context} was full"
             )
-        pieces = self.session.reply(opening, line)
+        pieces = self.session.reply(prompt)
         stopped = False
         try:
             for piece in pieces:
@@ -159,6 +159,7 @@ class Repl:
             self._notice(("stopped · " if stopped else "") + str(stats))
 
     def _command(self, line: str) -> bool:
+        """Carry out a command; True if it asks to leave."""
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name in ("/exit", "/quit", "/bye"):
@@ -176,7 +177,9 @@ class Repl:
         elif name == "/set":
             self._set(argument)
         else:
-            self._notice(f"no command {name}; /help lists them, a leading space sends it as text")
+            self._notice(
+                f"no command {name}; /help lists the commands, a leading space sends it as text"
+            )
         return False
 
     def _system(self, argument: str) -> None:
@@ -197,7 +200,7 @@ class Repl:
 
 
 def configured(config: GenerationConfig, settings: Mapping[str, str]) -> GenerationConfig:
-    """A configuration with settings given as text; temperature 0 means greedy.
+    """The configuration with settings given as text; temperature 0 means greedy.
 
     Raises:
         UsageError: an unknown name, not a number, or out of range.
@@ -235,7 +238,7 @@ def _enable_line_editing() -> None:
         history.touch(mode=0o600)
         readline.read_history_file(history)
     except OSError:
-        return  # a read-only home has no history, and that is all it lacks
+        return  # a read-only home costs the history only
     readline.set_history_length(1000)
     readline.set_completer_delims("")
 
@@ -252,6 +255,6 @@ def _enable_line_editing() -> None:
         try:
             readline.write_history_file(history)
         except OSError:
-            sys.stderr.write(f"qmix: the history could not be saved to {history}\n")
+            sys.stderr.write(f"qmix: cannot save the history to {history}\n")
 
     atexit.register(save)

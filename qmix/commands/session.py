@@ -1,7 +1,7 @@
 """A conversation: its turns, and the KV cache that is kept between them.
 
-Knows nothing of terminals. Every prompt is the whole conversation's token ids; whatever prefix the
-cache already holds is not computed again.
+Every prompt is the whole conversation's token ids; whatever prefix the cache already holds is not
+computed again. Knows nothing of terminals.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,16 +24,23 @@ from qmix.text.tokenizer import LlamaTokenizer
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user said and the ids of the answer, without the closing end-of-sequence."""
+    """What the user said, and the ids of the answer without the closing end-of-sequence."""
 
     user: str
     answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening:
-    """A prompt made ready: what had to be dropped for it, and how much of it is cached."""
+class PreparedPrompt:
+    """A conversation's ids up to a user message, ready for a reply.
 
+    Attributes:
+        text: the user message.
+        cached_tokens: how long a prefix of `ids` the cache holds.
+        dropped_turns, dropped_tokens: what did not fit the context.
+    """
+
+    text: str
     ids: tuple[int, ...]
     cached_tokens: int
     dropped_turns: int
@@ -45,7 +52,7 @@ class ReplyStats:
     """One reply in numbers; times in seconds.
 
     Attributes:
-        experts: what the store did meanwhile, if the model is offloaded.
+        experts: what the store did during the reply, if the model is offloaded.
     """
 
     prompt_tokens: int
@@ -60,12 +67,12 @@ class ReplyStats:
 
     @property
     def details(self) -> str:
-        """All of it: the line, and another for an offloaded model's experts."""
+        """The line of `str`, and another for an offloaded model's experts."""
         return str(self) if self.experts is None else f"{self}\n{self.experts}"
 
     @property
     def tokens_per_s(self) -> float:
-        """Decode speed, the first token's prefill left out; 0 for a single token."""
+        """Decode speed without the first token, whose time is the prefill's; 0 for one token."""
         after_first = self.elapsed_s - self.first_token_s
         return (self.new_tokens - 1) / after_first if after_first > 0 else 0.0
 
@@ -84,7 +91,10 @@ class Session:
     """Turns, system prompt and cache of one conversation.
 
     Args:
-        context: most tokens of prompt and reply together; default: the model's positions.
+        context: tokens of prompt and reply together at most; default: the model's positions.
+
+    Raises:
+        UsageError: a context that is too small, or larger than the model's.
     """
 
     def __init__(
@@ -115,14 +125,14 @@ class Session:
         """Forget all turns; the system prompt stays."""
         self.turns.clear()
 
-    def open(self, text: str) -> Opening:
+    def prepare(self, text: str) -> PreparedPrompt:
         """The ids of the conversation with `text` as its next user message.
 
-        Where they leave too little room for a reply, the oldest turns are dropped, down to half of
+        Where they leave too little space for a reply, the oldest turns are dropped, down to half of
         the context at once, so that the cached prefix survives for some turns.
 
         Raises:
-            UsageError: the message alone does not fit; both token counts are named.
+            UsageError: the message alone does not fit; the error names both token counts.
         """
         reserve = min(self.config.max_new_tokens or 256, self.context // 4)
         ids = self._prompt([*self.turns, Turn(text)])
@@ -135,7 +145,7 @@ class Session:
             raise UsageError(
                 "the message does not fit the context",
                 expected=f"at most {self.context - reserve} tokens ({self.context} of context, "
-                f"{reserve} kept for the reply)",
+                f"{reserve} reserved for the reply)",
                 found=f"{len(ids)} tokens",
                 remedy="Shorten it, or the system prompt.",
             )
@@ -146,22 +156,24 @@ class Session:
                 lambda pair: pair[0] == pair[1], zip(ids, self._cached, strict=False)
             )
         )
-        return Opening(
+        return PreparedPrompt(
+            text=text,
             ids=ids,
             cached_tokens=self._cache.longest_rewindable(min(common, len(ids) - 1)),
             dropped_turns=dropped,
             dropped_tokens=before - len(ids),
         )
 
-    def reply(self, opening: Opening, text: str) -> Iterator[str]:
-        """Generate the answer to `text`, piece by piece.
+    def reply(self, prompt: PreparedPrompt) -> Iterator[str]:
+        """Generate the answer, piece by piece.
 
         However the iteration ends (end, `close`, KeyboardInterrupt), what was generated is kept as
         the turn's answer, in history and cache alike; a turn without a single token is dropped.
         """
-        self._cache.rewind(opening.cached_tokens)
-        room = self.context - len(opening.ids)
-        config = replace(self.config, max_new_tokens=min(self.config.max_new_tokens or room, room))
+        self._cache.rewind(prompt.cached_tokens)
+        space = self.context - len(prompt.ids)
+        wanted = self.config.max_new_tokens or space
+        config = replace(self.config, max_new_tokens=min(wanted, space))
         answer: list[int] = []
         finish: Finish | None = None
         first_token_s = elapsed_s = 0.0
@@ -169,7 +181,7 @@ class Session:
         before = None if store is None else store.statistics()
         try:
             inputs = GenerationInputs(
-                torch.tensor([opening.ids]),
+                torch.tensor([prompt.ids]),
                 config,
                 cache=self._cache,
                 tokenizer=self.tokenizer,
@@ -182,20 +194,20 @@ class Session:
                 if token.texts[0]:
                     yield token.texts[0]
         finally:
-            whole = (*opening.ids, *answer)
-            self._cached = whole[: self._cache.length]
+            conversation = (*prompt.ids, *answer)
+            self._cached = conversation[: self._cache.length]
             new_tokens = len(answer)
             if answer and answer[-1] in config.eos_ids:
                 answer.pop()
             if new_tokens:
-                self.turns.append(Turn(text, tuple(answer)))
+                self.turns.append(Turn(prompt.text, tuple(answer)))
             self.stats = ReplyStats(
-                prompt_tokens=len(opening.ids),
-                cached_tokens=opening.cached_tokens,
+                prompt_tokens=len(prompt.ids),
+                cached_tokens=prompt.cached_tokens,
                 new_tokens=new_tokens,
                 first_token_s=first_token_s,
                 elapsed_s=elapsed_s,
-                context_tokens=len(whole),
+                context_tokens=len(conversation),
                 context_limit=self.context,
                 finish=finish,
                 experts=None
@@ -204,7 +216,7 @@ class Session:
             )
 
     def _prompt(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """The template's ids, each answer by the ids that were generated."""
+        """The template's ids, with each answer's ids as they were generated."""
         messages = [Message("system", self.system)] if self.system else []
         for turn in turns[:-1]:
             messages += [Message("user", turn.user), Message("assistant", "", turn.answer)]

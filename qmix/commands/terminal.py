@@ -110,6 +110,13 @@ def _lines() -> Callable[[str, int, int], None]:
     return show
 
 
+def enable_ctrl_c() -> None:
+    """Answer Ctrl-C even if SIGINT was inherited as ignored or blocked, as from a script's `&`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Yield asked(): whether Ctrl-C or SIGTERM came; the second Ctrl-C ends the program at once."""

@@ -1,6 +1,6 @@
 """MixtralForSequenceClassification: a linear layer on one position of each row.
 
-Knows no bits and no files. Shape letters as in qmix.nn, and C labels.
+Knows no bits and no files. Shape letters as in qmix.nn.
 """
 
 import warnings

@@ -220,7 +220,7 @@ class PreTrainedModel(nn.Module):
             target = fn(torch.empty(0, device=self.device)).device
             if target != self.device:
                 raise UsageError(
-                    "an offloaded model is not moved",
+                    "an offloaded model cannot be moved",
                     where=".to()",
                     expected=self.device,
                     found=target,

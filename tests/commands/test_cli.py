@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -212,12 +213,17 @@ def test_eval_prints_one_json_document_with_the_agreed_names(tiny, tiny_nf4, tmp
 class Terminal:
     """A chat in a pseudo-terminal."""
 
+    # The new session takes the terminal as its own, so that Ctrl-C reaches it; the signal's
+    # disposition is what a job in the background of a shell script inherits.
+    OWN = (
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+
     def __init__(self, *arguments, **environment):
         self.descriptor, terminal = pty.openpty()
-        # The new session takes the terminal as its own, so that Ctrl-C reaches it.
-        own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", own, *QMIX, *map(str, arguments)],
+            [sys.executable, "-c", self.OWN, *QMIX, *map(str, arguments)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment},
             stdin=terminal,
@@ -238,20 +244,40 @@ class Terminal:
                 self.seen += os.read(self.descriptor, 65536).decode("utf-8", "replace")
         self.at = found + len(text)
 
+    def interrupt_until(self, text):
+        """Ctrl-C until `text` answers it: readline misses one between its prompt and its wait."""
+        for _ in range(60):
+            self.send("\x03")
+            with suppress(AssertionError):
+                return self.until(text, seconds=1)
+        raise AssertionError(self.seen)
+
     def send(self, text):
         os.write(self.descriptor, text.encode())
 
-    def wait(self, seconds=30):
-        try:
-            return self.process.wait(seconds)
-        finally:
-            self.process.kill()
-            os.close(self.descriptor)
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.descriptor)
 
 
-def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
+@pytest.fixture
+def terminal():
+    """Starts commands in terminals, and ends them."""
+    opened = []
+
+    def start(*arguments, **environment):
+        opened.append(Terminal(*arguments, **environment))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path, terminal):
     home = {"XDG_STATE_HOME": str(tmp_path)}
-    chat = Terminal("chat", tiny, "--max-new-tokens", 800, "--min-p", 0, "--seed", 3, **home)
+    chat = terminal("chat", tiny, "--max-new-tokens", 800, "--min-p", 0, "--seed", 3, **home)
     chat.until(">>> ")
     chat.send("What is a list?\n")
     chat.until("tok/s")
@@ -269,12 +295,10 @@ def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
     chat.send("/stats\n")
     chat.until("context")
     chat.until(">>> ")
-    time.sleep(0.5)  # CPython's readline misses a signal between drawing the prompt and waiting
-    chat.send("\x03")
-    chat.until("Ctrl-D")
+    chat.interrupt_until("Ctrl-D")
     chat.until(">>> ")
     chat.send("\x04")
-    assert chat.wait() == 0
+    assert chat.process.wait(30) == 0
     history = tmp_path / "qmix" / "chat_history"
     assert "Go on" in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600

@@ -24,16 +24,16 @@ def make(tokenizer, **options):
 
 
 def say(session, text):
-    opening = session.open(text)
-    return opening, "".join(session.reply(opening, text))
+    prompt = session.prepare(text)
+    return prompt, "".join(session.reply(prompt))
 
 
 def test_the_prompt_of_every_turn_is_the_template_of_all_messages(tokenizer):
     session = make(tokenizer, system="Be brief.")
     say(session, "Hi")
-    opening, _ = say(session, "And?")
+    prompt, _ = say(session, "And?")
     first = session.turns[0]
-    assert list(opening.ids) == chat_template.encode(
+    assert list(prompt.ids) == chat_template.encode(
         [
             Message("system", "Be brief."),
             Message("user", "Hi"),
@@ -47,10 +47,10 @@ def test_the_prompt_of_every_turn_is_the_template_of_all_messages(tokenizer):
 def test_the_cache_kept_between_turns_gives_what_a_cold_prefill_gives(tokenizer):
     session = make(tokenizer)
     for text in ("Hello there", "What is a list?", "More"):
-        opening, _ = say(session, text)
+        prompt, _ = say(session, text)
         cold = session.model.generate(
-            torch.tensor([opening.ids]), max_new_tokens=12, eos_token_id=2
-        )[0, len(opening.ids) :].tolist()
+            torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2
+        )[0, len(prompt.ids) :].tolist()
         answer = list(session.turns[-1].answer)
         assert cold[: len(answer)] == answer
     assert session.stats.cached_tokens > 20
@@ -58,17 +58,17 @@ def test_the_cache_kept_between_turns_gives_what_a_cold_prefill_gives(tokenizer)
 
 def test_a_reply_that_is_stopped_is_kept_in_history_and_cache(tokenizer):
     session = make(tokenizer)
-    opening = session.open("Hello")
-    pieces = session.reply(opening, "Hello")
+    prompt = session.prepare("Hello")
+    pieces = session.reply(prompt)
     next(pieces)
     pieces.close()
     kept = session.turns[0].answer
     assert 1 <= len(kept) < 12
-    opening, _ = say(session, "Go on")
-    assert opening.cached_tokens >= len(kept)
+    prompt, _ = say(session, "Go on")
+    assert prompt.cached_tokens >= len(kept)
     assert (
         list(kept)
-        == list(opening.ids)[-len(chat_template.continue_turn("Go on", tokenizer)) - len(kept) :][
+        == list(prompt.ids)[-len(chat_template.continue_turn("Go on", tokenizer)) - len(kept) :][
             : len(kept)
         ]
     )
@@ -85,15 +85,15 @@ def test_an_interrupt_inside_the_model_keeps_what_was_generated(tokenizer):
         return original(*arguments)
 
     session.model.next_logits = interrupted
-    opening = session.open("Hello")
+    prompt = session.prepare("Hello")
     with pytest.raises(KeyboardInterrupt):
-        list(session.reply(opening, "Hello"))
+        list(session.reply(prompt))
     assert len(session.turns[0].answer) == 3
     session.model.next_logits = original
-    opening, _ = say(session, "Again")
-    cold = session.model.generate(torch.tensor([opening.ids]), max_new_tokens=12, eos_token_id=2)
+    prompt, _ = say(session, "Again")
+    cold = session.model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2)
     answer = session.turns[-1].answer
-    assert tuple(cold[0, len(opening.ids) :].tolist()[: len(answer)]) == answer
+    assert tuple(cold[0, len(prompt.ids) :].tolist()[: len(answer)]) == answer
 
 
 def test_an_interrupt_before_the_first_token_drops_the_message(tokenizer):
@@ -103,9 +103,9 @@ def test_an_interrupt_before_the_first_token_drops_the_message(tokenizer):
         raise KeyboardInterrupt
 
     session.model.next_logits = interrupted
-    opening = session.open("Hello")
+    prompt = session.prepare("Hello")
     with pytest.raises(KeyboardInterrupt):
-        list(session.reply(opening, "Hello"))
+        list(session.reply(prompt))
     assert session.turns == []
 
 
@@ -113,10 +113,10 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(tokenizer):
     session = make(tokenizer, context=128)
     dropped = []
     for index in range(12):
-        opening, _ = say(session, f"Tell me about number {index}")
-        assert len(opening.ids) <= 128
+        prompt, _ = say(session, f"Tell me about number {index}")
+        assert len(prompt.ids) <= 128
         assert session.stats.context_tokens <= 128
-        dropped.append(opening.dropped_turns)
+        dropped.append(prompt.dropped_turns)
     assert sum(dropped) > 0
     assert dropped.count(0) > len(dropped) / 2  # several turns at once, then peace
     assert session.turns[-1].user == "Tell me about number 11"
@@ -125,7 +125,7 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(tokenizer):
 def test_a_message_that_alone_does_not_fit_is_refused_with_both_numbers(tokenizer):
     session = make(tokenizer, context=64)
     with pytest.raises(UsageError, match=r"at most 52 tokens.*found \d+ tokens"):
-        session.open("word " * 200)
+        session.prepare("word " * 200)
     assert session.turns == []
 
 
@@ -134,8 +134,8 @@ def test_clear_forgets_the_turns_and_a_new_system_prompt_takes_effect(tokenizer)
     say(session, "Hello")
     session.clear()
     session.system = "Be kind."
-    opening = session.open("Hi")
-    assert list(opening.ids) == chat_template.encode(
+    prompt = session.prepare("Hi")
+    assert list(prompt.ids) == chat_template.encode(
         [Message("system", "Be kind."), Message("user", "Hi")], tokenizer
     )
 
@@ -156,14 +156,14 @@ def test_a_rolling_cache_is_kept_between_turns_or_started_anew(tokenizer):
     )
     session = Session(model, tokenizer, GenerationConfig(max_new_tokens=12, eos_token_id=2))
     for text in ("Hello there", "What is a list?", "More"):
-        opening, _ = say(session, text)
-        cold = model.generate(torch.tensor([opening.ids]), max_new_tokens=12, eos_token_id=2)
+        prompt, _ = say(session, text)
+        cold = model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2)
         answer = list(session.turns[-1].answer)
-        assert cold[0, len(opening.ids) :].tolist()[: len(answer)] == answer
+        assert cold[0, len(prompt.ids) :].tolist()[: len(answer)] == answer
     assert session.stats.cached_tokens > 20
     session.turns.pop()
-    opening, _ = say(session, "Something else")
-    assert opening.cached_tokens == 0
-    cold = model.generate(torch.tensor([opening.ids]), max_new_tokens=12, eos_token_id=2)
+    prompt, _ = say(session, "Something else")
+    assert prompt.cached_tokens == 0
+    cold = model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2)
     answer = list(session.turns[-1].answer)
-    assert cold[0, len(opening.ids) :].tolist()[: len(answer)] == answer
+    assert cold[0, len(prompt.ids) :].tolist()[: len(answer)] == answer

@@ -221,7 +221,7 @@ def test_gradients_are_refused_and_parameters_frozen(saved):
 def test_it_stays_on_its_device_and_takes_another_dtype(saved):
     model = offloaded(saved["nf4"], 4)
     assert model.to("cpu") is model
-    with pytest.raises(UsageError, match="an offloaded model is not moved"):
+    with pytest.raises(UsageError, match="an offloaded model cannot be moved"):
         model.to("meta")
     assert model.device.type == "cpu"
     expected = MixtralForCausalLM.from_pretrained(saved["nf4"], device="cpu").float()
@@ -271,12 +271,12 @@ def test_chat_says_what_the_store_did(tiny_nf4):
         LlamaTokenizer.from_pretrained(TINY),
         GenerationConfig(max_new_tokens=4),
     )
-    list(session.reply(session.open("Hello"), "Hello"))
+    list(session.reply(session.prepare("Hello")))
     first = session.stats.experts
     assert first.tokens <= 4
     assert "from disk" in session.stats.details
     assert session.stats.details.startswith(str(session.stats))
-    list(session.reply(session.open("More"), "More"))
+    list(session.reply(session.prepare("More")))
     assert session.stats.experts.tokens <= 4
 
 
