@@ -1,9 +1,9 @@
 """StaticDecoder: one new token for every row of a batch on a GPU, always by the same launches.
 
-Ids, positions and lengths lie in tensors on the device and all shapes are static. So nothing is read
-back, nine launches a layer serve every token, and all of them can be recorded once as a CUDA graph.
-The result is what `Decoder.decode` and the head compute for one new position; choosing the next id
-can be part of it.
+Ids, positions and lengths lie in tensors on the device, and all shapes are static. So nothing is
+read back, nine launches a layer serve every token, and all of them can be recorded once as a CUDA
+graph. The result is what `Decoder.decode` and the head compute for one new position; choosing the
+next id can be part of it.
 
 Knows modules, and of bits only that they lie in the packed layout. Shape letters: see qmix.nn; and
 R slots of the cache.
@@ -265,7 +265,7 @@ class StaticDecoders:
         attention_mask: Tensor | None,
         sample_fn: SampleFn | None = None,
     ) -> StaticDecoder | None:
-        """A decoder for the cache's next position; None where the model or the cache do not allow it.
+        """A decoder for the cache's next position; None where model or cache do not allow it.
 
         Args:
             attention_mask: bool (B, L or L + 1), False at padding on the left.

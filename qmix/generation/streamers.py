@@ -16,7 +16,7 @@ from qmix.text.detokenizer import Decodes, StreamDetokenizer
 
 
 class Streamer(Protocol):
-    """Hugging Face's streamer protocol: the prompt (1, P) first, then each new id (1,), then end."""
+    """Hugging Face's protocol: the prompt (1, P) first, then each new id (1,), then end."""
 
     def put(self, value: Tensor, /) -> None: ...
     def end(self) -> None: ...

@@ -23,9 +23,11 @@ from qmix.generation.sampling import Sampling
 
 @dataclass(frozen=True, eq=False)
 class SampledStep:
-    """What a step chose: float32 logits and scores (B, V), before and after all processors; ids (B,).
+    """The result of a step. On a GPU it may still be computed when it is returned.
 
-    On a GPU the tensors may still be computed when this is returned.
+    Attributes:
+        logits, scores: float32 (B, V), before and after all processors.
+        ids: the next ids, int64 (B,).
     """
 
     logits: Tensor

@@ -88,7 +88,7 @@ def visible(
 
 
 def reachable_keys(keys: int, queries: int, window: int | None) -> int:
-    """How many of the keys, the newest ones, any query sees; older ones are outside every window."""
+    """How many of the keys any query sees; older ones are outside every window."""
     return keys if window is None else min(keys, window + queries - 1)
 
 

@@ -157,7 +157,7 @@ class KVCache:
             self._values[layer][:, :, self.length : end] = values
             return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
         if new == 1:
-            # The overwritten position left the window with this step: an interruption loses nothing.
+            # The overwritten position has left the window: an interruption loses nothing.
             slot = self.length % self.window
             self._keys[layer][:, :, slot] = keys[:, :, 0]
             self._values[layer][:, :, slot] = values[:, :, 0]
@@ -245,7 +245,7 @@ class KVCache:
         """Forget all positions from `length` on.
 
         Raises:
-            UsageError: the cache has seen fewer positions, or its ring has overwritten earlier ones.
+            UsageError: the cache is shorter, or its ring has overwritten earlier positions.
         """
         if not 0 <= length <= self.length:
             raise UsageError(

@@ -106,7 +106,13 @@ def _compiled(
     dense: Sequence[Tensor],
     experts: Sequence[Weight | None],
 ) -> TokenLayer | WhyNot:
-    """A layer of these parts: q, k, v and o; the two norms and the router; w1, w3, w2 of each expert."""
+    """A layer of these parts, or why not.
+
+    Args:
+        projections: q, k, v and o.
+        dense: the two norms and the router.
+        experts: w1, w3 and w2 of each expert; empty if they are multiplied elsewhere.
+    """
     packed = [weight for weight in projections if isinstance(weight, (NF4, Int4))]
     if len(packed) != len(projections) or any(part.device.type != "cpu" for part in packed):
         return WhyNot.PROJECTIONS

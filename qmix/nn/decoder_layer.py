@@ -46,7 +46,10 @@ class DecoderLayer(nn.Module):
 
 
 def compiled_whole(layer: nn.Module) -> TokenLayer | WhyNot:
-    """A layer as compiled code takes it in one call with others: nobody sees the call of the layer."""
+    """A layer as compiled code takes it in one call with the others, or why it does not.
+
+    The layer itself is then never called, so that its own hooks count too.
+    """
     if type(layer) is not DecoderLayer:
         return WhyNot.OTHER_CLASS
     return WhyNot.OBSERVED if is_observed(layer) else layer.compiled()

@@ -37,7 +37,7 @@ class ModelOutput:
         return tuple(zip(self.keys(), self.to_tuple(), strict=True))
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """What `return_dict=False` returns: the fields that are not None, in the order of `keys`."""
+        """What `return_dict=False` returns: all fields that are not None, in order."""
         return tuple(getattr(self, name) for name in self.keys())
 
     @overload

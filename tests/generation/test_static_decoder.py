@@ -1,4 +1,4 @@
-"""The decode step without a GPU: interpreted, and at full size on meta, where no value can be read."""
+"""The decode step without a GPU: interpreted, and at full size on meta, which has no values."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def step_of(batch, sample_fn=GREEDY, **changes):
 
 @pytest.mark.parametrize("batch", [1, 8, 16])
 def test_a_token_of_the_8x7b_is_nine_launches_a_layer(batch, launches):
-    """On meta tensors whatever needs a value on the host raises, and every shape is known before."""
+    """On meta tensors reading a value on the host raises, and every shape is known before."""
     step = step_of(batch)
     logits = step.step()
     assert logits.shape == (batch, 32000)

@@ -1,4 +1,4 @@
-"""One token through the compiled products, a layer in two calls or all in one: what the modules compute."""
+"""One token through the compiled code, a layer in two calls or all in one, against the modules."""
 
 import copy
 import pickle
@@ -79,7 +79,7 @@ def same(ours, theirs):
 
 
 def alike(ours, theirs):
-    """The same but where the last place of a share turned a rounding to bfloat16: a few in a thousand."""
+    """The same, but for a few in a thousand that round to bfloat16 the other way."""
     pairs = list(zip(ours, theirs, strict=True))
     turned = torch.cat([(a != b).flatten() for a, b in pairs]).float().mean()
     return turned <= 0.01 and all(torch.allclose(a, b, rtol=2**-6, atol=0.02) for a, b in pairs)
@@ -277,7 +277,7 @@ def random_model(kind="nf4", window=None, layers=3):
 
 
 def said(model, *, at_once=True, tokens=12, cache=None, **options):
-    """Logits of a prompt of 3 tokens and of single ones behind it, and which of these went at once."""
+    """Logits of 3 tokens and of single ones after them, and which of these went in one call."""
     ids = torch.randint(0, 64, (1, 3 + tokens), generator=seeded(1))
     cache = model.new_cache(1) if cache is None else cache
     logits, went = [], []

@@ -71,7 +71,7 @@ implementations = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @implementations
 @pytest.mark.parametrize("name", CASES)
 def test_each_field_of_the_config_has_its_effect(name, attention):
-    """head_dim came after 4.47.1. 4.38.1's sdpa, its default, ignores the window: these are eager's."""
+    """head_dim came after 4.47.1. The sdpa of 4.38.1 ignores the window: these are eager's."""
     model = causal(name)
     model.set_attn_implementation(attention)
     ids, *_ = exact.golden_inputs(seed_of(name))
@@ -129,7 +129,7 @@ def test_a_mask_of_four_axes_gives_the_logits_of_transformers(name, attention):
 @torch.no_grad()
 @detailed
 def test_classes_are_those_of_transformers(name):
-    """Where a pad stands inside the text 4.x reads the position before it, 5.x the last of the text."""
+    """With a pad inside the text 4.x reads the position before it, 5.x the last of the text."""
     batch, mask = exact.page_batch(seed_of(name))
     model = classifier(name)
     found = model(batch, attention_mask=mask).logits

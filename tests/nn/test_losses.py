@@ -17,7 +17,7 @@ from qmix.nn.losses import (
     [(1, 1.05311, 1.03876), (2, 2.08486, 2.06648), (3, 3.14056, 3.12087)],
 )
 def test_the_balance_of_random_gates_is_that_of_transformers(k, whole, masked):
-    """3 layers, 2 rows of 7, 8 experts, the first three tokens of row 0 masked (4.38.1: k = 2 only)."""
+    """3 layers, 2 rows of 7, 8 experts, three tokens masked (4.38.1: k = 2 only)."""
     torch.manual_seed(0)
     gates = tuple(torch.randn(14, 8) for _ in range(3))
     attention_mask = torch.ones(2, 7)
