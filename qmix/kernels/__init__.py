@@ -1,7 +1,16 @@
-"""One table: (weight type, device) -> the function that multiplies. Reference backends first.
+"""Kernels: one table, (weight type, device) -> the backend that multiplies.
 
-A kernel may only be faster than `x @ w.dequantize().T`; it may not mean anything else. Knows
-nothing of models, files or tiers.
+A backend may be faster than `x @ w.dequantize().T`, but it computes the same; the `reference`
+backend is exactly that. Knows nothing of models, files or tiers.
+
+Shape letters, here and in qmix.weights; a file names only what it adds:
+
+    B  rows of the batch       H  query heads            E  experts
+    S  new positions           G  key-value heads        k  experts per token
+    L  positions so far        d  width of a head        M  pairs of token and expert, T * k
+    T  tokens, B * S           D  hidden width           Z  splits of K or L among thread blocks
+    N  outputs of a matmul     F  expert width           R  slots of a cache
+    K  inputs of a matmul      C  inputs of a tile       W  sliding window
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +60,7 @@ __all__ = [
 Backend = Literal["reference"]
 LinearFn = Callable[[Tensor, Weight], Tensor]
 
-# The fast rows. A device without a row of its own takes the reference row's arithmetic in tiles.
+# Where a device has no backend of its own, tiles of the weight are dequantized and multiplied.
 _LINEAR: Mapping[tuple[type, str], LinearFn] = {
     (Dense, "cpu"): dense.linear,
     (Dense, "cuda"): dense.linear,
@@ -72,11 +81,15 @@ _override: ContextVar[Backend | None] = ContextVar("kernel override", default=No
 
 
 @contextmanager
-def override(choice: Backend) -> Iterator[None]:
-    """Within the block every product takes the named row: `reference` is the oracle."""
-    if choice != "reference":
-        raise UsageError("no such kernel backend", expected="'reference'", found=repr(choice))
-    token = _override.set(choice)
+def override(backend: Backend) -> Iterator[None]:
+    """Use the named backend for every call within the block; `reference` is the oracle.
+
+    Raises:
+        UsageError: no such backend.
+    """
+    if backend != "reference":
+        raise UsageError("no such kernel backend", expected="'reference'", found=repr(backend))
+    token = _override.set(backend)
     try:
         yield
     finally:
@@ -84,26 +97,30 @@ def override(choice: Backend) -> Iterator[None]:
 
 
 def overridden() -> bool:
-    """Whether products take another row than their device's."""
+    """Whether `override` is in force."""
     return _override.get() is not None
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """`x @ weight.T`: [..., K] times [N, K] gives [..., N] in x's dtype."""
+    """`x @ weight.T`: [..., K] times [N, K] gives [..., N] in x's dtype.
+
+    Raises:
+        UnsupportedError: no backend multiplies such a weight on x's device.
+    """
     assert x.shape[-1] == weight.shape[1], (tuple(x.shape), weight.shape)
     if _override.get() == "reference":
         return reference.linear(x, weight)
-    row = _LINEAR.get((type(weight), x.device.type))
-    if row is None:
+    backend = _LINEAR.get((type(weight), x.device.type))
+    if backend is None:
         raise UnsupportedError(
             f"no kernel multiplies {type(weight).__name__} on {x.device.type}",
             expected=", ".join(f"{kind.__name__} on {device}" for kind, device in _LINEAR),
         )
-    return row(x, weight)
+    return backend(x, weight)
 
 
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    """`linear` with each of several weights, at once where their row can."""
+    """`linear` with each of several weights, in one call where their backend can."""
     if _compiled(x, weights):
         return matmul.linears(x, weights)
     return [linear(x, weight) for weight in weights]
@@ -137,8 +154,10 @@ def experts(
 def packed_experts(
     x: Tensor, routes: Routes, weights: PackedExperts, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The same of experts in the packed layout. Gradients, and other activations than SiLU, which the
-    kernels fuse, take one matrix after the other.
+    """`experts` in the packed layout.
+
+    The kernels fuse SiLU and have no gradients: other activations, and gradients, take one matrix
+    after the other.
     """
     if overridden():
         return reference.experts(x, routes, weights, act)
@@ -220,18 +239,18 @@ def attend(
 
 
 def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
-    """Whether the CPU's compiled products multiply all of these."""
-    rows = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
-    return rows == {matmul.linear} and not overridden()
+    """Whether the compiled CPU kernels multiply all of these."""
+    backends = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
+    return backends == {matmul.linear} and not overridden()
 
 
 def _single(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the CPU's compiled attention takes these: one token, without gradients."""
+    """Whether the compiled CPU attention takes these: single tokens, without gradients."""
     return attends(q, k, v) and not overridden() and not attention.needs_grad(q, k, v)
 
 
 def _fused(*tensors: Tensor) -> bool:
-    """Whether a GPU kernel without gradients may be taken: all in floats that it knows."""
+    """Whether GPU kernels without gradients take these: on a GPU, in dtypes that they know."""
     return (
         all(t.is_cuda and t.dtype in _FLOATS for t in tensors)
         and not overridden()

@@ -1,7 +1,8 @@
-"""Products with weights that are stored as they are, and norms: torch's own operations.
+"""Matmuls with 16-bit and 32-bit weights, and norms: torch's own operations.
 
-But one or two tokens in bfloat16 on a CPU go through the compiled products, where there are any: torch takes
-1.7 times as long for a row of them (16 ms instead of 9 for an lm_head of 262 MB), and 7 operations for a norm.
+One or two tokens in bfloat16 on a CPU go through the compiled kernels, where there are any. There
+torch takes 1.7 times as long for a matmul (16 ms instead of 9 for an lm_head of 262 MB), and seven
+operations for a norm.
 """
 
 import torch
@@ -31,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _few(x: Tensor, data: Tensor) -> bool:
-    """Whether the compiled products may be taken for x [..., K] and a weight [..., K]."""
+    """Whether the compiled kernels take x [..., K] and a weight [..., K]."""
     trained = torch.is_grad_enabled() and (x.requires_grad or data.requires_grad)
     return (
         x.is_cpu

@@ -1,6 +1,6 @@
-"""Routed products: which token goes through which expert, expert by expert.
+"""The MoE forward pass, expert by expert: which token goes through which expert.
 
-Shape letters: T tokens, K chosen experts a token, D hidden width, F expert width.
+Knows no bits: the matmuls are handed in. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 
-# A forward pass of more tokens than this is a prompt: a store then streams each layer once and leaves
-# heat as it is. A GPU's kernels take up to as many tokens without sorting them by expert.
+# A forward pass of more tokens than this is a prompt: a store then streams each layer once and
+# leaves heat as it is. A GPU's kernels take up to as many tokens without sorting them by expert.
 DECODE_TOKENS = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """The router's choice: `ids` int64 [T, K] and `weights` float32 [T, K], each row summing to 1."""
+    """The router's choice: `ids` int64 [T, k], `weights` float32 [T, k], each row summing to 1."""
 
     ids: Tensor
     weights: Tensor
@@ -38,7 +38,7 @@ def moe_forward(
     float32 in ascending expert order, so two runs give equal bits.
 
     Args:
-        linears: a product with each of several weights.
+        linears: a matmul with each of several weights.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for index in torch.unique(routes.ids).tolist():

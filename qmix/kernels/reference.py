@@ -1,6 +1,6 @@
-"""The oracle: float32 arithmetic on fully dequantized weights, in the plainest words.
+"""The oracle: float32 arithmetic on fully dequantized weights, written as plainly as possible.
 
-Shape letters: T tokens, K chosen experts, D hidden width.
+Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 def experts(
     x: Tensor, routes: Routes, weights: Sequence[Expert], act: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Every expert on every token, weighted by its routing weight or by zero (T, D)."""
+    """Every expert on every token, times its routing weight or zero: (T, D) -> (T, D)."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for index, expert in enumerate(weights):
         weight = (routes.weights * (routes.ids == index)).sum(-1, keepdim=True)  # (T, 1)

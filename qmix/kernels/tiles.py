@@ -1,6 +1,6 @@
-"""Products with 4-bit weights on any device: a tile of rows is dequantized, multiplied and dropped.
+"""Matmuls with quantized weights on any device: a tile of rows is dequantized, multiplied, dropped.
 
-Shape letters: N outputs, K inputs.
+Shape letters: see qmix.kernels.
 """
 
 from dataclasses import replace
@@ -12,8 +12,8 @@ from qmix.weights.dense import Weight
 from qmix.weights.integers import Integers
 from qmix.weights.nf4 import NF4
 
-# 8 MiB of float32. On 2 cores a 14336 x 4096 product of one row takes 51 ms with such tiles, 61 with
-# 2 MiB, 81 with 512 KiB and 76 with 64 MiB; of 64 rows 104, 107, 152 and 120.
+# 8 MiB of float32. On 2 cores one token times a 14336 x 4096 weight takes 51 ms with such tiles, 61
+# ms with 2 MiB, 81 ms with 512 KiB and 76 ms with 64 MiB; 64 tokens take 104, 107, 152 and 120 ms.
 NF4_TILE_ELEMENTS = 2048 * 1024
 INTEGER_TILE_ELEMENTS = 512 * 1024  # 2 MiB of float32
 
@@ -27,7 +27,7 @@ def nf4(x: Tensor, weight: Weight) -> Tensor:
 def integers(x: Tensor, weight: Weight) -> Tensor:
     """[..., K] -> [..., N] with an Int4 or Int8 weight.
 
-    An act-order weight stays in its stored order: the activations are permuted, which are fewer.
+    An act-order weight keeps its stored order; the activations are permuted, which are smaller.
     """
     assert isinstance(weight, Integers)
     if weight.perm is not None:
@@ -36,13 +36,13 @@ def integers(x: Tensor, weight: Weight) -> Tensor:
 
 
 def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
-    """[..., K] -> [..., N], on the CPU never holding more than one dequantized tile of the weight.
+    """[..., K] -> [..., N]. On the CPU only one dequantized tile of the weight exists at a time.
 
-    There the tile is float32 whatever x's dtype: float32 products are faster than emulated
+    On the CPU a tile is float32 whatever the dtype of x: float32 matmuls are faster than emulated
     bfloat16 ones, and closer to the oracle.
 
     Args:
-        tile_elements: upper bound of a tile, but for a tile of one row.
+        tile_elements: the most elements of a tile; a tile of one row may be larger.
     """
     out_features, in_features = weight.shape
     on_cpu = x.device.type == "cpu"
@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
 
 
 def transposed(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
-    """x [..., N] times the weight itself, not its transpose: float32 [..., K], a tile at a time."""
+    """`x @ weight`, not `x @ weight.T`: [..., N] -> float32 [..., K], a tile at a time."""
     out_features, in_features = weight.shape
     rows = x.reshape(-1, out_features).float()
     out = torch.zeros(rows.shape[0], in_features, device=x.device)

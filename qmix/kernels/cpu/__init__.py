@@ -1,1 +1,4 @@
-"""The CPU's products of 4-bit weights: a C++ source, compiled at first use, and its callers."""
+"""CPU kernels for 4-bit weights: C++ sources that are compiled at first use, and their callers.
+
+Knows nothing of models, layers or caches.
+"""

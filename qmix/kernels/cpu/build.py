@@ -1,8 +1,8 @@
-"""From the C++ source in this package to a shared library in the user's cache directory.
+"""Compiles the C++ sources of this package into a shared library in the user's cache directory.
 
-The file's name holds a hash of source, flags and compiler, so a library never outlives what it was
-made of. It is written beside its place and renamed: two processes at once both end with a whole file.
-Knows no torch.
+The name of the file holds a hash of sources, flags and compiler, so a library is never used after
+one of them has changed. The file is written beside its place and renamed: two processes at the same
+time both end with a whole file. Knows no torch.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from pathlib import Path
 from qmix.errors import ResourceError
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
-# No contraction: a multiply and an add are fused only where the source says so, as `dequantize` has it.
+# No contraction: a multiplication and an addition are fused only where the source says so.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
 REMEDY = "Install g++ or clang++, or name a C++17 compiler in $CXX."
@@ -26,7 +26,7 @@ _TIMEOUT = 300  # seconds; a cold compilation takes 3
 
 
 def load() -> ctypes.CDLL:
-    """The library, compiled if the cache does not hold it.
+    """Load the library; compile it first if the cache does not hold it.
 
     Raises:
         ResourceError: no compiler, or it fails.
@@ -34,17 +34,17 @@ def load() -> ctypes.CDLL:
     folder = cache_directory()
     try:
         return ctypes.CDLL(str(compiled(folder)))
-    except OSError as error:  # a read-only home, a full disk, a file system that runs nothing
+    except OSError as error:  # a read-only home, a full disk, a file system mounted noexec
         warnings.warn(
-            f"{folder}: the compiled CPU kernels cannot be kept ({error}); this process compiled its "
+            f"{folder}: the compiled CPU kernels cannot be cached ({error}); this process compiles its "
             "own. Make the folder writable, or set XDG_CACHE_HOME.",
             RuntimeWarning,
             stacklevel=2,
         )
-    with tempfile.TemporaryDirectory(prefix="qmix-") as aside:
-        made = compiled(Path(aside))
+    with tempfile.TemporaryDirectory(prefix="qmix-") as temporary:
+        library = compiled(Path(temporary))
         try:
-            return ctypes.CDLL(str(made))
+            return ctypes.CDLL(str(library))
         except OSError as error:
             raise ResourceError(
                 "the compiled CPU kernels cannot be loaded", found=error, remedy=REMEDY
@@ -52,7 +52,7 @@ def load() -> ctypes.CDLL:
 
 
 def compiled(folder: Path) -> Path:
-    """The library's file in `folder`: as it is if it is whole, or made anew.
+    """The file of the library in `folder`; it is compiled anew if it is missing or damaged.
 
     Raises:
         OSError: the folder cannot be written.
@@ -61,22 +61,22 @@ def compiled(folder: Path) -> Path:
     command = [*_compiler(), *FLAGS]
     version = _run([command[0], "--version"]).stdout
     sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]*")))
-    made_of = "\0".join((*command, version, *sources))
-    kept = folder / f"products-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
-    if _whole(kept):
-        return kept
+    hashed = "\0".join((*command, version, *sources))
+    library = folder / f"kernels-{hashlib.sha256(hashed.encode()).hexdigest()[:20]}.so"
+    if _whole(library):
+        return library
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as beside:
-        made = Path(beside) / kept.name
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
+        made = Path(temporary) / library.name
         _run([*command, "-o", str(made), str(SOURCE)])
         with made.open("r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())
-        made.replace(kept)
-    return kept
+        made.replace(library)
+    return library
 
 
 def _whole(path: Path) -> bool:
-    """Whether the file ends in the hash of the rest: using half a library would end the process."""
+    """Whether the file ends in the hash of the rest: half a library would crash the process."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -92,13 +92,13 @@ def cache_directory() -> Path:
 
 
 def _compiler() -> list[str]:
-    chosen = os.environ.get("CXX", "").split()
-    if chosen:
-        return chosen
+    command = os.environ.get("CXX", "").split()
+    if command:
+        return command
     for name in COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return [found]
+        path = shutil.which(name)
+        if path:
+            return [path]
     raise ResourceError(
         "no C++ compiler", expected=f"$CXX or {', '.join(COMPILERS)} on the PATH", remedy=REMEDY
     )

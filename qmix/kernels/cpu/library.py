@@ -128,7 +128,7 @@ class Library:
         *,
         quantize_activations: bool,
     ) -> None:
-        """Add `routing_weight * down(silu(gate x) * (up x))` of each expert to `out`, in this order.
+        """Add `routing_weight * down(silu(gate x) * (up x))` of each expert to `out`, in order.
 
         Args:
             x: one token [1, D], float32 and contiguous; `out` likewise.
@@ -188,7 +188,8 @@ class Library:
         All bfloat16 and contiguous; cos and sin [1, 1, 1, d].
 
         Args:
-            caches: keys and values [1, G, slots, d] of each layer; empty if no position came before.
+            caches: keys and values [1, G, slots, d] of each layer; empty if no position came
+                before.
             slot: where the keys and values of this token go.
             seen: how many slots it attends to, from the first on.
 

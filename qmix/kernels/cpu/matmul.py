@@ -1,7 +1,7 @@
-"""Products with NF4 and Int4 weights on a CPU, straight from their codes.
+"""Matmuls with NF4, FP4 and Int4 weights on a CPU, straight from their codes.
 
-Where there is no compiler, and in a backward pass, a tile of the weight at a time is decoded and
-multiplied by torch. Shape letters: K input features, N output features.
+Where there is no compiler, and in a backward pass, torch multiplies one decoded tile of the weight
+at a time. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     """[..., K] times each of several NF4 or Int4 weights: [..., N] each.
 
-    They share one start of the threads; an act-order weight's activations are permuted, not its codes.
+    The threads start once for all of them. Of an act-order weight the activations are permuted.
     """
     compiled = library()
     if compiled.isa is None:
@@ -41,16 +41,16 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
 def add_experts(
     x: Tensor, experts: Sequence[Expert], routing_weights: Sequence[float], out: Tensor
 ) -> None:
-    """Add `routing_weight * w2(silu(w1 x) * w3 x)` of NF4 or Int4 experts to `out`, in this order.
+    """Add `routing_weight * w2(silu(w1 x) * w3 x)` of each 4-bit expert to `out`, in order.
 
-    x is one token's [1, D], out float32 [1, D]; nothing between them is rounded to x's dtype.
+    x is one token [1, D], out float32 [1, D]; no value between them is rounded to x's dtype.
     """
     compiled = library()
     assert compiled.isa is not None
-    packed = [(_packed(e.w1), _packed(e.w3), _packed(e.w2)) for e in experts]
+    four_bit = [(_four_bit(e.w1), _four_bit(e.w3), _four_bit(e.w2)) for e in experts]
     compiled.add_experts(
         x.float().contiguous(),
-        packed,
+        four_bit,
         routing_weights,
         out,
         quantize_activations=x.dtype.itemsize == 2,
@@ -59,20 +59,20 @@ def add_experts(
 
 def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     tokens = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-    packed = [_packed(weight) for weight in weights]
-    perms = [weight.perm if isinstance(weight, Int4) else None for weight in packed]
+    four_bit = [_four_bit(weight) for weight in weights]
+    perms = [weight.perm if isinstance(weight, Int4) else None for weight in four_bit]
     ordered = [tokens if perm is None else tokens.index_select(1, perm) for perm in perms]
-    outs = library().matmul(ordered, packed, dtype=x.dtype)
+    outs = library().matmul(ordered, four_bit, dtype=x.dtype)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
-def _packed(weight: Weight) -> NF4 | Int4:
+def _four_bit(weight: Weight) -> NF4 | Int4:
     assert isinstance(weight, (NF4, Int4))
     return weight
 
 
 class _Differentiable(torch.autograd.Function):
-    """The same products with a gradient for x; the weights have none."""
+    """The same matmuls with a gradient for x; the weights have none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
@@ -90,5 +90,5 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _tiles(x: Tensor, weight: Weight) -> Tensor:
-    row = tiles.integers if isinstance(weight, Int4) else tiles.nf4
-    return row(x, weight)
+    backend = tiles.integers if isinstance(weight, Int4) else tiles.nf4
+    return backend(x, weight)

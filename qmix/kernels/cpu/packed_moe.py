@@ -1,7 +1,8 @@
-"""Experts in the GPU's packed layout, multiplied on the CPU from the very blob that the GPU would read.
+"""Experts in the packed layout, multiplied on the CPU from the very blob that a GPU would read.
 
-Packed scales are rounded already (qmix.weights.packed.layout), and activations here to 16 bits a tile: a
-product errs by 0.01 % of the unpacked weight's. Shape letters: T tokens, D hidden width, F expert width.
+Packing has rounded the scales (qmix.weights.packed.layout), and activations are rounded to 16 bits
+with a scale for each tile: a matmul errs by 0.01 % of one with the unpacked weight. Shape letters:
+see qmix.kernels.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ _TABLES = {
 def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tensor:
     """`sum_k weight_k * w2(silu(w1 x) * w3 x)` in float32: (T, D) of any dtype -> float32 (T, D).
 
-    Summed in ascending expert order. `weights[i]` is asked for once a chosen expert, in ascending order,
-    and let go before the next. Its blob lies in host memory.
+    Summed in ascending expert order. `weights[i]` is asked for once for each chosen expert, in
+    ascending order, and let go before the next. Its blob lies in host memory.
     """
     out = torch.zeros(x.shape, dtype=torch.float32)
     x = x.detach().to(torch.float32)
@@ -48,11 +49,11 @@ def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
         )
         return tiles.linear(F.silu(gate) * up, expert.w2, tiles.NF4_TILE_ELEMENTS)
 
-    def product(x: Tensor, matrix: PackedMatrix) -> Tensor:
+    def matmul(x: Tensor, matrix: PackedMatrix) -> Tensor:
         return compiled.matmul_packed(x, matrix, _TABLES[matrix.format.kind])
 
     perm = packed.gate_up.perm
-    both = product(x if perm is None else x.index_select(1, perm), packed.gate_up)
-    down = product(F.silu(both[:, 0]) * both[:, 1], packed.down)
-    # A panel's 64 low rows, then its 64 high ones.
+    both = matmul(x if perm is None else x.index_select(1, perm), packed.gate_up)
+    down = matmul(F.silu(both[:, 0]) * both[:, 1], packed.down)
+    # The 64 rows of the low plane of a panel, then the 64 of its high plane.
     return down.view(len(x), 2, -1, 64).transpose(1, 2).reshape(len(x), -1)

@@ -1,4 +1,5 @@
-"""Triton kernels that multiply straight from packed 4-bit weights, and their launchers.
+"""Triton kernels that multiply packed 4-bit weights without unpacking them, and their launchers.
 
-Nothing is imported here: the `*_triton` modules need triton, the rest torch only.
+Nothing is imported here: the launchers need triton through the `*_triton` modules, and nothing else
+in qmix does. Knows nothing of models.
 """

@@ -1,12 +1,12 @@
-"""Attention on a GPU: which program, how many of them, in which tiles.
+"""Attention on a GPU: which Triton kernel runs, in how many blocks, over which tiles.
 
-One new token a row walks its columns in shares, so that a long context keeps all multiprocessors
-busy; the shares are merged in a fixed order, and the same arguments give the same bits. More new
-tokens are walked in blocks of queries. How long a row is may be known on the device only: no call
-waits for it, and all shapes follow from the arguments' shapes.
+With one new token a row, the columns of a row are split among thread blocks, so that a long context
+keeps all multiprocessors busy. The splits are merged in a fixed order: the same arguments give the
+same bits. More new tokens are processed in blocks of queries. The length of a row may be known on
+the device only; no call waits for it, and all shapes follow from the shapes of the arguments.
 
-Shape letters: B batch, H query heads, G key-value heads, S queries, L keys, R slots, d head width,
-N splits. Knows nothing of models; of caches that column c lies in slot c mod R.
+Knows nothing of models, and of caches only that column c lies in slot c mod R. Shape letters: see
+qmix.kernels.
 """
 
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ _SMALLEST_TILE = 16  # rows of a matrix instruction
 
 @dataclass(frozen=True)
 class Tuning:
-    """What only measuring decides. The defaults are reasoned, not measured.
+    """Settings that only measurements can decide. The defaults are reasoned, not measured.
 
     Attributes:
-        columns: keys of a tile; None is 64, of float32 16.
+        columns: keys of a tile; None means 64, or 16 in float32.
         stages: tiles in flight.
-        blocks_per_sm: of a decode step, as many a multiprocessor are wanted.
+        blocks_per_sm: the wanted number of thread blocks for each multiprocessor in a decode step.
     """
 
     columns: int | None = None
@@ -46,8 +46,8 @@ UNTUNED = Tuning()
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The shape of a program: rows of queries, keys of a tile, warps, tiles in flight."""
+class BlockShape:
+    """The shape of a thread block: rows of queries, keys of a tile, warps, tiles in flight."""
 
     rows: int
     columns: int
@@ -55,31 +55,36 @@ class Blocks:
     stages: int
 
 
-def blocks_for(queries: int, dtype: torch.dtype, tuning: Tuning = UNTUNED) -> Blocks:
-    """The shape of programs over this many queries.
+def blocks_for(queries: int, dtype: torch.dtype, tuning: Tuning = UNTUNED) -> BlockShape:
+    """The shape of blocks for this many queries.
 
-    Others spill (python -m qmix.evals.aot): 64 rows in four warps on compute capability 8, and most
-    tiles of float32, which matrix units do not multiply.
+    Other shapes spill registers (python -m qmix.evals.aot): 64 rows in four warps on compute
+    capability 8, and most tiles of float32, which the matrix units do not multiply.
     """
     is_short = queries <= _SMALLEST_TILE
     if dtype == torch.float32:
-        return Blocks(_SMALLEST_TILE if is_short else 32, tuning.columns or 16, 8, tuning.stages)
+        return BlockShape(
+            _SMALLEST_TILE if is_short else 32, tuning.columns or 16, 8, tuning.stages
+        )
     rows, warps = (_SMALLEST_TILE, 4) if is_short else (128, 8)
-    return Blocks(rows, tuning.columns or 64, warps, tuning.stages)
+    return BlockShape(rows, tuning.columns or 64, warps, tuning.stages)
 
 
-def blocks(dtype: torch.dtype) -> tuple[Blocks, Blocks]:
-    """Every shape that can be chosen; decode steps take the first."""
+def blocks(dtype: torch.dtype) -> tuple[BlockShape, BlockShape]:
+    """Every shape that can be chosen; decode steps use the first."""
     return blocks_for(1, dtype), blocks_for(_SMALLEST_TILE + 1, dtype)
 
 
 def splits_for(unsplit: int, slots: int, columns: int, wanted: int) -> int:
-    """Shares of the columns that make `unsplit` programs at least `wanted`, a tile each at least."""
+    """Into how many splits the columns go to turn `unsplit` blocks into `wanted` ones.
+
+    Every split keeps at least one tile.
+    """
     return max(1, min(-(-wanted // unsplit), -(-slots // columns), LARGEST_SPLIT))
 
 
 def check(q: Tensor, k: Tensor) -> None:
-    """Refuse queries (B, H, S, d) and keys (B, G, L, d) that the programs do not take.
+    """Refuse queries (B, H, S, d) and keys (B, G, L, d) that the kernels do not support.
 
     Raises:
         UnsupportedError: another dtype, mixed dtypes, a head width that is no power of 2 from 16 to
@@ -116,7 +121,8 @@ def attend(
 
     Args:
         window: each query sees this many columns, its own included; None sees all before it.
-        padding_mask: bool (B, L), False at padding; None keeps all. A query that sees no key gives zeros.
+        padding_mask: bool (B, L), False at padding; None: no padding. A query that sees no key
+            gives zeros.
 
     Raises:
         UnsupportedError: as `check`.
@@ -139,11 +145,11 @@ def attend_cached(
     """Attention of S new columns over a cache that holds them: [B, S, H, d] -> [B, S, H, d].
 
     Args:
-        keys, values: [B, G, R, d], column c in slot c mod R. A cache that has rolled must hold all
-            that the new columns see: R >= window + S - 1.
+        keys, values: [B, G, R, d], column c in slot c mod R. A cache that has rolled must hold
+            every column that the new ones see: R >= window + S - 1.
         past: int32 [B] on the device, columns before the new ones.
         starts: int32 [B] on the device, columns of padding on the left; None is none.
-        dtype: of the result, by default q's; float16 is what packed products take.
+        dtype: of the result; None is that of q. Packed matmuls take float16.
 
     Raises:
         UnsupportedError: as `check`.
@@ -167,33 +173,37 @@ def _attend(
     check(q, k)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, queries, width), (shared, slots) = q.shape, k.shape[1:3]
-    share = heads // shared
-    marks = (
+    group_heads = heads // shared
+    mask_bytes = (
         None if padding_mask is None else padding_mask.to(q.device).contiguous().view(torch.uint8)
     )
     out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
     reach = _EVERYTHING if window is None else window
-    rows_of = (q.stride(0), q.stride(1))
-    strides = (*k.stride()[:3], *v.stride()[:3], 0 if marks is None else marks.stride(0))
+    q_strides = (q.stride(0), q.stride(1))
+    kv_mask_strides = (
+        *k.stride()[:3],
+        *v.stride()[:3],
+        0 if mask_bytes is None else mask_bytes.stride(0),
+    )
     if queries > 1:
-        plan = blocks_for(queries, q.dtype, tuning)
-        kernels.prefill[(-(-queries // plan.rows), heads, batch)](
-            q, k, v, marks, past, starts, out, slots, queries, reach, slots,
-            *rows_of, q.stride(2), *strides,
-            GROUP_HEADS=share, D=width, QUERIES=plan.rows, COLUMNS=plan.columns, STAGES=plan.stages,
-            num_warps=plan.warps,
+        shape = blocks_for(queries, q.dtype, tuning)
+        kernels.prefill[(-(-queries // shape.rows), heads, batch)](
+            q, k, v, mask_bytes, past, starts, out, slots, queries, reach, slots,
+            *q_strides, q.stride(2), *kv_mask_strides,
+            GROUP_HEADS=group_heads, D=width, QUERIES=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages,
+            num_warps=shape.warps,
         )  # fmt: skip
         return out
-    plan = blocks_for(1, q.dtype, tuning)
+    shape = blocks_for(1, q.dtype, tuning)
     wanted = tuning.blocks_per_sm * _multiprocessors(q.device)
-    splits = splits_for(batch * shared, slots, plan.columns, wanted)
+    splits = splits_for(batch * shared, slots, shape.columns, wanted)
     sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
     kernels.split[(shared, splits, batch)](
-        q, k, v, marks, past, starts, sums, peaks, totals, slots, reach, slots, splits,
-        *rows_of, *strides,
-        GROUP_HEADS=share, ROWS=max(_SMALLEST_TILE, power_of_2(share)), D=width,
-        COLUMNS=plan.columns, STAGES=plan.stages, num_warps=plan.warps,
+        q, k, v, mask_bytes, past, starts, sums, peaks, totals, slots, reach, slots, splits,
+        *q_strides, *kv_mask_strides,
+        GROUP_HEADS=group_heads, ROWS=max(_SMALLEST_TILE, power_of_2(group_heads)), D=width,
+        COLUMNS=shape.columns, STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
     kernels.merge[(batch * heads,)](
         sums, peaks, totals, out, splits, PARTS=power_of_2(splits), D=width, num_warps=4
@@ -204,6 +214,6 @@ def _attend(
 @cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4  # the interpreter: enough for columns to be split
+        return 4  # the interpreter: enough to split columns
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count

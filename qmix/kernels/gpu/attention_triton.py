@@ -1,24 +1,24 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202
-"""The Triton kernels of attention. Started by qmix.kernels.gpu.attention alone.
+"""The Triton kernels of attention. Only kernels.gpu.attention starts them.
 
 Keys and values are a ring of R slots: column c of a row lies in slot c mod R. A cache that never
-rolls is a ring that is never full, a plain tensor one that is exactly full. Programs walk columns,
-not slots, and only those that some query of theirs may see: what lies in other slots is not read,
-and a rolled cache gives the same bits as a straight one.
+rolls is a ring that is never full; a plain tensor is a ring that is exactly full. Thread blocks
+walk columns, not slots, and only the columns that one of their queries may see. Other slots are not
+read, and a rolled cache gives the same bits as a straight one.
 
-Query heads that share a key-value head are rows of one tile, so each key is read once for them.
-The softmax is float32 and is taken while walking (arXiv 2205.14135): a row keeps the largest score
-so far, the sum of exponentials and the weighted sum of values.
+The query heads of a key-value head are rows of one tile, so each key is read once for all of them.
+The softmax is float32 and computed on the way (FlashAttention, arXiv 2205.14135): a row keeps the
+largest score so far, the sum of exponentials and the weighted sum of values.
 
-Shape letters: B batch, H query heads, G key-value heads, S queries, R slots, d head width, N splits.
+Shape letters: see qmix.kernels.
 """
 
 import triton
 import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# They change from step to step: no program of its own for a length of 1 or of a multiple of 16.
+# These change from step to step: 1 and multiples of 16 get no compilation of their own.
 _LENGTHS = ["columns", "queries", "window", "R", "mask_batch", "SPLITS"]
 
 
@@ -27,9 +27,10 @@ def _walk(
     q, at, keys, values, padding_mask, lowest, first, last, end, window, R, k_row, v_row,
     D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [first, last) of the columns from `lowest` to `end`, for queries q [rows, d] at columns `at`.
+    """Attend to tiles [first, last) of the columns from `lowest` to `end`.
 
-    Returns (sum [rows, d], largest score [rows], sum of exponentials [rows]), scores in powers of 2.
+    The queries q [rows, d] stand at columns `at`. Returns the weighted sum of values [rows, d], the
+    largest score [rows] and the sum of exponentials [rows]; scores are exponents of 2.
     """
     dim = tl.arange(0, D)
     summed = tl.zeros([q.shape[0], D], tl.float32)
@@ -39,24 +40,24 @@ def _walk(
     for tile in tl.range(first, last, num_stages=STAGES):
         start = lowest + tile * COLUMNS
         column = start + tl.arange(0, COLUMNS)
-        there = column < end
+        valid = column < end
         slot = start % R + tl.arange(0, COLUMNS)
-        slot = tl.where(slot >= R, slot - R, slot)  # at most R columns are walked
-        key = tl.load(keys + slot[None, :] * k_row + dim[:, None], mask=there[None, :], other=0.0)
+        slot = tl.where(slot >= R, slot - R, slot)  # no more than R columns are walked
+        key = tl.load(keys + slot[None, :] * k_row + dim[:, None], mask=valid[None, :], other=0.0)
         scores = tl.dot(q, key, input_precision="ieee") * scale
-        seen = there[None, :] & (column[None, :] <= at[:, None])
+        seen = valid[None, :] & (column[None, :] <= at[:, None])
         seen = seen & (column[None, :] > at[:, None] - window)
         if padding_mask is not None:
             # Only scores are masked: loads that depend on a load could not run ahead.
-            seen = seen & (tl.load(padding_mask + column, mask=there, other=0) != 0)[None, :]
+            seen = seen & (tl.load(padding_mask + column, mask=valid, other=0) != 0)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(largest, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # the row has seen no column yet
         weight = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(weight, 1)
         value = tl.load(
-            values + slot[:, None] * v_row + dim[None, :], mask=there[:, None], other=0.0
+            values + slot[:, None] * v_row + dim[None, :], mask=valid[:, None], other=0.0
         )
         summed = summed * shrink[:, None]
         summed += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
@@ -71,9 +72,10 @@ def split(
     GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One query of a row: sums [B, H, N, d], peaks and totals [B, H, N] of a share of the columns.
+    """One query a row, one split of the columns: sums [B, H, Z, d], peaks and totals [B, H, Z].
 
-    Grid (G, N, B). The new column is the last of `columns`, or column past[b] where `past` is given.
+    Grid (G, Z, B). The new column is the last of `columns`, or column past[b] where `past` is
+    given.
     """
     shared, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = columns
@@ -103,13 +105,13 @@ def split(
     place = (batch * tl.num_programs(0) * GROUP_HEADS + head) * SPLITS + part
     tl.store(peaks + place, largest, mask=used)
     tl.store(totals + place, total, mask=used)
-    # A share without a visible column is not stored, nor read by `merge`.
+    # A split without a visible column is neither stored nor read by `merge`.
     tl.store(sums + place[:, None] * D + dim[None, :], summed, mask=(used & (total > 0))[:, None])
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def merge(sums, peaks, totals, out, SPLITS, PARTS: tl.constexpr, D: tl.constexpr):
-    """out [B, H, d] = the shares of `split` as one softmax; grid (B * H). PARTS >= N is a power of 2."""
+    """out [B, H, d] = the splits as one softmax; grid (B * H). PARTS >= Z is a power of 2."""
     head = tl.program_id(0)
     part, dim = tl.arange(0, PARTS), tl.arange(0, D)
     place = head * SPLITS + part
@@ -117,8 +119,10 @@ def merge(sums, peaks, totals, out, SPLITS, PARTS: tl.constexpr, D: tl.constexpr
     peak = tl.load(peaks + place, mask=part < SPLITS, other=float("-inf"))
     highest = tl.max(peak, 0)
     factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
-    share = tl.load(sums + place[:, None] * D + dim[None, :], mask=(total > 0)[:, None], other=0.0)
-    summed = tl.sum(share * factor[:, None], 0)
+    part_sums = tl.load(
+        sums + place[:, None] * D + dim[None, :], mask=(total > 0)[:, None], other=0.0
+    )
+    summed = tl.sum(part_sums * factor[:, None], 0)
     whole = tl.sum(total * factor, 0)
     result = summed / tl.where(whole == 0, 1.0, whole)  # no visible column: zeros
     tl.store(out + head * D + dim, result.to(out.dtype.element_ty))
@@ -131,8 +135,11 @@ def prefill(
     GROUP_HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out [B, S, H, d] of the last S of `columns`, or from column past[b] on; grid (S / QUERIES, H, B)."""
-    # The blocks that see most begin first.
+    """out [B, S, H, d]; grid (S / QUERIES, H, B).
+
+    The queries are the last S of `columns`, or start at column past[b] where `past` is given.
+    """
+    # Blocks that see the most columns start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, batch = tl.program_id(1), tl.program_id(2)
     before = columns - queries

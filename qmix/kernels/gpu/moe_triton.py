@@ -1,16 +1,16 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202, RET505
-"""The Triton kernels: what one thread block does. Started by qmix.kernels.gpu.moe alone.
+"""The Triton kernels of packed matmuls: what one thread block does. Started by kernels.gpu.moe.
 
-A program owns WARPS * 16 byte rows (twice as many matrix rows: a low and a high plane) and COLUMNS
-tokens. Weights are the matrix instruction's first operand, tokens its second: at few tokens a tile
-is 8 or 16 wide instead of 64 or more high. Products of a tile are summed by the matrix units and
-multiplied by the tile's scales once, in float32.
+A block owns WARPS * 16 byte rows (twice as many matrix rows: a low and a high plane) and COLUMNS
+tokens. Weights are the first operand of the matrix instruction and tokens the second, so that few
+tokens fill a tile that is 8 or 16 wide, where the other way round it would be 64 or more high. The
+matrix units sum a tile, and the sum is multiplied by the scales of the tile once, in float32.
 
-Activations are float16: 11 bits of mantissa, so a bfloat16 activation is exact; so are the tables.
+Activations are float16. Its 11 bits of mantissa hold a bfloat16 activation exactly. The tables are
+float16 too.
 
-Shape letters: T tokens, P routed pairs (token, choice), E experts, D hidden width, F expert width,
-N outputs, K inputs, C inputs of a tile, S splits of K.
+Shape letters: see qmix.kernels.
 """
 
 import triton
@@ -19,7 +19,7 @@ import triton.language as tl
 from qmix.kernels.gpu import ptx
 from qmix.weights.packed import codes
 
-# Triton's interpreter knows no inline assembly; there the same values come from the table.
+# Triton's interpreter has no inline assembly; there the same values come from the table.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NF4_INSTRUCTIONS = tl.constexpr(ptx.NF4_INSTRUCTIONS)
 INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
@@ -37,8 +37,8 @@ def decode(word, table, KIND: tl.constexpr):
     if INTERPRETED:
         return _value(word & 15, KIND), _value(word >> 4, KIND)
     elif KIND == "nf4":
-        # Declared impure: otherwise the compiler sees 8-bit operands behind it and wants the matrix
-        # unit's operand in another order of inputs, different between architectures.
+        # Declared impure: otherwise the compiler sees 8-bit operands behind the assembly, and wants
+        # the operand of the matrix unit in another order of inputs, one for each architecture.
         return tl.inline_asm_elementwise(
             NF4_INSTRUCTIONS, NF4_CONSTRAINTS, [word, table[0], table[1], table[2], table[3]],
             (tl.float16, tl.float16), False, 4,
@@ -52,9 +52,10 @@ def decode(word, table, KIND: tl.constexpr):
 @triton.jit
 def _table(matrix):
     """The four words of NF4's table that the instructions want in registers, from the header."""
-    # Zero, but not known to be the same in all threads: known, the words would go to uniform
-    # registers, which a permutation cannot read, and be copied for each: one instruction a weight.
-    # (The minimum of integers would be known: its instruction writes a uniform register.)
+    # A zero that the compiler does not know to be the same in all threads. If it knew, the words
+    # would go to uniform registers, which a permutation cannot read, and be copied every time: one
+    # more instruction for each weight. (It would know a minimum of integers, whose instruction
+    # writes a uniform register.)
     zero = tl.min(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32)
     words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
     return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
@@ -72,7 +73,7 @@ def _value(code, KIND: tl.constexpr):
 
 @triton.jit
 def _operand(values, WARPS: tl.constexpr, HALVES: tl.constexpr):
-    """Bytes in the packed layout -> [WARPS * 16 rows, HALVES * 32 inputs]; no value changes its register's thread."""
+    """Packed bytes -> [WARPS * 16 rows, HALVES * 32 inputs]; no value moves between threads."""
     values = tl.reshape(values, [HALVES, WARPS, 8, 4, 2, 2, 2, 2])  # half, warp, g, t, c, r, j, p
     values = tl.permute(values, [1, 5, 2, 0, 6, 4, 3, 7])
     return tl.reshape(values, [WARPS * 16, HALVES * 32])
@@ -80,7 +81,7 @@ def _operand(values, WARPS: tl.constexpr, HALVES: tl.constexpr):
 
 @triton.jit
 def _codes_at(part, WARPS: tl.constexpr, HALVES: tl.constexpr):
-    """Offsets of a program's codes in a tile: all of it, or the `part`-th share of the four warps."""
+    """Offsets of a block's codes in a tile: all of it, or those of WARPS of its four warps."""
     if WARPS == 4:
         return tl.arange(0, HALVES * 2048)
     else:
@@ -90,7 +91,7 @@ def _codes_at(part, WARPS: tl.constexpr, HALVES: tl.constexpr):
 
 @triton.jit
 def _both(section, rows):
-    """The pairs of float16 of these rows of a tile's scales or zeros: low plane, high plane."""
+    """Scales or zeros of these byte rows: float16 of the low plane and of the high one."""
     pair = tl.load(section.to(tl.pointer_type(tl.int32)) + rows)
     low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     return low, ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
@@ -102,9 +103,10 @@ def accumulate(
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Both planes of a panel (or `part` of it) times x over tiles [first, last): float32 [rows, COLUMNS].
+    """Both planes of a panel times x over tiles [first, last): two float32 [rows, COLUMNS].
 
-    x_row [COLUMNS] are offsets of rows of x, `used` says which columns are.
+    x_row [COLUMNS] are the offsets of rows of x; `used` marks the columns that count. `part` is
+    which WARPS of the panel's four warps.
     """
     ROWS: tl.constexpr = WARPS * 16
     CODES: tl.constexpr = BYTE_ROWS * C
@@ -118,7 +120,7 @@ def accumulate(
     low = tl.zeros([ROWS, COLUMNS], tl.float32)
     high = tl.zeros([ROWS, COLUMNS], tl.float32)
     table = _table(matrix)
-    # Stages asked for by the loop itself make the scales travel asynchronously too.
+    # With the number of stages set on the loop, scales are copied asynchronously too.
     for _ in tl.range(first, last, num_stages=STAGES):
         word = tl.load(tile + codes_at)
         tokens = tl.load(x, mask=used[None, :], other=0.0)
@@ -140,29 +142,29 @@ def accumulate(
 
 @triton.jit
 def _matrix(addresses, expert, offset):
-    """The expert's matrix: the kernels know experts by address only. The hint keeps 128-bit loads."""
+    """The matrix of an expert, found by its address. The hint keeps 128-bit loads."""
     address = tl.load(addresses + expert) + offset
     return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
 
 
 @triton.jit
 def _columns(
-    ids, order, starts, blocks, turn, T,
+    ids, order, starts, blocks, group, T,
     CHOICES: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
-    """Which expert a program multiplies, by which columns: (expert, pair [COLUMNS], used [COLUMNS]).
+    """The expert and the pairs of a group: (expert, pair [COLUMNS], used [COLUMNS]).
 
-    Few tokens: column t is token t, the expert the `turn`-th in ascending order of those that any
-    token chose, the pair the first of the token's choices that is this expert. Sorted: columns are
-    the `turn`-th block of pairs, of which each expert has its own. No column is used where there
-    is no such expert or block.
+    Not sorted: the group is the `group`-th, in ascending order, of the experts that any token
+        chose; column t is token t, and its pair the first of the token's choices of this expert.
+        Sorted: the columns are a block of pairs in `order`. Where there is no such group, no column
+        is used.
     """
     at = tl.arange(0, COLUMNS)
     experts = tl.arange(0, E)
     if SORTED:
-        expert = tl.sum((tl.load(blocks + 1 + experts) <= turn).to(tl.int32), 0)
+        expert = tl.sum((tl.load(blocks + 1 + experts) <= group).to(tl.int32), 0)
         here = tl.minimum(expert, E - 1)
-        at += tl.load(starts + here) + (turn - tl.load(blocks + here)) * COLUMNS
+        at += tl.load(starts + here) + (group - tl.load(blocks + here)) * COLUMNS
         used = (at < tl.load(starts + here + 1)) & (expert < E)
         return here, tl.load(order + at, mask=used, other=0), used
     else:
@@ -171,7 +173,7 @@ def _columns(
             chosen = tl.load(ids + at * CHOICES + choice, mask=at < T, other=-1).to(tl.int32)
             hits += tl.sum((chosen[:, None] == experts[None, :]).to(tl.int32), 0)
         rank = tl.cumsum((hits > 0).to(tl.int32), 0)
-        expert = tl.sum(tl.where((hits > 0) & (rank == turn + 1), experts + 1, 0), 0) - 1
+        expert = tl.sum(tl.where((hits > 0) & (rank == group + 1), experts + 1, 0), 0) - 1
         pair = at * 0 - 1
         for back in tl.static_range(1, CHOICES + 1):
             last = at * CHOICES + CHOICES - back
@@ -189,9 +191,9 @@ def gate_up(
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SHRINK: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
-    """hidden [P, F] = SHRINK * silu(w1 x) * w3 x; grid (F / rows, turns).
+    """hidden [M, F] = SHRINK * silu(w1 x) * w3 x; grid (F / rows, groups).
 
-    x is [P / SHARED, D]: a row for each token, or, where experts want it in orders of their own,
+    x is [M / SHARED, D]: a row for each token or, where experts want inputs in orders of their own,
     for each pair.
     """
     PARTS: tl.constexpr = 4 // WARPS
@@ -222,9 +224,9 @@ def down(
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
 ):  # fmt: skip
-    """partials [S, P, N] = GROW * weight * (matrix times x [P, K]); grid (2N / rows, turns, S).
+    """partials [Z, M, N] = GROW * weight * (matrix times x [M, K]); grid (2N / rows, groups, Z).
 
-    Split s multiplies its share of the inputs; every element of `partials` is written once.
+    Each split multiplies its part of the inputs; every element of `partials` is written once.
     """
     PARTS: tl.constexpr = 4 // WARPS
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -259,7 +261,7 @@ def packed_matmul(
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """partials [S, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, S)."""
+    """partials [Z, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, Z)."""
     PARTS: tl.constexpr = 4 // WARPS
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     split = tl.program_id(2)
@@ -285,14 +287,14 @@ def _store(partials, low, high, weight, pair, used, panel, part, N, WARPS: tl.co
 
 
 @triton.jit
-def combine(partials, out, P, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """out [T, N] = the sum of partials [S, P, N] over a token's choices and splits, in that order."""
+def combine(partials, out, M, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """out [T, N] = partials [Z, M, N] summed over a token's choices and splits, in that order."""
     token = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for choice in tl.static_range(CHOICES):
         for split in tl.static_range(SPLITS):
-            row = split * P + token * CHOICES + choice
+            row = split * M + token * CHOICES + choice
             total += tl.load(partials + row.to(tl.int64) * N + at, mask=at < N, other=0.0)
     tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
 
@@ -304,7 +306,7 @@ def dequantize(
 ):  # fmt: skip
     """out [N, K] = the matrix; grid (N / 128, K / C).
 
-    Rows of the high plane follow SECOND rows after the low plane's: F for w1 and w3, else 64.
+    A row of the high plane lies SECOND rows behind that of the low one: F of w1 and w3, else 64.
     """
     CODES: tl.constexpr = BYTE_ROWS * C
     SCALES: tl.constexpr = BYTE_ROWS * 4

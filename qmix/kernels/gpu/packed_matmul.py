@@ -1,6 +1,6 @@
-"""Products with packed weights on a GPU: one matrix, or the chosen experts of a layer.
+"""Matmuls with packed weights on a GPU: one matrix, or the chosen experts of a layer.
 
-Shape letters: T tokens, N outputs, K inputs.
+Imports triton with the first matmul. Shape letters: see qmix.kernels.
 """
 
 import torch
@@ -11,12 +11,15 @@ from qmix.kernels.moe import Routes
 from qmix.weights.dense import Weight
 from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
-# Where a packed matrix must be multiplied without its kernel (gradients), a standard one is, whole.
+# Gradients need the standard weight, which is dequantized whole.
 _TILE_ELEMENTS = 1 << 30
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """[..., K] -> [..., N] in x's dtype. Gradients, and parts of an expert, take the standard weight."""
+    """[..., K] -> [..., N] in x's dtype.
+
+    Gradients, and single matrices of an expert, go through the standard weight.
+    """
     assert isinstance(weight, PackedWeight)
     if weight.selection is not None or (x.requires_grad and torch.is_grad_enabled()):
         return tiles.linear(x, weight.standard(), _TILE_ELEMENTS)
@@ -33,7 +36,7 @@ def experts(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
 
 
 def expert_pairs(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:
-    """As `experts`, each choice for itself and times its weight: float32 [T, K, D]."""
+    """`experts` before the sum: the output of each choice times its weight, float32 [T, k, D]."""
     from qmix.kernels.gpu import moe as gpu
 
     partials = gpu.expert_partials(x.to(torch.float16), routes, weights.table, 0)

@@ -1,28 +1,28 @@
-"""What lies between the products of a layer, on a GPU: residual and norm, rotary and cache, router.
+"""What lies between the matmuls of a layer, on a GPU: residual and norm, rotary and cache, router.
 
-Products with packed weights end in partials, float32 [N, P, width]: N splits of their inputs, a row
-for each pair of token and choice (P = T for a projection, T * k for experts). The functions here
-take partials as they are and add them while reading, which saves `combine`'s launch. A plain tensor
-[T, width] will do as well. There is no backward pass.
+Matmuls with packed weights end in partial sums, float32 [Z, M, width]: Z splits of their inputs and
+a row for each pair of token and expert (T rows for a projection). The functions here take them as
+they are and add them up while reading, which saves the launch of `combine`. A plain tensor [T,
+width] will do as well. Nothing here has a backward pass.
 
-Launches of one layer of a decode step, packed weights, q, k and v packed as one matrix:
+One layer of a decode step has these launches, with packed weights and q, k and v packed as one
+matrix:
 
-    | launch                     | does                                                             |
-    |----------------------------|------------------------------------------------------------------|
-    | 1 residual_norm            | adds the last layer's experts, input_layernorm, to float16       |
-    | 2 packed_matmul            | q, k and v                                                       |
-    | 3 rotate_store             | adds the partials, rotates q and k, writes k and v into the cache  |
-    | 4 split                    | attention, each share of the columns                             |
-    | 5 merge                    | the shares' softmax, to float16                                  |
-    | 6 packed_matmul            | o_proj                                                           |
-    | 7 residual_norm_route      | adds the partials, post_attention_layernorm, gate, softmax, top-k  |
-    | 8 gate_up                  | w1, w3, SiLU                                                     |
-    | 9 down                     | w2 times routing weight                                          |
+    | launch                | does                                                                |
+    |-----------------------|---------------------------------------------------------------------|
+    | 1 residual_norm       | adds the last layer's experts, input_layernorm, to float16          |
+    | 2 packed_matmul       | q, k and v                                                          |
+    | 3 rotate_store        | adds partial sums, rotates q and k, writes k and v into the cache   |
+    | 4 split               | attention over one split of the columns                             |
+    | 5 merge               | the splits as one softmax, to float16                               |
+    | 6 packed_matmul       | o_proj                                                              |
+    | 7 residual_norm_route | adds partial sums, post_attention_layernorm, gate, softmax, top-k   |
+    | 8 gate_up             | w1, w3, SiLU                                                        |
+    | 9 down                | w2 times the routing weight                                         |
 
-and one residual_norm after the last layer, for the final norm.
+One more residual_norm after the last layer is the final norm.
 
-Shape letters: B batch, S new positions, T = B * S tokens, N splits, P pairs, D hidden width, E experts,
-k chosen, H query heads, G key-value heads, R slots, d head width.
+Shape letters: see qmix.kernels.
 """
 
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ _ROTATED_ROWS = 16
 
 @dataclass(frozen=True, eq=False)
 class RouterOutput:
-    """What residual_norm_route leaves.
+    """The result of residual_norm_route.
 
     Attributes:
-        total: x plus what was added, [T, D] in x's dtype: the next residual.
-        normed: its norm, [T, D].
-        logits: raw router logits, [T, E] in x's dtype.
+        total: [T, D] in x's dtype: x plus the partial sums, which is the next residual.
+        normed: [T, D], the norm of `total`.
+        logits: [T, E] in x's dtype, the router's raw logits.
         routes: ids and weights [T, k].
     """
 
@@ -64,9 +64,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def residual_norm(
     x: Tensor, partials: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`h = x + sum(partials)` and the norm of h: [T, D] in x's dtype, [T, D] in `dtype`, by default x's.
+    """`h = x + sum(partials)` [T, D] in x's dtype, and the norm of h [T, D] in `dtype`.
 
-    partials: [N, P, D] or [T, D].
+    Args:
+        partials: [Z, M, D] or [T, D].
+        dtype: None is x's.
     """
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype or x.dtype)
     _residual_norm(x, partials, weight, eps, total, normed)
@@ -83,7 +85,7 @@ def residual_norm_route(
     *,
     dtype: torch.dtype | None = None,
 ) -> RouterOutput:
-    """As residual_norm, and the router over the norm: gate [E, D] in x's dtype."""
+    """residual_norm, then the router over the norm; gate is [E, D] in x's dtype."""
     experts = gate.shape[0]
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype or x.dtype)
     logits = torch.empty(x.shape[0], experts, dtype=x.dtype, device=x.device)
@@ -95,8 +97,8 @@ def residual_norm_route(
 def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
     """Softmax over all E experts in float32, top k, renormalised to sum 1: (T, E) -> Routes.
 
-    Of equal logits the lower expert comes first. Logits that are no numbers choose valid experts,
-    with weights that are none.
+    Of experts with equal logits the lower one comes first. NaN logits choose valid experts, with
+    NaN weights.
     """
     routes, experts = _routes(logits, num_experts_per_tok), logits.shape[1]
     kernels.route[(len(logits),)](
@@ -107,14 +109,14 @@ def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, H, S, d) by (B or 1, 1, S, d) in Hugging Face's half-split order; rounded once."""
+    """Rotate (B, H, S, d) by (B or 1, 1, S, d): pairs are (i, i + d / 2); rounded once."""
     batch, heads, queries, width = x.shape
     assert width & (width - 1) == 0, width
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = batch * queries
-    block = _rows(rows)
+    block = _block_rows(rows)
     kernels.rotate[(-(-rows // block), heads)](
         x, out, cos, sin, rows, queries, *x.stride()[:3], 0 if cos.shape[0] == 1 else queries * width,
         D=width, ROWS=block, num_warps=rotation_warps(block),
@@ -134,16 +136,17 @@ def rotate_store(
     starts: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Queries rotated, keys rotated and stored, values stored: returns q [B, S, H, d] in `dtype`.
+    """Rotate queries and keys, store keys and values; return q [B, S, H, d] in `dtype`.
 
     Args:
-        partials: [N, T, (H + 2 G) d] or [T, (H + 2 G) d]: heads of queries, of keys, of values.
+        partials: [Z, T, (H + 2 G) d] or [T, (H + 2 G) d]: the heads of queries, keys and values.
         keys, values: [B, G, R, d], written at slot (past + s) mod R. Of more than R new columns the
-            last R are kept. Nothing grows: in a cache that must not roll, past + S <= R.
-        cos, sin: [positions, d] or (1, 1, positions, d) of all positions, from `kernels.rotary`. A
-            position beyond them gives NaN.
+            last R are stored. In a cache that must not roll, past + S <= R.
+        cos, sin: [positions, d] or (1, 1, positions, d), from `kernels.rotary`. A position beyond
+            them gives NaN.
         past: int32 [B] on the device, columns before the new ones.
-        starts: int32 [B] on the device, columns of padding on the left, which are no positions.
+        starts: int32 [B] on the device, columns of padding on the left, which count as no
+            positions.
     """
     partials = _as_partials(partials)
     batch, shared, slots, width = keys.shape
@@ -154,7 +157,7 @@ def rotate_store(
     assert sin.is_contiguous()
     assert width & (width - 1) == 0, width
     q = torch.empty(batch, queries, heads, width, dtype=dtype, device=partials.device)
-    block = _rows(tokens)
+    block = _block_rows(tokens)
     kernels.rotate_store[(-(-tokens // block), heads + 2 * shared)](
         partials, q, keys, values, cos, sin, past, starts, tokens, queries, cos.shape[-2], slots,
         *keys.stride()[:3], *values.stride()[:3],
@@ -196,7 +199,7 @@ def _residual_norm(
 
 
 def norm_warps(block: int) -> int:
-    """Warps of a program that norms rows of up to `block`. Eight make the assembler spill at 4096."""
+    """Warps for rows of up to `block`. With eight, the assembler spills registers at 4096."""
     return min(max(block // 256, 1), 16)
 
 
@@ -208,18 +211,18 @@ def _routes(logits: Tensor, chosen: int) -> Routes:
 
 
 def _as_partials(partials: Tensor) -> Tensor:
-    """[N, P, width] of partials, or of a plain tensor [T, width]."""
+    """Partial sums [Z, M, width] as they are, or a plain tensor [T, width] as one split."""
     assert partials.is_contiguous()
     return partials[None] if partials.dim() == 2 else partials
 
 
-def _rows(rows: int) -> int:
-    """Rows a program rotates: one while tokens are few, so that there are many programs."""
+def _block_rows(rows: int) -> int:
+    """Rows for each thread block: one while rows are few, so that there are many blocks."""
     return 1 if rows <= _ROTATED_ROWS else _ROTATED_ROWS
 
 
 def rotation_warps(rows: int) -> int:
-    """Warps of a program that rotates this many rows."""
+    """Warps of a block that rotates this many rows."""
     return 1 if rows == 1 else 4
 
 

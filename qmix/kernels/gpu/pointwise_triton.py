@@ -1,29 +1,28 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202
-"""The Triton kernels between the products of a layer. Started by qmix.kernels.gpu.pointwise alone.
+"""The Triton kernels between the matmuls of a layer. Only kernels.gpu.pointwise starts them.
 
-A product leaves float32 partials [S, P, N], a row for each pair of token and choice. Whatever comes
-next adds them while reading, choice by choice and split by split as `combine` does, and rounds to
-the model's dtype where the reference rounds.
+A matmul leaves partial sums, float32 [Z, M, N], a row for each pair of token and expert. The next
+kernel adds them up while reading, choice by choice and split by split as `combine` does, and rounds
+to the model's dtype where the reference rounds.
 
-Shape letters: T tokens, S splits, k choices of a token, P = T * k pairs, D hidden width, E experts,
-B batch, H query heads, G key-value heads, R slots, d head width.
+Shape letters: see qmix.kernels.
 """
 
 import triton
 import triton.language as tl
 
-# They change from step to step: no program of its own for a length of 1 or of a multiple of 16.
-_LENGTHS = ["P", "T", "rows", "queries", "positions", "R", "cos_batch"]
+# These change from step to step: 1 and multiples of 16 get no compilation of their own.
+_LENGTHS = ["M", "T", "rows", "queries", "positions", "R", "cos_batch"]
 
 
 @triton.jit
-def _added(partials, token, P, width, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
-    """Columns `at` of a token's product, float32: its choices and splits added in that order."""
+def _added(partials, token, M, width, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
+    """Columns `at` of a token's output, float32: its choices and splits added in that order."""
     total = tl.zeros(at.shape, tl.float32)
     for choice in tl.static_range(CHOICES):
         for split in tl.static_range(SPLITS):
-            row = (token * CHOICES + choice).to(tl.int64) + split * P
+            row = (token * CHOICES + choice).to(tl.int64) + split * M
             total += tl.load(partials + row * width + at, mask=inside, other=0.0).to(tl.float32)
     return total
 
@@ -33,27 +32,27 @@ def _choose(
     logits, expert, inside, ids, weights, token,
     E: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """Store a token's CHOSEN largest of E logits and the softmax over these; equal ones in order."""
-    # A softmax over all E, renormalised to the chosen, is the softmax over the chosen.
+    """Store the ids of a token's CHOSEN largest logits, equal ones in order, and their softmax."""
+    # A softmax over all E, renormalised to the chosen ones, is the softmax over the chosen ones.
     free = inside
     whole = 0.0
     highest = tl.max(tl.where(inside, logits, float("-inf")), 0)
     share = tl.zeros(logits.shape, tl.float32)
     for choice in tl.static_range(CHOSEN):
         best = tl.max(tl.where(free, logits, float("-inf")), 0)
-        # Logits that are no numbers choose the last expert: an id is always one of E.
-        found = tl.minimum(tl.min(tl.where(free & (logits == best), expert, E), 0), E - 1)
-        value = tl.sum(tl.where(expert == found, tl.exp(logits - highest), 0.0), 0)
+        # NaN logits choose the last expert: an id always names an expert.
+        best_expert = tl.minimum(tl.min(tl.where(free & (logits == best), expert, E), 0), E - 1)
+        value = tl.sum(tl.where(expert == best_expert, tl.exp(logits - highest), 0.0), 0)
         share = tl.where(expert == choice, value, share)
         whole += value
-        free = free & (expert != found)
-        tl.store(ids + token * CHOSEN + choice, found.to(tl.int64))
+        free = free & (expert != best_expert)
+        tl.store(ids + token * CHOSEN + choice, best_expert.to(tl.int64))
     tl.store(weights + token * CHOSEN + expert, share / whole, mask=expert < CHOSEN)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def residual_norm(
-    x, partials, weight, total, normed, gate, logits, ids, weights, P, D, eps,
+    x, partials, weight, total, normed, gate, logits, ids, weights, M, D, eps,
     SPLITS: tl.constexpr, CHOICES: tl.constexpr, E: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -66,13 +65,13 @@ def residual_norm(
     at = tl.arange(0, BLOCK)
     inside = at < D
     row = token.to(tl.int64) * D + at
-    own = tl.load(x + row, mask=inside, other=0.0)
+    residual = tl.load(x + row, mask=inside, other=0.0)
     dtype: tl.constexpr = x.dtype.element_ty
     if partials is not None:
-        added = _added(partials, token, P, D, at, inside, SPLITS, CHOICES).to(dtype)
-        own = (own.to(tl.float32) + added.to(tl.float32)).to(dtype)
-        tl.store(total + row, own, mask=inside)
-    value = own.to(tl.float32)
+        added = _added(partials, token, M, D, at, inside, SPLITS, CHOICES).to(dtype)
+        residual = (residual.to(tl.float32) + added.to(tl.float32)).to(dtype)
+        tl.store(total + row, residual, mask=inside)
+    value = residual.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     value = (factor * (value * scale).to(dtype).to(tl.float32)).to(dtype)
@@ -129,10 +128,10 @@ def rotate_store(
     k_batch, k_head, k_row, v_batch, v_head, v_row,
     SPLITS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One head of ROWS tokens: rotated into q [T, H, d] or into its slot; grid (T / ROWS, H + 2 G).
+    """One head of ROWS tokens, rotated into q [T, H, d] or into its slot; grid (T / ROWS, H + 2 G).
 
-    Heads of partials [S, T, (H + 2 G) d]: queries, keys, values. cos and sin are [positions, d], equal
-    in both halves. Of more tokens than slots the last R are stored.
+    The heads of partials [Z, T, (H + 2 G) d] are queries, keys, values. cos and sin [positions, d]
+    are equal in both halves. Of more tokens than slots the last R are stored.
     """
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -148,33 +147,37 @@ def rotate_store(
     width = (H + 2 * G) * D
     inside = used[:, None] & (dim >= 0)
     dtype: tl.constexpr = q.dtype.element_ty
-    # Rounded as a product of its own would be.
+    # Rounded as the output of a matmul would be.
     low = _added(partials, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
     high = _added(partials, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
     if head < H + G:
-        # A position beyond the table must show.
-        known = inside & (position < positions)[:, None]
+        # A position beyond the table gives NaN.
+        in_table = inside & (position < positions)[:, None]
         angle = position[:, None] * D + dim
-        c = tl.load(cos + angle, mask=known, other=float("nan")).to(tl.float32)
-        s = tl.load(sin + angle, mask=known, other=float("nan")).to(tl.float32)
-        plain = low.to(tl.float32)
-        low = (plain * c - high.to(tl.float32) * s).to(dtype)
-        high = (high.to(tl.float32) * c + plain * s).to(dtype)
+        c = tl.load(cos + angle, mask=in_table, other=float("nan")).to(tl.float32)
+        s = tl.load(sin + angle, mask=in_table, other=float("nan")).to(tl.float32)
+        unrotated = low.to(tl.float32)
+        low = (unrotated * c - high.to(tl.float32) * s).to(dtype)
+        high = (high.to(tl.float32) * c + unrotated * s).to(dtype)
     if head < H:
         place = q + (row.to(tl.int64)[:, None] * H + head) * D + dim
         tl.store(place, low, mask=inside)
         tl.store(place + D // 2, high, mask=inside)
     else:
-        lasting = inside & (query >= queries - R)[:, None]
+        stored = inside & (query >= queries - R)[:, None]
         slot = (column % R)[:, None]
-        far = batch.to(tl.int64)[:, None]
+        batch64 = batch.to(tl.int64)[:, None]
         if head < H + G:
-            place = keys + far * k_batch + (head - H).to(tl.int64) * k_head + slot * k_row + dim
-            tl.store(place, low.to(keys.dtype.element_ty), mask=lasting)
-            tl.store(place + D // 2, high.to(keys.dtype.element_ty), mask=lasting)
+            place = keys + batch64 * k_batch + (head - H).to(tl.int64) * k_head + slot * k_row + dim
+            tl.store(place, low.to(keys.dtype.element_ty), mask=stored)
+            tl.store(place + D // 2, high.to(keys.dtype.element_ty), mask=stored)
         else:
             place = (
-                values + far * v_batch + (head - H - G).to(tl.int64) * v_head + slot * v_row + dim
+                values
+                + batch64 * v_batch
+                + (head - H - G).to(tl.int64) * v_head
+                + slot * v_row
+                + dim
             )
-            tl.store(place, low.to(values.dtype.element_ty), mask=lasting)
-            tl.store(place + D // 2, high.to(values.dtype.element_ty), mask=lasting)
+            tl.store(place, low.to(values.dtype.element_ty), mask=stored)
+            tl.store(place + D // 2, high.to(values.dtype.element_ty), mask=stored)

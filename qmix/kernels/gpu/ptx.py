@@ -1,17 +1,17 @@
-"""How four packed bytes become eight 16-bit values: the instructions, and what they mean.
+"""PTX that turns four packed bytes into eight float16 values, and why it works.
 
-Shape letters: none. Knows nothing of torch or triton. A word is four bytes of a tile; byte i holds
-a code of the low plane in its low nibble and one of the high plane in its high nibble. Each
-instruction string reads the word `$4` and writes four registers of two float16 values: `$0`, `$1`
-are the low plane's codes of bytes 0, 1 and 2, 3, `$2`, `$3` the high plane's.
+Knows nothing of torch or triton. A word is four bytes of a tile; byte i holds a code of the low
+plane in its low nibble and one of the high plane in its high nibble. Each instruction string reads
+the word `$4` and writes four registers of two float16 values: `$0` and `$1` are the codes of the
+low plane of bytes 0, 1 and 2, 3; `$2` and `$3` are those of the high plane.
 
-NF4 is a table of 16 float16 values, kept as two planes of 16 bytes. One byte permutation (`prmt`)
-picks four bytes out of eight, so a plane takes two, for codes 0 to 7 and 8 to 15. A selector of 8
-or more yields eight copies of the picked byte's top bit instead; where bytes c and c + 8 of a plane
-agree in their top bit, the wrong half therefore yields a known byte, 0 or 255, which is folded into
-the table, and one `xor` merges the halves. Two freedoms make the top bits agree: the codes are
-renumbered, and the table is stretched by a constant that the scales take back. 19 integer
-instructions for 8 weights.
+NF4 is a table of 16 float16 values, kept as two planes of 16 bytes. A byte permutation (`prmt`)
+picks four bytes out of eight, so a plane takes two of them, for codes 0 to 7 and 8 to 15. A
+selector of 8 or more yields eight copies of the top bit of the picked byte instead. If bytes c and
+c + 8 of a plane have the same top bit, the wrong half therefore yields a known byte, 0 or 255. That
+byte is folded into the table, and one `xor` merges the halves. Two freedoms make the top bits
+equal: the codes are renumbered, and the table is stretched by a constant that the scales take back.
+This takes 19 integer instructions for 8 weights.
 """
 
 from qmix.weights.packed.codes import _plane
