@@ -1,7 +1,7 @@
 """Records which experts a model's tokens go through, as a trace.
 
 Runs the ids through the decoder in chunks and reads the router's logits, which every pass leaves behind:
-generation itself carries no hook. Shape letters: T tokens, E experts, K chosen experts a token.
+generation itself carries no hook. Shape letters: T tokens, E experts, k chosen experts a token.
 """
 
 from collections.abc import Callable
@@ -114,7 +114,7 @@ def _record(model: MixtralForCausalLM, ids: Tensor, first: int, recorder: Record
         piece = ids[:, start : start + PREFILL_CHUNK].to(model.device)
         logits = model.model.decode(model.model.embed(piece), cache=cache).router_logits
         routes = [kernels.route(layer, model.config.num_experts_per_tok) for layer in logits]
-        chosen = torch.stack([layer.ids for layer in routes], 1).tolist()  # T x layers x K
+        chosen = torch.stack([layer.ids for layer in routes], 1).tolist()  # T x layers x k
         weights = torch.stack([layer.weights for layer in routes], 1)
         gates = (weights * ONE).round().long().tolist()
         for at in range(max(first - start, 0), piece.shape[1]):

@@ -1,7 +1,7 @@
 """A decode step whose hits the device multiplies and whose misses the CPU multiplies where they lie.
 
 Activations go down to the host and products come up; no weight moves. Knows no store.
-Shape letters: E experts a layer, T tokens, K chosen experts a token, D hidden width.
+Shape letters: E experts a layer, T tokens, k chosen experts a token, D hidden width.
 """
 
 import time
@@ -56,7 +56,7 @@ def forward(
 def pairs_on_host(
     x: Tensor, routes: Routes, experts: PackedExperts, chosen: Tensor
 ) -> tuple[Tensor, int]:
-    """Products of the (token, choice) pairs that `chosen`, bool [T, K], marks, from host blobs.
+    """Products of the (token, choice) pairs that `chosen`, bool [T, k], marks, from host blobs.
 
     Returns:
         float32 [pairs, D], each times its routing weight; and how many experts were read.

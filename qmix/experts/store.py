@@ -1,6 +1,6 @@
 """What layers, loader and statistics know of a store of experts, wherever it keeps them.
 
-Shape letters: T tokens, K chosen experts a token, D hidden width.
+Shape letters: T tokens, k chosen experts a token, D hidden width.
 """
 
 from abc import ABC, abstractmethod

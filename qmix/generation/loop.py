@@ -101,7 +101,7 @@ def stream(model: CausalLM, inputs: GenerationInputs) -> Iterator[Token]:
 def generate(
     model: CausalLM, inputs: GenerationInputs, streamer: Streamer | None = None
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Prompt and new ids, (B, P + N) on the prompt's device; padding stays where it was.
+    """Prompt and new ids, (B, P + n) on the prompt's device; padding stays where it was.
 
     Args:
         streamer: gets the prompt, then each new id, then `end()`; one row only.

@@ -159,13 +159,13 @@ class MixtralForCausalLM(PreTrainedModel):
         stopping_criteria: Sequence[StoppingCriterion] | None = None,
         **options: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Generate after (B, P) ids: (B, P + N), rows that end early filled with pad_token_id.
+        """Generate after (B, P) ids: (B, P + n), rows that end early filled with pad_token_id.
 
         With num_return_sequences each row is followed by its copies.
 
         Args:
             attention_mask: (B, P), 0 at padding, on whichever side.
-            inputs_embeds: (B, P, D) instead of ids; the result then holds the N new ids only.
+            inputs_embeds: (B, P, D) instead of ids; the result then holds the n new ids only.
             past_key_values: holds the first columns of input_ids already; a cache, or a tuple as in
                 MixtralModel.forward.
             generation_config: defaults to the model's own, whose special ids it takes where it has

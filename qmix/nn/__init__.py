@@ -8,7 +8,7 @@ Shape letters, here and in qmix.generation and qmix.models; a file names only wh
     S  new positions           G  key-value heads        C  labels (classes)
     L  positions so far        d  width of a head        E  experts
     T  tokens, B * S           D  hidden width           k  experts per token
-    P  columns of the prompt   N  new tokens             W  sliding window
+    P  columns of the prompt   n  new tokens             W  sliding window
 
 In a pass over S new positions after a cache, L counts both: the new ones are the last S of L.
 """

@@ -126,7 +126,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     """What `generate` returns with return_dict_in_generate.
 
     Attributes:
-        sequences: int64 (B, P + N), or (B, N), the new ids, after inputs_embeds.
+        sequences: int64 (B, P + n), or (B, n), the new ids, after inputs_embeds.
         scores: one float32 (B, V) per step, after all processors; None unless output_scores.
         logits: one float32 (B, V) per step, before them; None unless output_logits.
         past_key_values: the cache, with all columns but the newest; None without use_cache.
