@@ -1,20 +1,15 @@
-"""The command line as a user meets it: processes, exit codes, stdout and stderr apart."""
+"""The command line as a user meets it: exit codes, stdout and stderr apart."""
 
 import json
-import os
-import pty
-import select
 import shutil
 import subprocess
 import sys
-import time
-from contextlib import suppress
 
 import pytest
 
 from qmix import __version__
 from tests.support.models import ROOT
-from tests.support.process import QMIX, qmix
+from tests.support.process import PATIENCE, QMIX, Terminal, environment_of_child, qmix, qmix_apart
 
 COMMANDS = ("quantize", "convert", "export", "generate", "chat", "eval", "bench", "inspect")
 COMMANDS += ("verify", "plan", "doctor", "demo", "trace")
@@ -47,7 +42,7 @@ def test_every_command_has_help_of_80_columns(command):
 
 @pytest.mark.parametrize("option", ["-V", "--version"])
 def test_version(option):
-    assert qmix(option).stdout == f"qmix {__version__}\n"
+    assert qmix_apart(option).stdout == f"qmix {__version__}\n"
 
 
 # Runs a command, then fails if it imported what only a model needs.
@@ -86,10 +81,10 @@ def test_help_usage_errors_and_headers_need_no_torch(arguments, code):
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment_of_child(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == code, result.stderr
@@ -143,7 +138,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_generate_writes_the_new_text_to_stdout_and_repeats_itself(tiny):
-    first = qmix("generate", tiny, "Return the", "--max-new-tokens", 12)
+    first = qmix_apart("generate", tiny, "Return the", "--max-new-tokens", 12)
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip()
     assert "tok/s" in first.stderr
@@ -152,7 +147,7 @@ def test_generate_writes_the_new_text_to_stdout_and_repeats_itself(tiny):
 
 
 def test_chat_works_from_a_pipe(tiny_nf4):
-    result = qmix("chat", tiny_nf4, "--max-new-tokens", 8, stdin="hi\n")
+    result = qmix_apart("chat", tiny_nf4, "--max-new-tokens", 8, stdin="hi\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("\n")
     assert result.stderr == ""
@@ -160,9 +155,13 @@ def test_chat_works_from_a_pipe(tiny_nf4):
 
 def test_a_reader_that_goes_away_is_no_error(tiny):
     command = f"{' '.join(QMIX)} generate {tiny} 'Return the' --max-new-tokens 40 | head -c 1"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, timeout=120
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env=environment_of_child(),
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert b"Traceback" not in result.stderr
     assert b"BrokenPipe" not in result.stderr
@@ -210,95 +209,30 @@ def test_eval_prints_one_json_document_with_the_agreed_names(tiny, tiny_nf4, tmp
     assert "KL" in failed.stderr
 
 
-class Terminal:
-    """A chat in a pseudo-terminal."""
-
-    # The new session takes the terminal as its own, so that Ctrl-C reaches it; the signal's
-    # disposition is what a job in the background of a shell script inherits.
-    OWN = (
-        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-
-    def __init__(self, *arguments, **environment):
-        self.descriptor, terminal = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.OWN, *QMIX, *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment},
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-        )
-        os.close(terminal)
-        self.seen = ""
-        self.at = 0  # what has been waited for ends here
-
-    def until(self, text, seconds=60):
-        """Read on until `text` appears behind what was waited for before."""
-        deadline = time.monotonic() + seconds
-        while (found := self.seen.find(text, self.at)) < 0:
-            assert time.monotonic() < deadline, self.seen
-            if select.select([self.descriptor], [], [], 0.2)[0]:
-                self.seen += os.read(self.descriptor, 65536).decode("utf-8", "replace")
-        self.at = found + len(text)
-
-    def interrupt_until(self, text):
-        """Ctrl-C until `text` answers it: readline misses one between its prompt and its wait."""
-        for _ in range(60):
-            self.send("\x03")
-            with suppress(AssertionError):
-                return self.until(text, seconds=1)
-        raise AssertionError(self.seen)
-
-    def send(self, text):
-        os.write(self.descriptor, text.encode())
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self.descriptor)
-
-
-@pytest.fixture
-def terminal():
-    """Starts commands in terminals, and ends them."""
-    opened = []
-
-    def start(*arguments, **environment):
-        opened.append(Terminal(*arguments, **environment))
-        return opened[-1]
-
-    yield start
-    for each in opened:
-        each.close()
-
-
-def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path, terminal):
-    home = {"XDG_STATE_HOME": str(tmp_path)}
-    chat = terminal("chat", tiny, "--max-new-tokens", 800, "--min-p", 0, "--seed", 3, **home)
-    chat.until(">>> ")
-    chat.send("What is a list?\n")
-    chat.until("tok/s")
-    chat.until(">>> ")
-    chat.send("/set temperature 3\n")  # noise hardly ever ends by itself
-    chat.until(">>> ")
-    chat.send("Go on\n")
-    chat.until("Go on\r\n")
-    seen = len(chat.seen)
-    while len(chat.seen) < seen + 20:  # the reply is under way
-        chat.seen += os.read(chat.descriptor, 65536).decode("utf-8", "replace")
-    chat.send("\x03")
-    chat.until("stopped")
-    chat.until(">>> ")
-    chat.send("/stats\n")
-    chat.until("context")
-    chat.until(">>> ")
-    chat.interrupt_until("Ctrl-D")
-    chat.until(">>> ")
-    chat.send("\x04")
-    assert chat.process.wait(30) == 0
+def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
+    state = {"XDG_STATE_HOME": str(tmp_path)}
+    with Terminal.of("chat", tiny, "--min-p", 0, "--seed", 3, **state) as chat:
+        chat.until(">>> ")
+        chat.send("What is a list?\n")
+        chat.until("tok/s")
+        chat.until(">>> ")
+        chat.send("/set temperature 3\n")  # noise hardly ever ends by itself
+        chat.until(">>> ")
+        chat.send("Go on\n")
+        chat.until("Go on\r\n")
+        reply = len(chat.seen)
+        while len(chat.seen) < reply + 20:  # the reply is under way
+            chat.read(1)
+        chat.send("\x03")
+        chat.until("stopped")
+        chat.until(">>> ")
+        chat.send("/stats\n")
+        chat.until("context")
+        chat.until(">>> ")
+        chat.press("\x03", until="Ctrl-D")
+        chat.until(">>> ")
+        chat.send("\x04")
+        assert chat.process.wait(PATIENCE) == 0
     history = tmp_path / "qmix" / "chat_history"
     assert "Go on" in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600

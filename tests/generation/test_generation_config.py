@@ -256,7 +256,7 @@ def test_draws_do_not_depend_on_how_rows_are_padded(model):
         ({"typical_p": 0.9}, "typical_p"),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_other_values_and_unknown_fields_are_refused_by_name(model, options, named):
     with pytest.raises(UsageError, match=named):

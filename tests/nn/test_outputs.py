@@ -243,7 +243,11 @@ def test_a_cache_that_another_model_made_is_refused(changes):
             call()
 
 
-@pytest.mark.parametrize("past", [object(), ((torch.ones(1, 2, 4, 8),) * 2,), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "past",
+    [object(), ((torch.ones(1, 2, 4, 8),) * 2,), (1, 2, 3)],
+    ids=["an object", "the tuples of old", "integers"],
+)
 def test_what_is_no_cache_is_refused(model, past):
     with pytest.raises(UsageError, match="past_key_values"):
         model(ids(5), past_key_values=past)

@@ -36,11 +36,12 @@ FIXED = {
 
 
 def enter() -> Path:
-    """Set the environment of this process; return its home, which the caller removes."""
+    """Set the environment and the signals of this process; return its home, which the caller removes."""
     home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
     for name in PRIVATE:
         os.environ.pop(name, None)
     os.environ.update(FIXED, HOME=str(home))
+    default_signals()
     return home
 
 
@@ -75,7 +76,13 @@ def keep_compiled(kept: Path, load) -> None:
 
 
 def default_signals() -> None:
-    """A child's signals as a shell's foreground job has them, whatever pytest inherited."""
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
+    """Take Ctrl-C and be ended by SIGTERM as a foreground job is, and so do children.
+
+    A shell starts a background job with SIGINT ignored, and what is ignored children inherit.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGALRM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -1,9 +1,22 @@
-"""The command line in a process of its own."""
+"""The command line: called in this process, or as a process or at a terminal of its own.
+
+Most tests of a command need no process, whose start takes two seconds. What a process is, its
+signals, streams and exit codes, is tested with one, by `qmix_apart`, `started` and `Terminal`.
+"""
 
 import io
 import os
+import pty
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from contextlib import ExitStack, chdir, contextmanager, suppress
+from dataclasses import dataclass
+from unittest import mock
 
 from rich.console import Console
 
@@ -15,21 +28,153 @@ from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import ROOT, TINY, small_model
 
 QMIX = [sys.executable, "-W", "error", "-m", "qmix"]
+PATIENCE = 300  # seconds until a child counts as hanging, on a machine that is busy too
 
 
-def qmix(*arguments, stdin=None, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+@dataclass(frozen=True)
+class Done:
+    """What a command left, as subprocess.CompletedProcess says it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def qmix(*arguments, stdin=None):
+    """Call the command line in this process, in the checkout, 100 columns wide."""
+    from qmix import cli
+
+    with ExitStack() as stack:
+        given, out, err = (
+            stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", newline=""))
+            for _ in range(3)
+        )
+        given.write(stdin or "")
+        given.seek(0)
+        argv = ["qmix", *map(str, arguments)]
+        streams = {"stdin": given, "stdout": out, "stderr": err}
+        stack.enter_context(mock.patch.multiple(sys, argv=argv, **streams))
+        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="100"))
+        stack.enter_context(chdir(ROOT))
+        stack.callback(signal.signal, signal.SIGPIPE, signal.getsignal(signal.SIGPIPE))
+        code = _exit_code(cli.main)
+        out.seek(0)
+        err.seek(0)
+        return Done(code, out.read(), err.read())
+
+
+def _exit_code(main):
+    try:
+        main()
+    except SystemExit as end:
+        return end.code or 0
+    except Exception:  # noqa: BLE001 - as the interpreter does, with --debug
+        traceback.print_exc()
+        return 1
+
+
+def environment_of_child(**changes):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **changes}
+
+
+def qmix_apart(*arguments, stdin=None, environment=None, **options):
+    """Run the command line as a process, to its end."""
     return subprocess.run(
         [*QMIX, *map(str, arguments)],
         cwd=options.pop("cwd", ROOT),
-        env=environment,
+        env=environment_of_child(**(environment or {})),
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
+        check=False,
         **options,
     )
+
+
+@contextmanager
+def started(command, **options):
+    """A process in a session of its own; at the end nothing of it is left."""
+    process = subprocess.Popen(
+        command,
+        cwd=options.pop("cwd", ROOT),
+        env=environment_of_child(**options.pop("environment", {})),
+        start_new_session=True,
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+class Terminal:
+    """A command in a pseudo-terminal that inherits, as a background job does, that Ctrl-C is ignored."""
+
+    # The new session takes the terminal as its own, so that Ctrl-C reaches it.
+    OWN = (
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+
+    def __init__(self, descriptor, process):
+        self.descriptor, self.process = descriptor, process
+        self.seen = ""
+        self.at = 0  # what has been waited for ends here
+
+    @classmethod
+    @contextmanager
+    def of(cls, *arguments, **environment):
+        descriptor, terminal = pty.openpty()
+        command = [sys.executable, "-c", cls.OWN, *QMIX, *map(str, arguments)]
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+        try:
+            with started(command, environment=environment, **streams) as process:
+                os.close(terminal)
+                yield cls(descriptor, process)
+        finally:
+            os.close(descriptor)
+
+    def read(self, seconds):
+        """Take what the process writes within the time; whether there was anything."""
+        if not select.select([self.descriptor], [], [], seconds)[0]:
+            return False
+        self.seen += os.read(self.descriptor, 65536).decode("utf-8", "replace")
+        return True
+
+    def shows(self, text):
+        """Whether `text` stands behind what was waited for before; then it has been waited for."""
+        found = self.seen.find(text, self.at)
+        if found >= 0:
+            self.at = found + len(text)
+        return found >= 0
+
+    def until(self, text):
+        """Read on until `text` appears."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.shows(text):
+            assert time.monotonic() < deadline, self.seen
+            self.read(1)
+
+    def press(self, key, until):
+        """Send a key again and again until its answer appears: readline loses a signal between
+        the prompt and its wait for input.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not self.shows(until):
+            assert time.monotonic() < deadline, self.seen
+            self.send(key)
+            while self.read(1) and self.seen.find(until, self.at) < 0:
+                pass
+
+    def send(self, text):
+        os.write(self.descriptor, text.encode())
 
 
 GIB = 1 << 30

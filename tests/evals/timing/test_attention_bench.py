@@ -161,7 +161,7 @@ def test_a_plot_without_matplotlib_names_the_extra_before_anything_is_measured(t
     ("arguments", "said"),
     [
         (("--plot", "a.png"), "--attention"),
-        ((), "DIRECTORY"),
+        ((), "DIR"),
         (("--attention", "-b", "8"), "--attention"),
         (("--attention", "-p", "many"), "whole numbers"),
         (("--attention", "-p", "0"), "whole numbers"),
