@@ -210,7 +210,7 @@ def _measured(
         return replace(one, left_out=too_large)
 
     def call() -> None:
-        attention.attend(q, k, v, AttentionMask(one.window), implementation=name)
+        attention.attend_with(name, q, k, v, AttentionMask(one.window))
 
     try:
         attention.checked_implementation(name)

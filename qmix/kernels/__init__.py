@@ -219,7 +219,7 @@ def attend(
     dropout: float = 0.0,
     implementation: Implementation = "sdpa",
 ) -> Tensor:
-    """See attention.attend.
+    """See attention.attend_with.
 
     `sdpa` leaves to our kernels what it would need a mask for on a GPU, and single tokens on a CPU.
     """
@@ -235,7 +235,7 @@ def attend(
         causal = not mask.is_explicit and queries == keys and not windowed
         if not causal and q.shape[-1] in gpu.HEAD_WIDTHS and q.dtype == k.dtype:
             implementation = "triton"
-    return attention.attend(q, k, v, mask, dropout=dropout, implementation=implementation)
+    return attention.attend_with(implementation, q, k, v, mask, dropout)
 
 
 def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:

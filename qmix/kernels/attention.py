@@ -223,20 +223,19 @@ def checked_implementation(name: str | None) -> Implementation:
     return known[name]
 
 
-def attend(
+def attend_with(
+    implementation: Implementation,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: AttentionMask = CAUSAL,
-    *,
     dropout: float = 0.0,
-    implementation: Implementation = "sdpa",
 ) -> Tensor:
     """Attention of the last S columns over all L: (B, H, S, d) with (B, G, L, d) -> (B, H, S, d).
 
     Args:
-        dropout: the probability that an attention weight is zeroed.
         implementation: which entry of the table; all of them compute the same.
+        dropout: the probability that an attention weight is zeroed.
     """
     mask, reachable = mask.for_reachable(k.shape[2], q.shape[2])
     if reachable < k.shape[2]:

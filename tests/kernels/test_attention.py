@@ -10,7 +10,13 @@ import torch
 from qmix import kernels
 from qmix.errors import UnsupportedError, UsageError
 from qmix.kernels import attention, flash
-from qmix.kernels.attention import AttentionMask, attend, attention_with_weights, reference, visible
+from qmix.kernels.attention import (
+    AttentionMask,
+    attend_with,
+    attention_with_weights,
+    reference,
+    visible,
+)
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.flash import flash_attn
 from tests.support.models import TINY, small_model
@@ -51,7 +57,7 @@ def test_every_implementation_is_plain_softmax_attention(
     padded[1, : keys // 3] = False
     for padding_mask in (None, padded):
         expected = reference(q, k, v, visible(queries, keys, window, padding_mask))
-        found = attend(q, k, v, AttentionMask(window, padding_mask), implementation=name)
+        found = attend_with(name, q, k, v, AttentionMask(window, padding_mask))
         assert (found - expected).abs().max() < 1e-5
         assert torch.isfinite(found).all()
 
@@ -71,11 +77,11 @@ def test_a_mask_of_pairs_replaces_the_window_in_every_implementation():
     expected = reference(q, k, v, seen)
     for name in ("eager", "sdpa"):
         for mask in (seen, added, torch.finfo(torch.float32).min * (~seen).float()):
-            found = attend(q, k, v, AttentionMask(2, attn_mask=mask), implementation=name)
+            found = attend_with(name, q, k, v, AttentionMask(2, attn_mask=mask))
             assert (found - expected).abs().max() < 1e-5
     bias = torch.randn(1, 8, 4, 9, generator=torch.Generator().manual_seed(1))
-    one = attend(q, k, v, AttentionMask(attn_mask=bias), implementation="eager")
-    other = attend(q, k, v, AttentionMask(attn_mask=bias), implementation="sdpa")
+    one = attend_with("eager", q, k, v, AttentionMask(attn_mask=bias))
+    other = attend_with("sdpa", q, k, v, AttentionMask(attn_mask=bias))
     assert (one - other).abs().max() < 1e-5
 
 
@@ -83,7 +89,7 @@ def test_half_precisions_soften_in_float32():
     q, k, v = tensors(16, 16, dtype=torch.float16)
     expected = reference(q.float() * 40, k.float(), v.float(), visible(16, 16, None, None))
     for name in ("eager", "sdpa"):
-        found = attend(q * 40, k, v, implementation=name)
+        found = attend_with(name, q * 40, k, v)
         assert found.dtype == torch.float16
         assert (found - expected).abs().max() < 5e-2
 
@@ -91,9 +97,9 @@ def test_half_precisions_soften_in_float32():
 def test_dropout_zeroes_weights_in_training_only():
     q, k, v = tensors(8, 8)
     for name in ("eager", "sdpa"):
-        plain = attend(q, k, v, implementation=name)
+        plain = attend_with(name, q, k, v)
         torch.manual_seed(0)
-        dropped = attend(q, k, v, dropout=0.5, implementation=name)
+        dropped = attend_with(name, q, k, v, dropout=0.5)
         assert (plain - dropped).abs().max() > 1e-2
     model = small_model(attention_dropout=0.5)
     with torch.no_grad():
@@ -136,15 +142,10 @@ def test_flash_attention_refuses_what_it_would_get_wrong(fake_flash):
     q, k, v = tensors(6, 6)
     holed = torch.tensor([[True] * 6, [True, True, False, True, True, True]])
     with pytest.raises(UnsupportedError, match="padding inside"):
-        attend(q, k, v, AttentionMask(3, holed), implementation="flash_attention_2")
+        attend_with("flash_attention_2", q, k, v, AttentionMask(3, holed))
+    pairs = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     with pytest.raises(UnsupportedError, match="4-D mask"):
-        attend(
-            q,
-            k,
-            v,
-            AttentionMask(attn_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool)),
-            implementation="flash_attention_2",
-        )
+        attend_with("flash_attention_2", q, k, v, AttentionMask(attn_mask=pairs))
 
 
 def test_flash_attention_needs_its_package_a_gpu_and_a_half_precision():
@@ -236,4 +237,4 @@ def test_on_a_gpu_sdpa_leaves_to_triton_what_needs_a_mask(monkeypatch):
 def test_the_triton_row_refuses_what_it_cannot():
     q = torch.zeros(1, 4, 3, 16)
     with pytest.raises(UnsupportedError, match="Triton"):
-        attention.attend(q, q, q, implementation="triton")
+        attend_with("triton", q, q, q)

@@ -6,7 +6,7 @@ import torch
 from qmix import kernels
 from qmix.errors import UsageError
 from qmix.kernels import Routes, tiles
-from qmix.kernels.attention import AttentionMask, attend, reference, visible
+from qmix.kernels.attention import AttentionMask, attend_with, reference, visible
 from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
@@ -136,7 +136,7 @@ def test_attention_matches_plain_softmax_at_every_window_edge(queries, window, g
     padding_mask[:, :3] = False
     for mask in (None, padding_mask):
         oracle = reference(q, k, v, visible(queries, 16, window, mask))
-        out = attend(q, k, v, AttentionMask(window, mask))
+        out = attend_with("sdpa", q, k, v, AttentionMask(window, mask))
         assert (out - oracle).abs().max() < 1e-5
         assert torch.isfinite(out).all()
 
