@@ -1,4 +1,4 @@
-"""Fields of GenerationConfig: what they do to a generation, and what is refused by name."""
+"""Fields of GenerationConfig: what they do, and which values are refused by name."""
 
 from itertools import pairwise
 
@@ -169,7 +169,7 @@ def test_criteria_end_all_rows_or_each_its_own(model):
 
 
 def test_a_criterion_ends_a_rows_text_too():
-    """What was held back, because it might have become a stop string, is let go."""
+    """Text that waited because it might have become a stop string is written."""
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
     model = small_model(vocab_size=len(tokenizer), num_hidden_layers=1)
     model.tokenizer = tokenizer
@@ -280,7 +280,7 @@ def test_none_leaves_an_option_at_its_default(model):
 
 
 def test_a_config_of_ones_own_keeps_the_models_special_ids(model):
-    """As transformers 5: what it leaves open is the model's; an option still switches them off."""
+    """As in transformers 5: ids that it does not set are the model's; an option still unsets them."""
     free = model.generate(ids(4), max_new_tokens=9)
     end = int(free[0, 6])
     model.generation_config = model.generation_config.updated({"eos_token_id": end})

@@ -119,7 +119,7 @@ def test_the_streamer_gets_the_prompt_then_each_token_then_the_end():
 
 
 def test_a_streamer_hears_of_the_end_after_a_failure_too():
-    """Whoever reads it in another thread would wait for ever."""
+    """A reader in another thread would wait forever."""
 
     class Recorder:
         ended = False

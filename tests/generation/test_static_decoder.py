@@ -76,7 +76,7 @@ def test_a_token_of_the_8x7b_is_nine_launches_a_layer(batch, launches):
 
 
 def test_what_torch_launches_beside_the_kernels(launches, monkeypatch):
-    """A handful an embedding and a head; nothing a layer but empty tensors."""
+    """A handful for the embedding and the head; per layer only empty tensors."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counted(TorchDispatchMode):

@@ -39,7 +39,7 @@ def tensors(queries, keys, heads=8, shared=2, width=16, batch=2, dtype=torch.flo
 
 @pytest.fixture
 def fake_flash(monkeypatch):
-    """flash-attn wants a GPU; here a stand-in of its documented meaning."""
+    """flash-attn needs a GPU; a stand-in computes what it documents."""
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn())
     monkeypatch.setattr(flash, "check", lambda q: None)
     monkeypatch.setattr(flash, "check_installed", lambda: None)
@@ -202,7 +202,7 @@ def test_float16_stays_finite_at_8192_tokens():
 
 @torch.no_grad()
 def test_on_a_gpu_sdpa_leaves_to_triton_what_needs_a_mask(monkeypatch):
-    """Which row is taken, with a device made up; what the rows compute is tested elsewhere."""
+    """Which implementation is chosen on a made-up device; their results are tested elsewhere."""
     pytest.importorskip("triton")
     taken = []
     monkeypatch.setattr(kernels, "_fused", lambda *tensors: not kernels.overridden())

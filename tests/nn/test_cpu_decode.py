@@ -52,7 +52,7 @@ def random_layer(kind, config=CONFIG):
 
 
 def run(layer, tokens=5, config=CONFIG):
-    """Outputs and router logits of a short prompt and of single tokens behind it."""
+    """Outputs and router logits of a short prompt and of single tokens after it."""
     cache = KVCache(config, 1, dtype=torch.bfloat16, device=torch.device("cpu"))
     outs = []
     for index, new in enumerate([3] + [1] * tokens):
@@ -409,7 +409,7 @@ def test_hidden_states_are_those_of_every_layer():
 
 
 def test_a_call_keeps_no_state():
-    """Two threads through one model at a time give what one does."""
+    """Two threads that share a model get the results that one gets."""
     model = random_model()
     ids = torch.randint(0, 64, (1, 15), generator=seeded(1))
 

@@ -1,4 +1,4 @@
-"""The reference page's rows against the committed values of three transformers versions.
+"""What Hugging Face's page on Mixtral lists, against values of three transformers versions.
 
 golden/make_page.py wrote them: eager attention, float32. Known disagreements between the versions
 are named where they are tested; everything else agrees to 1e-5 among the three.
@@ -102,7 +102,7 @@ def test_attentions_are_those_of_transformers(name, attention):
 @implementations
 @detailed
 def test_padding_on_any_side_gives_the_logits_of_transformers(name, attention):
-    """At masked positions the versions differ by up to 3.9: they mean nothing."""
+    """At masked positions the versions differ by up to 3.9: those values are undefined."""
     model = causal(name)
     model.set_attn_implementation(attention)
     batch, mask = exact.page_batch(seed_of(name))

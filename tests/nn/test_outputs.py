@@ -1,4 +1,4 @@
-"""Arguments and outputs of the public models, as the reference page lists them."""
+"""Arguments and outputs of the public models, as Hugging Face's page on Mixtral lists them."""
 
 import dataclasses
 
@@ -229,7 +229,7 @@ def test_a_cache_of_another_batch_is_refused(model):
     ids=str,
 )
 def test_a_cache_that_another_model_made_is_refused(changes):
-    """A narrower window would have forgotten keys without a word."""
+    """A narrower window would have forgotten keys without an error."""
     model = small_model(sliding_window=6)
     rows, dtype = changes.pop("batch", 1), changes.pop("dtype", torch.float32)
     other = small_model(**{"sliding_window": 6, **changes}).to(dtype)

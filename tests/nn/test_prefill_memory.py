@@ -1,4 +1,4 @@
-"""A long prompt is prefilled in chunks: neither S x S nor S x vocabulary is ever there at once."""
+"""A long prompt is prefilled in chunks: it never allocates S x S or S x vocabulary at once."""
 
 import os
 import subprocess
