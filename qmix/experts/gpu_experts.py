@@ -44,7 +44,7 @@ class DeviceExperts(StoredExperts):
     def _forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
         store = self.store
         if len(x) > DECODE_TOKENS:
-            streamed = self._through_table.through(store.stream(self._layer))
+            streamed = self._through_table.with_addresses(store.stream(self._layer))
             return kernels.packed_experts(x, routes, streamed, act)
         store.reach(self._layer, routes)
         first = self._layer * store.per_layer

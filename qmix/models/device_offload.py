@@ -93,7 +93,7 @@ class DeviceOffload:
             self._blobs[expert] = blob
             blobs.append(torch.empty(0, dtype=torch.uint8) if blob is None else blob)
         no_addresses = torch.zeros(1, self._per_layer, dtype=torch.int64, device=self._device)
-        self._packed.append(experts.elsewhere(blobs, no_addresses))
+        self._packed.append(experts.moved_to(blobs, no_addresses))
         block.release()
 
     def finish(self, blocks: list[SparseMoeBlock]) -> DeviceStore:
@@ -117,7 +117,7 @@ class DeviceOffload:
             self._policy.settings = replace(self._policy.settings, uploads=0)
         store = self._store(self._arena, in_place=in_place)
         for layer, (block, packed) in enumerate(zip(blocks, self._packed, strict=True)):
-            experts = packed.through(store.addresses[layer : layer + 1])
+            experts = packed.with_addresses(store.addresses[layer : layer + 1])
             block.store(DeviceExperts(store, layer, experts, self._at_rest(layer, experts)))
         begun = time.perf_counter()
         moved = store.warm(self._policy.order(self._per_layer))

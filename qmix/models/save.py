@@ -82,7 +82,7 @@ def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weig
 def _standard(weight: Weight) -> Weight:
     if isinstance(weight, FileWeight):
         return weight.load()
-    return weight.standard() if isinstance(weight, PackedWeight) else weight
+    return weight.unpack() if isinstance(weight, PackedWeight) else weight
 
 
 def _described(weight: Weight) -> Weight:

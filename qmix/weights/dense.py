@@ -1,6 +1,6 @@
-"""A weight as it is stored: the protocol of all of them, and the one in 16 or 32 bits.
+"""The protocol of all weights, and the weight in 16 or 32 bits.
 
-Shape letters: N output features, K input features.
+Shape letters: see qmix.kernels.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from qmix.weights.scheme import DENSE, Scheme
 
 @runtime_checkable
 class Weight(Protocol):
-    """The weight [N, K] of one linear layer, however it is stored."""
+    """The weight [N, K] of one linear layer, in whichever form it is stored."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -33,7 +33,7 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A weight stored as it is: `data` [N, K] in 16 or 32 bits."""
+    """A weight that is not quantized: `data` [N, K] in 16 or 32 bits."""
 
     data: Tensor
 

@@ -1,6 +1,6 @@
-"""One SwiGLU expert's three weights, and a layer's experts as a sequence.
+"""The three weights of a SwiGLU expert, and a layer's experts as a sequence.
 
-Shape letters: D hidden width, F expert width.
+Shape letters: see qmix.kernels.
 """
 
 from abc import ABC, abstractmethod
@@ -21,11 +21,11 @@ class Expert:
 
 
 class ExpertSequence(Sequence[Expert], ABC):
-    """A layer's experts, each looked up or made when it is asked for."""
+    """A layer's experts, each looked up or created on access."""
 
     @abstractmethod
     def expert(self, index: int) -> Expert:
-        """The expert of a number from 0 to the length less one."""
+        """The expert at an index from 0 to the length less 1."""
 
     @overload
     def __getitem__(self, index: int) -> Expert: ...

@@ -1,7 +1,6 @@
-"""Integers: a weight in small integers with one scale, and perhaps one zero, per group of inputs.
+"""Int4 and Int8: weights in small integers with one scale, and maybe one zero, per group of inputs.
 
-What Int4 and Int8 share. Shape letters: N output features, K input features, G groups of K / G
-inputs. Knows nothing of files, of kernels, or of how codes are chosen.
+Shape letters: see qmix.kernels; G here are the groups of a row, of K / G inputs each.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from qmix.weights.slabs import (
 
 
 def symmetric_zero(bits: int) -> int:
-    """The zero of every group of a symmetric weight: 8 or 128."""
+    """The zero of every group of a symmetric weight: 8 for 4 bits, 128 for 8."""
     return 1 << bits - 1
 
 
@@ -33,16 +32,18 @@ def symmetric_zero(bits: int) -> int:
 class Integers:
     """A weight in integers of `bits` bits: `value = (code - zero) * scale`, per group of inputs.
 
-    Computed in float32 and rounded once to the dtype asked for. Rows lie one after another, so a
-    tile of outputs is one run of bytes, and the codes of four bytes are a little-endian 32-bit word,
-    first input lowest: the words of compressed-tensors as they are, those of GPTQ transposed.
+    The value is computed in float32 and rounded once to the requested dtype. Rows lie one after
+    another, so a tile of outputs is one run of bytes. The codes of four bytes form a little-endian
+    32-bit word with the first input lowest: the words of compressed-tensors unchanged, those of
+    GPTQ transposed.
 
     Attributes:
         codes: uint8 [N, K * bits / 8].
         scales: float16, bfloat16 or float32 [N, G]; their dtype is the default of `dequantize`.
-        zeros: uint8 [N, G], each a code; None is half of the range everywhere (symmetric).
-        perm: int32 [K]; the j-th stored input is input `perm[j]` of the layer, so that each group's
-            inputs are neighbours although an act-order file scatters them. None is the identity.
+        zeros: uint8 [N, G], in codes; None is half of the range everywhere (symmetric).
+        perm: int32 [K]; the j-th stored input is input `perm[j]` of the layer, so that the inputs
+            of a group are neighbours even where an act-order file scatters them. None is the
+            identity.
     """
 
     codes: Tensor
@@ -55,20 +56,20 @@ class Integers:
 
     @classmethod
     def packed(cls, codes: Tensor) -> Tensor:
-        """uint8 [N, K], a code each -> uint8 [N, K * bits / 8], the layout of `codes`."""
+        """Codes uint8 [N, K] -> uint8 [N, K * bits / 8], the layout of `codes`."""
         raise NotImplementedError
 
     @classmethod
     def reordered(cls, packed: Tensor, order: Tensor) -> Tensor:
-        """Packed codes on the CPU whose j-th input is the `order[j]`-th of those given."""
+        """Packed codes on the CPU, inputs permuted: the j-th is the given `order[j]`-th."""
         raise NotImplementedError
 
     def _floats(self, packed: Tensor) -> Tensor:
-        """Packed rows on any device -> float32 [rows, K]: codes, less the zero if symmetric."""
+        """Packed rows on any device -> float32 [rows, K]: codes, minus the zero if symmetric."""
         raise NotImplementedError
 
     def _floats_into(self, packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        """`_floats` on the CPU, without memory of its own."""
+        """`_floats` on the CPU, into memory of the caller."""
         raise NotImplementedError
 
     @property
@@ -120,7 +121,7 @@ class Integers:
 
     @cached_property
     def _inverse(self) -> Tensor:
-        """int64 [K]: where each input of the layer is stored."""
+        """The stored position of each input of the layer, int64 [K]."""
         assert self.perm is not None
         return torch.argsort(self.perm)
 
@@ -139,13 +140,14 @@ class Integers:
         return out
 
     def _decode_cpu(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """`_decode` for the CPU, on several threads if there is enough to do (as NF4's)."""
+        """`_decode` for the CPU, on several threads if there is enough to do."""
         in_features = self.shape[1]
         bits = np.empty((stop - start, in_features), f"i{dtype.itemsize}")
 
         def decode(first: int) -> None:
             last = min(first + step, stop)
-            # A tensor of this thread: one made under inference_mode in another is read-only here.
+            # Made by this thread: a tensor that another made under inference_mode is read-only
+            # here.
             self._decode_slab(
                 first, last, torch.from_numpy(bits[first - start : last - start]).view(dtype)
             )
@@ -155,7 +157,7 @@ class Integers:
         return torch.from_numpy(bits).view(dtype)
 
     def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
-        """Decode rows [start, stop) into `out`, a tile that fits the cache at a time."""
+        """Decode rows [start, stop) into `out`, one tile that fits the cache at a time."""
         in_features, groups = self.shape[1], self.scales.shape[1]
         codes = self.codes[start:stop].numpy()
         scales = self.scales[start:stop].float().numpy()[:, :, None]
@@ -186,12 +188,12 @@ def _pieces(count: int) -> Iterator[slice]:
     return (slice(i, i + SERIAL_ELEMENTS) for i in range(0, count, SERIAL_ELEMENTS))
 
 
-_REORDERED_ROWS = 64  # seven times as fast as 1024: what is gathered stays in the cache
+_REORDERED_ROWS = 64  # seven times as fast as 1024: the gathered rows stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
 class Int4(Integers):
-    """A weight in 4-bit integers; symmetric with zeros of 8.
+    """A weight in 4-bit integers; a symmetric one has zeros of 8.
 
     Two codes share a byte, the first in the low nibble: inputs `[a b | c d]` of an output are the
     bytes `[ba dc]`.
@@ -207,12 +209,12 @@ class Int4(Integers):
 
     @classmethod
     def reordered(cls, packed: Tensor, order: Tensor) -> Tensor:
-        """Packed codes on the CPU, [N, K / 2], whose j-th input is the `order[j]`-th of those given."""
+        """See `reorder_codes`."""
         return reorder_codes(packed, order)
 
     @cached_property
     def _pairs(self) -> Tensor:
-        """int64 [256]: the two float32 values of each byte in memory order, before scales."""
+        """The two float32 values of each byte, before scaling, in memory order: int64 [256]."""
         code = torch.arange(16, dtype=torch.float32, device=self.device)
         if self.zeros is None:
             code -= symmetric_zero(self.bits)
@@ -238,7 +240,7 @@ def unpack_codes(packed: Tensor) -> Tensor:
 
 
 def reorder_codes(packed: Tensor, order: Tensor) -> Tensor:
-    """Packed codes on the CPU, [N, K / 2], whose j-th input is the `order[j]`-th of those given."""
+    """Permute the inputs of packed codes [N, K / 2] on the CPU: the j-th is the `order[j]`-th."""
     codes, index = packed.numpy(), order.long().numpy()
     (low, high), (low_shift, high_shift) = (
         (which[0::2], which[1::2]) for which in (index // 2, (index % 2 * 4).astype(np.uint8))
@@ -253,7 +255,7 @@ def reorder_codes(packed: Tensor, order: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Int8(Integers):
-    """A weight in 8-bit integers, a byte a code; symmetric with zeros of 128."""
+    """A weight in 8-bit integers, one byte a code; a symmetric one has zeros of 128."""
 
     bits: ClassVar[Literal[4, 8]] = 8
     kind: ClassVar[Literal["int4", "int8"]] = "int8"
@@ -265,14 +267,14 @@ class Int8(Integers):
 
     @classmethod
     def reordered(cls, packed: Tensor, order: Tensor) -> Tensor:
-        """Codes [N, K] whose j-th input is the `order[j]`-th of those given."""
+        """Codes [N, K] with their inputs permuted: the j-th is the given `order[j]`-th."""
         return packed.index_select(1, order)
 
     def _floats(self, packed: Tensor) -> Tensor:
         return packed.float().sub_(self._shift)
 
     def _floats_into(self, packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        # A conversion that numpy vectorizes: a third of the time of a look-up as Int4's.
+        # numpy vectorizes this conversion: a third of the time of a look-up, which Int4 needs.
         np.subtract(packed, np.float32(self._shift), out=out)
 
     @property

@@ -1,6 +1,6 @@
-"""NF4 and FP4: 4-bit codes of a table of 16 values, with one scale per block of inputs.
+"""NF4 and FP4: 4-bit codes of a table of 16 values, with one scale per block of weights.
 
-Shape letters: N output features, K input features, B blocks.
+Shape letters: see qmix.kernels; B here are the blocks of a weight.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from qmix.weights.slabs import (
 )
 
 # The value of each NF4 code: quantiles of the normal distribution (QLoRA, arXiv 2305.14314,
-# appendix E), in the digits of bitsandbytes.
+# appendix E), with the digits that bitsandbytes uses.
 NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -48,18 +48,18 @@ class NestedAbsmax:
 
 @dataclass(frozen=True, eq=False)
 class NF4:
-    """A weight in 4-bit codes with one absmax per block, in bitsandbytes' layout.
+    """A weight in 4-bit codes with one absmax per block, in the layout of bitsandbytes.
 
-    The flattened weight is cut into blocks of `block_size` consecutive elements; two codes share
-    a byte, the first in the high nibble: elements `[a b | c d]` are the bytes `[ab cd]`.
-    `value = table[code] * absmax[block]`, computed in float32 and rounded once to the dtype asked for.
+    The flattened weight is cut into blocks of `block_size` consecutive elements. Two codes share a
+    byte, the first in the high nibble: elements `[a b | c d]` are the bytes `[ab cd]`. The value is
+    `table[code] * absmax[block]`, computed in float32 and rounded once to the requested dtype.
 
     Attributes:
         codes: uint8 [N * K / 2] (N * K rounded up to even).
         absmax: float32 [B], or NestedAbsmax.
         table: float32 [16], the value of each code.
         out_shape: (N, K).
-        out_dtype: the dtype the weight had before quantization; the default of `dequantize`.
+        out_dtype: the dtype of the weight before quantization; the default of `dequantize`.
         block_size: elements a block; a power of two.
     """
 
@@ -109,9 +109,9 @@ class NF4:
         return scale.mul_(group).add_(nested.offset)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows [start, stop) as [stop - start, K], decoding no more than the blocks they touch.
+        """Rows [start, stop) as [stop - start, K]; decodes only the blocks that they touch.
 
-        Where blocks straddle rows the result is a view of the blocks that were decoded.
+        Where blocks straddle rows, the result is a view into the decoded blocks.
         """
         in_features = self.out_shape[1]
         first, last = start * in_features, stop * in_features
@@ -127,12 +127,12 @@ class NF4:
 
     @cached_property
     def _pairs(self) -> Tensor:
-        """int64 [256]: the two float32 values of each byte, in memory order."""
+        """The two float32 values of each byte in memory order: int64 [256]."""
         high, low = self.table.repeat_interleave(16), self.table.repeat(16)
         return torch.stack((high, low), 1).view(torch.int64).view(-1)
 
     def _decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """The values of blocks [start, stop), on any device; the last one padded with zeros."""
+        """The values of blocks [start, stop), on any device; the last is padded with zeros."""
         block = self.block_size
         out = torch.empty(stop - start, block, dtype=dtype, device=self.device)
         step = DEVICE_ELEMENTS // block
@@ -148,16 +148,17 @@ class NF4:
     def _decode_cpu(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """`_decode` for the CPU, on several threads if there is enough to do.
 
-        numpy looks a byte's two values up faster than any torch operation, on one thread per call
-        and with the interpreter's lock released.
+        numpy looks up the two values of a byte faster than any torch operation. It uses one thread
+        for each call and releases the interpreter's lock.
         """
         block = self.block_size
-        # A large numpy array asks for huge pages: 60 ms less for the page faults of 117 MB.
+        # numpy requests huge pages for large arrays: page faults of 117 MB cost 60 ms less.
         bits = np.empty((stop - start) * block, f"i{dtype.itemsize}")
 
         def decode(first: int) -> None:
             last = min(first + step, stop)
-            # A tensor of this thread: one made under inference_mode in another is read-only here.
+            # Made by this thread: a tensor that another made under inference_mode is read-only
+            # here.
             out = torch.from_numpy(bits[(first - start) * block : (last - start) * block])
             self._decode_slab(first, last, out.view(dtype).view(-1, block))
 
@@ -166,14 +167,14 @@ class NF4:
         return torch.from_numpy(bits).view(dtype)
 
     def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
-        """Decode blocks [start, stop) into `out` [B, block], a tile that fits the cache at a time."""
+        """Decode blocks [start, stop) into `out` [B, block], one tile in the cache at a time."""
         block = self.block_size
         codes, pairs = self.codes.numpy(), self._pairs.numpy()
         step, serial = TILE_ELEMENTS // block, SERIAL_ELEMENTS // block
         in_place = out.dtype == torch.float32
         buffer = out if in_place else torch.empty(min(step, stop - start), block)
         looked_up = buffer.numpy().reshape(-1).view(np.int64)
-        # One call multiplies or rounds a list of parts on this thread, without the interpreter's lock.
+        # One call multiplies or rounds a list of parts on this thread, with the lock released.
         scales = torch.split(self.scales(start, stop)[:, None], serial)
         targets, parts = torch.split(out, serial), torch.split(buffer, serial)
         for first in range(start, stop, step):
@@ -207,8 +208,8 @@ class NF4:
         )
 
 
-# The value of each code: a sign, then 0, 1/16, 8, 12, 4, 6, 2, 3, all divided by 12 and in float32
-# (bitsandbytes 0.50.2, functional.py, `get_4bit_type`). Minus zero is written as zero.
+# The value of each FP4 code: a sign, then 0, 1/16, 8, 12, 4, 6, 2 and 3, all divided by 12, in
+# float32 (bitsandbytes 0.50.2, functional.py, `get_4bit_type`). Minus zero is written as zero.
 FP4_VALUES = (
     *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
     *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
@@ -219,7 +220,7 @@ FP4_VALUES = (
 
 @dataclass(frozen=True, eq=False)
 class FP4(NF4):
-    """A weight in 4-bit floats with one absmax per block: NF4's layout with `FP4_VALUES` as table."""
+    """A weight in 4-bit floats with one absmax per block: NF4 with `FP4_VALUES` as its table."""
 
     @property
     def scheme(self) -> Scheme:

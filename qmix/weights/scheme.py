@@ -1,6 +1,6 @@
-"""Scheme: how one tensor is stored. Recipe: which tensor gets which Scheme.
+"""Scheme: how one tensor is stored. Recipe: which tensor gets which scheme.
 
-Standard library only; knows nothing of tensors in memory or of file formats.
+Standard library only. Knows nothing of tensors in memory or of file formats.
 """
 
 import re
@@ -19,11 +19,11 @@ GROUP_SIZES = (32, 64, 128)
 class Scheme:
     """How the weight of one linear layer is stored.
 
-    `dense`: 16 or 32 bits a weight. `nf4`: 4-bit NormalFloat codes with one absmax per
-    `block_size` consecutive weights (QLoRA, arXiv 2305.14314); with `double_quant` the absmax is
-    itself stored in 8 bits. `fp4`: the same with 4-bit floats. `int4`, `int8`: integers of 4 or 8
-    bits with one 16-bit scale, and one zero of a code's bits unless `symmetric`, per `group_size`
-    consecutive inputs of an output; -1 is all of them.
+    `dense`: 16 or 32 bits a weight. `nf4`: 4-bit NormalFloat codes with one absmax per `block_size`
+    consecutive weights (QLoRA, arXiv 2305.14314); with `double_quant`, the absmax is stored in 8
+    bits. `fp4`: the same with 4-bit floats. `int4`, `int8`: integers of 4 or 8 bits with one 16-bit
+    scale per `group_size` consecutive inputs of an output (-1: all inputs), and one zero with the
+    bits of a code unless `symmetric`.
     """
 
     kind: Kind
@@ -39,12 +39,12 @@ class Scheme:
 
     @property
     def bits(self) -> int:
-        """Bits a code, scales left out; 16 for `dense`."""
+        """Bits of a code, without scales; 16 for `dense`."""
         return {"dense": 16, "int8": 8}.get(self.kind, 4)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a weight, scales included; 16 for `dense`. A scale for all inputs counts as nothing."""
+        """Bits a weight with scales; 16 for `dense`. One scale for all inputs counts as nothing."""
         if self.kind == "dense" or (self.integer and self.group_size == -1):
             return float(self.bits)
         if self.integer:
@@ -70,15 +70,15 @@ _ATTENTION = r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.weight"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Tensor-name patterns with their schemes; the first full match wins, the rest stays dense."""
+    """Patterns of tensor names with their schemes; the first full match wins, others stay dense."""
 
     rules: tuple[tuple[str, Scheme], ...]
 
     @classmethod
     def uniform(cls, scheme: Scheme, *, attention: bool) -> "Recipe":
-        """Every expert matrix in `scheme`, and the attention's four too if `attention`.
+        """Every expert matrix in `scheme`, and with `attention` its four projections too.
 
-        Router, norms, embeddings and lm_head are never matched: they stay 16-bit.
+        Router, norms, embeddings and lm_head are never matched; they stay in 16 bits.
         """
         rules = [(_EXPERTS, scheme)]
         if attention:
@@ -86,7 +86,7 @@ class Recipe:
         return cls(tuple(rules))
 
     def scheme_of(self, name: str) -> Scheme:
-        """The scheme of the tensor `name` (Hugging Face's name, ending in `.weight`)."""
+        """The scheme of the tensor `name`, a Hugging Face name that ends in `.weight`."""
         for pattern, scheme in self.rules:
             if re.fullmatch(pattern, name):
                 return scheme

@@ -27,7 +27,7 @@ from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.pack import Placement
 from qmix.nn.linear import Linear
-from qmix.weights.packed.layout import rebased, unpack_expert
+from qmix.weights.packed.layout import unpack_expert, with_blob
 from tests.support.interpreter import run_apart
 from tests.support.models import small_model
 from tests.support.packed import act_order, int4, nf4
@@ -79,7 +79,7 @@ def at(address, template):
     """The expert whose bytes begin at an address."""
     assert address > 0
     raw = (ctypes.c_uint8 * len(template.blob)).from_address(address)
-    return unpack_expert(rebased(template, torch.frombuffer(raw, dtype=torch.uint8).clone()))
+    return unpack_expert(with_blob(template, torch.frombuffer(raw, dtype=torch.uint8).clone()))
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def store_of(model, slots, *, copier, settings=HEAT, in_place=True, held=None, f
     )
     for index, block in enumerate(blocks):
         here = sources[index * EXPERTS : (index + 1) * EXPERTS]
-        whole = block.stored.packed.elsewhere(here, addresses[index : index + 1])
+        whole = block.stored.packed.moved_to(here, addresses[index : index + 1])
         block.store(DeviceExperts(store, index, whole, list(whole)))
     store.warm(policy.order(EXPERTS))
     return store

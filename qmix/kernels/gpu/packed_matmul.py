@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     """
     assert isinstance(weight, PackedWeight)
     if weight.selection is not None or (x.requires_grad and torch.is_grad_enabled()):
-        return tiles.linear(x, weight.standard(), _TILE_ELEMENTS)
+        return tiles.linear(x, weight.unpack(), _TILE_ELEMENTS)
     from qmix.kernels.gpu import moe as gpu
 
     return gpu.linear(x, weight.matrix)

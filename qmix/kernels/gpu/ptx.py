@@ -14,13 +14,13 @@ equal: the codes are renumbered, and the table is stretched by a constant that t
 This takes 19 integer instructions for 8 weights.
 """
 
-from qmix.weights.packed.codes import _plane
+from qmix.weights.packed.codes import nf4_plane
 
 
 def _nf4() -> str:
     high, low = (
-        (f"0x{word:08x}" for word in _plane(8)[1::2]),
-        (f"0x{word:08x}" for word in _plane(0)[1::2]),
+        (f"0x{word:08x}" for word in nf4_plane(8)[1::2]),
+        (f"0x{word:08x}" for word in nf4_plane(0)[1::2]),
     )
     (h0, h1), (l0, l1) = high, low
     lines = ["{", ".reg .b32 s, t, h, l, x;"]

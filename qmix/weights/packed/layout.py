@@ -1,34 +1,37 @@
-"""Packed layout: the one contiguous run of bytes in which the GPU kernels read a 4-bit matrix.
+"""The packed layout: one run of bytes, in the order in which GPU kernels read a 4-bit matrix.
 
-A matrix is cut into panels of 128 rows, a panel into tiles of 64 or 128 inputs. A byte of a tile
-holds the codes of two rows, the low plane's in its low nibble and the high plane's in its high
-nibble: of an expert's w1 and w3 the same row (so that one thread ends up with a gate and its up
-projection), of any other matrix rows r and r + 64 of the panel. A matrix is
+A matrix is cut into panels of 128 rows, and a panel into tiles of 64 or 128 inputs. A byte of a
+tile
+holds the codes of two rows: that of the low plane in its low nibble, that of the high plane in its
+high nibble. In an expert's w1 and w3 they are the same row of both, so that one thread ends up with
+a gate and its up projection; in any other matrix they are rows r and r + 64 of the panel. A matrix
+is
 
-    header   128 bytes: float32 [2], what the kernels multiply the low and the high plane's sums by;
-             float32 [2], the power of two that the plane's scales were divided by; int32 [4], the
-             words of NF4's table that the kernels keep in registers
-    panels   [N / 128][K / inputs] tiles, each
-             codes   [inputs / 32][4 warps][32 lanes][16 bytes]
+    header   128 bytes: float32 [2], the factors of the sums of the low and of the high plane;
+             float32 [2], the powers of two by which the scales of the planes were divided;
+             int32 [4], the words of NF4's table that the kernels keep in registers
+    panels   [N / 128][K / C] tiles, each
+             codes   [C / 32][4 warps][32 lanes][16 bytes]
              scales  [64] pairs of float16: low plane, high plane
              zeros   [64] pairs of float16, only if asymmetric: 8 minus the zero
 
-and an expert is the matrix of w1 and w3, then the matrix of w2. Every section is a multiple of 128
-bytes. The 16 bytes of a lane are what it needs of 16 rows and 32 inputs in the order of its
-registers as the first operand of mma.m16n8k16: one 128-bit load, and nothing is exchanged.
+An expert is the matrix of w1 and w3, then the matrix of w2. Every section is a multiple of 128
+bytes. The 16 bytes of a lane are its codes of 16 rows and 32 inputs, in the order of its registers
+as the first operand of mma.m16n8k16: one 128-bit load, and no exchange between threads.
 
-A scale is stored as float16 times a power of two that all scales of the plane share: exact for
-scales that are float16 or bfloat16 already, as Int4's are; NF4's absmax is rounded, by at most
-2^-11 = 0.049 %. Measured on normal weights this changes a product by 0.019 %, the table in float16
-by 0.012 %, both by 0.022 %; rounding the weights to bfloat16, as is usual, by 0.16 %, NF4 itself by
-9 %. 4.25 bits a weight instead of the 4.127 of nested absmax: 3 % more bytes, but decoding those in
-the loop would cost about 0.6 instructions a weight (estimated) of the 4.5 that an H100 has time for.
-Eight bits a scale in one linear step per 256 would change a product by 0.18 %.
+A scale is stored as float16 times a power of two that all scales of the plane share. That is exact
+for scales that are float16 or bfloat16 already, as those of Int4 are; the absmax of NF4 is rounded,
+by at most 2^-11 = 0.049 %. Measured on normal weights, this changes a matmul by 0.019 %, the table
+in float16 by 0.012 %, both together by 0.022 %. The usual rounding of weights to bfloat16 changes
+it by 0.16 %, and NF4 itself by 9 %. A weight takes 4.25 bits instead of the 4.127 of nested absmax:
+3 % more bytes, but to decode nested scales in the loop would cost about 0.6 instructions a weight
+(estimated) of the 4.5 that an H100 has time for. Eight bits a scale, in one linear step for every
+256, would change a matmul by 0.18 %.
 
-Act-order: columns are packed as they are stored, sorted by group, and the activations are put in
-that order. Of an expert's w2 nothing is left to do: the rows of w1 and w3 are packed in its order.
+Act-order: columns are packed as they are stored, sorted by group, and the activations are permuted
+to match. The w2 of an expert needs no permutation: the rows of w1 and w3 are packed in its order.
 
-Shape letters: N outputs, K inputs, R byte rows (N / 2), C inputs of a tile. Knows torch only.
+Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
 from dataclasses import dataclass, replace
@@ -65,13 +68,13 @@ _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """One matrix in the packed layout: `blob` uint8 [matrix_bytes], aligned to 128 bytes on a GPU.
+    """One packed matrix: `blob` is uint8 [matrix_bytes], aligned to 128 bytes on a GPU.
 
     Attributes:
         shape: (N, K).
-        group: inputs that shared a scale in the weight that was packed; a multiple of the tile's.
+        group: inputs that shared a scale in the weight that was packed, a multiple of C.
         dtype: what the weight dequantizes to by default.
-        perm: int32 [K], which input of the layer each packed input is; None is the identity.
+        perm: int32 [K], the layer's input that each packed input is; None is the identity.
     """
 
     blob: Tensor
@@ -84,15 +87,16 @@ class PackedMatrix:
 
 @dataclass(frozen=True, eq=False)
 class PackedExpert:
-    """A SwiGLU expert as one blob: `gate_up` [2F, D] and `down` [D, F] are views into it.
+    """A SwiGLU expert as one blob; `gate_up` [2F, D] and `down` [D, F] are views into it.
 
-    `inner` int32 [F] or None: which row of w1 and w3, and column of w2, the packed ones are.
+    `inner_perm` int32 [F]: the row of w1 and w3, and the column of w2, that each packed one is;
+    None is the identity.
     """
 
     blob: Tensor
     gate_up: PackedMatrix
     down: PackedMatrix
-    inner: Tensor | None = None
+    inner_perm: Tensor | None = None
 
     @property
     def format(self) -> ExpertFormat:
@@ -100,39 +104,41 @@ class PackedExpert:
 
 
 def pack_matrix(weight: Weight) -> PackedMatrix:
-    """Bring an NF4 or Int4 matrix [N, K] into the packed layout, on its own device.
+    """Pack an NF4 or Int4 matrix [N, K] on its own device.
 
     Raises:
         UnsupportedError: the weight is of another kind, N is no multiple of 128, K or the scales'
             group is no multiple of 64, blocks straddle rows, or the table is not NF4's.
     """
-    plan = matrix_format(spec_of(weight))
+    tile_format = matrix_format(spec_of(weight))
     _check_table(weight, "the weight")
-    whole = _plane(weight, plan)
-    of_panel = torch.arange(weight.shape[0], device=weight.device).view(-1, 2, BYTE_ROWS)
-    low, high = (whole.select(of_panel[:, half].flatten()) for half in (0, 1))
-    blob = _pack(low, high, plan)
-    return PackedMatrix(blob, plan, weight.shape, _group(weight), weight.dtype, _perm(weight))
+    whole = _plane_of(weight, tile_format)
+    panel_rows = torch.arange(weight.shape[0], device=weight.device).view(-1, 2, BYTE_ROWS)
+    low, high = (whole.select(panel_rows[:, half].flatten()) for half in (0, 1))
+    blob = _pack(low, high, tile_format)
+    return PackedMatrix(
+        blob, tile_format, weight.shape, _group(weight), weight.dtype, _perm(weight)
+    )
 
 
 def unpack_matrix(packed: PackedMatrix) -> Weight:
-    """The inverse of `pack_matrix`: codes and zeros exactly, scales as they were rounded."""
+    """The inverse of `pack_matrix`; the scales stay as packing rounded them."""
     low, high = _unpack(packed)
     rows = torch.arange(packed.shape[0], device=packed.blob.device).view(2, -1, BYTE_ROWS)
-    return _weight(packed, low.join(high).select(rows.transpose(0, 1).flatten()))
+    return _weight_of(packed, low.join(high).select(rows.transpose(0, 1).flatten()))
 
 
 def pack_expert(expert: Expert) -> PackedExpert:
-    """Bring an expert into the packed layout: one blob.
+    """Pack an expert as one blob.
 
     Raises:
-        UnsupportedError: as pack_matrix, for any of the three (of w1 and w3, N must be a multiple of
-            64), or w1 and w3 are stored differently.
+        UnsupportedError: as pack_matrix, for any of the three (of w1 and w3, N must be a multiple
+            of 64), or w1 and w3 are stored differently.
     """
     layout = expert_format(*(spec_of(weight) for weight in (expert.w1, expert.w2, expert.w3)))
     for name, weight in (("w1", expert.w1), ("w3", expert.w3)):
         _check_table(weight, name)
-    perm, other_perm, inner = _perm(expert.w1), _perm(expert.w3), _perm(expert.w2)
+    perm, other_perm, inner_perm = _perm(expert.w1), _perm(expert.w3), _perm(expert.w2)
     if not same_order(perm, other_perm):
         raise refusal(
             "w1 and w3 of an expert are packed together and must be stored alike",
@@ -141,9 +147,9 @@ def pack_expert(expert: Expert) -> PackedExpert:
             "inputs in another order",
         )
     down = pack_matrix(expert.w2)
-    gate, up = _plane(expert.w1, layout.gate_up), _plane(expert.w3, layout.gate_up)
-    if inner is not None:
-        gate, up = gate.select(inner), up.select(inner)
+    gate, up = _plane_of(expert.w1, layout.gate_up), _plane_of(expert.w3, layout.gate_up)
+    if inner_perm is not None:
+        gate, up = gate.select(inner_perm), up.select(inner_perm)
     gate_up = _pack(gate, up, layout.gate_up)
     blob = torch.cat((gate_up, down.blob))
     group, dtype = _group(expert.w1), expert.w1.dtype
@@ -151,40 +157,40 @@ def pack_expert(expert: Expert) -> PackedExpert:
         blob,
         PackedMatrix(blob[: len(gate_up)], layout.gate_up, layout.shape, group, dtype, perm),
         replace(down, blob=blob[len(gate_up) :], perm=None),
-        inner,
+        inner_perm,
     )
 
 
 def unpack_expert(packed: PackedExpert) -> Expert:
-    """The inverse of `pack_expert`, as `unpack_matrix`."""
+    """The inverse of `pack_expert`, exact as `unpack_matrix` is."""
     gate, up = _unpack(packed.gate_up)
-    if packed.inner is not None:
-        rows = torch.argsort(packed.inner)
+    if packed.inner_perm is not None:
+        rows = torch.argsort(packed.inner_perm)
         gate, up = gate.select(rows), up.select(rows)
-    w2 = unpack_matrix(replace(packed.down, perm=packed.inner))
-    return Expert(w1=_weight(packed.gate_up, gate), w2=w2, w3=_weight(packed.gate_up, up))
+    w2 = unpack_matrix(replace(packed.down, perm=packed.inner_perm))
+    return Expert(w1=_weight_of(packed.gate_up, gate), w2=w2, w3=_weight_of(packed.gate_up, up))
 
 
-def rebased(packed: PackedExpert, blob: Tensor) -> PackedExpert:
-    """The expert whose bytes are those of `blob`, a copy of its own; its orders go to where that is."""
-    end, perm, inner = len(packed.gate_up.blob), packed.gate_up.perm, packed.inner
+def with_blob(packed: PackedExpert, blob: Tensor) -> PackedExpert:
+    """The expert with its bytes in `blob`, a copy of its own; permutations move to that device."""
+    end, perm, inner_perm = len(packed.gate_up.blob), packed.gate_up.perm, packed.inner_perm
     perm = None if perm is None else perm.to(blob.device)
     return PackedExpert(
         blob,
         replace(packed.gate_up, blob=blob[:end], perm=perm),
         replace(packed.down, blob=blob[end:]),
-        None if inner is None else inner.to(blob.device),
+        None if inner_perm is None else inner_perm.to(blob.device),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Plane:
-    """Rows on their way into or out of the packed layout.
+    """The rows of one plane before packing.
 
     Attributes:
-        codes: uint8 [R, K], as they are stored.
-        scales: float32 [R, K / C].
-        zeros: float32 [R, K / C], 8 minus the zero; None if symmetric.
+        codes: uint8 [rows, K], numbered as in the packed layout.
+        scales: float32 [rows, K / C].
+        zeros: float32 [rows, K / C], 8 minus the zero; None if symmetric.
     """
 
     codes: Tensor
@@ -216,7 +222,7 @@ def _perm(weight: Weight) -> Tensor | None:
 
 
 def spec_of(weight: Weight) -> MatrixSpec:
-    """What decides how a weight is packed, if it can be."""
+    """What decides how a weight is packed, if it can be packed."""
     kind = weight.scheme.kind
     if isinstance(weight, Int4):
         scale_bytes, symmetric = weight.dtype.itemsize, weight.zeros is None
@@ -226,22 +232,22 @@ def spec_of(weight: Weight) -> MatrixSpec:
 
 
 def _check_table(weight: Weight, where: str) -> None:
-    """Raise if the codes stand for other values than the kernels'."""
+    """Raise unless the codes stand for the values that the kernels know."""
     if isinstance(weight, NF4) and weight.table.tolist() != list(NF4_VALUES):
         raise refusal("no packed layout", where, "the values of NF4", "another table")
 
 
 def same_order(perm: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two weights have their inputs in one order."""
+    """Whether two weights store their inputs in the same order."""
     if perm is None or other is None:
         return perm is other
     return torch.equal(perm, other)
 
 
-def _plane(weight: Weight, plan: TileFormat) -> _Plane:
-    """The rows of a weight, a scale for every tile."""
+def _plane_of(weight: Weight, tile_format: TileFormat) -> _Plane:
+    """The rows of a weight, with a scale for every tile."""
     out_features, in_features = weight.shape
-    repeats = _group(weight) // plan.inputs
+    repeats = _group(weight) // tile_format.inputs
     if isinstance(weight, NF4):
         pairs = weight.codes.view(out_features, -1)
         codes = torch.stack((pairs >> 4, pairs & 15), -1).view(out_features, in_features)
@@ -256,12 +262,12 @@ def _plane(weight: Weight, plan: TileFormat) -> _Plane:
     return _Plane(unpack_codes(weight.codes), scales, zeros)
 
 
-def _weight(packed: PackedMatrix, rows: _Plane) -> Weight:
+def _weight_of(packed: PackedMatrix, rows: _Plane) -> Weight:
     step = packed.group // packed.format.inputs
     codes, scales = rows.codes, rows.scales[:, ::step]
     if packed.format.kind == "nf4":
-        meant = torch.tensor(NF4_CODE_OF_STORED, dtype=torch.uint8, device=codes.device)
-        codes = torch.take(meant, codes.long())
+        code_of_stored = torch.tensor(NF4_CODE_OF_STORED, dtype=torch.uint8, device=codes.device)
+        codes = torch.take(code_of_stored, codes.long())
         return NF4(
             codes=(codes[:, 0::2] << 4 | codes[:, 1::2]).flatten(),
             absmax=scales.flatten(),
@@ -276,16 +282,20 @@ def _weight(packed: PackedMatrix, rows: _Plane) -> Weight:
     return Int4(pack_codes(codes), scales.to(packed.dtype), zeros, packed.perm)
 
 
-# Dimensions of a matrix of bytes: panel, warp, r, g; tile, 32 inputs, j, c, t, p. Lane 4g + t holds rows
-# 8r + g and inputs 16j + 8c + 2t + p, in the order c, r, j, p.
+# Dimensions of a matrix of bytes: panel, warp, r, g; tile, 32 inputs, j, c, t, p. Lane 4g + t holds
+# rows 8r + g and inputs 16j + 8c + 2t + p, in the order c, r, j, p.
 _TO_LANES = (0, 4, 5, 1, 3, 8, 7, 2, 6, 9)
 _FROM_LANES = tuple(_TO_LANES.index(dim) for dim in range(len(_TO_LANES)))
 
 
-def _pack(low: _Plane, high: _Plane, plan: TileFormat) -> Tensor:
-    """Two planes -> blob."""
+def _pack(low: _Plane, high: _Plane, tile_format: TileFormat) -> Tensor:
+    """Two planes as a blob."""
     rows, in_features = low.codes.shape
-    panels, tiles, halves = rows // BYTE_ROWS, in_features // plan.inputs, plan.inputs // 32
+    panels, tiles, halves = (
+        rows // BYTE_ROWS,
+        in_features // tile_format.inputs,
+        tile_format.inputs // 32,
+    )
 
     def pairs(first: Tensor, second: Tensor) -> Tensor:
         both = torch.stack((first.half(), second.half()), -1).view(panels, BYTE_ROWS, tiles, 2)
@@ -300,7 +310,7 @@ def _pack(low: _Plane, high: _Plane, plan: TileFormat) -> Tensor:
         sections.append(pairs(low.zeros, high.zeros))
     powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     header = torch.zeros(HEADER_BYTES // 4, device=codes.device)
-    header[:2] = powers / (NF4_STRETCH if plan.kind == "nf4" else 1)
+    header[:2] = powers / (NF4_STRETCH if tile_format.kind == "nf4" else 1)
     header[2:4] = powers
     header[4:8].view(torch.int32)[:] = torch.tensor(NF4_WORDS).to(torch.int32)
     return torch.cat((header.view(torch.uint8), torch.cat(sections, 2).flatten()))
@@ -313,22 +323,26 @@ def _exponent(scales: Tensor) -> Tensor:
 
 
 def _unpack(packed: PackedMatrix) -> tuple[_Plane, _Plane]:
-    """Both planes, as `_pack` takes them."""
-    plan = packed.format
+    """The inverse of `_pack`."""
+    tile_format = packed.format
     rows, in_features = packed.shape[0] // 2, packed.shape[1]
-    panels, tiles, halves = rows // BYTE_ROWS, in_features // plan.inputs, plan.inputs // 32
+    panels, tiles, halves = (
+        rows // BYTE_ROWS,
+        in_features // tile_format.inputs,
+        tile_format.inputs // 32,
+    )
     powers = packed.blob[8:16].view(torch.float32)
-    tile = packed.blob[HEADER_BYTES:].view(panels, tiles, plan.tile_bytes)
-    codes = tile[:, :, : plan.code_bytes].reshape(panels, tiles, halves, 4, 8, 4, 2, 2, 2, 2)
+    tile = packed.blob[HEADER_BYTES:].view(panels, tiles, tile_format.tile_bytes)
+    codes = tile[:, :, : tile_format.code_bytes].reshape(panels, tiles, halves, 4, 8, 4, 2, 2, 2, 2)
     codes = codes.permute(_FROM_LANES).reshape(rows, in_features)
 
     def pairs(section: Tensor) -> Tensor:
         both = section.contiguous().view(torch.float16).view(panels, tiles, BYTE_ROWS, 2)
         return both.transpose(1, 2).reshape(rows, tiles, 2).float()
 
-    scale_end = plan.code_bytes + BYTE_ROWS * 4
-    scales = pairs(tile[:, :, plan.code_bytes : scale_end]) * powers
-    zeros = None if plan.symmetric else pairs(tile[:, :, scale_end:])
+    scale_end = tile_format.code_bytes + BYTE_ROWS * 4
+    scales = pairs(tile[:, :, tile_format.code_bytes : scale_end]) * powers
+    zeros = None if tile_format.symmetric else pairs(tile[:, :, scale_end:])
     low, high = (
         _Plane(part, scales[..., i], None if zeros is None else zeros[..., i])
         for i, part in enumerate((codes & 15, codes >> 4))

@@ -1,14 +1,12 @@
-"""Which matrices of a model are packed together, and in which format: what packing and planning share.
+"""Which matrices of a model are packed together, and in which format, for packing and planning.
 
     q, k and v         one matrix, if they are stored alike; otherwise each by itself
     w1 and w3          one matrix of an expert's blob, row by row; w2 is the other
     a layer's experts  one table, if all of them have one format; otherwise each matrix by itself
     any other matrix   by itself
 
-Everything of a packed weight but its codes stays on the host as it was read. Knows no torch and no
-weights: a MatrixSpec says of a weight what decides its format.
-
-Shape letters: N outputs, K inputs, D hidden width, F expert width.
+All of a packed weight but its codes stays on the host as it was read. Knows no torch and no
+weights: a MatrixSpec says what decides the format of one. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Sequence

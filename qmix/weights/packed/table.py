@@ -1,10 +1,10 @@
-"""Where each expert of each layer lies: the table through which the kernels find packed experts.
+"""The table of addresses through which kernels find packed experts.
 
 A kernel gets a layer's row of 64-bit addresses and the router's ids, both on the device; Python
 never learns which expert was chosen. An address may point into device memory or into host memory
-that the device can read: what a kernel computes does not depend on it.
+that the device can read; the result of a kernel does not depend on it.
 
-Shape letters: L layers, E experts. Knows torch only.
+Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,16 @@ from qmix.weights.packed.tile_format import TileFormat
 
 @dataclass(frozen=True, eq=False)
 class ExpertTable:
-    """The packed experts of all layers, alike in shape and storage.
+    """The packed experts of one or more layers, alike in shape and storage.
 
     Attributes:
-        addresses: int64 [L, E] on the device.
-        gate_up: how w1 and w3 are stored; `down`: how w2 is.
+        addresses: int64 [layers, E] on the device.
+        gate_up: the format of w1 and w3.
+        down: the format of w2.
         shape: (2F, D), the shape of w1 and w3 packed together; w2 is (D, F).
-        blobs: what the addresses point to, so that it stays alive: [L][E].
-        perm: int32 [L, E, D], the order in which each expert wants a token's activations, if any
-            expert is act-order.
+        blobs: [layers][E], what the addresses point to, kept alive here.
+        perm: int32 [layers, E, D], the order in which each expert wants a token's activations; None
+            if no expert is act-order.
     """
 
     addresses: Tensor
@@ -40,7 +41,7 @@ class ExpertTable:
 
     @classmethod
     def build(cls, layers: Sequence[Sequence[PackedExpert]]) -> "ExpertTable":
-        """The table of experts where they lie now.
+        """The table of experts at their current addresses.
 
         Raises:
             UnsupportedError: the number of experts is no power of two, or experts differ in shape

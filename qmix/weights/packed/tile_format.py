@@ -1,7 +1,6 @@
-"""Packed layout in numbers: how many bytes a 4-bit matrix takes where the GPU kernels read it.
+"""The packed layout in numbers: how a 4-bit matrix is cut into tiles, and how many bytes it takes.
 
-The layout itself is described in kernels/gpu/order.py. Knows no torch. Shape letters: N outputs, K
-inputs, F expert width, D hidden width.
+weights.packed.layout describes the layout itself. Knows no torch. Shape letters: see qmix.kernels.
 """
 
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Literal
 
 from qmix.errors import UnsupportedError
 
-PANEL = 128
+PANEL = 128  # rows
 BYTE_ROWS = PANEL // 2
 HEADER_BYTES = 128
 TILE_INPUTS = (128, 64)
@@ -17,7 +16,13 @@ TILE_INPUTS = (128, 64)
 
 @dataclass(frozen=True)
 class TileFormat:
-    """What a tile holds. `inputs` (64 or 128) weights of a row share a scale."""
+    """What a tile holds.
+
+    Attributes:
+        kind: how its codes are stored.
+        inputs: C, 64 or 128; so many weights of a row share a scale.
+        symmetric: whether it has no zeros.
+    """
 
     kind: Literal["nf4", "int4"]
     inputs: int
@@ -45,11 +50,11 @@ def tile_format(
     rows: int = PANEL,
     where: str = "the weight",
 ) -> TileFormat:
-    """How a matrix [N, K] is cut into tiles.
+    """The tile format of a matrix [N, K].
 
     Args:
         group: consecutive inputs of a row that share a scale.
-        rows: what N must be a multiple of.
+        rows: the number that N must be a multiple of.
         where: the matrix, for errors.
 
     Raises:

@@ -1,11 +1,12 @@
-"""Weights in the packed layout, as the models hold them and the kernels' table knows them.
+"""Weights in the packed layout, as the models hold them.
 
-The codes lie in the packed layout on the device. What packing rounds (scales), and what a file wants besides
-(zeros, nested scales, the input order), stays on the host as it was, 2 % of the bytes: `standard` puts
-both together and is the weight that was packed, bit for bit. A weight that never was a standard one
-(drawn at random in the packed layout) keeps nothing, and its scales are those of the kernels.
+The codes lie on the device, packed. Packing rounds the scales, and a file wants zeros, nested
+scales
+and the order of the inputs too: all of these stay on the host as they were, 2 % of the bytes.
+`unpack` puts both together and gives the weight that was packed, bit for bit. A weight that was
+drawn at random in the packed layout has nothing on the host; its scales are those of the kernels.
 
-Shape letters: N outputs, K inputs, E experts. Knows torch only; triton is imported by the first product.
+Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Sequence
@@ -25,17 +26,17 @@ from qmix.weights.packed.layout import (
     PackedMatrix,
     pack_expert,
     pack_matrix,
-    rebased,
     same_order,
     spec_of,
     unpack_expert,
     unpack_matrix,
+    with_blob,
 )
 from qmix.weights.packed.packed_shapes import joined
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 
-# Of an expert by name, of matrices with the same inputs that were joined by their rows.
+# A matrix of an expert by its name; one of several joined matrices by its rows.
 Selection = Literal["w1", "w2", "w3"] | range
 
 _HOST = torch.device("cpu")
@@ -43,12 +44,13 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight [N, K] in the packed layout: a matrix of its own, or a part of an expert.
+    """A weight [N, K] in the packed layout: a matrix, some of its rows, or a matrix of an expert.
 
     Attributes:
-        source: where its codes lie.
-        selection: of the expert, or which rows of the matrix; None is all of it.
-        template: the weight without its codes, on the host; None if there never was one.
+        source: the packed codes and scales.
+        selection: which matrix of the expert, or which rows of the matrix; None is all of it.
+        template: the weight that was packed, without its codes and on the host; None if it was
+            drawn at random.
     """
 
     source: PackedMatrix | PackedExpert
@@ -57,7 +59,7 @@ class PackedWeight:
 
     @property
     def matrix(self) -> PackedMatrix:
-        """Its matrix; w1 and w3 of an expert share one, of twice the rows."""
+        """The matrix that holds it; w1 and w3 of an expert share one of twice the rows."""
         if isinstance(self.source, PackedMatrix):
             return self.source
         return self.source.down if self.selection == "w2" else self.source.gate_up
@@ -73,10 +75,10 @@ class PackedWeight:
     def scheme(self) -> Scheme:
         if self.template is not None:
             return self.template.scheme
-        plan, group = self.matrix.format, self.matrix.group
-        if plan.kind == "nf4":
+        tile_format, group = self.matrix.format, self.matrix.group
+        if tile_format.kind == "nf4":
             return Scheme(kind="nf4", block_size=group, double_quant=False)
-        return Scheme(kind="int4", group_size=group, symmetric=plan.symmetric)
+        return Scheme(kind="int4", group_size=group, symmetric=tile_format.symmetric)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,37 +90,37 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the packed layout, its share of them if it is a part: what a product reads."""
+        """The packed bytes, headers in proportion: what a matmul reads."""
         return self.matrix.blob.nbytes * self.shape[0] // self.matrix.shape[0]
 
-    def standard(self) -> Weight:
-        """The weight that was packed, on the same device: its codes anew, all else as it was kept."""
-        found: Weight
+    def unpack(self) -> Weight:
+        """The weight that was packed, on the same device."""
+        unpacked: Weight
         if isinstance(self.source, PackedExpert):
             assert isinstance(self.selection, str)
-            found = getattr(unpack_expert(self.source), self.selection)
+            unpacked = getattr(unpack_expert(self.source), self.selection)
         else:
-            found = unpack_matrix(self.source)
+            unpacked = unpack_matrix(self.source)
             if isinstance(self.selection, range):
-                found = _some_rows(found, self.selection)
+                unpacked = _some_rows(unpacked, self.selection)
         if self.template is None:
-            return found
-        assert isinstance(found, (NF4, Int4))
-        template = self.template.to(found.device)
+            return unpacked
+        assert isinstance(unpacked, (NF4, Int4))
+        template = self.template.to(unpacked.device)
         assert isinstance(template, (NF4, Int4))
-        return replace(template, codes=found.codes)
+        return replace(template, codes=unpacked.codes)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows [start, stop) as [stop - start, K]. The whole matrix is unpacked for it."""
-        return self.standard().rows(start, stop, dtype)
+        """Rows [start, stop) as [stop - start, K]; unpacks the whole matrix."""
+        return self.unpack().rows(start, stop, dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole weight [N, K], as the standard one says: the oracle knows no packed layout."""
-        return self.standard().dequantize(dtype)
+        """The whole weight [N, K] as it was before packing: the oracle knows no packed layout."""
+        return self.unpack().dequantize(dtype)
 
     def to(self, device: torch.device) -> Weight:
-        """Itself where it is; elsewhere the standard weight, which every device multiplies."""
-        return self if device == self.device else self.standard().to(device)
+        """Itself on its own device, unpacked on another one: every device can use that."""
+        return self if device == self.device else self.unpack().to(device)
 
 
 class PackedExperts(ExpertSequence):
@@ -127,52 +129,51 @@ class PackedExperts(ExpertSequence):
     def __init__(
         self,
         packed: Sequence[PackedExpert],
-        kept: Sequence[Expert] | None = None,
+        originals: Sequence[Expert] | None = None,
         table: ExpertTable | None = None,
     ) -> None:
-        """Args:
-            kept: the experts that were packed; their codes are let go.
-            table: where kernels find them, if it is not where `packed` lies.
+        """A layer's experts.
+
+        Args:
+            originals: the experts that were packed; their codes are not kept.
+            table: the addresses that kernels read; None takes those of `packed`.
 
         Raises:
             UnsupportedError: as ExpertTable.build.
         """
+        self.packed = packed
         self.table = table or ExpertTable.build([packed])
-        bare = None if kept is None else [_bare(expert) for expert in kept]
-        self._made_of = (packed, bare)
+        self._templates = None
+        if originals is not None:
+            self._templates = [_expert_without_codes(expert) for expert in originals]
         self._experts = [
-            _parts(expert, None if bare is None else bare[index])
+            _packed_expert(expert, None if self._templates is None else self._templates[index])
             for index, expert in enumerate(packed)
         ]
 
     @classmethod
     def pack(cls, experts: Sequence[Expert]) -> "PackedExperts":
-        """Bring a layer's experts into the packed layout where they are.
+        """Pack a layer's experts on their own device.
 
         Raises:
             UnsupportedError: as pack_expert and ExpertTable.build.
         """
         return cls([pack_expert(expert) for expert in experts], experts)
 
-    @property
-    def packed(self) -> Sequence[PackedExpert]:
-        """The experts' bytes, and how to read them."""
-        return self._made_of[0]
-
-    def elsewhere(self, blobs: Sequence[Tensor], addresses: Tensor) -> "PackedExperts":
-        """The same experts with their bytes in `blobs`, found by kernels at `addresses` int64 [1, E]."""
-        packed, kept = self._made_of
-        moved = [rebased(expert, blob) for expert, blob in zip(packed, blobs, strict=True)]
+    def moved_to(self, blobs: Sequence[Tensor], addresses: Tensor) -> "PackedExperts":
+        """The experts with their bytes in `blobs`, read by kernels at `addresses`, int64 [1, E]."""
+        moved = [with_blob(expert, blob) for expert, blob in zip(self.packed, blobs, strict=True)]
         table = replace(self.table, addresses=addresses, blobs=[list(blobs)])
-        return PackedExperts(moved, kept, table)
+        return PackedExperts(moved, self._templates, table)
 
-    def through(self, addresses: Tensor) -> "PackedExperts":
-        """The same experts, found by kernels at other addresses, int64 [1, E]."""
-        return PackedExperts(*self._made_of, replace(self.table, addresses=addresses))
+    def with_addresses(self, addresses: Tensor) -> "PackedExperts":
+        """The same experts; kernels read them at other addresses, int64 [1, E]."""
+        table = replace(self.table, addresses=addresses)
+        return PackedExperts(self.packed, self._templates, table)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """A copy, or what is read back from a pickle, lies elsewhere: its addresses are taken anew."""
-        return PackedExperts, self._made_of
+        """Copies and unpickled experts lie at other addresses, which are looked up anew."""
+        return PackedExperts, (self.packed, self._templates)
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +187,7 @@ class PackedExperts(ExpertSequence):
 
 
 def pack(weight: Weight) -> PackedWeight:
-    """Bring a matrix into the packed layout where it is.
+    """Pack a matrix on its own device.
 
     Raises:
         UnsupportedError: as pack_matrix.
@@ -195,10 +196,10 @@ def pack(weight: Weight) -> PackedWeight:
 
 
 def pack_joined(weights: Sequence[Weight]) -> tuple[PackedWeight, tuple[PackedWeight, ...]]:
-    """Matrices with the same inputs as one, q, k and v: the whole, and each as a part of it.
+    """Pack matrices with the same inputs (q, k and v) as one: the whole, and each as rows of it.
 
     Raises:
-        UnsupportedError: as pack_matrix; or they are stored differently.
+        UnsupportedError: as pack_matrix, or they are stored differently.
     """
     whole = pack(_joined(weights))
     assert isinstance(whole.source, PackedMatrix)
@@ -211,14 +212,14 @@ def pack_joined(weights: Sequence[Weight]) -> tuple[PackedWeight, tuple[PackedWe
 
 
 def _without_codes(weight: Weight) -> Weight:
-    """On the host, with codes of no rows: the number of inputs is still there."""
+    """The weight on the host, with codes of no rows; they still tell the number of inputs."""
     assert isinstance(weight, (NF4, Int4))
-    none = torch.empty(0, *weight.codes.shape[1:], dtype=torch.uint8)
-    return replace(weight, codes=none).to(_HOST)
+    no_codes = torch.empty(0, *weight.codes.shape[1:], dtype=torch.uint8)
+    return replace(weight, codes=no_codes).to(_HOST)
 
 
 def _joined(weights: Sequence[Weight]) -> Weight:
-    """One weight of all rows."""
+    """The rows of several weights as one weight."""
     shape = joined([spec_of(weight) for weight in weights]).shape
     first = weights[0]
     if isinstance(first, NF4):
@@ -246,7 +247,7 @@ def _joined(weights: Sequence[Weight]) -> Weight:
 
 
 def _some_rows(weight: Weight, rows: range) -> Weight:
-    """Rows of a weight as it was unpacked; NF4's scales are plain then."""
+    """Some rows of an unpacked weight, in which the scales of NF4 are not nested."""
     part = slice(rows.start, rows.stop)
     if isinstance(weight, NF4):
         assert isinstance(weight.absmax, Tensor)
@@ -258,14 +259,15 @@ def _some_rows(weight: Weight, rows: range) -> Weight:
     return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=zeros)
 
 
-def _bare(expert: Expert) -> Expert:
+def _expert_without_codes(expert: Expert) -> Expert:
     w1, w2, w3 = (_without_codes(weight) for weight in (expert.w1, expert.w2, expert.w3))
     return Expert(w1=w1, w2=w2, w3=w3)
 
 
-def _parts(packed: PackedExpert, kept: Expert | None) -> Expert:
+def _packed_expert(packed: PackedExpert, template: Expert | None) -> Expert:
     names: tuple[Literal["w1", "w2", "w3"], ...] = ("w1", "w2", "w3")
     w1, w2, w3 = (
-        PackedWeight(packed, name, None if kept is None else getattr(kept, name)) for name in names
+        PackedWeight(packed, name, None if template is None else getattr(template, name))
+        for name in names
     )
     return Expert(w1=w1, w2=w2, w3=w3)

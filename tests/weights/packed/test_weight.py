@@ -44,7 +44,7 @@ def assert_equal(back, weight):
 def test_a_matrix_comes_back_bit_for_bit(kind):
     weight = KINDS[kind](256, 128)
     found = packed.pack(weight)
-    assert_equal(found.standard(), weight)
+    assert_equal(found.unpack(), weight)
     assert (found.shape, found.scheme, found.dtype) == (weight.shape, weight.scheme, weight.dtype)
     assert torch.equal(found.dequantize(torch.float32), weight.dequantize(torch.float32))
     assert torch.equal(found.rows(3, 9), weight.rows(3, 9))
@@ -62,8 +62,8 @@ def test_joined_matrices_come_back_bit_for_bit(kind):
     assert torch.equal(whole.dequantize(torch.float32), dense)
     for part, weight in zip(parts, weights, strict=True):
         assert part.shape == weight.shape
-        assert_equal(part.standard(), weight)
-        bare = packed.PackedWeight(part.source, part.selection, None).standard()
+        assert_equal(part.unpack(), weight)
+        bare = packed.PackedWeight(part.source, part.selection, None).unpack()
         assert torch.equal(bare.codes, weight.codes)
     assert sum(part.nbytes for part in parts) == whole.nbytes
 
@@ -90,7 +90,7 @@ def test_experts_come_back_bit_for_bit(kind):
     assert len(found) == 4
     for one, other in zip(found, experts, strict=True):
         for part in ("w1", "w2", "w3"):
-            assert_equal(getattr(one, part).standard(), getattr(other, part))
+            assert_equal(getattr(one, part).unpack(), getattr(other, part))
     blobs = found.table.blobs[0]
     assert sum(w.nbytes for e in found for w in (e.w1, e.w2, e.w3)) == sum(b.nbytes for b in blobs)
 
@@ -99,7 +99,7 @@ def test_what_was_drawn_in_packed_order_has_a_standard_form_too():
     matrix = packed.PackedWeight(packed.pack(nf4(128, 64)).source, None, None)
     assert matrix.scheme.kind == "nf4"
     assert not matrix.scheme.double_quant
-    assert matrix.standard().shape == (128, 64)
+    assert matrix.unpack().shape == (128, 64)
     assert packed.PackedWeight(packed.pack(int4(128, 64)).source, None, None).scheme.symmetric
 
 
@@ -112,7 +112,7 @@ def test_a_copy_has_addresses_of_its_own(again):
         assert other.table.addresses[0, expert] == blob.data_ptr()
         assert blob.data_ptr() != found.table.blobs[0][expert].data_ptr()
         assert torch.equal(blob, found.table.blobs[0][expert])
-    assert_equal(other[1].w3.standard(), found[1].w3.standard())
+    assert_equal(other[1].w3.unpack(), found[1].w3.unpack())
 
 
 def quantized_model(make=nf4, **changes):
