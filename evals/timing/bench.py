@@ -24,7 +24,7 @@ from qmix.errors import UsageError
 from qmix.evals.timing import traffic
 from qmix.evals.timing.bandwidth import copy_bandwidth, seconds, synchronize
 from qmix.evals.timing.traffic import Traffic
-from qmix.experts.store import Statistics
+from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream

@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 
 from qmix.errors import UsageError
-from qmix.experts.store import Statistics
+from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Finish, stream

@@ -1,4 +1,5 @@
-"""Which experts lie where: policy, residency and heat in integers, their traces and their simulation.
+"""A layer's experts, and the stores that keep them where they fit: on a GPU, on its host, in the file.
 
-An expert's id is `layer * experts_per_layer + expert`. Tensors begin with the arenas and the store.
+An expert's id is `layer * experts_per_layer + expert`. Policy, residency, miss path and heat file are
+integers only; tensors begin with the arenas. The room knows no model, no router and no file format.
 """

@@ -1,7 +1,7 @@
-"""Memory that experts lie in, one blob each: page-aligned and pinned on the host, slots on the device.
+"""The memory of experts, one blob each: page-aligned and pinned on the host, slots on the device.
 
-Both are one allocation of a size fixed at the start, so nothing fragments and nothing grows. Knows
-bytes only: what a blob means, and which expert lies in it, is the store's.
+Each arena is one allocation whose size is fixed at the start, so that nothing fragments or grows.
+Knows bytes only; the store knows what a blob means and which expert is in it.
 """
 
 import mmap
@@ -14,14 +14,14 @@ from torch import Tensor
 from qmix.errors import ResourceError
 from qmix.weights.blob import PAGE_BYTES, aligned
 
-# One registration may not be larger on some drivers; 15 GB at once failed where chunks did not.
+# Some drivers accept no larger registration: 15 GB at once failed where chunks did not.
 PIN_BYTES = 1 << 30
 _SLOT_ALIGNMENT = 256
 _PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
 class Runtime(Protocol):
-    """The two calls of CUDA's runtime that pin memory; `torch.cuda.cudart()` has them."""
+    """The two calls of CUDA's runtime that pin memory, as `torch.cuda.cudart()` offers them."""
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> object: ...  # noqa: N802
     def cudaHostUnregister(self, pointer: int) -> object: ...  # noqa: N802
@@ -30,15 +30,16 @@ class Runtime(Protocol):
 class HostArena:
     """`blobs` blobs of `nbytes` each in host memory, each on a page of its own.
 
-    Private anonymous memory in huge pages where the system has them; a page counts as resident once
-    it is written. What is pinned can be read by the device at the same address (64-bit Linux) and
-    copied without a staging buffer.
+    It is private anonymous memory, in huge pages if the system has them; a page counts as resident
+    once it is written. The device can read pinned memory at the same address (64-bit Linux), and
+    copies it without a staging buffer.
 
     Attributes:
-        pinned_bytes: 0, or all of it. unpinned_bytes: those that should have been pinned.
+        stride: bytes from one blob to the next.
+        pinned_bytes: 0, or all bytes. unpinned_bytes: bytes that should have been pinned.
 
     Raises:
-        ResourceError: the system does not give so much memory.
+        ResourceError: the system does not provide so much memory.
     """
 
     def __init__(self, blobs: int, nbytes: int) -> None:
@@ -72,42 +73,45 @@ class HostArena:
         return self._memory[start : start + self.nbytes]
 
     def pin(self, runtime: Runtime) -> bool:
-        """Register the memory with the device, in chunks of whole blobs of at most 1 GiB together.
+        """Register the memory with the device, in chunks of whole blobs of at most 1 GiB.
 
-        A copy may not cross two registrations, so no blob does. All or nothing: after a failure the
-        arena is pageable, which is said once, and counted in `unpinned_bytes`.
+        A copy may not cross two registrations, so no blob does. If a chunk cannot be registered, all
+        of the arena stays pageable: one warning says so, and `unpinned_bytes` counts it.
+
+        Returns:
+            whether the arena is pinned.
         """
         whole = self._count * self.stride
         chunk = max(1, PIN_BYTES // self.stride) * self.stride
-        done: list[int] = []
+        registered: list[int] = []
         for start in range(0, whole, chunk):
             pointer = self._memory.data_ptr() + start
             code = _code(
                 runtime.cudaHostRegister(pointer, min(chunk, whole - start), _PORTABLE_MAPPED)
             )
             if code:
-                for registered in done:
-                    runtime.cudaHostUnregister(registered)
+                for earlier in registered:
+                    runtime.cudaHostUnregister(earlier)
                 self.unpinned_bytes = whole
                 warnings.warn(
                     f"host memory could not be pinned: {whole / 2**30:.2f} GiB of experts, CUDA error "
                     f"{code} after {start / 2**30:.2f} GiB. Every miss now waits for a slower copy. "
-                    "Raise the limit of locked memory (ulimit -l; on WSL half of the memory can be "
-                    "pinned), or give a smaller ram.",
+                    "Raise the limit of locked memory (ulimit -l; WSL can pin half of the memory), or "
+                    "give a smaller ram.",
                     stacklevel=2,
                 )
                 return False
-            done.append(pointer)
+            registered.append(pointer)
         self._runtime, self.pinned_bytes = runtime, whole
         return True
 
     @property
     def pinned(self) -> bool:
-        """Whether the device can read blobs where they lie."""
+        """Whether the device can read the blobs in place."""
         return self.pinned_bytes > 0
 
     def unpin(self) -> None:
-        """Take the registrations back. The memory itself goes with its last view."""
+        """Undo the registrations. The memory itself is freed with its last view."""
         if self._runtime is None:
             return
         chunk = max(1, PIN_BYTES // self.stride) * self.stride
@@ -116,9 +120,9 @@ class HostArena:
         self._runtime, self.pinned_bytes = None, 0
 
 
-def _code(answer: object) -> int:
-    """A cudaError as a number: 0 is success."""
-    return int(getattr(answer, "value", answer))  # type: ignore[call-overload, no-any-return]
+def _code(result: object) -> int:
+    """The number of a cudaError; 0 is success."""
+    return int(getattr(result, "value", result))  # type: ignore[call-overload, no-any-return]
 
 
 class SlotArena:

@@ -12,7 +12,6 @@ copied into a slot before it is multiplied, and the host waits for the router.
 Shape letters: L layers, E experts a layer.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from weakref import finalize
@@ -26,7 +25,8 @@ from qmix.experts.gpu_sources import AddressTable, ExpertSources, Fill
 from qmix.experts.miss_path import MissPathSelector
 from qmix.experts.prefill_stream import PrefillStream
 from qmix.experts.residency import Residency, Upload
-from qmix.experts.store import MovedBytes, Statistics, Store
+from qmix.experts.statistics import MovedBytes, Statistics
+from qmix.experts.store import Store
 from qmix.kernels import Routes
 
 
@@ -38,7 +38,7 @@ class DeviceStore(Store):
         addresses: int64 [L, E] on the device.
         in_place: the device can read every blob.
         fill: writes an expert from its file into a slot; needed if a blob is None.
-        arena: the memory of the blobs; it is unpinned when the store is closed or collected.
+        arena: the memory of the blobs; it is unpinned when the store is collected.
 
     Attributes:
         path: how misses that are in host memory are served.
@@ -177,13 +177,6 @@ class DeviceStore(Store):
             path_switches=self.path.switches,
             **self._moved.fields(self.residency.counts),
         )
-
-    def close(self) -> None:
-        for _, copy in self._copies:
-            while not copy.done():
-                time.sleep(0.001)
-        if self._arena is not None:
-            self._arena.unpin()
 
     def _start(self, uploads: Sequence[Upload]) -> None:
         """Start copies into slots that nothing reads any more: the table is written without them."""

@@ -1,4 +1,4 @@
-"""Heat files: what a model's experts were worth when it last ran, for the next warm start.
+"""Heat files: the heat of a model's experts at the end of its last run, for the next warm start.
 
 JSON: {"format": "qmix-heat", "version": 1, "model": fingerprint, "heat": [Q16, ...]}. Knows no slots.
 """
@@ -15,23 +15,23 @@ FORMAT, VERSION = "qmix-heat", 1
 
 
 def fingerprint(routers: Iterable[bytes]) -> str:
-    """SHA-256 of the routers' weights, layer by layer: what decides the heat.
+    """SHA-256 of the routers' weights, layer by layer, which decide the heat.
 
-    They stay in 16 bits, so one model has the same heat file however its experts are stored.
+    Routers stay in 16 bits, so a model has one heat file whatever its experts are quantized to.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for data in routers:
-        found.update(len(data).to_bytes(8, "little"))
-        found.update(data)
-    return found.hexdigest()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def save(path: Path, heat: Sequence[int], *, model: str) -> None:
-    """Replace the file; the old one stands until the new one is on the disk.
+    """Replace the file; the old one stays until the new one is on the disk.
 
     Args:
-        heat: Q16, one an expert.
-        model: its fingerprint.
+        heat: of each expert, Q16.
+        model: the model's fingerprint.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -47,10 +47,14 @@ def save(path: Path, heat: Sequence[int], *, model: str) -> None:
 
 
 def read(path: Path, *, experts: int, model: str) -> list[int]:
-    """The heat of `experts` experts.
+    """The heat of each expert, Q16.
+
+    Args:
+        experts: how many there must be.
+        model: the model's fingerprint.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or another model's.
+        CheckpointError: there is no such file, or it is damaged or another model's.
     """
     document = strict_json.read(path)
     remedy = "Delete it: a new one is made."
@@ -88,7 +92,7 @@ def read(path: Path, *, experts: int, model: str) -> list[int]:
 
 
 def read_if_good(path: Path, *, experts: int, model: str) -> list[int] | None:
-    """The heat, or None: silently where there is no file yet, with one warning where it is no good."""
+    """The heat; None if there is no file yet, or, with a warning, if it cannot be used."""
     if not path.exists():
         return None
     try:

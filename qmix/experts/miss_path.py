@@ -1,6 +1,6 @@
-"""Whether the device reads a missing expert over PCIe, or the CPU multiplies it where it lies.
+"""Whether the device reads a missing expert over PCIe, or the CPU multiplies it in host memory.
 
-By measured bytes a second of both, with hysteresis. Pure Python: knows no clock, no tensors.
+Decided by the measured bytes a second of both paths, with hysteresis. Knows no clock and no tensors.
 """
 
 from dataclasses import dataclass, field
@@ -11,18 +11,19 @@ MissPath = Literal["zero-copy", "cpu"]
 
 @dataclass
 class MissPathSelector:
-    """The way of misses; zero-copy until both have been measured.
+    """Selects how misses are served: zero-copy until both paths have been measured.
 
-    Leaving zero-copy costs the recorded step (some milliseconds a token of launches and waits), and both ways read the
-    same memory, so the CPU must be much faster; it stays while it is somewhat faster. Rates are moving
-    averages of what was really reached: a way that collapses in service is left.
+    To leave zero-copy costs the recorded step (some milliseconds a token for launches and waits), and
+    both paths read the same memory. The CPU must therefore be much faster to be selected; it stays
+    selected while it is somewhat faster. Rates are moving averages of what was measured in service,
+    so a path that becomes slow is left.
 
     Attributes:
-        enter: the CPU is taken at this many times the interconnect's rate.
+        enter: the CPU is selected at this many times the interconnect's rate.
         leave: and left below this many times.
         weight: of a new measurement in the average.
-        current: the way. switches: how often it changed.
-        rates: bytes a second, by way.
+        current: the path that is selected now. switches: how often it has changed.
+        rates: bytes a second, by path.
     """
 
     enter: float = 2.0
@@ -32,23 +33,23 @@ class MissPathSelector:
     switches: int = 0
     rates: dict[MissPath, float] = field(default_factory=dict)
 
-    def observe(self, way: MissPath, nbytes: int, seconds: float) -> None:
-        """So many bytes took so long."""
+    def observe(self, path: MissPath, nbytes: int, seconds: float) -> None:
+        """Add a measurement: this many bytes took this long."""
         if nbytes <= 0 or seconds <= 0:
             return
-        rate, known = nbytes / seconds, self.rates.get(way)
-        self.rates[way] = rate if known is None else known + self.weight * (rate - known)
+        rate, average = nbytes / seconds, self.rates.get(path)
+        self.rates[path] = rate if average is None else average + self.weight * (rate - average)
 
     def choose(self) -> MissPath:
-        """The way of the next token."""
+        """Select the path of the next token."""
         if len(self.rates) == 2:
             ratio = self.rates["cpu"] / self.rates["zero-copy"]
             if ratio >= self.enter:
-                self._take("cpu")
+                self._select("cpu")
             elif ratio < self.leave:
-                self._take("zero-copy")
+                self._select("zero-copy")
         return self.current
 
-    def _take(self, way: MissPath) -> None:
-        self.switches += way != self.current
-        self.current = way
+    def _select(self, path: MissPath) -> None:
+        self.switches += path != self.current
+        self.current = path

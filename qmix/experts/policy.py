@@ -1,6 +1,6 @@
 """Which expert is worth a slot: decayed heat and recency in integers, behind one key.
 
-Heat is Q16: 65536 stands for one use that has just been. Knows no slots, no copies, no tensors.
+Heat is Q16: 65536 stands for one activation just now. Knows no slots, no copies and no tensors.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,21 +16,21 @@ PolicyName = Literal["heat", "lru", "lfu", "static"]
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """How experts are ordered and how many may move; all policies are settings of the same key.
+    """How experts are ordered and how many may move. All policies are settings of one key.
 
     Attributes:
-        decay: Q16 factor of all heat, once a token; 65536 forgets nothing.
-        gain: Q16 heat of one use.
-        margin: how far a missed expert's score must exceed the victim's: Q16 heat, or activations where
-            recency is weighed.
-        uploads: most admissions a token; None sets no limit.
+        decay: the Q16 factor by which every token multiplies all heat; 65536 forgets nothing.
+        gain: the Q16 heat of one activation.
+        margin: by how much a missed expert's score must exceed that of the expert it replaces, in
+            Q16 heat, or in activations if recency is weighted.
+        uploads: the most admissions a token; None sets no limit.
         heat_weight, recency_weight: of the score, see Policy.score.
 
     Raises:
         UsageError: a value out of its range.
     """
 
-    decay: int = 64881  # 0.99: half of the heat is 69 tokens old at most
+    decay: int = 64881  # 0.99: heat halves in 69 tokens
     gain: int = ONE
     margin: int = 2 * ONE
     uploads: int | None = 4
@@ -50,7 +50,7 @@ class PolicySettings:
 HEAT = PolicySettings()
 LRU = PolicySettings(margin=0, uploads=None, heat_weight=0, recency_weight=1)
 LFU = PolicySettings(decay=ONE, margin=0, uploads=None)
-STATIC = PolicySettings(decay=ONE, gain=0, uploads=0)  # what the heat file says, for good
+STATIC = PolicySettings(decay=ONE, gain=0, uploads=0)  # the order of the heat file, unchanged
 
 PRESETS: Mapping[PolicyName, PolicySettings] = {
     "heat": HEAT,
@@ -64,12 +64,13 @@ class Policy:
     """Heat and last use of every expert.
 
     Attributes:
-        heat: Q16, one an expert.
-        last_use: number of the activation that used the expert last, counted over all experts; 0: none.
+        heat: of each expert, Q16.
+        last_use: the number of each expert's last activation, counted over all experts; 0 if it
+            has none.
 
     Args:
         experts: how many there are.
-        heat: to start from, as a heat file gives it; default: none has any.
+        heat: the heat to start from, as in a heat file; default: 0.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class Policy:
         self._activations = 0
 
     def touch(self, expert: int) -> None:
-        """An activation in the midst of a token: counts for recency only."""
+        """An activation in the middle of a token: it counts for recency only."""
         self._activations += 1
         self.last_use[expert] = self._activations
 
     def used(self, experts: Iterable[int]) -> None:
-        """A token went through these, in this order; an expert that stands twice counts once."""
+        """A token activated these experts, in this order; an expert named twice counts once."""
         decay, gain = self.settings.decay, self.settings.gain
         if decay != ONE:
             self.heat = [heat * decay >> 16 for heat in self.heat]
@@ -96,7 +97,7 @@ class Policy:
             self.touch(expert)
 
     def score(self, expert: int) -> int:
-        """`heat_weight * heat + recency_weight * last_use`: what the margin is measured in."""
+        """`heat_weight * heat + recency_weight * last_use`, the unit of the margin."""
         settings = self.settings
         return (
             settings.heat_weight * self.heat[expert]
@@ -104,11 +105,11 @@ class Policy:
         )
 
     def key(self, expert: int) -> tuple[int, int, int]:
-        """(score, last use, id): the lowest is the first to go, and no two are equal."""
+        """(score, last use, id): the lowest is evicted first, and no two are equal."""
         return self.score(expert), self.last_use[expert], expert
 
     def order(self, per_layer: int) -> list[int]:
-        """All ids for a warm start: hottest first, the equally hot in turn over the layers.
+        """All ids for a warm start: hottest first, equally hot ones layer by layer in turn.
 
         Args:
             per_layer: experts a layer.

@@ -10,7 +10,7 @@ from qmix.experts.arena import SlotArena
 from qmix.experts.copiers import PendingCopy
 from qmix.experts.gpu_sources import AddressTable, ExpertSources
 from qmix.experts.residency import Residency
-from qmix.experts.store import MovedBytes
+from qmix.experts.statistics import MovedBytes
 
 
 class PrefillStream:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qmix.errors import ResourceError
 from qmix.experts.arena import HostArena
+from qmix.experts.disk_experts import DiskExperts
 from qmix.experts.disk_store import DiskStore
 from qmix.experts.policy import HEAT, Policy, PolicySettings
 from qmix.experts.reader import ExpertReader
@@ -91,7 +92,7 @@ def offload_to_host(
     policy.settings = replace(policy.settings, uploads=0)
     arena = HostArena(tiers.host + READ_BUFFERS, reader.blob_bytes)
     store = DiskStore(reader, arena, Residency(len(reader), tiers.host, policy), per_layer)
-    for index, block in enumerate(blocks):
-        block.store(store.layer(index))
+    for layer, block in enumerate(blocks):
+        block.store(DiskExperts(store, layer))
     store.warm(policy.order(per_layer))
     return store
