@@ -235,7 +235,7 @@ def _seconds(
         return planned.step_cost.seconds("resident" if gpu else "host", rates)
     hit = store.statistics().hit_rate
     if gpu:
-        path: roofline.Path = "cpu" if store.statistics().path == "cpu" else "interconnect"
+        path: roofline.DecodePath = "cpu" if store.statistics().path == "cpu" else "interconnect"
         return replace(planned.step_cost, hit=hit).seconds(path, rates)
     return replace(planned.step_cost, hit=hit, cold=1 - hit).seconds("host and disk", rates)
 

@@ -1,7 +1,7 @@
-"""An expert from its checkpoint's files into a blob of memory, in the standard layouts of its weights.
+"""Reads an expert from its checkpoint's files into a blob of memory, in its weights' standard layouts.
 
-What a file stores as the weight has it (bitsandbytes, compressed-tensors, dense) is read to its place;
-GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
+Layouts that store a tensor as the weight holds it (bitsandbytes, compressed-tensors, dense) are read
+straight into the blob; GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
 """
 
 import math
@@ -28,7 +28,7 @@ Bundle = TypeVar("Bundle")
 
 
 class Region:
-    """A blob that is given out piece by piece, from its start."""
+    """A blob that is handed out piece by piece, from its start."""
 
     def __init__(self, blob: Tensor) -> None:
         self._blob, self._end = blob, 0
@@ -39,24 +39,24 @@ class Region:
         assert start + nbytes <= len(self._blob), (start, nbytes, len(self._blob))
         return self._blob[start : start + nbytes]
 
-    def settled(self, bundle: Bundle) -> Bundle:
-        """A weight whose tensors all lie in the blob: as they are if they do, else copied."""
+    def moved_in(self, bundle: Bundle) -> Bundle:
+        """The same weight, all of its tensors in the blob: those outside are copied into it."""
         assert is_dataclass(bundle)
         changes: dict[str, Any] = {}
         for field in fields(bundle):
             value = getattr(bundle, field.name)
             if isinstance(value, Tensor):
-                changes[field.name] = self._kept(value)
+                changes[field.name] = self._inside(value)
             elif is_dataclass(value) and not isinstance(value, (type, Scheme)):
-                changes[field.name] = self.settled(value)
+                changes[field.name] = self.moved_in(value)
         return replace(bundle, **changes)  # type: ignore[type-var]
 
-    def _kept(self, tensor: Tensor) -> Tensor:
+    def _inside(self, tensor: Tensor) -> Tensor:
         start = self._blob.data_ptr()
         if start <= tensor.data_ptr() < start + len(self._blob):
             return tensor
-        place = self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        return place.copy_(tensor)
+        piece = self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return piece.copy_(tensor)
 
 
 class ExpertReader:
@@ -64,14 +64,14 @@ class ExpertReader:
 
     Args:
         dtype: of dense weights.
-        finish: what is done with each weight that was read: its dtype, and its checks.
+        finish: brings each weight that was read into its dtype, and checks it.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish) -> None:
         self._checkpoint, self._dtype, self._finish = checkpoint, dtype, finish
-        found = [tensor for tensor in checkpoint.tensors if tensor.kind == "expert"]
-        # Walking order: w1, w2, w3 of one expert after the other.
-        self._tensors = [tuple(found[i : i + 3]) for i in range(0, len(found), 3)]
+        experts = [tensor for tensor in checkpoint.tensors if tensor.kind == "expert"]
+        # They come expert by expert, as w1, w2 and w3.
+        self._tensors = [tuple(experts[i : i + 3]) for i in range(0, len(experts), 3)]
         for tensors in self._tensors:
             assert [t.prefix.rpartition(".")[2] for t in tensors] == list(MATRIX_NAMES)
 
@@ -80,30 +80,30 @@ class ExpertReader:
 
     @cached_property
     def blob_bytes(self) -> int:
-        """What the largest expert takes in memory: the size of every blob."""
+        """Bytes of the largest expert in memory, the size of every blob."""
         return max(sum(self._footprint(t) for t in tensors) for tensors in self._tensors)
 
     def file_bytes(self, expert: int) -> int:
-        """Bytes that reading an expert takes from the disk."""
+        """Bytes that are read from the disk for an expert."""
         return sum(self._stored(tensor) for tensor in self._tensors[expert])
 
     def read(self, expert: int, blob: Tensor) -> Expert:
-        """The expert in a blob of `blob_bytes`: its weights are views into it.
+        """Read an expert into a blob of `blob_bytes`; its weights are views of the blob.
 
         Raises:
             CheckpointError: the files are damaged, or changed since they were opened.
         """
         region = Region(blob)
-        w1, w2, w3 = (region.settled(self._weight(t, region)) for t in self._tensors[expert])
+        w1, w2, w3 = (region.moved_in(self._weight(t, region)) for t in self._tensors[expert])
         return Expert(w1=w1, w2=w2, w3=w3)
 
     def load(self, expert: int) -> Expert:
-        """The expert in memory of its own."""
+        """Read an expert into memory of its own."""
         w1, w2, w3 = (self._weight(tensor, None) for tensor in self._tensors[expert])
         return Expert(w1=w1, w2=w2, w3=w3)
 
     def described(self, expert: int) -> Expert:
-        """Weights that are read from the file whenever their values are asked for."""
+        """An expert whose weights are read from the file whenever their values are needed."""
         w1, w2, w3 = (self._described(tensor) for tensor in self._tensors[expert])
         return Expert(w1=w1, w2=w2, w3=w3)
 
@@ -134,7 +134,7 @@ class ExpertReader:
         return sum(self._checkpoint.entry(name).nbytes for name in self._members(tensor))
 
     def _footprint(self, tensor: ModelTensor) -> int:
-        """Bytes of a weight in a blob, at most."""
+        """The most bytes that a weight takes in a blob."""
         rows, columns = tensor.shape
         packed = self._checkpoint.packing(tensor)
         if packed is None:
@@ -149,12 +149,12 @@ class ExpertReader:
 
 @dataclass(frozen=True, eq=False)
 class FileWeight:
-    """A weight [N, K] that lies in its file. Every use of its values reads it anew.
+    """A weight [N, K] in its file. Every use of its values reads it again.
 
     Attributes:
-        load: reads it, into memory of its own.
-        scheme: as far as the headers tell (CheckpointMetadata.scheme_of).
-        nbytes: in the file.
+        load: reads the weight into memory of its own.
+        scheme: as far as the headers say (CheckpointMetadata.scheme_of).
+        nbytes: of its tensors in the file.
     """
 
     load: Callable[[], Weight]

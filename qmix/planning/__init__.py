@@ -1,4 +1,4 @@
-"""What fits, what it costs and how fast it may be, before anything is loaded.
+"""What fits, what it costs and how fast it can be, before anything is loaded.
 
 Arithmetic on shapes and measured rates: no torch, and no tensor is ever read here.
 """

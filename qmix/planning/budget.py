@@ -1,8 +1,7 @@
-"""What a model takes of each memory, line by line, by what will be done with it.
+"""What a model takes of each memory, item by item, for each thing that can be done with it.
 
-The experts' own line is the plan's; all the others follow from shapes. Knows no torch and no budget.
-Shape letters: B rows, T tokens of a chunk, V vocabulary, D hidden width, F expert width, W windows, S
-window.
+The plan adds the item of the experts; all others follow from shapes. Knows no torch and no budget.
+Shape letters: W windows, S positions of a window, D hidden width.
 """
 
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from qmix.planning.stored_model import StoredModel
 # the 8x7B.
 PREFILL_CHUNK, GPU_PREFILL_CHUNK = 512, 4096
 
-# A process with torch loaded holds 227 MiB, 266 MiB after it ran the tiny model (torch 2.13, Linux);
-# with CUDA's libraries about 2 GiB (assumed).
+# A process with torch loaded takes 227 MiB, and 266 MiB after it has run the tiny model (torch 2.13,
+# Linux); with CUDA's libraries it takes about 2 GiB (assumed).
 PROCESS_BYTES, CUDA_PROCESS_BYTES = 384 << 20, 2 << 30
-# CUDA's own memory on the device, 300 to 500 MB by driver and card; and what fragments.
+# CUDA's own memory on the device, 300 to 500 MB depending on driver and GPU; and fragmentation.
 CUDA_CONTEXT_BYTES, RESERVE_BYTES = 512 << 20, 256 << 20
 _TILE_BYTES = 64 << 20  # float32 tiles of the CPU's products, a few a thread
 _GRAPH_BYTES = 64 << 20  # a CUDA graph's private pool
@@ -28,7 +27,12 @@ _GRAPH_BYTES = 64 << 20  # a CUDA graph's private pool
 
 @dataclass(frozen=True)
 class Item:
-    """One entry of a bill; `standing`: there before anything is loaded, or kept free."""
+    """One item of a memory breakdown.
+
+    Attributes:
+        what: its name, as `qmix plan` prints it.
+        standing: taken before anything is loaded, or kept free.
+    """
 
     what: str
     nbytes: int
@@ -37,7 +41,7 @@ class Item:
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """What a plan takes of one memory, in bytes."""
+    """What a plan or a command takes of one memory, in bytes."""
 
     items: tuple[Item, ...] = ()
 
@@ -47,7 +51,7 @@ class MemoryBreakdown:
 
     @property
     def loaded(self) -> int:
-        """What is allocated by loading and running, beside what a process has anyway."""
+        """Bytes that loading and running allocate, without what is standing."""
         return sum(item.nbytes for item in self.items if not item.standing)
 
     def __getitem__(self, what: str) -> int:
@@ -73,7 +77,7 @@ def _weights(
 def device_items(
     model: StoredModel, footprint: Footprint, context: int, batch: int
 ) -> tuple[Item, ...]:
-    """A GPU's bill without the experts."""
+    """What a GPU holds, without the experts."""
     return (
         *_weights(model, footprint, context, batch),
         Item("decode workspace", _decoding(model, batch)),
@@ -84,7 +88,7 @@ def device_items(
 
 
 def host_items_beside_device(model: StoredModel, footprint: Footprint) -> tuple[Item, ...]:
-    """The host's bill where a GPU runs the model, without experts that stay there."""
+    """What the host holds while a GPU runs the model, without the experts that stay on the host."""
     return (
         Item("scales as they were read", footprint.host_bytes),
         Item("loading", max(model.loading, model.largest)),
@@ -95,7 +99,7 @@ def host_items_beside_device(model: StoredModel, footprint: Footprint) -> tuple[
 def host_items(
     model: StoredModel, footprint: Footprint, context: int, batch: int
 ) -> tuple[Item, ...]:
-    """The host's bill where it runs the model itself, without the experts."""
+    """What the host holds if it runs the model itself, without the experts."""
     return (
         *_weights(model, footprint, context, batch),
         Item("workspace", max(_host_prefill(model, context, batch), model.loading)),
@@ -104,7 +108,9 @@ def host_items(
 
 
 def for_scoring(model: StoredModel, windows: int, window: int) -> MemoryBreakdown:
-    """Host memory of `qmix eval`: one layer at a time and the hidden states of all windows [W, S, D]."""
+    """The host memory of `qmix eval`: a layer at a time, and the hidden states of all windows
+    [W, S, D].
+    """
     item, layers = model.item, model.config.num_hidden_layers
     sizes = [0] * layers
     ends = 0
@@ -127,12 +133,13 @@ def for_scoring(model: StoredModel, windows: int, window: int) -> MemoryBreakdow
 
 
 def for_rewriting(largest: int) -> MemoryBreakdown:
-    """Host memory of what goes through a checkpoint weight by weight: nf4, rtn, convert, export.
+    """The host memory of commands that rewrite a checkpoint weight by weight: nf4, rtn, convert,
+    export.
+
+    NF4 at full width took 1,165 MiB, with an embedding of 250 MiB as the largest tensor.
 
     Args:
-        largest: bytes of its largest tensor.
-
-    Measured for NF4 of full width: 1,165 MiB with an embedding of 250 MiB as the largest tensor.
+        largest: bytes of the checkpoint's largest tensor.
     """
     return MemoryBreakdown(
         (Item("one weight", 3 * largest), Item("process", PROCESS_BYTES, standing=True))
@@ -140,7 +147,7 @@ def for_rewriting(largest: int) -> MemoryBreakdown:
 
 
 def for_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> MemoryBreakdown:
-    """Host memory of GPTQ: the arrays of one matrix, and `in_memory` bytes of tokens."""
+    """The host memory of GPTQ: the arrays of one matrix, and `in_memory` bytes of tokens."""
     work = quantize_cost.work(config, tokens)
     return MemoryBreakdown(
         (
@@ -152,7 +159,7 @@ def for_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> Memor
 
 
 def _decoding(model: StoredModel, batch: int) -> int:
-    """Rotary factors of every position, logits before and after the processors, shares."""
+    """Rotary factors of every position, logits before and after the processors, partial sums."""
     config, item = model.config, model.item
     rotary = 2 * (config.max_position_embeddings + 1) * config.head_dim * item
     logits = 4 * batch * config.vocab_size * 4
@@ -162,8 +169,9 @@ def _decoding(model: StoredModel, batch: int) -> int:
 
 
 def _device_prefill(model: StoredModel, context: int, batch: int) -> int:
-    """Of a chunk: one expert dequantized, all its tokens' inner rows, shares of the sum; or, while
-    loading, a layer's experts in the files' layout."""
+    """A prompt chunk's workspace: one dequantized expert, the inner activations of all tokens, and
+    partial sums. While loading, a layer's experts in the layout of the files, if that is more.
+    """
     config, tokens, item = model.config, batch * min(GPU_PREFILL_CHUNK, context), 2
     hidden, inner = config.hidden_size, config.intermediate_size
     dequantized = 3 * hidden * inner * item
@@ -173,10 +181,10 @@ def _device_prefill(model: StoredModel, context: int, batch: int) -> int:
 
 
 def _host_prefill(model: StoredModel, context: int, batch: int) -> int:
-    """Of a chunk: float32 rows of one expert, a layer's mask, tiles, logits."""
+    """A prompt chunk's workspace: float32 activations of one expert, a mask, tiles and logits."""
     config, chunk = model.config, min(PREFILL_CHUNK, context)
-    held = min(context, config.sliding_window or context) + chunk
+    columns = min(context, config.sliding_window or context) + chunk
     wide = config.num_attention_heads * config.head_dim
     row = 4 * (3 * config.intermediate_size + 8 * config.hidden_size + 4 * wide)
-    mask = batch * chunk * held * 5  # as booleans, and added as floats
+    mask = batch * chunk * columns * 5  # as booleans, and as the floats that are added
     return batch * chunk * row + mask + 3 * 4 * batch * config.vocab_size + _TILE_BYTES

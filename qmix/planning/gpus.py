@@ -1,7 +1,7 @@
-"""Graphics cards by their data sheets: memory, its bandwidth, the interconnect to the host.
+"""GPUs by their data sheets: memory, its bandwidth, and the PCIe generation.
 
-Facts with their sources, for a card that is not in this machine. Knows nothing of what is measured:
-`qmix doctor --measure` is for the card that is.
+For planning with a GPU that is not in this machine; `qmix doctor --measure` measures one that is.
+Knows nothing of measurements.
 """
 
 import re
@@ -9,26 +9,27 @@ from dataclasses import dataclass
 
 from qmix.errors import UsageError
 
-# Host to device, bytes a second, of pinned memory over 16 lanes. PCIe 4: 23.8 measured on a 3090
-# (FlashML-org/FreeToken#281), 25 as the round figure of reference/offload.md, section 3. Other
-# generations by their ratio; 5 on an H100's host was 51 (kekzl/imp#1377).
+# Bytes a second from pinned host memory to the device over 16 lanes, by PCIe generation. PCIe 4:
+# 23.8 GB/s was measured on a 3090 (github.com/FlashML-org/FreeToken/issues/281), rounded to 25. The
+# others follow by ratio; 51 GB/s was measured on the host of an H100 (github.com/kekzl/imp/issues/1377).
 PCIE_BANDWIDTH = {3: 12.5e9, 4: 25e9, 5: 50e9}
-# What reading reaches of a data sheet's bandwidth: 854 of the 3090's 936 GB/s (ashalliants/ninfer-3090#50).
+# The share of a data sheet's bandwidth that reading reaches: 854 of the 3090's 936 GB/s
+# (github.com/ashalliants/ninfer-3090/issues/50).
 READ_SHARE = 0.91
-# The kernels are compiled for 8.0, 8.6, 8.9 and 9.0; older matrix units lack their instruction.
+# The kernels are compiled for 8.0, 8.6, 8.9 and 9.0; older matrix units lack the instruction they use.
 LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class Card:
-    """One kind of card.
+    """One model of GPU.
 
     Attributes:
         name: as `--card` takes it.
-        vram: bytes that the driver reports as total (nvidia-smi).
-        nominal: GB on the box.
-        bandwidth: bytes a second of the data sheet.
-        pcie: generation of its interconnect, 16 lanes.
+        vram: the total that the driver reports (nvidia-smi), in bytes.
+        nominal: the memory it is sold with, in GB.
+        bandwidth: of its memory by the data sheet, bytes a second.
+        pcie: the generation of its interconnect, with 16 lanes.
         capability: CUDA compute capability.
         source: of bandwidth and generation.
     """
@@ -43,7 +44,7 @@ class Card:
 
     @property
     def read_bandwidth(self) -> float:
-        """Bytes a second that a kernel may reach: the data sheet's times READ_SHARE."""
+        """Bytes a second that a kernel can reach, the data sheet's times READ_SHARE."""
         return READ_SHARE * self.bandwidth
 
     @property
@@ -65,7 +66,7 @@ def _card(
     )
 
 
-# By memory; of one size the slowest first, which stands for a bare `--vram`.
+# By memory, and by speed within one size.
 CARDS: tuple[Card, ...] = (
     _card("RTX 3060", 12288, 12, 360, 4, (8, 6)),
     _card("T4", 15360, 16, 320, 3, (7, 5)),
@@ -84,7 +85,7 @@ CARDS: tuple[Card, ...] = (
 )
 
 
-# Kinds of one name, by the words in which their drivers differ.
+# Models that share a name, by the words in which their drivers differ.
 _DRIVER_WORDS = {
     "A100-80": {"a100", "80gb"},
     "A100-40": {"a100"},
@@ -93,38 +94,38 @@ _DRIVER_WORDS = {
 
 
 def find(name: str) -> Card:
-    """The card of a name as people write it: "3090", "rtx-4090", "a100-40", "NVIDIA L40S".
+    """The GPU of a name as people write it: "3090", "rtx-4090", "a100-40", "NVIDIA L40S".
 
     Raises:
-        UsageError: none or several fit.
+        UsageError: the name fits no GPU of the list, or several.
     """
-    wanted = _plain(name)
-    exact = [card for card in CARDS if wanted == _plain(card.name)]
-    fitting = exact or [card for card in CARDS if wanted and wanted in _plain(card.name)]
-    if len(fitting) != 1:
+    plain = _plain(name)
+    exact = [card for card in CARDS if plain == _plain(card.name)]
+    matches = exact or [card for card in CARDS if plain and plain in _plain(card.name)]
+    if len(matches) != 1:
         raise UsageError(
-            "no such card" if not fitting else "which card?",
+            "ambiguous GPU name" if matches else "unknown GPU",
             where="--card",
-            expected="one of " + ", ".join(card.name for card in fitting or CARDS),
+            expected="one of " + ", ".join(card.name for card in matches or CARDS),
             found=name,
-            remedy="Give --vram for another one." if not fitting else None,
+            remedy=None if matches else "Give --vram for another GPU.",
         )
-    return fitting[0]
+    return matches[0]
 
 
 def known(device: str) -> Card | None:
-    """The card that a driver's name speaks of ("NVIDIA GeForce RTX 3090"); None if it is not listed."""
+    """The GPU that a driver names ("NVIDIA GeForce RTX 3090"); None if it is not in the list."""
     words = set(re.findall(r"[a-z0-9]+", device.lower()))
     if "laptop" in words:
         return None
-    for name, wanted in _DRIVER_WORDS.items():
-        if wanted <= words:
+    for name, driver_words in _DRIVER_WORDS.items():
+        if driver_words <= words:
             return find(name)
     return next((card for card in CARDS if card.name.lower().split()[-1] in words), None)
 
 
 def of_size(vram: int) -> Card:
-    """What stands for a card of which only the memory is known: a supported one of the nearest size."""
+    """The GPU to assume if only its memory is known: a common one of the nearest size."""
     usual = ("RTX 3060", "RTX 4080", "RTX 3090", "RTX 5090", "A100-40", "A6000", "A100-80", "H200")
     return min(
         (card for card in CARDS if card.name in usual),

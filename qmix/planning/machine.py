@@ -1,7 +1,7 @@
-"""The machine that this process runs on: memory, processor, disk, GPUs, and what was measured of them.
+"""The machine that this process runs on: memory, processor, disk and GPUs, and their measurements.
 
-Reads the system's own files and asks nvidia-smi; knows no torch. `qmix doctor --measure` writes the
-measurements, plans read them.
+Reads the system's files and runs nvidia-smi; knows no torch. `qmix doctor --measure` writes the
+measurements, and plans read them.
 """
 
 import os
@@ -28,11 +28,11 @@ _EXTENSIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Host memory in bytes, limits of control groups included.
+    """Host memory in bytes, within the limits of control groups.
 
     Attributes:
-        total: that this process may ever use. available: now, without swapping.
-        limit: who says so: "system" or "cgroup".
+        total: what this process may use at most. available: what it may use now, without swapping.
+        limit: what limits it, "system" or "cgroup".
     """
 
     total: int
@@ -42,7 +42,7 @@ class HostMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A card as its driver names it; sizes in bytes, `free` at this moment."""
+    """A GPU as its driver names it; sizes in bytes, `free` at this moment."""
 
     name: str
     total: int
@@ -53,13 +53,14 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What `qmix doctor --measure` timed, in bytes a second; None where there is nothing to time.
+    """What `qmix doctor --measure` timed, in bytes a second; None if there is nothing to time.
 
     Attributes:
         key: the machine and its GPU, see `key`.
-        host_read: host memory, read by all threads. disk_read: of the file system measured, not
-            cached. device_copy: device memory, bytes read and written both counted. interconnect: pinned
-            host memory to the device.
+        host_read: host memory, read by all threads.
+        disk_read: the file system that was measured, not cached.
+        device_copy: device memory; bytes read and bytes written both count.
+        interconnect: pinned host memory to the device.
         date: ISO 8601.
     """
 
@@ -72,15 +73,15 @@ class Measured:
 
 
 def memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> HostMemory:
-    """What the system and its control groups leave this process; page cache counts as available."""
-    found = _system(proc)
+    """What the system and its control groups leave to this process; page cache is available."""
+    host = _system(proc)
     for limit, used in _cgroups(proc, cgroup):
-        if limit < found.total:
-            available = max(0, min(found.available, limit - used))
-            found = HostMemory(total=limit, available=available, limit="cgroup")
-        elif limit - used < found.available:
-            found = HostMemory(total=found.total, available=max(0, limit - used), limit="cgroup")
-    return found
+        if limit < host.total:
+            available = max(0, min(host.available, limit - used))
+            host = HostMemory(total=limit, available=available, limit="cgroup")
+        elif limit - used < host.available:
+            host = HostMemory(total=host.total, available=max(0, limit - used), limit="cgroup")
+    return host
 
 
 def _system(proc: Path) -> HostMemory:
@@ -99,8 +100,8 @@ def _system(proc: Path) -> HostMemory:
 
 
 def _cgroups(proc: Path, root: Path) -> list[tuple[int, int]]:
-    """(limit, used) of every control group around this process, versions 2 and 1."""
-    found = []
+    """(limit, used) of every control group that contains this process, versions 2 and 1."""
+    groups = []
     with suppress(OSError):
         for line in (proc / "self" / "cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -111,26 +112,26 @@ def _cgroups(proc: Path, root: Path) -> list[tuple[int, int]]:
             if controllers:
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
                 base = root / "memory"
-            # Inside a container the path may be the host's: the root's own files then say it.
+            # Inside a container the path may be the host's; then the root's own files apply.
             for folder in {base, *_upward(base, path)}:
                 with suppress(OSError, ValueError):
                     limit = int((folder / names[0]).read_text())  # "max" is no number
                     used = int((folder / names[1]).read_text())
                     if limit < _UNLIMITED:
-                        found.append((limit, max(0, used - _inactive(folder, names[2]))))
-    return found
+                        groups.append((limit, max(0, used - _inactive(folder, names[2]))))
+    return groups
 
 
 def _upward(base: Path, path: str) -> list[Path]:
-    folder, found = base / path.strip("/"), []
+    folder, folders = base / path.strip("/"), []
     while folder != base and base in folder.parents:
-        found.append(folder)
+        folders.append(folder)
         folder = folder.parent
-    return found
+    return folders
 
 
 def _inactive(folder: Path, name: str) -> int:
-    """Bytes of files in a group's memory that go before anything is refused."""
+    """Bytes of cached files in a group's memory, which are dropped before anything is refused."""
     with suppress(OSError, ValueError):
         for line in (folder / "memory.stat").read_text().splitlines():
             if line.startswith(f"{name} "):
@@ -139,7 +140,7 @@ def _inactive(folder: Path, name: str) -> int:
 
 
 def gpus(run: Callable[..., Any] = subprocess.run) -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs that this process may see, by nvidia-smi; none without it."""
+    """The NVIDIA GPUs that this process may use, according to nvidia-smi; none without it."""
     if shutil.which("nvidia-smi") is None:
         return ()
     query = "name,memory.total,memory.free,driver_version,compute_cap"
@@ -151,12 +152,12 @@ def gpus(run: Callable[..., Any] = subprocess.run) -> tuple[Gpu, ...]:
             timeout=_NVIDIA_SMI_S,
             check=True,
         )
-        found = tuple(_gpu(line) for line in done.stdout.splitlines() if line.strip())
+        every = tuple(_gpu(line) for line in done.stdout.splitlines() if line.strip())
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is None:
-            return found
+            return every
         chosen = [part.strip() for part in visible.split(",")]
-        return tuple(found[int(i)] for i in chosen if i.isdecimal() and int(i) < len(found))
+        return tuple(every[int(i)] for i in chosen if i.isdecimal() and int(i) < len(every))
     return ()
 
 
@@ -173,7 +174,7 @@ def _gpu(line: str) -> Gpu:
 
 
 def processor() -> tuple[str, tuple[str, ...]]:
-    """The CPU's model and those of its vector extensions that kernels ask for."""
+    """The CPU's model, and the vector extensions that it has and kernels use."""
     model, flags = platform.processor() or platform.machine(), set[str]()
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -187,17 +188,17 @@ def processor() -> tuple[str, tuple[str, ...]]:
 
 
 def cores() -> int:
-    """Processors that this process may run on."""
+    """The number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes that may be written below a directory."""
+    """Bytes that can be written below a directory."""
     return shutil.disk_usage(folder).free
 
 
 def key(gpu: str | None = None) -> str:
-    """What measurements belong to: host name, CPU, cores and GPU."""
+    """What measurements are stored by: host name, CPU, cores and GPU."""
     model, _ = processor()
     return " / ".join((socket.gethostname(), model, f"{cores()} cores", gpu or "no GPU"))
 
@@ -211,41 +212,48 @@ def measurements_path(environment: Mapping[str, str] = os.environ) -> Path:
 
 @dataclass(frozen=True)
 class SavedMeasurements:
-    """The measurements of this machine; `trouble` says why a file that is there was ignored."""
+    """The measurements of this machine; `trouble` says why an existing file was ignored."""
 
     measured: Measured | None = None
     trouble: str | None = None
 
 
-def measurements(wanted: str, path: Path | None = None) -> SavedMeasurements:
-    """What was saved for the machine `wanted`; a damaged file is told and ignored."""
+def measurements(key: str, path: Path | None = None) -> SavedMeasurements:
+    """What was saved for the machine of a key (see `key`); a damaged file is reported and ignored."""
     path = path or measurements_path()
     if not path.exists():
         return SavedMeasurements()
     try:
         entries = _entries(path)
-        return SavedMeasurements(next((one for one in entries if one.key == wanted), None))
+        return SavedMeasurements(next((entry for entry in entries if entry.key == key), None))
     except QmixError as error:
         return SavedMeasurements(trouble=f"{error} (ignored)")
 
 
 def save(measured: Measured, path: Path | None = None) -> Path:
-    """Put the measurements of one machine into the user's file, beside others'; complete or not at all."""
+    """Save the measurements of one machine in the user's file, beside those of others.
+
+    Returns:
+        the file.
+
+    Raises:
+        OSError: it cannot be written; the old file is unchanged.
+    """
     path = path or measurements_path()
     others: list[Measured] = []
     with suppress(QmixError):
-        others = [one for one in _entries(path) if one.key != measured.key]
-    document = {"version": _VERSION, "machines": [asdict(one) for one in (*others, measured)]}
+        others = [entry for entry in _entries(path) if entry.key != measured.key]
+    document = {"version": _VERSION, "machines": [asdict(entry) for entry in (*others, measured)]}
     path.parent.mkdir(parents=True, exist_ok=True)
     strict_json.write(path, document)
     return path
 
 
 def _entries(path: Path) -> list[Measured]:
-    """All that the file holds.
+    """All measurements of the file.
 
     Raises:
-        CheckpointError: not a file of measurements.
+        CheckpointError: it is not a file of measurements.
     """
 
     def refuse(found: object) -> CheckpointError:
@@ -253,7 +261,7 @@ def _entries(path: Path) -> list[Measured]:
             "not a file of measurements",
             where=str(path),
             found=repr(found)[:80],
-            remedy="qmix doctor --measure writes it anew.",
+            remedy="qmix doctor --measure writes it again.",
         )
 
     document = strict_json.read(path)
@@ -261,7 +269,7 @@ def _entries(path: Path) -> list[Measured]:
     if document.get("version") != _VERSION or not isinstance(machines, list):
         raise refuse(document)
     known = {field.name for field in fields(Measured)}
-    found = []
+    measured = []
     for entry in machines:
         if (
             not isinstance(entry, dict)
@@ -277,5 +285,5 @@ def _entries(path: Path) -> list[Measured]:
             or not all(isinstance(entry.get(n, ""), str) for n in ("key", "date"))
         ):
             raise refuse(entry)
-        found.append(Measured(**entry))
-    return found
+        measured.append(Measured(**entry))
+    return measured

@@ -1,27 +1,27 @@
-"""How much work a calibrated quantization is, by arithmetic: for plans, for reports, for a GPU that is not there.
+"""How much work a calibrated quantization is, by arithmetic: for plans, reports and absent GPUs.
 
-Shape letters: L layers, T calibration tokens, D hidden width, F expert width, E experts, K inputs and
-N outputs of a matrix. Knows no torch, nothing of files or of time measured.
+Shape letters: T calibration tokens, K inputs and N outputs of a matrix. Knows no torch, no files and
+no measurements.
 """
 
 from dataclasses import dataclass
 
 from qmix.config import MixtralConfig
 
-# What a large GPU does without tensor cores (H100 SXM: 67 by its data sheet), 60 % of it.
+# 60 % of what a large GPU does without tensor cores (H100 SXM: 67 TFLOP/s by its data sheet).
 GPU_FLOPS = 40e12
 GPU_LAUNCH_S = 6e-6
-_GREEDY_LAUNCHES, _REFINE_LAUNCHES = 8, 6  # an input
+_GREEDY_LAUNCHES, _REFINE_LAUNCHES = 8, 6  # for each input
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one layer.
+    """The work of one layer.
 
     Attributes:
         flops: multiplications and additions.
-        launches: kernels that a GPU starts, with all experts' matrices of a kind at once.
-        peak_bytes: of arrays at once with one expert at a time, where w2 is rounded.
+        launches: kernels that a GPU starts, one for all experts' matrices of a kind.
+        peak_bytes: of all arrays while w2 is rounded, with one expert at a time.
     """
 
     flops: float
@@ -34,7 +34,7 @@ class Work:
 
 
 def work(config: MixtralConfig, tokens: int, *, correct: bool = True, refine: int = 3) -> Work:
-    """The arithmetic of `quantize.layerwise` and `quantize.gptq`, term by term.
+    """The arithmetic of `quantize.calibrated.layer` and `quantize.rounding.gptq`, term by term.
 
     Args:
         tokens: T. correct, refine: as in `LayerOptions` and `RoundingOptions` of qmix.quantize.
@@ -46,26 +46,26 @@ def work(config: MixtralConfig, tokens: int, *, correct: bool = True, refine: in
     )
     heads = config.num_attention_heads * config.head_dim
     narrow = 2 * config.num_key_value_heads * config.head_dim
-    routed = tokens * config.num_experts_per_tok
+    pairs = tokens * config.num_experts_per_tok  # of a token and an expert
     sums = 2 if correct else 1
     matrices = (  # (count, tokens each, K, N)
         (1, tokens, hidden, heads + narrow),
         (1, tokens, heads, hidden),
-        (experts, routed / experts, hidden, 2 * inner),
-        (experts, routed / experts, inner, hidden),
+        (experts, pairs / experts, hidden, 2 * inner),
+        (experts, pairs / experts, inner, hidden),
     )
     flops = 0.0
-    for count, seen, columns, rows in matrices:
+    for count, inputs, columns, rows in matrices:
         square = columns * columns
         solved = 1 + 2 * refine + (4 if correct else 0)
-        flops += count * (2 * sums * seen * square + columns**3 / 3 + solved * rows * square)
+        flops += count * (2 * sums * inputs * square + columns**3 / 3 + solved * rows * square)
     attention = hidden * (2 * heads + narrow)
     flops += 2 * tokens * attention * (3 + sums)
     expert = hidden * inner
-    flops += 2 * routed * expert * (10 if correct else 5)
+    flops += 2 * pairs * expert * (10 if correct else 5)
     columns = 2 * hidden + heads + inner
     launches = columns * (_GREEDY_LAUNCHES + _REFINE_LAUNCHES * refine)
     moments = 4 * inner * inner * (sums + 1)  # with the Cholesky factor
     state = (4 + 4 + 2 + 4) * inner * hidden  # targets, errors, codes, the weight
-    kept = 3 * experts * inner * hidden // 2  # rounded matrices of the layer
-    return Work(flops, launches, moments + state + kept)
+    rounded = 3 * experts * inner * hidden // 2  # the matrices of the layer, in 4 bits
+    return Work(flops, launches, moments + state + rounded)

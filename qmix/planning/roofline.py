@@ -1,24 +1,25 @@
-"""How fast a token can be at best: bytes over bandwidths, as reference formulas have it.
+"""How fast a decode step can be at best: bytes divided by bandwidths.
 
-T of one decode step, batch 1, for a model whose experts lie in several tiers:
+T of one step for a model whose experts are in several tiers:
     all in device memory     T = (D + A S) / B_device
     misses over PCIe         T = (D + A S) / B_device + m A S / B_pcie
     misses on the CPU        T = (D + h A S) / B_device + m A S / B_host + L t
     experts on the disk      + f A S / B_disk
     no device                T = (D + A S) / B_host + f A S / B_disk
-A expert activations a token, S bytes an expert, D other bytes read, h the share of activations that hit the
-fastest tier, m = 1 - h, f the share that only the disk holds, L layers, t what a layer waits for the host. Without locality h is the
-share of experts that the tier holds, which any policy reaches. Knows no torch and no model.
+A expert activations a step, S bytes an expert, D other bytes that are read, h the share of
+activations that hit the fastest tier, m = 1 - h, f the share that only the disk holds, L layers, t
+the time that a layer waits for the host. Without locality h is the share of experts in the fastest
+tier, whatever the policy. Knows no torch and no model.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Path = Literal["resident", "interconnect", "cpu", "host", "host and disk"]
+DecodePath = Literal["resident", "interconnect", "cpu", "host", "host and disk"]
 
-# What is expected of a bound until it has been measured: the goals that this project set itself.
-# llama.cpp's static split reaches 0.54 to 0.78 of its own, a tuned resident MoE decode 0.51.
-SHARE: dict[Path, float] = {
+# The share of a bound to expect until it has been measured: the goals of this project. llama.cpp's
+# static split reaches 0.54 to 0.78 of its own bound, a tuned resident MoE decode 0.51.
+SHARE: dict[DecodePath, float] = {
     "resident": 0.60,
     "interconnect": 0.80,
     "cpu": 0.70,
@@ -29,7 +30,7 @@ SHARE: dict[Path, float] = {
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes a second, and where the figure is from."""
+    """Bytes a second, and where the figure comes from."""
 
     bandwidth: float
     source: str
@@ -37,7 +38,9 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What can be read a second: device memory, the interconnect to it, host memory by the CPU, the disk."""
+    """How fast each memory is read: by the device its own memory and, over the interconnect, the
+    host's; by the CPU host memory and the disk.
+    """
 
     device: Rate
     interconnect: Rate
@@ -50,11 +53,13 @@ class StepCost:
     """The bytes of one decode step.
 
     Attributes:
-        dense: bytes that every token reads: attention, router, norms, head (D).
-        activations: expert activations (A). expert: bytes of one (S).
-        hit: share of activations that the fastest tier holds (h). cold: that only the disk holds (f).
+        dense: bytes that every step reads: attention, router, norms, head (D).
+        activations: distinct experts that the step reads, over all layers (A). expert: bytes of
+            one expert (S).
+        hit: the share of activations that the fastest tier holds (h). cold: that only the disk
+            holds (f).
         layers: L.
-        wait_s: what a layer waits for the host's answer (t); 0 for a bound.
+        wait_s: how long a layer waits for the host (t), in seconds; 0 for a bound.
     """
 
     dense: float
@@ -67,11 +72,11 @@ class StepCost:
 
     @property
     def missed(self) -> float:
-        """Bytes of experts that come from the next tier: m A S."""
+        """Bytes of experts that come from the next tier, m A S."""
         return (1 - self.hit) * self.activations * self.expert
 
-    def seconds(self, path: Path, rates: Rates) -> float:
-        """The least time of the step."""
+    def seconds(self, path: DecodePath, rates: Rates) -> float:
+        """The least time of the step, in seconds."""
         active = self.dense + self.activations * self.expert
         read = self.cold * self.activations * self.expert / rates.disk.bandwidth
         match path:

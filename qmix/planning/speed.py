@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from qmix.planning import roofline
 from qmix.planning.plan import Plan
-from qmix.planning.roofline import Path, Rates
+from qmix.planning.roofline import DecodePath, Rates
 
-_RATES: dict[Path, tuple[str, ...]] = {
+_RATES: dict[DecodePath, tuple[str, ...]] = {
     "resident": ("device",),
     "interconnect": ("device", "interconnect"),
     "cpu": ("device", "host"),
@@ -29,7 +29,7 @@ class Speed:
         expected: `share` of the bound, until it has been measured.
     """
 
-    path: Path
+    path: DecodePath
     bound: float
     bound_full: float
     expected: float
@@ -67,7 +67,7 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def _paths(planned: Plan) -> tuple[Path, ...]:
+def _paths(planned: Plan) -> tuple[DecodePath, ...]:
     if not planned.gpu:
         return ("host",) if planned.resident else ("host and disk",)
     return ("resident",) if planned.resident else ("interconnect", "cpu")

@@ -40,7 +40,7 @@ def here(monkeypatch, tmp_path):
         (["evals/tiny", "--ram", "0"], 2, "--ram: a size out of range"),
         (["evals/tiny", "--vram", "1M"], 4, "vram: too little device memory"),
         (["evals/tiny", "--ram", "100M"], 4, "ram: too little host memory"),
-        (["evals/tiny", "--card", "abacus"], 2, "--card: no such card"),
+        (["evals/tiny", "--card", "abacus"], 2, "--card: unknown GPU"),
         (["evals/tiny", "--ctx", "100000"], 2, "context: out of range"),
         (["evals/tiny", "--batch", "0"], 2, "batch: out of range"),
         (["evals/tiny", "--group-size", "64"], 2, "--group-size does not apply"),
