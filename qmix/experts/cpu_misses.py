@@ -1,7 +1,6 @@
 """A decode step whose hits the device multiplies and whose misses the CPU multiplies where they lie.
 
 Activations go down to the host and products come up; no weight moves. Knows no store.
-Shape letters: E experts a layer, T tokens, k chosen experts a token, D hidden width.
 """
 
 import time

@@ -1,7 +1,4 @@
-"""One layer of a DiskStore, and how one product sees it: from slots, or through buffers.
-
-Shape letters: T tokens, D hidden width.
-"""
+"""One layer of a DiskStore, and how one product sees it: from slots, or through buffers."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence

@@ -2,9 +2,8 @@
 
 Threads read a decode step's experts into slots while those that are there are multiplied. A prompt
 streams the missing experts through two buffers that hold nothing else, and leaves the slots as they
-are. All reads are preads into the arena, never page faults of a mapped file.
-
-Shape letters: E experts a layer. Knows no kernels.
+are. All reads are preads into the arena, never page faults of a mapped file. Knows no
+kernels.
 """
 
 from collections.abc import Collection, Iterable, Sequence

@@ -1,7 +1,4 @@
-"""One layer of a DeviceStore: the packed experts behind the store's address table.
-
-Shape letters: E experts a layer, T tokens, D hidden width.
-"""
+"""One layer of a DeviceStore: the packed experts behind the store's address table."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,6 +1,6 @@
 """Where the bytes of each expert come from and where kernels find them: host blobs, slots, addresses.
 
-Shape letters: L layers, E experts a layer. Knows no layer, no step and no policy.
+Knows no layer, no step and no policy.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ class AddressTable:
     """The device's table of expert addresses: the slot, or the host blob if the device can read it.
 
     Args:
-        addresses: int64 [L, E] on the device, written by `write`.
+        addresses: int64 [layers, E] on the device, written by `write`.
         in_place: the device can read every host blob; otherwise an expert without a slot has the
             address 0.
     """

@@ -8,8 +8,6 @@ far, and publishes the new address when the copy has ended.
 
 Where the device cannot read the host's blob (not pinned, or only in the file), every chosen expert is
 copied into a slot before it is multiplied, and the host waits for the router.
-
-Shape letters: L layers, E experts a layer.
 """
 
 from collections import deque
@@ -35,7 +33,7 @@ class DeviceStore(Store):
 
     Args:
         blobs: each expert's blob in host memory; None if it is only in the file.
-        addresses: int64 [L, E] on the device.
+        addresses: int64 [layers, E] on the device.
         in_place: the device can read every blob.
         fill: writes an expert from its file into a slot; needed if a blob is None.
         arena: the memory of the blobs; it is unpinned when the store is collected.
@@ -85,7 +83,7 @@ class DeviceStore(Store):
 
     @property
     def addresses(self) -> Tensor:
-        """The device's table, int64 [L, E]."""
+        """The device's table, int64 [layers, E]."""
         return self._table.addresses
 
     @property
@@ -124,7 +122,7 @@ class DeviceStore(Store):
         self.path.choose()
 
     def log(self, routes: Tensor) -> None:
-        """A decode step was enqueued; int [L, ...] will hold the experts that its rows chose."""
+        """A decode step was enqueued; int [layers, ...] will hold the experts that its rows chose."""
         self._logs.append(self._copier.read(routes))
 
     def reach(self, layer: int, routes: Routes) -> None:

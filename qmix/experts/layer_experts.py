@@ -1,7 +1,6 @@
 """One layer's experts, and the one door through which a layer multiplies them: `Experts.forward`.
 
 Each kind of experts knows which kernels multiply it. Those of a store are in `store` and above.
-Shape letters: T tokens, D hidden width.
 """
 
 from abc import abstractmethod

@@ -1,7 +1,6 @@
 """A prompt's way through the experts of a DeviceStore: layer after layer through borrowed slots.
 
 While one layer is multiplied the next one is copied. A prompt does not change which experts are hot.
-Shape letters: E experts a layer.
 """
 
 from torch import Tensor
@@ -19,7 +18,7 @@ class PrefillStream:
     With fewer slots than a layer has experts there are no buffers, and the device reads the host.
 
     Args:
-        layers, per_layer: L and E.
+        layers, per_layer: the number of layers, and E.
         moved: counts the bytes.
     """
 

@@ -1,7 +1,4 @@
-"""What layers and the loader know of a store of experts, wherever it keeps them.
-
-Shape letters: T tokens, D hidden width.
-"""
+"""What layers and the loader know of a store of experts, wherever it keeps them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

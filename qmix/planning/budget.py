@@ -1,7 +1,6 @@
 """What a model takes of each memory, item by item, for each thing that can be done with it.
 
 The plan adds the item of the experts; all others follow from shapes. Knows no torch and no budget.
-Shape letters: W windows, S positions of a window, D hidden width.
 """
 
 from dataclasses import dataclass
@@ -108,8 +107,8 @@ def host_items(
 
 
 def for_scoring(model: StoredModel, windows: int, window: int) -> MemoryBreakdown:
-    """The host memory of `qmix eval`: a layer at a time, and the hidden states of all windows
-    [W, S, D].
+    """The host memory of `qmix eval`: a layer at a time, and the hidden states of all windows,
+    [windows, window, D].
     """
     item, layers = model.item, model.config.num_hidden_layers
     sizes = [0] * layers

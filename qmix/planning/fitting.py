@@ -1,6 +1,6 @@
 """How many experts fit each memory, as a function of the context, for one model and its budgets.
 
-Pure arithmetic: no torch, no file, no clock. Shape letters: B rows, E experts a layer, k chosen.
+Pure arithmetic: no torch, no file, no clock.
 """
 
 from collections.abc import Callable

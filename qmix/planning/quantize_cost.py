@@ -1,7 +1,6 @@
 """How much work a calibrated quantization is, by arithmetic: for plans, reports and absent GPUs.
 
-Shape letters: T calibration tokens, K inputs and N outputs of a matrix. Knows no torch, no files and
-no measurements.
+T are calibration tokens. Knows no torch, no files and no measurements.
 """
 
 from dataclasses import dataclass

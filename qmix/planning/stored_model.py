@@ -1,7 +1,7 @@
 """A model as its files store it, weight by weight: from their headers, or assumed from a config.
 
 Counts bytes in the files and in the standard layouts of host memory. Knows no torch, no tensors and
-no GPU. Shape letters: N outputs, K inputs, E experts, L layers.
+no GPU.
 """
 
 import math
@@ -160,7 +160,7 @@ class StoredModel:
 
     @property
     def experts(self) -> int:
-        """The number of experts in all layers, L * E."""
+        """The number of experts in all layers."""
         return self.config.num_hidden_layers * self.config.num_local_experts
 
     @property
