@@ -18,7 +18,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import QmixError
 from qmix.evals.training.tiny_model import TINY
-from qmix.formats.files import output_dir, shards
+from qmix.formats.files import output_dir, shard_writer
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors
@@ -35,7 +35,9 @@ _OUTLIER_EVERY, _OUTLIER_FACTOR = 256, 8.0
 
 def config(layers: int, *, packed: bool) -> MixtralConfig:
     """Mixtral-8x7B's configuration with another number of layers."""
-    quantization = bnb.config(NF4_SCHEME, torch.bfloat16, attention=True) if packed else None
+    quantization = (
+        bnb.quantization_config(NF4_SCHEME, torch.bfloat16, attention=True) if packed else None
+    )
     return MixtralConfig(
         num_hidden_layers=layers,
         max_position_embeddings=32768,
@@ -62,7 +64,7 @@ def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
     output_dir.check_paths(TINY, out, force=False)
     output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))
     with output_dir.partial(out) as folder:
-        shards.write_shards(folder, groups, _drawn(tensors, recipe, seed), SHARD_BYTES)
+        shard_writer.write_shards(folder, groups, _drawn(tensors, recipe, seed), SHARD_BYTES)
         (folder / "config.json").write_text(shape.to_json(), encoding="utf-8")
         if (TINY / "tokenizer.model").is_file():
             (folder / "tokenizer.model").write_bytes(

@@ -16,25 +16,15 @@ from qmix import strict_json
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import Checkpoint
 from qmix.formats.files import output_dir
-from qmix.formats.files.shards import Planned
+from qmix.formats.files.companions import copy_companions
 from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.quantize.report import QuantizeReport
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import Recipe, Scheme
 
-# Files that are copied unchanged if the source has them.
-COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-_COMPANION_BYTES = 64 << 20
 # Scales of integer weights: what GPTQ files hold, and three bits finer than bfloat16.
 _SCALE_DTYPE = torch.float16
 _ERROR_ROWS = 1024  # rows compared at a time, which limits the float32 copies to 117 MB for w2
@@ -61,7 +51,7 @@ class OutputTensor:
     tensor: ModelTensor
     scheme: Scheme
     dtype: torch.dtype
-    planned: tuple[Planned, ...]
+    planned: tuple[TensorSpec, ...]
 
     @property
     def nbytes(self) -> int:
@@ -95,11 +85,12 @@ def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
     return outputs
 
 
-def planned_tensors(tensor: ModelTensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Planned, ...]:
+def planned_tensors(
+    tensor: ModelTensor, scheme: Scheme, dtype: torch.dtype
+) -> tuple[TensorSpec, ...]:
     """The tensors that the file will hold of a weight; `dtype` is that of the 16-bit weight."""
     stored_dtype = _SCALE_DTYPE if scheme.integer else dtype
-    specs = writer.packed_specs(tensor.prefix, tensor.shape, scheme, stored_dtype)
-    return tuple(Planned(name, *spec) for name, spec in specs.items())
+    return writer.packed_specs(tensor.prefix, tensor.shape, scheme, stored_dtype)
 
 
 def read_finite(checkpoint: Checkpoint, tensor: ModelTensor) -> Tensor:
@@ -153,7 +144,7 @@ def complete(
     Args:
         facts: entries of the manifest besides those that every quantization has.
     """
-    _copy_companions(checkpoint, folder)
+    copy_companions(checkpoint.shards.directory, folder)
     dtype = outputs[0].dtype
     schemes = {output.tensor.prefix: output.scheme for output in outputs if output.tensor.linear}
     settings = writer.quantization_config(schemes, dtype)
@@ -174,18 +165,3 @@ def complete(
             **facts,
         },
     )
-
-
-def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    for name in COMPANIONS:
-        path = checkpoint.shards.directory / name
-        if not path.is_file():
-            continue
-        if path.stat().st_size > _COMPANION_BYTES:
-            raise CheckpointError(
-                "file too large",
-                where=str(path),
-                expected=f"at most {_COMPANION_BYTES} B",
-                found=path.stat().st_size,
-            )
-        (folder / name).write_bytes(path.read_bytes())

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.files import output_dir, shards
+from qmix.formats.files import output_dir, shard_writer
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
@@ -76,7 +76,7 @@ def quantize_streaming(
 
     with output_dir.partial(out, force=force) as folder:
         planned = [output.planned for output in outputs]
-        shards.write_shards(folder, planned, quantized(), shard_bytes)
+        shard_writer.write_shards(folder, planned, quantized(), shard_bytes)
         progress(QuantizeProgress(sum(sizes), sum(sizes), "checksums"))
         report = QuantizeReport(
             method=method,

@@ -14,7 +14,8 @@ from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import names
-from qmix.formats.files.safetensors_header import DTYPES, TensorInfo, read_headers
+from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
+from qmix.formats.files.shard_index import read_headers
 from qmix.formats.layouts import gptq_config, tensor_names
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.mistral import detect

@@ -1,4 +1,4 @@
-"""A model to files: the checkpoint that it was read from, byte for byte, or a dense one."""
+"""Saving a model: the checkpoint that it was read from, byte for byte, or a dense one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +9,10 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.experts.reader import FileWeight
 from qmix.formats import names
-from qmix.formats.files import shards
 from qmix.formats.files.shard_names import SHARD_BYTES
+from qmix.formats.files.shard_writer import write_shards
 from qmix.formats.layouts import writer
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.kernels import PackedWeight
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Weight
@@ -24,53 +25,54 @@ def save(
     directory: str | Path,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config.json and sharded safetensors, each weight as it is stored (qmix.formats.layouts.writer).
+    """Write config.json and sharded safetensors, each weight as it is stored.
 
-    Whatever layout integers came from they are written as GPTQ: version 2 if a zero is 0, their
-    inputs' groups as they were. The codes and scales do not change, in the packed layout or not.
+    Integers are written as GPTQ, whatever layout they were read from: as version 2 if a zero is 0,
+    and with the same groups of inputs. Their codes and scales do not change, whether the model holds
+    them in the packed layout or not. See qmix.formats.layouts.writer.
 
     Raises:
         UsageError: the directory holds weights already.
-        UnsupportedError: weights of two layouts, or integers that fill no whole words; no file is
-            written.
+        UnsupportedError: the weights have two layouts, or integers do not fill whole words; no file
+            is written.
     """
     folder = Path(directory)
-    taken = [path.name for path in folder.glob("*.safetensors")]
-    if taken:
+    present = [path.name for path in folder.glob("*.safetensors")]
+    if present:
         raise UsageError(
-            "the directory holds a checkpoint already",
+            "the directory already holds a checkpoint",
             where=str(folder),
-            found=", ".join(taken[:3]),
+            found=", ".join(present[:3]),
         )
-    stored = dict(_stored(model, config))
+    weights = dict(_weights(model, config))
     dtype = next(model.parameters()).dtype
-    version, act_order, schemes, plan = 1, False, {}, []
-    for module, own in stored.items():
-        if isinstance(own, Tensor):
-            plan.append(_planned(module, own))
+    version, act_order, schemes, specs = 1, False, {}, []
+    for module, weight in weights.items():
+        if isinstance(weight, Tensor):
+            specs.append(_specs(module, weight))
             continue
-        weight = _described(own)  # one at a time: some are read from their file for it
-        version = max(version, writer.version_of([weight]))
-        act_order = act_order or writer.act_order([weight])
-        schemes[names.canonical(module)] = weight.scheme
-        plan.append(_planned(module, weight if isinstance(own, FileWeight) else own))
+        described = _without_codes(weight)  # one at a time: a FileWeight is read from its file
+        version = max(version, writer.version_of([described]))
+        act_order = act_order or writer.act_order([described])
+        schemes[names.canonical(module)] = described.scheme
+        specs.append(_specs(module, described if isinstance(weight, FileWeight) else weight))
     quantization = writer.quantization_config(schemes, dtype, version=version, act_order=act_order)
     folder.mkdir(parents=True, exist_ok=True)
-    packed = (
-        {f"{module}.weight": own}
-        if isinstance(own, Tensor)
-        else writer.pack(_standard(own), module, version=version)
-        for module, own in stored.items()
+    tensors = (
+        {f"{module}.weight": weight}
+        if isinstance(weight, Tensor)
+        else writer.pack(_standard(weight), module, version=version)
+        for module, weight in weights.items()
     )
-    shards.write_shards(folder, plan, packed, max_shard_bytes)
-    written = config.replace(
+    write_shards(folder, specs, tensors, max_shard_bytes)
+    saved = config.replace(
         dtype=str(dtype).removeprefix("torch."), quantization_config=quantization
     )
-    written.save_pretrained(folder)
+    saved.save_pretrained(folder)
 
 
-def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:
-    """The modules that have a weight: a Weight where it is a linear layer's."""
+def _weights(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:
+    """The modules that have a weight, by name: a linear layer's Weight, any other's tensor."""
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             if name != "lm_head" or not config.tie_word_embeddings:
@@ -80,17 +82,17 @@ def _stored(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weig
 
 
 def _standard(weight: Weight) -> Weight:
+    """The weight in memory, in the standard layout of its kind."""
     if isinstance(weight, FileWeight):
         return weight.load()
     return weight.unpack() if isinstance(weight, PackedWeight) else weight
 
 
-def _described(weight: Weight) -> Weight:
-    """What says how a weight is stored: itself; in the packed layout all but its codes."""
+def _without_codes(weight: Weight) -> Weight:
+    """What says how a weight is stored: the weight itself, or a packed one's template."""
     return (isinstance(weight, PackedWeight) and weight.template) or _standard(weight)
 
 
-def _planned(module: str, stored: Weight | Tensor) -> list[shards.Planned]:
-    scheme = DENSE if isinstance(stored, Tensor) else stored.scheme
-    specs = writer.packed_specs(module, tuple(stored.shape), scheme, stored.dtype)
-    return [shards.Planned(name, *spec) for name, spec in specs.items()]
+def _specs(module: str, weight: Weight | Tensor) -> tuple[TensorSpec, ...]:
+    scheme = DENSE if isinstance(weight, Tensor) else weight.scheme
+    return writer.packed_specs(module, tuple(weight.shape), scheme, weight.dtype)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint
-from qmix.formats.files import output_dir, shards
+from qmix.formats.files import output_dir, shard_index
 from qmix.formats.files.shard_names import shard_name
-from qmix.formats.files.shards import ShardWriter
+from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.names import ModelTensor
 from qmix.nn.decoder import embedding
 from qmix.quantize.calibrated.activations import Activations
@@ -167,7 +167,7 @@ class RunFiles:
             for output in self.outputs
             for planned in output.planned
         }
-        shards.write_index(folder, weight_map, self.bytes_out)
+        shard_index.write_index(folder, weight_map, self.bytes_out)
         return results
 
     def remove_others(self, folder: Path, done: int) -> None:

@@ -216,7 +216,7 @@ def test_foreign_layouts_are_refused_by_name(folder):
 def test_the_index_is_used_when_there_is_one(folder):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     listing = dict.fromkeys(
-        shards.read_header(folder / "model-00001-of-00001.safetensors"),
+        shards.read_entries(folder / "model-00001-of-00001.safetensors"),
         "model-00001-of-00001.safetensors",
     )
     (folder / shard_names.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listing}))

@@ -21,7 +21,7 @@ ASYMMETRIC = Scheme(kind="int4", symmetric=False)
 
 
 def gptq(schemes, *, dialect="classic", **changes):
-    settings = {**gptq_config.config(schemes), **changes}
+    settings = {**gptq_config.quantization_config(schemes), **changes}
     return StorageSummary(
         schemes=schemes, layouts=frozenset({"GPTQ"}), dialect=dialect, settings=settings
     )
@@ -32,7 +32,7 @@ def pack_quantized(schemes, settings=None, **options):
         schemes=schemes,
         layouts=frozenset({"compressed-tensors"}),
         dialect=options.get("dialect", "classic"),
-        settings=settings or compressed_tensors.config(schemes),
+        settings=settings or compressed_tensors.quantization_config(schemes),
     )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
-from qmix.formats.files import output_dir, shards
+from qmix.formats.files import output_dir, shard_writer, shards
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.rounding.nf4 import quantize
 from qmix.quantize.streaming import quantize_streaming
@@ -307,14 +307,14 @@ def test_the_writer_holds_one_tensor_at_a_time(source, tmp_path, monkeypatch):
         return original(self, name, *into)
 
     written = []
-    writer = shards.ShardWriter.write
+    writer = shard_writer.ShardWriter.write
 
     def write(self, name, tensor):
         written.append(len(held))
         return writer(self, name, tensor)
 
     monkeypatch.setattr(shards.Shards, "read", read)
-    monkeypatch.setattr(shards.ShardWriter, "write", write)
+    monkeypatch.setattr(shard_writer.ShardWriter, "write", write)
     run(source, tmp_path / "out")
     assert len(held) == len(set(held))
     assert set(written) == set(range(1, len(held) + 1))

@@ -10,6 +10,7 @@ from qmix import kernels
 from qmix.errors import CheckpointError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import bnb, tensor_names
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.rounding import nf4
 from qmix.weights.nf4 import FP4, FP4_VALUES
@@ -65,7 +66,7 @@ def test_the_scheme_and_the_plan():
     assert Scheme(kind="fp4").bits_per_weight == Scheme(kind="nf4").bits_per_weight
     packed = bnb.pack(bnb.unpack(theirs(random(16, 64), double=False)[0], P, "file"), P)
     plan = bnb.packed_specs(P, (16, 64), Scheme(kind="fp4", double_quant=False), torch.bfloat16)
-    assert plan == {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
+    assert plan == tuple(TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in packed.items())
 
 
 def test_every_code_has_their_value():

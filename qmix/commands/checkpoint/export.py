@@ -1,9 +1,8 @@
-"""A quantized checkpoint in the layout of another program, weight by weight and without rounding.
+"""A quantized checkpoint in another program's layout, weight by weight and without rounding.
 
-Holds one weight at a time. Knows the layouts by `formats.gptq` and `formats.compressed` only.
+Holds one weight at a time. Knows the layouts only by `formats.layouts`.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,18 +15,20 @@ import qmix
 from qmix import strict_json
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.files import output_dir, shards
+from qmix.formats.files import output_dir
+from qmix.formats.files.companions import copy_companions
 from qmix.formats.files.shard_names import SHARD_BYTES
-from qmix.formats.files.shards import Planned
+from qmix.formats.files.shard_writer import write_shards
 from qmix.formats.layouts import compressed_tensors, gptq, gptq_config, tensor_names
 from qmix.formats.names import ModelTensor
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
-from qmix.quantize.output_checkpoint import COMPANIONS
 from qmix.weights.integers import Integers
 from qmix.weights.scheme import DENSE, Scheme
 
 Format = Literal["compressed-tensors", "gptq"]
+ExportProgress = Callable[[str, int, int], None]
 
 _LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq}
 _SCALES = (tensor_names.SCALES, tensor_names.SCALE)
@@ -35,7 +36,7 @@ _SCALES = (tensor_names.SCALES, tensor_names.SCALE)
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The outcome: weights that were packed anew, bytes of the whole directory, time."""
+    """The outcome: weights in the new layout, bytes of the whole directory, time."""
 
     weights: int
     bytes_out: int
@@ -49,7 +50,7 @@ def run(
     *,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: ExportProgress = lambda *_: None,
 ) -> Export:
     """Write the Int4 and Int8 weights of a checkpoint in another layout, with the hub's classic names.
 
@@ -58,94 +59,111 @@ def run(
     Args:
         source, out: directories; `out` appears complete or not at all.
         layout: `gptq` is version 1; `compressed-tensors` is pack-quantized.
-        shard_bytes: upper bound of an output file.
+        shard_bytes: upper limit of an output file.
         force: replace an existing checkpoint at `out`.
-        progress: called with the tensor's name, the weights done and all of them.
+        progress: called with the name of the next tensor, the weights done and all weights.
 
     Raises:
-        UsageError: the paths are unfit. CheckpointError: the source is damaged.
-        UnsupportedError: the source holds no integers, or what the layout cannot say: zeros or
-            act-order in compressed-tensors, a zero of 0 in GPTQ. ResourceError: the disk is too small.
+        UsageError: a path is unsuitable.
+        CheckpointError: the source is damaged.
+        UnsupportedError: the source has no weights of integers, or some that the layout cannot hold:
+            zeros or act-order in compressed-tensors, a zero of 0 in GPTQ.
+        ResourceError: too little disk space or memory.
     """
     begun = time.perf_counter()
     output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
-    _refuse_others(checkpoint)
-    plan = [_planned(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
-    output_dir.check_space(out, sum(one.nbytes for group in plan for one in group))
-    largest = max(header.nbytes for header in checkpoint.metadata.tensor_infos.values())
+    _check_exportable(checkpoint)
+    specs = [_specs(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
+    output_dir.check_space(out, sum(spec.nbytes for group in specs for spec in group))
+    largest = max(info.nbytes for info in checkpoint.metadata.tensor_infos.values())
     check_memory(budget.for_rewriting(largest))
-    schemes: dict[str, Scheme] = {}  # of the linear layers
-    scattered = 0
-
-    def converted() -> Iterator[Mapping[str, Tensor]]:
-        nonlocal scattered
-        for done, tensor in enumerate(checkpoint.tensors):
-            progress(tensor.name, done, len(plan))
-            if not checkpoint.packed(tensor):
-                if tensor.linear:
-                    schemes[tensor.prefix] = DENSE
-                yield {tensor.name: checkpoint.read(tensor.name)}
-                continue
-            weight = checkpoint.weight(tensor)
-            assert isinstance(weight, Integers), tensor.name
-            schemes[tensor.prefix] = weight.scheme
-            scattered += weight.perm is not None
-            yield _LAYOUTS[layout].pack(weight, tensor.prefix)
-
+    conversion = _LayoutConversion(checkpoint, layout)
     with output_dir.partial(out, force=force) as folder:
-        shards.write_shards(folder, plan, converted(), shard_bytes)
-        progress("checksums", len(plan), len(plan))
+        write_shards(folder, specs, conversion.tensors(progress), shard_bytes)
+        progress("checksums", len(specs), len(specs))
+        settings = conversion.quantization_config()
         if layout == "gptq":
-            settings = gptq_config.config(schemes, act_order=scattered > 0)
             strict_json.write(folder / gptq_config.FILE, settings)
-        else:
-            settings = compressed_tensors.config(schemes)
-        config = checkpoint.config.replace(quantization_config=settings)
-        config.save_pretrained(folder)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        checkpoint.config.replace(quantization_config=settings).save_pretrained(folder)
+        copy_companions(source, folder)
         facts = {"method": f"export to {layout}", "source": source.resolve().name}
         output_dir.write_manifest(folder, {"qmix": qmix.__version__, **facts})
-        bytes_out = sum(path.stat().st_size for path in folder.iterdir())
+        bytes_out = output_dir.total_bytes(folder)
     return Export(
-        weights=sum(scheme.integer for scheme in schemes.values()),
+        weights=sum(scheme.integer for scheme in conversion.schemes.values()),
         bytes_out=bytes_out,
         seconds=time.perf_counter() - begun,
     )
 
 
-def _refuse_others(checkpoint: Checkpoint) -> None:
-    """Only integers have another layout."""
+class _LayoutConversion:
+    """Converts the weights of a checkpoint one by one, and collects what the settings must say.
+
+    Attributes:
+        schemes: of the linear layers converted so far, by module name.
+        act_order: whether the inputs of any of them are scattered over its groups.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: Format) -> None:
+        self._checkpoint, self._layout = checkpoint, layout
+        self.schemes: dict[str, Scheme] = {}
+        self.act_order = False
+
+    def tensors(self, progress: ExportProgress) -> Iterator[Mapping[str, Tensor]]:
+        """The new tensors of each weight by name, in the model's order."""
+        checkpoint = self._checkpoint
+        for done, tensor in enumerate(checkpoint.tensors):
+            progress(tensor.name, done, len(checkpoint.tensors))
+            if not checkpoint.packed(tensor):
+                if tensor.linear:
+                    self.schemes[tensor.prefix] = DENSE
+                yield {tensor.name: checkpoint.read(tensor.name)}
+                continue
+            weight = checkpoint.weight(tensor)
+            assert isinstance(weight, Integers), tensor.name
+            self.schemes[tensor.prefix] = weight.scheme
+            self.act_order |= weight.perm is not None
+            yield _LAYOUTS[self._layout].pack(weight, tensor.prefix)
+
+    def quantization_config(self) -> dict[str, object]:
+        """The settings of the converted weights."""
+        if self._layout == "gptq":
+            return gptq_config.quantization_config(self.schemes, act_order=self.act_order)
+        return compressed_tensors.quantization_config(self.schemes)
+
+
+def _check_exportable(checkpoint: Checkpoint) -> None:
+    """Raise unless all packed weights are integers, the only ones that have another layout."""
     where = str(checkpoint.shards.directory)
-    layouts: dict[str, str] = {}
+    modules: dict[str, str] = {}  # layout -> a module that has it
     for tensor in checkpoint.tensors:
-        if packed := checkpoint.packing(tensor):
-            layouts.setdefault(packed.layout, tensor.prefix)
-    if not layouts:
+        if packing := checkpoint.packing(tensor):
+            modules.setdefault(packing.layout, tensor.prefix)
+    if not modules:
         raise UnsupportedError(
-            "nothing is quantized here",
+            "the checkpoint is not quantized",
             where=where,
             expected="Int4 or Int8 weights",
             remedy="Quantize it: qmix quantize SRC OUT --method gptq.",
         )
-    if "bitsandbytes" in layouts:
+    if "bitsandbytes" in modules:
         raise UnsupportedError(
-            "NF4 and FP4 are no integers: no other layout holds them",
+            "no other layout holds NF4 or FP4 weights",
             where=where,
             expected="Int4 or Int8 weights",
-            found=f"{layouts['bitsandbytes']} in bitsandbytes' layout",
+            found=f"{modules['bitsandbytes']} in bitsandbytes' layout",
             remedy="Quantize the original checkpoint: qmix quantize SRC OUT --method gptq.",
         )
 
 
-def _planned(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> list[Planned]:
-    packed = checkpoint.packing(tensor)
-    if packed is None:
-        return [Planned(tensor.name, checkpoint.entry(tensor.name).dtype, tensor.shape)]
-    (scales,) = (name for name in packed.tensor_names if name.endswith(_SCALES))
+def _specs(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> tuple[TensorSpec, ...]:
+    packing = checkpoint.packing(tensor)
+    if packing is None:
+        return (TensorSpec(tensor.name, checkpoint.entry(tensor.name).dtype, tensor.shape),)
+    (scales,) = (name for name in packing.tensor_names if name.endswith(_SCALES))
     dtype, (rows, columns) = checkpoint.entry(scales).dtype, tensor.shape
-    scheme = checkpoint.metadata.scheme_of(tensor, packed)
-    specs = _LAYOUTS[layout].packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
-    return [Planned(name, *spec) for name, spec in specs.items()]
+    scheme = checkpoint.metadata.scheme_of(tensor, packing)
+    packed_specs = _LAYOUTS[layout].packed_specs
+    specs: tuple[TensorSpec, ...] = packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
+    return specs

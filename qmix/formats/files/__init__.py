@@ -1,4 +1,4 @@
-"""Files of tensors, whatever they mean: safetensors, pickles, and the directory that qmix writes.
+"""Files of tensors: safetensors, pickles, shards with an index, and the directory that qmix writes.
 
-Knows bytes, names and shapes; nothing of weights or of layouts.
+Knows bytes, names, dtypes and shapes; nothing of weights or layouts.
 """

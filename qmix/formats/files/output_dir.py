@@ -1,7 +1,7 @@
 """An output directory that is absent, clearly partial, or complete.
 
-All is written into `OUT.partial` under a lock, forced to the disk, listed in a manifest with a
-SHA-256 a file, and renamed last. Knows nothing of tensors.
+Everything is written into `OUT.partial` under a lock, forced to the disk, listed in a manifest with
+the SHA-256 of each file, and renamed last. Knows nothing of tensors.
 """
 
 import errno
@@ -20,55 +20,51 @@ from qmix import strict_json
 from qmix.errors import CheckpointError, ResourceError, UsageError
 
 MANIFEST = "qmix_manifest.json"
-# Stands in OUT.partial from its first moment: what holds it is ours to empty.
+# Lies in OUT.partial from its first moment: a directory that holds it may be emptied.
 _MARKER = ".qmix-partial"
-# Stands in OUT.partial once there is work in it that --resume can go on with.
+# Lies in OUT.partial as soon as it holds work that --resume can continue.
 STATE = "qmix_resume.json"
-# What a run did and how long it took: no two runs write the same, so the manifest leaves it out.
+# What a run did and how long it took. No two runs write the same, so the manifest leaves it out.
 REPORT = "qmix_report.json"
 _NAME_BYTES = 255
-# Files other than weights, and the file system's own: ample for a tokenizer and a few JSON files.
+# For files other than weights and for the file system: enough for a tokenizer and a few JSON files.
 _SLACK_BYTES = 64 << 20
-# What a checkpoint directory may hold for --force to replace it.
+# The only files that a directory may hold if --force is to replace it.
 _CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|json|model|jinja)|README\.md|LICENSE(\.\w+)?|\.gitattributes|\.qmix-partial"
 )
 
 
 def check_paths(source: Path, out: Path, *, force: bool) -> None:
-    """Refuse, before any work, an OUT that would harm SRC or something that stands.
+    """Refuse, before any work, an OUT that would damage SRC or anything else that exists.
 
     Raises:
-        UsageError: OUT or OUT.partial is SRC, lies inside it or around it; OUT exists (without
-            `force`) or holds more than a checkpoint; its directory is missing or not writable.
+        UsageError: OUT or OUT.partial is SRC, lies inside it or contains it; OUT exists (without
+            `force`) or holds more than a checkpoint; its parent is missing or not writable.
     """
     real_source, real_out = source.resolve(), Path(os.path.abspath(out))
     for real in {real_out, real_out.resolve(), _partial_path(real_out)}:
         if real == real_source:
-            raise UsageError("OUT is SRC", where=str(out), remedy="Choose another directory.")
+            raise _unsuitable("OUT is SRC", out)
         if real.is_relative_to(real_source):
-            raise UsageError(
-                "OUT lies inside SRC", where=str(out), remedy="Choose another directory."
-            )
+            raise _unsuitable("OUT lies inside SRC", out)
         if real_source.is_relative_to(real):
-            raise UsageError(
-                "SRC lies inside OUT", where=str(out), remedy="Choose another directory."
-            )
+            raise _unsuitable("SRC lies inside OUT", out)
     if Path.cwd().is_relative_to(real_out):
-        raise UsageError("OUT is or holds the current directory", where=str(out))
+        raise _unsuitable("OUT is or contains the current directory", out)
     if len(os.fsencode(_partial_path(real_out).name)) > _NAME_BYTES:
         raise UsageError("the name of OUT is too long", where=str(out))
     if not real_out.parent.is_dir():
-        raise UsageError(
-            "the directory that is to hold OUT does not exist", where=str(real_out.parent)
-        )
+        raise UsageError("the parent directory of OUT does not exist", where=str(real_out.parent))
     if not os.access(real_out.parent, os.W_OK):
-        raise UsageError(
-            "the directory that is to hold OUT is not writable", where=str(real_out.parent)
-        )
+        raise UsageError("the parent directory of OUT is not writable", where=str(real_out.parent))
     if os.path.lexists(real_out):
         _check_replaceable(real_out, force=force)
     _check_partial(_partial_path(real_out))
+
+
+def _unsuitable(what: str, out: Path) -> UsageError:
+    return UsageError(what, where=str(out), remedy="Choose another directory.")
 
 
 def _partial_path(out: Path) -> Path:
@@ -83,12 +79,12 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
             "OUT exists", where=str(out), remedy="Choose another directory, or give --force."
         )
     entries = sorted(out.iterdir())
-    strange = [p.name for p in entries if not p.is_file() or not _is_checkpoint_file(p.name)]
-    if strange or (entries and not (out / "config.json").is_file()):
+    foreign = [p.name for p in entries if not p.is_file() or not _is_checkpoint_file(p.name)]
+    if foreign or (entries and not (out / "config.json").is_file()):
         raise UsageError(
             "OUT holds more than a checkpoint, and --force replaces only checkpoints",
             where=str(out),
-            found=", ".join((strange or [p.name for p in entries])[:5]),
+            found=", ".join((foreign or [p.name for p in entries])[:5]),
             remedy="Choose another directory, or remove it yourself.",
         )
 
@@ -100,8 +96,8 @@ def _is_checkpoint_file(name: str) -> bool:
 def _check_partial(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
-    ours = folder.is_dir() and not folder.is_symlink()
-    if not ours or (any(folder.iterdir()) and not (folder / _MARKER).is_file()):
+    is_directory = folder.is_dir() and not folder.is_symlink()
+    if not is_directory or (any(folder.iterdir()) and not (folder / _MARKER).is_file()):
         raise UsageError(
             "something that qmix did not write is in the way",
             where=str(folder),
@@ -110,15 +106,15 @@ def _check_partial(folder: Path) -> None:
 
 
 def check_space(out: Path, needed_bytes: int) -> None:
-    """Refuse if the file system does not have the room.
+    """Raise if the file system has less free space than needed.
 
     Raises:
-        ResourceError: with both figures.
+        ResourceError: it has less; both figures are named.
     """
     free = shutil.disk_usage(out.parent).free
     partial = _partial_path(Path(os.path.abspath(out)))
-    if partial.is_dir():  # what an interrupted run wrote is used again, or removed first
-        free += sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
+    if partial.is_dir():  # an interrupted run's files are used again, or removed first
+        free += total_bytes(partial)
     needed = needed_bytes + _SLACK_BYTES
     if free < needed:
         raise ResourceError(
@@ -132,13 +128,14 @@ def check_space(out: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def partial(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
-    """Yield `OUT.partial`; complete it to OUT if the block ends well, remove it if not.
+    """Yield `OUT.partial`; rename it to OUT if the block succeeds, remove it if not.
 
-    The remainder of a killed run is emptied first, unless it can be resumed; that is kept, and kept
-    again if the block fails. A directory that another run holds is refused.
+    What a killed run left behind is removed first. Work that can be resumed is not: it stays, even
+    if the block fails.
 
     Args:
-        resume: the caller goes on with what can be resumed; without it such a directory is refused.
+        force: replace an existing checkpoint at `out`.
+        resume: the caller continues work that can be resumed; without it such work is refused.
 
     Raises:
         CheckpointError: another run is writing the same OUT.
@@ -149,14 +146,14 @@ def partial(out: Path, *, force: bool = False, resume: bool = False) -> Iterator
     folder = _partial_path(out)
     _check_partial(folder)
     folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _hold(lock, folder)
+        _lock(descriptor, folder)
         if (folder / STATE).is_file() and not resume:
             raise UsageError(
-                "an interrupted run stands there",
+                "an interrupted run left its work here",
                 where=str(folder),
-                remedy="Go on with it by --resume, or remove the directory to start anew.",
+                remedy="Continue it with --resume, or remove the directory to start over.",
             )
         try:
             (folder / _MARKER).touch()
@@ -173,36 +170,36 @@ def partial(out: Path, *, force: bool = False, resume: bool = False) -> Iterator
                 "the disk is full",
                 where=str(out.parent),
                 found=f"{shutil.disk_usage(out.parent).free / 1e9:.2f} GB free",
-                remedy="Free space and go on with --resume."
+                remedy="Free space and continue with --resume."
                 if (folder / STATE).is_file()
-                else "Nothing was kept; free space and run again.",
+                else "Nothing was kept: free space and run again.",
             ) from error
         finally:
-            if _same(lock, folder) and not (folder / STATE).is_file():
+            if _is_same(descriptor, folder) and not (folder / STATE).is_file():
                 shutil.rmtree(folder)
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
-def _hold(lock: int, folder: Path) -> None:
-    """Lock the directory itself until the process ends, whatever name it has by then."""
+def _lock(descriptor: int, folder: Path) -> None:
+    """Lock the directory itself until the process ends, whatever its name is by then."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise CheckpointError("another run is writing this output", where=str(folder)) from None
-    if not _same(lock, folder):  # it was completed between opening and locking
+    if not _is_same(descriptor, folder):  # it was completed between opening and locking
         raise CheckpointError("another run has just completed this output", where=str(folder))
 
 
-def _same(lock: int, folder: Path) -> bool:
+def _is_same(descriptor: int, folder: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(lock), folder.lstat())
+        return os.path.samestat(os.fstat(descriptor), folder.lstat())
     except FileNotFoundError:
         return False
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """List every file of the folder with its size and SHA-256, after `facts`."""
+    """Write the manifest: `facts`, then every file of the folder with its size and SHA-256."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.name in (_MARKER, MANIFEST, STATE, REPORT):
@@ -212,6 +209,11 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     strict_json.write(folder / MANIFEST, {**facts, "files": files})
+
+
+def total_bytes(folder: Path) -> int:
+    """Bytes of the files in the folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _empty(folder: Path) -> None:
@@ -225,7 +227,7 @@ def _empty(folder: Path) -> None:
 
 
 def _complete(folder: Path, out: Path) -> None:
-    """Rename OUT.partial to OUT; an old OUT steps aside first and goes last."""
+    """Rename OUT.partial to OUT. An old OUT is moved aside first, and removed last."""
     _sync(folder)
     aside = None
     if out.exists():

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS, open_regular
+from qmix.formats.files.regular_file import open_regular
+from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS
 from qmix.formats.files.shards import DTYPES, Entry
 
 # Before it the weights-only unpickler could be made to write outside its memory (CVE-2026-24747).
@@ -28,7 +29,7 @@ _LOCAL_HEADER_BYTES = 30  # of a zip record; the lengths of name and extra field
 _AGAIN = "Download it again, from its publisher. Nothing in it was run."
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_entries(path: Path) -> dict[str, Entry]:
     """The tensors of one file, each checked to lie inside a record of the archive.
 
     Raises:

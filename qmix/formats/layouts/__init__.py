@@ -1,4 +1,4 @@
-"""The 4-bit layouts that people have: one file each turns its tensors into weights and back.
+"""The 4-bit layouts that checkpoints have: each turns a weight's tensors into a Weight and back.
 
 Knows nothing of how files are read or written.
 """

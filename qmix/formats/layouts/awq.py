@@ -1,7 +1,8 @@
-"""AWQ's "gemm" layout, 4-bit: the tensors of one weight, strictly read.
+"""AWQ's "gemm" layout, 4-bit: the tensors of one weight, read.
 
-As AutoAWQ 0.2.9 wrote it (awq/modules/linear/gemm.py, awq/utils/packing_utils.py): codes packed
-along the outputs, interleaved. Shape letters: N outputs, K inputs, G groups. Knows no files.
+AutoAWQ 0.2.9 wrote it (awq/modules/linear/gemm.py, awq/utils/packing_utils.py): codes are packed
+along the outputs, interleaved. Shape letters: N output features, K input features, G groups. Knows
+nothing of files.
 """
 
 from collections.abc import Mapping
@@ -9,39 +10,39 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qmix.formats.layouts.checked_tensors import CheckedTensors, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts.checked_tensors import IntegerTensors, unpack_words, zeros_or_symmetric
 from qmix.formats.layouts.tensor_names import QWEIGHT, QZEROS, SCALES
 from qmix.weights.integers import Int4
 
 _WORD_CODES = 8
-# Output 8c + i lies in nibble _NIBBLE_OF[i] of word c: the word holds, from its lowest four bits
-# on, the outputs [0 2 4 6 | 1 3 5 7].
-_NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
+# Output 8c + i lies in nibble _NIBBLES[i] of word c: from its lowest four bits on, the word holds
+# the outputs [0 2 4 6 | 1 3 5 7].
+_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]) -> Int4:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
-        tensors: by name; others than this module's may be among them.
+        tensors: by name; tensors of other modules may be among them.
         where: the file, for errors.
         shape: (N, K) of the model's weight.
 
     Raises:
-        CheckpointError: a tensor is missing, or is not what the format says.
+        CheckpointError: a tensor is missing, or is not what the layout says.
     """
-    read = CheckedTensors(tensors, prefix, where, shape)
+    stored = IntegerTensors(tensors, prefix, where, shape)
     rows, columns = shape
     if rows % _WORD_CODES:
-        raise read.wrong(QWEIGHT, "no whole words", "a multiple of 8 outputs", rows)
-    qweight = read.tensor(QWEIGHT, torch.int32, (columns, rows // _WORD_CODES))
-    scales = read.scales(SCALES, 0)
+        raise stored.wrong(QWEIGHT, "no whole words", "a multiple of 8 outputs", rows)
+    qweight = stored.tensor(QWEIGHT, torch.int32, (columns, rows // _WORD_CODES))
+    scales = stored.scales(SCALES, 0)
     groups = scales.shape[0]
-    qzeros = read.tensor(QZEROS, torch.int32, (groups, rows // _WORD_CODES))
+    qzeros = stored.tensor(QZEROS, torch.int32, (groups, rows // _WORD_CODES))
     return Int4(
         codes=_codes(qweight),
         scales=scales.T.contiguous(),
-        zeros=zeros_or_symmetric(_outputs(qzeros), Int4.bits),
+        zeros=zeros_or_symmetric(_zeros(qzeros), Int4.bits),
     )
 
 
@@ -51,12 +52,12 @@ def _codes(qweight: Tensor) -> Tensor:
     even, odd = octets[0::2], octets[1::2]  # (K / 2, N / 8, 4)
     halves = (even & 15 | odd << 4, even >> 4 | odd & 0xF0)
     pairs = torch.empty(even.shape[0], even.shape[1], _WORD_CODES, dtype=torch.uint8)
-    for output, nibble in enumerate(_NIBBLE_OF):
+    for output, nibble in enumerate(_NIBBLES):
         pairs[..., output] = halves[nibble % 2][..., nibble // 2]
     return pairs.view(even.shape[0], -1).T.contiguous()
 
 
-def _outputs(packed: Tensor) -> Tensor:
+def _zeros(qzeros: Tensor) -> Tensor:
     """int32 [G, N / 8] -> uint8 [N, G]."""
-    codes = unpack_words(packed, Int4.bits)[..., _NIBBLE_OF]
-    return codes.reshape(packed.shape[0], -1).T.contiguous()
+    zeros = unpack_words(qzeros, Int4.bits)[..., _NIBBLES]
+    return zeros.reshape(qzeros.shape[0], -1).T.contiguous()

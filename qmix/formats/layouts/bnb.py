@@ -1,7 +1,8 @@
-"""bitsandbytes' NF4 and FP4 layout: the tensors and JSON blob of one weight, strictly read, and written.
+"""bitsandbytes' NF4 and FP4 layout: the tensors and the JSON state of one weight, read and written.
 
-The layout of bitsandbytes 0.50.2 (functional.py, `QuantState.as_dict` and `from_dict`); the hub's
-4-bit checkpoints of 2023 and later have the same. Knows nothing of files or of rounding.
+The layout is that of bitsandbytes 0.50.2 (functional.py, `QuantState.as_dict` and `from_dict`); the
+hub's 4-bit checkpoints have had it since 2023. Shape letters: N output features, K input features.
+Knows nothing of files or of rounding.
 """
 
 import json
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qmix import strict_json
-from qmix.errors import CheckpointError
+from qmix.formats.layouts.checked_tensors import CheckedTensors
 from qmix.formats.layouts.tensor_names import (
     ABSMAX,
     NESTED_ABSMAX,
@@ -23,25 +24,26 @@ from qmix.formats.layouts.tensor_names import (
     STATE_NF4,
     WEIGHT,
 )
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
 from qmix.weights.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Kind, Scheme
 
-_STATES: Mapping[Kind, str] = {"nf4": STATE_NF4, "fp4": STATE_FP4}
+_STATE_SUFFIXES: Mapping[Kind, str] = {"nf4": STATE_NF4, "fp4": STATE_FP4}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# `bnb_4bit_quant_storage`: the same bytes under another name, so that FSDP can flatten them.
-_STORAGE = (torch.uint8, *_DTYPES.values())
+# `bnb_4bit_quant_storage`: the same bytes under another dtype, so that FSDP can flatten them.
+_STORAGE_DTYPES = (torch.uint8, *_DTYPES.values())
 _STATE_BYTES = 4096
-_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _KEYS = {"quant_type", "blocksize", "dtype", "shape"}
-# The longest spelling of a float32 as Python's shortest double: bounds the blob before the mean of
-# the scales is known.
+_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+# The longest spelling of a float32 as Python's shortest double. It bounds the state's length before
+# the mean of the scales is known.
 _LONGEST_OFFSET = -1.1754943508222875e-38
 
 
 def packed_specs(
     prefix: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes that `pack` will give; the blob's length is an upper bound.
+) -> tuple[TensorSpec, ...]:
+    """The tensors that `pack` will return; the state's length is an upper bound.
 
     Args:
         prefix: the module's name.
@@ -50,24 +52,27 @@ def packed_specs(
     """
     count = prod(shape)
     blocks = -(-count // scheme.block_size)
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        prefix + WEIGHT: (torch.uint8, (-(-count // 2), 1)),
-        prefix + ABSMAX: (torch.uint8 if scheme.double_quant else torch.float32, (blocks,)),
-        prefix + QUANT_MAP: (torch.float32, (len(NF4_VALUES),)),
-    }
+    specs = [
+        TensorSpec(prefix + WEIGHT, torch.uint8, (-(-count // 2), 1)),
+        TensorSpec(
+            prefix + ABSMAX, torch.uint8 if scheme.double_quant else torch.float32, (blocks,)
+        ),
+        TensorSpec(prefix + QUANT_MAP, torch.float32, (len(NF4_VALUES),)),
+    ]
     if scheme.double_quant:
-        specs[prefix + NESTED_ABSMAX] = (torch.float32, (-(-blocks // NESTED_BLOCK),))
-        specs[prefix + NESTED_QUANT_MAP] = (torch.float32, (256,))
+        nested_blocks = -(-blocks // NESTED_BLOCK)
+        specs.append(TensorSpec(prefix + NESTED_ABSMAX, torch.float32, (nested_blocks,)))
+        specs.append(TensorSpec(prefix + NESTED_QUANT_MAP, torch.float32, (256,)))
     offset = _LONGEST_OFFSET if scheme.double_quant else None
-    blob = _state(scheme.kind, scheme.block_size, dtype, shape, offset)
-    specs[prefix + _STATES[scheme.kind]] = (torch.uint8, (len(blob),))
-    return specs
+    state = _state_bytes(scheme.kind, scheme.block_size, dtype, shape, offset)
+    specs.append(TensorSpec(prefix + _STATE_SUFFIXES[scheme.kind], torch.uint8, (len(state),)))
+    return tuple(specs)
 
 
 def pack(weight: NF4, prefix: str) -> dict[str, Tensor]:
     """The tensors of one weight, named and ordered as bitsandbytes' `Linear4bit` saves them.
 
-    `P.weight` is uint8 [N * K / 2, 1]; the blob is UTF-8 JSON as uint8 [length].
+    `P.weight` is uint8 [N * K / 2, 1]; the state is UTF-8 JSON as uint8 [length].
     """
     nested = weight.absmax if isinstance(weight.absmax, NestedAbsmax) else None
     tensors = {prefix + WEIGHT: weight.codes.view(-1, 1)}
@@ -82,12 +87,12 @@ def pack(weight: NF4, prefix: str) -> dict[str, Tensor]:
         tensors[prefix + NESTED_QUANT_MAP] = nested.map
     offset = nested.offset if nested else None
     kind = weight.scheme.kind
-    blob = _state(kind, weight.block_size, weight.dtype, weight.shape, offset)
-    tensors[prefix + _STATES[kind]] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+    state = _state_bytes(kind, weight.block_size, weight.dtype, weight.shape, offset)
+    tensors[prefix + _STATE_SUFFIXES[kind]] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
     return tensors
 
 
-def _state(
+def _state_bytes(
     kind: Kind, block_size: int, dtype: torch.dtype, shape: tuple[int, int], offset: float | None
 ) -> bytes:
     state: dict[str, Any] = {
@@ -107,148 +112,116 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str) -> NF4:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
-        tensors: by name; others than this module's may be among them.
+        tensors: by name; tensors of other modules may be among them.
         where: the file, for errors.
 
     Raises:
-        CheckpointError: a tensor is missing, or is not what the format says.
+        CheckpointError: a tensor is missing, or is not what the layout says.
     """
-    return _Reader(tensors, prefix, where).read()
-
-
-class _Reader:
-    """The strict reader of one weight: every method checks one tensor, and names it if it is wrong."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, where: str) -> None:
-        self.tensors = tensors
-        self.prefix = prefix
-        self.where = where
-        self.kind: Kind = "fp4" if prefix + STATE_FP4 in tensors else "nf4"
-        self.blob = _STATES[self.kind]
-
-    def read(self) -> NF4:
-        name = self.kind.upper()
-        if self.kind == "fp4" and self.prefix + STATE_NF4 in self.tensors:
-            raise self.wrong(STATE_NF4, "a second state", STATE_FP4, STATE_NF4)
-        state = self.state()
-        shape, block = tuple(state["shape"]), state["blocksize"]
-        codes = self.codes(shape)
-        blocks = -(-prod(shape) // block)
-        values = FP4_VALUES if self.kind == "fp4" else NF4_VALUES
-        table = self.floats(QUANT_MAP, len(values))
-        if not torch.equal(table.cpu(), torch.tensor(values, dtype=torch.float32)):
-            raise self.wrong(QUANT_MAP, f"not the {name} table", found=table.tolist())
-        absmax: Tensor | NestedAbsmax
-        if "nested_offset" in state:
-            absmax = NestedAbsmax(
-                codes=self.tensor(ABSMAX, torch.uint8, blocks),
-                absmax=self.scales(NESTED_ABSMAX, -(-blocks // NESTED_BLOCK)),
-                map=self.floats(NESTED_QUANT_MAP, 256),
-                offset=state["nested_offset"],
-            )
-        else:
-            absmax = self.scales(ABSMAX, blocks)
-        packed = FP4 if self.kind == "fp4" else NF4
-        return packed(
-            codes=codes,
-            absmax=absmax,
-            table=table,
-            out_shape=shape,
-            out_dtype=state["dtype"],
-            block_size=block,
+    stored = CheckedTensors(tensors, prefix, where)
+    kind: Kind = "fp4" if stored.has(STATE_FP4) else "nf4"
+    if kind == "fp4" and stored.has(STATE_NF4):
+        raise stored.wrong(STATE_NF4, "a second state", STATE_FP4, STATE_NF4)
+    state = _read_state(stored, kind)
+    shape, block_size = tuple(state["shape"]), state["blocksize"]
+    codes = _codes(stored, shape)
+    blocks = -(-prod(shape) // block_size)
+    values = FP4_VALUES if kind == "fp4" else NF4_VALUES
+    table = _finite(stored, QUANT_MAP, len(values))
+    if not torch.equal(table.cpu(), torch.tensor(values, dtype=torch.float32)):
+        raise stored.wrong(QUANT_MAP, f"not the {kind.upper()} table", found=table.tolist())
+    absmax: Tensor | NestedAbsmax
+    if "nested_offset" in state:
+        absmax = NestedAbsmax(
+            codes=stored.tensor(ABSMAX, torch.uint8, (blocks,)),
+            absmax=_scales(stored, NESTED_ABSMAX, -(-blocks // NESTED_BLOCK)),
+            map=_finite(stored, NESTED_QUANT_MAP, 256),
+            offset=state["nested_offset"],
         )
+    else:
+        absmax = _scales(stored, ABSMAX, blocks)
+    weight_type = FP4 if kind == "fp4" else NF4
+    return weight_type(
+        codes=codes,
+        absmax=absmax,
+        table=table,
+        out_shape=shape,
+        out_dtype=state["dtype"],
+        block_size=block_size,
+    )
 
-    def wrong(
-        self, suffix: str, what: str, expected: object = None, found: object = None
-    ) -> CheckpointError:
-        return CheckpointError(
-            f"tensor {self.prefix}{suffix}: {what}",
-            where=self.where,
-            expected=expected,
-            found=None if found is None else str(found)[:200],
+
+def _read_state(stored: CheckedTensors, kind: Kind) -> dict[str, Any]:
+    """The checked state; its dtype is a torch dtype, its offset rounded to float32."""
+    suffix = _STATE_SUFFIXES[kind]
+    data = stored.tensor(suffix, torch.uint8)
+    if data.dim() != 1 or data.numel() > _STATE_BYTES:
+        raise stored.wrong(suffix, "too long", f"at most {_STATE_BYTES} B", f"{data.numel()} B")
+    where = f"{stored.where}: {stored.prefix}{suffix}"
+    state = strict_json.loads(bytes(data.tolist()), where=where)
+    nested = (
+        stored.has(NESTED_ABSMAX) or stored.has(NESTED_QUANT_MAP) or _NESTED_KEYS & state.keys()
+    )
+    keys = _KEYS | (_NESTED_KEYS if nested else set())
+    if state.keys() != keys:
+        raise stored.wrong(suffix, "wrong keys", sorted(keys), sorted(state))
+
+    def require(key: str, right: bool, expected: str) -> None:
+        if not right:
+            raise stored.wrong(suffix, f"wrong {key}", expected, repr(state[key]))
+
+    require("quant_type", state["quant_type"] == kind, kind)
+    block_size, shape = state["blocksize"], state["shape"]
+    sizes = ", ".join(map(str, NF4_BLOCK_SIZES))
+    known = type(block_size) is int and block_size in NF4_BLOCK_SIZES
+    require("blocksize", known, f"one of {sizes}")
+    is_shape = isinstance(shape, list) and len(shape) == 2
+    require("shape", is_shape and all(type(n) is int and 0 < n < 1 << 31 for n in shape), "[N, K]")
+    dtype = _dtype(state["dtype"])
+    require("dtype", dtype is not None, " or ".join(_DTYPES))
+    state["dtype"] = dtype
+    if nested:
+        size, offset = state["nested_blocksize"], state["nested_offset"]
+        right = type(size) is int and size == NESTED_BLOCK
+        require("nested_blocksize", right, str(NESTED_BLOCK))
+        require("nested_dtype", _dtype(state["nested_dtype"]) == torch.float32, "float32")
+        # A double beyond float32 would become an infinite scale.
+        right = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
+        require("nested_offset", right, "a finite float32")
+        state["nested_offset"] = torch.tensor(offset, dtype=torch.float32).item()
+    return state
+
+
+def _codes(stored: CheckedTensors, shape: tuple[int, ...]) -> Tensor:
+    """uint8 [N * K / 2], whatever dtype the bytes are stored under."""
+    codes = stored.tensor(WEIGHT)
+    if codes.dtype not in _STORAGE_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORAGE_DTYPES)
+        raise stored.wrong(WEIGHT, "wrong storage dtype", f"one of {names}", codes.dtype)
+    nbytes = -(-prod(shape) // 2)
+    if codes.shape != (codes.numel(), 1) or codes.nbytes != nbytes:
+        raise stored.wrong(
+            WEIGHT,
+            f"not the codes of a weight {list(shape)}",
+            f"{nbytes} B in one column",
+            f"{codes.nbytes} B as {list(codes.shape)}",
         )
+    return codes.contiguous().view(-1).view(torch.uint8)
 
-    def state(self) -> dict[str, Any]:
-        """The checked blob; its dtype as a torch dtype, its offset rounded to float32."""
-        blob = self.tensor(self.blob, torch.uint8, None)
-        if blob.dim() != 1 or blob.numel() > _STATE_BYTES:
-            raise self.wrong(
-                self.blob, "too long", f"at most {_STATE_BYTES} B", f"{blob.numel()} B"
-            )
-        name = f"{self.where}: {self.prefix}{self.blob}"
-        state = strict_json.loads(bytes(blob.tolist()), where=name)
-        nested = {s for s in (NESTED_ABSMAX, NESTED_QUANT_MAP) if self.prefix + s in self.tensors}
-        keys = _KEYS | (_NESTED_KEYS if nested or _NESTED_KEYS & state.keys() else set())
-        if state.keys() != keys:
-            raise self.wrong(self.blob, "wrong keys", sorted(keys), sorted(state))
 
-        def require(key: str, right: bool, expected: str) -> None:
-            if not right:
-                raise self.wrong(self.blob, f"wrong {key}", expected, repr(state[key]))
+def _scales(stored: CheckedTensors, suffix: str, count: int) -> Tensor:
+    scales = _finite(stored, suffix, count)
+    if bool((scales < 0).any()):
+        raise stored.wrong(suffix, "a negative scale", found=scales.min().item())
+    return scales
 
-        require("quant_type", state["quant_type"] == self.kind, self.kind)
-        block, shape = state["blocksize"], state["shape"]
-        sizes = ", ".join(map(str, NF4_BLOCK_SIZES))
-        require("blocksize", type(block) is int and block in NF4_BLOCK_SIZES, f"one of {sizes}")
-        require(
-            "shape",
-            isinstance(shape, list)
-            and len(shape) == 2
-            and all(type(n) is int and 0 < n < 1 << 31 for n in shape),
-            "[N, K]",
-        )
-        dtype = _dtype(state["dtype"])
-        require("dtype", dtype is not None, " or ".join(_DTYPES))
-        state["dtype"] = dtype
-        if "nested_offset" in state:
-            size, offset = state["nested_blocksize"], state["nested_offset"]
-            right = type(size) is int and size == NESTED_BLOCK
-            require("nested_blocksize", right, str(NESTED_BLOCK))
-            require("nested_dtype", _dtype(state["nested_dtype"]) == torch.float32, "float32")
-            # A double beyond float32 would become an infinite scale.
-            right = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
-            require("nested_offset", right, "a finite float32")
-            state["nested_offset"] = torch.tensor(offset, dtype=torch.float32).item()
-        return state
 
-    def codes(self, shape: tuple[int, ...]) -> Tensor:
-        """uint8 [N * K / 2], whatever dtype the bytes are stored under."""
-        stored = self.tensor(WEIGHT, None, None)
-        if stored.dtype not in _STORAGE:
-            names = ", ".join(str(d).removeprefix("torch.") for d in _STORAGE)
-            raise self.wrong(WEIGHT, "wrong storage dtype", f"one of {names}", stored.dtype)
-        expected = -(-prod(shape) // 2)
-        if stored.shape != (stored.numel(), 1) or stored.nbytes != expected:
-            raise self.wrong(
-                WEIGHT,
-                f"not the codes of a weight {list(shape)}",
-                f"{expected} B in one column",
-                f"{stored.nbytes} B as {list(stored.shape)}",
-            )
-        return stored.contiguous().view(-1).view(torch.uint8)
-
-    def scales(self, suffix: str, count: int) -> Tensor:
-        scales = self.floats(suffix, count)
-        if bool((scales < 0).any()):
-            raise self.wrong(suffix, "a negative scale", found=scales.min().item())
-        return scales
-
-    def floats(self, suffix: str, count: int) -> Tensor:
-        floats = self.tensor(suffix, torch.float32, count)
-        if not bool(torch.isfinite(floats).all()):
-            raise self.wrong(suffix, "holds NaN or infinity")
-        return floats
-
-    def tensor(self, suffix: str, dtype: torch.dtype | None, count: int | None) -> Tensor:
-        """A tensor of this weight; one-dimensional of `count` elements if that is given."""
-        tensor = self.tensors.get(self.prefix + suffix)
-        if tensor is None:
-            raise self.wrong(suffix, "missing")
-        if dtype is not None and tensor.dtype != dtype:
-            raise self.wrong(suffix, "wrong dtype", dtype, tensor.dtype)
-        if count is not None and tensor.shape != (count,):
-            raise self.wrong(suffix, "wrong shape", [count], list(tensor.shape))
-        return tensor
+def _finite(stored: CheckedTensors, suffix: str, count: int) -> Tensor:
+    """float32 [count], all finite."""
+    values = stored.tensor(suffix, torch.float32, (count,))
+    if not bool(torch.isfinite(values).all()):
+        raise stored.wrong(suffix, "holds NaN or infinity")
+    return values
 
 
 def _dtype(name: object) -> torch.dtype | None:
@@ -256,11 +229,13 @@ def _dtype(name: object) -> torch.dtype | None:
     return _DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
 
 
-def config(scheme: Scheme, dtype: torch.dtype, *, attention: bool) -> dict[str, object]:
-    """config.json's `quantization_config`, as transformers writes it since 4.39.
+def quantization_config(
+    scheme: Scheme, dtype: torch.dtype, *, attention: bool
+) -> dict[str, object]:
+    """config.json's `quantization_config`, as transformers has written it since 4.39.
 
     Args:
-        dtype: in which products are computed.
+        dtype: in which matmuls compute.
         attention: whether the attention's matrices are packed too.
     """
     dense = ["lm_head", "gate"]

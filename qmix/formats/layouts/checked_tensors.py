@@ -1,4 +1,4 @@
-"""What the readers of the integer layouts share: checked access to one weight's tensors.
+"""Checked access to the stored tensors of one weight, and what all integer layouts share.
 
 Shape letters: N output features, K input features, G groups. Knows no layout and no file.
 """
@@ -14,26 +14,25 @@ from qmix.formats.layouts.tensor_names import WORD_BITS
 from qmix.weights.integers import Int4, Int8, Integers, symmetric_zero
 from qmix.weights.scheme import GROUP_SIZES
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TYPES: Mapping[int, type[Integers]] = {4: Int4, 8: Int8}
-GROUP_LIST = ", ".join(map(str, GROUP_SIZES)) + " inputs or all of them"
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_GROUP_SIZES = ", ".join(map(str, GROUP_SIZES)) + " inputs or all of them"
+# Bits of a code -> the weight's class.
+WEIGHT_TYPES: Mapping[int, type[Integers]] = {4: Int4, 8: Int8}
 
 
 @dataclass(frozen=True)
 class CheckedTensors:
-    """The tensors of one weight; every method checks one, and names it if it is wrong.
+    """The stored tensors of one weight; each method checks one, and names it if it is wrong.
 
     Attributes:
-        tensors: by name; others than this weight's may be among them.
+        tensors: by name; tensors of other weights may be among them.
         prefix: the module's name.
         where: the file, for errors.
-        shape: (N, K) of the model's weight.
     """
 
     tensors: Mapping[str, Tensor]
     prefix: str
     where: str
-    shape: tuple[int, int]
 
     def wrong(
         self,
@@ -43,6 +42,7 @@ class CheckedTensors:
         found: object = None,
         remedy: str | None = None,
     ) -> CheckpointError:
+        """The error of a tensor that is not what the layout says."""
         return CheckpointError(
             f"tensor {self.prefix}{suffix}: {what}",
             where=self.where,
@@ -51,9 +51,40 @@ class CheckedTensors:
             remedy=remedy,
         )
 
+    def has(self, suffix: str) -> bool:
+        return self.prefix + suffix in self.tensors
+
+    def tensor(
+        self,
+        suffix: str,
+        dtype: torch.dtype | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """The tensor P.suffix, of any dtype or shape if that is None.
+
+        Raises:
+            CheckpointError: it is missing, or has another dtype or shape.
+        """
+        tensor = self.tensors.get(self.prefix + suffix)
+        if tensor is None:
+            raise self.wrong(suffix, "missing")
+        if dtype is not None and tensor.dtype != dtype:
+            raise self.wrong(suffix, "wrong dtype", dtype, tensor.dtype)
+        if shape is not None and tensor.shape != shape:
+            raise self.wrong(suffix, "wrong shape", list(shape), list(tensor.shape))
+        return tensor
+
+
+@dataclass(frozen=True)
+class IntegerTensors(CheckedTensors):
+    """The stored tensors of one weight of integers; `shape` is (N, K) of the model's weight."""
+
+    shape: tuple[int, int]
+
     def unsupported(
         self, suffix: str, what: str, expected: object, found: object
     ) -> UnsupportedError:
+        """The error of a tensor that is valid but not read."""
         return UnsupportedError(
             f"tensor {self.prefix}{suffix}: {what}",
             where=self.where,
@@ -62,44 +93,28 @@ class CheckedTensors:
             remedy="Quantize the original checkpoint with qmix quantize.",
         )
 
-    def has(self, suffix: str) -> bool:
-        return self.prefix + suffix in self.tensors
-
-    def tensor(self, suffix: str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> Tensor:
-        """The tensor P.suffix; of any shape if that is None."""
-        tensor = self.tensors.get(self.prefix + suffix)
-        if tensor is None:
-            raise self.wrong(suffix, "missing")
-        if tensor.dtype != dtype:
-            raise self.wrong(suffix, "wrong dtype", dtype, tensor.dtype)
-        if shape is not None and tensor.shape != shape:
-            raise self.wrong(suffix, "wrong shape", list(shape), list(tensor.shape))
-        return tensor
-
     def scales(self, suffix: str, group_axis: int) -> Tensor:
-        """Finite scales of N outputs, their groups on `group_axis` of the two, in the file's dtype.
+        """The finite scales, [G, N] or [N, G] as `group_axis` is 0 or 1, in the file's dtype.
 
-        Negative ones are kept: a signed scale lets a symmetric group use all of -8 to 7.
+        Negative scales are valid: with them a symmetric group can use all of -8 to 7.
 
         Raises:
-            CheckpointError: another shape or dtype, NaN, infinity, or a group size not in the list.
+            CheckpointError: wrong shape or dtype, NaN, infinity, or an unknown group size.
         """
-        tensor = self.tensors.get(self.prefix + suffix)
-        if tensor is None:
-            raise self.wrong(suffix, "missing")
-        if tensor.dtype not in SCALE_DTYPES:
-            raise self.wrong(suffix, "wrong dtype", "float16, bfloat16 or float32", tensor.dtype)
+        scales = self.tensor(suffix)
+        if scales.dtype not in _SCALE_DTYPES:
+            raise self.wrong(suffix, "wrong dtype", "float16, bfloat16 or float32", scales.dtype)
         rows, columns = self.shape
-        if tensor.dim() != 2 or tensor.shape[1 - group_axis] != rows:
+        if scales.dim() != 2 or scales.shape[1 - group_axis] != rows:
             expected = f"[groups, {rows}]" if group_axis == 0 else f"[{rows}, groups]"
-            raise self.wrong(suffix, "wrong shape", expected, list(tensor.shape))
-        groups = tensor.shape[group_axis]
+            raise self.wrong(suffix, "wrong shape", expected, list(scales.shape))
+        groups = scales.shape[group_axis]
         if groups != 1 and groups not in [columns / size for size in GROUP_SIZES]:
             found = f"{groups} groups of {columns} inputs"
-            raise self.wrong(suffix, "unknown group size", GROUP_LIST, found)
-        if wrong := tensor.numel() - int(torch.isfinite(tensor).sum()):
-            raise self.wrong(suffix, "holds NaN or infinity", "finite values", f"{wrong} others")
-        return tensor
+            raise self.wrong(suffix, "unknown group size", _GROUP_SIZES, found)
+        if invalid := scales.numel() - int(torch.isfinite(scales).sum()):
+            raise self.wrong(suffix, "holds NaN or infinity", "finite values", f"{invalid} others")
+        return scales
 
     def permutation(self, suffix: str, groups: int) -> Tensor | None:
         """The order that sorts the inputs by group, int32 [K]; None if they are sorted already.
@@ -111,8 +126,8 @@ class CheckedTensors:
         index = self.tensor(suffix, torch.int32, (columns,))
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= groups:
-            bad = low if low < 0 else high
-            raise self.wrong(suffix, "group index out of range", f"0 to {groups - 1}", bad)
+            outside = low if low < 0 else high
+            raise self.wrong(suffix, "group index out of range", f"0 to {groups - 1}", outside)
         size = columns // groups
         counts = torch.bincount(index, minlength=groups)
         if not bool((counts == size).all()):
@@ -135,12 +150,12 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., 32 / bits] of codes -> int32 [...]: the inverse of `unpack_words`."""
+    """Codes, uint8 [..., 32 / bits] -> int32 [...]: the inverse of `unpack_words`."""
     shifts = torch.arange(0, WORD_BITS, bits)
-    packed = (codes.long() << shifts).sum(-1)
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
+    words = (codes.long() << shifts).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def zeros_or_symmetric(zeros: Tensor, bits: int) -> Tensor | None:
-    """`zeros` [N, G], or None where all are the symmetric one."""
+    """`zeros` [N, G], or None if all of them are the symmetric zero."""
     return None if bool((zeros == symmetric_zero(bits)).all()) else zeros

@@ -1,7 +1,8 @@
 """GPTQ's layout, 4 or 8 bits: the tensors of one weight, read and written.
 
-As AutoGPTQ wrote it since 2023 ("gptq", v1) and gptqmodel 7.7 ("gptq_v2"); v1 stores each zero
-less one. Shape letters: N outputs, K inputs, G groups. Knows nothing of files or of rounding.
+AutoGPTQ wrote it from 2023 on ("gptq", v1), gptqmodel 7.7 writes "gptq_v2"; v1 stores each zero
+minus one. Shape letters: N output features, K input features, G groups. Knows nothing of files or of
+rounding.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts.checked_tensors import (
-    TYPES,
-    CheckedTensors,
+    WEIGHT_TYPES,
+    IntegerTensors,
     pack_words,
     unpack_words,
     zeros_or_symmetric,
@@ -27,6 +28,7 @@ from qmix.formats.layouts.tensor_names import (
     WORD_BITS,
     gptq_bits,
 )
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.weights.integers import Integers, symmetric_zero
 from qmix.weights.scheme import Scheme
 
@@ -41,94 +43,96 @@ def unpack(
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
-        tensors: by name; others than this module's may be among them.
+        tensors: by name; tensors of other modules may be among them.
         where: the file, for errors.
         shape: (N, K) of the model's weight.
         settings: what the settings say of this module.
 
     Raises:
-        CheckpointError: a tensor is missing, or is not what the format or the settings say.
-        UnsupportedError: other bits than 4 and 8.
+        CheckpointError: a tensor is missing, or is not what the layout or the settings say.
+        UnsupportedError: neither 4 nor 8 bits.
     """
-    read = CheckedTensors(tensors, prefix, where, shape)
+    stored = IntegerTensors(tensors, prefix, where, shape)
     rows, columns = shape
-    read.tensor(G_IDX, torch.int32, (columns,))  # before the bits, which follow from K
-    bits = _bits(read, settings)
+    stored.tensor(G_IDX, torch.int32, (columns,))  # before the bits, which follow from K
+    bits = _bits(stored, settings)
     codes_a_word = WORD_BITS // bits
     if columns % codes_a_word or rows % codes_a_word:
         expected = f"multiples of {codes_a_word}"
-        raise read.wrong(QWEIGHT, "no whole words", expected, f"weight {list(shape)}")
-    qweight = read.tensor(QWEIGHT, torch.int32, (columns // codes_a_word, rows))
-    scales = read.scales(SCALES, 0)
+        raise stored.wrong(QWEIGHT, "no whole words", expected, f"weight {list(shape)}")
+    qweight = stored.tensor(QWEIGHT, torch.int32, (columns // codes_a_word, rows))
+    scales = stored.scales(SCALES, 0)
     groups = scales.shape[0]
     if settings.group_size is not None:
         size = columns if settings.group_size == -1 else settings.group_size
         if size * groups != columns:
-            raise read.wrong(
+            raise stored.wrong(
                 SCALES,
                 f"not the group size of {settings.source}",
                 f"groups of {size} inputs",
                 f"{groups} groups of {columns} inputs",
             )
-    zeros = _zeros(read, bits, groups, settings)
-    if read.has(BIAS):
-        # AutoGPTQ wrote biases for layers that have none; they are zero.
-        bias = read.tensor(BIAS, scales.dtype, (rows,))
+    zeros = _zeros(stored, bits, groups, settings)
+    if stored.has(BIAS):
+        # AutoGPTQ wrote biases for layers that have none: they are zero.
+        bias = stored.tensor(BIAS, scales.dtype, (rows,))
         if bool((bias != 0).any()):
-            raise read.wrong(BIAS, "a Mixtral has no biases", "zeros", bias.abs().max().item())
-    perm = read.permutation(G_IDX, groups)
+            raise stored.wrong(BIAS, "a Mixtral has no biases", "zeros", bias.abs().max().item())
+    perm = stored.permutation(G_IDX, groups)
     codes = qweight.T.contiguous().view(torch.uint8)
-    return TYPES[bits](
-        codes=codes if perm is None else TYPES[bits].reordered(codes, perm),
+    return WEIGHT_TYPES[bits](
+        codes=codes if perm is None else WEIGHT_TYPES[bits].reordered(codes, perm),
         scales=scales.T.contiguous(),
         zeros=zeros,
         perm=perm,
     )
 
 
-def _bits(read: CheckedTensors, settings: ModuleSettings) -> int:
-    """4 or 8, of the tensors, which the settings must confirm."""
-    rows, columns = read.shape
-    qweight = read.tensor(QWEIGHT, torch.int32, None)
+def _bits(stored: IntegerTensors, settings: ModuleSettings) -> int:
+    """Bits of a code, 4 or 8, from the tensors; the settings must confirm it."""
+    rows, columns = stored.shape
+    qweight = stored.tensor(QWEIGHT, torch.int32, None)
     bits = gptq_bits(qweight.shape[0], columns) if qweight.shape[1:] == (rows,) else None
     if bits is None:
         expected = [columns * (settings.bits or 4) // WORD_BITS, rows]
-        raise read.wrong(QWEIGHT, "wrong shape", expected, list(qweight.shape))
+        raise stored.wrong(QWEIGHT, "wrong shape", expected, list(qweight.shape))
     if settings.rule is not None and settings.rule.excluded:
-        raise read.wrong(
+        raise stored.wrong(
             QWEIGHT,
             f"{settings.source} says that the module is not quantized",
             "its .weight alone",
             f"{bits} bits",
         )
-    if bits not in TYPES:
+    if bits not in WEIGHT_TYPES:
         what = "GPTQ is read in 4 or 8 bits only"
-        raise read.unsupported(QWEIGHT, what, "4 or 8 bits", f"{bits} bits")
+        raise stored.unsupported(QWEIGHT, what, "4 or 8 bits", f"{bits} bits")
     if settings.bits not in (None, bits):
         what = f"not the bits of {settings.source}"
-        raise read.wrong(QWEIGHT, what, f"{settings.bits} bits", f"{bits} bits")
+        raise stored.wrong(QWEIGHT, what, f"{settings.bits} bits", f"{bits} bits")
     return bits
 
 
-def _zeros(read: CheckedTensors, bits: int, groups: int, settings: ModuleSettings) -> Tensor | None:
-    """uint8 [N, G]; None if symmetric, which the settings must confirm."""
-    rows = read.shape[0]
+def _zeros(
+    stored: IntegerTensors, bits: int, groups: int, settings: ModuleSettings
+) -> Tensor | None:
+    """uint8 [N, G]; None if all zeros are symmetric, which the settings must confirm."""
+    rows = stored.shape[0]
     codes_a_word = WORD_BITS // bits
-    stored = read.tensor(QZEROS, torch.int32, (groups, rows // codes_a_word)).long()
+    words = stored.tensor(QZEROS, torch.int32, (groups, rows // codes_a_word)).long()
     if settings.version == 1:
-        # On whole words, as gptqmodel: a zero of 0 was stored by borrowing from the next code.
-        stored = stored + sum(1 << shift for shift in range(0, WORD_BITS, bits))
-    zeros = unpack_words(stored & 0xFFFFFFFF, bits).reshape(groups, rows).T.contiguous()
+        # Added to whole words, as gptqmodel does: a zero of 0 was stored by borrowing from the next.
+        words = words + sum(1 << shift for shift in range(0, WORD_BITS, bits))
+    zeros = unpack_words(words & 0xFFFFFFFF, bits).reshape(groups, rows).T.contiguous()
     if not settings.symmetric:
         return zeros_or_symmetric(zeros, bits)
-    wrong = zeros[zeros != symmetric_zero(bits)]
-    if wrong.numel():
+    asymmetric = zeros[zeros != symmetric_zero(bits)]
+    if asymmetric.numel():
         less = 1 if settings.version == 1 else 0
-        raise read.wrong(
+        raise stored.wrong(
             QZEROS,
             f"not the zeros of a symmetric weight (sym of {settings.source})",
             f"{symmetric_zero(bits) - less} in every {bits} bits (version {settings.version})",
-            int(wrong[0]) - less,
+            int(asymmetric[0]) - less,
             remedy="Correct checkpoint_format (gptq or gptq_v2) or sym there.",
         )
     return None
@@ -136,37 +140,37 @@ def _zeros(read: CheckedTensors, bits: int, groups: int, settings: ModuleSetting
 
 def packed_specs(
     prefix: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes that `pack` will give.
+) -> tuple[TensorSpec, ...]:
+    """The tensors that `pack` will return.
 
     Args:
-        shape: (N, K), multiples of 8 (of 4 for 8 bits); K one of the group size.
+        shape: (N, K), both multiples of 8 (of 4 for 8 bits); K a multiple of the group size.
         dtype: of the scales.
 
     Raises:
-        UnsupportedError: outputs or inputs that fill no whole words or groups.
+        UnsupportedError: outputs or inputs that do not fill whole words or groups.
     """
     rows, columns = shape
     codes_a_word = WORD_BITS // scheme.bits
-    unit = columns if scheme.group_size == -1 else scheme.group_size
-    if rows % codes_a_word or columns % codes_a_word or columns % unit:
+    group_size = columns if scheme.group_size == -1 else scheme.group_size
+    if rows % codes_a_word or columns % codes_a_word or columns % group_size:
         raise UnsupportedError(
-            f"module {prefix}: not written as GPTQ",
+            f"module {prefix}: cannot be written as GPTQ",
             expected=f"multiples of {codes_a_word} outputs and inputs, whole groups of inputs",
             found=f"{rows} and {columns} in {scheme}",
             remedy="Leave it dense, or choose another group size.",
         )
-    groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
-    return {
-        prefix + QWEIGHT: (torch.int32, (columns // codes_a_word, rows)),
-        prefix + QZEROS: (torch.int32, (groups, rows // codes_a_word)),
-        prefix + SCALES: (dtype, (groups, rows)),
-        prefix + G_IDX: (torch.int32, (columns,)),
-    }
+    groups = columns // group_size
+    return (
+        TensorSpec(prefix + QWEIGHT, torch.int32, (columns // codes_a_word, rows)),
+        TensorSpec(prefix + QZEROS, torch.int32, (groups, rows // codes_a_word)),
+        TensorSpec(prefix + SCALES, dtype, (groups, rows)),
+        TensorSpec(prefix + G_IDX, torch.int32, (columns,)),
+    )
 
 
 def version_of(weights: Iterable[Integers]) -> int:
-    """The version that holds all of them: 1 unless a zero is 0, which v1's readers disagree about."""
+    """The version that stores all of them: 2 if a zero is 0, on which readers of v1 disagree, else 1."""
     for weight in weights:
         if weight.zeros is not None and bool((weight.zeros == 0).any()):
             return 2

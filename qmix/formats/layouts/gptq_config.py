@@ -1,7 +1,7 @@
-"""GPTQ's settings, read and written: what config.json says of a checkpoint whose tensors are GPTQ's.
+"""GPTQ's configuration, read and written: what config.json says if the tensors are GPTQ's.
 
-One scheme for most modules, and rules (`dynamic`, as gptqmodel 7.7 and vLLM 0.33 read them) for the
-others. Knows nothing of tensors.
+It has one scheme for most modules, and rules for the others (`dynamic`, as gptqmodel 7.7 and vLLM
+0.33 read them). Knows nothing of tensors.
 """
 
 import re
@@ -11,29 +11,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.formats.layouts.module_patterns import patterns
-from qmix.formats.layouts.tensor_names import KINDS, unlisted
+from qmix.formats.layouts.module_patterns import expressions
+from qmix.formats.layouts.tensor_names import INTEGER_KINDS, without_lists
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
-FILE = "quantize_config.json"  # where AutoGPTQ kept the settings, beside config.json
+FILE = "quantize_config.json"  # where AutoGPTQ put the settings, beside config.json
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
-_MOST_RULES = 1024
-# Some regular expressions take forever on a name of 60 characters. Those that files have need three
-# repetitions at most, and never repeat a group.
-_MOST_REPEATS, _MOST_OPTIONS = 3, 8
+_MAX_RULES = 1024
+# Some regular expressions take forever on a name of 60 characters. Those of real files have at most
+# three repetitions, and never repeat a group.
+_MAX_REPEATS, _MAX_OPTIONALS = 3, 8
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]|\\[1-9]|\(\?P=")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One entry of `dynamic`, for modules that its expression matches from their names' start.
+    """One entry of `dynamic`. It applies to modules whose names its expression matches from the start.
 
     Attributes:
-        text: as it stands in the file.
+        text: the entry's key in the file.
         excluded: the modules are not quantized ("-:").
-        bits, group_size, symmetric: what is different; None if it is not.
+        bits, group_size, symmetric: what the rule overrides; None if it does not.
     """
 
     text: str
@@ -49,11 +49,11 @@ class ModuleSettings:
     """What the settings say of one module, its rule's overrides included.
 
     Attributes:
-        version: 1 if the file stores each zero less one, 2 if it stores the zero.
+        version: 1 if the file stores each zero minus one, 2 if it stores the zero.
         symmetric: every zero is half of the range.
-        bits, group_size: None if the file does not say; -1 is all inputs.
-        rule: the one that decided; None if it was none.
-        where: the file that says so.
+        bits, group_size: None if the file does not say; a group size of -1 is all inputs.
+        rule: the one that decided, if any.
+        where: the file with the settings.
     """
 
     version: int
@@ -65,18 +65,18 @@ class ModuleSettings:
 
     @property
     def source(self) -> str:
-        """The rule, if there is one, and the file, for errors."""
+        """The rule, if any, and the file, for errors."""
         return f"the rule {self.rule.text!r} of {self.where}" if self.rule else self.where
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQConfig:
-    """What the tensors do not say, or say a second time.
+    """What the tensors do not say, or what the settings repeat.
 
     Attributes:
-        version, symmetric, bits, group_size, where: of most modules, as in ModuleSettings.
+        version, symmetric, bits, group_size, where: for most modules; see ModuleSettings.
         lm_head: whether the head is quantized.
-        rules: for the others; the first that matches a module's name, as the files spell it, wins.
+        rules: for the other modules; the first that matches a module's name in the files wins.
     """
 
     version: int = 1
@@ -88,7 +88,7 @@ class GPTQConfig:
     where: str = "no quantization_config"
 
     def for_module(self, module: str) -> ModuleSettings:
-        """For one module, by its name in the files."""
+        """The settings of one module, by its name in the files."""
         rule = next((rule for rule in self.rules if rule.pattern.match(module)), None)
         settings = ModuleSettings(
             version=self.version,
@@ -108,47 +108,48 @@ class GPTQConfig:
         )
 
     def scheme_of(self, module: str) -> Scheme | None:
-        """How a module is stored, from the settings alone; None if they do not say.
+        """How a module is stored according to the settings alone; None if they do not say.
 
         The router is dense unless a rule names it, the head unless `lm_head` is true.
         """
-        own = self.for_module(module)
-        excluded = own.rule is not None and own.rule.excluded
-        unnamed_router = own.rule is None and module.endswith(".gate")
+        settings = self.for_module(module)
+        excluded = settings.rule is not None and settings.rule.excluded
+        unnamed_router = settings.rule is None and module.endswith(".gate")
         if excluded or unnamed_router or (module == "lm_head" and not self.lm_head):
             return DENSE
-        if own.group_size is None or own.bits is None or own.bits not in KINDS:
+        bits, group_size = settings.bits, settings.group_size
+        if group_size is None or bits is None or bits not in INTEGER_KINDS:
             return None
-        kind = KINDS[own.bits]
-        return Scheme(kind=kind, group_size=own.group_size, symmetric=own.symmetric)
+        kind = INTEGER_KINDS[bits]
+        return Scheme(kind=kind, group_size=group_size, symmetric=settings.symmetric)
 
 
 def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
-    """From config.json's `quantization_config` or from `quantize_config.json`.
+    """Parse config.json's `quantization_config`, or `quantize_config.json`.
 
-    A missing `checkpoint_format` means v1 and a missing `sym` true, as in AutoGPTQ.
+    A missing `checkpoint_format` means v1, and a missing `sym` means true, as in AutoGPTQ.
 
     Args:
         document: None if there is neither.
         where: the file, for errors.
 
     Raises:
-        UnsupportedError: another layout, other bits, or a rule too intricate.
-        CheckpointError: a value of the wrong type.
+        UnsupportedError: another layout, neither 4 nor 8 bits, or a rule that is too intricate.
+        CheckpointError: a value of the wrong type, or settings of another method.
     """
     if document is None:
         return GPTQConfig()
-    fields = unlisted(document)
+    fields = without_lists(document)
     method = fields.get("quant_method", "gptq")
     if method != "gptq":
         raise CheckpointError(
-            "the tensors are GPTQ's and quant_method says otherwise",
+            "the tensors are GPTQ's, but quant_method names another method",
             where=where,
             expected="'gptq'",
             found=repr(method),
         )
     bits = fields.get("bits")
-    if bits is not None and (type(bits) is not int or bits not in KINDS):
+    if bits is not None and (type(bits) is not int or bits not in INTEGER_KINDS):
         raise UnsupportedError(
             "GPTQ is read in 4 or 8 bits only",
             where=f"{where}: bits",
@@ -210,11 +211,11 @@ def _group_size(size: Any, where: str) -> int | None:
 def _rules(dynamic: Any, where: str) -> tuple[Rule, ...]:
     if not dynamic:
         return ()
-    if not isinstance(dynamic, dict) or len(dynamic) > _MOST_RULES:
+    if not isinstance(dynamic, dict) or len(dynamic) > _MAX_RULES:
         raise CheckpointError(
             "not a table of rules",
             where=where,
-            expected=f"at most {_MOST_RULES} expressions, each with its settings",
+            expected=f"at most {_MAX_RULES} expressions, each with its settings",
             found=f"{len(dynamic)} rules" if isinstance(dynamic, dict) else repr(dynamic)[:80],
         )
     return tuple(_rule(text, overrides, where) for text, overrides in dynamic.items())
@@ -224,17 +225,19 @@ def _rule(text: str, overrides: Any, where: str) -> Rule:
     where = f"{where}: {text[:80]}"
     expression = text.removeprefix("-:").removeprefix("+:")
     if not isinstance(overrides, dict):
-        raise CheckpointError("no settings", where=where, found=repr(overrides)[:80])
+        raise CheckpointError(
+            "wrong type", where=where, expected="an object", found=repr(overrides)[:80]
+        )
     intricate = (
-        len(re.findall(r"[*+{]", expression)) > _MOST_REPEATS
-        or expression.count("?") > _MOST_OPTIONS
+        len(re.findall(r"[*+{]", expression)) > _MAX_REPEATS
+        or expression.count("?") > _MAX_OPTIONALS
         or _REPEATED_GROUP.search(expression)
     )
     if intricate:
         raise UnsupportedError(
-            "the rule is too intricate to be read safely",
+            "the rule is too intricate to be matched safely",
             where=where,
-            expected=f"at most {_MOST_REPEATS} repetitions, none of a group",
+            expected=f"at most {_MAX_REPEATS} repetitions, none of a group",
             remedy="Write it as several simpler rules.",
         )
     try:
@@ -254,19 +257,19 @@ def _rule(text: str, overrides: Any, where: str) -> Rule:
     )
 
 
-def config(
+def quantization_config(
     schemes: Mapping[str, Scheme], *, version: int = 1, act_order: bool = False
 ) -> dict[str, object]:
     """The settings of a checkpoint: `quantization_config` of config.json and `quantize_config.json`.
 
-    The fields that vLLM 0.33 and SGLang demand, and no more. The most frequent scheme becomes the
-    base; every other module is named by a rule that matches gptqmodel's names too, and those of the
-    modules that vLLM fuses (`qkv_proj`, `experts`) where all their parts are alike.
+    They have the fields that vLLM 0.33 and SGLang demand, and no more. The most frequent scheme
+    becomes the base. Every module of another scheme is named by a rule that also matches gptqmodel's
+    names, and the names of what vLLM fuses (`qkv_proj`, `experts`) if all its parts are alike.
 
     Args:
         schemes: of every linear layer by its module's name, dense ones included; at least one is
-            of integers, none of another layout.
-        version: 1 or 2, how zeros are stored.
+            of integers, and none belongs to another layout.
+        version: how zeros are stored, 1 or 2.
         act_order: whether any weight's inputs are scattered over its groups.
     """
     counts = Counter(scheme for scheme in schemes.values() if scheme.integer)
@@ -275,10 +278,10 @@ def config(
     for scheme in dict.fromkeys(schemes.values()):
         named = [
             module
-            for module, own in schemes.items()
-            if own == scheme and own != _unsaid(module, own, base)
+            for module, other in schemes.items()
+            if other == scheme and scheme != _default(module, scheme, base)
         ]
-        for pattern in patterns(named, schemes):
+        for pattern in expressions(named, schemes):
             sign = "+:" if scheme.integer else "-:"
             dynamic[sign + pattern] = _overrides(scheme, base) if scheme.integer else {}
     (layout,) = (name for name, number in VERSIONS.items() if number == version)
@@ -294,8 +297,8 @@ def config(
     }
 
 
-def _unsaid(module: str, scheme: Scheme, base: Scheme) -> Scheme:
-    """The scheme that a module has where no rule names it."""
+def _default(module: str, scheme: Scheme, base: Scheme) -> Scheme:
+    """The scheme of a module that no rule names."""
     is_dense = module.endswith(".gate") or (module == "lm_head" and not scheme.integer)
     return DENSE if is_dense else base
 
@@ -306,4 +309,4 @@ def _overrides(scheme: Scheme, base: Scheme) -> dict[str, object]:
         ("group_size", scheme.group_size, base.group_size),
         ("sym", scheme.symmetric, base.symmetric),
     )
-    return {name: own for name, own, most in fields if own != most}
+    return {name: value for name, value, default in fields if value != default}

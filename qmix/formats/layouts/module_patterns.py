@@ -1,6 +1,6 @@
-"""Regular expressions that name some modules of a Mixtral and no others, in few words.
+"""Regular expressions that match some modules of a Mixtral and no others, in few words.
 
-For GPTQ's rules and compressed-tensors' targets. Knows no scheme and no file.
+GPTQ's rules and compressed-tensors' targets are made of them. Knows no scheme and no file.
 """
 
 import re
@@ -12,32 +12,32 @@ _ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])")
 
 
-def patterns(named: Collection[str], modules: Collection[str]) -> Iterator[str]:
-    """Expressions that match the modules `named`, and no other of `modules`, from their start.
+def expressions(chosen: Collection[str], every: Collection[str]) -> Iterator[str]:
+    """Expressions that match the modules `chosen` from their start, and no other module of `every`.
 
-    gptqmodel's names of these modules match too; so do `qkv_proj` and `experts`, by which vLLM asks
-    for what it fuses, where all that is fused is named.
+    They also match gptqmodel's names of these modules; and `qkv_proj` and `experts`, by which vLLM
+    asks about what it fuses, if all that is fused is chosen.
     """
-    attention: dict[str, set[str]] = {}  # by layer
-    experts: dict[str, dict[str, set[str]]] = {}  # by layer and expert
-    for module in named:
-        if found := _ATTENTION.fullmatch(module):
-            attention.setdefault(found[1], set()).add(found[2])
-        elif found := _EXPERT.fullmatch(module):
-            experts.setdefault(found[1], {}).setdefault(found[2], set()).add(found[3])
+    attention: dict[str, set[str]] = {}  # layer -> letters
+    experts: dict[str, dict[str, set[str]]] = {}  # layer -> expert -> matrices
+    for module in chosen:
+        if match := _ATTENTION.fullmatch(module):
+            attention.setdefault(match[1], set()).add(match[2])
+        elif match := _EXPERT.fullmatch(module):
+            experts.setdefault(match[1], {}).setdefault(match[2], set()).add(match[3])
         else:
             yield re.escape(module) + "$"
-    places = [found for module in modules if (found := _EXPERT.fullmatch(module))]
-    every_layer = {found[1] for found in places}
-    every_expert = {found[2] for found in places}
-    alike: dict[str, list[str]] = {}  # what follows the layer's number -> the layers
+    matches = [match for module in every if (match := _EXPERT.fullmatch(module))]
+    all_layers = {match[1] for match in matches}
+    all_experts = {match[2] for match in matches}
+    layers_by_tail: dict[str, list[str]] = {}  # what follows the layer's number -> the layers
     for layer, letters in attention.items():
-        alike.setdefault(_attention(letters), []).append(layer)
+        layers_by_tail.setdefault(_attention(letters), []).append(layer)
     for layer, matrices in experts.items():
-        for tail in _experts(matrices, every_expert):
-            alike.setdefault(tail, []).append(layer)
-    for tail, layers in alike.items():
-        yield rf"model\.layers\.{_any_of(layers, every_layer)}\.{tail}"
+        for tail in _experts(matrices, all_experts):
+            layers_by_tail.setdefault(tail, []).append(layer)
+    for tail, layers in layers_by_tail.items():
+        yield rf"model\.layers\.{_any_of(layers, all_layers)}\.{tail}"
 
 
 def _attention(letters: Collection[str]) -> str:
@@ -47,18 +47,19 @@ def _attention(letters: Collection[str]) -> str:
     return rf"self_attn\.({'|'.join([*sorted(letters), *fused])})_proj$"
 
 
-def _experts(matrices: Mapping[str, set[str]], every_expert: Collection[str]) -> Iterator[str]:
-    """Expressions for the matrices of one layer's experts, given by expert."""
+def _experts(matrices: Mapping[str, set[str]], all_experts: Collection[str]) -> Iterator[str]:
+    """Expressions for the matrices of one layer's experts, given as expert -> matrices."""
     start = r"(block_sparse_moe|mlp)\.experts"
-    alike: dict[tuple[str, ...], list[str]] = {}  # matrices -> the experts of which they are
+    experts_by_matrices: dict[tuple[str, ...], list[str]] = {}
     for expert, chosen in matrices.items():
-        alike.setdefault(tuple(sorted(chosen)), []).append(expert)
-    for own, of in alike.items():
-        if len(own) == 3 and len(of) == len(every_expert):
+        experts_by_matrices.setdefault(tuple(sorted(chosen)), []).append(expert)
+    for classic, experts in experts_by_matrices.items():
+        if len(classic) == 3 and len(experts) == len(all_experts):
             yield start + r"(\..*)?$"
             continue
-        theirs = [names.spellings(f"experts.0.{matrix}")[1].rpartition(".")[2] for matrix in own]
-        yield rf"{start}\.{_any_of(of, every_expert)}\.({'|'.join([*own, *theirs])})$"
+        gptqmodel = [names.spellings(f"experts.0.{m}")[1].rpartition(".")[2] for m in classic]
+        matrix = "|".join([*classic, *gptqmodel])
+        yield rf"{start}\.{_any_of(experts, all_experts)}\.({matrix})$"
 
 
 def _any_of(numbers: Sequence[str], every: Collection[str]) -> str:

@@ -1,7 +1,7 @@
-"""Which tensors make up a packed weight: the four layouts by the names, shapes and settings of files.
+"""Which tensors make up a packed weight: the four layouts by their names, shapes and settings.
 
-Knows no torch and reads no data: what the bits mean is said in bnb, compressed, awq and gptq. Shape
-letters: N outputs, K inputs.
+Knows no torch and reads no data. What the bits mean is written in bnb, compressed_tensors, awq and
+gptq. Shape letters: N output features, K input features.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,10 +12,10 @@ from qmix.errors import CheckpointError, UnsupportedError
 Layout = Literal["bitsandbytes", "compressed-tensors", "AWQ", "GPTQ"]
 
 WORD_BITS = 32
-# Integers that are read, by their bits, and the kind of their Scheme.
-KINDS: Mapping[int, Literal["int4", "int8"]] = {4: "int4", 8: "int8"}
+# Bits of the integers that are read -> the kind of their Scheme.
+INTEGER_KINDS: Mapping[int, Literal["int4", "int8"]] = {4: "int4", 8: "int8"}
 
-AWQ_FILE = "quant_config.json"  # where AutoAWQ keeps the settings, beside config.json
+AWQ_FILE = "quant_config.json"  # where AutoAWQ puts the settings, beside config.json
 
 WEIGHT = ".weight"
 ABSMAX = ".weight.absmax"
@@ -25,8 +25,8 @@ NESTED_QUANT_MAP = ".weight.nested_quant_map"
 STATE_NF4 = ".weight.quant_state.bitsandbytes__nf4"
 STATE_FP4 = ".weight.quant_state.bitsandbytes__fp4"
 
-# What stands beside `P.weight` where P is packed, in bitsandbytes' order.
-BNB_SUFFIXES = (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP, STATE_NF4, STATE_FP4)
+# The tensors beside `P.weight` if P is packed, in bitsandbytes' order.
+_BNB_SUFFIXES = (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP, STATE_NF4, STATE_FP4)
 
 QWEIGHT = ".qweight"
 QZEROS = ".qzeros"
@@ -40,13 +40,13 @@ SHAPE = ".weight_shape"
 ZERO_POINT = ".weight_zero_point"
 PACKED_G_IDX = ".weight_g_idx"
 
-_REQUIRED = (PACKED, SCALE, SHAPE)
-_OPTIONAL = (ZERO_POINT, PACKED_G_IDX)
+_COMPRESSED_REQUIRED = (PACKED, SCALE, SHAPE)
+_COMPRESSED_OPTIONAL = (ZERO_POINT, PACKED_G_IDX)
 
 
 def bnb_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the packed weight of module `prefix`; none if it is not packed."""
-    states = tuple(prefix + suffix for suffix in BNB_SUFFIXES if prefix + suffix in names)
+    """The names of the tensors that make up the weight of module `prefix`; none if it is not packed."""
+    states = tuple(prefix + suffix for suffix in _BNB_SUFFIXES if prefix + suffix in names)
     if not states:
         return ()
     weight = prefix + WEIGHT
@@ -54,21 +54,22 @@ def bnb_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def compressed_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the weight of module `prefix`; none if it is another layout's.
+    """The names of the tensors that make up the weight of module `prefix`; none in another layout.
 
-    Those that must be there are among them even if they are not.
+    Required names are among them even if the files lack them.
     """
-    if not any(prefix + suffix in names for suffix in (*_REQUIRED, *_OPTIONAL)):
+    if not any(
+        prefix + suffix in names for suffix in (*_COMPRESSED_REQUIRED, *_COMPRESSED_OPTIONAL)
+    ):
         return ()
-    optional = [suffix for suffix in _OPTIONAL if prefix + suffix in names]
-    return tuple(prefix + suffix for suffix in (*_REQUIRED, *optional))
+    optional = [suffix for suffix in _COMPRESSED_OPTIONAL if prefix + suffix in names]
+    return tuple(prefix + suffix for suffix in (*_COMPRESSED_REQUIRED, *optional))
 
 
 def awq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the weight of module `prefix`; none if it is not AWQ's.
+    """The names of the tensors that make up the weight of module `prefix`; none if it is not AWQ's.
 
-    Those that must be there are among them even if they are not. GPTQ's have the same names and
-    `.g_idx`.
+    Required names are among them even if the files lack them. GPTQ has the same names and `.g_idx`.
     """
     if prefix + QWEIGHT not in names or prefix + G_IDX in names:
         return ()
@@ -76,10 +77,10 @@ def awq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def gptq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The tensor names that make up the weight of module `prefix`; none if it is not GPTQ's.
+    """The names of the tensors that make up the weight of module `prefix`; none if it is not GPTQ's.
 
-    Those that must be there are among them even if they are not. AWQ's have the same names but for
-    `.g_idx`; the shape of `.qweight` tells them apart.
+    Required names are among them even if the files lack them. AWQ has the same names except
+    `.g_idx`; the shape of `.qweight` tells the two apart.
     """
     if prefix + QWEIGHT not in names and prefix + G_IDX not in names:
         return ()
@@ -88,34 +89,34 @@ def gptq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def gptq_bits(qweight_rows: int, columns: int) -> int | None:
-    """Bits a code, from the rows of `.qweight` and the weight's inputs; None if it fits none."""
+    """Bits of a code, from the rows of `.qweight` and K; None if no number of bits fits."""
     fitting = (bits for bits in (4, 8, 2, 3) if qweight_rows * WORD_BITS == columns * bits)
     return next(fitting, None)
 
 
 def compressed_bits(words: int, columns: int) -> int | None:
-    """Bits a code, from a row's words and the weight's inputs; None if it fits none."""
+    """Bits of a code, from the words of a row and K; None if no number of bits fits."""
     fitting = (bits for bits in (4, 8, 2, 3, 5, 6, 7) if words == -(-columns * bits // WORD_BITS))
     return next(fitting, None)
 
 
 def check_awq(document: Mapping[str, Any] | None, where: str) -> None:
-    """Refuse settings of another layout: `quantization_config` of config.json or AWQ_FILE.
+    """Check that the settings are those of the AWQ that is read.
 
     Args:
-        document: None if there is neither.
+        document: `quantization_config` of config.json, or AWQ_FILE; None if there is neither.
         where: the file, for errors.
 
     Raises:
-        UnsupportedError: another version than gemm, or other bits.
+        UnsupportedError: another version than gemm, or not 4 bits.
         CheckpointError: the settings are not AWQ's.
     """
     if document is None:
         return
-    fields = unlisted(document)
+    fields = without_lists(document)
     if fields.get("quant_method", "awq") != "awq":
         raise CheckpointError(
-            "the tensors are AWQ's and quant_method says otherwise",
+            "the tensors are AWQ's, but quant_method names another method",
             where=where,
             expected="'awq'",
             found=repr(fields["quant_method"]),
@@ -137,20 +138,21 @@ def check_awq(document: Mapping[str, Any] | None, where: str) -> None:
 
 
 def check_compressed(document: Mapping[str, Any] | None, where: str) -> None:
-    """Refuse settings of another layout: config.json's `quantization_config`.
+    """Check that the settings are those of the compressed-tensors format that is read.
 
     Args:
-        document: None if there is none.
+        document: config.json's `quantization_config`; None if there is none.
         where: the file, for errors.
 
     Raises:
-        UnsupportedError: another format. CheckpointError: the settings are not compressed-tensors'.
+        UnsupportedError: another format than pack-quantized.
+        CheckpointError: the settings are not those of compressed-tensors.
     """
     if document is None:
         return
     if document.get("quant_method") != "compressed-tensors":
         raise CheckpointError(
-            "the tensors are compressed-tensors' and quant_method says otherwise",
+            "the tensors are compressed-tensors', but quant_method names another method",
             where=where,
             expected="'compressed-tensors'",
             found=repr(document.get("quant_method")),
@@ -166,8 +168,8 @@ def check_compressed(document: Mapping[str, Any] | None, where: str) -> None:
         )
 
 
-def unlisted(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with one-element lists replaced by their element, as some files have them."""
+def without_lists(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with each list of one element replaced by the element: some files have such lists."""
     return {
         key: value[0] if isinstance(value, list) and len(value) == 1 else value
         for key, value in document.items()

@@ -1,7 +1,7 @@
 """The layout in which qmix writes each kind of weight, and the settings that describe the whole.
 
-One table for the quantizers, for `save_pretrained` and for synthetic checkpoints: NF4 and FP4 as
-bitsandbytes, Int4 and Int8 as GPTQ, dense weights as they are. Knows nothing of files.
+NF4 and FP4 are written as bitsandbytes, Int4 and Int8 as GPTQ, dense weights as they are. The
+quantizers, `save_pretrained` and synthetic checkpoints share this table. Knows nothing of files.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,49 +12,53 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts import bnb, gptq, gptq_config
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.integers import Integers
 from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import DENSE, Scheme
 
-Layout = Literal["bitsandbytes", "GPTQ"]
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+WrittenLayout = Literal["bitsandbytes", "GPTQ"]
 
 
-def layout_of(schemes: Mapping[str, Scheme]) -> Layout | None:
-    """The one layout of all packed weights, by their modules' names; None if all are dense.
+def layout_of(schemes: Mapping[str, Scheme]) -> WrittenLayout | None:
+    """The one layout of all packed weights; None if all weights are dense.
+
+    Args:
+        schemes: by module name.
 
     Raises:
         UnsupportedError: two layouts, which no `quantization_config` describes.
     """
-    found: dict[Layout, str] = {}
+    examples: dict[WrittenLayout, str] = {}  # layout -> a module that has it
     for module, scheme in schemes.items():
         if scheme.kind != "dense":
-            found.setdefault("GPTQ" if scheme.integer else "bitsandbytes", module)
-    if len(found) > 1:
-        named = (f"{module} is {schemes[module]}" for module in found.values())
+            examples.setdefault("GPTQ" if scheme.integer else "bitsandbytes", module)
+    if len(examples) > 1:
         raise UnsupportedError(
-            "two layouts do not fit one checkpoint",
+            "two layouts do not fit into one checkpoint",
             expected="NF4 or FP4 weights (bitsandbytes), or Int4 and Int8 weights (GPTQ)",
-            found=" and ".join(named),
+            found=" and ".join(f"{module} is {schemes[module]}" for module in examples.values()),
             remedy="Quantize the original checkpoint with one method.",
         )
-    return next(iter(found), None)
+    return next(iter(examples), None)
 
 
-def packed_specs(prefix: str, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> Specs:
-    """Names, dtypes and shapes (bitsandbytes' state: its longest) of what `pack` will give.
+def packed_specs(
+    prefix: str, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype
+) -> tuple[TensorSpec, ...]:
+    """The tensors that `pack` will return; the length of bitsandbytes' state is an upper bound.
 
     Args:
         prefix: the module's name.
-        shape: (N, K); of any length if dense.
-        dtype: of a dense weight, of the weight that NF4 or FP4 was rounded from, of integers' scales.
+        shape: (N, K); any shape if dense.
+        dtype: of a dense weight; of the weight that was rounded to NF4 or FP4; of integers' scales.
 
     Raises:
-        UnsupportedError: integers whose outputs or inputs fill no whole words or groups.
+        UnsupportedError: integers whose outputs or inputs do not fill whole words or groups.
     """
     if scheme.kind == "dense":
-        return {f"{prefix}.weight": (dtype, shape)}
+        return (TensorSpec(f"{prefix}.weight", dtype, shape),)
     rows, columns = shape
     if scheme.integer:
         return gptq.packed_specs(prefix, (rows, columns), scheme, dtype)
@@ -62,7 +66,7 @@ def packed_specs(prefix: str, shape: tuple[int, ...], scheme: Scheme, dtype: tor
 
 
 def pack(weight: Weight, prefix: str, *, version: int = 1) -> dict[str, Tensor]:
-    """What a file holds of one weight, by tensor name, on the CPU.
+    """The tensors that a file holds of one weight, by name, on the CPU.
 
     Args:
         version: of GPTQ; see `version_of`.
@@ -80,12 +84,12 @@ def pack(weight: Weight, prefix: str, *, version: int = 1) -> dict[str, Tensor]:
 
 
 def version_of(weights: Iterable[Weight]) -> int:
-    """GPTQ's version that stores all of them exactly: 1 if no zero is 0, else 2."""
+    """The version of GPTQ that stores all weights exactly: 1 if no zero is 0, else 2."""
     return gptq.version_of(weight for weight in weights if isinstance(weight, Integers))
 
 
 def act_order(weights: Iterable[Weight]) -> bool:
-    """Whether the inputs of any weight are scattered over its groups."""
+    """Whether any weight's inputs are scattered over its groups."""
     return any(isinstance(weight, Integers) and weight.perm is not None for weight in weights)
 
 
@@ -100,7 +104,7 @@ def quantization_config(
 
     Args:
         schemes: of every linear layer by its module's name, dense ones included.
-        dtype: in which products are computed.
+        dtype: in which matmuls compute.
         version, act_order: of GPTQ's weights.
 
     Raises:
@@ -109,21 +113,21 @@ def quantization_config(
     match layout_of(schemes):
         case "bitsandbytes":
             scheme = next(scheme for scheme in schemes.values() if scheme.kind != "dense")
-            settings = bnb.config(scheme, dtype, attention=True)
+            settings = bnb.quantization_config(scheme, dtype, attention=True)
             return {**settings, "llm_int8_skip_modules": _dense_names(schemes)}
         case "GPTQ":
-            return gptq_config.config(schemes, version=version, act_order=act_order)
+            return gptq_config.quantization_config(schemes, version=version, act_order=act_order)
         case None:
             return None
 
 
 def _dense_names(schemes: Mapping[str, Scheme]) -> list[str]:
-    """The dense modules by the last part of their names, which stands for all, or in full."""
+    """The dense modules: the last part of their names if all modules with it are dense, else in full."""
     by_part: dict[str, list[str]] = {"lm_head": [], "gate": []}
     for module in schemes:
         by_part.setdefault(module.rpartition(".")[2], []).append(module)
-    found: list[str] = []
+    dense_names: list[str] = []
     for part, modules in by_part.items():
         dense = [module for module in modules if schemes[module] == DENSE]
-        found += [part] if len(dense) == len(modules) and dense else dense
-    return found
+        dense_names += [part] if len(dense) == len(modules) and dense else dense
+    return dense_names

@@ -15,7 +15,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats import names
-from qmix.formats.files import pickles, safetensors_header, shards
+from qmix.formats.files import pickles, regular_file, shards
 from qmix.formats.files.shards import Entry, Shards
 from qmix.formats.mistral import params
 from qmix.formats.mistral.detect import raw_files
@@ -141,8 +141,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for path in files:
-        safetensors_header.inside(folder, path.name)
-        read = shards.read_header if path.suffix == ".safetensors" else pickles.read_header
+        regular_file.path_inside(folder, path.name)
+        read = shards.read_entries if path.suffix == ".safetensors" else pickles.read_entries
         for name, entry in read(path).items():
             if name in entries:
                 raise CheckpointError(

@@ -208,7 +208,7 @@ def test_damaged_pickles_are_refused_or_harmless(tmp_path):
         data[where] = chance.randrange(256)
         path.write_bytes(data)
         try:
-            for entry in pickles.read_header(path).values():
+            for entry in pickles.read_entries(path).values():
                 assert 0 <= entry.start <= entry.stop <= len(data)
         except (CheckpointError, UnsupportedError):
             refusals += 1

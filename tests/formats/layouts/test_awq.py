@@ -114,7 +114,7 @@ def test_a_missing_tensor_is_named(suffix):
         ({"version": 2}, "version"),
         ({"version": "GEMM", "w_bit": 3}, "4 bits only.*found 3"),
         ({"bits": 8}, "4 bits only"),
-        ({"quant_method": "gptq"}, "quant_method says otherwise.*found 'gptq'"),
+        ({"quant_method": "gptq"}, "quant_method names another.*found 'gptq'"),
     ],
 )
 def test_other_settings_are_refused(document, named):

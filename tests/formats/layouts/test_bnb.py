@@ -148,22 +148,23 @@ def test_unpacking_undoes_packing_and_the_plan_bounds_it(
     assert again.scheme == chosen
     assert torch.equal(again.dequantize(), weight.dequantize())
     specs = bnb.packed_specs(P, (rows, columns), chosen, dtype)
-    assert list(specs) == list(tensors)
-    for name, tensor in tensors.items():
-        planned, shape = specs[name]
-        assert planned == tensor.dtype
-        if name.endswith("bitsandbytes__nf4"):
-            assert tensor.numel() <= shape[0] <= tensor.numel() + 24
+    assert [spec.name for spec in specs] == list(tensors)
+    for spec in specs:
+        tensor = tensors[spec.name]
+        assert spec.dtype == tensor.dtype
+        if spec.name.endswith("bitsandbytes__nf4"):
+            assert tensor.numel() <= spec.shape[0] <= tensor.numel() + 24
         else:
-            assert shape == tensor.shape
+            assert spec.shape == tensor.shape
 
 
 def test_the_plan_bounds_a_blob_with_the_longest_offset():
     weight = nf4.quantize(random(4, 64))
     smallest = torch.finfo(torch.float32).smallest_normal
     weight = replace(weight, absmax=replace(weight.absmax, offset=-smallest))
-    blob = bnb.pack(weight, P)[P + bnb.STATE_NF4]
-    assert blob.numel() == bnb.packed_specs(P, (4, 64), NF4, torch.float32)[P + bnb.STATE_NF4][1][0]
+    state = bnb.pack(weight, P)[P + bnb.STATE_NF4]
+    spec = bnb.packed_specs(P, (4, 64), NF4, torch.float32)[-1]
+    assert (spec.name, spec.shape) == (P + bnb.STATE_NF4, tuple(state.shape))
 
 
 def test_members_are_this_modules_tensors_only():
@@ -176,14 +177,14 @@ def test_members_are_this_modules_tensors_only():
 
 
 def test_the_config_names_what_stays_dense():
-    config = bnb.config(NF4, torch.bfloat16, attention=True)
+    config = bnb.quantization_config(NF4, torch.bfloat16, attention=True)
     assert config["llm_int8_skip_modules"] == ["lm_head", "gate"]
     assert config["quant_method"] == "bitsandbytes"
     assert config["bnb_4bit_compute_dtype"] == "bfloat16"
     assert config["bnb_4bit_quant_type"] == "nf4"
     assert config["bnb_4bit_use_double_quant"] is True
     assert json.loads(json.dumps(config)) == config
-    plain = bnb.config(scheme(double=False), torch.float16, attention=False)
+    plain = bnb.quantization_config(scheme(double=False), torch.float16, attention=False)
     assert plain["bnb_4bit_use_double_quant"] is False
     assert plain["llm_int8_skip_modules"] == [
         *("lm_head", "gate", "q_proj", "k_proj", "v_proj", "o_proj")

@@ -18,7 +18,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
 from qmix.evals.quality import perplexity
 from qmix.formats import open_checkpoint
-from qmix.formats.files import shards
+from qmix.formats.files import shard_writer, shards
 from qmix.formats.mistral import checkpoint as mistral
 from qmix.formats.mistral import params
 from qmix.models.causal_lm import MixtralForCausalLM
@@ -439,7 +439,7 @@ def test_a_raw_folder_is_never_replaced_by_force(raw, tmp_path, whole):
 
 def test_a_stack_is_read_one_expert_at_a_time(raw, tmp_path, monkeypatch):
     written, read = [], []
-    write, reader = shards.ShardWriter.write, shards.read_entry
+    write, reader = shard_writer.ShardWriter.write, shards.read_entry
 
     def writing(self, name, tensor):
         written.append(tensor.untyped_storage().nbytes() == tensor.nbytes)
@@ -450,7 +450,7 @@ def test_a_stack_is_read_one_expert_at_a_time(raw, tmp_path, monkeypatch):
         read.append((name, tuple(tensor.shape)))
         return tensor
 
-    monkeypatch.setattr(shards.ShardWriter, "write", writing)
+    monkeypatch.setattr(shard_writer.ShardWriter, "write", writing)
     monkeypatch.setattr(shards, "read_entry", reading)
     convert.run(raw, tmp_path / "out")
     assert all(written)

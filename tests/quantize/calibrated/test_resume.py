@@ -85,7 +85,7 @@ import os, signal, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from tests.support.calibration import run, windows
-from qmix.formats.files.shards import ShardWriter
+from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.files import output_dir
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer import LayerQuantizer

@@ -1,0 +1,31 @@
+"""The files beside the weights that a new checkpoint takes over unchanged: tokenizer and templates.
+
+Knows nothing of what they hold.
+"""
+
+from pathlib import Path
+
+from qmix import strict_json
+
+_NAMES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_MAX_BYTES = 64 << 20
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the companions that `source` has into `folder`.
+
+    Raises:
+        CheckpointError: one is too large or cannot be read.
+    """
+    for name in _NAMES:
+        if (source / name).is_file():
+            data = strict_json.read_bytes(source / name, limit_bytes=_MAX_BYTES)
+            (folder / name).write_bytes(data)

@@ -1,0 +1,148 @@
+"""Writing safetensors files tensor by tensor, one file or many shards, without holding any.
+
+The same tensors give the same bytes on every machine. Knows nothing of models.
+Format: https://huggingface.co/docs/safetensors (u64 header length, JSON header, data).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from qmix.formats.files.shard_index import write_index
+from qmix.formats.files.shard_names import shard_name
+from qmix.formats.files.shards import DTYPES
+from qmix.formats.tensor_spec import TensorSpec
+
+_ALIGNMENT = 8  # bytes
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_OFFSET = 1 << 48  # as long in decimal as any real one, or longer
+
+# dtype, shape, and where the data start and stop.
+_HeaderEntry = tuple[str, tuple[int, ...], int, int]
+
+
+class ShardWriter:
+    """One safetensors file, written tensor by tensor without holding any.
+
+    Space for the header is reserved from the specs and filled in by `close`; the data follow in the
+    order of writing. Tensors whose size would misalign the next one are few and small (quantization
+    states): they are kept and written last.
+
+    Args:
+        specs: of every tensor that will be written.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self.path = path
+        self._specs = {spec.name: spec for spec in specs}
+        self._written: dict[str, _HeaderEntry] = {}
+        self._deferred: dict[str, Tensor] = {}
+        self._end = 0  # of the data so far
+        longest = {
+            spec.name: (_DTYPE_NAMES[spec.dtype], spec.shape, _LARGEST_OFFSET, _LARGEST_OFFSET)
+            for spec in specs
+        }
+        self._header_bytes = -(-(8 + len(_header(longest))) // _ALIGNMENT) * _ALIGNMENT - 8
+        self._file = path.open("xb")
+        self._file.seek(8 + self._header_bytes)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor that a spec describes."""
+        spec = self._specs[name]
+        assert tensor.dtype == spec.dtype, name
+        assert tensor.nbytes <= spec.nbytes, name
+        if tensor.nbytes % _ALIGNMENT:
+            self._deferred[name] = tensor
+        else:
+            self._append(name, tensor)
+
+    def close(self) -> None:
+        """Write the deferred tensors and the header, and force everything to the disk."""
+        for name, tensor in sorted(
+            self._deferred.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])
+        ):
+            self._append(name, tensor)
+        assert self._written.keys() == self._specs.keys(), "every tensor of the specs is written"
+        self._file.seek(0)
+        self._file.write(self._header_bytes.to_bytes(8, "little"))
+        self._file.write(_header(self._written).ljust(self._header_bytes))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous()
+        if data.nbytes:
+            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+        start, self._end = self._end, self._end + data.nbytes
+        self._written[name] = (_DTYPE_NAMES[data.dtype], tuple(data.shape), start, self._end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def write_shards(
+    folder: Path,
+    groups: Sequence[Sequence[TensorSpec]],
+    tensors: Iterable[Mapping[str, Tensor]],
+    max_bytes: int,
+) -> None:
+    """Write shards with the hub's names and their index, holding one group of tensors at a time.
+
+    Args:
+        groups: what will be written; a group (one weight's codes and scales) stays in one shard.
+        tensors: the tensors of each group by name, in the same order.
+        max_bytes: of a shard; a larger group gets a shard of its own.
+    """
+    shards = _split(groups, max_bytes)
+    remaining = iter(tensors)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for index, shard in enumerate(shards):
+        name = shard_name(index, len(shards))
+        with ShardWriter(folder / name, [spec for group in shard for spec in group]) as writer:
+            for group in shard:
+                values = next(remaining)
+                for spec in group:
+                    writer.write(spec.name, values[spec.name])
+                    weight_map[spec.name] = name
+                    total += values[spec.name].nbytes
+                del values  # or it would be held while the next group is made
+    write_index(folder, weight_map, total)
+
+
+def _split(
+    groups: Sequence[Sequence[TensorSpec]], max_bytes: int
+) -> list[list[Sequence[TensorSpec]]]:
+    """Distribute groups over shards of at most `max_bytes`, in order."""
+    shards: list[list[Sequence[TensorSpec]]] = [[]]
+    shard_bytes = 0
+    for group in groups:
+        group_bytes = sum(spec.nbytes for spec in group)
+        if shards[-1] and shard_bytes + group_bytes > max_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(group)
+        shard_bytes += group_bytes
+    return shards
+
+
+def _header(entries: Mapping[str, _HeaderEntry]) -> bytes:
+    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, (dtype, shape, start, stop) in entries.items():
+        document[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+    return json.dumps(document, separators=(",", ":")).encode()
