@@ -75,7 +75,7 @@ def compare(directory: Path, context: int = 512, dtype: str | None = None) -> Co
     before = _resident()
     loaded = MixtralForCausalLM.from_pretrained(directory, device="cpu", dtype=dtype)
     cache = loaded.new_cache(1, context)
-    bench.fill(cache, context)
+    bench.fill_cache(cache, context)
     after = _resident()
     return Comparison(
         model=model.name,

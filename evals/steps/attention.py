@@ -1,6 +1,6 @@
-"""Step `attention`: our kernels alone beside torch's SDPA and FlexAttention, at Mixtral's heads.
+"""Step `attention`: our kernels alone beside torch's SDPA and FlexAttention, with Mixtral's heads.
 
-Shape letters: B batch, H query heads, G key-value heads, L keys, d head width.
+Knows nothing of a model.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,37 +10,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qmix.evals.steps.timing import timed
+from qmix.evals.steps.graph_timing import timed
 from qmix.kernels.gpu import attention
 
-HEADS, SHARED, HEAD_WIDTH = 32, 8, 128
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DECODE = ((1, 512), (1, 4096), (1, 32768), (8, 4096), (16, 4096))
-PREFILL = ((512, None), (4096, None), (16384, None), (16384, 4096))  # queries, window
-_CACHED_BYTES = 100 << 20  # twice an H100's second-level cache
+PREFILL = ((512, None), (4096, None), (16384, None), (16384, 4096))  # (queries, window)
+_CACHED_BYTES = 100 << 20  # twice the second-level cache of an H100
 
 
-def run(device: torch.device) -> Iterator[dict[str, object]]:
-    """One result a kernel and shape."""
+def results(device: torch.device) -> Iterator[dict[str, object]]:
+    """One result for each kernel and shape."""
     for batch, keys in DECODE:
         yield from _decode(device, batch, keys)
     for queries, window in PREFILL:
         yield from _prefill(device, queries, window)
 
 
-def _drawn(device: torch.device, *shape: int) -> Tensor:
+def _random(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device).bfloat16()
 
 
 def _decode(device: torch.device, batch: int, keys: int) -> Iterator[dict[str, object]]:
-    size = 2 * batch * SHARED * keys * HEAD_WIDTH * 2
+    size = 2 * batch * KV_HEADS * keys * HEAD_DIM * 2
     copies = max(2, -(-_CACHED_BYTES // size))
-    q = _drawn(device, batch, 1, HEADS, HEAD_WIDTH)
+    q = _random(device, batch, 1, HEADS, HEAD_DIM)
     caches = [
-        tuple(_drawn(device, batch, SHARED, keys, HEAD_WIDTH) for _ in range(2))
+        tuple(_random(device, batch, KV_HEADS, keys, HEAD_DIM) for _ in range(2))
         for _ in range(copies)
     ]
     past = torch.full((batch,), keys - 1, dtype=torch.int32, device=device)
-    grouped = q.view(batch, SHARED, HEADS // SHARED, HEAD_WIDTH)
+    grouped = q.view(batch, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
 
     def ours(k: Tensor, v: Tensor) -> Callable[[], object]:
         return lambda: attention.attend_cached(q, k, v, past)
@@ -49,21 +49,21 @@ def _decode(device: torch.device, batch: int, keys: int) -> Iterator[dict[str, o
         return lambda: F.scaled_dot_product_attention(grouped, k, v)
 
     for name, kernel in (("qmix", ours), ("torch SDPA, heads folded", theirs)):
-        took = timed([kernel(k, v) for k, v in caches])
+        timing = timed([kernel(k, v) for k, v in caches])
         yield {
             "kernel": name,
             "shape": f"decode, batch {batch}, {keys} keys",
-            **asdict(took),
-            "gigabytes_per_second": size / took.microseconds / 1e3,
+            **asdict(timing),
+            "gigabytes_per_second": size / timing.microseconds / 1e3,
         }
 
 
 def _prefill(device: torch.device, queries: int, window: int | None) -> Iterator[dict[str, object]]:
-    q = _drawn(device, 1, HEADS, queries, HEAD_WIDTH)
-    k, v = (_drawn(device, 1, SHARED, queries, HEAD_WIDTH) for _ in range(2))
-    seen = queries * (queries + 1) // 2
+    q = _random(device, 1, HEADS, queries, HEAD_DIM)
+    k, v = (_random(device, 1, KV_HEADS, queries, HEAD_DIM) for _ in range(2))
+    pairs = queries * (queries + 1) // 2
     if window is not None:
-        seen -= (queries - window) * (queries - window + 1) // 2
+        pairs -= (queries - window) * (queries - window + 1) // 2
     calls: dict[str, Callable[[], object]] = {
         "qmix": lambda: attention.attend(q, k, v, window=window, padding_mask=None)
     }
@@ -76,7 +76,7 @@ def _prefill(device: torch.device, queries: int, window: int | None) -> Iterator
     for name, call in calls.items():
         shape = f"prefill {queries}" + (f", window {window}" if window else "")
         try:
-            took = timed([call])
+            timing = timed([call])
         except Exception as error:  # noqa: BLE001 - a peer that does not compile is a result
             yield {
                 "kernel": name,
@@ -84,8 +84,8 @@ def _prefill(device: torch.device, queries: int, window: int | None) -> Iterator
                 "failed": f"{type(error).__name__}: {error}"[:400],
             }
             continue
-        rate = 4 * HEADS * HEAD_WIDTH * seen / took.microseconds / 1e6
-        yield {"kernel": name, "shape": shape, **asdict(took), "teraflops": rate}
+        rate = 4 * HEADS * HEAD_DIM * pairs / timing.microseconds / 1e6
+        yield {"kernel": name, "shape": shape, **asdict(timing), "teraflops": rate}
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Step `tests`: the kernels against the oracle on this GPU, file by file, each in a process of its own."""
+"""Step `tests`: the kernels against the oracle on this GPU, each test file in its own process."""
 
 import importlib.util
 import os
@@ -15,18 +15,18 @@ ROOT = Path(__file__).resolve().parents[2]
 _FILE_SECONDS = 300
 
 
-def files() -> list[Path]:
+def kernel_test_files() -> list[Path]:
     """The test files that run in Triton's interpreter or on a GPU, decode steps first."""
-    found = sorted((ROOT / "tests" / "kernels").glob("interpreted_*.py"))
-    return sorted(found, key=lambda path: ("decoding" not in path.name, path.name))
+    paths = (ROOT / "tests" / "kernels").glob("interpreted_*.py")
+    return sorted(paths, key=lambda path: ("decoding" not in path.name, path.name))
 
 
-def run(device: torch.device) -> Iterator[dict[str, object]]:
-    """Passed and failed tests of each file, and what pytest said of the failures."""
-    if not files():
+def results(device: torch.device) -> Iterator[dict[str, object]]:
+    """The numbers of passed and failed tests of each file, and pytest's output on failures."""
+    if not kernel_test_files():
         yield {"file": "tests", "skipped": "no tests beside the package: not a checkout"}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    for path in files():
+    for path in kernel_test_files():
         begun = time.perf_counter()
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         try:
@@ -60,7 +60,7 @@ def run(device: torch.device) -> Iterator[dict[str, object]]:
 
 
 def _workers() -> list[str]:
-    """Most of the time is compiling, one kernel after another: side by side if pytest-xdist is there."""
+    """Most of the time is spent compiling, one kernel after another: side by side if pytest-xdist is there."""
     if importlib.util.find_spec("xdist") is None:
         return []
     return ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]

@@ -1,8 +1,8 @@
-"""Step `peers`: the same experts by other people's kernels, as far as their packages are installed.
+"""Step `peers`: the same experts by other projects' kernels, as far as their packages are installed.
 
-Each gets the routing as a host would know it, sorted and with fixed experts, so that it can be recorded
-in a graph: the best case for it. Random codes of the right shapes; none of the peers' code is here.
-Shape letters: M tokens, E experts, N outputs, K inputs, D hidden width, F expert width.
+Each peer gets the routing as a host would know it, sorted and with fixed experts, so that it can be
+recorded in a graph: the best case for it. The codes are random and of the right shapes; none of the
+peers' code is here. Shape letters: P pairs of a token and an expert, N outputs, K inputs.
 """
 
 import importlib
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.evals.steps.moe_block import (
-    CHOICES,
     EXPERTS,
+    EXPERTS_PER_TOKEN,
     HIDDEN,
     LAYERS,
     WIDTH,
-    inputs,
-    routes,
-    row,
+    moe_result,
+    random_inputs,
+    random_routes,
 )
 from qmix.kernels import Routes
 from qmix.weights.nf4 import NF4_VALUES
@@ -32,12 +32,12 @@ TOKENS = (1, 2, 4, 8, 16, 64)
 GATHERED_TOKENS = (1, 2, 4)  # a gather copies the experts of every token
 _SHAPES = ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH))
 
-# (x, out's shape) through one matrix of one expert.
+# (x, expert, matrix) -> x through one of the expert's two matrices.
 Matmul = Callable[[Tensor, int, int], Tensor]
 
 
-def run(device: torch.device) -> Iterator[dict[str, object]]:
-    """One result a peer and number of tokens; a peer that is not there, or fails, says so."""
+def results(device: torch.device) -> Iterator[dict[str, object]]:
+    """One result for each peer and number of tokens; a peer that is missing or fails is named."""
     peers: dict[str, Callable[[torch.device], Iterator[dict[str, object]]]] = {
         "bitsandbytes": bitsandbytes,
         "grouped-nf4-gemm": grouped_nf4_gemm,
@@ -89,7 +89,7 @@ def bitsandbytes(device: torch.device) -> Iterator[dict[str, object]]:
 
 
 def grouped_nf4_gemm(device: torch.device) -> Iterator[dict[str, object]]:
-    """NF4 with float32 absmax, all chosen experts in one launch; its default and its decode kernel."""
+    """NF4 with float32 absmax, all experts in one launch; its default kernel and its decode kernel."""
     grouped: Any = importlib.import_module("nf4_grouped")
     layers = []
     for _ in range(LAYERS):
@@ -103,8 +103,8 @@ def grouped_nf4_gemm(device: torch.device) -> Iterator[dict[str, object]]:
         if setting:
             os.environ["GNF4_GEMV_BW"] = setting
         for tokens in TOKENS:
-            x, chosen = inputs(tokens, device), routes(tokens, device)
-            token, weights, sizes, experts = _sorted(chosen)
+            x, routes = random_inputs(tokens, device), random_routes(tokens, device)
+            token, weights, sizes, experts = _sorted_pairs(routes)
 
             def call(
                 layer: int,
@@ -127,12 +127,12 @@ def grouped_nf4_gemm(device: torch.device) -> Iterator[dict[str, object]]:
                 return block
 
             name = "grouped-nf4-gemm" + (f" GNF4_GEMV_BW={setting}" if setting else "")
-            yield row(name, 4.5, tokens, chosen, [call(layer) for layer in range(LAYERS)])
+            yield moe_result(name, 4.5, tokens, routes, [call(layer) for layer in range(LAYERS)])
     os.environ.pop("GNF4_GEMV_BW", None)
 
 
 def int4pack(device: torch.device) -> Iterator[dict[str, object]]:
-    """torch's own int4 matrix product (tinygemm), groups of 128, an expert at a time."""
+    """torch's own int4 matmul (tinygemm) in groups of 128, an expert at a time."""
 
     def matrix(rows: int, columns: int) -> tuple[Tensor, Tensor]:
         codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device)
@@ -155,7 +155,7 @@ def int4pack(device: torch.device) -> Iterator[dict[str, object]]:
 
 
 def gather(device: torch.device) -> Iterator[dict[str, object]]:
-    """A compiled gather and matrix-vector product, in the manner of gpt-fast: bf16 and int8."""
+    """A compiled gather and matrix-vector product as in gpt-fast, in int8 and bf16."""
     for name, bits, dtype in (("int8", 8.0, torch.int8), ("bf16", 16.0, torch.bfloat16)):
         layers = []
         for _ in range(LAYERS):
@@ -173,10 +173,10 @@ def gather(device: torch.device) -> Iterator[dict[str, object]]:
 
         compiled = torch.compile(block, dynamic=False)
         for tokens in GATHERED_TOKENS:
-            x, chosen = inputs(tokens, device), routes(tokens, device)
-            weights = chosen.weights.bfloat16()
-            calls = [partial(compiled, x, chosen.ids, weights, up, down) for up, down in layers]
-            yield row(f"torch.compile gather {name}", bits, tokens, chosen, calls)
+            x, routes = random_inputs(tokens, device), random_routes(tokens, device)
+            weights = routes.weights.bfloat16()
+            calls = [partial(compiled, x, routes.ids, weights, up, down) for up, down in layers]
+            yield moe_result(f"torch.compile gather {name}", bits, tokens, routes, calls)
         del layers
 
 
@@ -186,15 +186,15 @@ def _nf4(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]
     return codes, torch.full((rows, columns // 64), 2.4 / columns**0.5, device=device)
 
 
-def _sorted(chosen: Routes) -> tuple[Tensor, Tensor, list[int], Tensor]:
-    """Pairs by expert: their tokens and weights [P, 1], how many each expert has, which experts."""
-    flat = chosen.ids.flatten()
+def _sorted_pairs(routes: Routes) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    """Pairs sorted by expert: tokens [P], weights [P, 1], pairs of each expert, and the experts."""
+    flat = routes.ids.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=EXPERTS).tolist()
     sizes = [count for count in counts if count]
     present = [expert for expert, count in enumerate(counts) if count]
     ids = torch.tensor(present, dtype=torch.int32, device=flat.device)
-    return order // CHOICES, chosen.weights.reshape(-1, 1)[order], sizes, ids
+    return order // EXPERTS_PER_TOKEN, routes.weights.reshape(-1, 1)[order], sizes, ids
 
 
 def _by_expert(
@@ -202,8 +202,8 @@ def _by_expert(
 ) -> Iterator[dict[str, object]]:
     """A block of two products an expert, for a kernel that knows one matrix at a time."""
     for tokens in TOKENS:
-        x, chosen = inputs(tokens, device), routes(tokens, device)
-        token, weights, sizes, experts = _sorted(chosen)
+        x, routes = random_inputs(tokens, device), random_routes(tokens, device)
+        token, weights, sizes, experts = _sorted_pairs(routes)
         present = experts.tolist()
         parts = list(
             zip(
@@ -226,4 +226,4 @@ def _by_expert(
 
             return block
 
-        yield row(name, bits, tokens, chosen, [call(layer) for layer in range(LAYERS)])
+        yield moe_result(name, bits, tokens, routes, [call(layer) for layer in range(LAYERS)])

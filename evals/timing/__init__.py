@@ -1,1 +1,4 @@
-"""How fast it is, and what the memory allows: benches, bandwidth, peers, machine code."""
+"""How fast qmix is, and what the memory allows: benches, bandwidth, peers, machine code.
+
+Knows nothing of quality.
+"""

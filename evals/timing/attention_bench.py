@@ -1,16 +1,13 @@
-"""Attention alone over whole prompts: every implementation beside the eager one, as a table and a plot.
+"""Attention alone over whole prompts: every implementation beside the eager one, as a table.
 
-What the reference page shows as a picture without numbers ("Expected speedups"). Queries, keys and
-values are random; a prompt is one causal pass, with and without a sliding window. Knows no model but
-the shape of its heads.
+Queries, keys and values are random; a prompt is one causal pass, with and without a sliding window.
+Knows nothing of a model but the shape of its heads.
 
 Shape letters: H query heads, G key-value heads, S tokens of the prompt, d head width.
 """
 
 import ctypes
-import importlib
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,33 +17,37 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
-from qmix.errors import UnsupportedError, UsageError
+from qmix.errors import UnsupportedError
+from qmix.evals import markdown
+from qmix.evals.timing.attention_plot import check_plot, draw_plot
 from qmix.evals.timing.bandwidth import seconds
-from qmix.evals.timing.bench import device_name, numbers
+from qmix.evals.timing.bench import device_name, parse_lengths
 from qmix.kernels import attention
 from qmix.kernels.attention import AttentionMask, Implementation
 from qmix.models.options import parse_device, parse_dtype
+from qmix.planning import machine
+from qmix.planning.process_memory import peak_resident_bytes, resident_bytes
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)  # eager comes first
 
-# Bytes at once for each pair of a query and a key: eager has three float32 copies of all heads'
-# scores (measured), the others one mask at most, in bool and in float32.
+# Bytes needed at once for each pair of a query and a key. Eager holds three float32 copies of all
+# heads' scores (measured), the others at most one mask, in bool and in float32.
 _EAGER_BYTES, _MASK_BYTES = 12, 5
-
-
 _PROMPTS = "512,1024,2048,4096"
+_HEADER = ("prompt", "window", "attention", "ms", "tokens/s", "against eager", "peak MiB")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
-    """The shape of an attention: H query heads, G shared key-value heads, their width d."""
+class HeadShape:
+    """The shape of an attention: H query heads, G shared key-value heads, and their width d."""
 
     queries: int
     shared: int
     width: int
 
     @classmethod
-    def of(cls, config: MixtralConfig) -> "Heads":
+    def of(cls, config: MixtralConfig) -> "HeadShape":
+        """The heads of a model."""
         return cls(
             queries=config.num_attention_heads,
             shared=config.num_key_value_heads,
@@ -58,16 +59,18 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class AttentionTiming:
     """One implementation on one prompt.
 
     Attributes:
-        prompt: tokens. window: keys that a token sees; None: all before it.
+        prompt: number of tokens.
+        window: number of keys that a token sees; None: all before it.
         attention: the implementation's name.
-        seconds: of each repetition; empty where it was not run.
-        best: the least of them. tokens_per_second: by that.
-        against_eager: how many times as fast; None where either was not run.
-        peak_bytes: of memory during a call, its inputs not counted; None where nothing tells.
+        seconds: of each repetition; empty if it was not run.
+        best: the least of them.
+        tokens_per_second: at that time.
+        against_eager: how many times as fast as eager; None if either was not run.
+        peak_bytes: of memory during a call, without its inputs; None where it cannot be measured.
         left_out: why it was not run.
     """
 
@@ -83,43 +86,42 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All measurements of a run and what they were taken on."""
+class AttentionReport:
+    """All timings of a run, and what they were measured on."""
 
     device: str
     dtype: str
     torch: str
     repetitions: int
-    heads: Heads
-    measurements: tuple[Measurement, ...]
+    heads: HeadShape
+    measurements: tuple[AttentionTiming, ...]
 
     def to_dict(self) -> dict[str, object]:
+        """The report as a JSON document."""
         return asdict(self)
 
     def markdown(self) -> str:
-        """The table, a line an implementation and prompt."""
-        header = ("prompt", "window", "attention", "ms", "tokens/s", "against eager", "peak MiB")
-        lines = [header, tuple("---" for _ in header), *map(_row, self.measurements)]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        """A table with a line for each implementation and prompt."""
+        table = markdown.table(_HEADER, map(_cells, self.measurements))
         return (
-            f"{table}\n\none attention layer: {self.heads}; {self.dtype} on {self.device}; best of "
+            f"{table}\none attention layer: {self.heads}; {self.dtype} on {self.device}; best of "
             f"{self.repetitions}; torch {self.torch}\n"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to measure: prompts and windows, on what, and where the plot goes."""
+class AttentionRequest:
+    """What to measure: prompts and windows, on which device, and the file of the plot."""
 
     prompts: Sequence[int]
     windows: Sequence[int | None]
-    heads: Heads
+    heads: HeadShape
     dtype: torch.dtype
     device: torch.device
     plot: Path | None = None
 
     @classmethod
-    def of(
+    def from_options(
         cls,
         directory: Path | None,
         prompts: str | None,
@@ -127,70 +129,73 @@ class Request:
         dtype: str | None,
         device: str | None,
         plot: Path | None,
-    ) -> "Request":
-        """From a command's options: without a directory Mixtral-8x7B's heads.
+    ) -> "AttentionRequest":
+        """Parse the options of a command; without a directory the heads are Mixtral-8x7B's.
 
         Raises:
-            UsageError: not a list of lengths, no such dtype, device or folder.
-            UnsupportedError: a plot, and no matplotlib.
+            UsageError: not a list of lengths, or no such dtype, device or folder.
+            UnsupportedError: a plot is requested and matplotlib is not installed.
         """
         target = parse_device(device)
         if plot is not None:
-            _check_plot(plot)
+            check_plot(plot)
         default = torch.bfloat16 if target.type == "cuda" else torch.float32
         config = MixtralConfig.from_pretrained(directory) if directory else MixtralConfig()
         return cls(
-            prompts=numbers("--prompts", prompts or _PROMPTS, least=1),
+            prompts=parse_lengths("--prompts", prompts or _PROMPTS, least=1),
             windows=(None, window),
-            heads=Heads.of(config),
+            heads=HeadShape.of(config),
             dtype=parse_dtype(dtype) or default,
             device=target,
             plot=plot,
         )
 
 
-def run(
-    request: Request,
+def run_attention_bench(
+    request: AttentionRequest,
     *,
     repetitions: int = 5,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Report:
+) -> AttentionReport:
     """Measure every implementation on every prompt, `repetitions` times after a call that does not count.
 
-    A window that a prompt does not pass changes nothing and is left out.
+    A window as long as a prompt changes nothing and is left out.
+
+    Args:
+        progress: called with (what is measured next, prompts done, prompts in all).
     """
     cases = [
         (prompt, window)
         for window, prompt in itertools.product(request.windows, request.prompts)
         if window is None or window < prompt
     ]
-    found: list[Measurement] = []
+    timings: list[AttentionTiming] = []
     for index, (prompt, window) in enumerate(cases):
-        drawn = _drawn(request, prompt)
+        inputs = _random_inputs(request, prompt)
         eager: float | None = None
         for name in IMPLEMENTATIONS:
             progress(f"{name}, {prompt} tokens", index, len(cases))
-            one = Measurement(prompt=prompt, window=window, attention=name)
-            one = _measured(one, name, drawn, repetitions)
-            eager = one.best if name == "eager" else eager
-            if one.best is not None and eager is not None:
-                one = replace(one, against_eager=eager / one.best)
-            found.append(one)
-    report = Report(
+            timing = AttentionTiming(prompt=prompt, window=window, attention=name)
+            timing = _timed(timing, name, inputs, repetitions)
+            eager = timing.best if name == "eager" else eager
+            if timing.best is not None and eager is not None:
+                timing = replace(timing, against_eager=eager / timing.best)
+            timings.append(timing)
+    report = AttentionReport(
         device=device_name(request.device),
         dtype=str(request.dtype).removeprefix("torch."),
         torch=torch.__version__,
         repetitions=repetitions,
         heads=request.heads,
-        measurements=tuple(found),
+        measurements=tuple(timings),
     )
     if request.plot is not None:
-        plot(report, request.plot)
+        draw_plot(report, request.plot)
     return report
 
 
-def _drawn(request: Request, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (1, H, S, d) queries, (1, G, S, d) keys and values."""
+def _random_inputs(request: AttentionRequest, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (1, H, S, d), and keys and values (1, G, S, d)."""
     heads, device = request.heads, request.device
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
@@ -201,52 +206,55 @@ def _drawn(request: Request, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _measured(
-    one: Measurement, name: Implementation, drawn: tuple[Tensor, Tensor, Tensor], repetitions: int
-) -> Measurement:
-    q, k, v = drawn
+def _timed(
+    timing: AttentionTiming,
+    name: Implementation,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    repetitions: int,
+) -> AttentionTiming:
+    """The timing with its measurements, or with the reason why there are none."""
+    q, k, v = inputs
     too_large = _too_large(name, q)
     if too_large is not None:
-        return replace(one, left_out=too_large)
+        return replace(timing, left_out=too_large)
 
     def call() -> None:
-        attention.attend_with(name, q, k, v, AttentionMask(one.window))
+        attention.attend_with(name, q, k, v, AttentionMask(timing.window))
 
     try:
         attention.checked_implementation(name)
         peak = _peak_of(call, q.device)  # compiles kernels
     except UnsupportedError as error:
-        told = error.what if error.found is None else f"{error.what}: {error.found}"
-        return replace(one, left_out=told)
+        reason = error.what if error.found is None else f"{error.what}: {error.found}"
+        return replace(timing, left_out=reason)
     times = tuple(seconds(call, q.device) for _ in range(repetitions))
     return replace(
-        one,
+        timing,
         seconds=times,
         best=min(times),
-        tokens_per_second=one.prompt / min(times),
+        tokens_per_second=timing.prompt / min(times),
         peak_bytes=peak,
     )
 
 
 def _too_large(name: Implementation, q: Tensor) -> str | None:
-    """What queries (1, H, S, d) would need and is not free; None if it is."""
+    """Why queries (1, H, S, d) do not fit the memory; None if they do."""
     _, heads, tokens, _ = q.shape
     needed = tokens**2 * (_EAGER_BYTES * heads if name == "eager" else _MASK_BYTES)
-    free = _free(q.device)
-    if free is None or needed <= free:
+    free = _free_bytes(q.device)
+    if needed <= free:
         return None
     return f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
 
 
-def _free(device: torch.device) -> int | None:
-    """Bytes that may still be taken; None where /proc does not tell."""
+def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _proc("/proc/meminfo", "MemAvailable")
+    return machine.memory().available
 
 
 def _peak_of(call: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that a call takes at once beyond what is held before it; None where nothing tells."""
+    """The memory that a call needs at once, in bytes; None where it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -254,81 +262,25 @@ def _peak_of(call: Callable[[], None], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     call()  # libraries start their threads
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for reuse would not be counted
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that malloc keeps for reuse would not count
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     except (OSError, AttributeError, TypeError):
         return None
-    held = _proc("/proc/self/status", "VmRSS")
+    resident = resident_bytes()
     call()
-    peak = _proc("/proc/self/status", "VmHWM")
-    return None if held is None or peak is None else max(0, peak - held)
+    peak = peak_resident_bytes()
+    return None if resident is None or peak is None else max(0, peak - resident)
 
 
-def _proc(path: str, name: str) -> int | None:
-    """Bytes of a line in kB of a file of Linux; None without it."""
-    try:
-        lines = Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return 1024 * int(found[0]) if found else None
-
-
-def _row(one: Measurement) -> tuple[str, ...]:
-    window = "-" if one.window is None else str(one.window)
-    case = (str(one.prompt), window, one.attention)
-    if one.best is None or one.tokens_per_second is None:
-        return (*case, f"not run: {one.left_out}", "-", "-", "-")
+def _cells(timing: AttentionTiming) -> tuple[str, ...]:
+    window = "-" if timing.window is None else str(timing.window)
+    case = (str(timing.prompt), window, timing.attention)
+    if timing.best is None or timing.tokens_per_second is None:
+        return (*case, f"not run: {timing.left_out}", "-", "-", "-")
     return (
         *case,
-        f"{1000 * one.best:.2f}",
-        f"{one.tokens_per_second:,.0f}",
-        "-" if one.against_eager is None else f"{one.against_eager:.2f}",
-        "-" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.1f}",
+        f"{1000 * timing.best:.2f}",
+        f"{timing.tokens_per_second:,.0f}",
+        "-" if timing.against_eager is None else f"{timing.against_eager:.2f}",
+        "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:,.1f}",
     )
-
-
-def _check_plot(path: Path) -> None:
-    """Refuse a plot that could not be written once everything is measured.
-
-    Raises:
-        UnsupportedError: matplotlib is not there. UsageError: no such folder.
-    """
-    if not path.parent.is_dir():
-        raise UsageError("no such folder", where="--plot", found=str(path.parent))
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise UnsupportedError(
-            "a plot needs matplotlib",
-            where="--plot",
-            found=str(error)[:120],
-            remedy="pip install 'qmix-runtime[plot]'.",
-        ) from error
-
-
-def plot(report: Report, path: Path) -> None:
-    """Milliseconds over the prompt's length as a PNG, a panel with no window and one a window."""
-    from matplotlib.figure import Figure
-
-    ran = [one for one in report.measurements if one.best is not None]
-    windows = list(dict.fromkeys(one.window for one in ran))
-    figure = Figure(figsize=(5 * len(windows), 4), dpi=100, layout="constrained")
-    panels = figure.subplots(1, len(windows), sharey=True, squeeze=False)[0]
-    for panel, window in zip(panels, windows, strict=True):
-        for name in IMPLEMENTATIONS:
-            line = [one for one in ran if (one.window, one.attention) == (window, name)]
-            if line:
-                times = [1000 * (one.best or math.nan) for one in line]
-                panel.plot([one.prompt for one in line], times, marker="o", label=name)
-        panel.set_title("all keys" if window is None else f"window {window}")
-        prompts = sorted({one.prompt for one in ran if one.window == window})
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(prompts, [str(prompt) for prompt in prompts])
-        panel.set_yscale("log")
-        panel.set_xlabel("prompt, tokens")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set_ylabel("ms, one attention layer")
-    figure.suptitle(f"{report.heads}; {report.dtype} on {report.device}", fontsize=10)
-    figure.savefig(path, format="png")

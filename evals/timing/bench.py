@@ -1,11 +1,11 @@
 """How fast a model reads prompts and writes tokens, in the grammar of llama.cpp's llama-bench.
 
-`pp512` is a prompt of 512 tokens up to the first new one, `tg128` is 128 new tokens one by one;
-`@ d4096` stands after 4096 tokens that the cache holds already. Tokens are drawn at random and chosen
-greedily, through the same loop as `qmix generate`. Every figure stands beside its bound: the bytes
-that a step reads, over the copy bandwidth of the same device in the same run.
+`pp512` reads a prompt of 512 tokens and ends with the first new one; `tg128` writes 128 new tokens one
+by one; `@ d4096` starts after 4096 tokens that are already in the cache. Tokens are random and chosen
+greedily, in the loop that `qmix generate` uses. Every figure stands beside its bound: the bytes that a
+step reads over the copy bandwidth of the same device in the same run.
 
-Shape letters: B rows, N new tokens.
+Shape letters: B rows. Knows nothing of the command line.
 """
 
 import itertools
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
+from qmix.evals import markdown
 from qmix.evals.timing import traffic
 from qmix.evals.timing.bandwidth import copy_bandwidth, seconds, synchronize
-from qmix.evals.timing.traffic import Traffic
 from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
@@ -36,15 +36,13 @@ _COUNTED_STEPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Test:
-    """One line of the table: `tokens` of a prompt (pp) or one by one (tg), in each of `batch` rows."""
+class BenchTest:
+    """A line of the table: a prompt of `tokens` (pp), or `tokens` one by one (tg), in `batch` rows."""
 
     kind: Literal["pp", "tg"]
     tokens: int
     depth: int = 0
     batch: int = 1
-
-    __test__ = False  # not pytest's
 
     def __str__(self) -> str:
         after = f" @ d{self.depth}" if self.depth else ""
@@ -52,18 +50,21 @@ class Test:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class BenchResult:
     """What one test took.
 
     Attributes:
-        test: as it is named in the table. batch: rows.
+        test: its name in the table.
+        batch: number of rows.
         seconds: of each repetition.
         tokens_per_second, deviation: of all rows together, mean and standard deviation.
-        bytes_per_step: what a step reads, the mean over the first steps; tg only, as all below.
+        bytes_per_step: what a step reads, averaged over the first steps. This and all attributes
+            below up to of_bound are for tg only.
         bytes_per_token: the same divided by the rows.
-        distinct_experts: a layer and step.
-        bandwidth: bytes a second that were read. of_bound: that over the copy bandwidth.
-        peak_bytes: of device memory during the test; on a CPU the process's largest so far.
+        distinct_experts: in a layer and step, on average.
+        bandwidth: bytes a second that were read.
+        of_bound: the bandwidth over the copy bandwidth.
+        peak_bytes: of device memory during the test; on a CPU the process's peak so far.
         experts: what the store did meanwhile, if the model is offloaded.
     """
 
@@ -82,12 +83,13 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All measurements of a run and what they were taken on.
+class BenchReport:
+    """All results of a run, and what they were measured on.
 
     Attributes:
-        size: bytes of the weights as stored; `weights`: how many.
-        copy_bandwidth: bytes a second, read and written both counted: the bound.
+        size: bytes of the weights as stored.
+        weights: number of weights.
+        copy_bandwidth: bytes a second, where read and written bytes both count: the bound.
     """
 
     model: str
@@ -98,92 +100,96 @@ class Report:
     torch: str
     repetitions: int
     copy_bandwidth: float
-    measurements: tuple[Measurement, ...]
+    measurements: tuple[BenchResult, ...]
 
     def to_dict(self) -> dict[str, object]:
-        found = asdict(self)
-        for shown, one in zip(found["measurements"], self.measurements, strict=True):
-            shown["experts"] = None if one.experts is None else one.experts.to_dict()
-        return found
+        """The report as a JSON document."""
+        document = asdict(self)
+        for entry, result in zip(document["measurements"], self.measurements, strict=True):
+            entry["experts"] = None if result.experts is None else result.experts.to_dict()
+        return document
 
     def markdown(self) -> str:
-        """The table, a line a test."""
+        """A table with a line for each test."""
         header = (
             *("model", "size", "weights", "device", "batch", "test", "t/s"),
             *("GB/s", "MB/token", "of bound", "experts", "peak GiB"),
         )
         notes = "".join(
-            f"\n{one.test}: {one.experts}\n" for one in self.measurements if one.experts
+            f"\n{result.test}: {result.experts}\n" for result in self.measurements if result.experts
         )
-        rows = [self._row(one) for one in self.measurements]
-        lines = [header, tuple("---" for _ in header), *rows]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        table = markdown.table(header, map(self._cells, self.measurements))
         return (
-            f"{table}\n\nbound: {self.copy_bandwidth / 1e9:.1f} GB/s, a copy in the same run; "
+            f"{table}\nbound: {self.copy_bandwidth / 1e9:.1f} GB/s, a copy in the same run; "
             f"{self.repetitions} repetitions; {self.dtype}; torch {self.torch}\n{notes}"
         )
 
-    def _row(self, one: Measurement) -> tuple[str, ...]:
+    def _cells(self, result: BenchResult) -> tuple[str, ...]:
         read = ("-", "-", "-", "-")
-        if one.bandwidth is not None:
-            assert one.bytes_per_token is not None
-            assert one.of_bound is not None
-            assert one.distinct_experts is not None
+        if result.bandwidth is not None:
+            assert result.bytes_per_token is not None
+            assert result.of_bound is not None
+            assert result.distinct_experts is not None
             read = (
-                f"{one.bandwidth / 1e9:.1f}",
-                f"{one.bytes_per_token / 1e6:.1f}",
-                f"{100 * one.of_bound:.1f} %",
-                f"{one.distinct_experts:.2f}",
+                f"{result.bandwidth / 1e9:.1f}",
+                f"{result.bytes_per_token / 1e6:.1f}",
+                f"{100 * result.of_bound:.1f} %",
+                f"{result.distinct_experts:.2f}",
             )
         return (
             self.model,
             f"{self.size / 2**30:.2f} GiB",
             f"{self.weights / 1e9:.2f} B",
             self.device,
-            str(one.batch),
-            one.test,
-            f"{one.tokens_per_second:.2f} ± {one.deviation:.2f}",
+            str(result.batch),
+            result.test,
+            f"{result.tokens_per_second:.2f} ± {result.deviation:.2f}",
             *read,
-            f"{one.peak_bytes / 2**30:.2f}",
+            f"{result.peak_bytes / 2**30:.2f}",
         )
 
 
-def tests_of(prompts: str, news: str, depths: str, batches: str) -> tuple[Test, ...]:
-    """The tests that llama-bench's lists stand for, as in `-p 512 -n 128 -d 0,4096 -b 1,8`.
+def parse_tests(prompts: str, news: str, depths: str, batches: str) -> tuple[BenchTest, ...]:
+    """The tests of llama-bench's lists, as in `-p 512 -n 128 -d 0,4096 -b 1,8`.
 
     A length of 0 leaves its kind out.
 
     Raises:
         UsageError: not a list of whole numbers, or nothing to measure.
     """
-    lengths = [("pp", n) for n in numbers("-p", prompts)]
-    lengths += [("tg", n) for n in numbers("-n", news)]
-    found: list[Test] = []
+    lengths = [("pp", n) for n in parse_lengths("-p", prompts)]
+    lengths += [("tg", n) for n in parse_lengths("-n", news)]
+    tests: list[BenchTest] = []
     for batch, depth, (kind, tokens) in itertools.product(
-        numbers("-b", batches, least=1), numbers("-d", depths), lengths
+        parse_lengths("-b", batches, least=1), parse_lengths("-d", depths), lengths
     ):
         if tokens:
-            found.append(
-                Test(kind="pp" if kind == "pp" else "tg", tokens=tokens, depth=depth, batch=batch)
+            test = BenchTest(
+                kind="pp" if kind == "pp" else "tg", tokens=tokens, depth=depth, batch=batch
             )
-    if not found:
+            tests.append(test)
+    if not tests:
         raise UsageError("nothing to measure", expected="-p or -n above 0")
-    return tuple(found)
+    return tuple(tests)
 
 
-def run(
+def run_bench(
     model: MixtralForCausalLM,
-    tests: Sequence[Test],
+    tests: Sequence[BenchTest],
     *,
     name: str,
     repetitions: int = 5,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Report:
+) -> BenchReport:
     """Measure every test, `repetitions` times after one that does not count.
 
+    Args:
+        name: the model's name in the report.
+        progress: called with (what is measured next, tests done, tests in all).
+
     Raises:
-        UsageError: a test that does not fit the model's positions.
+        UsageError: a test exceeds the model's positions.
     """
     positions = model.config.max_position_embeddings
     for test in tests:
@@ -194,11 +200,11 @@ def run(
                 found=test.depth + test.tokens,
             )
     bound = copy_bandwidth(model.device)
-    measured = []
+    results = []
     for index, test in enumerate(tests):
         progress(f"{test}, batch {test.batch}", index, len(tests))
-        measured.append(measure(model, test, repetitions, bound, seed))
-    return Report(
+        results.append(measure_test(model, test, repetitions, bound, seed))
+    return BenchReport(
         model=name,
         size=traffic.weight_bytes(model),
         weights=traffic.weight_count(model),
@@ -207,24 +213,24 @@ def run(
         torch=torch.__version__,
         repetitions=repetitions,
         copy_bandwidth=bound,
-        measurements=tuple(measured),
+        measurements=tuple(results),
     )
 
 
-def measure(
+def measure_test(
     model: MixtralForCausalLM,
-    test: Test,
+    test: BenchTest,
     repetitions: int,
     bound: float,
     seed: int = 0,
     *,
-    filled: bool = False,
-) -> Measurement:
-    """One test: prefill to its depth, then the timed part again and again from there.
+    random_cache: bool = False,
+) -> BenchResult:
+    """Prefill to the test's depth, then time the rest again and again from there.
 
     Args:
         bound: bytes a second.
-        filled: random keys and values stand for the prefill.
+        random_cache: fill the cache with random keys and values instead of prefilling it.
     """
     device = model.device
     if device.type == "cuda":
@@ -234,8 +240,8 @@ def measure(
     ids = torch.randint(3, model.config.vocab_size, (test.batch, known), generator=generator)
     new = 1 if test.kind == "pp" else test.tokens
     cache = model.new_cache(test.batch, known + new)
-    if filled:
-        fill(cache, test.depth)
+    if random_cache:
+        fill_cache(cache, test.depth)
     elif test.depth:
         _generate(model, ids[:, : test.depth], cache, 1)
     tokens: list[Token] = []
@@ -248,42 +254,52 @@ def measure(
     store = model.store
     before = None if store is None else store.statistics()
     times = tuple(seconds(timed, device) for _ in range(repetitions))
-    peak = _peak(device)
     rates = [test.batch * test.tokens / each for each in times]
-    mean = statistics.fmean(rates)
-    measurement = Measurement(
+    result = BenchResult(
         test=str(test),
         batch=test.batch,
         seconds=times,
-        tokens_per_second=mean,
+        tokens_per_second=statistics.fmean(rates),
         deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
-        peak_bytes=peak,
+        peak_bytes=_peak_bytes(device),
         experts=None if store is None or before is None else store.statistics().since(before),
     )
     if test.kind == "pp":
-        return measurement
+        return result
     cache.rewind(test.depth)
     chosen = [ids[:, -1:], *(token.ids[:, None] for token in tokens)]
-    steps = _counted(model, cache, chosen[: min(_COUNTED_STEPS, test.tokens)])
-    read = statistics.fmean(step.total for step in steps)
-    bandwidth = read * mean / test.batch
+    steps = chosen[: min(_COUNTED_STEPS, test.tokens)]
+    return _with_traffic(result, model, cache, steps, bound)
+
+
+def _with_traffic(
+    result: BenchResult,
+    model: MixtralForCausalLM,
+    cache: KVCache,
+    steps: Sequence[Tensor],
+    bound: float,
+) -> BenchResult:
+    """Run the ids of some steps (B, 1) once more and count what they read."""
+    counted = [traffic.step_traffic(model, ids.to(model.device), cache) for ids in steps]
+    read = statistics.fmean(step.total for step in counted)
+    bandwidth = read * result.tokens_per_second / result.batch
     return replace(
-        measurement,
+        result,
         bytes_per_step=read,
-        bytes_per_token=read / test.batch,
-        distinct_experts=statistics.fmean(step.distinct for step in steps),
+        bytes_per_token=read / result.batch,
+        distinct_experts=statistics.fmean(step.distinct_experts for step in counted),
         bandwidth=bandwidth,
         of_bound=bandwidth / bound,
     )
 
 
-def fill(cache: KVCache, length: int) -> None:
-    """Make an empty cache hold `length` positions of random keys and values."""
+def fill_cache(cache: KVCache, length: int) -> None:
+    """Fill an empty cache with `length` positions of random keys and values."""
     assert not cache.length
     cache.reserve(length)
     for layer in range(len(cache)):
-        for kept in cache.storage(layer):
-            kept[:, :, :length].normal_()
+        for stored in cache.storage(layer):
+            stored[:, :, :length].normal_()
     cache.advance(length)
 
 
@@ -293,11 +309,7 @@ def _generate(model: MixtralForCausalLM, ids: Tensor, cache: KVCache, new: int) 
         return list(stream(model, inputs))
 
 
-def _counted(model: MixtralForCausalLM, cache: KVCache, columns: Sequence[Tensor]) -> list[Traffic]:
-    return [traffic.of_step(model, column.to(model.device), cache) for column in columns]
-
-
-def _peak(device: torch.device) -> int:
+def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
@@ -306,24 +318,27 @@ def _peak(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's kind and torch's threads."""
+    """The GPU's name, or the CPU's architecture and torch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def numbers(option: str, text: str, least: int = 0) -> list[int]:
-    """A list of lengths as `0,4096`.
+def parse_lengths(option: str, text: str, least: int = 0) -> list[int]:
+    """A list of lengths such as `0,4096`.
+
+    Args:
+        option: named in the error.
 
     Raises:
-        UsageError: not a list of whole numbers from `least` on.
+        UsageError: not a list of whole numbers of at least `least`.
     """
-    found = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and least <= int(part) <= 1 << 20 for part in found):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and least <= int(part) <= 1 << 20 for part in parts):
         raise UsageError(
             "not a list of lengths",
             where=option,
-            expected=f"whole numbers from {least} on, as 0,4096",
+            expected=f"whole numbers from {least} up, such as 0,4096",
             found=text,
         )
-    return [int(part) for part in found]
+    return [int(part) for part in parts]

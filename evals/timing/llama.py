@@ -1,4 +1,4 @@
-"""llama.cpp beside us: a process of its own (llama_peer.py) that answers how long a prompt took it.
+"""llama.cpp beside us: another process (llama_peer.py) that tells how long a prompt took it.
 
 Knows nothing of our layers.
 """
@@ -17,8 +17,13 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 
 
-class Llama:
-    """llama.cpp in another process; without one it answers nothing."""
+class LlamaPeer:
+    """llama.cpp in another process; without a process it measures nothing.
+
+    Attributes:
+        versions: of llama-cpp-python and llama.cpp.
+        failure: why it cannot measure; empty if it can.
+    """
 
     def __init__(self, kind: str | None, process: "subprocess.Popen[str] | None") -> None:
         self.kind, self._process = kind, process
@@ -26,18 +31,19 @@ class Llama:
         self.failure = ""
         if process is None:
             return
-        said = self._line()
-        if said is None:
+        greeting = self._line()
+        if greeting is None:
             self.failure = f"failed: exit code {process.wait()}"
         else:
-            self.versions = {"llama-cpp-python": said["version"], "llama.cpp": said["features"]}
+            version, features = greeting["version"], greeting["features"]
+            self.versions = {"llama-cpp-python": version, "llama.cpp": features}
 
-    def seconds(self, count: int) -> tuple[float, float] | None:
-        """Of one and of three layers."""
+    def seconds(self, tokens: int) -> tuple[float, float] | None:
+        """The time of one layer and of three; None if it does not measure."""
         if self._process is None or self.failure:
             return None
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.write(f"{tokens}\n")
         self._process.stdin.flush()
         one, three = self._line()
         return one, three
@@ -50,14 +56,18 @@ class Llama:
 
 
 @contextmanager
-def llama(python: str | None, kind: str | None, config: MixtralConfig) -> Iterator[Llama]:
-    """A process for one kind of GGUF; python None gives one that answers nothing.
+def start_llama(python: str | None, kind: str | None, config: MixtralConfig) -> Iterator[LlamaPeer]:
+    """Start a process for one kind of GGUF; without an interpreter the peer measures nothing.
+
+    Args:
+        python: an interpreter that has llama-cpp-python and gguf.
+        kind: Q4_0 or Q4_K.
 
     Raises:
         UsageError: no such interpreter.
     """
     if python is None:
-        yield Llama(None, None)
+        yield LlamaPeer(None, None)
         return
     sizes = (
         config.hidden_size,
@@ -77,7 +87,7 @@ def llama(python: str | None, kind: str | None, config: MixtralConfig) -> Iterat
         except OSError as error:
             raise UsageError("no such interpreter", where="--llama", found=error) from None
         try:
-            yield Llama(kind, process)
+            yield LlamaPeer(kind, process)
         finally:
             assert process.stdin is not None
             process.stdin.close()

@@ -1,7 +1,7 @@
-"""Models of any size with random weights in the packed layout, drawn on the device: for speed, not for sense.
+"""Models of any size with random weights in the packed layout, made on the device, for timing.
 
 46.7 B weights are there in seconds, nothing is read, quantized or packed. Activations keep their size
-through any depth, so routing is near uniform; real prompts route less evenly.
+through any depth, so routing is nearly uniform; real prompts route less evenly. Knows nothing of time.
 
 Shape letters: N outputs, K inputs, D hidden width, F expert width.
 """
@@ -25,65 +25,65 @@ NF4 = TileFormat("nf4", 64)
 INT4 = TileFormat("int4", 128)
 FORMATS = {"nf4": NF4, "int4": INT4}
 
-# Root mean square of codes that are all as likely.
+# Root mean square of the values of equally likely codes.
 _RMS = {
     "nf4": math.sqrt(sum(v * v for v in codes.NF4_STORED_VALUES) / 16) / codes.NF4_STRETCH,
     "int4": math.sqrt(sum((c - codes.INT4_ZERO) ** 2 for c in range(16)) / 16),
 }
 
 
-def build(
+def build_random_model(
     config: MixtralConfig,
-    plan: TileFormat,
+    tile_format: TileFormat,
     device: torch.device,
     *,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> MixtralForCausalLM:
-    """A whole model, through the very layers that a checkpoint would fill.
+    """A whole model, made of the same layers that a checkpoint would fill.
 
     Raises:
-        UnsupportedError: a number of experts that the kernels do not take.
+        UnsupportedError: the kernels do not take this number of experts.
     """
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
-    draw = Draw(plan, device, dtype, seed)
+    weights = RandomWeights(tile_format, device, dtype, seed)
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
         attention, block = layer.self_attn, layer.block_sparse_moe
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         rows = [module.out_features for module in projections]
-        whole = draw.matrix((sum(rows), config.hidden_size))
+        whole = weights.matrix((sum(rows), config.hidden_size))
         starts = [sum(rows[:index]) for index in range(len(rows))]
         parts = [
             PackedWeight(whole, range(start, start + count), None)
             for start, count in zip(starts, rows, strict=True)
         ]
         attention.store_fused_qkv(PackedWeight(whole, None, None), parts)
-        attention.o_proj.store(PackedWeight(draw.matrix(_shape(attention.o_proj)), None, None))
+        attention.o_proj.store(PackedWeight(weights.matrix(_shape(attention.o_proj)), None, None))
         shape = (config.intermediate_size, config.hidden_size)
-        experts = [draw.expert(shape) for _ in range(config.num_local_experts)]
+        experts = [weights.expert(shape) for _ in range(config.num_local_experts)]
         block.store(GpuExperts(PackedExperts(experts)))
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.is_meta:
-            module.weight = nn.Parameter(draw.dense(tuple(weight.shape), name))
+            module.weight = nn.Parameter(weights.dense(tuple(weight.shape), name))
     return model.eval()
 
 
-class Draw:
+class RandomWeights:
     """Random weights of one tile format, on one device, from one seed."""
 
     def __init__(
-        self, plan: TileFormat, device: torch.device, dtype: torch.dtype, seed: int
+        self, tile_format: TileFormat, device: torch.device, dtype: torch.dtype, seed: int
     ) -> None:
-        self._plan, self._device, self._dtype = plan, device, dtype
+        self._tile_format, self._device, self._dtype = tile_format, device, dtype
         self._generator: torch.Generator | None = None
         if device.type != "meta":
             self._generator = torch.Generator(device).manual_seed(seed)
 
     def dense(self, shape: tuple[int, ...], name: str) -> Tensor:
-        """Ones for a norm, else normal with the deviation that keeps an activation's size."""
+        """Ones for a norm, else normal with the deviation that preserves the size of activations."""
         if name.endswith("norm"):
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         data = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -91,35 +91,39 @@ class Draw:
         return data.normal_(0, deviation, generator=self._generator)
 
     def matrix(self, shape: tuple[int, int]) -> PackedMatrix:
-        """A packed matrix [N, K] of normal size."""
-        blob = torch.empty(self._plan.matrix_bytes(shape), dtype=torch.uint8, device=self._device)
+        """A packed matrix [N, K] that preserves the size of activations."""
+        blob = torch.empty(
+            self._tile_format.matrix_bytes(shape), dtype=torch.uint8, device=self._device
+        )
         return self._filled(blob, shape)
 
     def expert(self, shape: tuple[int, int]) -> PackedExpert:
-        """An expert of w1 and w3 [F, D] and w2 [D, F]: one blob."""
+        """An expert with w1 and w3 [F, D] and w2 [D, F], in one blob."""
         width, hidden = shape
         first, second = (2 * width, hidden), (hidden, width)
-        size, other = self._plan.matrix_bytes(first), self._plan.matrix_bytes(second)
+        size, other = self._tile_format.matrix_bytes(first), self._tile_format.matrix_bytes(second)
         blob = torch.empty(size + other, dtype=torch.uint8, device=self._device)
         return PackedExpert(
             blob, self._filled(blob[:size], first), self._filled(blob[size:], second)
         )
 
     def _filled(self, blob: Tensor, shape: tuple[int, int]) -> PackedMatrix:
-        plan = self._plan
+        tile_format = self._tile_format
         blob.random_(0, 256, generator=self._generator)
-        stretch = codes.NF4_STRETCH if plan.kind == "nf4" else 1.0
+        stretch = codes.NF4_STRETCH if tile_format.kind == "nf4" else 1.0
         header = torch.tensor([1 / stretch, 1 / stretch, 1.0, 1.0]).view(torch.uint8)
         words = torch.tensor(codes.NF4_WORDS).to(torch.int32).view(torch.uint8)
         blob[: len(header)] = header.to(self._device)
         blob[len(header) : len(header) + len(words)] = words.to(self._device)
-        panels, tiles = shape[0] // PANEL, shape[1] // plan.inputs
-        tile = blob[HEADER_BYTES:].view(panels, tiles, plan.tile_bytes)
-        scales = tile[:, :, plan.code_bytes : plan.code_bytes + 4 * BYTE_ROWS].view(torch.float16)
-        size = 1 / (_RMS[plan.kind] * math.sqrt(shape[1]))
+        panels, tiles = shape[0] // PANEL, shape[1] // tile_format.inputs
+        tile = blob[HEADER_BYTES:].view(panels, tiles, tile_format.tile_bytes)
+        scales = tile[:, :, tile_format.code_bytes : tile_format.code_bytes + 4 * BYTE_ROWS].view(
+            torch.float16
+        )
+        size = 1 / (_RMS[tile_format.kind] * math.sqrt(shape[1]))
         scales.uniform_(0.8 * size, 1.2 * size, generator=self._generator)
-        assert plan.symmetric
-        return PackedMatrix(blob, plan, shape, plan.inputs, self._dtype)
+        assert tile_format.symmetric
+        return PackedMatrix(blob, tile_format, shape, tile_format.inputs, self._dtype)
 
 
 def _shape(module: Linear) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The bytes that one decode step really reads: its distinct experts, the rest of the model, the cache.
 
-Shape letters: B rows, T tokens, E experts. Knows weights by `nbytes` only; counts nothing of activations.
+Activations are not counted. Shape letters: B rows, T tokens, E experts. Knows weights by `nbytes`
+only.
 """
 
 from collections.abc import Iterator
@@ -17,60 +18,61 @@ from qmix.nn.moe import SparseMoeBlock, SwiGLU
 
 
 @dataclass(frozen=True)
-class Traffic:
+class StepTraffic:
     """What one step reads.
 
     Attributes:
         weights: bytes of packed and dense weights, each distinct expert once.
         cache: bytes of keys and values.
-        distinct: experts a layer that any row chose, the mean over layers.
+        distinct_experts: experts of a layer that any row chose; the mean over layers.
     """
 
     weights: int
     cache: int
-    distinct: float
+    distinct_experts: float
 
     @property
     def total(self) -> int:
+        """Bytes of weights and cache together."""
         return self.weights + self.cache
 
 
-def of_step(model: MixtralForCausalLM, ids: Tensor, cache: KVCache) -> Traffic:
-    """Run one step (B, 1) after what the cache holds, and count; the cache then holds it too."""
-    with torch.no_grad(), _watched(model) as chosen:
+def step_traffic(model: MixtralForCausalLM, ids: Tensor, cache: KVCache) -> StepTraffic:
+    """Run one step of ids (B, 1) after the contents of the cache, to which it is added, and count."""
+    with torch.no_grad(), _recorded_logits(model) as routed:
         model.model.decode(model.model.embed(ids), cache=cache)
     count = model.config.num_experts_per_tok
     experts, distinct = 0, 0
-    for block, logits in chosen:
-        taken = set(logits.topk(count, -1).indices.flatten().tolist())
-        distinct += len(taken)
-        experts += sum(_expert_bytes(block, index) for index in taken)
-    held = cache.stored_length / cache.capacity
-    return Traffic(
+    for block, logits in routed:
+        chosen = set(logits.topk(count, -1).indices.flatten().tolist())
+        distinct += len(chosen)
+        experts += sum(_expert_bytes(block, index) for index in chosen)
+    filled = cache.stored_length / cache.capacity
+    return StepTraffic(
         weights=experts + shared_bytes(model, ids.shape[0]),
-        cache=round(cache.nbytes * held),
-        distinct=distinct / len(chosen),
+        cache=round(cache.nbytes * filled),
+        distinct_experts=distinct / len(routed),
     )
 
 
 @contextmanager
-def _watched(
+def _recorded_logits(
     model: MixtralForCausalLM,
 ) -> Iterator[list[tuple[SparseMoeBlock, Tensor]]]:
-    """Within the block the router logits (T, E) of every layer are kept."""
-    seen: list[tuple[SparseMoeBlock, Tensor]] = []
+    """A list that collects every layer and its router logits (T, E) inside the `with` block."""
+    recorded: list[tuple[SparseMoeBlock, Tensor]] = []
     hooks = []
     for block in model.modules():
         if isinstance(block, SparseMoeBlock):
 
-            def keep(
+            def record(
                 _: nn.Module, __: object, logits: Tensor, block: SparseMoeBlock = block
             ) -> None:
-                seen.append((block, logits.detach()))
+                recorded.append((block, logits.detach()))
 
-            hooks.append(block.gate.register_forward_hook(keep))
+            hooks.append(block.gate.register_forward_hook(record))
     try:
-        yield seen
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()
@@ -83,7 +85,7 @@ def _expert_bytes(block: SparseMoeBlock, index: int) -> int:
 
 
 def shared_bytes(model: nn.Module, rows: int) -> int:
-    """Everything but the experts; of the embedding a row for each id."""
+    """Bytes of everything but the experts; of the embedding only `rows` rows, one for each id."""
     total = 0
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -97,7 +99,7 @@ def shared_bytes(model: nn.Module, rows: int) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights as they are stored."""
+    """Bytes of all weights as stored."""
     experts = sum(
         module.stored.nbytes
         for name, module in model.named_modules()
@@ -109,7 +111,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def weight_count(model: nn.Module) -> int:
-    """Weights of the model, however many bits they take."""
+    """Number of weights of the model, however many bits they have."""
     total = 0
     for module in model.modules():
         if isinstance(module, Linear):

@@ -145,21 +145,21 @@ def bench(
     if not attention and (directory is None or plot is not None):
         raise UsageError("bench needs a DIR, and --plot needs --attention")
     if attention or directory is None:
-        from qmix.evals.timing import attention_bench
+        from qmix.evals.timing.attention_bench import AttentionRequest, run_attention_bench
 
-        request = attention_bench.Request.of(directory, prompts, window, dtype, device, plot)
+        request = AttentionRequest.from_options(directory, prompts, window, dtype, device, plot)
         with terminal.progress() as show:
-            compared = attention_bench.run(request, repetitions=repetitions, progress=show)
+            compared = run_attention_bench(request, repetitions=repetitions, progress=show)
         terminal.print_result(compared.markdown(), compared.to_dict(), as_json=as_json)
         return
     from qmix import LoadOptions, MixtralForCausalLM
-    from qmix.evals.timing import bench as benchmark
+    from qmix.evals.timing.bench import parse_tests, run_bench
 
-    tests = benchmark.tests_of(prompts or "512", new, depth, batch)
+    tests = parse_tests(prompts or "512", new, depth, batch)
     load_options = LoadOptions(dtype=dtype, device=device, vram=vram, ram=ram)
     model = MixtralForCausalLM.from_pretrained(directory, load_options=load_options)
     with terminal.progress() as show:
-        report = benchmark.run(
+        report = run_bench(
             model, tests, name=directory.resolve().name, repetitions=repetitions, progress=show
         )
     terminal.print_result(report.markdown(), report.to_dict(), as_json=as_json)

@@ -10,15 +10,19 @@ import torch
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.evals import cpu
+from qmix.evals.timing import cpu_layer
+from qmix.evals.timing.cpu_layer import PlainRead, median_between, time_layer
+from qmix.evals.timing.llama import start_llama
+from qmix.evals.timing.random_layer import FORMATS, random_layer, random_weight
 
 SMALL = MixtralConfig(
     hidden_size=256, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2
 )
 
 
-@pytest.mark.parametrize("form", cpu.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_random_weights_are_of_their_format_and_of_normal_size(form):
-    weight = cpu.random_weight(form, (128, 256), 0)
+    weight = random_weight(form, (128, 256), 0)
     assert weight.shape == (128, 256)
     assert weight.scheme.kind == form.split()[0]
     values = weight.dequantize(torch.float32)
@@ -28,12 +32,12 @@ def test_random_weights_are_of_their_format_and_of_normal_size(form):
 
 @pytest.mark.usefixtures("compiled")
 def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
-    monkeypatch.setattr(cpu, "_READ_BYTES", 1 << 20)
-    monkeypatch.setattr(cpu, "_TURNS", {1: 2, 8: 1})
-    monkeypatch.setattr(cpu, "_LAYER_TURNS", {1: 3, 8: 1})
-    report = cpu.run(SMALL, llama_python=None, tokens=(1, 8))
+    monkeypatch.setattr(cpu_layer, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu_layer, "_EXPERT_TURNS", {1: 2, 8: 1})
+    monkeypatch.setattr(cpu_layer, "_LAYER_TURNS", {1: 3, 8: 1})
+    report = cpu.measure_cpu(SMALL, llama_python=None, tokens=(1, 8))
     assert report.bandwidth > 0
-    for part, forms in (("experts", cpu.FORMATS), ("layer", cpu.LAYER_FORMATS)):
+    for part, forms in (("experts", FORMATS), ("layer", cpu.LAYER_FORMATS)):
         for form in forms:
             found = [m for m in report.measurements if m.part == part and m.way == f"qmix {form}"]
             assert [m.tokens for m in found] == [1, 8]
@@ -45,23 +49,26 @@ def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
     absent = [m for m in report.measurements if m.best is None]
     assert [m.note for m in absent if m.way == "llama.cpp"] == ["not installed: no --llama"]
     assert json.loads(json.dumps(dataclasses.asdict(report)))["threads"] == torch.get_num_threads()
-    assert len({len(row) for row in report.rows()}) == 1
+    _, _, header, rule, *rows = str(report).splitlines()
+    assert rule == "| --- | --- | --- | --- | --- | --- | --- |"
+    assert {line.count(" | ") for line in (header, *rows)} == {6}
+    assert len(rows) == len(report.measurements)
 
 
 def test_an_interpreter_that_is_none_is_named(tmp_path):
     with (
         pytest.raises(UsageError, match="--llama"),
-        cpu.llama(str(tmp_path / "none"), "Q4_0", SMALL),
+        start_llama(str(tmp_path / "none"), "Q4_0", SMALL),
     ):
         pass
 
 
 def test_the_median_of_quotients_and_how_sure_it_is():
-    assert cpu.median_between([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert median_between([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     generator = torch.Generator().manual_seed(0)
     held = 0
     for _ in range(200):
-        middle, low, high = cpu.median_between(torch.randn(119, generator=generator).tolist())
+        middle, low, high = median_between(torch.randn(119, generator=generator).tolist())
         assert low <= middle <= high
         held += low <= 0 <= high
     assert 184 <= held <= 198  # 19 of 20, give or take
@@ -78,13 +85,15 @@ class Fixed:
 
 @pytest.mark.usefixtures("compiled")
 def test_a_peer_is_compared_turn_by_turn(monkeypatch):
-    monkeypatch.setattr(cpu, "_READ_BYTES", 1 << 20)
-    monkeypatch.setattr(cpu, "_LAYER_TURNS", {1: 3})
-    monkeypatch.setattr(cpu, "seconds", lambda work, device: work() or 1.0 + len(work.args[1]))
-    layers = [cpu.random_layer(SMALL, "nf4") for _ in range(3)]
-    reads = cpu.PlainRead.__new__(cpu.PlainRead)
+    monkeypatch.setattr(cpu_layer, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu_layer, "_LAYER_TURNS", {1: 3})
+    monkeypatch.setattr(
+        cpu_layer, "seconds", lambda work, device: work() or 1.0 + len(work.args[1])
+    )
+    layers = [random_layer(SMALL, "nf4") for _ in range(3)]
+    reads = PlainRead.__new__(PlainRead)
     monkeypatch.setattr(reads, "rate", lambda: 1e9, raising=False)
-    ours, theirs = cpu._of_layer(layers, SMALL, "nf4", 1, Fixed(), reads)
+    ours, theirs = time_layer(layers, SMALL, "nf4", 1, Fixed(), reads)
     assert (ours.best, ours.median) == (1.0, 1.0)  # half of 4 less 2
     assert theirs.best == 1.5  # half of 4 less 1
     assert ours.of_peer == pytest.approx((1 / 1.5,) * 3)

@@ -14,9 +14,10 @@ from tests.support.models import ROOT
 pytest.importorskip("triton")
 
 from qmix.evals import gpu
-from qmix.evals.gpu import Outcome, Plan, Record
-from qmix.evals.steps import gpu_tests, moe_block, peers, timing
-from qmix.evals.steps.timing import Timing
+from qmix.evals.gpu import Step
+from qmix.evals.steps import gpu_tests, graph_timing, moe_block, peers
+from qmix.evals.steps.graph_timing import CallTiming
+from qmix.evals.steps.record import AcceptanceRecord, StepOutcome
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -74,19 +75,21 @@ def steps(tmp_path, monkeypatch):
 
     def write(name, body):
         (root / "evals" / "steps" / f"{name}.py").write_text(body)
-        return Plan(name, name, 1.0, needs_gpu=False)
+        return Step(name, name, 1.0, needs_gpu=False)
 
     return write
 
 
 def test_a_step_that_fails_keeps_its_results_and_lets_others_run(steps, tmp_path):
-    plans = [
-        steps("broken", "def run(device):\n    yield {'a': 1}\n    raise ValueError('of mine')\n"),
-        steps("dying", "import os\ndef run(device):\n    yield {'b': 2}\n    os.abort()\n"),
-        steps("fine", "def run(device):\n    yield {'c': str(device.type)}\n"),
+    own_steps = [
+        steps(
+            "broken", "def results(device):\n    yield {'a': 1}\n    raise ValueError('of mine')\n"
+        ),
+        steps("dying", "import os\ndef results(device):\n    yield {'b': 2}\n    os.abort()\n"),
+        steps("fine", "def results(device):\n    yield {'c': str(device.type)}\n"),
     ]
-    record = gpu.run(plans, tmp_path / "out", 100, "command", gpu=False)
-    broken, dying, fine = (record.steps[plan.name] for plan in plans)
+    record = gpu.run_steps(own_steps, tmp_path / "out", 100, "command", gpu=False)
+    broken, dying, fine = (record.steps[step.name] for step in own_steps)
     assert (broken.status, broken.results) == ("failed", [{"a": 1}])
     assert "Traceback" in broken.error
     assert "ValueError: of mine" in broken.error
@@ -101,14 +104,14 @@ def test_a_step_that_hangs_is_ended_with_what_it_started(steps, tmp_path):
     marker = tmp_path / "alive"
     body = f"""
 import subprocess, sys, time
-def run(device):
+def results(device):
     child = "import time\\nwhile True:\\n    open({str(marker)!r}, 'a').write('x'); time.sleep(0.1)"
     subprocess.Popen([sys.executable, "-c", child])
     yield {{"started": 1}}
     time.sleep(600)
 """
     begun = time.monotonic()
-    record = gpu.run([steps("hanging", body)], tmp_path / "out", 30, "command", gpu=False)
+    record = gpu.run_steps([steps("hanging", body)], tmp_path / "out", 30, "command", gpu=False)
     assert 29 < time.monotonic() - begun < 120
     outcome = record.steps["hanging"]
     assert (outcome.status, outcome.results) == ("timeout", [{"started": 1}])
@@ -118,18 +121,18 @@ def run(device):
 
 
 def test_no_time_left_is_said(steps, tmp_path):
-    plan = steps("fine", "def run(device):\n    yield {'c': 3}\n")
-    record = gpu.run([plan], tmp_path / "out", 1, "command", gpu=False)
-    assert record.steps["fine"] == Outcome("skipped", error="no time left")
+    step = steps("fine", "def results(device):\n    yield {'c': 3}\n")
+    record = gpu.run_steps([step], tmp_path / "out", 1, "command", gpu=False)
+    assert record.steps["fine"] == StepOutcome("skipped", error="no time left")
 
 
 def test_the_table():
-    record = Record("command", "2026-01-02T03:04:05+00:00", "NVIDIA H100 80GB HBM3", "1.2", {"torch": "2"},
+    record = AcceptanceRecord("command", "2026-01-02T03:04:05+00:00", "NVIDIA H100 80GB HBM3", "1.2", {"torch": "2"},
                     None, 9.0)  # fmt: skip
-    record.steps["moe"] = Outcome(
+    record.steps["moe"] = StepOutcome(
         "ok", 3.0, [{"kernel": "a|b", "us": 95.123456, "list": [1]}, {"kernel": "c", "tok": 3}]
     )
-    record.steps["peers"] = Outcome("failed", 1.0, [], "Traceback\nValueError: odd\n")
+    record.steps["peers"] = StepOutcome("failed", 1.0, [], "Traceback\nValueError: odd\n")
     text = record.markdown()
     assert "| kernel | us | tok |" in text
     assert "| a/b | 95.12 |  |" in text
@@ -137,7 +140,9 @@ def test_the_table():
 
 
 def test_the_record_is_named_by_date_and_gpu(tmp_path):
-    record = Record("c", "2026-01-02T03:04:05+00:00", "NVIDIA H100 80GB HBM3", None, {}, None, 9.0)
+    record = AcceptanceRecord(
+        "c", "2026-01-02T03:04:05+00:00", "NVIDIA H100 80GB HBM3", None, {}, None, 9.0
+    )
     assert record.write(tmp_path).name == "2026-01-02-nvidia-h100-80gb-hbm3-acceptance.json"
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md"]
 
@@ -151,12 +156,12 @@ def test_an_unknown_step_is_refused(capsys):
 def test_every_step_can_be_imported():
     from importlib import import_module
 
-    for plan in (*gpu.STEPS, gpu.PROFILE):
-        assert callable(import_module(f"qmix.evals.steps.{plan.module}").run)
+    for step in (*gpu.STEPS, gpu.PROFILE):
+        assert callable(import_module(f"qmix.evals.steps.{step.module}").results)
 
 
 def test_the_gpu_tests_are_the_interpreted_ones():
-    names = [path.name for path in gpu_tests.files()]
+    names = [path.name for path in gpu_tests.kernel_test_files()]
     assert names[0] == "interpreted_decoding.py"
     assert "interpreted_experts.py" in names
 
@@ -176,10 +181,10 @@ def test_the_block_is_asked_layer_by_layer(monkeypatch):
     def timed(calls, record=True):
         for call in calls:
             call()
-        return Timing(100.0, 90.0, 1.0, "graph", 20)
+        return CallTiming(100.0, 90.0, 1.0, "graph", 20)
 
     monkeypatch.setattr(moe_block, "timed", timed)
-    found = list(moe_block.run(torch.device("cpu")))
+    found = list(moe_block.results(torch.device("cpu")))
     assert [(row["kernel"], row["tokens"]) for row in found] == [("qmix nf4", 1), ("qmix nf4", 4)]
     assert len({id(table) for table in asked}) == moe_block.LAYERS
     first = found[0]
@@ -200,15 +205,15 @@ def test_peers_that_are_not_there_say_so(monkeypatch):
     monkeypatch.setattr(peers.importlib, "import_module", missing)
     monkeypatch.setattr(peers, "int4pack", broken)
     monkeypatch.setattr(peers, "gather", broken)
-    found = list(peers.run(torch.device("cpu")))
+    found = list(peers.results(torch.device("cpu")))
     assert [("skipped" in row, "failed" in row) for row in found] == [
         (True, False), (True, False), (False, True), (False, True),
     ]  # fmt: skip
 
 
 def test_pairs_are_sorted_by_expert():
-    chosen = moe_block.routes(5, torch.device("cpu"))
-    token, weights, sizes, experts = peers._sorted(chosen)
+    chosen = moe_block.random_routes(5, torch.device("cpu"))
+    token, weights, sizes, experts = peers._sorted_pairs(chosen)
     assert sum(sizes) == 10
     rows = [
         (expert, t.item(), w.item())
@@ -230,9 +235,9 @@ def test_pairs_are_sorted_by_expert():
 def test_test_files_are_counted(tmp_path, monkeypatch):
     path = tmp_path / "interpreted_few.py"
     path.write_text("import pytest\ndef test_one(): pass\ndef test_two(): assert 1 == 2, 'odd'\n")
-    monkeypatch.setattr(gpu_tests, "files", lambda: [path])
+    monkeypatch.setattr(gpu_tests, "kernel_test_files", lambda: [path])
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
-    (found,) = gpu_tests.run(torch.device("cpu"))
+    (found,) = gpu_tests.results(torch.device("cpu"))
     assert (found["passed"], found["failed"]) == (1, 1)
     assert "odd" in found["output"]
 
@@ -282,10 +287,10 @@ class Clock:
 def test_work_is_timed_in_a_graph_where_it_can_be_recorded(monkeypatch, records):
     clock, called = Clock(monkeypatch, records), []
     calls = [lambda: called.append(0), lambda: called.append(1)]
-    took = timing.timed(calls)
+    took = graph_timing.timed(calls)
     assert (took.microseconds, took.deviation, took.repetitions) == (250.0, 0.0, 200)
     assert took.how == ("graph" if records else "eager")
     assert clock.replays == (202 if records else 0)
     assert called.count(0) == called.count(1) == (4 if records else 3 + 201)
-    assert timing.timed(calls, record=False).how == "eager"
-    assert timing.timed_as_is(calls[0]) == 50.0
+    assert graph_timing.timed(calls, record=False).how == "eager"
+    assert graph_timing.timed_as_is(calls[0]) == 50.0

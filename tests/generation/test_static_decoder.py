@@ -48,7 +48,7 @@ GREEDY = SampleFn(Sampling(), None)
 
 def step_of(batch, sample_fn=GREEDY, **changes):
     config = MixtralConfig(**changes)
-    model = random_model.build(config, random_model.NF4, torch.device("meta"))
+    model = random_model.build_random_model(config, random_model.NF4, torch.device("meta"))
     assert supported(model.model)
     cache = model.new_cache(batch, 4096)
     return StaticDecoder(model.model, model.lm_head, cache, padded=True, sample_fn=sample_fn)

@@ -8,9 +8,9 @@ import torch
 
 from qmix import kernels
 from qmix.evals.steps import attention, full_model, moe_block, peers, token_profile
-from qmix.evals.steps.timing import Timing
+from qmix.evals.steps.graph_timing import CallTiming
 from qmix.evals.timing import bench, random_model
-from qmix.evals.timing.bench import Test
+from qmix.evals.timing.bench import BenchTest
 from qmix.kernels.gpu import packed_matmul
 from tests.support.interpreter import CONVERSIONS, INTERPRETED
 from tests.support.models import small_config
@@ -26,7 +26,7 @@ pytestmark = CONVERSIONS
 def made_up(monkeypatch):
     def timed(calls, record=True):
         assert all(torch.isfinite(call()).all() for call in calls)
-        return Timing(100.0, 90.0, 1.0, "graph", 20)
+        return CallTiming(100.0, 90.0, 1.0, "graph", 20)
 
     for module in (moe_block, attention):
         monkeypatch.setattr(module, "timed", timed)
@@ -47,15 +47,15 @@ def tiny(**changes):
         num_key_value_heads=2, head_dim=64,
     ).replace(**changes)  # fmt: skip
     # float32: the interpreter multiplies bfloat16 wrongly
-    return random_model.build(config, random_model.NF4, CPU, dtype=torch.float32)
+    return random_model.build_random_model(config, random_model.NF4, CPU, dtype=torch.float32)
 
 
 def test_the_model(monkeypatch):
-    monkeypatch.setattr(full_model, "built", lambda device: tiny())
+    monkeypatch.setattr(full_model, "build_model", lambda device: tiny())
     monkeypatch.setattr(full_model, "REPETITIONS", 2)
-    tests = (Test(kind="tg", tokens=2, batch=2, depth=8), Test(kind="pp", tokens=3))
+    tests = (BenchTest(kind="tg", tokens=2, batch=2, depth=8), BenchTest(kind="pp", tokens=3))
     monkeypatch.setattr(full_model, "TESTS", tests)
-    build, *found = full_model.run(CPU)
+    build, *found = full_model.results(CPU)
     assert 4 < build["bits_per_weight"] < 16
     assert [(row["test"], row["batch"]) for row in found] == [("tg2 @ d8", 2), ("pp3", 1)]
     assert 2 <= found[0]["distinct_experts"] <= 4
@@ -63,14 +63,16 @@ def test_the_model(monkeypatch):
 
 
 def test_a_test_that_fails_is_a_result(monkeypatch):
-    monkeypatch.setattr(full_model, "built", lambda device: tiny())
-    monkeypatch.setattr(full_model, "TESTS", (Test(kind="tg", tokens=2), Test(kind="pp", tokens=2)))
+    monkeypatch.setattr(full_model, "build_model", lambda device: tiny())
+    monkeypatch.setattr(
+        full_model, "TESTS", (BenchTest(kind="tg", tokens=2), BenchTest(kind="pp", tokens=2))
+    )
 
     def measure(model, test, *args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(bench, "measure", measure)
-    found = list(full_model.run(CPU))
+    monkeypatch.setattr(bench, "measure_test", measure)
+    found = list(full_model.results(CPU))
     assert [row.get("failed") for row in found[1:]] == ["RuntimeError: out of memory"] * 2
 
 
@@ -80,8 +82,8 @@ def test_the_block(monkeypatch):
     monkeypatch.setattr(moe_block, "WEIGHTS", 3 * 128 * 128)
     monkeypatch.setattr(moe_block, "TOKENS", (1, 20))
     monkeypatch.setattr(moe_block, "LAYERS", 1)
-    monkeypatch.setattr(moe_block, "inputs", lambda tokens, device: torch.randn(tokens, 128))
-    found = list(moe_block.run(CPU))
+    monkeypatch.setattr(moe_block, "random_inputs", lambda tokens, device: torch.randn(tokens, 128))
+    found = list(moe_block.results(CPU))
     assert [(row["kernel"], row["tokens"]) for row in found] == [
         ("qmix nf4", 1), ("qmix int4", 1), ("qmix nf4", 20), ("qmix int4", 20),
     ]  # fmt: skip
@@ -89,12 +91,12 @@ def test_the_block(monkeypatch):
 
 
 def test_attention(monkeypatch):
-    monkeypatch.setattr(attention, "_drawn", lambda device, *shape: torch.randn(*shape))
+    monkeypatch.setattr(attention, "_random", lambda device, *shape: torch.randn(*shape))
     monkeypatch.setattr(attention, "_CACHED_BYTES", 1)
     monkeypatch.setattr(attention, "DECODE", ((2, 64),))
     monkeypatch.setattr(attention, "PREFILL", ((32, None), (32, 8)))
     monkeypatch.setattr(attention, "_flex", lambda q, k, v, window: lambda: q)
-    found = list(attention.run(CPU))
+    found = list(attention.results(CPU))
     assert len(found) == 2 + 2 + 2
     assert not any("failed" in row for row in found)
 
@@ -119,9 +121,9 @@ def test_the_profile(monkeypatch):
             return [Event("gate_up"), Event("merge")] * 10
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
-    monkeypatch.setattr(token_profile.full_model, "built", lambda device, **_: tiny())
+    monkeypatch.setattr(token_profile.full_model, "build_model", lambda device, **_: tiny())
     monkeypatch.setattr(token_profile, "DEPTHS", (8,))
-    found = list(token_profile.run(CPU))
+    found = list(token_profile.results(CPU))
     assert [row["kernel"] for row in found] == [
         "whole step, graph", "whole step, launched one by one", "gate_up", "merge",
     ]  # fmt: skip
@@ -137,7 +139,9 @@ def small_peers(monkeypatch):
     monkeypatch.setattr(peers, "_SHAPES", ((256, 128), (128, 128)))
     monkeypatch.setattr(peers, "TOKENS", (1, 4))
     monkeypatch.setattr(peers, "LAYERS", 1)
-    monkeypatch.setattr(peers, "inputs", lambda tokens, device: torch.randn(tokens, 128).bfloat16())
+    monkeypatch.setattr(
+        peers, "random_inputs", lambda tokens, device: torch.randn(tokens, 128).bfloat16()
+    )
 
 
 @pytest.mark.parametrize("peer", ["bitsandbytes", "grouped_nf4_gemm"])

@@ -256,7 +256,9 @@ def test_without_a_budget_there_is_no_store(saved):
 
 def test_a_reply_and_a_benchmark_say_what_the_store_did(saved):
     model = offloaded(saved["nf4"], 5)
-    report = bench.run(model, bench.tests_of("0", "4", "0", "1"), name="small", repetitions=2)
+    report = bench.run_bench(
+        model, bench.parse_tests("0", "4", "0", "1"), name="small", repetitions=2
+    )
     did = report.measurements[0].experts
     assert did.tokens == 2 * 4  # the prompt is one token, and so a step
     assert did.disk_bytes > 0

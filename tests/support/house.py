@@ -53,7 +53,7 @@ OWNERS: Mapping[str, set[str]] = {
     },
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
-    "matplotlib": {"qmix.evals.timing.attention_bench"},
+    "matplotlib": {"qmix.evals.timing.attention_plot"},
     "triton": {
         "qmix.kernels.gpu.moe_triton",
         "qmix.kernels.gpu.attention_triton",

@@ -10,20 +10,20 @@ import torch
 
 from qmix.errors import UnsupportedError, UsageError
 from qmix.evals.timing import attention_bench
-from qmix.evals.timing.attention_bench import Heads, Request
+from qmix.evals.timing.attention_bench import AttentionRequest, HeadShape
 from qmix.kernels import flash
 from tests.support.models import ROOT
 from tests.support.process import qmix
 
 CPU = torch.device("cpu")
-FEW = Heads(queries=4, shared=2, width=8)
+FEW = HeadShape(queries=4, shared=2, width=8)
 
 
 def compared(prompts, windows, heads=FEW, repetitions=2):
-    request = Request(
+    request = AttentionRequest(
         prompts=prompts, windows=windows, heads=heads, dtype=torch.float32, device=CPU
     )
-    return attention_bench.run(request, repetitions=repetitions)
+    return attention_bench.run_attention_bench(request, repetitions=repetitions)
 
 
 def ticking(monkeypatch, *times):
@@ -84,7 +84,7 @@ def test_a_window_that_no_prompt_reaches_is_not_measured_twice():
 
 
 def test_what_does_not_fit_the_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr(attention_bench, "_free", lambda device: 4 * 12 * 64 * 64)
+    monkeypatch.setattr(attention_bench, "_free_bytes", lambda device: 4 * 12 * 64 * 64)
     report = compared([64, 65], [None])
     eager = [one for one in report.measurements if one.attention == "eager"]
     assert eager[0].best is not None
@@ -97,7 +97,7 @@ def test_what_does_not_fit_the_memory_is_left_out(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_peak_is_that_of_the_call_alone():
-    wide = Heads(queries=8, shared=2, width=16)
+    wide = HeadShape(queries=8, shared=2, width=16)
     found = compared([1024], [None], heads=wide, repetitions=1).measurements
     eager, sdpa = found[0].peak_bytes, found[1].peak_bytes
     scores = 8 * 1024 * 1024 * 4

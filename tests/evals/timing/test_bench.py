@@ -7,18 +7,18 @@ import torch
 
 from qmix.errors import UsageError
 from qmix.evals.timing import bandwidth, bench, traffic
-from qmix.evals.timing.bench import Test
+from qmix.evals.timing.bench import BenchTest
 from tests.support.models import TINY, small_model
 from tests.support.process import qmix
 
 
 def test_the_grammar():
-    tests = bench.tests_of("512", "128", "0,4096", "1,8")
+    tests = bench.parse_tests("512", "128", "0,4096", "1,8")
     assert [(str(test), test.batch) for test in tests] == [
         ("pp512", 1), ("tg128", 1), ("pp512 @ d4096", 1), ("tg128 @ d4096", 1),
         ("pp512", 8), ("tg128", 8), ("pp512 @ d4096", 8), ("tg128 @ d4096", 8),
     ]  # fmt: skip
-    assert [str(test) for test in bench.tests_of("0", "16,32", "0", "1")] == ["tg16", "tg32"]
+    assert [str(test) for test in bench.parse_tests("0", "16,32", "0", "1")] == ["tg16", "tg32"]
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,12 @@ def test_the_grammar():
 )
 def test_what_is_no_test_is_refused(lists):
     with pytest.raises(UsageError):
-        bench.tests_of(*lists)
+        bench.parse_tests(*lists)
 
 
 def test_a_test_beyond_the_models_positions_is_refused():
     with pytest.raises(UsageError, match="positions"):
-        bench.run(small_model(), [Test(kind="pp", tokens=512)], name="small")
+        bench.run_bench(small_model(), [BenchTest(kind="pp", tokens=512)], name="small")
 
 
 def test_bandwidth_is_bytes_read_and_written_a_second(monkeypatch):
@@ -49,9 +49,9 @@ def test_distinct_experts_are_counted_once():
     """Two equal rows choose what one row chooses; the router is made to send all to experts 3 and 5."""
     model = small_model()
     one, two = (model.new_cache(rows, 8) for rows in (1, 2))
-    first = traffic.of_step(model, torch.tensor([[7]]), one)
-    second = traffic.of_step(model, torch.tensor([[7], [7]]), two)
-    assert first.distinct == second.distinct == 2
+    first = traffic.step_traffic(model, torch.tensor([[7]]), one)
+    second = traffic.step_traffic(model, torch.tensor([[7], [7]]), two)
+    assert first.distinct_experts == second.distinct_experts == 2
     assert second.weights - first.weights == model.config.hidden_size * 4  # one embedding row
     assert second.cache == 2 * first.cache
     shared = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
@@ -60,15 +60,15 @@ def test_distinct_experts_are_counted_once():
     with torch.no_grad():
         for layer in model.model.layers:
             layer.block_sparse_moe.gate.weight.zero_()  # topk of equal logits: one choice for all
-    many = traffic.of_step(model, torch.arange(8)[:, None], model.new_cache(8, 8))
-    assert many.distinct == 2
+    many = traffic.step_traffic(model, torch.arange(8)[:, None], model.new_cache(8, 8))
+    assert many.distinct_experts == 2
 
 
 def test_the_cache_counts_by_what_it_holds():
     model = small_model()
     cache = model.new_cache(1, 100)
     model.next_logits(torch.arange(9)[None], cache)
-    found = traffic.of_step(model, torch.tensor([[7]]), cache)
+    found = traffic.step_traffic(model, torch.tensor([[7]]), cache)
     assert found.cache == 2 * 3 * 2 * 10 * 8 * 4  # keys and values, layers, heads, positions, width
 
 
@@ -99,8 +99,8 @@ def test_a_measurement(kind, depth, monkeypatch):
 
     monkeypatch.setattr(type(model), "next_logits", next_logits)
     monkeypatch.setattr(bench, "seconds", fake)
-    test = Test(kind=kind, tokens=6, depth=depth, batch=2)
-    found = bench.measure(model, test, 2, bound=1e6)
+    test = BenchTest(kind=kind, tokens=6, depth=depth, batch=2)
+    found = bench.measure_test(model, test, 2, bound=1e6)
     assert calls == [6, 6]  # a pass over each token, from the same depth again
     assert found.seconds == (0.25, 0.5)
     assert found.tokens_per_second == (48 + 24) / 2

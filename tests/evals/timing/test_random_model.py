@@ -11,15 +11,15 @@ from tests.support.models import small_config
 
 @pytest.mark.parametrize("name", random_model.FORMATS)
 def test_weights_are_of_normal_size(name):
-    draw = random_model.Draw(
+    weights = random_model.RandomWeights(
         random_model.FORMATS[name], torch.device("cpu"), torch.bfloat16, seed=1
     )
-    matrix = draw.matrix((256, 512))
+    matrix = weights.matrix((256, 512))
     weight = unpack_matrix(matrix).dequantize(torch.float32)
     assert weight.std().item() == pytest.approx(512**-0.5, rel=0.05)
     assert abs(weight.mean().item()) < 0.2 * 512**-0.5
     assert torch.equal(unpack_matrix(matrix).codes, unpack_matrix(matrix).codes)
-    other = draw.matrix((256, 512))
+    other = weights.matrix((256, 512))
     assert not torch.equal(other.blob, matrix.blob)
     assert len(matrix.blob) == matrix.format.matrix_bytes((256, 512))
 
@@ -27,7 +27,8 @@ def test_weights_are_of_normal_size(name):
 def test_a_seed_gives_the_same_model():
     config = small_config(hidden_size=128, intermediate_size=128, num_attention_heads=4)
     one, other = (
-        random_model.build(config, random_model.NF4, torch.device("cpu"), seed=3) for _ in range(2)
+        random_model.build_random_model(config, random_model.NF4, torch.device("cpu"), seed=3)
+        for _ in range(2)
     )
     blobs = [
         m.model.layers[1].block_sparse_moe.stored.packed.table.blobs[0][5] for m in (one, other)
@@ -50,7 +51,9 @@ def random_model_reference():
 @pytest.mark.parametrize("name", random_model.FORMATS)
 def test_the_whole_mixtral_on_meta(name):
     """46.7 B weights, as many as the reference says; 4.25 or 4.125 bits each but for the 16-bit ones."""
-    model = random_model.build(MixtralConfig(), random_model.FORMATS[name], torch.device("meta"))
+    model = random_model.build_random_model(
+        MixtralConfig(), random_model.FORMATS[name], torch.device("meta")
+    )
     assert traffic.weight_count(model) == 46_702_792_704
     packed = 46_439_333_888 - 0
     dense = 46_702_792_704 - packed

@@ -1,0 +1,61 @@
+"""Random 4-bit weights in the formats of files, and decoder layers made of them, on the CPU.
+
+The weights of evals.timing.random_model are in the packed layout of a GPU; these are not. Shape
+letters: N outputs, K inputs. Knows nothing of time.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qmix.config import MixtralConfig
+from qmix.nn.decoder_layer import DecoderLayer
+from qmix.nn.linear import Linear
+from qmix.weights.dense import Weight
+from qmix.weights.integers import Int4
+from qmix.weights.nf4 import NF4, NF4_VALUES, NestedAbsmax
+
+FORMATS = ("nf4", "nf4 nested", "int4 g128", "int4 g32")
+
+
+def random_weight(weight_format: str, shape: tuple[int, int], seed: int) -> Weight:
+    """A weight [N, K] of random codes, with values of about K ** -0.5.
+
+    Args:
+        weight_format: one of FORMATS.
+    """
+    rows, inputs = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_bytes(*size: int) -> Tensor:
+        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+    if weight_format.startswith("int4"):
+        group = min(int(weight_format.removeprefix("int4 g")), inputs)
+        scales = torch.rand(rows, inputs // group, generator=generator).add_(0.5)
+        return Int4(random_bytes(rows, inputs // 2), scales.mul_(inputs**-0.5 / 5).half())
+    blocks = rows * inputs // 64
+    absmax: Tensor | NestedAbsmax
+    if weight_format == "nf4 nested":
+        outer = torch.full((-(-blocks // 256),), inputs**-0.5)
+        dynamic_map = torch.linspace(-1, 1, 256)
+        absmax = NestedAbsmax(random_bytes(blocks), outer, dynamic_map, 2 * inputs**-0.5)
+    else:
+        absmax = torch.rand(blocks, generator=generator).add_(1).mul_(inputs**-0.5)
+    codes = random_bytes(rows * inputs // 2)
+    return NF4(codes, absmax, torch.tensor(NF4_VALUES), shape, torch.bfloat16)
+
+
+def random_layer(config: MixtralConfig, weight_format: str) -> DecoderLayer:
+    """A layer whose attention and experts are random weights of one format."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config, 0)
+    for seed, (name, module) in enumerate(layer.named_modules()):
+        if isinstance(module, Linear) and name.endswith("gate"):
+            gate = torch.randn(module.out_features, module.in_features).bfloat16()
+            module.weight = nn.Parameter(gate / module.in_features**0.5)
+        elif isinstance(module, Linear):
+            shape = (module.out_features, module.in_features)
+            module.store(random_weight(weight_format, shape, seed))
+        elif name.endswith("norm"):
+            module.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=torch.bfloat16))
+    return layer.eval()
