@@ -280,7 +280,7 @@ def test_none_leaves_an_option_at_its_default(model):
 
 
 def test_a_config_of_ones_own_keeps_the_models_special_ids(model):
-    """As in transformers 5: ids that it does not set are the model's; an option still unsets them."""
+    """As in transformers 5: ids that it leaves out are the model's; an option still unsets them."""
     free = model.generate(ids(4), max_new_tokens=9)
     end = int(free[0, 6])
     model.generation_config = model.generation_config.updated({"eos_token_id": end})
