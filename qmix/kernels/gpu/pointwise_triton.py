@@ -34,20 +34,20 @@ def _choose(
 ):  # fmt: skip
     """Store the ids of a token's CHOSEN largest logits, equal ones in order, and their softmax."""
     # A softmax over all E, renormalised to the chosen ones, is the softmax over the chosen ones.
-    free = inside
-    whole = 0.0
+    unchosen = inside
+    exp_sum = 0.0
     highest = tl.max(tl.where(inside, logits, float("-inf")), 0)
-    share = tl.zeros(logits.shape, tl.float32)
+    chosen_exp = tl.zeros(logits.shape, tl.float32)
     for choice in tl.static_range(CHOSEN):
-        best = tl.max(tl.where(free, logits, float("-inf")), 0)
+        best = tl.max(tl.where(unchosen, logits, float("-inf")), 0)
         # NaN logits choose the last expert: an id always names an expert.
-        best_expert = tl.minimum(tl.min(tl.where(free & (logits == best), expert, E), 0), E - 1)
+        best_expert = tl.minimum(tl.min(tl.where(unchosen & (logits == best), expert, E), 0), E - 1)
         value = tl.sum(tl.where(expert == best_expert, tl.exp(logits - highest), 0.0), 0)
-        share = tl.where(expert == choice, value, share)
-        whole += value
-        free = free & (expert != best_expert)
+        chosen_exp = tl.where(expert == choice, value, chosen_exp)
+        exp_sum += value
+        unchosen = unchosen & (expert != best_expert)
         tl.store(ids + token * CHOSEN + choice, best_expert.to(tl.int64))
-    tl.store(weights + token * CHOSEN + expert, share / whole, mask=expert < CHOSEN)
+    tl.store(weights + token * CHOSEN + expert, chosen_exp / exp_sum, mask=expert < CHOSEN)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -56,9 +56,9 @@ def residual_norm(
     SPLITS: tl.constexpr, CHOICES: tl.constexpr, E: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """total [T, D] = x + the shares' sum; normed = its RMSNorm; then the router; grid (T).
+    """total [T, D] = x + the sum of partials; normed = its RMSNorm; then the router; grid (T).
 
-    Without `shares` total is x and not stored; without `gate` there is no router. BLOCK >= D and
+    Without `partials`, total is x and not stored; without `gate` there is no router. BLOCK >= D and
     EXPERTS >= E are powers of 2.
     """
     token = tl.program_id(0)

@@ -98,14 +98,14 @@ QMIX_INLINE void exponentiate(float* scores, int64_t count, float* stats) {
         const Floats some = load16(scores + p);
         largest = some > largest ? some : largest;
     }
-    float most = largest[0];
-    for (int i = 1; i < 16; i++) most = largest[i] > most ? largest[i] : most;
+    float highest = largest[0];
+    for (int i = 1; i < 16; i++) highest = largest[i] > highest ? largest[i] : highest;
     for (int64_t p = 0; p < round_up(count, 16); p++) {
-        const float below = scores[p] - most;
+        const float below = scores[p] - highest;
         scores[p] = below == below ? exp_approx(below) : below;  // NaN stays NaN
     }
     for (int64_t p = 0; p < count; p += 16) sums += load16(scores + p);
-    stats[0] = most;
+    stats[0] = highest;
     stats[1] = sum16(sums);
 }
 
@@ -175,15 +175,15 @@ void attend_piece(const TokenAttention& attention, int64_t group, int64_t piece,
 void merge_pieces(const TokenAttention& attention, int64_t pieces, int64_t head, const float* stats,
                   const float* piece_sums, float* sums) {
     const int64_t heads = attention.heads, width = attention.width;
-    float most = -__builtin_inff(), sum = 0;
+    float highest = -__builtin_inff(), sum = 0;
     for (int64_t p = 0; p < pieces; p++) {
-        const float here = stats[2 * (p * heads + head)];
-        most = here > most ? here : most;
+        const float piece_highest = stats[2 * (p * heads + head)];
+        highest = piece_highest > highest ? piece_highest : highest;
     }
     for (int64_t i = 0; i < width; i++) sums[i] = 0;
     for (int64_t p = 0; p < pieces; p++) {
         const float* stat = stats + 2 * (p * heads + head);
-        const float factor = pieces > 1 ? exp_approx(stat[0] - most) : 1;
+        const float factor = pieces > 1 ? exp_approx(stat[0] - highest) : 1;
         const float* values = piece_sums + (p * heads + head) * width;
         sum += factor * stat[1];
         for (int64_t i = 0; i < width; i++) sums[i] += factor * values[i];

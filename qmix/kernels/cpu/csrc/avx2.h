@@ -91,7 +91,8 @@ struct Avx2 {
     }
                 QMIX_STEP(0)
                 QMIX_STEP(1)
-                QMIX_STEP(2) QMIX_STEP(3) QMIX_STEP(4) QMIX_STEP(5) QMIX_STEP(6) QMIX_STEP(7)
+                QMIX_STEP(2)
+                QMIX_STEP(3) QMIX_STEP(4) QMIX_STEP(5) QMIX_STEP(6) QMIX_STEP(7)
 #undef QMIX_STEP
                     for (int t = 0; t < TOKENS; t++) sums[t] =
                         _mm256_fmadd_ps(half_sums[t], scale, sums[t]);

@@ -69,10 +69,10 @@ template <class Kernels>
 void before_attention(const TokenLayer& layer, const uint16_t* x, const uint16_t* cos,
                       const uint16_t* sin, uint16_t* qkv, int threads, int32_t isa, Fork fork) {
     const int64_t hidden = layer.hidden, width = layer.head_dim;
-    const int64_t rotated = layer.q.rows + layer.k.rows, all = rotated + layer.v.rows;
+    const int64_t rotated = layer.q.rows + layer.k.rows, outputs = rotated + layer.v.rows;
     std::vector<uint16_t> normed(hidden);
     rms_norm(x, layer.input_norm, hidden, layer.eps, isa, normed.data());
-    std::vector<float> inputs(hidden), out(all), moved[3];
+    std::vector<float> inputs(hidden), out(outputs), moved[3];
     for (int64_t i = 0; i < hidden; i++) inputs[i] = bfloat16_to_float(normed[i]);
     const float* q_x = permuted(inputs.data(), hidden, layer.perms[0], moved[0]);
     const float* k_x = permuted(inputs.data(), hidden, layer.perms[1], moved[1]);
@@ -92,7 +92,7 @@ void before_attention(const TokenLayer& layer, const uint16_t* x, const uint16_t
             const float turned = round_to_bfloat16(other * bfloat16_to_float(sin[i]));
             qkv[head + i] = float_to_bfloat16(plain + turned);
         }
-    for (int64_t i = rotated; i < all; i++) qkv[i] = float_to_bfloat16(out[i]);
+    for (int64_t i = rotated; i < outputs; i++) qkv[i] = float_to_bfloat16(out[i]);
 }
 
 // The router: a softmax over all experts in float32, the largest ones renormalised to sum 1. Equal
@@ -102,13 +102,13 @@ inline void route(const uint16_t* logits, int64_t num_experts, int64_t chosen, i
                   float* weights) {
     typedef std::pair<float, int64_t> Entry;
     std::vector<Entry> entries(num_experts);
-    float most = bfloat16_to_float(logits[0]), sum = 0, chosen_sum = 0;
+    float highest = bfloat16_to_float(logits[0]), sum = 0, chosen_sum = 0;
     for (int64_t e = 1; e < num_experts; e++) {
         const float logit = bfloat16_to_float(logits[e]);
-        most = logit > most ? logit : most;
+        highest = logit > highest ? logit : highest;
     }
     for (int64_t e = 0; e < num_experts; e++) {
-        entries[e] = {__builtin_expf(bfloat16_to_float(logits[e]) - most), e};
+        entries[e] = {__builtin_expf(bfloat16_to_float(logits[e]) - highest), e};
         sum += entries[e].first;
     }
     for (Entry& entry : entries) entry.first /= sum;

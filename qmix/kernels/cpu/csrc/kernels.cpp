@@ -72,11 +72,11 @@ int32_t qmix_isa() {
 
 // The sizes of the structures in structs.h, in their order: what ctypes must agree with.
 void qmix_struct_sizes(int64_t* sizes) {
-    const size_t all[] = {sizeof(Matrix),        sizeof(Matmul),         sizeof(DenseMatmul),
-                          sizeof(TiledMatrix),   sizeof(ExpertMatrices), sizeof(TokenLayer),
-                          sizeof(TokenRoute),    sizeof(TokenCache),     sizeof(TokenStep),
-                          sizeof(TokenAttention)};
-    for (size_t size : all) *sizes++ = int64_t(size);
+    const size_t structures[] = {sizeof(Matrix),        sizeof(Matmul),         sizeof(DenseMatmul),
+                                 sizeof(TiledMatrix),   sizeof(ExpertMatrices), sizeof(TokenLayer),
+                                 sizeof(TokenRoute),    sizeof(TokenCache),     sizeof(TokenStep),
+                                 sizeof(TokenAttention)};
+    for (size_t size : structures) *sizes++ = int64_t(size);
 }
 
 int32_t qmix_matmul(const Matmul* matmuls, int64_t count, int32_t threads, int32_t isa, Fork fork) {
@@ -169,10 +169,10 @@ int32_t qmix_attend(const TokenAttention* attention, int32_t threads, int32_t is
 // Reads [bytes / 64][64] once and xors its words. A part of less than 1 MiB at the end is left out.
 int32_t qmix_read(const uint8_t* source, int64_t bytes, uint64_t* out, int32_t threads, int32_t isa,
                   Fork fork) {
-    std::atomic<uint64_t> all{0};
+    std::atomic<uint64_t> words{0};
     parallel_for(bytes / READ_BYTES, threads, fork,
-                 [&](int64_t task, int) { all ^= read_once(source + task * READ_BYTES, isa); });
-    *out = all;
+                 [&](int64_t task, int) { words ^= read_once(source + task * READ_BYTES, isa); });
+    *out = words;
     return 0;
 }
 

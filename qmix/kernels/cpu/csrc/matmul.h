@@ -210,13 +210,13 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
         const int64_t unit = scale_unit(weight);
         const bool int16 = Kernels::INT16 && unit && matmuls[i].quantize_activations &&
                            (!weight.zeros || IntegerTable(weight.table).linear);
-        const int64_t most = int16 ? INT16_TOKENS : MAX_TOKENS;
-        for (int64_t first = 0; first < matmuls[i].tokens; first += most) {
+        const int64_t max_tokens = int16 ? INT16_TOKENS : MAX_TOKENS;
+        for (int64_t first = 0; first < matmuls[i].tokens; first += max_tokens) {
             MatmulPass pass{};
             const int64_t left = matmuls[i].tokens - first;
             pass.matmul = matmuls + i;
             pass.first_token = first;
-            pass.tokens = left < most ? left : most;
+            pass.tokens = left < max_tokens ? left : max_tokens;
             pass.unit = unit;
             pass.chunks = round_up(weight.inputs, CHUNK) / CHUNK;
             pass.int16 = int16;
@@ -257,10 +257,10 @@ struct Workspace {
         arranged = round_up(arranged, 16);
         scales = round_up(units + 16, 16);
         tile = sums ? TILE_ROWS * TILE_PITCH : 0;
-        void* found = nullptr;
+        void* allocated = nullptr;
         const size_t floats = size_t(arranged + threads * of_thread() + 16);
-        if (posix_memalign(&found, 64, sizeof(float) * floats)) throw std::bad_alloc();
-        memory = static_cast<float*>(found);
+        if (posix_memalign(&allocated, 64, sizeof(float) * floats)) throw std::bad_alloc();
+        memory = static_cast<float*>(allocated);
     }
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;

@@ -74,7 +74,7 @@ void multiply_panel_portable(const TiledMatrix& matrix, const IntegerTable& tabl
         for (int64_t row = 0; row < PANEL; row++) {
             const int64_t warp = row / 16, r = row / 8 % 2, g = row % 8;
             const int64_t at = warp * 32 + g * 4 + r;
-            int32_t both[2] = {};
+            int32_t plane_sums[2] = {};
             for (int64_t part = 0; part < matrix.tile_inputs / 32; part++)
                 for (int64_t word = 2 * r; word < 32; word += word % 2 ? 3 : 1)
                     for (int64_t p = 0; p < 2; p++) {
@@ -82,11 +82,12 @@ void multiply_panel_portable(const TiledMatrix& matrix, const IntegerTable& tabl
                             tile[part * 2048 + warp * 512 + g * 64 + 2 * word + p];
                         const int32_t x =
                             in.x[i * 2 * matrix.tile_inputs + part * 64 + p * 32 + word];
-                        both[0] += (table.values[codes & 15] + int32_t(zeros[at])) * x;
-                        both[1] += (table.values[codes >> 4] + int32_t(zeros[at + 2])) * x;
+                        plane_sums[0] += (table.values[codes & 15] + int32_t(zeros[at])) * x;
+                        plane_sums[1] += (table.values[codes >> 4] + int32_t(zeros[at + 2])) * x;
                     }
             for (int plane = 0; plane < 2; plane++)
-                sums[plane][row] += float(both[plane]) * (scales[at + 2 * plane] * in.scales[i]);
+                sums[plane][row] +=
+                    float(plane_sums[plane]) * (scales[at + 2 * plane] * in.scales[i]);
         }
     }
     for (int64_t row = 0; row < PANEL; row++) {
@@ -98,9 +99,9 @@ void multiply_panel_portable(const TiledMatrix& matrix, const IntegerTable& tabl
 #if defined(__x86_64__)
 
 inline QMIX_AVX512 __m512 spread_pair(const float* pair) {
-    double both;
-    memcpy(&both, pair, 8);
-    return _mm512_castpd_ps(_mm512_set1_pd(both));
+    double bits;
+    memcpy(&bits, pair, 8);
+    return _mm512_castpd_ps(_mm512_set1_pd(bits));
 }
 
 template <bool ZEROS>
@@ -117,8 +118,8 @@ QMIX_AVX512 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerT
         if (ZEROS) read_tile_scales(tile + PANEL * matrix.tile_inputs + PANEL * 4, zeros);
         const __m512 input_scale = _mm512_set1_ps(in.scales[i]);
         for (int64_t at = 0; at < 32; at++) {  // warp * 8 + g
-            __m512i both[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            __m512i zero[2] = {both[0], both[0]};
+            __m512i plane_sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+            __m512i zero[2] = {plane_sums[0], plane_sums[0]};
             if (ZEROS)
                 for (int plane = 0; plane < 2; plane++) {
                     zero[plane] = _mm512_cvtps_epi32(spread_pair(zeros + 4 * at + 2 * plane));
@@ -137,8 +138,9 @@ QMIX_AVX512 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerT
                     __m512i values =
                         _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * nibble), table);
                     if (ZEROS) values = _mm512_add_epi16(values, zero[plane]);
-                    both[plane] = _mm512_add_epi32(
-                        both[plane], _mm512_madd_epi16(values, _mm512_loadu_si512(x + 32 * p)));
+                    plane_sums[plane] =
+                        _mm512_add_epi32(plane_sums[plane],
+                                         _mm512_madd_epi16(values, _mm512_loadu_si512(x + 32 * p)));
                 }
             }
             for (int plane = 0; plane < 2; plane++) {
@@ -146,7 +148,7 @@ QMIX_AVX512 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerT
                     _mm512_mul_ps(spread_pair(scales + 4 * at + 2 * plane), input_scale);
                 const __m512 sum = _mm512_load_ps(sums[at][plane]);
                 _mm512_store_ps(sums[at][plane],
-                                _mm512_fmadd_ps(_mm512_cvtepi32_ps(both[plane]), scale, sum));
+                                _mm512_fmadd_ps(_mm512_cvtepi32_ps(plane_sums[plane]), scale, sum));
             }
         }
     }

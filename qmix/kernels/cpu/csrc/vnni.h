@@ -33,14 +33,14 @@ struct Vnni : Avx512 {
                                           float* totals) {
         float padded[CHUNK] = {};
         if (count < CHUNK) x = static_cast<float*>(memcpy(padded, x, sizeof(float) * count));
-        __m512 inputs[8], most = _mm512_setzero_ps();
+        __m512 inputs[8], magnitudes = _mm512_setzero_ps();
         __mmask16 not_finite = 0;
         for (int i = 0; i < 8; i++) {
             inputs[i] = _mm512_loadu_ps(x + 16 * i);
             not_finite |= _mm512_fpclass_ps_mask(inputs[i], 0x99);
-            most = _mm512_max_ps(most, _mm512_abs_ps(inputs[i]));
+            magnitudes = _mm512_max_ps(magnitudes, _mm512_abs_ps(inputs[i]));
         }
-        const float largest = _mm512_reduce_max_ps(most);
+        const float largest = _mm512_reduce_max_ps(magnitudes);
         const float factor = largest > 0 ? table.max_activation / largest : 0;
         if (table.linear) memset(totals, 0, sizeof(float) * 4);
         if (not_finite || factor > 3e38f) {
