@@ -10,14 +10,13 @@ qmix.kernels.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import attention_triton as kernels
-from qmix.kernels.gpu.pointwise import power_of_2
+from qmix.kernels.gpu.launch import multiprocessors, power_of_2
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -113,9 +112,9 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
+    tuning: Tuning = UNTUNED,
     window: int | None,
     padding_mask: Tensor | None,
-    tuning: Tuning = UNTUNED,
 ) -> Tensor:
     """Attention of the last S of L columns: (B, H, S, d) with (B, G, L, d) -> (B, H, S, d).
 
@@ -195,7 +194,8 @@ def _attend(
         )  # fmt: skip
         return out
     shape = blocks_for(1, q.dtype, tuning)
-    wanted = tuning.blocks_per_sm * _multiprocessors(q.device)
+    # In the interpreter 4 multiprocessors are enough to split columns.
+    wanted = tuning.blocks_per_sm * multiprocessors(q.device, interpreted=4)
     splits = splits_for(batch * shared, slots, shape.columns, wanted)
     sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
@@ -209,11 +209,3 @@ def _attend(
         sums, peaks, totals, out, splits, PARTS=power_of_2(splits), D=width, num_warps=4
     )
     return out
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter: enough to split columns
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count

@@ -10,7 +10,6 @@ Shape letters: see qmix.kernels.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.kernels.gpu import moe_triton
+from qmix.kernels.gpu.launch import multiprocessors
 from qmix.kernels.moe import DECODE_TOKENS, Routes
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
@@ -151,7 +151,7 @@ def expert_partials(
     )  # fmt: skip
     config = config_for(groups.columns, table.down, tuning)
     rows = hidden // PANEL * (4 // config.warps)
-    wanted = tuning.blocks_per_sm * _multiprocessors(x.device)
+    wanted = _wanted_blocks(x, tuning)
     splits = splits_for(rows * groups.count, width // table.down.inputs, wanted)
     partials = torch.empty(splits, pairs, hidden, dtype=torch.float32, device=x.device)
     moe_triton.down[(rows, groups.count, splits)](
@@ -183,7 +183,7 @@ def linear_partials(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -
     config = config_for(columns_for(tokens, tile_format), tile_format, tuning)
     panels = out_features // PANEL * (4 // config.warps)
     groups = -(-tokens // config.columns)
-    wanted = tuning.blocks_per_sm * _multiprocessors(x.device)
+    wanted = _wanted_blocks(x, tuning)
     splits = splits_for(panels * groups, in_features // tile_format.inputs, wanted)
     partials = torch.empty(splits, tokens, out_features, dtype=torch.float32, device=x.device)
     moe_triton.packed_matmul[(panels, groups, splits)](
@@ -277,6 +277,11 @@ def _constants(tile_format: TileFormat, config: Config) -> dict[str, object]:
     return {**_format(tile_format), **shape, "num_warps": config.warps}
 
 
+def _wanted_blocks(x: Tensor, tuning: Tuning) -> int:
+    # In the interpreter 2 multiprocessors are enough to split K.
+    return tuning.blocks_per_sm * multiprocessors(x.device, interpreted=2)
+
+
 def splits_for(unsplit: int, tiles: int, wanted: int) -> int:
     """Into how many splits K goes to turn `unsplit` blocks into `wanted` ones.
 
@@ -286,11 +291,3 @@ def splits_for(unsplit: int, tiles: int, wanted: int) -> int:
     while splits < _LARGEST_SPLIT and splits * unsplit < wanted and 8 * splits <= tiles:
         splits *= 2
     return splits
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # the interpreter: enough to split K
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels.gpu import pointwise_triton as kernels
+from qmix.kernels.gpu.launch import power_of_2
 from qmix.kernels.moe import Routes
 
 _ROTATED_ROWS = 16
@@ -224,8 +225,3 @@ def _block_rows(rows: int) -> int:
 def rotation_warps(rows: int) -> int:
     """Warps of a block that rotates this many rows."""
     return 1 if rows == 1 else 4
-
-
-def power_of_2(count: int) -> int:
-    """The smallest power of 2 that is at least `count`."""
-    return 1 << (count - 1).bit_length()
