@@ -1,13 +1,14 @@
 """Triton attention and pointwise kernels against the reference backends, interpreted or on a GPU.
 
-Run by test_triton_attention.py in a process of its own with TRITON_INTERPRET=1: the flag is read when
-a kernel is defined. On a machine with a GPU: python -m pytest tests/kernels/interpreted_attention.py. Fresh
-tensors are filled with NaN, so that what a kernel forgets to write shows; so are all slots of a
-cache that no query may see.
+Run by test_triton_attention.py in a process of its own with TRITON_INTERPRET=1: the flag is read
+when a kernel is defined. On a machine with a GPU: python -m pytest
+tests/kernels/interpreted_attention.py. Fresh tensors are filled with NaN, so that what a kernel
+forgets to write shows; so are all slots of a cache that no query may see.
 
-Tolerances, in the norm of the error relative to the oracle's. In float32 only the order of additions
-and exp2 for exp differ: ORDER_BOUND. In float16 the oracle is float32 over the same float16 inputs
-and attention differs by two roundings to nearest, each at most 2^-11 = 4.9e-4 and independent from
+Tolerances, in the norm of the error relative to the oracle's. In float32 only the order of
+additions and exp2 for exp differ: ORDER_BOUND. In float16 the oracle is float32 over the same
+float16 inputs, and attention differs by two roundings to nearest, each at most 2^-11 = 4.9e-4 and
+independent from
 element to element: of the softmax's weights before they multiply values, and of the result. So
 HALF_BOUND = 2 * 2^-11. The pointwise kernels round where the reference rounds, or less often:
 against it in the same dtype a residual, a norm after it and a rotation differ by at most two, four
@@ -58,7 +59,7 @@ def oracle(q, k, v, window, padding_mask):
 
 
 def padding(batch, length, holes=False):
-    """The first row has none, the others more and more on the left, the last perhaps in the middle."""
+    """The first row has no padding, the others more and more on the left; the last maybe inside."""
     padding_mask = torch.ones(batch, length, dtype=torch.bool)
     for row in range(batch):
         padding_mask[row, : row * length // batch] = False
@@ -118,7 +119,7 @@ def test_mixtrals_heads(queries, dtype):
 
 
 def test_tensors_as_a_layer_has_them():
-    """Heads behind positions in memory, as a projection leaves them, and a slice of a longer tensor."""
+    """Strided inputs: heads behind positions, as a projection leaves them, and a slice."""
     q, k, v = (drawn(2, 20, heads, 32, seed=heads).transpose(1, 2) for heads in (4, 2, 2))
     expected = oracle(q, k, v, 8, None)
     assert error(gpu.attend(q, k, v, window=8, padding_mask=None), expected) <= ORDER_BOUND
@@ -203,7 +204,7 @@ def test_batch_buckets(batch):
 @pytest.mark.parametrize("window", [None, 7, 16])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 19])
 def test_chunked_prefill(chunk, window):
-    """Chunks of prompts of 38 and less, over a straight cache and a ring that is just large enough."""
+    """Chunks of prompts up to 38 tokens, over a straight cache and over the smallest ring."""
     length = 38
     q, k, v = (
         drawn(2, length, 2, 16),
@@ -372,7 +373,7 @@ def test_a_position_beyond_the_table_shows():
 
 @pytest.mark.parametrize("window", one_in(2, [6, None]))
 def test_a_model_says_the_same_tokens(window, monkeypatch):
-    """Norms, rotations, attention and routing of a model that generates: the oracle's greedy tokens."""
+    """A model generates with these kernels: its greedy tokens are those of the oracle."""
     model = small_model(
         hidden_size=64, intermediate_size=64, num_local_experts=4, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=window,

@@ -1,7 +1,7 @@
 """One decode step of a packed model against the reference, in Triton's interpreter or on a GPU.
 
-Run by tests/generation/test_static_decoder.py in a process of its own with TRITON_INTERPRET=1. Tolerance: the kernels' own
-(tests/kernels/interpreted_experts.py); tokens must be equal.
+Run by tests/generation/test_static_decoder.py in a process of its own with TRITON_INTERPRET=1.
+Tolerance: the kernels' own (tests/kernels/interpreted_experts.py); tokens must be equal.
 """
 
 from dataclasses import replace

@@ -1,14 +1,14 @@
 """The packed kernels against `x @ w.dequantize().T`, in Triton's interpreter or on a GPU.
 
-Run by test_triton_experts.py in a process of its own with TRITON_INTERPRET=1: the flag is read when
-a kernel is defined. On a machine with a GPU: python -m pytest tests/kernels/interpreted_experts.py. Fresh
-tensors are filled with NaN, so that what a kernel forgets to write shows.
+Run by test_triton_moe.py in a process of its own with TRITON_INTERPRET=1: the flag is read when
+a kernel is defined. On a machine with a GPU: python -m pytest tests/kernels/interpreted_experts.py.
+Fresh tensors are filled with NaN, so that what a kernel forgets to write shows.
 
-Tolerances. Relative to one product, the kernels differ from the oracle by four roundings to
+Tolerances. Relative to one matmul, the kernels differ from the oracle by four roundings to
 nearest: NF4's table in float16 (at most 1.82e-4), its scales in float16 (2^-11), activations in
-float16 (2^-11; exact here, where they are drawn so), and between the two products of an expert the
+float16 (2^-11; exact here, where they are drawn so), and between the two matmuls of an expert the
 inner activations in float16 (2^-11). Each is independent from weight to weight, so the norm of the
-error of a sum stays below the largest of them: eps = 1.82e-4 + 2^-11 = 6.7e-4 for an NF4 product.
+error of a sum stays below the largest of them: eps = 1.82e-4 + 2^-11 = 6.7e-4 for an NF4 matmul.
 An expert's gate and up projections and its down projection err by eps each, the rounding between by
 2^-11: at most 3 eps + 2^-11 = 2.5e-3 for NF4, 2^-11 for Int4. Against the weight as it was packed
 (`unpack`, and the table of the kernels) only the order of float32 additions remains: ORDER_BOUND.

@@ -1,6 +1,7 @@
 """The acceptance command's steps at tiny widths, in Triton's interpreter: every line of them runs.
 
-Run by tests/generation/test_static_decoder.py in a process of its own with TRITON_INTERPRET=1. Times and memory are made up.
+Run by tests/generation/test_static_decoder.py in a process of its own with TRITON_INTERPRET=1.
+Times and memory are made up.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Every row of the kernel table against `x @ w.dequantize().T`."""
+"""Every backend of the kernel table against `x @ w.dequantize().T`."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_only_chosen_experts_are_asked_for_once_each_and_in_order():
 
 
 def test_experts_scaled_by_their_number_give_the_sum_computed_by_hand():
-    """w1 opens the gate, w3 and w2 are the identity times i: the answer is known without a model."""
+    """w1 opens the gate, w3 and w2 are the identity times i: the answer is known beforehand."""
     eye = torch.eye(4)
     experts = [Expert(Dense(50 * eye), Dense((i + 1.0) * eye), Dense(eye)) for i in range(3)]
     x = torch.full((1, 4), 2.0)

@@ -1,4 +1,4 @@
-"""Triton attention and pointwise kernels without a GPU: interpreted, traced, compiled ahead of time."""
+"""Triton attention and pointwise kernels without a GPU: interpreted, traced, compiled."""
 
 from importlib.metadata import version
 
@@ -55,7 +55,7 @@ def meta(*shape, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
 def test_a_decode_step_waits_for_nothing(batch, monkeypatch):
-    """On meta tensors whatever needs a value on the host raises; of nine launches a layer six are here."""
+    """Meta tensors raise whenever the host needs a value; six of nine launches a layer are here."""
     recorder = Recorder(monkeypatch)
     past = meta(batch, dtype=torch.int32)
     keys, values = meta(2, batch, 8, 4096, 128)
@@ -81,8 +81,8 @@ def test_a_decode_step_waits_for_nothing(batch, monkeypatch):
 
     names = ["residual_norm", "rotate_store", "split", "merge", "residual_norm"]
     assert [name for name, _ in recorder.launches] == names
-    products = ["q, k, v", "o_proj", "gate_up", "down"]
-    assert len(names) + len(products) == 9
+    matmuls = ["q, k, v", "o_proj", "gate_up", "down"]
+    assert len(names) + len(matmuls) == 9
     with pytest.raises(RuntimeError):
         past.tolist()  # the trap is armed
 
@@ -102,7 +102,7 @@ def test_prefill_waits_for_nothing(queries, monkeypatch):
 
 
 def test_columns_are_split_where_thread_blocks_are_few():
-    """One row of eight key-value heads is eight thread blocks, a sixteenth of an H100's multiprocessors."""
+    """One row with eight key-value heads is eight blocks; an H100 has 132 multiprocessors."""
     assert attention.splits_for(8, 4096, 64, 2 * 132) == 33
     assert attention.splits_for(8, 32768, 64, 2 * 132) == 33
     assert attention.splits_for(8, 256, 64, 2 * 132) == 4  # a tile each
@@ -111,8 +111,8 @@ def test_columns_are_split_where_thread_blocks_are_few():
     assert attention.splits_for(1024, 4096, 64, 2 * 132) == 1
 
 
-# What was reached: registers a thread, and machine instructions of the loop. 112 registers are still
-# four thread blocks of four warps a multiprocessor.
+# What was reached: registers a thread, and machine instructions of the loop. 112 registers are
+# still four thread blocks of four warps a multiprocessor.
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 1060)}
 
@@ -120,7 +120,7 @@ REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 106
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", one_in(9, sorted(aot.SHARED_LIMIT, key=lambda arch: arch != 90)))
 def test_attention_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
-    """No spill, no narrow load of keys or values, shared memory for two thread blocks a multiprocessor."""
+    """No spill, no narrow load of keys or values, and two blocks fit the shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = [v for v in plain_variants([arch]) if v.kernel in REACHED]
     assert len(chosen) == 2 * (1 + 2)

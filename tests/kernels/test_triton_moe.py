@@ -1,4 +1,4 @@
-"""The packed GPU kernels on a machine without a GPU: interpreted, traced, and compiled ahead of time."""
+"""The packed GPU kernels on a machine without a GPU: interpreted, traced, compiled."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_importing_the_kernels_imports_no_triton():
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 1024])
 def test_nothing_waits_for_the_device(tokens, monkeypatch):
-    """On meta tensors whatever needs a value on the host raises, and every shape is known before."""
+    """Meta tensors raise whenever the host needs a value; all shapes are known beforehand."""
     recorders = {name: Recorder() for name in ("gate_up", "down", "combine", "packed_matmul")}
     for name, recorder in recorders.items():
         monkeypatch.setattr(moe_triton, name, recorder)
@@ -84,8 +84,8 @@ def test_k_is_split_where_thread_blocks_are_fewer_than_multiprocessors():
     assert gpu.splits_for(1, 1000, 3 * 132) == 16
 
 
-# What was reached, in machine instructions a weight of the loop, by columns. The goals were 4.5, 2.5.
-# Triton 3.7 needs 3.53, 4.11, 1.98, 2.31 at most, 3.6 up to 0.25 more.
+# What was reached, in machine instructions a weight of the loop, by columns. The goals were 4.5,
+# 2.5. Triton 3.7 needs 3.53, 4.11, 1.98, 2.31 at most, 3.6 up to 0.25 more.
 REACHED = {
     (NF4, 8): 3.75,
     (NF4, 16): 4.15,
@@ -97,7 +97,7 @@ REACHED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", one_in(9, sorted(aot.SHARED_LIMIT, key=lambda arch: arch != 90)))
 def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
-    """No spill, no narrow load, no exchange in the loop, and no more instructions than once reached."""
+    """No spill, no narrow load, no exchange in the loop, no more instructions than once reached."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = [
         variant

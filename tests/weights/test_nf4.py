@@ -434,7 +434,7 @@ def test_quantizing_is_at_least_twice_as_fast_as_bitsandbytes():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_decoding_takes_no_more_processor_time_than_in_bitsandbytes(dtype):
-    """Theirs is C++. Processor seconds, since seconds of a busy machine are luck; a third of slack."""
+    """Theirs is C++. Processor seconds, because a busy machine distorts others; a third of slack."""
     ours = replace(nf4.quantize(random(14336, 4096)), out_dtype=dtype)
     packed = {n.removeprefix("p.weight."): t for n, t in layout.pack(ours, "p").items()}
     codes = packed.pop("p.weight")

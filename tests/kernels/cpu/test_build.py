@@ -1,4 +1,4 @@
-"""The compiled kernels' file: found, made, shared, damaged, and what happens where none can be made."""
+"""The file of the compiled kernels: cached, compiled, shared, damaged, or impossible to compile."""
 
 import os
 import re
@@ -53,12 +53,12 @@ def script(path, text):
 @needs_compiler
 def test_it_is_compiled_once_and_found_again(cache, monkeypatch):
     multiply()
-    (kept,) = cache.iterdir()  # and nothing of the compilation is left
-    assert kept.suffix == ".so"
-    before = kept.stat().st_mtime_ns
+    (library_file,) = cache.iterdir()  # and nothing of the compilation is left
+    assert library_file.suffix == ".so"
+    before = library_file.stat().st_mtime_ns
     library.cache_clear()
     multiply()
-    assert kept.stat().st_mtime_ns == before
+    assert library_file.stat().st_mtime_ns == before
     assert library().isa is not None
     assert not library().fallbacks
 
@@ -92,14 +92,14 @@ def test_another_source_flag_or_compiler_is_another_file(small, monkeypatch, tmp
 @needs_compiler
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_damaged_file_is_compiled_anew(small, tmp_path, keep):
-    kept = build.compiled(tmp_path)
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:keep])
-    assert build.compiled(tmp_path) == kept
-    assert kept.read_bytes() == whole
-    kept.write_bytes(whole[:50] + b"?" + whole[51:])
-    assert build.compiled(tmp_path) == kept
-    assert kept.read_bytes() == whole
+    path = build.compiled(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    assert build.compiled(tmp_path) == path
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:50] + b"?" + whole[51:])
+    assert build.compiled(tmp_path) == path
+    assert path.read_bytes() == whole
 
 
 @needs_compiler

@@ -123,7 +123,7 @@ def test_what_memory_held_before_does_not_matter(isa):
 
 def test_threads_and_repetition_change_no_bit(isa):
     if isa == "torch":
-        pytest.skip("torch's products are torch's affair")
+        pytest.skip("torch's own matmuls are not tested here")
     before = torch.get_num_threads()
     weights = [
         random_nf4(2099, 512, nested=True),

@@ -1,4 +1,4 @@
-"""Packed layout and the instructions that decode it: exact inverses, exact values, clear refusals."""
+"""The packed layout and the instructions that decode it: inverses, values, refusals."""
 
 import re
 import struct
@@ -101,7 +101,7 @@ def test_bits_a_weight():
 
 
 def test_extreme_scales_keep_their_ratio():
-    """Scales that float16 cannot hold: a power of two for the whole matrix brings them into range."""
+    """A power of two for the whole matrix brings scales into the range of float16."""
     for factor in (1e-12, 1e-6, 1.0, 1e6, 1e30):
         weight = nf4(128, 64)
         weight = replace(weight, absmax=weight.absmax * factor)

@@ -1,4 +1,4 @@
-"""Packed layout in a model: exactly back, saved as it came, counted where it is refused, moved and copied."""
+"""Packed weights in a model: unpacked exactly, saved unchanged, refused, moved and copied."""
 
 import copy
 import pickle
@@ -131,7 +131,7 @@ def place(model):
 
 
 def test_a_model_is_packed_once_and_says_the_same(monkeypatch):
-    """Without a GPU: what every product asks for is the standard weight, through `rows`."""
+    """Without a GPU every matmul reads the unpacked weight through `rows`."""
     model, twin = quantized_model(), quantized_model()
     placement = place(model)
     assert placement.complete
