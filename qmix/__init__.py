@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# In a checkout quantize/, evals/ and cli.py lie beside this package; the wheel nests them inside it.
+# In a checkout quantize/, evals/ and cli.py lie beside this package; the wheel nests them in it.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))

@@ -1,4 +1,4 @@
-"""Every error a user can cause: what went wrong, where, what was expected, what was found, what to do.
+"""Every error a user can cause: what went wrong, where, expected, found, and what to do.
 
 Each kind carries the exit code of the command line. Knows nothing of torch or of files.
 """

@@ -1,12 +1,13 @@
-"""A face for transformers: its pipelines, its beams and what is built on them drive a qmix model.
+"""Adapters to transformers: its pipelines, its beam search and their users run a qmix model.
 
     import transformers
     from qmix import hf, load
     model, tokenizer = load("mixtral-nf4")
-    pipe = transformers.pipeline("text-generation", model=hf.adapt(model), tokenizer=hf.tokenizer(tokenizer))
-    harness = lm_eval.models.huggingface.HFLM(hf.adapt(model), tokenizer=hf.tokenizer(tokenizer))
+    adapted, words = hf.adapt(model), hf.tokenizer(tokenizer)
+    pipe = transformers.pipeline("text-generation", model=adapted, tokenizer=words)
+    harness = lm_eval.models.huggingface.HFLM(adapted, tokenizer=words)
 
-Importing this file imports transformers; nothing else in qmix does. Made and tested for
+Importing this file imports transformers; nothing else in qmix does. It is tested with
 transformers 5.23.0. Weights, layers and kernels stay qmix's; masks, caches and generation are
 transformers'. Shape letters as in qmix.nn.
 """
@@ -30,30 +31,30 @@ except ImportError as error:
         remedy="pip install 'qmix-runtime[hf]'.",
     ) from error
 
-# What belongs to this checkpoint's files, or what transformers would act upon.
+# Fields of the config that describe this checkpoint's files, or that transformers would act upon.
 _LEFT_OUT = ("architectures", "attn_implementation", "model_type", "quantization_config")
 
 
 def adapt(model: causal_lm.MixtralForCausalLM) -> "MixtralForCausalLM":
-    """A transformers model over the same weights; nothing is copied."""
+    """A transformers model over the same weights, none of which is copied."""
     return MixtralForCausalLM(model)
 
 
-def tokenizer(own: LlamaTokenizer) -> "Tokenizer":
-    """A transformers tokenizer that gives the same ids.
+def tokenizer(llama_tokenizer: LlamaTokenizer) -> "Tokenizer":
+    """A transformers tokenizer that encodes to the same ids.
 
-    Special tokens typed into a text become control tokens, as everywhere in transformers.
+    Special tokens that are typed into a text become control tokens, as everywhere in transformers.
     """
-    return Tokenizer(own)
+    return Tokenizer(llama_tokenizer)
 
 
 class _Columns:
-    """A transformers cache in the words of qmix.nn.cache.Cache."""
+    """A transformers cache behind the interface of qmix.nn.cache.Cache."""
 
     def __init__(self, cache: Any) -> None:
         if isinstance(cache, transformers.StaticCache):
             raise UnsupportedError(
-                "a cache of fixed size shows positions that are not there yet",
+                "a cache of fixed size shows positions that are not written yet",
                 where="past_key_values",
                 expected="a DynamicCache",
                 found=type(cache).__name__,
@@ -64,24 +65,24 @@ class _Columns:
     def append(
         self, layer: int, keys: Tensor, values: Tensor, *, in_order: bool = False
     ) -> tuple[Tensor, Tensor]:
-        held: tuple[Tensor, Tensor] = self.cache.update(keys, values, layer)
-        return held
+        stored: tuple[Tensor, Tensor] = self.cache.update(keys, values, layer)
+        return stored
 
     def align_mask(self, columns: Tensor, new: int, *, in_order: bool = False) -> Tensor:
-        """The columns that a sliding layer still holds, and the new ones."""
+        """A mask's columns of the positions that a sliding layer still stores, and of the new."""
         layers = self.cache.layers
         keys = layers[0].keys if layers and layers[0].is_initialized else None
-        held = 0 if keys is None else keys.shape[-2]
-        return columns[..., columns.shape[-1] - held - new :]
+        stored_length = 0 if keys is None else keys.shape[-2]
+        return columns[..., columns.shape[-1] - stored_length - new :]
 
     def advance(self, positions: int) -> None:
         self.length += positions
 
 
 class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):  # type: ignore[misc]
-    """A qmix model as transformers wants its models. Made by `adapt`.
+    """A qmix model that is a transformers model; `adapt` makes one.
 
-    Its name is one that transformers' pipelines know.
+    transformers' pipelines know it by its class name.
     """
 
     config_class = transformers.MixtralConfig
@@ -92,11 +93,11 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         document = {k: v for k, v in model.config.to_dict().items() if k not in _LEFT_OUT}
         super().__init__(transformers.MixtralConfig(**document))
         self.runtime = model
-        own = model.generation_config
+        ids = model.generation_config
         self.generation_config = transformers.GenerationConfig(
-            eos_token_id=list(own.eos_ids) or None,
-            pad_token_id=own.pad_id,
-            bos_token_id=own.bos_token_id,
+            eos_token_id=list(ids.eos_ids) or None,
+            pad_token_id=ids.pad_id,
+            bos_token_id=ids.bos_token_id,
         )
 
     def get_input_embeddings(self) -> Any:
@@ -117,7 +118,7 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         logits_to_keep: int | Tensor = 0,
         **_: Any,
     ) -> Any:
-        """One pass over (B, S) new positions: transformers' CausalLMOutputWithPast."""
+        """One pass over (B, S) new positions; returns transformers' CausalLMOutputWithPast."""
         if past_key_values is None and use_cache:
             past_key_values = transformers.DynamicCache(config=self.config)
         out = self.runtime(
@@ -132,63 +133,65 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
             output_hidden_states=output_hidden_states,
             logits_to_keep=logits_to_keep,
         )
-        found = CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=out.loss,
             logits=out.logits,
             past_key_values=past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
-        return found if return_dict in (None, True) else found.to_tuple()
+        return output if return_dict in (None, True) else output.to_tuple()
 
 
 class Tokenizer(transformers.PreTrainedTokenizer):  # type: ignore[misc]
-    """A qmix tokenizer as transformers wants its tokenizers. Made by `tokenizer`."""
+    """A qmix tokenizer that is a transformers tokenizer; `tokenizer` makes one."""
 
     model_input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, own: LlamaTokenizer) -> None:
-        self._own = own
+    def __init__(self, llama_tokenizer: LlamaTokenizer) -> None:
+        self._llama_tokenizer = llama_tokenizer
         super().__init__(
-            bos_token=own.bos_token,
-            eos_token=own.eos_token,
-            unk_token=own.unk_token,
-            pad_token=own.pad_token or own.eos_token,
+            bos_token=llama_tokenizer.bos_token,
+            eos_token=llama_tokenizer.eos_token,
+            unk_token=llama_tokenizer.unk_token,
+            pad_token=llama_tokenizer.pad_token or llama_tokenizer.eos_token,
             padding_side="left",
         )
 
     @property
     def vocab_size(self) -> int:
-        return len(self._own)
+        return len(self._llama_tokenizer)
 
     def get_vocab(self) -> dict[str, int]:
-        return self._own.get_vocab()
+        return self._llama_tokenizer.get_vocab()
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
-        names = self._own.convert_ids_to_tokens(self._own.encode(text, add_special_tokens=False))
+        names = self._llama_tokenizer.convert_ids_to_tokens(
+            self._llama_tokenizer.encode(text, add_special_tokens=False)
+        )
         return [names] if isinstance(names, str) else names
 
     def _convert_token_to_id(self, token: str) -> int | list[int | None] | None:
-        return self._own.convert_tokens_to_ids(token)
+        return self._llama_tokenizer.convert_tokens_to_ids(token)
 
     def _convert_id_to_token(self, index: int) -> str | list[str]:
-        return self._own.convert_ids_to_tokens(index)
+        return self._llama_tokenizer.convert_ids_to_tokens(index)
 
     def _decode(self, token_ids: int | list[int], *rest: Any, **options: Any) -> str:
-        """Text; ids without a begin token in front go on with a text, so their first space stays."""
+        """Text. Ids without a leading begin token continue a text: their first space stays."""
         text: str = super()._decode(token_ids, *rest, **options)
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        pieces = self._own.pieces
-        goes_on = bool(ids) and ids[0] not in pieces.controls and pieces.drops_first_space
-        return " " + text if goes_on and pieces.texts[ids[0]].startswith(" ") else text
+        pieces = self._llama_tokenizer.pieces
+        continues = bool(ids) and ids[0] not in pieces.controls and pieces.drops_first_space
+        return " " + text if continues and pieces.texts[ids[0]].startswith(" ") else text
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        ids = self._own.convert_tokens_to_ids(list(tokens))
+        ids = self._llama_tokenizer.convert_tokens_to_ids(list(tokens))
         assert isinstance(ids, list)
-        return self._own.decode([index for index in ids if index is not None])
+        return self._llama_tokenizer.decode([index for index in ids if index is not None])
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        front = [self._own.bos_token_id] if self._own.add_bos_token else []
+        front = [self._llama_tokenizer.bos_token_id] if self._llama_tokenizer.add_bos_token else []
         return [*(i for i in front if i is not None), *token_ids_0, *(token_ids_1 or [])]

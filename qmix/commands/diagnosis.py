@@ -1,7 +1,7 @@
-"""What this machine has, and what would be slow or fail on it: a table of checks over gathered facts.
+"""What this machine has, and what would be slow or fail on it: a table of checks over facts.
 
-The checks look at nothing themselves: `Facts.gather` does. Knows no torch, but asks it whether it
-sees a GPU.
+`Facts.gather` looks at the machine; the checks look at the facts only. Knows nothing of torch but
+its version and whether it sees a GPU.
 """
 
 import importlib.metadata

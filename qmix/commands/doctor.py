@@ -1,6 +1,6 @@
-"""`qmix doctor`: what this machine has, what to do about what it lacks and, measured, how fast it is.
+"""`qmix doctor`: what this machine has, how to mend what it lacks and, with --measure, its speed.
 
-Changes nothing but the user's file of measurements. What is checked is in qmix.commands.diagnosis;
+Changes nothing but the user's file of measurements. The checks are in qmix.commands.diagnosis;
 heavy imports stay inside the functions.
 """
 

@@ -59,5 +59,5 @@ def plan(
         method=method,
         group_size=group_size,
     )
-    found = answer(request)
-    terminal.print_result(text(found), found.to_dict(), as_json=as_json)
+    plan_answer = answer(request)
+    terminal.print_result(text(plan_answer), plan_answer.to_dict(), as_json=as_json)

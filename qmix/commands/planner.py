@@ -1,6 +1,6 @@
 """From what a user asks of `qmix plan` to an estimate: which model, which machine, how fast.
 
-Looks at files' headers and at this machine; computes by qmix.planning. Knows no torch and no terminal.
+Looks at files' headers and at this machine; qmix.planning computes. Knows no torch and no terminal.
 """
 
 from dataclasses import dataclass
@@ -173,7 +173,7 @@ class _Target:
     notes: tuple[str, ...]
 
     def rates(self) -> Rates:
-        """Measured where this machine is planned for and was measured; else tables and assumptions."""
+        """This machine's measured rates if it is planned for; else tables and assumptions."""
         device, generation = _DEVICE, _PCIE_GENERATION
         if self.card is not None:
             share, sheet = f"{gpus.READ_SHARE:.0%}", f"{self.card.bandwidth / 1e9:,.0f}"
@@ -212,7 +212,7 @@ def _measured_rate(bandwidth: float | None, source: str, default: Rate) -> Rate:
 
 
 def _target(request: PlanRequest) -> _Target:
-    """The machine that a request means, as far as it is here looked at."""
+    """The machine that a request means: this one, unless a card or larger sizes are given."""
     vram = None if request.vram is None else parse_size(request.vram, where="--vram", least=1 << 20)
     ram = None if request.ram is None else parse_size(request.ram, where="--ram", least=1 << 20)
     card = None if request.card is None else gpus.find(request.card)

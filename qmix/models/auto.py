@@ -1,4 +1,4 @@
-"""The short ways in: load, AutoModelForCausalLM, AutoTokenizer. Knows only which class to call."""
+"""The entry points load, AutoModelForCausalLM and AutoTokenizer. Knows only which class to call."""
 
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ def load(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> tuple[MixtralForCausalLM, LlamaTokenizer]:
-    """A checkpoint directory's model and tokenizer, ready to generate.
+    """Load a checkpoint directory's model and tokenizer, ready to generate.
 
     Args:
-        dtype, device, options: as in MixtralForCausalLM.from_pretrained, vram= and ram= among them.
+        dtype, device, options: as in MixtralForCausalLM.from_pretrained, which also takes vram=,
+            ram= and load_options=.
 
     Raises:
         CheckpointError: a file is missing, damaged or not this model's.
         UnsupportedError: a layout that qmix does not read.
-        ResourceError: it does not fit.
+        ResourceError: the model does not fit.
     """
     refuse_raw(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
@@ -37,7 +38,7 @@ def load(
             where=str(directory),
             expected=f"at most {model.config.vocab_size}",
             found=tokenizer.vocab_size,
-            remedy="tokenizer.model is another model's.",
+            remedy="tokenizer.model belongs to another model.",
         )
     model.tokenizer = tokenizer
     ends = {*model.generation_config.eos_ids, tokenizer.eos_token_id} - {None}

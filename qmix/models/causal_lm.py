@@ -73,8 +73,8 @@ class MixtralForCausalLM(PreTrainedModel):
         logits = self.lm_head(hidden).float()
         loss = aux_loss = None
         if inputs.labels is not None:
-            partial = hidden is not out.last_hidden_state
-            if partial and hidden.shape[1] != inputs.labels.shape[1]:
+            selected = hidden is not out.last_hidden_state
+            if selected and hidden.shape[1] != inputs.labels.shape[1]:
                 raise UsageError("labels need the logits of all positions", where="logits_to_keep")
             loss = next_token_loss(logits, inputs.labels)
         if out.router_logits is not None:
@@ -86,7 +86,7 @@ class MixtralForCausalLM(PreTrainedModel):
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        found = MoeCausalLMOutputWithPast(
+        output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -95,7 +95,7 @@ class MixtralForCausalLM(PreTrainedModel):
             attentions=out.attentions,
             router_logits=out.router_logits,
         )
-        return found if self._wants_dict(inputs.return_dict) else found.to_tuple()
+        return output if self._wants_dict(inputs.return_dict) else output.to_tuple()
 
     @torch.no_grad()
     def next_logits(
@@ -106,9 +106,13 @@ class MixtralForCausalLM(PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Append (B, S) ids, or embeddings, to the cache; float32 logits of the last position (B, V).
+        """Append ids (B, S), or embeddings (B, S, D), to the cache.
 
-        attention_mask: bool (B, L), False at padding, all of it on the left.
+        Args:
+            attention_mask: bool (B, L), False at padding, all of it on the left.
+
+        Returns:
+            logits of the last position, float32 (B, V).
         """
         if input_ids is not None and input_ids.shape[1] == 1 and isinstance(cache, KVCache):
             decoder = self.static_decoders.for_cache(
@@ -132,9 +136,12 @@ class MixtralForCausalLM(PreTrainedModel):
     def sample_next(
         self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None, sample_fn: SampleFn
     ) -> SampledStep | None:
-        """Run ids (B,) and choose what follows, without waiting for it; None where that cannot be.
+        """Run ids (B,) and sample the next ones without waiting for them.
 
-        The cache holds the new position, but does not count it: `cache.advance(1)` is the caller's.
+        The cache stores the new position but does not count it: the caller calls `cache.advance(1)`.
+
+        Returns:
+            None where the step cannot run in one piece on the device.
         """
         decoder = self.static_decoders.for_cache(
             self.model, self.lm_head, cache, attention_mask, sample_fn
@@ -166,20 +173,21 @@ class MixtralForCausalLM(PreTrainedModel):
         Args:
             attention_mask: (B, P), 0 at padding, on whichever side.
             inputs_embeds: (B, P, D) instead of ids; the result then holds the n new ids only.
-            past_key_values: holds the first columns of input_ids already; a cache, or a tuple as in
+            past_key_values: already holds the first columns of input_ids; a cache, or a tuple as in
                 MixtralModel.forward.
-            generation_config: defaults to the model's own, whose special ids it takes where it has
-                none.
-            tokenizer: for stop_strings; defaults to the one the model was loaded with.
+            generation_config: default: the model's own, which also gives the special ids that are
+                missing from another.
+            tokenizer: for stop_strings; default: the one that the model was loaded with.
             streamer: gets the prompt, then each new id, then `end()`; one row only.
-            logits_processor: each `(ids so far (B, L), scores (B, V)) -> scores`, after the
-                penalties and before the temperature. Padding stands on the left.
-            stopping_criteria: each `(ids so far (B, L), scores (B, V)) -> bool`, of all rows or
-                one a row (B,); where true, the row ends.
+            logits_processor: each `(ids so far (B, L), scores (B, V)) -> scores`, called after the
+                penalties and before the temperature. Padding is on the left.
+            stopping_criteria: each `(ids so far (B, L), scores (B, V)) -> bool`, one for all rows
+                or one a row (B,); where it is true, the row ends.
             options: any field of GenerationConfig.
 
         Returns:
-            int64 ids; with return_dict_in_generate an output with them and what else was asked for.
+            int64 ids; with return_dict_in_generate an output that holds them, and the scores and
+            logits that the configuration asks for.
 
         Raises:
             UsageError: an unknown option, a value outside its range, or another model's cache.
@@ -208,7 +216,7 @@ class MixtralForCausalLM(PreTrainedModel):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Without dropout, and back to training if that is what the model was at."""
+        """In evaluation mode; afterwards in the mode of before."""
         training = self.training
         self.eval()
         try:
@@ -216,21 +224,21 @@ class MixtralForCausalLM(PreTrainedModel):
         finally:
             self.train(training)
 
-    def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
-        if given is None:
+    def _generation_config(self, config: GenerationConfig | None) -> GenerationConfig:
+        if config is None:
             return self.generation_config
-        if not isinstance(given, GenerationConfig):
+        if not isinstance(config, GenerationConfig):
             raise UsageError(
                 "wrong type",
                 where="generation_config",
                 expected="a qmix.GenerationConfig",
-                found=type(given).__name__,
+                found=type(config).__name__,
             )
-        return given.with_special_ids_of(self.generation_config)
+        return config.with_special_ids_of(self.generation_config)
 
     @torch.no_grad()
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """The text that follows `prompt`, piece by piece as it is finished.
+        """Generate the text that follows `prompt`, piece by piece.
 
         Args:
             options: any field of GenerationConfig.
@@ -252,10 +260,12 @@ class MixtralForCausalLM(PreTrainedModel):
                     yield token.texts[0]
 
 
-def _positions(hidden: Tensor, kept: int | Tensor) -> Tensor:
-    """The hidden states (B, S, D) at the last `kept` positions, or at those of an index tensor."""
-    if isinstance(kept, Tensor):
-        return hidden[:, kept]
-    if kept < 0:
-        raise UsageError("out of range", where="logits_to_keep", expected="at least 0", found=kept)
-    return hidden[:, -kept:] if kept else hidden
+def _positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Hidden states (B, S, D) at the last n positions, or at those of an index tensor; 0: all."""
+    if isinstance(logits_to_keep, Tensor):
+        return hidden[:, logits_to_keep]
+    if logits_to_keep < 0:
+        raise UsageError(
+            "out of range", where="logits_to_keep", expected="at least 0", found=logits_to_keep
+        )
+    return hidden[:, -logits_to_keep:] if logits_to_keep else hidden

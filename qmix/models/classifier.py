@@ -56,7 +56,7 @@ class MixtralForSequenceClassification(PreTrainedModel):
         Args:
             labels: (B,) class ids, or floats (B,) or (B, C). The config's problem_type chooses the
                 loss. Without one, a single label means regression (mean squared error), class ids
-                mean cross-entropy and floats binary cross-entropy, and the config keeps that choice.
+                mean cross-entropy and floats binary cross-entropy; the config keeps that choice.
 
         Raises:
             UsageError: as MixtralModel.forward; several rows without a pad_token_id; labels that
@@ -73,7 +73,7 @@ class MixtralForSequenceClassification(PreTrainedModel):
             if declared is None:
                 self.config = self.config.replace(problem_type=problem_type)
             loss = classification_loss(problem_type, logits, inputs.labels)
-        found = SequenceClassifierOutputWithPast(
+        output = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
@@ -81,10 +81,10 @@ class MixtralForSequenceClassification(PreTrainedModel):
             attentions=out.attentions,
             router_logits=out.router_logits,
         )
-        return found if self._wants_dict(inputs.return_dict) else found.to_tuple()
+        return output if self._wants_dict(inputs.return_dict) else output.to_tuple()
 
     def _last(self, input_ids: Tensor | None, hidden: Tensor) -> Tensor:
-        """The position (B,) of each row that the classes are read from."""
+        """The position in each row from which the classes are read, (B,)."""
         batch, new = hidden.shape[:2]
         pad = self.config.pad_token_id
         if pad is None or pad < 0:
@@ -95,6 +95,6 @@ class MixtralForSequenceClassification(PreTrainedModel):
                     remedy="Load the model with pad_token_id=, or pass one row at a time.",
                 )
         elif input_ids is not None:
-            places = torch.arange(new, device=hidden.device)
-            return (places * (input_ids.to(hidden.device) != pad)).argmax(-1)
+            positions = torch.arange(new, device=hidden.device)
+            return (positions * (input_ids.to(hidden.device) != pad)).argmax(-1)
         return torch.full((batch,), new - 1, device=hidden.device)

@@ -1,4 +1,4 @@
-"""Moves a GPU model's experts to host memory, layer after layer, and makes the store that serves them.
+"""Moves a GPU model's experts to host memory, layer after layer, and makes their store.
 
 At no time is more than one layer's experts on the device beside the slots.
 """

@@ -33,8 +33,8 @@ class Inputs:
     def for_decoder(self) -> dict[str, Any]:
         """The keyword arguments of the same pass without the head."""
         names = {field.name for field in fields(DecoderInputs)}
-        kept = {name: value for name, value in vars(self).items() if name in names}
-        return {**kept, "return_dict": True}
+        shared = {name: value for name, value in vars(self).items() if name in names}
+        return {**shared, "return_dict": True}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +86,11 @@ def takes(
         def forward(self: Any, *arguments: Any, **options: Any) -> Output:
             return method(self, inputs(*arguments, **options))
 
-        own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [own, *signature(inputs).parameters.values()]
-        shown = signature(method).replace(parameters=parameters)
-        forward.__signature__ = shown  # type: ignore[attr-defined]
+        self_parameter = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = [self_parameter, *signature(inputs).parameters.values()]
+        forward.__signature__ = signature(method).replace(  # type: ignore[attr-defined]
+            parameters=parameters
+        )
         return forward
 
     return decorate

@@ -1,4 +1,4 @@
-"""Checkpoint -> module. Knows modules by their names, not by their classes."""
+"""Checkpoint -> module: weights are read one by one, and placed. Knows modules by their names."""
 
 import warnings
 from collections import Counter
@@ -30,7 +30,7 @@ def fill_model(
     device: torch.device,
     tiers: Tiers | None,
 ) -> None:
-    """Give a model without storage its weights, one tensor at a time.
+    """Give a model without storage its weights, one tensor at a time, experts in their tiers.
 
     Args:
         modules: by the checkpoint's canonical names.
@@ -47,7 +47,7 @@ def fill_model(
     else:
         _offload(modules, checkpoint, dtype, device, tiers, placement)
     if not placement.complete:
-        warnings.warn(f"slower than it could be: {placement}", stacklevel=2)
+        warnings.warn(f"slower than it could be: {placement}", stacklevel=4)
 
 
 def _offload(
@@ -87,11 +87,12 @@ def fill(
     *,
     experts: bool = True,
 ) -> None:
-    """Give every module that is there its weight, by the checkpoint's canonical names.
+    """Give each of the modules its weight; tensors of other modules are not read.
 
     Args:
-        finish: called with each decoder layer that is complete, before the next one is read.
-        experts: False leaves them out.
+        modules: by the checkpoint's canonical names.
+        finish: called with each decoder layer once it is complete, before the next one is read.
+        experts: False leaves the experts out.
     """
     tensors = [t for t in checkpoint.tensors if experts or t.kind != "expert"]
     missing = Counter(tensor.layer for tensor in tensors)
@@ -114,7 +115,7 @@ def _placed(
     tensor: ModelTensor,
     checkpoint: Checkpoint,
 ) -> Weight:
-    """On the device; dense weights in `dtype`, packed ones with their scales untouched."""
+    """The weight on the device; in `dtype` if it is dense, with its scales unchanged if not."""
     if not isinstance(weight, Dense):
         return weight.to(device)
     data = weight.data.to(device=device, dtype=dtype)

@@ -33,7 +33,7 @@ class MixtralModel(PreTrainedModel, Decoder):
         self.set_attn_implementation(config.extra.get("attn_implementation"))
 
     def checkpoint_modules(self) -> dict[str, nn.Module]:
-        """All modules by their checkpoint names, which a model without a head prefixes by "model."."""
+        """All modules by their checkpoint names, which begin with "model." as below a head."""
         return {f"model.{name}": module for name, module in self.named_modules()}
 
     @takes(DecoderInputs)
@@ -47,7 +47,7 @@ class MixtralModel(PreTrainedModel, Decoder):
                 or floats that are added to the scores. For a fully masked query the output is
                 undefined but finite.
             position_ids: int64 (B or 1, S), for the rotary embedding; default L - S .. L - 1.
-            past_key_values: the cache of an earlier pass, which is appended to; or a tuple of
+            past_key_values: the cache of an earlier pass, to which this one appends; or a tuple of
                 (keys, values), each (B, key-value heads, L - S, head width), for every layer.
             inputs_embeds: (B, S, D) instead of input_ids.
             use_cache: default: the config's, and False while training.
@@ -74,10 +74,10 @@ class MixtralModel(PreTrainedModel, Decoder):
             attn_mask=attn_mask,
             position_ids=position_ids,
             cache=cache,
-            output_hidden_states=self._asked(inputs.output_hidden_states, "output_hidden_states"),
-            output_attentions=self._attentions_asked(inputs.output_attentions),
+            output_hidden_states=self._flag(inputs.output_hidden_states, "output_hidden_states"),
+            output_attentions=self._output_attentions(inputs.output_attentions),
         )
-        routers = self._asked(inputs.output_router_logits, "output_router_logits")
+        routers = self._flag(inputs.output_router_logits, "output_router_logits")
         out = MoeModelOutputWithPast(
             last_hidden_state=decoded.hidden,
             past_key_values=cache,
@@ -99,18 +99,19 @@ class MixtralModel(PreTrainedModel, Decoder):
         check_embeds(embeds, None, self.config.hidden_size)
         return embeds
 
-    def _attentions_asked(self, given: bool | None) -> bool:
-        asked = self._asked(given, "output_attentions")
-        if asked and self.attn_implementation != "eager":
+    def _output_attentions(self, value: bool | None) -> bool:
+        output_attentions = self._flag(value, "output_attentions")
+        if output_attentions and self.attn_implementation != "eager":
             warnings.warn(
                 f"{self.attn_implementation} attention returns no weights: output_attentions "
                 "computes them by eager attention",
                 stacklevel=2,
             )
-        return asked
+        return output_attentions
 
-    def _asked(self, given: bool | None, field: str) -> bool:
-        return bool(getattr(self.config, field, False) if given is None else given)
+    def _flag(self, value: bool | None, field: str) -> bool:
+        """An argument's value, or else the config's."""
+        return bool(getattr(self.config, field, False) if value is None else value)
 
     def _cache(
         self, past: Past | None, use_cache: bool | None, batch: int, new: int
@@ -132,36 +133,36 @@ class MixtralModel(PreTrainedModel, Decoder):
         return past
 
     def _masks(
-        self, given: Tensor | None, batch: int, past: int, new: int
+        self, mask: Tensor | None, batch: int, past: int, new: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(padding mask (B, L), attention mask of four axes); one of them or neither is given."""
-        if given is None:
+        """(padding mask (B, L), attention mask of four axes); at most one of them is not None."""
+        if mask is None:
             return None, None
-        given = checked_mask(given).to(self.device)
+        mask = checked_mask(mask).to(self.device)
         columns = past + new
-        if given.dim() == 4:
+        if mask.dim() == 4:
             heads = self.config.num_attention_heads
-            rows, per_head, queries, keys = given.shape
+            rows, per_head, queries, keys = mask.shape
             fits = rows in (1, batch) and per_head in (1, heads)
             if not fits or (queries, keys) != (new, columns):
                 expected = f"[{batch} or 1, {heads} or 1, {new}, {columns}]"
-                raise _wrong_shape("attention_mask", expected, given)
-            if given.dtype != torch.bool and not given.is_floating_point():
+                raise _wrong_shape("attention_mask", expected, mask)
+            if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise UsageError(
                     "wrong dtype",
                     where="attention_mask",
                     expected="bool, or floats to add to the scores, for a mask of 4 axes",
-                    found=given.dtype,
+                    found=mask.dtype,
                 )
-            return None, given
-        if tuple(given.shape) != (batch, columns):
+            return None, mask
+        if tuple(mask.shape) != (batch, columns):
             expected = f"[{batch}, {columns}], past and new positions"
-            raise _wrong_shape("attention_mask", expected, given)
-        padding_mask = given.bool()
+            raise _wrong_shape("attention_mask", expected, mask)
+        padding_mask = mask.bool()
         if bool(padding_mask.all()):
             return None, None  # attention without a mask is faster
         return padding_mask, None
 
 
-def _wrong_shape(where: str, expected: str, found: Tensor) -> UsageError:
-    return UsageError("wrong shape", where=where, expected=expected, found=list(found.shape))
+def _wrong_shape(where: str, expected: str, tensor: Tensor) -> UsageError:
+    return UsageError("wrong shape", where=where, expected=expected, found=list(tensor.shape))

@@ -1,4 +1,4 @@
-"""How many of a model's experts each memory holds, and the store that keeps them on a host without a GPU.
+"""How many of a model's experts each memory holds, and the store on a host without a GPU.
 
 `device_offload` makes the store of a GPU. How many experts fit is decided by `planning.plan`.
 """

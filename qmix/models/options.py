@@ -18,7 +18,7 @@ class LoadOptions:
     Attributes:
         dtype: of dense weights and activations; None: the checkpoint's.
         device: the GPU if there is one, unless another device is given.
-        vram, ram: bytes that may be used on the GPU and on the host, including what the process
+        vram, ram: bytes to use at most on the GPU and on the host, including what the process
             already uses; None: no limit but the free memory.
         max_context: positions that the budgets leave room for; None: 4096, or the model's if fewer.
     """
@@ -38,11 +38,11 @@ class LoadOptions:
         ram: str | int | None = None,
         max_context: int | None = None,
     ) -> None:
-        """Parse what a user wrote: names, and sizes such as "16GiB", "16GB" or bytes.
+        """Parse names of dtypes and devices, and sizes: "16GiB", "16GB" or bytes.
 
         Raises:
-            UsageError: an unknown dtype or device, not a size, or vram without a GPU.
-            ResourceError: a CUDA device was asked for and none is available.
+            UsageError: an unknown dtype or device, a malformed size, or vram without a GPU.
+            ResourceError: a CUDA device is asked for and none is available.
         """
         target = parse_device(device)
         if vram is not None and target.type != "cuda":
@@ -64,7 +64,7 @@ class LoadOptions:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The floating dtype of a name, with or without `torch.`; None and 'auto': the checkpoint's.
+    """The floating dtype of a name, with or without `torch.`; None for None and "auto".
 
     Raises:
         UsageError: another name.

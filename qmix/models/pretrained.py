@@ -1,6 +1,6 @@
-"""What the public models share: loading, saving, placing, a cache of their own.
+"""What the public models share: loading, saving, moving, a cache of their own.
 
-Knows no forward pass and no bits; files come through qmix.models.load.
+Knows no forward pass and no bits; weights come through qmix.models.load.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.moe import SparseMoeBlock
 
-# Fields of the config that a user may set while loading: no shape depends on them.
+# Fields of the config that a user may set while loading, because no shape depends on them.
 _OVERRIDES = (
     "attention_dropout",
     "max_position_embeddings",
@@ -42,8 +42,8 @@ _OVERRIDES = (
     "use_cache",
 )
 
-# Options of transformers about where files come from and how they are read. Here they come from a
-# local directory, as safetensors, without code, one tensor at a time: whatever is asked, it is so.
+# Options of transformers that change nothing here: files come from a local directory, as
+# safetensors, without code, and are read one tensor at a time whatever is asked.
 _WITHOUT_EFFECT = (
     "cache_dir",
     "force_download",
@@ -62,7 +62,7 @@ _QUANTIZING = ("load_in_4bit", "load_in_8bit", "quantization_config")
 
 
 class PreTrainedModel(nn.Module):
-    """A model with a config, that can be loaded, saved and placed."""
+    """A model with a config that can be loaded, saved and moved."""
 
     config: MixtralConfig
 
@@ -88,27 +88,29 @@ class PreTrainedModel(nn.Module):
             directory: holds config.json and safetensors, one file or shards with an index.
             torch_dtype, dtype: of the activations and dense weights; default: the checkpoint's.
             device: default: the GPU if there is one.
-            device_map: the same in transformers' words: "auto", a device, or {"": device}.
+            device_map: the device in transformers' words: "auto", a device, or {"": device}.
             attn_implementation: "eager", "sdpa" (default), "flash_attention_2" or "triton".
-            vram, ram: memory that may be used on the GPU and on the host: "16GiB", "16GB" or bytes.
-                Experts that do not fit are kept in host memory, or stay in the file and are read when
-                they are chosen; the text is the same. Such a model cannot be trained or moved.
+            vram, ram: memory to use at most on the GPU and on the host: "16GiB", "16GB" or bytes.
+                Experts that do not fit are kept in host memory, or stay in the file and are read
+                when the router chooses them; the output is the same. Such a model cannot be trained
+                or moved.
             max_context: positions that the budgets leave room for; default: 4096, or the model's.
             load_options: dtype, device, vram, ram and max_context as one object instead.
             options: fields of the config that no shape depends on, such as `sliding_window`,
-                `num_experts_per_tok` or `num_labels`. Options of transformers that ask for what is
-                so anyway (`low_cpu_mem_usage`, `use_safetensors`, ...) are taken and change nothing.
+                `num_experts_per_tok` or `num_labels`. Options of transformers that cannot change
+                anything here (`low_cpu_mem_usage`, `use_safetensors`, ...) are accepted.
 
         Raises:
             CheckpointError: a file is missing, damaged, or its tensors are not the model's.
-            UnsupportedError: a layout that qmix does not read, or an attention that is not here.
-            UsageError: an unknown option.
-            ResourceError: it does not fit the budgets, or the memory that is free.
+            UnsupportedError: a layout that qmix does not read, or an attention that is not
+                available.
+            UsageError: an unknown option, or a value that is none of an option's.
+            ResourceError: the model does not fit the budgets, or the memory that is free.
         """
         changes = _changes(options)
         if attn_implementation is not None:
             changes["attn_implementation"] = attn_implementation
-        given = (torch_dtype, dtype, device, device_map, vram, ram, max_context)
+        fields = (torch_dtype, dtype, device, device_map, vram, ram, max_context)
         if load_options is None:
             load_options = LoadOptions(
                 dtype=_agreed(torch_dtype, dtype),
@@ -117,8 +119,8 @@ class PreTrainedModel(nn.Module):
                 ram=ram,
                 max_context=max_context,
             )
-        elif any(value is not None for value in given):
-            raise UsageError("give load_options or its fields, not both", where="load_options")
+        elif any(value is not None for value in fields):
+            raise UsageError("give either load_options or its fields", where="load_options")
         model = cls.from_checkpoint(open_checkpoint(directory), load_options, **changes)
         model.read_generation_config(Path(directory))
         return model
@@ -135,13 +137,13 @@ class PreTrainedModel(nn.Module):
         """Build a model without storage and fill it, one tensor at a time.
 
         Args:
-            tiers: where experts are kept; default: as planned for the budgets. Where they do not
-                all lie on the device, the parameters are frozen.
+            tiers: where experts are kept; default: as planned for the budgets. Parameters are
+                frozen unless all experts are on the device.
             changes: fields of the config.
 
         Raises:
             CheckpointError: a tensor is damaged, or the checkpoint is of a model without this head.
-            ResourceError: it does not fit the budgets, or the memory that is free.
+            ResourceError: the model does not fit the budgets, or the memory that is free.
         """
         if tiers is None:
             tiers = offload.plan_tiers(checkpoint, options)
@@ -168,29 +170,29 @@ class PreTrainedModel(nn.Module):
         return dict(self.named_modules())
 
     def tie_weights(self) -> None:
-        """Share the embedding with the head where the config says so; nothing without such a head."""
+        """Share the embedding with the head if the config says so; a model without a head does not."""
 
     def initialise_missing(self, device: torch.device, dtype: torch.dtype) -> None:
         """Initialise the weights that a checkpoint may leave out; by default there are none."""
 
     def read_generation_config(self, directory: Path) -> None:
-        """Take the special ids from generation_config.json; nothing for a model that generates not."""
+        """Take the special ids from generation_config.json, if the model generates."""
 
     def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
-        """Write config.json and sharded safetensors, dense and 4-bit weights as they are.
+        """Write config.json and sharded safetensors; dense and 4-bit weights stay as they are.
 
         Raises:
-            UsageError: the directory holds weights already.
+            UsageError: the directory already holds weights.
         """
         config = self.config.replace(architectures=[type(self).__name__])
         save.save(self, config, directory, max_shard_bytes)
 
     def set_attn_implementation(self, name: str | None) -> None:
-        """Choose the attention: "eager", "sdpa", "flash_attention_2" or "triton"; None: the default.
+        """Choose the attention: "eager", "sdpa", "flash_attention_2" or "triton"; None: "sdpa".
 
         Raises:
-            UsageError: no such name.
-            UnsupportedError: what it needs is not here.
+            UsageError: an unknown name.
+            UnsupportedError: what it needs is not installed.
         """
         chosen = attention.checked_implementation(name)
         for module in self.modules():
@@ -198,7 +200,7 @@ class PreTrainedModel(nn.Module):
                 module.attn_implementation = chosen
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
-        """Whether a forward gives a named output: as asked, else as the config says."""
+        """Whether a forward returns a named output: as asked, else as the config says."""
         default = getattr(self.config, "return_dict", True)
         return bool(default if return_dict is None else return_dict)
 
@@ -208,7 +210,7 @@ class PreTrainedModel(nn.Module):
 
     @property
     def store(self) -> Store | None:
-        """What keeps the experts of an offloaded model; its `statistics()` say how well."""
+        """The store that keeps an offloaded model's experts, with its `statistics()`; else None."""
         for module in self.modules():
             if isinstance(module, SparseMoeBlock):
                 return module.offloaded
@@ -238,16 +240,21 @@ class PreTrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def new_cache(self, batch: int = 1, capacity: int = 0) -> KVCache:
-        """An empty cache for this model; `capacity` positions are allocated at once."""
+        """An empty cache for this model, with storage for `capacity` positions."""
         return KVCache(self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity)
 
 
 def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that change the config; those without effect dropped, all others refused."""
+    """The options that change the config, without those that have no effect.
+
+    Raises:
+        UnsupportedError: an option that quantizes.
+        UsageError: an unknown option.
+    """
     for name, value in options.items():
         if name in _QUANTIZING and value:
             raise UnsupportedError(
-                "nothing is quantized while loading",
+                "qmix does not quantize while loading",
                 where=name,
                 remedy="Run qmix quantize once, and load what it writes.",
             )
@@ -261,11 +268,11 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _placed(device: torch.device | str | None, device_map: object) -> torch.device | str | None:
-    """One device out of `device` and `device_map`; None is the default device."""
+    """The device that `device` or `device_map` names; None: the default device."""
     if device_map is None:
         return device
     if device is not None:
-        raise UsageError("give device or device_map, and not both", where="device_map")
+        raise UsageError("give either device or device_map", where="device_map")
     place = device_map
     if isinstance(place, Mapping):
         place = next(iter(place.values())) if len(set(place.values())) == 1 else repr(place)
@@ -276,7 +283,7 @@ def _placed(device: torch.device | str | None, device_map: object) -> torch.devi
     if isinstance(place, torch.device) or str(place).partition(":")[0] in ("cpu", "cuda"):
         return torch.device(place) if isinstance(place, torch.device) else str(place)
     raise UsageError(
-        "the model is placed as a whole",
+        "the model cannot be split over devices",
         where="device_map",
         expected="'auto', a device, or {'': device}",
         found=repr(device_map)[:80],
@@ -286,7 +293,7 @@ def _placed(device: torch.device | str | None, device_map: object) -> torch.devi
 def _agreed(
     torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None
 ) -> torch.dtype | None:
-    """One dtype out of its two spellings."""
+    """The dtype that either of the two spellings names."""
     first, second = parse_dtype(torch_dtype), parse_dtype(dtype)
     if first is not None and second is not None and first != second:
         raise UsageError(

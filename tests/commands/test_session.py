@@ -147,7 +147,7 @@ def test_a_context_outside_the_models_is_refused(tokenizer, context):
 
 
 def test_a_rolling_cache_is_kept_between_turns_or_started_anew(tokenizer):
-    """A full ring cannot go back to a shorter prefix: then the prompt is computed again, rightly."""
+    """A full ring cannot go back to a shorter prefix: the prompt is computed again."""
     model = small_model(
         vocab_size=len(tokenizer),
         num_hidden_layers=2,

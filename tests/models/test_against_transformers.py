@@ -1,4 +1,4 @@
-"""The installed transformers itself beside qmix, on the same random weights: gradients and generation.
+"""The installed transformers beside qmix, on the same random weights: gradients and generation.
 
 The committed values (test_golden) are of single passes; whole generations, drawn ones too, and
 gradients are compared here. Eager attention: it is the one whose window is right in all versions.
@@ -42,7 +42,7 @@ def batch(rows=3, length=14):
 
 @windows
 def test_gradients_of_all_weights_are_those_of_transformers(pair):
-    """Cross-entropy and balance together; a row's first token is left out: its predictor is a pad."""
+    """Cross-entropy and balance together, without a row's first token, whose predictor is a pad."""
     theirs, ours = (model.train() for model in pair)
     ids, mask = batch()
     labels = ids.masked_fill(mask.cumsum(-1) < 2, -100)

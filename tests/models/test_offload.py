@@ -387,7 +387,7 @@ def test_the_command_takes_a_budget(tiny_nf4, cache):
 
 
 def test_a_record_says_what_a_run_took(saved, cache, tmp_path, capsys):
-    """In this process the peak is not the model's: what matters here is that it is told, and compared."""
+    """The peak of this process is not the model's: the test is that it is reported and compared."""
     out = tmp_path / "record.json"
     ram, _ = least(saved["nf4"], 5, dtype="bfloat16", context=8)
     code = offload_record.main(

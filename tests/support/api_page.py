@@ -74,8 +74,7 @@ INTRODUCTION = (
     "Written by `python -m tests.support.api_page` from the docstrings; change those. The models'",
     "interface is that of",
     "[Hugging Face's Mixtral](https://huggingface.co/docs/transformers/v4.38.1/en/model_doc/mixtral).",
-    "Shape letters: B batch, S new positions, L positions seen, P prompt columns, N new tokens,",
-    "D hidden width, H heads, E experts, V vocabulary, C labels.",
+    "",
 )
 
 _SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:")
@@ -91,7 +90,14 @@ def page():
         for path, node in definitions(files):
             index.append(f"- [`{path}`](#{anchor(path)}): {summary(node)}")
             body += ["", f"### `{path}`", *described(node)]
-    return "\n".join([*INTRODUCTION, *index, *body]) + "\n"
+    return "\n".join([*INTRODUCTION, *legend(), *index, *body]) + "\n"
+
+
+def legend():
+    """The shape letters, as the layers' room gives them."""
+    text = ast.get_docstring(ast.parse((ROOT / "qmix" / "nn" / "__init__.py").read_text()))
+    table, last = text[text.index("    B  ") :].split("\n\n", 1)
+    return ["Shape letters:", "", "```text", *textwrap.dedent(table).split("\n"), "```", "", last]
 
 
 def definitions(files):
