@@ -75,8 +75,8 @@ class HostArena:
     def pin(self, runtime: Runtime) -> bool:
         """Register the memory with the device, in chunks of whole blobs of at most 1 GiB.
 
-        A copy may not cross two registrations, so no blob does. If a chunk cannot be registered, all
-        of the arena stays pageable: one warning says so, and `unpinned_bytes` counts it.
+        A copy may not cross two registrations, so no blob does. If a chunk cannot be registered,
+        all of the arena stays pageable: one warning says so, and `unpinned_bytes` counts it.
 
         Returns:
             whether the arena is pinned.
@@ -94,10 +94,10 @@ class HostArena:
                     runtime.cudaHostUnregister(earlier)
                 self.unpinned_bytes = whole
                 warnings.warn(
-                    f"host memory could not be pinned: {whole / 2**30:.2f} GiB of experts, CUDA error "
-                    f"{code} after {start / 2**30:.2f} GiB. Every miss now waits for a slower copy. "
-                    "Raise the limit of locked memory (ulimit -l; WSL can pin half of the memory), or "
-                    "give a smaller ram.",
+                    f"host memory could not be pinned: {whole / 2**30:.2f} GiB of experts, CUDA "
+                    f"error {code} after {start / 2**30:.2f} GiB. Every miss now waits for a "
+                    "slower copy. Raise the limit of locked memory (ulimit -l; WSL can pin half of "
+                    "the memory), or give a smaller ram.",
                     stacklevel=2,
                 )
                 return False

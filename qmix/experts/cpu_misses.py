@@ -1,6 +1,6 @@
-"""A decode step whose hits the device multiplies and whose misses the CPU multiplies where they lie.
+"""A decode step whose hits the device multiplies, and whose misses the CPU multiplies in place.
 
-Activations go down to the host and products come up; no weight moves. Knows no store.
+Activations are copied to the host and outputs back; no weight moves. Knows no store.
 """
 
 import time
@@ -16,7 +16,7 @@ from qmix.kernels.gpu import packed_matmul
 
 
 @dataclass(frozen=True, eq=False)
-class SplitProduct:
+class SplitOutput:
     """The output [T, D]; how many experts the CPU read for it, and the seconds that this took."""
 
     out: Tensor
@@ -26,7 +26,7 @@ class SplitProduct:
 
 def forward(
     x: Tensor, routes: Routes, experts: PackedExperts, in_slot: Sequence[bool]
-) -> SplitProduct:
+) -> SplitOutput:
     """Each token [T, D] through its chosen SwiGLU experts.
 
     The sum is in the order of a token's choices, as in the device's kernels.
@@ -46,16 +46,16 @@ def forward(
     if bool(missed.any()):
         begun = time.perf_counter()
         host_routes = Routes(routes.ids.cpu(), routes.weights.cpu())
-        products, count = pairs_on_host(x.cpu(), host_routes, experts, missed)
+        outputs, count = pairs_on_host(x.cpu(), host_routes, experts, missed)
         seconds = time.perf_counter() - begun
-        out[on_cpu] = products.to(x.device)
-    return SplitProduct(out.sum(1).to(x.dtype), count, seconds)
+        out[on_cpu] = outputs.to(x.device)
+    return SplitOutput(out.sum(1).to(x.dtype), count, seconds)
 
 
 def pairs_on_host(
     x: Tensor, routes: Routes, experts: PackedExperts, chosen: Tensor
 ) -> tuple[Tensor, int]:
-    """Products of the (token, choice) pairs that `chosen`, bool [T, k], marks, from host blobs.
+    """The outputs of the (token, choice) pairs that `chosen`, bool [T, k], marks, from host blobs.
 
     Returns:
         float32 [pairs, D], each times its routing weight; and how many experts were read.

@@ -1,4 +1,4 @@
-"""Experts of a machine without a GPU that do not fit host memory: slots over the checkpoint's files.
+"""Experts that do not fit host memory, without a GPU: slots over the checkpoint's files.
 
 Threads read a decode step's experts into slots while those that are there are multiplied. A prompt
 streams the missing experts through two buffers that hold nothing else, and leaves the slots as they

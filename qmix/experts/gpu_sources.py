@@ -1,4 +1,4 @@
-"""Where the bytes of each expert come from and where kernels find them: host blobs, slots, addresses.
+"""Where each expert's bytes come from, and where kernels find them: host blobs, slots, addresses.
 
 Knows no layer, no step and no policy.
 """

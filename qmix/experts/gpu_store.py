@@ -1,13 +1,14 @@
 """Experts in slots of the device's memory, with all of them, or as many as fit, in host memory.
 
-A table on the device holds each expert's address: its slot, or its pinned blob on the host, which the
-device can read. A miss is therefore always correct, residency never changes the output, and a recorded
-step stays valid. Between tokens the host reads which experts were chosen and admits hot ones to slots:
-it switches the evicted expert's address back to the host, starts the copy behind every step enqueued so
-far, and publishes the new address when the copy has ended.
+A table on the device holds each expert's address: its slot, or its pinned blob on the host, which
+the device can read. A miss is therefore always correct, residency never changes the output, and a
+recorded
+step stays valid. Between tokens the host reads which experts were chosen and admits hot ones to
+slots: it switches the evicted expert's address back to the host, starts the copy behind every step
+enqueued so far, and publishes the new address when the copy has ended.
 
-Where the device cannot read the host's blob (not pinned, or only in the file), every chosen expert is
-copied into a slot before it is multiplied, and the host waits for the router.
+Where the device cannot read the host's blob (not pinned, or only in the file), every chosen expert
+is copied into a slot before it is multiplied, and the host waits for the router.
 """
 
 from collections import deque
@@ -122,11 +123,11 @@ class DeviceStore(Store):
         self.path.choose()
 
     def log(self, routes: Tensor) -> None:
-        """A decode step was enqueued; int [layers, ...] will hold the experts that its rows chose."""
+        """A decode step was enqueued; int [layers, ...] will hold the experts that it chose."""
         self._logs.append(self._copier.read(routes))
 
     def reach(self, layer: int, routes: Routes) -> None:
-        """A decode step that is not recorded reaches a layer; the first layer ends the last token."""
+        """A step that is not recorded reaches a layer; the first layer ends the last token."""
         if layer <= self._layer:
             self._routes.clear()
             self._end_fetching()
@@ -139,7 +140,7 @@ class DeviceStore(Store):
                 self.log(torch.stack(self._routes))
 
     def fetch_now(self, experts: Sequence[int]) -> None:
-        """Put experts, by their ids over all layers, into slots before the next product is enqueued.
+        """Put experts, by their ids over all layers, into slots before they are multiplied.
 
         Raises:
             ResourceError: there are fewer slots than experts.
@@ -177,7 +178,7 @@ class DeviceStore(Store):
         )
 
     def _start(self, uploads: Sequence[Upload]) -> None:
-        """Start copies into slots that nothing reads any more: the table is written without them."""
+        """Start copies into slots that nothing reads: the table is written without them."""
         if uploads:
             self._table.write()
         for upload in uploads:

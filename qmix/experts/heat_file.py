@@ -1,6 +1,7 @@
 """Heat files: the heat of a model's experts at the end of its last run, for the next warm start.
 
-JSON: {"format": "qmix-heat", "version": 1, "model": fingerprint, "heat": [Q16, ...]}. Knows no slots.
+JSON: {"format": "qmix-heat", "version": 1, "model": fingerprint, "heat": [Q16, ...]}.
+Knows no slots.
 """
 
 import hashlib

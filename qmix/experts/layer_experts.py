@@ -14,7 +14,7 @@ from qmix.weights.expert import Expert, ExpertSequence
 
 
 class Experts(ExpertSequence):
-    """One layer's experts, wherever they lie. Each one is a weight that can be described and saved."""
+    """One layer's experts, wherever they are. Indexed, they can be described and saved."""
 
     @abstractmethod
     def forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -22,7 +22,7 @@ class Experts(ExpertSequence):
 
     @property
     def packed(self) -> PackedExperts | None:
-        """The experts that a recorded step multiplies; None if it needs the host or other kernels."""
+        """What a recorded step multiplies; None if a step needs the host or other kernels."""
         return None
 
 

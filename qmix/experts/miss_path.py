@@ -1,6 +1,7 @@
 """Whether the device reads a missing expert over PCIe, or the CPU multiplies it in host memory.
 
-Decided by the measured bytes a second of both paths, with hysteresis. Knows no clock and no tensors.
+Decided by the measured bytes a second of both paths, with hysteresis. Knows no clock and no
+tensors.
 """
 
 from dataclasses import dataclass, field
@@ -13,10 +14,10 @@ MissPath = Literal["zero-copy", "cpu"]
 class MissPathSelector:
     """Selects how misses are served: zero-copy until both paths have been measured.
 
-    To leave zero-copy costs the recorded step (some milliseconds a token for launches and waits), and
-    both paths read the same memory. The CPU must therefore be much faster to be selected; it stays
-    selected while it is somewhat faster. Rates are moving averages of what was measured in service,
-    so a path that becomes slow is left.
+    To leave zero-copy costs the recorded step (some milliseconds a token for launches and waits),
+    and both paths read the same memory. The CPU must therefore be much faster to be selected; it
+    stays selected while it is somewhat faster. Rates are moving averages of what was measured in
+    service, so a path that becomes slow is left.
 
     Attributes:
         enter: the CPU is selected at this many times the interconnect's rate.

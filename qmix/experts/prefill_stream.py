@@ -1,6 +1,7 @@
 """A prompt's way through the experts of a DeviceStore: layer after layer through borrowed slots.
 
-While one layer is multiplied the next one is copied. A prompt does not change which experts are hot.
+While one layer is multiplied the next one is copied. A prompt does not change which experts are
+hot.
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""Reads an expert from its checkpoint's files into a blob of memory, in its weights' standard layouts.
+"""Reads an expert from its checkpoint's files into a blob of memory, in standard layouts.
 
-Layouts that store a tensor as the weight holds it (bitsandbytes, compressed-tensors, dense) are read
-straight into the blob; GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
+Layouts that store a tensor as the weight holds it (bitsandbytes, compressed-tensors, dense) are
+read straight into the blob; GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
 """
 
 import math

@@ -112,11 +112,11 @@ class Residency:
     def token(self, used: Sequence[int]) -> tuple[Upload, ...]:
         """A decoded token used these experts, in this order: count it, update heat, admit experts.
 
-        Missed experts are admitted, hottest first: into free slots, then in place of the expert with
-        the lowest key that this token did not use, if the score exceeds that expert's by more than
-        the margin. At most PolicySettings.uploads are admitted, and fewer while earlier copies are
-        under way. Evicted experts leave `slot_of_id` at once. At the end of a token call this before
-        `ready`, so that hits are counted by what the token met.
+        Missed experts are admitted, hottest first: into free slots, then in place of the expert
+        with the lowest key that this token did not use, if the score exceeds that expert's by more
+        than the margin. At most PolicySettings.uploads are admitted, and fewer while earlier copies
+        are under way. Evicted experts leave `slot_of_id` at once. At the end of a token call this
+        before `ready`, so that hits are counted by what the token met.
         """
         distinct = dict.fromkeys(used)
         ready = [self._fetched_ready.get(e, self.in_slot(e)) for e in distinct]

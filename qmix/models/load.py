@@ -16,7 +16,7 @@ from qmix.models import offload
 from qmix.models.device_offload import DeviceOffload
 from qmix.models.heat_record import HeatRecord
 from qmix.models.offload import Tiers
-from qmix.models.pack import Placement
+from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense, Weight
 
@@ -40,14 +40,14 @@ def fill_model(
         CheckpointError: a tensor is damaged, or not finite in `dtype`.
         ResourceError: the tiers do not fit.
     """
-    placement = Placement()
+    packer = Packer()
     if tiers is None:
-        pack = placement.pack if device.type == "cuda" else None
+        pack = packer.pack if device.type == "cuda" else None
         fill(modules, checkpoint, dtype, device, pack)
     else:
-        _offload(modules, checkpoint, dtype, device, tiers, placement)
-    if not placement.complete:
-        warnings.warn(f"slower than it could be: {placement}", stacklevel=4)
+        _offload(modules, checkpoint, dtype, device, tiers, packer)
+    if not packer.complete:
+        warnings.warn(f"slower than it could be: {packer}", stacklevel=4)
 
 
 def _offload(
@@ -56,7 +56,7 @@ def _offload(
     dtype: torch.dtype,
     device: torch.device,
     tiers: Tiers,
-    placement: Placement,
+    packer: Packer,
 ) -> None:
     """Fill a model whose experts do not all fit its device."""
     reader = ExpertReader(
@@ -71,7 +71,7 @@ def _offload(
     offloading = DeviceOffload(reader, len(blocks), tiers, heat.policy, device)
 
     def take(layer: nn.Module) -> None:
-        placement.pack(layer)
+        packer.pack(layer)
         offloading.take(*offload.blocks_of(dict(layer.named_modules())))
 
     fill(modules, checkpoint, dtype, device, take)

@@ -1,6 +1,7 @@
-"""Packed layout for a whole model: which of its weights the GPU kernels can read, and the rest counted.
+"""Brings a whole model into the packed layout that the GPU kernels read, and counts what cannot be.
 
-Knows modules by their classes, and of the packed layout only that it may refuse a weight.
+Which matrices are packed together is decided by `weights.packed.packed_shapes`. Knows modules by
+their classes.
 """
 
 from collections import Counter
@@ -21,45 +22,47 @@ from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
 
 @dataclass
-class Placement:
-    """How many quantized matrices lie in the packed layout, and why the others do not.
+class Packer:
+    """Packs models, and counts.
 
     Attributes:
-        packed: matrices.
-        refused: matrices by reason; they are dequantized whole before every product.
-        apart: layers by reason, whose experts are multiplied one by one, and the host waits for the
-            router.
+        packed: how many quantized matrices it has packed.
+        refused: matrices without a packed layout, by reason: they are dequantized whole before
+            every matmul.
+        separate: layers whose experts are not packed together, by reason: their experts are
+            multiplied one by one, and the host waits for the router.
     """
 
     packed: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    apart: Counter[str] = field(default_factory=Counter)
+    separate: Counter[str] = field(default_factory=Counter)
 
     def pack(self, root: nn.Module) -> None:
-        """Bring every quantized matrix below `root` into the packed layout, where it is.
+        """Bring every quantized matrix below `root` into the packed layout, on its own device.
 
-        While it runs the experts of one layer are held twice.
+        Meanwhile the experts of one layer are in memory twice.
         """
         for module in root.modules():
             if isinstance(module, SparseMoeBlock):
                 self._pack_experts(module)
             elif isinstance(module, Attention):
-                self._join(module)
+                self._pack_qkv(module)
         for module in root.modules():
             if isinstance(module, Linear) and not isinstance(module.stored, (Dense, PackedWeight)):
                 self._pack_matrix(module)
 
     @property
     def complete(self) -> bool:
-        """Whether every quantized product has its kernel."""
-        return not self.refused and not self.apart
+        """Whether every quantized matmul has its kernel."""
+        return not self.refused and not self.separate
 
     def __str__(self) -> str:
-        text = f"{self.packed} of {self.packed + self.refused.total()} quantized matrices in the packed layout"
+        total = self.packed + self.refused.total()
+        text = f"{self.packed} of {total} quantized matrices in the packed layout"
         if self.refused:
-            text += f"; the others are dequantized before every product ({_listed(self.refused)})"
-        if self.apart:
-            text += f"; layers whose experts are multiplied one by one: {_listed(self.apart)}"
+            text += f"; the others are dequantized before every matmul ({_counted(self.refused)})"
+        if self.separate:
+            text += f"; layers whose experts are multiplied one by one: {_counted(self.separate)}"
         return text
 
     def _pack_experts(self, block: SparseMoeBlock) -> None:
@@ -70,13 +73,13 @@ class Placement:
             require_silu(fused=block.act is F.silu)
             packed_experts = PackedExperts.pack(experts)
         except UnsupportedError as error:
-            self.apart[error.what] += 1
+            self.separate[error.what] += 1
             return
         block.store(GpuExperts(packed_experts))
         self.packed += 3 * len(experts)
 
-    def _join(self, attention: Attention) -> None:
-        """q, k and v as one matrix; where they cannot be, each is packed by itself."""
+    def _pack_qkv(self, attention: Attention) -> None:
+        """Pack q, k and v as one matrix; if they cannot be joined, each is packed by itself."""
         weights = [m.stored for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
         if any(isinstance(weight, (Dense, PackedWeight)) for weight in weights):
             return
@@ -88,13 +91,13 @@ class Placement:
 
     def _pack_matrix(self, module: Linear) -> None:
         try:
-            found = packed.pack(module.stored)
+            packed_weight = packed.pack(module.stored)
         except UnsupportedError as error:
             self.refused[error.what] += 1
             return
-        module.store(found)
+        module.store(packed_weight)
         self.packed += 1
 
 
-def _listed(reasons: Counter[str]) -> str:
+def _counted(reasons: Counter[str]) -> str:
     return ", ".join(f"{count}: {reason}" for reason, count in reasons.most_common())

@@ -86,7 +86,7 @@ class CompiledLayer:
         if any(is_observed(module) for module in (attention, block, *linears, *norms)):
             return WhyNot.OBSERVED
         *projections, router = (linear.stored for linear in linears)
-        experts = block.placed()
+        experts = block.quantized_weights()
         dense: list[Tensor] = [norm.weight for norm in norms]
         if isinstance(router, Dense):
             dense.append(router.data)

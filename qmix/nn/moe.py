@@ -1,7 +1,4 @@
-"""The sparse block: a router, and the experts that it chooses.
-
-Shape letters: B rows, S positions, T = B * S tokens, D hidden width, E experts.
-"""
+"""The sparse block: a router, and the experts that it chooses."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,7 +42,7 @@ class SwiGLU(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Router and experts: every token through its top-k of E (arXiv 2401.04088, section 2.1)."""
+    """Router and experts: each token goes through k of E (arXiv 2401.04088, section 2.1)."""
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
@@ -54,11 +51,11 @@ class SparseMoeBlock(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
-        self._placed: Experts | None = None  # None: the modules' own weights
+        self._placed: Experts | None = None  # None: the weights are the modules' own
 
     @property
     def stored(self) -> Experts:
-        """The experts: the modules' own weights, if none in the packed layout or in a store are."""
+        """The experts: those that were stored as a whole, or else the modules' own weights."""
         if self._placed is not None:
             return self._placed
         return ResidentExperts(
@@ -71,7 +68,7 @@ class SparseMoeBlock(nn.Module):
         return self._placed.store if isinstance(self._placed, StoredExperts) else None
 
     def store(self, experts: Experts) -> None:
-        """Replace the experts' weights."""
+        """Replace the experts as a whole; the modules then describe them."""
         for module, expert in zip(self.experts, experts, strict=True):
             assert isinstance(module, SwiGLU)
             module.w1.store(expert.w1)
@@ -79,8 +76,10 @@ class SparseMoeBlock(nn.Module):
             module.w3.store(expert.w3)
         self._placed = experts
 
-    def placed(self) -> list[Weight | None]:
-        """What w1, w3 and w2 of each expert hold in 4 bits; none of a store's, which come and go."""
+    def quantized_weights(self) -> list[Weight | None]:
+        """The quantized w1, w3 and w2 of each expert, None if dense; empty unless they are the
+        modules' own.
+        """
         if self._placed is not None:
             return []
         return [
@@ -90,7 +89,7 @@ class SparseMoeBlock(nn.Module):
         ]
 
     def release(self) -> None:
-        """Let the experts' weights go, until others are stored."""
+        """Free the experts' weights, until others are stored."""
         for expert in self.experts:
             assert isinstance(expert, SwiGLU)
             for module in (expert.w1, expert.w2, expert.w3):
@@ -99,7 +98,7 @@ class SparseMoeBlock(nn.Module):
         self._placed = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> (B, S, D) and the raw router logits (B * S, E)."""
+        """(B, S, D) -> (B, S, D) and the raw router logits (T, E)."""
         if self.training and self.jitter_noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         tokens = x.reshape(-1, x.shape[-1])
@@ -108,12 +107,12 @@ class SparseMoeBlock(nn.Module):
         return self.moe_forward(tokens, routes).view_as(x), logits
 
     def moe_forward(self, tokens: Tensor, routes: Routes) -> Tensor:
-        """Tokens through the experts that were chosen for them: (T, D) -> (T, D)."""
+        """Each token through the experts that were chosen for it: (T, D) -> (T, D)."""
         return self.stored.forward(tokens, routes, self.act)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoeBlock":
         if self.offloaded is not None:
-            self.gate._apply(fn, recurse)  # a store's experts lie in several memories, and stay
+            self.gate._apply(fn, recurse)  # a store's experts stay in their memories
             return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._placed is not None and self._placed[0].w1 is not self._first().w1.stored:

@@ -15,8 +15,8 @@ from qmix.planning.stored_model import StoredModel
 # the 8x7B.
 PREFILL_CHUNK, GPU_PREFILL_CHUNK = 512, 4096
 
-# A process with torch loaded takes 227 MiB, and 266 MiB after it has run the tiny model (torch 2.13,
-# Linux); with CUDA's libraries it takes about 2 GiB (assumed).
+# A process with torch loaded takes 227 MiB, and 266 MiB after it has run the tiny model (torch
+# 2.13, Linux); with CUDA's libraries it takes about 2 GiB (assumed).
 PROCESS_BYTES, CUDA_PROCESS_BYTES = 384 << 20, 2 << 30
 # CUDA's own memory on the device, 300 to 500 MB depending on driver and GPU; and fragmentation.
 CUDA_CONTEXT_BYTES, RESERVE_BYTES = 512 << 20, 256 << 20

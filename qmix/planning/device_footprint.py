@@ -1,4 +1,4 @@
-"""The bytes of a model's parts on a GPU: quantized weights in the packed layout, where it holds them.
+"""The bytes of a model's parts on a GPU, with quantized weights in the packed layout.
 
 Which matrices are packed together, and how, is decided by `weights.packed.packed_shapes`, for the
 loader and for plans alike. Knows no torch and no tensors.

@@ -1,4 +1,4 @@
-"""What a plan means: how fast it is, what quantizing costs, and what would help, each with its figure.
+"""What a plan means: how fast it is, what quantizing costs, and what would help, in figures.
 
 Pure arithmetic over plans and rates. Knows no torch and does not look at the machine.
 """
@@ -15,7 +15,7 @@ from qmix.planning.stored_model import StoredModel
 from qmix.planning.suggestions import Suggestion, suggestions
 from qmix.weights.scheme import Scheme
 
-# 9.23 GB of bfloat16 to NF4 in 36 s on two processors, including checksums and fsync (evals/LOG.md).
+# 9.23 GB of bfloat16 to NF4 in 36 s on two processors, with checksums and fsync (evals/LOG.md).
 REWRITE_BANDWIDTH = 0.256e9
 # GPTQ of full-width layers on two processors: 29 % of a layer of 146 TFLOP in 30 minutes of one
 # processor's time (evals/LOG.md). Good for the order of magnitude only.
@@ -30,8 +30,8 @@ class Quantization:
     """What `qmix quantize` takes to quantize a 16-bit checkpoint.
 
     Attributes:
-        bytes_in, bytes_out: of the weights' files. scratch: on the disk while it runs. peak: of host
-            memory.
+        bytes_in, bytes_out: of the weights' files. scratch: on the disk while it runs.
+        peak: of host memory.
         seconds: on two processors. gpu_seconds: on a large GPU; None if the method uses none.
         source: where the times come from.
     """

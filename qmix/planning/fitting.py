@@ -66,7 +66,7 @@ class Fitting:
         return min(self._per_layer if self.gpu else chosen, self.model.experts)
 
     def split(self, context: int) -> Split | None:
-        """The most experts in the fastest memory that the budgets allow; None if it does not fit."""
+        """As many experts as fit, the fastest memory first; None if the model does not fit."""
         return self._device_split(context) if self.gpu else self._host_split(context)
 
     def _host_split(self, context: int) -> Split | None:

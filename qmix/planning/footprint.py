@@ -1,6 +1,6 @@
-"""The bytes of a model's parts in the memory where it runs; here on the host, in the standard layouts.
+"""The bytes of a model's parts on the host, in the standard layouts.
 
-`device_footprint` counts the same on a GPU. Knows no torch and no tensors.
+`device_footprint` counts them on a GPU. Knows no torch and no tensors.
 """
 
 from collections import defaultdict
@@ -62,7 +62,7 @@ def on_host(model: StoredModel) -> Footprint:
 
 
 def with_tied_head(model: StoredModel, kinds: dict[TensorKind, int]) -> dict[TensorKind, int]:
-    """Bytes by kind, the embedding counted as the head where they are tied: every token reads it."""
+    """Bytes by kind; an embedding that is tied to the head counts as the head, which is read."""
     if model.config.tie_word_embeddings:
         kinds["head"] = kinds.pop("embedding")
     return dict(kinds)

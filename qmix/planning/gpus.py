@@ -11,12 +11,13 @@ from qmix.errors import UsageError
 
 # Bytes a second from pinned host memory to the device over 16 lanes, by PCIe generation. PCIe 4:
 # 23.8 GB/s was measured on a 3090 (github.com/FlashML-org/FreeToken/issues/281), rounded to 25. The
-# others follow by ratio; 51 GB/s was measured on the host of an H100 (github.com/kekzl/imp/issues/1377).
+# others follow by ratio; on the host of an H100 51 GB/s was measured
+# (github.com/kekzl/imp/issues/1377).
 PCIE_BANDWIDTH = {3: 12.5e9, 4: 25e9, 5: 50e9}
 # The share of a data sheet's bandwidth that reading reaches: 854 of the 3090's 936 GB/s
 # (github.com/ashalliants/ninfer-3090/issues/50).
 READ_SHARE = 0.91
-# The kernels are compiled for 8.0, 8.6, 8.9 and 9.0; older matrix units lack the instruction they use.
+# The kernels are compiled for 8.0, 8.6, 8.9 and 9.0; older matrix units lack an instruction.
 LEAST_CAPABILITY = (8, 0)
 
 

@@ -219,7 +219,7 @@ class SavedMeasurements:
 
 
 def measurements(key: str, path: Path | None = None) -> SavedMeasurements:
-    """What was saved for the machine of a key (see `key`); a damaged file is reported and ignored."""
+    """What was saved by a key (see `key`); a damaged file is reported and ignored."""
     path = path or measurements_path()
     if not path.exists():
         return SavedMeasurements()

@@ -171,8 +171,8 @@ class StoredModel:
     @cached_property
     def expert_weights(self) -> tuple[tuple[StoredWeight, ...], ...]:
         """w1, w2 and w3 of each expert, by layer * E + expert."""
-        found = [weight for weight in self.weights if weight.tensor.kind == "expert"]
-        return tuple(tuple(found[index : index + 3]) for index in range(0, len(found), 3))
+        experts = [weight for weight in self.weights if weight.tensor.kind == "expert"]
+        return tuple(tuple(experts[index : index + 3]) for index in range(0, len(experts), 3))
 
     @cached_property
     def loading(self) -> int:

@@ -1,6 +1,6 @@
 """What would make a plan faster: another context, scheme, GPU or budget, each with its figure.
 
-Pure arithmetic: each suggestion is a plan of its own. Knows no torch and does not look at the machine.
+Each suggestion is a plan of its own. Knows no torch and does not look at the machine.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def _shorter_context(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
 
 
 def _other_scheme(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
-    """Groups of 128 take fewer bytes than NF4's blocks of 64: suggested if more experts then fit."""
+    """Groups of 128 take fewer bytes than NF4's blocks of 64: suggested if more experts fit."""
     scheme = Scheme(kind="int4")
     model = StoredModel.assume(planned.model.name, planned.model.config, scheme)
     try:

@@ -25,7 +25,7 @@ from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
 from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
-from qmix.models.pack import Placement
+from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
 from qmix.weights.packed.layout import unpack_expert, with_blob
 from tests.support.interpreter import run_apart
@@ -109,10 +109,10 @@ def whole_model(make):
     for seed, (name, module) in enumerate(model.named_modules()):
         if isinstance(module, Linear) and ".experts." in name:
             module.store(make(module.out_features, module.in_features, seed))
-    placement = Placement()
+    packer = Packer()
     for layer in model.model.layers:
-        placement._pack_experts(layer.block_sparse_moe)
-    assert placement.complete
+        packer._pack_experts(layer.block_sparse_moe)
+    assert packer.complete
     return model
 
 

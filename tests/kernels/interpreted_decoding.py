@@ -18,7 +18,7 @@ from qmix.generation.sampling import Sampling
 from qmix.generation.static_decoder import StaticDecoder, StaticDecoders, supported
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu import packed_matmul
-from qmix.models.pack import Placement
+from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
 from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, error, skip_without_a_device
 from tests.support.models import small_model
@@ -39,9 +39,9 @@ def packed_model(make, **changes):
         if isinstance(module, Linear) and not name.endswith(("gate", "lm_head")):
             module.store(make(module.out_features, module.in_features, seed))
     model.to(DEVICE)
-    placement = Placement()
-    placement.pack(model)
-    assert placement.complete
+    packer = Packer()
+    packer.pack(model)
+    assert packer.complete
     assert supported(model.model)
     return model
 

@@ -13,7 +13,7 @@ from qmix.formats import open_checkpoint
 from qmix.formats.metadata import read_metadata
 from qmix.kernels import PackedWeight
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.models.pack import Placement
+from qmix.models.pack import Packer
 from qmix.nn.attention import Attention
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
@@ -61,11 +61,11 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["nf4", "int4", "int4 asymmetric", "int4 per output"])
 def test_packed_order_on_a_device(tiny, tmp_path, name):
-    """What the placement makes of the tiny model, byte for byte, with CPU tensors as the device."""
+    """What the packer makes of the tiny model, byte for byte, with CPU tensors as the device."""
     directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
     predicted = on_device(StoredModel.of(read_metadata(directory)))
     model = MixtralForCausalLM.from_pretrained(directory, device="cpu")
-    Placement().pack(model)
+    Packer().pack(model)
     experts, attention, kept = [], 0, 0
     for module in model.modules():
         if isinstance(module, SparseMoeBlock):

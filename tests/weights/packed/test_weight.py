@@ -15,7 +15,7 @@ from qmix.formats import open_checkpoint
 from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.gpu import packed_matmul
 from qmix.models import load
-from qmix.models.pack import Placement
+from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4, NestedAbsmax
@@ -125,18 +125,18 @@ def quantized_model(make=nf4, **changes):
 
 
 def place(model):
-    placement = Placement()
-    placement.pack(model)
-    return placement
+    packer = Packer()
+    packer.pack(model)
+    return packer
 
 
 def test_a_model_is_packed_once_and_says_the_same(monkeypatch):
     """Without a GPU every matmul reads the unpacked weight through `rows`."""
     model, twin = quantized_model(), quantized_model()
-    placement = place(model)
-    assert placement.complete
-    assert placement.packed == 2 * (4 + 8 * 3)
-    assert str(placement) == "56 of 56 quantized matrices in the packed layout"
+    packer = place(model)
+    assert packer.complete
+    assert packer.packed == 2 * (4 + 8 * 3)
+    assert str(packer) == "56 of 56 quantized matrices in the packed layout"
     assert place(model).packed == 0
     ids = torch.arange(2, 9)[None]
     with kernels.override("reference"), torch.no_grad():
@@ -176,21 +176,17 @@ def test_layers_are_packed_as_they_are_read(tmp_path):
 
 def test_what_is_refused_is_counted():
     model = quantized_model(hidden_act="gelu")
-    placement = place(model)
-    assert not placement.complete
-    assert placement.apart.total() == 2
-    assert placement.packed == 56  # each matrix has its kernel, the layer as a whole has none
-    assert "layers whose experts are multiplied one by one: 2: the kernels fuse SiLU" in str(
-        placement
-    )
+    packer = place(model)
+    assert not packer.complete
+    assert packer.separate.total() == 2
+    assert packer.packed == 56  # each matrix has its kernel, the layer as a whole has none
+    assert "layers whose experts are multiplied one by one: 2: the kernels fuse SiLU" in str(packer)
     odd = quantized_model(intermediate_size=96, hidden_size=96, num_attention_heads=3,
                           num_key_value_heads=3, head_dim=32, make=lambda n, k, s: int4(n, k, s, group=32))  # fmt: skip
-    placement = place(odd)
-    assert placement.packed == 0
-    assert placement.refused.total() == 56
-    assert "dequantized before every product (56: no packed layout for this shape)" in str(
-        placement
-    )
+    packer = place(odd)
+    assert packer.packed == 0
+    assert packer.refused.total() == 56
+    assert "dequantized before every matmul (56: no packed layout for this shape)" in str(packer)
 
 
 def test_moved_away_a_packed_model_is_a_standard_one():
