@@ -226,7 +226,7 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     replaceable = implementation == "sdpa" and mask.attn_mask is None and not dropout
     if replaceable and not mask.is_explicit and _single(q, k, v):
-        seen = attention.reachable_keys(keys, queries, mask.window)
+        seen = attention.keys_in_window(keys, queries, mask.window)
         return library().attend(q, k[:, :, -seen:], v[:, :, -seen:])
     if replaceable and _fused(q, k, v):
         from qmix.kernels.gpu import attention as gpu

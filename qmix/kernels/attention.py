@@ -39,14 +39,14 @@ class AttentionMask:
         """Whether it depends on tensors, and not on the shapes and the window alone."""
         return self.padding_mask is not None or self.attn_mask is not None
 
-    def for_reachable(self, keys: int, queries: int) -> tuple["AttentionMask", int]:
+    def in_window(self, keys: int, queries: int) -> tuple["AttentionMask", int]:
         """How many of L keys, the newest ones, any query can see, and the mask over these alone."""
         if self.attn_mask is not None:
             return self, keys
-        reachable = reachable_keys(keys, queries, self.window)
-        if self.padding_mask is None or reachable == keys:
-            return self, reachable
-        return replace(self, padding_mask=self.padding_mask[:, -reachable:]), reachable
+        seen = keys_in_window(keys, queries, self.window)
+        if self.padding_mask is None or seen == keys:
+            return self, seen
+        return replace(self, padding_mask=self.padding_mask[:, -seen:]), seen
 
 
 CAUSAL = AttentionMask()
@@ -87,7 +87,7 @@ def visible(
     return mask[None, None] & padding_mask[:, None, None, :]
 
 
-def reachable_keys(keys: int, queries: int, window: int | None) -> int:
+def keys_in_window(keys: int, queries: int, window: int | None) -> int:
     """How many of the keys any query sees; older ones are outside every window."""
     return keys if window is None else min(keys, window + queries - 1)
 
@@ -237,9 +237,9 @@ def attend_with(
         implementation: which entry of the table; all of them compute the same.
         dropout: the probability that an attention weight is zeroed.
     """
-    mask, reachable = mask.for_reachable(k.shape[2], q.shape[2])
-    if reachable < k.shape[2]:
-        k, v = k[:, :, -reachable:], v[:, :, -reachable:]
+    mask, seen = mask.in_window(k.shape[2], q.shape[2])
+    if seen < k.shape[2]:
+        k, v = k[:, :, -seen:], v[:, :, -seen:]
     return _IMPLEMENTATIONS[implementation](q, k, v, mask, dropout)
 
 
