@@ -1,7 +1,7 @@
-"""Slots over host memory, with host memory in the device's part: addresses, order of events, bytes.
+"""Slots over host memory, which stands in for the device's: addresses, order of events, bytes.
 
-Products read through the table's addresses, as the kernels do, and nothing but the addresses: a stale one
-gives wrong logits, not an error.
+Products read through the table's addresses, as the kernels do, and through nothing else: a stale
+address gives wrong logits, not an error.
 """
 
 import ctypes
@@ -15,12 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix import kernels
-from qmix.errors import ResourceError
-from qmix.experts import arena
 from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.gpu_experts import DeviceExperts
 from qmix.experts.gpu_store import DeviceStore
-from qmix.experts.miss_path import MissPathSelector
 from qmix.experts.policy import HEAT, PRESETS, Policy
 from qmix.experts.residency import Residency
 from qmix.kernels.cpu import packed_moe as host
@@ -357,114 +354,6 @@ def test_the_decode_step_keeps_a_log_of_its_routes(monkeypatch):
     monkeypatch.setattr(store, "log", lambda routes: logs.append(routes.clone()) or plain(routes))
     decode(model, 3)
     assert [tuple(log.shape) for log in logs] == [(LAYERS, 1, 2)] * 3
-
-
-class Cudart:
-    """Registers up to `limit` bytes."""
-
-    def __init__(self, limit=1 << 60):
-        self.limit, self.held = limit, {}
-
-    def cudaHostRegister(self, pointer, size, flags):  # noqa: N802
-        assert flags == 3
-        if sum(self.held.values()) + size > self.limit:
-            return 2
-        self.held[pointer] = size
-        return 0
-
-    def cudaHostUnregister(self, pointer):  # noqa: N802
-        del self.held[pointer]
-        return 0
-
-
-def test_an_arena_is_pinned_in_chunks_of_whole_blobs(monkeypatch):
-    monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cudart()
-    assert own.stride == 32768
-    assert own.pin(runtime)
-    assert own.pinned
-    assert sorted(runtime.held.values()) == [2 * 32768] + [3 * 32768] * 6
-    start = own.blob(0).data_ptr()
-    assert start % 4096 == 0
-    for index in range(20):
-        place = own.blob(index)
-        assert len(place) == 30_000
-        chunk = max(p for p in runtime.held if p <= place.data_ptr())
-        assert place.data_ptr() + 30_000 <= chunk + runtime.held[chunk]
-    own.unpin()
-    assert not runtime.held
-
-
-def test_a_failure_to_pin_is_loud_counted_and_takes_everything_back(monkeypatch):
-    monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cudart(limit=300_000)
-    with pytest.warns(UserWarning, match=r"could not be pinned.*0\.00 GiB.*error 2.*ulimit -l"):
-        assert not own.pin(runtime)
-    assert not runtime.held
-    assert not own.pinned
-    assert own.unpinned_bytes == 20 * 32768
-    own.blob(19).fill_(7)  # still memory
-
-
-def test_no_memory_is_one_clear_error():
-    with pytest.raises(ResourceError, match=r"no host memory for the experts.*smaller ram"):
-        HostArena(1 << 20, 1 << 40)
-
-
-def test_memory_that_was_not_written_is_not_resident():
-    own = HostArena(64, 4 << 20)
-    own.blob(3).fill_(1)
-    assert own.blob(2).data_ptr() + own.stride == own.blob(3).data_ptr()
-    assert len(own) == 64
-
-
-def clocked(path, interconnect, cpu, tokens, missed=10**8):
-    """A clock that gives each way its rate: what `tokens` tokens take, and the ways they took."""
-    ways, clock = [], 0.0
-    for token in range(tokens):
-        way = path.choose()
-        rate = cpu(token) if way == "cpu" else interconnect
-        seconds = missed / rate
-        path.observe(way, missed, seconds)
-        ways.append(way)
-        clock += seconds
-    return ways, clock
-
-
-def test_the_interconnect_serves_misses_until_both_are_measured():
-    path = MissPathSelector()
-    assert clocked(path, 25e9, lambda t: 60e9, 10)[0] == ["zero-copy"] * 10
-    path.observe("cpu", 10**9, 10**9 / 60e9)
-    assert set(clocked(path, 25e9, lambda t: 60e9, 10)[0]) == {"cpu"}
-    assert path.switches == 1
-
-
-def test_a_cpu_that_collapses_in_service_is_left_and_not_taken_again():
-    path = MissPathSelector(rates={"zero-copy": 25e9, "cpu": 60e9})
-    ways, clock = clocked(path, 25e9, lambda t: 60e9 if t < 5 else 2e9, 40)
-    assert ways[:5] == ["cpu"] * 5
-    assert "cpu" not in ways[10:]
-    assert path.switches == 2
-    assert clock < 40 * 10**8 / 25e9 + 4 * 10**8 / 2e9  # some slow tokens, and no more
-
-
-@pytest.mark.parametrize("noise", [0.05, 0.12])
-def test_rates_that_wander_do_not_make_it_swing(noise):
-    """Around the ratio at which it enters, and around that at which it leaves."""
-    for ratio in (1.75, 2.0, 1.5):
-        path = MissPathSelector(rates={"zero-copy": 25e9, "cpu": ratio * 25e9})
-        chance = random.Random(1)
-        clocked(
-            path, 25e9, lambda t, r=ratio, c=chance: r * 25e9 * (1 + c.uniform(-noise, noise)), 300
-        )
-        assert path.switches <= 2
-
-
-def test_nothing_measured_is_no_measurement():
-    path = MissPathSelector()
-    path.observe("cpu", 0, 1.0)
-    path.observe("cpu", 5, 0.0)
-    assert path.rates == {}
 
 
 @pytest.mark.slow
