@@ -110,6 +110,7 @@ def _perplexity_text(result: "Perplexity") -> str:
     return "\n".join(lines) + "\n"
 
 
+@options.grouped
 def bench(
     directory: Annotated[
         Path | None,
@@ -126,10 +127,7 @@ def bench(
     window: Window = 1024,
     plot: Plot = None,
     as_json: options.AsJson = False,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
+    load: options.Load = options.LOAD,
 ) -> None:
     """Measure tokens a second beside the bound that memory sets.
 
@@ -147,17 +145,18 @@ def bench(
     if attention or directory is None:
         from qmix.evals.timing.attention_bench import AttentionRequest, run_attention_bench
 
-        request = AttentionRequest.from_options(directory, prompts, window, dtype, device, plot)
+        request = AttentionRequest.from_options(
+            directory, prompts, window, load.dtype, load.device, plot
+        )
         with terminal.progress() as show:
             compared = run_attention_bench(request, repetitions=repetitions, progress=show)
         terminal.print_result(compared.markdown(), compared.to_dict(), as_json=as_json)
         return
-    from qmix import LoadOptions, MixtralForCausalLM
+    from qmix import MixtralForCausalLM
     from qmix.evals.timing.bench import parse_tests, run_bench
 
     tests = parse_tests(prompts or "512", new, depth, batch)
-    load_options = LoadOptions(dtype=dtype, device=device, vram=vram, ram=ram)
-    model = MixtralForCausalLM.from_pretrained(directory, load_options=load_options)
+    model = MixtralForCausalLM.from_pretrained(directory, load_options=load.parse())
     with terminal.progress() as show:
         report = run_bench(
             model, tests, name=directory.resolve().name, repetitions=repetitions, progress=show

@@ -11,25 +11,19 @@ import typer
 from qmix.commands import options, terminal
 from qmix.errors import UsageError
 
+_CHAT_SAMPLING = options.Sampling(temperature=0.7, min_p=0.05)
 
+
+@options.grouped
 def generate(
     directory: options.Directory,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")
     ],
     max_new_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.Penalty = 1.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    sampling: options.Sampling = options.GREEDY,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in [INST] tags.")] = False,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
+    load: options.Load = options.LOAD,
 ) -> None:
     """Continue a prompt once; the new text goes to stdout.
 
@@ -37,9 +31,7 @@ def generate(
     Example:
       qmix generate mixtral-nf4 "My favourite condiment is" --max-new-tokens 50
     """
-    config = options.generation_config(
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
-    )
+    config = sampling.parse(max_new_tokens)
     import torch
 
     import qmix
@@ -48,7 +40,7 @@ def generate(
     from qmix.text import chat_template
     from qmix.text.printable import printable
 
-    load_options = qmix.LoadOptions(dtype=dtype, device=device, vram=vram, ram=ram)
+    load_options = load.parse()
     text = _stdin() if prompt == "-" else prompt
     model, tokenizer = qmix.load(directory, load_options=load_options)
     config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
@@ -69,6 +61,7 @@ def generate(
     terminal.notice(f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tok/s)")
 
 
+@options.grouped
 def chat(
     directory: options.Directory,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -76,17 +69,8 @@ def chat(
         int | None, typer.Option(help="Context in tokens.", show_default="the model's")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 1024,
-    temperature: options.Temperature = 0.7,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.05,
-    repetition_penalty: options.Penalty = 1.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
+    sampling: options.Sampling = _CHAT_SAMPLING,
+    load: options.Load = options.LOAD,
 ) -> None:
     """Talk to a model; from a pipe every line is a message.
 
@@ -95,16 +79,14 @@ def chat(
       qmix chat mixtral-nf4
       echo "What is NF4?" | qmix chat mixtral-nf4
     """
-    config = options.generation_config(
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
-    )
+    config = sampling.parse(max_new_tokens)
     if sys.stdin.isatty():
         terminal.enable_ctrl_c()
     import qmix
     from qmix.commands.repl import Repl, Streams
     from qmix.commands.session import Session
 
-    load_options = qmix.LoadOptions(dtype=dtype, device=device, vram=vram, ram=ram, max_context=ctx)
+    load_options = load.parse(max_context=ctx)
     model, tokenizer = qmix.load(directory, load_options=load_options)
     config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
     session = Session(model, tokenizer, config, system=system, context=ctx)

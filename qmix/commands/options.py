@@ -1,24 +1,26 @@
-"""The options that several commands share, each declared once, and what is made of them.
+"""The options that several commands share, each declared once, alone or in groups.
 
-Knows no command. Heavy imports stay inside the functions.
+A command takes a group as one parameter, under the decorator `grouped`. Knows no command. Heavy
+imports stay inside the functions.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qmix.formats.files.shard_names import SHARD_BYTES
 
 if TYPE_CHECKING:
-    from qmix import GenerationConfig
+    from qmix import GenerationConfig, LoadOptions
 
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
-
-# How a model is loaded
 Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="the GPU if there is one")
 ]
@@ -26,31 +28,115 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's"),
 ]
-Vram = Annotated[
-    str | None,
-    typer.Option(help="GPU memory to use at most, such as 16GiB; other experts stay in RAM."),
-]
-Ram = Annotated[
-    str | None,
-    typer.Option(help="Host memory to use at most; other experts stay in the file."),
-]
-
-# How text is sampled
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
-TopP = Annotated[float, typer.Option(help="Keep the smallest set with this probability mass.")]
-MinP = Annotated[
-    float, typer.Option(help="Drop tokens below this fraction of the most likely token's.")
-]
-Penalty = Annotated[float, typer.Option(help="Above 1 discourages repetition.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.", show_default="random")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the text here; may be repeated.")]
-
-# How a checkpoint is written
 ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 
 SHARD_SIZE = f"{SHARD_BYTES / 1e9:g}GB"
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a model is loaded, as written."""
+
+    dtype: Dtype = None
+    device: Device = None
+    vram: Annotated[
+        str | None,
+        typer.Option(help="GPU memory to use at most, such as 16GiB; other experts stay in RAM."),
+    ] = None
+    ram: Annotated[
+        str | None,
+        typer.Option(help="Host memory to use at most; other experts stay in the file."),
+    ] = None
+
+    def parse(self, max_context: int | None = None) -> "LoadOptions":
+        """The options of a load.
+
+        Raises:
+            QmixError: see LoadOptions.
+        """
+        from qmix import LoadOptions
+
+        return LoadOptions(**vars(self), max_context=max_context)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is sampled, as written; the defaults are greedy."""
+
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0
+    top_p: Annotated[
+        float, typer.Option(help="Keep the smallest set with this probability mass.")
+    ] = 1.0
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this fraction of the most likely token's.")
+    ] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampler.", show_default="random")
+    ] = None
+    stop: Annotated[list[str] | None, typer.Option(help="End the text here; may be repeated.")] = (
+        None
+    )
+
+    def parse(self, max_new_tokens: int) -> "GenerationConfig":
+        """The configuration of a generation, checked before a model is loaded.
+
+        Raises:
+            UsageError: an option is out of its range.
+        """
+        from qmix import GenerationConfig
+
+        options = {name: value for name, value in vars(self).items() if name != "stop"}
+        return GenerationConfig(
+            **options,
+            max_new_tokens=max_new_tokens,
+            do_sample=self.temperature != 0,
+            stop_strings=self.stop or None,
+        )
+
+
+LOAD = Load()
+GREEDY = Sampling()
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters with groups are replaced by the groups' options.
+
+    A parameter's default gives its options' defaults.
+    """
+    groups = {
+        name: parameter.default
+        for name, parameter in signature(command).parameters.items()
+        if is_dataclass(parameter.default)
+    }
+
+    @wraps(command)
+    def flat(**arguments: Any) -> None:
+        for name, group in groups.items():
+            options = {field.name: arguments.pop(field.name) for field in fields(group)}
+            arguments[name] = type(group)(**options)
+        command(**arguments)
+
+    parameters = list(_flattened(signature(command).parameters.values(), groups))
+    flat.__signature__ = signature(command).replace(  # type: ignore[attr-defined]
+        parameters=parameters
+    )
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def _flattened(parameters: Iterable[Parameter], groups: Mapping[str, Any]) -> Iterator[Parameter]:
+    """The parameters, each group's replaced by one for each of its options."""
+    for parameter in parameters:
+        if parameter.name not in groups:
+            yield parameter
+            continue
+        for field in fields(parameter.default):
+            default = getattr(parameter.default, field.name)
+            yield parameter.replace(name=field.name, annotation=field.type, default=default)
 
 
 def shard_bytes(size: str) -> int:
@@ -62,33 +148,3 @@ def shard_bytes(size: str) -> int:
     from qmix.planning.byte_sizes import parse_size
 
     return parse_size(size, where="--shard-size", least=1 << 16, most=1 << 44)
-
-
-def generation_config(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: list[str] | None,
-) -> "GenerationConfig":
-    """The sampling options, checked before a model is loaded.
-
-    Raises:
-        UsageError: one is out of its range.
-    """
-    from qmix import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature != 0,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop_strings=stop or None,
-    )

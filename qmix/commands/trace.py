@@ -31,6 +31,7 @@ def top(context: typer.Context) -> None:
 
 
 @app.command()
+@options.grouped
 def record(
     directory: options.Directory,
     out: Annotated[Path, typer.Option("--out", metavar="TRACE", help="A new file.")],
@@ -43,10 +44,7 @@ def record(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to record at most.")] = 1024,
     gates: Annotated[bool, typer.Option("--gates", help="Record the routing weights too.")] = False,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
+    load: options.Load = options.LOAD,
 ) -> None:
     """Write which experts each token goes through.
 
@@ -62,7 +60,7 @@ def record(
     from qmix.evals.quality import perplexity
     from qmix.evals.routing import record as routing
 
-    load_options = qmix.LoadOptions(dtype=dtype, device=device, vram=vram, ram=ram)
+    load_options = load.parse()
     text = None if data is None else perplexity.read_text(data).content
     model, tokenizer = qmix.load(directory, load_options=load_options)
     with terminal.progress() as show:

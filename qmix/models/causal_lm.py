@@ -86,16 +86,18 @@ class MixtralForCausalLM(PreTrainedModel):
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        output = MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            router_logits=out.router_logits,
+        return self._returned(
+            inputs.return_dict,
+            MoeCausalLMOutputWithPast(
+                loss=loss,
+                aux_loss=aux_loss,
+                logits=logits,
+                past_key_values=out.past_key_values,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+                router_logits=out.router_logits,
+            ),
         )
-        return output if self._wants_dict(inputs.return_dict) else output.to_tuple()
 
     @torch.no_grad()
     def next_logits(

@@ -73,15 +73,17 @@ class MixtralForSequenceClassification(PreTrainedModel):
             if declared is None:
                 self.config = self.config.replace(problem_type=problem_type)
             loss = classification_loss(problem_type, logits, inputs.labels)
-        output = SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            router_logits=out.router_logits,
+        return self._returned(
+            inputs.return_dict,
+            SequenceClassifierOutputWithPast(
+                loss=loss,
+                logits=logits,
+                past_key_values=out.past_key_values,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+                router_logits=out.router_logits,
+            ),
         )
-        return output if self._wants_dict(inputs.return_dict) else output.to_tuple()
 
     def _last(self, input_ids: Tensor | None, hidden: Tensor) -> Tensor:
         """The position in each row from which the classes are read, (B,)."""

@@ -78,14 +78,16 @@ class MixtralModel(PreTrainedModel, Decoder):
             output_attentions=self._output_attentions(inputs.output_attentions),
         )
         routers = self._flag(inputs.output_router_logits, "output_router_logits")
-        out = MoeModelOutputWithPast(
-            last_hidden_state=decoded.hidden,
-            past_key_values=cache,
-            hidden_states=decoded.hidden_states,
-            attentions=decoded.attentions,
-            router_logits=decoded.router_logits if routers else None,
+        return self._returned(
+            inputs.return_dict,
+            MoeModelOutputWithPast(
+                last_hidden_state=decoded.hidden,
+                past_key_values=cache,
+                hidden_states=decoded.hidden_states,
+                attentions=decoded.attentions,
+                router_logits=decoded.router_logits if routers else None,
+            ),
         )
-        return out if self._wants_dict(inputs.return_dict) else out.to_tuple()
 
     def _embeds(self, inputs: Inputs) -> Tensor:
         """(B, S, D) of the ids, or as given."""

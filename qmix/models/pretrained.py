@@ -5,7 +5,7 @@ Knows no forward pass and no bits; weights come through qmix.models.load.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from qmix.models.options import LoadOptions, parse_dtype
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.moe import SparseMoeBlock
+from qmix.nn.outputs import ModelOutput
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 # Fields of the config that a user may set while loading, because no shape depends on them.
 _OVERRIDES = (
@@ -199,10 +202,10 @@ class PreTrainedModel(nn.Module):
             if isinstance(module, Decoder):
                 module.attn_implementation = chosen
 
-    def _wants_dict(self, return_dict: bool | None) -> bool:
-        """Whether a forward returns a named output: as asked, else as the config says."""
+    def _returned(self, return_dict: bool | None, output: Output) -> Output | tuple[Any, ...]:
+        """What a forward returns: the output, or a tuple if the caller or else the config says so."""
         default = getattr(self.config, "return_dict", True)
-        return bool(default if return_dict is None else return_dict)
+        return output if (default if return_dict is None else return_dict) else output.to_tuple()
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The module that turns ids (B, S) into embeddings (B, S, D), for `inputs_embeds`."""
