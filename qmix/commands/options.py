@@ -5,7 +5,7 @@ imports stay inside the functions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -36,7 +36,12 @@ SHARD_SIZE = f"{SHARD_BYTES / 1e9:g}GB"
 
 
 @dataclass(frozen=True)
-class Load:
+class Group:
+    """Options that go together, each a field."""
+
+
+@dataclass(frozen=True)
+class Load(Group):
     """How a model is loaded, as written."""
 
     dtype: Dtype = None
@@ -62,7 +67,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Group):
     """How text is sampled, as written; the defaults are greedy."""
 
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
@@ -110,14 +115,14 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     groups = {
         name: parameter.default
         for name, parameter in signature(command).parameters.items()
-        if is_dataclass(parameter.default)
+        if isinstance(parameter.default, Group)
     }
 
     @wraps(command)
     def flat(**arguments: Any) -> None:
         for name, group in groups.items():
             options = {field.name: arguments.pop(field.name) for field in fields(group)}
-            arguments[name] = type(group)(**options)
+            arguments[name] = replace(group, **options)
         command(**arguments)
 
     parameters = list(_flattened(signature(command).parameters.values(), groups))
@@ -128,7 +133,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def _flattened(parameters: Iterable[Parameter], groups: Mapping[str, Any]) -> Iterator[Parameter]:
+def _flattened(parameters: Iterable[Parameter], groups: Mapping[str, Group]) -> Iterator[Parameter]:
     """The parameters, each group's replaced by one for each of its options."""
     for parameter in parameters:
         if parameter.name not in groups:
