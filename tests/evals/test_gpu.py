@@ -1,15 +1,17 @@
 """The GPU acceptance command where there is no GPU: skipped visibly, isolated, boxed, recorded."""
 
 import json
+import os
+import select
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from tests.support.models import ROOT
+from tests.support.process import PATIENCE
 
 pytest.importorskip("triton")
 
@@ -99,25 +101,41 @@ def test_a_step_that_fails_keeps_its_results_and_lets_others_run(steps, tmp_path
     assert set(json.loads(path.read_text())["steps"]) == {"broken", "dying", "fine"}
 
 
-@pytest.mark.slow
-def test_a_step_that_hangs_is_ended_with_what_it_started(steps, tmp_path):
-    marker = tmp_path / "alive"
+def test_a_step_that_hangs_is_ended_with_what_it_started(steps, tmp_path, monkeypatch):
+    """Its time runs out once it has yielded a result and its own child has opened a pipe."""
+    alive = tmp_path / "alive"
+    os.mkfifo(alive)
     body = f"""
 import subprocess, sys, time
 def results(device):
-    child = "import time\\nwhile True:\\n    open({str(marker)!r}, 'a').write('x'); time.sleep(0.1)"
-    subprocess.Popen([sys.executable, "-c", child])
     yield {{"started": 1}}
+    child = "import time; pipe = open({str(alive)!r}, 'w'); print('x', file=pipe, flush=True); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", child])
     time.sleep(600)
 """
-    begun = time.monotonic()
-    record = gpu.run_steps([steps("hanging", body)], tmp_path / "out", 30, "command", gpu=False)
-    assert 29 < time.monotonic() - begun < 120
+
+    class Popen(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None or "--step" not in self.args:
+                return super().wait(timeout)
+            assert next_line() == b"x\n"
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    def next_line():
+        assert select.select([pipe], [], [], PATIENCE)[0]
+        return os.read(pipe, 100)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Popen)
+    pipe = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        record = gpu.run_steps(
+            [steps("hanging", body)], tmp_path / "out", 1000, "command", gpu=False
+        )
+        assert next_line() == b""  # nobody is left who could write
+    finally:
+        os.close(pipe)
     outcome = record.steps["hanging"]
     assert (outcome.status, outcome.results) == ("timeout", [{"started": 1}])
-    size = marker.stat().st_size
-    time.sleep(0.5)
-    assert marker.stat().st_size == size
 
 
 def test_no_time_left_is_said(steps, tmp_path):

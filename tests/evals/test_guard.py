@@ -10,10 +10,12 @@ from qmix.errors import QualityError
 from qmix.evals import guard
 from qmix.evals.guard import Figures, check
 from qmix.evals.quality import measure
+from qmix.evals.quality.perplexity import Text, evaluate
 from qmix.formats.layouts import bnb
 from qmix.quantize.rounding import nf4
 from qmix.quantize.rounding.grid import Grid
 from qmix.weights import nf4 as weights
+from tests.support.models import threads
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def perturbed(monkeypatch):
 
 
 @pytest.mark.usefixtures("perturbed")
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path, gptq_comparison):
     broken = measure.compare_nf4(tmp_path / "broken")
     with pytest.raises(QualityError, match="nf4_kl_mean"):
@@ -60,7 +62,7 @@ def test_the_guard_fails_when_the_encoder_rounds_wrongly(tmp_path, monkeypatch, 
         guard.guard(broken, gptq_comparison)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_guard_fails_when_the_solver_is_perturbed(tmp_path, monkeypatch, comparison):
     """Codes are rounded a fifth of a step too low."""
 
@@ -127,15 +129,10 @@ def test_the_markdown_table_names_every_model(comparison, gptq_comparison):
         assert name in table
 
 
-def test_scores_do_not_depend_on_the_number_of_threads(comparison, tiny, tiny_nf4):
-    from qmix.evals.quality.perplexity import Text, evaluate
-
+def test_scores_do_not_depend_on_the_number_of_threads(tiny, tiny_nf4):
     text = Text.of("Return a list of the names in the current scope. " * 30)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = evaluate(tiny_nf4, text, reference=tiny, device="cpu")
-    finally:
-        torch.set_num_threads(threads)
-    two = evaluate(tiny_nf4, text, reference=tiny, device="cpu")
+    with threads(2):
+        two = evaluate(tiny_nf4, text, reference=tiny, device="cpu")
     assert one.perplexity == pytest.approx(two.perplexity, rel=1e-3)

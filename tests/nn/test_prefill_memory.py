@@ -32,7 +32,9 @@ print(peak() - before, out.past_key_values.nbytes >> 20)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
-@pytest.mark.parametrize(("window", "most_mib"), [(None, 200), (1024, 64)])
+@pytest.mark.parametrize(
+    ("window", "most_mib"), [pytest.param(None, 200, marks=pytest.mark.soak), (1024, 64)]
+)
 def test_the_peak_of_a_16k_prefill_is_bounded(window, most_mib):
     """Scores of all pairs would be 8 GiB, logits of all positions 128 MiB; the cache is 24 MiB."""
     done = subprocess.run(

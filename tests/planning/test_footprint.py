@@ -123,7 +123,7 @@ def test_the_cache_of_any_shape(tmp_path):
             assert model.new_cache(batch, context).nbytes == shape.kv_bytes(context, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_layers_of_full_width(tmp_path):
     synthetic.write(tmp_path / "syn", 2, packed=True, seed=0)
     command = [

@@ -1,12 +1,11 @@
 """The quantizer's road: what it writes, what it refuses, what a kill leaves."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,7 +20,8 @@ from qmix.quantize.streaming import quantize_streaming
 from qmix.weights import nf4
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import NF4, Recipe, Scheme
-from tests.support.models import ROOT, small_config, small_model
+from tests.support.models import ROOT, small_model
+from tests.support.process import PATIENCE, started
 
 
 @pytest.fixture
@@ -241,51 +241,48 @@ from qmix.cli import main; main()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-def start(source, out):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "qmix.cli", "quantize", str(source), str(out)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+# The command line, which says so and waits once it has written eight tensors.
+STOPPING = """
+import sys, time
+from qmix.cli import main
+from qmix.formats.files.shard_writer import ShardWriter
+write, written = ShardWriter.write, []
+def stopping(self, name, tensor):
+    write(self, name, tensor)
+    written.append(name)
+    if len(written) == 8:
+        print("in the middle", flush=True)
+        time.sleep(600)
+ShardWriter.write = stopping
+main()
+"""
 
 
-@pytest.fixture
-def larger(tmp_path):
-    """Large enough to be caught in the middle."""
-    folder = tmp_path / "source"
-    torch.manual_seed(0)
-    config = small_config(hidden_size=512, intermediate_size=1024, num_hidden_layers=16)
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+@contextmanager
+def in_the_middle(source, out):
+    command = [sys.executable, "-c", STOPPING, "quantize", str(source), str(out)]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"in the middle\n", process.stderr.read()
+        assert list(out.with_name(out.name + ".partial").glob("*.safetensors"))
+        yield process
 
 
-def in_the_middle(process, out):
-    partial = out.with_name(out.name + ".partial")
-    while not list(partial.glob("*.safetensors")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-
-
-def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(larger, tmp_path):
+def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(source, tmp_path):
     out = tmp_path / "out"
-    process = start(larger, out)
-    in_the_middle(process, out)
-    process.kill()
-    process.communicate()
+    with in_the_middle(source, out) as process:
+        process.kill()
+        process.wait(PATIENCE)
     assert not out.exists()
-    run(larger, out)
+    run(source, out)
     assert open_checkpoint(out).tensors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_ctrl_c_leaves_nothing_and_exits_130(larger, tmp_path):
-    out = tmp_path / "out"
-    process = start(larger, out)
-    in_the_middle(process, out)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate()
-    assert process.returncode == 130, stderr
-    assert b"Traceback" not in stderr
+def test_ctrl_c_leaves_nothing_and_exits_130(source, tmp_path):
+    with in_the_middle(source, tmp_path / "out") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130, process.stderr.read()
+        assert b"Traceback" not in process.stderr.read()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 

@@ -1,10 +1,8 @@
 """NF4: our codes and scales are bitsandbytes' bytes, and what they decode to is theirs too."""
 
-import gc
 import hashlib
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 
@@ -406,45 +404,3 @@ def test_a_large_matrix_is_quantized_within_64_mb(layout):
         [sys.executable, "-c", MEMORY, layout], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert float(run.stdout) < 64
-
-
-def best_of(functions, rounds, clock):
-    """Best seconds of each, measured in turns: the machine's other load falls on all alike."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            gc.collect()
-            begun = clock()
-            function()
-            best[name] = min(best[name], clock() - begun)
-    return best
-
-
-@pytest.mark.slow
-def test_quantizing_is_at_least_twice_as_fast_as_bitsandbytes():
-    weight = (random(14336, 4096) * 0.02).bfloat16()
-    contenders = {"theirs": lambda: oracle(weight), "ours": lambda: nf4.quantize(weight)}
-    for _ in range(3):
-        best = best_of(contenders, 1, time.perf_counter)
-        if best["ours"] * 2 <= best["theirs"]:
-            return
-    raise AssertionError(best)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_decoding_takes_no_more_processor_time_than_in_bitsandbytes(dtype):
-    """Theirs is C++. Processor seconds, because a busy machine distorts others; a third of slack."""
-    ours = replace(nf4.quantize(random(14336, 4096)), out_dtype=dtype)
-    packed = {n.removeprefix("p.weight."): t for n, t in layout.pack(ours, "p").items()}
-    codes = packed.pop("p.weight")
-    state = bnb.QuantState.from_dict(packed, torch.device("cpu"))
-    contenders = {
-        "theirs": lambda: bnb.dequantize_4bit(codes, state),
-        "ours": lambda: ours.dequantize(dtype),
-    }
-    for _ in range(5):
-        best = best_of(contenders, 5, time.process_time)
-        if best["ours"] <= best["theirs"] * 4 / 3:
-            return
-    raise AssertionError(best)

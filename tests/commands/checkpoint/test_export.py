@@ -20,6 +20,7 @@ from tests.support.packers import ASYMMETRIC, AWQ, SOURCES, equal, write
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_same_weights_in_another_layout(tmp_path, name, layout):
