@@ -1,4 +1,4 @@
-"""What each command of `qmix` does, behind the options that cli.py parses.
+"""The commands of `qmix`: the options of each, what it calls, and what it prints.
 
-Nothing else imports from here.
+Knows no weights and no layers: the rooms below do the work. Only cli.py imports from here.
 """
