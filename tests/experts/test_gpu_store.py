@@ -283,7 +283,7 @@ def test_a_copy_that_fails_is_counted_and_its_expert_stays_on_the_host():
 
 @pytest.mark.parametrize("slots", [4, 5, 8, 12])
 @pytest.mark.parametrize("left", [0, 5])
-def test_where_the_host_cannot_be_read_every_chosen_expert_is_brought(slots, left):
+def test_where_the_host_cannot_be_read_every_chosen_expert_is_fetched(slots, left):
     """Not pinned, and some of them in the file only."""
     plain, model, other = whole_model(nf4), whole_model(nf4), whole_model(nf4)
     blobs = [b.clone() for layer in other.model.layers for b in blobs_of(layer.block_sparse_moe)]

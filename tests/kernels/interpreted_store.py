@@ -1,7 +1,7 @@
 """The real kernels over an offloaded model's address table, in Triton's interpreter or on a GPU.
 
-Run by test_store.py in a process of its own. Residency must not change a bit: the same kernels read
-the same bytes at other addresses.
+Run by tests/experts/test_gpu_store.py in a process of its own. Residency must not change a bit: the
+same kernels read the same bytes at other addresses.
 """
 
 import pytest
@@ -95,7 +95,7 @@ def test_a_step_is_recorded_only_while_it_needs_nothing_from_the_host(directory,
         assert model.static_decoders.for_cache(model.model, model.lm_head, cache, None) is None
 
 
-def test_what_fits_neither_memory_is_read_packed_and_brought(directory):
+def test_what_fits_neither_memory_is_read_packed_and_fetched(directory):
     """With fewer blobs on the host than experts no step is recorded; each expert needs a slot."""
     prompt = PROMPT.to(DEVICE)
     with torch.no_grad():

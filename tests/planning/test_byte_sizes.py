@@ -31,7 +31,7 @@ def test_the_spellings(text, nbytes):
 @pytest.mark.parametrize(
     "text", ["24Q", "", "G", "-5G", "1e9", "1.2.3G", "٣G", "24 GG", "nan", "3X"]
 )
-def test_what_is_no_size_is_told(text):
+def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match=r"^--vram: not a size; expected"):
         parse_size(text, where="--vram")
 

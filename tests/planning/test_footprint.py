@@ -60,7 +60,7 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4", "int4 asymmetric", "int4 per output"])
-def test_packed_order_on_a_device(tiny, tmp_path, name):
+def test_the_packed_layout_on_a_device(tiny, tmp_path, name):
     """What the packer makes of the tiny model, byte for byte, with CPU tensors as the device."""
     directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
     predicted = on_device(StoredModel.of(read_metadata(directory)))

@@ -23,7 +23,7 @@ def test_cards_are_found_as_people_name_them(text, name):
 
 
 @pytest.mark.parametrize("text", ["3080", "", "a100", "rtx", "abacus"])
-def test_what_is_none_or_several_is_told(text):
+def test_an_unknown_or_ambiguous_name_is_refused(text):
     with pytest.raises(UsageError, match="--card"):
         gpus.find(text)
 

@@ -174,7 +174,7 @@ def test_measurements_are_kept_by_machine(tmp_path):
         '{"version": 1, "machines": [{"key": "a", "host_read": NaN}]}',
     ],
 )
-def test_a_damaged_file_is_told_and_ignored(tmp_path, content):
+def test_a_damaged_file_is_reported_and_ignored(tmp_path, content):
     path = tmp_path / "machine.json"
     path.write_text(content)
     found = machine.measurements("a", path)

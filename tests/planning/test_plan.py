@@ -199,7 +199,7 @@ def test_a_named_context_fits():
         plan(MIXTRAL, gpu=False, ram=int(2.4 * GIB), context=context + 1)
 
 
-def test_experts_without_packed_order_are_not_offloaded():
+def test_experts_without_a_packed_layout_are_not_offloaded():
     odd = StoredModel.assume("x", FULL, Scheme(kind="int4", group_size=32))
     assert on_device(odd).unpacked
     assert plan(odd, gpu=True, vram=80 * GIB).resident
@@ -216,7 +216,7 @@ def test_no_budget_is_no_limit():
 
 
 @pytest.mark.parametrize(("name", "value"), [("context", 0), ("context", 32769), ("batch", 0)])
-def test_out_of_range_is_told(name, value):
+def test_out_of_range_is_refused(name, value):
     with pytest.raises(UsageError, match=name):
         plan(MIXTRAL, gpu=False, **{name: value})
 
@@ -270,7 +270,7 @@ def test_the_small_model_is_never_refused_for_memory():
     check_memory(plan(SMALL, gpu=False), ram_free=200 << 20)
 
 
-def test_the_outlook_of_a_card_that_is_too_small():
+def test_the_estimate_for_a_gpu_that_is_too_small():
     found = estimate(
         plan(MIXTRAL, gpu=True, vram=16 * GIB, ram=16 * GIB),
         RATES,
