@@ -28,6 +28,7 @@ from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
 from qmix.config import MixtralConfig
+from qmix.kernels.cpu.library import library
 from tests.support import house
 
 ROOT = house.ROOT
@@ -236,6 +237,7 @@ def _essential(arrows: frozenset[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
+    library()  # compiled before the first reply, which would show it as a wait
     with tempfile.TemporaryDirectory() as scratch:
         tiny_nf4 = Path(scratch) / "tiny-nf4"
         command = ["qmix.cli", "quantize", str(ROOT / "evals" / "tiny"), str(tiny_nf4)]
