@@ -1,4 +1,4 @@
-"""JSON as a safe format: no NaN, no duplicate keys, no endless nesting, a cap on size.
+"""JSON as a safe format: no NaN, no duplicate keys, no endless nesting, limited size.
 
 Files are written whole or not at all. Knows nothing of what a document means.
 """
@@ -27,21 +27,21 @@ def _finite(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        met: set[str] = set()
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        seen: set[str] = set()
         for key, _ in pairs:
-            if key in met:
-                raise ValueError(f"the key {key[:80]!r} stands twice")
-            met.add(key)
-    return seen
+            if key in seen:
+                raise ValueError(f"the key {key[:80]!r} appears twice")
+            seen.add(key)
+    return document
 
 
 def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
     """Parse one JSON object; `where` names it in errors.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, a duplicate key, NaN or infinity.
+        CheckpointError: not UTF-8, not JSON, not an object, or with a duplicate key, NaN or infinity.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -62,15 +62,15 @@ def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
 
 
 def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
-    """Read one JSON object from a regular file of at most `limit_bytes`."""
+    """Read one JSON object from a regular file of at most `limit_bytes`; see loads and read_bytes."""
     return loads(read_bytes(path, limit_bytes=limit_bytes), where=str(path))
 
 
 def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
-    """A regular file of at most `limit_bytes`.
+    """Read a regular file of at most `limit_bytes`.
 
     Raises:
-        CheckpointError: it is absent, no file, larger, or cannot be read.
+        CheckpointError: it is missing, is not a regular file, is larger, or cannot be read.
     """
     try:
         if not path.is_file():

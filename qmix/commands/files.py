@@ -32,10 +32,10 @@ def convert(
       qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
     """
     shard_bytes = options.shard_bytes(shard_size)
-    from qmix.commands.checkpoint import convert
+    from qmix.commands.checkpoint.convert import convert_checkpoint
 
     with terminal.progress() as show:
-        result = convert.run(raw, out, shard_bytes=shard_bytes, force=force, progress=show)
+        result = convert_checkpoint(raw, out, shard_bytes=shard_bytes, force=force, progress=show)
     _draw_conversion(result, out)
 
 
@@ -60,10 +60,10 @@ def export(
       qmix export mixtral-gptq mixtral-ct --format compressed-tensors
     """
     shard_bytes = options.shard_bytes(shard_size)
-    from qmix.commands.checkpoint import export
+    from qmix.commands.checkpoint.export import export_checkpoint
 
     with terminal.progress() as show:
-        result = export.run(
+        result = export_checkpoint(
             directory, out, layout, shard_bytes=shard_bytes, force=force, progress=show
         )
     terminal.notice(
@@ -99,12 +99,12 @@ def verify(directory: options.Directory) -> None:
     from qmix.commands.checkpoint.verify import verify
 
     with terminal.progress() as show:
-        verdict = verify(directory, lambda at: show(at.name, at.done, at.total))
-    for problem in verdict.problems[1:]:
+        result = verify(directory, show)
+    for problem in result.problems[1:]:
         terminal.notice(str(problem))
-    if verdict.problems:
-        raise verdict.problems[0]
-    sys.stdout.write(f"ok: {verdict.weights} weights read, {verdict.hashed} files hashed\n")
+    if result.problems:
+        raise result.problems[0]
+    sys.stdout.write(f"ok: {result.weights} weights read, {result.hashed} files hashed\n")
 
 
 def _draw_conversion(result: "Conversion", out: Path) -> None:
@@ -126,15 +126,15 @@ def _draw_conversion(result: "Conversion", out: Path) -> None:
 
 def _inventory_text(inventory: "Inventory") -> str:
     lines = [
-        f"{part.kind:10} {part.layout:19} {part.scheme:22} {part.weights:5} tensors "
-        f"{part.parameters / 1e6:12,.2f} M {part.bits_per_weight:7.3f} bits/weight"
-        for part in inventory.parts
+        f"{group.kind:10} {group.layout:19} {group.scheme:22} {group.weights:5} tensors "
+        f"{group.parameters / 1e6:12,.2f} M {group.bits_per_weight:7.3f} bits/weight"
+        for group in inventory.groups
     ]
     lines.append(
         f"{len(inventory.files)} files, {inventory.stored_bytes / 1e9:.3f} GB, "
         f"{inventory.parameters / 1e9:.3f} B weights, {inventory.bits_per_weight:.3f} bits each"
     )
-    for verdict in inventory.readers:
-        reason = verdict.reason if verdict.tried else f"{verdict.reason} (not tried)".lstrip()
-        lines.append(f"{verdict.reader:18} {verdict.outcome:8} {reason}".rstrip())
+    for support in inventory.readers:
+        reason = support.reason if support.tried else f"{support.reason} (not tried)".lstrip()
+        lines.append(f"{support.reader:18} {support.outcome:8} {reason}".rstrip())
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
-"""Files <-> weights: strict readers and writers, one file a format.
+"""Files <-> weights: strict readers and writers of checkpoints, one layout a file.
 
-Importing this package, and what reads headers alone (headers, layouts, metadata), imports no torch.
+Knows nothing of modules. Importing this package, and what reads only headers (metadata,
+files.shard_index, layouts.tensor_names), imports no torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
-from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq, gptq_config
+from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq
 from qmix.formats.metadata import CheckpointMetadata, Packing, read_metadata, wrong_shape
 from qmix.formats.names import ModelTensor
 from qmix.weights.dense import Dense, Weight
@@ -20,10 +20,10 @@ from qmix.weights.dense import Dense, Weight
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint whose tensor set is exactly that of the model.
+    """An opened checkpoint whose tensors are exactly those of the model.
 
     Attributes:
-        metadata: all that the headers say.
+        metadata: what config and headers say.
         shards: the files.
     """
 
@@ -36,7 +36,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> tuple[ModelTensor, ...]:
-        """What the model needs, in walking order."""
+        """What the model needs, in the model's order."""
         return self.metadata.tensors
 
     @property
@@ -47,15 +47,16 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's floating dtype: the config's, else the embedding's."""
-        named = getattr(torch, self.metadata.dtype)
-        assert isinstance(named, torch.dtype)
-        return named
+        dtype = getattr(torch, self.metadata.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     def entry(self, name: str) -> Entry:
+        """Where a tensor lies, by its canonical name."""
         return self.shards.entries[self.stored_names[name]]
 
     def read(self, name: str, into: Allocate = fresh) -> Tensor:
-        """One tensor by its canonical name; `into` as for Shards.read."""
+        """Read a tensor by its canonical name; see shards.read_entry."""
         return self.shards.read(self.stored_names[name], into)
 
     def packed(self, tensor: ModelTensor) -> bool:
@@ -63,54 +64,52 @@ class Checkpoint:
         return self.packing(tensor) is not None
 
     def packing(self, tensor: ModelTensor) -> Packing | None:
-        """How the weight is packed, decided from its tensors; None if it is stored as it is."""
+        """How the weight is packed, decided from its tensors; None if it is dense."""
         return self.metadata.packing(tensor)
-
-    def module_settings(self, packed: Packing) -> gptq_config.ModuleSettings:
-        """What GPTQ's settings say of a weight."""
-        return self.metadata.module_settings(packed)
 
     def weight(self, tensor: ModelTensor, into: Allocate = fresh) -> Weight:
         """The weight of one linear layer, however it is stored.
 
         Args:
-            into: gives memory for the file's tensors where the weight holds them as they are
-                stored; what must be transposed is read and built in memory of its own.
+            into: returns memory for the file's tensors if the weight holds them as they are stored;
+                what must be transposed is read and built in new memory.
 
         Raises:
-            CheckpointError: the stored tensors are damaged, or another shape than the model's.
+            CheckpointError: the stored tensors are damaged, or have another shape than the model's.
         """
-        packed = self.packing(tensor)
-        where = str(self.entry(packed.tensor_names[0] if packed else tensor.name).file)
-        if packed:
-            weight = self._unpack(packed, tensor, where, into)
+        packing = self.packing(tensor)
+        where = str(self.entry(packing.tensor_names[0] if packing else tensor.name).file)
+        if packing:
+            weight = self._unpack(packing, tensor, where, into)
         else:
             weight = Dense(self.read(tensor.name, into))
         if weight.shape != tensor.shape:
             raise wrong_shape(where, tensor, weight.shape)
         return weight
 
-    def _unpack(self, packed: Packing, tensor: ModelTensor, where: str, into: Allocate) -> Weight:
-        as_stored = packed.layout in ("bitsandbytes", "compressed-tensors")
-        read = {name: self.read(name, into if as_stored else fresh) for name in packed.tensor_names}
+    def _unpack(self, packing: Packing, tensor: ModelTensor, where: str, into: Allocate) -> Weight:
+        if packing.layout not in ("bitsandbytes", "compressed-tensors"):
+            into = fresh  # the others are transposed
+        tensors = {name: self.read(name, into) for name in packing.tensor_names}
         prefix, shape = tensor.prefix, (tensor.shape[0], tensor.shape[1])
-        match packed.layout:
+        match packing.layout:
             case "bitsandbytes":
-                return bnb.unpack(read, prefix, where)
+                return bnb.unpack(tensors, prefix, where)
             case "compressed-tensors":
-                return compressed_tensors.unpack(read, prefix, where, shape)
+                return compressed_tensors.unpack(tensors, prefix, where, shape)
             case "AWQ":
-                return awq.unpack(read, prefix, where, shape)
+                return awq.unpack(tensors, prefix, where, shape)
             case "GPTQ":
-                return gptq.unpack(read, prefix, where, shape, self.module_settings(packed))
+                settings = self.metadata.module_settings(packing)
+                return gptq.unpack(tensors, prefix, where, shape, settings)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Open a directory and match its tensors against its config, before any data is read.
+    """Open a directory and check its tensors against its config, before any data are read.
 
     Raises:
         CheckpointError: tensors are missing, left over or of a wrong shape; the first five are named.
-        UnsupportedError: a layout that is not read, Mistral's own files among them.
+        UnsupportedError: a layout that is not read, such as that of Mistral's own files.
     """
     metadata = read_metadata(directory)
     return Checkpoint(metadata, Shards.of(metadata.directory, metadata.tensor_infos))

@@ -1,7 +1,8 @@
-"""Which programs load a checkpoint, and why not: a pure function of its headers and its settings.
+"""Which programs load a checkpoint, and why others do not: a pure function of headers and settings.
 
-What was tried: tiny Mixtrals in transformers 5.23.0 with compressed-tensors 0.20.0 and in gptqmodel
-7.7.0, on a CPU. vLLM 0.33.0 was read (auto_gptq.py, gptq_utils.py, mixtral.py), not run. Knows no files.
+Tiny Mixtrals were tried on a CPU in transformers 5.23.0 with compressed-tensors 0.20.0, and in
+gptqmodel 7.7.0. Of vLLM 0.33.0 the source was read (auto_gptq.py, gptq_utils.py, mixtral.py). Knows
+no files.
 """
 
 import re
@@ -18,7 +19,7 @@ from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 Outcome = Literal["loads", "refuses", "noise", "unknown"]
 Dialect = Literal["classic", "gptqmodel"]
 
-_EXPERTS = re.compile(r"(model\.layers\.\d+\.block_sparse_moe\.experts)\.\d+\.w[123]")
+_EXPERT = re.compile(r"(model\.layers\.\d+\.block_sparse_moe\.experts)\.\d+\.w[123]")
 _QKV = re.compile(r"(model\.layers\.\d+\.self_attn\.)[qkv]_proj")
 _GPTQ_FIELDS = ("bits", "group_size", "desc_act", "sym")
 _AWQ_FIELDS = ("bits|w_bit", "group_size|q_group_size", "zero_point")
@@ -26,12 +27,12 @@ _AWQ_FIELDS = ("bits|w_bit", "group_size|q_group_size", "zero_point")
 
 @dataclass(frozen=True, kw_only=True)
 class StorageSummary:
-    """What the verdicts depend on.
+    """How the weights of a checkpoint are stored: what decides which programs load it.
 
     Attributes:
         schemes: of every linear layer by its module's classic name, dense ones included.
         layouts: of the packed weights.
-        dialect: whose names the expert tensors have.
+        dialect: the names of the expert tensors are classic, or gptqmodel's.
         settings: config.json's `quantization_config`, else those beside it; None if there are none.
     """
 
@@ -41,17 +42,23 @@ class StorageSummary:
     settings: Mapping[str, Any] | None
 
     @property
-    def experts(self) -> dict[str, Scheme]:
-        return {module: own for module, own in self.schemes.items() if _EXPERTS.fullmatch(module)}
+    def expert_schemes(self) -> dict[str, Scheme]:
+        """The schemes of the experts' matrices, by module name."""
+        return {name: scheme for name, scheme in self.schemes.items() if _EXPERT.fullmatch(name)}
+
+    @property
+    def has_packed_experts(self) -> bool:
+        """Whether any expert's matrix is stored as integers."""
+        return any(scheme.integer for scheme in self.expert_schemes.values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What becomes of the checkpoint in one program.
+class ReaderSupport:
+    """What one program makes of a checkpoint.
 
     Attributes:
         outcome: `noise` is a model that loads without an error and computes something else.
-        tried: with that program; else its source was read.
+        tried: whether that program was run; if not, its source was read.
     """
 
     reader: str
@@ -60,30 +67,55 @@ class Verdict:
     tried: bool
 
 
-def verdicts(contents: StorageSummary) -> tuple[Verdict, ...]:
-    """One for each program; the first is qmix, which has read the headers already."""
-    return (
-        Verdict(reader="qmix", outcome="loads", reason="", tried=True),
-        _vllm(contents),
-        _transformers(contents),
-        _gptqmodel(contents),
+def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
+    """Summarize how a checkpoint is stored."""
+    packings = {tensor: metadata.packing(tensor) for tensor in metadata.tensors}
+    schemes = {
+        tensor.prefix: metadata.scheme_of(tensor, packing) if packing else DENSE
+        for tensor, packing in packings.items()
+        if tensor.linear
+    }
+    classic = all(
+        metadata.stored_names[name] == name
+        for tensor, packing in packings.items()
+        if tensor.kind == "expert"
+        for name in (packing.tensor_names if packing else (tensor.name,))
+    )
+    layouts = frozenset(packing.layout for packing in packings.values() if packing)
+    settings_files = {"GPTQ": gptq_config.FILE, "AWQ": tensor_names.AWQ_FILE}
+    files = [settings_files[layout] for layout in layouts if layout in settings_files]
+    return StorageSummary(
+        schemes=schemes,
+        layouts=layouts,
+        dialect="classic" if classic else "gptqmodel",
+        settings=metadata.quantization_settings(files[0] if len(files) == 1 else None)[0],
     )
 
 
-def _vllm(contents: StorageSummary) -> Verdict:
-    demands: dict[Layout, Callable[[StorageSummary], Iterator[str]]] = {
+def reader_support(summary: StorageSummary) -> tuple[ReaderSupport, ...]:
+    """One entry for each program; the first is qmix, which has already read the headers."""
+    return (
+        ReaderSupport(reader="qmix", outcome="loads", reason="", tried=True),
+        _vllm(summary),
+        _transformers(summary),
+        _gptqmodel(summary),
+    )
+
+
+def _vllm(summary: StorageSummary) -> ReaderSupport:
+    problems_of: dict[Layout, Callable[[StorageSummary], Iterator[str]]] = {
         "bitsandbytes": lambda _: iter(["bitsandbytes left its core in 0.28"]),
-        "GPTQ": vllm_gptq,
-        "AWQ": lambda own: _missing(own.settings, _AWQ_FIELDS),
-        "compressed-tensors": lambda own: _missing(own.settings, ("config_groups",)),
+        "GPTQ": vllm_gptq_problems,
+        "AWQ": lambda it: _missing_fields(it.settings, _AWQ_FIELDS),
+        "compressed-tensors": lambda it: _missing_fields(it.settings, ("config_groups",)),
     }
     problems = [
-        reason for layout in sorted(contents.layouts) for reason in demands[layout](contents)
+        reason for layout in sorted(summary.layouts) for reason in problems_of[layout](summary)
     ]
-    if contents.dialect == "gptqmodel":
-        problems.append("it knows the classic names of experts only: qmix export writes them")
-    problems += _fused_apart(contents)
-    return Verdict(
+    if summary.dialect == "gptqmodel":
+        problems.append("it knows only the classic names of experts, which qmix export writes")
+    problems += _mixed_fusions(summary)
+    return ReaderSupport(
         reader="vLLM 0.33",
         outcome="refuses" if problems else "loads",
         reason="; ".join(dict.fromkeys(problems)),
@@ -91,101 +123,112 @@ def _vllm(contents: StorageSummary) -> Verdict:
     )
 
 
-def vllm_gptq(contents: StorageSummary) -> Iterator[str]:
-    """What vLLM 0.33's GPTQ loader demands of the settings and does not find; nothing if all is well."""
-    missing = list(_missing(contents.settings, _GPTQ_FIELDS))
-    if missing or contents.settings is None:
+def vllm_gptq_problems(summary: StorageSummary) -> Iterator[str]:
+    """What vLLM 0.33's GPTQ loader demands and the checkpoint does not meet."""
+    settings = summary.settings
+    missing = list(_missing_fields(settings, _GPTQ_FIELDS))
+    if missing or settings is None:
         yield from missing
         return
     try:
-        said = gptq_config.parse(contents.settings, "quantization_config")
+        config = gptq_config.parse(settings, "quantization_config")
     except QmixError as error:
         yield str(error)
         return
-    if any(isinstance(contents.settings[name], list) for name in _GPTQ_FIELDS):
+    if any(isinstance(settings[name], list) for name in _GPTQ_FIELDS):
         yield "its settings are lists of one element"
-    act_order = contents.settings["desc_act"] not in (False, [False])
-    sizes = [said.group_size, *(rule.group_size for rule in said.rules if not rule.excluded)]
+    act_order = settings["desc_act"] not in (False, [False])
+    sizes = [config.group_size, *(rule.group_size for rule in config.rules if not rule.excluded)]
     if act_order and any(size not in (None, -1) for size in sizes):
-        yield "it dropped act-order (desc_act) but for groups of all inputs"
-    if not all(own.symmetric for own in contents.schemes.values() if own.integer):
+        yield "it dropped act-order (desc_act) except for groups of all inputs"
+    packed = {name: scheme for name, scheme in summary.schemes.items() if scheme.integer}
+    if not all(scheme.symmetric for scheme in packed.values()):
         yield "it takes symmetric weights only"
-    for own in dict.fromkeys(own for own in contents.schemes.values() if own.integer):
-        if own.group_size not in (-1, *GROUP_SIZES):
-            yield f"it does not know groups of {own.group_size}"
-    if any(own.integer for module, own in contents.schemes.items() if module.endswith(".gate")):
+    for size in dict.fromkeys(scheme.group_size for scheme in packed.values()):
+        if size not in (-1, *GROUP_SIZES):
+            yield f"it does not know groups of {size}"
+    if any(module.endswith(".gate") for module in packed):
         yield "it builds the router unquantized"
-    for module, own in contents.schemes.items():
-        asked = _fused_name(module)
-        # What is dense it finds out by itself, but for experts.
-        if own.integer or _EXPERTS.fullmatch(module):
-            found = said.scheme_of(asked)
-            if found != own and not module.endswith(".gate"):
-                yield f"it takes {asked} for {found}, but {module} is {own}"
-                return
+    yield from _contradicted_scheme(summary, config)
+
+
+def _contradicted_scheme(summary: StorageSummary, config: gptq_config.GPTQConfig) -> Iterator[str]:
+    """The first module for which the settings give vLLM another scheme than the tensors have."""
+    for module, scheme in summary.schemes.items():
+        # It finds out by itself which layers are dense, except experts.
+        asked = scheme.integer or _EXPERT.fullmatch(module)
+        if not asked or module.endswith(".gate"):
+            continue
+        fused = _fused_name(module)
+        assumed = config.scheme_of(fused)
+        if assumed != scheme:
+            yield f"it takes {fused} for {assumed}, but {module} is {scheme}"
+            return
 
 
 def _fused_name(module: str) -> str:
     """The name by which vLLM asks the rules about a module."""
-    if experts := _EXPERTS.fullmatch(module):
-        return experts[1]
+    if expert := _EXPERT.fullmatch(module):
+        return expert[1]
     qkv = _QKV.fullmatch(module)
     return f"{qkv[1]}qkv_proj" if qkv else module
 
 
-def _fused_apart(contents: StorageSummary) -> Iterator[str]:
-    """Modules that vLLM fuses although they are stored in different ways."""
+def _mixed_fusions(summary: StorageSummary) -> Iterator[str]:
+    """The first of the modules that vLLM fuses although its parts are stored in different ways."""
     fused: dict[str, set[Scheme]] = {}
-    for module, own in contents.schemes.items():
-        fused.setdefault(_fused_name(module), set()).add(own)
+    for module, scheme in summary.schemes.items():
+        fused.setdefault(_fused_name(module), set()).add(scheme)
     for name, schemes in fused.items():
         if len(schemes) > 1:
-            yield f"all parts of {name} must be alike, found {' and '.join(map(str, schemes))}"
+            different = " and ".join(map(str, schemes))
+            yield f"all parts of {name} must have one scheme, found {different}"
             return
 
 
-def _missing(settings: Mapping[str, Any] | None, fields: tuple[str, ...]) -> Iterator[str]:
-    given = {name for name, value in (settings or {}).items() if value is not None}
-    absent = [field.split("|")[0] for field in fields if not given & set(field.split("|"))]
-    if absent:
-        yield f"the settings lack {', '.join(absent)}"
+def _missing_fields(settings: Mapping[str, Any] | None, fields: tuple[str, ...]) -> Iterator[str]:
+    present = {name for name, value in (settings or {}).items() if value is not None}
+    missing = [field.split("|")[0] for field in fields if not present & set(field.split("|"))]
+    if missing:
+        yield f"the settings lack {', '.join(missing)}"
 
 
-def _transformers(contents: StorageSummary) -> Verdict:
+def _transformers(summary: StorageSummary) -> ReaderSupport:
     outcome: Outcome = "loads"
     reason = ""
     tried = True
-    if "bitsandbytes" in contents.layouts:
+    if "bitsandbytes" in summary.layouts:
         outcome = "refuses"
-        reason = "experts are one parameter there, which bitsandbytes' tensors do not fit"
-    elif contents.layouts & {"GPTQ", "AWQ"}:
-        packed = any(own.integer for own in contents.experts.values())
-        outcome, tried = ("noise", True) if packed else ("unknown", False)
-        reason = "experts stay random: GPTQ and AWQ reach nn.Linear only, and experts are none"
-    elif "compressed-tensors" in contents.layouts:
-        outcome, reason = _compressed_in_transformers(contents)
-    return Verdict(reader="transformers 5.23", outcome=outcome, reason=reason, tried=tried)
+        reason = "its experts are one parameter, which bitsandbytes' tensors do not fit"
+    elif summary.layouts & {"GPTQ", "AWQ"}:
+        outcome, tried = ("noise", True) if summary.has_packed_experts else ("unknown", False)
+        reason = "experts stay random: GPTQ and AWQ reach only nn.Linear, which experts are not"
+    elif "compressed-tensors" in summary.layouts:
+        outcome, reason = _compressed_in_transformers(summary)
+    return ReaderSupport(reader="transformers 5.23", outcome=outcome, reason=reason, tried=tried)
 
 
-def _compressed_in_transformers(contents: StorageSummary) -> tuple[Outcome, str]:
-    packed = [own for own in contents.schemes.values() if own.integer]
-    if list(_missing(contents.settings, ("config_groups",))):
+def _compressed_in_transformers(summary: StorageSummary) -> tuple[Outcome, str]:
+    settings = summary.settings
+    if settings is None or list(_missing_fields(settings, ("config_groups",))):
         return "unknown", "there are no settings of compressed-tensors"
-    if not all(own.symmetric for own in packed):
+    if not all(scheme.symmetric for scheme in summary.schemes.values() if scheme.integer):
         return "refuses", "it does not unpack the zero points of experts"
-    experts = {own for own in contents.experts.values() if own.integer}
+    experts = {scheme for scheme in summary.expert_schemes.values() if scheme.integer}
     if len(experts) > 1:
-        assert contents.settings is not None
-        bits = _bits_of_all_experts(contents.settings["config_groups"])
+        bits = _assumed_expert_bits(settings["config_groups"])
         reason = "it unpacks all experts by one group, and theirs differ"
-        return ("noise" if any(own.bits > bits for own in experts) else "refuses"), reason
+        return ("noise" if any(scheme.bits > bits for scheme in experts) else "refuses"), reason
     return "loads", "its experts are unpacked to 16 bits"
 
 
-def _bits_of_all_experts(groups: Any) -> int:
-    """Of the group that transformers 5.23 chooses (`get_experts_scheme`); 8 if they are none."""
+def _assumed_expert_bits(groups: Any) -> int:
+    """Bits of the group that transformers 5.23 chooses for experts (`get_experts_scheme`).
+
+    They are 8 if there is no group.
+    """
     listed = [group for group in groups.values() if isinstance(group, dict)]
-    named = [
+    by_name = [
         group
         for group in listed
         if any(t.startswith("re:") and "experts" in t for t in group.get("targets", ()))
@@ -193,53 +236,29 @@ def _bits_of_all_experts(groups: Any) -> int:
     by_class = [
         group for group in listed if any(not t.startswith("re:") for t in group.get("targets", ()))
     ]
-    chosen = next(iter([*named, *by_class, *listed]), {})
+    chosen = next(iter([*by_name, *by_class, *listed]), {})
     bits = chosen.get("weights", {}).get("num_bits", 8)
     return bits if isinstance(bits, int) else 8
 
 
-def _gptqmodel(contents: StorageSummary) -> Verdict:
+def _gptqmodel(summary: StorageSummary) -> ReaderSupport:
     outcome: Outcome = "loads"
     reason = ""
     tried = True
-    layouts, settings = contents.layouts, contents.settings or {}
-    classic = contents.dialect == "classic" and any(o.integer for o in contents.experts.values())
+    layouts, settings = summary.layouts, summary.settings or {}
+    classic = summary.dialect == "classic" and summary.has_packed_experts
     if "bitsandbytes" in layouts:
-        outcome, reason = "refuses", "it reads its own spelling of these settings only"
+        outcome, reason = "refuses", "it reads only its own spelling of these settings"
     elif "GPTQ" in layouts and classic:
-        outcome, reason = "refuses", "it knows its own names of experts only"
+        outcome, reason = "refuses", "it knows only its own names of experts"
     elif "AWQ" in layouts and classic:
-        outcome, reason = "noise", "experts stay zeros: it knows its own names of them only"
+        outcome, reason = "noise", "experts stay zero: it knows only its own names of them"
     elif "GPTQ" in layouts and not settings:
         outcome, reason, tried = "unknown", "there are no settings in config.json", False
     elif "GPTQ" in layouts and settings.get("sym") in (False, [False]):
         if settings.get("checkpoint_format") != "gptq_v2":
-            outcome, reason = "refuses", "it takes asymmetric weights in version 1 from itself only"
+            outcome = "refuses"
+            reason = "it takes asymmetric weights of version 1 only from itself"
     elif layouts & {"compressed-tensors"} or not layouts:
         outcome, reason, tried = "unknown", "it is made for GPTQ and AWQ", False
-    return Verdict(reader="gptqmodel 7.7", outcome=outcome, reason=reason, tried=tried)
-
-
-def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
-    """What decides which programs load a checkpoint."""
-    packings = {tensor: metadata.packing(tensor) for tensor in metadata.tensors}
-    schemes = {
-        tensor.prefix: metadata.scheme_of(tensor, packed) if packed else DENSE
-        for tensor, packed in packings.items()
-        if tensor.linear
-    }
-    classic = all(
-        metadata.stored_names[name] == name
-        for tensor, packed in packings.items()
-        if tensor.kind == "expert"
-        for name in (packed.tensor_names if packed else (tensor.name,))
-    )
-    found = frozenset(packed.layout for packed in packings.values() if packed)
-    beside = {"GPTQ": gptq_config.FILE, "AWQ": tensor_names.AWQ_FILE}
-    files = [beside[layout] for layout in found if layout in beside]
-    return StorageSummary(
-        schemes=schemes,
-        layouts=found,
-        dialect="classic" if classic else "gptqmodel",
-        settings=metadata.quantization_settings(files[0] if len(files) == 1 else None)[0],
-    )
+    return ReaderSupport(reader="gptqmodel 7.7", outcome=outcome, reason=reason, tried=tried)

@@ -1,7 +1,7 @@
-"""A checkpoint as its headers describe it: config, each weight by its canonical name, and how it is stored.
+"""A checkpoint's metadata: config, each weight by its canonical name, and how it is stored.
 
 How a weight is stored is decided from its tensors' names and shapes, never from the config. Knows no
-torch: opening one takes milliseconds. Shape letters: N outputs, K inputs.
+torch: reading the metadata takes milliseconds. Shape letters: N output features, K input features.
 """
 
 import math
@@ -23,9 +23,10 @@ from qmix.formats.names import ModelTensor
 from qmix.weights.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
 
 _FLOATS = ("F32", "F16", "BF16")
+_MANY_TENSORS = 1000
 
-# Marks of layouts that are not read, so that they are refused by name.
-_FOREIGN = {
+# Name endings of layouts that are not read, so that the error can name the layout.
+_UNREAD_LAYOUTS = {
     ".SCB": "bitsandbytes LLM.int8",
     ".W_q": "HQQ",
     ".trellis": "EXL3",
@@ -38,7 +39,7 @@ _FOREIGN = {
 class Packing:
     """How one weight is packed, and the canonical names of its tensors.
 
-    Those that the layout demands are among them even if the files lack them.
+    Names that the layout requires are among them even if the files lack them.
     """
 
     layout: Layout
@@ -47,14 +48,13 @@ class Packing:
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """The headers of a checkpoint whose tensor set is exactly that of the model.
+    """What the config and the headers of a checkpoint say; its tensors are exactly the model's.
 
     Attributes:
-        config: of config.json.
-        tensor_infos: of the files, by the names there.
-        tensors: what the model needs, in walking order.
+        tensor_infos: of the files, by the names in the files.
+        tensors: what the model needs, in the model's order.
         stored_names: canonical tensor name -> name in the files.
-        settings: what GPTQ's tensors do not say by themselves.
+        gptq: what GPTQ's tensors do not say by themselves.
     """
 
     directory: Path
@@ -62,7 +62,7 @@ class CheckpointMetadata:
     tensor_infos: Mapping[str, TensorInfo]
     tensors: tuple[ModelTensor, ...]
     stored_names: Mapping[str, str]
-    settings: gptq_config.GPTQConfig = field(default_factory=gptq_config.GPTQConfig)
+    gptq: gptq_config.GPTQConfig = field(default_factory=gptq_config.GPTQConfig)
 
     @property
     def dtype(self) -> str:
@@ -72,54 +72,48 @@ class CheckpointMetadata:
         return DTYPES[self.tensor_info("model.embed_tokens.weight").dtype][0]
 
     def tensor_info(self, name: str) -> TensorInfo:
+        """The header's entry of a tensor, by its canonical name."""
         return self.tensor_infos[self.stored_names[name]]
 
     def packing(self, tensor: ModelTensor) -> Packing | None:
-        """How the weight is packed, decided from its tensors; None if it is stored as it is."""
-        prefix, stored_names = tensor.prefix, self.stored_names
+        """How the weight is packed, decided from its tensors; None if it is dense."""
+        prefix, present = tensor.prefix, self.stored_names
         if not tensor.linear:
             return None
-        if members := tensor_names.bnb_names(prefix, stored_names):
-            return Packing("bitsandbytes", tuple(dict.fromkeys((tensor.name, *members))))
-        if members := tensor_names.compressed_names(prefix, stored_names):
-            return Packing("compressed-tensors", members)
-        members = tensor_names.awq_names(prefix, stored_names)
-        if members and self.tensor_info(members[0]).shape[:1] == tensor.shape[1:]:
-            return Packing("AWQ", members)
-        if members := tensor_names.gptq_names(prefix, stored_names):
-            return Packing("GPTQ", members)
+        if found := tensor_names.bnb_names(prefix, present):
+            return Packing("bitsandbytes", tuple(dict.fromkeys((tensor.name, *found))))
+        if found := tensor_names.compressed_names(prefix, present):
+            return Packing("compressed-tensors", found)
+        found = tensor_names.awq_names(prefix, present)
+        if found and self.tensor_info(found[0]).shape[:1] == tensor.shape[1:]:
+            return Packing("AWQ", found)
+        if found := tensor_names.gptq_names(prefix, present):
+            return Packing("GPTQ", found)
         return None
 
-    def module_settings(self, packed: Packing) -> gptq_config.ModuleSettings:
+    def module_settings(self, packing: Packing) -> gptq_config.ModuleSettings:
         """What GPTQ's settings say of a weight."""
-        return self.settings.for_module(
-            self.stored_names[packed.tensor_names[0]].rpartition(".")[0]
-        )
+        return self.gptq.for_module(self.stored_names[packing.tensor_names[0]].rpartition(".")[0])
 
-    def scheme_of(self, tensor: ModelTensor, packed: Packing) -> Scheme:
+    def scheme_of(self, tensor: ModelTensor, packing: Packing) -> Scheme:
         """The scheme of a packed weight, as far as shapes and settings tell.
 
-        An AWQ weight counts as asymmetric although all its zeros may be 8.
+        An AWQ weight counts as asymmetric, although all its zeros may be 8.
         """
         shapes = {
-            name.rpartition(".")[2]: self.tensor_info(name).shape for name in packed.tensor_names
+            name.rpartition(".")[2]: self.tensor_info(name).shape for name in packing.tensor_names
         }
-        if packed.layout == "bitsandbytes":
-            blocks, count = math.prod(shapes.get("absmax", (0,))), math.prod(tensor.shape)
-            # Sizes that give the same number of blocks differ in the last block only.
-            fitting = [size for size in NF4_BLOCK_SIZES if -(-count // size) == blocks]
-            block = 64 if 64 in fitting or not fitting else fitting[0]
-            kind: Kind = "fp4" if "bitsandbytes__fp4" in shapes else "nf4"
-            return Scheme(kind=kind, block_size=block, double_quant="nested_absmax" in shapes)
+        if packing.layout == "bitsandbytes":
+            return _bnb_scheme(shapes, math.prod(tensor.shape))
         columns = tensor.shape[1]
         bits: int | None = 4
-        if packed.layout == "compressed-tensors":
+        if packing.layout == "compressed-tensors":
             groups, symmetric = shapes["weight_scale"][-1], "weight_zero_point" not in shapes
             bits = tensor_names.compressed_bits(shapes["weight_packed"][-1], columns)
         else:
             groups = shapes["scales"][0]
-            symmetric = packed.layout == "GPTQ" and self.module_settings(packed).symmetric
-            if packed.layout == "GPTQ":
+            symmetric = packing.layout == "GPTQ" and self.module_settings(packing).symmetric
+            if packing.layout == "GPTQ":
                 bits = tensor_names.gptq_bits(shapes["qweight"][0], columns)
         size = columns // max(groups, 1)
         return Scheme(
@@ -128,21 +122,38 @@ class CheckpointMetadata:
             symmetric=symmetric,
         )
 
-    def quantization_settings(self, beside: str | None) -> tuple[Mapping[str, Any] | None, str]:
-        """The settings and their file: config.json's, else those of the file `beside` it."""
+    def quantization_settings(
+        self, settings_file: str | None
+    ) -> tuple[Mapping[str, Any] | None, str]:
+        """The quantization settings, or None, and the file or directory for errors.
+
+        Args:
+            settings_file: the file beside config.json that is read if config.json has none.
+        """
         if self.config.quantization_config is not None:
             return self.config.quantization_config, str(self.directory / "config.json")
-        if beside is not None and (self.directory / beside).exists():
-            return strict_json.read(self.directory / beside), str(self.directory / beside)
+        if settings_file is not None and (self.directory / settings_file).exists():
+            path = self.directory / settings_file
+            return strict_json.read(path), str(path)
         return None, str(self.directory)
 
 
+def _bnb_scheme(shapes: Mapping[str, tuple[int, ...]], count: int) -> Scheme:
+    """The scheme of `count` weights from the shapes of bitsandbytes' tensors."""
+    blocks = math.prod(shapes.get("absmax", (0,)))
+    # Sizes that give the same number of blocks differ in the last block only.
+    fitting = [size for size in NF4_BLOCK_SIZES if -(-count // size) == blocks]
+    block_size = 64 if 64 in fitting or not fitting else fitting[0]
+    kind: Kind = "fp4" if "bitsandbytes__fp4" in shapes else "nf4"
+    return Scheme(kind=kind, block_size=block_size, double_quant="nested_absmax" in shapes)
+
+
 def read_metadata(directory: str | Path) -> CheckpointMetadata:
-    """Open a directory and match its tensors against its config, before any data is read.
+    """Read config and headers, and check that the tensors are those of the config's model.
 
     Raises:
         CheckpointError: tensors are missing, left over or of a wrong shape; the first five are named.
-        UnsupportedError: a layout that is not read, Mistral's own files among them.
+        UnsupportedError: a layout that is not read, such as that of Mistral's own files.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -153,56 +164,63 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
         )
     detect.refuse_raw(folder)
     config = MixtralConfig.from_pretrained(folder)
-    headers = read_headers(folder)
+    infos = read_headers(folder)
+    stored_names = _stored_names(infos)
+    # A config of absurd size is refused before its tensors' names are made.
+    if names.count(config) > len(infos) + _MANY_TENSORS:
+        raise CheckpointError(
+            "not the tensors of the model that config.json describes",
+            where=str(folder),
+            expected=f"at least {names.count(config)} tensors",
+            found=len(infos),
+            remedy="The download is incomplete, or config.json is another model's.",
+        )
+    tensors = tuple(names.model_tensors(config))
+    if config.tie_word_embeddings:
+        stored_names.pop("lm_head.weight", None)  # a saved copy of the embedding
+    _refuse_unread_layouts(folder, stored_names)
+    metadata = CheckpointMetadata(folder, config, infos, tensors, stored_names)
+    metadata = replace(metadata, gptq=_checked_settings(metadata))
+    _check_tensors(metadata)
+    return metadata
+
+
+def _stored_names(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Canonical tensor name -> name in the files."""
     stored_names: dict[str, str] = {}
-    for name in headers:
+    for name, info in infos.items():
         if names.ignored(name):
             continue
         canonical = names.canonical(name)
         if canonical in stored_names:
             raise CheckpointError(
                 "the same tensor under two names",
-                where=str(headers[name].file),
+                where=str(info.file),
                 found=f"{stored_names[canonical]} and {name}",
             )
         stored_names[canonical] = name
-    if names.count(config) > len(headers) + 1000:  # absurd sizes are not spelled out
-        raise CheckpointError(
-            "not the tensors of the model that config.json describes",
-            where=str(folder),
-            expected=f"at least {names.count(config)} tensors",
-            found=len(headers),
-            remedy="The download is incomplete, or config.json is another model's.",
-        )
-    tensors = tuple(names.model_tensors(config))
-    if config.tie_word_embeddings:
-        stored_names.pop("lm_head.weight", None)  # a saved copy of the embedding
-    _refuse_foreign(folder, stored_names)
-    metadata = CheckpointMetadata(folder, config, headers, tensors, stored_names)
-    metadata = replace(metadata, settings=_settings(metadata))
-    _match(metadata)
-    return metadata
+    return stored_names
 
 
-def _settings(metadata: CheckpointMetadata) -> gptq_config.GPTQConfig:
-    """Check what the config says of the layouts that the tensors have."""
+def _checked_settings(metadata: CheckpointMetadata) -> gptq_config.GPTQConfig:
+    """Check the quantization settings against the layouts of the tensors; return GPTQ's."""
     packings = (metadata.packing(tensor) for tensor in metadata.tensors)
-    found = {packed.layout for packed in packings if packed}
+    layouts = {packing.layout for packing in packings if packing}
     config = metadata.config.quantization_config
     method = config.get("quant_method") if config else None
-    if "compressed-tensors" in found:
+    if "compressed-tensors" in layouts:
         tensor_names.check_compressed(*metadata.quantization_settings(None))
     # AWQ's other versions may look like GPTQ without g_idx; the config tells them by name.
-    if "AWQ" in found or ("GPTQ" in found and method == "awq"):
+    if "AWQ" in layouts or ("GPTQ" in layouts and method == "awq"):
         tensor_names.check_awq(*metadata.quantization_settings(tensor_names.AWQ_FILE))
-    if "GPTQ" in found:
+    if "GPTQ" in layouts:
         return gptq_config.parse(*metadata.quantization_settings(gptq_config.FILE))
     return gptq_config.GPTQConfig()
 
 
-def _refuse_foreign(folder: Path, stored_names: Mapping[str, str]) -> None:
+def _refuse_unread_layouts(folder: Path, stored_names: Mapping[str, str]) -> None:
     for name in stored_names:
-        for suffix, layout in _FOREIGN.items():
+        for suffix, layout in _UNREAD_LAYOUTS.items():
             if name.endswith(suffix):
                 raise UnsupportedError(
                     f"{layout} checkpoints are not read",
@@ -213,39 +231,61 @@ def _refuse_foreign(folder: Path, stored_names: Mapping[str, str]) -> None:
                 )
 
 
-def _match(metadata: CheckpointMetadata) -> None:
-    """Every tensor used exactly once, none missing, none left over."""
+def _check_tensors(metadata: CheckpointMetadata) -> None:
+    """Raise unless every tensor is used exactly once, and none is missing."""
     folder, stored_names = metadata.directory, metadata.stored_names
-    left = set(stored_names)
+    left_over = set(stored_names)
     missing: list[str] = []
     for tensor in metadata.tensors:
-        packed = metadata.packing(tensor)
-        needed = packed.tensor_names if packed else (tensor.name,)
-        missing += [name for name in needed if name not in left]
-        left -= set(needed)
-        if packed or tensor.name not in stored_names:
+        packing = metadata.packing(tensor)
+        needed = packing.tensor_names if packing else (tensor.name,)
+        missing += [name for name in needed if name not in left_over]
+        left_over -= set(needed)
+        if packing or tensor.name not in stored_names:
             continue
-        header = metadata.tensor_info(tensor.name)
-        if header.shape != tensor.shape:
-            raise wrong_shape(str(header.file), tensor, header.shape)
-        if header.dtype not in _FLOATS:
+        info = metadata.tensor_info(tensor.name)
+        if info.shape != tensor.shape:
+            raise wrong_shape(str(info.file), tensor, info.shape)
+        if info.dtype not in _FLOATS:
             raise CheckpointError(
                 f"tensor {tensor.name}: wrong dtype",
-                where=str(header.file),
+                where=str(info.file),
                 expected="F32, F16 or BF16",
-                found=DTYPES[header.dtype][0],
+                found=DTYPES[info.dtype][0],
             )
-    if missing or left:
-        named = [f"missing {n}" for n in missing[:5]] + [f"left over {n}" for n in sorted(left)[:5]]
-        config = metadata.config
-        raise CheckpointError(
-            f"not the tensors of a Mixtral with {config.num_hidden_layers} layers and "
-            f"{config.num_local_experts} experts: {len(missing)} missing, {len(left)} left over",
-            where=str(folder if missing else metadata.tensor_info(min(left)).file),
-            expected="each tensor of config.json's model once",
-            found="; ".join(named[:5]),
-            remedy="The download is incomplete, or config.json is another model's.",
+    if missing or left_over:
+        where = folder if missing else metadata.tensor_info(min(left_over)).file
+        raise wrong_tensors(
+            str(where),
+            metadata.config,
+            missing,
+            sorted(left_over),
+            description="config.json",
         )
+
+
+def wrong_tensors(
+    where: str,
+    config: MixtralConfig,
+    missing: list[str],
+    left_over: list[str],
+    *,
+    description: str,
+) -> CheckpointError:
+    """The error of files whose tensors are not those of the model; it names the first five.
+
+    Args:
+        description: the file that describes the model.
+    """
+    named = [f"missing {n}" for n in missing[:5]] + [f"left over {n}" for n in left_over[:5]]
+    return CheckpointError(
+        f"not the tensors of a Mixtral with {config.num_hidden_layers} layers and "
+        f"{config.num_local_experts} experts: {len(missing)} missing, {len(left_over)} left over",
+        where=where,
+        expected=f"each tensor of {description}'s model once",
+        found="; ".join(named[:5]),
+        remedy=f"The download is incomplete, or {description} is another model's.",
+    )
 
 
 def wrong_shape(where: str, tensor: ModelTensor, found: tuple[int, ...]) -> CheckpointError:

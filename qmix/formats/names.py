@@ -1,6 +1,6 @@
-"""Every tensor name a Mixtral checkpoint may use, in one table, and the exact set a model needs.
+"""Every tensor name that a Mixtral checkpoint may use, and the exact set that a model needs.
 
-The canonical spelling is the classic one of the hub's Mixtral-8x7B:
+The canonical names are the classic ones of the hub's Mixtral-8x7B:
 `model.layers.L.block_sparse_moe.experts.E.w1.weight`. Knows nothing of files or bits.
 """
 
@@ -13,7 +13,7 @@ from qmix.config import MixtralConfig
 
 TensorKind = Literal["embedding", "norm", "attention", "router", "expert", "head"]
 
-# Other spellings, rewritten in this order (gptqmodel 7 and transformers 5 name the block `mlp`).
+# Other spellings, replaced in this order (gptqmodel 7 and transformers 5 name the block `mlp`).
 _SPELLINGS = (
     (re.compile(r"^(embed_tokens|layers|norm)\."), r"model.\1."),
     (re.compile(r"\.mlp\.(gate|experts)\."), r".block_sparse_moe.\1."),
@@ -29,13 +29,13 @@ _GPTQMODEL = {
     ".w2": ".down_proj",
 }
 
-# Buffers that old versions saved although they follow from the config.
+# Buffers that old versions saved, although they follow from the config.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One weight that a model needs: canonical name (ending in `.weight`), shape and kind."""
+    """One weight that a model needs: canonical name (which ends in `.weight`), shape and kind."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,32 +49,32 @@ class ModelTensor:
 
     @property
     def linear(self) -> bool:
-        """Whether it is the matrix of a linear layer, which may be packed."""
+        """Whether it is the matrix of a linear layer, and so may be packed."""
         return self.kind in ("attention", "router", "expert", "head")
 
 
 def canonical(name: str) -> str:
-    """The classic spelling of a tensor name; names that are none of ours come back unchanged."""
+    """The canonical spelling of a tensor name; an unknown name is returned unchanged."""
     for pattern, spelling in _SPELLINGS:
         name = pattern.sub(spelling, name)
     return name
 
 
 def spellings(module: str) -> tuple[str, str]:
-    """A module's classic name, as given, and gptqmodel 7's."""
-    theirs = module
-    for ours, other in _GPTQMODEL.items():
-        theirs = theirs.replace(ours, other)
-    return module, theirs
+    """A module's classic name, as given, and its name in gptqmodel 7."""
+    other = module
+    for classic, gptqmodel in _GPTQMODEL.items():
+        other = other.replace(classic, gptqmodel)
+    return module, other
 
 
 def ignored(name: str) -> bool:
-    """Whether a tensor carries nothing that the config does not say."""
+    """Whether a tensor holds nothing that the config does not say already."""
     return _IGNORED.fullmatch(name) is not None
 
 
 def model_tensors(config: MixtralConfig) -> Iterator[ModelTensor]:
-    """Every weight of a model, its head by the config's architectures, in walking order."""
+    """Every weight of a model in the model's order; the config's architectures decide on the head."""
     hidden = config.hidden_size
     yield ModelTensor("model.embed_tokens.weight", (config.vocab_size, hidden), "embedding")
     for layer in range(config.num_hidden_layers):
@@ -84,9 +84,9 @@ def model_tensors(config: MixtralConfig) -> Iterator[ModelTensor]:
 
 
 def _head(config: MixtralConfig) -> Iterator[ModelTensor]:
-    """The language-model head, unless it is the embedding or the files are of a model without it."""
-    declared = config.extra.get("architectures")
-    architectures = declared if isinstance(declared, list) else []
+    """The head, unless it is the embedding, or the files are those of a model without a head."""
+    listed = config.extra.get("architectures")
+    architectures = listed if isinstance(listed, list) else []
     if "MixtralForSequenceClassification" in architectures:
         yield ModelTensor("score.weight", (config.num_labels, config.hidden_size), "head")
     elif "MixtralModel" not in architectures and not config.tie_word_embeddings:
@@ -94,23 +94,23 @@ def _head(config: MixtralConfig) -> Iterator[ModelTensor]:
 
 
 def count(config: MixtralConfig) -> int:
-    """How many weights `model_tensors` yields, without naming them."""
-    a_layer = 4 + 2 + 1 + 3 * config.num_local_experts
-    return 2 + config.num_hidden_layers * a_layer + len(list(_head(config)))
+    """How many weights `model_tensors` yields, without making their names."""
+    per_layer = 4 + 2 + 1 + 3 * config.num_local_experts
+    return 2 + config.num_hidden_layers * per_layer + len(list(_head(config)))
 
 
 def layer_tensors(config: MixtralConfig, layer: int) -> Iterator[ModelTensor]:
     """The weights of one decoder layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    wide = config.num_attention_heads * config.head_dim
-    narrow = config.num_key_value_heads * config.head_dim
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key_value = config.num_key_value_heads * config.head_dim
     base = f"model.layers.{layer}"
     yield ModelTensor(f"{base}.input_layernorm.weight", (hidden,), "norm", layer)
     for name, shape in (
-        ("q_proj", (wide, hidden)),
-        ("k_proj", (narrow, hidden)),
-        ("v_proj", (narrow, hidden)),
-        ("o_proj", (hidden, wide)),
+        ("q_proj", (query, hidden)),
+        ("k_proj", (key_value, hidden)),
+        ("v_proj", (key_value, hidden)),
+        ("o_proj", (hidden, query)),
     ):
         yield ModelTensor(f"{base}.self_attn.{name}.weight", shape, "attention", layer)
     yield ModelTensor(f"{base}.post_attention_layernorm.weight", (hidden,), "norm", layer)
@@ -119,8 +119,8 @@ def layer_tensors(config: MixtralConfig, layer: int) -> Iterator[ModelTensor]:
     yield ModelTensor(f"{moe}.gate.weight", (experts, hidden), "router", layer)
     for expert in range(experts):
         for name, shape in (
-            ("w1", (inner, hidden)),
-            ("w2", (hidden, inner)),
-            ("w3", (inner, hidden)),
+            ("w1", (intermediate, hidden)),
+            ("w2", (hidden, intermediate)),
+            ("w3", (intermediate, hidden)),
         ):
             yield ModelTensor(f"{moe}.experts.{expert}.{name}.weight", shape, "expert", layer)

@@ -155,7 +155,7 @@ def test_the_loss_of_a_4_bit_model_has_a_gradient_by_its_dense_weights(packed):
 @pytest.mark.parametrize("count", [200_000])  # minutes, if each key were compared with all before
 def test_a_duplicate_key_at_the_end_of_a_large_document_is_found(count):
     pairs = ",".join(f'"{index:x}":0' for index in range(count))
-    with pytest.raises(CheckpointError, match="stands twice"):
+    with pytest.raises(CheckpointError, match="appears twice"):
         strict_json.loads(f'{{{pairs},"{count - 1:x}":0}}', where="config.json")
 
 

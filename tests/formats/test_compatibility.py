@@ -5,10 +5,15 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qmix.commands.checkpoint import export
+from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.formats import open_checkpoint
-from qmix.formats.compatibility import StorageSummary, storage_summary, verdicts, vllm_gptq
+from qmix.formats.compatibility import (
+    StorageSummary,
+    reader_support,
+    storage_summary,
+    vllm_gptq_problems,
+)
 from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
 from qmix.models.causal_lm import MixtralForCausalLM
@@ -113,16 +118,16 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_the_table(name):
     contents, *expected = TABLE[name]
-    qmix, *others = verdicts(contents)
+    qmix, *others = reader_support(contents)
     assert qmix.outcome == "loads"
-    assert [verdict.outcome for verdict in others] == expected
-    for verdict in others:
-        assert verdict.reason or verdict.outcome == "loads", verdict
+    assert [support.outcome for support in others] == expected
+    for support in others:
+        assert support.reason or support.outcome == "loads", support
     assert not others[0].tried
 
 
 def reasons(contents):
-    return "; ".join(vllm_gptq(contents))
+    return "; ".join(vllm_gptq_problems(contents))
 
 
 @pytest.mark.parametrize(
@@ -174,23 +179,23 @@ def test_what_qmix_writes_meets_vllms_demands(tmp_path):
     packers.checkpoint(tmp_path / "in", packers.compressed, None, own=own)
     model = MixtralForCausalLM.from_pretrained(tmp_path / "in", dtype="bfloat16", device="cpu")
     model.save_pretrained(tmp_path / "saved")
-    export.run(tmp_path / "in", tmp_path / "exported", "gptq")
+    export_checkpoint(tmp_path / "in", tmp_path / "exported", "gptq")
     for name in ("saved", "exported"):
         contents = storage_summary(open_checkpoint(tmp_path / name).metadata)
         assert len(set(contents.schemes.values())) == 3
         assert reasons(contents) == ""
-        assert verdicts(contents)[1].outcome == "loads"
+        assert reader_support(contents)[1].outcome == "loads"
 
 
 def test_inspect_tells_the_names_and_the_settings_beside_the_config(tmp_path):
     packers.checkpoint(tmp_path, packers.gptq, GPTQ)
-    found = {verdict.reader: verdict.outcome for verdict in inspect(tmp_path).readers}
+    found = {support.reader: support.outcome for support in inspect(tmp_path).readers}
     assert found["vLLM 0.33"] == "loads"
     assert inspect(tmp_path).to_dict()["readers"][2]["outcome"] == "noise"
     tensors = load_file(tmp_path / "model.safetensors")
     renamed = {spellings(name)[1]: tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "model.safetensors")
-    found = {verdict.reader: verdict.outcome for verdict in inspect(tmp_path).readers}
+    found = {support.reader: support.outcome for support in inspect(tmp_path).readers}
     assert found["vLLM 0.33"] == "refuses"
     assert found["gptqmodel 7.7"] == "loads"
     packers.checkpoint(tmp_path / "awq", packers.awq, None)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qmix.commands.checkpoint import convert, export
+from qmix.commands.checkpoint.convert import convert_checkpoint
+from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.errors import ResourceError
 from qmix.evals.quality.layer_streaming import Scorer
 from qmix.formats import open_checkpoint
@@ -68,8 +69,8 @@ def test_export_and_convert_look_too(monkeypatch, tmp_path):
     source = raw_mistral.write(tmp_path / "raw", small_model(), layout="safetensors")
     starve(monkeypatch, 1 << 12)
     with pytest.raises(ResourceError, match="free host memory"):
-        export.run(tmp_path / "int4", tmp_path / "ct", "compressed-tensors")
+        export_checkpoint(tmp_path / "int4", tmp_path / "ct", "compressed-tensors")
     with pytest.raises(ResourceError, match="free host memory"):
-        convert.run(source, tmp_path / "hub")
+        convert_checkpoint(source, tmp_path / "hub")
     assert not (tmp_path / "ct").exists()
     assert not (tmp_path / "hub").exists()

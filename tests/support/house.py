@@ -81,7 +81,10 @@ TORCHLESS = (
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
     *("qmix.text.chat_template", "qmix.text.printable", "qmix.formats.metadata"),
-    *("qmix.formats.files.safetensors_header", "qmix.formats.layouts.tensor_names"),
+    *("qmix.formats.compatibility", "qmix.formats.names", "qmix.formats.layouts.tensor_names"),
+    *("qmix.formats.files.safetensors_header", "qmix.formats.files.shard_index"),
+    *("qmix.formats.files.output_dir", "qmix.formats.files.companions"),
+    *("qmix.formats.mistral.params", "qmix.commands.checkpoint.inspect"),
     *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),
 )
 

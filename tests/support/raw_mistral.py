@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qmix.commands.checkpoint import convert
+from qmix.commands.checkpoint.convert import convert_checkpoint
 from qmix.errors import CheckpointError
 
 LAYOUTS = ("pickles", "pth", "safetensors")
@@ -122,7 +122,7 @@ def refused(source, tmp_path, match, kind=CheckpointError):
     """Converting is refused with one printable line that names the folder, and leaves nothing."""
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(kind, match=match) as caught:
-        convert.run(source, tmp_path / "refused")
+        convert_checkpoint(source, tmp_path / "refused")
     assert caught.value.exit_code == 3
     assert str(source) in str(caught.value)
     assert len(str(caught.value)) < 1000

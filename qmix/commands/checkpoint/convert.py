@@ -4,7 +4,7 @@ Holds one tensor at a time (a transposed one twice). Knows the raw layouts only 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import qmix
 from qmix import strict_json
+from qmix.commands.checkpoint import Progress
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats.files import output_dir
@@ -33,7 +34,6 @@ _TOKENIZER_CONFIG = {
     "legacy": True,
     "spaces_between_special_tokens": False,
 }
-ConvertProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +57,13 @@ class Conversion:
     ignored: tuple[str, ...]
 
 
-def run(
+def convert_checkpoint(
     source: Path,
     out: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
-    progress: ConvertProgress = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Conversion:
     """Convert a folder of `consolidated.*` files into a Hugging Face checkpoint directory.
 
@@ -112,7 +112,7 @@ def run(
 
 
 def _converted(
-    raw: RawCheckpoint, specs: Sequence[TensorSpec], progress: ConvertProgress
+    raw: RawCheckpoint, specs: Sequence[TensorSpec], progress: Progress
 ) -> Iterator[dict[str, Tensor]]:
     done, total = 0, sum(spec.nbytes for spec in specs)
     for spec, tensor in zip(specs, raw.tensors, strict=True):

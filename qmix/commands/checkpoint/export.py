@@ -4,7 +4,7 @@ Holds one weight at a time. Knows the layouts only by `formats.layouts`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import qmix
 from qmix import strict_json
+from qmix.commands.checkpoint import Progress
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir
@@ -28,7 +29,6 @@ from qmix.weights.integers import Integers
 from qmix.weights.scheme import DENSE, Scheme
 
 Format = Literal["compressed-tensors", "gptq"]
-ExportProgress = Callable[[str, int, int], None]
 
 _LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq}
 _SCALES = (tensor_names.SCALES, tensor_names.SCALE)
@@ -43,14 +43,14 @@ class Export:
     seconds: float
 
 
-def run(
+def export_checkpoint(
     source: Path,
     out: Path,
     layout: Format,
     *,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
-    progress: ExportProgress = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Export:
     """Write the Int4 and Int8 weights of a checkpoint in another layout, with the hub's classic names.
 
@@ -110,7 +110,7 @@ class _LayoutConversion:
         self.schemes: dict[str, Scheme] = {}
         self.act_order = False
 
-    def tensors(self, progress: ExportProgress) -> Iterator[Mapping[str, Tensor]]:
+    def tensors(self, progress: Progress) -> Iterator[Mapping[str, Tensor]]:
         """The new tensors of each weight by name, in the model's order."""
         checkpoint = self._checkpoint
         for done, tensor in enumerate(checkpoint.tensors):

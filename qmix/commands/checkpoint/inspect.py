@@ -1,6 +1,6 @@
-"""What a checkpoint directory holds, from its headers alone: layouts, schemes, bits and bytes.
+"""What a checkpoint directory holds: layouts, schemes, bits and bytes.
 
-Reads config.json and the safetensors headers, no weights. Knows no device and no module.
+Reads config.json and the safetensors headers, and no weights. Knows no device and no module.
 """
 
 import math
@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from qmix.config import MixtralConfig
-from qmix.formats.compatibility import Verdict, storage_summary, verdicts
+from qmix.formats.compatibility import ReaderSupport, reader_support, storage_summary
 from qmix.formats.files.safetensors_header import DTYPES
 from qmix.formats.metadata import read_metadata
 from qmix.formats.names import TensorKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class WeightGroup:
     """All weights of one kind that are stored alike.
 
     Attributes:
-        layout: whose tensors they are; "safetensors" if they are stored as they are.
-        scheme: how; a dtype if they are stored as they are.
+        layout: of their tensors; "safetensors" if they are dense.
+        scheme: theirs; a dtype if they are dense.
+        weights: how many.
+        parameters: elements of all of them.
     """
 
     kind: TensorKind
@@ -42,32 +44,32 @@ class Inventory:
 
     Attributes:
         files: safetensors file name -> size in bytes.
-        parts: in walking order.
+        groups: in the model's order.
         readers: which programs load it.
     """
 
     directory: Path
     config: MixtralConfig
     files: dict[str, int]
-    parts: tuple[Part, ...]
-    readers: tuple[Verdict, ...]
+    groups: tuple[WeightGroup, ...]
+    readers: tuple[ReaderSupport, ...]
 
     @property
     def parameters(self) -> int:
-        return sum(part.parameters for part in self.parts)
+        return sum(group.parameters for group in self.groups)
 
     @property
     def stored_bytes(self) -> int:
-        """Of the model's tensors, headers and ignored buffers not counted."""
-        return sum(part.stored_bytes for part in self.parts)
+        """Bytes of the model's tensors, without headers and ignored buffers."""
+        return sum(group.stored_bytes for group in self.groups)
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all weights, those that are stored as they are included."""
+        """Over all weights, dense ones included."""
         return 8 * self.stored_bytes / self.parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON document."""
+        """The inventory as a JSON document."""
         return {
             "directory": str(self.directory),
             "parameters": self.parameters,
@@ -75,10 +77,10 @@ class Inventory:
             "bits_per_weight": round(self.bits_per_weight, 4),
             "files": dict(self.files),
             "parts": [
-                {**asdict(part), "bits_per_weight": round(part.bits_per_weight, 4)}
-                for part in self.parts
+                {**asdict(group), "bits_per_weight": round(group.bits_per_weight, 4)}
+                for group in self.groups
             ],
-            "readers": [asdict(verdict) for verdict in self.readers],
+            "readers": [asdict(reader) for reader in self.readers],
         }
 
 
@@ -86,37 +88,39 @@ def inspect(directory: str | Path) -> Inventory:
     """Take stock of a checkpoint directory.
 
     Raises:
-        CheckpointError: it is not exactly the tensors of the model. UnsupportedError: its layout.
+        CheckpointError: its tensors are not exactly those of the model.
+        UnsupportedError: its layout is not read.
     """
     metadata = read_metadata(directory)
-    grouped: dict[tuple[TensorKind, str, str], list[tuple[int, int]]] = {}
+    # (kind, layout, scheme) -> parameters and stored bytes of each weight
+    sizes: dict[tuple[TensorKind, str, str], list[tuple[int, int]]] = {}
     for tensor in metadata.tensors:
-        packed = metadata.packing(tensor)
-        members = packed.tensor_names if packed else (tensor.name,)
-        stored = sum(metadata.tensor_info(name).nbytes for name in members)
-        layout: str = packed.layout if packed else "safetensors"
-        if packed:
-            scheme = str(metadata.scheme_of(tensor, packed))
+        packing = metadata.packing(tensor)
+        names = packing.tensor_names if packing else (tensor.name,)
+        stored_bytes = sum(metadata.tensor_info(name).nbytes for name in names)
+        layout: str = packing.layout if packing else "safetensors"
+        if packing:
+            scheme = str(metadata.scheme_of(tensor, packing))
         else:
             scheme = DTYPES[metadata.tensor_info(tensor.name).dtype][0]
-        row = (math.prod(tensor.shape), stored)
-        grouped.setdefault((tensor.kind, layout, scheme), []).append(row)
-    parts = tuple(
-        Part(
+        size = (math.prod(tensor.shape), stored_bytes)
+        sizes.setdefault((tensor.kind, layout, scheme), []).append(size)
+    groups = tuple(
+        WeightGroup(
             kind=kind,
             layout=layout,
             scheme=scheme,
-            weights=len(rows),
-            parameters=sum(parameters for parameters, _ in rows),
-            stored_bytes=sum(stored for _, stored in rows),
+            weights=len(weights),
+            parameters=sum(parameters for parameters, _ in weights),
+            stored_bytes=sum(stored_bytes for _, stored_bytes in weights),
         )
-        for (kind, layout, scheme), rows in grouped.items()
+        for (kind, layout, scheme), weights in sizes.items()
     )
-    paths = sorted({header.file for header in metadata.tensor_infos.values()})
+    paths = sorted({info.file for info in metadata.tensor_infos.values()})
     return Inventory(
         directory=metadata.directory,
         config=metadata.config,
         files={path.name: path.stat().st_size for path in paths},
-        parts=parts,
-        readers=verdicts(storage_summary(metadata)),
+        groups=groups,
+        readers=reader_support(storage_summary(metadata)),
     )

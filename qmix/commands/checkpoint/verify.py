@@ -1,10 +1,11 @@
-"""Whether a checkpoint is whole: its files' hashes, its exact tensor set, and every number in it.
+"""Whether a checkpoint is intact: its files' hashes, its exact tensors, and every number in it.
 
-Holds one weight at a time. Knows no module, and trusts no manifest: one that is there must hold.
+Holds one weight at a time. Knows no module. A checkpoint needs no manifest, but one that is there
+must be true.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,23 @@ from typing import Any
 import torch
 
 from qmix import strict_json
+from qmix.commands.checkpoint import Progress
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.output_dir import MANIFEST
 from qmix.formats.names import ModelTensor
 
-PROBLEMS = 5
+_MAX_PROBLEMS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a verification is: steps done (files to hash, then weights) and what comes next."""
-
-    done: int
-    total: int
-    name: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verification:
     """The outcome.
 
     Attributes:
         weights: how many were read.
-        hashed: how many files the manifest vouched for; 0 if there is no manifest.
-        problems: the first of them, in the order of reading; none if all is well.
+        hashed: how many files the manifest lists; 0 if there is no manifest.
+        problems: the first of them, in the order of reading; none if the checkpoint is intact.
     """
 
     weights: int
@@ -44,30 +37,36 @@ class Verdict:
     problems: tuple[QmixError, ...]
 
 
-def verify(directory: str | Path, progress: Callable[[Progress], None] = lambda _: None) -> Verdict:
+def verify(directory: str | Path, progress: Progress = lambda *_: None) -> Verification:
     """Check a checkpoint directory to the last number.
 
+    Args:
+        progress: called before each file and weight, with its name, the steps done and all steps.
+
     Raises:
-        CheckpointError: it cannot be opened: a damaged header, a wrong tensor set or manifest.
+        CheckpointError: it cannot be opened: a damaged header, wrong tensors or a wrong manifest.
         UnsupportedError: its layout is not read.
     """
     checkpoint = open_checkpoint(directory)
-    listed = _listed(checkpoint.shards.directory)
+    folder = checkpoint.shards.directory
+    listed = _read_manifest(folder)
     total = len(listed) + len(checkpoint.tensors)
     problems: list[QmixError] = []
     for index, (name, facts) in enumerate(listed.items()):
-        progress(Progress(done=index, total=total, name=name))
-        problems += _file_problems(checkpoint.shards.directory / name, facts)
-    for index, tensor in enumerate(checkpoint.tensors):
-        progress(Progress(done=len(listed) + index, total=total, name=tensor.name))
+        progress(name, index, total)
+        problems += _file_problems(folder / name, facts)
+    for index, tensor in enumerate(checkpoint.tensors, len(listed)):
+        progress(tensor.name, index, total)
         problems += _weight_problems(checkpoint, tensor)
-    return Verdict(
-        weights=len(checkpoint.tensors), hashed=len(listed), problems=tuple(problems[:PROBLEMS])
+    return Verification(
+        weights=len(checkpoint.tensors),
+        hashed=len(listed),
+        problems=tuple(problems[:_MAX_PROBLEMS]),
     )
 
 
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> its size and hash, of the manifest; empty if there is none."""
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> its size and hash according to the manifest; empty if there is none."""
     path = folder / MANIFEST
     if not path.exists():
         return {}
@@ -85,12 +84,14 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _file_problems(path: Path, facts: dict[str, Any]) -> Iterator[QmixError]:
     if not path.is_file():
-        yield CheckpointError("the file is missing", where=str(path), expected=f"as in {MANIFEST}")
+        yield CheckpointError(
+            "the file is missing", where=str(path), expected=f"the file that {MANIFEST} lists"
+        )
         return
     size = path.stat().st_size
     if size != facts["bytes"]:
         yield CheckpointError(
-            "another size than the manifest's",
+            "not the size that the manifest lists",
             where=str(path),
             expected=f"{facts['bytes']} B",
             found=f"{size} B",
@@ -100,7 +101,7 @@ def _file_problems(path: Path, facts: dict[str, Any]) -> Iterator[QmixError]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != facts["sha256"]:
         yield CheckpointError(
-            "another SHA-256 than the manifest's",
+            "not the SHA-256 that the manifest lists",
             where=str(path),
             expected=facts["sha256"],
             found=digest,
@@ -117,11 +118,11 @@ def _weight_problems(checkpoint: Checkpoint, tensor: ModelTensor) -> Iterator[Qm
     except QmixError as error:
         yield error
         return
-    wrong = data.numel() - int(torch.isfinite(data).sum())
-    if wrong:
+    invalid = data.numel() - int(torch.isfinite(data).sum())
+    if invalid:
         yield CheckpointError(
             f"tensor {tensor.name}: holds NaN or infinity",
             where=str(checkpoint.entry(tensor.name).file),
             expected="finite values",
-            found=f"{wrong} others",
+            found=f"{invalid} others",
         )

@@ -1,8 +1,8 @@
-"""Files of `torch.save`: where the bytes of each tensor lie. The only file that unpickles.
+"""Files of `torch.save`: where the bytes of each tensor lie. No other file unpickles.
 
 PyTorch's weights-only unpickler rebuilds tensors without storage, so nothing is run, mapped or
-allocated, whatever the file says; data are then read like those of a safetensors file. A map of the
-whole file is no way: Linux refuses a private one that exceeds memory and swap, and
+allocated, whatever the file says. The data are then read like those of a safetensors file. Mapping
+the whole file would fail: Linux refuses a private map larger than memory and swap, and
 consolidated.00.pth has 93 GB. Knows nothing of models.
 """
 
@@ -22,25 +22,27 @@ from qmix.formats.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS
 from qmix.formats.files.shards import DTYPES, Entry
 
-# Before it the weights-only unpickler could be made to write outside its memory (CVE-2026-24747).
-_PYTORCH = (2, 10)
+# Before 2.10 a file could make the weights-only unpickler write outside its memory (CVE-2026-24747).
+_OLDEST_PYTORCH = (2, 10)
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-_LOCAL_HEADER_BYTES = 30  # of a zip record; the lengths of name and extra field are its last four
-_AGAIN = "Download it again, from its publisher. Nothing in it was run."
+# A zip record begins with them; the last four are the lengths of its name and its extra field.
+_LOCAL_HEADER_BYTES = 30
+_DOWNLOAD_AGAIN = "Download it again, from its publisher. Nothing in it was run."
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
     """The tensors of one file, each checked to lie inside a record of the archive.
 
     Raises:
-        CheckpointError: damaged, or not a dictionary of plain tensors; nothing of it was run.
-        UnsupportedError: a file of PyTorch before 1.6, or a PyTorch that is itself too old.
+        CheckpointError: the file is damaged, or not a dictionary of plain tensors; none of its code
+            was run.
+        UnsupportedError: PyTorch before 1.6 wrote the file, or the installed PyTorch is too old.
     """
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _PYTORCH:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_PYTORCH:
         raise UnsupportedError(
-            "pickles are read by PyTorch 2.10 or newer only",
+            "pickles are read with PyTorch 2.10 or newer only",
             where=str(path),
-            found=f"PyTorch {torch.__version__}, whose reader has a known hole (CVE-2026-24747)",
+            found=f"PyTorch {torch.__version__}, whose reader is vulnerable (CVE-2026-24747)",
             remedy="Update PyTorch, or get the weights as safetensors.",
         )
     with open_regular(path) as file:
@@ -52,7 +54,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         except QmixError:
             raise
-        except Exception as error:  # noqa: BLE001 - a damaged archive or pickle raises what it likes
+        except Exception as error:  # noqa: BLE001 - a damaged archive or pickle may raise anything
             raise _unreadable(path, start, error) from None
     if not isinstance(loaded, dict):
         raise CheckpointError(
@@ -62,15 +64,15 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def _records(file: BinaryIO, path: Path) -> dict[int, int]:
-    """Where each storage's record begins -> its bytes; what torch.save never writes is refused."""
+    """Offset of each storage's record -> its bytes; what torch.save never writes is refused."""
 
     def refuse(what: str, found: object = None) -> CheckpointError:
-        return CheckpointError(what, where=str(path), found=found, remedy=_AGAIN)
+        return CheckpointError(what, where=str(path), found=found, remedy=_DOWNLOAD_AGAIN)
 
     archive = zipfile.ZipFile(file)
     infos = {info.filename: info for info in archive.infolist()}
     if len(infos) != len(archive.infolist()):
-        raise refuse("a record of the archive stands twice")
+        raise refuse("a record of the archive appears twice")
     pickled = [name for name in infos if name.rpartition("/")[2] == "data.pkl"]
     if len(pickled) != 1:
         raise refuse("not a file of torch.save", f"{len(pickled)} records data.pkl")
@@ -83,7 +85,7 @@ def _records(file: BinaryIO, path: Path) -> dict[int, int]:
         raise refuse("the pickle is too large", f"{infos[pickled[0]].file_size} B")
     order = infos.get(prefix + "byteorder")
     if order is not None and (order.file_size > 64 or archive.read(order) != b"little"):
-        raise refuse("another byte order than little-endian")
+        raise refuse("the byte order is not little-endian")
     records = {}
     for name, info in infos.items():
         if name.startswith(prefix + "data/"):
@@ -125,7 +127,7 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> QmixError:
             )
     if start.startswith(_PICKLE):
         return UnsupportedError(
-            "a pickle of its own, as PyTorch wrote before 1.6",
+            "a bare pickle, as PyTorch wrote before 1.6",
             where=str(path),
             expected="a zip archive of torch.save",
             remedy="If you trust its source, load it and torch.save it again.",
@@ -133,13 +135,13 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> QmixError:
     if not start.startswith(_ZIP):
         found = ascii(start[:8]) if start else "an empty file"
         return CheckpointError(
-            "not a file of torch.save", where=str(path), found=found, remedy=_AGAIN
+            "not a file of torch.save", where=str(path), found=found, remedy=_DOWNLOAD_AGAIN
         )
     if isinstance(error, zipfile.BadZipFile):
         what, found = "the archive ends early or is damaged", str(error)
     else:
-        what = "not a pickle of tensors alone, or a damaged one"
-        # PyTorch's own message goes on to offer the unsafe way.
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"a call of {asked[1]}" if asked else type(error).__name__
-    return CheckpointError(what, where=str(path), found=found[:120], remedy=_AGAIN)
+        what = "a damaged pickle, or one that holds more than tensors"
+        # PyTorch's own message goes on to offer unsafe loading.
+        call = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"a call of {call[1]}" if call else type(error).__name__
+    return CheckpointError(what, where=str(path), found=found[:120], remedy=_DOWNLOAD_AGAIN)

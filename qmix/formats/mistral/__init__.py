@@ -1,1 +1,4 @@
-"""Mistral's own release: pickled shards and params.json, read as if they were Hugging Face's."""
+"""Mistral's own checkpoints: pickles or safetensors and params.json, read as Hugging Face's weights.
+
+Knows nothing of output.
+"""

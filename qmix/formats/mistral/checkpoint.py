@@ -1,7 +1,7 @@
-"""Mistral's own checkpoints: `consolidated.*` files and `params.json`, read as Hugging Face's weights.
+"""Opening Mistral's own checkpoints: where each weight of Hugging Face's lies in the raw files.
 
-Which of the two layouts it is, stacked or single experts, is decided from the tensors' names. Knows
-nothing of output. Shape letters: H heads, D width.
+There are two layouts, with stacked or with single experts; the tensors' names tell which it is. Knows
+nothing of output. Shape letters: H heads, d head width, D hidden width.
 """
 
 import re
@@ -17,14 +17,16 @@ from qmix.errors import CheckpointError
 from qmix.formats import names
 from qmix.formats.files import pickles, regular_file, shards
 from qmix.formats.files.shards import Entry, Shards
+from qmix.formats.metadata import wrong_tensors
 from qmix.formats.mistral import params
 from qmix.formats.mistral.detect import raw_files
 from qmix.formats.mistral.params import PARAMS
 from qmix.formats.names import ModelTensor
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MANY_TENSORS = 1000
 
-# Hugging Face's name -> Mistral's.
+# Part of Hugging Face's name -> Mistral's.
 _SPELLINGS = (
     (re.compile(r"^model\.embed_tokens\."), "tok_embeddings."),
     (re.compile(r"^lm_head\."), "output."),
@@ -33,20 +35,20 @@ _SPELLINGS = (
     (re.compile(r"\.post_attention_layernorm\."), ".ffn_norm."),
     (re.compile(r"\.self_attn\.([qkvo])_proj\."), r".attention.w\1."),
 )
-_SINGLE = (re.compile(r"\.block_sparse_moe\."), ".feed_forward.")
-_STACKED = (re.compile(r"\.experts\.\d+\.(w[123])\.weight$"), r".\1")
+_SINGLE_EXPERTS = (re.compile(r"\.block_sparse_moe\."), ".feed_forward.")
+_STACKED_EXPERTS = (re.compile(r"\.experts\.\d+\.(w[123])\.weight$"), r".\1")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.(w[123])\.weight$")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies in the raw files, and how it lies there.
+    """Where a weight lies in the raw files, and in which form.
 
     Attributes:
         name, shape: of the raw tensor.
-        rows: which of its rows, [start, stop).
+        rows: those of the weight, [start, stop).
         transposed: the rows are the weight's transpose (w2 of a stack).
-        heads: of interleaved rotary rows; 0 for any other tensor.
+        heads: how many, if the rows are interleaved for rotary embeddings; else 0.
     """
 
     name: str
@@ -58,14 +60,14 @@ class Place:
 
 @dataclass(frozen=True)
 class RawCheckpoint:
-    """An opened raw folder whose tensor set is exactly that of the model.
+    """An opened raw folder whose tensors are exactly those of the model.
 
     Attributes:
-        config: of params.json, or of the config.json that stands in for it.
-        ignored: entries of params.json that were left aside.
+        config: from params.json, or from the config.json that replaces it.
+        ignored: entries of params.json that have no place in the config.
         shards: the files.
-        tensors: what the model needs, in walking order.
-        places: where each of them lies, by its canonical name.
+        tensors: what the model needs, in the model's order.
+        places: where each weight lies, by its canonical name.
     """
 
     config: MixtralConfig
@@ -75,12 +77,12 @@ class RawCheckpoint:
     places: Mapping[str, Place]
 
     def entry(self, tensor: ModelTensor) -> Entry:
-        """The bytes of one weight: a run of rows, as all layouts stack along the first axis."""
+        """Where one weight lies: a run of rows, because all layouts stack along the first axis."""
         place = self.places[tensor.name]
         return self.shards.entries[place.name].rows(*place.rows)
 
     def read(self, tensor: ModelTensor) -> Tensor:
-        """One weight in fresh memory, as Hugging Face stores it."""
+        """Read one weight in the form in which Hugging Face stores it."""
         place = self.places[tensor.name]
         data = shards.read_entry(place.name, self.entry(tensor))
         if place.heads:
@@ -89,9 +91,9 @@ class RawCheckpoint:
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rotary rows from pairs (2i, 2i + 1) to halves (i, i + d/2), head by head: [H d, D] alike.
+    """Reorder rotary rows from pairs (2i, 2i + 1) to halves (i, i + d/2) in each head: [H d, D].
 
-    As in transformers 4's convert_mixtral_weights_to_hf.py.
+    The order is that of transformers 4's convert_mixtral_weights_to_hf.py.
     """
     rows, width = weight.shape
     pairs = weight.view(heads, rows // heads // 2, 2, width)
@@ -99,29 +101,32 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
 
 
 def open_raw(directory: str | Path) -> RawCheckpoint:
-    """Open a raw folder and match its tensors against its params.json, before any data is read.
+    """Open a raw folder and check its tensors against its params.json, before any data are read.
 
     Raises:
-        CheckpointError: a file is damaged, or tensors are missing, left over, in two files, of a
-            wrong shape or dtype; the first five are named. UnsupportedError: a pickle too old.
+        CheckpointError: a file is damaged, or tensors are missing, left over, in two files, or of a
+            wrong shape or dtype; the first five are named.
+        UnsupportedError: a pickle that is too old.
     """
     folder = Path(directory)
     entries = _entries(folder)
-    config, ignored = _describe(folder)
+    config, ignored = _read_config(folder)
     stacked = not any(".feed_forward." in name for name in entries)
-    layer = 10 if stacked else 7 + 3 * config.num_local_experts
-    if 3 + config.num_hidden_layers * layer > len(entries) + 1000:  # not spelled out
+    per_layer = 10 if stacked else 7 + 3 * config.num_local_experts
+    count = 3 + config.num_hidden_layers * per_layer
+    # A config of absurd size is refused before its tensors' names are made.
+    if count > len(entries) + _MANY_TENSORS:
         raise CheckpointError(
-            "not the tensors of the model that its description names",
+            f"not the tensors of the model that {PARAMS} describes",
             where=str(folder),
-            expected=f"{3 + config.num_hidden_layers * layer} tensors",
+            expected=f"{count} tensors",
             found=len(entries),
             remedy=f"The download is incomplete, or {PARAMS} is another model's.",
         )
     tensors = tuple(names.model_tensors(config))
     places = {tensor.name: _place(tensor, config, stacked=stacked) for tensor in tensors}
     raw = RawCheckpoint(config, ignored, Shards(folder, entries), tensors, places)
-    _match(raw)
+    _check_tensors(raw)
     return raw
 
 
@@ -130,14 +135,14 @@ def _entries(folder: Path) -> dict[str, Entry]:
         raise CheckpointError("no such directory", where=str(folder))
     files = raw_files(folder)
     if not files:
-        ready = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        converted = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
         others = ", ".join(sorted(path.name for path in folder.glob("consolidated*"))[:5])
         raise CheckpointError(
             "no raw Mistral files",
             where=str(folder),
             expected=f"consolidated.00.pt, .pth or consolidated.safetensors, with {PARAMS}",
-            found="a Hugging Face checkpoint" if ready else others or None,
-            remedy="Use it as it is: it needs no conversion." if ready else None,
+            found="a Hugging Face checkpoint" if converted else others or None,
+            remedy="Use it as it is: it needs no conversion." if converted else None,
         )
     entries: dict[str, Entry] = {}
     for path in files:
@@ -146,16 +151,16 @@ def _entries(folder: Path) -> dict[str, Entry]:
         for name, entry in read(path).items():
             if name in entries:
                 raise CheckpointError(
-                    f"tensor {name} stands in two files",
+                    f"tensor {name} is in two files",
                     where=str(folder),
                     found=f"{entries[name].file.name} and {path.name}",
-                    remedy="Keep the files of one download.",
+                    remedy="Keep the files of one download only.",
                 )
             entries[name] = entry
     return entries
 
 
-def _describe(folder: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
+def _read_config(folder: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
     if (folder / PARAMS).exists():
         return params.read(folder / PARAMS)
     # The hub's repository holds Mistral's pickles beside config.json, without params.json.
@@ -170,16 +175,16 @@ def _describe(folder: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
 
 def _place(tensor: ModelTensor, config: MixtralConfig, *, stacked: bool) -> Place:
     name = tensor.name
-    for pattern, spelling in (*_SPELLINGS, _STACKED if stacked else _SINGLE):
+    for pattern, spelling in (*_SPELLINGS, _STACKED_EXPERTS if stacked else _SINGLE_EXPERTS):
         name = pattern.sub(spelling, name)
     expert = _EXPERT.search(tensor.name)
     if stacked and expert is not None:
-        count, inner = config.num_local_experts, config.intermediate_size
-        first = int(expert[1]) * inner
+        count, intermediate = config.num_local_experts, config.intermediate_size
+        first = int(expert[1]) * intermediate
         return Place(
             name=name,
-            shape=(count * inner, config.hidden_size),
-            rows=(first, first + inner),
+            shape=(count * intermediate, config.hidden_size),
+            rows=(first, first + intermediate),
             transposed=expert[2] == "w2",
         )
     heads = 0
@@ -190,12 +195,12 @@ def _place(tensor: ModelTensor, config: MixtralConfig, *, stacked: bool) -> Plac
     return Place(name=name, shape=tensor.shape, rows=(0, tensor.shape[0]), heads=heads)
 
 
-def _match(raw: RawCheckpoint) -> None:
-    """Every raw tensor used, none missing, none left over."""
+def _check_tensors(raw: RawCheckpoint) -> None:
+    """Raise unless every raw tensor is used, and none is missing."""
     entries = raw.shards.entries
     needed = {place.name: place.shape for place in raw.places.values()}
     missing = [name for name in needed if name not in entries]
-    left = sorted(entries.keys() - needed.keys())
+    left_over = sorted(entries.keys() - needed.keys())
     for name, shape in needed.items():
         entry = entries.get(name)
         if entry is None:
@@ -215,13 +220,6 @@ def _match(raw: RawCheckpoint) -> None:
                 expected="float32, float16 or bfloat16",
                 found=str(entry.dtype).removeprefix("torch."),
             )
-    if missing or left:
-        named = [f"missing {n}" for n in missing[:5]] + [f"left over {n}" for n in left[:5]]
-        raise CheckpointError(
-            f"not the tensors of a Mixtral with {raw.config.num_hidden_layers} layers and "
-            f"{raw.config.num_local_experts} experts: {len(missing)} missing, "
-            f"{len(left)} left over",
-            where=str(raw.shards.directory),
-            found="; ".join(named[:5]),
-            remedy=f"The download is incomplete, or {PARAMS} is another model's.",
-        )
+    if missing or left_over:
+        where = str(raw.shards.directory)
+        raise wrong_tensors(where, raw.config, missing, left_over, description=PARAMS)

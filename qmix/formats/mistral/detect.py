@@ -1,28 +1,28 @@
-"""A folder of Mistral's own files, known by their names. Knows no torch, and not what they hold."""
+"""Recognizes a folder of Mistral's own files by their names. Knows no torch, and no file's content."""
 
 from pathlib import Path
 
 from qmix.errors import UnsupportedError
 
-PICKLES = (".pt", ".pth")
+_PICKLES = (".pt", ".pth")
 
 
 def raw_files(folder: Path) -> list[Path]:
-    """The weight files of a raw folder: safetensors where there are any, else pickles."""
-    found = sorted(path for path in folder.glob("consolidated*") if path.suffix)
-    preferred = [path for path in found if path.suffix == ".safetensors"]
-    return preferred or [path for path in found if path.suffix in PICKLES]
+    """The weight files of a raw folder: its safetensors files if there are any, else its pickles."""
+    paths = sorted(path for path in folder.glob("consolidated*") if path.suffix)
+    safetensors = [path for path in paths if path.suffix == ".safetensors"]
+    return safetensors or [path for path in paths if path.suffix in _PICKLES]
 
 
 def refuse_raw(directory: str | Path) -> None:
-    """Send a folder that holds Mistral's own files, and none of Hugging Face's, to `qmix convert`.
+    """Refuse a folder that holds Mistral's own files and none of Hugging Face's.
 
     Raises:
-        UnsupportedError: it is one.
+        UnsupportedError: it is such a folder; the remedy is `qmix convert`.
     """
     folder = Path(directory)
-    others = (path for path in folder.glob("*.safetensors") if not _raw(path))
-    if raw_files(folder) and next(others, None) is None:
+    is_hugging_face = any(not _is_raw(path) for path in folder.glob("*.safetensors"))
+    if raw_files(folder) and not is_hugging_face:
         raise UnsupportedError(
             "a raw Mistral checkpoint",
             where=str(folder),
@@ -32,5 +32,5 @@ def refuse_raw(directory: str | Path) -> None:
         )
 
 
-def _raw(path: Path) -> bool:
+def _is_raw(path: Path) -> bool:
     return path.name.startswith("consolidated")

@@ -1,4 +1,4 @@
-"""Mistral's `params.json` in both of its spellings -> MixtralConfig. Knows nothing of tensors."""
+"""Mistral's `params.json`, in either of its spellings, as a MixtralConfig. Knows nothing of tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from qmix.errors import ConfigError
 
 PARAMS = "params.json"
 
-# Our field -> its spellings in params.json: of the hub's converter, then of mistral-inference.
+# Field of MixtralConfig -> its spellings in params.json: the hub converter's, mistral-inference's.
 _FIELDS = {
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size", "dim"),
@@ -23,18 +23,19 @@ _FIELDS = {
     "num_local_experts": ("num_local_experts", "moe.num_experts"),
     "num_experts_per_tok": ("num_experts_per_tok", "moe.num_experts_per_tok"),
 }
-# Mixtral's values where params.json is silent: the first release names no rope_theta and means 1e6.
-_OPTIONAL = {"head_dim": None, "rope_theta": 1e6, "num_experts_per_tok": 2}
+# Mixtral's values if params.json has none: the first release has no rope_theta and means 1e6.
+_DEFAULTS = {"head_dim": None, "rope_theta": 1e6, "num_experts_per_tok": 2}
 _MAX_POSITIONS = 32768
 
 
 def read(path: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
-    """The config that a params.json describes, in either spelling, and the entries left aside.
+    """The config that a params.json describes, and the names of the entries that are ignored.
 
-    `sliding_window` is always left aside: Mixtral attends in full, whatever the file says.
+    `sliding_window` is always ignored: Mixtral attends to everything, whatever the file says.
 
     Raises:
-        ConfigError: an entry is missing, of a wrong type or out of range; named as in the file.
+        ConfigError: an entry is missing, has a wrong type or is out of range; the file's name of it
+            is given.
     """
     document = strict_json.read(path)
     moe = document.pop("moe", None)
@@ -44,18 +45,18 @@ def read(path: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
         )
     document.update({f"moe.{key}": value for key, value in (moe or {}).items()})
     values: dict[str, Any] = {"max_position_embeddings": _MAX_POSITIONS}
-    spelled = {}
+    spelling_of = {}
     for field, spellings in _FIELDS.items():
         given = [name for name in spellings if document.get(name) is not None]
-        if not given and field not in _OPTIONAL:
+        if not given and field not in _DEFAULTS:
             raise ConfigError(
                 "missing",
                 where=f"{path}: {spellings[-1]}",
                 expected="every size of a Mixtral",
                 remedy="qmix converts Mixtral checkpoints only.",
             )
-        values[field] = document[given[0]] if given else _OPTIONAL[field]
-        spelled[field] = given[-1] if given else field
+        values[field] = document[given[0]] if given else _DEFAULTS[field]
+        spelling_of[field] = given[-1] if given else field
         for name in given[1:]:
             if document[name] != values[field]:
                 raise ConfigError(
@@ -72,7 +73,7 @@ def read(path: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
         field = (error.where or "").removeprefix("config.")
         raise ConfigError(
             error.what,
-            where=f"{path}: {spelled.get(field, field)}",
+            where=f"{path}: {spelling_of.get(field, field)}",
             expected=error.expected,
             found=error.found,
             remedy=error.remedy,

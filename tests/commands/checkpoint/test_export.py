@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qmix.cli import app
-from qmix.commands.checkpoint import export
+from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import QmixError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
@@ -25,7 +25,7 @@ P = "model.layers.1.block_sparse_moe.experts.3.w2"
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_same_weights_in_another_layout(tmp_path, name, layout):
     write(tmp_path / "in", name)
-    result = export.run(tmp_path / "in", tmp_path / "out", layout)
+    result = export_checkpoint(tmp_path / "in", tmp_path / "out", layout)
     schemes = equal(tmp_path / "in", tmp_path / "out")
     assert result.weights == sum(scheme.integer for scheme in schemes.values()) > 0
     assert result.bytes_out == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
@@ -49,21 +49,21 @@ def test_the_same_weights_in_another_layout(tmp_path, name, layout):
 @pytest.mark.parametrize("name", ASYMMETRIC)
 def test_gptq_holds_what_compressed_tensors_refuses_by_name(tmp_path, name):
     write(tmp_path / "in", name)
-    export.run(tmp_path / "in", tmp_path / "out", "gptq")
+    export_checkpoint(tmp_path / "in", tmp_path / "out", "gptq")
     equal(tmp_path / "in", tmp_path / "out")
     settings = open_checkpoint(tmp_path / "out").config.quantization_config
     assert settings["desc_act"] == (name == "gptq act-order")
     with pytest.raises(
         UnsupportedError, match=r"self_attn\.q_proj: cannot be written as compressed-ten"
     ):
-        export.run(tmp_path / "in", tmp_path / "other", "compressed-tensors")
+        export_checkpoint(tmp_path / "in", tmp_path / "other", "compressed-tensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 def test_a_zero_of_0_is_refused_by_name(tmp_path):
     packers.checkpoint(tmp_path / "in", packers.awq, AWQ, symmetric=False, low=0)
     with pytest.raises(UnsupportedError, match=r"q_proj: GPTQ v1 cannot store a zero of 0"):
-        export.run(tmp_path / "in", tmp_path / "out", "gptq")
+        export_checkpoint(tmp_path / "in", tmp_path / "out", "gptq")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
@@ -72,7 +72,7 @@ def test_gptqmodels_names_become_the_classic_ones(tmp_path):
     path = tmp_path / "in" / "model.safetensors"
     classic = load_file(path)
     save_file({spellings(name)[1]: tensor for name, tensor in classic.items()}, path)
-    export.run(tmp_path / "in", tmp_path / "out", "gptq")
+    export_checkpoint(tmp_path / "in", tmp_path / "out", "gptq")
     (written,) = (tmp_path / "out").glob("*.safetensors")
     again = load_file(written)
     assert again.keys() == classic.keys()
@@ -81,19 +81,19 @@ def test_gptqmodels_names_become_the_classic_ones(tmp_path):
 
 def test_what_holds_no_integers_is_refused_with_what_to_do(tmp_path, tiny, tiny_nf4):
     with pytest.raises(UnsupportedError, match=r"is not quantized.*qmix quantize"):
-        export.run(tiny, tmp_path / "out", "gptq")
+        export_checkpoint(tiny, tmp_path / "out", "gptq")
     with pytest.raises(UnsupportedError, match=r"no other layout holds NF4 or FP4.*qmix quantize"):
-        export.run(tiny_nf4, tmp_path / "out", "compressed-tensors")
+        export_checkpoint(tiny_nf4, tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_shards_are_cut_and_an_existing_directory_needs_force(tmp_path):
     write(tmp_path / "in", "gptq")
-    export.run(tmp_path / "in", tmp_path / "out", "compressed-tensors", shard_bytes=40_000)
+    export_checkpoint(tmp_path / "in", tmp_path / "out", "compressed-tensors", shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     with pytest.raises(UsageError, match="OUT exists"):
-        export.run(tmp_path / "in", tmp_path / "out", "gptq")
-    export.run(tmp_path / "in", tmp_path / "out", "gptq", force=True)
+        export_checkpoint(tmp_path / "in", tmp_path / "out", "gptq")
+    export_checkpoint(tmp_path / "in", tmp_path / "out", "gptq", force=True)
     equal(tmp_path / "in", tmp_path / "out")
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_source_leaves_nothing(tmp_path):
     tensors[f"{P}.scales"][0, 0] = torch.nan
     save_file(tensors, path)
     with pytest.raises(QmixError, match=r"w2\.scales: holds NaN"):
-        export.run(tmp_path / "in", tmp_path / "out", "compressed-tensors")
+        export_checkpoint(tmp_path / "in", tmp_path / "out", "compressed-tensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 

@@ -15,7 +15,7 @@ from tests.support import packers
 
 
 def schemes(inventory):
-    return {part.kind: (part.layout, part.scheme) for part in inventory.parts}
+    return {group.kind: (group.layout, group.scheme) for group in inventory.groups}
 
 
 CASES = [
@@ -44,7 +44,7 @@ def test_packed_layouts(tmp_path, monkeypatch, pack, settings, options, expected
     checkpoint = open_checkpoint(tmp_path)
     for tensor in checkpoint.tensors:
         if tensor.kind == "expert" and pack is not packers.awq:
-            names = {part.scheme for part in found.parts if part.kind == "expert"}
+            names = {group.scheme for group in found.groups if group.kind == "expert"}
             assert str(checkpoint.weight(tensor).scheme) in names
 
 
@@ -55,13 +55,13 @@ def test_nf4(tiny, tmp_path, block, double):
     quantize_streaming(tiny, tmp_path / "out", Recipe.uniform(scheme, attention=True), method="nf4")
     found = inspect(tmp_path / "out")
     assert schemes(found)["expert"] == ("bitsandbytes", str(scheme))
-    (experts,) = (part for part in found.parts if part.kind == "expert")
+    (experts,) = (group for group in found.groups if group.kind == "expert")
     assert abs(experts.bits_per_weight - scheme.bits_per_weight) < 0.7  # tiny weights, 1 kB tables
 
 
 def test_a_dense_checkpoint(tiny):
     found = inspect(tiny)
-    assert {part.layout for part in found.parts} == {"safetensors"}
+    assert {group.layout for group in found.groups} == {"safetensors"}
     assert found.bits_per_weight == 16
     assert found.parameters == sum(
         torch.Size(t.shape).numel() for t in open_checkpoint(tiny).tensors

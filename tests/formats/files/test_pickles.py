@@ -14,7 +14,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from qmix.commands.checkpoint import convert
+from qmix.commands.checkpoint.convert import convert_checkpoint
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
@@ -80,7 +80,7 @@ def test_what_a_harmful_pickle_asks_for_is_named_and_no_unsafe_way_is_offered(ra
     path = raw / "consolidated.04.pt"
     torch.save({"x": Canary(tmp_path / "canary")}, path)
     with pytest.raises(CheckpointError, match=r"a call of posix\.mkdir") as caught:
-        convert.run(raw, tmp_path / "out")
+        convert_checkpoint(raw, tmp_path / "out")
     assert "weights_only" not in str(caught.value)
 
 
@@ -139,7 +139,7 @@ def test_parameters_and_slices_of_a_larger_tensor_are_tensors(raw, model, tmp_pa
     longer = torch.cat([torch.zeros_like(tensors[name]), tensors[name]])
     slices = {name: longer[len(tensors[name]) :]}
     torch.save({n: torch.nn.Parameter(t) for n, t in {**tensors, **slices}.items()}, path)
-    convert.run(raw, tmp_path / "out")
+    convert_checkpoint(raw, tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
     for name, tensor in model.state_dict().items():
         assert torch.equal(checkpoint.read(name), tensor)
@@ -150,8 +150,8 @@ def test_parameters_and_slices_of_a_larger_tensor_are_tensors(raw, model, tmp_pa
     [
         ([("archive/constants.pkl", b"")], "TorchScript"),
         ([("other/data.pkl", b"")], "not a file of torch.save"),
-        ([("archive/byteorder", b"big")], "byte order|stands twice"),
-        ([("archive/data/0", b"")], "stands twice"),
+        ([("archive/byteorder", b"big")], "byte order|appears twice"),
+        ([("archive/data/0", b"")], "appears twice"),
     ],
     ids=["torchscript", "two pickles", "big", "twice"],
 )
@@ -228,7 +228,7 @@ def test_a_link_that_leaves_the_folder_is_refused_and_a_hub_cache_is_not(raw, tm
     for path in raw.iterdir():
         shutil.copy(path, blobs / f"{path.name}-hash")
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}-hash")
-    convert.run(snapshot, tmp_path / "out")
+    convert_checkpoint(snapshot, tmp_path / "out")
     assert verify(tmp_path / "out").problems == ()
     shutil.move(raw / "consolidated.05.pt", tmp_path / "elsewhere.pt")
     (raw / "consolidated.05.pt").symlink_to(tmp_path / "elsewhere.pt")
@@ -238,7 +238,7 @@ def test_a_link_that_leaves_the_folder_is_refused_and_a_hub_cache_is_not(raw, tm
 def test_a_pytorch_whose_reader_has_a_known_hole_is_refused(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(UnsupportedError, match=r"PyTorch 2\.10"):
-        convert.run(raw, tmp_path / "out")
+        convert_checkpoint(raw, tmp_path / "out")
 
 
 def test_only_one_file_unpickles_and_only_weights():

@@ -306,7 +306,7 @@ DAMAGED = {
     "a key twice": (
         changed(bnb.STATE_NF4, blob(b'{"dtype": "float32", "dtype": "float16"}')),
         bnb.STATE_NF4,
-        "stands twice",
+        "appears twice",
     ),
     "no shape": (changed_state(drop=["shape"]), bnb.STATE_NF4, "wrong keys"),
     "an unknown key": (changed_state(code="x"), bnb.STATE_NF4, "wrong keys"),

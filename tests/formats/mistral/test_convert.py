@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qmix
-from qmix.commands.checkpoint import convert
+from qmix.commands.checkpoint.convert import convert_checkpoint
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
 from qmix.config import MixtralConfig
@@ -84,7 +84,7 @@ def test_every_layout_gives_the_models_own_bits(model, tmp_path, layout, stacked
     source = raw_mistral.write(
         tmp_path / "raw", model, layout=layout, stacked=stacked, spelling=spelling
     )
-    result = convert.run(source, tmp_path / "out")
+    result = convert_checkpoint(source, tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
     expected = model.state_dict()
     assert {tensor.name for tensor in checkpoint.tensors} == expected.keys()
@@ -128,7 +128,7 @@ def test_rotary_pairs_and_halves_attend_alike(model, tmp_path):
 
 def test_the_config_is_of_mixtral_8x7b_where_params_are_silent(raw, tmp_path):
     set_params(raw, rope_theta="-")
-    convert.run(raw, tmp_path / "out")
+    convert_checkpoint(raw, tmp_path / "out")
     document = json.loads((tmp_path / "out" / "config.json").read_text())
     assert document["rope_theta"] == 1e6
     assert document["max_position_embeddings"] == 32768
@@ -144,7 +144,7 @@ def test_the_config_is_of_mixtral_8x7b_where_params_are_silent(raw, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_dtype_is_kept_and_nothing_is_rounded(tmp_path, dtype):
     model = small_model(num_hidden_layers=1).to(dtype)
-    convert.run(raw_mistral.write(tmp_path / "raw", model), tmp_path / "out")
+    convert_checkpoint(raw_mistral.write(tmp_path / "raw", model), tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.dtype == dtype
     for name, tensor in model.state_dict().items():
@@ -154,7 +154,7 @@ def test_a_dtype_is_kept_and_nothing_is_rounded(tmp_path, dtype):
 def test_a_head_width_of_its_own_is_kept(tmp_path):
     model = small_model(num_hidden_layers=1, head_dim=16)
     source = raw_mistral.write(tmp_path / "raw", model, spelling="dim")
-    convert.run(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.config.head_dim == 16
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -162,7 +162,7 @@ def test_a_head_width_of_its_own_is_kept(tmp_path):
 
 
 def test_the_result_is_a_checkpoint_directory_that_verifies(raw, tiny, tmp_path):
-    convert.run(raw, tmp_path / "out", shard_bytes=200_000)
+    convert_checkpoint(raw, tmp_path / "out", shard_bytes=200_000)
     out = tmp_path / "out"
     verdict = verify(out)
     assert verdict.problems == ()
@@ -174,15 +174,15 @@ def test_the_result_is_a_checkpoint_directory_that_verifies(raw, tiny, tmp_path)
 
 
 def test_two_conversions_write_the_same_bytes_whatever_the_layout(model, raw, whole, tmp_path):
-    convert.run(raw, tmp_path / "a")
-    convert.run(whole, tmp_path / "b")
+    convert_checkpoint(raw, tmp_path / "a")
+    convert_checkpoint(whole, tmp_path / "b")
     for path in (tmp_path / "a").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
 def test_progress_tells_each_tensor_and_ends_at_the_whole(raw, tmp_path):
     seen = []
-    convert.run(raw, tmp_path / "out", progress=lambda *at: seen.append(at))
+    convert_checkpoint(raw, tmp_path / "out", progress=lambda *at: seen.append(at))
     done, totals = [at[1] for at in seen], {at[2] for at in seen}
     assert done == sorted(done)
     assert totals == {done[-1]}
@@ -201,7 +201,7 @@ def tokenizer_of(pieces, tiny):
 def test_the_tokenizer_comes_along_with_what_stands_beside_it_elsewhere(tiny, tmp_path):
     model = small_model(vocab_size=2048, num_hidden_layers=1)
     source = raw_mistral.write(tmp_path / "raw", model, tokenizer=tiny / "tokenizer.model")
-    result = convert.run(source, tmp_path / "out")
+    result = convert_checkpoint(source, tmp_path / "out")
     out = tmp_path / "out"
     assert result.tokenizer == "tokenizer.model"
     assert (out / "tokenizer.model").read_bytes() == (tiny / "tokenizer.model").read_bytes()
@@ -222,7 +222,7 @@ def test_of_several_tokenizers_the_one_with_the_models_vocabulary_is_carried(
     source = raw_mistral.write(tmp_path / "raw", model)
     for name, size in (("tokenizer.model.v1", 2048), ("tokenizer.model.v3", 2100)):
         (source / name).write_bytes(tokenizer_of(size, tiny))
-    result = convert.run(source, tmp_path / "out")
+    result = convert_checkpoint(source, tmp_path / "out")
     assert result.tokenizer == {2048: "tokenizer.model.v1", 2100: "tokenizer.model.v3"}[pieces]
     assert LlamaTokenizer.from_pretrained(tmp_path / "out").vocab_size == pieces
 
@@ -238,7 +238,7 @@ def test_a_damaged_tokenizer_is_refused(raw, tmp_path):
 
 
 def test_no_tokenizer_is_no_obstacle(raw, tmp_path):
-    result = convert.run(raw, tmp_path / "out")
+    result = convert_checkpoint(raw, tmp_path / "out")
     assert result.tokenizer is None
     assert not (tmp_path / "out" / "tokenizer.model").exists()
 
@@ -273,7 +273,7 @@ def test_what_the_original_release_says_is_mixtral_8x7b(tmp_path):
 
 def test_what_is_left_aside_is_named(raw, tmp_path):
     set_params(raw, max_batch_size=8, moe={}, use_biases=False, vision=None)
-    result = convert.run(raw, tmp_path / "out")
+    result = convert_checkpoint(raw, tmp_path / "out")
     assert result.ignored == ("max_batch_size", "sliding_window")
 
 
@@ -323,7 +323,7 @@ def test_a_config_json_stands_in_for_params(model, raw, tmp_path):
     """The hub's Mixtral repository holds the pickles and config.json, but no params.json."""
     (raw / "params.json").unlink()
     model.config.replace(rope_theta=7e5).save_pretrained(raw)
-    convert.run(raw, tmp_path / "out")
+    convert_checkpoint(raw, tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").config.rope_theta == 7e5
 
 
@@ -362,7 +362,7 @@ def test_at_most_five_wrong_tensors_are_named(whole, tmp_path):
     tensors = {n: t for n, t in load_file(path).items() if not n.startswith("layers.1.")}
     save_file(tensors, path)
     with pytest.raises(CheckpointError) as caught:
-        convert.run(whole, tmp_path / "out")
+        convert_checkpoint(whole, tmp_path / "out")
     assert str(caught.value).count("missing layers") == 5
 
 
@@ -394,16 +394,16 @@ def test_a_missing_pickle_is_missing_tensors(raw, tmp_path):
 
 def test_a_folder_without_raw_files_is_refused(tmp_path, tiny):
     with pytest.raises(CheckpointError, match="consolidated"):
-        convert.run(tmp_path, tmp_path.parent / "never")
+        convert_checkpoint(tmp_path, tmp_path.parent / "never")
     with pytest.raises(CheckpointError, match="Hugging Face checkpoint"):
-        convert.run(tiny, tmp_path / "never")
+        convert_checkpoint(tiny, tmp_path / "never")
     with pytest.raises(CheckpointError, match="no such directory"):
-        convert.run(tmp_path / "nowhere", tmp_path / "never")
+        convert_checkpoint(tmp_path / "nowhere", tmp_path / "never")
 
 
 def test_safetensors_are_preferred_to_pickles_of_the_same_weights(model, whole, tmp_path):
     (whole / "consolidated.00.pth").write_bytes(b"not looked at")
-    convert.run(whole, tmp_path / "out")
+    convert_checkpoint(whole, tmp_path / "out")
     assert verify(tmp_path / "out").problems == ()
 
 
@@ -411,27 +411,27 @@ def test_safetensors_are_preferred_to_pickles_of_the_same_weights(model, whole, 
 
 
 def test_an_existing_output_is_refused_without_force_and_replaced_with_it(raw, tmp_path):
-    convert.run(raw, tmp_path / "out")
+    convert_checkpoint(raw, tmp_path / "out")
     with pytest.raises(UsageError, match="OUT exists"):
-        convert.run(raw, tmp_path / "out")
-    convert.run(raw, tmp_path / "out", force=True)
+        convert_checkpoint(raw, tmp_path / "out")
+    convert_checkpoint(raw, tmp_path / "out", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
     with pytest.raises(UsageError):
-        convert.run(raw, raw / "inside", force=True)
+        convert_checkpoint(raw, raw / "inside", force=True)
 
 
 def test_a_failed_forced_run_keeps_the_old_output(whole, tmp_path):
-    convert.run(whole, tmp_path / "out")
+    convert_checkpoint(whole, tmp_path / "out")
     changed(whole, norm__weight=torch.full((64,), float("nan")).bfloat16())
     with pytest.raises(CheckpointError, match="NaN"):
-        convert.run(whole, tmp_path / "out", force=True)
+        convert_checkpoint(whole, tmp_path / "out", force=True)
     assert verify(tmp_path / "out").problems == ()
 
 
 def test_a_raw_folder_is_never_replaced_by_force(raw, tmp_path, whole):
     """A raw folder holds pickles: --force replaces checkpoints that qmix could have written only."""
     with pytest.raises(UsageError, match="more than a checkpoint"):
-        convert.run(whole, raw, force=True)
+        convert_checkpoint(whole, raw, force=True)
 
 
 # Memory
@@ -452,7 +452,7 @@ def test_a_stack_is_read_one_expert_at_a_time(raw, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shard_writer.ShardWriter, "write", writing)
     monkeypatch.setattr(shards, "read_entry", reading)
-    convert.run(raw, tmp_path / "out")
+    convert_checkpoint(raw, tmp_path / "out")
     assert all(written)
     stacks = [shape for name, shape in read if ".block_sparse_moe.w" in name]
     assert stacks == [(96, 64)] * (3 * 8 * 3)
@@ -474,12 +474,12 @@ def test_memory_is_that_of_a_matrix_and_not_of_a_stack(tmp_path):
     code = f"""
 import resource
 from pathlib import Path
-from qmix.commands.checkpoint import convert
+from qmix.commands.checkpoint.convert import convert_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folder = Path({str(tmp_path)!r})
-convert.run(folder / "small", folder / "first")
+convert_checkpoint(folder / "small", folder / "first")
 before = peak()
-convert.run(folder / "large", folder / "second")
+convert_checkpoint(folder / "large", folder / "second")
 print(peak() - before)
 """
     done = subprocess.run(
@@ -519,7 +519,7 @@ def test_everywhere_else_a_raw_folder_is_sent_to_convert(
 
 
 def test_converted_files_beside_the_raw_ones_are_used(raw, tmp_path):
-    convert.run(raw, tmp_path / "out")
+    convert_checkpoint(raw, tmp_path / "out")
     for path in raw.iterdir():
         shutil.copy(path, tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").tensors

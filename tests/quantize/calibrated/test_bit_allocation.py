@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from qmix import kernels
 from qmix.cli import app
-from qmix.commands.checkpoint import inspect
+from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import QmixError, UsageError
 from qmix.formats import open_checkpoint
@@ -270,7 +270,7 @@ def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_pat
     assert bits / weights <= 4.7
     shown = CliRunner().invoke(app, ["inspect", str(out)])
     assert shown.exit_code == 0
-    kinds = {part.scheme for part in inspect.inspect(out).parts if part.layout == "GPTQ"}
+    kinds = {group.scheme for group in inspect(out).groups if group.layout == "GPTQ"}
     assert kinds == {str(scheme) for scheme in schemes}
     assert all(kind in shown.output for kind in kinds)
     model = MixtralForCausalLM.from_pretrained(out, device="cpu")

@@ -198,7 +198,9 @@ def test_without_resume_it_is_refused_and_nothing_is_deleted(stopped):
     source, out, _ = stopped
     before = contents(out.with_name("out.partial"))
     for force in (False, True):
-        with pytest.raises(UsageError, match=r"out\.partial: an interrupted run stands.*--resume"):
+        with pytest.raises(
+            UsageError, match=r"out\.partial: an interrupted run left its work here.*--resume"
+        ):
             run(source, out, force=force)
     assert contents(out.with_name("out.partial")) == before
 
