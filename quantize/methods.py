@@ -13,6 +13,7 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models.options import parse_device
+from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDOWS
 from qmix.quantize.calibrated.bit_allocation import allocate_bits, check_bits
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
@@ -26,7 +27,6 @@ from qmix.weights.scheme import GROUP_SIZES, Recipe, Scheme
 
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 
-_DEFAULT_SEQLEN = 2048
 _DEFAULT_BITS = 4.25
 
 
@@ -51,7 +51,7 @@ class QuantizeRequest:
     group_size: int | None = None
     asymmetric: bool = False
     bits: float | None = None
-    samples: int = 256
+    samples: int = CALIBRATION_WINDOWS
     seqlen: int | None = None
     device: str | None = None
     shard_bytes: int = SHARD_BYTES
@@ -144,7 +144,7 @@ def quantize_checkpoint(
 
 def _calibration(source: Path, request: QuantizeRequest, text: str) -> Calibration:
     positions = MixtralConfig.from_pretrained(source).max_position_embeddings
-    seqlen = min(_DEFAULT_SEQLEN, positions) if request.seqlen is None else request.seqlen
+    seqlen = min(CALIBRATION_POSITIONS, positions) if request.seqlen is None else request.seqlen
     if seqlen > positions:
         raise UsageError(
             "longer than the model's positions",

@@ -20,9 +20,8 @@ REWRITE_BANDWIDTH = 0.256e9
 # GPTQ of full-width layers on two processors: 29 % of a layer of 146 TFLOP in 30 minutes of one
 # processor's time (evals/LOG.md). Good for the order of magnitude only.
 CPU_FLOPS = 23e9
-_CALIBRATION = 256 * 2048  # tokens: the default of qmix quantize
-_TOKEN_ARRAYS = 5  # float32 [T, D] with correction; above 4 GiB they are kept in files
-_ARRAYS_IN_MEMORY = 4 << 30
+_CALIBRATION = quantize_cost.CALIBRATION_WINDOWS * quantize_cost.CALIBRATION_POSITIONS  # tokens
+_TOKEN_ARRAYS = 5  # float32 [T, D] with correction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +106,7 @@ def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantiza
     work = quantize_cost.work(target.config, _CALIBRATION)
     layers = target.config.num_hidden_layers
     tokens = _TOKEN_ARRAYS * _CALIBRATION * target.config.hidden_size * 4
-    in_memory = tokens if tokens <= _ARRAYS_IN_MEMORY else 0
+    in_memory = tokens if tokens <= quantize_cost.ACTIVATION_BYTES else 0
     fitted = StoredModel.assume(target.name, target.config, integers)
     yield Quantization(
         method="gptq",

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from qmix.config import MixtralConfig
 
+# The defaults of `qmix quantize`: windows of calibration text and positions a window, and the bytes of
+# tokens from which on they are kept in files.
+CALIBRATION_WINDOWS, CALIBRATION_POSITIONS = 256, 2048
+ACTIVATION_BYTES = 4 << 30
 # 60 % of what a large GPU does without tensor cores (H100 SXM: 67 TFLOP/s by its data sheet).
 GPU_FLOPS = 40e12
 GPU_LAUNCH_S = 6e-6

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qmix.formats.files.shard_names import SHARD_BYTES
+from qmix.planning.quantize_cost import ACTIVATION_BYTES
 from qmix.quantize.calibrated.layer import LayerOptions
 
 
@@ -22,5 +23,5 @@ class CalibratedOptions:
 
     layer: LayerOptions = field(default_factory=LayerOptions)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    activation_bytes: int = 4 << 30
+    activation_bytes: int = ACTIVATION_BYTES
     shard_bytes: int = SHARD_BYTES
