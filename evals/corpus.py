@@ -1,7 +1,8 @@
-"""The text that every Python installation carries: pydoc's topics and the docstrings of the standard library.
+"""The text that every Python installation carries: pydoc's topics and the library's docstrings.
 
-The text changes with the Python version (also with the patch release), so quote `fingerprint()` with
-every number. Knows nothing of tokens or models, and imports no torch.
+`python -m qmix.evals.corpus train|heldout` writes one part to stdout and its SHA-256 to stderr. The
+text changes with the Python version, even with the patch release, so quote `fingerprint()` with every
+figure. Knows nothing of tokens or models, and imports no torch.
 """
 
 import ast
@@ -17,17 +18,18 @@ import sys
 import sysconfig
 import time
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qmix.errors import CheckpointError, QmixError, UsageError
+from qmix.errors import CheckpointError, UsageError
+from qmix.evals.command import exit_code, say
 
 HELDOUT_PERMILLE = 70
-PARAGRAPH_CHARS = 60  # shorter paragraphs ("Returns a string.") recur by nature and are kept
-JOINT = "\n\n\n"  # between documents; inside a document at most one blank line
+PARAGRAPH_CHARS = 60  # shorter paragraphs ("Returns a string.") recur naturally and stay
+SEPARATOR = "\n\n\n"  # between documents; inside a document there is at most one blank line
 
-# Not in every installation (Debian splits some off, 3.12 and 3.13 dropped some), or tables, not prose.
+# Not part of every installation (Debian splits some off, 3.12 and 3.13 dropped some), or not prose.
 _SKIPPED_FOLDERS = re.compile(
     r"__phello__|__pycache__|config-.*|dist-packages|distutils|encodings|ensurepip|idlelib|lib-dynload"
     r"|lib2to3|msilib|pydoc_data|site-packages|tests?|tkinter|turtledemo"
@@ -46,25 +48,29 @@ class Document:
 
     @property
     def heldout(self) -> bool:
-        """Decided by the name alone: the same in every Python, however the text is edited."""
+        """Whether it is held out. The name alone decides, so it is the same in every Python."""
         digest = hashlib.sha256(self.name.encode()).digest()
         return int.from_bytes(digest[:8], "big") % 1000 < HELDOUT_PERMILLE
 
     @property
     def paragraphs(self) -> list[str]:
+        """The text, split at blank lines."""
         return _BLANK_LINES.split(self.text)
 
 
 def paragraph_key(paragraph: str) -> str:
-    """What two paragraphs share when only their indentation or line breaks differ."""
+    """A key that two paragraphs share if only their indentation or line breaks differ."""
     return " ".join(paragraph.split())
 
 
 @functools.cache
 def documents() -> tuple[Document, ...]:
-    """Every document in the order of names, each paragraph once, none of the held-out ones in training."""
-    found = {d.name: d for d in (*_topics(), *_library(), *_c_objects())}
-    everything = [found[name] for name in sorted(found)]
+    """Every document in order of names.
+
+    Each long paragraph occurs once, and none of the held-out ones in a training document.
+    """
+    by_name = {d.name: d for d in (*_topics(), *_library(), *_c_objects())}
+    everything = [by_name[name] for name in sorted(by_name)]
     heldout = list(_without_repeats([d for d in everything if d.heldout], set()))
     keys = {key for d in heldout for key in map(paragraph_key, d.paragraphs) if _is_long(key)}
     training = list(_without_repeats([d for d in everything if not d.heldout], keys))
@@ -72,29 +78,32 @@ def documents() -> tuple[Document, ...]:
 
 
 def training_documents() -> tuple[Document, ...]:
+    """The documents of the training text."""
     return tuple(d for d in documents() if not d.heldout)
 
 
 def heldout_documents() -> tuple[Document, ...]:
+    """The documents of the held-out text."""
     return tuple(d for d in documents() if d.heldout)
 
 
 def training_text() -> str:
+    """The text on which models and tokenizers are trained, and quantizers calibrated."""
     return _joined(training_documents())
 
 
 def heldout_text() -> str:
-    """Text that no paragraph of the training text repeats."""
+    """The text on which models are scored; the training text repeats none of its paragraphs."""
     return _joined(heldout_documents())
 
 
 def fingerprint(text: str) -> str:
-    """SHA-256 of a text: says whether two numbers were measured on the same one."""
+    """SHA-256 of a text, which tells whether two figures were measured on the same text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _joined(chosen: Iterable[Document]) -> str:
-    return JOINT.join(d.text for d in chosen) + "\n"
+    return SEPARATOR.join(d.text for d in chosen) + "\n"
 
 
 def _is_long(key: str) -> bool:
@@ -102,20 +111,20 @@ def _is_long(key: str) -> bool:
 
 
 def _without_repeats(chosen: list[Document], seen: set[str]) -> Iterator[Document]:
-    """Drop every long paragraph that came before, or that holds or equals one in `seen`."""
+    """Drop every long paragraph that came before, or that equals or contains one of `seen`."""
     forbidden = frozenset(seen)
     seen = set(seen)
     for document in chosen:
-        kept = []
+        remaining = []
         for paragraph in document.paragraphs:
             key = paragraph_key(paragraph)
             if _is_long(key):
                 if key in seen or any(other in key for other in forbidden):
                     continue
                 seen.add(key)
-            kept.append(paragraph)
-        if len(kept) > 1:  # a name alone, or a title with its underline, is not a document
-            yield replace(document, text="\n\n".join(kept))
+            remaining.append(paragraph)
+        if len(remaining) > 1:  # a name alone, or a title with its underline, is not a document
+            yield replace(document, text="\n\n".join(remaining))
 
 
 def _topics() -> Iterator[Document]:
@@ -136,10 +145,10 @@ def _library() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "argparse.py").is_file():
         raise CheckpointError(
-            "the standard library's sources are not there",
+            "the standard library's sources are missing",
             where=str(root),
             expected="a folder of .py files",
-            remedy="Use a CPython that is not packed into a zip file.",
+            remedy="Use a CPython whose library is not in a zip file.",
         )
     for path in _sources(root):
         parts = list(path.relative_to(root).with_suffix("").parts)
@@ -169,7 +178,7 @@ def _sources(folder: Path) -> Iterator[Path]:
 def _docstrings(
     node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
 ) -> Iterator[str]:
-    """`name(arguments)` and its docstring, then the same of the members of a class."""
+    """`name(arguments)` and its docstring, then the same for the members of a class."""
     doc = ast.get_docstring(node)
     if doc:
         head = name if isinstance(node, ast.ClassDef) else f"{name}({ast.unparse(node.args)})"
@@ -181,10 +190,10 @@ def _docstrings(
 
 
 def _c_objects() -> Iterator[Document]:
-    """What C implements has no source to parse; these modules are compiled into every CPython."""
+    """Objects written in C, which have no source to parse, from modules that every CPython contains."""
     for module in _C_MODULES:
         for name, thing in sorted(vars(module).items()):
-            # `site` adds exit, help and others, which are neither; an alias belongs to its own name.
+            # `site` adds exit, help and others, which are no types; an alias belongs to its own name.
             if (
                 not isinstance(thing, type | types.BuiltinFunctionType)
                 or thing.__name__ != name
@@ -201,26 +210,26 @@ def _c_objects() -> Iterator[Document]:
 def _c_members(owner: type) -> Iterator[str]:
     for name, member in sorted(vars(owner).items()):
         doc = getattr(member, "__doc__", None)
-        # Slots ("Return str(self).") say the same on every type.
+        # Slots ("Return str(self).") have the same docstring on every type.
         if callable(member) and isinstance(doc, str) and doc and not name.startswith("__"):
             yield f"{owner.__name__}.{name}\n\n{inspect.cleandoc(doc).expandtabs().strip()}"
 
 
-def main(arguments: list[str]) -> int:
-    """`python -m qmix.evals.corpus train|heldout`: the text to stdout, its SHA-256 to stderr."""
+def _print(arguments: Sequence[str]) -> None:
     parts = {"train": training_text, "heldout": heldout_text}
-    try:
-        if len(arguments) != 1 or arguments[0] not in parts:
-            found = " ".join(arguments) or "nothing"
-            raise UsageError("name one part", expected="train or heldout", found=found)
-        text = parts[arguments[0]]()
-    except QmixError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    if len(arguments) != 1 or arguments[0] not in parts:
+        found = " ".join(arguments) or "nothing"
+        raise UsageError("name one part", expected="train or heldout", found=found)
+    text = parts[arguments[0]]()
     sys.stdout.buffer.write(text.encode())
-    sys.stderr.write(f"{len(text.encode())} bytes, sha256 {fingerprint(text)}\n")
-    return 0
+    say(f"{len(text.encode())} bytes, sha256 {fingerprint(text)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_code("corpus", lambda: _print(given))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

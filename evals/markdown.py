@@ -4,6 +4,10 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with a header, a rule and a line for each row, each line ending in a newline."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+    """A table with a header, a rule and a line for each row."""
+    return "".join(map(row, (header, ["---"] * len(header), *rows)))
+
+
+def row(cells: Sequence[str]) -> str:
+    """One line of a table, newline included."""
+    return "| " + " | ".join(cells) + " |\n"

@@ -1,7 +1,7 @@
 """The table of GPU speeds in docs/speed.md, from the records of the acceptance command alone.
 
 `python -m qmix.evals.speed` prints it; `--write` puts it between the page's `<!-- speed -->` marks.
-If there are several records of one GPU, the newest counts.
+If there are several records of one GPU, the newest counts. Knows nothing of how they were measured.
 """
 
 import argparse
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qmix import strict_json
-from qmix.errors import CheckpointError, QmixError
+from qmix.errors import CheckpointError
+from qmix.evals import markdown
+from qmix.evals.command import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "evals" / "records"
@@ -20,7 +22,7 @@ MARKS = ("<!-- speed -->\n", "<!-- /speed -->\n")
 NOTHING = "Nothing has been measured on a GPU yet.\n"
 
 _GIB = 2**30
-# Tests of the model that the table shows: as they are named, rows, and what is said of them.
+# (test, batch, label) of the model's results that the table shows.
 _DECODE = (
     ("tg64", 1, "decode, batch 1"),
     ("tg64 @ d4096", 1, "decode, batch 1, after 4k"),
@@ -32,10 +34,10 @@ _PREFILL = (("pp512", 1, "prefill of 512"), ("pp4096", 1, "prefill of 4k"), ("pp
 
 
 def records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The acceptance records with a GPU in them, the newest of each, by its name.
+    """The newest acceptance record of each GPU, ordered by the GPU's name.
 
     Raises:
-        CheckpointError: a record that is none.
+        CheckpointError: a file is not a record.
     """
     newest: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-acceptance.json")):
@@ -47,20 +49,18 @@ def records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return [newest[gpu] for gpu in sorted(newest)]
 
 
-def table(folder: Path = RECORDS) -> str:
-    """Markdown: a table a GPU, or that there is none."""
+def speed_table(folder: Path = RECORDS) -> str:
+    """A markdown table for each GPU, or the sentence that there is none."""
+    header = ("", "measured", "of the copy bandwidth", "best peer in the same run")
     parts = []
     for path, record in records(folder):
         rows = list(_rows(record))
         if not rows:
             continue
-        header = ("", "measured", "of the copy bandwidth", "best peer in the same run")
-        lines = [header, tuple("---" for _ in header), *rows]
-        body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
         versions = record["versions"]
         parts.append(
             f"**{record['gpu']}**, {record['date'][:10]}, torch {versions['torch']}, "
-            f"triton {versions['triton']} (`{path.name}`)\n\n{body}\n"
+            f"triton {versions['triton']} (`{path.name}`)\n\n{markdown.table(header, rows)}"
         )
     return "\n".join(parts) or NOTHING
 
@@ -69,36 +69,37 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     steps = record["steps"]
     copied = next(
         (
-            r["gigabytes_per_second"]
-            for r in _results(steps, "bandwidth")
-            if r.get("what") == "copy"
+            result["gigabytes_per_second"]
+            for result in _results(steps, "bandwidth")
+            if result.get("what") == "copy"
         ),
         None,
     )
     if copied is not None:
         yield "memory, copied", f"{copied:,.0f} GB/s", "", ""
     for result in _results(steps, "moe"):
-        if result.get("tokens") in (1, 8, 1024) and "microseconds" in result:
+        tokens = result.get("tokens")
+        if tokens in (1, 8, 1024) and "microseconds" in result:
             bound = ""
-            if copied is not None and result["tokens"] <= 16:
+            if copied is not None and tokens <= 16:
                 bound = f"{100 * result['gigabytes_per_second'] / copied:.0f} %"
-            what = f"experts of a layer, M={result['tokens']}, {result['kernel'].removeprefix('qmix ')}"
-            yield what, f"{result['microseconds']:.1f} us", bound, _peer(steps, result["tokens"])
-    model = {(r.get("test"), r.get("batch")): r for r in _results(steps, "model")}
-    for test, batch, what in (*_DECODE, *_PREFILL):
-        found = model.get((test, batch), {})
-        if "tokens_per_second" not in found:
-            continue
-        bound = f"{100 * found['of_bound']:.0f} %" if found.get("of_bound") else ""
-        yield what, f"{found['tokens_per_second']:,.0f} tok/s", bound, ""
-    for test, what in (("tg64 @ d4096", "4k"), ("tg64 @ d32768", "32k")):
-        found = model.get((test, 1), {})
-        if "peak_bytes" in found:
-            yield f"peak memory, {what} of context", f"{found['peak_bytes'] / _GIB:.1f} GiB", "", ""
+            label = f"experts of a layer, M={tokens}, {result['kernel'].removeprefix('qmix ')}"
+            yield label, f"{result['microseconds']:.1f} us", bound, _best_peer(steps, tokens)
+    tests = {(each.get("test"), each.get("batch")): each for each in _results(steps, "model")}
+    for test, batch, label in (*_DECODE, *_PREFILL):
+        result = tests.get((test, batch), {})
+        if "tokens_per_second" in result:
+            bound = f"{100 * result['of_bound']:.0f} %" if result.get("of_bound") else ""
+            yield label, f"{result['tokens_per_second']:,.0f} tok/s", bound, ""
+    for test, context in (("tg64 @ d4096", "4k"), ("tg64 @ d32768", "32k")):
+        result = tests.get((test, 1), {})
+        if "peak_bytes" in result:
+            peak = f"{result['peak_bytes'] / _GIB:.1f} GiB"
+            yield f"peak memory, {context} of context", peak, "", ""
 
 
-def _peer(steps: dict[str, Any], tokens: int) -> str:
-    """The fastest of the others at as many tokens."""
+def _best_peer(steps: dict[str, Any], tokens: int) -> str:
+    """The fastest peer at this number of tokens."""
     timed = [
         result
         for result in _results(steps, "peers")
@@ -111,15 +112,15 @@ def _peer(steps: dict[str, Any], tokens: int) -> str:
 
 
 def _results(steps: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = steps.get(name, {}).get("results", [])
-    return found
+    results: list[dict[str, Any]] = steps.get(name, {}).get("results", [])
+    return results
 
 
-def written(text: str, body: str) -> str:
-    """The text with `body` between its marks.
+def with_table(text: str, table: str) -> str:
+    """The text with `table` between its marks.
 
     Raises:
-        CheckpointError: no marks.
+        CheckpointError: the text has no marks.
     """
     before, opening, rest = text.partition(MARKS[0])
     _, closing, after = rest.partition(MARKS[1])
@@ -127,23 +128,23 @@ def written(text: str, body: str) -> str:
         raise CheckpointError(
             "no place for the speed table", where=str(PAGE), expected=" and ".join(MARKS)
         )
-    return before + opening + body + closing + after
+    return before + opening + table + closing + after
+
+
+def _print(*, write: bool) -> None:
+    table = speed_table()
+    if write:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table), encoding="utf-8")
+    else:
+        sys.stdout.write(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.speed", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/speed.md")
+    parser.add_argument("--write", action="store_true", help="write it into docs/speed.md")
     options = parser.parse_args(arguments)
-    try:
-        body = table()
-        if options.write:
-            PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), body), encoding="utf-8")
-        else:
-            sys.stdout.write(body)
-    except QmixError as error:
-        sys.stderr.write(f"speed: {error}\n")
-        return error.exit_code
-    return 0
+    return exit_code("speed", lambda: _print(write=options.write))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Mixtral checkpoints of the real widths with seeded weights, for memory and speed without the hub.
+"""Mixtral checkpoints of the real widths with seeded weights, to test memory and speed offline.
 
 `python -m qmix.evals.synthetic OUT --layers N [--packed nf4] [--seed S]`. The weights are Gaussian
-with outlier channels, so sizes, statistics and time are real; the text such a model writes is noise.
-Shape letters: N output features, K input features.
+with outlier channels, so sizes, statistics and times are realistic; the text of such a model is noise.
+Shape letters: N outputs, K inputs. Knows nothing of what the checkpoint is for.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
-from qmix.errors import QmixError
+from qmix.evals.command import exit_code
 from qmix.evals.training.tiny_model import TINY
 from qmix.formats.files import output_dir, shard_writer
 from qmix.formats.files.shard_names import SHARD_BYTES
@@ -29,12 +29,13 @@ from qmix.weights.nf4 import NF4, NestedAbsmax
 from qmix.weights.scheme import NESTED_BLOCK, Recipe
 from qmix.weights.scheme import NF4 as NF4_SCHEME
 
-# One input channel in 256 is eight times as strong, as in trained transformers (LLM.int8, section 3).
+# One input channel in 256 is eight times as strong, as in trained transformers
+# (https://arxiv.org/abs/2208.07339, section 3).
 _OUTLIER_EVERY, _OUTLIER_FACTOR = 256, 8.0
 
 
 def config(layers: int, *, packed: bool) -> MixtralConfig:
-    """Mixtral-8x7B's configuration with another number of layers."""
+    """Mixtral-8x7B's configuration with `layers` layers."""
     quantization = (
         bnb.quantization_config(NF4_SCHEME, torch.bfloat16, attention=True) if packed else None
     )
@@ -46,11 +47,11 @@ def config(layers: int, *, packed: bool) -> MixtralConfig:
     )
 
 
-def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
-    """Write a checkpoint directory, holding one matrix at a time.
+def write_synthetic(out: Path, layers: int, *, packed: bool, seed: int) -> None:
+    """Write a checkpoint directory, with one matrix at a time in memory.
 
     Args:
-        packed: draw NF4 codes and scales directly instead of 16-bit weights.
+        packed: make random NF4 codes and scales instead of 16-bit weights.
 
     Raises:
         UsageError: OUT exists. ResourceError: the disk is too small.
@@ -64,7 +65,9 @@ def write(out: Path, layers: int, *, packed: bool, seed: int) -> None:
     output_dir.check_paths(TINY, out, force=False)
     output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))
     with output_dir.partial(out) as folder:
-        shard_writer.write_shards(folder, groups, _drawn(tensors, recipe, seed), SHARD_BYTES)
+        shard_writer.write_shards(
+            folder, groups, _random_tensors(tensors, recipe, seed), SHARD_BYTES
+        )
         (folder / "config.json").write_text(shape.to_json(), encoding="utf-8")
         if (TINY / "tokenizer.model").is_file():
             (folder / "tokenizer.model").write_bytes(
@@ -77,18 +80,17 @@ def padded_tokenizer(model: bytes, vocab_size: int) -> bytes:
     """A sentencepiece model with unused pieces appended up to `vocab_size`.
 
     Appending to a protobuf message extends its repeated field `pieces` (number 1 of ModelProto in
-    sentencepiece_model.proto: piece = 1, score = 2, type = 3 with UNUSED = 5).
+    sentencepiece_model.proto, with piece = 1, score = 2, type = 3 and UNUSED = 5).
     """
-    have = LlamaTokenizer(model).vocab_size
     added = bytearray()
-    for index in range(have, vocab_size):
+    for index in range(LlamaTokenizer(model).vocab_size, vocab_size):
         text = f"<unused{index}>".encode()
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15\x00\x00\x00\x00" + b"\x18\x05"
         added += b"\x0a" + bytes([len(piece)]) + piece
     return model + bytes(added)
 
 
-def _drawn(
+def _random_tensors(
     tensors: Sequence[ModelTensor], recipe: Recipe, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     for index, tensor in enumerate(tensors):
@@ -97,21 +99,21 @@ def _drawn(
             sys.stderr.flush()
         generator = _generator(seed, tensor.name)
         if recipe.scheme_of(tensor.name).kind == "dense":
-            yield {tensor.name: _dense(tensor, generator)}
+            yield {tensor.name: _random_dense(tensor, generator)}
         else:
             rows, columns = tensor.shape
-            yield bnb.pack(_packed((rows, columns), generator), tensor.prefix)
+            yield bnb.pack(_random_nf4((rows, columns), generator), tensor.prefix)
     if sys.stderr.isatty():
         sys.stderr.write("\n")
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """Each tensor's own stream, so that a layer does not depend on how many stand before it."""
+    """A generator for each tensor, so that a layer does not depend on the layers before it."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _dense(tensor: ModelTensor, generator: torch.Generator) -> Tensor:
+def _random_dense(tensor: ModelTensor, generator: torch.Generator) -> Tensor:
     if tensor.kind == "norm":
         return (1 + 0.1 * torch.randn(tensor.shape, generator=generator)).bfloat16()
     std = 1 / math.sqrt(tensor.shape[-1])  # keeps activations of order one through any depth
@@ -121,9 +123,12 @@ def _dense(tensor: ModelTensor, generator: torch.Generator) -> Tensor:
     return data
 
 
-def _packed(shape: tuple[int, int], generator: torch.Generator) -> NF4:
-    """NF4 weights without quantizing: codes are equally likely by the format's design, and the
-    largest of 64 Gaussians of deviation s is about 2.4 s."""
+def _random_nf4(shape: tuple[int, int], generator: torch.Generator) -> NF4:
+    """A random NF4 weight [N, K], made without quantizing.
+
+    By the design of the format all codes are equally likely, and the largest of 64 Gaussians with
+    standard deviation s is about 2.4 s.
+    """
     count = math.prod(shape)
     blocks = -(-count // 64)
     absmax = 2.4 / math.sqrt(shape[1])
@@ -142,18 +147,18 @@ def _packed(shape: tuple[int, int], generator: torch.Generator) -> NF4:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.synthetic", description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, required=True)
-    parser.add_argument("--packed", choices=("nf4",))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path, help="directory to write; must not exist")
+    parser.add_argument("--layers", type=int, required=True, help="number of layers")
+    parser.add_argument("--packed", choices=("nf4",), help="write 4-bit weights, not bfloat16")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
     options = parser.parse_args(arguments)
-    try:
-        write(options.out, options.layers, packed=options.packed is not None, seed=options.seed)
-    except QmixError as error:
-        sys.stderr.write(f"synthetic: {error}\n")
-        return error.exit_code
-    return 0
+    packed = options.packed is not None
+    return exit_code(
+        "synthetic",
+        lambda: write_synthetic(options.out, options.layers, packed=packed, seed=options.seed),
+    )
 
 
 if __name__ == "__main__":

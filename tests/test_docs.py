@@ -253,7 +253,7 @@ def test_the_readme_claims_no_speed_on_a_gpu_that_no_record_has():
     row = next(
         line for line in text("README.md").splitlines() if line.startswith("| speed on a GPU")
     )
-    assert (row.split("|")[2].strip() == "-") == (speed.table() == speed.NOTHING)
+    assert (row.split("|")[2].strip() == "-") == (speed.speed_table() == speed.NOTHING)
 
 
 def test_the_readme_fits_a_screen():

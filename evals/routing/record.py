@@ -1,7 +1,8 @@
 """Records which experts a model's tokens go through, as a trace.
 
-Runs the ids through the decoder in chunks and reads the router's logits, which every pass leaves behind:
-generation itself carries no hook. Shape letters: T tokens, E experts, k chosen experts a token.
+Runs the ids through the decoder in chunks and reads the router's logits, which every pass returns.
+Generation itself has no hook for it. Shape letters: T tokens, k experts per token. Knows nothing of
+policies.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from qmix import kernels
 from qmix.errors import UsageError
-from qmix.evals.routing.trace import Header, Recorder
+from qmix.evals.routing.trace import TraceHeader, TraceRecorder
 from qmix.evals.timing import traffic
 from qmix.experts.policy import ONE
 from qmix.generation.config import GenerationConfig
@@ -24,12 +25,12 @@ from qmix.text.tokenizer import LlamaTokenizer
 Progress = Callable[[int, int], None]
 
 
-def header(model: MixtralForCausalLM, *, name: str, gates: bool) -> Header:
-    """What a trace of this model says of it; sizes as the weights are stored."""
+def trace_header(model: MixtralForCausalLM, *, name: str, gates: bool) -> TraceHeader:
+    """The header of a trace of this model, with the sizes of its stored weights."""
     layer = model.model.layers[0]
     assert isinstance(layer, DecoderLayer)
     expert = layer.block_sparse_moe.stored[0]
-    return Header(
+    return TraceHeader(
         layers=model.config.num_hidden_layers,
         experts=model.config.num_local_experts,
         chosen=model.config.num_experts_per_tok,
@@ -44,20 +45,20 @@ def record_text(
     model: MixtralForCausalLM,
     tokenizer: LlamaTokenizer,
     text: str,
-    recorder: Recorder,
+    recorder: TraceRecorder,
     *,
     tokens: int,
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """The first `tokens` tokens of a text, each as if it had been decoded; returns how many there were.
+    """Record the first `tokens` tokens of a text as if they were decoded; returns their number.
 
-    A text longer than the model's positions goes on in a new window that sees nothing of the old one.
+    A text longer than the model's positions continues in a new window, which sees nothing of the old.
     """
-    taken = 8 * tokens  # characters: a gigabyte need not be encoded for a thousand tokens
-    ids = tokenizer.encode(text[:taken])
-    while len(ids) < tokens and taken < len(text):
-        taken *= 2
-        ids = tokenizer.encode(text[:taken])
+    length = 8 * tokens  # characters: a thousand tokens do not need a gigabyte encoded
+    ids = tokenizer.encode(text[:length])
+    while len(ids) < tokens and length < len(text):
+        length *= 2
+        ids = tokenizer.encode(text[:length])
     ids = ids[:tokens]
     limit = model.config.max_position_embeddings
     for start in range(0, len(ids), limit):
@@ -71,17 +72,17 @@ def record_generation(
     model: MixtralForCausalLM,
     tokenizer: LlamaTokenizer,
     prompt: str,
-    recorder: Recorder,
+    recorder: TraceRecorder,
     *,
     max_new_tokens: int,
 ) -> int:
-    """The tokens that greedy decoding feeds back after a prompt; returns how many there were.
+    """Record the tokens that greedy decoding feeds back after a prompt; returns their number.
 
-    They are decoded first and run through once more in chunks. Where two experts are as good as equal,
-    a chunk may choose the other one.
+    They are first decoded, then run through the model once more in chunks. Where the scores of two
+    experts are nearly equal, a chunk may choose the other one.
 
     Raises:
-        UsageError: prompt and new tokens do not fit the model's positions, or the model ends at once.
+        UsageError: prompt and new tokens exceed the model's positions, or the model ends at once.
     """
     ids = torch.tensor([tokenizer.encode(prompt)])
     first, limit = ids.shape[1], model.config.max_position_embeddings
@@ -94,34 +95,34 @@ def record_generation(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=model.generation_config.eos_token_id
     )
-    whole = model.generate(ids, generation_config=greedy)
-    assert isinstance(whole, Tensor)
-    fed = whole[:, :-1]  # the last one goes through no expert
+    generated = model.generate(ids, generation_config=greedy)
+    assert isinstance(generated, Tensor)
+    fed = generated[:, :-1]  # the last token goes through no expert
     if fed.shape[1] == first:
         raise UsageError(
             "nothing was decoded after the first token",
-            remedy="Another prompt, or more --max-new-tokens.",
+            remedy="Give another prompt, or more --max-new-tokens.",
         )
     _record(model, fed.cpu(), first, recorder)
     return int(fed.shape[1]) - first
 
 
 @torch.no_grad()
-def _record(model: MixtralForCausalLM, ids: Tensor, first: int, recorder: Recorder) -> None:
-    """Write the routes of ids (1, T) from position `first` on, one window of one cache."""
+def _record(model: MixtralForCausalLM, ids: Tensor, first: int, recorder: TraceRecorder) -> None:
+    """Record the routes of ids (1, T) from position `first` on, all in one cache."""
     cache = model.new_cache(1, ids.shape[1])
     for start in range(0, ids.shape[1], PREFILL_CHUNK):
-        piece = ids[:, start : start + PREFILL_CHUNK].to(model.device)
-        logits = model.model.decode(model.model.embed(piece), cache=cache).router_logits
+        chunk = ids[:, start : start + PREFILL_CHUNK].to(model.device)
+        logits = model.model.decode(model.model.embed(chunk), cache=cache).router_logits
         routes = [kernels.route(layer, model.config.num_experts_per_tok) for layer in logits]
         chosen = torch.stack([layer.ids for layer in routes], 1).tolist()  # T x layers x k
         weights = torch.stack([layer.weights for layer in routes], 1)
         gates = (weights * ONE).round().long().tolist()
-        for at in range(max(first - start, 0), piece.shape[1]):
-            recorder.token(chosen[at], gates[at] if recorder.header.gates else ())
+        for index in range(max(first - start, 0), chunk.shape[1]):
+            recorder.token(chosen[index], gates[index] if recorder.header.gates else ())
 
 
-def record(
+def record_trace(
     model: MixtralForCausalLM,
     tokenizer: LlamaTokenizer,
     out: Path,
@@ -135,10 +136,11 @@ def record(
 ) -> int:
     """Write a trace of a text, or of what follows a prompt; returns the number of tokens.
 
-    A file that could not be completed is removed.
+    A file that cannot be completed is removed.
 
     Raises:
-        UsageError: both or neither of them, or a file that exists. CheckpointError: it cannot be written.
+        UsageError: both or neither of text and prompt are given, or the file exists.
+        CheckpointError: the file cannot be written.
     """
     if (prompt is None) == (text is None):
         raise UsageError("give a PROMPT or --data, and not both")
@@ -146,7 +148,7 @@ def record(
         raise UsageError(
             "out of range", where="--max-new-tokens", expected="1 or more", found=max_new_tokens
         )
-    with Recorder(out, header(model, name=name, gates=gates)) as recorder:
+    with TraceRecorder(out, trace_header(model, name=name, gates=gates)) as recorder:
         try:
             if text is not None:
                 return record_text(

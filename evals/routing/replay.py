@@ -1,6 +1,7 @@
-"""A trace through a policy: hits, bytes and time, beside LRU that fills on every miss and the optimum.
+"""A trace replayed through a policy: hits, bytes and time, beside LRU and the optimum.
 
-Knows no model: sizes and rates come with the Machine.
+LRU fills a slot on every miss. Sizes and rates come with the simulated machine. Knows nothing of
+models.
 """
 
 import heapq
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qmix.errors import UsageError
-from qmix.evals.routing.simulation import SECOND, Machine, MissPath, Simulation
+from qmix.evals.routing.simulation import SECOND, MissPath, SimulatedMachine, Simulation
 from qmix.evals.routing.trace import Trace
 from qmix.experts.policy import LFU, LRU, PRESETS, Policy, PolicyName, PolicySettings
 from qmix.experts.residency import Residency
@@ -17,12 +18,13 @@ from qmix.experts.residency import Residency
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """One policy's way through a trace.
+    """A trace replayed through one policy.
 
     Attributes:
-        uploads: copies into slots, those before the first token left out.
-        interconnect_bytes: over PCIe into the device, without those either.
-        nanoseconds: simulated, all tokens.
+        path: what a miss does; see `Simulation`.
+        uploads: copies into slots, without those before the first token.
+        interconnect_bytes: bytes over PCIe into the device, without those before the first token.
+        nanoseconds: simulated time of all tokens.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Replay:
         return self.tokens * SECOND / self.nanoseconds
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON document."""
+        """The replay as a JSON document."""
         return {
             **asdict(self),
             "hit_rate": round(self.hit_rate, 6),
@@ -65,17 +67,21 @@ def replay(
     trace: Trace,
     slots: int,
     settings: PolicySettings,
-    machine: Machine,
+    machine: SimulatedMachine,
     *,
     name: str,
     path: MissPath = "read",
     heat: Sequence[int] | None = None,
 ) -> Replay:
-    """Decode the trace's tokens on a simulated machine, slots filled beforehand by `heat`, else in turn
-    over the layers.
+    """Decode the tokens of a trace on a simulated machine.
+
+    Args:
+        slots: number of experts that fit the device.
+        name: of the policy.
+        heat: the slots are first filled with the hottest experts; by default with some of each layer.
 
     Raises:
-        UsageError: too few slots, or more than there are experts.
+        UsageError: too few slots, or more slots than experts.
     """
     layers, experts = trace.header.layers, trace.header.experts
     fewest = trace.header.chosen if path == "copy" else 1
@@ -102,11 +108,13 @@ def replay(
     )
 
 
-def optimum(trace: Trace, slots: int, machine: Machine, *, path: MissPath = "read") -> Replay:
-    """Belady's: knows the future, keeps what is used soonest, starts with the best of all slots filled.
+def optimum(
+    trace: Trace, slots: int, machine: SimulatedMachine, *, path: MissPath = "read"
+) -> Replay:
+    """Belady's algorithm, which knows the future, keeps what is used soonest and starts with full slots.
 
-    It may pass an expert by and pays for no upload, so no policy that loads what was missed has more
-    hits. (L. A. Belady, IBM Systems Journal 5(2), 1966; with bypassing.)
+    It may skip an expert and pays for no upload, so no policy that loads its misses has more hits.
+    (L. A. Belady, IBM Systems Journal 5(2), 1966; with bypassing.)
     """
     activations = [expert for token in trace.ids() for ids in token for expert in ids]
     hits = optimal_hits(activations, slots)
@@ -124,51 +132,53 @@ def optimum(trace: Trace, slots: int, machine: Machine, *, path: MissPath = "rea
 
 
 def optimal_hits(activations: Sequence[int], slots: int) -> int:
-    """The most hits that `slots` slots can have, filled with anything before the first activation."""
+    """The most hits that `slots` slots allow, whatever fills them before the first activation."""
     assert slots > 0, slots
     never = len(activations)
-    following, next_activation = [never] * never, dict[int, int]()
-    for at in reversed(range(never)):
-        following[at] = next_activation.get(activations[at], never)
-        next_activation[activations[at]] = at
-    # At the start the slots hold what is asked for first.
-    held = dict(sorted(next_activation.items(), key=lambda item: item[1])[:slots])
-    farthest = [(-at, expert) for expert, at in held.items()]
+    following, next_use = [never] * never, dict[int, int]()
+    for index in reversed(range(never)):
+        following[index] = next_use.get(activations[index], never)
+        next_use[activations[index]] = index
+    # The slots start with the experts that are needed first.
+    in_slots = dict(sorted(next_use.items(), key=lambda item: item[1])[:slots])
+    farthest = [(-use, expert) for expert, use in in_slots.items()]
     heapq.heapify(farthest)
     hits = 0
-    for at, expert in enumerate(activations):
-        if expert in held:
+    for index, expert in enumerate(activations):
+        if expert in in_slots:
             hits += 1
         else:
-            while held.get(farthest[0][1]) != -farthest[0][0]:
-                heapq.heappop(farthest)  # its next activation has moved, or it has gone
-            if -farthest[0][0] <= following[at]:
-                continue  # all that is held is needed sooner
-            del held[heapq.heappop(farthest)[1]]
-        held[expert] = following[at]
-        heapq.heappush(farthest, (-following[at], expert))
+            while in_slots.get(farthest[0][1]) != -farthest[0][0]:
+                heapq.heappop(farthest)  # outdated: its next use has changed, or it was evicted
+            if -farthest[0][0] <= following[index]:
+                continue  # everything in the slots is needed sooner
+            del in_slots[heapq.heappop(farthest)[1]]
+        in_slots[expert] = following[index]
+        heapq.heappush(farthest, (-following[index], expert))
     return hits
 
 
-def heat_of(trace: Trace, policy: PolicyName) -> list[int]:
-    """What the policy would have learned from a trace; static, which learns nothing, counts uses."""
-    found = Policy(
-        trace.header.layers * trace.header.experts, LFU if policy == "static" else PRESETS[policy]
-    )
+def learned_heat(trace: Trace, policy_name: PolicyName) -> list[int]:
+    """The heat that a policy would have learned from a trace.
+
+    The static policy learns nothing; for it the uses are counted.
+    """
+    settings = LFU if policy_name == "static" else PRESETS[policy_name]
+    policy = Policy(trace.header.layers * trace.header.experts, settings)
     for token in trace.ids():
-        found.used(expert for ids in token for expert in ids)
-    return found.heat
+        policy.used(expert for ids in token for expert in ids)
+    return policy.heat
 
 
-def compare(
+def compare_policies(
     trace: Trace,
     slots: int,
     policy: PolicyName,
-    machine: Machine,
+    machine: SimulatedMachine,
     *,
     heat: Sequence[int] | None = None,
 ) -> tuple[Replay, ...]:
-    """The policy with misses read in place and with misses on the CPU, LRU, and the optimum."""
+    """The policy with misses read in place and on the CPU, LRU, and the optimum for both."""
     settings = PRESETS[policy]
     return (
         replay(trace, slots, settings, machine, name=policy, heat=heat),

@@ -1,10 +1,11 @@
-"""A decoding machine without a machine: clock, tiers and bytes in integers, the real Residency inside.
+"""A simulated decoder: clock, tiers and bytes in integers, around the real Residency.
 
-Times are nanoseconds, rates bytes a second. A tier moves one thing at a time, in the order asked for;
-copies into slots and reads of missed experts share the interconnect. Knows ids and sizes, no tensors.
+Times are nanoseconds, rates bytes a second. A tier moves one request at a time, in the order of the
+requests; copies into slots and reads of missed experts share the interconnect. Knows ids and sizes, but
+no tensors.
 
-Shape letters of reference formulas: A expert activations a token, S bytes an expert, D dense bytes a token,
-m share of misses, B rates (g device, p interconnect, c CPU), t_s waiting a layer.
+Letters of the formulas: A activations of experts in a token, S bytes of an expert, D dense bytes of a
+token, m share of misses, B rates (g device, p interconnect, c CPU), t_s waiting time of a layer.
 """
 
 import heapq
@@ -23,7 +24,7 @@ MissPath = Literal["read", "cpu", "copy"]
 
 
 class SimClock:
-    """Time that moves only when told to, and what is due at each time."""
+    """A clock that advances only on request, and the actions that are due."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -31,13 +32,13 @@ class SimClock:
         self._order = 0
 
     def at(self, when: int, action: Callable[[], None]) -> None:
-        """Call `action` when the time comes; of equal times the first asked for is first."""
+        """Call `action` at a time; actions of the same time are called in the order of these calls."""
         assert when >= self.now, (when, self.now)
         self._order += 1
         heapq.heappush(self._due, (when, self._order, action))
 
     def advance(self, until: int) -> None:
-        """Go on to `until`, doing what falls due on the way."""
+        """Advance to `until`, calling the actions that become due on the way."""
         assert until >= self.now, (until, self.now)
         while self._due and self._due[0][0] <= until:
             self.now, _, action = heapq.heappop(self._due)
@@ -46,11 +47,11 @@ class SimClock:
 
 
 class SimTier:
-    """Something that moves bytes, one request after the other.
+    """A memory or connection that moves bytes, one request after another.
 
     Attributes:
         moved: bytes by purpose.
-        free_at: when all that was asked for has been moved.
+        free_at: the time at which all requests will have been moved.
     """
 
     def __init__(self, clock: SimClock, bandwidth: int, latency_ns: int = 0) -> None:
@@ -60,7 +61,7 @@ class SimTier:
         self.free_at = 0
 
     def move(self, purpose: str, nbytes: int, *, extra_ns: int = 0) -> int:
-        """Queue a request; the time it ends: ceil(bytes / bandwidth) + latency after it begins."""
+        """Queue a request; returns its end, ceil(bytes / bandwidth) + latency after its beginning."""
         if not nbytes:
             return self.clock.now
         self.moved[purpose] += nbytes
@@ -70,17 +71,18 @@ class SimTier:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Sizes and rates. The defaults are Mixtral-8x7B at 4.25 bits a weight on a 24 GB card behind PCIe 4.
+class SimulatedMachine:
+    """Sizes and rates. The defaults are Mixtral-8x7B at 4.25 bits a weight on a 24 GB card with PCIe 4.
 
-    850 GB/s is the measured read ceiling of an RTX 3090; 25 GB/s a pinned copy; 60 GB/s a desktop's
-    DDR5 in a 4-bit product.
+    850 GB/s is the highest measured read rate of an RTX 3090, 25 GB/s that of a pinned copy, and
+    60 GB/s that of a desktop's DDR5 memory in a 4-bit matmul.
 
     Attributes:
-        expert_bytes: S. dense_bytes: D.
+        expert_bytes: S.
+        dense_bytes: D.
         device, interconnect, cpu: B_g, B_p, B_c in bytes a second.
         latency_ns: of each request on the interconnect.
-        sync_ns: t_s, waiting a layer where the host takes part in it.
+        sync_ns: t_s, the waiting time of a layer in which the host takes part.
     """
 
     expert_bytes: int = 3 * 4096 * 14336 * 17 // 32
@@ -94,17 +96,17 @@ class Machine:
     def token_ns(
         self, path: MissPath, layers: int, activations: int, misses: int, tokens: int
     ) -> int:
-        """The bound on so many tokens, no copies beside them.
+        """The least time of decoding without any copies in the background.
 
         read: (D + (1 - m) A S) / B_g + m A S / B_p
         cpu: (D + (1 - m) A S) / B_g + m A S / B_c + layers t_s
         copy: (D + A S) / B_g + m A S / B_p + layers t_s
 
         Args:
-            activations, misses: of all the tokens together.
+            activations, misses: of all tokens together.
         """
-        seen = activations if path == "copy" else activations - misses
-        near = tokens * self.dense_bytes + seen * self.expert_bytes
+        on_device = activations if path == "copy" else activations - misses
+        near = tokens * self.dense_bytes + on_device * self.expert_bytes
         rate = self.cpu if path == "cpu" else self.interconnect
         waiting = 0 if path == "read" else tokens * layers * self.sync_ns
         far = misses * self.expert_bytes * SECOND // rate
@@ -113,7 +115,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong with copies: `failures` of a thousand fail, up to `jitter_ns` each is late."""
+    """Faults of copies: `failures` in a thousand fail, and each is late by up to `jitter_ns`."""
 
     seed: int = 0
     failures: int = 0
@@ -121,19 +123,19 @@ class Faults:
 
 
 class Simulation:
-    """Decodes token by token what a trace says.
+    """Decodes the tokens of a trace one by one.
 
     Args:
-        path: what a miss does. read: the device reads it over PCIe. cpu: the host multiplies it.
-            copy: it is copied into a slot first, at once (Residency.fetch).
+        path: what a miss does. read: the device reads the expert over PCIe. cpu: the host multiplies
+            it. copy: it is first copied into a slot (Residency.fetch).
         lag: whole tokens between the choice of an upload and the beginning of its copy.
-        log: every event is written there, a line each: time, event, numbers.
+        log: receives a line for every event: time, event, numbers.
     """
 
     def __init__(
         self,
         residency: Residency,
-        machine: Machine,
+        machine: SimulatedMachine,
         *,
         path: MissPath = "read",
         lag: int = 0,
@@ -153,29 +155,29 @@ class Simulation:
         self._log = log
 
     def warm(self, order: Sequence[int]) -> None:
-        """Fill the slots before the first token, in no time; the bytes count."""
+        """Fill the slots before the first token; this takes no time, but its bytes count."""
         for upload in self.residency.warm(order):
             self.interconnect.moved["warm"] += self.machine.expert_bytes
             self._note("warm", upload)
             self.residency.ready(upload)
 
     def token(self, layers: Sequence[Sequence[int]]) -> None:
-        """One token through the experts (ids over all layers) of each layer."""
+        """Decode a token with the experts of each layer, by their ids over all layers."""
         self._wait(self.device.move("dense", self.machine.dense_bytes))
         for ids in layers:
             self._layer(list(dict.fromkeys(ids)))
         used = [expert for ids in layers for expert in ids]
         self.upward.moved["routes"] += 4 * len(used)
-        chosen = self.residency.token(used)
+        uploads = self.residency.token(used)
         counts = self.residency.counts
         self._note(f"token {counts.tokens} hits {counts.hits} misses {counts.misses}")
         self._publish()
-        self._waiting.append(chosen)
+        self._waiting.append(uploads)
         if len(self._waiting) > self.lag:
             self._begin(self._waiting.popleft())
 
     def drain(self) -> None:
-        """Begin every copy that was chosen, and let all of them end."""
+        """Begin every copy that was chosen, and wait for all of them."""
         while self._waiting:
             self._begin(self._waiting.popleft())
         self._wait(max(self.interconnect.free_at, self.clock.now))
@@ -199,9 +201,9 @@ class Simulation:
         while upload is not None:
             self._note("fetch", upload)
             self._wait(
-                self.interconnect.move("copy", self.machine.expert_bytes, extra_ns=self._late_by())
+                self.interconnect.move("copy", self.machine.expert_bytes, extra_ns=self._delay_ns())
             )
-            if self._good():
+            if self._succeeds():
                 self.residency.ready(upload)
                 return
             self._note("fail", upload)
@@ -212,28 +214,28 @@ class Simulation:
         for upload in uploads:
             self._note("copy", upload)
             end = self.interconnect.move(
-                "copy", self.machine.expert_bytes, extra_ns=self._late_by()
+                "copy", self.machine.expert_bytes, extra_ns=self._delay_ns()
             )
             self.clock.at(end, partial(self._land, upload))
 
     def _land(self, upload: Upload) -> None:
-        good = self._good()
-        self._note("land" if good else "fail", upload)
-        self._landed.append((upload, good))
+        success = self._succeeds()
+        self._note("land" if success else "fail", upload)
+        self._landed.append((upload, success))
 
     def _publish(self) -> None:
-        """At a token's end: what has landed by now."""
+        """At the end of a token: make the copies that have arrived visible."""
         landed, self._landed = self._landed, []
-        for upload, good in landed:
-            if good:
+        for upload, success in landed:
+            if success:
                 self.residency.ready(upload)
             else:
                 self.residency.failed(upload)
 
-    def _late_by(self) -> int:
+    def _delay_ns(self) -> int:
         return self._random.randint(0, self._faults.jitter_ns)
 
-    def _good(self) -> bool:
+    def _succeeds(self) -> bool:
         return self._random.randrange(1000) >= self._faults.failures
 
     def _wait(self, until: int) -> None:
@@ -241,9 +243,9 @@ class Simulation:
 
     def _note(self, event: str, upload: Upload | None = None) -> None:
         if self._log is not None:
-            rest = (
+            details = (
                 f" expert {upload.expert} slot {upload.slot} generation {upload.generation}"
                 if upload
                 else ""
             )
-            self._log.append(f"{self.clock.now} {event}{rest}")
+            self._log.append(f"{self.clock.now} {event}{details}")

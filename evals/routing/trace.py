@@ -1,14 +1,14 @@
 """Traces of routing: which experts every token went through, as a small text file.
 
-The first line is a JSON object, the header. Each further line is one token: its layers' choices, apart
-by spaces; a choice is the chosen experts' numbers within the layer, apart by commas, each followed by
-":weight" (Q16, 65536 is 1) if the header says so:
+The first line is a JSON object, the header. Each further line is one token, with its layers separated
+by spaces. A layer is the chosen experts' numbers within it, separated by commas; if the header says so,
+each is followed by ":weight" (Q16, where 65536 is 1):
 
     {"format": "qmix-trace", "version": 1, "model": "", "layers": 3, "experts": 8, "chosen": 2,
      "gates": false, "expert_bytes": 0, "dense_bytes": 0}
     1,5 0,3 7,2
 
-Knows no model and no slots.
+Knows nothing of models and slots.
 """
 
 import json
@@ -23,19 +23,22 @@ from qmix.errors import CheckpointError, UsageError
 
 FORMAT, VERSION = "qmix-trace", 1
 
-Choice = tuple[int, ...]  # a layer's experts, by their numbers within it
+LayerExperts = tuple[int, ...]  # the chosen experts' numbers within a layer, or their gates
 _TRACE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a trace is of.
+class TraceHeader:
+    """What a trace was recorded from.
 
     Attributes:
-        layers, experts, chosen: of the model: experts a layer, and how many a token takes.
+        layers: number of layers of the model.
+        experts: number of experts of a layer.
+        chosen: number of experts that a token goes through in a layer.
         model: its name or fingerprint, for people.
-        gates: whether weights stand behind the numbers.
-        expert_bytes, dense_bytes: of one expert, and of all else that a token reads; 0: not known.
+        gates: whether the routing weights are recorded too.
+        expert_bytes, dense_bytes: of one expert, and of everything else that a token reads; 0 if
+            unknown.
     """
 
     layers: int
@@ -49,14 +52,14 @@ class Header:
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace in memory: tokens x layers x chosen experts; gates alike in Q16, empty without them."""
+    """A trace in memory: tokens x layers x chosen experts; gates in Q16 likewise, or empty."""
 
-    header: Header
-    tokens: tuple[tuple[Choice, ...], ...]
-    gates: tuple[tuple[Choice, ...], ...] = ()
+    header: TraceHeader
+    tokens: tuple[tuple[LayerExperts, ...], ...]
+    gates: tuple[tuple[LayerExperts, ...], ...] = ()
 
     def ids(self) -> Iterator[list[list[int]]]:
-        """Token by token, each layer's experts by their ids over all layers."""
+        """For each token and layer, the ids of the chosen experts, counted over all layers."""
         for token in self.tokens:
             yield [
                 [layer * self.header.experts + expert for expert in choice]
@@ -64,14 +67,15 @@ class Trace:
             ]
 
 
-class Recorder:
-    """Writes a trace, a line a token; what stands in the file is complete but for the last line.
+class TraceRecorder:
+    """Writes a trace, a line for each token. At any time only the last line can be incomplete.
 
     Raises:
-        CheckpointError: the file cannot be written. UsageError: it exists.
+        CheckpointError: the file cannot be written.
+        UsageError: it exists.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: TraceHeader) -> None:
         self.header = header
         self._path = path
         try:
@@ -81,11 +85,11 @@ class Recorder:
                 "the file exists", where=str(path), remedy="Remove it or choose another name."
             ) from None
         except OSError as error:
-            raise self._unwritten(error) from error
+            raise self._write_error(error) from error
         self._line(json.dumps({"format": FORMAT, "version": VERSION, **asdict(header)}))
 
     def token(self, ids: Sequence[Sequence[int]], gates: Sequence[Sequence[int]] = ()) -> None:
-        """One token: for each layer the chosen experts' numbers within it, and their Q16 weights."""
+        """Write a token: for each layer the chosen experts' numbers within it, and their Q16 weights."""
         assert len(ids) == self.header.layers, len(ids)
         assert all(len(choice) == self.header.chosen for choice in ids), ids
         assert bool(gates) == self.header.gates
@@ -102,7 +106,7 @@ class Recorder:
         try:
             self._file.write(text + "\n")
         except OSError as error:
-            raise self._unwritten(error) from error
+            raise self._write_error(error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -116,14 +120,14 @@ class Recorder:
         try:
             self._file.close()
         except OSError as failure:
-            raise self._unwritten(failure) from failure
+            raise self._write_error(failure) from failure
 
-    def _unwritten(self, error: OSError) -> CheckpointError:
+    def _write_error(self, error: OSError) -> CheckpointError:
         return CheckpointError("cannot be written", where=str(self._path), found=error.strerror)
 
 
-def read(path: Path) -> Trace:
-    """Read a trace whole.
+def read_trace(path: Path) -> Trace:
+    """Read a whole trace.
 
     Raises:
         CheckpointError: not a trace, another version, or a damaged line, which is named.
@@ -137,11 +141,11 @@ def read(path: Path) -> Trace:
         tokens.append(ids)
         gates.append(weights)
     if not tokens:
-        raise CheckpointError("the trace holds no token", where=str(path))
+        raise CheckpointError("the trace has no tokens", where=str(path))
     return Trace(header, tuple(tokens), tuple(gates) if header.gates else ())
 
 
-def _header(line: str, where: str) -> Header:
+def _header(line: str, where: str) -> TraceHeader:
     try:
         document = strict_json.loads(line, where=where)
     except CheckpointError:
@@ -155,7 +159,7 @@ def _header(line: str, where: str) -> Header:
             found=f"{kind[0]} {kind[1]}"[:80] if kind[0] else line[:40] or "an empty file",
             remedy="`qmix trace record` makes one.",
         )
-    types = {field.name: field.type for field in fields(Header)}
+    types = {field.name: field.type for field in fields(TraceHeader)}
     for name, value in document.items():
         if types.get(name) is not type(value):
             raise CheckpointError(
@@ -168,10 +172,12 @@ def _header(line: str, where: str) -> Header:
             )
     if min(document.get("expert_bytes", 0), document.get("dense_bytes", 0)) < 0:
         raise CheckpointError("negative size in the header", where=where)
-    return Header(**document)
+    return TraceHeader(**document)
 
 
-def _token(line: str, header: Header, where: str) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
+def _token(
+    line: str, header: TraceHeader, where: str
+) -> tuple[tuple[LayerExperts, ...], tuple[LayerExperts, ...]]:
     choices = line.split(" ")
     if len(choices) != header.layers:
         raise CheckpointError(
@@ -181,11 +187,11 @@ def _token(line: str, header: Header, where: str) -> tuple[tuple[Choice, ...], t
     for choice in choices:
         pairs = [part.split(":") for part in choice.split(",")]
         width = 2 if header.gates else 1
-        good = all(
+        well_formed = all(
             len(pair) == width and all(n.isascii() and n.isdigit() and len(n) < 10 for n in pair)
             for pair in pairs
         )
-        numbers = tuple(int(pair[0]) for pair in pairs) if good else ()
+        numbers = tuple(int(pair[0]) for pair in pairs) if well_formed else ()
         if len(numbers) != header.chosen or len(set(numbers)) != header.chosen:
             raise CheckpointError(
                 "damaged",

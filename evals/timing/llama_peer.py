@@ -1,9 +1,9 @@
-"""llama.cpp's side of qmix.evals.cpu: a stand-alone script for the interpreter that llama-cpp-python has.
+"""llama.cpp's side of qmix.evals.cpu: a stand-alone script for the interpreter that has llama-cpp-python.
 
 `PYTHON llama_peer.py FOLDER KIND HIDDEN WIDTH EXPERTS HEADS KV_HEADS THREADS` writes synthetic Mixtral
-files of one and of three layers (random codes, scales that keep activations small) into FOLDER, says on
-stdout which version it is as one line of JSON, and answers each line `N` on stdin by `[one, three]`: the
-seconds that both models took for a prompt of N random tokens. Knows nothing of qmix.
+files of one and of three layers into FOLDER (random codes, scales that keep activations small). It
+prints its version as one line of JSON. It answers each line `N` on stdin with `[one, three]`, the seconds
+that the two models took for a prompt of N random tokens. Knows nothing of qmix.
 """
 
 import ctypes
@@ -19,49 +19,37 @@ import numpy as np
 VOCABULARY = 512
 
 
-def write(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
-    """A GGUF file of random `kind` (Q4_0, Q4_K) matrices."""
+def write_gguf(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
+    """Write a GGUF file of random matrices.
+
+    Args:
+        kind: Q4_0 or Q4_K.
+        sizes: hidden width, expert width, experts, heads, key-value heads.
+    """
     gguf: Any = importlib.import_module("gguf")
-    hidden, width, experts, heads, shared = sizes
-    head = hidden // heads
+    hidden, width, experts, heads, kv_heads = sizes
     random = np.random.default_rng(0)
     stored = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[stored]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
 
     def packed(*shape: int) -> Any:
-        raw = np.frombuffer(random.bytes(int(np.prod(shape)) // block * size), np.uint8)
-        raw = raw.reshape(-1, size).copy()
-        # The block's float16 scale, and in Q4_K that of its minima: weights of about 0.01.
+        raw = np.frombuffer(random.bytes(int(np.prod(shape)) // block * block_bytes), np.uint8)
+        raw = raw.reshape(-1, block_bytes).copy()
+        # The block's float16 scale, and in Q4_K the scale of its minima: weights of about 0.01.
         raw[:, :2] = np.float16(0.002 if kind == "Q4_0" else 0.0002).reshape(1).view(np.uint8)
         if kind == "Q4_K":
             raw[:, 2:4] = np.float16(0.0015).reshape(1).view(np.uint8)
-        return raw.reshape(*shape[:-1], shape[-1] // block * size)
+        return raw.reshape(*shape[:-1], shape[-1] // block * block_bytes)
 
     def normal(*shape: int) -> Any:
         return random.standard_normal(shape).astype(np.float32) * 0.02
 
     out = gguf.GGUFWriter(str(path), "llama")
-    out.add_block_count(layers)
-    out.add_context_length(4096)
-    out.add_embedding_length(hidden)
-    out.add_feed_forward_length(width)
-    out.add_head_count(heads)
-    out.add_head_count_kv(shared)
-    out.add_expert_count(experts)
-    out.add_expert_used_count(2)
-    out.add_layer_norm_rms_eps(1e-5)
-    out.add_rope_dimension_count(head)
-    out.add_rope_freq_base(1e6)
-    out.add_vocab_size(VOCABULARY)
-    out.add_tokenizer_model("llama")
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    names += [f"t{index}" for index in range(VOCABULARY - len(names))]
-    out.add_token_list([name.encode() for name in names])
-    out.add_token_scores([0.0] * VOCABULARY)
-    out.add_token_types([2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)])
+    _write_settings(out, layers, sizes)
     out.add_tensor("token_embd.weight", normal(VOCABULARY, hidden))
     out.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
     out.add_tensor("output.weight", normal(VOCABULARY, hidden).astype(np.float16))
+    head = hidden // heads
     for layer in range(layers):
         prefix = f"blk.{layer}."
         for norm in ("attn_norm", "ffn_norm"):
@@ -69,8 +57,8 @@ def write(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
         out.add_tensor(f"{prefix}ffn_gate_inp.weight", normal(experts, hidden))
         for name, shape in (
             ("attn_q", (hidden, hidden)),
-            ("attn_k", (shared * head, hidden)),
-            ("attn_v", (shared * head, hidden)),
+            ("attn_k", (kv_heads * head, hidden)),
+            ("attn_v", (kv_heads * head, hidden)),
             ("attn_output", (hidden, hidden)),
             ("ffn_gate_exps", (experts, width, hidden)),
             ("ffn_up_exps", (experts, width, hidden)),
@@ -83,8 +71,30 @@ def write(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
     out.close()
 
 
-class Model:
-    """One file, loaded into memory and not mapped, so that llama.cpp repacks it as it likes best."""
+def _write_settings(out: Any, layers: int, sizes: list[int]) -> None:
+    hidden, width, experts, heads, kv_heads = sizes
+    out.add_block_count(layers)
+    out.add_context_length(4096)
+    out.add_embedding_length(hidden)
+    out.add_feed_forward_length(width)
+    out.add_head_count(heads)
+    out.add_head_count_kv(kv_heads)
+    out.add_expert_count(experts)
+    out.add_expert_used_count(2)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_rope_dimension_count(hidden // heads)
+    out.add_rope_freq_base(1e6)
+    out.add_vocab_size(VOCABULARY)
+    out.add_tokenizer_model("llama")
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += [f"t{index}" for index in range(VOCABULARY - len(names))]
+    out.add_token_list([name.encode() for name in names])
+    out.add_token_scores([0.0] * VOCABULARY)
+    out.add_token_types([2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)])
+
+
+class LlamaModel:
+    """A file, loaded into memory and not mapped, so that llama.cpp can repack it as it prefers."""
 
     def __init__(self, api: Any, path: Path, threads: int) -> None:
         self._api = api
@@ -104,12 +114,13 @@ class Model:
         begun = time.perf_counter()
         failed = api.llama_decode(self._context, api.llama_batch_get_one(tokens, len(ids)))
         api.llama_synchronize(self._context)
-        taken = time.perf_counter() - begun
+        elapsed = time.perf_counter() - begun
         assert not failed, failed
-        return taken
+        return elapsed
 
 
 def main(arguments: list[str]) -> None:
+    """Answer until stdin ends; see the module's docstring."""
     folder, kind, threads = Path(arguments[0]), arguments[1], int(arguments[-1])
     package: Any = importlib.import_module("llama_cpp")
 
@@ -118,12 +129,12 @@ def main(arguments: list[str]) -> None:
     models = []
     for layers in (1, 3):
         path = folder / f"{kind}-{layers}.gguf"
-        write(path, kind, layers, [int(size) for size in arguments[2:-1]])
-        models.append(Model(package, path, threads))
+        write_gguf(path, kind, layers, [int(size) for size in arguments[2:-1]])
+        models.append(LlamaModel(package, path, threads))
         path.unlink()
     features = package.llama_print_system_info().decode()
-    said = {"version": package.__version__, "features": features}
-    sys.stdout.write(json.dumps(said) + "\n")
+    greeting = {"version": package.__version__, "features": features}
+    sys.stdout.write(json.dumps(greeting) + "\n")
     sys.stdout.flush()
     random = np.random.default_rng(0)
     for line in sys.stdin:

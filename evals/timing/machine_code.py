@@ -1,8 +1,7 @@
 """A Triton kernel as an architecture's machine code: compiled ahead of time, then counted.
 
-Needs triton, no GPU: triton brings the assembler and the disassembler. Knows no kernel of ours.
-
-Must not run in Triton's interpreter (TRITON_INTERPRET=1): its kernels cannot be compiled.
+Needs triton but no GPU: triton brings the assembler and the disassembler. Does not work in Triton's
+interpreter (TRITON_INTERPRET=1), whose kernels cannot be compiled. Knows no kernel of ours.
 """
 
 import re
@@ -18,24 +17,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory a block may have (CUDA C++ programming guide, compute capabilities).
+# Bytes of shared memory that a block may use (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX = re.compile(r"\b[HIDQ]G?MMA\b")  # HFMA2.MMA is none
+_MATRIX_INSTRUCTION = re.compile(r"\b[HIDQ]G?MMA\b")  # HFMA2.MMA is not one
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """A kernel and what Triton would learn of its arguments at a launch.
+class KernelSource:
+    """A kernel, and what Triton would learn about its arguments at a launch.
 
     Attributes:
         function: the Triton function.
-        constants: compile-time constants by name; None is a tensor that is not given.
+        constants: compile-time constants by name; None stands for a tensor that is not passed.
         types: Triton's type of each other argument, such as "*fp16" or "i32".
-        multiples: names of arguments that are multiples of 16, pointers mostly.
-        weights: packed weights that a thread multiplies in a turn of the loop; 0 if there are none.
-        copies: 128-bit copies that a thread needs in a turn of the loop.
+        multiples: names of arguments that are multiples of 16, mostly pointers.
+        weights: packed weights that a thread multiplies in one iteration of the loop; may be 0.
+        copies: 128-bit copies that a thread needs in one iteration of the loop.
     """
 
     function: Any
@@ -50,19 +49,19 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Cost:
+class KernelCost:
     """What one kernel costs.
 
     Attributes:
-        registers: a thread's; a multiprocessor has 65536.
-        stack: bytes of local memory a thread, where spilled registers go.
-        shared: bytes of shared memory a thread block.
-        loop: machine instructions of the loop around the matrix instructions; 0 if there is none.
-        per_weight: the same divided by the weights that a thread multiplies in it.
+        registers: of a thread; a multiprocessor has 65536.
+        stack: bytes of local memory of a thread, which holds spilled registers.
+        shared: bytes of shared memory of a thread block.
+        loop: machine instructions of the loop around the matrix instructions; 0 without such a loop.
+        per_weight: these instructions divided by the weights that a thread multiplies in the loop.
         wide_copies: 128-bit copies from global memory in the loop.
-        needed_copies: as many as its codes, or keys and values, need.
-        exchanges: stores to shared memory and shuffles in the loop: a layout conversion or a reduction.
-        opcodes: how often each instruction occurs in the loop.
+        needed_copies: number of copies that its codes, or its keys and values, need.
+        exchanges: stores to shared memory and shuffles in the loop, by which threads exchange values.
+        opcodes: number of occurrences of each instruction in the loop.
     """
 
     registers: int
@@ -76,7 +75,7 @@ class Cost:
     opcodes: dict[str, int]
 
 
-def cost_of(source: Source) -> Cost:
+def compile_kernel(source: KernelSource) -> KernelCost:
     """Compile and disassemble a kernel."""
     names = source.function.arg_names
     compiled = triton.compile(
@@ -103,7 +102,7 @@ def cost_of(source: Source) -> Cost:
     def count(*prefixes: str) -> int:
         return sum(n for name, n in opcodes.items() if name.startswith(prefixes))
 
-    return Cost(
+    return KernelCost(
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         stack=int(re.findall(r"STACK:(\d+)", usage)[-1]),
         shared=compiled.metadata.shared,
@@ -138,7 +137,9 @@ def _loop(listing: str) -> list[str]:
             branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
             if branch and branch[1] in labels:  # backwards
                 loops.append(instructions[labels[branch[1]] :])
-    return min((body for body in loops if any(map(_MATRIX.search, body))), key=len, default=[])
+    return min(
+        (body for body in loops if any(map(_MATRIX_INSTRUCTION.search, body))), key=len, default=[]
+    )
 
 
 def _opcode(instruction: str) -> str:

@@ -1,6 +1,6 @@
-"""The GPU kernels that read no weights, as they can be started: attention, norms, rotary, router.
+"""The GPU kernels that read no weights, in all variants: attention, norms, rotary, router.
 
-All at the 8x7B's shapes. What evals.aot compiles; nothing is compiled here.
+All have the 8x7B's shapes. evals.aot compiles them; nothing is compiled here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qmix.evals.timing.machine_code import Source
+from qmix.evals.timing.machine_code import KernelSource
 from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
-_HEADS, _SHARED, _HEAD_WIDTH, _HIDDEN, _EXPERTS, _CHOSEN = 32, 8, 128, 4096, 8, 2
+_HEADS, _KV_HEADS, _HEAD_DIM, _HIDDEN, _EXPERTS, _EXPERTS_PER_TOKEN = 32, 8, 128, 4096, 8, 2
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _POINTERS = {
     "padding_mask": "*u8",
@@ -43,8 +43,8 @@ _MODEL_POINTERS = (
 
 
 @dataclass(frozen=True)
-class Plain:
-    """A kernel that reads no weights: what is constant in it, and which tensors it is not given."""
+class PlainKernel:
+    """A kernel that reads no weights, with its constants and the tensors that are not passed to it."""
 
     kernel: str
     dtype: torch.dtype
@@ -59,8 +59,8 @@ class Plain:
         without = f", no {' '.join(self.absent)}" if self.absent else ""
         return f"sm_{self.arch} {self.kernel} {_TYPES[self.dtype]} {shape}{without}"
 
-    def source(self) -> Source:
-        """What is to be compiled."""
+    def source(self) -> KernelSource:
+        """The kernel in the form that is compiled."""
         module = attention_triton if hasattr(attention_triton, self.kernel) else pointwise_triton
         function: Any = getattr(module, self.kernel)
         constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
@@ -69,27 +69,27 @@ class Plain:
         types = {name: "fp32" if name == "eps" else pointers.get(name, "i32") for name in names}
         sizes = ("D", *(name for name in names if name.endswith(("_batch", "_head", "_row"))))
         tile = dict(self.constants)
-        both = 2 * tile.get("COLUMNS", 0) * tile.get("D", 0) * self.dtype.itemsize
-        return Source(
+        key_and_value_bytes = 2 * tile.get("COLUMNS", 0) * tile.get("D", 0) * self.dtype.itemsize
+        return KernelSource(
             function, constants, types, {*pointers, *sizes}, self.warps, self.stages, self.arch,
-            weights=0, copies=both // (16 * 32 * self.warps),
+            weights=0, copies=key_and_value_bytes // (16 * 32 * self.warps),
         )  # fmt: skip
 
 
-def plain_variants(
+def plain_kernels(
     archs: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
-) -> Iterator[Plain]:
-    """Everything that `qmix.kernels.gpu.attention` and `.pointwise` can start, at the 8x7B's shapes."""
+) -> Iterator[PlainKernel]:
+    """All kernels that `qmix.kernels.gpu.attention` and `.pointwise` can launch."""
     for arch, dtype in product(archs, dtypes):
         for kernel, warps, stages, constants, absent in _kernels(dtype):
-            yield Plain(kernel, dtype, tuple(constants.items()), absent, warps, stages, arch)
+            yield PlainKernel(kernel, dtype, tuple(constants.items()), absent, warps, stages, arch)
 
 
 def _kernels(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, int, int, Mapping[str, int], tuple[str, ...]]]:
-    """Name, warps, stages, constants, and the tensors not given."""
-    tile = {"GROUP_HEADS": _HEADS // _SHARED, "D": _HEAD_WIDTH}
+    """Name, warps, stages, constants, and the tensors that are not passed."""
+    tile = {"GROUP_HEADS": _HEADS // _KV_HEADS, "D": _HEAD_DIM}
     decode, prefill = attention.blocks(dtype)
     for absent in (("padding_mask",), ("past", "starts")):
         for shape, name, rows in (
@@ -100,19 +100,19 @@ def _kernels(
             size = {rows: shape.rows, "COLUMNS": shape.columns, "STAGES": shape.stages}
             yield name, shape.warps, shape.stages, size | tile, absent
     for power in range(attention.LARGEST_SPLIT.bit_length()):
-        yield "merge", 4, 1, {"PARTS": 1 << power, "D": _HEAD_WIDTH}, ()
+        yield "merge", 4, 1, {"PARTS": 1 << power, "D": _HEAD_DIM}, ()
     warps = pointwise.norm_warps(_HIDDEN)
-    norm = {"BLOCK": _HIDDEN, "EXPERTS": _EXPERTS, "E": _EXPERTS, "CHOSEN": _CHOSEN}
-    plain, of_experts = {"SPLITS": 1, "CHOICES": 1}, {"CHOICES": _CHOSEN}
+    norm = {"BLOCK": _HIDDEN, "EXPERTS": _EXPERTS, "E": _EXPERTS, "CHOSEN": _EXPERTS_PER_TOKEN}
+    single, of_experts = {"SPLITS": 1, "CHOICES": 1}, {"CHOICES": _EXPERTS_PER_TOKEN}
     no_router = ("gate", "logits", "ids", "weights")
-    yield "residual_norm", warps, 1, norm | plain, ("partials", "total", *no_router)
-    rotations = tuple({"D": _HEAD_WIDTH, "ROWS": rows} for rows in (1, 16))
+    yield "residual_norm", warps, 1, norm | single, ("partials", "total", *no_router)
+    rotations = tuple({"D": _HEAD_DIM, "ROWS": rows} for rows in (1, 16))
     for splits in (1, 2, 4, 8, 16):
-        shares = {**plain, "SPLITS": splits}
-        yield "residual_norm", warps, 1, norm | shares | of_experts, no_router
-        yield "residual_norm", warps, 1, norm | shares, ()
+        split = {**single, "SPLITS": splits}
+        yield "residual_norm", warps, 1, norm | split | of_experts, no_router
+        yield "residual_norm", warps, 1, norm | split, ()
         for rotation in rotations:
-            heads = {"SPLITS": splits, "H": _HEADS, "G": _SHARED}
+            heads = {"SPLITS": splits, "H": _HEADS, "G": _KV_HEADS}
             yield (
                 "rotate_store",
                 pointwise.rotation_warps(rotation["ROWS"]),
@@ -122,4 +122,4 @@ def _kernels(
             )
     for rotation in rotations:
         yield "rotate", pointwise.rotation_warps(rotation["ROWS"]), 1, rotation, ()
-    yield "route", 1, 1, {"E": _EXPERTS, "CHOSEN": _CHOSEN, "EXPERTS": _EXPERTS}, ()
+    yield "route", 1, 1, {"E": _EXPERTS, "CHOSEN": _EXPERTS_PER_TOKEN, "EXPERTS": _EXPERTS}, ()

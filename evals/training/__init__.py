@@ -1,1 +1,4 @@
-"""How evals/tiny came to be: its model, its tokenizer, its training."""
+"""How evals/tiny was made: its tokenizer, its text, its training.
+
+Knows nothing of 4 bits.
+"""

@@ -1,4 +1,7 @@
-"""Where the tiny trained Mixtral lies. It ships with a checkout, not with the wheel."""
+"""Where the tiny trained Mixtral is. It ships with a checkout, not with the wheel.
+
+Knows nothing of what is in it.
+"""
 
 from pathlib import Path
 

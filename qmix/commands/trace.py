@@ -14,8 +14,8 @@ from qmix.errors import UsageError
 
 if TYPE_CHECKING:
     from qmix.evals.routing.replay import Replay
-    from qmix.evals.routing.simulation import Machine
-    from qmix.evals.routing.trace import Header, Trace
+    from qmix.evals.routing.simulation import SimulatedMachine
+    from qmix.evals.routing.trace import Trace, TraceHeader
 
 app = typer.Typer(help="Record and replay which experts a model uses.", invoke_without_command=True)
 
@@ -58,13 +58,13 @@ def record(
         raise UsageError("the file exists", where=str(out), remedy="Choose another name.")
     import qmix
     from qmix.evals.quality import perplexity
-    from qmix.evals.routing import record as routing
+    from qmix.evals.routing.record import record_trace
 
     load_options = load.parse()
     text = None if data is None else perplexity.read_text(data).content
     model, tokenizer = qmix.load(directory, load_options=load_options)
     with terminal.progress() as show:
-        tokens = routing.record(
+        tokens = record_trace(
             model,
             tokenizer,
             out,
@@ -113,10 +113,10 @@ def replay_trace(
     """
     from qmix.evals.routing import replay, trace
 
-    recorded = trace.read(path)
-    heat = None if profile is None else replay.heat_of(_profile(profile, recorded), policy)
+    recorded = trace.read_trace(path)
+    heat = None if profile is None else replay.learned_heat(_profile(profile, recorded), policy)
     machine = _machine(recorded.header, (hbm, interconnect, cpu), (expert_mb, dense_mb))
-    rows = replay.compare(recorded, slots, policy, machine, heat=heat)
+    rows = replay.compare_policies(recorded, slots, policy, machine, heat=heat)
     document = {
         "trace": str(path),
         "slots": slots,
@@ -147,7 +147,7 @@ def _profile(path: Path, recorded: "Trace") -> "Trace":
     """Another trace of the same model."""
     from qmix.evals.routing import trace
 
-    profile = trace.read(path)
+    profile = trace.read_trace(path)
     shape = (recorded.header.layers, recorded.header.experts)
     if (profile.header.layers, profile.header.experts) != shape:
         raise UsageError(
@@ -160,14 +160,14 @@ def _profile(path: Path, recorded: "Trace") -> "Trace":
 
 
 def _machine(
-    header: "Header",
+    header: "TraceHeader",
     rates: tuple[float, float, float],
     megabytes: tuple[float | None, float | None],
-) -> "Machine":
+) -> "SimulatedMachine":
     """Sizes from the options, else from the trace, else Mixtral-8x7B's."""
-    from qmix.evals.routing.simulation import Machine
+    from qmix.evals.routing.simulation import SimulatedMachine
 
-    default = Machine()
+    default = SimulatedMachine()
     device, interconnect, cpu = (round(rate * 1e9) for rate in rates)
     expert, dense = (None if size is None else round(size * 1e6) for size in megabytes)
     return replace(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError
 from qmix.evals import corpus
-from qmix.evals.training.train_tiny import Plan, Stream, questions
+from qmix.evals.training.plan import TrainingPlan
+from qmix.evals.training.text_stream import TextStream, questions
 from qmix.evals.training.train_tokenizer import train_tokenizer
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import ROOT
@@ -84,7 +85,7 @@ def test_another_process_and_hash_seed_give_the_same_text():
 def test_the_command_refuses_another_part_in_one_line():
     result = run("-m", "qmix.evals.corpus", "test")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "name one part; expected train or heldout; found test\n"
+    assert result.stderr == "corpus: name one part; expected train or heldout; found test\n"
 
 
 def test_the_corpus_needs_no_torch():
@@ -100,7 +101,7 @@ def test_a_python_without_pydoc_topics_is_named(monkeypatch):
 
 def test_a_python_without_library_sources_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(CheckpointError, match="sources are not there"):
+    with pytest.raises(CheckpointError, match="sources are missing"):
         corpus.documents.__wrapped__()
 
 
@@ -161,7 +162,7 @@ def tokenizer():
 
 
 def test_training_conversations_are_one_to_three_turns_that_end(tokenizer):
-    stream = Stream(tokenizer, Plan(seed=3))
+    stream = TextStream(tokenizer, TrainingPlan(seed=3))
     counts = set()
     for _ in range(50):
         left = list(stream.questions[:3])
@@ -180,15 +181,15 @@ def test_training_conversations_are_one_to_three_turns_that_end(tokenizer):
 
 def test_the_same_seed_draws_the_same_batches(tokenizer):
     def first(seed):
-        return [rows.tolist() for rows in Stream(tokenizer, Plan(seed=seed)).batches(3)]
+        return [rows.tolist() for rows in TextStream(tokenizer, TrainingPlan(seed=seed)).batches(3)]
 
     assert first(0) == first(0)
     assert first(0) != first(1)
 
 
 def test_an_epoch_is_drawn_without_repeating_a_window(tokenizer):
-    plan = Plan()
-    stream = Stream(tokenizer, plan)
+    plan = TrainingPlan()
+    stream = TextStream(tokenizer, plan)
     length = len(stream.epoch())
     count = (length - plan.window) // plan.window // plan.batch
     rows = [tuple(r) for b in islice(stream.batches(count), count) for r in b.tolist()]

@@ -44,14 +44,14 @@ def put(folder, name, document):
 
 
 def test_no_record_no_figure(tmp_path):
-    assert speed.table(tmp_path) == speed.NOTHING
+    assert speed.speed_table(tmp_path) == speed.NOTHING
     put(tmp_path, "2026-01-01-no-gpu", {**record(), "gpu": None})
-    assert speed.table(tmp_path) == speed.NOTHING
+    assert speed.speed_table(tmp_path) == speed.NOTHING
 
 
 def test_the_rows(tmp_path):
     put(tmp_path, "a", record())
-    lines = speed.table(tmp_path).splitlines()
+    lines = speed.speed_table(tmp_path).splitlines()
     assert (
         lines[0] == "**NVIDIA H100**, 2026-01-02, torch 2.11.0, triton 3.6.0 (`a-acceptance.json`)"
     )
@@ -69,7 +69,7 @@ def test_the_newest_record_of_a_gpu_counts(tmp_path):
     put(tmp_path, "2026-01-02", record(us=95.4))
     put(tmp_path, "2026-01-09", record(us=80.0))
     put(tmp_path, "2026-01-03", record(gpu="A100"))
-    text = speed.table(tmp_path)
+    text = speed.speed_table(tmp_path)
     assert text.count("**") == 4
     assert "80.0 us" in text
     assert text.index("A100") < text.index("H100")
@@ -78,17 +78,17 @@ def test_the_newest_record_of_a_gpu_counts(tmp_path):
 def test_what_is_no_record_is_refused(tmp_path):
     put(tmp_path, "odd", {"gpu": 1})
     with pytest.raises(CheckpointError, match="not a record"):
-        speed.table(tmp_path)
+        speed.speed_table(tmp_path)
 
 
 def test_the_table_goes_between_its_marks():
     text = "a\n<!-- speed -->\nold\n<!-- /speed -->\nb\n"
-    assert speed.written(text, "new\n") == "a\n<!-- speed -->\nnew\n<!-- /speed -->\nb\n"
+    assert speed.with_table(text, "new\n") == "a\n<!-- speed -->\nnew\n<!-- /speed -->\nb\n"
     with pytest.raises(CheckpointError, match="no place"):
-        speed.written("a\n", "new\n")
+        speed.with_table("a\n", "new\n")
 
 
 def test_the_page_shows_the_records():
     """The table is never written by hand."""
     text = speed.PAGE.read_text()
-    assert speed.written(text, speed.table()) == text
+    assert speed.with_table(text, speed.speed_table()) == text

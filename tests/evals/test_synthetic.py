@@ -38,7 +38,7 @@ def test_the_true_configuration_is_mixtrals():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_it_loads_and_generates_finite_numbers(tmp_path, packed):
-    synthetic.write(tmp_path / "out", 2, packed=packed, seed=0)
+    synthetic.write_synthetic(tmp_path / "out", 2, packed=packed, seed=0)
     model, _ = qmix.load(tmp_path / "out", device="cpu")
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[1, 5, 9]])).logits
@@ -50,9 +50,9 @@ def test_it_loads_and_generates_finite_numbers(tmp_path, packed):
 
 
 def test_a_seed_gives_the_same_weights_whatever_the_number_of_layers(tmp_path):
-    synthetic.write(tmp_path / "one", 1, packed=False, seed=7)
-    synthetic.write(tmp_path / "two", 2, packed=False, seed=7)
-    synthetic.write(tmp_path / "other", 1, packed=False, seed=8)
+    synthetic.write_synthetic(tmp_path / "one", 1, packed=False, seed=7)
+    synthetic.write_synthetic(tmp_path / "two", 2, packed=False, seed=7)
+    synthetic.write_synthetic(tmp_path / "other", 1, packed=False, seed=8)
     name = "model.layers.0.block_sparse_moe.experts.4.w2.weight"
     one, two, other = (open_checkpoint(tmp_path / d).read(name) for d in ("one", "two", "other"))
     assert torch.equal(one, two)
@@ -60,7 +60,7 @@ def test_a_seed_gives_the_same_weights_whatever_the_number_of_layers(tmp_path):
 
 
 def test_weights_have_outlier_channels(tmp_path):
-    synthetic.write(tmp_path / "out", 1, packed=False, seed=0)
+    synthetic.write_synthetic(tmp_path / "out", 1, packed=False, seed=0)
     weight = open_checkpoint(tmp_path / "out").read(
         "model.layers.0.block_sparse_moe.experts.0.w1.weight"
     )

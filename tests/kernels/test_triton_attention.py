@@ -13,7 +13,7 @@ from tests.support.soak import both, one_in
 pytest.importorskip("triton")
 
 from qmix.evals import aot
-from qmix.evals.timing.plain_kernels import plain_variants
+from qmix.evals.timing.plain_kernels import plain_kernels
 from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
 
@@ -122,7 +122,7 @@ REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 106
 def test_attention_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
     """No spill, no narrow load of keys or values, and two blocks fit the shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    chosen = [v for v in plain_variants([arch]) if v.kernel in REACHED]
+    chosen = [v for v in plain_kernels([arch]) if v.kernel in REACHED]
     assert len(chosen) == 2 * (1 + 2)
     for variant, cost in aot.compile_all(chosen, workers=2):
         registers, loop = REACHED[variant.kernel]
@@ -139,7 +139,7 @@ def test_pointwise_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = [
         variant
-        for variant in plain_variants([arch])
+        for variant in plain_kernels([arch])
         if variant.kernel not in REACHED
         and (
             variant.kernel == "residual_norm"
@@ -162,7 +162,7 @@ def test_every_selectable_shape_is_listed():
     """blocks_for chooses nothing that the command above does not compile."""
     listed = {
         (variant.kernel, variant.dtype, dict(variant.constants)["COLUMNS"], variant.warps)
-        for variant in plain_variants([90], attention.DTYPES)
+        for variant in plain_kernels([90], attention.DTYPES)
         if variant.kernel in REACHED
     }
     for dtype in attention.DTYPES:

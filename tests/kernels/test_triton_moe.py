@@ -101,7 +101,7 @@ def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = [
         variant
-        for variant in aot.variants([arch], [NF4, INT4])
+        for variant in aot.weight_kernels([arch], [NF4, INT4])
         if variant.kernel in ("gate_up", "down", "packed_matmul")
         and variant.config.columns <= DECODE_TOKENS
         and not variant.is_sorted
@@ -111,14 +111,14 @@ def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
         assert not aot.faults(variant, cost), f"{variant}: {cost}"
         assert cost.registers <= 144, f"{variant}: {cost}"  # three thread blocks a multiprocessor
         assert cost.loop > 0
-        assert cost.per_weight <= REACHED[variant.plan, variant.config.columns], (
+        assert cost.per_weight <= REACHED[variant.tile_format, variant.config.columns], (
             f"{variant}: {cost}"
         )
 
 
 def test_every_selectable_variant_is_listed():
     """config_for and columns_for choose nothing that the command above does not compile."""
-    listed = {(v.plan, v.config, v.is_sorted) for v in aot.variants([90])}
+    listed = {(v.tile_format, v.config, v.is_sorted) for v in aot.weight_kernels([90])}
     for plan in aot.FORMATS:
         for tokens in range(1, 1100):
             config = gpu.config_for(gpu.columns_for(tokens, plan), plan)

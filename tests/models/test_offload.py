@@ -397,5 +397,5 @@ def test_a_record_says_what_a_run_took(saved, cache, tmp_path, capsys):
     assert record["new_tokens"] == 4
     assert record["peak_host_bytes"] > 50 << 20
     assert code == (0 if record["peak_host_bytes"] <= ram else 5)
-    assert ("over its budget" in capsys.readouterr().err) == (code == 5)
+    assert ("exceeded its budget" in capsys.readouterr().err) == (code == 5)
     assert record["experts"]["tokens"] == 4  # a prompt of four tokens is a step

@@ -39,7 +39,7 @@ def quantized(source, out, scheme):
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_the_dense_tiny_model(tiny, dtype):
-    found = reality.compare(tiny, 512, dtype)
+    found = reality.compare_footprint(tiny, 512, dtype)
     assert abs(found.error) < 0.0001
     assert found.predicted_cache == found.cache
 
@@ -47,7 +47,7 @@ def test_the_dense_tiny_model(tiny, dtype):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
     directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
-    found = reality.compare(directory, 512)
+    found = reality.compare_footprint(directory, 512)
     assert abs(found.error) < 0.001
     assert found.predicted_cache == found.cache
     metadata = read_metadata(directory)
@@ -104,8 +104,8 @@ def test_an_expert_of_full_width_in_packed_layout():
     config = synthetic.config(1, packed=True)
     hidden, inner = config.hidden_size, config.intermediate_size
     generator = torch.Generator().manual_seed(0)
-    w1, w3 = (synthetic._packed((inner, hidden), generator) for _ in range(2))
-    expert = Expert(w1=w1, w2=synthetic._packed((hidden, inner), generator), w3=w3)
+    w1, w3 = (synthetic._random_nf4((inner, hidden), generator) for _ in range(2))
+    expert = Expert(w1=w1, w2=synthetic._random_nf4((hidden, inner), generator), w3=w3)
     assert (
         pack_expert(expert).blob.nbytes
         == on_device(StoredModel.assume("x", config, NF4)).experts[0]
@@ -125,7 +125,7 @@ def test_the_cache_of_any_shape(tmp_path):
 
 @pytest.mark.soak
 def test_two_layers_of_full_width(tmp_path):
-    synthetic.write(tmp_path / "syn", 2, packed=True, seed=0)
+    synthetic.write_synthetic(tmp_path / "syn", 2, packed=True, seed=0)
     command = [
         sys.executable,
         "-m",

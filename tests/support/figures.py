@@ -70,7 +70,7 @@ def summary() -> str:
 
 
 def _gpu() -> str:
-    return "-" if speed.table() == speed.NOTHING else "see the table"
+    return "-" if speed.speed_table() == speed.NOTHING else "see the table"
 
 
 def guard() -> str:

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from qmix.errors import UsageError
 from qmix.evals.routing import replay, trace
-from qmix.evals.routing.simulation import Faults, Machine, SimClock, SimTier, Simulation
-from qmix.evals.routing.trace import Header, Trace
+from qmix.evals.routing.simulation import Faults, SimClock, SimTier, SimulatedMachine, Simulation
+from qmix.evals.routing.trace import Trace, TraceHeader
 from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, PolicySettings
 from qmix.experts.residency import Residency, SlotState
 from tests.support.models import GOLDEN
 
 EVENTS = GOLDEN / "residency-events.txt"
 # Sizes and rates that divide: every request takes whole nanoseconds, so formulas hold exactly.
-ROUND = Machine(
+ROUND = SimulatedMachine(
     expert_bytes=1000,
     dense_bytes=5000,
     device=10**10,
@@ -43,7 +43,7 @@ def random_trace(seed, tokens, layers=3, experts=4, chosen=2, skew=0.0):
                 ids.append(expert)
         return tuple(ids)
 
-    header = Header(layers=layers, experts=experts, chosen=chosen)
+    header = TraceHeader(layers=layers, experts=experts, chosen=chosen)
     return Trace(header, tuple(tuple(choice() for _ in range(layers)) for _ in range(tokens)))
 
 
@@ -138,7 +138,7 @@ def test_the_time_is_the_formula_where_nothing_moves(slots, path):
 def test_the_time_is_the_formula_for_copies_on_demand():
     """Expert 0 of a layer is always hit and the other two take turns in the second slot: h = 1/2."""
     tokens = tuple(((0, 1 + at % 2),) for at in range(60))
-    found = Trace(Header(layers=1, experts=4, chosen=2), tokens)
+    found = Trace(TraceHeader(layers=1, experts=4, chosen=2), tokens)
     simulation = simulated(found, 2, LRU, path="copy")
     counts = simulation.residency.counts
     assert (counts.hits, counts.misses) == (61, 59)  # the slots held 0 and 1 at the start
@@ -150,7 +150,7 @@ def test_the_time_is_the_formula_for_copies_on_demand():
 
 def test_the_default_machine_gives_the_bounds_of_a_24_gb_card():
     """16 GiB: 148 slots, 9.2 tok/s with copies alone, 21.1 with the CPU (waiting left out)."""
-    machine, activations = Machine(sync_ns=0), 1000 * 64
+    machine, activations = SimulatedMachine(sync_ns=0), 1000 * 64
     misses = activations * (256 - 148) // 256
     rates = [
         1000 * 10**9 / machine.token_ns(path, 32, activations, misses, 1000)
@@ -162,7 +162,7 @@ def test_the_default_machine_gives_the_bounds_of_a_24_gb_card():
 
 def test_copies_and_missed_reads_share_the_interconnect():
     """Four admissions (10 us each) go first; the next token's miss waits for them."""
-    found = Trace(Header(layers=1, experts=8, chosen=1), (((7,),), ((6,),)))
+    found = Trace(TraceHeader(layers=1, experts=8, chosen=1), (((7,),), ((6,),)))
     simulation = simulated(found, 1, PolicySettings(decay=ONE, margin=0, uploads=4))
     dense, blob = 500, 10_000
     # Token 1 reads 7 over PCIe and admits it; token 2 waits for that copy, then reads 6.
@@ -171,7 +171,7 @@ def test_copies_and_missed_reads_share_the_interconnect():
 
 
 def test_an_upload_lags_as_many_tokens_as_asked_for():
-    found = Trace(Header(layers=1, experts=4, chosen=1), tuple(((3,),) for _ in range(6)))
+    found = Trace(TraceHeader(layers=1, experts=4, chosen=1), tuple(((3,),) for _ in range(6)))
     for lag in range(4):
         simulation = simulated(found, 1, LRU, lag=lag)
         # Chosen after token 1; copied, beside the read of the same token, in token 2 + lag.
@@ -224,11 +224,13 @@ def test_uniform_routing_hits_by_the_share_of_slots():
 
 def test_a_cycle_with_one_slot_too_few_does_not_collapse():
     """LRU that fills on every miss never hits; admission by heat leaves what is there."""
-    found = Trace(Header(layers=1, experts=9, chosen=1), tuple(((at % 9,),) for at in range(900)))
+    found = Trace(
+        TraceHeader(layers=1, experts=9, chosen=1), tuple(((at % 9,),) for at in range(900))
+    )
     counts = simulated(found, 8, LRU, path="copy").residency.counts
     assert counts.hits == 8  # what the slots held at the start
     for chosen in (HEAT, LFU):
-        counts = simulated(found, 8, chosen, machine=Machine()).residency.counts
+        counts = simulated(found, 8, chosen, machine=SimulatedMachine()).residency.counts
         assert hit_rate(counts) >= 0.8  # 8/9 at best
     assert simulated(found, 8, HEAT).residency.counts.admissions == 0
 
@@ -294,10 +296,10 @@ def test_no_policy_beats_the_optimum(seed, slots, skew, lag):
 
 
 def test_the_tiny_models_own_routing_replayed():
-    found = trace.read(GOLDEN / "tiny.trace")
-    machine = Machine()  # Mixtral's sizes: copies take a token and more
+    found = trace.read_trace(GOLDEN / "tiny.trace")
+    machine = SimulatedMachine()  # Mixtral's sizes: copies take a token and more
     for slots in (8, 12, 16, 20):
-        read, cpu, lru, best, best_cpu = replay.compare(found, slots, "heat", machine)
+        read, cpu, lru, best, best_cpu = replay.compare_policies(found, slots, "heat", machine)
         activations = len(found.tokens) * 3 * 2
         for row in (read, cpu, lru, best, best_cpu):
             assert row.hits + row.misses == activations
@@ -317,9 +319,9 @@ def test_the_tiny_models_own_routing_replayed():
 
 
 def test_a_profile_fills_the_slots_of_a_static_split():
-    found = trace.read(GOLDEN / "tiny.trace")
-    machine = Machine()
-    heat = replay.heat_of(found, "static")
+    found = trace.read_trace(GOLDEN / "tiny.trace")
+    machine = SimulatedMachine()
+    heat = replay.learned_heat(found, "static")
     activations = [expert for token in found.ids() for ids in token for expert in ids]
     assert heat == [activations.count(expert) * ONE for expert in range(24)]
     row = replay.replay(found, 9, STATIC, machine, name="static", heat=heat)

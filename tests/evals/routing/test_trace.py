@@ -11,8 +11,8 @@ import torch
 from qmix import MixtralForCausalLM
 from qmix.errors import CheckpointError, UsageError
 from qmix.evals.routing import record, replay, trace
-from qmix.evals.routing.simulation import Machine
-from qmix.evals.routing.trace import Header, Recorder
+from qmix.evals.routing.simulation import SimulatedMachine
+from qmix.evals.routing.trace import TraceHeader, TraceRecorder
 from qmix.experts.policy import PRESETS
 from qmix.models.offload import Tiers
 from qmix.text.tokenizer import LlamaTokenizer
@@ -20,20 +20,20 @@ from tests.support.models import ROOT, TINY, load_in_tiers, small_model
 from tests.support.process import qmix
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny.trace"  # qmix trace record evals/tiny --data LICENSE
-HEADER = Header(layers=3, experts=8, chosen=2, model="small", expert_bytes=7, dense_bytes=9)
+HEADER = TraceHeader(layers=3, experts=8, chosen=2, model="small", expert_bytes=7, dense_bytes=9)
 TOKENS = [[(1, 5), (0, 3), (7, 2)], [(6, 5), (4, 3), (0, 1)]]
 GATES = [[(40000, 25536), (65536, 0), (32768, 32768)], [(40000, 25536)] * 3]
 
 
 def written(path, header=HEADER, gates=()):
-    with Recorder(path, header) as recorder:
+    with TraceRecorder(path, header) as recorder:
         for at, token in enumerate(TOKENS):
             recorder.token(token, gates[at] if gates else ())
     return path
 
 
 def test_what_was_recorded_is_read(tmp_path):
-    found = trace.read(written(tmp_path / "t"))
+    found = trace.read_trace(written(tmp_path / "t"))
     assert found.header == HEADER
     assert found.tokens == tuple(map(tuple, TOKENS))
     assert found.gates == ()
@@ -44,8 +44,8 @@ def test_what_was_recorded_is_read(tmp_path):
 
 
 def test_gates_are_recorded_on_request(tmp_path):
-    with_gates = Header(layers=3, experts=8, chosen=2, gates=True)
-    found = trace.read(written(tmp_path / "t", with_gates, GATES))
+    with_gates = TraceHeader(layers=3, experts=8, chosen=2, gates=True)
+    found = trace.read_trace(written(tmp_path / "t", with_gates, GATES))
     assert found.tokens == tuple(map(tuple, TOKENS))
     assert found.gates == tuple(map(tuple, GATES))
 
@@ -54,10 +54,10 @@ def test_a_recorder_replaces_no_file(tmp_path):
     path = written(tmp_path / "t")
     before = path.read_bytes()
     with pytest.raises(UsageError, match="exists"):
-        Recorder(path, HEADER)
+        TraceRecorder(path, HEADER)
     assert path.read_bytes() == before
     with pytest.raises(CheckpointError, match="cannot be written"):
-        Recorder(tmp_path / "none" / "t", HEADER)
+        TraceRecorder(tmp_path / "none" / "t", HEADER)
 
 
 def header_line(**changes):
@@ -94,18 +94,18 @@ def test_a_damaged_trace_gets_one_line_that_names_the_place(tmp_path, text, says
     path = tmp_path / "t"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=says) as caught:
-        trace.read(path)
+        trace.read_trace(path)
     assert str(path) in str(caught.value)
 
 
 def test_no_file_and_no_text(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
-        trace.read(tmp_path / "none")
+        trace.read_trace(tmp_path / "none")
     with pytest.raises(CheckpointError, match="no such file"):
-        trace.read(tmp_path)
+        trace.read_trace(tmp_path)
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 9)
     with pytest.raises(CheckpointError, match="not a trace"):
-        trace.read(tmp_path / "binary")
+        trace.read_trace(tmp_path / "binary")
 
 
 class Words:
@@ -125,7 +125,7 @@ def chosen(model, ids):
 
 
 def recorded(path):
-    return [tuple(frozenset(choice) for choice in token) for token in trace.read(path).tokens]
+    return [tuple(frozenset(choice) for choice in token) for token in trace.read_trace(path).tokens]
 
 
 @torch.no_grad()
@@ -134,13 +134,13 @@ def test_a_text_is_recorded_as_its_routers_choose(tmp_path, monkeypatch):
     model = small_model(max_position_embeddings=20)
     text = "The quick brown fox jumps over the lazy dog."
     ids = Words().encode(text)
-    count = record.record(
+    count = record.record_trace(
         model, Words(), tmp_path / "t", name="small", max_new_tokens=33, text=text, gates=True
     )
     assert count == 33
     # Two windows of the model's 20 positions.
     assert recorded(tmp_path / "t") == chosen(model, ids[:20]) + chosen(model, ids[20:33])
-    found = trace.read(tmp_path / "t")
+    found = trace.read_trace(tmp_path / "t")
     assert all(abs(sum(g) - 65536) <= 1 for token in found.gates for g in token)
     config = model.config
     assert found.header.expert_bytes == 3 * 4 * config.hidden_size * config.intermediate_size
@@ -154,7 +154,7 @@ def test_after_a_prompt_the_decoded_tokens_alone_are_recorded(tmp_path):
     model, prompt = small_model(), "Hello"
     ids = torch.tensor([Words().encode(prompt)])
     whole = model.generate(ids, max_new_tokens=9)[0].tolist()
-    count = record.record(
+    count = record.record_trace(
         model, Words(), tmp_path / "t", name="small", max_new_tokens=9, prompt=prompt
     )
     assert count == 8  # the ninth token is never fed back
@@ -163,7 +163,7 @@ def test_after_a_prompt_the_decoded_tokens_alone_are_recorded(tmp_path):
 
 def test_recording_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(UsageError, match="positions"):
-        record.record(
+        record.record_trace(
             small_model(), Words(), tmp_path / "t", name="", max_new_tokens=999, prompt="x"
         )
     assert not (tmp_path / "t").exists()
@@ -174,8 +174,8 @@ def test_the_committed_trace_is_what_the_tiny_model_chooses(tmp_path):
     model = MixtralForCausalLM.from_pretrained(TINY)
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
     text = (ROOT / "LICENSE").read_text()
-    golden = trace.read(GOLDEN)
-    record.record(
+    golden = trace.read_trace(GOLDEN)
+    record.record_trace(
         model,
         tokenizer,
         tmp_path / "t",
@@ -183,7 +183,7 @@ def test_the_committed_trace_is_what_the_tiny_model_chooses(tmp_path):
         max_new_tokens=len(golden.tokens),
         text=text,
     )
-    again = trace.read(tmp_path / "t")
+    again = trace.read_trace(tmp_path / "t")
     assert again.header == golden.header
     pairs = zip(recorded(tmp_path / "t"), recorded(GOLDEN), strict=True)
     same = [a == b for now, then in pairs for a, b in zip(now, then, strict=True)]
@@ -196,10 +196,12 @@ def test_a_replay_predicts_what_the_store_counts(tmp_path, name):
     whole = MixtralForCausalLM.from_pretrained(TINY)
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
     prompt, slots, new = (ROOT / "LICENSE").read_text()[:400], 11, 150
-    record.record(whole, tokenizer, tmp_path / "t", name="tiny", max_new_tokens=new, prompt=prompt)
+    record.record_trace(
+        whole, tokenizer, tmp_path / "t", name="tiny", max_new_tokens=new, prompt=prompt
+    )
     chosen = replace(PRESETS[name], uploads=0)
     predicted = replay.replay(
-        trace.read(tmp_path / "t"), slots, chosen, Machine(), name=name, path="copy"
+        trace.read_trace(tmp_path / "t"), slots, chosen, SimulatedMachine(), name=name, path="copy"
     )
     tiers = Tiers(device=0, host=slots, settings=chosen)
     model = load_in_tiers(TINY, "cpu", tiers=tiers)
@@ -228,7 +230,7 @@ def test_the_commands_record_and_replay(tmp_path):
         ("heat", "read"), ("heat", "cpu"), ("lru", "copy"), ("belady", "read"), ("belady", "cpu")
     }  # fmt: skip
     assert all(row["hit_rate"] <= rows["belady", "read"]["hit_rate"] for row in rows.values())
-    header = trace.read(out).header
+    header = trace.read_trace(out).header
     assert document["machine"]["expert_bytes"] == header.expert_bytes > 0
     drawn = qmix("trace", "replay", out, "--slots", 16, "--expert-mb", 93.6, "--policy", "lfu")
     assert drawn.stdout.count("\n") == 7
@@ -278,7 +280,7 @@ def test_replaying_needs_no_torch():
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path):
-    other = written(tmp_path / "t", Header(layers=3, experts=9, chosen=2))
+    other = written(tmp_path / "t", TraceHeader(layers=3, experts=9, chosen=2))
     result = qmix("trace", "replay", GOLDEN, "--slots", 4, "--profile", other)
     assert result.returncode == 2
     assert "3 layers of 8 experts" in result.stderr
