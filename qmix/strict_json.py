@@ -41,7 +41,7 @@ def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
     """Parse one JSON object; `where` names it in errors.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, or with a duplicate key, NaN or infinity.
+        CheckpointError: not UTF-8, not JSON, not an object; a duplicate key, NaN or infinity.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -62,7 +62,7 @@ def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
 
 
 def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
-    """Read one JSON object from a regular file of at most `limit_bytes`; see loads and read_bytes."""
+    """Read one JSON object from a file of at most `limit_bytes`; see loads and read_bytes."""
     return loads(read_bytes(path, limit_bytes=limit_bytes), where=str(path))
 
 
@@ -86,7 +86,7 @@ def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
 
 
 def write(path: Path, document: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Replace `path` by the document in ASCII; the old file stands until the new one is on the disk.
+    """Replace `path` by the document in ASCII; until it is on the disk, the old file stays.
 
     Raises:
         OSError: the file cannot be written; the old one, if there is one, is unchanged.

@@ -108,7 +108,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Open a directory and check its tensors against its config, before any data are read.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of a wrong shape; the first five are named.
+        CheckpointError: tensors are missing, left over or of a wrong shape; five are named.
         UnsupportedError: a layout that is not read, such as that of Mistral's own files.
     """
     metadata = read_metadata(directory)

@@ -1,7 +1,7 @@
 """A checkpoint's metadata: config, each weight by its canonical name, and how it is stored.
 
-How a weight is stored is decided from its tensors' names and shapes, never from the config. Knows no
-torch: reading the metadata takes milliseconds. Shape letters: N output features, K input features.
+How a weight is stored is decided from its tensors' names and shapes, never from the config. Knows
+no torch: reading the metadata takes milliseconds.
 """
 
 import math
@@ -80,15 +80,15 @@ class CheckpointMetadata:
         prefix, present = tensor.prefix, self.stored_names
         if not tensor.linear:
             return None
-        if found := tensor_names.bnb_names(prefix, present):
-            return Packing("bitsandbytes", tuple(dict.fromkeys((tensor.name, *found))))
-        if found := tensor_names.compressed_names(prefix, present):
-            return Packing("compressed-tensors", found)
-        found = tensor_names.awq_names(prefix, present)
-        if found and self.tensor_info(found[0]).shape[:1] == tensor.shape[1:]:
-            return Packing("AWQ", found)
-        if found := tensor_names.gptq_names(prefix, present):
-            return Packing("GPTQ", found)
+        if weight_names := tensor_names.bnb_names(prefix, present):
+            return Packing("bitsandbytes", tuple(dict.fromkeys((tensor.name, *weight_names))))
+        if weight_names := tensor_names.compressed_names(prefix, present):
+            return Packing("compressed-tensors", weight_names)
+        weight_names = tensor_names.awq_names(prefix, present)
+        if weight_names and self.tensor_info(weight_names[0]).shape[:1] == tensor.shape[1:]:
+            return Packing("AWQ", weight_names)
+        if weight_names := tensor_names.gptq_names(prefix, present):
+            return Packing("GPTQ", weight_names)
         return None
 
     def module_settings(self, packing: Packing) -> gptq_config.ModuleSettings:
@@ -152,7 +152,7 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
     """Read config and headers, and check that the tensors are those of the config's model.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of a wrong shape; the first five are named.
+        CheckpointError: tensors are missing, left over or of a wrong shape; five are named.
         UnsupportedError: a layout that is not read, such as that of Mistral's own files.
     """
     folder = Path(directory)

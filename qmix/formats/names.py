@@ -74,7 +74,7 @@ def ignored(name: str) -> bool:
 
 
 def model_tensors(config: MixtralConfig) -> Iterator[ModelTensor]:
-    """Every weight of a model in the model's order; the config's architectures decide on the head."""
+    """Every weight of a model, in order; the config's architectures decide on the head."""
     hidden = config.hidden_size
     yield ModelTensor("model.embed_tokens.weight", (config.vocab_size, hidden), "embedding")
     for layer in range(config.num_hidden_layers):

@@ -28,13 +28,13 @@ def save(
     """Write config.json and sharded safetensors, each weight as it is stored.
 
     Integers are written as GPTQ, whatever layout they were read from: as version 2 if a zero is 0,
-    and with the same groups of inputs. Their codes and scales do not change, whether the model holds
-    them in the packed layout or not. See qmix.formats.layouts.writer.
+    and with the same groups of inputs. Their codes and scales do not change, whether or not the
+    model holds them in the packed layout. See qmix.formats.layouts.writer.
 
     Raises:
         UsageError: the directory holds weights already.
-        UnsupportedError: the weights have two layouts, or integers do not fill whole words; no file
-            is written.
+        UnsupportedError: the weights have two layouts, or integers do not fill whole words; no
+            file is written.
     """
     folder = Path(directory)
     present = [path.name for path in folder.glob("*.safetensors")]

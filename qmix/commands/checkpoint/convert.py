@@ -1,6 +1,6 @@
 """From Mistral's own checkpoint to Hugging Face's, tensor by tensor and without rounding.
 
-Holds one tensor at a time (a transposed one twice). Knows the raw layouts only by `formats.mistral`.
+Holds one tensor at a time (a transposed one twice). Knows the raw layouts only by formats.mistral.
 """
 
 import time
@@ -28,7 +28,7 @@ from qmix.planning.plan import check_memory
 from qmix.text.sentencepiece_file import MODEL_FILE, read_model
 from qmix.text.tokenizer import LlamaTokenizer
 
-# What Hugging Face's LlamaTokenizer cannot find in tokenizer.model; the values of the hub's Mixtral.
+# What LlamaTokenizer cannot find in tokenizer.model; the values are those of the hub's Mixtral.
 _TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,
     "legacy": True,

@@ -52,7 +52,7 @@ def export_checkpoint(
     force: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Export:
-    """Write the Int4 and Int8 weights of a checkpoint in another layout, with the hub's classic names.
+    """Write a checkpoint's Int4 and Int8 weights in another layout, with the hub's classic names.
 
     Codes, scales and the scales' dtype do not change; dense weights are copied.
 
@@ -66,8 +66,8 @@ def export_checkpoint(
     Raises:
         UsageError: a path is unsuitable.
         CheckpointError: the source is damaged.
-        UnsupportedError: the source has no weights of integers, or some that the layout cannot hold:
-            zeros or act-order in compressed-tensors, a zero of 0 in GPTQ.
+        UnsupportedError: the source has no Int4 or Int8 weights, or some that the layout cannot
+            hold: zeros or act-order in compressed-tensors, a zero of 0 in GPTQ.
         ResourceError: too little disk space or memory.
     """
     begun = time.perf_counter()

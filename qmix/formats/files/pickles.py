@@ -22,7 +22,7 @@ from qmix.formats.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS
 from qmix.formats.files.shards import DTYPES, Entry
 
-# Before 2.10 a file could make the weights-only unpickler write outside its memory (CVE-2026-24747).
+# Before 2.10 a file could make the weights-only unpickler write outside memory (CVE-2026-24747).
 _OLDEST_PYTORCH = (2, 10)
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # A zip record begins with them; the last four are the lengths of its name and its extra field.

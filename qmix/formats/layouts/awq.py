@@ -1,8 +1,7 @@
 """AWQ's "gemm" layout, 4-bit: the tensors of one weight, read.
 
 AutoAWQ 0.2.9 wrote it (awq/modules/linear/gemm.py, awq/utils/packing_utils.py): codes are packed
-along the outputs, interleaved. Shape letters: N output features, K input features, G groups. Knows
-nothing of files.
+along the outputs, interleaved. Knows nothing of files.
 """
 
 from collections.abc import Mapping
@@ -47,7 +46,7 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[
 
 
 def _codes(qweight: Tensor) -> Tensor:
-    """int32 [K, N / 8] -> uint8 [N, K / 2], without unpacking: two inputs' nibbles change places."""
+    """int32 [K, N / 8] -> uint8 [N, K / 2] without unpacking: two inputs' nibbles change places."""
     octets = qweight.contiguous().view(torch.uint8).view(qweight.shape[0], -1, 4)
     even, odd = octets[0::2], octets[1::2]  # (K / 2, N / 8, 4)
     halves = (even & 15 | odd << 4, even >> 4 | odd & 0xF0)

@@ -1,8 +1,7 @@
 """bitsandbytes' NF4 and FP4 layout: the tensors and the JSON state of one weight, read and written.
 
 The layout is that of bitsandbytes 0.50.2 (functional.py, `QuantState.as_dict` and `from_dict`); the
-hub's 4-bit checkpoints have had it since 2023. Shape letters: N output features, K input features.
-Knows nothing of files or of rounding.
+hub's 4-bit checkpoints have had it since 2023. Knows nothing of files or of rounding.
 """
 
 import json
@@ -225,7 +224,7 @@ def _finite(stored: CheckedTensors, suffix: str, count: int) -> Tensor:
 
 
 def _dtype(name: object) -> torch.dtype | None:
-    """One of three dtypes by name, with or without `torch.`; never an attribute of torch by name."""
+    """One of three dtypes by name, with or without `torch.`; never any attribute of torch."""
     return _DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
 
 

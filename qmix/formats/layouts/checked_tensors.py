@@ -1,6 +1,6 @@
 """Checked access to the stored tensors of one weight, and what all integer layouts share.
 
-Shape letters: N output features, K input features, G groups. Knows no layout and no file.
+Knows no layout and no file.
 """
 
 from collections.abc import Mapping

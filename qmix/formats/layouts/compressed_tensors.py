@@ -1,8 +1,7 @@
-"""compressed-tensors' "pack-quantized" layout, 4 or 8 bits: the tensors of a weight, read and written.
+"""compressed-tensors' "pack-quantized" layout, 4 or 8 bits: a weight's tensors, read and written.
 
-The layout is that of compressed-tensors 0.20 (compressors/pack_quantized): codes are packed along
-the inputs, zeros along the outputs. Shape letters: N output features, K input features, G groups.
-Knows nothing of files or of rounding.
+It is that of version 0.20 (compressors/pack_quantized): codes are packed along the inputs, zeros
+along the outputs. Knows nothing of files or of rounding.
 """
 
 from collections import Counter
@@ -126,9 +125,9 @@ def pack(weight: Integers, prefix: str) -> dict[str, Tensor]:
 
 
 def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, object]:
-    """config.json's `quantization_config` of what `pack` writes, as transformers 5 and vLLM read it.
+    """config.json's `quantization_config` for what `pack` writes; transformers 5 and vLLM read it.
 
-    The most frequent scheme is the group of all linear layers. The modules of every other scheme are
+    The most frequent scheme is the group of all linear layers. The modules of each other scheme are
     the targets of a group of their own, because readers prefer names to classes. transformers 5.23
     unpacks all experts by the first group that names any. If the experts' schemes differ, every
     group therefore names its modules, 8 bits first: transformers then fails on 4 bits instead of

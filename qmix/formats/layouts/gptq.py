@@ -1,8 +1,7 @@
 """GPTQ's layout, 4 or 8 bits: the tensors of one weight, read and written.
 
 AutoGPTQ wrote it from 2023 on ("gptq", v1), gptqmodel 7.7 writes "gptq_v2"; v1 stores each zero
-minus one. Shape letters: N output features, K input features, G groups. Knows nothing of files or of
-rounding.
+minus one. Knows nothing of files or of rounding.
 """
 
 from collections.abc import Iterable, Mapping
@@ -120,7 +119,7 @@ def _zeros(
     codes_a_word = WORD_BITS // bits
     words = stored.tensor(QZEROS, torch.int32, (groups, rows // codes_a_word)).long()
     if settings.version == 1:
-        # Added to whole words, as gptqmodel does: a zero of 0 was stored by borrowing from the next.
+        # Added to whole words, as in gptqmodel: a zero of 0 was stored by borrowing from the next.
         words = words + sum(1 << shift for shift in range(0, WORD_BITS, bits))
     zeros = unpack_words(words & 0xFFFFFFFF, bits).reshape(groups, rows).T.contiguous()
     if not settings.symmetric:
@@ -170,7 +169,7 @@ def packed_specs(
 
 
 def version_of(weights: Iterable[Integers]) -> int:
-    """The version that stores all of them: 2 if a zero is 0, on which readers of v1 disagree, else 1."""
+    """The version that stores all weights: 1, or 2 if a zero is 0, on which v1 readers disagree."""
     for weight in weights:
         if weight.zeros is not None and bool((weight.zeros == 0).any()):
             return 2

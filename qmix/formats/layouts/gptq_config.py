@@ -28,7 +28,7 @@ _REPEATED_GROUP = re.compile(r"\)\s*[*+{]|\\[1-9]|\(\?P=")
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One entry of `dynamic`. It applies to modules whose names its expression matches from the start.
+    """One entry of `dynamic`, for the modules whose names its expression matches from the start.
 
     Attributes:
         text: the entry's key in the file.
@@ -260,10 +260,10 @@ def _rule(text: str, overrides: Any, where: str) -> Rule:
 def quantization_config(
     schemes: Mapping[str, Scheme], *, version: int = 1, act_order: bool = False
 ) -> dict[str, object]:
-    """The settings of a checkpoint: `quantization_config` of config.json and `quantize_config.json`.
+    """The settings of a checkpoint, for config.json and for `quantize_config.json`.
 
     They have the fields that vLLM 0.33 and SGLang demand, and no more. The most frequent scheme
-    becomes the base. Every module of another scheme is named by a rule that also matches gptqmodel's
+    becomes the base. Each module of another scheme is named by a rule that also matches gptqmodel's
     names, and the names of what vLLM fuses (`qkv_proj`, `experts`) if all its parts are alike.
 
     Args:

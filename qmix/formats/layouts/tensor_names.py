@@ -1,7 +1,7 @@
 """Which tensors make up a packed weight: the four layouts by their names, shapes and settings.
 
 Knows no torch and reads no data. What the bits mean is written in bnb, compressed_tensors, awq and
-gptq. Shape letters: N output features, K input features.
+gptq.
 """
 
 from collections.abc import Collection, Mapping
@@ -45,7 +45,7 @@ _COMPRESSED_OPTIONAL = (ZERO_POINT, PACKED_G_IDX)
 
 
 def bnb_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The names of the tensors that make up the weight of module `prefix`; none if it is not packed."""
+    """The names of the tensors of module `prefix`'s weight; none if it is not packed."""
     states = tuple(prefix + suffix for suffix in _BNB_SUFFIXES if prefix + suffix in names)
     if not states:
         return ()
@@ -54,7 +54,7 @@ def bnb_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def compressed_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The names of the tensors that make up the weight of module `prefix`; none in another layout.
+    """The names of the tensors of module `prefix`'s weight; none if it has another layout.
 
     Required names are among them even if the files lack them.
     """
@@ -67,7 +67,7 @@ def compressed_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def awq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The names of the tensors that make up the weight of module `prefix`; none if it is not AWQ's.
+    """The names of the tensors of module `prefix`'s weight; none if it is not AWQ's.
 
     Required names are among them even if the files lack them. GPTQ has the same names and `.g_idx`.
     """
@@ -77,7 +77,7 @@ def awq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def gptq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
-    """The names of the tensors that make up the weight of module `prefix`; none if it is not GPTQ's.
+    """The names of the tensors of module `prefix`'s weight; none if it is not GPTQ's.
 
     Required names are among them even if the files lack them. AWQ has the same names except
     `.g_idx`; the shape of `.qweight` tells the two apart.
@@ -169,7 +169,7 @@ def check_compressed(document: Mapping[str, Any] | None, where: str) -> None:
 
 
 def without_lists(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with each list of one element replaced by the element: some files have such lists."""
+    """The document, with a list of one element replaced by the element, as some files have them."""
     return {
         key: value[0] if isinstance(value, list) and len(value) == 1 else value
         for key, value in document.items()

@@ -122,7 +122,7 @@ def quantization_config(
 
 
 def _dense_names(schemes: Mapping[str, Scheme]) -> list[str]:
-    """The dense modules: the last part of their names if all modules with it are dense, else in full."""
+    """The dense modules, by the last part of their names if all modules that share it are dense."""
     by_part: dict[str, list[str]] = {"lm_head": [], "gate": []}
     for module in schemes:
         by_part.setdefault(module.rpartition(".")[2], []).append(module)

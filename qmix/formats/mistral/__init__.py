@@ -1,4 +1,4 @@
-"""Mistral's own checkpoints: pickles or safetensors and params.json, read as Hugging Face's weights.
+"""Mistral's own checkpoints, pickles or safetensors with params.json, read as Hugging Face's.
 
 Knows nothing of output.
 """

@@ -1,7 +1,7 @@
 """Opening Mistral's own checkpoints: where each weight of Hugging Face's lies in the raw files.
 
-There are two layouts, with stacked or with single experts; the tensors' names tell which it is. Knows
-nothing of output. Shape letters: H heads, d head width, D hidden width.
+There are two layouts, with stacked or with single experts; the tensors' names tell which it is.
+Knows nothing of output. Shape letters: see qmix.kernels.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Recognizes a folder of Mistral's own files by their names. Knows no torch, and no file's content."""
+"""Recognizing a folder of Mistral's own files by their names. Knows no torch and no content."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _PICKLES = (".pt", ".pth")
 
 
 def raw_files(folder: Path) -> list[Path]:
-    """The weight files of a raw folder: its safetensors files if there are any, else its pickles."""
+    """The weight files of a raw folder: safetensors files if it has any, else pickles."""
     paths = sorted(path for path in folder.glob("consolidated*") if path.suffix)
     safetensors = [path for path in paths if path.suffix == ".safetensors"]
     return safetensors or [path for path in paths if path.suffix in _PICKLES]

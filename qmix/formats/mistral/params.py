@@ -1,4 +1,4 @@
-"""Mistral's `params.json`, in either of its spellings, as a MixtralConfig. Knows nothing of tensors."""
+"""Mistral's `params.json` in either spelling, as a MixtralConfig. Knows nothing of tensors."""
 
 from pathlib import Path
 from typing import Any

@@ -196,7 +196,7 @@ def test_a_tensor_larger_than_its_record_is_refused(raw, tmp_path):
 
 
 def test_damaged_pickles_are_refused_or_harmless(tmp_path):
-    """Any byte of the pickle or the archive's directory may be wrong; only our errors come of it."""
+    """Any byte of the pickle or of the archive's directory may be wrong: only QmixErrors result."""
     torch.save({f"t{index}": torch.zeros(8) for index in range(3)}, tmp_path / "good.pt")
     good = (tmp_path / "good.pt").read_bytes()
     chance = random.Random(0)

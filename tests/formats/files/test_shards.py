@@ -1,4 +1,4 @@
-"""What reading a tensor promises: no mapped pages, one copy, the asked bytes, errors instead of signals."""
+"""What reading a tensor promises: no mapped pages, one copy, its own bytes, and no signals."""
 
 import os
 import re

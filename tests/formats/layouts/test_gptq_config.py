@@ -1,4 +1,4 @@
-"""GPTQ's settings: read strictly, written so that vLLM, gptqmodel and qmix understand them alike."""
+"""GPTQ's settings: read strictly, and written so that vLLM, gptqmodel and qmix agree on them."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def test_the_rules_of_usual_recipes_are_short():
 
 
 def first_match(dynamic, name):
-    """What gptqmodel 7.7 (`dynamic_get`) and vLLM 0.33 (`get_dynamic_override`) find: False, None or overrides."""
+    """What gptqmodel 7.7 (`dynamic_get`) and vLLM 0.33 (`get_dynamic_override`) return."""
     for pattern, overrides in dynamic.items():
         if pattern.startswith("-:"):
             if re.match(pattern.removeprefix("-:"), name):
@@ -139,7 +139,7 @@ SCHEMES = st.sampled_from(
 
 @st.composite
 def recipes(draw):
-    """Schemes of all modules, by layer, by matrix or one by one, at least one of them of integers."""
+    """Schemes of all modules, by layer, by matrix or one by one; at least one has integers."""
     base = draw(SCHEMES.filter(lambda scheme: scheme.integer))
     chosen = uniform(base, attention=draw(SCHEMES))
     for layer in range(LAYERS):

@@ -101,7 +101,7 @@ def test_awq_weights_have_the_values_that_gptqmodel_gives_them(group):
 
 
 def packed_weights():
-    """Tensor, what gptqmodel calls its module, and our weight, of every packed one of the directory."""
+    """Every packed weight: its tensor, gptqmodel's name of its module, and our Weight."""
     checkpoint = open_checkpoint(DIRECTORY)
     for tensor in checkpoint.tensors:
         if packed := checkpoint.packing(tensor):

@@ -59,7 +59,7 @@ def whole(model, tmp_path):
 
 
 def changed(folder, **changes):
-    """Replace, or with None remove, tensors of `consolidated.safetensors`; dots are written as __."""
+    """Replace tensors of `consolidated.safetensors`; None removes one; __ stands for a dot."""
     path = folder / "consolidated.safetensors"
     tensors = load_file(path)
     for spelled, tensor in changes.items():
@@ -259,7 +259,7 @@ def test_both_spellings_say_the_same(tmp_path):
 
 
 def test_what_the_original_release_says_is_mixtral_8x7b(tmp_path):
-    """The contents of the torrent's params.json, as quoted in vikhyat/mixtral-inference, issue 3."""
+    """The torrent's params.json, as quoted in issue 3 of vikhyat/mixtral-inference."""
     path = tmp_path / "params.json"
     path.write_text(
         '{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, '
@@ -429,7 +429,7 @@ def test_a_failed_forced_run_keeps_the_old_output(whole, tmp_path):
 
 
 def test_a_raw_folder_is_never_replaced_by_force(raw, tmp_path, whole):
-    """A raw folder holds pickles: --force replaces checkpoints that qmix could have written only."""
+    """A raw folder holds pickles; --force replaces only what qmix could have written."""
     with pytest.raises(UsageError, match="more than a checkpoint"):
         convert_checkpoint(whole, raw, force=True)
 
