@@ -130,7 +130,8 @@ def measure(options: argparse.Namespace) -> None:
     """Measure, then print.
 
     Raises:
-        QmixError: no such row, no checkpoints in `rivals`, too little text, or a damaged checkpoint.
+        QmixError: no such row, no checkpoints in `rivals`, too little text, or a damaged
+        checkpoint.
     """
     if options.ablations and options.rivals:
         raise UsageError("the ablations are compared with no rival", where="--rivals")

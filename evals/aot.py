@@ -1,9 +1,9 @@
 """Compile every selectable GPU kernel ahead of time, and count what its inner loop costs.
 
-Needs triton but no GPU. Shows what a run on a GPU would not: registers, spills, shared memory against
-the architecture's limit, and the machine instructions that the loop over the weights takes for each
-weight. Says nothing of time. Kernels that read no weights (attention, norms, router) are compiled in
-the 8x7B's shapes.
+Needs triton but no GPU. Shows what a run on a GPU would not: registers, spills, shared memory
+against the architecture's limit, and the machine instructions that the loop over the weights takes
+for each weight. Says nothing of time. Kernels that read no weights (attention, norms, router) are
+compiled in the 8x7B's shapes.
 
 Does not work in Triton's interpreter (TRITON_INTERPRET=1), whose kernels cannot be compiled.
 """
@@ -131,7 +131,7 @@ def compile_variant(variant: WeightKernel | PlainKernel) -> KernelCost:
 
 
 def faults(variant: WeightKernel | PlainKernel, cost: KernelCost) -> list[str]:
-    """What must never occur: spills, too much shared memory, narrow loads, exchanges in the loop."""
+    """What must not occur: spills, too much shared memory, narrow loads, exchanges in the loop."""
     wrong = []
     if cost.stack:
         wrong.append(f"{cost.stack} bytes of registers spilled")

@@ -1,8 +1,8 @@
 """The text that every Python installation carries: pydoc's topics and the library's docstrings.
 
 `python -m qmix.evals.corpus train|heldout` writes one part to stdout and its SHA-256 to stderr. The
-text changes with the Python version, even with the patch release, so quote `fingerprint()` with every
-figure. Knows nothing of tokens or models, and imports no torch.
+text changes with the Python version, even with the patch release, so quote `fingerprint()` with
+every figure. Knows nothing of tokens or models, and imports no torch.
 """
 
 import ast
@@ -190,10 +190,11 @@ def _docstrings(
 
 
 def _c_objects() -> Iterator[Document]:
-    """Objects written in C, which have no source to parse, from modules that every CPython contains."""
+    """Objects written in C, which have no source to parse, from modules of every CPython."""
     for module in _C_MODULES:
         for name, thing in sorted(vars(module).items()):
-            # `site` adds exit, help and others, which are no types; an alias belongs to its own name.
+            # `site` adds exit, help and others, which are no types; an alias belongs to its own
+            # name.
             if (
                 not isinstance(thing, type | types.BuiltinFunctionType)
                 or thing.__name__ != name

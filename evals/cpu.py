@@ -1,12 +1,12 @@
-"""One Mixtral layer of true width on this machine's CPU, beside the memory's bandwidth and other kernels.
+"""One Mixtral layer of true width on this CPU, beside the memory's bandwidth and other kernels.
 
 `python -m qmix.evals.cpu [--json FILE] [--llama PYTHON]` times random 4-bit weights in the 8x7B's
 shapes, at one token, at 32 and at a prompt of 512. The experts alone are compared with torch
 (dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer is compared with
 llama.cpp, which runs in an interpreter of its own (`--llama`, with llama-cpp-python and gguf). All
 take turns within one run, so that other load on the machine affects them alike; two programs are
-compared by the median of the turns' quotients. Every figure at one token stands beside its bound: the
-bytes of the weights over the bandwidth of a plain read.
+compared by the median of the turns' quotients. Every figure at one token stands beside its bound:
+the bytes of the weights over the bandwidth of a plain read.
 """
 
 import argparse
@@ -51,7 +51,8 @@ class CpuReport:
 
     Attributes:
         isa: the instruction set of our kernels.
-        bandwidth: bytes a second: the median of the plain reads, one before every turn at one token.
+        bandwidth: bytes a second: the median of the plain reads, one before every turn at one
+            token.
         bandwidth_range: the slowest and the fastest of them.
     """
 

@@ -1,8 +1,8 @@
 """The planner against reality: the bytes predicted from headers, and those of a loaded model.
 
 `python -m qmix.evals.footprint DIR [--ctx N]` loads the checkpoint on the CPU, fills its cache, and
-prints both figures beside the process's resident memory. Every storage counts once. The exit code is
-5 if prediction and measurement differ by more than 2 %. Knows nothing of time.
+prints both figures beside the process's resident memory. Every storage counts once. The exit code
+is 5 if prediction and measurement differ by more than 2 %. Knows nothing of time.
 """
 
 import argparse

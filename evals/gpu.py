@@ -1,10 +1,10 @@
 """The GPU acceptance command: everything that only a GPU can show, in one record and one page.
 
 `python3 -m qmix.evals.gpu --out DIR --budget SECONDS [--only NAME] [--profile]` runs from a bare
-checkout. The most valuable step comes first. Each step has its share of the time, and what one leaves
-the next may use. A step runs in a process of its own and writes a line for each result, so that a
-fault or a hang loses nothing that was measured before it. Without a GPU the steps that need one are
-skipped, and the record says so.
+checkout. The most valuable step comes first. Each step has its share of the time, and what one
+leaves the next may use. A step runs in a process of its own and writes a line for each result, so
+that a fault or a hang loses nothing that was measured before it. Without a GPU the steps that need
+one are skipped, and the record says so.
 
 Knows the steps by name; what they measure is in qmix.evals.steps.
 """

@@ -1,8 +1,8 @@
 """The quality guard: the tiny model's perplexity and divergence against `baselines.json`.
 
 `python -m qmix.evals.guard` prints the table and exits 5 on a regression. `--write` replaces the
-baselines, which is a commit of its own that states the reason. The held-out and the calibration text
-come with Python and differ between its versions. On texts other than the baselines' the wider
+baselines, which is a commit of its own that states the reason. The held-out and the calibration
+text come with Python and differ between its versions. On texts other than the baselines' the wider
 tolerance applies, and the output says so. Knows nothing of how a model is quantized or scored.
 """
 
@@ -65,11 +65,11 @@ class Figures:
         )
 
 
-# How far each figure may move for the worse (perplexity: in either direction), relative to its baseline.
-# On one machine and text the figures repeat to 1e-6. Other processors and other numbers of threads
-# round matrix products differently, which moved NF4's by less than a tenth of SAME_TEXT. GPTQ turns
-# such a difference into other codes: two threads instead of one moved its mean KL by 2.3 %, and its
-# p99 by 6.7 %.
+# How far each figure may move for the worse (perplexity: in either direction), relative to its
+# baseline. On one machine and text the figures repeat to 1e-6. Other processors and other numbers
+# of threads round matrix products differently, which moved NF4's by less than a tenth of SAME_TEXT.
+# GPTQ turns such a difference into other codes: two threads instead of one moved its mean KL by
+# 2.3 %, and its p99 by 6.7 %.
 SAME_TEXT = Figures(
     bf16_perplexity=0.005,
     nf4_ratio=0.005,

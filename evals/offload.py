@@ -48,8 +48,8 @@ class OffloadRequest:
         ram, vram: budgets of memory such as "8GiB"; None is no budget.
         prompt: number of random tokens before the first new one.
         new: number of tokens to generate.
-        temperature: 0 is greedy. Random weights soon repeat one token, and with it one set of experts; a
-            high temperature keeps them changing.
+        temperature: 0 is greedy. Random weights soon repeat one token, and with it one set of
+            experts; a high temperature keeps them changing.
     """
 
     directory: Path
@@ -86,13 +86,15 @@ class OffloadRecord:
         checkpoint_bytes: size of the checkpoint's weight files.
         ram, vram: the budgets in bytes; None without a budget.
         peak_host_bytes: VmHWM of the whole process.
-        peak_device_bytes: reserved by torch; device memory beyond the budget is blocked by a ballast.
+        peak_device_bytes: reserved by torch; device memory beyond the budget is blocked by a
+            ballast.
         load_s, first_token_s, decode_s: seconds; decode_s of all tokens after the first.
         ids: the generated tokens.
-        bandwidths: bytes a second, measured after the run: of the host's memory, of the checkpoint's
-            disk with nothing cached, and with a GPU of its memory and its interconnect.
-        bound_tokens_per_s: of the plan's step (qmix.planning.roofline) at the hit rate of this run. If
-            the page cache serves reads instead of the disk, the run may be faster.
+        bandwidths: bytes a second, measured after the run: of the host's memory, of the
+            checkpoint's disk with nothing cached, and with a GPU of its memory and its
+            interconnect.
+        bound_tokens_per_s: of the plan's step (qmix.planning.roofline) at the hit rate of this run.
+            If the page cache serves reads instead of the disk, the run may be faster.
         experts: what the store did after loading.
     """
 

@@ -1,8 +1,8 @@
 """Mixtral checkpoints of the real widths with seeded weights, to test memory and speed offline.
 
 `python -m qmix.evals.synthetic OUT --layers N [--packed nf4] [--seed S]`. The weights are Gaussian
-with outlier channels, so sizes, statistics and times are realistic; the text of such a model is noise.
-Shape letters: N outputs, K inputs. Knows nothing of what the checkpoint is for.
+with outlier channels, so sizes, statistics and times are realistic; the text of such a model is
+noise. Shape letters: N outputs, K inputs. Knows nothing of what the checkpoint is for.
 """
 
 import argparse

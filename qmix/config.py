@@ -151,7 +151,7 @@ class MixtralConfig:
 
     @property
     def num_labels(self) -> int:
-        """Number of classes of a classifier: `num_labels`, else the length of `id2label`, else 2."""
+        """Number of a classifier's classes: `num_labels`, else the length of `id2label`, else 2."""
         names = self.extra.get("id2label")
         labels = self.extra.get("num_labels", len(names) if isinstance(names, Mapping) else 2)
         if type(labels) is not int or not 1 <= labels <= 1 << 22:

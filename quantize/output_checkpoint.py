@@ -63,7 +63,8 @@ def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
     """What becomes of every tensor, in the model's order.
 
     Raises:
-        UnsupportedError: the source is quantized already, or a scheme does not fit a weight's shape.
+        UnsupportedError: the source is quantized already, or a scheme does not fit a weight's
+        shape.
     """
     outputs = []
     for tensor in checkpoint.tensors:

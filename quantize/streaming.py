@@ -40,7 +40,7 @@ def quantize_streaming(
     force: bool = False,
     progress: Callable[[QuantizeProgress], None] = lambda _: None,
 ) -> QuantizeReport:
-    """Quantize a 16- or 32-bit checkpoint directory into a new one, each weight to its nearest codes.
+    """Quantize a 16- or 32-bit checkpoint directory into a new one by rounding each weight.
 
     Args:
         source, out: directories; `out` appears complete or not at all.

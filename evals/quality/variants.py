@@ -1,4 +1,4 @@
-"""The ways to quantize that the accuracy command compares: every method, and GPTQ with parts left out.
+"""The ways to quantize that the accuracy command compares: all methods, and GPTQ without its parts.
 
 Knows the methods by their options only.
 """

@@ -52,7 +52,8 @@ def record_text(
 ) -> int:
     """Record the first `tokens` tokens of a text as if they were decoded; returns their number.
 
-    A text longer than the model's positions continues in a new window, which sees nothing of the old.
+    A text longer than the model's positions continues in a new window, which sees nothing of the
+    old.
     """
     length = 8 * tokens  # characters: a thousand tokens do not need a gigabyte encoded
     ids = tokenizer.encode(text[:length])

@@ -78,7 +78,8 @@ def replay(
     Args:
         slots: number of experts that fit the device.
         name: of the policy.
-        heat: the slots are first filled with the hottest experts; by default with some of each layer.
+        heat: the slots are first filled with the hottest experts; by default with some of each
+            layer.
 
     Raises:
         UsageError: too few slots, or more slots than experts.
@@ -111,10 +112,10 @@ def replay(
 def optimum(
     trace: Trace, slots: int, machine: SimulatedMachine, *, path: MissPath = "read"
 ) -> Replay:
-    """Belady's algorithm, which knows the future, keeps what is used soonest and starts with full slots.
+    """Belady's algorithm, which knows the future and keeps what is used soonest.
 
-    It may skip an expert and pays for no upload, so no policy that loads its misses has more hits.
-    (L. A. Belady, IBM Systems Journal 5(2), 1966; with bypassing.)
+    It starts with full slots, may skip an expert and pays for no upload, so no policy that loads
+    its misses has more hits. (L. A. Belady, IBM Systems Journal 5(2), 1966; with bypassing.)
     """
     activations = [expert for token in trace.ids() for ids in token for expert in ids]
     hits = optimal_hits(activations, slots)

@@ -1,11 +1,11 @@
 """A simulated decoder: clock, tiers and bytes in integers, around the real Residency.
 
 Times are nanoseconds, rates bytes a second. A tier moves one request at a time, in the order of the
-requests; copies into slots and reads of missed experts share the interconnect. Knows ids and sizes, but
-no tensors.
+requests; copies into slots and reads of missed experts share the interconnect. Knows ids and sizes,
+but no tensors.
 
-Letters of the formulas: A activations of experts in a token, S bytes of an expert, D dense bytes of a
-token, m share of misses, B rates (g device, p interconnect, c CPU), t_s waiting time of a layer.
+Letters of the formulas: A activations of experts in a token, S bytes of an expert, D dense bytes of
+a token, m share of misses, B rates (g device, p interconnect, c CPU), t_s waiting time of a layer.
 """
 
 import heapq
@@ -32,7 +32,7 @@ class SimClock:
         self._order = 0
 
     def at(self, when: int, action: Callable[[], None]) -> None:
-        """Call `action` at a time; actions of the same time are called in the order of these calls."""
+        """Call `action` at a time; actions of one time are called in the order of these calls."""
         assert when >= self.now, (when, self.now)
         self._order += 1
         heapq.heappush(self._due, (when, self._order, action))
@@ -61,7 +61,7 @@ class SimTier:
         self.free_at = 0
 
     def move(self, purpose: str, nbytes: int, *, extra_ns: int = 0) -> int:
-        """Queue a request; returns its end, ceil(bytes / bandwidth) + latency after its beginning."""
+        """Queue a request; returns its end, ceil(bytes / bandwidth) + latency after it begins."""
         if not nbytes:
             return self.clock.now
         self.moved[purpose] += nbytes
@@ -72,7 +72,7 @@ class SimTier:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedMachine:
-    """Sizes and rates. The defaults are Mixtral-8x7B at 4.25 bits a weight on a 24 GB card with PCIe 4.
+    """Sizes and rates; by default Mixtral-8x7B at 4.25 bits a weight on a 24 GB card with PCIe 4.
 
     850 GB/s is the highest measured read rate of an RTX 3090, 25 GB/s that of a pinned copy, and
     60 GB/s that of a desktop's DDR5 memory in a 4-bit matmul.
@@ -126,8 +126,8 @@ class Simulation:
     """Decodes the tokens of a trace one by one.
 
     Args:
-        path: what a miss does. read: the device reads the expert over PCIe. cpu: the host multiplies
-            it. copy: it is first copied into a slot (Residency.fetch).
+        path: what a miss does. read: the device reads the expert over PCIe. cpu: the host
+            multiplies it. copy: it is first copied into a slot (Residency.fetch).
         lag: whole tokens between the choice of an upload and the beginning of its copy.
         log: receives a line for every event: time, event, numbers.
     """

@@ -1,8 +1,8 @@
 """Traces of routing: which experts every token went through, as a small text file.
 
-The first line is a JSON object, the header. Each further line is one token, with its layers separated
-by spaces. A layer is the chosen experts' numbers within it, separated by commas; if the header says so,
-each is followed by ":weight" (Q16, where 65536 is 1):
+The first line is a JSON object, the header. Each further line is one token, with its layers
+separated by spaces. A layer is the chosen experts' numbers within it, separated by commas; if the
+header says so, each is followed by ":weight" (Q16, where 65536 is 1):
 
     {"format": "qmix-trace", "version": 1, "model": "", "layers": 3, "experts": 8, "chosen": 2,
      "gates": false, "expert_bytes": 0, "dense_bytes": 0}
@@ -89,7 +89,7 @@ class TraceRecorder:
         self._line(json.dumps({"format": FORMAT, "version": VERSION, **asdict(header)}))
 
     def token(self, ids: Sequence[Sequence[int]], gates: Sequence[Sequence[int]] = ()) -> None:
-        """Write a token: for each layer the chosen experts' numbers within it, and their Q16 weights."""
+        """Write a token: each layer's chosen experts by their numbers, and their Q16 weights."""
         assert len(ids) == self.header.layers, len(ids)
         assert all(len(choice) == self.header.chosen for choice in ids), ids
         assert bool(gates) == self.header.gates

@@ -1,4 +1,4 @@
-"""Step `bandwidth`: what the device's memory and matrix units can do, the bounds of all other steps."""
+"""Step `bandwidth`: what the device's memory and matrix units can do, the bounds of other steps."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from qmix.evals.timing.bandwidth import copy_bandwidth, matmul_rate, seconds
 
 
 def results(device: torch.device) -> Iterator[dict[str, object]]:
-    """Copy and read bandwidth, and the rate of a square bf16 matmul (on a CPU a small float32 one)."""
+    """Copy and read bandwidth, and the rate of a square matmul, bf16 or on a CPU float32."""
     yield {"what": "copy", "gigabytes_per_second": copy_bandwidth(device) / 1e9}
     size = 1 << 31 if device.type == "cuda" else 1 << 27
     numbers = torch.zeros(size // 4, device=device)

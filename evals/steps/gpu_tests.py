@@ -60,7 +60,7 @@ def results(device: torch.device) -> Iterator[dict[str, object]]:
 
 
 def _workers() -> list[str]:
-    """Most of the time is spent compiling, one kernel after another: side by side if pytest-xdist is there."""
+    """Most of the time goes into compiling, which pytest-xdist, if installed, does in parallel."""
     if importlib.util.find_spec("xdist") is None:
         return []
     return ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]

@@ -1,4 +1,4 @@
-"""Microseconds of work on a GPU as a decode step meets it: in a CUDA graph, with weights not cached.
+"""Microseconds of work on a GPU as in a decode step: in a CUDA graph, with weights not cached.
 
 Knows nothing of what is timed.
 """

@@ -1,8 +1,8 @@
 """Step `moe`: microseconds of one layer's experts, by tokens and format, at Mixtral's widths.
 
-The weights of several layers take turns, because one layer's chosen experts (182 MB for a token) would
-partly stay in the 50 MB cache of an H100. Shape letters: M tokens, D hidden width. Knows nothing of a
-model.
+The weights of several layers take turns, because one layer's chosen experts (182 MB for a token)
+would partly stay in the 50 MB cache of an H100. Shape letters: M tokens, D hidden width. Knows
+nothing of a model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ WEIGHTS = 3 * HIDDEN * WIDTH  # number of weights of an expert
 
 
 def random_routes(tokens: int, device: torch.device, seed: int = 0) -> Routes:
-    """The routes that every candidate gets: distinct, equally likely experts, weights that sum to 1."""
+    """The routes of every candidate: distinct, equally likely experts, weights that sum to 1."""
     generator = torch.Generator().manual_seed(seed + tokens)
     ids = (
         torch.rand(tokens, EXPERTS, generator=generator)

@@ -1,4 +1,4 @@
-"""Step `peers`: the same experts by other projects' kernels, as far as their packages are installed.
+"""Step `peers`: the same experts by other projects' kernels, if their packages are installed.
 
 Each peer gets the routing as a host would know it, sorted and with fixed experts, so that it can be
 recorded in a graph: the best case for it. The codes are random and of the right shapes; none of the
@@ -89,7 +89,7 @@ def bitsandbytes(device: torch.device) -> Iterator[dict[str, object]]:
 
 
 def grouped_nf4_gemm(device: torch.device) -> Iterator[dict[str, object]]:
-    """NF4 with float32 absmax, all experts in one launch; its default kernel and its decode kernel."""
+    """NF4 with float32 absmax, all experts in one launch: its default and its decode kernel."""
     grouped: Any = importlib.import_module("nf4_grouped")
     layers = []
     for _ in range(LAYERS):

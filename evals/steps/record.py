@@ -39,7 +39,7 @@ class AcceptanceRecord:
     steps: dict[str, StepOutcome] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
-        """Write DATE-GPU-acceptance.json and .md, each in one step; returns the path of the first."""
+        """Write DATE-GPU-acceptance.json and .md, each in one step; returns the first path."""
         gpu = re.sub(r"[^a-z0-9]+", "-", (self.gpu or "no-gpu").lower()).strip("-")
         path = folder / f"{self.date[:10]}-{gpu}-acceptance.json"
         strict_json.write(path, asdict(self), indent=1)

@@ -1,4 +1,4 @@
-"""Step `profile`: where the microseconds of one token go, kernel by kernel, beside each kernel's bound.
+"""Step `profile`: where the microseconds of one token go, kernel by kernel beside its bound.
 
 A kernel's bound is the bytes that it must read over the copy bandwidth. A kernel that reads next to
 nothing has no bound, and all its time is overhead. Knows the kernels by name.

@@ -157,8 +157,9 @@ def run_attention_bench(
     repetitions: int = 5,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> AttentionReport:
-    """Measure every implementation on every prompt, `repetitions` times after a call that does not count.
+    """Measure every implementation on every prompt.
 
+    Each runs `repetitions` times after a call that does not count.
     A window as long as a prompt changes nothing and is left out.
 
     Args:

@@ -70,7 +70,8 @@ def interconnect_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float
 def disk_bandwidth(folder: Path, nbytes: int = 512 << 20) -> float:
     """Bytes a second of reads from a file in `folder`, none of which is in the page cache.
 
-    The file is written first and removed afterwards. Each read has 16 MiB, as an expert's tensors do.
+    The file is written first and removed afterwards. Each read has 16 MiB, as an expert's tensors
+    do.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.

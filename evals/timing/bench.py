@@ -1,9 +1,9 @@
 """How fast a model reads prompts and writes tokens, in the grammar of llama.cpp's llama-bench.
 
-`pp512` reads a prompt of 512 tokens and ends with the first new one; `tg128` writes 128 new tokens one
-by one; `@ d4096` starts after 4096 tokens that are already in the cache. Tokens are random and chosen
-greedily, in the loop that `qmix generate` uses. Every figure stands beside its bound: the bytes that a
-step reads over the copy bandwidth of the same device in the same run.
+`pp512` reads a prompt of 512 tokens and ends with the first new one; `tg128` writes 128 new tokens
+one by one; `@ d4096` starts after 4096 tokens that are already in the cache. Tokens are random and
+chosen greedily, in the loop that `qmix generate` uses. Every figure stands beside its bound: the
+bytes that a step reads over the copy bandwidth of the same device in the same run.
 
 Shape letters: B rows. Knows nothing of the command line.
 """
@@ -37,7 +37,7 @@ _COUNTED_STEPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTest:
-    """A line of the table: a prompt of `tokens` (pp), or `tokens` one by one (tg), in `batch` rows."""
+    """A line of the table: a prompt of `tokens` (pp), or `tokens` one by one (tg), in each row."""
 
     kind: Literal["pp", "tg"]
     tokens: int

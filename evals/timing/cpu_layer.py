@@ -52,11 +52,11 @@ class CpuTiming:
         way: the implementation and its format.
         bits: bits a weight, scales included.
         best, median: seconds; None if it did not run, and `note` says why.
-        of_bound: at one token, the bytes of its weights a second over a plain read in the same turn;
-            the median over all turns.
-        of_peer: our time over llama.cpp's in the same turn: the median over all turns, and the order
-            statistics that enclose it in 19 of 20 samples of such turns (a run at another hour may
-            differ by more). With fewer than ten turns, the least and the most.
+        of_bound: at one token, the bytes of its weights a second over a plain read in the same
+            turn; the median over all turns.
+        of_peer: our time over llama.cpp's in the same turn: the median over all turns, and the
+            order statistics that enclose it in 19 of 20 samples of such turns (a run at another
+            hour may differ by more). With fewer than ten turns, the least and the most.
     """
 
     part: str

@@ -1,9 +1,10 @@
-"""llama.cpp's side of qmix.evals.cpu: a stand-alone script for the interpreter that has llama-cpp-python.
+"""llama.cpp's side of qmix.evals.cpu: a script for the interpreter that has llama-cpp-python.
 
-`PYTHON llama_peer.py FOLDER KIND HIDDEN WIDTH EXPERTS HEADS KV_HEADS THREADS` writes synthetic Mixtral
-files of one and of three layers into FOLDER (random codes, scales that keep activations small). It
-prints its version as one line of JSON. It answers each line `N` on stdin with `[one, three]`, the seconds
-that the two models took for a prompt of N random tokens. Knows nothing of qmix.
+`PYTHON llama_peer.py FOLDER KIND HIDDEN WIDTH EXPERTS HEADS KV_HEADS THREADS` writes synthetic
+Mixtral files of one and of three layers into FOLDER (random codes, scales that keep activations
+small). It prints its version as one line of JSON. It answers each line `N` on stdin with `[one,
+three]`, the seconds that the two models took for a prompt of N random tokens. Knows nothing of
+qmix.
 """
 
 import ctypes

@@ -56,11 +56,13 @@ class KernelCost:
         registers: of a thread; a multiprocessor has 65536.
         stack: bytes of local memory of a thread, which holds spilled registers.
         shared: bytes of shared memory of a thread block.
-        loop: machine instructions of the loop around the matrix instructions; 0 without such a loop.
+        loop: machine instructions of the loop around the matrix instructions; 0 without such a
+            loop.
         per_weight: these instructions divided by the weights that a thread multiplies in the loop.
         wide_copies: 128-bit copies from global memory in the loop.
         needed_copies: number of copies that its codes, or its keys and values, need.
-        exchanges: stores to shared memory and shuffles in the loop, by which threads exchange values.
+        exchanges: stores to shared memory and shuffles in the loop, by which threads exchange
+            values.
         opcodes: number of occurrences of each instruction in the loop.
     """
 

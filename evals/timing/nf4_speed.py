@@ -2,9 +2,9 @@
 
     python -m qmix.evals.timing.nf4_speed [--rows 14336] [--columns 4096] [--rounds 5]
 
-Both take turns, and each keeps its best round, so that the machine's other work falls on both alike.
-Quantizing is measured in wall time, dequantizing in processor time. A ratio above 1 means that qmix is
-faster. bitsandbytes must be installed.
+The two take turns and each keeps its best round, so that other load on the machine affects them
+alike. Quantizing is measured in wall time, dequantizing in processor time. A ratio above 1 means
+that qmix is faster. bitsandbytes must be installed. Knows nothing of models.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from qmix.evals import markdown
 from qmix.formats.layouts import bnb
 from qmix.quantize.rounding import nf4
 
@@ -26,8 +27,8 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Best seconds of both."""
+class Nf4Timing:
+    """The best seconds of both."""
 
     what: str
     qmix: float
@@ -39,10 +40,10 @@ class Comparison:
         return self.bitsandbytes / self.qmix
 
 
-def compare(
+def time_both(
     what: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int, clock: Clock
-) -> Comparison:
-    """Time both in turns."""
+) -> Nf4Timing:
+    """Time two functions that do the same work, in turns."""
     best = [float("inf"), float("inf")]
     for _ in range(rounds):
         for index, function in enumerate((ours, theirs)):
@@ -50,11 +51,11 @@ def compare(
             begun = clock()
             function()
             best[index] = min(best[index], clock() - begun)
-    return Comparison(what, *best)
+    return Nf4Timing(what, *best)
 
 
-def run(rows: int, columns: int, rounds: int) -> list[Comparison]:
-    """Quantize and dequantize random weights [rows, columns], blocks of 64, absmax not nested.
+def time_nf4(rows: int, columns: int, rounds: int) -> list[Nf4Timing]:
+    """Quantize and dequantize random weights [rows, columns] in blocks of 64 with plain absmax.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -62,8 +63,8 @@ def run(rows: int, columns: int, rounds: int) -> list[Comparison]:
     theirs: Any = _bitsandbytes()
     weight = 0.02 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     half = weight.bfloat16()
-    found = [
-        compare(
+    timings = [
+        time_both(
             "quantize bfloat16",
             lambda: nf4.quantize(half),
             lambda: theirs.quantize_4bit(half, blocksize=64, quant_type="nf4"),
@@ -76,8 +77,8 @@ def run(rows: int, columns: int, rounds: int) -> list[Comparison]:
         packed = {n.removeprefix("p.weight."): t for n, t in bnb.pack(ours, "p").items()}
         codes = packed.pop("p.weight")
         state = theirs.QuantState.from_dict(packed, torch.device("cpu"))
-        found.append(
-            compare(
+        timings.append(
+            time_both(
                 f"dequantize to {dtype}".replace("torch.", ""),
                 lambda ours=ours, dtype=dtype: ours.dequantize(dtype),  # type: ignore[misc]
                 lambda codes=codes, state=state: theirs.dequantize_4bit(codes, state),  # type: ignore[misc]
@@ -85,28 +86,30 @@ def run(rows: int, columns: int, rounds: int) -> list[Comparison]:
                 time.process_time,
             )
         )
-    return found
+    return timings
 
 
 def _bitsandbytes() -> Any:
     with warnings.catch_warnings():
-        # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.
+        # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has
+        # deprecated.
         warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
         return importlib.import_module("bitsandbytes.functional")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m qmix.evals.timing.nf4_speed")
+    """Run the command; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qmix.evals.timing.nf4_speed", description=__doc__
+    )
     for name, default in (("rows", 14336), ("columns", 4096), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     options = parser.parse_args(arguments)
-    out = sys.stdout
-    out.write("| what | qmix s | bitsandbytes s | ratio |\n|---|---|---|---|\n")
-    for each in run(options.rows, options.columns, options.rounds):
-        out.write(
-            f"| {each.what} | {each.qmix:.3f} | {each.bitsandbytes:.3f} | {each.ratio:.2f} |\n"
-        )
+    rows = [
+        (each.what, f"{each.qmix:.3f}", f"{each.bitsandbytes:.3f}", f"{each.ratio:.2f}")
+        for each in time_nf4(options.rows, options.columns, options.rounds)
+    ]
+    sys.stdout.write(markdown.table(("what", "qmix s", "bitsandbytes s", "ratio"), rows))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ _MODEL_POINTERS = (
 
 @dataclass(frozen=True)
 class PlainKernel:
-    """A kernel that reads no weights, with its constants and the tensors that are not passed to it."""
+    """A kernel that reads no weights, with its constants and the tensors that are not passed."""
 
     kernel: str
     dtype: torch.dtype

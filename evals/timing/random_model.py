@@ -1,7 +1,8 @@
 """Models of any size with random weights in the packed layout, made on the device, for timing.
 
-46.7 B weights are there in seconds, nothing is read, quantized or packed. Activations keep their size
-through any depth, so routing is nearly uniform; real prompts route less evenly. Knows nothing of time.
+46.7 B weights take seconds, because nothing is read, quantized or packed. Activations keep their
+size through any depth, so routing is nearly uniform; real prompts route less evenly. Knows nothing
+of time.
 
 Shape letters: N outputs, K inputs, D hidden width, F expert width.
 """
@@ -83,7 +84,7 @@ class RandomWeights:
             self._generator = torch.Generator(device).manual_seed(seed)
 
     def dense(self, shape: tuple[int, ...], name: str) -> Tensor:
-        """Ones for a norm, else normal with the deviation that preserves the size of activations."""
+        """Ones for a norm, else normal numbers that preserve the size of activations."""
         if name.endswith("norm"):
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         data = torch.empty(shape, dtype=self._dtype, device=self._device)

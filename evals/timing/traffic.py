@@ -1,4 +1,4 @@
-"""The bytes that one decode step really reads: its distinct experts, the rest of the model, the cache.
+"""The bytes that one decode step reads: its distinct experts, the rest of the model, the cache.
 
 Activations are not counted. Shape letters: B rows, T tokens, E experts. Knows weights by `nbytes`
 only.
@@ -38,7 +38,7 @@ class StepTraffic:
 
 
 def step_traffic(model: MixtralForCausalLM, ids: Tensor, cache: KVCache) -> StepTraffic:
-    """Run one step of ids (B, 1) after the contents of the cache, to which it is added, and count."""
+    """Run one step of ids (B, 1), which is added to the cache, and count what it reads."""
     with torch.no_grad(), _recorded_logits(model) as routed:
         model.model.decode(model.model.embed(ids), cache=cache)
     count = model.config.num_experts_per_tok

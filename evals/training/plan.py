@@ -1,4 +1,4 @@
-"""The tiny model's configuration, and how it is trained: all that its weights depend on but the text.
+"""The tiny model's configuration and training plan: with the text, all that its weights depend on.
 
 Knows nothing of the loop that follows the plan.
 """

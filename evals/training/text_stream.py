@@ -34,7 +34,7 @@ _QUESTIONS = (
 
 
 def questions(document: corpus.Document) -> Iterator[tuple[str, str]]:
-    """(subject, first words about it) of a topic, or of every object and member with a docstring."""
+    """(subject, first words about it) of a topic, or of every object with a docstring."""
     kind, _, name = document.name.partition(":")
     paragraphs = document.paragraphs
     if kind == "topic":

@@ -1,7 +1,7 @@
 """A sentencepiece tokenizer like Mixtral's: BPE, byte fallback, single digits, no normalisation.
 
-`python -m qmix.evals.training.train_tokenizer OUT/tokenizer.model` trains it on the training part of
-the corpus. Knows nothing of models.
+`python -m qmix.evals.training.train_tokenizer OUT/tokenizer.model` trains it on the training part
+of the corpus. Knows nothing of models.
 """
 
 import argparse
@@ -23,8 +23,8 @@ UNK, BOS, EOS = 0, 1, 2
 def train_tokenizer(text: str, vocabulary: int = VOCABULARY) -> bytes:
     """The bytes of a `tokenizer.model`; the same text gives the same bytes.
 
-    Ids 3 to 258 are the bytes, so every string can be encoded. Only U+2581 does not come back, because
-    sentencepiece itself spells the space with it (as in Mixtral's own tokenizer).
+    Ids 3 to 258 are the bytes, so every string can be encoded. Only U+2581 does not come back,
+    because sentencepiece itself spells the space with it (as in Mixtral's own tokenizer).
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

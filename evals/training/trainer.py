@@ -1,4 +1,4 @@
-"""The training loop: gradients of single sequences, their sum in a fixed order, and held-out scores.
+"""The training loop: gradients of single sequences, summed in a fixed order, and held-out scores.
 
 Knows nothing of files.
 """
@@ -64,7 +64,7 @@ class Gradients:
 
 
 def gradients(model: MixtralForCausalLM, row: Tensor) -> Gradients:
-    """The gradients of the next-token loss and the auxiliary losses of a sequence, int64 (1, window)."""
+    """Gradients of next-token loss and auxiliary losses of a sequence, int64 (1, window)."""
     out = model(input_ids=row, labels=row, output_router_logits=True, use_cache=False)
     coefficient = model.config.router_aux_loss_coef
     loss = out.loss + coefficient * _layer_balance(out.router_logits, model.config)
@@ -90,9 +90,9 @@ def _layer_balance(router_logits: tuple[Tensor, ...], config: MixtralConfig) -> 
 class Trainer:
     """A model, its optimizer and its workers.
 
-    Each sequence is processed by one thread from end to end, and gradients are added in the order of
-    the batch. The weights therefore do not depend on the number of cores, and no thread waits inside
-    an operation (on a busy machine two threads an operation had a third of this speed).
+    Each sequence is processed by one thread from end to end, and gradients are added in the order
+    of the batch. The weights therefore do not depend on the number of cores, and no thread waits
+    inside an operation (on a busy machine two threads an operation had a third of this speed).
     """
 
     def __init__(self, plan: TrainingPlan, tokenizer_bytes: bytes) -> None:
@@ -136,7 +136,7 @@ class Trainer:
         return self.score()
 
     def step(self, step: int, ids: Tensor) -> tuple[float, float]:
-        """Update once from int64 (batch, window); returns the mean loss and auxiliary loss before it."""
+        """Update once from int64 (batch, window); returns its mean loss and auxiliary loss."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(step)

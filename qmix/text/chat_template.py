@@ -72,8 +72,8 @@ def encode(messages: Sequence[Message | Mapping[str, str]], tokenizer: Encoder) 
 def continue_turn(text: str, tokenizer: Encoder) -> list[int]:
     """The ids of one more user turn, to append after an answer that is already in a cache.
 
-    They are `</s>` and `[INST] text [/INST]`, exactly what `encode` puts after that answer. Leave out
-    the first id if the answer's own `</s>` has been fed to the model.
+    They are `</s>` and `[INST] text [/INST]`, exactly what `encode` puts after that answer. Leave
+    out the first id if the answer's own `</s>` has been fed to the model.
     """
     return [_end(tokenizer), *_user(text, tokenizer)]
 

@@ -49,7 +49,7 @@ def damaged(where: str, found: str) -> CheckpointError:
 
 
 def check_model(data: bytes, where: str) -> None:
-    """Walk the outer protobuf message, in which pieces (1), trainer (2) and normaliser (3) must occur.
+    """Walk the outer protobuf message, which must have pieces (1), trainer (2) and normaliser (3).
 
     sentencepiece accepts a file that was cut between two fields and silently fills in defaults,
     which mean another algorithm and another treatment of spaces.

@@ -1,4 +1,4 @@
-"""Text to ids and back with sentencepiece, whose model a Mixtral checkpoint holds (`tokenizer.model`).
+"""Text to ids and back with sentencepiece, from the `tokenizer.model` of a Mixtral checkpoint.
 
 Calls have the form of Hugging Face's LlamaTokenizer. What a user types never becomes a control
 token: `</s>` in a text is four ordinary characters. Knows nothing of models.
@@ -28,8 +28,8 @@ from qmix.text.tokenizer_config import CONFIG_FILE, TokenizerConfig, overrides, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space, so it is the
-# one character that does not survive the round trip.
+# sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space, so it is
+# the one character that does not survive the round trip.
 SPACE_MARK = "\u2581"
 
 

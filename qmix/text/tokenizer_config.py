@@ -1,4 +1,4 @@
-"""The files beside `tokenizer.model`: `tokenizer_config.json`, and `added_tokens.json` of old fine-tunes.
+"""The files beside `tokenizer.model`: `tokenizer_config.json`, and the older `added_tokens.json`.
 
 Checks every entry that is read. Knows nothing of encoding.
 """

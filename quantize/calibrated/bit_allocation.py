@@ -1,4 +1,4 @@
-"""Which weights deserve more bits: the Recipe of least measured loss within a budget of bits a weight.
+"""Which weights deserve more bits: the Recipe of least measured loss within a budget of bits.
 
 Losses are added as if errors were independent, and bits go where a bit takes away most loss. Knows
 nothing of how a loss is measured (`sensitivity`).
@@ -46,7 +46,7 @@ def check_bits(bits: float) -> None:
 
 
 def allocate_bits(groups: Sequence[QuantGroup], bits: float) -> Recipe:
-    """Spend a budget greedily: raise the group whose next step saves most loss a bit, while it fits.
+    """Spend a budget greedily: always raise the group whose next step saves most loss a bit.
 
     Args:
         bits: bits a weight, scales included, averaged over the groups' weights.
@@ -75,7 +75,8 @@ def _best_step(group: QuantGroup, index: int, level: int) -> tuple[float, int, i
     """The best step up from `level`; None if no step saves any loss.
 
     Returns:
-        The negative of the loss saved a bit, the group's index, the new level, and the bits it costs.
+        The negative of the loss saved a bit, the group's index, the new level, and the bits it
+        costs.
     """
     best = None
     for higher in range(level + 1, len(SCHEMES)):

@@ -1,12 +1,13 @@
 """One decoder layer, rounded by GPTQ for the inputs that it really gets.
 
-The order is q, k and v; o; w1 and w3 of every expert; w2. Each matrix sees what the rounded matrices
-before it compute, and tokens are routed by what the rounded attention feeds the router. The
-unrounded model runs beside it on the same tokens, and each matrix is fitted to *its* outputs
+The order is q, k and v; o; w1 and w3 of every expert; w2. Each matrix sees what the rounded
+matrices before it compute, and tokens are routed by what the rounded attention feeds the router.
+The unrounded model runs beside it on the same tokens, and each matrix is fitted to *its* outputs
 (https://arxiv.org/abs/2504.02692), so that a layer takes back part of the errors of earlier layers.
 
-One expert is in memory at a time. Shape letters: T tokens, S window, D hidden width, F expert width,
-E experts, K inputs of a matrix, n tokens of a batch. Knows the checkpoint, but no other files.
+One expert is in memory at a time. Shape letters: T tokens, S window, D hidden width, F expert
+width, E experts, K inputs of a matrix, n tokens of a batch. Knows the checkpoint, but no other
+files.
 """
 
 import time
@@ -351,7 +352,7 @@ class LayerQuantizer:
         return window_batches(tokens, self._seqlen, self._device)
 
     def _windows(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(first row, inputs of the layer in this model and in the unrounded one), of whole windows.
+        """(first row, inputs in this model, inputs in the unrounded one) of whole windows.
 
         Both inputs have the shape (windows, S, D).
         """
@@ -365,7 +366,7 @@ class LayerQuantizer:
     def _expert_inputs(
         self, expert: int, routes: Routes
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """The expert's inputs [n, D], the unrounded model's in their place, and the token weights."""
+        """The expert's inputs [n, D], the unrounded model's inputs, and the token weights."""
         norm = self._norm("post_attention_layernorm")
         token, slot = torch.where(routes.ids == expert)
         score = routes.weights[token, slot]

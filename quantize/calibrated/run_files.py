@@ -171,7 +171,7 @@ class RunFiles:
         return results
 
     def remove_others(self, folder: Path, done: int) -> None:
-        """Remove everything but the shards of `done` layers and the tokens that the next one needs."""
+        """Remove all but the shards of `done` layers and the tokens that the next one needs."""
         needed = {shard_name(index + 1, self.layers + 2) for index in range(done)}
         needed.add(output_dir.STATE)
         if done < self.layers:

@@ -1,15 +1,15 @@
 """What rounding each group of weights costs: the divergence of the next token's distribution.
 
-The groups of a layer are q, k and v; o; w1 and w3 of an expert; w2 of an expert. Each group is rounded
-alone under every scheme, and the change of its block's output is measured. What such a change costs
-in the end, KL(exact || changed) of the next token, is measured once a layer for four kinds of change:
-qkv, o, all w1 and w3, and all w2. For each of them a copy of the tokens, changed there, runs through
-the rest of the model beside the exact tokens. A group's loss is its own change times the cost of a
-change of its kind in its layer.
+The groups of a layer are q, k and v; o; w1 and w3 of an expert; w2 of an expert. Each group is
+rounded alone under every scheme, and the change of its block's output is measured. What such a
+change costs in the end, KL(exact || changed) of the next token, is measured once a layer for four
+kinds of change: qkv, o, all w1 and w3, and all w2. For each of them a copy of the tokens, changed
+there, runs through the rest of the model beside the exact tokens. A group's loss is its own change
+times the cost of a change of its kind in its layer.
 
 The relative change of the residual stream alone is not enough: on the tiny model an equal change
-costs 0.3 in one layer and 5 in the next (evals/LOG.md). Shape letters: W windows, S window, D hidden
-width, n tokens of an expert. Knows the checkpoint, but no other files.
+costs 0.3 in one layer and 5 in the next (evals/LOG.md). Shape letters: W windows, S window, D
+hidden width, n tokens of an expert. Knows the checkpoint, but no other files.
 """
 
 from collections.abc import Callable, Sequence

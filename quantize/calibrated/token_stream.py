@@ -1,7 +1,7 @@
 """The calibration tokens around a layer, and how they are read in batches.
 
-Shape letters: T tokens, S window, D hidden width, n tokens of a batch. Knows nothing of what a layer
-does with them.
+Shape letters: T tokens, S window, D hidden width, n tokens of a batch. Knows nothing of what a
+layer does with them.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ BATCH_TOKENS = 4096  # tokens that go through a layer at a time
 
 @dataclass(frozen=True, eq=False)
 class TokenStream:
-    """The hidden states of one model around a layer: `before` [T, D] is read, `after` [T, D] written."""
+    """One model's hidden states around a layer: `before` [T, D] is read, `after` [T, D] written."""
 
     before: Activations
     after: Activations

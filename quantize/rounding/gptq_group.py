@@ -1,4 +1,4 @@
-"""The inner loops of GPTQ: rounding one group of inputs, and one pass of coordinate descent over it.
+"""The inner loops of GPTQ: rounding a group of inputs, and a pass of coordinate descent over it.
 
 Shape letters: B matrices at once, N outputs, n outputs of a slab, g inputs of a group, R trials.
 Knows nothing of the order of groups or of the matrix around them.

@@ -1,7 +1,8 @@
 """The grid of a group of weights: which scale, and which integer codes.
 
 Shape letters: N outputs, g inputs of a group; `...` stands for matrices or trials. A group has the
-shape [..., g, N], its scales the shape [..., N]. Knows nothing of which group belongs to which matrix.
+shape [..., g, N], its scales the shape [..., N]. Knows nothing of which group belongs to which
+matrix.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from qmix.weights.scheme import Scheme
 
-# Clippings that are tried, as fractions of the largest magnitude. On trained experts a finer or wider
-# list changes the GPTQ loss by less than 0.2 %, a list of six by 0.6 %.
+# Clippings that are tried, as fractions of the largest magnitude. On trained experts a finer or
+# wider list changes the GPTQ loss by less than 0.2 %, a list of six by 0.6 %.
 _CLIP_RATIOS = tuple(0.6 + 0.45 * step / 23 for step in range(24))
 _SMALLEST_SCALE = 2.0**-24  # the smallest float16
 
@@ -89,14 +90,14 @@ def float16_scale(scale: Tensor) -> Tensor:
 def absmax_grid(group: Tensor, scheme: Scheme) -> Grid:
     """The round-to-nearest grid: the largest magnitude lies half a step beyond the last code.
 
-    An asymmetric grid spans the smallest to the largest value and includes 0. Its zero is clamped to
-    1..15, the values that GPTQ v1 can store.
+    An asymmetric grid spans the smallest to the largest value and includes 0. Its zero is clamped
+    to 1..15, the values that GPTQ v1 can store.
     """
     return next(_clipped_grids(group, scheme, (1.0,)))
 
 
 def search_grid(group: Tensor, importance: Tensor, scheme: Scheme) -> Grid:
-    """The grid that minimises `sum importance * (w - Q(w))^2` over clippings and, if symmetric, signs.
+    """The grid of least `sum importance * (w - Q(w))^2` over clippings and, if symmetric, signs.
 
     Args:
         group: [..., g, N].
@@ -131,7 +132,8 @@ def _clipped_grids(group: Tensor, scheme: Scheme, ratios: Iterable[float]) -> It
     smallest, largest = group.amin(-2), group.amax(-2)
     if scheme.symmetric:
         half = torch.tensor(1 << scheme.bits - 1, dtype=group.dtype, device=group.device)
-        # The sign gives the largest magnitude a positive code; `_candidates` also tries the other sign.
+        # The sign gives the largest magnitude a positive code; `_candidates` also tries the other
+        # sign.
         extreme = torch.where(largest >= -smallest, largest, smallest)
         for ratio in ratios:
             yield Grid(float16_scale(extreme * (2 * ratio / last)), -half, half - 1)

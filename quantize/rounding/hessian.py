@@ -57,7 +57,7 @@ class Moments:
 
     @property
     def samples(self) -> float:
-        """The number of equally weighted inputs that tell as much (Kish's effective sample size)."""
+        """The number of equally weighted inputs worth as much (Kish's effective sample size)."""
         return self._weight_sum**2 / self._square_sum if self._square_sum else 0.0
 
     def copy(self) -> "Moments":

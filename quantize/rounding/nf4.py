@@ -1,8 +1,8 @@
 """Rounds weights to NF4, byte for byte as bitsandbytes 0.50.2 does on the CPU.
 
 Blocks are independent, so tiles that fit the cache are encoded on several threads. The number of
-threads changes no code and no absmax. Shape letters: N outputs, K inputs, B blocks. Knows nothing of
-files or models.
+threads changes no code and no absmax. Shape letters: N outputs, K inputs, B blocks. Knows nothing
+of files or models.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def _midpoints() -> tuple[np.float32, ...]:
 
 
 def dynamic_map() -> Tensor:
-    """The signed 8-bit "dynamic" type of https://arxiv.org/abs/1511.04561: float32 [256], ascending.
+    """The signed 8-bit "dynamic" type of https://arxiv.org/abs/1511.04561, ascending float32 [256].
 
     Each decade from 10^-6 to 10^0 has 2^0 to 2^6 values of either sign: the midpoints of equal
     parts of [0.1, 1]. Zero and one are added; minus one is not in the map.
@@ -219,8 +219,8 @@ def _scale(blocks: Tensor, scaled: F32, absmax: F32) -> bool:
 
 def _codes(scaled: F32) -> U8:
     """The codes of values in [-1, 1], two to a byte: [a b | c d] -> [ab cd]."""
-    # A code is the number of midpoints below the value. Fifteen comparisons, which numpy vectorizes,
-    # take 1.2 ns a value on a Zen 4 core; torch.bucketize takes 5.6.
+    # A code is the number of midpoints below the value. Fifteen comparisons, which numpy
+    # vectorizes, take 1.2 ns a value on a Zen 4 core; torch.bucketize takes 5.6.
     code = np.empty(scaled.size, np.uint8)
     above = np.empty(scaled.size, np.bool_)
     lowest, *others = _midpoints()

@@ -1,4 +1,4 @@
-"""The corpus and the tokenizer trained on it: stable, split without a leak, able to spell everything."""
+"""The corpus and the tokenizer trained on it: stable, split without a leak, complete."""
 
 import os
 import subprocess

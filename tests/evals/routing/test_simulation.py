@@ -1,4 +1,4 @@
-"""The simulated machine: times, bytes and events, with the real Residency inside; and replays of traces.
+"""The simulated machine with the real Residency inside: times, bytes, events; and replays.
 
 `PYTHONPATH=. python tests/evals/routing/test_simulation.py` writes the golden event log anew.
 """
@@ -94,7 +94,8 @@ FAULTS = st.builds(
 )
 def test_every_byte_is_in_the_ledger(seed, slots, name, path, lag, faults):
     found = random_trace(seed, 25, skew=1.0)
-    # An admitted copy stays under way while a step needs all other slots: the disk tier admits none.
+    # An admitted copy stays under way while a step needs all other slots: the disk tier admits
+    # none.
     chosen = PRESETS[name] if path != "copy" else PolicySettings(uploads=0)
     simulation = simulated(found, slots, chosen, path=path, lag=lag, faults=faults)
     simulation.drain()
@@ -136,7 +137,7 @@ def test_the_time_is_the_formula_where_nothing_moves(slots, path):
 
 
 def test_the_time_is_the_formula_for_copies_on_demand():
-    """Expert 0 of a layer is always hit and the other two take turns in the second slot: h = 1/2."""
+    """Expert 0 of a layer is always hit; the other two take turns in the second slot: h = 1/2."""
     tokens = tuple(((0, 1 + at % 2),) for at in range(60))
     found = Trace(TraceHeader(layers=1, experts=4, chosen=2), tokens)
     simulation = simulated(found, 2, LRU, path="copy")
@@ -203,8 +204,9 @@ def hit_rate(counts):
 
 
 def test_uniform_routing_hits_by_the_share_of_slots():
-    """Independent uniform choices: whoever decides, an activation hits with k/8. The share of hits has at most
-    the standard deviation of independent activations, since a layer's two differ; five of them are allowed.
+    """Independent uniform choices: whoever decides, an activation hits with k/8. The share of hits
+    has at most the standard deviation of independent activations, since a layer's two differ; five
+    of them are allowed.
     """
     layers, tokens = 4, 1500
     found = random_trace(11, tokens, layers=layers, experts=8)
@@ -239,7 +241,7 @@ def test_a_cycle_with_one_slot_too_few_does_not_collapse():
 
 
 def best_hits(activations, slots, experts):
-    """The optimum by trying everything: all contents, and after a miss all ways to make room or not."""
+    """The optimum by trying all contents, and after each miss all evictions and none."""
 
     @cache
     def ahead(at, held):
@@ -255,7 +257,7 @@ def best_hits(activations, slots, experts):
 
 
 def farthest_first(activations, slots):
-    """Belady's rule in so many words, quadratic: keep the `slots` experts that are needed soonest."""
+    """Belady's rule, written out and quadratic: keep the `slots` experts needed soonest."""
 
     def following(expert, start):
         for at in range(start, len(activations)):

@@ -46,7 +46,7 @@ def expert_bytes(model):
 
 
 def test_distinct_experts_are_counted_once():
-    """Two equal rows choose what one row chooses; the router is made to send all to experts 3 and 5."""
+    """Two equal rows choose what one row chooses; then the router sends all rows to two experts."""
     model = small_model()
     one, two = (model.new_cache(rows, 8) for rows in (1, 2))
     first = traffic.step_traffic(model, torch.tensor([[7]]), one)

@@ -18,7 +18,7 @@ def test_a_row_for_each_comparison(capsys):
 
 def test_both_take_turns_and_keep_their_best():
     order, ticks = [], iter([0, 5, 10, 12, 20, 23, 30, 34])
-    found = nf4_speed.compare(
+    found = nf4_speed.time_both(
         "what", lambda: order.append("a"), lambda: order.append("b"), 2, lambda: next(ticks)
     )
     assert order == ["a", "b", "a", "b"]

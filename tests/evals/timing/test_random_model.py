@@ -1,4 +1,4 @@
-"""Random models in the packed layout: weights of normal size, the right bytes, the true model on meta."""
+"""Random models in the packed layout: sizes of weights, bytes, the true model on meta."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def random_model_reference():
 
 @pytest.mark.parametrize("name", random_model.FORMATS)
 def test_the_whole_mixtral_on_meta(name):
-    """46.7 B weights, as many as the reference says; 4.25 or 4.125 bits each but for the 16-bit ones."""
+    """46.7 B weights, as in the 8x7B, with 4.25 or 4.125 bits each except the 16-bit ones."""
     model = random_model.build_random_model(
         MixtralConfig(), random_model.FORMATS[name], torch.device("meta")
     )

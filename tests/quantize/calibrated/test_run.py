@@ -243,7 +243,7 @@ def test_the_attention_may_stay_dense(source, tmp_path, correct):
 
 
 def test_mixed_schemes_within_one_stack(source, tmp_path):
-    """k in 8 bits, w3 of one expert dense: each is solved with its own kind, from the same inputs."""
+    """k in 8 bits, w3 of one expert dense: each is solved with its kind, from the same inputs."""
     wide = Scheme(kind="int8", group_size=32)
     rules = (
         (r".*\.k_proj\.weight", wide),
