@@ -140,8 +140,10 @@ def bench(
     """
     if attention and (new, depth, batch) != _TESTS:
         raise UsageError("--attention takes no -n, -d or -b")
-    if not attention and (directory is None or plot is not None):
-        raise UsageError("bench needs a DIR, and --plot needs --attention")
+    if not attention and plot is not None:
+        raise UsageError("--plot needs --attention")
+    if not attention and directory is None:
+        raise UsageError("give a DIR, or --attention")
     if attention or directory is None:
         from qmix.evals.timing.attention_bench import AttentionRequest, run_attention_bench
 
