@@ -138,3 +138,28 @@ def poison():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    """A small bfloat16 checkpoint with the tiny model's tokenizer, of the test's own."""
+    import torch
+
+    from tests.support.models import TINY, small_model
+
+    folder = tmp_path / "source"
+    model = small_model(vocab_size=2048, num_hidden_layers=1, eos_token_id=2)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    shutil.copy(TINY / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture
+def small_checkpoint_nf4(small_checkpoint, tmp_path):
+    """The same in 4 bits."""
+    from qmix.quantize.streaming import quantize_streaming
+    from qmix.weights.scheme import NF4, Recipe
+
+    out = tmp_path / "packed"
+    quantize_streaming(small_checkpoint, out, Recipe.uniform(NF4, attention=True), method="nf4")
+    return out

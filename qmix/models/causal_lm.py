@@ -197,18 +197,12 @@ class MixtralForCausalLM(PreTrainedModel):
         config = self._generation_config(generation_config).updated(options)
         if isinstance(input_ids, Tensor):
             input_ids = input_ids.to(self.device)
-        if isinstance(past_key_values, (tuple, list)):
-            past_key_values = KVCache.from_legacy_cache(self.config, past_key_values)
-        elif not (past_key_values is None or isinstance(past_key_values, KVCache)):
-            raise UsageError(
-                "not a cache of qmix", where="past_key_values", found=type(past_key_values).__name__
-            )
         inputs = GenerationInputs(
             input_ids,
             config,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            cache=past_key_values,
+            cache=self._generation_cache(past_key_values),
             tokenizer=tokenizer or self.tokenizer,
             logits_processor=logits_processor or (),
             stopping_criteria=stopping_criteria or (),
@@ -225,6 +219,13 @@ class MixtralForCausalLM(PreTrainedModel):
             yield
         finally:
             self.train(training)
+
+    def _generation_cache(self, past: KVCache | Pairs | None) -> KVCache | None:
+        if isinstance(past, (tuple, list)):
+            return KVCache.from_legacy_cache(self.config, past)
+        if past is None or isinstance(past, KVCache):
+            return past
+        raise UsageError("not a cache of qmix", where="past_key_values", found=type(past).__name__)
 
     def _generation_config(self, config: GenerationConfig | None) -> GenerationConfig:
         if config is None:

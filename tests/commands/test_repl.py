@@ -103,3 +103,18 @@ def test_model_text_cannot_drive_the_terminal():
     assert printable(hostile) == "a[31mb]0;titlec2Jdefg\n\tü[/bold]日"
     harmless = "fin\u00a0: \u3000 می\u200cخواهم 👨\u200d👩\u200d👧 e\u0301"
     assert printable(harmless) == harmless
+
+
+def test_a_fenced_message_that_begins_with_a_slash_is_a_message():
+    session, _, _ = run('"""\n/etc/passwd is a file\n"""\n')
+    assert [turn.user for turn in session.turns] == ["/etc/passwd is a file"]
+
+
+def test_a_fence_that_the_end_of_input_closes_is_sent_or_spoken_of():
+    session, _, notices = run('"""\nhello\nworld\n')
+    assert session.turns or notices
+
+
+def test_windows_line_ends_of_a_pipe_belong_to_no_message():
+    session, _, _ = run("hello\r\nyou\r\n")
+    assert [turn.user for turn in session.turns] == ["hello", "you"]

@@ -182,3 +182,8 @@ def test_every_target_is_scored_once_whatever_the_cut():
                 assert len(scored) == len(set(scored))
                 if stride < window:
                     assert scored == list(range(1, len(scored) + 1))
+
+
+def test_the_protocol_separates_its_clauses_by_commas():
+    words = perplexity.scoring_windows(list(range(40)), 8, 8).protocol
+    assert "non-overlapping, BOS" in words

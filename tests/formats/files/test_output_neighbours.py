@@ -1,0 +1,82 @@
+"""What stands beside OUT, or in its place, survives a run or is refused by name."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from qmix.errors import CheckpointError, QmixError, UsageError
+from qmix.formats.files import output_dir
+from qmix.quantize.streaming import quantize_streaming
+from qmix.weights.scheme import NF4, Recipe
+
+
+def quantize(source, out, **options):
+    return quantize_streaming(
+        source, out, Recipe.uniform(NF4, attention=True), method="nf4", **options
+    )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
+def test_a_source_whose_name_is_out_with_our_suffix_survives(small_checkpoint, tmp_path, suffix):
+    neighbour = small_checkpoint.rename(tmp_path / f"m{suffix}")
+    before = contents(neighbour)
+    with suppress(UsageError):
+        quantize(neighbour, tmp_path / "m")
+    assert contents(neighbour) == before
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
+def test_a_directory_that_is_not_ours_beside_out_survives(small_checkpoint, tmp_path, suffix):
+    neighbour = tmp_path / f"m{suffix}"
+    neighbour.mkdir()
+    (neighbour / "thesis.txt").write_text("years of work")
+    with suppress(UsageError):
+        quantize(small_checkpoint, tmp_path / "m")
+    assert (neighbour / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_link_named_out_partial_is_not_followed(small_checkpoint, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    (tmp_path / "m.partial").symlink_to(home)
+    with suppress(UsageError):
+        quantize(small_checkpoint, tmp_path / "m")
+    assert contents(home) == {"thesis.txt": b"years of work"}
+
+
+def test_a_file_named_out_partial_is_refused_by_name(small_checkpoint, tmp_path):
+    (tmp_path / "m.partial").write_text("notes")
+    with pytest.raises(QmixError, match=r"m\.partial"):
+        quantize(small_checkpoint, tmp_path / "m")
+
+
+def test_a_second_run_in_the_moment_of_the_rename_cannot_empty_the_first_ones_output(
+    small_checkpoint, tmp_path, monkeypatch
+):
+    out, sync, tried = tmp_path / "m", output_dir._sync, []
+
+    def sync_beside_a_second_run(folder):
+        if not tried:
+            tried.append(folder)
+            with suppress(CheckpointError), output_dir.partial(out):
+                pass
+        sync(folder)
+
+    monkeypatch.setattr(output_dir, "_sync", sync_beside_a_second_run)
+    quantize(small_checkpoint, out)
+    assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_out_by_a_dot_is_refused_as_usage(small_checkpoint_nf4, small_checkpoint, monkeypatch, out):
+    (small_checkpoint_nf4 / "sub").mkdir()
+    monkeypatch.chdir(small_checkpoint_nf4 if out == "." else small_checkpoint_nf4 / "sub")
+    with pytest.raises(UsageError):
+        quantize(small_checkpoint, Path(out), force=True)
+    assert (small_checkpoint_nf4 / "config.json").is_file()
