@@ -134,18 +134,20 @@ def test_attention_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", one_in(2, [90, 80]))
-def test_pointwise_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
-    """All norms, the widest and the narrowest of the others: no spill."""
+@pytest.mark.parametrize("widest", one_in(2, [True, False]))
+def test_pointwise_kernels_ahead_of_time(arch, widest, tmp_path, monkeypatch):
+    """No spill: the widest of each, or all norms, and the widest and narrowest of the others."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    splits, parts = ((16,), (64,)) if widest else ((1, 16), (1, 64))
     chosen = [
         variant
         for variant in plain_kernels([arch])
         if variant.kernel not in REACHED
         and (
-            variant.kernel == "residual_norm"
-            or dict(variant.constants).get("SPLITS", 16) in (1, 16)
+            (variant.kernel == "residual_norm" and not widest)
+            or dict(variant.constants).get("SPLITS", 16) in splits
         )
-        and dict(variant.constants).get("PARTS", 64) in (1, 64)
+        and dict(variant.constants).get("PARTS", 64) in parts
     ]
     assert {v.kernel for v in chosen} == {
         "merge",

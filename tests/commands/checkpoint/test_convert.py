@@ -1,7 +1,6 @@
 """Raw Mistral checkpoints: what `qmix convert` makes of them, and what it refuses."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import NF4, Recipe
 from tests.support import raw_mistral
 from tests.support.models import ROOT, small_config, small_model
+from tests.support.process import qmix as command_line
 from tests.support.raw_mistral import refused
 
 IDS = torch.tensor([[1, 5, 9, 77, 3]])
@@ -528,52 +528,40 @@ def test_converted_files_beside_the_raw_ones_are_used(raw, tmp_path):
 # The command
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "qmix.cli", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_the_tiny_model_comes_back_through_the_command_line(tiny, tmp_path):
     model = MixtralForCausalLM.from_pretrained(tiny, device="cpu")
     source = raw_mistral.write(
         tmp_path / "raw", model, layout="safetensors", tokenizer=tiny / "tokenizer.model"
     )
-    done = command("convert", source, tmp_path / "out", "--shard-size", "4MB")
+    done = command_line("convert", source, tmp_path / "out", "--shard-size", "4MB")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "sliding_window" in done.stderr
     assert "Traceback" not in done.stderr
-    assert command("verify", tmp_path / "out").returncode == 0
-    said = command("generate", tmp_path / "out", "Return the", "--max-new-tokens", 12)
+    assert command_line("verify", tmp_path / "out").returncode == 0
+    said = command_line("generate", tmp_path / "out", "Return the", "--max-new-tokens", 12)
     loaded, _ = qmix.load(tiny, device="cpu")
     expected = "".join(loaded.stream("Return the", max_new_tokens=12))
     assert said.stdout.rstrip("\n") == expected.rstrip("\n") != ""
-    again = command("convert", source, tmp_path / "out")
+    again = command_line("convert", source, tmp_path / "out")
     assert again.returncode == 2
     assert "--force" in again.stderr
 
 
 def test_the_command_says_that_there_is_no_tokenizer(whole, tmp_path):
-    done = command("convert", whole, tmp_path / "out")
+    done = command_line("convert", whole, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "tokenizer.model" in done.stderr
 
 
 def test_a_raw_folder_is_sent_to_convert_by_the_command_line(whole, tmp_path):
-    done = command("quantize", whole, tmp_path / "out")
+    done = command_line("quantize", whole, tmp_path / "out")
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
     assert "qmix convert RAW OUT" in done.stderr
 
 
 def test_help_shows_an_example():
-    done = command("convert", "--help")
+    done = command_line("convert", "--help")
     assert done.returncode == 0
     assert "qmix convert" in done.stdout

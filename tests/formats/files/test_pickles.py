@@ -6,8 +6,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import zipfile
 from contextlib import suppress
 
@@ -21,6 +19,7 @@ from qmix.formats import open_checkpoint
 from qmix.formats.files import pickles
 from tests.support import raw_mistral
 from tests.support.models import ROOT, small_model
+from tests.support.process import qmix
 from tests.support.raw_mistral import refused
 
 
@@ -261,14 +260,7 @@ def test_only_one_file_unpickles_and_only_weights():
 def test_the_command_gives_one_line_and_exit_3(raw, tmp_path):
     canary = tmp_path / "canary"
     torch.save({"x": Canary(canary)}, raw / "consolidated.02.pt")
-    done = subprocess.run(
-        [sys.executable, "-m", "qmix.cli", "convert", str(raw), str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = qmix("convert", raw, tmp_path / "out")
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("qmix: ")

@@ -1,8 +1,6 @@
 """A damaged GPTQ checkpoint: exit 3 and one line that names file, tensor, expected and found."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support import packers
-from tests.support.models import ROOT
+from tests.support.process import qmix
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 CONFIG = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "gptq"}
@@ -79,10 +77,7 @@ def test_it_is_not_loaded(damaged):
 
 def test_verify_says_so_in_one_line(damaged):
     folder, pattern = damaged
-    found = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "qmix.cli", "verify", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    found = qmix("verify", folder)
     assert found.returncode == 3, found.stderr
     assert found.stdout == ""
     (line,) = found.stderr.strip().splitlines()
