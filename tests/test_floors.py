@@ -1,4 +1,4 @@
-"""The house of tests/support/house.py: imports go downward, no circles, each package has its owners."""
+"""tests/support/house.py: imports go downward, no circles, each package has its owners."""
 
 import subprocess
 import sys

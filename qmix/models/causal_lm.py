@@ -140,7 +140,7 @@ class MixtralForCausalLM(PreTrainedModel):
     ) -> SampledStep | None:
         """Run ids (B,) and sample the next ones without waiting for them.
 
-        The cache stores the new position but does not count it: the caller calls `cache.advance(1)`.
+        The cache stores the new position but does not count it: the caller does `cache.advance(1)`.
 
         Returns:
             None where the step cannot run in one piece on the device.

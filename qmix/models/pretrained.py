@@ -173,7 +173,7 @@ class PreTrainedModel(nn.Module):
         return dict(self.named_modules())
 
     def tie_weights(self) -> None:
-        """Share the embedding with the head if the config says so; a model without a head does not."""
+        """Share the embedding with the head if there is one and the config says so."""
 
     def initialise_missing(self, device: torch.device, dtype: torch.dtype) -> None:
         """Initialise the weights that a checkpoint may leave out; by default there are none."""
@@ -203,7 +203,7 @@ class PreTrainedModel(nn.Module):
                 module.attn_implementation = chosen
 
     def _returned(self, return_dict: bool | None, output: Output) -> Output | tuple[Any, ...]:
-        """What a forward returns: the output, or a tuple if the caller or else the config says so."""
+        """The output, or its fields as a tuple if the caller, or else the config, asks for that."""
         default = getattr(self.config, "return_dict", True)
         return output if (default if return_dict is None else return_dict) else output.to_tuple()
 

@@ -1,4 +1,4 @@
-"""Write what one transformers version gives for the reference page's rows: page-VERSION.safetensors.
+"""Write what one transformers version returns beside logits: page-VERSION.safetensors.
 
     python tests/golden/make_page.py       # in an environment with that transformers
     make goldens                           # all versions, in environments that it sets up

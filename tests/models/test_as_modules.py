@@ -1,4 +1,4 @@
-"""Dense and 4-bit models as torch modules: gradients, copies, casts, saving, vocabularies that differ."""
+"""Dense and 4-bit models as torch modules: gradients, copies, casts, saving, odd vocabularies."""
 
 import copy
 import shutil

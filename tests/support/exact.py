@@ -130,7 +130,7 @@ def golden_inputs(seed):
 
 
 def page_cases():
-    """Name -> config.json of the models of the reference page's other rows.
+    """Name -> config.json of the models of tests/golden/make_page.py.
 
     Two kinds of attention, and each field of the config whose effect the golden models do not show.
     """

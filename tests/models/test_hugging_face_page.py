@@ -1,4 +1,4 @@
-"""The code examples of the reference page, their import line changed, on three kinds of weights.
+"""The code examples of the Hugging Face page, but for their imports, on three kinds of weights.
 
 ../shared/seed/mixtral_docs_v4.38.1.txt holds the examples themselves; where it lies beside the
 checkout they are run to the letter. Otherwise the same calls, written here, stand for them.
