@@ -152,6 +152,7 @@ def greedy(model, prompt=PROMPT, count=10):
     return out.sequences, torch.stack(out.logits)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("make", [nf4, int4, act_order], ids=["nf4", "int4", "act-order"])
 @pytest.mark.parametrize("slots", [0, 2, 5, 12])
 def test_logits_are_equal_bits_whatever_has_a_slot(make, slots):

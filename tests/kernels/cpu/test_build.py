@@ -111,6 +111,7 @@ def test_a_cache_that_cannot_be_written_is_named_and_done_without(cache, tmp_pat
     assert not library().fallbacks
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_two_processes_at_once_both_end_with_it(cache):
     code = (

@@ -118,6 +118,7 @@ def process(code):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "budget"),
     [(stage, 0 if number % 2 else 1 << 30) for number, stage in enumerate(STAGES)],
