@@ -16,14 +16,13 @@ struct Avx2 {
         __m256 low, high;
     };
 
-    // The values of the codes at bits 4 P of eight words. The highest bit of a code, shifted to the
+    // The values of the codes at bits 4 p of eight words. The highest bit of a code, shifted to the
     // sign, chooses between the halves of the table.
-    template <int P>
-    static inline QMIX_AVX2 __m256 values_of(const Table& table, __m256i words) {
-        __m256i index = _mm256_srli_epi32(words, 4 * P);
+    static inline QMIX_AVX2 __m256 values_of(const Table& table, __m256i words, int p) {
+        __m256i index = _mm256_srli_epi32(words, 4 * p);
         __m256 low = _mm256_permutevar8x32_ps(table.low, index);
         __m256 high = _mm256_permutevar8x32_ps(table.high, index);
-        __m256i sign = _mm256_slli_epi32(words, 28 - 4 * P);
+        __m256i sign = _mm256_slli_epi32(words, 28 - 4 * p);
         return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(sign));
     }
 
@@ -45,13 +44,11 @@ struct Avx2 {
             __m256 scale = spread(scales + 64 * half / unit, index);
             __m256 zero = zeros ? spread(zeros + 64 * half / unit, index) : _mm256_setzero_ps();
             float* target = out + 8 * half;
-#define QMIX_STEP(P)                  \
-    _mm256_storeu_ps(target + 16 * P, \
-                     _mm256_mul_ps(_mm256_sub_ps(values_of<P>(table, words), zero), scale));
-            QMIX_STEP(0)
-            QMIX_STEP(1)
-            QMIX_STEP(2) QMIX_STEP(3) QMIX_STEP(4) QMIX_STEP(5) QMIX_STEP(6) QMIX_STEP(7)
-#undef QMIX_STEP
+#pragma GCC unroll 8
+            for (int p = 0; p < 8; p++) {
+                __m256 value = _mm256_sub_ps(values_of(table, words, p), zero);
+                _mm256_storeu_ps(target + 16 * p, _mm256_mul_ps(value, scale));
+            }
         }
     }
 
@@ -81,21 +78,16 @@ struct Avx2 {
                 if (ZEROS) zero = spread(scratch.zeros + first, index);
                 for (int t = 0; t < TOKENS; t++) half_sums[t] = _mm256_setzero_ps();
                 const float* inputs = x + c * CHUNK + 8 * half;
-#define QMIX_STEP(P)                                                                            \
-    {                                                                                           \
-        __m256 value = values_of<P>(table, words);                                              \
-        if (ZEROS) value = _mm256_sub_ps(value, zero);                                          \
-        for (int t = 0; t < TOKENS; t++)                                                        \
-            half_sums[t] = _mm256_fmadd_ps(value, _mm256_loadu_ps(inputs + t * pitch + 16 * P), \
-                                           half_sums[t]);                                       \
-    }
-                QMIX_STEP(0)
-                QMIX_STEP(1)
-                QMIX_STEP(2)
-                QMIX_STEP(3) QMIX_STEP(4) QMIX_STEP(5) QMIX_STEP(6) QMIX_STEP(7)
-#undef QMIX_STEP
-                    for (int t = 0; t < TOKENS; t++) sums[t] =
-                        _mm256_fmadd_ps(half_sums[t], scale, sums[t]);
+#pragma GCC unroll 8
+                for (int p = 0; p < 8; p++) {
+                    __m256 value = values_of(table, words, p);
+                    if (ZEROS) value = _mm256_sub_ps(value, zero);
+                    for (int t = 0; t < TOKENS; t++)
+                        half_sums[t] = _mm256_fmadd_ps(
+                            value, _mm256_loadu_ps(inputs + t * pitch + 16 * p), half_sums[t]);
+                }
+                for (int t = 0; t < TOKENS; t++)
+                    sums[t] = _mm256_fmadd_ps(half_sums[t], scale, sums[t]);
             }
         }
         for (int t = 0; t < TOKENS; t++) {

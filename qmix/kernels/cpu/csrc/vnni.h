@@ -170,9 +170,9 @@ struct Vnni : Avx512 {
         _mm512_storeu_ps(zeros + count, _mm512_setzero_ps());
     }
 
-    // Adds chunk `c` of a row to its sums. Of a linear table `offsets` gathers scale * (the value
-    // of code 0) * the total of the inputs; `base` is that value where it is the same for all
-    // units.
+    // Adds chunk `c` of a row to its sums. `base` is the value of code 0 of a linear table, for
+    // which `offsets` gathers scale * (base - zero) * (the total of the inputs), or, without zeros,
+    // scale * total, which store_rows multiplies by base.
     template <int TOKENS, bool LINEAR, class Codes>
     QMIX_INLINE static QMIX_VNNI void add_chunk(const uint8_t* source, const Codes& codes,
                                                 const QuantizedInputs& in, int64_t c,
@@ -198,10 +198,10 @@ struct Vnni : Avx512 {
     // Multiplies rows [first, end), ROWS at a time, by TOKENS tokens: more rows mean fewer loads of
     // inputs, more tokens fewer look-ups.
     template <int ROWS, int TOKENS, bool LINEAR, class Codes>
-    static QMIX_VNNI void multiply_rows(const Matrix& weight, const Codes& codes_of, float base,
+    static QMIX_VNNI void multiply_rows(const Matrix& weight, const Codes& shared, float base,
                                         int64_t unit, const QuantizedInputs in, int64_t first,
                                         int64_t end, const Scratch scratch, float* y) {
-        const Codes kind = codes_of;
+        const Codes multiplier = shared;  // a copy that can stay in registers
         const __m512i index = Avx512::scale_index(unit);
         const int64_t chunks = round_up(weight.inputs, CHUNK) / CHUNK, units = CHUNK / unit;
         const int64_t bytes = weight.inputs / 2, row_units = weight.inputs / unit;
@@ -237,9 +237,9 @@ struct Vnni : Avx512 {
                         _mm_prefetch(reinterpret_cast<const char*>(source + ROWS * bytes),
                                      _MM_HINT_T1);
                         const int64_t at = r * pitch + c * units;
-                        add_chunk<TOKENS, LINEAR>(source, kind, in, c, chunks, scratch.scales + at,
-                                                  scratch.zeros + at, base, index, sums[r],
-                                                  offsets[r]);
+                        add_chunk<TOKENS, LINEAR>(source, multiplier, in, c, chunks,
+                                                  scratch.scales + at, scratch.zeros + at, base,
+                                                  index, sums[r], offsets[r]);
                     }
                 }
             }
