@@ -117,8 +117,8 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_table(name):
-    contents, *expected = TABLE[name]
-    qmix, *others = reader_support(contents)
+    summary, *expected = TABLE[name]
+    qmix, *others = reader_support(summary)
     assert qmix.outcome == "loads"
     assert [support.outcome for support in others] == expected
     for support in others:
@@ -126,12 +126,12 @@ def test_the_table(name):
     assert not others[0].tried
 
 
-def reasons(contents):
-    return "; ".join(vllm_gptq_problems(contents))
+def reasons(summary):
+    return "; ".join(vllm_gptq_problems(summary))
 
 
 @pytest.mark.parametrize(
-    ("contents", "named"),
+    ("summary", "named"),
     [
         (replace(gptq(uniform(INT4)), settings=None), "the settings lack bits, group_size, desc_act, sym"),
         (gptq(uniform(INT4), sym=None), "the settings lack sym"),
@@ -148,13 +148,13 @@ def reasons(contents):
         (gptq(uniform(INT4) | layer(0, DENSE), dynamic={}), "experts for int4 g128, but model.layers.0.block_sparse_moe.experts.0.w1 is 16-bit"),
     ],
 )  # fmt: skip
-def test_what_vllm_demands_and_does_not_find(contents, named):
-    found = reasons(contents)
+def test_what_vllm_demands_and_does_not_find(summary, named):
+    found = reasons(summary)
     assert named in found if named else found == ""
 
 
 @pytest.mark.parametrize(
-    "contents",
+    "summary",
     [
         gptq(uniform(INT4)),
         gptq(uniform(INT4, attention=DENSE)),
@@ -164,8 +164,8 @@ def test_what_vllm_demands_and_does_not_find(contents, named):
         gptq(uniform(INT4) | layer(0, DENSE)),
     ],
 )
-def test_what_vllm_demands_and_finds(contents):
-    assert reasons(contents) == ""
+def test_what_vllm_demands_and_finds(summary):
+    assert reasons(summary) == ""
 
 
 GPTQ = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "quant_method": "gptq"}
@@ -181,10 +181,10 @@ def test_what_qmix_writes_meets_vllms_demands(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     export_checkpoint(tmp_path / "in", tmp_path / "exported", "gptq")
     for name in ("saved", "exported"):
-        contents = storage_summary(open_checkpoint(tmp_path / name).metadata)
-        assert len(set(contents.schemes.values())) == 3
-        assert reasons(contents) == ""
-        assert reader_support(contents)[1].outcome == "loads"
+        summary = storage_summary(open_checkpoint(tmp_path / name).metadata)
+        assert len(set(summary.schemes.values())) == 3
+        assert reasons(summary) == ""
+        assert reader_support(summary)[1].outcome == "loads"
 
 
 def test_inspect_tells_the_names_and_the_settings_beside_the_config(tmp_path):

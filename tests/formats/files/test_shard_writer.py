@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from qmix.formats.files import shard_names, shard_writer, shards
 from qmix.formats.files.shard_index import read_headers
 from qmix.formats.tensor_spec import TensorSpec
+from tests.support.tensors import TENSORS
 
 
 def planned(tensors):
@@ -20,16 +21,6 @@ def write(path, tensors):
     with shard_writer.ShardWriter(path, planned(tensors)) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-
-
-TENSORS = {
-    "a": torch.arange(6, dtype=torch.float32).view(2, 3),
-    "blob": torch.arange(7, dtype=torch.uint8),
-    "b": torch.arange(5).to(torch.bfloat16),
-    "scalar": torch.tensor(3.5),
-    "none": torch.empty(0, 4, dtype=torch.int64),
-    "half": torch.ones(3, dtype=torch.float16),
-}
 
 
 def test_the_library_reads_what_we_write(tmp_path):

@@ -14,20 +14,11 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats.files import shards
 from qmix.formats.files.shard_index import read_headers
+from tests.support.tensors import TENSORS
 
 
 def opened(directory):
     return shards.Shards.of(directory, read_headers(directory))
-
-
-TENSORS = {
-    "a": torch.arange(6, dtype=torch.float32).view(2, 3),
-    "blob": torch.arange(7, dtype=torch.uint8),
-    "b": torch.arange(5).to(torch.bfloat16),
-    "scalar": torch.tensor(3.5),
-    "none": torch.empty(0, 4, dtype=torch.int64),
-    "half": torch.ones(3, dtype=torch.float16),
-}
 
 
 def test_we_read_what_the_library_writes(tmp_path):

@@ -64,7 +64,7 @@ def test_awq_to_gptq_is_exact_unless_a_zero_is_0():
         gptq.pack(read(packers.awq(plain((64, 128), 32, symmetric=False, low=0), P), (64, 128)), P)
 
 
-def test_members_are_those_of_awq():
+def test_names_are_those_of_awq():
     names = [f"{P}.qweight", f"{P}.qzeros", f"{P}.scales"]
     assert list(tensor_names.awq_names(P, [*names, f"{P}.weight", f"{P}0.qweight"])) == names
     assert list(tensor_names.awq_names(P, [f"{P}.qweight"])) == names  # what there should be

@@ -167,7 +167,7 @@ def test_the_plan_bounds_a_blob_with_the_longest_offset():
     assert (spec.name, spec.shape) == (P + bnb.STATE_NF4, tuple(state.shape))
 
 
-def test_members_are_this_modules_tensors_only():
+def test_names_are_those_of_this_module_only():
     names = list(bnb.pack(nf4.quantize(random(2, 64)), P))
     others = ["model.norm.weight", f"{Q}.weight", f"{P}0.weight.absmax", f"{P}.weight.g_idx"]
     assert tensor_names.bnb_names(P, names + others) == tuple(names)

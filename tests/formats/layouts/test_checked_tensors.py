@@ -22,10 +22,10 @@ FILES = {
     "awq": packers.awq(WEIGHT, P),
     "compressed": packers.compressed(WEIGHT, P, symmetric=False),
 }
-DECLARED = GPTQConfig(symmetric=False).for_module(P)
+SETTINGS = GPTQConfig(symmetric=False).for_module(P)
 READERS = {
-    "gptq": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),
-    "gptq8": lambda t: gptq.unpack(t, P, "f", SHAPE, DECLARED),
+    "gptq": lambda t: gptq.unpack(t, P, "f", SHAPE, SETTINGS),
+    "gptq8": lambda t: gptq.unpack(t, P, "f", SHAPE, SETTINGS),
     "compressed8": lambda t: compressed_tensors.unpack(t, P, "f", SHAPE),
     "awq": lambda t: awq.unpack(t, P, "f", SHAPE),
     "compressed": lambda t: compressed_tensors.unpack(t, P, "f", SHAPE),

@@ -127,7 +127,7 @@ def test_the_plan_is_what_is_packed(group, kind):
     assert specs == tuple(TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in packed.items())
 
 
-def test_members_are_this_modules_tensors_only():
+def test_names_are_those_of_this_module_only():
     names = [f"{P}.weight_packed", f"{P}.weight_scale", f"{P}.weight_shape"]
     assert (
         list(tensor_names.compressed_names(P, [*names, f"{P}.weight", f"{P}0.weight_packed"]))

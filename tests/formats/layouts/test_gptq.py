@@ -166,7 +166,7 @@ def test_what_fills_no_whole_words_or_groups_is_refused_in_the_plan(shape, schem
         gptq.packed_specs(P, shape, scheme, torch.float16)
 
 
-def test_members_are_this_modules_tensors_only():
+def test_names_are_those_of_this_module_only():
     names = [f"{P}.qweight", f"{P}.qzeros", f"{P}.scales", f"{P}.g_idx"]
     others = [f"{P}0.qweight", "model.norm.weight", f"{P}.weight", "lm_head.g_idx"]
     assert list(gptq_names(P, names + others)) == names
