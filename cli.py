@@ -8,6 +8,7 @@ Heavy imports stay inside the commands: help and usage errors need no torch.
 import os
 import signal
 import sys
+import warnings
 from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
@@ -15,7 +16,7 @@ import typer
 
 from qmix import __version__
 from qmix.commands import doctor, evaluate, files, generate, plan, quantize, terminal, trace
-from qmix.errors import QmixError
+from qmix.errors import QmixError, ResourceError
 
 app = typer.Typer(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
@@ -53,7 +54,7 @@ def top(
     if debug:
         os.environ["QMIX_DEBUG"] = "1"
     if version:
-        sys.stdout.write(f"qmix {__version__}\n")
+        terminal.write(f"qmix {__version__}\n")
         raise typer.Exit
     if context.invoked_subcommand is None:
         terminal.print_help(context)
@@ -62,16 +63,13 @@ def top(
 def main() -> NoReturn:
     """Entry point of the `qmix` command."""
     _make_streams_safe()
+    warnings.formatwarning = terminal.format_warning
     try:
-        app()
-    except QmixError as error:
-        _fail(error, error.exit_code)
-    except MemoryError as error:
-        _fail(error, 4)
+        code = app(standalone_mode=False)  # typer's own way would print its errors unescaped
+        terminal.flush()
     except Exception as error:  # noqa: BLE001 - the last line of defence of a command
-        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
-        _fail(error, 4 if out_of_memory else 1)
-    sys.exit(0)
+        _fail(error)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _make_streams_safe() -> None:
@@ -88,15 +86,25 @@ def _make_streams_safe() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader has gone
 
 
-def _fail(error: BaseException, code: int) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
     """One line on stderr, and the exit code; the traceback instead with --debug."""
-    if os.environ.get("QMIX_DEBUG"):
-        raise error
-    first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    if not isinstance(error, QmixError):
-        first = f"{type(error).__name__}: {first} (--debug shows where)"
-    sys.stderr.write(f"qmix: {first}\n")
-    sys.exit(code)
+    if hasattr(error, "format_message"):  # typer's; where the class lies depends on the version
+        sys.exit(terminal.print_usage_error(error))
+    try:
+        terminal.flush()
+    except ResourceError as full:  # stdout is what failed, and the error came of that
+        error = full
+    terminal.print_error(error, with_traceback=bool(os.environ.get("QMIX_DEBUG")))
+    sys.exit(_exit_code(error))
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, QmixError):
+        return error.exit_code
+    if isinstance(error.__cause__, KeyboardInterrupt):  # an older typer's Abort
+        return 130
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
+    return 4 if named or isinstance(error, MemoryError) else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from qmix.errors import QmixError
+from qmix.printable import escaped
 
 
 def exit_code(name: str, work: Callable[[], int | None]) -> int:
@@ -25,5 +26,5 @@ def exit_code(name: str, work: Callable[[], int | None]) -> int:
 
 def say(line: str) -> None:
     """Write a line to stderr at once."""
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{escaped(line)}\n")
     sys.stderr.flush()

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from qmix.printable import escaped
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table with a header, a rule and a line for each row."""
@@ -9,5 +11,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def row(cells: Sequence[str]) -> str:
-    """One line of a table, newline included."""
-    return "| " + " | ".join(cells) + " |\n"
+    """One line of a table, newline included; cells are escaped."""
+    return "| " + " | ".join(map(escaped, cells)) + " |\n"

@@ -3,6 +3,8 @@
 Each kind carries the exit code of the command line. Knows nothing of torch or of files.
 """
 
+from qmix.printable import escaped
+
 
 class QmixError(Exception):
     """An error with its remedy.
@@ -39,9 +41,8 @@ class QmixError(Exception):
             head += f"; expected {self.expected}"
         if self.found is not None:
             head += f"; found {self.found}"
-        line = f"{head}. {self.remedy}" if self.remedy else head
         # One line, and nothing in a file name or a header may drive the terminal.
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        return escaped(f"{head}. {self.remedy}" if self.remedy else head)
 
 
 class UsageError(QmixError, ValueError):

@@ -18,8 +18,8 @@ from qmix.evals.training import tiny_model
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
+from qmix.printable import escaped, printable
 from qmix.quantize.report import QuantizeReport
-from qmix.text.printable import printable
 
 PROMPT = "Return a new list containing"
 NEW_TOKENS = 96
@@ -38,7 +38,7 @@ def show_demo(
     with tempfile.TemporaryDirectory() as scratch:
         target = out or Path(scratch) / "tiny-nf4"
         console.print(
-            f"1. quantize {tiny} to 4 bits, and score both on held-out text ...",
+            f"1. quantize {escaped(tiny)} to 4 bits, and score both on held-out text ...",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -60,7 +60,7 @@ def show_demo(
         console.print("3. the 4-bit model writes (it is tiny: expect grammar, not sense):")
         _sample(target)
     argument = out if out is not None else "OUT, after: qmix quantize evals/tiny OUT"
-    console.print(f"Next: qmix chat {argument}", markup=False, highlight=False)
+    console.print(f"Next: qmix chat {escaped(argument)}", markup=False, highlight=False)
 
 
 def _sample(directory: Path) -> None:

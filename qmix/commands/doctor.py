@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmix.commands import options, terminal
+from qmix.printable import escaped
 
 if TYPE_CHECKING:
     from qmix.commands.diagnosis import Finding
@@ -70,7 +71,7 @@ class DoctorReport:
             lines += ["", *_measured_lines(self.measured)]
         if self.saved is not None:
             lines.append(f"saved in {self.saved}, where qmix plan finds it")
-        return "\n".join(lines) + "\n"
+        return "\n".join(map(escaped, lines)) + "\n"
 
 
 def examine(

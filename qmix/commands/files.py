@@ -4,13 +4,13 @@ No model is run. What they do is in qmix.commands.checkpoint; heavy imports stay
 functions.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qmix.commands import options, terminal
+from qmix.printable import escaped
 
 if TYPE_CHECKING:
     from qmix.commands.checkpoint.convert import Conversion
@@ -104,7 +104,7 @@ def verify(directory: options.Directory) -> None:
         terminal.notice(str(problem))
     if result.problems:
         raise result.problems[0]
-    sys.stdout.write(f"ok: {result.weights} weights read, {result.hashed} files hashed\n")
+    terminal.write(f"ok: {result.weights} weights read, {result.hashed} files hashed\n")
 
 
 def _draw_conversion(result: "Conversion", out: Path) -> None:
@@ -137,4 +137,4 @@ def _inventory_text(inventory: "Inventory") -> str:
     for support in inventory.readers:
         reason = support.reason if support.tried else f"{support.reason} (not tried)".lstrip()
         lines.append(f"{support.reader:18} {support.outcome:8} {reason}".rstrip())
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(escaped, lines)) + "\n"

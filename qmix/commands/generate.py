@@ -38,7 +38,6 @@ def generate(
     from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
     from qmix.text import chat_template
-    from qmix.text.printable import printable
 
     load_options = load.parse()
     text = _stdin() if prompt == "-" else prompt
@@ -54,10 +53,9 @@ def generate(
         torch.tensor([ids]), config, tokenizer=tokenizer, starts_new_text=chat
     )
     for token in stream(model, inputs):
-        sys.stdout.write(printable(token.texts[0]))
-        sys.stdout.flush()
+        terminal.write(token.texts[0])
         count, seconds = count + 1, token.elapsed_s
-    sys.stdout.write("\n")
+    terminal.write("\n")
     terminal.notice(f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tok/s)")
 
 

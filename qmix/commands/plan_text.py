@@ -5,6 +5,7 @@ from qmix.planning.budget import MemoryBreakdown
 from qmix.planning.byte_sizes import show
 from qmix.planning.estimate import Estimate, Quantization
 from qmix.planning.speed import Speed, figure, rates_used
+from qmix.printable import escaped
 
 # Nobody decodes a single row faster than this: a step's launches take longer than its bytes.
 _FASTEST = 1000
@@ -40,7 +41,7 @@ def text(answer: PlanAnswer) -> str:
     lines += map(_quantization, estimate.quantization)
     lines += [f"would help  {each.change}: {each.yields}" for each in estimate.suggestions]
     lines += [f"note        {note}" for note in answer.notes]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(escaped, lines)) + "\n"
 
 
 def _verdict(estimate: Estimate) -> list[str]:

@@ -130,13 +130,12 @@ def _calibration_text(path: Path | None) -> str:
 
 def draw_report(report: "QuantizeReport", out: Path) -> None:
     """What was written, a row a kind of tensor, on stderr."""
-    from rich.table import Table
-
     kinds = report.kinds()
     calibrated = any(kind.output_error is not None for kind in kinds)
-    table = Table("tensors", "stored as", "count", "weights", "bits/weight", "relative error")
+    header = ["tensors", "stored as", "count", "weights", "bits/weight", "relative error"]
     if calibrated:
-        table.add_column("output error")
+        header.append("output error")
+    rows = []
     for kind in kinds:
         cells = [
             kind.kind,
@@ -148,8 +147,8 @@ def draw_report(report: "QuantizeReport", out: Path) -> None:
         ]
         if calibrated:
             cells.append("-" if kind.output_error is None else f"{kind.output_error:.4f}")
-        table.add_row(*cells)
-    terminal.console().print(table)
+        rows.append(cells)
+    terminal.table(header, rows)
     terminal.message(
         f"{out}: {report.bytes_in / 1e9:.3f} GB in, {report.bytes_out / 1e9:.3f} GB out, "
         f"{report.bits_per_weight:.2f} bits a weight in all, {report.seconds:.1f} s "

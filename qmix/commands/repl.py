@@ -6,7 +6,6 @@ drive the terminal. Knows no option of the command line.
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import TextIO
 
 from rich.console import Console
 
+from qmix.commands import terminal
 from qmix.commands.session import Session
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
-from qmix.text.printable import printable
 
 PROMPT = ">>> "
 CONTINUED = "... "
@@ -122,7 +121,7 @@ class Repl:
         if self.streams.interactive and self.streams.text.isatty():
             return input(prompt)
         if self.streams.interactive:  # input() would write its prompt among the replies
-            self.streams.notices.print(prompt, end="", markup=False, highlight=False)
+            terminal.show_lines(prompt, self.streams.notices, end="")
         line = self.streams.lines.readline()
         if not line:
             raise EOFError
@@ -141,16 +140,14 @@ class Repl:
         stopped = False
         try:
             for piece in pieces:
-                self.streams.text.write(printable(piece))
-                self.streams.text.flush()
+                terminal.write(piece, self.streams.text)
         except KeyboardInterrupt:
             stopped = True
             if not self.streams.interactive:
                 raise
         finally:
             pieces.close()  # type: ignore[attr-defined]
-            self.streams.text.write("\n")
-            self.streams.text.flush()
+            terminal.write("\n", self.streams.text)
         stats = self.session.stats
         assert stats is not None
         if stopped and not stats.new_tokens:
@@ -196,7 +193,7 @@ class Repl:
             self._notice(f"{name:20} {_shown(self.session.config, name)}")
 
     def _notice(self, text: str) -> None:
-        self.streams.notices.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        terminal.show_lines(text, self.streams.notices, style="dim")
 
 
 def configured(config: GenerationConfig, settings: Mapping[str, str]) -> GenerationConfig:
@@ -255,6 +252,6 @@ def _enable_line_editing() -> None:
         try:
             readline.write_history_file(history)
         except OSError:
-            sys.stderr.write(f"qmix: cannot save the history to {history}\n")
+            terminal.message(f"qmix: cannot save the history to {history}")
 
     atexit.register(save)

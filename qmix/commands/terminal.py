@@ -1,15 +1,22 @@
 """What the commands show: progress and notices on stderr, results on stdout. Knows no command.
 
-Rich is imported when something is drawn, never before.
+Everything that a command prints goes through here and is escaped, whatever it came from. Rich is
+imported when something is drawn, never before.
 """
 
+import errno
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qmix.errors import QmixError, ResourceError
+from qmix.printable import escaped, escaped_lines, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,20 +33,111 @@ def console() -> "Console":
 
 
 def notice(text: str) -> None:
-    """A dim line on stderr; the text is never parsed as markup."""
-    console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    """A dim line on stderr, escaped; it is never parsed as markup."""
+    show_lines(escaped(text), console(), style="dim")
 
 
 def message(text: str) -> None:
-    """A line on stderr; the text is never parsed as markup."""
-    console().print(text, markup=False, highlight=False, soft_wrap=True)
+    """A line on stderr, escaped; it is never parsed as markup."""
+    show_lines(escaped(text), console())
+
+
+def show_lines(text: str, screen: "Console", style: str = "", end: str = "\n") -> None:
+    """Lines for a person, each escaped. A screen that cannot be written to is no error."""
+    with suppress(OSError):
+        screen.print(
+            escaped_lines(text), style=style, end=end, markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stderr, its cells escaped."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*header)
+    for row in rows:
+        drawn.add_row(*(Text(escaped(cell)) for cell in row))
+    with suppress(OSError):
+        console().print(drawn)
+
+
+def print_error(error: BaseException, *, with_traceback: bool = False) -> None:
+    """An error on stderr: in one line, or escaped line by line after its traceback."""
+    if with_traceback:
+        text = escaped_lines("".join(traceback.format_exception(error)))
+    elif isinstance(error, QmixError):
+        text = f"qmix: {error}\n"
+    else:
+        first = next(iter(str(error).splitlines()), "")
+        name = type(error).__name__
+        text = f"qmix: {name}: {escaped(first) or name} (--debug shows where)\n"
+    with suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def print_usage_error(error: Any) -> int:
+    """What typer says about a wrong command line, on stderr, escaped; returns the exit code."""
+    from io import StringIO
+
+    said = StringIO()
+    error.show(file=said)
+    with suppress(OSError):
+        sys.stderr.write(escaped_lines(said.getvalue()))
+        sys.stderr.flush()
+    return int(error.exit_code)
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: object = None
+) -> str:
+    """A warning in one line, escaped; takes the place of `warnings.formatwarning`."""
+    return escaped(f"{filename}:{lineno}: {category.__name__}: {message}") + "\n"
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Model text to stdout, or to `stream`, at once, without what controls a terminal.
+
+    Raises:
+        ResourceError: the stream cannot be written; what it still holds is dropped.
+    """
+    _put(printable(text), sys.stdout if stream is None else stream)
+
+
+def flush() -> None:
+    """Write out what stdout still holds.
+
+    Raises:
+        ResourceError: it cannot be written, and is dropped.
+    """
+    _put("", sys.stdout)
+
+
+def _put(text: str, stream: TextIO) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # The interpreter would try the same bytes again at its end, and fail again.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise ResourceError(
+            "cannot be written",
+            where="stdout",
+            found=error.strerror,
+            remedy=f"Send it to {'a disk with room' if full else 'another file'}, or to a pipe.",
+        ) from None
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """A document in one line on stdout."""
+    """A document in one line of ASCII on stdout."""
     import json
 
-    sys.stdout.write(json.dumps(document) + "\n")
+    _put(json.dumps(document).replace("\x7f", "\\u007f") + "\n", sys.stdout)
 
 
 def print_result(text: str, document: Mapping[str, Any], *, as_json: bool) -> None:
@@ -47,12 +145,12 @@ def print_result(text: str, document: Mapping[str, Any], *, as_json: bool) -> No
     if as_json:
         print_json(document)
     else:
-        sys.stdout.write(text)
+        _put(escaped_lines(text), sys.stdout)
 
 
 def print_help(context: "Context") -> None:
     """The help of a command on stdout."""
-    sys.stdout.write(context.get_help() + "\n")
+    _put(escaped_lines(context.get_help()) + "\n", sys.stdout)
 
 
 def decode_utf8(stream: object) -> None:
@@ -90,7 +188,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     with bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
+            task, description=escaped(what), completed=done, total=total
         )
 
 
@@ -104,8 +202,9 @@ def _lines() -> Callable[[str, int, int], None]:
             return
         last = now
         left = (now - begun) * (total - done) / done
-        sys.stderr.write(f"{100 * done // total:3d} %  eta {left:.0f} s  {what}\n")
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.write(f"{100 * done // total:3d} %  eta {left:.0f} s  {escaped(what)}\n")
+            sys.stderr.flush()
 
     return show
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qmix.errors import UsageError
+from qmix.printable import printable
 from qmix.text.detokenizer import Decodes, StreamDetokenizer
 
 
@@ -65,8 +66,11 @@ class TextStreamer:
         self.on_finalized_text(rest, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write text that will not change any more; `stream_end` adds a line end."""
-        sys.stdout.write(text + ("\n" if stream_end else ""))
+        """Write text that will not change any more; `stream_end` adds a line end.
+
+        Characters that control a terminal are left out.
+        """
+        sys.stdout.write(printable(text) + ("\n" if stream_end else ""))
         sys.stdout.flush()
 
 

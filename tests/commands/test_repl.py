@@ -5,7 +5,7 @@ import pytest
 from qmix.commands.repl import configured
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
-from qmix.text.printable import printable
+from qmix.printable import printable
 from tests.support.process import run
 
 

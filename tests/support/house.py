@@ -20,7 +20,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("qmix.errors", "qmix.atomic_file"),
+    ("qmix.printable", "qmix.errors", "qmix.atomic_file"),
     ("qmix.weights", "qmix.strict_json"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Rooms of one floor that may import another of the same floor.
 SIBLINGS = {
+    ("qmix.errors", "qmix.printable"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
@@ -43,8 +44,7 @@ SIBLINGS = {
 OWNERS: Mapping[str, set[str]] = {
     "sentencepiece": {"qmix.text.tokenizer", "qmix.evals.training.train_tokenizer"},
     "rich": {
-        *("qmix.commands.terminal", "qmix.commands.repl", "qmix.commands.quantize"),
-        "qmix.evals.quality.demo",
+        *("qmix.commands.terminal", "qmix.commands.repl", "qmix.evals.quality.demo"),
     },
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
@@ -80,7 +80,7 @@ TORCHLESS = (
     ),
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
-    *("qmix.text.chat_template", "qmix.text.printable", "qmix.formats.metadata"),
+    *("qmix.text.chat_template", "qmix.printable", "qmix.formats.metadata"),
     *("qmix.formats.compatibility", "qmix.formats.names", "qmix.formats.layouts.tensor_names"),
     *("qmix.formats.files.safetensors_header", "qmix.formats.files.shard_index"),
     *("qmix.formats.files.output_dir", "qmix.formats.files.companions"),
