@@ -9,7 +9,6 @@ import torch
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.formats import open_checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models.options import parse_device
@@ -21,6 +20,7 @@ from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
 from qmix.quantize.output_checkpoint import QuantizeProgress, plan_outputs
 from qmix.quantize.report import QuantizeReport
+from qmix.quantize.source import Source, open_source
 from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import GROUP_SIZES, Recipe, Scheme
@@ -124,12 +124,13 @@ def quantize_checkpoint(
         )
     assert text is not None
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
+    opened = open_source(source)
     calibration = _calibration(source, request, text)
     device = parse_device(request.device)
     if request.method == "auto":
-        recipe = _measured_recipe(source, calibration, request, device, progress)
+        recipe = _measured_recipe(opened, calibration, request, device, progress)
     return quantize_calibrated(
-        source,
+        opened,
         out,
         recipe,
         calibration,
@@ -157,7 +158,7 @@ def _calibration(source: Path, request: QuantizeRequest, text: str) -> Calibrati
 
 
 def _measured_recipe(
-    source: Path,
+    source: Source,
     calibration: Calibration,
     request: QuantizeRequest,
     device: torch.device,
@@ -165,11 +166,10 @@ def _measured_recipe(
 ) -> Recipe:
     bits = _DEFAULT_BITS if request.bits is None else request.bits
     check_bits(bits)
-    checkpoint = open_checkpoint(source)
     # Refuses a source that does not fit before it is measured.
-    plan_outputs(checkpoint, Recipe.uniform(request.scheme, attention=request.attention))
+    plan_outputs(source, Recipe.uniform(request.scheme, attention=request.attention))
     groups = Sensitivity(
-        checkpoint, calibration.ids, attention=request.attention, device=device
+        source, calibration.ids, attention=request.attention, device=device
     ).groups(
         lambda done, total: progress(QuantizeProgress(done, total, f"measuring layer {done + 1}"))
     )

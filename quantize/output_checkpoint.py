@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qmix
 from qmix import strict_json
-from qmix.errors import CheckpointError, UnsupportedError
+from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint
 from qmix.formats.files import output_dir
 from qmix.formats.files.companions import copy_companions
@@ -21,6 +21,7 @@ from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.quantize.report import QuantizeReport
+from qmix.quantize.source import all_finite, not_finite
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import Recipe, Scheme
@@ -101,12 +102,8 @@ def read_finite(checkpoint: Checkpoint, tensor: ModelTensor) -> Tensor:
         CheckpointError: it holds NaN or infinity.
     """
     data = checkpoint.read(tensor.name)
-    if not bool(torch.isfinite(data).all()):
-        raise CheckpointError(
-            f"tensor {tensor.name} holds NaN or infinity",
-            where=str(checkpoint.entry(tensor.name).file),
-            remedy="The checkpoint is damaged; download it again.",
-        )
+    if not all_finite(data):
+        raise not_finite(checkpoint.entry(tensor.name).file, tensor.name)
     return data
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats import Checkpoint
 from qmix.formats.files import output_dir, shard_writer
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.planning import budget
@@ -26,6 +26,7 @@ from qmix.quantize.output_checkpoint import (
 )
 from qmix.quantize.report import QuantizeReport, TensorResult
 from qmix.quantize.rounding import nf4, rtn
+from qmix.quantize.source import open_source
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe
 
@@ -52,13 +53,13 @@ def quantize_streaming(
 
     Raises:
         UsageError: a path is unsuitable.
-        CheckpointError: the source is damaged or holds NaN.
+        CheckpointError: the source is damaged, holds NaN, or changes meanwhile.
         UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
         ResourceError: too little disk space or memory.
     """
     begun = time.perf_counter()
     output_dir.check_paths(source, out, force=force)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_source(source)
     outputs = plan_outputs(checkpoint, recipe)
     sizes = [checkpoint.entry(output.tensor.name).nbytes for output in outputs]
     output_dir.check_space(out, sum(output.nbytes for output in outputs))
@@ -85,6 +86,7 @@ def quantize_streaming(
             seconds=time.perf_counter() - begun,
         )
         complete(folder, checkpoint, outputs, report, {})
+        checkpoint.check_unchanged()
     return report
 
 

@@ -15,6 +15,7 @@ from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import calibration_windows
 from qmix.quantize.report import QuantizeReport
+from qmix.quantize.source import open_source
 from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import NF4, Recipe, Scheme
@@ -76,7 +77,7 @@ def compare_gptq(out: Path) -> QualityComparison:
     encode = LlamaTokenizer.from_pretrained(tiny).encode
     windows = calibration_windows(corpus.training_text(), encode, samples=SAMPLES, seqlen=SEQLEN)
     recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
-    report = quantize_calibrated(tiny, out, recipe, windows, CalibratedOptions())
+    report = quantize_calibrated(open_source(tiny), out, recipe, windows, CalibratedOptions())
     return QualityComparison(
         report=report, result=_scored(out), calibration_sha256=windows.text_sha256
     )

@@ -15,6 +15,7 @@ from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 from qmix.quantize.rounding.gptq import RoundingOptions
+from qmix.quantize.source import open_source
 from qmix.weights.scheme import Recipe, Scheme
 
 GROUP_SIZES = (128, 32)
@@ -87,7 +88,9 @@ def ablated_variants(calibration: Calibration) -> tuple[Variant, ...]:
         options = CalibratedOptions(layer=layer)
         return Variant(
             f"g{group_size}-{name}",
-            lambda source, out: quantize_calibrated(source, out, recipe, calibration, options),
+            lambda source, out: quantize_calibrated(
+                open_source(source), out, recipe, calibration, options
+            ),
         )
 
     return tuple(

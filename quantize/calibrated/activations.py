@@ -1,9 +1,11 @@
 """One vector for each calibration token, in memory or, beyond a budget, in a file.
 
 The file is read and written by explicit calls and never mapped, because mapped pages count as
-resident memory. Shape letters: T tokens, D width, n rows of one call. Knows nothing of layers.
+resident memory. Final values are hashed as they are written, so that saving them needs no second
+reading. Shape letters: T tokens, D width, n rows of one call. Knows nothing of layers.
 """
 
+import hashlib
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +37,7 @@ class Activations:
         self.tokens, self.width, self.path = tokens, width, path
         self._row_bytes = 4 * width
         self._data: Tensor | None = None
+        self._digest, self._final_rows = hashlib.sha256(), 0
         if path is None:
             self._data = torch.zeros(tokens, width)
             return
@@ -84,6 +87,14 @@ class Activations:
         with self._open("r+b") as descriptor:
             self._write(descriptor, values.numpy().view("u1").reshape(-1), start)
 
+    def write_final(self, start: int, values: Tensor) -> None:
+        """`write` values that `save` will save: every row once, from the first to the last."""
+        assert start == self._final_rows, "in order"
+        values = values.to("cpu", torch.float32).contiguous()
+        self._digest.update(values.numpy().view("u1").reshape(-1).data)
+        self._final_rows += len(values)
+        self.write(start, values)
+
     def add_rows(self, index: Tensor, values: Tensor) -> None:
         """Add `values` [n, D], from any device, to the rows at an ascending index [n]."""
         values = values.to("cpu", torch.float32)
@@ -95,19 +106,24 @@ class Activations:
             for row, data in zip(index.tolist(), total, strict=True):
                 self._write(descriptor, data, row)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> str:
         """Put the array on the disk at `path`, complete or not at all.
 
-        An array in a file moves there: the file is renamed.
+        An array in a file moves there: the file is renamed. Every row must be final.
+
+        Returns:
+            SHA-256 of the file, in hexadecimal.
         """
+        assert self._final_rows == self.tokens, "every row is final"
         if self._data is not None:
             atomic_file.write(path, self._data.numpy().data)
-            return
-        assert self.path is not None
-        with self._open("rb") as descriptor:
-            os.fsync(descriptor)
-        self.path.rename(path)
-        self.path = path
+        else:
+            assert self.path is not None
+            with self._open("rb") as descriptor:
+                os.fsync(descriptor)
+            self.path.rename(path)
+            self.path = path
+        return self._digest.hexdigest()
 
     @classmethod
     def load(cls, path: Path, tokens: int, width: int, *, in_memory: bool) -> "Activations":

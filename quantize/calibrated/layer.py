@@ -250,7 +250,7 @@ class LayerQuantizer:
                 where=str(self._checkpoint.shards.directory),
                 remedy="The checkpoint is damaged.",
             )
-        target.write(start, values)
+        target.write_final(start, values)
 
     def _round(self, jobs: Sequence[tuple[Sequence[str], Moments]]) -> None:
         """Round matrices. Those of a job share their inputs; those of one scheme are stacked."""

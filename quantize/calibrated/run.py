@@ -5,6 +5,7 @@ them, so a killed run continues where it stopped and ends with the same bytes. S
 T calibration tokens, D hidden width. Knows nothing of how a layer is rounded.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,22 +17,23 @@ import torch
 
 import qmix
 from qmix.errors import InterruptedRunError, UsageError
-from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats import Checkpoint
 from qmix.formats.files import output_dir
 from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
 from qmix.planning.process_memory import peak_resident_bytes
 from qmix.quantize.calibrated.options import CalibratedOptions
-from qmix.quantize.calibrated.resume import RunState, read_state, source_digest
+from qmix.quantize.calibrated.resume import RunState, read_state
 from qmix.quantize.calibrated.run_files import RunFiles
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.output_checkpoint import OutputTensor, QuantizeProgress, complete, plan_outputs
 from qmix.quantize.report import Effort, QuantizeReport, TensorResult
+from qmix.quantize.source import Source
 from qmix.weights.scheme import Recipe
 
 
 def quantize_calibrated(
-    source: Path,
+    source: Source,
     out: Path,
     recipe: Recipe,
     calibration: Calibration,
@@ -46,7 +48,8 @@ def quantize_calibrated(
     """Quantize a 16- or 32-bit checkpoint directory into a new one, by what its matrices see.
 
     Args:
-        source, out: directories; `out` appears complete or not at all.
+        source: see `open_source`.
+        out: a directory that appears complete or not at all.
         recipe: which tensor gets which scheme; router, norms, embedding and head stay as they are.
         method: the name that report and manifest state.
         resumed: continue the interrupted run at `out`.partial, if there is one.
@@ -55,28 +58,33 @@ def quantize_calibrated(
         progress: called before every matrix.
 
     Raises:
-        UsageError: a path is unsuitable, or the interrupted run had other settings.
-        CheckpointError: the source is damaged or holds NaN, or the interrupted run is damaged.
+        UsageError: a path is unsuitable, or the interrupted run had other settings or another
+            source.
+        CheckpointError: the source is damaged, holds NaN or changes meanwhile; or the interrupted
+            run is damaged beyond what can be made again.
         UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
         ResourceError: too little disk space or memory.
         InterruptedRunError: `interrupted` returned True.
     """
     begun = time.perf_counter()
-    output_dir.check_paths(source, out, force=force)
-    checkpoint = open_checkpoint(source)
-    outputs = plan_outputs(checkpoint, recipe)
-    _check_layer_sizes(checkpoint, outputs, options.shard_bytes)
-    settings = _settings(checkpoint, recipe, calibration, options, method)
-    files = RunFiles(checkpoint, outputs, recipe, calibration, options)
+    output_dir.check_paths(source.shards.directory, out, force=force)
+    outputs = plan_outputs(source, recipe)
+    _check_layer_sizes(source, outputs, options.shard_bytes)
+    settings = _settings(recipe, calibration, options, method)
+    files = RunFiles(source, outputs, recipe, calibration, options)
     output_dir.check_space(out, files.bytes_out + files.token_bytes)
     if options.device.type == "cpu":
         in_memory = files.token_bytes if files.in_memory else 0
-        check_memory(budget.for_calibration(checkpoint.config, calibration.ids.numel(), in_memory))
+        check_memory(budget.for_calibration(source.config, calibration.ids.numel(), in_memory))
     with output_dir.partial(out, force=force, resume=resumed) as folder:
-        state = read_state(folder, settings)
+        source.hash_unread(
+            lambda done, total: progress(QuantizeProgress(done, total, "checksums of the source"))
+        )
+        state = read_state(folder, settings, source)
         done = files.finished(folder, state)
+        files.check(folder, state, progress)
         before, rounding_begun = len(done), time.perf_counter()
-        _quantize_layers(files, folder, settings, done, interrupted, progress)
+        _quantize_layers(files, folder, state, done, interrupted, progress)
         count, seconds = len(done) - before, time.perf_counter() - rounding_begun
         first, last = files.write_ends(folder)
         progress(QuantizeProgress(1, 1, "checksums"))
@@ -85,17 +93,18 @@ def quantize_calibrated(
             tensors=(*first, *(result for results in done for result in results), *last),
             bytes_in=files.bytes_in,
             seconds=time.perf_counter() - begun,
-            effort=_effort(checkpoint, calibration, options, count, seconds) if count else None,
+            effort=_effort(source, calibration, options, count, seconds) if count else None,
         )
         stated = ("calibration", "rounding", "weighting", "correction")
-        complete(folder, checkpoint, outputs, report, {name: settings[name] for name in stated})
+        complete(folder, source, outputs, report, {name: settings[name] for name in stated})
+        source.check_unchanged()
     return report
 
 
 def _quantize_layers(
     files: RunFiles,
     folder: Path,
-    settings: dict[str, Any],
+    state: RunState,
     done: list[list[TensorResult]],
     interrupted: Callable[[], bool],
     progress: Callable[[QuantizeProgress], None],
@@ -107,7 +116,7 @@ def _quantize_layers(
         results, tokens = files.quantize_layer(folder, layer, tokens, progress)
         done.append(results)
         stored = [[asdict(result) for result in results] for results in done]
-        RunState(settings, stored).write(folder)
+        RunState(state.settings, state.source, stored, files.needed(len(done))).write(folder)
         files.remove_others(folder, len(done))
         if interrupted() and layer + 1 < files.layers:
             raise InterruptedRunError(
@@ -156,13 +165,12 @@ def _check_layer_sizes(checkpoint: Checkpoint, outputs: Sequence[OutputTensor], 
 
 
 def _settings(
-    checkpoint: Checkpoint,
     recipe: Recipe,
     calibration: Calibration,
     options: CalibratedOptions,
     method: str,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the result, as JSON."""
+    """Everything that decides the bytes of the result besides the source, as JSON."""
     device = options.device
     settings = {
         "qmix version": qmix.__version__,
@@ -170,13 +178,13 @@ def _settings(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "number of threads": torch.get_num_threads() if device.type == "cpu" else None,
         "method": method,
-        "source": source_digest(checkpoint),
         "recipe": [[pattern, str(scheme)] for pattern, scheme in recipe.rules],
         "calibration": {
             "text_sha256": calibration.text_sha256,
             "samples": calibration.ids.shape[0],
             "seqlen": calibration.ids.shape[1],
         },
+        "tokenization": hashlib.sha256(calibration.ids.numpy().data).hexdigest(),
         "rounding": asdict(options.layer.rounding),
         "weighting": options.layer.weighting,
         "correction": options.layer.correct,

@@ -4,6 +4,7 @@ Whatever a finished layer has written stays, so a killed run continues there and
 bytes. Shape letters: T calibration tokens, D hidden width. Knows nothing of settings or of time.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from qmix.nn.decoder import embedding
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer import LayerQuantizer, RoundedTensor
 from qmix.quantize.calibrated.options import CalibratedOptions
-from qmix.quantize.calibrated.resume import RunState
+from qmix.quantize.calibrated.resume import START_AGAIN, Damage, RunState, damaged_files
 from qmix.quantize.calibrated.token_stream import TokenStream
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.output_checkpoint import (
@@ -45,6 +46,7 @@ class RunFiles:
         bytes_in: of the source's tensors. bytes_out: of the output's.
         token_bytes: of all arrays of tokens that exist at once.
         in_memory: whether the tokens are kept in memory; if not, in files.
+        digests: SHA-256 of the files that were written or checked, by name; see `RunState`.
     """
 
     def __init__(
@@ -65,30 +67,51 @@ class RunFiles:
         array_bytes = 4 * self.ids.numel() * self.width
         self.token_bytes = array_bytes * (2 * len(self.streams) + len(self.streams) - 1)
         self.in_memory = self.token_bytes <= options.activation_bytes
+        self.digests: dict[str, str] = {}
 
     def finished(self, folder: Path, state: RunState) -> list[list[TensorResult]]:
         """The results of the layers that an earlier run finished.
 
         Raises:
-            CheckpointError: `state` holds something else, or the shard of a layer is missing.
+            CheckpointError: `state` holds something else.
         """
         names = [
             [output.tensor.name for output in self.outputs if output.tensor.layer == layer]
             for layer in range(self.layers)
         ]
-        remedy = "Remove the interrupted run and start again."
         done: list[list[TensorResult]] | None = None
         with suppress(TypeError, KeyError):
             done = [[TensorResult.from_dict(r) for r in results] for results in state.results]
         if done is None or [[r.name for r in results] for results in done] != names[: len(done)]:
             raise CheckpointError(
-                "not the results of layers", where=str(folder / output_dir.STATE), remedy=remedy
+                "not the results of layers",
+                where=str(folder / output_dir.STATE),
+                remedy=START_AGAIN,
             )
-        for layer in range(len(done)):
-            shard = folder / shard_name(layer + 1, self.layers + 2)
-            if not shard.is_file():
-                raise CheckpointError("missing", where=str(shard), remedy=remedy)
         return done
+
+    def check(
+        self, folder: Path, state: RunState, progress: Callable[[QuantizeProgress], None]
+    ) -> None:
+        """Check every file that a resumed run builds on, and make a damaged one again if possible.
+
+        The tokens before the first layer are the embedding's, so that layer can be rounded again.
+
+        Raises:
+            CheckpointError: a file is damaged, and what it was made from is gone.
+        """
+        self.digests |= state.files
+        damage = list(damaged_files(folder, state))
+        first = {shard_name(1, self.layers + 2), *(_tokens_name(s, 1) for s in self.streams)}
+        for found in damage:
+            if found.path.name not in first or found.path.is_dir():
+                raise found.error()
+        if damage:
+            self.quantize_layer(folder, 0, self.enter(folder, 0), progress)
+        for found in damage:
+            again = self.digests[found.path.name]
+            if again != found.expected:
+                raise Damage(found.path, found.expected, f"SHA-256 {again[:16]} made again").error()
 
     def enter(self, folder: Path, done: int) -> dict[str, Activations]:
         """The tokens before layer `done`, by stream: "tokens", and "exact" with correction."""
@@ -148,7 +171,7 @@ class RunFiles:
         layer_outputs = [output for output in self.outputs if output.tensor.layer == layer]
         results = self._write_shard(folder, layer + 1, layer_outputs, iter(rounded))
         for stream, path in paths.items():
-            after[stream].save(path)
+            self.digests[path.name] = after[stream].save(path)
         scratch.unlink(missing_ok=True)
         return results, after
 
@@ -172,13 +195,17 @@ class RunFiles:
 
     def remove_others(self, folder: Path, done: int) -> None:
         """Remove all but the shards of `done` layers and the tokens that the next one needs."""
-        needed = {shard_name(index + 1, self.layers + 2) for index in range(done)}
-        needed.add(output_dir.STATE)
-        if done < self.layers:
-            needed |= {_tokens_name(stream, done) for stream in self.streams}
+        needed = {*self.needed(done), output_dir.STATE}
         for path in folder.iterdir():
             if path.name not in needed and not path.name.startswith("."):
                 path.unlink()
+
+    def needed(self, done: int) -> dict[str, str]:
+        """SHA-256 of what the layers after `done` build on: the shards, and the tokens."""
+        names = [shard_name(index + 1, self.layers + 2) for index in range(done)]
+        if 0 < done < self.layers:
+            names += [_tokens_name(stream, done) for stream in self.streams]
+        return {name: self.digests[name] for name in names}
 
     def _new_array(self, path: Path) -> Activations:
         path.unlink(missing_ok=True)
@@ -206,7 +233,8 @@ class RunFiles:
         partial.unlink(missing_ok=True)
         results = []
         planned = [planned for output in outputs for planned in output.planned]
-        with ShardWriter(partial, planned) as writer:
+        digest = hashlib.sha256()
+        with ShardWriter(partial, planned, digest) as writer:
             for output, tensor in zip(outputs, rounded, strict=True):
                 assert tensor.tensor == output.tensor
                 tensors = file_tensors(tensor.weight, output)
@@ -214,6 +242,7 @@ class RunFiles:
                     writer.write(tensor_name, data)
                 results.append(self._result(output, tensor, tensors))
         partial.rename(folder / name)
+        self.digests[name] = digest.hexdigest()
         return results
 
     def _result(

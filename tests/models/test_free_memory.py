@@ -14,6 +14,7 @@ from qmix.planning.machine import HostMemory
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import calibration_windows
+from qmix.quantize.source import open_source
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support import raw_mistral
@@ -36,7 +37,9 @@ def quantize(tmp_path):
 def gptq(tmp_path):
     text = "free memory is looked at first " * 200
     windows = calibration_windows(text, lambda _: list(range(3, 900)), samples=1, seqlen=64)
-    quantize_calibrated(TINY, tmp_path / "out", INT4_RECIPE, windows, CalibratedOptions())
+    quantize_calibrated(
+        open_source(TINY), tmp_path / "out", INT4_RECIPE, windows, CalibratedOptions()
+    )
 
 
 def evaluate(_):

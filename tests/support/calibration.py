@@ -10,6 +10,7 @@ from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.rounding.gptq import RoundingOptions
+from qmix.quantize.source import open_source
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.models import TINY, small_model
 
@@ -38,7 +39,7 @@ def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 <
     settings = {"rounding": QUICK}
     settings |= {k: options.pop(k) for k in ("weighting", "correct", "rounding") if k in options}
     return quantize_calibrated(
-        source, out, recipe, options.pop("calibration", windows()),
+        open_source(source), out, recipe, options.pop("calibration", windows()),
         CalibratedOptions(
             layer=LayerOptions(**settings),
             activation_bytes=activation_bytes, shard_bytes=shard_bytes,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qmix import strict_json
 
-_NAMES = (
+NAMES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -16,7 +16,7 @@ _NAMES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-_MAX_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -25,7 +25,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     Raises:
         CheckpointError: one is too large or cannot be read.
     """
-    for name in _NAMES:
+    for name in NAMES:
         if (source / name).is_file():
-            data = strict_json.read_bytes(source / name, limit_bytes=_MAX_BYTES)
+            data = strict_json.read_bytes(source / name, limit_bytes=MAX_BYTES)
             (folder / name).write_bytes(data)

@@ -4,6 +4,7 @@ The same tensors give the same bytes on every machine. Knows nothing of models.
 Format: https://huggingface.co/docs/safetensors (u64 header length, JSON header, data).
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from qmix.formats.files.regular_file import open_regular
+from qmix.formats.files.safetensors_header import HEADER_BYTES
 from qmix.formats.files.shard_index import write_index
 from qmix.formats.files.shard_names import shard_name
 from qmix.formats.files.shards import DTYPES
@@ -22,6 +25,8 @@ from qmix.formats.tensor_spec import TensorSpec
 _ALIGNMENT = 8  # bytes
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_OFFSET = 1 << 48  # as long in decimal as any real one, or longer
+
+_CHUNK_BYTES = 16 << 20
 
 # dtype, shape, and where the data start and stop.
 _HeaderEntry = tuple[str, tuple[int, ...], int, int]
@@ -36,10 +41,14 @@ class ShardWriter:
 
     Args:
         specs: of every tensor that will be written.
+        digest: takes all bytes as they are written, in the order of `file_digest`.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self, path: Path, specs: Sequence[TensorSpec], digest: "hashlib._Hash | None" = None
+    ) -> None:
         self.path = path
+        self._digest = digest
         self._specs = {spec.name: spec for spec in specs}
         self._written: dict[str, _HeaderEntry] = {}
         self._deferred: dict[str, Tensor] = {}
@@ -69,9 +78,9 @@ class ShardWriter:
         ):
             self._append(name, tensor)
         assert self._written.keys() == self._specs.keys(), "every tensor of the specs is written"
+        header = _header(self._written).ljust(self._header_bytes)
         self._file.seek(0)
-        self._file.write(self._header_bytes.to_bytes(8, "little"))
-        self._file.write(_header(self._written).ljust(self._header_bytes))
+        self._write(self._header_bytes.to_bytes(8, "little") + header)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -79,9 +88,14 @@ class ShardWriter:
     def _append(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
         if data.nbytes:
-            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+            self._write(data.view(-1).view(torch.uint8).numpy().data)
         start, self._end = self._end, self._end + data.nbytes
         self._written[name] = (_DTYPE_NAMES[data.dtype], tuple(data.shape), start, self._end)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        if self._digest is not None:
+            self._digest.update(data)
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +107,25 @@ class ShardWriter:
             self.close()
         else:
             self._file.close()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a safetensors file, in hexadecimal: its data first, and its header last.
+
+    A header is known only when the data are written, so this is the order in which they are hashed.
+    A damaged file has a digest too, another one.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        length = file.read(8)
+        header = length + file.read(min(int.from_bytes(length, "little"), HEADER_BYTES))
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    digest.update(header)
+    return digest.hexdigest()
 
 
 def write_shards(

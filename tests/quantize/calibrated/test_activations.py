@@ -1,5 +1,7 @@
 """Tokens in memory and in a file are the same to whoever reads them."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -60,9 +62,11 @@ def test_what_is_read_is_no_view_and_any_dtype_is_written(pair):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_what_was_saved_is_loaded(tmp_path, pair, in_memory):
     for number, array in enumerate(pair):
-        array.write(0, values(TOKENS))
+        array.write_final(0, values(TOKENS)[:20])
+        array.write_final(20, values(TOKENS)[20:])
         place = tmp_path / f"saved-{number}"
-        array.save(place)
+        digest = array.save(place)
+        assert digest == hashlib.sha256(place.read_bytes()).hexdigest()
         assert place.stat().st_size == array.nbytes
         assert torch.equal(array.read(0, TOKENS), values(TOKENS))  # still usable
         again = Activations.load(place, TOKENS, WIDTH, in_memory=in_memory)
@@ -75,7 +79,7 @@ def test_a_save_replaces_what_stood_there(tmp_path, pair):
     place = tmp_path / "saved"
     for array in pair:
         place.write_bytes(b"of an earlier attempt")
-        array.write(0, values(TOKENS))
+        array.write_final(0, values(TOKENS))
         array.save(place)
         assert place.stat().st_size == array.nbytes
 

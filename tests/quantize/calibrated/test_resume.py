@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from qmix.cli import app
 from qmix.commands.checkpoint.verify import verify
-from qmix.errors import CheckpointError, InterruptedRunError, UsageError
+from qmix.errors import InterruptedRunError, UsageError
 from qmix.formats.files import output_dir
 from qmix.quantize.rounding import gptq
 from qmix.weights.scheme import Recipe, Scheme
@@ -45,8 +45,9 @@ Activations.save = lambda self, path: die()
     "after one of two arrays of tokens": """
 save = Activations.save
 def dying(self, path):
-    save(self, path)
+    digest = save(self, path)
     if "00002" in path.name: die()
+    return digest
 Activations.save = dying
 """,
     "between the tokens and the state": """
@@ -190,7 +191,7 @@ def test_so_are_another_number_of_threads_and_another_source(stopped, tmp_path):
     assert caught.value.exit_code == 2
     torch.set_num_threads(1)
     other = write_source(tmp_path / "other", num_hidden_layers=LAYERS, initializer_range=0.1)
-    with pytest.raises(UsageError, match="another source"):
+    with pytest.raises(UsageError, match=r"another source: config\.json"):
         run(other, out, resumed=True)
     assert contents(out.with_name("out.partial")) == before
 
@@ -204,67 +205,6 @@ def test_without_resume_it_is_refused_and_nothing_is_deleted(stopped):
         ):
             run(source, out, force=force)
     assert contents(out.with_name("out.partial")) == before
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "{}", '{"settings": 3, "results": []}', '{"settings": {}, "results": {}}',
-     '{"settings": {}, "settings": {}}', "\0"],
-)  # fmt: skip
-def test_a_damaged_state_is_named_and_nothing_is_deleted(stopped, text):
-    source, out, _ = stopped
-    folder = out.with_name("out.partial")
-    (folder / STATE).write_text(text)
-    before = contents(folder)
-    with pytest.raises(CheckpointError, match=STATE) as caught:
-        run(source, out, resumed=True)
-    assert caught.value.exit_code == 3
-    assert contents(folder) == before
-
-
-def changed_results(results):
-    return [
-        [[3]],
-        [{"name": "x"}],
-        [[{"name": "x"}]],
-        [*results, *results, *results, *results],
-        [[]],
-    ]
-
-
-@pytest.mark.parametrize("case", range(5))
-def test_so_are_results_that_are_none(stopped, case):
-    source, out, _ = stopped
-    path = out.with_name("out.partial") / STATE
-    document = json.loads(path.read_text())
-    document["results"] = changed_results(document["results"])[case]
-    path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=STATE):
-        run(source, out, resumed=True)
-
-
-@pytest.mark.parametrize("stream", ["tokens", "exact"])
-@pytest.mark.parametrize("budget", [1 << 30, 0], ids=["in memory", "in files"])
-def test_tokens_that_are_missing_or_cut_short_are_named(stopped, stream, budget):
-    source, out, _ = stopped
-    path = out.with_name("out.partial") / f"{stream}-00001.f32"
-    size = path.stat().st_size
-    os.truncate(path, size - 4)
-    with pytest.raises(CheckpointError, match=rf"{path.name}: wrong size; expected {size} B"):
-        run(source, out, resumed=True, activation_bytes=budget)
-    path.unlink()
-    with pytest.raises(CheckpointError, match=f"{path.name}: missing") as caught:
-        run(source, out, resumed=True, activation_bytes=budget)
-    assert caught.value.exit_code == 3
-
-
-def test_a_finished_layers_shard_that_has_gone_is_named(stopped):
-    source, out, _ = stopped
-    path = out.with_name("out.partial") / "model-00002-of-00005.safetensors"
-    path.unlink()
-    with pytest.raises(CheckpointError, match=path.name):
-        run(source, out, resumed=True)
-    assert not out.exists()
 
 
 def test_resume_with_nothing_there_starts(whole, tmp_path):
