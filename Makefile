@@ -39,10 +39,11 @@ lint: $(READY)
 
 setup: $(READY)
 
-# No constraints: what a user gets who installs today. Torch for CUDA comes along, several gigabytes of it.
+# No constraints: what a user gets who installs today, and on Linux torch for CUDA, which is several gigabytes.
 newest:
-	test -x $(NEWEST)/bin/python || $$(command -v python3.13 || echo $(PYTHON)) -m venv $(NEWEST)
-	$(NEWEST)/bin/python $(PIP) --upgrade -e ".[test]"
+	test -x $(NEWEST)/bin/python || for p in python3.13 $(PYTHON); do \
+	  $$p -c "" 2>/dev/null && exec $$p -m venv $(NEWEST); done
+	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager -e ".[test]"
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE "^(torch|triton|numpy|safetensors|sentencepiece|typer|rich|transformers|bitsandbytes) "
 	$(NEWEST)/bin/python $(TESTS) -m "not slow and not soak" $(PYTEST)
 

@@ -8,6 +8,7 @@ consolidated.00.pth has 93 GB. Knows nothing of models.
 
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,9 @@ def read_entries(path: Path) -> dict[str, Entry]:
         try:
             records = _records(file, path)
             file.seek(0)
-            with FakeTensorMode():
+            with FakeTensorMode(), warnings.catch_warnings():
+                # torch 2.15 warns of a sparse tensor's price; it is refused below.
+                warnings.filterwarnings("ignore", "Validating sparse tensor", UserWarning)
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         except QmixError:
             raise
