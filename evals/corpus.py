@@ -219,8 +219,8 @@ def _c_members(owner: type) -> Iterator[str]:
 def _print(arguments: Sequence[str]) -> None:
     parts = {"train": training_text, "heldout": heldout_text}
     if len(arguments) != 1 or arguments[0] not in parts:
-        found = " ".join(arguments) or "nothing"
-        raise UsageError("name one part", expected="train or heldout", found=found)
+        words = " ".join(arguments) or "nothing"
+        raise UsageError("name one part", expected="train or heldout", found=words)
     text = parts[arguments[0]]()
     sys.stdout.buffer.write(text.encode())
     say(f"{len(text.encode())} bytes, sha256 {fingerprint(text)}")

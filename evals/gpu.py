@@ -1,7 +1,7 @@
 """The GPU acceptance command: everything that only a GPU can show, in one record and one page.
 
 `python3 -m qmix.evals.gpu --out DIR --budget SECONDS [--only NAME] [--profile]` runs from a bare
-checkout. The most valuable step comes first. Each step has its share of the time, and what one
+checkout. The most valuable step comes first. Each step has its fraction of the time, and what one
 leaves the next may use. A step runs in a process of its own and writes a line for each result, so
 that a fault or a hang loses nothing that was measured before it. Without a GPU the steps that need
 one are skipped, and the record says so.
@@ -43,12 +43,12 @@ class Step:
 
     Attributes:
         module: its module in qmix.evals.steps.
-        share: of the budget.
+        fraction: of the budget.
     """
 
     name: str
     module: str
-    share: float
+    fraction: float
     needs_gpu: bool = True
 
 
@@ -86,9 +86,9 @@ def run_steps(
         elif left < _LEAST_SECONDS:
             outcome = StepOutcome("skipped", error="no time left")
         else:
-            share = step.share if len(steps) > 1 else 1.0
-            remaining = sum(other.share for other in steps[index:])
-            limit = min(left, max(_START_SECONDS, left * share / remaining * 1.5))
+            fraction = step.fraction if len(steps) > 1 else 1.0
+            remaining = sum(other.fraction for other in steps[index:])
+            limit = min(left, max(_START_SECONDS, left * fraction / remaining * 1.5))
             say(f"{step.name}: at most {limit:.0f} s")
             outcome = _run_apart(step, limit)
         record.steps[step.name] = outcome

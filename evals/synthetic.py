@@ -63,7 +63,7 @@ def write_synthetic(out: Path, layers: int, *, packed: bool, seed: int) -> None:
         planned_tensors(tensor, recipe.scheme_of(tensor.name), torch.bfloat16) for tensor in tensors
     ]
     output_dir.check_paths(TINY, out, force=False)
-    output_dir.check_space(out, sum(one.nbytes for group in groups for one in group))
+    output_dir.check_space(out, sum(spec.nbytes for group in groups for spec in group))
     with output_dir.partial(out) as folder:
         shard_writer.write_shards(
             folder, groups, _random_tensors(tensors, recipe, seed), SHARD_BYTES

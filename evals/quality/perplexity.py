@@ -297,9 +297,9 @@ def _perplexity(losses: Tensor) -> tuple[float, float]:
         raise QmixError("the perplexity overflows", found=f"a mean loss of {mean:.1f}") from None
 
 
-def _quantile(values: Tensor, share: float) -> float:
-    """The smallest value that `share` of all do not exceed (torch.quantile takes at most 16 M)."""
-    return float(values.kthvalue(max(1, math.ceil(share * len(values)))).values)
+def _quantile(values: Tensor, fraction: float) -> float:
+    """The smallest value that `fraction` of all do not exceed (torch.quantile takes at most 16 M)."""
+    return float(values.kthvalue(max(1, math.ceil(fraction * len(values)))).values)
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -22,8 +22,6 @@ from qmix.nn.decoder_layer import DecoderLayer
 from qmix.planning.budget import PREFILL_CHUNK
 from qmix.text.tokenizer import LlamaTokenizer
 
-Progress = Callable[[int, int], None]
-
 
 def trace_header(model: MixtralForCausalLM, *, name: str, gates: bool) -> TraceHeader:
     """The header of a trace of this model, with the sizes of its stored weights."""
@@ -48,7 +46,7 @@ def record_text(
     recorder: TraceRecorder,
     *,
     tokens: int,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Record the first `tokens` tokens of a text as if they were decoded; returns their number.
 
@@ -64,7 +62,7 @@ def record_text(
     limit = model.config.max_position_embeddings
     for start in range(0, len(ids), limit):
         window = torch.tensor([ids[start : start + limit]])
-        _record(model, window, 0, recorder)
+        _record_routes(model, window, 0, recorder)
         progress(min(start + limit, len(ids)), len(ids))
     return len(ids)
 
@@ -104,12 +102,14 @@ def record_generation(
             "nothing was decoded after the first token",
             remedy="Give another prompt, or more --max-new-tokens.",
         )
-    _record(model, fed.cpu(), first, recorder)
+    _record_routes(model, fed.cpu(), first, recorder)
     return int(fed.shape[1]) - first
 
 
 @torch.no_grad()
-def _record(model: MixtralForCausalLM, ids: Tensor, first: int, recorder: TraceRecorder) -> None:
+def _record_routes(
+    model: MixtralForCausalLM, ids: Tensor, first: int, recorder: TraceRecorder
+) -> None:
     """Record the routes of ids (1, T) from position `first` on, all in one cache."""
     cache = model.new_cache(1, ids.shape[1])
     for start in range(0, ids.shape[1], PREFILL_CHUNK):
@@ -133,7 +133,7 @@ def record_trace(
     prompt: str | None = None,
     text: str | None = None,
     gates: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write a trace of a text, or of what follows a prompt; returns the number of tokens.
 

@@ -62,8 +62,8 @@ class Trace:
         """For each token and layer, the ids of the chosen experts, counted over all layers."""
         for token in self.tokens:
             yield [
-                [layer * self.header.experts + expert for expert in choice]
-                for layer, choice in enumerate(token)
+                [layer * self.header.experts + expert for expert in experts]
+                for layer, experts in enumerate(token)
             ]
 
 
@@ -91,16 +91,16 @@ class TraceRecorder:
     def token(self, ids: Sequence[Sequence[int]], gates: Sequence[Sequence[int]] = ()) -> None:
         """Write a token: each layer's chosen experts by their numbers, and their Q16 weights."""
         assert len(ids) == self.header.layers, len(ids)
-        assert all(len(choice) == self.header.chosen for choice in ids), ids
+        assert all(len(experts) == self.header.chosen for experts in ids), ids
         assert bool(gates) == self.header.gates
         if gates:
-            choices = (
+            layers = [
                 ",".join(f"{expert}:{gate}" for expert, gate in zip(*pair, strict=True))
                 for pair in zip(ids, gates, strict=True)
-            )
+            ]
         else:
-            choices = (",".join(map(str, choice)) for choice in ids)
-        self._line(" ".join(choices))
+            layers = [",".join(map(str, experts)) for experts in ids]
+        self._line(" ".join(layers))
 
     def _line(self, text: str) -> None:
         try:
@@ -178,14 +178,14 @@ def _header(line: str, where: str) -> TraceHeader:
 def _token(
     line: str, header: TraceHeader, where: str
 ) -> tuple[tuple[LayerExperts, ...], tuple[LayerExperts, ...]]:
-    choices = line.split(" ")
-    if len(choices) != header.layers:
+    layers = line.split(" ")
+    if len(layers) != header.layers:
         raise CheckpointError(
-            "damaged", where=where, expected=f"{header.layers} layers", found=len(choices)
+            "damaged", where=where, expected=f"{header.layers} layers", found=len(layers)
         )
     ids, gates = [], []
-    for choice in choices:
-        pairs = [part.split(":") for part in choice.split(",")]
+    for layer in layers:
+        pairs = [part.split(":") for part in layer.split(",")]
         width = 2 if header.gates else 1
         well_formed = all(
             len(pair) == width and all(n.isascii() and n.isdigit() and len(n) < 10 for n in pair)
@@ -197,7 +197,7 @@ def _token(
                 "damaged",
                 where=where,
                 expected=f"{header.chosen} different experts a layer",
-                found=choice[:40],
+                found=layer[:40],
             )
         if max(numbers) >= header.experts:
             raise CheckpointError(

@@ -39,11 +39,11 @@ class StepTraffic:
 
 def step_traffic(model: MixtralForCausalLM, ids: Tensor, cache: KVCache) -> StepTraffic:
     """Run one step of ids (B, 1), which is added to the cache, and count what it reads."""
-    with torch.no_grad(), _recorded_logits(model) as routed:
+    with torch.no_grad(), _recorded_logits(model) as router_logits:
         model.model.decode(model.model.embed(ids), cache=cache)
     count = model.config.num_experts_per_tok
     experts, distinct = 0, 0
-    for block, logits in routed:
+    for block, logits in router_logits:
         chosen = set(logits.topk(count, -1).indices.flatten().tolist())
         distinct += len(chosen)
         experts += sum(_expert_bytes(block, index) for index in chosen)
@@ -51,7 +51,7 @@ def step_traffic(model: MixtralForCausalLM, ids: Tensor, cache: KVCache) -> Step
     return StepTraffic(
         weights=experts + shared_bytes(model, ids.shape[0]),
         cache=round(cache.nbytes * filled),
-        distinct_experts=distinct / len(routed),
+        distinct_experts=distinct / len(router_logits),
     )
 
 

@@ -63,9 +63,9 @@ def model_card(
     """
     parameters = sum(p.numel() for p in model.parameters())
     experts = range(model.config.num_local_experts)
-    shares = [
-        (str(layer), *(f"{100 * share:.1f}" for share in row))
-        for layer, row in enumerate(score.expert_shares)
+    loads = [
+        (str(layer), *(f"{100 * load:.1f}" for load in row))
+        for layer, row in enumerate(score.expert_loads)
     ]
     return f"""# A tiny Mixtral
 
@@ -86,7 +86,7 @@ does not differ, because their names decide.
 
 Share of each layer's routes (in percent, 2 routes a token, held-out text; 12.5 is even):
 
-{markdown.table(("layer", *map(str, experts)), shares)}"""
+{markdown.table(("layer", *map(str, experts)), loads)}"""
 
 
 def _facts(plan: TrainingPlan, score: HeldoutScore, time: str) -> str:

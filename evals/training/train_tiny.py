@@ -18,7 +18,7 @@ from qmix.evals.training.tiny_checkpoint import model_card, save_tiny
 from qmix.evals.training.train_tokenizer import train_tokenizer
 from qmix.evals.training.trainer import WORKERS, Trainer
 
-LEAST_SHARE = 0.05  # of a layer's routes; 0.125 is perfect balance
+LEAST_LOAD = 0.05  # of a layer's routes; 0.125 is perfect balance
 
 
 def build_tiny(out: Path, plan: TrainingPlan) -> None:
@@ -26,7 +26,7 @@ def build_tiny(out: Path, plan: TrainingPlan) -> None:
 
     Raises:
         UsageError: `out`, or what an earlier run left beside it, exists.
-        QualityError: an expert gets less than LEAST_SHARE of a layer's routes; nothing is written.
+        QualityError: an expert gets less than LEAST_LOAD of a layer's routes; nothing is written.
     """
     for path in (out, out.with_name(out.name + ".partial")):
         if path.exists():
@@ -36,13 +36,13 @@ def build_tiny(out: Path, plan: TrainingPlan) -> None:
     trainer = Trainer(plan, tokenizer_bytes)
     score = trainer.train()
     say(str(score))
-    for layer, row in enumerate(score.expert_shares):
-        say(f"layer {layer}: " + " ".join(f"{share:.3f}" for share in row))
-    if score.least_share < LEAST_SHARE:
+    for layer, row in enumerate(score.expert_loads):
+        say(f"layer {layer}: " + " ".join(f"{load:.3f}" for load in row))
+    if score.least_load < LEAST_LOAD:
         raise QualityError(
             "an expert is starved",
-            expected=f"at least {LEAST_SHARE:.0%} of a layer's routes",
-            found=f"{score.least_share:.1%}",
+            expected=f"at least {LEAST_LOAD:.0%} of a layer's routes",
+            found=f"{score.least_load:.1%}",
             remedy="Raise router_aux_loss_coef or train longer.",
         )
     wall, cpu = (time.monotonic() - begun) / 60, time.process_time() / 60

@@ -31,26 +31,26 @@ class HeldoutScore:
     Attributes:
         loss: mean cross-entropy in nats a token.
         tokens: number of tokens that were predicted.
-        expert_shares: share of each layer's routes that went to each expert; a layer sums to 1.
+        expert_loads: share of each layer's routes that went to each expert; a layer sums to 1.
     """
 
     loss: float
     tokens: int
-    expert_shares: list[list[float]]
+    expert_loads: list[list[float]]
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
 
     @property
-    def least_share(self) -> float:
+    def least_load(self) -> float:
         """The smallest share of any expert."""
-        return min(min(layer) for layer in self.expert_shares)
+        return min(min(layer) for layer in self.expert_loads)
 
     def __str__(self) -> str:
         return (
             f"held-out loss {self.loss:.4f}  perplexity {self.perplexity:.3f}"
-            f"  least share of an expert {self.least_share:.3f}"
+            f"  least share of an expert {self.least_load:.3f}"
         )
 
 
@@ -164,9 +164,9 @@ class Trainer:
                 found=len(self.heldout),
             )
         counts = torch.stack([routes for _, routes in scores]).sum(0)
-        shares = (counts / counts.sum(-1, keepdim=True)).tolist()
+        loads = (counts / counts.sum(-1, keepdim=True)).tolist()
         loss = sum(loss for loss, _ in scores) / len(scores)
-        return HeldoutScore(loss=loss, tokens=len(scores) * (window - 1), expert_shares=shares)
+        return HeldoutScore(loss=loss, tokens=len(scores) * (window - 1), expert_loads=loads)
 
 
 @torch.no_grad()

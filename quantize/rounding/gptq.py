@@ -1,4 +1,4 @@
-"""GPTQ: rounds a weight so that its products with the inputs it really gets change least.
+"""GPTQ: rounds a weight so that its hessian_codes with the inputs it really gets change least.
 
 The loss of rounding W to Q is `tr (W - Q) H (W - Q)^T`, where H is the sum of `x x^T` over the
 inputs x of the matrix (https://arxiv.org/abs/2210.17323). With `H = L L^T` it is `|(W - Q) L|^2`.
@@ -169,12 +169,12 @@ class _Factor:
     """How an H was factored.
 
     Attributes:
-        share: the damping as a fraction of the mean diagonal; None if H was given up.
+        damping: the damping as a fraction of the mean diagonal; None if H was given up.
         added: the number that was added to the diagonal.
         raised, fallback: see `Solution`.
     """
 
-    share: float | None
+    damping: float | None
     added: float
     raised: int
     fallback: str | None
@@ -210,14 +210,14 @@ def _factorise(hessian: Tensor, lower: Tensor, samples: float, least: float) -> 
     if samples >= _MIN_SAMPLES:
         diagonal = hessian.diagonal()
         exact, mean = diagonal.clone(), float(diagonal.mean())
-        share = damping_of(columns, samples, least)
+        damping = damping_of(columns, samples, least)
         for raised in range(_DAMPING_RAISES + 1):
-            diagonal.copy_(exact + share * mean)
+            diagonal.copy_(exact + damping * mean)
             info = torch.empty(0, dtype=torch.int32, device=hessian.device)
             torch.linalg.cholesky_ex(hessian, out=(lower, info))
             if not int(info):
-                return _Factor(share, share * mean, raised, None)
-            share *= 10
+                return _Factor(damping, damping * mean, raised, None)
+            damping *= 10
         fallback = "not positive definite"
     for matrix in (hessian, lower):
         matrix.zero_()
@@ -279,14 +279,14 @@ class _Solver:
             errors = self.errors[:, part]
             gradient = self.hessians[:, part] @ self.errors
             codes = self.codes[:, part].float()
-            products = block @ codes
-            curvature = (products * codes).sum(1)
+            hessian_codes = block @ codes
+            curvature = (hessian_codes * codes).sum(1)
             change = (gradient * codes).sum(1) / curvature
             scale = grid.scale + torch.where(curvature > 0, change, 0)
             better = grid.rescaled(scale)
             moved = (better.scale - grid.scale)[:, None]
             errors.addcmul_(codes, moved, value=-1)
-            gradient.addcmul_(products, moved, value=-1)
+            gradient.addcmul_(hessian_codes, moved, value=-1)
             self.grids[first] = better
             descend(errors, codes, gradient, block, better)
             self.codes[:, part] = codes
@@ -319,7 +319,7 @@ class _Solver:
             zeros=None if self.scheme.symmetric else (-lows).to(torch.uint8).cpu(),
         )
         error = None if factor.fallback else self._output_error(index, rows, factor.added)
-        return Solution(weight, error, factor.share, factor.raised, factor.fallback)
+        return Solution(weight, error, factor.damping, factor.raised, factor.fallback)
 
     def _output_error(self, index: int, rows: slice, added: float) -> float:
         sample = slice(rows.start, rows.stop, -(-(rows.stop - rows.start) // _ERROR_ROWS))
