@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     options = parser.parse_args(arguments)
     rows = [
-        (each.what, f"{each.qmix:.3f}", f"{each.bitsandbytes:.3f}", f"{each.ratio:.2f}")
+        (each.what, f"{each.qmix:.3f}", f"{each.bitsandbytes:.3f}", f"{each.ratio:.3g}")
         for each in time_nf4(options.rows, options.columns, options.rounds)
     ]
     sys.stdout.write(markdown.table(("what", "qmix s", "bitsandbytes s", "ratio"), rows))
