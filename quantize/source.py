@@ -122,7 +122,7 @@ class Source(Checkpoint):
             yield from pool.map(digest, names)
 
     def _compare(self, name: str, digest: str) -> None:
-        """Take the digest of a first reading, of a file not touched since it was opened, or compare."""
+        """Keep the digest of the first reading of a file that is as it was opened, or compare."""
         file = self.shards.entries[name].file
         if name not in self.digests and self._touched(file):
             raise _changed(file, f"written to before tensor {name} was read")

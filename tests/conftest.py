@@ -105,7 +105,7 @@ def shared():
 
 @pytest.fixture(params=("torch", "portable", "avx2", "avx512", "vnni"))
 def isa(request, monkeypatch, two_threads):
-    """Each instruction set that this processor has; the library is found anew for it, and after it."""
+    """Each instruction set that this processor has; the library is looked up before and after."""
     from qmix.kernels.cpu.isa import ISAS, VARIABLE
     from qmix.kernels.cpu.library import library
     from tests.support.cpu_kernels import best

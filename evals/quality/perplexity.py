@@ -298,7 +298,7 @@ def _perplexity(losses: Tensor) -> tuple[float, float]:
 
 
 def _quantile(values: Tensor, fraction: float) -> float:
-    """The smallest value that `fraction` of all do not exceed (torch.quantile takes at most 16 M)."""
+    """The smallest value that `fraction` of all do not exceed (torch.quantile stops at 16 M)."""
     return float(values.kthvalue(max(1, math.ceil(fraction * len(values)))).values)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qmix.config import MixtralConfig
 
-# The defaults of `qmix quantize`: windows of calibration text and positions a window, and the bytes of
+# The defaults of `qmix quantize`: windows of calibration text, positions a window, and the bytes of
 # tokens from which on they are kept in files.
 CALIBRATION_WINDOWS, CALIBRATION_POSITIONS = 256, 2048
 ACTIVATION_BYTES = 4 << 30

@@ -1,4 +1,4 @@
-"""The state machine of slots: random and adversarial sequences, copies that are slow, fail or come late."""
+"""The state machine of slots: random and adversarial sequences, copies that fail or come late."""
 
 import random
 from collections import OrderedDict
@@ -333,8 +333,10 @@ def lru_hits(steps, slots, held):
 
 
 def lru_token_hits(tokens, slots, held):
-    """The same a token at a time: looked up all at once, the missed ones admitted at its end, the most
-    recent first, in place of what the token did not use."""
+    """The same a token at a time: all looked up at once, the missed ones admitted at its end.
+
+    The most recent come first, in place of what the token did not use.
+    """
     cache = OrderedDict.fromkeys(held)
     hits = []
     for token in tokens:

@@ -3,9 +3,10 @@
     make goldens         # both set up .oracles/gptqmodel and run this file there, the first as
     make rivals          # make_gptqmodel.py, the second as make_gptqmodel.py MODEL TEXT OUT OPTIONS
 
-The first writes gptqmodel-VERSION.safetensors (single weights of every variant, each with the values
-that gptqmodel reads back), gptqmodel-VERSION/ (a Mixtral of one layer) and, packed and read by
-AutoGPTQ, auto-gptq-VERSION.safetensors. The second quantizes a Mixtral on 128 windows of 512 tokens
+The first writes gptqmodel-VERSION.safetensors (single weights of every variant, each with the
+values that gptqmodel reads back), gptqmodel-VERSION/ (a Mixtral of one layer) and, packed and read
+by AutoGPTQ, auto-gptq-VERSION.safetensors.
+The second quantizes a Mixtral on 128 windows of 512 tokens
 of a text, cut as `qmix quantize` cuts it. OPTIONS is a JSON object for gptqmodel's QuantizeConfig,
 such as {"group_size": 32}; its defaults hold otherwise.
 
@@ -99,7 +100,7 @@ def drawn_with_a_zero_of_0(seed):
 
 
 def solved(linear, inputs, config):
-    """A weight quantized by gptqmodel's solver: its scales, zeros and groups; `linear` is changed."""
+    """A weight quantized by gptqmodel's solver: its scales, zeros and groups; changes `linear`."""
     solver = GPTQ(linear, config)
     solver.quantizer.configure(perchannel=True)
     solver.add_batch(inputs, linear(inputs))
@@ -170,7 +171,7 @@ def older(seed, symmetric, act_order):
 
 @torch.no_grad()
 def awq(seed, group):
-    """The tensors of one weight rounded to nearest and packed as AWQ, and what is read from them."""
+    """The tensors of one weight rounded to nearest and packed as AWQ, and what they read as."""
     linear, _ = drawn_with_a_zero_of_0(seed)
     quantizer = Quantizer(QuantizeConfig(sym=False))
     quantizer.configure(perchannel=True)
@@ -227,7 +228,7 @@ def quantize(source, windows, out, options):
 
 
 def mixtral(out):
-    """Write the small Mixtral quantized; its dequantized weights and float32 logits, as read back."""
+    """Write the small Mixtral quantized; return its weights and float32 logits, as read back."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "source")
         shutil.copytree(TOKENIZER, source, ignore=shutil.ignore_patterns("model*", "*.md"))

@@ -5,7 +5,7 @@
     make goldens                                   # both, in environments that it sets up
 
 Kept as oracle: transformers 4.38.1, 4.47.1 and 5.23.0 (torch 2.13 CPU), eager attention, float32.
-Weights and inputs come from tests/support/exact.py, bit for bit, so that no checkpoint needs to be kept.
+Weights and inputs come from tests/support/exact.py, bit for bit, so that no checkpoint is kept.
 
 4.38.1 computes the auxiliary loss under a mask as if every token had two experts (twice the right
 value for one, an exception for three; corrected in transformers' PR 29363): those values are left

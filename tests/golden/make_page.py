@@ -4,9 +4,9 @@
     make goldens                           # all versions, in environments that it sets up
 
 Hidden states, attentions, padded batches, masks of four axes, fields of the config, sequence
-classification. Weights and inputs come from tests/support/exact.py, bit for bit. What a version cannot do
-is left out of its file: head_dim came after 4.47.1, masks of four axes and `output_router_logits`
-of a classifier after 4.38.1.
+classification. Weights and inputs come from tests/support/exact.py, bit for bit. What a version
+cannot do is left out of its file: head_dim came after 4.47.1, masks of four axes and
+`output_router_logits` of a classifier after 4.38.1.
 """
 
 import json
@@ -49,8 +49,8 @@ def classifier(config, seed, **changes):
 def classes(config, seed):
     """Logits and losses of the three kinds of labels.
 
-    Losses of three rows: in the fourth a pad stands inside the text, and the versions read different
-    positions.
+    Losses of three rows: in the fourth a pad stands inside the text, and the versions read
+    different positions.
     """
     batch, mask = exact.page_batch(seed)
     one, weighed, several = (labels[:3] for labels in exact.page_labels())

@@ -92,7 +92,7 @@ def test_bounds_are_those_of_the_references_table(slots, copied, slow_cpu, fast_
 
 @pytest.mark.parametrize(("gib", "slots"), [(8, 56), (12, 102), (16, 148), (20, 194), (24, 240)])
 def test_slots_are_near_the_references(gib, slots):
-    """It keeps 1.5 GB free for all; here the prompt's workspace and CUDA's own memory are counted."""
+    """It keeps 1.5 GB free for all; here the workspace and CUDA's own memory are counted."""
     found = plan(MIXTRAL, gpu=True, vram=gib * GIB, ram=32 * GIB)
     assert slots - 8 <= found.slots <= slots
     assert (found.host, found.disk) == (256, 0)
@@ -316,7 +316,7 @@ def test_the_disk_is_counted_in_the_bound():
 
 
 def test_work_is_the_logs():
-    """evals/LOG.md: 146 TFLOP a layer of 8 x 512 tokens; 83 PFLOP and 37 minutes in all of 256 x 2048."""
+    """evals/LOG.md: 146 TFLOP a layer of 8 x 512 tokens; 83 PFLOP, 37 minutes, for 256 x 2048."""
     assert quantize_cost.work(FULL, 8 * 512).flops == pytest.approx(146e12, rel=0.01)
     whole = quantize_cost.work(FULL, 256 * 2048)
     assert 32 * whole.flops == pytest.approx(83e15, rel=0.01)

@@ -29,7 +29,7 @@ def source(made, tmp_path):
 
 
 def flip(folder, name, at=-1):
-    """Change one byte of a tensor, and leave the file's times as they were as far as they can be."""
+    """Change one byte of a tensor, and leave the file's times as far as that can be done."""
     for path in folder.glob("*.safetensors"):
         info = safetensors_header.read_header(path).get(name)
         if info is not None:

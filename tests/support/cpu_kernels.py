@@ -1,4 +1,4 @@
-"""Random 4-bit weights for the CPU kernels, and the best instruction set that this processor has."""
+"""Random 4-bit weights for the CPU kernels, and the best instruction set of this processor."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
 
 @cache
 def best() -> int:
-    """The place in ISAS of the best of the instruction sets that this processor has; -1 without a compiler."""
+    """The place in ISAS of this processor's best instruction set; -1 without a compiler."""
     found = library().isa
     return ISAS.index(found) if found else -1
 

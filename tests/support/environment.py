@@ -1,4 +1,4 @@
-"""The environment of a test session: a home of its own, one thread a process, nothing of the user's.
+"""The environment of a test session: a home of its own, one thread a process, default signals.
 
 Children inherit it. Imports no torch, whose threads are counted when it is loaded.
 """
@@ -36,7 +36,7 @@ FIXED = {
 
 
 def enter() -> Path:
-    """Set the environment and the signals of this process; return its home, which the caller removes."""
+    """Set environment and signals of this process; return its home, which the caller removes."""
     home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
     for name in PRIVATE:
         os.environ.pop(name, None)

@@ -8,7 +8,7 @@ from qmix.kernels.attention import reference
 
 
 def flash_attn():
-    """The package's arithmetic in plain words: (B, S, H, d), inclusive bounds, aligned at the end."""
+    """The package's arithmetic spelled out: (B, S, H, d), inclusive bounds, aligned at the end."""
 
     def one(q, k, v, causal, window_size):
         assert causal

@@ -1,4 +1,4 @@
-"""The house: which room stands on which floor, who imports whom, and who owns a third-party package.
+"""The house: which room stands on which floor, who imports whom, who owns a package.
 
     python -m tests.support.house           # rooms, floors, arrows, circles, upward imports
     python -m tests.support.house --write   # the same table into qmix/DESIGN.md

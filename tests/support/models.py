@@ -17,7 +17,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def small_config(**changes):
-    """Three layers, eight experts, widths that make blocks straddle rows (96 is no multiple of 64)."""
+    """Three layers, eight experts, widths whose blocks straddle rows (96 is no multiple of 64)."""
     values = {
         "vocab_size": 128,
         "hidden_size": 64,

@@ -196,7 +196,7 @@ def checkpoint(
 
 
 def equal(first, second):
-    """Whether two directories hold the same weights to the bit, by module; returns their schemes."""
+    """Assert that two directories hold the same weights to the bit; return schemes by module."""
     ours, theirs = open_checkpoint(first), open_checkpoint(second)
     schemes = {}
     for a, b in zip(ours.tensors, theirs.tensors, strict=True):

@@ -115,7 +115,7 @@ def started(command, **options):
 
 
 class Terminal:
-    """A command in a pseudo-terminal that inherits, as a background job does, that Ctrl-C is ignored."""
+    """A command in a pseudo-terminal, started with Ctrl-C ignored, as a background job is."""
 
     # The new session takes the terminal as its own, so that Ctrl-C reaches it.
     OWN = (

@@ -63,7 +63,7 @@ def raw_tensors(state, config, *, stacked):
 
 
 def params(config, spelling):
-    """The document of params.json: of the hub's converter ("hf") or of mistral-inference ("dim")."""
+    """params.json, by the hub's converter ("hf") or by mistral-inference ("dim")."""
     if spelling == "hf":
         return {
             "hidden_size": config.hidden_size,

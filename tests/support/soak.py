@@ -20,7 +20,7 @@ def soaking():
 
 
 def examples(count, **options):
-    """Hypothesis settings for an expensive property: `count` examples, ten times as many in a soak."""
+    """Hypothesis settings for an expensive property: `count` examples, ten times that in a soak."""
     return settings(max_examples=count * (10 if soaking() else 1), **options)
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A source, what a whole run makes of it, and what runs leave that stop after one and two layers."""
+    """A source, what a whole run makes of it, and what runs of one and of two layers leave."""
     folder = tmp_path_factory.mktemp("made")
     source = write_source(folder / "source", num_hidden_layers=LAYERS, num_local_experts=2)
     with threads(1):
