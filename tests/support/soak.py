@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 # Busy machines are slow: no time is a failure. The gate draws the same examples in every run.
 _SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("gate", max_examples=40, derandomize=True, database=None, **_SETTINGS)
-settings.register_profile("soak", max_examples=400, print_blob=True, **_SETTINGS)
+settings.register_profile("soak", max_examples=500, print_blob=True, **_SETTINGS)
 settings.load_profile("gate")
 
 
