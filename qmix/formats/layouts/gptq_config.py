@@ -4,14 +4,15 @@ It has one scheme for most modules, and rules for the others (`dynamic`, as gptq
 0.33 read them). Knows nothing of tensors.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.layouts.module_patterns import expressions
+from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.tensor_names import INTEGER_KINDS, without_lists
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
@@ -20,10 +21,6 @@ FILE = "quantize_config.json"  # where AutoGPTQ put the settings, beside config.
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 _MAX_RULES = 1024
-# Some regular expressions take forever on a name of 60 characters. Those of real files have at most
-# three repetitions, and never repeat a group.
-_MAX_REPEATS, _MAX_OPTIONALS = 3, 8
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{]|\\[1-9]|\(\?P=")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +34,6 @@ class Rule:
     """
 
     text: str
-    pattern: re.Pattern[str]
     excluded: bool
     bits: int | None = None
     group_size: int | None = None
@@ -87,9 +83,18 @@ class GPTQConfig:
     rules: tuple[Rule, ...] = ()
     where: str = "no quantization_config"
 
+    @cached_property
+    def matcher(self) -> NameMatcher:
+        """The rules' expressions, in their order."""
+        expressions = (
+            (rule.text, rule.text.removeprefix("-:").removeprefix("+:")) for rule in self.rules
+        )
+        return NameMatcher(tuple(expressions), f"{self.where}: dynamic")
+
     def for_module(self, module: str) -> ModuleSettings:
         """The settings of one module, by its name in the files."""
-        rule = next((rule for rule in self.rules if rule.pattern.match(module)), None)
+        index = self.matcher.first(module)
+        rule = None if index is None else self.rules[index]
         settings = ModuleSettings(
             version=self.version,
             symmetric=self.symmetric,
@@ -157,7 +162,7 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
             found=repr(bits),
         )
     symmetric, lm_head = fields.get("sym", True), fields.get("lm_head", False)
-    return GPTQConfig(
+    config = GPTQConfig(
         version=_version(fields, where),
         symmetric=_flag(symmetric, f"{where}: sym"),
         bits=bits,
@@ -166,6 +171,8 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
         rules=_rules(fields.get("dynamic"), f"{where}: dynamic"),
         where=where,
     )
+    config.matcher  # noqa: B018 - reads the expressions, so that a wrong one is refused here
+    return config
 
 
 def _version(fields: Mapping[str, Any], where: str) -> int:
@@ -223,33 +230,15 @@ def _rules(dynamic: Any, where: str) -> tuple[Rule, ...]:
 
 def _rule(text: str, overrides: Any, where: str) -> Rule:
     where = f"{where}: {text[:80]}"
-    expression = text.removeprefix("-:").removeprefix("+:")
     if not isinstance(overrides, dict):
         raise CheckpointError(
             "wrong type", where=where, expected="an object", found=repr(overrides)[:80]
         )
-    intricate = (
-        len(re.findall(r"[*+{]", expression)) > _MAX_REPEATS
-        or expression.count("?") > _MAX_OPTIONALS
-        or _REPEATED_GROUP.search(expression)
-    )
-    if intricate:
-        raise UnsupportedError(
-            "the rule is too intricate to be matched safely",
-            where=where,
-            expected=f"at most {_MAX_REPEATS} repetitions, none of a group",
-            remedy="Write it as several simpler rules.",
-        )
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise CheckpointError("not a regular expression", where=where, found=str(error)) from None
     bits, symmetric = overrides.get("bits"), overrides.get("sym")
     if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
         raise CheckpointError("wrong bits", where=where, expected="2 to 8", found=repr(bits))
     return Rule(
         text=text,
-        pattern=pattern,
         excluded=text.startswith("-:"),
         bits=bits,
         group_size=_group_size(overrides.get("group_size"), f"{where}: group_size"),
