@@ -1,4 +1,4 @@
-"""Which of many expressions match a name: all at once, and never more than a bounded amount of work.
+"""Which of many expressions match a name: all at once, with a bounded amount of work.
 
 The characters of a name are taken one by one; what is known after each is remembered, so that the
 many names of a model, which are much alike, cost one look-up a character. Knows no layout.
