@@ -20,6 +20,9 @@ class PendingCopy(Protocol):
 class Copier(Protocol):
     """Moves bytes between host and device."""
 
+    def follow(self) -> None:
+        """Order this thread's device work after all that other threads have enqueued."""
+
     def copy(self, source: Tensor, target: Tensor) -> PendingCopy:
         """Start a copy that runs after all device work enqueued so far."""
 
@@ -54,6 +57,13 @@ class CudaCopier:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._current = torch.cuda.current_stream(device)  # of the last step's thread
+
+    def follow(self) -> None:
+        current = torch.cuda.current_stream(self._device)
+        if current != self._current:  # a thread may have chosen a stream of its own
+            current.wait_stream(self._current)
+            self._current = current
 
     def copy(self, source: Tensor, target: Tensor) -> PendingCopy:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -82,6 +92,9 @@ class FinishedCopy:
 
 class HostCopier:
     """Copies at once, where host memory stands in for the device's."""
+
+    def follow(self) -> None:
+        pass
 
     def copy(self, source: Tensor, target: Tensor) -> PendingCopy:
         target.copy_(source)

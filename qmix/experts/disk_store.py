@@ -7,20 +7,17 @@ kernels.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
+from contextlib import suppress
 
 from qmix.experts.arena import HostArena
+from qmix.experts.blob_reads import BlobReads
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency, Upload
 from qmix.experts.statistics import MovedBytes, Statistics
 from qmix.experts.store import Store
 from qmix.weights.blob import READ_BUFFERS
 from qmix.weights.expert import Expert
-
-# Of a layer's two chosen experts one is multiplied while the other is read. Where it was measured
-# (8x7B, 4 GiB, most of the file in the page cache) one thread and two differed by less than the
-# scatter.
-_THREADS = 2
 
 
 class DiskStore(Store):
@@ -35,6 +32,7 @@ class DiskStore(Store):
     def __init__(
         self, reader: ExpertReader, arena: HostArena, residency: Residency, per_layer: int
     ) -> None:
+        super().__init__()
         slots = len(residency.id_of_slot)
         assert len(arena) == slots + READ_BUFFERS, (len(arena), slots)
         assert residency.policy.settings.uploads == 0
@@ -42,8 +40,7 @@ class DiskStore(Store):
         self.residency, self.per_layer = residency, per_layer
         self._in_slots: list[Expert | None] = [None] * slots
         self._reads: dict[int, tuple[Upload, Future[Expert]]] = {}  # into slots, by expert
-        self._buffers: list[Future[Expert] | None] = [None] * READ_BUFFERS
-        self._pool = ThreadPoolExecutor(_THREADS, "qmix-read")
+        self._blob_reads = BlobReads(reader.read, arena)
         self._moved = MovedBytes()
         self.failures = 0  # of reads into buffers
         self._used: list[int] = []  # by the token under way
@@ -84,12 +81,9 @@ class DiskStore(Store):
     def start_reads(self, experts: Collection[int]) -> None:
         """Start to read the missing ones of a decode step's experts in one layer into slots.
 
-        There may be at most as many experts as slots. Unfinished reads of an interrupted step are
-        waited for first.
+        There may be at most as many experts as slots.
         """
         needed = set(experts)
-        for other in [expert for expert in self._reads if expert not in needed]:
-            self._finish_read(other)
         for expert in experts:
             upload = self.residency.fetch(expert, needed)
             if upload is not None and expert not in self._reads:
@@ -115,19 +109,14 @@ class DiskStore(Store):
         Args:
             prompt: whether the bytes count as a prompt's.
         """
-        previous = self._buffers[index]
-        if previous is not None:
-            wait([previous])  # it may still be running if a prompt was interrupted
-        blob = self.arena.blob(len(self._in_slots) + index)
-        read = self._pool.submit(self.reader.read, expert, blob)
-        self._buffers[index] = read
+        read = self._blob_reads.start(expert, len(self._in_slots) + index)
         if prompt:
             self._moved.prefill_disk += self.reader.file_bytes(expert)
         else:
             self._moved.disk += self.reader.file_bytes(expert)
         return read
 
-    def statistics(self) -> Statistics:
+    def _statistics(self) -> Statistics:
         self.end_token()
         slots = len(self._in_slots)
         return Statistics(
@@ -140,7 +129,7 @@ class DiskStore(Store):
         )
 
     def _read(self, upload: Upload) -> Future[Expert]:
-        return self._pool.submit(self.reader.read, upload.expert, self.arena.blob(upload.slot))
+        return self._blob_reads.start(upload.expert, upload.slot)
 
     def _finish_read(self, expert: int) -> None:
         """Wait for a read and publish it. If the wait is interrupted, the read goes on."""
@@ -154,3 +143,12 @@ class DiskStore(Store):
         del self._reads[expert]
         self._in_slots[upload.slot] = weights
         self.residency.ready(upload)
+
+    def _begin_step(self, whole: bool) -> None:
+        if whole:
+            return
+        for expert in list(self._reads):
+            with suppress(Exception):  # counted; read again where it is needed
+                self._finish_read(expert)
+        self.residency.repair()
+        self._used, self._layer = [], -1

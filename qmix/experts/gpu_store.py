@@ -55,6 +55,7 @@ class DeviceStore(Store):
         fill: Fill | None = None,
         arena: HostArena | None = None,
     ) -> None:
+        super().__init__()
         self.slots, self.residency, self.in_place = slots, residency, in_place
         self.path = MissPathSelector()
         self.layers, self.per_layer = addresses.shape
@@ -163,7 +164,7 @@ class DeviceStore(Store):
             self._prefill.begin()
         return self._prefill.addresses(layer)
 
-    def statistics(self) -> Statistics:
+    def _statistics(self) -> Statistics:
         self._end_fetching()
         on_host = self._sources.on_host
         return Statistics(
@@ -176,6 +177,16 @@ class DeviceStore(Store):
             path_switches=self.path.switches,
             **self._moved.fields(self.residency.counts),
         )
+
+    def _begin_step(self, whole: bool) -> None:
+        self._copier.follow()
+        if whole:
+            return
+        self._finish(join=True)
+        self._prefill.forget()
+        self.residency.repair()
+        self._routes, self._used, self._layer = [], [], -1
+        self._table.write()
 
     def _start(self, uploads: Sequence[Upload]) -> None:
         """Start copies into slots that nothing reads: the table is written without them."""

@@ -83,8 +83,12 @@ class PrefillStream:
         if not self.borrowed:
             return False
         self._residency.return_slots(self.borrowed)
-        self.borrowed, self._ahead, self._layer = (), {}, -1
+        self.forget()
         return True
+
+    def forget(self) -> None:
+        """The prompt was interrupted, and nothing is borrowed any more."""
+        self.borrowed, self._ahead, self._layer = (), {}, -1
 
     def _experts(self, layer: int) -> range:
         return range(layer * self._per_layer, (layer + 1) * self._per_layer)

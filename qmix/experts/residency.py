@@ -4,7 +4,8 @@
             |  failed: FREE             BORROWED <-> FREE (buffers of a prefill)
 
 A slot's generation counts its fillings. A report about an earlier filling is late, and changes
-nothing. All calls come from one thread, and none waits. Knows no tensors, no bytes and no clock.
+nothing. Calls come from one thread at a time, and none waits. Knows no tensors, no bytes and no
+clock.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -175,6 +176,22 @@ class Residency:
             self.id_of_slot[upload.slot] = -1
             self.states[upload.slot] = SlotState.FREE
             self.counts.failures += 1
+
+    def repair(self) -> None:
+        """Bring the slots into order after an interruption, which may have come at any point.
+
+        No copy is under way any more, or its report will be late, and no slot is borrowed. A slot
+        stays READY if it and its expert know each other; otherwise it is free.
+        """
+        self._filling.clear()
+        self._fetched_ready.clear()
+        for slot, expert in enumerate(self.id_of_slot):
+            known = expert >= 0 and self.slot_of_id[expert] == slot
+            if self.states[slot] is not SlotState.READY or not known:
+                self.id_of_slot[slot], self.states[slot] = -1, SlotState.FREE
+        for expert, slot in enumerate(self.slot_of_id):
+            if slot >= 0 and self.id_of_slot[slot] != expert:
+                self.slot_of_id[expert] = -1
 
     def borrow(self, count: int) -> tuple[int, ...]:
         """Take slots as buffers: free ones first, then those of the experts with the lowest keys,

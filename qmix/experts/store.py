@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,16 +10,40 @@ from torch import Tensor
 from qmix.errors import UnsupportedError, UsageError
 from qmix.experts.layer_experts import Experts
 from qmix.experts.statistics import Statistics
+from qmix.experts.turns import Turns
 from qmix.kernels import Routes
 from qmix.weights.expert import Expert
 
+Result = TypeVar("Result")
+
 
 class Store(ABC):
-    """Keeps a model's experts where they fit."""
+    """Keeps a model's experts where they fit.
+
+    Several threads may use it: a pass through a model's layers is a step, and steps take turns.
+    """
+
+    def __init__(self) -> None:
+        self._turns = Turns()
+
+    def in_turn(self, step: Callable[[], Result]) -> Result:
+        """Run a step when no other thread's is under way; see Turns.take."""
+        return self._turns.take(self._begin_step, step)
+
+    def statistics(self) -> Statistics:
+        """What the store has done so far, between two steps."""
+        return self.in_turn(self._statistics)
 
     @abstractmethod
-    def statistics(self) -> Statistics:
-        """What the store has done so far. Called between steps."""
+    def _statistics(self) -> Statistics: ...
+
+    @abstractmethod
+    def _begin_step(self, whole: bool) -> None:
+        """Called before each step.
+
+        Args:
+            whole: the step before ended; if not, it must be cleared away first.
+        """
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -57,7 +81,7 @@ class StoredExperts(Experts):
                 "an offloaded model computes no gradients",
                 remedy="Load it without vram= and ram= to train, or use torch.no_grad().",
             )
-        return self._forward(x, routes, act)
+        return self.store.in_turn(lambda: self._forward(x, routes, act))
 
     @abstractmethod
     def _forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor: ...

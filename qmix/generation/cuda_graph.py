@@ -4,6 +4,7 @@ Knows no model: only a function whose launches are the same each time.
 """
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -11,11 +12,17 @@ from torch import Tensor
 # Runs before the recording: Triton compiles and torch plans in them, which a graph cannot record.
 _WARM_UP = 3
 
+# A recording takes over torch's global generator. Hold this where another thread may sample with
+# that one, which is an error during a recording.
+RECORDING = Lock()
+
 
 def record(
     launch: Callable[[], None], changed: Sequence[Tensor], generator: torch.Generator | None
 ) -> torch.cuda.CUDAGraph:
     """A graph that replays what `launch` launches on the current device.
+
+    One thread records at a time. Other threads may use the device meanwhile.
 
     Args:
         launch: is called a few times before; what these calls change must not matter, or is named
@@ -38,6 +45,6 @@ def record(
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    with RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         launch()
     return graph

@@ -29,6 +29,8 @@ from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense
 from qmix.weights.packed.layout import PackedMatrix
 
+_UNKNOWN = -1  # the length of a decoder whose step was interrupted
+
 
 @dataclass(frozen=True, eq=False)
 class _LayerWeights:
@@ -163,6 +165,12 @@ class StaticDecoder:
         Args:
             ids: (B,) or (B, 1); None: `self.ids` as they are.
         """
+        if self._store is None:
+            return self._step(ids)
+        return self._store.in_turn(lambda: self._step(ids))
+
+    def _step(self, ids: Tensor | None) -> Tensor:
+        length, self._length = self._length, _UNKNOWN
         if ids is not None:
             self.ids.copy_(ids.reshape(-1))
         if self._store is not None:
@@ -177,13 +185,14 @@ class StaticDecoder:
             self._graph.replay()
         if self._store is not None:
             self._store.log(self._route_log)
-        self._length += 1
+        self._length = length + 1
         return self.logits
 
     @torch.no_grad()
     def seek(self, length: int) -> None:
         """Continue after the first `length` columns of the cache."""
         if length != self._length:
+            self._length = _UNKNOWN
             self.past.fill_(length)
             self._length = length
 

@@ -5,12 +5,14 @@ models.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
+from qmix.generation import cuda_graph
 from qmix.generation.config import GenerationConfig
 from qmix.generation.logits_processors import (
     LogitsProcessor,
@@ -100,7 +102,9 @@ class TokenSelector:
             QmixError: the scores hold no finite maximum.
         """
         scores = self._scores(logits, input_ids, attention_mask, new_tokens)
-        return SampledStep(logits, scores, self._sampling.choose(scores, self._generator).cpu())
+        with nullcontext() if self._generator or self._sampling.greedy else cuda_graph.RECORDING:
+            ids = self._sampling.choose(scores, self._generator)
+        return SampledStep(logits, scores, ids.cpu())
 
     def _scores(
         self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int

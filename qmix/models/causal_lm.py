@@ -4,7 +4,6 @@ Knows no bits and no files: those come through qmix.models.load. Shape letters a
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from qmix.generation.static_decoder import StaticDecoders
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn
+from qmix.models.evaluation_mode import EvaluationMode
 from qmix.models.inputs import CausalLMInputs, Pairs, takes
 from qmix.models.mixtral import MixtralModel
 from qmix.models.pretrained import PreTrainedModel
@@ -43,6 +43,7 @@ class MixtralForCausalLM(PreTrainedModel):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.tokenizer: LlamaTokenizer | None = None
         self.static_decoders = StaticDecoders()
+        self._evaluation_mode = EvaluationMode()
         self.tie_weights()
 
     def read_generation_config(self, directory: Path) -> None:
@@ -193,7 +194,9 @@ class MixtralForCausalLM(PreTrainedModel):
 
         Raises:
             UsageError: an unknown option, a value outside its range, or another model's cache.
+            UnsupportedError: as Decoder.decode, after a fork.
         """
+        self.check_process()
         config = self._generation_config(generation_config).updated(options)
         if isinstance(input_ids, Tensor):
             input_ids = input_ids.to(self.device)
@@ -207,18 +210,8 @@ class MixtralForCausalLM(PreTrainedModel):
             logits_processor=logits_processor or (),
             stopping_criteria=stopping_criteria or (),
         )
-        with self._evaluating():
+        with self._evaluation_mode.during(self):
             return generation.generate(self, inputs, streamer)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """In evaluation mode; afterwards in the mode of before."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
 
     def _generation_cache(self, past: KVCache | Pairs | None) -> KVCache | None:
         if isinstance(past, (tuple, list)):
@@ -257,7 +250,7 @@ class MixtralForCausalLM(PreTrainedModel):
         ids = torch.tensor([self.tokenizer.encode(prompt)])
         config = self.generation_config.updated(options)
         inputs = GenerationInputs(ids, config, tokenizer=self.tokenizer)
-        with self._evaluating():
+        with self._evaluation_mode.during(self):
             for token in generation.stream(self, inputs):
                 if token.texts[0]:
                     yield token.texts[0]

@@ -234,6 +234,11 @@ class PreTrainedModel(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def check_process(self) -> None:
+        """Raise UnsupportedError where a forked process cannot use the model; see MadeHere."""
+        decoder = next(m for m in self.modules() if isinstance(m, Decoder))
+        decoder.made_here.check(self.device)
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -243,7 +248,12 @@ class PreTrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def new_cache(self, batch: int = 1, capacity: int = 0) -> KVCache:
-        """An empty cache for this model, with storage for `capacity` positions."""
+        """An empty cache for this model, with storage for `capacity` positions.
+
+        Raises:
+            UnsupportedError: as Decoder.decode, after a fork.
+        """
+        self.check_process()
         return KVCache(self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity)
 
 

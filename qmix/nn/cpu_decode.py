@@ -67,8 +67,8 @@ class CompiledLayer:
     """A layer as the compiled code takes it, made anew when its weights have changed."""
 
     def __init__(self) -> None:
-        self._made_of: tuple[object, ...] | None = None
-        self._result: TokenLayer | WhyNot = WhyNot.NO_KERNELS
+        # What it was made of, and the result: one value, which threads replace at once.
+        self._made: tuple[object, TokenLayer | WhyNot] = (None, WhyNot.NO_KERNELS)
 
     def of(self, layer: LayerModules) -> TokenLayer | WhyNot:
         """The layer, without its experts where those are multiplied elsewhere."""
@@ -91,9 +91,11 @@ class CompiledLayer:
         if isinstance(router, Dense):
             dense.append(router.data)
         made_of = projections, experts, [(part.data_ptr(), part.dtype) for part in dense]
-        if self._made_of != made_of:
-            self._made_of, self._result = made_of, _compiled(layer, projections, dense, experts)
-        return self._result
+        last, result = self._made
+        if last != made_of:
+            result = _compiled(layer, projections, dense, experts)
+            self._made = made_of, result
+        return result
 
     def __reduce__(self) -> tuple[object, ...]:
         """The weights of a copy lie elsewhere."""

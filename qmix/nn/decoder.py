@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.experts.store import Store
 from qmix.kernels.attention import Implementation
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import Cache
 from qmix.nn.cpu_decode import WhyNot, decode_token
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import RMSNorm
+from qmix.nn.moe import SparseMoeBlock
+from qmix.nn.process import MadeHere
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,15 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.made_here = MadeHere()
+
+    @property
+    def _experts_store(self) -> Store | None:
+        """The store that keeps the experts, if one does."""
+        for module in self.layers[0].modules():
+            if isinstance(module, SparseMoeBlock):
+                return module.offloaded
+        return None
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, S) -> (B, S, D).
@@ -79,7 +91,11 @@ class Decoder(nn.Module):
             attn_mask: (B or 1, H or 1, S, L), replaces causality, window and `padding_mask`.
             output_hidden_states, output_attentions: return them too. The weights are computed by
                 eager attention, whatever the model's implementation is.
+
+        Raises:
+            UnsupportedError: the process was forked after the model was made; see MadeHere.
         """
+        self.made_here.check(x.device)
         new = x.shape[1]
         past = cache.length if cache is not None else 0
         if position_ids is None:
@@ -102,7 +118,13 @@ class Decoder(nn.Module):
             attentions=[] if output_attentions else None,
         )
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
-        x, router_logits = self._through_layers(x, context, hidden_states)
+        store, embedded = self._experts_store, x
+        if store is None:
+            x, router_logits = self._through_layers(x, context, hidden_states)
+        else:
+            x, router_logits = store.in_turn(
+                lambda: self._through_layers(embedded, context, hidden_states)
+            )
         if cache is not None:
             cache.advance(new)
         x = self.norm(x)

@@ -42,6 +42,9 @@ class Late:
         self.bytes = 0
         self.under_way = []
 
+    def follow(self):
+        pass
+
     def copy(self, source, target):
         target.random_(0, 256)
         self.bytes += len(source)
