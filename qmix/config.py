@@ -137,7 +137,7 @@ class MixtralConfig:
 
     def __getattr__(self, name: str) -> Any:
         extra = self.__dict__.get("extra", {})
-        if name in extra:
+        if name in extra and not name.startswith("__"):  # copy and pickle look for such methods
             return extra[name]
         raise AttributeError(f"MixtralConfig has no field {name!r}")
 

@@ -1,6 +1,7 @@
 """JSON as a safe format: no NaN, no duplicate keys, no endless nesting, limited size.
 
-Files are written whole or not at all. Knows nothing of what a document means.
+Numbers fit a float, and text is Unicode. Files are written whole or not at all. Knows nothing of
+what a document means.
 """
 
 import json
@@ -8,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qmix import atomic_file
+from qmix import atomic_file, regular_file
 from qmix.errors import CheckpointError
 
 CONFIG_BYTES = 1 << 20
 INDEX_BYTES = 64 << 20
+
+_DEPTH = 64  # what is read can be written again, however deep the caller's stack is
+_DIGITS = 308  # more do not fit a float
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -22,8 +26,14 @@ def _refuse_constant(text: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text} does not fit a float")
+        raise ValueError(f"{text[:40]} does not fit a float")
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text)} digits does not fit a float")
+    return int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -37,11 +47,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
+def _check_depth(document: object) -> None:
+    level = [document]
+    for _ in range(_DEPTH):
+        inner: list[object] = []
+        for value in level:
+            if isinstance(value, (dict, list)):
+                values = value.values() if isinstance(value, dict) else value
+                inner += [each for each in values if isinstance(each, (dict, list))]
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"nested more than {_DEPTH} levels deep")
+
+
 def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
     """Parse one JSON object; `where` names it in errors.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object; a duplicate key, NaN or infinity.
+        CheckpointError: not UTF-8, not JSON, not an object; a duplicate key, NaN or infinity, a
+            number that does not fit a float, a lone surrogate, or 64 levels of nesting.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -50,7 +75,11 @@ def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
+            parse_int=_whole,
         )
+        _check_depth(document)
+        if "\\u" in text:  # only an escape can give half of a pair
+            json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise CheckpointError("not valid JSON", where=where, found=reason[:200]) from None
@@ -62,27 +91,12 @@ def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
 
 
 def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
-    """Read one JSON object from a file of at most `limit_bytes`; see loads and read_bytes."""
-    return loads(read_bytes(path, limit_bytes=limit_bytes), where=str(path))
-
-
-def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
-    """Read a regular file of at most `limit_bytes`.
+    """Read one JSON object from a regular file of at most `limit_bytes`; see loads.
 
     Raises:
-        CheckpointError: it is missing, is not a regular file, is larger, or cannot be read.
+        CheckpointError: as loads and qmix.regular_file.read.
     """
-    try:
-        if not path.is_file():
-            raise CheckpointError("no such file", where=str(path))
-        size = path.stat().st_size
-        if size > limit_bytes:
-            raise CheckpointError(
-                "file too large", where=str(path), expected=f"at most {limit_bytes} B", found=size
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError("cannot be read", where=str(path), found=error.strerror) from error
+    return loads(regular_file.read(path, limit_bytes=limit_bytes), where=str(path))
 
 
 def write(path: Path, document: Mapping[str, Any], *, indent: int | None = 2) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmix import strict_json
+from qmix import regular_file
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import companions
@@ -173,7 +173,7 @@ def _documents(directory: Path) -> dict[str, str]:
     """SHA-256 of the files that decide or join the output besides the tensors, by name."""
     return {
         name: hashlib.sha256(
-            strict_json.read_bytes(directory / name, limit_bytes=companions.MAX_BYTES)
+            regular_file.read(directory / name, limit_bytes=companions.MAX_BYTES)
         ).hexdigest()
         for name in ("config.json", *companions.NAMES)
         if (directory / name).is_file()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmix import regular_file
 from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
 from qmix.evals.quality.layer_streaming import Scorer
 from qmix.formats import Checkpoint, open_checkpoint
@@ -217,20 +218,9 @@ def read_text(data: Path) -> Text:
     Raises:
         CheckpointError: not a file, unreadable, over 1 GiB, empty or not UTF-8.
     """
+    raw = regular_file.read(data, limit_bytes=_TEXT_BYTES)
     try:
-        if not data.is_file():
-            raise CheckpointError("no such file", where=str(data))
-        if data.stat().st_size > _TEXT_BYTES:
-            raise CheckpointError(
-                "file too large",
-                where=str(data),
-                expected=f"at most {_TEXT_BYTES} B",
-                found=data.stat().st_size,
-            )
-        raw = data.read_bytes()
         content = raw.decode("utf-8")
-    except OSError as error:
-        raise CheckpointError("cannot be read", where=str(data), found=error.strerror) from None
     except UnicodeDecodeError as error:
         raise CheckpointError(
             "not UTF-8",

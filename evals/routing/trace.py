@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qmix import strict_json
+from qmix import regular_file, strict_json
 from qmix.errors import CheckpointError, UsageError
 
 FORMAT, VERSION = "qmix-trace", 1
@@ -132,7 +132,7 @@ def read_trace(path: Path) -> Trace:
     Raises:
         CheckpointError: not a trace, another version, or a damaged line, which is named.
     """
-    content = strict_json.read_bytes(path, limit_bytes=_TRACE_BYTES)
+    content = regular_file.read(path, limit_bytes=_TRACE_BYTES)
     lines = content.decode("ascii", "replace").splitlines()
     header = _header(lines[0] if lines else "", str(path))
     tokens, gates = [], []

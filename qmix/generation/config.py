@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qmix import strict_json
+from qmix import regular_file, strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UsageError
 from qmix.generation.sampling import Sampling
 
 MAX_NEW_TOKENS = 1 << 24
+_MAX_ID = (1 << 31) - 1
 
 _LEAST = (  # integers, each with its smallest value
     ("max_new_tokens", 1),
@@ -54,7 +55,7 @@ class GenerationConfig:
         seed: for sampling; None takes torch's global generator.
         stop_strings: a row ends once its new text contains one of these; its ids keep the string,
             a stream of text leaves it out.
-        eos_token_id: ids that end a row; None: the model's own, or none.
+        eos_token_id: ids that end a row, -1 for none; None: the model's own, or none.
         pad_token_id: fills rows that ended before others; default: the first eos id, else 0.
         bos_token_id: the checkpoint's; generation does not use it.
         num_return_sequences: samples per row; more than one needs do_sample.
@@ -117,10 +118,15 @@ class GenerationConfig:
     def _check_ids(self) -> None:
         for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
             value = getattr(self, name)
+            if value is None:
+                continue
             several = name == "eos_token_id" and isinstance(value, (list, tuple))
-            if any(type(index) is not int for index in (value if several else [value or 0])):
+            if not all(_is_id(index, least=-1) for index in (value if several else [value])):
                 raise UsageError(
-                    "wrong type", where=name, expected="a token id", found=repr(value)[:80]
+                    "not a token id",
+                    where=name,
+                    expected=f"an integer from 0 to {_MAX_ID} (-1: none)",
+                    found=repr(value)[:80],
                 )
         words = self.bad_words_ids
         if words is not None and not (
@@ -192,9 +198,9 @@ class GenerationConfig:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The end-of-sequence ids."""
-        if self.eos_token_id is None:
-            return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else (*self.eos_token_id,)
+        value = () if self.eos_token_id is None else self.eos_token_id
+        ids = (value,) if isinstance(value, int) else value
+        return tuple(index for index in ids if index >= 0)
 
     @property
     def pad_id(self) -> int:
@@ -212,7 +218,7 @@ class GenerationConfig:
         Other entries of generation_config.json are ignored: how to sample is the user's choice.
 
         Raises:
-            CheckpointError: an id in generation_config.json is not an integer.
+            CheckpointError: generation_config.json is damaged, or an id in it is none.
         """
         own = cls(
             eos_token_id=config.eos_token_ids or None,
@@ -220,7 +226,7 @@ class GenerationConfig:
             bos_token_id=config.bos_token_id,
         )
         path = directory / "generation_config.json" if directory is not None else None
-        if path is None or not path.is_file():
+        if path is None or not regular_file.exists(path):
             return own
         document = strict_json.read(path)
         names = ("eos_token_id", "pad_token_id", "bos_token_id")
@@ -274,9 +280,11 @@ class GenerationConfig:
 
 
 def _is_word(word: object) -> bool:
-    if not isinstance(word, (list, tuple)) or not word:
-        return False
-    return all(type(index) is int and index >= 0 for index in word)
+    return isinstance(word, (list, tuple)) and bool(word) and all(map(_is_id, word))
+
+
+def _is_id(index: object, least: int = 0) -> bool:
+    return type(index) is int and least <= index <= _MAX_ID
 
 
 def _wrong(where: str, expected: str, found: object) -> UsageError:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qmix.errors import UsageError
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def check_prompt(input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -27,7 +27,7 @@ def check_prompt(input_ids: Tensor | None, attention_mask: Tensor | None) -> Non
         raise UsageError(
             "not a batch of token ids",
             where="input_ids",
-            expected="an integer tensor [batch, sequence]",
+            expected="an int64 or int32 tensor [batch, sequence]",
             found=_described(input_ids),
         )
     if not input_ids.numel():
@@ -62,16 +62,34 @@ def check_embeds(inputs_embeds: Tensor | None, attention_mask: Tensor | None, wi
 
 
 def checked_mask(attention_mask: object) -> Tensor:
-    """The attention mask, of any shape and dtype.
+    """The attention mask, of any shape: 0 and 1 in any dtype, or floats to add to the scores.
 
     Raises:
-        UsageError: it is not a tensor.
+        UsageError: it is not a tensor, or holds other values: of 2 axes others than 0 and 1, of 4
+            axes NaN or positive infinity.
     """
-    if isinstance(attention_mask, Tensor):
+    if not isinstance(attention_mask, Tensor):
+        raise UsageError(
+            "wrong type",
+            where="attention_mask",
+            expected="a tensor",
+            found=_described(attention_mask),
+        )
+    if attention_mask.dtype == torch.bool:
         return attention_mask
-    raise UsageError(
-        "wrong type", where="attention_mask", expected="a tensor", found=_described(attention_mask)
-    )
+    added = attention_mask.dim() == 4 and attention_mask.is_floating_point()
+    if added:
+        good = attention_mask < float("inf")  # as is no NaN
+    else:
+        good = (attention_mask == 0) | (attention_mask == 1)
+    if not bool(good.all()):
+        raise UsageError(
+            "wrong value",
+            where="attention_mask",
+            expected="finite floats or -inf" if added else "0 at padding and 1 elsewhere",
+            found=attention_mask[~good].flatten()[0].item(),
+        )
+    return attention_mask
 
 
 def left_padded(columns: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

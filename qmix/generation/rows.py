@@ -28,7 +28,7 @@ class Rows:
     def __init__(self, inputs: GenerationInputs, device: torch.device) -> None:
         """`inputs` must be padded on the left."""
         prompt_ids = inputs.prompt_ids
-        self.input_ids = prompt_ids.to(device)
+        self.input_ids = prompt_ids.to(device, torch.int64)
         self.attention_mask = without_full_mask(inputs.attention_mask, device)
         self.ended = torch.zeros(len(prompt_ids), dtype=torch.bool)
         self._criteria: Sequence[StoppingCriterion] = inputs.stopping_criteria

@@ -43,7 +43,7 @@ class Sampling:
                 "out of range",
                 where="top_k",
                 expected="an integer of at least 0 (0 keeps all)",
-                found=repr(self.top_k),
+                found=repr(self.top_k)[:80],
             )
         _within("top_p", self.top_p, 0.0, 1.0)
         _within("min_p", self.min_p, 0.0, 1.0)
@@ -155,5 +155,5 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
 def _within(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise UsageError(
-            "out of range", where=name, expected=f"{low:g} to {high:g}", found=repr(value)
+            "out of range", where=name, expected=f"{low:g} to {high:g}", found=repr(value)[:80]
         )

@@ -19,6 +19,8 @@ from qmix.nn.decoder import Decoder
 from qmix.nn.linear import initialise
 from qmix.nn.outputs import MoeModelOutputWithPast
 
+_MAX_POSITION = 1 << 28  # the largest max_position_embeddings of a config
+
 
 class MixtralModel(PreTrainedModel, Decoder):
     """The decoder without a head: ids or embeddings in, hidden states out.
@@ -65,8 +67,8 @@ class MixtralModel(PreTrainedModel, Decoder):
         cache = self._cache(inputs.past_key_values, inputs.use_cache, batch, new)
         past = cache.length if cache is not None else 0
         position_ids = inputs.position_ids
-        if position_ids is not None and position_ids.shape not in ((batch, new), (1, new)):
-            raise _wrong_shape("position_ids", f"[{batch}, {new}]", position_ids)
+        if position_ids is not None:
+            _check_positions(position_ids, batch, new)
         padding_mask, attn_mask = self._masks(inputs.attention_mask, batch, past, new)
         decoded = self.decode(
             x,
@@ -168,3 +170,25 @@ class MixtralModel(PreTrainedModel, Decoder):
 
 def _wrong_shape(where: str, expected: str, tensor: Tensor) -> UsageError:
     return UsageError("wrong shape", where=where, expected=expected, found=list(tensor.shape))
+
+
+def _check_positions(position_ids: object, batch: int, new: int) -> None:
+    integers = isinstance(position_ids, Tensor) and position_ids.dtype in (torch.int64, torch.int32)
+    if not isinstance(position_ids, Tensor) or not integers:
+        raise UsageError(
+            "not positions",
+            where="position_ids",
+            expected=f"an int64 or int32 tensor [{batch}, {new}]",
+            found=position_ids.dtype if isinstance(position_ids, Tensor) else type(position_ids),
+        )
+    if position_ids.shape not in ((batch, new), (1, new)):
+        raise _wrong_shape("position_ids", f"[{batch}, {new}]", position_ids)
+    if not position_ids.is_cuda and not bool(  # on a GPU the check would wait for it
+        ((position_ids >= 0) & (position_ids < _MAX_POSITION)).all()
+    ):
+        raise UsageError(
+            "no such position",
+            where="position_ids",
+            expected=f"0 to {_MAX_POSITION - 1}",
+            found=f"{int(position_ids.min())} to {int(position_ids.max())}",
+        )

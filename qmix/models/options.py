@@ -10,6 +10,8 @@ import torch
 from qmix.errors import ResourceError, UsageError
 from qmix.planning.byte_sizes import parse_size
 
+_MAX_CONTEXT = 1 << 28  # the largest max_position_embeddings of a config
+
 
 @dataclass(frozen=True, init=False)
 class LoadOptions:
@@ -45,6 +47,15 @@ class LoadOptions:
             ResourceError: a CUDA device is asked for and none is available.
         """
         target = parse_device(device)
+        if max_context is not None and (
+            type(max_context) is not int or not 1 <= max_context <= _MAX_CONTEXT
+        ):
+            raise UsageError(
+                "out of range",
+                where="max_context",
+                expected=f"an integer from 1 to {_MAX_CONTEXT}",
+                found=repr(max_context)[:80],
+            )
         if vram is not None and target.type != "cuda":
             raise UsageError(
                 "the CPU has no device memory to budget",
@@ -75,7 +86,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in known:
         raise UsageError(
-            "no such dtype", where="dtype", expected="one of " + ", ".join(known), found=name
+            "no such dtype", where="dtype", expected="one of " + ", ".join(known), found=name[:80]
         )
     return known[name]
 
@@ -91,9 +102,9 @@ def parse_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         raise UsageError(
-            "no such device", where="device", found=str(error).split("\n")[0]
+            "no such device", where="device", expected="cpu or cuda", found=repr(device)[:80]
         ) from None
     if target.type not in ("cpu", "cuda"):
         raise UsageError(

@@ -197,6 +197,13 @@ class PreTrainedModel(nn.Module):
             UsageError: an unknown name.
             UnsupportedError: what it needs is not installed.
         """
+        if name is not None and not isinstance(name, str):
+            raise UsageError(
+                "wrong type",
+                where="attn_implementation",
+                expected="a name or None",
+                found=repr(name)[:80],
+            )
         chosen = attention.checked_implementation(name)
         for module in self.modules():
             if isinstance(module, Decoder):

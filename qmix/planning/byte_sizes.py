@@ -28,17 +28,17 @@ def parse_size(size: str | int, *, where: str, least: int = 0, most: int = _LARG
     digits = text.rstrip("BbIiKkMmGgTt ")
     unit = text[len(digits) :].strip().upper()
     if unit in _UNITS and digits.isascii() and digits.replace(".", "", 1).isdigit():
-        nbytes = int(float(digits) * _UNITS[unit])
+        nbytes = float(digits) * _UNITS[unit]
         if least <= nbytes <= most:
-            return nbytes
+            return int(nbytes)
         raise UsageError(
             "a size out of range",
             where=where,
             expected=f"{show(least)} to {show(most)}",
-            found=text,
+            found=text[:80],
         )
     raise UsageError(
-        "not a size", where=where, expected="a size such as 24G, 500MB or 1.5TiB", found=text
+        "not a size", where=where, expected="a size such as 24G, 500MB or 1.5TiB", found=text[:80]
     )
 
 

@@ -5,6 +5,7 @@ The layout is sentencepiece's sentencepiece_model.proto. Knows nothing of tokens
 
 from pathlib import Path
 
+from qmix import regular_file
 from qmix.errors import CheckpointError
 
 MODEL_FILE = "tokenizer.model"
@@ -15,27 +16,10 @@ def read_model(file: Path) -> bytes:
     """The bytes of a `tokenizer.model`.
 
     Raises:
-        CheckpointError: no such file, too large, or unreadable.
+        CheckpointError: missing, not a regular file, too large, or unreadable.
     """
-    try:
-        if not file.is_file():
-            raise CheckpointError(
-                "no such file",
-                where=str(file),
-                remedy=f"Give a local checkpoint directory that holds {MODEL_FILE}.",
-            )
-        size = file.stat().st_size
-        if size > MODEL_BYTES:
-            raise CheckpointError(
-                "file too large",
-                where=str(file),
-                expected=f"at most {MODEL_BYTES} B",
-                found=size,
-                remedy="Download it again; Mixtral's tokenizer.model has 493443 B.",
-            )
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError("cannot be read", where=str(file), found=error.strerror) from error
+    missing = f"Give a local checkpoint directory that holds {MODEL_FILE}."
+    return regular_file.read(file, limit_bytes=MODEL_BYTES, missing=missing)
 
 
 def damaged(where: str, found: str) -> CheckpointError:

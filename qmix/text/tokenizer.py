@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # sentencepiece's mark for a space inside a piece. Typed by a user it decodes to a space, so it is
 # the one character that does not survive the round trip.
 SPACE_MARK = "\u2581"
+_MAX_PIECES = 1 << 18  # more than any published vocabulary
 
 
 class LlamaTokenizer:
@@ -59,7 +60,10 @@ class LlamaTokenizer:
             raise damaged(where, str(error)[:120]) from None
         self._model = model
         self._config = TokenizerConfig(config or {}, str(Path(where).with_name(CONFIG_FILE)))
-        self.pieces = _pieces(self._sp, self._config)
+        try:
+            self.pieces = _pieces(self._sp, self._config)
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise damaged(where, str(error)[:120]) from None
         self._ids = {name: i for i, name in reversed(list(enumerate(self.pieces.names)))}
         self.padding_side = "left"
         self.add_bos_token = self._config.flag("add_bos_token", True)
@@ -318,6 +322,8 @@ class LlamaTokenizer:
 def _pieces(sp: Any, config: TokenizerConfig) -> Pieces:
     """The pieces of a sentencepiece model, followed by the added tokens of its config."""
     size = sp.get_piece_size()
+    if size > _MAX_PIECES:
+        raise ValueError(f"{size} pieces")
     names: list[str] = [sp.id_to_piece(i) for i in range(size)]
     texts = [name.replace(SPACE_MARK, " ") for name in names]
     controls = {i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)}
@@ -330,7 +336,15 @@ def _pieces(sp: Any, config: TokenizerConfig) -> Pieces:
     return Pieces(
         names=tuple(names),
         texts=tuple(texts),
-        bytes_by_id={i: int(names[i][1:-1], 16) for i in range(size) if sp.is_byte(i)},
+        bytes_by_id={i: _byte(names[i]) for i in range(size) if sp.is_byte(i)},
         controls=frozenset(controls),
         drops_first_space=spaced is not None and sp.decode([spaced]) != texts[spaced],
     )
+
+
+def _byte(name: str) -> int:
+    """The byte of a byte piece, such as <0x0A>."""
+    value = int(name[1:-1], 16)
+    if name != f"<0x{value:02X}>" or value > 255:
+        raise ValueError(f"the byte piece {name[:40]!r}")
+    return value

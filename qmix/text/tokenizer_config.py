@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qmix import strict_json
+from qmix import regular_file, strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.text.sentencepiece_file import MODEL_FILE
 
@@ -130,9 +130,9 @@ def read_config(model_file: Path) -> dict[str, Any]:
         CheckpointError: a file is damaged; the message names it.
     """
     path = model_file.with_name(CONFIG_FILE)
-    document = strict_json.read(path) if path.exists() else {}
+    document = strict_json.read(path) if regular_file.exists(path) else {}
     added = model_file.with_name(ADDED_FILE)
-    if "added_tokens_decoder" not in document and added.exists():
+    if "added_tokens_decoder" not in document and regular_file.exists(added):
         document["added_tokens_decoder"] = _decoder(strict_json.read(added), str(added))
     return document
 

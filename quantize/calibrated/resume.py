@@ -15,8 +15,8 @@ from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.formats.files import shard_writer
 from qmix.formats.files.output_dir import STATE
-from qmix.formats.files.regular_file import open_regular
 from qmix.quantize.source import Source
+from qmix.regular_file import open_regular
 
 START_AGAIN = "Remove the directory and start again."
 _SEAL = "sha256"

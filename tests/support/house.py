@@ -20,7 +20,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("qmix.printable", "qmix.errors", "qmix.atomic_file"),
+    ("qmix.printable", "qmix.errors", "qmix.regular_file", "qmix.atomic_file"),
     ("qmix.weights", "qmix.strict_json"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # Rooms of one floor that may import another of the same floor.
 SIBLINGS = {
     ("qmix.errors", "qmix.printable"),
+    ("qmix.regular_file", "qmix.errors"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
@@ -73,6 +74,7 @@ TORCHLESS = (
     *(
         "qmix",
         "qmix.errors",
+        "qmix.regular_file",
         "qmix.atomic_file",
         "qmix.strict_json",
         "qmix.config",

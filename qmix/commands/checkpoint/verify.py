@@ -20,6 +20,7 @@ from qmix.formats.files.output_dir import MANIFEST
 from qmix.formats.names import ModelTensor
 
 _MAX_PROBLEMS = 5
+_NAME_BYTES = 255  # longer ones no file system has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +75,18 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict):
         raise CheckpointError("no list of files", where=str(path), expected="files")
     for name, facts in files.items():
-        plain = name == Path(name).name and "\0" not in name
-        if not plain or not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
+        plain = name == Path(name).name and "\0" not in name and len(name.encode()) <= _NAME_BYTES
+        if not plain or not _are_facts(facts):
             raise CheckpointError(
                 "not a file with its bytes and sha256", where=str(path), found=repr(name)[:80]
             )
     return files
+
+
+def _are_facts(facts: object) -> bool:
+    if not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
+        return False
+    return type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
 
 
 def _file_problems(path: Path, facts: dict[str, Any]) -> Iterator[QmixError]:

@@ -5,7 +5,7 @@ Knows nothing of what they hold.
 
 from pathlib import Path
 
-from qmix import strict_json
+from qmix import regular_file
 
 NAMES = (
     "tokenizer.model",
@@ -26,6 +26,6 @@ def copy_companions(source: Path, folder: Path) -> None:
         CheckpointError: one is too large or cannot be read.
     """
     for name in NAMES:
-        if (source / name).is_file():
-            data = strict_json.read_bytes(source / name, limit_bytes=MAX_BYTES)
+        if regular_file.exists(source / name):
+            data = regular_file.read(source / name, limit_bytes=MAX_BYTES)
             (folder / name).write_bytes(data)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.errors import CheckpointError
-from qmix.formats.files.regular_file import open_regular
+from qmix.regular_file import open_regular
 
 # Mixtral-8x7B has about 5,500 tensors as NF4: under 1 MB of header in one file.
 HEADER_BYTES = 8 << 20

@@ -8,9 +8,9 @@ from pathlib import Path, PureWindowsPath
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats.files.regular_file import path_inside
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
+from qmix.formats.files.shard_path import path_inside
 
 _NAME_CHARACTERS = 255
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.formats.files import safetensors_header
-from qmix.formats.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import TensorInfo
+from qmix.regular_file import open_regular
 
 DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, (torch_name, _) in safetensors_header.DTYPES.items()

@@ -15,7 +15,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats import names
-from qmix.formats.files import pickles, regular_file, shards
+from qmix.formats.files import pickles, shard_path, shards
 from qmix.formats.files.shards import Entry, Shards
 from qmix.formats.metadata import wrong_tensors
 from qmix.formats.mistral import params
@@ -146,7 +146,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for path in files:
-        regular_file.path_inside(folder, path.name)
+        shard_path.path_inside(folder, path.name)
         read = shards.read_entries if path.suffix == ".safetensors" else pickles.read_entries
         for name, entry in read(path).items():
             if name in entries:

@@ -101,7 +101,7 @@ def test_a_damaged_trace_gets_one_line_that_names_the_place(tmp_path, text, says
 def test_no_file_and_no_text(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         trace.read_trace(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="found a directory"):
         trace.read_trace(tmp_path)
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 9)
     with pytest.raises(CheckpointError, match="not a trace"):

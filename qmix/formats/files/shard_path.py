@@ -1,30 +1,11 @@
-"""Opening files that somebody else wrote: no pipes, no devices, no links out of the folder.
+"""Where a shard may lie: in its checkpoint's folder, or in the blobs of a hub cache.
 
 Knows nothing of what a file holds.
 """
 
-import os
-import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from qmix.errors import CheckpointError
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. A pipe or device is refused without waiting for it.
-
-    Raises:
-        CheckpointError: the file cannot be read, or is not a regular file.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError("cannot be read", where=str(path), found=error.strerror) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError("not a regular file", where=str(path))
-    return os.fdopen(descriptor, "rb")
 
 
 def path_inside(folder: Path, name: str) -> Path:

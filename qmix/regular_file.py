@@ -1,0 +1,95 @@
+"""Reading files that somebody else wrote: regular files only, and what else is there is named.
+
+Standard library only. Knows nothing of what a file holds.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from qmix.errors import CheckpointError
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory", "Give a file in it."),
+    (stat.S_ISFIFO, "a named pipe", "Write its content to a file first."),
+    (stat.S_ISCHR, "a character device", "Give a regular file."),
+    (stat.S_ISBLK, "a block device", "Give a regular file."),
+    (stat.S_ISSOCK, "a socket", "Give a regular file."),
+)
+
+_DISK_ERRORS = (errno.EIO, errno.ESTALE)
+
+
+def open_regular(path: Path, *, missing: str | None = None) -> BinaryIO:
+    """Open a regular file for reading. A pipe or device is refused without waiting for it.
+
+    Args:
+        missing: the remedy if there is no such file.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or is not a regular file; the message
+            says what it is.
+    """
+    try:
+        _check_kind(path, path.stat().st_mode)  # opening a device may already have an effect
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _check_kind(path, os.fstat(descriptor).st_mode)
+            return os.fdopen(descriptor, "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except (FileNotFoundError, NotADirectoryError):
+        what = "a link that leads nowhere" if os.path.islink(path) else "no such file"
+        raise CheckpointError(what, where=str(path), remedy=missing) from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
+def read(path: Path, *, limit_bytes: int, missing: str | None = None) -> bytes:
+    """The bytes of a regular file of at most `limit_bytes`.
+
+    Raises:
+        CheckpointError: as open_regular; the file is larger, or the disk fails while it is read.
+    """
+    with open_regular(path, missing=missing) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit_bytes:
+            raise CheckpointError(
+                "file too large", where=str(path), expected=f"at most {limit_bytes} B", found=size
+            )
+        try:
+            return file.read(size)
+        except OSError as error:
+            raise unreadable(path, error) from None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything by this name; a name that no file can have is of nothing."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
+    """The error for a file that is there and cannot be read, or whose name is none."""
+    if isinstance(error, ValueError):
+        return CheckpointError("not a file name", where=str(path), found=str(error))
+    remedy = None
+    if isinstance(error, PermissionError):
+        remedy = "Give yourself the permission to read it."
+    elif error.errno is not None and error.errno in _DISK_ERRORS:
+        remedy = "Check the disk or the network mount, then copy or download the file again."
+    return CheckpointError("cannot be read", where=str(path), found=error.strerror, remedy=remedy)
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    for test, kind, remedy in _KINDS:
+        if test(mode):
+            raise CheckpointError("not a regular file", where=str(path), found=kind, remedy=remedy)
+    raise CheckpointError("not a regular file", where=str(path))
