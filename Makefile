@@ -14,6 +14,8 @@ NEWEST := .newest
 # One worker a core, each on one thread. `make test PYTEST="-x -k cache"` passes more to pytest.
 PYTEST ?=
 TESTS  := -m pytest -n auto --maxprocesses 8 --dist worksteal
+# Oracles disagree with each other in all but torch, which is the repository's own.
+TORCH  := $(shell sed -n 's/^\(torch<[0-9.]*\).*/\1/p' constraints.txt)
 PIP    := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint quick soak newest setup goldens rivals clean
@@ -51,7 +53,7 @@ newest:
 goldens: .oracles/gptqmodel/.ready
 	for name in 38 4 5 ct; do \
 	  test -x .oracles/$$name/bin/python || $(PYTHON) -m venv .oracles/$$name; \
-	  .oracles/$$name/bin/python -m pip install --quiet -e ".[oracle-$$name]" || exit 1; \
+	  .oracles/$$name/bin/python -m pip install --quiet -e ".[oracle-$$name]" "$(TORCH)" || exit 1; \
 	done
 	for name in 38 4 5; do for file in logits page; do \
 	  .oracles/$$name/bin/python tests/golden/make_$$file.py || exit 1; \
@@ -74,7 +76,7 @@ rivals: $(READY) .oracles/gptqmodel/.ready
 
 .oracles/gptqmodel/.ready: pyproject.toml
 	test -x .oracles/gptqmodel/bin/python || $(PYTHON) -m venv .oracles/gptqmodel
-	.oracles/gptqmodel/bin/python -m pip install --quiet -e ".[oracle-gptqmodel]"
+	.oracles/gptqmodel/bin/python -m pip install --quiet -e ".[oracle-gptqmodel]" "$(TORCH)"
 	.oracles/gptqmodel/bin/python -m pip install --quiet --no-deps gptqmodel==7.7.0 auto-gptq==0.7.1
 	touch $@
 
