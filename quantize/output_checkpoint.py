@@ -123,7 +123,7 @@ def squared_sums(data: Tensor, weight: Weight) -> tuple[float, float]:
     error = norm = 0.0
     for start in range(0, data.shape[0], _ERROR_ROWS):
         stop = min(start + _ERROR_ROWS, data.shape[0])
-        exact = data[start:stop].float()
+        exact = data[start:stop].to(torch.float32, copy=True)
         norm += float(torch.linalg.vector_norm(exact)) ** 2
         exact -= weight.rows(start, stop, torch.float32)
         error += float(torch.linalg.vector_norm(exact)) ** 2

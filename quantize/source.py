@@ -1,14 +1,15 @@
 """The checkpoint that is being quantized, and the SHA-256 of everything that was read of it.
 
 A tensor is hashed whenever it is read, and a second reading must give the same bytes. At the end of
-a run no file of the source may have changed. Knows nothing of what the tensors are read for.
+a run no file of the source may have changed. Hashing runs in a thread beside the work on the tensor,
+which must not be written to. Knows nothing of what the tensors are read for.
 """
 
 import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,19 +48,29 @@ class Source(Checkpoint):
     stamps: Mapping[Path, _Stamp]
     recent: frozenset[Path]
     digests: dict[str, str] = field(default_factory=dict)
+    _hashing: list[Future[None]] = field(default_factory=list)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def read(self, name: str, into: Allocate = fresh) -> Tensor:
-        """One tensor by its canonical name.
+        """One tensor by its canonical name. The one before it is let go of.
 
         Raises:
-            CheckpointError: it cannot be read, or has changed since it was read before.
+            CheckpointError: it cannot be read; or the one before had changed since it was first read.
         """
+        self.wait()
         stored_name = self.stored_names[name]
         data = self.shards.read(stored_name, into)
-        digest = _hash_of(self.shards.entries[stored_name])
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.nbytes else b"")
-        self._compare(stored_name, digest.hexdigest())
+        self._hashing.append(self._thread.submit(self._hash, stored_name, data))
         return data
+
+    def wait(self) -> None:
+        """Wait until all that was read is in `digests`.
+
+        Raises:
+            CheckpointError: a tensor is not what it was when it was first read.
+        """
+        while self._hashing:
+            self._hashing.pop().result()
 
     def hash_unread(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read every tensor that has not been read yet, so that `digests` has all of them.
@@ -70,6 +81,7 @@ class Source(Checkpoint):
         Raises:
             CheckpointError: one cannot be read, or holds NaN or infinity.
         """
+        self.wait()
         entries = self.shards.entries
         unread = sorted(
             entries.keys() - self.digests.keys(), key=lambda n: (entries[n].file, entries[n].start)
@@ -93,6 +105,7 @@ class Source(Checkpoint):
         Raises:
             CheckpointError: a header, a document or a tensor is another one now.
         """
+        self.wait()
         directory = self.shards.directory
         try:
             again = open_checkpoint(directory)
@@ -120,6 +133,11 @@ class Source(Checkpoint):
 
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             yield from pool.map(digest, names)
+
+    def _hash(self, name: str, data: Tensor) -> None:
+        digest = _hash_of(self.shards.entries[name])
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.nbytes else b"")
+        self._compare(name, digest.hexdigest())
 
     def _compare(self, name: str, digest: str) -> None:
         """Keep the digest of the first reading of a file that is as it was opened, or compare."""
