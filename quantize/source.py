@@ -1,8 +1,8 @@
 """The checkpoint that is being quantized, and the SHA-256 of everything that was read of it.
 
 A tensor is hashed whenever it is read, and a second reading must give the same bytes. At the end of
-a run no file of the source may have changed. Hashing runs in a thread beside the work on the tensor,
-which must not be written to. Knows nothing of what the tensors are read for.
+a run no file of the source may have changed. A thread hashes a tensor while others work on it, so
+nobody may write to it. Knows nothing of what the tensors are read for.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Source(Checkpoint):
         """One tensor by its canonical name. The one before it is let go of.
 
         Raises:
-            CheckpointError: it cannot be read; or the one before had changed since it was first read.
+            CheckpointError: it cannot be read; or the one before changed since its first reading.
         """
         self.wait()
         stored_name = self.stored_names[name]

@@ -163,11 +163,16 @@ class Activations:
 
 
 class _Descriptor:
+    """An open file. An error of the system within the block names it."""
+
     def __init__(self, path: Path, flags: int) -> None:
+        self._path = path
         self._descriptor = os.open(path, flags | os.O_CLOEXEC)
 
     def __enter__(self) -> int:
         return self._descriptor
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         os.close(self._descriptor)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self._path)

@@ -1,6 +1,8 @@
 """Tokens in memory and in a file are the same to whoever reads them."""
 
+import errno
 import hashlib
+import os
 
 import pytest
 import torch
@@ -107,3 +109,23 @@ def test_a_file_that_shrinks_meanwhile_is_an_error(tmp_path):
         file.truncate(100)
     with pytest.raises(CheckpointError, match=r"tokens\.f32: ends early"):
         array.read(0, TOKENS)
+
+
+CALLS = {
+    "preadv": lambda array: array.read(0, 1),
+    "pwrite": lambda array: array.write(0, values(1)),
+    "fsync": lambda array: array.save(array.path.with_name("saved")),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch, call):
+    array = Activations(TOKENS, WIDTH, tmp_path / "tokens.f32")
+    array.write_final(0, values(TOKENS))
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=r"Input/output error: .*tokens\.f32"):
+        CALLS[call](array)
