@@ -18,7 +18,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.evals.command import exit_code
 from qmix.evals.training.tiny_model import TINY
-from qmix.formats.files import output_dir, shard_writer
+from qmix.formats.files import manifest, output_dir, shard_writer
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors
@@ -73,7 +73,7 @@ def write_synthetic(out: Path, layers: int, *, packed: bool, seed: int) -> None:
             (folder / "tokenizer.model").write_bytes(
                 padded_tokenizer((TINY / "tokenizer.model").read_bytes(), shape.vocab_size)
             )
-        output_dir.write_manifest(folder, {"synthetic": True, "seed": seed, "layers": layers})
+        manifest.write_manifest(folder, {"synthetic": True, "seed": seed, "layers": layers})
 
 
 def padded_tokenizer(model: bytes, vocab_size: int) -> bytes:

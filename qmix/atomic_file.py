@@ -5,25 +5,39 @@ Knows nothing of what is written.
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
+from qmix.file_errors import writing
 
-def write(path: Path, data: bytes | memoryview) -> None:
+_FOR_ALL, _FOR_THE_OWNER = 0o666, 0o600
+
+
+def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Replace `path` in one step; the old file stands until the new one is on the disk.
 
-    The new file gets the mode that the umask gives any new file. A process that is killed may leave
-    `NAME.*.writing` behind; a write that fails leaves nothing.
+    A link at `path` is replaced, not followed. A process that is killed may leave `NAME.*.writing`
+    behind; a write that fails leaves nothing.
+
+    Args:
+        private: only the owner may read the file; otherwise it gets the mode of any new file.
 
     Raises:
-        OSError: the file cannot be written; the old one, if there is one, is unchanged.
+        WriteError: the file cannot be written; the old one, if there is one, is unchanged.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with writing(path):
+        try:
+            descriptor = os.open(partial, flags, _FOR_THE_OWNER if private else _FOR_ALL)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                error.filename = None  # the name beside it says nothing to the user
+            raise

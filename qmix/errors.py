@@ -73,6 +73,10 @@ class ResourceError(QmixError):
     exit_code = 4
 
 
+class WriteError(ResourceError, OSError):
+    """A file cannot be written: a full or broken disk, one mounted read-only, a lost mount."""
+
+
 class QualityError(QmixError):
     """A quality gate failed."""
 

@@ -6,8 +6,8 @@ Standard library only. Knows nothing of what a file holds.
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from qmix.errors import CheckpointError
 
@@ -22,7 +22,7 @@ _KINDS = (
 _DISK_ERRORS = (errno.EIO, errno.ESTALE)
 
 
-def open_regular(path: Path, *, missing: str | None = None) -> BinaryIO:
+def open_regular(path: Path, *, missing: str | None = None) -> BufferedReader:
     """Open a regular file for reading. A pipe or device is refused without waiting for it.
 
     Args:
@@ -74,7 +74,9 @@ def exists(path: Path) -> bool:
         return False
 
 
-def unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
+def unreadable(
+    path: Path, error: OSError | ValueError, what: str = "cannot be read"
+) -> CheckpointError:
     """The error for a file that is there and cannot be read, or whose name is none."""
     if isinstance(error, ValueError):
         return CheckpointError("not a file name", where=str(path), found=str(error))
@@ -83,7 +85,7 @@ def unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
         remedy = "Give yourself the permission to read it."
     elif error.errno is not None and error.errno in _DISK_ERRORS:
         remedy = "Check the disk or the network mount, then copy or download the file again."
-    return CheckpointError("cannot be read", where=str(path), found=error.strerror, remedy=remedy)
+    return CheckpointError(what, where=str(path), found=error.strerror, remedy=remedy)
 
 
 def _check_kind(path: Path, mode: int) -> None:

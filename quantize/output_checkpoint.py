@@ -15,7 +15,7 @@ import qmix
 from qmix import strict_json
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest
 from qmix.formats.files.companions import copy_companions
 from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
@@ -152,8 +152,8 @@ def complete(
     config.save_pretrained(folder)
     if settings is not None and writer.layout_of(schemes) == "GPTQ":
         strict_json.write(folder / gptq_config.FILE, settings)  # older readers look for it there
-    strict_json.write(folder / output_dir.REPORT, report.to_dict())
-    output_dir.write_manifest(
+    strict_json.write(folder / manifest.REPORT, report.to_dict())
+    manifest.write_manifest(
         folder,
         {
             "qmix": qmix.__version__,

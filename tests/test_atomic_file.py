@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from qmix import atomic_file, strict_json
+from qmix.errors import WriteError
 
 
 def test_a_new_file_and_a_replaced_one_are_whole_and_stand_alone(tmp_path):
@@ -29,7 +30,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
 
     # The module's own os and Path: what is replaced is undone before the folder is looked at.
     with monkeypatch.context() as patched:
-        target = atomic_file.os if step == "fsync" else type(path)
+        target = os if step == "fsync" else type(path)
         patched.setattr(target, step, fail)
         with pytest.raises(type(failure)):
             atomic_file.write(path, b"second")
@@ -40,7 +41,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
 def test_the_data_are_on_the_disk_before_the_name_changes(tmp_path, monkeypatch):
     path, order = tmp_path / "x.bin", []
     fsync, replace = os.fsync, type(path).replace
-    monkeypatch.setattr(atomic_file.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
     monkeypatch.setattr(
         type(path), "replace", lambda self, to: (order.append("rename"), replace(self, to))
     )
@@ -61,7 +62,7 @@ def test_the_mode_is_that_of_any_new_file(tmp_path, umask):
 
 
 def test_a_folder_that_is_missing_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(WriteError, match=r"missing/x\.bin"):
         atomic_file.write(tmp_path / "missing" / "x.bin", b"")
 
 

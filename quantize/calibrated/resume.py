@@ -14,7 +14,7 @@ from typing import Any
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.formats.files import shard_writer
-from qmix.formats.files.output_dir import STATE
+from qmix.formats.files.manifest import STATE
 from qmix.quantize.source import Source
 from qmix.regular_file import open_regular
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint
-from qmix.formats.files import output_dir, shard_index
+from qmix.formats.files import manifest, shard_index
 from qmix.formats.files.shard_names import shard_name
 from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.names import ModelTensor
@@ -85,7 +85,7 @@ class RunFiles:
         if done is None or [[r.name for r in results] for results in done] != names[: len(done)]:
             raise CheckpointError(
                 "not the results of layers",
-                where=str(folder / output_dir.STATE),
+                where=str(folder / manifest.STATE),
                 remedy=START_AGAIN,
             )
         return done
@@ -195,7 +195,7 @@ class RunFiles:
 
     def remove_others(self, folder: Path, done: int) -> None:
         """Remove all but the shards of `done` layers and the tokens that the next one needs."""
-        needed = {*self.needed(done), output_dir.STATE}
+        needed = {*self.needed(done), manifest.STATE}
         for path in folder.iterdir():
             if path.name not in needed and not path.name.startswith("."):
                 path.unlink()

@@ -4,7 +4,7 @@ import shutil
 
 import torch
 
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest
 from qmix.quantize.calibrated.layer import LayerOptions
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
@@ -50,5 +50,5 @@ def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 <
 
 def contents(folder):
     return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name != output_dir.REPORT
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != manifest.REPORT
     }

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("qmix.printable", "qmix.errors", "qmix.regular_file", "qmix.atomic_file"),
+    ("qmix.printable", "qmix.errors", "qmix.regular_file", "qmix.file_errors", "qmix.atomic_file"),
     ("qmix.weights", "qmix.strict_json"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
@@ -37,6 +37,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 SIBLINGS = {
     ("qmix.errors", "qmix.printable"),
     ("qmix.regular_file", "qmix.errors"),
+    ("qmix.file_errors", "qmix.errors"),
+    ("qmix.atomic_file", "qmix.file_errors"),
+    ("qmix.file_errors", "qmix.regular_file"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
@@ -76,6 +79,7 @@ TORCHLESS = (
         "qmix.errors",
         "qmix.regular_file",
         "qmix.atomic_file",
+        "qmix.file_errors",
         "qmix.strict_json",
         "qmix.config",
         "qmix.planning",
@@ -85,7 +89,11 @@ TORCHLESS = (
     *("qmix.text.chat_template", "qmix.printable", "qmix.formats.metadata"),
     *("qmix.formats.compatibility", "qmix.formats.names", "qmix.formats.layouts.tensor_names"),
     *("qmix.formats.files.safetensors_header", "qmix.formats.files.shard_index"),
-    *("qmix.formats.files.output_dir", "qmix.formats.files.companions"),
+    *(
+        "qmix.formats.files.output_dir",
+        "qmix.formats.files.manifest",
+        "qmix.formats.files.companions",
+    ),
     *("qmix.formats.mistral.params", "qmix.commands.checkpoint.inspect"),
     *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),
 )

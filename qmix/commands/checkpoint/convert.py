@@ -16,7 +16,7 @@ from qmix import strict_json
 from qmix.commands.checkpoint import Progress
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest, output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shard_writer import write_shards
 from qmix.formats.mistral import checkpoint
@@ -98,7 +98,7 @@ def convert_checkpoint(
         if tokenizer is not None:
             tokenizer[1].save_pretrained(folder)
         facts = {"qmix": qmix.__version__, "method": "convert", "source": source.resolve().name}
-        output_dir.write_manifest(folder, facts)
+        manifest.write_manifest(folder, facts)
         bytes_out = output_dir.total_bytes(folder)
     return Conversion(
         tensors=len(specs),

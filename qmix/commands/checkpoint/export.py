@@ -16,7 +16,7 @@ from qmix import strict_json
 from qmix.commands.checkpoint import Progress
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest, output_dir
 from qmix.formats.files.companions import copy_companions
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shard_writer import write_shards
@@ -88,7 +88,7 @@ def export_checkpoint(
         checkpoint.config.replace(quantization_config=settings).save_pretrained(folder)
         copy_companions(source, folder)
         facts = {"method": f"export to {layout}", "source": source.resolve().name}
-        output_dir.write_manifest(folder, {"qmix": qmix.__version__, **facts})
+        manifest.write_manifest(folder, {"qmix": qmix.__version__, **facts})
         bytes_out = output_dir.total_bytes(folder)
     return Export(
         weights=sum(scheme.integer for scheme in conversion.schemes.values()),

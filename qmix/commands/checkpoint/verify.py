@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from qmix import strict_json
 from qmix.commands.checkpoint import Progress
 from qmix.errors import CheckpointError, QmixError
+from qmix.file_errors import reading
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.files.output_dir import MANIFEST
+from qmix.formats.files.manifest import MANIFEST, read_manifest
 from qmix.formats.names import ModelTensor
+from qmix.regular_file import open_regular
 
 _MAX_PROBLEMS = 5
-_NAME_BYTES = 255  # longer ones no file system has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def verify(directory: str | Path, progress: Progress = lambda *_: None) -> Verif
     """
     checkpoint = open_checkpoint(directory)
     folder = checkpoint.shards.directory
-    listed = _read_manifest(folder)
+    listed = read_manifest(folder)
     total = len(listed) + len(checkpoint.tensors)
     problems: list[QmixError] = []
     for index, (name, facts) in enumerate(listed.items()):
@@ -64,29 +64,6 @@ def verify(directory: str | Path, progress: Progress = lambda *_: None) -> Verif
         hashed=len(listed),
         problems=tuple(problems[:_MAX_PROBLEMS]),
     )
-
-
-def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> its size and hash according to the manifest; empty if there is none."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return {}
-    files = strict_json.read(path).get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError("no list of files", where=str(path), expected="files")
-    for name, facts in files.items():
-        plain = name == Path(name).name and "\0" not in name and len(name.encode()) <= _NAME_BYTES
-        if not plain or not _are_facts(facts):
-            raise CheckpointError(
-                "not a file with its bytes and sha256", where=str(path), found=repr(name)[:80]
-            )
-    return files
-
-
-def _are_facts(facts: object) -> bool:
-    if not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
-        return False
-    return type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
 
 
 def _file_problems(path: Path, facts: dict[str, Any]) -> Iterator[QmixError]:
@@ -104,7 +81,7 @@ def _file_problems(path: Path, facts: dict[str, Any]) -> Iterator[QmixError]:
             found=f"{size} B",
         )
         return
-    with path.open("rb") as file:
+    with reading(path), open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != facts["sha256"]:
         yield CheckpointError(

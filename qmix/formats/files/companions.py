@@ -6,6 +6,7 @@ Knows nothing of what they hold.
 from pathlib import Path
 
 from qmix import regular_file
+from qmix.file_errors import writing
 
 NAMES = (
     "tokenizer.model",
@@ -24,8 +25,10 @@ def copy_companions(source: Path, folder: Path) -> None:
 
     Raises:
         CheckpointError: one is too large or cannot be read.
+        WriteError: one cannot be written.
     """
     for name in NAMES:
         if regular_file.exists(source / name):
             data = regular_file.read(source / name, limit_bytes=MAX_BYTES)
-            (folder / name).write_bytes(data)
+            with writing(folder / name):
+                (folder / name).write_bytes(data)

@@ -6,33 +6,24 @@ the SHA-256 of each file, and renamed last. Knows nothing of tensors.
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from qmix import strict_json
-from qmix.errors import CheckpointError, ResourceError, UsageError
+from qmix.errors import CheckpointError, QmixError, ResourceError, UsageError, WriteError
+from qmix.file_errors import UNSUPPORTED, reading, reason, write_error, writing
+from qmix.formats.files import manifest, replacement
+from qmix.formats.files.manifest import MARKER, STATE
 
-MANIFEST = "qmix_manifest.json"
-# Lies in OUT.partial from its first moment: a directory that holds it may be emptied.
-_MARKER = ".qmix-partial"
-# Lies in OUT.partial as soon as it holds work that --resume can continue.
-STATE = "qmix_resume.json"
-# What a run did and how long it took. No two runs write the same, so the manifest leaves it out.
-REPORT = "qmix_report.json"
 _NAME_BYTES = 255
 # For files other than weights and for the file system: enough for a tokenizer and a few JSON files.
 _SLACK_BYTES = 64 << 20
-# The only files that a directory may hold if --force is to replace it.
-_CHECKPOINT_FILES = re.compile(
-    r".*\.(safetensors|json|model|jinja)|README\.md|LICENSE(\.\w+)?|\.gitattributes|\.qmix-partial"
-)
+# What runs write into OUT.partial; nothing else in it is ever removed.
+_WORK = re.compile(r".*\.(safetensors|json|model|jinja|f32|writing)|\.qmix-partial")
 
 
 def check_paths(source: Path, out: Path, *, force: bool) -> None:
@@ -40,8 +31,14 @@ def check_paths(source: Path, out: Path, *, force: bool) -> None:
 
     Raises:
         UsageError: OUT or OUT.partial is SRC, lies inside it or contains it; OUT exists (without
-            `force`) or holds more than a checkpoint; its parent is missing or not writable.
+            `force`) or holds what no manifest of qmix lists; its parent is missing or not writable.
+        WriteError: what an interrupted run left at OUT cannot be repaired.
     """
+    with writing(out):
+        _check_paths(source, out, force=force)
+
+
+def _check_paths(source: Path, out: Path, *, force: bool) -> None:
     real_source, real_out = source.resolve(), Path(os.path.abspath(out))
     for real in {real_out, real_out.resolve(), _partial_path(real_out)}:
         if real == real_source:
@@ -58,6 +55,7 @@ def check_paths(source: Path, out: Path, *, force: bool) -> None:
         raise UsageError("the parent directory of OUT does not exist", where=str(real_out.parent))
     if not os.access(real_out.parent, os.W_OK):
         raise UsageError("the parent directory of OUT is not writable", where=str(real_out.parent))
+    replacement.repair(real_out)
     if os.path.lexists(real_out):
         _check_replaceable(real_out, force=force)
     _check_partial(_partial_path(real_out))
@@ -78,31 +76,39 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
         raise UsageError(
             "OUT exists", where=str(out), remedy="Choose another directory, or give --force."
         )
-    entries = sorted(out.iterdir())
-    foreign = [p.name for p in entries if not p.is_file() or not _is_checkpoint_file(p.name)]
-    if foreign or (entries and not (out / "config.json").is_file()):
+    try:
+        foreign = manifest.foreign_names(out)
+    except CheckpointError as error:
+        foreign = [str(error)]
+    if foreign:
         raise UsageError(
-            "OUT holds more than a checkpoint, and --force replaces only checkpoints",
+            "OUT holds what qmix did not write, and --force replaces only what its manifest lists",
             where=str(out),
-            found=", ".join((foreign or [p.name for p in entries])[:5]),
+            found=", ".join(foreign[:5]),
             remedy="Choose another directory, or remove it yourself.",
         )
-
-
-def _is_checkpoint_file(name: str) -> bool:
-    return _CHECKPOINT_FILES.fullmatch(name) is not None
 
 
 def _check_partial(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
-    is_directory = folder.is_dir() and not folder.is_symlink()
-    if not is_directory or (any(folder.iterdir()) and not (folder / _MARKER).is_file()):
-        raise UsageError(
-            "something that qmix did not write is in the way",
-            where=str(folder),
-            remedy="Move it, or choose another OUT.",
-        )
+    found: list[str] = []
+    if folder.is_dir() and not folder.is_symlink():
+        with reading(folder):
+            entries = sorted(folder.iterdir())
+        found = [path.name for path in entries if not _is_work(path)]
+        if not found and (not entries or (folder / MARKER).is_file()):
+            return
+    raise UsageError(
+        "something that qmix did not write is in the way",
+        where=str(folder),
+        found=", ".join(found[:5]) or None,
+        remedy="Move it, or choose another OUT.",
+    )
+
+
+def _is_work(path: Path) -> bool:
+    return _WORK.fullmatch(path.name) is not None and not path.is_symlink() and path.is_file()
 
 
 def check_space(out: Path, needed_bytes: int) -> None:
@@ -111,7 +117,8 @@ def check_space(out: Path, needed_bytes: int) -> None:
     Raises:
         ResourceError: it has less; both figures are named.
     """
-    free = shutil.disk_usage(out.parent).free
+    with writing(out.parent):
+        free = shutil.disk_usage(out.parent).free
     partial = _partial_path(Path(os.path.abspath(out)))
     if partial.is_dir():  # an interrupted run's files are used again, or removed first
         free += total_bytes(partial)
@@ -134,19 +141,21 @@ def partial(out: Path, *, force: bool = False, resume: bool = False) -> Iterator
     if the block fails.
 
     Args:
-        force: replace an existing checkpoint at `out`.
+        force: replace what a manifest lists at `out`.
         resume: the caller continues work that can be resumed; without it such work is refused.
 
     Raises:
-        CheckpointError: another run is writing the same OUT.
+        CheckpointError: another run is writing the same OUT; a file of the block cannot be read.
         UsageError: something that qmix did not write is in the way, or work that can be resumed.
-        ResourceError: the disk is full.
+        WriteError: a file cannot be written; it says what is kept.
     """
     out = Path(os.path.abspath(out))
     folder = _partial_path(out)
-    _check_partial(folder)
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with writing(folder):
+        replacement.repair(out)
+        _check_partial(folder)
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _lock(descriptor, folder)
         if (folder / STATE).is_file() and not resume:
@@ -156,37 +165,55 @@ def partial(out: Path, *, force: bool = False, resume: bool = False) -> Iterator
                 remedy="Continue it with --resume, or remove the directory to start over.",
             )
         try:
-            (folder / _MARKER).touch()
+            (folder / MARKER).touch()
             if not (folder / STATE).is_file():
                 _empty(folder)
             yield folder
             if os.path.lexists(out):
                 _check_replaceable(out, force=force)  # it may have appeared meanwhile
-            _complete(folder, out)
+            old = replacement.put_in_place(folder, out)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise ResourceError(
-                "the disk is full",
-                where=str(out.parent),
-                found=f"{shutil.disk_usage(out.parent).free / 1e9:.2f} GB free",
-                remedy="Free space and continue with --resume."
-                if (folder / STATE).is_file()
-                else "Nothing was kept: free space and run again.",
-            ) from error
+            raise _failed(error, folder) from error
         finally:
             if _is_same(descriptor, folder) and not (folder / STATE).is_file():
-                shutil.rmtree(folder)
+                _remove(folder)
+        try:
+            replacement.finish(out, old)
+        except OSError as error:
+            raise write_error(out, error, "OUT is complete and stands.") from error
     finally:
         os.close(descriptor)
+
+
+def _failed(error: OSError, folder: Path) -> QmixError:
+    """What the user is told of a run that the system stopped."""
+    name = None if isinstance(error, WriteError) else error.filename
+    if name is not None and not _is_near(Path(os.fsdecode(name)), folder):
+        return CheckpointError("cannot be read", where=os.fsdecode(name), found=reason(error))
+    kept = "Nothing of this run was kept."
+    if (folder / STATE).is_file():
+        kept = "The finished layers are kept: continue with --resume."
+    return write_error(folder, error, kept)
+
+
+def _is_near(path: Path, folder: Path) -> bool:
+    return path.is_relative_to(folder) or path.is_relative_to(folder.with_suffix(""))
 
 
 def _lock(descriptor: int, folder: Path) -> None:
     """Lock the directory itself until the process ends, whatever its name is by then."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise CheckpointError("another run is writing this output", where=str(folder)) from None
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise CheckpointError("another run is writing this output", where=str(folder)) from None
+        if error.errno not in UNSUPPORTED:
+            raise write_error(folder, error) from error
+        warnings.warn(
+            f"{folder.parent}: this file system has no locks ({reason(error)}); give no other run "
+            "the same OUT",
+            stacklevel=2,
+        )
     if not _is_same(descriptor, folder):  # it was completed between opening and locking
         raise CheckpointError("another run has just completed this output", where=str(folder))
 
@@ -198,58 +225,21 @@ def _is_same(descriptor: int, folder: Path) -> bool:
         return False
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest: `facts`, then every file of the folder with its size and SHA-256."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name in (_MARKER, MANIFEST, STATE, REPORT):
-            continue
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    strict_json.write(folder / MANIFEST, {**facts, "files": files})
-
-
 def total_bytes(folder: Path) -> int:
     """Bytes of the files in the folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _empty(folder: Path) -> None:
+    """Remove what an earlier run left, all but the marker; `_check_partial` has seen the rest."""
     for path in folder.iterdir():
-        if path.name == _MARKER:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        if path.name != MARKER and _is_work(path):
             path.unlink()
 
 
-def _complete(folder: Path, out: Path) -> None:
-    """Rename OUT.partial to OUT. An old OUT is moved aside first, and removed last."""
-    _sync(folder)
-    aside = None
-    if out.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}-replaced-", dir=out.parent))
-        out.rename(aside / out.name)
-    try:
-        folder.rename(out)
-    except OSError:
-        if aside is not None:
-            (aside / out.name).rename(out)
-            aside.rmdir()
-        raise
-    (out / _MARKER).unlink()
-    (out / STATE).unlink(missing_ok=True)
-    _sync(out.parent)
-    if aside is not None:
-        shutil.rmtree(aside)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(folder: Path) -> None:
+    """Remove a run's own files and its directory, as far as the system allows."""
+    with suppress(OSError):
+        _empty(folder)
+        (folder / MARKER).unlink(missing_ok=True)
+        folder.rmdir()

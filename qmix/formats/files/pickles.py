@@ -6,6 +6,7 @@ the whole file would fail: Linux refuses a private map larger than memory and sw
 consolidated.00.pth has 93 GB. Knows nothing of models.
 """
 
+import errno
 import re
 import struct
 import warnings
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
+from qmix.file_errors import reading
 from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS
 from qmix.formats.files.shards import DTYPES, Entry
 from qmix.regular_file import open_regular
@@ -46,7 +48,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
             found=f"PyTorch {torch.__version__}, whose reader is vulnerable (CVE-2026-24747)",
             remedy="Update PyTorch, or get the weights as safetensors.",
         )
-    with open_regular(path) as file:
+    with reading(path), open_regular(path) as file:
         start = file.read(64)
         try:
             records = _records(file, path)
@@ -57,7 +59,9 @@ def read_entries(path: Path) -> dict[str, Entry]:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         except QmixError:
             raise
-        except Exception as error:  # noqa: BLE001 - a damaged archive or pickle may raise anything
+        except Exception as error:  # a damaged archive or pickle may raise anything
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise  # the disk; EINVAL comes of an offset that the archive states
             raise _unreadable(path, start, error) from None
     if not isinstance(loaded, dict):
         raise CheckpointError(

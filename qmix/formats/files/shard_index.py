@@ -8,6 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
+from qmix.file_errors import reading
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
 from qmix.formats.files.shard_path import path_inside
@@ -24,10 +25,12 @@ def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
         UnsupportedError: the weights are in another format only.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError("no such directory", where=str(folder))
+    with reading(folder):
+        if not folder.is_dir():
+            raise CheckpointError("no such directory", where=str(folder))
+        shards = _shards(folder)
     infos: dict[str, TensorInfo] = {}
-    for name, listed in _shards(folder).items():
+    for name, listed in shards.items():
         path = path_inside(folder, name)
         of_shard = read_header(path)
         if listed is not None and of_shard.keys() != listed:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from qmix.file_errors import reading, writing
 from qmix.formats.files.safetensors_header import HEADER_BYTES
 from qmix.formats.files.shard_index import write_index
 from qmix.formats.files.shard_names import shard_name
@@ -58,11 +60,16 @@ class ShardWriter:
             for spec in specs
         }
         self._header_bytes = -(-(8 + len(_header(longest))) // _ALIGNMENT) * _ALIGNMENT - 8
-        self._file = path.open("xb")
-        self._file.seek(8 + self._header_bytes)
+        with writing(path):
+            self._file = path.open("xb")
+            self._file.seek(8 + self._header_bytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor that a spec describes."""
+        """Append a tensor that a spec describes.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
         spec = self._specs[name]
         assert tensor.dtype == spec.dtype, name
         assert tensor.nbytes <= spec.nbytes, name
@@ -72,18 +79,24 @@ class ShardWriter:
             self._append(name, tensor)
 
     def close(self) -> None:
-        """Write the deferred tensors and the header, and force everything to the disk."""
+        """Write the deferred tensors and the header, and force everything to the disk.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
         for name, tensor in sorted(
             self._deferred.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])
         ):
             self._append(name, tensor)
         assert self._written.keys() == self._specs.keys(), "every tensor of the specs is written"
         header = _header(self._written).ljust(self._header_bytes)
-        self._file.seek(0)
+        with writing(self.path):
+            self._file.seek(0)  # flushes
         self._write(self._header_bytes.to_bytes(8, "little") + header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def _append(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
@@ -93,7 +106,8 @@ class ShardWriter:
         self._written[name] = (_DTYPE_NAMES[data.dtype], tuple(data.shape), start, self._end)
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with writing(self.path):
+            self._file.write(data)
         if self._digest is not None:
             self._digest.update(data)
 
@@ -106,7 +120,8 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            with suppress(OSError):  # it would try again to write what failed
+                self._file.close()
 
 
 def file_digest(path: Path) -> str:
@@ -119,7 +134,7 @@ def file_digest(path: Path) -> str:
         CheckpointError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with open_regular(path) as file:
+    with reading(path), open_regular(path) as file:
         length = file.read(8)
         header = length + file.read(min(int.from_bytes(length, "little"), HEADER_BYTES))
         while chunk := file.read(_CHUNK_BYTES):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
+from qmix.file_errors import reading
 from qmix.formats.files import safetensors_header
 from qmix.formats.files.safetensors_header import TensorInfo
 from qmix.regular_file import open_regular
@@ -86,11 +87,11 @@ def read_entry(name: str, entry: Entry, into: Allocate = fresh) -> Tensor:
         into: returns memory of the given number of bytes, uint8 on the CPU.
 
     Raises:
-        CheckpointError: the file is gone, or ends before the tensor does.
+        CheckpointError: the file is gone, cannot be read, or ends before the tensor does.
     """
     data = into(entry.nbytes)
     if entry.nbytes:
-        nbytes = _read_into(entry, data.numpy().data)
+        nbytes = _read_into(name, entry, data.numpy().data)
         if nbytes != entry.nbytes:
             raise CheckpointError(
                 f"the data of {name} ends early",
@@ -102,10 +103,13 @@ def read_entry(name: str, entry: Entry, into: Allocate = fresh) -> Tensor:
     return data.view(entry.dtype).view(entry.shape)
 
 
-def _read_into(entry: Entry, view: memoryview) -> int:
+def _read_into(name: str, entry: Entry, view: memoryview) -> int:
     """Fill `view` from the file; returns the bytes read, fewer only at the file's end."""
     done = 0
-    with open_regular(entry.file) as file:
+    with (
+        reading(entry.file, f"the data of {name} cannot be read"),
+        open_regular(entry.file) as file,
+    ):
         while done < entry.nbytes:  # one call reads at most 2 GiB
             nbytes = os.preadv(file.fileno(), [view[done:]], entry.start + done)
             if nbytes == 0:

@@ -430,7 +430,7 @@ def test_a_failed_forced_run_keeps_the_old_output(whole, tmp_path):
 
 def test_a_raw_folder_is_never_replaced_by_force(raw, tmp_path, whole):
     """A raw folder holds pickles; --force replaces only what qmix could have written."""
-    with pytest.raises(UsageError, match="more than a checkpoint"):
+    with pytest.raises(UsageError, match="qmix did not write"):
         convert_checkpoint(whole, raw, force=True)
 
 

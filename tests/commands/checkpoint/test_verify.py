@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError
-from qmix.formats.files.output_dir import MANIFEST, write_manifest
+from qmix.formats.files.manifest import MANIFEST, write_manifest
 from tests.support import packers
 
 W2 = "model.layers.1.block_sparse_moe.experts.3.w2"

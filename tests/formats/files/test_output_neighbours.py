@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qmix.errors import CheckpointError, QmixError, UsageError
-from qmix.formats.files import output_dir
+from qmix.formats.files import output_dir, replacement
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe
 
@@ -59,7 +59,7 @@ def test_a_file_named_out_partial_is_refused_by_name(small_checkpoint, tmp_path)
 def test_a_second_run_in_the_moment_of_the_rename_cannot_empty_the_first_ones_output(
     small_checkpoint, tmp_path, monkeypatch
 ):
-    out, sync, tried = tmp_path / "m", output_dir._sync, []
+    out, sync, tried = tmp_path / "m", replacement.sync_directory, []
 
     def sync_beside_a_second_run(folder):
         if not tried:
@@ -68,7 +68,7 @@ def test_a_second_run_in_the_moment_of_the_rename_cannot_empty_the_first_ones_ou
                 pass
         sync(folder)
 
-    monkeypatch.setattr(output_dir, "_sync", sync_beside_a_second_run)
+    monkeypatch.setattr(replacement, "sync_directory", sync_beside_a_second_run)
     quantize(small_checkpoint, out)
     assert (out / "config.json").is_file()
 

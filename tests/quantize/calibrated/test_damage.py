@@ -9,13 +9,13 @@ import pytest
 
 from qmix.errors import CheckpointError, InterruptedRunError, QmixError, UsageError
 from qmix.formats import open_checkpoint
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest
 from qmix.quantize.calibrated.resume import sealed
 from tests.support.calibration import contents, run, write_source
 from tests.support.models import threads
 
 LAYERS = 3
-STATE = output_dir.STATE
+STATE = manifest.STATE
 SHARDS = [f"model-0000{number}-of-00005.safetensors" for number in (2, 3)]  # of two layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")

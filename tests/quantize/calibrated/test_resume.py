@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from qmix.cli import app
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import InterruptedRunError, UsageError
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest
 from qmix.quantize.rounding import gptq
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.calibration import TEXT, contents, run, windows, write_source
 from tests.support.models import ROOT, threads
 
 LAYERS = 3
-STATE = output_dir.STATE
+STATE = manifest.STATE
 QUICK = gptq.RoundingOptions(trials=1, refine=1)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +77,7 @@ def dying(self, experts, routes, exact_routes):
 LayerQuantizer._round_experts = dying
 """,
     "within the final checksums": """
-output_dir.write_manifest = lambda folder, facts: die()
+manifest.write_manifest = lambda folder, facts: die()
 """,
 }
 
@@ -87,7 +87,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 from tests.support.calibration import run, windows
 from qmix.formats.files.shard_writer import ShardWriter
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer import LayerQuantizer
 from qmix.quantize.calibrated.resume import RunState
@@ -153,7 +153,7 @@ def test_layer_by_layer_with_the_tokens_now_in_memory_now_in_files(stopped):
         run(source, out, resumed=True, activation_bytes=0, interrupted=lambda: True)
     run(source, out, resumed=True)
     assert contents(out) == expected
-    report = json.loads((out / output_dir.REPORT).read_text())
+    report = json.loads((out / manifest.REPORT).read_text())
     assert len(report["tensors"]) == LAYERS * (4 + 3 * 4)  # of the layers before the stop too
 
 

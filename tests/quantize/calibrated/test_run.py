@@ -11,7 +11,7 @@ from qmix import kernels
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError, InterruptedRunError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
-from qmix.formats.files import output_dir
+from qmix.formats.files import manifest
 from qmix.formats.layouts import gptq_config
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.calibrated.windows import calibration_windows
@@ -84,7 +84,7 @@ def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
 
 def test_the_report_says_what_was_seen_and_done(source, tmp_path):
     report = run(source, tmp_path / "out")
-    document = json.loads((tmp_path / "out" / output_dir.REPORT).read_text())
+    document = json.loads((tmp_path / "out" / manifest.REPORT).read_text())
     assert {name: document[name] for name in ("method", "parameters", "bytes_out")} == {
         "method": "gptq",
         "parameters": sum(parameter.numel() for parameter in small_model(
