@@ -98,7 +98,8 @@ class Checkpoint:
             case "compressed-tensors":
                 return compressed_tensors.unpack(tensors, prefix, where, shape)
             case "AWQ":
-                return awq.unpack(tensors, prefix, where, shape)
+                zero_point = self.metadata.zero_point
+                return awq.unpack(tensors, prefix, where, shape, zero_point=zero_point)
             case "GPTQ":
                 settings = self.metadata.module_settings(packing)
                 return gptq.unpack(tensors, prefix, where, shape, settings)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qmix.errors import QmixError
-from qmix.formats.layouts import gptq_config, tensor_names
+from qmix.formats.layouts import awq_config, gptq_config
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.metadata import CheckpointMetadata
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
@@ -82,7 +82,7 @@ def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
         for name in (packing.tensor_names if packing else (tensor.name,))
     )
     layouts = frozenset(packing.layout for packing in packings.values() if packing)
-    settings_files = {"GPTQ": gptq_config.FILE, "AWQ": tensor_names.AWQ_FILE}
+    settings_files = {"GPTQ": gptq_config.FILE, "AWQ": awq_config.FILE}
     files = [settings_files[layout] for layout in layouts if layout in settings_files]
     return StorageSummary(
         schemes=schemes,

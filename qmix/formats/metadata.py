@@ -16,7 +16,14 @@ from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import names
 from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
-from qmix.formats.layouts import gptq_config, tensor_names
+from qmix.formats.layouts import (
+    awq_config,
+    bnb_config,
+    compressed_config,
+    gptq_config,
+    tensor_names,
+)
+from qmix.formats.layouts.settings import PackedModule, Settings
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.mistral import detect
 from qmix.formats.names import ModelTensor
@@ -55,6 +62,7 @@ class CheckpointMetadata:
         tensors: what the model needs, in the model's order.
         stored_names: canonical tensor name -> name in the files.
         gptq: what GPTQ's tensors do not say by themselves.
+        awq, compressed: the settings of these layouts; None if no weight has them.
     """
 
     directory: Path
@@ -63,6 +71,13 @@ class CheckpointMetadata:
     tensors: tuple[ModelTensor, ...]
     stored_names: Mapping[str, str]
     gptq: gptq_config.GPTQConfig = field(default_factory=gptq_config.GPTQConfig)
+    awq: Settings | None = None
+    compressed: compressed_config.CompressedConfig | None = None
+
+    @property
+    def zero_point(self) -> bool:
+        """Whether the zeros of AWQ's weights may differ from half of the range."""
+        return self.awq is None or self.awq.flag("zero_point") is not False
 
     @property
     def dtype(self) -> str:
@@ -100,27 +115,56 @@ class CheckpointMetadata:
 
         An AWQ weight counts as asymmetric, although all its zeros may be 8.
         """
-        shapes = {
-            name.rpartition(".")[2]: self.tensor_info(name).shape for name in packing.tensor_names
-        }
+        shapes = self._shapes(packing)
         if packing.layout == "bitsandbytes":
             return _bnb_scheme(shapes, math.prod(tensor.shape))
         columns = tensor.shape[1]
+        groups = self._groups(packing, shapes)
         bits: int | None = 4
         if packing.layout == "compressed-tensors":
-            groups, symmetric = shapes["weight_scale"][-1], "weight_zero_point" not in shapes
-            bits = tensor_names.compressed_bits(shapes["weight_packed"][-1], columns)
+            symmetric = "weight_zero_point" not in shapes
+            bits = tensor_names.compressed_bits(math.prod(shapes["weight_packed"][-1:]), columns)
         else:
-            groups = shapes["scales"][0]
             symmetric = packing.layout == "GPTQ" and self.module_settings(packing).symmetric
             if packing.layout == "GPTQ":
-                bits = tensor_names.gptq_bits(shapes["qweight"][0], columns)
+                bits = tensor_names.gptq_bits(math.prod(shapes["qweight"][:1]), columns)
         size = columns // max(groups, 1)
         return Scheme(
             kind="int8" if bits == 8 else "int4",
             group_size=size if size in GROUP_SIZES else -1,
             symmetric=symmetric,
         )
+
+    def packed_module(self, tensor: ModelTensor, packing: Packing) -> PackedModule | None:
+        """What the headers say of a packed weight; None if its scales have no shape to speak of."""
+        shapes = self._shapes(packing)
+        stored = self.stored_names[packing.tensor_names[0]]
+        name = stored.removesuffix(packing.tensor_names[0].removeprefix(tensor.prefix))
+        groups = self._groups(packing, shapes)
+        if groups < 1:
+            return None
+        return PackedModule(
+            name=name,
+            names=tuple(dict.fromkeys((name, *names.spellings(tensor.prefix)))),
+            scheme=self.scheme_of(tensor, packing),
+            shape=(tensor.shape[0], tensor.shape[1]),
+            groups=groups,
+            has_g_idx="weight_g_idx" in shapes,
+        )
+
+    def _shapes(self, packing: Packing) -> dict[str, tuple[int, ...]]:
+        """The shapes of a weight's tensors, by the last part of their names."""
+        infos = {name: self.tensor_info(name) for name in packing.tensor_names}
+        return {name.rpartition(".")[2]: info.shape for name, info in infos.items()}
+
+    @staticmethod
+    def _groups(packing: Packing, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Scales of an output, or blocks of bitsandbytes' whole weight; 0 if there is no shape."""
+        if packing.layout == "bitsandbytes":
+            return math.prod(shapes.get("absmax", (0,)))
+        if packing.layout == "compressed-tensors":
+            return math.prod(shapes["weight_scale"][-1:] or (0,))
+        return math.prod(shapes["scales"][:1] or (0,))
 
     def quantization_settings(
         self, settings_file: str | None
@@ -180,8 +224,9 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
         stored_names.pop("lm_head.weight", None)  # a saved copy of the embedding
     _refuse_unread_layouts(folder, stored_names)
     metadata = CheckpointMetadata(folder, config, infos, tensors, stored_names)
-    metadata = replace(metadata, gptq=_checked_settings(metadata))
+    metadata = _with_settings(metadata)
     _check_tensors(metadata)
+    _confirm_settings(metadata)
     return metadata
 
 
@@ -202,20 +247,40 @@ def _stored_names(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     return stored_names
 
 
-def _checked_settings(metadata: CheckpointMetadata) -> gptq_config.GPTQConfig:
-    """Check the quantization settings against the layouts of the tensors; return GPTQ's."""
+def _with_settings(metadata: CheckpointMetadata) -> CheckpointMetadata:
+    """Read the quantization settings of the layouts that the tensors have."""
     packings = (metadata.packing(tensor) for tensor in metadata.tensors)
     layouts = {packing.layout for packing in packings if packing}
     config = metadata.config.quantization_config
     method = config.get("quant_method") if config else None
     if "compressed-tensors" in layouts:
-        tensor_names.check_compressed(*metadata.quantization_settings(None))
+        settings = compressed_config.read(*metadata.quantization_settings(None))
+        metadata = replace(metadata, compressed=settings)
     # AWQ's other versions may look like GPTQ without g_idx; the config tells them by name.
     if "AWQ" in layouts or ("GPTQ" in layouts and method == "awq"):
-        tensor_names.check_awq(*metadata.quantization_settings(tensor_names.AWQ_FILE))
+        awq = awq_config.read(*metadata.quantization_settings(awq_config.FILE))
+        metadata = replace(metadata, awq=awq)
     if "GPTQ" in layouts:
-        return gptq_config.parse(*metadata.quantization_settings(gptq_config.FILE))
-    return gptq_config.GPTQConfig()
+        gptq = gptq_config.parse(*metadata.quantization_settings(gptq_config.FILE))
+        metadata = replace(metadata, gptq=gptq)
+    return metadata
+
+
+def _confirm_settings(metadata: CheckpointMetadata) -> None:
+    """Refuse settings that the tensors contradict, by field."""
+    modules: dict[Layout, list[PackedModule]] = {}
+    for tensor in metadata.tensors:
+        packing = metadata.packing(tensor)
+        if packing and (module := metadata.packed_module(tensor, packing)):
+            modules.setdefault(packing.layout, []).append(module)
+    if bnb := modules.get("bitsandbytes"):
+        bnb_config.check(*metadata.quantization_settings(None), bnb)
+    if metadata.compressed:
+        metadata.compressed.confirm(modules.get("compressed-tensors", []))
+    if metadata.awq:
+        awq_config.confirm(metadata.awq, modules.get("AWQ", []))
+    if gptq := modules.get("GPTQ"):
+        gptq_config.confirm(*metadata.quantization_settings(gptq_config.FILE), gptq)
 
 
 def _refuse_unread_layouts(folder: Path, stored_names: Mapping[str, str]) -> None:

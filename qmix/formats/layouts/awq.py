@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qmix.formats.layouts.checked_tensors import IntegerTensors, unpack_words, zeros_or_symmetric
 from qmix.formats.layouts.tensor_names import QWEIGHT, QZEROS, SCALES
-from qmix.weights.integers import Int4
+from qmix.weights.integers import Int4, symmetric_zero
 
 _WORD_CODES = 8
 # Output 8c + i lies in nibble _NIBBLES[i] of word c: from its lowest four bits on, the word holds
@@ -19,16 +19,24 @@ _WORD_CODES = 8
 _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]) -> Int4:
+def unpack(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    where: str,
+    shape: tuple[int, int],
+    *,
+    zero_point: bool = True,
+) -> Int4:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
         tensors: by name; tensors of other modules may be among them.
         where: the file, for errors.
         shape: (N, K) of the model's weight.
+        zero_point: what the settings say: if false, every zero is half of the range.
 
     Raises:
-        CheckpointError: a tensor is missing, or is not what the layout says.
+        CheckpointError: a tensor is missing, or is not what the layout or the settings say.
     """
     stored = IntegerTensors(tensors, prefix, where, shape)
     rows, columns = shape
@@ -38,11 +46,12 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[
     scales = stored.scales(SCALES, 0)
     groups = scales.shape[0]
     qzeros = stored.tensor(QZEROS, torch.int32, (groups, rows // _WORD_CODES))
-    return Int4(
-        codes=_codes(qweight),
-        scales=scales.T.contiguous(),
-        zeros=zeros_or_symmetric(_zeros(qzeros), Int4.bits),
-    )
+    zeros = zeros_or_symmetric(_zeros(qzeros), Int4.bits)
+    if zeros is not None and not zero_point:
+        half = symmetric_zero(Int4.bits)
+        found = int(zeros[zeros != half][0])
+        raise stored.wrong(QZEROS, "zeros, though zero_point of the settings is false", half, found)
+    return Int4(codes=_codes(qweight), scales=scales.T.contiguous(), zeros=zeros)
 
 
 def _codes(qweight: Tensor) -> Tensor:

@@ -78,6 +78,13 @@ def unpack(
         if bool((bias != 0).any()):
             raise stored.wrong(BIAS, "a Mixtral has no biases", "zeros", bias.abs().max().item())
     perm = stored.permutation(G_IDX, groups)
+    if perm is not None and settings.act_order is False:
+        raise stored.wrong(
+            G_IDX,
+            f"inputs are scattered over groups (desc_act of {settings.source} is false)",
+            f"input // {columns // groups}",
+            f"another group from input {_first_scattered(stored, columns // groups)} on",
+        )
     codes = qweight.T.contiguous().view(torch.uint8)
     return WEIGHT_TYPES[bits](
         codes=codes if perm is None else WEIGHT_TYPES[bits].reordered(codes, perm),
@@ -85,6 +92,12 @@ def unpack(
         zeros=zeros,
         perm=perm,
     )
+
+
+def _first_scattered(stored: IntegerTensors, size: int) -> int:
+    """The first input that does not belong to the group of its `size` neighbours."""
+    index = stored.tensor(G_IDX)
+    return int((index != torch.arange(len(index)) // size).nonzero()[0])
 
 
 def _bits(stored: IntegerTensors, settings: ModuleSettings) -> int:

@@ -5,7 +5,7 @@ It has one scheme for most modules, and rules for the others (`dynamic`, as gptq
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.layouts.module_patterns import expressions
 from qmix.formats.layouts.name_matcher import NameMatcher
+from qmix.formats.layouts.settings import PackedModule, Settings, check_head, check_packing
 from qmix.formats.layouts.tensor_names import INTEGER_KINDS, without_lists
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
@@ -48,6 +49,7 @@ class ModuleSettings:
         version: 1 if the file stores each zero minus one, 2 if it stores the zero.
         symmetric: every zero is half of the range.
         bits, group_size: None if the file does not say; a group size of -1 is all inputs.
+        act_order: whether inputs may be scattered over groups; None if the file does not say.
         rule: the one that decided, if any.
         where: the file with the settings.
     """
@@ -58,6 +60,7 @@ class ModuleSettings:
     group_size: int | None
     rule: Rule | None
     where: str
+    act_order: bool | None = None
 
     @property
     def source(self) -> str:
@@ -70,7 +73,8 @@ class GPTQConfig:
     """What the tensors do not say, or what the settings repeat.
 
     Attributes:
-        version, symmetric, bits, group_size, where: for most modules; see ModuleSettings.
+        version, symmetric, bits, group_size, act_order, where: for most modules; see
+            ModuleSettings.
         lm_head: whether the head is quantized.
         rules: for the other modules; the first that matches a module's name in the files wins.
     """
@@ -79,6 +83,7 @@ class GPTQConfig:
     symmetric: bool = True
     bits: int | None = None
     group_size: int | None = None
+    act_order: bool | None = None
     lm_head: bool = False
     rules: tuple[Rule, ...] = ()
     where: str = "no quantization_config"
@@ -102,6 +107,7 @@ class GPTQConfig:
             group_size=self.group_size,
             rule=rule,
             where=self.where,
+            act_order=self.act_order,
         )
         if rule is None:
             return settings
@@ -145,14 +151,9 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
     if document is None:
         return GPTQConfig()
     fields = without_lists(document)
-    method = fields.get("quant_method", "gptq")
-    if method != "gptq":
-        raise CheckpointError(
-            "the tensors are GPTQ's, but quant_method names another method",
-            where=where,
-            expected="'gptq'",
-            found=repr(method),
-        )
+    settings = Settings(fields, where)
+    settings.check_method("gptq", "GPTQ's")
+    check_packing(settings)
     bits = fields.get("bits")
     if bits is not None and (type(bits) is not int or bits not in INTEGER_KINDS):
         raise UnsupportedError(
@@ -167,12 +168,25 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
         symmetric=_flag(symmetric, f"{where}: sym"),
         bits=bits,
         group_size=_group_size(fields.get("group_size"), f"{where}: group_size"),
+        act_order=settings.flag("desc_act"),
         lm_head=_flag(lm_head, f"{where}: lm_head"),
         rules=_rules(fields.get("dynamic"), f"{where}: dynamic"),
         where=where,
     )
     config.matcher  # noqa: B018 - reads the expressions, so that a wrong one is refused here
     return config
+
+
+def confirm(
+    document: Mapping[str, Any] | None, where: str, modules: Iterable[PackedModule]
+) -> None:
+    """Check what the settings say of the head against the packed modules; see `parse`.
+
+    Raises:
+        CheckpointError: a field that the tensors contradict.
+    """
+    if document is not None:
+        check_head(Settings(without_lists(document), where), modules)
 
 
 def _version(fields: Mapping[str, Any], where: str) -> int:

@@ -288,7 +288,12 @@ class _Parser:
 
     def malformed(self, reason: str) -> QmixError:
         found = f"{reason} at position {self.at}"
-        return CheckpointError("not a regular expression", where=self.where, found=found)
+        return CheckpointError(
+            "not a regular expression",
+            where=self.where,
+            expected="one that Python's re reads",
+            found=found,
+        )
 
     def intricate(self, expected: str, found: str) -> QmixError:
         return UnsupportedError(

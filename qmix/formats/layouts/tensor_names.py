@@ -1,4 +1,4 @@
-"""Which tensors make up a packed weight: the four layouts by their names, shapes and settings.
+"""Which tensors make up a packed weight: the four layouts by their names and shapes.
 
 Knows no torch and reads no data. What the bits mean is written in bnb, compressed_tensors, awq and
 gptq.
@@ -7,15 +7,11 @@ gptq.
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from qmix.errors import CheckpointError, UnsupportedError
-
 Layout = Literal["bitsandbytes", "compressed-tensors", "AWQ", "GPTQ"]
 
 WORD_BITS = 32
 # Bits of the integers that are read -> the kind of their Scheme.
 INTEGER_KINDS: Mapping[int, Literal["int4", "int8"]] = {4: "int4", 8: "int8"}
-
-AWQ_FILE = "quant_config.json"  # where AutoAWQ puts the settings, beside config.json
 
 WEIGHT = ".weight"
 ABSMAX = ".weight.absmax"
@@ -98,74 +94,6 @@ def compressed_bits(words: int, columns: int) -> int | None:
     """Bits of a code, from the words of a row and K; None if no number of bits fits."""
     fitting = (bits for bits in (4, 8, 2, 3, 5, 6, 7) if words == -(-columns * bits // WORD_BITS))
     return next(fitting, None)
-
-
-def check_awq(document: Mapping[str, Any] | None, where: str) -> None:
-    """Check that the settings are those of the AWQ that is read.
-
-    Args:
-        document: `quantization_config` of config.json, or AWQ_FILE; None if there is neither.
-        where: the file, for errors.
-
-    Raises:
-        UnsupportedError: another version than gemm, or not 4 bits.
-        CheckpointError: the settings are not AWQ's.
-    """
-    if document is None:
-        return
-    fields = without_lists(document)
-    if fields.get("quant_method", "awq") != "awq":
-        raise CheckpointError(
-            "the tensors are AWQ's, but quant_method names another method",
-            where=where,
-            expected="'awq'",
-            found=repr(fields["quant_method"]),
-        )
-    version, bits = fields.get("version", "gemm"), fields.get("bits", fields.get("w_bit", 4))
-    remedy = "Quantize the original checkpoint with qmix quantize."
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise UnsupportedError(
-            f"AWQ in the {version} version is not read",
-            where=where,
-            expected="gemm",
-            found=repr(version),
-            remedy=remedy,
-        )
-    if type(bits) is not int or bits != 4:
-        raise UnsupportedError(
-            "AWQ is read in 4 bits only", where=where, expected=4, found=repr(bits), remedy=remedy
-        )
-
-
-def check_compressed(document: Mapping[str, Any] | None, where: str) -> None:
-    """Check that the settings are those of the compressed-tensors format that is read.
-
-    Args:
-        document: config.json's `quantization_config`; None if there is none.
-        where: the file, for errors.
-
-    Raises:
-        UnsupportedError: another format than pack-quantized.
-        CheckpointError: the settings are not those of compressed-tensors.
-    """
-    if document is None:
-        return
-    if document.get("quant_method") != "compressed-tensors":
-        raise CheckpointError(
-            "the tensors are compressed-tensors', but quant_method names another method",
-            where=where,
-            expected="'compressed-tensors'",
-            found=repr(document.get("quant_method")),
-        )
-    layout = document.get("format", "pack-quantized")
-    if layout != "pack-quantized":
-        raise UnsupportedError(
-            f"compressed-tensors in the {layout} format is not read",
-            where=where,
-            expected="pack-quantized",
-            found=repr(layout),
-            remedy="Quantize the original checkpoint with qmix quantize.",
-        )
 
 
 def without_lists(document: Mapping[str, Any]) -> dict[str, Any]:

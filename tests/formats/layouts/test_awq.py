@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
-from qmix.formats.layouts import awq, gptq, tensor_names
+from qmix.formats.layouts import awq, awq_config, gptq, tensor_names
 from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support import packers
@@ -119,12 +119,12 @@ def test_a_missing_tensor_is_named(suffix):
 )
 def test_other_settings_are_refused(document, named):
     with pytest.raises(QmixError, match=named):
-        tensor_names.check_awq(document, "config.json")
+        awq_config.read(document, "config.json")
 
 
 def test_the_settings_that_files_have():
     for document in (None, CONFIG, {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, {}):
-        tensor_names.check_awq(document, "config.json")
+        awq_config.read(document, "config.json")
 
 
 IDS = torch.tensor([[5, 6, 7, 99, 3]])
@@ -151,7 +151,9 @@ def test_the_settings_may_lie_beside_the_config(tmp_path):
     packers.checkpoint(tmp_path, packers.awq, None)
     assert logits(tmp_path).isfinite().all()
     (tmp_path / "quant_config.json").write_text(json.dumps({"w_bit": 4, "version": "GEMV"}))
-    with pytest.raises(UnsupportedError, match=r"quant_config\.json: AWQ in the GEMV version"):
+    with pytest.raises(
+        UnsupportedError, match=r"quant_config\.json: version: AWQ in the GEMV version"
+    ):
         logits(tmp_path)
 
 

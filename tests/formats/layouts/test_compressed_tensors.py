@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
-from qmix.formats.layouts import compressed_tensors, gptq, tensor_names
+from qmix.formats.layouts import compressed_config, compressed_tensors, gptq, tensor_names
 from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.models.causal_lm import MixtralForCausalLM
@@ -208,7 +208,7 @@ def test_a_missing_tensor_is_named(tmp_path, suffix):
 )  # fmt: skip
 def test_other_settings_are_refused(document, named):
     with pytest.raises(QmixError, match=named):
-        tensor_names.check_compressed(document, "config.json")
+        compressed_config.read(document, "config.json")
 
 
 IDS = torch.tensor([[5, 6, 7, 99, 3]])
@@ -226,6 +226,7 @@ def test_a_mixtral_computes_what_its_weights_mean(tmp_path, symmetric):
         return packers.compressed(weight, prefix, symmetric=symmetric)
 
     config = compressed_tensors.quantization_config(uniform(SCHEME))
+    config["config_groups"]["group_0"]["weights"]["symmetric"] = symmetric
     model = packers.checkpoint(tmp_path, pack, config, symmetric=symmetric, low=0)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
@@ -239,7 +240,7 @@ def weights(bits, size):
 
 def test_the_settings_written():
     config = compressed_tensors.quantization_config(uniform(SCHEME))
-    tensor_names.check_compressed(config, "config.json")
+    compressed_config.read(config, "config.json")
     assert config == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -1,0 +1,85 @@
+"""AWQ's settings: what AutoAWQ and others write, checked against the tensors.
+
+Knows nothing of files.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qmix.errors import UnsupportedError
+from qmix.formats.layouts.settings import (
+    PackedModule,
+    Settings,
+    check_dense,
+    check_head,
+    check_packing,
+)
+from qmix.formats.layouts.tensor_names import without_lists
+
+FILE = "quant_config.json"  # where AutoAWQ puts the settings, beside config.json
+
+_BITS = ("bits", "w_bit")
+_GROUP_SIZES = ("group_size", "q_group_size")
+_DENSE = "modules_to_not_convert"
+_VERSIONS = ("version", "format", "checkpoint_format")
+_REMEDY = "Quantize the original checkpoint with qmix quantize."
+
+
+def read(document: Mapping[str, Any] | None, where: str) -> Settings:
+    """The settings, which are those of the AWQ that is read.
+
+    Args:
+        document: `quantization_config` of config.json, or FILE; None if there is neither.
+        where: the file, for errors.
+
+    Raises:
+        UnsupportedError: another version than gemm, or not 4 bits.
+        CheckpointError: the settings are not AWQ's, or a field is of a wrong type.
+    """
+    given = document or {}
+    fields = {**without_lists(given), _DENSE: given.get(_DENSE)}
+    settings = Settings(fields, where)
+    settings.check_method("awq", "AWQ's")
+    for field in _VERSIONS:
+        version = settings.get(field, "gemm")
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise UnsupportedError(
+                f"AWQ in the {str(version)[:40]} version is not read",
+                where=settings.place(field),
+                expected="gemm",
+                found=repr(version)[:80],
+                remedy=_REMEDY,
+            )
+    for field in _BITS:
+        if type(bits := settings.get(field, 4)) is not int or bits != 4:
+            raise UnsupportedError(
+                "AWQ is read in 4 bits only",
+                where=settings.place(field),
+                expected=4,
+                found=repr(bits)[:80],
+                remedy=_REMEDY,
+            )
+    settings.flag("zero_point")
+    check_packing(settings)
+    return settings
+
+
+def confirm(settings: Settings, modules: Collection[PackedModule]) -> None:
+    """Check the settings against the packed modules.
+
+    Raises:
+        CheckpointError: a field that the tensors contradict.
+    """
+    check_head(settings, modules)
+    check_dense(settings, _DENSE, modules)
+    for field in _GROUP_SIZES:
+        size = settings.get(field)
+        if size is None:
+            continue
+        if type(size) is not int or not (size == -1 or size > 0):
+            raise settings.wrong(field, "-1 or a number of inputs")
+        for module in modules:
+            columns = module.shape[1]
+            if (columns if size == -1 else size) * module.groups != columns:
+                expected = columns // max(module.groups, 1)
+                raise settings.contradiction(field, expected, module.name)

@@ -1,0 +1,62 @@
+"""bitsandbytes' settings as transformers writes them, checked against the tensors.
+
+Each tensor says itself how it is quantized; the settings repeat that. Knows nothing of files.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qmix.formats.layouts.settings import PackedModule, Settings, check_dense
+from qmix.weights.scheme import NF4_BLOCK_SIZES
+
+_BLOCK_SIZES = ("bnb_4bit_blocksize", "bnb_4bit_block_size", "blocksize", "block_size")
+_DENSE = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def check(
+    document: Mapping[str, Any] | None, where: str, modules: Collection[PackedModule]
+) -> None:
+    """Check the settings against the packed modules.
+
+    Args:
+        document: config.json's `quantization_config`; None if there is none.
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: settings of another method, a field of a wrong type, or one that the
+            tensors contradict.
+    """
+    if document is None:
+        return
+    settings = Settings(document, where)
+    settings.check_method("bitsandbytes", "bitsandbytes'")
+    one = next(iter(modules)).name
+    for field, expected in (("load_in_4bit", True), ("load_in_8bit", False)):
+        for spelling in (field, f"_{field}"):
+            if settings.flag(spelling) not in (None, expected):
+                raise settings.contradiction(spelling, str(expected).lower(), one)
+    kind = settings.get("bnb_4bit_quant_type")
+    double_quant = settings.flag("bnb_4bit_use_double_quant")
+    for module in modules:
+        if kind not in (None, module.scheme.kind):
+            raise settings.contradiction(
+                "bnb_4bit_quant_type", repr(module.scheme.kind), module.name
+            )
+        if double_quant not in (None, module.scheme.double_quant):
+            expected_flag = str(module.scheme.double_quant).lower()
+            raise settings.contradiction("bnb_4bit_use_double_quant", expected_flag, module.name)
+        _check_block_size(settings, module)
+    for field in _DENSE:
+        check_dense(settings, field, modules)
+
+
+def _check_block_size(settings: Settings, module: PackedModule) -> None:
+    rows, columns = module.shape
+    for field in _BLOCK_SIZES:
+        size = settings.get(field)
+        if size is None:
+            continue
+        if type(size) is not int or size not in NF4_BLOCK_SIZES:
+            raise settings.wrong(field, f"one of {', '.join(map(str, NF4_BLOCK_SIZES))}")
+        if -(-rows * columns // size) != module.groups:
+            raise settings.contradiction(field, module.scheme.block_size, module.name)
