@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qmix import kernels
 from qmix.formats import Checkpoint
 from qmix.models import load
 from qmix.models.options import parse_device
@@ -69,9 +68,7 @@ class Scorer:
         embed = self._checkpoint.read("model.embed_tokens.weight").to(self._dtype)
         hidden = embedding(ids, embed)  # stays on the host
         del embed
-        positions = torch.arange(ids.shape[1], device=self._device)[None]
-        cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, self._dtype)
-        context = ForwardContext(cos=cos, sin=sin)
+        context = ForwardContext.without_past(config, ids.shape[1], self._device, self._dtype)
         batch = max(1, BATCH_TOKENS // ids.shape[1])
         for index in range(config.num_hidden_layers):
             progress(index, config.num_hidden_layers)

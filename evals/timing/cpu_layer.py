@@ -183,9 +183,7 @@ def time_layer(
     Args:
         layers: three layers of one format.
     """
-    positions = torch.arange(tokens)[None]
-    cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.bfloat16)
-    context = ForwardContext(cos=cos, sin=sin)
+    context = ForwardContext.without_past(config, tokens, _CPU, torch.bfloat16)
     nbytes = _bytes_of_token(layers[0])
     fractions: list[float] = []
     ours: list[tuple[float, float]] = []

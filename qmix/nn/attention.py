@@ -7,6 +7,7 @@ qmix.nn.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from qmix import kernels
@@ -37,6 +38,15 @@ class ForwardContext:
     attn_mask: Tensor | None = None
     attn_implementation: Implementation = "sdpa"
     attentions: list[Tensor] | None = None
+
+    @classmethod
+    def without_past(
+        cls, config: MixtralConfig, tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> "ForwardContext":
+        """The context of a pass over the first `tokens` positions."""
+        positions = torch.arange(tokens, device=device)[None]
+        cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, dtype)
+        return cls(cos=cos, sin=sin)
 
 
 class Attention(nn.Module):

@@ -343,10 +343,7 @@ class LayerQuantizer:
         return gate
 
     def _context(self) -> ForwardContext:
-        positions = torch.arange(self._seqlen, device=self._device)[None]
-        config = self._config
-        cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.float32)
-        return ForwardContext(cos=cos, sin=sin)
+        return ForwardContext.without_past(self._config, self._seqlen, self._device, torch.float32)
 
     def _batches(self, tokens: Activations) -> Iterator[tuple[int, Tensor]]:
         return window_batches(tokens, self._seqlen, self._device)

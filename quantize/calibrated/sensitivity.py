@@ -253,10 +253,9 @@ class Sensitivity:
         return norm
 
     def _context(self) -> ForwardContext:
-        positions = torch.arange(self._ids.shape[1], device=self._device)[None]
-        config = self._config
-        cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, torch.float32)
-        return ForwardContext(cos=cos, sin=sin)
+        return ForwardContext.without_past(
+            self._config, self._ids.shape[1], self._device, torch.float32
+        )
 
 
 def _total(changes: Sequence[_OutputChange]) -> float:
