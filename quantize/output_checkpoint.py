@@ -21,8 +21,8 @@ from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.quantize.report import QuantizeReport
-from qmix.quantize.source import all_finite, not_finite
-from qmix.weights.dense import Dense, Weight
+from qmix.quantize.source import not_finite
+from qmix.weights.dense import Dense, Weight, all_finite
 from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import Recipe, Scheme
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qmix.errors import CheckpointError
 from qmix.experts.reader import ExpertReader
@@ -18,7 +18,7 @@ from qmix.models.heat_record import HeatRecord
 from qmix.models.offload import Tiers
 from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
-from qmix.weights.dense import Dense, Weight
+from qmix.weights.dense import Dense, Weight, all_finite
 
 _HOST = torch.device("cpu")
 
@@ -59,9 +59,14 @@ def _offload(
     packer: Packer,
 ) -> None:
     """Fill a model whose experts do not all fit its device."""
-    reader = ExpertReader(
-        checkpoint, dtype, lambda weight, tensor: _placed(weight, dtype, _HOST, tensor, checkpoint)
-    )
+    checked: set[str] = set()  # an expert may be read for each token, and is checked once
+
+    def finish(weight: Weight, tensor: ModelTensor) -> Weight:
+        placed = _placed(weight, dtype, _HOST, tensor, checkpoint, check=tensor.name not in checked)
+        checked.add(tensor.name)
+        return placed
+
+    reader = ExpertReader(checkpoint, dtype, finish)
     blocks = offload.blocks_of(modules)
     heat = HeatRecord(checkpoint, tiers.settings, persistent=tiers.persistent)
     if not tiers.device:
@@ -101,8 +106,8 @@ def fill(
         if isinstance(module, Linear):
             module.store(_placed(checkpoint.weight(tensor), dtype, device, tensor, checkpoint))
         elif module is not None:
-            data = checkpoint.read(tensor.name).to(device=device, dtype=dtype)
-            module.weight = nn.Parameter(data)
+            data = checkpoint.read(tensor.name)
+            module.weight = nn.Parameter(_converted(data, dtype, device, tensor, checkpoint))
         missing[tensor.layer] -= 1
         if finish is not None and tensor.layer is not None and not missing[tensor.layer]:
             finish(modules[f"model.layers.{tensor.layer}"])
@@ -114,15 +119,48 @@ def _placed(
     device: torch.device,
     tensor: ModelTensor,
     checkpoint: Checkpoint,
+    *,
+    check: bool = True,
 ) -> Weight:
-    """The weight on the device; in `dtype` if it is dense, with its scales unchanged if not."""
+    """The weight on the device; in `dtype` if it is dense, with its scales unchanged if not.
+
+    Args:
+        check: refuse values of a dense weight that are not finite.
+    """
     if not isinstance(weight, Dense):
         return weight.to(device)
-    data = weight.data.to(device=device, dtype=dtype)
-    if dtype == torch.float16 and not bool(torch.isfinite(data).all()):
+    if not check:
+        return replace(weight, data=weight.data.to(device=device, dtype=dtype))
+    return replace(weight, data=_converted(weight.data, dtype, device, tensor, checkpoint))
+
+
+def _converted(
+    data: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor: ModelTensor,
+    checkpoint: Checkpoint,
+) -> Tensor:
+    """A dense tensor on the device in `dtype`.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity, or a value beyond float16 where that is `dtype`.
+    """
+    where = str(checkpoint.entry(tensor.name).file)
+    if not all_finite(data):
+        invalid = data.numel() - int(torch.isfinite(data).sum())
+        raise CheckpointError(
+            f"tensor {tensor.name} holds NaN or infinity",
+            where=where,
+            expected="finite values",
+            found=f"{invalid} of {data.numel()} are not",
+            remedy="The checkpoint is damaged; download it again.",
+        )
+    converted = data.to(device=device, dtype=dtype)
+    if dtype == torch.float16 and not all_finite(converted):
         raise CheckpointError(
             f"tensor {tensor.name}: not finite in float16",
-            where=str(checkpoint.entry(tensor.name).file),
+            where=where,
             remedy="Load it as bfloat16 or float32.",
         )
-    return replace(weight, data=data)
+    return converted

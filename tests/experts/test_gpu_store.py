@@ -6,6 +6,8 @@ address gives wrong logits, not an error.
 
 import ctypes
 import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,60 +21,21 @@ from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.gpu_experts import DeviceExperts
 from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.policy import HEAT, PRESETS, Policy
-from qmix.experts.residency import Residency
+from qmix.experts.residency import Residency, SlotState
 from qmix.kernels.cpu import packed_moe as host
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
 from qmix.weights.packed.layout import unpack_expert, with_blob
 from tests.support.interpreter import run_apart
+from tests.support.interruption import interrupted_after
+from tests.support.late_copies import Late
 from tests.support.models import small_model
 from tests.support.packed import act_order, int4, nf4
 from tests.support.soak import both, examples
 
 LAYERS, EXPERTS = 3, 4
 PROMPT = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2, 3, 4, 5, 6, 7, 8, 21, 22, 23, 24]])
-
-
-class Late:
-    """Copies that take some token boundaries, and leave noise where they have not been yet."""
-
-    def __init__(self, seed, most=3):
-        self.random, self.most = random.Random(seed), most
-        self.bytes = 0
-        self.under_way = []
-
-    def follow(self):
-        pass
-
-    def copy(self, source, target):
-        target.random_(0, 256)
-        self.bytes += len(source)
-        ticket = Ticket(self, source, target, self.random.randint(0, self.most))
-        self.under_way.append(ticket)
-        return ticket
-
-    def write(self, values, target):
-        target.copy_(values)
-
-    def read(self, source):
-        return source.clone(), Ticket(self, source, None, self.random.randint(0, 1))
-
-
-class Ticket:
-    def __init__(self, copier, source, target, asked):
-        self.source, self.target, self.asked = source, target, asked
-
-    def done(self):
-        self.asked -= 1
-        if self.asked < 0:
-            self.join()
-        return self.asked < 0
-
-    def join(self):
-        if self.target is not None:
-            self.target.copy_(self.source)
-        self.asked = -1
 
 
 def at(address, template):
@@ -370,3 +333,38 @@ def test_the_kernels_through_the_table_in_the_interpreter(soak):
 @pytest.mark.gpu
 def test_the_kernels_through_the_table_on_the_gpu():
     run_apart("store", interpreted=False)
+
+
+@pytest.fixture(params=[2, 9])
+def shared(request):
+    """A model over a store of so many slots, its store, two prompts and their logits."""
+    plain, model = whole_model(nf4), whole_model(nf4)
+    store = store_of(model, request.param, copier=Late(request.param))
+    prompts = (PROMPT, PROMPT[:, :3])
+    return model, store, prompts, [greedy(plain, prompt, 4)[1] for prompt in prompts]
+
+
+def test_threads_that_share_a_store_get_the_text_of_one(shared):
+    model, _, prompts, expected = shared
+
+    def work(first):
+        for index in (first % 2, 1 - first % 2, first % 2):
+            assert torch.equal(greedy(model, prompts[index], 4)[1], expected[index])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+
+
+@both
+def test_an_interruption_at_any_line_leaves_the_store_right(shared, soak):
+    """As Ctrl-C does, an exception may come between any two lines of the store's own code."""
+    model, store, prompts, expected = shared
+    lines = random.Random(len(store.slots))
+    for attempt in range(200 if soak else 5):
+        with suppress(KeyboardInterrupt), interrupted_after(lines.randrange(1, 4000), "/experts/"):
+            greedy(model, prompts[attempt % 2], 4)
+        for prompt, wanted in zip(prompts, expected, strict=True):
+            assert torch.equal(greedy(model, prompt, 4)[1], wanted), attempt
+        states = store.residency.states
+        assert states.count(SlotState.BORROWED) == len(store._prefill.borrowed)
+        assert states.count(SlotState.FILLING) == len(store._copies)

@@ -22,6 +22,7 @@ from qmix.models.offload import Tiers
 from qmix.nn.moe import SparseMoeBlock
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import Recipe, Scheme
+from tests.support.interruption import interrupted_after
 from tests.support.models import ROOT, load_in_tiers, small_model, threads
 from tests.support.soak import both
 
@@ -160,24 +161,9 @@ def test_an_interruption_at_any_line_leaves_the_store_right(saved, soak):
     lines = random.Random(0)
 
     for attempt in range(300 if soak else 12):
-        left = lines.randrange(1, 900)
-
-        def trace(frame, event, _):
-            nonlocal left
-            if "/experts/" not in frame.f_code.co_filename:
-                return None
-            left -= event == "line"
-            if not left:
-                raise KeyboardInterrupt
-            return trace
-
         index = attempt % len(PROMPTS)
-        sys.settrace(trace)
-        try:
-            with suppress(KeyboardInterrupt):
-                text(model, PROMPTS[index])
-        finally:
-            sys.settrace(None)
+        with suppress(KeyboardInterrupt), interrupted_after(lines.randrange(1, 900), "/experts/"):
+            text(model, PROMPTS[index])
         again = (attempt + 1) % len(PROMPTS)
         (found,) = together(lambda again=again: text(model, PROMPTS[again]))
         assert torch.equal(found, expected[again]), attempt
