@@ -8,7 +8,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from qmix.file_errors import writing
+from qmix.file_errors import reason, writing
 
 _FOR_ALL, _FOR_THE_OWNER = 0o666, 0o600
 
@@ -38,6 +38,6 @@ def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> Non
         except BaseException as error:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                error.filename = None  # the name beside it says nothing to the user
+            if isinstance(error, OSError):  # the name beside it says nothing to the user
+                raise OSError(error.errno, reason(error)) from error
             raise

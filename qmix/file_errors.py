@@ -73,7 +73,7 @@ def write_error(path: Path, error: OSError, kept: str | None = None) -> WriteErr
         found=reason(error),
         remedy=f"{kept} {remedy}" if kept else remedy,
     )
-    failed.errno, failed.strerror = error.errno, error.strerror
+    failed.errno, failed.strerror = error.errno, reason(error)
     return failed
 
 

@@ -99,11 +99,16 @@ def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     return loads(regular_file.read(path, limit_bytes=limit_bytes), where=str(path))
 
 
-def write(path: Path, document: Mapping[str, Any], *, indent: int | None = 2) -> None:
+def write(
+    path: Path, document: Mapping[str, Any], *, indent: int | None = 2, private: bool = False
+) -> None:
     """Replace `path` by the document in ASCII; until it is on the disk, the old file stays.
 
+    Args:
+        private: only the owner may read the file.
+
     Raises:
-        OSError: the file cannot be written; the old one, if there is one, is unchanged.
+        WriteError: the file cannot be written; the old one, if there is one, is unchanged.
     """
     text = json.dumps(document, indent=indent) + "\n"
-    atomic_file.write(path, text.encode())
+    atomic_file.write(path, text.encode(), private=private)

@@ -8,11 +8,11 @@ drive the terminal. Knows no option of the command line.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
+from qmix import user_files
 from qmix.commands import terminal
 from qmix.commands.session import Session
 from qmix.errors import UsageError
@@ -228,10 +228,13 @@ def _enable_line_editing() -> None:
         import readline
     except ImportError:
         return
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "qmix"
-    history = state / "chat_history"
+    history = user_files.state_directory() / "chat_history"
+    why = user_files.doubt(history) if os.path.lexists(history) else None
+    if why is not None:
+        terminal.message(f"qmix: the history is not used: {why}")
+        return
     try:
-        state.mkdir(parents=True, exist_ok=True)
+        user_files.prepare(history)
         history.touch(mode=0o600)
         readline.read_history_file(history)
     except OSError:

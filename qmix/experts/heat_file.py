@@ -5,11 +5,12 @@ Knows no slots.
 """
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qmix import strict_json
+from qmix import strict_json, user_files
 from qmix.errors import CheckpointError
 
 FORMAT, VERSION = "qmix-heat", 1
@@ -35,16 +36,11 @@ def save(path: Path, heat: Sequence[int], *, model: str) -> None:
         model: the model's fingerprint.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        WriteError: the file cannot be written, or others can write to its directory.
     """
     document = {"format": FORMAT, "version": VERSION, "model": model, "heat": list(heat)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        strict_json.write(path, document, indent=None)
-    except OSError as error:
-        raise CheckpointError(
-            "the heat file cannot be written", where=str(path), found=error.strerror
-        ) from error
+    user_files.prepare(path)
+    strict_json.write(path, document, indent=None, private=True)
 
 
 def read(path: Path, *, experts: int, model: str) -> list[int]:
@@ -55,8 +51,12 @@ def read(path: Path, *, experts: int, model: str) -> list[int]:
         model: the model's fingerprint.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged or another model's.
+        CheckpointError: there is no such file, it is damaged or another model's, or others can
+            have written it.
     """
+    why = user_files.doubt(path)
+    if why is not None:
+        raise CheckpointError("may come from another user", where=str(path), found=why)
     document = strict_json.read(path)
     remedy = "Delete it: a new one is made."
     kind = (document.get("format"), document.get("version"))
@@ -94,7 +94,7 @@ def read(path: Path, *, experts: int, model: str) -> list[int]:
 
 def read_if_good(path: Path, *, experts: int, model: str) -> list[int] | None:
     """The heat; None if there is no file yet, or, with a warning, if it cannot be used."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         return read(path, experts=experts, model=model)

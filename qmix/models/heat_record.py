@@ -9,14 +9,14 @@ from weakref import finalize
 
 import torch
 
-from qmix.errors import CheckpointError
+from qmix import user_files
+from qmix.errors import WriteError
 from qmix.experts import heat_file
 from qmix.experts.disk_store import DiskStore
 from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.policy import Policy, PolicySettings
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
-from qmix.planning import machine
 
 
 class HeatRecord:
@@ -40,7 +40,7 @@ class HeatRecord:
             names = (t.name for t in checkpoint.tensors if t.kind == "router")
             bits = (checkpoint.read(name).view(torch.uint8).numpy().tobytes() for name in names)
             self._model = heat_file.fingerprint(bits)
-            folder = machine.measurements_path().parent / "heat"
+            folder = user_files.cache_directory() / "heat"
             self._path = folder / f"{self._model[:16]}.json"
             heat = heat_file.read_if_good(self._path, experts=count, model=self._model)
         self.policy = Policy(count, settings, heat=heat)
@@ -56,5 +56,5 @@ def _save(path: Path, model: str, residency: Residency) -> None:
         return
     try:
         heat_file.save(path, residency.policy.heat, model=model)
-    except CheckpointError as error:
+    except WriteError as error:
         warnings.warn(f"{error} The next run starts without it.", stacklevel=2)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qmix import strict_json
+from qmix import strict_json, user_files
 from qmix.errors import CheckpointError, QmixError
 
 FILE = "machine.json"
@@ -204,10 +204,8 @@ def key(gpu: str | None = None) -> str:
 
 
 def measurements_path(environment: Mapping[str, str] = os.environ) -> Path:
-    """The user's file of measurements: qmix/machine.json below XDG_CACHE_HOME or ~/.cache."""
-    base = environment.get("XDG_CACHE_HOME", "")
-    home = Path(environment.get("HOME") or Path.home())
-    return (Path(base) if os.path.isabs(base) else home / ".cache") / "qmix" / FILE
+    """The user's file of measurements: machine.json in qmix's cache directory."""
+    return user_files.cache_directory(environment) / FILE
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ class SavedMeasurements:
 def measurements(key: str, path: Path | None = None) -> SavedMeasurements:
     """What was saved by a key (see `key`); a damaged file is reported and ignored."""
     path = path or measurements_path()
-    if not path.exists():
+    if not os.path.lexists(path):
         return SavedMeasurements()
     try:
         entries = _entries(path)
@@ -237,15 +235,15 @@ def save(measured: Measured, path: Path | None = None) -> Path:
         the file.
 
     Raises:
-        OSError: it cannot be written; the old file is unchanged.
+        WriteError: it cannot be written; the old file is unchanged.
     """
     path = path or measurements_path()
     others: list[Measured] = []
     with suppress(QmixError):
         others = [entry for entry in _entries(path) if entry.key != measured.key]
     document = {"version": _VERSION, "machines": [asdict(entry) for entry in (*others, measured)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    strict_json.write(path, document)
+    user_files.prepare(path)
+    strict_json.write(path, document, private=True)
     return path
 
 
@@ -253,7 +251,7 @@ def _entries(path: Path) -> list[Measured]:
     """All measurements of the file.
 
     Raises:
-        CheckpointError: it is not a file of measurements.
+        CheckpointError: it is not a file of measurements, or others can have written it.
     """
 
     def refuse(found: object) -> CheckpointError:
@@ -264,6 +262,9 @@ def _entries(path: Path) -> list[Measured]:
             remedy="qmix doctor --measure writes it again.",
         )
 
+    why = user_files.doubt(path)
+    if why is not None:
+        raise CheckpointError("may come from another user", where=str(path), found=why)
     document = strict_json.read(path)
     machines = document.get("machines")
     if document.get("version") != _VERSION or not isinstance(machines, list):

@@ -20,7 +20,14 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("qmix.printable", "qmix.errors", "qmix.regular_file", "qmix.file_errors", "qmix.atomic_file"),
+    (
+        "qmix.printable",
+        "qmix.errors",
+        "qmix.regular_file",
+        "qmix.file_errors",
+        "qmix.atomic_file",
+        "qmix.user_files",
+    ),
     ("qmix.weights", "qmix.strict_json"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
@@ -40,6 +47,7 @@ SIBLINGS = {
     ("qmix.file_errors", "qmix.errors"),
     ("qmix.atomic_file", "qmix.file_errors"),
     ("qmix.file_errors", "qmix.regular_file"),
+    ("qmix.user_files", "qmix.file_errors"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
@@ -80,6 +88,7 @@ TORCHLESS = (
         "qmix.regular_file",
         "qmix.atomic_file",
         "qmix.file_errors",
+        "qmix.user_files",
         "qmix.strict_json",
         "qmix.config",
         "qmix.planning",

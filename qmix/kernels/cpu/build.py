@@ -1,20 +1,26 @@
 """Compiles the C++ sources of this package into a shared library in the user's cache directory.
 
 The name of the file holds a hash of sources, flags and compiler, so a library is never used after
-one of them has changed. The file is written beside its place and renamed: two processes at the same
-time both end with a whole file. Knows no torch.
+one of them has changed, nor one that anybody but the user or root can have written. The file is
+written beside its place and renamed: two processes at the same time both end with a whole file.
+Knows no torch.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qmix.errors import ResourceError
+from qmix import user_files
+from qmix.errors import ResourceError, WriteError
+from qmix.file_errors import writing
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
 # No contraction: a multiplication and an addition are fused only where the source says so.
@@ -22,22 +28,26 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-p
 COMPILERS = ("c++", "g++", "clang++")
 REMEDY = "Install g++ or clang++, or name a C++17 compiler in $CXX."
 
+_COMPILING = ".compiling-"
 _TIMEOUT = 300  # seconds; a cold compilation takes 3
 
 
 def load() -> ctypes.CDLL:
     """Load the library; compile it first if the cache does not hold it.
 
+    A cache that others can write to is not used: this process compiles a library of its own.
+
     Raises:
         ResourceError: no compiler, or it fails.
     """
-    folder = cache_directory()
+    folder = user_files.cache_directory()
     try:
         return ctypes.CDLL(str(compiled(folder)))
     except OSError as error:  # a read-only home, a full disk, a file system mounted noexec
+        found = error.found if isinstance(error, WriteError) else error
         warnings.warn(
-            f"{folder}: the compiled CPU kernels cannot be cached ({error}); this process compiles its "
-            "own. Make the folder writable, or set XDG_CACHE_HOME.",
+            f"{folder}: the compiled CPU kernels cannot be cached ({found}); this process compiles "
+            "its own. Make the folder yours alone and writable, or set XDG_CACHE_HOME.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -52,10 +62,12 @@ def load() -> ctypes.CDLL:
 
 
 def compiled(folder: Path) -> Path:
-    """The file of the library in `folder`; it is compiled anew if it is missing or damaged.
+    """The file of the library in `folder`.
+
+    It is compiled anew if it is missing or damaged, or if others can have written it.
 
     Raises:
-        OSError: the folder cannot be written.
+        WriteError: the folder cannot be written, or others can write to it.
         ResourceError: no compiler, or it fails.
     """
     command = [*_compiler(), *FLAGS]
@@ -63,16 +75,59 @@ def compiled(folder: Path) -> Path:
     sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]*")))
     hashed = "\0".join((*command, version, *sources))
     library = folder / f"kernels-{hashlib.sha256(hashed.encode()).hexdigest()[:20]}.so"
-    if _whole(library):
+    user_files.prepare(library)
+    _clear(folder)
+    if user_files.doubt(library) is None and _whole(library):
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
-        made = Path(temporary) / library.name
+    with writing(library), _workplace(folder) as workplace:
+        made = workplace / library.name
         _run([*command, "-o", str(made), str(SOURCE)])
         with made.open("r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())
+        made.chmod(0o700)
         made.replace(library)
     return library
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A directory to compile in, locked as long as its process lives."""
+    with ExitStack() as stack:
+        with _locked(folder):  # or another process would clear it before it is locked
+            temporary = tempfile.TemporaryDirectory(dir=folder, prefix=_COMPILING)
+            workplace = Path(stack.enter_context(temporary))
+            stack.enter_context(_locked(workplace))
+        yield workplace
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed compilations left."""
+    left = [path for path in folder.glob(f"{_COMPILING}*") if not path.is_symlink()]
+    if not left:
+        return
+    with _locked(folder):
+        for path in left:
+            with suppress(OSError), _locked(path, wait=False):
+                shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a directory, where the file system has locks.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is False.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _whole(path: Path) -> bool:
@@ -83,12 +138,6 @@ def _whole(path: Path) -> bool:
         return False
     size = hashlib.sha256().digest_size
     return hashlib.sha256(content[:-size]).digest() == content[-size:]
-
-
-def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/qmix`, or `~/.cache/qmix`."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "qmix"
 
 
 def _compiler() -> list[str]:

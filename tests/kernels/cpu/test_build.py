@@ -1,11 +1,15 @@
 """The file of the compiled kernels: cached, compiled, shared, damaged, or impossible to compile."""
 
+import ctypes
+import hashlib
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +115,115 @@ def test_a_cache_that_cannot_be_written_is_named_and_done_without(cache, tmp_pat
     assert not library().fallbacks
 
 
+PLANTED = "__attribute__((constructor)) static void run() { __builtin_trap(); }"
+
+
+@pytest.fixture
+def planted(small, tmp_path):
+    """A library that nobody may load, whole by its own hash, and the name that qmix looks for."""
+    name = build.compiled(tmp_path / "honest").name
+    folder = tmp_path / "elsewhere"
+    folder.mkdir(mode=0o700)
+    (folder / "evil.cpp").write_text(PLANTED)
+    library_file = folder / name
+    compiler = build._compiler()
+    subprocess.run([*compiler, "-shared", "-o", library_file, folder / "evil.cpp"], check=True)
+    data = library_file.read_bytes()
+    library_file.write_bytes(data + hashlib.sha256(data).digest())
+    library_file.chmod(0o700)
+    return library_file
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "place", ["folder for all", "folder of others", "base for all", "folder link"]
+)
+def test_a_library_where_others_can_write_is_never_loaded(planted, tmp_path, monkeypatch, place):
+    base = tmp_path / "cache"
+    folder = base / "qmix"
+    base.mkdir(mode=0o700)
+    if place == "folder link":
+        folder.symlink_to(planted.parent)
+    else:
+        folder.mkdir(mode=0o700)
+        shutil.copy(planted, folder)
+    if place == "folder for all":
+        folder.chmod(0o777)
+    if place == "base for all":
+        base.chmod(0o770)
+    if place == "folder of others":
+        disown(folder, monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    before = (folder / planted.name).read_bytes()
+    with pytest.warns(RuntimeWarning, match=r"cannot be trusted.*Make the folder yours") as said:
+        loaded = build.load()
+    assert len(said) == 1
+    assert ctypes.c_int.in_dll(loaded, "answer").value == 42
+    assert (folder / planted.name).read_bytes() == before
+
+
+def disown(path, monkeypatch):
+    """Let a path belong to another user, as far as `Path.stat` says."""
+    real = Path.stat
+
+    def stat_of(self, **options):
+        found = real(self, **options)
+        if self == path:
+            found = os.stat_result((*found[:4], 12345, *found[5:]))
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat_of)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["link", "writable", "of others"])
+def test_a_library_that_others_can_have_written_is_compiled_anew(
+    planted, tmp_path, monkeypatch, kind
+):
+    folder = tmp_path / "cache" / "qmix"
+    folder.mkdir(parents=True, mode=0o700)
+    path = folder / planted.name
+    if kind == "link":
+        path.symlink_to(planted)
+    else:
+        shutil.copy(planted, path)
+    if kind == "writable":
+        path.chmod(0o666)
+    with monkeypatch.context() as patched:
+        if kind == "of others":
+            disown(path, patched)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        assert build.compiled(folder) == path
+    assert ctypes.c_int.in_dll(build.load(), "answer").value == 42
+    assert not path.is_symlink()
+    assert planted.is_file()
+
+
+@needs_compiler
+def test_a_relative_cache_is_ignored(planted, tmp_path, monkeypatch):
+    (tmp_path / "relative" / "qmix").mkdir(parents=True)
+    shutil.copy(planted, tmp_path / "relative" / "qmix")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert ctypes.c_int.in_dll(build.load(), "answer").value == 42
+    assert (tmp_path / "home" / ".cache" / "qmix" / planted.name).is_file()
+
+
+@needs_compiler
+def test_what_a_killed_compilation_left_is_cleared_and_a_living_one_is_not(small, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    (folder / ".compiling-dead").mkdir()
+    (folder / ".compiling-dead" / "half.so").write_text("half")
+    with build._workplace(folder) as alive:
+        path = build.compiled(folder)
+        assert set(folder.iterdir()) == {path, alive}
+    (folder / ".compiling-dead").mkdir()
+    build.compiled(folder)  # which finds the library
+    assert list(folder.iterdir()) == [path]
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_two_processes_at_once_both_end_with_it(cache):
@@ -168,12 +281,3 @@ def test_torch_by_choice_is_no_reason_to_warn(cache, monkeypatch):
     multiply()
     assert library().fallbacks == 1
     assert not cache.exists()
-
-
-def test_the_cache_lies_where_the_user_keeps_caches(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_directory() == tmp_path / "qmix"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build.cache_directory() == tmp_path / "home" / ".cache" / "qmix"
-    assert os.path.isabs(build.cache_directory())
