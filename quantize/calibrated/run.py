@@ -72,14 +72,9 @@ def quantize_calibrated(
     _check_layer_sizes(source, outputs, options.shard_bytes)
     settings = _settings(recipe, calibration, options, method)
     files = RunFiles(source, outputs, recipe, calibration, options)
-    output_dir.check_space(out, files.bytes_out + files.token_bytes)
-    if options.device.type == "cpu":
-        in_memory = files.token_bytes if files.in_memory else 0
-        check_memory(budget.for_calibration(source.config, calibration.ids.numel(), in_memory))
+    _check_resources(files, out, options)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
-        source.hash_unread(
-            lambda done, total: progress(QuantizeProgress(done, total, "checksums of the source"))
-        )
+        _hash_source(source, progress)
         state = read_state(folder, settings, source)
         done = files.finished(folder, state)
         files.check(folder, state, progress)
@@ -99,6 +94,20 @@ def quantize_calibrated(
         complete(folder, source, outputs, report, {name: settings[name] for name in stated})
         source.check_unchanged()
     return report
+
+
+def _check_resources(files: RunFiles, out: Path, options: CalibratedOptions) -> None:
+    output_dir.check_space(out, files.bytes_out + files.token_bytes)
+    if options.device.type == "cpu":
+        in_memory = files.token_bytes if files.in_memory else 0
+        check_memory(budget.for_calibration(files.checkpoint.config, files.ids.numel(), in_memory))
+
+
+def _hash_source(source: Source, progress: Callable[[QuantizeProgress], None]) -> None:
+    """Hash what has not been read yet, so that a later change of the source is noticed."""
+    source.hash_unread(
+        lambda done, total: progress(QuantizeProgress(done, total, "checksums of the source"))
+    )
 
 
 def _quantize_layers(
