@@ -132,9 +132,9 @@ def _check_same(name: str, path: Path, before: object, now: object) -> None:
         )
 
 
-def damaged_files(folder: Path, state: RunState) -> Iterator[Damage]:
-    """Read every file that the state lists, and find those that are missing or other ones."""
-    for name, expected in state.files.items():
+def damaged_files(folder: Path, files: Mapping[str, str]) -> Iterator[Damage]:
+    """Read every file of `files`, name -> SHA-256, and find those that are missing or other ones."""
+    for name, expected in files.items():
         path = folder / name
         if path.is_symlink():
             yield Damage(path, expected, "a link")

@@ -82,6 +82,7 @@ def quantize_calibrated(
         _quantize_layers(files, folder, state, done, interrupted, progress)
         count, seconds = len(done) - before, time.perf_counter() - rounding_begun
         first, last = files.write_ends(folder)
+        files.check_shards(folder)
         progress(QuantizeProgress(1, 1, "checksums"))
         report = QuantizeReport(
             method=method,

@@ -101,7 +101,7 @@ class RunFiles:
             CheckpointError: a file is damaged, and what it was made from is gone.
         """
         self.digests |= state.files
-        damage = list(damaged_files(folder, state))
+        damage = list(damaged_files(folder, state.files))
         first = {shard_name(1, self.layers + 2), *(_tokens_name(s, 1) for s in self.streams)}
         for found in damage:
             if found.path.name not in first or found.path.is_dir():
@@ -192,6 +192,16 @@ class RunFiles:
         }
         shard_index.write_index(folder, weight_map, self.bytes_out)
         return results
+
+    def check_shards(self, folder: Path) -> None:
+        """Raise if a shard is not what was written, before the manifest takes its hash.
+
+        Raises:
+            CheckpointError: one changed on the disk.
+        """
+        names = [shard_name(index, self.layers + 2) for index in range(self.layers + 2)]
+        for found in damaged_files(folder, {name: self.digests[name] for name in names}):
+            raise found.error()
 
     def remove_others(self, folder: Path, done: int) -> None:
         """Remove all but the shards of `done` layers and the tokens that the next one needs."""

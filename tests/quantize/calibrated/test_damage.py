@@ -119,6 +119,23 @@ def test_the_first_layers_shard_is_made_again_later_too(made, tmp_path):
     assert contents(out) == expected
 
 
+@pytest.mark.parametrize("shard", SHARDS)
+def test_a_shard_that_changes_after_it_was_written_gets_no_manifest(made, tmp_path, shard):
+    source, _, _ = made
+    damaged = []
+
+    def damage():
+        path = tmp_path / "out.partial" / shard
+        if path.exists() and not damaged:
+            flip(path)
+            damaged.append(path)
+        return False
+
+    with pytest.raises(CheckpointError, match=rf"{shard}: a file of the interrupted run is dam"):
+        run(source, tmp_path / "out", interrupted=damage)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "{}", '{"settings": 3, "results": []}', '{"settings": {}, "results": {}}',
