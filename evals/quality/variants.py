@@ -9,8 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from qmix.errors import UsageError
-from qmix.quantize.calibrated.layer import LayerOptions
-from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint

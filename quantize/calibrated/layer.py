@@ -11,9 +11,8 @@ files.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,30 +26,13 @@ from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, window_batches
 from qmix.quantize.output_checkpoint import read_finite
 from qmix.quantize.rounding import gptq
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe, Scheme
-
-Weighting = Literal["none", "score", "square"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerOptions:
-    """How a layer is rounded.
-
-    Attributes:
-        weighting: what a token counts in an expert's H: 1, its routing weight, or that squared.
-        correct: fit each matrix to the unrounded model's outputs, and not to its own outputs before
-            rounding.
-        rounding: how each matrix is rounded.
-    """
-
-    weighting: Weighting = "score"
-    correct: bool = True
-    rounding: gptq.RoundingOptions = field(default_factory=gptq.RoundingOptions)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,6 +104,45 @@ class LayerQuantizer:
             self._round_experts(experts[first : first + step], routes, exact_routes)
         self._add_experts()
         return tuple(self._results[name] for name in self._tensors)
+
+    @torch.no_grad()
+    def run(self, weights: Mapping[str, Weight]) -> None:
+        """Take the tokens through the layer as `quantize` does, with weights rounded before.
+
+        Args:
+            weights: by name; the others stay as they are in the checkpoint.
+        """
+        self._progress(f"{self._base}.self_attn.q_proj.weight")
+        for name, tensor in self._tensors.items():
+            if name in weights:
+                self._results[name] = RoundedTensor(tensor=tensor, weight=weights[name])
+            else:
+                self._leave_dense(name)
+        self._run_attention()
+        if self._exact is not None:
+            routes = self._route(self._exact.after)
+            for expert in range(self._config.num_local_experts):
+                names = [self._expert(expert, part) for part in ("w1", "w3")]
+                inner = self._swiglu(*(self._unrounded(name) for name in names))
+                self._sum_exact(expert, inner, routes)
+        self._add_experts()
+
+    def _run_attention(self) -> None:
+        """Leave the input plus the attention's output in `after`, for both models."""
+        norm, context = self._norm("input_layernorm"), self._context()
+        with torch.device("meta"):
+            attention, exact = (Attention(self._config, self._layer) for _ in range(2))
+        for part in "qkvo":
+            name = f"{self._base}.self_attn.{part}_proj.weight"
+            self._store(attention.get_submodule(f"{part}_proj"), name)
+            linear = exact.get_submodule(f"{part}_proj")
+            assert isinstance(linear, Linear)
+            linear.store(self._unrounded(name))
+        for start, x, e in self._windows():
+            self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
+            if e is not None:
+                assert self._exact is not None
+                self._exact.after.write(start, (e + exact(norm(e), context)).flatten(0, 1))
 
     def _round_attention(self) -> None:
         """Round q, k, v, then o; leave the input plus the attention's output in `after`."""

@@ -1,12 +1,31 @@
 """How a whole checkpoint is quantized on calibration text."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.planning.quantize_cost import ACTIVATION_BYTES
-from qmix.quantize.calibrated.layer import LayerOptions
+from qmix.quantize.rounding import gptq
+
+Weighting = Literal["none", "score", "square"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """How a layer is rounded.
+
+    Attributes:
+        weighting: what a token counts in an expert's H: 1, its routing weight, or that squared.
+        correct: fit each matrix to the unrounded model's outputs, and not to its own outputs before
+            rounding.
+        rounding: how each matrix is rounded.
+    """
+
+    weighting: Weighting = "score"
+    correct: bool = True
+    rounding: gptq.RoundingOptions = field(default_factory=gptq.RoundingOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ def _check_same(name: str, path: Path, before: object, now: object) -> None:
 
 
 def damaged_files(folder: Path, files: Mapping[str, str]) -> Iterator[Damage]:
-    """Read every file of `files`, name -> SHA-256, and find those that are missing or other ones."""
+    """Read every file of `files`, name -> SHA-256, and find those that are other ones or gone."""
     for name, expected in files.items():
         path = folder / name
         if path.is_symlink():

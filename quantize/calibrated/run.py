@@ -23,6 +23,7 @@ from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
 from qmix.planning.process_memory import peak_resident_bytes
 from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.repair import repair
 from qmix.quantize.calibrated.resume import RunState, read_state
 from qmix.quantize.calibrated.run_files import RunFiles
 from qmix.quantize.calibrated.windows import Calibration
@@ -61,7 +62,7 @@ def quantize_calibrated(
         UsageError: a path is unsuitable, or the interrupted run had other settings or another
             source.
         CheckpointError: the source is damaged, holds NaN or changes meanwhile; or the interrupted
-            run is damaged beyond what can be made again.
+            run is damaged and cannot be made again.
         UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
         ResourceError: too little disk space or memory.
         InterruptedRunError: `interrupted` returned True.
@@ -77,7 +78,7 @@ def quantize_calibrated(
         _hash_source(source, progress)
         state = read_state(folder, settings, source)
         done = files.finished(folder, state)
-        files.check(folder, state, progress)
+        repair(files, folder, state, progress)
         before, rounding_begun = len(done), time.perf_counter()
         _quantize_layers(files, folder, state, done, interrupted, progress)
         count, seconds = len(done) - before, time.perf_counter() - rounding_begun

@@ -22,7 +22,7 @@ from qmix.nn.decoder import embedding
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer import LayerQuantizer, RoundedTensor
 from qmix.quantize.calibrated.options import CalibratedOptions
-from qmix.quantize.calibrated.resume import START_AGAIN, Damage, RunState, damaged_files
+from qmix.quantize.calibrated.resume import START_AGAIN, RunState, damaged_files
 from qmix.quantize.calibrated.token_stream import TokenStream
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.output_checkpoint import (
@@ -33,10 +33,11 @@ from qmix.quantize.output_checkpoint import (
     squared_sums,
 )
 from qmix.quantize.report import TensorResult
-from qmix.weights.dense import Dense
+from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe
 
 _EMBEDDED_TOKENS = 8192  # embedded at a time
+_SCRATCH = "sum.writing"
 
 
 class RunFiles:
@@ -90,29 +91,6 @@ class RunFiles:
             )
         return done
 
-    def check(
-        self, folder: Path, state: RunState, progress: Callable[[QuantizeProgress], None]
-    ) -> None:
-        """Check every file that a resumed run builds on, and make a damaged one again if possible.
-
-        The tokens before the first layer are the embedding's, so that layer can be rounded again.
-
-        Raises:
-            CheckpointError: a file is damaged, and what it was made from is gone.
-        """
-        self.digests |= state.files
-        damage = list(damaged_files(folder, state.files))
-        first = {shard_name(1, self.layers + 2), *(_tokens_name(s, 1) for s in self.streams)}
-        for found in damage:
-            if found.path.name not in first or found.path.is_dir():
-                raise found.error()
-        if damage:
-            self.quantize_layer(folder, 0, self.enter(folder, 0), progress)
-        for found in damage:
-            again = self.digests[found.path.name]
-            if again != found.expected:
-                raise Damage(found.path, found.expected, f"SHA-256 {again[:16]} made again").error()
-
     def enter(self, folder: Path, done: int) -> dict[str, Activations]:
         """The tokens before layer `done`, by stream: "tokens", and "exact" with correction."""
         count = self.ids.numel()
@@ -134,6 +112,14 @@ class RunFiles:
                 array.write(start, embedded)
         return tokens
 
+    def layer_shard(self, layer: int) -> str:
+        """The name of a layer's shard."""
+        return shard_name(layer + 1, self.layers + 2)
+
+    def layer_outputs(self, layer: int) -> list[OutputTensor]:
+        """What becomes of the tensors of a layer."""
+        return [output for output in self.outputs if output.tensor.layer == layer]
+
     def quantize_layer(
         self,
         folder: Path,
@@ -142,14 +128,40 @@ class RunFiles:
         progress: Callable[[QuantizeProgress], None],
     ) -> tuple[list[TensorResult], dict[str, Activations]]:
         """Round one layer, and put its shard and the tokens after it on the disk."""
-        paths = {stream: folder / _tokens_name(stream, layer + 1) for stream in self.streams}
+        quantizer, after = self._quantizer(folder, layer, tokens, progress)
+        rounded = quantizer.quantize()
+        results = self._write_shard(folder, layer + 1, self.layer_outputs(layer), iter(rounded))
+        self._save(folder, layer, after)
+        return results, after
+
+    def pass_layer(
+        self,
+        folder: Path,
+        layer: int,
+        tokens: Mapping[str, Activations],
+        weights: Mapping[str, Weight],
+        progress: Callable[[QuantizeProgress], None],
+    ) -> dict[str, Activations]:
+        """Put the tokens after a layer that was rounded to `weights` before on the disk."""
+        quantizer, after = self._quantizer(folder, layer, tokens, progress)
+        quantizer.run(weights)
+        self._save(folder, layer, after)
+        return after
+
+    def _quantizer(
+        self,
+        folder: Path,
+        layer: int,
+        tokens: Mapping[str, Activations],
+        progress: Callable[[QuantizeProgress], None],
+    ) -> tuple[LayerQuantizer, dict[str, Activations]]:
+        """What rounds a layer, and where the tokens after it will be."""
         after = {
-            stream: self._new_array(path.with_name(f"{path.name}.writing"))
-            for stream, path in paths.items()
+            stream: self._new_array(folder / f"{_tokens_name(stream, layer + 1)}.writing")
+            for stream in self.streams
         }
         streams = {name: TokenStream(tokens[name], after[name]) for name in self.streams}
-        scratch = folder / "sum.writing"
-        exact = (streams["exact"], self._new_array(scratch)) if "exact" in streams else None
+        scratch = self._new_array(folder / _SCRATCH) if "exact" in streams else None
         order = [output.tensor.name for output in self.outputs]
         sizes = [self.checkpoint.entry(name).nbytes for name in order]
 
@@ -157,23 +169,24 @@ class RunFiles:
             done = sum(sizes[: order.index(name)])
             progress(QuantizeProgress(done, self.bytes_in, f"layer {layer + 1} of {self.layers}"))
 
-        rounded = LayerQuantizer(
+        quantizer = LayerQuantizer(
             self.checkpoint,
             layer,
             streams["tokens"],
-            exact,
+            None if scratch is None else (streams["exact"], scratch),
             seqlen=self.ids.shape[1],
             recipe=self.recipe,
             options=self.options.layer,
             device=self.options.device,
             progress=at,
-        ).quantize()
-        layer_outputs = [output for output in self.outputs if output.tensor.layer == layer]
-        results = self._write_shard(folder, layer + 1, layer_outputs, iter(rounded))
-        for stream, path in paths.items():
-            self.digests[path.name] = after[stream].save(path)
-        scratch.unlink(missing_ok=True)
-        return results, after
+        )
+        return quantizer, after
+
+    def _save(self, folder: Path, layer: int, after: Mapping[str, Activations]) -> None:
+        for stream, array in after.items():
+            name = _tokens_name(stream, layer + 1)
+            self.digests[name] = array.save(folder / name)
+        (folder / _SCRATCH).unlink(missing_ok=True)
 
     def write_ends(self, folder: Path) -> tuple[list[TensorResult], list[TensorResult]]:
         """Write the shards before and after the layers, and the index."""

@@ -5,8 +5,7 @@ import shutil
 import torch
 
 from qmix.formats.files import manifest
-from qmix.quantize.calibrated.layer import LayerOptions
-from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.rounding.gptq import RoundingOptions

@@ -10,7 +10,9 @@ import pytest
 from qmix.errors import CheckpointError, InterruptedRunError, QmixError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import manifest
+from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.resume import sealed
+from qmix.weights.scheme import Recipe, Scheme
 from tests.support.calibration import contents, run, write_source
 from tests.support.models import threads
 
@@ -70,36 +72,69 @@ DAMAGES = {
 }
 
 
+LEFT = [*SHARDS, "tokens-00002.f32", "exact-00002.f32"]
+
+
 @pytest.mark.diagonal
-@pytest.mark.parametrize("name", [SHARDS[0], "tokens-00001.f32", "exact-00001.f32"])
+@pytest.mark.parametrize("name", LEFT)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_the_first_layer_left_is_made_again(stopped, name, damage):
-    source, out, expected = stopped
+@pytest.mark.parametrize("budget", [1 << 30, 0], ids=["in memory", "in files"])
+def test_what_is_damaged_is_made_again(made, tmp_path, name, damage, budget):
+    source, out, expected = stopped_after(2, made, tmp_path)
     DAMAGES[damage](out.with_name("out.partial") / name)
-    run(source, out, resumed=True)
+    run(source, out, resumed=True, activation_bytes=budget)
     assert contents(out) == expected
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
-@pytest.mark.diagonal
-@pytest.mark.parametrize("name", [SHARDS[1], "tokens-00002.f32", "exact-00002.f32"])
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("budget", [1 << 30, 0], ids=["in memory", "in files"])
-def test_what_a_later_layer_left_is_refused_by_its_name(made, tmp_path, name, damage, budget):
-    source, out, expected = stopped_after(2, made, tmp_path)
-    path = out.with_name("out.partial") / name
-    kept = path.read_bytes()
-    DAMAGES[damage](path)
-    with pytest.raises(CheckpointError, match=rf"{name}: a file of the interrupted run") as found:
-        run(source, out, resumed=True, activation_bytes=budget)
-    assert found.value.exit_code == 3
-    assert "expected SHA-256 " in str(found.value)
-    assert "start again" in str(found.value)
-    assert not out.exists()
-    path.unlink(missing_ok=True)
-    path.write_bytes(kept)
-    run(source, out, resumed=True, activation_bytes=budget)
+def test_everything_may_be_damaged_at_once(stopped):
+    source, out, expected = stopped
+    for path in out.with_name("out.partial").iterdir():
+        if path.suffix in (".safetensors", ".f32"):
+            flip(path)
+    run(source, out, resumed=True)
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe": Recipe.uniform(Scheme(kind="int4", group_size=32), attention=False)},
+        {"recipe": Recipe.uniform(Scheme(kind="int8", group_size=32), attention=True)},
+        {
+            "recipe": Recipe.uniform(
+                Scheme(kind="int4", group_size=-1, symmetric=False), attention=True
+            )
+        },
+        {"correct": False},
+    ],
+    ids=["dense attention", "8 bits", "asymmetric", "without correction"],
+)
+def test_the_weights_of_whole_shards_give_the_same_tokens(made, tmp_path, options):
+    source, _, _ = made
+    calls = iter([False, True])
+    with pytest.raises(InterruptedRunError):
+        run(source, tmp_path / "out", interrupted=lambda: next(calls), **options)
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "whole.partial")
+    run(source, tmp_path / "whole", resumed=True, **options)
+    flip(tmp_path / "out.partial/tokens-00002.f32")
+    run(source, tmp_path / "out", resumed=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_made_again_must_be_the_same(stopped, monkeypatch):
+    source, out, _ = stopped
+    name = "tokens-00001.f32"
+    flip(out.with_name("out.partial") / name)
+    monkeypatch.setattr(Activations, "write_final", write_more(Activations.write_final))
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: .*expected SHA.* made again.* start again"
+    ):
+        run(source, out, resumed=True)
+
+
+def write_more(original):
+    return lambda self, start, values: original(self, start, values + 1e-3)
 
 
 def test_a_directory_in_a_files_place_is_refused_and_left(stopped):
@@ -107,16 +142,9 @@ def test_a_directory_in_a_files_place_is_refused_and_left(stopped):
     path = out.with_name("out.partial") / SHARDS[0]
     path.unlink()
     path.mkdir()
-    with pytest.raises(CheckpointError, match=rf"{path.name}: .*; found not a regular file"):
+    with pytest.raises(CheckpointError, match=rf"{path.name}: .*; found a directory"):
         run(source, out, resumed=True)
     assert path.is_dir()
-
-
-def test_the_first_layers_shard_is_made_again_later_too(made, tmp_path):
-    source, out, expected = stopped_after(2, made, tmp_path)
-    flip(out.with_name("out.partial") / SHARDS[0])
-    run(source, out, resumed=True)
-    assert contents(out) == expected
 
 
 @pytest.mark.parametrize("shard", SHARDS)
