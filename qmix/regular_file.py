@@ -74,6 +74,30 @@ def exists(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a directory by this name."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def checked_folder(directory: str | Path) -> Path:
+    """The path of a checkpoint's directory.
+
+    Raises:
+        CheckpointError: it is missing, or is not a directory.
+    """
+    folder = Path(directory)
+    if is_folder(folder):
+        return folder
+    raise CheckpointError(
+        "not a directory" if exists(folder) else "no such directory",
+        where=str(folder)[:300],
+        remedy="Give the folder that holds config.json and the safetensors files.",
+    )
+
+
 def unreadable(
     path: Path, error: OSError | ValueError, what: str = "cannot be read"
 ) -> CheckpointError:

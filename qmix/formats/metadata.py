@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qmix import strict_json
+from qmix import regular_file, strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats import names
@@ -199,13 +199,7 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
         CheckpointError: tensors are missing, left over or of a wrong shape; five are named.
         UnsupportedError: a layout that is not read, such as that of Mistral's own files.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError(
-            "no such directory",
-            where=str(folder),
-            remedy="Give the folder that holds config.json and the safetensors files.",
-        )
+    folder = regular_file.checked_folder(directory)
     detect.refuse_raw(folder)
     config = MixtralConfig.from_pretrained(folder)
     infos = read_headers(folder)

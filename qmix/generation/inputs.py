@@ -39,7 +39,7 @@ class GenerationInputs:
             row (B,); where true, the row ends.
 
     Raises:
-        UsageError: the attention mask is not a tensor.
+        UsageError: the attention mask is none, or the tokenizer.
     """
 
     input_ids: Tensor | None
@@ -57,6 +57,13 @@ class GenerationInputs:
         if self.attention_mask is not None:
             mask = checked_mask(self.attention_mask).bool()
             object.__setattr__(self, "attention_mask", mask)
+        if self.tokenizer is not None and not isinstance(self.tokenizer, LlamaTokenizer):
+            raise UsageError(
+                "wrong type",
+                where="tokenizer",
+                expected="a LlamaTokenizer",
+                found=type(self.tokenizer).__name__,
+            )
 
     def check(self, hidden_size: int) -> None:
         """Check the prompt, and that the parts go together.

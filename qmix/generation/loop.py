@@ -110,6 +110,9 @@ def generate(
         UsageError: as `stream`; a streamer for several rows.
     """
     config = inputs.config
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        found = type(streamer).__name__
+        raise UsageError("no streamer", where="streamer", expected="put and end", found=found)
     inputs.check(model.config.hidden_size)
     inputs = _with_cache(model, inputs.repeated(config.num_return_sequences))
     prompt_ids, device = inputs.prompt_ids, inputs.columns.device

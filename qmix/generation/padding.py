@@ -23,6 +23,7 @@ def check_prompt(input_ids: Tensor | None, attention_mask: Tensor | None) -> Non
         not isinstance(input_ids, Tensor)
         or input_ids.dim() != 2
         or input_ids.dtype not in _INTEGERS
+        or not _has_values(input_ids)
     ):
         raise UsageError(
             "not a batch of token ids",
@@ -68,11 +69,15 @@ def checked_mask(attention_mask: object) -> Tensor:
         UsageError: it is not a tensor, or holds other values: of 2 axes others than 0 and 1, of 4
             axes NaN or positive infinity.
     """
-    if not isinstance(attention_mask, Tensor):
+    if (
+        not isinstance(attention_mask, Tensor)
+        or attention_mask.is_complex()
+        or not _has_values(attention_mask)
+    ):
         raise UsageError(
             "wrong type",
             where="attention_mask",
-            expected="a tensor",
+            expected="a dense tensor",
             found=_described(attention_mask),
         )
     if attention_mask.dtype == torch.bool:
@@ -127,7 +132,12 @@ def _check_mask(columns: Tensor, attention_mask: Tensor | None) -> None:
         raise UsageError("a row is all padding", where="attention_mask")
 
 
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
 def _described(found: object) -> str:
     if not isinstance(found, Tensor):
         return type(found).__name__
-    return f"{found.dtype} {list(found.shape)}".removeprefix("torch.")
+    kind = "" if _has_values(found) else f" {'meta' if found.is_meta else found.layout}"
+    return f"{found.dtype} {list(found.shape)}{kind}".removeprefix("torch.")

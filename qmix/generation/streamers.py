@@ -46,8 +46,12 @@ class TextStreamer:
         """Write the text of ids (1, P) or (1,).
 
         Raises:
-            UsageError: more than one row.
+            UsageError: not a tensor of ids, or more than one row.
         """
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                "wrong type", where="streamer", expected="a tensor", found=type(value).__name__
+            )
         if value.dim() > 1 and value.shape[0] != 1:
             raise UsageError("a streamer takes one row", where="streamer", found=list(value.shape))
         first = self._detokenizer is None

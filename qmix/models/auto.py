@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from qmix import regular_file
 from qmix.errors import CheckpointError
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.models.causal_lm import MixtralForCausalLM
@@ -29,6 +30,7 @@ def load(
         UnsupportedError: a layout that qmix does not read.
         ResourceError: the model does not fit.
     """
+    directory = regular_file.checked_folder(directory)
     refuse_raw(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device, **options)

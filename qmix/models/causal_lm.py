@@ -16,6 +16,7 @@ from qmix.generation import loop as generation
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.logits_processors import LogitsProcessor
+from qmix.generation.padding import check_prompt
 from qmix.generation.static_decoder import StaticDecoders
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
@@ -198,7 +199,8 @@ class MixtralForCausalLM(PreTrainedModel):
         """
         self.check_process()
         config = self._generation_config(generation_config).updated(options)
-        if isinstance(input_ids, Tensor):
+        if input_ids is not None:
+            check_prompt(input_ids, None)
             input_ids = input_ids.to(self.device)
         inputs = GenerationInputs(
             input_ids,
@@ -259,9 +261,17 @@ class MixtralForCausalLM(PreTrainedModel):
 def _positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Hidden states (B, S, D) at the last n positions, or at those of an index tensor; 0: all."""
     if isinstance(logits_to_keep, Tensor):
-        return hidden[:, logits_to_keep]
-    if logits_to_keep < 0:
-        raise UsageError(
-            "out of range", where="logits_to_keep", expected="at least 0", found=logits_to_keep
-        )
-    return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        if logits_to_keep.dtype not in (torch.int64, torch.int32, torch.bool):
+            raise _no_positions("integers", logits_to_keep.dtype)
+        try:
+            return hidden[:, logits_to_keep]
+        except IndexError as error:
+            raise _no_positions(f"positions below {hidden.shape[1]}", error) from None
+    if type(logits_to_keep) is not int or logits_to_keep < 0:
+        raise _no_positions("an integer of at least 0", repr(logits_to_keep)[:80])
+    kept = min(logits_to_keep, hidden.shape[1])
+    return hidden[:, -kept:] if kept else hidden
+
+
+def _no_positions(expected: str, found: object) -> UsageError:
+    return UsageError("no positions", where="logits_to_keep", expected=expected, found=found)

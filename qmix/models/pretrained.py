@@ -124,6 +124,13 @@ class PreTrainedModel(nn.Module):
             )
         elif any(value is not None for value in fields):
             raise UsageError("give either load_options or its fields", where="load_options")
+        elif not isinstance(load_options, LoadOptions):
+            raise UsageError(
+                "wrong type",
+                where="load_options",
+                expected="LoadOptions",
+                found=type(load_options).__name__,
+            )
         model = cls.from_checkpoint(open_checkpoint(directory), load_options, **changes)
         model.read_generation_config(Path(directory))
         return model

@@ -23,6 +23,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         UsageError: labels of another shape than the logits, of another dtype than an integer, or
             outside the vocabulary.
     """
+    check_labels(labels)
     if labels.shape != logits.shape[:2]:
         raise UsageError(
             "wrong shape", where="labels", expected=list(logits.shape[:2]), found=list(labels.shape)
@@ -68,8 +69,9 @@ def problem_type_of(declared: object, num_labels: int, labels: Tensor) -> Proble
         declared: the config's problem_type, or None.
 
     Raises:
-        UsageError: a problem_type that is none of the three.
+        UsageError: a problem_type that is none of the three; labels that are not a tensor.
     """
+    check_labels(labels)
     for known in get_args(ProblemType):
         if declared == known:
             problem_type: ProblemType = known
@@ -98,6 +100,7 @@ def classification_loss(problem_type: ProblemType, logits: Tensor, labels: Tenso
     Raises:
         UsageError: labels of another shape, or a class that does not exist.
     """
+    check_labels(labels)
     labels = labels.to(logits.device)
     rows, classes = logits.shape
     if problem_type == "single_label_classification":
@@ -107,6 +110,18 @@ def classification_loss(problem_type: ProblemType, logits: Tensor, labels: Tenso
     if problem_type == "regression":
         return F.mse_loss(logits, labels.view(rows, classes).to(logits.dtype))
     return F.binary_cross_entropy_with_logits(logits, labels.view(rows, classes).to(logits.dtype))
+
+
+def check_labels(labels: object) -> None:
+    """Refuse labels that are not a tensor.
+
+    Raises:
+        UsageError: another type.
+    """
+    if not isinstance(labels, Tensor):
+        raise UsageError(
+            "wrong type", where="labels", expected="a tensor", found=type(labels).__name__
+        )
 
 
 def _check_size(labels: Tensor, size: int, expected: str) -> None:

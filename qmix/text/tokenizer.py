@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import sentencepiece
 
-from qmix import atomic_file, strict_json
+from qmix import atomic_file, regular_file, strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.text import chat_template
 from qmix.text.batch_encoding import (
@@ -53,6 +53,8 @@ class LlamaTokenizer:
     def __init__(
         self, model: bytes, config: Mapping[str, Any] | None = None, *, where: str = MODEL_FILE
     ) -> None:
+        if not isinstance(model, bytes):
+            raise wrong_value("model", f"the bytes of a {MODEL_FILE}", type(model).__name__)
         check_model(model, where)
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -96,8 +98,8 @@ class LlamaTokenizer:
         """
         changes = overrides(options)
         path = Path(path)
-        file = path / MODEL_FILE if path.is_dir() else path
-        if not file.exists() and (path / "tokenizer.json").exists():
+        file = path / MODEL_FILE if regular_file.is_folder(path) else path
+        if not regular_file.exists(file) and regular_file.exists(path / "tokenizer.json"):
             raise CheckpointError(
                 f"{MODEL_FILE} is missing",
                 where=str(path),
@@ -155,7 +157,7 @@ class LlamaTokenizer:
 
     @pad_token.setter
     def pad_token(self, token: str | None) -> None:
-        if token is not None and token not in self._ids:
+        if token is not None and (not isinstance(token, str) or token not in self._ids):
             raise wrong_value("pad_token", "a token of the vocabulary", token)
         self.pad_token_id = None if token is None else self._ids[token]
 
@@ -172,6 +174,8 @@ class LlamaTokenizer:
         """The ids of pieces by name; an unknown name gives the unk id."""
         if isinstance(tokens, str):
             return self._ids.get(tokens, self.unk_token_id)
+        if not isinstance(tokens, (list, tuple)) or not all(isinstance(t, str) for t in tokens):
+            raise wrong_value("tokens", "a string, or a list of strings", tokens)
         return [self._ids.get(token, self.unk_token_id) for token in tokens]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -310,6 +314,8 @@ class LlamaTokenizer:
 
     def _checked(self, ids: "int | Sequence[int] | Tensor") -> list[int]:
         """A flat list of ids, each inside the vocabulary."""
+        if not isinstance(ids, (int, Sequence)) and not hasattr(ids, "tolist"):
+            raise wrong_value("ids", "token ids", ids)
         listed = ids if isinstance(ids, (int, Sequence)) else ids.tolist()
         listed = [listed] if isinstance(listed, int) else list(listed)
         size = len(self)
