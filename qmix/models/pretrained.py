@@ -192,7 +192,8 @@ class PreTrainedModel(nn.Module):
         """Write config.json and sharded safetensors; dense and 4-bit weights stay as they are.
 
         Raises:
-            UsageError: the directory already holds weights.
+            UsageError: the directory already holds weights or a config.
+            WriteError: a file cannot be written; the directory is as it was.
         """
         config = self.config.replace(architectures=[type(self).__name__])
         save.save(self, config, directory, max_shard_bytes)

@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.errors import UsageError
 from qmix.experts.reader import FileWeight
 from qmix.formats import names
 from qmix.formats.files.shard_names import SHARD_BYTES
@@ -14,6 +13,7 @@ from qmix.formats.files.shard_writer import write_shards
 from qmix.formats.layouts import writer
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.kernels import PackedWeight
+from qmix.models.saving_folder import saving
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Weight
 from qmix.weights.scheme import DENSE
@@ -32,18 +32,11 @@ def save(
     model holds them in the packed layout. See qmix.formats.layouts.writer.
 
     Raises:
-        UsageError: the directory holds weights already.
+        UsageError: the directory holds weights or a config already.
+        WriteError: a file cannot be written; the directory is as it was.
         UnsupportedError: the weights have two layouts, or integers do not fill whole words; no
             file is written.
     """
-    folder = Path(directory)
-    present = [path.name for path in folder.glob("*.safetensors")]
-    if present:
-        raise UsageError(
-            "the directory already holds a checkpoint",
-            where=str(folder),
-            found=", ".join(present[:3]),
-        )
     weights = dict(_weights(model, config))
     dtype = next(model.parameters()).dtype
     version, act_order, schemes, specs = 1, False, {}, []
@@ -57,18 +50,18 @@ def save(
         schemes[names.canonical(module)] = described.scheme
         specs.append(_specs(module, described if isinstance(weight, FileWeight) else weight))
     quantization = writer.quantization_config(schemes, dtype, version=version, act_order=act_order)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = (
         {f"{module}.weight": weight}
         if isinstance(weight, Tensor)
         else writer.pack(_standard(weight), module, version=version)
         for module, weight in weights.items()
     )
-    write_shards(folder, specs, tensors, max_shard_bytes)
     saved = config.replace(
         dtype=str(dtype).removeprefix("torch."), quantization_config=quantization
     )
-    saved.save_pretrained(folder)
+    with saving(Path(directory)) as folder:
+        write_shards(folder, specs, tensors, max_shard_bytes)
+        saved.save_pretrained(folder)
 
 
 def _weights(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.errors import CheckpointError, UsageError
+from qmix.errors import CheckpointError, UsageError, WriteError
 from qmix.experts import heat_file
 from qmix.experts.policy import HEAT, LFU, LRU, ONE, PRESETS, STATIC, Policy, PolicySettings
 
@@ -93,7 +93,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         heat_file.save(path, [2], model="m")
     assert heat_file.read(path, experts=1, model="m") == [1]
     assert os.listdir(tmp_path) == ["heat.json"]
