@@ -145,7 +145,7 @@ class CheckpointMetadata:
             return None
         return PackedModule(
             name=name,
-            names=tuple(dict.fromkeys((name, *names.spellings(tensor.prefix)))),
+            names=_all_names(name, tensor),
             scheme=self.scheme_of(tensor, packing),
             shape=(tensor.shape[0], tensor.shape[1]),
             groups=groups,
@@ -180,6 +180,11 @@ class CheckpointMetadata:
             path = self.directory / settings_file
             return strict_json.read(path), str(path)
         return None, str(self.directory)
+
+
+def _all_names(stored: str, tensor: ModelTensor) -> tuple[str, ...]:
+    """A module's name in the files, then its other spellings."""
+    return tuple(dict.fromkeys((stored, *names.spellings(tensor.prefix))))
 
 
 def _bnb_scheme(shapes: Mapping[str, tuple[int, ...]], count: int) -> Scheme:
@@ -263,14 +268,18 @@ def _with_settings(metadata: CheckpointMetadata) -> CheckpointMetadata:
 def _confirm_settings(metadata: CheckpointMetadata) -> None:
     """Refuse settings that the tensors contradict, by field."""
     modules: dict[Layout, list[PackedModule]] = {}
+    dense: list[tuple[str, ...]] = []
     for tensor in metadata.tensors:
         packing = metadata.packing(tensor)
         if packing and (module := metadata.packed_module(tensor, packing)):
             modules.setdefault(packing.layout, []).append(module)
+        elif not packing and tensor.linear and tensor.kind != "router":
+            stored = metadata.stored_names[tensor.name].removesuffix(".weight")
+            dense.append(_all_names(stored, tensor))
     if bnb := modules.get("bitsandbytes"):
         bnb_config.check(*metadata.quantization_settings(None), bnb)
     if metadata.compressed:
-        metadata.compressed.confirm(modules.get("compressed-tensors", []))
+        metadata.compressed.confirm(modules.get("compressed-tensors", []), dense)
     if metadata.awq:
         awq_config.confirm(metadata.awq, modules.get("AWQ", []))
     if gptq := modules.get("GPTQ"):

@@ -10,6 +10,8 @@ from qmix.formats.layouts.settings import PackedModule, Settings, check_dense
 from qmix.weights.scheme import NF4_BLOCK_SIZES
 
 _BLOCK_SIZES = ("bnb_4bit_blocksize", "bnb_4bit_block_size", "blocksize", "block_size")
+_DTYPES = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+_DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64", "int8", "uint8")
 _DENSE = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
@@ -35,6 +37,11 @@ def check(
         for spelling in (field, f"_{field}"):
             if settings.flag(spelling) not in (None, expected):
                 raise settings.contradiction(spelling, str(expected).lower(), one)
+    for field in _DTYPES:
+        # They say in which dtype to compute and under which to store the bytes: any one is right.
+        dtype = settings.get(field, "uint8")
+        if not isinstance(dtype, str) or dtype.removeprefix("torch.") not in _DTYPE_NAMES:
+            raise settings.wrong(field, f"one of {', '.join(_DTYPE_NAMES)}")
     kind = settings.get("bnb_4bit_quant_type")
     double_quant = settings.flag("bnb_4bit_use_double_quant")
     for module in modules:

@@ -4,7 +4,7 @@ They assign a scheme to each module by groups of targets, as version 0.20 reads 
 quant_args.py, quant_config.py, utils/match.py). Knows nothing of files.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.settings import PackedModule, Settings
 
 _FORMAT = "pack-quantized"
+_STATUSES = ("initialized", "calibration", "frozen", "compressed")
 _CLASS = "Linear"  # what a target names all linear layers by
 _EXPRESSION = "re:"
 # Values of `actorder`; only `group` scatters inputs over groups (true is an old spelling of it).
@@ -66,24 +67,35 @@ class CompressedConfig:
     targets: Targets
     ignored: Targets
 
-    def confirm(self, modules: Collection[PackedModule]) -> None:
+    def confirm(self, modules: Collection[PackedModule], dense: Collection[Sequence[str]]) -> None:
         """Check the settings against the packed modules.
+
+        Args:
+            dense: the dense modules, each by its name in the files and its other spellings; without
+                routers, which are no linear layers in transformers 5.
 
         Raises:
             CheckpointError: a field that the tensors contradict.
             UnsupportedError: activations that are rounded too.
         """
+        for names in dense:
+            targeted = self.targets.index(names[0]) is not None
+            if targeted and all(self.ignored.index(name) is None for name in names):
+                raise self.settings.contradiction("ignore", f"{names[0]} among them", names[0])
         for module in modules:
             ignored = self.ignored.index(module.name)
             if ignored is not None:
                 found = self.ignored.items[ignored]
                 expected = f"nothing that matches {module.name}"
                 raise self.settings.contradiction("ignore", expected, module.name, found)
-            if not self.groups:
+            if self.settings.get("config_groups") is None:
                 continue
             indices = (self.targets.index(name) for name in module.names)
             index = next((index for index in indices if index is not None), None)
             if index is None:
+                if not self.groups:
+                    expected = f"a group for {module.name}"
+                    raise self.settings.contradiction("config_groups", expected, module.name)
                 expected = f"a target that matches {module.name}"
                 raise self.groups[0].contradiction("targets", expected, module.name)
             _confirm_group(self.groups[self.owners[index]], module)
@@ -110,6 +122,8 @@ def read(document: Mapping[str, Any] | None, where: str) -> CompressedConfig:
         if layout != _FORMAT:
             what = f"compressed-tensors in the {str(layout)[:40]} format is not read"
             raise settings.unread("format", what, _FORMAT)
+    if settings.get("quantization_status", "compressed") not in _STATUSES:
+        raise settings.wrong("quantization_status", "'compressed'")
     _check_additions(settings)
     groups = settings.inner("config_groups")
     read_groups: list[Settings] = []
@@ -168,6 +182,8 @@ def _confirm_group(group: Settings, module: PackedModule) -> None:
         raise weights.contradiction("symmetric", expected, module.name)
     if weights.get("dynamic", False) is not False:
         raise weights.contradiction("dynamic", "false", module.name)
+    if weights.get("block_structure") is not None:
+        raise weights.contradiction("block_structure", "null", module.name)
     _confirm_groups_of_inputs(weights, module)
     _confirm_order(weights, module)
 

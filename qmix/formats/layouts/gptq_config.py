@@ -31,7 +31,7 @@ class Rule:
     Attributes:
         text: the entry's key in the file.
         excluded: the modules are not quantized ("-:").
-        bits, group_size, symmetric: what the rule overrides; None if it does not.
+        bits, group_size, symmetric, act_order: what the rule overrides; None if it does not.
     """
 
     text: str
@@ -39,6 +39,7 @@ class Rule:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    act_order: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class GPTQConfig:
             bits=self.bits if rule.bits is None else rule.bits,
             group_size=self.group_size if rule.group_size is None else rule.group_size,
             symmetric=self.symmetric if rule.symmetric is None else rule.symmetric,
+            act_order=self.act_order if rule.act_order is None else rule.act_order,
         )
 
     def scheme_of(self, module: str) -> Scheme | None:
@@ -251,12 +253,15 @@ def _rule(text: str, overrides: Any, where: str) -> Rule:
     bits, symmetric = overrides.get("bits"), overrides.get("sym")
     if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
         raise CheckpointError("wrong bits", where=where, expected="2 to 8", found=repr(bits))
+    settings = Settings(overrides, where)
+    check_packing(settings)
     return Rule(
         text=text,
         excluded=text.startswith("-:"),
         bits=bits,
         group_size=_group_size(overrides.get("group_size"), f"{where}: group_size"),
         symmetric=None if symmetric is None else _flag(symmetric, f"{where}: sym"),
+        act_order=settings.flag("desc_act"),
     )
 
 

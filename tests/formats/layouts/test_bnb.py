@@ -346,7 +346,7 @@ DAMAGED = {
     "offset a huge integer": (
         changed_state(nested_offset=10**400),
         bnb.STATE_NF4,
-        "wrong nested_offset",
+        "a number of 401 digits does not fit a float",
     ),
     "offset a string": (changed_state(nested_offset="0.1"), bnb.STATE_NF4, "wrong nested_offset"),
     "offset true": (changed_state(nested_offset=True), bnb.STATE_NF4, "wrong nested_offset"),
