@@ -5,10 +5,10 @@ and torch multiplies.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import addressof, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -249,7 +249,26 @@ class Library:
         self.functions.call(name, *arguments)
 
 
-@cache
+class _Once:
+    """A function that runs once in a process; threads that call it meanwhile wait."""
+
+    def __init__(self, make: Callable[[], Library]) -> None:
+        self._make, self._lock = make, Lock()
+        self._made: Library | None = None
+
+    def __call__(self) -> Library:
+        made = self._made
+        if made is None:
+            with self._lock:
+                made = self._made = self._made or self._make()
+        return made
+
+    def cache_clear(self) -> None:
+        """Forget the result, as functools.cache does."""
+        self._made = None
+
+
+@_Once
 def library() -> Library:
     """The library of this process; one warning if there is none.
 
@@ -265,7 +284,7 @@ def library() -> Library:
         warnings.warn(
             f"4-bit matmuls run on torch, at a tenth of the speed: {error}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return Library(None)
     name = isa.supported(requested, int(compiled.qmix_isa()))

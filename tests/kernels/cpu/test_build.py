@@ -9,7 +9,9 @@ import stat
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -65,6 +67,21 @@ def test_it_is_compiled_once_and_found_again(cache, monkeypatch):
     assert library_file.stat().st_mtime_ns == before
     assert library().isa is not None
     assert not library().fallbacks
+
+
+@needs_compiler
+def test_threads_that_need_it_at_once_compile_it_once(cache, monkeypatch):
+    begun, ready, load = [], Barrier(4), build.load
+    monkeypatch.setattr(build, "load", lambda: begun.append(None) or load())
+
+    def first(_):
+        ready.wait(60)
+        return library()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(first, range(4)))
+    assert all(each is found[0] for each in found)
+    assert len(begun) == 1
 
 
 @pytest.fixture
