@@ -26,7 +26,7 @@ def repair(
     """Check every file that a resumed run builds on, and make the damaged ones again.
 
     Raises:
-        CheckpointError: a directory lies in a file's place, or other bytes result.
+        CheckpointError: other bytes result.
     """
     files.digests |= state.files
     damage = list(damaged_files(folder, state.files))
@@ -34,9 +34,6 @@ def repair(
     done = len(state.results)
     lost = [layer for layer in range(done) if files.layer_shard(layer) in names]
     last = done - 1 if any(name.endswith(".f32") for name in names) else max(lost, default=-1)
-    for found in damage:
-        if found.path.is_dir():
-            raise found.error()
     tokens = files.enter(folder, 0) if damage else {}
     for layer in range(last + 1):
         before = tokens
