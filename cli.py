@@ -5,6 +5,7 @@ checkpoint, 4 resources, 5 quality gate failed, 75 interrupted but resumable, 13
 Heavy imports stay inside the commands: help and usage errors need no torch.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -101,6 +102,8 @@ def _fail(error: Exception) -> NoReturn:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, QmixError):
         return error.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        return 4 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 3
     if isinstance(error.__cause__, KeyboardInterrupt):  # an older typer's Abort
         return 130
     named = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)

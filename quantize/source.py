@@ -163,6 +163,7 @@ def open_source(directory: Path) -> Source:
     Raises:
         QmixError: see `open_checkpoint`; a companion is too large.
     """
+    directory = regular_file.checked_folder(directory)
     stamps = {path: _stamp(path) for path in directory.glob("*.safetensors")}
     settled = time.time_ns() - _RECENT_NS
     recent = frozenset(path for path, stamp in stamps.items() if max(stamp[-2:]) > settled)

@@ -6,7 +6,7 @@ Looks at files' headers and at this machine; qmix.planning computes. Knows no to
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmix import strict_json
+from qmix import regular_file, strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.formats import names
@@ -99,7 +99,7 @@ def _models(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
     """The model that will run, and the dense one that it is still to be quantized from, if any."""
     path = request.source
     scheme = _scheme(request)
-    if not path.exists():
+    if not regular_file.exists(path):
         raise _no_source("no such directory or file", path)
     if path.is_dir():
         refuse_raw(path)
@@ -109,7 +109,7 @@ def _models(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
                 return stored, None
             return StoredModel.assume(stored.name, stored.config, scheme), stored
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    if not regular_file.exists(file):
         raise _no_source("neither a checkpoint nor a config.json there", path)
     config = MixtralConfig.from_dict(strict_json.read(file), where=str(file))
     if names.count(config) > _MOST_WEIGHTS:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qmix import regular_file
 from qmix.commands import options, terminal
 from qmix.errors import UsageError
 
@@ -54,7 +55,7 @@ def record(
     """
     if (prompt is None) == (data is None):
         raise UsageError("give either a PROMPT or --data")
-    if out.exists():
+    if regular_file.exists(out):
         raise UsageError("the file exists", where=str(out), remedy="Choose another name.")
     import qmix
     from qmix.evals.quality import perplexity

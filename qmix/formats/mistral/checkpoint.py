@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qmix import regular_file
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats import names
@@ -131,8 +132,7 @@ def open_raw(directory: str | Path) -> RawCheckpoint:
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
-    if not folder.is_dir():
-        raise CheckpointError("no such directory", where=str(folder))
+    regular_file.checked_folder(folder)
     files = raw_files(folder)
     if not files:
         converted = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
