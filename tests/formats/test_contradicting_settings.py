@@ -209,9 +209,13 @@ CONTRADICTIONS = [
     *[("gptq", "desc_act", value) for value in ("false", 0, "group")],
     *[("gptq", "lm_head", value) for value in (True, "no")],
     *[("gptq", "pack_dtype", value) for value in ("int8", "int64", 32)],
-    *[("gptq", "group_size", value) for value in (0, -2, 48, "32")],
-    *[("gptq", "bits", value) for value in (0, 2, 3, "4", 4.0)],
+    *[("gptq", "group_size", value) for value in (0, -2, 48, 64, -1, "32")],
+    *[("gptq", "bits", value) for value in (0, 2, 3, 8, "4", 4.0)],
     *[("gptq", "dynamic", value) for value in ([1], {"a": 4}, {"a": {"bits": 1}}, {"a(": {}})],
+    *[
+        ("gptq", "dynamic", {rule: overrides})
+        for rule, overrides in (("-:.*w2", {}), (".*w2", {"bits": 8}), (Q, {"group_size": 64}))
+    ],
     ("gptq", "dynamic", {"a": {"desc_act": "false"}}),
     ("gptq", "dynamic", {"a": {"pack_dtype": "int8"}}),
     *[("awq", "desc_act", value) for value in ("false", 0)],

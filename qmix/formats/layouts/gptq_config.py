@@ -5,7 +5,7 @@ It has one scheme for most modules, and rules for the others (`dynamic`, as gptq
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -180,15 +180,43 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
 
 
 def confirm(
-    document: Mapping[str, Any] | None, where: str, modules: Iterable[PackedModule]
+    config: GPTQConfig,
+    document: Mapping[str, Any] | None,
+    where: str,
+    modules: Collection[PackedModule],
 ) -> None:
-    """Check what the settings say of the head against the packed modules; see `parse`.
+    """Check the settings against the packed modules; see `parse`.
+
+    Args:
+        config: `document`, parsed.
 
     Raises:
         CheckpointError: a field that the tensors contradict.
     """
-    if document is not None:
-        check_head(Settings(without_lists(document), where), modules)
+    if document is None:
+        return
+    settings = Settings(without_lists(document), where)
+    check_head(settings, modules)
+    for module in modules:
+        said = config.for_module(module.name)
+        rule = said.rule
+        if rule is not None and rule.excluded:
+            expected = f"no rule that excludes {module.name}"
+            raise settings.contradiction("dynamic", expected, module.name, rule.text)
+        bits, columns = module.scheme.bits, module.shape[1]
+        if said.bits in INTEGER_KINDS and said.bits != bits:
+            field = _field("bits", rule, rule and rule.bits)
+            raise settings.contradiction(field, bits, module.name, said.bits)
+        size = columns if said.group_size == -1 else said.group_size
+        if size is not None and size * module.groups != columns:
+            field = _field("group_size", rule, rule and rule.group_size)
+            expected_size = columns // module.groups
+            raise settings.contradiction(field, expected_size, module.name, said.group_size)
+
+
+def _field(name: str, rule: Rule | None, override: int | None) -> str:
+    """Where a setting stands: in the rule that overrides it, or for most modules."""
+    return name if rule is None or override is None else f"dynamic: {rule.text[:60]}: {name}"
 
 
 def _version(fields: Mapping[str, Any], where: str) -> int:

@@ -52,7 +52,7 @@ class Settings:
 
     def place(self, field: str) -> str:
         """The file and the field, for errors."""
-        return f"{self.where}: {self.path}{field[:80]}"
+        return f"{self.where}: {self.path}{field[:120]}"
 
     def get(self, field: str, default: Any = None) -> Any:
         """The value of a field; `default` if it is missing or null."""

@@ -417,21 +417,24 @@ def test_mixed_bits_follow_rules_that_name_modules_as_the_files_do(tmp_path, dia
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"bits": 8}, r"q_proj|w1\.qweight: not the bits of .*config\.json; expected 8 bits; found 4 bits"),
-        ({"dynamic": {}}, r"q_proj\.qweight: not the bits of .*config\.json; expected 4 bits; found 8 bits"),
+        ({"bits": 8}, r"config\.json: bits: contradicts.*expected 4, as .*w1 is stored; found 8"),
+        ({"dynamic": {}}, r"config\.json: bits: contradicts.*expected 8, as .*q_proj is stored; found 4"),
         (
             {"dynamic": {".*_proj": {"bits": 8, "sym": False}, r".*\.experts\.0": {"bits": 8}}},
-            r"w1\.qweight: not the bits of the rule '.*experts.*0' of .*config\.json; expected 8 bits; found 4 bits",
+            r"config\.json: dynamic: \.\*.*experts.*0: bits: contradicts.*expected 4, as .*w1 is stored; found 8",
         ),
         (
             {"dynamic": {"-:.*": {}}},
-            r"q_proj\.qweight: the rule '-:\.\*' of .*config\.json says that the module is not quantized; expected its \.weight alone; found 8 bits",
+            r"config\.json: dynamic: contradicts.*expected no rule that excludes .*q_proj, as .*q_proj is stored; found '-:\.\*'",
         ),
         (
             {"dynamic": {**MIXED["dynamic"], r".*\.w1": {"group_size": 128}}},
-            r"w1\.scales: not the group size of the rule .* of .*config\.json; expected groups of 128 inputs",
+            r"config\.json: dynamic: .*w1: group_size: contradicts.*expected 32, as .*w1 is stored; found 128",
         ),
-        ({"dynamic": {".*_proj": {"bits": 8}}}, r"q_proj\.qzeros: not the zeros of a symmetric"),
+        (
+            {"dynamic": {".*_proj": {"bits": 8}, P: {"bits": 8, "group_size": 64}}},
+            r"q_proj\.qzeros: not the zeros of a symmetric",
+        ),
     ],
 )  # fmt: skip
 def test_tensors_and_rules_must_not_contradict_each_other(tmp_path, changes, named):
