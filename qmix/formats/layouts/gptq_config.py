@@ -205,11 +205,11 @@ def confirm(
             raise settings.contradiction("dynamic", expected, module.name, rule.text)
         bits, columns = module.scheme.bits, module.shape[1]
         if said.bits in INTEGER_KINDS and said.bits != bits:
-            field = _field("bits", rule, rule and rule.bits)
+            field = _field("bits", rule, rule.bits if rule else None)
             raise settings.contradiction(field, bits, module.name, said.bits)
         size = columns if said.group_size == -1 else said.group_size
         if size is not None and size * module.groups != columns:
-            field = _field("group_size", rule, rule and rule.group_size)
+            field = _field("group_size", rule, rule.group_size if rule else None)
             expected_size = columns // module.groups
             raise settings.contradiction(field, expected_size, module.name, said.group_size)
 
