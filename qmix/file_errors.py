@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmix.errors import WriteError
-from qmix.regular_file import unreadable
+from qmix.regular_file import UNREADABLE, unreadable
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 # What file systems answer that cannot do what is asked: vboxsf, CIFS, FUSE, Lustre, some NFS.
@@ -29,7 +29,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def reading(path: Path, what: str = "cannot be read") -> Iterator[None]:
+def reading(path: Path, what: str = UNREADABLE) -> Iterator[None]:
     """Turn what the system says of a file that is read into an error that names it.
 
     Raises:

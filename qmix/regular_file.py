@@ -19,6 +19,7 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket", "Give a regular file."),
 )
 
+UNREADABLE = "cannot be read"  # what an error says whose cause is the system
 _DISK_ERRORS = (errno.EIO, errno.ESTALE)
 
 
@@ -98,9 +99,7 @@ def checked_folder(directory: str | Path) -> Path:
     )
 
 
-def unreadable(
-    path: Path, error: OSError | ValueError, what: str = "cannot be read"
-) -> CheckpointError:
+def unreadable(path: Path, error: OSError | ValueError, what: str = UNREADABLE) -> CheckpointError:
     """The error for a file that is there and cannot be read, or whose name is none."""
     if isinstance(error, ValueError):
         return CheckpointError("not a file name", where=str(path), found=str(error))

@@ -18,6 +18,7 @@ from qmix.errors import CheckpointError, QmixError, ResourceError, UsageError, W
 from qmix.file_errors import UNSUPPORTED, reading, reason, write_error, writing
 from qmix.formats.files import manifest, replacement
 from qmix.formats.files.manifest import MARKER, STATE
+from qmix.regular_file import UNREADABLE
 
 _NAME_BYTES = 255
 # For files other than weights and for the file system: enough for a tokenizer and a few JSON files.
@@ -79,7 +80,9 @@ def _check_replaceable(out: Path, *, force: bool) -> None:
     try:
         foreign = manifest.foreign_names(out)
     except CheckpointError as error:
-        foreign = [str(error)]
+        if error.what == UNREADABLE:
+            raise
+        foreign = [str(error)]  # a damaged manifest lists nothing
     if foreign:
         raise UsageError(
             "OUT holds what qmix did not write, and --force replaces only what its manifest lists",
@@ -189,7 +192,7 @@ def _failed(error: OSError, folder: Path) -> QmixError:
     """What the user is told of a run that the system stopped."""
     name = None if isinstance(error, WriteError) else error.filename
     if name is not None and not _is_near(Path(os.fsdecode(name)), folder):
-        return CheckpointError("cannot be read", where=os.fsdecode(name), found=reason(error))
+        return CheckpointError(UNREADABLE, where=os.fsdecode(name), found=reason(error))
     kept = "Nothing of this run was kept."
     if (folder / STATE).is_file():
         kept = "The finished layers are kept: continue with --resume."
