@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def interrupted_after(lines, folder):
-    """Raise KeyboardInterrupt before the line of that number in this thread's code of `folder`."""
+def interrupted_after(lines, file):
+    """Raise KeyboardInterrupt before the line of that number in code of such a file."""
     left = lines
 
     def trace(frame, event, _):
         nonlocal left
-        if folder not in frame.f_code.co_filename:
+        if file not in frame.f_code.co_filename:
             return None
         left -= event == "line"
         if not left:
