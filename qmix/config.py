@@ -266,6 +266,9 @@ def _normalise(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     act = values.get("hidden_act")
     if callable(act) and hasattr(act, "__name__"):
         values["hidden_act"] = act.__name__
+    attention = values.get("attn_implementation")
+    if attention is not None and not isinstance(attention, str):
+        raise _wrong("wrong type", "attn_implementation", "a name or null", attention)
     for name in _NULL_MEANS_DEFAULT:
         if values.get(name, 0) is None:
             del values[name]

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -158,3 +159,30 @@ def test_errors_are_one_printable_line():
     assert "\n" not in str(error)
     assert "\x1b" not in str(error)
     assert "\u202e" not in str(error)
+
+
+@pytest.mark.parametrize("value", [["eager"], {}, 1, True])
+def test_an_attention_that_is_no_name_is_refused_by_file_and_field(value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"attn_implementation": value}))
+    with pytest.raises(ConfigError, match=r"config\.json: attn_implementation: wrong type"):
+        MixtralConfig.from_pretrained(tmp_path)
+
+
+def test_a_method_of_python_is_no_field_of_a_config():
+    config = MixtralConfig.from_dict({"__deepcopy__": 1, "__getstate__": 2})
+    assert copy.deepcopy(config) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f'{{"rope_theta": {10**400}}}', "does not fit a float"),
+        ("[1]", "an object"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        ('{"a": ' + "[" * 300 + "]" * 300 + "}", "64 levels"),
+    ],
+)
+def test_documents_that_could_not_be_written_again_are_refused(text, said, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
+        MixtralConfig.from_pretrained(tmp_path)
