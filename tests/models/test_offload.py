@@ -116,7 +116,7 @@ def test_every_byte_from_the_disk_is_counted(saved, monkeypatch):
     read = []
     plain = shards._read_into
     monkeypatch.setattr(
-        shards, "_read_into", lambda e, view: read.append(e.nbytes) or plain(e, view)
+        shards, "_read_into", lambda n, e, view: read.append(e.nbytes) or plain(n, e, view)
     )
     model = offloaded(saved["nf4"], 6)
     store = model.store
