@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qmix import atomic_file
 from qmix.errors import CheckpointError
+from qmix.file_errors import reading
 
 _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
 
@@ -146,7 +147,9 @@ class Activations:
     def _read(self, descriptor: int, out: Tensor, row: int) -> None:
         view, done, offset = out.numpy().view("u1").reshape(-1), 0, row * self._row_bytes
         while done < view.size:
-            count = os.preadv(descriptor, [view[done : done + _CHUNK_BYTES].data], offset + done)
+            chunk = view[done : done + _CHUNK_BYTES].data
+            with reading(self.path or Path()):
+                count = os.preadv(descriptor, [chunk], offset + done)
             if count == 0:
                 raise CheckpointError("ends early", where=str(self.path))
             done += count
