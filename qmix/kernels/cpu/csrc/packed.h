@@ -74,7 +74,7 @@ void multiply_panel_portable(const TiledMatrix& matrix, const IntegerTable& tabl
         for (int64_t row = 0; row < PANEL; row++) {
             const int64_t warp = row / 16, r = row / 8 % 2, g = row % 8;
             const int64_t at = warp * 32 + g * 4 + r;
-            int32_t plane_sums[2] = {};
+            int64_t plane_sums[2] = {};  // 64 products of 16383 * 16383 do not fit 32 bits
             for (int64_t part = 0; part < matrix.tile_inputs / 32; part++)
                 for (int64_t word = 2 * r; word < 32; word += word % 2 ? 3 : 1)
                     for (int64_t p = 0; p < 2; p++) {

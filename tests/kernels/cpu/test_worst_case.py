@@ -1,0 +1,100 @@
+"""The codes and inputs with the largest sums, on every instruction set, against float64."""
+
+import pytest
+import torch
+
+from qmix import kernels
+from qmix.kernels import Routes
+from qmix.kernels.cpu import packed_moe
+from qmix.kernels.cpu.library import library
+from qmix.weights.expert import Expert
+from qmix.weights.integers import Int4, Int8
+from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES
+from qmix.weights.packed.layout import pack_expert, unpack_expert
+
+N, K = 128, 512
+CODES = {"ones": 0x11, "largest": 0xFF, "smallest": 0x00, "largest and smallest": 0xF0}
+
+
+def nf4(code, block=64, kind=NF4, n=N, k=K):
+    table = torch.tensor(FP4_VALUES if kind is FP4 else NF4_VALUES)
+    codes = torch.full((n * k // 2,), code, dtype=torch.uint8)
+    return kind(codes, torch.full((n * k // block,), 0.02), table, (n, k), torch.bfloat16, block)
+
+
+def int4(code, zero=None, group=128, n=N, k=K):
+    scales = torch.full((n, k // group), 0.01, dtype=torch.float16)
+    zeros = None if zero is None else torch.full((n, k // group), zero, dtype=torch.uint8)
+    return Int4(torch.full((n, k // 2), code, dtype=torch.uint8), scales, zeros)
+
+
+def int8(code, zero=None):
+    scales = torch.full((N, 4), 0.01, dtype=torch.float16)
+    zeros = None if zero is None else torch.full((N, 4), zero, dtype=torch.uint8)
+    return Int8(torch.full((N, K), code, dtype=torch.uint8), scales, zeros)
+
+
+WEIGHTS = {
+    "nf4": nf4,
+    "nf4 of 128": lambda code: nf4(code, 128),
+    "fp4": lambda code: nf4(code, kind=FP4),
+    "int4": int4,
+    "int4 of 32": lambda code: int4(code, group=32),
+    "int4, zeros of 0": lambda code: int4(code, 0),
+    "int4, zeros of 15": lambda code: int4(code, 15),
+    "int8": int8,
+    "int8, zeros of 255": lambda code: int8(code, 255),
+}
+
+
+def inputs():
+    """Rows [K]: all alike, all alike in turn, the largest of float16, an outlier, tiny ones."""
+    row = torch.ones(K)
+    alternating = row * (1 - 2 * (torch.arange(K) % 2))
+    outlier = torch.full((K,), 0.01)
+    outlier[77] = 1000.0
+    return torch.stack([row, -row, alternating, 65504 * row, outlier, 1e-30 * row])
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_matmuls_are_those_of_float64(isa, kind, code):
+    weight = WEIGHTS[kind](code)
+    dense = weight.dequantize(torch.float32).double()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = inputs().to(dtype)
+        for tokens in (x, x[:1], x[3:4], x[4:5]):
+            out = kernels.linear(tokens, weight).double()
+            exact = tokens.double() @ dense.T
+            # An input of a chunk is rounded to 2^-14 of the chunk's largest.
+            largest = tokens.double().abs().amax(1, keepdim=True) * dense.abs().sum(1)
+            rounded = exact.abs() * torch.finfo(dtype).eps
+            finite = exact.abs() < torch.finfo(dtype).max
+            assert ((out - exact).abs() <= 1e-4 * largest + rounded)[finite].all()
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+@pytest.mark.parametrize(
+    "weight",
+    [nf4, lambda c, **at: nf4(c, 128, **at), int4, lambda c, **at: int4(c, 15, **at)],
+    ids=["nf4", "nf4 of 128", "int4", "int4, zeros of 15"],
+)
+def test_packed_experts_are_those_of_float64(isa, weight, code):
+    blob = pack_expert(
+        Expert(
+            w1=weight(code, n=256, k=K), w2=weight(code, n=K, k=256), w3=weight(code, n=256, k=K)
+        )
+    )
+    unpacked = unpack_expert(blob)
+    w1, w2, w3 = (
+        matrix.dequantize(torch.float32).double()
+        for matrix in (unpacked.w1, unpacked.w2, unpacked.w3)
+    )
+    for x in inputs()[:3]:
+        x = x[None]
+        exact = (torch.nn.functional.silu(x.double() @ w1.T) * (x.double() @ w3.T)) @ w2.T
+        out = packed_moe.experts(
+            x, Routes(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)), [blob]
+        )
+        assert (out - exact).norm() <= 3e-4 * exact.norm() + 1e-30
+    assert (library().fallbacks > 0) == (isa == "torch")
