@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qmix import atomic_file, regular_file
 from qmix.errors import CheckpointError
+from qmix.files import atomic_file, regular_file
 
 CONFIG_BYTES = 1 << 20
 INDEX_BYTES = 64 << 20
@@ -94,7 +94,7 @@ def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     """Read one JSON object from a regular file of at most `limit_bytes`; see loads.
 
     Raises:
-        CheckpointError: as loads and qmix.regular_file.read.
+        CheckpointError: as loads and qmix.files.regular_file.read.
     """
     return loads(regular_file.read(path, limit_bytes=limit_bytes), where=str(path))
 

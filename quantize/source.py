@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmix import regular_file
 from qmix.errors import CheckpointError, QmixError
+from qmix.files import regular_file
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import companions
 from qmix.formats.files.shards import Allocate, Entry, fresh, read_entry

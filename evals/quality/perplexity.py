@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmix import regular_file
 from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
 from qmix.evals.quality.layer_streaming import Scorer
+from qmix.files import regular_file
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.models.options import parse_dtype
 from qmix.text.tokenizer import LlamaTokenizer

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qmix import regular_file, strict_json
+from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
+from qmix.files import regular_file
 
 FORMAT, VERSION = "qmix-trace", 1
 

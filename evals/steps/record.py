@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qmix import atomic_file, strict_json
+from qmix import strict_json
 from qmix.evals import markdown
+from qmix.files import atomic_file
 
 Status = Literal["ok", "failed", "timeout", "skipped"]
 

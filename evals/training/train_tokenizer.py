@@ -12,9 +12,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from qmix import atomic_file
 from qmix.evals.command import exit_code
 from qmix.evals.corpus import training_text
+from qmix.files import atomic_file
 
 VOCABULARY = 2048
 UNK, BOS, EOS = 0, 1, 2

@@ -6,9 +6,10 @@ Looks at files' headers and at this machine; qmix.planning computes. Knows no to
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmix import regular_file, strict_json
+from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
+from qmix.files import regular_file
 from qmix.formats import names
 from qmix.formats.files.shard_names import INDEX, SINGLE
 from qmix.formats.metadata import read_metadata

@@ -12,10 +12,10 @@ from typing import TextIO
 
 from rich.console import Console
 
-from qmix import user_files
 from qmix.commands import terminal
 from qmix.commands.session import Session
 from qmix.errors import UsageError
+from qmix.files import user_files
 from qmix.generation.config import GenerationConfig
 
 PROMPT = ">>> "

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmix import regular_file
 from qmix.commands import options, terminal
 from qmix.errors import UsageError
+from qmix.files import regular_file
 
 if TYPE_CHECKING:
     from qmix.evals.routing.replay import Replay

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qmix import strict_json, user_files
+from qmix import strict_json
 from qmix.errors import CheckpointError
+from qmix.files import user_files
 
 FORMAT, VERSION = "qmix-heat", 1
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qmix import regular_file, strict_json
+from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UsageError
+from qmix.files import regular_file
 from qmix.generation.sampling import Sampling
 
 MAX_NEW_TOKENS = 1 << 24

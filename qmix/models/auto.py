@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from qmix import regular_file
 from qmix.errors import CheckpointError
+from qmix.files import regular_file
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer

@@ -9,13 +9,13 @@ from weakref import finalize
 
 import torch
 
-from qmix import user_files
 from qmix.errors import WriteError
 from qmix.experts import heat_file
 from qmix.experts.disk_store import DiskStore
 from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.policy import Policy, PolicySettings
 from qmix.experts.residency import Residency
+from qmix.files import user_files
 from qmix.formats import Checkpoint
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
-from qmix.file_errors import sync_directory, write_error, writing
+from qmix.files.file_errors import sync_directory, write_error, writing
 from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import INDEX
 

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qmix import strict_json, user_files
+from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError
+from qmix.files import user_files
 
 FILE = "machine.json"
 _VERSION = 1

@@ -5,8 +5,8 @@ The layout is sentencepiece's sentencepiece_model.proto. Knows nothing of tokens
 
 from pathlib import Path
 
-from qmix import regular_file
 from qmix.errors import CheckpointError
+from qmix.files import regular_file
 
 MODEL_FILE = "tokenizer.model"
 MODEL_BYTES = 64 << 20

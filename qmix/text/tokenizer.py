@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import sentencepiece
 
-from qmix import atomic_file, regular_file, strict_json
+from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
+from qmix.files import atomic_file, regular_file
 from qmix.text import chat_template
 from qmix.text.batch_encoding import (
     BatchEncoding,

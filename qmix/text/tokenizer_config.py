@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qmix import regular_file, strict_json
+from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
+from qmix.files import regular_file
 from qmix.text.sentencepiece_file import MODEL_FILE
 
 CONFIG_FILE = "tokenizer_config.json"

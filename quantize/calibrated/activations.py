@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmix import atomic_file
 from qmix.errors import CheckpointError
-from qmix.file_errors import reading
+from qmix.files import atomic_file
+from qmix.files.file_errors import reading
 
 _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
 

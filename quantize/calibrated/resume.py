@@ -13,10 +13,10 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
+from qmix.files.regular_file import open_regular
 from qmix.formats.files import shard_writer
 from qmix.formats.files.manifest import STATE
 from qmix.quantize.source import Source
-from qmix.regular_file import open_regular
 
 START_AGAIN = "Remove the directory and start again."
 _SEAL = "sha256"

@@ -20,15 +20,8 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    (
-        "qmix.printable",
-        "qmix.errors",
-        "qmix.regular_file",
-        "qmix.file_errors",
-        "qmix.atomic_file",
-        "qmix.user_files",
-    ),
-    ("qmix.weights", "qmix.strict_json"),
+    ("qmix.errors", "qmix.printable"),
+    ("qmix.weights", "qmix.strict_json", "qmix.files"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
     ("qmix.planning", "qmix.experts"),
@@ -43,11 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # Rooms of one floor that may import another of the same floor.
 SIBLINGS = {
     ("qmix.errors", "qmix.printable"),
-    ("qmix.regular_file", "qmix.errors"),
-    ("qmix.file_errors", "qmix.errors"),
-    ("qmix.atomic_file", "qmix.file_errors"),
-    ("qmix.file_errors", "qmix.regular_file"),
-    ("qmix.user_files", "qmix.file_errors"),
+    ("qmix.strict_json", "qmix.files"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
@@ -85,10 +74,10 @@ TORCHLESS = (
     *(
         "qmix",
         "qmix.errors",
-        "qmix.regular_file",
-        "qmix.atomic_file",
-        "qmix.file_errors",
-        "qmix.user_files",
+        "qmix.files.regular_file",
+        "qmix.files.atomic_file",
+        "qmix.files.file_errors",
+        "qmix.files.user_files",
         "qmix.strict_json",
         "qmix.config",
         "qmix.planning",

@@ -14,11 +14,11 @@ import torch
 
 from qmix.commands.checkpoint import Progress
 from qmix.errors import CheckpointError, QmixError
-from qmix.file_errors import reading
+from qmix.files.file_errors import reading
+from qmix.files.regular_file import open_regular
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.manifest import MANIFEST, read_manifest
 from qmix.formats.names import ModelTensor
-from qmix.regular_file import open_regular
 
 _MAX_PROBLEMS = 5
 

@@ -5,8 +5,8 @@ Knows nothing of what they hold.
 
 from pathlib import Path
 
-from qmix import regular_file
-from qmix.file_errors import writing
+from qmix.files import regular_file
+from qmix.files.file_errors import writing
 
 NAMES = (
     "tokenizer.model",

@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError, ResourceError, UsageError, WriteError
-from qmix.file_errors import UNSUPPORTED, reading, reason, write_error, writing
+from qmix.files.file_errors import UNSUPPORTED, reading, reason, write_error, writing
+from qmix.files.regular_file import UNREADABLE
 from qmix.formats.files import manifest, replacement
 from qmix.formats.files.manifest import MARKER, STATE
-from qmix.regular_file import UNREADABLE
 
 _NAME_BYTES = 255
 # For files other than weights and for the file system: enough for a tokenizer and a few JSON files.

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.file_errors import reading
+from qmix.files.file_errors import reading
+from qmix.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS
 from qmix.formats.files.shards import DTYPES, Entry
-from qmix.regular_file import open_regular
 
 # Before 2.10 a file could make the weights-only unpickler write outside memory (CVE-2026-24747).
 _OLDEST_PYTORCH = (2, 10)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmix.file_errors import UNSUPPORTED, sync_directory
+from qmix.files.file_errors import UNSUPPORTED, sync_directory
 from qmix.formats.files import manifest
 from qmix.formats.files.manifest import MARKER, STATE
 

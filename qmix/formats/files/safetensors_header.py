@@ -13,8 +13,8 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.errors import CheckpointError
-from qmix.file_errors import reading
-from qmix.regular_file import open_regular
+from qmix.files.file_errors import reading
+from qmix.files.regular_file import open_regular
 
 # Mixtral-8x7B has about 5,500 tensors as NF4: under 1 MB of header in one file.
 HEADER_BYTES = 8 << 20

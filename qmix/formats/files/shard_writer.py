@@ -16,13 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qmix.file_errors import reading, writing
+from qmix.files.file_errors import reading, writing
+from qmix.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import HEADER_BYTES
 from qmix.formats.files.shard_index import write_index
 from qmix.formats.files.shard_names import shard_name
 from qmix.formats.files.shards import DTYPES
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.regular_file import open_regular
 
 _ALIGNMENT = 8  # bytes
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

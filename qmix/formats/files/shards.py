@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.file_errors import reading
+from qmix.files.file_errors import reading
+from qmix.files.regular_file import open_regular
 from qmix.formats.files import safetensors_header
 from qmix.formats.files.safetensors_header import TensorInfo
-from qmix.regular_file import open_regular
 
 DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, (torch_name, _) in safetensors_header.DTYPES.items()

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmix import regular_file
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
+from qmix.files import regular_file
 from qmix.formats import names
 from qmix.formats.files import pickles, shard_path, shards
 from qmix.formats.files.shards import Entry, Shards

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qmix import user_files
 from qmix.errors import ResourceError, WriteError
-from qmix.file_errors import writing
+from qmix.files import user_files
+from qmix.files.file_errors import writing
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
 # No contraction: a multiplication and an addition are fused only where the source says so.

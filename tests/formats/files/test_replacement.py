@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qmix import file_errors
 from qmix.errors import CheckpointError, ResourceError, UsageError
+from qmix.files import file_errors
 from qmix.formats.files import manifest, output_dir, replacement
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmix.errors import WriteError
-from qmix.regular_file import UNREADABLE, unreadable
+from qmix.files.regular_file import UNREADABLE, unreadable
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 # What file systems answer that cannot do what is asked: vboxsf, CIFS, FUSE, Lustre, some NFS.

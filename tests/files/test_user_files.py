@@ -5,9 +5,9 @@ import stat
 
 import pytest
 
-from qmix import user_files
 from qmix.errors import CheckpointError, WriteError
 from qmix.experts import heat_file
+from qmix.files import user_files
 from qmix.planning import machine
 from qmix.planning.machine import Measured
 

@@ -8,7 +8,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from qmix.file_errors import reason, writing
+from qmix.files.file_errors import reason, writing
 
 _FOR_ALL, _FOR_THE_OWNER = 0o666, 0o600
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from qmix.file_errors import writing
+from qmix.files.file_errors import writing
 
 # The file, its directory and the one above may not be links. A home behind a link is common.
 _WITHOUT_LINKS = 3

@@ -5,8 +5,9 @@ import stat
 
 import pytest
 
-from qmix import atomic_file, strict_json
+from qmix import strict_json
 from qmix.errors import WriteError
+from qmix.files import atomic_file
 
 
 def test_a_new_file_and_a_replaced_one_are_whole_and_stand_alone(tmp_path):
