@@ -3,7 +3,8 @@
 #   make demo     install what qmix needs to run, then quantize the tiny Mixtral and chat with it
 #   make test     lint, type-check and run the tests
 #   make quick    the tests again, without those marked slow
-#   make soak     the long campaigns: fuzzing, hundreds of drawn cases, kernels at many shapes
+#   make soak     the long campaigns: fuzzing, hundreds of drawn cases, kernels at many shapes;
+#                 SEED=n chooses what is drawn, MINUTES=m ends it
 #   make newest   the quick tests beside the newest release of every dependency
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo $$p; break; }; done || echo python3)
 VENV   := .venv
@@ -16,6 +17,8 @@ PYTEST ?=
 TESTS  := -m pytest -n auto --maxprocesses 8 --dist worksteal
 # Oracles disagree with each other in all but torch, which is the repository's own.
 TORCH  := $(shell sed -n 's/^\(torch<[0-9.]*\).*/\1/p' constraints.txt)
+SEED   ?= 0
+MINUTES ?=
 PIP    := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint quick soak newest setup goldens rivals clean
@@ -30,7 +33,7 @@ quick: $(READY)
 	$(BIN)/python $(TESTS) -m "not slow and not soak" $(PYTEST)
 
 soak: $(READY)
-	$(BIN)/python $(TESTS) -m soak --hypothesis-profile soak $(PYTEST)
+	SOAK_SEED=$(SEED) SOAK_MINUTES=$(MINUTES) $(BIN)/python $(TESTS) -m soak --hypothesis-profile soak --hypothesis-seed $(SEED) $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,23 +13,26 @@ import warnings
 
 import pytest
 
-from tests.support import environment
-from tests.support.soak import leave_to_soak
+from tests.support import environment, soak
 
 
 def pytest_configure(config):
     if environment.entered() and not hasattr(config, "workerinput"):
         return  # a pytest that a test started
+    if not hasattr(config, "workerinput"):
+        soak.begin()
     home = environment.enter()
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items):
-    leave_to_soak(items)
+    soak.leave_to_soak(items)
 
 
 def pytest_runtest_setup(item):
+    if soak.is_over():
+        pytest.skip("the minutes of this soak are over")
     if item.get_closest_marker("gpu"):
         import torch
 

@@ -34,9 +34,8 @@ from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support import raw_mistral
 from tests.support.models import ROOT, TINY, small_model
 from tests.support.mutation import generator, mutated_bytes, mutated_text, outcome
-from tests.support.soak import both
+from tests.support.soak import SEED, both
 
-SEED = int(os.environ.get("SOAK_SEED", "0"))
 IDS = torch.tensor([[1, 5, 6], [0, 1, 7]])
 MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
 SECONDS = 1.0  # of this process; a document of a few kilobytes takes milliseconds

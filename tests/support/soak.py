@@ -1,5 +1,11 @@
-"""What `make test` leaves to `make soak`: most cases of a large grid, and most drawn examples."""
+"""What `make test` leaves to `make soak`: most cases of a large grid, and most drawn examples.
 
+SOAK_SEED chooses the order of a soak and what it draws; after SOAK_MINUTES no test begins any more.
+"""
+
+import os
+import random
+import time
 from collections import defaultdict
 
 import pytest
@@ -11,6 +17,8 @@ settings.register_profile("gate", max_examples=40, derandomize=True, database=No
 settings.register_profile("soak", max_examples=500, print_blob=True, **_SETTINGS)
 settings.load_profile("gate")
 
+SEED = int(os.environ.get("SOAK_SEED") or "0")
+
 
 both = pytest.mark.parametrize("soak", [False, pytest.param(True, marks=pytest.mark.soak)])
 
@@ -19,8 +27,20 @@ def soaking():
     return settings.get_current_profile_name() == "soak"
 
 
+def begin():
+    """Set the time at which a soak of SOAK_MINUTES ends, for all its workers."""
+    minutes = os.environ.get("SOAK_MINUTES")
+    if minutes:
+        os.environ["SOAK_ENDS"] = str(time.time() + 60 * float(minutes))
+
+
+def is_over():
+    """Whether a soak has used its minutes."""
+    return soaking() and time.time() > float(os.environ.get("SOAK_ENDS", "inf"))
+
+
 def examples(count, **options):
-    """Hypothesis settings for an expensive property: `count` examples, ten times that in a soak."""
+    """Hypothesis settings for an expensive property: `count` examples, in a soak ten times that."""
     return settings(max_examples=count * (10 if soaking() else 1), **options)
 
 
@@ -35,8 +55,10 @@ def one_in(every, values):
 def leave_to_soak(items):
     """Mark with `soak` what only a soak runs: whatever lies off the diagonal of a marked grid.
 
-    In a soak every property runs again, with the soak's examples.
+    In a soak every property runs again, with the soak's examples, and the seed chooses the order.
     """
+    if soaking():
+        random.Random(SEED).shuffle(items)
     grids = defaultdict(list)
     for item in items:
         if item.get_closest_marker("diagonal"):
