@@ -1,5 +1,6 @@
 """tests/support/house.py: imports go downward, no circles, each package has its owners."""
 
+import ast
 import subprocess
 import sys
 
@@ -46,6 +47,16 @@ def test_third_party_packages_stay_with_their_owners(name):
 def test_every_file_fits_a_few_screens():
     lines = {name: path.read_text().count("\n") for name, path in house.modules().items()}
     assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+def test_no_function_is_longer_than_sixty_lines():
+    long = [
+        (name, node.name)
+        for name, path in house.modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert long == []
 
 
 def test_importing_qmix_imports_no_torch():

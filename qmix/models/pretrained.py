@@ -3,7 +3,7 @@
 Knows no forward pass and no bits; weights come through qmix.models.load.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -122,15 +122,8 @@ class PreTrainedModel(nn.Module):
                 ram=ram,
                 max_context=max_context,
             )
-        elif any(value is not None for value in fields):
-            raise UsageError("give either load_options or its fields", where="load_options")
-        elif not isinstance(load_options, LoadOptions):
-            raise UsageError(
-                "wrong type",
-                where="load_options",
-                expected="LoadOptions",
-                found=type(load_options).__name__,
-            )
+        else:
+            _check_alone(load_options, fields)
         model = cls.from_checkpoint(open_checkpoint(directory), load_options, **changes)
         model.read_generation_config(Path(directory))
         return model
@@ -316,6 +309,19 @@ def _placed(device: torch.device | str | None, device_map: object) -> torch.devi
         expected="'auto', a device, or {'': device}",
         found=repr(device_map)[:80],
     )
+
+
+def _check_alone(load_options: object, fields: Sequence[object]) -> None:
+    """Raise unless `load_options` is LoadOptions and none of its fields is given beside it."""
+    if any(value is not None for value in fields):
+        raise UsageError("give either load_options or its fields", where="load_options")
+    if not isinstance(load_options, LoadOptions):
+        raise UsageError(
+            "wrong type",
+            where="load_options",
+            expected="LoadOptions",
+            found=type(load_options).__name__,
+        )
 
 
 def _agreed(

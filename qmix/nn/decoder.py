@@ -4,6 +4,7 @@ Knows no bits, no files and no text.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -118,13 +119,9 @@ class Decoder(nn.Module):
             attentions=[] if output_attentions else None,
         )
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
-        store, embedded = self._experts_store, x
-        if store is None:
-            x, router_logits = self._through_layers(x, context, hidden_states)
-        else:
-            x, router_logits = store.in_turn(
-                lambda: self._through_layers(embedded, context, hidden_states)
-            )
+        layers = partial(self._through_layers, x, context, hidden_states)
+        store = self._experts_store
+        x, router_logits = layers() if store is None else store.in_turn(layers)
         if cache is not None:
             cache.advance(new)
         x = self.norm(x)

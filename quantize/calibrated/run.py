@@ -32,6 +32,9 @@ from qmix.quantize.report import Effort, QuantizeReport, TensorResult
 from qmix.quantize.source import Source
 from qmix.weights.scheme import Recipe
 
+# What the manifest states of a run's settings.
+_STATED = ("calibration", "rounding", "weighting", "correction")
+
 
 def quantize_calibrated(
     source: Source,
@@ -59,10 +62,8 @@ def quantize_calibrated(
         progress: called before every matrix.
 
     Raises:
-        UsageError: a path is unsuitable, or the interrupted run had other settings or another
-            source.
-        CheckpointError: the source is damaged, holds NaN or changes meanwhile; or the interrupted
-            run is damaged and cannot be made again.
+        UsageError: an unsuitable path, or an interrupted run of other settings or another source.
+        CheckpointError: a source that is damaged, holds NaN or changes; a run beyond repair.
         UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
         ResourceError: too little disk space or memory.
         InterruptedRunError: `interrupted` returned True.
@@ -92,8 +93,7 @@ def quantize_calibrated(
             seconds=time.perf_counter() - begun,
             effort=_effort(source, calibration, options, count, seconds) if count else None,
         )
-        stated = ("calibration", "rounding", "weighting", "correction")
-        complete(folder, source, outputs, report, {name: settings[name] for name in stated})
+        complete(folder, source, outputs, report, {name: settings[name] for name in _STATED})
         source.check_unchanged()
     return report
 
