@@ -48,6 +48,12 @@ def tokenizer(llama_tokenizer: LlamaTokenizer) -> "Tokenizer":
     return Tokenizer(llama_tokenizer)
 
 
+# The output's field: `cache` since transformers 5.24, `past_key_values` before.
+_CACHE_FIELD = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
+
+
 class _Columns:
     """A transformers cache behind the interface of qmix.nn.cache.Cache."""
 
@@ -109,6 +115,7 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -119,13 +126,15 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         **_: Any,
     ) -> Any:
         """One pass over (B, S) new positions; returns transformers' CausalLMOutputWithPast."""
-        if past_key_values is None and use_cache:
-            past_key_values = transformers.DynamicCache(config=self.config)
+        if cache is None:  # the name since transformers 5.24
+            cache = past_key_values
+        if cache is None and use_cache:
+            cache = transformers.DynamicCache(config=self.config)
         out = self.runtime(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=None if past_key_values is None else _Columns(past_key_values),
+            past_key_values=None if cache is None else _Columns(cache),
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=False,
@@ -136,7 +145,7 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         output = CausalLMOutputWithPast(
             loss=out.loss,
             logits=out.logits,
-            past_key_values=past_key_values,
+            **{_CACHE_FIELD: cache},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
