@@ -17,12 +17,12 @@ from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint
 from qmix.formats.files import manifest
 from qmix.formats.files.companions import copy_companions
+from qmix.formats.files.shards import check_finite
 from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.quantize.report import QuantizeReport
-from qmix.quantize.source import not_finite
-from qmix.weights.dense import Dense, Weight, all_finite
+from qmix.weights.dense import Dense, Weight
 from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import Recipe, Scheme
 
@@ -102,8 +102,7 @@ def read_finite(checkpoint: Checkpoint, tensor: ModelTensor) -> Tensor:
         CheckpointError: it holds NaN or infinity.
     """
     data = checkpoint.read(tensor.name)
-    if not all_finite(data):
-        raise not_finite(checkpoint.entry(tensor.name).file, tensor.name)
+    check_finite(tensor.name, checkpoint.entry(tensor.name).file, data)
     return data
 
 

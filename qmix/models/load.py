@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qmix.errors import CheckpointError
 from qmix.experts.reader import ExpertReader
 from qmix.formats import Checkpoint
+from qmix.formats.files.shards import check_finite
 from qmix.formats.names import ModelTensor
 from qmix.models import offload
 from qmix.models.device_offload import DeviceOffload
@@ -146,21 +147,13 @@ def _converted(
     Raises:
         CheckpointError: it holds NaN or infinity, or a value beyond float16 where that is `dtype`.
     """
-    where = str(checkpoint.entry(tensor.name).file)
-    if not all_finite(data):
-        invalid = data.numel() - int(torch.isfinite(data).sum())
-        raise CheckpointError(
-            f"tensor {tensor.name} holds NaN or infinity",
-            where=where,
-            expected="finite values",
-            found=f"{invalid} of {data.numel()} are not",
-            remedy="The checkpoint is damaged; download it again.",
-        )
+    file = checkpoint.entry(tensor.name).file
+    check_finite(tensor.name, file, data)
     converted = data.to(device=device, dtype=dtype)
     if dtype == torch.float16 and not all_finite(converted):
         raise CheckpointError(
             f"tensor {tensor.name}: not finite in float16",
-            where=where,
+            where=str(file),
             remedy="Load it as bfloat16 or float32.",
         )
     return converted

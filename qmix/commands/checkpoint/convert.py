@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import qmix
@@ -19,6 +18,7 @@ from qmix.errors import CheckpointError
 from qmix.formats.files import manifest, output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shard_writer import write_shards
+from qmix.formats.files.shards import check_finite
 from qmix.formats.mistral import checkpoint
 from qmix.formats.mistral.checkpoint import RawCheckpoint
 from qmix.formats.names import ModelTensor
@@ -123,13 +123,8 @@ def _converted(
 
 def _read_finite(raw: RawCheckpoint, tensor: ModelTensor) -> Tensor:
     data = raw.read(tensor)
-    # The extremes are NaN if any element is: 0.009 s for w1, where isfinite takes 0.4 s.
-    if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(data)):
-        raise CheckpointError(
-            f"tensor {tensor.name} ({raw.places[tensor.name].name}) holds NaN or infinity",
-            where=str(raw.entry(tensor).file),
-            remedy="The checkpoint is damaged; download it again.",
-        )
+    stored_name = raw.places[tensor.name].name
+    check_finite(f"{tensor.name} ({stored_name})", raw.entry(tensor).file, data)
     return data
 
 

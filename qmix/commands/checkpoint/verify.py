@@ -19,6 +19,7 @@ from qmix.files.regular_file import open_regular
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.manifest import MANIFEST, read_manifest
 from qmix.formats.names import ModelTensor
+from qmix.weights.dense import all_finite
 
 _MAX_PROBLEMS = 5
 
@@ -102,8 +103,8 @@ def _weight_problems(checkpoint: Checkpoint, tensor: ModelTensor) -> Iterator[Qm
     except QmixError as error:
         yield error
         return
-    invalid = data.numel() - int(torch.isfinite(data).sum())
-    if invalid:
+    if not all_finite(data):
+        invalid = data.numel() - int(torch.isfinite(data).sum())
         yield CheckpointError(
             f"tensor {tensor.name}: holds NaN or infinity",
             where=str(checkpoint.entry(tensor.name).file),

@@ -17,6 +17,7 @@ from qmix.files.file_errors import reading
 from qmix.files.regular_file import open_regular
 from qmix.formats.files import safetensors_header
 from qmix.formats.files.safetensors_header import TensorInfo
+from qmix.weights.dense import all_finite
 
 DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, (torch_name, _) in safetensors_header.DTYPES.items()
@@ -116,3 +117,24 @@ def _read_into(name: str, entry: Entry, view: memoryview) -> int:
                 break
             done += nbytes
     return done
+
+
+def check_finite(name: str, file: Path, data: Tensor) -> None:
+    """Raise if a dense tensor, or as much of it as was read, holds NaN or infinity.
+
+    Args:
+        name, file: of the tensor, for the error.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if all_finite(data):
+        return
+    invalid = data.numel() - int(torch.isfinite(data).sum())
+    raise CheckpointError(
+        f"tensor {name} holds NaN or infinity",
+        where=str(file),
+        expected="finite values",
+        found=f"{invalid} of {data.numel()} are not",
+        remedy="The checkpoint is damaged; download it again.",
+    )
