@@ -1,4 +1,4 @@
-"""What the system says when a file cannot be read or written, as errors that name the file.
+"""What the system says when a file cannot be written, as errors that name the file.
 
 Knows nothing of what a file holds.
 """
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmix.errors import WriteError
-from qmix.files.regular_file import UNREADABLE, unreadable
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 # What file systems answer that cannot do what is asked: vboxsf, CIFS, FUSE, Lustre, some NFS.
@@ -26,21 +25,6 @@ _REMEDIES = {
     errno.EACCES: "Check the owner and the permissions.",
     errno.EPERM: "Check the owner and the permissions.",
 }
-
-
-@contextmanager
-def reading(path: Path, what: str = UNREADABLE) -> Iterator[None]:
-    """Turn what the system says of a file that is read into an error that names it.
-
-    Raises:
-        CheckpointError: the block raised OSError.
-    """
-    try:
-        yield
-    except WriteError:
-        raise
-    except OSError as error:
-        raise unreadable(path, error, what) from error
 
 
 @contextmanager

@@ -6,10 +6,12 @@ Standard library only. Knows nothing of what a file holds.
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, WriteError
 
 _KINDS = (
     (stat.S_ISDIR, "a directory", "Give a file in it."),
@@ -23,16 +25,41 @@ UNREADABLE = "cannot be read"  # what an error says whose cause is the system
 _DISK_ERRORS = (errno.EIO, errno.ESTALE)
 
 
-def open_regular(path: Path, *, missing: str | None = None) -> BufferedReader:
+@contextmanager
+def reading(path: Path, what: str = UNREADABLE) -> Iterator[None]:
+    """Turn what the system says of a file that is read into an error that names it.
+
+    Raises:
+        CheckpointError: the block raised OSError.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error, what) from error
+
+
+@contextmanager
+def open_regular(
+    path: Path, *, what: str = UNREADABLE, missing: str | None = None
+) -> Iterator[BufferedReader]:
     """Open a regular file for reading. A pipe or device is refused without waiting for it.
 
     Args:
+        what: the failure, if the block cannot read the file.
         missing: the remedy if there is no such file.
 
     Raises:
         CheckpointError: the file is missing, cannot be read, or is not a regular file; the message
-            says what it is.
+            says what it is. Or the block raised OSError.
     """
+    with reading(path, what), _opened(path, missing) as file:
+        yield file
+
+
+def _opened(path: Path, missing: str | None) -> BufferedReader:
+    """The file, open; see open_regular for the errors."""
     try:
         _check_kind(path, path.stat().st_mode)  # opening a device may already have an effect
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -61,10 +88,7 @@ def read(path: Path, *, limit_bytes: int, missing: str | None = None) -> bytes:
             raise CheckpointError(
                 "file too large", where=str(path), expected=f"at most {limit_bytes} B", found=size
             )
-        try:
-            return file.read(size)
-        except OSError as error:
-            raise unreadable(path, error) from None
+        return file.read(size)
 
 
 def exists(path: Path) -> bool:

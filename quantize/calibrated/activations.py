@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.files import atomic_file
-from qmix.files.file_errors import reading
+from qmix.files.regular_file import reading
 
 _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
 

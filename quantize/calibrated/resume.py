@@ -20,7 +20,6 @@ from qmix.quantize.source import Source
 
 START_AGAIN = "Remove the directory and start again."
 _SEAL = "sha256"
-_CHUNK_BYTES = 16 << 20
 _SHOWN = 16  # hexadecimal digits of a SHA-256 in messages
 
 
@@ -148,8 +147,5 @@ def damaged_files(folder: Path, files: Mapping[str, str]) -> Iterator[Damage]:
 def _digest(path: Path) -> str:
     if path.suffix == ".safetensors":
         return shard_writer.file_digest(path)
-    digest = hashlib.sha256()
     with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,6 @@ import torch
 
 from qmix.commands.checkpoint import Progress
 from qmix.errors import CheckpointError, QmixError
-from qmix.files.file_errors import reading
 from qmix.files.regular_file import open_regular
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.manifest import MANIFEST, read_manifest
@@ -82,7 +81,7 @@ def _file_problems(path: Path, facts: dict[str, Any]) -> Iterator[QmixError]:
             found=f"{size} B",
         )
         return
-    with reading(path), open_regular(path) as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != facts["sha256"]:
         yield CheckpointError(

@@ -11,7 +11,8 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.errors import CheckpointError
-from qmix.files.file_errors import reading, writing
+from qmix.files.file_errors import writing
+from qmix.files.regular_file import reading
 
 MANIFEST = "qmix_manifest.json"
 # Lies in OUT.partial from its first moment: a directory that holds it may be emptied.

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError, ResourceError, UsageError, WriteError
-from qmix.files.file_errors import UNSUPPORTED, reading, reason, write_error, writing
-from qmix.files.regular_file import UNREADABLE
+from qmix.files.file_errors import UNSUPPORTED, reason, write_error, writing
+from qmix.files.regular_file import UNREADABLE, reading
 from qmix.formats.files import manifest, replacement
 from qmix.formats.files.manifest import MARKER, STATE
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.files.file_errors import reading
 from qmix.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS
 from qmix.formats.files.shards import DTYPES, Entry
@@ -48,7 +47,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
             found=f"PyTorch {torch.__version__}, whose reader is vulnerable (CVE-2026-24747)",
             remedy="Update PyTorch, or get the weights as safetensors.",
         )
-    with reading(path), open_regular(path) as file:
+    with open_regular(path) as file:
         start = file.read(64)
         try:
             records = _records(file, path)

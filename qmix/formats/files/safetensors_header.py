@@ -13,7 +13,6 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.errors import CheckpointError
-from qmix.files.file_errors import reading
 from qmix.files.regular_file import open_regular
 
 # Mixtral-8x7B has about 5,500 tensors as NF4: under 1 MB of header in one file.
@@ -90,7 +89,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
                 )
         return CheckpointError(what, where=str(path), expected=expected, found=found)
 
-    with reading(path), open_regular(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")

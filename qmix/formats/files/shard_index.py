@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.files.file_errors import reading
+from qmix.files.regular_file import reading
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
 from qmix.formats.files.shard_path import path_inside

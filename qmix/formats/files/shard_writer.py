@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qmix.files.file_errors import reading, writing
+from qmix.files.file_errors import writing
 from qmix.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import HEADER_BYTES
 from qmix.formats.files.shard_index import write_index
@@ -134,7 +134,7 @@ def file_digest(path: Path) -> str:
         CheckpointError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with reading(path), open_regular(path) as file:
+    with open_regular(path) as file:
         length = file.read(8)
         header = length + file.read(min(int.from_bytes(length, "little"), HEADER_BYTES))
         while chunk := file.read(_CHUNK_BYTES):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.files.file_errors import reading
 from qmix.files.regular_file import open_regular
 from qmix.formats.files import safetensors_header
 from qmix.formats.files.safetensors_header import TensorInfo
@@ -107,10 +106,7 @@ def read_entry(name: str, entry: Entry, into: Allocate = fresh) -> Tensor:
 def _read_into(name: str, entry: Entry, view: memoryview) -> int:
     """Fill `view` from the file; returns the bytes read, fewer only at the file's end."""
     done = 0
-    with (
-        reading(entry.file, f"the data of {name} cannot be read"),
-        open_regular(entry.file) as file,
-    ):
+    with open_regular(entry.file, what=f"the data of {name} cannot be read") as file:
         while done < entry.nbytes:  # one call reads at most 2 GiB
             nbytes = os.preadv(file.fileno(), [view[done:]], entry.start + done)
             if nbytes == 0:

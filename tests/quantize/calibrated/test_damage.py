@@ -94,6 +94,25 @@ def test_everything_may_be_damaged_at_once(stopped):
     assert contents(out) == expected
 
 
+@pytest.mark.parametrize("name", [SHARDS[0], "tokens-00001.f32"])
+def test_what_the_disk_cannot_read_is_made_again(stopped, monkeypatch, name):
+    source, out, expected = stopped
+    lost = out.with_name("out.partial") / name
+    fdopen, failed = os.fdopen, []
+
+    def failing(descriptor, *mode):
+        if os.readlink(f"/proc/self/fd/{descriptor}") != str(lost) or failed:
+            return fdopen(descriptor, *mode)
+        os.close(descriptor)
+        failed.append(name)
+        return open("/proc/self/mem", "rb")  # Linux: a read at its start is EIO
+
+    monkeypatch.setattr(os, "fdopen", failing)
+    run(source, out, resumed=True)
+    assert failed
+    assert contents(out) == expected
+
+
 @pytest.mark.parametrize(
     "options",
     [
