@@ -23,7 +23,7 @@ from qmix.quantize.report import QuantizeReport
 from qmix.quantize.source import Source, open_source
 from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
-from qmix.weights.scheme import GROUP_SIZES, Recipe, Scheme
+from qmix.weights.scheme import Recipe, Scheme, check_group_size
 
 Method = Literal["nf4", "gptq", "rtn", "auto"]
 
@@ -38,7 +38,8 @@ class QuantizeRequest:
         attention: whether the attention's matrices are quantized too.
         group_size: inputs of a group; None means 128.
         bits: bits a weight for `auto`; None means 4.25.
-        samples: windows of calibration text.
+        calibration: the file of the user's calibration text, which the caller reads.
+        samples: windows of calibration text; None means 256.
         seqlen: tokens of a window; None means 2048, or the model's positions if they are fewer.
 
     Raises:
@@ -51,7 +52,8 @@ class QuantizeRequest:
     group_size: int | None = None
     asymmetric: bool = False
     bits: float | None = None
-    samples: int = CALIBRATION_WINDOWS
+    calibration: Path | None = None
+    samples: int | None = None
     seqlen: int | None = None
     device: str | None = None
     shard_bytes: int = SHARD_BYTES
@@ -64,6 +66,8 @@ class QuantizeRequest:
             "--asymmetric": self.asymmetric and self.method not in ("gptq", "rtn"),
             "--no-double-quant": not self.double_quant and self.method != "nf4",
             "--bits": self.bits is not None and self.method != "auto",
+            "--calibration": self.calibration is not None and not self.calibrated,
+            "--samples": self.samples is not None and not self.calibrated,
             "--seqlen": self.seqlen is not None and not self.calibrated,
             "--resume": self.resume and not self.calibrated,
             "--device": self.device is not None and not self.calibrated,
@@ -71,13 +75,8 @@ class QuantizeRequest:
         for option, refused in does_not_apply.items():
             if refused:
                 raise UsageError(f"{option} does not apply to --method {self.method}")
-        if self.group_size is not None and self.group_size not in (-1, *GROUP_SIZES):
-            raise UsageError(
-                "no such group size",
-                where="--group-size",
-                expected=f"-1 or one of {', '.join(map(str, GROUP_SIZES))}",
-                found=self.group_size,
-            )
+        if self.group_size is not None:
+            check_group_size(self.group_size)
 
     @property
     def calibrated(self) -> bool:
@@ -153,8 +152,9 @@ def _calibration(source: Path, request: QuantizeRequest, text: str) -> Calibrati
             expected=f"at most {positions}",
             found=seqlen,
         )
+    samples = CALIBRATION_WINDOWS if request.samples is None else request.samples
     tokenizer = LlamaTokenizer.from_pretrained(source)
-    return calibration_windows(text, tokenizer.encode, samples=request.samples, seqlen=seqlen)
+    return calibration_windows(text, tokenizer.encode, samples=samples, seqlen=seqlen)
 
 
 def _measured_recipe(

@@ -21,7 +21,7 @@ from qmix.planning.gpus import Card
 from qmix.planning.plan import plan
 from qmix.planning.roofline import Rate, Rates
 from qmix.planning.stored_model import StoredModel
-from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
+from qmix.weights.scheme import DENSE, Scheme, check_group_size
 
 # Where nothing was measured: two channels of DDR4 as a matrix-vector product reads them (38 GB/s),
 # and an NVMe drive read an expert at a time.
@@ -142,13 +142,7 @@ def _scheme(request: PlanRequest) -> Scheme:
             raise UsageError("--group-size does not apply to --method nf4")
         return Scheme(kind="nf4")
     size = 128 if request.group_size is None else request.group_size
-    if size not in (-1, *GROUP_SIZES):
-        raise UsageError(
-            "no such group size",
-            where="--group-size",
-            expected=f"-1 or one of {', '.join(map(str, GROUP_SIZES))}",
-            found=size,
-        )
+    check_group_size(size)
     return Scheme(kind="int4", group_size=size)
 
 

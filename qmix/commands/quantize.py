@@ -45,7 +45,9 @@ Calibration = Annotated[
         show_default="Python's documentation",
     ),
 ]
-Samples = Annotated[int, typer.Option(help="gptq, auto: windows cut from the text.")]
+Samples = Annotated[
+    int | None, typer.Option(help="gptq, auto: windows cut from the text.", show_default="256")
+]
 Seqlen = Annotated[
     int | None,
     typer.Option(help="gptq, auto: tokens per window.", show_default="2048, or the model's"),
@@ -63,7 +65,7 @@ def quantize(
     asymmetric: Asymmetric = False,
     bits: Bits = None,
     calibration: Calibration = None,
-    samples: Samples = 256,
+    samples: Samples = None,
     seqlen: Seqlen = None,
     resume: Resume = False,
     device: options.Device = None,
@@ -91,6 +93,7 @@ def quantize(
         group_size=group_size,
         asymmetric=asymmetric,
         bits=bits,
+        calibration=calibration,
         samples=samples,
         seqlen=seqlen,
         device=device,
@@ -98,7 +101,7 @@ def quantize(
         resume=resume,
         force=force,
     )
-    text = _calibration_text(calibration) if request.calibrated else None
+    text = _calibration_text(request.calibration) if request.calibrated else None
     with _interruptible(request.calibrated) as interrupted, terminal.progress() as show:
         report = quantize_checkpoint(
             source,

@@ -1,11 +1,13 @@
 """Scheme: how one tensor is stored. Recipe: which tensor gets which scheme.
 
-Standard library only. Knows nothing of tensors in memory or of file formats.
+Needs no torch. Knows nothing of tensors in memory or of file formats.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Literal
+
+from qmix.errors import UsageError
 
 Kind = Literal["dense", "nf4", "fp4", "int4", "int8"]
 
@@ -13,6 +15,21 @@ Kind = Literal["dense", "nf4", "fp4", "int4", "int8"]
 NESTED_BLOCK = 256
 NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZES = (32, 64, 128)
+
+
+def check_group_size(size: int) -> None:
+    """Refuse a group of inputs that no integer scheme has; -1 means all inputs.
+
+    Raises:
+        UsageError: it is neither -1 nor one of GROUP_SIZES.
+    """
+    if size not in (-1, *GROUP_SIZES):
+        raise UsageError(
+            "no such group size",
+            where="--group-size",
+            expected=f"-1 or one of {', '.join(map(str, GROUP_SIZES))}",
+            found=size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
