@@ -5,6 +5,7 @@ its version and whether it sees a GPU.
 """
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -23,7 +24,7 @@ Severity = Literal["ok", "slow", "fails", "note"]
 Subject = TypeVar("Subject")
 
 PACKAGES = ("numpy", "sentencepiece", "triton", "transformers", "flash_attn", "matplotlib")
-_COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("c++", "g++", "clang++")  # of qmix.kernels.cpu.build, whose package needs torch
 _OLDEST_TORCH, _NEWEST_TORCH = (2, 9), (2, 13)  # tested
 _PICKLES_TORCH = (2, 10)
 # An 8x7B in 4 bits: what its files take, and the least host memory it runs in.
@@ -37,6 +38,7 @@ class Facts:
     Attributes:
         folder: where disk space was looked at.
         versions: of torch and PACKAGES; None: not installed.
+        compiler: the command that compiles the CPU kernels; None: it is not there.
         torch_sees_cuda: whether this torch can use a GPU.
     """
 
@@ -62,7 +64,7 @@ class Facts:
             processor=processor,
             extensions=extensions,
             cores=machine.cores(),
-            compiler=next((path for name in _COMPILERS if (path := shutil.which(name))), None),
+            compiler=_compiler(),
             memory=machine.memory(),
             disk_free=machine.disk_free(folder),
             gpus=machine.gpus(),
@@ -168,7 +170,8 @@ CHECKS: tuple[Check[Facts], ...] = (
             Rule(
                 lambda facts: facts.compiler is None,
                 "slow",
-                "Install g++ or clang++: the 4-bit CPU kernels are compiled at first use.",
+                "Install g++ or clang++, or name one that is there in $CXX: the 4-bit CPU kernels are "
+                "compiled at first use.",
             ),
         ),
     ),
@@ -261,6 +264,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _compiler() -> str | None:
+    """$CXX if it is set, else the first of COMPILERS, as qmix.kernels.cpu.build chooses."""
+    command = os.environ.get("CXX", "").split()
+    if command:
+        return " ".join(command) if shutil.which(command[0]) else None
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
 def _torch_sees_cuda() -> bool:

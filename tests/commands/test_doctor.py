@@ -7,6 +7,7 @@ import pytest
 
 from qmix.commands import diagnosis, doctor
 from qmix.commands.diagnosis import Facts, diagnose
+from qmix.kernels.cpu import build
 from qmix.planning import machine
 from qmix.planning.machine import Gpu, HostMemory, Measured
 from tests.support.process import CARD, GIB, qmix
@@ -84,6 +85,36 @@ def test_what_is_wrong_is_named_with_its_remedy(monkeypatch, good, change, what,
 def test_each_gpu_has_its_line(good):
     found = [f.found for f in diagnose(replace(good, gpus=(CARD, OLD_GPU))) if f.what == "GPU"]
     assert [text.split(",")[0] for text in found] == ["NVIDIA GeForce RTX 3090", "Tesla T4"]
+
+
+def compiler_found(folder):
+    return Facts.gather(folder).compiler
+
+
+def test_the_compilers_are_those_that_the_kernels_are_compiled_with():
+    assert diagnosis.COMPILERS == build.COMPILERS
+
+
+def test_a_compiler_that_is_named_is_the_one_reported(monkeypatch, tmp_path):
+    mine = tmp_path / "mycc"
+    mine.write_text("#!/bin/sh\n")
+    mine.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler_found(tmp_path) is None
+    monkeypatch.setenv("CXX", "mycc -stdlib=libc++")
+    assert compiler_found(tmp_path) == "mycc -stdlib=libc++"
+    assert build._compiler() == ["mycc", "-stdlib=libc++"]
+
+
+def test_a_named_compiler_that_is_missing_is_not_replaced_by_another(monkeypatch, tmp_path, good):
+    (tmp_path / "c++").write_text("#!/bin/sh\n")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler_found(tmp_path) == str(tmp_path / "c++")
+    monkeypatch.setenv("CXX", "nowhere-c++")
+    assert compiler_found(tmp_path) is None
+    (finding,) = [f for f in diagnose(replace(good, compiler=None)) if f.what == "compiler"]
+    assert "$CXX" in finding.remedy
 
 
 def test_a_missing_package_is_listed(good):
