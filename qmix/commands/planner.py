@@ -211,9 +211,8 @@ def _target(request: PlanRequest) -> _Target:
     vram = None if request.vram is None else parse_size(request.vram, where="--vram", least=1 << 20)
     ram = None if request.ram is None else parse_size(request.ram, where="--ram", least=1 << 20)
     card = None if request.card is None else gpus.find(request.card)
-    here = next(iter(machine.gpus()), None)
-    saved = machine.measurements(machine.key(here.name if here else None))
-    gpu = here if card is None else None
+    gpu = None if card is not None else next(iter(machine.gpus()), None)
+    saved = machine.measurements(machine.key(gpu.name if gpu else None))
     if gpu is not None and vram is not None and vram > gpu.total:
         gpu = None  # another GPU is meant
     if vram is None:

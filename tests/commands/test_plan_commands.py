@@ -136,6 +136,11 @@ def test_a_budget_on_this_card_is_not_another_card(here, full):
     assert other.estimate.plan.ram is None
 
 
+def test_a_named_card_is_planned_for_without_asking_for_this_machines(here, full):
+    here.setattr(machine, "gpus", lambda: pytest.fail("nvidia-smi was asked"))
+    assert "A100-80" in answer(PlanRequest(source=full, card="a100-80")).place
+
+
 def test_measurements_of_this_machine_are_taken_and_another_cards_are_not(here, full):
     here.setattr(machine, "gpus", lambda: (CARD,))
     machine.save(
