@@ -5,7 +5,6 @@ checkpoint, 4 resources, 5 quality gate failed, 75 interrupted but resumable, 13
 Heavy imports stay inside the commands: help and usage errors need no torch.
 """
 
-import errno
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import typer
 from qmix import __version__
 from qmix.commands import doctor, evaluate, files, generate, plan, quantize, terminal, trace
 from qmix.errors import QmixError, ResourceError
+from qmix.files.file_errors import FULL
 
 app = typer.Typer(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
@@ -103,7 +103,7 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, QmixError):
         return error.exit_code
     if isinstance(error, OSError) and error.errno is not None:
-        return 4 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 3
+        return 4 if error.errno in FULL else 3
     if isinstance(error.__cause__, KeyboardInterrupt):  # an older typer's Abort
         return 130
     named = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)

@@ -4,7 +4,6 @@ Everything that a command prints goes through here and is escaped, whatever it c
 imported when something is drawn, never before.
 """
 
-import errno
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmix.errors import QmixError, ResourceError
+from qmix.files.file_errors import FULL
 from qmix.printable import escaped, escaped_lines, printable
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _put(text: str, stream: TextIO) -> None:
         # The interpreter would try the same bytes again at its end, and fail again.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         raise ResourceError(
             "cannot be written",
             where="stdout",
