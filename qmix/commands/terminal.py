@@ -162,6 +162,10 @@ def decode_utf8(stream: object) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yield show(what, done, total): a bar on a terminal, a line every ten seconds elsewhere."""
+    screen = console()
+    if not screen.is_terminal:
+        yield _lines()
+        return
     from rich.progress import (
         BarColumn,
         Progress,
@@ -171,10 +175,6 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn,
     )
 
-    screen = console()
-    if not screen.is_terminal:
-        yield _lines()
-        return
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
