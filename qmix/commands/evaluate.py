@@ -138,13 +138,9 @@ def bench(
       qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8
       qmix bench --attention -p 512,4096 --plot attention.png
     """
-    if attention and (new, depth, batch) != _TESTS:
-        raise UsageError("--attention takes no -n, -d or -b")
-    if not attention and plot is not None:
-        raise UsageError("--plot needs --attention")
-    if not attention and directory is None:
-        raise UsageError("give a DIR, or --attention")
-    if attention or directory is None:
+    if attention:
+        if (new, depth, batch) != _TESTS:
+            raise UsageError("--attention takes no -n, -d or -b")
         from qmix.evals.timing.attention_bench import AttentionRequest, run_attention_bench
 
         request = AttentionRequest.from_options(
@@ -154,6 +150,10 @@ def bench(
             compared = run_attention_bench(request, repetitions=repetitions, progress=show)
         terminal.print_result(compared.markdown(), compared.to_dict(), as_json=as_json)
         return
+    if plot is not None:
+        raise UsageError("--plot needs --attention")
+    if directory is None:
+        raise UsageError("give a DIR, or --attention")
     from qmix import MixtralForCausalLM
     from qmix.evals.timing.bench import parse_tests, run_bench
 

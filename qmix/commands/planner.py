@@ -11,7 +11,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.files import regular_file
 from qmix.formats import names
-from qmix.formats.files.shard_names import INDEX, SINGLE
+from qmix.formats.files.shard_names import INDEX
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.planning import gpus, machine
@@ -131,8 +131,7 @@ def _no_source(what: str, path: Path) -> CheckpointError:
 
 
 def _has_weights(folder: Path) -> bool:
-    known = (folder / INDEX, folder / SINGLE)
-    return any(path.is_file() for path in known) or any(folder.glob("*.safetensors"))
+    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 
 def _scheme(request: PlanRequest) -> Scheme:

@@ -188,7 +188,7 @@ class Repl:
         config = self.session.config
         if argument:
             name, _, value = argument.replace("=", " ", 1).partition(" ")
-            self.session.config = configured(config, {name: value.strip()})
+            self.session.config = configured(config, name, value.strip())
         for name in _SETTINGS:
             self._notice(f"{name:20} {_shown(self.session.config, name)}")
 
@@ -196,23 +196,21 @@ class Repl:
         terminal.show_lines(text, self.streams.notices, style="dim")
 
 
-def configured(config: GenerationConfig, settings: Mapping[str, str]) -> GenerationConfig:
-    """The configuration with settings given as text; temperature 0 means greedy.
+def configured(config: GenerationConfig, name: str, text: str) -> GenerationConfig:
+    """The configuration with one setting, given as text; temperature 0 means greedy.
 
     Raises:
         UsageError: an unknown name, not a number, or out of range.
     """
-    changes: dict[str, int | float | bool] = {}
-    for name, text in settings.items():
-        if name not in _SETTINGS:
-            raise UsageError(f"no setting {name!r}", expected=", ".join(_SETTINGS))
-        try:
-            changes[name] = _SETTINGS[name](text)
-        except ValueError:
-            raise UsageError("not a number", where=name, found=repr(text)) from None
-    if "temperature" in changes:
-        changes["do_sample"] = changes["temperature"] != 0
-    return config.updated(changes)
+    if name not in _SETTINGS:
+        raise UsageError(f"no setting {name!r}", expected=", ".join(_SETTINGS))
+    try:
+        value = _SETTINGS[name](text)
+    except ValueError:
+        raise UsageError("not a number", where=name, found=repr(text)) from None
+    if name == "temperature":
+        return config.updated({name: value, "do_sample": value != 0})
+    return config.updated({name: value})
 
 
 def _shown(config: GenerationConfig, name: str) -> object:

@@ -92,10 +92,10 @@ def test_bad_settings_are_one_notice_and_change_nothing(line, named):
 
 
 def test_temperature_zero_is_greedy():
-    config = configured(GenerationConfig(do_sample=True), {"temperature": "0"})
+    config = configured(GenerationConfig(do_sample=True), "temperature", "0")
     assert not config.do_sample
     with pytest.raises(UsageError):
-        configured(config, {"eos_token_id": "3"})
+        configured(config, "eos_token_id", "3")
 
 
 def test_model_text_cannot_drive_the_terminal():
