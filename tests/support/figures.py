@@ -8,7 +8,7 @@ tests/test_docs.py keeps it in step.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from qmix.commands import planner
 from qmix.config import MixtralConfig
 from qmix.errors import ResourceError
-from qmix.evals import speed
+from qmix.evals import markdown, speed
 from tests.support.house import ROOT
 
 RECORDS = ROOT / "evals" / "records"
@@ -27,11 +27,6 @@ _GIB = 2**30
 
 def _record(name: str) -> Any:
     return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def summary() -> str:
@@ -66,7 +61,7 @@ def summary() -> str:
             "[speed](docs/speed.md#on-a-cpu)",
         ),
     ]
-    return _markdown(("", "qmix", "how it was measured"), rows)
+    return markdown.table(("", "qmix", "how it was measured"), rows)
 
 
 def _gpu() -> str:
@@ -88,7 +83,7 @@ def guard() -> str:
                 f"{100 * figures[f'{name}_top1_agreement']:.2f} %",
             )
         )
-    return _markdown(("", "perplexity", "mean KL", "p99 KL", "top-1 agreement"), rows)
+    return markdown.table(("", "perplexity", "mean KL", "p99 KL", "top-1 agreement"), rows)
 
 
 def _baselines() -> Mapping[str, float]:
@@ -124,7 +119,7 @@ def attention() -> str:
             )
         )
     header = ("prompt", "eager", "sdpa", "times as fast", "memory, eager", "memory, sdpa")
-    return _markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 _PAIRS = tuple((way, peer) for way in ("nf4", "int4 g32") for peer in ("Q4_0", "Q4_K"))
@@ -179,7 +174,7 @@ def layers() -> str:
         *("qmix / llama.cpp, ms", "1 token, median", "best", "qmix of a plain read", "quotient"),
         *("32, median", "quotient", "512, median", "quotient"),
     )
-    return _markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def experts() -> str:
@@ -205,7 +200,7 @@ def experts() -> str:
             )
         )
     header = ("experts of a layer, top-2, ms", "bits", "1 token, best (median)")
-    return _markdown((*header, "of a plain read", "32, median", "512, median"), rows)
+    return markdown.table((*header, "of a plain read", "32, median", "512, median"), rows)
 
 
 def _ms(seconds: float) -> str:
@@ -226,7 +221,7 @@ def offload() -> str:
                 f"[record](../evals/records/2026-11-23-cpu-offload-{size}gib.json)",
             )
         )
-    return _markdown(("budget", "peak", "first token", "then", ""), rows)
+    return markdown.table(("budget", "peak", "first token", "then", ""), rows)
 
 
 def cards() -> str:
@@ -240,7 +235,7 @@ def cards() -> str:
             label += f" ({card})"
         rows.append((label, _experts(short), _experts(long), _bound(short)))
     header = ("device memory", "experts on the GPU at 4k", "at 32k", "bound at 4k, tok/s")
-    return _markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def _plan(card: str, context: int) -> planner.PlanAnswer | None:
