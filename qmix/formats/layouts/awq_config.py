@@ -6,7 +6,6 @@ Knows nothing of files.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qmix.errors import UnsupportedError
 from qmix.formats.layouts.settings import (
     PackedModule,
     Settings,
@@ -22,7 +21,6 @@ _BITS = ("bits", "w_bit")
 _GROUP_SIZES = ("group_size", "q_group_size")
 _DENSE = "modules_to_not_convert"
 _VERSIONS = ("version", "format", "checkpoint_format")
-_REMEDY = "Quantize the original checkpoint with qmix quantize."
 
 
 def read(document: Mapping[str, Any] | None, where: str) -> Settings:
@@ -43,22 +41,11 @@ def read(document: Mapping[str, Any] | None, where: str) -> Settings:
     for field in _VERSIONS:
         version = settings.get(field, "gemm")
         if not isinstance(version, str) or version.lower() != "gemm":
-            raise UnsupportedError(
-                f"AWQ in the {str(version)[:40]} version is not read",
-                where=settings.place(field),
-                expected="gemm",
-                found=repr(version)[:80],
-                remedy=_REMEDY,
-            )
+            what = f"AWQ in the {str(version)[:40]} version is not read"
+            raise settings.unread(field, what, "gemm")
     for field in _BITS:
         if type(bits := settings.get(field, 4)) is not int or bits != 4:
-            raise UnsupportedError(
-                "AWQ is read in 4 bits only",
-                where=settings.place(field),
-                expected=4,
-                found=repr(bits)[:80],
-                remedy=_REMEDY,
-            )
+            raise settings.unread(field, "AWQ is read in 4 bits only", 4)
     settings.flag("zero_point")
     check_packing(settings)
     return settings

@@ -158,12 +158,7 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
     check_packing(settings)
     bits = fields.get("bits")
     if bits is not None and (type(bits) is not int or bits not in INTEGER_KINDS):
-        raise UnsupportedError(
-            "GPTQ is read in 4 or 8 bits only",
-            where=f"{where}: bits",
-            expected="4 or 8",
-            found=repr(bits),
-        )
+        raise settings.unread("bits", "GPTQ is read in 4 or 8 bits only", "4 or 8")
     symmetric, lm_head = fields.get("sym", True), fields.get("lm_head", False)
     config = GPTQConfig(
         version=_version(fields, where),
@@ -278,7 +273,7 @@ def _rule(text: str, overrides: Any, where: str) -> Rule:
         raise CheckpointError(
             "wrong type", where=where, expected="an object", found=repr(overrides)[:80]
         )
-    bits, symmetric = overrides.get("bits"), overrides.get("sym")
+    bits = overrides.get("bits")
     if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
         raise CheckpointError("wrong bits", where=where, expected="2 to 8", found=repr(bits))
     settings = Settings(overrides, where)
@@ -288,7 +283,7 @@ def _rule(text: str, overrides: Any, where: str) -> Rule:
         excluded=text.startswith("-:"),
         bits=bits,
         group_size=_group_size(overrides.get("group_size"), f"{where}: group_size"),
-        symmetric=None if symmetric is None else _flag(symmetric, f"{where}: sym"),
+        symmetric=settings.flag("sym"),
         act_order=settings.flag("desc_act"),
     )
 
