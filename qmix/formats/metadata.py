@@ -284,8 +284,7 @@ def _confirm_settings(metadata: CheckpointMetadata) -> None:
     if metadata.awq:
         awq_config.confirm(metadata.awq, modules.get("AWQ", []))
     if gptq := modules.get("GPTQ"):
-        document, where = metadata.quantization_settings(gptq_config.FILE)
-        gptq_config.confirm(metadata.gptq, document, where, gptq)
+        gptq_config.confirm(metadata.gptq, gptq)
 
 
 def _refuse_unread_layouts(folder: Path, stored_names: Mapping[str, str]) -> None:

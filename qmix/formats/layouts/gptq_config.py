@@ -6,7 +6,7 @@ It has one scheme for most modules, and rules for the others (`dynamic`, as gptq
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +78,7 @@ class GPTQConfig:
             ModuleSettings.
         lm_head: whether the head is quantized.
         rules: for the other modules; the first that matches a module's name in the files wins.
+        settings: the fields that were parsed; None without any.
     """
 
     version: int = 1
@@ -88,6 +89,7 @@ class GPTQConfig:
     lm_head: bool = False
     rules: tuple[Rule, ...] = ()
     where: str = "no quantization_config"
+    settings: Settings | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def matcher(self) -> NameMatcher:
@@ -169,28 +171,21 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
         lm_head=_flag(lm_head, f"{where}: lm_head"),
         rules=_rules(fields.get("dynamic"), f"{where}: dynamic"),
         where=where,
+        settings=settings,
     )
     config.matcher  # noqa: B018 - reads the expressions, so that a wrong one is refused here
     return config
 
 
-def confirm(
-    config: GPTQConfig,
-    document: Mapping[str, Any] | None,
-    where: str,
-    modules: Collection[PackedModule],
-) -> None:
+def confirm(config: GPTQConfig, modules: Collection[PackedModule]) -> None:
     """Check the settings against the packed modules; see `parse`.
-
-    Args:
-        config: `document`, parsed.
 
     Raises:
         CheckpointError: a field that the tensors contradict.
     """
-    if document is None:
+    settings = config.settings
+    if settings is None:
         return
-    settings = Settings(without_lists(document), where)
     check_head(settings, modules)
     for module in modules:
         said = config.for_module(module.name)
@@ -200,16 +195,16 @@ def confirm(
             raise settings.contradiction("dynamic", expected, module.name, rule.text)
         bits, columns = module.scheme.bits, module.shape[1]
         if said.bits in INTEGER_KINDS and said.bits != bits:
-            field = _field("bits", rule, rule.bits if rule else None)
-            raise settings.contradiction(field, bits, module.name, said.bits)
+            place = _place("bits", rule, rule.bits if rule else None)
+            raise settings.contradiction(place, bits, module.name, said.bits)
         size = columns if said.group_size == -1 else said.group_size
         if size is not None and size * module.groups != columns:
-            field = _field("group_size", rule, rule.group_size if rule else None)
+            place = _place("group_size", rule, rule.group_size if rule else None)
             expected_size = columns // module.groups
-            raise settings.contradiction(field, expected_size, module.name, said.group_size)
+            raise settings.contradiction(place, expected_size, module.name, said.group_size)
 
 
-def _field(name: str, rule: Rule | None, override: int | None) -> str:
+def _place(name: str, rule: Rule | None, override: int | None) -> str:
     """Where a setting stands: in the rule that overrides it, or for most modules."""
     return name if rule is None or override is None else f"dynamic: {rule.text[:60]}: {name}"
 
