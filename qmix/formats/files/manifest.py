@@ -13,6 +13,7 @@ from qmix import strict_json
 from qmix.errors import CheckpointError
 from qmix.files.file_errors import writing
 from qmix.files.regular_file import reading
+from qmix.formats.files.shard_path import is_plain_name
 
 MANIFEST = "qmix_manifest.json"
 # Lies in OUT.partial from its first moment: a directory that holds it may be emptied.
@@ -21,7 +22,6 @@ MARKER = ".qmix-partial"
 STATE = "qmix_resume.json"
 # What a run did and how long it took. No two runs write the same, so the manifest leaves it out.
 REPORT = "qmix_report.json"
-_NAME_BYTES = 255  # longer ones no file system has
 _UNLISTED = frozenset((MANIFEST, MARKER, STATE, REPORT))
 
 
@@ -55,8 +55,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict):
         raise CheckpointError("no list of files", where=str(path), expected="files")
     for name, facts in files.items():
-        plain = name == Path(name).name and "\0" not in name and len(name.encode()) <= _NAME_BYTES
-        if not plain or not _are_facts(facts):
+        if not is_plain_name(name) or not _are_facts(facts):
             raise CheckpointError(
                 "not a file with its bytes and sha256", where=str(path), found=repr(name)[:80]
             )

@@ -19,8 +19,8 @@ from qmix.files.file_errors import UNSUPPORTED, reason, write_error, writing
 from qmix.files.regular_file import UNREADABLE, reading
 from qmix.formats.files import manifest, replacement
 from qmix.formats.files.manifest import MARKER, STATE
+from qmix.formats.files.shard_path import NAME_BYTES
 
-_NAME_BYTES = 255
 # For files other than weights and for the file system: enough for a tokenizer and a few JSON files.
 _SLACK_BYTES = 64 << 20
 # What runs write into OUT.partial; nothing else in it is ever removed.
@@ -50,7 +50,7 @@ def _check_paths(source: Path, out: Path, *, force: bool) -> None:
             raise _unsuitable("SRC lies inside OUT", out)
     if Path.cwd().is_relative_to(real_out):
         raise _unsuitable("OUT is or contains the current directory", out)
-    if len(os.fsencode(_partial_path(real_out).name)) > _NAME_BYTES:
+    if len(os.fsencode(_partial_path(real_out).name)) > NAME_BYTES:
         raise UsageError("the name of OUT is too long", where=str(out))
     if not real_out.parent.is_dir():
         raise UsageError("the parent directory of OUT does not exist", where=str(real_out.parent))

@@ -11,9 +11,7 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.files.regular_file import reading
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
-from qmix.formats.files.shard_path import path_inside
-
-_NAME_CHARACTERS = 255
+from qmix.formats.files.shard_path import is_plain_name, path_inside
 
 
 def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
@@ -91,10 +89,8 @@ def _is_plain(name: str) -> bool:
     """Whether a name is one path component on POSIX and on Windows, and ends in .safetensors."""
     return (
         name.endswith(".safetensors")
-        and len(name) <= _NAME_CHARACTERS
-        and "\0" not in name
+        and is_plain_name(name)
         and PureWindowsPath(name).name == name
-        and "/" not in name
         and not name.startswith("..")
     )
 

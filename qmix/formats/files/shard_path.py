@@ -1,4 +1,4 @@
-"""Where a shard may lie: in its checkpoint's folder, or in the blobs of a hub cache.
+"""Which names a checkpoint's files may have, and where one may lie: in its folder or a hub cache.
 
 Knows nothing of what a file holds.
 """
@@ -6,6 +6,17 @@ Knows nothing of what a file holds.
 from pathlib import Path
 
 from qmix.errors import CheckpointError
+
+NAME_BYTES = 255  # no file system has longer names
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is that of an entry of a directory, and leads nowhere else."""
+    return (
+        name not in ("", ".", "..")
+        and not {"/", "\0"} & set(name)
+        and len(name.encode()) <= NAME_BYTES
+    )
 
 
 def path_inside(folder: Path, name: str) -> Path:

@@ -94,7 +94,8 @@ def test_the_manifests_files_must_be_there_in_their_size(folder):
 @pytest.mark.parametrize(
     "files",
     [None, [], {"../x": {"bytes": 1, "sha256": "0"}}, {"a/b": {"bytes": 1, "sha256": "0"}},
-     {"/etc/passwd": {"bytes": 1, "sha256": "0"}}, {"x": 3}, {"x": {"bytes": 1}}, {"a\0": {}}],
+     {"/etc/passwd": {"bytes": 1, "sha256": "0"}}, {"x": 3}, {"x": {"bytes": 1}}, {"a\0": {}},
+     *({name: {"bytes": 1, "sha256": "0"}} for name in ("", ".", "..", "a\0", "ß" * 128))],
 )  # fmt: skip
 def test_a_manifest_that_is_none_is_refused(folder, files):
     (folder / MANIFEST).write_text(json.dumps({"files": files}))

@@ -1,6 +1,7 @@
 """An output is replaced whole, and only if qmix wrote all of it; every interruption is repaired."""
 
 import errno
+import json
 import os
 import shutil
 import warnings
@@ -84,6 +85,16 @@ def test_without_a_manifest_nothing_is_replaced(out, damage):
     with pytest.raises(UsageError, match=r"config\.json|manifest"):
         write(out, "new", force=True)
     assert (out / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_a_manifest_that_lists_a_directory_is_refused_before_the_run(out, name):
+    path = out / manifest.MANIFEST
+    document = json.loads(path.read_text())
+    document["files"][name] = document["files"]["config.json"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(UsageError, match="not a file with its bytes and sha256"):
+        output_dir.check_paths(out.parent / "source", out, force=True)
 
 
 def test_a_foreign_file_in_out_partial_is_refused_by_name(tmp_path):
