@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.files.regular_file import reading
+from qmix.files.regular_file import checked_folder, reading
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
 from qmix.formats.files.shard_path import is_plain_name, path_inside
@@ -22,10 +22,8 @@ def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
             directory or does not list exactly the tensors that the files hold.
         UnsupportedError: the weights are in another format only.
     """
-    folder = Path(directory)
+    folder = checked_folder(directory)
     with reading(folder):
-        if not folder.is_dir():
-            raise CheckpointError("no such directory", where=str(folder))
         shards = _shards(folder)
     infos: dict[str, TensorInfo] = {}
     for name, listed in shards.items():
