@@ -36,9 +36,7 @@ _OUTLIER_EVERY, _OUTLIER_FACTOR = 256, 8.0
 
 def config(layers: int, *, packed: bool) -> MixtralConfig:
     """Mixtral-8x7B's configuration with `layers` layers."""
-    quantization = (
-        bnb.quantization_config(NF4_SCHEME, torch.bfloat16, attention=True) if packed else None
-    )
+    quantization = bnb.quantization_config(NF4_SCHEME, torch.bfloat16) if packed else None
     return MixtralConfig(
         num_hidden_layers=layers,
         max_position_embeddings=32768,

@@ -5,7 +5,7 @@ hub's 4-bit checkpoints have had it since 2023. Knows nothing of files or of rou
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -229,17 +229,14 @@ def _dtype(name: object) -> torch.dtype | None:
 
 
 def quantization_config(
-    scheme: Scheme, dtype: torch.dtype, *, attention: bool
+    scheme: Scheme, dtype: torch.dtype, dense: Sequence[str] = ("lm_head", "gate")
 ) -> dict[str, object]:
     """config.json's `quantization_config`, as transformers has written it since 4.39.
 
     Args:
         dtype: in which matmuls compute.
-        attention: whether the attention's matrices are packed too.
+        dense: the modules that are not packed, by name or by the last part of their names.
     """
-    dense = ["lm_head", "gate"]
-    if not attention:
-        dense += ["q_proj", "k_proj", "v_proj", "o_proj"]
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -249,7 +246,7 @@ def quantization_config(
         "bnb_4bit_use_double_quant": scheme.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": dense,
+        "llm_int8_skip_modules": list(dense),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

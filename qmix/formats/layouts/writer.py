@@ -113,8 +113,7 @@ def quantization_config(
     match layout_of(schemes):
         case "bitsandbytes":
             scheme = next(scheme for scheme in schemes.values() if scheme.kind != "dense")
-            settings = bnb.quantization_config(scheme, dtype, attention=True)
-            return {**settings, "llm_int8_skip_modules": _dense_names(schemes)}
+            return bnb.quantization_config(scheme, dtype, _dense_names(schemes))
         case "GPTQ":
             return gptq_config.quantization_config(schemes, version=version, act_order=act_order)
         case None:

@@ -177,14 +177,15 @@ def test_names_are_those_of_this_module_only():
 
 
 def test_the_config_names_what_stays_dense():
-    config = bnb.quantization_config(NF4, torch.bfloat16, attention=True)
+    config = bnb.quantization_config(NF4, torch.bfloat16)
     assert config["llm_int8_skip_modules"] == ["lm_head", "gate"]
     assert config["quant_method"] == "bitsandbytes"
     assert config["bnb_4bit_compute_dtype"] == "bfloat16"
     assert config["bnb_4bit_quant_type"] == "nf4"
     assert config["bnb_4bit_use_double_quant"] is True
     assert json.loads(json.dumps(config)) == config
-    plain = bnb.quantization_config(scheme(double=False), torch.float16, attention=False)
+    dense = ("lm_head", "gate", "q_proj", "k_proj", "v_proj", "o_proj")
+    plain = bnb.quantization_config(scheme(double=False), torch.float16, dense)
     assert plain["bnb_4bit_use_double_quant"] is False
     assert plain["llm_int8_skip_modules"] == [
         *("lm_head", "gate", "q_proj", "k_proj", "v_proj", "o_proj")
