@@ -45,8 +45,8 @@ def save(
             specs.append(_specs(module, weight))
             continue
         described = _without_codes(weight)  # one at a time: a FileWeight is read from its file
-        version = max(version, writer.version_of([described]))
-        act_order = act_order or writer.act_order([described])
+        version = max(version, writer.version_of(described))
+        act_order = act_order or writer.act_order(described)
         schemes[names.canonical(module)] = described.scheme
         specs.append(_specs(module, described if isinstance(weight, FileWeight) else weight))
     quantization = writer.quantization_config(schemes, dtype, version=version, act_order=act_order)

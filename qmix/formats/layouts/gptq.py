@@ -4,7 +4,7 @@ AutoGPTQ wrote it from 2023 on ("gptq", v1), gptqmodel 7.7 writes "gptq_v2"; v1 
 minus one. Knows nothing of files or of rounding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -181,12 +181,9 @@ def packed_specs(
     )
 
 
-def version_of(weights: Iterable[Integers]) -> int:
-    """The version that stores all weights: 1, or 2 if a zero is 0, on which v1 readers disagree."""
-    for weight in weights:
-        if weight.zeros is not None and bool((weight.zeros == 0).any()):
-            return 2
-    return 1
+def version_of(weight: Integers) -> int:
+    """The version that stores a weight: 1, or 2 if a zero is 0, on which v1 readers disagree."""
+    return 2 if weight.zeros is not None and bool((weight.zeros == 0).any()) else 1
 
 
 def pack(weight: Integers, prefix: str, version: int = 1) -> dict[str, Tensor]:
@@ -206,7 +203,7 @@ def pack(weight: Integers, prefix: str, version: int = 1) -> dict[str, Tensor]:
         zeros = torch.full((groups, rows), symmetric_zero(bits), dtype=torch.uint8)
     else:
         zeros = weight.zeros.T
-        if version == 1 and version_of([weight]) != 1:
+        if version == 1 and version_of(weight) != 1:
             raise UnsupportedError(
                 f"module {prefix}: GPTQ v1 cannot store a zero of 0",
                 expected=f"zeros of 1 to {(1 << bits) - 1}",

@@ -4,7 +4,7 @@ NF4 and FP4 are written as bitsandbytes, Int4 and Int8 as GPTQ, dense weights as
 quantizers, `save_pretrained` and synthetic checkpoints share this table. Knows nothing of files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -83,14 +83,14 @@ def pack(weight: Weight, prefix: str, *, version: int = 1) -> dict[str, Tensor]:
     return gptq.pack(weight, prefix, version)
 
 
-def version_of(weights: Iterable[Weight]) -> int:
-    """The version of GPTQ that stores all weights exactly: 1 if no zero is 0, else 2."""
-    return gptq.version_of(weight for weight in weights if isinstance(weight, Integers))
+def version_of(weight: Weight) -> int:
+    """The version of GPTQ that stores a weight exactly: 2 if a zero is 0, else 1."""
+    return gptq.version_of(weight) if isinstance(weight, Integers) else 1
 
 
-def act_order(weights: Iterable[Weight]) -> bool:
-    """Whether any weight's inputs are scattered over its groups."""
-    return any(isinstance(weight, Integers) and weight.perm is not None for weight in weights)
+def act_order(weight: Weight) -> bool:
+    """Whether a weight's inputs are scattered over its groups."""
+    return isinstance(weight, Integers) and weight.perm is not None
 
 
 def quantization_config(

@@ -110,7 +110,7 @@ def test_a_zero_of_0_was_stored_by_borrowing():
     assert torch.equal(ours.dequantize(torch.float32), weight.meant())
     with pytest.raises(UnsupportedError, match="cannot store a zero of 0"):
         gptq.pack(ours, P)
-    assert gptq.version_of([ours]) == 2
+    assert gptq.version_of(ours) == 2
     same(gptq.pack(ours, P, 2), packers.gptq(weight, P, version=2))
 
 
