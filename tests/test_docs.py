@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import pytest
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from qmix import cli
 from qmix.config import MixtralConfig
 from qmix.evals import speed
 from tests.support import figures, house, pictures
 from tests.support.house import ROOT
+from tests.support.process import qmix
 
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
@@ -107,39 +107,38 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
 def test_commands_run(page, desk, capsys):
     for block in run_blocks(page, "sh"):
         for words in block.commands:
-            with chdir(desk):
-                run(words)
+            run(words, desk)
 
 
-def run(words):
+def run(words, desk):
     """A line of a shell block, within this process; what it prints is for nobody."""
     if "|" in words:
         at = words.index("|")
         assert words[0] == "echo", words
-        qmix(words[at + 1 :], " ".join(words[1:at]) + "\n")
+        run_qmix(words[at + 1 :], desk, " ".join(words[1:at]) + "\n")
     elif words[0] == "qmix":
-        qmix(words)
+        run_qmix(words, desk)
     elif words[:2] == ["python", "-m"] and words[2].startswith("qmix.evals"):
         module = importlib.import_module(words[2])
-        if "--help" in words:
-            with pytest.raises(SystemExit) as done:
-                module.main(words[3:])
-            assert done.value.code == 0, words
-        else:
-            assert not module.main(words[3:]), words
+        with chdir(desk):
+            if "--help" in words:
+                with pytest.raises(SystemExit) as done:
+                    module.main(words[3:])
+                assert done.value.code == 0, words
+            else:
+                assert not module.main(words[3:]), words
     else:
         pytest.fail(f"nothing runs this: {shlex.join(words)}; say in the page why it is not run")
 
 
-def qmix(words, typed=""):
+def run_qmix(words, desk, typed=""):
     command, arguments = words[1], words[2:]
     if command in MAKES_OUT:
-        shutil.rmtree(arguments[1], ignore_errors=True)
+        shutil.rmtree(desk / arguments[1], ignore_errors=True)
     kind = next((word for word in arguments if word in ("gptq", "auto", "--attention")), None)
     shorter = SHORTER.get((command, kind), [])
-    done = CliRunner().invoke(cli.app, [command, *arguments, *shorter], input=typed)
-    if done.exit_code:
-        raise AssertionError(f"{shlex.join(words)}: {done.output}") from done.exception
+    done = qmix(command, *arguments, *shorter, stdin=typed, cwd=desk)
+    assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if run_blocks(page, "python")])

@@ -1,9 +1,12 @@
 """The command line as a user meets it: exit codes, stdout and stderr apart."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -43,6 +46,15 @@ def test_every_command_has_help_of_80_columns(command):
 @pytest.mark.parametrize("option", ["-V", "--version"])
 def test_version(option):
     assert qmix_apart(option).stdout == f"qmix {__version__}\n"
+
+
+def test_called_in_this_process_it_leaves_no_trace():
+    def traces():
+        return warnings.formatwarning, signal.getsignal(signal.SIGPIPE), sys.argv, dict(os.environ)
+
+    before = traces()
+    assert qmix("--debug", "--version").returncode == 0
+    assert traces() == before
 
 
 # Runs a command, then fails if it imported what only a model needs.

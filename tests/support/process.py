@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from unittest import mock
@@ -40,8 +41,8 @@ class Done:
     stderr: str
 
 
-def qmix(*arguments, stdin=None):
-    """Call the command line in this process, in the checkout, 100 columns wide."""
+def qmix(*arguments, stdin=None, cwd=ROOT):
+    """Call the command line in this process, 100 columns wide, in the checkout or in `cwd`."""
     from qmix import cli
 
     with ExitStack() as stack:
@@ -55,7 +56,8 @@ def qmix(*arguments, stdin=None):
         streams = {"stdin": given, "stdout": out, "stderr": err}
         stack.enter_context(mock.patch.multiple(sys, argv=argv, **streams))
         stack.enter_context(mock.patch.dict(os.environ, COLUMNS="100"))
-        stack.enter_context(chdir(ROOT))
+        stack.enter_context(chdir(cwd))
+        stack.enter_context(mock.patch.object(warnings, "formatwarning", warnings.formatwarning))
         stack.callback(signal.signal, signal.SIGPIPE, signal.getsignal(signal.SIGPIPE))
         code = _exit_code(cli.main)
         out.seek(0)

@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from qmix.cli import app
 from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import QmixError, UnsupportedError, UsageError
@@ -16,6 +14,7 @@ from qmix.formats.layouts import compressed_tensors, gptq_config
 from qmix.formats.names import spellings
 from tests.support import packers
 from tests.support.packers import ASYMMETRIC, AWQ, SOURCES, equal, write
+from tests.support.process import qmix
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 
@@ -110,9 +109,11 @@ def test_a_damaged_source_leaves_nothing(tmp_path):
 
 def test_the_command(tmp_path):
     write(tmp_path / "in", "gptq")
-    arguments = ["export", str(tmp_path / "in"), str(tmp_path / "out"), "--format"]
-    result = CliRunner().invoke(app, [*arguments, "compressed-tensors"])
-    assert result.exit_code == 0, result.output
+    arguments = ["export", tmp_path / "in", tmp_path / "out", "--format"]
+    result = qmix(*arguments, "compressed-tensors")
+    assert result.returncode == 0, result.stderr
     assert "32 weights repacked" in result.stderr
     equal(tmp_path / "in", tmp_path / "out")
-    assert CliRunner().invoke(app, [*arguments, "awq"]).exit_code == 2
+    refused = qmix(*arguments, "awq")
+    assert refused.returncode == 2
+    assert "'awq' is not one of" in refused.stderr

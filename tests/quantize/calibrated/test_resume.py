@@ -9,9 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from qmix.cli import app
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import InterruptedRunError, UsageError
 from qmix.formats.files import manifest
@@ -19,6 +17,7 @@ from qmix.quantize.rounding import gptq
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.calibration import TEXT, contents, run, windows, write_source
 from tests.support.models import ROOT, threads
+from tests.support.process import qmix
 
 LAYERS = 3
 STATE = manifest.STATE
@@ -271,12 +270,13 @@ def test_ctrl_c_ends_after_the_layer_with_75_and_the_command_goes_on(whole, tmp_
     state = json.loads((tmp_path / "out.partial" / STATE).read_text())
     assert len(state["results"]) == 2
 
-    again = CliRunner().invoke(app, command)
-    assert isinstance(again.exception, UsageError)
-    resumed = CliRunner().invoke(app, [*command, "--resume"])
-    assert resumed.exit_code == 0, resumed.output
-    plain = CliRunner().invoke(app, arguments(source, tmp_path / "plain", text))
-    assert plain.exit_code == 0, plain.output
+    again = qmix(*command)
+    assert again.returncode == 2, again.stderr
+    assert "Continue it with --resume" in again.stderr
+    resumed = qmix(*command, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    plain = qmix(*arguments(source, tmp_path / "plain", text))
+    assert plain.returncode == 0, plain.stderr
     assert contents(out) == contents(tmp_path / "plain")
     assert verify(out).problems == ()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "text.txt"]
