@@ -9,11 +9,7 @@ from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
 from qmix.text.tokenizer import LlamaTokenizer
-from tests.support.models import TINY, small_model
-
-
-def ids(length, batch=1, seed=1):
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+from tests.support.models import TINY, ids, small_model
 
 
 def by_hand(model, prompt, count):

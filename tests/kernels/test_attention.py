@@ -19,12 +19,7 @@ from qmix.kernels.attention import (
 )
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.flash import flash_attn
-from tests.support.models import TINY, small_model
-
-
-def ids(length, batch=1, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 128, (batch, length), generator=generator)
+from tests.support.models import TINY, ids, small_model
 
 
 def tensors(queries, keys, heads=8, shared=2, width=16, batch=2, dtype=torch.float32):

@@ -7,18 +7,13 @@ import pytest
 import torch
 
 import qmix
-from tests.support.models import ROOT, TINY, small_model
+from tests.support.models import ROOT, TINY, ids, small_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 from qmix import hf  # noqa: E402
 from qmix.errors import UnsupportedError  # noqa: E402
-
-
-def ids(length, batch=1, seed=1):
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
-
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 

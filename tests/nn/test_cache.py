@@ -10,13 +10,8 @@ from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
 from qmix.nn.cache import KVCache
-from tests.support.models import small_config, small_model
+from tests.support.models import ids, small_config, small_model
 from tests.support.soak import examples
-
-
-def ids(length, batch=1, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 128, (batch, length), generator=generator)
 
 
 @torch.no_grad()

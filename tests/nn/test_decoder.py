@@ -9,12 +9,7 @@ from qmix.errors import UsageError
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.mixtral import MixtralModel
 from qmix.nn.losses import load_balancing_loss
-from tests.support.models import small_config, small_model
-
-
-def ids(length, batch=1, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 128, (batch, length), generator=generator)
+from tests.support.models import ids, small_config, small_model
 
 
 @torch.no_grad()

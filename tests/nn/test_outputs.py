@@ -8,15 +8,10 @@ import torch
 from qmix.errors import UsageError
 from qmix.models.mixtral import MixtralModel
 from qmix.nn.outputs import MoeCausalLMOutputWithPast
-from tests.support.models import small_config, small_model
+from tests.support.models import ids, small_config, small_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:sdpa attention returns no weights")
 LAYERS, HEADS, EXPERTS = 3, 8, 8
-
-
-def ids(length, batch=1, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 128, (batch, length), generator=generator)
 
 
 EVERYTHING = {

@@ -38,6 +38,11 @@ def small_model(**changes):
     return MixtralForCausalLM(small_config(**changes)).eval()
 
 
+def ids(length, batch=1, seed=1):
+    """Token ids (batch, length) of the small model, none of them special."""
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
 def load_in_tiers(directory, device, tiers):
     """A checkpoint's model with its experts in the given tiers instead of planned ones."""
     checkpoint = open_checkpoint(directory)
