@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from qmix.errors import QmixError
 from qmix.formats.layouts import awq_config, gptq_config
+from qmix.formats.layouts.settings import Settings
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.metadata import CheckpointMetadata
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
@@ -93,7 +94,11 @@ def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
 
 
 def reader_support(summary: StorageSummary) -> tuple[ReaderSupport, ...]:
-    """One entry for each program; the first is qmix, which has already read the headers."""
+    """One entry for each program; the first is qmix, which has already read the headers.
+
+    Raises:
+        CheckpointError: compressed-tensors' settings have a field of a wrong type.
+    """
     return (
         ReaderSupport(reader="qmix", outcome="loads", reason="", tried=True),
         _vllm(summary),
@@ -216,28 +221,34 @@ def _compressed_in_transformers(summary: StorageSummary) -> tuple[Outcome, str]:
         return "refuses", "it does not unpack the zero points of experts"
     experts = {scheme for scheme in summary.expert_schemes.values() if scheme.integer}
     if len(experts) > 1:
-        bits = _assumed_expert_bits(settings["config_groups"])
+        bits = _assumed_expert_bits(Settings(settings, "quantization_config"))
         reason = "it unpacks all experts by one group, and theirs differ"
         return ("noise" if any(scheme.bits > bits for scheme in experts) else "refuses"), reason
     return "loads", "its experts are unpacked to 16 bits"
 
 
-def _assumed_expert_bits(groups: Any) -> int:
+def _assumed_expert_bits(settings: Settings) -> int:
     """Bits of the group that transformers 5.23 chooses for experts (`get_experts_scheme`).
 
     They are 8 if there is no group.
+
+    Raises:
+        CheckpointError: a field of a group is of a wrong type.
     """
-    listed = [group for group in groups.values() if isinstance(group, dict)]
+    groups = settings.inner("config_groups")
+    inner = [groups.inner(name) for name in groups.fields] if groups else []
+    listed = [group for group in inner if group]
     by_name = [
         group
         for group in listed
-        if any(t.startswith("re:") and "experts" in t for t in group.get("targets", ()))
+        if any(t.startswith("re:") and "experts" in t for t in group.strings("targets"))
     ]
     by_class = [
-        group for group in listed if any(not t.startswith("re:") for t in group.get("targets", ()))
+        group for group in listed if any(not t.startswith("re:") for t in group.strings("targets"))
     ]
-    chosen = next(iter([*by_name, *by_class, *listed]), {})
-    bits = chosen.get("weights", {}).get("num_bits", 8)
+    chosen = next(iter([*by_name, *by_class, *listed]), None)
+    weights = chosen.inner("weights") if chosen else None
+    bits = weights.get("num_bits", 8) if weights else 8
     return bits if isinstance(bits, int) else 8
 
 

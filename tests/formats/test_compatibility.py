@@ -72,6 +72,7 @@ NOISE = {
         "group_1": {"targets": ["re:.*layers.1.*experts.*"], "weights": {"num_bits": 4}},
     }
 }
+NULLS = {"unused": {"targets": None, "weights": None}}
 
 # vLLM 0.33, transformers 5.23, gptqmodel 7.7
 TABLE = {
@@ -111,6 +112,16 @@ TABLE = {
     ),
     "compressed-tensors, layers, class first": (
         pack_quantized(uniform(INT8) | layer(1, INT4), NOISE), "loads", "noise", "unknown",
+    ),
+    "compressed-tensors, layers, a group of nulls first": (
+        pack_quantized(
+            uniform(INT8) | layer(1, INT4), {"config_groups": NULLS | NOISE["config_groups"]}
+        ),
+        "loads", "noise", "unknown",
+    ),
+    "compressed-tensors, layers, a group of nulls only": (
+        pack_quantized(uniform(INT8) | layer(1, INT4), {"config_groups": NULLS}),
+        "loads", "refuses", "unknown",
     ),
 }  # fmt: skip
 
