@@ -84,7 +84,7 @@ class Checkpoint:
         else:
             weight = Dense(self.read(tensor.name, into))
         if weight.shape != tensor.shape:
-            raise wrong_shape(where, tensor, weight.shape)
+            raise wrong_shape(where, tensor.name, tensor.shape, weight.shape)
         return weight
 
     def _unpack(self, packing: Packing, tensor: ModelTensor, where: str, into: Allocate) -> Weight:

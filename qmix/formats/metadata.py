@@ -5,7 +5,7 @@ no torch: reading the metadata takes milliseconds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -210,15 +210,7 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
     config = MixtralConfig.from_pretrained(folder)
     infos = read_headers(folder)
     stored_names = _stored_names(infos)
-    # A config of absurd size is refused before its tensors' names are made.
-    if names.count(config) > len(infos) + _MANY_TENSORS:
-        raise CheckpointError(
-            "not the tensors of the model that config.json describes",
-            where=str(folder),
-            expected=f"at least {names.count(config)} tensors",
-            found=len(infos),
-            remedy="The download is incomplete, or config.json is another model's.",
-        )
+    check_count(str(folder), names.count(config), len(infos), description="config.json")
     tensors = tuple(names.model_tensors(config))
     if config.tie_word_embeddings:
         stored_names.pop("lm_head.weight", None)  # a saved copy of the embedding
@@ -314,7 +306,7 @@ def _check_tensors(metadata: CheckpointMetadata) -> None:
             continue
         info = metadata.tensor_info(tensor.name)
         if info.shape != tensor.shape:
-            raise wrong_shape(str(info.file), tensor, info.shape)
+            raise wrong_shape(str(info.file), tensor.name, tensor.shape, info.shape)
         if info.dtype not in _FLOATS:
             raise CheckpointError(
                 f"tensor {tensor.name}: wrong dtype",
@@ -330,6 +322,26 @@ def _check_tensors(metadata: CheckpointMetadata) -> None:
             missing,
             sorted(left_over),
             description="config.json",
+        )
+
+
+def check_count(where: str, needed: int, found: int, *, description: str) -> None:
+    """Refuse a config of absurd size before its tensors' names are made.
+
+    Args:
+        needed, found: tensors of the model, and of the files.
+        description: the file that describes the model.
+
+    Raises:
+        CheckpointError: the files have far fewer tensors than the model.
+    """
+    if needed > found + _MANY_TENSORS:
+        raise CheckpointError(
+            f"not the tensors of the model that {description} describes",
+            where=where,
+            expected=f"at least {needed} tensors",
+            found=found,
+            remedy=f"The download is incomplete, or {description} is another model's.",
         )
 
 
@@ -357,12 +369,23 @@ def wrong_tensors(
     )
 
 
-def wrong_shape(where: str, tensor: ModelTensor, found: tuple[int, ...]) -> CheckpointError:
-    """The error of a tensor that has another shape than the model's."""
+def wrong_shape(
+    where: str,
+    name: str,
+    expected: Sequence[int],
+    found: Sequence[int],
+    *,
+    description: str = "config.json",
+) -> CheckpointError:
+    """The error of a tensor that has another shape than the model's.
+
+    Args:
+        description: the file that describes the model.
+    """
     return CheckpointError(
-        f"tensor {tensor.name}: wrong shape",
+        f"tensor {name}: wrong shape",
         where=where,
-        expected=list(tensor.shape),
+        expected=list(expected),
         found=list(found),
-        remedy="config.json and the files do not belong together.",
+        remedy=f"{description} and the files do not belong together.",
     )

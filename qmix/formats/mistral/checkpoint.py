@@ -18,14 +18,13 @@ from qmix.files import regular_file
 from qmix.formats import names
 from qmix.formats.files import pickles, shard_path, shards
 from qmix.formats.files.shards import Entry, Shards
-from qmix.formats.metadata import wrong_tensors
+from qmix.formats.metadata import check_count, wrong_shape, wrong_tensors
 from qmix.formats.mistral import params
 from qmix.formats.mistral.detect import raw_files
 from qmix.formats.mistral.params import PARAMS
 from qmix.formats.names import ModelTensor
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_MANY_TENSORS = 1000
 
 # Part of Hugging Face's name -> Mistral's.
 _SPELLINGS = (
@@ -115,15 +114,7 @@ def open_raw(directory: str | Path) -> RawCheckpoint:
     stacked = not any(".feed_forward." in name for name in entries)
     per_layer = 10 if stacked else 7 + 3 * config.num_local_experts
     count = 3 + config.num_hidden_layers * per_layer
-    # A config of absurd size is refused before its tensors' names are made.
-    if count > len(entries) + _MANY_TENSORS:
-        raise CheckpointError(
-            f"not the tensors of the model that {PARAMS} describes",
-            where=str(folder),
-            expected=f"{count} tensors",
-            found=len(entries),
-            remedy=f"The download is incomplete, or {PARAMS} is another model's.",
-        )
+    check_count(str(folder), count, len(entries), description=PARAMS)
     tensors = tuple(names.model_tensors(config))
     places = {tensor.name: _place(tensor, config, stacked=stacked) for tensor in tensors}
     raw = RawCheckpoint(config, ignored, Shards(folder, entries), tensors, places)
@@ -206,13 +197,7 @@ def _check_tensors(raw: RawCheckpoint) -> None:
         if entry is None:
             continue
         if entry.shape != shape:
-            raise CheckpointError(
-                f"tensor {name}: wrong shape",
-                where=str(entry.file),
-                expected=list(shape),
-                found=list(entry.shape),
-                remedy=f"{PARAMS} and the files do not belong together.",
-            )
+            raise wrong_shape(str(entry.file), name, shape, entry.shape, description=PARAMS)
         if entry.dtype not in _FLOATS:
             raise CheckpointError(
                 f"tensor {name}: wrong dtype",
