@@ -91,6 +91,10 @@ class CheckpointMetadata:
         """The header's entry of a tensor, by its canonical name."""
         return self.tensor_infos[self.stored_names[name]]
 
+    def module_name(self, name: str) -> str:
+        """The module of a tensor as the files name it, by the tensor's canonical name."""
+        return self.stored_names[name].rpartition(".")[0]
+
     def packing(self, tensor: ModelTensor) -> Packing | None:
         """How the weight is packed, decided from its tensors; None if it is dense."""
         prefix, present = tensor.prefix, self.stored_names
@@ -109,7 +113,7 @@ class CheckpointMetadata:
 
     def module_settings(self, packing: Packing) -> gptq_config.ModuleSettings:
         """What GPTQ's settings say of a weight."""
-        return self.gptq.for_module(self.stored_names[packing.tensor_names[0]].rpartition(".")[0])
+        return self.gptq.for_module(self.module_name(packing.tensor_names[0]))
 
     def scheme_of(self, tensor: ModelTensor, packing: Packing) -> Scheme:
         """The scheme of a packed weight, as far as shapes and settings tell.
@@ -117,10 +121,19 @@ class CheckpointMetadata:
         An AWQ weight counts as asymmetric, although all its zeros may be 8.
         """
         shapes = self._shapes(packing)
+        return self._scheme(tensor, packing, shapes, self._groups(packing, shapes))
+
+    def _scheme(
+        self,
+        tensor: ModelTensor,
+        packing: Packing,
+        shapes: Mapping[str, tuple[int, ...]],
+        groups: int,
+    ) -> Scheme:
+        """See `scheme_of`; `shapes` and `groups` are those of `_shapes` and `_groups`."""
         if packing.layout == "bitsandbytes":
-            return _bnb_scheme(shapes, math.prod(tensor.shape))
+            return _bnb_scheme(shapes, groups, math.prod(tensor.shape))
         columns = tensor.shape[1]
-        groups = self._groups(packing, shapes)
         bits: int | None = 4
         if packing.layout == "compressed-tensors":
             symmetric = "weight_zero_point" not in shapes
@@ -139,15 +152,14 @@ class CheckpointMetadata:
     def packed_module(self, tensor: ModelTensor, packing: Packing) -> PackedModule | None:
         """What the headers say of a packed weight; None if its scales have no shape to speak of."""
         shapes = self._shapes(packing)
-        stored = self.stored_names[packing.tensor_names[0]]
-        name = stored.removesuffix(packing.tensor_names[0].removeprefix(tensor.prefix))
         groups = self._groups(packing, shapes)
         if groups < 1:
             return None
+        name = self.module_name(packing.tensor_names[0])
         return PackedModule(
             name=name,
             names=_all_names(name, tensor),
-            scheme=self.scheme_of(tensor, packing),
+            scheme=self._scheme(tensor, packing, shapes, groups),
             shape=(tensor.shape[0], tensor.shape[1]),
             groups=groups,
             has_g_idx="weight_g_idx" in shapes,
@@ -183,14 +195,13 @@ class CheckpointMetadata:
         return None, str(self.directory)
 
 
-def _all_names(stored: str, tensor: ModelTensor) -> tuple[str, ...]:
+def _all_names(module: str, tensor: ModelTensor) -> tuple[str, ...]:
     """A module's name in the files, then its other spellings."""
-    return tuple(dict.fromkeys((stored, *names.spellings(tensor.prefix))))
+    return tuple(dict.fromkeys((module, *names.spellings(tensor.prefix))))
 
 
-def _bnb_scheme(shapes: Mapping[str, tuple[int, ...]], count: int) -> Scheme:
-    """The scheme of `count` weights from the shapes of bitsandbytes' tensors."""
-    blocks = math.prod(shapes.get("absmax", (0,)))
+def _bnb_scheme(shapes: Mapping[str, tuple[int, ...]], blocks: int, count: int) -> Scheme:
+    """The scheme of `count` weights in `blocks` from the shapes of bitsandbytes' tensors."""
     # Sizes that give the same number of blocks differ in the last block only.
     fitting = [size for size in NF4_BLOCK_SIZES if -(-count // size) == blocks]
     block_size = 64 if 64 in fitting or not fitting else fitting[0]
@@ -267,8 +278,7 @@ def _confirm_settings(metadata: CheckpointMetadata) -> None:
         if packing and (module := metadata.packed_module(tensor, packing)):
             modules.setdefault(packing.layout, []).append(module)
         elif not packing and tensor.linear and tensor.kind != "router":
-            stored = metadata.stored_names[tensor.name].removesuffix(".weight")
-            dense.append(_all_names(stored, tensor))
+            dense.append(_all_names(metadata.module_name(tensor.name), tensor))
     if bnb := modules.get("bitsandbytes"):
         bnb_config.check(*metadata.quantization_settings(None), bnb)
     if metadata.compressed:

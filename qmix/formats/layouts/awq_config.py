@@ -68,5 +68,4 @@ def confirm(settings: Settings, modules: Collection[PackedModule]) -> None:
         for module in modules:
             columns = module.shape[1]
             if (columns if size == -1 else size) * module.groups != columns:
-                expected = columns // max(module.groups, 1)
-                raise settings.contradiction(field, expected, module.name)
+                raise settings.contradiction(field, columns // module.groups, module.name)

@@ -196,7 +196,6 @@ def _confirm_groups_of_inputs(weights: Settings, module: PackedModule) -> None:
         raise weights.wrong("group_size", "null, -1 or a number of inputs")
     inferred = "channel" if size in (None, -1) else "group"
     strategy = weights.get("strategy", inferred)
-    stored = columns // max(module.groups, 1)
     if strategy == "channel":
         if module.groups != 1:
             raise weights.contradiction("strategy", "'group'", module.name)
@@ -206,7 +205,7 @@ def _confirm_groups_of_inputs(weights: Settings, module: PackedModule) -> None:
         expected = "'channel'" if module.groups == 1 else "'group'"
         raise weights.contradiction("strategy", expected, module.name)
     elif size is None or size * module.groups != columns:
-        raise weights.contradiction("group_size", stored, module.name)
+        raise weights.contradiction("group_size", columns // module.groups, module.name)
 
 
 def _confirm_order(weights: Settings, module: PackedModule) -> None:
