@@ -13,8 +13,9 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
 from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq
-from qmix.formats.metadata import CheckpointMetadata, Packing, read_metadata, wrong_shape
+from qmix.formats.metadata import CheckpointMetadata, Packing, read_metadata
 from qmix.formats.names import ModelTensor
+from qmix.formats.tensor_errors import wrong_shape
 from qmix.weights.dense import Dense, Weight
 
 

@@ -5,7 +5,7 @@ no torch: reading the metadata takes milliseconds.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from qmix.formats.layouts.settings import PackedModule, Settings
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.mistral import detect
 from qmix.formats.names import ModelTensor
+from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
 from qmix.weights.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
 
 _FLOATS = ("F32", "F16", "BF16")
-_MANY_TENSORS = 1000
 
 # Name endings of layouts that are not read, so that the error can name the layout.
 _UNREAD_LAYOUTS = {
@@ -333,69 +333,3 @@ def _check_tensors(metadata: CheckpointMetadata) -> None:
             sorted(left_over),
             description="config.json",
         )
-
-
-def check_count(where: str, needed: int, found: int, *, description: str) -> None:
-    """Refuse a config of absurd size before its tensors' names are made.
-
-    Args:
-        needed, found: tensors of the model, and of the files.
-        description: the file that describes the model.
-
-    Raises:
-        CheckpointError: the files have far fewer tensors than the model.
-    """
-    if needed > found + _MANY_TENSORS:
-        raise CheckpointError(
-            f"not the tensors of the model that {description} describes",
-            where=where,
-            expected=f"at least {needed} tensors",
-            found=found,
-            remedy=f"The download is incomplete, or {description} is another model's.",
-        )
-
-
-def wrong_tensors(
-    where: str,
-    config: MixtralConfig,
-    missing: list[str],
-    left_over: list[str],
-    *,
-    description: str,
-) -> CheckpointError:
-    """The error of files whose tensors are not those of the model; it names the first five.
-
-    Args:
-        description: the file that describes the model.
-    """
-    named = [f"missing {n}" for n in missing[:5]] + [f"left over {n}" for n in left_over[:5]]
-    return CheckpointError(
-        f"not the tensors of a Mixtral with {config.num_hidden_layers} layers and "
-        f"{config.num_local_experts} experts: {len(missing)} missing, {len(left_over)} left over",
-        where=where,
-        expected=f"each tensor of {description}'s model once",
-        found="; ".join(named[:5]),
-        remedy=f"The download is incomplete, or {description} is another model's.",
-    )
-
-
-def wrong_shape(
-    where: str,
-    name: str,
-    expected: Sequence[int],
-    found: Sequence[int],
-    *,
-    description: str = "config.json",
-) -> CheckpointError:
-    """The error of a tensor that has another shape than the model's.
-
-    Args:
-        description: the file that describes the model.
-    """
-    return CheckpointError(
-        f"tensor {name}: wrong shape",
-        where=where,
-        expected=list(expected),
-        found=list(found),
-        remedy=f"{description} and the files do not belong together.",
-    )

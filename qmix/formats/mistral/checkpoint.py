@@ -18,11 +18,11 @@ from qmix.files import regular_file
 from qmix.formats import names
 from qmix.formats.files import pickles, shard_path, shards
 from qmix.formats.files.shards import Entry, Shards
-from qmix.formats.metadata import check_count, wrong_shape, wrong_tensors
 from qmix.formats.mistral import params
 from qmix.formats.mistral.detect import raw_files
 from qmix.formats.mistral.params import PARAMS
 from qmix.formats.names import ModelTensor
+from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
