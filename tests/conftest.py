@@ -40,6 +40,24 @@ def pytest_runtest_setup(item):
             pytest.skip("no CUDA device")
 
 
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    line = soak.line([report for report in reports if getattr(report, "when", None) == "call"])
+    if line is not None:
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def counted(record_property):
+    """Adds what a campaign counts to the line at the end: name=how many."""
+
+    def count(**counts):
+        outcomes = {name.replace("_", " "): number for name, number in counts.items()}
+        record_property("counted", outcomes)
+
+    return count
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cpu_kernels(pytestconfig):
     """Compile the CPU kernels once for all workers and sessions; without a compiler do without."""

@@ -1,4 +1,7 @@
-"""Disks that fail: every open, read, write, fsync and rename of every command that writes."""
+"""Disks that fail: every open, read, write, fsync, rename and close of every command; and SIGKILL.
+
+Most of it is left to `make soak`, in pieces small enough that one of few minutes begins some.
+"""
 
 import errno
 import json
@@ -10,14 +13,21 @@ import pytest
 
 from qmix.errors import ResourceError
 from qmix.kernels.cpu import build
+from tests.support.failing_io import KILL
 from tests.support.models import ROOT
-from tests.support.soak import both
+from tests.support.soak import SEED, gate_and_soak
+from tests.support.writing_commands import COMMANDS, READERS, WRITERS
 
-KINDS = ("open", "read", "pread", "write", "short", "fsync", "rename", "unlink", "rmdir", "mkdir")
-POINTS_APART = 29  # when it is no soak
+ERRNOS = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "ESTALE", "EACCES", "EINTR")
+READING = ("open", "read", "pread", "short read", "close")
+WRITING = (*READING, "write", "short", "fsync", "rename", "unlink", "rmdir", "mkdir")
+POINTS = {False: 1, True: 3}  # of each kind of call, tried in one test
+KILLS = {False: 2, True: 10}  # in one test
+FAILING = [(command, name) for name in ERRNOS for command in COMMANDS]
+KILLED = [(command, part) for part in range(4) for command in WRITERS]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shim(tmp_path_factory):
     try:
         compiler = build._compiler()
@@ -32,11 +42,12 @@ def shim(tmp_path_factory):
     return library
 
 
-def swept(shim, root, command, number, every):
-    root.mkdir()
-    options = [root, command, str(number), str(every), *KINDS]
+def swept(shim, root, command, number, points, counted, kinds, seed=SEED):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.failing_io", *options],
+        [
+            *(sys.executable, "-m", "tests.support.failing_io", root, command),
+            *(str(number), str(points), str(seed), *kinds),
+        ],
         cwd=ROOT,
         env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -44,16 +55,32 @@ def swept(shim, root, command, number, every):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    problems = [problem for each in found for problem in each["problems"]]
+    tried, ended = (sum(each[name] for each in found) for name in ("tried", "ended"))
+    outcome = "refused" if number else "killed"
+    counted(**{"cases": tried, outcome: ended, "done": tried - ended, "wrong": len(problems)})
+    assert problems == []
+    return found
 
 
 @pytest.mark.slow
-@both
-@pytest.mark.parametrize("command", ["quantize", "replace", "convert", "export", "save"])
+@pytest.mark.parametrize(("command", "name", "soak"), gate_and_soak(FAILING[::9], FAILING))
 def test_a_disk_that_fails_at_any_call_is_said_and_the_next_run_is_whole(
-    shim, tmp_path, command, soak
+    shim, tmp_path, counted, command, name, soak
 ):
-    for number in (errno.EIO, errno.ENOSPC, errno.ESTALE) if soak else (errno.ENOSPC,):
-        found = swept(shim, tmp_path / str(number), command, number, 1 if soak else POINTS_APART)
-        assert [each["problems"] for each in found] == [[]] * len(KINDS)
-        assert all(each["tried"] for each in found if each["kind"] in ("open", "write", "fsync"))
+    kinds = READING if command in READERS else WRITING
+    number = getattr(errno, name)
+    found = swept(shim, tmp_path, command, number, POINTS[soak], counted, kinds)
+    assert all(each["tried"] for each in found if each["kind"] in ("open", "read", "close"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "part", "soak"), gate_and_soak(KILLED[: len(WRITERS)], KILLED))
+def test_a_run_killed_at_any_call_is_made_whole_by_the_next(
+    shim, tmp_path, counted, command, part, soak
+):
+    """The folder is the same to the last byte as after a run that nobody killed."""
+    options = {"seed": 1000 * SEED + part}
+    (found,) = swept(shim, tmp_path, command, KILL, KILLS[soak], counted, ["change"], **options)
+    assert found["ended"] == found["tried"] == KILLS[soak]

@@ -1,9 +1,11 @@
-/* LD_PRELOAD: the Nth call of one kind on a file below a path fails once with an errno.
+/* LD_PRELOAD: the Nth call of one kind on a file below a path fails once with an errno, or the
+   process is killed there (errno 0). The kind "change" is each call that changes the disk.
    fail_io_set chooses kind, N, errno and path; fail_io_count says how many calls there were. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -32,8 +34,16 @@ static int open_below(int fd) {
     path[length] = 0;
     return named(path);
 }
+static int changes(const char *k) {
+    return strcmp(k, "read") && strcmp(k, "pread") && strcmp(k, "short read") && strcmp(k, "close");
+}
+static int struck(const char *k) {
+    if (strcmp(kind, k) && (strcmp(kind, "change") || !changes(k))) return 0;
+    return ++count == at;
+}
 static int fails(const char *k) {
-    if (strcmp(kind, k) != 0 || ++count != at) return 0;
+    if (!struck(k)) return 0;
+    if (!number) kill(getpid(), SIGKILL);
     errno = number;
     return 1;
 }
@@ -46,34 +56,58 @@ static int fails(const char *k) {
         va_start(rest, flags); \
         mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0; \
         va_end(rest); \
-        return named(path) && fails("open") ? -1 : real(path, flags, mode); \
+        int alters = flags & (O_CREAT | O_TRUNC) || strcmp(kind, "change"); \
+        return named(path) && alters && fails("open") ? -1 : real(path, flags, mode); \
     }
 OPEN(open)
 OPEN(open64)
+/* A short read or write is half of what was asked for: no error, and the rest must follow. */
 ssize_t read(int fd, void *data, size_t size) {
     REAL(ssize_t, "read", int, void *, size_t);
-    return open_below(fd) && fails("read") ? -1 : real(fd, data, size);
+    if (!open_below(fd)) return real(fd, data, size);
+    if (fails("read")) return -1;
+    return real(fd, data, size > 1 && struck("short read") ? size / 2 : size);
+}
+static struct iovec less(const struct iovec *v, int n) {
+    size_t size = v->iov_len;
+    return (struct iovec){v->iov_base, n == 1 && size > 1 && struck("short read") ? size / 2 : size};
 }
 #define PREADV(name) \
     ssize_t name(int fd, const struct iovec *v, int n, off_t offset) { \
         REAL(ssize_t, #name, int, const struct iovec *, int, off_t); \
-        return open_below(fd) && fails("pread") ? -1 : real(fd, v, n, offset); \
+        if (!open_below(fd)) return real(fd, v, n, offset); \
+        if (fails("pread")) return -1; \
+        struct iovec some = less(v, n); \
+        return real(fd, n == 1 ? &some : v, n, offset); \
     }
 #define PREADV2(name) \
     ssize_t name(int fd, const struct iovec *v, int n, off_t offset, int flags) { \
         REAL(ssize_t, #name, int, const struct iovec *, int, off_t, int); \
-        return open_below(fd) && fails("pread") ? -1 : real(fd, v, n, offset, flags); \
+        if (!open_below(fd)) return real(fd, v, n, offset, flags); \
+        if (fails("pread")) return -1; \
+        struct iovec some = less(v, n); \
+        return real(fd, n == 1 ? &some : v, n, offset, flags); \
     }
 PREADV(preadv)
 PREADV(preadv64)
 PREADV2(preadv2)
 PREADV2(preadv64v2)
-/* A short write is half of what was asked for: no error, and the rest must follow. */
 ssize_t write(int fd, const void *data, size_t size) {
     REAL(ssize_t, "write", int, const void *, size_t);
     if (!open_below(fd)) return real(fd, data, size);
     if (fails("write")) return -1;
-    return real(fd, data, size > 1 && fails("short") ? size / 2 : size);
+    if (size < 2 || !struck("short")) return real(fd, data, size);
+    ssize_t written = real(fd, data, size / 2);
+    if (!number) kill(getpid(), SIGKILL);
+    return written;
+}
+/* The descriptor is gone even if close fails, as on Linux. */
+int close(int fd) {
+    REAL(int, "close", int);
+    int failed = open_below(fd) && fails("close"), why = errno, closed = real(fd);
+    if (!failed) return closed;
+    errno = why;
+    return -1;
 }
 int fsync(int fd) {
     REAL(int, "fsync", int);

@@ -1,169 +1,215 @@
-"""Every call of one kind that a command makes on its files fails once; run under fail_io.c.
+"""Calls that a command makes on its files fail, or are its last: run under fail_io.c.
 
-    LD_PRELOAD=fail_io.so python -m tests.support.failing_io ROOT COMMAND ERRNO EVERY KIND...
+    LD_PRELOAD=fail_io.so python -m tests.support.failing_io ROOT COMMAND ERRNO POINTS SEED KIND...
 
-Prints one JSON line for each kind: how many calls there were and were tried, and what went wrong.
-A process is forked for each call, so that the imports are paid for once.
+Of the calls of each kind POINTS are tried, drawn from SEED. An ERRNO of 0 is SIGKILL. Prints one
+JSON line for each kind: how many calls there were and were tried, how many of these ended in an
+error, and what went wrong. A process is forked for each, so that the imports are paid for once.
 """
 
 import ctypes
+import hashlib
 import json
 import os
+import random
+import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from qmix.commands.checkpoint.convert import convert_checkpoint
-from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.errors import QmixError
 from qmix.formats.files import manifest
-from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import NF4, Recipe
-from tests.support import packers, raw_mistral
-from tests.support.models import small_model
+from tests.support import writing_commands
+from tests.support.writing_commands import COMMANDS, OURS, REPLACING
 
 LOST = 99  # exit code of a foreign exception
-SHARD_BYTES = 60_000
+KILL = 0  # instead of an errno
+_MANAGED = re.compile(r"(out|out\.partial|\.qmix-replaced-[0-9a-f]{16})(/.*)?")
+_UNFINISHED = (manifest.MARKER, manifest.STATE)
 
 
-def quantize(source, out, force=False):
-    recipe = Recipe.uniform(NF4, attention=True)
-    quantize_streaming(source, out, recipe, method="nf4", shard_bytes=SHARD_BYTES, force=force)
+@dataclass(frozen=True)
+class Attempt:
+    """How a process ended: its exit code (negative: the signal), the error, the calls it made."""
+
+    code: int
+    said: str = ""
+    calls: int = 0
+
+    @property
+    def stands(self):
+        return "stands" in self.said
 
 
-def replace(source, out):
-    quantize(source, out, force=True)
+@dataclass(frozen=True)
+class Sweep:
+    """One command under one fault, in a folder of its own."""
 
+    root: Path
+    command: str
+    kind: str
+    number: int
 
-def convert(source, out):
-    convert_checkpoint(source, out, shard_bytes=SHARD_BYTES)
+    @property
+    def work(self):
+        return self.root / "work"
 
+    def renew(self):
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.root / "original", self.work)
 
-def export(source, out):
-    export_checkpoint(source, out, "compressed-tensors", shard_bytes=SHARD_BYTES)
+    def attempt(self, at=0):
+        """Run the command in a process whose call of that number fails; none does for 0."""
+        reader, writer = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.close(reader)
+            self._work(writer, at)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            written = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return Attempt(code, **json.loads(written or "{}"))
 
-
-def save(source, out):
-    MixtralForCausalLM.from_pretrained(source, device="cpu").save_pretrained(out)
-
-
-def prepare(root, command):
-    """The source of a command, its output's place, and what no command may touch."""
-    source, out = root / "source", root / "out"
-    (root / "foreign.json").write_text("mine")
-    if command == "convert":
-        raw_mistral.write(source, small_model(num_hidden_layers=1).bfloat16(), layout="safetensors")
-    elif command == "export":
-        source.mkdir()
-        packers.write(source, "gptq")
-    else:
-        small_model(num_hidden_layers=1).to(torch.bfloat16).save_pretrained(source)
-    if command == "replace":
-        quantize(source, out)
-    if command == "save":
-        out.mkdir()
-        (out / "thesis.txt").write_text("mine")
-    return source, out
-
-
-def forked(function):
-    """Call a function in a process of its own: its exit code, and what it wrote to stderr."""
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        os.close(reader)
+    def _work(self, writer, at):
+        shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
         code, said = 0, ""
+        shim.fail_io_set(self.kind.encode(), at, self.number, str(self.work).encode())
         try:
-            function()
+            COMMANDS[self.command](self.work / "source", self.work / "out")
         except QmixError as error:
             code, said = error.exit_code, str(error)
         except BaseException:  # noqa: BLE001 - the oracle: nothing else may come out
-            code, said = LOST, traceback.format_exc()
-        os.write(writer, said.encode()[-4000:])
+            code, said = LOST, traceback.format_exc()[-4000:]
+        os.write(writer, json.dumps({"said": said, "calls": shim.fail_io_count()}).encode())
         os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+
+    def run(self, points, seed):
+        """Try so many of the calls; returns what is printed."""
+        self.renew()
+        before = digests(self.work)
+        whole = self.attempt()
+        assert whole.code == 0, whole.said
+        oracle = Oracle(self.work, self.command, before, digests(self.work))
+        drawn = random.Random(seed).sample(range(1, whole.calls + 1), min(points, whole.calls))
+        ended, problems = 0, []
+        for at in sorted(drawn):
+            self.renew()
+            attempt = self.attempt(at)
+            ended += attempt.code != 0
+            problem = oracle.wrong(attempt) or oracle.wrong_again(attempt, self.attempt())
+            if problem is not None:
+                problems.append(f"{self.kind} {at} of {whole.calls}: {problem}")
+        return {"kind": self.kind, "calls": whole.calls, "tried": len(drawn), "ended": ended,
+                "problems": problems}  # fmt: skip
 
 
-def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+@dataclass(frozen=True)
+class Oracle:
+    """What must hold after a fault: digests of the folder before and after a whole run."""
+
+    work: Path
+    command: str
+    before: dict
+    after: dict
+
+    def wrong(self, attempt):
+        """What an attempt did that it must not do, or None."""
+        code, said, found = attempt.code, attempt.said, digests(self.work)
+        if code not in (0, 3, 4, -signal.SIGKILL):
+            return f"exit code {code}: {said}"
+        if code > 0 and (str(self.work) not in said or "found" not in said):
+            return f"the error names no file or no reason: {said}"
+        if foreign(found) != foreign(self.before):
+            return f"a foreign file was touched: {difference(found, self.before)}"
+        now, old, new = (output(each) for each in (found, self.before, self.after))
+        if now not in (old, new) and not self._has_no_config(now):
+            if self.command in REPLACING and not now and self._is_aside(found, old):
+                return None
+            return f"half an output: {difference(now, new)}"
+        if code > 0 and now == new != old and not attempt.stands:
+            return f"OUT is there, and the error does not say so: {said}"
+        return None
+
+    def _has_no_config(self, now):
+        """Whether it is a folder that held other files, and the save did not come to its end."""
+        return self.command == "save" and "out/config.json" not in now
+
+    def _is_aside(self, found, old):
+        (aside,) = {path.split("/")[0] for path in found if path.startswith(".qmix-replaced-")} - {
+            ".qmix-replaced-mine"
+        }
+        moved = {p.removeprefix(f"{aside}/"): d for p, d in found.items() if p.startswith(aside)}
+        return output(moved) == old
+
+    def wrong_again(self, first, again):
+        """What is wrong after a second run, to which nothing happens; or None."""
+        found = digests(self.work)
+        if again.code and not (again.code == 2 and output(found) == output(self.after)):
+            return f"after {first}: the rerun: exit code {again.code}: {again.said}"
+        if found != self.after:
+            return f"after {first}: the rerun left {difference(found, self.after)}"
+        return None
 
 
-def wrong(root, out, command, code, said):
-    """What an attempt did that it must not do, or None."""
-    if code not in (0, 3, 4):
-        return f"exit code {code}: {said}"
-    if code and (str(root) not in said or "found" not in said):
-        return f"the error names no file or no reason: {said}"
-    if (root / "foreign.json").read_text() != "mine":
-        return "a foreign file was touched"
-    if command == "save":
-        if (out / "thesis.txt").read_text() != "mine":
-            return "a foreign file was touched"
-        if (out / "config.json").exists() and code and "stands" not in said:
-            return f"half an output under its final name: {said}"
-    elif out.exists() and not manifest.is_complete(out):
-        return f"half an output under its final name: {names(out)}"
-    elif out.exists() and code and command != "replace" and "stands" not in said:
-        return f"OUT is there, and the error does not say so: {said}"
-    elif command == "replace" and not out.exists() and not list(root.glob(".qmix-replaced-*/out")):
-        return f"neither the old output nor the new one is there: {said}"
-    return None
+def digests(folder):
+    """Path -> SHA-256 of each file below a folder, but of a report, which has times in it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        exact = path.is_file() and path.name != manifest.REPORT
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if exact else path.is_dir()
+    return found
 
 
-def sweep(root, command, kind, number, every):
-    shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
-    run = globals()[command]
-    original = root / "original"
-    work = root / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(original, work)
-    counter = root / "count"
+def foreign(found):
+    """What is the user's own."""
+    return {
+        path: digest
+        for path, digest in found.items()
+        if not _MANAGED.fullmatch(path) or path == f"out/{OURS}"
+    }
 
-    def counted():
-        shim.fail_io_set(kind.encode(), 0, 0, str(work).encode())
-        run(work / "source", work / "out")
-        counter.write_text(str(shim.fail_io_count()))
 
-    code, said = forked(counted)
-    assert code == 0, said
-    expected, calls, tried, problems = names(work), int(counter.read_text()), 0, []
-    for at in range(1, calls + 1, every):
-        shutil.rmtree(work)
-        shutil.copytree(original, work)
-        tried += 1
+def output(found):
+    """What lies at OUT, without the marks of a run that has not tidied up."""
+    return {
+        path: digest
+        for path, digest in found.items()
+        if path.split("/")[0] == "out"
+        and path.split("/")[-1] not in _UNFINISHED
+        and ".qmix-saving" not in path
+    }
 
-        def failing(at=at):
-            shim.fail_io_set(kind.encode(), at, number, str(work).encode())
-            run(work / "source", work / "out")
 
-        code, said = forked(failing)
-        problem = wrong(work, work / "out", command, code, said)
-        if problem is None and code and "stands" not in said:  # the next run repairs everything
-            again, said = forked(lambda: run(work / "source", work / "out"))
-            if again or names(work) != expected:
-                problem = f"the rerun: exit code {again}, {names(work)}: {said}"
-        if problem is not None:
-            problems.append(f"{kind} {at} of {calls}: {problem}")
-    return {"kind": kind, "calls": calls, "tried": tried, "problems": problems}
+def difference(found, expected):
+    paths = sorted(path for path in found.keys() | expected.keys()
+                   if found.get(path, "none") != expected.get(path, "none"))  # fmt: skip
+    return ", ".join(f"{path} {_change(path, found, expected)}" for path in paths[:8])
+
+
+def _change(path, found, expected):
+    if path not in expected:
+        return "too many"
+    return "changed" if path in found else "missing"
 
 
 def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    root, command, number, every, *kinds = sys.argv[1:]
+    root, command, number, points, seed, *kinds = sys.argv[1:]
     original = Path(root, "original")
     original.mkdir()
-    prepare(original, command)
+    writing_commands.prepare(original, command)
     for kind in kinds:
-        print(json.dumps(sweep(Path(root), command, kind, int(number), int(every))), flush=True)
+        sweep = Sweep(Path(root), command, kind, int(number))
+        print(json.dumps(sweep.run(int(points), int(seed))), flush=True)
 
 
 if __name__ == "__main__":

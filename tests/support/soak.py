@@ -1,12 +1,13 @@
 """What `make test` leaves to `make soak`: most cases of a large grid, and most drawn examples.
 
 SOAK_SEED chooses the order of a soak and what it draws; after SOAK_MINUTES no test begins any more.
+A soak begins one test of each function before the second of any, so that a short one tries all.
 """
 
 import os
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -52,6 +53,31 @@ def one_in(every, values):
     ]
 
 
+def gate_and_soak(gate, soak):
+    """Parameters (*value, False) of the suite, and (*value, True) that are left to the soak."""
+    return [
+        *((*value, False) for value in gate),
+        *(pytest.param(*value, True, marks=pytest.mark.soak) for value in soak),
+    ]
+
+
+def line(reports):
+    """What campaigns tried and what came of it, in one line; None if none ran.
+
+    Every test has recorded its counts as the property "counted": "cases", and what became of them.
+    """
+    total = Counter()
+    for report in reports:
+        for name, counts in getattr(report, "user_properties", ()):
+            if name == "counted":
+                total.update(counts)
+    if not total:
+        return None
+    cases = total.pop("cases")
+    told = ", ".join(f"{count} {name}" for name, count in sorted(total.items()))
+    return f"campaigns: seed {SEED}, {cases} cases: {told}"
+
+
 def leave_to_soak(items):
     """Mark with `soak` what only a soak runs: whatever lies off the diagonal of a marked grid.
 
@@ -59,6 +85,8 @@ def leave_to_soak(items):
     """
     if soaking():
         random.Random(SEED).shuffle(items)
+        ranks = Counter()
+        items.sort(key=lambda item: _next_rank(ranks, item))
     grids = defaultdict(list)
     for item in items:
         if item.get_closest_marker("diagonal"):
@@ -70,6 +98,13 @@ def leave_to_soak(items):
         for number, item in enumerate(grid):
             if number not in kept:
                 item.add_marker(pytest.mark.soak)
+
+
+def _next_rank(ranks, item):
+    """How many tests of the same function came before."""
+    function = item.parent.nodeid, getattr(item, "originalname", item.name)
+    ranks[function] += 1
+    return ranks[function]
 
 
 def _diagonal(cases):
