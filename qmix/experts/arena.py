@@ -130,9 +130,11 @@ class SlotArena:
 
     def __init__(self, slots: int, nbytes: int, device: torch.device) -> None:
         self.nbytes = nbytes
-        stride = aligned(nbytes, _SLOT_ALIGNMENT)
+        self._stride = aligned(nbytes, _SLOT_ALIGNMENT)
         with torch.inference_mode(False):
-            self._memory = torch.empty(max(slots, 1), stride, dtype=torch.uint8, device=device)
+            shape = (max(slots, 1), self._stride)
+            self._memory = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._start = self._memory.data_ptr()
         self._count = slots
 
     def __len__(self) -> int:
@@ -142,3 +144,8 @@ class SlotArena:
         """uint8 [nbytes], a view."""
         assert 0 <= slot < self._count, slot
         return self._memory[slot, : self.nbytes]
+
+    def address(self, slot: int) -> int:
+        """Where a blob begins. No view is made: every token asks for every slot."""
+        assert 0 <= slot < self._count, slot
+        return self._start + slot * self._stride

@@ -78,7 +78,7 @@ class AddressTable:
         """Where the device reads an expert now."""
         slot = self._residency.slot_of_id[expert]
         if slot >= 0:
-            return self._slots.blob(slot).data_ptr()
+            return self._slots.address(slot)
         blob = self._sources.blobs[expert]
         return blob.data_ptr() if self.in_place and blob is not None else 0
 

@@ -69,7 +69,7 @@ class PrefillStream:
             if expert in buffered:
                 slot, copy = buffered[expert]
                 copy.join()
-                row.append(self._slots.blob(slot).data_ptr())
+                row.append(self._slots.address(slot))
             else:
                 row.append(self._table.address(expert))
                 if not self._residency.in_slot(expert):

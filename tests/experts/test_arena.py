@@ -1,10 +1,11 @@
 """The memory of experts: pinned in chunks of whole blobs, or not at all."""
 
 import pytest
+import torch
 
 from qmix.errors import ResourceError
 from qmix.experts import arena
-from qmix.experts.arena import HostArena
+from qmix.experts.arena import HostArena, SlotArena
 
 
 class Cudart:
@@ -64,3 +65,12 @@ def test_memory_that_was_not_written_is_not_resident():
     own.blob(3).fill_(1)
     assert own.blob(2).data_ptr() + own.stride == own.blob(3).data_ptr()
     assert len(own) == 64
+
+
+def test_the_address_of_a_slot_is_that_of_its_blob():
+    slots = SlotArena(3, 300, torch.device("cpu"))
+    for slot in range(3):
+        assert slots.address(slot) == slots.blob(slot).data_ptr()
+    for slot in (-1, 3):
+        with pytest.raises(AssertionError):
+            slots.address(slot)
