@@ -29,13 +29,19 @@ def forward(
 ) -> SplitOutput:
     """Each token [T, D] through its chosen SwiGLU experts.
 
-    The sum is in the order of a token's choices, as in the device's kernels.
+    The CPU's inputs are copied down before the hits are launched, so that it multiplies the misses
+    while the device multiplies the hits. The sum is in the order of a token's choices, as in the
+    device's kernels.
 
     Args:
         in_slot: for each of the E experts, whether the device has it; the blobs of the others are
             read on the CPU.
     """
-    missed = torch.tensor([[not in_slot[expert] for expert in row] for row in routes.ids.tolist()])
+    host_ids = routes.ids.cpu()
+    missed = torch.tensor([[not in_slot[expert] for expert in row] for row in host_ids.tolist()])
+    on_host = None
+    if bool(missed.any()):
+        on_host = x.cpu(), Routes(host_ids, routes.weights.cpu())
     on_cpu = missed.to(x.device)
     out = torch.zeros(*routes.ids.shape, x.shape[1], dtype=torch.float32, device=x.device)
     if not bool(missed.all()):
@@ -43,10 +49,9 @@ def forward(
         weights = routes.weights.masked_fill(on_cpu, 0)
         out += packed_matmul.expert_pairs(x, Routes(ids, weights), experts)
     count, seconds = 0, 0.0
-    if bool(missed.any()):
+    if on_host is not None:
         begun = time.perf_counter()
-        host_routes = Routes(routes.ids.cpu(), routes.weights.cpu())
-        outputs, count = pairs_on_host(x.cpu(), host_routes, experts, missed)
+        outputs, count = pairs_on_host(*on_host, experts, missed)
         seconds = time.perf_counter() - begun
         out[on_cpu] = outputs.to(x.device)
     return SplitOutput(out.sum(1).to(x.dtype), count, seconds)
