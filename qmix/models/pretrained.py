@@ -21,7 +21,6 @@ from qmix.models.offload import Tiers
 from qmix.models.options import LoadOptions, parse_dtype
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
-from qmix.nn.moe import SparseMoeBlock
 from qmix.nn.outputs import ModelOutput
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -205,27 +204,26 @@ class PreTrainedModel(nn.Module):
                 expected="a name or None",
                 found=repr(name)[:80],
             )
-        chosen = attention.checked_implementation(name)
-        for module in self.modules():
-            if isinstance(module, Decoder):
-                module.attn_implementation = chosen
+        self._decoder.attn_implementation = attention.checked_implementation(name)
 
     def _returned(self, return_dict: bool | None, output: Output) -> Output | tuple[Any, ...]:
         """The output, or its fields as a tuple if the caller, or else the config, asks for that."""
         default = getattr(self.config, "return_dict", True)
         return output if (default if return_dict is None else return_dict) else output.to_tuple()
 
+    @property
+    def _decoder(self) -> Decoder:
+        """The model itself, or the decoder below its head."""
+        return next(module for module in self.modules() if isinstance(module, Decoder))
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The module that turns ids (B, S) into embeddings (B, S, D), for `inputs_embeds`."""
-        return next(m.embed_tokens for m in self.modules() if isinstance(m, Decoder))
+        return self._decoder.embed_tokens
 
     @property
     def store(self) -> Store | None:
         """The store that keeps an offloaded model's experts, with its `statistics()`; else None."""
-        for module in self.modules():
-            if isinstance(module, SparseMoeBlock):
-                return module.offloaded
-        return None
+        return self._decoder.experts_store
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         store = self.store
@@ -244,8 +242,7 @@ class PreTrainedModel(nn.Module):
 
     def check_process(self) -> None:
         """Raise UnsupportedError where a forked process cannot use the model; see MadeHere."""
-        decoder = next(m for m in self.modules() if isinstance(m, Decoder))
-        decoder.made_here.check(self.device)
+        self._decoder.made_here.check(self.device)
 
     @property
     def device(self) -> torch.device:

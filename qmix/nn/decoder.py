@@ -58,9 +58,9 @@ class Decoder(nn.Module):
         self.made_here = MadeHere()
 
     @property
-    def _experts_store(self) -> Store | None:
-        """The store that keeps the experts, if one does."""
-        for module in self.layers[0].modules():
+    def experts_store(self) -> Store | None:
+        """The store that keeps the experts, if one does; the layers share it."""
+        for module in self.layers.modules():  # ends in the first layer, which may be wrapped
             if isinstance(module, SparseMoeBlock):
                 return module.offloaded
         return None
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         )
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         layers = partial(self._through_layers, x, context, hidden_states)
-        store = self._experts_store
+        store = self.experts_store
         x, router_logits = layers() if store is None else store.in_turn(layers)
         if cache is not None:
             cache.advance(new)
