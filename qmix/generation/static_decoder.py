@@ -18,13 +18,15 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.experts.gpu_store import DeviceStore
+from qmix.experts.layer_experts import Experts
 from qmix.generation import cuda_graph
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels import PackedExperts, PackedWeight
 from qmix.nn.cache import KVCache
+from qmix.nn.cpu_decode import why_not_modules
 from qmix.nn.decoder import Decoder
 from qmix.nn.decoder_layer import DecoderLayer
-from qmix.nn.linear import Linear
+from qmix.nn.linear import Linear, RMSNorm, is_observed
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense
 from qmix.weights.packed.layout import PackedMatrix
@@ -45,8 +47,9 @@ class _LayerWeights:
 
 
 def _layer_weights(layer: nn.Module) -> _LayerWeights | None:
-    """The layer's weights, or None if one is not in the packed layout."""
-    assert isinstance(layer, DecoderLayer)
+    """The layer's weights; None if one is not packed, or the layer's modules have to be called."""
+    if type(layer) is not DecoderLayer or is_observed(layer) or why_not_modules(layer):
+        return None
     attention, block = layer.self_attn, layer.block_sparse_moe
     qkv, o_proj = _whole_matrix(attention.fused_qkv), _whole_matrix(attention.o_proj.stored)
     gate, experts = block.gate.stored, block.stored.packed
@@ -69,19 +72,27 @@ def _whole_matrix(weight: object) -> PackedMatrix | None:
     return None
 
 
-def _first_moe_block(model: Decoder) -> SparseMoeBlock:
-    """The first layer's experts; where these lie, the others lie too."""
-    block = model.layers[0].block_sparse_moe
-    assert isinstance(block, SparseMoeBlock)
-    return block
+def _first_experts(model: Decoder) -> Experts | None:
+    """The first layer's experts, None without such a block; where these lie, the others lie too."""
+    block = getattr(model.layers[0], "block_sparse_moe", None)
+    return block.stored if isinstance(block, SparseMoeBlock) else None
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module need not be called: its weight says all that it computes."""
+    return type(module) is kind and not is_observed(module)
 
 
 def supported(model: Decoder) -> bool:
-    """Whether the kernels take the decoder: its dtype, its heads, and packed weights throughout."""
+    """Whether the kernels take the decoder: its dtype, its heads, and packed weights throughout.
+
+    The launches call no module, so one with a hook, or of another class, is not supported.
+    """
     dtype, width = model.embed_tokens.weight.dtype, model.config.head_dim
     return (
         dtype in (torch.float16, torch.bfloat16, torch.float32)
         and width in (16, 32, 64, 128)
+        and _is_plain(model.norm, RMSNorm)
         and all(_layer_weights(layer) is not None for layer in model.layers)
     )
 
@@ -119,9 +130,9 @@ class StaticDecoder:
         layers = [_layer_weights(layer) for layer in model.layers]
         self._layers = [layer for layer in layers if layer is not None]
         assert len(self._layers) == len(layers)
-        block = _first_moe_block(model)
-        self._experts = block.stored
-        self._store = block.offloaded if isinstance(block.offloaded, DeviceStore) else None
+        self._experts = _first_experts(model)
+        store = model.experts_store
+        self._store = store if isinstance(store, DeviceStore) else None
         config, self._embedding = model.config, model.embed_tokens.weight
         self._head, self._norm, self._window = head, model.norm.weight, config.sliding_window
         self._num_heads, self._top_k = config.num_attention_heads, config.num_experts_per_tok
@@ -155,7 +166,7 @@ class StaticDecoder:
         return (
             cache.storage(0)[0] is first
             and cache.storage(len(self._storage) - 1)[1] is last
-            and _first_moe_block(model).stored is self._experts
+            and _first_experts(model) is self._experts
         )
 
     @torch.no_grad()
@@ -284,7 +295,9 @@ class StaticDecoders:
             return None
         if kernels.overridden() or model.attn_implementation == "eager":
             return None
-        store = _first_moe_block(model).offloaded
+        if not _is_plain(head, Linear):
+            return None
+        store = model.experts_store
         if isinstance(store, DeviceStore) and not store.recordable:
             return None
         cache.reserve(cache.length + 1)

@@ -79,17 +79,23 @@ class Attention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not isinstance(self.q_proj.stored, PackedWeight):
-            self.fused_qkv = None  # moved: q, k and v are separate weights again
+        if self.fused_qkv is not None:
+            device = fn(torch.empty(0, device=self.fused_qkv.device)).device
+            if device != self.fused_qkv.device:
+                self.fused_qkv = None  # moved: q, k and v are separate weights again
         return self
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, D) -> queries (B, S, H * d), keys and values (B, S, G * d)."""
+        """(B, S, D) -> queries (B, S, H * d), keys and values (B, S, G * d).
+
+        With an adapter or a hook on one of them, each is called by itself.
+        """
         parts = self.projections[:3]
-        if self.fused_qkv is not None:
+        plain = all(type(part) is Linear and not is_observed(part) for part in parts)
+        if plain and self.fused_qkv is not None:
             widths = [part.out_features for part in parts]
             q, k, v = kernels.linear(x, self.fused_qkv).split_with_sizes(widths, -1)
-        elif all(type(part) is Linear and not is_observed(part) for part in parts):
+        elif plain:
             q, k, v = kernels.linears(x, [part.stored for part in parts])
         else:
             q, k, v = (part(x) for part in parts)

@@ -74,20 +74,13 @@ class CompiledLayer:
         """The layer, without its experts where those are multiplied elsewhere."""
         if layer.training:
             return WhyNot.TRAINING
-        attention, block = layer.self_attn, layer.block_sparse_moe
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        if type(attention) is not Attention or type(block) is not SparseMoeBlock:
-            return WhyNot.OTHER_CLASS
-        linears = (*attention.projections, block.gate)
-        if not all(type(linear) is Linear for linear in linears):
-            return WhyNot.OTHER_CLASS
-        if not all(type(norm) is RMSNorm for norm in norms):
-            return WhyNot.OTHER_CLASS
-        if any(is_observed(module) for module in (attention, block, *linears, *norms)):
-            return WhyNot.OBSERVED
-        *projections, router = (linear.stored for linear in linears)
-        experts = block.quantized_weights()
-        dense: list[Tensor] = [norm.weight for norm in norms]
+        reason = why_not_modules(layer)
+        if reason is not None:
+            return reason
+        projections = [linear.stored for linear in layer.self_attn.projections]
+        router = layer.block_sparse_moe.gate.stored
+        experts = layer.block_sparse_moe.quantized_weights()
+        dense: list[Tensor] = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
         if isinstance(router, Dense):
             dense.append(router.data)
         made_of = projections, experts, [(part.data_ptr(), part.dtype) for part in dense]
@@ -100,6 +93,22 @@ class CompiledLayer:
     def __reduce__(self) -> tuple[object, ...]:
         """The weights of a copy lie elsewhere."""
         return CompiledLayer, ()
+
+
+def why_not_modules(layer: LayerModules) -> WhyNot | None:
+    """Why the layer's modules have to be called; None if its weights say all that they compute."""
+    attention, block = layer.self_attn, layer.block_sparse_moe
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if type(attention) is not Attention or type(block) is not SparseMoeBlock:
+        return WhyNot.OTHER_CLASS
+    linears = (*attention.projections, block.gate)
+    if not all(type(linear) is Linear for linear in linears):
+        return WhyNot.OTHER_CLASS
+    if not all(type(norm) is RMSNorm for norm in norms):
+        return WhyNot.OTHER_CLASS
+    if any(is_observed(module) for module in (attention, block, *linears, *norms)):
+        return WhyNot.OBSERVED
+    return None
 
 
 def _compiled(

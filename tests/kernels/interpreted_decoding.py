@@ -179,6 +179,46 @@ def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
     assert found is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "layers.1",
+            "layers.1.self_attn",
+            "layers.1.self_attn.v_proj",
+            "layers.1.input_layernorm",
+        ),
+        *("layers.0.self_attn.o_proj", "layers.0.block_sparse_moe", "norm"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hook", "adapter"])
+def test_a_module_that_has_to_be_called_is_left_to_the_modules(monkeypatch, name, kind):
+    """No launch calls it. A layer or its experts may be wrapped, too."""
+    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+    model = packed_model(nf4)
+    parent, _, last = name.rpartition(".")
+    module = model.model.get_submodule(name)
+    if kind == "hook":
+        module.register_forward_hook(lambda *given: None)
+    else:
+        wrapper = torch.nn.Sequential(module)
+        setattr(model.model.get_submodule(parent), last, wrapper)
+    assert not supported(model.model)
+    with torch.no_grad():
+        cache = model.new_cache(1, 4)
+        assert model.static_decoders.for_cache(model.model, model.lm_head, cache, None) is None
+
+
+def test_a_head_that_has_to_be_called_is_left_to_the_modules(monkeypatch):
+    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+    model = packed_model(nf4)
+    cache = model.new_cache(1, 4)
+    with torch.no_grad():
+        assert model.static_decoders.for_cache(model.model, model.lm_head, cache, None) is not None
+        model.lm_head.register_forward_hook(lambda *given: None)
+        assert model.static_decoders.for_cache(model.model, model.lm_head, cache, None) is None
+
+
 @pytest.mark.parametrize("sampled", one_in(2, [True, False]))
 def test_the_graph_gives_the_tokens_of_the_launches(sampled):
     """In the interpreter both are launched one by one; a seed gives the same tokens again."""
