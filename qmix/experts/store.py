@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError, UsageError
@@ -12,6 +11,7 @@ from qmix.experts.layer_experts import Experts
 from qmix.experts.statistics import Statistics
 from qmix.experts.turns import Turns
 from qmix.kernels import Routes
+from qmix.kernels.gradients import needs_grad
 from qmix.weights.expert import Expert
 
 Result = TypeVar("Result")
@@ -76,7 +76,7 @@ class StoredExperts(Experts):
         Raises:
             UsageError: gradients are required.
         """
-        if x.requires_grad and torch.is_grad_enabled():
+        if needs_grad(x):
             raise UsageError(
                 "an offloaded model computes no gradients",
                 remedy="Load it without vram= and ram= to train, or use torch.no_grad().",

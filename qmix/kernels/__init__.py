@@ -28,6 +28,7 @@ from qmix.kernels.attention import CAUSAL, AttentionMask, Implementation, visibl
 from qmix.kernels.cpu import matmul
 from qmix.kernels.cpu.library import attends, library
 from qmix.kernels.gpu import packed_matmul
+from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import Routes, moe_forward, moe_forward_token
 from qmix.kernels.pointwise import rotary
 from qmix.weights.dense import Dense, Weight
@@ -146,7 +147,7 @@ def experts(
     if overridden():
         return reference.experts(x, routes, weights, act)
     one_token = len(x) == 1 and x.is_cpu and library().isa is not None
-    if one_token and act is F.silu and not _trained(x):
+    if one_token and act is F.silu and not needs_grad(x):
         return moe_forward_token(x, routes, weights, _add_experts, resident=resident)
     return moe_forward(x, routes, weights, act, linears)
 
@@ -161,13 +162,9 @@ def packed_experts(
     """
     if overridden():
         return reference.experts(x, routes, weights, act)
-    if act is F.silu and not _trained(x):
+    if act is F.silu and not needs_grad(x):
         return packed_matmul.experts(x, routes, weights)
     return moe_forward(x, routes, weights, act, linears)
-
-
-def _trained(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _add_experts(
@@ -246,7 +243,7 @@ def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
 
 def _single(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the compiled CPU attention takes these: single tokens, without gradients."""
-    return attends(q, k, v) and not overridden() and not attention.needs_grad(q, k, v)
+    return attends(q, k, v) and not overridden() and not needs_grad(q, k, v)
 
 
 def _fused(*tensors: Tensor) -> bool:
@@ -254,5 +251,5 @@ def _fused(*tensors: Tensor) -> bool:
     return (
         all(t.is_cuda and t.dtype in _FLOATS for t in tensors)
         and not overridden()
-        and not attention.needs_grad(*tensors)
+        and not needs_grad(*tensors)
     )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError, UsageError
 from qmix.kernels import flash
+from qmix.kernels.gradients import needs_grad
 
 Implementation = Literal["eager", "sdpa", "flash_attention_2", "triton"]
 
@@ -241,11 +242,6 @@ def attend_with(
     if seen < k.shape[2]:
         k, v = k[:, :, -seen:], v[:, :, -seen:]
     return _IMPLEMENTATIONS[implementation](q, k, v, mask, dropout)
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd records an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _seen_and_bias(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from qmix.kernels import pointwise
 from qmix.kernels.cpu.library import DENSE_TOKENS, library
+from qmix.kernels.gradients import needs_grad
 from qmix.weights.dense import Dense, Weight
 
 
@@ -33,12 +34,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _few(x: Tensor, data: Tensor) -> bool:
     """Whether the compiled kernels take x [..., K] and a weight [..., K]."""
-    trained = torch.is_grad_enabled() and (x.requires_grad or data.requires_grad)
     return (
         x.is_cpu
         and 0 < x.numel() <= DENSE_TOKENS * data.shape[-1]
         and x.dtype == data.dtype == torch.bfloat16
         and data.is_contiguous()
-        and not trained
+        and not needs_grad(x, data)
         and library().isa is not None
     )

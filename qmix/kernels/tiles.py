@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qmix.kernels.gradients import needs_grad
 from qmix.weights.dense import Weight
 from qmix.weights.integers import Integers
 from qmix.weights.nf4 import NF4
@@ -51,7 +52,7 @@ def linear(x: Tensor, weight: Weight, tile_elements: int) -> Tensor:
     step = max(1, tile_elements // in_features) if on_cpu else out_features
     starts = range(0, out_features, step)
     tiles = (weight.rows(start, min(start + step, out_features), compute) for start in starts)
-    if tokens.requires_grad and torch.is_grad_enabled():
+    if needs_grad(tokens):
         out = torch.cat([tokens @ tile.T for tile in tiles], 1)  # autograd keeps every tile
     else:
         out = torch.empty(tokens.shape[0], out_features, dtype=compute, device=x.device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qmix import kernels
+from qmix.errors import UnsupportedError
 from qmix.kernels import Routes
 from tests.support.interpreter import run_apart
 from tests.support.soak import both, one_in
@@ -172,3 +173,14 @@ def test_every_selectable_shape_is_listed():
             shape = attention.blocks_for(queries, dtype)
             kernel = "prefill" if queries > 1 else "split"
             assert (kernel, dtype, shape.columns, shape.warps) in listed
+
+
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
+def test_gradients_are_refused_for_every_input(which):
+    inputs = [torch.zeros(1, 2, 3, 16) for _ in range(3)]
+    attention.check(*inputs)
+    inputs[which].requires_grad_()
+    with pytest.raises(UnsupportedError, match="gradients"):
+        attention.check(*inputs)
+    with torch.no_grad():
+        attention.check(*inputs)

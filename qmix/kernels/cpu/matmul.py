@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
+from qmix.kernels.gradients import needs_grad
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.integers import Int4
@@ -33,7 +34,7 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     if compiled.isa is None:
         compiled.fallbacks += len(weights)
         return [_tiles(x, weight) for weight in weights]
-    if x.requires_grad and torch.is_grad_enabled():
+    if needs_grad(x):
         return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
     return _multiplied(x, weights)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import attention_triton as kernels
 from qmix.kernels.gpu.launch import multiprocessors, power_of_2
+from qmix.kernels.gradients import needs_grad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -82,14 +83,14 @@ def splits_for(unsplit: int, slots: int, columns: int, wanted: int) -> int:
     return max(1, min(-(-wanted // unsplit), -(-slots // columns), LARGEST_SPLIT))
 
 
-def check(q: Tensor, k: Tensor) -> None:
-    """Refuse queries (B, H, S, d) and keys (B, G, L, d) that the kernels do not support.
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse queries (B, H, S, d), keys and values (B, G, L, d) that the kernels do not support.
 
     Raises:
         UnsupportedError: another dtype, mixed dtypes, a head width that is no power of 2 from 16 to
             128, or gradients are wanted.
     """
-    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    differentiated = needs_grad(q, k, v)
     if (
         q.dtype in DTYPES
         and k.dtype == q.dtype
@@ -169,7 +170,7 @@ def _attend(
     tuning: Tuning,
 ) -> Tensor:
     """(B, H, S, d) over (B, G, R, d): [B, S, H, d]."""
-    check(q, k)
+    check(q, k, v)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, queries, width), (shared, slots) = q.shape, k.shape[1:3]
     group_heads = heads // shared

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels import tiles
+from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import Routes
 from qmix.weights.dense import Weight
 from qmix.weights.packed.weight import PackedExperts, PackedWeight
@@ -21,7 +22,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     Gradients, and single matrices of an expert, go through the standard weight.
     """
     assert isinstance(weight, PackedWeight)
-    if weight.selection is not None or (x.requires_grad and torch.is_grad_enabled()):
+    if weight.selection is not None or needs_grad(x):
         return tiles.linear(x, weight.unpack(), _TILE_ELEMENTS)
     from qmix.kernels.gpu import moe as gpu
 

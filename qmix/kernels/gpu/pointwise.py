@@ -32,6 +32,7 @@ from torch import Tensor
 
 from qmix.kernels.gpu import pointwise_triton as kernels
 from qmix.kernels.gpu.launch import power_of_2
+from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import Routes
 
 _ROTATED_ROWS = 16
@@ -180,7 +181,7 @@ def _residual_norm(
 ) -> None:
     tokens, hidden = x.shape
     assert x.is_contiguous()
-    assert not (torch.is_grad_enabled() and x.requires_grad), "no backward"
+    assert not needs_grad(x), "no backward"
     if partials is not None:
         partials = _as_partials(partials)
         assert partials.shape[1] % tokens == 0, (tuple(partials.shape), tokens)
