@@ -3,7 +3,6 @@
 Shape letters: see qmix.kernels; G here are the groups of a row, of K / G inputs each.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, Self
@@ -14,13 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.weights.scheme import GROUP_SIZES, Scheme
-from qmix.weights.slabs import (
-    DEVICE_ELEMENTS,
-    SERIAL_ELEMENTS,
-    SLAB_ELEMENTS,
-    TILE_ELEMENTS,
-    each_slab,
-)
+from qmix.weights.slabs import DEVICE_ELEMENTS, SERIAL_ELEMENTS, TILE_ELEMENTS, decoded
 
 
 def symmetric_zero(bits: int) -> int:
@@ -102,8 +95,11 @@ class Integers:
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows [start, stop) as [stop - start, K], inputs in the layer's order."""
-        decode = self._decode_cpu if self.device.type == "cpu" else self._decode
-        values = decode(start, stop, dtype or self.dtype)
+        dtype = dtype or self.dtype
+        if self.device.type == "cpu":
+            values = decoded(start, stop, self.shape[1], dtype, self._decode_slab)
+        else:
+            values = self._decode(start, stop, dtype)
         return values if self.perm is None else values.index_select(1, self._inverse)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -139,23 +135,6 @@ class Integers:
             out[first - start : last - start] = values.view(last - first, -1)
         return out
 
-    def _decode_cpu(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """`_decode` for the CPU, on several threads if there is enough to do."""
-        in_features = self.shape[1]
-        bits = np.empty((stop - start, in_features), f"i{dtype.itemsize}")
-
-        def decode(first: int) -> None:
-            last = min(first + step, stop)
-            # Made by this thread: a tensor that another made under inference_mode is read-only
-            # here.
-            self._decode_slab(
-                first, last, torch.from_numpy(bits[first - start : last - start]).view(dtype)
-            )
-
-        step = max(1, SLAB_ELEMENTS // in_features)
-        each_slab(decode, range(start, stop, step))
-        return torch.from_numpy(bits).view(dtype)
-
     def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
         """Decode rows [start, stop) into `out`, one tile that fits the cache at a time."""
         in_features, groups = self.shape[1], self.scales.shape[1]
@@ -180,12 +159,10 @@ class Integers:
                     continue
                 np.multiply(values, scales[first:last], out=values)
                 flat = torch.from_numpy(values.reshape(-1))
-                for piece in _pieces(flat.numel()):  # rounded on this thread
-                    target[piece].copy_(flat[piece])
-
-
-def _pieces(count: int) -> Iterator[slice]:
-    return (slice(i, i + SERIAL_ELEMENTS) for i in range(0, count, SERIAL_ELEMENTS))
+                # One call rounds a list of parts on this thread, with the lock released.
+                torch._foreach_copy_(
+                    torch.split(target, SERIAL_ELEMENTS), torch.split(flat, SERIAL_ELEMENTS)
+                )
 
 
 _REORDERED_ROWS = 64  # seven times as fast as 1024: the gathered rows stay in the cache

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from qmix.weights.scheme import NESTED_BLOCK, Scheme
-from qmix.weights.slabs import (
-    DEVICE_ELEMENTS,
-    SERIAL_ELEMENTS,
-    SLAB_ELEMENTS,
-    TILE_ELEMENTS,
-    each_slab,
-)
+from qmix.weights.slabs import DEVICE_ELEMENTS, SERIAL_ELEMENTS, TILE_ELEMENTS, decoded
 
 # The value of each NF4 code: quantiles of the normal distribution (QLoRA, arXiv 2305.14314,
 # appendix E), with the digits that bitsandbytes uses.
@@ -116,8 +110,11 @@ class NF4:
         in_features = self.out_shape[1]
         first, last = start * in_features, stop * in_features
         blocks = first // self.block_size, -(-last // self.block_size)
-        decode = self._decode_cpu if self.device.type == "cpu" else self._decode
-        values = decode(*blocks, dtype or self.out_dtype)
+        dtype = dtype or self.out_dtype
+        if self.device.type == "cpu":
+            values = decoded(*blocks, self.block_size, dtype, self._decode_slab).view(-1)
+        else:
+            values = self._decode(*blocks, dtype)
         offset = first - blocks[0] * self.block_size
         return values[offset : offset + last - first].view(stop - start, in_features)
 
@@ -145,29 +142,12 @@ class NF4:
             out[first - start : last - start] = values.mul_(self.scales(first, last)[:, None])
         return out.view(-1)
 
-    def _decode_cpu(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """`_decode` for the CPU, on several threads if there is enough to do.
+    def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
+        """Decode blocks [start, stop) into `out` [B, block], one tile in the cache at a time.
 
         numpy looks up the two values of a byte faster than any torch operation. It uses one thread
         for each call and releases the interpreter's lock.
         """
-        block = self.block_size
-        # numpy requests huge pages for large arrays: page faults of 117 MB cost 60 ms less.
-        bits = np.empty((stop - start) * block, f"i{dtype.itemsize}")
-
-        def decode(first: int) -> None:
-            last = min(first + step, stop)
-            # Made by this thread: a tensor that another made under inference_mode is read-only
-            # here.
-            out = torch.from_numpy(bits[(first - start) * block : (last - start) * block])
-            self._decode_slab(first, last, out.view(dtype).view(-1, block))
-
-        step = SLAB_ELEMENTS // block
-        each_slab(decode, range(start, stop, step))
-        return torch.from_numpy(bits).view(dtype)
-
-    def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
-        """Decode blocks [start, stop) into `out` [B, block], one tile in the cache at a time."""
         block = self.block_size
         codes, pairs = self.codes.numpy(), self._pairs.numpy()
         step, serial = TILE_ELEMENTS // block, SERIAL_ELEMENTS // block

@@ -64,6 +64,7 @@ OWNERS: Mapping[str, set[str]] = {
     "numpy": {
         "qmix.weights.nf4",
         "qmix.weights.integers",
+        "qmix.weights.slabs",
         "qmix.quantize.rounding.nf4",
         "qmix.quantize.calibrated.activations",
         "qmix.evals.timing.llama_peer",
