@@ -106,12 +106,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def tiny_nf4(tmp_path_factory, tiny):
     """The tiny Mixtral in 4 bits, quantized once a session."""
-    from qmix.quantize.streaming import quantize_streaming
-    from qmix.weights.scheme import NF4, Recipe
+    from tests.support.models import quantized
 
-    out = tmp_path_factory.mktemp("nf4") / "tiny-nf4"
-    quantize_streaming(tiny, out, Recipe.uniform(NF4, attention=True), method="nf4")
-    return out
+    return quantized(tiny, tmp_path_factory.mktemp("nf4") / "tiny-nf4")
 
 
 @pytest.fixture(scope="session")
@@ -164,23 +161,14 @@ def poison():
 @pytest.fixture
 def small_checkpoint(tmp_path):
     """A small bfloat16 checkpoint with the tiny model's tokenizer, of the test's own."""
-    import torch
+    from tests.support.models import write_dense
 
-    from tests.support.models import TINY, small_model
-
-    folder = tmp_path / "source"
-    model = small_model(vocab_size=2048, num_hidden_layers=1, eos_token_id=2)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    shutil.copy(TINY / "tokenizer.model", folder)
-    return folder
+    return write_dense(tmp_path / "source", num_hidden_layers=1)
 
 
 @pytest.fixture
 def small_checkpoint_nf4(small_checkpoint, tmp_path):
     """The same in 4 bits."""
-    from qmix.quantize.streaming import quantize_streaming
-    from qmix.weights.scheme import NF4, Recipe
+    from tests.support.models import quantized
 
-    out = tmp_path / "packed"
-    quantize_streaming(small_checkpoint, out, Recipe.uniform(NF4, attention=True), method="nf4")
-    return out
+    return quantized(small_checkpoint, tmp_path / "packed")

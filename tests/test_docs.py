@@ -73,19 +73,18 @@ def run_blocks(page, language):
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, tiny, tiny_nf4):
     """A folder in which the names of the pages' examples exist, tiny."""
-    from qmix.quantize.streaming import quantize_streaming
     from qmix.text.tokenizer import LlamaTokenizer
-    from qmix.weights.scheme import Recipe, Scheme
+    from qmix.weights.scheme import Scheme
     from tests.support import raw_mistral
-    from tests.support.models import small_model
+    from tests.support.models import quantized, small_model
 
     folder = tmp_path_factory.mktemp("desk")
     (folder / "evals").mkdir()
     for name in ("evals/tiny", "Mixtral-8x7B-v0.1", "Mixtral-8x7B-Instruct-v0.1"):
         (folder / name).symlink_to(tiny)
     shutil.copytree(tiny_nf4, folder / "mixtral-nf4")
-    recipe = Recipe.uniform(Scheme(kind="int4", group_size=128), attention=True)
-    quantize_streaming(tiny, folder / "mixtral-gptq", recipe, method="rtn")
+    scheme = Scheme(kind="int4", group_size=128)
+    quantized(tiny, folder / "mixtral-gptq", scheme, method="rtn")
     words = LlamaTokenizer.from_pretrained(tiny)
     raw = folder / "Mixtral-8x7B-v0.1-raw"
     raw_mistral.write(raw, small_model(vocab_size=len(words)), tokenizer=tiny / "tokenizer.model")

@@ -17,10 +17,8 @@ from qmix import strict_json
 from qmix.commands import terminal
 from qmix.errors import ResourceError
 from qmix.printable import escaped, printable
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import NF4, Recipe
 from tests.support import raw_mistral
-from tests.support.models import ROOT, TINY, small_model
+from tests.support.models import ROOT, quantized, small_model, write_dense
 from tests.support.process import PATIENCE, environment_of_child, qmix
 
 # Colour, title, the clipboard (OSC 52), 8-bit CSI, bidi marks, separators, and a carriage return.
@@ -33,12 +31,8 @@ RAW = set(HOSTILE) - set("ab[31m]0;OWNEDcdaGk=52Jefgh") | {"\udcff", "\0"}
 def hostile(tmp_path_factory):
     """A folder whose every name is hostile: dense and 4-bit checkpoints, and Mistral's own."""
     folder = tmp_path_factory.mktemp("terminal") / HOSTILE
-    model = small_model(vocab_size=2048, num_hidden_layers=1, eos_token_id=2).to(torch.bfloat16)
-    model.save_pretrained(folder / "dense")
-    shutil.copy(TINY / "tokenizer.model", folder / "dense")
-    quantize_streaming(
-        folder / "dense", folder / HOSTILE, Recipe.uniform(NF4, attention=True), method="nf4"
-    )
+    quantized(write_dense(folder / "dense", num_hidden_layers=1), folder / HOSTILE)
+    model = small_model(vocab_size=2048, num_hidden_layers=1).to(torch.bfloat16)
     raw_mistral.write(folder / "raw", model, layout="safetensors")
     params = strict_json.read(folder / "raw" / "params.json")
     strict_json.write(folder / "raw" / "params.json", {**params, HOSTILE: 1, "\0": 2})

@@ -13,10 +13,8 @@ from qmix.generation.static_decoder import StaticDecoder, supported
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import Recipe, Scheme
 from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, skip_without_a_device
-from tests.support.models import load_in_tiers, small_model
+from tests.support.models import load_in_tiers, quantized, small_model
 
 skip_without_a_device()
 pytestmark = CONVERSIONS
@@ -37,10 +35,7 @@ def directory(tmp_path_factory):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     model = small_model(**widths, **heads, num_hidden_layers=2)
     model.half().save_pretrained(root / "dense")
-    scheme = Scheme(kind="nf4", double_quant=True)
-    recipe = Recipe.uniform(scheme, attention=True)
-    quantize_streaming(root / "dense", root / "nf4", recipe, method="nf4")
-    return root / "nf4"
+    return quantized(root / "dense", root / "nf4")
 
 
 def loaded(directory, slots, name="heat"):

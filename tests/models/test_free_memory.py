@@ -15,14 +15,12 @@ from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
 from qmix.quantize.calibrated.windows import calibration_windows
 from qmix.quantize.source import open_source
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import NF4, Recipe, Scheme
+from qmix.weights.scheme import Recipe, Scheme
 from tests.support import raw_mistral
-from tests.support.models import TINY, small_model
+from tests.support.models import TINY, quantized, small_model
 
 MIB = 1 << 20
-NF4_RECIPE = Recipe.uniform(NF4, attention=True)
-INT4_RECIPE = Recipe.uniform(Scheme(kind="int4"), attention=True)
+INT4 = Scheme(kind="int4")
 
 
 def starve(monkeypatch, available):
@@ -31,15 +29,14 @@ def starve(monkeypatch, available):
 
 
 def quantize(tmp_path):
-    quantize_streaming(TINY, tmp_path / "out", NF4_RECIPE, method="nf4")
+    quantized(TINY, tmp_path / "out")
 
 
 def gptq(tmp_path):
     text = "free memory is looked at first " * 200
     windows = calibration_windows(text, lambda _: list(range(3, 900)), samples=1, seqlen=64)
-    quantize_calibrated(
-        open_source(TINY), tmp_path / "out", INT4_RECIPE, windows, CalibratedOptions()
-    )
+    recipe = Recipe.uniform(INT4, attention=True)
+    quantize_calibrated(open_source(TINY), tmp_path / "out", recipe, windows, CalibratedOptions())
 
 
 def evaluate(_):
@@ -68,7 +65,7 @@ def test_the_tiny_model_needs_little(monkeypatch, tmp_path, command):
 
 
 def test_export_and_convert_look_too(monkeypatch, tmp_path):
-    quantize_streaming(TINY, tmp_path / "int4", INT4_RECIPE, method="rtn")
+    quantized(TINY, tmp_path / "int4", INT4, method="rtn")
     source = raw_mistral.write(tmp_path / "raw", small_model(), layout="safetensors")
     starve(monkeypatch, 1 << 12)
     with pytest.raises(ResourceError, match="free host memory"):

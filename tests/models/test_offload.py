@@ -25,10 +25,9 @@ from qmix.models import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.planning import machine, plan
-from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
-from qmix.weights.scheme import Recipe, Scheme
-from tests.support.models import TINY, load_in_tiers, small_model
+from qmix.weights.scheme import Scheme
+from tests.support.models import TINY, load_in_tiers, quantized, small_model
 from tests.support.packers import write
 from tests.support.process import qmix
 from tests.support.soak import examples
@@ -46,15 +45,8 @@ def written(folder, layout):
             folder / "dense" if layout != "dense" else folder
         )
         if layout != "dense":
-            double = layout == "nf4"
-            scheme = Scheme(kind="nf4", double_quant=double)
-            quantize_streaming(
-                folder / "dense",
-                folder / "out",
-                Recipe.uniform(scheme, attention=True),
-                method="nf4",
-            )
-            return folder / "out"
+            scheme = Scheme(kind="nf4", double_quant=layout == "nf4")
+            return quantized(folder / "dense", folder / "out", scheme)
     else:
         write(folder, layout)
     return folder

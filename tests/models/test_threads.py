@@ -20,10 +20,8 @@ from qmix.experts.reader import ExpertReader
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.nn.moe import SparseMoeBlock
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import Recipe, Scheme
 from tests.support.interruption import interrupted_after
-from tests.support.models import ROOT, load_in_tiers, small_model, threads
+from tests.support.models import ROOT, load_in_tiers, quantized, small_model, threads
 from tests.support.soak import both
 
 PROMPTS = [
@@ -38,9 +36,7 @@ PROMPTS = [
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("threads")
     small_model().to(torch.bfloat16).save_pretrained(folder / "dense")
-    recipe = Recipe.uniform(Scheme(kind="nf4"), attention=True)
-    quantize_streaming(folder / "dense", folder / "nf4", recipe, method="nf4")
-    return folder / "nf4"
+    return quantized(folder / "dense", folder / "nf4")
 
 
 def offloaded(directory, host=2):

@@ -19,9 +19,8 @@ from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning.device_footprint import on_device
 from qmix.planning.stored_model import StoredModel
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import NF4, Recipe, Scheme
-from tests.support.models import ROOT, small_model
+from qmix.weights.scheme import NF4, Scheme
+from tests.support.models import ROOT, quantized, small_model
 
 SCHEMES = {
     "nf4": NF4,
@@ -30,11 +29,6 @@ SCHEMES = {
     "int4 asymmetric": Scheme(kind="int4", group_size=32, symmetric=False),
     "int4 per output": Scheme(kind="int4", group_size=-1),
 }
-
-
-def quantized(source, out, scheme):
-    quantize_streaming(source, out, Recipe.uniform(scheme, attention=True), method="rtn")
-    return out
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
@@ -46,7 +40,7 @@ def test_the_dense_tiny_model(tiny, dtype):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
-    directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
+    directory = quantized(tiny, tmp_path / "out", SCHEMES[name], method="rtn")
     found = reality.compare_footprint(directory, 512)
     assert abs(found.error) < 0.001
     assert found.predicted_cache == found.cache
@@ -62,7 +56,7 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
 @pytest.mark.parametrize("name", ["nf4", "int4", "int4 asymmetric", "int4 per output"])
 def test_the_packed_layout_on_a_device(tiny, tmp_path, name):
     """What the packer makes of the tiny model, byte for byte, with CPU tensors as the device."""
-    directory = quantized(tiny, tmp_path / "out", SCHEMES[name])
+    directory = quantized(tiny, tmp_path / "out", SCHEMES[name], method="rtn")
     predicted = on_device(StoredModel.of(read_metadata(directory)))
     model = MixtralForCausalLM.from_pretrained(directory, device="cpu")
     Packer().pack(model)

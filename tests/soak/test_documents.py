@@ -27,12 +27,11 @@ from qmix.formats import open_checkpoint
 from qmix.formats.mistral import params
 from qmix.generation.config import GenerationConfig
 from qmix.planning import machine
-from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.text.tokenizer_config import OVERRIDES
-from qmix.weights.scheme import NF4, Recipe, Scheme
+from qmix.weights.scheme import NF4, Scheme
 from tests.support import raw_mistral
-from tests.support.models import ROOT, TINY, small_model
+from tests.support.models import ROOT, TINY, quantized, small_model
 from tests.support.mutation import generator, mutated_bytes, mutated_text, outcome
 from tests.support.soak import SEED, both
 
@@ -69,8 +68,7 @@ def folder(tmp_path_factory):
     (base / "dense" / "added_tokens.json").write_text('{"<pad>": 2048}')
     schemes = {"nf4": NF4, "rtn": Scheme(kind="int4", group_size=32)}
     for method, scheme in schemes.items():
-        recipe = Recipe.uniform(scheme, attention=True)
-        quantize_streaming(base / "dense", base / method, recipe, method=method)
+        quantized(base / "dense", base / method, scheme, method=method)
     shutil.copytree(base / "rtn", base / "old")  # before transformers took over the settings
     document = json.loads((base / "old" / "config.json").read_text())
     del document["quantization_config"]

@@ -1,7 +1,5 @@
 """A small checkpoint, windows of ids, and a calibrated run over both."""
 
-import shutil
-
 import torch
 
 from qmix.formats.files import manifest
@@ -11,7 +9,7 @@ from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.rounding.gptq import RoundingOptions
 from qmix.quantize.source import open_source
 from qmix.weights.scheme import Recipe, Scheme
-from tests.support.models import TINY, small_model
+from tests.support.models import write_dense
 
 INT4 = Scheme(kind="int4", group_size=32)
 RECIPE = Recipe.uniform(INT4, attention=True)
@@ -21,11 +19,9 @@ TEXT = "Perfect is the enemy of good, and a list is not a tuple; see the tutoria
 
 
 def write_source(folder, **changes):
-    changes = {"num_hidden_layers": LAYERS, "num_local_experts": EXPERTS, **changes}
-    model = small_model(vocab_size=2048, eos_token_id=2, **changes)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    shutil.copy(TINY / "tokenizer.model", folder)
-    return folder
+    return write_dense(
+        folder, **{"num_hidden_layers": LAYERS, "num_local_experts": EXPERTS, **changes}
+    )
 
 
 def windows(seed=1):

@@ -1,5 +1,6 @@
 """Small models from a seed, and where the checkout and its trained model lie."""
 
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from qmix.config import MixtralConfig
 from qmix.formats import open_checkpoint
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.options import LoadOptions
+from qmix.quantize.streaming import quantize_streaming
+from qmix.weights.scheme import NF4, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "evals" / "tiny"
@@ -36,6 +39,21 @@ def small_config(**changes):
 def small_model(**changes):
     torch.manual_seed(0)
     return MixtralForCausalLM(small_config(**changes)).eval()
+
+
+def write_dense(folder, **changes):
+    """A small bfloat16 checkpoint with the tiny model's tokenizer."""
+    model = small_model(**{"vocab_size": 2048, "eos_token_id": 2, **changes})
+    model.to(torch.bfloat16).save_pretrained(folder)
+    shutil.copy(TINY / "tokenizer.model", folder)
+    return folder
+
+
+def quantized(source, out, scheme=NF4, *, method="nf4", **options):
+    """The checkpoint `out` with experts and attention of `source` in a scheme."""
+    recipe = Recipe.uniform(scheme, attention=True)
+    quantize_streaming(source, out, recipe, method=method, **options)
+    return out
 
 
 def ids(length, batch=1, seed=1):

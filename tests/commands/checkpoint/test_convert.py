@@ -21,11 +21,9 @@ from qmix.formats.files import shard_writer, shards
 from qmix.formats.mistral import checkpoint as mistral
 from qmix.formats.mistral import params
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
-from qmix.weights.scheme import NF4, Recipe
 from tests.support import raw_mistral
-from tests.support.models import ROOT, small_config, small_model
+from tests.support.models import ROOT, quantized, small_config, small_model
 from tests.support.process import qmix as command_line
 from tests.support.raw_mistral import refused
 
@@ -169,8 +167,7 @@ def test_the_result_is_a_checkpoint_directory_that_verifies(raw, tiny, tmp_path)
     assert verdict.hashed == len(list(out.iterdir())) - 1
     assert len(list(out.glob("model-*.safetensors"))) > 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
-    quantize_streaming(out, tmp_path / "nf4", Recipe.uniform(NF4, attention=True), method="nf4")
-    assert verify(tmp_path / "nf4").problems == ()
+    assert verify(quantized(out, tmp_path / "nf4")).problems == ()
 
 
 def test_two_conversions_write_the_same_bytes_whatever_the_layout(model, raw, whole, tmp_path):
@@ -503,7 +500,6 @@ def test_everywhere_else_a_raw_folder_is_sent_to_convert(
         model.config.save_pretrained(folder)
     if tokenizer:
         shutil.copy(tiny / "tokenizer.model", folder / tokenizer)
-    recipe = Recipe.uniform(NF4, attention=True)
     text = perplexity.Text("some words " * 40, "0" * 64) if hasattr(perplexity, "Text") else None
     for attempt in (
         lambda: open_checkpoint(folder),
@@ -511,7 +507,7 @@ def test_everywhere_else_a_raw_folder_is_sent_to_convert(
         lambda: verify(folder),
         lambda: qmix.load(folder, device="cpu"),
         lambda: MixtralForCausalLM.from_pretrained(folder, device="cpu"),
-        lambda: quantize_streaming(folder, tmp_path / "out", recipe, method="nf4"),
+        lambda: quantized(folder, tmp_path / "out"),
         lambda: perplexity.evaluate(folder, text) if text else open_checkpoint(folder),
     ):
         with pytest.raises(UnsupportedError, match="qmix convert RAW OUT"):

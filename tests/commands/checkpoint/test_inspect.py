@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import Recipe, Scheme
+from qmix.weights.scheme import Scheme
 from tests.support import packers
+from tests.support.models import quantized
 
 
 def schemes(inventory):
@@ -52,8 +52,7 @@ def test_packed_layouts(tmp_path, monkeypatch, pack, settings, options, expected
 @pytest.mark.parametrize("block", [64, 128, 512])
 def test_nf4(tiny, tmp_path, block, double):
     scheme = Scheme(kind="nf4", block_size=block, double_quant=double)
-    quantize_streaming(tiny, tmp_path / "out", Recipe.uniform(scheme, attention=True), method="nf4")
-    found = inspect(tmp_path / "out")
+    found = inspect(quantized(tiny, tmp_path / "out", scheme))
     assert schemes(found)["expert"] == ("bitsandbytes", str(scheme))
     (experts,) = (group for group in found.groups if group.kind == "expert")
     assert abs(experts.bits_per_weight - scheme.bits_per_weight) < 0.7  # tiny weights, 1 kB tables

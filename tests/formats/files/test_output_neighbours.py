@@ -7,14 +7,7 @@ import pytest
 
 from qmix.errors import CheckpointError, QmixError, UsageError
 from qmix.formats.files import output_dir, replacement
-from qmix.quantize.streaming import quantize_streaming
-from qmix.weights.scheme import NF4, Recipe
-
-
-def quantize(source, out, **options):
-    return quantize_streaming(
-        source, out, Recipe.uniform(NF4, attention=True), method="nf4", **options
-    )
+from tests.support.models import quantized
 
 
 def contents(folder):
@@ -26,7 +19,7 @@ def test_a_source_whose_name_is_out_with_our_suffix_survives(small_checkpoint, t
     neighbour = small_checkpoint.rename(tmp_path / f"m{suffix}")
     before = contents(neighbour)
     with suppress(UsageError):
-        quantize(neighbour, tmp_path / "m")
+        quantized(neighbour, tmp_path / "m")
     assert contents(neighbour) == before
 
 
@@ -36,7 +29,7 @@ def test_a_directory_that_is_not_ours_beside_out_survives(small_checkpoint, tmp_
     neighbour.mkdir()
     (neighbour / "thesis.txt").write_text("years of work")
     with suppress(UsageError):
-        quantize(small_checkpoint, tmp_path / "m")
+        quantized(small_checkpoint, tmp_path / "m")
     assert (neighbour / "thesis.txt").read_text() == "years of work"
 
 
@@ -46,14 +39,14 @@ def test_a_link_named_out_partial_is_not_followed(small_checkpoint, tmp_path):
     (home / "thesis.txt").write_text("years of work")
     (tmp_path / "m.partial").symlink_to(home)
     with suppress(UsageError):
-        quantize(small_checkpoint, tmp_path / "m")
+        quantized(small_checkpoint, tmp_path / "m")
     assert contents(home) == {"thesis.txt": b"years of work"}
 
 
 def test_a_file_named_out_partial_is_refused_by_name(small_checkpoint, tmp_path):
     (tmp_path / "m.partial").write_text("notes")
     with pytest.raises(QmixError, match=r"m\.partial"):
-        quantize(small_checkpoint, tmp_path / "m")
+        quantized(small_checkpoint, tmp_path / "m")
 
 
 def test_a_second_run_in_the_moment_of_the_rename_cannot_empty_the_first_ones_output(
@@ -69,7 +62,7 @@ def test_a_second_run_in_the_moment_of_the_rename_cannot_empty_the_first_ones_ou
         sync(folder)
 
     monkeypatch.setattr(replacement, "sync_directory", sync_beside_a_second_run)
-    quantize(small_checkpoint, out)
+    quantized(small_checkpoint, out)
     assert (out / "config.json").is_file()
 
 
@@ -78,5 +71,5 @@ def test_out_by_a_dot_is_refused_as_usage(small_checkpoint_nf4, small_checkpoint
     (small_checkpoint_nf4 / "sub").mkdir()
     monkeypatch.chdir(small_checkpoint_nf4 if out == "." else small_checkpoint_nf4 / "sub")
     with pytest.raises(UsageError):
-        quantize(small_checkpoint, Path(out), force=True)
+        quantized(small_checkpoint, Path(out), force=True)
     assert (small_checkpoint_nf4 / "config.json").is_file()

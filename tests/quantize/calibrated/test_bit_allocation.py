@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense
 from tests.support.calibration import TEXT
-from tests.support.models import TINY, small_model
+from tests.support.models import write_dense
 from tests.support.process import qmix
 
 LAYERS, EXPERTS = 2, 4
@@ -41,14 +40,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Widths of 128, so that every choice of groups fits."""
-    folder = tmp_path_factory.mktemp("allocation") / "source"
-    model = small_model(
-        vocab_size=2048, hidden_size=128, intermediate_size=128, eos_token_id=2,
-        num_hidden_layers=LAYERS, num_local_experts=EXPERTS, initializer_range=0.1,
+    return write_dense(
+        tmp_path_factory.mktemp("allocation") / "source",
+        hidden_size=128, intermediate_size=128, initializer_range=0.1,
+        num_hidden_layers=LAYERS, num_local_experts=EXPERTS,
     )  # fmt: skip
-    model.to(torch.bfloat16).save_pretrained(folder)
-    shutil.copy(TINY / "tokenizer.model", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
