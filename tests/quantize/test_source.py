@@ -72,7 +72,7 @@ def quantize(source, out, method, progress):
     request = QuantizeRequest(
         method=method,
         group_size=32 if method in ("gptq", "rtn") else None,
-        samples=4 if calibrated else 256,
+        samples=4 if calibrated else None,
         seqlen=32 if calibrated else None,
         device="cpu" if calibrated else None,
         bits=8.0 if method == "auto" else None,
