@@ -53,11 +53,7 @@ newest:
 	$(NEWEST)/bin/python $(TESTS) -m "not slow and not soak" $(PYTEST)
 
 # Write the committed golden values anew, each by its oracle in an environment of its own.
-goldens: .oracles/gptqmodel/.ready
-	for name in 38 4 5 ct; do \
-	  test -x .oracles/$$name/bin/python || $(PYTHON) -m venv .oracles/$$name; \
-	  .oracles/$$name/bin/python -m pip install --quiet -e ".[oracle-$$name]" "$(TORCH)" || exit 1; \
-	done
+goldens: .oracles/38/.ready .oracles/4/.ready .oracles/5/.ready .oracles/ct/.ready .oracles/gptqmodel/.packed
 	for name in 38 4 5; do for file in logits page; do \
 	  .oracles/$$name/bin/python tests/golden/make_$$file.py || exit 1; \
 	done; done
@@ -67,7 +63,7 @@ goldens: .oracles/gptqmodel/.ready
 
 # What gptqmodel makes of the tiny model at its defaults and at its best, scored as ours is.
 RIVALS := .oracles/rivals
-rivals: $(READY) .oracles/gptqmodel/.ready
+rivals: $(READY) .oracles/gptqmodel/.packed
 	mkdir -p $(RIVALS)
 	for part in train heldout; do $(BIN)/python -m qmix.evals.corpus $$part > $(RIVALS)/$$part.txt || exit 1; done
 	for group in 128 32; do for more in '' ', "desc_act": true, "mse": 2.4'; do \
@@ -77,9 +73,13 @@ rivals: $(READY) .oracles/gptqmodel/.ready
 	  $(BIN)/qmix eval $$out --data $(RIVALS)/heldout.txt --reference evals/tiny --dtype float32 || exit 1; \
 	done; done
 
-.oracles/gptqmodel/.ready: pyproject.toml
-	test -x .oracles/gptqmodel/bin/python || $(PYTHON) -m venv .oracles/gptqmodel
-	.oracles/gptqmodel/bin/python -m pip install --quiet -e ".[oracle-gptqmodel]" "$(TORCH)"
+.oracles/%/.ready: pyproject.toml
+	test -x .oracles/$*/bin/python || $(PYTHON) -m venv .oracles/$*
+	.oracles/$*/bin/python -m pip install --quiet -e ".[oracle-$*]" "$(TORCH)"
+	touch $@
+
+# pyproject.toml says why these two come without what they ask for.
+.oracles/gptqmodel/.packed: .oracles/gptqmodel/.ready
 	.oracles/gptqmodel/bin/python -m pip install --quiet --no-deps gptqmodel==7.7.0 auto-gptq==0.7.1
 	touch $@
 
