@@ -1,11 +1,10 @@
 """The public face: qmix.NAME for every public name, and nothing else in dir(qmix)."""
 
 import ast
-import subprocess
-import sys
 
 import qmix
 from tests.support.models import ROOT
+from tests.support.process import succeeds
 
 PUBLIC = {
     *("load", "LoadOptions", "AutoModelForCausalLM", "AutoTokenizer", "MixtralConfig"),
@@ -18,10 +17,7 @@ PUBLIC = {
 
 def test_dir_lists_the_public_names_and_dunders_only():
     code = "import qmix, qmix.cli, json; print(json.dumps(dir(qmix)))"  # with submodules imported
-    printed = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    names = ast.literal_eval(printed.stdout)
+    names = ast.literal_eval(succeeds(code))
     assert {name for name in names if not name.startswith("__")} == PUBLIC
     assert {"__all__", "__version__", "__doc__"} <= set(names)
 

@@ -4,15 +4,21 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import warnings
 
 import pytest
 
 from qmix import __version__
-from tests.support.models import ROOT
-from tests.support.process import PATIENCE, QMIX, Terminal, environment_of_child, qmix, qmix_apart
+from tests.support.process import (
+    PATIENCE,
+    QMIX,
+    Terminal,
+    finished,
+    python,
+    qmix,
+    qmix_apart,
+)
 
 COMMANDS = ("quantize", "convert", "export", "generate", "chat", "eval", "bench", "inspect")
 COMMANDS += ("verify", "plan", "doctor", "demo", "trace")
@@ -90,15 +96,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
     ids=str,
 )
 def test_help_usage_errors_and_headers_need_no_torch(arguments, code):
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
-        cwd=ROOT,
-        env=environment_of_child(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    result = python(WITHOUT_TORCH, *arguments)
     assert result.returncode == code, result.stderr
 
 
@@ -167,16 +165,9 @@ def test_chat_works_from_a_pipe(tiny_nf4):
 
 def test_a_reader_that_goes_away_is_no_error(tiny):
     command = f"{' '.join(QMIX)} generate {tiny} 'Return the' --max-new-tokens 40 | head -c 1"
-    result = subprocess.run(
-        ["bash", "-c", command],
-        cwd=ROOT,
-        env=environment_of_child(),
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert b"Traceback" not in result.stderr
-    assert b"BrokenPipe" not in result.stderr
+    result = finished(["bash", "-c", command])
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
 
 
 def test_inspect_reads_headers_and_verify_reads_everything(tiny_nf4, tmp_path):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from qmix.errors import ResourceError
 from qmix.printable import escaped, printable
 from tests.support import raw_mistral
 from tests.support.models import ROOT, quantized, small_model, write_dense
-from tests.support.process import PATIENCE, environment_of_child, qmix
+from tests.support.process import finished, qmix
 
 # Colour, title, the clipboard (OSC 52), 8-bit CSI, bidi marks, separators, and a carriage return.
 HOSTILE = "a\x1b[31mb\x1b]0;OWNED\x07c\x1b]52;c;aGk=\x07d\x9b2Je\u202ef\u200f\u061c\u2028g\rh\x7f"
@@ -151,16 +150,7 @@ def test_only_the_terminal_writes_to_the_streams():
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "evals/tiny"]])
 def test_a_full_stdout_is_one_clear_error(arguments):
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "qmix", *arguments],
-            cwd=ROOT,
-            env=environment_of_child(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        done = finished([sys.executable, "-m", "qmix", *arguments], stdout=full)
     assert done.returncode == 4, done.stderr
     assert done.stderr.startswith("qmix: stdout: cannot be written")
     assert done.stderr.count("\n") == 1

@@ -1,7 +1,5 @@
 """The corpus and the tokenizer trained on it: stable, split without a leak, complete."""
 
-import os
-import subprocess
 import sys
 from itertools import islice
 
@@ -17,6 +15,7 @@ from qmix.evals.training.text_stream import TextStream, questions
 from qmix.evals.training.train_tokenizer import train_tokenizer
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import ROOT
+from tests.support.process import finished, succeeds
 
 LONG = corpus.PARAGRAPH_CHARS
 
@@ -26,15 +25,8 @@ def long_keys(documents):
     return {key for key in keys if len(key) >= LONG}
 
 
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
+def run(part, **environment):
+    return finished([sys.executable, "-m", "qmix.evals.corpus", part], environment=environment)
 
 
 def test_no_heldout_paragraph_occurs_in_the_training_part():
@@ -76,21 +68,21 @@ def test_documents_come_in_the_order_of_unique_names():
 
 
 def test_another_process_and_hash_seed_give_the_same_text():
-    result = run("-m", "qmix.evals.corpus", "heldout", PYTHONHASHSEED="1")
+    result = run("heldout", PYTHONHASHSEED="1")
     assert result.returncode == 0
     assert result.stdout == corpus.heldout_text()
     assert corpus.fingerprint(corpus.heldout_text()) in result.stderr
 
 
 def test_the_command_refuses_another_part_in_one_line():
-    result = run("-m", "qmix.evals.corpus", "test")
+    result = run("test")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "corpus: name one part; expected train or heldout; found test\n"
 
 
 def test_the_corpus_needs_no_torch():
     code = "import sys, qmix.evals.corpus as c; c.documents(); sys.exit('torch' in sys.modules)"
-    assert run("-c", code).returncode == 0
+    succeeds(code)
 
 
 def test_a_python_without_pydoc_topics_is_named(monkeypatch):

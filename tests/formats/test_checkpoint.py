@@ -13,6 +13,7 @@ from qmix.formats import names, open_checkpoint
 from qmix.formats.files import shard_names, shards
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.models import small_model
+from tests.support.process import succeeds
 
 
 @pytest.fixture
@@ -128,8 +129,6 @@ def test_weights_that_overflow_float16_are_refused(folder):
 
 
 def test_nothing_outside_the_directory_is_opened_and_nothing_is_executed(folder):
-    import subprocess
-    import sys
 
     document = json.loads((folder / "config.json").read_text())
     document["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
@@ -149,12 +148,7 @@ load()
 asked = ({str(folder)!r}, "/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup/")  # free memory
 print([path for path in seen if not path.startswith(asked)])
 """
-    from tests.support.models import ROOT
-
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+    assert succeeds(code).strip() == "[]"
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

@@ -1,14 +1,10 @@
 """The packed GPU kernels on a machine without a GPU: interpreted, traced, compiled."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from qmix.kernels import Routes
 from tests.support.interpreter import run_apart
-from tests.support.models import ROOT
 from tests.support.soak import both, one_in
 
 pytest.importorskip("triton")
@@ -21,6 +17,7 @@ from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import TileFormat
 from tests.support.interpreter import Recorder
+from tests.support.process import succeeds
 
 NF4, INT4 = aot.FORMATS[:2]
 
@@ -41,7 +38,7 @@ def test_importing_the_kernels_imports_no_triton():
         "import sys, qmix.kernels, qmix.weights.packed.layout, qmix.weights.packed.table; "
         "sys.exit('triton' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    succeeds(code)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 1024])

@@ -1,13 +1,11 @@
 """transformers drives a qmix model: its generate, its beams, its pipelines."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import qmix
-from tests.support.models import ROOT, TINY, ids, small_model
+from tests.support.models import TINY, ids, small_model
+from tests.support.process import succeeds
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -145,9 +143,9 @@ def test_without_transformers_the_remedy_is_named():
         "except UnsupportedError as error:\n    sys.exit('pip install' not in str(error))\n"
         "sys.exit('imported')"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    succeeds(code)
 
 
 def test_nothing_else_imports_transformers():
     code = "import sys, qmix.models.auto, qmix.commands.session; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    succeeds(code)

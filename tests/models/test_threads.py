@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -21,7 +20,8 @@ from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.nn.moe import SparseMoeBlock
 from tests.support.interruption import interrupted_after
-from tests.support.models import ROOT, load_in_tiers, quantized, small_model, threads
+from tests.support.models import load_in_tiers, quantized, small_model, threads
+from tests.support.process import python
 from tests.support.soak import both
 
 PROMPTS = [
@@ -275,9 +275,7 @@ def work():
 threading.Thread(target=work).start()
 first.wait()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = python(script)
     assert done.stdout == "the same\n", done.stderr
 
 

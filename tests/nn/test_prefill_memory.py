@@ -1,12 +1,11 @@
 """A long prompt is prefilled in chunks: it never allocates S x S or S x vocabulary at once."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 
-from tests.support.models import ROOT, TINY
+from tests.support.models import TINY
+from tests.support.process import succeeds
 
 TOKENS = 16_384
 
@@ -37,14 +36,8 @@ print(peak() - before, out.past_key_values.nbytes >> 20)
 )
 def test_the_peak_of_a_16k_prefill_is_bounded(window, most_mib):
     """Scores of all pairs would be 8 GiB, logits of all positions 128 MiB; the cache is 24 MiB."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(TINY), str(TOKENS), str(window or 0)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    grew, cache = map(int, done.stdout.split())
+    printed = succeeds(SCRIPT, TINY, TOKENS, window or 0, environment={"OMP_NUM_THREADS": "1"})
+    grew, cache = map(int, printed.split())
     print(f"window {window}: peak {grew} MiB over a short prompt's, cache {cache} MiB")
     assert cache == (24 if window is None else 1)
     assert grew < most_mib

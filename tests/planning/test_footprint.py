@@ -1,7 +1,6 @@
 """The planner against reality: predicted bytes and those of models that were loaded or packed."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -20,7 +19,8 @@ from qmix.nn.moe import SparseMoeBlock
 from qmix.planning.device_footprint import on_device
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.scheme import NF4, Scheme
-from tests.support.models import ROOT, quantized, small_model
+from tests.support.models import quantized, small_model
+from tests.support.process import finished
 
 SCHEMES = {
     "nf4": NF4,
@@ -120,16 +120,9 @@ def test_the_cache_of_any_shape(tmp_path):
 @pytest.mark.soak
 def test_two_layers_of_full_width(tmp_path):
     synthetic.write_synthetic(tmp_path / "syn", 2, packed=True, seed=0)
-    command = [
-        sys.executable,
-        "-m",
-        "qmix.evals.footprint",
-        tmp_path / "syn",
-        "--ctx",
-        "4096",
-        "--json",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    options = ["--ctx", "4096", "--json"]
+    done = finished([sys.executable, "-m", "qmix.evals.footprint", tmp_path / "syn", *options])
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert abs(found["error"]) < 0.001
     assert found["weights"] > 2e9

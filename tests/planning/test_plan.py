@@ -1,7 +1,5 @@
 """Plans: within their budgets, monotone, and what reference formulas say."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,7 +17,7 @@ from qmix.planning.plan import Plan, check_memory, plan
 from qmix.planning.roofline import Rate, Rates
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.scheme import DENSE, NF4, Scheme
-from tests.support.models import ROOT
+from tests.support.process import succeeds
 
 GIB = 1 << 30
 FULL = MixtralConfig(max_position_embeddings=32768, dtype="bfloat16")
@@ -332,4 +330,4 @@ def test_planning_imports_no_torch():
         "plan_text.text(planner.answer(request))\n"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    succeeds(code)

@@ -20,8 +20,8 @@ from qmix.quantize.streaming import quantize_streaming
 from qmix.weights import nf4
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import NF4, Recipe, Scheme
-from tests.support.models import ROOT, small_model
-from tests.support.process import PATIENCE, started
+from tests.support.models import small_model
+from tests.support.process import PATIENCE, python, started
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import sys; sys.argv = ["qmix", "quantize", {str(source)!r}, {str(tmp_path / "out")!r}]
 from qmix.cli import main; main()
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = python(code)
     assert result.returncode == 4, result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("qmix: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]

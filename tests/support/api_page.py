@@ -9,11 +9,10 @@ keeps it in step.
 import ast
 import re
 import textwrap
-from pathlib import Path
 
 import qmix
+from tests.support.house import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "qmix" / "API.md"
 INPUTS = ROOT / "qmix" / "models" / "inputs.py"
 

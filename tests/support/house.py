@@ -72,17 +72,7 @@ OWNERS: Mapping[str, set[str]] = {
 }
 # Rooms and files without torch: `qmix plan`, `inspect` and every usage error answer without it.
 TORCHLESS = (
-    *(
-        "qmix",
-        "qmix.errors",
-        "qmix.files.regular_file",
-        "qmix.files.atomic_file",
-        "qmix.files.file_errors",
-        "qmix.files.user_files",
-        "qmix.strict_json",
-        "qmix.config",
-        "qmix.planning",
-    ),
+    *("qmix.errors", "qmix.files", "qmix.strict_json", "qmix.config", "qmix.planning"),
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
     *("qmix.text.chat_template", "qmix.printable", "qmix.formats.metadata"),

@@ -2,7 +2,6 @@
 
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -12,8 +11,8 @@ from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.options import LoadOptions
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe
+from tests.support.house import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "evals" / "tiny"
 SHARED = ROOT.parent / "shared"
 GOLDEN = ROOT / "tests" / "golden"

@@ -20,6 +20,7 @@ import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -30,8 +31,8 @@ from rich.text import Text
 from qmix.config import MixtralConfig
 from qmix.kernels.cpu.library import library
 from tests.support import house
+from tests.support.house import ROOT
 
-ROOT = house.ROOT
 DOCS = ROOT / "docs"
 PROMPT = ">>> "
 _LIMIT_S = 100
@@ -228,6 +229,7 @@ def _essential(arrows: frozenset[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for here, there in arrows:
         below.setdefault(here, set()).add(there)
 
+    @cache
     def reached(name: str) -> set[str]:
         return below.get(name, set()).union(*(reached(one) for one in below.get(name, set())))
 

@@ -79,20 +79,37 @@ def environment_of_child(**changes):
     return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **changes}
 
 
-def qmix_apart(*arguments, stdin=None, environment=None, **options):
-    """Run the command line as a process, to its end."""
+def finished(command, *, stdin=None, stdout=subprocess.PIPE, cwd=ROOT, environment=None):
+    """Run a command as a process, to its end."""
     return subprocess.run(
-        [*QMIX, *map(str, arguments)],
-        cwd=options.pop("cwd", ROOT),
+        [*map(str, command)],
+        cwd=cwd,
         env=environment_of_child(**(environment or {})),
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
-        text=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
         timeout=PATIENCE,
         check=False,
-        **options,
     )
+
+
+def qmix_apart(*arguments, **options):
+    """Run the command line as a process, to its end."""
+    return finished([*QMIX, *arguments], **options)
+
+
+def python(code, *arguments, environment=None):
+    """Run code in a fresh interpreter, to its end."""
+    return finished([sys.executable, "-c", code, *arguments], environment=environment)
+
+
+def succeeds(code, *arguments, environment=None):
+    """What code printed in a fresh interpreter that must exit 0."""
+    done = python(code, *arguments, environment=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @contextmanager

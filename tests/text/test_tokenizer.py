@@ -4,8 +4,6 @@ import io
 import json
 import os
 import random
-import subprocess
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from qmix.text.sentencepiece_file import MODEL_FILE
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.text.tokenizer_config import CONFIG_FILE
 from tests.support.models import ROOT
+from tests.support.process import succeeds
 
 UDHR = ROOT.parent / "shared" / "data" / "udhr2.zip"
 BYTE_0 = 3  # the id of the piece <0x00>
@@ -436,7 +435,7 @@ def test_the_models_own_rule_for_the_leading_space_is_followed(prefix):
 
 def test_importing_the_tokenizer_imports_no_torch():
     code = "import sys, qmix.text.tokenizer; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    succeeds(code)
 
 
 def test_the_added_tokens_of_older_fine_tunes_are_read(tmp_path):

@@ -1,8 +1,6 @@
 """NF4: our codes and scales are bitsandbytes' bytes, and what they decode to is theirs too."""
 
 import hashlib
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
@@ -19,7 +17,7 @@ from qmix.weights.nf4 import NF4_VALUES, NestedAbsmax
 from qmix.weights.scheme import DENSE, NF4_BLOCK_SIZES, Scheme
 from qmix.weights.slabs import decoded
 from tests.support import exact
-from tests.support.models import ROOT
+from tests.support.process import succeeds
 
 with warnings.catch_warnings():
     # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.
@@ -401,7 +399,4 @@ print(peak() - before - (packed.nbytes + 4 * w.numel() // 64) / 2**20)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 def test_a_large_matrix_is_quantized_within_64_mb(layout):
     """Beyond the input, the codes and the float32 scales."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY, layout], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert float(run.stdout) < 64
+    assert float(succeeds(MEMORY, layout)) < 64

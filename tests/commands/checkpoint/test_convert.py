@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,8 +21,9 @@ from qmix.formats.mistral import params
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support import raw_mistral
-from tests.support.models import ROOT, quantized, small_config, small_model
+from tests.support.models import quantized, small_config, small_model
 from tests.support.process import qmix as command_line
+from tests.support.process import succeeds
 from tests.support.raw_mistral import refused
 
 IDS = torch.tensor([[1, 5, 9, 77, 3]])
@@ -479,10 +478,8 @@ before = peak()
 convert_checkpoint(folder / "large", folder / "second")
 print(peak() - before)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) * 1024 < 32 << 20, done.stdout
+    grown = int(succeeds(code)) * 1024
+    assert grown < 32 << 20
 
 
 # Where raw folders are refused

@@ -1,8 +1,6 @@
 """Traces: the file, what is wrong with a wrong one, recording from a model, and the commands."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +15,7 @@ from qmix.experts.policy import PRESETS
 from qmix.models.offload import Tiers
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import ROOT, TINY, load_in_tiers, small_model
-from tests.support.process import qmix
+from tests.support.process import qmix, succeeds
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny.trace"  # qmix trace record evals/tiny --data LICENSE
 HEADER = TraceHeader(layers=3, experts=8, chosen=2, model="small", expert_bytes=7, dense_bytes=9)
@@ -274,9 +272,7 @@ def test_replaying_needs_no_torch():
         f"sys.argv = ['qmix', 'trace', 'replay', {str(GOLDEN)!r}, '--slots', '12']\n"
         "from qmix.cli import main; main()"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "| belady |" in result.stdout
+    assert "| belady |" in succeeds(code)
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path):

@@ -1,8 +1,6 @@
 """`qmix bench --attention`: what is run, what is left out and why, the table, the plot."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,8 +10,7 @@ from qmix.errors import UnsupportedError, UsageError
 from qmix.evals.timing import attention_bench
 from qmix.evals.timing.attention_bench import AttentionRequest, HeadShape
 from qmix.kernels import flash
-from tests.support.models import ROOT
-from tests.support.process import qmix
+from tests.support.process import python, qmix
 
 CPU = torch.device("cpu")
 FEW = HeadShape(queries=4, shared=2, width=8)
@@ -144,14 +141,7 @@ def test_a_plot_without_matplotlib_names_the_extra_before_anything_is_measured(t
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[0] = 'qmix'; "
         "from qmix.cli import main; main()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "bench", "--attention", "--plot", str(tmp_path / "a.png")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    result = python(code, "bench", "--attention", "--plot", tmp_path / "a.png")
     assert result.returncode == UnsupportedError.exit_code
     assert "qmix-runtime[plot]" in result.stderr
     assert result.stdout == ""

@@ -1,8 +1,6 @@
 """Every instruction set of the compiled CPU kernels against `x @ w.dequantize().T`."""
 
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +16,8 @@ from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import FP4, NF4
 from tests.support.cpu_kernels import random_int4, random_nf4, seeded
-from tests.support.models import ROOT, TINY
+from tests.support.models import TINY
+from tests.support.process import succeeds
 
 TOKENS = (1, 2, 4, 7, 12, 13, 33)
 
@@ -348,12 +347,7 @@ def test_one_thread_by_environment_works():
         "assert torch.get_num_threads() == 1;"
         "assert torch.allclose(kernels.linear(x, w), x @ w.dequantize(torch.float32).T, atol=1e-4)"
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    succeeds(code, environment={"OMP_NUM_THREADS": "1"})
     assert TINY.is_dir()
 
 

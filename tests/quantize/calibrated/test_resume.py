@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,8 +14,8 @@ from qmix.formats.files import manifest
 from qmix.quantize.rounding import gptq
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.calibration import TEXT, contents, run, windows, write_source
-from tests.support.models import ROOT, threads
-from tests.support.process import qmix
+from tests.support.models import threads
+from tests.support.process import python, qmix
 
 LAYERS = 3
 STATE = manifest.STATE
@@ -107,15 +105,7 @@ def whole(tmp_path_factory):
 
 
 def process(code):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return python(code, environment={"PYTHONWARNINGS": "error"})
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -20,8 +18,9 @@ from qmix.nn.linear import Linear
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import NF4, NestedAbsmax
 from qmix.weights.packed import weight as packed
-from tests.support.models import ROOT, small_model
+from tests.support.models import small_model
 from tests.support.packed import KINDS, act_order, int4, nf4
+from tests.support.process import succeeds
 
 
 def tensors_of(weight):
@@ -230,7 +229,7 @@ def test_the_kernels_are_asked_without_gradients(monkeypatch):
 
 def test_loading_packed_weights_imports_no_triton():
     code = "import sys, qmix.models.load, qmix.models.pack; sys.exit('triton' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    succeeds(code)
 
 
 def test_a_table_wants_experts_stored_alike():
