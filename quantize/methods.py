@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
@@ -15,10 +14,10 @@ from qmix.models.options import parse_device
 from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDOWS
 from qmix.quantize.calibrated.bit_allocation import allocate_bits, check_bits
 from qmix.quantize.calibrated.options import CalibratedOptions
-from qmix.quantize.calibrated.run import quantize_calibrated
+from qmix.quantize.calibrated.run import prepare, quantize_calibrated
 from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
-from qmix.quantize.output_checkpoint import QuantizeProgress, plan_outputs
+from qmix.quantize.output_checkpoint import QuantizeProgress
 from qmix.quantize.report import QuantizeReport
 from qmix.quantize.source import Source, open_source
 from qmix.quantize.streaming import quantize_streaming
@@ -124,16 +123,22 @@ def quantize_checkpoint(
     assert text is not None
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
     opened = open_source(source)
-    calibration = _calibration(source, request, text)
-    device = parse_device(request.device)
+    calibration = _calibration(opened, request, text)
+    options = CalibratedOptions(
+        device=parse_device(request.device), shard_bytes=request.shard_bytes
+    )
     if request.method == "auto":
-        recipe = _measured_recipe(opened, calibration, request, device, progress)
+        bits = _DEFAULT_BITS if request.bits is None else request.bits
+        check_bits(bits)
+        # Refused before an hour of measuring: what does not fit even at the fewest bits.
+        prepare(opened, out, recipe, calibration, options)
+        recipe = _measured_recipe(opened, calibration, request, options.device, bits, progress)
     return quantize_calibrated(
         opened,
         out,
         recipe,
         calibration,
-        CalibratedOptions(device=device, shard_bytes=request.shard_bytes),
+        options,
         method=request.method,
         resumed=request.resume,
         force=request.force,
@@ -142,8 +147,8 @@ def quantize_checkpoint(
     )
 
 
-def _calibration(source: Path, request: QuantizeRequest, text: str) -> Calibration:
-    positions = MixtralConfig.from_pretrained(source).max_position_embeddings
+def _calibration(source: Source, request: QuantizeRequest, text: str) -> Calibration:
+    positions = source.config.max_position_embeddings
     seqlen = min(CALIBRATION_POSITIONS, positions) if request.seqlen is None else request.seqlen
     if seqlen > positions:
         raise UsageError(
@@ -153,7 +158,7 @@ def _calibration(source: Path, request: QuantizeRequest, text: str) -> Calibrati
             found=seqlen,
         )
     samples = CALIBRATION_WINDOWS if request.samples is None else request.samples
-    tokenizer = LlamaTokenizer.from_pretrained(source)
+    tokenizer = LlamaTokenizer.from_pretrained(source.shards.directory)
     return calibration_windows(text, tokenizer.encode, samples=samples, seqlen=seqlen)
 
 
@@ -162,12 +167,9 @@ def _measured_recipe(
     calibration: Calibration,
     request: QuantizeRequest,
     device: torch.device,
+    bits: float,
     progress: Callable[[QuantizeProgress], None],
 ) -> Recipe:
-    bits = _DEFAULT_BITS if request.bits is None else request.bits
-    check_bits(bits)
-    # Refuses a source that does not fit before it is measured.
-    plan_outputs(source, Recipe.uniform(request.scheme, attention=request.attention))
     groups = Sensitivity(
         source, calibration.ids, attention=request.attention, device=device
     ).groups(

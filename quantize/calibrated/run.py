@@ -70,11 +70,8 @@ def quantize_calibrated(
     """
     begun = time.perf_counter()
     output_dir.check_paths(source.shards.directory, out, force=force)
-    outputs = plan_outputs(source, recipe)
-    _check_layer_sizes(source, outputs, options.shard_bytes)
+    files = prepare(source, out, recipe, calibration, options)
     settings = _settings(recipe, calibration, options, method)
-    files = RunFiles(source, outputs, recipe, calibration, options)
-    _check_resources(files, out, options)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
         _hash_source(source, progress)
         state = read_state(folder, settings, source)
@@ -93,16 +90,33 @@ def quantize_calibrated(
             seconds=time.perf_counter() - begun,
             effort=_effort(source, calibration, options, count, seconds) if count else None,
         )
-        complete(folder, source, outputs, report, {name: settings[name] for name in _STATED})
+        complete(folder, source, files.outputs, report, {name: settings[name] for name in _STATED})
         source.check_unchanged()
     return report
 
 
-def _check_resources(files: RunFiles, out: Path, options: CalibratedOptions) -> None:
+def prepare(
+    source: Source,
+    out: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: CalibratedOptions,
+) -> RunFiles:
+    """Plan the files of a run and check that they fit, before any tensor is read.
+
+    Raises:
+        UnsupportedError: the source is quantized already, or a scheme does not fit a weight.
+        UsageError: a layer is larger than an output file may be.
+        ResourceError: too little disk space or memory.
+    """
+    outputs = plan_outputs(source, recipe)
+    _check_layer_sizes(source, outputs, options.shard_bytes)
+    files = RunFiles(source, outputs, recipe, calibration, options)
     output_dir.check_space(out, files.bytes_out + files.token_bytes)
     if options.device.type == "cpu":
         in_memory = files.token_bytes if files.in_memory else 0
-        check_memory(budget.for_calibration(files.checkpoint.config, files.ids.numel(), in_memory))
+        check_memory(budget.for_calibration(source.config, files.ids.numel(), in_memory))
+    return files
 
 
 def _hash_source(source: Source, progress: Callable[[QuantizeProgress], None]) -> None:

@@ -90,8 +90,11 @@ class Sensitivity:
 
         Args:
             progress: called with (layers done, layers).
+
+        Raises:
+            CheckpointError: a weight holds NaN or infinity.
         """
-        table = self._checkpoint.read("model.embed_tokens.weight")
+        table = read_finite(self._checkpoint, self._tensors["model.embed_tokens.weight"])
         x = embedding(self._ids, table).to(self._device).float()  # (W, S, D)
         del table
         copies: list[Tensor] = []  # (copied windows, S, D), one for each kind of change and layer

@@ -1,7 +1,9 @@
 """A small checkpoint, windows of ids, and a calibrated run over both."""
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from qmix.formats import open_checkpoint
 from qmix.formats.files import manifest
 from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions
 from qmix.quantize.calibrated.run import quantize_calibrated
@@ -47,3 +49,12 @@ def contents(folder):
     return {
         path.name: path.read_bytes() for path in folder.iterdir() if path.name != manifest.REPORT
     }
+
+
+def spoil(source, name, value):
+    """Set the last number of a tensor; returns the file."""
+    path = open_checkpoint(source).entry(name).file
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path)
+    return path

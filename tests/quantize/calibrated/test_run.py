@@ -29,6 +29,7 @@ from tests.support.calibration import (
     WINDOWS,
     contents,
     run,
+    spoil,
     windows,
     write_source,
 )
@@ -298,15 +299,6 @@ def test_a_group_that_does_not_divide_and_a_quantized_source_are_refused(source,
     with pytest.raises(UnsupportedError, match="quantized already"):
         run(tmp_path / "out", tmp_path / "twice")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
-
-
-def spoil(source, name, value):
-    """Set the last number of a tensor; returns the file."""
-    path = open_checkpoint(source).entry(name).file
-    tensors = load_file(path)
-    tensors[name].view(-1)[-1] = value
-    save_file(tensors, path)
-    return path
 
 
 @pytest.mark.parametrize(
