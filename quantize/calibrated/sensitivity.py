@@ -12,7 +12,7 @@ costs 0.3 in one layer and 5 in the next (evals/LOG.md). Shape letters: W window
 hidden width, n tokens of an expert. Knows the checkpoint, but no other files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +52,14 @@ class _ExpertRun:
     Attributes:
         token: int64 [n], which tokens they are.
         x, score: its inputs [n, D] and their routing weights [n, 1].
-        weights: w1, w2 and w3 by name, in this order.
+        weights: exact w1, w2 and w3 by name, in this order.
         output: what it adds to its tokens, [n, D].
     """
 
     token: Tensor
     x: Tensor
     score: Tensor
-    weights: dict[str, Weight]
+    weights: dict[str, Dense]
     output: Tensor
 
 
@@ -131,8 +131,9 @@ class Sensitivity:
             f"{base}.self_attn.{part}_proj.weight": getattr(attention, f"{part}_proj")
             for part in "qkvo"
         }
+        exact = {name: self._read(name) for name in linears}
         for name, linear in linears.items():
-            linear.store(self._read(name))
+            linear.store(exact[name])
         context = self._context()
         batch = max(1, BATCH_TOKENS // x.shape[1])
 
@@ -148,13 +149,13 @@ class Sensitivity:
             squares = []
             for scheme in SCHEMES:
                 for name in group:
-                    linears[name].store(self._rounded(name, scheme))
+                    linears[name].store(self._rounded(name, exact[name], scheme))
                 changed = attend(x)
                 squares.append(float((changed - out).square().mean()))
                 if scheme == SCHEMES[0]:
                     copies.append((x + changed)[: self._copied])
             for name in group:
-                linears[name].store(self._read(name))
+                linears[name].store(exact[name])
             changes.append([_OutputChange(self._named(group), tuple(squares))])
         return after, copies, changes
 
@@ -176,7 +177,7 @@ class Sensitivity:
         for expert in range(self._config.num_local_experts):
             prefix = f"{base}.block_sparse_moe.experts.{expert}"
             names = tuple(f"{prefix}.{part}.weight" for part in ("w1", "w2", "w3"))
-            exact: dict[str, Weight] = {name: self._read(name) for name in names}
+            exact = {name: self._read(name) for name in names}
             runs = []
             for rows, route, total in zip(flat, routes, sums, strict=True):
                 token, slot = torch.where(route.ids == expert)
@@ -206,7 +207,8 @@ class Sensitivity:
         """
         squares = []
         for scheme in SCHEMES:
-            mixed = {**run.weights, **{name: self._rounded(name, scheme) for name in group}}
+            rounded = {name: self._rounded(name, run.weights[name], scheme) for name in group}
+            mixed = {**run.weights, **rounded}
             change = self._swiglu(run.x, run.score, mixed) - run.output
             squares.append(float(change.square().sum()) / elements)
             if scheme == SCHEMES[0]:  # a copy has the same tokens and routes, so the same rows
@@ -227,7 +229,7 @@ class Sensitivity:
                 sums[index] += float((exact.exp() * (exact - changed)).sum(-1).mean())
         return [total / len(x) for total in sums]
 
-    def _swiglu(self, x: Tensor, score: Tensor, weights: dict[str, Weight]) -> Tensor:
+    def _swiglu(self, x: Tensor, score: Tensor, weights: Mapping[str, Weight]) -> Tensor:
         """What an expert adds to its tokens [n, D]; `weights` are w1, w2 and w3 in this order."""
         w1, w2, w3 = weights.values()
         act = ACTIVATIONS[self._config.hidden_act]
@@ -245,10 +247,9 @@ class Sensitivity:
         data = read_finite(self._checkpoint, self._tensors[name])
         return Dense(data.to(self._device).float())
 
-    def _rounded(self, name: str, scheme: Scheme) -> Weight:
+    def _rounded(self, name: str, exact: Dense, scheme: Scheme) -> Weight:
         where = f"{self._checkpoint.entry(name).file}: {name}"
-        data = self._checkpoint.read(name).to(self._device)
-        return rtn.quantize(data, scheme, search=True, where=where)
+        return rtn.quantize(exact.data, scheme, search=True, where=where)
 
     def _norm(self, name: str) -> RMSNorm:
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
