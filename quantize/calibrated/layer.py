@@ -28,7 +28,7 @@ from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, window_batches
-from qmix.quantize.output_checkpoint import read_finite
+from qmix.quantize.output_checkpoint import read_finite, squared_sums
 from qmix.quantize.rounding import gptq
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.dense import Dense, Weight
@@ -43,6 +43,7 @@ class RoundedTensor:
         weight: on the CPU; Dense where the recipe leaves the tensor as it is.
         tokens: number of tokens that the matrix saw; None if dense.
         solution: how it was rounded; None if dense.
+        squared: the sums of (W - Q(W))^2 and of W^2; both 0 if dense.
         seconds: time spent; matrices that were rounded together share it equally.
     """
 
@@ -50,6 +51,7 @@ class RoundedTensor:
     weight: Weight
     tokens: int | None = None
     solution: gptq.Solution | None = None
+    squared: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
 
 
@@ -293,8 +295,9 @@ class LayerQuantizer:
 
     def _solve(self, scheme: Scheme, batch: Sequence[tuple[Sequence[str], Moments]]) -> None:
         begun = time.perf_counter()
-        first = [self._tensors[name] for name in batch[0][0]]
-        self._progress(first[0].name)
+        first, _ = batch[0]
+        rows = [self._tensors[name].shape[0] for name in first]
+        self._progress(first[0])
         stacked = [torch.cat([self._read(name) for name in members]) for members, _ in batch]
         solutions = gptq.solve(
             torch.stack([weight.to(self._device) for weight in stacked]),
@@ -302,16 +305,18 @@ class LayerQuantizer:
             scheme,
             self._options.rounding,
             where=[f"{self._checkpoint.entry(names[0]).file}: {names[0]}" for names, _ in batch],
-            parts=[tensor.shape[0] for tensor in first],
+            parts=rows,
         )
         seconds = (time.perf_counter() - begun) / (len(batch) * len(first))
-        for (members, moments), parts in zip(batch, solutions, strict=True):
-            for name, solution in zip(members, parts, strict=True):
+        for (members, moments), source, parts in zip(batch, stacked, solutions, strict=True):
+            exact = source.split_with_sizes(rows)
+            for name, weight, solution in zip(members, exact, parts, strict=True):
                 self._results[name] = RoundedTensor(
                     tensor=self._tensors[name],
                     weight=solution.weight,
                     tokens=moments.tokens,
                     solution=solution,
+                    squared=squared_sums(weight, solution.weight),
                     seconds=seconds,
                 )
 

@@ -30,7 +30,6 @@ from qmix.quantize.output_checkpoint import (
     QuantizeProgress,
     file_tensors,
     read_finite,
-    squared_sums,
 )
 from qmix.quantize.report import TensorResult
 from qmix.weights.dense import Dense, Weight
@@ -271,11 +270,7 @@ class RunFiles:
     def _result(
         self, output: OutputTensor, rounded: RoundedTensor, tensors: Mapping[str, Tensor]
     ) -> TensorResult:
-        squared_error = squared_norm = 0.0
-        solution = rounded.solution
-        if solution is not None:
-            source = self.checkpoint.read(output.tensor.name)
-            squared_error, squared_norm = squared_sums(source, rounded.weight)
+        solution, (squared_error, squared_norm) = rounded.solution, rounded.squared
         return TensorResult(
             name=output.tensor.name,
             kind=output.tensor.kind,
