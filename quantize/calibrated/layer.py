@@ -137,9 +137,10 @@ class LayerQuantizer:
         for part in "qkvo":
             name = f"{self._base}.self_attn.{part}_proj.weight"
             self._store(attention.get_submodule(f"{part}_proj"), name)
-            linear = exact.get_submodule(f"{part}_proj")
-            assert isinstance(linear, Linear)
-            linear.store(self._unrounded(name))
+            if self._exact is not None:
+                linear = exact.get_submodule(f"{part}_proj")
+                assert isinstance(linear, Linear)
+                linear.store(self._unrounded(name))
         for start, x, e in self._windows():
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
             if e is not None:
@@ -147,9 +148,14 @@ class LayerQuantizer:
                 self._exact.after.write(start, (e + exact(norm(e), context)).flatten(0, 1))
 
     def _round_attention(self) -> None:
-        """Round q, k, v, then o; leave the input plus the attention's output in `after`."""
-        norm, context = self._norm("input_layernorm"), self._context()
+        """Round q, k, v, then o, unless all stay dense; leave input plus output in `after`."""
         names = [f"{self._base}.self_attn.{part}_proj.weight" for part in "qkvo"]
+        if all(self._recipe.scheme_of(name).kind == "dense" for name in names):
+            for name in names:
+                self._leave_dense(name)
+            self._run_attention()
+            return
+        norm, context = self._norm("input_layernorm"), self._context()
         with torch.device("meta"):
             attention, exact = (Attention(self._config, self._layer) for _ in range(2))
         for name in names if self._exact else names[3:]:
