@@ -54,7 +54,7 @@ class QualityComparison:
             ),
             (
                 self.report.method.upper(),
-                f"{sum(tensor.bytes_out for tensor in self.report.tensors) / 1e6:.2f}",
+                f"{self.report.bytes_out / 1e6:.2f}",
                 f"{self.report.bits_per_weight:.2f}",
                 f"{self.result.perplexity:.4f}",
                 f"{reference.kl_mean:.5f}",

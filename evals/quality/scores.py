@@ -70,13 +70,8 @@ class VariantScore:
         }
 
 
-def score(
-    name: str, directory: Path, text: Text, source: Path, *, rival: bool, window: int | None = None
-) -> VariantScore:
+def score(name: str, directory: Path, text: Text, source: Path, *, rival: bool) -> VariantScore:
     """Score a quantized checkpoint in float32 on the CPU.
-
-    Args:
-        window: tokens of a window; by default the model's positions, at most 2048.
 
     Raises:
         CheckpointError: the checkpoint is damaged, not quantized, or has another tokenizer than the
@@ -97,9 +92,7 @@ def score(
     group_sizes = {scheme.group_size if scheme.integer else None for scheme, _ in weights}
     mixed = len({scheme.bits for scheme, _ in weights}) > 1 or len(group_sizes) > 1
     names = [str(scheme) for scheme, _ in weights]
-    result = evaluate(
-        directory, text, reference=source, dtype="float32", device="cpu", window=window
-    )
+    result = evaluate(directory, text, reference=source, dtype="float32", device="cpu")
     return VariantScore(
         name=name,
         bits_per_weight=sum(scheme.bits_per_weight * count for scheme, count in weights) / total,

@@ -42,10 +42,9 @@ def config(**changes: object) -> MixtralConfig:
     return MixtralConfig(max_position_embeddings=POSITIONS).replace(**changes)
 
 
-def build_model(device: torch.device, kind: str = "nf4", **changes: object) -> MixtralForCausalLM:
-    """The model with random weights, made on the device."""
-    tile_format = random_model.FORMATS[kind]
-    return random_model.build_random_model(config(**changes), tile_format, device)
+def build_model(device: torch.device, **changes: object) -> MixtralForCausalLM:
+    """The model with random NF4 weights, made on the device."""
+    return random_model.build_random_model(config(**changes), random_model.NF4, device)
 
 
 def results(device: torch.device) -> Iterator[dict[str, object]]:

@@ -76,7 +76,7 @@ class RunFiles:
             CheckpointError: `state` holds something else.
         """
         names = [
-            [output.tensor.name for output in self.outputs if output.tensor.layer == layer]
+            [output.tensor.name for output in self.layer_outputs(layer)]
             for layer in range(self.layers)
         ]
         done: list[list[TensorResult]] | None = None
@@ -224,7 +224,7 @@ class RunFiles:
 
     def needed(self, done: int) -> dict[str, str]:
         """SHA-256 of what the layers after `done` build on: the shards, and the tokens."""
-        names = [shard_name(index + 1, self.layers + 2) for index in range(done)]
+        names = [self.layer_shard(layer) for layer in range(done)]
         if 0 < done < self.layers:
             names += [_tokens_name(stream, done) for stream in self.streams]
         return {name: self.digests[name] for name in names}

@@ -1,4 +1,4 @@
-"""GPTQ: rounds a weight so that its hessian_codes with the inputs it really gets change least.
+"""GPTQ: rounds a weight so that its products with the inputs it really gets change least.
 
 The loss of rounding W to Q is `tr (W - Q) H (W - Q)^T`, where H is the sum of `x x^T` over the
 inputs x of the matrix (https://arxiv.org/abs/2210.17323). With `H = L L^T` it is `|(W - Q) L|^2`.
