@@ -4,18 +4,14 @@ from collections.abc import Iterator
 
 import torch
 
-from qmix.evals.timing.bandwidth import copy_bandwidth, matmul_rate, seconds
+from qmix.evals.timing.bandwidth import copy_bandwidth, matmul_rate, read_bandwidth
 
 
 def results(device: torch.device) -> Iterator[dict[str, object]]:
     """Copy and read bandwidth, and the rate of a square matmul, bf16 or on a CPU float32."""
     yield {"what": "copy", "gigabytes_per_second": copy_bandwidth(device) / 1e9}
     size = 1 << 31 if device.type == "cuda" else 1 << 27
-    numbers = torch.zeros(size // 4, device=device)
-    numbers.sum()
-    fastest = min(seconds(numbers.sum, device) for _ in range(10))
-    yield {"what": "read (torch.sum)", "gigabytes_per_second": size / fastest / 1e9}
-    del numbers
+    yield {"what": "read (torch.sum)", "gigabytes_per_second": read_bandwidth(device, size) / 1e9}
     width, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     rate = matmul_rate(device, dtype, width)
     yield {"what": f"matmul {width} {str(dtype)[6:]}", "teraflops": rate / 1e12}
