@@ -7,6 +7,8 @@ reading. Shape letters: T tokens, D width, n rows of one call. Knows nothing of 
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.files import atomic_file
+from qmix.files.file_errors import writing
 from qmix.files.regular_file import reading
 
 _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
@@ -63,7 +66,7 @@ class Activations:
         if self._data is not None:
             return self._data[start:stop].clone()
         out = torch.empty(stop - start, self.width)
-        with self._open("rb") as descriptor:
+        with self._open(os.O_RDONLY) as descriptor:
             self._read(descriptor, out, start)
         return out
 
@@ -74,7 +77,7 @@ class Activations:
         out = torch.empty(len(index), self.width)
         breaks = (index[1:] != index[:-1] + 1).nonzero()[:, 0].add_(1).tolist()
         bounds = [0, *breaks, len(index)] if len(index) else []
-        with self._open("rb") as descriptor:
+        with self._open(os.O_RDONLY) as descriptor:
             for first, last in pairwise(bounds):
                 self._read(descriptor, out[first:last], int(index[first]))
         return out
@@ -85,7 +88,7 @@ class Activations:
         if self._data is not None:
             self._data[start : start + len(values)] = values
             return
-        with self._open("r+b") as descriptor:
+        with self._open(os.O_RDWR) as descriptor:
             self._write(descriptor, values.numpy().view("u1").reshape(-1), start)
 
     def write_final(self, start: int, values: Tensor) -> None:
@@ -103,7 +106,7 @@ class Activations:
             self._data.index_add_(0, index, values)
             return
         total = self.rows(index).add_(values).numpy().view("u1").reshape(-1, self._row_bytes)
-        with self._open("r+b") as descriptor:
+        with self._open(os.O_RDWR) as descriptor:
             for row, data in zip(index.tolist(), total, strict=True):
                 self._write(descriptor, data, row)
 
@@ -120,7 +123,7 @@ class Activations:
             atomic_file.write(path, self._data.numpy().data)
         else:
             assert self.path is not None
-            with self._open("rb") as descriptor:
+            with self._open(os.O_RDWR) as descriptor:
                 os.fsync(descriptor)
             self.path.rename(path)
             self.path = path
@@ -148,8 +151,7 @@ class Activations:
         view, done, offset = out.numpy().view("u1").reshape(-1), 0, row * self._row_bytes
         while done < view.size:
             chunk = view[done : done + _CHUNK_BYTES].data
-            with reading(self.path or Path()):
-                count = os.preadv(descriptor, [chunk], offset + done)
+            count = os.preadv(descriptor, [chunk], offset + done)
             if count == 0:
                 raise CheckpointError("ends early", where=str(self.path))
             done += count
@@ -160,22 +162,14 @@ class Activations:
             offset = row * self._row_bytes + done
             done += os.pwrite(descriptor, data[done : done + _CHUNK_BYTES].data, offset)
 
-    def _open(self, mode: str) -> "_Descriptor":
+    @contextmanager
+    def _open(self, flags: int) -> Iterator[int]:
+        """The descriptor of the file; what the system says within the block names the file."""
         assert self.path is not None
-        return _Descriptor(self.path, os.O_RDWR if "+" in mode else os.O_RDONLY)
-
-
-class _Descriptor:
-    """An open file. An error of the system within the block names it."""
-
-    def __init__(self, path: Path, flags: int) -> None:
-        self._path = path
-        self._descriptor = os.open(path, flags | os.O_CLOEXEC)
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        os.close(self._descriptor)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(self._path)
+        named = reading if flags == os.O_RDONLY else writing
+        with named(self.path):
+            descriptor = os.open(self.path, flags | os.O_CLOEXEC)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)

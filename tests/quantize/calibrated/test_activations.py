@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, WriteError
 from qmix.quantize.calibrated import activations
 from qmix.quantize.calibrated.activations import Activations
 
@@ -130,3 +130,14 @@ def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch, call):
     with pytest.raises((OSError, CheckpointError), match=r"tokens\.f32") as found:
         CALLS[call](array)
     assert isinstance(found.value, CheckpointError) == (call == "preadv")
+    assert isinstance(found.value, WriteError) == (call != "preadv")
+
+
+def test_a_file_that_is_gone_is_an_error_of_reading_or_of_writing(tmp_path):
+    array = Activations(TOKENS, WIDTH, tmp_path / "tokens.f32")
+    (tmp_path / "tokens.f32").unlink()
+    with pytest.raises(CheckpointError, match=r"tokens\.f32: cannot be read"):
+        array.read(0, 1)
+    with pytest.raises(WriteError, match=r"tokens\.f32: cannot be written"):
+        array.write(0, values(1))
+    assert not list(tmp_path.iterdir())
