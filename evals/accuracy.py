@@ -15,13 +15,14 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qmix
+from qmix import strict_json
 from qmix.errors import UsageError
 from qmix.evals import corpus
 from qmix.evals.command import exit_code, say
@@ -127,7 +128,7 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure, then print.
+    """Measure, print, then write the record.
 
     Raises:
         QmixError: no such row, no checkpoints in `rivals`, too little text, or a damaged
@@ -152,19 +153,21 @@ def measure(options: argparse.Namespace) -> None:
     scores = _scores(chosen, rivals, source, Text.of(corpus.heldout_text()))
     body = ablation_table(scores) if options.ablations else score_table(scores)
     document = record(scores, calibration, _command(options), body)
-    written = json.dumps(document, indent=2) + "\n"
+    sys.stdout.write(json.dumps(document, indent=2) + "\n" if options.json else _table(document))
     if options.out:
-        options.out.write_text(written, encoding="utf-8")
-    if options.json:
-        sys.stdout.write(written)
-        return
-    sys.stdout.write(body)
+        strict_json.write(options.out, document)
+
+
+def _table(document: Mapping[str, Any]) -> str:
     text, calibrated_on = document["text"], document["calibration"]
-    sys.stdout.write(
-        f"\n{text['tokens']} tokens in float32; {text['protocol']}; text sha256 {text['sha256']}; "
+    lines = (
+        *document["table"],
+        "",
+        f"{text['tokens']} tokens in float32; {text['protocol']}; text sha256 {text['sha256']}; "
         f"calibration on {calibrated_on['windows']} x {calibrated_on['tokens_a_window']} tokens, "
-        f"text sha256 {calibrated_on['text_sha256']}\n"
+        f"text sha256 {calibrated_on['text_sha256']}",
     )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@ the bytes of the weights over the bandwidth of a plain read.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.evals import markdown
 from qmix.evals.command import exit_code, say
@@ -154,9 +154,9 @@ def _cells(timing: CpuTiming) -> tuple[str, ...]:
 
 def _print(llama_python: str | None, record: Path | None) -> None:
     report = measure_cpu(MixtralConfig(), llama_python=llama_python, progress=say)
-    if record:
-        record.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(str(report))
+    if record:
+        strict_json.write(record, asdict(report), indent=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

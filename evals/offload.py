@@ -6,7 +6,6 @@ mapped files count and the page cache does not. The exit code is 5 if it is abov
 """
 
 import argparse
-import json
 import platform
 import shlex
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qmix import MixtralForCausalLM, __version__
+from qmix import MixtralForCausalLM, __version__, strict_json
 from qmix.errors import QualityError, UsageError
 from qmix.evals.command import exit_code
 from qmix.evals.timing.bandwidth import (
@@ -279,7 +278,7 @@ def _print(request: OffloadRequest, record_file: Path | None) -> None:
     record = measure_offload(request)
     sys.stdout.write(f"{record}\n")
     if record_file is not None:
-        record_file.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        strict_json.write(record_file, asdict(record), indent=1)
     if not record.within_budget:
         raise QualityError(
             "the process exceeded its budget of host memory",

@@ -85,6 +85,22 @@ def test_the_table_has_a_row_for_each_and_the_record_says_on_what(capsys, tmp_pa
     assert str(tmp_path) not in out.read_text()
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_record_that_cannot_be_written_is_one_line_after_the_result(
+    capsys, tmp_path, monkeypatch, as_json
+):
+    monkeypatch.setattr(accuracy, "_scores", lambda *_: [score("nf4", 0.01)])
+    (tmp_path / "folder").mkdir()
+    options = ["--only", "nf4", "--samples", "2", "--seqlen", "32", "--out"]
+    options += [str(tmp_path / "folder"), *(["--json"] if as_json else [])]
+    assert accuracy.main(options) == 4
+    captured = capsys.readouterr()
+    assert captured.out.startswith("{" if as_json else "| model |")
+    (line,) = captured.err.splitlines()
+    assert f"{tmp_path / 'folder'}: cannot be written" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_the_rivals_come_first_by_name(capsys, rivals):
     options = [
         "--rivals",

@@ -55,6 +55,24 @@ def test_a_run_measures_ours_and_names_who_is_absent(monkeypatch):
     assert len(rows) == len(report.measurements)
 
 
+def test_a_record_that_cannot_be_written_is_one_line_after_the_table(tmp_path, monkeypatch, capsys):
+    report = cpu.CpuReport(
+        command="", date="", cpu="x", threads=1, isa=None, dtype="bfloat16", shape={}, versions={},
+        bandwidth=1e9, bandwidth_range=(1e9, 1e9),
+        measurements=(cpu_layer.CpuTiming.absent("layer", "llama.cpp", "not installed"),),
+    )  # fmt: skip
+    monkeypatch.setattr(cpu, "measure_cpu", lambda *_, **__: report)
+    out = tmp_path / "missing" / "record.json"
+    assert cpu.main(["--json", str(out)]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == str(report)
+    (line,) = captured.err.splitlines()
+    assert f"{out}: cannot be written" in line
+    assert cpu.main(["--json", str(tmp_path / "record.json")]) == 0
+    assert json.loads((tmp_path / "record.json").read_text())["cpu"] == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
 def test_an_interpreter_that_is_none_is_named(tmp_path):
     with (
         pytest.raises(UsageError, match="--llama"),
