@@ -25,9 +25,10 @@ from qmix.formats.names import ModelTensor, model_tensors
 from qmix.quantize.output_checkpoint import planned_tensors
 from qmix.quantize.rounding import nf4
 from qmix.text.tokenizer import LlamaTokenizer
-from qmix.weights.nf4 import NF4, NestedAbsmax
+from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import NESTED_BLOCK, Recipe
 from qmix.weights.scheme import NF4 as NF4_SCHEME
+from qmix.weights.table import Table
 
 # One input channel in 256 is eight times as strong, as in trained transformers
 # (https://arxiv.org/abs/2208.07339, section 3).
@@ -121,7 +122,7 @@ def _random_dense(tensor: ModelTensor, generator: torch.Generator) -> Tensor:
     return data
 
 
-def _random_nf4(shape: tuple[int, int], generator: torch.Generator) -> NF4:
+def _random_nf4(shape: tuple[int, int], generator: torch.Generator) -> Table:
     """A random NF4 weight [N, K], made without quantizing.
 
     By the design of the format all codes are equally likely, and the largest of 64 Gaussians with
@@ -130,11 +131,11 @@ def _random_nf4(shape: tuple[int, int], generator: torch.Generator) -> NF4:
     count = math.prod(shape)
     blocks = -(-count // 64)
     absmax = 2.4 / math.sqrt(shape[1])
-    return NF4(
+    return Table(
         codes=torch.randint(0, 256, (count // 2,), dtype=torch.uint8, generator=generator),
-        absmax=NestedAbsmax(
+        scales=NestedScales(
             codes=torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator),
-            absmax=torch.full((-(-blocks // NESTED_BLOCK),), 0.3 * absmax),
+            outer=torch.full((-(-blocks // NESTED_BLOCK),), 0.3 * absmax),
             map=nf4.dynamic_map(),
             offset=absmax,
         ),

@@ -23,8 +23,8 @@ from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.quantize.report import QuantizeReport
 from qmix.weights.dense import Dense, Weight
-from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import Recipe, Scheme
+from qmix.weights.table import Table
 
 # Scales of integer weights: what GPTQ files hold, and three bits finer than bfloat16.
 _SCALE_DTYPE = torch.float16
@@ -110,7 +110,7 @@ def file_tensors(weight: Weight, output: OutputTensor) -> dict[str, Tensor]:
     """The tensors that the file holds of a weight, by name, in the planned dtypes."""
     if isinstance(weight, Dense):
         weight = replace(weight, data=weight.data.to(output.dtype))
-    elif isinstance(weight, NF4):
+    elif isinstance(weight, Table):
         weight = replace(weight, out_dtype=output.dtype)
     return writer.pack(weight, output.tensor.prefix)
 

@@ -26,7 +26,7 @@ from qmix.evals.steps.moe_block import (
     random_routes,
 )
 from qmix.kernels import Routes
-from qmix.weights.nf4 import NF4_VALUES
+from qmix.weights.table import NF4_VALUES
 
 TOKENS = (1, 2, 4, 8, 16, 64)
 GATHERED_TOKENS = (1, 2, 4)  # a gather copies the experts of every token

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from qmix.kernels import Routes, tiles
 from qmix.kernels.moe import moe_forward
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4
+from qmix.weights.table import Table
 
 ExpertsForward = Callable[[Tensor, Routes], object]
 _Matmul = Callable[[Tensor], Tensor]
@@ -28,21 +28,19 @@ def dequantizing(experts: Sequence[Expert]) -> ExpertsForward:
     """Dequantize a tile and let torch multiply it, which is what runs without a compiler."""
 
     def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-        return [
-            tiles.integers(x, weight) if isinstance(weight, Int4) else tiles.nf4(x, weight)
-            for weight in weights
-        ]
+        return [tiles.linear(x, weight) for weight in weights]
 
     return lambda x, routes: moe_forward(x, routes, experts, F.silu, linears)
 
 
 def int4pack(experts: Sequence[Expert]) -> ExpertsForward | None:
-    """torch's `_weight_int4pack_mm_for_cpu`; None for weights other than Int4."""
-    if not isinstance(experts[0].w1, Int4):
+    """torch's `_weight_int4pack_mm_for_cpu`; None for weights of another kind."""
+    if experts[0].w1.scheme.kind != "int4":
         return None
 
     def matmul(weight: Weight) -> _Matmul:
-        assert isinstance(weight, Int4)
+        assert isinstance(weight, Affine)
+        assert isinstance(weight.scales, Tensor)
         codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).view(weight.shape)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         scales = weight.scales.t().bfloat16()
@@ -62,14 +60,14 @@ def bitsandbytes(experts: Sequence[Expert]) -> ExpertsForward | None:
     functional: Any = importlib.import_module("bitsandbytes.functional")
     package: Any = importlib.import_module("bitsandbytes")
     first = experts[0].w1
-    if not isinstance(first, NF4) or not isinstance(first.absmax, Tensor):
+    if not isinstance(first, Table) or not isinstance(first.scales, Tensor):
         return None
 
     def matmul(weight: Weight) -> _Matmul:
-        assert isinstance(weight, NF4)
-        assert isinstance(weight.absmax, Tensor)
+        assert isinstance(weight, Table)
+        assert isinstance(weight.scales, Tensor)
         state = functional.QuantState(
-            absmax=weight.absmax,
+            absmax=weight.scales,
             shape=torch.Size(weight.shape),
             dtype=torch.bfloat16,
             blocksize=weight.block_size,

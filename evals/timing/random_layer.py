@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from qmix.config import MixtralConfig
 from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.linear import Linear
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights.scales import NestedScales, Scales
+from qmix.weights.table import NF4_VALUES, Table
 
 FORMATS = ("nf4", "nf4 nested", "int4 g128", "int4 g32")
 
@@ -31,18 +32,19 @@ def random_weight(weight_format: str, shape: tuple[int, int], seed: int) -> Weig
 
     if weight_format.startswith("int4"):
         group = min(int(weight_format.removeprefix("int4 g")), inputs)
-        scales = torch.rand(rows, inputs // group, generator=generator).add_(0.5)
-        return Int4(random_bytes(rows, inputs // 2), scales.mul_(inputs**-0.5 / 5).half())
+        group_scales = torch.rand(rows, inputs // group, generator=generator).add_(0.5)
+        group_scales.mul_(inputs**-0.5 / 5)
+        return Affine(random_bytes(rows, inputs // 2), group_scales.half())
     blocks = rows * inputs // 64
-    absmax: Tensor | NestedAbsmax
+    scales: Scales
     if weight_format == "nf4 nested":
         outer = torch.full((-(-blocks // 256),), inputs**-0.5)
         dynamic_map = torch.linspace(-1, 1, 256)
-        absmax = NestedAbsmax(random_bytes(blocks), outer, dynamic_map, 2 * inputs**-0.5)
+        scales = NestedScales(random_bytes(blocks), outer, dynamic_map, 2 * inputs**-0.5)
     else:
-        absmax = torch.rand(blocks, generator=generator).add_(1).mul_(inputs**-0.5)
+        scales = torch.rand(blocks, generator=generator).add_(1).mul_(inputs**-0.5)
     codes = random_bytes(rows * inputs // 2)
-    return NF4(codes, absmax, torch.tensor(NF4_VALUES), shape, torch.bfloat16)
+    return Table(codes, scales, torch.tensor(NF4_VALUES), shape, torch.bfloat16)
 
 
 def random_layer(config: MixtralConfig, weight_format: str) -> DecoderLayer:

@@ -31,11 +31,11 @@ from qmix.kernels.gpu import packed_matmul
 from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import Routes, moe_forward, moe_forward_token
 from qmix.kernels.pointwise import rotary
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.expert import Expert
-from qmix.weights.integers import Int4, Int8
-from qmix.weights.nf4 import FP4, NF4
 from qmix.weights.packed.weight import PackedExperts, PackedWeight
+from qmix.weights.table import Table
 
 __all__ = [
     "CAUSAL",
@@ -61,18 +61,14 @@ __all__ = [
 Backend = Literal["reference"]
 LinearFn = Callable[[Tensor, Weight], Tensor]
 
-# Where a device has no backend of its own, tiles of the weight are dequantized and multiplied.
+# Where there are no kernels for a weight, tiles of it are dequantized and multiplied.
 _LINEAR: Mapping[tuple[type, str], LinearFn] = {
     (Dense, "cpu"): dense.linear,
     (Dense, "cuda"): dense.linear,
-    (NF4, "cpu"): matmul.linear,
-    (NF4, "cuda"): tiles.nf4,
-    (FP4, "cpu"): matmul.linear,
-    (FP4, "cuda"): tiles.nf4,
-    (Int4, "cpu"): matmul.linear,
-    (Int4, "cuda"): tiles.integers,
-    (Int8, "cpu"): tiles.integers,
-    (Int8, "cuda"): tiles.integers,
+    (Table, "cpu"): matmul.linear,
+    (Table, "cuda"): tiles.linear,
+    (Affine, "cpu"): matmul.linear,
+    (Affine, "cuda"): tiles.linear,
     (PackedWeight, "cuda"): packed_matmul.linear,
 }
 
@@ -237,8 +233,7 @@ def attend(
 
 def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
     """Whether the compiled CPU kernels multiply all of these."""
-    backends = {_LINEAR.get((type(weight), x.device.type)) for weight in weights}
-    return backends == {matmul.linear} and not overridden()
+    return x.is_cpu and all(map(matmul.takes, weights)) and not overridden()
 
 
 def _single(q: Tensor, k: Tensor, v: Tensor) -> bool:

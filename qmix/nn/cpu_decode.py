@@ -17,14 +17,12 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.kernels.cpu.library import library
-from qmix.kernels.cpu.pointers import TokenLayer
+from qmix.kernels.cpu.pointers import TokenLayer, takes
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.cache import KVCache
 from qmix.nn.linear import Linear, RMSNorm, is_observed
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense, Weight
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4
 
 
 class WhyNot(Enum):
@@ -46,11 +44,11 @@ class WhyNot(Enum):
     TRAINING = "the layer is in training"
     OTHER_CLASS = "a module is of another class, as an adapter is"
     OBSERVED = "a module has a hook or a forward of its own"
-    PROJECTIONS = "an attention projection is not NF4 or Int4 on the CPU"
+    PROJECTIONS = "an attention projection is not 4-bit weights that the kernels take on the CPU"
     DENSE_PARTS = "a norm or the router is not bfloat16, contiguous and on the CPU"
     NO_KERNELS = "there are no compiled kernels"
     # Of a layer: it is taken, but not in one call with the others.
-    EXPERTS = "the experts are not all NF4 or Int4 in memory, or their activation is not SiLU"
+    EXPERTS = "the experts are not all 4-bit weights that the kernels take in memory, or their activation is not SiLU"
 
 
 class LayerModules(Protocol):
@@ -124,7 +122,7 @@ def _compiled(
         dense: the two norms and the router.
         experts: w1, w3 and w2 of each expert; empty if they are multiplied elsewhere.
     """
-    packed = [weight for weight in projections if isinstance(weight, (NF4, Int4))]
+    packed = [weight for weight in projections if takes(weight)]
     if len(packed) != len(projections) or any(part.device.type != "cpu" for part in packed):
         return WhyNot.PROJECTIONS
     if len(dense) != 3 or not all(
@@ -134,7 +132,7 @@ def _compiled(
     if library().isa is None:
         return WhyNot.NO_KERNELS
     block = layer.block_sparse_moe
-    parts = [weight for weight in experts if isinstance(weight, (NF4, Int4))]
+    parts = [weight for weight in experts if takes(weight)]
     has_experts = block.act is F.silu and 0 < len(parts) == len(experts)
     return TokenLayer.of(
         packed,

@@ -89,7 +89,8 @@ class StoredWeight:
         rows, columns = self.tensor.shape
         scheme = self.scheme
         symmetric = scheme.symmetric if scheme.integer else True
-        return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric, self.item)
+        usual = scheme.group_bits is None
+        return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric, self.item, usual)
 
     @property
     def _groups(self) -> int:

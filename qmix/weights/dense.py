@@ -65,6 +65,10 @@ class Dense:
         """The whole weight [N, K]."""
         return self.data.to(dtype or self.dtype)
 
+    def take(self, rows: Tensor) -> "Dense":
+        """The weight of some rows, int64 [n]."""
+        return replace(self, data=self.data.index_select(0, rows))
+
     def to(self, device: torch.device) -> "Dense":
         return replace(self, data=self.data.to(device))
 

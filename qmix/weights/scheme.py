@@ -9,7 +9,7 @@ from typing import Literal
 
 from qmix.errors import UsageError
 
-Kind = Literal["dense", "nf4", "fp4", "int4", "int8"]
+Kind = Literal["dense", "nf4", "fp4", "e2m1", "iq4", "int2", "int3", "int4", "int8"]
 
 # Absmax values that share one fp32 scale under double quantization (QLoRA, section 3).
 NESTED_BLOCK = 256
@@ -38,9 +38,10 @@ class Scheme:
 
     `dense`: 16 or 32 bits a weight. `nf4`: 4-bit NormalFloat codes with one absmax per `block_size`
     consecutive weights (QLoRA, arXiv 2305.14314); with `double_quant`, the absmax is stored in 8
-    bits. `fp4`: the same with 4-bit floats. `int4`, `int8`: integers of 4 or 8 bits with one 16-bit
-    scale per `group_size` consecutive inputs of an output (-1: all inputs), and one zero with the
-    bits of a code unless `symmetric`.
+    bits. `fp4`, `e2m1`, `iq4`: the same with other tables of 16 values. `int2` to `int8`: integers
+    of so many bits with one 16-bit scale per `group_size` consecutive inputs of an output (-1: all
+    inputs), and one zero with the bits of a code unless `symmetric`. `group_bits` are the bits of a
+    group or block beside its codes where they are others than that.
     """
 
     kind: Kind
@@ -48,26 +49,33 @@ class Scheme:
     double_quant: bool = True
     group_size: int = 128
     symmetric: bool = True
+    group_bits: float | None = None
 
     @property
     def integer(self) -> bool:
-        """Whether the codes are integers: `int4` or `int8`."""
-        return self.kind in ("int4", "int8")
+        """Whether the codes are integers: `int2` to `int8`."""
+        return self.kind.startswith("int")
 
     @property
     def bits(self) -> int:
         """Bits of a code, without scales; 16 for `dense`."""
-        return {"dense": 16, "int8": 8}.get(self.kind, 4)
+        return {"dense": 16, "int2": 2, "int3": 3, "int8": 8}.get(self.kind, 4)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits a weight with scales; 16 for `dense`. One scale for all inputs counts as nothing."""
         if self.kind == "dense" or (self.integer and self.group_size == -1):
             return float(self.bits)
+        size = self.group_size if self.integer else self.block_size
+        return self.bits + self._bits_a_group / size
+
+    @property
+    def _bits_a_group(self) -> float:
+        if self.group_bits is not None:
+            return self.group_bits
         if self.integer:
-            return self.bits + (16 if self.symmetric else 16 + self.bits) / self.group_size
-        scale_bits = 8 + 32 / NESTED_BLOCK if self.double_quant else 32
-        return 4 + scale_bits / self.block_size
+            return 16 if self.symmetric else 16 + self.bits
+        return 8 + 32 / NESTED_BLOCK if self.double_quant else 32
 
     def __str__(self) -> str:
         if self.kind == "dense":

@@ -22,7 +22,7 @@ from qmix.errors import CheckpointError
 from qmix.quantize.rounding.gptq_group import descend, round_group
 from qmix.quantize.rounding.grid import Grid, absmax_grid, search_grid
 from qmix.quantize.rounding.hessian import Moments
-from qmix.weights.integers import Int4, Int8
+from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scheme import Scheme
 
 _DAMPING_RAISES = 4  # how often the damping is raised tenfold before H is given up
@@ -66,7 +66,7 @@ class Solution:
         fallback: why H was given up and the weight rounded to nearest; None if it was not.
     """
 
-    weight: Int4 | Int8
+    weight: Affine
     output_error: float | None
     damping: float | None
     raised: int
@@ -312,11 +312,12 @@ class _Solver:
         for group, (first, _) in enumerate(by_group):
             part = slice(first, first + self.size)
             stored[order[part]] = (self.codes[index, part, rows] - lows[:, group]).to(torch.uint8)
-        kind = Int4 if self.scheme.kind == "int4" else Int8
-        weight = kind(
-            codes=kind.packed(stored.T.contiguous().cpu()),
+        bits = self.scheme.bits
+        weight = Affine(
+            codes=pack_codes(stored.T.contiguous().cpu(), bits),
             scales=scale.half().cpu(),
             zeros=None if self.scheme.symmetric else (-lows).to(torch.uint8).cpu(),
+            bits=bits,
         )
         error = None if factor.fallback else self._output_error(index, rows, factor.added)
         return Solution(weight, error, factor.damping, factor.raised, factor.fallback)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.errors import CheckpointError, UsageError
-from qmix.weights.nf4 import NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Scheme
 from qmix.weights.scheme import NF4 as NF4_SCHEME
 from qmix.weights.slabs import SERIAL_ELEMENTS, SLAB_ELEMENTS, TILE_ELEMENTS
+from qmix.weights.table import NF4_VALUES, Table
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -83,7 +84,7 @@ def _dynamic_codes() -> U8:
     return np.searchsorted(midpoints, steps, side="left").astype(np.uint8)
 
 
-def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weight") -> NF4:
+def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weight") -> Table:
     """Round a weight to NF4.
 
     Each code names the table's value nearest to `w * (1 / absmax)` in float32, where absmax is the
@@ -109,9 +110,9 @@ def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weigh
     _check(weight, scheme, where)
     codes, absmax = _encode_slabs(weight, scheme.block_size, where)
     scales = torch.from_numpy(absmax)
-    return NF4(
+    return Table(
         codes=torch.from_numpy(codes),
-        absmax=_nest(scales, where) if scheme.double_quant else scales,
+        scales=_nest(scales, where) if scheme.double_quant else scales,
         table=table(),
         out_shape=(weight.shape[0], weight.shape[1]),
         out_dtype=weight.dtype,
@@ -234,7 +235,7 @@ def _codes(scaled: F32) -> U8:
     return code[1::2]
 
 
-def _nest(absmax: Tensor, where: str) -> NestedAbsmax:
+def _nest(absmax: Tensor, where: str) -> NestedScales:
     """Round float32 absmax [B] to 8 bits around their mean (bitsandbytes' `quantize_blockwise`).
 
     A group whose absmax all equal the mean gets codes 0, not the code of zero. Its own absmax is 0,
@@ -252,9 +253,9 @@ def _nest(absmax: Tensor, where: str) -> NestedAbsmax:
     for first in range(0, len(groups), _NESTED_GROUPS):
         tile = slice(first, first + _NESTED_GROUPS)
         codes[tile] = _nested_codes(groups[tile], largest[tile])
-    return NestedAbsmax(
+    return NestedScales(
         codes=torch.from_numpy(codes.reshape(-1)[: centred.size]),
-        absmax=torch.from_numpy(largest),
+        outer=torch.from_numpy(largest),
         map=dynamic_map(),
         offset=offset.item(),
     )

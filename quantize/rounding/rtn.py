@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.quantize.rounding.grid import absmax_grid, search_grid
-from qmix.weights.integers import Int4, Int8
+from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scheme import Scheme
 
 _SLAB_ELEMENTS = 1 << 22  # weights rounded at a time: 16 MiB of float32
@@ -16,7 +16,7 @@ _SLAB_ELEMENTS = 1 << 22  # weights rounded at a time: 16 MiB of float32
 
 def quantize(
     weight: Tensor, scheme: Scheme, *, search: bool = False, where: str = "weight"
-) -> Int4 | Int8:
+) -> Affine:
     """Round each weight to the nearest code.
 
     By default the largest magnitude of a group lies half a step beyond the last code.
@@ -33,7 +33,6 @@ def quantize(
     rows, columns = weight.shape
     size = columns if scheme.group_size == -1 else scheme.group_size
     assert columns % size == 0, (columns, size)
-    kind = Int4 if scheme.kind == "int4" else Int8
     packed, scales, zeros = [], [], []
     step = max(1, _SLAB_ELEMENTS // columns)
     for start in range(0, rows, step):
@@ -54,11 +53,12 @@ def quantize(
             )
         wide = grid.with_input_axis()
         codes = wide.nearest(groups).sub_(wide.low).to(torch.uint8)
-        packed.append(kind.packed(codes.permute(2, 0, 1).reshape(len(slab), columns)))
+        packed.append(pack_codes(codes.permute(2, 0, 1).reshape(len(slab), columns), scheme.bits))
         scales.append(grid.scale.half().T)
         zeros.append((-grid.low).to(torch.uint8).T if not scheme.symmetric else grid.scale.T)
-    return kind(
+    return Affine(
         codes=torch.cat(packed),
         scales=torch.cat(scales),
         zeros=None if scheme.symmetric else torch.cat(zeros),
+        bits=scheme.bits,
     )

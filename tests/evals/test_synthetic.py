@@ -8,7 +8,7 @@ from qmix.config import MixtralConfig
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
 from qmix.weights.dense import Dense
-from qmix.weights.nf4 import NF4
+from qmix.weights.table import Table
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_it_loads_and_generates_finite_numbers(tmp_path, packed):
     assert 0.01 < logits.std() < 100
     assert model.generate(torch.tensor([[1, 5]]), max_new_tokens=4).shape == (1, 6)
     kinds = {type(m.stored) for m in model.model.layers[1].self_attn.children()}
-    assert kinds == {NF4 if packed else Dense}
+    assert kinds == {Table if packed else Dense}
 
 
 def test_a_seed_gives_the_same_weights_whatever_the_number_of_layers(tmp_path):

@@ -26,10 +26,10 @@ from qmix.kernels.gpu import moe as gpu
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
-from qmix.weights.nf4 import NF4
 from qmix.weights.packed import codes
 from qmix.weights.packed.layout import pack_expert, pack_matrix, unpack_matrix
 from qmix.weights.packed.table import ExpertTable
+from qmix.weights.table import Table
 from tests.support.interpreter import (
     CONVERSIONS,
     DEVICE,
@@ -61,7 +61,7 @@ KINDS = {
 def as_computed(packed):
     """The weight with the table and the scales of the kernels, float32."""
     weight = unpack_matrix(packed)
-    if isinstance(weight, NF4):
+    if isinstance(weight, Table):
         values = [codes.NF4_STORED_VALUES[stored] for stored in codes.NF4_STORED_OF_CODE]
         table = torch.tensor(values, device=weight.device) / codes.NF4_STRETCH
         weight = replace(weight, table=table)

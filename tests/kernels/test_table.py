@@ -10,7 +10,7 @@ from qmix.kernels.attention import AttentionMask, attend_with, reference, visibl
 from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
-from qmix.weights.nf4 import NF4
+from qmix.weights.table import Table
 from tests.support.models import small_model
 
 
@@ -50,17 +50,17 @@ def test_rows_are_slices_of_dequantize():
 def test_an_nf4_product_never_holds_more_than_one_tile(monkeypatch):
     weight = quantize(matrix(1000, 1024))
     seen = []
-    original = NF4.rows
+    original = Table.rows
 
     def rows(self, start, stop, dtype=None):
         seen.append((stop - start) * self.shape[1])
         return original(self, start, stop, dtype)
 
-    monkeypatch.setattr(NF4, "rows", rows)
-    monkeypatch.setattr(tiles, "NF4_TILE_ELEMENTS", 64 * 1024)
-    tiles.nf4(inputs(4, 1024, torch.float32), weight)
+    monkeypatch.setattr(Table, "rows", rows)
+    monkeypatch.setattr(tiles, "TABLE_TILE_ELEMENTS", 64 * 1024)
+    tiles.linear(inputs(4, 1024, torch.float32), weight)
     assert sum(seen) == 1000 * 1024
-    assert max(seen) <= tiles.NF4_TILE_ELEMENTS
+    assert max(seen) <= tiles.TABLE_TILE_ELEMENTS
 
 
 def expert(seed, kind, d=64, f=96):

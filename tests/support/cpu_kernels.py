@@ -6,8 +6,9 @@ import torch
 
 from qmix.kernels.cpu.isa import ISAS
 from qmix.kernels.cpu.library import library
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights.affine import Affine
+from qmix.weights.scales import NestedScales
+from qmix.weights.table import VALUES, Table
 
 
 @cache
@@ -25,23 +26,24 @@ def random_bytes(*shape, seed=0, high=256):
     return torch.randint(0, high, shape, dtype=torch.uint8, generator=seeded(seed))
 
 
-def random_nf4(n, k, block=64, nested=False, kind=NF4):
+def random_nf4(n, k, block=64, nested=False, kind="nf4"):
     blocks = -(-n * k // block)
-    absmax = 0.01 + 0.1 * torch.rand(blocks, generator=seeded(1))
+    scales = 0.01 + 0.1 * torch.rand(blocks, generator=seeded(1))
     if nested:
-        absmax = NestedAbsmax(
+        scales = NestedScales(
             codes=random_bytes(blocks, seed=2),
-            absmax=0.01 + 0.1 * torch.rand(-(-blocks // 256), generator=seeded(3)),
+            outer=0.01 + 0.1 * torch.rand(-(-blocks // 256), generator=seeded(3)),
             map=torch.linspace(-1, 1, 256),
             offset=0.05,
         )
-    table = torch.tensor(FP4_VALUES if kind is FP4 else NF4_VALUES)
-    return kind(random_bytes(-(-n * k // 2)), absmax, table, (n, k), torch.bfloat16, block)
+    table = torch.tensor(VALUES[kind])
+    codes = random_bytes(-(-n * k // 2))
+    return Table(codes, scales, table, (n, k), torch.bfloat16, block, kind)
 
 
 def random_int4(n, k, groups=1, zeros=False, perm=False, dtype=torch.float16):
     scales = 0.001 + 0.01 * torch.rand(n, groups, generator=seeded(1))
-    return Int4(
+    return Affine(
         codes=random_bytes(n, k // 2),
         scales=(scales * (1 - 2 * torch.randint(0, 2, scales.shape, generator=seeded(4)))).to(
             dtype

@@ -62,8 +62,8 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.evals.timing.machine_code",
     },
     "numpy": {
-        "qmix.weights.nf4",
-        "qmix.weights.integers",
+        "qmix.weights.table",
+        "qmix.weights.affine",
         "qmix.weights.slabs",
         "qmix.quantize.rounding.nf4",
         "qmix.quantize.calibrated.activations",

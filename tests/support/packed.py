@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from qmix.quantize.rounding.nf4 import quantize
-from qmix.weights.integers import Int4, pack_codes
+from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scheme import Scheme
 
 
@@ -20,7 +20,7 @@ def int4(rows, columns, seed=0, group=64, symmetric=True, dtype=torch.float16):
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
     scales = (torch.rand(rows, columns // group, generator=generator) / 50 + 0.001).to(dtype)
     zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=generator)
-    return Int4(pack_codes(codes), scales, None if symmetric else zeros)
+    return Affine(pack_codes(codes), scales, None if symmetric else zeros)
 
 
 def act_order(rows, columns, seed=0):

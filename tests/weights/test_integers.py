@@ -7,20 +7,28 @@ import torch
 
 from qmix import kernels
 from qmix.kernels import tiles
+from qmix.weights.affine import Affine, pack_codes, reorder_codes, unpack_codes
 from qmix.weights.dense import Weight
-from qmix.weights.integers import Int4, Int8, Integers, pack_codes, reorder_codes, unpack_codes
 from qmix.weights.scheme import DENSE, NF4, Scheme
 from qmix.weights.slabs import TILE_ELEMENTS
 
 SHAPES = [(8, 32), (40, 128), (7, 256), (1, 4096)]
-KINDS = pytest.mark.parametrize("kind", [Int4, Int8], ids=lambda kind: kind.__name__)
+KINDS = pytest.mark.parametrize("bits", [4, 8], ids=["Int4", "Int8"])
 
 
 def drawn(
-    rows, columns, group, *, kind=Int4, symmetric=True, act_order=False, dtype=torch.float16, seed=0
+    rows,
+    columns,
+    group,
+    *,
+    bits=4,
+    symmetric=True,
+    act_order=False,
+    dtype=torch.float16,
+    seed=0,
 ):
     """A random weight and, computed in plain float32, what it must mean."""
-    count, half = (16, 8) if kind is Int4 else (256, 128)
+    count, half = 1 << bits, 1 << bits - 1
     generator = torch.Generator().manual_seed(seed)
     groups = columns // group
     codes = torch.randint(0, count, (rows, columns), dtype=torch.uint8, generator=generator)
@@ -33,11 +41,12 @@ def drawn(
     for j in range(columns):
         difference = codes[:, j].float() - zeros[:, j // group].float()
         meant[:, order[j]] = difference * scales[:, j // group].float()
-    weight = kind(
-        codes=kind.packed(codes),
+    weight = Affine(
+        codes=pack_codes(codes, bits),
         scales=scales,
         zeros=None if symmetric else zeros,
         perm=order.int() if act_order else None,
+        bits=bits,
     )
     return weight, meant
 
@@ -47,13 +56,13 @@ def drawn(
 @pytest.mark.parametrize("group", [-1, 32, 64, 128])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @KINDS
-def test_dequantize_is_code_less_zero_times_scale(kind, shape, group, symmetric, act_order):
+def test_dequantize_is_code_less_zero_times_scale(bits, shape, group, symmetric, act_order):
     rows, columns = shape
     group = columns if group == -1 else group
     if columns % group:
         return
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        weight, meant = drawn(rows, columns, group, kind=kind, symmetric=symmetric, act_order=act_order, dtype=dtype)  # fmt: skip
+        weight, meant = drawn(rows, columns, group, bits=bits, symmetric=symmetric, act_order=act_order, dtype=dtype)  # fmt: skip
         assert isinstance(weight, Weight)
         assert weight.shape == shape
         assert weight.dtype == dtype
@@ -69,18 +78,18 @@ def test_dequantize_is_code_less_zero_times_scale(kind, shape, group, symmetric,
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
 @KINDS
-def test_rows_are_slices_of_dequantize(kind, act_order):
-    weight, meant = drawn(13, 64, 32, kind=kind, symmetric=False, act_order=act_order)
+def test_rows_are_slices_of_dequantize(bits, act_order):
+    weight, meant = drawn(13, 64, 32, bits=bits, symmetric=False, act_order=act_order)
     for start in range(13):
         for stop in range(start + 1, 14):
             assert torch.equal(weight.rows(start, stop, torch.float32), meant[start:stop])
 
 
 @KINDS
-def test_tiles_and_threads_change_nothing(kind):
+def test_tiles_and_threads_change_nothing(bits):
     columns = 4096
     rows = 5 * 8 * TILE_ELEMENTS // columns + 3  # more than four slabs, the last one short
-    weight, meant = drawn(rows, columns, 128, kind=kind, symmetric=False)
+    weight, meant = drawn(rows, columns, 128, bits=bits, symmetric=False)
     assert torch.equal(weight.dequantize(torch.float32), meant)
     assert torch.equal(weight.dequantize(), meant.half())
     with torch.inference_mode():
@@ -90,7 +99,7 @@ def test_tiles_and_threads_change_nothing(kind):
 def test_a_byte_holds_two_inputs_the_first_one_low():
     codes = torch.tensor([[1, 2, 3, 15]], dtype=torch.uint8)
     assert pack_codes(codes).tolist() == [[0x21, 0xF3]]
-    weight = Int4(pack_codes(codes), torch.tensor([[0.5]]))
+    weight = Affine(pack_codes(codes), torch.tensor([[0.5]]))
     assert weight.dequantize().tolist() == [[-3.5, -3.0, -2.5, 3.5]]
     every = torch.arange(256, dtype=torch.uint8).view(4, 64)
     assert torch.equal(pack_codes(unpack_codes(every)), every)
@@ -98,11 +107,12 @@ def test_a_byte_holds_two_inputs_the_first_one_low():
 
 def test_a_code_of_8_bits_is_a_byte():
     codes = torch.tensor([[0, 1, 128, 255]], dtype=torch.uint8)
-    assert Int8.packed(codes).tolist() == codes.tolist()
+    assert pack_codes(codes, 8).tolist() == codes.tolist()
     scales = torch.tensor([[0.5]])
-    assert Int8(codes, scales).dequantize().tolist() == [[-64.0, -63.5, 0.0, 63.5]]
+    assert Affine(codes, scales, bits=8).dequantize().tolist() == [[-64.0, -63.5, 0.0, 63.5]]
     zeros = torch.tensor([[255]], dtype=torch.uint8)
-    assert Int8(codes, scales, zeros).dequantize().tolist() == [[-127.5, -127.0, -63.5, 0.0]]
+    values = Affine(codes, scales, zeros, bits=8).dequantize()
+    assert values.tolist() == [[-127.5, -127.0, -63.5, 0.0]]
 
 
 def test_reordering_moves_whole_codes():
@@ -113,19 +123,22 @@ def test_reordering_moves_whole_codes():
         moved = reorder_codes(pack_codes(codes), order.int())
         assert torch.equal(unpack_codes(moved), codes[:, order])
         assert torch.equal(reorder_codes(moved, torch.argsort(order)), pack_codes(codes))
-        assert torch.equal(Int4.reordered(pack_codes(codes), order.int()), moved)
-        assert torch.equal(Int8.reordered(codes, order.int()), codes[:, order])
+        for bits in (2, 3, 8):
+            codes &= (1 << bits) - 1
+            packed = pack_codes(codes, bits)
+            moved = unpack_codes(reorder_codes(packed, order.int(), bits), bits)
+            assert torch.equal(moved, codes[:, order])
 
 
 def test_extreme_scales_are_kept():
     codes = pack_codes(torch.tensor([[0, 15] * 16, [8, 9] * 16], dtype=torch.uint8))
     scales = torch.tensor([[65504.0], [6e-8]], dtype=torch.float16)
-    values = Int4(codes, scales).dequantize(torch.float32)
+    values = Affine(codes, scales).dequantize(torch.float32)
     assert values[0, :2].tolist() == [-8 * 65504.0, 7 * 65504.0]
     assert values[1, :2].tolist() == [0.0, 2**-24]
-    assert Int4(codes, scales).dequantize()[0, 0] == -torch.inf  # no clamp hides an overflow
-    assert Int4(codes, -scales).dequantize(torch.float32)[0, 0] == 8 * 65504.0
-    assert not Int4(codes, 0 * scales).dequantize().any()
+    assert Affine(codes, scales).dequantize()[0, 0] == -torch.inf  # no clamp hides an overflow
+    assert Affine(codes, -scales).dequantize(torch.float32)[0, 0] == 8 * 65504.0
+    assert not Affine(codes, 0 * scales).dequantize().any()
 
 
 def test_the_scheme_and_the_bytes():
@@ -140,7 +153,7 @@ def test_the_scheme_and_the_bytes():
     assert weight.scheme.bits_per_weight == 4
     assert Scheme(kind="int4").bits_per_weight == 4.125
     assert Scheme(kind="int4", symmetric=False).bits_per_weight == 4.15625
-    weight, _ = drawn(16, 256, 64, kind=Int8)
+    weight, _ = drawn(16, 256, 64, bits=8)
     assert weight.scheme == Scheme(kind="int8", group_size=64)
     assert weight.nbytes == 16 * 256 + 16 * 4 * 2
     assert weight.scheme.bits_per_weight == 8 * weight.nbytes / (16 * 256) == 8.25
@@ -155,10 +168,10 @@ def test_the_scheme_and_the_bytes():
 
 
 @KINDS
-def test_moving_keeps_everything(kind):
-    weight, meant = drawn(8, 64, 32, kind=kind, symmetric=False, act_order=True)
+def test_moving_keeps_everything(bits):
+    weight, meant = drawn(8, 64, 32, bits=bits, symmetric=False, act_order=True)
     moved = weight.to(torch.device("cpu"))
-    assert type(moved) is kind
+    assert (type(moved), moved.bits) == (Affine, bits)
     assert torch.equal(moved.dequantize(torch.float32), meant)
     assert weight.to(torch.device("meta")).device.type == "meta"
 
@@ -168,8 +181,8 @@ def test_moving_keeps_everything(kind):
 @pytest.mark.parametrize("batch", [1, 2, 17])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @KINDS
-def test_linear_matches_the_oracle(kind, batch, symmetric, act_order, dtype, bound):
-    weight, meant = drawn(300, 2048, 128, kind=kind, symmetric=symmetric, act_order=act_order)
+def test_linear_matches_the_oracle(bits, batch, symmetric, act_order, dtype, bound):
+    weight, meant = drawn(300, 2048, 128, bits=bits, symmetric=symmetric, act_order=act_order)
     x = torch.randn(3, batch, 2048, generator=torch.Generator().manual_seed(1)).to(dtype)
     oracle = x.float() @ meant.T
     for out in (kernels.linear(x, weight), _reference(x, weight)):
@@ -185,16 +198,16 @@ def _reference(x, weight):
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
 @KINDS
-def test_without_a_compiler_a_product_never_holds_more_than_one_tile(monkeypatch, kind, act_order):
-    weight, _ = drawn(1000, 1024, 128, kind=kind, act_order=act_order)
+def test_without_a_compiler_a_product_never_holds_more_than_one_tile(monkeypatch, bits, act_order):
+    weight, _ = drawn(1000, 1024, 128, bits=bits, act_order=act_order)
     seen = []
-    original = Integers.rows
+    original = Affine.rows
 
     def rows(self, start, stop, dtype=None):
         seen.append((stop - start) * self.shape[1])
         return original(self, start, stop, dtype)
 
-    monkeypatch.setattr(Integers, "rows", rows)
-    tiles.integers(torch.ones(4, 1024), weight)
+    monkeypatch.setattr(Affine, "rows", rows)
+    tiles.linear(torch.ones(4, 1024), weight)
     assert sum(seen) == 1000 * 1024
-    assert max(seen) <= tiles.INTEGER_TILE_ELEMENTS
+    assert max(seen) <= tiles.AFFINE_TILE_ELEMENTS

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from qmix.errors import CheckpointError, UsageError
 from qmix.formats.layouts import bnb as layout
 from qmix.quantize.rounding import nf4
-from qmix.weights.nf4 import NF4_VALUES, NestedAbsmax
+from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import DENSE, NF4_BLOCK_SIZES, Scheme
 from qmix.weights.slabs import decoded
+from qmix.weights.table import NF4_VALUES
 from tests.support import exact
 from tests.support.process import succeeds
 
@@ -49,12 +50,12 @@ def assert_equal_bytes(weight, block=64, double=True):
     assert ours.out_dtype == state.dtype
     assert ours.out_shape == tuple(state.shape)
     if double:
-        assert torch.equal(ours.absmax.codes, state.absmax)
-        assert same_bits(ours.absmax.absmax, state.state2.absmax)
-        assert torch.equal(ours.absmax.map, state.state2.code)
-        assert ours.absmax.offset == state.offset.item()
+        assert torch.equal(ours.scales.codes, state.absmax)
+        assert same_bits(ours.scales.outer, state.state2.absmax)
+        assert torch.equal(ours.scales.map, state.state2.code)
+        assert ours.scales.offset == state.offset.item()
     else:
-        assert same_bits(ours.absmax, state.absmax)
+        assert same_bits(ours.scales, state.absmax)
     return ours, codes, state
 
 
@@ -67,10 +68,10 @@ def same_bits(a, b):
 def definition(weight, dtype):
     """`table[code] * absmax[block]` in float32, cast once: written apart from the decoder."""
     count = weight.shape[0] * weight.shape[1]
-    absmax = weight.absmax
-    if isinstance(absmax, NestedAbsmax):
+    absmax = weight.scales
+    if isinstance(absmax, NestedScales):
         group = torch.arange(absmax.codes.numel()) // 256
-        absmax = absmax.map[absmax.codes.long()] * absmax.absmax[group] + absmax.offset
+        absmax = absmax.map[absmax.codes.long()] * absmax.outer[group] + absmax.offset
     code = torch.stack((weight.codes >> 4, weight.codes & 15), 1).view(-1)[:count].long()
     block = torch.arange(count) // weight.block_size
     return (weight.table[code] * absmax[block]).to(dtype).view(weight.shape)
@@ -174,9 +175,9 @@ def test_nested_scales_equal_where_bitsandbytes_rounds_to_a_step_first():
     weight = torch.zeros(100_000, 64)
     weight[:, 17:18] = scales
     ours, _, _ = assert_equal_bytes(weight)
-    nested = ours.absmax
+    nested = ours.scales
     centred = torch.nn.functional.pad(scales[:, 0] - nested.offset, (0, 96)).view(-1, 256)
-    exactly = (centred / nested.absmax[:, None]).view(-1)[:100_000]
+    exactly = (centred / nested.outer[:, None]).view(-1)[:100_000]
     bounds = (nested.map[:-1] + nested.map[1:]) / 2
     nearest = torch.bucketize(exactly, bounds).to(torch.uint8)
     assert 0 < (nearest != nested.codes).sum() < 1000
@@ -186,7 +187,7 @@ def test_scales_that_all_equal_their_mean_decode_to_it():
     weight = torch.zeros(300, 64)
     weight[:, 9] = 0.75
     ours, _, _ = assert_equal_bytes(weight)
-    assert not ours.absmax.codes.any()
+    assert not ours.scales.codes.any()
     assert torch.equal(ours.dequantize(), weight)
 
 
@@ -213,7 +214,7 @@ def test_the_number_of_threads_changes_nothing_but_the_last_bit_of_the_mean(thre
     finally:
         torch.set_num_threads(before)
     assert torch.equal(again.codes, plain.codes)
-    assert torch.equal(again.absmax, plain.absmax)
+    assert torch.equal(again.scales, plain.scales)
     assert torch.equal(restored, plain.dequantize())
 
 
@@ -223,7 +224,7 @@ def test_a_strided_weight_equals_its_copy(columns):
     assert not weight.is_contiguous()
     strided, copied = nf4.quantize(weight), nf4.quantize(weight.contiguous())
     assert torch.equal(strided.codes, copied.codes)
-    assert torch.equal(strided.absmax.codes, copied.absmax.codes)
+    assert torch.equal(strided.scales.codes, copied.scales.codes)
 
 
 def test_parameters_and_inference_tensors_are_quantized_and_decoded():
@@ -328,7 +329,7 @@ def test_rounding_back_what_was_decoded_changes_no_code():
         first = nf4.quantize(random(64, 512).to(dtype), scheme(double=False))
         again = nf4.quantize(first.dequantize(), scheme(double=False))
         assert torch.equal(first.codes, again.codes)
-        assert torch.equal(first.absmax, again.absmax)
+        assert torch.equal(first.scales, again.scales)
 
 
 def test_the_error_of_a_gaussian_weight_is_that_of_nf4():

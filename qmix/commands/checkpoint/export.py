@@ -25,7 +25,7 @@ from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
-from qmix.weights.integers import Integers
+from qmix.weights.affine import Affine
 from qmix.weights.scheme import DENSE, Scheme
 
 Format = Literal["compressed-tensors", "gptq"]
@@ -121,7 +121,7 @@ class _LayoutConversion:
                 yield {tensor.name: checkpoint.read(tensor.name)}
                 continue
             weight = checkpoint.weight(tensor)
-            assert isinstance(weight, Integers), tensor.name
+            assert isinstance(weight, Affine), tensor.name
             self.schemes[tensor.prefix] = weight.scheme
             self.act_order |= weight.perm is not None
             yield _LAYOUTS[self._layout].pack(weight, tensor.prefix)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qmix.formats.layouts.checked_tensors import IntegerTensors, unpack_words, zeros_or_symmetric
 from qmix.formats.layouts.tensor_names import QWEIGHT, QZEROS, SCALES
-from qmix.weights.integers import Int4, symmetric_zero
+from qmix.weights.affine import Affine, symmetric_zero
 
-_WORD_CODES = 8
+_BITS = 4
+_WORD_CODES = 32 // _BITS
 # Output 8c + i lies in nibble _NIBBLES[i] of word c: from its lowest four bits on, the word holds
 # the outputs [0 2 4 6 | 1 3 5 7].
 _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -26,7 +27,7 @@ def unpack(
     shape: tuple[int, int],
     *,
     zero_point: bool = True,
-) -> Int4:
+) -> Affine:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
@@ -46,12 +47,12 @@ def unpack(
     scales = stored.scales(SCALES, 0)
     groups = scales.shape[0]
     qzeros = stored.tensor(QZEROS, torch.int32, (groups, rows // _WORD_CODES))
-    zeros = zeros_or_symmetric(_zeros(qzeros), Int4.bits)
+    zeros = zeros_or_symmetric(_zeros(qzeros), _BITS)
     if zeros is not None and not zero_point:
-        half = symmetric_zero(Int4.bits)
+        half = symmetric_zero(_BITS)
         found = int(zeros[zeros != half][0])
         raise stored.wrong(QZEROS, "zeros, though zero_point of the settings is false", half, found)
-    return Int4(codes=_codes(qweight), scales=scales.T.contiguous(), zeros=zeros)
+    return Affine(codes=_codes(qweight), scales=scales.T.contiguous(), zeros=zeros)
 
 
 def _codes(qweight: Tensor) -> Tensor:
@@ -67,5 +68,5 @@ def _codes(qweight: Tensor) -> Tensor:
 
 def _zeros(qzeros: Tensor) -> Tensor:
     """int32 [G, N / 8] -> uint8 [N, G]."""
-    zeros = unpack_words(qzeros, Int4.bits)[..., _NIBBLES]
+    zeros = unpack_words(qzeros, _BITS)[..., _NIBBLES]
     return zeros.reshape(qzeros.shape[0], -1).T.contiguous()

@@ -7,7 +7,7 @@ hub's 4-bit checkpoints have had it since 2023. Knows nothing of files or of rou
 import json
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from qmix.formats.layouts.tensor_names import (
     WEIGHT,
 )
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES, NestedAbsmax
+from qmix.weights.scales import NestedScales, Scales
 from qmix.weights.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Kind, Scheme
+from qmix.weights.table import FP4_VALUES, NF4_VALUES, Table
 
 _STATE_SUFFIXES: Mapping[Kind, str] = {"nf4": STATE_NF4, "fp4": STATE_FP4}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,21 +69,21 @@ def packed_specs(
     return tuple(specs)
 
 
-def pack(weight: NF4, prefix: str) -> dict[str, Tensor]:
+def pack(weight: Table, prefix: str) -> dict[str, Tensor]:
     """The tensors of one weight, named and ordered as bitsandbytes' `Linear4bit` saves them.
 
     `P.weight` is uint8 [N * K / 2, 1]; the state is UTF-8 JSON as uint8 [length].
     """
-    nested = weight.absmax if isinstance(weight.absmax, NestedAbsmax) else None
+    nested = weight.scales if isinstance(weight.scales, NestedScales) else None
     tensors = {prefix + WEIGHT: weight.codes.view(-1, 1)}
     if nested is None:
-        assert isinstance(weight.absmax, Tensor)
-        tensors[prefix + ABSMAX] = weight.absmax
+        assert isinstance(weight.scales, Tensor)
+        tensors[prefix + ABSMAX] = weight.scales
         tensors[prefix + QUANT_MAP] = weight.table
     else:
         tensors[prefix + ABSMAX] = nested.codes
         tensors[prefix + QUANT_MAP] = weight.table
-        tensors[prefix + NESTED_ABSMAX] = nested.absmax
+        tensors[prefix + NESTED_ABSMAX] = nested.outer
         tensors[prefix + NESTED_QUANT_MAP] = nested.map
     offset = nested.offset if nested else None
     kind = weight.scheme.kind
@@ -107,7 +108,7 @@ def _state_bytes(
     return json.dumps(state).encode()
 
 
-def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str) -> NF4:
+def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str) -> Table:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
@@ -118,7 +119,7 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str) -> NF4:
         CheckpointError: a tensor is missing, or is not what the layout says.
     """
     stored = CheckedTensors(tensors, prefix, where)
-    kind: Kind = "fp4" if stored.has(STATE_FP4) else "nf4"
+    kind: Literal["nf4", "fp4"] = "fp4" if stored.has(STATE_FP4) else "nf4"
     if kind == "fp4" and stored.has(STATE_NF4):
         raise stored.wrong(STATE_NF4, "a second state", STATE_FP4, STATE_NF4)
     state = _read_state(stored, kind)
@@ -129,24 +130,24 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str) -> NF4:
     table = _finite(stored, QUANT_MAP, len(values))
     if not torch.equal(table.cpu(), torch.tensor(values, dtype=torch.float32)):
         raise stored.wrong(QUANT_MAP, f"not the {kind.upper()} table", found=table.tolist())
-    absmax: Tensor | NestedAbsmax
+    scales: Scales
     if "nested_offset" in state:
-        absmax = NestedAbsmax(
+        scales = NestedScales(
             codes=stored.tensor(ABSMAX, torch.uint8, (blocks,)),
-            absmax=_scales(stored, NESTED_ABSMAX, -(-blocks // NESTED_BLOCK)),
+            outer=_scales(stored, NESTED_ABSMAX, -(-blocks // NESTED_BLOCK)),
             map=_finite(stored, NESTED_QUANT_MAP, 256),
             offset=state["nested_offset"],
         )
     else:
-        absmax = _scales(stored, ABSMAX, blocks)
-    weight_type = FP4 if kind == "fp4" else NF4
-    return weight_type(
+        scales = _scales(stored, ABSMAX, blocks)
+    return Table(
         codes=codes,
-        absmax=absmax,
+        scales=scales,
         table=table,
         out_shape=shape,
         out_dtype=state["dtype"],
         block_size=block_size,
+        kind=kind,
     )
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.layouts.tensor_names import WORD_BITS
-from qmix.weights.integers import Int4, Int8, Integers, symmetric_zero
+from qmix.weights.affine import symmetric_zero
 from qmix.weights.scheme import GROUP_SIZES
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _GROUP_SIZES = ", ".join(map(str, GROUP_SIZES)) + " inputs or all of them"
 # Bits of a code -> the weight's class.
-WEIGHT_TYPES: Mapping[int, type[Integers]] = {4: Int4, 8: Int8}
+READ_BITS = (4, 8)  # of integers
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts.checked_tensors import (
-    WEIGHT_TYPES,
+    READ_BITS,
     IntegerTensors,
     unpack_words,
     zeros_or_symmetric,
@@ -28,13 +28,13 @@ from qmix.formats.layouts.tensor_names import (
     compressed_bits,
 )
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.weights.integers import Integers
+from qmix.weights.affine import Affine
 from qmix.weights.scheme import DENSE, Scheme
 
 
 def unpack(
     tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[int, int]
-) -> Integers:
+) -> Affine:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
@@ -56,7 +56,7 @@ def unpack(
     if bits is None:
         expected = f"[{rows}, {columns} codes of 4 or 8 bits]"
         raise stored.wrong(PACKED, "wrong shape", expected, list(packed.shape))
-    if bits not in WEIGHT_TYPES:
+    if bits not in READ_BITS:
         what = "compressed-tensors is read in 4 or 8 bits only"
         raise stored.unsupported(PACKED, what, "4 or 8 bits", f"{bits} bits")
     codes_a_word = WORD_BITS // bits
@@ -80,9 +80,8 @@ def unpack(
             "input // group size",
             "act-order",
         )
-    return WEIGHT_TYPES[bits](
-        codes=packed.contiguous().view(torch.uint8), scales=scales, zeros=zeros
-    )
+    codes = packed.contiguous().view(torch.uint8)
+    return Affine(codes=codes, scales=scales, zeros=zeros, bits=bits)
 
 
 def packed_specs(
@@ -103,23 +102,24 @@ def packed_specs(
     )
 
 
-def pack(weight: Integers, prefix: str) -> dict[str, Tensor]:
+def pack(weight: Affine, prefix: str) -> dict[str, Tensor]:
     """The tensors of one symmetric weight, named as compressed-tensors saves them.
 
     Raises:
         UnsupportedError: an asymmetric weight (transformers 5.23 cannot load experts that have
             zeros), or inputs that are scattered over groups.
     """
-    if weight.zeros is not None or weight.perm is not None:
+    scales = weight.scales
+    if not weight.symmetric or not isinstance(scales, Tensor) or weight.perm is not None:
         raise UnsupportedError(
             f"module {prefix}: cannot be written as compressed-tensors",
             expected="a symmetric weight with its inputs in order",
-            found="zeros" if weight.zeros is not None else "an act-order weight",
+            found="an act-order weight" if weight.symmetric else "zeros",
             remedy="Quantize symmetrically, without act-order.",
         )
     return {
         prefix + PACKED: weight.codes.view(torch.int32),
-        prefix + SCALE: weight.scales,
+        prefix + SCALE: scales,
         prefix + SHAPE: torch.tensor(weight.shape),
     }
 

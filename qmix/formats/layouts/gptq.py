@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts.checked_tensors import (
-    WEIGHT_TYPES,
+    READ_BITS,
     IntegerTensors,
     pack_words,
     unpack_words,
@@ -28,7 +28,7 @@ from qmix.formats.layouts.tensor_names import (
     gptq_bits,
 )
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.weights.integers import Integers, symmetric_zero
+from qmix.weights.affine import Affine, reorder_codes, symmetric_zero
 from qmix.weights.scheme import Scheme
 
 
@@ -38,7 +38,7 @@ def unpack(
     where: str,
     shape: tuple[int, int],
     settings: ModuleSettings,
-) -> Integers:
+) -> Affine:
     """The weight of module `prefix`, after checking each of its tensors against the others.
 
     Args:
@@ -86,12 +86,9 @@ def unpack(
             f"another group from input {_first_scattered(stored, columns // groups)} on",
         )
     codes = qweight.T.contiguous().view(torch.uint8)
-    return WEIGHT_TYPES[bits](
-        codes=codes if perm is None else WEIGHT_TYPES[bits].reordered(codes, perm),
-        scales=scales.T.contiguous(),
-        zeros=zeros,
-        perm=perm,
-    )
+    if perm is not None:
+        codes = reorder_codes(codes, perm, bits)
+    return Affine(codes, scales.T.contiguous(), zeros, perm, bits)
 
 
 def _first_scattered(stored: IntegerTensors, size: int) -> int:
@@ -115,7 +112,7 @@ def _bits(stored: IntegerTensors, settings: ModuleSettings) -> int:
             "its .weight alone",
             f"{bits} bits",
         )
-    if bits not in WEIGHT_TYPES:
+    if bits not in READ_BITS:
         what = "GPTQ is read in 4 or 8 bits only"
         raise stored.unsupported(QWEIGHT, what, "4 or 8 bits", f"{bits} bits")
     if settings.bits not in (None, bits):
@@ -181,24 +178,32 @@ def packed_specs(
     )
 
 
-def version_of(weight: Integers) -> int:
+def version_of(weight: Affine) -> int:
     """The version that stores a weight: 1, or 2 if a zero is 0, on which v1 readers disagree."""
     return 2 if weight.zeros is not None and bool((weight.zeros == 0).any()) else 1
 
 
-def pack(weight: Integers, prefix: str, version: int = 1) -> dict[str, Tensor]:
+def pack(weight: Affine, prefix: str, version: int = 1) -> dict[str, Tensor]:
     """The tensors of one weight of whole words, named and ordered as AutoGPTQ saves them.
 
     Raises:
         UnsupportedError: a zero of 0 in v1.
     """
+    scales = weight.scales
+    if not isinstance(scales, Tensor) or weight.biases is not None:
+        raise UnsupportedError(
+            f"module {prefix}: cannot be written as GPTQ",
+            expected="plain scales, and zeros that are codes",
+            found=str(weight.scheme),
+            remedy="Quantize the original checkpoint with qmix quantize.",
+        )
     rows, columns = weight.shape
-    bits, groups = weight.bits, weight.scales.shape[1]
+    bits, groups = weight.bits, weight.groups
     codes_a_word = WORD_BITS // bits
     codes, index = weight.codes, torch.arange(columns, dtype=torch.int32) // weight.group_inputs
     if weight.perm is not None:
         inverse = torch.argsort(weight.perm)
-        codes, index = weight.reordered(codes, inverse), index[inverse]
+        codes, index = reorder_codes(codes, inverse, bits), index[inverse]
     if weight.zeros is None:
         zeros = torch.full((groups, rows), symmetric_zero(bits), dtype=torch.uint8)
     else:
@@ -215,6 +220,6 @@ def pack(weight: Integers, prefix: str, version: int = 1) -> dict[str, Tensor]:
     return {
         prefix + QWEIGHT: codes.view(torch.int32).T.contiguous(),
         prefix + QZEROS: pack_words(zeros.reshape(groups, -1, codes_a_word), bits),
-        prefix + SCALES: weight.scales.T.contiguous(),
+        prefix + SCALES: scales.T.contiguous(),
         prefix + G_IDX: index,
     }

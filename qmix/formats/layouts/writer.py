@@ -13,10 +13,10 @@ from torch import Tensor
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts import bnb, gptq, gptq_config
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense, Weight
-from qmix.weights.integers import Integers
-from qmix.weights.nf4 import NF4
 from qmix.weights.scheme import DENSE, Scheme
+from qmix.weights.table import Table
 
 WrittenLayout = Literal["bitsandbytes", "GPTQ"]
 
@@ -77,20 +77,20 @@ def pack(weight: Weight, prefix: str, *, version: int = 1) -> dict[str, Tensor]:
     weight = weight.to(torch.device("cpu"))
     if isinstance(weight, Dense):
         return {f"{prefix}.weight": weight.data}
-    if isinstance(weight, NF4):
+    if isinstance(weight, Table):
         return bnb.pack(weight, prefix)
-    assert isinstance(weight, Integers), type(weight)
+    assert isinstance(weight, Affine), type(weight)
     return gptq.pack(weight, prefix, version)
 
 
 def version_of(weight: Weight) -> int:
     """The version of GPTQ that stores a weight exactly: 2 if a zero is 0, else 1."""
-    return gptq.version_of(weight) if isinstance(weight, Integers) else 1
+    return gptq.version_of(weight) if isinstance(weight, Affine) else 1
 
 
 def act_order(weight: Weight) -> bool:
     """Whether a weight's inputs are scattered over its groups."""
-    return isinstance(weight, Integers) and weight.perm is not None
+    return isinstance(weight, Affine) and weight.perm is not None
 
 
 def quantization_config(

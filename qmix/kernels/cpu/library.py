@@ -20,10 +20,10 @@ from qmix.kernels.cpu import ctypes_structs as structs
 from qmix.kernels.cpu.functions import Functions, torch_threads
 from qmix.kernels.cpu.pointers import TokenLayer, expert_of, matrix_of
 from qmix.kernels.moe import Routes
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4
+from qmix.weights.affine import Affine
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import HEADER_BYTES
+from qmix.weights.table import Table
 
 DENSE_TOKENS = 2  # the most tokens that `matmul_dense` takes
 
@@ -50,7 +50,7 @@ class Library:
     def matmul(
         self,
         xs: Sequence[Tensor],
-        weights: Sequence[NF4 | Int4],
+        weights: Sequence[Table | Affine],
         *,
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
@@ -122,7 +122,7 @@ class Library:
     def add_experts(
         self,
         x: Tensor,
-        experts: Sequence[tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4]],
+        experts: Sequence[tuple[Table | Affine, Table | Affine, Table | Affine]],
         routing_weights: Sequence[float],
         out: Tensor,
         *,

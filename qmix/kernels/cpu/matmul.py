@@ -1,4 +1,4 @@
-"""Matmuls with NF4, FP4 and Int4 weights on a CPU, straight from their codes.
+"""Matmuls with 4-bit weights on a CPU, straight from their codes.
 
 Where there is no compiler, and in a backward pass, torch multiplies one decoded tile of the weight
 at a time. Shape letters: see qmix.kernels.
@@ -13,11 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
+from qmix.kernels.cpu.pointers import takes as takes
 from qmix.kernels.gradients import needs_grad
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4
+from qmix.weights.table import Table
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -26,14 +27,14 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    """[..., K] times each of several NF4 or Int4 weights: [..., N] each.
+    """[..., K] times each of several weights: [..., N] each.
 
     The threads start once for all of them. Of an act-order weight the activations are permuted.
     """
     compiled = library()
-    if compiled.isa is None:
+    if compiled.isa is None or not all(map(takes, weights)):
         compiled.fallbacks += len(weights)
-        return [_tiles(x, weight) for weight in weights]
+        return [tiles.linear(x, weight) for weight in weights]
     if needs_grad(x):
         return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
     return _multiplied(x, weights)
@@ -61,14 +62,14 @@ def add_experts(
 def _multiplied(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     tokens = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
     four_bit = [_four_bit(weight) for weight in weights]
-    perms = [weight.perm if isinstance(weight, Int4) else None for weight in four_bit]
+    perms = [weight.perm if isinstance(weight, Affine) else None for weight in four_bit]
     ordered = [tokens if perm is None else tokens.index_select(1, perm) for perm in perms]
     outs = library().matmul(ordered, four_bit, dtype=x.dtype)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
-def _four_bit(weight: Weight) -> NF4 | Int4:
-    assert isinstance(weight, (NF4, Int4))
+def _four_bit(weight: Weight) -> Table | Affine:
+    assert takes(weight)
     return weight
 
 
@@ -84,12 +85,6 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         parts = [
-            tiles.transposed(grad, weight, tiles.NF4_TILE_ELEMENTS)
-            for grad, weight in zip(grads, ctx.weights, strict=True)
+            tiles.transposed(grad, weight) for grad, weight in zip(grads, ctx.weights, strict=True)
         ]
         return torch.stack(parts).sum(0).to(grads[0].dtype), None
-
-
-def _tiles(x: Tensor, weight: Weight) -> Tensor:
-    backend = tiles.integers if isinstance(weight, Int4) else tiles.nf4
-    return backend(x, weight)

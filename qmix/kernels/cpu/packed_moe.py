@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.moe import Routes
-from qmix.weights.nf4 import NF4_VALUES
 from qmix.weights.packed import codes
 from qmix.weights.packed.layout import PackedExpert, PackedMatrix, unpack_expert
+from qmix.weights.table import NF4_VALUES
 
 _TABLES = {
     "nf4": torch.tensor([NF4_VALUES[code] for code in codes.NF4_CODE_OF_STORED]),
@@ -44,10 +44,8 @@ def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
     if compiled.isa is None:
         compiled.fallbacks += 3
         expert = unpack_expert(packed)
-        gate, up = (
-            tiles.linear(x, weight, tiles.NF4_TILE_ELEMENTS) for weight in (expert.w1, expert.w3)
-        )
-        return tiles.linear(F.silu(gate) * up, expert.w2, tiles.NF4_TILE_ELEMENTS)
+        gate, up = (tiles.linear(x, weight) for weight in (expert.w1, expert.w3))
+        return tiles.linear(F.silu(gate) * up, expert.w2)
 
     def matmul(x: Tensor, matrix: PackedMatrix) -> Tensor:
         return compiled.matmul_packed(x, matrix, _TABLES[matrix.format.kind])

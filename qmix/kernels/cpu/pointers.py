@@ -7,13 +7,17 @@ Knows nothing of the library that reads them.
 from collections.abc import Sequence
 from ctypes import addressof, c_void_p
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from qmix.kernels.cpu import ctypes_structs as structs
-from qmix.weights.integers import Int4, symmetric_zero
-from qmix.weights.nf4 import NF4, NestedAbsmax
+from qmix.weights.affine import Affine, symmetric_zero
+from qmix.weights.dense import Weight
+from qmix.weights.scales import NestedScales
+from qmix.weights.scheme import NESTED_BLOCK
+from qmix.weights.table import Table
 
 # The numbers of ScaleKind in csrc/structs.h.
 _SCALE_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -41,10 +45,10 @@ class TokenLayer:
     @classmethod
     def of(
         cls,
-        projections: Sequence[NF4 | Int4],
+        projections: Sequence[Table | Affine],
         norms: Sequence[Tensor],
         router: Tensor,
-        experts: Sequence[tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4]] | None,
+        experts: Sequence[tuple[Table | Affine, Table | Affine, Table | Affine]] | None,
         *,
         eps: float,
         head_dim: int,
@@ -84,22 +88,38 @@ class TokenLayer:
 
 
 def expert_of(
-    matrices: tuple[NF4 | Int4, NF4 | Int4, NF4 | Int4], references: list[Tensor]
+    matrices: tuple[Table | Affine, Table | Affine, Table | Affine], references: list[Tensor]
 ) -> structs.ExpertMatrices:
     """The structure of gate, up and down; its routing weight is not set."""
     perms = (perm_of(matrix, references) for matrix in matrices)
     return structs.ExpertMatrices(*(matrix_of(matrix, references) for matrix in matrices), *perms)
 
 
-def perm_of(weight: NF4 | Int4, references: list[Tensor]) -> int | None:
+def takes(weight: Weight | None) -> TypeGuard[Table | Affine]:
+    """Whether the compiled kernels multiply a weight straight from its codes."""
+    if isinstance(weight, Table):
+        scales = weight.scales
+        return not isinstance(scales, NestedScales) or (
+            (scales.bits, scales.block, scales.outer.dtype) == (8, NESTED_BLOCK, torch.float32)
+        )
+    return (
+        isinstance(weight, Affine)
+        and weight.bits == 4
+        and isinstance(weight.scales, Tensor)
+        and weight.biases is None
+        and (weight.zeros is None or weight.zeros.dtype == torch.uint8)
+    )
+
+
+def perm_of(weight: Table | Affine, references: list[Tensor]) -> int | None:
     """The address of the order in which an act-order weight stores its inputs, as int64 [K]."""
-    if isinstance(weight, NF4) or weight.perm is None:
+    if isinstance(weight, Table) or weight.perm is None:
         return None
     references.append(weight.perm.long().contiguous())
     return references[-1].data_ptr()
 
 
-def matrix_of(weight: NF4 | Int4, references: list[Tensor]) -> structs.Matrix:
+def matrix_of(weight: Table | Affine, references: list[Tensor]) -> structs.Matrix:
     """The structure of one weight."""
 
     def pointer(tensor: Tensor) -> int:
@@ -108,19 +128,21 @@ def matrix_of(weight: NF4 | Int4, references: list[Tensor]) -> structs.Matrix:
 
     rows, inputs = weight.shape
     matrix = structs.Matrix(codes=pointer(weight.codes), rows=rows, inputs=inputs)
-    if isinstance(weight, Int4):
+    if isinstance(weight, Affine):
+        assert isinstance(weight.scales, Tensor)
         matrix.table = pointer(_CODES if weight.zeros is not None else _SYMMETRIC_CODES)
         matrix.scales, matrix.scale_kind = pointer(weight.scales), _SCALE_KINDS[weight.scales.dtype]
         matrix.high_first, matrix.block = 0, weight.group_inputs
         if weight.zeros is not None:
             matrix.zeros = pointer(weight.zeros)
         return matrix
-    matrix.table, matrix.high_first, matrix.block = pointer(weight.table), 1, weight.block_size
-    if isinstance(weight.absmax, NestedAbsmax):
-        nested = weight.absmax
-        matrix.scales, matrix.scale_kind = pointer(nested.codes), _NESTED
-        matrix.nested_absmax, matrix.nested_map = pointer(nested.absmax), pointer(nested.map)
-        matrix.offset = nested.offset
+    matrix.table, matrix.block = pointer(weight.table), weight.block_size
+    matrix.high_first = int(weight.high_first)
+    scales = weight.scales
+    if isinstance(scales, NestedScales):
+        matrix.scales, matrix.scale_kind = pointer(scales.codes), _NESTED
+        matrix.nested_absmax, matrix.nested_map = pointer(scales.outer), pointer(scales.map)
+        matrix.offset = scales.offset
     else:
-        matrix.scales, matrix.scale_kind = pointer(weight.absmax), _SCALE_KINDS[weight.absmax.dtype]
+        matrix.scales, matrix.scale_kind = pointer(scales), _SCALE_KINDS[scales.dtype]
     return matrix

@@ -12,9 +12,6 @@ from qmix.kernels.moe import Routes
 from qmix.weights.dense import Weight
 from qmix.weights.packed.weight import PackedExperts, PackedWeight
 
-# Gradients need the standard weight, which is dequantized whole.
-_TILE_ELEMENTS = 1 << 30
-
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """[..., K] -> [..., N] in x's dtype.
@@ -23,7 +20,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     """
     assert isinstance(weight, PackedWeight)
     if weight.selection is not None or needs_grad(x):
-        return tiles.linear(x, weight.unpack(), _TILE_ELEMENTS)
+        return tiles.linear(x, weight.unpack())
     from qmix.kernels.gpu import moe as gpu
 
     return gpu.linear(x, weight.matrix)

@@ -5,7 +5,7 @@ Standard library only; why the codes are renumbered is said in kernels/gpu/ptx.p
 
 import struct
 
-from qmix.weights.nf4 import NF4_VALUES
+from qmix.weights.table import NF4_VALUES
 
 # Among the 16.8 M factors in [1, 2) that allow the pairing, the one with the smallest maximum
 # rounding error: 1.82e-4, where the plain table has 3.3e-4. It requires that zero is stored as -0.

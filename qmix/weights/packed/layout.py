@@ -39,10 +39,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qmix.weights import scales as scale_values
+from qmix.weights.affine import Affine, pack_codes, unpack_codes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
-from qmix.weights.integers import Int4, pack_codes, unpack_codes
-from qmix.weights.nf4 import NF4, NF4_VALUES
 from qmix.weights.packed.codes import (
     INT4_ZERO,
     NF4_CODE_OF_STORED,
@@ -62,6 +62,7 @@ from qmix.weights.packed.tile_format import (
     TileFormat,
     refusal,
 )
+from qmix.weights.table import NF4_VALUES, Table
 
 _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
 
@@ -211,29 +212,32 @@ class _Plane:
 
 def _group(weight: Weight) -> int:
     """Consecutive inputs of a row that share a scale."""
-    if isinstance(weight, NF4):
+    if isinstance(weight, Table):
         return weight.block_size
-    assert isinstance(weight, Int4)
+    assert isinstance(weight, Affine)
     return weight.group_inputs
 
 
 def _perm(weight: Weight) -> Tensor | None:
-    return weight.perm if isinstance(weight, Int4) else None
+    return weight.perm if isinstance(weight, Affine) else None
 
 
 def spec_of(weight: Weight) -> MatrixSpec:
     """What decides how a weight is packed, if it can be packed."""
-    kind = weight.scheme.kind
-    if isinstance(weight, Int4):
-        scale_bytes, symmetric = weight.dtype.itemsize, weight.zeros is None
-        return MatrixSpec(kind, weight.shape, _group(weight), symmetric, scale_bytes)
-    group = weight.block_size if isinstance(weight, NF4) else 1
-    return MatrixSpec(kind, weight.shape, group, symmetric=True, scale_bytes=4)
+    scheme = weight.scheme
+    group, scale_bytes, symmetric = 1, 4, True
+    if isinstance(weight, Affine):
+        group, symmetric = weight.group_inputs, weight.symmetric
+        scale_bytes = weight.scales.itemsize if isinstance(weight.scales, Tensor) else 0
+    elif isinstance(weight, Table):
+        group = weight.block_size
+    packable = scheme.group_bits is None
+    return MatrixSpec(scheme.kind, weight.shape, group, symmetric, scale_bytes, packable)
 
 
 def _check_table(weight: Weight, where: str) -> None:
     """Raise unless the codes stand for the values that the kernels know."""
-    if isinstance(weight, NF4) and weight.table.tolist() != list(NF4_VALUES):
+    if isinstance(weight, Table) and weight.table.tolist() != list(NF4_VALUES):
         raise refusal("no packed layout", where, "the values of NF4", "another table")
 
 
@@ -248,13 +252,15 @@ def _plane_of(weight: Weight, tile_format: TileFormat) -> _Plane:
     """The rows of a weight, with a scale for every tile."""
     out_features, in_features = weight.shape
     repeats = _group(weight) // tile_format.inputs
-    if isinstance(weight, NF4):
+    if isinstance(weight, Table):
         pairs = weight.codes.view(out_features, -1)
         codes = torch.stack((pairs >> 4, pairs & 15), -1).view(out_features, in_features)
         stored = torch.tensor(NF4_STORED_OF_CODE, dtype=torch.uint8, device=weight.device)
-        scales = weight.scales(0, codes.numel() // weight.block_size).view(out_features, -1)
+        blocks = codes.numel() // weight.block_size
+        scales = scale_values.floats(weight.scales, 0, blocks).view(out_features, -1)
         return _Plane(torch.take(stored, codes.long()), scales.repeat_interleave(repeats, 1), None)
-    assert isinstance(weight, Int4)
+    assert isinstance(weight, Affine)
+    assert isinstance(weight.scales, Tensor)
     zeros = None
     if weight.zeros is not None:
         zeros = (INT4_ZERO - weight.zeros.float()).repeat_interleave(repeats, 1)
@@ -268,9 +274,9 @@ def _weight_of(packed: PackedMatrix, rows: _Plane) -> Weight:
     if packed.format.kind == "nf4":
         code_of_stored = torch.tensor(NF4_CODE_OF_STORED, dtype=torch.uint8, device=codes.device)
         codes = torch.take(code_of_stored, codes.long())
-        return NF4(
+        return Table(
             codes=(codes[:, 0::2] << 4 | codes[:, 1::2]).flatten(),
-            absmax=scales.flatten(),
+            scales=scales.flatten(),
             table=torch.tensor(NF4_VALUES, device=codes.device),
             out_shape=(codes.shape[0], codes.shape[1]),
             out_dtype=packed.dtype,
@@ -279,7 +285,7 @@ def _weight_of(packed: PackedMatrix, rows: _Plane) -> Weight:
     zeros = None
     if rows.zeros is not None:
         zeros = (INT4_ZERO - rows.zeros[:, ::step]).to(torch.uint8)
-    return Int4(pack_codes(codes), scales.to(packed.dtype), zeros, packed.perm)
+    return Affine(pack_codes(codes), scales.to(packed.dtype), zeros, packed.perm)
 
 
 # Dimensions of a matrix of bytes: panel, warp, r, g; tile, 32 inputs, j, c, t, p. Lane 4g + t holds

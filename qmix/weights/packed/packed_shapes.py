@@ -25,6 +25,7 @@ class MatrixSpec:
         shape: (N, K).
         group: consecutive inputs of a row that share a scale.
         scale_bytes: of one scale as it is stored.
+        usual: scales and zeros are of the kinds that can be packed.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class MatrixSpec:
     group: int
     symmetric: bool
     scale_bytes: int
+    usual: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PA
     Raises:
         UnsupportedError: the packed layout has no such kind, or no such shape or group.
     """
-    if spec.kind not in ("nf4", "int4"):
+    if spec.kind not in ("nf4", "int4") or not spec.usual:
         raise refusal("no packed layout", where, "NF4 or Int4", spec.kind)
     return tile_format(
         spec.kind, spec.shape, group=spec.group, symmetric=spec.symmetric, rows=rows, where=where

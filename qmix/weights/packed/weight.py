@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
+from qmix.weights import scales as scale_values
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert, ExpertSequence
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4
 from qmix.weights.packed.layout import (
     PackedExpert,
     PackedMatrix,
@@ -35,6 +35,7 @@ from qmix.weights.packed.layout import (
 from qmix.weights.packed.packed_shapes import joined
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
+from qmix.weights.table import Table
 
 # A matrix of an expert by its name; one of several joined matrices by its rows.
 Selection = Literal["w1", "w2", "w3"] | range
@@ -105,9 +106,9 @@ class PackedWeight:
                 unpacked = _some_rows(unpacked, self.selection)
         if self.template is None:
             return unpacked
-        assert isinstance(unpacked, (NF4, Int4))
+        assert isinstance(unpacked, (Table, Affine))
         template = self.template.to(unpacked.device)
-        assert isinstance(template, (NF4, Int4))
+        assert isinstance(template, (Table, Affine))
         return replace(template, codes=unpacked.codes)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -213,7 +214,7 @@ def pack_joined(weights: Sequence[Weight]) -> tuple[PackedWeight, tuple[PackedWe
 
 def _without_codes(weight: Weight) -> Weight:
     """The weight on the host, with codes of no rows; they still tell the number of inputs."""
-    assert isinstance(weight, (NF4, Int4))
+    assert isinstance(weight, (Table, Affine))
     no_codes = torch.empty(0, *weight.codes.shape[1:], dtype=torch.uint8)
     return replace(weight, codes=no_codes).to(_HOST)
 
@@ -222,18 +223,21 @@ def _joined(weights: Sequence[Weight]) -> Weight:
     """The rows of several weights as one weight."""
     shape = joined([spec_of(weight) for weight in weights]).shape
     first = weights[0]
-    if isinstance(first, NF4):
-        tables = [weight for weight in weights if isinstance(weight, NF4)]
+    if isinstance(first, Table):
+        tables = [weight for weight in weights if isinstance(weight, Table)]
         blocks = [weight.codes.numel() * 2 // weight.block_size for weight in tables]
-        scales = [weight.scales(0, n) for weight, n in zip(tables, blocks, strict=True)]
+        scales = [
+            scale_values.floats(weight.scales, 0, n)
+            for weight, n in zip(tables, blocks, strict=True)
+        ]
         return replace(
             first,
             codes=torch.cat([weight.codes for weight in tables]),
-            absmax=torch.cat(scales),
+            scales=torch.cat(scales),
             out_shape=shape,
         )
-    assert isinstance(first, Int4)
-    integers = [weight for weight in weights if isinstance(weight, Int4)]
+    assert isinstance(first, Affine)
+    integers = [weight for weight in weights if isinstance(weight, Affine)]
     for weight in integers:
         if weight.dtype != first.dtype or not same_order(weight.perm, first.perm):
             raise UnsupportedError("matrices that are joined must be stored alike")
@@ -241,7 +245,7 @@ def _joined(weights: Sequence[Weight]) -> Weight:
     return replace(
         first,
         codes=torch.cat([weight.codes for weight in integers]),
-        scales=torch.cat([weight.scales for weight in integers]),
+        scales=torch.cat([_plain(weight) for weight in integers]),
         zeros=torch.cat(zeros) if zeros else None,
     )
 
@@ -249,14 +253,20 @@ def _joined(weights: Sequence[Weight]) -> Weight:
 def _some_rows(weight: Weight, rows: range) -> Weight:
     """Some rows of an unpacked weight, in which the scales of NF4 are not nested."""
     part = slice(rows.start, rows.stop)
-    if isinstance(weight, NF4):
-        assert isinstance(weight.absmax, Tensor)
-        codes, scales = (t.view(weight.shape[0], -1)[part] for t in (weight.codes, weight.absmax))
+    if isinstance(weight, Table):
+        assert isinstance(weight.scales, Tensor)
+        codes, scales = (t.view(weight.shape[0], -1)[part] for t in (weight.codes, weight.scales))
         shape = (len(rows), weight.shape[1])
-        return replace(weight, codes=codes.flatten(), absmax=scales.flatten(), out_shape=shape)
-    assert isinstance(weight, Int4)
+        return replace(weight, codes=codes.flatten(), scales=scales.flatten(), out_shape=shape)
+    assert isinstance(weight, Affine)
     zeros = None if weight.zeros is None else weight.zeros[part]
-    return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=zeros)
+    return replace(weight, codes=weight.codes[part], scales=_plain(weight)[part], zeros=zeros)
+
+
+def _plain(weight: Affine) -> Tensor:
+    """The scales [N, G]; nested ones cannot be packed."""
+    assert isinstance(weight.scales, Tensor)
+    return weight.scales
 
 
 def _expert_without_codes(expert: Expert) -> Expert:

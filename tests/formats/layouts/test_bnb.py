@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import CheckpointError
 from qmix.formats.layouts import bnb, tensor_names
 from qmix.quantize.rounding import nf4
-from qmix.weights.nf4 import NestedAbsmax
+from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import NF4, NF4_BLOCK_SIZES, Scheme
 
 with warnings.catch_warnings():
@@ -161,7 +161,7 @@ def test_unpacking_undoes_packing_and_the_plan_bounds_it(
 def test_the_plan_bounds_a_blob_with_the_longest_offset():
     weight = nf4.quantize(random(4, 64))
     smallest = torch.finfo(torch.float32).smallest_normal
-    weight = replace(weight, absmax=replace(weight.absmax, offset=-smallest))
+    weight = replace(weight, scales=replace(weight.scales, offset=-smallest))
     state = bnb.pack(weight, P)[P + bnb.STATE_NF4]
     spec = bnb.packed_specs(P, (4, 64), NF4, torch.float32)[-1]
     assert (spec.name, spec.shape) == (P + bnb.STATE_NF4, tuple(state.shape))
@@ -199,9 +199,9 @@ def test_dtypes_may_be_spelled_with_their_module():
 
 def test_an_offset_is_rounded_to_the_float32_that_it_means():
     unpacked = bnb.unpack(changed_state(nested_offset=0.1), P, "file")
-    assert isinstance(unpacked.absmax, NestedAbsmax)
-    assert unpacked.absmax.offset == torch.tensor(0.1).item() != 0.1
-    assert bnb.unpack(changed_state(nested_offset=0), P, "file").absmax.offset == 0.0
+    assert isinstance(unpacked.scales, NestedScales)
+    assert unpacked.scales.offset == torch.tensor(0.1).item() != 0.1
+    assert bnb.unpack(changed_state(nested_offset=0), P, "file").scales.offset == 0.0
 
 
 def good(double=True):

@@ -14,7 +14,7 @@ from qmix.formats.layouts.tensor_names import gptq_names
 from qmix.formats.names import spellings
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.weights.integers import Int4, Int8, pack_codes
+from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scheme import Scheme
 from tests.support import packers
 from tests.support.packers import Plain, plain
@@ -46,7 +46,7 @@ def test_what_another_packer_wrote_is_read(bits, group, symmetric, act_order, ve
     tensors = packers.gptq(weight, P, version=version)
     said = {"bits": bits, "symmetric": symmetric, "group_size": group}
     ours = read(tensors, shape, version=version, **said)
-    assert type(ours) is {4: Int4, 8: Int8}[bits]
+    assert ours.bits == bits
     assert ours.shape == shape
     assert ours.dtype == torch.float16
     assert (ours.zeros is None) == symmetric
@@ -62,7 +62,7 @@ def test_the_bytes_of_a_weight_worked_out_by_hand():
     # Output n, input k has code (n + k) mod 16; outputs 0 to 7 of eight, one group of 32.
     codes = (torch.arange(8)[:, None] + torch.arange(32)) % 16
     scales = torch.arange(1, 9).half()[:, None] / 8
-    tensors = gptq.pack(Int4(pack_codes(codes.to(torch.uint8)), scales), P)
+    tensors = gptq.pack(Affine(pack_codes(codes.to(torch.uint8)), scales), P)
     qweight = tensors[f"{P}.qweight"]
     assert qweight.shape == (4, 8)
     assert hex(int(qweight[0, 0])) == "0x76543210"
@@ -90,7 +90,7 @@ def test_the_words_of_symmetric_zeros(bits, version, expected):
 
 def test_the_bytes_of_an_8_bit_weight_worked_out_by_hand():
     codes = (torch.arange(4)[:, None] + torch.arange(32)).to(torch.uint8)
-    tensors = gptq.pack(Int8(codes, torch.full((4, 1), 0.5).half()), P)
+    tensors = gptq.pack(Affine(codes, torch.full((4, 1), 0.5).half(), bits=8), P)
     qweight = tensors[f"{P}.qweight"]
     assert qweight.shape == (8, 4)
     assert hex(int(qweight[0, 0])) == "0x3020100"

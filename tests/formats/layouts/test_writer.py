@@ -10,8 +10,8 @@ from qmix.errors import UnsupportedError
 from qmix.formats.layouts import gptq, gptq_config, writer
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.rounding.nf4 import quantize
+from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.dense import Dense
-from qmix.weights.integers import Int4, Int8
 from qmix.weights.scheme import DENSE, NF4, Scheme
 from tests.support import packers
 from tests.support.models import small_model
@@ -101,16 +101,17 @@ def experts_of(model):
     ]
 
 
-def integers(kind, shape, seed=0):
-    weight = plain(shape, 32, bits=kind.bits, seed=seed)
-    return kind(kind.packed(torch.tensor(weight.codes, dtype=torch.uint8)), weight.scales)
+def integers(bits, shape, seed=0):
+    weight = plain(shape, 32, bits=bits, seed=seed)
+    codes = pack_codes(torch.tensor(weight.codes, dtype=torch.uint8), bits)
+    return Affine(codes, weight.scales, bits=bits)
 
 
 def test_int4_and_int8_in_one_model(tmp_path):
     model = small_model(intermediate_size=128).bfloat16()
     for index, linear in enumerate(experts_of(model)):
         shape = (linear.out_features, linear.in_features)
-        linear.store(integers(Int8 if index < 24 else Int4, shape, index))
+        linear.store(integers(8 if index < 24 else 4, shape, index))
     model.save_pretrained(tmp_path / "out")
     schemes = equal(tmp_path / "out", tmp_path / "out")
     assert schemes["model.layers.0.block_sparse_moe.experts.7.w3"] == INT8
@@ -126,7 +127,7 @@ def test_two_layouts_are_refused_before_a_file_is_written(tmp_path, there):
     model = small_model(intermediate_size=128).bfloat16()
     first, second, *_ = experts_of(model)
     first.store(quantize(first.weight.detach()))
-    second.store(integers(Int4, (second.out_features, second.in_features)))
+    second.store(integers(4, (second.out_features, second.in_features)))
     if there:
         (tmp_path / "out").mkdir()
     with pytest.raises(
@@ -147,8 +148,8 @@ def test_what_fills_no_whole_words_is_refused_before_a_file_is_written(tmp_path)
 WEIGHTS = {
     "dense": Dense(torch.ones(16, 64, dtype=torch.bfloat16)),
     "nf4": quantize(torch.ones(16, 64)),
-    "int4": integers(Int4, (16, 64)),
-    "int8": integers(Int8, (16, 64)),
+    "int4": integers(4, (16, 64)),
+    "int8": integers(8, (16, 64)),
 }
 
 

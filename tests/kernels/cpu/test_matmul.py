@@ -14,7 +14,7 @@ from qmix.kernels.cpu import functions
 from qmix.kernels.cpu.library import library
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
-from qmix.weights.nf4 import FP4, NF4
+from qmix.weights.table import Table
 from tests.support.cpu_kernels import random_int4, random_nf4, seeded
 from tests.support.models import TINY
 from tests.support.process import succeeds
@@ -72,7 +72,7 @@ def test_act_order_permutes_the_activations(isa):
 
 
 def test_fp4_has_its_own_table(isa):
-    check(random_nf4(50, 256, kind=FP4), tokens=(1, 13))
+    check(random_nf4(50, 256, kind="fp4"), tokens=(1, 13))
 
 
 def test_float16_scales_that_are_zero_or_subnormal(isa):
@@ -258,9 +258,9 @@ def test_the_gate_opens_and_closes_as_torchs(isa):
     width = 4096
     codes = torch.zeros(width // 2, dtype=torch.uint8)
     eye = [
-        NF4(codes.repeat(2), torch.ones(1), torch.ones(16), (width, 1), torch.float32, width)
+        Table(codes.repeat(2), torch.ones(1), torch.ones(16), (width, 1), torch.float32, width)
     ] * 2
-    down = NF4(codes, torch.ones(1), torch.ones(16), (1, width), torch.float32, width)
+    down = Table(codes, torch.ones(1), torch.ones(16), (1, width), torch.float32, width)
     routes = Routes(torch.tensor([[0]]), torch.ones(1, 1))
     for value in (
         -1e30,

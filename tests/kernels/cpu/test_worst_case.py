@@ -7,37 +7,38 @@ from qmix import kernels
 from qmix.kernels import Routes
 from qmix.kernels.cpu import packed_moe
 from qmix.kernels.cpu.library import library
+from qmix.weights.affine import Affine
 from qmix.weights.expert import Expert
-from qmix.weights.integers import Int4, Int8
-from qmix.weights.nf4 import FP4, FP4_VALUES, NF4, NF4_VALUES
 from qmix.weights.packed.layout import pack_expert, unpack_expert
+from qmix.weights.table import VALUES, Table
 
 N, K = 128, 512
 CODES = {"ones": 0x11, "largest": 0xFF, "smallest": 0x00, "largest and smallest": 0xF0}
 
 
-def nf4(code, block=64, kind=NF4, n=N, k=K):
-    table = torch.tensor(FP4_VALUES if kind is FP4 else NF4_VALUES)
+def nf4(code, block=64, kind="nf4", n=N, k=K):
+    table = torch.tensor(VALUES[kind])
     codes = torch.full((n * k // 2,), code, dtype=torch.uint8)
-    return kind(codes, torch.full((n * k // block,), 0.02), table, (n, k), torch.bfloat16, block)
+    scales = torch.full((n * k // block,), 0.02)
+    return Table(codes, scales, table, (n, k), torch.bfloat16, block, kind)
 
 
 def int4(code, zero=None, group=128, n=N, k=K):
     scales = torch.full((n, k // group), 0.01, dtype=torch.float16)
     zeros = None if zero is None else torch.full((n, k // group), zero, dtype=torch.uint8)
-    return Int4(torch.full((n, k // 2), code, dtype=torch.uint8), scales, zeros)
+    return Affine(torch.full((n, k // 2), code, dtype=torch.uint8), scales, zeros)
 
 
 def int8(code, zero=None):
     scales = torch.full((N, 4), 0.01, dtype=torch.float16)
     zeros = None if zero is None else torch.full((N, 4), zero, dtype=torch.uint8)
-    return Int8(torch.full((N, K), code, dtype=torch.uint8), scales, zeros)
+    return Affine(torch.full((N, K), code, dtype=torch.uint8), scales, zeros, bits=8)
 
 
 WEIGHTS = {
     "nf4": nf4,
     "nf4 of 128": lambda code: nf4(code, 128),
-    "fp4": lambda code: nf4(code, kind=FP4),
+    "fp4": lambda code: nf4(code, kind="fp4"),
     "int4": int4,
     "int4 of 32": lambda code: int4(code, group=32),
     "int4, zeros of 0": lambda code: int4(code, 0),

@@ -11,7 +11,7 @@ from qmix.formats.layouts import gptq as layout
 from qmix.quantize.rounding import gptq, gptq_group, rtn
 from qmix.quantize.rounding.gptq import RoundingOptions
 from qmix.quantize.rounding.hessian import Moments
-from qmix.weights.integers import Int4, Int8, unpack_codes
+from qmix.weights.affine import unpack_codes
 from qmix.weights.scheme import Scheme
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def loss(weight, solution, x):
 
 
 def codes_of(weight):
-    return weight.codes if isinstance(weight, Int8) else unpack_codes(weight.codes)
+    return unpack_codes(weight.codes, weight.bits)
 
 
 def plain_gptq(weight, x, size, bits, *, live):
@@ -172,7 +172,7 @@ def test_every_scheme(kind, symmetric, size):
     scheme = Scheme(kind=kind, group_size=size, symmetric=symmetric)
     solution = solve(weight, moments_of(x), scheme, RoundingOptions())
     found = solution.weight
-    assert type(found) is (Int4 if kind == "int4" else Int8)
+    assert found.bits == (4 if kind == "int4" else 8)
     assert (found.shape, found.scheme) == ((OUTPUTS, 256), scheme)
     assert found.scales.dtype == torch.float16
     exact = x @ weight.T

@@ -10,7 +10,7 @@ from qmix.formats.layouts import gptq
 from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.quantize.rounding import rtn
 from qmix.quantize.rounding.grid import float16_scale, search_grid
-from qmix.weights.integers import unpack_codes
+from qmix.weights.affine import unpack_codes
 from qmix.weights.scheme import Scheme
 
 N, K = 24, 256

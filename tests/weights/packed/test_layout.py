@@ -9,10 +9,9 @@ import torch
 
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import ptx
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
-from qmix.weights.integers import Int4
-from qmix.weights.nf4 import NF4_VALUES
 from qmix.weights.packed.codes import (
     NF4_CODE_OF_STORED,
     NF4_STORED_BITS,
@@ -24,6 +23,8 @@ from qmix.weights.packed.codes import (
 from qmix.weights.packed.layout import pack_expert, pack_matrix, unpack_expert, unpack_matrix
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import PANEL, TileFormat
+from qmix.weights.scales import floats
+from qmix.weights.table import NF4_VALUES
 from tests.support.packed import KINDS, act_order, int4, nf4
 
 SHAPES = [(128, 64), (128, 128), (384, 192), (256, 448), (128, 1024)]
@@ -33,7 +34,7 @@ def assert_same(back, weight):
     assert back.shape == weight.shape
     assert back.scheme.kind == weight.scheme.kind
     assert torch.equal(back.codes, weight.codes)
-    if isinstance(weight, Int4):
+    if isinstance(weight, Affine):
         assert torch.equal(back.scales, weight.scales)
         assert back.scales.dtype == weight.scales.dtype
         assert (back.zeros is None) == (weight.zeros is None)
@@ -41,10 +42,11 @@ def assert_same(back, weight):
         assert (back.perm is None) == (weight.perm is None)
         assert weight.perm is None or torch.equal(back.perm, weight.perm)
     else:
-        scales = weight.scales(0, weight.codes.numel() * 2 // weight.block_size)
+        blocks = weight.codes.numel() * 2 // weight.block_size
+        scales = floats(weight.scales, 0, blocks)
         assert back.block_size == weight.block_size
-        assert ((back.absmax - scales).abs() <= 2**-11 * scales).all()
-        mantissa = torch.frexp(back.absmax).mantissa * 2**11
+        assert ((back.scales - scales).abs() <= 2**-11 * scales).all()
+        mantissa = torch.frexp(back.scales).mantissa * 2**11
         assert torch.equal(mantissa, mantissa.round())  # rounded to float16, once
 
 
@@ -104,11 +106,11 @@ def test_extreme_scales_keep_their_ratio():
     """A power of two for the whole matrix brings scales into the range of float16."""
     for factor in (1e-12, 1e-6, 1.0, 1e6, 1e30):
         weight = nf4(128, 64)
-        weight = replace(weight, absmax=weight.absmax * factor)
+        weight = replace(weight, scales=weight.scales * factor)
         back = pack_and_back(weight)
-        assert ((back.absmax - weight.absmax).abs() <= 2**-11 * weight.absmax).all()
-    nothing = replace(weight, absmax=torch.zeros_like(weight.absmax))
-    assert not pack_and_back(nothing).absmax.any()
+        assert ((back.scales - weight.scales).abs() <= 2**-11 * weight.scales).all()
+    nothing = replace(weight, scales=torch.zeros_like(weight.scales))
+    assert not pack_and_back(nothing).scales.any()
 
 
 @pytest.mark.parametrize(

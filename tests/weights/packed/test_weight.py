@@ -16,8 +16,9 @@ from qmix.models import load
 from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
 from qmix.weights.expert import Expert
-from qmix.weights.nf4 import NF4, NestedAbsmax
 from qmix.weights.packed import weight as packed
+from qmix.weights.scales import NestedScales
+from qmix.weights.table import Table
 from tests.support.models import small_model
 from tests.support.packed import KINDS, act_order, int4, nf4
 from tests.support.process import succeeds
@@ -25,9 +26,9 @@ from tests.support.process import succeeds
 
 def tensors_of(weight):
     parts = [weight.codes]
-    if isinstance(weight, NF4):
-        nested = isinstance(weight.absmax, NestedAbsmax)
-        parts += [weight.absmax.codes, weight.absmax.absmax] if nested else [weight.absmax]
+    if isinstance(weight, Table):
+        nested = isinstance(weight.scales, NestedScales)
+        parts += [weight.scales.codes, weight.scales.outer] if nested else [weight.scales]
         return parts
     return [*parts, weight.scales, *(t for t in (weight.zeros, weight.perm) if t is not None)]
 
@@ -197,7 +198,7 @@ def test_moved_away_a_packed_model_is_a_standard_one():
     assert block.stored.packed is not None
     model.to("meta")
     assert block.stored.packed is None
-    assert isinstance(block.experts[0].w1.stored, NF4)
+    assert isinstance(block.experts[0].w1.stored, Table)
 
 
 def test_gradients_go_around_the_kernels(monkeypatch):

@@ -1,17 +1,25 @@
-"""NF4 and FP4: 4-bit codes of a table of 16 values, with one scale per block of weights.
+"""Table weights: 4-bit codes that stand for the 16 values of a table, with one scale per block.
 
-Shape letters: see qmix.kernels; B here are the blocks of a weight.
+NF4 and FP4 of bitsandbytes, E2M1 of NVFP4 and MXFP4, and llama.cpp's IQ4 are all that. Shape
+letters: see qmix.kernels; B here are the blocks of a weight.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qmix.weights.scheme import NESTED_BLOCK, Scheme
+from qmix.weights import scales as scale_values
+from qmix.weights.scales import NestedScales, Scales
+from qmix.weights.scheme import Scheme
 from qmix.weights.slabs import DEVICE_ELEMENTS, SERIAL_ELEMENTS, TILE_ELEMENTS, decoded
+
+TableKind = Literal["nf4", "fp4", "e2m1", "iq4"]
+
 
 # The value of each NF4 code: quantiles of the normal distribution (QLoRA, arXiv 2305.14314,
 # appendix E), with the digits that bitsandbytes uses.
@@ -21,48 +29,63 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+# The value of each FP4 code: a sign, then 0, 1/16, 8, 12, 4, 6, 2 and 3, all divided by 12, in
+# float32 (bitsandbytes 0.50.2, functional.py, `get_4bit_type`). Minus zero is written as zero.
+FP4_VALUES = (
+    *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+    *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+    *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+    *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+)
+# The value of each E2M1 code: a sign, two bits of exponent, one of mantissa (OCP Microscaling
+# Formats v1.0, section 5.3.3). Minus zero is written as zero.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = (*_E2M1, 0.0, *(-value for value in _E2M1[1:]))
+# The value of each code of IQ4_NL and IQ4_XS (llama.cpp, ggml-common.h, `kvalues_iq4nl`).
+IQ4_VALUES = (
+    *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
+    *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
+)
+VALUES: Mapping[TableKind, tuple[float, ...]] = {
+    "nf4": NF4_VALUES,
+    "fp4": FP4_VALUES,
+    "e2m1": E2M1_VALUES,
+    "iq4": IQ4_VALUES,
+}
 
 
 @dataclass(frozen=True, eq=False)
-class NestedAbsmax:
-    """Block scales in 8 bits: `map[codes] * absmax[i // 256] + offset` (double quantization).
+class Table:
+    """A weight in 4-bit codes with one scale per block.
 
-    Attributes:
-        codes: uint8 [B].
-        absmax: float32 [ceil(B / 256)].
-        map: float32 [256], the signed dynamic map.
-        offset: the mean that was subtracted before quantizing.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    map: Tensor
-    offset: float
-
-
-@dataclass(frozen=True, eq=False)
-class NF4:
-    """A weight in 4-bit codes with one absmax per block, in the layout of bitsandbytes.
-
-    The flattened weight is cut into blocks of `block_size` consecutive elements. Two codes share a
-    byte, the first in the high nibble: elements `[a b | c d]` are the bytes `[ab cd]`. The value is
-    `table[code] * absmax[block]`, computed in float32 and rounded once to the requested dtype.
+    The flattened weight is cut into blocks of `block_size` consecutive elements, which may straddle
+    rows. Two codes share a byte: with `high_first`, as bitsandbytes stores them, elements `[a b | c
+    d]` are the bytes `[ab cd]`, without it `[ba dc]`. The value is `table[code] * scale`, computed
+    in float32 and rounded once to the requested dtype.
 
     Attributes:
         codes: uint8 [N * K / 2] (N * K rounded up to even).
-        absmax: float32 [B], or NestedAbsmax.
+        scales: B of them, flat or [N, G], plain or nested.
         table: float32 [16], the value of each code.
         out_shape: (N, K).
         out_dtype: the dtype of the weight before quantization; the default of `dequantize`.
-        block_size: elements a block; a power of two.
+        block_size: elements a block; a power of two from 16 on.
+        kind: whose table it is.
     """
 
     codes: Tensor
-    absmax: Tensor | NestedAbsmax
+    scales: Scales
     table: Tensor
     out_shape: tuple[int, int]
     out_dtype: torch.dtype
     block_size: int = 64
+    kind: TableKind = "nf4"
+    high_first: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.table.shape == (16,)
+        assert self.table.dtype == torch.float32
+        assert self.block_size & (self.block_size - 1) == 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,10 +93,13 @@ class NF4:
 
     @property
     def scheme(self) -> Scheme:
+        nested = self.scales if isinstance(self.scales, NestedScales) else None
+        bitsandbytes = self.kind in ("nf4", "fp4")
         return Scheme(
-            kind="nf4",
+            kind=self.kind,
             block_size=self.block_size,
-            double_quant=isinstance(self.absmax, NestedAbsmax),
+            double_quant=nested is not None,
+            group_bits=None if bitsandbytes else scale_values.bits_of(self.scales),
         )
 
     @property
@@ -86,21 +112,8 @@ class NF4:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales; the two constant tables are not counted."""
-        if isinstance(self.absmax, NestedAbsmax):
-            return self.codes.nbytes + self.absmax.codes.nbytes + self.absmax.absmax.nbytes
-        return self.codes.nbytes + self.absmax.nbytes
-
-    def scales(self, start: int, stop: int) -> Tensor:
-        """The float32 absmax of blocks [start, stop)."""
-        if not isinstance(self.absmax, NestedAbsmax):
-            return self.absmax[start:stop]
-        nested = self.absmax
-        first, last = start // NESTED_BLOCK, -(-stop // NESTED_BLOCK)
-        group = nested.absmax[first:last, None].expand(-1, NESTED_BLOCK).reshape(-1)
-        group = group[start - first * NESTED_BLOCK :][: stop - start]
-        scale = torch.index_select(nested.map, 0, nested.codes[start:stop].int())
-        return scale.mul_(group).add_(nested.offset)
+        """Bytes of codes and scales; the constant tables are not counted."""
+        return self.codes.nbytes + self.scales.nbytes
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows [start, stop) as [stop - start, K]; decodes only the blocks that they touch.
@@ -126,7 +139,8 @@ class NF4:
     def _pairs(self) -> Tensor:
         """The two float32 values of each byte in memory order: int64 [256]."""
         high, low = self.table.repeat_interleave(16), self.table.repeat(16)
-        return torch.stack((high, low), 1).view(torch.int64).view(-1)
+        pair = (high, low) if self.high_first else (low, high)
+        return torch.stack(pair, 1).view(torch.int64).view(-1)
 
     def _decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """The values of blocks [start, stop), on any device; the last is padded with zeros."""
@@ -139,7 +153,9 @@ class NF4:
             pairs = torch.index_select(self._pairs, 0, packed.int())
             short = (last - first) * block // 2 - packed.numel()
             values = torch.nn.functional.pad(pairs, (0, short)).view(torch.float32).view(-1, block)
-            out[first - start : last - start] = values.mul_(self.scales(first, last)[:, None])
+            out[first - start : last - start] = values.mul_(
+                scale_values.floats(self.scales, first, last)[:, None]
+            )
         return out.view(-1)
 
     def _decode_slab(self, start: int, stop: int, out: Tensor) -> None:
@@ -155,7 +171,7 @@ class NF4:
         buffer = out if in_place else torch.empty(min(step, stop - start), block)
         looked_up = buffer.numpy().reshape(-1).view(np.int64)
         # One call multiplies or rounds a list of parts on this thread, with the lock released.
-        scales = torch.split(self.scales(start, stop)[:, None], serial)
+        scales = torch.split(scale_values.floats(self.scales, start, stop)[:, None], serial)
         targets, parts = torch.split(out, serial), torch.split(buffer, serial)
         for first in range(start, stop, step):
             last = min(first + step, stop)
@@ -172,36 +188,18 @@ class NF4:
             torch._foreach_mul_(parts, scales[tile])
             torch._foreach_copy_(targets[tile], parts)
 
-    def to(self, device: torch.device) -> "NF4":
-        absmax = self.absmax
-        if isinstance(absmax, NestedAbsmax):
-            absmax = replace(
-                absmax,
-                codes=absmax.codes.to(device),
-                absmax=absmax.absmax.to(device),
-                map=absmax.map.to(device),
-            )
-        else:
-            absmax = absmax.to(device)
+    def take(self, rows: Tensor) -> "Table":
+        """The weight of some rows, int64 [n]; blocks must not straddle rows."""
+        count, in_features = self.out_shape
+        assert in_features % self.block_size == 0
+        scales = scale_values.take(self.scales, rows, count)
+        codes = self.codes.view(count, -1).index_select(0, rows).flatten()
+        return replace(self, codes=codes, scales=scales, out_shape=(len(rows), in_features))
+
+    def to(self, device: torch.device) -> "Table":
         return replace(
-            self, codes=self.codes.to(device), absmax=absmax, table=self.table.to(device)
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            table=self.table.to(device),
         )
-
-
-# The value of each FP4 code: a sign, then 0, 1/16, 8, 12, 4, 6, 2 and 3, all divided by 12, in
-# float32 (bitsandbytes 0.50.2, functional.py, `get_4bit_type`). Minus zero is written as zero.
-FP4_VALUES = (
-    *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
-    *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
-    *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
-    *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
-)
-
-
-@dataclass(frozen=True, eq=False)
-class FP4(NF4):
-    """A weight in 4-bit floats with one absmax per block: NF4 with `FP4_VALUES` as its table."""
-
-    @property
-    def scheme(self) -> Scheme:
-        return replace(super().scheme, kind="fp4")
