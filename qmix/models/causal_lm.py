@@ -27,7 +27,7 @@ from qmix.models.mixtral import MixtralModel
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.linear import Linear, initialise
-from qmix.nn.losses import load_balancing_loss, next_token_loss
+from qmix.nn.losses import check_labels, load_balancing_loss, next_token_loss
 from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -75,8 +75,9 @@ class MixtralForCausalLM(PreTrainedModel):
         logits = self.lm_head(hidden).float()
         loss = aux_loss = None
         if inputs.labels is not None:
+            check_labels(inputs.labels)
             selected = hidden is not out.last_hidden_state
-            if selected and hidden.shape[1] != inputs.labels.shape[1]:
+            if selected and hidden.shape[1:2] != inputs.labels.shape[1:]:
                 raise UsageError("labels need the logits of all positions", where="logits_to_keep")
             loss = next_token_loss(logits, inputs.labels)
         if out.router_logits is not None:

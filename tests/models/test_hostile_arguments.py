@@ -7,7 +7,7 @@ import torch
 
 import qmix
 from qmix import GenerationConfig, MixtralConfig, TextStreamer
-from qmix.errors import QmixError
+from qmix.errors import QmixError, UsageError
 from qmix.models.classifier import MixtralForSequenceClassification
 from qmix.models.options import LoadOptions
 from qmix.text.chat_template import Message
@@ -150,6 +150,13 @@ def test_odd_positions_are_refused(model, positions):
 @pytest.mark.filterwarnings("ignore:sdpa attention returns no weights")
 def test_forward_survives_any_argument(model, argument, name):
     survives(lambda: model(IDS, **{argument: WRONG[name]}))
+
+
+@pytest.mark.parametrize("labels", [IDS.tolist(), IDS[0], IDS.sum()], ids=["list", "1-D", "0-D"])
+@pytest.mark.parametrize("logits_to_keep", [0, 2, torch.tensor([1, 3])], ids=["all", "2", "two"])
+def test_odd_labels_are_refused_whatever_logits_are_kept(model, labels, logits_to_keep):
+    with pytest.raises(UsageError, match="labels"):
+        model(IDS, labels=labels, logits_to_keep=logits_to_keep)
 
 
 @pytest.mark.parametrize("name", WRONG)
