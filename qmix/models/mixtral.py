@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.generation.padding import check_embeds, check_prompt, checked_mask
+from qmix.generation.padding import check_embeds, check_prompt, checked_mask, without_full_mask
 from qmix.models.inputs import DecoderInputs, Inputs, Past, takes
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
@@ -162,10 +162,7 @@ class MixtralModel(PreTrainedModel, Decoder):
         if tuple(mask.shape) != (batch, columns):
             expected = f"[{batch}, {columns}], past and new positions"
             raise _wrong_shape("attention_mask", expected, mask)
-        padding_mask = mask.bool()
-        if bool(padding_mask.all()):
-            return None, None  # attention without a mask is faster
-        return padding_mask, None
+        return without_full_mask(mask.bool(), self.device), None
 
 
 def _wrong_shape(where: str, expected: str, tensor: Tensor) -> UsageError:
