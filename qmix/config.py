@@ -16,6 +16,8 @@ from qmix.errors import ConfigError, UnsupportedError
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 DTYPES = ("float32", "float16", "bfloat16")
 
+MAX_POSITIONS = 1 << 28  # the largest max_position_embeddings
+
 # The accepted ranges reach an order of magnitude above any Mixtral, far below what overflows.
 _INT_RANGES = {
     "vocab_size": (2, 1 << 22),
@@ -25,7 +27,7 @@ _INT_RANGES = {
     "num_attention_heads": (1, 4096),
     "num_key_value_heads": (1, 4096),
     "head_dim": (2, 4096),
-    "max_position_embeddings": (1, 1 << 28),
+    "max_position_embeddings": (1, MAX_POSITIONS),
     "num_local_experts": (1, 1024),
     "num_experts_per_tok": (1, 1024),
 }

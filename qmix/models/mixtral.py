@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmix.config import MixtralConfig
+from qmix.config import MAX_POSITIONS, MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation.padding import check_embeds, check_prompt, checked_mask, without_full_mask
 from qmix.models.inputs import DecoderInputs, Inputs, Past, takes
@@ -18,8 +18,6 @@ from qmix.nn.cache import Cache, KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import initialise
 from qmix.nn.outputs import MoeModelOutputWithPast
-
-_MAX_POSITION = 1 << 28  # the largest max_position_embeddings of a config
 
 
 class MixtralModel(PreTrainedModel, Decoder):
@@ -181,11 +179,11 @@ def _check_positions(position_ids: object, batch: int, new: int) -> None:
     if position_ids.shape not in ((batch, new), (1, new)):
         raise _wrong_shape("position_ids", f"[{batch}, {new}]", position_ids)
     if not position_ids.is_cuda and not bool(  # on a GPU the check would wait for it
-        ((position_ids >= 0) & (position_ids < _MAX_POSITION)).all()
+        ((position_ids >= 0) & (position_ids < MAX_POSITIONS)).all()
     ):
         raise UsageError(
             "no such position",
             where="position_ids",
-            expected=f"0 to {_MAX_POSITION - 1}",
+            expected=f"0 to {MAX_POSITIONS - 1}",
             found=f"{int(position_ids.min())} to {int(position_ids.max())}",
         )

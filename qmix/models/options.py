@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from qmix.config import MAX_POSITIONS
 from qmix.errors import ResourceError, UsageError
 from qmix.planning.byte_sizes import parse_size
-
-_MAX_CONTEXT = 1 << 28  # the largest max_position_embeddings of a config
 
 
 @dataclass(frozen=True, init=False)
@@ -48,12 +47,12 @@ class LoadOptions:
         """
         target = parse_device(device)
         if max_context is not None and (
-            type(max_context) is not int or not 1 <= max_context <= _MAX_CONTEXT
+            type(max_context) is not int or not 1 <= max_context <= MAX_POSITIONS
         ):
             raise UsageError(
                 "out of range",
                 where="max_context",
-                expected=f"an integer from 1 to {_MAX_CONTEXT}",
+                expected=f"an integer from 1 to {MAX_POSITIONS}",
                 found=repr(max_context)[:80],
             )
         if vram is not None and target.type != "cuda":
