@@ -146,7 +146,8 @@ def _penalised(
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     """Keep the most likely tokens until their probabilities sum to top_p; at least one stays."""
     ordered, order = scores.sort(-1, descending=True)
-    mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    mass = ordered.softmax(-1)
+    mass_before = mass.cumsum(-1) - mass
     drop = mass_before >= top_p
     drop[:, 0] = False
     return scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
