@@ -25,6 +25,7 @@ _LEAST = (  # integers, each with its smallest value
     ("num_return_sequences", 1),
     ("prefill_chunk_size", 1),
 )
+_SPECIAL_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _FLAGS = (
     "do_sample",
     "use_cache",
@@ -117,7 +118,7 @@ class GenerationConfig:
         _ = self._sampling_if_asked  # checked even if do_sample is False
 
     def _check_ids(self) -> None:
-        for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        for name in _SPECIAL_IDS:
             value = getattr(self, name)
             if value is None:
                 continue
@@ -137,8 +138,7 @@ class GenerationConfig:
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        optional = name in ("max_new_tokens", "max_length", "prefill_chunk_size")
-        if value is None and optional:
+        if value is None:  # only where that is the default
             return
         if type(value) is not int or not least <= value <= MAX_NEW_TOKENS:
             raise UsageError(
@@ -230,9 +230,9 @@ class GenerationConfig:
         if path is None or not regular_file.exists(path):
             return own
         document = strict_json.read(path)
-        names = ("eos_token_id", "pad_token_id", "bos_token_id")
+        given = {n: document[n] for n in _SPECIAL_IDS if document.get(n) is not None}
         try:
-            return own.updated({n: document[n] for n in names if document.get(n) is not None})
+            return own.updated(given)
         except UsageError as error:
             raise CheckpointError(
                 error.what,
@@ -243,8 +243,8 @@ class GenerationConfig:
 
     def with_special_ids_of(self, own: "GenerationConfig") -> "GenerationConfig":
         """A copy that takes the special ids it does not set from `own`, a model's."""
-        names = ("eos_token_id", "pad_token_id", "bos_token_id")
-        return self.updated({n: getattr(own, n) for n in names if getattr(self, n) is None})
+        missing = {n: getattr(own, n) for n in _SPECIAL_IDS if getattr(self, n) is None}
+        return self.updated(missing)
 
     def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":
         """A copy with these fields changed.
