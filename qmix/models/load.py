@@ -145,15 +145,16 @@ def _converted(
     """A dense tensor on the device in `dtype`.
 
     Raises:
-        CheckpointError: it holds NaN or infinity, or a value beyond float16 where that is `dtype`.
+        CheckpointError: it holds NaN or infinity, or a value beyond the range of `dtype`.
     """
+    converted = data.to(device=device, dtype=dtype)
+    if all_finite(converted):  # then `data` was, too
+        return converted
     file = checkpoint.entry(tensor.name).file
     check_finite(tensor.name, file, data)
-    converted = data.to(device=device, dtype=dtype)
-    if dtype == torch.float16 and not all_finite(converted):
-        raise CheckpointError(
-            f"tensor {tensor.name}: not finite in float16",
-            where=str(file),
-            remedy="Load it as bfloat16 or float32.",
-        )
-    return converted
+    others = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+    raise CheckpointError(
+        f"tensor {tensor.name}: not finite in {str(dtype).removeprefix('torch.')}",
+        where=str(file),
+        remedy=f"Load it as {others}.",
+    )

@@ -70,3 +70,17 @@ def test_large_values_whose_sum_overflows_are_no_error(tmp_path):
     assert bool((model.lm_head.weight[3:5] == largest).all())
     with pytest.raises(CheckpointError, match=r"tensor lm_head.weight: not finite in float16"):
         MixtralForCausalLM.from_pretrained(tmp_path, device="cpu", dtype="float16")
+
+
+def test_a_float32_value_beyond_bfloat16_is_refused(tmp_path):
+    largest = torch.finfo(torch.float32).max
+    file = changed(tmp_path, "lm_head.weight", last_value(largest), torch.float32)
+    assert (
+        MixtralForCausalLM.from_pretrained(tmp_path, device="cpu").lm_head.weight[-1, -1] == largest
+    )
+    wanted = (
+        rf"{re.escape(str(file))}: tensor lm_head.weight: not finite in bfloat16.*"
+        r"Load it as float32\."
+    )
+    with pytest.raises(CheckpointError, match=wanted):
+        MixtralForCausalLM.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
