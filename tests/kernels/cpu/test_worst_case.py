@@ -105,3 +105,22 @@ def test_packed_experts_are_those_of_float64(isa, weight, code):
         )
         assert (out - exact).norm() <= 3e-4 * exact.norm() + 1e-6 * cancelled + 1e-9
     assert (library().fallbacks > 0) == (isa == "torch")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4", "int4, zeros of 15"])
+def test_tiny_inputs_are_kept_but_for_those_that_vnni_takes_for_zero(isa, kind):
+    """docs/accuracy.md states these bounds."""
+    weight = WEIGHTS[kind](0xF3)
+    dense = weight.dequantize(torch.float32).double()
+    bounds = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+    for dtype, bound in bounds.items():
+        for size in (1.0, 1e-30, 1.2e-34, 5e-35, 2e-37):
+            if dtype == torch.float16:
+                size = max(size, 6e-5)  # the least normal one: no output is rounded away
+            x = size * torch.ones(2, K).to(dtype)
+            out, exact = kernels.linear(x.to(dtype), weight).double(), x.double() @ dense.T
+            few = isa == "vnni" and dtype == torch.bfloat16 and size < 1e-30
+            if few and size < 5.4e-35:
+                assert not out.any()
+            else:
+                assert (out - exact).norm() <= (0.1 if few else bound) * exact.norm()

@@ -152,12 +152,13 @@ QMIX_AVX512 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerT
             }
         }
     }
+    float* const planes[2] = {low, high};
     for (int64_t at = 0; at < 32; at++)
         for (int plane = 0; plane < 2; plane++)
             for (int r = 0; r < 2; r++) {
                 float sum = 0;
                 for (int lane = r; lane < 16; lane += 2) sum += sums[at][plane][lane];
-                (plane ? high : low)[at / 8 * 16 + 8 * r + at % 8] = sum * matrix.powers[plane];
+                planes[plane][at / 8 * 16 + 8 * r + at % 8] = sum * matrix.powers[plane];
             }
 }
 
