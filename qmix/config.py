@@ -192,13 +192,8 @@ class MixtralConfig:
         try:
             return cls(**{key: value for key, value in document.items() if key != "model_type"})
         except (ConfigError, UnsupportedError) as error:
-            raise type(error)(
-                error.what,
-                where=f"{where}: {(error.where or '').removeprefix('config.')}",
-                expected=error.expected,
-                found=error.found,
-                remedy=error.remedy,
-            ) from None
+            field = (error.where or "").removeprefix("config.")
+            raise error.at(f"{where}: {field}") from None
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "MixtralConfig":
@@ -261,10 +256,8 @@ def _normalise(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     _alias(values, "num_experts", "num_local_experts")
     _alias(values, "torch_dtype", "dtype")
     dtype = values.get("dtype")
-    if dtype is not None and not isinstance(dtype, str):
+    if dtype is not None:
         values["dtype"] = str(dtype).removeprefix("torch.")
-    if isinstance(values.get("dtype"), str):
-        values["dtype"] = values["dtype"].removeprefix("torch.")
     act = values.get("hidden_act")
     if callable(act) and hasattr(act, "__name__"):
         values["hidden_act"] = act.__name__

@@ -44,11 +44,30 @@ class QmixError(Exception):
         # One line, and nothing in a file name or a header may drive the terminal.
         return escaped(f"{head}. {self.remedy}" if self.remedy else head)
 
+    def at(self, where: str, kind: "type[QmixError] | None" = None) -> "QmixError":
+        """The same error at another place.
+
+        Args:
+            kind: its class; None: that of this error.
+        """
+        return (kind or type(self))(
+            self.what,
+            where=where,
+            expected=self.expected,
+            found=self.found,
+            remedy=self.remedy,
+        )
+
 
 class UsageError(QmixError, ValueError):
     """An argument or option is out of its range, or two of them contradict each other."""
 
     exit_code = 2
+
+
+def wrong_value(where: str, expected: object, found: object) -> UsageError:
+    """The error for an argument that is not accepted."""
+    return UsageError("wrong value", where=where, expected=expected, found=repr(found)[:80])
 
 
 class CheckpointError(QmixError):

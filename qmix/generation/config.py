@@ -10,7 +10,7 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.config import MixtralConfig
-from qmix.errors import CheckpointError, UsageError
+from qmix.errors import CheckpointError, UsageError, wrong_value
 from qmix.files import regular_file
 from qmix.generation.sampling import Sampling
 
@@ -103,7 +103,7 @@ class GenerationConfig:
             self._check_whole(name, least)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, "True or False", getattr(self, name))
+                raise wrong_value(name, "True or False", getattr(self, name))
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
             raise UsageError(
                 "out of range", where="seed", expected="0 to 2^64 - 1", found=repr(self.seed)
@@ -112,7 +112,7 @@ class GenerationConfig:
         if not (stops is None or isinstance(stops, (str, list, tuple))) or not all(
             isinstance(stop, str) and stop for stop in self.stops
         ):
-            raise _wrong("stop_strings", "a string or several, none of them empty", stops)
+            raise wrong_value("stop_strings", "a string or several, none of them empty", stops)
         self._check_ids()
         self._check_together()
         _ = self._sampling_if_asked  # checked even if do_sample is False
@@ -134,7 +134,7 @@ class GenerationConfig:
         if words is not None and not (
             isinstance(words, (list, tuple)) and all(_is_word(word) for word in words)
         ):
-            raise _wrong("bad_words_ids", "lists of token ids, none of them empty", words)
+            raise wrong_value("bad_words_ids", "lists of token ids, none of them empty", words)
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -234,12 +234,7 @@ class GenerationConfig:
         try:
             return own.updated(given)
         except UsageError as error:
-            raise CheckpointError(
-                error.what,
-                where=f"{path}: {error.where}",
-                expected=error.expected,
-                found=error.found,
-            ) from None
+            raise error.at(f"{path}: {error.where}", CheckpointError) from None
 
     def with_special_ids_of(self, own: "GenerationConfig") -> "GenerationConfig":
         """A copy that takes the special ids it does not set from `own`, a model's."""
@@ -286,7 +281,3 @@ def _is_word(word: object) -> bool:
 
 def _is_id(index: object, least: int = 0) -> bool:
     return type(index) is int and least <= index <= _MAX_ID
-
-
-def _wrong(where: str, expected: str, found: object) -> UsageError:
-    return UsageError("wrong value", where=where, expected=expected, found=repr(found)[:80])

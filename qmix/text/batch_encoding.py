@@ -5,7 +5,7 @@ Knows ids only, neither text nor tokens. Imports torch only when tensors are ask
 
 from typing import Any, Self
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, wrong_value
 
 
 class BatchEncoding(dict[str, Any]):
@@ -23,11 +23,6 @@ class BatchEncoding(dict[str, Any]):
             if hasattr(value, "to"):
                 self[name] = value.to(device)
         return self
-
-
-def wrong_value(where: str, expected: str, found: object) -> UsageError:
-    """The error for an argument that a tokenizer does not accept."""
-    return UsageError("wrong value", where=where, expected=expected, found=repr(found)[:80])
 
 
 def check_options(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from qmix.errors import UsageError
+from qmix.errors import wrong_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +67,17 @@ class StreamDetokenizer:
     def put(self, token_id: int) -> str:
         """The text that `token_id` completes: mostly one piece, sometimes nothing.
 
+        An id above the vocabulary is a row of a padded embedding, which has no text.
+
         Raises:
-            UsageError: an id outside the vocabulary.
+            UsageError: not an integer, or a negative one.
         """
         pieces = self._pieces
-        if isinstance(token_id, int) and token_id >= len(pieces.texts):
-            return self._complete(last=True)  # a row of a padded embedding has no text
         if not isinstance(token_id, int) or token_id < 0:
             expected = f"a token id from 0 to {len(pieces.texts) - 1}"
-            raise UsageError(
-                "wrong value", where="token_id", expected=expected, found=repr(token_id)[:80]
-            )
+            raise wrong_value("token_id", expected, token_id)
+        if token_id >= len(pieces.texts):
+            return self._complete(last=True)
         byte = pieces.bytes_by_id.get(token_id)
         if byte is not None:
             self._started = True

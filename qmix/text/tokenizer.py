@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import sentencepiece
 
 from qmix import strict_json
-from qmix.errors import CheckpointError, UsageError
+from qmix.errors import CheckpointError, UsageError, wrong_value
 from qmix.files import atomic_file, regular_file
 from qmix.text import chat_template
 from qmix.text.batch_encoding import (
@@ -20,7 +20,6 @@ from qmix.text.batch_encoding import (
     check_options,
     check_padding_side,
     pad,
-    wrong_value,
 )
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
 from qmix.text.sentencepiece_file import MODEL_FILE, check_model, damaged, read_model

@@ -71,10 +71,4 @@ def read(path: Path) -> tuple[MixtralConfig, tuple[str, ...]]:
         return MixtralConfig(**values), tuple(ignored)
     except ConfigError as error:
         field = (error.where or "").removeprefix("config.")
-        raise ConfigError(
-            error.what,
-            where=f"{path}: {spelling_of.get(field, field)}",
-            expected=error.expected,
-            found=error.found,
-            remedy=error.remedy,
-        ) from None
+        raise error.at(f"{path}: {spelling_of.get(field, field)}") from None
