@@ -97,12 +97,13 @@ def _quantize_tensor(
     name, scheme = output.tensor.name, output.scheme
     where = f"{checkpoint.entry(name).file}: {name}"
     weight: Weight
-    if scheme.kind == "nf4":  # the encoder finds NaN itself, and faster
-        data = checkpoint.read(name)
-        weight = nf4.quantize(data, scheme, where=where)
-    else:
+    if scheme.kind == "dense":
         data = read_finite(checkpoint, output.tensor)
-        weight = rtn.quantize(data, scheme, where=where) if scheme.integer else Dense(data)
+        weight = Dense(data)
+    else:  # the encoders find NaN themselves
+        data = checkpoint.read(name)
+        encode = nf4.quantize if scheme.kind == "nf4" else rtn.quantize
+        weight = encode(data, scheme, where=where)
     tensors = file_tensors(weight, output)
     squared_error, squared_norm = squared_sums(data, weight)
     return tensors, TensorResult(

@@ -31,7 +31,7 @@ from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, wi
 from qmix.quantize.output_checkpoint import read_finite, squared_sums
 from qmix.quantize.rounding import gptq
 from qmix.quantize.rounding.hessian import Moments
-from qmix.weights.dense import Dense, Weight
+from qmix.weights.dense import Dense, Weight, all_finite
 from qmix.weights.scheme import Recipe, Scheme
 
 
@@ -273,7 +273,7 @@ class LayerQuantizer:
                 self._write(self._exact.after, start, x + y)
 
     def _write(self, target: Activations, start: int, values: Tensor) -> None:
-        if not bool(torch.isfinite(values).all()):
+        if not all_finite(values):
             raise CheckpointError(
                 f"the activations after layer {self._layer} are not finite",
                 where=str(self._checkpoint.shards.directory),

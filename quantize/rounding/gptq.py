@@ -23,6 +23,7 @@ from qmix.quantize.rounding.gptq_group import descend, round_group
 from qmix.quantize.rounding.grid import Grid, absmax_grid, search_grid
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.affine import Affine, pack_codes
+from qmix.weights.dense import all_finite
 from qmix.weights.scheme import Scheme
 
 _DAMPING_RAISES = 4  # how often the damping is raised tenfold before H is given up
@@ -146,7 +147,7 @@ def solve(
 def _check_finite(weights: Tensor, moments: Sequence[Moments], where: Sequence[str]) -> None:
     for name, weight, moment in zip(where, weights, moments, strict=True):
         for what, tensor in (("weight", weight), ("sum over its inputs", moment.hessian)):
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise CheckpointError(f"NaN or infinity in the {what}", where=name)
 
 

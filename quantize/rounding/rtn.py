@@ -9,6 +9,7 @@ from torch import Tensor
 from qmix.errors import CheckpointError
 from qmix.quantize.rounding.grid import absmax_grid, search_grid
 from qmix.weights.affine import Affine, pack_codes
+from qmix.weights.dense import all_finite
 from qmix.weights.scheme import Scheme
 
 _SLAB_ELEMENTS = 1 << 22  # weights rounded at a time: 16 MiB of float32
@@ -37,7 +38,7 @@ def quantize(
     step = max(1, _SLAB_ELEMENTS // columns)
     for start in range(0, rows, step):
         slab = weight[start : start + step].float()
-        if not bool(torch.isfinite(slab).all()):
+        if not all_finite(slab):
             raise CheckpointError(
                 "NaN or infinity in the weight",
                 where=where,
@@ -47,7 +48,7 @@ def quantize(
         grid = absmax_grid(groups, scheme)
         if search:
             grid = search_grid(groups, torch.ones(1, device=groups.device), scheme)
-        if not bool(torch.isfinite(grid.scale).all()):
+        if not all_finite(grid.scale):
             raise CheckpointError(
                 "weights too large for float16 scales", where=where, expected="scales below 65504"
             )

@@ -24,6 +24,7 @@ from qmix.formats.layouts.tensor_names import (
     WEIGHT,
 )
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.weights.dense import all_finite
 from qmix.weights.scales import NestedScales, Scales
 from qmix.weights.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Kind, Scheme
 from qmix.weights.table import FP4_VALUES, NF4_VALUES, Table
@@ -219,7 +220,7 @@ def _scales(stored: CheckedTensors, suffix: str, count: int) -> Tensor:
 def _finite(stored: CheckedTensors, suffix: str, count: int) -> Tensor:
     """float32 [count], all finite."""
     values = stored.tensor(suffix, torch.float32, (count,))
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise stored.wrong(suffix, "holds NaN or infinity")
     return values
 
