@@ -16,7 +16,7 @@ from torch import Tensor
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import fresh
 from qmix.formats.names import ModelTensor
-from qmix.weights.blob import aligned, blob_bytes
+from qmix.weights.blob import TABLE_BYTES, aligned, blob_bytes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.scheme import DENSE, Scheme
@@ -112,7 +112,7 @@ class ExpertReader:
         return FileWeight(
             partial(self._weight, tensor, None),
             (tensor.shape[0], tensor.shape[1]),
-            self._checkpoint.metadata.scheme_of(tensor, packed) if packed else DENSE,
+            self._checkpoint.metadata.scheme_of(packed) if packed else DENSE,
             self._dtype,
             self._stored(tensor),
         )
@@ -128,7 +128,7 @@ class ExpertReader:
 
     def _members(self, tensor: ModelTensor) -> tuple[str, ...]:
         packed = self._checkpoint.packing(tensor)
-        return packed.tensor_names if packed else (tensor.name,)
+        return packed.names if packed else (tensor.name,)
 
     def _stored(self, tensor: ModelTensor) -> int:
         return sum(self._checkpoint.entry(name).nbytes for name in self._members(tensor))
@@ -139,7 +139,10 @@ class ExpertReader:
         packed = self._checkpoint.packing(tensor)
         if packed is None:
             return blob_bytes((rows * columns * self._dtype.itemsize,))
-        entries = {name: self._checkpoint.entry(name) for name in packed.tensor_names}
+        scheme = self._checkpoint.metadata.scheme_of(packed)
+        if scheme.group_bits is not None:
+            return blob_bytes((scheme.nbytes(tensor.shape), *TABLE_BYTES))
+        entries = {name: self._checkpoint.entry(name) for name in packed.names}
         tensors = [entry.nbytes for entry in entries.values()]
         if packed.layout == "bitsandbytes":
             return blob_bytes(tensors)

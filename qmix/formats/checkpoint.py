@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
-from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq
-from qmix.formats.metadata import CheckpointMetadata, Packing, read_metadata
+from qmix.formats.layouts.headers import PackedTensors
+from qmix.formats.layouts.unpacking import AS_STORED, UNPACK
+from qmix.formats.metadata import CheckpointMetadata, read_metadata
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_errors import wrong_shape
 from qmix.weights.dense import Dense, Weight
@@ -64,7 +65,7 @@ class Checkpoint:
         """Whether the weight is stored in 4 or 8 bits."""
         return self.packing(tensor) is not None
 
-    def packing(self, tensor: ModelTensor) -> Packing | None:
+    def packing(self, tensor: ModelTensor) -> PackedTensors | None:
         """How the weight is packed, decided from its tensors; None if it is dense."""
         return self.metadata.packing(tensor)
 
@@ -78,32 +79,22 @@ class Checkpoint:
         Raises:
             CheckpointError: the stored tensors are damaged, or have another shape than the model's.
         """
-        packing = self.packing(tensor)
-        where = str(self.entry(packing.tensor_names[0] if packing else tensor.name).file)
-        if packing:
-            weight = self._unpack(packing, tensor, where, into)
+        packed = self.packing(tensor)
+        where = str(self.entry(packed.names[0] if packed else tensor.name).file)
+        if packed:
+            weight = self._unpack(packed, where, into)
         else:
             weight = Dense(self.read(tensor.name, into))
         if weight.shape != tensor.shape:
             raise wrong_shape(where, tensor.name, tensor.shape, weight.shape)
         return weight
 
-    def _unpack(self, packing: Packing, tensor: ModelTensor, where: str, into: Allocate) -> Weight:
-        if packing.layout not in ("bitsandbytes", "compressed-tensors"):
-            into = fresh  # the others are transposed
-        tensors = {name: self.read(name, into) for name in packing.tensor_names}
-        prefix, shape = tensor.prefix, (tensor.shape[0], tensor.shape[1])
-        match packing.layout:
-            case "bitsandbytes":
-                return bnb.unpack(tensors, prefix, where)
-            case "compressed-tensors":
-                return compressed_tensors.unpack(tensors, prefix, where, shape)
-            case "AWQ":
-                zero_point = self.metadata.zero_point
-                return awq.unpack(tensors, prefix, where, shape, zero_point=zero_point)
-            case "GPTQ":
-                settings = self.metadata.module_settings(packing)
-                return gptq.unpack(tensors, prefix, where, shape, settings)
+    def _unpack(self, packed: PackedTensors, where: str, into: Allocate) -> Weight:
+        if packed.layout not in AS_STORED:
+            into = fresh
+        tensors = {name: self.read(name, into) for name in packed.names}
+        settings = self.metadata.settings.get(packed.layout)
+        return UNPACK[packed.layout](tensors, packed, where, settings)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:

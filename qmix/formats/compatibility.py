@@ -72,7 +72,7 @@ def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
     """Summarize how a checkpoint is stored."""
     packings = {tensor: metadata.packing(tensor) for tensor in metadata.tensors}
     schemes = {
-        tensor.prefix: metadata.scheme_of(tensor, packing) if packing else DENSE
+        tensor.prefix: metadata.scheme_of(packing) if packing else DENSE
         for tensor, packing in packings.items()
         if tensor.linear
     }
@@ -80,7 +80,7 @@ def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
         metadata.stored_names[name] == name
         for tensor, packing in packings.items()
         if tensor.kind == "expert"
-        for name in (packing.tensor_names if packing else (tensor.name,))
+        for name in (packing.names if packing else (tensor.name,))
     )
     layouts = frozenset(packing.layout for packing in packings.values() if packing)
     settings_files = {"GPTQ": gptq_config.FILE, "AWQ": awq_config.FILE}

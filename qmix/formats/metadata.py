@@ -4,9 +4,9 @@ How a weight is stored is decided from its tensors' names and shapes, never from
 no torch: reading the metadata takes milliseconds.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,13 @@ from qmix.files import regular_file
 from qmix.formats import names
 from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
-from qmix.formats.layouts import (
-    awq_config,
-    bnb_config,
-    compressed_config,
-    gptq_config,
-    tensor_names,
-)
-from qmix.formats.layouts.settings import PackedModule, Settings
+from qmix.formats.layouts.headers import LAYOUT_OF, LAYOUTS, PackedTensors
+from qmix.formats.layouts.settings import PackedModule
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.mistral import detect
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
-from qmix.weights.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
+from qmix.weights.scheme import Scheme
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -44,17 +38,6 @@ _UNREAD_LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How one weight is packed, and the canonical names of its tensors.
-
-    Names that the layout requires are among them even if the files lack them.
-    """
-
-    layout: Layout
-    tensor_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class CheckpointMetadata:
     """What the config and the headers of a checkpoint say; its tensors are exactly the model's.
 
@@ -62,8 +45,7 @@ class CheckpointMetadata:
         tensor_infos: of the files, by the names in the files.
         tensors: what the model needs, in the model's order.
         stored_names: canonical tensor name -> name in the files.
-        gptq: what GPTQ's tensors do not say by themselves.
-        awq, compressed: the settings of these layouts; None if no weight has them.
+        settings: of the layouts that the weights have, each as its row in layouts.headers reads it.
     """
 
     directory: Path
@@ -71,14 +53,7 @@ class CheckpointMetadata:
     tensor_infos: Mapping[str, TensorInfo]
     tensors: tuple[ModelTensor, ...]
     stored_names: Mapping[str, str]
-    gptq: gptq_config.GPTQConfig = field(default_factory=gptq_config.GPTQConfig)
-    awq: Settings | None = None
-    compressed: compressed_config.CompressedConfig | None = None
-
-    @property
-    def zero_point(self) -> bool:
-        """Whether the zeros of AWQ's weights may differ from half of the range."""
-        return self.awq is None or self.awq.flag("zero_point") is not False
+    settings: Mapping[Layout, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -95,89 +70,54 @@ class CheckpointMetadata:
         """The module of a tensor as the files name it, by the tensor's canonical name."""
         return self.stored_names[name].rpartition(".")[0]
 
-    def packing(self, tensor: ModelTensor) -> Packing | None:
+    @cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
+        """The header's entries by canonical name."""
+        return {name: self.tensor_infos[stored] for name, stored in self.stored_names.items()}
+
+    @cached_property
+    def _packings(self) -> Mapping[str, PackedTensors]:
+        """The packed weights, by the weight's canonical name."""
+        found = ((tensor.name, self._packing(tensor)) for tensor in self.tensors)
+        return {name: packed for name, packed in found if packed is not None}
+
+    def packing(self, tensor: ModelTensor) -> PackedTensors | None:
         """How the weight is packed, decided from its tensors; None if it is dense."""
-        prefix, present = tensor.prefix, self.stored_names
-        if not tensor.linear:
-            return None
-        if weight_names := tensor_names.bnb_names(prefix, present):
-            return Packing("bitsandbytes", tuple(dict.fromkeys((tensor.name, *weight_names))))
-        if weight_names := tensor_names.compressed_names(prefix, present):
-            return Packing("compressed-tensors", weight_names)
-        weight_names = tensor_names.awq_names(prefix, present)
-        if weight_names and self.tensor_info(weight_names[0]).shape[:1] == tensor.shape[1:]:
-            return Packing("AWQ", weight_names)
-        if weight_names := tensor_names.gptq_names(prefix, present):
-            return Packing("GPTQ", weight_names)
+        return self._packings.get(tensor.name)
+
+    def _packing(self, tensor: ModelTensor) -> PackedTensors | None:
+        for layout in LAYOUTS:
+            if tensor.kind not in layout.kinds:
+                continue
+            if found := layout.find(tensor, self._infos):
+                present = [name for name in found if name in self._infos]
+                start = len(tensor.prefix) + 1
+                return PackedTensors(
+                    layout=layout.name,
+                    tensor=tensor,
+                    module=self.stored_names[present[0]].removesuffix(present[0][start - 1 :]),
+                    names=found,
+                    infos={name[start:]: self._infos[name] for name in present},
+                )
         return None
 
-    def module_settings(self, packing: Packing) -> gptq_config.ModuleSettings:
-        """What GPTQ's settings say of a weight."""
-        return self.gptq.for_module(self.module_name(packing.tensor_names[0]))
+    def scheme_of(self, packed: PackedTensors) -> Scheme:
+        """The scheme of a packed weight, as far as headers and settings tell."""
+        return LAYOUT_OF[packed.layout].scheme(packed, self.settings.get(packed.layout))
 
-    def scheme_of(self, tensor: ModelTensor, packing: Packing) -> Scheme:
-        """The scheme of a packed weight, as far as shapes and settings tell.
-
-        An AWQ weight counts as asymmetric, although all its zeros may be 8.
-        """
-        shapes = self._shapes(packing)
-        return self._scheme(tensor, packing, shapes, self._groups(packing, shapes))
-
-    def _scheme(
-        self,
-        tensor: ModelTensor,
-        packing: Packing,
-        shapes: Mapping[str, tuple[int, ...]],
-        groups: int,
-    ) -> Scheme:
-        """See `scheme_of`; `shapes` and `groups` are those of `_shapes` and `_groups`."""
-        if packing.layout == "bitsandbytes":
-            return _bnb_scheme(shapes, groups, math.prod(tensor.shape))
-        columns = tensor.shape[1]
-        bits: int | None = 4
-        if packing.layout == "compressed-tensors":
-            symmetric = "weight_zero_point" not in shapes
-            bits = tensor_names.compressed_bits(math.prod(shapes["weight_packed"][-1:]), columns)
-        else:
-            symmetric = packing.layout == "GPTQ" and self.module_settings(packing).symmetric
-            if packing.layout == "GPTQ":
-                bits = tensor_names.gptq_bits(math.prod(shapes["qweight"][:1]), columns)
-        size = columns // max(groups, 1)
-        return Scheme(
-            kind="int8" if bits == 8 else "int4",
-            group_size=size if size in GROUP_SIZES else -1,
-            symmetric=symmetric,
-        )
-
-    def packed_module(self, tensor: ModelTensor, packing: Packing) -> PackedModule | None:
+    def packed_module(self, packed: PackedTensors) -> PackedModule | None:
         """What the headers say of a packed weight; None if its scales have no shape to speak of."""
-        shapes = self._shapes(packing)
-        groups = self._groups(packing, shapes)
+        groups = LAYOUT_OF[packed.layout].groups(packed)
         if groups < 1:
             return None
-        name = self.module_name(packing.tensor_names[0])
         return PackedModule(
-            name=name,
-            names=_all_names(name, tensor),
-            scheme=self._scheme(tensor, packing, shapes, groups),
-            shape=(tensor.shape[0], tensor.shape[1]),
+            name=packed.module,
+            names=_all_names(packed.module, packed.tensor),
+            scheme=self.scheme_of(packed),
+            shape=packed.matrix,
             groups=groups,
-            has_g_idx="weight_g_idx" in shapes,
+            has_g_idx="weight_g_idx" in packed.infos,
         )
-
-    def _shapes(self, packing: Packing) -> dict[str, tuple[int, ...]]:
-        """The shapes of a weight's tensors, by the last part of their names."""
-        infos = {name: self.tensor_info(name) for name in packing.tensor_names}
-        return {name.rpartition(".")[2]: info.shape for name, info in infos.items()}
-
-    @staticmethod
-    def _groups(packing: Packing, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Scales of an output, or blocks of bitsandbytes' whole weight; 0 if there is no shape."""
-        if packing.layout == "bitsandbytes":
-            return math.prod(shapes.get("absmax", (0,)))
-        if packing.layout == "compressed-tensors":
-            return math.prod(shapes["weight_scale"][-1:] or (0,))
-        return math.prod(shapes["scales"][:1] or (0,))
 
     def quantization_settings(
         self, settings_file: str | None
@@ -198,15 +138,6 @@ class CheckpointMetadata:
 def _all_names(module: str, tensor: ModelTensor) -> tuple[str, ...]:
     """A module's name in the files, then its other spellings."""
     return tuple(dict.fromkeys((module, *names.spellings(tensor.prefix))))
-
-
-def _bnb_scheme(shapes: Mapping[str, tuple[int, ...]], blocks: int, count: int) -> Scheme:
-    """The scheme of `count` weights in `blocks` from the shapes of bitsandbytes' tensors."""
-    # Sizes that give the same number of blocks differ in the last block only.
-    fitting = [size for size in NF4_BLOCK_SIZES if -(-count // size) == blocks]
-    block_size = 64 if 64 in fitting or not fitting else fitting[0]
-    kind: Kind = "fp4" if "bitsandbytes__fp4" in shapes else "nf4"
-    return Scheme(kind=kind, block_size=block_size, double_quant="nested_absmax" in shapes)
 
 
 def read_metadata(directory: str | Path) -> CheckpointMetadata:
@@ -252,21 +183,13 @@ def _stored_names(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def _with_settings(metadata: CheckpointMetadata) -> CheckpointMetadata:
     """Read the quantization settings of the layouts that the tensors have."""
-    packings = (metadata.packing(tensor) for tensor in metadata.tensors)
-    layouts = {packing.layout for packing in packings if packing}
-    config = metadata.config.quantization_config
-    method = config.get("quant_method") if config else None
-    if "compressed-tensors" in layouts:
-        settings = compressed_config.read(*metadata.quantization_settings(None))
-        metadata = replace(metadata, compressed=settings)
-    # AWQ's other versions may look like GPTQ without g_idx; the config tells them by name.
-    if "AWQ" in layouts or ("GPTQ" in layouts and method == "awq"):
-        awq = awq_config.read(*metadata.quantization_settings(awq_config.FILE))
-        metadata = replace(metadata, awq=awq)
-    if "GPTQ" in layouts:
-        gptq = gptq_config.parse(*metadata.quantization_settings(gptq_config.FILE))
-        metadata = replace(metadata, gptq=gptq)
-    return metadata
+    found = {packed.layout for packed in map(metadata.packing, metadata.tensors) if packed}
+    settings = {
+        layout.name: layout.read(*metadata.quantization_settings(layout.file))
+        for layout in LAYOUTS
+        if layout.name in found
+    }
+    return replace(metadata, settings=settings)
 
 
 def _confirm_settings(metadata: CheckpointMetadata) -> None:
@@ -274,19 +197,13 @@ def _confirm_settings(metadata: CheckpointMetadata) -> None:
     modules: dict[Layout, list[PackedModule]] = {}
     dense: list[tuple[str, ...]] = []
     for tensor in metadata.tensors:
-        packing = metadata.packing(tensor)
-        if packing and (module := metadata.packed_module(tensor, packing)):
-            modules.setdefault(packing.layout, []).append(module)
-        elif not packing and tensor.linear and tensor.kind != "router":
+        packed = metadata.packing(tensor)
+        if packed and (module := metadata.packed_module(packed)):
+            modules.setdefault(packed.layout, []).append(module)
+        elif not packed and tensor.linear and tensor.kind != "router":
             dense.append(_all_names(metadata.module_name(tensor.name), tensor))
-    if bnb := modules.get("bitsandbytes"):
-        bnb_config.check(*metadata.quantization_settings(None), bnb)
-    if metadata.compressed:
-        metadata.compressed.confirm(modules.get("compressed-tensors", []), dense)
-    if metadata.awq:
-        awq_config.confirm(metadata.awq, modules.get("AWQ", []))
-    if gptq := modules.get("GPTQ"):
-        gptq_config.confirm(metadata.gptq, gptq)
+    for name, settings in metadata.settings.items():
+        LAYOUT_OF[name].confirm(settings, modules.get(name, []), dense)
 
 
 def _refuse_unread_layouts(folder: Path, stored_names: Mapping[str, str]) -> None:
@@ -308,11 +225,11 @@ def _check_tensors(metadata: CheckpointMetadata) -> None:
     left_over = set(stored_names)
     missing: list[str] = []
     for tensor in metadata.tensors:
-        packing = metadata.packing(tensor)
-        needed = packing.tensor_names if packing else (tensor.name,)
+        packed = metadata.packing(tensor)
+        needed = packed.names if packed else (tensor.name,)
         missing += [name for name in needed if name not in left_over]
         left_over -= set(needed)
-        if packing or tensor.name not in stored_names:
+        if packed or tensor.name not in stored_names:
             continue
         info = metadata.tensor_info(tensor.name)
         if info.shape != tensor.shape:

@@ -12,7 +12,7 @@ from qmix.config import MixtralConfig
 from qmix.formats.files.safetensors_header import DTYPES
 from qmix.formats.metadata import CheckpointMetadata
 from qmix.formats.names import ModelTensor, model_tensors
-from qmix.weights.blob import blob_bytes
+from qmix.weights.blob import TABLE_BYTES, blob_bytes
 from qmix.weights.packed.packed_shapes import MatrixSpec
 from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
 
@@ -60,6 +60,8 @@ class StoredWeight:
     @property
     def scale_bytes(self) -> int:
         """Bytes in memory besides the codes: scales, zeros, tables, the order of the inputs."""
+        if self.scheme.group_bits is not None:
+            return self.scheme.nbytes(self.tensor.shape) - self.code_bytes
         if self.scheme.integer:
             zero = 0 if self.scheme.symmetric else 1
             order = 4 * self.tensor.shape[1] if self.scattered else 0
@@ -79,6 +81,8 @@ class StoredWeight:
         """The most bytes that an arena keeps for the weight; `item` as in `memory_bytes`."""
         if self.scheme.kind == "dense":
             return blob_bytes((self.elements * item,))
+        if self.scheme.group_bits is not None:
+            return blob_bytes((self.scheme.nbytes(self.tensor.shape), *TABLE_BYTES))
         if not self.scheme.integer:
             return blob_bytes(self.tensor_bytes)
         return blob_bytes(self.tensor_bytes, groups=self._groups, inputs=self.tensor.shape[1])
@@ -215,11 +219,11 @@ def _stored(metadata: CheckpointMetadata, tensor: ModelTensor, *, scattered: boo
     if packing is None:
         info = metadata.tensor_info(tensor.name)
         return StoredWeight(tensor, DENSE, (info.nbytes,), DTYPES[info.dtype][1])
-    infos = {name: metadata.tensor_info(name) for name in packing.tensor_names}
+    infos = {name: metadata.tensor_info(name) for name in packing.names}
     scale = next((infos[name] for name in infos if name.endswith(("scales", "scale"))), None)
     return StoredWeight(
         tensor,
-        metadata.scheme_of(tensor, packing),
+        metadata.scheme_of(packing),
         tuple(info.nbytes for info in infos.values()),
         DTYPES[scale.dtype][1] if scale else 4,
         scattered and packing.layout == "GPTQ",

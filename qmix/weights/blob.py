@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 LINE_BYTES = 64  # a cache line, and the widest vector of a CPU
 PAGE_BYTES = 4096
+# Tables of a weight whose scales are nested, and the lines on which its eight tensors begin.
+TABLE_BYTES = (256 * 4,) * 8
 READ_BUFFERS = 2  # blobs beside those of the experts that are kept, for reads under way
 
 

@@ -3,6 +3,7 @@
 Needs no torch. Knows nothing of tensors in memory or of file formats.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -76,6 +77,15 @@ class Scheme:
         if self.integer:
             return 16 if self.symmetric else 16 + self.bits
         return 8 + 32 / NESTED_BLOCK if self.double_quant else 32
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of codes, scales, zeros and biases of a weight [N, K]; tables are not counted."""
+        count, columns = math.prod(shape), shape[-1]
+        if not self.integer:
+            groups = -(-count // self.block_size)
+        else:
+            groups = count // (columns if self.group_size == -1 else self.group_size)
+        return -(-count * self.bits // 8) + math.ceil(groups * self._bits_a_group / 8)
 
     def __str__(self) -> str:
         if self.kind == "dense":

@@ -145,4 +145,4 @@ def test_metadata_and_checkpoint_agree(tiny_nf4):
     for tensor in metadata.tensors:
         packed = metadata.packing(tensor)
         weight = checkpoint.weight(tensor) if packed else None
-        assert weight is None or weight.scheme == metadata.scheme_of(tensor, packed)
+        assert weight is None or weight.scheme == metadata.scheme_of(packed)

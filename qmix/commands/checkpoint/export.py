@@ -161,9 +161,9 @@ def _specs(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> tuple
     packing = checkpoint.packing(tensor)
     if packing is None:
         return (TensorSpec(tensor.name, checkpoint.entry(tensor.name).dtype, tensor.shape),)
-    (scales,) = (name for name in packing.tensor_names if name.endswith(_SCALES))
+    (scales,) = (name for name in packing.names if name.endswith(_SCALES))
     dtype, (rows, columns) = checkpoint.entry(scales).dtype, tensor.shape
-    scheme = checkpoint.metadata.scheme_of(tensor, packing)
+    scheme = checkpoint.metadata.scheme_of(packing)
     packed_specs = _LAYOUTS[layout].packed_specs
     specs: tuple[TensorSpec, ...] = packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
     return specs

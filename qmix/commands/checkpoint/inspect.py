@@ -96,11 +96,11 @@ def inspect(directory: str | Path) -> Inventory:
     sizes: dict[tuple[TensorKind, str, str], list[tuple[int, int]]] = {}
     for tensor in metadata.tensors:
         packing = metadata.packing(tensor)
-        names = packing.tensor_names if packing else (tensor.name,)
+        names = packing.names if packing else (tensor.name,)
         stored_bytes = sum(metadata.tensor_info(name).nbytes for name in names)
         layout: str = packing.layout if packing else "safetensors"
         if packing:
-            scheme = str(metadata.scheme_of(tensor, packing))
+            scheme = str(metadata.scheme_of(packing))
         else:
             scheme = DTYPES[metadata.tensor_info(tensor.name).dtype][0]
         size = (math.prod(tensor.shape), stored_bytes)

@@ -3,7 +3,7 @@
 Knows nothing of files.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qmix.formats.layouts.settings import (
@@ -51,7 +51,9 @@ def read(document: Mapping[str, Any] | None, where: str) -> Settings:
     return settings
 
 
-def confirm(settings: Settings, modules: Collection[PackedModule]) -> None:
+def confirm(
+    settings: Settings, modules: Collection[PackedModule], _: Collection[Sequence[str]] = ()
+) -> None:
     """Check the settings against the packed modules.
 
     Raises:

@@ -3,7 +3,7 @@
 Each tensor says itself how it is quantized; the settings repeat that. Knows nothing of files.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qmix.formats.layouts.settings import PackedModule, Settings, check_dense
@@ -15,24 +15,30 @@ _DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64", "int8", "uint8")
 _DENSE = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
-def check(
-    document: Mapping[str, Any] | None, where: str, modules: Collection[PackedModule]
-) -> None:
-    """Check the settings against the packed modules.
+def read(document: Mapping[str, Any] | None, where: str) -> Settings:
+    """The settings.
 
     Args:
         document: config.json's `quantization_config`; None if there is none.
         where: the file, for errors.
 
     Raises:
-        CheckpointError: settings of another method, a field of a wrong type, or one that the
-            tensors contradict.
+        CheckpointError: settings of another method.
     """
-    if document is None:
-        return
-    settings = Settings(document, where)
+    settings = Settings(document or {}, where)
     settings.check_method("bitsandbytes", "bitsandbytes'")
-    one = next(iter(modules)).name
+    return settings
+
+
+def confirm(
+    settings: Settings, modules: Collection[PackedModule], _: Collection[Sequence[str]] = ()
+) -> None:
+    """Check the settings against the packed modules.
+
+    Raises:
+        CheckpointError: a field of a wrong type, or one that the tensors contradict.
+    """
+    one = next((module.name for module in modules), "a weight")
     for field, expected in (("load_in_4bit", True), ("load_in_8bit", False)):
         for spelling in (field, f"_{field}"):
             if settings.flag(spelling) not in (None, expected):

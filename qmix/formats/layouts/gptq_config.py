@@ -5,7 +5,7 @@ It has one scheme for most modules, and rules for the others (`dynamic`, as gptq
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -177,7 +177,9 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
     return config
 
 
-def confirm(config: GPTQConfig, modules: Collection[PackedModule]) -> None:
+def confirm(
+    config: GPTQConfig, modules: Collection[PackedModule], _: Collection[Sequence[str]] = ()
+) -> None:
     """Check the settings against the packed modules; see `parse`.
 
     Raises:

@@ -105,7 +105,7 @@ def packed_weights():
     checkpoint = open_checkpoint(DIRECTORY)
     for tensor in checkpoint.tensors:
         if packed := checkpoint.packing(tensor):
-            theirs = checkpoint.stored_names[packed.tensor_names[0]].rpartition(".")[0]
+            theirs = checkpoint.stored_names[packed.names[0]].rpartition(".")[0]
             yield tensor, theirs, checkpoint.weight(tensor)
 
 

@@ -1,0 +1,194 @@
+"""What headers and settings say of packed weights: a row for each layout, asked in this order.
+
+How a weight is stored is decided from its tensors' names and shapes, never from the settings. What
+the bits mean is said where the tensors are read (layouts.unpacking). Knows no torch.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qmix.formats.files.safetensors_header import TensorInfo
+from qmix.formats.layouts import (
+    awq_config,
+    bnb_config,
+    compressed_config,
+    gptq_config,
+    tensor_names,
+)
+from qmix.formats.layouts.settings import PackedModule
+from qmix.formats.layouts.tensor_names import Layout
+from qmix.formats.names import ModelTensor, TensorKind
+from qmix.weights.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
+
+_LINEAR: frozenset[TensorKind] = frozenset(("attention", "router", "expert", "head"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTensors:
+    """The tensors of one packed weight, as headers describe them.
+
+    Attributes:
+        layout: by its name.
+        tensor: the model's weight.
+        module: the module's name in the files.
+        names: the canonical names of its tensors; those that the layout requires are among them
+            even if the files lack them.
+        infos: of those that the files have, by what follows the module's name, without its dot.
+    """
+
+    layout: Layout
+    tensor: ModelTensor
+    module: str
+    names: tuple[str, ...]
+    infos: Mapping[str, TensorInfo]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(N, K) of the model's weight."""
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """The shape of one of the tensors; () if the files lack it."""
+        return self.infos[part].shape if part in self.infos else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutHeaders:
+    """How the headers of one layout are read.
+
+    Attributes:
+        name: of the layout.
+        kinds: of the weights that it packs.
+        file: where its settings stand if config.json has none; None if nowhere.
+        find: (the weight, the header's entries by canonical name) -> the names of its tensors, none
+            if it has another layout.
+        read: (the settings, the file for errors) -> the settings, checked by themselves.
+        scheme: the scheme, as far as headers and settings tell.
+        groups: scales of an output, or blocks of the whole weight; 0 if there is no shape.
+        confirm: checks the settings against the packed modules and the names of the dense ones.
+    """
+
+    name: Layout
+    kinds: frozenset[TensorKind] = _LINEAR
+    file: str | None = None
+    find: Callable[[ModelTensor, Mapping[str, TensorInfo]], tuple[str, ...]]
+    read: Callable[[Mapping[str, Any] | None, str], Any]
+    scheme: Callable[[PackedTensors, Any], Scheme]
+    groups: Callable[[PackedTensors], int]
+    confirm: Callable[[Any, Collection[PackedModule], Collection[Sequence[str]]], None]
+
+
+def _find_bnb(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    found = tensor_names.bnb_names(tensor.prefix, infos)
+    return tuple(dict.fromkeys((tensor.name, *found))) if found else ()
+
+
+def _bnb_blocks(packed: PackedTensors) -> int:
+    return math.prod(packed.shape("weight.absmax") or (0,))
+
+
+def _bnb_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    blocks, count = _bnb_blocks(packed), math.prod(packed.tensor.shape)
+    # Sizes that give the same number of blocks differ in the last block only.
+    fitting = [size for size in NF4_BLOCK_SIZES if -(-count // size) == blocks]
+    block_size = 64 if 64 in fitting or not fitting else fitting[0]
+    kind: Kind = "fp4" if "weight.quant_state.bitsandbytes__fp4" in packed.infos else "nf4"
+    nested = "weight.nested_absmax" in packed.infos
+    return Scheme(kind=kind, block_size=block_size, double_quant=nested)
+
+
+def _find_compressed(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    return tensor_names.compressed_names(tensor.prefix, infos)
+
+
+def _compressed_groups(packed: PackedTensors) -> int:
+    return math.prod(packed.shape("weight_scale")[-1:] or (0,))
+
+
+def _compressed_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    words = math.prod(packed.shape("weight_packed")[-1:])
+    bits = tensor_names.compressed_bits(words, packed.matrix[1])
+    symmetric = "weight_zero_point" not in packed.infos
+    return _integers(packed, _compressed_groups(packed), bits, symmetric=symmetric)
+
+
+def _find_awq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    found = tensor_names.awq_names(tensor.prefix, infos)
+    return found if found and infos[found[0]].shape[:1] == tensor.shape[1:] else ()
+
+
+def _gptq_groups(packed: PackedTensors) -> int:
+    return math.prod(packed.shape("scales")[:1] or (0,))
+
+
+def _awq_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    """It counts as asymmetric, although all zeros may be 8."""
+    return _integers(packed, _gptq_groups(packed), 4, symmetric=False)
+
+
+def _find_gptq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    return tensor_names.gptq_names(tensor.prefix, infos)
+
+
+def _read_gptq(document: Mapping[str, Any] | None, where: str) -> gptq_config.GPTQConfig:
+    """GPTQ's settings; AWQ's other versions may look like GPTQ without g_idx and are named."""
+    if document is not None and document.get("quant_method") == "awq":
+        awq_config.read(document, where)
+    return gptq_config.parse(document, where)
+
+
+def _gptq_scheme(packed: PackedTensors, settings: gptq_config.GPTQConfig) -> Scheme:
+    rows = math.prod(packed.shape("qweight")[:1])
+    bits = tensor_names.gptq_bits(rows, packed.matrix[1])
+    symmetric = settings.for_module(packed.module).symmetric
+    return _integers(packed, _gptq_groups(packed), bits, symmetric=symmetric)
+
+
+def _integers(packed: PackedTensors, groups: int, bits: int | None, *, symmetric: bool) -> Scheme:
+    size = packed.matrix[1] // max(groups, 1)
+    return Scheme(
+        kind="int8" if bits == 8 else "int4",
+        group_size=size if size in GROUP_SIZES else -1,
+        symmetric=symmetric,
+    )
+
+
+LAYOUTS: tuple[LayoutHeaders, ...] = (
+    LayoutHeaders(
+        name="bitsandbytes",
+        find=_find_bnb,
+        read=bnb_config.read,
+        scheme=_bnb_scheme,
+        groups=_bnb_blocks,
+        confirm=bnb_config.confirm,
+    ),
+    LayoutHeaders(
+        name="compressed-tensors",
+        find=_find_compressed,
+        read=compressed_config.read,
+        scheme=_compressed_scheme,
+        groups=_compressed_groups,
+        confirm=compressed_config.CompressedConfig.confirm,
+    ),
+    LayoutHeaders(
+        name="AWQ",
+        file=awq_config.FILE,
+        find=_find_awq,
+        read=awq_config.read,
+        scheme=_awq_scheme,
+        groups=_gptq_groups,
+        confirm=awq_config.confirm,
+    ),
+    LayoutHeaders(
+        name="GPTQ",
+        file=gptq_config.FILE,
+        find=_find_gptq,
+        read=_read_gptq,
+        scheme=_gptq_scheme,
+        groups=_gptq_groups,
+        confirm=gptq_config.confirm,
+    ),
+)
+LAYOUT_OF: Mapping[Layout, LayoutHeaders] = {layout.name: layout for layout in LAYOUTS}

@@ -1,0 +1,48 @@
+"""The tensors of one packed weight -> the weight: a reader for each layout.
+
+Knows nothing of files.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq
+from qmix.formats.layouts.headers import PackedTensors
+from qmix.formats.layouts.tensor_names import Layout
+from qmix.weights.dense import Weight
+
+# (tensors by canonical name, what headers say, the file for errors, the layout's settings)
+Unpack = Callable[[Mapping[str, Tensor], PackedTensors, str, Any], Weight]
+
+# The layouts whose weights hold the file's tensors as they are stored; others build new ones.
+AS_STORED: frozenset[Layout] = frozenset(("bitsandbytes", "compressed-tensors"))
+
+
+def _bnb(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    return bnb.unpack(tensors, packed.tensor.prefix, where)
+
+
+def _compressed(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    return compressed_tensors.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
+
+
+def _awq(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, settings: Any) -> Weight:
+    zero_point = settings.flag("zero_point") is not False
+    return awq.unpack(tensors, packed.tensor.prefix, where, packed.matrix, zero_point=zero_point)
+
+
+def _gptq(
+    tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, settings: Any
+) -> Weight:
+    of_module = settings.for_module(packed.module)
+    return gptq.unpack(tensors, packed.tensor.prefix, where, packed.matrix, of_module)
+
+
+UNPACK: Mapping[Layout, Unpack] = {
+    "bitsandbytes": _bnb,
+    "compressed-tensors": _compressed,
+    "AWQ": _awq,
+    "GPTQ": _gptq,
+}
