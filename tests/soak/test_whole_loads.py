@@ -152,9 +152,9 @@ class Judge:
 
     def _rewritten(self, folder, tensors):
         """The documents of a folder beside tensors that another library wrote."""
-        clean = folder.with_name("clean") / ("awq" if "awq" in folder.parts else "folder")
+        clean = folder.with_name("clean")
         shutil.rmtree(clean, ignore_errors=True)
-        clean.mkdir(parents=True)
+        clean.mkdir()
         for path in folder.iterdir():
             if path.suffix in (".json", ".model") and path.name not in (INDEX, MANIFEST):
                 shutil.copy(path, clean)

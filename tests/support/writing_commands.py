@@ -14,6 +14,7 @@ from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import InterruptedRunError
 from qmix.formats.files import replacement
+from qmix.formats.mistral.checkpoint import open_raw
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe
@@ -113,6 +114,7 @@ def _write_source(source, command):
     if command.startswith("convert"):
         layout = "pickles" if command == "convert_pickles" else "safetensors"
         raw_mistral.write(source, small_model(**small).bfloat16(), layout=layout)
+        open_raw(source)  # imports a second's worth, once for all processes that are forked
     elif command == "export":
         source.mkdir()
         packers.write(source, "gptq")

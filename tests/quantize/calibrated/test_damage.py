@@ -16,6 +16,7 @@ from qmix.quantize.calibrated.resume import sealed
 from qmix.weights.scheme import Recipe, Scheme
 from tests.support.calibration import contents, run, write_source
 from tests.support.models import threads
+from tests.support.soak import SEED, gate_and_soak
 
 LAYERS = 3
 STATE = manifest.STATE
@@ -282,23 +283,26 @@ def test_the_same_source_may_lie_elsewhere_in_other_shards(stopped, tmp_path):
     assert contents(out) == expected
 
 
-FLIPS = [pytest.param(seed, marks=pytest.mark.soak) if seed >= 12 else seed for seed in range(112)]
-
-
-@pytest.mark.parametrize("seed", FLIPS)
-def test_a_flipped_byte_anywhere_never_gives_other_weights(made, tmp_path, seed):
+@pytest.mark.parametrize(
+    ("number", "soak"), gate_and_soak([(n,) for n in range(12)], [(n,) for n in range(12, 112)])
+)
+def test_a_flipped_byte_anywhere_never_gives_other_weights(made, tmp_path, counted, number, soak):
     """The byte is that of a shard, the state, the tokens or the source, each as often."""
-    chance = random.Random(seed)
+    chance = random.Random(f"{SEED if soak else 0} {number}")
     source, out, expected = stopped_after(chance.choice([1, 2]), made, tmp_path)
     left = out.with_name("out.partial")
-    pattern = ["model-*", STATE, "*.f32", "source"][seed % 4]
+    pattern = ["model-*", STATE, "*.f32", "source"][number % 4]
     files = source.glob("*.safetensors") if pattern == "source" else left.glob(pattern)
     path = chance.choice(sorted(files))
     flip(path, chance.randrange(path.stat().st_size))
+    other_weights = False
     try:
         run(source, out, resumed=True)
     except QmixError as error:
+        counted(cases=1, refused=1)
         assert path.name in str(error)  # noqa: PT017 - either is right
         assert not out.exists()
     else:
-        assert contents(out) == expected
+        other_weights = contents(out) != expected
+        counted(cases=1, made_again=1, other_weights_made=other_weights)
+    assert not other_weights
