@@ -1,5 +1,5 @@
 /* LD_PRELOAD: the Nth call of one kind on a file below a path fails once with an errno, or the
-   process is killed there (errno 0). The kind "change" is each call that changes the disk.
+   process gets a signal there (a negative errno). The kind "change" is each call that changes the disk.
    fail_io_set chooses kind, N, errno and path; fail_io_count says how many calls there were. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -43,7 +43,7 @@ static int struck(const char *k) {
 }
 static int fails(const char *k) {
     if (!struck(k)) return 0;
-    if (!number) kill(getpid(), SIGKILL);
+    if (number < 0) return kill(getpid(), -number);
     errno = number;
     return 1;
 }
@@ -98,7 +98,7 @@ ssize_t write(int fd, const void *data, size_t size) {
     if (fails("write")) return -1;
     if (size < 2 || !struck("short")) return real(fd, data, size);
     ssize_t written = real(fd, data, size / 2);
-    if (!number) kill(getpid(), SIGKILL);
+    if (number < 0) kill(getpid(), -number);
     return written;
 }
 /* The descriptor is gone even if close fails, as on Linux. */

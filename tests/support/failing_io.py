@@ -2,9 +2,9 @@
 
     LD_PRELOAD=fail_io.so python -m tests.support.failing_io ROOT COMMAND ERRNO POINTS SEED KIND...
 
-Of the calls of each kind POINTS are tried, drawn from SEED. An ERRNO of 0 is SIGKILL. Prints one
-JSON line for each kind: how many calls there were and were tried, how many of these ended in an
-error, and what went wrong. A process is forked for each, so that the imports are paid for once.
+Of the calls of each kind POINTS are tried, drawn from SEED. A negative ERRNO is a signal. For each
+kind one JSON line is printed: how many calls there were and were tried, how many of these ended in
+an error, and what went wrong. A process is forked for each call: the imports are paid for once.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ from tests.support import writing_commands
 from tests.support.writing_commands import COMMANDS, OURS, REPLACING
 
 LOST = 99  # exit code of a foreign exception
-KILL = 0  # instead of an errno
+INTERRUPTED = 130
 _MANAGED = re.compile(r"(out|out\.partial|\.qmix-replaced-[0-9a-f]{16})(/.*)?")
 _UNFINISHED = (manifest.MARKER, manifest.STATE)
 
@@ -85,6 +85,8 @@ class Sweep:
             COMMANDS[self.command](self.work / "source", self.work / "out")
         except QmixError as error:
             code, said = error.exit_code, str(error)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
         except BaseException:  # noqa: BLE001 - the oracle: nothing else may come out
             code, said = LOST, traceback.format_exc()[-4000:]
         os.write(writer, json.dumps({"said": said, "calls": shim.fail_io_count()}).encode())
@@ -122,9 +124,9 @@ class Oracle:
     def wrong(self, attempt):
         """What an attempt did that it must not do, or None."""
         code, said, found = attempt.code, attempt.said, digests(self.work)
-        if code not in (0, 3, 4, -signal.SIGKILL):
+        if code not in (0, 3, 4, INTERRUPTED, -signal.SIGKILL):
             return f"exit code {code}: {said}"
-        if code > 0 and (str(self.work) not in said or "found" not in said):
+        if code in (3, 4) and (str(self.work) not in said or "found" not in said):
             return f"the error names no file or no reason: {said}"
         if foreign(found) != foreign(self.before):
             return f"a foreign file was touched: {difference(found, self.before)}"
@@ -133,7 +135,7 @@ class Oracle:
             if self.command in REPLACING and not now and self._is_aside(found, old):
                 return None
             return f"half an output: {difference(now, new)}"
-        if code > 0 and now == new != old and not attempt.stands:
+        if code in (3, 4) and now == new != old and not attempt.stands:
             return f"OUT is there, and the error does not say so: {said}"
         return None
 
