@@ -15,6 +15,7 @@ from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.files.file_errors import sync_directory, write_error, writing
 from qmix.formats.files import output_dir
+from qmix.formats.files.manifest import MARKER
 from qmix.formats.files.shard_names import INDEX
 
 _STAGE = ".qmix-saving"
@@ -87,8 +88,11 @@ def _move_up(stage: Path, folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove what an interrupted save left: the files that it moved up, then its own folder.
 
-    If all were moved up, the save was complete and they stay.
+    If all were moved up, the save was complete and they stay. So was one whose new folder has its
+    name: only the marker goes.
     """
+    if (folder / _CONFIG).is_file():
+        (folder / MARKER).unlink(missing_ok=True)
     stage = folder / _STAGE
     if stage.is_symlink() or not stage.is_dir():
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmix.errors import UsageError, WriteError
+from qmix.formats.files import replacement
 from qmix.models import saving_folder
 from tests.support.models import small_model
 
@@ -97,6 +98,22 @@ def test_a_save_killed_at_any_step_leaves_no_half_and_the_next_one_completes(
         assert (folder / "config.json").read_text() == "new"
     if step <= len(SAVED):
         assert names(folder) == sorted([*BEFORE, *SAVED])
+
+
+def test_a_new_folder_whose_save_was_killed_after_its_rename_is_tidied_by_the_next(
+    tmp_path, monkeypatch
+):
+    def killed(out, old):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(replacement, "finish", killed)
+        with pytest.raises(Killed):
+            write(tmp_path / "new")
+    assert names(tmp_path / "new") == [".qmix-partial", *SAVED]
+    with pytest.raises(UsageError, match="already holds a checkpoint"):
+        write(tmp_path / "new")
+    assert names(tmp_path / "new") == SAVED
 
 
 def test_a_file_that_came_in_place_of_one_moved_up_stays(folder, monkeypatch):
