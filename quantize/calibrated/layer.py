@@ -12,7 +12,6 @@ files.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,39 +19,19 @@ from torch import Tensor, nn
 from qmix import kernels
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, names
-from qmix.formats.names import ModelTensor
 from qmix.kernels import Routes
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.options import LayerOptions
+from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, window_batches
 from qmix.quantize.output_checkpoint import read_finite, squared_sums
 from qmix.quantize.rounding import gptq
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.dense import Dense, Weight, all_finite
 from qmix.weights.scheme import Recipe, Scheme
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RoundedTensor:
-    """One tensor of the layer after rounding.
-
-    Attributes:
-        weight: on the CPU; Dense where the recipe leaves the tensor as it is.
-        tokens: number of tokens that the matrix saw; None if dense.
-        solution: how it was rounded; None if dense.
-        squared: the sums of (W - Q(W))^2 and of W^2; both 0 if dense.
-        seconds: time spent; matrices that were rounded together share it equally.
-    """
-
-    tensor: ModelTensor
-    weight: Weight
-    tokens: int | None = None
-    solution: gptq.Solution | None = None
-    squared: tuple[float, float] = (0.0, 0.0)
-    seconds: float = 0.0
 
 
 class LayerQuantizer:

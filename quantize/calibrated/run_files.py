@@ -20,9 +20,10 @@ from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.names import ModelTensor
 from qmix.nn.decoder import embedding
 from qmix.quantize.calibrated.activations import Activations
-from qmix.quantize.calibrated.layer import LayerQuantizer, RoundedTensor
+from qmix.quantize.calibrated.layer import LayerQuantizer
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.resume import START_AGAIN, RunState, damaged_files
+from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.calibrated.token_stream import TokenStream
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.output_checkpoint import (
