@@ -138,7 +138,7 @@ READERS = {
 @both
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.filterwarnings("ignore")
-def test_a_damaged_document_is_read_or_refused(folder, name, soak):
+def test_a_damaged_document_is_read_or_refused(folder, name, counted, soak):
     path = folder / name
     good = path.read_bytes()
     counts = Counter()
@@ -151,7 +151,7 @@ def test_a_damaged_document_is_read_or_refused(folder, name, soak):
             assert time.process_time() - start < SECONDS, f"seed {SEED}, number {number}"
     finally:
         path.write_bytes(good)
-    print(f"{name}: seed {SEED}, {dict(counts)}")
+    counted(cases=counts.total(), **counts)
     assert counts["refused"] or name.endswith("machine.json")
     assert outcome(lambda: READERS[name](path)) == "read"
 

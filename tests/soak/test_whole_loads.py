@@ -26,10 +26,11 @@ from qmix.commands.checkpoint.verify import verify
 from qmix.errors import QmixError
 from qmix.formats.files.manifest import MANIFEST, read_manifest
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.offload import Tiers
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support import damaged_folders, packers, raw_mistral
-from tests.support.models import TINY, small_model
+from tests.support.models import TINY, load_in_tiers, small_model
 from tests.support.mutation import generator
 from tests.support.soak import SEED, gate_and_soak
 
@@ -43,7 +44,9 @@ SHARD_BYTES = 150_000
 DOCUMENTS = ("tokenizer.model", "tokenizer_config.json", "generation_config.json")
 INDEX = "model.safetensors.index.json"
 RAW = ("raw", "pickles")
-LAYOUTS = ("dense", "nf4", "gptq", "compressed", "awq", "pytorch", *RAW)
+# Those of which half of the experts stay in the file until a token needs them.
+OFFLOADED = {"dense in part": "dense", "gptq in part": "gptq", "nf4 in part": "nf4"}
+LAYOUTS = ("dense", "nf4", "gptq", "compressed", "awq", "pytorch", *RAW, *OFFLOADED)
 TRIES = {False: 12, True: 40}  # in the suite, in one test of a soak
 
 pytestmark = [
@@ -57,7 +60,7 @@ def folders(tmp_path_factory):
     """A folder of each layout."""
     base = tmp_path_factory.mktemp("whole")
     model = small_model(
-        vocab_size=2048, num_hidden_layers=1, num_local_experts=2, eos_token_id=2
+        vocab_size=2048, num_hidden_layers=1, num_local_experts=4, eos_token_id=2
     ).to(torch.bfloat16)
     model.save_pretrained(base / "dense", max_shard_bytes=SHARD_BYTES)
     for name in DOCUMENTS:
@@ -88,15 +91,18 @@ class Loaded:
     settings: object
 
 
-def load(folder: Path) -> Loaded:
+def load(folder: Path, layout: str) -> Loaded:
     """The whole way of a folder, raw ones by way of `convert`."""
-    if (folder / "params.json").exists() or list(folder.glob("consolidated.*")):
+    if layout in RAW:
         out = folder.with_name("converted")
         shutil.rmtree(out, ignore_errors=True)
         convert_checkpoint(folder, out)
         folder = out
-    if "awq" in folder.parts:
-        model, ids = MixtralForCausalLM.from_pretrained(folder, device="cpu"), []
+    ids = []
+    if layout in OFFLOADED:
+        model = load_in_tiers(folder, "cpu", Tiers(device=0, host=2))
+    elif layout == "awq":
+        model = MixtralForCausalLM.from_pretrained(folder, device="cpu")
     else:
         model, tokenizer = qmix.load(folder, device="cpu")
         ids = tokenizer(TEXT)["input_ids"]
@@ -109,8 +115,9 @@ def load(folder: Path) -> Loaded:
 class Judge:
     """Says of a damaged folder that could be loaded why that is right; else `wrong`."""
 
-    def __init__(self, whole, original):
-        self.whole, self.original = whole, original
+    def __init__(self, layout, original):
+        self.layout, self.original = layout, original
+        self.whole = load(original, layout)
         self.tensors = damaged_folders.tensors(original)
 
     def verdict(self, folder, damaged, found):
@@ -119,8 +126,8 @@ class Judge:
         tensors = damaged_folders.tensors(folder)
         expected = self.whole
         if not damaged_folders.same(tensors, self.tensors):
-            clean = self._rewritten(folder, tensors)
-            assert torch.equal(load(clean).logits.view(torch.int32), found.logits.view(torch.int32))
+            clean = load(self._rewritten(folder, tensors), self.layout).logits
+            assert torch.equal(clean.view(torch.uint8), found.logits.view(torch.uint8))
             return "other weights"
         if found.ids != expected.ids:
             self._check_ids(folder, found)
@@ -158,8 +165,7 @@ class Judge:
         for path in folder.iterdir():
             if path.suffix in (".json", ".model") and path.name not in (INDEX, MANIFEST):
                 shutil.copy(path, clean)
-        raw = (folder / "params.json").exists()
-        name = "consolidated.safetensors" if raw else "model.safetensors"
+        name = "consolidated.safetensors" if self.layout in RAW else "model.safetensors"
         save_file({name: value.contiguous() for name, value in tensors.items()}, clean / name)
         return clean
 
@@ -176,10 +182,10 @@ class Attempt:
     problem: str | None = None
 
 
-def attempt(folder, damaged, judge):
+def attempt(folder, layout, damaged, judge):
     begun, used = time.monotonic(), time.process_time()
     try:
-        found = load(folder)
+        found = load(folder, layout)
     except QmixError as error:
         done = Attempt("refused", None if str(error).isprintable() else ascii(str(error)))
     except Exception as error:  # noqa: BLE001 - the oracle: nothing else may come out
@@ -205,8 +211,8 @@ def attempt(folder, damaged, judge):
 def test_a_damaged_folder_is_refused_or_is_what_its_files_say(
     folders, tmp_path, counted, layout, part, soak
 ):
-    original = folders / layout
-    judge = Judge(load(original), original) if layout != "pytorch" else None  # never loaded
+    original = folders / OFFLOADED.get(layout, layout)
+    judge = Judge(layout, original) if layout != "pytorch" else None  # never loaded
     wrong = []
     counts = Counter(dict.fromkeys(("foreign exceptions", "slow", "loaded wrong"), 0))
     for number in range(TRIES[soak]):
@@ -215,7 +221,7 @@ def test_a_damaged_folder_is_refused_or_is_what_its_files_say(
         shutil.copytree(original, folder)
         seed = (SEED, layout, part, number)
         name, way = damaged_folders.damage(folder, generator(*seed))
-        done = attempt(folder, name, judge)
+        done = attempt(folder, layout, name, judge)
         counts[done.verdict] += 1
         if done.problem or (done.verdict != "refused" and layout == "pytorch"):
             wrong.append((*seed, name, way, done))
