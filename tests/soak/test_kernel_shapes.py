@@ -13,10 +13,9 @@ from qmix import kernels
 from qmix.kernels import Routes
 from qmix.kernels.cpu import packed_moe
 from qmix.kernels.cpu.library import attends, library
+from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
-from qmix.weights.integers import Int8
-from qmix.weights.nf4 import FP4
 from qmix.weights.packed.layout import pack_expert, unpack_expert
 from tests.support.cpu_kernels import random_bytes, random_int4, random_nf4, seeded
 
@@ -29,18 +28,20 @@ def _compiled(isa):
         pytest.skip("torch's own operations are not tested here")
 
 
-TOKENS = range(41)
+# On either side of every number of tokens at which a kernel does something else.
+TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 40)
 SOME = TOKENS[::3]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def random_int8(n, k, groups, zeros=False, perm=False):
     scales = torch.full((n, groups), 0.003, dtype=torch.float16)
-    return Int8(
+    return Affine(
         codes=random_bytes(n, k),
         scales=scales,
         zeros=random_bytes(n, groups, seed=2) if zeros else None,
         perm=torch.randperm(k, generator=seeded(3)).int() if perm else None,
+        bits=8,
     )
 
 
@@ -54,13 +55,15 @@ def of_values(n, k, largest):
 FLAT = ((1, 1), (1, 2), (3, 7), (5, 33), (1, 64), (7, 96), (2, 130), (49, 160), (13, 416))
 # Rows, inputs and groups.
 GROUPED = ((1, 2, 1), (3, 6, 3), (5, 34, 1), (1, 64, 2), (7, 96, 3), (3, 100, 5), (13, 416, 13))
+OTHERS = ("fp4", "e2m1", "iq4")
 WEIGHTS = {
     "nf4 of 32": [partial(random_nf4, *shape, block=32) for shape in FLAT],
     "nf4": [partial(random_nf4, *shape) for shape in FLAT],
     "nf4 of 128": [partial(random_nf4, *shape, block=128) for shape in FLAT],
     "nf4 of 4096": [partial(random_nf4, *shape, block=4096) for shape in FLAT],
     "nested": [partial(random_nf4, *shape, nested=True) for shape in (*FLAT, (37, 1056))],
-    "fp4": [partial(random_nf4, *shape, kind=FP4) for shape in FLAT],
+    "nf4 of 16": [partial(random_nf4, *shape, block=16) for shape in FLAT],
+    **{kind: [partial(random_nf4, *shape, kind=kind) for shape in FLAT] for kind in OTHERS},
     "small table": [partial(of_values, *shape, 15) for shape in FLAT],
     "huge table": [partial(of_values, *shape, 1e12) for shape in FLAT],
     **{
@@ -100,7 +103,7 @@ def test_matmuls(kind):
 
 def test_several_weights_at_once():
     for n, k in FLAT:
-        weights = [random_nf4(n, k), random_nf4(n + 1, k), random_nf4(n, k, kind=FP4)]
+        weights = [random_nf4(n, k), random_nf4(n + 1, k), random_nf4(n, k, kind="fp4")]
         if k % 2 == 0:
             weights += [random_int4(n, k), random_int4(n, k, perm=True)]
         for count in SOME:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
@@ -155,9 +156,7 @@ def _compiler() -> list[str]:
 
 def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
-        )
+        done = _done(command)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ResourceError(
             "the C++ compiler does not run", where=command[0], found=error, remedy=REMEDY
@@ -171,3 +170,17 @@ def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
             remedy=REMEDY,
         )
     return done
+
+
+def _done(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end; what stops the wait ends the compiler's own children too."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, errors="replace", process_group=0
+    ) as process:
+        try:
+            out, error = process.communicate(timeout=_TIMEOUT)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, error)

@@ -241,6 +241,17 @@ def test_what_a_killed_compilation_left_is_cleared_and_a_living_one_is_not(small
     assert list(folder.iterdir()) == [path]
 
 
+def test_a_compiler_that_takes_too_long_ends_with_its_children(monkeypatch, tmp_path):
+    child = tmp_path / "child"
+    slow = script(tmp_path / "c++", f"sleep 600 & echo $! > {child}; wait")
+    monkeypatch.setattr(build, "_TIMEOUT", 5)
+    with pytest.raises(ResourceError, match="timed out"):
+        build._run([slow])
+    stat = Path(f"/proc/{child.read_text().strip()}/stat")
+    # Gone, or dead and not yet reaped by its new parent.
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_two_processes_at_once_both_end_with_it(cache):
