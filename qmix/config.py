@@ -12,6 +12,7 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.errors import ConfigError, UnsupportedError
+from qmix.files import atomic_file
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -226,10 +227,12 @@ class MixtralConfig:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=True) + "\n"
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` into `directory`, which is created if necessary."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        strict_json.write(folder / "config.json", self.to_dict())
+        """Write `config.json` into `directory`, which is created if necessary.
+
+        Raises:
+            WriteError: the directory or the file cannot be written.
+        """
+        strict_json.write(atomic_file.made_folder(directory) / "config.json", self.to_dict())
 
 
 def _normalise(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from qmix.config import MixtralConfig
-from qmix.errors import CheckpointError, ConfigError, QmixError, UnsupportedError
+from qmix.errors import CheckpointError, ConfigError, QmixError, UnsupportedError, WriteError
 
 
 def test_defaults_are_the_reference_pages():
@@ -186,3 +186,11 @@ def test_documents_that_could_not_be_written_again_are_refused(text, said, tmp_p
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=said):
         MixtralConfig.from_pretrained(tmp_path)
+
+
+def test_saving_onto_a_file_is_an_error_that_names_it(tmp_path):
+    file = tmp_path / "out"
+    file.touch()
+    with pytest.raises(WriteError, match=r"out: cannot be written; found File exists"):
+        MixtralConfig().save_pretrained(file)
+    assert file.read_bytes() == b""

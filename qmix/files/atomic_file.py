@@ -13,6 +13,18 @@ from qmix.files.file_errors import reason, writing
 _FOR_ALL, _FOR_THE_OWNER = 0o666, 0o600
 
 
+def made_folder(directory: str | Path) -> Path:
+    """The directory as a path, made with those above it where it is missing.
+
+    Raises:
+        WriteError: it cannot be made, or a file is in its way.
+    """
+    folder = Path(directory)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Replace `path` in one step; the old file stands until the new one is on the disk.
 

@@ -113,9 +113,12 @@ class LlamaTokenizer:
         return tokenizer
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `tokenizer.model` byte for byte, and `tokenizer_config.json`."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `tokenizer.model` byte for byte, and `tokenizer_config.json`.
+
+        Raises:
+            WriteError: the directory or a file cannot be written.
+        """
+        folder = atomic_file.made_folder(directory)
         # auto_map names code, which is not saved.
         entries = self._config.document.items()
         document = {key: value for key, value in entries if key != "auto_map"}

@@ -1,6 +1,7 @@
 """A file is written whole or not at all."""
 
 import os
+import re
 import stat
 
 import pytest
@@ -73,3 +74,18 @@ def test_json_is_written_so_that_the_strict_reader_reads_it(tmp_path):
         strict_json.write(tmp_path / "x.json", document, indent=indent)
         assert strict_json.read(tmp_path / "x.json") == document
     assert (tmp_path / "x.json").read_bytes().isascii()
+
+
+def test_a_made_folder_comes_with_those_above_it_and_may_stand_already(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert atomic_file.made_folder(str(folder)) == folder
+    assert atomic_file.made_folder(folder).is_dir()
+
+
+def test_a_file_in_the_way_of_a_folder_is_an_error_that_names_it(tmp_path):
+    file = tmp_path / "x"
+    file.touch()
+    for folder in (file, file / "below"):
+        with pytest.raises(WriteError, match=rf"^{re.escape(str(folder))}: cannot be written"):
+            atomic_file.made_folder(folder)
+    assert file.is_file()

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.errors import CheckpointError, UsageError
+from qmix.errors import CheckpointError, UsageError, WriteError
 from qmix.text.detokenizer import StreamDetokenizer
 from qmix.text.sentencepiece_file import MODEL_FILE
 from qmix.text.tokenizer import LlamaTokenizer
@@ -478,3 +478,12 @@ def test_from_pretrained_refuses_other_options_by_name(tmp_path, options, named)
     write(tmp_path)
     with pytest.raises((UsageError, CheckpointError), match=named):
         LlamaTokenizer.from_pretrained(tmp_path, **options)
+
+
+def test_saving_onto_a_file_is_an_error_that_names_it(tmp_path):
+    tokenizer = LlamaTokenizer.from_pretrained(write(tmp_path))
+    file = tmp_path / "out"
+    file.touch()
+    with pytest.raises(WriteError, match=r"out: cannot be written; found File exists"):
+        tokenizer.save_pretrained(file)
+    assert file.read_bytes() == b""
