@@ -55,9 +55,7 @@ def read(path: Path, *, experts: int, model: str) -> list[int]:
         CheckpointError: there is no such file, it is damaged or another model's, or others can
             have written it.
     """
-    why = user_files.doubt(path)
-    if why is not None:
-        raise CheckpointError("may come from another user", where=str(path), found=why)
+    user_files.check(path)
     document = strict_json.read(path)
     remedy = "Delete it: a new one is made."
     kind = (document.get("format"), document.get("version"))

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from qmix.errors import CheckpointError
 from qmix.files.file_errors import writing
 
 # The file, its directory and the one above may not be links. A home behind a link is common.
@@ -67,6 +68,17 @@ def doubt(path: Path) -> str | None:
     except OSError as error:
         return f"{error.filename} cannot be looked at ({error.strerror})"
     return None
+
+
+def check(path: Path) -> None:
+    """Refuse to read a file back that others can have written.
+
+    Raises:
+        CheckpointError: there is a `doubt`.
+    """
+    why = doubt(path)
+    if why is not None:
+        raise CheckpointError("may come from another user", where=str(path), found=why)
 
 
 def _parts(path: Path) -> Iterator[Path]:
