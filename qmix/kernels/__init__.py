@@ -224,8 +224,7 @@ def attend(
     if replaceable and _fused(q, k, v):
         from qmix.kernels.gpu import attention as gpu
 
-        windowed = mask.window is not None and keys > mask.window
-        causal = not mask.is_explicit and queries == keys and not windowed
+        causal = queries == keys and mask.only_causal(keys)
         if not causal and q.shape[-1] in gpu.HEAD_WIDTHS and q.dtype == k.dtype:
             implementation = "triton"
     return attention.attend_with(implementation, q, k, v, mask, dropout)

@@ -40,6 +40,10 @@ class AttentionMask:
         """Whether it depends on tensors, and not on the shapes and the window alone."""
         return self.padding_mask is not None or self.attn_mask is not None
 
+    def only_causal(self, keys: int) -> bool:
+        """Whether causality alone decides over L keys: no tensor does, the window hides none."""
+        return not self.is_explicit and (self.window is None or keys <= self.window)
+
     def in_window(self, keys: int, queries: int) -> tuple["AttentionMask", int]:
         """How many of L keys, the newest ones, any query can see, and the mask over these alone."""
         if self.attn_mask is not None:
@@ -138,8 +142,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
     """torch's scaled_dot_product_attention; it gets no mask where causality alone decides."""
     queries, keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    windowed = mask.window is not None and keys > mask.window
-    plain = not mask.is_explicit and not windowed
+    plain = mask.only_causal(keys)
     if plain and queries == 1:
         return _sdpa_single_query(q, k, v, dropout)
     if plain and queries == keys:

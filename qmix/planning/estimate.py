@@ -21,7 +21,6 @@ REWRITE_BANDWIDTH = 0.256e9
 # processor's time (evals/LOG.md). Good for the order of magnitude only.
 CPU_FLOPS = 23e9
 _CALIBRATION = quantize_cost.CALIBRATION_WINDOWS * quantize_cost.CALIBRATION_POSITIONS  # tokens
-_TOKEN_ARRAYS = 5  # float32 [T, D] with correction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +89,14 @@ def estimate(planned: Plan, rates: Rates, source: StoredModel | None = None) -> 
 def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantization]:
     assumed = target.assumed
     assert assumed is not None
-    bytes_in, peak = source.file_bytes, 3 * source.largest + budget.PROCESS_BYTES
+    bytes_in = source.file_bytes
     yield Quantization(
         method="nf4" if assumed.kind == "nf4" else "rtn",
         scheme=str(assumed),
         bytes_in=bytes_in,
         bytes_out=target.file_bytes,
         scratch=0,
-        peak=peak,
+        peak=budget.for_rewriting(source.largest).total,
         seconds=bytes_in / REWRITE_BANDWIDTH,
         gpu_seconds=None,
         source="0.256 GB/s, measured on two processors",
@@ -105,7 +104,7 @@ def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantiza
     integers = assumed if assumed.kind == "int4" else Scheme(kind="int4")
     work = quantize_cost.work(target.config, _CALIBRATION)
     layers = target.config.num_hidden_layers
-    tokens = _TOKEN_ARRAYS * _CALIBRATION * target.config.hidden_size * 4
+    tokens = quantize_cost.token_bytes(target.config, _CALIBRATION)
     in_memory = tokens if tokens <= quantize_cost.ACTIVATION_BYTES else 0
     fitted = StoredModel.assume(target.name, target.config, integers)
     yield Quantization(
@@ -114,7 +113,7 @@ def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantiza
         bytes_in=bytes_in,
         bytes_out=fitted.file_bytes,
         scratch=0 if in_memory else tokens,
-        peak=work.peak_bytes + in_memory + budget.PROCESS_BYTES,
+        peak=budget.for_calibration(target.config, _CALIBRATION, in_memory).total,
         seconds=layers * work.flops / CPU_FLOPS,
         gpu_seconds=work.gpu_seconds(layers),
         source=f"{layers * work.flops / 1e15:.3g} PFLOP at {CPU_FLOPS / 1e9:.0f} GFLOP/s, or "

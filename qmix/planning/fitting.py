@@ -70,7 +70,7 @@ class Fitting:
         return self._device_split(context) if self.gpu else self._host_split(context)
 
     def _host_split(self, context: int) -> Split | None:
-        other, experts = _total(self._host_items(context)), self.model.experts
+        other, experts = MemoryBreakdown(self._host_items(context)).total, self.model.experts
         if self.ram is None or other + self.footprint.all_experts <= self.ram:
             return Split(0, experts, arena=False)
         host = (self.ram - other) // self.footprint.blob - READ_BUFFERS
@@ -78,7 +78,8 @@ class Fitting:
 
     def _device_split(self, context: int) -> Split | None:
         experts, blob = self.model.experts, self.footprint.blob
-        on_device, on_host = _total(self._device_items(context)), _total(self._host_items(context))
+        on_device = MemoryBreakdown(self._device_items(context)).total
+        on_host = MemoryBreakdown(self._host_items(context)).total
         if self.vram is None or on_device + self.footprint.all_experts <= self.vram:
             fits = self.ram is None or on_host <= self.ram
             return Split(experts, 0, arena=False) if fits else None
@@ -154,10 +155,10 @@ class Fitting:
     def _least_budgets(self, context: int) -> tuple[int, int]:
         """The smallest budgets, of the device and of the host, that this context fits."""
         blob, whole = self.footprint.blob, self.footprint.all_experts
-        on_host = _total(self._host_items(context))
+        on_host = MemoryBreakdown(self._host_items(context)).total
         if not self.gpu:
             return 0, on_host + min((self._least_host + READ_BUFFERS) * blob, whole)
-        on_device = _total(self._device_items(context))
+        on_device = MemoryBreakdown(self._device_items(context)).total
         if self.footprint.unpacked is not None:
             return on_device + whole, on_host
         vram = on_device + min(self._least_slots * blob, whole)
@@ -184,7 +185,3 @@ class Fitting:
             found=show(given or 0),
             remedy=remedy,
         )
-
-
-def _total(items: tuple[Item, ...]) -> int:
-    return sum(item.nbytes for item in items)

@@ -17,6 +17,17 @@ GPU_LAUNCH_S = 6e-6
 _GREEDY_LAUNCHES, _REFINE_LAUNCHES = 8, 6  # for each input
 
 
+def token_bytes(config: MixtralConfig, tokens: int, *, correct: bool = True) -> int:
+    """Bytes of all float32 arrays [T, D] of calibration tokens that exist at once.
+
+    Args:
+        correct: as in `LayerOptions` of qmix.quantize: the exact activations are kept too.
+    """
+    # Before and after a layer; of the exact ones also the sum of the experts' outputs.
+    arrays = 5 if correct else 2
+    return 4 * tokens * config.hidden_size * arrays
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of one layer.

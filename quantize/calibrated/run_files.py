@@ -19,6 +19,7 @@ from qmix.formats.files.shard_names import shard_name
 from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.names import ModelTensor
 from qmix.nn.decoder import embedding
+from qmix.planning import quantize_cost
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer import LayerQuantizer
 from qmix.quantize.calibrated.options import CalibratedOptions
@@ -65,8 +66,9 @@ class RunFiles:
         self.bytes_in = sum(checkpoint.entry(output.tensor.name).nbytes for output in outputs)
         self.bytes_out = sum(output.nbytes for output in outputs)
         self.streams = ("tokens", "exact") if options.layer.correct else ("tokens",)
-        array_bytes = 4 * self.ids.numel() * self.width
-        self.token_bytes = array_bytes * (2 * len(self.streams) + len(self.streams) - 1)
+        self.token_bytes = quantize_cost.token_bytes(
+            checkpoint.config, self.ids.numel(), correct=options.layer.correct
+        )
         self.in_memory = self.token_bytes <= options.activation_bytes
         self.digests: dict[str, str] = {}
 

@@ -1,6 +1,6 @@
 """The values that packed codes stand for, and the words of NF4's table that the kernels keep.
 
-Standard library only; why the codes are renumbered is said in kernels/gpu/ptx.py.
+Why the codes are renumbered is said in kernels/gpu/ptx.py.
 """
 
 import struct
