@@ -112,10 +112,10 @@ def takes(weight: Weight | None) -> TypeGuard[Table | Affine]:
 
 
 def perm_of(weight: Table | Affine, references: list[Tensor]) -> int | None:
-    """The address of the order in which an act-order weight stores its inputs, as int64 [K]."""
+    """The address of the order in which an act-order weight stores its inputs, int32 [K]."""
     if isinstance(weight, Table) or weight.perm is None:
         return None
-    references.append(weight.perm.long().contiguous())
+    references.append(weight.perm.int().contiguous())
     return references[-1].data_ptr()
 
 

@@ -17,7 +17,7 @@
 namespace {
 
 // The inputs of a matmul, in the order that its weight stores them.
-inline const float* permuted(const float* x, int64_t count, const int64_t* perm,
+inline const float* permuted(const float* x, int64_t count, const int32_t* perm,
                              std::vector<float>& out) {
     if (!perm) return x;
     out.resize(size_t(count));

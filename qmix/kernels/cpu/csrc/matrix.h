@@ -47,12 +47,8 @@ float scale_at(const Matrix& weight, int64_t i) {
     switch (weight.scale_kind) {
     case FLOAT16:
         return half_to_float(static_cast<const uint16_t*>(weight.scales)[i]);
-    case BFLOAT16: {
-        uint32_t word = uint32_t(static_cast<const uint16_t*>(weight.scales)[i]) << 16;
-        float value;
-        memcpy(&value, &word, 4);
-        return value;
-    }
+    case BFLOAT16:
+        return bfloat16_to_float(static_cast<const uint16_t*>(weight.scales)[i]);
     case NESTED: {
         float value = weight.nested_map[static_cast<const uint8_t*>(weight.scales)[i]];
         value *= weight.nested_absmax[i / NESTED_BLOCK];
@@ -77,8 +73,7 @@ void copy_scales(const Matrix& weight, int64_t first, int64_t count, float* out)
         }
     } else if (weight.scale_kind == BFLOAT16) {
         const uint16_t* bits = static_cast<const uint16_t*>(weight.scales) + first;
-        uint32_t* words = reinterpret_cast<uint32_t*>(out);
-        for (int64_t i = 0; i < count; i++) words[i] = uint32_t(bits[i]) << 16;
+        for (int64_t i = 0; i < count; i++) out[i] = bfloat16_to_float(bits[i]);
     } else {
         const uint16_t* bits = static_cast<const uint16_t*>(weight.scales) + first;
         for (int64_t i = 0; i < count; i++) out[i] = half_to_float(bits[i]);

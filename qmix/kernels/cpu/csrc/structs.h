@@ -64,9 +64,9 @@ struct ExpertMatrices {
     Matrix gate;
     Matrix up;
     Matrix down;
-    const int64_t* gate_perm;  // which input each stored input is; null: stored in their order
-    const int64_t* up_perm;
-    const int64_t* down_perm;
+    const int32_t* gate_perm;  // which input each stored input is; null: stored in their order
+    const int32_t* up_perm;
+    const int32_t* down_perm;
     float routing_weight;
 };
 
@@ -76,7 +76,7 @@ struct TokenLayer {
     Matrix k;
     Matrix v;
     Matrix o;
-    const int64_t* perms[4];        // of the inputs of q, k, v and o, as in ExpertMatrices
+    const int32_t* perms[4];        // of the inputs of q, k, v and o, as in ExpertMatrices
     const uint16_t* input_norm;     // [hidden]
     const uint16_t* post_norm;      // [hidden]
     const uint16_t* router;         // [num_experts, hidden]
