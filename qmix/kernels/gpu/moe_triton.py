@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu import ptx
-from qmix.weights.packed import codes
+from qmix.weights.packed import codes, tile_format
 
 # Triton's interpreter has no inline assembly; there the same values come from the table.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -27,8 +27,8 @@ NF4_CONSTRAINTS = tl.constexpr(ptx.NF4_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
 NF4_VALUES = tl.constexpr(codes.NF4_STORED_VALUES)
 INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
-BYTE_ROWS = tl.constexpr(64)
-HEADER = tl.constexpr(128)
+BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
+HEADER = tl.constexpr(tile_format.HEADER_BYTES)
 
 
 @triton.jit
