@@ -287,15 +287,22 @@ def _store(partials, low, high, weight, pair, used, panel, part, N, WARPS: tl.co
 
 
 @triton.jit
+def summed(partials, token, M, N, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
+    """Columns `at` of a token's output, float32: its choices and splits added in that order."""
+    total = tl.zeros(at.shape, tl.float32)
+    for choice in tl.static_range(CHOICES):
+        for split in tl.static_range(SPLITS):
+            row = (token * CHOICES + choice).to(tl.int64) + split * M
+            total += tl.load(partials + row * N + at, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def combine(partials, out, M, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, N] = partials [Z, M, N] summed over a token's choices and splits, in that order."""
     token = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(CHOICES):
-        for split in tl.static_range(SPLITS):
-            row = split * M + token * CHOICES + choice
-            total += tl.load(partials + row.to(tl.int64) * N + at, mask=at < N, other=0.0)
+    total = summed(partials, token, M, N, at, at < N, SPLITS, CHOICES)
     tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
 
 

@@ -12,19 +12,10 @@ Shape letters: see qmix.kernels.
 import triton
 import triton.language as tl
 
+from qmix.kernels.gpu.moe_triton import summed
+
 # These change from step to step: 1 and multiples of 16 get no compilation of their own.
 _LENGTHS = ["M", "T", "rows", "queries", "positions", "R", "cos_batch"]
-
-
-@triton.jit
-def _added(partials, token, M, width, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
-    """Columns `at` of a token's output, float32: its choices and splits added in that order."""
-    total = tl.zeros(at.shape, tl.float32)
-    for choice in tl.static_range(CHOICES):
-        for split in tl.static_range(SPLITS):
-            row = (token * CHOICES + choice).to(tl.int64) + split * M
-            total += tl.load(partials + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    return total
 
 
 @triton.jit
@@ -68,7 +59,7 @@ def residual_norm(
     residual = tl.load(x + row, mask=inside, other=0.0)
     dtype: tl.constexpr = x.dtype.element_ty
     if partials is not None:
-        added = _added(partials, token, M, D, at, inside, SPLITS, CHOICES).to(dtype)
+        added = summed(partials, token, M, D, at, inside, SPLITS, CHOICES).to(dtype)
         residual = (residual.to(tl.float32) + added.to(tl.float32)).to(dtype)
         tl.store(total + row, residual, mask=inside)
     value = residual.to(tl.float32)
@@ -148,8 +139,8 @@ def rotate_store(
     inside = used[:, None] & (dim >= 0)
     dtype: tl.constexpr = q.dtype.element_ty
     # Rounded as the output of a matmul would be.
-    low = _added(partials, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
-    high = _added(partials, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
+    low = summed(partials, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
+    high = summed(partials, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
     if head < H + G:
         # A position beyond the table gives NaN.
         in_table = inside & (position < positions)[:, None]
