@@ -1,0 +1,110 @@
+"""The tokenizer inside a GGUF file: its vocabulary, and what it adds to a text.
+
+Knows the keys of llama.cpp's converter (`tokenizer.ggml.*`) and no file. Only the byte-fallback BPE
+that llama.cpp calls "llama" is read: every Mixtral has it.
+"""
+
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+from qmix.errors import CheckpointError, UnsupportedError
+from qmix.text.vocabulary import Vocabulary
+
+_PREFIX = "tokenizer.ggml."
+_MODEL = "llama"
+# What llama.cpp takes where the file does not say (llama-vocab.cpp, LLAMA_VOCAB_TYPE_SPM).
+_DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+_MAX_TOKENS = 1 << 18  # more than any published vocabulary
+
+
+def vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
+    """The vocabulary of a GGUF file.
+
+    Args:
+        metadata: of its header; strings are tuples, numbers arrays.
+        where: the file, for errors.
+
+    Raises:
+        UnsupportedError: another kind of tokenizer.
+        CheckpointError: a key is missing or has another type.
+    """
+    model = metadata.get(f"{_PREFIX}model")
+    if model != _MODEL:
+        raise UnsupportedError(
+            "the tokenizer in this file is not read",
+            where=f"{where}: {_PREFIX}model",
+            expected=repr(_MODEL),
+            found=repr(model)[:80],
+            remedy="Give a GGUF file of a Mixtral.",
+        )
+    tokens = _value(metadata, "tokens", tuple, where)
+    if not 0 < len(tokens) <= _MAX_TOKENS:
+        raise _wrong("tokens", where, f"1 to {_MAX_TOKENS} strings", len(tokens))
+    for name in ("scores", "token_type"):
+        _value(metadata, name, array, where)
+    types = metadata[f"{_PREFIX}token_type"]
+    if types.typecode == "f":
+        raise _wrong("token_type", where, "integers", "floats")
+    return Vocabulary(
+        pieces=tokens,
+        scores=metadata[f"{_PREFIX}scores"],
+        types=types,
+        bos=_id(metadata, "bos", where),
+        eos=_id(metadata, "eos", where),
+        unk=_id(metadata, "unknown", where),
+        space_prefix=_flag(metadata, "add_space_prefix", True, where),
+        where=where,
+    )
+
+
+def settings(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the file says beside the vocabulary, in the words of tokenizer_config.json.
+
+    Raises:
+        CheckpointError: a flag or an id of another type.
+    """
+    said: dict[str, Any] = {
+        "add_bos_token": _flag(metadata, "add_bos_token", True, where),
+        "add_eos_token": _flag(metadata, "add_eos_token", False, where),
+    }
+    tokens = metadata[f"{_PREFIX}tokens"]
+    padding = metadata.get(f"{_PREFIX}padding_token_id")
+    if padding is not None:
+        if type(padding) is not int or not 0 <= padding < len(tokens):
+            raise _wrong("padding_token_id", where, f"0 to {len(tokens) - 1}", padding)
+        said["pad_token"] = tokens[padding]
+    return said
+
+
+def _value(metadata: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    value = metadata.get(_PREFIX + name)
+    if not isinstance(value, kind):
+        found = "nothing" if value is None else type(value).__name__
+        raise _wrong(name, where, "a list", found)
+    return value
+
+
+def _id(metadata: Mapping[str, Any], name: str, where: str) -> int:
+    field = f"{name}_token_id"
+    value = metadata.get(_PREFIX + field, _DEFAULT_IDS[name])
+    if type(value) is not int:
+        raise _wrong(field, where, "an id", value)
+    return value
+
+
+def _flag(metadata: Mapping[str, Any], name: str, default: bool, where: str) -> bool:
+    value = metadata.get(_PREFIX + name, default)
+    if type(value) is not bool:
+        raise _wrong(name, where, "true or false", value)
+    return value
+
+
+def _wrong(name: str, where: str, expected: str, found: object) -> CheckpointError:
+    return CheckpointError(
+        "the tokenizer is damaged",
+        where=f"{where}: {_PREFIX}{name}",
+        expected=expected,
+        found=repr(found)[:80],
+        remedy="Download the file again.",
+    )
