@@ -185,7 +185,8 @@ def partial(out: Path, *, force: bool = False, resume: bool = False) -> Iterator
         except OSError as error:
             raise write_error(out, error, "OUT is complete and stands.") from error
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written through it
+            os.close(descriptor)
 
 
 def _failed(error: OSError, folder: Path) -> QmixError:

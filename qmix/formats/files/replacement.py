@@ -11,7 +11,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmix.files.file_errors import UNSUPPORTED, sync_directory
@@ -144,4 +144,5 @@ def _locked(folder: Path) -> Iterator[bool]:
         else:
             yield True
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written through it
+            os.close(descriptor)

@@ -1,5 +1,7 @@
 """What stands beside OUT, or in its place, survives a run or is refused by name."""
 
+import errno
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -73,3 +75,19 @@ def test_out_by_a_dot_is_refused_as_usage(small_checkpoint_nf4, small_checkpoint
     with pytest.raises(UsageError):
         quantized(small_checkpoint, Path(out), force=True)
     assert (small_checkpoint_nf4 / "config.json").is_file()
+
+
+def test_closing_the_lock_of_a_complete_output_cannot_fail_it(tmp_path, monkeypatch):
+    close = os.close
+
+    def failing(descriptor):
+        close(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def os_close_fails():
+        monkeypatch.setattr(os, "close", failing)
+
+    with output_dir.partial(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("{}")
+        monkeypatch.setattr(replacement, "finish", lambda out, old: os_close_fails())
+    assert (tmp_path / "out" / "config.json").is_file()
