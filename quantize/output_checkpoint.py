@@ -78,7 +78,7 @@ def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
                 remedy="Quantize the original checkpoint.",
             )
         scheme = recipe.scheme_of(tensor.name)
-        dtype = checkpoint.entry(tensor.name).dtype
+        dtype = checkpoint.dense_dtype(tensor)
         if dtype == torch.float32:
             dtype = torch.bfloat16  # a 4-bit model computes in 16 bits
         planned = planned_tensors(tensor, scheme, dtype)
@@ -101,7 +101,7 @@ def read_finite(checkpoint: Checkpoint, tensor: ModelTensor) -> Tensor:
     Raises:
         CheckpointError: it holds NaN or infinity.
     """
-    data = checkpoint.read(tensor.name)
+    data = checkpoint.dense(tensor)
     check_finite(tensor.name, checkpoint.entry(tensor.name).file, data)
     return data
 

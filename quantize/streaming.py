@@ -62,8 +62,9 @@ def quantize_streaming(
     checkpoint = open_source(source)
     outputs = plan_outputs(checkpoint, recipe)
     sizes = [checkpoint.entry(output.tensor.name).nbytes for output in outputs]
+    largest = max(checkpoint.dense_bytes(output.tensor) for output in outputs)
     output_dir.check_space(out, sum(output.nbytes for output in outputs))
-    check_memory(budget.for_rewriting(max(sizes)))
+    check_memory(budget.for_rewriting(largest))
     results: list[TensorResult] = []
 
     def quantized() -> Iterator[dict[str, Tensor]]:
@@ -101,7 +102,7 @@ def _quantize_tensor(
         data = read_finite(checkpoint, output.tensor)
         weight = Dense(data)
     else:  # the encoders find NaN themselves
-        data = checkpoint.read(name)
+        data = checkpoint.dense(output.tensor)
         encode = nf4.quantize if scheme.kind == "nf4" else rtn.quantize
         weight = encode(data, scheme, where=where)
     tensors = file_tensors(weight, output)

@@ -137,7 +137,7 @@ class ExpertReader:
         """The most bytes that a weight takes in a blob."""
         rows, columns = tensor.shape
         packed = self._checkpoint.packing(tensor)
-        if packed is None:
+        if packed is None or packed.dense:
             return blob_bytes((rows * columns * self._dtype.itemsize,))
         scheme = self._checkpoint.metadata.scheme_of(packed)
         if scheme.group_bits is not None:

@@ -3,6 +3,7 @@
 How a weight is stored is decided from its tensors, never from the config. Knows nothing of modules.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
+from qmix.errors import CheckpointError
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
 from qmix.formats.layouts.headers import PackedTensors
 from qmix.formats.layouts.unpacking import AS_STORED, UNPACK
@@ -18,6 +20,8 @@ from qmix.formats.metadata import CheckpointMetadata, read_metadata
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_errors import wrong_shape
 from qmix.weights.dense import Dense, Weight
+
+_CACHE_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,32 @@ class Checkpoint:
         return self.shards.read(self.stored_names[name], into)
 
     def packed(self, tensor: ModelTensor) -> bool:
-        """Whether the weight is stored in 4 or 8 bits."""
-        return self.packing(tensor) is not None
+        """Whether the weight is quantized: in 4 or 8 bits, and not in FP8, which is a source."""
+        packing = self.packing(tensor)
+        return packing is not None and not packing.dense
+
+    def dense(self, tensor: ModelTensor) -> Tensor:
+        """A tensor that is not quantized; in float32 if it is stored in FP8.
+
+        Raises:
+            CheckpointError: the stored tensors are damaged.
+        """
+        assert not self.packed(tensor), tensor.name
+        if self.packing(tensor) is None:
+            return self.read(tensor.name)
+        return self.weight(tensor).dequantize(torch.float32)
+
+    def dense_dtype(self, tensor: ModelTensor) -> torch.dtype:
+        """The dtype of a tensor that is not quantized; the checkpoint's if it is stored in FP8."""
+        return self.dtype if self.packing(tensor) else self.entry(tensor.name).dtype
+
+    def dense_bytes(self, tensor: ModelTensor) -> int:
+        """Bytes that `dense` takes, with those of the file if it is stored in FP8."""
+        nbytes = self.entry(tensor.name).nbytes
+        return nbytes + 4 * math.prod(tensor.shape) if self.packing(tensor) else nbytes
 
     def packing(self, tensor: ModelTensor) -> PackedTensors | None:
-        """How the weight is packed, decided from its tensors; None if it is dense."""
+        """How the weight is packed, decided from its tensors; None if it is stored as it is."""
         return self.metadata.packing(tensor)
 
     def weight(self, tensor: ModelTensor, into: Allocate = fresh) -> Weight:
@@ -105,4 +130,30 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         UnsupportedError: a layout that is not read, such as that of Mistral's own files.
     """
     metadata = read_metadata(directory)
-    return Checkpoint(metadata, Shards.of(metadata.directory, metadata.tensor_infos))
+    checkpoint = Checkpoint(metadata, Shards.of(metadata.directory, metadata.tensor_infos))
+    for name in metadata.cache_scales:
+        _check_cache_scale(checkpoint, name)
+    return checkpoint
+
+
+def _check_cache_scale(checkpoint: Checkpoint, name: str) -> None:
+    """Check a scale of a KV cache: one number, or one for each head.
+
+    Raises:
+        CheckpointError: it is something else, or not finite and above zero.
+    """
+    config, entry = checkpoint.config, checkpoint.entry(name)
+    counts = (1, config.num_key_value_heads, config.num_attention_heads)
+    valid = entry.dtype in _CACHE_SCALE_DTYPES and math.prod(entry.shape) in counts
+    found = f"{list(entry.shape)} of {str(entry.dtype).removeprefix('torch.')}"
+    if valid:
+        values = checkpoint.read(name).float()
+        valid = bool(((values > 0) & torch.isfinite(values)).all())
+        found = str(values.flatten()[:4].tolist())
+    if not valid:
+        raise CheckpointError(
+            f"tensor {name}: not the scale of a KV cache",
+            where=str(entry.file),
+            expected="a finite number above 0 in 16 or 32 bits, or one for each head",
+            found=found,
+        )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qmix.errors import QmixError
-from qmix.formats.layouts import awq_config, gptq_config
+from qmix.formats.layouts import gptq_config
+from qmix.formats.layouts.headers import LAYOUT_OF
 from qmix.formats.layouts.settings import Settings
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.metadata import CheckpointMetadata
@@ -83,13 +84,12 @@ def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
         for name in (packing.names if packing else (tensor.name,))
     )
     layouts = frozenset(packing.layout for packing in packings.values() if packing)
-    settings_files = {"GPTQ": gptq_config.FILE, "AWQ": awq_config.FILE}
-    files = [settings_files[layout] for layout in layouts if layout in settings_files]
+    files = {LAYOUT_OF[layout].file for layout in layouts} - {None}
     return StorageSummary(
         schemes=schemes,
         layouts=layouts,
         dialect="classic" if classic else "gptqmodel",
-        settings=metadata.quantization_settings(files[0] if len(files) == 1 else None)[0],
+        settings=metadata.quantization_settings(files.pop() if len(files) == 1 else None)[0],
     )
 
 
@@ -110,6 +110,8 @@ def reader_support(summary: StorageSummary) -> tuple[ReaderSupport, ...]:
 def _vllm(summary: StorageSummary) -> ReaderSupport:
     problems_of: dict[Layout, Callable[[StorageSummary], Iterator[str]]] = {
         "bitsandbytes": lambda _: iter(["bitsandbytes left its core in 0.28"]),
+        "ModelOpt": lambda it: _missing_fields(it.settings, ("quant_algo|quantization",)),
+        "FP8": lambda it: _missing_fields(it.settings, ("quant_method|quantization",)),
         "GPTQ": vllm_gptq_problems,
         "AWQ": lambda it: _missing_fields(it.settings, _AWQ_FIELDS),
         "compressed-tensors": lambda it: _missing_fields(it.settings, ("config_groups",)),
@@ -208,6 +210,9 @@ def _transformers(summary: StorageSummary) -> ReaderSupport:
     elif summary.layouts & {"GPTQ", "AWQ"}:
         outcome, tried = ("noise", True) if summary.has_packed_experts else ("unknown", False)
         reason = "experts stay random: GPTQ and AWQ reach only nn.Linear, which experts are not"
+    elif summary.layouts & {"ModelOpt", "FP8"}:
+        outcome, tried = "unknown", False
+        reason = "it has no reader of ModelOpt's layout" if "ModelOpt" in summary.layouts else ""
     elif "compressed-tensors" in summary.layouts:
         outcome, reason = _compressed_in_transformers(summary)
     return ReaderSupport(reader="transformers 5.23", outcome=outcome, reason=reason, tried=tried)

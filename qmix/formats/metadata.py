@@ -19,7 +19,7 @@ from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
 from qmix.formats.layouts.headers import LAYOUT_OF, LAYOUTS, PackedTensors
 from qmix.formats.layouts.settings import PackedModule
-from qmix.formats.layouts.tensor_names import Layout
+from qmix.formats.layouts.tensor_names import ACTIVATION_SCALES, Layout
 from qmix.formats.mistral import detect
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
@@ -105,6 +105,21 @@ class CheckpointMetadata:
         """The scheme of a packed weight, as far as headers and settings tell."""
         return LAYOUT_OF[packed.layout].scheme(packed, self.settings.get(packed.layout))
 
+    @cached_property
+    def cache_scales(self) -> tuple[str, ...]:
+        """The scales of a rounded KV cache, which no weight needs, by canonical name."""
+        return tuple(name for name in self.stored_names if names.of_cache(name, self.config))
+
+    @cached_property
+    def activation_scales(self) -> tuple[str, ...]:
+        """The scales of rounded activations, which belong to packed weights, by canonical name."""
+        return tuple(
+            name
+            for packed in self._packings.values()
+            for name in packed.names
+            if name.endswith(ACTIVATION_SCALES)
+        )
+
     def packed_module(self, packed: PackedTensors) -> PackedModule | None:
         """What the headers say of a packed weight; None if its scales have no shape to speak of."""
         groups = LAYOUT_OF[packed.layout].groups(packed)
@@ -117,6 +132,7 @@ class CheckpointMetadata:
             shape=packed.matrix,
             groups=groups,
             has_g_idx="weight_g_idx" in packed.infos,
+            scale_shape=packed.scale_shape,
         )
 
     def quantization_settings(
@@ -222,7 +238,7 @@ def _refuse_unread_layouts(folder: Path, stored_names: Mapping[str, str]) -> Non
 def _check_tensors(metadata: CheckpointMetadata) -> None:
     """Raise unless every tensor is used exactly once, and none is missing."""
     folder, stored_names = metadata.directory, metadata.stored_names
-    left_over = set(stored_names)
+    left_over = set(stored_names) - set(metadata.cache_scales)
     missing: list[str] = []
     for tensor in metadata.tensors:
         packed = metadata.packing(tensor)

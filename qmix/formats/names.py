@@ -29,6 +29,11 @@ _GPTQMODEL = {
     ".w2": ".down_proj",
 }
 
+# Scales of a rounded KV cache, as ModelOpt, llm-compressor and AutoFP8 name them.
+_CACHE_SCALE = re.compile(
+    r"model\.layers\.(\d{1,6})\.self_attn\.(?:[kv]_proj\.output|[kv]_proj\.[kv]|attn\.[kqv]|[kqv]|kv)_scale"
+)
+
 # Buffers that old versions saved, although they follow from the config.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -71,6 +76,12 @@ def spellings(module: str) -> tuple[str, str]:
 def ignored(name: str) -> bool:
     """Whether a tensor holds nothing that the config does not say already."""
     return _IGNORED.fullmatch(name) is not None
+
+
+def of_cache(name: str, config: MixtralConfig) -> bool:
+    """Whether a tensor is a scale by which a layer's KV cache would be rounded; qmix's is not."""
+    match = _CACHE_SCALE.fullmatch(name)
+    return match is not None and int(match[1]) < config.num_hidden_layers
 
 
 def model_tensors(config: MixtralConfig) -> Iterator[ModelTensor]:

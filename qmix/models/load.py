@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -41,6 +41,8 @@ def fill_model(
         CheckpointError: a tensor is damaged, or not finite in `dtype`.
         ResourceError: the tiers do not fit.
     """
+    for hint in _hints(checkpoint, dtype):
+        warnings.warn(hint, stacklevel=4)
     packer = Packer()
     if tiers is None:
         pack = packer.pack if device.type == "cuda" else None
@@ -49,6 +51,25 @@ def fill_model(
         _offload(modules, checkpoint, dtype, device, tiers, packer)
     if not packer.complete:
         warnings.warn(f"slower than it could be: {packer}", stacklevel=4)
+
+
+def _hints(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[str]:
+    """What a user should know of a checkpoint that loads in another way than its files say."""
+    metadata, folder = checkpoint.metadata, checkpoint.metadata.directory.name
+    bits = 8 * dtype.itemsize
+    scales = {
+        "activations": len(metadata.activation_scales),
+        "a KV cache": len(metadata.cache_scales),
+    }
+    named = " and ".join(f"{count} scales of {of}" for of, count in scales.items() if count)
+    if named:
+        yield f"{folder}: {named} are not used: qmix computes in {bits} bits"
+    packings = map(checkpoint.packing, checkpoint.tensors)
+    if any(packing is not None and packing.dense for packing in packings):
+        yield (
+            f"{folder}: FP8 weights are loaded in {bits} bits; "
+            "qmix quantize SRC OUT makes a 4-bit checkpoint of them"
+        )
 
 
 def _offload(

@@ -28,7 +28,7 @@ class StoredWeight:
 
     Attributes:
         tensor_bytes: bytes of each of its tensors in the files.
-        item: bytes of one element of a dense weight, or of one scale of integers.
+        item: bytes of one element of a dense weight (1 in FP8), or of one scale of integers.
         scattered: its inputs may be scattered over their groups (act-order).
     """
 
@@ -186,7 +186,8 @@ class StoredModel:
         """
         converted = [3 * weight.file_bytes for weight in self.weights if weight.scheme.integer]
         converted += [
-            weight.file_bytes
+            # FP8 is dequantized in float32 first.
+            weight.file_bytes + (4 * weight.elements if weight.item == 1 else 0)
             for weight in self.weights
             if weight.scheme.kind == "dense" and weight.item != self.item
         ]
@@ -225,7 +226,7 @@ def _stored(metadata: CheckpointMetadata, tensor: ModelTensor, *, scattered: boo
         tensor,
         metadata.scheme_of(packing),
         tuple(info.nbytes for info in infos.values()),
-        DTYPES[scale.dtype][1] if scale else 4,
+        1 if packing.dense else DTYPES[scale.dtype][1] if scale else 4,
         scattered and packing.layout == "GPTQ",
     )
 

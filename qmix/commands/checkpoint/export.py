@@ -118,7 +118,8 @@ class _LayoutConversion:
             if not checkpoint.packed(tensor):
                 if tensor.linear:
                     self.schemes[tensor.prefix] = DENSE
-                yield {tensor.name: checkpoint.read(tensor.name)}
+                dtype = checkpoint.dense_dtype(tensor)
+                yield {tensor.name: checkpoint.dense(tensor).to(dtype)}
                 continue
             weight = checkpoint.weight(tensor)
             assert isinstance(weight, Affine), tensor.name
@@ -138,7 +139,7 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
     where = str(checkpoint.shards.directory)
     modules: dict[str, str] = {}  # layout -> a module that has it
     for tensor in checkpoint.tensors:
-        if packing := checkpoint.packing(tensor):
+        if (packing := checkpoint.packing(tensor)) and checkpoint.packed(tensor):
             modules.setdefault(packing.layout, tensor.prefix)
     if not modules:
         raise UnsupportedError(
@@ -147,20 +148,31 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
             expected="Int4 or Int8 weights",
             remedy="Quantize it: qmix quantize SRC OUT --method gptq.",
         )
-    if "bitsandbytes" in modules:
+    table = next((tensor for tensor in checkpoint.tensors if _is_table(checkpoint, tensor)), None)
+    if table is not None:
+        packing = checkpoint.packing(table)
+        assert packing is not None
         raise UnsupportedError(
             "no other layout holds NF4 or FP4 weights",
             where=where,
             expected="Int4 or Int8 weights",
-            found=f"{modules['bitsandbytes']} in bitsandbytes' layout",
+            found=f"{table.prefix} in {packing.layout}'s layout",
             remedy="Quantize the original checkpoint: qmix quantize SRC OUT --method gptq.",
         )
 
 
+def _is_table(checkpoint: Checkpoint, tensor: ModelTensor) -> bool:
+    """Whether a weight is quantized, and its codes are no integers."""
+    packing = checkpoint.packing(tensor)
+    if packing is None or packing.dense:
+        return False
+    return not checkpoint.metadata.scheme_of(packing).integer
+
+
 def _specs(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> tuple[TensorSpec, ...]:
     packing = checkpoint.packing(tensor)
-    if packing is None:
-        return (TensorSpec(tensor.name, checkpoint.entry(tensor.name).dtype, tensor.shape),)
+    if packing is None or packing.dense:
+        return (TensorSpec(tensor.name, checkpoint.dense_dtype(tensor), tensor.shape),)
     (scales,) = (name for name in packing.names if name.endswith(_SCALES))
     dtype, (rows, columns) = checkpoint.entry(scales).dtype, tensor.shape
     scheme = checkpoint.metadata.scheme_of(packing)

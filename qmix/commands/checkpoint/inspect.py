@@ -11,6 +11,7 @@ from typing import Any
 from qmix.config import MixtralConfig
 from qmix.formats.compatibility import ReaderSupport, reader_support, storage_summary
 from qmix.formats.files.safetensors_header import DTYPES
+from qmix.formats.layouts.headers import PackedTensors
 from qmix.formats.metadata import read_metadata
 from qmix.formats.names import TensorKind
 
@@ -99,7 +100,9 @@ def inspect(directory: str | Path) -> Inventory:
         names = packing.names if packing else (tensor.name,)
         stored_bytes = sum(metadata.tensor_info(name).nbytes for name in names)
         layout: str = packing.layout if packing else "safetensors"
-        if packing:
+        if packing and packing.dense:
+            scheme = _fp8_scheme(packing)
+        elif packing:
             scheme = str(metadata.scheme_of(packing))
         else:
             scheme = DTYPES[metadata.tensor_info(tensor.name).dtype][0]
@@ -124,3 +127,11 @@ def inspect(directory: str | Path) -> Inventory:
         groups=groups,
         readers=reader_support(storage_summary(metadata)),
     )
+
+
+def _fp8_scheme(packing: PackedTensors) -> str:
+    """For what an FP8 weight has a scale."""
+    scales = math.prod(packing.scale_shape)
+    if scales == 1:
+        return "fp8 per tensor"
+    return "fp8 per output" if scales == packing.matrix[0] else "fp8 in blocks"

@@ -98,7 +98,7 @@ def _weight_problems(checkpoint: Checkpoint, tensor: ModelTensor) -> Iterator[Qm
         if checkpoint.packed(tensor):
             checkpoint.weight(tensor)  # its reader checks shapes, scales and indices
             return
-        data = checkpoint.read(tensor.name)
+        data = checkpoint.dense(tensor)
     except QmixError as error:
         yield error
         return

@@ -1,18 +1,26 @@
-"""compressed-tensors' settings, checked against the tensors.
+"""compressed-tensors' settings, checked against the tensors: integers, NVFP4, MXFP4 and FP8.
 
 They assign a scheme to each module by groups of targets, as version 0.20 reads them (quantization/
 quant_args.py, quant_config.py, utils/match.py). Knows nothing of files.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from qmix.formats.layouts.fp8_blocks import fits_blocks
 from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.settings import PackedModule, Settings
+from qmix.weights.scheme import DENSE
 
 _FORMAT = "pack-quantized"
+_MIXED = "mixed-precision"  # each group names its own
+_NVFP4 = "nvfp4-pack-quantized"
+_MXFP4 = "mxfp4-pack-quantized"
+_FP8 = ("float-quantized", "naive-quantized")
+_FORMATS = (_FORMAT, _NVFP4, _MXFP4, *_FP8, _MIXED)
 _STATUSES = ("initialized", "calibration", "frozen", "compressed")
 _CLASS = "Linear"  # what a target names all linear layers by
 _EXPRESSION = "re:"
@@ -98,7 +106,7 @@ class CompressedConfig:
                     raise self.settings.contradiction("config_groups", expected, module.name)
                 expected = f"a target that matches {module.name}"
                 raise self.groups[0].contradiction("targets", expected, module.name)
-            _confirm_group(self.groups[self.owners[index]], module)
+            _confirm_group(self.groups[self.owners[index]], module, self.settings)
 
 
 def read(document: Mapping[str, Any] | None, where: str) -> CompressedConfig:
@@ -109,7 +117,7 @@ def read(document: Mapping[str, Any] | None, where: str) -> CompressedConfig:
         where: the file, for errors.
 
     Raises:
-        UnsupportedError: another format than pack-quantized, transforms, or sparse weights.
+        UnsupportedError: a format that is not read, transforms, or sparse weights.
         CheckpointError: the settings are not those of compressed-tensors, or a field is of a wrong
             type.
     """
@@ -119,9 +127,9 @@ def read(document: Mapping[str, Any] | None, where: str) -> CompressedConfig:
             raise settings.wrong("quant_method", "'compressed-tensors'")
         settings.check_method("compressed-tensors", "compressed-tensors'")
         layout = document.get("format", _FORMAT)
-        if layout != _FORMAT:
+        if layout not in _FORMATS:
             what = f"compressed-tensors in the {str(layout)[:40]} format is not read"
-            raise settings.unread("format", what, _FORMAT)
+            raise settings.unread("format", what, f"one of {', '.join(_FORMATS)}")
     if settings.get("quantization_status", "compressed") not in _STATUSES:
         raise settings.wrong("quantization_status", "'compressed'")
     _check_additions(settings)
@@ -162,30 +170,68 @@ def _check_additions(settings: Settings) -> None:
     settings.inner("kv_cache_scheme")  # says how a cache may be rounded; qmix does not round it
 
 
-def _confirm_group(group: Settings, module: PackedModule) -> None:
-    for field in ("input_activations", "output_activations"):
-        if group.get(field) is not None:
-            raise group.unread(field, "rounded activations are not computed", "null")
-    if group.get("format", _FORMAT) != _FORMAT:
-        raise group.contradiction("format", repr(_FORMAT), module.name)
+def _confirm_group(group: Settings, module: PackedModule, settings: Settings) -> None:
+    formats = _formats(module)
+    if formats == (_FORMAT,):  # in the others they say how activations may be rounded
+        for field in ("input_activations", "output_activations"):
+            if group.get(field) is not None:
+                raise group.unread(field, "rounded activations are not computed", "null")
+    for given in (settings, group):
+        if given.get("format", formats[0]) not in (*formats, _MIXED):
+            raise given.contradiction("format", repr(formats[0]), module.name)
     weights = group.inner("weights")
+    bits = 8 if module.scheme == DENSE else module.scheme.bits
     if weights is None:
-        raise group.contradiction("weights", f"{module.scheme.bits} bits", module.name, "null")
-    bits = weights.get("num_bits", 8)
-    if type(bits) is not int or bits != module.scheme.bits:
-        raise weights.contradiction("num_bits", module.scheme.bits, module.name)
-    if weights.get("type", "int") != "int":
-        raise weights.contradiction("type", "'int'", module.name)
+        raise group.contradiction("weights", f"{bits} bits", module.name, "null")
+    found = weights.get("num_bits", 8)
+    if type(found) is not int or found != bits:
+        raise weights.contradiction("num_bits", bits, module.name)
+    kind = "int" if module.scheme.integer else "float"
+    if weights.get("type", "int") != kind:
+        raise weights.contradiction("type", repr(kind), module.name)
     symmetric = weights.flag("symmetric")
-    if (symmetric is not False) != module.scheme.symmetric:
-        expected = str(module.scheme.symmetric).lower()
-        raise weights.contradiction("symmetric", expected, module.name)
+    expected = module.scheme.symmetric or not module.scheme.integer
+    if (symmetric is not False) != expected:
+        raise weights.contradiction("symmetric", str(expected).lower(), module.name)
     if weights.get("dynamic", False) is not False:
         raise weights.contradiction("dynamic", "false", module.name)
+    if module.scheme == DENSE:
+        _confirm_fp8(weights, module)
+        return
     if weights.get("block_structure") is not None:
         raise weights.contradiction("block_structure", "null", module.name)
     _confirm_groups_of_inputs(weights, module)
     _confirm_order(weights, module)
+
+
+def _formats(module: PackedModule) -> tuple[str, ...]:
+    """The formats in which a module may be stored as it is; the first is the usual one."""
+    if module.scheme == DENSE:
+        return _FP8
+    if module.scheme.kind == "e2m1":
+        return (_NVFP4,) if module.scheme.block_size == 16 else (_MXFP4,)
+    return (_FORMAT,)
+
+
+def _confirm_fp8(weights: Settings, module: PackedModule) -> None:
+    """Compare `strategy` and `block_structure` with the shape of the scales."""
+    block = weights.get("block_structure")
+    if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):
+        block = [int(size) for size in block.split("x")]
+    if block is not None and not (
+        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    ):
+        raise weights.wrong("block_structure", "null, or two numbers above 0")
+    strategy = weights.get("strategy", "tensor" if block is None else "block")
+    shape, rows = module.scale_shape, module.shape[0]
+    if strategy == "tensor":
+        fitting = module.groups == 1
+    elif strategy == "channel":
+        fitting = shape in ((rows,), (rows, 1))
+    else:
+        fitting = strategy == "block" and block is not None and fits_blocks(block, module)
+    if not fitting:
+        raise weights.contradiction("strategy", f"scales {list(shape)}", module.name)
 
 
 def _confirm_groups_of_inputs(weights: Settings, module: PackedModule) -> None:
@@ -201,7 +247,7 @@ def _confirm_groups_of_inputs(weights: Settings, module: PackedModule) -> None:
             raise weights.contradiction("strategy", "'group'", module.name)
         if size not in (None, -1):
             raise weights.contradiction("group_size", "null or -1", module.name)
-    elif strategy != "group":
+    elif strategy not in ("group", "tensor_group"):
         expected = "'channel'" if module.groups == 1 else "'group'"
         raise weights.contradiction("strategy", expected, module.name)
     elif size is None or size * module.groups != columns:

@@ -14,14 +14,17 @@ from qmix.formats.layouts import (
     awq_config,
     bnb_config,
     compressed_config,
+    fp8_config,
     gptq_config,
+    modelopt_config,
     tensor_names,
 )
 from qmix.formats.layouts.settings import PackedModule
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.names import ModelTensor, TensorKind
-from qmix.weights.scheme import GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
+from qmix.weights.scheme import DENSE, GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
 
+_FP8_SCALES = frozenset(("weight_scale", "weight_scale_inv"))
 _LINEAR: frozenset[TensorKind] = frozenset(("attention", "router", "expert", "head"))
 
 
@@ -52,6 +55,20 @@ class PackedTensors:
     def shape(self, part: str) -> tuple[int, ...]:
         """The shape of one of the tensors; () if the files lack it."""
         return self.infos[part].shape if part in self.infos else ()
+
+    def dtype(self, part: str) -> str | None:
+        """The dtype of one of the tensors; None if the files lack it."""
+        return self.infos[part].dtype if part in self.infos else None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weight is a source that is dequantized while it is read, as FP8 is."""
+        return self.layout == "FP8"
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of the scales of compressed-tensors, ModelOpt and FP8."""
+        return self.shape("weight_scale") or self.shape("weight_scale_inv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +116,59 @@ def _bnb_scheme(packed: PackedTensors, _: Any) -> Scheme:
     return Scheme(kind=kind, block_size=block_size, double_quant=nested)
 
 
+def _find_modelopt(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    dtype = _dtype(tensor.prefix + tensor_names.WEIGHT, infos)
+    scaled = dtype == "U8" and tensor.prefix + tensor_names.SCALE in infos
+    if not scaled and tensor.prefix + tensor_names.SCALE_2 not in infos:
+        return ()
+    return tensor_names.modelopt_names(tensor.prefix, infos)
+
+
+def _find_fp8(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    dtype = _dtype(tensor.prefix + tensor_names.WEIGHT, infos)
+    if dtype != "F8_E4M3" and tensor.prefix + tensor_names.SCALE_INV not in infos:
+        return ()
+    return tensor_names.fp8_names(tensor.prefix, infos)
+
+
 def _find_compressed(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    return tensor_names.compressed_names(tensor.prefix, infos)
+    prefix = tensor.prefix
+    nested = prefix + tensor_names.GLOBAL_SCALE in infos
+    if nested or _dtype(prefix + tensor_names.PACKED, infos) == "U8":
+        nested |= _dtype(prefix + tensor_names.SCALE, infos) == "F8_E4M3"
+        return tensor_names.compressed_fp4_names(prefix, infos, nested=nested)
+    return tensor_names.compressed_names(prefix, infos)
 
 
-def _compressed_groups(packed: PackedTensors) -> int:
+def _dtype(name: str, infos: Mapping[str, TensorInfo]) -> str | None:
+    return infos[name].dtype if name in infos else None
+
+
+def _row_groups(packed: PackedTensors) -> int:
     return math.prod(packed.shape("weight_scale")[-1:] or (0,))
 
 
+def _fp8_groups(packed: PackedTensors) -> int:
+    return math.prod(packed.scale_shape) if packed.infos.keys() & _FP8_SCALES else 0
+
+
+def _modelopt_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    return _fp4(packed)
+
+
+def _fp4(packed: PackedTensors) -> Scheme:
+    """NVFP4, or MXFP4 if the scales are exponents."""
+    block = 32 if packed.dtype("weight_scale") in ("U8", "F8_E8M0") else 16
+    return Scheme(kind="e2m1", block_size=block, double_quant=True, group_bits=8.0)
+
+
 def _compressed_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    if packed.dtype("weight_packed") == "U8" or "weight_global_scale" in packed.infos:
+        return _fp4(packed)
     words = math.prod(packed.shape("weight_packed")[-1:])
     bits = tensor_names.compressed_bits(words, packed.matrix[1])
     symmetric = "weight_zero_point" not in packed.infos
-    return _integers(packed, _compressed_groups(packed), bits, symmetric=symmetric)
+    return _integers(packed, _row_groups(packed), bits, symmetric=symmetric)
 
 
 def _find_awq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
@@ -165,11 +222,29 @@ LAYOUTS: tuple[LayoutHeaders, ...] = (
         confirm=bnb_config.confirm,
     ),
     LayoutHeaders(
+        name="ModelOpt",
+        file=modelopt_config.FILE,
+        find=_find_modelopt,
+        read=modelopt_config.read,
+        scheme=_modelopt_scheme,
+        groups=_row_groups,
+        confirm=modelopt_config.confirm,
+    ),
+    LayoutHeaders(
+        name="FP8",
+        file=modelopt_config.FILE,
+        find=_find_fp8,
+        read=fp8_config.read,
+        scheme=lambda *_: DENSE,
+        groups=_fp8_groups,
+        confirm=fp8_config.confirm,
+    ),
+    LayoutHeaders(
         name="compressed-tensors",
         find=_find_compressed,
         read=compressed_config.read,
         scheme=_compressed_scheme,
-        groups=_compressed_groups,
+        groups=_row_groups,
         confirm=compressed_config.CompressedConfig.confirm,
     ),
     LayoutHeaders(

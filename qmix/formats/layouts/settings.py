@@ -26,6 +26,7 @@ class PackedModule:
         shape: (N, K).
         groups: scales of an output, or blocks of the whole weight.
         has_g_idx: whether each input's group is stored.
+        scale_shape: of the stored scales; () if there is one, or none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class PackedModule:
     shape: tuple[int, int]
     groups: int
     has_g_idx: bool = False
+    scale_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""Which tensors make up a packed weight: the four layouts by their names and shapes.
+"""Which tensors make up a packed weight: the layouts by their names, dtypes and shapes.
 
 Knows no torch and reads no data. What the bits mean is written in bnb, compressed_tensors, awq and
 gptq.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-Layout = Literal["bitsandbytes", "compressed-tensors", "AWQ", "GPTQ"]
+Layout = Literal["bitsandbytes", "ModelOpt", "FP8", "compressed-tensors", "AWQ", "GPTQ"]
 
 WORD_BITS = 32
 # Bits of the integers that are read -> the kind of their Scheme.
@@ -36,6 +36,15 @@ SHAPE = ".weight_shape"
 ZERO_POINT = ".weight_zero_point"
 PACKED_G_IDX = ".weight_g_idx"
 
+# NVFP4, MXFP4 and FP8; scales of activations are optional everywhere.
+GLOBAL_SCALE = ".weight_global_scale"
+INPUT_GLOBAL_SCALE = ".input_global_scale"
+SCALE_2 = ".weight_scale_2"
+INPUT_SCALE = ".input_scale"
+INPUT_SCALE_UB = ".input_scale_ub"
+SCALE_INV = ".weight_scale_inv"
+ACTIVATION_SCALES = (INPUT_GLOBAL_SCALE, INPUT_SCALE, INPUT_SCALE_UB)
+
 _COMPRESSED_REQUIRED = (PACKED, SCALE, SHAPE)
 _COMPRESSED_OPTIONAL = (ZERO_POINT, PACKED_G_IDX)
 
@@ -60,6 +69,31 @@ def compressed_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
         return ()
     optional = [suffix for suffix in _COMPRESSED_OPTIONAL if prefix + suffix in names]
     return tuple(prefix + suffix for suffix in (*_COMPRESSED_REQUIRED, *optional))
+
+
+def compressed_fp4_names(prefix: str, names: Collection[str], *, nested: bool) -> tuple[str, ...]:
+    """The names of the tensors of module `prefix`'s weight in NVFP4 (`nested`) or MXFP4."""
+    required = (PACKED, SCALE, GLOBAL_SCALE) if nested else (PACKED, SCALE)
+    return _with_activations(prefix, required, names)
+
+
+def modelopt_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
+    """The names of the tensors of module `prefix`'s weight in ModelOpt's NVFP4."""
+    return _with_activations(prefix, (WEIGHT, SCALE, SCALE_2), names)
+
+
+def fp8_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
+    """The names of the tensors of module `prefix`'s weight in FP8; either scale is required."""
+    scale = SCALE_INV if prefix + SCALE_INV in names else SCALE
+    return _with_activations(prefix, (WEIGHT, scale), names)
+
+
+def _with_activations(
+    prefix: str, required: Sequence[str], names: Collection[str]
+) -> tuple[str, ...]:
+    """The required names, and those of the scales of activations that the files have."""
+    optional = [suffix for suffix in ACTIVATION_SCALES if prefix + suffix in names]
+    return tuple(prefix + suffix for suffix in (*required, *optional))
 
 
 def awq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:

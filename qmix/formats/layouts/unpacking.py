@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qmix.formats.layouts import awq, bnb, compressed_tensors, gptq
-from qmix.formats.layouts.headers import PackedTensors
+from qmix.formats.layouts import awq, bnb, compressed_tensors, fp4, fp8, gptq
+from qmix.formats.layouts.headers import LAYOUT_OF, PackedTensors
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.weights.dense import Weight
 
@@ -17,14 +17,24 @@ from qmix.weights.dense import Weight
 Unpack = Callable[[Mapping[str, Tensor], PackedTensors, str, Any], Weight]
 
 # The layouts whose weights hold the file's tensors as they are stored; others build new ones.
-AS_STORED: frozenset[Layout] = frozenset(("bitsandbytes", "compressed-tensors"))
+AS_STORED: frozenset[Layout] = frozenset(("bitsandbytes", "ModelOpt", "compressed-tensors"))
 
 
 def _bnb(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
     return bnb.unpack(tensors, packed.tensor.prefix, where)
 
 
+def _modelopt(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    return fp4.unpack_modelopt(tensors, packed.tensor.prefix, where, packed.matrix)
+
+
+def _fp8(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    return fp8.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
+
+
 def _compressed(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    if LAYOUT_OF[packed.layout].scheme(packed, None).kind == "e2m1":
+        return fp4.unpack_compressed(tensors, packed.tensor.prefix, where, packed.matrix)
     return compressed_tensors.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
 
 
@@ -42,6 +52,8 @@ def _gptq(
 
 UNPACK: Mapping[Layout, Unpack] = {
     "bitsandbytes": _bnb,
+    "ModelOpt": _modelopt,
+    "FP8": _fp8,
     "compressed-tensors": _compressed,
     "AWQ": _awq,
     "GPTQ": _gptq,
