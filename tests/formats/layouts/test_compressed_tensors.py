@@ -200,7 +200,7 @@ def test_a_missing_tensor_is_named(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("document", "named"),
     [
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized format is not read"),
+        ({"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"}, "mxfp6-pack-quantized format is not read"),
         ({"quant_method": "compressed-tensors", "format": ["pack-quantized"]}, "format"),
         ({"quant_method": "gptq"}, "quant_method names another.*found 'gptq'"),
         ({}, "quant_method"),
