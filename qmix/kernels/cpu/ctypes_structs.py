@@ -7,19 +7,29 @@ nothing of weights.
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 
+class GroupValues(Structure):
+    _fields_ = (
+        ("values", c_void_p),
+        ("outer", c_void_p),
+        ("map", c_void_p),
+        ("block", c_int64),
+        ("offset", c_float),
+        ("kind", c_int32),
+        ("outer_kind", c_int32),
+    )
+
+
 class Matrix(Structure):
     _fields_ = (
         ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("zeros", c_void_p),
         ("table", c_void_p),
-        ("nested_absmax", c_void_p),
-        ("nested_map", c_void_p),
+        ("scales", GroupValues),
+        ("zeros", GroupValues),
+        ("biases", GroupValues),
         ("rows", c_int64),
         ("inputs", c_int64),
         ("block", c_int64),
-        ("offset", c_float),
-        ("scale_kind", c_int32),
+        ("bits", c_int32),
         ("high_first", c_int32),
     )
 
@@ -130,6 +140,7 @@ class TokenAttention(Structure):
 
 # In the order of csrc/structs.h.
 STRUCTURES = (
+    GroupValues,
     Matrix,
     Matmul,
     DenseMatmul,

@@ -15,15 +15,15 @@ from torch import Tensor
 from qmix.kernels.cpu import ctypes_structs as structs
 from qmix.weights.affine import Affine, symmetric_zero
 from qmix.weights.dense import Weight
-from qmix.weights.scales import NestedScales
-from qmix.weights.scheme import NESTED_BLOCK
+from qmix.weights.scales import Scales
 from qmix.weights.table import Table
 
-# The numbers of ScaleKind in csrc/structs.h.
-_SCALE_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_NESTED = 3
+# The numbers of ValueKind in csrc/structs.h; those of nested values by the bits of a code.
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_NESTED_KINDS = {8: 4, 6: 5}
 _CODES = torch.arange(16, dtype=torch.float32)
-_SYMMETRIC_CODES = _CODES - symmetric_zero(4)
+# The values of the first 16 codes of an affine weight without zeros and biases, by its bits.
+_SYMMETRIC_CODES = {bits: _CODES - symmetric_zero(bits) for bits in (2, 3, 4, 8)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,18 +97,7 @@ def expert_of(
 
 def takes(weight: Weight | None) -> TypeGuard[Table | Affine]:
     """Whether the compiled kernels multiply a weight straight from its codes."""
-    if isinstance(weight, Table):
-        scales = weight.scales
-        return not isinstance(scales, NestedScales) or (
-            (scales.bits, scales.block, scales.outer.dtype) == (8, NESTED_BLOCK, torch.float32)
-        )
-    return (
-        isinstance(weight, Affine)
-        and weight.bits == 4
-        and isinstance(weight.scales, Tensor)
-        and weight.biases is None
-        and (weight.zeros is None or weight.zeros.dtype == torch.uint8)
-    )
+    return isinstance(weight, Table | Affine)
 
 
 def perm_of(weight: Table | Affine, references: list[Tensor]) -> int | None:
@@ -126,23 +115,29 @@ def matrix_of(weight: Table | Affine, references: list[Tensor]) -> structs.Matri
         references.append(tensor.contiguous())
         return references[-1].data_ptr()
 
+    def values(part: Scales | None) -> structs.GroupValues:
+        if part is None:
+            return structs.GroupValues()
+        if isinstance(part, Tensor):
+            return structs.GroupValues(values=pointer(part), kind=_KINDS[part.dtype])
+        return structs.GroupValues(
+            values=pointer(part.codes),
+            outer=pointer(part.outer),
+            map=pointer(part.map),
+            block=part.block,
+            offset=part.offset,
+            kind=_NESTED_KINDS[part.bits],
+            outer_kind=_KINDS[part.outer.dtype],
+        )
+
     rows, inputs = weight.shape
     matrix = structs.Matrix(codes=pointer(weight.codes), rows=rows, inputs=inputs)
-    if isinstance(weight, Affine):
-        assert isinstance(weight.scales, Tensor)
-        matrix.table = pointer(_CODES if weight.zeros is not None else _SYMMETRIC_CODES)
-        matrix.scales, matrix.scale_kind = pointer(weight.scales), _SCALE_KINDS[weight.scales.dtype]
-        matrix.high_first, matrix.block = 0, weight.group_inputs
-        if weight.zeros is not None:
-            matrix.zeros = pointer(weight.zeros)
+    matrix.scales = values(weight.scales)
+    if isinstance(weight, Table):
+        matrix.table, matrix.bits = pointer(weight.table), 4
+        matrix.block, matrix.high_first = weight.block_size, int(weight.high_first)
         return matrix
-    matrix.table, matrix.block = pointer(weight.table), weight.block_size
-    matrix.high_first = int(weight.high_first)
-    scales = weight.scales
-    if isinstance(scales, NestedScales):
-        matrix.scales, matrix.scale_kind = pointer(scales.codes), _NESTED
-        matrix.nested_absmax, matrix.nested_map = pointer(scales.outer), pointer(scales.map)
-        matrix.offset = scales.offset
-    else:
-        matrix.scales, matrix.scale_kind = pointer(scales), _SCALE_KINDS[scales.dtype]
+    matrix.table = pointer(_SYMMETRIC_CODES[weight.bits] if weight.symmetric else _CODES)
+    matrix.bits, matrix.block = weight.bits, weight.group_inputs
+    matrix.zeros, matrix.biases = values(weight.zeros), values(weight.biases)
     return matrix

@@ -12,14 +12,21 @@ struct Avx2 {
     static constexpr bool VECTORS = true, INT16 = false;
     static constexpr int64_t lanes(int64_t tokens) { return tokens <= 8 ? 8 : 16; }
 
+    static void copy_values(const GroupValues& array, int64_t first, int64_t count, float* out) {
+        copy_values_avx2(array, first, count, out);
+    }
+
     struct Table {
         __m256 low, high;
     };
 
-    // The values of the codes at bits 4 p of eight words. The highest bit of a code, shifted to the
-    // sign, chooses between the halves of the table.
+    // The values of the p-th codes of eight words. The highest bit of a code of 4 bits, shifted to
+    // the sign, chooses between the halves of the table.
+    template <int BITS>
     static inline QMIX_AVX2 __m256 values_of(const Table& table, __m256i words, int p) {
-        __m256i index = _mm256_srli_epi32(words, 4 * p);
+        __m256i index = _mm256_srli_epi32(words, BITS * p);
+        if (BITS == 8)
+            return _mm256_cvtepi32_ps(_mm256_and_si256(index, _mm256_set1_epi32(255)));
         __m256 low = _mm256_permutevar8x32_ps(table.low, index);
         __m256 high = _mm256_permutevar8x32_ps(table.high, index);
         __m256i sign = _mm256_slli_epi32(words, 28 - 4 * p);
@@ -27,67 +34,78 @@ struct Avx2 {
     }
 
     // Which of the scales of half a chunk each of its eight words has.
+    template <int WORD>
     static inline QMIX_AVX2 __m256i scale_index(int64_t unit) {
-        return unit == 32 ? _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1) : _mm256_setzero_si256();
+        const __m128i shift = _mm_cvtsi64_si128(__builtin_ctzll(unit / WORD));
+        return _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), shift);
     }
 
     static inline QMIX_AVX2 __m256 spread(const float* scales, __m256i index) {
         return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(scales)), index);
     }
 
+    template <class Format>
     static QMIX_AVX2 void decode_chunk(const Matrix& weight, const uint8_t* codes, int64_t unit,
-                                       const float* scales, const float* zeros, float* out) {
+                                       const float* scales, const float* shifts, float* out) {
+        constexpr int64_t HALF = Format::CHUNK / 2;
         const Table table = {_mm256_loadu_ps(weight.table), _mm256_loadu_ps(weight.table + 8)};
-        const __m256i index = scale_index(unit);
+        const __m256i index = scale_index<Format::WORD>(unit);
         for (int64_t half = 0; half < 2; half++) {
             __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * half));
-            __m256 scale = spread(scales + 64 * half / unit, index);
-            __m256 zero = zeros ? spread(zeros + 64 * half / unit, index) : _mm256_setzero_ps();
+            __m256 scale = spread(scales + HALF * half / unit, index);
+            __m256 shift = _mm256_setzero_ps();
+            if (Format::SHIFT != NONE) shift = spread(shifts + HALF * half / unit, index);
             float* target = out + 8 * half;
 #pragma GCC unroll 8
-            for (int p = 0; p < 8; p++) {
-                __m256 value = _mm256_sub_ps(values_of(table, words, p), zero);
-                _mm256_storeu_ps(target + 16 * p, _mm256_mul_ps(value, scale));
+            for (int p = 0; p < Format::WORD; p++) {
+                __m256 value = values_of<Format::BITS>(table, words, p);
+                if (Format::SHIFT != BIASES) value = _mm256_sub_ps(value, shift);
+                value = _mm256_mul_ps(value, scale);
+                if (Format::SHIFT == BIASES) value = _mm256_add_ps(value, shift);
+                _mm256_storeu_ps(target + 16 * p, value);
             }
         }
     }
 
-    template <int TOKENS, bool ZEROS>
-    static QMIX_AVX2 void multiply_row(const Matrix& weight, const float* x, int64_t pitch,
-                                       int64_t row, int64_t unit, const Scratch& scratch,
-                                       float* y) {
+    template <class Format, int TOKENS>
+    static QMIX_AVX2 void multiply_row(const Matrix& weight, const uint8_t* codes, const float* x,
+                                       int64_t pitch, int64_t row, int64_t unit,
+                                       const Scratch& scratch, float* y) {
+        constexpr int64_t CHUNK = Format::CHUNK;
         const Table table = {_mm256_loadu_ps(weight.table), _mm256_loadu_ps(weight.table + 8)};
-        const __m256i index = scale_index(unit);
+        const __m256i index = scale_index<Format::WORD>(unit);
         const int64_t chunks = round_up(weight.inputs, CHUNK) / CHUNK;
         const int64_t tail = weight.inputs % CHUNK;
-        const uint8_t* codes = weight.codes + row * (weight.inputs / 2);
         uint8_t last[CHUNK_BYTES] = {};
         __m256 sums[TOKENS];
         for (int t = 0; t < TOKENS; t++) sums[t] = _mm256_setzero_ps();
         for (int64_t c = 0; c < chunks; c++) {
             const uint8_t* source = codes + c * CHUNK_BYTES;
             if (tail && c == chunks - 1)
-                source = static_cast<uint8_t*>(memcpy(last, source, tail / 2));
+                source = static_cast<uint8_t*>(memcpy(last, source, tail * Format::BITS / 8));
             prefetch_codes(source);
             for (int64_t half = 0; half < 2; half++) {
                 __m256i words =
                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + 32 * half));
-                int64_t first = (c * CHUNK + 64 * half) / unit;
+                int64_t first = (c * CHUNK + CHUNK / 2 * half) / unit;
                 __m256 scale = spread(scratch.scales + first, index);
-                __m256 zero = _mm256_setzero_ps(), half_sums[TOKENS];
-                if (ZEROS) zero = spread(scratch.zeros + first, index);
+                __m256 shift = _mm256_setzero_ps(), half_sums[TOKENS];
+                if (Format::SHIFT != NONE) shift = spread(scratch.shifts + first, index);
                 for (int t = 0; t < TOKENS; t++) half_sums[t] = _mm256_setzero_ps();
                 const float* inputs = x + c * CHUNK + 8 * half;
 #pragma GCC unroll 8
-                for (int p = 0; p < 8; p++) {
-                    __m256 value = values_of(table, words, p);
-                    if (ZEROS) value = _mm256_sub_ps(value, zero);
+                for (int p = 0; p < Format::WORD; p++) {
+                    __m256 value = values_of<Format::BITS>(table, words, p);
+                    if (Format::SHIFT == ZEROS) value = _mm256_sub_ps(value, shift);
+                    if (Format::SHIFT == BIASES) value = _mm256_fmadd_ps(value, scale, shift);
                     for (int t = 0; t < TOKENS; t++)
                         half_sums[t] = _mm256_fmadd_ps(
                             value, _mm256_loadu_ps(inputs + t * pitch + 16 * p), half_sums[t]);
                 }
                 for (int t = 0; t < TOKENS; t++)
-                    sums[t] = _mm256_fmadd_ps(half_sums[t], scale, sums[t]);
+                    sums[t] = Format::SHIFT == BIASES
+                                  ? _mm256_add_ps(half_sums[t], sums[t])
+                                  : _mm256_fmadd_ps(half_sums[t], scale, sums[t]);
             }
         }
         for (int t = 0; t < TOKENS; t++) {

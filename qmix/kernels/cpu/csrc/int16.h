@@ -3,45 +3,55 @@
 #pragma once
 
 #include "isa.h"
+#include "matrix.h"
 
 namespace {
 
 // The table as integers, `values[code] / factor`.
 //
 // The limits keep the sum of eight products, which one 32-bit lane holds, below 2^31: with table
-// values of up to 16383 or 16 and activations of up to `max_activation`. What adds up more products
-// in a lane must lower the limits itself.
+// values of up to 16383 or 256 and activations of up to `max_activation`. What adds up more products
+// in a lane must lower the limits itself. Tables of integers, and of halves, are exact.
 struct IntegerTable {
     int16_t values[32];  // the sixteen twice: the fifth bit of an index belongs to another code
     float factor, max_activation;
     bool linear;  // value = code + values[0]; activations are then sums of two signed bytes
 
-    explicit IntegerTable(const float* table) : factor(1), max_activation(32767), linear(true) {
+    explicit IntegerTable(const float* table) : factor(16383), max_activation(16383), linear(true) {
         float largest = 0;
-        bool integral = true;
+        bool integral = true, halves = true;
         for (int i = 0; i < 16; i++) {
             const float magnitude = table[i] < 0 ? -table[i] : table[i];
             largest = magnitude > largest ? magnitude : largest;
-            integral = integral && table[i] == float(int(table[i]));
+            const bool small = magnitude <= 128;
+            integral = integral && small && table[i] == float(int(table[i]));
+            halves = halves && small && 2 * table[i] == float(int(2 * table[i]));
             linear = linear && table[i] == table[0] + float(i);
         }
         linear = linear && integral && largest <= 16;
         if (linear) {
-            max_activation = 127 * 256 + 127;
-        } else if (!integral || largest > 16) {
-            max_activation = 16383;
+            factor = 1, max_activation = 127 * 256 + 127;
+        } else if (halves) {
+            factor = integral ? 1 : 2, max_activation = 32767;
+        } else {
             factor = largest > 0 ? 16383 / largest : 1;
         }
         for (int i = 0; i < 32; i++) values[i] = int16_t(__builtin_rintf(table[i % 16] * factor));
+    }
+
+    // The table of a matrix. Codes of 8 bits are linear.
+    explicit IntegerTable(const Matrix& weight) : IntegerTable(weight.table) {
+        if (weight.bits != 8) return;
+        factor = 1, max_activation = 127 * 256 + 127, linear = true;
+        values[0] = int16_t(weight.table[0]);
     }
 };
 
 // Tokens as 16-bit integers.
 struct QuantizedInputs {
-    const int16_t* x;     // [tokens][chunks * CHUNK], in the order of `Vnni::quantize_chunk`
+    const int16_t* x;     // [tokens][inputs of chunks], in the order of `Vnni::quantize_chunk`
     const float* scales;  // [tokens][chunks]
-    const float*
-        totals;  // linear tables: [tokens][chunks][4], sums of the inputs of each scale unit
+    const float* totals;  // linear tables: [tokens][chunks][MAX_UNITS], sums of a unit's inputs
     int64_t tokens;
 };
 

@@ -1,11 +1,11 @@
-// Matmuls with 4-bit matrices, several at once, on the kernels of one instruction set.
+// Matmuls with matrices in codes, several at once, on the kernels of one instruction set.
 //
 // Few tokens are multiplied as the codes are looked up, in registers: these matmuls wait for
 // memory. More tokens share tiles of the weight that are decoded into the cache.
 //
 // Where the caller allows `quantize_activations` (its inputs and outputs have 16 bits) and the
 // processor has AVX-512 VNNI, tokens are multiplied as 16-bit integers instead: inputs with a scale
-// for each chunk, the table with one scale, integer tables as they are; sums are exact. The result
+// for each chunk, the table with one scale, integers as they are; sums are exact. The result
 // errs by 0.007 % (rounding an output to bfloat16: 0.1 %). One token takes a third fewer
 // instructions than in float32, a prompt of 512 tokens 0.55 of the time.
 
@@ -26,51 +26,65 @@ namespace {
 template <class Kernels>
 void decode(const Matrix& weight, int64_t unit, int64_t row, int64_t first, int64_t last,
             const Scratch& scratch, float* out) {
+    const int64_t chunk = chunk_of(weight);
     if (!unit) {
         for (int64_t c = first; c < last; c++)
-            decode_chunk_slowly(weight, row, c, out + (c - first) * CHUNK);
+            decode_chunk_slowly(weight, row, c, out + (c - first) * chunk);
         return;
     }
-    const int64_t units = CHUNK / unit, row_units = weight.inputs / unit;
+    const int64_t units = chunk / unit, row_units = weight.inputs / unit;
     const int64_t end = last * units < row_units ? last * units : row_units;
-    read_scales<Kernels>(weight, unit, row, first * units, end, (last - first) * units + 4,
-                         scratch.scales, weight.zeros ? scratch.zeros : nullptr);
-    const uint8_t* codes = weight.codes + row * (weight.inputs / 2);
-    for (int64_t c = first; c < last; c++) {
-        const uint8_t* source = codes + c * CHUNK_BYTES;
-        uint8_t padded[CHUNK_BYTES] = {};
-        if ((c + 1) * CHUNK > weight.inputs)
-            source = static_cast<uint8_t*>(memcpy(padded, source, weight.inputs % CHUNK / 2));
-        int64_t at = (c - first) * units;
-        Kernels::decode_chunk(weight, source, unit, scratch.scales + at,
-                              weight.zeros ? scratch.zeros + at : nullptr,
-                              out + (c - first) * CHUNK);
-    }
+    read_scales<Kernels>(weight, unit, row, first * units, end, (last - first) * units + MAX_UNITS,
+                         scratch.scales, float_shifts(weight, scratch));
+    const int64_t stop = last * chunk < weight.inputs ? last * chunk : weight.inputs;
+    const uint8_t* codes = codes_of(weight, row, first * chunk, stop, scratch, 0);
+    with_float_format(weight, [&](auto format) {
+        const float *scales = scratch.scales, *shifts = scratch.shifts;
+        for (int64_t c = first; c < last; c++, codes += CHUNK_BYTES, out += chunk) {
+            const uint8_t* source = codes;
+            uint8_t padded[CHUNK_BYTES] = {};
+            if ((c + 1) * chunk > weight.inputs)
+                source = static_cast<uint8_t*>(
+                    memcpy(padded, codes, weight.inputs % chunk * read_bits(weight) / 8));
+            Kernels::template decode_chunk<decltype(format)>(weight, source, unit, scales, shifts,
+                                                             out);
+            scales += units, shifts += units;
+        }
+    });
 }
 
 // Tokens [first_token, first_token + tokens) of a matmul, which are arranged together.
 struct MatmulPass {
     const Matmul* matmul;
-    int64_t first_token, tokens, unit, chunks;
+    int64_t first_token, tokens, unit;
+    int64_t chunk, chunks;  // inputs of a chunk, and how many hold those of a row
     int64_t lanes;  // tokens of the last panel; 0: no panels, codes are looked up as they are used
     bool int16;
-    float* arranged;      // [tokens][chunks * CHUNK], or panels [places][lanes]
+    float* arranged;      // [tokens][places], or panels [places][lanes]
     float* input_scales;  // int16: [tokens][chunks], and `arranged` holds int16
-    float* totals;        // int16: [tokens][chunks][4]
+    float* totals;        // int16: [tokens][chunks][MAX_UNITS]
     int64_t tasks, task_rows;
+
+    int64_t places() const { return chunks * chunk; }
+    // Of scales and totals.
+    int64_t int16_floats() const {
+        return int16 ? round_up((1 + MAX_UNITS) * tokens * chunks, 16) : 0;
+    }
 };
 
 template <class Kernels>
 void quantize_inputs(const MatmulPass& pass, int64_t token) {
     const Matrix& weight = pass.matmul->weight;
-    const IntegerTable table(weight.table);
+    const IntegerTable table(weight);
+    const auto quantize =
+        read_bits(weight) == 8 ? Kernels::template quantize_chunk<8> : Kernels::template quantize_chunk<4>;
     const float* x = pass.matmul->x + (pass.first_token + token) * weight.inputs;
-    for (int64_t c = 0, left = weight.inputs; c < pass.chunks; c++, left -= CHUNK) {
+    for (int64_t c = 0, left = weight.inputs; c < pass.chunks; c++, left -= pass.chunk) {
         const int64_t at = token * pass.chunks + c;
-        int16_t* out = reinterpret_cast<int16_t*>(pass.arranged) + at * CHUNK;
+        int16_t* out = reinterpret_cast<int16_t*>(pass.arranged) + at * pass.chunk;
         pass.input_scales[at] =
-            Kernels::quantize_chunk(x + c * CHUNK, left < CHUNK ? left : CHUNK, weight.high_first,
-                                    table, pass.unit, out, pass.totals + 4 * at);
+            quantize(x + c * pass.chunk, left < pass.chunk ? left : pass.chunk, weight.high_first,
+                     table, pass.unit, out, pass.totals + MAX_UNITS * at);
     }
 }
 
@@ -78,14 +92,15 @@ void quantize_inputs(const MatmulPass& pass, int64_t token) {
 template <class Kernels>
 void arrange_inputs(const MatmulPass& pass, int64_t panel, int64_t panel_tokens) {
     const Matrix& weight = pass.matmul->weight;
-    const int64_t places = pass.chunks * CHUNK, first = panel * panel_tokens;
+    const int64_t places = pass.places(), first = panel * panel_tokens;
     const bool direct = !pass.lanes;
     const int64_t left = pass.tokens - first, tokens = left < panel_tokens ? left : panel_tokens;
     const int64_t lanes = direct ? 1 : left <= panel_tokens ? pass.lanes : panel_tokens;
     const float* x = pass.matmul->x + (pass.first_token + first) * weight.inputs;
     float* out = pass.arranged + first * places;
     for (int64_t place = 0; place < places; place++) {
-        int64_t input = place / CHUNK * CHUNK + input_at(place % CHUNK, weight.high_first);
+        const int64_t within = place % pass.chunk;
+        const int64_t input = place - within + input_at(weight, within);
         for (int64_t t = 0; t < tokens; t++)
             out[place * lanes + t] = input < weight.inputs ? x[t * weight.inputs + input] : 0;
         for (int64_t t = tokens; t < lanes; t++) out[place * lanes + t] = 0;
@@ -95,7 +110,7 @@ void arrange_inputs(const MatmulPass& pass, int64_t panel, int64_t panel_tokens)
 template <class Kernels>
 void multiply_int16(const MatmulPass& pass, int64_t task, const Scratch& scratch) {
     const Matrix& weight = pass.matmul->weight;
-    const IntegerTable table(weight.table);
+    const IntegerTable table(weight);
     const QuantizedInputs in{reinterpret_cast<const int16_t*>(pass.arranged), pass.input_scales,
                              pass.totals, pass.tokens};
     float* y = pass.matmul->y + pass.first_token * weight.rows;
@@ -116,54 +131,53 @@ void multiply_int16(const MatmulPass& pass, int64_t task, const Scratch& scratch
 template <class Kernels>
 void multiply_row(const MatmulPass& pass, int64_t row, const Scratch& scratch, float* y) {
     const Matrix& weight = pass.matmul->weight;
+    const uint8_t* codes = codes_of(weight, row, 0, weight.inputs, scratch, 0);
     const float* x = pass.arranged;
-    const int64_t pitch = pass.chunks * CHUNK, unit = pass.unit;
-    if constexpr (!Kernels::VECTORS) {
-        Kernels::multiply_row(weight, x, pitch, pass.tokens, row, unit, scratch, y);
-    } else {
-        const auto multiply = [&](auto kernel) { kernel(weight, x, pitch, row, unit, scratch, y); };
-        switch (pass.tokens + (weight.zeros ? DIRECT_TOKENS : 0)) {
-        case 1:
-            return multiply(Kernels::template multiply_row<1, false>);
-        case 2:
-            return multiply(Kernels::template multiply_row<2, false>);
-        case 3:
-            return multiply(Kernels::template multiply_row<3, false>);
-        case 4:
-            return multiply(Kernels::template multiply_row<4, false>);
-        case 5:
-            return multiply(Kernels::template multiply_row<1, true>);
-        case 6:
-            return multiply(Kernels::template multiply_row<2, true>);
-        case 7:
-            return multiply(Kernels::template multiply_row<3, true>);
-        default:
-            return multiply(Kernels::template multiply_row<4, true>);
+    const int64_t pitch = pass.places(), unit = pass.unit;
+    with_float_format(weight, [&](auto format) {
+        typedef decltype(format) Row;
+        if constexpr (!Kernels::VECTORS) {
+            Kernels::template multiply_row<Row>(weight, codes, x, pitch, pass.tokens, row, unit,
+                                                scratch, y);
+        } else {
+            const auto multiply = [&](auto kernel) {
+                kernel(weight, codes, x, pitch, row, unit, scratch, y);
+            };
+            switch (pass.tokens) {
+            case 1:
+                return multiply(Kernels::template multiply_row<Row, 1>);
+            case 2:
+                return multiply(Kernels::template multiply_row<Row, 2>);
+            case 3:
+                return multiply(Kernels::template multiply_row<Row, 3>);
+            default:
+                return multiply(Kernels::template multiply_row<Row, 4>);
+            }
         }
-    }
+    });
 }
 
 template <class Kernels>
 void multiply_direct(const MatmulPass& pass, int64_t task, const Scratch& scratch) {
     const Matrix& weight = pass.matmul->weight;
-    const int64_t places = pass.chunks * CHUNK, last = (task + 1) * pass.task_rows;
+    const int64_t places = pass.places(), last = (task + 1) * pass.task_rows;
     const int64_t end = last < weight.rows ? last : weight.rows;
     float* y = pass.matmul->y + pass.first_token * weight.rows;
     for (int64_t row = task * pass.task_rows; row < end; row++) {
         if (pass.unit) {
             const int64_t units = weight.inputs / pass.unit;
             prefetch_scales(weight, row + 8);
-            read_scales<Kernels>(weight, pass.unit, row, 0, units, units + 8, scratch.scales,
-                                 weight.zeros ? scratch.zeros : nullptr);
+            read_scales<Kernels>(weight, pass.unit, row, 0, units, units + MAX_UNITS,
+                                 scratch.scales, float_shifts(weight, scratch));
             multiply_row<Kernels>(pass, row, scratch, y);
             continue;
         }
-        float sums[DIRECT_TOKENS] = {}, values[CHUNK];
+        float sums[DIRECT_TOKENS] = {}, values[TILE_INPUTS];
         for (int64_t c = 0; c < pass.chunks; c++) {
             decode_chunk_slowly(weight, row, c, values);
             for (int64_t t = 0; t < pass.tokens; t++) {
-                const float* x = pass.arranged + t * places + c * CHUNK;
-                for (int64_t i = 0; i < CHUNK; i++) sums[t] += values[i] * x[i];
+                const float* x = pass.arranged + t * places + c * pass.chunk;
+                for (int64_t i = 0; i < pass.chunk; i++) sums[t] += values[i] * x[i];
             }
         }
         for (int64_t t = 0; t < pass.tokens; t++) y[t * weight.rows + row] = sums[t];
@@ -176,15 +190,15 @@ void multiply_tiles(const MatmulPass& pass, int64_t task, const Scratch& scratch
     const Matrix& weight = pass.matmul->weight;
     const int64_t first = task * TILE_ROWS;
     const int64_t rows = weight.rows - first < TILE_ROWS ? weight.rows - first : TILE_ROWS;
-    const int64_t padded = round_up(rows, 12), places = pass.chunks * CHUNK;
+    const int64_t padded = round_up(rows, 12), places = pass.places();
     memset(scratch.sums, 0, sizeof(float) * TILE_ROWS * round_up(pass.tokens, panel_tokens));
     if (padded > rows)
         memset(scratch.tile + rows * TILE_PITCH, 0, sizeof(float) * (padded - rows) * TILE_PITCH);
     for (int64_t at = 0; at < places; at += TILE_INPUTS) {
         const int64_t depth = places - at < TILE_INPUTS ? places - at : TILE_INPUTS;
         for (int64_t r = 0; r < rows; r++)
-            decode<Kernels>(weight, pass.unit, first + r, at / CHUNK, (at + depth) / CHUNK, scratch,
-                            scratch.tile + r * TILE_PITCH);
+            decode<Kernels>(weight, pass.unit, first + r, at / pass.chunk,
+                            (at + depth) / pass.chunk, scratch, scratch.tile + r * TILE_PITCH);
         for (int64_t t = 0; t < pass.tokens; t += panel_tokens) {
             const int64_t lanes = t + panel_tokens >= pass.tokens ? pass.lanes : panel_tokens;
             Kernels::multiply_tile(scratch.tile, padded, depth,
@@ -209,7 +223,7 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
         const Matrix& weight = matmuls[i].weight;
         const int64_t unit = scale_unit(weight);
         const bool int16 = Kernels::INT16 && unit && matmuls[i].quantize_activations &&
-                           (!weight.zeros || IntegerTable(weight.table).linear);
+                           (shift_of(weight) == NONE || IntegerTable(weight).linear);
         const int64_t max_tokens = int16 ? INT16_TOKENS : MAX_TOKENS;
         for (int64_t first = 0; first < matmuls[i].tokens; first += max_tokens) {
             MatmulPass pass{};
@@ -218,17 +232,18 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
             pass.first_token = first;
             pass.tokens = left < max_tokens ? left : max_tokens;
             pass.unit = unit;
-            pass.chunks = round_up(weight.inputs, CHUNK) / CHUNK;
+            pass.chunk = chunk_of(weight);
+            pass.chunks = round_up(weight.inputs, pass.chunk) / pass.chunk;
             pass.int16 = int16;
             if (pass.tokens > DIRECT_TOKENS && !int16) {
                 pass.lanes = Kernels::lanes((pass.tokens - 1) % panel_tokens + 1);
                 pass.task_rows = TILE_ROWS;
             } else {
-                int64_t bytes = weight.rows * weight.inputs / 2 / (16 * threads);
+                int64_t bytes = weight.rows * row_bytes(weight) / (16 * threads);
                 bytes = bytes > MAX_TASK_BYTES   ? MAX_TASK_BYTES
                         : bytes < MIN_TASK_BYTES ? MIN_TASK_BYTES
                                                  : bytes;
-                pass.task_rows = round_up(bytes / (weight.inputs / 2 + 1) + 1, ROWS_AT_ONCE);
+                pass.task_rows = round_up(bytes / (row_bytes(weight) + 1) + 1, ROWS_AT_ONCE);
             }
             pass.tasks = round_up(weight.rows, pass.task_rows) / pass.task_rows;
             passes.push_back(pass);
@@ -240,7 +255,8 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
 // The memory of a matmul, in floats, with cache lines of its own for every thread.
 struct Workspace {
     int64_t arranged = 0;                    // all passes'
-    int64_t scales = 0, tile = 0, sums = 0;  // of one row, of one thread, of one thread
+    int64_t scales = 0, codes = 0;           // of one row
+    int64_t tile = 0, sums = 0;              // of one thread
     float* memory = nullptr;
 
     Workspace(const std::vector<MatmulPass>& passes, int64_t panel_tokens, int threads) {
@@ -248,11 +264,12 @@ struct Workspace {
         for (const MatmulPass& pass : passes) {
             const int64_t panel = pass.lanes ? panel_tokens : 1;
             const int64_t padded = round_up(pass.tokens, panel);
-            arranged += padded * pass.chunks * CHUNK;
-            if (pass.int16) arranged += round_up(5 * pass.tokens * pass.chunks, 16);
+            arranged += padded * pass.places() + pass.int16_floats();
             if (pass.lanes && sums < TILE_ROWS * padded) sums = TILE_ROWS * padded;
             if (pass.unit && units < pass.matmul->weight.inputs / pass.unit)
                 units = pass.matmul->weight.inputs / pass.unit;
+            if (pass.matmul->weight.bits < 4 && codes < pass.places() / 8)
+                codes = pass.places() / 8;  // two a byte, eight a float
         }
         arranged = round_up(arranged, 16);
         scales = round_up(units + 16, 16);
@@ -266,12 +283,19 @@ struct Workspace {
     Workspace& operator=(const Workspace&) = delete;
     ~Workspace() { free(memory); }
 
-    int64_t of_thread() const { return 2 * ROWS_AT_ONCE * scales + tile + sums; }
+    int64_t of_thread() const { return ROWS_AT_ONCE * (2 * scales + codes) + tile + sums; }
 
     Scratch scratch(int thread) const {
         float* start = memory + arranged + thread * of_thread();
-        float* tiles = start + 2 * ROWS_AT_ONCE * scales;
-        return {start, start + ROWS_AT_ONCE * scales, tiles, tiles + tile, scales};
+        float* spread = start + 2 * ROWS_AT_ONCE * scales;
+        float* tiles = spread + ROWS_AT_ONCE * codes;
+        return {start,
+                start + ROWS_AT_ONCE * scales,
+                reinterpret_cast<uint8_t*>(spread),
+                tiles,
+                tiles + tile,
+                scales,
+                codes * int64_t(sizeof(float))};
     }
 };
 
@@ -281,7 +305,7 @@ bool same_inputs(const MatmulPass& one, const MatmulPass& other) {
     return one.matmul->x == other.matmul->x && one.first_token == other.first_token &&
            one.tokens == other.tokens && weight.inputs == other_weight.inputs &&
            one.int16 == other.int16 && (!one.int16 || one.unit == other.unit) &&
-           weight.high_first == other_weight.high_first &&
+           weight.high_first == other_weight.high_first && one.chunk == other.chunk &&
            (!one.int16 || !memcmp(weight.table, other_weight.table, 16 * sizeof(float)));
 }
 
@@ -305,12 +329,10 @@ std::vector<Panel> place_inputs(std::vector<MatmulPass>& passes, float* memory,
         }
         const int64_t panel = pass.lanes ? panel_tokens : 1;
         pass.arranged = memory;
-        memory += round_up(pass.tokens, panel) * pass.chunks * CHUNK;
-        if (pass.int16) {
-            pass.input_scales = memory;
-            pass.totals = memory + pass.tokens * pass.chunks;
-            memory += round_up(5 * pass.tokens * pass.chunks, 16);
-        }
+        memory += round_up(pass.tokens, panel) * pass.places();
+        pass.input_scales = memory;
+        pass.totals = memory + pass.tokens * pass.chunks;
+        memory += pass.int16_floats();
         for (int64_t p = 0; p * panel < pass.tokens; p++) panels.push_back({&pass, p});
     }
     return panels;
@@ -330,7 +352,7 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
     int64_t tasks = 0, arranged = 0;
     for (const MatmulPass& pass : passes) tasks += pass.tasks;
     for (const Panel& panel : panels)
-        if (!panel.index) arranged += panel.pass->tokens * panel.pass->chunks * CHUNK;
+        if (!panel.index) arranged += panel.pass->tokens * panel.pass->places();
     const auto arrange = [&](int64_t i, int) {
         const MatmulPass& pass = *panels[i].pass;
         if constexpr (Kernels::INT16)

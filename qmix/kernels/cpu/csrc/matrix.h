@@ -1,19 +1,20 @@
-// Reading a 4-bit matrix: its scales, its codes, and the order that the matmuls want inputs in.
+// Reading a matrix in codes: its groups, its codes, and the order that the matmuls want inputs in.
 //
-// A chunk is 128 inputs of a row: 64 bytes, 16 little-endian words of 8 codes. Shifted right by 4
-// p, the low bits of the words are 16 codes that index a table in registers. Inputs are therefore
-// arranged in the order [p][word] within a chunk, and codes never are.
+// A chunk is 64 bytes of a row: 16 little-endian words of 8 codes of 4 bits, or of 4 codes of 8
+// bits. Shifted right by p codes, the low bits of the words are 16 codes, one in each lane of a
+// register. Inputs are therefore arranged in the order [p][word] within a chunk, and codes never
+// are. Codes of 2 and of 3 bits are spread to 4 when a row is read.
 
 #pragma once
 
 #include "float_math.h"
+#include "group_values.h"
 #include "structs.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 128;  // inputs
-constexpr int64_t CHUNK_BYTES = CHUNK / 2;
-constexpr int64_t NESTED_BLOCK = 256;
+constexpr int64_t CHUNK_BYTES = 64;
+constexpr int64_t MAX_UNITS = 8;      // of a chunk
 constexpr int64_t DIRECT_TOKENS = 4;  // at most this many are multiplied while codes are looked up
 constexpr int64_t INT16_TOKENS = 16;  // of an int16 matmul at a time: they fit the second cache
 constexpr int64_t ROWS_AT_ONCE = 4;   // of an int16 matmul of one token
@@ -27,6 +28,46 @@ constexpr int64_t MIN_TASK_BYTES = 16 << 10;
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// What is done to the value of a code before or after it is scaled.
+enum Shift { NONE, ZEROS, BIASES };
+
+Shift shift_of(const Matrix& weight) {
+    return weight.biases.values ? BIASES : weight.zeros.values ? ZEROS : NONE;
+}
+
+// How the codes of a matrix are read: what the kernels are compiled for.
+template <int CODE_BITS, Shift CODE_SHIFT>
+struct Format {
+    static constexpr int BITS = CODE_BITS;      // 4 or 8
+    static constexpr int WORD = 32 / BITS;      // codes of a word
+    static constexpr int64_t CHUNK = 16 * WORD;  // inputs
+    static constexpr Shift SHIFT = CODE_SHIFT;
+};
+
+// The bits of a code as the kernels read it, and the inputs of a chunk.
+int64_t read_bits(const Matrix& weight) { return weight.bits == 8 ? 8 : 4; }
+int64_t chunk_of(const Matrix& weight) { return CHUNK_BYTES * 8 / read_bits(weight); }
+
+// Calls `body` with the format of a matrix for kernels of floats, to which the zero of a code of 8
+// bits is always a shift.
+template <class Body>
+void with_float_format(const Matrix& weight, const Body& body) {
+    const Shift shift = shift_of(weight);
+    if (weight.bits == 8)
+        return shift == BIASES ? body(Format<8, BIASES>{}) : body(Format<8, ZEROS>{});
+    if (shift == NONE) return body(Format<4, NONE>{});
+    shift == BIASES ? body(Format<4, BIASES>{}) : body(Format<4, ZEROS>{});
+}
+
+// The same for kernels of integers.
+template <class Body>
+void with_format(const Matrix& weight, const Body& body) {
+    if (weight.bits == 8 && shift_of(weight) == NONE) return body(Format<8, NONE>{});
+    with_float_format(weight, body);
+}
+
+int64_t row_bytes(const Matrix& weight) { return weight.inputs * weight.bits / 8; }
+
 #if defined(__x86_64__)
 // Fetches codes into the second cache early: the first one can wait for a few lines only, which
 // limits a core to 11 GB/s instead of 20 (a plain read reaches 24).
@@ -36,130 +77,131 @@ inline void prefetch_codes(const uint8_t* codes) {
 }
 #endif
 
-// The scale unit: inputs of a chunk that share a scale. 0 where scales do not fit chunks.
+// The unit: inputs of a chunk that share a scale. 0 where groups do not fit chunks.
 int64_t scale_unit(const Matrix& weight) {
-    for (int64_t unit : {128, 64, 32})
-        if (weight.block % unit == 0 && weight.inputs % unit == 0) return unit;
+    for (int64_t unit : {128, 64, 32, 16})
+        if (unit <= chunk_of(weight) && weight.block % unit == 0 && weight.inputs % unit == 0)
+            return unit;
     return 0;
 }
 
-float scale_at(const Matrix& weight, int64_t i) {
-    switch (weight.scale_kind) {
-    case FLOAT16:
-        return half_to_float(static_cast<const uint16_t*>(weight.scales)[i]);
-    case BFLOAT16:
-        return bfloat16_to_float(static_cast<const uint16_t*>(weight.scales)[i]);
-    case NESTED: {
-        float value = weight.nested_map[static_cast<const uint8_t*>(weight.scales)[i]];
-        value *= weight.nested_absmax[i / NESTED_BLOCK];
-        return value + weight.offset;
-    }
-    default:
-        return static_cast<const float*>(weight.scales)[i];
-    }
-}
-
-// Copies `count` scales from index `first` on.
-void copy_scales(const Matrix& weight, int64_t first, int64_t count, float* out) {
-    if (weight.scale_kind == FLOAT32) {
-        memcpy(out, static_cast<const float*>(weight.scales) + first, sizeof(float) * count);
-    } else if (weight.scale_kind == NESTED) {
-        const uint8_t* codes = static_cast<const uint8_t*>(weight.scales) + first;
-        for (int64_t i = 0; i < count;) {
-            const int64_t left = NESTED_BLOCK - (first + i) % NESTED_BLOCK;
-            const int64_t end = i + left < count ? i + left : count;
-            const float absmax = weight.nested_absmax[(first + i) / NESTED_BLOCK];
-            for (; i < end; i++) out[i] = weight.nested_map[codes[i]] * absmax + weight.offset;
-        }
-    } else if (weight.scale_kind == BFLOAT16) {
-        const uint16_t* bits = static_cast<const uint16_t*>(weight.scales) + first;
-        for (int64_t i = 0; i < count; i++) out[i] = bfloat16_to_float(bits[i]);
-    } else {
-        const uint16_t* bits = static_cast<const uint16_t*>(weight.scales) + first;
-        for (int64_t i = 0; i < count; i++) out[i] = half_to_float(bits[i]);
+// Reads the values of units [first, last) of a row.
+template <class Kernels>
+void read_units(const Matrix& weight, const GroupValues& array, int64_t unit, int64_t row,
+                int64_t first, int64_t last, float* out) {
+    const int64_t count = last - first, element = row * weight.inputs + first * unit;
+    const int64_t index = element / weight.block;
+    if (unit == weight.block) return Kernels::copy_values(array, index, count, out);
+    const int64_t groups = (element + count * unit - 1) / weight.block + 1 - index;
+    const float* values = out + count - groups;  // none is overwritten before it is read
+    Kernels::copy_values(array, index, groups, out + count - groups);
+    for (int64_t i = 0, used = element % weight.block; i < count; used = 0) {
+        const float value = *values++;
+        for (; used < weight.block && i < count; used += unit) out[i++] = value;
     }
 }
 
-#if defined(__x86_64__)
-QMIX_AVX2 void copy_half_scales(const uint16_t* bits, int64_t count, float* out) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + i));
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(halves));
-    }
-    for (; i < count; i++) out[i] = half_to_float(bits[i]);
-}
-#endif
-
-// Writes the scales, and the zeros if `zeros` is not null, of units [first, last) of a row, then
-// 0.0 up to `padded` units.
+// Writes the scales of units [first, last) of a row, and their zeros or biases if `shifts` is not
+// null, then 0.0 up to `padded` units. Without zeros the shift is that of a code which stands for
+// 0.
 template <class Kernels>
 void read_scales(const Matrix& weight, int64_t unit, int64_t row, int64_t first, int64_t last,
-                 int64_t padded, float* scales, float* zeros) {
-    const int64_t count = last - first, element = row * weight.inputs + first * unit;
-    int64_t index = element / weight.block;
-    if (unit == weight.block) {
-#if defined(__x86_64__)
-        if (weight.scale_kind == FLOAT16 && Kernels::VECTORS)
-            copy_half_scales(static_cast<const uint16_t*>(weight.scales) + index, count, scales);
-        else
-#endif
-            copy_scales(weight, index, count, scales);
-        if (zeros)
-            for (int64_t i = 0; i < count; i++) zeros[i] = weight.zeros[index + i];
-    } else {
-        for (int64_t i = 0, used = element % weight.block; i < count; index++, used = 0) {
-            const float scale = scale_at(weight, index);
-            const float zero = weight.zeros ? weight.zeros[index] : 0;
-            for (; used < weight.block && i < count; used += unit, i++) {
-                scales[i] = scale;
-                if (zeros) zeros[i] = zero;
-            }
-        }
-    }
+                 int64_t padded, float* scales, float* shifts) {
+    const int64_t count = last - first;
+    read_units<Kernels>(weight, weight.scales, unit, row, first, last, scales);
     for (int64_t i = count; i < padded; i++) scales[i] = 0;
-    if (zeros)
-        for (int64_t i = count; i < padded; i++) zeros[i] = 0;
+    if (!shifts) return;
+    if (shift_of(weight) == NONE)
+        for (int64_t i = 0; i < count; i++) shifts[i] = -weight.table[0];
+    else
+        read_units<Kernels>(weight, weight.biases.values ? weight.biases : weight.zeros, unit, row,
+                            first, last, shifts);
+    for (int64_t i = count; i < padded; i++) shifts[i] = 0;
 }
 
 // Fetches the scales of a row that comes soon into the first cache.
 inline void prefetch_scales(const Matrix& weight, int64_t row) {
-    const int64_t bytes = weight.scale_kind == FLOAT32 ? 4 : weight.scale_kind == NESTED ? 1 : 2;
-    const char* scales =
-        static_cast<const char*>(weight.scales) + row * weight.inputs / weight.block * bytes;
-    for (int64_t i = 0; i < weight.inputs / weight.block * bytes; i += 64)
-        __builtin_prefetch(scales + i);
-    if (weight.zeros)
-        for (int64_t i = 0; i < weight.inputs / weight.block; i += 64)
-            __builtin_prefetch(weight.zeros + row * weight.inputs / weight.block + i);
+    const int64_t first = row * weight.inputs / weight.block, count = weight.inputs / weight.block;
+    prefetch_values(weight.scales, first, count);
+    prefetch_values(weight.zeros, first, count);
+    prefetch_values(weight.biases, first, count);
 }
 
 // The input of a chunk that stands at an arranged place.
-int64_t input_at(int64_t place, int32_t high_first) {
-    int64_t p = place / 16, word = place % 16;
-    return 8 * word + (high_first ? p ^ 1 : p);
+int64_t input_at(const Matrix& weight, int64_t place) {
+    const int64_t p = place / 16, word = place % 16;
+    return 32 / read_bits(weight) * word + (weight.high_first ? p ^ 1 : p);
 }
 
 // The memory of one thread.
 struct Scratch {
-    float* scales;  // of ROWS_AT_ONCE rows, `pitch` apart, with room for a vector behind the last
-    float* zeros;   // as many
-    float* tile;    // [TILE_ROWS, TILE_PITCH]
-    float* sums;    // [panels of MAX_TOKENS][TILE_ROWS][lanes]
-    int64_t pitch;
+    float* scales;   // of ROWS_AT_ONCE rows, `pitch` apart, with room for a vector behind the last
+    float* shifts;   // as many
+    uint8_t* codes;  // of ROWS_AT_ONCE rows, `code_pitch` apart, if any are spread
+    float* tile;     // [TILE_ROWS, TILE_PITCH]
+    float* sums;     // [panels of MAX_TOKENS][TILE_ROWS][lanes]
+    int64_t pitch, code_pitch;
 };
 
-// Decodes a chunk whose scales do not fit it, or the last one of a matrix whose rows share bytes.
+// Where kernels of floats want the shifts of a row; null if they want none.
+float* float_shifts(const Matrix& weight, const Scratch& scratch) {
+    return shift_of(weight) == NONE && weight.bits != 8 ? nullptr : scratch.shifts;
+}
+
+// Spreads codes of 2 or 3 bits to 4, eight at a time.
+void spread_codes(const uint8_t* codes, int64_t bits, int64_t count, uint8_t* out) {
+    for (int64_t i = 0; i < count; i += 8, codes += bits, out += 4) {
+        uint32_t word = codes[0] | uint32_t(codes[1]) << 8;
+        if (bits == 2) {
+            word = (word | word << 8) & 0x00ff00ff;
+            word = (word | word << 4) & 0x0f0f0f0f;
+            word = (word | word << 2) & 0x33333333;
+        } else {
+            word |= uint32_t(codes[2]) << 16;
+            word = (word & 0x000fff) | (word & 0xfff000) << 4;
+            word = (word & 0x003f003f) | (word & 0x0fc00fc0) << 2;
+            word = (word & 0x07070707) | (word & 0x38383838) << 1;
+        }
+        memcpy(out, &word, 4);
+    }
+}
+
+// The codes of inputs [first, last) of a row, in 4 or 8 bits: where the weight has them, or in row
+// `slot` of the scratch.
+inline const uint8_t* codes_of(const Matrix& weight, int64_t row, int64_t first, int64_t last,
+                               const Scratch& scratch, int64_t slot) {
+    const uint8_t* codes = weight.codes + row * row_bytes(weight) + first * weight.bits / 8;
+    if (weight.bits >= 4) return codes;
+    uint8_t* out = scratch.codes + slot * scratch.code_pitch;
+    spread_codes(codes, weight.bits, last - first, out);
+    return out;
+}
+
+// One element, wherever its code and its group begin.
+float value_at(const Matrix& weight, int64_t element) {
+    const int64_t bit = element * weight.bits, group = element / weight.block;
+    const int64_t shift = weight.high_first ? 4 - bit % 8 : bit % 8;
+    uint32_t code = weight.codes[bit / 8] >> shift;
+    if (shift + weight.bits > 8) code |= uint32_t(weight.codes[bit / 8 + 1]) << (8 - shift);
+    code &= (1u << weight.bits) - 1;
+    float value = weight.bits == 8 ? weight.table[0] + float(code) : weight.table[code];
+    float scale, other;
+    copy_values(weight.scales, group, 1, &scale);
+    if (weight.biases.values) {
+        copy_values(weight.biases, group, 1, &other);
+        return value * scale + other;
+    }
+    if (!weight.zeros.values) return value * scale;
+    copy_values(weight.zeros, group, 1, &other);
+    return (value - other) * scale;
+}
+
+// Decodes a chunk whose groups do not fit it, or the last one of a matrix whose rows share bytes.
 void decode_chunk_slowly(const Matrix& weight, int64_t row, int64_t chunk, float* out) {
-    for (int64_t place = 0; place < CHUNK; place++) {
-        int64_t input = chunk * CHUNK + input_at(place, weight.high_first);
-        int64_t element = row * weight.inputs + input;
-        out[place] = 0;
-        if (input >= weight.inputs) continue;
-        int shift = (element % 2 == 0) == bool(weight.high_first) ? 4 : 0;
-        float value = weight.table[weight.codes[element / 2] >> shift & 15];
-        if (weight.zeros) value -= weight.zeros[element / weight.block];
-        out[place] = value * scale_at(weight, element / weight.block);
+    const int64_t count = chunk_of(weight);
+    for (int64_t place = 0; place < count; place++) {
+        const int64_t input = chunk * count + input_at(weight, place);
+        out[place] = input < weight.inputs ? value_at(weight, row * weight.inputs + input) : 0;
     }
 }
 

@@ -10,23 +10,40 @@
 
 extern "C" {
 
-enum ScaleKind : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, NESTED = 3 };
+enum ValueKind : int32_t {
+    FLOAT32 = 0,
+    FLOAT16 = 1,
+    BFLOAT16 = 2,
+    UINT8 = 3,
+    NESTED8 = 4,
+    NESTED6 = 5
+};
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3 };
 
-// A 4-bit matrix [rows, inputs] as its weight stores it: two codes a byte, row after row.
-struct Matrix {
-    const uint8_t* codes;
-    const void* scales;          // one for every `block` consecutive elements
-    const uint8_t* zeros;        // as many as scales, or null
-    const float* table;          // [16], the value of each code
-    const float* nested_absmax;  // NESTED: the scale is map[scales[i]] * absmax[i / 256] + offset
-    const float* nested_map;
-    int64_t rows;
-    int64_t inputs;
+// Numbers that groups of elements share: the scales, the zeros or the biases of a matrix.
+struct GroupValues {
+    const void* values;  // null: there are none; nested: codes, those of six bits four in 3 bytes
+    const void* outer;   // nested: value i is map[code] * outer[i / block] + offset
+    const float* map;
     int64_t block;
     float offset;
-    int32_t scale_kind;
-    int32_t high_first;  // the first of a byte's two codes is its high nibble
+    int32_t kind;
+    int32_t outer_kind;  // FLOAT32 or FLOAT16
+};
+
+// A matrix [rows, inputs] in codes as its weight stores it, row after row. The value of an element
+// is (table[code] - zero) * scale, or with biases table[code] * scale + bias.
+struct Matrix {
+    const uint8_t* codes;
+    const float* table;  // [16]; a code of 8 bits stands for table[0] + code
+    GroupValues scales;
+    GroupValues zeros;   // without biases only
+    GroupValues biases;
+    int64_t rows;
+    int64_t inputs;
+    int64_t block;       // consecutive elements that share a scale
+    int32_t bits;        // of a code: 2, 3, 4 or 8, the first code in the lowest bits
+    int32_t high_first;  // of 4 bits: the first of a byte's two codes is its high nibble
 };
 
 // y [tokens, rows] = x [tokens, inputs] W^T, float32 and contiguous.
