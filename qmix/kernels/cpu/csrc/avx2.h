@@ -25,8 +25,7 @@ struct Avx2 {
     template <int BITS>
     static inline QMIX_AVX2 __m256 values_of(const Table& table, __m256i words, int p) {
         __m256i index = _mm256_srli_epi32(words, BITS * p);
-        if (BITS == 8)
-            return _mm256_cvtepi32_ps(_mm256_and_si256(index, _mm256_set1_epi32(255)));
+        if (BITS == 8) return _mm256_cvtepi32_ps(_mm256_and_si256(index, _mm256_set1_epi32(255)));
         __m256 low = _mm256_permutevar8x32_ps(table.low, index);
         __m256 high = _mm256_permutevar8x32_ps(table.high, index);
         __m256i sign = _mm256_slli_epi32(words, 28 - 4 * p);

@@ -20,8 +20,7 @@ struct Avx512 {
     template <int BITS>
     static inline QMIX_AVX512 __m512 values_of(__m512 table, __m512i words, int p) {
         const __m512i index = _mm512_srli_epi32(words, BITS * p);
-        if (BITS == 8)
-            return _mm512_cvtepi32_ps(_mm512_and_si512(index, _mm512_set1_epi32(255)));
+        if (BITS == 8) return _mm512_cvtepi32_ps(_mm512_and_si512(index, _mm512_set1_epi32(255)));
         return _mm512_permutexvar_ps(index, table);
     }
 
@@ -56,8 +55,8 @@ struct Avx512 {
     }
 
     template <class Format, int TOKENS>
-    static QMIX_AVX512 void multiply_row(const Matrix& weight, const uint8_t* codes,
-                                         const float* x, int64_t pitch, int64_t row, int64_t unit,
+    static QMIX_AVX512 void multiply_row(const Matrix& weight, const uint8_t* codes, const float* x,
+                                         int64_t pitch, int64_t row, int64_t unit,
                                          const Scratch& scratch, float* y) {
         constexpr int64_t CHUNK = Format::CHUNK;
         const __m512 table = _mm512_loadu_ps(weight.table);

@@ -87,11 +87,10 @@ inline QMIX_AVX512 __m512i nested_codes(const GroupValues& array, int64_t i) {
     if (array.kind == NESTED8)
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
     const __m128i bytes = _mm_maskz_loadu_epi8(0xfff, codes + i / 4 * 3);
-    const __m128i threes =
-        _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
-    const __m512i fours = _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
-        _mm512_castsi128_si512(_mm_shuffle_epi8(bytes, threes)));
+    const __m128i threes = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+    const __m512i fours =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 _mm512_castsi128_si512(_mm_shuffle_epi8(bytes, threes)));
     const __m512i shifts = _mm512_set4_epi32(18, 12, 6, 0);
     return _mm512_and_si512(_mm512_srlv_epi32(fours, shifts), _mm512_set1_epi32(63));
 }

@@ -10,8 +10,8 @@ namespace {
 // The table as integers, `values[code] / factor`.
 //
 // The limits keep the sum of eight products, which one 32-bit lane holds, below 2^31: with table
-// values of up to 16383 or 256 and activations of up to `max_activation`. What adds up more products
-// in a lane must lower the limits itself. Tables of integers, and of halves, are exact.
+// values of up to 16383 or 256 and activations of up to `max_activation`. What adds up more
+// products in a lane must lower the limits itself. Tables of integers, and of halves, are exact.
 struct IntegerTable {
     int16_t values[32];  // the sixteen twice: the fifth bit of an index belongs to another code
     float factor, max_activation;

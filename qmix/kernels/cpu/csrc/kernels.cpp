@@ -1,9 +1,9 @@
 // The C interface of the CPU kernels: no state, no exceptions, structures of pointers (structs.h).
 // qmix/kernels/cpu/library.py compiles these files at first use and calls them through ctypes.
 //
-// y = x W^T, with W[n][k] = (table[code] - zero) * scale or code * scale + bias in float32, as the weight's `dequantize`
-// defines it. Only the order of the float32 sums is ours. One thread sums a row, so the number of
-// threads changes no bit.
+// y = x W^T, with W[n][k] = (table[code] - zero) * scale or code * scale + bias in float32, as the
+// weight's `dequantize` defines it. Only the order of the float32 sums is ours. One thread sums a
+// row, so the number of threads changes no bit.
 //
 // Every function ends in the same three arguments: threads, the instruction set, and the entry to
 // torch's threads. It returns 0, or 1 if there is no memory for the activations.
@@ -72,10 +72,10 @@ int32_t qmix_isa() {
 
 // The sizes of the structures in structs.h, in their order: what ctypes must agree with.
 void qmix_struct_sizes(int64_t* sizes) {
-    const size_t structures[] = {sizeof(GroupValues), sizeof(Matrix),        sizeof(Matmul),         sizeof(DenseMatmul),
-                                 sizeof(TiledMatrix),   sizeof(ExpertMatrices), sizeof(TokenLayer),
-                                 sizeof(TokenRoute),    sizeof(TokenCache),     sizeof(TokenStep),
-                                 sizeof(TokenAttention)};
+    const size_t structures[] = {sizeof(GroupValues), sizeof(Matrix),        sizeof(Matmul),
+                                 sizeof(DenseMatmul), sizeof(TiledMatrix),   sizeof(ExpertMatrices),
+                                 sizeof(TokenLayer),  sizeof(TokenRoute),    sizeof(TokenCache),
+                                 sizeof(TokenStep),   sizeof(TokenAttention)};
     for (size_t size : structures) *sizes++ = int64_t(size);
 }
 

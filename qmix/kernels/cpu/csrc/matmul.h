@@ -76,8 +76,8 @@ template <class Kernels>
 void quantize_inputs(const MatmulPass& pass, int64_t token) {
     const Matrix& weight = pass.matmul->weight;
     const IntegerTable table(weight);
-    const auto quantize =
-        read_bits(weight) == 8 ? Kernels::template quantize_chunk<8> : Kernels::template quantize_chunk<4>;
+    const auto quantize = read_bits(weight) == 8 ? Kernels::template quantize_chunk<8>
+                                                 : Kernels::template quantize_chunk<4>;
     const float* x = pass.matmul->x + (pass.first_token + token) * weight.inputs;
     for (int64_t c = 0, left = weight.inputs; c < pass.chunks; c++, left -= pass.chunk) {
         const int64_t at = token * pass.chunks + c;
@@ -254,9 +254,9 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
 
 // The memory of a matmul, in floats, with cache lines of its own for every thread.
 struct Workspace {
-    int64_t arranged = 0;                    // all passes'
-    int64_t scales = 0, codes = 0;           // of one row
-    int64_t tile = 0, sums = 0;              // of one thread
+    int64_t arranged = 0;           // all passes'
+    int64_t scales = 0, codes = 0;  // of one row
+    int64_t tile = 0, sums = 0;     // of one thread
     float* memory = nullptr;
 
     Workspace(const std::vector<MatmulPass>& passes, int64_t panel_tokens, int threads) {

@@ -38,8 +38,8 @@ Shift shift_of(const Matrix& weight) {
 // How the codes of a matrix are read: what the kernels are compiled for.
 template <int CODE_BITS, Shift CODE_SHIFT>
 struct Format {
-    static constexpr int BITS = CODE_BITS;      // 4 or 8
-    static constexpr int WORD = 32 / BITS;      // codes of a word
+    static constexpr int BITS = CODE_BITS;       // 4 or 8
+    static constexpr int WORD = 32 / BITS;       // codes of a word
     static constexpr int64_t CHUNK = 16 * WORD;  // inputs
     static constexpr Shift SHIFT = CODE_SHIFT;
 };

@@ -28,8 +28,8 @@ struct Portable {
             for (int64_t p = 0; p < WORD; p++) {
                 const uint32_t code = bits >> Format::BITS * p & ((1u << Format::BITS) - 1);
                 const float value = Format::BITS == 8 ? float(code) : weight.table[code];
-                out[16 * p + word] = Format::SHIFT == BIASES ? value * scale + shift
-                                                             : (value - shift) * scale;
+                out[16 * p + word] =
+                    Format::SHIFT == BIASES ? value * scale + shift : (value - shift) * scale;
             }
         }
     }

@@ -37,7 +37,7 @@ struct Matrix {
     const uint8_t* codes;
     const float* table;  // [16]; a code of 8 bits stands for table[0] + code
     GroupValues scales;
-    GroupValues zeros;   // without biases only
+    GroupValues zeros;  // without biases only
     GroupValues biases;
     int64_t rows;
     int64_t inputs;

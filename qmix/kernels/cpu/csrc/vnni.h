@@ -178,8 +178,8 @@ struct Vnni : Avx512 {
             sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(chunk_sums[t]), scale, sums[t]);
             if (!Codes::LINEAR) continue;
             if (Codes::SHIFT == ZEROS)
-                scaled =
-                    _mm256_mul_ps(scaled, _mm256_sub_ps(_mm256_set1_ps(base), _mm256_loadu_ps(shifts)));
+                scaled = _mm256_mul_ps(
+                    scaled, _mm256_sub_ps(_mm256_set1_ps(base), _mm256_loadu_ps(shifts)));
             if (Codes::SHIFT == BIASES)
                 scaled = _mm256_mul_ps(_mm256_loadu_ps(shifts), input_scale);
             const __m256 totals = _mm256_loadu_ps(in.totals + (t * chunks + c) * MAX_UNITS);
