@@ -69,7 +69,7 @@ def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
     """
     outputs = []
     for tensor in checkpoint.tensors:
-        if tensor.linear and checkpoint.packed(tensor):
+        if checkpoint.packed(tensor):
             raise UnsupportedError(
                 "the source is quantized already",
                 where=str(checkpoint.shards.directory),

@@ -14,12 +14,13 @@ from qmix.formats import Checkpoint
 from qmix.models import load
 from qmix.models.options import parse_device
 from qmix.nn.attention import ForwardContext
-from qmix.nn.decoder import embedding
 from qmix.nn.decoder_layer import DecoderLayer
+from qmix.nn.embedding import embedding
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
 from qmix.planning.stored_model import StoredModel
+from qmix.weights.dense import Dense, Weight
 
 BATCH_TOKENS = 4096  # tokens of a pass, which give each of 8 experts several hundred
 
@@ -65,9 +66,8 @@ class Scorer:
     def _final_states(self, ids: Tensor, progress: Callable[[int, int], None]) -> Tensor:
         """The hidden states (W, S, D) after the last layer, on the host."""
         config = self._checkpoint.config
-        embed = self._checkpoint.read("model.embed_tokens.weight").to(self._dtype)
-        hidden = embedding(ids, embed)  # stays on the host
-        del embed
+        # The weight stays on the host, as the hidden states do.
+        hidden = embedding(ids, self._embedding(), self._dtype)
         context = ForwardContext.without_past(config, ids.shape[1], self._device, self._dtype)
         batch = max(1, BATCH_TOKENS // ids.shape[1])
         for index in range(config.num_hidden_layers):
@@ -94,6 +94,12 @@ class Scorer:
         modules: dict[str, nn.Module] = {"model.norm": norm, "lm_head": head}
         load.fill(modules, self._checkpoint, self._dtype, self._device)
         if config.tie_word_embeddings:
-            data = self._checkpoint.read("model.embed_tokens.weight")
-            head.weight = nn.Parameter(data.to(self._device, self._dtype))
+            weight = self._embedding()
+            if isinstance(weight, Dense):
+                weight = Dense(weight.data.to(self._device, self._dtype))
+            head.store(weight.to(self._device))
         return norm, head
+
+    def _embedding(self) -> Weight:
+        tensors = self._checkpoint.tensors
+        return self._checkpoint.weight(next(t for t in tensors if t.kind == "embedding"))

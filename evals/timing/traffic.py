@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
+from qmix.nn.embedding import Embedding
 from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock, SwiGLU
+from qmix.nn.stored import StoredModule
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def shared_bytes(model: nn.Module, rows: int) -> int:
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             total += 0 if ".experts." in name else module.stored.nbytes
-        elif isinstance(module, nn.Embedding):
-            total += rows * module.weight[0].nbytes
+        elif isinstance(module, Embedding):
+            total += rows * (module.stored.nbytes // module.num_embeddings)
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             assert isinstance(module.weight, Tensor)
             total += module.weight.nbytes
@@ -105,16 +107,15 @@ def weight_bytes(model: nn.Module) -> int:
         for name, module in model.named_modules()
         if isinstance(module, Linear) and ".experts." in name
     )
-    embedding = next(m.weight for m in model.modules() if isinstance(m, nn.Embedding))
-    assert isinstance(embedding, torch.Tensor)
-    return experts + shared_bytes(model, len(embedding))
+    embedding = next(m for m in model.modules() if isinstance(m, Embedding))
+    return experts + shared_bytes(model, embedding.num_embeddings)
 
 
 def weight_count(model: nn.Module) -> int:
     """Number of weights of the model, however many bits they have."""
     total = 0
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, StoredModule):
             total += module.stored.shape[0] * module.stored.shape[1]
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             assert isinstance(module.weight, Tensor)

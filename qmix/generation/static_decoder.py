@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.experts.gpu_store import DeviceStore
@@ -88,11 +87,10 @@ def supported(model: Decoder) -> bool:
 
     The launches call no module, so one with a hook, or of another class, is not supported.
     """
-    dtype, width = model.embed_tokens.weight.dtype, model.config.head_dim
     return (
-        dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and width in (16, 32, 64, 128)
-        and _is_plain(model.norm, RMSNorm)
+        _is_plain(model.norm, RMSNorm)
+        and model.norm.weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and model.config.head_dim in (16, 32, 64, 128)
         and all(_layer_weights(layer) is not None for layer in model.layers)
     )
 
@@ -133,13 +131,13 @@ class StaticDecoder:
         self._experts = _first_experts(model)
         store = model.experts_store
         self._store = store if isinstance(store, DeviceStore) else None
-        config, self._embedding = model.config, model.embed_tokens.weight
+        config, self._embedding = model.config, model.embed_tokens
         self._head, self._norm, self._window = head, model.norm.weight, config.sliding_window
         self._num_heads, self._top_k = config.num_attention_heads, config.num_experts_per_tok
         self._eps = config.rms_norm_eps
         self._storage = [cache.storage(layer) for layer in range(len(layers))]
         self.padded, self.sample_fn = padded, sample_fn
-        device, dtype = self._embedding.device, self._embedding.dtype
+        device, dtype = self._norm.device, self._norm.dtype
         slots = self._storage[0][0].shape[2]
         self.max_positions = max(config.max_position_embeddings, slots) + 1
         positions = torch.arange(self.max_positions, device=device)[None]
@@ -219,7 +217,7 @@ class StaticDecoder:
         from qmix.kernels.gpu import moe as gpu_moe
 
         half, batch = torch.float16, len(self.ids)
-        x = F.embedding(self.ids, self._embedding)
+        x = self._embedding(self.ids)
         partials = self._no_partials
         expert_ids = []
         for layer, (keys, values) in zip(self._layers, self._storage, strict=True):
@@ -291,7 +289,7 @@ class StaticDecoders:
             attention_mask: bool (B, L or L + 1), False at padding on the left.
             sample_fn: makes a step choose the next id, too; another function needs another decoder.
         """
-        if not _on_gpu(model.embed_tokens.weight) or torch.is_grad_enabled():
+        if not _on_gpu(next(model.parameters())) or torch.is_grad_enabled():
             return None
         if kernels.overridden() or model.attn_implementation == "eager":
             return None

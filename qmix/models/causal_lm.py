@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
@@ -54,9 +54,11 @@ class MixtralForCausalLM(PreTrainedModel):
     def tie_weights(self) -> None:
         """Share the embedding with the head where the config says so."""
         if self.config.tie_word_embeddings:
-            shared = self.model.embed_tokens.weight
-            assert isinstance(shared, nn.Parameter)
-            self.lm_head.weight = shared
+            embed_tokens = self.model.embed_tokens
+            if embed_tokens.weight is None:
+                self.lm_head.store(embed_tokens.stored)
+            else:
+                self.lm_head.weight = embed_tokens.weight
 
     @takes(CausalLMInputs)
     def forward(self, inputs: CausalLMInputs) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:

@@ -18,7 +18,8 @@ from qmix.models.device_offload import DeviceOffload
 from qmix.models.heat_record import HeatRecord
 from qmix.models.offload import Tiers
 from qmix.models.pack import Packer
-from qmix.nn.linear import Linear
+from qmix.nn.embedding import Embedding
+from qmix.nn.stored import StoredModule
 from qmix.weights.dense import Dense, Weight, all_finite
 
 _HOST = torch.device("cpu")
@@ -125,8 +126,12 @@ def fill(
     missing = Counter(tensor.layer for tensor in tensors)
     for tensor in tensors:
         module = modules.get(tensor.prefix)
-        if isinstance(module, Linear):
-            module.store(_placed(checkpoint.weight(tensor), dtype, device, tensor, checkpoint))
+        if isinstance(module, StoredModule):
+            weight = _placed(checkpoint.weight(tensor), dtype, device, tensor, checkpoint)
+            if isinstance(module, Embedding):
+                module.store(weight, dtype)
+            else:
+                module.store(weight)
         elif module is not None:
             data = checkpoint.read(tensor.name)
             module.weight = nn.Parameter(_converted(data, dtype, device, tensor, checkpoint))

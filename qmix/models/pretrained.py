@@ -238,6 +238,8 @@ class PreTrainedModel(nn.Module):
                     remedy="Load it again with device=.",
                 )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._decoder.embed_tokens.weight is None:
+            self.tie_weights()  # embedding and head were moved one by one
         return self
 
     def check_process(self) -> None:

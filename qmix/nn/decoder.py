@@ -8,17 +8,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.config import MixtralConfig
-from qmix.errors import UsageError
 from qmix.experts.store import Store
 from qmix.kernels.attention import Implementation
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import Cache
 from qmix.nn.cpu_decode import WhyNot, decode_token
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
+from qmix.nn.embedding import Embedding, check_ids
 from qmix.nn.linear import RMSNorm
 from qmix.nn.moe import SparseMoeBlock
 from qmix.nn.process import MadeHere
@@ -48,9 +47,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.attn_implementation: Implementation = "sdpa"
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, _weight=_uninitialised(config)
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -71,7 +68,9 @@ class Decoder(nn.Module):
         Raises:
             UsageError: an id outside the vocabulary.
         """
-        return embedding(input_ids, self.embed_tokens.weight)
+        check_ids(input_ids, self.embed_tokens.num_embeddings)
+        embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded
 
     def decode(
         self,
@@ -151,26 +150,3 @@ class Decoder(nn.Module):
             x, logits = layer(x, context)
             router_logits.append(logits)
         return x, router_logits
-
-
-def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of the embedding (V, D) for ids (B, S): (B, S, D).
-
-    Raises:
-        UsageError: an id outside the vocabulary.
-    """
-    if input_ids.numel() and not input_ids.is_cuda:  # on a GPU the check would wait for it
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise UsageError(
-                "token id outside the vocabulary",
-                where="input_ids",
-                expected=f"0 to {weight.shape[0] - 1}",
-                found=low if low < 0 else high,
-            )
-    return F.embedding(input_ids, weight)
-
-
-def _uninitialised(config: MixtralConfig) -> Tensor:
-    """Storage without torch's default initialisation, on whatever device is being built on."""
-    return torch.empty(config.vocab_size, config.hidden_size)

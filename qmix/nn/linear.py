@@ -3,73 +3,32 @@
 Knows no bits: a weight is multiplied by qmix.kernels. Shape letters: see qmix.nn.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from qmix import kernels
 from qmix.config import MixtralConfig
-from qmix.errors import UsageError
-from qmix.weights.dense import Dense, Weight
+from qmix.nn.stored import StoredModule
+from qmix.weights.dense import Weight
 
 
-class Linear(nn.Module):
-    """A bias-free linear layer over any Weight: a trainable parameter when dense.
-
-    `weight` is None while a packed weight is stored; `stored` is the Weight in either case.
-    """
-
-    weight: nn.Parameter | None
+class Linear(StoredModule):
+    """A bias-free linear layer over any Weight: a trainable parameter when dense."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self._packed: Weight | None = None
-
-    @property
-    def stored(self) -> Weight:
-        """The weight [out_features, in_features], dense or packed."""
-        if self._packed is not None:
-            return self._packed
-        assert self.weight is not None
-        return Dense(self.weight)
 
     def store(self, weight: Weight) -> None:
         """Replace the weight; the shape [out_features, in_features] must stay."""
         assert weight.shape == (self.out_features, self.in_features), weight.shape
-        if isinstance(weight, Dense):
-            self.weight = nn.Parameter(weight.data)
-            self._packed = None
-        else:
-            self.weight = None
-            self._packed = weight
+        super().store(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return kernels.linear(x, self.stored)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._packed is not None:
-            # Codes and scales follow the device; a change of dtype must not round the scales.
-            probe = fn(torch.empty(0, device=self._packed.device))
-            self._packed = self._packed.to(probe.device)
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        if self._packed is not None:
-            raise UsageError(
-                "a packed weight does not fit a state_dict",
-                where=f"{prefix}weight",
-                remedy="Use save_pretrained, which writes packed weights too.",
-            )
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.stored.scheme}"

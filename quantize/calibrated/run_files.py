@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
@@ -18,7 +19,7 @@ from qmix.formats.files import manifest, shard_index
 from qmix.formats.files.shard_names import shard_name
 from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.names import ModelTensor
-from qmix.nn.decoder import embedding
+from qmix.nn.embedding import embedding
 from qmix.planning import quantize_cost
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer import LayerQuantizer
@@ -103,13 +104,13 @@ class RunFiles:
                 )
                 for stream in self.streams
             }
-        table = self.checkpoint.read("model.embed_tokens.weight").float()
+        table = Dense(self.checkpoint.read("model.embed_tokens.weight").float())
         tokens = {
             stream: self._new_array(folder / _tokens_name(stream, 0)) for stream in self.streams
         }
         flat = self.ids.view(-1)
         for start in range(0, count, _EMBEDDED_TOKENS):
-            embedded = embedding(flat[start : start + _EMBEDDED_TOKENS], table)
+            embedded = embedding(flat[start : start + _EMBEDDED_TOKENS], table, torch.float32)
             for array in tokens.values():
                 array.write(start, embedded)
         return tokens

@@ -22,7 +22,7 @@ from qmix import kernels
 from qmix.formats import Checkpoint
 from qmix.formats.names import ModelTensor
 from qmix.nn.attention import Attention, ForwardContext
-from qmix.nn.decoder import embedding
+from qmix.nn.embedding import embedding
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS
 from qmix.quantize.calibrated.bit_allocation import SCHEMES, QuantGroup
@@ -95,7 +95,7 @@ class Sensitivity:
             CheckpointError: a weight holds NaN or infinity.
         """
         table = read_finite(self._checkpoint, self._tensors["model.embed_tokens.weight"])
-        x = embedding(self._ids, table).to(self._device).float()  # (W, S, D)
+        x = embedding(self._ids, Dense(table), torch.float32).to(self._device)  # (W, S, D)
         del table
         copies: list[Tensor] = []  # (copied windows, S, D), one for each kind of change and layer
         changes: list[list[_OutputChange]] = []  # the groups behind each copy
