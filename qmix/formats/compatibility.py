@@ -115,6 +115,7 @@ def _vllm(summary: StorageSummary) -> ReaderSupport:
         "GPTQ": vllm_gptq_problems,
         "AWQ": lambda it: _missing_fields(it.settings, _AWQ_FIELDS),
         "compressed-tensors": lambda it: _missing_fields(it.settings, ("config_groups",)),
+        "HQQ": lambda _: iter(["its documentation no longer lists HQQ"]),
     }
     problems = [
         reason for layout in sorted(summary.layouts) for reason in problems_of[layout](summary)

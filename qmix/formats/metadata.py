@@ -12,9 +12,9 @@ from typing import Any
 
 from qmix import strict_json
 from qmix.config import MixtralConfig
-from qmix.errors import CheckpointError, UnsupportedError
+from qmix.errors import CheckpointError
 from qmix.files import regular_file
-from qmix.formats import names
+from qmix.formats import names, unread_layouts
 from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
 from qmix.formats.layouts.headers import LAYOUT_OF, LAYOUTS, PackedTensors
@@ -26,15 +26,6 @@ from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
 from qmix.weights.scheme import Scheme
 
 _FLOATS = ("F32", "F16", "BF16")
-
-# Name endings of layouts that are not read, so that the error can name the layout.
-_UNREAD_LAYOUTS = {
-    ".SCB": "bitsandbytes LLM.int8",
-    ".W_q": "HQQ",
-    ".trellis": "EXL3",
-    ".q_weight": "EXL2",
-    ".gate_up_proj": "fused experts",
-}
 
 
 @dataclass(frozen=True)
@@ -165,6 +156,7 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
     """
     folder = regular_file.checked_folder(directory)
     detect.refuse_raw(folder)
+    unread_layouts.refuse_files(folder)
     config = MixtralConfig.from_pretrained(folder)
     infos = read_headers(folder)
     stored_names = _stored_names(infos)
@@ -172,7 +164,7 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
     tensors = tuple(names.model_tensors(config))
     if config.tie_word_embeddings:
         stored_names.pop("lm_head.weight", None)  # a saved copy of the embedding
-    _refuse_unread_layouts(folder, stored_names)
+    unread_layouts.refuse(folder, stored_names, config.quantization_config)
     metadata = CheckpointMetadata(folder, config, infos, tensors, stored_names)
     metadata = _with_settings(metadata)
     _check_tensors(metadata)
@@ -220,19 +212,6 @@ def _confirm_settings(metadata: CheckpointMetadata) -> None:
             dense.append(_all_names(metadata.module_name(tensor.name), tensor))
     for name, settings in metadata.settings.items():
         LAYOUT_OF[name].confirm(settings, modules.get(name, []), dense)
-
-
-def _refuse_unread_layouts(folder: Path, stored_names: Mapping[str, str]) -> None:
-    for name in stored_names:
-        for suffix, layout in _UNREAD_LAYOUTS.items():
-            if name.endswith(suffix):
-                raise UnsupportedError(
-                    f"{layout} checkpoints are not read",
-                    where=str(folder),
-                    expected="16-bit, or 4-bit of bitsandbytes, GPTQ, AWQ or compressed-tensors",
-                    found=stored_names[name],
-                    remedy="Quantize the 16-bit checkpoint with qmix quantize.",
-                )
 
 
 def _check_tensors(metadata: CheckpointMetadata) -> None:

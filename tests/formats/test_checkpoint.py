@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qmix
-from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats import names, open_checkpoint
+from qmix.errors import CheckpointError, QmixError
+from qmix.formats import names
 from qmix.formats.files import shard_names, shards
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.models import small_model
@@ -193,18 +193,6 @@ def test_a_v5_config_gives_the_same_logits(folder):
     (folder / "config.json").write_text(json.dumps(document))
     with torch.no_grad():
         assert torch.equal(load(folder)(input_ids=ids).logits, before)
-
-
-def test_foreign_layouts_are_refused_by_name(folder):
-    for suffix, layout in (
-        (".W_q", "HQQ"),
-        (".SCB", "int8"),
-        (".q_weight", "EXL2"),
-    ):
-        tensors = {f"model.layers.0.self_attn.q_proj{suffix}": torch.zeros(1)}
-        save_file({n: t.clone() for n, t in tensors.items()}, folder / "model.safetensors")
-        with pytest.raises(UnsupportedError, match=layout):
-            open_checkpoint(folder)
 
 
 def test_the_index_is_used_when_there_is_one(folder):

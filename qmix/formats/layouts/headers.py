@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qmix.formats.files.safetensors_header import TensorInfo
+from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.layouts import (
     awq_config,
     bnb_config,
     compressed_config,
     fp8_config,
     gptq_config,
+    hqq_config,
     modelopt_config,
     tensor_names,
 )
@@ -171,6 +172,32 @@ def _compressed_scheme(packed: PackedTensors, _: Any) -> Scheme:
     return _integers(packed, _row_groups(packed), bits, symmetric=symmetric)
 
 
+def _find_hqq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    return hqq_config.names(tensor.prefix, infos)
+
+
+def _hqq_groups(packed: PackedTensors) -> int:
+    """HQQ stores the groups of a weight in one column."""
+    groups, rows = math.prod(packed.shape("scale") or (0,)), packed.matrix[0]
+    return groups // rows if groups % rows == 0 else 0
+
+
+def _hqq_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    groups, count = _hqq_groups(packed), math.prod(packed.matrix)
+    scale, codes = packed.infos["scale"], packed.infos.get("W_q")
+    hqq_config.check_axis(scale.shape, f"{packed.module}.scale", str(scale.file))
+    held = codes and hqq_config.held_bits(
+        codes.nbytes, codes.dtype, count, groups * packed.matrix[0]
+    )
+    kinds: Mapping[int | None, Kind] = {2: "int2", 3: "int3", 8: "int8"}
+    return Scheme(
+        kind=kinds.get(held, "int4"),
+        group_size=_group_size(packed, groups),
+        symmetric=False,
+        group_bits=2 * 8 * DTYPES[scale.dtype][1],
+    )
+
+
 def _find_awq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     found = tensor_names.awq_names(tensor.prefix, infos)
     return found if found and infos[found[0]].shape[:1] == tensor.shape[1:] else ()
@@ -201,6 +228,12 @@ def _gptq_scheme(packed: PackedTensors, settings: gptq_config.GPTQConfig) -> Sch
     bits = tensor_names.gptq_bits(rows, packed.matrix[1])
     symmetric = settings.for_module(packed.module).symmetric
     return _integers(packed, _gptq_groups(packed), bits, symmetric=symmetric)
+
+
+def _group_size(packed: PackedTensors, groups: int) -> int:
+    """Inputs a group; -1 if that is a whole row of no usual size, as Affine says it."""
+    size = packed.matrix[1] // max(groups, 1)
+    return -1 if groups <= 1 and size not in GROUP_SIZES else size
 
 
 def _integers(packed: PackedTensors, groups: int, bits: int | None, *, symmetric: bool) -> Scheme:
@@ -246,6 +279,14 @@ LAYOUTS: tuple[LayoutHeaders, ...] = (
         scheme=_compressed_scheme,
         groups=_row_groups,
         confirm=compressed_config.CompressedConfig.confirm,
+    ),
+    LayoutHeaders(
+        name="HQQ",
+        find=_find_hqq,
+        read=hqq_config.read,
+        scheme=_hqq_scheme,
+        groups=_hqq_groups,
+        confirm=hqq_config.confirm,
     ),
     LayoutHeaders(
         name="AWQ",

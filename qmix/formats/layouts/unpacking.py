@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qmix.formats.layouts import awq, bnb, compressed_tensors, fp4, fp8, gptq
+from qmix.formats.layouts import awq, bnb, compressed_tensors, fp4, fp8, gptq, hqq
 from qmix.formats.layouts.headers import LAYOUT_OF, PackedTensors
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.weights.dense import Weight
@@ -50,6 +50,10 @@ def _gptq(
     return gptq.unpack(tensors, packed.tensor.prefix, where, packed.matrix, of_module)
 
 
+def _hqq(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    return hqq.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
+
+
 UNPACK: Mapping[Layout, Unpack] = {
     "bitsandbytes": _bnb,
     "ModelOpt": _modelopt,
@@ -57,4 +61,5 @@ UNPACK: Mapping[Layout, Unpack] = {
     "compressed-tensors": _compressed,
     "AWQ": _awq,
     "GPTQ": _gptq,
+    "HQQ": _hqq,
 }
