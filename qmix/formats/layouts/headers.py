@@ -184,11 +184,9 @@ def _hqq_groups(packed: PackedTensors) -> int:
 
 def _hqq_scheme(packed: PackedTensors, _: Any) -> Scheme:
     groups, count = _hqq_groups(packed), math.prod(packed.matrix)
-    scale, codes = packed.infos["scale"], packed.infos.get("W_q")
+    scale, codes = packed.infos["scale"], packed.infos["W_q"]
     hqq_config.check_axis(scale.shape, f"{packed.module}.scale", str(scale.file))
-    held = codes and hqq_config.held_bits(
-        codes.nbytes, codes.dtype, count, groups * packed.matrix[0]
-    )
+    held = hqq_config.held_bits(codes.nbytes, codes.dtype, count, groups * packed.matrix[0])
     kinds: Mapping[int | None, Kind] = {2: "int2", 3: "int3", 8: "int8"}
     return Scheme(
         kind=kinds.get(held, "int4"),

@@ -151,8 +151,7 @@ class HQQTensors(CheckedTensors):
         if words.dtype != packing.dtype:
             raise self.wrong(hqq_config.W_Q, "wrong dtype", packing.dtype, words.dtype)
         if words.shape != expected_shape:
-            found = list(words.shape)
-            raise self.wrong(hqq_config.W_Q, "wrong shape", list(expected_shape), found)
+            raise self.wrong(hqq_config.W_Q, "wrong shape", list(expected_shape), list(words.shape))
         return words
 
     def per_group(self, suffix: str, groups: int, dtype: torch.dtype | None) -> Tensor:
@@ -203,5 +202,5 @@ def _codes(words: Tensor, packing: Packing, groups: int) -> Tensor:
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """`pack_codes`, in slabs of rows that bound its memory."""
-    slabs = codes.split(max(1, _SLAB // codes.shape[1]))
+    slabs = torch.split(codes, max(1, _SLAB // codes.shape[1]))
     return torch.cat([pack_codes(slab, bits) for slab in slabs])
