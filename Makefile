@@ -58,6 +58,7 @@ goldens: .oracles/38/.ready .oracles/4/.ready .oracles/5/.ready .oracles/ct/.rea
 	  .oracles/$$name/bin/python tests/golden/make_$$file.py || exit 1; \
 	done; done
 	.oracles/5/bin/python tests/golden/make_logits.py --compare
+	.oracles/5/bin/python tests/golden/make_fp8.py
 	.oracles/ct/bin/python tests/golden/make_compressed.py
 	.oracles/ct/bin/python tests/golden/make_compressed_floats.py
 	.oracles/modelopt/bin/python tests/golden/make_modelopt.py

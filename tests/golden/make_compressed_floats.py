@@ -31,37 +31,10 @@ from compressed_tensors.quantization.quant_scheme import (
 )
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import save_file
+from tiny_mixtral import CONFIG, LAYER, LINEAR, dense_tensors, random
 
 VERSION = version("compressed-tensors")
 OUT = Path(__file__).with_name(f"compressed-tensors-{VERSION}")
-HIDDEN, INNER, VOCAB, EXPERTS = 32, 64, 64, 2
-CONFIG = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
-    "sliding_window": None,
-}
-LAYER = "model.layers.0"
-ATTENTION = {"q_proj": (64, 32), "k_proj": (32, 32), "v_proj": (32, 32), "o_proj": (32, 64)}
-EXPERT = {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}
-LINEAR = {f"{LAYER}.self_attn.{name}": shape for name, shape in ATTENTION.items()} | {
-    f"{LAYER}.block_sparse_moe.experts.{expert}.{name}": shape
-    for expert in range(EXPERTS)
-    for name, shape in EXPERT.items()
-}
 IGNORED = ["lm_head", "re:.*block_sparse_moe.gate"]
 BLOCKS = {"weights": QuantizationArgs(
     num_bits=8, type="float", strategy="block", symmetric=True, block_structure=[32, 32]
@@ -151,22 +124,11 @@ def scheme_of(module, groups):
 def main():
     for name, (groups, kv_scales) in CASES.items():
         generator = torch.Generator().manual_seed(0)
-
-        def random(*shape, generator=generator):
-            return (torch.randn(shape, generator=generator) * 0.3).bfloat16()
-
-        tensors = {
-            "model.embed_tokens.weight": random(VOCAB, HIDDEN),
-            "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
-            "lm_head.weight": random(VOCAB, HIDDEN),
-            f"{LAYER}.input_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
-            f"{LAYER}.post_attention_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
-            f"{LAYER}.block_sparse_moe.gate.weight": random(EXPERTS, HIDDEN),
-        }
+        tensors = dense_tensors(generator)
         expected = {}
         for module, shape in LINEAR.items():
             scheme, layout = scheme_of(module, groups)
-            packed, read, exact = compressed(random(*shape), scheme, layout)
+            packed, read, exact = compressed(random(generator, *shape), scheme, layout)
             tensors |= {f"{module}.{key}": value.contiguous() for key, value in packed.items()}
             expected[module] = read.contiguous()
             if exact is not None and module.endswith(EXACT):

@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 from tests.support.models import GOLDEN
 
 COMPRESSED, MODELOPT = "compressed-tensors-0.20.0", "modelopt-0.47.0"
+TRANSFORMERS_FP8 = "transformers-fp8-5.23.0"
 
 
 def golden_folder(maker, name):

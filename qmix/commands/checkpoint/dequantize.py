@@ -1,0 +1,126 @@
+"""From an FP8 checkpoint to one in 16 bits, tensor by tensor; each value is rounded once.
+
+Holds one tensor at a time. Knows FP8 only by formats.checkpoint.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import qmix
+from qmix.commands.checkpoint import Progress
+from qmix.errors import UnsupportedError
+from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats.files import manifest, output_dir
+from qmix.formats.files.companions import copy_companions
+from qmix.formats.files.shard_names import SHARD_BYTES
+from qmix.formats.files.shard_writer import write_shards
+from qmix.formats.files.shards import check_finite
+from qmix.formats.names import ModelTensor
+from qmix.formats.tensor_spec import TensorSpec
+from qmix.planning import budget
+from qmix.planning.plan import check_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dequantization:
+    """The outcome: weights that were in FP8, bytes of the whole directory, time, the new dtype."""
+
+    weights: int
+    bytes_out: int
+    seconds: float
+    dtype: str
+
+
+def dequantize_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Dequantization:
+    """Write an FP8 checkpoint's weights in the dtype of its config, with the hub's names.
+
+    Args:
+        source, out: directories; `out` appears complete or not at all.
+        shard_bytes: upper limit of an output file.
+        force: replace an existing checkpoint at `out`.
+        progress: called with the name of the next tensor, the bytes done and all bytes.
+
+    Raises:
+        UsageError: a path is unsuitable.
+        CheckpointError: the source is damaged, or holds NaN.
+        UnsupportedError: no weight is in FP8, or one is in fewer bits.
+        ResourceError: too little disk space or memory.
+    """
+    begun = time.perf_counter()
+    output_dir.check_paths(source, out, force=force)
+    checkpoint = open_checkpoint(source)
+    weights = _check_convertible(checkpoint)
+    specs = [
+        TensorSpec(tensor.name, checkpoint.dense_dtype(tensor), tensor.shape)
+        for tensor in checkpoint.tensors
+    ]
+    total = sum(spec.nbytes for spec in specs)
+    output_dir.check_space(out, total)
+    check_memory(budget.for_rewriting(max(map(checkpoint.dense_bytes, checkpoint.tensors))))
+    with output_dir.partial(out, force=force) as folder:
+        tensors = _dequantized(checkpoint, specs, progress)
+        write_shards(folder, [(spec,) for spec in specs], tensors, shard_bytes)
+        progress("checksums", total, total)
+        checkpoint.config.replace(quantization_config=None).save_pretrained(folder)
+        copy_companions(source, folder)
+        facts = {"method": "convert from FP8", "source": source.resolve().name}
+        manifest.write_manifest(folder, {"qmix": qmix.__version__, **facts})
+        bytes_out = output_dir.total_bytes(folder)
+    return Dequantization(
+        weights=weights,
+        bytes_out=bytes_out,
+        seconds=time.perf_counter() - begun,
+        dtype=checkpoint.metadata.dtype,
+    )
+
+
+def _check_convertible(checkpoint: Checkpoint) -> int:
+    """The number of FP8 weights; raise if there are none, or weights in fewer bits."""
+    where = str(checkpoint.shards.directory)
+    quantized = [tensor.name for tensor in checkpoint.tensors if checkpoint.packed(tensor)]
+    if quantized:
+        raise UnsupportedError(
+            "a quantized checkpoint is not converted",
+            where=where,
+            expected="weights in FP8, 16 or 32 bits",
+            found=f"{quantized[0]} in fewer bits",
+            remedy="Use the original checkpoint.",
+        )
+    weights = sum(checkpoint.packing(tensor) is not None for tensor in checkpoint.tensors)
+    if not weights:
+        raise UnsupportedError(
+            "nothing to convert",
+            where=where,
+            expected="Mistral's own files, or weights in FP8",
+            found="16- or 32-bit weights in the hub's layout",
+            remedy="Use the checkpoint as it is.",
+        )
+    return weights
+
+
+def _dequantized(
+    checkpoint: Checkpoint, specs: Sequence[TensorSpec], progress: Progress
+) -> Iterator[dict[str, Tensor]]:
+    done, total = 0, sum(spec.nbytes for spec in specs)
+    for spec, tensor in zip(specs, checkpoint.tensors, strict=True):
+        progress(tensor.name, done, total)
+        done += spec.nbytes
+        yield {tensor.name: _rounded(checkpoint, tensor, spec.dtype)}
+
+
+def _rounded(checkpoint: Checkpoint, tensor: ModelTensor, dtype: torch.dtype) -> Tensor:
+    data = checkpoint.dense(tensor).to(dtype)
+    check_finite(tensor.name, checkpoint.entry(tensor.name).file, data)
+    return data
