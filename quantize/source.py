@@ -51,8 +51,8 @@ class Source(Checkpoint):
     _hashing: list[Future[None]] = field(default_factory=list)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    def read(self, name: str, into: Allocate = fresh) -> Tensor:
-        """One tensor by its canonical name. The one before it is let go of.
+    def read_stored(self, name: str, into: Allocate = fresh) -> Tensor:
+        """One tensor by its canonical name, as the file has it. The one before it is let go of.
 
         Raises:
             CheckpointError: it cannot be read; or the one before changed since its first reading.

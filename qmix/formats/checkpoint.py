@@ -18,6 +18,7 @@ from qmix.formats.layouts.headers import PackedTensors
 from qmix.formats.layouts.unpacking import AS_STORED, UNPACK
 from qmix.formats.metadata import CheckpointMetadata, read_metadata
 from qmix.formats.names import ModelTensor
+from qmix.formats.rotary_rows import half_split
 from qmix.formats.tensor_errors import wrong_shape
 from qmix.weights.dense import Dense, Weight
 
@@ -62,7 +63,16 @@ class Checkpoint:
         return self.shards.entries[self.stored_names[name]]
 
     def read(self, name: str, into: Allocate = fresh) -> Tensor:
-        """Read a tensor by its canonical name; see shards.read_entry."""
+        """Read a tensor by its canonical name, its rows in Hugging Face's order.
+
+        See shards.read_entry.
+        """
+        data = self.read_stored(name, into)
+        heads = self.metadata.tensor_info(name).heads
+        return half_split(data, heads) if heads else data
+
+    def read_stored(self, name: str, into: Allocate = fresh) -> Tensor:
+        """Read a tensor by its canonical name, as the file has it."""
         return self.shards.read(self.stored_names[name], into)
 
     def packed(self, tensor: ModelTensor) -> bool:
@@ -123,7 +133,10 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Open a directory and check its tensors against its config, before any data are read.
+    """Open a checkpoint and check its tensors against its config, before any data are read.
+
+    Args:
+        directory: a checkpoint's, or a GGUF file, or a folder with one.
 
     Raises:
         CheckpointError: tensors are missing, left over or of a wrong shape; five are named.

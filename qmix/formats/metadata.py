@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qmix import strict_json
 from qmix.config import MixtralConfig
@@ -17,6 +17,9 @@ from qmix.files import regular_file
 from qmix.formats import names, unread_layouts
 from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
+from qmix.formats.gguf.config import read_config
+from qmix.formats.gguf.files import is_gguf, read_model
+from qmix.formats.gguf.tensors import check_shapes, named_tensors
 from qmix.formats.layouts.headers import LAYOUT_OF, LAYOUTS, PackedTensors
 from qmix.formats.layouts.settings import PackedModule
 from qmix.formats.layouts.tensor_names import ACTIVATION_SCALES, Layout
@@ -25,6 +28,10 @@ from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
 from qmix.weights.scheme import Scheme
 
+Container = Literal["safetensors", "GGUF"]
+
+# Where each format describes the model, for errors.
+_DESCRIPTIONS: Mapping[Container, str] = {"safetensors": "config.json", "GGUF": "the metadata"}
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -37,6 +44,7 @@ class CheckpointMetadata:
         tensors: what the model needs, in the model's order.
         stored_names: canonical tensor name -> name in the files.
         settings: of the layouts that the weights have, each as its row in layouts.headers reads it.
+        container: the format of the files.
     """
 
     directory: Path
@@ -45,6 +53,7 @@ class CheckpointMetadata:
     tensors: tuple[ModelTensor, ...]
     stored_names: Mapping[str, str]
     settings: Mapping[Layout, Any] = field(default_factory=dict)
+    container: Container = "safetensors"
 
     @property
     def dtype(self) -> str:
@@ -150,10 +159,15 @@ def _all_names(module: str, tensor: ModelTensor) -> tuple[str, ...]:
 def read_metadata(directory: str | Path) -> CheckpointMetadata:
     """Read config and headers, and check that the tensors are those of the config's model.
 
+    Args:
+        directory: a checkpoint's, or a GGUF file, or a folder with one.
+
     Raises:
         CheckpointError: tensors are missing, left over or of a wrong shape; five are named.
         UnsupportedError: a layout that is not read, such as that of Mistral's own files.
     """
+    if is_gguf(directory):
+        return _read_gguf(Path(directory))
     folder = regular_file.checked_folder(directory)
     detect.refuse_raw(folder)
     unread_layouts.refuse_files(folder)
@@ -169,6 +183,21 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
     metadata = _with_settings(metadata)
     _check_tensors(metadata)
     _confirm_settings(metadata)
+    return metadata
+
+
+def _read_gguf(path: Path) -> CheckpointMetadata:
+    model = read_model(path)
+    config = read_config(model)
+    named = named_tensors(model, config)
+    needed, found = names.count(config), len(named.infos)
+    check_count(str(path), needed, found, description=_DESCRIPTIONS["GGUF"])
+    tensors = tuple(names.model_tensors(config))
+    check_shapes(named, tensors, description=_DESCRIPTIONS["GGUF"])
+    metadata = CheckpointMetadata(
+        path, config, named.infos, tensors, named.stored_names, container="GGUF"
+    )
+    _check_tensors(metadata)
     return metadata
 
 
@@ -217,6 +246,7 @@ def _confirm_settings(metadata: CheckpointMetadata) -> None:
 def _check_tensors(metadata: CheckpointMetadata) -> None:
     """Raise unless every tensor is used exactly once, and none is missing."""
     folder, stored_names = metadata.directory, metadata.stored_names
+    description = _DESCRIPTIONS[metadata.container]
     left_over = set(stored_names) - set(metadata.cache_scales)
     missing: list[str] = []
     for tensor in metadata.tensors:
@@ -228,7 +258,9 @@ def _check_tensors(metadata: CheckpointMetadata) -> None:
             continue
         info = metadata.tensor_info(tensor.name)
         if info.shape != tensor.shape:
-            raise wrong_shape(str(info.file), tensor.name, tensor.shape, info.shape)
+            raise wrong_shape(
+                str(info.file), tensor.name, tensor.shape, info.shape, description=description
+            )
         if info.dtype not in _FLOATS:
             raise CheckpointError(
                 f"tensor {tensor.name}: wrong dtype",
@@ -243,5 +275,5 @@ def _check_tensors(metadata: CheckpointMetadata) -> None:
             metadata.config,
             missing,
             sorted(left_over),
-            description="config.json",
+            description=description,
         )

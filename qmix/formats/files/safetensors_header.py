@@ -49,19 +49,25 @@ KNOWN_STARTS = (
     (b"\x80\x05", "a Python pickle", "qmix reads safetensors only."),
     (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
     (b"<", "a web page", "Download the file itself."),
-    (b"GGUF", "a GGUF file", "qmix reads safetensors only."),
+    (b"GGUF", "a GGUF file", "Name it NAME.gguf and give that file to qmix."),
 )
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor: a dtype of `DTYPES`, and bytes [start, stop) of `file`."""
+    """What a header says of one tensor: a dtype of `DTYPES`, and bytes [start, stop) of `file`.
+
+    Attributes:
+        heads: how many, if the rows are interleaved for rotary embeddings, as GGUF stores q and k;
+            else 0.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    heads: int = 0
 
     @property
     def nbytes(self) -> int:

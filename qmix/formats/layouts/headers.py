@@ -15,6 +15,7 @@ from qmix.formats.layouts import (
     bnb_config,
     compressed_config,
     fp8_config,
+    gguf_schemes,
     gptq_config,
     hqq_config,
     modelopt_config,
@@ -196,6 +197,10 @@ def _hqq_scheme(packed: PackedTensors, _: Any) -> Scheme:
     )
 
 
+def _gguf_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    return gguf_schemes.SCHEMES[gguf_schemes.type_of(packed.infos)]
+
+
 def _find_awq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     found = tensor_names.awq_names(tensor.prefix, infos)
     return found if found and infos[found[0]].shape[:1] == tensor.shape[1:] else ()
@@ -244,6 +249,15 @@ def _integers(packed: PackedTensors, groups: int, bits: int | None, *, symmetric
 
 
 LAYOUTS: tuple[LayoutHeaders, ...] = (
+    LayoutHeaders(
+        name="GGUF",
+        kinds=_LINEAR | {"embedding"},
+        find=gguf_schemes.find,
+        read=lambda *_: None,
+        scheme=_gguf_scheme,
+        groups=lambda _: 0,
+        confirm=lambda *_: None,
+    ),
     LayoutHeaders(
         name="bitsandbytes",
         find=_find_bnb,

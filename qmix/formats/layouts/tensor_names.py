@@ -7,7 +7,9 @@ gptq.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-Layout = Literal["bitsandbytes", "ModelOpt", "FP8", "compressed-tensors", "AWQ", "GPTQ", "HQQ"]
+Layout = Literal[
+    "GGUF", "bitsandbytes", "ModelOpt", "FP8", "compressed-tensors", "AWQ", "GPTQ", "HQQ"
+]
 
 WORD_BITS = 32
 # Bits of the integers that are read -> the kind of their Scheme.

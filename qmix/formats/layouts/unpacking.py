@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from qmix.formats.layouts import awq, bnb, compressed_tensors, fp4, fp8, gptq, hqq
+from qmix.formats.layouts import (
+    awq,
+    bnb,
+    compressed_tensors,
+    fp4,
+    fp8,
+    gguf,
+    gguf_schemes,
+    gptq,
+    hqq,
+)
 from qmix.formats.layouts.headers import LAYOUT_OF, PackedTensors
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.weights.dense import Weight
@@ -18,6 +28,12 @@ Unpack = Callable[[Mapping[str, Tensor], PackedTensors, str, Any], Weight]
 
 # The layouts whose weights hold the file's tensors as they are stored; others build new ones.
 AS_STORED: frozenset[Layout] = frozenset(("bitsandbytes", "ModelOpt", "compressed-tensors"))
+
+
+def _gguf(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    (data,) = tensors.values()
+    kind = gguf_schemes.type_of(packed.infos)
+    return gguf.unpack(data, kind, packed.module, where, packed.matrix)
 
 
 def _bnb(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
@@ -55,6 +71,7 @@ def _hqq(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: An
 
 
 UNPACK: Mapping[Layout, Unpack] = {
+    "GGUF": _gguf,
     "bitsandbytes": _bnb,
     "ModelOpt": _modelopt,
     "FP8": _fp8,

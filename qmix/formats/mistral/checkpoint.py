@@ -22,6 +22,7 @@ from qmix.formats.mistral import params
 from qmix.formats.mistral.detect import raw_files
 from qmix.formats.mistral.params import PARAMS
 from qmix.formats.names import ModelTensor
+from qmix.formats.rotary_rows import half_split
 from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,16 +89,6 @@ class RawCheckpoint:
         if place.heads:
             return half_split(data, place.heads)
         return data.t().contiguous() if place.transposed else data
-
-
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Reorder rotary rows from pairs (2i, 2i + 1) to halves (i, i + d/2) in each head: [H d, D].
-
-    The order is that of transformers 4's convert_mixtral_weights_to_hf.py.
-    """
-    rows, width = weight.shape
-    pairs = weight.view(heads, rows // heads // 2, 2, width)
-    return pairs.transpose(1, 2).reshape(rows, width)
 
 
 def open_raw(directory: str | Path) -> RawCheckpoint:

@@ -1,0 +1,224 @@
+"""GGUF's quantized types: the bytes of one tensor's rows -> the weight, without rounding.
+
+The types of 4 bits stay in 4 bits; those of 5, 6 and 8 become codes of 8 bits. The values are those
+of llama.cpp (gguf 0.19, quants.py), bit for bit in float32. Knows no file.
+
+N, K: rows and inputs. b: blocks of a row.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmix.errors import CheckpointError
+from qmix.formats.gguf.tensor_types import BY_NAME
+from qmix.weights.affine import Affine
+from qmix.weights.scales import NestedScales, pack_six_bits
+from qmix.weights.table import IQ4_VALUES, Table
+
+Bytes = NDArray[np.uint8]
+
+_SIX_BITS = torch.arange(64, dtype=torch.float32)
+_SIGNED_BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of all rows, uint8 [N, b, block_bytes], cut into fields from the start on."""
+
+    data: Bytes
+
+    def field(self, start: int, stop: int) -> Bytes:
+        """Bytes [start, stop) of each block, [N, b, stop - start]."""
+        return self.data[:, :, start:stop]
+
+    def half(self, start: int) -> Tensor:
+        """The float16 that begins at a byte of each block, [N, b]."""
+        raw = np.ascontiguousarray(self.field(start, start + 2))
+        return torch.from_numpy(raw.view(np.float16)[..., 0])
+
+
+def unpack(
+    data: Tensor, kind: str, name: str, where: str, shape: tuple[int, int]
+) -> Affine | Table:
+    """The weight in a tensor's bytes.
+
+    Args:
+        data: uint8 [N, bytes of a row].
+        kind: GGUF's type.
+        name, where: of the tensor and the file, for errors.
+        shape: (N, K) of the model's weight.
+
+    Raises:
+        CheckpointError: another shape, or a scale that is NaN or infinite.
+    """
+    kind_of = BY_NAME[kind]
+    rows, columns = shape
+    expected = (rows, columns // kind_of.block_size * kind_of.block_bytes)
+    if tuple(data.shape) != expected:
+        raise CheckpointError(
+            f"tensor {name}: wrong shape", where=where, expected=expected, found=list(data.shape)
+        )
+    weight = _UNPACK[kind](Blocks(data.numpy().reshape(rows, -1, kind_of.block_bytes)))
+    for scales in (weight.scales, weight.biases if isinstance(weight, Affine) else None):
+        values = scales.outer if isinstance(scales, NestedScales) else scales
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise CheckpointError(
+                f"tensor {name}: a scale of {kind} is NaN or infinite",
+                where=where,
+                expected="finite scales",
+                remedy="The file is damaged; download it again.",
+            )
+    return weight
+
+
+def _neighbours(codes: Bytes, group: int) -> Tensor:
+    """Codes of 4 bits as a weight holds them: [N, b, bytes] -> uint8 [N, K / 2].
+
+    Of `group` consecutive bytes, llama.cpp keeps the first inputs in the low halves and the next
+    ones in the high halves; a weight keeps two neighbours in one byte.
+    """
+    rows = codes.shape[0]
+    words = np.ascontiguousarray(codes).view(np.uint16).reshape(rows, -1, group // 2)
+    out = np.empty((rows, words.shape[1], 2, group // 2), np.uint8)
+    low = words & 0x0F0F
+    np.bitwise_or(low, low >> 4, out=low)
+    out[:, :, 0] = low  # the lower byte: the low halves of two bytes
+    high = words >> 4
+    high &= 0x0F0F
+    np.bitwise_or(high, high >> 4, out=high)
+    out[:, :, 1] = high
+    return torch.from_numpy(out.reshape(rows, -1))
+
+
+def _halves(codes: Bytes, group: int) -> Bytes:
+    """4-bit codes one by one, in the order of the inputs: [N, b, bytes] -> uint8 [N, K]."""
+    parts = codes.reshape(codes.shape[0], -1, 1, group)
+    return (parts >> np.array([[0], [4]], np.uint8) & 15).reshape(codes.shape[0], -1)
+
+
+def _q4_0(blocks: Blocks) -> Affine:
+    return Affine(codes=_neighbours(blocks.field(2, 18), 16), scales=blocks.half(0))
+
+
+def _q4_1(blocks: Blocks) -> Affine:
+    codes = _neighbours(blocks.field(4, 20), 16)
+    return Affine(codes=codes, scales=blocks.half(0), biases=blocks.half(2))
+
+
+def _fifth_bits(blocks: Blocks, start: int) -> Bytes:
+    """The highest bits of Q5_0's and Q5_1's codes, as 0 or 16: [N, K]."""
+    bits = np.unpackbits(blocks.field(start, start + 4), axis=-1, bitorder="little")
+    return (bits << 4).reshape(len(bits), -1)
+
+
+def _q5_0(blocks: Blocks) -> Affine:
+    codes = _halves(blocks.field(6, 22), 16) | _fifth_bits(blocks, 2)
+    return Affine(codes=_centred(codes, 16), scales=blocks.half(0), bits=8)
+
+
+def _q5_1(blocks: Blocks) -> Affine:
+    codes = _halves(blocks.field(8, 24), 16) | _fifth_bits(blocks, 4)
+    return Affine(
+        codes=torch.from_numpy(codes), scales=blocks.half(0), biases=blocks.half(2), bits=8
+    )
+
+
+def _q8_0(blocks: Blocks) -> Affine:
+    signed = blocks.field(2, 34).reshape(len(blocks.data), -1)
+    return Affine(codes=torch.from_numpy(signed ^ 0x80), scales=blocks.half(0), bits=8)
+
+
+def _centred(codes: Bytes, zero: int) -> Tensor:
+    """Codes whose zero is `zero`, as codes of 8 bits whose zero is 128."""
+    return torch.from_numpy(codes + np.uint8(128 - zero))
+
+
+def _nested(blocks: Blocks) -> tuple[NestedScales, NestedScales]:
+    """Scales and biases of Q4_K and Q5_K, eight of each a block, of six bits.
+
+    Of the twelve bytes, the first four hold scales 0 to 3, the next four biases 0 to 3, and their
+    highest two bits are those of scales and biases 4 to 7, whose low halves are in the last four.
+    """
+    packed = blocks.field(4, 16)
+    scale, bias, low = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = np.concatenate((scale & 63, low & 15 | scale >> 2 & 48), -1)
+    biases = np.concatenate((bias & 63, low >> 4 | bias >> 2 & 48), -1)
+    return (
+        _six_bits(scales, blocks.half(0), _SIX_BITS),
+        _six_bits(biases, blocks.half(2), -_SIX_BITS),  # llama.cpp subtracts them
+    )
+
+
+def _six_bits(codes: Bytes, outer: Tensor, values: Tensor) -> NestedScales:
+    """Scales in codes of six bits [N, b, 8], which share an outer one [N, b]."""
+    packed = pack_six_bits(torch.from_numpy(codes)).flatten(1)
+    return NestedScales(packed, outer.flatten(), values, block=codes.shape[-1], bits=6)
+
+
+def _q4_k(blocks: Blocks) -> Affine:
+    scales, biases = _nested(blocks)
+    return Affine(codes=_neighbours(blocks.field(16, 144), 32), scales=scales, biases=biases)
+
+
+def _q5_k(blocks: Blocks) -> Affine:
+    scales, biases = _nested(blocks)
+    fifth = blocks.field(16, 48)[:, :, None] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    codes = _halves(blocks.field(48, 176), 32) | (fifth << 4).reshape(len(fifth), -1)
+    return Affine(codes=torch.from_numpy(codes), scales=scales, biases=biases, bits=8)
+
+
+def _q6_k(blocks: Blocks) -> Affine:
+    rows = len(blocks.data)
+    low = _halves(blocks.field(0, 128), 64)
+    parts = blocks.field(128, 192).reshape(rows, -1, 1, 32)
+    high = parts >> np.array([[0], [2], [4], [6]], np.uint8) & 3
+    codes = low | (high << 4).reshape(rows, -1)
+    scales = torch.from_numpy(np.ascontiguousarray(blocks.field(192, 208)).reshape(rows, -1))
+    outer = blocks.half(208).flatten()
+    nested = NestedScales(scales, outer, _SIGNED_BYTES, block=16)
+    return Affine(codes=_centred(codes, 32), scales=nested, bits=8)
+
+
+def _iq4(codes: Bytes, scales: Tensor | NestedScales) -> Table:
+    packed = _neighbours(codes, 16)
+    return Table(
+        codes=packed.flatten(),
+        scales=scales,
+        table=torch.tensor(IQ4_VALUES),
+        out_shape=(len(packed), packed.shape[1] * 2),
+        out_dtype=torch.float16,
+        block_size=32,
+        kind="iq4",
+        high_first=False,
+    )
+
+
+def _iq4_nl(blocks: Blocks) -> Table:
+    return _iq4(blocks.field(2, 18), blocks.half(0))
+
+
+def _iq4_xs(blocks: Blocks) -> Table:
+    high = np.ascontiguousarray(blocks.field(2, 4)).view(np.uint16)  # two bits of each scale
+    upper = (high >> np.arange(0, 16, 2, dtype=np.uint16) & 3).astype(np.uint8)
+    lower = blocks.field(4, 8)[..., None] >> np.array([0, 4], np.uint8) & 15
+    codes = lower.reshape(upper.shape) | upper << 4
+    return _iq4(blocks.field(8, 136), _six_bits(codes, blocks.half(0), _SIX_BITS - 32))
+
+
+_UNPACK: Mapping[str, Callable[[Blocks], Affine | Table]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q4_K": _q4_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "Q8_0": _q8_0,
+}
