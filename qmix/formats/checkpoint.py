@@ -75,6 +75,11 @@ class Checkpoint:
         """Read a tensor by its canonical name, as the file has it."""
         return self.shards.read(self.stored_names[name], into)
 
+    def file_of(self, tensor: ModelTensor) -> Path:
+        """The file that holds a weight, or the first of its tensors."""
+        packed = self.packing(tensor)
+        return self.entry(packed.names[0] if packed else tensor.name).file
+
     def packed(self, tensor: ModelTensor) -> bool:
         """Whether the weight is quantized: in 4 or 8 bits, and not in FP8, which is a source."""
         packing = self.packing(tensor)
@@ -115,7 +120,7 @@ class Checkpoint:
             CheckpointError: the stored tensors are damaged, or have another shape than the model's.
         """
         packed = self.packing(tensor)
-        where = str(self.entry(packed.names[0] if packed else tensor.name).file)
+        where = str(self.file_of(tensor))
         if packed:
             weight = self._unpack(packed, where, into)
         else:

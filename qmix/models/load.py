@@ -133,7 +133,10 @@ def fill(
             else:
                 module.store(weight)
         elif module is not None:
-            data = checkpoint.read(tensor.name)
+            if checkpoint.packed(tensor):
+                data = checkpoint.weight(tensor).dequantize(dtype)
+            else:
+                data = checkpoint.read(tensor.name)
             module.weight = nn.Parameter(_converted(data, dtype, device, tensor, checkpoint))
         missing[tensor.layer] -= 1
         if finish is not None and tensor.layer is not None and not missing[tensor.layer]:
@@ -176,7 +179,7 @@ def _converted(
     converted = data.to(device=device, dtype=dtype)
     if all_finite(converted):  # then `data` was, too
         return converted
-    file = checkpoint.entry(tensor.name).file
+    file = checkpoint.file_of(tensor)
     check_finite(tensor.name, file, data)
     others = "bfloat16 or float32" if dtype == torch.float16 else "float32"
     raise CheckpointError(
