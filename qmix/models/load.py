@@ -133,10 +133,7 @@ def fill(
             else:
                 module.store(weight)
         elif module is not None:
-            if checkpoint.packed(tensor):
-                data = checkpoint.weight(tensor).dequantize(dtype)
-            else:
-                data = checkpoint.read(tensor.name)
+            data = checkpoint.read(tensor.name)
             module.weight = nn.Parameter(_converted(data, dtype, device, tensor, checkpoint))
         missing[tensor.layer] -= 1
         if finish is not None and tensor.layer is not None and not missing[tensor.layer]:
@@ -179,7 +176,7 @@ def _converted(
     converted = data.to(device=device, dtype=dtype)
     if all_finite(converted):  # then `data` was, too
         return converted
-    file = checkpoint.file_of(tensor)
+    file = checkpoint.entry(tensor.name).file
     check_finite(tensor.name, file, data)
     others = "bfloat16 or float32" if dtype == torch.float16 else "float32"
     raise CheckpointError(
