@@ -98,7 +98,7 @@ def _neighbours(codes: Bytes, group: int) -> Tensor:
 def _halves(codes: Bytes, group: int) -> Bytes:
     """4-bit codes one by one, in the order of the inputs: [N, b, bytes] -> uint8 [N, K]."""
     parts = codes.reshape(codes.shape[0], -1, 1, group)
-    return (parts >> np.array([[0], [4]], np.uint8) & 15).reshape(codes.shape[0], -1)
+    return (parts >> np.array([[0], [4]], np.uint8) & np.uint8(15)).reshape(codes.shape[0], -1)
 
 
 def _q4_0(blocks: Blocks) -> Affine:
@@ -113,7 +113,7 @@ def _q4_1(blocks: Blocks) -> Affine:
 def _fifth_bits(blocks: Blocks, start: int) -> Bytes:
     """The highest bits of Q5_0's and Q5_1's codes, as 0 or 16: [N, K]."""
     bits = np.unpackbits(blocks.field(start, start + 4), axis=-1, bitorder="little")
-    return (bits << 4).reshape(len(bits), -1)
+    return (bits << np.uint8(4)).reshape(len(bits), -1)
 
 
 def _q5_0(blocks: Blocks) -> Affine:
@@ -176,8 +176,8 @@ def _q6_k(blocks: Blocks) -> Affine:
     rows = len(blocks.data)
     low = _halves(blocks.field(0, 128), 64)
     parts = blocks.field(128, 192).reshape(rows, -1, 1, 32)
-    high = parts >> np.array([[0], [2], [4], [6]], np.uint8) & 3
-    codes = low | (high << 4).reshape(rows, -1)
+    high = parts >> np.array([[0], [2], [4], [6]], np.uint8) & np.uint8(3)
+    codes = low | (high << np.uint8(4)).reshape(rows, -1)
     scales = torch.from_numpy(np.ascontiguousarray(blocks.field(192, 208)).reshape(rows, -1))
     outer = blocks.half(208).flatten()
     nested = NestedScales(scales, outer, _SIGNED_BYTES, block=16)
@@ -205,8 +205,8 @@ def _iq4_nl(blocks: Blocks) -> Table:
 def _iq4_xs(blocks: Blocks) -> Table:
     high = np.ascontiguousarray(blocks.field(2, 4)).view(np.uint16)  # two bits of each scale
     upper = (high >> np.arange(0, 16, 2, dtype=np.uint16) & 3).astype(np.uint8)
-    lower = blocks.field(4, 8)[..., None] >> np.array([0, 4], np.uint8) & 15
-    codes = lower.reshape(upper.shape) | upper << 4
+    lower = blocks.field(4, 8)[..., None] >> np.array([0, 4], np.uint8) & np.uint8(15)
+    codes = lower.reshape(upper.shape) | upper << np.uint8(4)
     return _iq4(blocks.field(8, 136), _six_bits(codes, blocks.half(0), _SIX_BITS - 32))
 
 
