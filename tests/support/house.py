@@ -65,6 +65,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.weights.table",
         "qmix.weights.affine",
         "qmix.weights.slabs",
+        "qmix.formats.layouts.gguf",
         "qmix.quantize.rounding.nf4",
         "qmix.quantize.calibrated.activations",
         "qmix.evals.timing.llama_peer",
@@ -77,6 +78,7 @@ TORCHLESS = (
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
     *("qmix.text.chat_template", "qmix.printable", "qmix.formats.metadata"),
     *("qmix.formats.compatibility", "qmix.formats.names", "qmix.formats.layouts.tensor_names"),
+    *("qmix.formats.gguf", "qmix.formats.layouts.gguf_schemes"),
     *("qmix.formats.files.safetensors_header", "qmix.formats.files.shard_index"),
     *(
         "qmix.formats.files.output_dir",
