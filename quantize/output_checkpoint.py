@@ -80,7 +80,8 @@ def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
         scheme = recipe.scheme_of(tensor.name)
         dtype = checkpoint.dense_dtype(tensor)
         if dtype == torch.float32:
-            dtype = torch.bfloat16  # a 4-bit model computes in 16 bits
+            # A 4-bit model computes in 16 bits; GGUF's norms are in 32 whatever the rest is in.
+            dtype = torch.bfloat16 if checkpoint.dtype == torch.float32 else checkpoint.dtype
         planned = planned_tensors(tensor, scheme, dtype)
         outputs.append(OutputTensor(tensor, scheme, dtype, planned))
     writer.layout_of({output.tensor.prefix: output.scheme for output in outputs})

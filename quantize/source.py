@@ -21,6 +21,7 @@ from qmix.files import regular_file
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import companions
 from qmix.formats.files.shards import Allocate, Entry, check_finite, fresh, read_entry
+from qmix.formats.gguf.files import checked_source, gguf_files, is_gguf
 
 _CHUNK_BYTES = 16 << 20
 _THREADS = 4  # that hash at once: one takes 0.6 to 2 GB/s, a disk may give more
@@ -157,13 +158,14 @@ class Source(Checkpoint):
 
 
 def open_source(directory: Path) -> Source:
-    """Open a directory that will be quantized.
+    """Open a checkpoint that will be quantized: a directory, or a GGUF file.
 
     Raises:
         QmixError: see `open_checkpoint`; a companion is too large.
     """
-    directory = regular_file.checked_folder(directory)
-    stamps = {path: _stamp(path) for path in directory.glob("*.safetensors")}
+    directory = checked_source(directory)
+    files = gguf_files(directory) if is_gguf(directory) else directory.glob("*.safetensors")
+    stamps = {path: _stamp(path) for path in files}
     settled = time.time_ns() - _RECENT_NS
     recent = frozenset(path for path, stamp in stamps.items() if max(stamp[-2:]) > settled)
     documents = _documents(directory)

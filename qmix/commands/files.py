@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 def convert(
     raw: Annotated[
         Path,
-        typer.Argument(metavar="RAW", help="Folder of consolidated.* files, or FP8 checkpoint."),
+        typer.Argument(
+            metavar="RAW", help="Folder of consolidated.* files, FP8 checkpoint, or GGUF file."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory in the hub's layout.")],
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
 ) -> None:
-    """Turn Mistral's own checkpoint into the hub's layout, or FP8 into 16 bits.
+    """Turn Mistral's own checkpoint or a GGUF file into the hub's layout, or FP8 into 16 bits.
 
     RAW holds consolidated.* files and a params.json, and every number is copied bit for bit; or
-    FP8 weights in the hub's layout, and each is rounded once.
+    FP8 weights in the hub's layout, or is a GGUF file, and each weight is rounded once.
 
     \b
     Example:
@@ -38,15 +40,16 @@ def convert(
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.commands.checkpoint.convert import convert_checkpoint
     from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
+    from qmix.formats.gguf.files import is_gguf
     from qmix.formats.mistral.detect import raw_files
 
-    if (raw / "config.json").is_file() and not raw_files(raw):
+    if is_gguf(raw) or ((raw / "config.json").is_file() and not raw_files(raw)):
         with terminal.progress() as show:
             done = dequantize_checkpoint(
                 raw, out, shard_bytes=shard_bytes, force=force, progress=show
             )
         terminal.message(
-            f"{out}: {done.weights} weights from FP8 to {done.dtype}, "
+            f"{out}: {done.weights} weights from {done.source} to {done.dtype}, "
             f"{done.bytes_out / 1e9:.3f} GB, {done.seconds:.1f} s"
         )
         return

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from qmix import GenerationConfig, LoadOptions
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Checkpoint directory.", show_default=False)
+    Path,
+    typer.Argument(metavar="DIR", help="Checkpoint directory, or GGUF file.", show_default=False),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="the GPU if there is one")

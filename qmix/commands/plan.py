@@ -15,7 +15,9 @@ def plan(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR|CONFIG", help="Checkpoint, or a config.json.", show_default=False
+            metavar="DIR|CONFIG",
+            help="Checkpoint, GGUF file, or a config.json.",
+            show_default=False,
         ),
     ],
     vram: Annotated[

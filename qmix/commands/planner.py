@@ -12,6 +12,7 @@ from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.files import regular_file
 from qmix.formats import names
 from qmix.formats.files.shard_names import INDEX
+from qmix.formats.gguf.files import is_gguf
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.planning import gpus, machine
@@ -38,7 +39,7 @@ class PlanRequest:
     """What a user asks; sizes as written, None where nothing was said.
 
     Attributes:
-        source: a checkpoint's folder, or a config.json.
+        source: a checkpoint's folder, a GGUF file, or a config.json.
         vram, ram: budgets, such as "24G".
         card: a GPU by name.
         method, group_size: how a model that is not quantized yet would be.
@@ -102,9 +103,9 @@ def _models(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
     scheme = _scheme(request)
     if not regular_file.exists(path):
         raise _no_source("no such directory or file", path)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         refuse_raw(path)
-        if _has_weights(path):
+        if is_gguf(path) or _has_weights(path):
             stored = StoredModel.of(read_metadata(path))
             if not stored.dense:
                 return stored, None
@@ -126,7 +127,7 @@ def _models(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
 
 def _no_source(what: str, path: Path) -> CheckpointError:
     return CheckpointError(
-        what, where=str(path), remedy="Give a checkpoint's folder, or a config.json."
+        what, where=str(path), remedy="Give a checkpoint's folder, a GGUF file, or a config.json."
     )
 
 

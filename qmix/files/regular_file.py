@@ -119,7 +119,7 @@ def checked_folder(directory: str | Path) -> Path:
     raise CheckpointError(
         "not a directory" if exists(folder) else "no such directory",
         where=str(folder)[:300],
-        remedy="Give the folder that holds config.json and the safetensors files.",
+        remedy="Give a GGUF file, or the folder of config.json and the safetensors files.",
     )
 
 

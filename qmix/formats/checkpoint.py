@@ -75,10 +75,14 @@ class Checkpoint:
         """Read a tensor by its canonical name, as the file has it."""
         return self.shards.read(self.stored_names[name], into)
 
+    def stored(self, tensor: ModelTensor) -> tuple[str, ...]:
+        """The canonical names of the tensors that hold a weight."""
+        packed = self.packing(tensor)
+        return packed.names if packed else (tensor.name,)
+
     def file_of(self, tensor: ModelTensor) -> Path:
         """The file that holds a weight, or the first of its tensors."""
-        packed = self.packing(tensor)
-        return self.entry(packed.names[0] if packed else tensor.name).file
+        return self.entry(self.stored(tensor)[0]).file
 
     def packed(self, tensor: ModelTensor) -> bool:
         """Whether the weight is quantized: in 4 or 8 bits, and not in FP8, which is a source."""
@@ -86,24 +90,25 @@ class Checkpoint:
         return packing is not None and not packing.dense
 
     def dense(self, tensor: ModelTensor) -> Tensor:
-        """A tensor that is not quantized; in float32 if it is stored in FP8.
+        """A tensor as numbers; in float32 if it is quantized, or stored in FP8.
 
         Raises:
             CheckpointError: the stored tensors are damaged.
         """
-        assert not self.packed(tensor), tensor.name
         if self.packing(tensor) is None:
             return self.read(tensor.name)
         return self.weight(tensor).dequantize(torch.float32)
 
     def dense_dtype(self, tensor: ModelTensor) -> torch.dtype:
-        """The dtype of a tensor that is not quantized; the checkpoint's if it is stored in FP8."""
+        """The dtype of a tensor that is not packed; the checkpoint's if it is."""
         return self.dtype if self.packing(tensor) else self.entry(tensor.name).dtype
 
     def dense_bytes(self, tensor: ModelTensor) -> int:
-        """Bytes that `dense` takes, with those of the file if it is stored in FP8."""
-        nbytes = self.entry(tensor.name).nbytes
-        return nbytes + 4 * math.prod(tensor.shape) if self.packing(tensor) else nbytes
+        """Bytes that `dense` takes, with those of the file if the weight is packed."""
+        packed = self.packing(tensor)
+        if packed is None:
+            return self.entry(tensor.name).nbytes
+        return sum(info.nbytes for info in packed.infos.values()) + 4 * math.prod(tensor.shape)
 
     def packing(self, tensor: ModelTensor) -> PackedTensors | None:
         """How the weight is packed, decided from its tensors; None if it is stored as it is."""

@@ -36,12 +36,14 @@ class StorageSummary:
         layouts: of the packed weights.
         dialect: the names of the expert tensors are classic, or gptqmodel's.
         settings: config.json's `quantization_config`, else those beside it; None if there are none.
+        gguf: whether each layer's experts lie in one tensor, if the files are GGUF; else None.
     """
 
     schemes: Mapping[str, Scheme]
     layouts: frozenset[Layout]
     dialect: Dialect
     settings: Mapping[str, Any] | None
+    gguf: Literal["stacked", "single"] | None = None
 
     @property
     def expert_schemes(self) -> dict[str, Scheme]:
@@ -90,7 +92,14 @@ def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
         layouts=layouts,
         dialect="classic" if classic else "gptqmodel",
         settings=metadata.quantization_settings(files.pop() if len(files) == 1 else None)[0],
+        gguf=_gguf_experts(metadata),
     )
+
+
+def _gguf_experts(metadata: CheckpointMetadata) -> Literal["stacked", "single"] | None:
+    if metadata.container != "GGUF":
+        return None
+    return "stacked" if any(name.endswith("]") for name in metadata.tensor_infos) else "single"
 
 
 def reader_support(summary: StorageSummary) -> tuple[ReaderSupport, ...]:
@@ -99,11 +108,24 @@ def reader_support(summary: StorageSummary) -> tuple[ReaderSupport, ...]:
     Raises:
         CheckpointError: compressed-tensors' settings have a field of a wrong type.
     """
+    qmix = ReaderSupport(reader="qmix", outcome="loads", reason="", tried=True)
+    if summary.gguf is not None:
+        return qmix, _llama_cpp(summary)
     return (
-        ReaderSupport(reader="qmix", outcome="loads", reason="", tried=True),
+        qmix,
         _vllm(summary),
         _transformers(summary),
         _gptqmodel(summary),
+    )
+
+
+def _llama_cpp(summary: StorageSummary) -> ReaderSupport:
+    single = summary.gguf == "single"
+    return ReaderSupport(
+        reader="llama.cpp (2026)",
+        outcome="refuses" if single else "loads",
+        reason="each expert has tensors of its own, as until 2024" if single else "",
+        tried=True,
     )
 
 

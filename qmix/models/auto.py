@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.files import regular_file
+from qmix.formats.gguf.files import checked_source
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
@@ -30,7 +30,7 @@ def load(
         UnsupportedError: a layout that qmix does not read.
         ResourceError: the model does not fit.
     """
-    directory = regular_file.checked_folder(directory)
+    directory = checked_source(directory)
     refuse_raw(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device, **options)

@@ -37,7 +37,8 @@ class HeatRecord:
         self._path: Path | None = None
         heat = None
         if persistent:
-            names = (t.name for t in checkpoint.tensors if t.kind == "router")
+            routers = (t for t in checkpoint.tensors if t.kind == "router")
+            names = (name for t in routers for name in checkpoint.stored(t))
             bits = (checkpoint.read(name).view(torch.uint8).numpy().tobytes() for name in names)
             self._model = heat_file.fingerprint(bits)
             folder = user_files.cache_directory() / "heat"

@@ -181,10 +181,15 @@ class StoredModel:
 
     @cached_property
     def loading(self) -> int:
-        """Bytes that the largest weight takes while it is converted: integers are transposed, and
-        dense weights are brought into `dtype`. 0 if no weight is converted.
+        """Bytes that the largest weight takes while it is converted: integers are transposed, they
+        and the tables of GGUF are reordered, and dense weights are brought into `dtype`. 0 if no
+        weight is converted.
         """
-        converted = [3 * weight.file_bytes for weight in self.weights if weight.scheme.integer]
+        converted = [
+            3 * weight.file_bytes
+            for weight in self.weights
+            if weight.scheme.integer or weight.scheme.kind == "iq4"
+        ]
         converted += [
             # FP8 is dequantized in float32 first.
             weight.file_bytes + (4 * weight.elements if weight.item == 1 else 0)

@@ -1,6 +1,7 @@
 """Small GGUF files, written field by field so that a test can make any of them wrong."""
 
 import struct
+from array import array
 from pathlib import Path
 
 import torch
@@ -20,9 +21,15 @@ def string(text):
 
 
 def value(item):
-    """A value with its type: integers as uint32, floats as float32, of lists by the first item."""
-    if isinstance(item, bytes):  # made by the caller
+    """A value with its type: integers as uint32, floats as float32, of lists by the first item.
+
+    The numbers of an `array.array` have its type. Bytes are a type and a value already.
+    """
+    if isinstance(item, bytes):
         return item
+    if isinstance(item, array):
+        kind = "BbHhIif".index(item.typecode)
+        return struct.pack("<IIQ", ARRAY, kind, len(item)) + item.tobytes()
     if isinstance(item, (list, tuple)):
         kind, _ = scalar(item[0]) if item else (STRING, b"")
         data = b"".join(scalar(one)[1] for one in item)
@@ -88,7 +95,7 @@ def mixtral_metadata(config):
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": [0.0] * len(tokens),
-        "tokenizer.ggml.token_type": [2, 3, 3, *(6 for _ in tokens[3:])],
+        "tokenizer.ggml.token_type": array("i", [2, 3, 3, *(6 for _ in tokens[3:])]),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
@@ -150,7 +157,11 @@ def write_shards(folder, model, count, name="m"):
     metadata, tensors = mixtral_metadata(model.config), list(mixtral_tensors(model).items())
     paths = []
     for index in range(count):
-        split = {"split.no": index, "split.count": count, "split.tensors.count": len(tensors)}
+        split = {
+            "split.no": struct.pack("<IH", 2, index),
+            "split.count": struct.pack("<IH", 2, count),
+            "split.tensors.count": struct.pack("<Ii", 5, len(tensors)),
+        }
         own = {**(metadata if index == 0 else {}), **split}
         path = folder / f"{name}-{index + 1:05d}-of-{count:05d}.gguf"
         path.write_bytes(gguf_bytes(own, dict(tensors[index::count])))

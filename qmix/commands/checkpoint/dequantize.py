@@ -1,6 +1,6 @@
-"""From an FP8 checkpoint to one in 16 bits, tensor by tensor; each value is rounded once.
+"""From an FP8 checkpoint or a GGUF file to the hub's layout in 16 bits; a value is rounded once.
 
-Holds one tensor at a time. Knows FP8 only by formats.checkpoint.
+Holds one tensor at a time. Knows FP8 and GGUF only by formats.checkpoint.
 """
 
 import time
@@ -28,9 +28,17 @@ from qmix.planning.plan import check_memory
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantization:
-    """The outcome: weights that were in FP8, bytes of the whole directory, time, the new dtype."""
+    """The outcome.
+
+    Attributes:
+        weights: how many were in fewer than 16 bits.
+        source: what they were in: FP8 or GGUF.
+        bytes_out: of the whole directory.
+        dtype: of the new weights; those that were in 16 or 32 bits stay as they are.
+    """
 
     weights: int
+    source: str
     bytes_out: int
     seconds: float
     dtype: str
@@ -44,10 +52,11 @@ def dequantize_checkpoint(
     force: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Dequantization:
-    """Write an FP8 checkpoint's weights in the dtype of its config, with the hub's names.
+    """Write the weights of FP8 or GGUF in the dtype of the config, with the hub's names.
 
     Args:
-        source, out: directories; `out` appears complete or not at all.
+        source: directory or GGUF file.
+        out: directory; it appears complete or not at all.
         shard_bytes: upper limit of an output file.
         force: replace an existing checkpoint at `out`.
         progress: called with the name of the next tensor, the bytes done and all bytes.
@@ -55,13 +64,15 @@ def dequantize_checkpoint(
     Raises:
         UsageError: a path is unsuitable.
         CheckpointError: the source is damaged, or holds NaN.
-        UnsupportedError: no weight is in FP8, or one is in fewer bits.
+        UnsupportedError: a checkpoint of the hub's without a weight in FP8, or with one in fewer
+            bits.
         ResourceError: too little disk space or memory.
     """
     begun = time.perf_counter()
     output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
     weights = _check_convertible(checkpoint)
+    kind = "GGUF" if checkpoint.metadata.container == "GGUF" else "FP8"
     specs = [
         TensorSpec(tensor.name, checkpoint.dense_dtype(tensor), tensor.shape)
         for tensor in checkpoint.tensors
@@ -75,11 +86,12 @@ def dequantize_checkpoint(
         progress("checksums", total, total)
         checkpoint.config.replace(quantization_config=None).save_pretrained(folder)
         copy_companions(source, folder)
-        facts = {"method": "convert from FP8", "source": source.resolve().name}
+        facts = {"method": f"convert from {kind}", "source": source.resolve().name}
         manifest.write_manifest(folder, {"qmix": qmix.__version__, **facts})
         bytes_out = output_dir.total_bytes(folder)
     return Dequantization(
         weights=weights,
+        source=kind,
         bytes_out=bytes_out,
         seconds=time.perf_counter() - begun,
         dtype=checkpoint.metadata.dtype,
@@ -87,23 +99,25 @@ def dequantize_checkpoint(
 
 
 def _check_convertible(checkpoint: Checkpoint) -> int:
-    """The number of FP8 weights; raise if there are none, or weights in fewer bits."""
+    """The number of weights that will be dequantized; see dequantize_checkpoint for the errors."""
+    weights = sum(checkpoint.packing(tensor) is not None for tensor in checkpoint.tensors)
+    if checkpoint.metadata.container == "GGUF":
+        return weights
     where = str(checkpoint.shards.directory)
     quantized = [tensor.name for tensor in checkpoint.tensors if checkpoint.packed(tensor)]
     if quantized:
         raise UnsupportedError(
             "a quantized checkpoint is not converted",
             where=where,
-            expected="weights in FP8, 16 or 32 bits",
+            expected="weights in FP8",
             found=f"{quantized[0]} in fewer bits",
             remedy="Use the original checkpoint.",
         )
-    weights = sum(checkpoint.packing(tensor) is not None for tensor in checkpoint.tensors)
     if not weights:
         raise UnsupportedError(
             "nothing to convert",
             where=where,
-            expected="Mistral's own files, or weights in FP8",
+            expected="Mistral's own files, weights in FP8, or GGUF",
             found="16- or 32-bit weights in the hub's layout",
             remedy="Use the checkpoint as it is.",
         )
@@ -122,5 +136,5 @@ def _dequantized(
 
 def _rounded(checkpoint: Checkpoint, tensor: ModelTensor, dtype: torch.dtype) -> Tensor:
     data = checkpoint.dense(tensor).to(dtype)
-    check_finite(tensor.name, checkpoint.entry(tensor.name).file, data)
+    check_finite(tensor.name, checkpoint.file_of(tensor), data)
     return data

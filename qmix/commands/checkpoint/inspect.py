@@ -21,7 +21,7 @@ class WeightGroup:
     """All weights of one kind that are stored alike.
 
     Attributes:
-        layout: of their tensors; "safetensors" if they are dense.
+        layout: of their tensors; the format of the files if they are dense.
         scheme: theirs; a dtype if they are dense.
         weights: how many.
         parameters: elements of all of them.
@@ -44,7 +44,7 @@ class Inventory:
     """A checkpoint at a glance.
 
     Attributes:
-        files: safetensors file name -> size in bytes.
+        files: file name -> size in bytes.
         groups: in the model's order.
         readers: which programs load it.
     """
@@ -99,7 +99,7 @@ def inspect(directory: str | Path) -> Inventory:
         packing = metadata.packing(tensor)
         names = packing.names if packing else (tensor.name,)
         stored_bytes = sum(metadata.tensor_info(name).nbytes for name in names)
-        layout: str = packing.layout if packing else "safetensors"
+        layout: str = packing.layout if packing else metadata.container
         if packing and packing.dense:
             scheme = _fp8_scheme(packing)
         elif packing:

@@ -42,6 +42,15 @@ def is_gguf(path: str | Path) -> bool:
     return any(path.glob(f"*{SUFFIX}")) and not any(path.glob("*.safetensors"))
 
 
+def checked_source(path: str | Path) -> Path:
+    """The path of a checkpoint: its directory, or a GGUF file.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    return Path(path) if is_gguf(path) else regular_file.checked_folder(path)
+
+
 def gguf_files(path: str | Path) -> tuple[Path, ...]:
     """The files of the model at a path for which `is_gguf` is true, the first shard first.
 

@@ -22,6 +22,7 @@ from qmix.weights.table import IQ4_VALUES, Table
 
 Bytes = NDArray[np.uint8]
 
+_SLAB_BYTES = 1 << 19
 _SIX_BITS = torch.arange(64, dtype=torch.float32)
 _SIGNED_BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
 
@@ -76,7 +77,22 @@ def unpack(
     return weight
 
 
-def _neighbours(codes: Bytes, group: int) -> Tensor:
+def _codes(blocks: Blocks, decode: Callable[[Blocks], Bytes]) -> Tensor:
+    """What `decode` makes of the blocks, a few rows at a time, which fit the cache: uint8 [N, ...].
+
+    It also bounds the memory beside the result.
+    """
+    rows, count, nbytes = blocks.data.shape
+    step = max(1, _SLAB_BYTES // (count * nbytes))
+    first = decode(Blocks(blocks.data[:step]))
+    out = np.empty((rows, first.shape[1]), np.uint8)
+    out[:step] = first
+    for start in range(step, rows, step):
+        out[start : start + step] = decode(Blocks(blocks.data[start : start + step]))
+    return torch.from_numpy(out)
+
+
+def _neighbours(codes: Bytes, group: int) -> Bytes:
     """Codes of 4 bits as a weight holds them: [N, b, bytes] -> uint8 [N, K / 2].
 
     Of `group` consecutive bytes, llama.cpp keeps the first inputs in the low halves and the next
@@ -92,7 +108,7 @@ def _neighbours(codes: Bytes, group: int) -> Tensor:
     high &= 0x0F0F
     np.bitwise_or(high, high >> 4, out=high)
     out[:, :, 1] = high
-    return torch.from_numpy(out.reshape(rows, -1))
+    return out.reshape(rows, -1)
 
 
 def _halves(codes: Bytes, group: int) -> Bytes:
@@ -102,40 +118,35 @@ def _halves(codes: Bytes, group: int) -> Bytes:
 
 
 def _q4_0(blocks: Blocks) -> Affine:
-    return Affine(codes=_neighbours(blocks.field(2, 18), 16), scales=blocks.half(0))
+    codes = _codes(blocks, lambda part: _neighbours(part.field(2, 18), 16))
+    return Affine(codes=codes, scales=blocks.half(0))
 
 
 def _q4_1(blocks: Blocks) -> Affine:
-    codes = _neighbours(blocks.field(4, 20), 16)
+    codes = _codes(blocks, lambda part: _neighbours(part.field(4, 20), 16))
     return Affine(codes=codes, scales=blocks.half(0), biases=blocks.half(2))
 
 
-def _fifth_bits(blocks: Blocks, start: int) -> Bytes:
-    """The highest bits of Q5_0's and Q5_1's codes, as 0 or 16: [N, K]."""
-    bits = np.unpackbits(blocks.field(start, start + 4), axis=-1, bitorder="little")
-    return (bits << np.uint8(4)).reshape(len(bits), -1)
-
-
 def _q5_0(blocks: Blocks) -> Affine:
-    codes = _halves(blocks.field(6, 22), 16) | _fifth_bits(blocks, 2)
-    return Affine(codes=_centred(codes, 16), scales=blocks.half(0), bits=8)
+    codes = _codes(blocks, lambda part: _five_bits(part, 2) + np.uint8(128 - 16))
+    return Affine(codes=codes, scales=blocks.half(0), bits=8)
 
 
 def _q5_1(blocks: Blocks) -> Affine:
-    codes = _halves(blocks.field(8, 24), 16) | _fifth_bits(blocks, 4)
-    return Affine(
-        codes=torch.from_numpy(codes), scales=blocks.half(0), biases=blocks.half(2), bits=8
-    )
+    codes = _codes(blocks, lambda part: _five_bits(part, 4))
+    return Affine(codes=codes, scales=blocks.half(0), biases=blocks.half(2), bits=8)
+
+
+def _five_bits(blocks: Blocks, start: int) -> Bytes:
+    """The codes of Q5_0 and Q5_1, [N, K]: 32 highest bits, then 16 bytes of lower halves."""
+    bits = np.unpackbits(blocks.field(start, start + 4), axis=-1, bitorder="little")
+    lower = _halves(blocks.field(start + 4, start + 20), 16)
+    return lower | (bits << np.uint8(4)).reshape(lower.shape)
 
 
 def _q8_0(blocks: Blocks) -> Affine:
-    signed = blocks.field(2, 34).reshape(len(blocks.data), -1)
-    return Affine(codes=torch.from_numpy(signed ^ 0x80), scales=blocks.half(0), bits=8)
-
-
-def _centred(codes: Bytes, zero: int) -> Tensor:
-    """Codes whose zero is `zero`, as codes of 8 bits whose zero is 128."""
-    return torch.from_numpy(codes + np.uint8(128 - zero))
+    codes = _codes(blocks, lambda part: part.field(2, 34).reshape(len(part.data), -1) ^ 0x80)
+    return Affine(codes=codes, scales=blocks.half(0), bits=8)
 
 
 def _nested(blocks: Blocks) -> tuple[NestedScales, NestedScales]:
@@ -162,35 +173,46 @@ def _six_bits(codes: Bytes, outer: Tensor, values: Tensor) -> NestedScales:
 
 def _q4_k(blocks: Blocks) -> Affine:
     scales, biases = _nested(blocks)
-    return Affine(codes=_neighbours(blocks.field(16, 144), 32), scales=scales, biases=biases)
+    codes = _codes(blocks, lambda part: _neighbours(part.field(16, 144), 32))
+    return Affine(codes=codes, scales=scales, biases=biases)
 
 
 def _q5_k(blocks: Blocks) -> Affine:
     scales, biases = _nested(blocks)
-    fifth = blocks.field(16, 48)[:, :, None] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    codes = _halves(blocks.field(48, 176), 32) | (fifth << 4).reshape(len(fifth), -1)
-    return Affine(codes=torch.from_numpy(codes), scales=scales, biases=biases, bits=8)
+    return Affine(codes=_codes(blocks, _q5_k_codes), scales=scales, biases=biases, bits=8)
+
+
+def _q5_k_codes(blocks: Blocks) -> Bytes:
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    fifth = blocks.field(16, 48)[:, :, None] >> shifts & np.uint8(1)
+    return _halves(blocks.field(48, 176), 32) | (fifth << np.uint8(4)).reshape(len(fifth), -1)
 
 
 def _q6_k(blocks: Blocks) -> Affine:
+    scales = torch.from_numpy(
+        np.ascontiguousarray(blocks.field(192, 208)).reshape(len(blocks.data), -1)
+    )
+    nested = NestedScales(scales, blocks.half(208).flatten(), _SIGNED_BYTES, block=16)
+    return Affine(codes=_codes(blocks, _q6_k_codes), scales=nested, bits=8)
+
+
+def _q6_k_codes(blocks: Blocks) -> Bytes:
     rows = len(blocks.data)
-    low = _halves(blocks.field(0, 128), 64)
     parts = blocks.field(128, 192).reshape(rows, -1, 1, 32)
     high = parts >> np.array([[0], [2], [4], [6]], np.uint8) & np.uint8(3)
-    codes = low | (high << np.uint8(4)).reshape(rows, -1)
-    scales = torch.from_numpy(np.ascontiguousarray(blocks.field(192, 208)).reshape(rows, -1))
-    outer = blocks.half(208).flatten()
-    nested = NestedScales(scales, outer, _SIGNED_BYTES, block=16)
-    return Affine(codes=_centred(codes, 32), scales=nested, bits=8)
+    codes = _halves(blocks.field(0, 128), 64) | (high << np.uint8(4)).reshape(rows, -1)
+    return codes + np.uint8(128 - 32)
 
 
-def _iq4(codes: Bytes, scales: Tensor | NestedScales) -> Table:
-    packed = _neighbours(codes, 16)
+def _iq4(blocks: Blocks, start: int, scales: Tensor | NestedScales) -> Table:
+    """A weight whose codes follow from byte `start` of each block on."""
+    end = blocks.data.shape[2]
+    codes = _codes(blocks, lambda part: _neighbours(part.field(start, end), 16))
     return Table(
-        codes=packed.flatten(),
+        codes=codes.flatten(),
         scales=scales,
         table=torch.tensor(IQ4_VALUES),
-        out_shape=(len(packed), packed.shape[1] * 2),
+        out_shape=(len(codes), codes.shape[1] * 2),
         out_dtype=torch.float16,
         block_size=32,
         kind="iq4",
@@ -199,7 +221,7 @@ def _iq4(codes: Bytes, scales: Tensor | NestedScales) -> Table:
 
 
 def _iq4_nl(blocks: Blocks) -> Table:
-    return _iq4(blocks.field(2, 18), blocks.half(0))
+    return _iq4(blocks, 2, blocks.half(0))
 
 
 def _iq4_xs(blocks: Blocks) -> Table:
@@ -207,7 +229,7 @@ def _iq4_xs(blocks: Blocks) -> Table:
     upper = (high >> np.arange(0, 16, 2, dtype=np.uint16) & 3).astype(np.uint8)
     lower = blocks.field(4, 8)[..., None] >> np.array([0, 4], np.uint8) & np.uint8(15)
     codes = lower.reshape(upper.shape) | upper << np.uint8(4)
-    return _iq4(blocks.field(8, 136), _six_bits(codes, blocks.half(0), _SIX_BITS - 32))
+    return _iq4(blocks, 8, _six_bits(codes, blocks.half(0), _SIX_BITS - 32))
 
 
 _UNPACK: Mapping[str, Callable[[Blocks], Affine | Table]] = {
