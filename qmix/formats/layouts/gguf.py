@@ -145,7 +145,9 @@ def _five_bits(blocks: Blocks, start: int) -> Bytes:
 
 
 def _q8_0(blocks: Blocks) -> Affine:
-    codes = _codes(blocks, lambda part: part.field(2, 34).reshape(len(part.data), -1) ^ 0x80)
+    codes = _codes(
+        blocks, lambda part: part.field(2, 34).reshape(len(part.data), -1) ^ np.uint8(0x80)
+    )
     return Affine(codes=codes, scales=blocks.half(0), bits=8)
 
 
