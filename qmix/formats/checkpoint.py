@@ -15,7 +15,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
 from qmix.formats.layouts.headers import PackedTensors
-from qmix.formats.layouts.unpacking import AS_STORED, UNPACK
+from qmix.formats.layouts.unpacking import UNPACK, as_stored
 from qmix.formats.metadata import CheckpointMetadata, read_metadata
 from qmix.formats.names import ModelTensor
 from qmix.formats.rotary_rows import half_split
@@ -135,7 +135,7 @@ class Checkpoint:
         return weight
 
     def _unpack(self, packed: PackedTensors, where: str, into: Allocate) -> Weight:
-        if packed.layout not in AS_STORED:
+        if not as_stored(packed):
             into = fresh
         tensors = {name: self.read(name, into) for name in packed.names}
         settings = self.metadata.settings.get(packed.layout)

@@ -25,6 +25,7 @@ from qmix.formats.layouts.settings import PackedModule
 from qmix.formats.layouts.tensor_names import ACTIVATION_SCALES, Layout
 from qmix.formats.mistral import detect
 from qmix.formats.names import ModelTensor
+from qmix.formats.stacked import unstacked
 from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
 from qmix.weights.scheme import Scheme
 
@@ -40,7 +41,7 @@ class CheckpointMetadata:
     """What the config and the headers of a checkpoint say; its tensors are exactly the model's.
 
     Attributes:
-        tensor_infos: of the files, by the names in the files.
+        tensor_infos: of the files, by the names in the files; stacked experts are taken apart.
         tensors: what the model needs, in the model's order.
         stored_names: canonical tensor name -> name in the files.
         settings: of the layouts that the weights have, each as its row in layouts.headers reads it.
@@ -57,10 +58,16 @@ class CheckpointMetadata:
 
     @property
     def dtype(self) -> str:
-        """The checkpoint's floating dtype by torch's name: the config's, else the embedding's."""
+        """The checkpoint's floating dtype by torch's name.
+
+        It is the config's, else the embedding's, or the last norm's if that is packed.
+        """
         if self.config.dtype is not None:
             return self.config.dtype
-        return DTYPES[self.tensor_info("model.embed_tokens.weight").dtype][0]
+        embedding = self.tensor_info("model.embed_tokens.weight").dtype
+        if embedding not in _FLOATS:  # it is packed
+            embedding = self.tensor_info("model.norm.weight").dtype
+        return DTYPES[embedding][0]
 
     def tensor_info(self, name: str) -> TensorInfo:
         """The header's entry of a tensor, by its canonical name."""
@@ -136,13 +143,29 @@ class CheckpointMetadata:
         )
 
     def quantization_settings(
-        self, settings_file: str | None
+        self, settings_file: str | None, field: str | None = None
     ) -> tuple[Mapping[str, Any] | None, str]:
         """The quantization settings, or None, and the file or directory for errors.
 
         Args:
             settings_file: the file beside config.json that is read if config.json has none.
+            field: of config.json, which comes before `quantization_config`.
+
+        Raises:
+            CheckpointError: the field is no object, or contradicts `quantization_config`.
         """
+        own = None if field is None else self.config.extra.get(field)
+        if own is not None:
+            where = f"{self.directory / 'config.json'}: {field}"
+            same = self.config.quantization_config in (None, own)
+            if not same or not isinstance(own, Mapping):
+                raise CheckpointError(
+                    "wrong type" if same else "contradicts quantization_config",
+                    where=where,
+                    expected="an object" if same else "equal settings in both fields",
+                    found=repr(own)[:80],
+                )
+            return own, where
         if self.config.quantization_config is not None:
             return self.config.quantization_config, str(self.directory / "config.json")
         if settings_file is not None and (self.directory / settings_file).exists():
@@ -172,7 +195,7 @@ def read_metadata(directory: str | Path) -> CheckpointMetadata:
     detect.refuse_raw(folder)
     unread_layouts.refuse_files(folder)
     config = MixtralConfig.from_pretrained(folder)
-    infos = read_headers(folder)
+    infos = unstacked(read_headers(folder), config)
     stored_names = _stored_names(infos)
     check_count(str(folder), names.count(config), len(infos), description="config.json")
     tensors = tuple(names.model_tensors(config))
@@ -222,7 +245,7 @@ def _with_settings(metadata: CheckpointMetadata) -> CheckpointMetadata:
     """Read the quantization settings of the layouts that the tensors have."""
     found = {packed.layout for packed in map(metadata.packing, metadata.tensors) if packed}
     settings = {
-        layout.name: layout.read(*metadata.quantization_settings(layout.file))
+        layout.name: layout.read(*metadata.quantization_settings(layout.file, layout.field))
         for layout in LAYOUTS
         if layout.name in found
     }

@@ -17,6 +17,11 @@ TensorKind = Literal["embedding", "norm", "attention", "router", "expert", "head
 _SPELLINGS = (
     (re.compile(r"^(embed_tokens|layers|norm)\."), r"model.\1."),
     (re.compile(r"\.mlp\.(gate|experts)\."), r".block_sparse_moe.\1."),
+    # Matrices of stacked experts, as qmix.formats.stacked names them.
+    (re.compile(r"\.experts\.gate_up_proj\[(\d+)\]\.gate$"), r".experts.\1.w1.weight"),
+    (re.compile(r"\.experts\.gate_up_proj\[(\d+)\]\.up$"), r".experts.\1.w3.weight"),
+    (re.compile(r"\.experts\.down_proj\[(\d+)\]$"), r".experts.\1.w2.weight"),
+    (re.compile(r"\.switch_mlp\.(\w+_proj)\[(\d+)\]\."), r".experts.\2.\1."),
     (re.compile(r"(\.block_sparse_moe\.experts\.\d+)\.gate_proj\."), r"\1.w1."),
     (re.compile(r"(\.block_sparse_moe\.experts\.\d+)\.up_proj\."), r"\1.w3."),
     (re.compile(r"(\.block_sparse_moe\.experts\.\d+)\.down_proj\."), r"\1.w2."),

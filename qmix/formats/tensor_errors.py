@@ -58,7 +58,7 @@ def wrong_tensors(
 def wrong_shape(
     where: str,
     name: str,
-    expected: Sequence[int],
+    expected: Sequence[object],
     found: Sequence[int],
     *,
     description: str = "config.json",

@@ -63,11 +63,6 @@ UNREAD_LAYOUTS = (
         files=("weights.npz", "weights.*.npz", "model.npz"),
         remedy="Fetch a version that mlx-lm saved as safetensors (mlx-community has them).",
     ),
-    UnreadLayout(
-        name="fused experts",
-        suffixes=(".gate_up_proj",),
-        remedy="Save the model again with each expert's matrices apart, or fetch the original.",
-    ),
 )
 
 

@@ -48,7 +48,7 @@ def unpack_modelopt(
     """
     stored = CheckedTensors(tensors, prefix, where)
     factor = positive(stored, SCALE_2)
-    return _table(stored, WEIGHT, shape, _e4m3(), factor)
+    return _table(stored, WEIGHT, shape, e4m3(), factor)
 
 
 def unpack_compressed(
@@ -57,10 +57,10 @@ def unpack_compressed(
     """The same of compressed-tensors' NVFP4 and MXFP4."""
     stored = CheckedTensors(tensors, prefix, where)
     if stored.tensor(SCALE).dtype in (torch.uint8, torch.float8_e8m0fnu):
-        return _table(stored, PACKED, shape, _e8m0(), torch.ones(1))
+        return _table(stored, PACKED, shape, e8m0(), torch.ones(1))
     divisor = positive(stored, GLOBAL_SCALE)
     # A quotient is rounded; multiplied by one it is what compressed-tensors computes.
-    return _table(stored, PACKED, shape, _e4m3() / divisor, torch.ones(1))
+    return _table(stored, PACKED, shape, e4m3() / divisor, torch.ones(1))
 
 
 def positive(stored: CheckedTensors, suffix: str) -> Tensor:
@@ -113,12 +113,36 @@ def _table(
         expected = "float8_e4m3fn, or uint8 in MXFP4"
         raise stored.wrong(SCALE, "wrong dtype", expected, scales.dtype)
     check_activation_scales(stored)
-    scale_codes = scales.view(torch.uint8)
+    return e2m1_table(stored, SCALE, packed, scales.view(torch.uint8), shape, values, outer)
+
+
+def e2m1_table(
+    stored: CheckedTensors,
+    suffix: str,
+    packed: Tensor,
+    scale_codes: Tensor,
+    shape: tuple[int, int],
+    values: Tensor,
+    outer: Tensor,
+) -> Table:
+    """A weight of E2M1 codes, after checking that its scales are finite.
+
+    Args:
+        suffix: of the scales' tensor, for errors.
+        packed: uint8 [N, K / 2], the first input of a byte in the low bits.
+        scale_codes: uint8 [N, G].
+        shape: (N, K).
+        values: of the scales' 256 codes, float32; NaN or infinity is refused where it is used.
+        outer: float32 [1], multiplies all scales.
+
+    Raises:
+        CheckpointError: a scale is not finite, or makes a value that is not.
+    """
     found = torch.bincount(scale_codes.flatten(), minlength=256)
     invalid = (found > 0) & ~torch.isfinite(values * outer * _LARGEST_CODE)
     if bool(invalid.any()):
         what = "holds NaN, or scales beyond the range of float32"
-        raise stored.wrong(SCALE, what, "finite values", f"{int(found[invalid].sum())} others")
+        raise stored.wrong(suffix, what, "finite values", f"{int(found[invalid].sum())} others")
     return Table(
         codes=packed.view(-1),
         scales=NestedScales(
@@ -130,7 +154,7 @@ def _table(
         table=_e2m1(),
         out_shape=shape,
         out_dtype=_DTYPE,
-        block_size=block,
+        block_size=shape[1] // scale_codes.shape[1],
         kind="e2m1",
         high_first=False,
     )
@@ -140,11 +164,11 @@ def _e2m1() -> Tensor:
     return torch.tensor(E2M1_VALUES)
 
 
-def _e4m3() -> Tensor:
+def e4m3() -> Tensor:
     """The value of each E4M3 code, float32 [256]; codes 127 and 255 are NaN."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-def _e8m0() -> Tensor:
+def e8m0() -> Tensor:
     """The value of each E8M0 code, 2^(code - 127), float32 [256]; code 255 is NaN."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).float()

@@ -18,6 +18,7 @@ from qmix.formats.layouts import (
     gguf_schemes,
     gptq_config,
     hqq_config,
+    mlx_config,
     modelopt_config,
     tensor_names,
 )
@@ -81,6 +82,7 @@ class LayoutHeaders:
         name: of the layout.
         kinds: of the weights that it packs.
         file: where its settings stand if config.json has none; None if nowhere.
+        field: of config.json, where they stand before `quantization_config`; None if nowhere.
         find: (the weight, the header's entries by canonical name) -> the names of its tensors, none
             if it has another layout.
         read: (the settings, the file for errors) -> the settings, checked by themselves.
@@ -92,6 +94,7 @@ class LayoutHeaders:
     name: Layout
     kinds: frozenset[TensorKind] = _LINEAR
     file: str | None = None
+    field: str | None = None
     find: Callable[[ModelTensor, Mapping[str, TensorInfo]], tuple[str, ...]]
     read: Callable[[Mapping[str, Any] | None, str], Any]
     scheme: Callable[[PackedTensors, Any], Scheme]
@@ -201,6 +204,29 @@ def _gguf_scheme(packed: PackedTensors, _: Any) -> Scheme:
     return gguf_schemes.SCHEMES[gguf_schemes.type_of(packed.infos)]
 
 
+def _find_mlx(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    floats = _dtype(tensor.prefix + tensor_names.SCALES, infos) != "U8"
+    return tensor_names.mlx_names(tensor.prefix, infos, affine=floats)
+
+
+def _mlx_groups(packed: PackedTensors) -> int:
+    return math.prod(packed.shape("scales")[-1:] or (0,))
+
+
+def _mlx_scheme(packed: PackedTensors, _: Any) -> Scheme:
+    size = packed.matrix[1] // max(_mlx_groups(packed), 1)
+    if packed.dtype("scales") == "U8":
+        return Scheme(kind="e2m1", block_size=size, double_quant=True, group_bits=8.0)
+    words, scale = packed.infos.get("weight"), packed.infos.get("scales")
+    bits = mlx_config.bits_of(words, packed.matrix, packed.module)
+    return Scheme(
+        kind=mlx_config.KINDS[bits],
+        group_size=_group_size(packed, _mlx_groups(packed)),
+        symmetric=False,
+        group_bits=2 * 8 * DTYPES[scale.dtype][1] if scale else None,
+    )
+
+
 def _find_awq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     found = tensor_names.awq_names(tensor.prefix, infos)
     return found if found and infos[found[0]].shape[:1] == tensor.shape[1:] else ()
@@ -299,6 +325,16 @@ LAYOUTS: tuple[LayoutHeaders, ...] = (
         scheme=_hqq_scheme,
         groups=_hqq_groups,
         confirm=hqq_config.confirm,
+    ),
+    LayoutHeaders(
+        name="MLX",
+        kinds=_LINEAR | {"embedding"},
+        field=mlx_config.FIELD,
+        find=_find_mlx,
+        read=mlx_config.read,
+        scheme=_mlx_scheme,
+        groups=_mlx_groups,
+        confirm=mlx_config.confirm,
     ),
     LayoutHeaders(
         name="AWQ",

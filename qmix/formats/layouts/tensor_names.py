@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 Layout = Literal[
-    "GGUF", "bitsandbytes", "ModelOpt", "FP8", "compressed-tensors", "AWQ", "GPTQ", "HQQ"
+    "GGUF", "bitsandbytes", "ModelOpt", "FP8", "compressed-tensors", "AWQ", "GPTQ", "HQQ", "MLX"
 ]
 
 WORD_BITS = 32
@@ -31,6 +31,10 @@ QZEROS = ".qzeros"
 SCALES = ".scales"
 G_IDX = ".g_idx"
 BIAS = ".bias"
+
+# MLX; its codes are WEIGHT and its scales SCALES.
+BIASES = ".biases"
+EXPERT_SCALE = ".global_scale"
 
 PACKED = ".weight_packed"
 SCALE = ".weight_scale"
@@ -118,6 +122,20 @@ def gptq_names(prefix: str, names: Collection[str]) -> tuple[str, ...]:
         return ()
     bias = (BIAS,) if prefix + BIAS in names else ()
     return tuple(prefix + suffix for suffix in (QWEIGHT, QZEROS, SCALES, G_IDX, *bias))
+
+
+def mlx_names(prefix: str, names: Collection[str], *, affine: bool) -> tuple[str, ...]:
+    """The names of the tensors of module `prefix`'s weight; none if it is not MLX's.
+
+    Required names are among them even if the files lack them. GPTQ and AWQ have scales of the same
+    name, and codes of another.
+    """
+    own = any(prefix + suffix in names for suffix in (SCALES, BIASES, EXPERT_SCALE))
+    if not own or prefix + QWEIGHT in names or prefix + G_IDX in names:
+        return ()
+    required = (WEIGHT, SCALES, BIASES) if affine else (WEIGHT, SCALES)
+    optional = [s for s in (BIASES, EXPERT_SCALE) if prefix + s in names and s not in required]
+    return tuple(prefix + suffix for suffix in (*required, *optional))
 
 
 def gptq_bits(qweight_rows: int, columns: int) -> int | None:

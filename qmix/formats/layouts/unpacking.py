@@ -18,6 +18,8 @@ from qmix.formats.layouts import (
     gguf_schemes,
     gptq,
     hqq,
+    mlx,
+    mlx_config,
 )
 from qmix.formats.layouts.headers import LAYOUT_OF, PackedTensors
 from qmix.formats.layouts.tensor_names import Layout
@@ -27,7 +29,14 @@ from qmix.weights.dense import Weight
 Unpack = Callable[[Mapping[str, Tensor], PackedTensors, str, Any], Weight]
 
 # The layouts whose weights hold the file's tensors as they are stored; others build new ones.
-AS_STORED: frozenset[Layout] = frozenset(("bitsandbytes", "ModelOpt", "compressed-tensors"))
+_AS_STORED: frozenset[Layout] = frozenset(("bitsandbytes", "ModelOpt", "compressed-tensors", "MLX"))
+
+
+def as_stored(packed: PackedTensors) -> bool:
+    """Whether the weight holds the file's tensors as they are; if not, new ones are built."""
+    return packed.layout in _AS_STORED and not (
+        packed.layout == "MLX" and mlx_config.widened(packed.infos["weight"], packed.matrix)
+    )
 
 
 def _gguf(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
@@ -70,6 +79,10 @@ def _hqq(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: An
     return hqq.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
 
 
+def _mlx(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
+    return mlx.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
+
+
 UNPACK: Mapping[Layout, Unpack] = {
     "GGUF": _gguf,
     "bitsandbytes": _bnb,
@@ -79,4 +92,5 @@ UNPACK: Mapping[Layout, Unpack] = {
     "AWQ": _awq,
     "GPTQ": _gptq,
     "HQQ": _hqq,
+    "MLX": _mlx,
 }
