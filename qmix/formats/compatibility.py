@@ -19,7 +19,7 @@ from qmix.formats.metadata import CheckpointMetadata
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
 Outcome = Literal["loads", "refuses", "noise", "unknown"]
-Dialect = Literal["classic", "gptqmodel"]
+Dialect = Literal["classic", "gptqmodel", "stacked"]
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.block_sparse_moe\.experts)\.\d+\.w[123]")
 _QKV = re.compile(r"(model\.layers\.\d+\.self_attn\.)[qkv]_proj")
@@ -34,7 +34,7 @@ class StorageSummary:
     Attributes:
         schemes: of every linear layer by its module's classic name, dense ones included.
         layouts: of the packed weights.
-        dialect: the names of the expert tensors are classic, or gptqmodel's.
+        dialect: the names of the expert tensors are classic or gptqmodel's, or they are stacked.
         settings: config.json's `quantization_config`, else those beside it; None if there are none.
         gguf: whether each layer's experts lie in one tensor, if the files are GGUF; else None.
     """
@@ -79,18 +79,23 @@ def storage_summary(metadata: CheckpointMetadata) -> StorageSummary:
         for tensor, packing in packings.items()
         if tensor.linear
     }
-    classic = all(
-        metadata.stored_names[name] == name
+    experts = {
+        name: metadata.stored_names[name]
         for tensor, packing in packings.items()
         if tensor.kind == "expert"
         for name in (packing.names if packing else (tensor.name,))
-    )
+    }
+    dialect: Dialect = "gptqmodel"
+    if all(name == stored for name, stored in experts.items()):
+        dialect = "classic"
+    elif any("[" in stored for stored in experts.values()):
+        dialect = "stacked"
     layouts = frozenset(packing.layout for packing in packings.values() if packing)
     files = {LAYOUT_OF[layout].file for layout in layouts} - {None}
     return StorageSummary(
         schemes=schemes,
         layouts=layouts,
-        dialect="classic" if classic else "gptqmodel",
+        dialect=dialect,
         settings=metadata.quantization_settings(files.pop() if len(files) == 1 else None)[0],
         gguf=_gguf_experts(metadata),
     )
@@ -111,12 +116,16 @@ def reader_support(summary: StorageSummary) -> tuple[ReaderSupport, ...]:
     qmix = ReaderSupport(reader="qmix", outcome="loads", reason="", tried=True)
     if summary.gguf is not None:
         return qmix, _llama_cpp(summary)
-    return (
+    readers = (
         qmix,
         _vllm(summary),
         _transformers(summary),
         _gptqmodel(summary),
     )
+    if "MLX" in summary.layouts:
+        mlx = ReaderSupport(reader="mlx-lm 0.32", outcome="loads", reason="", tried=True)
+        return (*readers, mlx)
+    return readers
 
 
 def _llama_cpp(summary: StorageSummary) -> ReaderSupport:
@@ -137,11 +146,14 @@ def _vllm(summary: StorageSummary) -> ReaderSupport:
         "GPTQ": vllm_gptq_problems,
         "AWQ": lambda it: _missing_fields(it.settings, _AWQ_FIELDS),
         "compressed-tensors": lambda it: _missing_fields(it.settings, ("config_groups",)),
+        "MLX": lambda _: iter(["it has no reader of MLX's layout"]),
         "HQQ": lambda _: iter(["its documentation no longer lists HQQ"]),
     }
     problems = [
         reason for layout in sorted(summary.layouts) for reason in problems_of[layout](summary)
     ]
+    if summary.dialect == "stacked":
+        problems.append("it knows experts by their classic names, each apart")
     if summary.dialect == "gptqmodel":
         problems.append("it knows only the classic names of experts, which qmix export writes")
     problems += _mixed_fusions(summary)
@@ -236,6 +248,8 @@ def _transformers(summary: StorageSummary) -> ReaderSupport:
     elif summary.layouts & {"ModelOpt", "FP8"}:
         outcome, tried = "unknown", False
         reason = "it has no reader of ModelOpt's layout" if "ModelOpt" in summary.layouts else ""
+    elif "MLX" in summary.layouts:
+        outcome, reason = "refuses", "MLX's settings name no quant_method"
     elif "compressed-tensors" in summary.layouts:
         outcome, reason = _compressed_in_transformers(summary)
     return ReaderSupport(reader="transformers 5.23", outcome=outcome, reason=reason, tried=tried)
@@ -298,6 +312,6 @@ def _gptqmodel(summary: StorageSummary) -> ReaderSupport:
         if settings.get("checkpoint_format") != "gptq_v2":
             outcome = "refuses"
             reason = "it takes asymmetric weights of version 1 only from itself"
-    elif layouts & {"compressed-tensors"} or not layouts:
+    elif layouts & {"compressed-tensors", "MLX"} or not layouts:
         outcome, reason, tried = "unknown", "it is made for GPTQ and AWQ", False
     return ReaderSupport(reader="gptqmodel 7.7", outcome=outcome, reason=reason, tried=tried)

@@ -14,6 +14,7 @@ from qmix.formats.layouts import writer
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.kernels import PackedWeight
 from qmix.models.saving_folder import saving
+from qmix.nn.embedding import Embedding
 from qmix.nn.stored import StoredModule
 from qmix.weights.dense import Weight
 from qmix.weights.scheme import DENSE
@@ -65,9 +66,12 @@ def save(
 
 
 def _weights(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:
-    """The modules that have a weight, by name: a norm's tensor, any other's Weight."""
+    """The modules that have a weight, by name: a linear layer's or packed
+    embedding's Weight, any other's tensor."""
     for name, module in model.named_modules():
-        if isinstance(module, StoredModule):
+        if isinstance(module, Embedding) and module.weight is not None:
+            yield name, module.weight.data
+        elif isinstance(module, StoredModule):
             if name != "lm_head" or not config.tie_word_embeddings:
                 yield name, module.stored
         elif isinstance(getattr(module, "weight", None), nn.Parameter):

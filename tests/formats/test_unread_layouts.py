@@ -23,7 +23,6 @@ TENSORS = {
     "QuIP#": ("Qidxs", "SU", "SV", "Wscale", "codebook_id"),
     "SqueezeLLM": ("qweight", "lookup_table"),
     "VPTQ": ("indices", "centroids.weight", "centroids"),
-    "fused experts": ("gate_up_proj",),
 }
 METHODS = {
     "bitsandbytes LLM.int8": {"quant_method": "llm_int8"},
@@ -59,7 +58,7 @@ def test_a_layout_is_known_by_its_tensors_names(small_checkpoint, layout):
         open_checkpoint(small_checkpoint)
     message = str(caught.value)
     assert f"found {MODULE}." in message
-    assert "Fetch" in message or layout == "fused experts"
+    assert "Fetch" in message
 
 
 @pytest.mark.parametrize("layout", METHODS)

@@ -18,6 +18,7 @@ from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import DENSE, Scheme
 from qmix.weights.table import Table
 
+_WRITTEN = ("nf4", "fp4", "int4", "int8")
 WrittenLayout = Literal["bitsandbytes", "GPTQ"]
 
 
@@ -55,10 +56,18 @@ def packed_specs(
         dtype: of a dense weight; of the weight that was rounded to NF4 or FP4; of integers' scales.
 
     Raises:
-        UnsupportedError: integers whose outputs or inputs do not fill whole words or groups.
+        UnsupportedError: integers whose outputs or inputs do not fill whole words or groups; a
+            weight that neither layout holds.
     """
     if scheme.kind == "dense":
         return (TensorSpec(f"{prefix}.weight", dtype, shape),)
+    if scheme.kind not in _WRITTEN or scheme.group_bits is not None:
+        raise UnsupportedError(
+            f"module {prefix}: no layout that qmix writes holds such a weight",
+            expected="NF4, FP4, or integers of 4 or 8 bits with plain scales and whole zeros",
+            found=f"{scheme}, {scheme.bits_per_weight:g} bits a weight",
+            remedy="Copy the folder that the model was loaded from: it holds the same weights.",
+        )
     rows, columns = shape
     if scheme.integer:
         return gptq.packed_specs(prefix, (rows, columns), scheme, dtype)

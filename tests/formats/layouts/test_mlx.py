@@ -1,53 +1,38 @@
-"""MLX's checkpoints: equal to mlx's own values, its model's logits, and what is refused.
+"""MLX's checkpoints: equal to mlx's own values and its model's logits, and used like any other.
 
 Files and expectations: tests/golden/make_mlx.py, run with mlx 0.32.4 and mlx-lm 0.32.2.
 """
 
 import hashlib
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
+from qmix.errors import UnsupportedError
 from qmix.formats import open_checkpoint
+from qmix.formats.metadata import read_metadata
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.offload import Tiers
+from qmix.models.options import LoadOptions
+from qmix.nn.cpu_decode import WhyNot
 from qmix.nn.embedding import Embedding
 from qmix.nn.linear import Linear
 from qmix.planning.stored_model import StoredModel
+from qmix.quantize.rounding import nf4
+from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense
 from qmix.weights.scales import NestedScales
-from tests.support.models import GOLDEN
+from qmix.weights.scheme import NF4, Recipe
+from tests.support.golden import MLX, copied_mlx, edit_tensors
 
-MLX = GOLDEN / "mlx-0.32.4"
 EXPECTED = json.loads((MLX / "expected.json").read_text())
 IDS = torch.arange(1, 9)[None]
 PACKED = sorted(name for name in EXPECTED if name != "dense")
 LAYER = "model.layers.0"
-STACK = f"{LAYER}.block_sparse_moe.switch_mlp.up_proj"
-
-
-def copied(name, folder):
-    shutil.copytree(MLX / name, folder)
-    return folder
-
-
-def edited(folder, edit):
-    """Change the tensors of a folder by `edit`, which gets them by name."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file)
-
-
-def with_settings(folder, changes):
-    document = json.loads((folder / "config.json").read_text())
-    document.pop("quantization_config", None)
-    document["quantization"] |= changes
-    (folder / "config.json").write_text(json.dumps(document))
 
 
 def digest(weight):
@@ -122,10 +107,79 @@ def test_an_experts_scale_is_an_outer_scale():
     assert float(weight.scales.outer) != 1
 
 
-@pytest.mark.parametrize("code", range(255))
-def test_every_scale_of_mxfp4_is_a_power_of_two(code, tmp_path):
-    folder = copied("mxfp4", tmp_path / "m")
-    edited(folder, lambda tensors: tensors["lm_head.scales"].fill_(code))
+@pytest.mark.parametrize("first", [0, 80, 160, 173])  # from 253 on, a code of 6 is infinite
+def test_every_scale_of_mxfp4_is_a_power_of_two(first, tmp_path):
+    folder, codes = copied_mlx("mxfp4", tmp_path / "m"), torch.arange(first, first + 80)
+    edit_tensors(folder, lambda tensors: tensors["lm_head.scales"].view(-1).copy_(codes))
     checkpoint = open_checkpoint(folder)
     weight = next(checkpoint.weight(t) for t in checkpoint.tensors if t.kind == "head")
-    assert float(weight.scales.floats(0, 1)) == 2.0 ** (code - 127)
+    assert weight.scales.floats(0, 80).double().equal(torch.exp2(codes.double() - 127))
+
+
+@pytest.mark.parametrize("name", ["affine4", "mixed", "mxfp4", "nvfp4-experts"])
+def test_saving_is_refused_by_name_and_leaves_nothing(name, tmp_path):
+    model = MixtralForCausalLM.from_pretrained(MLX / name, device="cpu")
+    with pytest.raises(UnsupportedError, match="no layout that qmix writes holds such a weight"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_dense_checkpoint_of_mlx_is_saved_with_the_hubs_names(tmp_path):
+    model = MixtralForCausalLM.from_pretrained(MLX / "dense", device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    again = read_metadata(tmp_path / "saved")
+    assert f"{LAYER}.block_sparse_moe.experts.1.w3.weight" in again.tensor_infos
+    saved = MixtralForCausalLM.from_pretrained(tmp_path / "saved", device="cpu")
+    assert saved(IDS).logits.equal(model(IDS).logits)
+
+
+def test_inspect_names_the_layout_the_schemes_and_the_readers():
+    found = inspect(MLX / "affine4")
+    kinds = {group.kind: (group.layout, group.scheme) for group in found.groups}
+    assert kinds["embedding"] == kinds["expert"] == kinds["router"]
+    assert kinds["expert"] == ("MLX", "int4 g64 asymmetric")
+    readers = {reader.reader: reader.outcome for reader in found.readers}
+    assert readers == {
+        "qmix": "loads",
+        "vLLM 0.33": "refuses",
+        "transformers 5.23": "refuses",
+        "gptqmodel 7.7": "unknown",
+        "mlx-lm 0.32": "loads",
+    }
+
+
+def test_a_packed_router_goes_through_the_modules():
+    model = MixtralForCausalLM.from_pretrained(MLX / "affine4", device="cpu")
+    layer = model.model.layers[0]
+    assert layer.compiled() in (WhyNot.DENSE_PARTS, WhyNot.PROJECTIONS, WhyNot.NO_KERNELS)
+    tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, 12)
+
+
+def test_experts_that_stay_in_the_file_give_the_same_logits():
+    for name in ("affine4", "mixed", "nvfp4-experts"):
+        checkpoint = open_checkpoint(MLX / name)
+        options = LoadOptions(device="cpu", dtype="float32")
+        whole = MixtralForCausalLM.from_checkpoint(checkpoint, options)
+        tiers = Tiers(device=0, host=2)
+        offloaded = MixtralForCausalLM.from_checkpoint(checkpoint, options, tiers=tiers)
+        assert offloaded.store is not None
+        with torch.no_grad():
+            assert offloaded(IDS).logits.equal(whole(IDS).logits), name
+
+
+def test_a_quantized_source_is_not_quantized_again(tmp_path):
+    recipe = Recipe.uniform(NF4, attention=True)
+    with pytest.raises(UnsupportedError, match="quantized already"):
+        quantize_streaming(MLX / "affine4", tmp_path / "out", recipe, method="nf4")
+
+
+def test_a_dense_source_with_stacked_experts_is_quantized(tmp_path):
+    recipe = Recipe.uniform(NF4, attention=True)
+    quantize_streaming(MLX / "dense", tmp_path / "out", recipe, method="nf4")
+    source, out = open_checkpoint(MLX / "dense"), open_checkpoint(tmp_path / "out")
+    for tensor in source.tensors:
+        if tensor.kind == "expert":
+            exact = source.weight(tensor).dequantize(torch.float32)
+            rounded = nf4.quantize(exact.bfloat16(), NF4).dequantize(torch.float32)
+            assert out.weight(tensor).dequantize(torch.float32).equal(rounded)
