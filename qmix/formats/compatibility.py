@@ -245,14 +245,31 @@ def _transformers(summary: StorageSummary) -> ReaderSupport:
     elif summary.layouts & {"GPTQ", "AWQ"}:
         outcome, tried = ("noise", True) if summary.has_packed_experts else ("unknown", False)
         reason = "experts stay random: GPTQ and AWQ reach only nn.Linear, which experts are not"
-    elif summary.layouts & {"ModelOpt", "FP8"}:
-        outcome, tried = "unknown", False
-        reason = "it has no reader of ModelOpt's layout" if "ModelOpt" in summary.layouts else ""
     elif "MLX" in summary.layouts:
         outcome, reason = "refuses", "MLX's settings name no quant_method"
+    elif "ModelOpt" in summary.layouts:
+        outcome, reason = "refuses", "it does not know ModelOpt's layout"
+    elif any(_is_nvfp4(scheme) for scheme in summary.expert_schemes.values()):
+        outcome, reason = "noise", "it leaves out the global scales of NVFP4 experts"
+    elif "FP8" in summary.layouts:
+        outcome, reason, tried = _fp8_in_transformers(summary)
     elif "compressed-tensors" in summary.layouts:
         outcome, reason = _compressed_in_transformers(summary)
     return ReaderSupport(reader="transformers 5.23", outcome=outcome, reason=reason, tried=tried)
+
+
+def _is_nvfp4(scheme: Scheme) -> bool:
+    return scheme.kind == "e2m1" and scheme.block_size == 16
+
+
+def _fp8_in_transformers(summary: StorageSummary) -> tuple[Outcome, str, bool]:
+    """(the outcome, the reason, whether it was tried)."""
+    method = (summary.settings or {}).get("quant_method")
+    if method == "modelopt":
+        return "noise", "it leaves out ModelOpt's scales of FP8 weights", True
+    if method in ("compressed-tensors", "fp8"):
+        return "loads", "activations are rounded to 8 bits", True
+    return "unknown", "", False
 
 
 def _compressed_in_transformers(summary: StorageSummary) -> tuple[Outcome, str]:
@@ -312,6 +329,6 @@ def _gptqmodel(summary: StorageSummary) -> ReaderSupport:
         if settings.get("checkpoint_format") != "gptq_v2":
             outcome = "refuses"
             reason = "it takes asymmetric weights of version 1 only from itself"
-    elif layouts & {"compressed-tensors", "MLX"} or not layouts:
+    elif layouts & {"compressed-tensors", "ModelOpt", "FP8", "MLX"} or not layouts:
         outcome, reason, tried = "unknown", "it is made for GPTQ and AWQ", False
     return ReaderSupport(reader="gptqmodel 7.7", outcome=outcome, reason=reason, tried=tried)

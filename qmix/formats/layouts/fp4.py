@@ -29,6 +29,7 @@ from qmix.weights.table import E2M1_VALUES, Table
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
 _LARGEST_CODE = 6.0
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # The tensors do not say the dtype of the weight before; both tools unpack to this one.
 _DTYPE = torch.bfloat16
 
@@ -56,7 +57,7 @@ def unpack_compressed(
 ) -> Table:
     """The same of compressed-tensors' NVFP4 and MXFP4."""
     stored = CheckedTensors(tensors, prefix, where)
-    if stored.tensor(SCALE).dtype in (torch.uint8, torch.float8_e8m0fnu):
+    if stored.tensor(SCALE).dtype in _EXPONENTS:
         return _table(stored, PACKED, shape, e8m0(), torch.ones(1))
     divisor = positive(stored, GLOBAL_SCALE)
     # A quotient is rounded; multiplied by one it is what compressed-tensors computes.
@@ -103,15 +104,14 @@ def _table(
         outer: float32 [1], multiplies all scales.
     """
     rows, columns = shape
-    nested = stored.tensor(SCALE).dtype == torch.float8_e4m3fn
-    block = NVFP4_BLOCK if nested else MXFP4_BLOCK
+    dtype = stored.tensor(SCALE).dtype
+    if dtype not in (torch.float8_e4m3fn, *_EXPONENTS):
+        raise stored.wrong(SCALE, "wrong dtype", "float8_e4m3fn, or uint8 in MXFP4", dtype)
+    block = NVFP4_BLOCK if dtype == torch.float8_e4m3fn else MXFP4_BLOCK
     if columns % block:
         raise stored.wrong(codes, "no whole blocks", f"a multiple of {block} inputs", columns)
     packed = stored.tensor(codes, torch.uint8, (rows, columns // 2))
     scales = stored.tensor(SCALE, None, (rows, columns // block))
-    if scales.itemsize != 1 or scales.dtype in (torch.int8, torch.bool, torch.float8_e5m2):
-        expected = "float8_e4m3fn, or uint8 in MXFP4"
-        raise stored.wrong(SCALE, "wrong dtype", expected, scales.dtype)
     check_activation_scales(stored)
     return e2m1_table(stored, SCALE, packed, scales.view(torch.uint8), shape, values, outer)
 
