@@ -45,7 +45,7 @@ class WhyNot(Enum):
     OTHER_CLASS = "a module is of another class, as an adapter is"
     OBSERVED = "a module has a hook or a forward of its own"
     PROJECTIONS = "an attention projection is not 4-bit weights that the kernels take on the CPU"
-    DENSE_PARTS = "a norm or the router is not bfloat16, contiguous and on the CPU"
+    DENSE_PARTS = "a norm or the router is packed, or not bfloat16, contiguous and on the CPU"
     NO_KERNELS = "there are no compiled kernels"
     # Of a layer: it is taken, but not in one call with the others.
     EXPERTS = "the experts are not all 4-bit weights that the kernels take in memory, or their activation is not SiLU"

@@ -151,7 +151,7 @@ def test_inspect_names_the_layout_the_schemes_and_the_readers():
 def test_a_packed_router_goes_through_the_modules():
     model = MixtralForCausalLM.from_pretrained(MLX / "affine4", device="cpu")
     layer = model.model.layers[0]
-    assert layer.compiled() in (WhyNot.DENSE_PARTS, WhyNot.PROJECTIONS, WhyNot.NO_KERNELS)
+    assert layer.compiled() is WhyNot.DENSE_PARTS
     tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
     assert tokens.shape == (1, 12)
 
