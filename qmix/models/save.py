@@ -66,7 +66,7 @@ def save(
 
 
 def _weights(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:
-    """The modules that have a weight, by name: a Weight, or a norm's or dense embedding's tensor."""
+    """The modules that have a weight, by name: a Weight, or the tensor of one that stays dense."""
     for name, module in model.named_modules():
         if isinstance(module, Embedding) and module.weight is not None:
             yield name, module.weight.data
