@@ -61,7 +61,8 @@ def packed_specs(
     """
     if scheme.kind == "dense":
         return (TensorSpec(f"{prefix}.weight", dtype, shape),)
-    if scheme.kind not in _WRITTEN or scheme.group_bits is not None:
+    embedding = prefix.endswith("embed_tokens")
+    if embedding or scheme.kind not in _WRITTEN or scheme.group_bits is not None:
         raise UnsupportedError(
             f"module {prefix}: no layout that qmix writes holds such a weight",
             expected="NF4, FP4, or integers of 4 or 8 bits with plain scales and whole zeros",

@@ -1,6 +1,9 @@
 """GGUF files as checkpoints: the same model as Hugging Face's, whole, in shards and in a folder."""
 
+import math
+import random
 import shutil
+import time
 
 import pytest
 import torch
@@ -8,9 +11,17 @@ from safetensors.torch import load_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
+from qmix.formats.gguf.tensor_types import BY_NAME
 from qmix.formats.metadata import read_metadata
 from qmix.models.causal_lm import MixtralForCausalLM
-from tests.support.gguf_files import GOLDEN, write_mixtral, write_shards
+from tests.support.gguf_files import (
+    GOLDEN,
+    gguf_bytes,
+    mixtral_metadata,
+    mixtral_tensors,
+    write_mixtral,
+    write_shards,
+)
 from tests.support.models import ids, small_model, write_dense
 
 Q4_K_M = GOLDEN / "gguf-Q4_K_M.gguf"
@@ -184,3 +195,48 @@ def test_metadata_that_the_tensors_contradict(tmp_path, model, key):
         with pytest.raises(QmixError) as error:
             read_metadata(path)
         assert str(path) in str(error.value), value
+
+
+def test_500_mutations_of_a_whole_model(tmp_path, model):
+    """Each is read, or refused by one error that names the file, in under a second."""
+    rng = random.Random(17)
+    metadata, tensors = mixtral_metadata(model.config), mixtral_tensors(model)
+    path = tmp_path / "m.gguf"
+    keys = [key for key in metadata if "scores" not in key and "token_type" not in key]
+    values = (0, 1, 2, 3, 7, 64, 96, 128, 1 << 31, -1, True, 0.0, 1.0, -1.0, float("nan"))
+    values += ("", "llama", "A" * 300, [], [1], [1.5, 2.0], ["a"], None)
+    names = list(tensors)
+    shapes = ((1,), (64,), (64, 64), (128, 64), (2, 8, 64), (8, 96, 64), (1, 1, 1, 1))
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(500):
+        changed, kept = dict(metadata), dict(tensors)
+        for _ in range(rng.randint(1, 2)):
+            action = rng.choice(("value", "value", "remove", "rename", "type", "shape"))
+            name = rng.choice(names)
+            if action == "value":
+                changed[rng.choice(keys)] = rng.choice(values)
+            elif action == "remove":
+                kept.pop(name, None)
+            elif name in kept and action == "rename":
+                kept[rng.choice((*names, "blk.0.ffn_gate.0.weight", "x", "\x1b[0m"))] = kept.pop(
+                    name
+                )
+            elif name in kept and action == "type":
+                kind = rng.choice(list(BY_NAME.values()))
+                rows = rng.choice((1, 64))
+                raw = bytes(rows * kind.block_bytes)
+                kept[name] = (kind.name, (rows, kind.block_size), raw)
+            elif name in kept:
+                shape = rng.choice(shapes)
+                kept[name] = ("F16", shape, bytes(2 * math.prod(shape)))
+        changed = {key: value for key, value in changed.items() if value is not None}
+        path.write_bytes(gguf_bytes(changed, kept))
+        start = time.perf_counter()
+        try:
+            read_metadata(path)
+            outcomes["read"] += 1
+        except QmixError as error:
+            outcomes["refused"] += str(path) in str(error) and "\x1b" not in str(error)
+        assert time.perf_counter() - start < 1
+    assert sum(outcomes.values()) == 500, "an error that does not name the file"
+    assert outcomes["refused"] > 250, outcomes
