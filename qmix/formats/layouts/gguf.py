@@ -18,11 +18,12 @@ from qmix.errors import CheckpointError
 from qmix.formats.gguf.tensor_types import BY_NAME
 from qmix.weights.affine import Affine
 from qmix.weights.scales import NestedScales, pack_six_bits
+from qmix.weights.slabs import decoded
 from qmix.weights.table import IQ4_VALUES, Table
 
 Bytes = NDArray[np.uint8]
 
-_SLAB_BYTES = 1 << 19
+_TILE_BYTES = 1 << 17
 _SIX_BITS = torch.arange(64, dtype=torch.float32)
 _SIGNED_BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
 
@@ -80,16 +81,19 @@ def unpack(
 def _codes(blocks: Blocks, decode: Callable[[Blocks], Bytes]) -> Tensor:
     """What `decode` makes of the blocks, a few rows at a time, which fit the cache: uint8 [N, ...].
 
-    It also bounds the memory beside the result.
+    It also bounds the memory beside the result. Large weights use several threads.
     """
     rows, count, nbytes = blocks.data.shape
-    step = max(1, _SLAB_BYTES // (count * nbytes))
-    first = decode(Blocks(blocks.data[:step]))
-    out = np.empty((rows, first.shape[1]), np.uint8)
-    out[:step] = first
-    for start in range(step, rows, step):
-        out[start : start + step] = decode(Blocks(blocks.data[start : start + step]))
-    return torch.from_numpy(out)
+    step = max(1, _TILE_BYTES // (count * nbytes))
+
+    def decode_slab(first: int, last: int, out: Tensor) -> None:
+        target = out.numpy()
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            target[start - first : stop - first] = decode(Blocks(blocks.data[start:stop]))
+
+    width = decode(Blocks(blocks.data[:1])).shape[1]
+    return decoded(0, rows, width, torch.uint8, decode_slab)
 
 
 def _neighbours(codes: Bytes, group: int) -> Bytes:
