@@ -132,7 +132,20 @@ QMIX_AVX512 void copy_values_avx512(const GroupValues& array, int64_t first, int
         const float* source = static_cast<const float*>(array.values) + first;
         for (int64_t i = 0; i < whole; i += 16)
             _mm512_storeu_ps(out + i, _mm512_loadu_ps(source + i));
-    } else if (is_nested(array)) {
+    } else if (array.kind == UINT8) {
+        const uint8_t* bytes = static_cast<const uint8_t*>(array.values) + first;
+        for (int64_t i = 0; i < whole; i += 16) {
+            const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
+            _mm512_storeu_ps(out + i, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(some)));
+        }
+    } else if (array.kind == BFLOAT16) {
+        const uint16_t* bits = static_cast<const uint16_t*>(array.values) + first;
+        for (int64_t i = 0; i < whole; i += 16) {
+            const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits + i));
+            const __m512i words = _mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16);
+            _mm512_storeu_si512(out + i, words);
+        }
+    } else {
         OuterRun outer(array, first);
         for (int64_t i = 0; i < whole; i += 16) {
             const __m512i codes = nested_codes(array, first + i);
@@ -140,10 +153,8 @@ QMIX_AVX512 void copy_values_avx512(const GroupValues& array, int64_t first, int
             values = _mm512_mul_ps(values, outer.next(array));
             _mm512_storeu_ps(out + i, _mm512_add_ps(values, _mm512_set1_ps(array.offset)));
         }
-    } else {
-        return copy_values(array, first, count, out);
     }
-    copy_values(array, first + whole, count - whole, out + whole);
+    if (whole < count) copy_values(array, first + whole, count - whole, out + whole);
 }
 
 #endif

@@ -85,43 +85,45 @@ int64_t scale_unit(const Matrix& weight) {
     return 0;
 }
 
-// Reads the values of units [first, last) of a row.
+// Reads the values of `count` units from element `element` on, the first of group `group`, with
+// 0.0 behind them.
 template <class Kernels>
-void read_units(const Matrix& weight, const GroupValues& array, int64_t unit, int64_t row,
-                int64_t first, int64_t last, float* out) {
-    const int64_t count = last - first, element = row * weight.inputs + first * unit;
-    const int64_t index = element / weight.block;
-    if (unit == weight.block) return Kernels::copy_values(array, index, count, out);
-    const int64_t groups = (element + count * unit - 1) / weight.block + 1 - index;
-    const float* values = out + count - groups;  // none is overwritten before it is read
-    Kernels::copy_values(array, index, groups, out + count - groups);
-    for (int64_t i = 0, used = element % weight.block; i < count; used = 0) {
-        const float value = *values++;
-        for (; used < weight.block && i < count; used += unit) out[i++] = value;
+void read_units(const Matrix& weight, const GroupValues& array, int64_t unit, int64_t element,
+                int64_t group, int64_t count, float* out) {
+    if (unit == weight.block) {
+        Kernels::copy_values(array, group, count, out);
+    } else {
+        const int64_t groups = (element + count * unit - 1) / weight.block + 1 - group;
+        const float* values = out + count - groups;  // none is overwritten before it is read
+        Kernels::copy_values(array, group, groups, out + count - groups);
+        for (int64_t i = 0, used = element - group * weight.block; i < count; used = 0) {
+            const float value = *values++;
+            for (; used < weight.block && i < count; used += unit) out[i++] = value;
+        }
     }
+    memset(out + count, 0, sizeof(float) * MAX_UNITS);
 }
 
 // Writes the scales of units [first, last) of a row, and their zeros or biases if `shifts` is not
-// null, then 0.0 up to `padded` units. Without zeros the shift is that of a code which stands for
-// 0.
+// null; MAX_UNITS of 0.0 follow. Without zeros the shift is that of a code which stands for 0.
 template <class Kernels>
 void read_scales(const Matrix& weight, int64_t unit, int64_t row, int64_t first, int64_t last,
-                 int64_t padded, float* scales, float* shifts) {
-    const int64_t count = last - first;
-    read_units<Kernels>(weight, weight.scales, unit, row, first, last, scales);
-    for (int64_t i = count; i < padded; i++) scales[i] = 0;
+                 float* scales, float* shifts) {
+    const int64_t count = last - first, element = row * weight.inputs + first * unit;
+    const int64_t group = element / weight.block;
+    read_units<Kernels>(weight, weight.scales, unit, element, group, count, scales);
     if (!shifts) return;
-    if (shift_of(weight) == NONE)
-        for (int64_t i = 0; i < count; i++) shifts[i] = -weight.table[0];
+    const GroupValues& array = weight.biases.values ? weight.biases : weight.zeros;
+    if (array.values)
+        read_units<Kernels>(weight, array, unit, element, group, count, shifts);
     else
-        read_units<Kernels>(weight, weight.biases.values ? weight.biases : weight.zeros, unit, row,
-                            first, last, shifts);
-    for (int64_t i = count; i < padded; i++) shifts[i] = 0;
+        for (int64_t i = 0; i < count + MAX_UNITS; i++) shifts[i] = -weight.table[0];
 }
 
-// Fetches the scales of a row that comes soon into the first cache.
+// Fetches the scales of a row that comes soon into the first cache, where rows have groups of
+// their own.
 inline void prefetch_scales(const Matrix& weight, int64_t row) {
-    const int64_t first = row * weight.inputs / weight.block, count = weight.inputs / weight.block;
+    const int64_t count = weight.inputs / weight.block, first = row * count;
     prefetch_values(weight.scales, first, count);
     prefetch_values(weight.zeros, first, count);
     prefetch_values(weight.biases, first, count);

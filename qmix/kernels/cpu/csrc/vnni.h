@@ -203,8 +203,7 @@ struct Vnni : Avx512 {
         for (int64_t row = first; row < end; row += ROWS) {
             for (int r = 0; r < ROWS; r++) {
                 prefetch_scales(weight, row + r + 8);
-                read_scales<Vnni>(weight, unit, row + r, 0, row_units, row_units + 16,
-                                  scratch.scales + r * pitch,
+                read_scales<Vnni>(weight, unit, row + r, 0, row_units, scratch.scales + r * pitch,
                                   Codes::SHIFT == NONE ? nullptr : scratch.shifts + r * pitch);
             }
             __m512 sums[ROWS][TOKENS];
