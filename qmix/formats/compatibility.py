@@ -186,6 +186,8 @@ def vllm_gptq_problems(summary: StorageSummary) -> Iterator[str]:
     packed = {name: scheme for name, scheme in summary.schemes.items() if scheme.integer}
     if not all(scheme.symmetric for scheme in packed.values()):
         yield "it takes symmetric weights only"
+    if any(scheme.bits not in (4, 8) for scheme in packed.values()):
+        yield "it takes 4 or 8 bits only"
     for size in dict.fromkeys(scheme.group_size for scheme in packed.values()):
         if size not in (-1, *GROUP_SIZES):
             yield f"it does not know groups of {size}"

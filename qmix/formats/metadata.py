@@ -20,7 +20,12 @@ from qmix.formats.files.shard_index import read_headers
 from qmix.formats.gguf.config import read_config
 from qmix.formats.gguf.files import is_gguf, read_model
 from qmix.formats.gguf.tensors import check_shapes, named_tensors
-from qmix.formats.layouts.headers import LAYOUT_OF, LAYOUTS, PackedTensors
+from qmix.formats.layouts.headers import (
+    LAYOUT_OF,
+    LAYOUTS,
+    LayoutHeaders,
+    PackedTensors,
+)
 from qmix.formats.layouts.settings import PackedModule
 from qmix.formats.layouts.tensor_names import ACTIVATION_SCALES, Layout
 from qmix.formats.mistral import detect
@@ -97,16 +102,25 @@ class CheckpointMetadata:
             if tensor.kind not in layout.kinds:
                 continue
             if found := layout.find(tensor, self._infos):
-                present = [name for name in found if name in self._infos]
                 start = len(tensor.prefix) + 1
+                present = [name for name in found if name in self._infos]
+                optional = self._optional(layout)
+                kept = tuple(
+                    name for name in found if name in present or name[start - 1 :] not in optional
+                )
                 return PackedTensors(
                     layout=layout.name,
                     tensor=tensor,
                     module=self.stored_names[present[0]].removesuffix(present[0][start - 1 :]),
-                    names=found,
+                    names=kept,
                     infos={name[start:]: self._infos[name] for name in present},
                 )
         return None
+
+    def _optional(self, layout: LayoutHeaders) -> frozenset[str]:
+        """What the files may lack of a layout's tensors, once its settings are read."""
+        settings = self.settings.get(layout.name)
+        return frozenset() if settings is None else layout.optional(settings)
 
     def scheme_of(self, packed: PackedTensors) -> Scheme:
         """The scheme of a packed weight, as far as headers and settings tell."""

@@ -147,7 +147,7 @@ def reasons(summary):
         (replace(gptq(uniform(INT4)), settings=None), "the settings lack bits, group_size, desc_act, sym"),
         (gptq(uniform(INT4), sym=None), "the settings lack sym"),
         (gptq(uniform(INT4), bits=[4]), "lists of one element"),
-        (gptq(uniform(INT4), bits=3), "4 or 8 bits only"),
+        (gptq(uniform(INT4), bits=5), "2, 3, 4 or 8 bits only"),
         (gptq(uniform(INT4), desc_act=True), "dropped act-order"),
         (gptq(uniform(INT4), desc_act=True, group_size=-1, dynamic={"a": {"group_size": 32}}), "dropped act-order"),
         (gptq(uniform(ASYMMETRIC)), "symmetric weights only"),

@@ -149,13 +149,6 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return ((words[..., None] >> shifts) & (1 << bits) - 1).to(torch.uint8)
 
 
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes, uint8 [..., 32 / bits] -> int32 [...]: the inverse of `unpack_words`."""
-    shifts = torch.arange(0, WORD_BITS, bits)
-    words = (codes.long() << shifts).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
-
-
 def zeros_or_symmetric(zeros: Tensor, bits: int) -> Tensor | None:
     """`zeros` [N, G], or None if all of them are the symmetric zero."""
     return None if bool((zeros == symmetric_zero(bits)).all()) else zeros

@@ -1,22 +1,18 @@
-"""GPTQ's layout, 4 or 8 bits: the tensors of one weight, read and written.
+"""GPTQ's layout, 2, 3, 4 or 8 bits: the tensors of one weight, read and written.
 
-AutoGPTQ wrote it from 2023 on ("gptq", v1), gptqmodel 7.7 writes "gptq_v2"; v1 stores each zero
-minus one. Knows nothing of files or of rounding.
+AutoGPTQ wrote it from 2023 on ("gptq", v1), gptqmodel 7.7 writes "gptq_v2", AutoRound both; v1
+stores each zero minus one. Codes fill 32-bit words as one stream of bits: 32 of 3 bits take three
+words. Knows nothing of files or of rounding.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.formats.layouts.checked_tensors import (
-    READ_BITS,
-    IntegerTensors,
-    pack_words,
-    unpack_words,
-    zeros_or_symmetric,
-)
+from qmix.formats.layouts.checked_tensors import IntegerTensors, unpack_words, zeros_or_symmetric
 from qmix.formats.layouts.gptq_config import ModuleSettings
 from qmix.formats.layouts.tensor_names import (
     BIAS,
@@ -28,7 +24,13 @@ from qmix.formats.layouts.tensor_names import (
     gptq_bits,
 )
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.weights.affine import Affine, reorder_codes, symmetric_zero
+from qmix.weights.affine import (
+    Affine,
+    pack_codes,
+    reorder_codes,
+    symmetric_zero,
+    unpack_codes,
+)
 from qmix.weights.scheme import Scheme
 
 
@@ -49,17 +51,18 @@ def unpack(
 
     Raises:
         CheckpointError: a tensor is missing, or is not what the layout or the settings say.
-        UnsupportedError: neither 4 nor 8 bits.
+        UnsupportedError: a number of bits that is not read.
     """
     stored = IntegerTensors(tensors, prefix, where, shape)
     rows, columns = shape
-    stored.tensor(G_IDX, torch.int32, (columns,))  # before the bits, which follow from K
+    if stored.has(G_IDX) or not settings.auto_round:
+        stored.tensor(G_IDX, torch.int32, (columns,))  # before the bits, which follow from K
     bits = _bits(stored, settings)
-    codes_a_word = WORD_BITS // bits
-    if columns % codes_a_word or rows % codes_a_word:
-        expected = f"multiples of {codes_a_word}"
+    whole = _whole(bits)
+    if columns % whole or rows % whole:
+        expected = f"multiples of {whole}"
         raise stored.wrong(QWEIGHT, "no whole words", expected, f"weight {list(shape)}")
-    qweight = stored.tensor(QWEIGHT, torch.int32, (columns // codes_a_word, rows))
+    qweight = stored.tensor(QWEIGHT, torch.int32, (columns * bits // WORD_BITS, rows))
     scales = stored.scales(SCALES, 0)
     groups = scales.shape[0]
     if settings.group_size is not None:
@@ -77,7 +80,7 @@ def unpack(
         bias = stored.tensor(BIAS, scales.dtype, (rows,))
         if bool((bias != 0).any()):
             raise stored.wrong(BIAS, "a Mixtral has no biases", "zeros", bias.abs().max().item())
-    perm = stored.permutation(G_IDX, groups)
+    perm = stored.permutation(G_IDX, groups) if stored.has(G_IDX) else None
     if perm is not None and settings.act_order is False:
         raise stored.wrong(
             G_IDX,
@@ -91,6 +94,11 @@ def unpack(
     return Affine(codes, scales.T.contiguous(), zeros, perm, bits)
 
 
+def _whole(bits: int) -> int:
+    """The fewest codes that fill whole words."""
+    return WORD_BITS // math.gcd(WORD_BITS, bits)
+
+
 def _first_scattered(stored: IntegerTensors, size: int) -> int:
     """The first input that does not belong to the group of its `size` neighbours."""
     index = stored.tensor(G_IDX)
@@ -98,7 +106,7 @@ def _first_scattered(stored: IntegerTensors, size: int) -> int:
 
 
 def _bits(stored: IntegerTensors, settings: ModuleSettings) -> int:
-    """Bits of a code, 4 or 8, from the tensors; the settings must confirm it."""
+    """Bits of a code, from the tensors; the settings must confirm it."""
     rows, columns = stored.shape
     qweight = stored.tensor(QWEIGHT, torch.int32, None)
     bits = gptq_bits(qweight.shape[0], columns) if qweight.shape[1:] == (rows,) else None
@@ -112,9 +120,6 @@ def _bits(stored: IntegerTensors, settings: ModuleSettings) -> int:
             "its .weight alone",
             f"{bits} bits",
         )
-    if bits not in READ_BITS:
-        what = "GPTQ is read in 4 or 8 bits only"
-        raise stored.unsupported(QWEIGHT, what, "4 or 8 bits", f"{bits} bits")
     if settings.bits not in (None, bits):
         what = f"not the bits of {settings.source}"
         raise stored.wrong(QWEIGHT, what, f"{settings.bits} bits", f"{bits} bits")
@@ -126,12 +131,17 @@ def _zeros(
 ) -> Tensor | None:
     """uint8 [N, G]; None if all zeros are symmetric, which the settings must confirm."""
     rows = stored.shape[0]
-    codes_a_word = WORD_BITS // bits
-    words = stored.tensor(QZEROS, torch.int32, (groups, rows // codes_a_word)).long()
+    words = stored.tensor(QZEROS, torch.int32, (groups, rows * bits // WORD_BITS))
+    codes = unpack_codes(words.contiguous().view(torch.uint8), bits)
     if settings.version == 1:
-        # Added to whole words, as in gptqmodel: a zero of 0 was stored by borrowing from the next.
-        words = words + sum(1 << shift for shift in range(0, WORD_BITS, bits))
-    zeros = unpack_words(words & 0xFFFFFFFF, bits).reshape(groups, rows).T.contiguous()
+        if settings.auto_round and bool((codes == (1 << bits) - 1).any()):
+            # AutoRound reads it as a zero of 2^bits, all others as 0.
+            largest = (1 << bits) - 2
+            raise stored.wrong(
+                QZEROS, "AutoRound stores no such zero", f"0 to {largest}", largest + 1
+            )
+        codes = _plus_one(words, codes, bits)
+    zeros = codes.T.contiguous()
     if not settings.symmetric:
         return zeros_or_symmetric(zeros, bits)
     asymmetric = zeros[zeros != symmetric_zero(bits)]
@@ -147,32 +157,44 @@ def _zeros(
     return None
 
 
+def _plus_one(words: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """The zeros, uint8 [G, N], of codes that v1 stores minus one.
+
+    One is added to all codes of a word at once, as in gptqmodel: a zero of 0 was stored by
+    borrowing from the next. Codes of 3 bits straddle words, and it adds to each by itself.
+    """
+    if WORD_BITS % bits:
+        return codes + 1 & (1 << bits) - 1
+    sums = words.long() + sum(1 << shift for shift in range(0, WORD_BITS, bits))
+    return unpack_words(sums & 0xFFFFFFFF, bits).reshape(codes.shape)
+
+
 def packed_specs(
     prefix: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
 ) -> tuple[TensorSpec, ...]:
     """The tensors that `pack` will return.
 
     Args:
-        shape: (N, K), both multiples of 8 (of 4 for 8 bits); K a multiple of the group size.
+        shape: (N, K), both of whole words (8 codes of 4 bits); K a multiple of the group size.
         dtype: of the scales.
 
     Raises:
         UnsupportedError: outputs or inputs that do not fill whole words or groups.
     """
     rows, columns = shape
-    codes_a_word = WORD_BITS // scheme.bits
+    bits, whole = scheme.bits, _whole(scheme.bits)
     group_size = columns if scheme.group_size == -1 else scheme.group_size
-    if rows % codes_a_word or columns % codes_a_word or columns % group_size:
+    if rows % whole or columns % whole or columns % group_size:
         raise UnsupportedError(
             f"module {prefix}: cannot be written as GPTQ",
-            expected=f"multiples of {codes_a_word} outputs and inputs, whole groups of inputs",
+            expected=f"multiples of {whole} outputs and inputs, whole groups of inputs",
             found=f"{rows} and {columns} in {scheme}",
             remedy="Leave it dense, or choose another group size.",
         )
     groups = columns // group_size
     return (
-        TensorSpec(prefix + QWEIGHT, torch.int32, (columns // codes_a_word, rows)),
-        TensorSpec(prefix + QZEROS, torch.int32, (groups, rows // codes_a_word)),
+        TensorSpec(prefix + QWEIGHT, torch.int32, (columns * bits // WORD_BITS, rows)),
+        TensorSpec(prefix + QZEROS, torch.int32, (groups, rows * bits // WORD_BITS)),
         TensorSpec(prefix + SCALES, dtype, (groups, rows)),
         TensorSpec(prefix + G_IDX, torch.int32, (columns,)),
     )
@@ -190,7 +212,8 @@ def pack(weight: Affine, prefix: str, version: int = 1) -> dict[str, Tensor]:
         UnsupportedError: a zero of 0 in v1.
     """
     scales = weight.scales
-    if not isinstance(scales, Tensor) or weight.biases is not None:
+    is_code = weight.zeros is None or weight.zeros.dtype == torch.uint8
+    if not isinstance(scales, Tensor) or weight.biases is not None or not is_code:
         raise UnsupportedError(
             f"module {prefix}: cannot be written as GPTQ",
             expected="plain scales, and zeros that are codes",
@@ -199,7 +222,6 @@ def pack(weight: Affine, prefix: str, version: int = 1) -> dict[str, Tensor]:
         )
     rows, columns = weight.shape
     bits, groups = weight.bits, weight.groups
-    codes_a_word = WORD_BITS // bits
     codes, index = weight.codes, torch.arange(columns, dtype=torch.int32) // weight.group_inputs
     if weight.perm is not None:
         inverse = torch.argsort(weight.perm)
@@ -219,7 +241,7 @@ def pack(weight: Affine, prefix: str, version: int = 1) -> dict[str, Tensor]:
         zeros = zeros - 1
     return {
         prefix + QWEIGHT: codes.view(torch.int32).T.contiguous(),
-        prefix + QZEROS: pack_words(zeros.reshape(groups, -1, codes_a_word), bits),
+        prefix + QZEROS: pack_codes(zeros.contiguous(), bits).view(torch.int32),
         prefix + SCALES: scales.T.contiguous(),
         prefix + G_IDX: index,
     }

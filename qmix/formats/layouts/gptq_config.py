@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from qmix.errors import CheckpointError, UnsupportedError
+from qmix.formats import names
 from qmix.formats.layouts.module_patterns import expressions
 from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.settings import PackedModule, Settings, check_head, check_packing
@@ -20,6 +21,7 @@ from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 FILE = "quantize_config.json"  # where AutoGPTQ put the settings, beside config.json
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
+READ_BITS = "2, 3, 4 or 8"
 
 _MAX_RULES = 1024
 
@@ -53,6 +55,7 @@ class ModuleSettings:
         act_order: whether inputs may be scattered over groups; None if the file does not say.
         rule: the one that decided, if any.
         where: the file with the settings.
+        auto_round: the settings are AutoRound's, which stores no `g_idx` and no zero of 0 in v1.
     """
 
     version: int
@@ -62,6 +65,7 @@ class ModuleSettings:
     rule: Rule | None
     where: str
     act_order: bool | None = None
+    auto_round: bool = False
 
     @property
     def source(self) -> str:
@@ -79,6 +83,7 @@ class GPTQConfig:
         lm_head: whether the head is quantized.
         rules: for the other modules; the first that matches a module's name in the files wins.
         settings: the fields that were parsed; None without any.
+        auto_round: see ModuleSettings.
     """
 
     version: int = 1
@@ -90,6 +95,12 @@ class GPTQConfig:
     rules: tuple[Rule, ...] = ()
     where: str = "no quantization_config"
     settings: Settings | None = field(default=None, compare=False, repr=False)
+    auto_round: bool = False
+
+    @property
+    def rules_field(self) -> str:
+        """The field that holds the rules."""
+        return "extra_config" if self.auto_round else "dynamic"
 
     @cached_property
     def matcher(self) -> NameMatcher:
@@ -97,12 +108,11 @@ class GPTQConfig:
         expressions = (
             (rule.text, rule.text.removeprefix("-:").removeprefix("+:")) for rule in self.rules
         )
-        return NameMatcher(tuple(expressions), f"{self.where}: dynamic")
+        return NameMatcher(tuple(expressions), f"{self.where}: {self.rules_field}")
 
     def for_module(self, module: str) -> ModuleSettings:
         """The settings of one module, by its name in the files."""
-        index = self.matcher.first(module)
-        rule = None if index is None else self.rules[index]
+        rule = self._rule(module)
         settings = ModuleSettings(
             version=self.version,
             symmetric=self.symmetric,
@@ -111,6 +121,7 @@ class GPTQConfig:
             rule=rule,
             where=self.where,
             act_order=self.act_order,
+            auto_round=self.auto_round,
         )
         if rule is None:
             return settings
@@ -121,6 +132,19 @@ class GPTQConfig:
             symmetric=self.symmetric if rule.symmetric is None else rule.symmetric,
             act_order=self.act_order if rule.act_order is None else rule.act_order,
         )
+
+    def _rule(self, module: str) -> Rule | None:
+        """The first rule that matches a module's name; any of its names if it is AutoRound's."""
+        found = (self.matcher.first(name) for name in self._names(module))
+        index = min((index for index in found if index is not None), default=None)
+        return None if index is None else self.rules[index]
+
+    def _names(self, module: str) -> tuple[str, ...]:
+        """AutoRound's rules have the names of the model in memory, its files the classic ones."""
+        if not self.auto_round:
+            return (module,)
+        classic = names.canonical(f"{module}.weight").removesuffix(".weight")
+        return tuple(dict.fromkeys((module, *names.spellings(classic))))
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How a module is stored according to the settings alone; None if they do not say.
@@ -149,7 +173,7 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
         where: the file, for errors.
 
     Raises:
-        UnsupportedError: another layout, neither 4 nor 8 bits, or a rule that is too intricate.
+        UnsupportedError: another layout or number of bits, or a rule that is too intricate.
         CheckpointError: a value of the wrong type, or settings of another method.
     """
     if document is None:
@@ -160,15 +184,15 @@ def parse(document: Mapping[str, Any] | None, where: str) -> GPTQConfig:
     check_packing(settings)
     bits = fields.get("bits")
     if bits is not None and (type(bits) is not int or bits not in INTEGER_KINDS):
-        raise settings.unread("bits", "GPTQ is read in 4 or 8 bits only", "4 or 8")
+        raise settings.unread("bits", f"GPTQ is read in {READ_BITS} bits only", READ_BITS)
     symmetric, lm_head = fields.get("sym", True), fields.get("lm_head", False)
     config = GPTQConfig(
         version=_version(fields, where),
-        symmetric=_flag(symmetric, f"{where}: sym"),
+        symmetric=checked_flag(symmetric, f"{where}: sym"),
         bits=bits,
-        group_size=_group_size(fields.get("group_size"), f"{where}: group_size"),
+        group_size=checked_group_size(fields.get("group_size"), f"{where}: group_size"),
         act_order=settings.flag("desc_act"),
-        lm_head=_flag(lm_head, f"{where}: lm_head"),
+        lm_head=checked_flag(lm_head, f"{where}: lm_head"),
         rules=_rules(fields.get("dynamic"), f"{where}: dynamic"),
         where=where,
         settings=settings,
@@ -194,21 +218,23 @@ def confirm(
         rule = said.rule
         if rule is not None and rule.excluded:
             expected = f"no rule that excludes {module.name}"
-            raise settings.contradiction("dynamic", expected, module.name, rule.text)
+            raise settings.contradiction(config.rules_field, expected, module.name, rule.text)
         bits, columns = module.scheme.bits, module.shape[1]
         if said.bits in INTEGER_KINDS and said.bits != bits:
-            place = _place("bits", rule, rule.bits if rule else None)
+            place = _place(config, "bits", rule, rule.bits if rule else None)
             raise settings.contradiction(place, bits, module.name, said.bits)
         size = columns if said.group_size == -1 else said.group_size
         if size is not None and size * module.groups != columns:
-            place = _place("group_size", rule, rule.group_size if rule else None)
+            place = _place(config, "group_size", rule, rule.group_size if rule else None)
             expected_size = columns // module.groups
             raise settings.contradiction(place, expected_size, module.name, said.group_size)
 
 
-def _place(name: str, rule: Rule | None, override: int | None) -> str:
+def _place(config: GPTQConfig, name: str, rule: Rule | None, override: int | None) -> str:
     """Where a setting stands: in the rule that overrides it, or for most modules."""
-    return name if rule is None or override is None else f"dynamic: {rule.text[:60]}: {name}"
+    if rule is None or override is None:
+        return name
+    return f"{config.rules_field}: {rule.text[:60]}: {name}"
 
 
 def _version(fields: Mapping[str, Any], where: str) -> int:
@@ -232,7 +258,8 @@ def _version(fields: Mapping[str, Any], where: str) -> int:
     return VERSIONS[layout]
 
 
-def _flag(value: Any, where: str) -> bool:
+def checked_flag(value: Any, where: str) -> bool:
+    """A value that must be true or false."""
     if type(value) is not bool:
         raise CheckpointError(
             "wrong type", where=where, expected="true or false", found=repr(value)
@@ -240,7 +267,8 @@ def _flag(value: Any, where: str) -> bool:
     return value
 
 
-def _group_size(size: Any, where: str) -> int | None:
+def checked_group_size(size: Any, where: str) -> int | None:
+    """A group size that is read, or None."""
     if size is not None and (type(size) is not int or size not in (-1, *GROUP_SIZES)):
         raise CheckpointError(
             "unknown group size",
@@ -279,7 +307,7 @@ def _rule(text: str, overrides: Any, where: str) -> Rule:
         text=text,
         excluded=text.startswith("-:"),
         bits=bits,
-        group_size=_group_size(overrides.get("group_size"), f"{where}: group_size"),
+        group_size=checked_group_size(overrides.get("group_size"), f"{where}: group_size"),
         symmetric=settings.flag("sym"),
         act_order=settings.flag("desc_act"),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.layouts import (
+    auto_round_config,
     awq_config,
     bnb_config,
     compressed_config,
@@ -22,7 +23,7 @@ from qmix.formats.layouts import (
     modelopt_config,
     tensor_names,
 )
-from qmix.formats.layouts.settings import PackedModule
+from qmix.formats.layouts.settings import PackedModule, Settings
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.names import ModelTensor, TensorKind
 from qmix.weights.scheme import DENSE, GROUP_SIZES, NF4_BLOCK_SIZES, Kind, Scheme
@@ -89,6 +90,8 @@ class LayoutHeaders:
         scheme: the scheme, as far as headers and settings tell.
         groups: scales of an output, or blocks of the whole weight; 0 if there is no shape.
         confirm: checks the settings against the packed modules and the names of the dense ones.
+        optional: what follows a module's name in those of tensors that files with these settings
+            may lack, although `find` gives them.
     """
 
     name: Layout
@@ -100,6 +103,7 @@ class LayoutHeaders:
     scheme: Callable[[PackedTensors, Any], Scheme]
     groups: Callable[[PackedTensors], int]
     confirm: Callable[[Any, Collection[PackedModule], Collection[Sequence[str]]], None]
+    optional: Callable[[Any], frozenset[str]] = lambda _: frozenset()
 
 
 def _find_bnb(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
@@ -247,9 +251,41 @@ def _find_gptq(tensor: ModelTensor, infos: Mapping[str, TensorInfo]) -> tuple[st
 
 def _read_gptq(document: Mapping[str, Any] | None, where: str) -> gptq_config.GPTQConfig:
     """GPTQ's settings; AWQ's other versions may look like GPTQ without g_idx and are named."""
+    if document is not None and auto_round_config.named(document):
+        return auto_round_config.read(document, where, "GPTQ")
     if document is not None and document.get("quant_method") == "awq":
         awq_config.read(document, where)
     return gptq_config.parse(document, where)
+
+
+def _confirm_gptq(
+    settings: gptq_config.GPTQConfig,
+    modules: Collection[PackedModule],
+    dense: Collection[Sequence[str]],
+) -> None:
+    module = auto_round_config if settings.auto_round else gptq_config
+    module.confirm(settings, modules, dense)
+
+
+def _read_awq(document: Mapping[str, Any] | None, where: str) -> gptq_config.GPTQConfig | Settings:
+    if document is not None and auto_round_config.named(document):
+        return auto_round_config.read(document, where, "AWQ")
+    return awq_config.read(document, where)
+
+
+def _confirm_awq(
+    settings: gptq_config.GPTQConfig | Settings,
+    modules: Collection[PackedModule],
+    dense: Collection[Sequence[str]],
+) -> None:
+    if isinstance(settings, Settings):
+        awq_config.confirm(settings, modules, dense)
+    else:
+        auto_round_config.confirm(settings, modules, dense)
+
+
+def _optional_gptq(settings: gptq_config.GPTQConfig) -> frozenset[str]:
+    return frozenset((tensor_names.G_IDX,) if settings.auto_round else ())
 
 
 def _gptq_scheme(packed: PackedTensors, settings: gptq_config.GPTQConfig) -> Scheme:
@@ -268,7 +304,7 @@ def _group_size(packed: PackedTensors, groups: int) -> int:
 def _integers(packed: PackedTensors, groups: int, bits: int | None, *, symmetric: bool) -> Scheme:
     size = packed.matrix[1] // max(groups, 1)
     return Scheme(
-        kind="int8" if bits == 8 else "int4",
+        kind=tensor_names.INTEGER_KINDS.get(bits or 4, "int4"),
         group_size=size if size in GROUP_SIZES else -1,
         symmetric=symmetric,
     )
@@ -340,10 +376,10 @@ LAYOUTS: tuple[LayoutHeaders, ...] = (
         name="AWQ",
         file=awq_config.FILE,
         find=_find_awq,
-        read=awq_config.read,
+        read=_read_awq,
         scheme=_awq_scheme,
         groups=_gptq_groups,
-        confirm=awq_config.confirm,
+        confirm=_confirm_awq,
     ),
     LayoutHeaders(
         name="GPTQ",
@@ -352,7 +388,8 @@ LAYOUTS: tuple[LayoutHeaders, ...] = (
         read=_read_gptq,
         scheme=_gptq_scheme,
         groups=_gptq_groups,
-        confirm=gptq_config.confirm,
+        confirm=_confirm_gptq,
+        optional=_optional_gptq,
     ),
 )
 LAYOUT_OF: Mapping[Layout, LayoutHeaders] = {layout.name: layout for layout in LAYOUTS}

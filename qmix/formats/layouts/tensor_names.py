@@ -13,7 +13,12 @@ Layout = Literal[
 
 WORD_BITS = 32
 # Bits of the integers that are read -> the kind of their Scheme.
-INTEGER_KINDS: Mapping[int, Literal["int4", "int8"]] = {4: "int4", 8: "int8"}
+INTEGER_KINDS: Mapping[int, Literal["int2", "int3", "int4", "int8"]] = {
+    2: "int2",
+    3: "int3",
+    4: "int4",
+    8: "int8",
+}
 
 WEIGHT = ".weight"
 ABSMAX = ".weight.absmax"

@@ -21,6 +21,7 @@ from qmix.formats.layouts import (
     mlx,
     mlx_config,
 )
+from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.formats.layouts.headers import LAYOUT_OF, PackedTensors
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.weights.dense import Weight
@@ -64,7 +65,10 @@ def _compressed(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str
 
 
 def _awq(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, settings: Any) -> Weight:
-    zero_point = settings.flag("zero_point") is not False
+    if isinstance(settings, GPTQConfig):  # AutoRound's
+        zero_point = not settings.for_module(packed.module).symmetric
+    else:
+        zero_point = settings.flag("zero_point") is not False
     return awq.unpack(tensors, packed.tensor.prefix, where, packed.matrix, zero_point=zero_point)
 
 

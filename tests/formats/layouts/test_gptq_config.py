@@ -44,7 +44,7 @@ def test_the_settings_that_files_have(document, expected):
 @pytest.mark.parametrize(
     ("document", "kind", "named"),
     [
-        ({"bits": 3}, UnsupportedError, "bits.*4 or 8 bits only.*found 3"),
+        ({"bits": 5}, UnsupportedError, "bits.*2, 3, 4 or 8 bits only.*found 5"),
         ({"bits": "4"}, UnsupportedError, "bits"),
         ({"bits": True}, UnsupportedError, "bits"),
         ({"bits": [4, 8]}, UnsupportedError, "bits"),
@@ -184,7 +184,7 @@ def test_the_settings_alone_say_the_scheme_of_each_module(schemes):
 def test_what_the_settings_do_not_say_is_none():
     assert read({"bits": 4}).scheme_of(MATRICES[0]) is None
     assert read({"group_size": 128}).scheme_of(MATRICES[0]) is None
-    said = read({"bits": 4, "group_size": 128, "dynamic": {MATRICES[0]: {"bits": 3}}})
+    said = read({"bits": 4, "group_size": 128, "dynamic": {MATRICES[0]: {"bits": 5}}})
     assert said.scheme_of(MATRICES[0]) is None
     assert said.scheme_of(MATRICES[1]) == INT4
     assert said.scheme_of("lm_head") == said.scheme_of(ROUTERS[0]) == DENSE
