@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qmix.errors import QmixError
-from qmix.formats.layouts import gptq_config
+from qmix.formats.layouts import auto_round_config, gptq_config
 from qmix.formats.layouts.headers import LAYOUT_OF
 from qmix.formats.layouts.settings import Settings
 from qmix.formats.layouts.tensor_names import Layout
@@ -138,7 +138,14 @@ def _llama_cpp(summary: StorageSummary) -> ReaderSupport:
     )
 
 
+def _is_auto_round(summary: StorageSummary) -> bool:
+    """Whether GPTQ's or AWQ's tensors have AutoRound's settings."""
+    return bool(summary.layouts & {"GPTQ", "AWQ"}) and auto_round_config.named(summary.settings)
+
+
 def _vllm(summary: StorageSummary) -> ReaderSupport:
+    if _is_auto_round(summary):
+        return _untried("vLLM 0.33", "its reader of AutoRound's settings was not looked at")
     problems_of: dict[Layout, Callable[[StorageSummary], Iterator[str]]] = {
         "bitsandbytes": lambda _: iter(["bitsandbytes left its core in 0.28"]),
         "ModelOpt": lambda it: _missing_fields(it.settings, ("quant_algo|quantization",)),
@@ -244,6 +251,12 @@ def _transformers(summary: StorageSummary) -> ReaderSupport:
     if "bitsandbytes" in summary.layouts:
         outcome = "refuses"
         reason = "its experts are one parameter, which bitsandbytes' tensors do not fit"
+    elif _is_auto_round(summary):
+        tried = "GPTQ" in summary.layouts
+        outcome = "loads" if tried else "unknown"
+        reason = "with the package auto-round 0.16, which computes in float16"
+    elif "HQQ" in summary.layouts:
+        return _untried("transformers 5.23", "it asks for a GPU, and its experts are one parameter")
     elif summary.layouts & {"GPTQ", "AWQ"}:
         outcome, tried = ("noise", True) if summary.has_packed_experts else ("unknown", False)
         reason = "experts stay random: GPTQ and AWQ reach only nn.Linear, which experts are not"
@@ -258,6 +271,10 @@ def _transformers(summary: StorageSummary) -> ReaderSupport:
     elif "compressed-tensors" in summary.layouts:
         outcome, reason = _compressed_in_transformers(summary)
     return ReaderSupport(reader="transformers 5.23", outcome=outcome, reason=reason, tried=tried)
+
+
+def _untried(reader: str, reason: str) -> ReaderSupport:
+    return ReaderSupport(reader=reader, outcome="unknown", reason=reason, tried=False)
 
 
 def _is_nvfp4(scheme: Scheme) -> bool:
@@ -319,6 +336,8 @@ def _gptqmodel(summary: StorageSummary) -> ReaderSupport:
     tried = True
     layouts, settings = summary.layouts, summary.settings or {}
     classic = summary.dialect == "classic" and summary.has_packed_experts
+    if _is_auto_round(summary):
+        return _untried("gptqmodel 7.7", "it was not tried with AutoRound's settings")
     if "bitsandbytes" in layouts:
         outcome, reason = "refuses", "it reads only its own spelling of these settings"
     elif "GPTQ" in layouts and classic:
@@ -331,6 +350,6 @@ def _gptqmodel(summary: StorageSummary) -> ReaderSupport:
         if settings.get("checkpoint_format") != "gptq_v2":
             outcome = "refuses"
             reason = "it takes asymmetric weights of version 1 only from itself"
-    elif layouts & {"compressed-tensors", "ModelOpt", "FP8", "MLX"} or not layouts:
+    elif layouts & {"compressed-tensors", "ModelOpt", "FP8", "MLX", "HQQ"} or not layouts:
         outcome, reason, tried = "unknown", "it is made for GPTQ and AWQ", False
     return ReaderSupport(reader="gptqmodel 7.7", outcome=outcome, reason=reason, tried=tried)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
+from qmix.formats.compatibility import reader_support, storage_summary
 from qmix.formats.layouts import auto_round_config, awq, gptq
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support import damaged_folders, packers
@@ -218,3 +219,14 @@ def test_200_mutations_are_read_or_refused(folder, tmp_path):
         assert time.monotonic() - started < 1, seed
         shutil.rmtree(place)
     assert outcomes.count("refused") > 100
+
+
+def test_inspect_says_which_programs_load_it():
+    """transformers with auto-round was tried: golden/make_auto_round.py."""
+    found = reader_support(storage_summary(open_checkpoint(FOLDER).metadata))
+    assert [(it.reader, it.outcome, it.tried) for it in found] == [
+        ("qmix", "loads", True),
+        ("vLLM 0.33", "unknown", False),
+        ("transformers 5.23", "loads", True),
+        ("gptqmodel 7.7", "unknown", False),
+    ]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
+from qmix.formats.compatibility import reader_support, storage_summary
 from qmix.formats.layouts import hqq, hqq_config
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support import damaged_folders
@@ -229,3 +230,13 @@ def test_200_mutations_are_read_or_refused(folder, tmp_path):
         assert time.monotonic() - started < 1, seed
         shutil.rmtree(place)
     assert outcomes.count("refused") > 100
+
+
+def test_inspect_says_which_programs_load_it():
+    found = reader_support(storage_summary(open_checkpoint(FOLDER).metadata))
+    assert [(it.reader, it.outcome) for it in found] == [
+        ("qmix", "loads"),
+        ("vLLM 0.33", "refuses"),
+        ("transformers 5.23", "unknown"),
+        ("gptqmodel 7.7", "unknown"),
+    ]
