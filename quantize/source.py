@@ -21,7 +21,7 @@ from qmix.files import regular_file
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import companions
 from qmix.formats.files.shards import Allocate, Entry, check_finite, fresh, read_entry
-from qmix.formats.gguf.files import checked_source, gguf_files, is_gguf
+from qmix.gguf.files import checked_source, gguf_files, is_gguf
 
 _CHUNK_BYTES = 16 << 20
 _THREADS = 4  # that hash at once: one takes 0.6 to 2 GB/s, a disk may give more

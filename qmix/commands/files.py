@@ -40,8 +40,8 @@ def convert(
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.commands.checkpoint.convert import convert_checkpoint
     from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
-    from qmix.formats.gguf.files import is_gguf
     from qmix.formats.mistral.detect import raw_files
+    from qmix.gguf.files import is_gguf
 
     if is_gguf(raw) or ((raw / "config.json").is_file() and not raw_files(raw)):
         with terminal.progress() as show:

@@ -12,9 +12,9 @@ from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.files import regular_file
 from qmix.formats import names
 from qmix.formats.files.shard_names import INDEX
-from qmix.formats.gguf.files import is_gguf
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
+from qmix.gguf.files import is_gguf
 from qmix.planning import gpus, machine
 from qmix.planning.byte_sizes import parse_size, show
 from qmix.planning.estimate import Estimate, estimate

@@ -18,7 +18,6 @@ from qmix.formats import names, unread_layouts
 from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
 from qmix.formats.gguf.config import read_config
-from qmix.formats.gguf.files import is_gguf, read_model
 from qmix.formats.gguf.tensors import check_shapes, named_tensors
 from qmix.formats.layouts.headers import (
     LAYOUT_OF,
@@ -32,6 +31,7 @@ from qmix.formats.mistral import detect
 from qmix.formats.names import ModelTensor
 from qmix.formats.stacked import unstacked
 from qmix.formats.tensor_errors import check_count, wrong_shape, wrong_tensors
+from qmix.gguf.files import is_gguf, read_model
 from qmix.weights.scheme import Scheme
 
 Container = Literal["safetensors", "GGUF"]

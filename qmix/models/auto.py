@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.formats.gguf.files import checked_source
 from qmix.formats.mistral.detect import refuse_raw
+from qmix.gguf.files import checked_source
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
 

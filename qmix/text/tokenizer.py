@@ -13,7 +13,9 @@ import sentencepiece
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError, wrong_value
 from qmix.files import atomic_file, regular_file
-from qmix.text import chat_template
+from qmix.gguf.files import is_gguf
+from qmix.gguf.files import read_model as read_model_headers
+from qmix.text import chat_template, gguf_vocabulary
 from qmix.text.batch_encoding import (
     BatchEncoding,
     as_tensors,
@@ -24,6 +26,7 @@ from qmix.text.batch_encoding import (
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
 from qmix.text.sentencepiece_file import MODEL_FILE, check_model, damaged, read_model
 from qmix.text.tokenizer_config import CONFIG_FILE, TokenizerConfig, overrides, read_config
+from qmix.text.vocabulary import model_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +83,7 @@ class LlamaTokenizer:
     def from_pretrained(
         cls, path: str | Path, *, padding_side: str = "left", **options: Any
     ) -> Self:
-        """Read a checkpoint directory, or a `tokenizer.model` file by its path.
+        """Read a checkpoint directory, a GGUF file, or a `tokenizer.model` file by its path.
 
         A `tokenizer_config.json` beside it is honoured. Where that lists no added tokens, so is the
         `added_tokens.json` of fine-tunes before 2024. No code is ever loaded.
@@ -97,7 +100,22 @@ class LlamaTokenizer:
             UsageError: an unknown option, or another padding_side.
         """
         changes = overrides(options)
+        check_padding_side(padding_side)
         path = Path(path)
+        tokenizer = cls._of_gguf(path, changes) if is_gguf(path) else cls._of_file(path, changes)
+        tokenizer.padding_side = padding_side
+        return tokenizer
+
+    @classmethod
+    def _of_gguf(cls, path: Path, changes: Mapping[str, Any]) -> Self:
+        model = read_model_headers(path)
+        where = str(model.path)
+        vocabulary = gguf_vocabulary.vocabulary(model.metadata, where)
+        settings = gguf_vocabulary.settings(model.metadata, where)
+        return cls(model_bytes(vocabulary), {**settings, **changes}, where=where)
+
+    @classmethod
+    def _of_file(cls, path: Path, changes: Mapping[str, Any]) -> Self:
         file = path / MODEL_FILE if regular_file.is_folder(path) else path
         if not regular_file.exists(file) and regular_file.exists(path / "tokenizer.json"):
             raise CheckpointError(
@@ -106,11 +124,7 @@ class LlamaTokenizer:
                 found="tokenizer.json, which qmix does not read",
                 remedy=f"Copy {MODEL_FILE} from the original checkpoint into this directory.",
             )
-        model = read_model(file)
-        tokenizer = cls(model, {**read_config(file), **changes}, where=str(file))
-        check_padding_side(padding_side)
-        tokenizer.padding_side = padding_side
-        return tokenizer
+        return cls(read_model(file), {**read_config(file), **changes}, where=str(file))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `tokenizer.model` byte for byte, and `tokenizer_config.json`.

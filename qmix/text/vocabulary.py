@@ -54,7 +54,8 @@ def model_bytes(vocabulary: Vocabulary) -> bytes:
             vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True
         )
     )
-    trainer = _number(3, _BPE) + _number(4, len(vocabulary.pieces)) + _number(35, 1)
+    trainer = _number(3, _BPE) + _number(4, len(vocabulary.pieces))
+    trainer += _number(35, int(BYTE in vocabulary.types))  # byte fallback
     named = ((40, 45, vocabulary.unk), (41, 46, vocabulary.bos), (42, 47, vocabulary.eos))
     for id_field, piece_field, index in named:
         trainer += _number(id_field, -1 if index is None else index)

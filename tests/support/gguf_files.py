@@ -4,10 +4,13 @@ import struct
 from array import array
 from pathlib import Path
 
+import sentencepiece
 import torch
 from safetensors import safe_open
 
-from qmix.formats.gguf.tensor_types import TYPES
+from qmix.gguf.tensor_types import TYPES
+from qmix.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN
+from tests.support.models import TINY
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NUMBERS = {kind.name: number for number, kind in TYPES.items()}
@@ -78,7 +81,7 @@ def golden_rows(kind):
 def mixtral_metadata(config):
     """What llama.cpp writes of a model, with tokens that stand for nothing."""
     special = ["<unk>", "<s>", "</s>"]
-    tokens = special + [f"<0x{byte:02X}>" for byte in range(config.vocab_size - 3)]
+    tokens = special + [f"token{number}" for number in range(config.vocab_size - 3)]
     return {
         "general.architecture": "llama",
         "llama.block_count": config.num_hidden_layers,
@@ -95,9 +98,23 @@ def mixtral_metadata(config):
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": [0.0] * len(tokens),
-        "tokenizer.ggml.token_type": array("i", [2, 3, 3, *(6 for _ in tokens[3:])]),
+        "tokenizer.ggml.token_type": array("i", [2, 3, 3, *(1 for _ in tokens[3:])]),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def tokenizer_metadata(path=TINY / "tokenizer.model"):
+    """What llama.cpp's converter writes of a tokenizer.model."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    kinds = ((UNKNOWN, sp.is_unknown), (CONTROL, sp.is_control), (BYTE, sp.is_byte))
+    ids = range(sp.get_piece_size())
+    types = [next((kind for kind, asked in kinds if asked(i)), NORMAL) for i in ids]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tuple(sp.id_to_piece(i) for i in ids),
+        "tokenizer.ggml.scores": array("f", [sp.get_score(i) for i in ids]),
+        "tokenizer.ggml.token_type": array("i", types),
     }
 
 

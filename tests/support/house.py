@@ -21,7 +21,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("qmix.errors", "qmix.printable"),
-    ("qmix.weights", "qmix.strict_json", "qmix.files"),
+    ("qmix.weights", "qmix.strict_json", "qmix.files", "qmix.gguf"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
     ("qmix.planning", "qmix.experts"),
@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 SIBLINGS = {
     ("qmix.errors", "qmix.printable"),
     ("qmix.strict_json", "qmix.files"),
+    ("qmix.gguf", "qmix.files"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
@@ -74,6 +75,7 @@ OWNERS: Mapping[str, set[str]] = {
 # Rooms and files without torch: `qmix plan`, `inspect` and every usage error answer without it.
 TORCHLESS = (
     *("qmix.errors", "qmix.files", "qmix.strict_json", "qmix.config", "qmix.planning"),
+    "qmix.gguf",
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
     *("qmix.text.chat_template", "qmix.printable", "qmix.formats.metadata"),

@@ -3,35 +3,18 @@
 from array import array
 
 import pytest
-import sentencepiece
 
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.text import gguf_vocabulary
 from qmix.text.tokenizer import LlamaTokenizer
-from qmix.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, model_bytes
+from qmix.text.vocabulary import model_bytes
+from tests.support.gguf_files import tokenizer_metadata
 from tests.support.models import TINY
 
 
 @pytest.fixture(scope="module")
 def metadata():
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
-    ids = range(sp.get_piece_size())
-    types = [
-        UNKNOWN
-        if sp.is_unknown(i)
-        else CONTROL
-        if sp.is_control(i)
-        else BYTE
-        if sp.is_byte(i)
-        else NORMAL
-        for i in ids
-    ]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tuple(sp.id_to_piece(i) for i in ids),
-        "tokenizer.ggml.scores": array("f", [sp.get_score(i) for i in ids]),
-        "tokenizer.ggml.token_type": array("i", types),
-    }
+    return tokenizer_metadata()
 
 
 def built(metadata):

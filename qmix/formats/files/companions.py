@@ -7,6 +7,8 @@ from pathlib import Path
 
 from qmix.files import regular_file
 from qmix.files.file_errors import writing
+from qmix.gguf.files import is_gguf
+from qmix.text.tokenizer import LlamaTokenizer
 
 NAMES = (
     "tokenizer.model",
@@ -21,12 +23,15 @@ MAX_BYTES = 64 << 20
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the companions that `source` has into `folder`.
+    """Copy the companions that `source` has into `folder`; of a GGUF file, write its tokenizer.
 
     Raises:
         CheckpointError: one is too large or cannot be read.
         WriteError: one cannot be written.
     """
+    if is_gguf(source):
+        LlamaTokenizer.from_pretrained(source).save_pretrained(folder)
+        return
     for name in NAMES:
         if regular_file.exists(source / name):
             data = regular_file.read(source / name, limit_bytes=MAX_BYTES)

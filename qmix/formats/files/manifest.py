@@ -12,8 +12,8 @@ from typing import Any
 from qmix import strict_json
 from qmix.errors import CheckpointError
 from qmix.files.file_errors import writing
+from qmix.files.file_names import is_plain_name
 from qmix.files.regular_file import reading
-from qmix.formats.files.shard_path import is_plain_name
 
 MANIFEST = "qmix_manifest.json"
 # Lies in OUT.partial from its first moment: a directory that holds it may be emptied.

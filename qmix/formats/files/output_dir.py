@@ -16,10 +16,10 @@ from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError, ResourceError, UsageError, WriteError
 from qmix.files.file_errors import UNSUPPORTED, reason, write_error, writing
+from qmix.files.file_names import NAME_BYTES
 from qmix.files.regular_file import UNREADABLE, reading
 from qmix.formats.files import manifest, replacement
 from qmix.formats.files.manifest import MARKER, STATE
-from qmix.formats.files.shard_path import NAME_BYTES
 
 # For files other than weights and for the file system: enough for a tokenizer and a few JSON files.
 _SLACK_BYTES = 64 << 20

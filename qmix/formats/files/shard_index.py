@@ -8,10 +8,10 @@ from pathlib import Path, PureWindowsPath
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
+from qmix.files.file_names import is_plain_name, path_inside
 from qmix.files.regular_file import checked_folder, reading
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
-from qmix.formats.files.shard_path import is_plain_name, path_inside
 
 
 def read_headers(directory: str | Path) -> dict[str, TensorInfo]:

@@ -1,4 +1,4 @@
-"""GGUF, the files of llama.cpp: the container, its metadata and tensors as qmix names them.
+"""GGUF files as checkpoints: config and tensors as qmix names them.
 
 What the bits of a quantized tensor mean is written in layouts.gguf. Knows no torch.
 """

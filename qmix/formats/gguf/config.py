@@ -10,8 +10,8 @@ from typing import Any
 
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ConfigError, UnsupportedError
-from qmix.formats.gguf.files import GGUFModel
-from qmix.formats.gguf.header_fields import Value
+from qmix.gguf.files import GGUFModel
+from qmix.gguf.header_fields import Value
 
 ARCHITECTURE = "general.architecture"
 _LLAMA = "llama"

@@ -13,11 +13,11 @@ from pathlib import Path
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.files.safetensors_header import TensorInfo
-from qmix.formats.gguf.container import GGUFTensor
-from qmix.formats.gguf.files import GGUFModel
-from qmix.formats.gguf.tensor_types import BY_NAME, DENSE, QUANTIZED
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_errors import wrong_shape
+from qmix.gguf.container import GGUFTensor
+from qmix.gguf.files import GGUFModel
+from qmix.gguf.tensor_types import BY_NAME, DENSE, QUANTIZED
 
 _MODEL = {
     "token_embd.weight": "model.embed_tokens",

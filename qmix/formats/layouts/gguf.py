@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.formats.gguf.tensor_types import BY_NAME
+from qmix.gguf.tensor_types import BY_NAME
 from qmix.weights.affine import Affine
 from qmix.weights.scales import NestedScales, pack_six_bits
 from qmix.weights.slabs import decoded

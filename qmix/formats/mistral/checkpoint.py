@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
-from qmix.files import regular_file
+from qmix.files import file_names, regular_file
 from qmix.formats import names
-from qmix.formats.files import pickles, shard_path, shards
+from qmix.formats.files import pickles, shards
 from qmix.formats.files.shards import Entry, Shards
 from qmix.formats.mistral import params
 from qmix.formats.mistral.detect import raw_files
@@ -128,7 +128,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for path in files:
-        shard_path.path_inside(folder, path.name)
+        file_names.path_inside(folder, path.name)
         read = shards.read_entries if path.suffix == ".safetensors" else pickles.read_entries
         for name, entry in read(path).items():
             if name in entries:

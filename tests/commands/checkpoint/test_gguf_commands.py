@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qmix import LlamaTokenizer, MixtralForCausalLM
 from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
@@ -12,8 +13,8 @@ from qmix.formats import open_checkpoint
 from qmix.formats.metadata import read_metadata
 from qmix.planning.stored_model import StoredModel
 from qmix.quantize.source import open_source
-from tests.support.gguf_files import GOLDEN, write_mixtral, write_shards
-from tests.support.models import quantized, small_model
+from tests.support.gguf_files import GOLDEN, tokenizer_metadata, write_mixtral, write_shards
+from tests.support.models import TINY, quantized, small_model
 from tests.support.process import qmix
 
 Q4_K_M = GOLDEN / "gguf-Q4_K_M.gguf"
@@ -119,3 +120,33 @@ def test_the_command_line_takes_the_file(command):
     options = ("--ram", "8GiB", "--vram", "4GiB") if command == "plan" else ()
     done = qmix(command, str(Q4_K_M), *options)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    """The trained tiny model with its own tokenizer as one file."""
+    model = MixtralForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_mixtral(path, model, changes=tokenizer_metadata())
+
+
+def test_a_file_is_talked_to_as_it_is(tiny_file):
+    options = ("--max-new-tokens", "8", "--temperature", "0", "--dtype", "float32")
+    prompt = "This program is free"
+    dense = qmix("generate", TINY, prompt, *options)
+    assert dense.returncode == 0, dense.stderr
+    assert qmix("generate", tiny_file, prompt, *options).stdout == dense.stdout
+    assert qmix("generate", tiny_file.parent, prompt, *options).stdout == dense.stdout
+
+
+def test_what_is_made_of_a_file_has_its_tokenizer(tmp_path, tiny_file):
+    made = qmix("convert", tiny_file, tmp_path / "dense")
+    assert made.returncode == 0, made.stderr
+    text = "Zwei Wörter, 🙂\n\ttwo words"
+    for folder in (tmp_path / "dense", tiny_file, TINY):
+        tokenizer = LlamaTokenizer.from_pretrained(folder)
+        assert tokenizer.encode(text) == LlamaTokenizer.from_pretrained(TINY).encode(text)
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    again = MixtralForCausalLM.from_pretrained(tiny_file, dtype=torch.float32)
+    ids = torch.tensor([[1, 300, 500, 7]])
+    assert torch.equal(model(ids).logits, again(ids).logits)

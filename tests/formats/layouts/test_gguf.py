@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.formats.gguf.tensor_types import QUANTIZED
 from qmix.formats.layouts import gguf
 from qmix.formats.layouts.gguf_schemes import SCHEMES
+from qmix.gguf.tensor_types import QUANTIZED
 from qmix.weights.affine import Affine
 from qmix.weights.scales import NestedScales
 from qmix.weights.table import Table

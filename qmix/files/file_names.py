@@ -1,4 +1,4 @@
-"""Which names a checkpoint's files may have, and where one may lie: in its folder or a hub cache.
+"""Names of files in one folder, and where such a file may lie: in the folder or in a hub cache.
 
 Knows nothing of what a file holds.
 """

@@ -9,7 +9,7 @@ from array import array
 import pytest
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.formats.gguf.container import read_gguf
+from qmix.gguf.container import read_gguf
 from tests.support.gguf_files import gguf_bytes, string
 
 METADATA = {

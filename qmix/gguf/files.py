@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qmix.errors import CheckpointError
 from qmix.files import regular_file
-from qmix.formats.files.shard_path import path_inside
-from qmix.formats.gguf.container import GGUFFile, GGUFTensor, read_gguf
-from qmix.formats.gguf.header_fields import Value
+from qmix.files.file_names import path_inside
+from qmix.gguf.container import GGUFFile, GGUFTensor, read_gguf
+from qmix.gguf.header_fields import Value
 
 SUFFIX = ".gguf"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from qmix.errors import UnsupportedError
 from qmix.files.regular_file import open_regular
-from qmix.formats.gguf.header_fields import HeaderFields, Value
-from qmix.formats.gguf.tensor_types import TYPES
+from qmix.gguf.header_fields import HeaderFields, Value
+from qmix.gguf.tensor_types import TYPES
 from qmix.printable import escaped
 
 MAGIC = b"GGUF"
