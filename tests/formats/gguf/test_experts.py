@@ -5,7 +5,7 @@ import torch
 
 from qmix.experts.reader import ExpertReader
 from qmix.formats import open_checkpoint
-from qmix.formats.gguf.tensor_types import BY_NAME, QUANTIZED
+from qmix.gguf.tensor_types import BY_NAME, QUANTIZED
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning.stored_model import StoredModel
 from tests.support.gguf_files import gguf_bytes, golden_rows, mixtral_metadata, mixtral_tensors

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
-from qmix.formats.gguf.tensor_types import BY_NAME
 from qmix.formats.metadata import read_metadata
+from qmix.gguf.tensor_types import BY_NAME
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.gguf_files import (
     GOLDEN,
