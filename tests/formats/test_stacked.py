@@ -67,10 +67,10 @@ def test_other_tensors_stay():
     ],
 )
 def test_another_shape_is_refused(name, shape):
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(CheckpointError, match=rf"{name}: wrong shape; expected \[3, "):
         unstacked({f"{BLOCK}.{name}": info(*shape)}, CONFIG)
-    assert time.perf_counter() - begun < 0.1
+    assert time.process_time() - begun < 0.1
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 0), (1 << 40, 6, 0), (3, 4, 2), (3, 6), (3, 6, 2, 1)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.layouts.tensor_names import WORD_BITS
 from qmix.weights.affine import symmetric_zero
+from qmix.weights.dense import all_finite
 from qmix.weights.scheme import GROUP_SIZES
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -112,7 +113,8 @@ class IntegerTensors(CheckedTensors):
         if groups != 1 and groups not in [columns / size for size in GROUP_SIZES]:
             found = f"{groups} groups of {columns} inputs"
             raise self.wrong(suffix, "unknown group size", _GROUP_SIZES, found)
-        if invalid := scales.numel() - int(torch.isfinite(scales).sum()):
+        if not all_finite(scales):
+            invalid = scales.numel() - int(torch.isfinite(scales).sum())
             raise self.wrong(suffix, "holds NaN or infinity", "finite values", f"{invalid} others")
         return scales
 

@@ -133,10 +133,12 @@ def mlx_names(prefix: str, names: Collection[str], *, affine: bool) -> tuple[str
     """The names of the tensors of module `prefix`'s weight; none if it is not MLX's.
 
     Required names are among them even if the files lack them. GPTQ and AWQ have scales of the same
-    name, and codes of another.
+    name beside tensors of others.
     """
-    own = any(prefix + suffix in names for suffix in (SCALES, BIASES, EXPERT_SCALE))
-    if not own or prefix + QWEIGHT in names or prefix + G_IDX in names:
+    own = prefix + WEIGHT in names and prefix + SCALES in names
+    if not own and prefix + BIASES not in names and prefix + EXPERT_SCALE not in names:
+        return ()
+    if prefix + QWEIGHT in names or prefix + QZEROS in names or prefix + G_IDX in names:
         return ()
     required = (WEIGHT, SCALES, BIASES) if affine else (WEIGHT, SCALES)
     optional = [s for s in (BIASES, EXPERT_SCALE) if prefix + s in names and s not in required]

@@ -214,12 +214,12 @@ def test_mutated_files_give_one_error_of_ours_in_a_second(name, tmp_path):
             file.write_bytes(data)
         else:
             edit_tensors(folder, lambda tensors: mutate_tensors(tensors, rng))
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             load(folder)
         except QmixError:
             refused += 1
-        assert time.perf_counter() - begun < 1, number
+        assert time.process_time() - begun < 1, number
         shutil.rmtree(folder)
     assert refused > 60
 
