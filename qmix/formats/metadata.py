@@ -18,7 +18,7 @@ from qmix.formats import names, unread_layouts
 from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
 from qmix.formats.gguf.config import read_config
-from qmix.formats.gguf.tensors import check_shapes, named_tensors
+from qmix.formats.gguf.tensors import DESCRIPTION, check_shapes, named_tensors
 from qmix.formats.layouts.headers import (
     LAYOUT_OF,
     LAYOUTS,
@@ -37,7 +37,7 @@ from qmix.weights.scheme import Scheme
 Container = Literal["safetensors", "GGUF"]
 
 # Where each format describes the model, for errors.
-_DESCRIPTIONS: Mapping[Container, str] = {"safetensors": "config.json", "GGUF": "the metadata"}
+_DESCRIPTIONS: Mapping[Container, str] = {"safetensors": "config.json", "GGUF": DESCRIPTION}
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -228,9 +228,9 @@ def _read_gguf(path: Path) -> CheckpointMetadata:
     config = read_config(model)
     named = named_tensors(model, config)
     needed, found = names.count(config), len(named.infos)
-    check_count(str(path), needed, found, description=_DESCRIPTIONS["GGUF"])
+    check_count(str(path), needed, found, description=DESCRIPTION)
     tensors = tuple(names.model_tensors(config))
-    check_shapes(named, tensors, description=_DESCRIPTIONS["GGUF"])
+    check_shapes(named, tensors)
     metadata = CheckpointMetadata(
         path, config, named.infos, tensors, named.stored_names, container="GGUF"
     )

@@ -1,9 +1,9 @@
 """Stacked experts: a tensor that holds one matrix of all experts of a layer, taken apart.
 
-MLX stacks experts under `switch_mlp`, transformers 5 under `experts.gate_up_proj` and
-`experts.down_proj`, where a layer is not brought back into the hub's names while it is saved. The
-matrices of such a tensor lie one after another, so each expert's is a range of its bytes and needs
-no other reader. Knows no torch and no bits.
+MLX stacks experts under `switch_mlp`, GGUF under `ffn_up_exps`, transformers 5 under
+`experts.gate_up_proj` and `experts.down_proj`, where a layer is not brought back into the hub's
+names while it is saved. The matrices of such a tensor lie one after another, so each expert's is a
+range of its bytes and needs no other reader. Knows no torch and no bits.
 """
 
 import re
@@ -44,7 +44,7 @@ def _mlx_parts(
 ) -> Iterator[tuple[str, TensorInfo]]:
     rows = config.hidden_size if module.endswith("down_proj") else config.intermediate_size
     inner: tuple[int | None, ...] = () if part == "global_scale" else (rows, None)
-    for expert, matrix in enumerate(_matrices(name, info, config, inner)):
+    for expert, matrix in enumerate(matrices(name, info, config, inner)):
         yield f"{module}[{expert}].{part}", matrix
 
 
@@ -53,20 +53,33 @@ def _fused_parts(
 ) -> Iterator[tuple[str, TensorInfo]]:
     hidden, width = config.hidden_size, config.intermediate_size
     if part == "down_proj":
-        for expert, matrix in enumerate(_matrices(name, info, config, (hidden, width))):
+        for expert, matrix in enumerate(matrices(name, info, config, (hidden, width))):
             yield f"{block}.{part}[{expert}]", matrix
         return
-    for expert, matrix in enumerate(_matrices(name, info, config, (2 * width, hidden))):
+    for expert, matrix in enumerate(matrices(name, info, config, (2 * width, hidden))):
         middle = (matrix.start + matrix.stop) // 2
         gate = replace(matrix, shape=(width, hidden), stop=middle)
         yield f"{block}.{part}[{expert}].gate", gate
         yield f"{block}.{part}[{expert}].up", replace(gate, start=middle, stop=matrix.stop)
 
 
-def _matrices(
-    name: str, info: TensorInfo, config: MixtralConfig, inner: tuple[int | None, ...]
+def matrices(
+    name: str,
+    info: TensorInfo,
+    config: MixtralConfig,
+    inner: tuple[int | None, ...],
+    *,
+    description: str = "config.json",
 ) -> Iterator[TensorInfo]:
-    """The experts' tensors of a stack [E, ...]; None in `inner` stands for any size but 0."""
+    """The experts' tensors of a stack [E, ...].
+
+    Args:
+        inner: the shape of one; None stands for any size but 0.
+        description: what describes the model, for errors.
+
+    Raises:
+        CheckpointError: another shape.
+    """
     experts = config.num_local_experts
     known = len(info.shape) == 1 + len(inner) and all(
         found == wanted or (wanted is None and found > 0)
@@ -74,7 +87,7 @@ def _matrices(
     )
     if not known:
         expected = [experts, *("any" if size is None else size for size in inner)]
-        raise wrong_shape(str(info.file), name, expected, info.shape)
+        raise wrong_shape(str(info.file), name, expected, info.shape, description=description)
     nbytes = info.nbytes // experts
     for start in range(info.start, info.stop, nbytes):
         yield replace(info, shape=info.shape[1:], start=start, stop=start + nbytes)

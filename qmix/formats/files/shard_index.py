@@ -102,7 +102,7 @@ def _nothing_to_read(folder: Path, present: Sequence[str]) -> QmixError:
             found=", ".join(present[:5]),
         )
     others = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )
     if others:
         return UnsupportedError(

@@ -14,11 +14,13 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.files.safetensors_header import TensorInfo
 from qmix.formats.names import ModelTensor
+from qmix.formats.stacked import matrices
 from qmix.formats.tensor_errors import wrong_shape
 from qmix.gguf.container import GGUFTensor
 from qmix.gguf.files import GGUFModel
 from qmix.gguf.tensor_types import BY_NAME, DENSE, QUANTIZED
 
+DESCRIPTION = "the metadata"  # what describes the model, for errors
 _MODEL = {
     "token_embd.weight": "model.embed_tokens",
     "output_norm.weight": "model.norm",
@@ -70,11 +72,8 @@ def named_tensors(model: GGUFModel, config: MixtralConfig) -> NamedTensors:
     return NamedTensors(infos, stored_names)
 
 
-def check_shapes(named: NamedTensors, tensors: Iterable[ModelTensor], *, description: str) -> None:
+def check_shapes(named: NamedTensors, tensors: Iterable[ModelTensor]) -> None:
     """Check the bytes of every quantized weight's rows against the model's shapes.
-
-    Args:
-        description: what describes the model, for errors.
 
     Raises:
         CheckpointError: a tensor is another shape's.
@@ -90,7 +89,7 @@ def check_shapes(named: NamedTensors, tensors: Iterable[ModelTensor], *, descrip
             if columns % block.block_size or info.shape != expected:
                 found = (*info.shape[:-1], info.shape[-1] // block.block_bytes * block.block_size)
                 raise wrong_shape(
-                    str(info.file), stored, tensor.shape, found, description=description
+                    str(info.file), stored, tensor.shape, found, description=DESCRIPTION
                 )
 
 
@@ -106,19 +105,9 @@ def _parts(
     elif not stacked:
         yield name, prefix + ending, replace(info, heads=_heads(prefix, config))
     else:
-        experts = config.num_local_experts
-        if len(info.shape) != 3 or info.shape[0] != experts:
-            raise CheckpointError(
-                f"tensor {name}: not a stack of the model's experts",
-                where=str(file),
-                expected=f"[{experts}, outputs, inputs]",
-                found=list(tensor.shape),
-            )
-        size = info.nbytes // experts
-        for expert in range(experts):
-            start = info.start + expert * size
-            part = TensorInfo(file, info.dtype, info.shape[1:], start, start + size)
-            yield f"{name}[{expert}]", prefix.format(expert) + ending, part
+        stack = matrices(name, info, config, (None, None), description=DESCRIPTION)
+        for expert, matrix in enumerate(stack):
+            yield f"{name}[{expert}]", prefix.format(expert) + ending, matrix
 
 
 def _prefix(name: str) -> tuple[str | None, bool]:
