@@ -65,6 +65,7 @@ OWNERS: Mapping[str, set[str]] = {
     "numpy": {
         "qmix.weights.table",
         "qmix.weights.affine",
+        "qmix.weights.float8",
         "qmix.weights.slabs",
         "qmix.formats.layouts.gguf",
         "qmix.quantize.rounding.nf4",

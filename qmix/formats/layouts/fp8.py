@@ -5,9 +5,8 @@ Read as a source: the weight that they stand for, dense in float32. This is what
 ModelOpt and compressed-tensors' float-quantized write. Knows nothing of files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +14,8 @@ from qmix.formats.layouts.checked_tensors import CheckedTensors
 from qmix.formats.layouts.fp4 import check_activation_scales
 from qmix.formats.layouts.fp8_blocks import block_size
 from qmix.formats.layouts.tensor_names import SCALE, SCALE_INV, WEIGHT
+from qmix.weights import float8
 from qmix.weights.dense import Dense, all_finite
-from qmix.weights.slabs import TILE_ELEMENTS, decoded
 
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
@@ -36,37 +35,15 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[
     weight = stored.tensor(WEIGHT, torch.float8_e4m3fn, shape)
     scales = _scales(stored, shape)
     check_activation_scales(stored)
-    values = decoded(0, shape[0], shape[1], torch.float32, _decoder(weight, scales))
+    blocks = scales.shape[-1]
+    size = block_size(shape[1], blocks) if blocks > 1 else shape[1]
+    assert size is not None
+    values = float8.dequantized(weight, scales, size)
     if not all_finite(values):
         invalid = values.numel() - int(torch.isfinite(values).sum())
         what = "holds NaN, or values beyond the range of float32"
         raise stored.wrong(WEIGHT, what, "finite values", f"{invalid} others")
     return Dense(values)
-
-
-def _decoder(weight: Tensor, scales: Tensor) -> Callable[[int, int, Tensor], None]:
-    """What writes some rows of the weight [N, K] in float32; `scales` as `_scales` returns them."""
-    codes, columns = weight.view(torch.uint8).numpy(), weight.shape[1]
-    # torch takes six times as long to convert E4M3 as numpy to look 256 values up.
-    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
-    blocks = scales.shape[-1]
-    block = block_size(columns, blocks) if blocks > 1 else columns
-    assert block is not None
-    step = max(1, TILE_ELEMENTS // columns)
-
-    def decode(start: int, stop: int, out: Tensor) -> None:
-        values = out.numpy()
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            part = values[first - start : last - start]
-            np.take(table, codes[first:last], out=part, mode="clip")
-            of_rows = scales.numpy()[first:last] if scales.dim() == 2 else scales.numpy()[None]
-            with np.errstate(over="ignore", invalid="ignore"):
-                for index in range(blocks):
-                    columns_of = slice(index * block, (index + 1) * block)
-                    part[:, columns_of] *= of_rows[:, index, None]
-
-    return decode
 
 
 def _scales(stored: CheckedTensors, shape: tuple[int, int]) -> Tensor:
