@@ -32,7 +32,7 @@ from qmix.weights.packed.layout import (
     unpack_matrix,
     with_blob,
 )
-from qmix.weights.packed.packed_shapes import joined
+from qmix.weights.packed.packed_shapes import joined, matrix_format
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import Table
@@ -221,7 +221,9 @@ def _without_codes(weight: Weight) -> Weight:
 
 def _joined(weights: Sequence[Weight]) -> Weight:
     """The rows of several weights as one weight."""
-    shape = joined([spec_of(weight) for weight in weights]).shape
+    whole = joined([spec_of(weight) for weight in weights])
+    matrix_format(whole)  # refuses what has biases, which would be joined too
+    shape = whole.shape
     first = weights[0]
     if isinstance(first, Table):
         tables = [weight for weight in weights if isinstance(weight, Table)]

@@ -17,6 +17,7 @@ from qmix.formats.metadata import read_metadata
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from qmix.models.options import LoadOptions
+from qmix.models.pack import Packer
 from qmix.nn.cpu_decode import WhyNot
 from qmix.nn.embedding import Embedding
 from qmix.nn.linear import Linear
@@ -183,3 +184,21 @@ def test_a_dense_source_with_stacked_experts_is_quantized(tmp_path):
             exact = source.weight(tensor).dequantize(torch.float32)
             rounded = nf4.quantize(exact.bfloat16(), NF4).dequantize(torch.float32)
             assert out.weight(tensor).dequantize(torch.float32).equal(rounded)
+
+
+def test_without_a_dtype_in_the_config_it_is_that_of_the_last_norm(tmp_path):
+    folder = copied_mlx("affine8", tmp_path / "m")
+    document = json.loads((folder / "config.json").read_text())
+    del document["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(document))
+    assert open_checkpoint(folder).dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["affine4", "mixed", "nvfp4"])
+def test_what_the_packed_layout_cannot_hold_stays_as_it_is_and_is_counted(name):
+    model = MixtralForCausalLM.from_pretrained(MLX / name, dtype="float32", device="cpu")
+    logits, packer = model(IDS).logits, Packer()
+    packer.pack(model)
+    assert packer.packed == 0
+    assert packer.refused.total() == len(EXPECTED[name]["weights"]) - 1  # without the embedding
+    assert model(IDS).logits.equal(logits)
