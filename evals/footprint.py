@@ -21,7 +21,7 @@ from qmix.evals.command import exit_code
 from qmix.evals.timing.bench import fill_cache
 from qmix.formats.metadata import read_metadata
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.nn.linear import Linear
+from qmix.nn.stored import StoredModule
 from qmix.planning.plan import plan
 from qmix.planning.process_memory import resident_bytes
 from qmix.planning.stored_model import StoredModel
@@ -98,7 +98,8 @@ def storage_bytes(model: nn.Module) -> int:
     """Bytes of all storages behind a model's weights, packed ones included."""
     storages: dict[int, int] = {}
     for module in model.modules():
-        weights = [module.stored] if isinstance(module, Linear) else list(module.parameters(False))
+        stored = isinstance(module, StoredModule)
+        weights = [module.stored] if stored else list(module.parameters(recurse=False))
         for tensor in (tensor for weight in weights for tensor in _tensors(weight)):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

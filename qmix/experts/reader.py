@@ -4,7 +4,6 @@ Layouts that store a tensor as the weight holds it (bitsandbytes, compressed-ten
 read straight into the blob; GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
@@ -16,7 +15,7 @@ from torch import Tensor
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import fresh
 from qmix.formats.names import ModelTensor
-from qmix.weights.blob import TABLE_BYTES, aligned, blob_bytes
+from qmix.weights.blob import aligned, blob_bytes, quantized_bytes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.scheme import DENSE, Scheme
@@ -140,14 +139,8 @@ class ExpertReader:
         if packed is None or packed.dense:
             return blob_bytes((rows * columns * self._dtype.itemsize,))
         scheme = self._checkpoint.metadata.scheme_of(packed)
-        if scheme.group_bits is not None:
-            return blob_bytes((scheme.nbytes(tensor.shape), *TABLE_BYTES))
-        entries = {name: self._checkpoint.entry(name) for name in packed.names}
-        tensors = [entry.nbytes for entry in entries.values()]
-        if packed.layout == "bitsandbytes":
-            return blob_bytes(tensors)
-        scales = next(name for name in entries if name.endswith(("scales", "weight_scale")))
-        return blob_bytes(tensors, groups=math.prod(entries[scales].shape), inputs=columns)
+        tensors = [self._checkpoint.entry(name).nbytes for name in packed.names]
+        return quantized_bytes(scheme, tensor.shape, tensors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,15 +10,18 @@ from functools import cached_property
 
 from qmix.config import MixtralConfig
 from qmix.formats.files.safetensors_header import DTYPES
+from qmix.formats.layouts.gptq_config import GPTQConfig
+from qmix.formats.layouts.headers import PackedTensors
 from qmix.formats.metadata import CheckpointMetadata
 from qmix.formats.names import ModelTensor, model_tensors
-from qmix.weights.blob import TABLE_BYTES, blob_bytes
+from qmix.weights.blob import blob_bytes, quantized_bytes
 from qmix.weights.packed.packed_shapes import MatrixSpec
 from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
 
 ITEM_BYTES = dict(DTYPES.values())
-_TABLE_BYTES = 16 * 4  # the values of NF4's codes
+_TABLE_BYTES = 16 * 4  # the values of a table weight's codes
 _MAP_BYTES = 256 * 4  # the values of nested scales' codes
+_SMALL_MAP_BYTES = 64 * 4  # the same of codes of six bits
 _STATE_BYTES = 170  # bitsandbytes' description of one weight, as JSON; half without nested scales
 
 
@@ -57,35 +60,36 @@ class StoredWeight:
     def code_bytes(self) -> int:
         return -(-self.elements * self.scheme.bits // 8)
 
+    def nbytes(self, item: int) -> int:
+        """`Weight.nbytes` once it is loaded: codes, scales, zeros, biases, the order of inputs.
+
+        Args:
+            item: bytes of an element of a dense weight in memory.
+        """
+        if self.scheme.kind == "dense":
+            return self.elements * item
+        return self.scheme.nbytes(self.tensor.shape, scale_bytes=self.item) + self._order_bytes
+
     @property
     def scale_bytes(self) -> int:
         """Bytes in memory besides the codes: scales, zeros, tables, the order of the inputs."""
-        if self.scheme.group_bits is not None:
-            return self.scheme.nbytes(self.tensor.shape) - self.code_bytes
-        if self.scheme.integer:
-            zero = 0 if self.scheme.symmetric else 1
-            order = 4 * self.tensor.shape[1] if self.scattered else 0
-            return self._groups * (self.item + zero) + order
-        blocks = -(-self.elements // self.scheme.block_size)
-        if not self.scheme.double_quant:
-            return 4 * blocks + _TABLE_BYTES
-        return blocks + 4 * -(-blocks // NESTED_BLOCK) + _MAP_BYTES + _TABLE_BYTES
+        return self.memory_bytes(self.item) - self.code_bytes
+
+    @property
+    def plain_scale_bytes(self) -> int:
+        """Bytes of scales that are not nested, and of zeros."""
+        plain = replace(self.scheme, double_quant=False)
+        return plain.nbytes(self.tensor.shape, scale_bytes=self.item) - self.code_bytes
 
     def memory_bytes(self, item: int) -> int:
-        """Bytes in memory in the standard layout; a dense weight has `item` bytes an element."""
-        if self.scheme.kind == "dense":
-            return self.elements * item
-        return self.code_bytes + self.scale_bytes
+        """Bytes in memory in the standard layout, tables included; `item` as in `nbytes`."""
+        return self.nbytes(item) + self._table_bytes
 
     def blob_bytes(self, item: int) -> int:
-        """The most bytes that an arena keeps for the weight; `item` as in `memory_bytes`."""
+        """The most bytes that an arena keeps for the weight; `item` as in `nbytes`."""
         if self.scheme.kind == "dense":
             return blob_bytes((self.elements * item,))
-        if self.scheme.group_bits is not None:
-            return blob_bytes((self.scheme.nbytes(self.tensor.shape), *TABLE_BYTES))
-        if not self.scheme.integer:
-            return blob_bytes(self.tensor_bytes)
-        return blob_bytes(self.tensor_bytes, groups=self._groups, inputs=self.tensor.shape[1])
+        return quantized_bytes(self.scheme, self.tensor.shape, self.tensor_bytes)
 
     @property
     def spec(self) -> MatrixSpec:
@@ -97,10 +101,21 @@ class StoredWeight:
         return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric, self.item, usual)
 
     @property
-    def _groups(self) -> int:
-        """How many scales an integer weight has."""
-        rows, columns = self.tensor.shape
-        return rows * (columns // self.group)
+    def _order_bytes(self) -> int:
+        """Bytes of the order of scattered inputs."""
+        return 4 * self.tensor.shape[1] if self.scattered else 0
+
+    @property
+    def _table_bytes(self) -> int:
+        """Bytes of the tables that the weight has for itself: of its codes, and of nested scales'.
+
+        Those of affine weights are constants that all weights share.
+        """
+        scheme = self.scheme
+        if scheme.kind == "dense" or scheme.integer:
+            return 0
+        nested = _SMALL_MAP_BYTES if scheme.kind == "iq4" else _MAP_BYTES
+        return _TABLE_BYTES + (nested if scheme.double_quant else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +141,11 @@ class StoredModel:
         Args:
             dtype: of activations and dense weights; default: the checkpoint's.
         """
-        quantization = metadata.config.quantization_config or {}
-        scattered = bool(quantization.get("desc_act")) or (
-            quantization.get("quant_method") == "gptq" and "desc_act" not in quantization
-        )
         return cls(
             name=metadata.directory.resolve().name,
             config=metadata.config,
             dtype=dtype or metadata.dtype,
-            weights=tuple(
-                _stored(metadata, tensor, scattered=scattered) for tensor in metadata.tensors
-            ),
+            weights=tuple(_stored(metadata, tensor) for tensor in metadata.tensors),
         )
 
     @classmethod
@@ -219,21 +228,35 @@ class StoredModel:
         return batch * positions * width * config.num_hidden_layers * self.item
 
 
-def _stored(metadata: CheckpointMetadata, tensor: ModelTensor, *, scattered: bool) -> StoredWeight:
+def _stored(metadata: CheckpointMetadata, tensor: ModelTensor) -> StoredWeight:
     """A weight from the headers of its tensors."""
     packing = metadata.packing(tensor)
     if packing is None:
         info = metadata.tensor_info(tensor.name)
         return StoredWeight(tensor, DENSE, (info.nbytes,), DTYPES[info.dtype][1])
     infos = {name: metadata.tensor_info(name) for name in packing.names}
-    scale = next((infos[name] for name in infos if name.endswith(("scales", "scale"))), None)
     return StoredWeight(
         tensor,
         metadata.scheme_of(packing),
         tuple(info.nbytes for info in infos.values()),
-        1 if packing.dense else DTYPES[scale.dtype][1] if scale else 4,
-        scattered and packing.layout == "GPTQ",
+        1 if packing.dense else _scale_item(packing),
+        packing.layout == "GPTQ" and _scattered(metadata, packing.module),
     )
+
+
+def _scale_item(packing: PackedTensors) -> int:
+    """Bytes of a plain scale: float16 inside GGUF's blocks, float32 in bitsandbytes' layout."""
+    if packing.layout == "GGUF":
+        return ITEM_BYTES["float16"]
+    scales = (info for name, info in packing.infos.items() if name.endswith(("scales", "scale")))
+    scale = next(scales, None)
+    return DTYPES[scale.dtype][1] if scale else ITEM_BYTES["float32"]
+
+
+def _scattered(metadata: CheckpointMetadata, module: str) -> bool:
+    """Whether the inputs of a module of GPTQ may be scattered: unless the settings deny it."""
+    settings: GPTQConfig = metadata.settings["GPTQ"]
+    return settings.for_module(module).act_order is not False
 
 
 def _assumed_bytes(weight: StoredWeight) -> tuple[int, ...]:

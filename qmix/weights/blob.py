@@ -5,6 +5,8 @@ Arithmetic that reading, storing and planning share. Knows no torch and no weigh
 
 from collections.abc import Sequence
 
+from qmix.weights.scheme import Scheme
+
 LINE_BYTES = 64  # a cache line, and the widest vector of a CPU
 PAGE_BYTES = 4096
 # Tables of a weight whose scales are nested, and the lines on which its eight tensors begin.
@@ -28,3 +30,17 @@ def blob_bytes(tensors: Sequence[int], *, groups: int = 0, inputs: int = 0) -> i
     """
     total = sum(aligned(nbytes) for nbytes in tensors)
     return total + aligned(groups) + aligned(4 * inputs)
+
+
+def quantized_bytes(scheme: Scheme, shape: tuple[int, ...], tensors: Sequence[int]) -> int:
+    """The most bytes that a quantized weight [N, K] takes in a blob.
+
+    Args:
+        tensors: bytes of each of its tensors in the file; if there is only one, the weight is made
+            of new tensors.
+    """
+    if scheme.group_bits is not None or len(tensors) == 1:
+        return blob_bytes((scheme.nbytes(shape), *TABLE_BYTES))
+    if not scheme.integer:
+        return blob_bytes(tensors)
+    return blob_bytes(tensors, groups=scheme.groups(shape), inputs=shape[1])

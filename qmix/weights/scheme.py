@@ -14,6 +14,7 @@ Kind = Literal["dense", "nf4", "fp4", "e2m1", "iq4", "int2", "int3", "int4", "in
 
 # Absmax values that share one fp32 scale under double quantization (QLoRA, section 3).
 NESTED_BLOCK = 256
+_WHOLE_SCALE = 4  # bytes of the float32 that multiplies all scales of an E2M1 weight
 NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZES = (32, 64, 128)
 
@@ -78,14 +79,32 @@ class Scheme:
             return 16 if self.symmetric else 16 + self.bits
         return 8 + 32 / NESTED_BLOCK if self.double_quant else 32
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of codes, scales, zeros and biases of a weight [N, K]; tables are not counted."""
-        count, columns = math.prod(shape), shape[-1]
+    def nbytes(self, shape: tuple[int, ...], *, scale_bytes: int = 2) -> int:
+        """Bytes in memory of codes, scales, zeros and biases of a weight [N, K].
+
+        Tables and permutations are not counted. A zero that is a code takes a byte.
+
+        Args:
+            scale_bytes: of a plain scale of integers.
+        """
+        codes, groups = -(-math.prod(shape) * self.bits // 8), self.groups(shape)
+        if self.kind == "dense":
+            return codes
+        if self.group_bits is not None:
+            whole = _WHOLE_SCALE if self.kind == "e2m1" and self.double_quant else 0
+            return codes + math.ceil(groups * self.group_bits / 8) + whole
+        if self.integer:
+            return codes + groups * (scale_bytes + (0 if self.symmetric else 1))
+        if self.double_quant:
+            return codes + groups + 4 * -(-groups // NESTED_BLOCK)
+        return codes + 4 * groups
+
+    def groups(self, shape: tuple[int, ...]) -> int:
+        """How many groups, or blocks, a weight [N, K] has."""
         if not self.integer:
-            groups = -(-count // self.block_size)
-        else:
-            groups = count // (columns if self.group_size == -1 else self.group_size)
-        return -(-count * self.bits // 8) + math.ceil(groups * self._bits_a_group / 8)
+            return -(-math.prod(shape) // self.block_size)
+        size = shape[-1] if self.group_size == -1 else self.group_size
+        return math.prod(shape) // size
 
     def __str__(self) -> str:
         if self.kind == "dense":

@@ -1,4 +1,7 @@
-"""The planner against reality: predicted bytes and those of models that were loaded or packed."""
+"""The planner against reality: predicted bytes and those of models that were loaded.
+
+Bytes of every layout, and of the packed one, are in test_stored_bytes.
+"""
 
 import json
 import sys
@@ -10,12 +13,6 @@ from qmix.evals import footprint as reality
 from qmix.evals import synthetic
 from qmix.formats import open_checkpoint
 from qmix.formats.metadata import read_metadata
-from qmix.kernels import PackedWeight
-from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.models.pack import Packer
-from qmix.nn.attention import Attention
-from qmix.nn.linear import Linear
-from qmix.nn.moe import SparseMoeBlock
 from qmix.planning.device_footprint import on_device
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.scheme import NF4, Scheme
@@ -51,44 +48,6 @@ def test_the_tiny_model_in_four_bits(tiny, tmp_path, name):
     )
     assert assumed.file_bytes == pytest.approx(read.file_bytes, rel=0.001)
     assert on_device(assumed).total == on_device(read).total
-
-
-@pytest.mark.parametrize("name", ["nf4", "int4", "int4 asymmetric", "int4 per output"])
-def test_the_packed_layout_on_a_device(tiny, tmp_path, name):
-    """What the packer makes of the tiny model, byte for byte, with CPU tensors as the device."""
-    directory = quantized(tiny, tmp_path / "out", SCHEMES[name], method="rtn")
-    predicted = on_device(StoredModel.of(read_metadata(directory)))
-    model = MixtralForCausalLM.from_pretrained(directory, device="cpu")
-    Packer().pack(model)
-    experts, attention, kept = [], 0, 0
-    for module in model.modules():
-        if isinstance(module, SparseMoeBlock):
-            if module.stored.packed is not None:
-                blobs = module.stored.packed.table.blobs[0]
-                experts += [blob.nbytes for blob in blobs]
-            else:
-                experts += [
-                    sum(_bytes(part.stored) for part in (one.w1, one.w2, one.w3))
-                    for one in module.experts
-                ]
-        elif isinstance(module, Attention):
-            parts = [module.q_proj.stored, module.k_proj.stored, module.v_proj.stored]
-            attention += sum(
-                _bytes(part) for part in ([module.fused_qkv] if module.fused_qkv else parts)
-            )
-            attention += _bytes(module.o_proj.stored)
-    for module in model.modules():
-        if isinstance(module, Linear) and isinstance(module.stored, PackedWeight):
-            kept += sum(t.nbytes for t in reality._tensors(module.stored.template))
-    assert tuple(experts) == predicted.experts
-    assert attention == predicted.kinds["attention"]
-    assert kept == pytest.approx(predicted.host_bytes, rel=0.01)
-
-
-def _bytes(weight):
-    if isinstance(weight, PackedWeight):
-        return weight.matrix.blob.nbytes
-    return sum(tensor.nbytes for tensor in reality._tensors(weight))
 
 
 def test_an_expert_of_full_width_in_packed_layout():

@@ -25,6 +25,7 @@ Bytes = NDArray[np.uint8]
 
 _TILE_BYTES = 1 << 17
 _SIX_BITS = torch.arange(64, dtype=torch.float32)
+_SUBTRACTED = -_SIX_BITS  # of biases
 _SIGNED_BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
 
 
@@ -167,7 +168,7 @@ def _nested(blocks: Blocks) -> tuple[NestedScales, NestedScales]:
     biases = np.concatenate((bias & 63, low >> 4 | bias >> 2 & 48), -1)
     return (
         _six_bits(scales, blocks.half(0), _SIX_BITS),
-        _six_bits(biases, blocks.half(2), -_SIX_BITS),  # llama.cpp subtracts them
+        _six_bits(biases, blocks.half(2), _SUBTRACTED),
     )
 
 

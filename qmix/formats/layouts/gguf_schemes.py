@@ -11,24 +11,24 @@ from qmix.weights.scheme import Scheme
 
 
 def _integers(
-    kind: Literal["int4", "int8"], group: int, group_bits: float, *, symmetric: bool
+    kind: Literal["int4", "int8"], group: int, group_bits: float | None, *, symmetric: bool
 ) -> Scheme:
     return Scheme(kind=kind, group_size=group, symmetric=symmetric, group_bits=group_bits)
 
 
-# One float16 is 16 bits; six bits and an eighth of a float16 are 8, and eight bits with a sixteenth
-# of one are 9.
+# Symmetric weights with a float16 a group are like those of GPTQ. Of the others, a scale or bias
+# takes 16 bits; or six and an eighth of a float16, which are 8; or eight and a sixteenth, 9.
 SCHEMES: Mapping[str, Scheme] = {
-    "Q4_0": _integers("int4", 32, 16, symmetric=True),
+    "Q4_0": _integers("int4", 32, None, symmetric=True),
     "Q4_1": _integers("int4", 32, 32, symmetric=False),
     "Q4_K": _integers("int4", 32, 16, symmetric=False),
     "IQ4_NL": Scheme(kind="iq4", block_size=32, double_quant=False, group_bits=16),
     "IQ4_XS": Scheme(kind="iq4", block_size=32, double_quant=True, group_bits=8),
-    "Q5_0": _integers("int8", 32, 16, symmetric=True),
+    "Q5_0": _integers("int8", 32, None, symmetric=True),
     "Q5_1": _integers("int8", 32, 32, symmetric=False),
     "Q5_K": _integers("int8", 32, 16, symmetric=False),
     "Q6_K": _integers("int8", 16, 9, symmetric=True),
-    "Q8_0": _integers("int8", 32, 16, symmetric=True),
+    "Q8_0": _integers("int8", 32, None, symmetric=True),
 }
 
 
