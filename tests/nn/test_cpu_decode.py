@@ -21,7 +21,13 @@ from qmix.nn.cpu_decode import WhyNot, decode_token, run_layer, why_not_step
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
-from tests.support.cpu_kernels import random_int4, random_nf4, seeded
+from tests.support.cpu_kernels import (
+    random_affine,
+    random_int4,
+    random_nf4,
+    random_table,
+    seeded,
+)
 
 CONFIG = MixtralConfig(
     hidden_size=256,
@@ -36,6 +42,11 @@ WEIGHTS = {
     "nested": partial(random_nf4, nested=True),
     "int4": lambda n, k: random_int4(n, k, k // 32),
     "act-order": lambda n, k: random_int4(n, k, k // 64, zeros=True, perm=True),
+    "e2m1": random_table,
+    "iq4": partial(random_table, kind="iq4", block=32, scales="6 bits of 8"),
+    "biases": partial(random_affine, scales="6 bits of 8", biases="6 bits of 8"),
+    "int8": partial(random_affine, bits=8, group=16, scales="8 bits of 16"),
+    "int3": partial(random_affine, bits=3, group=64, biases=torch.bfloat16),
 }
 
 

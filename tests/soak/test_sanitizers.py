@@ -20,6 +20,7 @@ CXX = ROOT / "tests" / "support" / "sanitized_cxx.sh"
 TESTS = (
     "tests/soak/test_kernel_shapes.py",
     "tests/kernels/cpu/test_matmul.py",
+    "tests/kernels/cpu/test_kinds.py",
     "tests/kernels/cpu/test_packed_moe.py",
     "tests/kernels/cpu/test_worst_case.py",
     "tests/nn/test_cpu_decode.py",

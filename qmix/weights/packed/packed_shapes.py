@@ -61,8 +61,10 @@ def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PA
     Raises:
         UnsupportedError: the packed layout has no such kind, or no such shape or group.
     """
-    if spec.kind not in ("nf4", "int4") or not spec.usual:
-        raise refusal("no packed layout", where, "NF4 or Int4", spec.kind)
+    packable = spec.kind in ("nf4", "int4")
+    if not packable or not spec.usual:
+        unusual = " with such scales or zeros" if packable else ""
+        raise refusal(f"no packed layout for {spec.kind}{unusual}", where, "NF4 or Int4", spec.kind)
     return tile_format(
         spec.kind, spec.shape, group=spec.group, symmetric=spec.symmetric, rows=rows, where=where
     )

@@ -8,6 +8,7 @@ import torch
 
 from qmix import kernels
 from qmix.kernels.cpu.library import library
+from qmix.weights.affine import Affine
 from tests.support.cpu_kernels import SCALES, random_affine, random_table, seeded
 
 BITS = (2, 3, 4, 8)
@@ -117,3 +118,13 @@ def test_tables_of_integers_and_halves_are_exact_in_integers(isa):
         x[0, 3], x[0, 200] = 1, -1
         exact = x.double() @ weight.dequantize(torch.float32).double().T
         assert torch.equal(kernels.linear(x, weight).double(), exact.bfloat16().double())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_on_a_device_have_the_bits_of_the_cpu(layout):
+    """What a GPU multiplies where no Triton kernel takes a weight."""
+    weight = LAYOUTS[layout](6, 384)
+    blocks = 6 if isinstance(weight, Affine) else 6 * 384 // weight.block_size
+    for dtype in (torch.float32, torch.bfloat16):
+        on_device = weight._decode(0, blocks, dtype).view(6, 384)
+        assert torch.equal(on_device, weight.dequantize(dtype))

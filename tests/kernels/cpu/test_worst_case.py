@@ -1,5 +1,7 @@
 """The codes and inputs with the largest sums, on every instruction set, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from qmix.kernels.cpu.library import library
 from qmix.weights.affine import Affine
 from qmix.weights.expert import Expert
 from qmix.weights.packed.layout import pack_expert, unpack_expert
+from qmix.weights.scales import NestedScales
 from qmix.weights.table import VALUES, Table
 
 N, K = 128, 512
@@ -35,6 +38,24 @@ def int8(code, zero=None):
     return Affine(torch.full((N, K), code, dtype=torch.uint8), scales, zeros, bits=8)
 
 
+def shifted(code, bits, zeros=None, biases=None):
+    """Groups of 16 with zeros, or biases, that are no integers."""
+    scales = torch.full((N, K // 16), 0.01)
+    codes = torch.full((N, K * bits // 8), code, dtype=torch.uint8)
+    zeros, biases = (None if value is None else value + 0 * scales for value in (zeros, biases))
+    return Affine(codes, scales, zeros, bits=bits, biases=biases)
+
+
+def k_quant(code, bits):
+    """Groups of 32 with nested scales and biases of six bits, all of them the largest."""
+    six_bits = torch.full((N, K // 32 * 3 // 4), 0xFF, dtype=torch.uint8)
+    outer = torch.full((N * K // 256,), 0.01 / 63, dtype=torch.float16)
+    scales = NestedScales(six_bits, outer, torch.arange(64.0), block=8, bits=6)
+    biases = replace(scales, map=-(2.0 ** (bits - 1)) * scales.map)
+    codes = torch.full((N, K * bits // 8), code, dtype=torch.uint8)
+    return Affine(codes, scales, bits=bits, biases=biases)
+
+
 WEIGHTS = {
     "nf4": nf4,
     "nf4 of 128": lambda code: nf4(code, 128),
@@ -45,11 +66,23 @@ WEIGHTS = {
     "int4, zeros of 15": lambda code: int4(code, 15),
     "int8": int8,
     "int8, zeros of 255": lambda code: int8(code, 255),
+    "e2m1 of 16": lambda code: nf4(code, 16, "e2m1"),
+    "iq4 of 32, low nibble first": lambda code: replace(nf4(code, 32, "iq4"), high_first=False),
+    "int4 of 16, zeros of 7.5": lambda code: shifted(code, 4, zeros=7.5),
+    "int4 of 16, biases": lambda code: shifted(code, 4, biases=-0.15),
+    "int8 of 16, biases": lambda code: shifted(code, 8, biases=-2.55),
+    "int8 of 16, zeros of 127.5": lambda code: shifted(code, 8, zeros=127.5),
+    "int2 of 16, biases": lambda code: shifted(code, 2, biases=-0.03),
+    "int3 of 16, zeros of 3.5": lambda code: shifted(code, 3, zeros=3.5),
+    "int4 in k-quants": lambda code: k_quant(code, 4),
+    "int8 in k-quants": lambda code: k_quant(code, 8),
 }
 
 
-# The largest value that a code may stand for.
-LARGEST = {"nf4": 0.02, "nf4 ": 0.02, "fp4": 0.02, "int4": 0.15, "int8": 2.55}
+def largest_value(kind):
+    """The largest value that a code of it stands for."""
+    weights = (WEIGHTS[kind](code) for code in CODES.values())
+    return max(float(weight.dequantize(torch.float32).abs().max()) for weight in weights)
 
 
 def inputs():
@@ -72,7 +105,7 @@ def test_matmuls_are_those_of_float64(isa, kind, code):
             out = kernels.linear(tokens, weight).double()
             exact = tokens.double() @ dense.T
             # Inputs and tables are rounded to 2^-14 of the largest there is.
-            largest = tokens.double().abs().amax(1, keepdim=True) * K * LARGEST[kind[:4]]
+            largest = tokens.double().abs().amax(1, keepdim=True) * K * largest_value(kind)
             rounded = exact.abs() * torch.finfo(dtype).eps
             finite = exact.abs() < torch.finfo(dtype).max
             assert ((out - exact).abs() <= 1e-4 * largest + rounded)[finite].all()

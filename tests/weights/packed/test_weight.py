@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,15 +11,17 @@ from torch.nn import functional as F
 
 from qmix import MixtralForCausalLM, kernels
 from qmix.formats import open_checkpoint
-from qmix.kernels import PackedExperts, Routes
+from qmix.kernels import PackedExperts, Routes, tiles
 from qmix.kernels.gpu import packed_matmul
 from qmix.models import load
 from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
+from qmix.weights.affine import Affine
 from qmix.weights.expert import Expert
 from qmix.weights.packed import weight as packed
 from qmix.weights.scales import NestedScales
 from qmix.weights.table import Table
+from tests.support.cpu_kernels import random_affine, random_table
 from tests.support.models import small_model
 from tests.support.packed import KINDS, act_order, int4, nf4
 from tests.support.process import succeeds
@@ -187,6 +190,30 @@ def test_what_is_refused_is_counted():
     assert packer.packed == 0
     assert packer.refused.total() == 56
     assert "dequantized before every matmul (56: no packed layout for this shape)" in str(packer)
+
+
+UNPACKED = {
+    "e2m1": random_table,
+    "int4 with such scales or zeros": partial(random_affine, biases=torch.float16),
+    "int8": partial(random_affine, bits=8),
+    "int4 with such scales": partial(random_affine, scales="8 bits of 16"),
+}
+
+
+@pytest.mark.parametrize("what", UNPACKED)
+def test_a_kind_without_a_packed_layout_is_multiplied_by_tiles_and_named(what, monkeypatch):
+    model = quantized_model(lambda n, k, _: UNPACKED[what](n, k))
+    packer = place(model)
+    assert (packer.packed, packer.refused.total()) == (0, 56)
+    assert f"before every matmul (56: no packed layout for {what}" in str(packer)
+    ids = torch.arange(2, 9)[None]
+    for kind in (Affine, Table):  # as on a GPU
+        monkeypatch.setitem(kernels._LINEAR, (kind, "cpu"), tiles.linear)
+    monkeypatch.setattr(kernels, "_compiled", lambda *_: False)
+    with torch.no_grad():
+        ours = model(ids).logits
+        with kernels.override("reference"):
+            assert torch.allclose(ours, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_moved_away_a_packed_model_is_a_standard_one():
