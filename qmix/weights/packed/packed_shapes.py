@@ -61,10 +61,11 @@ def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PA
     Raises:
         UnsupportedError: the packed layout has no such kind, or no such shape or group.
     """
-    packable = spec.kind in ("nf4", "int4")
-    if not packable or not spec.usual:
-        unusual = " with such scales or zeros" if packable else ""
-        raise refusal(f"no packed layout for {spec.kind}{unusual}", where, "NF4 or Int4", spec.kind)
+    if spec.kind not in ("nf4", "int4"):
+        raise refusal(f"no packed layout for {spec.kind}", where, "NF4 or Int4", spec.kind)
+    if not spec.usual:
+        what = f"no packed layout for {spec.kind} with such scales or zeros"
+        raise refusal(what, where, "plain scales and integer zeros", "others")
     return tile_format(
         spec.kind, spec.shape, group=spec.group, symmetric=spec.symmetric, rows=rows, where=where
     )
