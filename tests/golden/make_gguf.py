@@ -1,7 +1,8 @@
 """Write gguf-0.19.0.safetensors and gguf-Q4_K_M.gguf by llama.cpp's own tools.
 
 Run it with `.oracles/gguf/bin/python`; `make goldens` does. With `--tiny OUT` it writes evals/tiny
-in every type that qmix reads into OUT instead, each with llama.cpp's logits beside it.
+in every type that qmix reads into OUT instead, each with llama.cpp's logits beside it, for
+check_gguf.py; the ids of a text may follow.
 
 The safetensors file holds rows of every type (`TYPE.blocks`), and what gguf.quants makes of them
 (`TYPE.values`). llama.cpp rounds activations to 8 bits before it multiplies quantized weights, so
@@ -223,7 +224,11 @@ def logits(path, ids):
 def both_logits(path, work, ids):
     """llama.cpp's logits of a file as it is, and of its weights in float32."""
     dequantized(path, work / "dequantized.gguf")
-    return {"logits": logits(path, ids), "exact": logits(work / "dequantized.gguf", ids)}
+    return {
+        "prompt": np.array(ids, np.int64),
+        "logits": logits(path, ids),
+        "exact": logits(work / "dequantized.gguf", ids),
+    }
 
 
 def golden_rows():
@@ -276,7 +281,6 @@ def main(arguments):
         target = HERE / "gguf-Q4_K_M.gguf"
         quantize(work / "F32.gguf", target, "Q4_K_M")
         tensors = golden_rows() | both_logits(target, work, PROMPT)
-        tensors["prompt"] = np.array(PROMPT, np.int64)
         save_file(tensors, HERE / "gguf-0.19.0.safetensors")
 
 
