@@ -8,18 +8,20 @@ files. Shape letters: see qmix.kernels; R here are the groups of the whole weigh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts import hqq_config
 from qmix.formats.layouts.checked_tensors import CheckedTensors
-from qmix.weights.affine import Affine, pack_codes
+from qmix.weights.affine import Affine
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_SLAB = 1 << 20  # codes that are packed at once
+_SLAB = 1 << 17  # words whose codes are moved at once, in the cache
 _MAX_TEXT = 64
 
 
@@ -38,6 +40,11 @@ class Packing:
     bits: int
     dtype: torch.dtype
     nbits: tuple[float, ...]
+
+    @property
+    def held_bits(self) -> int:
+        """Bits of a code in memory: codes of one bit take two."""
+        return max(self.bits, 2)
 
 
 _PACKINGS: Mapping[str, Packing] = {
@@ -73,14 +80,14 @@ def unpack(
     packing = stored.packing()
     size = stored.group_size(columns)
     groups = rows * columns // size
-    codes = _codes(stored.words(packing, groups, size), packing, groups).view(shape)
-    bits = max(packing.bits, 2)
-    if columns * bits % 8:
-        raise stored.wrong(hqq_config.W_Q, "no whole bytes", "a multiple of 8 inputs", columns)
+    codes = _codes(stored.words(packing, groups, size), packing, groups)
     scales = stored.per_group(hqq_config.SCALE, groups, None)
     zeros = stored.per_group(hqq_config.ZERO, groups, scales.dtype)
     return Affine(
-        _packed(codes, bits), scales.view(rows, -1), zeros=zeros.view(rows, -1), bits=bits
+        codes.reshape(rows, -1),
+        scales.reshape(rows, -1),
+        zeros=zeros.reshape(rows, -1),
+        bits=packing.held_bits,
     )
 
 
@@ -126,10 +133,10 @@ class HQQTensors(CheckedTensors):
         return packing
 
     def group_size(self, columns: int) -> int:
-        """Inputs a group."""
+        """Inputs a group; hqq's configuration takes multiples of 8."""
         size = self._number(hqq_config.GROUP_SIZE)
-        if size < 1 or columns % size:
-            expected = f"a divisor of {columns} inputs"
+        if size < 1 or columns % size or size % 8:
+            expected = f"a multiple of 8 that divides {columns} inputs"
             raise self.wrong(hqq_config.GROUP_SIZE, "groups straddle outputs", expected, size)
         return int(size)
 
@@ -189,18 +196,36 @@ class HQQTensors(CheckedTensors):
 
 
 def _codes(words: Tensor, packing: Packing, groups: int) -> Tensor:
-    """W_q -> codes, uint8 [R, size]."""
+    """W_q -> the codes of `Affine`, uint8 [R, size * bits / 8]; size is a multiple of 8."""
     if packing.bits == 8:
         return words
-    codes = torch.empty(groups, words.shape[1], dtype=torch.uint8)
-    mask, each = (1 << packing.bits) - 1, len(words)
-    for part, shift in enumerate(packing.shifts):
-        rows = codes[part * each : (part + 1) * each]
-        rows.copy_(words[: len(rows)] >> shift & mask)
-    return codes
+    bits, each = packing.held_bits, len(words)
+    codes = np.empty((groups, words.shape[1] * bits // 8), np.uint8)
+    step = max(1, _SLAB // words.shape[1])
+    stored = words.contiguous().numpy()
+    for start in range(0, each, step):
+        slab = stored[start : start + step]
+        for part, shift in enumerate(packing.shifts):
+            first = part * each + start
+            rows = codes[first : first + len(slab)]  # fewer at the end, where words are padded
+            rows[:] = _repacked(slab[: len(rows)], shift, packing.bits)
+    return torch.from_numpy(codes)
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    """`pack_codes`, in slabs of rows that bound its memory."""
-    slabs = torch.split(codes, max(1, _SLAB // codes.shape[1]))
-    return torch.cat([pack_codes(slab, bits) for slab in slabs])
+def _repacked(words: NDArray[Any], shift: int, bits: int) -> NDArray[Any]:
+    """The codes that lie at `shift` in each word, as a stream of bits.
+
+    Neighbours are moved together in words of two, four or eight codes, on all codes at once.
+    """
+    if bits == 4:
+        pairs = words.view("<u2") >> shift & 0x0F0F
+        return (pairs | pairs >> 4).astype(np.uint8)
+    if bits == 3:
+        two = words.view("<u8") >> shift & 0x0000_0007_0000_0007
+        sixes = (two | two >> 29).astype("<u4").reshape(len(words), words.shape[1] // 8, 4)
+        eight = sixes[..., 0] | sixes[..., 1] << 6 | sixes[..., 2] << 12 | sixes[..., 3] << 18
+        octets = eight[..., None].view(np.uint8)[..., :3]
+        return octets.reshape(len(words), words.shape[1] * bits // 8)
+    fours = words.view("<u4") >> shift & ((1 << bits) - 1) * 0x01010101
+    fours |= fours >> 6
+    return (fours | fours >> 12).astype(np.uint8)

@@ -47,6 +47,13 @@ def test_every_weight_has_the_values_that_hqq_gives_it(case):
     assert ours.nbytes == ours.scheme.nbytes(SHAPE)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_slabs_of_a_row_give_the_same_codes(case, monkeypatch):
+    whole = read(STORED, case)
+    monkeypatch.setattr(hqq, "_SLAB", 1)
+    assert torch.equal(read(STORED, case).codes, whole.codes)
+
+
 def test_hqq_in_float16_is_within_its_two_roundings():
     layer = read(STORED, "4bit")
     codes = STORED["4bit.W_q"]
@@ -91,6 +98,7 @@ def text(value):
         ("4bit", ".shape", lambda t: t.flip(0), r"shape: not the model's.*\[64, 16\]"),
         ("4bit", ".group_size", lambda t: t * 2, r"group_size: groups straddle.*found 128"),
         ("4bit", ".group_size", lambda t: t * 0, r"group_size: groups straddle"),
+        ("4bit", ".group_size", lambda t: t // 16, r"group_size: .*multiple of 8.*found 4"),
         ("4bit", ".group_size", lambda t: t // 2, r"W_q: wrong shape; expected \[16, 32\]"),
         ("4bit", ".packing", lambda t: text("2bit_u8"), r"nbits: not the bits of 2bit_u8"),
         ("4bit", ".packing", lambda t: text("\x1b[31m"), r"packing: wrong text"),
