@@ -148,25 +148,21 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
             expected="Int4 or Int8 weights",
             remedy="Quantize it: qmix quantize SRC OUT --method gptq.",
         )
-    table = next((tensor for tensor in checkpoint.tensors if _is_table(checkpoint, tensor)), None)
-    if table is not None:
-        packing = checkpoint.packing(table)
-        assert packing is not None
+    for tensor in checkpoint.tensors:
+        packing = checkpoint.packing(tensor)
+        if packing is None or packing.dense:
+            continue
+        scheme = checkpoint.metadata.scheme_of(packing)
+        if scheme.integer and scheme.group_bits is None:
+            continue
+        what = "integers with float zeros or biases" if scheme.integer else "NF4 or FP4 weights"
         raise UnsupportedError(
-            "no other layout holds NF4 or FP4 weights",
+            f"no other layout holds {what}",
             where=where,
             expected="Int4 or Int8 weights",
-            found=f"{table.prefix} in {packing.layout}'s layout",
+            found=f"{tensor.prefix} in {packing.layout}'s layout",
             remedy="Quantize the original checkpoint: qmix quantize SRC OUT --method gptq.",
         )
-
-
-def _is_table(checkpoint: Checkpoint, tensor: ModelTensor) -> bool:
-    """Whether a weight is quantized, and its codes are no integers."""
-    packing = checkpoint.packing(tensor)
-    if packing is None or packing.dense:
-        return False
-    return not checkpoint.metadata.scheme_of(packing).integer
 
 
 def _specs(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> tuple[TensorSpec, ...]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import reader_support, storage_summary
@@ -230,3 +231,8 @@ def test_inspect_says_which_programs_load_it():
         ("transformers 5.23", "loads", True),
         ("gptqmodel 7.7", "unknown", False),
     ]
+
+
+def test_it_is_exported_as_gptq_to_the_bit(tmp_path):
+    export_checkpoint(FOLDER, tmp_path / "out", "gptq")
+    packers.equal(FOLDER, tmp_path / "out")

@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import reader_support, storage_summary
 from qmix.formats.layouts import hqq, hqq_config
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.models.offload import Tiers
 from tests.support import damaged_folders
-from tests.support.models import GOLDEN
+from tests.support.models import GOLDEN, load_in_tiers
 from tests.support.mutation import generator, outcome
 
 STORED = load_file(GOLDEN / "hqq-0.2.8.safetensors")
@@ -248,3 +250,16 @@ def test_inspect_says_which_programs_load_it():
         ("transformers 5.23", "unknown"),
         ("gptqmodel 7.7", "unknown"),
     ]
+
+
+def test_experts_are_read_from_the_file_as_they_are_needed():
+    whole = MixtralForCausalLM.from_pretrained(FOLDER, device="cpu")
+    tiered = load_in_tiers(FOLDER, "cpu", Tiers(device=0, host=2))
+    with torch.no_grad():
+        expected, logits = (model(input_ids=RUN["ids"]).logits for model in (whole, tiered))
+    assert torch.equal(logits, expected)
+
+
+def test_no_other_layout_takes_its_zeros(tmp_path):
+    with pytest.raises(UnsupportedError, match="no other layout holds integers with float zeros"):
+        export_checkpoint(FOLDER, tmp_path / "out", "gptq")
