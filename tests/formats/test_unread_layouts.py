@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qmix.errors import UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.unread_layouts import UNREAD_LAYOUTS
+from tests.support.models import GOLDEN
 
 MODULE = "model.layers.0.self_attn.q_proj"
 ORIGINAL = "16-bit checkpoint for qmix quantize"
@@ -95,3 +97,16 @@ def test_an_unknown_method_of_a_wrong_type_is_no_crash(small_checkpoint):
         document["quantization_config"] = {"quant_method": value}
         (small_checkpoint / "config.json").write_text(json.dumps(document))
         open_checkpoint(small_checkpoint)  # its tensors are dense, and decide
+
+
+def test_mixfp4_without_its_name_is_known_by_a_negative_scale(tmp_path):
+    folder = shutil.copytree(GOLDEN / "compressed-tensors-0.20.0" / "nvfp4", tmp_path / "mixed")
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("experts.1.w2.weight_scale"))
+    tensors[name].view(torch.uint8)[0, 0] |= 0x80
+    save_file(tensors, file)
+    checkpoint = open_checkpoint(folder)
+    (tensor,) = (t for t in checkpoint.tensors if name.startswith(t.prefix + "."))
+    with pytest.raises(UnsupportedError, match=f"tensor {name}: MixFP4 checkpoints are not read"):
+        checkpoint.weight(tensor)

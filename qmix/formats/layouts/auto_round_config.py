@@ -19,6 +19,9 @@ METHODS = ("auto-round", "intel/auto-round")
 _GPTQ_V1 = ("auto_round:auto_gptq", "auto_round:gptq", "auto")
 _GPTQ_V2 = ("auto_round", "auto_round:gptqmodel")
 _AWQ = ("auto_round:auto_awq", "auto_round:awq")
+_COMPRESSED = "auto_round:llm_compressor"
+_FLOATS = ("nv_fp", "nv_fp4", "nv_fp4_with_static_gs", "mx_fp", "mx_fp4", "mx_fp_rceil")
+_ROTATIONS = ("rotation_config", "rotation_configs")
 _FULL_BITS = 16  # from here on, a module is not quantized
 _MAX_RULES = 1 << 16  # a rule for each matrix of a large model, and more
 # What makes an expression of a key of `extra_config`; all other keys are whole names.
@@ -58,6 +61,28 @@ def read(document: Mapping[str, Any], where: str, layout: Layout) -> GPTQConfig:
     )
     config.matcher  # noqa: B018 - reads the expressions, so that a wrong one is refused here
     return config
+
+
+def check_compressed(settings: Settings) -> None:
+    """Check settings whose tensors are those of compressed-tensors, which tell the rest.
+
+    Activations may be rounded there, which is not done here: their scales are checked, not used.
+
+    Raises:
+        UnsupportedError: another packing, or values that are not read in it.
+        CheckpointError: a field of a wrong type.
+    """
+    if settings.get("packing_format", _COMPRESSED) != _COMPRESSED:
+        what = "the tensors are compressed-tensors', but packing_format says otherwise"
+        raise settings.unread("packing_format", what, repr(_COMPRESSED))
+    if settings.get("data_type", _FLOATS[0]) not in _FLOATS:
+        what = "only NVFP4 and MXFP4 are read in this packing"
+        raise settings.unread("data_type", what, ", ".join(_FLOATS))
+    if settings.get("bits", 4) != 4:
+        raise settings.unread("bits", "FP4 has 4 bits", 4)
+    for field in _ROTATIONS:
+        if settings.get(field):
+            raise settings.unread(field, f"{field} is not read", "none")
 
 
 def confirm(
@@ -104,7 +129,7 @@ def _check_unread(settings: Settings) -> None:
     activations = settings.get("act_bits", _FULL_BITS)
     if type(activations) is not int or activations < _FULL_BITS:
         raise settings.unread("act_bits", "quantized activations are not read", "16 or none")
-    for field in ("super_bits", "super_group_size", "rotation_config", "rotation_configs"):
+    for field in ("super_bits", "super_group_size", *_ROTATIONS):
         if settings.get(field):
             raise settings.unread(field, f"{field} is not read", "none")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from qmix.formats.layouts import auto_round_config
 from qmix.formats.layouts.fp8_blocks import fits_blocks
 from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.settings import PackedModule, Settings
@@ -121,6 +122,9 @@ def read(document: Mapping[str, Any] | None, where: str) -> CompressedConfig:
         CheckpointError: the settings are not those of compressed-tensors, or a field is of a wrong
             type.
     """
+    if document is not None and auto_round_config.named(document):
+        auto_round_config.check_compressed(Settings(document, where))
+        document = None  # the rest is AutoRound's own
     settings = Settings(document if document is not None else {}, where)
     if document is not None:
         if "quant_method" not in document:

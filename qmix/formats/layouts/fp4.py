@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qmix.errors import UnsupportedError
 from qmix.formats.layouts.checked_tensors import CheckedTensors
 from qmix.formats.layouts.tensor_names import (
     ACTIVATION_SCALES,
@@ -29,6 +30,7 @@ from qmix.weights.table import E2M1_VALUES, Table
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
 _LARGEST_CODE = 6.0
+_MINUS_ZERO = 128  # in E4M3; larger codes are negative
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 # The tensors do not say the dtype of the weight before; both tools unpack to this one.
 _DTYPE = torch.bfloat16
@@ -112,8 +114,21 @@ def _table(
         raise stored.wrong(codes, "no whole blocks", f"a multiple of {block} inputs", columns)
     packed = stored.tensor(codes, torch.uint8, (rows, columns // 2))
     scales = stored.tensor(SCALE, None, (rows, columns // block))
+    if dtype == torch.float8_e4m3fn and bool((scales.view(torch.uint8) > _MINUS_ZERO).any()):
+        _refuse_mixfp4(stored)
     check_activation_scales(stored)
     return e2m1_table(stored, SCALE, packed, scales.view(torch.uint8), shape, values, outer)
+
+
+def _refuse_mixfp4(stored: CheckedTensors) -> None:
+    """Refuse MixFP4, whose tensors are NVFP4's: a negative scale says what its codes mean."""
+    raise UnsupportedError(
+        f"tensor {stored.prefix}{SCALE}: MixFP4 checkpoints are not read",
+        where=stored.where,
+        expected="scales of 0 or more, as in NVFP4",
+        found="negative scales",
+        remedy="Fetch the NVFP4 checkpoint of the same model.",
+    )
 
 
 def e2m1_table(

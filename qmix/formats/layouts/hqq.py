@@ -212,7 +212,7 @@ def _codes(words: Tensor, packing: Packing, groups: int) -> Tensor:
     return torch.from_numpy(codes)
 
 
-def _repacked(words: NDArray[Any], shift: int, bits: int) -> NDArray[Any]:
+def _repacked(words: NDArray[Any], shift: int, bits: int) -> NDArray[np.uint8]:
     """The codes that lie at `shift` in each word, as a stream of bits.
 
     Neighbours are moved together in words of two, four or eight codes, on all codes at once.
@@ -224,7 +224,7 @@ def _repacked(words: NDArray[Any], shift: int, bits: int) -> NDArray[Any]:
         two = words.view("<u8") >> shift & 0x0000_0007_0000_0007
         sixes = (two | two >> 29).astype("<u4").reshape(len(words), words.shape[1] // 8, 4)
         eight = sixes[..., 0] | sixes[..., 1] << 6 | sixes[..., 2] << 12 | sixes[..., 3] << 18
-        octets = eight[..., None].view(np.uint8)[..., :3]
+        octets: NDArray[np.uint8] = eight[..., None].view(np.uint8)[..., :3]
         return octets.reshape(len(words), words.shape[1] * bits // 8)
     fours = words.view("<u4") >> shift & ((1 << bits) - 1) * 0x01010101
     fours |= fours >> 6

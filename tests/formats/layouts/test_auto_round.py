@@ -236,3 +236,34 @@ def test_inspect_says_which_programs_load_it():
 def test_it_is_exported_as_gptq_to_the_bit(tmp_path):
     export_checkpoint(FOLDER, tmp_path / "out", "gptq")
     packers.equal(FOLDER, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "data_type"), [("nvfp4", "nv_fp"), ("mxfp4", "mx_fp")])
+def test_its_fp4_packing_is_compressed_tensors(tmp_path, name, data_type):
+    golden = GOLDEN / "compressed-tensors-0.20.0" / name
+    folder = shutil.copytree(golden, tmp_path / name)
+    document = json.loads((folder / "config.json").read_text())
+    settings = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:llm_compressor",
+        "bits": 4,
+        "act_bits": 4,
+        "group_size": 16,
+        "data_type": data_type,
+    }
+    document["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(document))
+    ours, theirs = open_checkpoint(folder), open_checkpoint(golden)
+    for tensor in ours.tensors:
+        if ours.packing(tensor):
+            expected = theirs.weight(tensor).dequantize(torch.float32)
+            assert torch.equal(ours.weight(tensor).dequantize(torch.float32), expected)
+    for changes, named in (
+        ({"packing_format": "auto_round:auto_gptq"}, "packing_format: the tensors are compressed"),
+        ({"data_type": "int"}, "data_type: only NVFP4 and MXFP4"),
+        ({"bits": 8}, "bits: FP4 has 4 bits"),
+        ({"rotation_config": {"a": 1}}, "rotation_config is not read"),
+    ):
+        with_settings(folder, **{**settings, "rotation_config": None, **changes})
+        with pytest.raises(UnsupportedError, match=named):
+            open_checkpoint(folder)
