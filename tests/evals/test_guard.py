@@ -14,7 +14,7 @@ from qmix.evals.quality.perplexity import Text, evaluate
 from qmix.formats.layouts import bnb
 from qmix.quantize.rounding import nf4
 from qmix.quantize.rounding.grid import Grid
-from qmix.weights import nf4 as weights
+from qmix.weights import table as weights
 from tests.support.models import threads
 
 

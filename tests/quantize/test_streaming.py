@@ -17,9 +17,9 @@ from qmix.formats.files import manifest, output_dir, shard_writer, shards
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.rounding.nf4 import quantize
 from qmix.quantize.streaming import quantize_streaming
-from qmix.weights import nf4
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import NF4, Recipe, Scheme
+from qmix.weights.table import Table
 from tests.support.models import small_model
 from tests.support.process import PATIENCE, python, started
 
@@ -49,7 +49,7 @@ def test_experts_and_attention_are_4_bit_and_the_rest_stays_16_bit(source, tmp_p
         if tensor.linear:
             weight = checkpoint.weight(tensor)
             packed = tensor.kind in ("expert", "attention")
-            assert isinstance(weight, nf4.NF4 if packed else Dense), tensor.name
+            assert isinstance(weight, Table if packed else Dense), tensor.name
         if tensor.kind in ("router", "head", "embedding", "norm"):
             assert checkpoint.entry(tensor.name).dtype == torch.bfloat16
 
@@ -59,7 +59,7 @@ def test_attention_can_be_left_dense_and_the_config_says_so(source, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "out")
     kinds = {t.kind: type(checkpoint.weight(t)) for t in checkpoint.tensors if t.linear}
     assert kinds["attention"] is Dense
-    assert kinds["expert"] is nf4.NF4
+    assert kinds["expert"] is Table
     assert "q_proj" in checkpoint.config.quantization_config["llm_int8_skip_modules"]
 
 
