@@ -58,7 +58,8 @@ class Library:
 
         An act-order weight takes its inputs in the order that it stores them. Where `dtype` has 16
         bits, 16-bit integers may stand for x and for the table: an error of 0.007 %. VNNI does so,
-        and takes 128 inputs for zero of which none reaches 1.1e-34 (5.5e-35 for NF4).
+        and takes 128 inputs (64 for codes of 8 bits) for zero of which none reaches 1.1e-34
+        (5.5e-35 for NF4).
         """
         sizes = [len(x) * weight.shape[0] for x, weight in zip(xs, weights, strict=True)]
         flat = torch.empty(sum(sizes))
