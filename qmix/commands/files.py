@@ -28,7 +28,7 @@ def convert(
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
 ) -> None:
-    """Turn Mistral's own checkpoint or a GGUF file into the hub's layout, or FP8 into 16 bits.
+    """Turn Mistral's own files, GGUF or FP8 into the hub's 16-bit layout.
 
     RAW holds consolidated.* files and a params.json, and every number is copied bit for bit; or
     FP8 weights in the hub's layout, or is a GGUF file, and each weight is rounded once.
@@ -92,7 +92,7 @@ def export(
 
 
 def inspect(directory: options.Directory, as_json: options.AsJson = False) -> None:
-    """Show what a checkpoint holds: layouts, bits a weight, sizes.
+    """Show what a checkpoint holds, which tool made it, and which load it.
 
     Reads headers only.
 
@@ -145,7 +145,7 @@ def _draw_conversion(result: "Conversion", out: Path) -> None:
 
 def _inventory_text(inventory: "Inventory") -> str:
     lines = [
-        f"{group.kind:10} {group.layout:19} {group.scheme:22} {group.weights:5} tensors "
+        f"{group.kind:10} {group.layout:19} {group.scheme:25} {group.weights:5} tensors "
         f"{group.parameters / 1e6:12,.2f} M {group.bits_per_weight:7.3f} bits/weight"
         for group in inventory.groups
     ]
@@ -153,6 +153,14 @@ def _inventory_text(inventory: "Inventory") -> str:
         f"{len(inventory.files)} files, {inventory.stored_bytes / 1e9:.3f} GB, "
         f"{inventory.parameters / 1e9:.3f} B weights, {inventory.bits_per_weight:.3f} bits each"
     )
+    lines.append(
+        f"loaded: {inventory.loaded_bytes / 1e9:.3f} GB of host memory, "
+        f"{8 * inventory.loaded_bytes / inventory.parameters:.3f} bits a weight"
+    )
+    if inventory.maker:
+        lines.append(f"maker: {inventory.maker}")
+    if inventory.not_quantized:
+        lines.append(f"not quantized: {', '.join(inventory.not_quantized)}")
     for support in inventory.readers:
         reason = support.reason if support.tried else f"{support.reason} (not tried)".lstrip()
         lines.append(f"{support.reader:18} {support.outcome:8} {reason}".rstrip())

@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qmix
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import CheckpointError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.weights.scheme import Scheme
 from tests.support import packers
-from tests.support.models import quantized
+from tests.support.models import GOLDEN, quantized
 
 
 def schemes(inventory):
@@ -74,3 +75,54 @@ def test_an_incomplete_one_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing .*experts\.2\.w3\.qzeros"):
         inspect(tmp_path)
+
+
+STATED = {
+    "compressed-tensors-0.20.0/nvfp4": "llm-compressor (compressed-tensors 0.20.0)",
+    "modelopt-0.47.0/nvfp4-experts": "modelopt 0.47.0",
+    "gptqmodel-7.7.0": "gptqmodel 7.7.0",
+    "auto-round-0.16.0": "auto-round 0.16.0",
+    "mlx-0.32.4/affine4": "mlx-lm (not stated)",
+    "hqq-0.2.8": "hqq (not stated)",
+    "gguf-Q4_K_M.gguf": "llama.cpp (not stated)",
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_the_maker_is_named(name):
+    assert inspect(GOLDEN / name).maker == STATED[name]
+
+
+def test_qmix_names_itself(tiny_nf4, tiny):
+    assert inspect(tiny_nf4).maker == f"qmix {qmix.__version__}"
+    assert inspect(tiny).maker == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("compressed-tensors-0.20.0/nvfp4", ("embedding", "router", "head")),
+        ("modelopt-0.47.0/nvfp4-experts", ("embedding", "attention", "router", "head")),
+        ("mlx-0.32.4/affine4", ()),
+        ("mlx-0.32.4/mixed", ("1 of attention",)),
+        ("gguf-Q4_K_M.gguf", ("router",)),
+    ],
+)
+def test_what_is_left_as_it_was_is_named(name, expected):
+    assert inspect(GOLDEN / name).not_quantized == expected
+
+
+def test_schemes_have_their_names():
+    def expert_schemes(name):
+        return {one.scheme for one in inspect(GOLDEN / name).groups if one.kind == "expert"}
+
+    assert expert_schemes("compressed-tensors-0.20.0/nvfp4") == {"NVFP4 b16"}
+    assert expert_schemes("compressed-tensors-0.20.0/mxfp4") == {"MXFP4 b32"}
+    assert expert_schemes("gguf-Q4_K_M.gguf") == {"Q4_K: int4 g32 asymmetric", "Q6_K: int8 g16"}
+
+
+def test_bits_in_memory_are_told_beside_those_of_the_file():
+    """Codes of 6.6 bits become bytes."""
+    found = inspect(GOLDEN / "gguf-Q4_K_M.gguf")
+    assert found.loaded_bytes > found.stored_bytes
+    assert found.to_dict()["loaded_bytes"] == found.loaded_bytes
