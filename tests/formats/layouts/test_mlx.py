@@ -84,7 +84,7 @@ def test_schemes_and_bytes_of_the_headers_are_those_of_the_weights(name):
         if checkpoint.packed(tensor):
             found = checkpoint.weight(tensor)
             assert weight.scheme == found.scheme, tensor.name
-            assert abs(weight.memory_bytes(4) - found.nbytes) <= 4, tensor.name
+            assert abs(weight.nbytes(4) - found.nbytes) <= 4, tensor.name
     assert not verify(MLX / name).problems
 
 
