@@ -14,7 +14,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
-from qmix.formats.layouts.headers import PackedTensors
+from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.layouts.unpacking import UNPACK, as_stored
 from qmix.formats.metadata import CheckpointMetadata, read_metadata
 from qmix.formats.names import ModelTensor

@@ -19,12 +19,8 @@ from qmix.formats.files.safetensors_header import DTYPES, TensorInfo
 from qmix.formats.files.shard_index import read_headers
 from qmix.formats.gguf.config import read_config
 from qmix.formats.gguf.tensors import DESCRIPTION, check_shapes, named_tensors
-from qmix.formats.layouts.headers import (
-    LAYOUT_OF,
-    LAYOUTS,
-    LayoutHeaders,
-    PackedTensors,
-)
+from qmix.formats.layouts.headers import LAYOUT_OF, LAYOUTS, LayoutHeaders
+from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.layouts.settings import PackedModule
 from qmix.formats.layouts.tensor_names import ACTIVATION_SCALES, Layout
 from qmix.formats.mistral import detect

@@ -11,7 +11,7 @@ from functools import cached_property
 from qmix.config import MixtralConfig
 from qmix.formats.files.safetensors_header import DTYPES
 from qmix.formats.layouts.gptq_config import GPTQConfig
-from qmix.formats.layouts.headers import PackedTensors
+from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.metadata import CheckpointMetadata
 from qmix.formats.names import ModelTensor, model_tensors
 from qmix.weights.blob import blob_bytes, quantized_bytes

@@ -12,7 +12,7 @@ from qmix.config import MixtralConfig
 from qmix.formats.compatibility import ReaderSupport, reader_support, storage_summary
 from qmix.formats.files.safetensors_header import DTYPES
 from qmix.formats.layouts import gguf_schemes
-from qmix.formats.layouts.headers import PackedTensors
+from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.makers import made_by
 from qmix.formats.metadata import read_metadata
 from qmix.formats.names import TensorKind

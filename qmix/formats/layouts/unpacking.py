@@ -22,7 +22,8 @@ from qmix.formats.layouts import (
     mlx_config,
 )
 from qmix.formats.layouts.gptq_config import GPTQConfig
-from qmix.formats.layouts.headers import LAYOUT_OF, PackedTensors
+from qmix.formats.layouts.headers import LAYOUT_OF
+from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.weights.dense import Weight
 
