@@ -14,6 +14,7 @@ from qmix.printable import escaped
 
 if TYPE_CHECKING:
     from qmix.commands.checkpoint.convert import Conversion
+    from qmix.commands.checkpoint.export import Export
     from qmix.commands.checkpoint.inspect import Inventory
 
 
@@ -60,35 +61,43 @@ def convert(
 
 def export(
     directory: options.Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the other layout.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the other format.")],
     layout: Annotated[
-        Literal["compressed-tensors", "gptq"],
-        typer.Option(
-            "--format", help="Both are read by vLLM, SGLang and transformers.", show_default=False
-        ),
+        Literal["gptq", "awq", "compressed-tensors", "mlx", "gguf", "nf4"],
+        typer.Option("--format", "--to", help="What to write.", show_default=False),
     ],
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round what the format does not hold.")
+    ] = False,
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
 ) -> None:
-    """Write Int4 and Int8 weights in another layout, without rounding.
+    """Write a quantized checkpoint in another format, bit for bit.
 
-    Reads GPTQ, AWQ and compressed-tensors.
+    gptq, awq (gemm) and compressed-tensors are for vLLM and SGLang, mlx for mlx-lm, gguf for
+    llama.cpp, nf4 for bitsandbytes. What a format does not hold is named by kind, and nothing is
+    written. With --requantize it is rounded, and the error of each weight is measured and goes
+    into qmix_report.json. gguf also takes checkpoints in 16 bits.
 
     \b
-    Example:
+    Examples:
       qmix export mixtral-gptq mixtral-ct --format compressed-tensors
+      qmix export mixtral-gptq mixtral-gguf --format gguf
     """
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.commands.checkpoint.export import export_checkpoint
 
     with terminal.progress() as show:
         result = export_checkpoint(
-            directory, out, layout, shard_bytes=shard_bytes, force=force, progress=show
+            directory,
+            out,
+            layout,
+            requantize=requantize,
+            shard_bytes=shard_bytes,
+            force=force,
+            progress=show,
         )
-    terminal.notice(
-        f"{out}: {result.weights} weights repacked, {result.bytes_out / 1e9:.3f} GB, "
-        f"{result.seconds:.1f} s ({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)"
-    )
+    _draw_export(result, out)
 
 
 def inspect(directory: options.Directory, as_json: options.AsJson = False) -> None:
@@ -124,6 +133,24 @@ def verify(directory: options.Directory) -> None:
     if result.problems:
         raise result.problems[0]
     terminal.write(f"ok: {result.weights} weights read, {result.hashed} files hashed\n")
+
+
+def _draw_export(result: "Export", out: Path) -> None:
+    for note in result.notes:
+        terminal.notice(str(note))
+    for kind in result.losses:
+        terminal.notice(f"rounded: {kind}")
+    if result.rounded:
+        worst = max(result.rounded, key=lambda weight: weight.relative_error)
+        terminal.notice(
+            f"relative error of the rounded weights {result.relative_error:.2e}, at most "
+            f"{worst.relative_error:.2e} ({worst.name}); of each: qmix_report.json"
+        )
+    terminal.notice(
+        f"{out}: {result.weights} weights, {len(result.rounded)} of them rounded, "
+        f"{result.bytes_out / 1e9:.3f} GB, {result.seconds:.1f} s "
+        f"({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)"
+    )
 
 
 def _draw_conversion(result: "Conversion", out: Path) -> None:

@@ -15,3 +15,10 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     rows, *width = weight.shape
     pairs = weight.view(heads, rows // heads // 2, 2, *width)
     return pairs.transpose(1, 2).reshape(rows, *width)
+
+
+def neighbours(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `half_split`."""
+    rows, *width = weight.shape
+    halves = weight.view(heads, 2, rows // heads // 2, *width)
+    return halves.transpose(1, 2).reshape(rows, *width)

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: its vocabulary, and what it adds to a text.
+"""The tokenizer inside a GGUF file: its vocabulary, and what it adds to a text; read and written.
 
 Knows the keys of llama.cpp's converter (`tokenizer.ggml.*`) and no file. Only the byte-fallback BPE
 that llama.cpp calls "llama" is read: every Mixtral has it.
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.text.vocabulary import Vocabulary
+from qmix.text.vocabulary import ADDED_SCORE, UNUSED, Vocabulary
 
 _PREFIX = "tokenizer.ggml."
 _MODEL = "llama"
@@ -75,6 +75,35 @@ def settings(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise _wrong("padding_token_id", where, f"0 to {len(tokens) - 1}", padding)
         said["pad_token"] = tokens[padding]
     return said
+
+
+def described(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
+    """The metadata that `vocabulary` and `settings` read, of a vocabulary filled up to `size`.
+
+    Raises:
+        CheckpointError: it has more tokens than that.
+    """
+    missing = size - len(vocabulary.pieces)
+    if missing < 0:
+        raise CheckpointError(
+            "the tokenizer has more tokens than the model",
+            where=vocabulary.where,
+            expected=f"at most {size}",
+            found=len(vocabulary.pieces),
+            remedy="Put the model's own tokenizer there.",
+        )
+    padding = tuple(f"[PAD{index}]" for index in range(size - missing, size))
+    said: dict[str, Any] = {
+        "model": _MODEL,
+        "pre": "default",
+        "tokens": (*vocabulary.pieces, *padding),
+        "scores": array("f", [*vocabulary.scores, *[ADDED_SCORE] * missing]),
+        "token_type": array("i", [*vocabulary.types, *[UNUSED] * missing]),
+        "add_space_prefix": vocabulary.space_prefix,
+    }
+    ids = {"bos": vocabulary.bos, "eos": vocabulary.eos, "unknown": vocabulary.unk}
+    said.update({f"{name}_token_id": index for name, index in ids.items() if index is not None})
+    return {_PREFIX + name: value for name, value in said.items()}
 
 
 def _value(metadata: Mapping[str, Any], name: str, kind: type, where: str) -> Any:

@@ -3,6 +3,7 @@
 The layout is sentencepiece's sentencepiece_model.proto. Knows nothing of tokens.
 """
 
+import struct
 from pathlib import Path
 
 from qmix.errors import CheckpointError
@@ -66,6 +67,43 @@ def check_model(data: bytes, where: str) -> None:
             raise damaged(where, f"{len(data)} B of another format")
     if at > len(data) or not fields >= {1, 2, 3}:
         raise damaged(where, f"a file cut short after {len(data)} B")
+
+
+def pieces(data: bytes) -> list[tuple[str, float, int]]:
+    """The name, the score and the type of each piece of a model that was checked."""
+    found, at = [], 0
+    while at < len(data):
+        field, value, at = _field(data, at)
+        if field == 1 and isinstance(value, bytes):
+            found.append(_piece(value))
+    return found
+
+
+def _piece(data: bytes) -> tuple[str, float, int]:
+    name, score, kind = "", 0.0, 1
+    at = 0
+    while at < len(data):
+        field, value, at = _field(data, at)
+        if field == 1 and isinstance(value, bytes):
+            name = value.decode()
+        elif field == 2 and isinstance(value, bytes):
+            (score,) = struct.unpack("<f", value)
+        elif field == 3 and isinstance(value, int):
+            kind = value
+    return name, score, kind
+
+
+def _field(data: bytes, at: int) -> tuple[int, bytes | int, int]:
+    """(field, value, where the next one begins); numbers of fixed width are bytes."""
+    tag, at = _varint(data, at, MODEL_FILE)
+    if tag & 7 == 0:
+        value, at = _varint(data, at, MODEL_FILE)
+        return tag >> 3, value, at
+    if tag & 7 == 2:
+        size, at = _varint(data, at, MODEL_FILE)
+    else:
+        size = 8 if tag & 7 == 1 else 4
+    return tag >> 3, data[at : at + size], at + size
 
 
 def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:

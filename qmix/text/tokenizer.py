@@ -24,9 +24,9 @@ from qmix.text.batch_encoding import (
     pad,
 )
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
-from qmix.text.sentencepiece_file import MODEL_FILE, check_model, damaged, read_model
+from qmix.text.sentencepiece_file import MODEL_FILE, check_model, damaged, pieces, read_model
 from qmix.text.tokenizer_config import CONFIG_FILE, TokenizerConfig, overrides, read_config
-from qmix.text.vocabulary import model_bytes
+from qmix.text.vocabulary import ADDED_SCORE, CONTROL, USER_DEFINED, Vocabulary, model_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,30 @@ class LlamaTokenizer:
         )
         atomic_file.write(folder / MODEL_FILE, self._model)
         strict_json.write(folder / CONFIG_FILE, dict(sorted(document.items())))
+
+    @property
+    def stored_template(self) -> str | None:
+        """The template that the config brings along, which is kept and not run; None without."""
+        template = self._config.document.get("chat_template")
+        return template if isinstance(template, str) else None
+
+    def vocabulary(self) -> Vocabulary:
+        """All pieces with scores and types, added tokens last, as GGUF files hold them."""
+        stored = pieces(self._model)
+        added = range(len(stored), len(self))
+        controls = self.pieces.controls
+        types = [kind for _, _, kind in stored]
+        types += [CONTROL if index in controls else USER_DEFINED for index in added]
+        return Vocabulary(
+            pieces=self.pieces.names,
+            scores=[score for _, score, _ in stored] + [ADDED_SCORE] * len(added),
+            types=types,
+            bos=self.bos_token_id,
+            eos=self.eos_token_id,
+            unk=self.unk_token_id,
+            space_prefix=self.pieces.drops_first_space,
+            where=MODEL_FILE,
+        )
 
     @property
     def vocab_size(self) -> int:

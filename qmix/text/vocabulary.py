@@ -14,6 +14,7 @@ from qmix.errors import CheckpointError
 # The numbers of SentencePiece.Type, which GGUF's `tokenizer.ggml.token_type` repeats.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _BPE = 2  # TrainerSpec.ModelType
+ADDED_SCORE = -1000.0  # of tokens without one, as llama.cpp's converter writes it
 _WireType = Literal[0, 2, 5]
 
 

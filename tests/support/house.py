@@ -68,6 +68,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.weights.float8",
         "qmix.weights.slabs",
         "qmix.formats.layouts.gguf",
+        "qmix.formats.layouts.gguf_blocks",
         "qmix.formats.layouts.hqq",
         "qmix.quantize.rounding.nf4",
         "qmix.quantize.calibrated.activations",

@@ -1,46 +1,78 @@
-"""A quantized checkpoint in another program's layout, weight by weight and without rounding.
+"""A quantized checkpoint in another program's format, weight by weight.
 
-Holds one weight at a time. Knows the layouts only by `formats.layouts`.
+A weight that the format holds is moved bit for bit; one that it does not hold is named, and rounded
+only if that is asked for. Holds one weight at a time, or one layer's stack of experts. Knows the
+formats only by `layouts.targets` and `export_gguf`.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
+import torch
 from torch import Tensor
 
 import qmix
 from qmix import strict_json
-from qmix.commands.checkpoint import Progress
+from qmix.commands.checkpoint import Progress, export_gguf
+from qmix.commands.checkpoint.export_plan import (
+    Change,
+    ExportPlan,
+    PlannedWeight,
+    Rules,
+    plan_export,
+)
+from qmix.commands.checkpoint.export_weights import RoundedWeight, WeightConversion
+from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import manifest, output_dir
 from qmix.formats.files.companions import copy_companions
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shard_writer import write_shards
-from qmix.formats.layouts import compressed_tensors, gptq, gptq_config, tensor_names
-from qmix.formats.names import ModelTensor
+from qmix.formats.layouts import mlx_config
+from qmix.formats.layouts.targets import (
+    GGUF_FITTING,
+    GGUF_KINDS,
+    TARGETS,
+    Described,
+    Format,
+    Target,
+)
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
-from qmix.weights.affine import Affine
-from qmix.weights.scheme import DENSE, Scheme
+from qmix.weights.dense import Dense
+from qmix.weights.scheme import DENSE
 
-Format = Literal["compressed-tensors", "gptq"]
-
-_LAYOUTS = {"compressed-tensors": compressed_tensors, "gptq": gptq}
-_SCALES = (tensor_names.SCALES, tensor_names.SCALE)
+_GGUF = Rules(fitting=GGUF_FITTING, kinds=GGUF_KINDS, stacked=True, uniform=False, gguf=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The outcome: weights in the new layout, bytes of the whole directory, time."""
+    """The outcome.
+
+    Attributes:
+        weights: how many are quantized there.
+        notes: what changed although every bit was kept.
+        losses: what was not kept, by kind.
+        rounded: the weights that the format does not hold, with their errors.
+        bytes_out: of the whole directory.
+    """
 
     weights: int
+    notes: tuple[Change, ...]
+    losses: tuple[Change, ...]
+    rounded: tuple[RoundedWeight, ...]
     bytes_out: int
     seconds: float
+
+    @property
+    def relative_error(self) -> float:
+        """Of all rounded weights together, in the Frobenius norm."""
+        return _relative_error(self.rounded)
 
 
 def export_checkpoint(
@@ -48,130 +80,227 @@ def export_checkpoint(
     out: Path,
     layout: Format,
     *,
+    requantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Export:
-    """Write a checkpoint's Int4 and Int8 weights in another layout, with the hub's classic names.
-
-    Codes, scales and the scales' dtype do not change; dense weights are copied.
+    """Write a checkpoint's weights in another format.
 
     Args:
-        source, out: directories; `out` appears complete or not at all.
-        layout: `gptq` is version 1; `compressed-tensors` is pack-quantized.
-        shard_bytes: upper limit of an output file.
+        source: directory or GGUF file.
+        out: directory; it appears complete or not at all.
+        layout: `gptq` is version 1; `awq` is gemm; `compressed-tensors` is pack-quantized; `mlx` is
+            the affine mode with stacked experts; `gguf` is one file; `nf4` is bitsandbytes'.
+        requantize: round what the format does not hold, and measure the errors.
+        shard_bytes: upper limit of an output file; of all but gguf.
         force: replace an existing checkpoint at `out`.
-        progress: called with the name of the next tensor, the weights done and all weights.
+        progress: called with the name of the next tensor, the steps done and all steps.
 
     Raises:
         UsageError: a path is unsuitable.
         CheckpointError: the source is damaged.
-        UnsupportedError: the source has no Int4 or Int8 weights, or some that the layout cannot
-            hold: zeros or act-order in compressed-tensors, a zero of 0 in GPTQ.
+        UnsupportedError: the source is not quantized (gguf takes it all the same), or holds weights
+            that the format does not hold, each kind of loss with its first weight.
         ResourceError: too little disk space or memory.
     """
     begun = time.perf_counter()
     output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
-    _check_exportable(checkpoint)
-    specs = [_specs(checkpoint, tensor, layout) for tensor in checkpoint.tensors]
-    output_dir.check_space(out, sum(spec.nbytes for group in specs for spec in group))
-    largest = max(info.nbytes for info in checkpoint.metadata.tensor_infos.values())
-    check_memory(budget.for_rewriting(largest))
-    conversion = _LayoutConversion(checkpoint, layout)
+    target = None if layout == "gguf" else TARGETS[layout]
+    metadata = export_gguf.model_metadata(checkpoint, source) if target is None else {}
+    if target is not None:
+        _check_quantized(checkpoint)
+    rules = _GGUF if target is None else _rules(target)
+    plan = _plan(checkpoint, rules, progress)
+    if not requantize:
+        _refuse_losses(checkpoint, plan, layout)
+    conversion = WeightConversion(checkpoint, rules.fitting)
+    show = partial(_show_written, progress, len(checkpoint.tensors))
     with output_dir.partial(out, force=force) as folder:
-        write_shards(folder, specs, conversion.tensors(progress), shard_bytes)
-        progress("checksums", len(specs), len(specs))
-        settings = conversion.quantization_config()
-        if layout == "gptq":
-            strict_json.write(folder / gptq_config.FILE, settings)
-        checkpoint.config.replace(quantization_config=settings).save_pretrained(folder)
-        copy_companions(source, folder)
-        facts = {"method": f"export to {layout}", "source": source.resolve().name}
-        manifest.write_manifest(folder, {"qmix": qmix.__version__, **facts})
+        if target is None:
+            export_gguf.write(folder, checkpoint, plan, conversion, metadata, show)
+        else:
+            _write(folder, checkpoint, plan, conversion, target, shard_bytes, show)
+            copy_companions(source, folder)
+        show("checksums", len(checkpoint.tensors))
+        _describe(folder, source, layout, conversion.rounded)
         bytes_out = output_dir.total_bytes(folder)
     return Export(
-        weights=sum(scheme.integer for scheme in conversion.schemes.values()),
+        weights=sum(weight.form.scheme.kind != "dense" for weight in plan.weights),
+        notes=plan.notes(),
+        losses=plan.losses(),
+        rounded=tuple(conversion.rounded),
         bytes_out=bytes_out,
         seconds=time.perf_counter() - begun,
     )
 
 
-class _LayoutConversion:
-    """Converts the weights of a checkpoint one by one, and collects what the settings must say.
+def _plan(checkpoint: Checkpoint, rules: Rules, progress: Progress) -> ExportPlan:
+    """The plan, if there is the memory to follow it."""
+    count = len(checkpoint.tensors)
+    plan = plan_export(checkpoint, rules, lambda name, done, _: progress(name, done, 2 * count))
+    check_memory(budget.for_rewriting(_largest(checkpoint, plan, stacks=not rules.gguf)))
+    return plan
 
-    Attributes:
-        schemes: of the linear layers converted so far, by module name.
-        act_order: whether the inputs of any of them are scattered over its groups.
-    """
 
-    def __init__(self, checkpoint: Checkpoint, layout: Format) -> None:
-        self._checkpoint, self._layout = checkpoint, layout
-        self.schemes: dict[str, Scheme] = {}
-        self.act_order = False
+def _show_written(progress: Progress, count: int, name: str, done: int) -> None:
+    """Progress of the second half: all weights have been read once."""
+    progress(name, count + done, 2 * count)
 
-    def tensors(self, progress: Progress) -> Iterator[Mapping[str, Tensor]]:
-        """The new tensors of each weight by name, in the model's order."""
-        checkpoint = self._checkpoint
-        for done, tensor in enumerate(checkpoint.tensors):
-            progress(tensor.name, done, len(checkpoint.tensors))
-            if not checkpoint.packed(tensor):
-                if tensor.linear:
-                    self.schemes[tensor.prefix] = DENSE
-                dtype = checkpoint.dense_dtype(tensor)
-                yield {tensor.name: checkpoint.dense(tensor).to(dtype)}
+
+def _rules(target: Target) -> Rules:
+    return Rules(
+        fitting=target.fitting,
+        kinds=target.kinds,
+        stacked=target.stacked,
+        uniform=target.uniform,
+        gguf=False,
+    )
+
+
+def _check_quantized(checkpoint: Checkpoint) -> None:
+    """Raise unless there is a packed weight: what is dense has to be quantized, not exported."""
+    if any(map(checkpoint.packed, checkpoint.tensors)):
+        return
+    raise UnsupportedError(
+        "the checkpoint is not quantized",
+        where=str(checkpoint.shards.directory),
+        expected="weights in 4 or 8 bits",
+        remedy="Quantize it: qmix quantize SRC OUT. --format gguf takes it as it is.",
+    )
+
+
+def _refuse_losses(checkpoint: Checkpoint, plan: ExportPlan, layout: Format) -> None:
+    if losses := plan.losses():
+        raise UnsupportedError(
+            f"{layout} cannot hold every weight bit for bit",
+            where=str(checkpoint.shards.directory),
+            found="; ".join(map(str, losses)),
+            remedy="--requantize rounds these weights and states the error of each.",
+        )
+
+
+def _largest(checkpoint: Checkpoint, plan: ExportPlan, *, stacks: bool) -> int:
+    """Bytes of the largest weight in the source, or of the largest stack that is held whole."""
+    sizes = (
+        sum(checkpoint.entry(name).nbytes for name in checkpoint.stored(weight.tensor))
+        for weight in plan.weights
+    )
+    stack = 0
+    if stacks:
+        stack = max(_group_bytes(group) for group in plan.groups)
+    return max(*sizes, stack)
+
+
+def _group_bytes(group: Sequence[PlannedWeight]) -> int:
+    """Bytes of a group's weights in codes or 16 bits."""
+    return sum(weight.form.scheme.nbytes(weight.tensor.shape) for weight in group)
+
+
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: ExportPlan,
+    conversion: WeightConversion,
+    target: Target,
+    shard_bytes: int,
+    show: Callable[[str, int], None],
+) -> None:
+    """The safetensors files and the config."""
+    specs = [_specs(group, target) for group in plan.groups]
+    output_dir.check_space(folder.parent / folder.stem, sum(s.nbytes for g in specs for s in g))
+    tensors = _tensors(checkpoint, plan, conversion, target, show)
+    write_shards(folder, specs, tensors, shard_bytes, maker=target.metadata)
+    settings = target.settings(Described(plan.schemes(), checkpoint.dtype, plan.act_order))
+    if target.file is not None:
+        described = settings["quantization_config"]
+        assert isinstance(described, dict)
+        strict_json.write(folder / target.file, described)
+    document = checkpoint.config.to_dict()
+    for field in (mlx_config.FIELD, "quantization_config"):
+        document.pop(field, None)
+    MixtralConfig.from_dict({**document, **settings}).save_pretrained(folder)
+
+
+def _specs(group: Sequence[PlannedWeight], target: Target) -> tuple[TensorSpec, ...]:
+    """The tensors of a weight, or of a stack of them."""
+    specs = _weight_specs(group[0], target)
+    if not _is_stack(group[0], target):
+        return specs
+    shape = (len(group),)
+    return tuple(replace(spec, shape=(*shape, *spec.shape)) for spec in specs)
+
+
+def _is_stack(weight: PlannedWeight, target: Target) -> bool:
+    return target.stacked and weight.tensor.kind == "expert"
+
+
+def _module(weight: PlannedWeight, target: Target) -> str:
+    prefix = weight.tensor.prefix
+    return mlx_config.mlx_name(prefix) if _is_stack(weight, target) else prefix
+
+
+def _weight_specs(weight: PlannedWeight, target: Target) -> tuple[TensorSpec, ...]:
+    tensor, form, module = weight.tensor, weight.form, _module(weight, target)
+    if form.scheme == DENSE:
+        return (TensorSpec(f"{module}.weight", form.dtype, tensor.shape),)
+    rows, columns = tensor.shape
+    return target.packed_specs(module, (rows, columns), form.scheme, form.dtype)
+
+
+def _tensors(
+    checkpoint: Checkpoint,
+    plan: ExportPlan,
+    conversion: WeightConversion,
+    target: Target,
+    show: Callable[[str, int], None],
+) -> Iterator[Mapping[str, Tensor]]:
+    """The new tensors of each group by name."""
+    done = 0
+    for group in plan.groups:
+        stack: dict[str, Tensor] = {}
+        for index, planned in enumerate(group):
+            show(planned.tensor.name, done)
+            done += 1
+            tensors = _weight_tensors(checkpoint, planned, conversion, target)
+            if not _is_stack(planned, target):
+                stack = tensors
                 continue
-            weight = checkpoint.weight(tensor)
-            assert isinstance(weight, Affine), tensor.name
-            self.schemes[tensor.prefix] = weight.scheme
-            self.act_order |= weight.perm is not None
-            yield _LAYOUTS[self._layout].pack(weight, tensor.prefix)
-
-    def quantization_config(self) -> dict[str, object]:
-        """The settings of the converted weights."""
-        if self._layout == "gptq":
-            return gptq_config.quantization_config(self.schemes, act_order=self.act_order)
-        return compressed_tensors.quantization_config(self.schemes)
+            for name, tensor in tensors.items():
+                if index == 0:
+                    stack[name] = torch.empty((len(group), *tensor.shape), dtype=tensor.dtype)
+                stack[name][index] = tensor
+        yield stack
 
 
-def _check_exportable(checkpoint: Checkpoint) -> None:
-    """Raise unless all packed weights are integers, the only ones that have another layout."""
-    where = str(checkpoint.shards.directory)
-    modules: dict[str, str] = {}  # layout -> a module that has it
-    for tensor in checkpoint.tensors:
-        if (packing := checkpoint.packing(tensor)) and checkpoint.packed(tensor):
-            modules.setdefault(packing.layout, tensor.prefix)
-    if not modules:
-        raise UnsupportedError(
-            "the checkpoint is not quantized",
-            where=where,
-            expected="Int4 or Int8 weights",
-            remedy="Quantize it: qmix quantize SRC OUT --method gptq.",
-        )
-    for tensor in checkpoint.tensors:
-        packing = checkpoint.packing(tensor)
-        if packing is None or packing.dense:
-            continue
-        scheme = checkpoint.metadata.scheme_of(packing)
-        if scheme.integer and scheme.group_bits is None:
-            continue
-        what = "integers with float zeros or biases" if scheme.integer else "NF4 or FP4 weights"
-        raise UnsupportedError(
-            f"no other layout holds {what}",
-            where=where,
-            expected="Int4 or Int8 weights",
-            found=f"{tensor.prefix} in {packing.layout}'s layout",
-            remedy="Quantize the original checkpoint: qmix quantize SRC OUT --method gptq.",
-        )
+def _weight_tensors(
+    checkpoint: Checkpoint, planned: PlannedWeight, conversion: WeightConversion, target: Target
+) -> dict[str, Tensor]:
+    module = _module(planned, target)
+    if planned.tensor.kind == "norm":
+        return {planned.tensor.name: checkpoint.read(planned.tensor.name)}
+    weight = conversion.weight(planned)
+    if isinstance(weight, Dense):
+        return {f"{module}.weight": weight.data}
+    return target.pack(weight, module)
 
 
-def _specs(checkpoint: Checkpoint, tensor: ModelTensor, layout: Format) -> tuple[TensorSpec, ...]:
-    packing = checkpoint.packing(tensor)
-    if packing is None or packing.dense:
-        return (TensorSpec(tensor.name, checkpoint.dense_dtype(tensor), tensor.shape),)
-    (scales,) = (name for name in packing.names if name.endswith(_SCALES))
-    dtype, (rows, columns) = checkpoint.entry(scales).dtype, tensor.shape
-    scheme = checkpoint.metadata.scheme_of(packing)
-    packed_specs = _LAYOUTS[layout].packed_specs
-    specs: tuple[TensorSpec, ...] = packed_specs(tensor.prefix, (rows, columns), scheme, dtype)
-    return specs
+def _describe(folder: Path, source: Path, layout: Format, rounded: Sequence[RoundedWeight]) -> None:
+    """The manifest, and a report of what was rounded, weight by weight and in all."""
+    method = f"export to {layout}"
+    if rounded:
+        report = {
+            "method": method,
+            "relative_error": _relative_error(rounded),
+            "tensors": [weight.to_dict() for weight in rounded],
+        }
+        strict_json.write(folder / manifest.REPORT, report)
+    facts = {"method": method, "source": source.resolve().name}
+    manifest.write_manifest(folder, {"qmix": qmix.__version__, **facts})
+
+
+def _relative_error(rounded: Sequence[RoundedWeight]) -> float:
+    error = sum(weight.squared_error for weight in rounded)
+    norm = sum(weight.squared_norm for weight in rounded)
+    return (error / norm) ** 0.5 if norm else 0.0

@@ -44,12 +44,18 @@ class ShardWriter:
     Args:
         specs: of every tensor that will be written.
         digest: takes all bytes as they are written, in the order of `file_digest`.
+        maker: what the header says of the file's format: "pt", or "mlx".
     """
 
     def __init__(
-        self, path: Path, specs: Sequence[TensorSpec], digest: "hashlib._Hash | None" = None
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        digest: "hashlib._Hash | None" = None,
+        maker: str = "pt",
     ) -> None:
         self.path = path
+        self._maker = maker
         self._digest = digest
         self._specs = {spec.name: spec for spec in specs}
         self._written: dict[str, _HeaderEntry] = {}
@@ -59,7 +65,7 @@ class ShardWriter:
             spec.name: (_DTYPE_NAMES[spec.dtype], spec.shape, _LARGEST_OFFSET, _LARGEST_OFFSET)
             for spec in specs
         }
-        self._header_bytes = -(-(8 + len(_header(longest))) // _ALIGNMENT) * _ALIGNMENT - 8
+        self._header_bytes = -(-(8 + len(_header(longest, maker))) // _ALIGNMENT) * _ALIGNMENT - 8
         with writing(path):
             self._file = path.open("xb")
             self._file.seek(8 + self._header_bytes)
@@ -89,7 +95,7 @@ class ShardWriter:
         ):
             self._append(name, tensor)
         assert self._written.keys() == self._specs.keys(), "every tensor of the specs is written"
-        header = _header(self._written).ljust(self._header_bytes)
+        header = _header(self._written, self._maker).ljust(self._header_bytes)
         with writing(self.path):
             self._file.seek(0)  # flushes
         self._write(self._header_bytes.to_bytes(8, "little") + header)
@@ -148,6 +154,8 @@ def write_shards(
     groups: Sequence[Sequence[TensorSpec]],
     tensors: Iterable[Mapping[str, Tensor]],
     max_bytes: int,
+    *,
+    maker: str = "pt",
 ) -> None:
     """Write shards with the hub's names and their index, holding one group of tensors at a time.
 
@@ -155,6 +163,7 @@ def write_shards(
         groups: what will be written; a group (one weight's codes and scales) stays in one shard.
         tensors: the tensors of each group by name, in the same order.
         max_bytes: of a shard; a larger group gets a shard of its own.
+        maker: see ShardWriter.
     """
     shards = _split(groups, max_bytes)
     remaining = iter(tensors)
@@ -162,7 +171,8 @@ def write_shards(
     total = 0
     for index, shard in enumerate(shards):
         name = shard_name(index, len(shards))
-        with ShardWriter(folder / name, [spec for group in shard for spec in group]) as writer:
+        planned = [spec for group in shard for spec in group]
+        with ShardWriter(folder / name, planned, maker=maker) as writer:
             for group in shard:
                 values = next(remaining)
                 for spec in group:
@@ -189,8 +199,8 @@ def _split(
     return shards
 
 
-def _header(entries: Mapping[str, _HeaderEntry]) -> bytes:
-    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(entries: Mapping[str, _HeaderEntry], maker: str) -> bytes:
+    document: dict[str, Any] = {"__metadata__": {"format": maker}}
     for name, (dtype, shape, start, stop) in entries.items():
         document[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
     return json.dumps(document, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""The config of a Mixtral from a GGUF file's metadata. Knows nothing of tensors' data.
+"""The config of a Mixtral from a GGUF file's metadata, and back. Knows nothing of tensors' data.
 
 llama.cpp stores a Mixtral as the architecture "llama" with experts (llama.cpp, src/llama-arch.cpp
 and convert_hf_to_gguf.py). What it would compute otherwise than a Mixtral is refused by key.
@@ -112,6 +112,19 @@ def read_config(model: GGUFModel) -> MixtralConfig:
             what = "heads of unequal or partly rotated width"
             raise _unread(where, _key(name), what, config.head_dim, found)
     return config
+
+
+def described(config: MixtralConfig) -> dict[str, Value]:
+    """The metadata that `read_config` reads, without those of the tokenizer."""
+    values: dict[str, Value] = {ARCHITECTURE: _LLAMA}
+    for field, name in _FIELDS.items():
+        value = getattr(config, field)
+        if value is not None:
+            values[_key(name)] = value
+    values.update({_key(name): config.head_dim for name in _EQUAL_HEADS})
+    for name in ("rms_norm_eps", "rope_theta"):  # an integer in some configs
+        values[_key(_FIELDS[name])] = float(getattr(config, name))
+    return values
 
 
 def _key(name: str) -> str:

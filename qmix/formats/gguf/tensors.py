@@ -103,11 +103,23 @@ def _parts(
     if prefix is None:
         yield name, name, info
     elif not stacked:
-        yield name, prefix + ending, replace(info, heads=_heads(prefix, config))
+        yield name, prefix + ending, replace(info, heads=rotary_heads(prefix, config))
     else:
         stack = matrices(name, info, config, (None, None), description=DESCRIPTION)
         for expert, matrix in enumerate(stack):
             yield f"{name}[{expert}]", prefix.format(expert) + ending, matrix
+
+
+def gguf_name(tensor: ModelTensor) -> str:
+    """The name of a weight in a GGUF file; all experts of a layer have the same, their stack's."""
+    for names in (_MODEL, {f"blk.{tensor.layer}.{n}.weight": p for n, p in _LAYER.items()}):
+        for name, module in names.items():
+            layer = "" if names is _MODEL else f"model.layers.{tensor.layer}."
+            if tensor.prefix == layer + module:
+                return name
+    matrix = tensor.prefix.rpartition(".")[2]
+    (part,) = (part for part, other in _EXPERT.items() if other == matrix)
+    return f"blk.{tensor.layer}.{part}{_STACK}.weight"
 
 
 def _prefix(name: str) -> tuple[str | None, bool]:
@@ -149,7 +161,7 @@ def _info(name: str, file: Path, tensor: GGUFTensor) -> TensorInfo:
     return TensorInfo(file, "U8", shape, tensor.start, tensor.stop)
 
 
-def _heads(prefix: str, config: MixtralConfig) -> int:
+def rotary_heads(prefix: str, config: MixtralConfig) -> int:
     """The heads whose rows llama.cpp interleaves for its rotary embedding; 0 if none."""
     if prefix.endswith(".q_proj"):
         return config.num_attention_heads

@@ -1,4 +1,4 @@
-"""AWQ's settings: what AutoAWQ and others write, checked against the tensors.
+"""AWQ's settings: what AutoAWQ and others write, checked against the tensors; and written.
 
 Knows nothing of files.
 """
@@ -71,3 +71,20 @@ def confirm(
             columns = module.shape[1]
             if (columns if size == -1 else size) * module.groups != columns:
                 raise settings.contradiction(field, columns // module.groups, module.name)
+
+
+def quantization_config(group_size: int, dense: Sequence[str]) -> dict[str, object]:
+    """The settings of a checkpoint, for config.json and for FILE, as AutoAWQ writes them.
+
+    Args:
+        group_size: of all packed weights; -1 is all inputs.
+        dense: the modules that are not packed, by name or by the last part of their names.
+    """
+    return {
+        "bits": 4,
+        "group_size": group_size,
+        "modules_to_not_convert": list(dense),
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": True,
+    }

@@ -1,4 +1,4 @@
-"""MLX's layout: the tensors of one weight, read.
+"""MLX's layout: the tensors of one weight, read; affine ones written.
 
 A row's codes are a little-endian stream of bits in uint32 words, the first input lowest. Affine
 weights have scales and biases of one float dtype, w = code * scale + bias; "mxfp4" and "nvfp4" have
@@ -17,7 +17,9 @@ from qmix.formats.layouts import fp4
 from qmix.formats.layouts.checked_tensors import IntegerTensors
 from qmix.formats.layouts.mlx_config import KINDS, WIDENED
 from qmix.formats.layouts.tensor_names import BIASES, EXPERT_SCALE, SCALES, WEIGHT, WORD_BITS
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.weights.affine import Affine
+from qmix.weights.scheme import Scheme
 from qmix.weights.table import Table
 
 _LARGEST = 448.0 * 6.0  # of a scale times a code: nvfp4's global scale is the weight's own
@@ -94,3 +96,32 @@ def _widened(stream: Tensor, bits: int) -> Tensor:
             code = code | octets[..., first + 1] << (8 - shift)
         out[..., lane] = code & (1 << bits) - 1
     return out.view(stream.shape[0], -1)
+
+
+def packed_specs(
+    prefix: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
+) -> tuple[TensorSpec, ...]:
+    """The tensors that `pack` will return.
+
+    Args:
+        shape: (N, K); K a multiple of the group size, and its codes fill whole words.
+        dtype: of scales and biases.
+    """
+    rows, columns = shape
+    groups = columns // scheme.group_size
+    return (
+        TensorSpec(prefix + WEIGHT, torch.uint32, (rows, columns * scheme.bits // WORD_BITS)),
+        TensorSpec(prefix + SCALES, dtype, (rows, groups)),
+        TensorSpec(prefix + BIASES, dtype, (rows, groups)),
+    )
+
+
+def pack(weight: Affine, prefix: str) -> dict[str, Tensor]:
+    """The tensors of one weight with plain scales and biases of one dtype, its inputs in order."""
+    assert isinstance(weight.scales, Tensor)
+    assert isinstance(weight.biases, Tensor)
+    return {
+        prefix + WEIGHT: weight.codes.contiguous().view(torch.uint32),
+        prefix + SCALES: weight.scales,
+        prefix + BIASES: weight.biases,
+    }

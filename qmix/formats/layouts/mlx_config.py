@@ -1,4 +1,4 @@
-"""MLX's settings, checked against the tensors.
+"""MLX's settings, checked against the tensors; and written.
 
 config.json's `quantization` holds bits, group size and mode of all modules, and beside them, by a
 module's name, an object of the same fields for a module of its own, or false for one that is dense
@@ -6,6 +6,7 @@ module's name, an object of the same fields for a module of its own, or false fo
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.files.safetensors_header import TensorInfo
 from qmix.formats.layouts.settings import PackedModule, Settings
-from qmix.weights.scheme import Kind
+from qmix.weights.scheme import Kind, Scheme
 
 FIELD = "quantization"
 MODES = ("affine", "mxfp4", "nvfp4")
@@ -173,3 +174,20 @@ def _confirm(settings: Settings, module: PackedModule) -> None:
     kind: Kind | None = "e2m1" if scheme.kind == "e2m1" and bits == 4 else KINDS.get(bits)
     if bits is not None and kind != scheme.kind:
         raise settings.contradiction("bits", scheme.bits, module.name)
+
+
+def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, object]:
+    """The settings of affine weights, for both fields of config.json, as mlx-lm 0.32 writes them.
+
+    The most frequent scheme stands for all; other modules have an entry by MLX's name.
+
+    Args:
+        schemes: of every packed module by its classic name, the embedding among them.
+    """
+    ((base, _),) = Counter(schemes.values()).most_common(1)
+    rules = {mlx_name(module): _fields(s) for module, s in schemes.items() if s != base}
+    return {**_fields(base), **rules}
+
+
+def _fields(scheme: Scheme) -> dict[str, object]:
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}

@@ -123,14 +123,14 @@ def quantization_config(
     match layout_of(schemes):
         case "bitsandbytes":
             scheme = next(scheme for scheme in schemes.values() if scheme.kind != "dense")
-            return bnb.quantization_config(scheme, dtype, _dense_names(schemes))
+            return bnb.quantization_config(scheme, dtype, dense_names(schemes))
         case "GPTQ":
             return gptq_config.quantization_config(schemes, version=version, act_order=act_order)
         case None:
             return None
 
 
-def _dense_names(schemes: Mapping[str, Scheme]) -> list[str]:
+def dense_names(schemes: Mapping[str, Scheme]) -> list[str]:
     """The dense modules, by the last part of their names if all modules that share it are dense."""
     by_part: dict[str, list[str]] = {"lm_head": [], "gate": []}
     for module in schemes:
