@@ -30,7 +30,8 @@ Step = Literal["exact", "scales", "codes", "dense", "copied"]
 _CODED: frozenset[TensorKind] = frozenset(("attention", "expert"))  # never made dense
 _FP8 = "values in FP8 with a scale"
 _WIDENED = "codes of 5 or 6 bits take 8 bits there"
-_DENSE = "codes where the format has 16 bits"
+_DENSE = "an embedding in codes, where the format has 16 bits"
+_ROUNDED = f"{_DENSE}, which do not hold it"
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,20 @@ class _Candidate:
     note: str | None = None
     act_order: bool = False
 
-    def planned(self, form: Form, why: str) -> PlannedWeight | None:
-        """The weight in a form, without rounding its codes; None if it has no such form."""
-        if form in self.exact:
-            step: Step = "copied" if form == self.copied else "exact"
-            return PlannedWeight(self.tensor, self.source, form, step, note=self.note)
-        if form in self.rounded:
-            return PlannedWeight(self.tensor, self.source, form, "scales", self.loss or why)
+    def planned(self, form: Form, why: str, rules: Rules) -> PlannedWeight | None:
+        """The weight in a form, without rounding its codes; None if it has no such form.
+
+        Weights that share one scheme only, and no tensor, keep their own dtypes.
+        """
+
+        def same(own: Form) -> bool:
+            return own == form or (rules.uniform and own.scheme == form.scheme)
+
+        if exact := next(filter(same, self.exact), None):
+            step: Step = "copied" if exact == self.copied else "exact"
+            return PlannedWeight(self.tensor, self.source, exact, step, note=self.note)
+        if rounded := next(filter(same, self.rounded), None):
+            return PlannedWeight(self.tensor, self.source, rounded, "scales", self.loss or why)
         return None
 
 
@@ -249,8 +257,8 @@ def _made_dense(
     dtypes = (checkpoint.dtype, torch.float16, torch.bfloat16)
     try:
         form = dense_form(values, dtypes, gguf=rules.gguf)
-    except InexactError as error:
-        loss = _FP8 if source == DENSE else f"{_DENSE} ({error})"
+    except InexactError:
+        loss = _FP8 if source == DENSE else _ROUNDED
         return _Candidate(tensor=tensor, source=source, loss=loss)
     return _Candidate(tensor=tensor, source=source, exact=(form,), note=_DENSE)
 
@@ -263,7 +271,7 @@ def _decided(
     offered = dict.fromkeys(form for c in candidates for form in (*c.exact, *c.rounded))
     for exactly in (True, False):
         for form in offered:
-            planned = [candidate.planned(form, why) for candidate in candidates]
+            planned = [candidate.planned(form, why, rules) for candidate in candidates]
             found = [weight for weight in planned if weight is not None]
             if len(found) == len(planned) and not (exactly and any(w.loss for w in found)):
                 return found
@@ -277,7 +285,7 @@ def _decided(
         group = gcd(group, candidate.tensor.shape[1], max(candidate.group, 0))
     form = rules.fitting.rounded(bits, group, dtype)
     return [
-        candidate.planned(form, why)
+        candidate.planned(form, why, rules)
         or PlannedWeight(candidate.tensor, candidate.source, form, "codes", candidate.loss or why)
         for candidate in candidates
     ]

@@ -132,7 +132,10 @@ class IntegerFitting:
 
 @dataclass(frozen=True)
 class MLXFitting:
-    """MLX's affine mode: scales and biases of one 16-bit dtype, for 32, 64 or 128 inputs."""
+    """MLX's affine mode: scales and biases of one dtype, for 32, 64 or 128 inputs.
+
+    The dtype has 16 bits, unless the biases are in 32 already.
+    """
 
     def forms(self, weight: Weight, *, exact: bool = True) -> tuple[Form, ...]:
         affine = self._converted(weight, exact=exact)
@@ -146,7 +149,9 @@ class MLXFitting:
         return Form(_mlx_scheme(bits, _nearest(group)), torch.float16)
 
     def _converted(self, weight: Weight, *, exact: bool) -> Affine:
-        affine = forms.with_biases(forms.in_order(_affine(weight)), exact=exact)
+        affine = forms.in_order(_affine(weight))
+        own = (affine.dtype,) if isinstance(affine.biases, Tensor) else ()
+        affine = forms.with_biases(affine, (*forms.HALVES, *own), exact=exact)
         if affine.shape[1] * affine.bits % 32:
             raise InexactError("widths that fill no whole words")
         return forms.in_groups(affine, _SIZES)

@@ -178,3 +178,16 @@ def test_a_missing_expert_tensor_is_refused_before_any_data_is_read(tmp_path, su
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"missing {P}"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group", [-1, 32, 128])
+def test_what_is_written_is_what_another_packer_writes(group, symmetric):
+    weight = plain((24, 256), group, symmetric=symmetric, low=0)
+    theirs = packers.awq(weight, P)
+    affine = read(theirs, (24, 256))
+    ours = awq.pack(affine, P)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for spec in awq.packed_specs(P, (24, 256), affine.scheme, torch.float16):
+        assert (spec.dtype, spec.shape) == (ours[spec.name].dtype, ours[spec.name].shape)
