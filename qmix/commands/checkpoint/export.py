@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from qmix.commands.checkpoint.export_plan import (
 )
 from qmix.commands.checkpoint.export_weights import RoundedWeight, WeightConversion
 from qmix.config import MixtralConfig
-from qmix.errors import UnsupportedError
+from qmix.errors import UnsupportedError, UsageError
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import manifest, output_dir
 from qmix.formats.files.companions import copy_companions
@@ -42,6 +43,7 @@ from qmix.formats.layouts.targets import (
     Target,
 )
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.gguf.files import SUFFIX
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
 from qmix.weights.dense import Dense
@@ -105,6 +107,7 @@ def export_checkpoint(
         ResourceError: too little disk space or memory.
     """
     begun = time.perf_counter()
+    _refuse_file_name(out)
     output_dir.check_paths(source, out, force=force)
     checkpoint = open_checkpoint(source)
     target = None if layout == "gguf" else TARGETS[layout]
@@ -134,6 +137,15 @@ def export_checkpoint(
         bytes_out=bytes_out,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _refuse_file_name(out: Path) -> None:
+    if out.suffix == SUFFIX:
+        raise UsageError(
+            "OUT is a folder, in which the GGUF file gets a name of its own",
+            where=str(out),
+            remedy=f"Give {out.with_suffix('')}.",
+        )
 
 
 def _plan(checkpoint: Checkpoint, rules: Rules, progress: Progress) -> ExportPlan:
@@ -182,15 +194,17 @@ def _refuse_losses(checkpoint: Checkpoint, plan: ExportPlan, layout: Format) -> 
 
 
 def _largest(checkpoint: Checkpoint, plan: ExportPlan, *, stacks: bool) -> int:
-    """Bytes of the largest weight in the source, or of the largest stack that is held whole."""
-    sizes = (
+    """Bytes of the largest weight: in the source, in float32 if its codes are rounded anew, or in
+    a stack that is held whole.
+    """
+    sizes = [
         sum(checkpoint.entry(name).nbytes for name in checkpoint.stored(weight.tensor))
         for weight in plan.weights
-    )
-    stack = 0
+    ]
+    sizes += [4 * prod(w.tensor.shape) for w in plan.weights if w.step == "codes"]
     if stacks:
-        stack = max(_group_bytes(group) for group in plan.groups)
-    return max(*sizes, stack)
+        sizes += map(_group_bytes, plan.groups)
+    return max(sizes)
 
 
 def _group_bytes(group: Sequence[PlannedWeight]) -> int:

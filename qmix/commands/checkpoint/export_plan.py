@@ -18,7 +18,7 @@ from qmix.formats.layouts.gguf_blocks import DENSE_TYPES
 from qmix.formats.layouts.gguf_schemes import SCHEMES, type_of
 from qmix.formats.names import ModelTensor, TensorKind
 from qmix.weights.affine import Affine
-from qmix.weights.dense import Dense, Weight
+from qmix.weights.dense import Weight
 from qmix.weights.forms import InexactError
 from qmix.weights.scheme import DENSE, Scheme
 from qmix.weights.table import Table
@@ -253,10 +253,9 @@ def _made_dense(
     checkpoint: Checkpoint, tensor: ModelTensor, weight: Weight, source: Scheme, rules: Rules
 ) -> _Candidate:
     """A weight in codes or FP8 that becomes dense."""
-    values = Dense(weight.dequantize(torch.float32))
     dtypes = (checkpoint.dtype, torch.float16, torch.bfloat16)
     try:
-        form = dense_form(values, dtypes, gguf=rules.gguf)
+        form = dense_form(weight, dtypes, gguf=rules.gguf)
     except InexactError:
         loss = _FP8 if source == DENSE else _ROUNDED
         return _Candidate(tensor=tensor, source=source, loss=loss)

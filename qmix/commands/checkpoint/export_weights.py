@@ -87,10 +87,7 @@ class WeightConversion:
             where = f"{self._checkpoint.file_of(planned.tensor)}: {planned.tensor.name}"
             weight = _rounded(weight, form, where)
         elif form.scheme.kind == "dense":
-            data = weight.dequantize(torch.float32)
-            if isinstance(weight, Dense):
-                data = weight.data
-            data = data.to(form.dtype)
+            data = weight.dequantize(form.dtype)
             check_finite(planned.tensor.name, self._checkpoint.file_of(planned.tensor), data)
             return Dense(data)
         return self._fitting.fit(weight, form, exact=planned.step != "scales")

@@ -4,7 +4,7 @@ A `Fitting` gives the forms in which its layout holds a weight exactly, the weig
 and the form to which it would have to be rounded. Knows no tensors' names and no files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,13 +15,14 @@ from qmix.formats.layouts.gguf_blocks import BLOCK, DENSE_TYPES
 from qmix.formats.layouts.gguf_schemes import SCHEMES
 from qmix.weights import forms
 from qmix.weights.affine import Affine
-from qmix.weights.dense import Dense, Weight
+from qmix.weights.dense import Weight
 from qmix.weights.forms import InexactError
 from qmix.weights.scheme import DENSE, GROUP_SIZES, NF4, Kind, Scheme
 from qmix.weights.table import Table
 
 _KINDS: dict[int, Kind] = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
 _SIZES = tuple(reversed(GROUP_SIZES))
+_TILE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -239,17 +240,22 @@ class TableFitting:
         return Form(NF4, dtype)
 
 
-def dense_form(weight: Dense, dtypes: Sequence[torch.dtype], *, gguf: bool) -> Form:
-    """The form of a dense weight: its own dtype, or the first of `dtypes` that holds it.
+def dense_form(weight: Weight, dtypes: Sequence[torch.dtype], *, gguf: bool) -> Form:
+    """The form of a weight that becomes dense: the first of `dtypes` that holds its values.
 
     Raises:
         InexactError: none of them does.
     """
-    data = weight.data
     for dtype in dtypes:
-        if data.dtype == dtype or torch.equal(data.to(dtype).to(data.dtype), data):
+        if all(torch.equal(rows.to(dtype).float(), rows) for rows in _tiles(weight)):
             return Form(DENSE, dtype, DENSE_TYPES[dtype] if gguf else "")
     raise InexactError("values that 16 bits do not hold")
+
+
+def _tiles(weight: Weight) -> Iterator[Tensor]:
+    """The values in float32, some rows at a time, which limits them to 17 MB for an embedding."""
+    for start in range(0, weight.shape[0], _TILE_ROWS):
+        yield weight.rows(start, min(start + _TILE_ROWS, weight.shape[0]), torch.float32)
 
 
 def _affine(weight: Weight) -> Affine:

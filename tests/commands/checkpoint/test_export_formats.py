@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.commands.checkpoint.verify import verify
-from qmix.errors import CheckpointError, UnsupportedError
+from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.files import manifest
 from qmix.gguf.files import read_model
@@ -294,6 +294,13 @@ def test_gguf_needs_the_models_own_tokenizer(tmp_path):
     (source / "tokenizer.model").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         export_checkpoint(source, tmp_path / "out", "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_out_is_a_folder_and_no_file(tmp_path):
+    source = write(tmp_path / "in", "symmetric")
+    with pytest.raises(UsageError, match=r"OUT is a folder.*Give .*/model\."):
+        export_checkpoint(source, tmp_path / "model.gguf", "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
