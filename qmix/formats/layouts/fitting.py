@@ -11,12 +11,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from qmix.formats.layouts.fp4 import e4m3, e8m0
 from qmix.formats.layouts.gguf_blocks import BLOCK, DENSE_TYPES
 from qmix.formats.layouts.gguf_schemes import SCHEMES
 from qmix.weights import forms
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.forms import InexactError
+from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import DENSE, GROUP_SIZES, NF4, Kind, Scheme
 from qmix.weights.table import Table
 
@@ -133,17 +135,21 @@ class IntegerFitting:
 
 @dataclass(frozen=True)
 class MLXFitting:
-    """MLX's affine mode: scales and biases of one dtype, for 32, 64 or 128 inputs.
+    """MLX's affine mode: scales and biases of one dtype, for 32, 64 or 128 inputs; and its E2M1.
 
     The dtype has 16 bits, unless the biases are in 32 already.
     """
 
     def forms(self, weight: Weight, *, exact: bool = True) -> tuple[Form, ...]:
+        if isinstance(weight, Table) and _is_mlx_table(weight):
+            return (Form(weight.scheme, weight.dtype),)
         affine = self._converted(weight, exact=exact)
         sizes = [size for size in _SIZES if affine.group_inputs % size == 0]
         return tuple(Form(_mlx_scheme(affine.bits, size), affine.dtype) for size in sizes)
 
     def fit(self, weight: Weight, form: Form, *, exact: bool = True) -> Weight:
+        if isinstance(weight, Table):
+            return weight
         return forms.in_groups(self._converted(weight, exact=exact), (form.scheme.group_size,))
 
     def rounded(self, bits: int, group: int, dtype: torch.dtype) -> Form:
@@ -156,6 +162,22 @@ class MLXFitting:
         if affine.shape[1] * affine.bits % 32:
             raise InexactError("widths that fill no whole words")
         return forms.in_groups(affine, _SIZES)
+
+
+def _is_mlx_table(weight: Table) -> bool:
+    """Whether a weight is MLX's mxfp4 or nvfp4: scales of one byte, and no outer one."""
+    scales = weight.scales
+    if weight.kind != "e2m1" or not isinstance(scales, NestedScales):
+        return False
+    values = {32: e8m0(), 16: e4m3()}.get(weight.block_size)
+    if values is None or scales.codes.shape != (
+        weight.shape[0],
+        weight.shape[1] // weight.block_size,
+    ):
+        return False
+    used = torch.bincount(scales.codes.flatten(), minlength=256) > 0
+    plain = scales.offset == 0 and bool((scales.outer == 1).all())
+    return plain and not weight.high_first and torch.equal(scales.map[used], values[used])
 
 
 def _mlx_scheme(bits: int, size: int) -> Scheme:

@@ -1,4 +1,4 @@
-"""MLX's layout: the tensors of one weight, read; affine ones written.
+"""MLX's layout: the tensors of one weight, read and written.
 
 A row's codes are a little-endian stream of bits in uint32 words, the first input lowest. Affine
 weights have scales and biases of one float dtype, w = code * scale + bias; "mxfp4" and "nvfp4" have
@@ -19,6 +19,7 @@ from qmix.formats.layouts.mlx_config import KINDS, WIDENED
 from qmix.formats.layouts.tensor_names import BIASES, EXPERT_SCALE, SCALES, WEIGHT, WORD_BITS
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.weights.affine import Affine
+from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import Table
 
@@ -108,6 +109,11 @@ def packed_specs(
         dtype: of scales and biases.
     """
     rows, columns = shape
+    if scheme.kind == "e2m1":
+        return (
+            TensorSpec(prefix + WEIGHT, torch.uint32, (rows, columns * scheme.bits // WORD_BITS)),
+            TensorSpec(prefix + SCALES, torch.uint8, (rows, columns // scheme.block_size)),
+        )
     groups = columns // scheme.group_size
     return (
         TensorSpec(prefix + WEIGHT, torch.uint32, (rows, columns * scheme.bits // WORD_BITS)),
@@ -116,8 +122,15 @@ def packed_specs(
     )
 
 
-def pack(weight: Affine, prefix: str) -> dict[str, Tensor]:
-    """The tensors of one weight with plain scales and biases of one dtype, its inputs in order."""
+def pack(weight: Affine | Table, prefix: str) -> dict[str, Tensor]:
+    """The tensors of one weight with plain scales and biases of one dtype, its inputs in order.
+
+    A table weight is one of E2M1 whose scales are bytes without an outer scale.
+    """
+    if isinstance(weight, Table):
+        assert isinstance(weight.scales, NestedScales)
+        words = weight.codes.view(weight.shape[0], -1).contiguous().view(torch.uint32)
+        return {prefix + WEIGHT: words, prefix + SCALES: weight.scales.codes}
     assert isinstance(weight.scales, Tensor)
     assert isinstance(weight.biases, Tensor)
     return {

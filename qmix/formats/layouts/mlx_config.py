@@ -177,7 +177,7 @@ def _confirm(settings: Settings, module: PackedModule) -> None:
 
 
 def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, object]:
-    """The settings of affine weights, for both fields of config.json, as mlx-lm 0.32 writes them.
+    """The settings of packed weights, for both fields of config.json, as mlx-lm 0.32 writes them.
 
     The most frequent scheme stands for all; other modules have an entry by MLX's name.
 
@@ -190,4 +190,7 @@ def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, object]:
 
 
 def _fields(scheme: Scheme) -> dict[str, object]:
+    if scheme.kind == "e2m1":
+        (mode,) = (name for name, block in _FP4_BLOCKS.items() if block == scheme.block_size)
+        return {"group_size": scheme.block_size, "bits": 4, "mode": mode}
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}

@@ -27,6 +27,7 @@ from tests.support.process import qmix
 from tests.support.small_tokenizer import small_tokenizer
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
+CT_MXFP4 = GOLDEN / "compressed-tensors-0.20.0" / "mxfp4"
 
 
 def powers(weight, prefix):
@@ -186,6 +187,17 @@ def test_mlx_experts_are_stacked_and_the_config_has_both_fields(tmp_path):
     }
     own = settings["model.layers.0.self_attn.q_proj"]
     assert (own["bits"], own["group_size"]) == (8, 64)
+
+
+FP4 = {"mxfp4": MLX / "mxfp4", "nvfp4": MLX / "nvfp4", "pack-quantized": CT_MXFP4}
+
+
+@pytest.mark.parametrize("name", FP4)
+def test_fp4_with_scales_of_one_byte_is_mlxs_too(tmp_path, name):
+    export_checkpoint(FP4[name], tmp_path / "out", "mlx")
+    assert_equal(FP4[name], tmp_path / "out")
+    mode = open_checkpoint(tmp_path / "out").config.quantization_config["mode"]
+    assert mode == ("nvfp4" if name == "nvfp4" else "mxfp4")
 
 
 def test_no_field_of_mlx_is_left_in_another_format(tmp_path):
