@@ -29,10 +29,11 @@ def convert(
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
 ) -> None:
-    """Turn Mistral's own files, GGUF or FP8 into the hub's 16-bit layout.
+    """Turn Mistral's own files, GGUF or FP8 into 16 bits.
 
-    RAW holds consolidated.* files and a params.json, and every number is copied bit for bit; or
-    FP8 weights in the hub's layout, or is a GGUF file, and each weight is rounded once.
+    OUT has the hub's layout. RAW holds consolidated.* files and a params.json, and every number is
+    copied bit for bit; or FP8 weights in the hub's layout, or is a GGUF file, and each weight is
+    rounded once.
 
     \b
     Example:
@@ -41,10 +42,11 @@ def convert(
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.commands.checkpoint.convert import convert_checkpoint
     from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
+    from qmix.files import regular_file
     from qmix.formats.mistral.detect import raw_files
     from qmix.gguf.files import is_gguf
 
-    if is_gguf(raw) or ((raw / "config.json").is_file() and not raw_files(raw)):
+    if is_gguf(raw) or (regular_file.exists(raw / "config.json") and not raw_files(raw)):
         with terminal.progress() as show:
             done = dequantize_checkpoint(
                 raw, out, shard_bytes=shard_bytes, force=force, progress=show
