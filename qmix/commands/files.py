@@ -103,7 +103,7 @@ def export(
 
 
 def inspect(directory: options.Directory, as_json: options.AsJson = False) -> None:
-    """Show what a checkpoint holds, which tool made it, and which load it.
+    """Show what a checkpoint holds, who made it and who loads it.
 
     Reads headers only.
 

@@ -28,7 +28,7 @@ def model():
 def test_inspect_names_types_and_readers(tmp_path, model):
     inventory = inspect(Q4_K_M)
     rows = {(group.kind, group.layout, group.scheme) for group in inventory.groups}
-    assert ("expert", "GGUF", "int4 g32 asymmetric") in rows
+    assert ("expert", "GGUF", "Q4_K: int4 g32 asymmetric") in rows
     assert ("norm", "GGUF", "float32") in rows
     assert [(reader.reader, reader.outcome) for reader in inventory.readers] == [
         ("qmix", "loads"),
