@@ -33,7 +33,7 @@ from qmix.weights.scheme import NF4, Scheme
 from tests.support import raw_mistral
 from tests.support.models import ROOT, TINY, quantized, small_model
 from tests.support.mutation import generator, mutated_bytes, mutated_text, outcome
-from tests.support.soak import SEED, both
+from tests.support.soak import SEED, both, tries
 
 IDS = torch.tensor([[1, 5, 6], [0, 1, 7]])
 MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
@@ -143,7 +143,7 @@ def test_a_damaged_document_is_read_or_refused(folder, name, counted, soak):
     good = path.read_bytes()
     counts = Counter()
     try:
-        for number in range(400 if soak else 12):
+        for number in tries(400 if soak else 12):
             rng = generator(SEED, name, number)
             path.write_bytes(damaged(path, good, rng))
             start = time.process_time()

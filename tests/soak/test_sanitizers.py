@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from tests.support.models import ROOT
+from tests.support.soak import seconds_left
 
 pytestmark = pytest.mark.soak
 
@@ -26,6 +27,7 @@ TESTS = (
     "tests/nn/test_cpu_decode.py",
 )
 SECONDS = 1800  # the compilation takes 20 of a core
+NEEDED = 600  # seconds of a soak that are left
 
 CUT = """
 import torch
@@ -54,6 +56,8 @@ def runtime(compiler, name):
 def sanitized():
     """The environment of a process whose kernels are compiled with the sanitizers."""
     compiler = shutil.which("g++")
+    if seconds_left() < NEEDED:
+        pytest.skip(f"a soak that has {NEEDED // 60} minutes left")
     libraries = compiler and [runtime(compiler, name) for name in ("libasan.so", "libstdc++.so")]
     if not libraries or None in libraries:
         pytest.skip("no g++ with the AddressSanitizer's library")

@@ -32,7 +32,7 @@ from qmix.weights.scheme import NF4, Recipe, Scheme
 from tests.support import damaged_folders, packers, raw_mistral
 from tests.support.models import TINY, load_in_tiers, small_model
 from tests.support.mutation import generator
-from tests.support.soak import SEED, gate_and_soak
+from tests.support.soak import SEED, gate_and_soak, tries
 
 IDS = torch.tensor([[1, 5, 6], [0, 1, 7]])
 MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
@@ -215,7 +215,7 @@ def test_a_damaged_folder_is_refused_or_is_what_its_files_say(
     judge = Judge(layout, original) if layout != "pytorch" else None  # never loaded
     wrong = []
     counts = Counter(dict.fromkeys(("foreign exceptions", "slow", "loaded wrong"), 0))
-    for number in range(TRIES[soak]):
+    for number in tries(TRIES[soak]):
         folder = tmp_path / layout / "folder"
         shutil.rmtree(tmp_path / layout, ignore_errors=True)
         shutil.copytree(original, folder)
@@ -226,5 +226,5 @@ def test_a_damaged_folder_is_refused_or_is_what_its_files_say(
         if done.problem or (done.verdict != "refused" and layout == "pytorch"):
             wrong.append((*seed, name, way, done))
         assert not (tmp_path / layout / "ran").exists(), "code of a pickle ran"
-    counted(cases=TRIES[soak], **counts)
+    counted(cases=number + 1, **counts)
     assert wrong == []

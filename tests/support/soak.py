@@ -4,6 +4,7 @@ SOAK_SEED chooses the order of a soak and what it draws; after SOAK_MINUTES no t
 A soak begins one test of each function before the second of any, so that a short one tries all.
 """
 
+import math
 import os
 import random
 import time
@@ -38,6 +39,19 @@ def begin():
 def is_over():
     """Whether a soak has used its minutes."""
     return soaking() and time.time() > float(os.environ.get("SOAK_ENDS", "inf"))
+
+
+def seconds_left():
+    """Until a soak has used its minutes; infinite without an end."""
+    return float(os.environ.get("SOAK_ENDS", "inf")) - time.time() if soaking() else math.inf
+
+
+def tries(count):
+    """The numbers of a campaign's cases, from 0; a soak that has used its minutes ends it early."""
+    for number in range(count):
+        if number and is_over():
+            return
+        yield number
 
 
 def examples(count, **options):
