@@ -83,6 +83,7 @@ TORCHLESS = (
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
     *("qmix.text.chat_template", "qmix.printable", "qmix.formats.metadata"),
     *("qmix.formats.compatibility", "qmix.formats.names", "qmix.formats.layouts.tensor_names"),
+    "qmix.formats.makers",
     *("qmix.formats.gguf", "qmix.formats.layouts.gguf_schemes"),
     *("qmix.formats.files.safetensors_header", "qmix.formats.files.shard_index"),
     *(

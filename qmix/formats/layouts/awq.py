@@ -21,6 +21,7 @@ from qmix.weights.scheme import Scheme
 
 _BITS = 4
 _WORD_CODES = 32 // _BITS
+_SLAB_PAIRS = 64  # pairs of inputs
 # Output 8c + i lies in nibble _NIBBLES[i] of word c: from its lowest four bits on, the word holds
 # the outputs [0 2 4 6 | 1 3 5 7].
 _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -63,14 +64,22 @@ def unpack(
 
 
 def _codes(qweight: Tensor) -> Tensor:
-    """int32 [K, N / 8] -> uint8 [N, K / 2] without unpacking: two inputs' nibbles change places."""
-    octets = qweight.contiguous().view(torch.uint8).view(qweight.shape[0], -1, 4)
-    even, odd = octets[0::2], octets[1::2]  # (K / 2, N / 8, 4)
-    halves = (even & 15 | odd << 4, even >> 4 | odd & 0xF0)
-    pairs = torch.empty(even.shape[0], even.shape[1], _WORD_CODES, dtype=torch.uint8)
-    for output, nibble in enumerate(_NIBBLES):
-        pairs[..., output] = halves[nibble % 2][..., nibble // 2]
-    return pairs.view(even.shape[0], -1).T.contiguous()
+    """int32 [K, N / 8] -> uint8 [N, K / 2] without unpacking: two inputs' nibbles change places.
+
+    A few inputs at a time, which bounds the memory beside the result.
+    """
+    columns, words = qweight.shape
+    codes = torch.empty(words * _WORD_CODES, columns // 2, dtype=torch.uint8)
+    for start in range(0, columns // 2, _SLAB_PAIRS):
+        slab = qweight[2 * start : 2 * (start + _SLAB_PAIRS)].contiguous()
+        octets = slab.view(torch.uint8).view(len(slab), words, 4)
+        even, odd = octets[0::2], octets[1::2]
+        halves = (even & 15 | odd << 4, even >> 4 | odd & 0xF0)
+        pairs = torch.empty(len(even), words, _WORD_CODES, dtype=torch.uint8)
+        for output, nibble in enumerate(_NIBBLES):
+            pairs[..., output] = halves[nibble % 2][..., nibble // 2]
+        codes[:, start : start + len(even)] = pairs.view(len(even), -1).T
+    return codes
 
 
 def _zeros(qzeros: Tensor) -> Tensor:
