@@ -53,6 +53,12 @@ def _gguf(kind: str, path: Path) -> Path:
     return file
 
 
+def _two_bits(path: Path) -> Path:
+    settings = {**packers.GPTQ, "bits": 2, "checkpoint_format": "gptq_v2"}
+    packers.checkpoint(path, partial(packers.gptq, version=2), settings, bits=2)
+    return path
+
+
 def _packed(name: str, path: Path) -> Path:
     packers.write(path, name)
     return path
@@ -81,6 +87,7 @@ def _fp4(path: Path) -> Path:
 EVERY: Mapping[str, Callable[[Path], Path]] = {
     **{name: partial(_quantized, name) for name in SCHEMES},
     "fp4": _fp4,
+    "gptq 2 bits": _two_bits,
     **{name: partial(_packed, name) for name in packers.SOURCES | packers.ASYMMETRIC},
     **{name: partial(_golden, name) for name in GOLDENS},
     **{f"gguf {kind}": partial(_gguf, kind) for kind in QUANTIZED},

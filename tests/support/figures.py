@@ -16,7 +16,8 @@ from typing import Any
 from qmix.commands import planner
 from qmix.config import MixtralConfig
 from qmix.errors import ResourceError
-from qmix.evals import markdown, speed
+from qmix.evals import layouts, markdown, speed
+from tests.support import layout_tables
 from tests.support.house import ROOT
 
 RECORDS = ROOT / "evals" / "records"
@@ -275,9 +276,18 @@ def _bound(answer: planner.PlanAnswer) -> str:
     )
 
 
+def true_width() -> str:
+    """Experts of true width in every layout."""
+    found = _record("2026-11-29-xeon-layouts")["measurements"]
+    return layouts.table([layouts.LayoutTiming(**one) for one in found])
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (summary, guard, rivals, attention, layers, experts, offload, cards)
+    for table in (
+        *(summary, guard, rivals, attention, layers, experts, true_width, offload, cards),
+        *(layout_tables.kinds, layout_tables.layouts_in_short, layout_tables.unread),
+    )
 }
 
 
