@@ -220,7 +220,8 @@ def _written(row: Row, found: list[Facts]) -> str:
     if len(exported) == len(found):
         ways.append("export")
     elif exported:
-        ways.append(f"export of {', '.join(name.removeprefix('gguf ') for name in exported)}")
+        names = (name.removeprefix("gguf ").rpartition("/")[2] for name in exported)
+        ways.append(f"export of {', '.join(names)}")
     return ", ".join(ways) or "no"
 
 
