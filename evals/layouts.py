@@ -128,9 +128,10 @@ def measure_layouts(
         raise ResourceError("the CPU kernels are not compiled", remedy="See the warning above.")
     with tempfile.TemporaryDirectory() as scratch:
         nf4 = _experts(_reader(Path(scratch), LAYOUTS[NF4], config))
-        timings = []
-        for name, stored in layouts.items():
-            progress(name)
+    timings = []
+    for name, stored in layouts.items():
+        progress(name)
+        with tempfile.TemporaryDirectory() as scratch:
             timings.append(_measure(name, _reader(Path(scratch), stored, config), nf4))
     return LayoutReport(
         command=" ".join(("python -m qmix.evals.layouts", *sys.argv[1:])),
@@ -146,7 +147,7 @@ def measure_layouts(
 
 
 def _reader(folder: Path, stored: Stored, config: MixtralConfig) -> ExpertReader:
-    """Reads experts that are stored so, from a checkpoint that replaces the one before."""
+    """Reads experts that are stored so, from a checkpoint written into an empty folder."""
     write_experts(folder, stored, config)
     checkpoint = open_checkpoint(folder)
     return ExpertReader(checkpoint, torch.bfloat16, lambda weight, _: weight)

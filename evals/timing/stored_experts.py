@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.evals.timing.random_layer import random_weight
+from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.layouts import compressed_tensors, writer
 from qmix.formats.names import model_tensors
+from qmix.formats.tensor_spec import TensorSpec
 from qmix.gguf.tensor_types import BY_NAME
 from qmix.weights.affine import Affine
 
@@ -171,7 +172,7 @@ def shape(*, hidden: int = 4096, width: int = 14336) -> MixtralConfig:
 
 
 def write_experts(folder: Path, stored: Stored, config: MixtralConfig) -> None:
-    """Write a checkpoint whose experts are stored so; the rest is bfloat16."""
+    """Write a checkpoint into an empty folder; its experts are stored so, the rest is bfloat16."""
     torch.manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for tensor in model_tensors(config):
@@ -180,5 +181,8 @@ def write_experts(folder: Path, stored: Stored, config: MixtralConfig) -> None:
             tensors |= {f"{tensor.prefix}{suffix}": part for suffix, part in parts.items()}
         else:
             tensors[tensor.name] = torch.ones(tensor.shape, dtype=torch.bfloat16)
-    save_file(tensors, folder / "model.safetensors")
+    specs = [TensorSpec(name, data.dtype, tuple(data.shape)) for name, data in tensors.items()]
+    with ShardWriter(folder / "model.safetensors", specs) as file:
+        for name, data in tensors.items():
+            file.write(name, data)
     config.save_pretrained(folder)
