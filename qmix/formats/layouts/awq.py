@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qmix.formats.layouts.checked_tensors import (
     IntegerTensors,
+    as_words,
     unpack_words,
     zeros_or_symmetric,
 )
@@ -119,7 +120,7 @@ def pack(weight: Affine, prefix: str) -> dict[str, Tensor]:
     lanes = zeros.T.reshape(weight.groups, -1, _WORD_CODES)[..., _OUTPUTS]
     return {
         prefix + QWEIGHT: _words(weight.codes),
-        prefix + QZEROS: pack_codes(lanes.flatten(1), _BITS).view(torch.int32),
+        prefix + QZEROS: as_words(pack_codes(lanes.flatten(1), _BITS)),
         prefix + SCALES: weight.scales.T.contiguous(),
     }
 

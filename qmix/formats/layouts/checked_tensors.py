@@ -145,6 +145,13 @@ class IntegerTensors(CheckedTensors):
         return torch.argsort(index, stable=True).int()
 
 
+def as_words(octets: Tensor) -> Tensor:
+    """uint8 [N, 4 n] -> int32 [N, n], little-endian. A transposed [1, 4 n] has strides of its own,
+    which `view` refuses although it calls the tensor contiguous.
+    """
+    return octets.reshape(-1).view(torch.int32).view(octets.shape[0], -1)
+
+
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 or int64 [...] -> uint8 [..., 32 / bits], the lowest bits first."""
     shifts = torch.arange(0, WORD_BITS, bits, dtype=words.dtype)

@@ -14,6 +14,7 @@ from qmix.errors import UnsupportedError
 from qmix.formats.layouts.checked_tensors import (
     READ_BITS,
     IntegerTensors,
+    as_words,
     unpack_words,
     zeros_or_symmetric,
 )
@@ -118,7 +119,7 @@ def pack(weight: Affine, prefix: str) -> dict[str, Tensor]:
             remedy="Quantize symmetrically, without act-order.",
         )
     return {
-        prefix + PACKED: weight.codes.view(torch.int32),
+        prefix + PACKED: as_words(weight.codes),
         prefix + SCALE: scales,
         prefix + SHAPE: torch.tensor(weight.shape),
     }

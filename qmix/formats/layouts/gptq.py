@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
-from qmix.formats.layouts.checked_tensors import IntegerTensors, unpack_words, zeros_or_symmetric
+from qmix.formats.layouts.checked_tensors import (
+    IntegerTensors,
+    as_words,
+    unpack_words,
+    zeros_or_symmetric,
+)
 from qmix.formats.layouts.gptq_config import ModuleSettings
 from qmix.formats.layouts.tensor_names import (
     BIAS,
@@ -240,8 +245,8 @@ def pack(weight: Affine, prefix: str, version: int = 1) -> dict[str, Tensor]:
     if version == 1:
         zeros = zeros - 1
     return {
-        prefix + QWEIGHT: codes.view(torch.int32).T.contiguous(),
-        prefix + QZEROS: pack_codes(zeros.contiguous(), bits).view(torch.int32),
+        prefix + QWEIGHT: as_words(codes).T.contiguous(),
+        prefix + QZEROS: as_words(pack_codes(zeros.contiguous(), bits)),
         prefix + SCALES: scales.T.contiguous(),
         prefix + G_IDX: index,
     }
