@@ -97,7 +97,7 @@ def floats(scales: Scales, start: int, stop: int) -> Tensor:
     """Scales [start, stop) of all, float32 and flat."""
     if isinstance(scales, NestedScales):
         return scales.floats(start, stop)
-    return scales.view(-1)[start:stop].float()
+    return scales.reshape(-1)[start:stop].float()
 
 
 def bits_of(scales: Scales) -> float:
@@ -114,7 +114,7 @@ def take(scales: Scales, rows: Tensor, count: int) -> Scales:
     Nested ones become plain where rows share an outer scale.
     """
     if not isinstance(scales, NestedScales):
-        return scales.view(count, -1).index_select(0, rows)
+        return scales.reshape(count, -1).index_select(0, rows)
     codes = scales.codes.view(count, -1).index_select(0, rows)
     groups = len(scales) // count
     if scales.outer.numel() == 1:

@@ -211,3 +211,15 @@ def test_without_a_compiler_a_product_never_holds_more_than_one_tile(monkeypatch
     tiles.linear(torch.ones(4, 1024), weight)
     assert sum(seen) == 1000 * 1024
     assert max(seen) <= tiles.AFFINE_TILE_ELEMENTS
+
+
+def test_scales_and_zeros_may_have_any_strides():
+    weight, meant = drawn(8, 128, 32, symmetric=False)
+    wide = replace(
+        weight,
+        scales=weight.scales.repeat_interleave(2, 1)[:, ::2],
+        zeros=weight.zeros.T.contiguous().T,
+    )
+    assert not wide.scales.is_contiguous()
+    assert torch.equal(wide.dequantize(torch.float32), meant)
+    assert torch.equal(wide.take(torch.tensor([5, 2])).dequantize(torch.float32), meant[[5, 2]])
