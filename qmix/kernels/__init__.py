@@ -27,6 +27,7 @@ from qmix.kernels import attention, dense, pointwise, reference, tiles
 from qmix.kernels.attention import CAUSAL, AttentionMask, Implementation, visible
 from qmix.kernels.cpu import matmul
 from qmix.kernels.cpu.library import attends, library
+from qmix.kernels.cpu.pointers import takes
 from qmix.kernels.gpu import packed_matmul
 from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import Routes, moe_forward, moe_forward_token
@@ -232,7 +233,7 @@ def attend(
 
 def _compiled(x: Tensor, weights: Sequence[Weight]) -> bool:
     """Whether the compiled CPU kernels multiply all of these."""
-    return x.is_cpu and all(map(matmul.takes, weights)) and not overridden()
+    return x.is_cpu and all(map(takes, weights)) and not overridden()
 
 
 def _single(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -41,6 +41,15 @@ def as_stored(packed: PackedTensors) -> bool:
     )
 
 
+def _of_matrix(
+    unpack: Callable[[Mapping[str, Tensor], str, str, tuple[int, int]], Weight],
+) -> Unpack:
+    """The reader of a layout whose tensors say all: (tensors, module, file, (N, K)) -> weight."""
+    return lambda tensors, packed, where, _: unpack(
+        tensors, packed.tensor.prefix, where, packed.matrix
+    )
+
+
 def _gguf(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
     (data,) = tensors.values()
     kind = gguf_schemes.type_of(packed.infos)
@@ -49,14 +58,6 @@ def _gguf(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: A
 
 def _bnb(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
     return bnb.unpack(tensors, packed.tensor.prefix, where)
-
-
-def _modelopt(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
-    return fp4.unpack_modelopt(tensors, packed.tensor.prefix, where, packed.matrix)
-
-
-def _fp8(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
-    return fp8.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
 
 
 def _compressed(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
@@ -80,22 +81,14 @@ def _gptq(
     return gptq.unpack(tensors, packed.tensor.prefix, where, packed.matrix, of_module)
 
 
-def _hqq(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
-    return hqq.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
-
-
-def _mlx(tensors: Mapping[str, Tensor], packed: PackedTensors, where: str, _: Any) -> Weight:
-    return mlx.unpack(tensors, packed.tensor.prefix, where, packed.matrix)
-
-
 UNPACK: Mapping[Layout, Unpack] = {
     "GGUF": _gguf,
     "bitsandbytes": _bnb,
-    "ModelOpt": _modelopt,
-    "FP8": _fp8,
+    "ModelOpt": _of_matrix(fp4.unpack_modelopt),
+    "FP8": _of_matrix(fp8.unpack),
     "compressed-tensors": _compressed,
     "AWQ": _awq,
     "GPTQ": _gptq,
-    "HQQ": _hqq,
-    "MLX": _mlx,
+    "HQQ": _of_matrix(hqq.unpack),
+    "MLX": _of_matrix(mlx.unpack),
 }

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
-from qmix.kernels.cpu.pointers import takes as takes
+from qmix.kernels.cpu.pointers import takes
 from qmix.kernels.gradients import needs_grad
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
