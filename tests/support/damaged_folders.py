@@ -12,7 +12,7 @@ import zipfile
 import torch
 from safetensors import safe_open
 
-from tests.support.mutation import VALUES, mutated_bytes, mutated_document, mutated_text
+from tests.support.mutation import VALUES, generator, mutated_bytes, mutated_document, mutated_text
 
 _LENGTH_BYTES = 8  # of a safetensors file: the header's length, little-endian
 _PICKLES = (".bin", ".pth", ".pt")
@@ -27,6 +27,15 @@ def damage(folder, rng):
     way = rng.choice(ways)
     way(path, rng)
     return path.name, way.__name__.strip("_")
+
+
+def copies(folder, place, seed, count):
+    """`count` damaged copies under `place`, one after another; each goes when the next comes."""
+    for number in range(count):
+        copy = shutil.copytree(folder, place / str(number))
+        damage(copy, generator(seed, number))
+        yield copy
+        shutil.rmtree(copy)
 
 
 def _bytes(path, rng):

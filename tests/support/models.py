@@ -66,6 +66,14 @@ def load_in_tiers(directory, device, tiers):
     return MixtralForCausalLM.from_checkpoint(checkpoint, LoadOptions(device=device), tiers=tiers)
 
 
+def read_weights(folder):
+    """Read every linear layer's weight of a checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    for tensor in checkpoint.tensors:
+        if tensor.linear:
+            checkpoint.weight(tensor)
+
+
 @contextmanager
 def threads(count):
     """Torch's threads within the block: sums of many threads are added in another order."""
