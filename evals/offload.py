@@ -31,6 +31,7 @@ from qmix.formats.metadata import read_metadata
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
+from qmix.hub.local import shown_name
 from qmix.planning import machine, roofline
 from qmix.planning.byte_sizes import parse_size, show
 from qmix.planning.plan import plan
@@ -183,7 +184,7 @@ def measure_offload(request: OffloadRequest) -> OffloadRecord:
             "python": platform.python_version(),
         },
         machine=_machine(gpu),
-        checkpoint=request.directory.resolve().name,
+        checkpoint=shown_name(request.directory),
         checkpoint_bytes=sum(path.stat().st_size for path in files),
         ram=request.ram_bytes,
         vram=request.vram_bytes,

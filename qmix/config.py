@@ -13,6 +13,7 @@ from typing import Any
 from qmix import strict_json
 from qmix.errors import ConfigError, UnsupportedError
 from qmix.files import atomic_file
+from qmix.hub.source import resolve
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -203,7 +204,7 @@ class MixtralConfig:
         Raises:
             CheckpointError: the file is missing or damaged, or a value is wrong.
         """
-        path = Path(directory) / "config.json"
+        path = resolve(directory, need="config") / "config.json"
         return cls.from_dict(strict_json.read(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from qmix.formats.files.shards import check_finite
 from qmix.formats.layouts import gptq_config, writer
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.hub.local import shown_name
 from qmix.quantize.report import QuantizeReport
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe, Scheme
@@ -158,7 +159,7 @@ def complete(
         {
             "qmix": qmix.__version__,
             "method": report.method,
-            "source": checkpoint.shards.directory.resolve().name,
+            "source": shown_name(checkpoint.shards.directory),
             "schemes": sorted({str(output.scheme) for output in outputs}),
             **facts,
         },

@@ -8,7 +8,7 @@ nobody may write to it. Knows nothing of what the tensors are read for.
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError, QmixError
 from qmix.files import regular_file
+from qmix.files.file_names import visible
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import companions
 from qmix.formats.files.shards import Allocate, Entry, check_finite, fresh, read_entry
@@ -110,12 +111,14 @@ class Source(Checkpoint):
         directory = self.shards.directory
         try:
             again = open_checkpoint(directory)
-            documents = _documents(directory)
+            documents, files = _documents(directory), _files(directory)
         except QmixError as error:
             raise _changed(directory, str(error)) from error
         for name in sorted(self.documents.keys() | documents.keys()):
             if self.documents.get(name) != documents.get(name):
                 raise _changed(directory / name, "other content")
+        if other := sorted(self.stamps.keys() ^ set(files)):
+            raise _changed(other[0], "a file that came or went")
         before, after = self.shards.entries, again.shards.entries
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name):
@@ -164,13 +167,17 @@ def open_source(directory: Path) -> Source:
         QmixError: see `open_checkpoint`; a companion is too large.
     """
     directory = checked_source(directory)
-    files = gguf_files(directory) if is_gguf(directory) else directory.glob("*.safetensors")
-    stamps = {path: _stamp(path) for path in files}
+    stamps = {path: _stamp(path) for path in _files(directory)}
     settled = time.time_ns() - _RECENT_NS
     recent = frozenset(path for path, stamp in stamps.items() if max(stamp[-2:]) > settled)
     documents = _documents(directory)
     checkpoint = open_checkpoint(directory)
     return Source(checkpoint.metadata, checkpoint.shards, documents, stamps, recent)
+
+
+def _files(directory: Path) -> Sequence[Path]:
+    """The files with weights, whether or not they are the model's."""
+    return gguf_files(directory) if is_gguf(directory) else visible(directory, "*.safetensors")
 
 
 def _documents(directory: Path) -> dict[str, str]:

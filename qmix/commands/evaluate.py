@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qmix.commands import options, quantize, terminal
+from qmix.commands import options, quantize, sources, terminal
 from qmix.errors import UsageError
+from qmix.hub.local import shown_name
 
 if TYPE_CHECKING:
     from qmix.evals.quality.perplexity import Perplexity
@@ -74,6 +75,8 @@ def evaluate(
     """
     if max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
+    directory = sources.local(directory)
+    reference = None if reference is None else sources.local(reference)
     from qmix.evals.quality import perplexity
 
     with terminal.progress() as show:
@@ -158,10 +161,11 @@ def bench(
     from qmix.evals.timing.bench import parse_tests, run_bench
 
     tests = parse_tests(prompts or "512", new, depth, batch)
+    directory = sources.local(directory)
     model = MixtralForCausalLM.from_pretrained(directory, load_options=load.parse())
     with terminal.progress() as show:
         report = run_bench(
-            model, tests, name=directory.resolve().name, repetitions=repetitions, progress=show
+            model, tests, name=shown_name(directory), repetitions=repetitions, progress=show
         )
     terminal.print_result(report.markdown(), report.to_dict(), as_json=as_json)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmix.commands import options, terminal
+from qmix.commands import options, sources, terminal
 from qmix.printable import escaped
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def convert(
       qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
     """
     shard_bytes = options.shard_bytes(shard_size)
+    raw = sources.local(raw)
     from qmix.commands.checkpoint.convert import convert_checkpoint
     from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
     from qmix.files import regular_file
@@ -91,7 +92,7 @@ def export(
 
     with terminal.progress() as show:
         result = export_checkpoint(
-            directory,
+            sources.local(directory),
             out,
             layout,
             requantize=requantize,
@@ -113,7 +114,7 @@ def inspect(directory: options.Directory, as_json: options.AsJson = False) -> No
     """
     from qmix.commands.checkpoint.inspect import inspect
 
-    inventory = inspect(directory)
+    inventory = inspect(sources.local(directory))
     terminal.print_result(_inventory_text(inventory), inventory.to_dict(), as_json=as_json)
 
 
@@ -129,7 +130,7 @@ def verify(directory: options.Directory) -> None:
     from qmix.commands.checkpoint.verify import verify
 
     with terminal.progress() as show:
-        result = verify(directory, show)
+        result = verify(sources.local(directory), show)
     for problem in result.problems[1:]:
         terminal.notice(str(problem))
     if result.problems:

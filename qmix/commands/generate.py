@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qmix.commands import options, terminal
+from qmix.commands import options, sources, terminal
 from qmix.errors import UsageError
 
 _CHAT_SAMPLING = options.Sampling(temperature=0.7, min_p=0.05)
@@ -41,7 +41,7 @@ def generate(
 
     load_options = load.parse()
     text = _stdin() if prompt == "-" else prompt
-    model, tokenizer = qmix.load(directory, load_options=load_options)
+    model, tokenizer = qmix.load(sources.local(directory), load_options=load_options)
     config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
     if chat:
         ids = chat_template.encode([chat_template.Message("user", text)], tokenizer)
@@ -85,7 +85,7 @@ def chat(
     from qmix.commands.session import Session
 
     load_options = load.parse(max_context=ctx)
-    model, tokenizer = qmix.load(directory, load_options=load_options)
+    model, tokenizer = qmix.load(sources.local(directory), load_options=load_options)
     config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
     session = Session(model, tokenizer, config, system=system, context=ctx)
     terminal.decode_utf8(sys.stdin)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qmix.commands import options, terminal
+from qmix.commands import options, sources, terminal
 
 
 def plan(
@@ -52,7 +52,7 @@ def plan(
     from qmix.commands.planner import PlanRequest, answer
 
     request = PlanRequest(
-        source=source,
+        source=sources.local(source, part=True),
         vram=vram,
         ram=ram,
         card=card,

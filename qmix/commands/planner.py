@@ -10,6 +10,7 @@ from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.files import regular_file
+from qmix.files.file_names import visible
 from qmix.formats import names
 from qmix.formats.files.shard_names import INDEX
 from qmix.formats.metadata import read_metadata
@@ -132,7 +133,7 @@ def _no_source(what: str, path: Path) -> CheckpointError:
 
 
 def _has_weights(folder: Path) -> bool:
-    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
+    return (folder / INDEX).is_file() or bool(visible(folder, "*.safetensors"))
 
 
 def _scheme(request: PlanRequest) -> Scheme:

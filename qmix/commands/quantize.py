@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmix.commands import options, terminal
+from qmix.commands import options, sources, terminal
 
 if TYPE_CHECKING:
     from qmix.quantize.report import QuantizeReport
@@ -84,6 +84,7 @@ def quantize(
       qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
     """
     shard_bytes = options.shard_bytes(shard_size)
+    source = sources.local(source)
     from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 
     request = QuantizeRequest(

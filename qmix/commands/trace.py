@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmix.commands import options, terminal
+from qmix.commands import options, sources, terminal
 from qmix.errors import UsageError
 from qmix.files import regular_file
+from qmix.hub.local import shown_name
 
 if TYPE_CHECKING:
     from qmix.evals.routing.replay import Replay
@@ -62,6 +63,7 @@ def record(
     from qmix.evals.routing.record import record_trace
 
     load_options = load.parse()
+    directory = sources.local(directory)
     text = None if data is None else perplexity.read_text(data).content
     model, tokenizer = qmix.load(directory, load_options=load_options)
     with terminal.progress() as show:
@@ -69,7 +71,7 @@ def record(
             model,
             tokenizer,
             out,
-            name=directory.resolve().name,
+            name=shown_name(directory),
             max_new_tokens=max_new_tokens,
             prompt=prompt,
             text=text,

@@ -1,4 +1,4 @@
-"""Names of files in one folder, and where such a file may lie: in the folder or in a hub cache.
+"""Names of files in one folder: which are plain, which are seen, and which lead somewhere.
 
 Knows nothing of what a file holds.
 """
@@ -19,23 +19,33 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def path_inside(folder: Path, name: str) -> Path:
-    """The path of a file of `folder`. It may be a link into the blobs of a hub cache.
+def is_hidden(path: Path) -> bool:
+    """Whether a name begins with a dot.
+
+    macOS leaves `._NAME` beside every NAME on foreign disks and in archives, and `.DS_Store`.
+    """
+    return path.name.startswith(".")
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The paths in a folder that match a pattern, sorted, without hidden ones."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path))
+
+
+def existing(folder: Path, name: str) -> Path:
+    """The path of a file of `folder`, which may be a link: into a hub's cache or anywhere else.
 
     Raises:
-        CheckpointError: the file is missing, or is a link that leaves the folder.
+        CheckpointError: the file is missing, or its link leads nowhere.
     """
     path = folder / name
     try:
-        target, home = path.resolve(strict=True), folder.resolve(strict=True)
+        path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            "a shard is missing or its link leads nowhere", where=str(path), found=str(error)
+            "a shard is missing or its link leads nowhere",
+            where=str(path),
+            found=str(error),
+            remedy="Download it again.",
         ) from None
-    blobs = home.parent.parent / "blobs"
-    in_hub_cache = home.parent.name == "snapshots" and target.parent == blobs
-    if target.parent != home and not in_hub_cache:
-        raise CheckpointError(
-            "the shard is a link that leaves the directory", where=str(path), found=str(target)
-        )
     return path

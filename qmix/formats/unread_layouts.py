@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import UnsupportedError
+from qmix.files.file_names import visible
 
 _QUANTIZE = "the original 16-bit checkpoint for qmix quantize"
 _ANOTHER = f"Fetch a GPTQ, AWQ, NF4 or GGUF file of the same model, or {_QUANTIZE}."
@@ -72,12 +73,12 @@ def refuse_files(folder: Path) -> None:
     Raises:
         UnsupportedError: it is such a folder.
     """
-    if any(folder.glob("*.safetensors")):
+    if visible(folder, "*.safetensors"):
         return
     for layout in UNREAD_LAYOUTS:
         for pattern in layout.files:
-            if found := sorted(path.name for path in folder.glob(pattern)):
-                raise _refusal(layout, folder, ", ".join(found[:5]))
+            if found := visible(folder, pattern):
+                raise _refusal(layout, folder, ", ".join(path.name for path in found[:5]))
 
 
 def refuse(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qmix.errors import CheckpointError
 from qmix.files import regular_file
-from qmix.files.file_names import path_inside
+from qmix.files.file_names import existing, is_hidden, visible
 from qmix.gguf.container import GGUFFile, GGUFTensor, read_gguf
 from qmix.gguf.header_fields import Value
 
@@ -39,7 +39,7 @@ def is_gguf(path: str | Path) -> bool:
     path = Path(path)
     if not regular_file.is_folder(path):
         return path.suffix == SUFFIX and regular_file.exists(path)
-    return any(path.glob(f"*{SUFFIX}")) and not any(path.glob("*.safetensors"))
+    return bool(visible(path, f"*{SUFFIX}")) and not visible(path, "*.safetensors")
 
 
 def checked_source(path: str | Path) -> Path:
@@ -61,7 +61,7 @@ def gguf_files(path: str | Path) -> tuple[Path, ...]:
     if not regular_file.is_folder(path):
         return _shards(path)
     with regular_file.reading(path):
-        found = sorted(file for file in path.iterdir() if file.suffix == SUFFIX)
+        found = sorted(f for f in path.iterdir() if f.suffix == SUFFIX and not is_hidden(f))
     files = _shards(found[0])
     if others := [file.name for file in found if file not in files]:
         raise CheckpointError(
@@ -96,7 +96,7 @@ def _shards(file: Path) -> tuple[Path, ...]:
                 found=f"{len(present)} GGUF files in the folder",
                 remedy="Download the missing shards.",
             )
-        files.append(path_inside(file.parent, name))
+        files.append(existing(file.parent, name))
     return tuple(files)
 
 

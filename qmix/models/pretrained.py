@@ -15,6 +15,7 @@ from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.experts.store import Store
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.shard_names import SHARD_BYTES
+from qmix.hub.source import resolve
 from qmix.kernels import attention
 from qmix.models import load, offload, save
 from qmix.models.offload import Tiers
@@ -123,8 +124,9 @@ class PreTrainedModel(nn.Module):
             )
         else:
             _check_alone(load_options, fields)
-        model = cls.from_checkpoint(open_checkpoint(directory), load_options, **changes)
-        model.read_generation_config(Path(directory))
+        folder = resolve(directory)
+        model = cls.from_checkpoint(open_checkpoint(folder), load_options, **changes)
+        model.read_generation_config(folder)
         return model
 
     @classmethod

@@ -14,6 +14,7 @@ from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.metadata import CheckpointMetadata
 from qmix.formats.names import ModelTensor, model_tensors
+from qmix.hub.local import shown_name
 from qmix.weights.blob import blob_bytes, quantized_bytes
 from qmix.weights.packed.packed_shapes import MatrixSpec
 from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
@@ -142,7 +143,7 @@ class StoredModel:
             dtype: of activations and dense weights; default: the checkpoint's.
         """
         return cls(
-            name=metadata.directory.resolve().name,
+            name=shown_name(metadata.directory),
             config=metadata.config,
             dtype=dtype or metadata.dtype,
             weights=tuple(_stored(metadata, tensor) for tensor in metadata.tensors),

@@ -21,7 +21,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("qmix.errors", "qmix.printable"),
-    ("qmix.weights", "qmix.strict_json", "qmix.files", "qmix.gguf"),
+    ("qmix.weights", "qmix.strict_json", "qmix.files", "qmix.gguf", "qmix.hub"),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
     ("qmix.planning", "qmix.experts"),
@@ -38,6 +38,8 @@ SIBLINGS = {
     ("qmix.errors", "qmix.printable"),
     ("qmix.strict_json", "qmix.files"),
     ("qmix.gguf", "qmix.files"),
+    ("qmix.hub", "qmix.files"),
+    ("qmix.hub", "qmix.strict_json"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
@@ -78,6 +80,7 @@ OWNERS: Mapping[str, set[str]] = {
 # Rooms and files without torch: `qmix plan`, `inspect` and every usage error answer without it.
 TORCHLESS = (
     *("qmix.errors", "qmix.files", "qmix.strict_json", "qmix.config", "qmix.planning"),
+    "qmix.hub",
     "qmix.gguf",
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),

@@ -15,6 +15,7 @@ from qmix import strict_json
 from qmix.commands.checkpoint import Progress
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
+from qmix.files.file_names import visible
 from qmix.formats.files import manifest, output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.files.shard_writer import write_shards
@@ -23,6 +24,7 @@ from qmix.formats.mistral import checkpoint
 from qmix.formats.mistral.checkpoint import RawCheckpoint
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.hub.local import shown_name
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
 from qmix.text.sentencepiece_file import MODEL_FILE, read_model
@@ -97,7 +99,7 @@ def convert_checkpoint(
         _write_configs(folder, raw.config.replace(dtype=dtype))
         if tokenizer is not None:
             tokenizer[1].save_pretrained(folder)
-        facts = {"qmix": qmix.__version__, "method": "convert", "source": source.resolve().name}
+        facts = {"qmix": qmix.__version__, "method": "convert", "source": shown_name(source)}
         manifest.write_manifest(folder, facts)
         bytes_out = output_dir.total_bytes(folder)
     return Conversion(
@@ -144,7 +146,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> tuple[str, LlamaTokenizer] | No
     Mistral's folders hold tokenizer.model, or tokenizer.model.v1 to .v3. If several fit, the plain
     name is preferred, then the newest version.
     """
-    versions = sorted(folder.glob(f"{MODEL_FILE}.v*"), reverse=True)
+    versions = visible(folder, f"{MODEL_FILE}.v*")[::-1]
     others = []
     for path in (folder / MODEL_FILE, *versions):
         if not path.exists():

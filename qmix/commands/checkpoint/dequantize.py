@@ -22,6 +22,7 @@ from qmix.formats.files.shard_writer import write_shards
 from qmix.formats.files.shards import check_finite
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.hub.local import shown_name
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
 
@@ -86,7 +87,7 @@ def dequantize_checkpoint(
         progress("checksums", total, total)
         checkpoint.config.replace(quantization_config=None).save_pretrained(folder)
         copy_companions(source, folder)
-        facts = {"method": f"convert from {kind}", "source": source.resolve().name}
+        facts = {"method": f"convert from {kind}", "source": shown_name(source)}
         manifest.write_manifest(folder, {"qmix": qmix.__version__, **facts})
         bytes_out = output_dir.total_bytes(folder)
     return Dequantization(

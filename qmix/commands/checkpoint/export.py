@@ -44,6 +44,7 @@ from qmix.formats.layouts.targets import (
 )
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.gguf.files import SUFFIX
+from qmix.hub.local import shown_name
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
 from qmix.weights.dense import Dense
@@ -310,7 +311,7 @@ def _describe(folder: Path, source: Path, layout: Format, rounded: Sequence[Roun
             "tensors": [weight.to_dict() for weight in rounded],
         }
         strict_json.write(folder / manifest.REPORT, report)
-    facts = {"method": method, "source": source.resolve().name}
+    facts = {"method": method, "source": shown_name(source)}
     manifest.write_manifest(folder, {"qmix": qmix.__version__, **facts})
 
 

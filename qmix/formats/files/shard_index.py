@@ -1,17 +1,24 @@
 """Which files of a checkpoint directory hold which tensors: one file, or shards with an index.
 
-Reads headers only. Knows no torch and nothing of models.
+Other files may lie beside them: what macOS leaves, Mistral's own files, adapters, the states of a
+training. Reads headers only. Knows no torch and nothing of models.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
-from qmix.files.file_names import is_plain_name, path_inside
+from qmix.files.file_names import existing, is_hidden, is_plain_name
 from qmix.files.regular_file import checked_folder, reading
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
+from qmix.hub import other_folders
+
+# Weights that are not the model's: Mistral's copy of the same, adapters, what an optimizer keeps.
+_OTHERS = re.compile(r"consolidated.*|.*adapter.*|optimizer.*|.*non_lora_trainables.*")
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
 
 
 def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
@@ -27,7 +34,7 @@ def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
         shards = _shards(folder)
     infos: dict[str, TensorInfo] = {}
     for name, listed in shards.items():
-        path = path_inside(folder, name)
+        path = existing(folder, name)
         of_shard = read_header(path)
         if listed is not None and of_shard.keys() != listed:
             raise _different(path, listed, of_shard.keys())
@@ -46,12 +53,16 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
 
 def _shards(folder: Path) -> Mapping[str, set[str] | None]:
     """File name -> the tensors that the index lists for it, None without an index."""
-    present = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    present = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix == ".safetensors" and not is_hidden(path) and not _OTHERS.match(path.name)
+    )
     if (folder / INDEX).is_file():
         listed = _read_index(folder / INDEX)
-        # Mistral's own files may lie beside the converted ones; they repeat the same weights.
-        stray = [n for n in present if n not in listed and not n.startswith("consolidated")]
-        if stray:
+        series = {_series(name) for name in listed} - {None}
+        # A file of another name is none of the model's, and the index lists every tensor.
+        if stray := [n for n in present if n not in listed and _series(n) in series]:
             raise CheckpointError(
                 "the index does not list every shard",
                 where=str(folder / INDEX),
@@ -83,6 +94,12 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     return listed
 
 
+def _series(name: str) -> tuple[str, str] | None:
+    """What the names of a model's shards have in common; None if it is none of theirs."""
+    match = _SHARD.fullmatch(name)
+    return None if match is None else (match[1], match[2])
+
+
 def _is_plain(name: str) -> bool:
     """Whether a name is one path component on POSIX and on Windows, and ends in .safetensors."""
     return (
@@ -102,8 +119,14 @@ def _nothing_to_read(folder: Path, present: Sequence[str]) -> QmixError:
             found=", ".join(present[:5]),
         )
     others = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        and not is_hidden(path)
+        and not other_folders.of_training(path.name)
     )
+    if not others and (named := other_folders.error(folder)) is not None:
+        return named
     if others:
         return UnsupportedError(
             "no safetensors files",

@@ -117,8 +117,10 @@ def _entries(folder: Path) -> dict[str, Entry]:
     regular_file.checked_folder(folder)
     files = raw_files(folder)
     if not files:
-        converted = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-        others = ", ".join(sorted(path.name for path in folder.glob("consolidated*"))[:5])
+        converted = (folder / "config.json").is_file() and bool(
+            file_names.visible(folder, "*.safetensors")
+        )
+        others = ", ".join(path.name for path in file_names.visible(folder, "consolidated*")[:5])
         raise CheckpointError(
             "no raw Mistral files",
             where=str(folder),
@@ -128,7 +130,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for path in files:
-        file_names.path_inside(folder, path.name)
+        file_names.existing(folder, path.name)
         read = shards.read_entries if path.suffix == ".safetensors" else pickles.read_entries
         for name, entry in read(path).items():
             if name in entries:

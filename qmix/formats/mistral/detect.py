@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from qmix.errors import UnsupportedError
+from qmix.files.file_names import visible
 
 _PICKLES = (".pt", ".pth")
 
 
 def raw_files(folder: Path) -> list[Path]:
     """The weight files of a raw folder: safetensors files if it has any, else pickles."""
-    paths = sorted(path for path in folder.glob("consolidated*") if path.suffix)
+    paths = [path for path in visible(folder, "consolidated*") if path.suffix]
     safetensors = [path for path in paths if path.suffix == ".safetensors"]
     return safetensors or [path for path in paths if path.suffix in _PICKLES]
 
@@ -21,7 +22,7 @@ def refuse_raw(directory: str | Path) -> None:
         UnsupportedError: it is such a folder; the remedy is `qmix convert`.
     """
     folder = Path(directory)
-    is_hugging_face = any(not _is_raw(path) for path in folder.glob("*.safetensors"))
+    is_hugging_face = any(not _is_raw(path) for path in visible(folder, "*.safetensors"))
     if raw_files(folder) and not is_hugging_face:
         raise UnsupportedError(
             "a raw Mistral checkpoint",

@@ -220,7 +220,7 @@ def test_a_pipe_in_place_of_a_pickle_never_blocks(raw, tmp_path):
     refused(raw, tmp_path, "not a regular file")
 
 
-def test_a_link_that_leaves_the_folder_is_refused_and_a_hub_cache_is_not(raw, tmp_path):
+def test_links_are_followed_into_a_hub_cache_and_anywhere_else(raw, tmp_path):
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -231,7 +231,9 @@ def test_a_link_that_leaves_the_folder_is_refused_and_a_hub_cache_is_not(raw, tm
     assert verify(tmp_path / "out").problems == ()
     shutil.move(raw / "consolidated.05.pt", tmp_path / "elsewhere.pt")
     (raw / "consolidated.05.pt").symlink_to(tmp_path / "elsewhere.pt")
-    refused(raw, tmp_path, "leaves the directory")
+    (raw / "._consolidated.05.pt").write_bytes(b"")
+    convert_checkpoint(raw, tmp_path / "linked")
+    assert verify(tmp_path / "linked").problems == ()
 
 
 def test_a_pytorch_whose_reader_has_a_known_hole_is_refused(raw, tmp_path, monkeypatch):

@@ -43,30 +43,51 @@ def test_an_index_must_list_exactly_what_the_files_hold(tmp_path, weight_map, na
         read_headers(tmp_path)
 
 
-def test_an_unlisted_shard_is_refused_but_mistrals_own_file_is_not(tmp_path):
-    indexed(tmp_path, {"a": "one.safetensors"})
-    save_file({"z": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+BESIDE = (
+    *("._model.safetensors", ".DS_Store", "._model.safetensors.index.json"),
+    *("consolidated.safetensors", "adapter_model.safetensors", "lora_adapter.safetensors"),
+    *("optimizer.safetensors", "optimizer.pt", "rng_state_0.pth", "training_args.bin"),
+)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_what_lies_beside_the_model_is_not_read(tmp_path, index):
+    if index:
+        indexed(tmp_path, {"a": "one.safetensors"})
+        save_file({"z": torch.zeros(1)}, tmp_path / "an-older-name.safetensors")
+    else:
+        save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
+    for name in BESIDE:
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
     assert read_headers(tmp_path).keys() == {"a"}
-    save_file({"z": torch.zeros(1)}, tmp_path / "stray.safetensors")
-    with pytest.raises(CheckpointError, match=r"stray\.safetensors"):
+
+
+def test_a_shard_of_the_series_that_the_index_does_not_list_is_refused(tmp_path):
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    indexed(tmp_path, {"a": first})
+    (tmp_path / "one.safetensors").rename(tmp_path / first)
+    save_file({"b": torch.zeros(2)}, tmp_path / second)
+    with pytest.raises(CheckpointError, match=f"does not list every shard; found {second}"):
         read_headers(tmp_path)
 
 
-def test_links_may_not_leave_the_directory_except_into_the_hub_cache(tmp_path):
+def test_links_are_followed_wherever_they_lead(tmp_path):
     outside = tmp_path / "outside.safetensors"
     save_file({"a": torch.zeros(2)}, outside)
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(outside)
-    with pytest.raises(CheckpointError, match="leaves the directory"):
-        read_headers(folder)
-    snapshot = tmp_path / "hub" / "snapshots" / "rev"
-    blobs = tmp_path / "hub" / "blobs"
+    assert read_headers(folder).keys() == {"a"}
+    snapshot, disk = tmp_path / "models--a--b" / "snapshots" / "rev", tmp_path / "another-disk"
     snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    outside.rename(blobs / "0123")
+    disk.mkdir()
+    (snapshot.parent.parent / "blobs").symlink_to(disk)
+    outside.rename(disk / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
     assert read_headers(snapshot).keys() == {"a"}
+    (disk / "0123").unlink()
+    with pytest.raises(CheckpointError, match=r"leads nowhere.*Download it again"):
+        read_headers(snapshot)
 
 
 def test_pipes_directories_and_loops_are_refused_without_blocking(tmp_path):

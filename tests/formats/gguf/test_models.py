@@ -102,15 +102,16 @@ def test_shards_that_do_not_belong_together(tmp_path, model):
         read_metadata(renamed)
 
 
-def test_a_link_out_of_the_folder_is_no_shard(tmp_path, model):
+def test_a_shard_may_be_a_link_and_hidden_files_are_none(tmp_path, model):
     folder, other = tmp_path / "model", tmp_path / "other"
     folder.mkdir()
     other.mkdir()
     first, second = write_shards(folder, model, 2)
     shutil.move(second, other / second.name)
     second.symlink_to(other / second.name)
-    with pytest.raises(CheckpointError, match="leaves the directory"):
-        read_metadata(first)
+    for name in ("._model.gguf", ".DS_Store"):
+        (folder / name).write_bytes(b"\0")
+    assert read_metadata(first).container == read_metadata(folder).container == "GGUF"
 
 
 def test_safetensors_beside_a_gguf_file_are_the_model(tmp_path, model):
