@@ -111,13 +111,13 @@ class Source(Checkpoint):
         directory = self.shards.directory
         try:
             again = open_checkpoint(directory)
-            documents, files = _documents(directory), _files(directory)
+            documents, present = _documents(directory), set(_files(directory))
         except QmixError as error:
             raise _changed(directory, str(error)) from error
         for name in sorted(self.documents.keys() | documents.keys()):
             if self.documents.get(name) != documents.get(name):
                 raise _changed(directory / name, "other content")
-        if other := sorted(self.stamps.keys() ^ set(files)):
+        if other := sorted(self.stamps.keys() ^ present):
             raise _changed(other[0], "a file that came or went")
         before, after = self.shards.entries, again.shards.entries
         for name in sorted(before.keys() | after.keys()):
