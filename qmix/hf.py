@@ -99,12 +99,10 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         document = {k: v for k, v in model.config.to_dict().items() if k not in _LEFT_OUT}
         super().__init__(transformers.MixtralConfig(**document))
         self.runtime = model
-        ids = model.generation_config
-        self.generation_config = transformers.GenerationConfig(
-            eos_token_id=list(ids.eos_ids) or None,
-            pad_token_id=ids.pad_id,
-            bos_token_id=ids.bos_token_id,
-        )
+        own = model.generation_config
+        stated = {n: v for n, v in own.to_dict().items() if n not in ("seed", "use_cache")}
+        ids = {"eos_token_id": list(own.eos_ids) or None, "pad_token_id": own.pad_id}
+        self.generation_config = transformers.GenerationConfig(**{**stated, **ids})
 
     def get_input_embeddings(self) -> Any:
         return self.runtime.get_input_embeddings()

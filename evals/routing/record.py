@@ -92,7 +92,9 @@ def record_generation(
             found=f"{first} + {max_new_tokens}",
         )
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=model.generation_config.eos_token_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
     )
     generated = model.generate(ids, generation_config=greedy)
     assert isinstance(generated, Tensor)

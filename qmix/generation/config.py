@@ -3,10 +3,13 @@
 Knows no models and no text.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+import copy
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qmix import strict_json
 from qmix.config import MixtralConfig
@@ -25,6 +28,20 @@ _LEAST = (  # integers, each with its smallest value
     ("num_return_sequences", 1),
     ("prefill_chunk_size", 1),
 )
+# Fields that generation_config.json may state. The others are a caller's business.
+_STATED = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("no_repeat_ngram_size", "bad_words_ids", "max_new_tokens", "max_length", "min_new_tokens"),
+    *("stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
+)
+# Entries of transformers that would change the text, each with the value that changes nothing.
+_NOT_HERE: Mapping[str, object] = {
+    "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
+    "encoder_repetition_penalty": 1.0, "min_length": 0, "guidance_scale": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "sequence_bias": None, "watermarking_config": None,
+    "penalty_alpha": None, "exponential_decay_length_penalty": None, "max_time": None,
+}  # fmt: skip
 _SPECIAL_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _FLAGS = (
     "do_sample",
@@ -35,11 +52,12 @@ _FLAGS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class GenerationConfig:
     """When to stop and how to choose; the names are Hugging Face's, and `seed` is ours.
 
-    None stands for a field's default, except in top_k.
+    None stands for a field's default, except in top_k. A field may be assigned and is checked then;
+    what contradicts another field is found when the configuration is used.
 
     Attributes:
         max_new_tokens: how many new tokens at most; None: see max_length.
@@ -95,10 +113,38 @@ class GenerationConfig:
     output_scores: bool = False
     output_logits: bool = False
 
+    def __new__(cls, **given: Any) -> "GenerationConfig":
+        """Remember the names that were given, among them those whose value is the default."""
+        self = super().__new__(cls)
+        self.__dict__["given"] = frozenset(name for name in given if given[name] is not None)
+        return self
+
     def __post_init__(self) -> None:
+        self.__dict__["_complete"] = True
+        self._check_alone()
+        self._check_together()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign one field.
+
+        Raises:
+            UsageError: an unknown field, or a value outside its range; nothing is changed.
+        """
+        if "_complete" not in self.__dict__:  # the constructor's own assignments
+            self.__dict__[name] = value
+            return
+        _check_known([name])
+        changed = copy.copy(self)
+        changed.__dict__[name] = value
+        changed._check_alone()
+        self.__dict__[name] = changed.__dict__[name]
+        self.__dict__["given"] = self.given | {name}
+
+    def _check_alone(self) -> None:
+        """Put defaults for None, and check each field by itself."""
         for field in fields(self):
             if getattr(self, field.name) is None and field.name != "top_k":
-                object.__setattr__(self, field.name, field.default)
+                self.__dict__[field.name] = field.default
         for name, least in _LEAST:
             self._check_whole(name, least)
         for name in _FLAGS:
@@ -113,9 +159,18 @@ class GenerationConfig:
             isinstance(stop, str) and stop for stop in self.stops
         ):
             raise wrong_value("stop_strings", "a string or several, none of them empty", stops)
+        if self.num_beams != 1:
+            raise UsageError(
+                "there is no beam search",
+                where="num_beams",
+                expected=1,
+                found=repr(self.num_beams)[:80],
+                remedy="qmix.hf.adapt(model) lets transformers search with beams.",
+            )
         self._check_ids()
-        self._check_together()
         _ = self._sampling_if_asked  # checked even if do_sample is False
+
+    given: ClassVar[frozenset[str]]  # an instance's own: the fields that were given or assigned
 
     def _check_ids(self) -> None:
         for name in _SPECIAL_IDS:
@@ -149,14 +204,6 @@ class GenerationConfig:
             )
 
     def _check_together(self) -> None:
-        if self.num_beams != 1:
-            raise UsageError(
-                "there is no beam search",
-                where="num_beams",
-                expected=1,
-                found=repr(self.num_beams)[:80],
-                remedy="qmix.hf.adapt(model) lets transformers search with beams.",
-            )
         if self.num_return_sequences > 1 and not self.do_sample:
             raise UsageError(
                 "greedy copies of a row would all be the same",
@@ -214,12 +261,12 @@ class GenerationConfig:
     def from_model_config(
         cls, config: MixtralConfig, directory: Path | None = None
     ) -> "GenerationConfig":
-        """The special ids of a checkpoint: those of generation_config.json, else of config.json.
+        """What a checkpoint states: in generation_config.json, and its special ids in config.json.
 
-        Other entries of generation_config.json are ignored: how to sample is the user's choice.
+        Entries that qmix does not know are named in a warning if they would change the text.
 
         Raises:
-            CheckpointError: generation_config.json is damaged, or an id in it is none.
+            CheckpointError: generation_config.json is damaged, or a value in it out of range.
         """
         own = cls(
             eos_token_id=config.eos_token_ids or None,
@@ -230,16 +277,26 @@ class GenerationConfig:
         if path is None or not regular_file.exists(path):
             return own
         document = strict_json.read(path)
-        given = {n: document[n] for n in _SPECIAL_IDS if document.get(n) is not None}
+        stated = {name: document[name] for name in _STATED if document.get(name) is not None}
+        if document.get("top_k", 0) is None:
+            stated["top_k"] = None
+        unknown = [name for name, neutral in _NOT_HERE.items() if _changes(document, name, neutral)]
+        if unknown:
+            warnings.warn(
+                f"{path}: {', '.join(unknown)}: qmix does not have this, and generates without it",
+                stacklevel=4,
+            )
         try:
-            return own.updated(given)
+            return own.updated(stated)
         except UsageError as error:
-            raise error.at(f"{path}: {error.where}", CheckpointError) from None
+            raise error.at(
+                f"{path}: {error.where}",
+                CheckpointError,
+            ) from None
 
-    def with_special_ids_of(self, own: "GenerationConfig") -> "GenerationConfig":
-        """A copy that takes the special ids it does not set from `own`, a model's."""
-        missing = {n: getattr(own, n) for n in _SPECIAL_IDS if getattr(self, n) is None}
-        return self.updated(missing)
+    def filled_from(self, other: "GenerationConfig") -> "GenerationConfig":
+        """A copy in which the fields that were not given here are those given to `other`."""
+        return self.updated({n: getattr(other, n) for n in other.given - self.given})
 
     def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":
         """A copy with these fields changed.
@@ -247,13 +304,18 @@ class GenerationConfig:
         Raises:
             UsageError: an unknown field, or a value outside its range.
         """
-        known = {f.name for f in fields(self)}
-        for name in changes:
-            if name not in known:
-                raise UsageError(
-                    f"generate has no option {name!r}", expected=", ".join(sorted(known))
-                )
-        return replace(self, **changes)
+        _check_known(changes)
+        changed = replace(self, **changes)
+        changed.__dict__["given"] = self.given | changes.keys()
+        return changed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that were given, as generation_config.json holds them."""
+        values = asdict(self)
+        return {name: values[name] for name in sorted(self.given)}
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig {json.dumps(self.to_dict(), indent=2, default=repr)}"
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens may follow a prompt of this many columns.
@@ -273,6 +335,17 @@ class GenerationConfig:
                 found=self.max_length,
             )
         return self.max_length - prompt_length
+
+
+def _check_known(names: Iterable[str]) -> None:
+    known = sorted(field.name for field in fields(GenerationConfig))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"generate has no option {name!r}", expected=", ".join(known))
+
+
+def _changes(document: Mapping[str, Any], name: str, neutral: object) -> bool:
+    return document.get(name) not in (None, neutral, [], {})
 
 
 def _is_word(word: object) -> bool:

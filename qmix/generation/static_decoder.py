@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qmix import kernels
+from qmix.config import MixtralConfig
 from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.layer_experts import Experts
 from qmix.generation import cuda_graph
@@ -95,6 +96,16 @@ def supported(model: Decoder) -> bool:
     )
 
 
+def _settings(config: MixtralConfig) -> tuple[object, ...]:
+    """What the launches are made for and a user may change."""
+    return (
+        config.sliding_window,
+        config.num_experts_per_tok,
+        config.rope_theta,
+        config.max_position_embeddings,
+    )
+
+
 class StaticDecoder:
     """Decodes one new position per row after those in a cache, by the same launches each time.
 
@@ -132,6 +143,7 @@ class StaticDecoder:
         store = model.experts_store
         self._store = store if isinstance(store, DeviceStore) else None
         config, self._embedding = model.config, model.embed_tokens
+        self._settings = _settings(config)
         self._head, self._norm, self._window = head, model.norm.weight, config.sliding_window
         self._num_heads, self._top_k = config.num_attention_heads, config.num_experts_per_tok
         self._eps = config.rms_norm_eps
@@ -158,13 +170,15 @@ class StaticDecoder:
         """Whether model and cache still have the tensors that the launches read.
 
         A cache that grew has others, and so has a model that was moved or got other weights. Only
-        the first and the last layer are compared, since this runs once a token.
+        the first and the last layer are compared, since this runs once a token; and what the
+        launches take from the config, which may be assigned.
         """
         first, last = self._storage[0][0], self._storage[-1][1]
         return (
             cache.storage(0)[0] is first
             and cache.storage(len(self._storage) - 1)[1] is last
             and _first_experts(model) is self._experts
+            and _settings(model.config) == self._settings
         )
 
     @torch.no_grad()

@@ -182,8 +182,8 @@ class MixtralForCausalLM(PreTrainedModel):
             inputs_embeds: (B, P, D) instead of ids; the result then holds the n new ids only.
             past_key_values: already holds the first columns of input_ids; a cache, or a tuple as in
                 MixtralModel.forward.
-            generation_config: default: the model's own, which also gives the special ids that are
-                missing from another.
+            generation_config: default: the model's own, which also gives the fields that another
+                was made without.
             tokenizer: for stop_strings; default: the one that the model was loaded with.
             streamer: gets the prompt, then each new id, then `end()`; one row only.
             logits_processor: each `(ids so far (B, L), scores (B, V)) -> scores`, called after the
@@ -235,7 +235,7 @@ class MixtralForCausalLM(PreTrainedModel):
                 expected="a qmix.GenerationConfig",
                 found=type(config).__name__,
             )
-        return config.with_special_ids_of(self.generation_config)
+        return config.filled_from(self.generation_config)
 
     @torch.no_grad()
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:

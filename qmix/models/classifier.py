@@ -71,7 +71,7 @@ class MixtralForSequenceClassification(PreTrainedModel):
             declared = getattr(self.config, "problem_type", None)
             problem_type = problem_type_of(declared, self.config.num_labels, inputs.labels)
             if declared is None:
-                self.config = self.config.replace(problem_type=problem_type)
+                self.config.update({"problem_type": problem_type})
             loss = classification_loss(problem_type, logits, inputs.labels)
         return self._returned(
             inputs.return_dict,

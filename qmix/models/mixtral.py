@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmix.config import MAX_POSITIONS, MixtralConfig
+from qmix.config import MixtralConfig
+from qmix.config_rules import MAX_POSITIONS
 from qmix.errors import UsageError
 from qmix.generation.padding import check_embeds, check_prompt, checked_mask, without_full_mask
 from qmix.models.inputs import DecoderInputs, Inputs, Past, takes

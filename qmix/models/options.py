@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qmix.config import MAX_POSITIONS
+from qmix.config_rules import MAX_POSITIONS
 from qmix.errors import ResourceError, UsageError
 from qmix.planning.byte_sizes import parse_size
 

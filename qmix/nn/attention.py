@@ -58,13 +58,22 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.window = config.sliding_window
-        self.dropout = config.attention_dropout
+        self._config = config
         self.q_proj = Linear(config.hidden_size, self.num_heads * self.head_dim)
         self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.num_kv_heads * self.head_dim)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.fused_qkv: PackedWeight | None = None  # q, k and v as one matrix
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included; None: all before it."""
+        return self._config.sliding_window
+
+    @property
+    def dropout(self) -> float:
+        """The share of attention weights that training drops."""
+        return self._config.attention_dropout
 
     @property
     def projections(self) -> tuple[Linear, Linear, Linear, Linear]:

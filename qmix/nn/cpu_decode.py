@@ -81,7 +81,8 @@ class CompiledLayer:
         dense: list[Tensor] = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
         if isinstance(router, Dense):
             dense.append(router.data)
-        made_of = projections, experts, [(part.data_ptr(), part.dtype) for part in dense]
+        chosen = layer.block_sparse_moe.num_experts_per_tok
+        made_of = projections, experts, [(part.data_ptr(), part.dtype) for part in dense], chosen
         last, result = self._made
         if last != made_of:
             result = _compiled(layer, projections, dense, experts)

@@ -5,6 +5,7 @@ Knows no bits, no files and no text.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
         self.config = config
+        config.mark_built()
         self.attn_implementation: Implementation = "sdpa"
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -53,6 +55,10 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.made_here = MadeHere()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.config.mark_built()  # a copy's config is a copy
 
     @property
     def experts_store(self) -> Store | None:

@@ -46,12 +46,21 @@ class SparseMoeBlock(nn.Module):
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.jitter_noise = config.router_jitter_noise
+        self._config = config
         self.act = ACTIVATIONS[config.hidden_act]
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = nn.ModuleList(SwiGLU(config) for _ in range(config.num_local_experts))
         self._placed: Experts | None = None  # None: the weights are the modules' own
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts that a token goes through."""
+        return self._config.num_experts_per_tok
+
+    @property
+    def jitter_noise(self) -> float:
+        """By how much training scales the router's inputs at most."""
+        return self._config.router_jitter_noise
 
     @property
     def stored(self) -> Experts:

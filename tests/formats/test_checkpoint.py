@@ -178,7 +178,7 @@ def test_generation_config_json_names_the_ends_of_a_text(folder, tiny):
     (folder / "chat" / "generation_config.json").write_text(json.dumps(document))
     model, _ = qmix.load(folder / "chat", device="cpu")
     assert model.generation_config.eos_ids == (2, 7, 9)
-    assert not model.generation_config.do_sample
+    assert model.generation_config.sampling.temperature == 0.1
     (folder / "chat" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(CheckpointError, match="generation_config"):
         qmix.load(folder / "chat", device="cpu")

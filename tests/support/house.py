@@ -21,7 +21,14 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("qmix.errors", "qmix.printable"),
-    ("qmix.weights", "qmix.strict_json", "qmix.files", "qmix.gguf", "qmix.hub"),
+    (
+        "qmix.weights",
+        "qmix.strict_json",
+        "qmix.files",
+        "qmix.gguf",
+        "qmix.hub",
+        "qmix.config_rules",
+    ),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
     ("qmix.planning", "qmix.experts"),
@@ -81,6 +88,7 @@ OWNERS: Mapping[str, set[str]] = {
 TORCHLESS = (
     *("qmix.errors", "qmix.files", "qmix.strict_json", "qmix.config", "qmix.planning"),
     "qmix.hub",
+    "qmix.config_rules",
     "qmix.gguf",
     *("qmix.weights.scheme", "qmix.weights.packed.tile_format", "qmix.weights.packed.codes"),
     *("qmix.weights.packed.packed_shapes", "qmix.weights.blob"),
