@@ -4,14 +4,19 @@ Heavy imports stay inside the functions.
 """
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.errors import UsageError
 
-_CHAT_SAMPLING = options.Sampling(temperature=0.7, min_p=0.05)
+if TYPE_CHECKING:
+    from qmix import GenerationConfig
+
+# What neither the command line nor the checkpoint's generation_config.json says.
+_GENERATE = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
+_CHAT = {"do_sample": True, "temperature": 0.7, "top_k": 0, "min_p": 0.05, "max_new_tokens": 1024}
 
 
 @options.grouped
@@ -20,12 +25,18 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")
     ],
-    max_new_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
-    sampling: options.Sampling = options.GREEDY,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="New tokens at most.", show_default="the checkpoint's, or 256"),
+    ] = None,
+    sampling: options.Sampling = options.SAMPLING,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in [INST] tags.")] = False,
     load: options.Load = options.LOAD,
 ) -> None:
     """Continue a prompt once; the new text goes to stdout.
+
+    What you do not give is taken from the checkpoint's generation_config.json; without that the
+    choice is greedy.
 
     \b
     Example:
@@ -42,12 +53,12 @@ def generate(
     load_options = load.parse()
     text = _stdin() if prompt == "-" else prompt
     model, tokenizer = qmix.load(sources.local(directory), load_options=load_options)
-    config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
     if chat:
         ids = chat_template.encode([chat_template.Message("user", text)], tokenizer)
     else:
         ids = tokenizer.encode(text)
-    _check_fit(len(ids), max_new_tokens, model.config.max_position_embeddings)
+    config = config.filled_from(model.generation_config).filled_from(_defaults(_GENERATE))
+    config = _fitting(config, len(ids), model.config.max_position_embeddings)
     count, seconds = 0, 0.0
     inputs = GenerationInputs(
         torch.tensor([ids]), config, tokenizer=tokenizer, starts_new_text=chat
@@ -66,11 +77,17 @@ def chat(
     ctx: Annotated[
         int | None, typer.Option(help="Context in tokens.", show_default="the model's")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 1024,
-    sampling: options.Sampling = _CHAT_SAMPLING,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest reply, in tokens.", show_default="the checkpoint's, or 1024"),
+    ] = None,
+    sampling: options.Sampling = options.SAMPLING,
     load: options.Load = options.LOAD,
 ) -> None:
     """Talk to a model; from a pipe every line is a message.
+
+    What you do not give is taken from the checkpoint's generation_config.json, and else from
+    temperature 0.7 and min-p 0.05; /set shows which.
 
     \b
     Examples:
@@ -86,7 +103,7 @@ def chat(
 
     load_options = load.parse(max_context=ctx)
     model, tokenizer = qmix.load(sources.local(directory), load_options=load_options)
-    config = config.updated({"eos_token_id": model.generation_config.eos_token_id})
+    config = config.filled_from(model.generation_config).filled_from(_defaults(_CHAT))
     session = Session(model, tokenizer, config, system=system, context=ctx)
     terminal.decode_utf8(sys.stdin)
     Repl(session, Streams(sys.stdin, sys.stdout, terminal.console())).run()
@@ -97,11 +114,26 @@ def _stdin() -> str:
     return sys.stdin.read()
 
 
-def _check_fit(prompt: int, new: int, positions: int) -> None:
-    if prompt + new > positions:
-        raise UsageError(
-            "the prompt and the new tokens exceed the model's positions",
-            expected=f"at most {positions}",
-            found=f"{prompt} + {new}",
-            remedy="Shorten the prompt or lower --max-new-tokens.",
-        )
+def _defaults(values: dict[str, float]) -> "GenerationConfig":
+    from qmix import GenerationConfig
+
+    return GenerationConfig(**values).attributed("qmix")
+
+
+def _fitting(config: "GenerationConfig", prompt: int, positions: int) -> "GenerationConfig":
+    """The configuration with no more new tokens than the model has positions for.
+
+    Raises:
+        UsageError: the prompt leaves none, or fewer than the command line asks for.
+    """
+    new, space = config.new_tokens(prompt), positions - prompt
+    if new <= space:
+        return config
+    if space > 0 and config.given["max_new_tokens"] != options.GIVEN:
+        return config.updated({"max_new_tokens": space})
+    raise UsageError(
+        "the prompt and the new tokens exceed the model's positions",
+        expected=f"at most {positions}",
+        found=f"{prompt} + {new}",
+        remedy="Shorten the prompt or lower --max-new-tokens.",
+    )

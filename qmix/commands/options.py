@@ -33,6 +33,8 @@ ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 
+GIVEN = "the command line"  # who gave a field of a GenerationConfig
+_STATED = "the checkpoint's"
 SHARD_SIZE = f"{SHARD_BYTES / 1e9:g}GB"
 
 
@@ -69,17 +71,27 @@ class Load(Group):
 
 @dataclass(frozen=True)
 class Sampling(Group):
-    """How text is sampled, as written; the defaults are greedy."""
+    """How text is sampled, as written; None leaves it to the checkpoint, or else to the command."""
 
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy.", show_default=_STATED)
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Keep the k most likely tokens; 0 keeps all.", show_default=_STATED),
+    ] = None
     top_p: Annotated[
-        float, typer.Option(help="Keep the smallest set with this probability mass.")
-    ] = 1.0
+        float | None,
+        typer.Option(help="Keep the smallest set with this probability.", show_default=_STATED),
+    ] = None
     min_p: Annotated[
-        float, typer.Option(help="Drop tokens below this fraction of the most likely token's.")
-    ] = 0.0
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0
+        float | None,
+        typer.Option(help="Drop what is less likely than this share.", show_default=_STATED),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1 discourages repetition.", show_default=_STATED),
+    ] = None
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sampler.", show_default="random")
     ] = None
@@ -87,8 +99,8 @@ class Sampling(Group):
         None
     )
 
-    def parse(self, max_new_tokens: int) -> "GenerationConfig":
-        """The configuration of a generation, checked before a model is loaded.
+    def parse(self, max_new_tokens: int | None) -> "GenerationConfig":
+        """What was given, checked before a model is loaded.
 
         Raises:
             UsageError: an option is out of its range.
@@ -96,16 +108,15 @@ class Sampling(Group):
         from qmix import GenerationConfig
 
         options = {name: value for name, value in vars(self).items() if name != "stop"}
-        return GenerationConfig(
-            **options,
-            max_new_tokens=max_new_tokens,
-            do_sample=self.temperature != 0,
-            stop_strings=self.stop or None,
-        )
+        options |= {"max_new_tokens": max_new_tokens, "stop_strings": self.stop or None}
+        if self.temperature is not None:
+            options["do_sample"] = self.temperature != 0
+        given = {name: value for name, value in options.items() if value is not None}
+        return GenerationConfig(**given).attributed(GIVEN)
 
 
 LOAD = Load()
-GREEDY = Sampling()
+SAMPLING = Sampling()
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

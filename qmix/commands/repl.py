@@ -27,7 +27,8 @@ HELP = """\
 /clear               forget the conversation, keep the system prompt
 /system [TEXT]       show or set the system prompt; /system - removes it
 /set [NAME VALUE]    show or set temperature, top_k, top_p, min_p,
-                     repetition_penalty, max_new_tokens, seed
+                     repetition_penalty, max_new_tokens, seed; and
+                     who gave each: you, the checkpoint or qmix
 /stats               the last reply in numbers
 /exit                leave (Ctrl-D too)
 Ctrl-C stops a reply and keeps it. Text between two lines of \"\"\" is one message.
@@ -209,15 +210,16 @@ def configured(config: GenerationConfig, name: str, text: str) -> GenerationConf
     except ValueError:
         raise UsageError("not a number", where=name, found=repr(text)) from None
     if name == "temperature":
-        return config.updated({name: value, "do_sample": value != 0})
-    return config.updated({name: value})
+        return config.updated({name: value, "do_sample": value != 0}, by="/set")
+    return config.updated({name: value}, by="/set")
 
 
-def _shown(config: GenerationConfig, name: str) -> object:
+def _shown(config: GenerationConfig, name: str) -> str:
+    """A setting's value, and who gave it."""
+    value, by = getattr(config, name), config.given.get(name, "the default")
     if name == "temperature" and not config.do_sample:
-        return "0 (greedy)"
-    value = getattr(config, name)
-    return "(none)" if value is None else value
+        value, by = "0 (greedy)", config.given.get("do_sample", "the default")
+    return f"{'(none)' if value is None else value:<12} {by}"
 
 
 def _enable_line_editing() -> None:

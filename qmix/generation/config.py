@@ -19,6 +19,7 @@ from qmix.generation.sampling import Sampling
 
 MAX_NEW_TOKENS = 1 << 24
 _MAX_ID = (1 << 31) - 1
+CALLER = "the caller"  # who gave a field, unless somebody else is named
 
 _LEAST = (  # integers, each with its smallest value
     ("max_new_tokens", 1),
@@ -114,9 +115,9 @@ class GenerationConfig:
     output_logits: bool = False
 
     def __new__(cls, **given: Any) -> "GenerationConfig":
-        """Remember the names that were given, among them those whose value is the default."""
+        """Remember what was given, also where the value is the default."""
         self = super().__new__(cls)
-        self.__dict__["given"] = frozenset(name for name in given if given[name] is not None)
+        self.__dict__["given"] = {n: CALLER for n in given if given[n] is not None}
         return self
 
     def __post_init__(self) -> None:
@@ -138,7 +139,7 @@ class GenerationConfig:
         changed.__dict__[name] = value
         changed._check_alone()
         self.__dict__[name] = changed.__dict__[name]
-        self.__dict__["given"] = self.given | {name}
+        self.__dict__["given"] = {**self.given, name: CALLER}
 
     def _check_alone(self) -> None:
         """Put defaults for None, and check each field by itself."""
@@ -170,7 +171,7 @@ class GenerationConfig:
         self._check_ids()
         _ = self._sampling_if_asked  # checked even if do_sample is False
 
-    given: ClassVar[frozenset[str]]  # an instance's own: the fields that were given or assigned
+    given: ClassVar[Mapping[str, str]]  # an instance's own: who gave each field that was given
 
     def _check_ids(self) -> None:
         for name in _SPECIAL_IDS:
@@ -272,7 +273,7 @@ class GenerationConfig:
             eos_token_id=config.eos_token_ids or None,
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
-        )
+        ).attributed("config.json")
         path = directory / "generation_config.json" if directory is not None else None
         if path is None or not regular_file.exists(path):
             return own
@@ -287,26 +288,35 @@ class GenerationConfig:
                 stacklevel=4,
             )
         try:
-            return own.updated(stated)
+            return own.updated(stated, by=path.name)
         except UsageError as error:
-            raise error.at(
-                f"{path}: {error.where}",
-                CheckpointError,
-            ) from None
+            raise error.at(f"{path}: {error.where}", CheckpointError) from None
 
     def filled_from(self, other: "GenerationConfig") -> "GenerationConfig":
         """A copy in which the fields that were not given here are those given to `other`."""
-        return self.updated({n: getattr(other, n) for n in other.given - self.given})
+        missing = {n: by for n, by in other.given.items() if n not in self.given}
+        filled = self.updated({n: getattr(other, n) for n in missing})
+        filled.__dict__["given"] = {**missing, **self.given}
+        return filled
 
-    def updated(self, changes: Mapping[str, Any]) -> "GenerationConfig":
+    def attributed(self, by: str) -> "GenerationConfig":
+        """A copy that says who gave its fields."""
+        named = copy.copy(self)
+        named.__dict__["given"] = dict.fromkeys(self.given, by)
+        return named
+
+    def updated(self, changes: Mapping[str, Any], *, by: str = CALLER) -> "GenerationConfig":
         """A copy with these fields changed.
+
+        Args:
+            by: who changes them, as `given` says afterwards.
 
         Raises:
             UsageError: an unknown field, or a value outside its range.
         """
         _check_known(changes)
         changed = replace(self, **changes)
-        changed.__dict__["given"] = self.given | changes.keys()
+        changed.__dict__["given"] = {**self.given, **dict.fromkeys(changes, by)}
         return changed
 
     def to_dict(self) -> dict[str, Any]:

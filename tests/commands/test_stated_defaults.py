@@ -1,0 +1,71 @@
+"""generate and chat take what is not given from generation_config.json, then from themselves."""
+
+import json
+
+import pytest
+
+from qmix.commands.options import Sampling
+from tests.support.process import qmix
+
+
+@pytest.fixture
+def stating(small_checkpoint):
+    def write(**document):
+        (small_checkpoint / "generation_config.json").write_text(json.dumps(document))
+        return small_checkpoint
+
+    return write
+
+
+def tokens(result):
+    assert result.returncode == 0, result.stderr
+    return int(result.stderr.split(" tokens in ")[0].split()[-1])
+
+
+def test_generate_is_as_long_and_as_greedy_as_the_checkpoint_says(stating):
+    folder = stating(max_new_tokens=3, eos_token_id=-1, do_sample=True, temperature=0.9)
+    drawn = [qmix("generate", folder, "a", "--seed", seed) for seed in range(4)]
+    assert {tokens(result) for result in drawn} == {3}
+    assert len({result.stdout for result in drawn}) > 1
+    greedy = [
+        qmix("generate", folder, "a", "--temperature", "0", "--max-new-tokens", "5")
+        for _ in range(2)
+    ]
+    assert tokens(greedy[0]) == 5
+    assert greedy[0].stdout == greedy[1].stdout
+
+
+def test_what_nobody_asked_for_is_cut_to_the_models_positions(stating):
+    folder = stating(max_new_tokens=10_000, eos_token_id=-1)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tokens(qmix("generate", folder, "a")) < 32
+    refused = qmix("generate", folder, "a", "--max-new-tokens", 10_000)
+    assert refused.returncode == 2
+    assert "exceed the model's positions" in refused.stderr
+
+
+def test_set_says_who_gave_each_value(stating):
+    folder = stating(temperature=0.2, top_p=0.9, repetition_penalty=1.1)
+    shown = qmix(
+        "chat", folder, "--top-p", "0.5", stdin="/set seed 3\n/set temperature 0\n/set\n"
+    ).stderr
+    first, last = shown.splitlines()[:7], shown.splitlines()[-7:]
+    assert [line.split(maxsplit=2) for line in first] == [
+        ["temperature", "0.2", "generation_config.json"],
+        ["top_k", "0", "qmix"],
+        ["top_p", "0.5", "the command line"],
+        ["min_p", "0.05", "qmix"],
+        ["repetition_penalty", "1.1", "generation_config.json"],
+        ["max_new_tokens", "1024", "qmix"],
+        ["seed", "3", "/set"],
+    ]
+    assert last[0].split(maxsplit=1) == ["temperature", "0 (greedy)   /set"]
+
+
+def test_a_checkpoint_that_says_do_not_sample_is_not_sampled_in_a_chat(stating):
+    folder = stating(do_sample=False, temperature=0.9)
+    shown = qmix("chat", folder, stdin="/set top_k 3\n").stderr.splitlines()
+    assert shown[0].split(maxsplit=1) == ["temperature", "0 (greedy)   generation_config.json"]
+    assert Sampling(temperature=0.5).parse(None).do_sample
