@@ -4,7 +4,8 @@ Heavy imports stay inside the functions.
 """
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +16,14 @@ if TYPE_CHECKING:
     from qmix import GenerationConfig
 
 # What neither the command line nor the checkpoint's generation_config.json says.
-_GENERATE = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
-_CHAT = {"do_sample": True, "temperature": 0.7, "top_k": 0, "min_p": 0.05, "max_new_tokens": 1024}
+_GENERATE: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
+_CHAT: Mapping[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 0,
+    "min_p": 0.05,
+    "max_new_tokens": 1024,
+}
 
 
 @options.grouped
@@ -114,7 +121,7 @@ def _stdin() -> str:
     return sys.stdin.read()
 
 
-def _defaults(values: dict[str, float]) -> "GenerationConfig":
+def _defaults(values: Mapping[str, Any]) -> "GenerationConfig":
     from qmix import GenerationConfig
 
     return GenerationConfig(**values).attributed("qmix")
