@@ -37,8 +37,8 @@ from tests.support.soak import SEED, gate_and_soak, tries
 IDS = torch.tensor([[1, 5, 6], [0, 1, 7]])
 MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
 TEXT = "hi there, \U0001f680 ü"
-SLOW_S = 10  # of this process, or of a clock on the wall if others leave it a sixth
-BUSY = 6
+SLOW_S = 10  # of this process, or of a clock on the wall if others leave it a sixtieth
+BUSY = 60
 PARTS = 25
 SHARD_BYTES = 150_000
 DOCUMENTS = ("tokenizer.model", "tokenizer_config.json", "generation_config.json")
