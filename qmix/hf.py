@@ -173,15 +173,12 @@ class Tokenizer(transformers.PreTrainedTokenizer):  # type: ignore[misc]
         return self._llama_tokenizer.get_vocab()
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
-        names = self._llama_tokenizer.convert_ids_to_tokens(
-            self._llama_tokenizer.encode(text, add_special_tokens=False)
-        )
-        return [names] if isinstance(names, str) else names
+        return [name or "" for name in self._llama_tokenizer.tokenize(text)]
 
     def _convert_token_to_id(self, token: str) -> int | list[int | None] | None:
         return self._llama_tokenizer.convert_tokens_to_ids(token)
 
-    def _convert_id_to_token(self, index: int) -> str | list[str]:
+    def _convert_id_to_token(self, index: int) -> str | list[str | None] | None:
         return self._llama_tokenizer.convert_ids_to_tokens(index)
 
     def _decode(self, token_ids: int | list[int], *rest: Any, **options: Any) -> str:

@@ -21,7 +21,9 @@ class Encoder(Protocol):
     def bos_token_id(self) -> int | None: ...
     @property
     def eos_token_id(self) -> int | None: ...
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, split_special_tokens: bool = False
+    ) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,19 @@ def continue_turn(text: str, tokenizer: Encoder) -> list[int]:
 
 
 def _user(text: str, tokenizer: Encoder) -> list[int]:
-    return tokenizer.encode(f"[INST] {text} [/INST]", add_special_tokens=False)
+    return _typed(f"[INST] {text} [/INST]", tokenizer)
 
 
 def _answer(message: Message, tokenizer: Encoder) -> list[int]:
     if message.ids is None:
-        return tokenizer.encode(message.content, add_special_tokens=False)
+        return _typed(message.content, tokenizer)
     ids = list(message.ids)
     return ids[:-1] if ids[-1:] == [_end(tokenizer)] else ids
+
+
+def _typed(text: str, tokenizer: Encoder) -> list[int]:
+    """The ids of a text in which no special token counts as one."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def _end(tokenizer: Encoder) -> int:

@@ -17,14 +17,14 @@ class Pieces:
     Attributes:
         names: the pieces as sentencepiece names them.
         texts: the pieces with spaces in place of sentencepiece's mark.
-        bytes_by_id: the byte of each byte piece.
+        bytes_by_id: the bytes of each piece that may be part of a character.
         controls: unknown, begin, end and special added tokens, which have no text of their own.
         drops_first_space: whether decoding drops the space of the first piece.
     """
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
-    bytes_by_id: Mapping[int, int]
+    bytes_by_id: Mapping[int, bytes]
     controls: frozenset[int]
     drops_first_space: bool
 
@@ -81,7 +81,7 @@ class StreamDetokenizer:
         byte = pieces.bytes_by_id.get(token_id)
         if byte is not None:
             self._started = True
-            self._waiting += bytes((byte,))
+            self._waiting += byte
             return self._complete(last=False)
         before = self._complete(last=True)
         if token_id in pieces.controls and self._skip:

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: its vocabulary, and what it adds to a text; read and written.
+"""The tokenizer inside a GGUF file: its vocabulary and templates, and what it adds to a text.
 
 Knows the keys of llama.cpp's converter (`tokenizer.ggml.*`) and no file. Only the byte-fallback BPE
 that llama.cpp calls "llama" is read: every Mixtral has it.
@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmix.errors import CheckpointError, UnsupportedError
+from qmix.text.chat_templates import DEFAULT, TEMPLATE_ENTRY
 from qmix.text.vocabulary import ADDED_SCORE, UNUSED, Vocabulary
 
+TEMPLATE = "tokenizer.chat_template"
 _PREFIX = "tokenizer.ggml."
 _MODEL = "llama"
 # What llama.cpp takes where the file does not say (llama-vocab.cpp, LLAMA_VOCAB_TYPE_SPM).
@@ -74,7 +76,21 @@ def settings(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
         if type(padding) is not int or not 0 <= padding < len(tokens):
             raise _wrong("padding_token_id", where, f"0 to {len(tokens) - 1}", padding)
         said["pad_token"] = tokens[padding]
+    if templates := _templates(metadata):
+        said[TEMPLATE_ENTRY] = [
+            {"name": name, "template": text} for name, text in templates.items()
+        ]
     return said
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat templates by name; what they are is checked where they are used."""
+    found = {DEFAULT: metadata[TEMPLATE]} if TEMPLATE in metadata else {}
+    names = metadata.get(f"{TEMPLATE}s")
+    for name in names if isinstance(names, tuple) else ():
+        if f"{TEMPLATE}.{name}" in metadata:
+            found[str(name)] = metadata[f"{TEMPLATE}.{name}"]
+    return found
 
 
 def described(vocabulary: Vocabulary, size: int) -> dict[str, Any]:

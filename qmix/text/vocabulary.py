@@ -68,6 +68,14 @@ def model_bytes(vocabulary: Vocabulary) -> bytes:
     return pieces + _message(2, trainer) + _message(3, normalizer)
 
 
+def without_space_prefix(model: bytes) -> bytes:
+    """The same `tokenizer.model`, which puts no space in front of a text.
+
+    A message that is given again is merged into the first: only that one field changes.
+    """
+    return model + _message(3, _number(3, 0))
+
+
 def _check(vocabulary: Vocabulary) -> None:
     count = len(vocabulary.pieces)
     for name, values in (("scores", vocabulary.scores), ("types", vocabulary.types)):

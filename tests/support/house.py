@@ -53,7 +53,13 @@ SIBLINGS = {
 
 # Which files may import which third-party package; torch may be imported by all but TORCHLESS.
 OWNERS: Mapping[str, set[str]] = {
-    "sentencepiece": {"qmix.text.tokenizer", "qmix.evals.training.train_tokenizer"},
+    "sentencepiece": {
+        *("qmix.text.sentencepiece_backend", "qmix.evals.training.train_tokenizer"),
+    },
+    "tokenizers": {
+        *("qmix.text.backend", "qmix.text.tokenizers_backend", "qmix.text.sentencepiece_backend"),
+        *("qmix.text.tokenizer_config", "qmix.text.token_table"),
+    },
     "rich": {
         *("qmix.commands.terminal", "qmix.commands.repl", "qmix.evals.quality.demo"),
     },

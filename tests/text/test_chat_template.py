@@ -165,7 +165,7 @@ def test_a_tokenizer_without_an_end_token_cannot_end_an_answer():
     class Endless:
         bos_token_id = eos_token_id = None
 
-        def encode(self, text, add_special_tokens=True):
+        def encode(self, text, add_special_tokens=True, split_special_tokens=False):
             return [7]
 
     assert chat_template.encode([Message("user", "Hi")], Endless()) == [7]

@@ -71,6 +71,11 @@ def random_text(rng):
     return "".join(kept)
 
 
+def ordinary(text):
+    """The ids of a text in which no special token is one."""
+    return TOKENIZER.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
 def streamed(ids, prompt=(), **options):
     stream = StreamDetokenizer(TOKENIZER, prompt, **options)
     return [stream.put(i) for i in ids] + [stream.end()]
@@ -104,9 +109,9 @@ def test_ids_are_those_of_sentencepiece_on_500_random_texts_which_come_back():
     rng = random.Random(8)
     for _ in range(500):
         text = random_text(rng)
-        ids = TOKENIZER.encode(text, add_special_tokens=False)
+        ids = ordinary(text)
         assert ids == ORACLE.encode(text)
-        assert TOKENIZER.encode(text) == [1, *ids]
+        assert TOKENIZER.encode(text, split_special_tokens=True) == [1, *ids]
         assert TOKENIZER.decode(ids) == text
         assert TOKENIZER.decode([1, *ids, 2], skip_special_tokens=True) == text
 
@@ -125,13 +130,13 @@ def test_the_declaration_of_human_rights_comes_back_in_388_languages():
 
 @given(texts)
 def test_every_text_comes_back(text):
-    assert TOKENIZER.decode(TOKENIZER.encode(text, add_special_tokens=False)) == text
+    assert TOKENIZER.decode(ordinary(text)) == text
 
 
 @given(st.lists(st.sampled_from(["<s>", "</s>", "<unk>", "<0x0A>", " ", "a", "\n", "[INST]"])))
-def test_no_text_gives_a_control_token(parts):
+def test_no_text_gives_a_control_token_if_special_tokens_are_split(parts):
     text = "".join(parts)
-    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    ids = ordinary(text)
     assert not {0, 1, 2} & set(ids)
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
@@ -139,7 +144,8 @@ def test_no_text_gives_a_control_token(parts):
 def test_the_reference_pages_ids():
     assert TOKENIZER.encode("My favourite condiment is") == [1, 1984, 16020, 2076, 2487, 349]
     assert TOKENIZER.encode("  lead", add_special_tokens=False) == [259, 1736]
-    assert TOKENIZER.encode("</s>", add_special_tokens=False) == [1867, 28713, 28767]
+    assert ordinary("</s>") == [1867, 28713, 28767]
+    assert TOKENIZER.encode("</s>", add_special_tokens=False) == [2]
     assert len(TOKENIZER) == TOKENIZER.vocab_size == 32000
     assert TOKENIZER.bos_token_id == 1
     assert TOKENIZER.eos_token_id == 2
@@ -169,7 +175,7 @@ def test_streaming_goes_on_after_any_prompt(prompt, ids, skip):
 
 @given(texts.filter(bool))
 def test_streaming_shows_no_half_characters(text):
-    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    ids = ordinary(text)
     shown = ""
     for part in streamed(ids):
         shown += part
@@ -212,7 +218,7 @@ def test_ids_come_as_lists_tensors_or_one_number():
     assert TOKENIZER.batch_decode(torch.tensor([ids, ids])) == ["My favourite"] * 2
 
 
-@pytest.mark.parametrize("ids", [[32000], [-1], [1.0], ["1"], [True], [[1, 2]], torch.ones(2, 2)])
+@pytest.mark.parametrize("ids", [[-1], [1.0], ["1"], [True], [[1, 2]], torch.ones(2, 2)])
 def test_what_is_no_token_id_is_refused_with_its_range(ids):
     with pytest.raises(UsageError, match="31999"):
         TOKENIZER.decode(ids)
@@ -235,10 +241,17 @@ def test_what_is_no_text_is_refused(text):
         TOKENIZER.encode(text)
 
 
-def test_space_clean_up_is_refused():
-    with pytest.raises(UsageError, match="clean_up"):
-        TOKENIZER.decode([1984], clean_up_tokenization_spaces=True)
-    assert TOKENIZER.decode([1984], clean_up_tokenization_spaces=False) == "My"
+def test_space_clean_up_changes_nothing_as_in_transformers_5():
+    ids = ordinary("He is n't , or is he ?")
+    for cleans in (True, False, None):
+        text = TOKENIZER.decode(ids, clean_up_tokenization_spaces=cleans)
+        assert text == "He is n't , or is he ?"
+
+
+def test_ids_above_the_vocabulary_have_no_text():
+    assert TOKENIZER.decode([1984, 32000, 10**6, 16020]) == "My favourite"
+    assert TOKENIZER.decode(40000) == ""
+    assert TOKENIZER.convert_ids_to_tokens([1984, 32000]) == ["\u2581My", None]
 
 
 def test_a_call_gives_a_mapping_with_attributes():
@@ -285,9 +298,12 @@ def test_truncation_keeps_the_special_tokens():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"return_tensors": "np"}, "return_tensors"),
+        ({"return_tensors": "tf"}, "return_tensors"),
         ({"return_tensors": "pt"}, "padding=True"),
-        ({"padding": "max_length"}, "padding"),
+        ({"padding": "shortest"}, "padding"),
+        ({"padding": "max_length"}, "max_length"),
+        ({"padding_side": "top"}, "padding_side"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of"),
         ({"max_length": 0}, "max_length"),
         ({"max_length": 3, "truncation": False}, "truncation"),
         ({"truncation": True}, "max_length"),
@@ -319,7 +335,7 @@ def test_a_directory_or_its_file_is_read_with_its_config(tmp_path):
         assert tokenizer.pad_token_id == 2
 
 
-def test_tokens_that_a_fine_tune_added_are_decoded_and_never_typed(tmp_path):
+def test_tokens_that_a_fine_tune_added_are_encoded_and_decoded(tmp_path):
     added = {
         "2": {"content": "</s>", "special": True},
         "32001": {"content": "<|im_start|>", "special": False},
@@ -331,7 +347,10 @@ def test_tokens_that_a_fine_tune_added_are_decoded_and_never_typed(tmp_path):
     assert (tokenizer.vocab_size, len(tokenizer)) == (32000, 32002)
     assert tokenizer.decode([32001, 1984, 32000]) == "<|im_start|> My<|im_end|>"
     assert tokenizer.decode([32001, 1984, 32000], skip_special_tokens=True) == "<|im_start|> My"
-    assert max(tokenizer.encode("<|im_end|><|im_start|>")) < 32000
+    assert tokenizer.encode("<|im_start|>a<|im_end|>") == [1, 32001, 28708, 32000]
+    split = tokenizer.encode("<|im_start|>a<|im_end|>", split_special_tokens=True)
+    assert 32001 in split
+    assert 32000 not in split
 
 
 @pytest.mark.parametrize(
@@ -344,6 +363,10 @@ def test_tokens_that_a_fine_tune_added_are_decoded_and_never_typed(tmp_path):
         ({"added_tokens_decoder": []}, "added_tokens_decoder"),
         ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder"),
         ({"added_tokens_decoder": {"32000": "a"}}, "added_tokens_decoder.32000"),
+        ({"added_tokens_decoder": {"32000": {"content": ""}}}, "added_tokens_decoder.32000"),
+        ({"additional_special_tokens": "<a>"}, "additional_special_tokens"),
+        ({"padding_side": "top"}, "padding_side"),
+        ({"model_max_length": "long"}, "model_max_length"),
         ({"added_tokens_decoder": {"99999999": {"content": "a"}}}, "gap"),
     ],
 )
@@ -378,7 +401,7 @@ def test_a_missing_model_is_named_with_its_remedy(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: no such file"):
         LlamaTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"found tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
         LlamaTokenizer.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         LlamaTokenizer.from_pretrained("mistralai/Mixtral-8x7B-v0.1")
@@ -444,7 +467,8 @@ def test_the_added_tokens_of_older_fine_tunes_are_read(tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 32000, "<|im_start|>": 32001}')
     tokenizer = LlamaTokenizer.from_pretrained(tmp_path)
     assert tokenizer.eos_token_id == 32000
-    assert 32000 not in tokenizer.encode("<|im_end|>")
+    assert tokenizer.encode("<|im_end|>") == [1, 32000]
+    assert tokenizer.decode([32000, 32001], skip_special_tokens=True) == "<|im_start|>"
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": "x"}')
     with pytest.raises(CheckpointError, match=r"added_tokens\.json"):
         LlamaTokenizer.from_pretrained(tmp_path)
