@@ -23,8 +23,8 @@ from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.formats.layouts import bnb
 from qmix.formats.names import ModelTensor, model_tensors
 from qmix.quantize.output_checkpoint import planned_tensors
-from qmix.quantize.rounding import nf4
 from qmix.text.tokenizer import LlamaTokenizer
+from qmix.weights import nf4
 from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import NESTED_BLOCK, Recipe
 from qmix.weights.scheme import NF4 as NF4_SCHEME

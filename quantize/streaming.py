@@ -25,8 +25,9 @@ from qmix.quantize.output_checkpoint import (
     squared_sums,
 )
 from qmix.quantize.report import QuantizeReport, TensorResult
-from qmix.quantize.rounding import nf4, rtn
+from qmix.quantize.rounding import rtn
 from qmix.quantize.source import open_source
+from qmix.weights import nf4
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe
 
@@ -103,7 +104,7 @@ def _quantize_tensor(
         weight = Dense(data)
     else:  # the encoders find NaN themselves
         data = checkpoint.dense(output.tensor)
-        encode = nf4.quantize if scheme.kind == "nf4" else rtn.quantize
+        encode = rtn.quantize if scheme.integer else nf4.quantize
         weight = encode(data, scheme, where=where)
     tensors = file_tensors(weight, output)
     squared_error, squared_norm = squared_sums(data, weight)

@@ -29,7 +29,7 @@ def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
     assert all(top == "qmix" or top.endswith(".dist-info") for top in tops), tops
     assert wheel.name.startswith("qmix_runtime-")
     inside = {name for name in names if name.startswith("qmix/")}
-    for module in ("cli.py", "py.typed", "quantize/rounding/nf4.py", "evals/quality/perplexity.py", "evals/quality/demo.py",
+    for module in ("cli.py", "py.typed", "quantize/streaming.py", "evals/quality/perplexity.py", "evals/quality/demo.py",
                    "evals/baselines.json", "formats/layouts/bnb.py", "kernels/tiles.py", "kernels/cpu/csrc/kernels.cpp",
                    "kernels/cpu/csrc/matrix.h"):  # fmt: skip
         assert f"qmix/{module}" in inside, module
@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
 def test_the_unpacked_wheel_works_without_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import qmix, qmix.cli, qmix.quantize.rounding.nf4, qmix.evals.quality.perplexity;"
+        "import qmix, qmix.cli, qmix.quantize.streaming, qmix.evals.quality.perplexity;"
         "assert len(qmix.__path__) == 1; from qmix import MixtralForCausalLM, load, AutoTokenizer"
     )
     subprocess.run(

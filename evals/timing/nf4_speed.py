@@ -21,7 +21,7 @@ import torch
 
 from qmix.evals import markdown
 from qmix.formats.layouts import bnb
-from qmix.quantize.rounding import nf4
+from qmix.weights import nf4
 
 Clock = Callable[[], float]
 

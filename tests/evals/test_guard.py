@@ -12,8 +12,8 @@ from qmix.evals.guard import Figures, check
 from qmix.evals.quality import measure
 from qmix.evals.quality.perplexity import Text, evaluate
 from qmix.formats.layouts import bnb
-from qmix.quantize.rounding import nf4
 from qmix.quantize.rounding.grid import Grid
+from qmix.weights import nf4
 from qmix.weights import table as weights
 from tests.support.models import threads
 

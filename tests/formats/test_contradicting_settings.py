@@ -11,7 +11,7 @@ from qmix.errors import QmixError
 from qmix.formats.checkpoint import open_checkpoint
 from qmix.formats.layouts import bnb, compressed_tensors
 from qmix.formats.metadata import read_metadata
-from qmix.quantize.rounding import nf4
+from qmix.weights import nf4
 from qmix.weights.scheme import NF4, Scheme
 from tests.support import packers
 from tests.support.models import small_model

@@ -7,9 +7,9 @@ from qmix import kernels
 from qmix.errors import UsageError
 from qmix.kernels import Routes, tiles
 from qmix.kernels.attention import AttentionMask, attend_with, reference, visible
-from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
+from qmix.weights.nf4 import quantize
 from qmix.weights.table import Table
 from tests.support.models import small_model
 

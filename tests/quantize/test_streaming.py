@@ -15,9 +15,9 @@ from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageE
 from qmix.formats import open_checkpoint
 from qmix.formats.files import manifest, output_dir, shard_writer, shards
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize.rounding.nf4 import quantize
 from qmix.quantize.streaming import quantize_streaming
 from qmix.weights.dense import Dense
+from qmix.weights.nf4 import quantize
 from qmix.weights.scheme import NF4, Recipe, Scheme
 from qmix.weights.table import Table
 from tests.support.models import small_model

@@ -85,7 +85,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.formats.layouts.gguf",
         "qmix.formats.layouts.gguf_blocks",
         "qmix.formats.layouts.hqq",
-        "qmix.quantize.rounding.nf4",
+        "qmix.weights.nf4",
         "qmix.quantize.calibrated.activations",
         "qmix.evals.timing.llama_peer",
     },

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.affine import Affine, pack_codes
+from qmix.weights.nf4 import quantize
 from qmix.weights.scheme import Scheme
 
 

@@ -12,7 +12,7 @@ from qmix.formats import open_checkpoint
 from qmix.formats.layouts import bnb, tensor_names
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize.rounding import nf4
+from qmix.weights import nf4
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import FP4_VALUES
 from tests.support import packers
@@ -39,6 +39,18 @@ def random(rows, columns, dtype=torch.bfloat16, seed=0):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     weight[rows // 2] = 0
     return weight
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_rounded_here_has_the_bytes_that_they_write(dtype, double):
+    weight = random(63, 255, dtype)  # a short last block, with half a byte to spare
+    weight[0, :16] = torch.tensor(FP4_VALUES) * weight[0].abs().max()
+    tensors, _ = theirs(weight, double=double)
+    ours = bnb.pack(nf4.quantize(weight, Scheme(kind="fp4", double_quant=double)), P)
+    assert ours.keys() == tensors.keys()
+    for name in ours:
+        assert torch.equal(ours[name], tensors[name]), name
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)

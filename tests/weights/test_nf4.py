@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, UsageError
 from qmix.formats.layouts import bnb as layout
-from qmix.quantize.rounding import nf4
+from qmix.weights import nf4
 from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import DENSE, NF4_BLOCK_SIZES, Scheme
 from qmix.weights.slabs import decoded
@@ -385,7 +385,7 @@ def test_the_bytes_of_a_fixed_matrix_never_change(dtype, shape, block, double, e
 
 MEMORY = """
 import resource, sys, torch
-from qmix.quantize.rounding import nf4
+from qmix.weights import nf4
 w = torch.empty(14336, 4096, dtype=torch.bfloat16).normal_(0, 0.02)
 if sys.argv[1] == "strided":
     w = w.view(4096, 14336).T

@@ -14,7 +14,8 @@ from qmix.commands.checkpoint.export_plan import PlannedWeight
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import check_finite
 from qmix.formats.layouts.fitting import Fitting, Form
-from qmix.quantize.rounding import nf4, rtn
+from qmix.quantize.rounding import rtn
+from qmix.weights import nf4
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Scheme
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qmix.errors import CheckpointError
 from qmix.formats.layouts import bnb, tensor_names
-from qmix.quantize.rounding import nf4
+from qmix.weights import nf4
 from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import NF4, NF4_BLOCK_SIZES, Scheme
 

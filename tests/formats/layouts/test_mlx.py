@@ -22,8 +22,8 @@ from qmix.nn.cpu_decode import WhyNot
 from qmix.nn.embedding import Embedding
 from qmix.nn.linear import Linear
 from qmix.planning.stored_model import StoredModel
-from qmix.quantize.rounding import nf4
 from qmix.quantize.streaming import quantize_streaming
+from qmix.weights import nf4
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense
 from qmix.weights.scales import NestedScales

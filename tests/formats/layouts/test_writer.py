@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts import gptq, gptq_config, writer
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.quantize.rounding.nf4 import quantize
 from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.dense import Dense
+from qmix.weights.nf4 import quantize
 from qmix.weights.scheme import DENSE, NF4, Scheme
 from tests.support import packers
 from tests.support.models import small_model

@@ -21,7 +21,7 @@ from qmix.errors import ResourceError, UsageError
 from qmix.kernels.cpu import build
 from qmix.kernels.cpu.isa import VARIABLE
 from qmix.kernels.cpu.library import library
-from qmix.quantize.rounding.nf4 import quantize
+from qmix.weights.nf4 import quantize
 from tests.support.models import ROOT
 
 try:

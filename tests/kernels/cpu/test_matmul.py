@@ -342,7 +342,7 @@ def test_the_tiny_model_says_what_the_oracle_says(tiny_nf4, dtype):
 
 def test_one_thread_by_environment_works():
     code = (
-        "import torch; from qmix import kernels; from qmix.quantize.rounding.nf4 import quantize;"
+        "import torch; from qmix import kernels; from qmix.weights.nf4 import quantize;"
         "w = quantize(torch.randn(300, 256)); x = torch.randn(3, 256);"
         "assert torch.get_num_threads() == 1;"
         "assert torch.allclose(kernels.linear(x, w), x @ w.dequantize(torch.float32).T, atol=1e-4)"

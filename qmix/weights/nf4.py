@@ -1,4 +1,4 @@
-"""Rounds weights to NF4, byte for byte as bitsandbytes 0.50.2 does on the CPU.
+"""Rounds weights to NF4 or FP4, byte for byte as bitsandbytes 0.50.2 does on the CPU.
 
 Blocks are independent, so tiles that fit the cache are encoded on several threads. The number of
 threads changes no code and no absmax. Shape letters: N outputs, K inputs, B blocks. Knows nothing
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import gcd
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import NESTED_BLOCK, NF4_BLOCK_SIZES, Scheme
 from qmix.weights.scheme import NF4 as NF4_SCHEME
 from qmix.weights.slabs import SERIAL_ELEMENTS, SLAB_ELEMENTS, TILE_ELEMENTS
-from qmix.weights.table import NF4_VALUES, Table
+from qmix.weights.table import VALUES, Table
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
+Kind = Literal["nf4", "fp4"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,16 +35,23 @@ _DYNAMIC_STEPS = 1 << 16
 _NESTED_GROUPS = 128  # groups rounded at a time: their 32768 scales stay in the cache
 
 
-def table() -> Tensor:
+def table(kind: Kind = "nf4") -> Tensor:
     """The value of each code, float32 [16]."""
-    return torch.tensor(NF4_VALUES, dtype=torch.float32)
+    return torch.tensor(VALUES[kind], dtype=torch.float32)
 
 
 @cache
-def _midpoints() -> tuple[np.float32, ...]:
-    """The 15 midpoints between neighbours of the table, rounded to float32."""
-    values = np.array(NF4_VALUES, np.float32)
+def _midpoints(kind: Kind) -> tuple[np.float32, ...]:
+    """The 15 midpoints between neighbours of the table, in order, rounded to float32."""
+    values = np.sort(np.array(VALUES[kind], np.float32))
     return tuple((values[:-1] + values[1:]) / np.float32(2))
+
+
+@cache
+def _order(kind: Kind) -> U8 | None:
+    """The code of each value of the table in order, uint8 [16]; None if that is its place."""
+    order = np.argsort(np.array(VALUES[kind], np.float32), kind="stable").astype(np.uint8)
+    return None if (order == np.arange(16)).all() else order
 
 
 def dynamic_map() -> Tensor:
@@ -85,7 +94,7 @@ def _dynamic_codes() -> U8:
 
 
 def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weight") -> Table:
-    """Round a weight to NF4.
+    """Round a weight to NF4 or FP4.
 
     Each code names the table's value nearest to `w * (1 / absmax)` in float32, where absmax is the
     largest magnitude of the block. A tie goes to the lower code. A block of zeros has absmax 0 and
@@ -97,7 +106,7 @@ def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weigh
 
     Args:
         weight: bfloat16, float16 or float32 [N, K]; any strides, any device.
-        scheme: of kind `nf4`.
+        scheme: of kind `nf4` or `fp4`.
         where: file and tensor, for errors.
 
     Returns:
@@ -105,26 +114,28 @@ def quantize(weight: Tensor, scheme: Scheme = NF4_SCHEME, *, where: str = "weigh
 
     Raises:
         CheckpointError: NaN or infinity in the weight, or another dtype or number of dimensions.
-        UsageError: the scheme is not NF4, or bitsandbytes does not know its block size.
+        UsageError: the scheme is neither, or bitsandbytes does not know its block size.
     """
     _check(weight, scheme, where)
-    codes, absmax = _encode_slabs(weight, scheme.block_size, where)
+    kind: Kind = "fp4" if scheme.kind == "fp4" else "nf4"
+    codes, absmax = _encode_slabs(weight, scheme.block_size, kind, where)
     scales = torch.from_numpy(absmax)
     return Table(
         codes=torch.from_numpy(codes),
         scales=_nest(scales, where) if scheme.double_quant else scales,
-        table=table(),
+        table=table(kind),
         out_shape=(weight.shape[0], weight.shape[1]),
         out_dtype=weight.dtype,
         block_size=scheme.block_size,
+        kind=kind,
     )
 
 
 def _check(weight: Tensor, scheme: Scheme, where: str) -> None:
-    if scheme.kind != "nf4" or scheme.block_size not in NF4_BLOCK_SIZES:
+    if scheme.kind not in ("nf4", "fp4") or scheme.block_size not in NF4_BLOCK_SIZES:
         raise UsageError(
-            "not a scheme of NF4",
-            expected=f"nf4 with a block of {', '.join(map(str, NF4_BLOCK_SIZES))}",
+            "not a scheme of NF4 or FP4",
+            expected=f"nf4 or fp4 with a block of {', '.join(map(str, NF4_BLOCK_SIZES))}",
             found=f"{scheme.kind}, block {scheme.block_size}",
         )
     if weight.dtype not in _DTYPES or weight.ndim != 2 or not weight.numel():
@@ -136,7 +147,7 @@ def _check(weight: Tensor, scheme: Scheme, where: str) -> None:
         )
 
 
-def _encode_slabs(weight: Tensor, block: int, where: str) -> tuple[U8, F32]:
+def _encode_slabs(weight: Tensor, block: int, kind: Kind, where: str) -> tuple[U8, F32]:
     """The codes of a weight, two to a byte, and the absmax of each block."""
     count = weight.numel()
     codes = np.empty(-(-count // 2), np.uint8)
@@ -145,7 +156,7 @@ def _encode_slabs(weight: Tensor, block: int, where: str) -> tuple[U8, F32]:
     def encode(rows: tuple[int, int]) -> None:
         first = rows[0] * weight.shape[1]
         flat = weight.detach()[rows[0] : rows[1]].cpu().reshape(-1)
-        if not _encode(flat, block, codes[first // 2 :], absmax[first // block :]):
+        if not _encode(flat, block, kind, codes[first // 2 :], absmax[first // block :]):
             raise CheckpointError(
                 "NaN, infinity or a value beyond float32 in the weight",
                 where=where,
@@ -171,7 +182,7 @@ def _slabs(rows: int, columns: int, block: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _encode(flat: Tensor, block: int, codes: U8, absmax: F32) -> bool:
+def _encode(flat: Tensor, block: int, kind: Kind, codes: U8, absmax: F32) -> bool:
     """Encode `flat` [n] into the front of `codes` and `absmax`.
 
     Returns:
@@ -185,7 +196,7 @@ def _encode(flat: Tensor, block: int, codes: U8, absmax: F32) -> bool:
         largest = absmax[start // block : stop // block]
         if not _scale(flat[start:stop].view(-1, block), scaled.reshape(-1, block), largest):
             return False
-        codes[start // 2 : stop // 2] = _codes(scaled)
+        codes[start // 2 : stop // 2] = _codes(scaled, kind)
     rest = flat[full:].float().numpy()
     if rest.size:
         magnitude = np.maximum(np.abs(rest).max(), _SMALLEST_ABSMAX)
@@ -193,7 +204,7 @@ def _encode(flat: Tensor, block: int, codes: U8, absmax: F32) -> bool:
             return False
         absmax[full // block] = magnitude
         padded = np.append(rest / magnitude, np.zeros(rest.size % 2, np.float32))
-        codes[full // 2 : full // 2 + padded.size // 2] = _codes(padded)
+        codes[full // 2 : full // 2 + padded.size // 2] = _codes(padded, kind)
     return True
 
 
@@ -218,17 +229,20 @@ def _scale(blocks: Tensor, scaled: F32, absmax: F32) -> bool:
     return True
 
 
-def _codes(scaled: F32) -> U8:
+def _codes(scaled: F32, kind: Kind) -> U8:
     """The codes of values in [-1, 1], two to a byte: [a b | c d] -> [ab cd]."""
     # A code is the number of midpoints below the value. Fifteen comparisons, which numpy
     # vectorizes, take 1.2 ns a value on a Zen 4 core; torch.bucketize takes 5.6.
     code = np.empty(scaled.size, np.uint8)
     above = np.empty(scaled.size, np.bool_)
-    lowest, *others = _midpoints()
+    lowest, *others = _midpoints(kind)
     np.greater(scaled, lowest, out=code.view(np.bool_))
     for midpoint in others:
         np.greater(scaled, midpoint, out=above)
         np.add(code, above.view(np.uint8), out=code)
+    order = _order(kind)
+    if order is not None:
+        code = order[code]
     # The pair is a + 256 b. Multiplied by 4097, its upper byte is 16 a + b.
     pair = code.view("<u2")
     np.multiply(pair, 4097, out=pair)
