@@ -47,12 +47,14 @@ SIBLINGS = {
     ("qmix.gguf", "qmix.files"),
     ("qmix.hub", "qmix.files"),
     ("qmix.hub", "qmix.strict_json"),
+    ("qmix.hub", "qmix.gguf"),
     ("qmix.evals", "qmix.quantize"),
     ("qmix.hf", "qmix"),
 }
 
 # Which files may import which third-party package; torch may be imported by all but TORCHLESS.
 OWNERS: Mapping[str, set[str]] = {
+    "huggingface_hub": {"qmix.hub.remote", "qmix.hub.cache"},
     "sentencepiece": {
         *("qmix.text.sentencepiece_backend", "qmix.evals.training.train_tokenizer"),
     },
