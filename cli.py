@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qmix import __version__
-from qmix.commands import doctor, evaluate, files, generate, plan, quantize, terminal, trace
+from qmix.commands import doctor, evaluate, files, generate, hub, plan, quantize, terminal, trace
 from qmix.errors import QmixError, ResourceError
 from qmix.files.file_errors import FULL
 
@@ -38,6 +38,9 @@ app.command("bench")(evaluate.bench)
 app.command("inspect")(files.inspect)
 app.command("verify")(files.verify)
 app.command("plan")(plan.plan)
+app.command("pull")(hub.pull)
+app.command("list")(hub.list_models)
+app.command("rm")(hub.remove)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(evaluate.demo)
 app.add_typer(trace.app, name="trace")

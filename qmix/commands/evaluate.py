@@ -66,6 +66,7 @@ def evaluate(
     as_json: options.AsJson = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    yes: options.Yes = False,
 ) -> None:
     """Measure perplexity, and the divergence from a reference model.
 
@@ -75,8 +76,8 @@ def evaluate(
     """
     if max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
-    directory = sources.local(directory)
-    reference = None if reference is None else sources.local(reference)
+    directory = sources.local(directory, yes=yes)
+    reference = None if reference is None else sources.local(reference, yes=yes)
     from qmix.evals.quality import perplexity
 
     with terminal.progress() as show:
@@ -130,6 +131,7 @@ def bench(
     window: Window = 1024,
     plot: Plot = None,
     as_json: options.AsJson = False,
+    yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
     """Measure tokens a second beside the bound that memory sets.
@@ -161,7 +163,7 @@ def bench(
     from qmix.evals.timing.bench import parse_tests, run_bench
 
     tests = parse_tests(prompts or "512", new, depth, batch)
-    directory = sources.local(directory)
+    directory = sources.local(directory, yes=yes)
     model = MixtralForCausalLM.from_pretrained(directory, load_options=load.parse())
     with terminal.progress() as show:
         report = run_bench(

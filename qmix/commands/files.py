@@ -4,12 +4,14 @@ No model is run. What they do is in qmix.commands.checkpoint; heavy imports stay
 functions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.hub import made
 from qmix.printable import escaped
 
 if TYPE_CHECKING:
@@ -22,12 +24,14 @@ def convert(
     raw: Annotated[
         Path,
         typer.Argument(
-            metavar="RAW", help="Folder of consolidated.* files, FP8 checkpoint, or GGUF file."
+            metavar="RAW",
+            help="Consolidated.* files, FP8 checkpoint, GGUF file, or ORG/NAME of the hub.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory in the hub's layout.")],
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
+    yes: options.Yes = False,
 ) -> None:
     """Turn Mistral's own files, GGUF or FP8 into 16 bits.
 
@@ -40,7 +44,7 @@ def convert(
       qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
     """
     shard_bytes = options.shard_bytes(shard_size)
-    raw = sources.local(raw)
+    raw = sources.local(raw, yes=yes, need="raw")
     from qmix.commands.checkpoint.convert import convert_checkpoint
     from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
     from qmix.files import regular_file
@@ -56,10 +60,12 @@ def convert(
             f"{out}: {done.weights} weights from {done.source} to {done.dtype}, "
             f"{done.bytes_out / 1e9:.3f} GB, {done.seconds:.1f} s"
         )
+        made.remember(out)
         return
     with terminal.progress() as show:
         result = convert_checkpoint(raw, out, shard_bytes=shard_bytes, force=force, progress=show)
     _draw_conversion(result, out)
+    made.remember(out)
 
 
 def export(
@@ -74,6 +80,7 @@ def export(
     ] = False,
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
+    yes: options.Yes = False,
 ) -> None:
     """Write a quantized checkpoint in another format, bit for bit.
 
@@ -90,9 +97,10 @@ def export(
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.commands.checkpoint.export import export_checkpoint
 
+    directory = sources.local(directory, yes=yes)
     with terminal.progress() as show:
         result = export_checkpoint(
-            sources.local(directory),
+            directory,
             out,
             layout,
             requantize=requantize,
@@ -101,6 +109,7 @@ def export(
             progress=show,
         )
     _draw_export(result, out)
+    made.remember(out)
 
 
 def inspect(directory: options.Directory, as_json: options.AsJson = False) -> None:
@@ -114,11 +123,14 @@ def inspect(directory: options.Directory, as_json: options.AsJson = False) -> No
     """
     from qmix.commands.checkpoint.inspect import inspect
 
-    inventory = inspect(sources.local(directory))
+    with sources.described(directory) as folder:
+        inventory = inspect(folder)
+    if not folder.exists():  # only its headers were fetched
+        inventory = replace(inventory, directory=directory)
     terminal.print_result(_inventory_text(inventory), inventory.to_dict(), as_json=as_json)
 
 
-def verify(directory: options.Directory) -> None:
+def verify(directory: options.Directory, yes: options.Yes = False) -> None:
     """Check a checkpoint to the last number; exit 3 if it is damaged.
 
     Hashes, the exact tensor set, finite values.
@@ -129,8 +141,9 @@ def verify(directory: options.Directory) -> None:
     """
     from qmix.commands.checkpoint.verify import verify
 
+    directory = sources.local(directory, yes=yes)
     with terminal.progress() as show:
-        result = verify(sources.local(directory), show)
+        result = verify(directory, show)
     for problem in result.problems[1:]:
         terminal.notice(str(problem))
     if result.problems:

@@ -38,6 +38,7 @@ def generate(
     ] = None,
     sampling: options.Sampling = options.SAMPLING,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in [INST] tags.")] = False,
+    yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
     """Continue a prompt once; the new text goes to stdout.
@@ -50,6 +51,7 @@ def generate(
       qmix generate mixtral-nf4 "My favourite condiment is" --max-new-tokens 50
     """
     config = sampling.parse(max_new_tokens)
+    directory = sources.local(directory, yes=yes)
     import torch
 
     import qmix
@@ -59,7 +61,7 @@ def generate(
 
     load_options = load.parse()
     text = _stdin() if prompt == "-" else prompt
-    model, tokenizer = qmix.load(sources.local(directory), load_options=load_options)
+    model, tokenizer = qmix.load(directory, load_options=load_options)
     if chat:
         ids = chat_template.encode([chat_template.Message("user", text)], tokenizer)
     else:
@@ -89,6 +91,7 @@ def chat(
         typer.Option(help="Longest reply, in tokens.", show_default="the checkpoint's, or 1024"),
     ] = None,
     sampling: options.Sampling = options.SAMPLING,
+    yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
     """Talk to a model; from a pipe every line is a message.
@@ -102,6 +105,7 @@ def chat(
       echo "What is NF4?" | qmix chat mixtral-nf4
     """
     config = sampling.parse(max_new_tokens)
+    directory = sources.local(directory, yes=yes)
     if sys.stdin.isatty():
         terminal.enable_ctrl_c()
     import qmix
@@ -109,7 +113,7 @@ def chat(
     from qmix.commands.session import Session
 
     load_options = load.parse(max_context=ctx)
-    model, tokenizer = qmix.load(sources.local(directory), load_options=load_options)
+    model, tokenizer = qmix.load(directory, load_options=load_options)
     config = config.filled_from(model.generation_config).filled_from(_defaults(_CHAT))
     session = Session(model, tokenizer, config, system=system, context=ctx)
     terminal.decode_utf8(sys.stdin)

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 Directory = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="Checkpoint directory, or GGUF file.", show_default=False),
+    typer.Argument(
+        metavar="MODEL", help="Folder, GGUF file, or ORG/NAME of the hub.", show_default=False
+    ),
 ]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Download without asking.")]
 Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="the GPU if there is one")
 ]

@@ -15,8 +15,8 @@ def plan(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR|CONFIG",
-            help="Checkpoint, GGUF file, or a config.json.",
+            metavar="MODEL|CONFIG",
+            help="Folder, GGUF file, ORG/NAME of the hub, or a config.json.",
             show_default=False,
         ),
     ],
@@ -51,15 +51,16 @@ def plan(
     from qmix.commands.plan_text import text
     from qmix.commands.planner import PlanRequest, answer
 
-    request = PlanRequest(
-        source=sources.local(source, part=True),
-        vram=vram,
-        ram=ram,
-        card=card,
-        context=ctx,
-        batch=batch,
-        method=method,
-        group_size=group_size,
-    )
-    plan_answer = answer(request)
+    with sources.described(source, part=True) as path:
+        request = PlanRequest(
+            source=path,
+            vram=vram,
+            ram=ram,
+            card=card,
+            context=ctx,
+            batch=batch,
+            method=method,
+            group_size=group_size,
+        )
+        plan_answer = answer(request)
     terminal.print_result(text(plan_answer), plan_answer.to_dict(), as_json=as_json)

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.hub import made
 
 if TYPE_CHECKING:
     from qmix.quantize.report import QuantizeReport
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint in 16 or 32 bits.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="Checkpoint in 16 or 32 bits, or ORG/NAME of the hub.")
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the 4-bit checkpoint.")]
 Method = Annotated[
     Literal["nf4", "gptq", "rtn", "auto"],
@@ -72,6 +75,7 @@ def quantize(
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
     as_json: options.AsJson = False,
+    yes: options.Yes = False,
 ) -> None:
     """Quantize a checkpoint to 4 bits.
 
@@ -84,7 +88,7 @@ def quantize(
       qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
     """
     shard_bytes = options.shard_bytes(shard_size)
-    source = sources.local(source)
+    source = sources.local(source, yes=yes)
     from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 
     request = QuantizeRequest(
@@ -113,6 +117,7 @@ def quantize(
             progress=lambda at: show(at.tensor, at.done_bytes, at.total_bytes),
         )
     draw_report(report, out)
+    made.remember(out)
     if as_json:
         terminal.print_json(report.to_dict())
 

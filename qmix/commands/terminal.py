@@ -153,6 +153,14 @@ def print_help(context: "Context") -> None:
     _put(escaped_lines(context.get_help()) + "\n", sys.stdout)
 
 
+def asked(question: str) -> bool:
+    """Whether the user answers yes; no answer is no. The question goes to stderr."""
+    with suppress(OSError):
+        sys.stderr.write(f"{escaped(question)} [y/N] ")
+        sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def decode_utf8(stream: object) -> None:
     """Read UTF-8 whatever the locale: broken bytes become U+FFFD, a byte-order mark is dropped."""
     if isinstance(stream, TextIOWrapper):

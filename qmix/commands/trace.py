@@ -46,6 +46,7 @@ def record(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to record at most.")] = 1024,
     gates: Annotated[bool, typer.Option("--gates", help="Record the routing weights too.")] = False,
+    yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
     """Write which experts each token goes through.
@@ -63,7 +64,7 @@ def record(
     from qmix.evals.routing.record import record_trace
 
     load_options = load.parse()
-    directory = sources.local(directory)
+    directory = sources.local(directory, yes=yes)
     text = None if data is None else perplexity.read_text(data).content
     model, tokenizer = qmix.load(directory, load_options=load_options)
     with terminal.progress() as show:

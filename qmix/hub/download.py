@@ -109,7 +109,7 @@ def _fetch(
     selection = choose(repo, listing.sizes, need)
     folder = options.cache / repo.folder_name / "snapshots" / listing.commit
     if selection.texts:
-        folder = remote.download(repo, selection.texts, listing.commit, options)
+        folder = remote.download(repo, selection.texts, listing.commit, options, quiet=True)
     _remember(repo, listing.commit, options)
     weights = listed_shards(folder, selection)
     missing = [

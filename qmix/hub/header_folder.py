@@ -48,7 +48,7 @@ class HeaderFolder:
         Raises:
             CheckpointError: it is another file than the one whose header was read.
         """
-        folder = remote.download(self.repo, [name], self.listing.commit, self.options)
+        folder = remote.download(self.repo, [name], self.listing.commit, self.options, quiet=True)
         header = self.headers[name]
         with (folder / name).open("rb") as file:
             if file.read(len(header)) != header:
@@ -87,7 +87,7 @@ def fetched(repo: RepoId, options: HubOptions, *, texts: bool = False) -> Iterat
         folder = Path(temporary) / repo.folder_name / "snapshots" / listing.commit
         folder.mkdir(parents=True)
         if selection.texts:
-            snapshot = remote.download(repo, selection.texts, listing.commit, options)
+            snapshot = remote.download(repo, selection.texts, listing.commit, options, quiet=True)
             for name in selection.texts:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(snapshot / name, folder / name)

@@ -90,27 +90,31 @@ def list_files(repo: RepoId, options: HubOptions) -> Listing:
     return Listing(info.sha or "", sizes)
 
 
-def download(repo: RepoId, names: Sequence[str], commit: str, options: HubOptions) -> Path:
+def download(
+    repo: RepoId, names: Sequence[str], commit: str, options: HubOptions, *, quiet: bool = False
+) -> Path:
     """Fetch files into the hub's cache, where they are not there yet; returns the snapshot.
+
+    Args:
+        quiet: draw no bars, as for small files.
 
     Raises:
         QmixError: as list_files; or WriteError: the disk is full.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    shared: dict[str, Any] = {
-        "repo_id": repo.name,
-        "cache_dir": options.cache_dir,
-        "token": options.token,
-        "force_download": options.force_download,
-    }
     with _explained(repo, options.cache):
-        if len(names) == 1:  # its own bar says more
-            path = hf_hub_download(filename=names[0], revision=commit, **shared)
-            folder = Path(path[: -len(names[0]) - 1])
-        else:
-            patterns = [escape(name) for name in names]
-            folder = Path(snapshot_download(revision=commit, allow_patterns=patterns, **shared))
+        folder = Path(
+            snapshot_download(
+                repo.name,
+                revision=commit,
+                allow_patterns=[escape(name) for name in names],
+                cache_dir=options.cache_dir,
+                token=options.token,
+                force_download=options.force_download,
+                tqdm_class=_no_bars() if quiet else None,
+            )
+        )
     if missing := [name for name in names if not (folder / name).exists()]:
         raise UnreachableError(
             "the download is incomplete",
@@ -119,6 +123,16 @@ def download(repo: RepoId, names: Sequence[str], commit: str, options: HubOption
             remedy="Check the network, and run it again: what is complete is kept.",
         )
     return folder
+
+
+def _no_bars() -> type[Any]:
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+
+    return NoBar
 
 
 def read_start(

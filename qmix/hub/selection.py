@@ -125,6 +125,13 @@ def is_complete(folder: Path, need: Need, repo: RepoId) -> bool:
     return config and _has_weights(folder) and (need == "weights" or tokenizer)
 
 
+def model_path(folder: Path) -> Path:
+    """What to read of a snapshot: the folder, or its first GGUF file if it is of those."""
+    if visible(folder, "*.safetensors"):
+        return folder
+    return next(iter(sorted(folder.rglob("*.gguf"))), folder)
+
+
 def gguf_path(folder: Path, repo: RepoId) -> Path | None:
     """The first file of the GGUF model that is meant in a snapshot; None if it is no such model."""
     wants_gguf = repo.quant is not None or repo.file is not None

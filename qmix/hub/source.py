@@ -53,7 +53,8 @@ def described(source: str | Path, *, part: bool = False) -> Iterator[Path]:
     Raises:
         QmixError: as resolve.
     """
-    here = _here(source, "config" if part else "model")
+    of_file = part and not regular_file.is_folder(Path(source))
+    here = _here(source, "config" if of_file else "model")
     repo = None if here is not None else RepoId.parse(source)
     if repo is None:
         yield here or Path(source)

@@ -5,6 +5,7 @@ the refusals: 401 of a gated or missing repository, 404, 429, and a connection t
 """
 
 import json
+import math
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -256,3 +257,34 @@ def _sha(file) -> str:
 
 def _etag(path, file) -> str:
     return _sha(file)[: 64 if path.endswith(LARGE) else 40]
+
+
+def mixtral_8x7b() -> dict:
+    """A repository of the 8x7B's shapes in 19 shards whose data are zeros."""
+    from qmix.config import MixtralConfig
+    from qmix.formats.files.shard_names import INDEX, shard_name
+    from qmix.formats.names import model_tensors
+
+    config = MixtralConfig(dtype="bfloat16", max_position_embeddings=32768)
+    count, weight_map, shards = 19, {}, [{} for _ in range(19)]
+    tensors = list(model_tensors(config))
+    nbytes = [2 * math.prod(tensor.shape) for tensor in tensors]
+    share, done = sum(nbytes) / count, 0
+    for tensor, size in zip(tensors, nbytes, strict=True):
+        shard = min(int(done / share), count - 1)
+        start = max((entry["data_offsets"][1] for entry in shards[shard].values()), default=0)
+        shards[shard][tensor.name] = {
+            "dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, start + size]
+        }  # fmt: skip
+        weight_map[tensor.name] = shard_name(shard, count)
+        done += size
+    files = {
+        "config.json": config.to_json().encode(),
+        INDEX: json.dumps({"metadata": {}, "weight_map": weight_map}).encode(),
+    }
+    for number, entries in enumerate(shards):
+        header = json.dumps(entries).encode()
+        start = len(header).to_bytes(8, "little") + header
+        size = len(start) + max(entry["data_offsets"][1] for entry in entries.values())
+        files[shard_name(number, count)] = Virtual(start, size)
+    return files

@@ -69,6 +69,7 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
         *("qmix.commands.generate", "qmix.commands.evaluate", "qmix.commands.plan"),
         *("qmix.commands.doctor", "qmix.commands.trace", "qmix.commands.terminal"),
+        "qmix.commands.hub",
     },
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},

@@ -1,0 +1,185 @@
+"""`qmix pull`, `list` and `rm`: models of the hub on this machine, and what qmix made.
+
+Heavy imports stay inside the functions.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qmix.commands import options, sources, terminal
+from qmix.errors import QmixError, UsageError
+from qmix.files import regular_file
+from qmix.printable import escaped
+
+Name = Annotated[
+    str, typer.Argument(metavar="ORG/NAME", help="A model of the hub.", show_default=False)
+]
+
+
+def pull(name: Name, yes: options.Yes = False) -> None:
+    """Download a model of the hub, or bring the cache up to date.
+
+    Only the files of one layout are fetched: safetensors, config and tokenizer. The folder in the
+    cache goes to stdout.
+
+    \b
+    Examples:
+      qmix pull mistralai/Mixtral-8x7B-Instruct-v0.1
+      qmix pull ORG/NAME@v1.0
+      qmix pull ORG/NAME-GGUF:Q4_K_M
+    """
+    from qmix.hub.download import fetch
+    from qmix.hub.remote import HubOptions
+    from qmix.hub.repo_id import RepoId
+
+    repo = RepoId.parse(name)
+    if repo is None:
+        raise UsageError("not the name of a model on the hub", where=name, expected="ORG/NAME")
+    confirm = sources.confirmation(yes=yes)
+    folder = fetch(repo, "model", HubOptions(), confirm, newest=True)
+    terminal.write(f"{folder}\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A model on this machine.
+
+    Attributes:
+        bits: of a weight in the files, on average; None: they are not all there, or not read.
+        layout: of the experts, or why there is none.
+    """
+
+    name: str
+    place: Literal["hub", "folder"]
+    nbytes: int
+    bits: float | None
+    layout: str
+
+
+def list_models(as_json: options.AsJson = False) -> None:
+    """List the models in the hub's cache, and the folders that qmix made.
+
+    \b
+    Example:
+      qmix list
+    """
+    from qmix.hub import cache
+    from qmix.hub.remote import HubOptions
+
+    rows = [
+        _listed(str(model), "hub", model.folder, model.nbytes)
+        for model in cache.models(HubOptions())
+    ]
+    for folder in _made_folders():
+        with regular_file.reading(folder):
+            nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        rows.append(_listed(str(folder), "folder", folder, nbytes))
+    document = {"cache": str(HubOptions().cache), "models": [asdict(row) for row in rows]}
+    terminal.print_result(_table(rows), document, as_json=as_json)
+
+
+def remove(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="ORG/NAME of the hub's cache, or a folder that qmix made.",
+            show_default=False,
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Remove without asking.")] = False,
+) -> None:
+    """Remove models from the hub's cache, or folders that qmix made.
+
+    Of a folder only what its manifest lists is removed.
+
+    \b
+    Example:
+      qmix rm ORG/NAME mixtral-nf4
+    """
+    for name in names:
+        _remove(name, yes=yes)
+
+
+def _remove(name: str, *, yes: bool) -> None:
+    from qmix.formats.files import manifest
+    from qmix.hub import cache
+    from qmix.hub.remote import HubOptions
+    from qmix.hub.repo_id import RepoId
+
+    folder = Path(name)
+    repo = None if regular_file.is_folder(folder) else RepoId.parse(name)
+    if repo is not None:
+        removal = cache.removal_of(repo, HubOptions())
+        _ask(", ".join(map(str, removal.models)), removal.freed_bytes, yes=yes)
+        removal.run(HubOptions())
+        return
+    regular_file.checked_folder(folder)
+    if foreign := manifest.foreign_names(folder):
+        raise UsageError(
+            "not a folder that qmix made, or it holds other files too",
+            where=name,
+            found=", ".join(foreign[:5]),
+            remedy="Remove it yourself.",
+        )
+    with regular_file.reading(folder):
+        nbytes = sum(path.stat().st_size for path in folder.iterdir())
+    _ask(name, nbytes, yes=yes)
+    manifest.remove_listed(folder)
+
+
+def _ask(what: str, nbytes: int, *, yes: bool) -> None:
+    """Go on, or raise.
+
+    Raises:
+        UsageError: there is nobody to ask.
+        QmixError: the user wants to keep it.
+    """
+    terminal.message(f"remove {what}: {nbytes / 1e9:.2f} GB")
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError("nobody to ask", where="rm", remedy="--yes removes without asking.")
+    if not terminal.asked("Remove?"):
+        raise QmixError("nothing was removed", where=what)
+
+
+def _made_folders() -> Iterable[Path]:
+    """The folders that qmix wrote: those it noted, and those below the current directory."""
+    from qmix.formats.files.manifest import MANIFEST
+    from qmix.hub import made
+
+    here = [path.parent.resolve() for path in Path.cwd().glob(f"*/{MANIFEST}")]
+    noted = [folder for folder in made.folders() if regular_file.exists(folder / MANIFEST)]
+    return sorted({*here, *noted})
+
+
+def _listed(name: str, place: Literal["hub", "folder"], folder: Path, nbytes: int) -> Listed:
+    from qmix.commands.checkpoint.inspect import inspect
+    from qmix.hub.selection import model_path
+
+    try:
+        inventory = inspect(model_path(folder))
+    except QmixError as error:
+        return Listed(name=name, place=place, nbytes=nbytes, bits=None, layout=error.what)
+    experts = [group for group in inventory.groups if group.kind == "expert"]
+    layout = ", ".join(dict.fromkeys(f"{group.layout} {group.scheme}" for group in experts))
+    bits = round(inventory.bits_per_weight, 3)
+    return Listed(name=name, place=place, nbytes=nbytes, bits=bits, layout=layout)
+
+
+def _table(rows: list[Listed]) -> str:
+    if not rows:
+        return "no models: qmix pull ORG/NAME fetches one, and qmix quantize makes one\n"
+    width = max(len(escaped(row.name)) for row in rows)
+    lines = [
+        f"{escaped(row.name):{width}}  {row.nbytes / 1e9:9.3f} GB  "
+        f"{'' if row.bits is None else f'{row.bits:.2f} bits':>10}  {escaped(row.layout)}"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
