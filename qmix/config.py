@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from qmix import config_rules, strict_json
 from qmix.errors import ConfigError, UnsupportedError, UsageError
 from qmix.files import atomic_file
+from qmix.hub.remote import HubOptions
 from qmix.hub.source import resolve
 
 # Other names of a field, which transformers 4 and 5 use.
@@ -225,13 +226,20 @@ class MixtralConfig:
             raise error.at(f"{where}: {field}") from None
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "MixtralConfig":
-        """Read the `config.json` of a checkpoint directory.
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> "MixtralConfig":
+        """Read the `config.json` of a checkpoint: a directory, or a name of the hub.
+
+        Args:
+            options: of the hub: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
             CheckpointError: the file is missing or damaged, or a value is wrong.
+            UsageError: another option.
         """
-        path = resolve(directory, need="config") / "config.json"
+        hub = HubOptions.taken(options)
+        if options:
+            raise UsageError(f"from_pretrained has no option {next(iter(options))!r}")
+        path = resolve(directory, need="config", options=hub) / "config.json"
         return cls.from_dict(strict_json.read(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:

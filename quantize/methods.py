@@ -19,6 +19,7 @@ from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
 from qmix.quantize.output_checkpoint import QuantizeProgress
 from qmix.quantize.report import QuantizeReport
+from qmix.quantize.shard_supply import ShardSupply
 from qmix.quantize.source import Source, open_source
 from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
@@ -40,6 +41,7 @@ class QuantizeRequest:
         calibration: the file of the user's calibration text, which the caller reads.
         samples: windows of calibration text; None means 256.
         seqlen: tokens of a window; None means 2048, or the model's positions if they are fewer.
+        discard_source: each file of the source is removed once it has been read.
 
     Raises:
         UsageError: an option that does not apply to the method, or a group size out of range.
@@ -58,6 +60,7 @@ class QuantizeRequest:
     shard_bytes: int = SHARD_BYTES
     resume: bool = False
     force: bool = False
+    discard_source: bool = False
 
     def __post_init__(self) -> None:
         does_not_apply = {
@@ -69,6 +72,7 @@ class QuantizeRequest:
             "--samples": self.samples is not None and not self.calibrated,
             "--seqlen": self.seqlen is not None and not self.calibrated,
             "--resume": self.resume and not self.calibrated,
+            "--discard-source": self.discard_source and self.calibrated,
             "--device": self.device is not None and not self.calibrated,
         }
         for option, refused in does_not_apply.items():
@@ -98,10 +102,12 @@ def quantize_checkpoint(
     *,
     interrupted: Callable[[], bool] = lambda: False,
     progress: Callable[[QuantizeProgress], None] = lambda _: None,
+    supply: ShardSupply | None = None,
 ) -> QuantizeReport:
     """Quantize the checkpoint directory `source` into `out`.
 
     Args:
+        supply: see `quantize_streaming`; the calibrated methods need every file to the end.
         text: the calibration text; None for a method that needs none.
         interrupted: see `quantize_calibrated`.
         progress: called before every tensor or layer.
@@ -119,6 +125,7 @@ def quantize_checkpoint(
             shard_bytes=request.shard_bytes,
             force=request.force,
             progress=progress,
+            supply=supply,
         )
     assert text is not None
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring

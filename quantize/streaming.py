@@ -5,12 +5,12 @@ algorithms and formats by their functions only.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from qmix.formats import Checkpoint
+from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files import output_dir, shard_writer
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.planning import budget
@@ -26,7 +26,8 @@ from qmix.quantize.output_checkpoint import (
 )
 from qmix.quantize.report import QuantizeReport, TensorResult
 from qmix.quantize.rounding import rtn
-from qmix.quantize.source import open_source
+from qmix.quantize.shard_supply import ShardSupply, Visit, in_few_files, most_files
+from qmix.quantize.source import Source, open_source
 from qmix.weights import nf4
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe
@@ -41,6 +42,7 @@ def quantize_streaming(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Callable[[QuantizeProgress], None] = lambda _: None,
+    supply: ShardSupply | None = None,
 ) -> QuantizeReport:
     """Quantize a 16- or 32-bit checkpoint directory into a new one by rounding each weight.
 
@@ -51,6 +53,7 @@ def quantize_streaming(
         shard_bytes: upper limit of an output file.
         force: replace an existing checkpoint at `out`.
         progress: called before every tensor.
+        supply: brings each file of `source`, which holds their headers only, before it is read.
 
     Raises:
         UsageError: a path is unsuitable.
@@ -60,36 +63,59 @@ def quantize_streaming(
     """
     begun = time.perf_counter()
     output_dir.check_paths(source, out, force=force)
-    checkpoint = open_source(source)
+    checkpoint = open_source(source) if supply is None else open_checkpoint(source)
     outputs = plan_outputs(checkpoint, recipe)
-    sizes = [checkpoint.entry(output.tensor.name).nbytes for output in outputs]
+    visits = [Visit(output) for output in outputs]
+    if supply is not None:
+        visits = in_few_files(checkpoint, outputs)
+        outputs = [visit.output for visit in visits]
+    bytes_in = sum(checkpoint.entry(output.tensor.name).nbytes for output in outputs)
     largest = max(checkpoint.dense_bytes(output.tensor) for output in outputs)
     output_dir.check_space(out, sum(output.nbytes for output in outputs))
+    if supply is not None:
+        supply.check_space(most_files(visits), out, sum(output.nbytes for output in outputs))
     check_memory(budget.for_rewriting(largest))
     results: list[TensorResult] = []
-
-    def quantized() -> Iterator[dict[str, Tensor]]:
-        done = 0
-        for output, nbytes in zip(outputs, sizes, strict=True):
-            progress(QuantizeProgress(done, sum(sizes), output.tensor.name))
-            tensors, result = _quantize_tensor(checkpoint, output)
-            results.append(result)
-            done += nbytes
-            yield tensors
-
+    quantized = _quantized(checkpoint, visits, supply, results, progress)
     with output_dir.partial(out, force=force) as folder:
         planned = [output.planned for output in outputs]
-        shard_writer.write_shards(folder, planned, quantized(), shard_bytes)
-        progress(QuantizeProgress(sum(sizes), sum(sizes), "checksums"))
+        shard_writer.write_shards(folder, planned, quantized, shard_bytes)
+        progress(QuantizeProgress(bytes_in, bytes_in, "checksums"))
         report = QuantizeReport(
             method=method,
             tensors=tuple(results),
-            bytes_in=sum(sizes),
+            bytes_in=bytes_in,
             seconds=time.perf_counter() - begun,
         )
         complete(folder, checkpoint, outputs, report, {})
-        checkpoint.check_unchanged()
+        if isinstance(checkpoint, Source):
+            checkpoint.check_unchanged()
     return report
+
+
+def _quantized(
+    checkpoint: Checkpoint,
+    visits: Sequence[Visit],
+    supply: ShardSupply | None,
+    results: list[TensorResult],
+    progress: Callable[[QuantizeProgress], None],
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors of the files, weight by weight; what each cost goes into `results`."""
+    sizes = [checkpoint.entry(visit.output.tensor.name).nbytes for visit in visits]
+    done = 0
+    for visit, nbytes in zip(visits, sizes, strict=True):
+        for name in visit.opened:
+            assert supply is not None
+            progress(QuantizeProgress(done, sum(sizes), f"downloading {name}"))
+            supply.put(name)
+        progress(QuantizeProgress(done, sum(sizes), visit.output.tensor.name))
+        tensors, result = _quantize_tensor(checkpoint, visit.output)
+        results.append(result)
+        for name in visit.closed:
+            assert supply is not None
+            supply.take_out(name)
+        done += nbytes
+        yield tensors
 
 
 def _quantize_tensor(

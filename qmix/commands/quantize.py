@@ -4,7 +4,7 @@ Knows no method by more than its name. Heavy imports stay inside the functions.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +14,7 @@ from qmix.commands import options, sources, terminal
 from qmix.hub import made
 
 if TYPE_CHECKING:
+    from qmix.quantize.methods import QuantizeRequest
     from qmix.quantize.report import QuantizeReport
 
 Source = Annotated[
@@ -55,6 +56,13 @@ Seqlen = Annotated[
     int | None,
     typer.Option(help="gptq, auto: tokens per window.", show_default="2048, or the model's"),
 ]
+DiscardSource = Annotated[
+    bool,
+    typer.Option(
+        "--discard-source",
+        help="SRC on the hub: download file by file, and remove each once it is read.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="gptq, auto: continue an interrupted run.")]
 
 
@@ -76,6 +84,7 @@ def quantize(
     force: options.Force = False,
     as_json: options.AsJson = False,
     yes: options.Yes = False,
+    discard_source: DiscardSource = False,
 ) -> None:
     """Quantize a checkpoint to 4 bits.
 
@@ -86,10 +95,10 @@ def quantize(
     Examples:
       qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
       qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
+      qmix quantize mistralai/Mixtral-8x7B-v0.1 mixtral-nf4 --discard-source
     """
     shard_bytes = options.shard_bytes(shard_size)
-    source = sources.local(source, yes=yes)
-    from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
+    from qmix.quantize.methods import QuantizeRequest
 
     request = QuantizeRequest(
         method=method,
@@ -105,21 +114,37 @@ def quantize(
         shard_bytes=shard_bytes,
         resume=resume,
         force=force,
+        discard_source=discard_source,
     )
+    report = _run(source, out, request, yes=yes)
+    draw_report(report, out)
+    made.remember(out)
+    if as_json:
+        terminal.print_json(report.to_dict())
+
+
+def _run(source: Path, out: Path, request: "QuantizeRequest", *, yes: bool) -> "QuantizeReport":
+    from qmix.formats.files import output_dir
+    from qmix.quantize.methods import quantize_checkpoint
+
+    output_dir.check_paths(source, out, force=request.force)  # before a download
     text = _calibration_text(request.calibration) if request.calibrated else None
-    with _interruptible(request.calibrated) as interrupted, terminal.progress() as show:
-        report = quantize_checkpoint(
+    with ExitStack() as stack:
+        supply = None
+        if request.discard_source:
+            supply = stack.enter_context(sources.shard_by_shard(source, yes=yes))
+        source = sources.local(source, yes=yes) if supply is None else supply.path
+        interrupted = stack.enter_context(_interruptible(request.calibrated))
+        show = stack.enter_context(terminal.progress())
+        return quantize_checkpoint(
             source,
             out,
             request,
             text,
             interrupted=interrupted,
             progress=lambda at: show(at.tensor, at.done_bytes, at.total_bytes),
+            supply=supply,
         )
-    draw_report(report, out)
-    made.remember(out)
-    if as_json:
-        terminal.print_json(report.to_dict())
 
 
 def _interruptible(calibrated: bool) -> AbstractContextManager[Callable[[], bool]]:

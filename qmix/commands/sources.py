@@ -9,9 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmix.commands import terminal
-from qmix.errors import QmixError
+from qmix.errors import QmixError, UsageError
+from qmix.files import regular_file
+from qmix.hub import header_folder
 from qmix.hub import source as door
 from qmix.hub.download import Confirm, Download
+from qmix.hub.header_folder import HeaderFolder
+from qmix.hub.remote import HubOptions
+from qmix.hub.repo_id import RepoId
 from qmix.hub.selection import Need
 
 
@@ -32,6 +37,29 @@ def described(source: Path, *, part: bool = False) -> Iterator[Path]:
     """The same for a command that reads headers only; see qmix.hub.source.described."""
     with door.described(source, part=part) as path:
         yield path
+
+
+@contextmanager
+def shard_by_shard(source: Path, *, yes: bool) -> Iterator[HeaderFolder]:
+    """A model of the hub whose files are fetched when they are read, and removed afterwards.
+
+    Raises:
+        UsageError: the model lies here already.
+        QmixError: as qmix.hub.source.resolve; or the user wants no download.
+    """
+    repo = None if regular_file.exists(source) else RepoId.parse(source)
+    if repo is None:
+        raise UsageError(
+            "not a model of the hub, and nothing of yours is removed",
+            where="--discard-source",
+            expected="ORG/NAME",
+            found=str(source),
+        )
+    with header_folder.fetched(repo, HubOptions(), texts=True) as headers:
+        if headers.path.suffix == ".gguf":
+            raise UsageError("--discard-source does not apply to GGUF files", where=str(repo))
+        confirmation(yes=yes)(headers.download())
+        yield headers
 
 
 def confirmation(*, yes: bool) -> Confirm:

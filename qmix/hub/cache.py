@@ -3,7 +3,7 @@
 Knows no network and nothing of what the files hold.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,21 +91,19 @@ def removal_of(repo: RepoId, options: HubOptions) -> Removal:
     return Removal(meant, _strategy(meant, options).expected_freed_size)
 
 
-def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of a snapshot, and what they link to if no other snapshot does."""
-    others = list(_targets(folder))
-    for name in names:
-        target = (folder / name).resolve()
-        (folder / name).unlink(missing_ok=True)
-        if target not in others:
-            target.unlink(missing_ok=True)
+def remove_file(path: Path, options: HubOptions) -> None:
+    """Remove a file of a snapshot, and its blob unless another snapshot uses it."""
+    from huggingface_hub import scan_cache_dir
 
-
-def _targets(folder: Path) -> Iterator[Path]:
-    """What the files of the other snapshots link to."""
-    for path in folder.parent.glob("*/**/*"):
-        if path.is_symlink() and not path.is_relative_to(folder):
-            yield path.resolve()
+    found = scan_cache_dir(options.cache)
+    files = [file for repo in found.repos for revision in repo.revisions for file in revision.files]
+    (meant,) = (file for file in files if file.file_path == path)
+    if hasattr(found, "delete_files"):  # since 1.24; it knows of blobs that repositories share
+        found.delete_files(meant).execute()
+        return
+    path.unlink()
+    if not any(file.blob_path == meant.blob_path and file != meant for file in files):
+        meant.blob_path.unlink(missing_ok=True)
 
 
 def _is_meant(model: CachedModel, repo: RepoId) -> bool:

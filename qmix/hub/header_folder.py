@@ -7,16 +7,17 @@ Knows the headers' sizes and nothing of what they say.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.files.file_errors import writing
 from qmix.gguf.container import read_gguf
-from qmix.hub import remote
+from qmix.hub import cache, remote
+from qmix.hub.download import Download
 from qmix.hub.remote import HubOptions, Listing
 from qmix.hub.repo_id import RepoId
 from qmix.hub.selection import choose, listed_shards
@@ -34,6 +35,7 @@ class HeaderFolder:
     Attributes:
         path: of the folder, or of its first GGUF file.
         headers: bytes that were fetched of each file with weights, by name.
+        fetched: the files that `put` downloaded.
     """
 
     path: Path
@@ -41,6 +43,39 @@ class HeaderFolder:
     listing: Listing
     options: HubOptions
     headers: Mapping[str, bytes]
+    fetched: set[str] = field(default_factory=set)
+
+    @property
+    def snapshot(self) -> Path:
+        """The folder in the cache."""
+        return self.options.cache / self.repo.folder_name / "snapshots" / self.listing.commit
+
+    def download(self) -> Download:
+        """What will be fetched if every file is put in its place."""
+        missing = [name for name in self.headers if not (self.snapshot / name).exists()]
+        sizes = self.listing.sizes
+        return Download(
+            repo=self.repo,
+            commit=self.listing.commit,
+            layout="safetensors, a few at a time",
+            files=len(missing),
+            of_files=len(self.headers),
+            nbytes=sum(sizes[name] for name in missing),
+            whole_bytes=sum(sizes.values()),
+            cache=self.options.cache,
+            free_bytes=remote.check_disk(0, self.options.cache),
+        )
+
+    def check_space(self, names: Iterable[str], out: Path, out_bytes: int) -> None:
+        """Raise unless the disk of the cache holds these files at once, and `out` where it is same.
+
+        Raises:
+            ResourceError: it does not.
+        """
+        nbytes = sum(self.listing.sizes[name] for name in names)
+        above = remote.existing_above(self.options.cache)
+        same = above.stat().st_dev == remote.existing_above(out).stat().st_dev
+        remote.check_disk(nbytes + (out_bytes if same else 0), self.options.cache)
 
     def put(self, name: str) -> None:
         """Download a file with weights into the cache, and put it where its header was.
@@ -48,6 +83,8 @@ class HeaderFolder:
         Raises:
             CheckpointError: it is another file than the one whose header was read.
         """
+        if not (self.snapshot / name).exists():
+            self.fetched.add(name)
         folder = remote.download(self.repo, [name], self.listing.commit, self.options, quiet=True)
         header = self.headers[name]
         with (folder / name).open("rb") as file:
@@ -62,7 +99,9 @@ class HeaderFolder:
             (self.path / name).symlink_to((folder / name).absolute())
 
     def take_out(self, name: str) -> None:
-        """Let go of a file that was put in; it stays in the cache."""
+        """Let go of a file that was put in; what was downloaded for that leaves the cache."""
+        if name in self.fetched:
+            cache.remove_file(self.snapshot / name, self.options)
         with writing(self.path):
             (self.path / name).unlink()
             _write_hole(self.path / name, self.headers[name], self.listing.sizes[name])

@@ -130,7 +130,7 @@ def _no_bars() -> type[Any]:
 
     class NoBar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **{**options, "disable": True})
+            super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
     return NoBar
 
@@ -168,8 +168,7 @@ def check_disk(nbytes: int, cache: Path) -> int:
     Raises:
         ResourceError: they are fewer than will be fetched.
     """
-    folder = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing_above(cache)).free
     if free < nbytes:
         raise ResourceError(
             "not enough free disk for the download",
@@ -180,6 +179,11 @@ def check_disk(nbytes: int, cache: Path) -> int:
             "qmix quantize ORG/NAME OUT --discard-source",
         )
     return free
+
+
+def existing_above(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def not_cached(repo: RepoId, options: HubOptions) -> UnreachableError:

@@ -8,6 +8,7 @@ import torch
 from qmix.errors import CheckpointError
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.gguf.files import checked_source
+from qmix.hub.remote import HubOptions
 from qmix.hub.source import resolve
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
@@ -31,7 +32,7 @@ def load(
         UnsupportedError: a layout that qmix does not read.
         ResourceError: the model does not fit.
     """
-    directory = checked_source(resolve(directory))
+    directory = checked_source(resolve(directory, options=HubOptions.taken(options)))
     refuse_raw(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     model = MixtralForCausalLM.from_pretrained(directory, dtype=dtype, device=device, **options)

@@ -15,6 +15,7 @@ from qmix.errors import CheckpointError, UnsupportedError, UsageError
 from qmix.experts.store import Store
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.shard_names import SHARD_BYTES
+from qmix.hub.remote import HubOptions
 from qmix.hub.source import resolve
 from qmix.kernels import attention
 from qmix.models import load, offload, save
@@ -88,7 +89,7 @@ class PreTrainedModel(nn.Module):
         """Load a checkpoint directory, dense or 4-bit.
 
         Args:
-            directory: holds config.json and safetensors, one file or shards with an index.
+            directory: a folder, a GGUF file, or ORG/NAME of the hub, downloaded if need be.
             torch_dtype, dtype: of the activations and dense weights; default: the checkpoint's.
             device: default: the GPU if there is one.
             device_map: the device in transformers' words: "auto", a device, or {"": device}.
@@ -99,7 +100,8 @@ class PreTrainedModel(nn.Module):
                 or moved.
             max_context: positions that the budgets leave room for; default: 4096, or the model's.
             load_options: dtype, device, vram, ram and max_context as one object instead.
-            options: fields of the config that no shape depends on, such as `sliding_window`,
+            options: the fields of HubOptions (`revision`, `token`, ...), and those of the config
+                that no shape depends on, such as `sliding_window`,
                 `num_experts_per_tok` or `num_labels`. Options of transformers that cannot change
                 anything here (`low_cpu_mem_usage`, `use_safetensors`, ...) are accepted.
 
@@ -110,6 +112,7 @@ class PreTrainedModel(nn.Module):
             UsageError: an unknown option, or a value that is none of an option's.
             ResourceError: the model does not fit the budgets, or the memory that is free.
         """
+        hub = HubOptions.taken(options)
         changes = _changes(options)
         if attn_implementation is not None:
             changes["attn_implementation"] = attn_implementation
@@ -124,7 +127,7 @@ class PreTrainedModel(nn.Module):
             )
         else:
             _check_alone(load_options, fields)
-        folder = resolve(directory)
+        folder = resolve(directory, need="weights", options=hub)
         model = cls.from_checkpoint(open_checkpoint(folder), load_options, **changes)
         model.read_generation_config(folder)
         return model

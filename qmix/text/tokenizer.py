@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from qmix import strict_json
 from qmix.errors import UsageError, wrong_value
 from qmix.files import atomic_file
+from qmix.hub.remote import HubOptions
+from qmix.hub.source import resolve
 from qmix.text import chat_template, chat_templates, tokenizer_files
 from qmix.text.batch_encoding import BatchEncoding, EncodingOptions, check_side
 from qmix.text.sentencepiece_file import MODEL_FILE, pieces
@@ -65,7 +67,7 @@ class LlamaTokenizer(TokenTable):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
-        """Read a checkpoint directory, a GGUF file, or a `tokenizer.model` file by its path.
+        """Read a checkpoint directory, a GGUF file, a `tokenizer.model` file, or a name of the hub.
 
         `tokenizer.json` counts before `tokenizer.model`, as in transformers; a warning says so if
         the two disagree. `tokenizer_config.json` beside them is honoured, and where it lists no
@@ -82,11 +84,13 @@ class LlamaTokenizer(TokenTable):
             UnsupportedError: a `tokenizer.json` of a kind that is not read.
             UsageError: an unknown option, or another padding_side.
         """
+        hub = HubOptions.taken(options)
         changes = overrides(options)
         for name in ("padding_side", "truncation_side"):
             if name in changes:
                 check_side(name, changes[name])
-        files = tokenizer_files.read_files(Path(path))
+        path = resolve(path, need="tokenizer", options=hub)
+        files = tokenizer_files.read_files(path)
         tokenizer = cls(replace(files, config={**files.config, **changes}))
         if files.json is not None:  # its own post-processor counts before the config, in 5
             for name in {"add_bos_token", "add_eos_token"} & set(changes):

@@ -34,7 +34,7 @@ def here(monkeypatch, tmp_path):
     ("arguments", "code", "words"),
     [
         (["/nowhere"], 3, "/nowhere: no such directory or file"),
-        (["tests"], 3, "neither a checkpoint nor a config.json"),
+        (["docs"], 3, "neither a checkpoint nor a config.json"),
         (["README.md"], 3, "not valid JSON"),
         (["evals/tiny", "--vram", "24Q"], 2, "--vram: not a size"),
         (["evals/tiny", "--ram", "0"], 2, "--ram: a size out of range"),

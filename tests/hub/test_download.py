@@ -5,6 +5,7 @@ The hub is a server on loopback.
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -237,3 +238,29 @@ def test_what_is_a_name_and_what_a_path(text, expected):
 def test_an_address_that_is_no_model_is_refused(text):
     with pytest.raises(UsageError, match="not the name of a model on the hub"):
         RepoId.parse(text)
+
+
+def test_a_model_is_quantized_shard_by_shard_and_nothing_of_it_stays(org_tiny, tiny_nf4, tmp_path):
+    from qmix.commands import sources
+    from qmix.formats.files.manifest import read_manifest
+    from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
+
+    out, used = tmp_path / "out", []
+
+    def watch(_):
+        folders = (tmp_path / "home", tmp_path / "out.partial")
+        paths = [path for folder in folders for path in folder.rglob("*")]
+        used.append(sum(p.stat().st_size for p in paths if p.is_file() and not p.is_symlink()))
+
+    with sources.shard_by_shard(Path("org/tiny"), yes=True) as supply:
+        request = QuantizeRequest(method="nf4", discard_source=True)
+        quantize_checkpoint(supply.path, out, request, None, progress=watch, supply=supply)
+    assert read_manifest(out) == read_manifest(tiny_nf4)
+    written = sum(path.stat().st_size for path in out.iterdir())
+    assert max(used) < written + 2 * 5_000_000
+    (model,) = cache.models(HubOptions())
+    assert model.nbytes < 400_000  # the texts
+    with pytest.raises(UsageError, match="nothing of yours is removed"):
+        sources.shard_by_shard(tmp_path, yes=True).__enter__()
+    with pytest.raises(UsageError, match="--discard-source does not apply to --method gptq"):
+        QuantizeRequest(method="gptq", discard_source=True)
