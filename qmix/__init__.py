@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qmix.generation.sampling import Sampling as Sampling
     from qmix.generation.streamers import TextIteratorStreamer as TextIteratorStreamer
     from qmix.generation.streamers import TextStreamer as TextStreamer
+    from qmix.models.auto import AutoConfig as AutoConfig
     from qmix.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from qmix.models.auto import AutoTokenizer as AutoTokenizer
     from qmix.models.auto import load as load
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     )
     from qmix.models.mixtral import MixtralModel as MixtralModel
     from qmix.models.options import LoadOptions as LoadOptions
+    from qmix.models.quantization import BitsAndBytesConfig as BitsAndBytesConfig
     from qmix.nn.cache import KVCache as KVCache
     from qmix.nn.outputs import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
     from qmix.nn.outputs import ModelOutput as ModelOutput
@@ -41,8 +43,10 @@ if (_checkout / "pyproject.toml").is_file():
 
 # Where each public name is defined. The imports above say the same to a type checker.
 _MODULES = {
+    "AutoConfig": "qmix.models.auto",
     "AutoModelForCausalLM": "qmix.models.auto",
     "AutoTokenizer": "qmix.models.auto",
+    "BitsAndBytesConfig": "qmix.models.quantization",
     "GenerateDecoderOnlyOutput": "qmix.nn.outputs",
     "GenerationConfig": "qmix.generation.config",
     "KVCache": "qmix.nn.cache",

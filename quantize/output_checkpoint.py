@@ -79,10 +79,7 @@ def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
                 remedy="Quantize the original checkpoint.",
             )
         scheme = recipe.scheme_of(tensor.name)
-        dtype = checkpoint.dense_dtype(tensor)
-        if dtype == torch.float32:
-            # A 4-bit model computes in 16 bits; GGUF's norms are in 32 whatever the rest is in.
-            dtype = torch.bfloat16 if checkpoint.dtype == torch.float32 else checkpoint.dtype
+        dtype = checkpoint.rounded_dtype(tensor)
         planned = planned_tensors(tensor, scheme, dtype)
         outputs.append(OutputTensor(tensor, scheme, dtype, planned))
     writer.layout_of({output.tensor.prefix: output.scheme for output in outputs})

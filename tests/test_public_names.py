@@ -7,7 +7,15 @@ from tests.support.models import ROOT
 from tests.support.process import succeeds
 
 PUBLIC = {
-    *("load", "LoadOptions", "AutoModelForCausalLM", "AutoTokenizer", "MixtralConfig"),
+    *(
+        "load",
+        "LoadOptions",
+        "AutoConfig",
+        "AutoModelForCausalLM",
+        "BitsAndBytesConfig",
+        "AutoTokenizer",
+        "MixtralConfig",
+    ),
     *("MixtralModel", "MixtralForCausalLM", "MixtralForSequenceClassification", "KVCache"),
     *("ModelOutput", "MoeModelOutputWithPast", "MoeCausalLMOutputWithPast"),
     *("SequenceClassifierOutputWithPast", "GenerateDecoderOnlyOutput", "GenerationConfig"),

@@ -103,6 +103,14 @@ class Checkpoint:
         """The dtype of a tensor that is not packed; the checkpoint's if it is."""
         return self.dtype if self.packing(tensor) else self.entry(tensor.name).dtype
 
+    def rounded_dtype(self, tensor: ModelTensor) -> torch.dtype:
+        """The dtype of a tensor that stays dense in a 4-bit model, which computes in 16 bits."""
+        dtype = self.dense_dtype(tensor)
+        if dtype != torch.float32:
+            return dtype
+        # GGUF's norms are in 32 bits, whatever the rest is in.
+        return torch.bfloat16 if self.dtype == torch.float32 else self.dtype
+
     def dense_bytes(self, tensor: ModelTensor) -> int:
         """Bytes that `dense` takes, with those of the file if the weight is packed."""
         packed = self.packing(tensor)

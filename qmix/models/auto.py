@@ -1,15 +1,18 @@
-"""The entry points load, AutoModelForCausalLM and AutoTokenizer. Knows only which class to call."""
+"""The entry points load, and the Auto classes. Knows only which class to call."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qmix.errors import CheckpointError
+from qmix.config import MixtralConfig
+from qmix.errors import CheckpointError, UsageError
+from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
-from qmix.gguf.files import checked_source
+from qmix.gguf.files import checked_source, is_gguf
 from qmix.hub.remote import HubOptions
 from qmix.hub.source import resolve
+from qmix.models import arguments
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -57,6 +60,35 @@ class AutoModelForCausalLM:
     def from_pretrained(cls, directory: str | Path, **options: Any) -> MixtralForCausalLM:
         """See MixtralForCausalLM.from_pretrained."""
         return MixtralForCausalLM.from_pretrained(directory, **options)
+
+    @classmethod
+    def from_config(cls, config: MixtralConfig, **options: Any) -> MixtralForCausalLM:
+        """A model with new weights, in the dtype of `torch_dtype` or `dtype`; see MixtralConfig."""
+        unknown = options.keys() - {"torch_dtype", "dtype", "trust_remote_code"}
+        if unknown:
+            raise UsageError(f"from_config has no option {min(unknown)!r}")
+        dtype = arguments.agreed_dtype(options.get("torch_dtype"), options.get("dtype"))
+        model = MixtralForCausalLM(config)
+        return model if dtype is None else model.to(dtype)
+
+
+class AutoConfig:
+    """Hugging Face's entry point; there is one architecture to choose."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> MixtralConfig:
+        """The config of a checkpoint directory or a GGUF file.
+
+        Args:
+            options: fields of the config to set; and options of transformers that cannot change
+                anything here, as in MixtralForCausalLM.from_pretrained.
+        """
+        path = resolve(directory, need="config", options=HubOptions.taken(options))
+        changes = arguments.config_changes(options)
+        config = (
+            read_metadata(path).config if is_gguf(path) else MixtralConfig.from_pretrained(path)
+        )
+        return config.replace(**changes) if changes else config
 
 
 class AutoTokenizer:

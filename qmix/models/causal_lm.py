@@ -3,7 +3,7 @@
 Knows no bits and no files: those come through qmix.models.load. Shape letters as in qmix.nn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ from qmix.nn.cache import Cache, KVCache
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import check_labels, load_balancing_loss, next_token_loss
 from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
+from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer
+
+Prompt = str | Sequence[Message | Mapping[str, Any]] | Sequence[int] | Tensor
 
 
 class MixtralForCausalLM(PreTrainedModel):
@@ -161,7 +164,7 @@ class MixtralForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor | Mapping[str, Tensor] | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         attention_mask: Tensor | None = None,
@@ -178,6 +181,7 @@ class MixtralForCausalLM(PreTrainedModel):
         With num_return_sequences each row is followed by its copies.
 
         Args:
+            input_ids: or what a tokenizer returns, with its mask. Its other name is `inputs`.
             attention_mask: (B, P), 0 at padding, on whichever side.
             inputs_embeds: (B, P, D) instead of ids; the result then holds the n new ids only.
             past_key_values: already holds the first columns of input_ids; a cache, or a tuple as in
@@ -201,6 +205,7 @@ class MixtralForCausalLM(PreTrainedModel):
             UnsupportedError: as Decoder.decode, after a fork.
         """
         self.check_process()
+        input_ids, attention_mask = _prompt(input_ids, attention_mask, options)
         config = self._generation_config(generation_config).updated(options)
         if input_ids is not None:
             check_prompt(input_ids, None)
@@ -238,10 +243,12 @@ class MixtralForCausalLM(PreTrainedModel):
         return config.filled_from(self.generation_config)
 
     @torch.no_grad()
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Generate the text that follows `prompt`, piece by piece.
 
         Args:
+            prompt: a text; or messages, which the chat template puts into one; or ids, a list or a
+                tensor (P,) or (1, P).
             options: any field of GenerationConfig.
 
         Raises:
@@ -252,13 +259,47 @@ class MixtralForCausalLM(PreTrainedModel):
             raise UsageError(
                 "text needs a tokenizer", remedy="Load the model with qmix.load, or set tokenizer."
             )
-        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        ids, is_chat = _prompt_ids(prompt, self.tokenizer)
         config = self.generation_config.updated(options)
-        inputs = GenerationInputs(ids, config, tokenizer=self.tokenizer)
+        inputs = GenerationInputs(ids, config, tokenizer=self.tokenizer, starts_new_text=is_chat)
         with self._evaluation_mode.during(self):
             for token in generation.stream(self, inputs):
                 if token.texts[0]:
                     yield token.texts[0]
+
+
+def _prompt(
+    given: Tensor | Mapping[str, Tensor] | None, mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Ids and mask, from whichever argument they come in."""
+    if "inputs" in options:
+        if given is not None:
+            raise UsageError("give either input_ids or inputs", where="inputs")
+        given = options.pop("inputs")
+    if not isinstance(given, Mapping):
+        return given, mask
+    return given.get("input_ids"), given.get("attention_mask") if mask is None else mask
+
+
+def _prompt_ids(prompt: Prompt, tokenizer: LlamaTokenizer) -> tuple[Tensor, bool]:
+    """Ids (1, P) of a text, of messages or of ids; and whether the new text is one of its own.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(prompt, str):
+        return torch.tensor([tokenizer.encode(prompt)]), False
+    if isinstance(prompt, Tensor):
+        return prompt.reshape(1, -1) if prompt.dim() < 2 else prompt, False
+    parts = list(prompt) if isinstance(prompt, (list, tuple)) else []
+    if parts and all(type(part) is int for part in parts):
+        return torch.tensor([parts]), False
+    if parts and all(isinstance(part, (Mapping, Message)) for part in parts):
+        ids: Any = tokenizer.apply_chat_template(parts)
+        return torch.tensor([ids["input_ids"] if isinstance(ids, Mapping) else ids]), True
+    raise UsageError(
+        "wrong type", where="prompt", expected="a text, messages or ids", found=repr(prompt)[:80]
+    )
 
 
 def _positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:

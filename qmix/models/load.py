@@ -18,6 +18,7 @@ from qmix.models.device_offload import DeviceOffload
 from qmix.models.heat_record import HeatRecord
 from qmix.models.offload import Tiers
 from qmix.models.pack import Packer
+from qmix.models.quantization import QuantizedCheckpoint
 from qmix.nn.embedding import Embedding
 from qmix.nn.stored import StoredModule
 from qmix.weights.dense import Dense, Weight, all_finite
@@ -66,7 +67,9 @@ def _hints(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[str]:
     if named:
         yield f"{folder}: {named} are not used: qmix computes in {bits} bits"
     packings = map(checkpoint.packing, checkpoint.tensors)
-    if any(packing is not None and packing.dense for packing in packings):
+    if not isinstance(checkpoint, QuantizedCheckpoint) and any(
+        packing is not None and packing.dense for packing in packings
+    ):
         yield (
             f"{folder}: FP8 weights are loaded in {bits} bits; "
             "qmix quantize SRC OUT makes a 4-bit checkpoint of them"

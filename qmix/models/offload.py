@@ -18,6 +18,7 @@ from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
 from qmix.models.options import LoadOptions
+from qmix.models.quantization import QuantizedCheckpoint
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning import plan
 from qmix.planning.budget import PREFILL_CHUNK
@@ -50,15 +51,25 @@ def plan_tiers(checkpoint: Checkpoint, options: LoadOptions) -> Tiers | None:
     gpu = options.device.type == "cuda"
     budgeted = options.vram is not None or options.ram is not None
     positions = checkpoint.config.max_position_embeddings
+    dtype = options.dtype or checkpoint.dtype
+    rounded = (
+        checkpoint.stored_model(dtype) if isinstance(checkpoint, QuantizedCheckpoint) else None
+    )
     planned = plan.plan(
-        checkpoint.metadata,
+        rounded or checkpoint.metadata,
         gpu=gpu,
         vram=options.vram,
         ram=options.ram,
         # Without a budget nothing is promised: only what is short of one prompt chunk is refused.
         context=options.max_context or (None if budgeted else min(PREFILL_CHUNK, positions)),
-        dtype=str(options.dtype or checkpoint.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
     )
+    if rounded is not None and not planned.resident:
+        raise ResourceError(
+            "the experts do not all fit, and an expert that is read again would be rounded again",
+            where="load_in_4bit",
+            remedy="Run qmix quantize once, and load what it writes.",
+        )
     vram_free = torch.cuda.mem_get_info(options.device)[0] if gpu else None
     plan.check_memory(planned, vram_free=vram_free)
     if planned.resident:

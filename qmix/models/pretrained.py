@@ -3,7 +3,9 @@
 Knows no forward pass and no bits; weights come through qmix.models.load.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,51 +20,44 @@ from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.hub.remote import HubOptions
 from qmix.hub.source import resolve
 from qmix.kernels import attention
-from qmix.models import load, offload, save
+from qmix.models import arguments, load, offload, quantization, save
 from qmix.models.offload import Tiers
-from qmix.models.options import LoadOptions, parse_dtype
+from qmix.models.options import LoadOptions
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.outputs import ModelOutput
 
 Output = TypeVar("Output", bound=ModelOutput)
 
-# Fields of the config that a user may set while loading, because no shape depends on them.
-_OVERRIDES = (
-    "attention_dropout",
-    "max_position_embeddings",
-    "num_experts_per_tok",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "rope_theta",
-    "router_aux_loss_coef",
-    "router_jitter_noise",
-    "sliding_window",
-    "use_cache",
-)
 
-# Options of transformers that change nothing here: files come from a local directory, as
-# safetensors, without code, and are read one tensor at a time whatever is asked.
-_WITHOUT_EFFECT = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "offload_state_dict",
-    "resume_download",
-    "revision",
-    "token",
-    "trust_remote_code",
-    "use_auth_token",
-    "use_safetensors",
-)
+_ADAPT = "qmix.hf.adapt(model) gives a model of transformers over the same weights."
+_BY_LOADING = "Load the model again with the option that you need."
+# What transformers' models have and these do not, with what to do instead.
+_NOT_HERE = {
+    "push_to_hub": "Save the model, and run: hf upload ORG/NAME DIRECTORY",
+    "dequantize": "Load the checkpoint that it was quantized from.",
+    "prune_heads": "There is nothing like it here.",
+    **dict.fromkeys(
+        ("add_adapter", "load_adapter", "set_adapter"),
+        "qmix quantize --adapter DIR merges a LoRA into the weights.",
+    ),
+    **dict.fromkeys(
+        (
+            "gradient_checkpointing_enable",
+            "gradient_checkpointing_disable",
+            "loss_function",
+            "enable_input_require_grads",
+            "prepare_inputs_for_generation",
+            "base_model_prefix",
+        ),
+        _ADAPT,
+    ),
+    **dict.fromkeys(("to_bettertransformer", "set_input_embeddings"), _BY_LOADING),
+}
 
-_QUANTIZING = ("load_in_4bit", "load_in_8bit", "quantization_config")
+
+class NotHereError(UnsupportedError, AttributeError):
+    """A model has no such attribute, and transformers' models do."""
 
 
 class PreTrainedModel(nn.Module):
@@ -100,10 +95,13 @@ class PreTrainedModel(nn.Module):
                 or moved.
             max_context: positions that the budgets leave room for; default: 4096, or the model's.
             load_options: dtype, device, vram, ram and max_context as one object instead.
-            options: the fields of HubOptions (`revision`, `token`, ...), and those of the config
-                that no shape depends on, such as `sliding_window`,
-                `num_experts_per_tok` or `num_labels`. Options of transformers that cannot change
-                anything here (`low_cpu_mem_usage`, `use_safetensors`, ...) are accepted.
+            options: fields of the config that no shape depends on, such as `sliding_window`,
+                `num_experts_per_tok` or `num_labels`. `config`: one with other such values.
+                Those of HubOptions: `revision`, `token`, ...
+                `max_memory`: vram and ram in accelerate's words, {0: "20GiB", "cpu": "60GiB"}.
+                `load_in_4bit=True`, or `quantization_config` (a BitsAndBytesConfig or its fields as
+                a dictionary): round each matrix as it is read, as `qmix quantize` would.
+                Options of transformers that cannot change anything here are accepted.
 
         Raises:
             CheckpointError: a file is missing, damaged, or its tensors are not the model's.
@@ -113,24 +111,37 @@ class PreTrainedModel(nn.Module):
             ResourceError: the model does not fit the budgets, or the memory that is free.
         """
         hub = HubOptions.taken(options)
-        changes = _changes(options)
+        given: dict[str, Any] = {"dtype": dtype, "device": device, "vram": vram, "ram": ram}
+        given |= {"torch_dtype": torch_dtype, "device_map": device_map, "max_context": max_context}
+        given |= {"max_memory": options.pop("max_memory", None)}
+        placed = arguments.load_options(load_options, given)
+        asked, config = quantization.taken(options), options.pop("config", None)
+        changes = arguments.config_changes(options)
         if attn_implementation is not None:
             changes["attn_implementation"] = attn_implementation
-        fields = (torch_dtype, dtype, device, device_map, vram, ram, max_context)
-        if load_options is None:
-            load_options = LoadOptions(
-                dtype=_agreed(torch_dtype, dtype),
-                device=_placed(device, device_map),
-                vram=vram,
-                ram=ram,
-                max_context=max_context,
-            )
-        else:
-            _check_alone(load_options, fields)
         folder = resolve(directory, need="weights", options=hub)
-        model = cls.from_checkpoint(open_checkpoint(folder), load_options, **changes)
+        checkpoint = open_checkpoint(folder)
+        if config is not None:
+            changes = {**arguments.of_config(config, checkpoint.config), **changes}
+        model = cls._rounded(checkpoint, placed, asked, changes)
         model.read_generation_config(folder)
         return model
+
+    @classmethod
+    def _rounded(
+        cls,
+        checkpoint: Checkpoint,
+        options: LoadOptions,
+        asked: quantization.Asked,
+        changes: dict[str, Any],
+    ) -> Self:
+        """The model of a checkpoint, quantized on the way if that is asked for."""
+        rounded = quantization.of_checkpoint(checkpoint, asked)
+        if rounded is None:
+            return cls.from_checkpoint(checkpoint, options, **changes)
+        dtype = rounded.model_dtype(options.dtype)
+        changes = {**changes, "quantization_config": rounded.settings(dtype)}
+        return cls.from_checkpoint(rounded, replace(options, dtype=dtype), **changes)
 
     @classmethod
     def from_checkpoint(
@@ -185,15 +196,30 @@ class PreTrainedModel(nn.Module):
     def read_generation_config(self, directory: Path) -> None:
         """Take the special ids from generation_config.json, if the model generates."""
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_bytes: int = SHARD_BYTES, **options: Any
+    ) -> None:
         """Write config.json and sharded safetensors; dense and 4-bit weights stay as they are.
 
+        Args:
+            options: transformers' `max_shard_size` ("5GB" or bytes) and `safe_serialization=True`.
+
         Raises:
-            UsageError: the directory already holds weights or a config.
+            UsageError: the directory already holds weights or a config; another option.
+            UnsupportedError: `push_to_hub`.
             WriteError: a file cannot be written; the directory is as it was.
         """
+        max_shard_bytes = arguments.shard_bytes(options, max_shard_bytes)
         config = self.config.replace(architectures=[type(self).__name__])
         save.save(self, config, directory, max_shard_bytes)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _NOT_HERE:
+                raise
+            raise NotHereError(f"qmix's models have no {name}", remedy=_NOT_HERE[name]) from None
 
     def set_attn_implementation(self, name: str | None) -> None:
         """Choose the attention: "eager", "sdpa", "flash_attention_2" or "triton"; None: "sdpa".
@@ -259,6 +285,72 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, **_: Any) -> nn.Embedding:
+        """The embedding, which keeps its size.
+
+        Raises:
+            UnsupportedError: another size.
+        """
+        embedding = self.get_input_embeddings()
+        if new_num_tokens not in (None, embedding.num_embeddings):
+            raise UnsupportedError(
+                "the vocabulary cannot grow or shrink",
+                where="resize_token_embeddings",
+                expected=embedding.num_embeddings,
+                found=repr(new_num_tokens)[:80],
+                remedy="Resize it with transformers and save it, before qmix quantize.",
+            )
+        return embedding
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language-model head, if there is one."""
+        return self._modules.get("lm_head")
+
+    def can_generate(self) -> bool:
+        """Whether there is a head that generates."""
+        return "lm_head" in self._modules
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a weight is packed."""
+        return any(getattr(module, "_packed", None) is not None for module in self.modules())
+
+    @property
+    def hf_device_map(self) -> dict[str, str]:
+        """Where the modules are, in accelerate's words; offloaded experts where they are kept."""
+        place = {"": str(self.device)}
+        if self.store is not None:
+            place["experts"] = "disk" if self.device.type == "cpu" else "cpu"
+        return place
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of weights; a packed one counts as what it stands for."""
+        left_out = self.get_input_embeddings() if exclude_embeddings else None
+        total, seen = 0, set()
+        for module in self.modules():
+            if module is left_out:
+                continue
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in seen and (parameter.requires_grad or not only_trainable):
+                    seen.add(id(parameter))
+                    total += parameter.numel()
+            packed = getattr(module, "_packed", None)
+            if packed is not None and id(packed) not in seen and not only_trainable:
+                seen.add(id(packed))
+                total += math.prod(packed.shape)
+        return total
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all weights that are in memory, packed ones as they are stored."""
+        seen: dict[int, int] = {}
+        for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                seen[id(parameter)] = parameter.nbytes
+            packed = getattr(module, "_packed", None)
+            if packed is not None:
+                seen[id(packed)] = packed.nbytes
+        return sum(seen.values())
+
     def new_cache(self, batch: int = 1, capacity: int = 0) -> KVCache:
         """An empty cache for this model, with storage for `capacity` positions.
 
@@ -267,74 +359,3 @@ class PreTrainedModel(nn.Module):
         """
         self.check_process()
         return KVCache(self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity)
-
-
-def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that change the config, without those that have no effect.
-
-    Raises:
-        UnsupportedError: an option that quantizes.
-        UsageError: an unknown option.
-    """
-    for name, value in options.items():
-        if name in _QUANTIZING and value:
-            raise UnsupportedError(
-                "qmix does not quantize while loading",
-                where=name,
-                remedy="Run qmix quantize once, and load what it writes.",
-            )
-        if name not in (*_OVERRIDES, *_WITHOUT_EFFECT, *_QUANTIZING):
-            raise UsageError(
-                f"from_pretrained has no option {name!r}",
-                expected="torch_dtype, dtype, device, device_map, attn_implementation, vram, ram, "
-                "max_context, " + ", ".join(_OVERRIDES),
-            )
-    return {name: value for name, value in options.items() if name in _OVERRIDES}
-
-
-def _placed(device: torch.device | str | None, device_map: object) -> torch.device | str | None:
-    """The device that `device` or `device_map` names; None: the default device."""
-    if device_map is None:
-        return device
-    if device is not None:
-        raise UsageError("give either device or device_map", where="device_map")
-    place = device_map
-    if isinstance(place, Mapping):
-        place = next(iter(place.values())) if len(set(place.values())) == 1 else repr(place)
-    if place == "auto":
-        return None
-    if isinstance(place, int) and not isinstance(place, bool):
-        return f"cuda:{place}"
-    if isinstance(place, torch.device) or str(place).partition(":")[0] in ("cpu", "cuda"):
-        return torch.device(place) if isinstance(place, torch.device) else str(place)
-    raise UsageError(
-        "the model cannot be split over devices",
-        where="device_map",
-        expected="'auto', a device, or {'': device}",
-        found=repr(device_map)[:80],
-    )
-
-
-def _check_alone(load_options: object, fields: Sequence[object]) -> None:
-    """Raise unless `load_options` is LoadOptions and none of its fields is given beside it."""
-    if any(value is not None for value in fields):
-        raise UsageError("give either load_options or its fields", where="load_options")
-    if not isinstance(load_options, LoadOptions):
-        raise UsageError(
-            "wrong type",
-            where="load_options",
-            expected="LoadOptions",
-            found=type(load_options).__name__,
-        )
-
-
-def _agreed(
-    torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None
-) -> torch.dtype | None:
-    """The dtype that either of the two spellings names."""
-    first, second = parse_dtype(torch_dtype), parse_dtype(dtype)
-    if first is not None and second is not None and first != second:
-        raise UsageError(
-            "torch_dtype and dtype differ", where="dtype", expected=first, found=second
-        )
-    return first or second

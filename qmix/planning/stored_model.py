@@ -127,6 +127,7 @@ class StoredModel:
         dtype: of activations and dense weights, by torch's name.
         weights: in the order of the model's modules.
         assumed: the scheme, if it was assumed; None if files say it.
+        rounding: bytes that the largest weight takes while it is rounded on its way into memory.
     """
 
     name: str
@@ -134,6 +135,7 @@ class StoredModel:
     dtype: str
     weights: tuple[StoredWeight, ...]
     assumed: Scheme | None = None
+    rounding: int = 0
 
     @classmethod
     def of(cls, metadata: CheckpointMetadata, dtype: str | None = None) -> "StoredModel":
@@ -162,6 +164,21 @@ class StoredModel:
             weight = StoredWeight(tensor, recipe.scheme_of(tensor.name), (), 2)
             weights.append(replace(weight, tensor_bytes=_assumed_bytes(weight)))
         return cls(name=name, config=config, dtype=dtype, weights=tuple(weights), assumed=scheme)
+
+    @classmethod
+    def rounded(cls, metadata: CheckpointMetadata, recipe: Recipe, dtype: str) -> "StoredModel":
+        """The model of dense files, each weight of which is rounded while it is loaded."""
+        stored = cls.of(metadata, dtype)
+        weights, rounding = [], 0
+        for weight in stored.weights:
+            scheme = recipe.scheme_of(weight.tensor.name)
+            if scheme.kind != "dense":
+                in_float32 = 4 * weight.elements if weight.item == 1 else 0  # FP8
+                rounding = max(rounding, weight.file_bytes + in_float32)
+                rounded = StoredWeight(weight.tensor, scheme, (), 2)
+                weight = replace(rounded, tensor_bytes=_assumed_bytes(rounded))
+            weights.append(weight)
+        return replace(stored, weights=tuple(weights), rounding=rounding)
 
     @property
     def dense(self) -> bool:
@@ -206,7 +223,7 @@ class StoredModel:
             for weight in self.weights
             if weight.scheme.kind == "dense" and weight.item != self.item
         ]
-        return max((*converted, 0))
+        return max((*converted, self.rounding))
 
     @cached_property
     def first_layer(self) -> int:

@@ -19,8 +19,9 @@ INPUTS = ROOT / "qmix" / "models" / "inputs.py"
 # Section -> file -> public names, in reading order.
 CONTENTS = {
     "Loading": {
-        "qmix/models/auto.py": ["load", "AutoModelForCausalLM", "AutoTokenizer"],
+        "qmix/models/auto.py": ["load", "AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"],
         "qmix/models/options.py": ["LoadOptions"],
+        "qmix/models/quantization.py": ["BitsAndBytesConfig"],
         "qmix/models/pretrained.py": ["PreTrainedModel"],
         "qmix/config.py": ["MixtralConfig"],
     },
