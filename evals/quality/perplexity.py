@@ -3,6 +3,7 @@
 Shape letters: W windows, S window, V vocabulary. Knows nothing of printing.
 """
 
+import codecs
 import hashlib
 import math
 from collections.abc import Callable
@@ -27,15 +28,20 @@ _TEXT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the SHA-256 of its UTF-8 bytes."""
+    """A text and the SHA-256 of its UTF-8 bytes.
+
+    Attributes:
+        changes: what was changed of the file's text, in words.
+    """
 
     content: str
     sha256: str
+    changes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, content: str) -> "Text":
+    def of(cls, content: str, changes: tuple[str, ...] = ()) -> "Text":
         """The text with its SHA-256."""
-        return cls(content, hashlib.sha256(content.encode()).hexdigest())
+        return cls(content, hashlib.sha256(content.encode()).hexdigest(), changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +122,16 @@ class ScoringWindows:
     protocol: str
 
 
-def scoring_windows(ids: list[int], window: int, stride: int) -> ScoringWindows:
+def scoring_windows(
+    ids: list[int], window: int, stride: int, added: str = "BOS at the text's start only"
+) -> ScoringWindows:
     """Cut windows of `window` ids every `stride`. Each target is scored once; the tail is dropped.
 
     With `stride == window` this is the protocol of the GPTQ papers: one BOS at the very start,
     non-overlapping windows, and the mean over the window - 1 shifted targets of each.
+
+    Args:
+        added: what the tokenizer put around the text, in words.
 
     Raises:
         UsageError: fewer than two ids.
@@ -128,17 +139,12 @@ def scoring_windows(ids: list[int], window: int, stride: int) -> ScoringWindows:
     if len(ids) < 2:
         raise UsageError("the text is too short to score", expected="2 tokens", found=len(ids))
     if len(ids) < window:
-        words = (
-            f"one window of {len(ids)}, the whole text (shorter than {window}); BOS at the start"
-        )
+        words = f"one window of {len(ids)}, the whole text (shorter than {window}), {added}"
         return ScoringWindows(torch.tensor([ids]), 1, words)
     starts = range(0, len(ids) - window + 1, stride)
     dropped = len(ids) - (starts[-1] + window)
     kind = "non-overlapping" if stride == window else f"stride {stride}, each token scored once"
-    words = (
-        f"{len(starts)} windows of {window}, {kind}, BOS at the text's start only, "
-        f"tail of {dropped} tokens dropped"
-    )
+    words = f"{len(starts)} windows of {window}, {kind}, {added}, tail of {dropped} tokens dropped"
     rows = torch.tensor([ids[start : start + window] for start in starts])
     return ScoringWindows(rows, 1 if stride == window else window - stride, words)
 
@@ -169,13 +175,14 @@ def evaluate(
     """
     weight_dtype = parse_dtype(dtype)
     checkpoint = open_checkpoint(directory)
-    ids = LlamaTokenizer.from_pretrained(directory).encode(text.content)
+    tokenizer = LlamaTokenizer.from_pretrained(directory)
+    ids = tokenizer.encode(text.content)
     positions = checkpoint.config.max_position_embeddings
     size = min(WINDOW, positions) if window is None else window
     _check_range("ctx", size, 2, positions)
     step = size if stride is None else stride
     _check_range("stride", step, 1, size)
-    windows = scoring_windows(ids, size, step)
+    windows = scoring_windows(ids, size, step, added_tokens(tokenizer))
     base = None if reference is None else _comparable(reference, checkpoint, text, ids)
     base_layers = 0 if base is None else base.config.num_hidden_layers
     total = base_layers + checkpoint.config.num_hidden_layers
@@ -191,6 +198,23 @@ def evaluate(
 
     compared = None if base is None else scorer(base, 0)
     return _score(windows, scorer(checkpoint, base_layers), compared, text.sha256)
+
+
+def added_tokens(tokenizer: LlamaTokenizer) -> str:
+    """What a tokenizer puts around a text, in words."""
+    alone, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    at = next(n for n in range(len(whole)) if whole[n : n + len(alone)] == alone)
+    before, after = whole[:at], whole[at + len(alone) :]
+    words = "nothing in front"
+    if before == [tokenizer.bos_token_id]:
+        words = "BOS at the text's start only"
+    elif before:
+        words = f"{_named(tokenizer, before)} at the text's start only"
+    return f"{words}, {_named(tokenizer, after)} at its end" if after else words
+
+
+def _named(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
+    return " ".join(f"{tokenizer.convert_ids_to_tokens(index)} ({index})" for index in ids)
 
 
 def _comparable(reference: Path, checkpoint: Checkpoint, text: Text, ids: list[int]) -> Checkpoint:
@@ -212,13 +236,24 @@ def _comparable(reference: Path, checkpoint: Checkpoint, text: Text, ids: list[i
     return opened
 
 
-def read_text(data: Path) -> Text:
-    """Read a text file without touching its newlines.
+def read_text(data: Path, *, as_it_is: bool = False) -> Text:
+    """Read a text file, or a pipe that is being written.
+
+    Args:
+        as_it_is: keep the byte-order mark and the line ends CRLF that Windows writes; they cost
+            tokens that no model saw in training.
 
     Raises:
         CheckpointError: not a file, unreadable, over 1 GiB, empty or not UTF-8.
     """
-    raw = regular_file.read(data, limit_bytes=_TEXT_BYTES)
+    raw = regular_file.read_given(data, limit_bytes=_TEXT_BYTES)
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise CheckpointError(
+            "not UTF-8",
+            where=str(data),
+            found="UTF-16, as Windows writes it",
+            remedy="Convert it: iconv -f UTF-16 -t UTF-8",
+        )
     try:
         content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -228,9 +263,16 @@ def read_text(data: Path) -> Text:
             found=f"byte {raw[error.start]:#04x} at offset {error.start}",
             remedy="Convert the text to UTF-8 first.",
         ) from None
+    changes = []
+    if not as_it_is and content.startswith("\ufeff"):
+        content = content[1:]
+        changes.append("a byte-order mark was dropped")
+    if not as_it_is and (ends := content.count("\r\n")):
+        content = content.replace("\r\n", "\n")
+        changes.append(f"{ends} line ends CRLF became LF")
     if not content:
         raise CheckpointError("the text is empty", where=str(data))
-    return Text.of(content)
+    return Text.of(content, tuple(changes))
 
 
 def _score(

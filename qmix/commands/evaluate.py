@@ -63,6 +63,9 @@ def evaluate(
     max_kl: Annotated[
         float | None, typer.Option(help="Exit 5 if the mean KL divergence is higher.")
     ] = None,
+    raw_text: Annotated[
+        bool, typer.Option("--raw-text", help="Keep a byte-order mark and CRLF line ends.")
+    ] = False,
     as_json: options.AsJson = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -80,10 +83,12 @@ def evaluate(
     reference = None if reference is None else sources.local(reference, yes=yes)
     from qmix.evals.quality import perplexity
 
+    text = perplexity.read_text(data, as_it_is=raw_text)
+    terminal.notice_changes(data, text.changes, "--raw-text keeps them")
     with terminal.progress() as show:
         result = perplexity.evaluate(
             directory,
-            perplexity.read_text(data),
+            text,
             reference=reference,
             window=ctx,
             stride=stride,

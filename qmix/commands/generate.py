@@ -30,7 +30,10 @@ _CHAT: Mapping[str, Any] = {
 def generate(
     directory: options.Directory,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")
+        str,
+        typer.Argument(
+            metavar="PROMPT", help="The text to continue; - reads stdin, less one newline."
+        ),
     ],
     max_new_tokens: Annotated[
         int | None,
@@ -121,8 +124,9 @@ def chat(
 
 
 def _stdin() -> str:
+    """The text on stdin without the newline that `echo` ends it with."""
     terminal.decode_utf8(sys.stdin)
-    return sys.stdin.read()
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _defaults(values: Mapping[str, Any]) -> "GenerationConfig":

@@ -4,6 +4,7 @@ A command takes a group as one parameter, under the decorator `grouped`. Knows n
 imports stay inside the functions.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -98,9 +99,10 @@ class Sampling(Group):
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sampler.", show_default="random")
     ] = None
-    stop: Annotated[list[str] | None, typer.Option(help="End the text here; may be repeated.")] = (
-        None
-    )
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help=r"End the text here; may be repeated. \n and \t are understood."),
+    ] = None
 
     def parse(self, max_new_tokens: int | None) -> "GenerationConfig":
         """What was given, checked before a model is loaded.
@@ -111,11 +113,24 @@ class Sampling(Group):
         from qmix import GenerationConfig
 
         options = {name: value for name, value in vars(self).items() if name != "stop"}
-        options |= {"max_new_tokens": max_new_tokens, "stop_strings": self.stop or None}
+        options |= {
+            "max_new_tokens": max_new_tokens,
+            "stop_strings": list(map(unescaped, self.stop or ())) or None,
+        }
         if self.temperature is not None:
             options["do_sample"] = self.temperature != 0
         given = {name: value for name, value in options.items() if value is not None}
         return GenerationConfig(**given).attributed(GIVEN)
+
+
+# The escapes that llama.cpp understands on its command line, and \u.
+_ESCAPE = re.compile(r"""\\(?:x[0-9a-fA-F]{2}|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|[nrt\\'"])""")
+
+
+def unescaped(text: str) -> str:
+    r"""The text with a newline for `\n`, and so on; other backslashes stay."""
+    plain = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+    return _ESCAPE.sub(lambda match: plain.get(match[0][1]) or chr(int(match[0][2:], 16)), text)
 
 
 LOAD = Load()

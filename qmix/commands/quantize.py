@@ -157,7 +157,9 @@ def _calibration_text(path: Path | None) -> str:
     from qmix.evals.quality import perplexity
 
     if path is not None:
-        return perplexity.read_text(path).content
+        text = perplexity.read_text(path)
+        terminal.notice_changes(path, text.changes)
+        return text.content
     terminal.notice("calibrating with Python's documentation; --calibration takes your own text")
     return corpus.training_text()
 

@@ -37,6 +37,12 @@ def notice(text: str) -> None:
     show_lines(escaped(text), console(), style="dim")
 
 
+def notice_changes(path: object, changes: Sequence[str], remedy: str | None = None) -> None:
+    """Say what was changed of a file's text before it is used, if anything was."""
+    if changes:
+        notice(f"{path}: {', '.join(changes)}{f' ({remedy})' if remedy else ''}")
+
+
 def message(text: str) -> None:
     """A line on stderr, escaped; it is never parsed as markup."""
     show_lines(escaped(text), console())

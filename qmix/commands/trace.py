@@ -65,7 +65,11 @@ def record(
 
     load_options = load.parse()
     directory = sources.local(directory, yes=yes)
-    text = None if data is None else perplexity.read_text(data).content
+    text = None
+    if data is not None:
+        read = perplexity.read_text(data)
+        terminal.notice_changes(data, read.changes)
+        text = read.content
     model, tokenizer = qmix.load(directory, load_options=load_options)
     with terminal.progress() as show:
         tokens = record_trace(

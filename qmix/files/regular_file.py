@@ -91,6 +91,35 @@ def read(path: Path, *, limit_bytes: int, missing: str | None = None) -> bytes:
         return file.read(size)
 
 
+def read_given(path: Path, *, limit_bytes: int) -> bytes:
+    """The bytes of a file that the user names: a regular one, or a pipe that is being written.
+
+    A shell's `<(command)` is such a pipe. One that nobody writes to is refused without waiting.
+
+    Raises:
+        CheckpointError: as read.
+    """
+    with reading(path):
+        pipe = exists(path) and stat.S_ISFIFO(path.stat().st_mode)
+    if not pipe:
+        return read(path, limit_bytes=limit_bytes)
+    with reading(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            start = file.read(1)  # None: there is a writer, who has written nothing yet
+            os.set_blocking(descriptor, True)
+            if start == b"":
+                _check_kind(path, os.fstat(descriptor).st_mode)
+            data = bytearray(start or b"")
+            while len(data) <= limit_bytes and (chunk := file.read(1 << 20)):
+                data += chunk
+    if len(data) > limit_bytes:
+        raise CheckpointError(
+            "text too long", where=str(path), expected=f"at most {limit_bytes} B", found="more"
+        )
+    return bytes(data)
+
+
 def exists(path: Path) -> bool:
     """Whether there is anything by this name; a name that no file can have is of nothing."""
     try:

@@ -71,8 +71,20 @@ def _partial_path(out: Path) -> Path:
 
 
 def _check_replaceable(out: Path, *, force: bool) -> None:
-    if out.is_symlink() or not out.is_dir():
-        raise UsageError("OUT exists and is not a directory", where=str(out))
+    if out.is_symlink():
+        raise UsageError(
+            "OUT is a link, and --force would replace it and not what it leads to",
+            where=str(out),
+            found=f"a link to {os.readlink(out)}",
+            remedy=f"Give {out.resolve()}.",
+        )
+    if not out.is_dir():
+        raise UsageError(
+            "OUT exists and is not a directory",
+            where=str(out),
+            found="a file",
+            remedy="Choose another name.",
+        )
     if not force:
         raise UsageError(
             "OUT exists", where=str(out), remedy="Choose another directory, or give --force."
