@@ -7,6 +7,7 @@ Torch is not imported at the top: the controller of several workers needs none, 
 threads must be set before.
 """
 
+import gc
 import os
 import shutil
 import warnings
@@ -28,6 +29,16 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items):
     soak.leave_to_soak(items)
+
+
+def pytest_collection_finish():
+    """Leave what collection made out of all later collections of garbage.
+
+    It is 600,000 objects, and a full collection, of which tests and qmix ask for many, looks at
+    each of them: half a second every time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

@@ -15,6 +15,8 @@ from qmix.evals.timing.bench import BenchTest
 from qmix.kernels.gpu import packed_matmul
 from tests.support.interpreter import CONVERSIONS, INTERPRETED
 from tests.support.models import small_config
+from tests.support.oracles import eager_bitsandbytes
+from tests.support.soak import both
 
 if not INTERPRETED:
     pytest.skip("not the interpreter", allow_module_level=True)
@@ -51,14 +53,17 @@ def tiny(**changes):
     return random_model.build_random_model(config, random_model.NF4, CPU, dtype=torch.float32)
 
 
-def test_the_model(monkeypatch):
+@both
+def test_the_model(soak, monkeypatch):
+    """The gate has one test of one repetition; the soak has one of each kind, repeated."""
     monkeypatch.setattr(full_model, "build_model", lambda device: tiny())
-    monkeypatch.setattr(full_model, "REPETITIONS", 2)
+    monkeypatch.setattr(full_model, "REPETITIONS", 1 + soak)
     tests = (BenchTest(kind="tg", tokens=2, batch=2, depth=8), BenchTest(kind="pp", tokens=3))
-    monkeypatch.setattr(full_model, "TESTS", tests)
+    monkeypatch.setattr(full_model, "TESTS", tests[: 1 + soak])
     build, *found = full_model.results(CPU)
     assert 4 < build["bits_per_weight"] < 16
-    assert [(row["test"], row["batch"]) for row in found] == [("tg2 @ d8", 2), ("pp3", 1)]
+    rows = [("tg2 @ d8", 2), ("pp3", 1)]
+    assert [(row["test"], row["batch"]) for row in found] == rows[: 1 + soak]
     assert 2 <= found[0]["distinct_experts"] <= 4
     assert found[0]["of_bound"] > 0
 
@@ -119,11 +124,12 @@ def test_the_profile(monkeypatch):
             pass
 
         def events(self):
-            return [Event("gate_up"), Event("merge")] * 10
+            return [Event("gate_up"), Event("merge")] * 2
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(token_profile.full_model, "build_model", lambda device, **_: tiny())
     monkeypatch.setattr(token_profile, "DEPTHS", (8,))
+    monkeypatch.setattr(token_profile, "_TOKENS", 2)
     found = list(token_profile.results(CPU))
     assert [row["kernel"] for row in found] == [
         "whole step, graph", "whole step, launched one by one", "gate_up", "merge",
@@ -148,7 +154,10 @@ def small_peers(monkeypatch):
 @pytest.mark.parametrize("peer", ["bitsandbytes", "grouped_nf4_gemm"])
 def test_peers(peer, small_peers, monkeypatch):
     """They are asked in their own words, where they are installed."""
-    pytest.importorskip({"grouped_nf4_gemm": "nf4_grouped"}.get(peer, peer))
+    if peer == "bitsandbytes":
+        eager_bitsandbytes()
+    else:
+        pytest.importorskip("nf4_grouped")
     tokens = (1, 4)
     if peer == "grouped_nf4_gemm":  # above one token its kernel does not run in the interpreter
         tokens = (1,)

@@ -22,6 +22,34 @@ DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 w
 CONVERSIONS = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 
+def _patch_once_a_launch():
+    """Triton patches its language anew at every call of a device function: a third of the time.
+
+    It stays patched until the launch ends, so that once for each module of functions is enough.
+    """
+    from triton.runtime import interpreter
+
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        module = function.__globals__["__name__"]
+        if module in patched:
+            return None  # to a device function, which has no use for it
+        patched.add(module)
+        return patch(function)
+
+    def launch_patched(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_patched
+
+
+if INTERPRETED:
+    _patch_once_a_launch()
+
+
 def run_apart(*names, interpreted, soak=False):
     """Run each tests/kernels/interpreted_`name`.py to its end; what is chosen must pass.
 

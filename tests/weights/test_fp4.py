@@ -1,6 +1,5 @@
 """FP4 in bitsandbytes' layout: the same values and the same bytes as bitsandbytes."""
 
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -16,11 +15,9 @@ from qmix.weights import nf4
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import FP4_VALUES
 from tests.support import packers
+from tests.support.oracles import eager_bitsandbytes
 
-with warnings.catch_warnings():
-    # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.
-    warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
-    functional = pytest.importorskip("bitsandbytes.functional")
+functional = eager_bitsandbytes().functional
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 

@@ -1,7 +1,6 @@
 """NF4: our codes and scales are bitsandbytes' bytes, and what they decode to is theirs too."""
 
 import hashlib
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -18,12 +17,10 @@ from qmix.weights.scheme import DENSE, NF4_BLOCK_SIZES, Scheme
 from qmix.weights.slabs import decoded
 from qmix.weights.table import NF4_VALUES
 from tests.support import exact
+from tests.support.oracles import eager_bitsandbytes
 from tests.support.process import succeeds
 
-with warnings.catch_warnings():
-    # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.
-    warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
-    bnb = pytest.importorskip("bitsandbytes.functional")
+bnb = eager_bitsandbytes().functional
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {2: torch.int16, 4: torch.int32}

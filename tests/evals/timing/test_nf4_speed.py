@@ -3,8 +3,9 @@
 import pytest
 
 from qmix.evals.timing import nf4_speed
+from tests.support.oracles import eager_bitsandbytes
 
-pytest.importorskip("bitsandbytes")
+eager_bitsandbytes()
 
 
 def test_a_row_for_each_comparison(capsys):

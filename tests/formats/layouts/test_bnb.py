@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -16,12 +15,10 @@ from qmix.formats.layouts import bnb, tensor_names
 from qmix.weights import nf4
 from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import NF4, NF4_BLOCK_SIZES, Scheme
+from tests.support.oracles import eager_bitsandbytes
 
-with warnings.catch_warnings():
-    # torch's own compiler, imported by bitsandbytes, uses a decorator that torch has deprecated.
-    warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    functional = pytest.importorskip("bitsandbytes.functional")
+bitsandbytes = eager_bitsandbytes()
+functional = bitsandbytes.functional
 
 P = "model.layers.0.block_sparse_moe.experts.3.w1"
 Q = "model.layers.0.self_attn.q_proj"
