@@ -186,7 +186,7 @@ def _documents(directory: Path) -> dict[str, str]:
         name: hashlib.sha256(
             regular_file.read(directory / name, limit_bytes=companions.MAX_BYTES)
         ).hexdigest()
-        for name in ("config.json", *companions.NAMES)
+        for name in ("config.json", *companions.present(directory))
         if (directory / name).is_file()
     }
 

@@ -13,7 +13,7 @@ from qmix.commands import options, sources, terminal
 from qmix.errors import UsageError
 
 if TYPE_CHECKING:
-    from qmix import GenerationConfig
+    from qmix import GenerationConfig, LlamaTokenizer
 
 # What neither the command line nor the checkpoint's generation_config.json says.
 _GENERATE: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
@@ -40,7 +40,10 @@ def generate(
         typer.Option(help="New tokens at most.", show_default="the checkpoint's, or 256"),
     ] = None,
     sampling: options.Sampling = options.SAMPLING,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in [INST] tags.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask it as a user does in a chat, by the template.")
+    ] = False,
+    template: options.Template = None,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
@@ -60,16 +63,14 @@ def generate(
     import qmix
     from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
-    from qmix.text import chat_template
 
     load_options = load.parse()
     text = _stdin() if prompt == "-" else prompt
     model, tokenizer = qmix.load(directory, load_options=load_options)
-    if chat:
-        ids = chat_template.encode([chat_template.Message("user", text)], tokenizer)
-    else:
-        ids = tokenizer.encode(text)
     config = config.filled_from(model.generation_config).filled_from(_defaults(_GENERATE))
+    chat = chat or template is not None
+    ids, ends = _asked(tokenizer, text, template) if chat else (tokenizer.encode(text), ())
+    config = _ending(config, ends)
     config = _fitting(config, len(ids), model.config.max_position_embeddings)
     count, seconds = 0, 0.0
     inputs = GenerationInputs(
@@ -86,6 +87,7 @@ def generate(
 def chat(
     directory: options.Directory,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    template: options.Template = None,
     ctx: Annotated[
         int | None, typer.Option(help="Context in tokens.", show_default="the model's")
     ] = None,
@@ -114,11 +116,16 @@ def chat(
     import qmix
     from qmix.commands.repl import Repl, Streams
     from qmix.commands.session import Session
+    from qmix.text.chat_format import INST_NAME, chat_format
 
     load_options = load.parse(max_context=ctx)
     model, tokenizer = qmix.load(directory, load_options=load_options)
     config = config.filled_from(model.generation_config).filled_from(_defaults(_CHAT))
-    session = Session(model, tokenizer, config, system=system, context=ctx)
+    form = chat_format(tokenizer, template)
+    config = _ending(config, form.end_ids)
+    session = Session(model, tokenizer, config, chat_format=form, system=system, context=ctx)
+    if sys.stdin.isatty() or form.name != INST_NAME:
+        terminal.notice(f"template: {form.name}")
     terminal.decode_utf8(sys.stdin)
     Repl(session, Streams(sys.stdin, sys.stdout, terminal.console())).run()
 
@@ -133,6 +140,23 @@ def _defaults(values: Mapping[str, Any]) -> "GenerationConfig":
     from qmix import GenerationConfig
 
     return GenerationConfig(**values).attributed("qmix")
+
+
+def _asked(
+    tokenizer: "LlamaTokenizer", text: str, template: str | None
+) -> tuple[list[int], tuple[int, ...]]:
+    """The ids of a user's message, and what ends a reply to it."""
+    from qmix.text.chat_format import chat_format
+    from qmix.text.chat_template import Message
+
+    form = chat_format(tokenizer, template)
+    return form.prompt([Message("user", text)]), form.end_ids
+
+
+def _ending(config: "GenerationConfig", ends: tuple[int, ...]) -> "GenerationConfig":
+    """The configuration with more ids that end the text."""
+    new = [index for index in ends if index not in config.eos_ids]
+    return config.updated({"eos_token_id": [*config.eos_ids, *new]}) if new else config
 
 
 def _fitting(config: "GenerationConfig", prompt: int, positions: int) -> "GenerationConfig":

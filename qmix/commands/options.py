@@ -34,6 +34,14 @@ Dtype = Annotated[
     typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's"),
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE|inst",
+        help="Chat template: one of the checkpoint's by name, a file of Jinja, or [INST].",
+        show_default="the checkpoint's own, or [INST]",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 

@@ -192,3 +192,7 @@ def draw_report(report: "QuantizeReport", out: Path) -> None:
     )
     for remark in report.remarks():
         terminal.notice(remark)
+    from qmix.text.tokenizer import tokenizer_problem
+
+    if why := tokenizer_problem(out):
+        terminal.message(f"qmix: {out} has no tokenizer that works: {why}")

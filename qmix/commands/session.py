@@ -17,7 +17,8 @@ from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Finish, stream
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
-from qmix.text import chat_template
+from qmix.text.chat_format import ChatFormat
+from qmix.text.chat_format import chat_format as own_format
 from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -91,6 +92,7 @@ class Session:
     """Turns, system prompt and cache of one conversation.
 
     Args:
+        chat_format: makes prompts of the turns; default: the checkpoint's own.
         context: tokens of prompt and reply together at most; default: the model's positions.
 
     Raises:
@@ -103,6 +105,7 @@ class Session:
         tokenizer: LlamaTokenizer,
         config: GenerationConfig,
         *,
+        chat_format: ChatFormat | None = None,
         system: str | None = None,
         context: int | None = None,
     ) -> None:
@@ -114,6 +117,7 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        self._format = own_format(tokenizer) if chat_format is None else chat_format
         self.system = system
         self.context = context or limit
         self.turns: list[Turn] = []
@@ -220,6 +224,4 @@ class Session:
         messages = [Message("system", self.system)] if self.system else []
         for turn in turns[:-1]:
             messages += [Message("user", turn.user), Message("assistant", "", turn.answer)]
-        return tuple(
-            chat_template.encode([*messages, Message("user", turns[-1].user)], self.tokenizer)
-        )
+        return tuple(self._format.prompt([*messages, Message("user", turns[-1].user)]))

@@ -45,10 +45,11 @@ def load(
             where=str(directory),
             expected=f"at most {model.config.vocab_size}",
             found=tokenizer.vocab_size,
-            remedy="tokenizer.model belongs to another model.",
+            remedy="The tokenizer belongs to another model.",
         )
     model.tokenizer = tokenizer
-    ends = {*model.generation_config.eos_ids, tokenizer.eos_token_id} - {None}
+    stated = (*model.generation_config.eos_ids, *model.config.eos_token_ids)
+    ends = {*stated, tokenizer.eos_token_id} - {None}
     model.generation_config = model.generation_config.updated({"eos_token_id": sorted(ends)})
     return model, tokenizer
 

@@ -7,7 +7,7 @@ control token (`<s>`, `</s>`). Knows of a tokenizer only that it encodes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from qmix.errors import UsageError
 
@@ -42,7 +42,7 @@ class Message:
     ids: tuple[int, ...] | None = None
 
 
-def encode(messages: Sequence[Message | Mapping[str, str]], tokenizer: Encoder) -> list[int]:
+def encode(messages: Sequence[Message | Mapping[str, Any]], tokenizer: Encoder) -> list[int]:
     """Encode a conversation that the model is to continue with its next answer.
 
     The ids are `<s>`, then `[INST] user [/INST]` and `answer </s>` for each turn. A system prompt
@@ -56,7 +56,7 @@ def encode(messages: Sequence[Message | Mapping[str, str]], tokenizer: Encoder) 
     Raises:
         UsageError: the roles are out of order; the message names the index and the role.
     """
-    turns = [_message(message, index) for index, message in enumerate(messages)]
+    turns = [checked_message(message, index) for index, message in enumerate(messages)]
     _check_order(turns)
     system = ""
     if turns[0].role == "system":
@@ -65,8 +65,8 @@ def encode(messages: Sequence[Message | Mapping[str, str]], tokenizer: Encoder) 
         turns = turns[1:]
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids += _user(system + turns[0].content, tokenizer)
-    for answer, user in zip(turns[1::2], turns[2::2], strict=True):
-        ids += _answer(answer, tokenizer)
+    for reply, user in zip(turns[1::2], turns[2::2], strict=True):
+        ids += answer(reply, tokenizer)
         ids += continue_turn(user.content, tokenizer)
     return ids
 
@@ -77,18 +77,19 @@ def continue_turn(text: str, tokenizer: Encoder) -> list[int]:
     They are `</s>` and `[INST] text [/INST]`, exactly what `encode` puts after that answer. Leave
     out the first id if the answer's own `</s>` has been fed to the model.
     """
-    return [_end(tokenizer), *_user(text, tokenizer)]
+    return [end(tokenizer), *_user(text, tokenizer)]
 
 
 def _user(text: str, tokenizer: Encoder) -> list[int]:
     return _typed(f"[INST] {text} [/INST]", tokenizer)
 
 
-def _answer(message: Message, tokenizer: Encoder) -> list[int]:
+def answer(message: Message, tokenizer: Encoder) -> list[int]:
+    """The ids of an answer, without the end."""
     if message.ids is None:
         return _typed(message.content, tokenizer)
     ids = list(message.ids)
-    return ids[:-1] if ids[-1:] == [_end(tokenizer)] else ids
+    return ids[:-1] if ids[-1:] == [end(tokenizer)] else ids
 
 
 def _typed(text: str, tokenizer: Encoder) -> list[int]:
@@ -96,19 +97,29 @@ def _typed(text: str, tokenizer: Encoder) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def _end(tokenizer: Encoder) -> int:
+def end(tokenizer: Encoder) -> int:
+    """The id that ends an answer.
+
+    Raises:
+        UsageError: the tokenizer has none.
+    """
     if tokenizer.eos_token_id is None:
         raise UsageError("the tokenizer has no end-of-sequence token", where="tokenizer")
     return tokenizer.eos_token_id
 
 
-def _message(value: Message | Mapping[str, str], index: int) -> Message:
+def checked_message(value: Message | Mapping[str, Any], index: int) -> Message:
+    """A message, of which the content may be a list of text parts.
+
+    Raises:
+        UsageError: it is none; the error names its index.
+    """
     where = f"messages[{index}]"
     if isinstance(value, Mapping):
         missing = [key for key in ("role", "content") if key not in value]
         if missing:
             raise UsageError(f"{missing[0]} is missing", where=where, found=sorted(map(str, value)))
-        value = Message(value["role"], value["content"])
+        value = Message(value["role"], _joined(value["content"]))
     if not isinstance(value, Message):
         raise UsageError(
             "wrong type",
@@ -131,6 +142,13 @@ def _message(value: Message | Mapping[str, str], index: int) -> Message:
             found=type(value.content).__name__,
         )
     return value
+
+
+def _joined(content: Any) -> Any:
+    """The text of a list of text parts; anything else as it is."""
+    parts = content if isinstance(content, (list, tuple)) else ()
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    return "".join(map(str, texts)) if texts and all(isinstance(t, str) for t in texts) else content
 
 
 def _check_order(turns: Sequence[Message]) -> None:

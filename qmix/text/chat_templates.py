@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qmix.errors import CheckpointError, UsageError
+from qmix.errors import CheckpointError, QmixError, UsageError
 from qmix.files import regular_file
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -50,11 +50,14 @@ def read_file(path: Path) -> str:
         ) from None
 
 
-def of_entry(entry: object, where: str) -> dict[str, str]:
+def of_entry(entry: object, where: str, kind: type[QmixError] = CheckpointError) -> dict[str, str]:
     """The templates of a `chat_template` entry: a string, a list of named ones, or an object.
 
+    Args:
+        kind: the class of the error.
+
     Raises:
-        CheckpointError: another form, or a template larger than 1 MiB.
+        QmixError: another form, or a template larger than 1 MiB.
     """
     if entry is None:
         return {}
@@ -68,7 +71,7 @@ def of_entry(entry: object, where: str) -> dict[str, str]:
     ):
         named = {str(each["name"]): each["template"] for each in entry}
     if not named or not all(isinstance(text, str) for text in (*named, *named.values())):
-        raise CheckpointError(
+        raise kind(
             "wrong value",
             where=where,
             expected="a template, or a list of objects with name and template",
@@ -77,7 +80,7 @@ def of_entry(entry: object, where: str) -> dict[str, str]:
         )
     size = max(len(text) for text in named.values())
     if size > MAX_BYTES:
-        raise CheckpointError(
+        raise kind(
             "the template is too large",
             where=where,
             expected=f"at most {MAX_BYTES} characters",
@@ -110,3 +113,10 @@ def choose(templates: Mapping[str, str], name: str | None, *, tools: bool) -> st
 def file_of(name: str) -> Path:
     """Where a template of this name is kept, in the checkpoint's folder."""
     return Path(TEMPLATE_FILE) if name == DEFAULT else Path(TEMPLATE_FOLDER, f"{name}.jinja")
+
+
+def entry(templates: Mapping[str, str]) -> str | list[dict[str, str]] | None:
+    """The `chat_template` entry of a config that holds these templates."""
+    if set(templates) <= {DEFAULT}:
+        return templates.get(DEFAULT)
+    return [{"name": name, "template": text} for name, text in templates.items()]

@@ -122,6 +122,17 @@ def described(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
     return {_PREFIX + name: value for name, value in said.items()}
 
 
+def described_templates(templates: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata of chat templates, as llama.cpp's converter writes them."""
+    others = {name: text for name, text in templates.items() if name != DEFAULT}
+    said: dict[str, Any] = {f"{TEMPLATE}.{name}": text for name, text in others.items()}
+    if others:
+        said[f"{TEMPLATE}s"] = tuple(others)
+    if DEFAULT in templates:
+        said[TEMPLATE] = templates[DEFAULT]
+    return said
+
+
 def _value(metadata: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     value = metadata.get(_PREFIX + name)
     if not isinstance(value, kind):

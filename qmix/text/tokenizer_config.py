@@ -181,7 +181,7 @@ class TokenizerConfig:
         """A token as it is written: its text, or an object with content and flags."""
         entry: Mapping[str, Any] = value if isinstance(value, Mapping) else {"content": value}
         content = entry.get("content")
-        if not isinstance(content, str) or not content:
+        if not isinstance(content, str) or not content or not _is_unicode(content):
             raise self._wrong_entry(name, "a string, or an object with content", value)
         if special is None:
             special = entry.get("special") is True
@@ -236,6 +236,15 @@ def overrides(options: Mapping[str, Any]) -> dict[str, Any]:
                 f"from_pretrained has no option {name!r}", expected=", ".join(OVERRIDES)
             )
     return {name: value for name, value in options.items() if name in OVERRIDES}
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _content(token: object) -> object:

@@ -49,6 +49,18 @@ class TokenizerFiles:
         """The config, checked as it is read."""
         return TokenizerConfig(self.config, str(Path(self.where).with_name(CONFIG_FILE)))
 
+    def chat_templates(self) -> dict[str, str]:
+        """The templates by name; those with files of their own count before the config's.
+
+        Raises:
+            CheckpointError: the entry of the config is wrong.
+        """
+        if self.templates:
+            return dict(self.templates)
+        where = str(Path(self.where).with_name(CONFIG_FILE))
+        entry = self.config.get(chat_templates.TEMPLATE_ENTRY)
+        return chat_templates.of_entry(entry, f"{where}: {chat_templates.TEMPLATE_ENTRY}")
+
     def backend(self) -> SentencePieceBackend | TokenizersBackend:
         """What encodes.
 

@@ -50,6 +50,9 @@ CONTENTS = {
     },
     "Text": {
         "qmix/text/tokenizer.py": ["LlamaTokenizer"],
+        "qmix/text/text_encoder.py": ["TextEncoder"],
+        "qmix/text/chat_encoder.py": ["ChatEncoder"],
+        "qmix/text/token_table.py": ["TokenTable"],
         "qmix/text/batch_encoding.py": ["BatchEncoding"],
         "qmix/text/chat_template.py": ["Message", "encode"],
     },

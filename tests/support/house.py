@@ -58,6 +58,7 @@ OWNERS: Mapping[str, set[str]] = {
     "sentencepiece": {
         *("qmix.text.sentencepiece_backend", "qmix.evals.training.train_tokenizer"),
     },
+    "jinja2": {"qmix.text.template_worker"},
     "tokenizers": {
         *("qmix.text.backend", "qmix.text.tokenizers_backend", "qmix.text.sentencepiece_backend"),
         *("qmix.text.tokenizer_config", "qmix.text.token_table"),

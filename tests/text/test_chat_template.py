@@ -151,7 +151,8 @@ def test_a_wrong_order_of_roles_is_named_by_index_and_role(roles, index, role):
         [{"role": "user"}],
         [{"content": "Hi"}],
         [{"role": "user", "content": None}],
-        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": 3}]}],
         [{"role": ["user"], "content": "Hi"}],
         [Message("user", "\ud800")],
     ],
@@ -179,3 +180,22 @@ def test_the_tokenizers_chat_template_is_this_format():
     assert TOKENIZER.apply_chat_template(THREE_TURNS[:4], return_tensors="pt").tolist() == [ids]
     text = "<s> [INST] Be brief.\n\nHi [/INST] Hello!</s> [INST] How? [/INST]"
     assert TOKENIZER.apply_chat_template(THREE_TURNS[:4], tokenize=False) == text
+
+
+def test_an_answer_may_end_the_conversation_or_go_on():
+    turns = [Message("user", "Hi"), Message("assistant", "Hello")]
+    first = chat_template.encode(turns[:1], TOKENIZER)
+    hello = TOKENIZER.encode("Hello", add_special_tokens=False)
+    ended = TOKENIZER.apply_chat_template(turns, add_generation_prompt=False)
+    assert ended == [*first, *hello, 2]
+    assert TOKENIZER.apply_chat_template(turns, continue_final_message=True) == [*first, *hello]
+    with pytest.raises(UsageError, match="not from the user"):
+        TOKENIZER.apply_chat_template(turns)
+    with pytest.raises(UsageError, match="no tools"):
+        TOKENIZER.apply_chat_template(turns[:1], tools=[{}])
+
+
+def test_text_parts_are_joined():
+    parts = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("H", "i")]}]
+    ids = chat_template.encode(parts, TOKENIZER)
+    assert ids == chat_template.encode([Message("user", "Hi")], TOKENIZER)

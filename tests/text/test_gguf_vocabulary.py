@@ -58,3 +58,19 @@ def test_the_settings_of_the_file_are_kept(metadata):
 def test_a_damaged_tokenizer_is_refused_by_key(metadata, changes, error, message):
     with pytest.raises(error, match=message):
         built(metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+
+
+def test_the_templates_of_a_file_are_used(metadata):
+    templates = {"default": "{{ messages[0].content }}!", "tool_use": "T", "ignored": "x"}
+    described = gguf_vocabulary.described_templates(templates)
+    assert described["tokenizer.chat_template"] == "{{ messages[0].content }}!"
+    tokenizer = built(metadata | described)
+    assert tokenizer.chat_templates == templates
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == "Hi!"
+    assert built(metadata).chat_template is None
+
+
+def test_a_template_that_is_none_is_refused(metadata):
+    with pytest.raises(CheckpointError, match="chat_template"):
+        built(metadata | {"tokenizer.chat_template": 3})

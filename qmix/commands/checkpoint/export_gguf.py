@@ -13,10 +13,8 @@ from torch import Tensor
 from qmix.commands.checkpoint.export_plan import ExportPlan, PlannedWeight
 from qmix.commands.checkpoint.export_weights import WeightConversion
 from qmix.errors import UnsupportedError
-from qmix.files import regular_file
 from qmix.formats import Checkpoint
 from qmix.formats.files import output_dir
-from qmix.formats.files.companions import MAX_BYTES
 from qmix.formats.gguf.config import described
 from qmix.formats.gguf.tensors import gguf_name, rotary_heads
 from qmix.formats.layouts import gguf_blocks
@@ -29,7 +27,6 @@ from qmix.text.tokenizer import LlamaTokenizer
 
 NAME = "model" + SUFFIX
 _TOKENIZER = "tokenizer."
-_TEMPLATE = "tokenizer.chat_template"
 # `general.file_type` by the type of most experts (llama.cpp, include/llama.h, `llama_ftype`); other
 # types have none of their own.
 _FILE_TYPES: Mapping[str, int] = {
@@ -124,16 +121,7 @@ def _tokenizer(checkpoint: Checkpoint, source: Path) -> dict[str, Value]:
     for name, index in ids.items():
         if index is not None and index >= 0:
             said[f"tokenizer.ggml.{name}_token_id"] = index
-    if template := _template(tokenizer, source):
-        said[_TEMPLATE] = template
-    return said
-
-
-def _template(tokenizer: LlamaTokenizer, source: Path) -> str | None:
-    file = source / "chat_template.jinja"
-    if regular_file.exists(file):
-        return regular_file.read(file, limit_bytes=MAX_BYTES).decode(errors="replace")
-    return tokenizer.stored_template
+    return {**said, **gguf_vocabulary.described_templates(tokenizer.chat_templates)}
 
 
 def _data(

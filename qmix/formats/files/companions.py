@@ -5,9 +5,10 @@ Knows nothing of what they hold.
 
 from pathlib import Path
 
-from qmix.files import regular_file
+from qmix.files import atomic_file, regular_file
 from qmix.files.file_errors import writing
 from qmix.gguf.files import is_gguf
+from qmix.text.chat_templates import TEMPLATE_FILE, TEMPLATE_FOLDER
 from qmix.text.tokenizer import LlamaTokenizer
 
 NAMES = (
@@ -17,9 +18,19 @@ NAMES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 MAX_BYTES = 64 << 20
+
+
+def present(folder: Path) -> tuple[str, ...]:
+    """The names of the companions that a folder has, those of its templates with their folder."""
+    names = [name for name in NAMES if regular_file.exists(folder / name)]
+    if regular_file.is_folder(folder / TEMPLATE_FOLDER):
+        with regular_file.reading(folder / TEMPLATE_FOLDER):
+            more = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+        names += [f"{TEMPLATE_FOLDER}/{file.name}" for file in more]
+    return tuple(names)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -32,7 +43,9 @@ def copy_companions(source: Path, folder: Path) -> None:
     if is_gguf(source):
         LlamaTokenizer.from_pretrained(source).save_pretrained(folder)
         return
-    for name in NAMES:
+    for name in present(source):
+        if "/" in name:
+            atomic_file.made_folder((folder / name).parent)
         if regular_file.exists(source / name):
             data = regular_file.read(source / name, limit_bytes=MAX_BYTES)
             with writing(folder / name):
