@@ -183,3 +183,31 @@ def small_checkpoint_nf4(small_checkpoint, tmp_path):
     from tests.support.models import quantized
 
     return quantized(small_checkpoint, tmp_path / "packed")
+
+
+@pytest.fixture(scope="session")
+def _hub_server():
+    from tests.support import fake_hub
+
+    with fake_hub.serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(_hub_server, tmp_path):
+    """An empty hub on loopback, which this process sees with an empty cache."""
+    from tests.support import fake_hub
+
+    _hub_server.reset()
+    with fake_hub.seen_by_this_process(_hub_server, tmp_path / "home"):
+        yield _hub_server
+
+
+@pytest.fixture
+def org_tiny(hub, tiny):
+    """The hub with the tiny Mixtral as org/tiny, four times over in other layouts."""
+    from tests.support.fake_hub import BIG
+
+    others = ("consolidated.00.pth", "original/model.safetensors", "pytorch_model.bin", "tiny.gguf")
+    hub.add("org/tiny", tiny, **dict.fromkeys(others, BIG))
+    return hub

@@ -79,8 +79,9 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
     from tests.support.models import quantized, small_model
 
     folder = tmp_path_factory.mktemp("desk")
-    (folder / "evals").mkdir()
-    for name in ("evals/tiny", "Mixtral-8x7B-v0.1", "Mixtral-8x7B-Instruct-v0.1"):
+    names = ("Mixtral-8x7B-v0.1", "Mixtral-8x7B-Instruct-v0.1")
+    for name in ("evals/tiny", *names, *(f"mistralai/{name}" for name in names)):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(tiny)
     shutil.copytree(tiny_nf4, folder / "mixtral-nf4")
     scheme = Scheme(kind="int4", group_size=128)

@@ -44,6 +44,9 @@ def convert(
       qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
     """
     shard_bytes = options.shard_bytes(shard_size)
+    from qmix.formats.files import output_dir
+
+    output_dir.check_paths(raw, out, force=force)  # before a download
     raw = sources.local(raw, yes=yes, need="raw")
     from qmix.commands.checkpoint.convert import convert_checkpoint
     from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
@@ -96,7 +99,9 @@ def export(
     """
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.commands.checkpoint.export import export_checkpoint
+    from qmix.formats.files import output_dir
 
+    output_dir.check_paths(directory, out, force=force)  # before a download
     directory = sources.local(directory, yes=yes)
     with terminal.progress() as show:
         result = export_checkpoint(

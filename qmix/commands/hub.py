@@ -3,7 +3,6 @@
 Heavy imports stay inside the functions.
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,7 +142,7 @@ def _ask(what: str, nbytes: int, *, yes: bool) -> None:
     terminal.message(f"remove {what}: {nbytes / 1e9:.2f} GB")
     if yes:
         return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not sources.is_terminal():
         raise UsageError("nobody to ask", where="rm", remedy="--yes removes without asking.")
     if not terminal.asked("Remove?"):
         raise QmixError("nothing was removed", where=what)

@@ -62,13 +62,17 @@ def shard_by_shard(source: Path, *, yes: bool) -> Iterator[HeaderFolder]:
         yield headers
 
 
+def is_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def confirmation(*, yes: bool) -> Confirm:
     """Says what will be fetched; on a terminal it asks, unless `yes`."""
 
     def confirm(download: Download) -> None:
         terminal.message(f"download {download}")
-        on_terminal = sys.stdin.isatty() and sys.stderr.isatty()
-        if on_terminal and not yes and not terminal.asked("Download?"):
+        if is_terminal() and not yes and not terminal.asked("Download?"):
             raise QmixError(
                 "nothing was downloaded",
                 where=str(download.repo),

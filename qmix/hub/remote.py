@@ -13,6 +13,7 @@ from typing import Any
 
 from qmix.errors import CheckpointError, QmixError, ResourceError, UnsupportedError
 from qmix.files.file_errors import FULL, write_error
+from qmix.files.file_names import is_plain_name
 from qmix.hub.repo_id import RepoId
 
 _LOGIN = "log in (hf auth login, or HF_TOKEN=...)"
@@ -86,7 +87,11 @@ def list_files(repo: RepoId, options: HubOptions) -> Listing:
         info = HfApi(token=options.token).model_info(
             repo.name, revision=repo.revision, files_metadata=True
         )
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    sizes = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or ()
+        if all(map(is_plain_name, file.rfilename.split("/"))) and "\\" not in file.rfilename
+    }
     return Listing(info.sha or "", sizes)
 
 

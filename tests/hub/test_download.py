@@ -16,34 +16,7 @@ from qmix.hub.remote import HubOptions
 from qmix.hub.repo_id import RepoId
 from qmix.hub.source import described, resolve
 from tests.support import fake_hub
-from tests.support.fake_hub import COMMIT, Virtual
-
-BIG = Virtual(b"", 50 << 30)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with fake_hub.serving() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server, tmp_path):
-    """A hub with the tiny Mixtral three times over, seen with an empty cache."""
-    server.repositories.clear()
-    server.gated.clear()
-    server.cut.clear()
-    server.status, server.ranges, server.sent = None, True, 0
-    server.requests.clear()
-    with fake_hub.seen_by_this_process(server, tmp_path / "home"):
-        yield server
-
-
-@pytest.fixture
-def org_tiny(hub, tiny):
-    others = ("consolidated.00.pth", "original/model.safetensors", "pytorch_model.bin", "tiny.gguf")
-    hub.add("org/tiny", tiny, **dict.fromkeys(others, BIG))
-    return hub
+from tests.support.fake_hub import BIG, COMMIT, Virtual
 
 
 def names(folder):
@@ -194,6 +167,14 @@ def test_an_index_that_lists_what_is_not_there_is_refused(hub, tiny):
     hub.add("org/tiny", tiny, **{"model.safetensors.index.json": json.dumps(index).encode()})
     with pytest.raises(CheckpointError, match=r"does not hold.*x\.safetensors"):
         resolve("org/tiny")
+
+
+@pytest.mark.parametrize("name", ["../../x.gguf", "/tmp/x.gguf", "..\\x.gguf", "a/../../x.gguf"])
+def test_a_hub_cannot_name_files_outside_the_folder(hub, name):
+    hub.add("org/evil", None, **{name: b"GGUF"})
+    for ask in (lambda: resolve("org/evil"), lambda: described("org/evil").__enter__()):
+        with pytest.raises(CheckpointError, match="without weights"):
+            ask()
 
 
 def test_a_snapshot_is_removed_with_its_blobs(org_tiny):

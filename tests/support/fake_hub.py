@@ -33,6 +33,9 @@ class Virtual:
         return data + bytes(last - first - len(data))
 
 
+BIG = Virtual(b"", 50 << 30)
+
+
 @dataclass(frozen=True)
 class OnDisk:
     """A file of this machine."""
@@ -71,6 +74,12 @@ class Hub:
     ranges: bool = True
     sent: int = 0
     requests: list = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Hold nothing, refuse nothing, have been asked nothing."""
+        for kept in (self.repositories, self.gated, self.cut, self.requests):
+            kept.clear()
+        self.status, self.ranges, self.sent = None, True, 0
 
     def add(self, name: str, folder: Path, **files) -> None:
         """Publish a folder's files, and others given as bytes or `Virtual`."""
