@@ -200,7 +200,8 @@ class MixtralConfig:
             values["head_dim"] = None
         if "rope_parameters" in changes:
             del values["rope_theta"]
-        return MixtralConfig(**{**values, **self.extra, **changes})
+        extra = changes.pop("extra", self.extra)
+        return MixtralConfig(**{**values, **extra, **changes})
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, where: str = "config") -> "MixtralConfig":

@@ -12,6 +12,7 @@ from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models.options import parse_device
 from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDOWS
+from qmix.quantize.adapter import with_adapter
 from qmix.quantize.calibrated.bit_allocation import allocate_bits, check_bits
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import prepare, quantize_calibrated
@@ -25,7 +26,7 @@ from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme, check_group_size
 
-Method = Literal["nf4", "gptq", "rtn", "auto"]
+Method = Literal["nf4", "fp4", "gptq", "rtn", "auto"]
 
 _DEFAULT_BITS = 4.25
 
@@ -41,6 +42,8 @@ class QuantizeRequest:
         calibration: the file of the user's calibration text, which the caller reads.
         samples: windows of calibration text; None means 256.
         seqlen: tokens of a window; None means 2048, or the model's positions if they are fewer.
+        adapter: the folder of a LoRA that is merged into the weights before they are rounded.
+        requantize: take a quantized source too, and round what it decodes to.
         discard_source: each file of the source is removed once it has been read.
 
     Raises:
@@ -60,13 +63,15 @@ class QuantizeRequest:
     shard_bytes: int = SHARD_BYTES
     resume: bool = False
     force: bool = False
+    adapter: Path | None = None
+    requantize: bool = False
     discard_source: bool = False
 
     def __post_init__(self) -> None:
         does_not_apply = {
             "--group-size": self.group_size is not None and self.method not in ("gptq", "rtn"),
             "--asymmetric": self.asymmetric and self.method not in ("gptq", "rtn"),
-            "--no-double-quant": not self.double_quant and self.method != "nf4",
+            "--no-double-quant": not self.double_quant and self.method not in ("nf4", "fp4"),
             "--bits": self.bits is not None and self.method != "auto",
             "--calibration": self.calibration is not None and not self.calibrated,
             "--samples": self.samples is not None and not self.calibrated,
@@ -89,8 +94,9 @@ class QuantizeRequest:
     @property
     def scheme(self) -> Scheme:
         """The scheme of every quantized weight; for `auto` the one with the fewest bits."""
-        if self.method == "nf4":
-            return Scheme(kind="nf4", double_quant=self.double_quant)
+        if self.method in ("nf4", "fp4"):
+            kind: Literal["nf4", "fp4"] = "fp4" if self.method == "fp4" else "nf4"
+            return Scheme(kind=kind, double_quant=self.double_quant)
         return Scheme(kind="int4", group_size=self.group_size or 128, symmetric=not self.asymmetric)
 
 
@@ -126,13 +132,19 @@ def quantize_checkpoint(
             force=request.force,
             progress=progress,
             supply=supply,
+            adapter=request.adapter,
+            requantize=request.requantize,
         )
     assert text is not None
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
     opened = open_source(source)
+    if request.adapter is not None:
+        opened = with_adapter(opened, request.adapter)
     calibration = _calibration(opened, request, text)
     options = CalibratedOptions(
-        device=parse_device(request.device), shard_bytes=request.shard_bytes
+        device=parse_device(request.device),
+        shard_bytes=request.shard_bytes,
+        requantize=request.requantize,
     )
     if request.method == "auto":
         bits = _DEFAULT_BITS if request.bits is None else request.bits

@@ -13,15 +13,19 @@ from torch import Tensor
 
 import qmix
 from qmix import strict_json
+from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
 from qmix.formats import Checkpoint
 from qmix.formats.files import manifest
 from qmix.formats.files.companions import copy_companions
 from qmix.formats.files.shards import check_finite
 from qmix.formats.layouts import gptq_config, writer
+from qmix.formats.layouts.headers import LAYOUT_OF
+from qmix.formats.makers import made_by
 from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.hub.local import shown_name
+from qmix.quantize.adapter import facts_of
 from qmix.quantize.report import QuantizeReport
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe, Scheme
@@ -61,8 +65,13 @@ class OutputTensor:
         return sum(planned.nbytes for planned in self.planned)
 
 
-def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
+def plan_outputs(
+    checkpoint: Checkpoint, recipe: Recipe, *, requantize: bool = False
+) -> list[OutputTensor]:
     """What becomes of every tensor, in the model's order.
+
+    Args:
+        requantize: round what a quantized source decodes to.
 
     Raises:
         UnsupportedError: the source is quantized already, or a scheme does not fit a weight's
@@ -70,20 +79,30 @@ def plan_outputs(checkpoint: Checkpoint, recipe: Recipe) -> list[OutputTensor]:
     """
     outputs = []
     for tensor in checkpoint.tensors:
-        if checkpoint.packed(tensor):
-            raise UnsupportedError(
-                "the source is quantized already",
-                where=str(checkpoint.shards.directory),
-                expected="16- or 32-bit weights",
-                found=f"{tensor.name} in 4 bits",
-                remedy="Quantize the original checkpoint.",
-            )
+        if checkpoint.packed(tensor) and not requantize:
+            raise _quantized_already(checkpoint, tensor)
         scheme = recipe.scheme_of(tensor.name)
         dtype = checkpoint.rounded_dtype(tensor)
         planned = planned_tensors(tensor, scheme, dtype)
         outputs.append(OutputTensor(tensor, scheme, dtype, planned))
     writer.layout_of({output.tensor.prefix: output.scheme for output in outputs})
     return outputs
+
+
+def _quantized_already(checkpoint: Checkpoint, tensor: ModelTensor) -> UnsupportedError:
+    """The refusal of a quantized source, which says what it is."""
+    metadata, packing = checkpoint.metadata, checkpoint.packing(tensor)
+    assert packing is not None
+    maker = made_by(metadata)
+    return UnsupportedError(
+        "the source is quantized already",
+        where=str(checkpoint.shards.directory),
+        expected="16- or 32-bit weights",
+        found=f"{tensor.name} as {packing.layout}, {metadata.scheme_of(packing)}"
+        + (f"; made by {maker}" if maker else ""),
+        remedy="qmix export writes the same weights in another layout. --requantize rounds what "
+        "they decode to, which adds its errors to theirs; the original checkpoint loses less.",
+    )
 
 
 def planned_tensors(
@@ -101,7 +120,7 @@ def read_finite(checkpoint: Checkpoint, tensor: ModelTensor) -> Tensor:
         CheckpointError: it holds NaN or infinity.
     """
     data = checkpoint.dense(tensor)
-    check_finite(tensor.name, checkpoint.entry(tensor.name).file, data)
+    check_finite(tensor.name, checkpoint.file_of(tensor), data)
     return data
 
 
@@ -144,7 +163,7 @@ def complete(
     dtype = outputs[0].dtype
     schemes = {output.tensor.prefix: output.scheme for output in outputs if output.tensor.linear}
     settings = writer.quantization_config(schemes, dtype)
-    config = checkpoint.config.replace(
+    config = _without_settings(checkpoint).replace(
         dtype=str(dtype).removeprefix("torch."), quantization_config=settings
     )
     config.save_pretrained(folder)
@@ -158,6 +177,15 @@ def complete(
             "method": report.method,
             "source": shown_name(checkpoint.shards.directory),
             "schemes": sorted({str(output.scheme) for output in outputs}),
+            **facts_of(checkpoint),
             **facts,
         },
     )
+
+
+def _without_settings(checkpoint: Checkpoint) -> MixtralConfig:
+    """The source's config without what describes its own quantization."""
+    packings = map(checkpoint.packing, checkpoint.tensors)
+    described = {LAYOUT_OF[packing.layout].field for packing in packings if packing is not None}
+    config = checkpoint.config.replace(quantization_config=None)
+    return config.replace(extra={n: v for n, v in config.extra.items() if n not in described})

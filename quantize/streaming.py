@@ -15,6 +15,7 @@ from qmix.formats.files import output_dir, shard_writer
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.planning import budget
 from qmix.planning.plan import check_memory
+from qmix.quantize.adapter import bytes_in_memory, check_adapter, with_adapter
 from qmix.quantize.output_checkpoint import (
     OutputTensor,
     QuantizeProgress,
@@ -43,6 +44,8 @@ def quantize_streaming(
     force: bool = False,
     progress: Callable[[QuantizeProgress], None] = lambda _: None,
     supply: ShardSupply | None = None,
+    adapter: Path | None = None,
+    requantize: bool = False,
 ) -> QuantizeReport:
     """Quantize a 16- or 32-bit checkpoint directory into a new one by rounding each weight.
 
@@ -54,6 +57,8 @@ def quantize_streaming(
         force: replace an existing checkpoint at `out`.
         progress: called before every tensor.
         supply: brings each file of `source`, which holds their headers only, before it is read.
+        adapter: the folder of a LoRA that is merged into each weight before it is rounded.
+        requantize: take a quantized source too, and round what it decodes to.
 
     Raises:
         UsageError: a path is unsuitable.
@@ -64,13 +69,15 @@ def quantize_streaming(
     begun = time.perf_counter()
     output_dir.check_paths(source, out, force=force)
     checkpoint = open_source(source) if supply is None else open_checkpoint(source)
-    outputs = plan_outputs(checkpoint, recipe)
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, adapter)
+    outputs = plan_outputs(checkpoint, recipe, requantize=requantize)
     visits = [Visit(output) for output in outputs]
     if supply is not None:
         visits = in_few_files(checkpoint, outputs)
         outputs = [visit.output for visit in visits]
-    bytes_in = sum(checkpoint.entry(output.tensor.name).nbytes for output in outputs)
-    largest = max(checkpoint.dense_bytes(output.tensor) for output in outputs)
+    bytes_in = sum(checkpoint.stored_bytes(output.tensor) for output in outputs)
+    largest = max(bytes_in_memory(checkpoint, output.tensor) for output in outputs)
     output_dir.check_space(out, sum(output.nbytes for output in outputs))
     if supply is not None:
         supply.check_space(most_files(visits), out, sum(output.nbytes for output in outputs))
@@ -90,6 +97,7 @@ def quantize_streaming(
         complete(folder, checkpoint, outputs, report, {})
         if isinstance(checkpoint, Source):
             checkpoint.check_unchanged()
+        check_adapter(checkpoint)
     return report
 
 
@@ -101,7 +109,7 @@ def _quantized(
     progress: Callable[[QuantizeProgress], None],
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors of the files, weight by weight; what each cost goes into `results`."""
-    sizes = [checkpoint.entry(visit.output.tensor.name).nbytes for visit in visits]
+    sizes = [checkpoint.stored_bytes(visit.output.tensor) for visit in visits]
     done = 0
     for visit, nbytes in zip(visits, sizes, strict=True):
         for name in visit.opened:
@@ -123,7 +131,7 @@ def _quantize_tensor(
 ) -> tuple[dict[str, Tensor], TensorResult]:
     begun = time.perf_counter()
     name, scheme = output.tensor.name, output.scheme
-    where = f"{checkpoint.entry(name).file}: {name}"
+    where = f"{checkpoint.file_of(output.tensor)}: {name}"
     weight: Weight
     if scheme.kind == "dense":
         data = read_finite(checkpoint, output.tensor)

@@ -22,14 +22,14 @@ Source = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the 4-bit checkpoint.")]
 Method = Annotated[
-    Literal["nf4", "gptq", "rtn", "auto"],
+    Literal["nf4", "fp4", "gptq", "rtn", "auto"],
     typer.Option(help="How to round; auto chooses each matrix's bits by the loss."),
 ]
 Attention = Annotated[
     Literal["4bit", "bf16"], typer.Option(help="How to store the attention matrices.")
 ]
 DoubleQuant = Annotated[
-    bool, typer.Option(help="nf4: store scales in 8 bits, 4.13 bits a weight instead of 4.5.")
+    bool, typer.Option(help="nf4, fp4: store scales in 8 bits, 4.13 bits a weight instead of 4.5.")
 ]
 GroupSize = Annotated[
     int | None,
@@ -56,6 +56,14 @@ Seqlen = Annotated[
     int | None,
     typer.Option(help="gptq, auto: tokens per window.", show_default="2048, or the model's"),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="Merge a LoRA, a folder that PEFT wrote, before rounding."),
+]
+Requantize = Annotated[
+    bool,
+    typer.Option("--requantize", help="Take a quantized SRC: round again what it decodes to."),
+]
 DiscardSource = Annotated[
     bool,
     typer.Option(
@@ -79,6 +87,8 @@ def quantize(
     samples: Samples = None,
     seqlen: Seqlen = None,
     resume: Resume = False,
+    adapter: Adapter = None,
+    requantize: Requantize = False,
     device: options.Device = None,
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
@@ -96,6 +106,7 @@ def quantize(
       qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
       qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
       qmix quantize mistralai/Mixtral-8x7B-v0.1 mixtral-nf4 --discard-source
+      qmix quantize Mixtral-8x7B-v0.1 mine-nf4 --adapter my-lora
     """
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.quantize.methods import QuantizeRequest
@@ -114,6 +125,8 @@ def quantize(
         shard_bytes=shard_bytes,
         resume=resume,
         force=force,
+        adapter=adapter,
+        requantize=requantize,
         discard_source=discard_source,
     )
     report = _run(source, out, request, yes=yes)

@@ -4,8 +4,8 @@ How a weight is stored is decided from its tensors, never from the config. Knows
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,10 @@ from qmix.weights.dense import Dense, Weight
 _CACHE_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Changes a weight that is read as numbers: the weight, and its values.
+Change = Callable[[ModelTensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint whose tensors are exactly those of the model.
@@ -32,10 +36,12 @@ class Checkpoint:
     Attributes:
         metadata: what config and headers say.
         shards: the files.
+        change: what `dense` does to each weight.
     """
 
     metadata: CheckpointMetadata
     shards: Shards
+    change: Change | None = field(default=None, kw_only=True)
 
     @property
     def config(self) -> MixtralConfig:
@@ -84,6 +90,10 @@ class Checkpoint:
         """The file that holds a weight, or the first of its tensors."""
         return self.entry(self.stored(tensor)[0]).file
 
+    def stored_bytes(self, tensor: ModelTensor) -> int:
+        """Bytes in the files of the tensors that hold a weight."""
+        return sum(self.entry(name).nbytes for name in self.stored(tensor))
+
     def packed(self, tensor: ModelTensor) -> bool:
         """Whether the weight is quantized: in 4 or 8 bits, and not in FP8, which is a source."""
         packing = self.packing(tensor)
@@ -96,8 +106,10 @@ class Checkpoint:
             CheckpointError: the stored tensors are damaged.
         """
         if self.packing(tensor) is None:
-            return self.read(tensor.name)
-        return self.weight(tensor).dequantize(torch.float32)
+            data = self.read(tensor.name)
+        else:
+            data = self.weight(tensor).dequantize(torch.float32)
+        return data if self.change is None else self.change(tensor, data)
 
     def dense_dtype(self, tensor: ModelTensor) -> torch.dtype:
         """The dtype of a tensor that is not packed; the checkpoint's if it is."""

@@ -289,7 +289,7 @@ class LayerQuantizer:
             [moments for _, moments in batch],
             scheme,
             self._options.rounding,
-            where=[f"{self._checkpoint.entry(names[0]).file}: {names[0]}" for names, _ in batch],
+            where=[self._where(names[0]) for names, _ in batch],
             parts=rows,
         )
         seconds = (time.perf_counter() - begun) / (len(batch) * len(first))
@@ -310,6 +310,9 @@ class LayerQuantizer:
 
     def _moments(self, width: int) -> Moments:
         return Moments(width, self._device, crossed=self._options.correct)
+
+    def _where(self, name: str) -> str:
+        return f"{self._checkpoint.file_of(self._tensors[name])}: {name}"
 
     def _read(self, name: str) -> Tensor:
         return read_finite(self._checkpoint, self._tensors[name])

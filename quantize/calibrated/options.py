@@ -38,9 +38,11 @@ class CalibratedOptions:
         activation_bytes: if the tokens need more (two float32 arrays of T x D, five with
             correction), they are kept in files.
         shard_bytes: upper limit of an output file; each layer is one.
+        requantize: take a quantized source too, and round what it decodes to.
     """
 
     layer: LayerOptions = field(default_factory=LayerOptions)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     activation_bytes: int = ACTIVATION_BYTES
     shard_bytes: int = SHARD_BYTES
+    requantize: bool = False

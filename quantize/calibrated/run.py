@@ -22,6 +22,7 @@ from qmix.formats.files import output_dir
 from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
 from qmix.planning.process_memory import peak_resident_bytes
+from qmix.quantize.adapter import check_adapter, facts_of
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.repair import repair
 from qmix.quantize.calibrated.resume import RunState, read_state
@@ -71,7 +72,7 @@ def quantize_calibrated(
     begun = time.perf_counter()
     output_dir.check_paths(source.shards.directory, out, force=force)
     files = prepare(source, out, recipe, calibration, options)
-    settings = _settings(recipe, calibration, options, method)
+    settings = _settings(recipe, calibration, options, method) | facts_of(source)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
         _hash_source(source, progress)
         state = read_state(folder, settings, source)
@@ -92,6 +93,7 @@ def quantize_calibrated(
         )
         complete(folder, source, files.outputs, report, {name: settings[name] for name in _STATED})
         source.check_unchanged()
+        check_adapter(source)
     return report
 
 
@@ -109,7 +111,7 @@ def prepare(
         UsageError: a layer is larger than an output file may be.
         ResourceError: too little disk space or memory.
     """
-    outputs = plan_outputs(source, recipe)
+    outputs = plan_outputs(source, recipe, requantize=options.requantize)
     _check_layer_sizes(source, outputs, options.shard_bytes)
     files = RunFiles(source, outputs, recipe, calibration, options)
     output_dir.check_space(out, files.bytes_out + files.token_bytes)

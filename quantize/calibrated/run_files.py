@@ -64,7 +64,7 @@ class RunFiles:
         self.ids, self.options = calibration.ids, options
         self.width = checkpoint.config.hidden_size
         self.layers = checkpoint.config.num_hidden_layers
-        self.bytes_in = sum(checkpoint.entry(output.tensor.name).nbytes for output in outputs)
+        self.bytes_in = sum(checkpoint.stored_bytes(output.tensor) for output in outputs)
         self.bytes_out = sum(output.nbytes for output in outputs)
         self.streams = ("tokens", "exact") if options.layer.correct else ("tokens",)
         self.token_bytes = quantize_cost.token_bytes(
@@ -104,7 +104,8 @@ class RunFiles:
                 )
                 for stream in self.streams
             }
-        table = Dense(self.checkpoint.read("model.embed_tokens.weight").float())
+        (tensor,) = (o.tensor for o in self.outputs if o.tensor.kind == "embedding")
+        table = Dense(read_finite(self.checkpoint, tensor).float())
         tokens = {
             stream: self._new_array(folder / _tokens_name(stream, 0)) for stream in self.streams
         }
@@ -166,7 +167,7 @@ class RunFiles:
         streams = {name: TokenStream(tokens[name], after[name]) for name in self.streams}
         scratch = self._new_array(folder / _SCRATCH) if "exact" in streams else None
         order = [output.tensor.name for output in self.outputs]
-        sizes = [self.checkpoint.entry(name).nbytes for name in order]
+        sizes = [self.checkpoint.stored_bytes(output.tensor) for output in self.outputs]
 
         def at(name: str) -> None:
             done = sum(sizes[: order.index(name)])

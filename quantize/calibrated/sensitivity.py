@@ -248,7 +248,7 @@ class Sensitivity:
         return Dense(data.to(self._device).float())
 
     def _rounded(self, name: str, exact: Dense, scheme: Scheme) -> Weight:
-        where = f"{self._checkpoint.entry(name).file}: {name}"
+        where = f"{self._checkpoint.file_of(self._tensors[name])}: {name}"
         return rtn.quantize(exact.data, scheme, search=True, where=where)
 
     def _norm(self, name: str) -> RMSNorm:

@@ -1,0 +1,168 @@
+"""qmix quantize --adapter: what PEFT merges, bit for bit, and quantized like any other weight."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qmix import strict_json
+from qmix.errors import CheckpointError, QmixError, UnsupportedError
+from qmix.formats import open_checkpoint
+from qmix.quantize.adapter import open_adapter
+from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
+from tests.support.models import GOLDEN
+from tests.support.process import qmix
+
+PEFT = GOLDEN / "peft-0.21.2"
+BASE = PEFT / "base"
+CASES = ("experts", "patterns", "rslora", "dora", "whole", "stacked")
+
+
+def merged(name):
+    return load_file(PEFT / f"{name}-merged.safetensors")
+
+
+def tensors_of(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same_files(first, second):
+    found, expected = tensors_of(first), tensors_of(second)
+    assert found.keys() == expected.keys()
+    assert [n for n in found if not torch.equal(found[n], expected[n])] == []
+
+
+def merged_checkpoint(name, folder):
+    """The base with PEFT's merged weights, as a checkpoint."""
+    shutil.copytree(BASE, folder)
+    checkpoint = open_checkpoint(BASE)
+    tensors = {tensor.name: checkpoint.read(tensor.name) for tensor in checkpoint.tensors}
+    save_file({**tensors, **merged(name)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_is_the_one_that_peft_merges(name):
+    checkpoint = open_checkpoint(BASE)
+    adapter = open_adapter(PEFT / name, checkpoint)
+    expected = merged(name)
+    assert adapter.updates.keys() == expected.keys()
+    for tensor in checkpoint.tensors:
+        found = replace(checkpoint, change=adapter).dense(tensor)
+        assert torch.equal(found, expected.get(tensor.name, checkpoint.read(tensor.name)))
+
+
+@pytest.mark.parametrize("name", ["whole", "stacked"])
+@pytest.mark.parametrize("method", ["nf4", "rtn"])
+def test_merging_while_quantizing_is_quantizing_what_peft_merged(name, method, tmp_path):
+    request = QuantizeRequest(method=method, group_size=-1 if method == "rtn" else None)
+    adapted = replace(request, adapter=PEFT / name)
+    quantize_checkpoint(BASE, tmp_path / "out", adapted, None)
+    source = merged_checkpoint(name, tmp_path / "merged")
+    quantize_checkpoint(source, tmp_path / "expected", request, None)
+    same_files(tmp_path / "out", tmp_path / "expected")
+    stated = strict_json.read(tmp_path / "out" / "qmix_manifest.json")["adapter"]
+    assert stated["name"] == name
+    assert len(stated["sha256"]) == 64
+
+
+def test_the_command_merges_too(tmp_path):
+    done = qmix("quantize", BASE, tmp_path / "out", "--adapter", PEFT / "experts")
+    assert done.returncode == 0, done.stderr
+    assert qmix("verify", tmp_path / "out").returncode == 0
+
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(PEFT / "experts", tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"peft_type": "LOHA"}, UnsupportedError, "peft_type: not a LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "init_lora_weights"),
+        ({"layer_replication": [[0, 1]]}, UnsupportedError, "layer_replication.*merge_and_unload"),
+        ({"trainable_token_indices": [3]}, UnsupportedError, "trainable_token_indices"),
+        ({"lora_alpha": "much"}, CheckpointError, "lora_alpha: wrong type"),
+        ({"alpha_pattern": {"(a+)+": 3.0, "(": 1}}, QmixError, "alpha_pattern"),
+        ({"alpha_pattern": {"w1": None}}, CheckpointError, "alpha_pattern: wrong type"),
+    ],
+    ids=str,
+)
+def test_another_kind_of_adapter_is_refused_by_what_it_is(copied, changes, error, named):
+    edit_config(copied, **changes)
+    with pytest.raises(error, match=named):
+        open_adapter(copied, open_checkpoint(BASE))
+
+
+def without_b(tensors):
+    del tensors[next(name for name in tensors if "lora_B" in name)]
+
+
+def of_another_layer(tensors):
+    name = next(iter(tensors))
+    tensors[name.replace("layers.0", "layers.7")] = tensors.pop(name)
+
+
+def narrow(tensors):
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name] = tensors[name][:, :-1].contiguous()
+
+
+def with_bias(tensors):
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (without_b, "a factor without the other"),
+        (of_another_layer, "a factor without the other|of another model"),
+        (narrow, "wrong shape"),
+        (with_bias, "of another model.*bias"),
+        (dict.clear, "holds nothing"),
+    ],
+)
+def test_damaged_factors_are_refused_by_name(copied, edit, named):
+    tensors = load_file(copied / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, copied / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=named):
+        open_adapter(copied, open_checkpoint(BASE))
+
+
+def test_nan_in_a_factor_ends_the_run_and_leaves_nothing(copied, tmp_path):
+    tensors = load_file(copied / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, copied / "adapter_model.safetensors")
+    request = QuantizeRequest(method="nf4", adapter=copied)
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight"):
+        quantize_checkpoint(BASE, tmp_path / "out", request, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_pickled_weights_are_told_apart(copied, tmp_path):
+    (copied / "adapter_model.safetensors").rename(copied / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"a pickle.*safe_serialization=True"):
+        open_adapter(copied, open_checkpoint(BASE))
+    with pytest.raises(CheckpointError, match=r"no adapter; expected adapter_config\.json"):
+        open_adapter(BASE, open_checkpoint(BASE))
+
+
+def test_an_adapter_that_changes_meanwhile_is_noticed(copied):
+    adapter = open_adapter(copied, open_checkpoint(BASE))
+    adapter.check_unchanged()
+    edit_config(copied, lora_alpha=5)
+    with pytest.raises(CheckpointError, match="changed while it was merged"):
+        adapter.check_unchanged()
