@@ -136,6 +136,19 @@ def quantize_checkpoint(
             requantize=request.requantize,
         )
     assert text is not None
+    return _calibrated(source, out, request, text, recipe, interrupted, progress)
+
+
+def _calibrated(
+    source: Path,
+    out: Path,
+    request: QuantizeRequest,
+    text: str,
+    recipe: Recipe,
+    interrupted: Callable[[], bool],
+    progress: Callable[[QuantizeProgress], None],
+) -> QuantizeReport:
+    """By a method that needs calibration text."""
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
     opened = open_source(source)
     if request.adapter is not None:

@@ -77,11 +77,7 @@ def quantize_streaming(
         visits = in_few_files(checkpoint, outputs)
         outputs = [visit.output for visit in visits]
     bytes_in = sum(checkpoint.stored_bytes(output.tensor) for output in outputs)
-    largest = max(bytes_in_memory(checkpoint, output.tensor) for output in outputs)
-    output_dir.check_space(out, sum(output.nbytes for output in outputs))
-    if supply is not None:
-        supply.check_space(most_files(visits), out, sum(output.nbytes for output in outputs))
-    check_memory(budget.for_rewriting(largest))
+    _check_room(checkpoint, visits, supply, out)
     results: list[TensorResult] = []
     quantized = _quantized(checkpoint, visits, supply, results, progress)
     with output_dir.partial(out, force=force) as folder:
@@ -99,6 +95,18 @@ def quantize_streaming(
             checkpoint.check_unchanged()
         check_adapter(checkpoint)
     return report
+
+
+def _check_room(
+    checkpoint: Checkpoint, visits: Sequence[Visit], supply: ShardSupply | None, out: Path
+) -> None:
+    """Raise ResourceError unless the disk and the memory hold what a run takes of them."""
+    bytes_out = sum(visit.output.nbytes for visit in visits)
+    output_dir.check_space(out, bytes_out)
+    if supply is not None:
+        supply.check_space(most_files(visits), out, bytes_out)
+    largest = max(bytes_in_memory(checkpoint, visit.output.tensor) for visit in visits)
+    check_memory(budget.for_rewriting(largest))
 
 
 def _quantized(
