@@ -72,10 +72,8 @@ def quantize_streaming(
     if adapter is not None:
         checkpoint = with_adapter(checkpoint, adapter)
     outputs = plan_outputs(checkpoint, recipe, requantize=requantize)
-    visits = [Visit(output) for output in outputs]
-    if supply is not None:
-        visits = in_few_files(checkpoint, outputs)
-        outputs = [visit.output for visit in visits]
+    visits = [*map(Visit, outputs)] if supply is None else in_few_files(checkpoint, outputs)
+    outputs = [visit.output for visit in visits]
     bytes_in = sum(checkpoint.stored_bytes(output.tensor) for output in outputs)
     _check_room(checkpoint, visits, supply, out)
     results: list[TensorResult] = []
