@@ -148,7 +148,8 @@ def checked_folder(directory: str | Path) -> Path:
     raise CheckpointError(
         "not a directory" if exists(folder) else "no such directory",
         where=str(folder)[:300],
-        remedy="Give a GGUF file, or the folder of config.json and the safetensors files.",
+        remedy="Give the folder of config.json and the safetensors files, a GGUF file, or ORG/NAME "
+        "of the hub.",
     )
 
 

@@ -230,7 +230,8 @@ def _explained(repo: RepoId, cache: Path | None = None) -> Iterator[None]:
         raise CheckpointError(
             "neither a folder here nor a repository on the hub",
             where=str(repo),
-            remedy=f"Check the spelling; for a private repository, {_LOGIN}.",
+            remedy=f"Check the spelling (a folder is ./{repo.name}); for a private repository, "
+            f"{_LOGIN}.",
         ) from None
     except errors.LocalTokenNotFoundError:
         raise UnsupportedError("there is no token", where=str(repo), remedy=f"{_LOGIN}.") from None
