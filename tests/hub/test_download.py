@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import qmix
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import CheckpointError, QmixError, ResourceError, UnsupportedError, UsageError
 from qmix.hub import cache
@@ -59,6 +61,22 @@ def test_a_tokenizer_or_config_alone_needs_no_weights(org_tiny):
     assert org_tiny.sent < 400_000
     assert resolve("org/tiny").is_dir()  # and what was half there is completed
     assert org_tiny.sent > 12_000_000
+
+
+def test_every_class_of_the_api_takes_a_name(org_tiny, tiny):
+    org_tiny.gated.add("org/tiny")
+    name, token = "org/tiny", {"token": "hf_good"}
+    assert qmix.MixtralConfig.from_pretrained(name, **token).num_hidden_layers == 3
+    tokenizer = qmix.AutoTokenizer.from_pretrained(name, revision="main", **token)
+    assert tokenizer.encode("def f(") == qmix.AutoTokenizer.from_pretrained(tiny).encode("def f(")
+    assert org_tiny.sent < 400_000
+    with pytest.raises(UnsupportedError, match="gated"):
+        qmix.MixtralForCausalLM.from_pretrained(name, device="cpu")
+    model = qmix.AutoModelForCausalLM.from_pretrained(name, device="cpu", use_auth_token="hf_good")
+    loaded, _ = qmix.load(name, revision=COMMIT, local_files_only=True, device="cpu")
+    assert torch.equal(model.lm_head.weight, loaded.lm_head.weight)
+    with pytest.raises(UsageError, match="no option 'revison'"):
+        qmix.load(name, revison="main", device="cpu")
 
 
 def test_headers_alone_describe_a_model(org_tiny, tiny):
