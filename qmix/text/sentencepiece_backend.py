@@ -75,11 +75,12 @@ class SentencePieceBackend:
             yield text, None
             return
         found = finder.encode(text, add_special_tokens=False)
-        for name, (start, end) in zip(found.tokens, found.offsets, strict=True):
+        for index, (start, end) in zip(found.ids, found.offsets, strict=True):
+            name = finder.id_to_token(index)
             if name == _ORDINARY:
                 yield text[start:end], None
             else:
-                yield "", self._added_ids[name]
+                yield "", self._added_ids[str(name)]
 
     @cached_property
     def _continued(self) -> sentencepiece.SentencePieceProcessor:

@@ -47,7 +47,7 @@ class TokenizersBackend:
         self.ids: Mapping[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.pieces = _pieces(self._tokenizer, self.ids, self.added, where)
         self._all_special = all(token.special for token in self.added.values())
-        self.before, self.after = self._around()
+        self.before, self.after = _around(self._tokenizer, len(self.pieces.names), where)
 
     def encode(self, text: str, *, match: Match = "all", starts: bool = True) -> list[int]:
         """See `backend.Backend`."""
@@ -98,28 +98,51 @@ class TokenizersBackend:
             words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in tokenizer.model.tokenize(word)]
 
-    def _around(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts before and after a text."""
-        if self._tokenizer.post_processor is None:
-            return [], []
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self._tokenizer.encode("a").ids
-        for at in range(len(whole) - len(plain) + 1):
-            if whole[at : at + len(plain)] == plain:
-                return whole[:at], whole[at + len(plain) :]
-        return [], []
+
+def _around(tokenizer: Tokenizer, size: int, where: str) -> tuple[list[int], list[int]]:
+    """What the post-processor puts before and after a text, as its settings say.
+
+    Asking it would end the process where its settings name tokens that they do not describe.
+
+    Raises:
+        CheckpointError: so they do.
+    """
+    processor = tokenizer.post_processor
+    document = {} if processor is None else json.loads(processor.__getstate__())
+    sides: tuple[list[int], list[int]] = ([], [])
+    for step in document.get("processors", [document]):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            sides[0].append(step["cls"][1])
+            sides[1].append(step["sep"][1])
+        side = 0
+        for piece in step.get("single", ()):
+            if "Sequence" in piece:
+                side = 1
+                continue
+            name = piece["SpecialToken"]["id"]
+            token = step["special_tokens"].get(name)
+            if token is None:
+                raise _damaged(f"{where}: post_processor", f"no token {name!r}")
+            sides[side].extend(token["ids"])
+    if any(index >= size for side in sides for index in side):
+        raise _damaged(f"{where}: post_processor", f"ids above {size - 1}")
+    return sides
 
 
 def _parsed(data: bytes, where: str) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(data)
     except Exception as error:  # noqa: BLE001 - the library raises Exception itself
-        raise CheckpointError(
-            "not a tokenizer, or a damaged one",
-            where=where,
-            found=str(error)[:120],
-            remedy="Download the file again.",
-        ) from None
+        raise _damaged(where, str(error)[:120]) from None
+
+
+def _damaged(where: str, found: object) -> CheckpointError:
+    return CheckpointError(
+        "not a tokenizer, or a damaged one",
+        where=where,
+        found=found,
+        remedy="Download the file again.",
+    )
 
 
 def _pieces(
@@ -127,13 +150,7 @@ def _pieces(
 ) -> Pieces:
     size = max(ids.values(), default=-1) + 1
     if not 0 < size <= MAX_PIECES:
-        raise CheckpointError(
-            "the vocabulary is damaged",
-            where=where,
-            expected=f"ids from 0 to {MAX_PIECES - 1}",
-            found=size - 1,
-            remedy="Download the file again.",
-        )
+        raise _damaged(where, f"ids up to {size - 1}")
     names = [""] * size
     for name, index in ids.items():
         names[index] = name

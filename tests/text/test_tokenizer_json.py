@@ -232,6 +232,38 @@ def test_a_damaged_file_is_named(tmp_path, content):
         LlamaTokenizer.from_pretrained(tmp_path)
 
 
+def test_a_post_processor_that_names_an_unknown_token_is_refused(tmp_path):
+    document = json.loads(fast(TINY_MODEL).to_str())
+    document["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"post_processor.*no token '<s>'"):
+        LlamaTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_model_alone_finds_added_tokens_as_transformers_does(tmp_path):
+    """Behind a control token, where no space is put in front: transformers drops it elsewhere."""
+    shape = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<s>", "<two words>"]}
+    decoder = {
+        "2048": {"content": "<|im_end|>", "special": True},
+        "2049": {"content": "hello world", "lstrip": True, "normalized": False},
+        "2050": {"content": "cat", "single_word": True, "normalized": False},
+    }
+    folder = write(
+        tmp_path / "m",
+        fast(TINY_MODEL, spaces="none"),
+        **CONFIG | shape,
+        added_tokens_decoder=decoder,
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (folder / "tokenizer.model").write_bytes(TINY_MODEL)
+    ours = LlamaTokenizer.from_pretrained(folder)
+    assert not ours.is_fast
+    assert ours.get_added_vocab() == theirs.get_added_vocab()
+    for text in random_texts(ours, 500):
+        assert ours.encode("<s>" + text) == theirs.encode("<s>" + text), repr(text)
+
+
 def test_another_kind_of_vocabulary_is_refused_by_its_name(tmp_path):
     tokenizer = fast(TINY_MODEL)
     tokenizer.decoder = decoders.WordPiece()
