@@ -69,7 +69,8 @@ def loads(data: bytes | str, *, where: str) -> dict[str, Any]:
             number that does not fit a float, a lone surrogate, or 64 levels of nesting.
     """
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        # a byte-order mark is what an editor on Windows leaves
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         document = json.loads(
             text,
             object_pairs_hook=_unique,

@@ -11,7 +11,7 @@ from pathlib import Path
 from qmix.commands import terminal
 from qmix.errors import QmixError, UsageError
 from qmix.files import regular_file
-from qmix.hub import header_folder
+from qmix.hub import header_folder, other_folders
 from qmix.hub import source as door
 from qmix.hub.download import Confirm, Download
 from qmix.hub.header_folder import HeaderFolder
@@ -29,7 +29,12 @@ def local(source: Path, *, yes: bool = False, need: Need = "model") -> Path:
     Raises:
         QmixError: as qmix.hub.source.resolve; or the user wants no download.
     """
-    return door.resolve(source, need=need, confirm=confirmation(yes=yes))
+    path = door.resolve(source, need=need, confirm=confirmation(yes=yes))
+    if other_folders.has_unused_adapter(path):
+        terminal.notice(
+            f"{path}: the adapter beside the model is not used; qmix quantize --adapter merges one"
+        )
+    return path
 
 
 @contextmanager

@@ -112,8 +112,23 @@ def check_file(path: Path) -> None:
         raise _refusal("an archive", path, None, "Unpack it, and give the folder.")
     if path.name == ADAPTER or path.name.startswith("adapter_"):
         raise error(folder) or _refusal("a part of an adapter", path, None, "Give a model.")
+    if path.suffix != ".gguf" and _begins_with_gguf(path):
+        raise _refusal("a GGUF file without its suffix", path, None, f"ln -s {path} NAME.gguf")
     if path.suffix in _IN_A_CHECKPOINT and regular_file.exists(folder / CONFIG):
         raise _refusal("a file of a checkpoint", path, None, f"Give its folder: {folder}")
+
+
+def _begins_with_gguf(path: Path) -> bool:
+    """As ollama keeps them, by the hash of their content."""
+    if not path.is_file():
+        return False
+    with regular_file.open_regular(path) as file:
+        return file.read(4) == b"GGUF"
+
+
+def has_unused_adapter(folder: Path) -> bool:
+    """Whether an adapter lies beside a model, where it is not read."""
+    return all(regular_file.exists(folder / name) for name in (ADAPTER, CONFIG))
 
 
 def _adapter(folder: Path) -> QmixError:

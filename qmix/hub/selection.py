@@ -161,7 +161,8 @@ def _listed(folder: Path) -> set[str]:
 def _has_weights(folder: Path) -> bool:
     if regular_file.exists(folder / INDEX):
         return all(regular_file.exists(folder / name) for name in _listed(folder))
-    return any(not _OTHERS.match(path.name) for path in visible(folder, "*.safetensors"))
+    names = [path.name for path in visible(folder, "*.safetensors") if not _OTHERS.match(path.name)]
+    return SINGLE in names or len(names) == 1  # several need the index
 
 
 def _has_gguf(repo: RepoId, ggufs: list[str], folder: Path) -> bool:

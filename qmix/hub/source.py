@@ -4,14 +4,14 @@ Knows no torch and nothing of what the files hold.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qmix.files import regular_file
 from qmix.hub import header_folder, other_folders
 from qmix.hub.download import Confirm, cached, fetch, ignore
 from qmix.hub.local import snapshot_of
-from qmix.hub.remote import HubOptions
+from qmix.hub.remote import HubOptions, UnreachableError
 from qmix.hub.repo_id import RepoId
 from qmix.hub.selection import Need, gguf_path, is_complete
 
@@ -64,8 +64,14 @@ def described(source: str | Path, *, part: bool = False) -> Iterator[Path]:
     if found is not None and is_complete(found, "weights", repo):
         yield gguf_path(found, repo) or found
         return
-    with header_folder.fetched(repo, options) as headers:
-        yield headers.path
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(header_folder.fetched(repo, options)).path
+        except UnreachableError:
+            if not (part and found is not None and is_complete(found, "config", repo)):
+                raise
+            path = found  # its config.json tells the shapes
+        yield path
 
 
 def _here(source: str | Path, need: Need) -> Path | None:

@@ -16,6 +16,7 @@ from qmix.errors import CheckpointError, QmixError, ResourceError, UnsupportedEr
 from qmix.hub import cache
 from qmix.hub.remote import HubOptions
 from qmix.hub.repo_id import RepoId
+from qmix.hub.selection import is_complete
 from qmix.hub.source import described, resolve
 from tests.support import fake_hub
 from tests.support.fake_hub import BIG, COMMIT, Virtual
@@ -23,6 +24,21 @@ from tests.support.fake_hub import BIG, COMMIT, Virtual
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
+
+
+def test_what_another_program_left_half_in_the_cache_is_completed(org_tiny, monkeypatch):
+    folder = resolve("org/tiny")
+    (folder / "model.safetensors.index.json").unlink()
+    assert is_complete(folder, "weights", RepoId("org/tiny")) is False
+    resolve("org/tiny")
+    assert is_complete(folder, "weights", RepoId("org/tiny"))
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with described("org/tiny", part=True) as config_only:  # enough for a plan
+        assert config_only == folder
+    with pytest.raises(ResourceError, match="HF_HUB_OFFLINE"), described("org/tiny"):
+        pass
 
 
 def test_one_layout_is_fetched_said_beforehand_and_nothing_is_asked_again(org_tiny, tiny):

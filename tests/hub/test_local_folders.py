@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from qmix.commands import sources
+from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.hub.local import shown_name
 from qmix.hub.source import resolve
@@ -72,4 +74,21 @@ def test_a_file_where_a_folder_is_meant_is_named(tmp_path):
             resolve(model / name)
     with pytest.raises(CheckpointError, match=r"an archive.*Unpack it"):
         resolve(model / "a.zip")
+    (model / "sha256-0123").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(CheckpointError, match=r"a GGUF file without its suffix.*ln -s"):
+        resolve(model / "sha256-0123")
     assert resolve(model / "tokenizer.model", need="tokenizer") == model / "tokenizer.model"
+
+
+def test_an_adapter_beside_a_model_is_not_used_and_that_is_said(small_checkpoint, capsys):
+    (small_checkpoint / "adapter_config.json").write_text("{}")
+    (small_checkpoint / "adapter_model.safetensors").write_bytes(b"")
+    assert sources.local(small_checkpoint) == small_checkpoint
+    assert "the adapter beside the model is not used" in capsys.readouterr().err
+
+
+def test_a_config_with_a_byte_order_mark_is_read(small_checkpoint):
+    path = small_checkpoint / "config.json"
+    text = path.read_text()
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert MixtralConfig.from_pretrained(small_checkpoint).to_json() == text
