@@ -138,7 +138,7 @@ class ChatEncoder(TextEncoder):
 
         Args:
             conversation: mappings with role and content, a text or a list of text parts.
-            tools, documents: JSON schemas and mappings, passed to the template.
+            tools, documents: functions or JSON schemas, and mappings, passed to the template.
             chat_template: another template, the name of one, or "inst"; default: the checkpoint's.
             add_generation_prompt: end where an answer begins. Default: True, unless
                 `continue_final_message`; transformers' is False.

@@ -3,12 +3,14 @@
 Knows nothing of tokens, nor how a template is rendered.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from qmix.errors import UsageError, wrong_value
 from qmix.text.chat_template import Message
+from qmix.text.tool_schema import tool_schema
 
 _DEPTH = 64  # of lists and dicts within each other
 # Names under which a message carries its reasoning; the first is the one that templates read.
@@ -77,23 +79,26 @@ def checked(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, A
 
 
 def schemas(tools: Sequence[Any] | None) -> list[Any] | None:
-    """The tools of a conversation as JSON schemas.
+    """The tools of a conversation as JSON schemas; functions are described (`tool_schema`).
 
     Raises:
-        UsageError: one is not an object; functions have to be described.
+        UsageError: one is neither, or a function that does not describe itself.
     """
     if tools is None:
         return None
+    found = []
     for index, tool in enumerate(tools):
+        if inspect.isfunction(tool) or inspect.ismethod(tool):
+            tool = tool_schema(tool)
         if not isinstance(tool, Mapping):
             raise UsageError(
                 "wrong type",
                 where=f"tools[{index}]",
-                expected="a JSON schema: an object with type and function",
+                expected="a function, or its JSON schema",
                 found=type(tool).__name__,
-                remedy="transformers.utils.get_json_schema makes one of a function.",
             )
-    return [plain(tool) for tool in tools]
+        found.append(plain(tool))
+    return found
 
 
 def continued(

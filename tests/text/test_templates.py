@@ -194,7 +194,7 @@ def test_wrong_options_are_named(ours):
         {"add_generation_prompt": True, "continue_final_message": True},
         {"return_assistant_tokens_mask": True},
         {"sanitize_control_tokens": True, "tokenize": False},
-        {"tools": [print]},
+        {"tools": [3]},
         {"chat_template": "nowhere"},
         {"chat_template": 3},
         {"return_tensors": "tf"},
