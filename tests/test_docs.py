@@ -76,13 +76,18 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
     from qmix.text.tokenizer import LlamaTokenizer
     from qmix.weights.scheme import Scheme
     from tests.support import raw_mistral
-    from tests.support.models import quantized, small_model
+    from tests.support.models import quantized, small_model, write_dense
 
     folder = tmp_path_factory.mktemp("desk")
+    (folder / "evals").mkdir()
+    (folder / "evals" / "tiny").symlink_to(tiny)
+    widths = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    small = write_dense(folder / "small", max_position_embeddings=1024, **widths)
+    shutil.copy(tiny / "tokenizer_config.json", small)
     names = ("Mixtral-8x7B-v0.1", "Mixtral-8x7B-Instruct-v0.1")
-    for name in ("evals/tiny", *names, *(f"mistralai/{name}" for name in names)):
+    for name in (*names, *(f"mistralai/{name}" for name in names)):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).symlink_to(tiny)
+        (folder / name).symlink_to(small)
     shutil.copytree(tiny_nf4, folder / "mixtral-nf4")
     scheme = Scheme(kind="int4", group_size=128)
     quantized(tiny, folder / "mixtral-gptq", scheme, method="rtn")
@@ -95,15 +100,7 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
     return folder
 
 
-# Calibrated runs take their time, however few the tokens.
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (page == "docs/checkpoints.md"))
-        for page in PAGES
-        if run_blocks(page, "sh")
-    ],
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if run_blocks(page, "sh")])
 def test_commands_run(page, desk, capsys):
     for block in run_blocks(page, "sh"):
         for words in block.commands:
@@ -242,10 +239,10 @@ def test_messages_in_troubleshooting_are_the_programs():
         assert any(message in one for one in said), message
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_tables_are_those_of_the_records(page):
-    found = text(page)
-    assert found == figures.written(found), "run: python -m tests.support.figures"
+def test_tables_are_those_of_the_records():
+    """Of all pages in one process: they share what it takes to write them."""
+    stale = [page for page in PAGES if text(page) != figures.written(text(page))]
+    assert stale == [], "run: python -m tests.support.figures"
 
 
 def test_the_readme_claims_no_speed_on_a_gpu_that_no_record_has():

@@ -64,15 +64,21 @@ def test_without_a_gpu_all_but_the_bandwidth_is_skipped(tmp_path):
     assert "no CUDA device" in table
 
 
-@pytest.fixture
-def steps(tmp_path, monkeypatch):
-    """Steps of our own: a package qmix.evals.steps that the step's process finds first."""
-    root = tmp_path / "root"
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A copy of the sources; the first process of a step compiles their bytes for all."""
+    root = tmp_path_factory.mktemp("steps") / "root"
     shutil.copytree(
         ROOT, root,
         ignore=lambda folder, names: [n for n in names if n not in ("qmix", "evals", "pyproject.toml")]
         if folder == str(ROOT) else [n for n in names if n in ("__pycache__", "tiny", "records")],
     )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def steps(root, monkeypatch):
+    """Steps of our own: a package qmix.evals.steps that the step's process finds first."""
     monkeypatch.setattr(gpu, "ROOT", root)
 
     def write(name, body):

@@ -90,6 +90,7 @@ def test_attend(window, length, dtype):
         assert error(out, oracle(q, k, v, window, None)) <= bound(dtype)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 8])
 @pytest.mark.parametrize("length", [16, 35])
@@ -166,7 +167,7 @@ def one_by_one(q, k, v, past, starts, window):
     return torch.cat(out).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 8, 16])
+@pytest.mark.parametrize("window", one_in(2, [None, 1, 7, 8, 16]))
 def test_decode_over_a_cache(window):
     """Rows of different lengths and padding; the ring of W slots at every place of its turn."""
     past = torch.tensor([0, 6, 7, 8, 15, 16, 24, 40], dtype=torch.int32, device=DEVICE)
@@ -268,6 +269,7 @@ def same_routes(found, expected, logits):
     assert torch.equal(logits.gather(1, found.ids), logits.gather(1, expected.ids))
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (8, 1), (6, 3), (4, 4), (1, 1)])
 def test_route(experts, chosen, dtype):
@@ -308,6 +310,7 @@ def test_residual_norm_route(tokens, dtype):
     same_routes(found.routes, kernels.route(found.logits, 2), found.logits)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "queries"), [(1, 1), (2, 3), (1, 19)])
 def test_apply_rotary(batch, queries, dtype):

@@ -87,8 +87,10 @@ def plain(
 
 def word(codes):
     """Eight codes (or four of 8 bits) as a signed 32-bit integer, the first in the lowest bits."""
-    bits = 32 // len(codes)
-    return signed(sum(code << bits * i for i, code in enumerate(codes)))
+    bits, value = 32 // len(codes), 0
+    for code in reversed(codes):
+        value = value << bits | code
+    return signed(value)
 
 
 def signed(value):

@@ -37,10 +37,9 @@ def drawn(
     if symmetric:
         zeros = torch.full_like(zeros, half)
     order = torch.randperm(columns, generator=generator) if act_order else torch.arange(columns)
+    group_of = torch.arange(columns) // group
     meant = torch.empty(rows, columns)
-    for j in range(columns):
-        difference = codes[:, j].float() - zeros[:, j // group].float()
-        meant[:, order[j]] = difference * scales[:, j // group].float()
+    meant[:, order] = (codes.float() - zeros.float()[:, group_of]) * scales.float()[:, group_of]
     weight = Affine(
         codes=pack_codes(codes, bits),
         scales=scales,

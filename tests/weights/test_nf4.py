@@ -19,6 +19,7 @@ from qmix.weights.table import NF4_VALUES
 from tests.support import exact
 from tests.support.oracles import eager_bitsandbytes
 from tests.support.process import succeeds
+from tests.support.soak import one_in
 
 bnb = eager_bitsandbytes().functional
 
@@ -394,7 +395,7 @@ print(peak() - before - (packed.nbytes + 4 * w.numel() // 64) / 2**20)
 """
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("layout", one_in(2, ["strided", "contiguous"]))
 def test_a_large_matrix_is_quantized_within_64_mb(layout):
     """Beyond the input, the codes and the float32 scales."""
     assert float(succeeds(MEMORY, layout)) < 64

@@ -98,6 +98,7 @@ def assert_equal(first, second):
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize(("name", "layout"), EXACT)
 def test_what_a_format_holds_is_the_same_there_and_back(tmp_path, name, layout):
     source, there, back = write(tmp_path / "in", name), tmp_path / "out", tmp_path / "back"
