@@ -11,6 +11,7 @@ from qmix.evals import corpus, guard
 from qmix.evals.guard import Figures, check
 from qmix.evals.quality import measure
 from qmix.evals.quality.perplexity import Text, evaluate
+from qmix.formats.layouts import bnb
 from qmix.quantize.rounding.grid import Grid
 from qmix.weights import nf4
 from qmix.weights import table as weights
@@ -37,6 +38,7 @@ def perturbed(monkeypatch):
     """One of the 16 values moved by a tenth, alike for encoder, writer and reader."""
     values = (*weights.NF4_VALUES[:9], weights.NF4_VALUES[9] + 0.1, *weights.NF4_VALUES[10:])
     monkeypatch.setitem(weights.VALUES, "nf4", values)
+    monkeypatch.setattr(bnb, "NF4_VALUES", values)
     nf4._midpoints.cache_clear()
     yield
     nf4._midpoints.cache_clear()
