@@ -14,6 +14,7 @@ from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
+from tests.support.fast_tokenizers import fast
 
 SHARD = "model-00001-of-00001.safetensors"
 IDS = torch.tensor([[1, 5, 6, 7]])
@@ -100,7 +101,8 @@ def test_the_companion_files_of_a_real_hub_directory_do_not_disturb(small_checkp
     (small_checkpoint / "generation_config.json").write_text(
         '{"eos_token_id": [2, 5], "pad_token_id": -1}'
     )
-    (small_checkpoint / "tokenizer.json").write_text("{}")
+    model = (small_checkpoint / "tokenizer.model").read_bytes()
+    (small_checkpoint / "tokenizer.json").write_text(fast(model).to_str())
     (small_checkpoint / "consolidated.safetensors").write_bytes(b"of another layout")
     model, tokenizer = qmix.load(small_checkpoint, device="cpu")
     assert tokenizer.encode("a")[0] == 1
