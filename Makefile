@@ -53,7 +53,7 @@ newest:
 	$(NEWEST)/bin/python $(TESTS) -m "not slow and not soak" $(PYTEST)
 
 # Write the committed golden values anew, each by its oracle in an environment of its own.
-goldens: .oracles/38/.ready .oracles/4/.ready .oracles/5/.ready .oracles/ct/.ready .oracles/modelopt/.ready .oracles/hqq/.ready .oracles/auto-round/.ready .oracles/mlx/.ready .oracles/gguf/.ready .oracles/gptqmodel/.packed
+goldens: .oracles/38/.ready .oracles/4/.ready .oracles/5/.ready .oracles/ct/.ready .oracles/modelopt/.ready .oracles/hqq/.ready .oracles/auto-round/.ready .oracles/mlx/.ready .oracles/gguf/.ready .oracles/peft/.ready .oracles/gptqmodel/.packed
 	for name in 38 4 5; do for file in logits page; do \
 	  .oracles/$$name/bin/python tests/golden/make_$$file.py || exit 1; \
 	done; done
@@ -63,6 +63,7 @@ goldens: .oracles/38/.ready .oracles/4/.ready .oracles/5/.ready .oracles/ct/.rea
 	.oracles/ct/bin/python tests/golden/make_compressed_floats.py
 	.oracles/modelopt/bin/python tests/golden/make_modelopt.py
 	.oracles/gguf/bin/python tests/golden/make_gguf.py
+	.oracles/peft/bin/python tests/golden/make_peft.py
 	.oracles/hqq/bin/python tests/golden/make_hqq.py
 	.oracles/hqq/bin/python tests/golden/make_hqq.py mixtral
 	.oracles/mlx/bin/python tests/golden/make_mlx.py

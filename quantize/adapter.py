@@ -7,6 +7,7 @@ experts. Knows no shards and no rounding.
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -184,7 +185,7 @@ def open_adapter(folder: Path, checkpoint: Checkpoint) -> Adapter:
         )
     entries = read_entries(folder / WEIGHTS)
     shapes = {name: entry.shape for name, entry in entries.items()}
-    found = updates(shapes, checkpoint, folder / WEIGHTS)
+    found = updates(shapes, checkpoint, folder / WEIGHTS, transposed=_is_old(config))
     return Adapter(folder, config, entries, found, _digest(folder), _alphas(config, folder))
 
 
@@ -219,6 +220,14 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
                 expected="a number" if name == "lora_alpha" else "numbers by module",
                 found=repr(config[name])[:80],
             )
+
+
+def _is_old(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT before 0.19 wrote it, which took stacked experts for transposed; see
+    adapter_names. Before 0.18 it did not say its version.
+    """
+    version = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.get("peft_version") or "0.0"))
+    return version is not None and (int(version[1]), int(version[2])) < (0, 19)
 
 
 def _is_number(value: object) -> bool:

@@ -70,12 +70,15 @@ class Factors:
         return (a[:, start:stop], b) if self.transposed else (a, b[start:stop])
 
 
-def updates(shapes: Mapping[str, Shape], checkpoint: Checkpoint, path: Path) -> dict[str, Factors]:
+def updates(
+    shapes: Mapping[str, Shape], checkpoint: Checkpoint, path: Path, *, transposed: bool = False
+) -> dict[str, Factors]:
     """What a LoRA holds for each weight, by the weight's canonical name.
 
     Args:
         shapes: of its tensors, by name.
         path: the file, for errors.
+        transposed: how stacked experts are read where their shapes fit both ways.
 
     Raises:
         CheckpointError: a tensor of no weight of the checkpoint, one without its other factor, or
@@ -96,7 +99,7 @@ def updates(shapes: Mapping[str, Shape], checkpoint: Checkpoint, path: Path) -> 
     result: dict[str, Factors] = {}
     for module, parts in found.items():
         if match := _STACKED.fullmatch(_with_model(module)):
-            made = dict(_stacked(match, parts, shapes, checkpoint, path))
+            made = dict(_stacked(match, parts, shapes, checkpoint, path, transposed))
         else:
             made = dict(_plain(module, parts, shapes, tensors, path))
         if not made or result.keys() & made.keys():
@@ -152,10 +155,14 @@ def _stacked(
     shapes: Mapping[str, Shape],
     checkpoint: Checkpoint,
     path: Path,
+    transposed: bool,
 ) -> Iterator[tuple[str, Factors]]:
     """The updates of one layer's experts, all in one: gate and up, or down, by their shapes.
 
     PEFT before 0.19 takes the parameter's first axis of a matrix for its inputs.
+
+    Args:
+        transposed: whether it did, where the shapes do not say.
     """
     factors = Factors.of(parts)
     _check_pair(factors, path)
@@ -167,24 +174,22 @@ def _stacked(
     if layer >= config.num_hidden_layers or not factors.a or not factors.b:
         return
     (total, inputs), (outputs, other) = shapes[factors.a][:2], shapes[factors.b][:2]
-    kinds = {
-        (hidden, 2 * inner): ("gate_up_proj", False),
-        (inner, hidden): ("down_proj", False),
-        (2 * inner, hidden): ("gate_up_proj", True),
-        (hidden, inner): ("down_proj", True),
-    }
-    ambiguous = len(kinds) < 4
-    if total != other or total % experts or (inputs, outputs) not in kinds or ambiguous:
+    straight = {(hidden, 2 * inner): "gate_up_proj", (inner, hidden): "down_proj"}
+    crossed = {shape[::-1]: name for shape, name in straight.items()}
+    read_first, read_last = (crossed, straight) if transposed else (straight, crossed)
+    shape = inputs, outputs
+    if total != other or total % experts or shape not in {**straight, **crossed}:
         raise _wrong_shape(
             factors.a, (f"r * {experts}", f"{hidden} or {inner}"), shapes[factors.a], path
         )
-    parameter, transposed = kinds[inputs, outputs]
+    kinds = read_first if shape in read_first else read_last
+    parameter = kinds[shape]
     module = match[0].replace(".base_layer", "")
     shared = replace(
         factors,
         rank=total // experts,
         keys=(f"{module}.{parameter}", module),
-        transposed=transposed,
+        transposed=kinds is crossed,
         experts=experts,
     )
     rows = {"w1": (0, inner), "w3": (inner, 2 * inner)}

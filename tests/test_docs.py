@@ -76,6 +76,7 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
     from qmix.text.tokenizer import LlamaTokenizer
     from qmix.weights.scheme import Scheme
     from tests.support import raw_mistral
+    from tests.support.lora import write_attention_lora
     from tests.support.models import quantized, small_model, write_dense
 
     folder = tmp_path_factory.mktemp("desk")
@@ -89,6 +90,7 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(small)
     shutil.copytree(tiny_nf4, folder / "mixtral-nf4")
+    write_attention_lora(folder / "my-lora", widths["hidden_size"])
     scheme = Scheme(kind="int4", group_size=128)
     quantized(tiny, folder / "mixtral-gptq", scheme, method="rtn")
     words = LlamaTokenizer.from_pretrained(tiny)

@@ -54,6 +54,13 @@ class MixtralForCausalLM(PreTrainedModel):
         """Take the special ids from generation_config.json."""
         self.generation_config = GenerationConfig.from_model_config(self.config, directory)
 
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """generation_config.json, if it would say more than config.json does."""
+        config = self.generation_config
+        if set(config.given.values()) <= {"config.json"}:
+            return {}
+        return {"generation_config.json": config.to_dict()}
+
     def tie_weights(self) -> None:
         """Share the embedding with the head where the config says so."""
         if self.config.tie_word_embeddings:

@@ -196,6 +196,10 @@ class PreTrainedModel(nn.Module):
     def read_generation_config(self, directory: Path) -> None:
         """Take the special ids from generation_config.json, if the model generates."""
 
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """JSON files that belong to the model beside config.json, by name."""
+        return {}
+
     def save_pretrained(
         self, directory: str | Path, *, max_shard_bytes: int = SHARD_BYTES, **options: Any
     ) -> None:
@@ -211,7 +215,7 @@ class PreTrainedModel(nn.Module):
         """
         max_shard_bytes = arguments.shard_bytes(options, max_shard_bytes)
         config = self.config.replace(architectures=[type(self).__name__])
-        save.save(self, config, directory, max_shard_bytes)
+        save.save(self, config, directory, max_shard_bytes, self.documents())
 
     def __getattr__(self, name: str) -> Any:
         try:

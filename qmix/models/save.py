@@ -1,10 +1,12 @@
 """Saving a model: the checkpoint that it was read from, byte for byte, or a dense one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.experts.reader import FileWeight
 from qmix.formats import names
@@ -25,12 +27,16 @@ def save(
     config: MixtralConfig,
     directory: str | Path,
     max_shard_bytes: int = SHARD_BYTES,
+    documents: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write config.json and sharded safetensors, each weight as it is stored.
 
     Integers are written as GPTQ, whatever layout they were read from: as version 2 if a zero is 0,
     and with the same groups of inputs. Their codes and scales do not change, whether or not the
     model holds them in the packed layout. See qmix.formats.layouts.writer.
+
+    Args:
+        documents: JSON files to write beside them, by name.
 
     Raises:
         UsageError: the directory holds weights or a config already.
@@ -63,6 +69,8 @@ def save(
     with saving(Path(directory)) as folder:
         write_shards(folder, specs, tensors, max_shard_bytes)
         saved.save_pretrained(folder)
+        for name, document in (documents or {}).items():
+            strict_json.write(folder / name, document)
 
 
 def _weights(model: nn.Module, config: MixtralConfig) -> Iterator[tuple[str, Weight | Tensor]]:

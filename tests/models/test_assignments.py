@@ -183,3 +183,13 @@ def test_every_error_of_an_assignment_is_the_projects_own():
     for name, value in {"hidden_size": "4", "eos_token_id": [None], "hidden_act": "tanh"}.items():
         with pytest.raises(QmixError, match=name):
             setattr(config, name, value)
+
+
+def test_a_saved_model_keeps_what_was_stated(folder, tmp_path):
+    model = MixtralForCausalLM.from_pretrained(folder(temperature=0.3, eos_token_id=[5, 7]))
+    model.generation_config.top_p = 0.5
+    model.save_pretrained(tmp_path / "saved")
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.generation_config == model.generation_config
+    small_model(num_hidden_layers=1).save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "generation_config.json").exists()

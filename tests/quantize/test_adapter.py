@@ -13,7 +13,8 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.quantize.adapter import open_adapter
 from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
-from tests.support.models import GOLDEN
+from tests.support.lora import write_lora
+from tests.support.models import GOLDEN, small_model
 from tests.support.process import qmix
 
 PEFT = GOLDEN / "peft-0.21.2"
@@ -68,6 +69,31 @@ def test_merging_while_quantizing_is_quantizing_what_peft_merged(name, method, t
     stated = strict_json.read(tmp_path / "out" / "qmix_manifest.json")["adapter"]
     assert stated["name"] == name
     assert len(stated["sha256"]) == 64
+
+
+@pytest.mark.parametrize("version", [None, "0.18.1", "0.19.0", "1.0.0"])
+def test_square_experts_are_read_as_their_peft_wrote_them(tmp_path, version):
+    """Where a matrix is square, the version says which of its axes PEFT took for inputs."""
+    small_model(hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(
+        tmp_path / "base"
+    )
+    module, rank, experts = "model.layers.0.mlp.experts", 4, 8
+    shapes = {f"{module}.lora_A.weight": (32, 64), f"{module}.lora_B.weight": (64, 32)}
+    tensors = write_lora(tmp_path / "lora", shapes, peft_version=version)
+    a, b = (tensors[name] for name in shapes)
+    a, b = a.reshape(experts, rank, 64), b.reshape(64, rank, experts)
+    axes = "e i o" if version in (None, "0.18.1") else "e o i"
+    update = torch.einsum(f"o r e, e r i -> {axes}", b, a) * 0.5  # as in both PEFTs
+    checkpoint = open_checkpoint(tmp_path / "base")
+    adapter = open_adapter(tmp_path / "lora", checkpoint)
+    assert len(adapter.updates) == experts
+    for tensor in checkpoint.tensors:
+        if tensor.name in adapter.updates:
+            expert = int(tensor.name.split(".experts.")[1].split(".")[0])
+            found = adapter(tensor, checkpoint.read(tensor.name))
+            expected = checkpoint.read(tensor.name) + update[expert]
+            assert tensor.name.endswith("w2.weight")
+            assert torch.equal(found, expected)
 
 
 def test_the_command_merges_too(tmp_path):
