@@ -23,7 +23,10 @@ from qmix.planning.machine import Gpu, HostMemory
 Severity = Literal["ok", "slow", "fails", "note"]
 Subject = TypeVar("Subject")
 
-PACKAGES = ("numpy", "sentencepiece", "triton", "transformers", "flash_attn", "matplotlib")
+PACKAGES = (
+    *("numpy", "sentencepiece", "tokenizers", "jinja2", "huggingface_hub"),
+    *("triton", "transformers", "flash_attn", "matplotlib"),
+)
 COMPILERS = ("c++", "g++", "clang++")  # of qmix.kernels.cpu.build, whose package needs torch
 _OLDEST_TORCH, _NEWEST_TORCH = (2, 9), (2, 13)  # tested
 _PICKLES_TORCH = (2, 10)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qmix.errors import ResourceError
 from qmix.files import atomic_file, regular_file
 from qmix.hub import remote
 from qmix.hub.remote import HubOptions, Listing, UnreachableError
@@ -96,10 +97,10 @@ def fetch(
         if options.offline:
             raise remote.not_cached(repo, options)
         listing = remote.list_files(repo, options)
-    except UnreachableError:
-        if found is not None and is_complete(found, _least(need), repo):
-            return gguf_path(found, repo) or found
-        raise
+    except (UnreachableError, ResourceError):
+        if found is None or newest or not is_complete(found, _least(need), repo):
+            raise
+        return gguf_path(found, repo) or found
     return _fetch(repo, listing, need, options, confirm)
 
 

@@ -19,8 +19,8 @@ from qmix.hub.repo_id import RepoId
 _LOGIN = "log in (hf auth login, or HF_TOKEN=...)"
 
 
-class UnreachableError(ResourceError):
-    """The hub cannot be asked: no network, or it was forbidden to use it."""
+class UnreachableError(CheckpointError):
+    """Nothing here has the name, and the hub cannot be asked: no network, or none is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ def list_files(repo: RepoId, options: HubOptions) -> Listing:
     Raises:
         CheckpointError: there is no such repository or revision.
         UnsupportedError: it is gated, or the token is refused.
-        ResourceError: the hub allows no more requests, or cannot be reached (UnreachableError).
+        UnreachableError: the hub cannot be reached.
+        ResourceError: it allows no more requests, or fails.
     """
     from huggingface_hub import HfApi
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from qmix.errors import ResourceError
 from qmix.files import regular_file
 from qmix.hub import header_folder, other_folders
 from qmix.hub.download import Confirm, cached, fetch, ignore
@@ -33,9 +34,9 @@ def resolve(
         confirm: is told what will be fetched before any weight is, and raises to refuse it.
 
     Raises:
-        CheckpointError: it is something else than a checkpoint, or is nowhere.
+        CheckpointError: it is something else than a checkpoint, or is found nowhere.
         UnsupportedError: the hub's repository is gated, or in no layout that is read.
-        ResourceError: the disk is too small, or the hub cannot be reached.
+        ResourceError: the disk is too small, or the hub answers no more requests.
     """
     if (here := _here(source, need)) is not None:
         return here
@@ -67,7 +68,7 @@ def described(source: str | Path, *, part: bool = False) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             path = stack.enter_context(header_folder.fetched(repo, options)).path
-        except UnreachableError:
+        except (UnreachableError, ResourceError):
             if not (part and found is not None and is_complete(found, "config", repo)):
                 raise
             path = found  # its config.json tells the shapes

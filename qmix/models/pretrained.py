@@ -97,7 +97,7 @@ class PreTrainedModel(nn.Module):
             load_options: dtype, device, vram, ram and max_context as one object instead.
             options: fields of the config that no shape depends on, such as `sliding_window`,
                 `num_experts_per_tok` or `num_labels`. `config`: one with other such values.
-                Those of HubOptions: `revision`, `token`, ...
+                The hub's: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
                 `max_memory`: vram and ram in accelerate's words, {0: "20GiB", "cpu": "60GiB"}.
                 `load_in_4bit=True`, or `quantization_config` (a BitsAndBytesConfig or its fields as
                 a dictionary): round each matrix as it is read, as `qmix quantize` would.

@@ -28,7 +28,7 @@ def test_chat_from_an_empty_cache_to_a_reply_and_offline_afterwards(org_tiny, mo
     assert "download" not in offline.stderr
     assert org_tiny.requests == []
     missing = qmix("chat", "org/other", stdin="")
-    assert missing.returncode == 4
+    assert missing.returncode == 3
     assert "HF_HUB_OFFLINE is set" in missing.stderr
 
 

@@ -14,6 +14,7 @@ import qmix
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import CheckpointError, QmixError, ResourceError, UnsupportedError, UsageError
 from qmix.hub import cache
+from qmix.hub.download import fetch
 from qmix.hub.remote import HubOptions
 from qmix.hub.repo_id import RepoId
 from qmix.hub.selection import is_complete
@@ -37,7 +38,7 @@ def test_what_another_program_left_half_in_the_cache_is_completed(org_tiny, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with described("org/tiny", part=True) as config_only:  # enough for a plan
         assert config_only == folder
-    with pytest.raises(ResourceError, match="HF_HUB_OFFLINE"), described("org/tiny"):
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"), described("org/tiny"):
         pass
 
 
@@ -57,6 +58,8 @@ def test_one_layout_is_fetched_said_beforehand_and_nothing_is_asked_again(org_ti
         assert resolve(same) == folder
     assert org_tiny.requests == []
     org_tiny.status = 500  # and with no hub at all
+    with pytest.raises(ResourceError, match="answers 500"):
+        fetch(RepoId("org/tiny"), "model", HubOptions(), newest=True)
     assert resolve("org/tiny", options=HubOptions(local_files_only=True)) == folder
 
 
@@ -67,7 +70,7 @@ def test_a_refusal_leaves_the_weights_where_they_are(org_tiny):
     with pytest.raises(QmixError, match="no"):
         resolve("org/tiny", confirm=refuse)
     assert not any("safetensors" in each and "blobs" in each for each in org_tiny.requests)
-    with pytest.raises(ResourceError, match=r"neither a folder here.*qmix pull org/tiny"):
+    with pytest.raises(CheckpointError, match=r"neither a folder here.*qmix pull org/tiny"):
         resolve("org/tiny", options=HubOptions(local_files_only=True))
 
 
@@ -143,6 +146,20 @@ def test_gguf_repositories_need_one_model_named(hub):
     assert resolve("org/tiny-GGUF:Q8_0", options=HubOptions()).name == "tiny.Q8_0.gguf"
 
 
+def test_headers_alone_describe_a_gguf_model_in_shards(hub, tmp_path):
+    from tests.support.gguf_files import write_shards
+    from tests.support.models import small_model
+
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    first, second = write_shards(folder, small_model(), 2)
+    hub.add("org/x-GGUF", folder, **{"other.Q2_K.gguf": BIG})
+    with described(f"org/x-GGUF/{first.name}") as path:
+        assert path.name == first.name
+        assert inspect(path).to_dict()["parts"] == inspect(first).to_dict()["parts"]
+    assert resolve(f"org/x-GGUF/{first.name}").with_name(second.name).exists()
+
+
 @pytest.mark.parametrize(
     ("files", "kind", "message"),
     [
@@ -186,7 +203,7 @@ def test_every_refusal_of_the_hub_has_its_remedy(hub, tiny, tmp_path, monkeypatc
         refused("org/more", kind, message)
     hub.status = None
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    refused("org/more", ResourceError, "cannot be reached.*HTTPS_PROXY")
+    refused("org/more", CheckpointError, "cannot be reached.*HTTPS_PROXY")
     monkeypatch.undo()
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.errors import CheckpointError, ResourceError, UsageError, WriteError
+from qmix.errors import CheckpointError, UsageError, WriteError
 from qmix.text.detokenizer import StreamDetokenizer
 from qmix.text.sentencepiece_file import MODEL_FILE
 from qmix.text.tokenizer import LlamaTokenizer
@@ -403,7 +403,7 @@ def test_a_missing_model_is_named_with_its_remedy(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
         LlamaTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(ResourceError, match=r"neither a folder here nor complete in the hub's"):
+    with pytest.raises(CheckpointError, match=r"neither a folder here nor complete in the hub's"):
         LlamaTokenizer.from_pretrained("mistralai/Mixtral-8x7B-v0.1")
 
 
