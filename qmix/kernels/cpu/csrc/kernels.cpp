@@ -24,6 +24,7 @@
 #include "portable.h"
 #include "threads.h"
 #include "vnni.h"
+#include "width_avx2.h"
 
 namespace {
 
@@ -44,7 +45,7 @@ int32_t with_isa(int32_t isa, const Body& body) {
 #if defined(__x86_64__)
         if (isa == VNNI) return body(Vnni{});
         if (isa == AVX512) return body(Avx512{});
-        if (isa == AVX2) return body(Avx2{});
+        if (isa == AVX2) return body(avx2::Kernels{});
 #endif
         body(Portable{});
     });

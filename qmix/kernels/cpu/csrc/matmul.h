@@ -222,9 +222,13 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
     for (int64_t i = 0; i < count; i++) {
         const Matrix& weight = matmuls[i].weight;
         const int64_t unit = scale_unit(weight);
-        const bool int16 = Kernels::INT16 && unit && matmuls[i].quantize_activations &&
-                           (shift_of(weight) == NONE || IntegerTable(weight).linear);
-        const int64_t max_tokens = int16 ? INT16_TOKENS : MAX_TOKENS;
+        bool int16 = false;
+        int64_t max_tokens = MAX_TOKENS;
+        if constexpr (Kernels::INT16)
+            if (unit && matmuls[i].quantize_activations &&
+                matmuls[i].tokens <= Kernels::MAX_INT16_TOKENS &&
+                Kernels::takes(weight, IntegerTable(weight), unit))
+                int16 = true, max_tokens = INT16_TOKENS;
         for (int64_t first = 0; first < matmuls[i].tokens; first += max_tokens) {
             MatmulPass pass{};
             const int64_t left = matmuls[i].tokens - first;

@@ -11,6 +11,10 @@ namespace {
 
 struct Vnni : Avx512 {
     static constexpr bool INT16 = true;
+    static constexpr int64_t MAX_INT16_TOKENS = INT64_MAX;
+    static bool takes(const Matrix& weight, const IntegerTable& table, int64_t) {
+        return shift_of(weight) == NONE || table.linear;
+    }
 
     // The low bytes of 64 dwords, each shifted right by `shift`.
     static inline QMIX_VNNI __m512i low_bytes(const __m512i (&dwords)[4], int shift) {

@@ -1,0 +1,261 @@
+// Rows in codes times tokens in 16-bit integers, for a width of registers.
+//
+// This file is included once for each width, in a namespace of its own that holds `Width` (what the
+// registers do, see width_avx2.h) and `FloatKernels` (the kernels for everything else), where
+// QMIX_TARGET names the instruction set. A chunk is as many registers as hold its 64 bytes.
+
+struct Kernels : FloatKernels {
+    static constexpr bool INT16 = true;
+    static constexpr int64_t MAX_INT16_TOKENS = Width::MAX_TOKENS;
+    static constexpr int REGISTERS = CHUNK_BYTES / Width::BYTES;
+    typedef Width::Floats Floats;
+    typedef Width::Units Units;
+    typedef Width::Register Register;
+    typedef Width::Ints Ints;
+
+    // The smallest unit of a table that is looked up.
+    static bool takes(const Matrix& weight, const IntegerTable& table, int64_t unit) {
+        return table.linear || (shift_of(weight) == NONE && unit >= Width::TABLE_UNIT);
+    }
+
+    // Quantizes `count` inputs of a chunk to 16 bits, arranged as the codes are read, and for a
+    // linear table adds them up by units into `totals`. Returns what 1 is worth: NaN if any input
+    // is NaN or infinite.
+    template <int BITS>
+    static QMIX_TARGET float quantize_chunk(const float* x, int64_t count, int32_t high_first,
+                                            const IntegerTable& table, int64_t unit, int16_t* out,
+                                            float* totals) {
+        constexpr int64_t CHUNK = 512 / BITS;
+        float inputs[CHUNK] = {};
+        memcpy(inputs, x, sizeof(float) * (count < CHUNK ? count : CHUNK));
+        uint32_t bits[CHUNK], largest_bits = 0;
+        memcpy(bits, inputs, sizeof bits);
+        for (int64_t i = 0; i < CHUNK; i++) {
+            const uint32_t magnitude = bits[i] & 0x7fffffff;
+            largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
+        }
+        float largest;
+        memcpy(&largest, &largest_bits, 4);
+        const bool finite = largest_bits < 0x7f800000;
+        const float factor = largest > 0 ? table.max_activation / largest : 0;
+        if (table.linear) memset(totals, 0, sizeof(float) * MAX_UNITS);
+        if (!finite || factor > 3e38f) {
+            memset(out, 0, sizeof(int16_t) * CHUNK);
+            return finite ? 0 : __builtin_nanf("");
+        }
+        int16_t words[CHUNK];
+        for (int64_t i = 0; i < CHUNK; i++)
+            words[i] = int16_t(int32_t(__builtin_rintf(inputs[i] * factor)));
+        if (!table.linear) {
+            Width::arrange_table(words, high_first, out);
+            return largest / (table.max_activation * table.factor);
+        }
+        for (int64_t i = 0; i < CHUNK; i += 16) {
+            int32_t total = 0;
+            for (int64_t k = 0; k < 16; k++) total += words[i + k];
+            totals[i / unit] += float(total);
+        }
+        if constexpr (BITS == 4)
+            arrange_nibbles(words, high_first, out);
+        else
+            Width::arrange_bytes(words, out);
+        return largest / (table.max_activation * table.factor);
+    }
+
+    // 256 high + low, both signed bytes: for each register the high ones of the codes in the low
+    // nibbles and of those in the high nibbles, then the low ones.
+    static QMIX_TARGET void arrange_nibbles(const int16_t* words, int32_t high_first,
+                                            int16_t* out) {
+        constexpr int BYTES = Width::BYTES;
+        int8_t* planes = reinterpret_cast<int8_t*>(out);
+        for (int r = 0; r < REGISTERS; r++, words += 2 * BYTES, planes += 4 * BYTES)
+            for (int odd = 0; odd < 2; odd++) {
+                const int16_t* from = words + (high_first ? 1 - odd : odd);
+                for (int i = 0; i < BYTES; i++) {
+                    planes[BYTES * odd + i] = int8_t((from[2 * i] + 128) >> 8);
+                    planes[BYTES * (odd + 2) + i] = int8_t(from[2 * i]);
+                }
+            }
+    }
+
+    // Codes of any table: looked up as 16-bit integers.
+    struct TableCodes : Format<4, NONE> {
+        static constexpr bool LINEAR = false;
+        typedef typename Width::Values Decoded;
+        Width::Table table;
+        explicit QMIX_TARGET TableCodes(const IntegerTable& integers) : table(integers) {}
+        QMIX_INLINE QMIX_TARGET Decoded decode(Register codes) const {
+            return Width::lookup(codes, table);
+        }
+        static QMIX_INLINE QMIX_TARGET Ints dot(const Decoded& values, const int16_t* x) {
+            return Width::dot(values, x);
+        }
+    };
+
+    // Codes of a linear table: as they are, or mapped to others, times the bytes of the inputs.
+    template <class Base>
+    struct LinearCodes : Base {
+        static constexpr bool LINEAR = true;
+        static constexpr bool NIBBLES = Base::BITS == 4;
+        typedef
+            typename std::conditional<NIBBLES, Width::Nibbles, Width::Wide>::type Decoded;
+        explicit LinearCodes(const IntegerTable&) {}
+        QMIX_INLINE QMIX_TARGET Decoded decode(Register codes) const {
+            if constexpr (NIBBLES)
+                return Width::nibbles(codes);
+            else
+                return Width::wide(codes);
+        }
+        static QMIX_INLINE QMIX_TARGET Ints dot(const Decoded& codes, const int16_t* x) {
+            return Width::dot(codes, x);
+        }
+    };
+
+    // Adds chunk `c` of a row to its sums. `base` is the value of code 0 of a linear table, for
+    // which `offsets` gathers scale * (base - zero) * (the total of the inputs), or bias * total,
+    // or, without either, scale * total, which store_rows multiplies by base.
+    template <int TOKENS, class Codes>
+    QMIX_INLINE static QMIX_TARGET void add_chunk(const uint8_t* source, const Codes& codes,
+                                                  const QuantizedInputs& in, int64_t c,
+                                                  int64_t chunks, const float* scales,
+                                                  const float* shifts, float base,
+                                                  const Width::Spread& spread,
+                                                  Floats (&sums)[TOKENS],
+                                                  Units (&offsets)[TOKENS]) {
+        const int64_t pitch = chunks * Codes::CHUNK;
+        const int16_t* x = in.x + c * Codes::CHUNK;
+        const Units unit_scales = Width::load_units(scales);
+        Units scaled[TOKENS];
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; t++) {
+            const Units input_scale = Units{} + in.scales[t * chunks + c];
+            scaled[t] = unit_scales * input_scale;
+            if (!Codes::LINEAR) continue;
+            Units factors = scaled[t];
+            if (Codes::SHIFT == ZEROS)
+                factors = factors * ((Units{} + base) - Width::load_units(shifts));
+            if (Codes::SHIFT == BIASES) factors = Width::load_units(shifts) * input_scale;
+            const float* totals = in.totals + (t * chunks + c) * MAX_UNITS;
+            offsets[t] = Width::fma(factors, Width::load_units(totals), offsets[t]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < REGISTERS; r++) {
+            const auto decoded = codes.decode(Width::load(source + r * Width::BYTES));
+#pragma GCC unroll 4
+            for (int t = 0; t < TOKENS; t++) {
+                const int16_t* inputs = x + t * pitch + r * (Codes::CHUNK / REGISTERS);
+                sums[t] = Width::fma(Width::floats(Codes::dot(decoded, inputs)),
+                                     spread(scaled[t], r), sums[t]);
+            }
+        }
+    }
+
+    // Multiplies rows [first, end), ROWS at a time, by TOKENS tokens: more rows mean fewer loads of
+    // inputs, more tokens fewer look-ups.
+    template <int ROWS, int TOKENS, class Codes>
+    static QMIX_TARGET void multiply_rows(const Matrix& weight, const Codes& shared, float base,
+                                          int64_t unit, const QuantizedInputs in, int64_t first,
+                                          int64_t end, const Scratch scratch, float* y) {
+        const Codes multiplier = shared;  // a copy that can stay in registers
+        constexpr int64_t CHUNK = Codes::CHUNK;
+        const typename Width::Spread spread(unit / Codes::WORD);
+        const int64_t chunks = round_up(weight.inputs, CHUNK) / CHUNK, units = CHUNK / unit;
+        const int64_t bytes = weight.inputs * Codes::BITS / 8, row_units = weight.inputs / unit;
+        const int64_t pitch = scratch.pitch;
+        uint8_t last[ROWS][CHUNK_BYTES] = {};
+        for (int64_t row = first; row < end; row += ROWS) {
+            for (int r = 0; r < ROWS; r++) {
+                prefetch_scales(weight, row + r + 8);
+                read_scales<Kernels>(weight, unit, row + r, 0, row_units,
+                                     scratch.scales + r * pitch,
+                                     Codes::SHIFT == NONE ? nullptr : scratch.shifts + r * pitch);
+            }
+            Floats sums[ROWS][TOKENS];
+            Units offsets[ROWS][TOKENS];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+                for (int t = 0; t < TOKENS; t++) sums[r][t] = Floats{}, offsets[r][t] = Units{};
+            // First all whole chunks, then a copy of the codes of one that is not: reading on would
+            // leave the matrix.
+            const uint8_t* codes[ROWS];
+            for (int r = 0; r < ROWS; r++)
+                codes[r] = codes_of(weight, row + r, 0, weight.inputs, scratch, r);
+            for (int64_t c = 0, stop = weight.inputs / CHUNK; c < chunks; stop = chunks) {
+                if (c == weight.inputs / CHUNK)
+                    for (int r = 0; r < ROWS; r++) {
+                        memcpy(last[r], codes[r] + c * CHUNK_BYTES,
+                               weight.inputs % CHUNK * Codes::BITS / 8);
+                        codes[r] = last[r] - c * CHUNK_BYTES;
+                    }
+                for (; c < stop; c++) {
+#pragma GCC unroll 4
+                    for (int r = 0; r < ROWS; r++) {
+                        const uint8_t* source = codes[r] + c * CHUNK_BYTES;
+                        Width::prefetch(source + ROWS * bytes);
+                        const int64_t at = r * pitch + c * units;
+                        add_chunk<TOKENS>(source, multiplier, in, c, chunks, scratch.scales + at,
+                                          scratch.shifts + at, base, spread, sums[r], offsets[r]);
+                    }
+                }
+            }
+            store_rows<Codes::LINEAR && Codes::SHIFT == NONE, Codes::LINEAR>(weight, row, base,
+                                                                             sums, offsets, y);
+        }
+    }
+
+    template <bool SHARED_BASE, bool LINEAR, int ROWS, int TOKENS>
+    QMIX_INLINE static QMIX_TARGET void store_rows(const Matrix& weight, int64_t row, float base,
+                                                   Floats (&sums)[ROWS][TOKENS],
+                                                   Units (&offsets)[ROWS][TOKENS], float* y) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int t = 0; t < TOKENS; t++) {
+                if (SHARED_BASE) offsets[r][t] = offsets[r][t] * (Units{} + base);
+                if (LINEAR) sums[r][t] = Width::add_units(sums[r][t], offsets[r][t]);
+                y[t * weight.rows + row + r] = Width::sum(sums[r][t]);
+            }
+    }
+
+    // All tokens, four at a time where several rows share an input's load.
+    template <int ROWS, class Codes>
+    static void multiply_tokens(const Matrix& weight, const Codes& codes, float base, int64_t unit,
+                                QuantizedInputs in, int64_t first, int64_t end,
+                                const Scratch& scratch, float* y) {
+        const auto multiply = [&](auto kernel) {
+            kernel(weight, codes, base, unit, in, first, end, scratch, y);
+        };
+        const int64_t chunks = round_up(weight.inputs, Codes::CHUNK) / Codes::CHUNK;
+        constexpr int64_t STEP = ROWS == 2 ? 4 : 1;
+        for (int64_t t = 0; t < in.tokens; t += STEP, y += STEP * weight.rows) {
+            const int64_t left = in.tokens - t;
+            if (STEP == 1 || left == 1)
+                multiply(multiply_rows<ROWS, 1, Codes>);
+            else if constexpr (STEP == 4) {
+                if (left == 2)
+                    multiply(multiply_rows<ROWS, 2, Codes>);
+                else if (left == 3)
+                    multiply(multiply_rows<ROWS, 3, Codes>);
+                else
+                    multiply(multiply_rows<ROWS, 4, Codes>);
+            }
+            in.x += STEP * chunks * Codes::CHUNK, in.scales += STEP * chunks;
+            in.totals += STEP * chunks * MAX_UNITS;
+        }
+    }
+
+    // y [tokens, rows]: rows [first, end), ROWS at a time, times all quantized tokens.
+    template <int ROWS>
+    static QMIX_TARGET void multiply_int16(const Matrix& weight, const IntegerTable& table,
+                                           int64_t unit, const QuantizedInputs& in, int64_t first,
+                                           int64_t end, const Scratch& scratch, float* y) {
+        if (!table.linear)
+            return multiply_tokens<ROWS>(weight, TableCodes(table), 0, unit, in, first, end,
+                                         scratch, y);
+        with_format(weight, [&](auto format) {
+            multiply_tokens<ROWS>(weight, LinearCodes<decltype(format)>(table), table.values[0],
+                                  unit, in, first, end, scratch, y);
+        });
+    }
+};
