@@ -8,6 +8,7 @@ Knows nothing of a weight's codes. Shape letters: see qmix.kernels; B here are a
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ class NestedScales:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @cached_property
+    def step(self) -> float:
+        """`map[1]` if `map[code]` is `code * map[1]` in float32, as of k-quants; 0 if it is not."""
+        step = self.map[1]
+        even = torch.equal(self.map, torch.arange(len(self.map), device=self.device) * step)
+        return float(step) if even else 0.0
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from qmix.kernels.cpu.isa import ISAS
+from qmix.kernels.cpu.isa import supported
 from qmix.kernels.cpu.library import library
 from qmix.weights.affine import Affine
 from qmix.weights.scales import NestedScales
@@ -12,10 +12,9 @@ from qmix.weights.table import VALUES, Table
 
 
 @cache
-def best() -> int:
-    """The place in ISAS of this processor's best instruction set; -1 without a compiler."""
-    found = library().isa
-    return ISAS.index(found) if found else -1
+def available() -> tuple[str, ...]:
+    """The instruction sets that this processor has; none without a compiler."""
+    return tuple(each.name for each in supported()) if library().isa else ()
 
 
 def seeded(seed=0):

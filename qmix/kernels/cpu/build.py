@@ -15,13 +15,14 @@ import signal
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qmix.errors import ResourceError, WriteError
 from qmix.files import user_files
 from qmix.files.file_errors import writing
+from qmix.kernels.cpu.isa import InstructionSet
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
 # No contraction: a multiplication and an addition are fused only where the source says so.
@@ -33,17 +34,19 @@ _COMPILING = ".compiling-"
 _TIMEOUT = 300  # seconds; a cold compilation takes 3
 
 
-def load() -> ctypes.CDLL:
-    """Load the library; compile it first if the cache does not hold it.
+def load(candidates: Sequence[InstructionSet]) -> tuple[ctypes.CDLL, str]:
+    """Load the library of the first instruction set that the compiler knows, and name it.
 
-    A cache that others can write to is not used: this process compiles a library of its own.
+    It is compiled first if the cache does not hold it. A cache that others can write to is not
+    used: this process compiles a library of its own.
 
     Raises:
         ResourceError: no compiler, or it fails.
     """
     folder = user_files.cache_directory()
+    isa = _known(candidates)
     try:
-        return ctypes.CDLL(str(compiled(folder)))
+        return ctypes.CDLL(str(compiled(folder, isa))), isa.name
     except OSError as error:  # a read-only home, a full disk, a file system mounted noexec
         found = error.found if isinstance(error, WriteError) else error
         warnings.warn(
@@ -53,17 +56,17 @@ def load() -> ctypes.CDLL:
             stacklevel=2,
         )
     with tempfile.TemporaryDirectory(prefix="qmix-") as temporary:
-        library = compiled(Path(temporary))
+        library = compiled(Path(temporary), isa)
         try:
-            return ctypes.CDLL(str(library))
+            return ctypes.CDLL(str(library)), isa.name
         except OSError as error:
             raise ResourceError(
                 "the compiled CPU kernels cannot be loaded", found=error, remedy=REMEDY
             ) from None
 
 
-def compiled(folder: Path) -> Path:
-    """The file of the library in `folder`.
+def compiled(folder: Path, isa: InstructionSet) -> Path:
+    """The file of the library of an instruction set in `folder`.
 
     It is compiled anew if it is missing or damaged, or if others can have written it.
 
@@ -71,11 +74,11 @@ def compiled(folder: Path) -> Path:
         WriteError: the folder cannot be written, or others can write to it.
         ResourceError: no compiler, or it fails.
     """
-    command = [*_compiler(), *FLAGS]
+    command = [*_compiler(), *FLAGS, *isa.flags]
     version = _run([command[0], "--version"]).stdout
     sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]*")))
     hashed = "\0".join((*command, version, *sources))
-    library = folder / f"kernels-{hashlib.sha256(hashed.encode()).hexdigest()[:20]}.so"
+    library = folder / f"kernels-{isa.name}-{hashlib.sha256(hashed.encode()).hexdigest()[:20]}.so"
     user_files.prepare(library)
     _clear(folder)
     if user_files.doubt(library) is None and _whole(library):
@@ -88,6 +91,16 @@ def compiled(folder: Path) -> Path:
         made.chmod(0o700)
         made.replace(library)
     return library
+
+
+def _known(candidates: Sequence[InstructionSet]) -> InstructionSet:
+    """The first one whose flags the compiler knows: AVX-VNNI is younger than some."""
+    *better, last = candidates
+    for isa in better:
+        command = [*_compiler(), *isa.flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        if _done(command).returncode == 0:
+            return isa
+    return last
 
 
 @contextmanager

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from qmix.errors import ResourceError
 from qmix.kernels.cpu import ctypes_structs as structs
-from qmix.kernels.cpu.isa import ISAS
 
 _FORKED = 0x40  # PF_FORKNOEXEC in Linux
 
-# Every function takes threads, the instruction set and the entry to torch's threads besides, and
-# returns 0, or 1 if there is no memory for the activations.
+# Every function takes threads and the entry to torch's threads besides. It returns 0, or 1 if there
+# is no memory for the activations.
 _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
     "matmul": (POINTER(structs.Matmul), c_int64),
     "matmul_packed": (POINTER(structs.TiledMatrix), c_void_p, c_void_p, c_int64),
@@ -39,9 +38,10 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Functions:
-    """The compiled functions on one instruction set.
+    """The compiled functions.
 
     Attributes:
+        isa: the instruction set that they are compiled for, one of ISAS.
         fork: the entry to torch's threads; None starts threads for every call.
         process: the process whose threads those are.
     """
@@ -53,7 +53,7 @@ class Functions:
 
     def __post_init__(self) -> None:
         for name, arguments in _ARGUMENTS.items():
-            self._function(name).argtypes = (*arguments, c_int32, c_int32, c_void_p)
+            self._function(name).argtypes = (*arguments, c_int32, c_void_p)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call `qmix_name`; a tensor stands for its address, a structure or an array for its own.
@@ -64,7 +64,6 @@ class Functions:
         failed = self._function(name)(
             *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments),
             torch.get_num_threads(),
-            ISAS.index(self.isa),
             self.fork if os.getpid() == self.process else None,  # a forked child has no threads
         )
         if failed:

@@ -1,52 +1,112 @@
-"""The instruction sets of the compiled kernels, and the one that is used.
+"""The instruction sets that the kernels are compiled for, and the one that is used.
 
-`QMIX_CPU_KERNELS` chooses one for tests and for comparisons; `torch` means none of them. Without it
-the best one that the processor has is used.
+A library holds the kernels of one set. The best one that the processor has is used, unless
+`QMIX_CPU_PATH` names another, for tests and comparisons; `torch` there means none.
 """
 
 import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
 
 from qmix.errors import UsageError
 
-VARIABLE = "QMIX_CPU_KERNELS"
-ISAS = ("portable", "avx2", "avx512", "vnni")  # by their numbers in csrc/structs.h
+VARIABLE = "QMIX_CPU_PATH"
 TORCH = "torch"
 
+_CPUINFO = Path("/proc/cpuinfo")
+_X86 = ("x86_64", "AMD64")
+_ARM = ("aarch64", "arm64")
+_ALL: frozenset[str] = frozenset()
 
-def requested() -> str | None:
-    """One of ISAS, or `torch`; None if the variable is not set.
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One of them.
+
+    Attributes:
+        machines: what platform.machine() calls the processors that may have it; empty: all.
+        needs: the features that it uses, as /proc/cpuinfo calls them.
+        flags: what the compiler is told.
+    """
+
+    name: str
+    machines: tuple[str, ...] = ()
+    needs: frozenset[str] = _ALL
+    flags: tuple[str, ...] = ()
+
+
+def _extended(
+    base: InstructionSet, name: str, needs: str, flags: tuple[str, ...]
+) -> InstructionSet:
+    return InstructionSet(
+        name, base.machines, base.needs | set(needs.split()), (*base.flags, *flags)
+    )
+
+
+_PORTABLE = InstructionSet("portable")
+_NEON = InstructionSet("neon", _ARM, frozenset({"asimddp"}), ("-march=armv8.2-a+dotprod",))
+_I8MM = InstructionSet("i8mm", _ARM, _NEON.needs | {"i8mm"}, ("-march=armv8.2-a+dotprod+i8mm",))
+_AVX2 = InstructionSet(
+    "avx2", _X86, frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c")
+)
+_AVX_VNNI = _extended(_AVX2, "avx_vnni", "avx_vnni", ("-mavxvnni",))
+_AVX512 = _extended(
+    _AVX2,
+    "avx512",
+    "avx512f avx512bw avx512dq avx512vl",
+    ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+)
+_VNNI = _extended(_AVX512, "vnni", "avx512_vnni", ("-mavx512vnni",))
+
+# A processor's best one is the last that it has.
+ISAS = {each.name: each for each in (_PORTABLE, _NEON, _I8MM, _AVX2, _AVX_VNNI, _AVX512, _VNNI)}
+
+
+def features() -> frozenset[str]:
+    """What this processor has, in the words of /proc/cpuinfo.
+
+    Where there is no such file, an Arm processor is taken to have the dot products of bytes: all
+    of Apple's have them.
+    """
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset({"asimddp"} if platform.machine() in _ARM else ())
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return _ALL
+
+
+def supported() -> tuple[InstructionSet, ...]:
+    """Those that this processor has, the best one first."""
+    machine, found = platform.machine(), features()
+    return tuple(
+        each
+        for each in reversed(ISAS.values())
+        if (not each.machines or machine in each.machines) and each.needs <= found
+    )
+
+
+def candidates() -> tuple[InstructionSet, ...]:
+    """Those that may be used, the best one first: none for `torch`, one if one is named.
 
     Raises:
-        UsageError: the variable names something else.
+        UsageError: the variable names something else, or one that this processor lacks.
     """
-    name = os.environ.get(VARIABLE) or None
-    if name is not None and name not in (TORCH, *ISAS):
-        raise UsageError(
-            "no such CPU kernels",
-            where=VARIABLE,
-            expected=", ".join((TORCH, *ISAS)),
-            found=name,
-        )
-    return name
-
-
-def supported(name: str | None, best: int) -> str:
-    """The instruction set to use.
-
-    Args:
-        name: the requested one; None is the best.
-        best: the number of the best one that this processor has.
-
-    Raises:
-        UsageError: this processor lacks the requested one.
-    """
+    name, here = os.environ.get(VARIABLE) or None, supported()
     if name is None:
-        return ISAS[best]
-    if ISAS.index(name) > best:
+        return here
+    if name == TORCH:
+        return ()
+    found = tuple(each for each in here if each.name == name)
+    if not found:
         raise UsageError(
-            "this processor lacks such kernels",
+            "this processor lacks such kernels" if name in ISAS else "no such CPU kernels",
             where=VARIABLE,
-            expected=", ".join((TORCH, *ISAS[: best + 1])),
+            expected=", ".join((TORCH, *(each.name for each in reversed(here)))),
             found=name,
         )
-    return name
+    return found

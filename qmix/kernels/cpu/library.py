@@ -57,9 +57,9 @@ class Library:
         """Each x [T, K], float32 and contiguous, times its weight [N, K]: [T, N] each, in `dtype`.
 
         An act-order weight takes its inputs in the order that it stores them. Where `dtype` has 16
-        bits, 16-bit integers may stand for x and for the table: an error of 0.007 %. VNNI does so,
-        and takes 128 inputs (64 for codes of 8 bits) for zero of which none reaches 1.1e-34
-        (5.5e-35 for NF4).
+        bits, 16-bit integers may stand for x and for the table: an error of 0.007 %. All but the
+        portable kernels do so, and take 128 inputs (64 for codes of 8 bits) for zero of which none
+        reaches 1.1e-34 (5.5e-35 for NF4).
         """
         sizes = [len(x) * weight.shape[0] for x, weight in zip(xs, weights, strict=True)]
         flat = torch.empty(sum(sizes))
@@ -275,13 +275,13 @@ def library() -> Library:
     """The library of this process; one warning if there is none.
 
     Raises:
-        UsageError: `QMIX_CPU_KERNELS` names no instruction set, or one that this processor lacks.
+        UsageError: `QMIX_CPU_PATH` names no instruction set, or one that this processor lacks.
     """
-    requested = isa.requested()
-    if requested == isa.TORCH:
+    candidates = isa.candidates()
+    if not candidates:
         return Library(None)
     try:
-        compiled = build.load()
+        compiled, name = build.load(candidates)
     except QmixError as error:
         warnings.warn(
             f"4-bit matmuls run on torch, at a tenth of the speed: {error}",
@@ -289,7 +289,6 @@ def library() -> Library:
             stacklevel=3,
         )
         return Library(None)
-    name = isa.supported(requested, int(compiled.qmix_isa()))
     return Library(Functions(compiled, name, torch_threads()))
 
 

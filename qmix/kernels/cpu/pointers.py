@@ -125,6 +125,7 @@ def matrix_of(weight: Table | Affine, references: list[Tensor]) -> structs.Matri
             outer=pointer(part.outer),
             map=pointer(part.map),
             block=part.block,
+            step=part.step,
             offset=part.offset,
             kind=_NESTED_KINDS[part.bits],
             outer_kind=_KINDS[part.outer.dtype],

@@ -19,34 +19,6 @@ namespace {
 constexpr int64_t PIECE = 128;        // positions: 32 KiB of keys at a width of 128
 constexpr int64_t HEADS_AT_ONCE = 4;  // heads of a group that read keys and values together
 
-// Sixteen values: one register, or as many as a processor needs for them.
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-QMIX_INLINE Floats load16(const uint16_t* source) {
-    Halves bits;
-    memcpy(&bits, source, sizeof bits);
-    return Floats(__builtin_convertvector(bits, Words) << 16);
-}
-
-QMIX_INLINE Floats load16(const float* source) {
-    Floats values;
-    memcpy(&values, source, sizeof values);
-    return values;
-}
-
-QMIX_INLINE float sum16(const Floats& values) {
-    typedef float Eight __attribute__((vector_size(32)));
-    typedef float Four __attribute__((vector_size(16)));
-    Eight eights[2];
-    memcpy(eights, &values, sizeof eights);
-    eights[0] += eights[1];
-    Four fours[2];
-    memcpy(fours, &eights[0], sizeof fours);
-    fours[0] += fours[1];
-    return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
-}
-
 // Columns [column, column + 16 * VECTORS) of the weighted sums of `count` values, for HEADS heads.
 template <int HEADS, int VECTORS>
 QMIX_INLINE void weighted_values(const TokenAttention& attention, const uint16_t* values,
@@ -148,28 +120,6 @@ QMIX_INLINE void attend_group(const TokenAttention& attention, int64_t group, in
                         out + head * width);
 }
 
-#if defined(__x86_64__)
-QMIX_AVX2 void attend_avx2(const TokenAttention& attention, int64_t group, int64_t piece,
-                           const float* q, float* stats, float* out) {
-    attend_group(attention, group, piece, q, stats, out);
-}
-
-QMIX_AVX512 void attend_avx512(const TokenAttention& attention, int64_t group, int64_t piece,
-                               const float* q, float* stats, float* out) {
-    attend_group(attention, group, piece, q, stats, out);
-}
-#endif
-
-void attend_piece(const TokenAttention& attention, int64_t group, int64_t piece, const float* q,
-                  int32_t isa, float* stats, float* out) {
-#if defined(__x86_64__)
-    if (isa >= AVX512) return attend_avx512(attention, group, piece, q, stats, out);
-    if (isa == AVX2) return attend_avx2(attention, group, piece, q, stats, out);
-#endif
-    (void)isa;
-    attend_group(attention, group, piece, q, stats, out);
-}
-
 // Merges the pieces of a head into `sums` [width]; stats are [pieces][heads][2] and sums of pieces
 // [pieces][heads][width].
 void merge_pieces(const TokenAttention& attention, int64_t pieces, int64_t head, const float* stats,
@@ -192,7 +142,7 @@ void merge_pieces(const TokenAttention& attention, int64_t pieces, int64_t head,
         attention.out[head * width + i] = float_to_bfloat16(sums[i] / sum);
 }
 
-void attend(const TokenAttention& attention, int threads, int32_t isa, Fork fork) {
+void attend(const TokenAttention& attention, int threads, Fork fork) {
     const int64_t heads = attention.heads, width = attention.width;
     const int64_t pieces = round_up(attention.positions, PIECE) / PIECE;
     const int64_t group_heads = heads / attention.groups;
@@ -205,7 +155,7 @@ void attend(const TokenAttention& attention, int threads, int32_t isa, Fork fork
     parallel_for(attention.groups * pieces, threads, fork, [&](int64_t task, int) {
         const int64_t group = task / pieces, piece = task % pieces;
         const int64_t head = piece * heads + group * group_heads;
-        attend_piece(attention, group, piece, q.data() + group * group_heads * width, isa,
+        attend_group(attention, group, piece, q.data() + group * group_heads * width,
                      stats + 2 * head, sums + head * width);
     });
     parallel_for(heads, pieces > 8 ? threads : 1, fork, [&](int64_t head, int) {

@@ -5,16 +5,12 @@
 
 #include "matrix.h"
 
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 namespace {
 
 struct Avx2 {
     static constexpr bool VECTORS = true, INT16 = false;
     static constexpr int64_t lanes(int64_t tokens) { return tokens <= 8 ? 8 : 16; }
-
-    static void copy_values(const GroupValues& array, int64_t first, int64_t count, float* out) {
-        copy_values_avx2(array, first, count, out);
-    }
 
     struct Table {
         __m256 low, high;
@@ -23,7 +19,7 @@ struct Avx2 {
     // The values of the p-th codes of eight words. The highest bit of a code of 4 bits, shifted to
     // the sign, chooses between the halves of the table.
     template <int BITS>
-    static inline QMIX_AVX2 __m256 values_of(const Table& table, __m256i words, int p) {
+    static inline __m256 values_of(const Table& table, __m256i words, int p) {
         __m256i index = _mm256_srli_epi32(words, BITS * p);
         if (BITS == 8) return _mm256_cvtepi32_ps(_mm256_and_si256(index, _mm256_set1_epi32(255)));
         __m256 low = _mm256_permutevar8x32_ps(table.low, index);
@@ -34,17 +30,17 @@ struct Avx2 {
 
     // Which of the scales of half a chunk each of its eight words has.
     template <int WORD>
-    static inline QMIX_AVX2 __m256i scale_index(int64_t unit) {
+    static inline __m256i scale_index(int64_t unit) {
         const __m128i shift = _mm_cvtsi64_si128(__builtin_ctzll(unit / WORD));
         return _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), shift);
     }
 
-    static inline QMIX_AVX2 __m256 spread(const float* scales, __m256i index) {
+    static inline __m256 spread(const float* scales, __m256i index) {
         return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(scales)), index);
     }
 
     template <class Format>
-    static QMIX_AVX2 void decode_chunk(const Matrix& weight, const uint8_t* codes, int64_t unit,
+    static void decode_chunk(const Matrix& weight, const uint8_t* codes, int64_t unit,
                                        const float* scales, const float* shifts, float* out) {
         constexpr int64_t HALF = Format::CHUNK / 2;
         const Table table = {_mm256_loadu_ps(weight.table), _mm256_loadu_ps(weight.table + 8)};
@@ -67,7 +63,7 @@ struct Avx2 {
     }
 
     template <class Format, int TOKENS>
-    static QMIX_AVX2 void multiply_row(const Matrix& weight, const uint8_t* codes, const float* x,
+    static void multiply_row(const Matrix& weight, const uint8_t* codes, const float* x,
                                        int64_t pitch, int64_t row, int64_t unit,
                                        const Scratch& scratch, float* y) {
         constexpr int64_t CHUNK = Format::CHUNK;
@@ -117,7 +113,7 @@ struct Avx2 {
 
     // A register tile: sums [ROWS][VECTORS_A_ROW] += tile [ROWS, depth] times x [depth][lanes].
     template <int ROWS, int VECTORS_A_ROW>
-    static QMIX_AVX2 void multiply_block(const float* tile, int64_t depth, const float* x,
+    static void multiply_block(const float* tile, int64_t depth, const float* x,
                                          float* sums) {
         constexpr int V = VECTORS_A_ROW;
         __m256 sum[ROWS][V];
@@ -136,7 +132,7 @@ struct Avx2 {
             for (int v = 0; v < V; v++) _mm256_storeu_ps(sums + 8 * (V * r + v), sum[r][v]);
     }
 
-    static QMIX_AVX2 void swiglu(const float* gate, const float* up, int64_t count, float* out) {
+    static void swiglu(const float* gate, const float* up, int64_t count, float* out) {
         swiglu_values(gate, up, count, out);
     }
 

@@ -5,20 +5,16 @@
 
 #include "matrix.h"
 
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
 namespace {
 
 struct Avx512 {
     static constexpr bool VECTORS = true, INT16 = false;
     static constexpr int64_t lanes(int64_t tokens) { return tokens <= 16 ? 16 : PANEL_TOKENS; }
 
-    static void copy_values(const GroupValues& array, int64_t first, int64_t count, float* out) {
-        copy_values_avx512(array, first, count, out);
-    }
-
     // The values of the p-th codes of sixteen words.
     template <int BITS>
-    static inline QMIX_AVX512 __m512 values_of(__m512 table, __m512i words, int p) {
+    static inline __m512 values_of(__m512 table, __m512i words, int p) {
         const __m512i index = _mm512_srli_epi32(words, BITS * p);
         if (BITS == 8) return _mm512_cvtepi32_ps(_mm512_and_si512(index, _mm512_set1_epi32(255)));
         return _mm512_permutexvar_ps(index, table);
@@ -26,18 +22,18 @@ struct Avx512 {
 
     // Which of the scales of a chunk each of its sixteen words has.
     template <int WORD>
-    static inline QMIX_AVX512 __m512i scale_index(int64_t unit) {
+    static inline __m512i scale_index(int64_t unit) {
         const __m512i word =
             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         return _mm512_srl_epi32(word, _mm_cvtsi64_si128(__builtin_ctzll(unit / WORD)));
     }
 
-    static inline QMIX_AVX512 __m512 spread(const float* scales, __m512i index) {
+    static inline __m512 spread(const float* scales, __m512i index) {
         return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(scales)));
     }
 
     template <class Format>
-    static QMIX_AVX512 void decode_chunk(const Matrix& weight, const uint8_t* codes, int64_t unit,
+    static void decode_chunk(const Matrix& weight, const uint8_t* codes, int64_t unit,
                                          const float* scales, const float* shifts, float* out) {
         const __m512 table = _mm512_loadu_ps(weight.table);
         const __m512i index = scale_index<Format::WORD>(unit);
@@ -55,7 +51,7 @@ struct Avx512 {
     }
 
     template <class Format, int TOKENS>
-    static QMIX_AVX512 void multiply_row(const Matrix& weight, const uint8_t* codes, const float* x,
+    static void multiply_row(const Matrix& weight, const uint8_t* codes, const float* x,
                                          int64_t pitch, int64_t row, int64_t unit,
                                          const Scratch& scratch, float* y) {
         constexpr int64_t CHUNK = Format::CHUNK;
@@ -95,7 +91,7 @@ struct Avx512 {
 
     // A register tile: sums [ROWS][VECTORS_A_ROW] += tile [ROWS, depth] times x [depth][lanes].
     template <int ROWS, int VECTORS_A_ROW>
-    static QMIX_AVX512 void multiply_block(const float* tile, int64_t depth, const float* x,
+    static void multiply_block(const float* tile, int64_t depth, const float* x,
                                            float* sums) {
         constexpr int V = VECTORS_A_ROW;
         __m512 sum[ROWS][V];
@@ -117,7 +113,7 @@ struct Avx512 {
             for (int v = 0; v < V; v++) _mm512_storeu_ps(sums + 16 * (V * r + v), sum[r][v]);
     }
 
-    static QMIX_AVX512 void swiglu(const float* gate, const float* up, int64_t count, float* out) {
+    static void swiglu(const float* gate, const float* up, int64_t count, float* out) {
         swiglu_values(gate, up, count, out);
     }
 

@@ -12,7 +12,7 @@ constexpr int64_t READ_BYTES = 1 << 20;  // a task's
 
 // Four streams in the widest loads, prefetched early: the fastest of ten ways to read (34 GB/s,
 // where one stream reads 33 and prefetches to the first cache 30).
-QMIX_INLINE uint64_t xor_words(const uint8_t* source) {
+uint64_t read_once(const uint8_t* source) {
     Words words = {};
     for (int64_t i = 0; i < READ_BYTES / 4; i += 64)
 #pragma GCC unroll 4
@@ -27,20 +27,6 @@ QMIX_INLINE uint64_t xor_words(const uint8_t* source) {
     memcpy(lanes, &words, sizeof lanes);
     for (uint64_t lane : lanes) all ^= lane;
     return all;
-}
-
-#if defined(__x86_64__)
-QMIX_AVX2 uint64_t xor_words_avx2(const uint8_t* source) { return xor_words(source); }
-QMIX_AVX512 uint64_t xor_words_avx512(const uint8_t* source) { return xor_words(source); }
-#endif
-
-uint64_t read_once(const uint8_t* source, int32_t isa) {
-#if defined(__x86_64__)
-    if (isa >= AVX512) return xor_words_avx512(source);
-    if (isa == AVX2) return xor_words_avx2(source);
-#endif
-    (void)isa;
-    return xor_words(source);
 }
 
 }  // namespace

@@ -67,11 +67,11 @@ void moe_token(const ExpertMatrices* experts, int64_t count, const float* x, flo
 // Norm, projections and rotation: `qkv` is queries and keys, rotated, and values.
 template <class Kernels>
 void before_attention(const TokenLayer& layer, const uint16_t* x, const uint16_t* cos,
-                      const uint16_t* sin, uint16_t* qkv, int threads, int32_t isa, Fork fork) {
+                      const uint16_t* sin, uint16_t* qkv, int threads, Fork fork) {
     const int64_t hidden = layer.hidden, width = layer.head_dim;
     const int64_t rotated = layer.q.rows + layer.k.rows, outputs = rotated + layer.v.rows;
     std::vector<uint16_t> normed(hidden);
-    rms_norm(x, layer.input_norm, hidden, layer.eps, isa, normed.data());
+    rms_norm(x, layer.input_norm, hidden, layer.eps, normed.data());
     std::vector<float> inputs(hidden), out(outputs), moved[3];
     for (int64_t i = 0; i < hidden; i++) inputs[i] = bfloat16_to_float(normed[i]);
     const float* q_x = permuted(inputs.data(), hidden, layer.perms[0], moved[0]);
@@ -144,7 +144,7 @@ inline std::vector<ExpertMatrices> chosen_experts(const TokenLayer& layer, const
 // Output projection, residual, norm and router, and the experts if the layer has them.
 template <class Kernels>
 void after_attention(const TokenLayer& layer, const TokenRoute& out, const uint16_t* attended,
-                     const uint16_t* x, int threads, int32_t isa, Fork fork) {
+                     const uint16_t* x, int threads, Fork fork) {
     const int64_t hidden = layer.hidden, num_experts = layer.num_experts;
     std::vector<float> inputs(layer.o.inputs), values(hidden), moved, logits(num_experts);
     for (int64_t i = 0; i < layer.o.inputs; i++) inputs[i] = bfloat16_to_float(attended[i]);
@@ -153,10 +153,9 @@ void after_attention(const TokenLayer& layer, const TokenRoute& out, const uint1
     multiply_all<Kernels>(&o_proj, 1, threads, fork);
     for (int64_t i = 0; i < hidden; i++)
         out.residual[i] = float_to_bfloat16(bfloat16_to_float(x[i]) + round_to_bfloat16(values[i]));
-    rms_norm(out.residual, layer.post_norm, hidden, layer.eps, isa, out.normed);
+    rms_norm(out.residual, layer.post_norm, hidden, layer.eps, out.normed);
     for (int64_t i = 0; i < hidden; i++) values[i] = bfloat16_to_float(out.normed[i]);
-    multiply_dense({layer.router, values.data(), logits.data(), num_experts, hidden, 1}, isa, 0,
-                   num_experts);
+    multiply_dense({layer.router, values.data(), logits.data(), num_experts, hidden, 1}, 0, num_experts);
     for (int64_t e = 0; e < num_experts; e++) out.logits[e] = float_to_bfloat16(logits[e]);
     route(out.logits, num_experts, layer.experts_per_token, out.ids, out.routing_weights);
     if (!layer.experts) return;
@@ -172,7 +171,7 @@ void after_attention(const TokenLayer& layer, const TokenRoute& out, const uint1
 // All of several layers, whose experts must be among them.
 template <class Kernels>
 void decode_token(const TokenLayer* const* layers, int64_t count, const TokenStep& step,
-                  int threads, int32_t isa, Fork fork) {
+                  int threads, Fork fork) {
     for (int64_t i = 0; i < count; i++) {
         const TokenLayer& layer = *layers[i];
         const int64_t width = layer.head_dim, groups = layer.k.rows / width;
@@ -180,7 +179,7 @@ void decode_token(const TokenLayer* const* layers, int64_t count, const TokenSte
         std::vector<uint16_t> attended(layer.q.rows), normed(layer.hidden);
         std::vector<int64_t> ids(layer.experts_per_token);
         std::vector<float> routing_weights(layer.experts_per_token);
-        before_attention<Kernels>(layer, step.x, step.cos, step.sin, qkv.data(), threads, isa,
+        before_attention<Kernels>(layer, step.x, step.cos, step.sin, qkv.data(), threads,
                                   fork);
         const uint16_t *keys = qkv.data() + layer.q.rows, *values = keys + layer.k.rows;
         TokenAttention attention{
@@ -198,10 +197,10 @@ void decode_token(const TokenLayer* const* layers, int64_t count, const TokenSte
             attention.values = cache.values;
             attention.pitch = cache.pitch;
         }
-        attend(attention, threads, isa, fork);
+        attend(attention, threads, fork);
         const TokenRoute out{step.x, normed.data(), step.logits + i * layer.num_experts, ids.data(),
                              routing_weights.data()};
-        after_attention<Kernels>(layer, out, attended.data(), step.x, threads, isa, fork);
+        after_attention<Kernels>(layer, out, attended.data(), step.x, threads, fork);
     }
 }
 

@@ -9,7 +9,7 @@
 namespace {
 
 // w * (x * (1 / sqrt(mean(x^2) + eps))), rounded before and after w is multiplied.
-QMIX_INLINE void rms_norm_values(const uint16_t* x, const uint16_t* w, int64_t width, float eps,
+void rms_norm(const uint16_t* x, const uint16_t* w, int64_t width, float eps,
                                  uint16_t* y) {
     float sums[16] = {}, sum = 0;
     int64_t i = 0;
@@ -25,22 +25,6 @@ QMIX_INLINE void rms_norm_values(const uint16_t* x, const uint16_t* w, int64_t w
     }
 }
 
-#if defined(__x86_64__)
-QMIX_AVX2 void rms_norm_avx2(const uint16_t* x, const uint16_t* w, int64_t width, float eps,
-                             uint16_t* y) {
-    rms_norm_values(x, w, width, eps, y);
-}
-#endif
-
-void rms_norm(const uint16_t* x, const uint16_t* w, int64_t width, float eps, int32_t isa,
-              uint16_t* y) {
-#if defined(__x86_64__)
-    if (isa >= AVX2) return rms_norm_avx2(x, w, width, eps, y);
-#endif
-    (void)isa;
-    rms_norm_values(x, w, width, eps, y);
-}
-
 // Adds inputs [first, inputs) of a row to y, for all tokens.
 inline void multiply_dense_tail(const DenseMatmul& matmul, int64_t row, int64_t first) {
     for (int64_t t = 0; t < matmul.tokens; t++)
@@ -50,17 +34,40 @@ inline void multiply_dense_tail(const DenseMatmul& matmul, int64_t row, int64_t 
                 matmul.x[t * matmul.inputs + k];
 }
 
-void multiply_dense_portable(const DenseMatmul& matmul, int64_t first, int64_t end) {
+#if defined(__AVX512F__)
+
+template <int TOKENS>
+void multiply_dense_rows(const DenseMatmul& matmul, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; row++) {
-        for (int64_t t = 0; t < matmul.tokens; t++) matmul.y[t * matmul.rows + row] = 0;
-        multiply_dense_tail(matmul, row, 0);
+        const uint16_t* weight = matmul.weight + row * matmul.inputs;
+        __m512 sums[TOKENS][2];
+        for (int t = 0; t < TOKENS; t++) sums[t][0] = sums[t][1] = _mm512_setzero_ps();
+        int64_t k = 0;
+        for (; k + 32 <= matmul.inputs; k += 32) {
+            _mm_prefetch(reinterpret_cast<const char*>(weight + k) + 2048, _MM_HINT_T1);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const __m256i bits =
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + k + 16 * i));
+                const __m512 values =
+                    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+                for (int t = 0; t < TOKENS; t++) {
+                    const __m512 x = _mm512_loadu_ps(matmul.x + t * matmul.inputs + k + 16 * i);
+                    sums[t][i] = _mm512_fmadd_ps(values, x, sums[t][i]);
+                }
+            }
+        }
+        for (int t = 0; t < TOKENS; t++)
+            matmul.y[t * matmul.rows + row] =
+                _mm512_reduce_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]));
+        multiply_dense_tail(matmul, row, k);
     }
 }
 
-#if defined(__x86_64__)
+#elif defined(__AVX2__)
 
 template <int TOKENS>
-QMIX_AVX2 void multiply_dense_avx2(const DenseMatmul& matmul, int64_t first, int64_t end) {
+void multiply_dense_rows(const DenseMatmul& matmul, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; row++) {
         const uint16_t* weight = matmul.weight + row * matmul.inputs;
         __m256 sums[TOKENS][2];
@@ -90,30 +97,18 @@ QMIX_AVX2 void multiply_dense_avx2(const DenseMatmul& matmul, int64_t first, int
     }
 }
 
+#else
+
 template <int TOKENS>
-QMIX_AVX512 void multiply_dense_avx512(const DenseMatmul& matmul, int64_t first, int64_t end) {
+void multiply_dense_rows(const DenseMatmul& matmul, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; row++) {
         const uint16_t* weight = matmul.weight + row * matmul.inputs;
-        __m512 sums[TOKENS][2];
-        for (int t = 0; t < TOKENS; t++) sums[t][0] = sums[t][1] = _mm512_setzero_ps();
+        Floats sums[TOKENS] = {};
         int64_t k = 0;
-        for (; k + 32 <= matmul.inputs; k += 32) {
-            _mm_prefetch(reinterpret_cast<const char*>(weight + k) + 2048, _MM_HINT_T1);
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                const __m256i bits =
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + k + 16 * i));
-                const __m512 values =
-                    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-                for (int t = 0; t < TOKENS; t++) {
-                    const __m512 x = _mm512_loadu_ps(matmul.x + t * matmul.inputs + k + 16 * i);
-                    sums[t][i] = _mm512_fmadd_ps(values, x, sums[t][i]);
-                }
-            }
-        }
-        for (int t = 0; t < TOKENS; t++)
-            matmul.y[t * matmul.rows + row] =
-                _mm512_reduce_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]));
+        for (; k + 16 <= matmul.inputs; k += 16)
+            for (int t = 0; t < TOKENS; t++)
+                sums[t] += load16(weight + k) * load16(matmul.x + t * matmul.inputs + k);
+        for (int t = 0; t < TOKENS; t++) matmul.y[t * matmul.rows + row] = sum16(sums[t]);
         multiply_dense_tail(matmul, row, k);
     }
 }
@@ -121,17 +116,9 @@ QMIX_AVX512 void multiply_dense_avx512(const DenseMatmul& matmul, int64_t first,
 #endif
 
 // Rows [first, end) of one or two tokens.
-void multiply_dense(const DenseMatmul& matmul, int32_t isa, int64_t first, int64_t end) {
-#if defined(__x86_64__)
-    if (isa >= AVX512)
-        return matmul.tokens == 1 ? multiply_dense_avx512<1>(matmul, first, end)
-                                  : multiply_dense_avx512<2>(matmul, first, end);
-    if (isa == AVX2)
-        return matmul.tokens == 1 ? multiply_dense_avx2<1>(matmul, first, end)
-                                  : multiply_dense_avx2<2>(matmul, first, end);
-#endif
-    (void)isa;
-    multiply_dense_portable(matmul, first, end);
+void multiply_dense(const DenseMatmul& matmul, int64_t first, int64_t end) {
+    return matmul.tokens == 1 ? multiply_dense_rows<1>(matmul, first, end)
+                              : multiply_dense_rows<2>(matmul, first, end);
 }
 
 }  // namespace

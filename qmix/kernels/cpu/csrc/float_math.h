@@ -6,6 +6,34 @@
 
 namespace {
 
+// Sixteen values: one register, or as many as a processor needs for them.
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+QMIX_INLINE Floats load16(const uint16_t* source) {
+    Halves bits;
+    memcpy(&bits, source, sizeof bits);
+    return Floats(__builtin_convertvector(bits, Words) << 16);
+}
+
+QMIX_INLINE Floats load16(const float* source) {
+    Floats values;
+    memcpy(&values, source, sizeof values);
+    return values;
+}
+
+QMIX_INLINE float sum16(const Floats& values) {
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    Eight eights[2];
+    memcpy(eights, &values, sizeof eights);
+    eights[0] += eights[1];
+    Four fours[2];
+    memcpy(fours, &eights[0], sizeof fours);
+    fours[0] += fours[1];
+    return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
+}
+
 QMIX_INLINE float bfloat16_to_float(uint16_t bits) {
     const uint32_t word = uint32_t(bits) << 16;
     float value;

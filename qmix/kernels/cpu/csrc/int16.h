@@ -47,9 +47,35 @@ struct IntegerTable {
     }
 };
 
+// The inputs of a chunk in the order that unpacking leaves: eight bytes of each 16-byte lane of a
+// register, then the other eight. Of codes of 4 bits, CODES = 2, those in the low nibbles come
+// first.
+template <int CODES, int LANES>
+void arrange_unpacked(const int16_t* words, int16_t* out, int32_t high_first = 0) {
+    for (int r = 0; r < 4 / LANES; r++, words += 16 * CODES * LANES)
+        for (int odd = 0; odd < CODES; odd++)
+            for (int part = 0; part < 2; part++)
+                for (int lane = 0; lane < LANES; lane++, out += 8) {
+                    const int16_t* from = words + CODES * (16 * lane + 8 * part);
+                    for (int i = 0; i < 8; i++) out[i] = from[CODES * i + (odd ^ high_first)];
+                }
+}
+
+// 256 high + low, both signed bytes: for each register of BYTES bytes the high ones, then the low
+// ones.
+template <int BYTES>
+void arrange_planes(const int16_t* words, int16_t* out) {
+    int8_t* planes = reinterpret_cast<int8_t*>(out);
+    for (int r = 0; r < 64 / BYTES; r++, words += BYTES, planes += 2 * BYTES)
+        for (int i = 0; i < BYTES; i++) {
+            planes[i] = int8_t((words[i] + 128) >> 8);
+            planes[BYTES + i] = int8_t(words[i]);
+        }
+}
+
 // Tokens as 16-bit integers.
 struct QuantizedInputs {
-    const int16_t* x;     // [tokens][inputs of chunks], in the order of `Vnni::quantize_chunk`
+    const int16_t* x;     // [tokens][inputs of chunks], in the order of Kernels::quantize_chunk
     const float* scales;  // [tokens][chunks]
     const float* totals;  // linear tables: [tokens][chunks][MAX_UNITS], sums of a unit's inputs
     int64_t tokens;

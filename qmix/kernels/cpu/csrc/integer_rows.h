@@ -1,8 +1,8 @@
 // Rows in codes times tokens in 16-bit integers, for a width of registers.
 //
-// This file is included once for each width, in a namespace of its own that holds `Width` (what the
-// registers do, see width_avx2.h) and `FloatKernels` (the kernels for everything else), where
-// QMIX_TARGET names the instruction set. A chunk is as many registers as hold its 64 bytes.
+// This file is included by a width (width_avx2.h is one), in a namespace that holds `Width`, what the
+// registers do, and `FloatKernels`, the kernels for everything else. A chunk is as many registers as
+// hold its 64 bytes.
 
 struct Kernels : FloatKernels {
     static constexpr bool INT16 = true;
@@ -22,7 +22,7 @@ struct Kernels : FloatKernels {
     // linear table adds them up by units into `totals`. Returns what 1 is worth: NaN if any input
     // is NaN or infinite.
     template <int BITS>
-    static QMIX_TARGET float quantize_chunk(const float* x, int64_t count, int32_t high_first,
+    static float quantize_chunk(const float* x, int64_t count, int32_t high_first,
                                             const IntegerTable& table, int64_t unit, int16_t* out,
                                             float* totals) {
         constexpr int64_t CHUNK = 512 / BITS;
@@ -64,7 +64,7 @@ struct Kernels : FloatKernels {
 
     // 256 high + low, both signed bytes: for each register the high ones of the codes in the low
     // nibbles and of those in the high nibbles, then the low ones.
-    static QMIX_TARGET void arrange_nibbles(const int16_t* words, int32_t high_first,
+    static void arrange_nibbles(const int16_t* words, int32_t high_first,
                                             int16_t* out) {
         constexpr int BYTES = Width::BYTES;
         int8_t* planes = reinterpret_cast<int8_t*>(out);
@@ -81,13 +81,13 @@ struct Kernels : FloatKernels {
     // Codes of any table: looked up as 16-bit integers.
     struct TableCodes : Format<4, NONE> {
         static constexpr bool LINEAR = false;
-        typedef typename Width::Values Decoded;
+        typedef Width::Values Decoded;
         Width::Table table;
-        explicit QMIX_TARGET TableCodes(const IntegerTable& integers) : table(integers) {}
-        QMIX_INLINE QMIX_TARGET Decoded decode(Register codes) const {
+        explicit TableCodes(const IntegerTable& integers) : table(integers) {}
+        QMIX_INLINE Decoded decode(Register codes) const {
             return Width::lookup(codes, table);
         }
-        static QMIX_INLINE QMIX_TARGET Ints dot(const Decoded& values, const int16_t* x) {
+        static QMIX_INLINE Ints dot(const Decoded& values, const int16_t* x) {
             return Width::dot(values, x);
         }
     };
@@ -100,13 +100,13 @@ struct Kernels : FloatKernels {
         typedef
             typename std::conditional<NIBBLES, Width::Nibbles, Width::Wide>::type Decoded;
         explicit LinearCodes(const IntegerTable&) {}
-        QMIX_INLINE QMIX_TARGET Decoded decode(Register codes) const {
+        QMIX_INLINE Decoded decode(Register codes) const {
             if constexpr (NIBBLES)
                 return Width::nibbles(codes);
             else
                 return Width::wide(codes);
         }
-        static QMIX_INLINE QMIX_TARGET Ints dot(const Decoded& codes, const int16_t* x) {
+        static QMIX_INLINE Ints dot(const Decoded& codes, const int16_t* x) {
             return Width::dot(codes, x);
         }
     };
@@ -115,7 +115,7 @@ struct Kernels : FloatKernels {
     // which `offsets` gathers scale * (base - zero) * (the total of the inputs), or bias * total,
     // or, without either, scale * total, which store_rows multiplies by base.
     template <int TOKENS, class Codes>
-    QMIX_INLINE static QMIX_TARGET void add_chunk(const uint8_t* source, const Codes& codes,
+    QMIX_INLINE static void add_chunk(const uint8_t* source, const Codes& codes,
                                                   const QuantizedInputs& in, int64_t c,
                                                   int64_t chunks, const float* scales,
                                                   const float* shifts, float base,
@@ -153,12 +153,12 @@ struct Kernels : FloatKernels {
     // Multiplies rows [first, end), ROWS at a time, by TOKENS tokens: more rows mean fewer loads of
     // inputs, more tokens fewer look-ups.
     template <int ROWS, int TOKENS, class Codes>
-    static QMIX_TARGET void multiply_rows(const Matrix& weight, const Codes& shared, float base,
+    static void multiply_rows(const Matrix& weight, const Codes& shared, float base,
                                           int64_t unit, const QuantizedInputs in, int64_t first,
                                           int64_t end, const Scratch scratch, float* y) {
         const Codes multiplier = shared;  // a copy that can stay in registers
         constexpr int64_t CHUNK = Codes::CHUNK;
-        const typename Width::Spread spread(unit / Codes::WORD);
+        const Width::Spread spread(unit / Codes::WORD);
         const int64_t chunks = round_up(weight.inputs, CHUNK) / CHUNK, units = CHUNK / unit;
         const int64_t bytes = weight.inputs * Codes::BITS / 8, row_units = weight.inputs / unit;
         const int64_t pitch = scratch.pitch;
@@ -166,7 +166,7 @@ struct Kernels : FloatKernels {
         for (int64_t row = first; row < end; row += ROWS) {
             for (int r = 0; r < ROWS; r++) {
                 prefetch_scales(weight, row + r + 8);
-                read_scales<Kernels>(weight, unit, row + r, 0, row_units,
+                read_scales(weight, unit, row + r, 0, row_units,
                                      scratch.scales + r * pitch,
                                      Codes::SHIFT == NONE ? nullptr : scratch.shifts + r * pitch);
             }
@@ -192,7 +192,8 @@ struct Kernels : FloatKernels {
 #pragma GCC unroll 4
                     for (int r = 0; r < ROWS; r++) {
                         const uint8_t* source = codes[r] + c * CHUNK_BYTES;
-                        Width::prefetch(source + ROWS * bytes);
+                        // To the second cache, as in prefetch_codes.
+                        __builtin_prefetch(source + ROWS * bytes, 0, 2);
                         const int64_t at = r * pitch + c * units;
                         add_chunk<TOKENS>(source, multiplier, in, c, chunks, scratch.scales + at,
                                           scratch.shifts + at, base, spread, sums[r], offsets[r]);
@@ -205,7 +206,7 @@ struct Kernels : FloatKernels {
     }
 
     template <bool SHARED_BASE, bool LINEAR, int ROWS, int TOKENS>
-    QMIX_INLINE static QMIX_TARGET void store_rows(const Matrix& weight, int64_t row, float base,
+    QMIX_INLINE static void store_rows(const Matrix& weight, int64_t row, float base,
                                                    Floats (&sums)[ROWS][TOKENS],
                                                    Units (&offsets)[ROWS][TOKENS], float* y) {
 #pragma GCC unroll 4
@@ -247,7 +248,7 @@ struct Kernels : FloatKernels {
 
     // y [tokens, rows]: rows [first, end), ROWS at a time, times all quantized tokens.
     template <int ROWS>
-    static QMIX_TARGET void multiply_int16(const Matrix& weight, const IntegerTable& table,
+    static void multiply_int16(const Matrix& weight, const IntegerTable& table,
                                            int64_t unit, const QuantizedInputs& in, int64_t first,
                                            int64_t end, const Scratch& scratch, float* y) {
         if (!table.linear)

@@ -1,4 +1,4 @@
-// The instruction sets: what a function needs in front of it, and vectors that suit all of them.
+// What all instruction sets have in common. A library is compiled for one of them (../isa.py).
 
 #pragma once
 
@@ -7,13 +7,11 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define QMIX_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define QMIX_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-#define QMIX_VNNI \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
-// Functions that are compiled once for each instruction set by being inlined into its wrapper.
+// Of functions whose arguments are to stay in registers.
 #define QMIX_INLINE inline __attribute__((always_inline))
 
 namespace {

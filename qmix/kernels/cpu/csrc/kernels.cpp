@@ -14,8 +14,6 @@
 #include <new>
 #include <vector>
 
-#include "avx2.h"
-#include "avx512.h"
 #include "bandwidth.h"
 #include "decode_layer.h"
 #include "dense.h"
@@ -23,8 +21,9 @@
 #include "packed.h"
 #include "portable.h"
 #include "threads.h"
-#include "vnni.h"
 #include "width_avx2.h"
+#include "width_avx512.h"
+#include "width_neon.h"
 
 namespace {
 
@@ -38,38 +37,20 @@ int32_t status_of(const Body& body) {
     }
 }
 
-// Calls `body` with the kernels of an instruction set.
-template <class Body>
-int32_t with_isa(int32_t isa, const Body& body) {
-    return status_of([&] {
-#if defined(__x86_64__)
-        if (isa == VNNI) return body(Vnni{});
-        if (isa == AVX512) return body(Avx512{});
-        if (isa == AVX2) return body(avx2::Kernels{});
+// The kernels of the instruction set that this library is compiled for.
+#if defined(__AVX512F__)
+typedef avx512::Kernels Kernels;
+#elif defined(__AVX2__)
+typedef avx2::Kernels Kernels;
+#elif defined(__ARM_FEATURE_DOTPROD)
+typedef neon::Kernels Kernels;
+#else
+typedef Portable Kernels;
 #endif
-        body(Portable{});
-    });
-}
 
 }  // namespace
 
 extern "C" {
-
-// The best instruction set of this processor.
-int32_t qmix_isa() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-        !__builtin_cpu_supports("f16c"))
-        return PORTABLE;
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (!avx512) return AVX2;
-    return __builtin_cpu_supports("avx512vnni") ? VNNI : AVX512;
-#else
-    return PORTABLE;
-#endif
-}
 
 // The sizes of the structures in structs.h, in their order: what ctypes must agree with.
 void qmix_struct_sizes(int64_t* sizes) {
@@ -80,14 +61,13 @@ void qmix_struct_sizes(int64_t* sizes) {
     for (size_t size : structures) *sizes++ = int64_t(size);
 }
 
-int32_t qmix_matmul(const Matmul* matmuls, int64_t count, int32_t threads, int32_t isa, Fork fork) {
-    return with_isa(
-        isa, [&](auto kernels) { multiply_all<decltype(kernels)>(matmuls, count, threads, fork); });
+int32_t qmix_matmul(const Matmul* matmuls, int64_t count, int32_t threads, Fork fork) {
+    return status_of([&] { multiply_all<Kernels>(matmuls, count, threads, fork); });
 }
 
 // y [tokens][2 planes][byte_rows] = x [tokens, inputs] W^T, float32.
 int32_t qmix_matmul_packed(const TiledMatrix* packed, const float* x, float* y, int64_t tokens,
-                           int32_t threads, int32_t isa, Fork fork) {
+                           int32_t threads, Fork fork) {
     const TiledMatrix& matrix = *packed;
     const int64_t inputs = matrix.inputs, rows = matrix.byte_rows;
     const int64_t tiles = inputs / matrix.tile_inputs;
@@ -107,72 +87,72 @@ int32_t qmix_matmul_packed(const TiledMatrix* packed, const float* x, float* y, 
                 float* low = y + 2 * t * rows + panel * PANEL;
                 const QuantizedTiles in{arranged.data() + t * 2 * inputs,
                                         scales.data() + t * tiles};
-                multiply_panel(matrix, table, isa, panel, in, low, low + rows);
+                multiply_panel(matrix, table, panel, in, low, low + rows);
             }
         });
     });
 }
 
 // One or two tokens.
-int32_t qmix_matmul_dense(const DenseMatmul* matmul, int32_t threads, int32_t isa, Fork fork) {
+int32_t qmix_matmul_dense(const DenseMatmul* matmul, int32_t threads, Fork fork) {
     const int64_t rows = matmul->rows, inputs = matmul->inputs;
     if (matmul->tokens * rows * inputs < MIN_PARALLEL) threads = 1;
     const int64_t step = (MAX_TASK_BYTES / 4) / (2 * inputs + 1) + 1;
     parallel_for(round_up(rows, step) / step, threads, fork, [&](int64_t task, int) {
         const int64_t last = (task + 1) * step;
-        multiply_dense(*matmul, isa, task * step, last < rows ? last : rows);
+        multiply_dense(*matmul, task * step, last < rows ? last : rows);
     });
     return 0;
 }
 
 // RMSNorm over the rows of x [rows, width], all in bfloat16.
 int32_t qmix_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows,
-                      int64_t width, float eps, int32_t, int32_t isa, Fork) {
+                      int64_t width, float eps, int32_t, Fork) {
     for (int64_t row = 0; row < rows; row++)
-        rms_norm(x + row * width, weight, width, eps, isa, y + row * width);
+        rms_norm(x + row * width, weight, width, eps, y + row * width);
     return 0;
 }
 
 int32_t qmix_moe_token(const ExpertMatrices* experts, int64_t count, const float* x, float* y,
-                       int32_t quantize_activations, int32_t threads, int32_t isa, Fork fork) {
-    return with_isa(isa, [&](auto kernels) {
-        moe_token<decltype(kernels)>(experts, count, x, y, quantize_activations, threads, fork);
+                       int32_t quantize_activations, int32_t threads, Fork fork) {
+    return status_of([&] {
+        moe_token<Kernels>(experts, count, x, y, quantize_activations, threads, fork);
     });
 }
 
 int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, const uint16_t* cos,
-                              const uint16_t* sin, uint16_t* qkv, int32_t threads, int32_t isa,
+                              const uint16_t* sin, uint16_t* qkv, int32_t threads,
                               Fork fork) {
-    return with_isa(isa, [&](auto kernels) {
-        before_attention<decltype(kernels)>(*layer, x, cos, sin, qkv, threads, isa, fork);
+    return status_of([&] {
+        before_attention<Kernels>(*layer, x, cos, sin, qkv, threads, fork);
     });
 }
 
 int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* out,
                              const uint16_t* attended, const uint16_t* x, int32_t threads,
-                             int32_t isa, Fork fork) {
-    return with_isa(isa, [&](auto kernels) {
-        after_attention<decltype(kernels)>(*layer, *out, attended, x, threads, isa, fork);
+                             Fork fork) {
+    return status_of([&] {
+        after_attention<Kernels>(*layer, *out, attended, x, threads, fork);
     });
 }
 
 int32_t qmix_decode_token(const TokenLayer* const* layers, int64_t count, const TokenStep* step,
-                          int32_t threads, int32_t isa, Fork fork) {
-    return with_isa(isa, [&](auto kernels) {
-        decode_token<decltype(kernels)>(layers, count, *step, threads, isa, fork);
+                          int32_t threads, Fork fork) {
+    return status_of([&] {
+        decode_token<Kernels>(layers, count, *step, threads, fork);
     });
 }
 
-int32_t qmix_attend(const TokenAttention* attention, int32_t threads, int32_t isa, Fork fork) {
-    return status_of([&] { attend(*attention, threads, isa, fork); });
+int32_t qmix_attend(const TokenAttention* attention, int32_t threads, Fork fork) {
+    return status_of([&] { attend(*attention, threads, fork); });
 }
 
 // Reads [bytes / 64][64] once and xors its words. A part of less than 1 MiB at the end is left out.
-int32_t qmix_read(const uint8_t* source, int64_t bytes, uint64_t* out, int32_t threads, int32_t isa,
+int32_t qmix_read(const uint8_t* source, int64_t bytes, uint64_t* out, int32_t threads,
                   Fork fork) {
     std::atomic<uint64_t> words{0};
     parallel_for(bytes / READ_BYTES, threads, fork,
-                 [&](int64_t task, int) { words ^= read_once(source + task * READ_BYTES, isa); });
+                 [&](int64_t task, int) { words ^= read_once(source + task * READ_BYTES); });
     *out = words;
     return 0;
 }

@@ -34,7 +34,7 @@ void decode(const Matrix& weight, int64_t unit, int64_t row, int64_t first, int6
     }
     const int64_t units = chunk / unit, row_units = weight.inputs / unit;
     const int64_t end = last * units < row_units ? last * units : row_units;
-    read_scales<Kernels>(weight, unit, row, first * units, end, scratch.scales,
+    read_scales(weight, unit, row, first * units, end, scratch.scales,
                          float_shifts(weight, scratch));
     const int64_t stop = last * chunk < weight.inputs ? last * chunk : weight.inputs;
     const uint8_t* codes = codes_of(weight, row, first * chunk, stop, scratch, 0);
@@ -167,7 +167,7 @@ void multiply_direct(const MatmulPass& pass, int64_t task, const Scratch& scratc
         if (pass.unit) {
             const int64_t units = weight.inputs / pass.unit;
             prefetch_scales(weight, row + 8);
-            read_scales<Kernels>(weight, pass.unit, row, 0, units, scratch.scales,
+            read_scales(weight, pass.unit, row, 0, units, scratch.scales,
                                  float_shifts(weight, scratch));
             multiply_row<Kernels>(pass, row, scratch, y);
             continue;

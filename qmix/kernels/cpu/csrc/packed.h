@@ -96,16 +96,16 @@ void multiply_panel_portable(const TiledMatrix& matrix, const IntegerTable& tabl
     }
 }
 
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
 
-inline QMIX_AVX512 __m512 spread_pair(const float* pair) {
+inline __m512 spread_pair(const float* pair) {
     double bits;
     memcpy(&bits, pair, 8);
     return _mm512_castpd_ps(_mm512_set1_pd(bits));
 }
 
 template <bool ZEROS>
-QMIX_AVX512 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerTable& integers,
+void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerTable& integers,
                                        int64_t panel, const QuantizedTiles& in, float* low,
                                        float* high) {
     const int64_t tiles = matrix.inputs / matrix.tile_inputs, bytes = tile_bytes(matrix);
@@ -165,15 +165,14 @@ QMIX_AVX512 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerT
 #endif
 
 // One panel of 64 byte rows times one token: the rows of the low plane and those of the high one.
-void multiply_panel(const TiledMatrix& matrix, const IntegerTable& table, int32_t isa,
-                    int64_t panel, const QuantizedTiles& in, float* low, float* high) {
-#if defined(__x86_64__)
-    if (isa >= AVX512)
-        return matrix.zeros ? multiply_panel_avx512<true>(matrix, table, panel, in, low, high)
-                            : multiply_panel_avx512<false>(matrix, table, panel, in, low, high);
-#endif
-    (void)isa;
+void multiply_panel(const TiledMatrix& matrix, const IntegerTable& table, int64_t panel,
+                    const QuantizedTiles& in, float* low, float* high) {
+#if defined(__AVX512F__)
+    return matrix.zeros ? multiply_panel_avx512<true>(matrix, table, panel, in, low, high)
+                        : multiply_panel_avx512<false>(matrix, table, panel, in, low, high);
+#else
     multiply_panel_portable(matrix, table, panel, in, low, high);
+#endif
 }
 
 }  // namespace

@@ -10,10 +10,6 @@ struct Portable {
     static constexpr bool VECTORS = false, INT16 = false;
     static constexpr int64_t lanes(int64_t) { return 8; }
 
-    static void copy_values(const GroupValues& array, int64_t first, int64_t count, float* out) {
-        ::copy_values(array, first, count, out);
-    }
-
     // Decodes the 64 bytes of a chunk into arranged float32. Scales and shifts are those of its
     // units.
     template <class Format>

@@ -18,7 +18,6 @@ enum ValueKind : int32_t {
     NESTED8 = 4,
     NESTED6 = 5
 };
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3 };
 
 // Numbers that groups of elements share: the scales, the zeros or the biases of a matrix.
 struct GroupValues {
@@ -26,6 +25,7 @@ struct GroupValues {
     const void* outer;   // nested: value i is map[code] * outer[i / block] + offset
     const float* map;
     int64_t block;
+    float step;  // of a map whose value i is i * step; 0 of any other
     float offset;
     int32_t kind;
     int32_t outer_kind;  // FLOAT32 or FLOAT16

@@ -1,4 +1,5 @@
-// Registers of 32 bytes, for processors with AVX2. integer_rows.h calls what is here.
+// Registers of 32 bytes, for processors with AVX2, with or without the instructions that add up
+// products of integers (AVX-VNNI). integer_rows.h calls what is here.
 
 #pragma once
 
@@ -7,7 +8,7 @@
 #include "avx2.h"
 #include "int16.h"
 
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 namespace {
 namespace avx2 {
 
@@ -22,38 +23,34 @@ struct Width {
     typedef __m256 Floats;
     typedef __m256 Units;  // MAX_UNITS numbers
 
-    static QMIX_INLINE QMIX_AVX2 Register load(const uint8_t* codes) {
+    static QMIX_INLINE Register load(const uint8_t* codes) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     }
-    static QMIX_INLINE QMIX_AVX2 Units load_units(const float* units) {
+    static QMIX_INLINE Units load_units(const float* units) {
         return _mm256_loadu_ps(units);
     }
-    static QMIX_INLINE QMIX_AVX2 Floats floats(Ints sums) { return _mm256_cvtepi32_ps(sums); }
-    static QMIX_INLINE QMIX_AVX2 Floats fma(Floats a, Floats b, Floats c) {
+    static QMIX_INLINE Floats floats(Ints sums) { return _mm256_cvtepi32_ps(sums); }
+    static QMIX_INLINE Floats fma(Floats a, Floats b, Floats c) {
         return _mm256_fmadd_ps(a, b, c);
     }
-    static QMIX_INLINE QMIX_AVX2 Floats add_units(Floats sums, Units units) { return sums + units; }
-    static QMIX_INLINE QMIX_AVX2 float sum(Floats sums) {
+    static QMIX_INLINE Floats add_units(Floats sums, Units units) { return sums + units; }
+    static QMIX_INLINE float sum(Floats sums) {
         const __m128 halves =
             _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
         const __m128 pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
         return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
     }
-    // To the second cache, as in prefetch_codes.
-    static QMIX_INLINE QMIX_AVX2 void prefetch(const uint8_t* codes) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T1);
-    }
 
     // Which of the units of a chunk each lane of a register has; a lane is a word of codes.
     struct Spread {
         __m256i index[2];
-        explicit QMIX_AVX2 Spread(int64_t words) {
+        explicit Spread(int64_t words) {
             const __m128i shift = _mm_cvtsi64_si128(__builtin_ctzll(words));
             const __m256i first = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             index[0] = _mm256_srl_epi32(first, shift);
             index[1] = _mm256_srl_epi32(_mm256_add_epi32(first, _mm256_set1_epi32(8)), shift);
         }
-        QMIX_INLINE QMIX_AVX2 Floats operator()(Units units, int r) const {
+        QMIX_INLINE Floats operator()(Units units, int r) const {
             return _mm256_permutevar8x32_ps(units, index[r]);
         }
     };
@@ -62,28 +59,37 @@ struct Width {
     struct Nibbles {
         Register low, high;
     };
-    static QMIX_INLINE QMIX_AVX2 Nibbles nibbles(Register codes) {
+    static QMIX_INLINE Nibbles nibbles(Register codes) {
         const __m256i nibble = _mm256_set1_epi8(15);
         return {_mm256_and_si256(codes, nibble),
                 _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble)};
     }
-    // A sum of four products is at most 4 * 24 * 128, so 16 bits hold it.
-    static QMIX_INLINE QMIX_AVX2 Ints dot(const Nibbles& codes, const int16_t* x) {
+    static QMIX_INLINE Ints dot(const Nibbles& codes, const int16_t* x) {
         const __m256i* planes = reinterpret_cast<const __m256i*>(x);
-        const __m256i high = _mm256_add_epi16(
-            _mm256_maddubs_epi16(codes.low, _mm256_loadu_si256(planes)),
-            _mm256_maddubs_epi16(codes.high, _mm256_loadu_si256(planes + 1)));
-        const __m256i low = _mm256_add_epi16(
-            _mm256_maddubs_epi16(codes.low, _mm256_loadu_si256(planes + 2)),
-            _mm256_maddubs_epi16(codes.high, _mm256_loadu_si256(planes + 3)));
+        const __m256i high_low = _mm256_loadu_si256(planes);
+        const __m256i high_high = _mm256_loadu_si256(planes + 1);
+        const __m256i low_low = _mm256_loadu_si256(planes + 2);
+        const __m256i low_high = _mm256_loadu_si256(planes + 3);
+#if defined(__AVXVNNI__)
+        __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes.low, high_low);
+        sums = _mm256_slli_epi32(_mm256_dpbusd_avx_epi32(sums, codes.high, high_high), 8);
+        sums = _mm256_dpbusd_avx_epi32(sums, codes.low, low_low);
+        return _mm256_dpbusd_avx_epi32(sums, codes.high, low_high);
+#else
+        // A sum of four products is at most 4 * 15 * 128, so 16 bits hold it.
+        const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(codes.low, high_low),
+                                              _mm256_maddubs_epi16(codes.high, high_high));
+        const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(codes.low, low_low),
+                                             _mm256_maddubs_epi16(codes.high, low_high));
         return _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(256)),
                                 _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+#endif
     }
 
     // The 16 values of a table as low and as high bytes.
     struct Table {
         __m256i low, high;
-        explicit QMIX_AVX2 Table(const IntegerTable& table) {
+        explicit Table(const IntegerTable& table) {
             uint8_t bytes[2][16];
             for (int i = 0; i < 16; i++) {
                 bytes[0][i] = uint8_t(table.values[i]);
@@ -99,7 +105,7 @@ struct Width {
     struct Values {
         __m256i words[4];
     };
-    static QMIX_INLINE QMIX_AVX2 Values lookup(Register codes, const Table& table) {
+    static QMIX_INLINE Values lookup(Register codes, const Table& table) {
         const Nibbles both = nibbles(codes);
         const __m256i low = _mm256_shuffle_epi8(table.low, both.low);
         const __m256i low_high = _mm256_shuffle_epi8(table.high, both.low);
@@ -109,51 +115,61 @@ struct Width {
                  _mm256_unpacklo_epi8(high, high_high), _mm256_unpackhi_epi8(high, high_high)}};
     }
     // Eight products a lane: the limits of IntegerTable keep their sum below 2^31.
-    static QMIX_INLINE QMIX_AVX2 Ints dot(const Values& values, const int16_t* x) {
+    static QMIX_INLINE Ints dot(const Values& values, const int16_t* x) {
         const __m256i* inputs = reinterpret_cast<const __m256i*>(x);
-        __m256i sums[4];
+        __m256i sums = _mm256_setzero_si256();
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            sums[i] = _mm256_madd_epi16(values.words[i], _mm256_loadu_si256(inputs + i));
-        return _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]),
-                                _mm256_add_epi32(sums[2], sums[3]));
+        for (int i = 0; i < 4; i++) {
+            const __m256i some = _mm256_loadu_si256(inputs + i);
+#if defined(__AVXVNNI__)
+            sums = _mm256_dpwssd_avx_epi32(sums, values.words[i], some);
+#else
+            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(values.words[i], some));
+#endif
+        }
+        return sums;
     }
 
-    // Codes of 8 bits as 16-bit integers.
+    // Codes of 8 bits: as they are, or as 16-bit integers.
+#if defined(__AVXVNNI__)
+    struct Wide {
+        Register codes;
+    };
+    static QMIX_INLINE Wide wide(Register codes) { return {codes}; }
+    static QMIX_INLINE Ints dot(const Wide& wide, const int16_t* x) {
+        const __m256i* planes = reinterpret_cast<const __m256i*>(x);
+        const __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), wide.codes,
+                                                     _mm256_loadu_si256(planes));
+        return _mm256_dpbusd_avx_epi32(_mm256_slli_epi32(sums, 8), wide.codes,
+                                       _mm256_loadu_si256(planes + 1));
+    }
+    static void arrange_bytes(const int16_t* words, int16_t* out) {
+        arrange_planes<BYTES>(words, out);
+    }
+#else
     struct Wide {
         __m256i words[2];
     };
-    static QMIX_INLINE QMIX_AVX2 Wide wide(Register codes) {
+    static QMIX_INLINE Wide wide(Register codes) {
         const __m256i zero = _mm256_setzero_si256();
         return {{_mm256_unpacklo_epi8(codes, zero), _mm256_unpackhi_epi8(codes, zero)}};
     }
-    static QMIX_INLINE QMIX_AVX2 Ints dot(const Wide& codes, const int16_t* x) {
+    static QMIX_INLINE Ints dot(const Wide& codes, const int16_t* x) {
         const __m256i* inputs = reinterpret_cast<const __m256i*>(x);
         return _mm256_add_epi32(_mm256_madd_epi16(codes.words[0], _mm256_loadu_si256(inputs)),
                                 _mm256_madd_epi16(codes.words[1], _mm256_loadu_si256(inputs + 1)));
     }
-
-    // The order that unpacking leaves: eight bytes of each half of a register, then the other ones.
-    static QMIX_AVX2 void arrange_table(const int16_t* words, int32_t high_first, int16_t* out) {
-        for (int r = 0; r < 2; r++, words += 64)
-            for (int odd = 0; odd < 2; odd++)
-                for (int part = 0; part < 2; part++)
-                    for (int half = 0; half < 2; half++, out += 8) {
-                        const int16_t* from = words + 32 * half + 16 * part + (high_first ^ odd);
-                        for (int i = 0; i < 8; i++) out[i] = from[2 * i];
-                    }
+    static void arrange_bytes(const int16_t* words, int16_t* out) {
+        arrange_unpacked<1, 2>(words, out);
     }
-    static QMIX_AVX2 void arrange_bytes(const int16_t* words, int16_t* out) {
-        for (int r = 0; r < 2; r++, words += 32)
-            for (int part = 0; part < 2; part++)
-                for (int half = 0; half < 2; half++, out += 8)
-                    memcpy(out, words + 16 * half + 8 * part, 16);
+#endif
+
+    static void arrange_table(const int16_t* words, int32_t high_first, int16_t* out) {
+        arrange_unpacked<2, 2>(words, out, high_first);
     }
 };
 
-#define QMIX_TARGET QMIX_AVX2
 #include "integer_rows.h"
-#undef QMIX_TARGET
 
 }  // namespace avx2
 }  // namespace
