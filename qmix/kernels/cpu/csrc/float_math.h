@@ -53,7 +53,10 @@ QMIX_INLINE float round_to_bfloat16(float value) {
     return bfloat16_to_float(float_to_bfloat16(value));
 }
 
-float half_to_float(uint16_t bits) {
+inline float half_to_float(uint16_t bits) {
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
     uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff, word;
     float value;
     if (rest >= 0x7c00) {
@@ -67,6 +70,7 @@ float half_to_float(uint16_t bits) {
     }
     memcpy(&value, &word, 4);
     return value;
+#endif
 }
 
 // e^x to within 2 units in the last place: 2^n times a polynomial in the remainder (Cephes' expf).

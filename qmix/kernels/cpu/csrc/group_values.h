@@ -9,7 +9,7 @@ namespace {
 
 bool is_nested(const GroupValues& array) { return array.kind >= NESTED8; }
 
-float outer_at(const GroupValues& array, int64_t at) {
+inline float outer_at(const GroupValues& array, int64_t at) {
     if (array.outer_kind == FLOAT16)
         return half_to_float(static_cast<const uint16_t*>(array.outer)[at]);
     return static_cast<const float*>(array.outer)[at];
@@ -55,7 +55,10 @@ inline __m256i eight_codes(const GroupValues& array, int64_t i) {
         memcpy(&bits, codes + i, 8);
         return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bits)));
     }
-    memcpy(&bits, codes + i / 4 * 3, 6);
+    uint32_t four;  // bytes, and two: six at once would be a store and a slow load of it
+    uint16_t two;
+    memcpy(&four, codes + i / 4 * 3, 4), memcpy(&two, codes + i / 4 * 3 + 4, 2);
+    bits = four | uint64_t(two) << 32;
     const __m256i threes = _mm256_setr_epi8(0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1,
                                             3, 4, 5, -1, 3, 4, 5, -1, 3, 4, 5, -1, 3, 4, 5, -1);
     const __m256i words = _mm256_shuffle_epi8(_mm256_set1_epi64x(int64_t(bits)), threes);

@@ -7,6 +7,9 @@
 
 namespace {
 
+constexpr float MAX_OF_BYTES = 127 * 256 + 127;  // an activation as the sum of two signed bytes
+constexpr int MAX_CODE = 31;  // 4 * 31 * 128, the sum of four products, fits 16 bits
+
 // The table as integers, `values[code] / factor`.
 //
 // The limits keep the sum of eight products, which one 32-bit lane holds, below 2^31: with table
@@ -14,8 +17,10 @@ namespace {
 // products in a lane must lower the limits itself. Tables of integers, and of halves, are exact.
 struct IntegerTable {
     int16_t values[32];  // the sixteen twice: the fifth bit of an index belongs to another code
+    int16_t lowest;       // of them and of 0
     float factor, max_activation;
     bool linear;  // value = code + values[0]; activations are then sums of two signed bytes
+    bool small;   // no two values are more than MAX_CODE apart
 
     explicit IntegerTable(const float* table) : factor(16383), max_activation(16383), linear(true) {
         float largest = 0;
@@ -30,19 +35,26 @@ struct IntegerTable {
         }
         linear = linear && integral && largest <= 16;
         if (linear) {
-            factor = 1, max_activation = 127 * 256 + 127;
+            factor = 1, max_activation = MAX_OF_BYTES;
         } else if (halves) {
             factor = integral ? 1 : 2, max_activation = 32767;
         } else {
             factor = largest > 0 ? 16383 / largest : 1;
         }
-        for (int i = 0; i < 32; i++) values[i] = int16_t(__builtin_rintf(table[i % 16] * factor));
+        int16_t highest = 0;
+        lowest = 0;
+        for (int i = 0; i < 32; i++) {
+            values[i] = int16_t(__builtin_rintf(table[i % 16] * factor));
+            lowest = values[i] < lowest ? values[i] : lowest;
+            highest = values[i] > highest ? values[i] : highest;
+        }
+        small = highest - lowest <= MAX_CODE;
     }
 
     // The table of a matrix. Codes of 8 bits are linear.
     explicit IntegerTable(const Matrix& weight) : IntegerTable(weight.table) {
         if (weight.bits != 8) return;
-        factor = 1, max_activation = 127 * 256 + 127, linear = true;
+        factor = 1, max_activation = MAX_OF_BYTES, linear = true;
         values[0] = int16_t(weight.table[0]);
     }
 };

@@ -13,9 +13,14 @@ struct Kernels : FloatKernels {
     typedef Width::Register Register;
     typedef Width::Ints Ints;
 
-    // The smallest unit of a table that is looked up.
+    // Whether a table is mapped to codes and a shared base. E2M1's halves are: 0 to 24, and -12.
+    static bool maps(const IntegerTable& table) {
+        return Width::MAPS_SMALL_TABLES && table.small && !table.linear;
+    }
+
     static bool takes(const Matrix& weight, const IntegerTable& table, int64_t unit) {
-        return table.linear || (shift_of(weight) == NONE && unit >= Width::TABLE_UNIT);
+        return table.linear ||
+               (shift_of(weight) == NONE && (maps(table) || unit >= Width::TABLE_UNIT));
     }
 
     // Quantizes `count` inputs of a chunk to 16 bits, arranged as the codes are read, and for a
@@ -37,8 +42,10 @@ struct Kernels : FloatKernels {
         float largest;
         memcpy(&largest, &largest_bits, 4);
         const bool finite = largest_bits < 0x7f800000;
-        const float factor = largest > 0 ? table.max_activation / largest : 0;
-        if (table.linear) memset(totals, 0, sizeof(float) * MAX_UNITS);
+        const bool linear = table.linear || maps(table);
+        const float most = linear ? MAX_OF_BYTES : table.max_activation;
+        const float factor = largest > 0 ? most / largest : 0;
+        if (linear) memset(totals, 0, sizeof(float) * MAX_UNITS);
         if (!finite || factor > 3e38f) {
             memset(out, 0, sizeof(int16_t) * CHUNK);
             return finite ? 0 : __builtin_nanf("");
@@ -46,9 +53,9 @@ struct Kernels : FloatKernels {
         int16_t words[CHUNK];
         for (int64_t i = 0; i < CHUNK; i++)
             words[i] = int16_t(int32_t(__builtin_rintf(inputs[i] * factor)));
-        if (!table.linear) {
+        if (!linear) {
             Width::arrange_table(words, high_first, out);
-            return largest / (table.max_activation * table.factor);
+            return largest / (most * table.factor);
         }
         for (int64_t i = 0; i < CHUNK; i += 16) {
             int32_t total = 0;
@@ -59,7 +66,7 @@ struct Kernels : FloatKernels {
             arrange_nibbles(words, high_first, out);
         else
             Width::arrange_bytes(words, out);
-        return largest / (table.max_activation * table.factor);
+        return largest / (most * table.factor);
     }
 
     // 256 high + low, both signed bytes: for each register the high ones of the codes in the low
@@ -92,13 +99,14 @@ struct Kernels : FloatKernels {
         }
     };
 
-    // Codes of a linear table: as they are, or mapped to others, times the bytes of the inputs.
+    // Codes of a linear table: as they are, times the bytes of the inputs.
     template <class Base>
     struct LinearCodes : Base {
         static constexpr bool LINEAR = true;
         static constexpr bool NIBBLES = Base::BITS == 4;
         typedef
-            typename std::conditional<NIBBLES, Width::Nibbles, Width::Wide>::type Decoded;
+            typename std::conditional<NIBBLES, typename Width::Nibbles,
+                                          typename Width::Wide>::type Decoded;
         explicit LinearCodes(const IntegerTable&) {}
         QMIX_INLINE Decoded decode(Register codes) const {
             if constexpr (NIBBLES)
@@ -108,6 +116,21 @@ struct Kernels : FloatKernels {
         }
         static QMIX_INLINE Ints dot(const Decoded& codes, const int16_t* x) {
             return Width::dot(codes, x);
+        }
+    };
+
+    // Codes of a small table: mapped to what they stand for above the lowest value.
+    struct MappedCodes : LinearCodes<Format<4, NONE>> {
+        typedef LinearCodes<Format<4, NONE>> Plain;
+        Register map;
+        explicit MappedCodes(const IntegerTable& table) : Plain(table) {
+            uint8_t bytes[Width::BYTES];
+            for (int i = 0; i < Width::BYTES; i++)
+                bytes[i] = uint8_t(table.values[i % 16] - table.lowest);
+            map = Width::load(bytes);
+        }
+        QMIX_INLINE typename Plain::Decoded decode(Register codes) const {
+            return Width::mapped(Plain::decode(codes), map);
         }
     };
 
@@ -251,6 +274,10 @@ struct Kernels : FloatKernels {
     static void multiply_int16(const Matrix& weight, const IntegerTable& table,
                                            int64_t unit, const QuantizedInputs& in, int64_t first,
                                            int64_t end, const Scratch& scratch, float* y) {
+        if constexpr (Width::MAPS_SMALL_TABLES)
+            if (maps(table))
+                return multiply_tokens<ROWS>(weight, MappedCodes(table), table.lowest, unit, in,
+                                             first, end, scratch, y);
         if (!table.linear)
             return multiply_tokens<ROWS>(weight, TableCodes(table), 0, unit, in, first, end,
                                          scratch, y);

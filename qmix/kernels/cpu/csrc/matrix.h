@@ -146,9 +146,41 @@ float* float_shifts(const Matrix& weight, const Scratch& scratch) {
     return shift_of(weight) == NONE && weight.bits != 8 ? nullptr : scratch.shifts;
 }
 
+#if defined(__AVX2__)
+// Words with the bits in `low` where they are, and the others `shift` higher.
+inline __m256i parted(__m256i words, uint32_t low, int shift) {
+    const __m256i mask = _mm256_set1_epi32(int32_t(low));
+    const __m256i raised = _mm256_slli_epi32(_mm256_andnot_si256(mask, words), shift);
+    return _mm256_or_si256(_mm256_and_si256(words, mask), raised);
+}
+
+// Spreads 64 codes of 2 or 3 bits to 4, eight a word.
+inline __m256i spread_64(const uint8_t* codes, int64_t bits) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    if (bits == 2) {
+        const __m256i pairs =
+            _mm256_setr_epi8(0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1,
+                             10, 11, -1, -1, 12, 13, -1, -1, 14, 15, -1, -1);
+        const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(first), pairs);
+        return parted(parted(parted(words, 0x00ff, 8), 0x000f000f, 4), 0x03030303, 2);
+    }
+    const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 8));
+    const __m256i threes =
+        _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 4, 5, 6, -1, 7, 8, 9,
+                         -1, 10, 11, 12, -1, 13, 14, 15, -1);
+    const __m256i words = _mm256_shuffle_epi8(_mm256_set_m128i(last, first), threes);
+    return parted(parted(parted(words, 0x0fff, 4), 0x003f003f, 2), 0x07070707, 1);
+}
+#endif
+
 // Spreads codes of 2 or 3 bits to 4, eight at a time.
 void spread_codes(const uint8_t* codes, int64_t bits, int64_t count, uint8_t* out) {
-    for (int64_t i = 0; i < count; i += 8, codes += bits, out += 4) {
+    int64_t i = 0;
+#if defined(__AVX2__)
+    for (; i + 64 <= count; i += 64, codes += 8 * bits, out += 32)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), spread_64(codes, bits));
+#endif
+    for (; i < count; i += 8, codes += bits, out += 4) {
         uint32_t word = codes[0] | uint32_t(codes[1]) << 8;
         if (bits == 2) {
             word = (word | word << 8) & 0x00ff00ff;

@@ -12,6 +12,7 @@
 #include "int16.h"
 #include "matrix.h"
 #include "structs.h"
+#include "width_avx2.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ constexpr int64_t PANEL = 64;  // byte rows
 
 // One token as 16-bit integers.
 struct QuantizedTiles {
-    const int16_t* x;     // [inputs / 32][2][32 words]
+    const int16_t* x;     // [inputs / 32][64 places]
     const float* scales;  // [tiles]
 };
 
@@ -29,6 +30,16 @@ int64_t tile_bytes(const TiledMatrix& matrix) {
 
 int64_t packed_input_at(int64_t p, int64_t word) {
     return 16 * (word % 2) + 8 * (word / 4 % 2) + 2 * (word / 8) + p;
+}
+
+// Which of the 64 bytes of four lanes the input at a place is multiplied by.
+int64_t byte_at(int64_t place) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // The order that unpacking leaves, as in arrange_unpacked.
+    return place / 32 * 32 + place / 8 % 2 * 16 + place / 16 % 2 * 8 + place % 8;
+#else
+    return place % 32 * 2 + place / 32;
+#endif
 }
 
 // Quantizes the inputs of one token; each stands twice, once for either row of a lane.
@@ -46,11 +57,11 @@ void quantize_tiles(const TiledMatrix& matrix, const IntegerTable& table, const 
         const bool finite = poison == 0 && factor < 3e38f;
         scales[tile] = poison + (finite ? largest / (table.max_activation * table.factor) : 0);
         for (int64_t first = 0; first < matrix.tile_inputs; first += 32)
-            for (int64_t p = 0; p < 2; p++)
-                for (int64_t word = 0; word < 32; word++) {
-                    const float input = x[first + packed_input_at(p, word)];
-                    *out++ = finite ? int16_t(__builtin_rintf(input * factor)) : 0;
-                }
+            for (int64_t place = 0; place < 64; place++) {
+                const int64_t byte = byte_at(place);
+                const float input = x[first + packed_input_at(byte % 2, byte / 2)];
+                *out++ = finite ? int16_t(__builtin_rintf(input * factor)) : 0;
+            }
     }
 }
 
@@ -162,6 +173,75 @@ void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerTable& intege
             }
 }
 
+#elif defined(__AVX2__)
+
+// The values of two rows of a lane, each in two of its four 32-bit words.
+inline __m256 spread_pair(const float* pair) {
+    const __m128 values = _mm_setr_ps(pair[0], pair[0], pair[1], pair[1]);
+    return _mm256_set_m128(values, values);
+}
+
+template <bool ZEROS>
+void multiply_panel_avx2(const TiledMatrix& matrix, const IntegerTable& integers, int64_t panel,
+                         const QuantizedTiles& in, float* low, float* high) {
+    typedef avx2::Width Width;
+    const int64_t tiles = matrix.inputs / matrix.tile_inputs, bytes = tile_bytes(matrix);
+    const uint8_t* tile = matrix.tiles + panel * tiles * bytes;
+    const Width::Table table(integers);
+    float sums[32][2][8] = {}, scales[2 * PANEL], zeros[2 * PANEL] = {};
+    for (int64_t i = 0; i < tiles; i++, tile += bytes) {
+        read_tile_scales(tile + PANEL * matrix.tile_inputs, scales);
+        if (ZEROS) read_tile_scales(tile + PANEL * matrix.tile_inputs + PANEL * 4, zeros);
+        for (int64_t at = 0; at < 32; at++) {  // warp * 8 + g
+            __m256 plane_sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+            __m256i zero[2];
+            for (int plane = 0; plane < 2; plane++) {
+                const __m256i wide = _mm256_cvtps_epi32(spread_pair(zeros + 4 * at + 2 * plane));
+                zero[plane] = _mm256_packs_epi32(wide, wide);
+                zero[plane] = _mm256_unpacklo_epi32(zero[plane], zero[plane]);
+            }
+            const __m256i* x =
+                reinterpret_cast<const __m256i*>(in.x + i * 2 * matrix.tile_inputs);
+            for (int64_t part = 0; part < matrix.tile_inputs / 32; part++, x += 4) {
+                const uint8_t* source = tile + part * 2048 + at * 64;
+                prefetch_codes(source);
+                __m256i products[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+#pragma GCC unroll 2
+                for (int r = 0; r < 2; r++) {
+                    const Width::Values values = Width::lookup(Width::load(source + 32 * r), table);
+#pragma GCC unroll 4
+                    for (int k = 0; k < 4; k++) {
+                        __m256i words = values.words[k];
+                        if (ZEROS) words = _mm256_add_epi16(words, zero[k / 2]);
+                        products[k / 2] = _mm256_add_epi32(
+                            products[k / 2],
+                            _mm256_madd_epi16(words, _mm256_loadu_si256(x + 2 * r + k % 2)));
+                    }
+                }
+                // Eight products a word, as many as 32 bits hold.
+                for (int plane = 0; plane < 2; plane++)
+                    plane_sums[plane] =
+                        _mm256_add_ps(plane_sums[plane], _mm256_cvtepi32_ps(products[plane]));
+            }
+            for (int plane = 0; plane < 2; plane++) {
+                const __m256 scale = _mm256_mul_ps(spread_pair(scales + 4 * at + 2 * plane),
+                                                   _mm256_set1_ps(in.scales[i]));
+                const __m256 sum = _mm256_loadu_ps(sums[at][plane]);
+                _mm256_storeu_ps(sums[at][plane],
+                                 _mm256_fmadd_ps(plane_sums[plane], scale, sum));
+            }
+        }
+    }
+    float* const planes[2] = {low, high};
+    for (int64_t at = 0; at < 32; at++)
+        for (int plane = 0; plane < 2; plane++)
+            for (int r = 0; r < 2; r++) {
+                const float* lanes = sums[at][plane] + 2 * r;
+                const float sum = (lanes[0] + lanes[1]) + (lanes[4] + lanes[5]);
+                planes[plane][at / 8 * 16 + 8 * r + at % 8] = sum * matrix.powers[plane];
+            }
+}
+
 #endif
 
 // One panel of 64 byte rows times one token: the rows of the low plane and those of the high one.
@@ -170,6 +250,9 @@ void multiply_panel(const TiledMatrix& matrix, const IntegerTable& table, int64_
 #if defined(__AVX512F__)
     return matrix.zeros ? multiply_panel_avx512<true>(matrix, table, panel, in, low, high)
                         : multiply_panel_avx512<false>(matrix, table, panel, in, low, high);
+#elif defined(__AVX2__)
+    return matrix.zeros ? multiply_panel_avx2<true>(matrix, table, panel, in, low, high)
+                        : multiply_panel_avx2<false>(matrix, table, panel, in, low, high);
 #else
     multiply_panel_portable(matrix, table, panel, in, low, high);
 #endif

@@ -16,8 +16,9 @@ typedef Avx2 FloatKernels;
 
 struct Width {
     static constexpr int BYTES = 32;
-    static constexpr int64_t MAX_TOKENS = 8;   // more are multiplied faster as floats
-    static constexpr int64_t TABLE_UNIT = 32;    // the smallest unit of a table's sums
+    static constexpr int64_t MAX_TOKENS = 12;  // more are multiplied faster as floats
+    static constexpr int64_t TABLE_UNIT = 32;  // the smallest unit whose sums a table keeps apart
+    static constexpr bool MAPS_SMALL_TABLES = true;  // to codes whose products fit bytes
     typedef __m256i Register;
     typedef __m256i Ints;
     typedef __m256 Floats;
@@ -76,7 +77,7 @@ struct Width {
         sums = _mm256_dpbusd_avx_epi32(sums, codes.low, low_low);
         return _mm256_dpbusd_avx_epi32(sums, codes.high, low_high);
 #else
-        // A sum of four products is at most 4 * 15 * 128, so 16 bits hold it.
+        // 16 bits hold a sum of four products: see MAX_CODE.
         const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(codes.low, high_low),
                                               _mm256_maddubs_epi16(codes.high, high_high));
         const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(codes.low, low_low),
@@ -84,6 +85,10 @@ struct Width {
         return _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(256)),
                                 _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
 #endif
+    }
+
+    static QMIX_INLINE Nibbles mapped(const Nibbles& codes, Register map) {
+        return {_mm256_shuffle_epi8(map, codes.low), _mm256_shuffle_epi8(map, codes.high)};
     }
 
     // The 16 values of a table as low and as high bytes.

@@ -19,9 +19,10 @@ struct Width {
 #if defined(__AVX512VNNI__)
     static constexpr int64_t MAX_TOKENS = INT64_MAX;
 #else
-    static constexpr int64_t MAX_TOKENS = 8;  // more are multiplied faster as floats
+    static constexpr int64_t MAX_TOKENS = 12;  // more are multiplied faster as floats
 #endif
     static constexpr int64_t TABLE_UNIT = 16;
+    static constexpr bool MAPS_SMALL_TABLES = false;
     typedef __m512i Register;
     typedef __m512i Ints;
     typedef __m512 Floats;
@@ -73,6 +74,10 @@ struct Width {
         return _mm512_add_epi32(_mm512_madd_epi16(high, _mm512_set1_epi16(256)),
                                 _mm512_madd_epi16(low, _mm512_set1_epi16(1)));
 #endif
+    }
+
+    static QMIX_INLINE Nibbles mapped(const Nibbles& codes, Register map) {
+        return {_mm512_shuffle_epi8(map, codes.low), _mm512_shuffle_epi8(map, codes.high)};
     }
 
     struct Table {

@@ -16,8 +16,9 @@ typedef Portable FloatKernels;
 
 struct Width {
     static constexpr int BYTES = 16;
-    static constexpr int64_t MAX_TOKENS = 8;
+    static constexpr int64_t MAX_TOKENS = 12;
     static constexpr int64_t TABLE_UNIT = 32;
+    static constexpr bool MAPS_SMALL_TABLES = true;
     typedef uint8x16_t Register;
     typedef int32x4_t Ints;
     typedef float32x4_t Floats;
@@ -71,6 +72,10 @@ struct Width {
         sums = vshlq_n_s32(vdotq_s32(sums, second, vld1q_s8(planes + 16)), 8);
         sums = vdotq_s32(sums, first, vld1q_s8(planes + 32));
         return vdotq_s32(sums, second, vld1q_s8(planes + 48));
+    }
+
+    static QMIX_INLINE Nibbles mapped(const Nibbles& codes, Register map) {
+        return {vqtbl1q_u8(map, codes.low), vqtbl1q_u8(map, codes.high)};
     }
 
     struct Table {
