@@ -1,15 +1,17 @@
 """One Mixtral layer of true width on this CPU, beside the memory's bandwidth and other kernels.
 
-`python -m qmix.evals.cpu [--json FILE] [--llama PYTHON]` times random 4-bit weights in the 8x7B's
-shapes, at one token, at 32 and at a prompt of 512. The experts alone are compared with torch
-(dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer is compared with
+`python -m qmix.evals.cpu [--json FILE] [--llama PYTHON] [--path SET]` times random 4-bit weights in
+the 8x7B's shapes, at one token, at 32 and at a prompt of 512. The experts alone are compared with
+torch (dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer is compared with
 llama.cpp, which runs in an interpreter of its own (`--llama`, with llama-cpp-python and gguf). All
 take turns within one run, so that other load on the machine affects them alike; two programs are
 compared by the median of the turns' quotients. Every figure at one token stands beside its bound:
-the bytes of the weights over the bandwidth of a plain read.
+the bytes of the weights over the bandwidth of a plain read. `--path` holds us to an instruction
+set; a llama.cpp that is built for no more (the record has its features) is then an equal.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -27,11 +29,19 @@ from qmix.evals.command import exit_code, say
 from qmix.evals.timing.cpu_layer import CpuTiming, PlainRead, time_experts, time_layer
 from qmix.evals.timing.llama import start_llama
 from qmix.evals.timing.random_layer import FORMATS, random_layer
+from qmix.kernels.cpu import isa
 from qmix.kernels.cpu.library import library
 from qmix.planning import machine
 
-LAYER_FORMATS = ("nf4", "int4 g32")  # as many bits as these of llama.cpp:
-LLAMA_KINDS = ("Q4_0", "Q4_K")
+# The formats of whole layers, and what they stand beside: llama.cpp's usual kinds, or the same one.
+LAYER_FORMATS = {
+    "nf4 nested": ("Q4_0", "Q4_K"),
+    "int4 g128": ("Q4_0", "Q4_K"),
+    "int4 g32": ("Q4_0",),
+    "q4_k": ("Q4_K",),
+    "iq4_xs": ("IQ4_XS",),
+}
+LLAMA_KINDS = ("Q4_0", "Q4_K", "IQ4_XS")
 TOKENS = (1, 32, 512)
 
 _HEADER = (
@@ -51,6 +61,7 @@ class CpuReport:
 
     Attributes:
         isa: the instruction set of our kernels.
+        features: those of the processor that an instruction set of ours needs.
         bandwidth: bytes a second: the median of the plain reads, one before every turn at one
             token.
         bandwidth_range: the slowest and the fastest of them.
@@ -61,6 +72,7 @@ class CpuReport:
     cpu: str
     threads: int
     isa: str | None
+    features: tuple[str, ...]
     dtype: str
     shape: Mapping[str, int]
     versions: Mapping[str, str]
@@ -112,7 +124,10 @@ def measure_cpu(
             versions.update(peer.versions)
             if peer.failure:
                 timings.append(CpuTiming.absent("layer", f"llama.cpp {kind}", peer.failure))
-            for weight_format in (each for each in formats if each in LAYER_FORMATS):
+            for weight_format in formats:
+                beside = LAYER_FORMATS.get(weight_format, ())
+                if kind not in (beside if kind else (None,)) or not beside:
+                    continue
                 layers = [random_layer(config, weight_format) for _ in range(3)]
                 for count in tokens:
                     progress(f"layer, {weight_format}, {kind}, {count} tokens")
@@ -124,6 +139,7 @@ def measure_cpu(
         cpu=machine.processor()[0],
         threads=torch.get_num_threads(),
         isa=library().isa,
+        features=tuple(sorted(isa.features() & isa.NEEDED)),
         dtype="bfloat16",
         shape={
             "hidden": config.hidden_size,
@@ -166,7 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--llama", metavar="PYTHON", help="an interpreter that has llama-cpp-python and gguf"
     )
+    parser.add_argument(
+        "--path", metavar="SET", choices=tuple(isa.ISAS), help="the instruction set to hold us to"
+    )
     options = parser.parse_args(arguments)
+    if options.path:
+        os.environ[isa.VARIABLE] = options.path
     return exit_code("cpu", lambda: _print(options.llama, options.json))
 
 

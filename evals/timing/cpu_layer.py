@@ -34,6 +34,7 @@ _CPU = torch.device("cpu")
 _EXPERTS_PER_TOKEN = 2
 _READ_BYTES = 1 << 29
 # Seconds until the threads of the previous program have stopped spinning for more work.
+LLAMA_BITS = {"Q4_0": 4.5, "Q4_K": 4.5, "IQ4_XS": 4.25}
 _PAUSE = 0.02
 # Turns by number of tokens, after one that does not count; for experts and for whole layers.
 _EXPERT_TURNS = {1: 40, 32: 7, 512: 2}
@@ -216,7 +217,12 @@ def time_layer(
     quotients = [_per_layer(*a) / _per_layer(*b) for a, b in zip(ours, theirs, strict=True)]
     return [
         replace(timing, of_peer=median_between(quotients)),
-        _layer_timing(f"llama.cpp {peer.kind} (beside {weight_format})", tokens, 4.5, theirs),
+        _layer_timing(
+            f"llama.cpp {peer.kind} (beside {weight_format})",
+            tokens,
+            LLAMA_BITS[peer.kind],
+            theirs,
+        ),
     ]
 
 

@@ -34,8 +34,9 @@ def dequantizing(experts: Sequence[Expert]) -> ExpertsForward:
 
 
 def int4pack(experts: Sequence[Expert]) -> ExpertsForward | None:
-    """torch's `_weight_int4pack_mm_for_cpu`; None for weights of another kind."""
-    if experts[0].w1.scheme.kind != "int4":
+    """torch's `_weight_int4pack_mm_for_cpu`; None for weights without plain scales."""
+    first = experts[0].w1
+    if not isinstance(first, Affine) or not isinstance(first.scales, Tensor):
         return None
 
     def matmul(weight: Weight) -> _Matmul:

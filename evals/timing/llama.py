@@ -61,7 +61,7 @@ def start_llama(python: str | None, kind: str | None, config: MixtralConfig) -> 
 
     Args:
         python: an interpreter that has llama-cpp-python and gguf.
-        kind: Q4_0 or Q4_K.
+        kind: Q4_0, Q4_K or IQ4_XS.
 
     Raises:
         UsageError: no such interpreter.

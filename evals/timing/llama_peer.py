@@ -24,7 +24,7 @@ def write_gguf(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
     """Write a GGUF file of random matrices.
 
     Args:
-        kind: Q4_0 or Q4_K.
+        kind: Q4_0, Q4_K or IQ4_XS.
         sizes: hidden width, expert width, experts, heads, key-value heads.
     """
     gguf: Any = importlib.import_module("gguf")
@@ -37,7 +37,8 @@ def write_gguf(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
         raw = np.frombuffer(random.bytes(int(np.prod(shape)) // block * block_bytes), np.uint8)
         raw = raw.reshape(-1, block_bytes).copy()
         # The block's float16 scale, and in Q4_K the scale of its minima: weights of about 0.01.
-        raw[:, :2] = np.float16(0.002 if kind == "Q4_0" else 0.0002).reshape(1).view(np.uint8)
+        scale = {"Q4_0": 0.002, "Q4_K": 0.0002, "IQ4_XS": 0.00001}[kind]
+        raw[:, :2] = np.float16(scale).reshape(1).view(np.uint8)
         if kind == "Q4_K":
             raw[:, 2:4] = np.float16(0.0015).reshape(1).view(np.uint8)
         return raw.reshape(*shape[:-1], shape[-1] // block * block_bytes)

@@ -4,6 +4,8 @@ The weights of evals.timing.random_model are in the packed layout of a GPU; thes
 letters: N outputs, K inputs. Knows nothing of time.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +15,10 @@ from qmix.nn.linear import Linear
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.scales import NestedScales, Scales
-from qmix.weights.table import NF4_VALUES, Table
+from qmix.weights.table import IQ4_VALUES, NF4_VALUES, Table
 
-FORMATS = ("nf4", "nf4 nested", "int4 g128", "int4 g32")
+# The last three are what GGUF files call Q4_0, Q4_K and IQ4_XS.
+FORMATS = ("nf4", "nf4 nested", "int4 g128", "int4 g32", "q4_k", "iq4_xs")
 
 
 def random_weight(weight_format: str, shape: tuple[int, int], seed: int) -> Weight:
@@ -30,6 +33,19 @@ def random_weight(weight_format: str, shape: tuple[int, int], seed: int) -> Weig
     def random_bytes(*size: int) -> Tensor:
         return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
 
+    if weight_format in ("q4_k", "iq4_xs"):
+        superblocks = torch.full((rows * inputs // 256,), inputs**-0.5 / 400).half()
+        codes = random_bytes(rows, inputs // 2)
+        six_bits = random_bytes(rows, inputs // 32 * 3 // 4)
+        signs = torch.arange(64.0)
+        if weight_format == "iq4_xs":
+            nested = NestedScales(six_bits, superblocks / 3, signs - 32, block=8, bits=6)
+            table = torch.tensor(IQ4_VALUES)
+            return Table(
+                codes.flatten(), nested, table, shape, torch.bfloat16, 32, "iq4", high_first=False
+            )
+        nested = NestedScales(six_bits, superblocks, signs, block=8, bits=6)
+        return Affine(codes, nested, biases=replace(nested, map=-8 * signs))
     if weight_format.startswith("int4"):
         group = min(int(weight_format.removeprefix("int4 g")), inputs)
         group_scales = torch.rand(rows, inputs // group, generator=generator).add_(0.5)

@@ -62,6 +62,8 @@ _VNNI = _extended(_AVX512, "vnni", "avx512_vnni", ("-mavx512vnni",))
 # A processor's best one is the last that it has.
 ISAS = {each.name: each for each in (_PORTABLE, _NEON, _I8MM, _AVX2, _AVX_VNNI, _AVX512, _VNNI)}
 
+NEEDED = frozenset().union(*(each.needs for each in ISAS.values()))
+
 
 def features() -> frozenset[str]:
     """What this processor has, in the words of /proc/cpuinfo.
