@@ -68,6 +68,7 @@ def main() -> NoReturn:
     """Entry point of the `qmix` command."""
     _make_streams_safe()
     warnings.formatwarning = terminal.format_warning
+    terminal.show_logged()
     try:
         code = app(standalone_mode=False)  # typer's own way would print its errors unescaped
         terminal.flush()

@@ -22,14 +22,13 @@ from pathlib import Path
 
 import torch
 
-from qmix import strict_json
+from qmix import instruction_sets, strict_json
 from qmix.config import MixtralConfig
 from qmix.evals import markdown
 from qmix.evals.command import exit_code, say
 from qmix.evals.timing.cpu_layer import CpuTiming, PlainRead, time_experts, time_layer
 from qmix.evals.timing.llama import start_llama
 from qmix.evals.timing.random_layer import FORMATS, random_layer
-from qmix.kernels.cpu import isa
 from qmix.kernels.cpu.library import library
 from qmix.planning import machine
 
@@ -136,10 +135,10 @@ def measure_cpu(
     return CpuReport(
         command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        cpu=machine.processor()[0],
+        cpu=machine.processor(),
         threads=torch.get_num_threads(),
         isa=library().isa,
-        features=tuple(sorted(isa.features() & isa.NEEDED)),
+        features=tuple(sorted(instruction_sets.features() & instruction_sets.NEEDED)),
         dtype="bfloat16",
         shape={
             "hidden": config.hidden_size,
@@ -183,11 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--llama", metavar="PYTHON", help="an interpreter that has llama-cpp-python and gguf"
     )
     parser.add_argument(
-        "--path", metavar="SET", choices=tuple(isa.ISAS), help="the instruction set to hold us to"
+        "--path",
+        metavar="SET",
+        choices=tuple(instruction_sets.ISAS),
+        help="the instruction set to hold us to",
     )
     options = parser.parse_args(arguments)
     if options.path:
-        os.environ[isa.VARIABLE] = options.path
+        os.environ[instruction_sets.VARIABLE] = options.path
     return exit_code("cpu", lambda: _print(options.llama, options.json))
 
 

@@ -136,7 +136,7 @@ def measure_layouts(
     return LayoutReport(
         command=" ".join(("python -m qmix.evals.layouts", *sys.argv[1:])),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        cpu=machine.processor()[0],
+        cpu=machine.processor(),
         threads=torch.get_num_threads(),
         isa=library().isa,
         torch=torch.__version__,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qmix import MixtralForCausalLM, __version__, strict_json
+from qmix import MixtralForCausalLM, __version__, instruction_sets, strict_json
 from qmix.errors import QualityError, UsageError
 from qmix.evals.command import exit_code
 from qmix.evals.timing.bandwidth import (
@@ -223,10 +223,9 @@ def _generate(model: MixtralForCausalLM, request: OffloadRequest) -> tuple[list[
 
 
 def _machine(gpu: bool) -> dict[str, Any]:
-    name, extensions = machine.processor()
     return {
-        "cpu": name,
-        "extensions": extensions,
+        "cpu": machine.processor(),
+        "features": sorted(instruction_sets.features() & instruction_sets.NEEDED),
         "threads": torch.get_num_threads(),
         "ram": machine.memory().total,
         "gpu": torch.cuda.get_device_name() if gpu else None,

@@ -135,7 +135,7 @@ def shared():
 @pytest.fixture(params=("torch", "portable", "neon", "i8mm", "avx2", "avx_vnni", "avx512", "vnni"))
 def isa(request, monkeypatch, two_threads):
     """Each instruction set that this processor has; the library is looked up before and after."""
-    from qmix.kernels.cpu.isa import TORCH, VARIABLE
+    from qmix.instruction_sets import TORCH, VARIABLE
     from qmix.kernels.cpu.library import library
     from tests.support.cpu_kernels import available
 

@@ -220,7 +220,7 @@ def time_layer(
         _layer_timing(
             f"llama.cpp {peer.kind} (beside {weight_format})",
             tokens,
-            LLAMA_BITS[peer.kind],
+            LLAMA_BITS[str(peer.kind)],
             theirs,
         ),
     ]

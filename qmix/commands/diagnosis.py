@@ -9,12 +9,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import qmix
+from qmix import instruction_sets
 from qmix.planning import gpus as data_sheets
 from qmix.planning import machine
 from qmix.planning.byte_sizes import show
@@ -41,6 +42,7 @@ class Facts:
     Attributes:
         folder: where disk space was looked at.
         versions: of torch and PACKAGES; None: not installed.
+        instruction_sets: those that the CPU kernels may use, the best one first.
         compiler: the command that compiles the CPU kernels; None: it is not there.
         torch_sees_cuda: whether this torch can use a GPU.
     """
@@ -48,7 +50,7 @@ class Facts:
     folder: Path
     versions: Mapping[str, str | None]
     processor: str
-    extensions: tuple[str, ...]
+    instruction_sets: tuple[str, ...]
     cores: int
     compiler: str | None
     memory: HostMemory
@@ -60,12 +62,11 @@ class Facts:
     def gather(cls, folder: Path) -> "Facts":
         """Look at this machine, and at the disk below `folder`."""
         versions = {name: _version(name) for name in ("torch", *PACKAGES)}
-        processor, extensions = machine.processor()
         return cls(
             folder=folder,
             versions=versions,
-            processor=processor,
-            extensions=extensions,
+            processor=machine.processor(),
+            instruction_sets=tuple(each.name for each in instruction_sets.candidates()),
             cores=machine.cores(),
             compiler=_compiler(),
             memory=machine.memory(),
@@ -156,13 +157,13 @@ CHECKS: tuple[Check[Facts], ...] = (
         "processor",
         lambda facts: (
             f"{facts.processor}, {facts.cores} cores, "
-            f"{' '.join(facts.extensions) or 'no vector extensions'}"
+            f"4-bit kernels for {_used(facts.instruction_sets)}"
         ),
         (
             Rule(
-                lambda facts: _is_x86() and "avx2" not in facts.extensions,
+                lambda facts: facts.instruction_sets[:1] in ((), ("portable",)),
                 "slow",
-                "The 4-bit CPU kernels need AVX2; torch's are used instead.",
+                "The fast 4-bit CPU kernels need AVX2, or Arm's dot products of bytes.",
             ),
         ),
     ),
@@ -269,6 +270,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _used(names: Sequence[str]) -> str:
+    """The instruction set of the CPU kernels, and why it is that one."""
+    forced = os.environ.get(instruction_sets.VARIABLE)
+    if forced:
+        return f"{forced} ({instruction_sets.VARIABLE})"
+    best, *others = names
+    return f"{best} (the best of it and {', '.join(others)})" if others else best
+
+
 def _compiler() -> str | None:
     """$CXX if it is set, else the first of COMPILERS, as qmix.kernels.cpu.build chooses."""
     command = os.environ.get("CXX", "").split()
@@ -281,10 +291,6 @@ def _torch_sees_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _is_x86() -> bool:
-    return platform.machine() in ("x86_64", "AMD64")
 
 
 def _listed(facts: Facts, *, installed: bool) -> str:

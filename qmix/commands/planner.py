@@ -192,7 +192,7 @@ class _Target:
         if self.ram is not None:
             memory = f"{show(self.ram)} of host memory"
         if self.vram is None:
-            model, _ = machine.processor()
+            model = machine.processor()
             return f"{model}, {machine.cores()} cores, {memory}, no GPU"
         if self.gpu is not None:
             name = self.gpu.name

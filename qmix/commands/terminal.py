@@ -4,6 +4,7 @@ Everything that a command prints goes through here and is escaped, whatever it c
 imported when something is drawn, never before.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -35,6 +36,20 @@ def console() -> "Console":
 def notice(text: str) -> None:
     """A dim line on stderr, escaped; it is never parsed as markup."""
     show_lines(escaped(text), console(), style="dim")
+
+
+class _Notices(logging.Handler):
+    """What qmix's own modules report while they work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notice(record.getMessage())
+
+
+def show_logged() -> None:
+    """Show what qmix logs as notices, from now on."""
+    logger = logging.getLogger("qmix")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_Notices()]
 
 
 def notice_changes(path: object, changes: Sequence[str], remedy: str | None = None) -> None:

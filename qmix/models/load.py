@@ -13,6 +13,7 @@ from qmix.experts.reader import ExpertReader
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import check_finite
 from qmix.formats.names import ModelTensor
+from qmix.kernels.cpu.library import library
 from qmix.models import offload
 from qmix.models.device_offload import DeviceOffload
 from qmix.models.heat_record import HeatRecord
@@ -45,6 +46,10 @@ def fill_model(
     """
     for hint in _hints(checkpoint, dtype):
         warnings.warn(hint, stacklevel=4)
+    if (tiers is not None or device.type == "cpu") and any(
+        map(checkpoint.packing, checkpoint.tensors)
+    ):
+        library()  # compiled now, if it is the first time, and not within the first token
     packer = Packer()
     if tiers is None:
         pack = packer.pack if device.type == "cuda" else None

@@ -24,7 +24,6 @@ _VERSION = 1
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes the largest page count where there is no limit
 _NVIDIA_SMI_S = 10
-_EXTENSIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,18 +173,14 @@ def _gpu(line: str) -> Gpu:
     )
 
 
-def processor() -> tuple[str, tuple[str, ...]]:
-    """The CPU's model, and the vector extensions that it has and kernels use."""
-    model, flags = platform.processor() or platform.machine(), set[str]()
+def processor() -> str:
+    """The CPU's model."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
-                model = value.strip()
-            elif name.strip() in ("flags", "Features"):
-                flags = set(value.split())
-                break
-    return model, tuple(name for name in _EXTENSIONS if name in flags)
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -200,7 +195,7 @@ def disk_free(folder: Path) -> int:
 
 def key(gpu: str | None = None) -> str:
     """What measurements are stored by: host name, CPU, cores and GPU."""
-    model, _ = processor()
+    model = processor()
     return " / ".join((socket.gethostname(), model, f"{cores()} cores", gpu or "no GPU"))
 
 

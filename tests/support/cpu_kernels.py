@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from qmix.kernels.cpu.isa import supported
+from qmix.instruction_sets import supported
 from qmix.kernels.cpu.library import library
 from qmix.weights.affine import Affine
 from qmix.weights.scales import NestedScales

@@ -22,6 +22,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("qmix.errors", "qmix.printable"),
     (
+        "qmix.instruction_sets",
         "qmix.weights",
         "qmix.strict_json",
         "qmix.files",
@@ -96,7 +97,14 @@ OWNERS: Mapping[str, set[str]] = {
 }
 # Rooms and files without torch: `qmix plan`, `inspect` and every usage error answer without it.
 TORCHLESS = (
-    *("qmix.errors", "qmix.files", "qmix.strict_json", "qmix.config", "qmix.planning"),
+    *(
+        "qmix.errors",
+        "qmix.files",
+        "qmix.strict_json",
+        "qmix.config",
+        "qmix.planning",
+        "qmix.instruction_sets",
+    ),
     "qmix.hub",
     "qmix.config_rules",
     "qmix.gguf",

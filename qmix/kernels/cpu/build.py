@@ -9,6 +9,7 @@ Knows no torch.
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 from qmix.errors import ResourceError, WriteError
 from qmix.files import user_files
 from qmix.files.file_errors import writing
-from qmix.kernels.cpu.isa import InstructionSet
+from qmix.instruction_sets import InstructionSet
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
 # No contraction: a multiplication and an addition are fused only where the source says so.
@@ -30,6 +31,7 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-p
 COMPILERS = ("c++", "g++", "clang++")
 REMEDY = "Install g++ or clang++, or name a C++17 compiler in $CXX."
 
+_LOG = logging.getLogger(__name__)
 _COMPILING = ".compiling-"
 _TIMEOUT = 300  # seconds; a cold compilation takes 3
 
@@ -43,10 +45,19 @@ def load(candidates: Sequence[InstructionSet]) -> tuple[ctypes.CDLL, str]:
     Raises:
         ResourceError: no compiler, or it fails.
     """
+    for isa in candidates[:-1]:
+        try:
+            return _load(isa), isa.name
+        except ResourceError:
+            if _is_known(isa):
+                raise
+    return _load(candidates[-1]), candidates[-1].name
+
+
+def _load(isa: InstructionSet) -> ctypes.CDLL:
     folder = user_files.cache_directory()
-    isa = _known(candidates)
     try:
-        return ctypes.CDLL(str(compiled(folder, isa))), isa.name
+        return ctypes.CDLL(str(compiled(folder, isa)))
     except OSError as error:  # a read-only home, a full disk, a file system mounted noexec
         found = error.found if isinstance(error, WriteError) else error
         warnings.warn(
@@ -58,11 +69,23 @@ def load(candidates: Sequence[InstructionSet]) -> tuple[ctypes.CDLL, str]:
     with tempfile.TemporaryDirectory(prefix="qmix-") as temporary:
         library = compiled(Path(temporary), isa)
         try:
-            return ctypes.CDLL(str(library)), isa.name
+            return ctypes.CDLL(str(library))
         except OSError as error:
             raise ResourceError(
                 "the compiled CPU kernels cannot be loaded", found=error, remedy=REMEDY
             ) from None
+
+
+def _is_known(isa: InstructionSet) -> bool:
+    """Whether the compiler knows its flags. One that does not run at all is believed to.
+
+    Compilers older than a processor do not know all that it has.
+    """
+    command = [*_compiler(), *isa.flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        return _done(command).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return True
 
 
 def compiled(folder: Path, isa: InstructionSet) -> Path:
@@ -83,6 +106,7 @@ def compiled(folder: Path, isa: InstructionSet) -> Path:
     _clear(folder)
     if user_files.doubt(library) is None and _whole(library):
         return library
+    _LOG.info("compiling the 4-bit kernels for %s, once: 10 to 20 seconds", isa.name)
     with writing(library), _workplace(folder) as workplace:
         made = workplace / library.name
         _run([*command, "-o", str(made), str(SOURCE)])
@@ -91,16 +115,6 @@ def compiled(folder: Path, isa: InstructionSet) -> Path:
         made.chmod(0o700)
         made.replace(library)
     return library
-
-
-def _known(candidates: Sequence[InstructionSet]) -> InstructionSet:
-    """The first one whose flags the compiler knows: AVX-VNNI is younger than some."""
-    *better, last = candidates
-    for isa in better:
-        command = [*_compiler(), *isa.flags, "-x", "c++", "-fsyntax-only", os.devnull]
-        if _done(command).returncode == 0:
-            return isa
-    return last
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmix import instruction_sets
 from qmix.errors import QmixError
-from qmix.kernels.cpu import build, isa
+from qmix.kernels.cpu import build
 from qmix.kernels.cpu import ctypes_structs as structs
 from qmix.kernels.cpu.functions import Functions, torch_threads
 from qmix.kernels.cpu.pointers import TokenLayer, expert_of, matrix_of
@@ -277,7 +278,7 @@ def library() -> Library:
     Raises:
         UsageError: `QMIX_CPU_PATH` names no instruction set, or one that this processor lacks.
     """
-    candidates = isa.candidates()
+    candidates = instruction_sets.candidates()
     if not candidates:
         return Library(None)
     try:

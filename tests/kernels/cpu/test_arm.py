@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from qmix.instruction_sets import ISAS
 from qmix.kernels.cpu import ctypes_structs as structs
 from qmix.kernels.cpu.build import FLAGS
-from qmix.kernels.cpu.isa import ISAS
 from qmix.kernels.cpu.pointers import matrix_of
 from qmix.weights.scales import NestedScales
 from tests.support.cpu_kernels import random_affine, random_int4, random_nf4, random_table, seeded

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from qmix.instruction_sets import supported
 from qmix.kernels.cpu import build
 from qmix.kernels.cpu import ctypes_structs as structs
-from qmix.kernels.cpu.isa import supported
 from tests.support.cpu_kernels import available
 
 HEADER = build.SOURCE.with_name("structs.h").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The instruction sets that the kernels are compiled for, and the one that is used.
+"""The instruction sets that the CPU kernels are compiled for, and the one that is used.
 
-A library holds the kernels of one set. The best one that the processor has is used, unless
-`QMIX_CPU_PATH` names another, for tests and comparisons; `torch` there means none.
+A library of kernels (kernels/cpu) is compiled for one set. The best one that the processor has is
+used, unless `QMIX_CPU_PATH` names another, for tests and comparisons; `torch` there means none.
 """
 
 import os
