@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import shutil
 import stat
@@ -11,16 +12,17 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 import torch
 
-from qmix import kernels
+from qmix import instruction_sets, kernels
 from qmix.errors import ResourceError, UsageError
+from qmix.instruction_sets import ISAS, VARIABLE, supported
 from qmix.kernels.cpu import build
-from qmix.kernels.cpu.isa import VARIABLE
 from qmix.kernels.cpu.library import library
 from qmix.weights.nf4 import quantize
 from tests.support.models import ROOT
@@ -30,6 +32,7 @@ try:
     COMPILES = True
 except ResourceError:
     COMPILES = False
+BEST = supported()[0]
 needs_compiler = pytest.mark.skipif(not COMPILES, reason="no C++ compiler")
 
 
@@ -75,10 +78,10 @@ def test_threads_that_need_it_at_once_load_it_once(monkeypatch):
     """While the first loads it, which takes its time, the others wait."""
     begun, ready, load = [], Barrier(4), build.load
 
-    def slow_load():
+    def slow_load(isas):
         begun.append(None)
         time.sleep(0.5)
-        return load()
+        return load(isas)
 
     def first(_):
         ready.wait(60)
@@ -104,15 +107,15 @@ def small(tmp_path, monkeypatch):
 
 @needs_compiler
 def test_another_source_flag_or_compiler_is_another_file(small, monkeypatch, tmp_path):
-    files = [build.compiled(tmp_path / "cache") for _ in range(2)]
+    files = [build.compiled(tmp_path / "cache", BEST) for _ in range(2)]
     small.with_name("part.h").write_text("// included")
-    files.append(build.compiled(tmp_path / "cache"))
+    files.append(build.compiled(tmp_path / "cache", BEST))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
-    files.append(build.compiled(tmp_path / "cache"))
+    files.append(build.compiled(tmp_path / "cache", BEST))
     real = build._compiler()[0]
     text = f'[ "$1" = --version ] && echo other && exit 0; exec {real} "$@"'
     monkeypatch.setenv("CXX", script(tmp_path / "other", text))
-    files.append(build.compiled(tmp_path / "cache"))
+    files.append(build.compiled(tmp_path / "cache", BEST))
     assert files[0] == files[1]
     assert len(set(files)) == 4
     assert set((tmp_path / "cache").iterdir()) == set(files)
@@ -121,13 +124,13 @@ def test_another_source_flag_or_compiler_is_another_file(small, monkeypatch, tmp
 @needs_compiler
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_damaged_file_is_compiled_anew(small, tmp_path, keep):
-    path = build.compiled(tmp_path)
+    path = build.compiled(tmp_path, BEST)
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
-    assert build.compiled(tmp_path) == path
+    assert build.compiled(tmp_path, BEST) == path
     assert path.read_bytes() == whole
     path.write_bytes(whole[:50] + b"?" + whole[51:])
-    assert build.compiled(tmp_path) == path
+    assert build.compiled(tmp_path, BEST) == path
     assert path.read_bytes() == whole
 
 
@@ -135,7 +138,7 @@ def test_a_damaged_file_is_compiled_anew(small, tmp_path, keep):
 def test_a_cache_that_cannot_be_written_is_named_and_done_without(cache, small, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.warns(RuntimeWarning, match=r"cache/qmix: .* XDG_CACHE_HOME"):
-        loaded = build.load()
+        loaded, _ = build.load([BEST])
     assert ctypes.c_int.in_dll(loaded, "answer").value == 42
 
 
@@ -145,7 +148,7 @@ PLANTED = "__attribute__((constructor)) static void run() { __builtin_trap(); }"
 @pytest.fixture
 def planted(small, tmp_path):
     """A library that nobody may load, whole by its own hash, and the name that qmix looks for."""
-    name = build.compiled(tmp_path / "honest").name
+    name = build.compiled(tmp_path / "honest", BEST).name
     folder = tmp_path / "elsewhere"
     folder.mkdir(mode=0o700)
     (folder / "evil.cpp").write_text(PLANTED)
@@ -180,7 +183,7 @@ def test_a_library_where_others_can_write_is_never_loaded(planted, tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(base))
     before = (folder / planted.name).read_bytes()
     with pytest.warns(RuntimeWarning, match=r"cannot be trusted.*Make the folder yours") as said:
-        loaded = build.load()
+        loaded, _ = build.load([BEST])
     assert len(said) == 1
     assert ctypes.c_int.in_dll(loaded, "answer").value == 42
     assert (folder / planted.name).read_bytes() == before
@@ -217,8 +220,8 @@ def test_a_library_that_others_can_have_written_is_compiled_anew(
         if kind == "of others":
             disown(path, patched)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        assert build.compiled(folder) == path
-    assert ctypes.c_int.in_dll(build.load(), "answer").value == 42
+        assert build.compiled(folder, BEST) == path
+    assert ctypes.c_int.in_dll(build.load([BEST])[0], "answer").value == 42
     assert not path.is_symlink()
     assert planted.is_file()
 
@@ -230,7 +233,7 @@ def test_a_relative_cache_is_ignored(planted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert ctypes.c_int.in_dll(build.load(), "answer").value == 42
+    assert ctypes.c_int.in_dll(build.load([BEST])[0], "answer").value == 42
     assert (tmp_path / "home" / ".cache" / "qmix" / planted.name).is_file()
 
 
@@ -241,10 +244,10 @@ def test_what_a_killed_compilation_left_is_cleared_and_a_living_one_is_not(small
     (folder / ".compiling-dead").mkdir()
     (folder / ".compiling-dead" / "half.so").write_text("half")
     with build._workplace(folder) as alive:
-        path = build.compiled(folder)
+        path = build.compiled(folder, BEST)
         assert set(folder.iterdir()) == {path, alive}
     (folder / ".compiling-dead").mkdir()
-    build.compiled(folder)  # which finds the library
+    build.compiled(folder, BEST)  # which finds the library
     assert list(folder.iterdir()) == [path]
 
 
@@ -269,8 +272,9 @@ def test_two_processes_at_once_both_end_with_it(cache, small, tmp_path, monkeypa
     monkeypatch.setenv("CXX", script(tmp_path / "waiting", text))
     code = (
         "import ctypes; from pathlib import Path; from qmix.kernels.cpu import build;"
+        "from qmix.instruction_sets import supported;"
         f"build.SOURCE = Path({str(small)!r});"
-        "assert ctypes.c_int.in_dll(build.load(), 'answer').value == 42"
+        "assert ctypes.c_int.in_dll(build.load(supported())[0], 'answer').value == 42"
     )
     both = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=ROOT) for _ in range(2)
@@ -313,8 +317,42 @@ def test_without_a_working_compiler_torch_multiplies_and_says_so_once(
 
 def test_an_unknown_choice_is_refused(cache, monkeypatch):
     monkeypatch.setenv(VARIABLE, "fastest")
-    with pytest.raises(UsageError, match="portable, avx2, avx512, vnni"):
+    with pytest.raises(UsageError, match=r"torch, .*portable"):
         library()
+
+
+@needs_compiler
+def test_a_compiler_older_than_the_processor_gives_the_next_best(cache, tmp_path, monkeypatch):
+    text = 'for each in "$@"; do [ "$each" = -mfuture ] && exit 1; done; exec '
+    older = script(tmp_path / "older", f'{text}{build._compiler()[0]} "$@"')
+    monkeypatch.setenv("CXX", older)
+    future = replace(ISAS["portable"], name="future", flags=("-mfuture",))
+    assert build.load([future, ISAS["portable"]])[1] == "portable"
+    with pytest.raises(ResourceError, match="compiler failed"):
+        build.load([future])
+
+
+def test_the_best_that_a_processor_has_comes_first(monkeypatch, tmp_path):
+    flags = ("avx2 fma f16c", "avx512f avx512bw avx512dq avx512vl", "avx512_vnni", "avx_vnni")
+    ranks = (
+        ("", ["portable"]),
+        (flags[0], ["avx2", "portable"]),
+        (f"{flags[0]} {flags[3]}", ["avx_vnni", "avx2", "portable"]),
+        (f"{flags[0]} {flags[1]}", ["avx512", "avx2", "portable"]),
+        (" ".join(flags), ["vnni", "avx512", "avx_vnni", "avx2", "portable"]),
+        ("avx512f avx512_vnni", ["portable"]),
+    )
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(instruction_sets, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for found, expected in ranks:
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {found} sse\n\n")
+        assert [each.name for each in supported()] == expected
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    cpuinfo.write_text("Features\t: fp asimd asimddp i8mm\n")
+    assert [each.name for each in supported()] == ["i8mm", "neon", "portable"]
+    cpuinfo.unlink()
+    assert [each.name for each in supported()] == ["neon", "portable"]
 
 
 def test_torch_by_choice_is_no_reason_to_warn(cache, monkeypatch):
