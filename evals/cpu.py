@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,10 +124,7 @@ def measure_cpu(
             versions.update(peer.versions)
             if peer.failure:
                 timings.append(CpuTiming.absent("layer", f"llama.cpp {kind}", peer.failure))
-            for weight_format in formats:
-                beside = LAYER_FORMATS.get(weight_format, ())
-                if kind not in (beside if kind else (None,)) or not beside:
-                    continue
+            for weight_format in filter(partial(_stands_beside, kind), formats):
                 layers = [random_layer(config, weight_format) for _ in range(3)]
                 for count in tokens:
                     progress(f"layer, {weight_format}, {kind}, {count} tokens")
@@ -150,6 +148,12 @@ def measure_cpu(
         bandwidth_range=(min(reads.rates), max(reads.rates)),
         measurements=tuple(timings),
     )
+
+
+def _stands_beside(kind: str | None, weight_format: str) -> bool:
+    """Whether a layer of a format is timed with llama.cpp's kind; None is without llama.cpp."""
+    kinds = LAYER_FORMATS.get(weight_format, ())
+    return kind in kinds if kind else bool(kinds)
 
 
 def _cells(timing: CpuTiming) -> tuple[str, ...]:
