@@ -5,7 +5,6 @@ Knows no models and no text.
 
 import copy
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,11 +13,15 @@ from typing import Any, ClassVar
 from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, UsageError, wrong_value
-from qmix.files import regular_file
+from qmix.files import atomic_file, regular_file
+from qmix.generation import stated_defaults
 from qmix.generation.sampling import Sampling
+from qmix.hub.remote import HubOptions
+from qmix.hub.source import resolve
 
 MAX_NEW_TOKENS = 1 << 24
 _MAX_ID = (1 << 31) - 1
+FILE = "generation_config.json"
 CALLER = "the caller"  # who gave a field, unless somebody else is named
 
 _LEAST = (  # integers, each with its smallest value
@@ -29,20 +32,6 @@ _LEAST = (  # integers, each with its smallest value
     ("num_return_sequences", 1),
     ("prefill_chunk_size", 1),
 )
-# Fields that generation_config.json may state. The others are a caller's business.
-_STATED = (
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("no_repeat_ngram_size", "bad_words_ids", "max_new_tokens", "max_length", "min_new_tokens"),
-    *("stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
-)
-# Entries of transformers that would change the text, each with the value that changes nothing.
-_NOT_HERE: Mapping[str, object] = {
-    "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
-    "encoder_repetition_penalty": 1.0, "min_length": 0, "guidance_scale": None,
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None,
-    "begin_suppress_tokens": None, "sequence_bias": None, "watermarking_config": None,
-    "penalty_alpha": None, "exponential_decay_length_penalty": None, "max_time": None,
-}  # fmt: skip
 _SPECIAL_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _FLAGS = (
     "do_sample",
@@ -274,21 +263,30 @@ class GenerationConfig:
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
         ).attributed("config.json")
-        path = directory / "generation_config.json" if directory is not None else None
+        path = directory / FILE if directory is not None else None
         if path is None or not regular_file.exists(path):
             return own
-        document = strict_json.read(path)
-        stated = {name: document[name] for name in _STATED if document.get(name) is not None}
-        if document.get("top_k", 0) is None:
-            stated["top_k"] = None
-        unknown = [name for name, neutral in _NOT_HERE.items() if _changes(document, name, neutral)]
-        if unknown:
-            warnings.warn(
-                f"{path}: {', '.join(unknown)}: qmix does not have this, and generates without it",
-                stacklevel=4,
-            )
+        return own._read(path)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> "GenerationConfig":
+        """What the generation_config.json of a checkpoint states.
+
+        Args:
+            options: fields to change, and the hub's options (revision, token, ...).
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+            UsageError: an unknown option, or a value outside its range.
+        """
+        hub = HubOptions.taken(options)
+        path = resolve(directory, need="config", options=hub) / FILE
+        return cls()._read(path).updated(options)
+
+    def _read(self, path: Path) -> "GenerationConfig":
+        """A copy with what a generation_config.json states."""
         try:
-            return own.updated(stated, by=path.name)
+            return self.updated(stated_defaults.read(path), by=path.name)
         except UsageError as error:
             raise error.at(f"{path}: {error.where}", CheckpointError) from None
 
@@ -318,6 +316,22 @@ class GenerationConfig:
         changed = replace(self, **changes)
         changed.__dict__["given"] = {**self.given, **dict.fromkeys(changes, by)}
         return changed
+
+    def update(self, **changes: Any) -> None:
+        """Assign several fields, checked together.
+
+        Raises:
+            UsageError: an unknown field, or a value outside its range; nothing is changed.
+        """
+        self.__dict__.update(self.updated(changes).__dict__)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write generation_config.json into `directory`, which is created if necessary.
+
+        Raises:
+            WriteError: the directory or the file cannot be written.
+        """
+        strict_json.write(atomic_file.made_folder(directory) / FILE, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that were given, as generation_config.json holds them."""
@@ -352,10 +366,6 @@ def _check_known(names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise UsageError(f"generate has no option {name!r}", expected=", ".join(known))
-
-
-def _changes(document: Mapping[str, Any], name: str, neutral: object) -> bool:
-    return document.get(name) not in (None, neutral, [], {})
 
 
 def _is_word(word: object) -> bool:

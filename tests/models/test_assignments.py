@@ -185,6 +185,22 @@ def test_every_error_of_an_assignment_is_the_projects_own():
             setattr(config, name, value)
 
 
+def test_a_generation_config_is_read_updated_and_saved_alone(folder, tmp_path):
+    config = GenerationConfig.from_pretrained(folder(top_p=0.9, eos_token_id=5), max_new_tokens=4)
+    config.pad_token_id = config.eos_token_id
+    config.update(do_sample=True, temperature=0.5)
+    config.save_pretrained(tmp_path / "own")
+    assert GenerationConfig.from_pretrained(tmp_path / "own") == config
+    model = MixtralForCausalLM.from_pretrained(folder())
+    model.generation_config = config
+    assert model.generate(ids(3), eos_token_id=-1).shape[1] == 7
+    with pytest.raises(UsageError, match="temperature"):
+        config.update(top_p=0.1, temperature=-1)
+    assert config.top_p == 0.9
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
 def test_a_saved_model_keeps_what_was_stated(folder, tmp_path):
     model = MixtralForCausalLM.from_pretrained(folder(temperature=0.3, eos_token_id=[5, 7]))
     model.generation_config.top_p = 0.5

@@ -11,8 +11,13 @@ from safetensors.torch import load_file, save_file
 from qmix import strict_json
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
-from qmix.quantize.adapter import open_adapter
+from qmix.quantize.adapter import open_adapter, with_adapter
+from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.run import quantize_calibrated
+from qmix.quantize.calibrated.windows import calibration_windows
 from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
+from qmix.quantize.source import open_source
+from qmix.weights.scheme import Recipe, Scheme
 from tests.support.lora import write_lora
 from tests.support.models import GOLDEN, small_model
 from tests.support.process import qmix
@@ -100,6 +105,21 @@ def test_the_command_merges_too(tmp_path):
     done = qmix("quantize", BASE, tmp_path / "out", "--adapter", PEFT / "experts")
     assert done.returncode == 0, done.stderr
     assert qmix("verify", tmp_path / "out").returncode == 0
+
+
+def test_gptq_rounds_what_peft_merged(tmp_path):
+    text = "".join(chr(48 + index * 7 % 60) for index in range(2000))
+    calibration = calibration_windows(
+        text, lambda part: [ord(c) - 48 for c in part], samples=2, seqlen=32
+    )
+    recipe = Recipe.uniform(Scheme(kind="int4", group_size=-1), attention=True)
+    sources = {
+        "out": with_adapter(open_source(BASE), PEFT / "whole"),
+        "expected": open_source(merged_checkpoint("whole", tmp_path / "merged")),
+    }
+    for out, source in sources.items():
+        quantize_calibrated(source, tmp_path / out, recipe, calibration, CalibratedOptions())
+    same_files(tmp_path / "out", tmp_path / "expected")
 
 
 @pytest.fixture
