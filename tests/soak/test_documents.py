@@ -30,6 +30,8 @@ from qmix.text.tokenizer import LlamaTokenizer
 from qmix.text.tokenizer_config import OVERRIDES
 from qmix.weights.scheme import NF4, Scheme
 from tests.support import raw_mistral
+from tests.support.chat_templates import CHATML
+from tests.support.fast_tokenizers import fast
 from tests.support.models import ROOT, TINY, quantized, small_model
 from tests.support.mutation import generator, mutated_bytes, mutated_text, outcome
 from tests.support.promptness import within
@@ -59,13 +61,19 @@ MORE = {
 def folder(tmp_path_factory):
     """One of each: dense, NF4, Int4 in GPTQ's layout, Mistral's own, and the user's files."""
     base = tmp_path_factory.mktemp("documents")
-    model = small_model(
+    dense = small_model(
         vocab_size=2048, num_hidden_layers=1, num_local_experts=2, eos_token_id=2
     ).to(torch.bfloat16)
-    model.save_pretrained(base / "dense")
+    dense.save_pretrained(base / "dense")
     for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(TINY / name, base / "dense")
     (base / "dense" / "added_tokens.json").write_text('{"<pad>": 2048}')
+    (base / "fast").mkdir()
+    model = (TINY / "tokenizer.model").read_bytes()
+    (base / "fast" / "tokenizer.json").write_text(fast(model).to_str())
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    (base / "fast" / "special_tokens_map.json").write_text(json.dumps(names))
+    (base / "fast" / "chat_template.jinja").write_text(CHATML)
     schemes = {"nf4": NF4, "rtn": Scheme(kind="int4", group_size=32)}
     for method, scheme in schemes.items():
         quantized(base / "dense", base / method, scheme, method=method)
@@ -73,7 +81,7 @@ def folder(tmp_path_factory):
     document = json.loads((base / "old" / "config.json").read_text())
     del document["quantization_config"]
     (base / "old" / "config.json").write_text(json.dumps(document))
-    raw_mistral.write(base / "raw", model, layout="safetensors")
+    raw_mistral.write(base / "raw", dense, layout="safetensors")
     machine.save(MEASURED, base / "machine.json")
     (base / "heat.json").write_text(json.dumps(HEAT))
     shutil.copy(ROOT / "tests" / "golden" / "tiny.trace", base)
@@ -102,7 +110,7 @@ def tokenize(path):
     tokenizer.batch_decode(batch["input_ids"])
     tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     tokenizer.decode(range(len(tokenizer)))
-    saved = path.parent.parent / "saved-tokenizer"
+    saved = path.parent.parent / f"saved-{path.parent.name}"
     tokenizer.save_pretrained(saved)
     assert len(LlamaTokenizer.from_pretrained(saved)) == len(tokenizer)
 
@@ -125,6 +133,9 @@ READERS = {
     "dense/tokenizer_config.json": tokenize,
     "dense/added_tokens.json": tokenize,
     "dense/tokenizer.model": tokenize,
+    "fast/tokenizer.json": tokenize,
+    "fast/special_tokens_map.json": tokenize,
+    "fast/chat_template.jinja": tokenize,
     "dense/model.safetensors.index.json": survey,
     "nf4/qmix_manifest.json": lambda path: verify(path.parent),
     "old/quantize_config.json": survey,
