@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
@@ -168,9 +169,9 @@ def _limit() -> Callable[[], None]:
         import resource
     except ImportError:  # another system: who asks waits no longer than its own limit
         return lambda: None
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, most in (("AS", MEMORY_BYTES), ("FSIZE", 0), ("CORE", 0)):
+        with suppress(ValueError, OSError):  # a lower limit stands already, or there is none
+            resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
 
     def again() -> None:

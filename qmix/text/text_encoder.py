@@ -103,6 +103,7 @@ class TextEncoder(TokenTable):
         pad_to_multiple_of: int | None = None,
         split_special_tokens: bool | None = None,
         return_attention_mask: bool = True,
+        return_token_type_ids: bool = False,
     ) -> BatchEncoding:
         """Encode one text or a batch into `input_ids` and `attention_mask`.
 
@@ -115,6 +116,8 @@ class TextEncoder(TokenTable):
         options = self._options(
             return_tensors, padding, truncation, max_length, padding_side, pad_to_multiple_of
         )
+        if return_token_type_ids:
+            raise wrong_value("return_token_type_ids", "False: the model has none", True)
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise UsageError("no text given", where="text")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken
 
-from qmix.errors import wrong_value
+from qmix.errors import UsageError, wrong_value
 from qmix.text.backend import Backend
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
 from qmix.text.tokenizer_config import SPECIAL_TOKENS, TokenizerConfig
@@ -124,6 +124,18 @@ class TokenTable:
         """The added tokens by id."""
         return dict(sorted(self._added.items()))
 
+    def add_special_tokens(self, special_tokens: Mapping[str, str]) -> int:
+        """Set special tokens by name, of those that the vocabulary has; returns 0, the new ones.
+
+        Raises:
+            UsageError: another name, or a token that the model has no row for.
+        """
+        for name, token in special_tokens.items():
+            if name not in SPECIAL_TOKENS:
+                raise wrong_value("special_tokens", "one of " + ", ".join(SPECIAL_TOKENS), name)
+            self._set(name, token)
+        return 0
+
     def get_vocab(self) -> dict[str, int]:
         """The id of every token by its name."""
         return dict(self._ids)
@@ -207,7 +219,12 @@ class TokenTable:
         elif isinstance(token, str) and token in self._ids:
             self._special[name] = self._ids[token]
         else:
-            raise wrong_value(name, "a token of the vocabulary", token)
+            raise UsageError(
+                "not a token of the vocabulary",
+                where=name,
+                found=repr(token)[:80],
+                remedy="Tokens are not added here: give one that it has, such as the end token.",
+            )
 
     def _checked(self, ids: "int | Sequence[int] | Tensor") -> list[int]:
         """A flat list of ids, of which none is negative."""

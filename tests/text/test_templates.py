@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,16 @@ def test_copies_render_too(ours):
     text = ours.apply_chat_template([USER], tokenize=False)
     for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert again.apply_chat_template([USER], tokenize=False) == text
+
+
+def test_threads_wait_for_each_other(ours):
+    def ask(index):
+        messages = [{"role": "user", "content": str(index)}]
+        return ours.apply_chat_template(messages, tokenize=False)
+
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(ask, range(40)))
+    assert texts == [ask(index) for index in range(40)]
 
 
 NAMED = [{"name": "default", "template": "D{{ tools }}"}, {"name": "tool_use", "template": "T"}]

@@ -314,6 +314,39 @@ def test_a_wrong_option_is_named(options, named):
         TOKENIZER(["My", "My favourite"], **options)
 
 
+def test_the_habits_of_transformers():
+    ids = [1, 1984, 16020]
+    assert TOKENIZER.encode("My favourite", return_tensors="pt").tolist() == [ids]
+    assert TOKENIZER.encode("My favourite", return_tensors="np").tolist() == [ids]
+    assert TOKENIZER.encode("My favourite", truncation=True, max_length=2) == ids[:2]
+    assert TOKENIZER("My", return_tensors="np").input_ids.dtype == "int64"
+    wide = TOKENIZER("My", padding="max_length", max_length=5)
+    assert (wide.input_ids, wide.attention_mask) == ([2, 2, 2, 1, 1984], [0, 0, 0, 1, 1])
+    right = TOKENIZER(["My", "My favourite"], padding=True, padding_side="right")
+    assert right.input_ids == [[1, 1984, 2], ids]
+    eight = TOKENIZER(["My"], padding=True, pad_to_multiple_of=8, return_tensors="pt")
+    assert eight.input_ids.shape == (1, 8)
+    assert TOKENIZER.tokenize("My favourite") == ["\u2581My", "\u2581favourite"]
+    assert TOKENIZER.pad({"input_ids": [[5], [6, 7]]}).input_ids == [[2, 5], [6, 7]]
+    assert set(TOKENIZER("My", return_token_type_ids=False)) == {"input_ids", "attention_mask"}
+    assert set(TOKENIZER("My", return_attention_mask=False)) == {"input_ids"}
+    assert TOKENIZER.convert_ids_to_tokens(ids, skip_special_tokens=True)[0] == "\u2581My"
+    assert TOKENIZER.special_tokens_map["eos_token"] == "</s>"
+    assert TOKENIZER.all_special_ids == [1, 2, 0]
+    assert repr(TOKENIZER).startswith("LlamaTokenizer(name_or_path=")
+    assert TOKENIZER.model_max_length > 10**29
+    short = LlamaTokenizer(MODEL, {"model_max_length": 2, "padding_side": "right"})
+    assert short("My favourite", truncation=True).input_ids == ids[:2]
+    assert short("My", padding="max_length").input_ids == [1, 1984]
+    assert short(["My", ""], padding=True).input_ids[1] == [1, 2]
+    assert short.add_special_tokens({"pad_token": "<unk>"}) == 0
+    assert short.pad_token_id == 0
+    with pytest.raises(UsageError, match="pad_token"):
+        short.add_special_tokens({"pad_token": "[PAD]"})
+    short.truncation_side = "left"
+    assert short("My favourite", truncation=True).input_ids == [1, 16020]
+
+
 def test_an_empty_batch_is_refused():
     with pytest.raises(UsageError, match="text"):
         TOKENIZER([])
