@@ -64,12 +64,19 @@ class AutoModelForCausalLM:
 
     @classmethod
     def from_config(cls, config: MixtralConfig, **options: Any) -> MixtralForCausalLM:
-        """A model with new weights, in the dtype of `torch_dtype` or `dtype`; see MixtralConfig."""
+        """A model with new weights.
+
+        Args:
+            options: torch_dtype or dtype, and attn_implementation.
+        """
+        attention = options.pop("attn_implementation", None)
         unknown = options.keys() - {"torch_dtype", "dtype", "trust_remote_code"}
         if unknown:
             raise UsageError(f"from_config has no option {min(unknown)!r}")
         dtype = arguments.agreed_dtype(options.get("torch_dtype"), options.get("dtype"))
         model = MixtralForCausalLM(config)
+        if attention is not None:
+            model.set_attn_implementation(attention)
         return model if dtype is None else model.to(dtype)
 
 

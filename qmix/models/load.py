@@ -45,7 +45,7 @@ def fill_model(
         ResourceError: the tiers do not fit.
     """
     for hint in _hints(checkpoint, dtype):
-        warnings.warn(hint, stacklevel=4)
+        warnings.warn(hint, stacklevel=5)
     if (tiers is not None or device.type == "cpu") and any(
         map(checkpoint.packing, checkpoint.tensors)
     ):
@@ -57,7 +57,7 @@ def fill_model(
     else:
         _offload(modules, checkpoint, dtype, device, tiers, packer)
     if not packer.complete:
-        warnings.warn(f"slower than it could be: {packer}", stacklevel=4)
+        warnings.warn(f"slower than it could be: {packer}", stacklevel=5)
 
 
 def _hints(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[str]:

@@ -69,7 +69,10 @@ def test_auto_config_reads_sets_and_is_taken_by_the_loader():
 
 
 def test_a_model_from_scratch():
-    model = qmix.AutoModelForCausalLM.from_config(small_config(), torch_dtype=torch.float16)
+    model = qmix.AutoModelForCausalLM.from_config(
+        small_config(), torch_dtype=torch.float16, attn_implementation="eager"
+    )
+    assert model.model.attn_implementation == "eager"
     assert model.dtype == torch.float16
     assert isinstance(model, MixtralForCausalLM)
     assert MixtralForCausalLM(small_config()).can_generate()
