@@ -4,11 +4,14 @@ What goes wrong becomes one error with its remedy. Imports huggingface_hub when 
 """
 
 import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
+from threading import Event, current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 from qmix.errors import CheckpointError, QmixError, ResourceError, UnsupportedError
@@ -109,7 +112,7 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    with _explained(repo, options.cache):
+    with _explained(repo, options.cache), _stopping() as stopped:
         folder = Path(
             snapshot_download(
                 repo.name,
@@ -118,7 +121,7 @@ def download(
                 cache_dir=options.cache_dir,
                 token=options.token,
                 force_download=options.force_download,
-                tqdm_class=_no_bars() if quiet else None,
+                tqdm_class=_bars(stopped, quiet=quiet),
             )
         )
     if missing := [name for name in names if not (folder / name).exists()]:
@@ -131,14 +134,41 @@ def download(
     return folder
 
 
-def _no_bars() -> type[Any]:
+@contextmanager
+def _stopping() -> Iterator[Event]:
+    """Yield what is set when Ctrl-C comes: the threads that download would go on to their ends."""
+    stopped = Event()
+    before = signal.getsignal(signal.SIGINT)
+    if current_thread() is not main_thread() or before is not signal.default_int_handler:
+        yield stopped
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _bars(stopped: Event, *, quiet: bool) -> type[Any]:
+    """huggingface_hub's bars; every step of one ends its download once `stopped` is set."""
     from huggingface_hub.utils import tqdm
 
-    class NoBar(tqdm):
+    class Bar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            options |= {"disable": True} if quiet else {}
+            super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
 
-    return NoBar
+        def update(self, n: float | None = 1) -> Any:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            return super().update(n)
+
+    return Bar
 
 
 def read_start(

@@ -1,11 +1,14 @@
 """Commands that are given a name of the hub; `qmix pull`, `list` and `rm`."""
 
 import json
+import signal
+import subprocess
+import time
 
 import pytest
 
 from tests.support import fake_hub
-from tests.support.process import qmix
+from tests.support.process import QMIX, qmix, started
 
 HEADERS = 500_000  # bytes that the tiny model's headers and texts take
 
@@ -99,3 +102,21 @@ def test_a_typo_of_a_path_says_that_there_is_no_such_folder(hub):
     done = qmix("inspect", "org/typo")
     assert done.returncode == 3
     assert "org/typo: neither a folder here nor a repository on the hub" in done.stderr
+
+
+def test_ctrl_c_ends_a_download_at_once(hub, tiny, tmp_path):
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
+    files = {name: fake_hub.Virtual(b"", 1 << 33) for name in shards}
+    hub.add("org/long", tiny, **{"model.safetensors.index.json": index, **files})
+    hub.pause_s = 0.001
+    command = [*QMIX, "pull", "org/long"]
+    with started(
+        command, stderr=subprocess.PIPE, environment=hub.environment(tmp_path / "another")
+    ) as process:
+        while hub.sent < 5_000_000:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130  # and not after 16 GB
+    assert hub.sent < 1 << 30

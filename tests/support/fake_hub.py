@@ -7,6 +7,7 @@ the refusals: 401 of a gated or missing repository, 404, 429, and a connection t
 import json
 import math
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -61,6 +62,8 @@ class Hub:
         gated: may be read with a token only.
         cut: the next answer with data of this file ends after so many bytes.
         status: every answer is this refusal.
+        ranges: whether it knows them.
+        pause_s: after each 64 KiB.
         sent: bytes of data and documents that went out.
         requests: method and path of each.
     """
@@ -72,6 +75,7 @@ class Hub:
     cut: dict = field(default_factory=dict)
     status: int | None = None
     ranges: bool = True
+    pause_s: float = 0
     sent: int = 0
     requests: list = field(default_factory=list)
 
@@ -79,7 +83,7 @@ class Hub:
         """Hold nothing, refuse nothing, have been asked nothing."""
         for kept in (self.repositories, self.gated, self.cut, self.requests):
             kept.clear()
-        self.status, self.ranges, self.sent = None, True, 0
+        self.status, self.ranges, self.sent, self.pause_s = None, True, 0, 0
 
     def add(self, name: str, folder: Path, **files) -> None:
         """Publish a folder's files, and others given as bytes or `Virtual`."""
@@ -238,6 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
         stop = min(last, first + self.hub.cut.pop(path, last))
         for at in range(first, stop, CHUNK):
             self.send(file.read(at, min(at + CHUNK, stop)))
+            time.sleep(self.hub.pause_s)
         if stop < last:
             self.close_connection = True
             self.connection.shutdown(2)
