@@ -167,12 +167,15 @@ class ChatEncoder(TextEncoder):
         else:
             given |= {"sanitized": sanitize_control_tokens, "variables": variables}
             texts = [self.rendered(template, each, **given) for each in conversations]
-            rows = [self.rendered_ids(text, template) for text in texts] if tokenize else []
+            rows = self._rows(texts, template, sanitize_control_tokens) if tokenize else []
         if not tokenize:
             return texts if batched else texts[0]
         options = self._options(return_tensors, padding, truncation, max_length)
         encoding = self._batch(rows, options, batched=batched)
         return encoding if return_dict else encoding["input_ids"]
+
+    def _rows(self, texts: list[str], template: ChatTemplate, sanitized: bool) -> list[list[int]]:
+        return [self.rendered_ids(text, template, sanitized=sanitized) for text in texts]
 
     def _batch(
         self, rows: list[list[int]], options: EncodingOptions, *, batched: bool
@@ -221,15 +224,20 @@ class ChatEncoder(TextEncoder):
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
         return conversation.continued(turns, field, render)
 
-    def rendered_ids(self, text: str, template: ChatTemplate, *, starts: bool = True) -> list[int]:
+    def rendered_ids(
+        self, text: str, template: ChatTemplate, *, sanitized: bool, starts: bool = True
+    ) -> list[int]:
         """The ids of a text that `rendered` gave.
 
         Args:
+            sanitized: as it was given there.
             starts: it is the beginning; False: it goes on behind other ids.
         """
         ids: list[int] = []
         encode: Callable[..., list[int]] = self._backend.encode
         self._check_unicode(text)
+        if not sanitized:
+            return encode(text, starts=starts)
         for part, typed in control_marks.parts(text, self._control_tokens(template)):
             ids += encode(part, match="none" if typed else "all", starts=starts)
             starts = False
@@ -251,7 +259,7 @@ class ChatEncoder(TextEncoder):
         except QmixError:
             return ()
         _, found, behind = text.rpartition(_ANSWER)
-        for index in self.rendered_ids(behind, template, starts=False) if found else ():
+        for index in self._backend.encode(behind, starts=False) if found else ():
             if index in self._added:
                 return (index,)
             if self.decode([index]).strip():

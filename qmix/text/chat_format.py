@@ -77,7 +77,7 @@ class TemplateFormat:
         text = self._tokenizer.rendered(self._template, turns, sanitized=True)
         ids = self._continued(text, messages[-2]) if len(messages) > 1 else None
         if ids is None:
-            ids = self._tokenizer.rendered_ids(text, self._template)
+            ids = self._tokenizer.rendered_ids(text, self._template, sanitized=True)
         self._text, self._ids = text, ids
         return list(ids)
 
@@ -89,7 +89,9 @@ class TemplateFormat:
             before = self._text + self._tokenizer.marked(shown, self._template)
             if text.startswith(before):
                 rest = text[len(before) :]
-                behind = self._tokenizer.rendered_ids(rest, self._template, starts=False)
+                behind = self._tokenizer.rendered_ids(
+                    rest, self._template, sanitized=True, starts=False
+                )
                 return [*self._ids, *answer.ids, *behind]
         return None
 

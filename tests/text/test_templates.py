@@ -146,6 +146,8 @@ def test_control_tokens_in_messages_can_be_kept_text_as_in_transformers(ours, th
     end, start = ours.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
     assert (ids.count(end), ids.count(start)) == (1, 2)
     plain = ours.apply_chat_template(conversation)
+    options = {"add_generation_prompt": True}
+    assert plain == theirs.apply_chat_template(conversation, **options)["input_ids"]
     assert (plain.count(end), plain.count(start)) == (2, 3)
 
 
