@@ -36,7 +36,8 @@ _TEXTS = (
 )
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.model.v*", "tekken.json")
 _MOST_TEXT_BYTES = 64 << 20
-# Weights that are not the model's, as in shard_index; `mmproj` are eyes, `imatrix` is a statistic.
+# Weights that are not the model's: Mistral's copy of the same, adapters, what an optimizer keeps,
+# and beside GGUF files the weights of eyes (`mmproj`) and statistics (`imatrix`).
 _OTHERS = re.compile(
     r"consolidated.*|.*adapter.*|optimizer.*|.*non_lora_trainables.*|.*mmproj.*|.*imatrix.*"
 )
@@ -57,6 +58,11 @@ class Selection:
     layout: Layout | None = None
 
 
+def is_other(name: str) -> bool:
+    """Whether a file with weights is none of the model that it lies beside, by its name."""
+    return _OTHERS.match(name) is not None
+
+
 def choose(repo: RepoId, sizes: Mapping[str, int], need: Need) -> Selection:
     """The files to fetch.
 
@@ -70,11 +76,9 @@ def choose(repo: RepoId, sizes: Mapping[str, int], need: Need) -> Selection:
     """
     texts = _texts(sizes, _CONFIG_TEXTS if need in ("config", "headers") else _TEXTS)
     plain = [name for name in sizes if "/" not in name and not name.startswith(".")]
-    ggufs = [name for name in sizes if name.endswith(".gguf") and not _OTHERS.match(_base(name))]
+    ggufs = [name for name in sizes if name.endswith(".gguf") and not is_other(_base(name))]
     wants_gguf = repo.quant is not None or repo.file is not None
-    safetensors = [
-        name for name in plain if name.endswith(".safetensors") and not _OTHERS.match(name)
-    ]
+    safetensors = [name for name in plain if name.endswith(".safetensors") and not is_other(name)]
     if need in ("tokenizer", "config") and not (wants_gguf or (ggufs and not safetensors)):
         return Selection(texts)
     if safetensors and not wants_gguf:
@@ -161,7 +165,7 @@ def _listed(folder: Path) -> set[str]:
 def _has_weights(folder: Path) -> bool:
     if regular_file.exists(folder / INDEX):
         return all(regular_file.exists(folder / name) for name in _listed(folder))
-    names = [path.name for path in visible(folder, "*.safetensors") if not _OTHERS.match(path.name)]
+    names = [path.name for path in visible(folder, "*.safetensors") if not is_other(path.name)]
     return SINGLE in names or len(names) == 1  # several need the index
 
 

@@ -15,9 +15,8 @@ from qmix.files.regular_file import checked_folder, reading
 from qmix.formats.files.safetensors_header import TensorInfo, read_header
 from qmix.formats.files.shard_names import INDEX, SINGLE
 from qmix.hub import other_folders
+from qmix.hub.selection import is_other
 
-# Weights that are not the model's: Mistral's copy of the same, adapters, what an optimizer keeps.
-_OTHERS = re.compile(r"consolidated.*|.*adapter.*|optimizer.*|.*non_lora_trainables.*")
 _SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
 
 
@@ -56,7 +55,7 @@ def _shards(folder: Path) -> Mapping[str, set[str] | None]:
     present = sorted(
         path.name
         for path in folder.iterdir()
-        if path.suffix == ".safetensors" and not is_hidden(path) and not _OTHERS.match(path.name)
+        if path.suffix == ".safetensors" and not is_hidden(path) and not is_other(path.name)
     )
     if (folder / INDEX).is_file():
         listed = _read_index(folder / INDEX)

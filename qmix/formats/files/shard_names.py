@@ -3,8 +3,10 @@
 Knows no torch and nothing of what the files hold.
 """
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from qmix.hub import selection
+
+INDEX = selection.INDEX
+SINGLE = selection.SINGLE
 # Largest output file unless the user says otherwise: under the hub's 5 GB.
 SHARD_BYTES = 4_900_000_000
 
