@@ -1,10 +1,10 @@
 """One Mixtral layer of true width on this CPU, beside the memory's bandwidth and other kernels.
 
-`python -m qmix.evals.cpu [--json FILE] [--llama PYTHON] [--path SET]` times random 4-bit weights in
-the 8x7B's shapes, at one token, at 32 and at a prompt of 512. The experts alone are compared with
-torch (dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer is compared with
-llama.cpp, which runs in an interpreter of its own (`--llama`, with llama-cpp-python and gguf). All
-take turns within one run, so that other load on the machine affects them alike; two programs are
+`python -m qmix.evals.cpu [--json FILE] [--llama PYTHON] [--path SET] [--format NAME]` times random
+4-bit weights in the 8x7B's shapes, at one token, at 32 and at a prompt of 512. The experts alone are
+compared with torch (dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer is
+compared with llama.cpp, which runs in an interpreter of its own (`--llama`, with llama-cpp-python
+and gguf). All take turns within one run, so that other load on the machine affects them alike; two programs are
 compared by the median of the turns' quotients. Every figure at one token stands beside its bound:
 the bytes of the weights over the bandwidth of a plain read. `--path` holds us to an instruction
 set; a llama.cpp that is built for no more (the record has its features) is then an equal.
@@ -171,8 +171,8 @@ def _cells(timing: CpuTiming) -> tuple[str, ...]:
     )
 
 
-def _print(llama_python: str | None, record: Path | None) -> None:
-    report = measure_cpu(MixtralConfig(), llama_python=llama_python, progress=say)
+def _print(formats: Sequence[str], llama_python: str | None, record: Path | None) -> None:
+    report = measure_cpu(MixtralConfig(), llama_python=llama_python, formats=formats, progress=say)
     sys.stdout.write(str(report))
     if record:
         strict_json.write(record, asdict(report), indent=1)
@@ -191,10 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=tuple(instruction_sets.ISAS),
         help="the instruction set to hold us to",
     )
+    parser.add_argument(
+        "--format", action="append", choices=FORMATS, help="measure this one; may be repeated"
+    )
     options = parser.parse_args(arguments)
     if options.path:
         os.environ[instruction_sets.VARIABLE] = options.path
-    return exit_code("cpu", lambda: _print(options.llama, options.json))
+    formats = options.format or FORMATS
+    return exit_code("cpu", lambda: _print(formats, options.llama, options.json))
 
 
 if __name__ == "__main__":
