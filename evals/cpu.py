@@ -1,13 +1,14 @@
 """One Mixtral layer of true width on this CPU, beside the memory's bandwidth and other kernels.
 
 `python -m qmix.evals.cpu [--json FILE] [--llama PYTHON] [--path SET] [--format NAME]` times random
-4-bit weights in the 8x7B's shapes, at one token, at 32 and at a prompt of 512. The experts alone are
-compared with torch (dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer is
-compared with llama.cpp, which runs in an interpreter of its own (`--llama`, with llama-cpp-python
-and gguf). All take turns within one run, so that other load on the machine affects them alike; two programs are
-compared by the median of the turns' quotients. Every figure at one token stands beside its bound:
-the bytes of the weights over the bandwidth of a plain read. `--path` holds us to an instruction
-set; a llama.cpp that is built for no more (the record has its features) is then an equal.
+4-bit weights in the 8x7B's shapes, at one token, at 32 and at a prompt of 512. The experts alone
+are compared with torch (dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer
+is compared with llama.cpp, which runs in an interpreter of its own (`--llama`, with
+llama-cpp-python and gguf). All take turns within one run, so that other load on the machine affects
+them alike; two programs are compared by the median of the turns' quotients. Every figure at one
+token stands beside its bound: the bytes of the weights over the bandwidth of a plain read. `--path`
+holds us to an instruction set; a llama.cpp that is built for no more (the record has its features)
+is then an equal.
 """
 
 import argparse
