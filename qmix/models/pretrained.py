@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
-from qmix.errors import CheckpointError, UnsupportedError, UsageError
+from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.experts.store import Store
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.shard_names import SHARD_BYTES
@@ -272,7 +272,16 @@ class PreTrainedModel(nn.Module):
                     found=target,
                     remedy="Load it again with device=.",
                 )
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except (AssertionError, RuntimeError) as error:
+            if torch.cuda.is_available() or "cuda" not in str(error).lower():
+                raise
+            raise ResourceError(
+                "no CUDA device is available",
+                where=".to()",
+                remedy="Leave the model where it is, or check the driver.",
+            ) from None
         if self._decoder.embed_tokens.weight is None:
             self.tie_weights()  # embedding and head were moved one by one
         return self

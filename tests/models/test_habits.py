@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qmix
-from qmix.errors import QmixError, UnsupportedError, UsageError
+from qmix.errors import QmixError, ResourceError, UnsupportedError, UsageError
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.models import TINY, ids, small_config, small_model
 
@@ -92,6 +92,16 @@ def test_code_of_a_checkpoint_is_never_run_and_that_is_said():
         for _ in range(2):
             MixtralForCausalLM.from_pretrained(TINY, trust_remote_code=True, device="cpu")
     assert len(said) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_moving_to_a_gpu_that_is_not_there_is_one_of_our_errors():
+    model = small_model(num_hidden_layers=1)
+    for move in (lambda: model.to("cuda"), model.cuda, lambda: model.to("cuda:1", torch.float16)):
+        with pytest.raises(ResourceError, match="no CUDA device"):
+            move()
+    assert model.device.type == "cpu"
+    assert model(ids(3)).logits.isfinite().all()
 
 
 def test_nothing_is_uploaded(tmp_path):
