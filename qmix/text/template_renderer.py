@@ -5,7 +5,6 @@ conversation means.
 """
 
 import json
-import marshal
 import os
 import select
 import signal
@@ -56,7 +55,7 @@ class TemplateRenderer:
             CheckpointError: it is no template, fails, or takes too long or too much memory.
             ResourceError: no process can be started.
         """
-        request = marshal.dumps({"template": template, "variables": dict(variables)})
+        request = json.dumps({"template": template, "variables": dict(variables)}).encode()
         with self._lock:
             reply = self._answered(request, where)
         if "text" in reply:

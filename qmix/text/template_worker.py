@@ -4,11 +4,10 @@ A template is somebody else's program. jinja2's sandbox keeps it from Python's i
 from looping, nor from making a string of gigabytes: that is left to the system's limits.
 
 Run by template_renderer.py. Reads requests from stdin and answers on stdout: 4 bytes of length,
-then marshal's bytes (it trusts who asks) or JSON (nobody trusts it). Imports nothing of qmix.
+then JSON. Imports nothing of qmix.
 """
 
 import json
-import marshal
 import os
 import struct
 import sys
@@ -188,7 +187,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
     while len(head := source.read(4)) == 4:
         again()
         (size,) = struct.unpack("<I", head)
-        reply = json.dumps(answer(marshal.loads(source.read(size)))).encode()
+        reply = json.dumps(answer(json.loads(source.read(size)))).encode()
         sink.write(struct.pack("<I", len(reply)) + reply)
         sink.flush()
 
