@@ -82,14 +82,18 @@ def features() -> frozenset[str]:
     return _ALL
 
 
+def of_this_architecture() -> tuple[InstructionSet, ...]:
+    """Those that some processors of this machine's architecture have, the best one first."""
+    machine = platform.machine()
+    return tuple(
+        each for each in reversed(ISAS.values()) if not each.machines or machine in each.machines
+    )
+
+
 def supported() -> tuple[InstructionSet, ...]:
     """Those that this processor has, the best one first."""
-    machine, found = platform.machine(), features()
-    return tuple(
-        each
-        for each in reversed(ISAS.values())
-        if (not each.machines or machine in each.machines) and each.needs <= found
-    )
+    found = features()
+    return tuple(each for each in of_this_architecture() if each.needs <= found)
 
 
 def candidates() -> tuple[InstructionSet, ...]:

@@ -3,7 +3,10 @@
 The name of the file holds a hash of sources, flags and compiler, so a library is never used after
 one of them has changed, nor one that anybody but the user or root can have written. The file is
 written beside its place and renamed: two processes at the same time both end with a whole file.
-Knows no torch.
+
+`python -m qmix.kernels.cpu.build` compiles the libraries of all instruction sets of this machine's
+architecture into the package, before a wheel is made of it. What a wheel carries is loaded from
+there, if nothing has changed and the system's C library is new enough. Knows no torch.
 """
 
 import ctypes
@@ -23,9 +26,10 @@ from pathlib import Path
 from qmix.errors import ResourceError, WriteError
 from qmix.files import user_files
 from qmix.files.file_errors import writing
-from qmix.instruction_sets import InstructionSet
+from qmix.instruction_sets import InstructionSet, of_this_architecture
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
+PREBUILT = Path(__file__).with_name("prebuilt")
 # No contraction: a multiplication and an addition are fused only where the source says so.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
@@ -55,6 +59,10 @@ def load(candidates: Sequence[InstructionSet]) -> tuple[ctypes.CDLL, str]:
 
 
 def _load(isa: InstructionSet) -> ctypes.CDLL:
+    carried = prebuilt(isa)
+    if carried.is_file():
+        with suppress(OSError):  # made for a newer C library: this machine compiles its own
+            return ctypes.CDLL(str(carried))
     folder = user_files.cache_directory()
     try:
         return ctypes.CDLL(str(compiled(folder, isa)))
@@ -88,6 +96,30 @@ def _is_known(isa: InstructionSet) -> bool:
         return True
 
 
+def prebuilt(isa: InstructionSet) -> Path:
+    """Where a wheel carries the library of an instruction set, if it carries one."""
+    return PREBUILT / _name(isa, *FLAGS, *isa.flags)
+
+
+def prebuild() -> None:
+    """Compile every library of this machine's architecture that the compiler knows.
+
+    Raises:
+        ResourceError: no compiler, or it fails.
+    """
+    PREBUILT.mkdir(exist_ok=True)
+    for isa in filter(_is_known, of_this_architecture()):
+        _LOG.info("compiling the 4-bit kernels for %s", isa.name)
+        _run([*_compiler(), *FLAGS, *isa.flags, "-o", str(prebuilt(isa)), str(SOURCE)])
+
+
+def _name(isa: InstructionSet, *hashed: str) -> str:
+    """The name of a library: what it is for, and a hash of the sources and of what is given."""
+    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]*")))
+    digest = hashlib.sha256("\0".join((*hashed, *sources)).encode()).hexdigest()
+    return f"kernels-{isa.name}-{digest[:20]}.so"
+
+
 def compiled(folder: Path, isa: InstructionSet) -> Path:
     """The file of the library of an instruction set in `folder`.
 
@@ -98,10 +130,7 @@ def compiled(folder: Path, isa: InstructionSet) -> Path:
         ResourceError: no compiler, or it fails.
     """
     command = [*_compiler(), *FLAGS, *isa.flags]
-    version = _run([command[0], "--version"]).stdout
-    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]*")))
-    hashed = "\0".join((*command, version, *sources))
-    library = folder / f"kernels-{isa.name}-{hashlib.sha256(hashed.encode()).hexdigest()[:20]}.so"
+    library = folder / _name(isa, *command, _run([command[0], "--version"]).stdout)
     user_files.prepare(library)
     _clear(folder)
     if user_files.doubt(library) is None and _whole(library):
@@ -211,3 +240,8 @@ def _done(command: list[str]) -> "subprocess.CompletedProcess[str]":
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prebuild()

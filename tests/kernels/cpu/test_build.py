@@ -21,7 +21,7 @@ import torch
 
 from qmix import instruction_sets, kernels
 from qmix.errors import ResourceError, UsageError
-from qmix.instruction_sets import ISAS, VARIABLE, supported
+from qmix.instruction_sets import ISAS, VARIABLE, of_this_architecture, supported
 from qmix.kernels.cpu import build
 from qmix.kernels.cpu.library import library
 from qmix.weights.nf4 import quantize
@@ -319,6 +319,26 @@ def test_an_unknown_choice_is_refused(cache, monkeypatch):
     monkeypatch.setenv(VARIABLE, "fastest")
     with pytest.raises(UsageError, match=r"torch, .*portable"):
         library()
+
+
+@needs_compiler
+def test_what_a_wheel_carries_is_loaded_without_a_compiler(cache, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    build.prebuild()
+    names = {path.name.split("-")[1] for path in (tmp_path / "prebuilt").iterdir()}
+    assert names <= {each.name for each in of_this_architecture()}
+    assert "portable" in names
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    loaded, name = build.load([ISAS["portable"]])
+    assert (ctypes.c_int.in_dll(loaded, "answer").value, name) == (42, "portable")
+    assert not cache.exists()
+    small.write_text("int answer = 43;")  # what is carried is of other sources
+    with pytest.raises(ResourceError, match="compiler"):
+        build.load([ISAS["portable"]])
+    monkeypatch.delenv("CXX")
+    build.prebuilt(ISAS["portable"]).write_bytes(b"of another system")
+    loaded, _ = build.load([ISAS["portable"]])
+    assert ctypes.c_int.in_dll(loaded, "answer").value == 43
 
 
 @needs_compiler
