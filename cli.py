@@ -6,7 +6,6 @@ Heavy imports stay inside the commands: help and usage errors need no torch.
 """
 
 import os
-import signal
 import sys
 import warnings
 from io import TextIOWrapper
@@ -78,7 +77,7 @@ def main() -> NoReturn:
 
 
 def _make_streams_safe() -> None:
-    """Survive closed streams, a locale that cannot encode a reply, and a reader that leaves."""
+    """Survive closed streams, and a locale that cannot encode a reply."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # a file opened later must not get its descriptor
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -87,8 +86,6 @@ def _make_streams_safe() -> None:
             stream.reconfigure(errors="replace")
     # Arguments are UTF-8 whatever the locale; broken bytes become U+FFFD.
     sys.argv = [os.fsencode(argument).decode("utf-8", "replace") for argument in sys.argv]
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader has gone
 
 
 def _fail(error: Exception) -> NoReturn:

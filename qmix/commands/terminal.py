@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typer import Context
 
 _LINE_EVERY_S = 10
+_BROKEN_PIPE = 141  # as shells call the end by SIGPIPE
 
 
 def console() -> "Console":
@@ -139,12 +140,13 @@ def _put(text: str, stream: TextIO) -> None:
     try:
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
         # The interpreter would try the same bytes again at its end, and fail again.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            # The reader has gone. SIGPIPE itself would end a download whose server has gone, too.
+            raise SystemExit(_BROKEN_PIPE) from None
         full = error.errno in FULL
         raise ResourceError(
             "cannot be written",

@@ -36,3 +36,14 @@ def test_a_reader_that_leaves_gives_the_exit_code_of_a_broken_pipe(small_checkpo
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(timeout=PATIENCE) in (141, -13)  # SIGPIPE: 141 to a shell, -13 to Popen
+
+
+def test_a_server_that_leaves_ends_no_command():
+    """SIGPIPE stays ignored: writing to a closed socket raises, and the error is the command's."""
+    code = (
+        "import socket; from qmix import cli; cli._make_streams_safe();"
+        "ours, theirs = socket.socketpair(); theirs.close()\n"
+        "try: ours.send(b'x')\nexcept BrokenPipeError: print('raised')"
+    )
+    done = finished([sys.executable, "-c", code])
+    assert (done.returncode, done.stdout) == (0, "raised\n")

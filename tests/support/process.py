@@ -58,7 +58,6 @@ def qmix(*arguments, stdin=None, cwd=ROOT):
         stack.enter_context(mock.patch.dict(os.environ, COLUMNS="100"))
         stack.enter_context(chdir(cwd))
         stack.enter_context(mock.patch.object(warnings, "formatwarning", warnings.formatwarning))
-        stack.callback(signal.signal, signal.SIGPIPE, signal.getsignal(signal.SIGPIPE))
         code = _exit_code(cli.main)
         out.seek(0)
         err.seek(0)
