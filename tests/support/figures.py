@@ -8,7 +8,8 @@ tests/test_docs.py keeps it in step.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +36,7 @@ def summary() -> str:
     figures = _baselines()
     base = figures["bf16_perplexity"]
     within = _record("2026-11-23-cpu-offload-8gib")
-    layer = _layers()
+    layer, layer_avx2 = _layers(*_VNNI), _layers(*_AVX2)
     rows = [
         (
             "memory, all on one GPU",
@@ -58,7 +59,8 @@ def summary() -> str:
         ("speed on a GPU", _gpu(), "[speed](docs/speed.md)"),
         (
             "speed on 2 CPU cores, a layer",
-            f"1 token {_range(layer, 1)} of llama.cpp's time, 512 tokens {_range(layer, 512)}",
+            f"of llama.cpp's time at 1 token, with VNNI {_range(layer, 1)}, on AVX2 "
+            f"{_range(layer_avx2, 1)}; at 512, {_range(layer, 512)} and {_range(layer_avx2, 512)}",
             "[speed](docs/speed.md#on-a-cpu)",
         ),
     ]
@@ -123,7 +125,12 @@ def attention() -> str:
     return markdown.table(header, rows)
 
 
-_PAIRS = tuple((way, peer) for way in ("nf4", "int4 g32") for peer in ("Q4_0", "Q4_K"))
+# Records of whole layers on a CPU, by instruction set, and what stands beside what in them.
+_VNNI = ("2026-11-23-epyc-cpu", tuple(product(("nf4", "int4 g32"), ("Q4_0", "Q4_K"))))
+_AVX2 = (
+    "2026-11-29-xeon-avx2",
+    (*product(("nf4 nested", "int4 g128"), ("Q4_0", "Q4_K")), ("int4 g32", "Q4_0")),
+)
 _NAMES = {
     "nf4": "NF4",
     "nf4 nested": "NF4 nested",
@@ -132,20 +139,19 @@ _NAMES = {
 }
 
 
-def _measured() -> Mapping[tuple[str, str, int], Any]:
+def _measured(record: str) -> Mapping[tuple[str, str, int], Any]:
     return {
-        (one["part"], one["way"], one["tokens"]): one
-        for one in _record("2026-11-23-epyc-cpu")["measurements"]
+        (one["part"], one["way"], one["tokens"]): one for one in _record(record)["measurements"]
     }
 
 
-def _layers() -> Mapping[int, list[float]]:
+def _layers(record: str, pairs: Sequence[tuple[str, str]]) -> Mapping[int, list[float]]:
     """Median quotients of a layer's time, qmix over llama.cpp, by tokens."""
-    found = _measured()
+    found = _measured(record)
     return {
         count: [
             found["layer", f"qmix {way} (beside {peer})", count]["of_peer"][0]
-            for way, peer in _PAIRS
+            for way, peer in pairs
         ]
         for count in (1, 32, 512)
     }
@@ -156,10 +162,19 @@ def _range(quotients: Mapping[int, list[float]], count: int) -> str:
 
 
 def layers() -> str:
-    """A whole layer on a CPU beside llama.cpp's."""
-    found = _measured()
+    """A whole layer on a CPU with VNNI beside llama.cpp's."""
+    return _layer_table(*_VNNI)
+
+
+def layers_avx2() -> str:
+    """The same held to AVX2, both programs."""
+    return _layer_table(*_AVX2)
+
+
+def _layer_table(record: str, pairs: Sequence[tuple[str, str]]) -> str:
+    found = _measured(record)
     rows = []
-    for way, peer in _PAIRS:
+    for way, peer in pairs:
         cells = [f"{_NAMES[way]} / {peer}"]
         for count in (1, 32, 512):
             ours = found["layer", f"qmix {way} (beside {peer})", count]
@@ -180,7 +195,7 @@ def layers() -> str:
 
 def experts() -> str:
     """The routed experts of one layer on a CPU, beside other 4-bit matmuls."""
-    found = _measured()
+    found = _measured(_VNNI[0])
     rows = []
     for label, way in (
         *((f"qmix {name}", f"qmix {way}") for way, name in _NAMES.items()),
@@ -285,7 +300,18 @@ def true_width() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        *(summary, guard, rivals, attention, layers, experts, true_width, offload, cards),
+        *(
+            summary,
+            guard,
+            rivals,
+            attention,
+            layers,
+            layers_avx2,
+            experts,
+            true_width,
+            offload,
+            cards,
+        ),
         *(layout_tables.kinds, layout_tables.layouts_in_short, layout_tables.unread),
     )
 }
