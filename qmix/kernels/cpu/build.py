@@ -59,8 +59,8 @@ def load(candidates: Sequence[InstructionSet]) -> tuple[ctypes.CDLL, str]:
 
 
 def _load(isa: InstructionSet) -> ctypes.CDLL:
-    carried = prebuilt(isa)
-    if carried.is_file():
+    # Without the directory there is nothing to hash the sources for.
+    if PREBUILT.is_dir() and (carried := prebuilt(isa)).is_file():
         with suppress(OSError):  # made for a newer C library: this machine compiles its own
             return ctypes.CDLL(str(carried))
     folder = user_files.cache_directory()
