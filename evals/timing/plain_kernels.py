@@ -17,6 +17,7 @@ _HEADS, _KV_HEADS, _HEAD_DIM, _HIDDEN, _EXPERTS, _EXPERTS_PER_TOKEN = 32, 8, 128
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _POINTERS = {
     "padding_mask": "*u8",
+    "arrivals": "*i32",
     "past": "*i32",
     "starts": "*i32",
     "sums": "*fp32",
@@ -98,7 +99,13 @@ def _kernels(
             (prefill, "prefill", "QUERIES"),
         ):
             size = {rows: shape.rows, "COLUMNS": shape.columns, "STAGES": shape.stages}
-            yield name, shape.warps, shape.stages, size | tile, absent
+            if name == "prefill":
+                yield name, shape.warps, shape.stages, size | tile, absent
+                continue
+            apart = {"PARTS": 1}, (*absent, "out", "arrivals")
+            merging = {"PARTS": attention.LARGEST_SPLIT}, absent
+            for parts, without in (apart, merging):
+                yield name, shape.warps, shape.stages, size | tile | parts, without
     for power in range(attention.LARGEST_SPLIT.bit_length()):
         yield "merge", 4, 1, {"PARTS": 1 << power, "D": _HEAD_DIM}, ()
     warps = pointwise.norm_warps(_HIDDEN)

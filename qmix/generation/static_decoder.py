@@ -22,6 +22,7 @@ from qmix.experts.layer_experts import Experts
 from qmix.generation import cuda_graph
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels import PackedExperts, PackedWeight
+from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 from qmix.nn.cache import KVCache
 from qmix.nn.cpu_decode import why_not_modules
 from qmix.nn.decoder import Decoder
@@ -128,6 +129,7 @@ class StaticDecoder:
         padded: bool = False,
         sample_fn: SampleFn | None = None,
         record: bool = True,
+        tuning: StepTuning = UNTUNED,
     ) -> None:
         """The model must be `supported`.
 
@@ -135,6 +137,7 @@ class StaticDecoder:
             padded: rows may have padding on the left, see `set_padding`.
             sample_fn: chooses the next id, as part of a step.
             record: replay a step as a CUDA graph; otherwise it is launched operation by operation.
+            tuning: which launches are one.
         """
         layers = [_layer_weights(layer) for layer in model.layers]
         self._layers = [layer for layer in layers if layer is not None]
@@ -160,6 +163,10 @@ class StaticDecoder:
         self._no_partials = torch.zeros(cache.batch, config.hidden_size, device=device)
         self.logits = torch.zeros(cache.batch, head.out_features, device=device)
         self.scores = torch.zeros_like(self.logits)
+        heads = cache.batch * config.num_key_value_heads
+        self._split_arrivals = (
+            torch.zeros(heads, dtype=torch.int32, device=device) if tuning.merge_in_split else None
+        )
         shape = (len(layers), cache.batch, self._top_k)
         self._route_log = torch.zeros(shape, dtype=torch.int64, device=device)
         self._record = record and device.type == "cuda"
@@ -250,7 +257,14 @@ class StaticDecoder:
                 dtype=keys.dtype,
             )
             attended = attention.attend_cached(
-                q, keys, values, self.past, starts=self._padding, window=self._window, dtype=half
+                q,
+                keys,
+                values,
+                self.past,
+                starts=self._padding,
+                window=self._window,
+                dtype=half,
+                arrivals=self._split_arrivals,
             )
             router = pointwise.residual_norm_route(
                 x,

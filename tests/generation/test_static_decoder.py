@@ -17,6 +17,7 @@ from qmix.evals.timing import random_model
 from qmix.generation.static_decoder import StaticDecoder, supported
 from qmix.kernels import dense
 from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
+from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 
 
 @pytest.mark.slow
@@ -46,21 +47,30 @@ def launches(monkeypatch):
 GREEDY = SampleFn(Sampling(), None)
 
 
-def step_of(batch, sample_fn=GREEDY, **changes):
+def step_of(batch, sample_fn=GREEDY, tuning=UNTUNED, **changes):
     config = MixtralConfig(**changes)
     model = random_model.build_random_model(config, random_model.NF4, torch.device("meta"))
     assert supported(model.model)
     cache = model.new_cache(batch, 4096)
-    return StaticDecoder(model.model, model.lm_head, cache, padded=True, sample_fn=sample_fn)
+    return StaticDecoder(
+        model.model, model.lm_head, cache, padded=True, sample_fn=sample_fn, tuning=tuning
+    )
+
+
+SEPARATE = StepTuning(merge_in_split=False)
+
+
+def counted(launches):
+    return {name: len(recorder.grids) for name, recorder in launches.items() if recorder.grids}
 
 
 @pytest.mark.parametrize("batch", [1, 8, 16])
-def test_a_token_of_the_8x7b_is_nine_launches_a_layer(batch, launches):
+def test_a_token_of_the_8x7b_is_nine_separate_launches_a_layer(batch, launches):
     """On meta tensors reading a value on the host raises, and every shape is known before."""
-    step = step_of(batch)
+    step = step_of(batch, tuning=SEPARATE)
     logits = step.step()
     assert logits.shape == (batch, 32000)
-    counts = {name: len(recorder.grids) for name, recorder in launches.items() if recorder.grids}
+    counts = counted(launches)
     assert counts == {
         "residual_norm": 2 * 32 + 1,
         "packed_matmul": 2 * 32,
@@ -73,6 +83,12 @@ def test_a_token_of_the_8x7b_is_nine_launches_a_layer(batch, launches):
     assert sum(counts.values()) == 9 * 32 + 1
     with pytest.raises(RuntimeError):
         step.past.tolist()  # the trap is armed
+
+
+def test_the_last_split_saves_a_launch_a_layer(launches):
+    step_of(1).step()
+    assert "merge" not in counted(launches)
+    assert sum(counted(launches).values()) == 8 * 32 + 1
 
 
 def test_what_torch_launches_beside_the_kernels(launches, monkeypatch):

@@ -199,6 +199,10 @@ def test_batch_buckets(batch):
     assert torch.equal(out, gpu.attend_cached(q, keys, values, past, tuning=SMALL))
     half = gpu.attend_cached(q, keys, values, past, tuning=SMALL, dtype=torch.float16)
     assert torch.equal(half, out.half())
+    arrivals = torch.zeros(2 * batch, dtype=torch.int32, device=DEVICE)
+    merged = gpu.attend_cached(q, keys, values, past, tuning=SMALL, arrivals=arrivals)
+    assert torch.equal(merged, out)  # the last split merges as the launch of its own does
+    assert not arrivals.any()  # for the next layer
 
 
 @pytest.mark.diagonal

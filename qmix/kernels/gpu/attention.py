@@ -140,6 +140,7 @@ def attend_cached(
     starts: Tensor | None = None,
     window: int | None = None,
     dtype: torch.dtype | None = None,
+    arrivals: Tensor | None = None,
     tuning: Tuning = UNTUNED,
 ) -> Tensor:
     """Attention of S new columns over a cache that holds them: [B, S, H, d] -> [B, S, H, d].
@@ -150,12 +151,15 @@ def attend_cached(
         past: int32 [B] on the device, columns before the new ones.
         starts: int32 [B] on the device, columns of padding on the left; None is none.
         dtype: of the result; None is that of q. Packed matmuls take float16.
+        arrivals: int32 zeros [B G or more] on the device, and zeros again after: the last split of
+            one new column merges the others. None: a launch of its own does, to the same bits.
 
     Raises:
         UnsupportedError: as `check`.
     """
     q = q.transpose(1, 2)
-    return _attend(q, keys, values, past, starts, window, None, dtype or q.dtype, tuning)
+    dtype = dtype or q.dtype
+    return _attend(q, keys, values, past, starts, window, None, dtype, tuning, arrivals)
 
 
 def _attend(
@@ -168,6 +172,7 @@ def _attend(
     padding_mask: Tensor | None,
     dtype: torch.dtype,
     tuning: Tuning,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """(B, H, S, d) over (B, G, R, d): [B, S, H, d]."""
     check(q, k, v)
@@ -200,12 +205,17 @@ def _attend(
     splits = splits_for(batch * shared, slots, shape.columns, wanted)
     sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
+    assert arrivals is None or arrivals.numel() >= batch * shared
     kernels.split[(shared, splits, batch)](
-        q, k, v, mask_bytes, past, starts, sums, peaks, totals, slots, reach, slots, splits,
+        q, k, v, mask_bytes, past, starts, sums, peaks, totals,
+        None if arrivals is None else out, arrivals, slots, reach, slots, splits,
         *q_strides, *kv_mask_strides,
         GROUP_HEADS=group_heads, ROWS=max(_SMALLEST_TILE, power_of_2(group_heads)), D=width,
-        COLUMNS=shape.columns, STAGES=shape.stages, num_warps=shape.warps,
+        COLUMNS=shape.columns, STAGES=shape.stages,
+        PARTS=1 if arrivals is None else power_of_2(splits), num_warps=shape.warps,
     )  # fmt: skip
+    if arrivals is not None:
+        return out
     kernels.merge[(batch * heads,)](
         sums, peaks, totals, out, splits, PARTS=power_of_2(splits), D=width, num_warps=4
     )

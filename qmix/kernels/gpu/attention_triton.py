@@ -17,6 +17,8 @@ Shape letters: see qmix.kernels.
 import triton
 import triton.language as tl
 
+from qmix.kernels.gpu.arrivals_triton import is_last
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # These change from step to step: 1 and multiples of 16 get no compilation of their own.
 _LENGTHS = ["columns", "queries", "window", "R", "mask_batch", "SPLITS"]
@@ -65,17 +67,40 @@ def _walk(
     return summed, largest, total
 
 
+@triton.jit
+def _merge_head(sums, peaks, totals, out, head, SPLITS, PARTS: tl.constexpr, D: tl.constexpr):
+    """out[head] = its splits as one softmax."""
+    part, dim = tl.arange(0, PARTS), tl.arange(0, D)
+    place = head * SPLITS + part
+    some = part < SPLITS
+    total = tl.load(totals + place, mask=some, other=0.0, cache_modifier=".cg")
+    peak = tl.load(peaks + place, mask=some, other=float("-inf"), cache_modifier=".cg")
+    highest = tl.max(peak, 0)
+    factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
+    part_sums = tl.load(
+        sums + place[:, None] * D + dim[None, :],
+        mask=(total > 0)[:, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    summed = tl.sum(part_sums * factor[:, None], 0)
+    whole = tl.sum(total * factor, 0)
+    result = summed / tl.where(whole == 0, 1.0, whole)  # no visible column: zeros
+    tl.store(out + head * D + dim, result.to(out.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def split(
-    q, keys, values, padding_mask, past, starts, sums, peaks, totals, columns, window, R, SPLITS,
+    q, keys, values, padding_mask, past, starts, sums, peaks, totals, out, arrivals,
+    columns, window, R, SPLITS,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch,
     GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One query a row, one split of the columns: sums [B, H, Z, d], peaks and totals [B, H, Z].
 
     Grid (G, Z, B). The new column is the last of `columns`, or column past[b] where `past` is
-    given.
+    given. With `arrivals`, zeros [B, G], the last split does what `merge` does; PARTS >= Z.
     """
     shared, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = columns
@@ -107,25 +132,17 @@ def split(
     tl.store(totals + place, total, mask=used)
     # A split without a visible column is neither stored nor read by `merge`.
     tl.store(sums + place[:, None] * D + dim[None, :], summed, mask=(used & (total > 0))[:, None])
+    if arrivals is not None:
+        if is_last(arrivals + batch * tl.num_programs(0) + shared, SPLITS):
+            first = (batch * tl.num_programs(0) + shared) * GROUP_HEADS
+            for member in tl.static_range(GROUP_HEADS):
+                _merge_head(sums, peaks, totals, out, first + member, SPLITS, PARTS, D)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def merge(sums, peaks, totals, out, SPLITS, PARTS: tl.constexpr, D: tl.constexpr):
     """out [B, H, d] = the splits as one softmax; grid (B * H). PARTS >= Z is a power of 2."""
-    head = tl.program_id(0)
-    part, dim = tl.arange(0, PARTS), tl.arange(0, D)
-    place = head * SPLITS + part
-    total = tl.load(totals + place, mask=part < SPLITS, other=0.0)
-    peak = tl.load(peaks + place, mask=part < SPLITS, other=float("-inf"))
-    highest = tl.max(peak, 0)
-    factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
-    part_sums = tl.load(
-        sums + place[:, None] * D + dim[None, :], mask=(total > 0)[:, None], other=0.0
-    )
-    summed = tl.sum(part_sums * factor[:, None], 0)
-    whole = tl.sum(total * factor, 0)
-    result = summed / tl.where(whole == 0, 1.0, whole)  # no visible column: zeros
-    tl.store(out + head * D + dim, result.to(out.dtype.element_ty))
+    _merge_head(sums, peaks, totals, out, tl.program_id(0), SPLITS, PARTS, D)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
