@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 """Which thread block of several finishes what they all computed: the one that arrives last.
 
 It saves the launch that would read their results. The blocks store them, then count themselves in

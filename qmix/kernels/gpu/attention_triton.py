@@ -132,7 +132,7 @@ def split(
     tl.store(totals + place, total, mask=used)
     # A split without a visible column is neither stored nor read by `merge`.
     tl.store(sums + place[:, None] * D + dim[None, :], summed, mask=(used & (total > 0))[:, None])
-    if arrivals is not None:
+    if arrivals is not None:  # noqa: SIM102  one is known to the compiler, one is not
         if is_last(arrivals + batch * tl.num_programs(0) + shared, SPLITS):
             first = (batch * tl.num_programs(0) + shared) * GROUP_HEADS
             for member in tl.static_range(GROUP_HEADS):
