@@ -77,6 +77,7 @@ OWNERS: Mapping[str, set[str]] = {
     "transformers": {"qmix.hf"},
     "matplotlib": {"qmix.evals.timing.attention_plot"},
     "triton": {
+        "qmix.kernels.gpu.arrivals_triton",
         "qmix.kernels.gpu.moe_triton",
         "qmix.kernels.gpu.attention_triton",
         "qmix.kernels.gpu.pointwise_triton",
