@@ -6,6 +6,8 @@
 #   make soak     the long campaigns: fuzzing, hundreds of drawn cases, kernels at many shapes;
 #                 SEED=n chooses what is drawn, MINUTES=m ends it
 #   make newest   the quick tests beside the newest release of every dependency
+#   make aot      every GPU kernel, compiled ahead of time with each Triton that users have, against
+#                 what it cost before; AOT=--write records what it costs now
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo $$p; break; }; done || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -19,9 +21,13 @@ TESTS  := -m pytest -n auto --maxprocesses 8 --dist worksteal
 TORCH  := $(shell sed -n 's/^\(torch<[0-9.]*\).*/\1/p' constraints.txt)
 SEED   ?= 0
 MINUTES ?=
+# Of torch 2.11, 2.13 and 2.15. Each lies in a folder of its own
+# and hides the one of the environment.
+TRITONS := 3.6.0 3.7.1 3.9.0
+AOT    ?=
 PIP    := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint quick soak newest setup goldens rivals clean
+.PHONY: demo test lint quick soak newest aot setup goldens rivals clean
 
 demo: $(RUN)
 	$(BIN)/qmix demo
@@ -51,6 +57,15 @@ newest:
 	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager -e ".[test]"
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE "^(torch|triton|numpy|safetensors|sentencepiece|typer|rich|transformers|bitsandbytes) "
 	$(NEWEST)/bin/python $(TESTS) -m "not slow and not soak" $(PYTEST)
+
+aot: $(READY) $(TRITONS:%=.aot/%/.ready)
+	for version in $(TRITONS); do \
+	  PYTHONPATH=.aot/$$version $(BIN)/python -W error::UserWarning -m qmix.evals.aot $(AOT) || exit $$?; \
+	done
+
+.aot/%/.ready: | $(READY)
+	$(BIN)/python $(PIP) --no-deps --target .aot/$* triton==$*
+	touch $@
 
 # Write the committed golden values anew, each by its oracle in an environment of its own.
 goldens: .oracles/38/.ready .oracles/4/.ready .oracles/5/.ready .oracles/ct/.ready .oracles/modelopt/.ready .oracles/hqq/.ready .oracles/auto-round/.ready .oracles/mlx/.ready .oracles/gguf/.ready .oracles/peft/.ready .oracles/gptqmodel/.packed
@@ -105,4 +120,4 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	touch $(RUN) $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .typecheck .mypy_cache .ruff_cache .pytest_cache demo-out
+	rm -rf $(VENV) $(NEWEST) .aot .typecheck .mypy_cache .ruff_cache .pytest_cache demo-out

@@ -1,9 +1,12 @@
-"""Compile every selectable GPU kernel ahead of time, and count what its inner loop costs.
+"""Compile every selectable GPU kernel ahead of time, and compare what its inner loop costs.
 
 Needs triton but no GPU. Shows what a run on a GPU would not: registers, spills, shared memory
-against the architecture's limit, and the machine instructions that the loop over the weights takes
-for each weight. Says nothing of time. Kernels that read no weights (attention, norms, router) are
-compiled in the 8x7B's shapes.
+against the architecture's limit, the matrix instruction, and the machine instructions that the loop
+over the weights takes for each weight. Says nothing of time. Kernels that read no weights
+(attention, norms, router) are compiled in the 8x7B's shapes.
+
+What an earlier run found with the same Triton is in evals/records/aot.json. A kernel that has got
+worse is a fault. `make aot` runs this with every Triton that users have.
 
 Does not work in Triton's interpreter (TRITON_INTERPRET=1), whose kernels cannot be compiled.
 """
@@ -13,116 +16,38 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qmix.errors import QualityError
-from qmix.evals import markdown
+from qmix.evals import aot_record, markdown
 from qmix.evals.command import say
-from qmix.evals.timing.machine_code import SHARED_LIMIT, KernelCost, KernelSource, compile_kernel
-from qmix.evals.timing.plain_kernels import PlainKernel, plain_kernels
-from qmix.kernels.gpu import attention, moe, moe_triton
-from qmix.kernels.gpu.moe import Config, configs
-from qmix.kernels.moe import DECODE_TOKENS
-from qmix.weights.packed.tile_format import TileFormat
-
-FORMATS = (
-    TileFormat("nf4", 64),
-    TileFormat("int4", 128),
-    TileFormat("nf4", 128),
-    TileFormat("int4", 64),
-    TileFormat("int4", 128, symmetric=False),
-    TileFormat("int4", 64, symmetric=False),
+from qmix.evals.timing.machine_code import (
+    SHARED_LIMIT,
+    TRITON_VERSION,
+    KernelCost,
+    compile_kernel,
 )
+from qmix.evals.timing.plain_kernels import PlainKernel, plain_kernels
+from qmix.evals.timing.weight_kernels import FORMATS, WeightKernel, weight_kernels
+from qmix.kernels.gpu import attention
 
 _HEADER = (
     *("kernel", "registers", "stack", "shared", "loop", "per weight"),
-    *("128-bit", "exchanges", "faults"),
+    *("matrix instruction", "128-bit", "exchanges", "faults"),
 )
-_POINTERS = {
-    "addresses": "*i64",
-    "ids": "*i64",
-    "order": "*i32",
-    "starts": "*i32",
-    "blocks": "*i32",
-    "matrix": "*u8",
-    "x": "*fp16",
-    "hidden": "*fp16",
-    "weights": "*fp32",
-    "partials": "*fp32",
-    "out": "*bf16",
-}
-# Integers that are multiples of 16 in every packed model, as triton finds out at a launch.
-_MULTIPLES = ("D", "F", "N", "K", "offset", "SECOND")
-
-
-@dataclass(frozen=True)
-class WeightKernel:
-    """A kernel that reads packed weights, with what is constant in it and the architecture."""
-
-    kernel: str
-    tile_format: TileFormat
-    config: Config
-    is_sorted: bool
-    arch: int
-
-    def __str__(self) -> str:
-        zeros = "" if self.tile_format.symmetric else " asymmetric"
-        how = " sorted" if self.is_sorted else ""
-        return (
-            f"sm_{self.arch} {self.kernel}{how} {self.tile_format.kind} {self.tile_format.inputs}{zeros}, "
-            f"{self.config.columns} columns"
-        )
-
-    def source(self) -> KernelSource:
-        """The kernel in the form that is compiled."""
-        function: Any = getattr(moe_triton, self.kernel)
-        tile_format, config = self.tile_format, self.config
-        constants = {
-            "KIND": tile_format.kind,
-            "C": tile_format.inputs,
-            "SYMMETRIC": tile_format.symmetric,
-            "CHOICES": 2,
-            "E": 8,
-            "SORTED": self.is_sorted,
-            "WARPS": config.warps,
-            "COLUMNS": config.columns,
-            "STAGES": config.stages,
-            "SHRINK": moe.SHRINK,
-            "GROW": 1 / moe.SHRINK,
-            "SHARED": 2,
-        }
-        names = function.arg_names
-        return KernelSource(
-            function,
-            {name: constants[name] for name in names if name in constants},
-            {name: _POINTERS.get(name, "i32") for name in names if name not in constants},
-            {*_POINTERS, *_MULTIPLES},
-            config.warps,
-            config.stages,
-            self.arch,
-            weights=tile_format.inputs,  # 16 byte rows of two weights, over 32 threads
-            copies=tile_format.inputs // 32,
-        )
-
 
 AnyKernel = TypeVar("AnyKernel", WeightKernel, PlainKernel, WeightKernel | PlainKernel)
 
 
-def weight_kernels(
-    archs: Sequence[int], tile_formats: Sequence[TileFormat] = FORMATS
-) -> Iterator[WeightKernel]:
-    """All kernels that `qmix.kernels.gpu.moe` can launch, except the pointwise `combine`."""
-    for arch in archs:
-        for tile_format in tile_formats:
-            for config in configs(tile_format):
-                yield WeightKernel("packed_matmul", tile_format, config, False, arch)
-                for kernel in ("gate_up", "down"):
-                    yield WeightKernel(kernel, tile_format, config, True, arch)
-                    if config.columns <= DECODE_TOKENS:
-                        yield WeightKernel(kernel, tile_format, config, False, arch)
-            yield WeightKernel("dequantize", tile_format, Config(0, 4, 1), False, arch)
+def usual_kernels(archs: Sequence[int]) -> Iterator[WeightKernel | PlainKernel]:
+    """The two usual formats in every variant, the others in that of one token; bfloat16."""
+    yield from weight_kernels(archs, FORMATS[:2])
+    for variant in weight_kernels(archs, FORMATS[2:]):
+        if (variant.config.columns, variant.config.warps, variant.is_sorted) == (8, 2, False):
+            yield variant
+    yield from plain_kernels(archs)
 
 
 def compile_variant(variant: WeightKernel | PlainKernel) -> KernelCost:
@@ -139,8 +64,11 @@ def faults(variant: WeightKernel | PlainKernel, cost: KernelCost) -> list[str]:
         wrong.append(f"{cost.shared} bytes of shared memory, of {SHARED_LIMIT[variant.arch]}")
     if cost.wide_copies < cost.needed_copies:
         wrong.append(f"{cost.wide_copies} 128-bit copies, where codes need {cost.needed_copies}")
-    if cost.exchanges and isinstance(variant, WeightKernel):  # a softmax has to exchange
-        wrong.append(f"{cost.exchanges} exchanges between threads in the loop")
+    if isinstance(variant, WeightKernel):  # a softmax has to exchange
+        if cost.exchanges:
+            wrong.append(f"{cost.exchanges} exchanges between threads in the loop")
+        if cost.loop and not cost.matrix_instruction:
+            wrong.append("no matrix instruction")
     return wrong
 
 
@@ -152,7 +80,9 @@ def compile_all(
         yield from zip(variants, pool.map(compile_variant, variants), strict=True)
 
 
-def _cells(variant: WeightKernel | PlainKernel, cost: KernelCost) -> tuple[str, ...]:
+def _cells(
+    variant: WeightKernel | PlainKernel, cost: KernelCost, wrong: Sequence[str]
+) -> tuple[str, ...]:
     return (
         str(variant),
         str(cost.registers),
@@ -160,14 +90,14 @@ def _cells(variant: WeightKernel | PlainKernel, cost: KernelCost) -> tuple[str, 
         str(cost.shared),
         str(cost.loop),
         f"{cost.per_weight:.2f}",
+        cost.matrix_instruction,
         f"{cost.wide_copies} of {cost.needed_copies}",
         str(cost.exchanges),
-        "; ".join(faults(variant, cost)),
+        "; ".join(wrong),
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see the module's docstring. The exit code is 5 if a kernel has a fault."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.aot", description=__doc__)
     parser.add_argument(
         "--arch",
@@ -182,24 +112,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (2)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each kernel")
-    options = parser.parse_args(arguments)
-    kernels: list[WeightKernel | PlainKernel] = [
-        *weight_kernels(options.arch, FORMATS if options.all else FORMATS[:2]),
-        *plain_kernels(options.arch, attention.DTYPES if options.all else attention.DTYPES[:1]),
-    ]
+    parser.add_argument("--write", action="store_true", help="record what was found")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring. The exit code is 5 if a kernel has a fault."""
+    options = _parser().parse_args(arguments)
+    kernels = list(usual_kernels(options.arch))
+    if options.all:
+        kernels = [*weight_kernels(options.arch), *plain_kernels(options.arch, attention.DTYPES)]
+    recorded = {} if options.write else aot_record.recorded(TRITON_VERSION)
+    found: dict[str, aot_record.Recorded] = {}
     failed = 0
     if not options.json:
         sys.stdout.write(markdown.table(_HEADER, ()))
     for variant, cost in compile_all(kernels, options.workers):
-        wrong = faults(variant, cost)
+        found[str(variant)] = aot_record.of(cost)
+        wrong = [*faults(variant, cost), *aot_record.worse(cost, recorded.get(str(variant)))]
         failed += bool(wrong)
         if options.json:
             record = {"variant": asdict(variant), "cost": asdict(cost), "faults": wrong}
             sys.stdout.write(json.dumps(record, default=str) + "\n")
         else:
-            sys.stdout.write(markdown.row(_cells(variant, cost)))
+            sys.stdout.write(markdown.row(_cells(variant, cost, wrong)))
         sys.stdout.flush()
-    say(f"{len(kernels)} kernels, {failed} with faults")
+    if options.write:
+        aot_record.write(TRITON_VERSION, found)
+    else:
+        say(f"{len(found.keys() - recorded.keys())} of {len(found)} kernels have no record")
+    say(f"Triton {TRITON_VERSION}: {len(kernels)} kernels, {failed} with faults")
     return QualityError.exit_code if failed else 0
 
 

@@ -15,6 +15,7 @@ from qmix.evals.steps.graph_timing import timed
 from qmix.evals.timing.random_model import FORMATS, RandomWeights
 from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.gpu import moe as gpu
+from qmix.kernels.gpu.grid import UNTUNED
 
 HIDDEN, WIDTH, EXPERTS, EXPERTS_PER_TOKEN = 4096, 14336, 8, 2
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
@@ -50,7 +51,7 @@ def moe_result(
         bits: bits a weight.
     """
     ours = name.startswith("qmix")
-    timing = timed(calls, record=not ours or tokens <= gpu.UNTUNED.dense_tokens)
+    timing = timed(calls, record=not ours or tokens <= UNTUNED.dense_tokens)
     distinct = len(set(routes.ids.flatten().tolist()))
     seconds = timing.microseconds * 1e-6
     read = distinct * WEIGHTS * bits / 8

@@ -1,7 +1,8 @@
 """A Triton kernel as an architecture's machine code: compiled ahead of time, then counted.
 
 Needs triton but no GPU: triton brings the assembler and the disassembler. Does not work in Triton's
-interpreter (TRITON_INTERPRET=1), whose kernels cannot be compiled. Knows no kernel of ours.
+interpreter (TRITON_INTERPRET=1), whose kernels cannot be compiled. Knows no kernel of ours, but how
+all of them are compiled at a launch.
 """
 
 import re
@@ -17,11 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Bytes of shared memory that a block may use (CUDA C++ programming guide, compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+from qmix.kernels.gpu.launch import COMPILER_OPTIONS
 
+# Bytes of shared memory that a block may use (CUDA C++ programming guide, compute capabilities).
+_SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {arch: kib * 1024 for arch, kib in _SHARED_KIB.items()}
+
+TRITON_VERSION = str(triton.__version__)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX_INSTRUCTION = re.compile(r"\b[HIDQ]G?MMA\b")  # HFMA2.MMA is not one
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:[HIDQ]G?|UTC\w*)MMA\b")  # HFMA2.MMA is not one
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,7 @@ class KernelCost:
         needed_copies: number of copies that its codes, or its keys and values, need.
         exchanges: stores to shared memory and shuffles in the loop, by which threads exchange
             values.
+        matrix_instruction: that of the loop; empty without one.
         opcodes: number of occurrences of each instruction in the loop.
     """
 
@@ -74,6 +80,7 @@ class KernelCost:
     wide_copies: int
     needed_copies: int
     exchanges: int
+    matrix_instruction: str
     opcodes: dict[str, int]
 
 
@@ -92,7 +99,7 @@ def compile_kernel(source: KernelSource) -> KernelCost:
             },
         ),
         target=GPUTarget("cuda", source.arch, 32),
-        options={"num_warps": source.warps, "num_stages": source.stages},
+        options={"num_warps": source.warps, "num_stages": source.stages, **COMPILER_OPTIONS},
     )
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "kernel.cubin"
@@ -115,6 +122,7 @@ def compile_kernel(source: KernelSource) -> KernelCost:
         ),
         needed_copies=source.copies if body else 0,
         exchanges=count("STS", "SHFL", "MOVM"),
+        matrix_instruction=next(filter(_MATRIX_INSTRUCTION.search, opcodes), ""),
         opcodes=dict(opcodes.most_common()),
     )
 

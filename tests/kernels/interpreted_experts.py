@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.kernels import Routes
 from qmix.kernels.gpu import moe as gpu
+from qmix.kernels.gpu.grid import Tuning
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
@@ -168,9 +169,9 @@ def test_eight_experts_of_a_ragged_width(tokens):
     assert error(gpu.experts(x, chosen, table, 0), oracle(x, chosen, experts)) <= INT4_BOUND
 
 
-@pytest.mark.parametrize("warps", [1, 2])
-def test_smaller_thread_blocks(warps):
-    tuning = gpu.Tuning(warps=warps, stages=2)
+@pytest.mark.parametrize("warps", [1, 4])
+def test_other_thread_blocks(warps):
+    tuning = Tuning(warps=warps, stages=2)
     weight = int4(128, 256, group=128, symmetric=False).to(DEVICE)
     x = drawn(3, 256)
     out = gpu.linear(x, pack_matrix(weight), tuning)
@@ -215,7 +216,7 @@ def test_dequantize(kind):
 @pytest.mark.parametrize("kind", [nf4, act_order])
 @pytest.mark.parametrize("how", ["spread", "all to one", "the same twice"])
 def test_above_the_crossover_experts_are_dequantized(how, kind):
-    tuning = gpu.Tuning(dense_tokens=4)
+    tuning = Tuning(dense_tokens=4)
     experts, table = experts_of(kind, 4, 128, 64)
     x, chosen = drawn(6, 128), routes(6, 4, 2, how)
     assert error(gpu.experts(x, chosen, table, 0, tuning), oracle(x, chosen, experts)) <= NF4_BOUND

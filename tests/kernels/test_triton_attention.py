@@ -14,6 +14,7 @@ from tests.support.soak import both, one_in
 pytest.importorskip("triton")
 
 from qmix.evals import aot
+from qmix.evals.timing.machine_code import SHARED_LIMIT
 from qmix.evals.timing.plain_kernels import plain_kernels
 from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
 
@@ -119,7 +120,7 @@ REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 106
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", one_in(9, sorted(aot.SHARED_LIMIT, key=lambda arch: arch != 90)))
+@pytest.mark.parametrize("arch", one_in(9, sorted(SHARED_LIMIT, key=lambda arch: arch != 90)))
 def test_attention_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
     """No spill, no narrow load of keys or values, and two blocks fit the shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

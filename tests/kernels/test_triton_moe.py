@@ -1,5 +1,7 @@
 """The packed GPU kernels on a machine without a GPU: interpreted, traced, compiled."""
 
+import ast
+
 import pytest
 import torch
 
@@ -10,16 +12,21 @@ from tests.support.soak import both, one_in
 pytest.importorskip("triton")
 
 from qmix.evals import aot
+from qmix.evals.timing.machine_code import SHARED_LIMIT
+from qmix.evals.timing.weight_kernels import FORMATS, weight_kernels
 from qmix.kernels.gpu import moe as gpu
 from qmix.kernels.gpu import moe_triton
+from qmix.kernels.gpu.grid import EVEN, balance, columns_for, grid_for
+from qmix.kernels.gpu.launch import launch
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import TileFormat
 from tests.support.interpreter import Recorder
+from tests.support.models import ROOT
 from tests.support.process import succeeds
 
-NF4, INT4 = aot.FORMATS[:2]
+NF4, INT4 = FORMATS[:2]
 
 
 @pytest.mark.slow
@@ -39,6 +46,20 @@ def test_importing_the_kernels_imports_no_triton():
         "sys.exit('triton' in sys.modules)"
     )
     succeeds(code)
+
+
+def test_every_launch_says_whether_to_fuse():
+    """Triton 3.9 warns where a launch leaves the fusion of product and sum to its default."""
+    launches = {
+        path.name
+        for path in (ROOT / "qmix" / "kernels" / "gpu").glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)
+    }
+    assert launches == {"launch.py"}
+    started = {}
+    launch({(1, 2): lambda *x, **options: started.update(options)}, (1, 2), 3, num_warps=4)
+    assert started == {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 1024])
@@ -63,63 +84,94 @@ def test_nothing_waits_for_the_device(tokens, monkeypatch):
     )
     turns = min(8, 2 * tokens)  # no more thread blocks than experts that can have been chosen
     if tokens <= DECODE_TOKENS:
-        assert gate_up == (14336 // 64, turns)
-        assert down[:2] == (4096 // 128, turns)
-    assert packed_matmul[0] == 6144 // 128
+        assert gate_up == (2 * 14336 // 64, turns)  # two warps do half a panel
+        assert down[:2] == (2 * 4096 // 128, turns)
+    assert packed_matmul[0] == (2 if tokens <= DECODE_TOKENS else 1) * 6144 // 128
     assert len(recorders["combine"].grids) == 2
     with pytest.raises(RuntimeError):
         ids.tolist()  # the trap is armed
 
 
-def test_k_is_split_where_thread_blocks_are_fewer_than_multiprocessors():
-    """One token's down projection is 64 thread blocks, half of an H100's 132 multiprocessors."""
-    assert gpu.splits_for(64, 224, 3 * 132) == 8
-    assert gpu.splits_for(64, 224, 3 * 108) == 8
-    assert gpu.splits_for(256, 224, 3 * 132) == 2
-    assert gpu.splits_for(448, 64, 3 * 132) == 1
-    assert gpu.splits_for(1, 4, 3 * 132) == 1  # four tiles are not worth a second thread block
-    assert gpu.splits_for(1, 1000, 3 * 132) == 16
-
-
-# What was reached, in machine instructions a weight of the loop, by columns. The goals were 4.5,
-# 2.5. Triton 3.7 needs 3.53, 4.11, 1.98, 2.31 at most, 3.6 up to 0.25 more.
-REACHED = {
-    (NF4, 8): 3.75,
-    (NF4, 16): 4.15,
-    (INT4, 8): 2.05,
-    (INT4, 16): 2.35,
+# Of an A100, an H100 PCIe, an H100 or H200, and a B200.
+MULTIPROCESSORS = (108, 128, 132, 148)
+# Matrices of the 8x7B, and the groups of columns that one token makes.
+MATRICES = {
+    "qkv": ((6144, 4096), 1),
+    "o_proj": ((4096, 4096), 1),
+    "gate_up": ((28672, 4096), 2),
+    "down": ((4096, 14336), 2),
+}
+# What is spread less evenly than EVEN: parts of K would be shorter than the loads in flight, and a
+# sum in parts cannot be gated.
+LESS_EVEN = {
+    (NF4, "gate_up", 148): 0.93,
+    (INT4, "gate_up", 148): 0.93,
+    (INT4, "qkv", 148): 0.94,
+    (INT4, "o_proj", 108): 0.94,
 }
 
 
+@pytest.mark.parametrize("count", MULTIPROCESSORS)
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("plan", [NF4, INT4], ids=str)
+def test_one_token_occupies_all_multiprocessors_evenly(plan, name, count):
+    shape, groups = MATRICES[name]
+    limits = {"most_splits": 1} if name == "gate_up" else {}
+    grid = grid_for(shape, plan, groups=groups, columns=8, multiprocessors=count, **limits)
+    blocks, tiles = grid.rows * groups, shape[1] // plan.inputs
+    assert blocks * grid.splits * grid.config.warps >= 6.9 * count
+    even = balance(blocks, grid.splits, tiles, count)
+    assert even >= LESS_EVEN.get((plan, name, count), EVEN)
+
+
+def test_parts_of_k_are_dealt_in_turn():
+    assert balance(132, 1, 64, 132) == 1
+    assert balance(133, 1, 64, 132) == pytest.approx(133 / 264)
+    assert balance(2, 3, 4, 2) == 1  # parts of 1, 1 and 2 tiles
+    assert balance(1, 3, 4, 2) == pytest.approx(2 / 3)  # 1 + 2 beside 1
+
+
+def test_a_short_k_is_not_split():
+    grid = grid_for((128, 256), INT4, groups=1, columns=8, multiprocessors=132)
+    assert grid.splits == 1  # two tiles
+
+
+# The goals, in machine instructions a weight of the loop, by columns. One warp does less per tile.
+GOALS = {(NF4, 8): 3.53, (NF4, 16): 4.05, (INT4, 8): 2.05, (INT4, 16): 2.4}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", one_in(9, sorted(aot.SHARED_LIMIT, key=lambda arch: arch != 90)))
+@pytest.mark.parametrize("arch", one_in(9, sorted(SHARED_LIMIT, key=lambda arch: arch != 90)))
 def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
-    """No spill, no narrow load, no exchange in the loop, no more instructions than once reached."""
+    """No spill, no narrow load, no exchange in the loop, no more instructions than the goals."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = [
         variant
-        for variant in aot.weight_kernels([arch], [NF4, INT4])
+        for variant in weight_kernels([arch], [NF4, INT4])
         if variant.kernel in ("gate_up", "down", "packed_matmul")
         and variant.config.columns <= DECODE_TOKENS
+        and variant.config.warps == 2
         and not variant.is_sorted
     ]
     assert len(chosen) == 2 * 2 * 3
     for variant, cost in aot.compile_all(chosen, workers=2):
         assert not aot.faults(variant, cost), f"{variant}: {cost}"
-        assert cost.registers <= 144, f"{variant}: {cost}"  # three thread blocks a multiprocessor
+        assert cost.registers <= 144, f"{variant}: {cost}"
         assert cost.loop > 0
-        assert cost.per_weight <= REACHED[variant.tile_format, variant.config.columns], (
+        assert cost.per_weight <= GOALS[variant.tile_format, variant.config.columns], (
             f"{variant}: {cost}"
         )
 
 
 def test_every_selectable_variant_is_listed():
-    """config_for and columns_for choose nothing that the command above does not compile."""
-    listed = {(v.tile_format, v.config, v.is_sorted) for v in aot.weight_kernels([90])}
-    for plan in aot.FORMATS:
+    """grid_for and columns_for choose nothing that the command above does not compile."""
+    listed = {(v.tile_format, v.config, v.is_sorted) for v in weight_kernels([90])}
+    for plan in FORMATS:
         for tokens in range(1, 1100):
-            config = gpu.config_for(gpu.columns_for(tokens, plan), plan)
-            assert (plan, config, True) in listed
-            assert tokens > DECODE_TOKENS or (plan, config, False) in listed
-    mixed = gpu.columns_for(64, NF4, TileFormat("int4", 64, symmetric=False))
+            columns = columns_for(tokens, plan)
+            for shape, groups in MATRICES.values():
+                grid = grid_for(shape, plan, groups=groups, columns=columns, multiprocessors=108)
+                assert (plan, grid.config, True) in listed
+                assert tokens > DECODE_TOKENS or (plan, grid.config, False) in listed
+    mixed = columns_for(64, NF4, TileFormat("int4", 64, symmetric=False))
     assert mixed == 32

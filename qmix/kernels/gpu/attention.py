@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import attention_triton as kernels
-from qmix.kernels.gpu.launch import multiprocessors, power_of_2
+from qmix.kernels.gpu.launch import launch, multiprocessors, power_of_2
 from qmix.kernels.gradients import needs_grad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -192,7 +192,8 @@ def _attend(
     )
     if queries > 1:
         shape = blocks_for(queries, q.dtype, tuning)
-        kernels.prefill[(-(-queries // shape.rows), heads, batch)](
+        launch(
+            kernels.prefill, (-(-queries // shape.rows), heads, batch),
             q, k, v, mask_bytes, past, starts, out, slots, queries, reach, slots,
             *q_strides, q.stride(2), *kv_mask_strides,
             GROUP_HEADS=group_heads, D=width, QUERIES=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages,
@@ -206,7 +207,8 @@ def _attend(
     sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
     assert arrivals is None or arrivals.numel() >= batch * shared
-    kernels.split[(shared, splits, batch)](
+    launch(
+        kernels.split, (shared, splits, batch),
         q, k, v, mask_bytes, past, starts, sums, peaks, totals,
         None if arrivals is None else out, arrivals, slots, reach, slots, splits,
         *q_strides, *kv_mask_strides,
@@ -216,7 +218,16 @@ def _attend(
     )  # fmt: skip
     if arrivals is not None:
         return out
-    kernels.merge[(batch * heads,)](
-        sums, peaks, totals, out, splits, PARTS=power_of_2(splits), D=width, num_warps=4
+    launch(
+        kernels.merge,
+        (batch * heads,),
+        sums,
+        peaks,
+        totals,
+        out,
+        splits,
+        PARTS=power_of_2(splits),
+        D=width,
+        num_warps=4,
     )
     return out

@@ -1,8 +1,22 @@
-"""What the launchers of Triton kernels share: sizes of grids and blocks. Knows no kernel."""
+"""What the launchers of Triton kernels share: the launch itself, sizes of grids and blocks.
 
+Knows no kernel.
+"""
+
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
+
+# A product and a sum may become one instruction, which rounds once. Triton's own default is to
+# change: 3.9 warns of it.
+COMPILER_OPTIONS: Mapping[str, object] = {"enable_fp_fusion": True}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """Start a Triton kernel on its grid; it is compiled first if these arguments need it."""
+    kernel[grid](*arguments, **constants, **COMPILER_OPTIONS)
 
 
 def power_of_2(count: int) -> int:

@@ -8,16 +8,15 @@ the same bits: partial sums are added in a fixed order.
 Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.kernels.gpu import moe_triton
-from qmix.kernels.gpu.launch import multiprocessors
+from qmix.kernels.gpu.grid import UNTUNED, Config, Grid, Tuning, columns_for, grid_for
+from qmix.kernels.gpu.launch import launch, multiprocessors
 from qmix.kernels.moe import DECODE_TOKENS, Routes
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
@@ -27,68 +26,6 @@ from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat
 # below 6e-5. Multiplied by 2^-2 they reach 262000 (larger ones become infinite, they are not
 # clamped), and their error stays below that of bfloat16 as long as the token has values above 1e-4.
 SHRINK = 2.0**-2
-
-_LARGEST_SPLIT = 16
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Settings that only measurements can decide. The defaults are reasoned, not measured.
-
-    Attributes:
-        warps: warps of a thread block, 1, 2 or 4; each owns 32 rows. Fewer warps make more, smaller
-            blocks.
-        stages: tiles in flight; None means four while three blocks fit the shared memory of a
-            multiprocessor, else three.
-        blocks_per_sm: the wanted number of blocks for each multiprocessor; K is split until there
-            are as many.
-        dense_tokens: above this many tokens matrices are dequantized. By arithmetic that beats the
-            tiles from 1300 tokens on an H100 and from 2700 on an A100.
-    """
-
-    warps: Literal[1, 2, 4] = 4
-    stages: int | None = None
-    blocks_per_sm: int = 3
-    dense_tokens: int = 1024
-
-
-UNTUNED = Tuning()
-
-
-@dataclass(frozen=True)
-class Config:
-    """The shape of a thread block: its tokens, its warps of 16 byte rows, its tiles in flight."""
-
-    columns: int
-    warps: int
-    stages: int
-
-
-def columns_for(tokens: int, *formats: TileFormat) -> int:
-    """The columns of blocks that multiply about this many tokens by matrices of these formats.
-
-    Wider blocks would not fit the registers (python -m qmix.evals.aot): 128 columns spill, and so
-    do 64 with tiles of 128 inputs or with zeros.
-    """
-    widest = (
-        64
-        if all(tile_format.symmetric and tile_format.inputs == 64 for tile_format in formats)
-        else 32
-    )
-    return next((columns for columns in (8, 16, 32) if tokens <= columns), widest)
-
-
-def config_for(columns: int, tile_format: TileFormat, tuning: Tuning = UNTUNED) -> Config:
-    """The shape of blocks with this many columns."""
-    stages = 4 if columns * tile_format.inputs <= 2048 else 3
-    return Config(columns, tuning.warps, tuning.stages or stages)
-
-
-def configs(tile_format: TileFormat, tuning: Tuning = UNTUNED) -> Iterator[Config]:
-    """Every shape that can be chosen for a tile format."""
-    for columns in (8, 16, 32, 64):
-        if columns <= columns_for(columns, tile_format):
-            yield config_for(columns, tile_format, tuning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,24 +76,23 @@ def expert_partials(
     ids, weights = routes.ids.contiguous(), routes.weights.contiguous()
     grouping = (groups.order, groups.starts, groups.blocks)
 
-    config = config_for(groups.columns, table.gate_up, tuning)
+    grid = _grid(table.shape, table.gate_up, groups, x.device, tuning, most_splits=1)
     x16, sharing = x.contiguous(), choices
     if table.perm is not None:  # act-order: one row for each pair, in the order of its expert
         orders = table.perm[layer].index_select(0, ids.reshape(-1)).long()
         x16, sharing = x16.repeat_interleave(choices, 0).gather(1, orders), 1
     inner = torch.empty(pairs, width, dtype=torch.float16, device=x.device)
-    moe_triton.gate_up[(width // BYTE_ROWS * (4 // config.warps), groups.count)](
+    launch(
+        moe_triton.gate_up, (grid.rows, groups.count),
         addresses, x16, inner, ids, *grouping, tokens, hidden, width,
-        **_constants(table.gate_up, config), **shared, SHRINK=SHRINK, SHARED=sharing,
+        **_constants(table.gate_up, grid.config), **shared, SHRINK=SHRINK, SHARED=sharing,
     )  # fmt: skip
-    config = config_for(groups.columns, table.down, tuning)
-    rows = hidden // PANEL * (4 // config.warps)
-    wanted = _wanted_blocks(x, tuning)
-    splits = splits_for(rows * groups.count, width // table.down.inputs, wanted)
-    partials = torch.empty(splits, pairs, hidden, dtype=torch.float32, device=x.device)
-    moe_triton.down[(rows, groups.count, splits)](
-        addresses, table.down_offset, inner, partials, ids, weights, *grouping, tokens, hidden, width, splits,
-        **_constants(table.down, config), **shared, GROW=1 / SHRINK,
+    grid = _grid((hidden, width), table.down, groups, x.device, tuning)
+    partials = torch.empty(grid.splits, pairs, hidden, dtype=torch.float32, device=x.device)
+    launch(
+        moe_triton.down, (grid.rows, groups.count, grid.splits),
+        addresses, table.down_offset, inner, partials, ids, weights, *grouping, tokens, hidden, width, grid.splits,
+        **_constants(table.down, grid.config), **shared, GROW=1 / SHRINK,
     )  # fmt: skip
     return partials
 
@@ -180,15 +116,16 @@ def linear_partials(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -
     tokens = len(x)
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
-    config = config_for(columns_for(tokens, tile_format), tile_format, tuning)
-    panels = out_features // PANEL * (4 // config.warps)
-    groups = -(-tokens // config.columns)
-    wanted = _wanted_blocks(x, tuning)
-    splits = splits_for(panels * groups, in_features // tile_format.inputs, wanted)
-    partials = torch.empty(splits, tokens, out_features, dtype=torch.float32, device=x.device)
-    moe_triton.packed_matmul[(panels, groups, splits)](
-        weight.blob, x.contiguous(), partials, tokens, out_features, in_features, splits,
-        **_constants(tile_format, config),
+    columns = columns_for(tokens, tile_format)
+    grid = grid_for(
+        weight.shape, tile_format, groups=-(-tokens // columns), columns=columns,
+        multiprocessors=_multiprocessors(x.device), tuning=tuning,
+    )  # fmt: skip
+    partials = torch.empty(grid.splits, tokens, out_features, dtype=torch.float32, device=x.device)
+    launch(
+        moe_triton.packed_matmul, (grid.rows, -(-tokens // columns), grid.splits),
+        weight.blob, x.contiguous(), partials, tokens, out_features, in_features, grid.splits,
+        **_constants(tile_format, grid.config),
     )  # fmt: skip
     return partials
 
@@ -204,8 +141,17 @@ def _dequantize(
     addresses: Tensor, expert: int, offset: int, tile_format: TileFormat, second: int, out: Tensor
 ) -> Tensor:
     rows, inputs = out.shape
-    moe_triton.dequantize[(rows // PANEL, inputs // tile_format.inputs)](
-        addresses, expert, offset, out, inputs, second, **_format(tile_format), num_warps=4
+    launch(
+        moe_triton.dequantize,
+        (rows // PANEL, inputs // tile_format.inputs),
+        addresses,
+        expert,
+        offset,
+        out,
+        inputs,
+        second,
+        **_format(tile_format),
+        num_warps=4,
     )
     return out
 
@@ -241,8 +187,17 @@ def _combine(partials: Tensor, tokens: int, choices: int, dtype: torch.dtype) ->
     splits, pairs, width = partials.shape
     out = torch.empty(tokens, width, dtype=dtype, device=partials.device)
     block = 512
-    moe_triton.combine[(tokens, -(-width // block))](
-        partials, out, pairs, width, SPLITS=splits, CHOICES=choices, BLOCK=block, num_warps=4
+    launch(
+        moe_triton.combine,
+        (tokens, -(-width // block)),
+        partials,
+        out,
+        pairs,
+        width,
+        SPLITS=splits,
+        CHOICES=choices,
+        BLOCK=block,
+        num_warps=4,
     )
     return out
 
@@ -277,17 +232,19 @@ def _constants(tile_format: TileFormat, config: Config) -> dict[str, object]:
     return {**_format(tile_format), **shape, "num_warps": config.warps}
 
 
-def _wanted_blocks(x: Tensor, tuning: Tuning) -> int:
-    # In the interpreter 2 multiprocessors are enough to split K.
-    return tuning.blocks_per_sm * multiprocessors(x.device, interpreted=2)
+def _grid(
+    shape: tuple[int, int],
+    tile_format: TileFormat,
+    groups: _Groups,
+    device: torch.device,
+    tuning: Tuning,
+    **limits: int,
+) -> Grid:
+    return grid_for(
+        shape, tile_format, groups=groups.count, columns=groups.columns,
+        multiprocessors=_multiprocessors(device), tuning=tuning, **limits,
+    )  # fmt: skip
 
 
-def splits_for(unsplit: int, tiles: int, wanted: int) -> int:
-    """Into how many splits K goes to turn `unsplit` blocks into `wanted` ones.
-
-    A power of two; every split keeps at least four tiles.
-    """
-    splits = 1
-    while splits < _LARGEST_SPLIT and splits * unsplit < wanted and 8 * splits <= tiles:
-        splits *= 2
-    return splits
+def _multiprocessors(device: torch.device) -> int:
+    return multiprocessors(device, interpreted=2)  # enough to split K

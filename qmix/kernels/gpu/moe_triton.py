@@ -29,6 +29,9 @@ NF4_VALUES = tl.constexpr(codes.NF4_STORED_VALUES)
 INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
 BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
 HEADER = tl.constexpr(tile_format.HEADER_BYTES)
+# These change from step to step: 1 and multiples of 16 get no compilation of their own.
+_COUNTS = ["T", "M", "SPLITS", "expert"]
+_UNALIGNED = ["addresses"]  # a layer's row of a table
 
 
 @triton.jit
@@ -99,14 +102,15 @@ def _both(section, rows):
 
 @triton.jit
 def accumulate(
-    matrix, x, x_row, used, panel, part, first, last, K,
+    matrix, x, x_row, panel, part, first, last, K,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Both planes of a panel times x over tiles [first, last): two float32 [rows, COLUMNS].
 
-    x_row [COLUMNS] are the offsets of rows of x; `used` marks the columns that count. `part` is
-    which WARPS of the panel's four warps.
+    x_row [COLUMNS] are the offsets of rows of x. A column that nobody wants reads one of them too:
+    a mask in the loop would cost four instructions a tile. `part` is which WARPS of the panel's
+    four warps.
     """
     ROWS: tl.constexpr = WARPS * 16
     CODES: tl.constexpr = BYTE_ROWS * C
@@ -123,7 +127,7 @@ def accumulate(
     # With the number of stages set on the loop, scales are copied asynchronously too.
     for _ in tl.range(first, last, num_stages=STAGES):
         word = tl.load(tile + codes_at)
-        tokens = tl.load(x, mask=used[None, :], other=0.0)
+        tokens = tl.load(x)
         low_scale, high_scale = _both(tile + CODES, rows)
         low_word, high_word = decode(word, table, KIND)
         low_weight = _operand(low_word, WARPS, C // 32)
@@ -183,7 +187,7 @@ def _columns(
         return tl.maximum(expert, 0), tl.where(used, pair, 0), used & (expert >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def gate_up(
     addresses, x, hidden, ids, order, starts, blocks, T, D, F,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -206,7 +210,7 @@ def gate_up(
         return
     matrix = _matrix(addresses, expert, 0)
     gate, up = accumulate(
-        matrix, x, pair // SHARED * D, used, panel, part, 0, D // C, D,
+        matrix, x, pair // SHARED * D, panel, part, 0, D // C, D,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
     decay = tl.exp(-tl.abs(gate))  # never overflows
@@ -217,7 +221,7 @@ def gate_up(
     tl.store(at, value.to(hidden.dtype.element_ty), mask=used[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def down(
     addresses, offset, x, partials, ids, weights, order, starts, blocks, T, N, K, SPLITS,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -239,7 +243,7 @@ def down(
     matrix = _matrix(addresses, expert, offset)
     tiles = K // C
     low, high = accumulate(
-        matrix, x, pair * K, used, panel, part, split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
+        matrix, x, pair * K, panel, part, split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
     partials += split.to(tl.int64) * (T * CHOICES) * N
@@ -255,7 +259,7 @@ def down(
             _store(partials, low, high, weight, at + choice, mine, panel, part, N, WARPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def packed_matmul(
     matrix, x, partials, T, N, K, SPLITS,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -269,7 +273,7 @@ def packed_matmul(
     used = token < T
     tiles = K // C
     low, high = accumulate(
-        matrix, x, token * K, used, panel, part,
+        matrix, x, tl.minimum(token, T - 1) * K, panel, part,
         split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
@@ -297,7 +301,7 @@ def summed(partials, token, M, N, at, inside, SPLITS: tl.constexpr, CHOICES: tl.
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def combine(partials, out, M, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, N] = partials [Z, M, N] summed over a token's choices and splits, in that order."""
     token = tl.program_id(0)
@@ -306,7 +310,7 @@ def combine(partials, out, M, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BL
     tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def dequantize(
     addresses, expert, offset, out, K, SECOND,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels.gpu import pointwise_triton as kernels
-from qmix.kernels.gpu.launch import power_of_2
+from qmix.kernels.gpu.launch import launch, power_of_2
 from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import Routes
 
@@ -103,7 +103,8 @@ def route(logits: Tensor, num_experts_per_tok: int) -> Routes:
     NaN weights.
     """
     routes, experts = _routes(logits, num_experts_per_tok), logits.shape[1]
-    kernels.route[(len(logits),)](
+    launch(
+        kernels.route, (len(logits),),
         logits.contiguous(), routes.ids, routes.weights,
         E=experts, CHOSEN=num_experts_per_tok, EXPERTS=power_of_2(experts), num_warps=1,
     )  # fmt: skip
@@ -119,7 +120,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = batch * queries
     block = _block_rows(rows)
-    kernels.rotate[(-(-rows // block), heads)](
+    launch(
+        kernels.rotate, (-(-rows // block), heads),
         x, out, cos, sin, rows, queries, *x.stride()[:3], 0 if cos.shape[0] == 1 else queries * width,
         D=width, ROWS=block, num_warps=rotation_warps(block),
     )  # fmt: skip
@@ -160,7 +162,8 @@ def rotate_store(
     assert width & (width - 1) == 0, width
     q = torch.empty(batch, queries, heads, width, dtype=dtype, device=partials.device)
     block = _block_rows(tokens)
-    kernels.rotate_store[(-(-tokens // block), heads + 2 * shared)](
+    launch(
+        kernels.rotate_store, (-(-tokens // block), heads + 2 * shared),
         partials, q, keys, values, cos, sin, past, starts, tokens, queries, cos.shape[-2], slots,
         *keys.stride()[:3], *values.stride()[:3],
         SPLITS=len(partials), H=heads, G=shared, D=width, ROWS=block, num_warps=rotation_warps(block),
@@ -189,7 +192,8 @@ def _residual_norm(
     pairs = tokens if partials is None else partials.shape[1]
     experts = 1 if gate is None else gate.shape[0]
     block = power_of_2(hidden)
-    kernels.residual_norm[(tokens,)](
+    launch(
+        kernels.residual_norm, (tokens,),
         x, partials, weight, total, normed,
         None if gate is None else gate.contiguous(), logits,
         None if routes is None else routes.ids, None if routes is None else routes.weights,
