@@ -219,15 +219,7 @@ def _attend(
     if arrivals is not None:
         return out
     launch(
-        kernels.merge,
-        (batch * heads,),
-        sums,
-        peaks,
-        totals,
-        out,
-        splits,
-        PARTS=power_of_2(splits),
-        D=width,
-        num_warps=4,
-    )
+        kernels.merge, (batch * heads,), sums, peaks, totals, out, splits,
+        PARTS=power_of_2(splits), D=width, num_warps=4,
+    )  # fmt: skip
     return out

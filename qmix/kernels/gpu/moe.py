@@ -142,17 +142,9 @@ def _dequantize(
 ) -> Tensor:
     rows, inputs = out.shape
     launch(
-        moe_triton.dequantize,
-        (rows // PANEL, inputs // tile_format.inputs),
-        addresses,
-        expert,
-        offset,
-        out,
-        inputs,
-        second,
-        **_format(tile_format),
-        num_warps=4,
-    )
+        moe_triton.dequantize, (rows // PANEL, inputs // tile_format.inputs),
+        addresses, expert, offset, out, inputs, second, **_format(tile_format), num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -188,17 +180,9 @@ def _combine(partials: Tensor, tokens: int, choices: int, dtype: torch.dtype) ->
     out = torch.empty(tokens, width, dtype=dtype, device=partials.device)
     block = 512
     launch(
-        moe_triton.combine,
-        (tokens, -(-width // block)),
-        partials,
-        out,
-        pairs,
-        width,
-        SPLITS=splits,
-        CHOICES=choices,
-        BLOCK=block,
-        num_warps=4,
-    )
+        moe_triton.combine, (tokens, -(-width // block)),
+        partials, out, pairs, width, SPLITS=splits, CHOICES=choices, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return out
 
 
