@@ -185,11 +185,8 @@ def _attend(
     out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
     reach = _EVERYTHING if window is None else window
     q_strides = (q.stride(0), q.stride(1))
-    kv_mask_strides = (
-        *k.stride()[:3],
-        *v.stride()[:3],
-        0 if mask_bytes is None else mask_bytes.stride(0),
-    )
+    mask_stride = 0 if mask_bytes is None else mask_bytes.stride(0)
+    kv_mask_strides = (*k.stride()[:3], *v.stride()[:3], mask_stride)
     if queries > 1:
         shape = blocks_for(queries, q.dtype, tuning)
         launch(
