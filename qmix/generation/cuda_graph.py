@@ -12,13 +12,20 @@ from torch import Tensor
 # Runs before the recording: Triton compiles and torch plans in them, which a graph cannot record.
 _WARM_UP = 3
 
-# A recording takes over torch's global generator. Hold this where another thread may sample with
-# that one, which is an error during a recording.
-RECORDING = Lock()
+_RECORDING = Lock()  # torch records one graph at a time
+
+Pool = tuple[int, int]  # torch.cuda.graph_pool_handle()
+
+
+class RecordingError(Exception):
+    """The launches could not be recorded, though they run."""
 
 
 def record(
-    launch: Callable[[], None], changed: Sequence[Tensor], generator: torch.Generator | None
+    launch: Callable[[], None],
+    changed: Sequence[Tensor],
+    generator: torch.Generator | None,
+    pool: Pool | None = None,
 ) -> torch.cuda.CUDAGraph:
     """A graph that replays what `launch` launches on the current device.
 
@@ -29,6 +36,10 @@ def record(
             in the other arguments.
         changed: tensors that are put back after each of these calls.
         generator: that `launch` samples with; its state is put back too.
+        pool: the memory that the recorded launches use; graphs that share one never run together.
+
+    Raises:
+        RecordingError: the device runs the launches and does not record them.
     """
     before = [tensor.clone() for tensor in changed]
     state = None if generator is None else generator.get_state()
@@ -45,6 +56,11 @@ def record(
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        launch()
+    try:
+        with _RECORDING, torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            launch()
+    except RuntimeError as error:
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        raise RecordingError(str(error).partition("\n")[0]) from error
     return graph

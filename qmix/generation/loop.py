@@ -15,6 +15,8 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.generation.config import GenerationConfig
+from qmix.generation.host_copy import to_device
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.padding import position_ids
 from qmix.generation.rows import Rows
@@ -25,7 +27,8 @@ from qmix.nn.cache import KVCache
 from qmix.nn.outputs import GenerateDecoderOnlyOutput
 from qmix.planning.budget import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 
-# Columns that a cache has slots for at first beyond the prompt; it grows where more follow.
+# Columns that a cache has slots for at first beyond the prompt; it grows where more follow. On a
+# GPU a conversation's cache has a multiple of these: each growth costs a recording.
 _FIRST_NEW_COLUMNS = 1024
 
 Finish = Literal["stop", "length"]
@@ -50,6 +53,7 @@ class CausalLM(Protocol):
     def sample_next(
         self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None, sample_fn: SampleFn
     ) -> SampledStep | None: ...
+    def generator(self, cache: KVCache, seed: int) -> torch.Generator: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +86,24 @@ def stream(model: CausalLM, inputs: GenerationInputs) -> Iterator[Token]:
     start = time.perf_counter()
     inputs = _prepared(model, inputs)
     rows, steps = Rows(inputs, model.device), _Steps(model, inputs)
-    steps.prefill(inputs.columns, rows)
     budget = inputs.config.new_tokens(inputs.columns.shape[1])
-    for index in range(budget):
-        last = index + 1 == budget
-        chosen = steps.choose(rows, index)
-        if not last:
-            steps.sample_ahead(chosen.ids, rows)
-        ids, texts = rows.append(chosen.ids, chosen.scores, last=last)
-        finish: Finish | None = "stop" if bool(rows.ended.all()) else "length" if last else None
-        elapsed_s = time.perf_counter() - start
-        yield Token(ids, texts, elapsed_s, finish, chosen.logits, chosen.scores)
-        if finish is not None:
-            return
-        steps.feed(rows)
+    try:
+        steps.prefill(inputs.columns, rows)
+        for index in range(budget):
+            last = index + 1 == budget
+            chosen = steps.chosen(rows, index)
+            if not last:
+                steps.run_ahead(chosen, rows)
+            new = checked(chosen.ids_on_host.wait())
+            ids, texts = rows.append(new, chosen.scores, last=last)
+            finish: Finish | None = "stop" if bool(rows.ended.all()) else "length" if last else None
+            elapsed_s = time.perf_counter() - start
+            yield Token(ids, texts, elapsed_s, finish, chosen.logits, chosen.scores)
+            if finish is not None:
+                return
+            steps.feed(rows)
+    finally:
+        steps.drop()
 
 
 def generate(
@@ -119,24 +127,25 @@ def generate(
     if streamer is not None and len(prompt_ids) != 1:
         found = f"{len(prompt_ids)} rows"
         raise UsageError("a streamer takes one row", where="input_ids", found=found)
-    sequences = [prompt_ids.to(device)]
+    new_ids: list[Tensor] = []  # on the CPU: copying one to a device would wait for its step
     scores: list[Tensor] = []
     logits: list[Tensor] = []
     with _ended(streamer):
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
         for token in stream(model, inputs):
-            sequences.append(token.ids[:, None].to(device))
+            new_ids.append(token.ids)
             if config.output_scores:
                 scores.append(token.scores)
             if config.output_logits:
                 logits.append(token.logits)
             if streamer is not None:
                 streamer.put(token.ids)
+    sequences = torch.cat((prompt_ids.to(device), torch.stack(new_ids, 1).to(device)), 1)
     if not config.return_dict_in_generate:
-        return torch.cat(sequences, 1)
+        return sequences
     return GenerateDecoderOnlyOutput(
-        sequences=torch.cat(sequences, 1),
+        sequences=sequences,
         scores=tuple(scores) or None,
         logits=tuple(logits) or None,
         past_key_values=inputs.cache if config.use_cache else None,
@@ -154,7 +163,12 @@ def _ended(streamer: Streamer | None) -> Iterator[None]:
 
 
 class _Steps:
-    """The model's side of a generation: from the ids so far to the next ones."""
+    """The model's side of a generation: from the ids so far to the next ones.
+
+    Where a step can choose its ids on the device, the next step is enqueued before they are read,
+    and reads them there. So one step more than needed may run, whose position the cache never
+    counts.
+    """
 
     def __init__(self, model: CausalLM, inputs: GenerationInputs) -> None:
         """`inputs` must have a cache."""
@@ -163,48 +177,59 @@ class _Steps:
         self._model = model
         self._cache = inputs.cache
         self._uses_cache = config.use_cache
-        generator = None
-        if config.seed is not None:
-            generator = torch.Generator(model.device).manual_seed(config.seed)
+        seed = seed_for(config, model.device)
+        generator = None if seed is None else model.generator(self._cache, seed)
         self._selector = TokenSelector(config, inputs.logits_processor, generator)
         self._sample_fn = self._selector.sample_fn if config.use_cache else None
         default = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
         self._chunk = config.prefill_chunk_size or default
-        self._logits = torch.empty(0)  # of the next step, unless it was sampled ahead
-        self._ahead: SampledStep | None = None
+        self._logits = torch.empty(0)  # of the next step, unless `_step` is set
+        self._step: SampledStep | None = None  # enqueued, its ids come next
+        self._ahead: SampledStep | None = None  # the one after it
 
     def prefill(self, columns: Tensor, rows: Rows) -> None:
         """Feed the columns of the prompt that the cache does not hold yet."""
         self._logits = self._prefilled(columns.to(self._model.device), rows, self._cache)
 
-    def choose(self, rows: Rows, step: int) -> SampledStep:
-        """The next ids, on the CPU; `step` new tokens came before them."""
-        if self._ahead is None:
-            return self._selector.select(self._logits, rows.input_ids, rows.ids_mask, step)
-        ahead = self._ahead
-        return replace(ahead, ids=checked(ahead.ids.cpu()))
+    def chosen(self, rows: Rows, step: int) -> SampledStep:
+        """The step that gives the next ids; `step` new tokens came before them."""
+        if self._step is not None:
+            return self._step
+        return self._selector.select(self._logits, rows.input_ids, rows.ids_mask, step)
 
-    def sample_ahead(self, ids: Tensor, rows: Rows) -> None:
-        """Start the step after `ids`, so that the device runs while the host reads them.
+    def run_ahead(self, chosen: SampledStep, rows: Rows) -> None:
+        """Enqueue the step after `chosen`, whose ids nobody has read yet.
 
-        Only while no row has ended: the ids of ended rows are replaced.
+        Not after ids that were chosen on the host: the first of a reply should not wait for a
+        recording.
         """
-        self._ahead = None
-        if self._sample_fn is not None and not bool(rows.ended.any()):
-            self._ahead = self._model.sample_next(
-                ids, self._cache, rows.attention_mask, self._sample_fn
-            )
+        if chosen is self._step:
+            self._ahead = self._sampled(rows.fed(chosen.ids), rows)
 
     def feed(self, rows: Rows) -> None:
         """Run the newest column of the rows, unless that has started already."""
-        if self._ahead is not None:
+        self._step, self._ahead = self._ahead, None
+        if self._step is None and self._sample_fn is not None:
+            self._step = self._sampled(to_device(rows.newest[:, 0], self._model.device), rows)
+        if self._step is not None:
             self._cache.advance(1)
         elif self._uses_cache:
-            mask, column = rows.attention_mask, rows.input_ids[:, -1:]
+            mask, column = rows.attention_mask, rows.newest.to(self._model.device)
             self._logits = self._model.next_logits(column, self._cache, mask, position_ids(mask, 1))
         else:
             whole = self._model.new_cache(*rows.input_ids.shape)
             self._logits = self._prefilled(rows.input_ids, rows, whole)
+
+    def drop(self) -> None:
+        """Wait for a step that was enqueued in vain: it writes into the cache, on this stream."""
+        if self._ahead is not None:
+            self._ahead.ids_on_host.wait()
+            self._ahead = None
+
+    def _sampled(self, ids: Tensor, rows: Rows) -> SampledStep | None:
+        if self._sample_fn is None:
+            return None
+        return self._model.sample_next(ids, self._cache, rows.attention_mask, self._sample_fn)
 
     def _prefilled(self, columns: Tensor, rows: Rows, cache: KVCache) -> Tensor:
         """Feed what `cache` does not hold yet of the columns, in chunks; the last logits (B, V)."""
@@ -218,6 +243,17 @@ class _Steps:
             else:
                 logits = self._model.next_logits(None, cache, mask, positions, chunk)
         return logits
+
+
+def seed_for(config: GenerationConfig, device: torch.device) -> int | None:
+    """The seed of a generator for one reply; None: there is none, or torch's global one is taken.
+
+    A step that is recorded on a GPU must not draw from a generator that other code uses. Where the
+    caller gives no seed, the global one gives it.
+    """
+    if config.seed is not None or device.type != "cuda" or config.sampling.greedy:
+        return config.seed
+    return int(torch.randint(2**63 - 1, ()))
 
 
 def _prepared(model: CausalLM, inputs: GenerationInputs) -> GenerationInputs:
@@ -234,6 +270,8 @@ def _prepared(model: CausalLM, inputs: GenerationInputs) -> GenerationInputs:
     inputs = _with_cache(model, inputs.left_padded())
     assert inputs.cache is not None
     inputs.cache.check_compatible(model.new_cache(len(inputs.columns), 0))
+    if model.device.type == "cuda":
+        inputs.cache.reserve(columns_to_reserve(prompt_length, budget))
     if inputs.cache.length >= prompt_length:
         raise UsageError(
             "the cache holds the whole prompt already",
@@ -243,6 +281,12 @@ def _prepared(model: CausalLM, inputs: GenerationInputs) -> GenerationInputs:
             remedy="Pass the ids of the cached columns and at least one more.",
         )
     return inputs
+
+
+def columns_to_reserve(prompt: int, new: int) -> int:
+    """Columns that a reply's cache has slots for from the start, with few growths over many."""
+    wanted = prompt + min(new, _FIRST_NEW_COLUMNS)
+    return min(-(-wanted // _FIRST_NEW_COLUMNS) * _FIRST_NEW_COLUMNS, prompt + new)
 
 
 def _with_cache(model: CausalLM, inputs: GenerationInputs) -> GenerationInputs:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qmix.generation.host_copy import to_device
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.padding import without_full_mask
 from qmix.generation.stopping import RowText, StoppingCriterion, rows_to_stop
@@ -17,19 +18,22 @@ from qmix.text.detokenizer import StreamDetokenizer
 class Rows:
     """The rows of one generation, one column longer after each step.
 
+    New columns stay on the host until `input_ids` or `attention_mask` is asked for: copying one to
+    a device would wait for the step that runs there.
+
     Attributes:
-        input_ids: int64 (B, L), the ids so far, on the model's device; the new ids only after a
-            prompt of embeddings.
-        attention_mask: bool (B, P + new ids), False at padding, on the same device; None: no
-            padding.
+        newest: int64 (B, 1), the last column of `input_ids`, on the CPU.
         ended: bool (B,), on the CPU.
     """
 
     def __init__(self, inputs: GenerationInputs, device: torch.device) -> None:
         """`inputs` must be padded on the left."""
         prompt_ids = inputs.prompt_ids
-        self.input_ids = prompt_ids.to(device, torch.int64)
-        self.attention_mask = without_full_mask(inputs.attention_mask, device)
+        self._input_ids = prompt_ids.to(device, torch.int64)
+        self._new: list[Tensor] = []  # columns (B, 1) that `_input_ids` does not have yet
+        self._attention_mask = without_full_mask(inputs.attention_mask, device)
+        self._unmasked = 0  # columns that `_attention_mask` does not have yet
+        self.newest = prompt_ids[:, -1:]
         self.ended = torch.zeros(len(prompt_ids), dtype=torch.bool)
         self._criteria: Sequence[StoppingCriterion] = inputs.stopping_criteria
         self._eos = torch.tensor(inputs.config.eos_ids, dtype=torch.long)
@@ -47,11 +51,38 @@ class Rows:
             ]
 
     @property
+    def input_ids(self) -> Tensor:
+        """The ids so far, int64 (B, L), on the model's device.
+
+        After a prompt of embeddings the new ids only.
+        """
+        if self._new:
+            new = torch.cat(self._new, 1).to(self._input_ids.device)
+            self._input_ids = torch.cat((self._input_ids, new), 1)
+            self._new.clear()
+        return self._input_ids
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Bool (B, P + new ids), False at padding, on the same device; None: no padding."""
+        mask = self._attention_mask
+        if mask is not None and self._unmasked:
+            seen = mask.new_ones(len(mask), self._unmasked)
+            self._attention_mask = mask = torch.cat((mask, seen), 1)
+            self._unmasked = 0
+        return mask
+
+    @property
     def ids_mask(self) -> Tensor | None:
         """The attention mask of `input_ids`, (B, L)."""
-        if self.attention_mask is None:
-            return None
-        return self.attention_mask[:, self.attention_mask.shape[1] - self.input_ids.shape[1] :]
+        mask = self.attention_mask
+        return None if mask is None else mask[:, mask.shape[1] - self.input_ids.shape[1] :]
+
+    def fed(self, ids: Tensor) -> Tensor:
+        """The ids (B,) of a device as the next step reads them: padding in rows that have ended."""
+        if not bool(self.ended.any()):
+            return ids
+        return torch.where(to_device(self.ended, ids.device), self._pad_id, ids)
 
     def append(self, ids: Tensor, scores: Tensor, *, last: bool) -> tuple[Tensor, tuple[str, ...]]:
         """Add a step's ids (B,), on the CPU; rows that have ended get the padding id instead.
@@ -66,11 +97,9 @@ class Rows:
         """
         ids = torch.where(self.ended, self._pad_id, ids)
         self.ended = self.ended | torch.isin(ids, self._eos)
-        column = ids.to(self.input_ids.device)[:, None]
-        self.input_ids = torch.cat((self.input_ids, column), 1)
-        if self.attention_mask is not None:
-            seen = torch.ones_like(column, dtype=torch.bool)
-            self.attention_mask = torch.cat((self.attention_mask, seen), 1)
+        self.newest = ids[:, None]
+        self._new.append(self.newest)
+        self._unmasked += 1
         for criterion in self._criteria:
             self.ended = self.ended | rows_to_stop(criterion, self.input_ids, scores)
         texts = tuple(

@@ -9,92 +9,23 @@ Knows modules, and of bits only that they lie in the packed layout. Shape letter
 R slots of the cache.
 """
 
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.experts.gpu_store import DeviceStore
-from qmix.experts.layer_experts import Experts
 from qmix.generation import cuda_graph
+from qmix.generation.packed_layers import first_experts, layer_weights
 from qmix.generation.token_selector import SampleFn
-from qmix.kernels import PackedExperts, PackedWeight
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 from qmix.nn.cache import KVCache
-from qmix.nn.cpu_decode import why_not_modules
 from qmix.nn.decoder import Decoder
-from qmix.nn.decoder_layer import DecoderLayer
-from qmix.nn.linear import Linear, RMSNorm, is_observed
-from qmix.nn.moe import SparseMoeBlock
-from qmix.weights.dense import Dense
-from qmix.weights.packed.layout import PackedMatrix
+from qmix.nn.linear import Linear
 
 _UNKNOWN = -1  # the length of a decoder whose step was interrupted
-
-
-@dataclass(frozen=True, eq=False)
-class _LayerWeights:
-    """What the kernels of one layer read."""
-
-    input_norm: Tensor
-    qkv: PackedMatrix
-    o_proj: PackedMatrix
-    post_norm: Tensor
-    gate: Tensor
-    experts: PackedExperts
-
-
-def _layer_weights(layer: nn.Module) -> _LayerWeights | None:
-    """The layer's weights; None if one is not packed, or the layer's modules have to be called."""
-    if type(layer) is not DecoderLayer or is_observed(layer) or why_not_modules(layer):
-        return None
-    attention, block = layer.self_attn, layer.block_sparse_moe
-    qkv, o_proj = _whole_matrix(attention.fused_qkv), _whole_matrix(attention.o_proj.stored)
-    gate, experts = block.gate.stored, block.stored.packed
-    if qkv is None or o_proj is None or experts is None or not isinstance(gate, Dense):
-        return None
-    return _LayerWeights(
-        layer.input_layernorm.weight,
-        qkv,
-        o_proj,
-        layer.post_attention_layernorm.weight,
-        gate.data,
-        experts,
-    )
-
-
-def _whole_matrix(weight: object) -> PackedMatrix | None:
-    """The matrix of a packed weight; None if the weight is a part of one, or not packed."""
-    if isinstance(weight, PackedWeight) and weight.selection is None:
-        return weight.matrix
-    return None
-
-
-def _first_experts(model: Decoder) -> Experts | None:
-    """The first layer's experts, None without such a block; where these lie, the others lie too."""
-    block = getattr(model.layers[0], "block_sparse_moe", None)
-    return block.stored if isinstance(block, SparseMoeBlock) else None
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module need not be called: its weight says all that it computes."""
-    return type(module) is kind and not is_observed(module)
-
-
-def supported(model: Decoder) -> bool:
-    """Whether the kernels take the decoder: its dtype, its heads, and packed weights throughout.
-
-    The launches call no module, so one with a hook, or of another class, is not supported.
-    """
-    return (
-        _is_plain(model.norm, RMSNorm)
-        and model.norm.weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and model.config.head_dim in (16, 32, 64, 128)
-        and all(_layer_weights(layer) is not None for layer in model.layers)
-    )
 
 
 def _settings(config: MixtralConfig) -> tuple[object, ...]:
@@ -105,6 +36,30 @@ def _settings(config: MixtralConfig) -> tuple[object, ...]:
         config.rope_theta,
         config.max_position_embeddings,
     )
+
+
+def _recordable(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class RotaryTables:
+    """Cosines and sines of all positions, made once for all decoders of a model."""
+
+    def __init__(self) -> None:
+        self._made_for: tuple[object, ...] = ()
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def of(
+        self, config: MixtralConfig, positions: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(1, 1, at least `positions`, d) each."""
+        made_for = (config.head_dim, config.rope_theta, device, dtype)
+        tables = self._tables if made_for == self._made_for else None
+        if tables is None or tables[0].shape[2] < positions:
+            at = torch.arange(positions, device=device)[None]
+            tables = kernels.rotary(at, config.head_dim, config.rope_theta, dtype)
+            self._made_for, self._tables = made_for, tables
+        return tables
 
 
 class StaticDecoder:
@@ -130,6 +85,8 @@ class StaticDecoder:
         sample_fn: SampleFn | None = None,
         record: bool = True,
         tuning: StepTuning = UNTUNED,
+        rotary: RotaryTables | None = None,
+        pool: cuda_graph.Pool | None = None,
     ) -> None:
         """The model must be `supported`.
 
@@ -138,11 +95,13 @@ class StaticDecoder:
             sample_fn: chooses the next id, as part of a step.
             record: replay a step as a CUDA graph; otherwise it is launched operation by operation.
             tuning: which launches are one.
+            rotary: tables that other decoders of the model read, too.
+            pool: memory that other recordings of the cache use, too.
         """
-        layers = [_layer_weights(layer) for layer in model.layers]
+        layers = [layer_weights(layer) for layer in model.layers]
         self._layers = [layer for layer in layers if layer is not None]
         assert len(self._layers) == len(layers)
-        self._experts = _first_experts(model)
+        self._experts = first_experts(model)
         store = model.experts_store
         self._store = store if isinstance(store, DeviceStore) else None
         config, self._embedding = model.config, model.embed_tokens
@@ -155,8 +114,8 @@ class StaticDecoder:
         device, dtype = self._norm.device, self._norm.dtype
         slots = self._storage[0][0].shape[2]
         self.max_positions = max(config.max_position_embeddings, slots) + 1
-        positions = torch.arange(self.max_positions, device=device)[None]
-        self._cos, self._sin = kernels.rotary(positions, config.head_dim, config.rope_theta, dtype)
+        tables = RotaryTables() if rotary is None else rotary
+        self._cos, self._sin = tables.of(config, self.max_positions, device, dtype)
         self.ids = torch.zeros(cache.batch, dtype=torch.int64, device=device)
         self.past = torch.full((cache.batch,), cache.length, dtype=torch.int32, device=device)
         self._padding = torch.zeros_like(self.past) if padded else None  # columns on the left
@@ -169,7 +128,8 @@ class StaticDecoder:
         )
         shape = (len(layers), cache.batch, self._top_k)
         self._route_log = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._record = record and device.type == "cuda"
+        self._pool = pool
+        self._record = record and _recordable(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._length = cache.length
 
@@ -184,7 +144,7 @@ class StaticDecoder:
         return (
             cache.storage(0)[0] is first
             and cache.storage(len(self._storage) - 1)[1] is last
-            and _first_experts(model) is self._experts
+            and first_experts(model) is self._experts
             and _settings(model.config) == self._settings
         )
 
@@ -205,18 +165,31 @@ class StaticDecoder:
             self.ids.copy_(ids.reshape(-1))
         if self._store is not None:
             self._store.on_token_end()
-        if not self._record:
+        if self._record and self._graph is None:
+            self._graph = self._recorded()
+            self._record = self._graph is not None
+        if self._graph is None:
             self._launch()
         else:
-            if self._graph is None:
-                generator = None if self.sample_fn is None else self.sample_fn.generator
-                # The runs before write the keys of the position that the step overwrites.
-                self._graph = cuda_graph.record(self._launch, (self.ids, self.past), generator)
             self._graph.replay()
         if self._store is not None:
             self._store.log(self._route_log)
         self._length = length + 1
         return self.logits
+
+    def _recorded(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph; None, with a warning, if it cannot be recorded here."""
+        generator = None if self.sample_fn is None else self.sample_fn.generator
+        try:
+            # The runs before write the keys of the position that the step overwrites.
+            return cuda_graph.record(self._launch, (self.ids, self.past), generator, self._pool)
+        except cuda_graph.RecordingError as error:
+            warnings.warn(
+                f"a decode step could not be recorded as a CUDA graph ({error}); it is launched "
+                "operation by operation, which is slower",
+                stacklevel=2,
+            )
+            return None
 
     @torch.no_grad()
     def seek(self, length: int) -> None:
@@ -238,7 +211,8 @@ class StaticDecoder:
         from qmix.kernels.gpu import moe as gpu_moe
 
         half, batch = torch.float16, len(self.ids)
-        x = self._embedding(self.ids)
+        # An id of -1 says that the scores were not finite; the host finds it a step later.
+        x = self._embedding(self.ids.clamp(0, self._embedding.num_embeddings - 1))
         partials = self._no_partials
         expert_ids = []
         for layer, (keys, values) in zip(self._layers, self._storage, strict=True):
@@ -287,64 +261,3 @@ class StaticDecoder:
             scores, ids = self.sample_fn(self.logits)
             self.scores.copy_(scores)
             self.ids.copy_(ids)
-
-
-def _on_gpu(weight: Tensor) -> bool:
-    return weight.is_cuda
-
-
-class StaticDecoders:
-    """A model's StaticDecoders for each cache that it writes into, as long as the cache lives.
-
-    Two for a cache, one that samples and one that does not: a prompt of one column needs the logits
-    alone, and so does a choice that depends on the whole context.
-    """
-
-    def __init__(self) -> None:
-        self._by_cache: WeakKeyDictionary[KVCache, dict[bool, StaticDecoder]] = WeakKeyDictionary()
-
-    def for_cache(
-        self,
-        model: Decoder,
-        head: Linear,
-        cache: KVCache,
-        attention_mask: Tensor | None,
-        sample_fn: SampleFn | None = None,
-    ) -> StaticDecoder | None:
-        """A decoder for the cache's next position; None where model or cache do not allow it.
-
-        Args:
-            attention_mask: bool (B, L or L + 1), False at padding on the left.
-            sample_fn: makes a step choose the next id, too; another function needs another decoder.
-        """
-        if not _on_gpu(next(model.parameters())) or torch.is_grad_enabled():
-            return None
-        if kernels.overridden() or model.attn_implementation == "eager":
-            return None
-        if not _is_plain(head, Linear):
-            return None
-        store = model.experts_store
-        if isinstance(store, DeviceStore) and not store.recordable:
-            return None
-        cache.reserve(cache.length + 1)
-        decoders, samples = self._by_cache.setdefault(cache, {}), sample_fn is not None
-        decoder, padded = decoders.get(samples), attention_mask is not None
-        if (
-            decoder is None
-            or (decoder.padded, decoder.sample_fn) != (padded, sample_fn)
-            or not decoder.is_current(model, cache)
-        ):
-            if not supported(model):
-                return None
-            decoder = StaticDecoder(model, head, cache, padded=padded, sample_fn=sample_fn)
-            decoders[samples] = decoder
-        if cache.length >= decoder.max_positions:
-            return None
-        if attention_mask is not None:
-            decoder.set_padding(attention_mask)
-        decoder.seek(cache.length)
-        return decoder
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """A copy of a model has caches of its own."""
-        return StaticDecoders, ()

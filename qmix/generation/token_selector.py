@@ -5,15 +5,14 @@ models.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.generation import cuda_graph
 from qmix.generation.config import GenerationConfig
+from qmix.generation.host_copy import HostCopy
 from qmix.generation.logits_processors import (
     LogitsProcessor,
     without_ids,
@@ -29,12 +28,14 @@ class SampledStep:
 
     Attributes:
         logits, scores: float32 (B, V), before and after all processors.
-        ids: the next ids, int64 (B,).
+        ids: the next ids, int64 (B,), on the model's device; the next step may overwrite them.
+        ids_on_host: the same, on their way to the CPU.
     """
 
     logits: Tensor
     scores: Tensor
     ids: Tensor
+    ids_on_host: HostCopy
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class TokenSelector:
     def sample_fn(self) -> SampleFn | None:
         """The selection as a function of the logits alone; None if it needs more than them.
 
-        Also None where it would take torch's global generator: a CUDA graph must not capture that
-        one, which other code shares.
+        Also None where it would take torch's global generator, which other code shares.
         """
         config = self._config
         has_rules = config.no_repeat_ngram_size or config.bad_words_ids or self._processors
@@ -90,7 +90,7 @@ class TokenSelector:
     def select(
         self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
     ) -> SampledStep:
-        """Choose the next ids, on the CPU, from logits (B, V).
+        """Choose the next ids from logits (B, V).
 
         Args:
             input_ids: ids so far (B, L).
@@ -102,9 +102,8 @@ class TokenSelector:
             QmixError: the scores hold no finite maximum.
         """
         scores = self._scores(logits, input_ids, attention_mask, new_tokens)
-        with nullcontext() if self._generator or self._sampling.greedy else cuda_graph.RECORDING:
-            ids = self._sampling.choose(scores, self._generator)
-        return SampledStep(logits, scores, ids.cpu())
+        ids = self._sampling.choose(scores, self._generator)
+        return SampledStep(logits, scores, ids, HostCopy(ids))
 
     def _scores(
         self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int

@@ -14,10 +14,11 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError
 from qmix.generation import loop as generation
 from qmix.generation.config import GenerationConfig
+from qmix.generation.host_copy import HostCopy
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.logits_processors import LogitsProcessor
 from qmix.generation.padding import check_prompt
-from qmix.generation.static_decoder import StaticDecoders
+from qmix.generation.static_decoders import StaticDecoders
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn
@@ -157,6 +158,9 @@ class MixtralForCausalLM(PreTrainedModel):
 
         The cache stores the new position but does not count it: the caller does `cache.advance(1)`.
 
+        Args:
+            ids: on the model's device; those of the last step are not copied.
+
         Returns:
             None where the step cannot run in one piece on the device.
         """
@@ -165,8 +169,13 @@ class MixtralForCausalLM(PreTrainedModel):
         )
         if decoder is None:
             return None
-        decoder.step(ids)
-        return SampledStep(decoder.logits.clone(), decoder.scores.clone(), decoder.ids.clone())
+        decoder.step(None if ids is decoder.ids else ids)
+        logits, scores = decoder.logits.clone(), decoder.scores.clone()
+        return SampledStep(logits, scores, decoder.ids, HostCopy(decoder.ids))
+
+    def generator(self, cache: KVCache, seed: int) -> torch.Generator:
+        """The generator that draws the ids which follow in a cache, seeded anew."""
+        return self.static_decoders.generator(cache, self.device, seed)
 
     @torch.no_grad()
     def generate(

@@ -5,6 +5,7 @@ import torch
 
 from qmix import kernels
 from qmix.config import MixtralConfig
+from qmix.generation import cuda_graph
 from qmix.generation.sampling import Sampling
 from qmix.generation.token_selector import SampleFn
 from qmix.weights.dense import Dense
@@ -14,7 +15,8 @@ from tests.support.soak import both
 pytest.importorskip("triton")
 
 from qmix.evals.timing import random_model
-from qmix.generation.static_decoder import StaticDecoder, supported
+from qmix.generation.packed_layers import supported
+from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels import dense
 from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
@@ -133,3 +135,103 @@ def test_choosing_is_part_of_the_step_and_reads_nothing_back(sampling, launches)
     step.step()
     assert step.ids.shape == (4,)
     assert step.scores.shape == (4, 32000)
+
+
+class Recorded:
+    """Stands for a CUDA graph of launches."""
+
+    def __init__(self, launch):
+        self.replay = launch
+
+
+@pytest.fixture
+def recordings(launches, monkeypatch):
+    """Every recording that is made, on meta tensors, as (generator, pool)."""
+    found = []
+
+    def record(launch, changed, generator, pool=None):
+        found.append((generator, pool))
+        return Recorded(launch)
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr("qmix.generation.static_decoder._recordable", lambda device: True)
+    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
+    return found
+
+
+def meta_model(**changes):
+    config = MixtralConfig(num_hidden_layers=1, **changes)
+    return random_model.build_random_model(config, random_model.NF4, torch.device("meta"))
+
+
+def reply(model, cache, seed, temperature=0.7):
+    """One sampled step after the first column, as the loop takes it, and a plain one before."""
+    generator = model.static_decoders.generator(cache, torch.device("cpu"), seed)
+    draw = SampleFn(Sampling(temperature=temperature), generator)
+    with torch.no_grad():
+        column = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        model.next_logits(column, cache)
+        for_cache = model.static_decoders.for_cache
+        decoder = for_cache(model.model, model.lm_head, cache, None, draw)
+        decoder.step(column)
+        cache.advance(1)
+    return decoder, generator.get_state()
+
+
+@pytest.fixture
+def ungenerated(monkeypatch):
+    """Noise on meta tensors, which take no CPU's generator."""
+    monkeypatch.setattr(Sampling, "sample", lambda self, scores, generator: scores.argmax(-1))
+
+
+@pytest.mark.usefixtures("ungenerated")
+def test_seeded_replies_share_one_recording(recordings):
+    """The generator is seeded in place; another temperature is another recording."""
+    model = meta_model()
+    cache = model.new_cache(1, 256)
+    first, state = reply(model, cache, seed=1)
+    again, other_state = reply(model, cache, seed=2)
+    assert again is first
+    assert not torch.equal(state, other_state)
+    assert torch.equal(reply(model, cache, seed=1)[1], state)
+    assert [generator is None for generator, _ in recordings] == [True, False]
+    assert reply(model, cache, seed=1, temperature=0.8)[0] is not first
+    assert len(recordings) == 3
+
+
+@pytest.mark.usefixtures("ungenerated")
+def test_decoders_of_a_model_share_the_rotary_tables(recordings):
+    model = meta_model(max_position_embeddings=512)
+    one, _ = reply(model, model.new_cache(1, 64), seed=1)
+    two, _ = reply(model, model.new_cache(1, 128), seed=1)
+    assert two is not one
+    assert two._cos is one._cos
+    longer, _ = reply(model, model.new_cache(1, 600), seed=1)
+    assert longer._cos.shape[2] == 601
+    assert reply(model, model.new_cache(1, 64), seed=1)[0]._cos is longer._cos
+
+
+def test_a_step_made_in_inference_mode_runs_outside_of_it(recordings):
+    model = meta_model()
+    cache = model.new_cache(1, 64)
+    column = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    with torch.inference_mode():
+        model.next_logits(column, cache)
+    model.next_logits(column, cache)
+    assert len(recordings) == 1
+
+
+def test_a_step_that_cannot_be_recorded_warns_once_and_is_launched(launches, monkeypatch):
+    monkeypatch.setattr("qmix.generation.static_decoder._recordable", lambda device: True)
+
+    def record(*_):
+        raise cuda_graph.RecordingError("operation not permitted")
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    step = step_of(1, num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="operation not permitted"):
+        step.step()
+    for recorder in launches.values():
+        recorder.grids.clear()
+    step.step()  # warnings are errors here
+    assert counted(launches)["gate_up"] == 1

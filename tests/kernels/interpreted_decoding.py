@@ -14,8 +14,10 @@ from qmix import kernels
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import generate
+from qmix.generation.packed_layers import supported
 from qmix.generation.sampling import Sampling
-from qmix.generation.static_decoder import StaticDecoder, StaticDecoders, supported
+from qmix.generation.static_decoder import StaticDecoder
+from qmix.generation.static_decoders import StaticDecoders
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.pack import Packer
@@ -155,7 +157,7 @@ def test_generate_takes_the_step(monkeypatch, options):
         StaticDecoder, "step", lambda self, ids=None: taken.append(1) or plain(self, ids)
     )
     if INTERPRETED:
-        monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+        monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
     attention_mask = torch.ones_like(PROMPT)
     attention_mask[0, :1] = 0
     for mask in (None, attention_mask.to(DEVICE)):
@@ -172,7 +174,7 @@ def test_generate_takes_the_step(monkeypatch, options):
 
 
 def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
-    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
     model = small_model()
     with torch.no_grad():
         found = StaticDecoders().for_cache(model.model, model.lm_head, model.new_cache(1, 4), None)
@@ -194,7 +196,7 @@ def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):
 @pytest.mark.parametrize("kind", ["hook", "adapter"])
 def test_a_module_that_has_to_be_called_is_left_to_the_modules(monkeypatch, name, kind):
     """No launch calls it. A layer or its experts may be wrapped, too."""
-    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
     model = packed_model(nf4)
     parent, _, last = name.rpartition(".")
     module = model.model.get_submodule(name)
@@ -210,7 +212,7 @@ def test_a_module_that_has_to_be_called_is_left_to_the_modules(monkeypatch, name
 
 
 def test_a_head_that_has_to_be_called_is_left_to_the_modules(monkeypatch):
-    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
     model = packed_model(nf4)
     cache = model.new_cache(1, 4)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def made_up(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     for module in (full_model, token_profile):
         monkeypatch.setattr(module, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
     monkeypatch.setitem(kernels._LINEAR, (kernels.PackedWeight, "cpu"), packed_matmul.linear)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from qmix import kernels
 from qmix.experts.policy import PRESETS
-from qmix.generation.static_decoder import StaticDecoder, supported
+from qmix.generation.packed_layers import supported
+from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels.gpu import packed_matmul
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
@@ -81,7 +82,7 @@ def test_steps_and_prompts_are_equal_bits_whatever_has_a_slot(directory, slots, 
 
 
 def test_a_step_is_recorded_only_while_it_needs_nothing_from_the_host(directory, monkeypatch):
-    monkeypatch.setattr("qmix.generation.static_decoder._on_gpu", lambda weight: True)
+    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
     model = loaded(directory, 3)
     cache = model.new_cache(1, 8)
     with torch.no_grad():

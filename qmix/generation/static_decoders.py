@@ -1,0 +1,115 @@
+"""StaticDecoders: a model's StaticDecoders, one for each cache that it writes into.
+
+Knows when a step with static shapes can be taken, and nothing of its launches.
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from qmix import kernels
+from qmix.experts.gpu_store import DeviceStore
+from qmix.generation import cuda_graph
+from qmix.generation.packed_layers import is_plain, supported
+from qmix.generation.static_decoder import RotaryTables, StaticDecoder
+from qmix.generation.token_selector import SampleFn
+from qmix.nn.cache import KVCache
+from qmix.nn.decoder import Decoder
+from qmix.nn.linear import Linear
+
+
+def _on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda
+
+
+class _OfCache:
+    """What the steps of one cache share.
+
+    Two decoders, one that samples and one that does not: a prompt of one column needs the logits
+    alone, and so does a choice that depends on the whole context.
+    """
+
+    def __init__(self) -> None:
+        self.decoders: dict[bool, StaticDecoder] = {}
+        self.generator: torch.Generator | None = None
+        self._pool: cuda_graph.Pool | None = None
+
+    def pool(self, device: torch.device) -> cuda_graph.Pool | None:
+        """One pool for both: they never run at the same time."""
+        if self._pool is None and device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+class StaticDecoders:
+    """A model's StaticDecoders for each cache that it writes into, as long as the cache lives."""
+
+    def __init__(self) -> None:
+        self._by_cache: WeakKeyDictionary[KVCache, _OfCache] = WeakKeyDictionary()
+        self._rotary = RotaryTables()
+
+    def generator(self, cache: KVCache, device: torch.device, seed: int) -> torch.Generator:
+        """The cache's own generator, seeded anew.
+
+        It stays the same one, so that a recorded step which draws from it stays valid.
+        """
+        shared = self._by_cache.setdefault(cache, _OfCache())
+        if shared.generator is None or shared.generator.device != device:
+            shared.generator = torch.Generator(device)
+        return shared.generator.manual_seed(seed)
+
+    def for_cache(
+        self,
+        model: Decoder,
+        head: Linear,
+        cache: KVCache,
+        attention_mask: Tensor | None,
+        sample_fn: SampleFn | None = None,
+    ) -> StaticDecoder | None:
+        """A decoder for the cache's next position; None where model or cache do not allow it.
+
+        Args:
+            attention_mask: bool (B, L or L + 1), False at padding on the left.
+            sample_fn: makes a step choose the next id, too; another function needs another decoder.
+        """
+        if not _on_gpu(next(model.parameters())) or torch.is_grad_enabled():
+            return None
+        if kernels.overridden() or model.attn_implementation == "eager":
+            return None
+        if not is_plain(head, Linear):
+            return None
+        store = model.experts_store
+        if isinstance(store, DeviceStore) and not store.recordable:
+            return None
+        cache.reserve(cache.length + 1)
+        shared, samples = self._by_cache.setdefault(cache, _OfCache()), sample_fn is not None
+        decoder, padded = shared.decoders.get(samples), attention_mask is not None
+        if (
+            decoder is None
+            or (decoder.padded, decoder.sample_fn) != (padded, sample_fn)
+            or not decoder.is_current(model, cache)
+        ):
+            if not supported(model):
+                return None
+            with torch.inference_mode(False):  # else no step outside of it could write its tensors
+                decoder = StaticDecoder(
+                    model,
+                    head,
+                    cache,
+                    padded=padded,
+                    sample_fn=sample_fn,
+                    rotary=self._rotary,
+                    pool=shared.pool(cache.storage(0)[0].device),
+                )
+            shared.decoders[samples] = decoder
+        if cache.length >= decoder.max_positions:
+            return None
+        if attention_mask is not None:
+            decoder.set_padding(attention_mask)
+        decoder.seek(cache.length)
+        return decoder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy of a model has caches of its own."""
+        return StaticDecoders, ()
