@@ -5,6 +5,7 @@ Knows no model: only a function whose launches are the same each time.
 
 from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ _WARM_UP = 3
 
 _RECORDING = Lock()  # torch records one graph at a time
 
-Pool = tuple[int, int]  # torch.cuda.graph_pool_handle()
+Pool = Any  # of torch.cuda.graph_pool_handle, whose type has no public name
 
 
 class RecordingError(Exception):

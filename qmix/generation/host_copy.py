@@ -28,7 +28,7 @@ class HostCopy:
     def wait(self) -> Tensor:
         """The values, on the host, once the work that was enqueued before the copy has ended."""
         if self._ended is not None:
-            self._ended.synchronize()  # type: ignore[no-untyped-call]
+            self._ended.synchronize()
         return self._values
 
 
