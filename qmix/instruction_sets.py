@@ -1,4 +1,4 @@
-"""The instruction sets that the CPU kernels are compiled for, and the one that is used.
+"""The instruction sets that the kernels are compiled for, and the CPU's that is used.
 
 A library of kernels (kernels/cpu) is compiled for one set. The best one that the processor has is
 used, unless `QMIX_CPU_PATH` names another, for tests and comparisons; `torch` there means none.
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmix.errors import UsageError
+
+# The oldest compute capability of a GPU; older matrix units lack an instruction.
+LEAST_CAPABILITY = (8, 0)
 
 VARIABLE = "QMIX_CPU_PATH"
 TORCH = "torch"

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qmix.formats import Checkpoint
-from qmix.models import load
+from qmix.kernels.backend import Backend, preferred
+from qmix.kernels.choice import choose
+from qmix.models import load, offload
 from qmix.models.options import parse_device
 from qmix.nn.attention import ForwardContext
 from qmix.nn.decoder_layer import DecoderLayer
@@ -31,10 +33,12 @@ class Scorer:
     Args:
         ids: int64 (W, S).
         dtype: of the computation; None means the checkpoint's.
+        backend: whose code multiplies; None: the best that is right on the device.
         progress: called with (layers done, layers).
 
     Raises:
         ResourceError: too little memory for one layer and the windows.
+        UnsupportedError: the named backend cannot run.
     """
 
     def __init__(
@@ -44,11 +48,15 @@ class Scorer:
         *,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
+        backend: Backend | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = parse_device(device)
         self._dtype = dtype or checkpoint.dtype
+        self._backend = choose(
+            backend, self._device, self._dtype, offload.schemes(checkpoint, self._dtype)
+        )
         if self._device.type == "cpu":
             model = StoredModel.of(checkpoint.metadata, str(self._dtype).removeprefix("torch."))
             check_memory(budget.for_scoring(model, *ids.shape))
@@ -59,7 +67,8 @@ class Scorer:
     def log_probabilities(self, window: int, start: int, stop: int) -> Tensor:
         """Float32 log-softmax (stop - start, V) at positions [start, stop) of one window."""
         x = self._hidden[window, start:stop].to(self._device)
-        logits: Tensor = self._head(self._norm(x))
+        with preferred(self._backend):
+            logits: Tensor = self._head(self._norm(x))
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
@@ -74,7 +83,8 @@ class Scorer:
             progress(index, config.num_hidden_layers)
             layer = self._layer(index)
             for first in range(0, len(hidden), batch):
-                x, _ = layer(hidden[first : first + batch].to(self._device), context)
+                with preferred(self._backend):
+                    x, _ = layer(hidden[first : first + batch].to(self._device), context)
                 hidden[first : first + batch] = x.to(hidden.device)
         progress(config.num_hidden_layers, config.num_hidden_layers)
         return hidden

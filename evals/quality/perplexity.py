@@ -18,6 +18,7 @@ from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
 from qmix.evals.quality.layer_streaming import Scorer
 from qmix.files import regular_file
 from qmix.formats import Checkpoint, open_checkpoint
+from qmix.kernels.backend import named
 from qmix.models.options import parse_dtype
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -158,6 +159,7 @@ def evaluate(
     stride: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    backend: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Score a text with a checkpoint, and compare with a reference checkpoint.
@@ -167,13 +169,14 @@ def evaluate(
         window: tokens of a window; by default the model's positions, at most 2048.
         stride: tokens from one window to the next; by default the window.
         dtype, device: as `qmix.LoadOptions`.
+        backend: the same; the reference takes the best that there is.
         progress: called with (layers done, layers in all).
 
     Raises:
         UsageError: window or stride is out of range, or the text is too short.
         CheckpointError: a checkpoint is damaged, or the two tokenize the text differently.
     """
-    weight_dtype = parse_dtype(dtype)
+    weight_dtype, asked = parse_dtype(dtype), named(backend)
     checkpoint = open_checkpoint(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     ids = tokenizer.encode(text.content)
@@ -193,6 +196,7 @@ def evaluate(
             windows.ids,
             dtype=weight_dtype,
             device=device,
+            backend=asked if each is checkpoint else None,
             progress=lambda done, _: progress(before + done, total),
         )
 

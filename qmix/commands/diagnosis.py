@@ -1,7 +1,7 @@
 """What this machine has, and what would be slow or fail on it: a table of checks over facts.
 
 `Facts.gather` looks at the machine; the checks look at the facts only. Knows nothing of torch but
-its version and whether it sees a GPU.
+its version and whether it sees a GPU; what would multiply there, the kernels say.
 """
 
 import importlib.metadata
@@ -12,21 +12,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import qmix
 from qmix import instruction_sets
-from qmix.planning import gpus as data_sheets
 from qmix.planning import machine
 from qmix.planning.byte_sizes import show
 from qmix.planning.machine import Gpu, HostMemory
+
+if TYPE_CHECKING:
+    from qmix.kernels.choice import Verdict
 
 Severity = Literal["ok", "slow", "fails", "note"]
 Subject = TypeVar("Subject")
 
 PACKAGES = (
     *("numpy", "sentencepiece", "tokenizers", "jinja2", "huggingface_hub"),
-    *("triton", "transformers", "flash_attn", "matplotlib"),
+    *("triton", "bitsandbytes", "transformers", "flash_attn", "matplotlib"),
 )
 COMPILERS = ("c++", "g++", "clang++")  # of qmix.kernels.cpu.build, whose package needs torch
 _OLDEST_TORCH, _NEWEST_TORCH = (2, 9), (2, 13)  # tested
@@ -45,6 +47,7 @@ class Facts:
         instruction_sets: those that the CPU kernels may use, the best one first.
         compiler: the command that compiles the CPU kernels; None: it is not there.
         torch_sees_cuda: whether this torch can use a GPU.
+        backends: what would multiply on the CPU and on each GPU; empty without torch.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class Facts:
     disk_free: int
     gpus: tuple[Gpu, ...]
     torch_sees_cuda: bool
+    backends: tuple["Verdict", ...] = ()
 
     @classmethod
     def gather(cls, folder: Path) -> "Facts":
@@ -73,6 +77,7 @@ class Facts:
             disk_free=machine.disk_free(folder),
             gpus=machine.gpus(),
             torch_sees_cuda=versions["torch"] is not None and _torch_sees_cuda(),
+            backends=() if versions["torch"] is None else _backends(),
         )
 
     @property
@@ -246,13 +251,27 @@ GPU: Check[Gpu] = Check(
     ),
     (
         Rule(
-            lambda gpu: gpu.capability < data_sheets.LEAST_CAPABILITY,
+            lambda gpu: gpu.capability < instruction_sets.LEAST_CAPABILITY,
             "slow",
-            "The 4-bit kernels need compute capability 8.0; here weights are dequantized before "
-            "every matmul.",
+            "The 4-bit kernels need compute capability 8.0; see the backend below.",
         ),
     ),
 )
+
+
+def _backend(verdict: "Verdict") -> Finding:
+    """One line for a device: what multiplies there, or why nothing better does."""
+    found = f"{verdict.device}: {verdict.backend or 'none'}"
+    if verdict.refusal is None:
+        return Finding(what="backend", found=found)
+    error = verdict.refusal
+    reason = type(error)(error.what, where=error.where, expected=error.expected, found=error.found)
+    return Finding(
+        what="backend",
+        found=f"{found}, because {reason}",
+        state="slow" if verdict.backend else "fails",
+        remedy=error.remedy,
+    )
 
 
 def diagnose(facts: Facts) -> tuple[Finding, ...]:
@@ -260,6 +279,7 @@ def diagnose(facts: Facts) -> tuple[Finding, ...]:
     return (
         *(finding for check in CHECKS for finding in check.findings(facts)),
         *(finding for gpu in facts.gpus for finding in GPU.findings(gpu)),
+        *map(_backend, facts.backends),
     )
 
 
@@ -285,6 +305,12 @@ def _compiler() -> str | None:
     if command:
         return " ".join(command) if shutil.which(command[0]) else None
     return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
+def _backends() -> tuple["Verdict", ...]:
+    from qmix.kernels.choice import survey
+
+    return survey()
 
 
 def _torch_sees_cuda() -> bool:

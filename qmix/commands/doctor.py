@@ -1,7 +1,7 @@
 """`qmix doctor`: what this machine has, how to mend what it lacks and, with --measure, its speed.
 
-Changes nothing but the user's file of measurements. The checks are in qmix.commands.diagnosis;
-heavy imports stay inside the functions.
+Changes nothing but the user's file of measurements, and the caches of compiled kernels. The checks
+are in qmix.commands.diagnosis; heavy imports stay inside the functions.
 """
 
 import os

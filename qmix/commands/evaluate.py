@@ -69,6 +69,7 @@ def evaluate(
     as_json: options.AsJson = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    backend: options.Backend = None,
     yes: options.Yes = False,
 ) -> None:
     """Measure perplexity, and the divergence from a reference model.
@@ -94,6 +95,7 @@ def evaluate(
             stride=stride,
             dtype=dtype,
             device=device,
+            backend=backend,
             progress=lambda done, total: show(f"layer {done} of {total}", done, total),
         )
     terminal.print_result(_perplexity_text(result), result.to_dict(), as_json=as_json)

@@ -33,6 +33,13 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's"),
 ]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        help="Whose code multiplies: auto, qmix, bitsandbytes or torch.",
+        show_default="QMIX_BACKEND, or auto",
+    ),
+]
 ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")]
 Template = Annotated[
     str | None,
@@ -69,6 +76,7 @@ class Load(Group):
         str | None,
         typer.Option(help="Host memory to use at most; other experts stay in the file."),
     ] = None
+    backend: Backend = None
 
     def parse(self, max_context: int | None = None) -> "LoadOptions":
         """The options of a load.

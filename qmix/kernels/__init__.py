@@ -13,22 +13,20 @@ Shape letters, here and in qmix.weights; a file names only what it adds:
     K  inputs of a matmul      C  inputs of a tile       W  sliding window
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qmix.errors import UnsupportedError, UsageError
-from qmix.kernels import attention, dense, pointwise, reference, tiles
+from qmix.errors import UnsupportedError
+from qmix.kernels import attention, bnb, dense, pointwise, reference, tiles
 from qmix.kernels.attention import CAUSAL, AttentionMask, Implementation, visible
+from qmix.kernels.backend import current, overridden, override
 from qmix.kernels.cpu import matmul
 from qmix.kernels.cpu.library import attends, library
 from qmix.kernels.cpu.pointers import takes
-from qmix.kernels.gpu import packed_matmul
+from qmix.kernels.gpu import packed_matmul, probe
 from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import Routes, moe_forward, moe_forward_token
 from qmix.kernels.pointwise import rotary
@@ -59,7 +57,6 @@ __all__ = [
     "visible",
 ]
 
-Backend = Literal["reference"]
 LinearFn = Callable[[Tensor, Weight], Tensor]
 
 # Where there are no kernels for a weight, tiles of it are dequantized and multiplied.
@@ -75,29 +72,6 @@ _LINEAR: Mapping[tuple[type, str], LinearFn] = {
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-_override: ContextVar[Backend | None] = ContextVar("kernel override", default=None)
-
-
-@contextmanager
-def override(backend: Backend) -> Iterator[None]:
-    """Use the named backend for every call within the block; `reference` is the oracle.
-
-    Raises:
-        UsageError: no such backend.
-    """
-    if backend != "reference":
-        raise UsageError("no such kernel backend", expected="'reference'", found=repr(backend))
-    token = _override.set(backend)
-    try:
-        yield
-    finally:
-        _override.reset(token)
-
-
-def overridden() -> bool:
-    """Whether `override` is in force."""
-    return _override.get() is not None
-
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [..., K] times [N, K] gives [..., N] in x's dtype.
@@ -106,8 +80,8 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
         UnsupportedError: no backend multiplies such a weight on x's device.
     """
     assert x.shape[-1] == weight.shape[1], (tuple(x.shape), weight.shape)
-    if _override.get() == "reference":
-        return reference.linear(x, weight)
+    if overridden():
+        return _linear_elsewhere(x, weight)
     backend = _LINEAR.get((type(weight), x.device.type))
     if backend is None:
         raise UnsupportedError(
@@ -115,6 +89,19 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
             expected=", ".join(f"{kind.__name__} on {device}" for kind, device in _LINEAR),
         )
     return backend(x, weight)
+
+
+def _linear_elsewhere(x: Tensor, weight: Weight) -> Tensor:
+    """`linear` by another backend than this package's own kernels."""
+    if current() == "reference":
+        return reference.linear(x, weight)
+    if isinstance(weight, Dense):
+        return F.linear(x, weight.data)
+    if isinstance(weight, PackedWeight):
+        weight = weight.unpack()
+    if current() == "bitsandbytes" and isinstance(weight, Table) and bnb.takes(weight):
+        return bnb.linear(x, weight)
+    return tiles.linear(x, weight)
 
 
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
@@ -141,8 +128,10 @@ def experts(
             `weights[i]` is asked for once a chosen expert, in ascending order, and let go before
             the next.
     """
-    if overridden():
+    if current() == "reference":
         return reference.experts(x, routes, weights, act)
+    if overridden():
+        return moe_forward(x, routes, weights, act, linears)
     one_token = len(x) == 1 and x.is_cpu and library().isa is not None
     if one_token and act is F.silu and not needs_grad(x):
         return moe_forward_token(x, routes, weights, _add_experts, resident=resident)
@@ -157,9 +146,9 @@ def packed_experts(
     The kernels fuse SiLU and have no gradients: other activations, and gradients, take one matrix
     after the other.
     """
-    if overridden():
+    if current() == "reference":
         return reference.experts(x, routes, weights, act)
-    if act is F.silu and not needs_grad(x):
+    if act is F.silu and not overridden() and not needs_grad(x):
         return packed_matmul.experts(x, routes, weights)
     return moe_forward(x, routes, weights, act, linears)
 
@@ -216,7 +205,14 @@ def attend(
     """See attention.attend_with.
 
     `sdpa` leaves to our kernels what it would need a mask for on a GPU, and single tokens on a CPU.
+
+    Raises:
+        UnsupportedError: `triton`, where our kernels do not run.
     """
+    if implementation == "triton" and q.is_cuda:
+        error = probe.why_not(q.device, q.dtype)
+        if error is not None:
+            raise error
     queries, keys = q.shape[2], k.shape[2]
     replaceable = implementation == "sdpa" and mask.attn_mask is None and not dropout
     if replaceable and not mask.is_explicit and _single(q, k, v):
@@ -247,4 +243,5 @@ def _fused(*tensors: Tensor) -> bool:
         all(t.is_cuda and t.dtype in _FLOATS for t in tensors)
         and not overridden()
         and not needs_grad(*tensors)
+        and probe.usable(tensors[0].device, tensors[0].dtype)
     )

@@ -70,8 +70,10 @@ _SAVING = ("is_main_process", "token", "variant", "save_peft_format", "commit_me
 _ONE_DEVICE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def config_changes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that change the config, without those that have no effect.
+def config_changes(
+    options: Mapping[str, Any], attn_implementation: str | None = None
+) -> dict[str, Any]:
+    """The options that change the config, without those that have no effect; and the attention.
 
     Raises:
         UsageError: an unknown option.
@@ -84,7 +86,7 @@ def config_changes(options: Mapping[str, Any]) -> dict[str, Any]:
                 f"from_pretrained has no option {name!r}"
                 + (f" but {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""),
                 expected="torch_dtype, dtype, device, device_map, max_memory, attn_implementation, "
-                "vram, ram, max_context, load_in_4bit, quantization_config, config, "
+                "vram, ram, max_context, backend, load_in_4bit, quantization_config, config, "
                 + ", ".join(OVERRIDES),
             )
     if options.get("trust_remote_code"):
@@ -92,6 +94,8 @@ def config_changes(options: Mapping[str, Any]) -> dict[str, Any]:
     changes = {name: value for name, value in options.items() if name in OVERRIDES}
     if options.get("use_flash_attention_2"):  # transformers 4's word
         changes["attn_implementation"] = "flash_attention_2"
+    if attn_implementation is not None:
+        changes["attn_implementation"] = attn_implementation
     return changes
 
 
@@ -149,6 +153,7 @@ def load_options(options: LoadOptions | None, given: dict[str, Any]) -> LoadOpti
         vram=vram,
         ram=ram,
         max_context=given["max_context"],
+        backend=given["backend"],
     )
 
 

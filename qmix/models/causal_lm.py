@@ -22,6 +22,7 @@ from qmix.generation.static_decoders import StaticDecoders
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn
+from qmix.kernels.backend import preferred
 from qmix.models.evaluation_mode import EvaluationMode
 from qmix.models.inputs import CausalLMInputs, Pairs, takes
 from qmix.models.mixtral import MixtralModel
@@ -85,7 +86,7 @@ class MixtralForCausalLM(PreTrainedModel):
         """
         out = self.model(**inputs.for_decoder())
         hidden = _positions(out.last_hidden_state, inputs.logits_to_keep)
-        logits = self.lm_head(hidden).float()
+        logits = self._logits(hidden)
         loss = aux_loss = None
         if inputs.labels is not None:
             check_labels(inputs.labels)
@@ -147,7 +148,12 @@ class MixtralForCausalLM(PreTrainedModel):
         decoded = self.model.decode(
             x, padding_mask=attention_mask, position_ids=position_ids, cache=cache
         )
-        logits: Tensor = self.lm_head(decoded.hidden[:, -1]).float()
+        return self._logits(decoded.hidden[:, -1])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> float32 [..., V]."""
+        with preferred(self.model.backend):
+            logits: Tensor = self.lm_head(hidden).float()
         return logits
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.kernels.backend import preferred
 from qmix.models.inputs import ClassifierInputs, takes
 from qmix.models.mixtral import MixtralModel
 from qmix.models.pretrained import PreTrainedModel
@@ -65,7 +66,8 @@ class MixtralForSequenceClassification(PreTrainedModel):
         out = self.model(**inputs.for_decoder())
         hidden = out.last_hidden_state
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        logits = self.score(hidden[rows, self._last(inputs.input_ids, hidden)]).float()
+        with preferred(self.model.backend):
+            logits = self.score(hidden[rows, self._last(inputs.input_ids, hidden)]).float()
         loss = None
         if inputs.labels is not None:
             declared = getattr(self.config, "problem_type", None)

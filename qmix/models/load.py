@@ -13,6 +13,7 @@ from qmix.experts.reader import ExpertReader
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import check_finite
 from qmix.formats.names import ModelTensor
+from qmix.kernels.backend import Backend
 from qmix.kernels.cpu.library import library
 from qmix.models import offload
 from qmix.models.device_offload import DeviceOffload
@@ -33,12 +34,14 @@ def fill_model(
     dtype: torch.dtype,
     device: torch.device,
     tiers: Tiers | None,
+    backend: Backend = "qmix",
 ) -> None:
     """Give a model without storage its weights, one tensor at a time, experts in their tiers.
 
     Args:
         modules: by the checkpoint's canonical names.
         tiers: where experts are kept; None: all of them on the device.
+        backend: the packed layout is that of `qmix` on a GPU.
 
     Raises:
         CheckpointError: a tensor is damaged, or not finite in `dtype`.
@@ -46,13 +49,12 @@ def fill_model(
     """
     for hint in _hints(checkpoint, dtype):
         warnings.warn(hint, stacklevel=5)
-    if (tiers is not None or device.type == "cpu") and any(
-        map(checkpoint.packing, checkpoint.tensors)
-    ):
+    on_cpu = tiers is not None or device.type == "cpu"
+    if on_cpu and backend == "qmix" and any(map(checkpoint.packing, checkpoint.tensors)):
         library()  # compiled now, if it is the first time, and not within the first token
     packer = Packer()
     if tiers is None:
-        pack = packer.pack if device.type == "cuda" else None
+        pack = packer.pack if device.type == "cuda" and backend == "qmix" else None
         fill(modules, checkpoint, dtype, device, pack)
     else:
         _offload(modules, checkpoint, dtype, device, tiers, packer)

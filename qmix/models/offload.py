@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from qmix.errors import ResourceError
+from qmix.errors import ResourceError, UnsupportedError
 from qmix.experts.arena import HostArena
 from qmix.experts.disk_experts import DiskExperts
 from qmix.experts.disk_store import DiskStore
@@ -17,12 +17,15 @@ from qmix.experts.policy import HEAT, Policy, PolicySettings
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
+from qmix.kernels.backend import Backend
 from qmix.models.options import LoadOptions
 from qmix.models.quantization import QuantizedCheckpoint
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning import plan
 from qmix.planning.budget import PREFILL_CHUNK
+from qmix.planning.stored_model import StoredModel
 from qmix.weights.blob import READ_BUFFERS
+from qmix.weights.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,32 @@ class Tiers:
     persistent: bool = False
 
 
+def schemes(checkpoint: Checkpoint, dtype: torch.dtype) -> frozenset[Scheme]:
+    """How the quantized weights of linear layers are stored."""
+    model = _stored_model(checkpoint, dtype)
+    return frozenset(
+        weight.scheme
+        for weight in model.weights
+        if weight.tensor.linear and weight.scheme.kind != "dense"
+    )
+
+
+def _stored_model(checkpoint: Checkpoint, dtype: torch.dtype) -> StoredModel:
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        return checkpoint.stored_model(dtype)
+    return StoredModel.of(checkpoint.metadata, str(dtype).removeprefix("torch."))
+
+
+def unreadable(backend: Backend) -> UnsupportedError:
+    """The error for experts in host memory beside a GPU whose backend cannot read them there."""
+    return UnsupportedError(
+        f"{backend} cannot read experts that lie in host memory from a GPU",
+        where="backend",
+        expected="qmix, or a model that fits the GPU's memory",
+        remedy="Load it with device='cpu' and ram=, or give a larger vram.",
+    )
+
+
 def plan_tiers(checkpoint: Checkpoint, options: LoadOptions) -> Tiers | None:
     """The tiers that fit the budgets; None if all experts fit the device.
 
@@ -52,19 +81,15 @@ def plan_tiers(checkpoint: Checkpoint, options: LoadOptions) -> Tiers | None:
     budgeted = options.vram is not None or options.ram is not None
     positions = checkpoint.config.max_position_embeddings
     dtype = options.dtype or checkpoint.dtype
-    rounded = (
-        checkpoint.stored_model(dtype) if isinstance(checkpoint, QuantizedCheckpoint) else None
-    )
     planned = plan.plan(
-        rounded or checkpoint.metadata,
+        _stored_model(checkpoint, dtype),
         gpu=gpu,
         vram=options.vram,
         ram=options.ram,
         # Without a budget nothing is promised: only what is short of one prompt chunk is refused.
         context=options.max_context or (None if budgeted else min(PREFILL_CHUNK, positions)),
-        dtype=str(dtype).removeprefix("torch."),
     )
-    if rounded is not None and not planned.resident:
+    if isinstance(checkpoint, QuantizedCheckpoint) and not planned.resident:
         raise ResourceError(
             "the experts do not all fit, and an expert that is read again would be rounded again",
             where="load_in_4bit",

@@ -1,4 +1,4 @@
-"""How a checkpoint is loaded: dtype, device and memory budgets, parsed and checked once.
+"""How a checkpoint is loaded: dtype, device, memory budgets and backend, parsed and checked once.
 
 Knows no file and no model.
 """
@@ -9,6 +9,7 @@ import torch
 
 from qmix.config_rules import MAX_POSITIONS
 from qmix.errors import ResourceError, UsageError
+from qmix.kernels.backend import Backend, named
 from qmix.planning.byte_sizes import parse_size
 
 
@@ -22,6 +23,7 @@ class LoadOptions:
         vram, ram: bytes to use at most on the GPU and on the host, including what the process
             already uses; None: no limit but the free memory.
         max_context: positions that the budgets leave room for; None: 4096, or the model's if fewer.
+        backend: whose code multiplies; None: the best that is right on the device.
     """
 
     dtype: torch.dtype | None
@@ -29,6 +31,7 @@ class LoadOptions:
     vram: int | None
     ram: int | None
     max_context: int | None
+    backend: Backend | None
 
     def __init__(
         self,
@@ -38,11 +41,16 @@ class LoadOptions:
         vram: str | int | None = None,
         ram: str | int | None = None,
         max_context: int | None = None,
+        backend: str | None = None,
     ) -> None:
-        """Parse names of dtypes and devices, and sizes: "16GiB", "16GB" or bytes.
+        """Parse names of dtypes, devices and backends, and sizes: "16GiB", "16GB" or bytes.
+
+        Args:
+            backend: None: what QMIX_BACKEND names, or `auto`.
 
         Raises:
-            UsageError: an unknown dtype or device, a malformed size, or vram without a GPU.
+            UsageError: an unknown dtype, device or backend, a malformed size, or vram without a
+                GPU.
             ResourceError: a CUDA device is asked for and none is available.
         """
         target = parse_device(device)
@@ -68,6 +76,7 @@ class LoadOptions:
             "vram": None if vram is None else parse_size(vram, where="vram"),
             "ram": None if ram is None else parse_size(ram, where="ram"),
             "max_context": max_context,
+            "backend": named(backend),
         }
         for name, value in parsed.items():
             object.__setattr__(self, name, value)

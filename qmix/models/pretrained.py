@@ -20,6 +20,7 @@ from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.hub.remote import HubOptions
 from qmix.hub.source import resolve
 from qmix.kernels import attention
+from qmix.kernels.choice import choose
 from qmix.models import arguments, load, offload, quantization, save
 from qmix.models.offload import Tiers
 from qmix.models.options import LoadOptions
@@ -78,6 +79,7 @@ class PreTrainedModel(nn.Module):
         vram: str | int | None = None,
         ram: str | int | None = None,
         max_context: int | None = None,
+        backend: str | None = None,
         load_options: LoadOptions | None = None,
         **options: Any,
     ) -> Self:
@@ -90,35 +92,33 @@ class PreTrainedModel(nn.Module):
             device_map: the device in transformers' words: "auto", a device, or {"": device}.
             attn_implementation: "eager", "sdpa" (default), "flash_attention_2" or "triton".
             vram, ram: memory to use at most on the GPU and on the host: "16GiB", "16GB" or bytes.
-                Experts that do not fit are kept in host memory, or stay in the file and are read
-                when the router chooses them; the output is the same. Such a model cannot be trained
-                or moved.
+                Experts that do not fit stay in host memory or in the file until the router chooses
+                them; the output is the same. Such a model cannot be trained or moved.
             max_context: positions that the budgets leave room for; default: 4096, or the model's.
-            load_options: dtype, device, vram, ram and max_context as one object instead.
+            backend: whose code multiplies, "qmix", "bitsandbytes" or "torch"; default: what
+                QMIX_BACKEND names, or "auto", the first of these that is right on the device.
+            load_options: dtype, device, vram, ram, max_context and backend as one object.
             options: fields of the config that no shape depends on, such as `sliding_window`,
                 `num_experts_per_tok` or `num_labels`. `config`: one with other such values.
                 The hub's: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
-                `max_memory`: vram and ram in accelerate's words, {0: "20GiB", "cpu": "60GiB"}.
+                `max_memory`: accelerate's vram and ram, {0: "20GiB", "cpu": "60GiB"}.
                 `load_in_4bit=True`, or `quantization_config` (a BitsAndBytesConfig or its fields as
                 a dictionary): round each matrix as it is read, as `qmix quantize` would.
                 Options of transformers that cannot change anything here are accepted.
 
         Raises:
             CheckpointError: a file is missing, damaged, or its tensors are not the model's.
-            UnsupportedError: a layout that qmix does not read, or an attention that is not
-                available.
+            UnsupportedError: a layout, an attention or a named backend that is not available.
             UsageError: an unknown option, or a value that is none of an option's.
             ResourceError: the model does not fit the budgets, or the memory that is free.
         """
         hub = HubOptions.taken(options)
         given: dict[str, Any] = {"dtype": dtype, "device": device, "vram": vram, "ram": ram}
         given |= {"torch_dtype": torch_dtype, "device_map": device_map, "max_context": max_context}
-        given |= {"max_memory": options.pop("max_memory", None)}
+        given |= {"max_memory": options.pop("max_memory", None), "backend": backend}
         placed = arguments.load_options(load_options, given)
         asked, config = quantization.taken(options), options.pop("config", None)
-        changes = arguments.config_changes(options)
-        if attn_implementation is not None:
-            changes["attn_implementation"] = attn_implementation
+        changes = arguments.config_changes(options, attn_implementation)
         folder = resolve(directory, need="weights", options=hub)
         checkpoint = open_checkpoint(folder)
         if config is not None:
@@ -161,14 +161,22 @@ class PreTrainedModel(nn.Module):
 
         Raises:
             CheckpointError: a tensor is damaged, or the checkpoint is of a model without this head.
+            UnsupportedError: the named backend cannot run, or cannot read experts that are kept
+                in host memory.
             ResourceError: the model does not fit the budgets, or the memory that is free.
         """
+        dtype = options.dtype or checkpoint.dtype
+        backend = choose(options.backend, options.device, dtype, offload.schemes(checkpoint, dtype))
         if tiers is None:
             tiers = offload.plan_tiers(checkpoint, options)
-        dtype = options.dtype or checkpoint.dtype
+        if tiers is not None and tiers.device and backend != "qmix":
+            raise offload.unreadable(backend)
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(**changes))
-        load.fill_model(model.checkpoint_modules(), checkpoint, dtype, options.device, tiers)
+        model._decoder.backend = backend
+        load.fill_model(
+            model.checkpoint_modules(), checkpoint, dtype, options.device, tiers, backend
+        )
         if tiers is not None:
             model.requires_grad_(requires_grad=False)
         model.tie_weights()

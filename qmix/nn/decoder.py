@@ -14,6 +14,7 @@ from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.experts.store import Store
 from qmix.kernels.attention import Implementation
+from qmix.kernels.backend import Backend, preferred
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import Cache
 from qmix.nn.cpu_decode import WhyNot, decode_token
@@ -49,6 +50,7 @@ class Decoder(nn.Module):
         self.config = config
         config.mark_built()
         self.attn_implementation: Implementation = "sdpa"
+        self.backend: Backend = "qmix"
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
@@ -126,10 +128,11 @@ class Decoder(nn.Module):
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         layers = partial(self._through_layers, x, context, hidden_states)
         store = self.experts_store
-        x, router_logits = layers() if store is None else store.in_turn(layers)
-        if cache is not None:
-            cache.advance(new)
-        x = self.norm(x)
+        with preferred(self.backend):
+            x, router_logits = layers() if store is None else store.in_turn(layers)
+            if cache is not None:
+                cache.advance(new)
+            x = self.norm(x)
         return Decoded(
             hidden=x,
             router_logits=tuple(router_logits),

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from qmix.errors import UsageError
+from qmix.instruction_sets import LEAST_CAPABILITY
 
 # Bytes a second from pinned host memory to the device over 16 lanes, by PCIe generation. PCIe 4:
 # 23.8 GB/s was measured on a 3090 (github.com/FlashML-org/FreeToken/issues/281), rounded to 25. The
@@ -17,8 +18,6 @@ PCIE_BANDWIDTH = {3: 12.5e9, 4: 25e9, 5: 50e9}
 # The share of a data sheet's bandwidth that reading reaches: 854 of the 3090's 936 GB/s
 # (github.com/ashalliants/ninfer-3090/issues/50).
 READ_SHARE = 0.91
-# The kernels are compiled for 8.0, 8.6, 8.9 and 9.0; older matrix units lack an instruction.
-LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import pytest
 
 from qmix.commands import diagnosis, doctor
 from qmix.commands.diagnosis import Facts, diagnose
+from qmix.errors import UnsupportedError
+from qmix.kernels.choice import Verdict
 from qmix.kernels.cpu import build
 from qmix.planning import machine
 from qmix.planning.machine import Gpu, HostMemory, Measured
@@ -85,6 +87,20 @@ def test_what_is_wrong_is_named_with_its_remedy(monkeypatch, good, change, what,
 def test_each_gpu_has_its_line(good):
     found = [f.found for f in diagnose(replace(good, gpus=(CARD, OLD_GPU))) if f.what == "GPU"]
     assert [text.split(",")[0] for text in found] == ["NVIDIA GeForce RTX 3090", "Tesla T4"]
+
+
+def test_each_device_has_its_backend_and_the_reason(good):
+    refusal = UnsupportedError("too old", where="T4", found="7.5", remedy="Install bitsandbytes.")
+    verdicts = (
+        Verdict("cpu", "qmix"),
+        Verdict("cuda:0, T4", "torch", refusal),
+        Verdict("cuda:1, T4", None, refusal),
+    )
+    found = [f for f in diagnose(replace(good, backends=verdicts)) if f.what == "backend"]
+    assert [f.state for f in found] == ["ok", "slow", "fails"]
+    assert found[1].found == "cuda:0, T4: torch, because T4: too old; found 7.5"
+    assert found[1].remedy == "Install bitsandbytes."
+    assert found[2].found.startswith("cuda:1, T4: none, because")
 
 
 def compiler_found(folder):

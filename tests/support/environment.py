@@ -14,7 +14,14 @@ from pathlib import Path
 HOME_PREFIX = "qmix-home-"
 # What a user may have set, and what no test may see.
 PRIVATE = (
-    *("QMIX_DEBUG", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"),
+    *(
+        "QMIX_DEBUG",
+        "QMIX_BACKEND",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME",
+        "XDG_STATE_HOME",
+    ),
     *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"),
     *(
         "PYTHONDONTWRITEBYTECODE",

@@ -75,6 +75,7 @@ OWNERS: Mapping[str, set[str]] = {
     },
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
+    "bitsandbytes": {"qmix.kernels.bnb"},
     "matplotlib": {"qmix.evals.timing.attention_plot"},
     "triton": {
         "qmix.kernels.gpu.arrivals_triton",
@@ -82,6 +83,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.kernels.gpu.attention_triton",
         "qmix.kernels.gpu.pointwise_triton",
         "qmix.evals.timing.machine_code",
+        "qmix.kernels.gpu.card",
     },
     "numpy": {
         "qmix.weights.table",
