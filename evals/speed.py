@@ -22,15 +22,17 @@ MARKS = ("<!-- speed -->\n", "<!-- /speed -->\n")
 NOTHING = "Nothing has been measured on a GPU yet.\n"
 
 _GIB = 2**30
+_LAYERS = 32
 # (test, batch, label) of the model's results that the table shows.
 _DECODE = (
     ("tg64", 1, "decode, batch 1"),
+    ("tg64 T0.7", 1, "decode, batch 1, sampled"),
     ("tg64 @ d4096", 1, "decode, batch 1, after 4k"),
     ("tg64 @ d32768", 1, "decode, batch 1, after 32k"),
     ("tg64", 8, "decode, batch 8"),
     ("tg64", 16, "decode, batch 16"),
 )
-_PREFILL = (("pp512", 1, "prefill of 512"), ("pp4096", 1, "prefill of 4k"), ("pp16384", 1, "prefill of 16k"))  # fmt: skip
+_PREFILL = (("pp512", 1, "prefill of 512"), ("pp4096", 1, "prefill of 4k"))
 
 
 def records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -77,7 +79,7 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     )
     if copied is not None:
         yield "memory, copied", f"{copied:,.0f} GB/s", "", ""
-    for result in _results(steps, "moe"):
+    for result in _results(steps, "experts"):
         tokens = result.get("tokens")
         if tokens in (1, 8, 1024) and "microseconds" in result:
             bound = ""
@@ -85,24 +87,41 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
                 bound = f"{100 * result['gigabytes_per_second'] / copied:.0f} %"
             label = f"experts of a layer, M={tokens}, {result['kernel'].removeprefix('qmix ')}"
             yield label, f"{result['microseconds']:.1f} us", bound, _best_peer(steps, tokens)
-    tests = {(each.get("test"), each.get("batch")): each for each in _results(steps, "model")}
+    for weights in ("nf4", "int4"):
+        yield from _model_rows(steps, weights)
+
+
+def _model_rows(steps: dict[str, Any], weights: str) -> Iterator[tuple[str, str, str, str]]:
+    """The whole model with weights of one format; one of fewer layers says so."""
+    tests = {
+        (each.get("test"), each.get("batch")): each
+        for name in steps
+        for each in _results(steps, name)
+        if each.get("weights") == weights
+    }
     for test, batch, label in (*_DECODE, *_PREFILL):
         result = tests.get((test, batch), {})
         if "tokens_per_second" in result:
             bound = f"{100 * result['of_bound']:.0f} %" if result.get("of_bound") else ""
-            yield label, f"{result['tokens_per_second']:,.0f} tok/s", bound, ""
+            part = (
+                "" if result["layers"] == _LAYERS else f", {result['layers']} of {_LAYERS} layers"
+            )
+            rate = f"{result['tokens_per_second']:,.0f} tok/s"
+            yield f"{weights}, {label}{part}", rate, bound, ""
     for test, context in (("tg64 @ d4096", "4k"), ("tg64 @ d32768", "32k")):
         result = tests.get((test, 1), {})
         if "peak_bytes" in result:
             peak = f"{result['peak_bytes'] / _GIB:.1f} GiB"
-            yield f"peak memory, {context} of context", peak, "", ""
+            yield f"{weights}, peak memory, {context} of context", peak, "", ""
 
 
 def _best_peer(steps: dict[str, Any], tokens: int) -> str:
     """The fastest peer at this number of tokens."""
     timed = [
         result
-        for result in _results(steps, "peers")
+        for name in steps
+        if name.startswith("peer ")
+        for result in _results(steps, name)
         if result.get("tokens") == tokens and "microseconds" in result
     ]
     if not timed:

@@ -1,46 +1,64 @@
-"""Step `attention`: our kernels alone beside torch's SDPA and FlexAttention, with Mixtral's heads.
+"""Our kernels alone beside torch's SDPA and FlexAttention, with Mixtral's heads.
 
 Knows nothing of a model.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.evals.steps.graph_timing import timed
+from qmix.evals.steps.setting import Setting
 from qmix.kernels.gpu import attention
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DECODE = ((1, 512), (1, 4096), (1, 32768), (8, 4096), (16, 4096))
 PREFILL = ((512, None), (4096, None), (16384, None), (16384, 4096))  # (queries, window)
 _CACHED_BYTES = 100 << 20  # twice the second-level cache of an H100
 
 
-def results(device: torch.device) -> Iterator[dict[str, object]]:
+@dataclass(frozen=True)
+class _Heads:
+    """The setting's heads: queries, keys, and the width of each."""
+
+    queries: int
+    keys: int
+    width: int
+
+    @classmethod
+    def of(cls, setting: Setting) -> "_Heads":
+        config = setting.widths.config
+        return cls(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+
+
+def results(setting: Setting) -> Iterator[dict[str, object]]:
     """One result for each kernel and shape."""
-    for batch, keys in DECODE:
-        yield from _decode(device, batch, keys)
+    setting.release()
+    most = setting.widths.most_tokens
+    for batch, keys in sorted({(min(batch, most), min(keys, most)) for batch, keys in DECODE}):
+        yield from _decode(setting, batch, keys)
     for queries, window in PREFILL:
-        yield from _prefill(device, queries, window)
+        if min(queries, most) == queries or window is None:
+            yield from _prefill(setting, min(queries, most), window)
 
 
-def _random(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=device).bfloat16()
+def _random(setting: Setting, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=setting.device).to(setting.widths.dtype)
 
 
-def _decode(device: torch.device, batch: int, keys: int) -> Iterator[dict[str, object]]:
-    size = 2 * batch * KV_HEADS * keys * HEAD_DIM * 2
-    copies = max(2, -(-_CACHED_BYTES // size))
-    q = _random(device, batch, 1, HEADS, HEAD_DIM)
+def _decode(setting: Setting, batch: int, keys: int) -> Iterator[dict[str, object]]:
+    heads = _Heads.of(setting)
+    size = 2 * batch * heads.keys * keys * heads.width * setting.widths.dtype.itemsize
+    copies = max(2, -(-_CACHED_BYTES // size)) if setting.widths.turns > 1 else 2
+    q = _random(setting, batch, 1, heads.queries, heads.width)
     caches = [
-        tuple(_random(device, batch, KV_HEADS, keys, HEAD_DIM) for _ in range(2))
+        tuple(_random(setting, batch, heads.keys, keys, heads.width) for _ in range(2))
         for _ in range(copies)
     ]
-    past = torch.full((batch,), keys - 1, dtype=torch.int32, device=device)
-    grouped = q.view(batch, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+    past = torch.full((batch,), keys - 1, dtype=torch.int32, device=setting.device)
+    grouped = q.view(batch, heads.keys, heads.queries // heads.keys, heads.width)
 
     def ours(k: Tensor, v: Tensor) -> Callable[[], object]:
         return lambda: attention.attend_cached(q, k, v, past)
@@ -49,7 +67,7 @@ def _decode(device: torch.device, batch: int, keys: int) -> Iterator[dict[str, o
         return lambda: F.scaled_dot_product_attention(grouped, k, v)
 
     for name, kernel in (("qmix", ours), ("torch SDPA, heads folded", theirs)):
-        timing = timed([kernel(k, v) for k, v in caches])
+        timing = timed([kernel(k, v) for k, v in caches], setting.clock)
         yield {
             "kernel": name,
             "shape": f"decode, batch {batch}, {keys} keys",
@@ -58,9 +76,10 @@ def _decode(device: torch.device, batch: int, keys: int) -> Iterator[dict[str, o
         }
 
 
-def _prefill(device: torch.device, queries: int, window: int | None) -> Iterator[dict[str, object]]:
-    q = _random(device, 1, HEADS, queries, HEAD_DIM)
-    k, v = (_random(device, 1, KV_HEADS, queries, HEAD_DIM) for _ in range(2))
+def _prefill(setting: Setting, queries: int, window: int | None) -> Iterator[dict[str, object]]:
+    heads = _Heads.of(setting)
+    q = _random(setting, 1, heads.queries, queries, heads.width)
+    k, v = (_random(setting, 1, heads.keys, queries, heads.width) for _ in range(2))
     pairs = queries * (queries + 1) // 2
     if window is not None:
         pairs -= (queries - window) * (queries - window + 1) // 2
@@ -76,15 +95,12 @@ def _prefill(device: torch.device, queries: int, window: int | None) -> Iterator
     for name, call in calls.items():
         shape = f"prefill {queries}" + (f", window {window}" if window else "")
         try:
-            timing = timed([call])
+            timing = timed([call], setting.clock)
         except Exception as error:  # noqa: BLE001 - a peer that does not compile is a result
-            yield {
-                "kernel": name,
-                "shape": shape,
-                "failed": f"{type(error).__name__}: {error}"[:400],
-            }
+            reason = f"{type(error).__name__}: {error}"[:400]
+            yield {"kernel": name, "shape": shape, "failed": reason}
             continue
-        rate = 4 * HEADS * HEAD_DIM * pairs / timing.microseconds / 1e6
+        rate = 4 * heads.queries * heads.width * pairs / timing.microseconds / 1e6
         yield {"kernel": name, "shape": shape, **asdict(timing), "teraflops": rate}
 
 

@@ -4,14 +4,95 @@ Knows nothing of what is timed.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-_WARM_UP_CALLS = 3
-_FEWEST_RUNS, _MOST_RUNS = 20, 200
 _SECONDS = 0.4  # of runs, so that a slow candidate does not use up the budget
+
+Calls = Sequence[Callable[[], object]]
+
+
+class Clock(Protocol):
+    """Times work on a device.
+
+    Attributes:
+        warm_ups: calls that do not count.
+        fewest, most: runs that count.
+    """
+
+    warm_ups: int
+    fewest: int
+    most: int
+
+    def synchronize(self) -> None:
+        """Wait for everything that was enqueued."""
+
+    def recorded(self, calls: Calls) -> Callable[[], object] | None:
+        """The replay of a graph of all calls; None if they cannot be recorded."""
+
+    def microseconds(self, run: Callable[[], object]) -> float:
+        """The time of one run."""
+
+
+class CudaClock:
+    """The clock of the current GPU itself."""
+
+    warm_ups, fewest, most = 3, 20, 200
+
+    def synchronize(self) -> None:
+        """Wait for everything that was enqueued."""
+        torch.cuda.synchronize()
+
+    def recorded(self, calls: Calls) -> Callable[[], object] | None:
+        """The replay of a graph of all calls; None if they wait for the device."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        graph.replay()
+        return graph.replay
+
+    def microseconds(self, run: Callable[[], object]) -> float:
+        """The time of one run."""
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        milliseconds: float = begin.elapsed_time(end)
+        return 1000.0 * milliseconds
+
+
+class HostClock:
+    """The host's clock, for rehearsals on the CPU, where work ends when a call returns."""
+
+    warm_ups, fewest, most = 0, 2, 2
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
+
+    def recorded(self, calls: Calls) -> Callable[[], object] | None:
+        """There are no graphs."""
+        return None
+
+    def microseconds(self, run: Callable[[], object]) -> float:
+        """The time of one run."""
+        begun = time.perf_counter()
+        run()
+        return 1e6 * (time.perf_counter() - begun)
+
+
+CUDA_CLOCK: Clock = CudaClock()
+HOST_CLOCK: Clock = HostClock()
 
 
 @dataclass(frozen=True)
@@ -33,57 +114,31 @@ class CallTiming:
     repetitions: int
 
 
-def timed(calls: Sequence[Callable[[], object]], *, record: bool = True) -> CallTiming:
+def timed(calls: Calls, clock: Clock = CUDA_CLOCK, *, record: bool = True) -> CallTiming:
     """Time one of `calls`, which do the same work on weights of their own and run in turn.
 
     Args:
         record: False if the work is known to wait for the device.
     """
-    for _ in range(_WARM_UP_CALLS):
+    for _ in range(clock.warm_ups):
         for call in calls:
             call()
-    torch.cuda.synchronize()
-    run, how = _recorded(calls) if record else None, "graph"
+    clock.synchronize()
+    run, how = clock.recorded(calls) if record else None, "graph"
     if run is None:
         run, how = lambda: [call() for call in calls], "eager"
-    first = _microseconds(run)
-    count = int(min(_MOST_RUNS, max(_FEWEST_RUNS, _SECONDS / (first * 1e-6))))
-    times = [_microseconds(run) / len(calls) for _ in range(count)]
+    first = clock.microseconds(run)
+    count = int(min(clock.most, max(clock.fewest, _SECONDS / (first * 1e-6))))
+    times = [clock.microseconds(run) / len(calls) for _ in range(count)]
     return CallTiming(statistics.median(times), min(times), statistics.stdev(times), how, count)
 
 
-def timed_as_is(call: Callable[[], object], repeats: int = 10) -> float:
-    """Microseconds of a call that launches its own work: median of 20 rows of `repeats` calls."""
+def timed_as_is(call: Callable[[], object], clock: Clock = CUDA_CLOCK, repeats: int = 10) -> float:
+    """Microseconds of a call that launches its own work: the median of rows of `repeats` calls."""
 
     def run() -> None:
         for _ in range(repeats):
             call()
 
     run()
-    return statistics.median(_microseconds(run) / repeats for _ in range(_FEWEST_RUNS))
-
-
-def _recorded(calls: Sequence[Callable[[], object]]) -> Callable[[], object] | None:
-    """The replay of a graph of all calls; None if they cannot be recorded."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-    except RuntimeError:  # the work waits for the device
-        torch.cuda.synchronize()
-        return None
-    graph.replay()
-    return graph.replay
-
-
-def _microseconds(run: Callable[[], object]) -> float:
-    """The time of one run by the device's own clock."""
-    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return 1000.0 * milliseconds
+    return statistics.median(clock.microseconds(run) / repeats for _ in range(clock.fewest))

@@ -37,16 +37,22 @@ _COUNTED_STEPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTest:
-    """A line of the table: a prompt of `tokens` (pp), or `tokens` one by one (tg), in each row."""
+    """A line of the table: a prompt of `tokens` (pp), or `tokens` one by one (tg), in each row.
+
+    Attributes:
+        temperature: of the choice of tokens; 0 is greedy.
+    """
 
     kind: Literal["pp", "tg"]
     tokens: int
     depth: int = 0
     batch: int = 1
+    temperature: float = 0.0
 
     def __str__(self) -> str:
+        how = f" T{self.temperature:g}" if self.temperature else ""
         after = f" @ d{self.depth}" if self.depth else ""
-        return f"{self.kind}{self.tokens}{after}"
+        return f"{self.kind}{self.tokens}{how}{after}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +249,15 @@ def measure_test(
     if random_cache:
         fill_cache(cache, test.depth)
     elif test.depth:
-        _generate(model, ids[:, : test.depth], cache, 1)
+        _generate(model, ids[:, : test.depth], cache, GenerationConfig(max_new_tokens=1))
     tokens: list[Token] = []
+    config = GenerationConfig(
+        max_new_tokens=new, do_sample=test.temperature > 0, temperature=test.temperature or 1.0
+    )
 
     def timed() -> None:
         cache.rewind(test.depth)
-        tokens[:] = _generate(model, ids, cache, new)
+        tokens[:] = _generate(model, ids, cache, config)
 
     timed()  # compiles kernels, captures graphs
     store = model.store
@@ -303,8 +312,10 @@ def fill_cache(cache: KVCache, length: int) -> None:
     cache.advance(length)
 
 
-def _generate(model: MixtralForCausalLM, ids: Tensor, cache: KVCache, new: int) -> list[Token]:
-    inputs = GenerationInputs(ids, GenerationConfig(max_new_tokens=new), cache=cache)
+def _generate(
+    model: MixtralForCausalLM, ids: Tensor, cache: KVCache, config: GenerationConfig
+) -> list[Token]:
+    inputs = GenerationInputs(ids, config, cache=cache)
     with torch.no_grad():
         return list(stream(model, inputs))
 

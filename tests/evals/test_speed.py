@@ -12,29 +12,43 @@ def record(date="2026-01-02T00:00:00+00:00", gpu="NVIDIA H100", us=95.4):
     def result(**values):
         return values
 
+    nf4 = {"weights": "nf4", "layers": 32, "batch": 1}
     return {
         "gpu": gpu,
         "date": date,
         "versions": {"torch": "2.11.0", "triton": "3.6.0"},
         "steps": {
             "bandwidth": {"results": [result(what="copy", gigabytes_per_second=3000.0)]},
-            "moe": {"results": [
+            "experts": {"results": [
                 result(kernel="qmix nf4", tokens=1, microseconds=us, gigabytes_per_second=1500.0),
                 result(kernel="qmix nf4", tokens=2, microseconds=99.0, gigabytes_per_second=1.0),
             ]},
-            "peers": {"results": [
+            "peer slow": {"results": [
                 result(kernel="slow", tokens=1, microseconds=300.0, bits_per_weight=4.5),
+            ]},
+            "peer fast": {"results": [
                 result(kernel="fast", tokens=1, microseconds=120.0, bits_per_weight=4.25),
-                result(kernel="gone", skipped="not installed"),
             ]},
-            "model": {"results": [
-                result(test="build", peak_bytes=1),
-                result(test="tg64", batch=1, tokens_per_second=250.0, of_bound=0.55, peak_bytes=1),
-                result(test="tg64 @ d4096", batch=1, tokens_per_second=240.0, of_bound=0.5,
+            "peer gone": {"results": []},
+            "nf4 tg64": {"results": [
+                result(test="build", weights="nf4", layers=32, peak_bytes=1),
+                result(test="tg64", **nf4, tokens_per_second=250.0, of_bound=0.55, peak_bytes=1),
+            ]},
+            "nf4 tg64 T0.7": {"results": [
+                result(test="tg64 T0.7", **nf4, tokens_per_second=245.0, of_bound=0.54, peak_bytes=1),
+            ]},
+            "nf4 tg64 depth 4096": {"results": [
+                result(test="tg64 @ d4096", **nf4, tokens_per_second=240.0, of_bound=0.5,
                        peak_bytes=25 * 2**30),
-                result(test="pp4096", batch=1, tokens_per_second=12345.0, of_bound=None, peak_bytes=1),
-                result(test="tg64", batch=8, failed="out of memory"),
             ]},
+            "nf4 pp4096": {"results": [
+                result(test="pp4096", **nf4, tokens_per_second=12345.0, of_bound=None, peak_bytes=1),
+            ]},
+            "int4 tg64": {"results": [
+                result(test="tg64", **{**nf4, "weights": "int4", "layers": 20},
+                       tokens_per_second=300.0, of_bound=0.6, peak_bytes=1),
+            ]},
+            "int4 tg64 batch 8": {"results": []},
         },
     }  # fmt: skip
 
@@ -58,10 +72,12 @@ def test_the_rows(tmp_path):
     assert lines[4:] == [
         "| memory, copied | 3,000 GB/s |  |  |",
         "| experts of a layer, M=1, nf4 | 95.4 us | 50 % | fast: 120.0 us, 4.25 bits |",
-        "| decode, batch 1 | 250 tok/s | 55 % |  |",
-        "| decode, batch 1, after 4k | 240 tok/s | 50 % |  |",
-        "| prefill of 4k | 12,345 tok/s |  |  |",
-        "| peak memory, 4k of context | 25.0 GiB |  |  |",
+        "| nf4, decode, batch 1 | 250 tok/s | 55 % |  |",
+        "| nf4, decode, batch 1, sampled | 245 tok/s | 54 % |  |",
+        "| nf4, decode, batch 1, after 4k | 240 tok/s | 50 % |  |",
+        "| nf4, prefill of 4k | 12,345 tok/s |  |  |",
+        "| nf4, peak memory, 4k of context | 25.0 GiB |  |  |",
+        "| int4, decode, batch 1, 20 of 32 layers | 300 tok/s | 60 % |  |",
     ]
 
 

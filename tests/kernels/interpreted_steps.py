@@ -1,117 +1,105 @@
 """The acceptance command's steps at tiny widths, in Triton's interpreter: every line of them runs.
 
-Run by tests/generation/test_static_decoder.py in a process of its own with TRITON_INTERPRET=1.
-Times and memory are made up.
+Run by tests/generation/test_static_decoder.py in a process of its own with TRITON_INTERPRET=1. The
+whole command, as a rehearsal in one process, is in the soak (tests/evals/test_gpu.py).
 """
 
 import pytest
 import torch
 
-from qmix import kernels
-from qmix.evals.steps import attention, full_model, moe_block, peers, token_profile
-from qmix.evals.steps.graph_timing import CallTiming
-from qmix.evals.timing import bench, random_model
-from qmix.evals.timing.bench import BenchTest
-from qmix.kernels.gpu import packed_matmul
+from qmix.evals.steps import (
+    attention,
+    bounds,
+    full_model,
+    half_resident,
+    moe_block,
+    peers,
+    tiny_perplexity,
+    token_profile,
+)
 from tests.support.interpreter import CONVERSIONS, INTERPRETED
-from tests.support.models import small_config
 from tests.support.oracles import eager_bitsandbytes
-from tests.support.soak import both
+from tests.support.steps import rehearsal
 
 if not INTERPRETED:
     pytest.skip("not the interpreter", allow_module_level=True)
-CPU = torch.device("cpu")
 
 pytestmark = CONVERSIONS
 
 
-@pytest.fixture(autouse=True)
-def made_up(monkeypatch):
-    def timed(calls, record=True):
-        assert all(torch.isfinite(call()).all() for call in calls)
-        return CallTiming(100.0, 90.0, 1.0, "graph", 20)
-
-    for module in (moe_block, attention):
-        monkeypatch.setattr(module, "timed", timed)
-    monkeypatch.setattr(token_profile, "timed_as_is", lambda call: call() or 100.0)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: 1 << 20)
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    for module in (full_model, token_profile):
-        monkeypatch.setattr(module, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
-    monkeypatch.setitem(kernels._LINEAR, (kernels.PackedWeight, "cpu"), packed_matmul.linear)
+@pytest.fixture
+def setting():
+    with torch.no_grad():
+        yield rehearsal()
 
 
-def tiny(**changes):
-    config = small_config(
-        hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64,
-    ).replace(**changes)  # fmt: skip
-    # float32: the interpreter multiplies bfloat16 wrongly
-    return random_model.build_random_model(config, random_model.NF4, CPU, dtype=torch.float32)
+def test_the_bandwidth(setting):
+    found = list(bounds.results(setting))
+    assert [row["what"] for row in found] == ["copy", "read (torch.sum)", "matmul 512 float32"]
 
 
-@both
-def test_the_model(soak, monkeypatch):
-    """The gate has one test of one repetition; the soak has one of each kind, repeated."""
-    monkeypatch.setattr(full_model, "build_model", lambda device: tiny())
-    monkeypatch.setattr(full_model, "REPETITIONS", 1 + soak)
-    tests = (BenchTest(kind="tg", tokens=2, batch=2, depth=8), BenchTest(kind="pp", tokens=3))
-    monkeypatch.setattr(full_model, "TESTS", tests[: 1 + soak])
-    build, *found = full_model.results(CPU)
+def test_the_model(setting):
+    build, first = full_model.results(setting, "nf4", "tg", 64, batch=8, depth=4096)
     assert 4 < build["bits_per_weight"] < 16
-    rows = [("tg2 @ d8", 2), ("pp3", 1)]
-    assert [(row["test"], row["batch"]) for row in found] == rows[: 1 + soak]
-    assert 2 <= found[0]["distinct_experts"] <= 4
-    assert found[0]["of_bound"] > 0
+    assert (first["test"], first["batch"]) == ("tg4 @ d4", 4)
+    assert 2 <= first["distinct_experts"] <= 8
+    assert first["of_bound"] > 0
+    (second,) = full_model.results(setting, "nf4", "tg", 64, temperature=0.7)
+    assert second["test"] == "tg4 T0.7"
+    (third,) = full_model.results(setting, "nf4", "pp", 512)
+    assert third["test"] == "pp4"
+    setting.release()
+    assert len(list(full_model.results(setting, "nf4", "pp", 512))) == 2
 
 
-def test_a_test_that_fails_is_a_result(monkeypatch):
-    monkeypatch.setattr(full_model, "build_model", lambda device: tiny())
-    monkeypatch.setattr(
-        full_model, "TESTS", (BenchTest(kind="tg", tokens=2), BenchTest(kind="pp", tokens=2))
-    )
-
-    def measure(model, test, *args, **options):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(bench, "measure_test", measure)
-    found = list(full_model.results(CPU))
-    assert [row.get("failed") for row in found[1:]] == ["RuntimeError: out of memory"] * 2
-
-
-def test_the_block(monkeypatch):
-    monkeypatch.setattr(moe_block, "HIDDEN", 128)
-    monkeypatch.setattr(moe_block, "WIDTH", 128)
-    monkeypatch.setattr(moe_block, "WEIGHTS", 3 * 128 * 128)
-    monkeypatch.setattr(moe_block, "TOKENS", (1, 20))
-    monkeypatch.setattr(moe_block, "LAYERS", 1)
-    monkeypatch.setattr(moe_block, "random_inputs", lambda tokens, device: torch.randn(tokens, 128))
-    found = list(moe_block.results(CPU))
+@pytest.mark.soak
+def test_the_block(setting):
+    found = list(moe_block.results(setting))
     assert [(row["kernel"], row["tokens"]) for row in found] == [
-        ("qmix nf4", 1), ("qmix int4", 1), ("qmix nf4", 20), ("qmix int4", 20),
-    ]  # fmt: skip
+        (f"qmix {name}", tokens) for tokens in (1, 2, 4) for name in ("nf4", "int4")
+    ]
     assert found[1]["bits_per_weight"] < found[0]["bits_per_weight"] < 4.5
 
 
-def test_attention(monkeypatch):
-    monkeypatch.setattr(attention, "_random", lambda device, *shape: torch.randn(*shape))
-    monkeypatch.setattr(attention, "_CACHED_BYTES", 1)
-    monkeypatch.setattr(attention, "DECODE", ((2, 64),))
-    monkeypatch.setattr(attention, "PREFILL", ((32, None), (32, 8)))
-    monkeypatch.setattr(attention, "_flex", lambda q, k, v, window: lambda: q)
-    found = list(attention.results(CPU))
-    assert len(found) == 2 + 2 + 2
+@pytest.mark.soak
+def test_attention(setting):
+    found = list(attention.results(setting))
+    assert found
     assert not any("failed" in row for row in found)
 
 
-def test_the_profile(monkeypatch):
+@pytest.mark.soak
+def test_offload(setting):
+    resident, half, both = half_resident.results(setting)
+    assert resident["tokens_per_second"] > 0
+    assert half["device_slots"] == 2
+    assert half["hits"] + half["misses"] == half["tokens"] * 2
+    assert both == {"experts": "logits of both", "equal_bits": True}
+
+
+def test_the_tiny_model(setting):
+    host, *paths = tiny_perplexity.results(setting)
+    assert 1 < host["perplexity"] < 100
+    assert [row["path"] for row in paths] == ["cpu, prompt", "cpu, steps"]
+    assert not any("failed" in row for row in paths)
+
+
+def test_a_wrong_path_is_told(setting, monkeypatch):
+    monkeypatch.setattr(
+        tiny_perplexity, "_steps", lambda model, ids: torch.zeros(ids.shape[1], 2048)
+    )
+    *_, steps = tiny_perplexity.results(setting)
+    assert "where the CPU has" in steps["failed"]
+
+
+def test_the_profile(setting, monkeypatch):
+    """Two launches of 20 us, 5 us apart."""
+
     class Event:
-        def __init__(self, name):
+        def __init__(self, name, start):
             self.name, self.device_time = name, 20.0
             self.device_type = type("DeviceType", (), {"name": "CUDA"})
+            self.time_range = type("Range", (), {"start": start, "end": start + 20.0})
 
     class Profile:
         def __init__(self, **_):
@@ -124,45 +112,27 @@ def test_the_profile(monkeypatch):
             pass
 
         def events(self):
-            return [Event("gate_up"), Event("merge")] * 2
+            return [Event("merge", 125.0), Event("gate_up", 100.0)]
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
-    monkeypatch.setattr(token_profile.full_model, "build_model", lambda device, **_: tiny())
     monkeypatch.setattr(token_profile, "DEPTHS", (8,))
-    monkeypatch.setattr(token_profile, "_TOKENS", 2)
-    found = list(token_profile.results(CPU))
+    monkeypatch.setattr(token_profile, "timed_as_is", lambda call, clock, repeats: call() or 100.0)
+    found = list(token_profile.results(setting, "nf4"))
     assert [row["kernel"] for row in found] == [
-        "whole step, graph", "whole step, launched one by one", "gate_up", "merge",
+        "whole step, launched one by one", "whole step, graph", "gaps", "gate_up", "merge",
     ]  # fmt: skip
     rows = {row["kernel"]: row for row in found}
+    assert rows["gaps"]["microseconds"] == 5.0
     assert rows["gate_up"]["bound_microseconds"] > 0
     assert rows["merge"]["bound_microseconds"] is None
 
 
-@pytest.fixture
-def small_peers(monkeypatch):
-    monkeypatch.setattr(peers, "HIDDEN", 128)
-    monkeypatch.setattr(peers, "WIDTH", 128)
-    monkeypatch.setattr(peers, "_SHAPES", ((256, 128), (128, 128)))
-    monkeypatch.setattr(peers, "TOKENS", (1, 4))
-    monkeypatch.setattr(peers, "LAYERS", 1)
-    monkeypatch.setattr(
-        peers, "random_inputs", lambda tokens, device: torch.randn(tokens, 128).bfloat16()
-    )
-
-
 @pytest.mark.parametrize("peer", ["bitsandbytes", "grouped_nf4_gemm"])
-def test_peers(peer, small_peers, monkeypatch):
+def test_peers(peer, setting):
     """They are asked in their own words, where they are installed."""
     if peer == "bitsandbytes":
         eager_bitsandbytes()
     else:
         pytest.importorskip("nf4_grouped")
-    tokens = (1, 4)
-    if peer == "grouped_nf4_gemm":  # above one token its kernel does not run in the interpreter
-        tokens = (1,)
-        monkeypatch.setattr(peers, "TOKENS", tokens)
-    with torch.no_grad():
-        found = list(getattr(peers, peer)(CPU))
-    assert [row["tokens"] for row in found] == len(found) // len(tokens) * list(tokens)
-    assert found
+    found = list(peers.results(setting, peer))
+    assert [row["tokens"] for row in found] == [1, 2, 4]

@@ -13,7 +13,7 @@ from qmix import strict_json
 from qmix.evals import markdown
 from qmix.files import atomic_file
 
-Status = Literal["ok", "failed", "timeout", "skipped"]
+Status = Literal["ok", "failed", "timeout", "skipped", "interrupted"]
 
 
 @dataclass
@@ -28,7 +28,12 @@ class StepOutcome:
 
 @dataclass
 class AcceptanceRecord:
-    """The document that is written anew after every step."""
+    """The document that is written anew after every step.
+
+    Attributes:
+        budget: in seconds.
+        machine: what the worker says of the GPU and of versions.
+    """
 
     command: str
     date: str
@@ -37,6 +42,7 @@ class AcceptanceRecord:
     versions: dict[str, str | None]
     revision: str | None
     budget: float
+    machine: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, StepOutcome] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
