@@ -94,7 +94,7 @@ class StaticDecoder:
             padded: rows may have padding on the left, see `set_padding`.
             sample_fn: chooses the next id, as part of a step.
             record: replay a step as a CUDA graph; otherwise it is launched operation by operation.
-            tuning: which launches are one.
+            tuning: how it is launched.
             rotary: tables that other decoders of the model read, too.
             pool: memory that other recordings of the cache use, too.
         """
@@ -110,7 +110,7 @@ class StaticDecoder:
         self._num_heads, self._top_k = config.num_attention_heads, config.num_experts_per_tok
         self._eps = config.rms_norm_eps
         self._storage = [cache.storage(layer) for layer in range(len(layers))]
-        self.padded, self.sample_fn = padded, sample_fn
+        self.padded, self.sample_fn, self._tuning = padded, sample_fn, tuning
         device, dtype = self._norm.device, self._norm.dtype
         slots = self._storage[0][0].shape[2]
         self.max_positions = max(config.max_position_embeddings, slots) + 1
@@ -220,7 +220,7 @@ class StaticDecoder:
                 x, partials, layer.input_norm, self._eps, dtype=half
             )
             q = pointwise.rotate_store(
-                gpu_moe.linear_partials(normed, layer.qkv),
+                gpu_moe.linear_partials(normed, layer.qkv, self._tuning.qkv),
                 keys,
                 values,
                 self._cos,
@@ -239,10 +239,13 @@ class StaticDecoder:
                 window=self._window,
                 dtype=half,
                 arrivals=self._split_arrivals,
+                tuning=self._tuning.attention,
             )
             router = pointwise.residual_norm_route(
                 x,
-                gpu_moe.linear_partials(attended.view(batch, -1), layer.o_proj),
+                gpu_moe.linear_partials(
+                    attended.view(batch, -1), layer.o_proj, self._tuning.o_proj
+                ),
                 layer.post_norm,
                 self._eps,
                 layer.gate,
@@ -251,7 +254,14 @@ class StaticDecoder:
             )
             x = router.total
             expert_ids.append(router.routes.ids)
-            partials = gpu_moe.expert_partials(router.normed, router.routes, layer.experts.table, 0)
+            partials = gpu_moe.expert_partials(
+                router.normed,
+                router.routes,
+                layer.experts.table,
+                0,
+                self._tuning.gate_up,
+                self._tuning.down,
+            )
         _, last = pointwise.residual_norm(x, partials, self._norm, self._eps)
         self.logits.copy_(kernels.linear(last, self._head.stored))
         self.past.add_(1)

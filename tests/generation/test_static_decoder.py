@@ -18,7 +18,8 @@ from qmix.evals.timing import random_model
 from qmix.generation.packed_layers import supported
 from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels import dense
-from qmix.kernels.gpu import attention_triton, moe_triton, pointwise_triton
+from qmix.kernels.gpu import attention_triton, attention_tuning, moe_triton, pointwise_triton
+from qmix.kernels.gpu.grid import Tuning
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 
 
@@ -91,6 +92,29 @@ def test_the_last_split_saves_a_launch_a_layer(launches):
     step_of(1).step()
     assert "merge" not in counted(launches)
     assert sum(counted(launches).values()) == 8 * 32 + 1
+
+
+def test_every_choice_reaches_its_launch(launches):
+    """Each product its own warps and stages, attention its own columns and blocks."""
+    tuning = StepTuning(
+        qkv=Tuning(warps=1, stages=2),
+        o_proj=Tuning(warps=2, stages=5),
+        gate_up=Tuning(warps=4, stages=6),
+        down=Tuning(warps=1, stages=7),
+        attention=attention_tuning.Tuning(columns=32, stages=3, blocks_per_sm=9),
+    )
+    step_of(1, tuning=tuning, num_hidden_layers=1).step()
+    shapes = {
+        name: [(each.get("WARPS"), each["STAGES"]) for each in launches[name].constants]
+        for name in ("packed_matmul", "gate_up", "down", "split")
+    }
+    assert shapes == {
+        "packed_matmul": [(1, 2), (2, 5)], "gate_up": [(4, 6)], "down": [(1, 7)], "split": [(None, 3)],
+    }  # fmt: skip
+    assert launches["split"].constants[0]["COLUMNS"] == 32
+    few = launches["split"].grids[-1]
+    step_of(1, num_hidden_layers=1).step()
+    assert few[1] > launches["split"].grids[-1][1]
 
 
 def test_what_torch_launches_beside_the_kernels(launches, monkeypatch):

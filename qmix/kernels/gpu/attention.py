@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import attention_triton as kernels
+from qmix.kernels.gpu.attention_tuning import UNTUNED, Tuning
 from qmix.kernels.gpu.launch import launch, multiprocessors, power_of_2
 from qmix.kernels.gradients import needs_grad
 
@@ -25,24 +26,6 @@ LARGEST_SPLIT = 64
 
 _EVERYTHING = 2**30  # a window that no context fills
 _SMALLEST_TILE = 16  # rows of a matrix instruction
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Settings that only measurements can decide. The defaults are reasoned, not measured.
-
-    Attributes:
-        columns: keys of a tile; None means 64, or 16 in float32.
-        stages: tiles in flight.
-        blocks_per_sm: the wanted number of thread blocks for each multiprocessor in a decode step.
-    """
-
-    columns: int | None = None
-    stages: int = 2
-    blocks_per_sm: int = 2
-
-
-UNTUNED = Tuning()
 
 
 @dataclass(frozen=True)

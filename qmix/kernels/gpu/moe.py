@@ -61,11 +61,19 @@ def experts(
 
 
 def expert_partials(
-    x: Tensor, routes: Routes, table: ExpertTable, layer: int, tuning: Tuning = UNTUNED
+    x: Tensor,
+    routes: Routes,
+    table: ExpertTable,
+    layer: int,
+    tuning: Tuning = UNTUNED,
+    down_tuning: Tuning | None = None,
 ) -> Tensor:
     """The partial sums of `experts`: float16 activations [T, D] -> float32 [Z, M, D].
 
     The output of a token is the sum over its choices and over the splits, in that order.
+
+    Args:
+        down_tuning: of the second product, if it is another.
     """
     assert x.dtype == torch.float16, x.dtype
     (tokens, hidden), choices = x.shape, routes.ids.shape[1]
@@ -87,7 +95,7 @@ def expert_partials(
         addresses, x16, inner, ids, *grouping, tokens, hidden, width,
         **_constants(table.gate_up, grid.config), **shared, SHRINK=SHRINK, SHARED=sharing,
     )  # fmt: skip
-    grid = _grid((hidden, width), table.down, groups, x.device, tuning)
+    grid = _grid((hidden, width), table.down, groups, x.device, down_tuning or tuning)
     partials = torch.empty(grid.splits, pairs, hidden, dtype=torch.float32, device=x.device)
     launch(
         moe_triton.down, (grid.rows, groups.count, grid.splits),

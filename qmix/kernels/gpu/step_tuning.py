@@ -1,4 +1,4 @@
-"""StepTuning: which launches of a decode step are one launch, a choice that only a card can make.
+"""StepTuning: how a decode step is launched, choices that only a card can make.
 
 Knows no kernel. The defaults are reasoned, not measured. Every choice gives the same result, to the
 same bits where it says so.
@@ -6,16 +6,25 @@ same bits where it says so.
 
 from dataclasses import dataclass
 
+from qmix.kernels.gpu import attention_tuning, grid
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTuning:
     """Settings of qmix.generation.static_decoder that only measurements can decide.
 
     Attributes:
+        qkv, o_proj, gate_up, down: of the products, whose results differ in the last bits.
+        attention: of attention, likewise.
         merge_in_split: the last split of a head merges the others; otherwise a launch of its own
             does, to the same bits.
     """
 
+    qkv: grid.Tuning = grid.UNTUNED
+    o_proj: grid.Tuning = grid.UNTUNED
+    gate_up: grid.Tuning = grid.UNTUNED
+    down: grid.Tuning = grid.UNTUNED
+    attention: attention_tuning.Tuning = attention_tuning.UNTUNED
     merge_in_split: bool = True
 
 
