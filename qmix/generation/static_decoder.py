@@ -18,7 +18,7 @@ from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.experts.gpu_store import DeviceStore
 from qmix.generation import cuda_graph
-from qmix.generation.packed_layers import first_experts, layer_weights
+from qmix.generation.packed_layers import LayerWeights, first_experts, layer_weights
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 from qmix.nn.cache import KVCache
@@ -207,10 +207,10 @@ class StaticDecoder:
 
     def _launch(self) -> None:
         """Launch a step. Nothing here may depend on a value that lies on the device."""
-        from qmix.kernels.gpu import attention, pointwise
         from qmix.kernels.gpu import moe as gpu_moe
+        from qmix.kernels.gpu import pointwise
 
-        half, batch = torch.float16, len(self.ids)
+        half, tuning = torch.float16, self._tuning
         # An id of -1 says that the scores were not finite; the host finds it a step later.
         x = self._embedding(self.ids.clamp(0, self._embedding.num_embeddings - 1))
         partials = self._no_partials
@@ -219,28 +219,7 @@ class StaticDecoder:
             x, normed = pointwise.residual_norm(
                 x, partials, layer.input_norm, self._eps, dtype=half
             )
-            q = pointwise.rotate_store(
-                gpu_moe.linear_partials(normed, layer.qkv, self._tuning.qkv),
-                keys,
-                values,
-                self._cos,
-                self._sin,
-                self.past,
-                heads=self._num_heads,
-                starts=self._padding,
-                dtype=keys.dtype,
-            )
-            attended = attention.attend_cached(
-                q,
-                keys,
-                values,
-                self.past,
-                starts=self._padding,
-                window=self._window,
-                dtype=half,
-                arrivals=self._split_arrivals,
-                tuning=self._tuning.attention,
-            )
+            attended = self._attend(normed, layer, keys, values)
             router = pointwise.residual_norm_route(
                 x,
                 gpu_moe.linear_partials(
@@ -259,8 +238,8 @@ class StaticDecoder:
                 router.routes,
                 layer.experts.table,
                 0,
-                self._tuning.gate_up,
-                self._tuning.down,
+                tuning.gate_up,
+                tuning.down,
             )
         _, last = pointwise.residual_norm(x, partials, self._norm, self._eps)
         self.logits.copy_(kernels.linear(last, self._head.stored))
@@ -271,3 +250,32 @@ class StaticDecoder:
             scores, ids = self.sample_fn(self.logits)
             self.scores.copy_(scores)
             self.ids.copy_(ids)
+
+    def _attend(self, normed: Tensor, layer: LayerWeights, keys: Tensor, values: Tensor) -> Tensor:
+        """Launch a layer's attention without its norm and o_proj: [B, H d], float16."""
+        from qmix.kernels.gpu import attention, pointwise
+        from qmix.kernels.gpu import moe as gpu_moe
+
+        q = pointwise.rotate_store(
+            gpu_moe.linear_partials(normed, layer.qkv, self._tuning.qkv),
+            keys,
+            values,
+            self._cos,
+            self._sin,
+            self.past,
+            heads=self._num_heads,
+            starts=self._padding,
+            dtype=keys.dtype,
+        )
+        attended = attention.attend_cached(
+            q,
+            keys,
+            values,
+            self.past,
+            starts=self._padding,
+            window=self._window,
+            dtype=torch.float16,
+            arrivals=self._split_arrivals,
+            tuning=self._tuning.attention,
+        )
+        return attended.view(len(self.ids), -1)
