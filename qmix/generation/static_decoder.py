@@ -222,9 +222,7 @@ class StaticDecoder:
             attended = self._attend(normed, layer, keys, values)
             router = pointwise.residual_norm_route(
                 x,
-                gpu_moe.linear_partials(
-                    attended.view(batch, -1), layer.o_proj, self._tuning.o_proj
-                ),
+                gpu_moe.linear_partials(attended, layer.o_proj, tuning.o_proj),
                 layer.post_norm,
                 self._eps,
                 layer.gate,
