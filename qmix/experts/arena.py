@@ -17,22 +17,27 @@ from qmix.weights.blob import PAGE_BYTES, aligned
 # Some drivers accept no larger registration: 15 GB at once failed where chunks did not.
 PIN_BYTES = 1 << 30
 _SLOT_ALIGNMENT = 256
-_PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
 class Runtime(Protocol):
-    """The two calls of CUDA's runtime that pin memory, as `torch.cuda.cudart()` offers them."""
+    """What CUDA offers to pin memory."""
 
-    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> object: ...  # noqa: N802
-    def cudaHostUnregister(self, pointer: int) -> object: ...  # noqa: N802
+    def register(self, pointer: int, size: int) -> int:
+        """Pin memory for every device; the number of CUDA's error, 0 for none."""
+
+    def unregister(self, pointer: int) -> None:
+        """Undo `register`."""
+
+    def device_pointer(self, pointer: int) -> int | None:
+        """Where the device reads registered memory; None: it does not, or nobody knows where."""
 
 
 class HostArena:
     """`blobs` blobs of `nbytes` each in host memory, each on a page of its own.
 
     It is private anonymous memory, in huge pages if the system has them; a page counts as resident
-    once it is written. The device can read pinned memory at the same address (64-bit Linux), and
-    copies it without a staging buffer.
+    once it is written. The device reads pinned memory in place, at an address that its driver tells
+    (not the host's on every system), and copies it without a staging buffer.
 
     Attributes:
         stride: bytes from one blob to the next.
@@ -47,7 +52,9 @@ class HostArena:
         self.nbytes = nbytes
         self.pinned_bytes = self.unpinned_bytes = 0
         self._runtime: Runtime | None = None
+        self._device_pointers: list[int] = []  # of each chunk
         self._count = blobs
+        self._chunk = max(1, PIN_BYTES // self.stride) * self.stride
         total = max(blobs * self.stride, PAGE_BYTES)
         try:
             self._map = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -82,27 +89,29 @@ class HostArena:
             whether the arena is pinned.
         """
         whole = self._count * self.stride
-        chunk = max(1, PIN_BYTES // self.stride) * self.stride
         registered: list[int] = []
-        for start in range(0, whole, chunk):
+        device_pointers: list[int] = []
+        for start in range(0, whole, self._chunk):
             pointer = self._memory.data_ptr() + start
-            code = _code(
-                runtime.cudaHostRegister(pointer, min(chunk, whole - start), _PORTABLE_MAPPED)
-            )
-            if code:
+            code = runtime.register(pointer, min(self._chunk, whole - start))
+            if not code:
+                registered.append(pointer)
+            device_pointer = None if code else runtime.device_pointer(pointer)
+            if device_pointer is None:
                 for earlier in registered:
-                    runtime.cudaHostUnregister(earlier)
+                    runtime.unregister(earlier)
                 self.unpinned_bytes = whole
+                why = f"CUDA error {code}" if code else "no address for the device"
                 warnings.warn(
-                    f"host memory could not be pinned: {whole / 2**30:.2f} GiB of experts, CUDA "
-                    f"error {code} after {start / 2**30:.2f} GiB. Every miss now waits for a "
+                    f"host memory could not be pinned: {whole / 2**30:.2f} GiB of experts, {why} "
+                    f"after {start / 2**30:.2f} GiB. Every miss now waits for a "
                     "slower copy. Raise the limit of locked memory (ulimit -l; WSL can pin half of "
                     "the memory), or give a smaller ram.",
                     stacklevel=2,
                 )
                 return False
-            registered.append(pointer)
-        self._runtime, self.pinned_bytes = runtime, whole
+            device_pointers.append(device_pointer)
+        self._runtime, self.pinned_bytes, self._device_pointers = runtime, whole, device_pointers
         return True
 
     @property
@@ -110,19 +119,21 @@ class HostArena:
         """Whether the device can read the blobs in place."""
         return self.pinned_bytes > 0
 
+    def device_address(self, index: int) -> int:
+        """Where the device reads a blob: the host's own address unless the memory is pinned."""
+        assert 0 <= index < self._count, index
+        if not self.pinned:
+            return self._memory.data_ptr() + index * self.stride
+        chunk, within = divmod(index * self.stride, self._chunk)
+        return self._device_pointers[chunk] + within
+
     def unpin(self) -> None:
         """Undo the registrations. The memory itself is freed with its last view."""
         if self._runtime is None:
             return
-        chunk = max(1, PIN_BYTES // self.stride) * self.stride
-        for start in range(0, self._count * self.stride, chunk):
-            self._runtime.cudaHostUnregister(self._memory.data_ptr() + start)
-        self._runtime, self.pinned_bytes = None, 0
-
-
-def _code(result: object) -> int:
-    """The number of a cudaError; 0 is success."""
-    return int(getattr(result, "value", result))  # type: ignore[call-overload, no-any-return]
+        for start in range(0, self._count * self.stride, self._chunk):
+            self._runtime.unregister(self._memory.data_ptr() + start)
+        self._runtime, self.pinned_bytes, self._device_pointers = None, 0, []
 
 
 class SlotArena:

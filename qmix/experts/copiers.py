@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qmix.kernels.gpu.current_device import on
+
 
 class PendingCopy(Protocol):
     """A copy that has been enqueued."""
@@ -40,8 +42,9 @@ class Copier(Protocol):
 class _Event:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._device = stream.device
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(stream)
+        with on(stream.device):
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(stream)
 
     def done(self) -> bool:
         ended: bool = self._event.query()  # type: ignore[no-untyped-call]
@@ -56,8 +59,9 @@ class CudaCopier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._current = torch.cuda.current_stream(device)  # of the last step's thread
+        with on(device):
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._current = torch.cuda.current_stream(device)  # of the last step's thread
 
     def follow(self) -> None:
         current = torch.cuda.current_stream(self._device)
@@ -66,18 +70,21 @@ class CudaCopier:
             self._current = current
 
     def copy(self, source: Tensor, target: Tensor) -> PendingCopy:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        return _Event(self._stream)
+        with on(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                target.copy_(source, non_blocking=True)
+            return _Event(self._stream)
 
     def write(self, values: Tensor, target: Tensor) -> None:
-        target.copy_(values.pin_memory(), non_blocking=True)
+        with on(self._device):
+            target.copy_(values.pin_memory(), non_blocking=True)
 
     def read(self, source: Tensor) -> tuple[Tensor, PendingCopy]:
-        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        host.copy_(source, non_blocking=True)
-        return host, _Event(torch.cuda.current_stream(self._device))
+        with on(self._device):
+            host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            host.copy_(source, non_blocking=True)
+            return host, _Event(torch.cuda.current_stream(self._device))
 
 
 class FinishedCopy:

@@ -52,42 +52,49 @@ class AddressTable:
 
     Args:
         addresses: int64 [layers, E] on the device, written by `write`.
-        in_place: the device can read every host blob; otherwise an expert without a slot has the
-            address 0.
+        host: where the device reads each expert in host memory; None: it cannot, and an expert
+            without a slot has the address 0.
     """
 
     def __init__(
         self,
         addresses: Tensor,
-        sources: ExpertSources,
+        host: Sequence[int] | None,
         slots: SlotArena,
         residency: Residency,
         copier: Copier,
-        *,
-        in_place: bool,
     ) -> None:
-        assert len(sources) == addresses.numel()
-        assert not in_place or sources.on_host == len(sources)
-        self.addresses, self.in_place = addresses, in_place
-        self._sources, self._slots, self._residency = sources, slots, residency
+        assert host is None or len(host) == addresses.numel()
+        self.addresses, self._host = addresses, host
+        self._slots, self._residency = slots, residency
         self._copier = copier
-        self._written: list[int] = []
-        self.write()
+        self._written_slots = list(residency.slot_of_id)
+        self._written = [self.address(expert) for expert in range(addresses.numel())]
+        self._upload()
 
     def address(self, expert: int) -> int:
         """Where the device reads an expert now."""
         slot = self._residency.slot_of_id[expert]
         if slot >= 0:
             return self._slots.address(slot)
-        blob = self._sources.blobs[expert]
-        return blob.data_ptr() if self.in_place and blob is not None else 0
+        return 0 if self._host is None else self._host[expert]
 
     def write(self) -> None:
-        """Bring the device's table up to date, in order with the device's work."""
-        table = [self.address(expert) for expert in range(len(self._sources))]
-        if table != self._written:
-            self._copier.write(torch.tensor(table).view(self.addresses.shape), self.addresses)
-            self._written = table
+        """Bring the device's table up to date, in order with the device's work.
+
+        Runs once or twice a token, mostly with nothing to do.
+        """
+        slots = self._residency.slot_of_id
+        if slots == self._written_slots:
+            return
+        for expert, (slot, before) in enumerate(zip(slots, self._written_slots, strict=True)):
+            if slot != before:
+                self._written[expert] = self.address(expert)
+        self._upload()
+        self._written_slots = list(slots)
+
+    def _upload(self) -> None:
+        self._copier.write(torch.tensor(self._written).view(self.addresses.shape), self.addresses)
 
     def row(self, addresses: Sequence[int]) -> Tensor:
         """A table of one layer on the device, int64 [1, E], beside the real one."""

@@ -38,6 +38,7 @@ class DeviceStore(Store):
         in_place: the device can read every blob.
         fill: writes an expert from its file into a slot; needed if a blob is None.
         arena: the memory of the blobs; it is unpinned when the store is collected.
+        host_addresses: where the device reads each blob; None: where the host does.
 
     Attributes:
         path: how misses that are in host memory are served.
@@ -54,8 +55,10 @@ class DeviceStore(Store):
         in_place: bool,
         fill: Fill | None = None,
         arena: HostArena | None = None,
+        host_addresses: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        assert not in_place or None not in blobs
         self.slots, self.residency, self.in_place = slots, residency, in_place
         self.path = MissPathSelector()
         self.layers, self.per_layer = addresses.shape
@@ -64,8 +67,10 @@ class DeviceStore(Store):
             finalize(self, arena.unpin).atexit = False
         self._copier = copier
         self._sources = ExpertSources(blobs, copier, fill)
+        if host_addresses is None:
+            host_addresses = [0 if blob is None else blob.data_ptr() for blob in blobs]
         self._table = AddressTable(
-            addresses, self._sources, slots, residency, copier, in_place=in_place
+            addresses, host_addresses if in_place else None, slots, residency, copier
         )
         self._moved = MovedBytes()
         self._prefill = PrefillStream(

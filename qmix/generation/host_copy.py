@@ -6,6 +6,8 @@ Knows neither ids nor steps.
 import torch
 from torch import Tensor
 
+from qmix.kernels.gpu.current_device import on
+
 
 class HostCopy:
     """A copy into pinned memory, in order with the device's work. Off a GPU it has ended at once.
@@ -20,10 +22,11 @@ class HostCopy:
         if not source.is_cuda:
             self._values = source.clone()
             return
-        self._values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        self._values.copy_(source, non_blocking=True)
-        self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._ended.record(torch.cuda.current_stream(source.device))
+        with on(source.device):
+            self._values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self._values.copy_(source, non_blocking=True)
+            self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ended.record(torch.cuda.current_stream(source.device))
 
     def wait(self) -> Tensor:
         """The values, on the host, once the work that was enqueued before the copy has ended."""
@@ -36,4 +39,5 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Host values on a device, in order with its work, which is not waited for."""
     if device.type != "cuda":
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    with on(device):
+        return values.pin_memory().to(device, non_blocking=True)

@@ -20,6 +20,7 @@ from qmix.experts.gpu_store import DeviceStore
 from qmix.generation import cuda_graph
 from qmix.generation.packed_layers import LayerWeights, first_experts, layer_weights
 from qmix.generation.token_selector import SampleFn
+from qmix.kernels.gpu.current_device import on
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
@@ -155,9 +156,10 @@ class StaticDecoder:
         Args:
             ids: (B,) or (B, 1); None: `self.ids` as they are.
         """
-        if self._store is None:
-            return self._step(ids)
-        return self._store.in_turn(lambda: self._step(ids))
+        with on(self.ids.device):
+            if self._store is None:
+                return self._step(ids)
+            return self._store.in_turn(lambda: self._step(ids))
 
     def _step(self, ids: Tensor | None) -> Tensor:
         length, self._length = self._length, _UNKNOWN

@@ -14,6 +14,7 @@ from qmix.generation import cuda_graph
 from qmix.generation.packed_layers import is_plain, supported
 from qmix.generation.static_decoder import RotaryTables, StaticDecoder
 from qmix.generation.token_selector import SampleFn
+from qmix.kernels.gpu.current_device import on
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import Linear
@@ -38,7 +39,8 @@ class _OfCache:
     def pool(self, device: torch.device) -> cuda_graph.Pool | None:
         """One pool for both: they never run at the same time."""
         if self._pool is None and device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
+            with on(device):
+                self._pool = torch.cuda.graph_pool_handle()
         return self._pool
 
 

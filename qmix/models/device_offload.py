@@ -14,12 +14,14 @@ from qmix.errors import ResourceError, UnsupportedError
 from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.copiers import CudaCopier, HostCopier
 from qmix.experts.cpu_misses import pairs_on_host
+from qmix.experts.cuda_memory import CudaMemory
 from qmix.experts.gpu_experts import DeviceExperts
 from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.policy import Policy
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.kernels import PackedExperts, Routes
+from qmix.kernels.gpu.current_device import on
 from qmix.models.offload import Tiers
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.expert import Expert
@@ -130,10 +132,11 @@ class DeviceOffload:
         return store
 
     def _pinned(self, arena: HostArena) -> HostArena:
-        if self._cuda and not arena.pin(torch.cuda.cudart()):  # type: ignore[no-untyped-call]
-            # The error stays in CUDA's runtime until a launch reports it: let this launch do so.
-            with suppress(RuntimeError):
-                torch.zeros(1, device=self._device).add_(1)
+        with on(self._device):
+            if self._cuda and not arena.pin(CudaMemory()):
+                # The error stays in CUDA's runtime until a launch reports it: let this one do so.
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=self._device).add_(1)
         return arena
 
     def _store(self, arena: HostArena, *, in_place: bool) -> DeviceStore:
@@ -149,7 +152,12 @@ class DeviceOffload:
             in_place=in_place,
             fill=self._fill,
             arena=arena,
+            host_addresses=self._host_addresses(arena) if in_place else None,
         )
+
+    def _host_addresses(self, arena: HostArena) -> list[int]:
+        """Where the device reads each expert in host memory."""
+        return [arena.device_address(self._blob_of[expert]) for expert in range(len(self._blobs))]
 
     def _at_rest(self, layer: int, experts: PackedExperts) -> list[Expert]:
         """The layer's weights as they are described and saved: from the host, or else the file."""

@@ -8,27 +8,31 @@ from qmix.experts import arena
 from qmix.experts.arena import HostArena, SlotArena
 
 
-class Cudart:
-    """Registers up to `limit` bytes."""
+class Cuda:
+    """Registers up to `limit` bytes, which the device sees elsewhere; one chunk may be unseen."""
 
-    def __init__(self, limit=1 << 60):
-        self.limit, self.held = limit, {}
+    def __init__(self, limit=1 << 60, unseen=None):
+        self.limit, self.unseen, self.held, self.seen = limit, unseen, {}, {}
 
-    def cudaHostRegister(self, pointer, size, flags):  # noqa: N802
-        assert flags == 3
+    def register(self, pointer, size):
         if sum(self.held.values()) + size > self.limit:
             return 2
         self.held[pointer] = size
         return 0
 
-    def cudaHostUnregister(self, pointer):  # noqa: N802
+    def unregister(self, pointer):
         del self.held[pointer]
-        return 0
+
+    def device_pointer(self, pointer):
+        if len(self.seen) == self.unseen:
+            return None
+        self.seen[pointer] = (1 << 44) + (len(self.seen) << 30)
+        return self.seen[pointer]
 
 
 def test_an_arena_is_pinned_in_chunks_of_whole_blobs(monkeypatch):
     monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cudart()
+    own, runtime = HostArena(20, 30_000), Cuda()
     assert own.stride == 32768
     assert own.pin(runtime)
     assert own.pinned
@@ -46,13 +50,35 @@ def test_an_arena_is_pinned_in_chunks_of_whole_blobs(monkeypatch):
 
 def test_a_failure_to_pin_is_loud_counted_and_takes_everything_back(monkeypatch):
     monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cudart(limit=300_000)
+    own, runtime = HostArena(20, 30_000), Cuda(limit=300_000)
     with pytest.warns(UserWarning, match=r"could not be pinned.*0\.00 GiB.*error 2.*ulimit -l"):
         assert not own.pin(runtime)
     assert not runtime.held
     assert not own.pinned
     assert own.unpinned_bytes == 20 * 32768
     own.blob(19).fill_(7)  # still memory
+
+
+def test_the_device_is_asked_where_it_reads_a_blob(monkeypatch):
+    monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
+    own, runtime = HostArena(20, 30_000), Cuda()
+    assert [own.device_address(i) for i in range(20)] == [own.blob(i).data_ptr() for i in range(20)]
+    assert own.pin(runtime)
+    for index in range(20):
+        pointer = own.blob(index).data_ptr()
+        chunk = max(p for p in runtime.held if p <= pointer)
+        assert own.device_address(index) == runtime.seen[chunk] + pointer - chunk
+    own.unpin()
+    assert own.device_address(3) == own.blob(3).data_ptr()
+
+
+def test_memory_that_the_device_does_not_see_is_not_pinned(monkeypatch):
+    monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
+    own, runtime = HostArena(20, 30_000), Cuda(unseen=4)
+    with pytest.warns(UserWarning, match=r"could not be pinned.*no address for the device"):
+        assert not own.pin(runtime)
+    assert not runtime.held
+    assert own.unpinned_bytes == 20 * 32768
 
 
 def test_no_memory_is_one_clear_error():

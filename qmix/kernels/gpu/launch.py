@@ -8,6 +8,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from qmix.kernels.gpu.current_device import on
 
 # A product and a sum may become one instruction, which rounds once. Triton's own default is to
 # change: 3.9 warns of it.
@@ -15,8 +18,13 @@ COMPILER_OPTIONS: Mapping[str, object] = {"enable_fp_fusion": True}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
-    """Start a Triton kernel on its grid; it is compiled first if these arguments need it."""
-    kernel[grid](*arguments, **constants, **COMPILER_OPTIONS)
+    """Start a Triton kernel on its grid, on the device of its first tensor.
+
+    It is compiled first if these arguments need it.
+    """
+    device = next(each.device for each in arguments if isinstance(each, Tensor))
+    with on(device):
+        kernel[grid](*arguments, **constants, **COMPILER_OPTIONS)
 
 
 def power_of_2(count: int) -> int:

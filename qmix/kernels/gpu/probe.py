@@ -12,6 +12,7 @@ import torch
 
 from qmix.errors import ResourceError, UnsupportedError
 from qmix.kernels.gpu.card import Card
+from qmix.kernels.gpu.current_device import on
 from qmix.weights.scheme import Scheme
 
 
@@ -59,7 +60,7 @@ def _failure(
     try:
         from qmix.kernels.gpu.self_check import first_miss
 
-        with torch.no_grad(), torch.cuda.device(device):
+        with torch.no_grad(), on(device):
             miss = first_miss(device, dtype, scheme)
             torch.cuda.synchronize(device)
     except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a launch may raise
