@@ -1,0 +1,66 @@
+"""Global memory: the bytes of the tensors that a launch may use, in this process's memory."""
+
+import numpy as np
+
+from tests.support.ptx.faults import Misaligned, OutOfBounds, Race
+
+_FIRST = 16  # numpy takes no array at address 0
+
+
+class _Process:
+    """All addresses of this process as one array of bytes; only checked ones may be touched."""
+
+    __array_interface__ = {
+        "shape": ((1 << 47) - _FIRST,),
+        "typestr": "|u1",
+        "data": (_FIRST, False),
+        "version": 3,
+    }
+
+
+def check_alignment(addresses, nbytes):
+    """Raise unless all addresses are multiples of `nbytes`."""
+    if (addresses & np.asarray(nbytes - 1, addresses.dtype)).any():
+        wrong = addresses[addresses % nbytes != 0][0]
+        raise Misaligned(f"address {wrong:#x}, {nbytes} bytes")
+
+
+class GlobalMemory:
+    """Bytes [start, end) of some buffers; every other address is a fault."""
+
+    def __init__(self, buffers):
+        ends, starts = [], []
+        for start, nbytes in sorted(buffers):
+            if ends and start <= ends[-1] and nbytes:  # views of one tensor
+                ends[-1] = max(ends[-1], start + nbytes)
+            elif nbytes:
+                starts.append(start)
+                ends.append(start + nbytes)
+        self._starts = np.array(starts, np.uint64)
+        self._ends = np.array(ends, np.uint64)
+        self._bytes = np.asarray(_Process())
+
+    def load(self, addresses, dtype, count):
+        """`count` consecutive values at each address: [addresses, count]."""
+        rows, places = self._rows(addresses, dtype, count)
+        return rows[places]
+
+    def store(self, addresses, values):
+        """Store [addresses, count]; two threads at one address must agree."""
+        rows, places = self._rows(addresses, values.dtype, values.shape[1])
+        rows[places] = values
+        if (rows[places] != values).any():
+            raise Race("two threads store different values at one address in one instruction")
+
+    def _rows(self, addresses, dtype, count):
+        nbytes = dtype.itemsize * count
+        check_alignment(addresses, nbytes)
+        place = np.searchsorted(self._starts, addresses, "right") - 1
+        inside = place >= 0
+        if inside.all() and len(self._ends):
+            inside = addresses + np.uint64(nbytes) <= self._ends[place]
+        if not inside.all():
+            raise OutOfBounds(f"global address {addresses[~inside][0]:#x}, {nbytes} bytes")
+        whole = len(self._bytes) // nbytes * nbytes
+        rows = self._bytes[:whole].view(dtype).reshape(-1, count)
+        return rows, (addresses - np.uint64(_FIRST)) // np.uint64(nbytes)
