@@ -1,4 +1,4 @@
-"""Triton kernels in a process of their own: interpreted on the CPU, or on a GPU.
+"""Triton kernels in a process of their own: interpreted, as PTX on the CPU, or on a GPU.
 
 The files `interpreted_*.py` run in that process and take their device, their poisoned memory and
 their drawn inputs from here; other tests start it. The flag is read when a kernel is defined, so an
@@ -14,7 +14,8 @@ import torch
 
 from tests.support.models import ROOT
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AS_PTX = os.environ.get("QMIX_TESTS_PTX") == "1"  # tests.support.ptx runs what Triton compiles
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or AS_PTX
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
 
@@ -46,19 +47,26 @@ def _patch_once_a_launch():
     interpreter.GridExecutor.__call__ = launch_patched
 
 
-if INTERPRETED:
+if AS_PTX:
+    from tests.support.ptx.device import Device, install
+
+    install(Device())
+elif INTERPRETED:
     _patch_once_a_launch()
 
 
-def run_apart(*names, interpreted, soak=False):
+def run_apart(*names, interpreted, soak=False, as_ptx=False):
     """Run each tests/kernels/interpreted_`name`.py to its end; what is chosen must pass.
 
     Args:
         soak: run what the soak runs, in place of all else.
+        as_ptx: compile the kernels and run their PTX with tests.support.ptx.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if interpreted:  # one thread: the interpreter's tensors are too small for more
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    if as_ptx:
+        environment |= {"QMIX_TESTS_PTX": "1", "OMP_NUM_THREADS": "1"}
     paths = [str(ROOT / "tests" / "kernels" / f"interpreted_{name}.py") for name in names]
     chosen = ["-m", "soak" if soak else "not soak"]
     command = [
@@ -83,7 +91,7 @@ def run_apart(*names, interpreted, soak=False):
 def skip_without_a_device():
     """Skip the whole module that calls it where nothing can run its kernels."""
     if not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("neither the interpreter nor a CUDA device", allow_module_level=True)
+        pytest.skip("neither an interpreter nor a CUDA device", allow_module_level=True)
 
 
 def drawn(*shape, seed=1, dtype=torch.float32):

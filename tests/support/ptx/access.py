@@ -12,9 +12,10 @@ import numpy as np
 from tests.support.ptx import warp
 from tests.support.ptx.operations import OPERATIONS, TYPES
 
-_LOAD = re.compile(r"ld\.(global|shared)(?:\.nc)?(?:\.v([24]))?\.([bsuf])(8|16|32|64)")
+_LOAD = re.compile(r"ld\.(global|shared)(?:\.c[ags]|\.nc)?(?:\.v([24]))?\.([bsuf])(8|16|32|64)")
 _STORE = re.compile(r"st\.(global|shared)(?:\.v([24]))?\.[bsuf](8|16|32|64)")
 _PARAMETER = re.compile(r"ld\.param\.([bsuf](?:16|32|64))")
+_ATOMIC = re.compile(r"atom\.global\.gpu\.acq_rel\.(add|min|max)\.([su]32)")
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.L2::\w+)?")
 _TILES = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
 _MULTIPLY = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32")
@@ -47,26 +48,13 @@ def find(opcode):
 def _compute(operation, machine, operands):
     target, *sources = operands
     lanes = machine.lanes
-    if isinstance(target, tuple) or any(isinstance(source, tuple) for source in sources):
-        _repack(machine, target, *sources)
-        return
-    values = [lanes.read(*pair) for pair in zip(sources, operation.sources, strict=True)]
-    lanes.write(target, operation.function(*values))
-
-
-def _repack(machine, target, source):
-    """mov between a register and a tuple of narrower ones, the lowest first."""
-    lanes = machine.lanes
-    if isinstance(source, tuple):
-        bits = target.width // len(source)
-        parts = [lanes.read(part, f"b{bits}") for part in source]
-        joined = np.stack(np.broadcast_arrays(*parts), -1)
-        lanes.write(target, joined.view(f"u{target.width // 8}")[..., 0])
-        return
-    values = np.atleast_1d(lanes.read(source, f"b{source.width}"))
-    parts = values[:, None].view(f"u{source.width // 8 // len(target)}")
-    for place, register in enumerate(target):
-        lanes.write(register, np.ascontiguousarray(parts[:, place]))
+    if isinstance(target, tuple):
+        lanes.split(target, *sources)
+    elif isinstance(sources[0], tuple):
+        lanes.join(target, *sources)
+    else:
+        values = [lanes.read(*pair) for pair in zip(sources, operation.sources, strict=True)]
+        lanes.write(target, operation.function(*values))
 
 
 def _load(space, vector, letter, bits, machine, operands):
@@ -86,8 +74,22 @@ def _store(space, vector, bits, machine, operands):
     sources = source if isinstance(source, tuple) else (source,)
     assert len(sources) == int(vector or 1)
     lanes = machine.lanes
-    values = [lanes.of_active(lanes.read_bits(part, int(bits))) for part in sources]
+    values = [lanes.of_active(lanes.demand_bits(part, int(bits))) for part in sources]
     machine.store(space, address, np.stack(values, -1))
+
+
+def _atomic(name, kind, machine, operands):
+    """One lane after the other."""
+    target, address, source = operands
+    lanes = machine.lanes
+    values = lanes.of_active(lanes.demand(source, kind))
+    function = OPERATIONS[f"{name}.{kind}"].function
+    found = np.empty_like(values)
+    for place, where in enumerate(machine.addresses(address, 64)):
+        found[place] = machine.memory.load(where[None], values.dtype, 1)[0, 0]
+        new = function(found[place], values[place])
+        machine.memory.store(where[None], np.array([[new]], values.dtype))
+    lanes.write(target, lanes.spread(found))
 
 
 def _parameter(kind, machine, operands):
@@ -105,7 +107,7 @@ def _copy(machine, operands):
     lanes, width = machine.lanes, nbytes.bits
     sizes = np.full(len(lanes.indices), width)
     if size:
-        sizes = lanes.of_active(lanes.read(size[0], "u32")).astype(np.int64)
+        sizes = lanes.of_active(lanes.demand(size[0], "u32")).astype(np.int64)
     assert np.isin(sizes, (0, width)).all(), "a copy of a part"
     values = np.zeros((len(sizes), width), np.uint8)
     used = sizes > 0
@@ -158,41 +160,35 @@ def _multiply(kind, machine, operands):
     lanes = machine.lanes
     lanes.check_together(32, "mma")
     a, b, c = (
-        np.stack([lanes.read(part, "b32").reshape(-1, 32) for part in source]) for source in sources
+        np.stack([lanes.demand(part, "b32").reshape(-1, 32) for part in source]) for source in sources
     )
     product = warp.multiply(a, b, c.view(np.float32), kind)
     for register, values in zip(target, product, strict=True):
         lanes.write(register, values.reshape(-1).view(np.uint32))
 
 
-def _by_warp(lanes, operand, kind):
-    values = lanes.read(operand, kind)
-    return np.broadcast_to(values, lanes.count).reshape(-1, 32)
-
-
 def _shuffle(mode, machine, operands):
     target, source, operand, clamp, members = operands
     lanes = machine.lanes
     _check_members(lanes, members, "shfl")
-    values, inside = warp.shuffle(
-        mode, _by_warp(lanes, source, "b32"), _by_warp(lanes, operand, "b32"), clamp.bits
-    )
-    assert not isinstance(target, tuple), "shfl with a predicate"
-    del inside
-    lanes.write(target, values.reshape(-1))
+    places = warp.sources(mode, np.broadcast_to(lanes.demand(operand, "b32"), lanes.count), clamp.bits)
+    lanes.begin()  # an undefined place was a fault
+    values = np.broadcast_to(lanes.read(source, "b32"), lanes.count)
+    lanes.moved(lambda undefined: undefined[places])
+    lanes.write(target, values[places])
 
 
 def _reduce(name, kind, machine, operands):
     target, source, members = operands
     lanes = machine.lanes
     _check_members(lanes, members, "redux")
-    total = warp.reduce(name, _by_warp(lanes, source, kind))
-    lanes.write(target, np.ascontiguousarray(total).reshape(-1))
+    values = np.broadcast_to(lanes.demand(source, kind), lanes.count)
+    lanes.write(target, warp.reduce(name, values))
 
 
 def _check_members(lanes, members, what):
     lanes.check_together(32, what)
-    given = lanes.of_active(lanes.read(members, "b32"))
+    given = lanes.of_active(lanes.demand(members, "b32"))
     assert (given == 0xFFFFFFFF).all(), f"{what} of some lanes"
 
 
@@ -206,6 +202,7 @@ _PLAIN = {
 _PATTERNS = (
     (_LOAD, _load),
     (_STORE, _store),
+    (_ATOMIC, _atomic),
     (_PARAMETER, _parameter),
     (_COPY, _copy),
     (_TILES, _tiles),

@@ -4,9 +4,11 @@ Under `installed` a kernel is specialized, compiled to PTX and launched as on a 
 the CPU. The assembler is left out: what Triton takes for the machine code is the PTX text.
 """
 
+import gc
 import struct
 from contextlib import contextmanager
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -16,6 +18,7 @@ from tests.support.ptx.source import parse
 
 _SHARED_LIMIT = 163 * 1024
 _MAX_THREADS = 1024
+_LOWEST_ADDRESS = 1 << 20  # smaller numbers in an int64 tensor are no addresses
 _FORMATS = {"fp32": "<f", "f32": "<f", "fp64": "<d"}
 
 
@@ -30,14 +33,16 @@ def _without_assembler(backend=None, stages=None, *_):
 class Device:
     """What Triton calls a driver.
 
+    A kernel may use the tensors that it is given, and those into which the addresses of an int64
+    tensor point.
+
     Attributes:
-        reachable: tensors that kernels find by an address in a table.
         change: called with a kernel's name and PTX text, gives the text that runs.
         launches: the name, grid and threads of each launch.
     """
 
-    def __init__(self, reachable=(), change=None):
-        self.reachable, self.change = list(reachable), change
+    def __init__(self, change=None):
+        self.change = change
         self.launches = []
         self.utils = self
         self.launcher_cls = _Launcher
@@ -65,7 +70,8 @@ class Device:
             text = self.change(name, text)
         program = parse(text)
         self.launches.append((program.name, grid, threads))
-        buffers = [_extent(tensor) for tensor in (*tensors, *self.reachable)]
+        tables = [tensor for tensor in tensors if tensor.dtype == torch.int64]
+        buffers = [*map(_extent, tensors), *_targets(tables)]
         names = [parameter for parameter, _ in program.parameters]
         padded = [*values, *[0] * (len(names) - len(values))]  # Triton's scratch: none is given
         bits = dict(zip(names, padded, strict=True))
@@ -106,15 +112,33 @@ def _extent(tensor):
     return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
+def _targets(tables):
+    """The extents of the largest tensors that hold the addresses in these tables."""
+    addresses = {number for table in tables for number in table.flatten().tolist()}
+    addresses = [number for number in addresses if number >= _LOWEST_ADDRESS]
+    if not addresses:
+        return
+    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.device.type == "cpu"]
+    extents = [_extent(tensor) for tensor in tensors]
+    for address in addresses:
+        around = [(n, start) for start, n in extents if start <= address < start + n]
+        if around:
+            nbytes, start = max(around)
+            yield start, nbytes
+
+
+def install(device):
+    """Triton launches on this device from now on."""
+    triton.runtime.driver.set_active(device)
+    triton.knobs.runtime.add_stages_inspection_hook = _without_assembler
+
+
 @contextmanager
 def installed(device):
     """Triton launches on this device."""
-    config, runtime = triton.runtime.driver, triton.knobs.runtime
-    before, hook = config._active, runtime.add_stages_inspection_hook
-    config.set_active(device)
-    runtime.add_stages_inspection_hook = _without_assembler
+    before = triton.runtime.driver._active, triton.knobs.runtime.add_stages_inspection_hook
+    install(device)
     try:
         yield device
     finally:
-        config._active = before
-        runtime.add_stages_inspection_hook = hook
+        triton.runtime.driver._active, triton.knobs.runtime.add_stages_inspection_hook = before

@@ -18,6 +18,10 @@ _UNSIGNED = {1: np.dtype(bool), 16: np.dtype("u2"), 32: np.dtype("u4"), 64: np.d
 class Lanes:
     """Registers of `count` lanes.
 
+    A value that was computed from a register that its lane never wrote is undefined too. That is
+    no fault until it decides something: an address, a branch, what is stored. (Triton's reductions
+    leave lanes undefined, and drop what those compute.)
+
     Attributes:
         active: bool [count], the lanes that the current instruction runs for.
         indices: int64, their numbers.
@@ -27,7 +31,9 @@ class Lanes:
         """`specials` are the values of special registers, uint32 [count], by name."""
         self.count = count
         self._values = [None] * registers
-        self._written = [None] * registers  # None, True, or the lanes that wrote
+        self._defined = [None] * registers  # None, True, or in which lanes
+        self._parts = {}  # of registers that were joined from undefined parts: those parts
+        self._undefined = None  # None, or in which lanes a source of the current instruction is
         self._specials = specials
         self._live = np.ones(count, bool)
         self._all = np.arange(count)
@@ -43,12 +49,16 @@ class Lanes:
         """The active lanes have returned."""
         self._live = self._live & ~self.active
 
+    def begin(self):
+        """An instruction begins that has read nothing yet."""
+        self._undefined = None
+
     @contextmanager
     def guarded(self, guard):
         """Run for those active lanes whose predicate has the wanted value; yields if any has."""
         register, wanted = guard
         before = self.active, self._is_whole, self.indices
-        self.run_for(before[0] & (self.read(register, "pred") == wanted))
+        self.run_for(before[0] & (self.demand(register, "pred") == wanted))
         yield len(self.indices) > 0
         self.active, self._is_whole, self.indices = before
 
@@ -56,9 +66,11 @@ class Lanes:
         """An operand as values of a type: [count], or one value for all."""
         dtype = TYPES[kind]
         if isinstance(operand, Register):
-            written = self._written[operand.index]
-            if written is not True and (written is None or (self.active & ~written).any()):
-                raise Uninitialised(f"register {operand.name}")
+            defined = self._defined[operand.index]
+            if defined is not True:
+                self.leave([operand])
+                before = False if self._undefined is None else self._undefined
+                self._undefined = before | ~self._defined[operand.index]
             values = self._values[operand.index]
             if values.dtype.itemsize != dtype.itemsize or (dtype == bool) != (operand.width == 1):
                 raise UnknownInstruction(f"{operand.name} has {operand.width} bits, not {kind}")
@@ -72,10 +84,19 @@ class Lanes:
             return self._specials[operand].view(dtype)
         raise UnknownInstruction(f"operand {operand}")
 
-    def read_bits(self, operand, bits):
+    def demand(self, operand, kind):
+        """As `read`, of an operand that must be defined in all active lanes."""
+        values = self.read(operand, kind)
+        if isinstance(operand, Register):
+            defined = self._defined[operand.index]
+            if defined is not True and (self.active & ~defined).any():
+                raise Uninitialised(f"register {operand.name}")
+        return values
+
+    def demand_bits(self, operand, bits):
         """The low `bits` of an operand, which may be wider, unsigned."""
         width = max(operand.width, bits) if isinstance(operand, Register) else bits
-        return self.read(operand, f"b{width}").astype(f"u{bits // 8}")
+        return self.demand(operand, f"b{width}").astype(f"u{bits // 8}")
 
     def write(self, register, values):
         """Values of the register's width, [count] or one for all, for the active lanes."""
@@ -88,18 +109,55 @@ class Lanes:
         values = values.view(dtype)
         if values.ndim == 0:
             values = np.full(self.count, values)
-        index = register.index
-        if self._is_whole:
-            self._values[index], self._written[index] = values, True
+        index, before = register.index, self._defined[register.index]
+        self._parts.pop(index, None)
+        if self._is_whole or before is None:
+            self._values[index] = values
+        else:
+            self._values[index] = np.where(self.active, values, self._values[index])
+        if self._is_whole and self._undefined is None:
+            self._defined[index] = True
             return
-        written = self._written[index]
-        if written is None:
-            self._values[index], self._written[index] = values, self.active
-            return
-        self._values[index] = np.where(self.active, values, self._values[index])
-        if written is not True:
-            written = written | self.active
-            self._written[index] = True if (written | ~self._live).all() else written
+        defined = self.active if self._undefined is None else self.active & ~self._undefined
+        if not self._is_whole and before is not None:
+            defined = defined | (before & ~self.active)
+        self._defined[index] = True if (defined | ~self._live).all() else defined
+
+    def leave(self, registers):
+        """Those of these registers that no lane ever wrote are undefined in all."""
+        for register in registers:
+            if isinstance(register, Register) and self._defined[register.index] is None:
+                self._values[register.index] = np.zeros(self.count, _UNSIGNED[register.width])
+                self._defined[register.index] = np.zeros(self.count, bool)
+
+    def join(self, register, parts):
+        """mov of narrower operands, the lowest first. Which of them are undefined is kept."""
+        values, undefined = [], []
+        for part in parts:
+            self.begin()
+            values.append(self.read(part, f"b{register.width // len(parts)}"))
+            undefined.append(self._undefined)
+        masks = [mask for mask in undefined if mask is not None]
+        self._undefined = np.logical_or.reduce(masks) if masks else None
+        joined = np.stack(np.broadcast_arrays(*values), -1)
+        self.write(register, joined.view(f"u{register.width // 8}")[..., 0])
+        if masks and self._is_whole:
+            self._parts[register.index] = undefined
+
+    def split(self, registers, operand):
+        """mov to narrower registers, the lowest first."""
+        values = np.atleast_1d(self.read(operand, f"b{operand.width}"))
+        parts = values[:, None].view(f"u{operand.width // 8 // len(registers)}")
+        undefined = self._parts.get(operand.index)
+        for place, register in enumerate(registers):
+            if undefined is not None:
+                self._undefined = undefined[place]
+            self.write(register, np.ascontiguousarray(parts[:, place]))
+
+    def moved(self, move):
+        """What is undefined moves between lanes as values do: [count] -> [count]."""
+        if self._undefined is not None:
+            self._undefined = move(self._undefined)
 
     def spread(self, values):
         """Values of the active lanes, [active, ...], as [count, ...]."""

@@ -72,11 +72,14 @@ class Machine:
                         with self.lanes.guarded(instruction.guard) as any_lane:
                             if any_lane:
                                 self._step(instruction, place)
+                            else:
+                                self._skip(instruction)
                 except (Fault, AssertionError) as error:
                     kind = type(error) if isinstance(error, Fault) else UnknownInstruction
                     raise kind(f"{error}\n  {self.program.name}, {instruction}") from error
 
     def _step(self, instruction, place):
+        self.lanes.begin()
         if instruction.opcode in ("ret", "exit"):
             place[self.lanes.indices] = len(self.program.blocks)
             self.lanes.end()
@@ -85,10 +88,14 @@ class Machine:
         else:
             access.find(instruction.opcode)(self, instruction.operands)
 
+    def _skip(self, instruction):
+        for target in instruction.operands[:1]:
+            self.lanes.leave(target if isinstance(target, tuple) else (target,))
+
     def addresses(self, operand, bits):
         """The addresses of the active lanes, unsigned."""
         base, offset = operand.base, operand.offset
-        values = self.lanes.of_active(self.lanes.read(base, f"b{bits}"))
+        values = self.lanes.of_active(self.lanes.demand(base, f"b{bits}"))
         return values + values.dtype.type(offset % (1 << bits))
 
     def load(self, space, operand, dtype, count):

@@ -1,4 +1,4 @@
-"""Instructions in which the lanes of a warp exchange values. Arrays are [warps, 32].
+"""Instructions in which the lanes of a warp exchange values. 
 
 Lane 4g + t of a warp holds, of a tile, row g and columns 2t and 2t + 1 (PTX ISA, "Matrix fragments
 for mma.m16n8k16" and "ldmatrix"); 16-bit values are packed by two, the lower column in the lower
@@ -10,30 +10,30 @@ import numpy as np
 from tests.support.ptx.packed import widen
 
 
-def shuffle(mode, values, operand, clamp):
-    """shfl.sync: (what each lane receives, whether its source lane is in range).
+def sources(mode, operand, clamp):
+    """shfl.sync: the lane from which each lane receives, which is itself where that is out of range.
 
-    `operand` is a distance or a lane, `clamp` the bound of segments and their mask.
+    Args:
+        operand: a distance or a lane, [lanes].
+        clamp: the bound of a segment and, from bit 8 on, the mask of segments.
     """
     lane = np.arange(32)
     segment, bound = clamp >> 8 & 31, clamp & 31
     lowest = lane & segment
     highest = lowest | bound & ~segment
-    operand = operand.astype(np.int64) & 31
+    operand = operand.reshape(-1, 32).astype(np.int64) & 31
     if mode == "up":
         source = lane - operand
         inside = source >= highest  # the bound of `up` is a lower one
-    elif mode == "down":
-        source = lane + operand
-        inside = source <= highest
-    elif mode == "bfly":
-        source = lane ^ operand
-        inside = source <= highest
     else:
-        source = lowest | operand & ~segment
+        source = {
+            "down": lane + operand,
+            "bfly": lane ^ operand,
+            "idx": lowest | operand & ~segment,
+        }[mode]
         inside = source <= highest
-    source = np.where(inside, source, lane)
-    return np.take_along_axis(values, np.broadcast_to(source, values.shape), 1), inside
+    first = 32 * np.arange(len(operand))[:, None]
+    return (first + np.where(inside, source, lane)).reshape(-1)
 
 
 REDUCTIONS = {
@@ -47,9 +47,9 @@ REDUCTIONS = {
 
 
 def reduce(name, values):
-    """redux.sync: every lane receives the reduction over its warp."""
-    total = REDUCTIONS[name](values, axis=1, dtype=values.dtype, keepdims=True)
-    return np.broadcast_to(total, values.shape)
+    """redux.sync: every lane receives the reduction over its warp, [lanes] -> [lanes]."""
+    total = REDUCTIONS[name](values.reshape(-1, 32), axis=1, dtype=values.dtype)
+    return np.repeat(total, 32)
 
 
 def _floats(bits, kind):
