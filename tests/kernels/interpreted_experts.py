@@ -27,10 +27,8 @@ from qmix.kernels.gpu.grid import Tuning
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
-from qmix.weights.packed import codes
-from qmix.weights.packed.layout import pack_expert, pack_matrix, unpack_matrix
+from qmix.weights.packed.layout import pack_expert, pack_matrix
 from qmix.weights.packed.table import ExpertTable
-from qmix.weights.table import Table
 from tests.support.interpreter import (
     CONVERSIONS,
     DEVICE,
@@ -41,7 +39,7 @@ from tests.support.interpreter import (
     skip_without_a_device,
 )
 from tests.support.models import small_model
-from tests.support.packed import act_order, int4, nf4
+from tests.support.packed import act_order, as_computed, int4, nf4
 from tests.support.soak import one_in
 
 skip_without_a_device()
@@ -57,16 +55,6 @@ KINDS = {
     "int4 act-order": (act_order, INT4_BOUND),
     "int4 asymmetric": (lambda n, k, seed=0: int4(n, k, seed, symmetric=False), INT4_BOUND),
 }
-
-
-def as_computed(packed):
-    """The weight with the table and the scales of the kernels, float32."""
-    weight = unpack_matrix(packed)
-    if isinstance(weight, Table):
-        values = [codes.NF4_STORED_VALUES[stored] for stored in codes.NF4_STORED_OF_CODE]
-        table = torch.tensor(values, device=weight.device) / codes.NF4_STRETCH
-        weight = replace(weight, table=table)
-    return weight.dequantize(torch.float32)
 
 
 @pytest.mark.diagonal

@@ -6,7 +6,10 @@ import torch
 
 from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.nf4 import quantize
+from qmix.weights.packed import codes
+from qmix.weights.packed.layout import unpack_matrix
 from qmix.weights.scheme import Scheme
+from qmix.weights.table import Table
 
 
 def nf4(rows, columns, seed=0, block=64, double=False):
@@ -27,6 +30,16 @@ def act_order(rows, columns, seed=0):
     """Two matrices of as many inputs and of near seeds have the same order, as w1 and w3 have."""
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
     return replace(int4(rows, columns, seed, symmetric=False), perm=order.int())
+
+
+def as_computed(packed):
+    """The weight with the table and the scales of the kernels, float32."""
+    weight = unpack_matrix(packed)
+    if isinstance(weight, Table):
+        values = [codes.NF4_STORED_VALUES[stored] for stored in codes.NF4_STORED_OF_CODE]
+        table = torch.tensor(values, device=weight.device) / codes.NF4_STRETCH
+        weight = replace(weight, table=table)
+    return weight.dequantize(torch.float32)
 
 
 KINDS = {

@@ -8,7 +8,7 @@ It refuses what a GPU would do silently: an instruction that it does not know, a
 memory that nothing wrote, an address outside the tensors, a misaligned address, shared memory that
 is read before its copy was waited for or without a barrier after another thread's write.
 
-    faults      what it refuses
+    errors      what it refuses
     source      PTX text -> blocks of instructions
     operations  instructions that compute a lane's value from that lane's values
     packed      the same on two 16-bit floats, and conversions between formats

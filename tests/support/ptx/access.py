@@ -148,7 +148,11 @@ def _tiles(count, transposed, machine, operands):
     lanes.check_together(32, "ldmatrix")
     asking = lanes.indices % 32 < 8 * count
     rows = machine.shared.load(
-        lanes.indices[asking], machine.addresses(address, 32)[asking], np.dtype("u2"), 8, collective=True
+        lanes.indices[asking],
+        machine.addresses(address, 32)[asking],
+        np.dtype("u2"),
+        8,
+        collective=True,
     )
     words = warp.distribute(rows.reshape(-1, count, 8, 8), transposed)
     for register, word in zip(target, words, strict=True):
@@ -160,7 +164,8 @@ def _multiply(kind, machine, operands):
     lanes = machine.lanes
     lanes.check_together(32, "mma")
     a, b, c = (
-        np.stack([lanes.demand(part, "b32").reshape(-1, 32) for part in source]) for source in sources
+        np.stack([lanes.demand(part, "b32").reshape(-1, 32) for part in source])
+        for source in sources
     )
     product = warp.multiply(a, b, c.view(np.float32), kind)
     for register, values in zip(target, product, strict=True):
@@ -171,8 +176,10 @@ def _shuffle(mode, machine, operands):
     target, source, operand, clamp, members = operands
     lanes = machine.lanes
     _check_members(lanes, members, "shfl")
-    places = warp.sources(mode, np.broadcast_to(lanes.demand(operand, "b32"), lanes.count), clamp.bits)
-    lanes.begin()  # an undefined place was a fault
+    places = warp.sources(
+        mode, np.broadcast_to(lanes.demand(operand, "b32"), lanes.count), clamp.bits
+    )
+    lanes.begin()  # an undefined place was an error
     values = np.broadcast_to(lanes.read(source, "b32"), lanes.count)
     lanes.moved(lambda undefined: undefined[places])
     lanes.write(target, values[places])

@@ -85,7 +85,9 @@ class _Launcher:
         self._types = list(source.signature.values())
         self._metadata = metadata
 
-    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+    def __call__(
+        self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments
+    ):
         values, tensors = [], []
         for kind, argument in zip(self._types, arguments, strict=True):
             if kind == "constexpr":
@@ -108,7 +110,9 @@ def _extent(tensor):
     """The address of a tensor and its bytes, from its first element to its last."""
     if not tensor.numel():
         return tensor.data_ptr(), 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
@@ -118,7 +122,9 @@ def _targets(tables):
     addresses = [number for number in addresses if number >= _LOWEST_ADDRESS]
     if not addresses:
         return
-    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.device.type == "cpu"]
+    tensors = [
+        one for one in gc.get_objects() if type(one) is torch.Tensor and one.device.type == "cpu"
+    ]
     extents = [_extent(tensor) for tensor in tensors]
     for address in addresses:
         around = [(n, start) for start, n in extents if start <= address < start + n]

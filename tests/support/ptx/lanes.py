@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from tests.support.ptx.faults import Divergence, Uninitialised, UnknownInstruction
+from tests.support.ptx.errors import DivergenceError, UninitialisedError, UnknownInstructionError
 from tests.support.ptx.operations import TYPES
 from tests.support.ptx.source import Immediate, Register
 
@@ -19,7 +19,7 @@ class Lanes:
     """Registers of `count` lanes.
 
     A value that was computed from a register that its lane never wrote is undefined too. That is
-    no fault until it decides something: an address, a branch, what is stored. (Triton's reductions
+    no error until it decides something: an address, a branch, what is stored. (Triton's reductions
     leave lanes undefined, and drop what those compute.)
 
     Attributes:
@@ -72,17 +72,21 @@ class Lanes:
                 before = False if self._undefined is None else self._undefined
                 self._undefined = before | ~self._defined[operand.index]
             values = self._values[operand.index]
-            if values.dtype.itemsize != dtype.itemsize or (dtype == bool) != (operand.width == 1):
-                raise UnknownInstruction(f"{operand.name} has {operand.width} bits, not {kind}")
+            if values.dtype.itemsize != dtype.itemsize or (dtype.kind == "b") != (
+                operand.width == 1
+            ):
+                raise UnknownInstructionError(
+                    f"{operand.name} has {operand.width} bits, not {kind}"
+                )
             return values.view(dtype)
         if isinstance(operand, Immediate):
-            if dtype == bool:
+            if dtype.kind == "b":
                 return np.bool_(operand.bits)
             bits = operand.bits & ((1 << 8 * dtype.itemsize) - 1)
             return np.array(bits, f"u{dtype.itemsize}").view(dtype)[()]
         if operand in self._specials:
             return self._specials[operand].view(dtype)
-        raise UnknownInstruction(f"operand {operand}")
+        raise UnknownInstructionError(f"operand {operand}")
 
     def demand(self, operand, kind):
         """As `read`, of an operand that must be defined in all active lanes."""
@@ -90,7 +94,7 @@ class Lanes:
         if isinstance(operand, Register):
             defined = self._defined[operand.index]
             if defined is not True and (self.active & ~defined).any():
-                raise Uninitialised(f"register {operand.name}")
+                raise UninitialisedError(f"register {operand.name}")
         return values
 
     def demand_bits(self, operand, bits):
@@ -104,8 +108,12 @@ class Lanes:
             return
         values = np.asarray(values)
         dtype = _UNSIGNED[register.width]
-        if values.dtype.itemsize != dtype.itemsize or (dtype == bool) != (values.dtype == bool):
-            raise UnknownInstruction(f"{values.dtype} to {register.name} of {register.width} bits")
+        if values.dtype.itemsize != dtype.itemsize or (dtype.kind == "b") != (
+            values.dtype.kind == "b"
+        ):
+            raise UnknownInstructionError(
+                f"{values.dtype} to {register.name} of {register.width} bits"
+            )
         values = values.view(dtype)
         if values.ndim == 0:
             values = np.full(self.count, values)
@@ -177,4 +185,4 @@ class Lanes:
         """Raise unless of every `size` live lanes all are active or none is."""
         missing = (self._live & ~self.active).reshape(-1, size).any(1)
         if (missing & self.active.reshape(-1, size).any(1)).any():
-            raise Divergence(f"{what} without all of its threads")
+            raise DivergenceError(f"{what} without all of its threads")

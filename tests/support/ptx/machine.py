@@ -7,7 +7,7 @@ that they meet again where the paths do.
 import numpy as np
 
 from tests.support.ptx import access, packed  # noqa: F401  packed enters its operations
-from tests.support.ptx.faults import Fault, UnknownInstruction
+from tests.support.ptx.errors import PtxError, UnknownInstructionError
 from tests.support.ptx.lanes import Lanes
 from tests.support.ptx.shared import SharedMemory
 from tests.support.ptx.source import Address, Special
@@ -18,11 +18,11 @@ _AXES = "xyz"
 
 
 def check_known(program):
-    """Raise UnknownInstruction unless every opcode of a program is known."""
+    """Raise UnknownInstructionError unless every opcode of a program is known."""
     for block in program.blocks:
         for instruction in block:
             if instruction.opcode not in _BRANCHES and access.find(instruction.opcode) is None:
-                raise UnknownInstruction(str(instruction))
+                raise UnknownInstructionError(str(instruction))
 
 
 def run(program, grid, threads, parameters, memory, shared_bytes):
@@ -33,7 +33,7 @@ def run(program, grid, threads, parameters, memory, shared_bytes):
         memory: GlobalMemory.
 
     Raises:
-        Fault: with the line of the instruction.
+        PtxError: with the line of the instruction.
     """
     check_known(program)
     blocks = int(np.prod(grid))
@@ -74,8 +74,8 @@ class Machine:
                                 self._step(instruction, place)
                             else:
                                 self._skip(instruction)
-                except (Fault, AssertionError) as error:
-                    kind = type(error) if isinstance(error, Fault) else UnknownInstruction
+                except (PtxError, AssertionError) as error:
+                    kind = type(error) if isinstance(error, PtxError) else UnknownInstructionError
                     raise kind(f"{error}\n  {self.program.name}, {instruction}") from error
 
     def _step(self, instruction, place):
@@ -122,8 +122,6 @@ def _specials(numbers, grid, threads):
     for axis, size in zip(_AXES, grid, strict=True):
         found[f"%ctaid.{axis}"] = np.repeat(place % size, threads).astype(np.uint32)
         found[f"%nctaid.{axis}"] = np.full(blocks * threads, size, np.uint32)
-        found[f"%ntid.{axis}"] = np.full(
-            blocks * threads, threads if axis == "x" else 1, np.uint32
-        )
+        found[f"%ntid.{axis}"] = np.full(blocks * threads, threads if axis == "x" else 1, np.uint32)
         place = place // size
     return {Special(name): values for name, values in found.items()}

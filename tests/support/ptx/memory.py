@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.support.ptx.faults import Misaligned, OutOfBounds, Race
+from tests.support.ptx.errors import MisalignedError, OutOfBoundsError, RaceError
 
 _FIRST = 16  # numpy takes no array at address 0
 
@@ -10,23 +10,20 @@ _FIRST = 16  # numpy takes no array at address 0
 class _Process:
     """All addresses of this process as one array of bytes; only checked ones may be touched."""
 
-    __array_interface__ = {
-        "shape": ((1 << 47) - _FIRST,),
-        "typestr": "|u1",
-        "data": (_FIRST, False),
-        "version": 3,
-    }
+    def __init__(self):
+        shape, data = ((1 << 47) - _FIRST,), (_FIRST, False)
+        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": data, "version": 3}
 
 
 def check_alignment(addresses, nbytes):
     """Raise unless all addresses are multiples of `nbytes`."""
     if (addresses & np.asarray(nbytes - 1, addresses.dtype)).any():
         wrong = addresses[addresses % nbytes != 0][0]
-        raise Misaligned(f"address {wrong:#x}, {nbytes} bytes")
+        raise MisalignedError(f"address {wrong:#x}, {nbytes} bytes")
 
 
 class GlobalMemory:
-    """Bytes [start, end) of some buffers; every other address is a fault."""
+    """Bytes [start, end) of some buffers; every other address is an error."""
 
     def __init__(self, buffers):
         ends, starts = [], []
@@ -50,7 +47,7 @@ class GlobalMemory:
         rows, places = self._rows(addresses, values.dtype, values.shape[1])
         rows[places] = values
         if (rows[places] != values).any():
-            raise Race("two threads store different values at one address in one instruction")
+            raise RaceError("two threads store different values at one address in one instruction")
 
     def _rows(self, addresses, dtype, count):
         nbytes = dtype.itemsize * count
@@ -60,7 +57,7 @@ class GlobalMemory:
         if inside.all() and len(self._ends):
             inside = addresses + np.uint64(nbytes) <= self._ends[place]
         if not inside.all():
-            raise OutOfBounds(f"global address {addresses[~inside][0]:#x}, {nbytes} bytes")
+            raise OutOfBoundsError(f"global address {addresses[~inside][0]:#x}, {nbytes} bytes")
         whole = len(self._bytes) // nbytes * nbytes
         rows = self._bytes[:whole].view(dtype).reshape(-1, count)
         return rows, (addresses - np.uint64(_FIRST)) // np.uint64(nbytes)

@@ -11,7 +11,7 @@ Bookkeeping is by granule: the narrowest access of the program.
 
 import numpy as np
 
-from tests.support.ptx.faults import OutOfBounds, Race, Uninitialised, Unwaited
+from tests.support.ptx.errors import OutOfBoundsError, RaceError, UninitialisedError, UnwaitedError
 from tests.support.ptx.memory import check_alignment
 
 _NOBODY, _SEVERAL = -1, -2
@@ -74,7 +74,7 @@ class SharedMemory:
         self._check_visible(granules, lanes, False, or_unwritten=True)
         rows[places] = values
         if (rows[places] != values).any():
-            raise Race("two threads store different values at one address in one instruction")
+            raise RaceError("two threads store different values at one address in one instruction")
         self._writer[granules] = lanes[:, None]
         self._written[granules] = self._time[lanes, None]
         self._written_in_warp[granules] = self._warp_time[lanes, None]
@@ -86,7 +86,7 @@ class SharedMemory:
         check_alignment(addresses, nbytes)
         if (addresses + nbytes > self.nbytes).any():
             wrong = addresses[addresses + nbytes > self.nbytes][0]
-            raise OutOfBounds(f"shared address {wrong:#x}, {nbytes} bytes of {self.nbytes}")
+            raise OutOfBoundsError(f"shared address {wrong:#x}, {nbytes} bytes of {self.nbytes}")
         addresses = addresses + lanes // self.threads * self._stride
         granules = addresses[:, None] // self.granule + np.arange(nbytes // self.granule)
         return self._bytes.view(dtype).reshape(-1, count), addresses // nbytes, granules
@@ -95,21 +95,21 @@ class SharedMemory:
         """Whatever wrote these granules must be over, as these lanes see it."""
         writer, group = self._writer[granules], self._group[granules]
         if not or_unwritten and (writer == _NOBODY).any():
-            raise Uninitialised("shared memory that nothing wrote")
+            raise UninitialisedError("shared memory that nothing wrote")
         time, warp_time = self._written[granules], self._written_in_warp[granules]
         copied = group != _NOBODY
         if copied.any():
             time = np.where(copied, self._done[writer, group], time)
             warp_time = np.where(copied, self._done_in_warp[writer, group], warp_time)
             if (time == _NEVER).any():
-                raise Unwaited("shared memory whose asynchronous copy was not waited for")
+                raise UnwaitedError("shared memory whose asynchronous copy was not waited for")
         lane = lanes[:, None]
         visible = (time < self._time[lane]) | (writer == _NOBODY)
         visible |= (writer // 32 == lane // 32) & (warp_time < self._warp_time[lane])
         if not collective:
             visible |= writer == lane
         if not visible.all():
-            raise Race("shared memory that another thread wrote, without a barrier since")
+            raise RaceError("shared memory that another thread wrote, without a barrier since")
 
     def _check_unread(self, granules, lanes):
         """No other thread may have read these granules since the last barrier."""
@@ -118,7 +118,7 @@ class SharedMemory:
         same_warp = self._reading_warp[granules] == lane // 32
         safe |= same_warp & (self._read_in_warp[granules] < self._warp_time[lane])
         if not safe.all():
-            raise Race("a store to shared memory that another thread reads, without a barrier")
+            raise RaceError("a store to shared memory that another thread reads, without a barrier")
 
     def _note_read(self, granules, lanes, collective):
         lane, warp = lanes[:, None], lanes[:, None] // 32

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from tests.support.ptx.faults import UnknownInstruction
+from tests.support.ptx.errors import UnknownInstructionError
 
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\((.*?)\)(.*?)\n\{", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)\b.*?(\w+)\s*(?:,|$)", re.MULTILINE)
@@ -117,11 +117,11 @@ def parse(text):
     """The one kernel of a PTX text.
 
     Raises:
-        UnknownInstruction: something in it is not understood.
+        UnknownInstructionError: something in it is not understood.
     """
     entry = _ENTRY.search(text)
     if entry is None:
-        raise UnknownInstruction("no kernel")
+        raise UnknownInstructionError("no kernel")
     parameters = tuple((name, _WIDTHS[kind]) for kind, name in _PARAMETER.findall(entry[2]))
     scope, blocks, labels = _Scope(), [[]], {}
     targets = set(re.findall(r"\bbra(?:\.uni)?\s+([$\w]+)", text))
@@ -177,15 +177,13 @@ def _statements(text, start):
 def _instruction(statement, line, scope, parameters):
     match = _STATEMENT.fullmatch(statement)
     if match is None:
-        raise UnknownInstruction(f"line {line}: {statement}")
+        raise UnknownInstructionError(f"line {line}: {statement}")
     negated, predicate, opcode, rest = match.groups()
     text = " ".join(statement.split())
     guard = None
     if predicate:
         guard = (_operand(predicate, scope, parameters, text, line), not negated)
-    operands = tuple(
-        _operand(part.strip(), scope, parameters, text, line) for part in _split(rest)
-    )
+    operands = tuple(_operand(part.strip(), scope, parameters, text, line) for part in _split(rest))
     return Instruction(opcode, operands, guard, line, text)
 
 
@@ -212,7 +210,9 @@ def _operand(text, scope, parameters, whole, line):
             _operand(part.strip(), scope, parameters, whole, line) for part in _split(text[1:-1])
         )
     if text[0] == "[":
-        base, sign, offset = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:([+-])\s*(-?\w+)\s*)?\]", text).groups()
+        base, sign, offset = re.fullmatch(
+            r"\[\s*([%$\w]+)\s*(?:([+-])\s*(-?\w+)\s*)?\]", text
+        ).groups()
         base = base if base in parameters else _operand(base, scope, parameters, whole, line)
         return Address(base, int((sign or "+") + "1") * int(offset or "0", 0))
     if register := scope.find(text):
@@ -227,4 +227,4 @@ def _operand(text, scope, parameters, whole, line):
         return Label(text)
     if text.startswith("%"):
         return Special(text)
-    raise UnknownInstruction(f"line {line}: {whole} (operand {text})")
+    raise UnknownInstructionError(f"line {line}: {whole} (operand {text})")

@@ -1,4 +1,4 @@
-"""Instructions in which the lanes of a warp exchange values. 
+"""Instructions in which the lanes of a warp exchange values.
 
 Lane 4g + t of a warp holds, of a tile, row g and columns 2t and 2t + 1 (PTX ISA, "Matrix fragments
 for mma.m16n8k16" and "ldmatrix"); 16-bit values are packed by two, the lower column in the lower
@@ -11,7 +11,7 @@ from tests.support.ptx.packed import widen
 
 
 def sources(mode, operand, clamp):
-    """shfl.sync: the lane from which each lane receives, which is itself where that is out of range.
+    """shfl.sync: the lane from which each lane receives; itself where that is out of range.
 
     Args:
         operand: a distance or a lane, [lanes].
