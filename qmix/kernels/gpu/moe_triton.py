@@ -301,7 +301,7 @@ def summed(partials, token, M, N, at, inside, SPLITS: tl.constexpr, CHOICES: tl.
     return total
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=["M"])
 def combine(partials, out, M, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, N] = partials [Z, M, N] summed over a token's choices and splits, in that order."""
     token = tl.program_id(0)

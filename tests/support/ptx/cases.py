@@ -81,15 +81,10 @@ def dequantize(weights, dtype=torch.float32):
     """dequantize: two panels of two or four tiles."""
     make, _ = WEIGHTS[weights]
     packed = pack_matrix(make(256, 256))
-    if packed.perm is not None:
-        return _dequantize_reordered(packed, dtype)
-    out = moe.dequantize(packed, dtype)
-    return [Result("dequantize", out, as_computed(packed), max(EPSILON[dtype], 1e-6))]
-
-
-def _dequantize_reordered(packed, dtype):
-    expected = as_computed(packed)[:, packed.perm.long()]
-    return [Result("dequantize", moe.dequantize(packed, dtype), expected, max(EPSILON[dtype], 1e-6))]
+    expected = as_computed(packed)
+    if packed.perm is not None:  # inputs stay in the order in which they are packed
+        expected = expected[:, packed.perm.long()]
+    return [Result("dequantize", moe.dequantize(packed, dtype), expected, EPSILON[dtype])]
 
 
 def _table(weights, hidden, width, count=4):
@@ -98,7 +93,8 @@ def _table(weights, hidden, width, count=4):
         Expert(make(width, hidden, s), make(hidden, width, s + 1), make(width, hidden, s + 2))
         for s in range(0, 10 * count, 10)
     ]
-    return experts, ExpertTable.build([[pack_expert(expert) for expert in experts]]), bound
+    table = ExpertTable.build([[pack_expert(expert) for expert in experts]])
+    return [(each.w1, each.w2, each.w3) for each in experts], table, bound
 
 
 def _routes(tokens, count=4, choices=2):
@@ -113,15 +109,26 @@ def experts(weights, tokens, hidden=384, width=256, tuning=moe.UNTUNED):
     stored, table, bound = _table(weights, hidden, width)
     x, routes = drawn(tokens, hidden), _routes(tokens)
     out = moe.experts(x, routes, table, 0, tuning)
-    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
-    for number, expert in enumerate(stored):
-        w1, w2, w3 = (
-            part.dequantize(torch.float32).double() for part in (expert.w1, expert.w2, expert.w3)
-        )
-        inner = F.silu(x.double() @ w1.T) * (x.double() @ w3.T)
+
+    def meant(weight, kept):
+        return _mixed(x.double(), routes, [[weight(w) for w in each] for each in stored], kept)
+
+    exact = meant(lambda weight: weight.dequantize(torch.float32).double(), torch.float64)
+    computed = meant(lambda weight: as_computed(pack_matrix(weight)).double(), torch.float16)
+    return [
+        Result("experts", out, exact, 3 * bound + HALF),
+        Result("experts' sums", out, computed, 1e-4),  # some inner values round the other way
+    ]
+
+
+def _mixed(x, routes, experts, kept):
+    """Each token through its experts (w1, w2, w3), whose inner activations are of dtype `kept`."""
+    total = torch.zeros_like(x)
+    for number, (w1, w2, w3) in enumerate(experts):
+        inner = moe.SHRINK * F.silu(x @ w1.T) * (x @ w3.T)
         share = (routes.weights * (routes.ids == number)).sum(1, keepdim=True).double()
-        expected += share * (inner @ w2.T)
-    return [Result("experts", out, expected, 3 * bound + HALF)]
+        total += share / moe.SHRINK * (inner.to(kept).double() @ w2.T)
+    return total
 
 
 def attend(dtype, queries, length=67, window=None, heads=(8, 2, 64), arrivals=False):

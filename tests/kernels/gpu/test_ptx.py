@@ -1,0 +1,112 @@
+"""What Triton compiles for our kernels, run by tests.support.ptx and compared in float64.
+
+`make test` runs a few cases, `make soak` all of them, and with them the tests that Triton's own
+interpreter runs.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+
+from tests.support.interpreter import run_apart
+
+pytest.importorskip("triton")
+
+from tests.support.ptx import cases
+from tests.support.ptx.device import Device, installed
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+TOKENS = (1, 8, 16, 40)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check(case, *arguments, **options):
+    """Run a case; the kernels that it launched."""
+    with installed(Device()) as device:
+        results = case(*arguments, **options)
+    wrong = [
+        f"{r.what}: {r.error():.1e}, at most {r.bound:.1e}" for r in results if not r.is_right()
+    ]
+    assert not wrong, wrong
+    return {name for name, _, _ in device.launches}
+
+
+def grid(every, *axes):
+    """The product of axes; all but each `every`th of its points are left to the soak."""
+    return [
+        pytest.param(*point, marks=[pytest.mark.soak] if number % every else [])
+        for number, point in enumerate(product(*axes))
+    ]
+
+
+@pytest.mark.parametrize(("weights", "tokens"), grid(9, cases.WEIGHTS, TOKENS))
+def test_a_matmul(weights, tokens):
+    assert check(cases.linear, weights, tokens) == {"packed_matmul", "combine"}
+
+
+@pytest.mark.parametrize(("weights", "tokens"), grid(27, cases.WEIGHTS, TOKENS))
+def test_experts(weights, tokens):
+    assert check(cases.experts, weights, tokens) == {"gate_up", "down", "combine"}
+
+
+@pytest.mark.parametrize(("weights", "dtype"), grid(15, cases.WEIGHTS, DTYPES), ids=str)
+def test_dequantize(weights, dtype):
+    assert check(cases.dequantize, weights, dtype) == {"dequantize"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("warps", [1, 2])
+@pytest.mark.parametrize(("weights", "tokens"), grid(1, cases.WEIGHTS, TOKENS))
+def test_smaller_thread_blocks(weights, tokens, warps):
+    tuning = cases.moe.Tuning(warps=warps)
+    check(cases.linear, weights, tokens, tuning=tuning)
+    check(cases.experts, weights, tokens, tuning=tuning)
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), grid(8, DTYPES, TOKENS), ids=str)
+def test_norms(dtype, tokens):
+    assert check(cases.norms, dtype, tokens) == {"residual_norm"}
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), grid(12, DTYPES, TOKENS), ids=str)
+def test_route(dtype, tokens):
+    assert check(cases.route, dtype, tokens) == {"route"}
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), grid(12, DTYPES, TOKENS), ids=str)
+def test_rotary(dtype, tokens):
+    assert check(cases.rotary, dtype, tokens) == {"rotate", "rotate_store"}
+
+
+@pytest.mark.parametrize(("dtype", "window"), grid(6, DTYPES, (None, 20)), ids=str)
+def test_one_query(dtype, window):
+    assert check(cases.attend, dtype, 1, window=window) == {"split", "merge"}
+
+
+@pytest.mark.parametrize(("dtype", "window"), grid(6, DTYPES, (None, 20)), ids=str)
+def test_the_last_split_merges(dtype, window):
+    assert check(cases.attend, dtype, 1, window=window, arrivals=True) == {"split"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "window"), grid(9, DTYPES, (9, 40), (None, 20)), ids=str
+)
+def test_prefill(dtype, queries, window):
+    assert check(cases.attend, dtype, queries, window=window) == {"prefill"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixtrals_heads(dtype):
+    """32 heads on 8, 128 wide."""
+    for queries in (1, 2, 40):
+        check(cases.attend, dtype, queries, heads=(32, 8, 128))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["experts", "attention", "decoding", "store"])
+@pytest.mark.parametrize("soak", [False, True])
+def test_what_triton_interprets(name, soak):
+    run_apart(name, interpreted=False, as_ptx=True, soak=soak)
