@@ -15,7 +15,7 @@ import typer
 
 from qmix import __version__
 from qmix.commands import doctor, evaluate, files, generate, hub, plan, quantize, terminal, trace
-from qmix.errors import QmixError, ResourceError
+from qmix.errors import QmixError, ResourceError, of_device
 from qmix.files.file_errors import FULL
 
 app = typer.Typer(
@@ -96,6 +96,8 @@ def _fail(error: Exception) -> NoReturn:
         terminal.flush()
     except ResourceError as full:  # stdout is what failed, and the error came of that
         error = full
+    if isinstance(error, RuntimeError):
+        error = of_device(error) or error
     terminal.print_error(error, with_traceback=bool(os.environ.get("QMIX_DEBUG")))
     sys.exit(_exit_code(error))
 

@@ -92,6 +92,29 @@ class ResourceError(QmixError):
     exit_code = 4
 
 
+def of_device(error: RuntimeError) -> ResourceError | None:
+    """The error of a GPU that failed in the middle of its work; None if this is another one.
+
+    Args:
+        error: torch's, which begins with the runtime's own words.
+    """
+    said = str(error).partition("\n")[0]
+    if not said.startswith(("CUDA error", "HIP error")):
+        return None
+    if "out of memory" in said:
+        return ResourceError(
+            "the GPU has no memory left",
+            found=said,
+            remedy="Give a smaller vram or a shorter context, or close the programs that use it.",
+        )
+    return ResourceError(
+        "the GPU failed, and this process cannot use it any more",
+        found=said,
+        remedy="Start again. If it fails again, look at nvidia-smi and the system's log (Xid), and "
+        "try QMIX_BACKEND=torch: if that helps, report it with the output of qmix doctor.",
+    )
+
+
 class WriteError(ResourceError, OSError):
     """A file cannot be written: a full or broken disk, one mounted read-only, a lost mount."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
-from qmix.errors import UsageError
+from qmix.errors import UsageError, of_device
 from qmix.generation.config import GenerationConfig
 from qmix.generation.host_copy import to_device
 from qmix.generation.inputs import GenerationInputs
@@ -24,6 +24,7 @@ from qmix.generation.sampling import checked
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn, TokenSelector
 from qmix.nn.cache import KVCache
+from qmix.nn.embedding import check_ids
 from qmix.nn.outputs import GenerateDecoderOnlyOutput
 from qmix.planning.budget import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 
@@ -81,8 +82,20 @@ def stream(model: CausalLM, inputs: GenerationInputs) -> Iterator[Token]:
     """Generate after a prompt, one Token a step.
 
     Raises:
-        UsageError: as GenerationInputs.check; a cache of another model or of the whole prompt.
+        UsageError: as GenerationInputs.check; a cache of another model or of the whole prompt; an
+            id outside the vocabulary.
+        ResourceError: the GPU failed in the middle.
     """
+    try:
+        yield from _tokens(model, inputs)
+    except RuntimeError as error:
+        failure = of_device(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _tokens(model: CausalLM, inputs: GenerationInputs) -> Iterator[Token]:
     start = time.perf_counter()
     inputs = _prepared(model, inputs)
     rows, steps = Rows(inputs, model.device), _Steps(model, inputs)
@@ -259,6 +272,8 @@ def seed_for(config: GenerationConfig, device: torch.device) -> int | None:
 def _prepared(model: CausalLM, inputs: GenerationInputs) -> GenerationInputs:
     """The inputs, checked, with the padding on the left and with a cache."""
     inputs.check(model.config.hidden_size)
+    if inputs.columns.dim() == 2:  # ids; a step with static shapes looks at none
+        check_ids(inputs.columns, model.config.vocab_size)
     prompt_length = inputs.columns.shape[1]
     budget, limit = inputs.config.new_tokens(prompt_length), model.config.max_position_embeddings
     if prompt_length + budget > limit:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmix.errors import UsageError
+from qmix.nn.process import capturing
 from qmix.nn.stored import StoredModule
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense, Weight
@@ -75,10 +76,12 @@ def _rows(input_ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
 def check_ids(input_ids: Tensor, vocabulary: int) -> None:
     """Refuse ids that an embedding of so many rows does not have.
 
+    Ids on a GPU are waited for: one that is wrong there would end all work of the process on it.
+
     Raises:
         UsageError: an id outside the vocabulary.
     """
-    if input_ids.numel() and not input_ids.is_cuda:  # on a GPU the check would wait for it
+    if input_ids.numel() and not capturing(input_ids):
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocabulary:
             raise UsageError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.errors import UsageError
+from qmix.nn.process import capturing
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -134,7 +135,7 @@ def _targets(labels: Tensor, classes: int) -> Tensor:
     if labels.is_floating_point() or labels.is_complex():
         raise UsageError("wrong dtype", where="labels", expected="integers", found=labels.dtype)
     targets = labels.flatten().long()
-    if targets.is_cuda or not targets.numel():  # on a GPU the check would wait for it
+    if not targets.numel() or capturing(targets):
         return targets
     low, high = int(targets.masked_fill(targets == -100, 0).min()), int(targets.max())
     if low < 0 or high >= classes:

@@ -1,4 +1,4 @@
-"""The process that made a model, and whether another one that was forked off it may use it.
+"""What a process may do with a model: after a fork, and while a CUDA graph is captured.
 
 Knows no model.
 """
@@ -6,8 +6,14 @@ Knows no model.
 import os
 
 import torch
+from torch import Tensor
 
 from qmix.errors import UnsupportedError
+
+
+def capturing(values: Tensor) -> bool:
+    """Whether the caller captures a CUDA graph, so that values on a GPU cannot be looked at."""
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class MadeHere:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qmix.errors import UsageError
-from qmix.nn.embedding import Embedding, embedding
+from qmix.nn.embedding import Embedding, check_ids, embedding
+from qmix.nn.losses import next_token_loss
 from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scales import NestedScales
 from qmix.weights.table import E2M1_VALUES, Table
@@ -85,3 +86,31 @@ def test_a_head_that_is_tied_to_a_packed_embedding_multiplies_it():
     largest = float(logits.detach().abs().max())
     torch.testing.assert_close(logits, dense(ids).logits, rtol=0, atol=1e-5 * largest)
     assert dense.get_input_embeddings()(ids).equal(model.get_input_embeddings()(ids))
+
+
+class OnGpu(torch.Tensor):
+    """Ids that say they lie on a GPU."""
+
+    is_cuda = True
+
+
+def test_ids_on_a_gpu_are_checked_before_they_are_looked_up(monkeypatch):
+    """There a wrong id ends all work of the process."""
+    model = small_model()
+    wrong = torch.tensor([[3, 128]]).as_subclass(OnGpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(UsageError, match=r"outside the vocabulary; expected 0 to 127; found 128"):
+        model(wrong)
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        model.generate(wrong, max_new_tokens=1)
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        model.generate(wrong[:, 1:], max_new_tokens=1)  # one column: no prompt to look up
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_ids(wrong, 128)  # nothing may be looked at
+
+
+def test_labels_on_a_gpu_are_checked_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    labels = torch.tensor([[0, 99]]).as_subclass(OnGpu)
+    with pytest.raises(UsageError, match="no such label"):
+        next_token_loss(torch.zeros(1, 2, 8), labels)
