@@ -71,6 +71,9 @@ class WeightKernel:
             "SHRINK": moe.SHRINK,
             "GROW": 1 / moe.SHRINK,
             "SHARED": 2,
+            "squares": None,
+            "S": 1,
+            "SLICES": 1,
         }
         names = function.arg_names
         unaligned = function.do_not_specialize_on_alignment

@@ -79,3 +79,11 @@ def supported(model: Decoder) -> bool:
         and model.config.head_dim in (16, 32, 64, 128)
         and all(layer_weights(layer) is not None for layer in model.layers)
     )
+
+
+def packed_layers(model: Decoder) -> list[LayerWeights]:
+    """The weights of a decoder that is `supported`."""
+    found = [layer_weights(layer) for layer in model.layers]
+    layers = [layer for layer in found if layer is not None]
+    assert len(layers) == len(found)
+    return layers

@@ -1,7 +1,7 @@
 """StaticDecoder: one new token for every row of a batch on a GPU, always by the same launches.
 
 Ids, positions and lengths lie in tensors on the device, and all shapes are static. So nothing is
-read back, nine launches a layer serve every token, and all of them can be recorded once as a CUDA
+read back, a few launches a layer serve every token, and all of them can be recorded once as a CUDA
 graph. The result is what `Decoder.decode` and the head compute for one new position; choosing the
 next id can be part of it.
 
@@ -18,7 +18,8 @@ from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.experts.gpu_store import DeviceStore
 from qmix.generation import cuda_graph
-from qmix.generation.packed_layers import LayerWeights, first_experts, layer_weights
+from qmix.generation.layer_launches import LayerLaunches, StepSettings
+from qmix.generation.packed_layers import first_experts, packed_layers
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu.current_device import on
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
@@ -99,20 +100,16 @@ class StaticDecoder:
             rotary: tables that other decoders of the model read, too.
             pool: memory that other recordings of the cache use, too.
         """
-        layers = [layer_weights(layer) for layer in model.layers]
-        self._layers = [layer for layer in layers if layer is not None]
-        assert len(self._layers) == len(layers)
+        layers = packed_layers(model)
         self._experts = first_experts(model)
         store = model.experts_store
         self._store = store if isinstance(store, DeviceStore) else None
         config, self._embedding = model.config, model.embed_tokens
         self._settings = _settings(config)
-        self._head, self._norm, self._window = head, model.norm.weight, config.sliding_window
-        self._num_heads, self._top_k = config.num_attention_heads, config.num_experts_per_tok
-        self._eps = config.rms_norm_eps
+        self._head, norm = head, model.norm.weight
         self._storage = [cache.storage(layer) for layer in range(len(layers))]
-        self.padded, self.sample_fn, self._tuning = padded, sample_fn, tuning
-        device, dtype = self._norm.device, self._norm.dtype
+        self.padded, self.sample_fn = padded, sample_fn
+        device, dtype = norm.device, norm.dtype
         slots = self._storage[0][0].shape[2]
         self.max_positions = max(config.max_position_embeddings, slots) + 1
         tables = RotaryTables() if rotary is None else rotary
@@ -120,14 +117,21 @@ class StaticDecoder:
         self.ids = torch.zeros(cache.batch, dtype=torch.int64, device=device)
         self.past = torch.full((cache.batch,), cache.length, dtype=torch.int32, device=device)
         self._padding = torch.zeros_like(self.past) if padded else None  # columns on the left
-        self._no_partials = torch.zeros(cache.batch, config.hidden_size, device=device)
         self.logits = torch.zeros(cache.batch, head.out_features, device=device)
         self.scores = torch.zeros_like(self.logits)
-        heads = cache.batch * config.num_key_value_heads
-        self._split_arrivals = (
-            torch.zeros(heads, dtype=torch.int32, device=device) if tuning.merge_in_split else None
+        settings = StepSettings(
+            heads=config.num_attention_heads,
+            top_k=config.num_experts_per_tok,
+            eps=config.rms_norm_eps,
+            window=config.sliding_window,
+            cos=self._cos,
+            sin=self._sin,
+            past=self.past,
+            padding=self._padding,
+            last_norm=norm,
         )
-        shape = (len(layers), cache.batch, self._top_k)
+        self._through_layers = LayerLaunches(layers, self._storage, settings, tuning)
+        shape = (len(layers), cache.batch, config.num_experts_per_tok)
         self._route_log = torch.zeros(shape, dtype=torch.int64, device=device)
         self._pool = pool
         self._record = record and _recordable(device)
@@ -209,39 +213,9 @@ class StaticDecoder:
 
     def _launch(self) -> None:
         """Launch a step. Nothing here may depend on a value that lies on the device."""
-        from qmix.kernels.gpu import moe as gpu_moe
-        from qmix.kernels.gpu import pointwise
-
-        half, tuning = torch.float16, self._tuning
         # An id of -1 says that the scores were not finite; the host finds it a step later.
         x = self._embedding(self.ids.clamp(0, self._embedding.num_embeddings - 1))
-        partials = self._no_partials
-        expert_ids = []
-        for layer, (keys, values) in zip(self._layers, self._storage, strict=True):
-            x, normed = pointwise.residual_norm(
-                x, partials, layer.input_norm, self._eps, dtype=half
-            )
-            attended = self._attend(normed, layer, keys, values)
-            router = pointwise.residual_norm_route(
-                x,
-                gpu_moe.linear_partials(attended, layer.o_proj, tuning.o_proj),
-                layer.post_norm,
-                self._eps,
-                layer.gate,
-                self._top_k,
-                dtype=half,
-            )
-            x = router.total
-            expert_ids.append(router.routes.ids)
-            partials = gpu_moe.expert_partials(
-                router.normed,
-                router.routes,
-                layer.experts.table,
-                0,
-                tuning.gate_up,
-                tuning.down,
-            )
-        _, last = pointwise.residual_norm(x, partials, self._norm, self._eps)
+        last, expert_ids = self._through_layers(x)
         self.logits.copy_(kernels.linear(last, self._head.stored))
         self.past.add_(1)
         if self._store is not None:
@@ -250,32 +224,3 @@ class StaticDecoder:
             scores, ids = self.sample_fn(self.logits)
             self.scores.copy_(scores)
             self.ids.copy_(ids)
-
-    def _attend(self, normed: Tensor, layer: LayerWeights, keys: Tensor, values: Tensor) -> Tensor:
-        """Launch a layer's attention without its norm and o_proj: [B, H d], float16."""
-        from qmix.kernels.gpu import attention, pointwise
-        from qmix.kernels.gpu import moe as gpu_moe
-
-        q = pointwise.rotate_store(
-            gpu_moe.linear_partials(normed, layer.qkv, self._tuning.qkv),
-            keys,
-            values,
-            self._cos,
-            self._sin,
-            self.past,
-            heads=self._num_heads,
-            starts=self._padding,
-            dtype=keys.dtype,
-        )
-        attended = attention.attend_cached(
-            q,
-            keys,
-            values,
-            self.past,
-            starts=self._padding,
-            window=self._window,
-            dtype=torch.float16,
-            arrivals=self._split_arrivals,
-            tuning=self._tuning.attention,
-        )
-        return attended.view(len(self.ids), -1)

@@ -1,5 +1,7 @@
 """The decode step without a GPU: interpreted, and at full size on meta, which has no values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,13 @@ from qmix.evals.timing import random_model
 from qmix.generation.packed_layers import supported
 from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels import dense
-from qmix.kernels.gpu import attention_triton, attention_tuning, moe_triton, pointwise_triton
+from qmix.kernels.gpu import (
+    attention_triton,
+    attention_tuning,
+    fused_triton,
+    moe_triton,
+    pointwise_triton,
+)
 from qmix.kernels.gpu.grid import Tuning
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 
@@ -26,12 +34,12 @@ from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 @pytest.mark.slow
 @both
 def test_steps_in_the_interpreter(soak):
-    run_apart("decoding", "steps", interpreted=True, soak=soak)
+    run_apart("decoding", "fused", "steps", interpreted=True, soak=soak)
 
 
 @pytest.mark.gpu
 def test_steps_on_the_gpu():
-    run_apart("decoding", interpreted=False)
+    run_apart("decoding", "fused", interpreted=False)
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def launches(monkeypatch):
     """Every kernel recorded instead of launched, by name."""
     monkeypatch.setitem(kernels._LINEAR, (Dense, "meta"), dense.linear)  # the head's
     found = {}
-    for module in (moe_triton, attention_triton, pointwise_triton):
+    for module in (moe_triton, attention_triton, pointwise_triton, fused_triton):
         for name in dir(module):
             if hasattr(getattr(module, name), "arg_names") and not name.startswith("_"):
                 found[name] = Recorder()
@@ -60,7 +68,7 @@ def step_of(batch, sample_fn=GREEDY, tuning=UNTUNED, **changes):
     )
 
 
-SEPARATE = StepTuning(merge_in_split=False)
+SEPARATE = StepTuning(merge_in_split=False, rotate_in_qkv=False, norm_in_products=False)
 
 
 def counted(launches):
@@ -88,15 +96,45 @@ def test_a_token_of_the_8x7b_is_nine_separate_launches_a_layer(batch, launches):
         step.past.tolist()  # the trap is armed
 
 
-def test_the_last_split_saves_a_launch_a_layer(launches):
-    step_of(1).step()
-    assert "merge" not in counted(launches)
-    assert sum(counted(launches).values()) == 8 * 32 + 1
+ONE_LAUNCH_EACH = {
+    "matmul_rotate_store": 32,
+    "split": 32,
+    "matmul_add_route": 32,
+    "gate_up": 32,
+    "down_add": 32,
+    "start_norm": 1,
+    "residual_norm": 1,
+}
 
 
-def test_every_choice_reaches_its_launch(launches):
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_a_token_of_the_8x7b_is_five_launches_a_layer(batch, launches):
+    assert step_of(batch).step().shape == (batch, 32000)
+    assert counted(launches) == ONE_LAUNCH_EACH
+
+
+@pytest.mark.parametrize(
+    ("choice", "launches_a_layer"),
+    [("merge_in_split", 8), ("rotate_in_qkv", 8), ("norm_in_products", 9)],
+)
+def test_every_choice_by_itself(choice, launches_a_layer, launches):
+    """The norms' choice goes with the rotation's only."""
+    step_of(1, tuning=replace(SEPARATE, **{choice: True})).step()
+    assert sum(counted(launches).values()) == launches_a_layer * 32 + 1
+
+
+@pytest.mark.parametrize(("batch", "changes"), [(17, {}), (1, {"num_attention_heads": 64})])
+def test_where_no_panel_is_a_head_or_tokens_are_many_norms_stay_launches(batch, changes, launches):
+    step_of(batch, **changes).step()
+    assert counted(launches)["rotate_store"] == 32
+    assert counted(launches)["residual_norm"] == 2 * 32 + 1
+
+
+@pytest.mark.parametrize("base", [UNTUNED, SEPARATE], ids=["fused", "separate"])
+def test_every_choice_reaches_its_launch(base, launches):
     """Each product its own warps and stages, attention its own columns and blocks."""
-    tuning = StepTuning(
+    tuning = replace(
+        base,
         qkv=Tuning(warps=1, stages=2),
         o_proj=Tuning(warps=2, stages=5),
         gate_up=Tuning(warps=4, stages=6),
@@ -105,12 +143,15 @@ def test_every_choice_reaches_its_launch(launches):
     )
     step_of(1, tuning=tuning, num_hidden_layers=1).step()
     shapes = {
-        name: [(each.get("WARPS"), each["STAGES"]) for each in launches[name].constants]
-        for name in ("packed_matmul", "gate_up", "down", "split")
+        name: [(each.get("WARPS"), each["STAGES"]) for each in recorder.constants]
+        for name, recorder in launches.items()
+        if any("STAGES" in each for each in recorder.constants)
     }
-    assert shapes == {
-        "packed_matmul": [(1, 2), (2, 5)], "gate_up": [(4, 6)], "down": [(1, 7)], "split": [(None, 3)],
-    }  # fmt: skip
+    fused = ("matmul_rotate_store", "matmul_add_route", "down_add")
+    products = dict(zip(fused, ([(1, 2)], [(2, 5)], [(1, 7)]), strict=True))
+    if not tuning.rotate_in_qkv:
+        products = {"packed_matmul": [(1, 2), (2, 5)], "down": [(1, 7)]}
+    assert shapes == {**products, "gate_up": [(4, 6)], "split": [(None, 3)]}
     assert launches["split"].constants[0]["COLUMNS"] == 32
     few = launches["split"].grids[-1]
     step_of(1, num_hidden_layers=1).step()

@@ -20,6 +20,7 @@ from qmix.generation.static_decoder import StaticDecoder
 from qmix.generation.static_decoders import StaticDecoders
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu import packed_matmul
+from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
 from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, error, skip_without_a_device
@@ -117,6 +118,34 @@ def test_steps_equal_the_reference(make, window, padded):
         assert torch.equal(logits.argmax(-1), after.argmax(-1))
     assert cache.length == 7
     assert step.past.tolist() == [7, 7]
+
+
+HEADS_OF_128 = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+
+
+@pytest.mark.diagonal
+@pytest.mark.parametrize("make", [nf4, int4, act_order])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norms", [True, False])
+def test_fewer_launches_equal_the_reference(make, window, padded, norms):
+    """Heads of 128, as Mixtral's are: with and without norms of their own launch."""
+    model = packed_model(make, sliding_window=window, **HEADS_OF_128)
+    prompt = PROMPT.to(DEVICE)
+    attention_mask = torch.ones_like(prompt, dtype=torch.bool) if padded else None
+    if padded:
+        attention_mask[1, :2] = False
+    expected = reference_steps(model, prompt, attention_mask, 3)
+    cache = prefilled(model, prompt, attention_mask)
+    tuning = StepTuning(norm_in_products=norms)
+    step = StaticDecoder(model.model, model.lm_head, cache, padded=padded, tuning=tuning)
+    if padded:
+        step.set_padding(attention_mask)
+    for before, after in pairwise(expected):
+        logits = step.step(before.argmax(-1))
+        cache.advance(1)
+        assert error(logits, after) <= BOUND
+        assert torch.equal(logits.argmax(-1), after.argmax(-1))
 
 
 def test_the_step_can_choose_by_itself():

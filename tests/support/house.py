@@ -78,6 +78,7 @@ OWNERS: Mapping[str, set[str]] = {
     "bitsandbytes": {"qmix.kernels.bnb"},
     "matplotlib": {"qmix.evals.timing.attention_plot"},
     "triton": {
+        "qmix.kernels.gpu.fused_triton",
         "qmix.kernels.gpu.arrivals_triton",
         "qmix.kernels.gpu.moe_triton",
         "qmix.kernels.gpu.attention_triton",

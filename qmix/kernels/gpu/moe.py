@@ -8,7 +8,9 @@ the same bits: partial sums are added in a fixed order.
 Shape letters: see qmix.kernels.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from qmix.kernels.gpu import moe_triton
 from qmix.kernels.gpu.grid import UNTUNED, Config, Grid, Tuning, columns_for, grid_for
-from qmix.kernels.gpu.launch import launch, multiprocessors
+from qmix.kernels.gpu.launch import launch, multiprocessors, power_of_2
 from qmix.kernels.moe import DECODE_TOKENS, Routes
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
@@ -50,6 +52,23 @@ class _Groups:
     columns: int
 
 
+@dataclass(frozen=True, eq=False)
+class Finish:
+    """A kernel that multiplies and whose last block of a panel then does more.
+
+    Attributes:
+        kernel: takes the arguments of the plain product's, then `arguments`.
+        constants: more than the plain product's.
+    """
+
+    kernel: Any
+    arguments: tuple[object, ...]
+    constants: Mapping[str, object]
+
+
+FinishFor = Callable[[Grid], Finish]
+
+
 def experts(
     x: Tensor, routes: Routes, table: ExpertTable, layer: int, tuning: Tuning = UNTUNED
 ) -> Tensor:
@@ -67,6 +86,9 @@ def expert_partials(
     layer: int,
     tuning: Tuning = UNTUNED,
     down_tuning: Tuning | None = None,
+    *,
+    squares: Tensor | None = None,
+    finish: FinishFor | None = None,
 ) -> Tensor:
     """The partial sums of `experts`: float16 activations [T, D] -> float32 [Z, M, D].
 
@@ -74,6 +96,9 @@ def expert_partials(
 
     Args:
         down_tuning: of the second product, if it is another.
+        squares: float32 [T, S], shares of the mean square that x is still to be divided by the root
+            of.
+        finish: what `down` is replaced by; at most DECODE_TOKENS tokens.
     """
     assert x.dtype == torch.float16, x.dtype
     (tokens, hidden), choices = x.shape, routes.ids.shape[1]
@@ -92,15 +117,17 @@ def expert_partials(
     inner = torch.empty(pairs, width, dtype=torch.float16, device=x.device)
     launch(
         moe_triton.gate_up, (grid.rows, groups.count),
-        addresses, x16, inner, ids, *grouping, tokens, hidden, width,
+        addresses, x16, inner, ids, *grouping, squares, tokens, hidden, width,
         **_constants(table.gate_up, grid.config), **shared, SHRINK=SHRINK, SHARED=sharing,
+        **slices(squares),
     )  # fmt: skip
     grid = _grid((hidden, width), table.down, groups, x.device, down_tuning or tuning)
     partials = torch.empty(grid.splits, pairs, hidden, dtype=torch.float32, device=x.device)
+    how = Finish(moe_triton.down, (), {}) if finish is None else finish(grid)
     launch(
-        moe_triton.down, (grid.rows, groups.count, grid.splits),
+        how.kernel, (grid.rows, groups.count, grid.splits),
         addresses, table.down_offset, inner, partials, ids, weights, *grouping, tokens, hidden, width, grid.splits,
-        **_constants(table.down, grid.config), **shared, GROW=1 / SHRINK,
+        *how.arguments, **_constants(table.down, grid.config), **shared, **how.constants, GROW=1 / SHRINK,
     )  # fmt: skip
     return partials
 
@@ -117,8 +144,18 @@ def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
     return _combine(partials, len(rows), 1, x.dtype).view(*x.shape[:-1], out_features)
 
 
-def linear_partials(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
-    """The partial sums of `x @ weight.T`: float16 activations [T, K] -> float32 [Z, T, N]."""
+def linear_partials(
+    x: Tensor,
+    weight: PackedMatrix,
+    tuning: Tuning = UNTUNED,
+    *,
+    finish: FinishFor | None = None,
+) -> Tensor:
+    """The partial sums of `x @ weight.T`: float16 activations [T, K] -> float32 [Z, T, N].
+
+    Args:
+        finish: what `packed_matmul` is replaced by; at most DECODE_TOKENS tokens.
+    """
     assert x.dtype == torch.float16, x.dtype
     (out_features, in_features), tile_format = weight.shape, weight.format
     tokens = len(x)
@@ -130,10 +167,11 @@ def linear_partials(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -
         multiprocessors=_multiprocessors(x.device), tuning=tuning,
     )  # fmt: skip
     partials = torch.empty(grid.splits, tokens, out_features, dtype=torch.float32, device=x.device)
+    how = Finish(moe_triton.packed_matmul, (), {}) if finish is None else finish(grid)
     launch(
-        moe_triton.packed_matmul, (grid.rows, -(-tokens // columns), grid.splits),
+        how.kernel, (grid.rows, -(-tokens // columns), grid.splits),
         weight.blob, x.contiguous(), partials, tokens, out_features, in_features, grid.splits,
-        **_constants(tile_format, grid.config),
+        *how.arguments, **_constants(tile_format, grid.config), **how.constants,
     )  # fmt: skip
     return partials
 
@@ -213,6 +251,12 @@ def _group(ids: Tensor, table: ExpertTable) -> _Groups:
 def _counts(ids: Tensor, count: int) -> Tensor:
     """The pairs of each expert, int64 [E]. (`bincount` would wait for the device.)"""
     return (ids.reshape(-1, 1) == torch.arange(count, device=ids.device)).sum(0)
+
+
+def slices(squares: Tensor | None) -> dict[str, object]:
+    """The constants of `norm_factor` for shares [T, S]."""
+    count = 1 if squares is None else squares.shape[1]
+    return {"S": count, "SLICES": power_of_2(count)}
 
 
 def _format(tile_format: TileFormat) -> dict[str, object]:

@@ -152,7 +152,7 @@ def _matrix(addresses, expert, offset):
 
 
 @triton.jit
-def _columns(
+def columns_of(
     ids, order, starts, blocks, group, T,
     CHOICES: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
@@ -189,21 +189,21 @@ def _columns(
 
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def gate_up(
-    addresses, x, hidden, ids, order, starts, blocks, T, D, F,
+    addresses, x, hidden, ids, order, starts, blocks, squares, T, D, F,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SHRINK: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """hidden [M, F] = SHRINK * silu(w1 x) * w3 x; grid (F / rows, groups).
 
     x is [M / SHARED, D]: a row for each token or, where experts want inputs in orders of their own,
-    for each pair.
+    for each pair. With `squares` [T, S] a token's row is multiplied by its `norm_factor`.
     """
     PARTS: tl.constexpr = 4 // WARPS
     ROWS: tl.constexpr = WARPS * 16
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    expert, pair, used = _columns(
+    expert, pair, used = columns_of(
         ids, order, starts, blocks, tl.program_id(1), T, CHOICES, E, COLUMNS, SORTED
     )
     if tl.sum(used.to(tl.int32), 0) == 0:
@@ -213,6 +213,9 @@ def gate_up(
         matrix, x, pair // SHARED * D, panel, part, 0, D // C, D,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
+    if squares is not None:
+        factor = norm_factor(squares, pair // CHOICES, used, S, SLICES)[None, :]
+        gate, up = gate * factor, up * factor
     decay = tl.exp(-tl.abs(gate))  # never overflows
     sigmoid = tl.where(gate >= 0, 1.0, decay) / (1.0 + decay)
     value = gate * sigmoid * up * SHRINK
@@ -234,16 +237,32 @@ def down(
     """
     PARTS: tl.constexpr = 4 // WARPS
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    split = tl.program_id(2)
-    expert, pair, used = _columns(
+    expert, pair, used = columns_of(
         ids, order, starts, blocks, tl.program_id(1), T, CHOICES, E, COLUMNS, SORTED
     )
     if tl.sum(used.to(tl.int32), 0) == 0:
         return
+    store_weighted(
+        addresses, offset, x, partials, ids, weights, T, N, K, SPLITS, expert, pair, used, panel, part,
+        KIND, C, SYMMETRIC, CHOICES, SORTED, WARPS, COLUMNS, STAGES, GROW,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_weighted(
+    addresses, offset, x, partials, ids, weights, T, N, K, SPLITS, expert, pair, used, panel, part,
+    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    CHOICES: tl.constexpr, SORTED: tl.constexpr,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
+):  # fmt: skip
+    """This block's part of `down`. A block without pairs reads no weights and stores nothing."""
+    split = tl.program_id(2)
     matrix = _matrix(addresses, expert, offset)
     tiles = K // C
+    first, last = split * tiles // SPLITS, (split + 1) * tiles // SPLITS
+    last = tl.where(tl.sum(used.to(tl.int32), 0) > 0, last, first)
     low, high = accumulate(
-        matrix, x, pair * K, panel, part, split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
+        matrix, x, pair * K, panel, part, first, last, K,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
     partials += split.to(tl.int64) * (T * CHOICES) * N
@@ -259,13 +278,13 @@ def down(
             _store(partials, low, high, weight, at + choice, mine, panel, part, N, WARPS)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
-def packed_matmul(
+@triton.jit
+def store_product(
     matrix, x, partials, T, N, K, SPLITS,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """partials [Z, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, Z)."""
+    """This block's part of `packed_matmul`. Returns its panel, part, tokens, and which count."""
     PARTS: tl.constexpr = 4 // WARPS
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     split = tl.program_id(2)
@@ -279,6 +298,17 @@ def packed_matmul(
     )  # fmt: skip
     partials += split.to(tl.int64) * T * N
     _store(partials, low, high, used.to(tl.float32), token, used, panel, part, N, WARPS)
+    return panel, part, token, used
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def packed_matmul(
+    matrix, x, partials, T, N, K, SPLITS,
+    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """partials [Z, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, Z)."""
+    store_product(matrix, x, partials, T, N, K, SPLITS, KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES)
 
 
 @triton.jit
@@ -291,13 +321,30 @@ def _store(partials, low, high, weight, pair, used, panel, part, N, WARPS: tl.co
 
 
 @triton.jit
+def norm_factor(squares, token, used, S: tl.constexpr, SLICES: tl.constexpr):
+    """1 / sqrt of the sum of a token's S shares of its mean square; SLICES >= S is a power of 2."""
+    at = tl.arange(0, SLICES)
+    shares = tl.load(
+        squares + token[:, None] * S + at[None, :],
+        mask=used[:, None] & (at < S)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return tl.rsqrt(tl.where(used, tl.sum(shares, 1), 1.0))
+
+
+@triton.jit
 def summed(partials, token, M, N, at, inside, SPLITS: tl.constexpr, CHOICES: tl.constexpr):
-    """Columns `at` of a token's output, float32: its choices and splits added in that order."""
+    """Columns `at` of a token's output, float32: its choices and splits added in that order.
+
+    Read past the first-level cache: other blocks of the same launch may have stored them.
+    """
     total = tl.zeros(at.shape, tl.float32)
     for choice in tl.static_range(CHOICES):
         for split in tl.static_range(SPLITS):
             row = (token * CHOICES + choice).to(tl.int64) + split * M
-            total += tl.load(partials + row * N + at, mask=inside, other=0.0).to(tl.float32)
+            share = tl.load(partials + row * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+            total += share.to(tl.float32)
     return total
 
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 """The Triton kernels between the matmuls of a layer. Only kernels.gpu.pointwise starts them.
 
 A matmul leaves partial sums, float32 [Z, M, N], a row for each pair of token and expert. The next
@@ -19,26 +19,36 @@ _LENGTHS = ["M", "T", "rows", "queries", "positions", "R", "cos_batch"]
 
 
 @triton.jit
-def _choose(
-    logits, expert, inside, ids, weights, token,
+def choose(
+    logits, used, ids, weights, token,
     E: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """Store the ids of a token's CHOSEN largest logits, equal ones in order, and their softmax."""
+    """Store ids and softmax of the CHOSEN largest of E logits, equal ones in order.
+
+    logits [tokens, EXPERTS] float32; token and used [tokens].
+    """
     # A softmax over all E, renormalised to the chosen ones, is the softmax over the chosen ones.
-    unchosen = inside
-    exp_sum = 0.0
-    highest = tl.max(tl.where(inside, logits, float("-inf")), 0)
+    expert = tl.arange(0, logits.shape[1])[None, :]
+    unchosen = used[:, None] & (expert < E)
+    exp_sum = tl.zeros([logits.shape[0]], tl.float32)
+    highest = tl.max(tl.where(expert < E, logits, float("-inf")), 1)
     chosen_exp = tl.zeros(logits.shape, tl.float32)
     for choice in tl.static_range(CHOSEN):
-        best = tl.max(tl.where(unchosen, logits, float("-inf")), 0)
+        best = tl.max(tl.where(unchosen, logits, float("-inf")), 1)
         # NaN logits choose the last expert: an id always names an expert.
-        best_expert = tl.minimum(tl.min(tl.where(unchosen & (logits == best), expert, E), 0), E - 1)
-        value = tl.sum(tl.where(expert == best_expert, tl.exp(logits - highest), 0.0), 0)
-        chosen_exp = tl.where(expert == choice, value, chosen_exp)
+        ties = unchosen & (logits == best[:, None])
+        best_expert = tl.minimum(tl.min(tl.where(ties, expert, E), 1), E - 1)
+        is_best = expert == best_expert[:, None]
+        value = tl.sum(tl.where(is_best, tl.exp(logits - highest[:, None]), 0.0), 1)
+        chosen_exp = tl.where(expert == choice, value[:, None], chosen_exp)
         exp_sum += value
-        unchosen = unchosen & (expert != best_expert)
-        tl.store(ids + token * CHOSEN + choice, best_expert.to(tl.int64))
-    tl.store(weights + token * CHOSEN + expert, chosen_exp / exp_sum, mask=expert < CHOSEN)
+        unchosen = unchosen & ~is_best
+        tl.store(ids + token * CHOSEN + choice, best_expert.to(tl.int64), mask=used)
+    tl.store(
+        weights + token[:, None] * CHOSEN + expert,
+        chosen_exp / exp_sum[:, None],
+        mask=used[:, None] & (expert < CHOSEN),
+    )
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -78,7 +88,8 @@ def residual_norm(
         score = tl.sum(rows.to(tl.float32) * value[None, :], 1)  # one reduction for all experts
         rounded = score.to(dtype)
         tl.store(logits + token * E + expert, rounded, mask=expert < E)
-        _choose(rounded.to(tl.float32), expert, expert < E, ids, weights, token, E, CHOSEN)
+        one = tl.arange(0, 1)
+        choose(rounded.to(tl.float32)[None, :], one == 0, ids, weights, token + one, E, CHOSEN)
 
 
 @triton.jit
@@ -86,7 +97,8 @@ def route(logits, ids, weights, E: tl.constexpr, CHOSEN: tl.constexpr, EXPERTS: 
     """ids and weights [T, k] of logits [T, E]; grid (T)."""
     token, expert = tl.program_id(0), tl.arange(0, EXPERTS)
     score = tl.load(logits + token * E + expert, mask=expert < E, other=0.0).to(tl.float32)
-    _choose(score, expert, expert < E, ids, weights, token, E, CHOSEN)
+    one = tl.arange(0, 1)
+    choose(score[None, :], one == 0, ids, weights, token + one, E, CHOSEN)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -113,34 +125,22 @@ def rotate(
     tl.store(place + D // 2, (high * high_cos + low * high_sin).to(dtype), mask=used)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
-def rotate_store(
-    partials, q, keys, values, cos, sin, past, starts, T, queries, positions, R,
-    k_batch, k_head, k_row, v_batch, v_head, v_row,
-    SPLITS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def place_head(
+    low, high, head, row, used, dim, q, keys, values, cos, sin, past, starts, queries, positions, R,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One head of ROWS tokens, rotated into q [T, H, d] or into its slot; grid (T / ROWS, H + 2 G).
+    """Rotate a head's elements `dim` [1, n] and `dim` + d / 2 of some tokens, and store them.
 
-    The heads of partials [Z, T, (H + 2 G) d] are queries, keys, values. cos and sin [positions, d]
-    are equal in both halves. Of more tokens than slots the last R are stored.
+    low, high [tokens, n] in the dtype of q; row and used [tokens].
     """
-    head = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch, query = row // queries, row % queries
-    used = row < T
-    before = tl.load(past + batch, mask=used, other=0)
-    column = before + query
+    column = tl.load(past + batch, mask=used, other=0) + query
     position = column
     if starts is not None:
         position = tl.maximum(column - tl.load(starts + batch, mask=used, other=0), 0)
-    dim = tl.arange(0, D // 2)[None, :]
-    at = head * D + dim + row[:, None] * 0
-    width = (H + 2 * G) * D
     inside = used[:, None] & (dim >= 0)
     dtype: tl.constexpr = q.dtype.element_ty
-    # Rounded as the output of a matmul would be.
-    low = summed(partials, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
-    high = summed(partials, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
     if head < H + G:
         # A position beyond the table gives NaN.
         in_table = inside & (position < positions)[:, None]
@@ -172,3 +172,31 @@ def rotate_store(
             )
             tl.store(place, low.to(values.dtype.element_ty), mask=stored)
             tl.store(place + D // 2, high.to(values.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def rotate_store(
+    partials, q, keys, values, cos, sin, past, starts, T, queries, positions, R,
+    k_batch, k_head, k_row, v_batch, v_head, v_row,
+    SPLITS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One head of ROWS tokens, rotated into q [T, H, d] or into its slot; grid (T / ROWS, H + 2 G).
+
+    The heads of partials [Z, T, (H + 2 G) d] are queries, keys, values. cos and sin [positions, d]
+    are equal in both halves. Of more tokens than slots the last R are stored.
+    """
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    used = row < T
+    dim = tl.arange(0, D // 2)[None, :]
+    at = head * D + dim + row[:, None] * 0
+    width = (H + 2 * G) * D
+    inside = used[:, None] & (dim >= 0)
+    dtype: tl.constexpr = q.dtype.element_ty
+    # Rounded as the output of a matmul would be.
+    low = summed(partials, row[:, None], T, width, at, inside, SPLITS, 1).to(dtype)
+    high = summed(partials, row[:, None], T, width, at + D // 2, inside, SPLITS, 1).to(dtype)
+    place_head(
+        low, high, head, row, used, dim, q, keys, values, cos, sin, past, starts, queries, positions, R,
+        k_batch, k_head, k_row, v_batch, v_head, v_row, H, G, D,
+    )  # fmt: skip

@@ -18,6 +18,11 @@ class StepTuning:
         attention: of attention, likewise.
         merge_in_split: the last split of a head merges the others; otherwise a launch of its own
             does, to the same bits.
+        rotate_in_qkv: the last block of a head of q, k and v rotates it and writes the cache;
+            otherwise a launch of its own does, to the same bits. Heads of 128 only.
+        norm_in_products: o_proj and down add to the residual, and the next product divides by the
+            root of the mean square; otherwise norms, residuals and the router are launches of their
+            own. Goes with rotate_in_qkv only.
     """
 
     qkv: grid.Tuning = grid.UNTUNED
@@ -26,6 +31,8 @@ class StepTuning:
     down: grid.Tuning = grid.UNTUNED
     attention: attention_tuning.Tuning = attention_tuning.UNTUNED
     merge_in_split: bool = True
+    rotate_in_qkv: bool = True
+    norm_in_products: bool = True
 
 
 UNTUNED = StepTuning()
