@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.evals.timing.machine_code import KernelSource
-from qmix.kernels.gpu import moe, moe_triton
+from qmix.kernels.gpu import fused_triton, moe, moe_triton
 from qmix.kernels.gpu.grid import Config, configs
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.tile_format import TileFormat
@@ -31,9 +31,17 @@ _POINTERS = {
     "weights": "*fp32",
     "partials": "*fp32",
     "out": "*bf16",
+    **dict.fromkeys(
+        ("q", "keys", "values", "cos", "sin", "residual", "weight", "total", "gate"), "*bf16"
+    ),
+    **dict.fromkeys(("arrivals", "past"), "*i32"),
+    **dict.fromkeys(("squares", "scale", "last_squares", "last_scale", "shares"), "*fp32"),
+    "weighted": "*fp16",
 }
+_STRIDES = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
+FUSED = ("matmul_rotate_store", "matmul_add_route", "down_add")
 # Integers that are multiples of 16 in every packed model, as triton finds out at a launch.
-_MULTIPLES = ("D", "F", "N", "K", "offset", "SECOND")
+_MULTIPLES = ("D", "F", "N", "K", "offset", "SECOND", *_STRIDES)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class WeightKernel:
 
     def source(self) -> KernelSource:
         """The kernel in the form that is compiled."""
-        function: Any = getattr(moe_triton, self.kernel)
+        module = fused_triton if self.kernel in FUSED else moe_triton
+        function: Any = getattr(module, self.kernel)
         tile_format, config = self.tile_format, self.config
         constants = {
             "KIND": tile_format.kind,
@@ -71,16 +80,15 @@ class WeightKernel:
             "SHRINK": moe.SHRINK,
             "GROW": 1 / moe.SHRINK,
             "SHARED": 2,
-            "squares": None,
-            "S": 1,
-            "SLICES": 1,
+            **self._norm_and_heads(),
         }
         names = function.arg_names
+        types = {name: "fp32" if name == "eps" else _POINTERS.get(name, "i32") for name in names}
         unaligned = function.do_not_specialize_on_alignment
         return KernelSource(
             function,
             {name: constants[name] for name in names if name in constants},
-            {name: _POINTERS.get(name, "i32") for name in names if name not in constants},
+            {name: types[name] for name in names if name not in constants},
             {*_POINTERS, *_MULTIPLES} - set(unaligned),
             config.warps,
             config.stages,
@@ -89,11 +97,19 @@ class WeightKernel:
             copies=tile_format.inputs // 32,
         )
 
+    def _norm_and_heads(self) -> dict[str, object]:
+        """Constants of the 8x7B beyond a product's, and the tensors that are not passed."""
+        if self.kernel not in FUSED:
+            return {"squares": None, "S": 1, "SLICES": 1}
+        slices = 32 * 4 // self.config.warps
+        norm = {"S": slices, "SLICES": slices, "LAST_S": slices, "LAST_SLICES": slices}
+        return {"starts": None, "Z": 8, "H": 32, "G": 8, "EXPERTS": 8, "CHOSEN": 2, **norm}
+
 
 def weight_kernels(
     archs: Sequence[int], tile_formats: Sequence[TileFormat] = FORMATS
 ) -> Iterator[WeightKernel]:
-    """All kernels that `qmix.kernels.gpu.moe` can launch, except the pointwise `combine`.
+    """All kernels that `qmix.kernels.gpu.moe` and `.fused` can launch, except pointwise ones.
 
     No argument changes what is compiled: kernels are not specialized to counts, and all other
     integers are multiples of 16.
@@ -105,5 +121,8 @@ def weight_kernels(
                 for kernel in ("gate_up", "down"):
                     yield WeightKernel(kernel, tile_format, config, True, arch)
                     if config.columns <= DECODE_TOKENS:
+                        yield WeightKernel(kernel, tile_format, config, False, arch)
+                if config.columns <= DECODE_TOKENS:
+                    for kernel in FUSED:
                         yield WeightKernel(kernel, tile_format, config, False, arch)
             yield WeightKernel("dequantize", tile_format, Config(0, 4, 1), False, arch)

@@ -166,15 +166,15 @@ def matmul_add_route(
             place = (token * S + tl.program_id(0)) * EXPERTS + expert
             tl.store(shares + place, score, mask=used)
         if is_last(arrivals + tl.num_programs(0), tl.num_programs(0)):
-            share = tl.arange(0, SLICES)[None, :, None]
-            expert = tl.arange(0, EXPERTS)[None, None, :]
-            score = tl.load(
-                shares + (token[:, None, None] * S + share) * EXPERTS + expert,
-                mask=used[:, None, None] & (share < S) & (expert < E),
+            slice_ = tl.arange(0, SLICES)[None, :, None]
+            every = tl.arange(0, EXPERTS)[None, None, :]
+            scores = tl.load(
+                shares + (token[:, None, None] * S + slice_) * EXPERTS + every,
+                mask=used[:, None, None] & (slice_ < S) & (every < E),
                 other=0.0,
                 cache_modifier=".cg",
             )
-            logits = tl.sum(score, 1) * norm_factor(squares, token, used, S, SLICES)[:, None]
+            logits = tl.sum(scores, 1) * norm_factor(squares, token, used, S, SLICES)[:, None]
             rounded = logits.to(residual.dtype.element_ty).to(tl.float32)
             choose(rounded, used, ids, weights, token, E, CHOSEN)
 
