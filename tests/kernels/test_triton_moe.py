@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from qmix.evals import aot
 from qmix.evals.timing.machine_code import SHARED_LIMIT
-from qmix.evals.timing.weight_kernels import FORMATS, weight_kernels
+from qmix.evals.timing.weight_kernels import FORMATS, FUSED, weight_kernels
 from qmix.kernels.gpu import moe as gpu
 from qmix.kernels.gpu import moe_triton
 from qmix.kernels.gpu.grid import EVEN, balance, columns_for, grid_for
