@@ -40,7 +40,7 @@ class Packer:
     def pack(self, root: nn.Module) -> None:
         """Bring every quantized matrix below `root` into the packed layout, on its own device.
 
-        Meanwhile the experts of one layer are in memory twice.
+        Meanwhile one expert is in memory twice.
         """
         for module in root.modules():
             if isinstance(module, SparseMoeBlock):
@@ -71,7 +71,7 @@ class Packer:
             return
         try:
             require_silu(fused=block.act is F.silu)
-            packed_experts = PackedExperts.pack(experts)
+            packed_experts = PackedExperts.pack(experts, block.release_expert)
         except UnsupportedError as error:
             self.separate[error.what] += 1
             return

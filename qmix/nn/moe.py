@@ -99,12 +99,17 @@ class SparseMoeBlock(nn.Module):
 
     def release(self) -> None:
         """Free the experts' weights, until others are stored."""
-        for expert in self.experts:
-            assert isinstance(expert, SwiGLU)
-            for module in (expert.w1, expert.w2, expert.w3):
-                shape = (module.out_features, module.in_features)
-                module.store(Dense(torch.empty(shape, device="meta")))
+        for index in range(len(self.experts)):
+            self.release_expert(index)
         self._placed = None
+
+    def release_expert(self, index: int) -> None:
+        """Free one expert's weights, if they are the modules' own, until others are stored."""
+        expert = self.experts[index]
+        assert isinstance(expert, SwiGLU)
+        for module in (expert.w1, expert.w2, expert.w3):
+            shape = (module.out_features, module.in_features)
+            module.store(Dense(torch.empty(shape, device="meta")))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D) and the raw router logits (T, E)."""

@@ -34,6 +34,7 @@ to match. The w2 of an expert needs no permutation: the rows of w1 and w3 are pa
 Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +65,7 @@ from qmix.weights.packed.tile_format import (
 )
 from qmix.weights.table import NF4_VALUES, Table
 
+CHUNK_ELEMENTS = 1 << 22  # of codes that are translated at a time: 16 MiB of indices
 _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
 
 
@@ -136,17 +138,8 @@ def pack_expert(expert: Expert) -> PackedExpert:
         UnsupportedError: as pack_matrix, for any of the three (of w1 and w3, N must be a multiple
             of 64), or w1 and w3 are stored differently.
     """
-    layout = expert_format(*(spec_of(weight) for weight in (expert.w1, expert.w2, expert.w3)))
-    for name, weight in (("w1", expert.w1), ("w3", expert.w3)):
-        _check_table(weight, name)
-    perm, other_perm, inner_perm = _perm(expert.w1), _perm(expert.w3), _perm(expert.w2)
-    if not same_order(perm, other_perm):
-        raise refusal(
-            "w1 and w3 of an expert are packed together and must be stored alike",
-            "w3",
-            "inputs in the order of w1",
-            "inputs in another order",
-        )
+    layout = format_of(expert)
+    perm, inner_perm = _perm(expert.w1), _perm(expert.w2)
     down = pack_matrix(expert.w2)
     gate, up = _plane_of(expert.w1, layout.gate_up), _plane_of(expert.w3, layout.gate_up)
     if inner_perm is not None:
@@ -160,6 +153,25 @@ def pack_expert(expert: Expert) -> PackedExpert:
         replace(down, blob=blob[len(gate_up) :], perm=None),
         inner_perm,
     )
+
+
+def format_of(expert: Expert) -> ExpertFormat:
+    """How an expert is packed.
+
+    Raises:
+        UnsupportedError: as pack_expert.
+    """
+    layout = expert_format(*(spec_of(weight) for weight in (expert.w1, expert.w2, expert.w3)))
+    for name in ("w1", "w2", "w3"):
+        _check_table(getattr(expert, name), name)
+    if not same_order(_perm(expert.w1), _perm(expert.w3)):
+        raise refusal(
+            "w1 and w3 of an expert are packed together and must be stored alike",
+            "w3",
+            "inputs in the order of w1",
+            "inputs in another order",
+        )
+    return layout
 
 
 def unpack_expert(packed: PackedExpert) -> Expert:
@@ -255,10 +267,10 @@ def _plane_of(weight: Weight, tile_format: TileFormat) -> _Plane:
     if isinstance(weight, Table):
         pairs = weight.codes.view(out_features, -1)
         codes = torch.stack((pairs >> 4, pairs & 15), -1).view(out_features, in_features)
-        stored = torch.tensor(NF4_STORED_OF_CODE, dtype=torch.uint8, device=weight.device)
         blocks = codes.numel() // weight.block_size
         scales = scale_values.floats(weight.scales, 0, blocks).view(out_features, -1)
-        return _Plane(torch.take(stored, codes.long()), scales.repeat_interleave(repeats, 1), None)
+        codes = _translated(codes, NF4_STORED_OF_CODE)
+        return _Plane(codes, scales.repeat_interleave(repeats, 1), None)
     assert isinstance(weight, Affine)
     assert isinstance(weight.scales, Tensor)
     zeros = None
@@ -268,12 +280,21 @@ def _plane_of(weight: Weight, tile_format: TileFormat) -> _Plane:
     return _Plane(unpack_codes(weight.codes), scales, zeros)
 
 
+def _translated(codes: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Each code's new number, uint8 [N, K]; a chunk at a time, since an index takes four bytes."""
+    table = torch.tensor(numbers, dtype=torch.uint8, device=codes.device)
+    out = torch.empty_like(codes)
+    flat = torch.split(codes.view(-1), CHUNK_ELEMENTS), torch.split(out.view(-1), CHUNK_ELEMENTS)
+    for source, target in zip(*flat, strict=True):
+        torch.index_select(table, 0, source.int(), out=target)
+    return out
+
+
 def _weight_of(packed: PackedMatrix, rows: _Plane) -> Weight:
     step = packed.group // packed.format.inputs
     codes, scales = rows.codes, rows.scales[:, ::step]
     if packed.format.kind == "nf4":
-        code_of_stored = torch.tensor(NF4_CODE_OF_STORED, dtype=torch.uint8, device=codes.device)
-        codes = torch.take(code_of_stored, codes.long())
+        codes = _translated(codes, NF4_CODE_OF_STORED)
         return Table(
             codes=(codes[:, 0::2] << 4 | codes[:, 1::2]).flatten(),
             scales=scales.flatten(),

@@ -9,7 +9,7 @@ drawn at random in the packed layout has nothing on the host; its scales are tho
 Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,6 +24,7 @@ from qmix.weights.expert import Expert, ExpertSequence
 from qmix.weights.packed.layout import (
     PackedExpert,
     PackedMatrix,
+    format_of,
     pack_expert,
     pack_matrix,
     same_order,
@@ -32,7 +33,7 @@ from qmix.weights.packed.layout import (
     unpack_matrix,
     with_blob,
 )
-from qmix.weights.packed.packed_shapes import joined, matrix_format
+from qmix.weights.packed.packed_shapes import joined, matrix_format, table_format
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import Table
@@ -130,13 +131,13 @@ class PackedExperts(ExpertSequence):
     def __init__(
         self,
         packed: Sequence[PackedExpert],
-        originals: Sequence[Expert] | None = None,
+        templates: Sequence[Expert] | None = None,
         table: ExpertTable | None = None,
     ) -> None:
         """A layer's experts.
 
         Args:
-            originals: the experts that were packed; their codes are not kept.
+            templates: the experts that were packed, without their codes and on the host.
             table: the addresses that kernels read; None takes those of `packed`.
 
         Raises:
@@ -144,22 +145,31 @@ class PackedExperts(ExpertSequence):
         """
         self.packed = packed
         self.table = table or ExpertTable.build([packed])
-        self._templates = None
-        if originals is not None:
-            self._templates = [_expert_without_codes(expert) for expert in originals]
+        self._templates = templates
         self._experts = [
             _packed_expert(expert, None if self._templates is None else self._templates[index])
             for index, expert in enumerate(packed)
         ]
 
     @classmethod
-    def pack(cls, experts: Sequence[Expert]) -> "PackedExperts":
-        """Pack a layer's experts on their own device.
+    def pack(
+        cls, experts: Sequence[Expert], release: Callable[[int], None] = lambda _: None
+    ) -> "PackedExperts":
+        """Pack a layer's experts on their own device, one after another.
+
+        Args:
+            release: is called with each expert's index once it is packed, and may free its memory.
 
         Raises:
-            UnsupportedError: as pack_expert and ExpertTable.build.
+            UnsupportedError: as pack_expert and ExpertTable.build; nothing is released then.
         """
-        return cls([pack_expert(expert) for expert in experts], experts)
+        table_format([[format_of(experts[index]) for index in range(len(experts))]])
+        packed, templates = [], []
+        for index in range(len(experts)):
+            packed.append(pack_expert(experts[index]))
+            templates.append(_expert_without_codes(experts[index]))
+            release(index)
+        return cls(packed, templates)
 
     def moved_to(self, blobs: Sequence[Tensor], addresses: Tensor) -> "PackedExperts":
         """The experts with their bytes in `blobs`, read by kernels at `addresses`, int64 [1, E]."""
