@@ -95,7 +95,7 @@ def _model_rows(steps: dict[str, Any], weights: str) -> Iterator[tuple[str, str,
     """The whole model with weights of one format; one of fewer layers says so."""
     tests = {
         (each.get("test"), each.get("batch")): each
-        for name in steps
+        for name in sorted(steps, key=lambda name: "untuned" not in name)  # what is tuned counts
         for each in _results(steps, name)
         if each.get("weights") == weights
     }

@@ -25,7 +25,17 @@ class Step:
 
 
 def _model_steps(weights: str) -> Iterator[Step]:
-    """The whole model: the first step builds it, those after it find it built."""
+    """The whole model: the first step builds it, those after it find it built.
+
+    The first is untuned; then the launches of a row are tuned, and the others use what was found.
+    """
+    yield Step(
+        f"{weights} tg64 untuned",
+        "full_model",
+        60,
+        {"weights": weights, "kind": "tg", "tokens": 64},
+    )
+    yield Step(f"{weights} tuning", "step_search", 40, {"weights": weights, "rows": 1})
     tests: tuple[dict[str, object], ...] = (
         {"kind": "tg", "tokens": 64},
         {"kind": "tg", "tokens": 64, "temperature": 0.7},
@@ -36,12 +46,12 @@ def _model_steps(weights: str) -> Iterator[Step]:
         {"kind": "pp", "tokens": 512},
         {"kind": "tg", "tokens": 64, "depth": 32768},
     )
-    for index, test in enumerate(tests):
+    for test in tests:
         name = f"{weights} {test['kind']}{test['tokens']}"
         name += "".join(
             f" {key} {test[key]}" for key in ("temperature", "batch", "depth") if key in test
         )
-        yield Step(name, "full_model", 25 if index else 60, {"weights": weights, **test})
+        yield Step(name, "full_model", 25, {"weights": weights, **test})
 
 
 def _peer_steps() -> Iterator[Step]:
@@ -62,6 +72,7 @@ STEPS = (
     Step("tests", "gpu_tests", 150),
     Step("attention", "attention", 40),
     Step("int4 profile", "token_profile", 40, {"weights": "int4"}),
+    Step("nf4 tuning 8 rows", "step_search", 40, {"weights": "nf4", "rows": 8}),
 )
 
 

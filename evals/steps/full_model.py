@@ -13,6 +13,7 @@ import torch
 from qmix.evals.steps.setting import Setting
 from qmix.evals.timing import bandwidth, bench, traffic
 from qmix.evals.timing.bench import BenchTest
+from qmix.tuning import axes
 
 
 def results(
@@ -38,7 +39,13 @@ def results(
     measured = bench.measure_test(
         model, setting.test(test), setting.widths.repetitions, bound, random_cache=True
     )
-    yield {**asdict(measured), "weights": weights, "layers": model.config.num_hidden_layers}
+    tuning = setting.tunings(weights).of(model.model, model.lm_head, measured.batch)
+    yield {
+        **asdict(measured),
+        "weights": weights,
+        "layers": model.config.num_hidden_layers,
+        "tuning": axes.changes(tuning),
+    }
 
 
 def _build(setting: Setting, weights: str) -> dict[str, object]:

@@ -4,19 +4,20 @@ Knows nothing of what is timed.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from qmix.tuning.device_clock import CudaClock, DeviceClock, HostClock
+
 _SECONDS = 0.4  # of runs, so that a slow candidate does not use up the budget
 
 Calls = Sequence[Callable[[], object]]
 
 
-class Clock(Protocol):
+class Clock(DeviceClock, Protocol):
     """Times work on a device.
 
     Attributes:
@@ -28,24 +29,14 @@ class Clock(Protocol):
     fewest: int
     most: int
 
-    def synchronize(self) -> None:
-        """Wait for everything that was enqueued."""
-
     def recorded(self, calls: Calls) -> Callable[[], object] | None:
         """The replay of a graph of all calls; None if they cannot be recorded."""
 
-    def microseconds(self, run: Callable[[], object]) -> float:
-        """The time of one run."""
 
-
-class CudaClock:
-    """The clock of the current GPU itself."""
+class GraphClock(CudaClock):
+    """The clock of the current GPU, and graphs on it."""
 
     warm_ups, fewest, most = 3, 20, 200
-
-    def synchronize(self) -> None:
-        """Wait for everything that was enqueued."""
-        torch.cuda.synchronize()
 
     def recorded(self, calls: Calls) -> Callable[[], object] | None:
         """The replay of a graph of all calls; None if they wait for the device."""
@@ -60,39 +51,19 @@ class CudaClock:
         graph.replay()
         return graph.replay
 
-    def microseconds(self, run: Callable[[], object]) -> float:
-        """The time of one run."""
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        milliseconds: float = begin.elapsed_time(end)
-        return 1000.0 * milliseconds
 
-
-class HostClock:
-    """The host's clock, for rehearsals on the CPU, where work ends when a call returns."""
+class RehearsalClock(HostClock):
+    """The host's clock, and few runs: what is timed says nothing."""
 
     warm_ups, fewest, most = 0, 2, 2
-
-    def synchronize(self) -> None:
-        """Nothing is ever pending."""
 
     def recorded(self, calls: Calls) -> Callable[[], object] | None:
         """There are no graphs."""
         return None
 
-    def microseconds(self, run: Callable[[], object]) -> float:
-        """The time of one run."""
-        begun = time.perf_counter()
-        run()
-        return 1e6 * (time.perf_counter() - begun)
 
-
-CUDA_CLOCK: Clock = CudaClock()
-HOST_CLOCK: Clock = HostClock()
+CUDA_CLOCK: Clock = GraphClock()
+HOST_CLOCK: Clock = RehearsalClock()
 
 
 @dataclass(frozen=True)

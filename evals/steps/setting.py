@@ -16,8 +16,12 @@ from qmix.evals.steps.graph_timing import CUDA_CLOCK, HOST_CLOCK, Clock
 from qmix.evals.timing import bandwidth, random_model
 from qmix.evals.timing.bench import BenchTest
 from qmix.evals.training import tiny_model
+from qmix.generation.tuner import rows_for
+from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.quantization import BitsAndBytesConfig
+from qmix.nn.decoder import Decoder
+from qmix.nn.linear import Linear
 
 _FREE_PART = 0.85  # of the device's free memory, for the weights of a model
 
@@ -69,6 +73,17 @@ _REHEARSED = Widths(
 )
 
 
+class ChosenTunings:
+    """The tunings that steps of this command found, by number of rows; else the defaults."""
+
+    def __init__(self) -> None:
+        self.by_rows: dict[int, StepTuning] = {}
+
+    def of(self, model: Decoder, head: Linear, batch: int) -> StepTuning:
+        """The tuning of a step with `batch` rows."""
+        return self.by_rows.get(rows_for(batch) or batch, UNTUNED)
+
+
 class Setting:
     """A device and what is measured on it.
 
@@ -85,6 +100,7 @@ class Setting:
         self.can_launch = is_rehearsal or device.type == "cuda"
         self._model: MixtralForCausalLM | None = None
         self._weights = ""
+        self._tunings: dict[str, ChosenTunings] = {}
 
     @classmethod
     def real(cls) -> "Setting":
@@ -124,7 +140,12 @@ class Setting:
             else:
                 self._model = self.packed_model(weights)
             self._weights = weights
+            self._model.static_decoders.tuner = self.tunings(weights)
         return self._model
+
+    def tunings(self, weights: str) -> ChosenTunings:
+        """How decode steps with these weights are launched. Nothing is searched for unasked."""
+        return self._tunings.setdefault(weights, ChosenTunings())
 
     def packed_model(self, weights: str, layers: int | None = None) -> MixtralForCausalLM:
         """A model in the packed layout, made on the device; `layers` of it, or what fits."""

@@ -14,6 +14,7 @@ from qmix.generation import cuda_graph
 from qmix.generation.packed_layers import is_plain, supported
 from qmix.generation.static_decoder import RotaryTables, StaticDecoder
 from qmix.generation.token_selector import SampleFn
+from qmix.generation.tuner import StepTuner, Tuner
 from qmix.kernels.gpu.current_device import on
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
@@ -45,11 +46,16 @@ class _OfCache:
 
 
 class StaticDecoders:
-    """A model's StaticDecoders for each cache that it writes into, as long as the cache lives."""
+    """A model's StaticDecoders for each cache that it writes into, as long as the cache lives.
+
+    Attributes:
+        tuner: says how their steps are launched.
+    """
 
     def __init__(self) -> None:
         self._by_cache: WeakKeyDictionary[KVCache, _OfCache] = WeakKeyDictionary()
         self._rotary = RotaryTables()
+        self.tuner: StepTuner = Tuner()
 
     def generator(self, cache: KVCache, device: torch.device, seed: int) -> torch.Generator:
         """The cache's own generator, seeded anew.
@@ -101,6 +107,7 @@ class StaticDecoders:
                     cache,
                     padded=padded,
                     sample_fn=sample_fn,
+                    tuning=self.tuner.of(model, head, cache.batch),
                     rotary=self._rotary,
                     pool=shared.pool(cache.storage(0)[0].device),
                 )

@@ -34,7 +34,7 @@ def checkout(tmp_path_factory):
 def command(checkout, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "qmix.evals.gpu", *map(str, arguments)],
-        cwd=checkout, capture_output=True, text=True, timeout=600, check=False,
+        cwd=checkout, capture_output=True, text=True, timeout=3600, check=False,
     )  # fmt: skip
 
 
@@ -69,10 +69,10 @@ def test_without_a_gpu_all_but_the_bandwidth_is_skipped(checkout, tmp_path):
 def test_a_step_that_kills_the_worker_costs_itself_and_may_be_continued(checkout, tmp_path):
     """Real steps in a real worker, on the CPU; the second run does only what the first did not."""
     out = tmp_path / "out"
-    names = ["bandwidth", "nf4 tg64", "nf4 tg64 temperature 0.7"]
+    names = ["bandwidth", "nf4 tg64 untuned", "nf4 tg64"]
     only = [word for name in names for word in ("--only", name)]
-    options = [*only, "--rehearse", "--budget", "200"]
-    first = command(checkout, "--out", out, *options, "--fail", "nf4 tg64=die")
+    options = [*only, "--rehearse", "--budget", "3000"]
+    first = command(checkout, "--out", out, *options, "--fail", f"{names[1]}=die")
     assert first.returncode == 1, first.stderr
     steps = record_in(out)[1]["steps"]
     assert [steps[name]["status"] for name in names] == ["ok", "failed", "ok"]
@@ -92,7 +92,7 @@ def test_a_step_that_kills_the_worker_costs_itself_and_may_be_continued(checkout
 @pytest.mark.soak
 def test_every_step_is_rehearsed(checkout, tmp_path):
     out = tmp_path / "out"
-    done = command(checkout, "--out", out, "--rehearse")
+    done = command(checkout, "--out", out, "--rehearse", "--budget", "3000")
     assert done.returncode == 0, done.stderr
     _, record = record_in(out)
     skipped = {name for name, step in record["steps"].items() if step["status"] != "ok"}

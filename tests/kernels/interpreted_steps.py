@@ -14,9 +14,12 @@ from qmix.evals.steps import (
     half_resident,
     moe_block,
     peers,
+    step_search,
     tiny_perplexity,
     token_profile,
 )
+from qmix.kernels.gpu.step_tuning import UNTUNED
+from qmix.tuning import axes
 from tests.support.interpreter import CONVERSIONS, INTERPRETED
 from tests.support.oracles import eager_bitsandbytes
 from tests.support.steps import rehearsal
@@ -75,6 +78,21 @@ def test_offload(setting):
     assert half["device_slots"] == 2
     assert half["hits"] + half["misses"] == half["tokens"] * 2
     assert both == {"experts": "logits of both", "equal_bits": True}
+
+
+@pytest.mark.soak
+def test_the_search(setting):
+    """Every number of warps computes the same; the choice serves the steps after it."""
+    best, *tried = step_search.results(setting, "nf4", 1)
+    assert {row["tuning"] for row in tried} == {
+        "the defaults", *(f"gate_up.warps {warps}" for warps in (1, 2, 4))
+    }  # fmt: skip
+    assert not any("rejected" in row for row in tried)
+    assert best["best"] in {row["tuning"] for row in tried}
+    model = setting.packed_model("nf4", 1)
+    chosen = setting.tunings("nf4").of(model.model, model.lm_head, 1)
+    assert axes.changes(chosen) == best["best"]
+    assert setting.tunings("int4").of(model.model, model.lm_head, 1) == UNTUNED
 
 
 def test_the_tiny_model(setting):

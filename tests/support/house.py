@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("qmix.text", "qmix.config", "qmix.kernels"),
     ("qmix.formats",),
-    ("qmix.planning", "qmix.experts"),
+    ("qmix.planning", "qmix.experts", "qmix.tuning"),
     ("qmix.nn",),
     ("qmix.generation",),
     ("qmix.models",),
