@@ -31,7 +31,7 @@ def results(setting: Setting, weights: str, rows: int) -> Iterator[dict[str, obj
     )
     tried = axes.axes()[:1] if rehearsed else axes.axes()
     seconds = _REHEARSED_SECONDS if rehearsed else SECONDS
-    search = Search(UNTUNED, tried, trials, seconds=seconds, clock=time.monotonic)
+    search = Search((UNTUNED, axes.SEPARATE), tried, trials, seconds=seconds, clock=time.monotonic)
     try:
         search.run()
     except DeviceLostError as error:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qmix.generation.static_decoder import RotaryTables, StaticDecoder
+from qmix.kernels.gpu.current_device import on
 from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import Linear
+from qmix.tuning import axes
 from qmix.tuning.device_clock import DeviceClock
 from qmix.tuning.search import DeviceLostError, Outcome
 
@@ -84,14 +86,14 @@ class StepTrials:
         """Nothing: each is compiled when it runs."""
 
     def measure(self, candidate: StepTuning) -> Outcome:
-        """Microseconds of a step, and how far its logits are from those of the first candidate.
+        """Microseconds of a step, and how far its logits are from those of separate launches.
 
         Raises:
             DeviceLostError: the device answers to nothing any more.
             RuntimeError: the same step gave other bits a second time; or what a launch raised.
         """
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with on(self._ids.device), torch.inference_mode(False), torch.no_grad():
                 return self._measured(candidate)
         except Exception as error:
             if not self._answers():
@@ -99,14 +101,9 @@ class StepTrials:
             raise
 
     def _measured(self, tuning: StepTuning) -> Outcome:
-        decoder = StaticDecoder(
-            self._model,
-            self._head,
-            self._cache,
-            record=self._record,
-            tuning=tuning,
-            rotary=self._rotary,
-        )
+        if self._expected is None:
+            self._expected = self._run(self._decoder(axes.SEPARATE))
+        decoder = self._decoder(tuning)
         logits = self._run(decoder)
         rounds = self._rounds
         times = [
@@ -115,9 +112,17 @@ class StepTrials:
         ]
         if not torch.equal(self._run(decoder), logits):
             raise RuntimeError("the same step gave other bits a second time")
-        if self._expected is None:
-            self._expected = logits
         return Outcome(statistics.median(times), _difference(logits, self._expected))
+
+    def _decoder(self, tuning: StepTuning) -> StaticDecoder:
+        return StaticDecoder(
+            self._model,
+            self._head,
+            self._cache,
+            record=self._record,
+            tuning=tuning,
+            rotary=self._rotary,
+        )
 
     def _run(self, decoder: StaticDecoder) -> Tensor:
         """Decode some positions: the logits of all of them, float32 [steps, B, V]."""

@@ -130,7 +130,7 @@ class Tuner:
         with _announced(self._stream or sys.stderr, key, rows, seconds) as show:
             trials = self._make_trials(model, head, rows)
             search = Search(
-                UNTUNED,
+                (UNTUNED, axes.SEPARATE),
                 axes.axes(full=full),
                 trials,
                 seconds=seconds,
@@ -154,7 +154,7 @@ class Tuner:
         return Found(search.best, entry, search.rejected)
 
     def _save(self, key: TuningKey, search: Search[StepTuning], *, complete: bool) -> Entry | None:
-        """Save the best; None if the defaults themselves could not be measured."""
+        """Save the best; None if nothing at all could be measured."""
         if search.start not in search.outcomes or search.best not in search.outcomes:
             why = search.rejected.get(search.start)
             if why is not None:
@@ -162,6 +162,9 @@ class Tuner:
                     f"the defaults are used, which could not be timed: {why}", stacklevel=7
                 )
             return None
+        if search.start != UNTUNED:
+            why = search.rejected[UNTUNED]
+            warnings.warn(f"decode steps take more launches, as fewer fail: {why}", stacklevel=7)
         entry = Entry(
             key=key,
             tuning=axes.to_json(search.best),

@@ -30,6 +30,12 @@ _NUMBERS: Mapping[type, Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]] =
 _FIRST = ("gate_up.warps", "down.warps")
 _LAST = ("attention.stages", "attention.columns", "qkv.stages", "o_proj.stages")
 
+# The form of a step with the simplest launches, each of which the probe compares with torch.
+SEPARATE = replace(
+    UNTUNED,
+    **{each.name: False for each in fields(StepTuning) if getattr(UNTUNED, each.name) is True},  # type: ignore[arg-type]
+)
+
 Axis = Callable[[StepTuning], Sequence[StepTuning]]
 
 

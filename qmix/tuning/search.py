@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 T = TypeVar("T", bound=Hashable)
 Candidate = TypeVar("Candidate", contravariant=True)
 
-# Relative to the norm of the first candidate's result. Sums in another order differ by under 0.01;
+# Relative to the norm of what is expected. Sums in another order differ by under 0.01;
 # what misses a tile or a head differs by far more.
 LARGEST_DIFFERENCE = 0.02
 # What is kept must be faster by more than two runs of the same differ.
@@ -20,7 +20,7 @@ _USUAL_SECONDS = 2.0  # of a trial: mostly the compiler's
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a candidate took, and how far its result is from the first candidate's."""
+    """What a candidate took, and how far its result is from what is expected."""
 
     microseconds: float
     difference: float
@@ -44,13 +44,14 @@ class Search(Generic[T]):
     """A search that may be ended at any time: `best` is always what was found so far.
 
     Args:
-        start: what is compared with; it is measured first.
+        starts: the first of them that is right is what others are compared with.
         axes: each gives other candidates near one, in the order in which they are tried.
         seconds: no trial begins that would probably end later.
         clock: in seconds.
         on_trial: called before each trial with the seconds that have passed.
 
     Attributes:
+        start: what the gain is over.
         best: the fastest candidate whose result was right.
         outcomes: of all that were right.
         rejected: why the others were not.
@@ -58,7 +59,7 @@ class Search(Generic[T]):
 
     def __init__(
         self,
-        start: T,
+        starts: Sequence[T],
         axes: Sequence[Callable[[T], Sequence[T]]],
         trials: Trials[T],
         *,
@@ -66,7 +67,8 @@ class Search(Generic[T]):
         clock: Callable[[], float],
         on_trial: Callable[[float], None] = lambda passed: None,
     ) -> None:
-        self.start = self.best = start
+        self.start = self.best = starts[0]
+        self._starts = starts
         self.outcomes: dict[T, Outcome] = {}
         self.rejected: dict[T, str] = {}
         self._axes, self._trials, self._on_trial = axes, trials, on_trial
@@ -79,7 +81,12 @@ class Search(Generic[T]):
         Raises:
             DeviceLostError: a candidate took the device with it. `best` was found before.
         """
-        if not self._try(self.start):
+        for start in self._starts:
+            self.start = self.best = start
+            if self._try(start):
+                break
+        else:
+            self.start = self.best = self._starts[0]
             return
         # The first trial compiles what all others share.
         self._longest = min(self._longest, _USUAL_SECONDS)

@@ -10,9 +10,11 @@ from qmix.evals.timing import random_model
 from qmix.generation import step_trials
 from qmix.generation.step_trials import StepTrials
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
+from qmix.tuning import axes
 from qmix.tuning.search import DeviceLostError
 
 OTHER = StepTuning(merge_in_split=False)
+assert OTHER != axes.SEPARATE
 
 
 class Clock:

@@ -221,6 +221,18 @@ def test_defaults_that_fail_are_used_and_told(on_a_card, path):
     assert not path.exists()
 
 
+def test_fused_launches_that_miscompute_are_replaced_by_separate_ones(on_a_card, path):
+    class Wrong(Device):
+        def measure(self, tuning):
+            outcome = super().measure(tuning)
+            return Outcome(outcome.microseconds, 0.3 if tuning.norm_in_products else 0.0)
+
+    with pytest.warns(UserWarning, match="more launches, as fewer fail: another result"):
+        found = tuner_of(Wrong(), path).of(on_a_card, None, 1)
+    assert not found.norm_in_products
+    assert found.gate_up.warps == 2
+
+
 def test_a_terminal_sees_one_line_that_goes_away(on_a_card, path):
     class Terminal(io.StringIO):
         def isatty(self):

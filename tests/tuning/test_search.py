@@ -42,7 +42,7 @@ AXES = (
 
 
 def search(device, seconds=20.0, axes=AXES, **options):
-    return Search((0, 0), axes, device, seconds=seconds, clock=device.clock, **options)
+    return Search([(0, 0), (9, 9)], axes, device, seconds=seconds, clock=device.clock, **options)
 
 
 def test_the_fastest_along_each_axis_is_found_and_confirmed():
@@ -80,11 +80,16 @@ def test_a_candidate_that_miscomputes_or_raises_never_wins(odd):
     assert all(found.rejected.values())
 
 
-def test_the_start_that_fails_ends_the_search():
-    device = Device({(0, 0): RuntimeError("no memory")})
+@pytest.mark.parametrize("odd", [RuntimeError("no memory"), Outcome(1.0, 0.5)])
+def test_a_start_that_fails_is_replaced_by_the_next(odd):
+    device = Device({(0, 0): odd})
     found = search(device)
     found.run()
-    assert (found.best, found.gain, device.tried) == ((0, 0), 0.0, [(0, 0)])
+    assert (found.start, found.best) == ((9, 9), (2, 3))
+    device = Device({(0, 0): odd, (9, 9): odd})
+    found = search(device)
+    found.run()
+    assert (found.best, found.gain, device.tried) == ((0, 0), 0.0, [(0, 0), (9, 9)])
 
 
 def test_no_trial_begins_that_would_end_too_late():
