@@ -174,7 +174,7 @@ def _device_prefill(model: StoredModel, context: int, batch: int) -> int:
     config, tokens, item = model.config, batch * min(GPU_PREFILL_CHUNK, context), 2
     hidden, inner = config.hidden_size, config.intermediate_size
     dequantized = 3 * hidden * inner * item
-    rows = tokens * 4 * inner * item  # one expert may take them all: w1 with w3, SiLU, the product
+    rows = tokens * 2 * inner * item  # one expert may take them all; SiLU is computed in place
     sums = tokens * hidden * (4 * config.num_experts_per_tok + 4 + 6 * item)
     return max(dequantized + rows + sums, model.first_layer)
 

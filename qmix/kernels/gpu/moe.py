@@ -215,9 +215,14 @@ def _dense_experts(x: Tensor, routes: Routes, table: ExpertTable, layer: int) ->
         chosen = x[pairs // choices]
         if table.perm is not None:
             chosen = chosen.index_select(1, table.perm[layer, expert])
-        gate, up = F.linear(chosen, gate_up).chunk(2, -1)
-        out[pairs] = F.linear(F.silu(gate) * up, down).float() * weights[pairs]
+        out[pairs] = _swiglu(chosen, gate_up, down).float().mul_(weights[pairs])
     return out.view(tokens, choices, hidden).sum(1).to(x.dtype)
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """An expert's output in little memory, since one expert may take a whole prompt: [T, D]."""
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate, inplace=True).mul_(up), down)
 
 
 def _combine(partials: Tensor, tokens: int, choices: int, dtype: torch.dtype) -> Tensor:
