@@ -17,7 +17,7 @@ from typing import Any
 from qmix.commands import planner
 from qmix.config import MixtralConfig
 from qmix.errors import ResourceError
-from qmix.evals import layouts, markdown, speed
+from qmix.evals import layouts, markdown, prediction, speed
 from tests.support import layout_tables
 from tests.support.house import ROOT
 
@@ -312,6 +312,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             offload,
             cards,
         ),
+        *(prediction.launch_table, prediction.speed_table),
         *(layout_tables.kinds, layout_tables.layouts_in_short, layout_tables.unread),
     )
 }

@@ -16,7 +16,7 @@ EVEN = 0.95
 
 # A split keeps so many tiles: what is in flight, and as many again.
 _FEWEST_TILES = 4
-_LARGEST_SPLIT = 16
+LARGEST_SPLIT = 16
 _PANEL_WARPS = 4
 # Warps of a block by its columns, the usual number first; wider blocks have four. Four warps of 8
 # columns would take 16 % more instructions where Triton 3.9 compiles them for sm_90: the matrix
@@ -113,7 +113,7 @@ def grid_for(
     columns: int,
     multiprocessors: int,
     tuning: Tuning = UNTUNED,
-    most_splits: int = _LARGEST_SPLIT,
+    most_splits: int = LARGEST_SPLIT,
 ) -> Grid:
     """The thread blocks of a matrix [N, K].
 
