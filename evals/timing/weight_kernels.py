@@ -30,6 +30,8 @@ _POINTERS = {
     "hidden": "*fp16",
     "weights": "*fp32",
     "partials": "*fp32",
+    "sums": "*fp32",
+    "arrivals": "*i32",
     "out": "*bf16",
     **dict.fromkeys(
         ("q", "keys", "values", "cos", "sin", "residual", "weight", "total", "gate"), "*bf16"
@@ -46,17 +48,22 @@ _MULTIPLES = ("D", "F", "N", "K", "offset", "SECOND", *_STRIDES)
 
 @dataclass(frozen=True)
 class WeightKernel:
-    """A kernel that reads packed weights, with what is constant in it and the architecture."""
+    """A kernel that reads packed weights, with what is constant in it and the architecture.
+
+    Attributes:
+        is_split: K is split, and the last split adds all of them up.
+    """
 
     kernel: str
     tile_format: TileFormat
     config: Config
     is_sorted: bool
     arch: int
+    is_split: bool = False
 
     def __str__(self) -> str:
         zeros = "" if self.tile_format.symmetric else " asymmetric"
-        how = " sorted" if self.is_sorted else ""
+        how = " sorted" if self.is_sorted else " split" if self.is_split else ""
         return (
             f"sm_{self.arch} {self.kernel}{how} {self.tile_format.kind} {self.tile_format.inputs}{zeros}, "
             f"{self.config.columns} columns, {self.config.warps} warps"
@@ -67,7 +74,7 @@ class WeightKernel:
         module = fused_triton if self.kernel in FUSED else moe_triton
         function: Any = getattr(module, self.kernel)
         tile_format, config = self.tile_format, self.config
-        constants = {
+        constants: dict[str, object] = {
             "KIND": tile_format.kind,
             "C": tile_format.inputs,
             "SYMMETRIC": tile_format.symmetric,
@@ -82,6 +89,8 @@ class WeightKernel:
             "SHARED": 2,
             **self._norm_and_heads(),
         }
+        if not self.is_split:
+            constants |= {"sums": None, "arrivals": None}
         names = function.arg_names
         types = {name: "fp32" if name == "eps" else _POINTERS.get(name, "i32") for name in names}
         unaligned = function.do_not_specialize_on_alignment
@@ -125,4 +134,5 @@ def weight_kernels(
                 if config.columns <= DECODE_TOKENS:
                     for kernel in FUSED:
                         yield WeightKernel(kernel, tile_format, config, False, arch)
+                    yield WeightKernel("gate_up", tile_format, config, False, arch, is_split=True)
             yield WeightKernel("dequantize", tile_format, Config(0, 4, 1), False, arch)

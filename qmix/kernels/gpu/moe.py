@@ -89,6 +89,7 @@ def expert_partials(
     *,
     squares: Tensor | None = None,
     finish: FinishFor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """The partial sums of `experts`: float16 activations [T, D] -> float32 [Z, M, D].
 
@@ -99,6 +100,8 @@ def expert_partials(
         squares: float32 [T, S], shares of the mean square that x is still to be divided by the root
             of.
         finish: what `down` is replaced by; at most DECODE_TOKENS tokens.
+        arrivals: int32 zeros [E * grid.most_blocks] on the device, and zeros again after: w1 and
+            w3 are split too where that occupies the device more evenly.
     """
     assert x.dtype == torch.float16, x.dtype
     (tokens, hidden), choices = x.shape, routes.ids.shape[1]
@@ -109,15 +112,21 @@ def expert_partials(
     ids, weights = routes.ids.contiguous(), routes.weights.contiguous()
     grouping = (groups.order, groups.starts, groups.blocks)
 
-    grid = _grid(table.shape, table.gate_up, groups, x.device, tuning, most_splits=1)
+    may_split = arrivals is not None and not groups.is_sorted
+    limits = {} if may_split else {"most_splits": 1}
+    grid = _grid(table.shape, table.gate_up, groups, x.device, tuning, **limits)
     x16, sharing = x.contiguous(), choices
     if table.perm is not None:  # act-order: one row for each pair, in the order of its expert
         orders = table.perm[layer].index_select(0, ids.reshape(-1)).long()
         x16, sharing = x16.repeat_interleave(choices, 0).gather(1, orders), 1
     inner = torch.empty(pairs, width, dtype=torch.float16, device=x.device)
+    merged: tuple[Tensor | None, Tensor | None] = (None, None)
+    if grid.splits > 1:
+        shape = (grid.splits, groups.count, grid.rows, 2, grid.config.warps * 16 * groups.columns)
+        merged = torch.empty(shape, dtype=torch.float32, device=x.device), arrivals
     launch(
-        moe_triton.gate_up, (grid.rows, groups.count),
-        addresses, x16, inner, ids, *grouping, squares, tokens, hidden, width,
+        moe_triton.gate_up, (grid.rows, groups.count, grid.splits),
+        addresses, x16, inner, *merged, ids, *grouping, squares, tokens, hidden, width, grid.splits,
         **_constants(table.gate_up, grid.config), **shared, SHRINK=SHRINK, SHARED=sharing,
         **slices(squares),
     )  # fmt: skip
@@ -130,6 +139,11 @@ def expert_partials(
         *how.arguments, **_constants(table.down, grid.config), **shared, **how.constants, GROW=1 / SHRINK,
     )  # fmt: skip
     return partials
+
+
+def arrivals_of(table: ExpertTable) -> int:
+    """The most thread blocks of w1 and w3 that may be split: what `arrivals` counts."""
+    return table.shape[0] // PANEL * 4 * table.addresses.shape[1]
 
 
 def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:

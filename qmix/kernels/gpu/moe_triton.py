@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu import ptx
+from qmix.kernels.gpu.arrivals_triton import is_last
 from qmix.weights.packed import codes, tile_format
 
 # Triton's interpreter has no inline assembly; there the same values come from the table.
@@ -25,6 +26,7 @@ NF4_INSTRUCTIONS = tl.constexpr(ptx.NF4_INSTRUCTIONS)
 INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
 NF4_CONSTRAINTS = tl.constexpr(ptx.NF4_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
+INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
 NF4_VALUES = tl.constexpr(codes.NF4_STORED_VALUES)
 INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
 BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
@@ -48,18 +50,21 @@ def decode(word, table, KIND: tl.constexpr):
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word], (tl.float16, tl.float16), False, 4
-        )
+            INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word, table[0], table[1]],
+            (tl.float16, tl.float16), False, 4,
+        )  # fmt: skip
 
 
 @triton.jit
-def _table(matrix):
-    """The four words of NF4's table that the instructions want in registers, from the header."""
+def _table(matrix, KIND: tl.constexpr):
+    """The words that the instructions want in registers: NF4's table from the header, constants."""
     # A zero that the compiler does not know to be the same in all threads. If it knew, the words
     # would go to uniform registers, which a permutation cannot read, and be copied every time: one
     # more instruction for each weight. (It would know a minimum of integers, whose instruction
     # writes a uniform register.)
     zero = tl.min(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32)
+    if KIND == "int4":
+        return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
     words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
     return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
 
@@ -93,11 +98,16 @@ def _codes_at(part, WARPS: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _both(section, rows):
-    """Scales or zeros of these byte rows: float16 of the low plane and of the high one."""
-    pair = tl.load(section.to(tl.pointer_type(tl.int32)) + rows)
+def _both(pair):
+    """Scales or zeros of byte rows, int32: float16 of the low plane and of the high one."""
     low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     return low, ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _pairs(section, rows):
+    """Pointers to the scales or zeros of these byte rows."""
+    return section.to(tl.pointer_type(tl.int32)) + rows
 
 
 @triton.jit
@@ -123,22 +133,24 @@ def accumulate(
     x = x + x_row[None, :] + first * C + inputs[:, None]
     low = tl.zeros([ROWS, COLUMNS], tl.float32)
     high = tl.zeros([ROWS, COLUMNS], tl.float32)
-    table = _table(matrix)
+    table = _table(matrix, KIND)
+    scales = _pairs(tile + CODES, rows)
     # With the number of stages set on the loop, scales are copied asynchronously too.
-    for _ in tl.range(first, last, num_stages=STAGES):
+    for _ in tl.range(0, last - first, num_stages=STAGES):
         word = tl.load(tile + codes_at)
         tokens = tl.load(x)
-        low_scale, high_scale = _both(tile + CODES, rows)
+        low_scale, high_scale = _both(tl.load(scales))
         low_word, high_word = decode(word, table, KIND)
         low_weight = _operand(low_word, WARPS, C // 32)
         high_weight = _operand(high_word, WARPS, C // 32)
         if not SYMMETRIC:
-            low_zero, high_zero = _both(tile + CODES + SCALES, rows)
+            low_zero, high_zero = _both(tl.load(_pairs(tile + CODES + SCALES, rows)))
             low_weight += low_zero[:, None]
             high_weight += high_zero[:, None]
         low += tl.dot(low_weight, tokens) * low_scale.to(tl.float32)[:, None]
         high += tl.dot(high_weight, tokens) * high_scale.to(tl.float32)[:, None]
         tile += TILE
+        scales += TILE // 4
         x += C
     factors = matrix.to(tl.pointer_type(tl.float32))
     return low * tl.load(factors), high * tl.load(factors + 1)
@@ -189,14 +201,16 @@ def columns_of(
 
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def gate_up(
-    addresses, x, hidden, ids, order, starts, blocks, squares, T, D, F,
+    addresses, x, hidden, sums, arrivals, ids, order, starts, blocks, squares, T, D, F, SPLITS,
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SHRINK: tl.constexpr,
     SHARED: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """hidden [M, F] = SHRINK * silu(w1 x) * w3 x; grid (F / rows, groups).
+    """hidden [M, F] = SHRINK * silu(w1 x) * w3 x; grid (F / rows, groups, Z).
 
+    Of several splits, the last one to arrive adds them up in order; `sums` holds two tiles of each
+    block, `arrivals` its zero.
     x is [M / SHARED, D]: a row for each token or, where experts want inputs in orders of their own,
     for each pair. With `squares` [T, S] a token's row is multiplied by its `norm_factor`.
     """
@@ -209,10 +223,28 @@ def gate_up(
     if tl.sum(used.to(tl.int32), 0) == 0:
         return
     matrix = _matrix(addresses, expert, 0)
+    split, tiles = tl.program_id(2), D // C
     gate, up = accumulate(
-        matrix, x, pair // SHARED * D, panel, part, 0, D // C, D,
+        matrix, x, pair // SHARED * D, panel, part,
+        split * tiles // SPLITS, (split + 1) * tiles // SPLITS, D,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
+    if arrivals is not None:
+        block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        count = tl.num_programs(0) * tl.num_programs(1)
+        SIZE: tl.constexpr = ROWS * COLUMNS
+        inside = tl.arange(0, COLUMNS)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+        place = sums + block * (2 * SIZE) + inside
+        tl.store(place + split * count * (2 * SIZE), gate, mask=used[None, :])
+        tl.store(place + split * count * (2 * SIZE) + SIZE, up, mask=used[None, :])
+        if not is_last(arrivals + block, SPLITS):
+            return
+        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+        up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for _ in range(SPLITS):
+            gate += tl.load(place, mask=used[None, :], other=0.0, cache_modifier=".cg")
+            up += tl.load(place + SIZE, mask=used[None, :], other=0.0, cache_modifier=".cg")
+            place += count * (2 * SIZE)
     if squares is not None:
         factor = norm_factor(squares, pair // CHOICES, used, S, SLICES)[None, :]
         gate, up = gate * factor, up * factor
@@ -374,13 +406,13 @@ def dequantize(
     source = matrix + HEADER + (panel.to(tl.int64) * (K // C) + tile) * TILE
     rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, C)
     word = tl.load(source + _codes_at(0, 4, C // 32))
-    low_word, high_word = decode(word, _table(matrix), KIND)
+    low_word, high_word = decode(word, _table(matrix, KIND), KIND)
     low, high = _operand(low_word, 4, C // 32), _operand(high_word, 4, C // 32)
     if not SYMMETRIC:
-        low_zero, high_zero = _both(source + CODES + SCALES, rows)
+        low_zero, high_zero = _both(tl.load(_pairs(source + CODES + SCALES, rows)))
         low += low_zero[:, None]
         high += high_zero[:, None]
-    low_scale, high_scale = _both(source + CODES, rows)
+    low_scale, high_scale = _both(tl.load(_pairs(source + CODES, rows)))
     factors = matrix.to(tl.pointer_type(tl.float32))
     low = low.to(tl.float32) * (low_scale.to(tl.float32) * tl.load(factors))[:, None]
     high = high.to(tl.float32) * (high_scale.to(tl.float32) * tl.load(factors + 1))[:, None]

@@ -42,13 +42,16 @@ def _nf4() -> str:
 
 
 def _int4() -> str:
-    """A code in the low mantissa bits of 1024 or of 64 is that number plus the code."""
+    """A code in the low mantissa bits of 1024 or of 64 is that number plus the code.
+
+    `$5` is twice the float16 1024, `$9` twice 64.
+    """
     lines = ["{", ".reg .b32 u, m, n;", "mov.b32 m, 0xe408e408;", "mov.b32 n, 0xd480d480;"]
     for first, second, spread in (("$0", "$2", "0x4140"), ("$1", "$3", "0x4342")):
         lines += [
             f"prmt.b32 u, $4, 0, {spread};",  # bytes b 0 b' 0
-            f"lop3.b32 {first}, u, 0x000f000f, 0x64006400, 0xea;",  # (u & mask) | 1024
-            f"lop3.b32 {second}, u, 0x00f000f0, 0x54005400, 0xea;",  # (u & mask) | 64
+            f"lop3.b32 {first}, u, 0x000f000f, $5, 0xea;",  # (u & mask) | 1024
+            f"lop3.b32 {second}, u, 0x00f000f0, $9, 0xea;",  # (u & mask) | 64
             f"add.f16x2 {first}, {first}, m;",  # - 1032
             f"add.f16x2 {second}, {second}, n;",  # - 72
         ]
@@ -57,6 +60,11 @@ def _int4() -> str:
 
 NF4_INSTRUCTIONS = _nf4()
 INT4_INSTRUCTIONS = _int4()
-# Outputs are written before the inputs are read for the last time.
-INT4_CONSTRAINTS = "=&r,=&r,=&r,=&r,r"
-NF4_CONSTRAINTS = INT4_CONSTRAINTS + 16 * ",r"
+# Words that the instructions want in registers: as constants they would be moved there in every
+# iteration of the loop.
+INT4_WORDS = (0x64006400, 0x54005400)
+# Outputs are written before the inputs are read for the last time. A word is an operand four times,
+# once for every byte.
+_OPERANDS = "=&r,=&r,=&r,=&r,r"
+INT4_CONSTRAINTS = _OPERANDS + 8 * ",r"
+NF4_CONSTRAINTS = _OPERANDS + 16 * ",r"
