@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qmix.generation.packed_layers import LayerWeights
+from qmix.kernels.gpu.grid import most_blocks
 from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.tile_format import PANEL
@@ -69,6 +70,11 @@ class LayerLaunches:
         )
         self._split_arrivals = zeros[0] if tuning.merge_in_split else None
         self._arrivals, self._down_arrivals = zeros[1], zeros[2]
+        experts = layers[0].experts.table
+        blocks = experts.addresses.shape[1] * most_blocks(experts.shape)
+        self._gate_arrivals = (
+            torch.zeros(blocks, dtype=torch.int32, device=device) if tuning.split_gate else None
+        )
         self._no_partials = torch.zeros(batch, hidden, device=device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -99,8 +105,9 @@ class LayerLaunches:
             x = router.total
             expert_ids.append(router.routes.ids)
             partials = moe.expert_partials(
-                router.normed, router.routes, layer.experts.table, 0, tuning.gate_up, tuning.down
-            )
+                router.normed, router.routes, layer.experts.table, 0, tuning.gate_up, tuning.down,
+                arrivals=self._gate_arrivals,
+            )  # fmt: skip
         return pointwise.residual_norm(x, partials, shared.last_norm, shared.eps)[1], expert_ids
 
     def _fused(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -133,6 +140,7 @@ class LayerLaunches:
                 self._down_arrivals,
                 tuning.gate_up,
                 tuning.down,
+                self._gate_arrivals,
             )
         return pointwise.rms_norm(normed.total, shared.last_norm, shared.eps), expert_ids
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.kernels import Routes
 from qmix.kernels.gpu import moe as gpu
-from qmix.kernels.gpu.grid import Tuning
+from qmix.kernels.gpu.grid import Tuning, grid_for, most_blocks
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
@@ -167,6 +167,27 @@ def test_other_thread_blocks(warps):
     experts, table = experts_of(nf4, 2, 128, 64)
     x, chosen = drawn(2, 128), routes(2, 2, 2, "spread")
     assert error(gpu.experts(x, chosen, table, 0, tuning), oracle(x, chosen, experts)) <= NF4_BOUND
+
+
+@pytest.mark.parametrize("kind", one_in(2, [nf4, act_order]))
+def test_the_last_split_of_w1_and_w3_adds_all_of_them(kind):
+    """To the same bits whenever it arrives, and its counters are zero again."""
+    experts, table = experts_of(kind, 4, 512, 64)
+    x, chosen = drawn(3, 512), routes(3, 4, 2, "spread")
+    arrivals = torch.zeros(4 * most_blocks(table.shape), dtype=torch.int32, device=DEVICE)
+    many = Tuning(warps_per_sm=28)
+    grid = grid_for(table.shape, table.gate_up, groups=4, columns=8, multiprocessors=2, tuning=many)
+    assert grid.splits > 1
+
+    def partials(arrivals):
+        return gpu.expert_partials(x.half(), chosen, table, 0, many, arrivals)
+
+    parts = [partials(arrivals) for _ in range(2)]
+    assert torch.equal(*parts)
+    assert not arrivals.any()
+    out, whole = (part.sum(0).view(3, 2, 512).sum(1) for part in (parts[0], partials(None)))
+    assert error(out, oracle(x, chosen, experts)) <= NF4_BOUND
+    assert error(out, whole) <= 1e-3  # inner activations are rounded to float16
 
 
 def test_where_an_expert_lies_changes_no_bit():

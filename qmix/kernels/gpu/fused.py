@@ -163,8 +163,13 @@ def add_experts(
     arrivals: Tensor,
     tuning: Tuning = UNTUNED,
     down_tuning: Tuning | None = None,
+    gate_arrivals: Tensor | None = None,
 ) -> Normed:
-    """`last.total` plus the chosen experts' outputs for its norm, and the norm of the sum."""
+    """`last.total` plus the chosen experts' outputs for its norm, and the norm of the sum.
+
+    Args:
+        gate_arrivals: see `moe.expert_partials`.
+    """
     found: list[Normed] = []
 
     def finish(grid: Grid) -> Finish:
@@ -178,8 +183,9 @@ def add_experts(
         return Finish(kernels.down_add, arguments, constants)
 
     moe.expert_partials(
-        last.weighted, routes, table, 0, tuning, down_tuning, squares=last.squares, finish=finish
-    )
+        last.weighted, routes, table, 0, tuning, down_tuning,
+        squares=last.squares, finish=finish, arrivals=gate_arrivals,
+    )  # fmt: skip
     return found[0]
 
 

@@ -141,6 +141,11 @@ def grid_for(
     return found
 
 
+def most_blocks(shape: tuple[int, int]) -> int:
+    """The most blocks that the rows of a matrix [N, K] take, whatever their shape."""
+    return shape[0] // PANEL * _PANEL_WARPS
+
+
 def balance(blocks: int, splits: int, tiles: int, multiprocessors: int) -> float:
     """How evenly blocks of `splits` parts of K occupy the multiprocessors: mean over most tiles.
 

@@ -141,11 +141,6 @@ def expert_partials(
     return partials
 
 
-def arrivals_of(table: ExpertTable) -> int:
-    """The most thread blocks of w1 and w3 that may be split: what `arrivals` counts."""
-    return table.shape[0] // PANEL * 4 * table.addresses.shape[1]
-
-
 def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
     """`x @ weight.T`: [..., K] -> [..., N] in x's dtype."""
     out_features, in_features = weight.shape

@@ -23,6 +23,8 @@ class StepTuning:
         norm_in_products: o_proj and down add to the residual, and the next product divides by the
             root of the mean square; otherwise norms, residuals and the router are launches of their
             own. Goes with rotate_in_qkv only.
+        split_gate: w1 and w3 are split along their inputs where whole ones would leave
+            multiprocessors idle, and the last part adds them up; the order of the sum is another.
     """
 
     qkv: grid.Tuning = grid.UNTUNED
@@ -33,6 +35,7 @@ class StepTuning:
     merge_in_split: bool = True
     rotate_in_qkv: bool = True
     norm_in_products: bool = True
+    split_gate: bool = True
 
 
 UNTUNED = StepTuning()
