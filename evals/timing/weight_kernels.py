@@ -89,7 +89,7 @@ class WeightKernel:
             "SHARED": 2,
             **self._norm_and_heads(),
         }
-        if not self.is_split:
+        if self.kernel == "gate_up" and not self.is_split:
             constants |= {"sums": None, "arrivals": None}
         names = function.arg_names
         types = {name: "fp32" if name == "eps" else _POINTERS.get(name, "i32") for name in names}

@@ -180,7 +180,7 @@ def test_the_last_split_of_w1_and_w3_adds_all_of_them(kind):
     assert grid.splits > 1
 
     def partials(arrivals):
-        return gpu.expert_partials(x.half(), chosen, table, 0, many, arrivals)
+        return gpu.expert_partials(x.half(), chosen, table, 0, many, arrivals=arrivals)
 
     parts = [partials(arrivals) for _ in range(2)]
     assert torch.equal(*parts)

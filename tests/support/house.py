@@ -81,6 +81,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.kernels.gpu.fused_triton",
         "qmix.kernels.gpu.arrivals_triton",
         "qmix.kernels.gpu.moe_triton",
+        "qmix.kernels.gpu.tiles_triton",
         "qmix.kernels.gpu.attention_triton",
         "qmix.kernels.gpu.pointwise_triton",
         "qmix.evals.timing.machine_code",

@@ -194,10 +194,11 @@ def down_add(
     expert, pair, mine = columns_of(
         ids, order, starts, blocks, tl.program_id(1), T, CHOICES, E, COLUMNS, SORTED
     )
-    store_weighted(
-        addresses, offset, x, partials, ids, weights, T, N, K, SPLITS, expert, pair, mine, panel, part,
-        KIND, C, SYMMETRIC, CHOICES, SORTED, WARPS, COLUMNS, STAGES, GROW,
-    )  # fmt: skip
+    if tl.sum(mine.to(tl.int32), 0) > 0:
+        store_weighted(
+            addresses, offset, x, partials, ids, weights, T, N, K, SPLITS, expert, pair, mine, panel, part,
+            KIND, C, SYMMETRIC, CHOICES, SORTED, WARPS, COLUMNS, STAGES, GROW,
+        )  # fmt: skip
     if is_last(arrivals + tl.program_id(0), tl.num_programs(1) * tl.num_programs(2)):
         token = tl.arange(0, COLUMNS)
         _add_norm(

@@ -16,98 +16,21 @@ Shape letters: see qmix.kernels.
 import triton
 import triton.language as tl
 
-from qmix.kernels.gpu import ptx
 from qmix.kernels.gpu.arrivals_triton import is_last
-from qmix.weights.packed import codes, tile_format
+from qmix.kernels.gpu.tiles_triton import (
+    BYTE_ROWS,
+    HEADER,
+    both_planes,
+    codes_at,
+    decode,
+    decoding_words,
+    operand,
+    plane_pairs,
+)
 
-# Triton's interpreter has no inline assembly; there the same values come from the table.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-NF4_INSTRUCTIONS = tl.constexpr(ptx.NF4_INSTRUCTIONS)
-INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
-NF4_CONSTRAINTS = tl.constexpr(ptx.NF4_CONSTRAINTS)
-INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
-INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
-NF4_VALUES = tl.constexpr(codes.NF4_STORED_VALUES)
-INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
-BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
-HEADER = tl.constexpr(tile_format.HEADER_BYTES)
 # These change from step to step: 1 and multiples of 16 get no compilation of their own.
 _COUNTS = ["T", "M", "SPLITS", "expert"]
 _UNALIGNED = ["addresses"]  # a layer's row of a table
-
-
-@triton.jit
-def decode(word, table, KIND: tl.constexpr):
-    """uint8 codes -> float16 values of the low and of the high nibbles."""
-    if INTERPRETED:
-        return _value(word & 15, KIND), _value(word >> 4, KIND)
-    elif KIND == "nf4":
-        # Declared impure: otherwise the compiler sees 8-bit operands behind the assembly, and wants
-        # the operand of the matrix unit in another order of inputs, one for each architecture.
-        return tl.inline_asm_elementwise(
-            NF4_INSTRUCTIONS, NF4_CONSTRAINTS, [word, table[0], table[1], table[2], table[3]],
-            (tl.float16, tl.float16), False, 4,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word, table[0], table[1]],
-            (tl.float16, tl.float16), False, 4,
-        )  # fmt: skip
-
-
-@triton.jit
-def _table(matrix, KIND: tl.constexpr):
-    """The words that the instructions want in registers: NF4's table from the header, constants."""
-    # A zero that the compiler does not know to be the same in all threads. If it knew, the words
-    # would go to uniform registers, which a permutation cannot read, and be copied every time: one
-    # more instruction for each weight. (It would know a minimum of integers, whose instruction
-    # writes a uniform register.)
-    zero = tl.min(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32)
-    if KIND == "int4":
-        return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
-    words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
-    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
-
-
-@triton.jit
-def _value(code, KIND: tl.constexpr):
-    if KIND == "int4":
-        return code.to(tl.float16) - INT4_ZERO
-    value = tl.zeros(code.shape, tl.float16)
-    for i in tl.static_range(16):
-        value = tl.where(code == i, NF4_VALUES[i], value)
-    return value.to(tl.float16)
-
-
-@triton.jit
-def _operand(values, WARPS: tl.constexpr, HALVES: tl.constexpr):
-    """Packed bytes -> [WARPS * 16 rows, HALVES * 32 inputs]; no value moves between threads."""
-    values = tl.reshape(values, [HALVES, WARPS, 8, 4, 2, 2, 2, 2])  # half, warp, g, t, c, r, j, p
-    values = tl.permute(values, [1, 5, 2, 0, 6, 4, 3, 7])
-    return tl.reshape(values, [WARPS * 16, HALVES * 32])
-
-
-@triton.jit
-def _codes_at(part, WARPS: tl.constexpr, HALVES: tl.constexpr):
-    """Offsets of a block's codes in a tile: all of it, or those of WARPS of its four warps."""
-    if WARPS == 4:
-        return tl.arange(0, HALVES * 2048)
-    else:
-        half = tl.arange(0, HALVES)[:, None] * 2048
-        return half + part * (WARPS * 512) + tl.arange(0, WARPS * 512)[None, :]
-
-
-@triton.jit
-def _both(pair):
-    """Scales or zeros of byte rows, int32: float16 of the low plane and of the high one."""
-    low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    return low, ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _pairs(section, rows):
-    """Pointers to the scales or zeros of these byte rows."""
-    return section.to(tl.pointer_type(tl.int32)) + rows
 
 
 @triton.jit
@@ -126,25 +49,25 @@ def accumulate(
     CODES: tl.constexpr = BYTE_ROWS * C
     SCALES: tl.constexpr = BYTE_ROWS * 4
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
-    codes_at = _codes_at(part, WARPS, C // 32)
+    places = codes_at(part, WARPS, C // 32)
     inputs = tl.arange(0, C)
     rows = part * ROWS + tl.arange(0, ROWS)
     tile = matrix + HEADER + (panel.to(tl.int64) * (K // C) + first) * TILE
     x = x + x_row[None, :] + first * C + inputs[:, None]
     low = tl.zeros([ROWS, COLUMNS], tl.float32)
     high = tl.zeros([ROWS, COLUMNS], tl.float32)
-    table = _table(matrix, KIND)
-    scales = _pairs(tile + CODES, rows)
+    table = decoding_words(matrix, KIND)
+    scales = plane_pairs(tile + CODES, rows)
     # With the number of stages set on the loop, scales are copied asynchronously too.
     for _ in tl.range(0, last - first, num_stages=STAGES):
-        word = tl.load(tile + codes_at)
+        word = tl.load(tile + places)
         tokens = tl.load(x)
-        low_scale, high_scale = _both(tl.load(scales))
+        low_scale, high_scale = both_planes(tl.load(scales))
         low_word, high_word = decode(word, table, KIND)
-        low_weight = _operand(low_word, WARPS, C // 32)
-        high_weight = _operand(high_word, WARPS, C // 32)
+        low_weight = operand(low_word, WARPS, C // 32)
+        high_weight = operand(high_word, WARPS, C // 32)
         if not SYMMETRIC:
-            low_zero, high_zero = _both(tl.load(_pairs(tile + CODES + SCALES, rows)))
+            low_zero, high_zero = both_planes(tl.load(plane_pairs(tile + CODES + SCALES, rows)))
             low_weight += low_zero[:, None]
             high_weight += high_zero[:, None]
         low += tl.dot(low_weight, tokens) * low_scale.to(tl.float32)[:, None]
@@ -287,14 +210,12 @@ def store_weighted(
     CHOICES: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
 ):  # fmt: skip
-    """This block's part of `down`. A block without pairs reads no weights and stores nothing."""
+    """This block's part of `down`, if it has pairs."""
     split = tl.program_id(2)
     matrix = _matrix(addresses, expert, offset)
     tiles = K // C
-    first, last = split * tiles // SPLITS, (split + 1) * tiles // SPLITS
-    last = tl.where(tl.sum(used.to(tl.int32), 0) > 0, last, first)
     low, high = accumulate(
-        matrix, x, pair * K, panel, part, first, last, K,
+        matrix, x, pair * K, panel, part, split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
         KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
     partials += split.to(tl.int64) * (T * CHOICES) * N
@@ -405,14 +326,14 @@ def dequantize(
     matrix = _matrix(addresses, expert, offset)
     source = matrix + HEADER + (panel.to(tl.int64) * (K // C) + tile) * TILE
     rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, C)
-    word = tl.load(source + _codes_at(0, 4, C // 32))
-    low_word, high_word = decode(word, _table(matrix, KIND), KIND)
-    low, high = _operand(low_word, 4, C // 32), _operand(high_word, 4, C // 32)
+    word = tl.load(source + codes_at(0, 4, C // 32))
+    low_word, high_word = decode(word, decoding_words(matrix, KIND), KIND)
+    low, high = operand(low_word, 4, C // 32), operand(high_word, 4, C // 32)
     if not SYMMETRIC:
-        low_zero, high_zero = _both(tl.load(_pairs(source + CODES + SCALES, rows)))
+        low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, rows)))
         low += low_zero[:, None]
         high += high_zero[:, None]
-    low_scale, high_scale = _both(tl.load(_pairs(source + CODES, rows)))
+    low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, rows)))
     factors = matrix.to(tl.pointer_type(tl.float32))
     low = low.to(tl.float32) * (low_scale.to(tl.float32) * tl.load(factors))[:, None]
     high = high.to(tl.float32) * (high_scale.to(tl.float32) * tl.load(factors + 1))[:, None]

@@ -1,0 +1,98 @@
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, ANN202, RET505
+"""What the Triton kernels of packed matmuls do with a tile: codes, scales and zeros to operands.
+
+Knows no kernel. Shape letters: see qmix.kernels.
+"""
+
+import triton
+import triton.language as tl
+
+from qmix.kernels.gpu import ptx
+from qmix.weights.packed import codes, tile_format
+
+# Triton's interpreter has no inline assembly; there the same values come from the table.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NF4_INSTRUCTIONS = tl.constexpr(ptx.NF4_INSTRUCTIONS)
+INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
+NF4_CONSTRAINTS = tl.constexpr(ptx.NF4_CONSTRAINTS)
+INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
+INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
+NF4_VALUES = tl.constexpr(codes.NF4_STORED_VALUES)
+INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
+BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
+HEADER = tl.constexpr(tile_format.HEADER_BYTES)
+
+
+@triton.jit
+def decode(word, table, KIND: tl.constexpr):
+    """uint8 codes -> float16 values of the low and of the high nibbles."""
+    if INTERPRETED:
+        return _value(word & 15, KIND), _value(word >> 4, KIND)
+    elif KIND == "nf4":
+        # Declared impure: otherwise the compiler sees 8-bit operands behind the assembly, and wants
+        # the operand of the matrix unit in another order of inputs, one for each architecture.
+        return tl.inline_asm_elementwise(
+            NF4_INSTRUCTIONS, NF4_CONSTRAINTS, [word, table[0], table[1], table[2], table[3]],
+            (tl.float16, tl.float16), False, 4,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word, table[0], table[1]],
+            (tl.float16, tl.float16), False, 4,
+        )  # fmt: skip
+
+
+@triton.jit
+def decoding_words(matrix, KIND: tl.constexpr):
+    """The words that the instructions want in registers: NF4's table from the header, constants."""
+    # A zero that the compiler does not know to be the same in all threads. If it knew, the words
+    # would go to uniform registers, which a permutation cannot read, and be copied every time: one
+    # more instruction for each weight. (It would know a minimum of integers, whose instruction
+    # writes a uniform register.)
+    zero = tl.min(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32)
+    if KIND == "int4":
+        return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
+    words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
+    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+
+
+@triton.jit
+def _value(code, KIND: tl.constexpr):
+    if KIND == "int4":
+        return code.to(tl.float16) - INT4_ZERO
+    value = tl.zeros(code.shape, tl.float16)
+    for i in tl.static_range(16):
+        value = tl.where(code == i, NF4_VALUES[i], value)
+    return value.to(tl.float16)
+
+
+@triton.jit
+def operand(values, WARPS: tl.constexpr, HALVES: tl.constexpr):
+    """Packed bytes -> [WARPS * 16 rows, HALVES * 32 inputs]; no value moves between threads."""
+    values = tl.reshape(values, [HALVES, WARPS, 8, 4, 2, 2, 2, 2])  # half, warp, g, t, c, r, j, p
+    values = tl.permute(values, [1, 5, 2, 0, 6, 4, 3, 7])
+    return tl.reshape(values, [WARPS * 16, HALVES * 32])
+
+
+@triton.jit
+def codes_at(part, WARPS: tl.constexpr, HALVES: tl.constexpr):
+    """Offsets of a block's codes in a tile: all of it, or those of WARPS of its four warps."""
+    if WARPS == 4:
+        return tl.arange(0, HALVES * 2048)
+    else:
+        half = tl.arange(0, HALVES)[:, None] * 2048
+        return half + part * (WARPS * 512) + tl.arange(0, WARPS * 512)[None, :]
+
+
+@triton.jit
+def both_planes(pair):
+    """Scales or zeros of byte rows, int32: float16 of the low plane and of the high one."""
+    low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    return low, ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def plane_pairs(section, rows):
+    """Pointers to the scales or zeros of these byte rows."""
+    return section.to(tl.pointer_type(tl.int32)) + rows
