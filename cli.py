@@ -14,7 +14,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from qmix import __version__
-from qmix.commands import doctor, evaluate, files, generate, hub, plan, quantize, terminal, trace
+from qmix.commands import (
+    doctor,
+    evaluate,
+    files,
+    generate,
+    hub,
+    plan,
+    quantize,
+    terminal,
+    trace,
+    tune,
+)
 from qmix.errors import QmixError, ResourceError, of_device
 from qmix.files.file_errors import FULL
 
@@ -41,6 +52,7 @@ app.command("pull")(hub.pull)
 app.command("list")(hub.list_models)
 app.command("rm")(hub.remove)
 app.command("doctor")(doctor.doctor)
+app.command("tune")(tune.tune)
 app.command("demo")(evaluate.demo)
 app.add_typer(trace.app, name="trace")
 

@@ -86,10 +86,11 @@ def examine(
         measure: time memory, disk, device and PCIe, and save it for plans (a few seconds).
     """
     from qmix.commands.diagnosis import Facts, Finding, diagnose
+    from qmix.commands.tuning_findings import tunings
     from qmix.planning import machine
 
     facts = Facts.gather(folder)
-    findings = diagnose(facts)
+    findings = (*diagnose(facts), *tunings(facts))
     key = machine.key(facts.gpus[0].name if facts.gpus else None)
     if measure:
         measured = _measure(key, folder, cuda=facts.torch_sees_cuda, progress=progress)

@@ -17,7 +17,7 @@ from typing import Protocol, TextIO
 
 import torch
 
-from qmix.errors import ResourceError, UsageError, WriteError
+from qmix.errors import ResourceError, UnsupportedError, UsageError, WriteError
 from qmix.generation.packed_layers import layer_weights
 from qmix.generation.step_trials import StepTrials
 from qmix.kernels.gpu import probe
@@ -40,18 +40,18 @@ BATCHES = (1, 8, DECODE_TOKENS)
 MakeTrials = Callable[[Decoder, Linear, int], Trials[StepTuning]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
-    """How a step is launched, and why so.
+    """What a search found.
 
     Attributes:
-        entry: what the file says; None: the defaults are used.
-        rejected: what was wrong with other candidates, if this is from a search.
+        entry: as it is kept.
+        rejected: what was wrong with other candidates.
     """
 
-    tuning: StepTuning = UNTUNED
-    entry: Entry | None = None
-    rejected: Mapping[StepTuning, str] | None = None
+    tuning: StepTuning
+    entry: Entry
+    rejected: Mapping[StepTuning, str]
 
 
 class StepTuner(Protocol):
@@ -99,13 +99,23 @@ class Tuner:
         known = (rows, device, model.norm.weight.dtype)
         if known not in self._known:
             key = key_of(model, rows, device)
-            found = self._saved(key)
-            if found is None and model.experts_store is None:
-                found = self.search(model, head, rows, key)
-            self._known[known] = UNTUNED if found is None else found.tuning
+            tuning = self._saved(key)
+            if tuning is None and model.experts_store is None:
+                tuning = self._searched(model, head, rows, key)
+            self._known[known] = tuning or UNTUNED
         return self._known[known]
 
-    def _saved(self, key: TuningKey) -> Found | None:
+    def _searched(
+        self, model: Decoder, head: Linear, rows: int, key: TuningKey
+    ) -> StepTuning | None:
+        """What a search finds; None, with a warning, where nothing can be timed."""
+        try:
+            return self.search(model, head, rows, key).tuning
+        except UnsupportedError as error:
+            warnings.warn(f"the defaults are used: {error}", stacklevel=6)
+            return None
+
+    def _saved(self, key: TuningKey) -> StepTuning | None:
         """What the file says; a file that cannot be believed is told once."""
         saved = cache_file.load(self._path)
         if saved.trouble is not None:
@@ -114,7 +124,7 @@ class Tuner:
         if entry is None:
             return None
         try:
-            return Found(axes.from_json(entry.tuning), entry)
+            return axes.from_json(entry.tuning)
         except ValueError:  # another version's, or written by hand
             return None
 
@@ -125,6 +135,7 @@ class Tuner:
 
         Raises:
             ResourceError: a candidate took the device with it.
+            UnsupportedError: neither the defaults nor separate launches could be timed.
         """
         seconds = FULL_SECONDS if full else SECONDS
         with _announced(self._stream or sys.stderr, key, rows, seconds) as show:
@@ -150,17 +161,16 @@ class Tuner:
                     "defaults.",
                 ) from error
             finally:
-                entry = self._save(key, search, complete=complete)
+                entry = self._kept(key, search, complete=complete)
+        if entry is None:
+            raise UnsupportedError(
+                "no decode step could be timed", where=key.gpu, found=search.rejected[search.start]
+            )
         return Found(search.best, entry, search.rejected)
 
-    def _save(self, key: TuningKey, search: Search[StepTuning], *, complete: bool) -> Entry | None:
-        """Save the best; None if nothing at all could be measured."""
+    def _kept(self, key: TuningKey, search: Search[StepTuning], *, complete: bool) -> Entry | None:
+        """The best, saved; None if nothing at all was measured."""
         if search.start not in search.outcomes or search.best not in search.outcomes:
-            why = search.rejected.get(search.start)
-            if why is not None:
-                warnings.warn(
-                    f"the defaults are used, which could not be timed: {why}", stacklevel=7
-                )
             return None
         if search.start != UNTUNED:
             why = search.rejected[UNTUNED]

@@ -70,7 +70,12 @@ OWNERS: Mapping[str, set[str]] = {
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
         *("qmix.commands.generate", "qmix.commands.evaluate", "qmix.commands.plan"),
-        *("qmix.commands.doctor", "qmix.commands.trace", "qmix.commands.terminal"),
+        *(
+            "qmix.commands.doctor",
+            "qmix.commands.trace",
+            "qmix.commands.tune",
+            "qmix.commands.terminal",
+        ),
         "qmix.commands.hub",
     },
     "flash_attn": {"qmix.kernels.flash"},
