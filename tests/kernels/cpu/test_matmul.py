@@ -34,7 +34,8 @@ def check(weight, dtypes=(torch.float32, torch.bfloat16, torch.float16), tokens=
             assert out.dtype == dtype
             assert out.shape == oracle.shape
             error = (out.double() - oracle).abs() / (scale * x.double().norm(dim=1, keepdim=True))
-            eps = 3e-7 if dtype == torch.float32 else 3e-5
+            # A tile's lane adds up a unit, which leaves the inputs of a table 13 bits.
+            eps = 3e-7 if dtype == torch.float32 else 3e-5 if count <= 12 else 8e-5
             # What rounding the output costs, which no kernel can avoid.
             unavoidable = (oracle.to(dtype).double() - oracle).abs() / (
                 scale * x.double().norm(dim=1, keepdim=True)

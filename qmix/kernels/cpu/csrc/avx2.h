@@ -9,7 +9,7 @@
 namespace {
 
 struct Avx2 {
-    static constexpr bool VECTORS = true, INT16 = false;
+    static constexpr bool VECTORS = true, INT16 = false, INT16_TILES = false;
     static constexpr int64_t lanes(int64_t tokens) { return tokens <= 8 ? 8 : 16; }
 
     struct Table {

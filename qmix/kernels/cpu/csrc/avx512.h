@@ -9,7 +9,7 @@
 namespace {
 
 struct Avx512 {
-    static constexpr bool VECTORS = true, INT16 = false;
+    static constexpr bool VECTORS = true, INT16 = false, INT16_TILES = false;
     static constexpr int64_t lanes(int64_t tokens) { return tokens <= 16 ? 16 : PANEL_TOKENS; }
 
     // The values of the p-th codes of sixteen words.

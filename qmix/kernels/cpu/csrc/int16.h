@@ -8,6 +8,9 @@
 namespace {
 
 constexpr float MAX_OF_BYTES = 127 * 256 + 127;  // an activation as the sum of two signed bytes
+// The largest value of a table in tiles: both factors of a product then err by as much. FP4's
+// values are multiples of a 192nd, so they are exact.
+constexpr float TILE_VALUE = 42 * 192;
 constexpr int MAX_CODE = 31;  // 4 * 31 * 128, the sum of four products, fits 16 bits
 
 // The table as integers, `values[code] / factor`.
@@ -22,7 +25,9 @@ struct IntegerTable {
     bool linear;  // value = code + values[0]; activations are then sums of two signed bytes
     bool small;   // no two values are more than MAX_CODE apart
 
-    explicit IntegerTable(const float* table) : factor(16383), max_activation(16383), linear(true) {
+    // `most`: the largest value of a table that is not exact.
+    explicit IntegerTable(const float* table, float most = 16383)
+        : factor(most), max_activation(16383), linear(true) {
         float largest = 0;
         bool integral = true, halves = true;
         for (int i = 0; i < 16; i++) {
@@ -39,7 +44,7 @@ struct IntegerTable {
         } else if (halves) {
             factor = integral ? 1 : 2, max_activation = 32767;
         } else {
-            factor = largest > 0 ? 16383 / largest : 1;
+            factor = largest > 0 ? most / largest : 1;
         }
         int16_t highest = 0;
         lowest = 0;
@@ -52,7 +57,8 @@ struct IntegerTable {
     }
 
     // The table of a matrix. Codes of 8 bits are linear.
-    explicit IntegerTable(const Matrix& weight) : IntegerTable(weight.table) {
+    explicit IntegerTable(const Matrix& weight, float most = 16383)
+        : IntegerTable(weight.table, most) {
         if (weight.bits != 8) return;
         factor = 1, max_activation = MAX_OF_BYTES, linear = true;
         values[0] = int16_t(weight.table[0]);

@@ -1,17 +1,21 @@
 // Rows in codes times tokens in 16-bit integers, for a width of registers.
 //
 // This file is included by a width (width_avx2.h is one), in a namespace that holds `Width`, what the
-// registers do, and `FloatKernels`, the kernels for everything else. A chunk is as many registers as
+// registers do, and `OtherKernels`, the kernels for everything else. A chunk is as many registers as
 // hold its 64 bytes.
 
-struct Kernels : FloatKernels {
+struct Kernels : OtherKernels {
     static constexpr bool INT16 = true;
-    static constexpr int64_t MAX_INT16_TOKENS = Width::MAX_TOKENS;
     static constexpr int REGISTERS = CHUNK_BYTES / Width::BYTES;
     typedef Width::Floats Floats;
     typedef Width::Units Units;
     typedef Width::Register Register;
     typedef Width::Ints Ints;
+
+    // The most tokens that are multiplied row by row.
+    static int64_t max_int16_tokens(const Matrix& weight) {
+        return Width::max_tokens(read_bits(weight));
+    }
 
     // Whether a table is mapped to codes and a shared base. E2M1's halves are: 0 to 24, and -12.
     static bool maps(const IntegerTable& table) {

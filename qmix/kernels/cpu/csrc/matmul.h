@@ -4,10 +4,9 @@
 // memory. More tokens share tiles of the weight that are decoded into the cache.
 //
 // Where the caller allows `quantize_activations` (its inputs and outputs have 16 bits) and the
-// processor has AVX-512 VNNI, tokens are multiplied as 16-bit integers instead: inputs with a scale
-// for each chunk, the table with one scale, integers as they are; sums are exact. The result
-// errs by 0.007 % (rounding an output to bfloat16: 0.1 %). One token takes a third fewer
-// instructions than in float32, a prompt of 512 tokens 0.55 of the time.
+// processor has the instructions, both are done in 16-bit integers instead: inputs with a scale for
+// each chunk (rows) or unit (tiles), the table with one scale, integers as they are; sums are
+// exact. The result errs by 0.01 % (rounding an output to bfloat16: 0.1 %).
 
 #pragma once
 
@@ -57,18 +56,21 @@ void decode(const Matrix& weight, int64_t unit, int64_t row, int64_t first, int6
 struct MatmulPass {
     const Matmul* matmul;
     int64_t first_token, tokens, unit;
+    int64_t padded;         // tokens of whole panels
     int64_t chunk, chunks;  // inputs of a chunk, and how many hold those of a row
     int64_t lanes;  // tokens of the last panel; 0: no panels, codes are looked up as they are used
     bool int16;
     float* arranged;      // [tokens][places], or panels [places][lanes]
-    float* input_scales;  // int16: [tokens][chunks], and `arranged` holds int16
-    float* totals;        // int16: [tokens][chunks][MAX_UNITS]
+    float* input_scales;  // int16: [tokens][chunks], or panels [units][lanes]; `arranged` holds int16
+    float* totals;        // int16: [tokens][chunks][MAX_UNITS], or panels [units][lanes]
     int64_t tasks, task_rows;
 
     int64_t places() const { return chunks * chunk; }
-    // Of scales and totals.
-    int64_t int16_floats() const {
-        return int16 ? round_up((1 + MAX_UNITS) * tokens * chunks, 16) : 0;
+    int64_t scales() const {
+        return !int16 ? 0 : lanes ? padded * places() / unit : tokens * chunks;
+    }
+    int64_t int16_floats() const {  // of scales and totals
+        return round_up((lanes ? 2 : 1 + MAX_UNITS) * scales(), 16);
     }
 };
 
@@ -85,6 +87,29 @@ void quantize_inputs(const MatmulPass& pass, int64_t token) {
         pass.input_scales[at] =
             quantize(x + c * pass.chunk, left < pass.chunk ? left : pass.chunk, weight.high_first,
                      table, pass.unit, out, pass.totals + MAX_UNITS * at);
+    }
+}
+
+// A panel of tokens for tiles of integers, as [places / 2][lanes][2].
+template <class Kernels>
+void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens) {
+    const Matrix& weight = pass.matmul->weight;
+    const IntegerTable table(weight, TILE_VALUE);
+    const int64_t first = panel * panel_tokens, left = pass.tokens - first;
+    const int64_t tokens = left < panel_tokens ? left : panel_tokens;
+    const int64_t lanes = left <= panel_tokens ? pass.lanes : panel_tokens;
+    const int64_t units = pass.places() / pass.unit;
+    int16_t* out = reinterpret_cast<int16_t*>(pass.arranged) + first * pass.places();
+    float *scales = pass.input_scales + first * units, *totals = pass.totals + first * units;
+    memset(out, 0, sizeof(int16_t) * lanes * pass.places());
+    memset(scales, 0, sizeof(float) * lanes * units);
+    memset(totals, 0, sizeof(float) * lanes * units);
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* x = pass.matmul->x + (pass.first_token + first + t) * weight.inputs;
+        for (int64_t u = 0; u < weight.inputs / pass.unit; u++)
+            Kernels::quantize_unit(weight, table, x + u * pass.unit, pass.unit, lanes,
+                                   out + u * pass.unit * lanes + 2 * t, scales + u * lanes + t,
+                                   totals + u * lanes + t);
     }
 }
 
@@ -184,27 +209,68 @@ void multiply_direct(const MatmulPass& pass, int64_t task, const Scratch& scratc
     }
 }
 
+// Tiles of a weight in float32.
 template <class Kernels>
-void multiply_tiles(const MatmulPass& pass, int64_t task, const Scratch& scratch,
-                    int64_t panel_tokens) {
+struct FloatTiles {
+    const MatmulPass& pass;
+    const Scratch& scratch;
+
+    void decode_rows(int64_t first, int64_t rows, int64_t at, int64_t depth) const {
+        for (int64_t r = 0; r < rows; r++)
+            decode<Kernels>(pass.matmul->weight, pass.unit, first + r, at / pass.chunk,
+                            (at + depth) / pass.chunk, scratch, scratch.tile + r * TILE_PITCH);
+    }
+
+    // Adds the products of `depth` places from `at` on to the sums of the panel of token `t`.
+    void multiply(int64_t rows, int64_t at, int64_t depth, int64_t t, int64_t lanes) const {
+        Kernels::multiply_tile(scratch.tile, rows, depth,
+                               pass.arranged + t * pass.places() + at * lanes, lanes,
+                               scratch.sums + t * TILE_ROWS);
+    }
+};
+
+// The same in 16-bit integers.
+template <class Kernels>
+struct IntegerTiles {
+    const MatmulPass& pass;
+    const Scratch& scratch;
+
+    void decode_rows(int64_t first, int64_t rows, int64_t at, int64_t depth) const {
+        const Matrix& weight = pass.matmul->weight;
+        const typename Kernels::Decoder decoder{IntegerTable(weight, TILE_VALUE)};
+        for (int64_t r = 0; r < rows; r++)
+            Kernels::decode_row(weight, decoder, pass.unit, first + r, at, at + depth, scratch, r);
+    }
+
+    void multiply(int64_t rows, int64_t at, int64_t depth, int64_t t, int64_t lanes) const {
+        const int64_t unit = at / pass.unit * lanes, first = t * pass.places() / pass.unit + unit;
+        const int16_t* x = reinterpret_cast<const int16_t*>(pass.arranged);
+        Kernels::multiply_int16_tile(typename Kernels::Tile(scratch.tile), rows, pass.unit,
+                                     depth / pass.unit,
+                                     {x + t * pass.places() + at * lanes, pass.input_scales + first,
+                                      pass.totals + first, lanes},
+                                     shift_of(pass.matmul->weight) != NONE,
+                                     scratch.sums + t * TILE_ROWS);
+    }
+};
+
+template <class Tiles>
+void multiply_tiles(const Tiles& tiles, int64_t task, int64_t panel_tokens) {
+    const MatmulPass& pass = tiles.pass;
+    const Scratch& scratch = tiles.scratch;
     const Matrix& weight = pass.matmul->weight;
     const int64_t first = task * TILE_ROWS;
     const int64_t rows = weight.rows - first < TILE_ROWS ? weight.rows - first : TILE_ROWS;
     const int64_t padded = round_up(rows, 12), places = pass.places();
-    memset(scratch.sums, 0, sizeof(float) * TILE_ROWS * round_up(pass.tokens, panel_tokens));
-    if (padded > rows)
-        memset(scratch.tile + rows * TILE_PITCH, 0, sizeof(float) * (padded - rows) * TILE_PITCH);
+    memset(scratch.sums, 0, sizeof(float) * TILE_ROWS * pass.padded);
+    if (padded > rows || places > weight.inputs)
+        memset(scratch.tile, 0, sizeof(float) * TILE_ROWS * TILE_PITCH);
     for (int64_t at = 0; at < places; at += TILE_INPUTS) {
         const int64_t depth = places - at < TILE_INPUTS ? places - at : TILE_INPUTS;
-        for (int64_t r = 0; r < rows; r++)
-            decode<Kernels>(weight, pass.unit, first + r, at / pass.chunk,
-                            (at + depth) / pass.chunk, scratch, scratch.tile + r * TILE_PITCH);
-        for (int64_t t = 0; t < pass.tokens; t += panel_tokens) {
-            const int64_t lanes = t + panel_tokens >= pass.tokens ? pass.lanes : panel_tokens;
-            Kernels::multiply_tile(scratch.tile, padded, depth,
-                                   pass.arranged + t * places + at * lanes, lanes,
-                                   scratch.sums + t * TILE_ROWS);
-        }
+        tiles.decode_rows(first, rows, at, depth);
+        for (int64_t t = 0; t < pass.tokens; t += panel_tokens)
+            tiles.multiply(padded, at, depth, t,
+                           t + panel_tokens >= pass.tokens ? pass.lanes : panel_tokens);
     }
     float* y = pass.matmul->y + pass.first_token * weight.rows + first;
     for (int64_t t = 0; t < pass.tokens; t++) {
@@ -221,25 +287,35 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
     std::vector<MatmulPass> passes;
     for (int64_t i = 0; i < count; i++) {
         const Matrix& weight = matmuls[i].weight;
-        const int64_t unit = scale_unit(weight);
-        bool int16 = false;
-        int64_t max_tokens = MAX_TOKENS;
+        int64_t unit = scale_unit(weight);
+        bool int16 = false, tiles = matmuls[i].tokens > DIRECT_TOKENS;
         if constexpr (Kernels::INT16)
-            if (unit && matmuls[i].quantize_activations &&
-                matmuls[i].tokens <= Kernels::MAX_INT16_TOKENS &&
-                Kernels::takes(weight, IntegerTable(weight), unit))
-                int16 = true, max_tokens = INT16_TOKENS;
-        for (int64_t first = 0; first < matmuls[i].tokens; first += max_tokens) {
+            if (matmuls[i].quantize_activations && unit &&
+                matmuls[i].tokens <= Kernels::max_int16_tokens(weight)) {
+                int16 = Kernels::takes(weight, IntegerTable(weight), unit);
+                tiles = tiles && !int16;
+            }
+        if constexpr (Kernels::INT16_TILES)
+            if (matmuls[i].quantize_activations &&
+                matmuls[i].tokens > Kernels::max_int16_tokens(weight)) {
+                const IntegerTable table(weight);
+                int16 = Kernels::takes_tiles(weight, table, unit);
+                // The more products a lane adds up, the fewer bits are left for the inputs.
+                if (int16 && !table.linear && unit > 64) unit = 64;
+            }
+        for (int64_t first = 0; first < matmuls[i].tokens; first += MAX_TOKENS) {
             MatmulPass pass{};
             const int64_t left = matmuls[i].tokens - first;
             pass.matmul = matmuls + i;
             pass.first_token = first;
-            pass.tokens = left < max_tokens ? left : max_tokens;
+            pass.tokens = left < MAX_TOKENS ? left : MAX_TOKENS;
             pass.unit = unit;
             pass.chunk = chunk_of(weight);
             pass.chunks = round_up(weight.inputs, pass.chunk) / pass.chunk;
             pass.int16 = int16;
-            if (pass.tokens > DIRECT_TOKENS && !int16) {
+            pass.padded = pass.tokens;
+            if (tiles) {
+                pass.padded = round_up(pass.tokens, panel_tokens);
                 pass.lanes = Kernels::lanes((pass.tokens - 1) % panel_tokens + 1);
                 pass.task_rows = TILE_ROWS;
             } else {
@@ -263,13 +339,11 @@ struct Workspace {
     int64_t tile = 0, sums = 0;     // of one thread
     float* memory = nullptr;
 
-    Workspace(const std::vector<MatmulPass>& passes, int64_t panel_tokens, int threads) {
+    Workspace(const std::vector<MatmulPass>& passes, int threads) {
         int64_t units = 0;
         for (const MatmulPass& pass : passes) {
-            const int64_t panel = pass.lanes ? panel_tokens : 1;
-            const int64_t padded = round_up(pass.tokens, panel);
-            arranged += padded * pass.places() + pass.int16_floats();
-            if (pass.lanes && sums < TILE_ROWS * padded) sums = TILE_ROWS * padded;
+            arranged += pass.padded * pass.places() + pass.int16_floats();
+            if (pass.lanes && sums < TILE_ROWS * pass.padded) sums = TILE_ROWS * pass.padded;
             if (pass.unit && units < pass.matmul->weight.inputs / pass.unit)
                 units = pass.matmul->weight.inputs / pass.unit;
             if (pass.matmul->weight.bits < 4 && codes < pass.places() / 8)
@@ -333,9 +407,9 @@ std::vector<Panel> place_inputs(std::vector<MatmulPass>& passes, float* memory,
         }
         const int64_t panel = pass.lanes ? panel_tokens : 1;
         pass.arranged = memory;
-        memory += round_up(pass.tokens, panel) * pass.places();
+        memory += pass.padded * pass.places();
         pass.input_scales = memory;
-        pass.totals = memory + pass.tokens * pass.chunks;
+        pass.totals = memory + pass.scales();
         memory += pass.int16_floats();
         for (int64_t p = 0; p * panel < pass.tokens; p++) panels.push_back({&pass, p});
     }
@@ -350,7 +424,7 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
     if (multiplications < MIN_PARALLEL) threads = 1;
     const int64_t panel_tokens = Kernels::lanes(MAX_TOKENS);
     std::vector<MatmulPass> passes = plan_passes<Kernels>(matmuls, count, threads);
-    const Workspace workspace(passes, panel_tokens, threads);
+    const Workspace workspace(passes, threads);
     const std::vector<Panel> panels = place_inputs(passes, workspace.memory, panel_tokens);
 
     int64_t tasks = 0, arranged = 0;
@@ -360,7 +434,9 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
     const auto arrange = [&](int64_t i, int) {
         const MatmulPass& pass = *panels[i].pass;
         if constexpr (Kernels::INT16)
-            if (pass.int16) return quantize_inputs<Kernels>(pass, panels[i].index);
+            if (pass.int16 && !pass.lanes) return quantize_inputs<Kernels>(pass, panels[i].index);
+        if constexpr (Kernels::INT16_TILES)
+            if (pass.int16) return quantize_panel<Kernels>(pass, panels[i].index, panel_tokens);
         arrange_inputs<Kernels>(pass, panels[i].index, pass.lanes ? panel_tokens : 1);
     };
     parallel_for(int64_t(panels.size()), arranged > (1 << 16) ? threads : 1, fork, arrange);
@@ -369,9 +445,12 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
         while (task >= pass->tasks) task -= pass++->tasks;
         const Scratch scratch = workspace.scratch(thread);
         if constexpr (Kernels::INT16)
-            if (pass->int16) return multiply_int16<Kernels>(*pass, task, scratch);
+            if (pass->int16 && !pass->lanes) return multiply_int16<Kernels>(*pass, task, scratch);
+        if constexpr (Kernels::INT16_TILES)
+            if (pass->int16)
+                return multiply_tiles(IntegerTiles<Kernels>{*pass, scratch}, task, panel_tokens);
         if (pass->lanes)
-            multiply_tiles<Kernels>(*pass, task, scratch, panel_tokens);
+            multiply_tiles(FloatTiles<Kernels>{*pass, scratch}, task, panel_tokens);
         else
             multiply_direct<Kernels>(*pass, task, scratch);
     });

@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t CHUNK_BYTES = 64;
 constexpr int64_t MAX_UNITS = 8;      // of a chunk
 constexpr int64_t DIRECT_TOKENS = 4;  // at most this many are multiplied while codes are looked up
-constexpr int64_t INT16_TOKENS = 16;  // of an int16 matmul at a time: they fit the second cache
 constexpr int64_t ROWS_AT_ONCE = 4;   // of an int16 matmul of one token
 constexpr int64_t MAX_TOKENS = 512;   // arranged at a time
 constexpr int64_t PANEL_TOKENS = 32;  // at most, in the panels of a tiled matmul

@@ -7,7 +7,7 @@
 namespace {
 
 struct Portable {
-    static constexpr bool VECTORS = false, INT16 = false;
+    static constexpr bool VECTORS = false, INT16 = false, INT16_TILES = false;
     static constexpr int64_t lanes(int64_t) { return 8; }
 
     // Decodes the 64 bytes of a chunk into arranged float32. Scales and shifts are those of its

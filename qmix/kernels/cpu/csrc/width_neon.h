@@ -16,7 +16,7 @@ typedef Portable FloatKernels;
 
 struct Width {
     static constexpr int BYTES = 16;
-    static constexpr int64_t MAX_TOKENS = 12;
+    static constexpr int64_t max_tokens(int64_t) { return 12; }  // more go faster as floats
     static constexpr int64_t TABLE_UNIT = 32;
     static constexpr bool MAPS_SMALL_TABLES = true;
     typedef uint8x16_t Register;
@@ -141,6 +141,7 @@ struct Width {
     }
 };
 
+typedef FloatKernels OtherKernels;
 #include "integer_rows.h"
 
 }  // namespace neon
