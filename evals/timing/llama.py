@@ -45,7 +45,11 @@ class LlamaPeer:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{tokens}\n")
         self._process.stdin.flush()
-        one, three = self._line()
+        times = self._line()
+        if times is None:
+            self.failure = f"failed at {tokens} tokens: exit code {self._process.wait()}"
+            return None
+        one, three = times
         return one, three
 
     def _line(self) -> Any:

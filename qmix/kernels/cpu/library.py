@@ -58,7 +58,7 @@ class Library:
         """Each x [T, K], float32 and contiguous, times its weight [N, K]: [T, N] each, in `dtype`.
 
         An act-order weight takes its inputs in the order that it stores them. Where `dtype` has 16
-        bits, 16-bit integers may stand for x and for the table: an error of 0.007 %. All but the
+        bits, 16-bit integers may stand for x and for the table: an error of 0.008 %. All but the
         portable kernels do so, and take 128 inputs (64 for codes of 8 bits) for zero of which none
         reaches 1.1e-34 (5.5e-35 for NF4).
         """
