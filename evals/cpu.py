@@ -123,14 +123,14 @@ def measure_cpu(
     for kind in kinds or (None,):
         with start_llama(llama_python, kind, config) as peer:
             versions.update(peer.versions)
-            if peer.failure:
-                timings.append(CpuTiming.absent("layer", f"llama.cpp {kind}", peer.failure))
             for weight_format in filter(partial(_stands_beside, kind), formats):
                 layers = [random_layer(config, weight_format) for _ in range(3)]
                 for count in tokens:
                     progress(f"layer, {weight_format}, {kind}, {count} tokens")
                     timings += time_layer(layers, config, weight_format, count, peer, reads)
                 del layers
+            if peer.failure:
+                timings.append(CpuTiming.absent("layer", f"llama.cpp {kind}", peer.failure))
     return CpuReport(
         command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
