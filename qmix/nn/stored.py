@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qmix.errors import UsageError
+from qmix.weights import huge_pages
 from qmix.weights.dense import Dense, Weight
 
 
@@ -31,7 +32,8 @@ class StoredModule(nn.Module):
         return Dense(self.weight)
 
     def store(self, weight: Weight) -> None:
-        """Replace the weight; its shape must stay."""
+        """Replace the weight; its shape must stay. In host memory it moves to huge pages."""
+        huge_pages.gather(weight)
         if isinstance(weight, Dense):
             self.weight = nn.Parameter(weight.data)
             self._packed = None

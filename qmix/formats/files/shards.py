@@ -16,6 +16,7 @@ from qmix.errors import CheckpointError
 from qmix.files.regular_file import open_regular
 from qmix.formats.files import safetensors_header
 from qmix.formats.files.safetensors_header import TensorInfo
+from qmix.weights import huge_pages
 from qmix.weights.dense import all_finite
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -27,7 +28,9 @@ Allocate = Callable[[int], Tensor]
 
 def fresh(nbytes: int) -> Tensor:
     """New memory: uint8 [nbytes]."""
-    return torch.empty(nbytes, dtype=torch.uint8)
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    huge_pages.ask(memory)
+    return memory
 
 
 @dataclass(frozen=True)
