@@ -50,6 +50,13 @@ def usual_kernels(archs: Sequence[int]) -> Iterator[WeightKernel | PlainKernel]:
     yield from plain_kernels(archs)
 
 
+def decode_kernels(archs: Sequence[int]) -> Iterator[WeightKernel]:
+    """What a decode step of up to 8 tokens launches, in the two usual formats."""
+    for variant in weight_kernels(archs, FORMATS[:2]):
+        if (variant.config.columns, variant.config.warps, variant.is_sorted) == (8, 2, False):
+            yield variant
+
+
 def compile_variant(variant: WeightKernel | PlainKernel) -> KernelCost:
     """Compile and disassemble a kernel."""
     return compile_kernel(variant.source())
@@ -110,18 +117,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all", action="store_true", help="every tile format and dtype, not only the usual ones"
     )
+    parser.add_argument(
+        "--decode", action="store_true", help="only what a decode step of up to 8 tokens launches"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (2)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each kernel")
     parser.add_argument("--write", action="store_true", help="record what was found")
     return parser
 
 
+def _chosen(options: argparse.Namespace) -> list[WeightKernel | PlainKernel]:
+    if options.decode:
+        return [*decode_kernels(options.arch)]
+    if options.all:
+        return [*weight_kernels(options.arch), *plain_kernels(options.arch, attention.DTYPES)]
+    return [*usual_kernels(options.arch)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module's docstring. The exit code is 5 if a kernel has a fault."""
     options = _parser().parse_args(arguments)
-    kernels = list(usual_kernels(options.arch))
-    if options.all:
-        kernels = [*weight_kernels(options.arch), *plain_kernels(options.arch, attention.DTYPES)]
+    kernels = _chosen(options)
     recorded = {} if options.write else aot_record.recorded(TRITON_VERSION)
     found: dict[str, aot_record.Recorded] = {}
     failed = 0
