@@ -26,7 +26,10 @@ class DiskExperts(StoredExperts):
         super().__init__([store.reader.described(self._first + i) for i in range(store.per_layer)])
 
     def _forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
-        return kernels.experts(x, routes, self._view(routes), act, resident=False)
+        """The CPU multiplies, also for a model whose other layers are on a GPU."""
+        here = Routes(routes.ids.cpu(), routes.weights.cpu())
+        out = kernels.experts(x.cpu(), here, self._view(here), act, resident=False)
+        return out.to(x.device)
 
     def _view(self, routes: Routes) -> "_View":
         """The layer's experts for one product. The reads that it needs start here."""

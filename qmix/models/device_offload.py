@@ -71,21 +71,19 @@ class DeviceOffload:
         experts = block.stored.packed
         if experts is None:
             raise UnsupportedError(
-                "experts that are not in the packed layout are not offloaded from a GPU",
+                "slots hold experts in the packed layout only",
                 where=where,
                 found=str(block.stored[0].w1.scheme),
-                remedy="Load it with device='cpu' and ram=, or quantize it as NF4 or GPTQ.",
             )
         sizes = {len(expert.blob) for expert in experts.packed}
         if self._arena is None:
             self._arena = self._pinned(HostArena(len(self._blob_of), max(sizes)))
         if sizes != {self._arena.nbytes}:
             raise UnsupportedError(
-                "experts of several sizes are not offloaded from a GPU",
+                "slots hold experts of one size only",
                 where=where,
                 expected=f"{self._arena.nbytes} B",
                 found=", ".join(map(str, sorted(sizes))),
-                remedy="Load it with device='cpu' and ram=, or quantize all experts alike.",
             )
         first = len(self._packed) * self._per_layer
         blobs = []

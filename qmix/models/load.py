@@ -4,11 +4,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, UnsupportedError
 from qmix.experts.reader import ExpertReader
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import check_finite
@@ -57,7 +58,7 @@ def fill_model(
         pack = packer.pack if device.type == "cuda" and backend == "qmix" else None
         fill(modules, checkpoint, dtype, device, pack)
     else:
-        _offload(modules, checkpoint, dtype, device, tiers, packer)
+        _offload(modules, checkpoint, dtype, device, tiers, packer if backend == "qmix" else None)
     if not packer.complete:
         warnings.warn(f"slower than it could be: {packer}", stacklevel=5)
 
@@ -89,9 +90,15 @@ def _offload(
     dtype: torch.dtype,
     device: torch.device,
     tiers: Tiers,
-    packer: Packer,
+    packer: Packer | None,
 ) -> None:
-    """Fill a model whose experts do not all fit its device."""
+    """Fill a model whose experts do not all fit its device.
+
+    Experts that slots of device memory cannot hold stay on the host, and the CPU multiplies them.
+
+    Args:
+        packer: None if the device's backend knows no packed layout.
+    """
     checked: set[str] = set()  # an expert may be read for each token, and is checked once
 
     def finish(weight: Weight, tensor: ModelTensor) -> Weight:
@@ -102,18 +109,48 @@ def _offload(
     reader = ExpertReader(checkpoint, dtype, finish)
     blocks = offload.blocks_of(modules)
     heat = HeatRecord(checkpoint, tiers.settings, persistent=tiers.persistent)
-    if not tiers.device:
-        fill(modules, checkpoint, dtype, device, experts=False)
-        heat.save_after(offload.offload_to_host(blocks, reader, tiers, heat.policy))
-        return
-    offloading = DeviceOffload(reader, len(blocks), tiers, heat.policy, device)
+    if tiers.device and packer is not None:
+        try:
+            offloading = _filled_in_slots(
+                modules, checkpoint, dtype, device, packer,
+                DeviceOffload(reader, len(blocks), tiers, heat.policy, device),
+            )  # fmt: skip
+        except UnsupportedError as error:
+            warnings.warn(
+                f"experts stay in host memory, and the CPU multiplies them: {error.what}",
+                stacklevel=6,
+            )
+            packer.forget()
+        else:
+            heat.save_after(offloading.finish(blocks))
+            return
+    pack = None
+    if packer is not None and device.type == "cuda":
+        pack = partial(packer.pack, experts=False)
+    fill(modules, checkpoint, dtype, device, pack, experts=False)
+    heat.save_after(offload.offload_to_host(blocks, reader, tiers, heat.policy))
+
+
+def _filled_in_slots(
+    modules: Mapping[str, nn.Module],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    packer: Packer,
+    offloading: DeviceOffload,
+) -> DeviceOffload:
+    """Fill a model, and hand over each layer's experts as soon as they are packed.
+
+    Raises:
+        UnsupportedError: slots cannot hold the experts of a layer.
+    """
 
     def take(layer: nn.Module) -> None:
         packer.pack(layer)
         offloading.take(*offload.blocks_of(dict(layer.named_modules())))
 
     fill(modules, checkpoint, dtype, device, take)
-    heat.save_after(offloading.finish(blocks))
+    return offloading
 
 
 def fill(

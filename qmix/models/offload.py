@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from qmix.errors import ResourceError, UnsupportedError
+from qmix.errors import ResourceError
 from qmix.experts.arena import HostArena
 from qmix.experts.disk_experts import DiskExperts
 from qmix.experts.disk_store import DiskStore
@@ -17,7 +17,6 @@ from qmix.experts.policy import HEAT, Policy, PolicySettings
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
-from qmix.kernels.backend import Backend
 from qmix.models.options import LoadOptions
 from qmix.models.quantization import QuantizedCheckpoint
 from qmix.nn.moe import SparseMoeBlock
@@ -59,16 +58,6 @@ def _stored_model(checkpoint: Checkpoint, dtype: torch.dtype) -> StoredModel:
     if isinstance(checkpoint, QuantizedCheckpoint):
         return checkpoint.stored_model(dtype)
     return StoredModel.of(checkpoint.metadata, str(dtype).removeprefix("torch."))
-
-
-def unreadable(backend: Backend) -> UnsupportedError:
-    """The error for experts in host memory beside a GPU whose backend cannot read them there."""
-    return UnsupportedError(
-        f"{backend} cannot read experts that lie in host memory from a GPU",
-        where="backend",
-        expected="qmix, or a model that fits the GPU's memory",
-        remedy="Load it with device='cpu' and ram=, or give a larger vram.",
-    )
 
 
 def plan_tiers(checkpoint: Checkpoint, options: LoadOptions) -> Tiers | None:

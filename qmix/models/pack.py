@@ -37,19 +37,29 @@ class Packer:
     refused: Counter[str] = field(default_factory=Counter)
     separate: Counter[str] = field(default_factory=Counter)
 
-    def pack(self, root: nn.Module) -> None:
+    def pack(self, root: nn.Module, *, experts: bool = True) -> None:
         """Bring every quantized matrix below `root` into the packed layout, on its own device.
 
         Meanwhile one expert is in memory twice.
+
+        Args:
+            experts: False leaves them as they are.
         """
         for module in root.modules():
             if isinstance(module, SparseMoeBlock):
-                self._pack_experts(module)
+                if experts:
+                    self._pack_experts(module)
             elif isinstance(module, Attention):
                 self._pack_qkv(module)
         for module in root.modules():
             if isinstance(module, Linear) and not isinstance(module.stored, (Dense, PackedWeight)):
                 self._pack_matrix(module)
+
+    def forget(self) -> None:
+        """Count from the beginning: the model is filled anew."""
+        self.packed = 0
+        self.refused.clear()
+        self.separate.clear()
 
     @property
     def complete(self) -> bool:

@@ -161,16 +161,13 @@ class PreTrainedModel(nn.Module):
 
         Raises:
             CheckpointError: a tensor is damaged, or the checkpoint is of a model without this head.
-            UnsupportedError: the named backend cannot run, or cannot read experts that are kept
-                in host memory.
+            UnsupportedError: the named backend cannot run.
             ResourceError: the model does not fit the budgets, or the memory that is free.
         """
         dtype = options.dtype or checkpoint.dtype
         backend = choose(options.backend, options.device, dtype, offload.schemes(checkpoint, dtype))
         if tiers is None:
             tiers = offload.plan_tiers(checkpoint, options)
-        if tiers is not None and tiers.device and backend != "qmix":
-            raise offload.unreadable(backend)
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(**changes))
         model._decoder.backend = backend

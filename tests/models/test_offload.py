@@ -16,6 +16,7 @@ from qmix.commands.session import Session
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.evals import offload as offload_record
 from qmix.evals.timing import bench
+from qmix.experts.disk_store import DiskStore
 from qmix.experts.layer_experts import ResidentExperts
 from qmix.experts.policy import PRESETS
 from qmix.formats import open_checkpoint
@@ -61,6 +62,17 @@ def saved(tmp_path_factory):
 def offloaded(directory, host, name="heat"):
     tiers = Tiers(device=0, host=host, settings=PRESETS[name])
     return load_in_tiers(directory, "cpu", tiers=tiers)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_that_slots_cannot_hold_stay_on_the_host(saved, layout):
+    """Their matrices are too small for a panel, which a GPU's slots hold; the CPU stands for it."""
+    expected = MixtralForCausalLM.from_pretrained(saved[layout], device="cpu")(PROMPT).logits
+    with pytest.warns(UserWarning, match="experts stay in host memory, and the CPU multiplies"):
+        model = load_in_tiers(saved[layout], "cpu", tiers=Tiers(device=4, host=5))
+    with torch.no_grad():
+        assert torch.equal(model(PROMPT).logits, expected)
+    assert isinstance(model.model.experts_store, DiskStore)
 
 
 def greedy(model, prompt=PROMPT, count=12):
