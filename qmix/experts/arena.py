@@ -79,11 +79,16 @@ class HostArena:
         start = index * self.stride
         return self._memory[start : start + self.nbytes]
 
-    def pin(self, runtime: Runtime) -> bool:
+    def pin(
+        self, runtime: Runtime, *, cost: str = "Every miss now waits for a slower copy"
+    ) -> bool:
         """Register the memory with the device, in chunks of whole blobs of at most 1 GiB.
 
         A copy may not cross two registrations, so no blob does. If a chunk cannot be registered,
         all of the arena stays pageable: one warning says so, and `unpinned_bytes` counts it.
+
+        Args:
+            cost: what that costs, for the warning.
 
         Returns:
             whether the arena is pinned.
@@ -103,10 +108,9 @@ class HostArena:
                 self.unpinned_bytes = whole
                 why = f"CUDA error {code}" if code else "no address for the device"
                 warnings.warn(
-                    f"host memory could not be pinned: {whole / 2**30:.2f} GiB of experts, {why} "
-                    f"after {start / 2**30:.2f} GiB. Every miss now waits for a "
-                    "slower copy. Raise the limit of locked memory (ulimit -l; WSL can pin half of "
-                    "the memory), or give a smaller ram.",
+                    f"host memory could not be pinned: {whole / 2**30:.2f} GiB, {why} after "
+                    f"{start / 2**30:.2f} GiB. {cost}. Raise the limit of locked memory (ulimit "
+                    "-l; WSL can pin half of the memory), or give a smaller ram.",
                     stacklevel=2,
                 )
                 return False

@@ -5,8 +5,12 @@ Knows bytes only.
 
 import ctypes
 import os
+from contextlib import suppress
 
 import torch
+
+from qmix.experts.arena import HostArena
+from qmix.kernels.gpu.current_device import on
 
 _PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
@@ -40,3 +44,18 @@ class CudaMemory:
             return None
         code = ask(ctypes.byref(found), ctypes.c_void_p(pointer), ctypes.c_uint(0))
         return None if code else found.value
+
+
+def pin(arena: HostArena, device: torch.device, **cost: str) -> bool:
+    """Pin an arena for a device; False, with a warning, if it stays pageable.
+
+    Args:
+        cost: as HostArena.pin.
+    """
+    with on(device):
+        if arena.pin(CudaMemory(), **cost):
+            return True
+        # The error stays in CUDA's runtime until a launch reports it: let this one do so.
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device).add_(1)
+    return False

@@ -15,7 +15,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
 from qmix.formats.layouts.packed_tensors import PackedTensors
-from qmix.formats.layouts.unpacking import UNPACK, as_stored
+from qmix.formats.layouts.unpacking import UNPACK, as_stored, on_any_device
 from qmix.formats.metadata import CheckpointMetadata, read_metadata
 from qmix.formats.names import ModelTensor
 from qmix.formats.rotary_rows import half_split
@@ -145,21 +145,35 @@ class Checkpoint:
             CheckpointError: the stored tensors are damaged, or have another shape than the model's.
         """
         packed = self.packing(tensor)
+        if packed and not as_stored(packed):
+            into = fresh
+        return self.built(tensor, self.read_all(tensor, into))
+
+    def read_all(self, tensor: ModelTensor, into: Allocate = fresh) -> dict[str, Tensor]:
+        """The tensors that hold a weight, by their canonical names; see `read`."""
+        return {name: self.read(name, into) for name in self.stored(tensor)}
+
+    def built(self, tensor: ModelTensor, tensors: Mapping[str, Tensor]) -> Weight:
+        """The weight that `read_all` read, where its tensors lie.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        packed = self.packing(tensor)
         where = str(self.file_of(tensor))
         if packed:
-            weight = self._unpack(packed, where, into)
+            settings = self.metadata.settings.get(packed.layout)
+            weight = UNPACK[packed.layout](tensors, packed, where, settings)
         else:
-            weight = Dense(self.read(tensor.name, into))
+            weight = Dense(tensors[tensor.name])
         if weight.shape != tensor.shape:
             raise wrong_shape(where, tensor.name, tensor.shape, weight.shape)
         return weight
 
-    def _unpack(self, packed: PackedTensors, where: str, into: Allocate) -> Weight:
-        if not as_stored(packed):
-            into = fresh
-        tensors = {name: self.read(name, into) for name in packed.names}
-        settings = self.metadata.settings.get(packed.layout)
-        return UNPACK[packed.layout](tensors, packed, where, settings)
+    def built_anywhere(self, tensor: ModelTensor) -> bool:
+        """Whether `built` takes tensors on any device, and not those of the host alone."""
+        packed = self.packing(tensor)
+        return packed is None or on_any_device(packed)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:

@@ -4,24 +4,22 @@ At no time is more than one layer's experts on the device beside the slots.
 """
 
 import time
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qmix.errors import ResourceError, UnsupportedError
+from qmix.experts import cuda_memory
 from qmix.experts.arena import HostArena, SlotArena
 from qmix.experts.copiers import CudaCopier, HostCopier
 from qmix.experts.cpu_misses import pairs_on_host
-from qmix.experts.cuda_memory import CudaMemory
 from qmix.experts.gpu_experts import DeviceExperts
 from qmix.experts.gpu_store import DeviceStore
 from qmix.experts.policy import Policy
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.kernels import PackedExperts, Routes
-from qmix.kernels.gpu.current_device import on
 from qmix.models.offload import Tiers
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.expert import Expert
@@ -130,11 +128,8 @@ class DeviceOffload:
         return store
 
     def _pinned(self, arena: HostArena) -> HostArena:
-        with on(self._device):
-            if self._cuda and not arena.pin(CudaMemory()):
-                # The error stays in CUDA's runtime until a launch reports it: let this one do so.
-                with suppress(RuntimeError):
-                    torch.zeros(1, device=self._device).add_(1)
+        if self._cuda:
+            cuda_memory.pin(arena, self._device)
         return arena
 
     def _store(self, arena: HostArena, *, in_place: bool) -> DeviceStore:

@@ -22,6 +22,7 @@ from qmix.models.heat_record import HeatRecord
 from qmix.models.offload import Tiers
 from qmix.models.pack import Packer
 from qmix.models.quantization import QuantizedCheckpoint
+from qmix.models.read_ahead import read_all
 from qmix.nn.embedding import Embedding
 from qmix.nn.stored import StoredModule
 from qmix.weights.dense import Dense, Weight, all_finite
@@ -169,18 +170,22 @@ def fill(
         finish: called with each decoder layer once it is complete, before the next one is read.
         experts: False leaves the experts out.
     """
-    tensors = [t for t in checkpoint.tensors if experts or t.kind != "expert"]
+    tensors = [
+        tensor
+        for tensor in checkpoint.tensors
+        if tensor.prefix in modules and (experts or tensor.kind != "expert")
+    ]
     missing = Counter(tensor.layer for tensor in tensors)
-    for tensor in tensors:
-        module = modules.get(tensor.prefix)
+    for tensor, stored in read_all(checkpoint, tensors, device):
+        module = modules[tensor.prefix]
         if isinstance(module, StoredModule):
-            weight = _placed(checkpoint.weight(tensor), dtype, device, tensor, checkpoint)
+            weight = _placed(checkpoint.built(tensor, stored), dtype, device, tensor, checkpoint)
             if isinstance(module, Embedding):
                 module.store(weight, dtype)
             else:
                 module.store(weight)
-        elif module is not None:
-            data = checkpoint.read(tensor.name)
+        else:
+            data = stored[tensor.name]
             module.weight = nn.Parameter(_converted(data, dtype, device, tensor, checkpoint))
         missing[tensor.layer] -= 1
         if finish is not None and tensor.layer is not None and not missing[tensor.layer]:

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from qmix.errors import UnsupportedError, UsageError, wrong_value
 from qmix.formats import Checkpoint, names
-from qmix.formats.files.shards import Allocate, fresh
 from qmix.formats.layouts import writer
 from qmix.formats.names import ModelTensor
 from qmix.models.options import parse_dtype
 from qmix.planning.stored_model import StoredModel
 from qmix.weights import nf4
-from qmix.weights.dense import Weight
+from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import DENSE, Recipe, Scheme
 
 
@@ -176,15 +176,20 @@ class QuantizedCheckpoint(Checkpoint):
     recipe: Recipe
     compute_dtype: torch.dtype | None = None
 
-    def weight(self, tensor: ModelTensor, into: Allocate = fresh) -> Weight:
+    def built(self, tensor: ModelTensor, tensors: Mapping[str, Tensor]) -> Weight:
         """The weight of one linear layer, as a quantized checkpoint would give it."""
-        scheme = self.recipe.scheme_of(tensor.name)
+        weight, scheme = super().built(tensor, tensors), self.recipe.scheme_of(tensor.name)
         if scheme.kind == "dense":
-            return super().weight(tensor, into)
+            return weight
         where = f"{self.file_of(tensor)}: {tensor.name}"
-        dense = Checkpoint(self.metadata, self.shards).dense(tensor)
+        dense = weight.data if isinstance(weight, Dense) else weight.dequantize(torch.float32)
         rounded = nf4.quantize(dense, scheme, where=where)
         return replace(rounded, out_dtype=self.rounded_dtype(tensor))
+
+    def built_anywhere(self, tensor: ModelTensor) -> bool:
+        """Whether it stays dense: the host rounds."""
+        dense = self.recipe.scheme_of(tensor.name).kind == "dense"
+        return dense and super().built_anywhere(tensor)
 
     def stored_model(self, dtype: torch.dtype) -> StoredModel:
         """What a plan has to know of the model."""

@@ -261,9 +261,10 @@ def pack_codes(codes: Tensor, bits: int = 4) -> Tensor:
         return codes
     if bits == 4:
         return codes[:, 0::2] | codes[:, 1::2] << 4
-    shifts = torch.arange(0, 8 * bits, bits)  # eight codes fill `bits` bytes
+    device = codes.device
+    shifts = torch.arange(0, 8 * bits, bits, device=device)  # eight codes fill `bits` bytes
     words = (codes.view(codes.shape[0], -1, 8).long() << shifts).sum(-1)
-    octets = torch.arange(0, 8 * bits, 8)
+    octets = torch.arange(0, 8 * bits, 8, device=device)
     return (words[..., None] >> octets & 255).to(torch.uint8).flatten(1)
 
 
@@ -284,11 +285,13 @@ _REORDERED_ROWS = 64  # seven times as fast as 1024: the gathered rows stay in t
 
 
 def reorder_codes(packed: Tensor, order: Tensor, bits: int = 4) -> Tensor:
-    """Permute the inputs of packed codes on the CPU: the j-th is the `order[j]`-th."""
+    """Permute the inputs of packed codes: the j-th is the `order[j]`-th."""
     if bits == 8:
         return packed.index_select(1, order)
-    if bits != 4:
-        return pack_codes(unpack_codes(packed, bits).index_select(1, order), bits)
+    if bits != 4 or not packed.is_cpu:
+        chunks = torch.split(packed, max(1, DEVICE_ELEMENTS // len(order)))
+        reordered = (unpack_codes(chunk, bits).index_select(1, order) for chunk in chunks)
+        return torch.cat([pack_codes(part, bits) for part in reordered])
     codes, index = packed.numpy(), order.long().numpy()
     (low, high), (low_shift, high_shift) = (
         (which[0::2], which[1::2]) for which in (index // 2, (index % 2 * 4).astype(np.uint8))

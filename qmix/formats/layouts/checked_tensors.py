@@ -154,7 +154,7 @@ def as_words(octets: Tensor) -> Tensor:
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 or int64 [...] -> uint8 [..., 32 / bits], the lowest bits first."""
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=words.dtype)
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=words.dtype, device=words.device)
     return ((words[..., None] >> shifts) & (1 << bits) - 1).to(torch.uint8)
 
 

@@ -107,7 +107,7 @@ def _whole(bits: int) -> int:
 def _first_scattered(stored: IntegerTensors, size: int) -> int:
     """The first input that does not belong to the group of its `size` neighbours."""
     index = stored.tensor(G_IDX)
-    return int((index != torch.arange(len(index)) // size).nonzero()[0])
+    return int((index != torch.arange(len(index), device=index.device) // size).nonzero()[0])
 
 
 def _bits(stored: IntegerTensors, settings: ModuleSettings) -> int:

@@ -41,6 +41,15 @@ def as_stored(packed: PackedTensors) -> bool:
     )
 
 
+# The layouts that are unpacked by torch's operations alone, on whichever device the tensors lie.
+_ON_ANY_DEVICE: frozenset[Layout] = frozenset(("bitsandbytes", "GPTQ"))
+
+
+def on_any_device(packed: PackedTensors) -> bool:
+    """Whether the weight is unpacked where its tensors lie; if not, on the host alone."""
+    return packed.layout in _ON_ANY_DEVICE
+
+
 def _of_matrix(
     unpack: Callable[[Mapping[str, Tensor], str, str, tuple[int, int]], Weight],
 ) -> Unpack:
