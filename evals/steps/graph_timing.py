@@ -62,7 +62,7 @@ class RehearsalClock(HostClock):
         return None
 
 
-CUDA_CLOCK: Clock = GraphClock()
+CUDA_CLOCK: Clock = GraphClock(torch.device("cuda"))  # the current one
 HOST_CLOCK: Clock = RehearsalClock()
 
 

@@ -241,7 +241,7 @@ def shapes_of(model: Decoder, rows: int) -> str:
 
 
 def _trials(model: Decoder, head: Linear, rows: int) -> Trials[StepTuning]:
-    return StepTrials(model, head, rows, CudaClock())
+    return StepTrials(model, head, rows, CudaClock(model.norm.weight.device))
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from qmix.kernels.gpu.current_device import on
+
 
 class DeviceClock(Protocol):
     """Times work on a device."""
@@ -18,20 +20,24 @@ class DeviceClock(Protocol):
 
 
 class CudaClock:
-    """The clock of the current GPU itself."""
+    """The clock of a GPU itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
 
     def microseconds(self, run: Callable[[], object]) -> float:
         """The time of one run."""
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
+        with on(self._device):
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
         milliseconds: float = begin.elapsed_time(end)
         return 1000.0 * milliseconds
 

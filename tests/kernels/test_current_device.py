@@ -6,11 +6,14 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from qmix.experts import cuda_memory
 from qmix.experts.copiers import CudaCopier
 from qmix.generation import host_copy
 from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels.gpu.current_device import on
 from qmix.kernels.gpu.launch import launch
+from qmix.models.read_ahead import CudaUpload
+from qmix.tuning.device_clock import CudaClock
 from tests.support import house
 
 SECOND = torch.device("cuda:1")
@@ -54,8 +57,14 @@ class Gpus:
             def __init__(self, *_, **__):
                 cls.used.append((what, cls.current))
 
-            def record(self, stream):
+            def record(self, stream=None):
                 cls.used.append((f"{what}.record", cls.current))
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return 2.0
 
             def wait_stream(self, stream):
                 cls.used.append((f"{what}.wait", cls.current))
@@ -131,6 +140,34 @@ def test_a_step_is_launched_and_recorded_under_its_models_device(used):
 
     Decoder().step()
     assert used == [("step", 1)]
+
+
+def test_work_is_timed_on_its_device(used):
+    clock = CudaClock(SECOND)
+    assert clock.microseconds(lambda: used.append(("run", Gpus.current))) == 2000
+    assert {"Event", "Event.record", "run"} == {what for what, _ in used}
+    assert {device for _, device in used} == {1}
+
+
+def test_weights_are_uploaded_under_their_device(used, monkeypatch):
+    class Runtime:
+        def register(self, pointer, size):
+            used.append(("pin", Gpus.current))
+            return 0
+
+        def unregister(self, pointer):
+            pass
+
+        def device_pointer(self, pointer):
+            return pointer
+
+    monkeypatch.setattr(cuda_memory, "CudaMemory", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with CudaUpload.opened(4096, SECOND) as upload:
+        upload.copied(0, {"weight": second(1)})
+        assert len(upload.buffer(0)) == 4096
+    assert {"pin", "Event", "Event.record"} <= {what for what, _ in used}
+    assert {device for _, device in used} == {1}
 
 
 # Where the caller's block must hold: a function that says "on the current device".
