@@ -6,12 +6,14 @@ The first layers stand for all. Knows what a step is, and nothing of what a tuni
 import copy
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qmix.generation.static_decoder import RotaryTables, StaticDecoder
+from qmix.kernels.gpu.compile_ahead import compiling_ahead
 from qmix.kernels.gpu.current_device import on
 from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.nn.cache import KVCache
@@ -41,7 +43,7 @@ class StepTrials:
     """Trials of a step with `batch` rows.
 
     Args:
-        record: as StaticDecoder's.
+        record: as StaticDecoder's; False, for the interpreter, compiles nothing ahead either.
     """
 
     def __init__(
@@ -83,7 +85,19 @@ class StepTrials:
         self._expected: Tensor | None = None
 
     def prepare(self, candidates: Sequence[StepTuning]) -> None:
-        """Nothing: each is compiled when it runs."""
+        """Compile the kernels of all candidates side by side; whatever fails fails again later."""
+        if not self._record:
+            return
+        with (
+            suppress(Exception),
+            on(self._ids.device),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            compiling_ahead(),
+        ):
+            for candidate in candidates:
+                with suppress(Exception):
+                    self._decoder(candidate, record=False).step(self._ids[0])
 
     def measure(self, candidate: StepTuning) -> Outcome:
         """Microseconds of a step, and how far its logits are from those of separate launches.
@@ -114,12 +128,12 @@ class StepTrials:
             raise RuntimeError("the same step gave other bits a second time")
         return Outcome(statistics.median(times), _difference(logits, self._expected))
 
-    def _decoder(self, tuning: StepTuning) -> StaticDecoder:
+    def _decoder(self, tuning: StepTuning, *, record: bool = True) -> StaticDecoder:
         return StaticDecoder(
             self._model,
             self._head,
             self._cache,
-            record=self._record,
+            record=record and self._record,
             tuning=tuning,
             rotary=self._rotary,
         )

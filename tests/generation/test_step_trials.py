@@ -9,6 +9,7 @@ from qmix.config import MixtralConfig
 from qmix.evals.timing import random_model
 from qmix.generation import step_trials
 from qmix.generation.step_trials import StepTrials
+from qmix.kernels.gpu import launch
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
 from qmix.tuning import axes
 from qmix.tuning.search import DeviceLostError
@@ -38,8 +39,9 @@ class Decoder:
     def __init__(self, model, head, cache, *, record, tuning, rotary):
         assert len(model.layers) == 4
         assert len(cache) == 4
-        self.tuning, self.length = tuning, None
+        self.tuning, self.length = tuning, 0
         Decoder.clock.now = tuning
+        Decoder.recorded.append(record)
 
     def seek(self, length):
         self.length = length
@@ -57,7 +59,7 @@ def trials(monkeypatch):
     )  # fmt: skip
     model = random_model.build_random_model(config, random_model.NF4, torch.device("cpu"))
     monkeypatch.setattr(step_trials, "StaticDecoder", Decoder)
-    Decoder.clock = Clock()
+    Decoder.clock, Decoder.recorded = Clock(), []
     Decoder.logits = staticmethod(lambda tuning, length: torch.full((2, 64), float(length)))
     before = torch.get_rng_state()
     made = StepTrials(model.model, model.lm_head, 2, Decoder.clock)
@@ -112,6 +114,39 @@ def test_an_error_is_told_apart_from_a_lost_device(trials, monkeypatch):
     with pytest.raises(DeviceLostError) as error:
         trials.measure(UNTUNED)
     assert "shared memory" in str(error.value.__cause__)
+
+
+class Kernel:
+    """Stands for a kernel that may fail to compile."""
+
+    def __init__(self, fails=False):
+        self.fails, self.warm, self.started = fails, [], 0
+
+    def warmup(self, *arguments, grid, **constants):
+        self.warm.append((grid, constants["WARPS"]))
+        if self.fails:
+            raise ValueError("too many registers")
+
+    def __getitem__(self, grid):
+        self.started += 1
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_candidates_are_compiled_ahead_and_none_is_launched(trials, fails):
+    kernel = Kernel(fails)
+
+    def logits(tuning, length):
+        launch.launch(kernel, (3,), torch.ones(1), WARPS=tuning.merge_in_split)
+        return torch.full((2, 64), float(length))
+
+    Decoder.logits = staticmethod(logits)
+    trials.prepare([UNTUNED, OTHER])
+    assert [warps for _, warps in kernel.warm] == [True, False]
+    assert kernel.started == 0
+    assert Decoder.recorded == [False, False]
+    trials.measure(UNTUNED)
+    assert (len(kernel.warm), kernel.started) == (2, (1 + 1 + 5 + 1) * 8)
 
 
 def _nothing():

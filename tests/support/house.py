@@ -85,6 +85,7 @@ OWNERS: Mapping[str, set[str]] = {
     "triton": {
         "qmix.kernels.gpu.fused_triton",
         "qmix.kernels.gpu.arrivals_triton",
+        "qmix.kernels.gpu.compile_ahead",
         "qmix.kernels.gpu.moe_triton",
         "qmix.kernels.gpu.tiles_triton",
         "qmix.kernels.gpu.attention_triton",

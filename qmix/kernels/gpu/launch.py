@@ -3,7 +3,9 @@
 Knows no kernel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -16,6 +18,8 @@ from qmix.kernels.gpu.current_device import on
 # change: 3.9 warns of it.
 COMPILER_OPTIONS: Mapping[str, object] = {"enable_fp_fusion": True}
 
+_only_compiles: ContextVar[bool] = ContextVar("launches compile only", default=False)
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
     """Start a Triton kernel on its grid, on the device of its first tensor.
@@ -24,7 +28,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
     """
     device = next(each.device for each in arguments if isinstance(each, Tensor))
     with on(device):
-        kernel[grid](*arguments, **constants, **COMPILER_OPTIONS)
+        if _only_compiles.get():
+            kernel.warmup(*arguments, grid=grid, **constants, **COMPILER_OPTIONS)
+        else:
+            kernel[grid](*arguments, **constants, **COMPILER_OPTIONS)
+
+
+@contextmanager
+def only_compiling() -> Iterator[None]:
+    """Within the block a launch compiles its kernel and starts nothing."""
+    token = _only_compiles.set(True)
+    try:
+        yield
+    finally:
+        _only_compiles.reset(token)
 
 
 def power_of_2(count: int) -> int:
