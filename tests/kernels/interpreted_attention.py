@@ -6,13 +6,12 @@ tests/kernels/interpreted_attention.py. Fresh tensors are filled with NaN, so th
 forgets to write shows; so are all slots of a cache that no query may see.
 
 Tolerances, in the norm of the error relative to the oracle's. In float32 only the order of
-additions and exp2 for exp differ: ORDER_BOUND. In float16 the oracle is float32 over the same
-float16 inputs, and attention differs by two roundings to nearest, each at most 2^-11 = 4.9e-4 and
-independent from
-element to element: of the softmax's weights before they multiply values, and of the result. So
-HALF_BOUND = 2 * 2^-11. The pointwise kernels round where the reference rounds, or less often:
-against it in the same dtype a residual, a norm after it and a rotation differ by at most two, four
-and four roundings, where a sum that falls on the other side of a tie counts as one.
+additions and exp2 for exp differ: ORDER_BOUND. In 16 bits the oracle is float32 over the same
+inputs, and attention differs by two roundings to nearest, of the dtype's ROUNDING each and
+independent from element to element: of the softmax's weights before they multiply values, and of
+the result. The pointwise kernels round where the reference rounds, or less often: against it in
+the same dtype a residual, a norm after it and a rotation differ by at most two, four and four
+roundings, where a sum that falls on the other side of a tie counts as one.
 """
 
 import pytest
@@ -30,6 +29,7 @@ from tests.support.interpreter import (
     CONVERSIONS,
     DEVICE,
     DTYPES,
+    ROUNDING,
     drawn,
     error,
     skip_without_a_device,
@@ -39,15 +39,19 @@ from tests.support.soak import one_in
 
 skip_without_a_device()
 ORDER_BOUND = 1e-5
-HALF = 2.0**-11
-HALF_BOUND = 2 * HALF
+HALF = ROUNDING[torch.float16]
 SMALL = gpu.Tuning(columns=16)  # tiles have edges at 16, 32, ...
 
 pytestmark = [CONVERSIONS, pytest.mark.usefixtures("poison")]
 
 
 def bound(dtype):
-    return ORDER_BOUND if dtype == torch.float32 else HALF_BOUND
+    return max(ORDER_BOUND, 2 * ROUNDING[dtype])
+
+
+def half_bound(dtype=torch.float32):
+    """Of what is float16 in the end, and was of this dtype before."""
+    return 2 * max(HALF, ROUNDING[dtype])
 
 
 def oracle(q, k, v, window, padding_mask):
@@ -262,7 +266,7 @@ def test_residual_norm_adds_what_a_product_left(splits, choices, dtype):
     total, normed = pointwise.residual_norm(x, partials, weight, 1e-5, dtype=torch.float16)
     assert (total.dtype, normed.dtype) == (dtype, torch.float16)
     assert error(total, x + added) <= bound(dtype)
-    assert error(normed, kernels.rms_norm(x + added, weight, 1e-5)) <= 2 * HALF_BOUND
+    assert error(normed, kernels.rms_norm(x + added, weight, 1e-5)) <= 2 * half_bound(dtype)
     plain, _ = pointwise.residual_norm(x, added, weight, 1e-5)
     assert torch.equal(plain, x + added)
 
@@ -308,7 +312,7 @@ def test_residual_norm_route(tokens, dtype):
     total = x + partials.sum(0).to(dtype)
     normed = kernels.rms_norm(total, weight, 1e-5)
     assert error(found.total, total) <= bound(dtype)
-    assert error(found.normed, normed) <= 2 * HALF_BOUND
+    assert error(found.normed, normed) <= 2 * half_bound(dtype)
     # Of the logits too only the order of additions, and their own rounding.
     assert error(found.logits, F.linear(normed, gate)) <= 2 * bound(dtype)
     same_routes(found.routes, kernels.route(found.logits, 2), found.logits)

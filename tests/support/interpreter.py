@@ -17,7 +17,10 @@ from tests.support.models import ROOT
 AS_PTX = os.environ.get("QMIX_TESTS_PTX") == "1"  # tests.support.ptx runs what Triton compiles
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or AS_PTX
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
+# The interpreter multiplies bfloat16, the dtype of real models, wrongly.
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+# The largest error of a rounding to nearest, relative; float32's counts as none.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 # Triton 3.6's interpreter, in every loop whose bound is known at run time only.
 CONVERSIONS = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
