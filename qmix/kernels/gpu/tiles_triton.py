@@ -53,8 +53,9 @@ def decoding_words(matrix, KIND: tl.constexpr):
     zero = tl.min(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32)
     if KIND == "int4":
         return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
-    words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
-    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    else:  # Triton 3.6 would compile this after the return too
+        words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
+        return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
 
 
 @triton.jit
