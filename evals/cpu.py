@@ -29,9 +29,11 @@ from qmix.config import MixtralConfig
 from qmix.evals import markdown
 from qmix.evals.command import exit_code, say
 from qmix.evals.timing.cpu_layer import CpuTiming, PlainRead, time_experts, time_layer
-from qmix.evals.timing.llama import start_llama
+from qmix.evals.timing.llama import LlamaPeer, start_llama
 from qmix.evals.timing.random_layer import FORMATS, random_layer
 from qmix.kernels.cpu.library import library
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.nn.decoder_layer import DecoderLayer
 from qmix.planning import machine
 
 # The formats of whole layers, and what they stand beside: llama.cpp's usual kinds, or the same one.
@@ -43,6 +45,9 @@ LAYER_FORMATS = {
     "iq4_xs": ("IQ4_XS",),
 }
 LLAMA_KINDS = ("Q4_0", "Q4_K", "IQ4_XS")
+# What both programs read from the same file of llama.cpp's kinds.
+SAME_FILE = "gguf"
+SAME_KINDS = ("Q4_0", "Q4_K_M", "IQ4_XS")
 TOKENS = (1, 32, 512)
 
 _HEADER = (
@@ -111,20 +116,23 @@ def measure_cpu(
     reads = PlainRead()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     timings: list[CpuTiming] = []
-    for weight_format in formats:
+    for weight_format in filter(FORMATS.__contains__, formats):
         layer = random_layer(config, weight_format)
         for count in tokens:
             progress(f"experts, {weight_format}, {count} tokens")
             timings += time_experts(layer, weight_format, count, reads)
         del layer
-    kinds = LLAMA_KINDS if llama_python else ()
+    kinds = dict.fromkeys((*LLAMA_KINDS, *SAME_KINDS)) if llama_python else ()
     if not llama_python:
         timings.append(CpuTiming.absent("layer", "llama.cpp", "not installed: no --llama"))
     for kind in kinds or (None,):
+        beside = tuple(filter(partial(_stands_beside, kind), formats))
+        if not beside:
+            continue
         with start_llama(llama_python, kind, config) as peer:
             versions.update(peer.versions)
-            for weight_format in filter(partial(_stands_beside, kind), formats):
-                layers = [random_layer(config, weight_format) for _ in range(3)]
+            for weight_format in beside:
+                layers = _layers(config, weight_format, peer)
                 for count in tokens:
                     progress(f"layer, {weight_format}, {kind}, {count} tokens")
                     timings += time_layer(layers, config, weight_format, count, peer, reads)
@@ -151,8 +159,19 @@ def measure_cpu(
     )
 
 
+def _layers(config: MixtralConfig, weight_format: str, peer: LlamaPeer) -> list[DecoderLayer]:
+    """Three layers of a format, or those of the file that llama.cpp has loaded."""
+    if weight_format != SAME_FILE:
+        return [random_layer(config, weight_format) for _ in range(3)]
+    file = peer.folder / f"{peer.kind}-3.gguf"
+    model = MixtralForCausalLM.from_pretrained(file, dtype=torch.bfloat16, device="cpu")
+    return list(model.model.layers)
+
+
 def _stands_beside(kind: str | None, weight_format: str) -> bool:
     """Whether a layer of a format is timed with llama.cpp's kind; None is without llama.cpp."""
+    if weight_format == SAME_FILE:
+        return kind in SAME_KINDS
     kinds = LAYER_FORMATS.get(weight_format, ())
     return kind in kinds if kind else bool(kinds)
 
@@ -193,7 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the instruction set to hold us to",
     )
     parser.add_argument(
-        "--format", action="append", choices=FORMATS, help="measure this one; may be repeated"
+        "--format",
+        action="append",
+        choices=(*FORMATS, SAME_FILE),
+        help="measure this one, or llama.cpp's own files in both programs; may be repeated",
     )
     options = parser.parse_args(arguments)
     if options.path:

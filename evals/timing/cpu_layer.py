@@ -27,14 +27,16 @@ from qmix.nn.attention import ForwardContext
 from qmix.nn.cpu_decode import WhyNot, decode_token
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import Linear
+from qmix.weights import huge_pages
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 
 _CPU = torch.device("cpu")
 _EXPERTS_PER_TOKEN = 2
 _READ_BYTES = 1 << 29
+# Of the kinds, Q4_K_M's in a layer with more bits: 2/3 of 4.5 and 1/3 of 6.5625.
+LLAMA_BITS = {"Q4_0": 4.5, "Q4_K": 4.5, "Q4_K_M": 5.19, "IQ4_XS": 4.25}
 # Seconds until the threads of the previous program have stopped spinning for more work.
-LLAMA_BITS = {"Q4_0": 4.5, "Q4_K": 4.5, "IQ4_XS": 4.25}
 _PAUSE = 0.02
 # Turns by number of tokens, after one that does not count; for experts and for whole layers.
 _EXPERT_TURNS = {1: 40, 32: 7, 512: 2}
@@ -91,7 +93,9 @@ class PlainRead:
     def __init__(self) -> None:
         if library().isa is None:
             raise ResourceError("the CPU kernels are not compiled", remedy="See the warning above.")
-        self._memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+        self._memory = torch.empty(_READ_BYTES, dtype=torch.uint8)
+        huge_pages.ask(self._memory)  # as weights are
+        self._memory.fill_(1)
         self.rates: list[float] = []
         self.rate()
 

@@ -23,10 +23,16 @@ class LlamaPeer:
     Attributes:
         versions: of llama-cpp-python and llama.cpp.
         failure: why it cannot measure; empty if it can.
+        folder: where its files are, KIND-1.gguf of one layer and KIND-3.gguf of three.
     """
 
-    def __init__(self, kind: str | None, process: "subprocess.Popen[str] | None") -> None:
-        self.kind, self._process = kind, process
+    def __init__(
+        self,
+        kind: str | None,
+        process: "subprocess.Popen[str] | None",
+        folder: Path = Path(),
+    ) -> None:
+        self.kind, self._process, self.folder = kind, process, folder
         self.versions: dict[str, str] = {}
         self.failure = ""
         if process is None:
@@ -65,7 +71,7 @@ def start_llama(python: str | None, kind: str | None, config: MixtralConfig) -> 
 
     Args:
         python: an interpreter that has llama-cpp-python and gguf.
-        kind: Q4_0, Q4_K or IQ4_XS.
+        kind: Q4_0, Q4_K, Q4_K_M or IQ4_XS.
 
     Raises:
         UsageError: no such interpreter.
@@ -91,7 +97,7 @@ def start_llama(python: str | None, kind: str | None, config: MixtralConfig) -> 
         except OSError as error:
             raise UsageError("no such interpreter", where="--llama", found=error) from None
         try:
-            yield LlamaPeer(kind, process)
+            yield LlamaPeer(kind, process, Path(folder))
         finally:
             assert process.stdin is not None
             process.stdin.close()

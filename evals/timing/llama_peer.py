@@ -1,10 +1,10 @@
 """llama.cpp's side of qmix.evals.cpu: a script for the interpreter that has llama-cpp-python.
 
 `PYTHON llama_peer.py FOLDER KIND HIDDEN WIDTH EXPERTS HEADS KV_HEADS THREADS` writes synthetic
-Mixtral files of one and of three layers into FOLDER (random codes, scales that keep activations
-small). It prints its version as one line of JSON. It answers each line `N` on stdin with `[one,
-three]`, the seconds that the two models took for a prompt of N random tokens. Knows nothing of
-qmix.
+Mixtral files of one and of three layers into FOLDER, KIND-1.gguf and KIND-3.gguf (random codes,
+scales that keep activations small). It prints its version as one line of JSON. It answers each
+line `N` on stdin with `[one, three]`, the seconds that the two models took for a prompt of N random
+tokens. Knows nothing of qmix.
 """
 
 import ctypes
@@ -18,28 +18,33 @@ from typing import Any
 import numpy as np
 
 VOCABULARY = 512
+# Of a block: weights of about 0.01.
+SCALES = {"Q4_0": 0.002, "Q4_K": 0.0002, "Q5_K": 0.0001, "Q6_K": 0.00001, "Q8_0": 0.0002,
+          "IQ4_XS": 0.00001}  # fmt: skip
+# What Q4_K_M stores otherwise in a model of eight experts, in the half of its layers that get more
+# bits (llama_tensor_get_type of llama.cpp).
+MIXTURE = {"attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K", "ffn_down_exps": "Q6_K"}
 
 
 def write_gguf(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
     """Write a GGUF file of random matrices.
 
     Args:
-        kind: Q4_0, Q4_K or IQ4_XS.
+        kind: Q4_0, Q4_K or IQ4_XS, which all matrices are, or Q4_K_M, a mixture.
         sizes: hidden width, expert width, experts, heads, key-value heads.
     """
     gguf: Any = importlib.import_module("gguf")
     hidden, width, experts, heads, kv_heads = sizes
     random = np.random.default_rng(0)
-    stored = gguf.GGMLQuantizationType[kind]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
 
-    def packed(*shape: int) -> Any:
+    def packed(stored: Any, *shape: int) -> Any:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
         raw = np.frombuffer(random.bytes(int(np.prod(shape)) // block * block_bytes), np.uint8)
         raw = raw.reshape(-1, block_bytes).copy()
         # The block's float16 scale, and in Q4_K the scale of its minima: weights of about 0.01.
-        scale = {"Q4_0": 0.002, "Q4_K": 0.0002, "IQ4_XS": 0.00001}[kind]
-        raw[:, :2] = np.float16(scale).reshape(1).view(np.uint8)
-        if kind == "Q4_K":
+        scale = np.float16(SCALES[stored.name]).reshape(1).view(np.uint8)
+        raw[:, slice(-2, None) if stored.name == "Q6_K" else slice(2)] = scale
+        if stored.name in ("Q4_K", "Q5_K"):
             raw[:, 2:4] = np.float16(0.0015).reshape(1).view(np.uint8)
         return raw.reshape(*shape[:-1], shape[-1] // block * block_bytes)
 
@@ -66,7 +71,9 @@ def write_gguf(path: Path, kind: str, layers: int, sizes: list[int]) -> None:
             ("ffn_up_exps", (experts, width, hidden)),
             ("ffn_down_exps", (experts, hidden, width)),
         ):
-            out.add_tensor(f"{prefix}{name}.weight", packed(*shape), raw_dtype=stored)
+            mixed = MIXTURE.get(name, "Q4_K") if kind == "Q4_K_M" else kind
+            stored = gguf.GGMLQuantizationType[mixed]
+            out.add_tensor(f"{prefix}{name}.weight", packed(stored, *shape), raw_dtype=stored)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -133,7 +140,6 @@ def main(arguments: list[str]) -> None:
         path = folder / f"{kind}-{layers}.gguf"
         write_gguf(path, kind, layers, [int(size) for size in arguments[2:-1]])
         models.append(LlamaModel(package, path, threads))
-        path.unlink()
     features = package.llama_print_system_info().decode()
     greeting = {"version": package.__version__, "features": features}
     sys.stdout.write(json.dumps(greeting) + "\n")

@@ -12,8 +12,9 @@ from qmix.errors import UsageError
 from qmix.evals import cpu
 from qmix.evals.timing import cpu_layer
 from qmix.evals.timing.cpu_layer import PlainRead, median_between, time_layer
-from qmix.evals.timing.llama import start_llama
+from qmix.evals.timing.llama import LlamaPeer, start_llama
 from qmix.evals.timing.random_layer import FORMATS, random_layer, random_weight
+from tests.support.models import GOLDEN
 
 SMALL = MixtralConfig(
     hidden_size=256, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2
@@ -91,6 +92,15 @@ def test_the_median_of_quotients_and_how_sure_it_is():
         assert low <= middle <= high
         held += low <= 0 <= high
     assert 184 <= held <= 198  # 19 of 20, give or take
+
+
+def test_the_layers_of_a_file_are_those_that_llama_cpp_loaded(tmp_path):
+    (tmp_path / "Q4_K_M-3.gguf").symlink_to(GOLDEN / "gguf-Q4_K_M.gguf")
+    layers = cpu._layers(SMALL, cpu.SAME_FILE, LlamaPeer("Q4_K_M", None, tmp_path))
+    schemes = {str(layer.self_attn.q_proj.stored.scheme) for layer in layers}
+    assert all("int" in scheme for scheme in schemes), schemes
+    assert layers[0].input_layernorm.weight.dtype == torch.bfloat16
+    assert [cpu._stands_beside(kind, cpu.SAME_FILE) for kind in ("Q4_K", "Q4_K_M")] == [False, True]
 
 
 class Fixed:
