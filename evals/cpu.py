@@ -165,7 +165,7 @@ def _layers(config: MixtralConfig, weight_format: str, peer: LlamaPeer) -> list[
         return [random_layer(config, weight_format) for _ in range(3)]
     file = peer.folder / f"{peer.kind}-3.gguf"
     model = MixtralForCausalLM.from_pretrained(file, dtype=torch.bfloat16, device="cpu")
-    return list(model.model.layers)
+    return [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
 
 
 def _stands_beside(kind: str | None, weight_format: str) -> bool:
