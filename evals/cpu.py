@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -122,23 +122,15 @@ def measure_cpu(
             progress(f"experts, {weight_format}, {count} tokens")
             timings += time_experts(layer, weight_format, count, reads)
         del layer
-    kinds = dict.fromkeys((*LLAMA_KINDS, *SAME_KINDS)) if llama_python else ()
     if not llama_python:
         timings.append(CpuTiming.absent("layer", "llama.cpp", "not installed: no --llama"))
-    for kind in kinds or (None,):
+    for kind in dict.fromkeys((*LLAMA_KINDS, *SAME_KINDS)) if llama_python else (None,):
         beside = tuple(filter(partial(_stands_beside, kind), formats))
         if not beside:
             continue
         with start_llama(llama_python, kind, config) as peer:
             versions.update(peer.versions)
-            for weight_format in beside:
-                layers = _layers(config, weight_format, peer)
-                for count in tokens:
-                    progress(f"layer, {weight_format}, {kind}, {count} tokens")
-                    timings += time_layer(layers, config, weight_format, count, peer, reads)
-                del layers
-            if peer.failure:
-                timings.append(CpuTiming.absent("layer", f"llama.cpp {kind}", peer.failure))
+            timings += _beside_llama(config, beside, tokens, peer, reads, progress)
     return CpuReport(
         command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -157,6 +149,25 @@ def measure_cpu(
         bandwidth_range=(min(reads.rates), max(reads.rates)),
         measurements=tuple(timings),
     )
+
+
+def _beside_llama(
+    config: MixtralConfig,
+    formats: Sequence[str],
+    tokens: Sequence[int],
+    peer: LlamaPeer,
+    reads: PlainRead,
+    progress: Callable[[str], None],
+) -> Iterator[CpuTiming]:
+    """Layers of some formats, turn by turn with one of llama.cpp's kinds."""
+    for weight_format in formats:
+        layers = _layers(config, weight_format, peer)
+        for count in tokens:
+            progress(f"layer, {weight_format}, {peer.kind}, {count} tokens")
+            yield from time_layer(layers, config, weight_format, count, peer, reads)
+        del layers
+    if peer.failure:
+        yield CpuTiming.absent("layer", f"llama.cpp {peer.kind}", peer.failure)
 
 
 def _layers(config: MixtralConfig, weight_format: str, peer: LlamaPeer) -> list[DecoderLayer]:
