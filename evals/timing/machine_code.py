@@ -84,10 +84,10 @@ class KernelCost:
     opcodes: dict[str, int]
 
 
-def compile_kernel(source: KernelSource) -> KernelCost:
-    """Compile and disassemble a kernel."""
+def compiled(source: KernelSource) -> Any:
+    """Triton's compiled kernel, with its `asm` by stage."""
     names = source.function.arg_names
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(
             fn=source.function,
             signature={name: source.types.get(name, "constexpr") for name in names},
@@ -101,9 +101,14 @@ def compile_kernel(source: KernelSource) -> KernelCost:
         target=GPUTarget("cuda", source.arch, 32),
         options={"num_warps": source.warps, "num_stages": source.stages, **COMPILER_OPTIONS},
     )
+
+
+def compile_kernel(source: KernelSource) -> KernelCost:
+    """Compile and disassemble a kernel."""
+    kernel = compiled(source)
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(kernel.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
         body = _loop(_run("nvdisasm", "-c", str(cubin)))
     opcodes = Counter(_opcode(line) for line in body)
@@ -114,7 +119,7 @@ def compile_kernel(source: KernelSource) -> KernelCost:
     return KernelCost(
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         stack=int(re.findall(r"STACK:(\d+)", usage)[-1]),
-        shared=compiled.metadata.shared,
+        shared=kernel.metadata.shared,
         loop=len(body),
         per_weight=len(body) / source.weights if source.weights else 0.0,
         wide_copies=sum(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qmix.evals.timing.machine_code import KernelSource
-from qmix.kernels.gpu import attention, attention_triton, pointwise, pointwise_triton
+from qmix.kernels.gpu import attention, attention_triton, fused_triton, pointwise, pointwise_triton
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _HIDDEN, _EXPERTS, _EXPERTS_PER_TOKEN = 32, 8, 128, 4096, 8, 2
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -27,6 +27,9 @@ _POINTERS = {
     "ids": "*i64",
     "weights": "*fp32",
     "normed": "*fp16",
+    "weighted": "*fp16",
+    "squares": "*fp32",
+    "scale": "*fp32",
 }
 _MODEL_POINTERS = (
     "q",
@@ -62,8 +65,8 @@ class PlainKernel:
 
     def source(self) -> KernelSource:
         """The kernel in the form that is compiled."""
-        module = attention_triton if hasattr(attention_triton, self.kernel) else pointwise_triton
-        function: Any = getattr(module, self.kernel)
+        modules = (attention_triton, pointwise_triton, fused_triton)
+        function: Any = next(filter(None, (getattr(m, self.kernel, None) for m in modules)))
         constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
         pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS
         names = [name for name in function.arg_names if name not in constants]
@@ -102,8 +105,8 @@ def _kernels(
             if name == "prefill":
                 yield name, shape.warps, shape.stages, size | tile, absent
                 continue
-            apart = {"PARTS": 1}, (*absent, "out", "arrivals")
-            merging = {"PARTS": attention.LARGEST_SPLIT}, absent
+            apart = {"PARTS": 1, "DEPENDENT": 0}, (*absent, "out", "arrivals")
+            merging = {"PARTS": attention.LARGEST_SPLIT, "DEPENDENT": 0}, absent
             for parts, without in (apart, merging):
                 yield name, shape.warps, shape.stages, size | tile | parts, without
     for power in range(attention.LARGEST_SPLIT.bit_length()):
@@ -113,6 +116,7 @@ def _kernels(
     single, of_experts = {"SPLITS": 1, "CHOICES": 1}, {"CHOICES": _EXPERTS_PER_TOKEN}
     no_router = ("gate", "logits", "ids", "weights")
     yield "residual_norm", warps, 1, norm | single, ("partials", "total", *no_router)
+    yield "start_norm", warps, 1, {"BLOCK": _HIDDEN}, ()
     rotations = tuple({"D": _HEAD_DIM, "ROWS": rows} for rows in (1, 16))
     for splits in (1, 2, 4, 8, 16):
         split = {**single, "SPLITS": splits}

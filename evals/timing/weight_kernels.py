@@ -52,6 +52,7 @@ class WeightKernel:
 
     Attributes:
         is_split: K is split, and the last split adds all of them up.
+        early: it is a dependent launch, and asks for its weights before it waits.
     """
 
     kernel: str
@@ -60,10 +61,12 @@ class WeightKernel:
     is_sorted: bool
     arch: int
     is_split: bool = False
+    early: bool = False
 
     def __str__(self) -> str:
         zeros = "" if self.tile_format.symmetric else " asymmetric"
         how = " sorted" if self.is_sorted else " split" if self.is_split else ""
+        how += " dependent" if self.early else ""
         return (
             f"sm_{self.arch} {self.kernel}{how} {self.tile_format.kind} {self.tile_format.inputs}{zeros}, "
             f"{self.config.columns} columns, {self.config.warps} warps"
@@ -87,6 +90,8 @@ class WeightKernel:
             "SHRINK": moe.SHRINK,
             "GROW": 1 / moe.SHRINK,
             "SHARED": 2,
+            "DEPENDENT": self.early,
+            "PREFETCH": self.early,
             **self._norm_and_heads(),
         }
         if self.kernel == "gate_up" and not self.is_split:
@@ -135,4 +140,7 @@ def weight_kernels(
                     for kernel in FUSED:
                         yield WeightKernel(kernel, tile_format, config, False, arch)
                     yield WeightKernel("gate_up", tile_format, config, False, arch, is_split=True)
+                if config.columns == 8 and arch >= 90:
+                    for kernel in (*FUSED, "gate_up"):
+                        yield WeightKernel(kernel, tile_format, config, False, arch, early=True)
             yield WeightKernel("dequantize", tile_format, Config(0, 4, 1), False, arch)

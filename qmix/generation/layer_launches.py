@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qmix.generation.packed_layers import LayerWeights
 from qmix.kernels.gpu.grid import most_blocks
+from qmix.kernels.gpu.launch import can_depend
 from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.tile_format import PANEL
@@ -76,6 +77,7 @@ class LayerLaunches:
             torch.zeros(blocks, dtype=torch.int32, device=device) if tuning.split_gate else None
         )
         self._no_partials = torch.zeros(batch, hidden, device=device)
+        self._dependent = tuning.dependent and can_depend(device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Launch them."""
@@ -105,9 +107,15 @@ class LayerLaunches:
             x = router.total
             expert_ids.append(router.routes.ids)
             partials = moe.expert_partials(
-                router.normed, router.routes, layer.experts.table, 0, tuning.gate_up, tuning.down,
+                router.normed,
+                router.routes,
+                layer.experts.table,
+                0,
+                tuning.gate_up,
+                tuning.down,
                 arrivals=self._gate_arrivals,
-            )  # fmt: skip
+                dependent=self._dependent,
+            )
         return pointwise.residual_norm(x, partials, shared.last_norm, shared.eps)[1], expert_ids
 
     def _fused(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -115,6 +123,7 @@ class LayerLaunches:
         from qmix.kernels.gpu import fused, pointwise
 
         shared, tuning = self._settings, self._tuning
+        early = fused.Early(self._dependent, tuning.prefetch)
         norms = [*(layer.input_norm for layer in self._layers[1:]), shared.last_norm]
         normed = fused.start_norm(x, self._layers[0].input_norm, shared.eps)
         expert_ids = []
@@ -129,6 +138,7 @@ class LayerLaunches:
                 shared.top_k,
                 self._arrivals,
                 tuning.o_proj,
+                early,
             )
             expert_ids.append(routes.ids)
             normed = fused.add_experts(
@@ -141,6 +151,7 @@ class LayerLaunches:
                 tuning.gate_up,
                 tuning.down,
                 self._gate_arrivals,
+                early,
             )
         return pointwise.rms_norm(normed.total, shared.last_norm, shared.eps), expert_ids
 
@@ -161,6 +172,7 @@ class LayerLaunches:
                 starts=shared.padding,
                 dtype=keys.dtype,
                 tuning=self._tuning.qkv,
+                early=fused.Early(self._dependent, self._tuning.prefetch),
             )
         assert isinstance(x, Tensor)
         return pointwise.rotate_store(
@@ -184,6 +196,7 @@ class LayerLaunches:
             window=shared.window,
             dtype=torch.float16,
             arrivals=self._split_arrivals,
+            dependent=self._dependent,
             tuning=self._tuning.attention,
         )
         return attended.view(len(q), -1)

@@ -158,6 +158,28 @@ def test_every_choice_reaches_its_launch(base, launches):
     assert few[1] > launches["split"].grids[-1][1]
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_launches_depend_where_a_card_can(can, launches, monkeypatch):
+    """Off unless chosen; the launches that follow torch's own are plain ones."""
+    monkeypatch.setattr("qmix.generation.layer_launches.can_depend", lambda device: can)
+
+    def dependent(tuning):
+        for recorder in launches.values():
+            recorder.constants.clear()
+        step_of(1, tuning=tuning, num_hidden_layers=1).step()
+        return {
+            name: each.get("PREFETCH")
+            for name, recorder in launches.items()
+            for each in recorder.constants
+            if "launch_pdl" in each
+        }
+
+    assert dependent(UNTUNED) == {}
+    plain = {"split": None, "gate_up": None, "down_add": None}
+    chosen = {"matmul_rotate_store": True, "matmul_add_route": True, **plain}
+    assert dependent(StepTuning(dependent=True, prefetch=True)) == (chosen if can else {})
+
+
 def test_what_torch_launches_beside_the_kernels(launches, monkeypatch):
     """A handful for the embedding and the head; per layer only empty tensors."""
     from torch.utils._python_dispatch import TorchDispatchMode

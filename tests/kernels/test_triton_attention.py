@@ -157,6 +157,7 @@ def test_pointwise_kernels_ahead_of_time(arch, widest, tmp_path, monkeypatch):
         "rotate",
         "rotate_store",
         "route",
+        "start_norm",
     }
     for variant, cost in aot.compile_all(chosen, workers=2):
         assert not aot.faults(variant, cost), f"{variant}: {cost}"

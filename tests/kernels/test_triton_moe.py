@@ -1,6 +1,8 @@
 """The packed GPU kernels on a machine without a GPU: interpreted, traced, compiled."""
 
 import ast
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from tests.support.soak import both, one_in
 pytest.importorskip("triton")
 
 from qmix.evals import aot
-from qmix.evals.timing.machine_code import SHARED_LIMIT
+from qmix.evals.timing.machine_code import SHARED_LIMIT, compiled
+from qmix.evals.timing.plain_kernels import plain_kernels
 from qmix.evals.timing.weight_kernels import FORMATS, FUSED, weight_kernels
 from qmix.kernels.gpu import moe as gpu
 from qmix.kernels.gpu import moe_triton
@@ -149,6 +152,7 @@ def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
         and variant.config.columns <= DECODE_TOKENS
         and variant.config.warps == 2
         and not variant.is_sorted
+        and not variant.early
     ]
     assert len(chosen) == 2 * 2 * (3 + 3)
     for variant, cost in aot.compile_all(chosen, workers=2):
@@ -158,6 +162,39 @@ def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
         assert cost.per_weight <= GOALS[variant.tile_format, variant.config.columns], (
             f"{variant}: {cost}"
         )
+
+
+_READS = re.compile(r"(ld|st|atom|red|cp\.async)\S*\.global|ldmatrix")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", one_in(3, [90, 100, 120]))
+def test_dependent_launches_wait_before_they_read(arch, tmp_path, monkeypatch):
+    """Up to the wait only weights are asked for, and only where they are known before."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    early = [
+        variant
+        for variant in weight_kernels([arch], [NF4])
+        if variant.early and variant.config.warps == 2
+    ]
+    sources = {variant.kernel: variant.source() for variant in early}
+    split = next(v for v in plain_kernels([arch]) if v.kernel == "split").source()
+    sources["split"] = replace(split, constants={**split.constants, "DEPENDENT": True})
+    asks = {}
+    for name, source in sources.items():
+        before, wait, after = compiled(source).asm["ptx"].partition("griddepcontrol.wait")
+        assert wait, name
+        assert "griddepcontrol.launch_dependents" in before
+        assert not _READS.search(before), name
+        assert _READS.search(after)
+        asks[name] = "prefetch.global.L2" in before
+    assert asks == {
+        "matmul_rotate_store": True,
+        "matmul_add_route": True,
+        "split": False,
+        "gate_up": False,
+        "down_add": False,
+    }
 
 
 def test_every_selectable_variant_is_listed():

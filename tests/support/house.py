@@ -83,6 +83,7 @@ OWNERS: Mapping[str, set[str]] = {
     "bitsandbytes": {"qmix.kernels.bnb"},
     "matplotlib": {"qmix.evals.timing.attention_plot"},
     "triton": {
+        "qmix.kernels.gpu.dependent_triton",
         "qmix.kernels.gpu.fused_triton",
         "qmix.kernels.gpu.arrivals_triton",
         "qmix.kernels.gpu.compile_ahead",

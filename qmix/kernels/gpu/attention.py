@@ -17,7 +17,7 @@ from torch import Tensor
 from qmix.errors import UnsupportedError
 from qmix.kernels.gpu import attention_triton as kernels
 from qmix.kernels.gpu.attention_tuning import UNTUNED, Tuning
-from qmix.kernels.gpu.launch import launch, multiprocessors, power_of_2
+from qmix.kernels.gpu.launch import dependency, launch, multiprocessors, power_of_2
 from qmix.kernels.gradients import needs_grad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -124,6 +124,7 @@ def attend_cached(
     window: int | None = None,
     dtype: torch.dtype | None = None,
     arrivals: Tensor | None = None,
+    dependent: bool = False,
     tuning: Tuning = UNTUNED,
 ) -> Tensor:
     """Attention of S new columns over a cache that holds them: [B, S, H, d] -> [B, S, H, d].
@@ -136,13 +137,15 @@ def attend_cached(
         dtype: of the result; None is that of q. Packed matmuls take float16.
         arrivals: int32 zeros [B G or more] on the device, and zeros again after: the last split of
             one new column merges the others. None: a launch of its own does, to the same bits.
+        dependent: a step of one new column may start while the launch before drains; see
+            `launch.can_depend`.
 
     Raises:
         UnsupportedError: as `check`.
     """
     q = q.transpose(1, 2)
     dtype = dtype or q.dtype
-    return _attend(q, keys, values, past, starts, window, None, dtype, tuning, arrivals)
+    return _attend(q, keys, values, past, starts, window, None, dtype, tuning, arrivals, dependent)
 
 
 def _attend(
@@ -156,6 +159,7 @@ def _attend(
     dtype: torch.dtype,
     tuning: Tuning,
     arrivals: Tensor | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """(B, H, S, d) over (B, G, R, d): [B, S, H, d]."""
     check(q, k, v)
@@ -194,7 +198,7 @@ def _attend(
         *q_strides, *kv_mask_strides,
         GROUP_HEADS=group_heads, ROWS=max(_SMALLEST_TILE, power_of_2(group_heads)), D=width,
         COLUMNS=shape.columns, STAGES=shape.stages,
-        PARTS=1 if arrivals is None else power_of_2(splits), num_warps=shape.warps,
+        PARTS=1 if arrivals is None else power_of_2(splits), num_warps=shape.warps, **dependency(dependent),
     )  # fmt: skip
     if arrivals is not None:
         return out

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu.arrivals_triton import is_last
+from qmix.kernels.gpu.dependent_triton import await_previous
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # These change from step to step: 1 and multiples of 16 get no compilation of their own.
@@ -95,13 +96,14 @@ def split(
     columns, window, R, SPLITS,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch,
     GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One query a row, one split of the columns: sums [B, H, Z, d], peaks and totals [B, H, Z].
 
     Grid (G, Z, B). The new column is the last of `columns`, or column past[b] where `past` is
     given. With `arrivals`, zeros [B, G], the last split does what `merge` does; PARTS >= Z.
     """
+    await_previous(DEPENDENT)
     shared, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = columns
     if past is not None:

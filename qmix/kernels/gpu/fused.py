@@ -24,7 +24,7 @@ from torch import Tensor
 from qmix.kernels.gpu import fused_triton as kernels
 from qmix.kernels.gpu import moe
 from qmix.kernels.gpu.grid import UNTUNED, Grid, Tuning
-from qmix.kernels.gpu.launch import launch, power_of_2
+from qmix.kernels.gpu.launch import dependency, launch, power_of_2
 from qmix.kernels.gpu.moe import Finish
 from qmix.kernels.gpu.pointwise import norm_warps
 from qmix.kernels.moe import DECODE_TOKENS, Routes
@@ -51,6 +51,27 @@ class Normed:
     weighted: Tensor
     squares: Tensor
     scale: Tensor
+
+
+@dataclass(frozen=True)
+class Early:
+    """What a launch does while the one before it drains; only where `launch.can_depend`.
+
+    Attributes:
+        dependent: its blocks may start.
+        prefetch: they ask the second-level cache for their weights before they wait.
+    """
+
+    dependent: bool = False
+    prefetch: bool = False
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Of a product whose weights are known before its input."""
+        return {**dependency(self.dependent), "PREFETCH": self.dependent and self.prefetch}
+
+
+LATE = Early()
 
 
 def counters(rows: int, device: torch.device) -> Tensor:
@@ -87,6 +108,7 @@ def rotated_qkv(
     starts: Tensor | None = None,
     dtype: torch.dtype,
     tuning: Tuning = UNTUNED,
+    early: Early = LATE,
 ) -> Tensor:
     """`pointwise.rotate_store` of the product with q, k and v: q [B, 1, H, 128] in `dtype`.
 
@@ -108,7 +130,7 @@ def rotated_qkv(
             *values.stride()[:3],
         )
         sizes = {"Z": grid.splits, "H": heads, "G": shared, **moe.slices(squares)}
-        return Finish(kernels.matmul_rotate_store, arguments, sizes)
+        return Finish(kernels.matmul_rotate_store, arguments, sizes | early.constants)
 
     moe.linear_partials(rows, weight, tuning, finish=finish)
     return q
@@ -124,6 +146,7 @@ def project_route(
     num_experts_per_tok: int,
     arrivals: Tensor,
     tuning: Tuning = UNTUNED,
+    early: Early = LATE,
 ) -> tuple[Normed, Routes]:
     """`last.total + x @ weight.T`, its norm, and the router's choice.
 
@@ -148,7 +171,7 @@ def project_route(
         )
         sizes = {"Z": grid.splits, "E": experts, "EXPERTS": wide, "CHOSEN": num_experts_per_tok}
         constants = {**sizes, **moe.slices(normed.squares), **_last_slices(last)}
-        return Finish(kernels.matmul_add_route, arguments, constants)
+        return Finish(kernels.matmul_add_route, arguments, constants | early.constants)
 
     moe.linear_partials(x, weight, tuning, finish=finish)
     return found[0], routes
@@ -164,6 +187,7 @@ def add_experts(
     tuning: Tuning = UNTUNED,
     down_tuning: Tuning | None = None,
     gate_arrivals: Tensor | None = None,
+    early: Early = LATE,
 ) -> Normed:
     """`last.total` plus the chosen experts' outputs for its norm, and the norm of the sum.
 
@@ -180,11 +204,11 @@ def add_experts(
             *(normed.scale, last.squares, last.scale, eps),
         )
         constants = {"Z": grid.splits, "S": grid.rows, **_last_slices(last)}
-        return Finish(kernels.down_add, arguments, constants)
+        return Finish(kernels.down_add, arguments, constants | dependency(early.dependent))
 
     moe.expert_partials(
         last.weighted, routes, table, 0, tuning, down_tuning,
-        squares=last.squares, finish=finish, arrivals=gate_arrivals,
+        squares=last.squares, finish=finish, arrivals=gate_arrivals, dependent=early.dependent,
     )  # fmt: skip
     return found[0]
 

@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu.arrivals_triton import is_last
+from qmix.kernels.gpu.dependent_triton import await_previous
 from qmix.kernels.gpu.moe_triton import (
     BYTE_ROWS,
     columns_of,
     norm_factor,
+    prefetch_product,
     store_product,
     store_weighted,
     summed,
@@ -113,8 +115,12 @@ def matmul_rotate_store(
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     Z: tl.constexpr, H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr,
+    DEPENDENT: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """`packed_matmul` of q, k and v, then `rotate_store`: a panel is a head of width 128."""
+    if PREFETCH:
+        prefetch_product(matrix, K, SPLITS, C, SYMMETRIC, WARPS)
+    await_previous(DEPENDENT)
     panel, part, token, used = store_product(
         matrix, x, partials, T, N, K, SPLITS, KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES
     )
@@ -145,12 +151,16 @@ def matmul_add_route(
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     Z: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,
     S: tl.constexpr, SLICES: tl.constexpr, LAST_S: tl.constexpr, LAST_SLICES: tl.constexpr,
+    DEPENDENT: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """`packed_matmul` of o_proj, then the sum, the norm's shares, and the router.
 
     Each panel stores its share of the logits, shares [T, S, EXPERTS]; the last panel chooses. The
     norm that the router sees is not rounded. `arrivals` has a counter more than there are panels.
     """
+    if PREFETCH:
+        prefetch_product(matrix, K, SPLITS, C, SYMMETRIC, WARPS)
+    await_previous(DEPENDENT)
     panel, part, token, used = store_product(
         matrix, x, partials, T, N, K, SPLITS, KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES
     )
@@ -187,8 +197,10 @@ def down_add(
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
     Z: tl.constexpr, S: tl.constexpr, LAST_S: tl.constexpr, LAST_SLICES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """`down`, then the sum over experts and the shares of the next norm. Not for sorted pairs."""
+    await_previous(DEPENDENT)
     PARTS: tl.constexpr = 4 // WARPS
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     expert, pair, mine = columns_of(

@@ -56,3 +56,13 @@ def multiprocessors(device: torch.device, *, interpreted: int) -> int:
         return interpreted
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+def can_depend(device: torch.device) -> bool:
+    """Whether a launch may start while the one before it drains: compute capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def dependency(dependent: bool) -> dict[str, object]:
+    """The constants of a kernel that can be a dependent launch."""
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}

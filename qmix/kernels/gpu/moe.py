@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from qmix.kernels.gpu import moe_triton
 from qmix.kernels.gpu.grid import UNTUNED, Config, Grid, Tuning, columns_for, grid_for
-from qmix.kernels.gpu.launch import launch, multiprocessors, power_of_2
+from qmix.kernels.gpu.launch import dependency, launch, multiprocessors, power_of_2
 from qmix.kernels.moe import DECODE_TOKENS, Routes
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.table import ExpertTable
@@ -90,6 +90,7 @@ def expert_partials(
     squares: Tensor | None = None,
     finish: FinishFor | None = None,
     arrivals: Tensor | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """The partial sums of `experts`: float16 activations [T, D] -> float32 [Z, M, D].
 
@@ -102,6 +103,7 @@ def expert_partials(
         finish: what `down` is replaced by; at most DECODE_TOKENS tokens.
         arrivals: int32 zeros [E * grid.most_blocks] on the device, and zeros again after: w1 and
             w3 are split too where that occupies the device more evenly.
+        dependent: `gate_up` may start while the launch before drains; see `can_depend`.
     """
     assert x.dtype == torch.float16, x.dtype
     (tokens, hidden), choices = x.shape, routes.ids.shape[1]
@@ -128,7 +130,7 @@ def expert_partials(
         moe_triton.gate_up, (grid.rows, groups.count, grid.splits),
         addresses, x16, inner, *merged, ids, *grouping, squares, tokens, hidden, width, grid.splits,
         **_constants(table.gate_up, grid.config), **shared, SHRINK=SHRINK, SHARED=sharing,
-        **slices(squares),
+        **slices(squares), **dependency(dependent),
     )  # fmt: skip
     grid = _grid((hidden, width), table.down, groups, x.device, down_tuning or tuning)
     partials = torch.empty(grid.splits, pairs, hidden, dtype=torch.float32, device=x.device)

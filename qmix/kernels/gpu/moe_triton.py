@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu.arrivals_triton import is_last
+from qmix.kernels.gpu.dependent_triton import await_previous, prefetch
 from qmix.kernels.gpu.tiles_triton import (
     BYTE_ROWS,
     HEADER,
@@ -128,7 +129,7 @@ def gate_up(
     KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SHRINK: tl.constexpr,
-    SHARED: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr,
+    SHARED: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """hidden [M, F] = SHRINK * silu(w1 x) * w3 x; grid (F / rows, groups, Z).
 
@@ -137,6 +138,7 @@ def gate_up(
     x is [M / SHARED, D]: a row for each token or, where experts want inputs in orders of their own,
     for each pair. With `squares` [T, S] a token's row is multiplied by its `norm_factor`.
     """
+    await_previous(DEPENDENT)
     PARTS: tl.constexpr = 4 // WARPS
     ROWS: tl.constexpr = WARPS * 16
     panel, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -229,6 +231,22 @@ def store_weighted(
             mine = used & (chosen == expert)
             weight = tl.load(weights + at + choice, mask=mine, other=0.0) * GROW
             _store(partials, low, high, weight, at + choice, mine, panel, part, N, WARPS)
+
+
+@triton.jit
+def prefetch_product(
+    matrix, K, SPLITS, C: tl.constexpr, SYMMETRIC: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Ask the second-level cache for what this block's part of `packed_matmul` will read."""
+    PARTS: tl.constexpr = 4 // WARPS
+    CODES: tl.constexpr = BYTE_ROWS * C
+    SCALES: tl.constexpr = BYTE_ROWS * 4
+    TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
+    panel, part, split = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(2)
+    tiles = K // C
+    first, last = split * tiles // SPLITS, (split + 1) * tiles // SPLITS
+    source = matrix + HEADER + (panel.to(tl.int64) * tiles + first) * TILE
+    prefetch(source, part, (last - first) * TILE, PARTS, 32 * WARPS)
 
 
 @triton.jit

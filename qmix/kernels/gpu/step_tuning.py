@@ -25,6 +25,10 @@ class StepTuning:
             own. Goes with rotate_in_qkv only.
         split_gate: w1 and w3 are split along their inputs where whole ones would leave
             multiprocessors idle, and the last part adds them up; the order of the sum is another.
+        dependent: of the launches that the last three make, attention and gate_up, each may start
+            while the one before drains. From compute capability 9.0 on; elsewhere without effect.
+        prefetch: such launches of q, k, v and o_proj ask the second-level cache for their weights
+            before they wait.
     """
 
     qkv: grid.Tuning = grid.UNTUNED
@@ -36,6 +40,8 @@ class StepTuning:
     rotate_in_qkv: bool = True
     norm_in_products: bool = True
     split_gate: bool = True
+    dependent: bool = False
+    prefetch: bool = False
 
 
 UNTUNED = StepTuning()
