@@ -51,6 +51,11 @@ class _Groups:
     is_sorted: bool
     columns: int
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As the kernels take them."""
+        return self.order, self.starts, self.blocks
+
 
 @dataclass(frozen=True, eq=False)
 class Finish:
@@ -106,14 +111,38 @@ def expert_partials(
         dependent: `gate_up` may start while the launch before drains; see `can_depend`.
     """
     assert x.dtype == torch.float16, x.dtype
+    tokens, hidden = x.shape
+    groups = _group(routes.ids, table)
+    inner = _gate_up(x, routes, table, layer, groups, tuning, squares, arrivals, dependent)
+    pairs, width = inner.shape
+    grid = _grid((hidden, width), table.down, groups, x.device, down_tuning or tuning)
+    partials = torch.empty(grid.splits, pairs, hidden, dtype=torch.float32, device=x.device)
+    how = Finish(moe_triton.down, (), {}) if finish is None else finish(grid)
+    launch(
+        how.kernel, (grid.rows, groups.count, grid.splits),
+        table.addresses[layer], table.down_offset, inner, partials, routes.ids.contiguous(),
+        routes.weights.contiguous(), *groups.tensors, tokens, hidden, width, grid.splits,
+        *how.arguments, **_constants(table.down, grid.config), **_choice(routes, table, groups),
+        **how.constants, GROW=1 / SHRINK,
+    )  # fmt: skip
+    return partials
+
+
+def _gate_up(
+    x: Tensor,
+    routes: Routes,
+    table: ExpertTable,
+    layer: int,
+    groups: _Groups,
+    tuning: Tuning,
+    squares: Tensor | None,
+    arrivals: Tensor | None,
+    dependent: bool,
+) -> Tensor:
+    """`SHRINK * silu(w1 x) * w3 x` of each pair: [T, D] -> float16 [M, F]."""
     (tokens, hidden), choices = x.shape, routes.ids.shape[1]
     pairs, width = tokens * choices, table.shape[0] // 2
-    addresses = table.addresses[layer]
-    groups = _group(routes.ids, table)
-    shared = {"CHOICES": choices, "E": len(addresses), "SORTED": groups.is_sorted}
-    ids, weights = routes.ids.contiguous(), routes.weights.contiguous()
-    grouping = (groups.order, groups.starts, groups.blocks)
-
+    ids = routes.ids.contiguous()
     may_split = arrivals is not None and not groups.is_sorted
     limits = {} if may_split else {"most_splits": 1}
     grid = _grid(table.shape, table.gate_up, groups, x.device, tuning, **limits)
@@ -128,19 +157,17 @@ def expert_partials(
         merged = torch.empty(shape, dtype=torch.float32, device=x.device), arrivals
     launch(
         moe_triton.gate_up, (grid.rows, groups.count, grid.splits),
-        addresses, x16, inner, *merged, ids, *grouping, squares, tokens, hidden, width, grid.splits,
-        **_constants(table.gate_up, grid.config), **shared, SHRINK=SHRINK, SHARED=sharing,
-        **slices(squares), **dependency(dependent),
+        table.addresses[layer], x16, inner, *merged, ids, *groups.tensors, squares,
+        tokens, hidden, width, grid.splits,
+        **_constants(table.gate_up, grid.config), **_choice(routes, table, groups),
+        **slices(squares), **dependency(dependent), SHRINK=SHRINK, SHARED=sharing,
     )  # fmt: skip
-    grid = _grid((hidden, width), table.down, groups, x.device, down_tuning or tuning)
-    partials = torch.empty(grid.splits, pairs, hidden, dtype=torch.float32, device=x.device)
-    how = Finish(moe_triton.down, (), {}) if finish is None else finish(grid)
-    launch(
-        how.kernel, (grid.rows, groups.count, grid.splits),
-        addresses, table.down_offset, inner, partials, ids, weights, *grouping, tokens, hidden, width, grid.splits,
-        *how.arguments, **_constants(table.down, grid.config), **shared, **how.constants, GROW=1 / SHRINK,
-    )  # fmt: skip
-    return partials
+    return inner
+
+
+def _choice(routes: Routes, table: ExpertTable, groups: _Groups) -> dict[str, object]:
+    experts = table.addresses.shape[1]
+    return {"CHOICES": routes.ids.shape[1], "E": experts, "SORTED": groups.is_sorted}
 
 
 def linear(x: Tensor, weight: PackedMatrix, tuning: Tuning = UNTUNED) -> Tensor:
