@@ -14,14 +14,15 @@ is read before its copy was waited for or without a barrier after another thread
     packed      the same on two 16-bit floats, and conversions between formats
     warp        instructions that exchange values between the lanes of a warp
     memory      global memory: the tensors of a launch
+    order       barriers, and who may rely on whose stores to global memory
     shared      shared memory, and who wrote and read it since which barrier
     lanes       registers of all lanes, and which lanes an instruction runs for
     access      instructions that read and write memory, and barriers
     machine     blocks of instructions, in all lanes of several thread blocks at once
     device      the driver that Triton sees
 
-It knows nothing of time, of the assembler behind PTX, of races between thread blocks, and of
-sm_90's instructions: wgmma, TMA, mbarrier and clusters are unknown instructions here.
+It knows nothing of time, of the assembler behind PTX, and of sm_90's instructions: wgmma, TMA,
+mbarrier and clusters are unknown instructions here.
 
 Reference: PTX ISA 8.7, https://docs.nvidia.com/cuda/parallel-thread-execution/.
 """

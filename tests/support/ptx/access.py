@@ -83,12 +83,13 @@ def _atomic(name, kind, machine, operands):
     target, address, source = operands
     lanes = machine.lanes
     values = lanes.of_active(lanes.demand(source, kind))
-    function = OPERATIONS[f"{name}.{kind}"].function
-    found = np.empty_like(values)
-    for place, where in enumerate(machine.addresses(address, 64)):
-        found[place] = machine.memory.load(where[None], values.dtype, 1)[0, 0]
-        new = function(found[place], values[place])
-        machine.memory.store(where[None], np.array([[new]], values.dtype))
+    found = machine.memory.atomic(
+        machine.addresses(address, 64),
+        values,
+        OPERATIONS[f"{name}.{kind}"].function,
+        lanes.indices,
+        machine.clocks,
+    )
     lanes.write(target, lanes.spread(found))
 
 
@@ -114,7 +115,13 @@ def _copy(machine, operands):
     addresses = machine.addresses(source, 64)
     word = min(width, 8)
     if used.any():
-        loaded = machine.memory.load(addresses[used], np.dtype(f"u{word}"), width // word)
+        loaded = machine.memory.load(
+            addresses[used],
+            np.dtype(f"u{word}"),
+            width // word,
+            lanes.indices[used],
+            machine.clocks,
+        )
         values[used] = loaded.view(np.uint8)
     machine.shared.store(
         lanes.indices, machine.addresses(target, 32), values.view(f"u{word}"), asynchronous=True
@@ -132,13 +139,13 @@ def _wait(machine, operands):
 def _barrier(machine, operands):
     assert [operand.bits for operand in operands] == [0], "a named barrier"
     machine.lanes.check_together(machine.threads, "a barrier")
-    machine.shared.barrier(machine.lanes.indices)
+    machine.clocks.barrier(machine.lanes.indices)
 
 
 def _warp_barrier(machine, operands):
     assert operands[0].bits & 0xFFFFFFFF == 0xFFFFFFFF, "a barrier of some lanes"
     machine.lanes.check_together(32, "a warp's barrier")
-    machine.shared.barrier(machine.lanes.indices, of_warp=True)
+    machine.clocks.barrier(machine.lanes.indices, of_warp=True)
 
 
 def _tiles(count, transposed, machine, operands):

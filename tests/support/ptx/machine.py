@@ -9,6 +9,7 @@ import numpy as np
 from tests.support.ptx import access, packed  # noqa: F401  packed enters its operations
 from tests.support.ptx.errors import PtxError, UnknownInstructionError
 from tests.support.ptx.lanes import Lanes
+from tests.support.ptx.order import Clocks
 from tests.support.ptx.shared import SharedMemory
 from tests.support.ptx.source import Address, Special
 
@@ -55,7 +56,8 @@ class Machine:
         )
         opcodes = {instruction.opcode for block in program.blocks for instruction in block}
         narrowest = min(filter(None, map(access.bits_of_shared_access, opcodes)), default=32)
-        self.shared = SharedMemory(len(numbers), threads, shared_bytes, min(narrowest, 32) // 8)
+        self.clocks = Clocks(int(numbers[0]) * threads, threads, self.lanes.count)
+        self.shared = SharedMemory(self.clocks, shared_bytes, min(narrowest, 32) // 8)
 
     def run(self):
         end = len(self.program.blocks)
@@ -102,13 +104,15 @@ class Machine:
         """[active lanes, count] values of a memory space."""
         assert isinstance(operand, Address)
         if space == "global":
-            return self.memory.load(self.addresses(operand, 64), dtype, count)
+            addresses = self.addresses(operand, 64)
+            return self.memory.load(addresses, dtype, count, self.lanes.indices, self.clocks)
         return self.shared.load(self.lanes.indices, self.addresses(operand, 32), dtype, count)
 
     def store(self, space, operand, values):
         """Store [active lanes, count] values."""
         if space == "global":
-            self.memory.store(self.addresses(operand, 64), values)
+            addresses = self.addresses(operand, 64)
+            self.memory.store(addresses, values, self.lanes.indices, self.clocks)
         else:
             self.shared.store(self.lanes.indices, self.addresses(operand, 32), values)
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.support.ptx.errors import MisalignedError, OutOfBoundsError, RaceError
+from tests.support.ptx.order import GRANULE, Stores
 
 _FIRST = 16  # numpy takes no array at address 0
 
@@ -36,18 +37,45 @@ class GlobalMemory:
         self._starts = np.array(starts, np.uint64)
         self._ends = np.array(ends, np.uint64)
         self._bytes = np.asarray(_Process())
+        self._stores = Stores()
 
-    def load(self, addresses, dtype, count):
-        """`count` consecutive values at each address: [addresses, count]."""
+    def load(self, addresses, dtype, count, lanes, clocks):
+        """`count` consecutive values at each address, for a lane each: [addresses, count]."""
         rows, places = self._rows(addresses, dtype, count)
+        for buffer, chosen, granules, _ in self._granules(addresses, dtype.itemsize * count):
+            self._stores.check(buffer, granules, lanes[chosen], clocks)
         return rows[places]
 
-    def store(self, addresses, values):
-        """Store [addresses, count]; two threads at one address must agree."""
+    def store(self, addresses, values, lanes, clocks):
+        """Store [addresses, count], a lane each; two threads at one address must agree."""
         rows, places = self._rows(addresses, values.dtype, values.shape[1])
+        nbytes = values.dtype.itemsize * values.shape[1]
+        for buffer, chosen, granules, size in self._granules(addresses, nbytes):
+            self._stores.check(buffer, granules, lanes[chosen], clocks)
+            self._stores.note(buffer, size, granules, lanes[chosen], clocks)
         rows[places] = values
         if (rows[places] != values).any():
             raise RaceError("two threads store different values at one address in one instruction")
+
+    def atomic(self, addresses, values, function, lanes, clocks):
+        """One lane after the other: the old values [addresses], which `function` combines."""
+        found = np.empty_like(values)
+        rows, places = self._rows(addresses, values.dtype, 1)
+        for at, place in enumerate(places):
+            found[at] = rows[place, 0]
+            rows[place, 0] = function(found[at], values[at])
+            self._stores.atomic(int(addresses[at]), int(lanes[at]), clocks)
+        return found
+
+    def _granules(self, addresses, nbytes):
+        """Of each buffer in turn: its number, which addresses, their granules, and how many."""
+        buffers = np.searchsorted(self._starts, addresses, "right") - 1
+        for buffer in np.unique(buffers):
+            chosen = buffers == buffer
+            start, end = self._starts[buffer], self._ends[buffer]
+            first = ((addresses[chosen] - start) // np.uint64(GRANULE)).astype(np.int64)
+            granules = first[:, None] + np.arange(max(1, nbytes // GRANULE))
+            yield int(buffer), chosen, granules, int(end - start) // GRANULE + 1
 
     def _rows(self, addresses, dtype, count):
         nbytes = dtype.itemsize * count

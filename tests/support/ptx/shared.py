@@ -19,13 +19,14 @@ _NEVER = np.iinfo(np.int32).max  # the time of a copy that was not waited for
 
 
 class SharedMemory:
-    """`nbytes` for each of `blocks` thread blocks of `threads`; a lane is a thread of any block."""
+    """`nbytes` for each thread block; a lane is a thread of any block."""
 
-    def __init__(self, blocks, threads, nbytes, granule):
-        self.nbytes, self.threads, self.granule = nbytes, threads, granule
+    def __init__(self, clocks, nbytes, granule):
+        self.nbytes, self.granule = nbytes, granule
+        self._clocks, lanes = clocks, clocks.lanes
         self._stride = -(-nbytes // 16) * 16
-        self._bytes = np.zeros(blocks * self._stride, np.uint8)
-        granules, lanes = len(self._bytes) // granule, blocks * threads
+        self._bytes = np.zeros(lanes // clocks.threads * self._stride, np.uint8)
+        granules = len(self._bytes) // granule
 
         def marks(value):
             return np.full(granules, value, np.int32)
@@ -34,16 +35,8 @@ class SharedMemory:
         self._group = marks(_NOBODY)  # of the writer's asynchronous copies
         self._reader, self._reading_warp = marks(_NOBODY), marks(_NOBODY)
         self._read, self._read_in_warp = marks(-1), marks(-1)
-        # How many barriers each lane has passed: of its block, and of its block or warp.
-        self._time, self._warp_time = np.zeros((2, lanes), np.int32)
         self._committed = np.zeros(lanes, np.int32)
         self._done, self._done_in_warp = np.full((2, lanes, 1), _NEVER, np.int32)
-
-    def barrier(self, lanes, of_warp=False):
-        """These lanes, which are whole blocks (or warps), have met."""
-        self._warp_time[lanes] += 1
-        if not of_warp:
-            self._time[lanes] += 1
 
     def commit(self, lanes):
         """The copies of these lanes that belong to no group yet become one."""
@@ -56,7 +49,10 @@ class SharedMemory:
     def wait(self, lanes, pending):
         """All but the last `pending` groups of these lanes are complete."""
         complete = np.arange(self._done.shape[1]) < self._committed[lanes, None] - pending
-        for done, time in ((self._done, self._time), (self._done_in_warp, self._warp_time)):
+        for done, time in (
+            (self._done, self._clocks.time),
+            (self._done_in_warp, self._clocks.warp_time),
+        ):
             rows = done[lanes]
             done[lanes] = np.where(complete & (rows == _NEVER), time[lanes, None], rows)
 
@@ -76,8 +72,8 @@ class SharedMemory:
         if (rows[places] != values).any():
             raise RaceError("two threads store different values at one address in one instruction")
         self._writer[granules] = lanes[:, None]
-        self._written[granules] = self._time[lanes, None]
-        self._written_in_warp[granules] = self._warp_time[lanes, None]
+        self._written[granules] = self._clocks.time[lanes, None]
+        self._written_in_warp[granules] = self._clocks.warp_time[lanes, None]
         self._group[granules] = self._committed[lanes, None] if asynchronous else _NOBODY
 
     def _rows(self, lanes, addresses, dtype, count):
@@ -87,7 +83,7 @@ class SharedMemory:
         if (addresses + nbytes > self.nbytes).any():
             wrong = addresses[addresses + nbytes > self.nbytes][0]
             raise OutOfBoundsError(f"shared address {wrong:#x}, {nbytes} bytes of {self.nbytes}")
-        addresses = addresses + lanes // self.threads * self._stride
+        addresses = addresses + lanes // self._clocks.threads * self._stride
         granules = addresses[:, None] // self.granule + np.arange(nbytes // self.granule)
         return self._bytes.view(dtype).reshape(-1, count), addresses // nbytes, granules
 
@@ -104,8 +100,8 @@ class SharedMemory:
             if (time == _NEVER).any():
                 raise UnwaitedError("shared memory whose asynchronous copy was not waited for")
         lane = lanes[:, None]
-        visible = (time < self._time[lane]) | (writer == _NOBODY)
-        visible |= (writer // 32 == lane // 32) & (warp_time < self._warp_time[lane])
+        visible = (time < self._clocks.time[lane]) | (writer == _NOBODY)
+        visible |= (writer // 32 == lane // 32) & (warp_time < self._clocks.warp_time[lane])
         if not collective:
             visible |= writer == lane
         if not visible.all():
@@ -114,15 +110,15 @@ class SharedMemory:
     def _check_unread(self, granules, lanes):
         """No other thread may have read these granules since the last barrier."""
         lane = lanes[:, None]
-        safe = (self._read[granules] < self._time[lane]) | (self._reader[granules] == lane)
+        safe = (self._read[granules] < self._clocks.time[lane]) | (self._reader[granules] == lane)
         same_warp = self._reading_warp[granules] == lane // 32
-        safe |= same_warp & (self._read_in_warp[granules] < self._warp_time[lane])
+        safe |= same_warp & (self._read_in_warp[granules] < self._clocks.warp_time[lane])
         if not safe.all():
             raise RaceError("a store to shared memory that another thread reads, without a barrier")
 
     def _note_read(self, granules, lanes, collective):
         lane, warp = lanes[:, None], lanes[:, None] // 32
-        again = self._read[granules] == self._time[lane]
+        again = self._read[granules] == self._clocks.time[lane]
         reader, reading_warp = self._reader[granules], self._reading_warp[granules]
         self._reader[granules] = lane
         self._reading_warp[granules] = warp
@@ -131,5 +127,5 @@ class SharedMemory:
         other_warp = again & (reading_warp != warp) | (self._reading_warp[granules] != warp)
         self._reader[granules[other]] = _SEVERAL
         self._reading_warp[granules[other_warp]] = _SEVERAL
-        self._read[granules] = self._time[lane]
-        self._read_in_warp[granules] = self._warp_time[lane]
+        self._read[granules] = self._clocks.time[lane]
+        self._read_in_warp[granules] = self._clocks.warp_time[lane]
