@@ -4,6 +4,7 @@
 interpreter runs.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +14,7 @@ from tests.support.interpreter import run_apart
 
 pytest.importorskip("triton")
 
-from tests.support.ptx import cases
+from tests.support.ptx import cases, mutations
 from tests.support.ptx.device import Device, installed
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -65,7 +66,7 @@ def test_smaller_thread_blocks(weights, tokens, warps):
     check(cases.experts, weights, tokens, tuning=tuning)
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), grid(8, DTYPES, TOKENS), ids=str)
+@pytest.mark.parametrize(("dtype", "tokens"), grid(12, DTYPES, TOKENS), ids=str)
 def test_norms(dtype, tokens):
     assert check(cases.norms, dtype, tokens) == {"residual_norm"}
 
@@ -80,6 +81,16 @@ def test_rotary(dtype, tokens):
     assert check(cases.rotary, dtype, tokens) == {"rotate", "rotate_store"}
 
 
+FUSED = {"start_norm", "matmul_rotate_store", "matmul_add_route", "gate_up", "down_add"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "tokens"), grid(90, cases.WEIGHTS, DTYPES, (1, 8, 16)), ids=str
+)
+def test_a_layer_whose_products_do_what_lies_between(weights, dtype, tokens):
+    assert check(cases.fused_layer, weights, dtype, tokens) == FUSED
+
+
 @pytest.mark.parametrize(("dtype", "window"), grid(6, DTYPES, (None, 20)), ids=str)
 def test_one_query(dtype, window):
     assert check(cases.attend, dtype, 1, window=window) == {"split", "merge"}
@@ -91,7 +102,7 @@ def test_the_last_split_merges(dtype, window):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "queries", "window"), grid(9, DTYPES, (9, 40), (None, 20)), ids=str
+    ("dtype", "queries", "window"), grid(12, DTYPES, (9, 40), (None, 20)), ids=str
 )
 def test_prefill(dtype, queries, window):
     assert check(cases.attend, dtype, queries, window=window) == {"prefill"}
@@ -106,7 +117,25 @@ def test_mixtrals_heads(dtype):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["experts", "attention", "decoding", "store"])
+@pytest.mark.parametrize("name", ["experts", "attention", "fused", "decoding", "store", "probe"])
 @pytest.mark.parametrize("soak", [False, True])
 def test_what_triton_interprets(name, soak):
     run_apart(name, interpreted=False, as_ptx=True, soak=soak)
+
+
+@pytest.mark.parametrize("name", ["matmul nf4", "matmul int4"])
+def test_mistakes_are_caught(name):
+    """Those that are mistakes wherever they are made, at one place each."""
+    campaign = mutations.CAMPAIGNS[name]
+    sure = tuple(each for each in campaign.mutations if each.caught == mutations.ALL)
+    found = dict(mutations.run(replace(campaign, mutations=sure), 1))
+    assert len(found) >= 10
+    assert not [each.name for each in found if mutations.missed(each, found[each])]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", mutations.CAMPAIGNS)
+def test_all_mistakes_are_caught(name):
+    found = dict(mutations.run(mutations.CAMPAIGNS[name], 6))
+    print(name, sum(len(outcomes) for outcomes in found.values()))
+    assert not [each.name for each in found if mutations.missed(each, found[each])]

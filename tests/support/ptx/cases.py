@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qmix import kernels
 from qmix.kernels import Routes
-from qmix.kernels.gpu import attention, moe, pointwise
+from qmix.kernels.gpu import attention, fused, moe, pointwise
 from qmix.weights.expert import Expert
 from qmix.weights.packed.layout import pack_expert, pack_matrix
 from qmix.weights.packed.table import ExpertTable
@@ -226,3 +226,57 @@ def rotary(dtype, tokens, width=64):
 def _rotated(x, cos, sin):
     low, high = x.double().chunk(2, -1)
     return x.double() * cos.double() + torch.cat((-high, low), -1) * sin.double()
+
+
+def fused_layer(weights, dtype, tokens, hidden=256, tuning=moe.UNTUNED):
+    """The fused launches: start_norm, matmul_rotate_store, matmul_add_route, gate_up, down_add."""
+    make, bound = WEIGHTS[weights]
+    bound = bound + 4 * EPSILON[dtype]
+    x, first, second, third = (
+        drawn(rows, hidden, seed=seed, dtype=dtype) for seed, rows in enumerate((tokens, 1, 1, 1))
+    )
+    first, second, third = first[0], second[0], third[0]
+    start = fused.start_norm(x, first, 1e-5)
+    qkv, o_proj, gate = make(512, hidden), make(hidden, 256, 1), drawn(4, hidden, dtype=dtype) / 8
+    cos, sin = kernels.rotary(torch.arange(16)[None], 128, 1e4, dtype)
+    keys, values = torch.zeros(2, tokens, 1, 16, 128, dtype=dtype)
+    past = torch.arange(tokens, dtype=torch.int32) % 8
+    arrivals = fused.counters(512, x.device)
+    q = fused.rotated_qkv(
+        start, pack_matrix(qkv), keys, values, cos, sin, past, arrivals,
+        heads=2, dtype=dtype, tuning=tuning,
+    )  # fmt: skip
+    attended = drawn(tokens, 256, seed=5, dtype=torch.float16)
+    added, routes = fused.project_route(
+        attended, pack_matrix(o_proj), start, second, 1e-5, gate, 2, arrivals, tuning
+    )
+    stored, table, _ = _table(weights, hidden, 128)
+    last = fused.add_experts(added, routes, table, third, 1e-5, arrivals, tuning)
+    assert not arrivals.any()
+
+    def exact(weight):
+        return weight.dequantize(torch.float32).double()
+
+    heads = (_norm(x, first) @ exact(qkv).T).view(tokens, 1, 4, 128).transpose(1, 2)
+    places = (table[0, 0, past.long()][:, None, None] for table in (cos, sin))
+    turned = _rotated(heads[:, :3], *places)
+    at = (torch.arange(tokens), 0, past.long())
+    total = x.double() + attended.double() @ exact(o_proj).T
+    router = _norm(added.total, second)
+    best = (router @ gate.double().T).topk(2)
+    mixed = _mixed(router, routes, [[exact(w) for w in each] for each in stored], torch.float64)
+    return [
+        Result("queries", q.transpose(1, 2), turned[:, :2], bound),
+        Result("stored keys", keys[at], turned[:, 2, 0], bound),
+        Result("stored values", values[at], heads[:, 3, 0], bound),
+        Result("total", added.total, total, bound),
+        Result("norm", _divided(added), router, 3 * EPSILON[dtype] + HALF),
+        Result("routing weights", routes.weights, best.values.softmax(-1), 4 * EPSILON[dtype]),
+        Result("total after experts", last.total, added.total.double() + mixed, 3 * bound),
+        Result("norm after experts", _divided(last), _norm(last.total, third), 3 * EPSILON[dtype] + HALF),
+    ]  # fmt: skip
+
+
+def _divided(normed):
+    """The norm, with the division that the next product does."""
+    return normed.weighted.double() * normed.squares.double().sum(1, keepdim=True).rsqrt()
