@@ -19,9 +19,8 @@ from qmix.formats import Checkpoint
 from qmix.formats.files.shards import fresh
 from qmix.formats.names import ModelTensor
 from qmix.kernels.gpu.current_device import on
+from qmix.planning.budget import READ_AHEAD
 from qmix.weights.blob import aligned
-
-BUFFERS = 2
 
 Read = dict[str, Tensor]
 
@@ -47,7 +46,7 @@ class CudaUpload:
     @contextmanager
     def opened(cls, nbytes: int, device: torch.device) -> Iterator["CudaUpload"]:
         """With buffers of so many bytes, which are freed at the end."""
-        arena = HostArena(BUFFERS, nbytes)
+        arena = HostArena(READ_AHEAD, nbytes)
         cuda_memory.pin(arena, device, cost="The weights are copied to the GPU more slowly")
         try:
             yield cls(arena, device)
@@ -104,7 +103,7 @@ def read_ahead(
             tensor = tensors[index]
             into = fresh
             if checkpoint.built_anywhere(tensor):
-                into = Region(upload.buffer(index % BUFFERS)).take
+                into = Region(upload.buffer(index % READ_AHEAD)).take
             return pool.submit(checkpoint.read_all, tensor, into)
 
         ahead = start(0)
@@ -113,5 +112,5 @@ def read_ahead(
             if index + 1 < len(tensors):
                 ahead = start(index + 1)
             if checkpoint.built_anywhere(tensor):
-                read = upload.copied(index % BUFFERS, read)
+                read = upload.copied(index % READ_AHEAD, read)
             yield tensor, read

@@ -20,6 +20,7 @@ PREFILL_CHUNK, GPU_PREFILL_CHUNK = 512, 4096
 PROCESS_BYTES, CUDA_PROCESS_BYTES = 384 << 20, 2 << 30
 # CUDA's own memory on the device, 300 to 500 MB depending on driver and GPU; and fragmentation.
 CUDA_CONTEXT_BYTES, RESERVE_BYTES = 512 << 20, 256 << 20
+READ_AHEAD = 2  # weights in pinned memory while a GPU's model is loaded
 _TILE_BYTES = 64 << 20  # float32 tiles of the CPU's products, a few a thread
 _GRAPH_BYTES = 64 << 20  # a CUDA graph's private pool
 
@@ -90,7 +91,7 @@ def host_items_beside_device(model: StoredModel, footprint: Footprint) -> tuple[
     """What the host holds while a GPU runs the model, without the experts that stay on the host."""
     return (
         Item("scales as they were read", footprint.host_bytes),
-        Item("loading", max(model.loading, model.largest)),
+        Item("loading", model.loading + READ_AHEAD * model.largest),
         Item("process", CUDA_PROCESS_BYTES, standing=True),
     )
 

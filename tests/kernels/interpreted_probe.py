@@ -24,17 +24,18 @@ def test_the_kernels_that_read_no_weights_are_right():
     assert missed(None, torch.float32) is None
 
 
-def test_the_kernels_that_read_weights_are_right():
-    assert missed(INT4) is None
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(kind="nf4"), Scheme(kind="nf4", block_size=256), Scheme(kind="int4", symmetric=False)],
+    [
+        INT4,
+        Scheme(kind="nf4"),
+        Scheme(kind="nf4", block_size=256),
+        Scheme(kind="int4", symmetric=False),
+    ],
     ids=str,
 )
-def test_other_kinds_of_weights(scheme):
+def test_the_kernels_that_read_weights_are_right(scheme):
     assert missed(scheme) is None
 
 

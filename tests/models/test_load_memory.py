@@ -56,7 +56,12 @@ def loaded(folder):
 
 @pytest.mark.parametrize(
     ("scheme", "method"),
-    [(NF4, "nf4"), (Scheme(kind="int4", group_size=64, symmetric=False), "rtn")],
+    [
+        (NF4, "nf4"),
+        pytest.param(
+            Scheme(kind="int4", group_size=64, symmetric=False), "rtn", marks=pytest.mark.soak
+        ),
+    ],
     ids=["nf4", "int4 asymmetric"],
 )
 def test_loading_a_model_takes_little_beside_it(tmp_path, monkeypatch, scheme, method):

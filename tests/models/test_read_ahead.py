@@ -12,6 +12,7 @@ from qmix.errors import CheckpointError
 from qmix.formats import open_checkpoint
 from qmix.models import read_ahead as ahead
 from qmix.models.quantization import BitsAndBytesConfig, of_checkpoint
+from qmix.planning.budget import READ_AHEAD
 from qmix.weights.affine import Affine, reorder_codes
 from qmix.weights.scheme import NF4, Scheme
 from qmix.weights.table import Table
@@ -79,7 +80,7 @@ class Late:
 def uploaded(checkpoint, tensors, on_device=OnDevice):
     upload = Late(ahead.buffer_bytes(checkpoint, tensors), on_device)
     for index, (tensor, read) in enumerate(ahead.read_ahead(checkpoint, tensors, upload)):
-        upload.arrive(index % ahead.BUFFERS)
+        upload.arrive(index % READ_AHEAD)
         yield tensor, read
 
 
