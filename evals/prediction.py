@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qmix.evals import markdown
-from qmix.kernels.gpu.grid import LARGEST_SPLIT, balance, grid_for
+from qmix.kernels.gpu.grid import balance, grid_for
 from qmix.planning import gpus
 from qmix.planning.roofline import Rate, Rates, StepCost
 from qmix.weights.packed.tile_format import PANEL, TileFormat
@@ -79,12 +79,12 @@ def launches(tile_format: TileFormat, multiprocessors: int, way: Way) -> list[La
         if way == "before":
             finishes = 0
         else:
-            most = 1 if name == "gate_up" else LARGEST_SPLIT
             grid = grid_for(
                 (rows, inputs), tile_format, groups=groups, columns=8,
-                multiprocessors=multiprocessors, most_splits=most,
+                multiprocessors=multiprocessors,
             )  # fmt: skip
             blocks, splits = grid.rows * groups, grid.splits
+            finishes = max(finishes, int(splits > 1))
         even = balance(blocks, splits, tiles, multiprocessors)
         read = groups * tile_format.matrix_bytes((rows, inputs))
         return Launch(name, read, groups * rows * inputs, even, finishes=finishes)

@@ -6,9 +6,11 @@ Run by test_probe.py in a process of its own with TRITON_INTERPRET=1.
 import pytest
 import torch
 
-from qmix.kernels.gpu import attention, moe, pointwise, self_check
+from qmix.kernels.gpu import attention, fused, moe, pointwise, self_check, self_check_fused
+from qmix.kernels.trial import Draw, first_beyond
 from qmix.weights.scheme import Scheme
 from tests.support.interpreter import CONVERSIONS, DEVICE, skip_without_a_device
+from tests.support.soak import one_in
 
 skip_without_a_device()
 pytestmark = CONVERSIONS
@@ -55,6 +57,27 @@ def test_a_kernel_that_returns_zeros_is_named(monkeypatch, room, launcher, schem
     miss = missed(scheme)
     assert miss.what == what
     assert miss.error == 1
+
+
+WHAT = {
+    "project_route": "residual behind a matmul of int4 g128",
+    "add_experts": "residual behind experts of int4 g128",
+}
+
+
+@pytest.mark.parametrize("launcher", one_in(2, sorted(WHAT)))
+def test_a_fused_kernel_that_adds_nothing_is_named(monkeypatch, launcher):
+    launch = getattr(fused, launcher)
+
+    def idle(*arguments):
+        out = launch(*arguments)
+        normed = out[0] if isinstance(out, tuple) else out
+        normed.total.copy_(arguments[2 if launcher == "project_route" else 0].total)
+        return out
+
+    monkeypatch.setattr(fused, launcher, idle)
+    tried = self_check_fused.comparisons(Draw(DEVICE), torch.float16, INT4)
+    assert first_beyond(tried).what == WHAT[launcher]
 
 
 def test_one_wrong_weight_of_a_row_is_a_miss(monkeypatch):

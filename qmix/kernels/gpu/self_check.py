@@ -15,7 +15,7 @@ from qmix.kernels import pointwise as plain
 from qmix.kernels import reference
 from qmix.kernels.attention import reference as plain_attention
 from qmix.kernels.attention import visible
-from qmix.kernels.gpu import attention, moe, pointwise
+from qmix.kernels.gpu import attention, moe, pointwise, self_check_fused
 from qmix.kernels.trial import TOKENS, Comparison, Draw, first_beyond, inputs_of, weight_of
 from qmix.weights.expert import Expert
 from qmix.weights.packed import weight as packed
@@ -44,6 +44,7 @@ def _weights(draw: Draw, dtype: torch.dtype, scheme: Scheme) -> Iterator[Compari
     with suppress(UnsupportedError):  # without a packed layout no kernel multiplies such weights
         yield from _matmuls(draw, dtype, scheme)
         yield from _experts(draw, dtype, scheme)
+        yield from self_check_fused.comparisons(draw, dtype, scheme)
 
 
 def _layer(draw: Draw, dtype: torch.dtype) -> Iterator[Comparison]:
@@ -125,3 +126,8 @@ def _attention(draw: Draw, dtype: torch.dtype) -> Iterator[Comparison]:
         seen = visible(queries, slots, None, None, draw.device)
         wanted = plain_attention(q.transpose(1, 2), keys, values, seen)
         yield Comparison(f"attention of {queries} queries", found, wanted)
+    arrivals = torch.zeros(shared, dtype=torch.int32, device=draw.device)
+    merged = attention.attend_cached(q[:, -1:], keys, values, past + 19, arrivals=arrivals)
+    yield Comparison(
+        "attention merged by its last split", merged.transpose(1, 2), wanted[:, :, -1:]
+    )
