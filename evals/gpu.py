@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qmix.evals.acceptance.clocks import ClockLog
 from qmix.evals.acceptance.journal import Journal
 from qmix.evals.acceptance.process import WorkerProcess, python
 from qmix.evals.acceptance.record import AcceptanceRecord, StepOutcome
@@ -58,16 +59,25 @@ def run_steps(
             steps=dict(journal.outcomes),
         )
 
+    clocks = ClockLog()
+
     def on_end(step: Step) -> None:
+        taken = clocks.taken()
+        if taken:
+            journal.add({"step": step.name, "clocks": taken})
         record().write(out)
         outcome = journal.outcomes[step.name]
         say(f"{step.name}: {outcome.status}, {outcome.seconds:.1f} s")
 
     def on_begin(step: Step, limit: float) -> None:
+        clocks.taken()
         say(f"{step.name}: at most {limit:.0f} s")
 
     supervisor = Supervisor(start, journal, budget, on_begin=on_begin, on_end=on_end)
-    left_out = supervisor.run(_unfinished(steps, journal))
+    try:
+        left_out = supervisor.run(_unfinished(steps, journal))
+    finally:
+        clocks.close()
     whole = record()
     for step in left_out:
         whole.steps.setdefault(step.name, StepOutcome("skipped", error="no time left"))

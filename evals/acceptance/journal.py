@@ -56,6 +56,8 @@ class Journal:
             return
         elif "result" in line:
             self.outcomes[name].results.append(line["result"])
+        elif "clocks" in line:
+            self.outcomes[name].clocks = line["clocks"]
         elif "end" in line:
             outcome = self.outcomes[name]
             outcome.status, outcome.seconds = line["end"], line["seconds"]

@@ -18,12 +18,17 @@ Status = Literal["ok", "failed", "timeout", "skipped", "interrupted"]
 
 @dataclass
 class StepOutcome:
-    """How a step ended: its results up to that point, and the error that ended it early."""
+    """How a step ended: its results up to that point, and the error that ended it early.
+
+    Attributes:
+        clocks: of the GPU meanwhile, see qmix.evals.acceptance.clocks.
+    """
 
     status: Status
     seconds: float = 0.0
     results: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
+    clocks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,10 +69,17 @@ class AcceptanceRecord:
         for name, outcome in self.steps.items():
             parts.append(f"## {name}: {outcome.status}, {outcome.seconds:.0f} s\n")
             parts.append(_table(outcome.results))
+            if outcome.clocks:
+                parts.append(_clocks(outcome.clocks))
             if outcome.error:
                 last = outcome.error.strip().splitlines()[-1]
                 parts.append(f"{outcome.status}: {last}\n")
         return "\n".join(parts)
+
+
+def _clocks(clocks: dict[str, dict[str, float]]) -> str:
+    shown = (f"{name} {each['median']:g} ({each['largest']:g})" for name, each in clocks.items())
+    return f"median (largest): {', '.join(shown)}\n"
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:

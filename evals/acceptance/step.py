@@ -61,6 +61,7 @@ def _peer_steps() -> Iterator[Step]:
 
 # Measurements before tests: a wrong kernel shows in the perplexity of the tiny model, too.
 STEPS = (
+    Step("self-check", "self_checks", 45),
     Step("bandwidth", "bounds", 20, needs_gpu=False),
     *_model_steps("nf4"),
     Step("nf4 profile", "token_profile", 40, {"weights": "nf4"}),

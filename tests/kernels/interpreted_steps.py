@@ -14,11 +14,13 @@ from qmix.evals.steps import (
     half_resident,
     moe_block,
     peers,
+    self_checks,
     step_search,
     tiny_perplexity,
     token_profile,
 )
 from qmix.kernels.gpu.step_tuning import UNTUNED
+from qmix.kernels.trial import Comparison
 from qmix.tuning import axes
 from tests.support.interpreter import CONVERSIONS, INTERPRETED
 from tests.support.oracles import eager_bitsandbytes
@@ -34,6 +36,21 @@ pytestmark = CONVERSIONS
 def setting():
     with torch.no_grad():
         yield rehearsal()
+
+
+def test_a_miss_of_the_self_check_is_a_failure(setting, monkeypatch):
+    assert list(self_checks.results(setting)) == [
+        {"kernels": "without weights"},
+        {"kernels": "nf4"},
+    ]
+    miss = Comparison("matmul", torch.ones(3), torch.zeros(3))
+    monkeypatch.setattr(self_checks, "first_miss", lambda *_: miss)
+    assert all("matmul: an error of" in row["failed"] for row in self_checks.results(setting))
+
+
+@pytest.mark.soak
+def test_the_kernels_pass_the_self_check(setting):
+    assert list(self_checks.results(setting)) == [{"kernels": "without weights"}]
 
 
 def test_the_bandwidth(setting):

@@ -15,7 +15,9 @@ def test_the_table():
         "ok", 3.0, [{"kernel": "a|b", "us": 95.123456, "list": [1]}, {"kernel": "c", "tok": 3}]
     )
     found.steps["peers"] = StepOutcome("failed", 1.0, [], "Traceback\nValueError: odd\n")
+    found.steps["moe"].clocks = {"sm_mhz": {"median": 1755.0, "largest": 1980.0}}
     text = found.markdown()
+    assert "median (largest): sm_mhz 1755 (1980)" in text
     assert "| kernel | us | tok |" in text
     assert "| a/b | 95.12 |  |" in text
     assert "failed: ValueError: odd" in text
