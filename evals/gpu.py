@@ -80,7 +80,9 @@ def run_steps(
         clocks.close()
     whole = record()
     for step in left_out:
-        whole.steps.setdefault(step.name, StepOutcome("skipped", error="no time left"))
+        whole.steps.setdefault(
+            step.name, StepOutcome("skipped", error="no time left, or no worker")
+        )
     whole.write(out)
     return whole
 

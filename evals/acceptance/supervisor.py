@@ -15,6 +15,7 @@ from qmix.evals.acceptance.step import Step
 
 START_SECONDS = 60.0  # to import torch and start CUDA, on a busy machine
 _LEAST_SECONDS = 3.0  # with less left, no step begins
+_MOST_FAILED_STARTS = 2  # then no other worker is tried
 
 Message = dict[str, Any]
 
@@ -69,14 +70,19 @@ class Supervisor:
         self._deadline = clock() + budget
         self._on_begin, self._on_end = on_begin, on_end
         self._worker: Worker | None = None
+        self._failed_starts = 0  # in a row
 
     def run(self, steps: Sequence[Step]) -> list[Step]:
-        """Run the steps in their order; those that the time did not suffice for."""
+        """Run the steps in their order.
+
+        Returns:
+            those that the time did not suffice for, or for which no worker could be started.
+        """
         left_out = []
         try:
             for step in steps:
                 left = self._deadline - self._clock()
-                if left < _LEAST_SECONDS:
+                if left < _LEAST_SECONDS or self._failed_starts == _MOST_FAILED_STARTS:
                     left_out.append(step)
                     continue
                 self._run(step, left)
@@ -103,6 +109,7 @@ class Supervisor:
         try:
             if self._worker is None:
                 self._worker = self._start()
+                self._failed_starts += 1  # unless it says a word
                 asked = False
             else:
                 self._worker.request(step.name)
@@ -113,6 +120,7 @@ class Supervisor:
                     said = self._end_worker()
                     return _Ended("timeout", f"{said}\nended after {limit:.0f} s".strip(), True)
                 if "machine" in message:
+                    self._failed_starts = 0
                     self._journal.add(message)
                     if not asked:
                         self._worker.request(step.name)
