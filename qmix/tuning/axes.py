@@ -27,7 +27,7 @@ _NUMBERS: Mapping[type, Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]] =
     },
 }
 # The axes that promise most come first: a search ends when its time does.
-_FIRST = ("gate_up.warps", "down.warps")
+_FIRST = ("gate_up.warps", "down.warps", "dependent", "prefetch")
 _LAST = ("attention.stages", "attention.columns", "qkv.stages", "o_proj.stages")
 
 # The form of a step with the simplest launches, each of which the probe compares with torch.
