@@ -10,6 +10,8 @@ import torch
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make a CUDA device the current one within the block; other devices need nothing."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+    if device.type != "cuda" or device.index is None:
+        return nullcontext()
+    if device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
