@@ -32,14 +32,22 @@ def greedy(model, tokenizer):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.soak), "bfloat16"])
-def test_the_text_is_the_same_with_every_backend(tiny_nf4, dtype):
-    text, logits = greedy(*loaded(tiny_nf4, "auto", dtype=dtype))
-    bound = 2e-4 if dtype == "float32" else 6e-2
+def test_the_text_is_the_same_with_every_backend(tiny_nf4):
+    text, logits = greedy(*loaded(tiny_nf4, "auto", dtype="float32"))
     for backend in ("bitsandbytes", "torch"):
-        other, others = greedy(*loaded(tiny_nf4, backend, dtype=dtype))
+        other, others = greedy(*loaded(tiny_nf4, backend, dtype="float32"))
         assert other == text
-        assert (others - logits).abs().max() <= bound * logits.abs().max()
+        assert (others - logits).abs().max() <= 2e-5 * logits.abs().max()
+
+
+@needs_bitsandbytes
+@pytest.mark.soak
+def test_in_bfloat16_they_differ_by_roundings(tiny_nf4):
+    """At most positions: where the router's choice is all but even, another expert may be taken."""
+    _, exact = greedy(*loaded(tiny_nf4, "torch", dtype="float32"))
+    for backend in ("auto", "bitsandbytes", "torch"):
+        _, logits = greedy(*loaded(tiny_nf4, backend, dtype="bfloat16"))
+        assert (logits - exact).abs().amax(-1).median() <= 1e-2 * exact.abs().max()
 
 
 @needs_bitsandbytes

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from qmix.formats import open_checkpoint
-from qmix.models import load
+from qmix.models import load, read_ahead
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.pack import Packer
+from qmix.planning.budget import READ_AHEAD
 from qmix.weights.packed import layout
 from qmix.weights.scheme import NF4, Scheme
 from tests.support.live_bytes import LiveBytes
@@ -35,9 +36,29 @@ def test_the_memory_of_tensors_is_counted_until_the_last_view_is_gone():
     assert (live.now, live.peak) == (0, 2400)
 
 
-def loaded(folder):
-    """The model, packed layer by layer as on a GPU, and the memory of that."""
+class Upload:
+    """Copies at once from buffers, where the host's memory stands in for the device's."""
+
+    def __init__(self, nbytes):
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(READ_AHEAD)]
+
+    def buffer(self, index):
+        return self._buffers[index]
+
+    def copied(self, index, tensors):
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def loaded(folder, monkeypatch):
+    """The model, read ahead and packed layer by layer as on a GPU, and the memory of that.
+
+    What the reading thread allocates is the host's, and is not counted.
+    """
     checkpoint = open_checkpoint(folder)
+    upload = Upload(read_ahead.buffer_bytes(checkpoint, checkpoint.tensors))
+    monkeypatch.setattr(
+        load, "read_all", lambda own, tensors, _: read_ahead.read_ahead(own, tensors, upload)
+    )
     with torch.device("meta"):
         model = MixtralForCausalLM(checkpoint.config)
     packer = Packer()
@@ -76,7 +97,8 @@ def test_loading_a_model_takes_little_beside_it(tmp_path, monkeypatch, scheme, m
         num_key_value_heads=2,
         head_dim=64,
     )
-    model, resident, peak = loaded(quantized(dense, tmp_path / "packed", scheme, method=method))
+    folder = quantized(dense, tmp_path / "packed", scheme, method=method)
+    model, resident, peak = loaded(folder, monkeypatch)
     weights = 3 * HIDDEN * INNER
     assert resident > 2 * 8 * weights / 2
     assert peak - resident <= ALLOWED * weights, (peak - resident) / weights
