@@ -4,9 +4,9 @@ The name of the file holds a hash of sources, flags and compiler, so a library i
 one of them has changed, nor one that anybody but the user or root can have written. The file is
 written beside its place and renamed: two processes at the same time both end with a whole file.
 
-`python -m qmix.kernels.cpu.build` compiles the libraries of all instruction sets of this machine's
-architecture into the package, before a wheel is made of it. What a wheel carries is loaded from
-there, if nothing has changed and the system's C library is new enough. Knows no torch.
+`python -m qmix.kernels.cpu.prebuild` compiles the libraries of all instruction sets of this
+machine's architecture into the package, before a wheel is made of it. What a wheel carries is
+loaded from there, if nothing has changed and the system's C library is new enough. Knows no torch.
 """
 
 import ctypes
@@ -240,8 +240,3 @@ def _done(command: list[str]) -> "subprocess.CompletedProcess[str]":
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, error)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prebuild()
