@@ -80,7 +80,11 @@ class HostArena:
         return self._memory[start : start + self.nbytes]
 
     def pin(
-        self, runtime: Runtime, *, cost: str = "Every miss now waits for a slower copy"
+        self,
+        runtime: Runtime,
+        *,
+        in_place: bool = True,
+        cost: str = "Every miss now waits for a slower copy",
     ) -> bool:
         """Register the memory with the device, in chunks of whole blobs of at most 1 GiB.
 
@@ -88,7 +92,8 @@ class HostArena:
         all of the arena stays pageable: one warning says so, and `unpinned_bytes` counts it.
 
         Args:
-            cost: what that costs, for the warning.
+            in_place: the device is to read the memory where it lies, and not only to copy it.
+            cost: what it costs if that fails, for the warning.
 
         Returns:
             whether the arena is pinned.
@@ -101,8 +106,10 @@ class HostArena:
             code = runtime.register(pointer, min(self._chunk, whole - start))
             if not code:
                 registered.append(pointer)
-            device_pointer = None if code else runtime.device_pointer(pointer)
-            if device_pointer is None:
+            device_pointer: int | None = pointer
+            if in_place and not code:
+                device_pointer = runtime.device_pointer(pointer)
+            if code or device_pointer is None:
                 for earlier in registered:
                     runtime.unregister(earlier)
                 self.unpinned_bytes = whole

@@ -6,6 +6,7 @@ Knows bytes only.
 import ctypes
 import os
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -46,14 +47,14 @@ class CudaMemory:
         return None if code else found.value
 
 
-def pin(arena: HostArena, device: torch.device, **cost: str) -> bool:
+def pin(arena: HostArena, device: torch.device, **options: Any) -> bool:
     """Pin an arena for a device; False, with a warning, if it stays pageable.
 
     Args:
-        cost: as HostArena.pin.
+        options: those of HostArena.pin.
     """
     with on(device):
-        if arena.pin(CudaMemory(), **cost):
+        if arena.pin(CudaMemory(), **options):
             return True
         # The error stays in CUDA's runtime until a launch reports it: let this one do so.
         with suppress(RuntimeError):

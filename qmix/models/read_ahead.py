@@ -47,7 +47,8 @@ class CudaUpload:
     def opened(cls, nbytes: int, device: torch.device) -> Iterator["CudaUpload"]:
         """With buffers of so many bytes, which are freed at the end."""
         arena = HostArena(READ_AHEAD, nbytes)
-        cuda_memory.pin(arena, device, cost="The weights are copied to the GPU more slowly")
+        cost = "The weights are copied to the GPU more slowly"
+        cuda_memory.pin(arena, device, in_place=False, cost=cost)
         try:
             yield cls(arena, device)
         finally:

@@ -79,6 +79,7 @@ def test_memory_that_the_device_does_not_see_is_not_pinned(monkeypatch):
         assert not own.pin(runtime)
     assert not runtime.held
     assert own.unpinned_bytes == 20 * 32768
+    assert own.pin(runtime, in_place=False)  # it may still be copied
 
 
 def test_no_memory_is_one_clear_error():
