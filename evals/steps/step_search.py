@@ -37,8 +37,12 @@ def results(setting: Setting, weights: str, rows: int) -> Iterator[dict[str, obj
     except DeviceLostError as error:
         what = axes.changes(list(search.rejected)[-1])
         raise RuntimeError(f"CUDA error: the device was lost with {what}") from error
-    setting.tunings(weights).by_rows[rows] = search.best
-    yield {"rows": rows, "best": axes.changes(search.best), "gain": search.gain}
+    best: dict[str, object] = {"rows": rows, "best": axes.changes(search.best), "gain": search.gain}
+    if search.best in search.outcomes:
+        setting.tunings(weights).by_rows[rows] = search.best
+    else:
+        best["failed"] = f"nothing could be timed: {search.rejected[search.best]}"
+    yield best
     order = sorted(search.outcomes.items(), key=lambda item: item[1].microseconds)
     for tuning, outcome in order:
         yield {

@@ -139,7 +139,10 @@ class Tuner:
         """
         seconds = FULL_SECONDS if full else SECONDS
         with _announced(self._stream or sys.stderr, key, rows, seconds) as show:
-            trials = self._make_trials(model, head, rows)
+            try:
+                trials = self._make_trials(model, head, rows)
+            except RuntimeError as error:  # no memory for a cache of its own
+                raise _untimed(key, str(error).partition("\n")[0]) from error
             search = Search(
                 (UNTUNED, axes.SEPARATE),
                 axes.axes(full=full),
@@ -163,9 +166,7 @@ class Tuner:
             finally:
                 entry = self._kept(key, search, complete=complete)
         if entry is None:
-            raise UnsupportedError(
-                "no decode step could be timed", where=key.gpu, found=search.rejected[search.start]
-            )
+            raise _untimed(key, search.rejected[search.start])
         return Found(search.best, entry, search.rejected)
 
     def _kept(self, key: TuningKey, search: Search[StepTuning], *, complete: bool) -> Entry | None:
@@ -188,6 +189,10 @@ class Tuner:
         except WriteError as error:
             warnings.warn(f"the next run searches again: {error}", stacklevel=7)
         return entry
+
+
+def _untimed(key: TuningKey, why: str) -> UnsupportedError:
+    return UnsupportedError("no decode step could be timed", where=key.gpu, found=why)
 
 
 def rows_for(batch: int) -> int | None:

@@ -221,6 +221,15 @@ def test_defaults_that_fail_are_used_and_told(on_a_card, path):
     assert not path.exists()
 
 
+def test_a_card_without_memory_for_a_search_takes_the_defaults(on_a_card, path):
+    def full(model, head, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    found = Tuner(path=path, make_trials=full, stream=io.StringIO())
+    with pytest.warns(UserWarning, match=r"defaults are used.*Tried to allocate 2 GiB"):
+        assert found.of(on_a_card, None, 1) == UNTUNED
+
+
 def test_fused_launches_that_miscompute_are_replaced_by_separate_ones(on_a_card, path):
     class Wrong(Device):
         def measure(self, tuning):
