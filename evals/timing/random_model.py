@@ -21,6 +21,7 @@ from qmix.nn.linear import Linear
 from qmix.weights.packed import codes
 from qmix.weights.packed.layout import PackedExpert, PackedMatrix
 from qmix.weights.packed.tile_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat
+from qmix.weights.table import NF4_VALUES
 
 NF4 = TileFormat("nf4", 64)
 INT4 = TileFormat("int4", 128)
@@ -28,7 +29,7 @@ FORMATS = {"nf4": NF4, "int4": INT4}
 
 # Root mean square of the values of equally likely codes.
 _RMS = {
-    "nf4": math.sqrt(sum(v * v for v in codes.NF4_STORED_VALUES) / 16) / codes.NF4_STRETCH,
+    "nf4": math.sqrt(sum(v * v for v in NF4_VALUES) / 16),
     "int4": math.sqrt(sum((c - codes.INT4_ZERO) ** 2 for c in range(16)) / 16),
 }
 
@@ -111,9 +112,10 @@ class RandomWeights:
     def _filled(self, blob: Tensor, shape: tuple[int, int]) -> PackedMatrix:
         tile_format = self._tile_format
         blob.random_(0, 256, generator=self._generator)
-        stretch = codes.NF4_STRETCH if tile_format.kind == "nf4" else 1.0
+        table = codes.TABLES["nf4"]
+        stretch = table.stretch if tile_format.kind == "nf4" else 1.0
         header = torch.tensor([1 / stretch, 1 / stretch, 1.0, 1.0]).view(torch.uint8)
-        words = torch.tensor(codes.NF4_WORDS).to(torch.int32).view(torch.uint8)
+        words = torch.tensor(table.words).to(torch.int32).view(torch.uint8)
         blob[: len(header)] = header.to(self._device)
         blob[len(header) : len(header) + len(words)] = words.to(self._device)
         panels, tiles = shape[0] // PANEL, shape[1] // tile_format.inputs

@@ -59,11 +59,12 @@ class Fitting:
 
     @property
     def _least_host(self) -> int:
-        """The experts of one token. With a device those of a layer, so that one can be copied to it
-        while another is read.
+        """The experts of one token. With slots on a device those of a layer, so that one can be
+        copied to it while another is read.
         """
         chosen = self.model.config.num_experts_per_tok
-        return min(self._per_layer if self.gpu else chosen, self.model.experts)
+        has_slots = self.gpu and self.footprint.unpacked is None
+        return min(self._per_layer if has_slots else chosen, self.model.experts)
 
     def split(self, context: int) -> Split | None:
         """As many experts as fit, the fastest memory first; None if the model does not fit."""
@@ -84,14 +85,15 @@ class Fitting:
             fits = self.ram is None or on_host <= self.ram
             return Split(experts, 0, arena=False) if fits else None
         slots = (self.vram - on_device) // blob
-        if slots < self._least_slots or self.footprint.unpacked is not None:
+        in_slots = self.footprint.unpacked is None  # else the CPU multiplies them
+        if slots < (self._least_slots if in_slots else 0):
             return None
         host = experts if self.ram is None else (self.ram - on_host) // blob
-        if host < experts:
+        if host < experts or (self.ram is not None and not in_slots):
             host -= READ_BUFFERS
         if host < self._least_host:
             return None
-        return Split(min(slots, experts), min(host, experts), arena=True)
+        return Split(min(slots, experts) if in_slots else 0, min(host, experts), arena=True)
 
     def device_memory(self, context: int, split: Split) -> MemoryBreakdown:
         """What the plan takes of device memory; nothing without a device."""
@@ -160,7 +162,7 @@ class Fitting:
             return 0, on_host + min((self._least_host + READ_BUFFERS) * blob, whole)
         on_device = MemoryBreakdown(self._device_items(context)).total
         if self.footprint.unpacked is not None:
-            return on_device + whole, on_host
+            return on_device, on_host + (self._least_host + READ_BUFFERS) * blob
         vram = on_device + min(self._least_slots * blob, whole)
         if self.vram is not None and self.vram >= on_device + whole:
             return vram, on_host
@@ -176,8 +178,6 @@ class Fitting:
         longest = self.largest_context()
         shorter = f", or --ctx {longest}" if longest else "; a shorter context does not help"
         remedy = f"What would fit: --{name} {as_option(needed)}{shorter}."
-        if device_is_short and self.footprint.unpacked is not None:
-            remedy += f" Experts cannot stay in host memory: {self.footprint.unpacked}."
         return ResourceError(
             f"too little {place} memory for a context of {context}",
             where=name,

@@ -79,7 +79,9 @@ class StoredWeight:
     @property
     def plain_scale_bytes(self) -> int:
         """Bytes of scales that are not nested, and of zeros."""
-        plain = replace(self.scheme, double_quant=False)
+        plain = self.scheme
+        if not plain.integer:
+            plain = replace(plain, double_quant=False, group_bits=None)
         return plain.nbytes(self.tensor.shape, scale_bytes=self.item) - self.code_bytes
 
     def memory_bytes(self, item: int) -> int:
@@ -98,8 +100,8 @@ class StoredWeight:
         rows, columns = self.tensor.shape
         scheme = self.scheme
         symmetric = scheme.symmetric if scheme.integer else True
-        usual = scheme.group_bits is None
-        return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric, self.item, usual)
+        plain = scheme.group_bits is None or not scheme.integer
+        return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric, self.item, plain)
 
     @property
     def _order_bytes(self) -> int:

@@ -40,12 +40,14 @@ from tests.support.interpreter import (
     skip_without_a_device,
 )
 from tests.support.models import small_model
-from tests.support.packed import act_order, as_computed, int4, nf4
+from tests.support.packed import OTHERS, act_order, as_computed, int4, nf4
 from tests.support.soak import one_in
 
 skip_without_a_device()
 NF4_BOUND, INT4_BOUND = 2.5e-3, 2**-11
 ORDER_BOUND = 1e-5 if INTERPRETED else 1e-4  # a GPU's matrix units truncate while they add
+
+FREE_BOUND = 5e-4  # a code plus a zero that is no code is rounded to float16
 
 pytestmark = [CONVERSIONS, pytest.mark.usefixtures("poison")]
 
@@ -83,6 +85,17 @@ def test_linear_in_other_shapes_and_dtypes(dtype):
     assert out.dtype == dtype
     bound = max(NF4_BOUND, ROUNDING[dtype])
     assert error(out, x.float() @ weight.dequantize(torch.float32).T) <= bound
+
+
+@pytest.mark.parametrize("kind", one_in(3, sorted(OTHERS)))
+def test_what_is_brought_into_the_form_of_nf4_or_int4(kind):
+    """Other tables, groups of 32, biases, free zeros, nested scales, fewer bits."""
+    packed = pack_matrix(OTHERS[kind](128, 128).to(DEVICE))
+    x = drawn(3, 128)
+    assert error(gpu.linear(x, packed), x @ as_computed(packed).T) <= FREE_BOUND
+    plain = replace(packed, perm=None)
+    found, meant = gpu.dequantize(plain, torch.float32), as_computed(packed)
+    assert (found - meant).norm() <= FREE_BOUND * meant.norm()
 
 
 @pytest.mark.parametrize("shape", one_in(2, [(128, 14336), (256, 4096)]), ids=str)

@@ -8,7 +8,7 @@ from qmix.models import load, read_ahead
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.pack import Packer
 from qmix.planning.budget import READ_AHEAD
-from qmix.weights.packed import layout
+from qmix.weights.packed import planes
 from qmix.weights.scheme import NF4, Scheme
 from tests.support.live_bytes import LiveBytes
 from tests.support.models import quantized, write_dense
@@ -86,7 +86,7 @@ def loaded(folder, monkeypatch):
     ids=["nf4", "int4 asymmetric"],
 )
 def test_loading_a_model_takes_little_beside_it(tmp_path, monkeypatch, scheme, method):
-    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", HIDDEN * INNER // 16)  # as 2^22 of a real matrix
+    monkeypatch.setattr(planes, "CHUNK_ELEMENTS", HIDDEN * INNER // 16)  # as 2^22 of a real matrix
     dense = write_dense(
         tmp_path / "dense",
         hidden_size=HIDDEN,

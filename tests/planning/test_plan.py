@@ -197,12 +197,18 @@ def test_a_named_context_fits():
         plan(MIXTRAL, gpu=False, ram=int(2.4 * GIB), context=context + 1)
 
 
-def test_experts_without_a_packed_layout_are_not_offloaded():
-    odd = StoredModel.assume("x", FULL, Scheme(kind="int4", group_size=32))
+def test_experts_without_a_packed_layout_stay_on_the_host():
+    odd = StoredModel.assume("x", FULL, Scheme(kind="int8"))
     assert on_device(odd).unpacked
     assert plan(odd, gpu=True, vram=80 * GIB).resident
-    with pytest.raises(ResourceError, match="cannot stay in host memory"):
-        plan(odd, gpu=True, vram=16 * GIB, ram=64 * GIB)
+    found = plan(odd, gpu=True, vram=16 * GIB, ram=64 * GIB)
+    assert not found.resident
+    assert (found.slots, found.host) == (0, 256)
+    assert found.device_memory.total < 16 * GIB
+    fewer = plan(odd, gpu=True, vram=16 * GIB, ram=24 * GIB)
+    assert 2 <= fewer.host < 256
+    assert fewer.host_memory.total <= 24 * GIB
+    assert not on_device(StoredModel.assume("x", FULL, Scheme(kind="int4", group_size=32))).unpacked
 
 
 def test_no_budget_is_no_limit():

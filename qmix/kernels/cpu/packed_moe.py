@@ -5,7 +5,7 @@ with a scale for each tile: a matmul errs by 0.01 % of one with the unpacked wei
 see qmix.kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +16,15 @@ from qmix.kernels.cpu.library import library
 from qmix.kernels.moe import Routes
 from qmix.weights.packed import codes
 from qmix.weights.packed.layout import PackedExpert, PackedMatrix, unpack_expert
-from qmix.weights.table import NF4_VALUES
+from qmix.weights.packed.tile_format import TileKind
+from qmix.weights.table import VALUES
 
-_TABLES = {
-    "nf4": torch.tensor([NF4_VALUES[code] for code in codes.NF4_CODE_OF_STORED]),
+_TABLES: Mapping[TileKind, Tensor] = {
     "int4": torch.arange(16, dtype=torch.float32) - codes.INT4_ZERO,
+    **{
+        kind: torch.tensor([VALUES[kind][code] for code in table.code_of_stored])
+        for kind, table in codes.TABLES.items()
+    },
 }
 
 
@@ -41,7 +45,7 @@ def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tenso
 
 def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
     compiled = library()
-    if compiled.isa is None:
+    if compiled.isa is None or packed.gate_up.free_zeros or packed.down.free_zeros:
         compiled.fallbacks += 3
         expert = unpack_expert(packed)
         gate, up = (tiles.linear(x, weight) for weight in (expert.w1, expert.w3))

@@ -5,24 +5,23 @@ plane in its low nibble and one of the high plane in its high nibble. Each instr
 the word `$4` and writes four registers of two float16 values: `$0` and `$1` are the codes of the
 low plane of bytes 0, 1 and 2, 3; `$2` and `$3` are those of the high plane.
 
-NF4 is a table of 16 float16 values, kept as two planes of 16 bytes. A byte permutation (`prmt`)
-picks four bytes out of eight, so a plane takes two of them, for codes 0 to 7 and 8 to 15. A
-selector of 8 or more yields eight copies of the top bit of the picked byte instead. If bytes c and
-c + 8 of a plane have the same top bit, the wrong half therefore yields a known byte, 0 or 255. That
-byte is folded into the table, and one `xor` merges the halves. Two freedoms make the top bits
-equal: the codes are renumbered, and the table is stretched by a constant that the scales take back.
-This takes 19 integer instructions for 8 weights.
+NF4, FP4, E2M1 and IQ4 are tables of 16 float16 values, kept as two planes of 16 bytes. A byte
+permutation (`prmt`) picks four bytes out of eight, so a plane takes two of them, for codes 0 to 7
+and 8 to 15. A selector of 8 or more yields eight copies of the top bit of the picked byte instead.
+If bytes c and c + 8 of a plane have the same top bit, the wrong half therefore yields a known byte,
+0 or 255. That byte is folded into the table, and one `xor` merges the halves. Two freedoms make the
+top bits equal: the codes are renumbered, and the table is stretched by a constant that the scales
+take back. This takes 19 integer instructions for 8 weights.
 """
 
-from qmix.weights.packed.codes import nf4_plane
+from collections.abc import Mapping
+
+from qmix.weights.packed.codes import TABLES, StoredTable
+from qmix.weights.table import TableKind
 
 
-def _nf4() -> str:
-    high, low = (
-        (f"0x{word:08x}" for word in nf4_plane(8)[1::2]),
-        (f"0x{word:08x}" for word in nf4_plane(0)[1::2]),
-    )
-    (h0, h1), (l0, l1) = high, low
+def _looked_up(table: StoredTable) -> str:
+    h0, h1, l0, l1 = (f"0x{word:08x}" for shift in (8, 0) for word in table.plane(shift)[1::2])
     lines = ["{", ".reg .b32 s, t, h, l, x;"]
     for first, second, source in (("$0", "$2", "$4"), ("$1", "$3", "s")):
         if source == "s":
@@ -58,7 +57,9 @@ def _int4() -> str:
     return "\n".join([*lines, "}"])
 
 
-NF4_INSTRUCTIONS = _nf4()
+TABLE_INSTRUCTIONS: Mapping[TableKind, str] = {
+    kind: _looked_up(table) for kind, table in TABLES.items()
+}
 INT4_INSTRUCTIONS = _int4()
 # Words that the instructions want in registers: as constants they would be moved there in every
 # iteration of the loop.
@@ -67,4 +68,4 @@ INT4_WORDS = (0x64006400, 0x54005400)
 # once for every byte.
 _OPERANDS = "=&r,=&r,=&r,=&r,r"
 INT4_CONSTRAINTS = _OPERANDS + 8 * ",r"
-NF4_CONSTRAINTS = _OPERANDS + 16 * ",r"
+TABLE_CONSTRAINTS = _OPERANDS + 16 * ",r"

@@ -13,12 +13,18 @@ from qmix.weights.packed import codes, tile_format
 
 # Triton's interpreter has no inline assembly; there the same values come from the table.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-NF4_INSTRUCTIONS = tl.constexpr(ptx.NF4_INSTRUCTIONS)
+NF4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["nf4"])
+FP4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["fp4"])
+E2M1_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["e2m1"])
+IQ4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["iq4"])
 INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
-NF4_CONSTRAINTS = tl.constexpr(ptx.NF4_CONSTRAINTS)
+TABLE_CONSTRAINTS = tl.constexpr(ptx.TABLE_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
 INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
-NF4_VALUES = tl.constexpr(codes.NF4_STORED_VALUES)
+NF4_VALUES = tl.constexpr(codes.TABLES["nf4"].values)
+FP4_VALUES = tl.constexpr(codes.TABLES["fp4"].values)
+E2M1_VALUES = tl.constexpr(codes.TABLES["e2m1"].values)
+IQ4_VALUES = tl.constexpr(codes.TABLES["iq4"].values)
 INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
 BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
 HEADER = tl.constexpr(tile_format.HEADER_BYTES)
@@ -29,23 +35,34 @@ def decode(word, table, KIND: tl.constexpr):
     """uint8 codes -> float16 values of the low and of the high nibbles."""
     if INTERPRETED:
         return _value(word & 15, KIND), _value(word >> 4, KIND)
-    elif KIND == "nf4":
-        # Declared impure: otherwise the compiler sees 8-bit operands behind the assembly, and wants
-        # the operand of the matrix unit in another order of inputs, one for each architecture.
-        return tl.inline_asm_elementwise(
-            NF4_INSTRUCTIONS, NF4_CONSTRAINTS, [word, table[0], table[1], table[2], table[3]],
-            (tl.float16, tl.float16), False, 4,
-        )  # fmt: skip
-    else:
+    elif KIND == "int4":
         return tl.inline_asm_elementwise(
             INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word, table[0], table[1]],
             (tl.float16, tl.float16), False, 4,
         )  # fmt: skip
+    elif KIND == "nf4":
+        return _looked_up(word, table, NF4_INSTRUCTIONS)
+    elif KIND == "fp4":
+        return _looked_up(word, table, FP4_INSTRUCTIONS)
+    elif KIND == "e2m1":
+        return _looked_up(word, table, E2M1_INSTRUCTIONS)
+    else:
+        return _looked_up(word, table, IQ4_INSTRUCTIONS)
+
+
+@triton.jit
+def _looked_up(word, table, INSTRUCTIONS: tl.constexpr):
+    # Declared impure: otherwise the compiler sees 8-bit operands behind the assembly, and wants the
+    # operand of the matrix unit in another order of inputs, one for each architecture.
+    return tl.inline_asm_elementwise(
+        INSTRUCTIONS, TABLE_CONSTRAINTS, [word, table[0], table[1], table[2], table[3]],
+        (tl.float16, tl.float16), False, 4,
+    )  # fmt: skip
 
 
 @triton.jit
 def decoding_words(matrix, KIND: tl.constexpr):
-    """The words that the instructions want in registers: NF4's table from the header, constants."""
+    """What the instructions want in registers: a table's words, from the header, or constants."""
     # A zero that the compiler does not know to be the same in all threads. If it knew, the words
     # would go to uniform registers, which a permutation cannot read, and be copied every time: one
     # more instruction for each weight. (It would know a minimum of integers, whose instruction
@@ -62,9 +79,21 @@ def decoding_words(matrix, KIND: tl.constexpr):
 def _value(code, KIND: tl.constexpr):
     if KIND == "int4":
         return code.to(tl.float16) - INT4_ZERO
+    elif KIND == "nf4":
+        return _value_of(code, NF4_VALUES)
+    elif KIND == "fp4":
+        return _value_of(code, FP4_VALUES)
+    elif KIND == "e2m1":
+        return _value_of(code, E2M1_VALUES)
+    else:
+        return _value_of(code, IQ4_VALUES)
+
+
+@triton.jit
+def _value_of(code, VALUES: tl.constexpr):
     value = tl.zeros(code.shape, tl.float16)
     for i in tl.static_range(16):
-        value = tl.where(code == i, NF4_VALUES[i], value)
+        value = tl.where(code == i, VALUES[i], value)
     return value.to(tl.float16)
 
 

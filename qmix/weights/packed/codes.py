@@ -1,17 +1,62 @@
-"""The values that packed codes stand for, and the words of NF4's table that the kernels keep.
+"""The values that packed codes stand for, and the words of a table that the kernels keep.
 
 Why the codes are renumbered is said in kernels/gpu/ptx.py.
 """
 
 import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from qmix.weights.table import NF4_VALUES
-
-# Among the 16.8 M factors in [1, 2) that allow the pairing, the one with the smallest maximum
-# rounding error: 1.82e-4, where the plain table has 3.3e-4. It requires that zero is stored as -0.
-NF4_STRETCH = 1.2332144
+from qmix.weights.table import VALUES, TableKind
 
 INT4_ZERO = 8
+
+# What a table is multiplied by, so that its codes can be paired; the scales take it back. NF4:
+# among the 16.8 M factors in [1, 2) that allow the pairing, the one with the smallest maximum
+# rounding error: 1.82e-4, where the plain table has 3.3e-4. The others are exact in float16: FP4 in
+# twelfths, IQ4 in integers.
+_STRETCH: Mapping[TableKind, float] = {"nf4": 1.2332144, "fp4": 12.0, "e2m1": 1.0, "iq4": 13.0}
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A table of 16 values in float16, its codes renumbered.
+
+    Attributes:
+        stretch: what the values were multiplied by.
+        code_of_stored: the code of each stored code.
+        bits: the float16 bits of each stored code.
+    """
+
+    stretch: float
+    code_of_stored: tuple[int, ...]
+    bits: tuple[int, ...]
+
+    @property
+    def stored_of_code(self) -> tuple[int, ...]:
+        return tuple(self.code_of_stored.index(code) for code in range(16))
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The float16 values of the stored codes, with which the kernels compute."""
+        return tuple(struct.unpack("<e", struct.pack("<H", bits))[0] for bits in self.bits)
+
+    def plane(self, shift: int) -> list[int]:
+        """Bytes `bits >> shift` of all codes as four words, with the wrong half folded in."""
+        plane = [bits >> shift & 0xFF for bits in self.bits]
+        folded = plane[:8]
+        folded += [b ^ (0xFF if a & 0x80 else 0) for a, b in zip(plane, plane[8:], strict=False)]
+        return [int.from_bytes(bytes(folded[i : i + 4]), "little") for i in range(0, 16, 4)]
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """The words of the planes that a header holds.
+
+        A permutation reads two words. The first is an operand of the instructions: as constants,
+        both would be moved to a register again and again, 1.25 instructions a weight. Operands `$5`
+        to `$20` are these four words, each four times, once for every byte of the word.
+        """
+        return (*self.plane(8)[0::2], *self.plane(0)[0::2])
 
 
 def _half_bits(value: float) -> int:
@@ -19,15 +64,20 @@ def _half_bits(value: float) -> int:
     return bits
 
 
-def _nf4_bits() -> tuple[int, ...]:
-    """The float16 bits of each NF4 code, stretched; zero is -0."""
-    return tuple(_half_bits(NF4_STRETCH * value or -0.0) for value in NF4_VALUES)
+def _signed_zeros(values: Sequence[float]) -> list[float]:
+    """The last zero is -0: that makes the negative codes as many as the others."""
+    signed = list(values)
+    if 0.0 in signed:
+        signed[15 - signed[::-1].index(0.0)] = -0.0
+    return signed
 
 
-def _nf4_codes() -> tuple[int, ...]:
-    """The NF4 code of each stored code: c and c + 8 have the same top bits in both bytes."""
+def _stored(kind: TableKind) -> StoredTable:
+    """The stored codes c and c + 8 have the same top bits in both bytes."""
+    stretch = _STRETCH[kind]
+    of_code = [_half_bits(stretch * value) for value in _signed_zeros(VALUES[kind])]
     classes: dict[int, list[int]] = {}
-    for code, bits in enumerate(_nf4_bits()):
+    for code, bits in enumerate(of_code):
         classes.setdefault(bits & 0x8080, []).append(code)
     low: list[int] = []
     high: list[int] = []
@@ -35,27 +85,8 @@ def _nf4_codes() -> tuple[int, ...]:
         assert len(pair_codes) % 2 == 0
         low += pair_codes[0::2]
         high += pair_codes[1::2]
-    return (*low, *high)
+    numbers = (*low, *high)
+    return StoredTable(stretch, numbers, tuple(of_code[code] for code in numbers))
 
 
-NF4_CODE_OF_STORED = _nf4_codes()
-NF4_STORED_OF_CODE = tuple(NF4_CODE_OF_STORED.index(code) for code in range(16))
-NF4_STORED_BITS = tuple(_nf4_bits()[code] for code in NF4_CODE_OF_STORED)
-# The float16 values of the stored codes, with which the kernels compute.
-NF4_STORED_VALUES = tuple(
-    struct.unpack("<e", struct.pack("<H", bits))[0] for bits in NF4_STORED_BITS
-)
-
-
-def nf4_plane(shift: int) -> list[int]:
-    """Bytes `bits >> shift` of the 16 stored codes as four words, with the wrong half folded in."""
-    plane = [bits >> shift & 0xFF for bits in NF4_STORED_BITS]
-    folded = plane[:8]
-    folded += [b ^ (0xFF if a & 0x80 else 0) for a, b in zip(plane, plane[8:], strict=False)]
-    return [int.from_bytes(bytes(folded[i : i + 4]), "little") for i in range(0, 16, 4)]
-
-
-# A permutation reads two words. The first is an operand of the instructions: as constants, both
-# would be moved to a register again and again, 1.25 instructions a weight. Operands `$5` to `$20`
-# are these four words, each four times, once for every byte of the word.
-NF4_WORDS = (*nf4_plane(8)[0::2], *nf4_plane(0)[0::2])
+TABLES: Mapping[TableKind, StoredTable] = {kind: _stored(kind) for kind in VALUES}

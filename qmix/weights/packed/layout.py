@@ -1,19 +1,19 @@
 """The packed layout: one run of bytes, in the order in which GPU kernels read a 4-bit matrix.
 
-A matrix is cut into panels of 128 rows, and a panel into tiles of 64 or 128 inputs. A byte of a
-tile
-holds the codes of two rows: that of the low plane in its low nibble, that of the high plane in its
-high nibble. In an expert's w1 and w3 they are the same row of both, so that one thread ends up with
-a gate and its up projection; in any other matrix they are rows r and r + 64 of the panel. A matrix
-is
+A matrix is cut into panels of 128 rows, and a panel into tiles of 32, 64 or 128 inputs. A byte of a
+tile holds the codes of two rows: that of the low plane in its low nibble, that of the high plane in
+its high nibble. In an expert's w1 and w3 they are the same row of both, so that one thread ends up
+with a gate and its up projection; in any other matrix they are rows r and r + 64 of the panel. A
+matrix is
 
     header   128 bytes: float32 [2], the factors of the sums of the low and of the high plane;
              float32 [2], the powers of two by which the scales of the planes were divided;
-             int32 [4], the words of NF4's table that the kernels keep in registers
+             int32 [4], the words of a table that the kernels keep in registers; NF4's of integers
     panels   [N / 128][K / C] tiles, each
              codes   [C / 32][4 warps][32 lanes][16 bytes]
              scales  [64] pairs of float16: low plane, high plane
-             zeros   [64] pairs of float16, only if asymmetric: 8 minus the zero
+             zeros   [64] pairs of float16, only if asymmetric: 8 minus the zero, or plus the bias
+                     over the scale
 
 An expert is the matrix of w1 and w3, then the matrix of w2. Every section is a multiple of 128
 bytes. The 16 bytes of a lane are its codes of 16 rows and 32 inputs, in the order of its registers
@@ -34,28 +34,26 @@ to match. The w2 of an expert needs no permutation: the rows of w1 and w3 are pa
 Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qmix.weights import scales as scale_values
-from qmix.weights.affine import Affine, pack_codes, unpack_codes
+from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
-from qmix.weights.packed.codes import (
-    INT4_ZERO,
-    NF4_CODE_OF_STORED,
-    NF4_STORED_OF_CODE,
-    NF4_STRETCH,
-    NF4_WORDS,
-)
-from qmix.weights.packed.packed_shapes import (
-    ExpertFormat,
-    MatrixSpec,
-    expert_format,
-    matrix_format,
+from qmix.weights.packed.codes import INT4_ZERO, TABLES
+from qmix.weights.packed.packed_shapes import ExpertFormat, expert_format, matrix_format
+from qmix.weights.packed.planes import (
+    Plane,
+    check_table,
+    group_of,
+    has_free_zeros,
+    perm_of,
+    plane_of,
+    same_order,
+    spec_of,
+    translated,
 )
 from qmix.weights.packed.tile_format import (
     BYTE_ROWS,
@@ -63,9 +61,8 @@ from qmix.weights.packed.tile_format import (
     TileFormat,
     refusal,
 )
-from qmix.weights.table import NF4_VALUES, Table
+from qmix.weights.table import VALUES, Table
 
-CHUNK_ELEMENTS = 1 << 22  # of codes that are translated at a time: 16 MiB of indices
 _LARGEST_EXPONENT = 15  # scales of a plane are brought below 2^15; float16 ends at 2^16
 
 
@@ -78,6 +75,7 @@ class PackedMatrix:
         group: inputs that shared a scale in the weight that was packed, a multiple of C.
         dtype: what the weight dequantizes to by default.
         perm: int32 [K], the layer's input that each packed input is; None is the identity.
+        free_zeros: its zeros are no codes.
     """
 
     blob: Tensor
@@ -86,6 +84,7 @@ class PackedMatrix:
     group: int
     dtype: torch.dtype
     perm: Tensor | None = None
+    free_zeros: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +113,15 @@ def pack_matrix(weight: Weight) -> PackedMatrix:
             group is no multiple of 64, blocks straddle rows, or the table is not NF4's.
     """
     tile_format = matrix_format(spec_of(weight))
-    _check_table(weight, "the weight")
-    whole = _plane_of(weight, tile_format)
+    check_table(weight, "the weight")
+    whole = plane_of(weight, tile_format)
     panel_rows = torch.arange(weight.shape[0], device=weight.device).view(-1, 2, BYTE_ROWS)
     low, high = (whole.select(panel_rows[:, half].flatten()) for half in (0, 1))
     blob = _pack(low, high, tile_format)
     return PackedMatrix(
-        blob, tile_format, weight.shape, _group(weight), weight.dtype, _perm(weight)
-    )
+        blob, tile_format, weight.shape, group_of(weight), weight.dtype, perm_of(weight),
+        has_free_zeros(weight),
+    )  # fmt: skip
 
 
 def unpack_matrix(packed: PackedMatrix) -> Weight:
@@ -139,17 +139,25 @@ def pack_expert(expert: Expert) -> PackedExpert:
             of 64), or w1 and w3 are stored differently.
     """
     layout = format_of(expert)
-    perm, inner_perm = _perm(expert.w1), _perm(expert.w2)
+    perm, inner_perm = perm_of(expert.w1), perm_of(expert.w2)
     down = pack_matrix(expert.w2)
-    gate, up = _plane_of(expert.w1, layout.gate_up), _plane_of(expert.w3, layout.gate_up)
+    gate, up = plane_of(expert.w1, layout.gate_up), plane_of(expert.w3, layout.gate_up)
     if inner_perm is not None:
         gate, up = gate.select(inner_perm), up.select(inner_perm)
     gate_up = _pack(gate, up, layout.gate_up)
     blob = torch.cat((gate_up, down.blob))
-    group, dtype = _group(expert.w1), expert.w1.dtype
+    group, dtype = group_of(expert.w1), expert.w1.dtype
     return PackedExpert(
         blob,
-        PackedMatrix(blob[: len(gate_up)], layout.gate_up, layout.shape, group, dtype, perm),
+        PackedMatrix(
+            blob[: len(gate_up)],
+            layout.gate_up,
+            layout.shape,
+            group,
+            dtype,
+            perm,
+            has_free_zeros(expert.w1) or has_free_zeros(expert.w3),
+        ),
         replace(down, blob=blob[len(gate_up) :], perm=None),
         inner_perm,
     )
@@ -163,8 +171,8 @@ def format_of(expert: Expert) -> ExpertFormat:
     """
     layout = expert_format(*(spec_of(weight) for weight in (expert.w1, expert.w2, expert.w3)))
     for name in ("w1", "w2", "w3"):
-        _check_table(getattr(expert, name), name)
-    if not same_order(_perm(expert.w1), _perm(expert.w3)):
+        check_table(getattr(expert, name), name)
+    if not same_order(perm_of(expert.w1), perm_of(expert.w3)):
         raise refusal(
             "w1 and w3 of an expert are packed together and must be stored alike",
             "w3",
@@ -196,117 +204,30 @@ def with_blob(packed: PackedExpert, blob: Tensor) -> PackedExpert:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Plane:
-    """The rows of one plane before packing.
-
-    Attributes:
-        codes: uint8 [rows, K], numbered as in the packed layout.
-        scales: float32 [rows, K / C].
-        zeros: float32 [rows, K / C], 8 minus the zero; None if symmetric.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-
-    def select(self, rows: Tensor) -> "_Plane":
-        zeros = None if self.zeros is None else self.zeros[rows]
-        return _Plane(self.codes[rows], self.scales[rows], zeros)
-
-    def join(self, other: "_Plane") -> "_Plane":
-        zeros = None
-        if self.zeros is not None and other.zeros is not None:
-            zeros = torch.cat((self.zeros, other.zeros))
-        codes = torch.cat((self.codes, other.codes))
-        return _Plane(codes, torch.cat((self.scales, other.scales)), zeros)
-
-
-def _group(weight: Weight) -> int:
-    """Consecutive inputs of a row that share a scale."""
-    if isinstance(weight, Table):
-        return weight.block_size
-    assert isinstance(weight, Affine)
-    return weight.group_inputs
-
-
-def _perm(weight: Weight) -> Tensor | None:
-    return weight.perm if isinstance(weight, Affine) else None
-
-
-def spec_of(weight: Weight) -> MatrixSpec:
-    """What decides how a weight is packed, if it can be packed."""
-    scheme = weight.scheme
-    group, scale_bytes, symmetric = 1, 4, True
-    if isinstance(weight, Affine):
-        group, symmetric = weight.group_inputs, weight.symmetric
-        scale_bytes = weight.scales.itemsize if isinstance(weight.scales, Tensor) else 0
-    elif isinstance(weight, Table):
-        group = weight.block_size
-    packable = scheme.group_bits is None
-    return MatrixSpec(scheme.kind, weight.shape, group, symmetric, scale_bytes, packable)
-
-
-def _check_table(weight: Weight, where: str) -> None:
-    """Raise unless the codes stand for the values that the kernels know."""
-    if isinstance(weight, Table) and weight.table.tolist() != list(NF4_VALUES):
-        raise refusal("no packed layout", where, "the values of NF4", "another table")
-
-
-def same_order(perm: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two weights store their inputs in the same order."""
-    if perm is None or other is None:
-        return perm is other
-    return torch.equal(perm, other)
-
-
-def _plane_of(weight: Weight, tile_format: TileFormat) -> _Plane:
-    """The rows of a weight, with a scale for every tile."""
-    out_features, in_features = weight.shape
-    repeats = _group(weight) // tile_format.inputs
-    if isinstance(weight, Table):
-        pairs = weight.codes.view(out_features, -1)
-        codes = torch.stack((pairs >> 4, pairs & 15), -1).view(out_features, in_features)
-        blocks = codes.numel() // weight.block_size
-        scales = scale_values.floats(weight.scales, 0, blocks).view(out_features, -1)
-        codes = _translated(codes, NF4_STORED_OF_CODE)
-        return _Plane(codes, scales.repeat_interleave(repeats, 1), None)
-    assert isinstance(weight, Affine)
-    assert isinstance(weight.scales, Tensor)
-    zeros = None
-    if weight.zeros is not None:
-        zeros = (INT4_ZERO - weight.zeros.float()).repeat_interleave(repeats, 1)
-    scales = weight.scales.float().repeat_interleave(repeats, 1)
-    return _Plane(unpack_codes(weight.codes), scales, zeros)
-
-
-def _translated(codes: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Each code's new number, uint8 [N, K]; a chunk at a time, since an index takes four bytes."""
-    table = torch.tensor(numbers, dtype=torch.uint8, device=codes.device)
-    out = torch.empty_like(codes)
-    flat = torch.split(codes.view(-1), CHUNK_ELEMENTS), torch.split(out.view(-1), CHUNK_ELEMENTS)
-    for source, target in zip(*flat, strict=True):
-        torch.index_select(table, 0, source.int(), out=target)
-    return out
-
-
-def _weight_of(packed: PackedMatrix, rows: _Plane) -> Weight:
+def _weight_of(packed: PackedMatrix, rows: Plane) -> Weight:
     step = packed.group // packed.format.inputs
     codes, scales = rows.codes, rows.scales[:, ::step]
-    if packed.format.kind == "nf4":
-        codes = _translated(codes, NF4_CODE_OF_STORED)
+    kind = packed.format.kind
+    if kind != "int4":
+        codes = translated(codes, TABLES[kind].code_of_stored)
         return Table(
             codes=(codes[:, 0::2] << 4 | codes[:, 1::2]).flatten(),
             scales=scales.flatten(),
-            table=torch.tensor(NF4_VALUES, device=codes.device),
+            table=torch.tensor(VALUES[kind], device=codes.device),
             out_shape=(codes.shape[0], codes.shape[1]),
             out_dtype=packed.dtype,
             block_size=packed.group,
+            kind=kind,
         )
     zeros = None
     if rows.zeros is not None:
-        zeros = (INT4_ZERO - rows.zeros[:, ::step]).to(torch.uint8)
-    return Affine(pack_codes(codes), scales.to(packed.dtype), zeros, packed.perm)
+        zeros = INT4_ZERO - rows.zeros[:, ::step]
+        if not packed.free_zeros:
+            zeros = zeros.to(torch.uint8)
+    rounded = scales.to(packed.dtype)
+    if torch.equal(rounded.float(), scales):  # not those that were nested
+        scales = rounded
+    return Affine(pack_codes(codes), scales, zeros, packed.perm, out_dtype=packed.dtype)
 
 
 # Dimensions of a matrix of bytes: panel, warp, r, g; tile, 32 inputs, j, c, t, p. Lane 4g + t holds
@@ -315,7 +236,7 @@ _TO_LANES = (0, 4, 5, 1, 3, 8, 7, 2, 6, 9)
 _FROM_LANES = tuple(_TO_LANES.index(dim) for dim in range(len(_TO_LANES)))
 
 
-def _pack(low: _Plane, high: _Plane, tile_format: TileFormat) -> Tensor:
+def _pack(low: Plane, high: Plane, tile_format: TileFormat) -> Tensor:
     """Two planes as a blob."""
     rows, in_features = low.codes.shape
     panels, tiles, halves = (
@@ -337,9 +258,10 @@ def _pack(low: _Plane, high: _Plane, tile_format: TileFormat) -> Tensor:
         sections.append(pairs(low.zeros, high.zeros))
     powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     header = torch.zeros(HEADER_BYTES // 4, device=codes.device)
-    header[:2] = powers / (NF4_STRETCH if tile_format.kind == "nf4" else 1)
+    table = TABLES["nf4" if tile_format.kind == "int4" else tile_format.kind]
+    header[:2] = powers / (1 if tile_format.kind == "int4" else table.stretch)
     header[2:4] = powers
-    header[4:8].view(torch.int32)[:] = torch.tensor(NF4_WORDS).to(torch.int32)
+    header[4:8].view(torch.int32)[:] = torch.tensor(table.words).to(torch.int32)
     return torch.cat((header.view(torch.uint8), torch.cat(sections, 2).flatten()))
 
 
@@ -349,7 +271,7 @@ def _exponent(scales: Tensor) -> Tensor:
     return exponent.clamp(-100, 100)  # the header's powers stay normal numbers
 
 
-def _unpack(packed: PackedMatrix) -> tuple[_Plane, _Plane]:
+def _unpack(packed: PackedMatrix) -> tuple[Plane, Plane]:
     """The inverse of `_pack`."""
     tile_format = packed.format
     rows, in_features = packed.shape[0] // 2, packed.shape[1]
@@ -371,7 +293,7 @@ def _unpack(packed: PackedMatrix) -> tuple[_Plane, _Plane]:
     scales = pairs(tile[:, :, tile_format.code_bytes : scale_end]) * powers
     zeros = None if tile_format.symmetric else pairs(tile[:, :, scale_end:])
     low, high = (
-        _Plane(part, scales[..., i], None if zeros is None else zeros[..., i])
+        Plane(part, scales[..., i], None if zeros is None else zeros[..., i])
         for i, part in enumerate((codes & 15, codes >> 4))
     )
     return low, high

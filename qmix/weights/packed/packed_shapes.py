@@ -9,12 +9,30 @@ All of a packed weight but its codes stays on the host as it was read. Knows no 
 weights: a MatrixSpec says what decides the format of one. Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qmix.errors import UnsupportedError
-from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat, refusal, tile_format
+from qmix.weights.packed.tile_format import (
+    BYTE_ROWS,
+    PANEL,
+    TileFormat,
+    TileKind,
+    refusal,
+    tile_format,
+)
 from qmix.weights.scheme import Kind
+
+# Integers of fewer bits are widened to four.
+_TILE_KINDS: Mapping[Kind, TileKind] = {
+    "nf4": "nf4",
+    "fp4": "fp4",
+    "e2m1": "e2m1",
+    "iq4": "iq4",
+    "int2": "int4",
+    "int3": "int4",
+    "int4": "int4",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +43,8 @@ class MatrixSpec:
         shape: (N, K).
         group: consecutive inputs of a row that share a scale.
         scale_bytes: of one scale as it is stored.
-        usual: scales and zeros are of the kinds that can be packed.
+        plain: scales and zeros are no codes of others, so that rows of several matrices can be
+            joined.
     """
 
     kind: Kind
@@ -33,7 +52,7 @@ class MatrixSpec:
     group: int
     symmetric: bool
     scale_bytes: int
-    usual: bool = True
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,13 +80,12 @@ def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PA
     Raises:
         UnsupportedError: the packed layout has no such kind, or no such shape or group.
     """
-    if spec.kind not in ("nf4", "int4"):
-        raise refusal(f"no packed layout for {spec.kind}", where, "NF4 or Int4", spec.kind)
-    if not spec.usual:
-        what = f"no packed layout for {spec.kind} with such scales or zeros"
-        raise refusal(what, where, "plain scales and integer zeros", "others")
+    kind = _TILE_KINDS.get(spec.kind)
+    if kind is None:
+        expected = "a table of 16 values, or integers of up to 4 bits"
+        raise refusal(f"no packed layout for {spec.kind}", where, expected, spec.kind)
     return tile_format(
-        spec.kind, spec.shape, group=spec.group, symmetric=spec.symmetric, rows=rows, where=where
+        kind, spec.shape, group=spec.group, symmetric=spec.symmetric, rows=rows, where=where
     )
 
 
@@ -82,7 +100,7 @@ def joined(specs: Sequence[MatrixSpec]) -> MatrixSpec:
     alike = all(replace(spec, shape=whole.shape) == whole for spec in specs)
     same_inputs = all(spec.shape[1] == first.shape[1] for spec in specs)
     straddling = any(spec.shape[0] * spec.shape[1] % spec.group for spec in specs)
-    if not alike or not same_inputs or straddling:
+    if not alike or not same_inputs or straddling or not first.plain:
         raise UnsupportedError("matrices that are joined must be stored alike")
     return whole
 

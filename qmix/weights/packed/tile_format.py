@@ -11,7 +11,8 @@ from qmix.errors import UnsupportedError
 PANEL = 128  # rows
 BYTE_ROWS = PANEL // 2
 HEADER_BYTES = 128
-TILE_INPUTS = (128, 64)
+TILE_INPUTS = (128, 64, 32)
+TileKind = Literal["nf4", "fp4", "e2m1", "iq4", "int4"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class TileFormat:
 
     Attributes:
         kind: how its codes are stored.
-        inputs: C, 64 or 128; so many weights of a row share a scale.
+        inputs: C, 32, 64 or 128; so many weights of a row share a scale.
         symmetric: whether it has no zeros.
     """
 
-    kind: Literal["nf4", "int4"]
+    kind: TileKind
     inputs: int
     symmetric: bool = True
 
@@ -42,7 +43,7 @@ class TileFormat:
 
 
 def tile_format(
-    kind: Literal["nf4", "int4"],
+    kind: TileKind,
     shape: tuple[int, int],
     *,
     group: int,
@@ -59,7 +60,7 @@ def tile_format(
 
     Raises:
         UnsupportedError: N is no multiple of `rows`, K no whole number of groups, or the group no
-            multiple of 64.
+            multiple of 32.
     """
     out_features, in_features = shape
     if out_features % rows:
@@ -71,7 +72,7 @@ def tile_format(
         raise refusal(
             "no packed layout for this shape",
             where,
-            "inputs in whole groups, a multiple of 64 each",
+            "inputs in whole groups, a multiple of 32 each",
             f"{in_features} inputs in groups of {group}",
         )
     return TileFormat(kind, inputs, symmetric)

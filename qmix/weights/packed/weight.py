@@ -27,13 +27,12 @@ from qmix.weights.packed.layout import (
     format_of,
     pack_expert,
     pack_matrix,
-    same_order,
-    spec_of,
     unpack_expert,
     unpack_matrix,
     with_blob,
 )
 from qmix.weights.packed.packed_shapes import joined, matrix_format, table_format
+from qmix.weights.packed.planes import same_order, spec_of, with_codes_of
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import Table
@@ -78,8 +77,8 @@ class PackedWeight:
         if self.template is not None:
             return self.template.scheme
         tile_format, group = self.matrix.format, self.matrix.group
-        if tile_format.kind == "nf4":
-            return Scheme(kind="nf4", block_size=group, double_quant=False)
+        if tile_format.kind != "int4":
+            return Scheme(kind=tile_format.kind, block_size=group, double_quant=False)
         return Scheme(kind="int4", group_size=group, symmetric=tile_format.symmetric)
 
     @property
@@ -107,10 +106,7 @@ class PackedWeight:
                 unpacked = _some_rows(unpacked, self.selection)
         if self.template is None:
             return unpacked
-        assert isinstance(unpacked, (Table, Affine))
-        template = self.template.to(unpacked.device)
-        assert isinstance(template, (Table, Affine))
-        return replace(template, codes=unpacked.codes)
+        return with_codes_of(self.template.to(unpacked.device), unpacked)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows [start, stop) as [stop - start, K]; unpacks the whole matrix."""
@@ -232,7 +228,7 @@ def _without_codes(weight: Weight) -> Weight:
 def _joined(weights: Sequence[Weight]) -> Weight:
     """The rows of several weights as one weight."""
     whole = joined([spec_of(weight) for weight in weights])
-    matrix_format(whole)  # refuses what has biases, which would be joined too
+    matrix_format(whole)
     shape = whole.shape
     first = weights[0]
     if isinstance(first, Table):

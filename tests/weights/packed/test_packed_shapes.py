@@ -7,8 +7,9 @@ import pytest
 from qmix.errors import UnsupportedError
 from qmix.weights.expert import Expert
 from qmix.weights.packed import weight as packed
-from qmix.weights.packed.layout import pack_expert, pack_matrix, spec_of
+from qmix.weights.packed.layout import pack_expert, pack_matrix
 from qmix.weights.packed.packed_shapes import expert_format, joined, matrix_format, table_format
+from qmix.weights.packed.planes import spec_of
 from tests.support.packed import act_order, int4, nf4
 
 WEIGHTS = {
