@@ -73,7 +73,7 @@ class Search(Generic[T]):
         self.rejected: dict[T, str] = {}
         self._axes, self._trials, self._on_trial = axes, trials, on_trial
         self._clock, self._begun, self._seconds = clock, clock(), seconds
-        self._longest = 0.0  # seconds of a trial
+        self._longest = self._preparation = 0.0  # seconds of a trial, and of preparing some
 
     def run(self) -> None:
         """Search until the axes give nothing better, or the time is over.
@@ -92,9 +92,11 @@ class Search(Generic[T]):
         self._longest = min(self._longest, _USUAL_SECONDS)
         for axis in self._axes:
             candidates = [each for each in axis(self.best) if not self._is_known(each)]
-            if not candidates or not self._has_time():
+            if not candidates or not self._has_time(self._preparation):
                 continue
+            begun = self._clock()
             self._trials.prepare(candidates)
+            self._preparation = max(self._preparation, self._clock() - begun)
             for candidate in candidates:
                 if self._has_time() and self._try(candidate):
                     self._keep(candidate)
@@ -113,8 +115,8 @@ class Search(Generic[T]):
     def _microseconds(self, candidate: T) -> float:
         return self.outcomes[candidate].microseconds
 
-    def _has_time(self) -> bool:
-        return self._clock() - self._begun + self._longest < self._seconds
+    def _has_time(self, more: float = 0.0) -> bool:
+        return self._clock() - self._begun + self._longest + more < self._seconds
 
     def _keep(self, candidate: T) -> None:
         if self._microseconds(candidate) < _GAIN * self._microseconds(self.best):

@@ -101,6 +101,20 @@ def test_no_trial_begins_that_would_end_too_late():
         assert found.best in {(0, 0), (1, 0), (2, 0)}
 
 
+def test_preparing_counts_too():
+    class Compiling(Device):
+        def prepare(self, candidates):
+            super().prepare(candidates)
+            self.now += 4.0
+
+    device = Compiling()
+    found = search(device, seconds=12.0)
+    found.run()
+    assert len(device.prepared) == 1
+    assert found.best == (2, 0)
+    assert device.now - 50.0 <= 12.0
+
+
 def test_what_is_hardly_faster_is_not_kept():
     """One per cent is what two runs of the same differ by."""
     device = Device({(1, 0): Outcome(134.5, 0.0), (2, 0): Outcome(140.0, 0.0)})
