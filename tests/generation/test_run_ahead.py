@@ -134,7 +134,7 @@ def test_a_criterion_sees_the_ids_so_far(monkeypatch):
     expected = model.generate(ids(5), max_new_tokens=9, stopping_criteria=[criterion])
     plain = list(seen)
     seen.clear()
-    BusyDevice(model, monkeypatch)
+    BusyDevice(model, monkeypatch, context_may_wait=True)
     found = model.generate(ids(5), max_new_tokens=9, stopping_criteria=[criterion])
     assert torch.equal(found, expected)
     assert seen == plain

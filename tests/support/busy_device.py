@@ -34,12 +34,15 @@ class BusyDevice:
     Attributes:
         enqueued: how many steps have been.
         most_ahead: how many more than had been waited for, at most.
+
+    Args:
         longest: the cache's length at which no step fits any more.
+        context_may_wait: the ids so far may be brought to the device while a step runs.
     """
 
     running = 0
 
-    def __init__(self, model, monkeypatch, longest=None):
+    def __init__(self, model, monkeypatch, longest=None, *, context_may_wait=False):
         self.enqueued = self.most_ahead = self._ended = 0
         self._model, self._longest = model, longest
         device = self
@@ -60,6 +63,8 @@ class BusyDevice:
         for module in (loop, rows):
             monkeypatch.setattr(module, "to_device", lambda values, _: values.as_subclass(OnDevice))
         monkeypatch.setattr(model, "sample_next", self._sample_next)
+        if not context_may_wait:
+            monkeypatch.setattr(rows.Rows, "__init__", _on_device(rows.Rows.__init__))
 
     @torch.no_grad()
     def _sample_next(self, ids, cache, attention_mask, sample_fn):
@@ -76,3 +81,13 @@ class BusyDevice:
         scores, chosen = sample_fn(logits)
         ids_ = chosen.as_subclass(OnDevice)
         return SampledStep(logits, scores, ids_, self._copy(ids_))
+
+
+def _on_device(init):
+    """A Rows whose ids so far lie on the device."""
+
+    def made(self, inputs, device):
+        init(self, inputs, device)
+        self._input_ids = self._input_ids.as_subclass(OnDevice)
+
+    return made
