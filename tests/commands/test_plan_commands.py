@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_nf4, tmp_path):
 def test_too_small_a_card_exits_4_and_names_what_would_fit(full):
     result = qmix("plan", full, "--vram", "1G")
     assert result.returncode == 4
-    assert "What would fit: --vram 5.0G" in result.stderr
+    assert "What would fit: --vram 4.9G" in result.stderr
 
 
 def test_an_absurd_config_is_refused_at_once(full):
