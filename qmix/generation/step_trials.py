@@ -161,8 +161,14 @@ def _first_layers(model: Decoder) -> Decoder:
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:
-    """The largest difference of any row, relative to its norm; infinite where one is not finite."""
+    """How far logits [steps, B, V] are from what is expected, of the row that is farthest.
+
+    Relative to the norm, and the median of a row's steps: where two experts' scores are nearly
+    equal, a rounding chooses the other one, and the logits of that step are others. Infinite where
+    one is not finite.
+    """
     if not bool(torch.isfinite(logits).all()):
         return float("inf")
     norms = expected.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(((logits - expected).norm(dim=-1) / norms).max())
+    ratios = (logits - expected).norm(dim=-1) / norms
+    return float(ratios.median(dim=0).values.max())

@@ -73,16 +73,19 @@ def test_the_median_of_a_step_and_no_difference(trials):
     assert trials.measure(OTHER) == step_trials.Outcome(80.0, 0.0)
 
 
-def test_a_difference_is_that_of_the_worst_row(trials):
+@pytest.mark.parametrize(("wrong_from", "difference"), [(57, 0.5), (64, 0.0)])
+def test_a_difference_is_that_of_the_worst_row_in_most_steps(trials, wrong_from, difference):
+    """A near tie of two experts may fall otherwise now and then; a wrong kernel is always wrong."""
+
     def logits(tuning, length):
         found = torch.full((2, 64), float(length))
-        if tuning == OTHER and length == 60:
+        if tuning == OTHER and length >= wrong_from:
             found[1] *= 1.5
         return found
 
     Decoder.logits = staticmethod(logits)
     trials.measure(UNTUNED)
-    assert trials.measure(OTHER).difference == pytest.approx(0.5)
+    assert trials.measure(OTHER).difference == pytest.approx(difference)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
