@@ -26,6 +26,7 @@ from qmix.kernels.cpu import build
 from qmix.kernels.cpu.library import library
 from qmix.weights.nf4 import quantize
 from tests.support.models import ROOT
+from tests.support.process import PATIENCE
 
 try:
     build._compiler()
@@ -258,8 +259,18 @@ def test_a_compiler_that_takes_too_long_ends_with_its_children(monkeypatch, tmp_
     with pytest.raises(ResourceError, match="timed out"):
         build._run([slow])
     stat = Path(f"/proc/{child.read_text().strip()}/stat")
-    # Gone, or dead and not yet reaped by its new parent.
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+    def state():
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "gone"
+
+    # Gone, or dead and not yet reaped by its new parent, once it has been given the signal.
+    stop = time.monotonic() + PATIENCE
+    while state() not in ("gone", "Z"):
+        assert time.monotonic() < stop
+        time.sleep(0.01)
 
 
 @needs_compiler
