@@ -87,7 +87,7 @@ class Effort:
         peak_bytes: largest size of all arrays, estimated.
         resident_bytes: peak resident memory of the process, measured; None where the system does
             not report it.
-        gpu_seconds: estimated time of 32 layers on a GPU of `gpu_flops` operations a second.
+        gpu_seconds: estimated time of 32 layers on an H100.
     """
 
     layers: int
@@ -96,7 +96,6 @@ class Effort:
     peak_bytes: int
     resident_bytes: int | None
     gpu_seconds: float
-    gpu_flops: float
 
     def lines(self) -> tuple[str, ...]:
         """The figures in words, as two lines."""
@@ -109,7 +108,7 @@ class Effort:
             f"{self.layer_seconds:.0f} s: {rate / 1e9:.0f} GFLOP/s{resident}",
             f"32 such layers: {32 * self.layer_flops / rate / 3600:.2f} h at this rate, "
             f"{self.peak_bytes / 2**30:.2f} GiB of arrays; by arithmetic {self.gpu_seconds / 60:.0f} "
-            f"min on a GPU at {self.gpu_flops / 1e12:.0f} TFLOP/s in float32",
+            "min on an H100",
         )
 
 

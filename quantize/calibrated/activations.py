@@ -1,4 +1,4 @@
-"""One vector for each calibration token, in memory or, beyond a budget, in a file.
+"""One vector for each calibration token: in memory, on a GPU or, beyond a budget, in a file.
 
 The file is read and written by explicit calls and never mapped, because mapped pages count as
 resident memory. Final values are hashed as they are written, so that saving them needs no second
@@ -22,6 +22,7 @@ from qmix.files import atomic_file
 from qmix.files.file_errors import writing
 from qmix.files.regular_file import reading
 
+_HOST = torch.device("cpu")
 _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
 
 
@@ -32,18 +33,26 @@ class Activations:
         tokens, width: T and D.
         path: the file that holds the array; None keeps it in memory. An existing file must have
             exactly the right size; a missing one is created.
+        device: whose memory holds the array, if no file does.
 
     Raises:
         CheckpointError: the file has another size.
     """
 
-    def __init__(self, tokens: int, width: int, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        width: int,
+        path: Path | None = None,
+        *,
+        device: torch.device = _HOST,
+    ) -> None:
         self.tokens, self.width, self.path = tokens, width, path
         self._row_bytes = 4 * width
         self._data: Tensor | None = None
         self._digest, self._final_rows = hashlib.sha256(), 0
         if path is None:
-            self._data = torch.zeros(tokens, width)
+            self._data = torch.zeros(tokens, width, device=device)
             return
         expected = tokens * self._row_bytes
         if path.exists() and path.stat().st_size != expected:
@@ -62,7 +71,7 @@ class Activations:
         return self.tokens * self._row_bytes
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), in fresh memory."""
+        """Rows [start, stop), in fresh memory of the device that holds the array."""
         if self._data is not None:
             return self._data[start:stop].clone()
         out = torch.empty(stop - start, self.width)
@@ -73,7 +82,7 @@ class Activations:
     def rows(self, index: Tensor) -> Tensor:
         """The rows [n, D] at an ascending int64 index [n]."""
         if self._data is not None:
-            return self._data[index]
+            return self._data[index.to(self._data.device)]
         out = torch.empty(len(index), self.width)
         breaks = (index[1:] != index[:-1] + 1).nonzero()[:, 0].add_(1).tolist()
         bounds = [0, *breaks, len(index)] if len(index) else []
@@ -84,27 +93,28 @@ class Activations:
 
     def write(self, start: int, values: Tensor) -> None:
         """Replace the rows from `start` on with `values` [n, D], from any device."""
-        values = values.to("cpu", torch.float32).contiguous()
         if self._data is not None:
             self._data[start : start + len(values)] = values
             return
+        values = values.to(_HOST, torch.float32).contiguous()
         with self._open(os.O_RDWR) as descriptor:
             self._write(descriptor, values.numpy().view("u1").reshape(-1), start)
 
     def write_final(self, start: int, values: Tensor) -> None:
         """`write` values that `save` will save: every row once, from the first to the last."""
         assert start == self._final_rows, "in order"
-        values = values.to("cpu", torch.float32).contiguous()
-        self._digest.update(values.numpy().view("u1").reshape(-1).data)
+        host = values.to(_HOST, torch.float32).contiguous()
+        self._digest.update(host.numpy().view("u1").reshape(-1).data)
         self._final_rows += len(values)
         self.write(start, values)
 
     def add_rows(self, index: Tensor, values: Tensor) -> None:
         """Add `values` [n, D], from any device, to the rows at an ascending index [n]."""
-        values = values.to("cpu", torch.float32)
         if self._data is not None:
-            self._data.index_add_(0, index, values)
+            device = self._data.device
+            self._data.index_add_(0, index.to(device), values.to(device, torch.float32))
             return
+        values = values.to(_HOST, torch.float32)
         total = self.rows(index).add_(values).numpy().view("u1").reshape(-1, self._row_bytes)
         with self._open(os.O_RDWR) as descriptor:
             for row, data in zip(index.tolist(), total, strict=True):
@@ -120,7 +130,7 @@ class Activations:
         """
         assert self._final_rows == self.tokens, "every row is final"
         if self._data is not None:
-            atomic_file.write(path, self._data.numpy().data)
+            atomic_file.write(path, self._data.cpu().numpy().data)
         else:
             assert self.path is not None
             with self._open(os.O_RDWR) as descriptor:
@@ -130,8 +140,10 @@ class Activations:
         return self._digest.hexdigest()
 
     @classmethod
-    def load(cls, path: Path, tokens: int, width: int, *, in_memory: bool) -> "Activations":
-        """Read what `save` wrote.
+    def load(
+        cls, path: Path, tokens: int, width: int, *, in_memory: bool, device: torch.device = _HOST
+    ) -> "Activations":
+        """Read what `save` wrote, into a device's memory or as it lies in the file.
 
         Raises:
             CheckpointError: the file is missing or has another size.
@@ -143,7 +155,7 @@ class Activations:
         stored = cls(tokens, width, path)
         if not in_memory:
             return stored
-        loaded = cls(tokens, width)
+        loaded = cls(tokens, width, device=device)
         loaded.write(0, stored.read(0, tokens))
         return loaded
 

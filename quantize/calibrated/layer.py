@@ -41,7 +41,8 @@ class LayerQuantizer:
         rounded: the tokens of the model that is being rounded, in windows of `seqlen`.
         exact: the tokens of the unrounded model, and an array [T, D] for the sum of its experts'
             outputs; None without correction.
-        device: where everything is computed, in float32.
+        device: where everything is computed.
+        dtype: of forward passes; what is summed or solved is float32.
         progress: called with the name of each tensor before it is rounded.
     """
 
@@ -56,6 +57,7 @@ class LayerQuantizer:
         recipe: Recipe,
         options: LayerOptions,
         device: torch.device,
+        dtype: torch.dtype,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         assert options.correct == (exact is not None)
@@ -65,7 +67,8 @@ class LayerQuantizer:
         self._exact: TokenStream | None
         self._expert_sum: Activations | None
         self._exact, self._expert_sum = exact if exact is not None else (None, None)
-        self._recipe, self._options, self._device = recipe, options, device
+        self._recipe, self._options = recipe, options
+        self._device, self._dtype = device, dtype
         self._progress = progress
         self._tensors = {t.name: t for t in names.layer_tensors(self._config, layer)}
         self._results: dict[str, RoundedTensor] = {}
@@ -318,7 +321,7 @@ class LayerQuantizer:
         return read_finite(self._checkpoint, self._tensors[name])
 
     def _unrounded(self, name: str) -> Dense:
-        return Dense(self._read(name).to(self._device).float())
+        return Dense(self._read(name).to(self._device, self._dtype))
 
     def _leave_dense(self, name: str) -> None:
         self._results[name] = RoundedTensor(
@@ -331,13 +334,14 @@ class LayerQuantizer:
 
     def _rounded_weight(self, name: str) -> Weight:
         weight = self._results[name].weight.to(self._device)
-        return Dense(weight.data.float()) if isinstance(weight, Dense) else weight
+        return Dense(weight.data.to(self._dtype)) if isinstance(weight, Dense) else weight
 
     def _swiglu(self, gate: Weight, up: Weight) -> Callable[[Tensor], Tensor]:
         act = ACTIVATIONS[self._config.hidden_act]
         return lambda x: act(kernels.linear(x, gate)) * kernels.linear(x, up)
 
-    def _norm(self, part: str) -> RMSNorm:
+    def _norm(self, part: str) -> Callable[[Tensor], Tensor]:
+        """A norm in float32, whose outputs have the dtype of forward passes."""
         name = f"{self._base}.{part}.weight"
         if name not in self._results:
             self._leave_dense(name)
@@ -345,7 +349,8 @@ class LayerQuantizer:
         assert isinstance(weight, Dense)
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
         norm.weight = nn.Parameter(weight.data.float())
-        return norm.to(self._device)
+        norm.to(self._device)
+        return lambda x: norm(x).to(self._dtype)
 
     def _gate(self) -> Linear:
         name = f"{self._base}.block_sparse_moe.gate.weight"
@@ -357,7 +362,7 @@ class LayerQuantizer:
         return gate
 
     def _context(self) -> ForwardContext:
-        return ForwardContext.without_past(self._config, self._seqlen, self._device, torch.float32)
+        return ForwardContext.without_past(self._config, self._seqlen, self._device, self._dtype)
 
     def _batches(self, tokens: Activations) -> Iterator[tuple[int, Tensor]]:
         return window_batches(tokens, self._seqlen, self._device)

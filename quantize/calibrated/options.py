@@ -35,6 +35,7 @@ class CalibratedOptions:
     Attributes:
         layer: how each layer is rounded.
         device: where layers are computed.
+        dtype: of their forward passes; None: bfloat16 on a GPU, float32 on the CPU.
         activation_bytes: if the tokens need more (two float32 arrays of T x D, five with
             correction), they are kept in files.
         shard_bytes: upper limit of an output file; each layer is one.
@@ -43,6 +44,12 @@ class CalibratedOptions:
 
     layer: LayerOptions = field(default_factory=LayerOptions)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype | None = None
     activation_bytes: int = ACTIVATION_BYTES
     shard_bytes: int = SHARD_BYTES
     requantize: bool = False
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """The dtype of forward passes."""
+        return self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)

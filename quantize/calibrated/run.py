@@ -173,7 +173,6 @@ def _effort(
         peak_bytes=work.peak_bytes,
         resident_bytes=peak_resident_bytes(),
         gpu_seconds=work.gpu_seconds(32),
-        gpu_flops=quantize_cost.GPU_FLOPS,
     )
 
 
@@ -203,6 +202,7 @@ def _settings(
         "qmix version": qmix.__version__,
         "torch version": torch.__version__.split("+")[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "forward passes": str(options.forward_dtype).removeprefix("torch."),
         "number of threads": torch.get_num_threads() if device.type == "cpu" else None,
         "method": method,
         "recipe": [[pattern, str(scheme)] for pattern, scheme in recipe.rules],

@@ -70,7 +70,9 @@ class RunFiles:
         self.token_bytes = quantize_cost.token_bytes(
             checkpoint.config, self.ids.numel(), correct=options.layer.correct
         )
-        self.in_memory = self.token_bytes <= options.activation_bytes
+        self.array_device = _fitting_device(options.device, self.token_bytes)
+        on_device = self.array_device.type != "cpu"
+        self.in_memory = on_device or self.token_bytes <= options.activation_bytes
         self.digests: dict[str, str] = {}
 
     def finished(self, folder: Path, state: RunState) -> list[list[TensorResult]]:
@@ -100,7 +102,11 @@ class RunFiles:
         if done:
             return {
                 stream: Activations.load(
-                    folder / _tokens_name(stream, done), count, self.width, in_memory=self.in_memory
+                    folder / _tokens_name(stream, done),
+                    count,
+                    self.width,
+                    in_memory=self.in_memory,
+                    device=self.array_device,
                 )
                 for stream in self.streams
             }
@@ -182,6 +188,7 @@ class RunFiles:
             recipe=self.recipe,
             options=self.options.layer,
             device=self.options.device,
+            dtype=self.options.forward_dtype,
             progress=at,
         )
         return quantizer, after
@@ -236,7 +243,12 @@ class RunFiles:
 
     def _new_array(self, path: Path) -> Activations:
         path.unlink(missing_ok=True)
-        return Activations(self.ids.numel(), self.width, None if self.in_memory else path)
+        return Activations(
+            self.ids.numel(),
+            self.width,
+            None if self.in_memory else path,
+            device=self.array_device,
+        )
 
     def _shard(self, tensor: ModelTensor) -> int:
         if tensor.layer is not None:
@@ -296,3 +308,13 @@ class RunFiles:
 def _tokens_name(stream: str, done: int) -> str:
     """The file of a stream's tokens after `done` layers."""
     return f"{stream}-{done:05d}.f32"
+
+
+def _fitting_device(device: torch.device, token_bytes: int) -> torch.device:
+    """Where the arrays of tokens lie: on a GPU if they take 60 % of its free memory at most.
+
+    The rest is for the layer: moments, factors and one expert or more.
+    """
+    if device.type == "cuda" and token_bytes <= 0.6 * torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu")

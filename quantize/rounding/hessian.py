@@ -1,7 +1,11 @@
 """What GPTQ needs to know of a matrix's inputs: their second moments, and how many there were.
 
-Shape letters: K inputs of the matrix, n tokens of one call. Knows nothing of weights.
+On a GPU the products are of TensorFloat-32 numbers, in which bfloat16 inputs are exact; their sums
+are float32. Shape letters: K inputs of the matrix, n tokens of one call. Knows nothing of weights.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,8 +43,8 @@ class Moments:
             exact: the unrounded model's inputs, of the shape of `inputs`; required if crossed.
         """
         width = self.hessian.shape[0]
-        rows = inputs.reshape(-1, width)
-        exact_rows = None if exact is None else exact.reshape(-1, width)
+        rows = inputs.reshape(-1, width).float()
+        exact_rows = None if exact is None else exact.reshape(-1, width).float()
         self.tokens += len(rows)
         if token_weights is None:
             self._weight_sum += len(rows)
@@ -50,10 +54,11 @@ class Moments:
             self._square_sum += float(token_weights.square().sum())
             root = token_weights.sqrt()[:, None]
             rows, exact_rows = rows * root, None if exact_rows is None else exact_rows * root
-        self.hessian.addmm_(rows.T, rows)
         assert (exact_rows is None) == (self.cross is None)
-        if self.cross is not None and exact_rows is not None:
-            self.cross.addmm_(exact_rows.T, rows)
+        with _tensor_cores(rows.device):
+            self.hessian.addmm_(rows.T, rows)
+            if self.cross is not None and exact_rows is not None:
+                self.cross.addmm_(exact_rows.T, rows)
 
     @property
     def samples(self) -> float:
@@ -67,3 +72,17 @@ class Moments:
         duplicate.hessian = self.hessian.clone()
         duplicate.cross = None if self.cross is None else self.cross.clone()
         return duplicate
+
+
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """Let a GPU multiply float32 matrices as TensorFloat-32, ten times as fast."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

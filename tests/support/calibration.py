@@ -40,6 +40,7 @@ def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 <
         CalibratedOptions(
             layer=LayerOptions(**settings),
             activation_bytes=activation_bytes, shard_bytes=shard_bytes,
+            dtype=options.pop("dtype", None),
         ),
         **options,
     )  # fmt: skip

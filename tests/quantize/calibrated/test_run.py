@@ -44,6 +44,19 @@ def source(tmp_path):
     return write_source(tmp_path / "source")
 
 
+def test_forward_passes_in_bfloat16_as_on_a_gpu_cost_next_to_nothing(source, tmp_path):
+    """What is summed and solved stays float32."""
+    exact = run(source, tmp_path / "exact", dtype=torch.float32)
+    half = run(source, tmp_path / "half", dtype=torch.bfloat16)
+    errors = [
+        [result.output_error for result in report.tensors if result.output_error is not None]
+        for report in (exact, half)
+    ]
+    assert len(errors[0]) == len(errors[1]) > 0
+    assert sum(errors[1]) != sum(errors[0])
+    assert sum(errors[1]) == pytest.approx(sum(errors[0]), rel=0.03)
+
+
 def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
     request = QuantizeRequest(method="gptq", group_size=32, samples=4, seqlen=32, device="cpu")
     seen = []
