@@ -11,8 +11,8 @@ from qmix.config import MixtralConfig
 # tokens from which on they are kept in files.
 CALIBRATION_WINDOWS, CALIBRATION_POSITIONS = 256, 2048
 ACTIVATION_BYTES = 4 << 30
-# What an H100 SXM may reach: 60 % of the 67 TFLOP/s of float32 in its data sheet, 40 % of the 494 of
-# TensorFloat-32 and of the 989 of bfloat16 (dense), and of 64 GB/s of PCIe and of a disk a third.
+# What an H100 SXM may reach: of its data sheet's 67 TFLOP/s of float32 60 %, of the 494 of
+# TensorFloat-32 and the 989 of bfloat16 (dense) 40 %, and of 64 GB/s of PCIe a third.
 GPU_FLOPS, GPU_TF32_FLOPS, GPU_BF16_FLOPS = 40e12, 200e12, 400e12
 GPU_LINK, GPU_DISK = 20e9, 2e9  # bytes a second
 GPU_LAUNCH_S = 6e-6
