@@ -14,8 +14,13 @@ from tests.support.interpreter import run_apart
 
 pytest.importorskip("triton")
 
+from qmix.evals.timing.machine_code import compiled
+from qmix.evals.timing.plain_kernels import plain_kernels
+from qmix.evals.timing.weight_kernels import FORMATS, weight_kernels
 from tests.support.ptx import cases, mutations
 from tests.support.ptx.device import Device, installed
+from tests.support.ptx.machine import check_known
+from tests.support.ptx.source import parse
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -114,6 +119,25 @@ def test_mixtrals_heads(dtype):
     """32 heads on 8, 128 wide."""
     for queries in (1, 2, 40):
         check(cases.attend, dtype, queries, heads=(32, 8, 128))
+
+
+def known(variants):
+    """Every instruction of these kernels, compiled ahead of time, is known."""
+    with installed(Device()):
+        for variant in variants:
+            check_known(parse(compiled(variant.source()).asm["ptx"]))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("tile_format", FORMATS, ids=str)
+def test_every_instruction_of_the_matmuls_is_known(tile_format):
+    known(weight_kernels([80], [tile_format]))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_of_the_other_kernels_is_known(dtype):
+    known(plain_kernels([80], [dtype]))
 
 
 @pytest.mark.soak

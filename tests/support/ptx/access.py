@@ -12,12 +12,15 @@ import numpy as np
 from tests.support.ptx import warp
 from tests.support.ptx.operations import OPERATIONS, TYPES
 
-_LOAD = re.compile(r"ld\.(global|shared)(?:\.c[ags]|\.nc)?(?:\.v([24]))?\.([bsuf])(8|16|32|64)")
-_STORE = re.compile(r"st\.(global|shared)(?:\.v([24]))?\.[bsuf](8|16|32|64)")
+# shared::cta is the shared memory of the thread block, as shared is.
+_LOAD = re.compile(
+    r"ld\.(global|shared)(?:::cta)?(?:\.c[ags]|\.nc)?(?:\.v([24]))?\.([bsuf])(8|16|32|64)"
+)
+_STORE = re.compile(r"st\.(global|shared)(?:::cta)?(?:\.v([24]))?\.[bsuf](8|16|32|64)")
 _PARAMETER = re.compile(r"ld\.param\.([bsuf](?:16|32|64))")
 _ATOMIC = re.compile(r"atom\.global\.gpu\.acq_rel\.(add|min|max)\.([su]32)")
-_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.L2::\w+)?")
-_TILES = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
+_COPY = re.compile(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)?")
+_TILES = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
 _MULTIPLY = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32")
 _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 _REDUCE = re.compile(r"redux\.sync\.(add|min|max|and|or|xor)\.([bsu]32)")
