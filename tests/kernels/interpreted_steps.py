@@ -95,11 +95,9 @@ def test_offload(setting):
 
 @pytest.mark.soak
 def test_the_search(setting):
-    """Every number of warps computes the same; the choice serves the steps after it."""
+    """Other numbers of warps compute the same; the choice serves the steps after it."""
     best, *tried = step_search.results(setting, "nf4", 1)
-    assert {row["tuning"] for row in tried} == {
-        "the defaults", *(f"gate_up.warps {warps}" for warps in (1, 2, 4))
-    }  # fmt: skip
+    assert {row["tuning"] for row in tried} == {"the defaults", "gate_up.warps 1"}
     assert not any("rejected" in row for row in tried)
     assert best["best"] in {row["tuning"] for row in tried}
     model = setting.packed_model("nf4", 1)
