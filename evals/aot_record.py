@@ -10,9 +10,12 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qmix.evals import markdown
+
 if TYPE_CHECKING:
     from qmix.evals.timing.machine_code import KernelCost
 
+_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 PATH = Path(__file__).parent / "records" / "aot.json"
 
 
@@ -64,6 +67,25 @@ def worse(cost: "KernelCost", before: Recorded | None) -> Iterator[str]:
         yield f"registers {now.registers}, were {before.registers}"
     if now.matrix_instruction != before.matrix_instruction:
         yield f"{now.matrix_instruction or 'no matrix instruction'}, was {before.matrix_instruction}"
+
+
+def table() -> str:
+    """Of what a decode step launches, the worst of each architecture: cost a weight, registers."""
+    rows = []
+    for version in versions():
+        worst: dict[tuple[str, str], tuple[float, int]] = {}
+        for name, line in recorded(version).items():
+            arch, rest = name.split(" ", 1)
+            if "8 columns, 2 warps" not in rest or "sorted" in rest:
+                continue
+            kind = "NF4" if " nf4 64" in rest else "Int4" if " int4 128," in rest else ""
+            cost, registers = worst.get((arch, kind), (0.0, 0))
+            worst[arch, kind] = max(cost, line.per_weight), max(registers, line.registers)
+        for kind in ("NF4", "Int4"):
+            cells = (worst.get((arch, kind)) for arch in _ARCHS)
+            shown = ("-" if found is None else f"{found[0]:.2f} ({found[1]})" for found in cells)
+            rows.append((f"{kind}, Triton {version}", *shown))
+    return markdown.table(("instructions a weight (registers)", *_ARCHS), rows)
 
 
 def write(version: str, lines: Mapping[str, Recorded]) -> None:

@@ -13,8 +13,8 @@ from tests.support.soak import both, one_in
 
 pytest.importorskip("triton")
 
-from qmix.evals import aot
-from qmix.evals.timing.machine_code import SHARED_LIMIT, compiled
+from qmix.evals import aot, aot_record
+from qmix.evals.timing.machine_code import SHARED_LIMIT, TRITON_VERSION, compiled
 from qmix.evals.timing.plain_kernels import plain_kernels
 from qmix.evals.timing.weight_kernels import FORMATS, FUSED, weight_kernels
 from qmix.kernels.gpu import moe as gpu
@@ -154,11 +154,13 @@ def test_decode_kernels_ahead_of_time(arch, tmp_path, monkeypatch):
         and not variant.is_sorted
         and not variant.early
     ]
-    assert len(chosen) == 2 * 2 * (3 + 3)
+    assert len(chosen) == 2 * 2 * (3 + 3 + 1)
+    recorded = aot_record.recorded(TRITON_VERSION)
     for variant, cost in aot.compile_all(chosen, workers=2):
         assert not aot.faults(variant, cost), f"{variant}: {cost}"
         assert cost.registers <= 144, f"{variant}: {cost}"
         assert cost.loop > 0
+        assert not list(aot_record.worse(cost, recorded.get(str(variant)))), f"{variant}: {cost}"
         assert cost.per_weight <= GOALS[variant.tile_format, variant.config.columns], (
             f"{variant}: {cost}"
         )
@@ -195,6 +197,15 @@ def test_dependent_launches_wait_before_they_read(arch, tmp_path, monkeypatch):
         "gate_up": False,
         "down_add": False,
     }
+
+
+def test_the_record_has_every_kernel_of_a_decode_step():
+    for version in aot_record.versions():
+        names = aot_record.recorded(version).keys()
+        archs = [arch for arch in SHARED_LIMIT if any(f"sm_{arch} " in name for name in names)]
+        assert archs
+        missing = {str(variant) for variant in aot.decode_kernels(archs)} - names
+        assert not missing, "python -m qmix.evals.aot --decode --write"
 
 
 def test_every_selectable_variant_is_listed():

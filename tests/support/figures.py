@@ -17,7 +17,9 @@ from typing import Any
 from qmix.commands import planner
 from qmix.config import MixtralConfig
 from qmix.errors import ResourceError
-from qmix.evals import layouts, markdown, prediction, speed
+from qmix.evals import aot_record, layouts, markdown, prediction, speed
+from qmix.kernels.gpu.grid import balance, grid_for
+from qmix.weights.packed.tile_format import TileFormat
 from tests.support import layout_tables
 from tests.support.house import ROOT
 
@@ -25,6 +27,13 @@ RECORDS = ROOT / "evals" / "records"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _MARKS = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
 _GIB = 2**30
+# Matrices of the 8x7B that a token reads, [N, K], and how many of them.
+_MATRICES = {
+    "q, k and v": ((6144, 4096), 1),
+    "o": ((4096, 4096), 1),
+    "w1 and w3": ((28672, 4096), 2),
+    "w2": ((4096, 14336), 2),
+}
 
 
 def _record(name: str) -> Any:
@@ -297,6 +306,27 @@ def true_width() -> str:
     return layouts.table([layouts.LayoutTiming(**one) for one in found])
 
 
+def gpu_kernels() -> str:
+    """What the loops of the GPU kernels cost, compiled ahead of time."""
+    return aot_record.table()
+
+
+def gpu_grids() -> str:
+    """How evenly one token's products occupy a GPU."""
+    counts = (108, 128, 132, 148)
+    rows = []
+    for kind, label in ((TileFormat("nf4", 64), "NF4"), (TileFormat("int4", 128), "Int4")):
+        for name, (shape, groups) in _MATRICES.items():
+            cells = []
+            for count in counts:
+                grid = grid_for(shape, kind, groups=groups, columns=8, multiprocessors=count)
+                even = balance(grid.rows * groups, grid.splits, shape[1] // kind.inputs, count)
+                cells.append(f"{even:.2f} ({grid.config.warps}, {grid.splits})")
+            rows.append((f"{label}, {name}", *cells))
+    header = ("balance (warps a block, splits of K)", *(f"{count}" for count in counts))
+    return markdown.table(header, rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -311,6 +341,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
             true_width,
             offload,
             cards,
+            gpu_kernels,
+            gpu_grids,
         ),
         *(prediction.launch_table, prediction.speed_table),
         *(layout_tables.kinds, layout_tables.layouts_in_short, layout_tables.unread),

@@ -65,9 +65,9 @@ def decoding_words(matrix, KIND: tl.constexpr):
     """What the instructions want in registers: a table's words, from the header, or constants."""
     # A zero that the compiler does not know to be the same in all threads. If it knew, the words
     # would go to uniform registers, which a permutation cannot read, and be copied every time: one
-    # more instruction for each weight. (It would know a minimum of integers, whose instruction
-    # writes a uniform register.)
-    zero = tl.min(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32)
+    # more instruction for each weight. (It would know a minimum, whose instruction writes a uniform
+    # register: of integers, and on sm_100 of floats too.)
+    zero = tl.sum(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32) - 496
     if KIND == "int4":
         return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
     else:  # Triton 3.6 would compile this after the return too
