@@ -136,8 +136,9 @@ def test_a_short_k_is_not_split():
     assert grid.splits == 1  # two tiles
 
 
-# The goals, in machine instructions a weight of the loop, by columns. One warp does less per tile.
-GOALS = {(NF4, 8): 3.53, (NF4, 16): 4.05, (INT4, 8): 2.05, (INT4, 16): 2.4}
+# Machine instructions a weight of the loop, by columns, that no Triton may need more of. The record
+# holds each version to what it needed: 3.47 and 2.01 at most with 3.7, 3.50 and 2.02 with 3.9.
+GOALS = {(NF4, 8): 3.71, (NF4, 16): 4.15, (INT4, 8): 2.1, (INT4, 16): 2.4}
 
 
 @pytest.mark.slow
