@@ -176,7 +176,9 @@ def norms(dtype, tokens, hidden=384):
         Result("total before the router", found.total, total, 0.0),
         Result("norm before the router", found.normed, _norm(total, weight), 3 * epsilon + HALF),
         Result("logits", found.logits, logits, 3 * epsilon + HALF),
-        Result("chosen logits", found.logits.gather(1, found.routes.ids), best.values, 0.0),
+        Result(
+            "chosen logits", found.logits.gather(1, found.routes.ids.clamp(0, 7)), best.values, 0.0
+        ),
         Result("routing weights", found.routes.weights, best.values.softmax(-1), ORDER),
     ]
 
@@ -228,7 +230,7 @@ def _rotated(x, cos, sin):
     return x.double() * cos.double() + torch.cat((-high, low), -1) * sin.double()
 
 
-def fused_layer(weights, dtype, tokens, hidden=256, tuning=moe.UNTUNED):
+def fused_layer(weights, dtype, tokens, hidden=256, width=128, tuning=moe.UNTUNED):
     """The fused launches: start_norm, matmul_rotate_store, matmul_add_route, gate_up, down_add."""
     make, bound = WEIGHTS[weights]
     bound = bound + 4 * EPSILON[dtype]
@@ -237,20 +239,24 @@ def fused_layer(weights, dtype, tokens, hidden=256, tuning=moe.UNTUNED):
     )
     first, second, third = first[0], second[0], third[0]
     start = fused.start_norm(x, first, 1e-5)
-    qkv, o_proj, gate = make(512, hidden), make(hidden, 256, 1), drawn(4, hidden, dtype=dtype) / 8
+    qkv, o_proj, gate = (
+        make(512, hidden),
+        make(hidden, hidden, 1),
+        drawn(4, hidden, dtype=dtype) / 8,
+    )
     cos, sin = kernels.rotary(torch.arange(16)[None], 128, 1e4, dtype)
     keys, values = torch.zeros(2, tokens, 1, 16, 128, dtype=dtype)
     past = torch.arange(tokens, dtype=torch.int32) % 8
-    arrivals = fused.counters(512, x.device)
+    arrivals = fused.counters(max(512, hidden), x.device)
     q = fused.rotated_qkv(
         start, pack_matrix(qkv), keys, values, cos, sin, past, arrivals,
         heads=2, dtype=dtype, tuning=tuning,
     )  # fmt: skip
-    attended = drawn(tokens, 256, seed=5, dtype=torch.float16)
+    attended = drawn(tokens, hidden, seed=5, dtype=torch.float16)
     added, routes = fused.project_route(
         attended, pack_matrix(o_proj), start, second, 1e-5, gate, 2, arrivals, tuning
     )
-    stored, table, _ = _table(weights, hidden, 128)
+    stored, table, _ = _table(weights, hidden, width)
     last = fused.add_experts(added, routes, table, third, 1e-5, arrivals, tuning)
     assert not arrivals.any()
 
