@@ -1,9 +1,9 @@
 """One Mixtral layer of true width on this CPU, beside the memory's bandwidth and other kernels.
 
-`python -m qmix.evals.cpu [--json FILE] [--llama PYTHON] [--path SET] [--format NAME]` times random
-4-bit weights in the 8x7B's shapes, at one token, at 32 and at a prompt of 512. The experts alone
-are compared with torch (dequantize, then multiply; its int4 kernel) and bitsandbytes. A whole layer
-is compared with llama.cpp, which runs in an interpreter of its own (`--llama`, with
+`python -m qmix.evals.cpu [--json FILE] [--llama PYTHON] [--path SET] [--format NAME] [--part PART]`
+times random 4-bit weights in the 8x7B's shapes, at one token, at 32 and at a prompt of 512. The
+experts alone are compared with torch (dequantize, then multiply; its int4 kernel) and bitsandbytes.
+A whole layer is compared with llama.cpp, which runs in an interpreter of its own (`--llama`, with
 llama-cpp-python and gguf). All take turns within one run, so that other load on the machine affects
 them alike; two programs are compared by the median of the turns' quotients. Every figure at one
 token stands beside its bound: the bytes of the weights over the bandwidth of a plain read. `--path`
@@ -49,6 +49,7 @@ LLAMA_KINDS = ("Q4_0", "Q4_K", "IQ4_XS")
 SAME_FILE = "gguf"
 SAME_KINDS = ("Q4_0", "Q4_K_M", "IQ4_XS")
 TOKENS = (1, 32, 512)
+PARTS = ("experts", "layer")
 
 _HEADER = (
     "part",
@@ -100,6 +101,7 @@ def measure_cpu(
     *,
     llama_python: str | None,
     formats: Sequence[str] = FORMATS,
+    parts: Sequence[str] = PARTS,
     tokens: Sequence[int] = TOKENS,
     progress: Callable[[str], None] = lambda what: None,
 ) -> CpuReport:
@@ -107,6 +109,7 @@ def measure_cpu(
 
     Args:
         llama_python: an interpreter with llama-cpp-python and gguf; None leaves llama.cpp out.
+        parts: "experts", "layer" or both.
         progress: called with what is measured next.
 
     Raises:
@@ -116,7 +119,7 @@ def measure_cpu(
     reads = PlainRead()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     timings: list[CpuTiming] = []
-    for weight_format in filter(FORMATS.__contains__, formats):
+    for weight_format in filter(FORMATS.__contains__, formats if "experts" in parts else ()):
         layer = random_layer(config, weight_format)
         for count in tokens:
             progress(f"experts, {weight_format}, {count} tokens")
@@ -125,7 +128,7 @@ def measure_cpu(
     if not llama_python:
         timings.append(CpuTiming.absent("layer", "llama.cpp", "not installed: no --llama"))
     for kind in dict.fromkeys((*LLAMA_KINDS, *SAME_KINDS)) if llama_python else (None,):
-        beside = tuple(filter(partial(_stands_beside, kind), formats))
+        beside = tuple(filter(partial(_stands_beside, kind), formats if "layer" in parts else ()))
         if not beside:
             continue
         with start_llama(llama_python, kind, config) as peer:
@@ -202,11 +205,17 @@ def _cells(timing: CpuTiming) -> tuple[str, ...]:
     )
 
 
-def _print(formats: Sequence[str], llama_python: str | None, record: Path | None) -> None:
-    report = measure_cpu(MixtralConfig(), llama_python=llama_python, formats=formats, progress=say)
+def _print(options: argparse.Namespace) -> None:
+    report = measure_cpu(
+        MixtralConfig(),
+        llama_python=options.llama,
+        formats=options.format or FORMATS,
+        parts=options.part or PARTS,
+        progress=say,
+    )
     sys.stdout.write(str(report))
-    if record:
-        strict_json.write(record, asdict(report), indent=1)
+    if options.json:
+        strict_json.write(options.json, asdict(report), indent=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,11 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=(*FORMATS, SAME_FILE),
         help="measure this one, or llama.cpp's own files in both programs; may be repeated",
     )
+    parser.add_argument("--part", action="append", choices=PARTS, help="measure this one only")
     options = parser.parse_args(arguments)
     if options.path:
         os.environ[instruction_sets.VARIABLE] = options.path
-    formats = options.format or FORMATS
-    return exit_code("cpu", lambda: _print(formats, options.llama, options.json))
+    return exit_code("cpu", lambda: _print(options))
 
 
 if __name__ == "__main__":
