@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.interpreter import run_apart
+from tests.support.soak import one_in
 
 pytest.importorskip("triton")
 
@@ -47,7 +48,7 @@ def grid(every, *axes):
     ]
 
 
-@pytest.mark.parametrize(("weights", "tokens"), grid(9, cases.WEIGHTS, TOKENS))
+@pytest.mark.parametrize(("weights", "tokens"), grid(27, cases.WEIGHTS, TOKENS))
 def test_a_matmul(weights, tokens):
     assert check(cases.linear, weights, tokens) == {"packed_matmul", "combine"}
 
@@ -147,7 +148,7 @@ def test_what_triton_interprets(name, soak):
     run_apart(name, interpreted=False, as_ptx=True, soak=soak)
 
 
-@pytest.mark.parametrize("name", ["matmul nf4", "matmul int4"])
+@pytest.mark.parametrize("name", one_in(2, ["matmul nf4", "matmul int4"]))
 def test_mistakes_are_caught(name):
     """Those that are mistakes wherever they are made, at one place each."""
     campaign = mutations.CAMPAIGNS[name]
