@@ -194,12 +194,12 @@ def _hub_server():
 
 
 @pytest.fixture
-def hub(_hub_server, tmp_path):
+def hub(_hub_server, tmp_path, monkeypatch):
     """An empty hub on loopback, which this process sees with an empty cache."""
     from tests.support import fake_hub
 
     _hub_server.reset()
-    with fake_hub.seen_by_this_process(_hub_server, tmp_path / "home"):
+    with fake_hub.seen_by_this_process(_hub_server, tmp_path / "home", monkeypatch):
         yield _hub_server
 
 

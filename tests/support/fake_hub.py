@@ -124,20 +124,22 @@ def serving():
 
 
 @contextmanager
-def seen_by_this_process(hub: Hub, home: Path):
-    """huggingface_hub reads its environment when it is imported: set what it read."""
+def seen_by_this_process(hub: Hub, home: Path, patch: pytest.MonkeyPatch):
+    """huggingface_hub reads its environment when it is imported: set what it read.
+
+    `patch` is the test's own: what both set must be undone in the reverse order.
+    """
     from huggingface_hub import close_session, constants
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        close_session()
-        yield
-        close_session()
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    close_session()
+    yield
+    close_session()
 
 
 class _Handler(BaseHTTPRequestHandler):

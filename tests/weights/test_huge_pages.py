@@ -31,7 +31,6 @@ def huge_bytes(tensor):
 def test_a_weight_that_a_module_takes_moves_there():
     weight = random_int4(4096, 4096, 32)  # 8 MiB of codes
     codes = weight.codes.clone()
-    assert huge_bytes(codes) < huge_pages.PAGE
     linear = Linear(4096, 4096)
     linear.store(replace(weight, codes=codes))
     kept = linear.stored.codes
