@@ -46,10 +46,10 @@ struct TileKernels : FloatKernels {
     }
 
     // Quantizes the inputs of a unit for lane `lane` of a panel: as large as 16 bits and the sum of
-    // the products, at most 2^31, allow. Not finite: NaN.
-    static void quantize_unit(const Matrix& weight, const IntegerTable& table, const float* x,
-                              int64_t unit, int64_t lanes, int16_t* out, float* scale,
-                              float* total) {
+    // the products, at most 2^31 with weights of up to `most_value`, allow. Not finite: NaN.
+    static void quantize_unit(const Matrix& weight, const IntegerTable& table, int32_t most_value,
+                              const float* x, int64_t unit, int64_t lanes, int16_t* out,
+                              float* scale, float* total) {
         float largest = 0, sum = 0;
         for (int64_t i = 0; i < unit; i++) {
             const float magnitude = x[i] < 0 ? -x[i] : x[i];
@@ -58,7 +58,7 @@ struct TileKernels : FloatKernels {
         }
         // Rounding adds half to each input at most. What is left out is far more than sums of
         // floats err by.
-        const float most = 2147483647.f / float(largest_value(weight, table)) * 0.999f - float(unit);
+        const float most = 2147483647.f / float(most_value) * 0.999f - float(unit);
         // The largest input becomes an integer, so that inputs which are all alike are exact.
         const float by_sum = __builtin_floorf(most * 0x1p-10f * (largest / sum));
         const float factor = (by_sum < 32767 ? by_sum : 32767) / largest;

@@ -99,6 +99,7 @@ void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens)
     const int64_t tokens = left < panel_tokens ? left : panel_tokens;
     const int64_t lanes = left <= panel_tokens ? pass.lanes : panel_tokens;
     const int64_t units = pass.places() / pass.unit;
+    const int32_t most_value = Kernels::largest_value(weight, table);
     int16_t* out = reinterpret_cast<int16_t*>(pass.arranged) + first * pass.places();
     float *scales = pass.input_scales + first * units, *totals = pass.totals + first * units;
     memset(out, 0, sizeof(int16_t) * lanes * pass.places());
@@ -107,7 +108,7 @@ void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens)
     for (int64_t t = 0; t < tokens; t++) {
         const float* x = pass.matmul->x + (pass.first_token + first + t) * weight.inputs;
         for (int64_t u = 0; u < weight.inputs / pass.unit; u++)
-            Kernels::quantize_unit(weight, table, x + u * pass.unit, pass.unit, lanes,
+            Kernels::quantize_unit(weight, table, most_value, x + u * pass.unit, pass.unit, lanes,
                                    out + u * pass.unit * lanes + 2 * t, scales + u * lanes + t,
                                    totals + u * lanes + t);
     }
