@@ -30,7 +30,7 @@ def check_plot(path: Path) -> None:
             "a plot needs matplotlib",
             where="--plot",
             found=str(error)[:120],
-            remedy="pip install 'qmix-runtime[plot]'.",
+            remedy="pip install matplotlib.",
         ) from error
 
 
