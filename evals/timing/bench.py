@@ -30,6 +30,7 @@ from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
+from qmix.planning.byte_sizes import parse_count
 
 # Steps whose distinct experts are counted; each is run once more, outside the timing.
 _COUNTED_STEPS = 8
@@ -336,7 +337,7 @@ def device_name(device: torch.device) -> str:
 
 
 def parse_lengths(option: str, text: str, least: int = 0) -> list[int]:
-    """A list of lengths such as `0,4096`.
+    """A list of lengths such as `0,4096` or `0,4k`.
 
     Args:
         option: named in the error.
@@ -344,12 +345,9 @@ def parse_lengths(option: str, text: str, least: int = 0) -> list[int]:
     Raises:
         UsageError: not a list of whole numbers of at least `least`.
     """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and least <= int(part) <= 1 << 20 for part in parts):
+    lengths = [parse_count(part, where=option) for part in text.split(",")]
+    if not all(least <= length <= 1 << 20 for length in lengths):
         raise UsageError(
-            "not a list of lengths",
-            where=option,
-            expected=f"whole numbers from {least} up, such as 0,4096",
-            found=text,
+            "a length out of range", where=option, expected=f"{least} to {1 << 20}", found=text[:80]
         )
-    return [int(part) for part in parts]
+    return lengths

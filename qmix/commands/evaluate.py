@@ -39,6 +39,20 @@ Attention = Annotated[
 Window = Annotated[
     int, typer.Option(min=1, help="--attention: sliding window to compare with none.")
 ]
+ScoredWindow = Annotated[
+    int | None,
+    typer.Option(
+        parser=options.token_count,
+        help="Tokens per window.",
+        show_default="2048, or the model's positions",
+    ),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        parser=options.token_count, help="Tokens between windows.", show_default="the window"
+    ),
+]
 Plot = Annotated[
     Path | None, typer.Option(help="--attention: draw the times to this PNG.", show_default=False)
 ]
@@ -50,13 +64,8 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="Unquantized checkpoint to compare with.")
     ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option(help="Tokens per window.", show_default="2048, or the model's positions"),
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows.", show_default="the window")
-    ] = None,
+    ctx: ScoredWindow = None,
+    stride: Stride = None,
     max_perplexity: Annotated[
         float | None, typer.Option(help="Exit 5 if the perplexity is higher.")
     ] = None,

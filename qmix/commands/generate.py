@@ -15,6 +15,20 @@ from qmix.errors import UsageError
 if TYPE_CHECKING:
     from qmix import GenerationConfig, LlamaTokenizer
 
+Context = Annotated[
+    int | None,
+    typer.Option(
+        parser=options.token_count, help="Context in tokens: 8k.", show_default="the model's"
+    ),
+]
+LongestReply = Annotated[
+    int | None,
+    typer.Option(
+        parser=options.token_count,
+        help="Longest reply, in tokens.",
+        show_default="the checkpoint's, or 1024",
+    ),
+]
 # What neither the command line nor the checkpoint's generation_config.json says.
 _GENERATE: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
 _CHAT: Mapping[str, Any] = {
@@ -37,7 +51,11 @@ def generate(
     ],
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="New tokens at most.", show_default="the checkpoint's, or 256"),
+        typer.Option(
+            parser=options.token_count,
+            help="New tokens at most.",
+            show_default="the checkpoint's, or 256",
+        ),
     ] = None,
     sampling: options.Sampling = options.SAMPLING,
     chat: Annotated[
@@ -88,13 +106,8 @@ def chat(
     directory: options.Directory,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     template: options.Template = None,
-    ctx: Annotated[
-        int | None, typer.Option(help="Context in tokens.", show_default="the model's")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Longest reply, in tokens.", show_default="the checkpoint's, or 1024"),
-    ] = None,
+    ctx: Context = None,
+    max_new_tokens: LongestReply = None,
     sampling: options.Sampling = options.SAMPLING,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qmix.errors import UsageError
 from qmix.formats.files.shard_names import SHARD_BYTES
 
 if TYPE_CHECKING:
@@ -25,13 +26,29 @@ Directory = Annotated[
         metavar="MODEL", help="Folder, GGUF file, or ORG/NAME of the hub.", show_default=False
     ),
 ]
+
+
+def token_count(text: str) -> int:
+    """An option's number of tokens: 32768 or 32k.
+
+    Raises:
+        BadParameter: not a number of tokens.
+    """
+    from qmix.planning.byte_sizes import parse_count
+
+    try:
+        return parse_count(text, where="tokens")
+    except UsageError as error:
+        raise typer.BadParameter(f"expected {error.expected}; found {error.found}") from None
+
+
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Download without asking.")]
 Device = Annotated[
-    str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="the GPU if there is one")
+    str | None, typer.Option(help="gpu, cuda:1 or cpu.", show_default="the GPU if there is one")
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="bfloat16, float16 or float32.", show_default="the checkpoint's"),
+    typer.Option(help="bf16, fp16 or fp32.", show_default="the checkpoint's"),
 ]
 Backend = Annotated[
     str | None,

@@ -29,7 +29,12 @@ def plan(
     card: Annotated[
         str | None, typer.Option(help="A GPU by name: 3090, 4090, A100-40, H100.")
     ] = None,
-    ctx: Annotated[int | None, typer.Option(help="Context in tokens.", show_default="4096")] = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.token_count, help="Context in tokens: 8k.", show_default="4096"
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
     method: Annotated[
         Literal["nf4", "gptq"], typer.Option(help="For a model that is not quantized yet.")

@@ -54,7 +54,11 @@ Samples = Annotated[
 ]
 Seqlen = Annotated[
     int | None,
-    typer.Option(help="gptq, auto: tokens per window.", show_default="2048, or the model's"),
+    typer.Option(
+        parser=options.token_count,
+        help="gptq, auto: tokens per window.",
+        show_default="2048, or the model's",
+    ),
 ]
 Adapter = Annotated[
     Path | None,

@@ -44,7 +44,9 @@ def record(
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text to record instead, token by token.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to record at most.")] = 1024,
+    max_new_tokens: Annotated[
+        int, typer.Option(parser=options.token_count, help="Tokens to record at most.")
+    ] = 1024,
     gates: Annotated[bool, typer.Option("--gates", help="Record the routing weights too.")] = False,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,

@@ -35,7 +35,10 @@ class RowText:
         self._pending = ""  # may yet become a stop string
 
     def put(self, token: int, *, last: bool) -> str:
-        """The text that is certain after this token: all if it is the last, none after the end."""
+        """The text that is certain after this token: all if it is the last, none after the end.
+
+        A row that is only the last of its budget has not ended by itself.
+        """
         if self.ended:
             return ""
         text = self._pending + self._detokenizer.put(token)
@@ -43,8 +46,8 @@ class RowText:
         if cuts:
             self.ended = True
             return text[: min(cuts)]
-        self.ended = last or token in self._eos_ids
-        if self.ended:
+        self.ended = token in self._eos_ids
+        if self.ended or last:
             return text + self._detokenizer.end()
         certain = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._pending = text[certain:]

@@ -12,6 +12,12 @@ from qmix.errors import ResourceError, UsageError
 from qmix.kernels.backend import Backend, named
 from qmix.planning.byte_sizes import parse_size
 
+_DTYPES = {
+    **dict.fromkeys(("float32", "fp32", "f32", "float"), torch.float32),
+    **dict.fromkeys(("float16", "fp16", "f16", "half"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+}
+
 
 @dataclass(frozen=True, init=False)
 class LoadOptions:
@@ -83,7 +89,9 @@ class LoadOptions:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The floating dtype of a name, with or without `torch.`; None for None and "auto".
+    """The floating dtype of a name, long or short, with or without `torch.`.
+
+    None for None and "auto".
 
     Raises:
         UsageError: another name.
@@ -91,16 +99,19 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
     if dtype is None or name == "auto":
         return None
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in known:
+    found = _DTYPES.get(name.lower())
+    if found is None:
         raise UsageError(
-            "no such dtype", where="dtype", expected="one of " + ", ".join(known), found=name[:80]
+            "no such dtype",
+            where="dtype",
+            expected="one of float32, float16, bfloat16",
+            found=name[:80],
         )
-    return known[name]
+    return found
 
 
 def parse_device(device: torch.device | str | None) -> torch.device:
-    """The device of a name; None: the GPU if there is one, else the CPU.
+    """The device of a name; None: the GPU if there is one, else the CPU. "gpu" stands for "cuda".
 
     Raises:
         UsageError: no such device.
@@ -108,6 +119,8 @@ def parse_device(device: torch.device | str | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, str) and device.lower().partition(":")[0] == "gpu":
+        device = "cuda" + device[len("gpu") :]
     try:
         target = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Sizes in bytes, and numbers of tokens, as people write them."""
 
 from qmix.errors import UsageError
 
@@ -39,6 +39,27 @@ def parse_size(size: str | int, *, where: str, least: int = 0, most: int = _LARG
         )
     raise UsageError(
         "not a size", where=where, expected="a size such as 24G, 500MB or 1.5TiB", found=text[:80]
+    )
+
+
+def parse_count(text: str | int, *, where: str) -> int:
+    """A number of tokens: 32768, or "32k" and "32K", which are the same.
+
+    Raises:
+        UsageError: not a whole number.
+    """
+    written = str(text).strip()
+    digits = written.rstrip("kKmM")
+    factor = {"": 1, "k": 1 << 10, "m": 1 << 20}.get(written[len(digits) :].lower())
+    if factor and len(digits) < 16 and digits.isascii() and digits.replace(".", "", 1).isdigit():
+        count = float(digits) * factor
+        if count.is_integer():
+            return int(count)
+    raise UsageError(
+        "not a number of tokens",
+        where=where,
+        expected="a whole number such as 4096, 8k or 32K",
+        found=written[:80],
     )
 
 

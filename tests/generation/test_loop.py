@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -152,6 +153,17 @@ def test_tokens_say_when_and_why_generation_ended():
     tokens = list(stream(model, GenerationInputs(ids(4), config)))
     assert tokens[-1].finish == "stop"
     assert all(a.elapsed_s <= b.elapsed_s for a, b in pairwise(tokens))
+
+
+def test_a_text_that_its_budget_ends_has_not_ended_by_itself():
+    tokenizer = LlamaTokenizer.from_pretrained(TINY)
+    model = small_model(vocab_size=len(tokenizer))
+    inputs = GenerationInputs(ids(4), GenerationConfig(max_new_tokens=3), tokenizer=tokenizer)
+    tokens = list(stream(model, inputs))
+    assert [token.finish for token in tokens] == [None, None, "length"]
+    letter = tokens[-1].texts[0][-1]
+    config = GenerationConfig(max_new_tokens=3, stop_strings=letter)
+    assert list(stream(model, replace(inputs, config=config)))[-1].finish == "stop"
 
 
 def test_a_cache_that_holds_a_prefix_is_not_computed_again():

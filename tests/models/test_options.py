@@ -7,7 +7,7 @@ import torch
 
 from qmix.errors import ResourceError, UsageError
 from qmix.models.causal_lm import MixtralForCausalLM
-from qmix.models.options import LoadOptions
+from qmix.models.options import LoadOptions, parse_device
 from tests.support.models import TINY
 
 
@@ -21,6 +21,27 @@ def test_strings_and_objects_become_the_same_options():
     assert replace(parsed, ram="4GiB").ram == 1 << 32
     with pytest.raises(FrozenInstanceError):
         parsed.ram = 5
+
+
+@pytest.mark.parametrize(
+    ("short", "dtype"),
+    [
+        ("bf16", torch.bfloat16),
+        ("BF16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("half", torch.float16),
+        ("fp32", torch.float32),
+    ],
+    ids=str,
+)
+def test_dtypes_have_short_names(short, dtype):
+    assert LoadOptions(dtype=short, device="cpu").dtype == dtype
+
+
+def test_gpu_is_a_name_of_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_device("gpu") == torch.device("cuda")
+    assert parse_device("GPU:1") == torch.device("cuda", 1)
 
 
 def test_what_nobody_gave_is_left_to_the_checkpoint_and_the_machine():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.planning.byte_sizes import parse_size, show
+from qmix.planning.byte_sizes import parse_count, parse_size, show
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,17 @@ def test_the_range():
 def test_a_number_of_bytes_is_itself(nbytes):
     assert parse_size(nbytes, where="x") == nbytes
     assert show(nbytes).split()[1] in ("B", "KiB", "MiB", "GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("8k", 8192), ("32K", 32768), ("1.5k", 1536), (" 300 ", 300), ("1m", 1 << 20), ("0", 0)],
+)
+def test_numbers_of_tokens(text, tokens):
+    assert parse_count(text, where="--ctx") == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "8q", "-1", "1e3", "nan", "8kk", "1.0001k", "9" * 400])
+def test_what_is_no_number_of_tokens(text):
+    with pytest.raises(UsageError, match="--ctx: not a number of tokens"):
+        parse_count(text, where="--ctx")
