@@ -154,7 +154,7 @@ class Repl:
         if stopped and not stats.new_tokens:
             self._notice("stopped before the first token; the message was not kept")
         elif self.streams.interactive:
-            self._notice(("stopped · " if stopped else "") + str(stats))
+            self._notice(str(stats))
 
     def _command(self, line: str) -> bool:
         """Carry out a command; True if it asks to leave."""
@@ -169,7 +169,7 @@ class Repl:
             self._notice("forgotten")
         elif name == "/stats":
             stats = self.session.stats
-            self._notice("no reply yet" if stats is None else stats.details)
+            self._notice("no reply yet" if stats is None else str(stats))
         elif name == "/system":
             self._system(argument)
         elif name == "/set":

@@ -3,6 +3,7 @@
 Knows no store.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +64,12 @@ class Statistics:
         """What was counted after `earlier`, with today's sizes and path."""
         now, then = asdict(self), asdict(earlier)
         return Statistics(**{**now, **{name: now[name] - then[name] for name in _COUNTERS}})
+
+    @classmethod
+    def total(cls, parts: Sequence["Statistics"]) -> "Statistics":
+        """The counters of several stretches together, with the sizes and path of the last."""
+        counters = {name: sum(getattr(part, name) for part in parts) for name in _COUNTERS}
+        return cls(**{**asdict(parts[-1]), **counters})
 
     def to_dict(self) -> dict[str, Any]:
         """The statistics as a JSON document, with bytes per token."""

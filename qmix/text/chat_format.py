@@ -75,6 +75,8 @@ class TemplateFormat:
         """See ChatFormat."""
         turns = [self._written(message) for message in messages]
         text = self._tokenizer.rendered(self._template, turns, sanitized=True)
+        if text == self._text:  # the same question again: the cache holds its ids
+            return list(self._ids)
         ids = self._continued(text, messages[-2]) if len(messages) > 1 else None
         if ids is None:
             ids = self._tokenizer.rendered_ids(text, self._template, sanitized=True)

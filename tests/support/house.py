@@ -78,6 +78,7 @@ OWNERS: Mapping[str, set[str]] = {
         ),
         "qmix.commands.hub",
     },
+    "pynvml": {"qmix.commands.chat.energy"},
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
     "bitsandbytes": {"qmix.kernels.bnb"},

@@ -1,0 +1,126 @@
+"""Replies in numbers: one, and all of a conversation; and why a reply ended.
+
+Knows no model and no terminal. Times in seconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qmix.experts.statistics import Statistics
+
+# `stop`: the model ended it. `stop_string`: its text reached one. `length`: max_new_tokens are
+# there. `context`: nothing more fits. `stopped`: by Ctrl-C.
+Finish = Literal["stop", "stop_string", "length", "context", "stopped"]
+
+_SAID: dict[Finish, str] = {
+    "stop": "",
+    "stop_string": "stop string",
+    "length": "cut short: length, /continue goes on",
+    "context": "cut short: context full, /continue goes on",
+    "stopped": "stopped, /continue goes on",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyStats:
+    """One reply in numbers.
+
+    Attributes:
+        prompt_tokens: of the whole prompt, of which the cache held `cached_tokens`.
+        dropped_turns, dropped_tokens: what did not fit the context before it.
+        finish: why it ended.
+        experts: what the store did during the reply, if the model is offloaded.
+        energy_j: joules that the GPU took, if its driver tells.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    dropped_turns: int = 0
+    dropped_tokens: int = 0
+    new_tokens: int
+    first_token_s: float
+    elapsed_s: float
+    context_tokens: int
+    context_limit: int
+    finish: Finish
+    experts: Statistics | None = None
+    energy_j: float | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Whether the model would have gone on. A stop string is an end that the user chose."""
+        return self.finish not in ("stop", "stop_string")
+
+    @property
+    def decode_s(self) -> float:
+        """Time after the first token, whose own time is the prompt's."""
+        return max(self.elapsed_s - self.first_token_s, 0.0) if self.new_tokens > 1 else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed without the first token; 0 for one token."""
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON document."""
+        document = asdict(self) | {"tokens_per_s": self.tokens_per_s, "cut": self.cut}
+        return document | {"experts": None if self.experts is None else self.experts.to_dict()}
+
+    def __str__(self) -> str:
+        share = round(100 * self.context_tokens / self.context_limit)
+        parts = (
+            _SAID[self.finish],
+            counted(self.new_tokens, "token"),
+            f"{self.tokens_per_s:.1f} tok/s",
+            f"first token {self.first_token_s:.2f} s",
+            f"context {self.context_tokens}/{self.context_limit} ({share} %)",
+            f"cached {self.cached_tokens}",
+        )
+        return " · ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationStats:
+    """All replies of a conversation in numbers."""
+
+    replies: int
+    new_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    first_token_s: float
+    tokens_per_s: float
+    experts: Statistics | None
+    energy_j: float | None
+
+    @classmethod
+    def of(cls, replies: Sequence[ReplyStats]) -> "ConversationStats":
+        """The sums over at least one reply; `first_token_s` is the mean."""
+        decoded = sum(reply.new_tokens - 1 for reply in replies if reply.decode_s)
+        decode_s = sum(reply.decode_s for reply in replies)
+        cached = sum(reply.cached_tokens for reply in replies)
+        stores = [reply.experts for reply in replies if reply.experts is not None]
+        energies = [reply.energy_j for reply in replies if reply.energy_j is not None]
+        return cls(
+            replies=len(replies),
+            new_tokens=sum(reply.new_tokens for reply in replies),
+            computed_tokens=sum(reply.prompt_tokens for reply in replies) - cached,
+            cached_tokens=cached,
+            first_token_s=sum(reply.first_token_s for reply in replies) / len(replies),
+            tokens_per_s=decoded / decode_s if decode_s else 0.0,
+            experts=Statistics.total(stores) if stores else None,
+            energy_j=sum(energies) if energies else None,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{counted(self.replies, 'reply', 'replies')} · "
+            f"{counted(self.new_tokens, 'token')} · {self.tokens_per_s:.1f} tok/s · first token "
+            f"{self.first_token_s:.2f} s on average · prompts {self.computed_tokens:,} computed, "
+            f"{self.cached_tokens:,} cached"
+        )
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: 1 token, 2 tokens."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
