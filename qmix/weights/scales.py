@@ -59,11 +59,15 @@ class NestedScales:
         return self.codes.device
 
     @cached_property
-    def step(self) -> float:
-        """`map[1]` if `map[code]` is `code * map[1]` in float32, as of k-quants; 0 if it is not."""
-        step = self.map[1]
-        even = torch.equal(self.map, torch.arange(len(self.map), device=self.device) * step)
-        return float(step) if even else 0.0
+    def line(self) -> tuple[float, float]:
+        """(start, step) if `map[code]` is `start + code * step` in float32, as of k-quants.
+
+        The step of any other map is 0.
+        """
+        start, step = self.map[0], self.map[1] - self.map[0]
+        codes = torch.arange(len(self.map), device=self.device)
+        even = torch.equal(self.map, start + codes * step)
+        return (float(start), float(step)) if even else (0.0, 0.0)
 
     @property
     def nbytes(self) -> int:

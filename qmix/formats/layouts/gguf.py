@@ -26,7 +26,7 @@ Bytes = NDArray[np.uint8]
 _TILE_BYTES = 1 << 17
 _SIX_BITS = torch.arange(64, dtype=torch.float32)
 _SUBTRACTED = -_SIX_BITS  # of biases
-_SIGNED_BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
+_EIGHT_BITS = torch.arange(256, dtype=torch.float32) - 128
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ def _q5_k_codes(blocks: Blocks) -> Bytes:
 
 
 def _q6_k(blocks: Blocks) -> Affine:
-    scales = torch.from_numpy(
-        np.ascontiguousarray(blocks.field(192, 208)).reshape(len(blocks.data), -1)
+    scales = blocks.field(192, 208).reshape(len(blocks.data), -1) ^ np.uint8(0x80)  # signed bytes
+    nested = NestedScales(
+        torch.from_numpy(scales), blocks.half(208).flatten(), _EIGHT_BITS, block=16
     )
-    nested = NestedScales(scales, blocks.half(208).flatten(), _SIGNED_BYTES, block=16)
     return Affine(codes=_codes(blocks, _q6_k_codes), scales=nested, bits=8)
 
 

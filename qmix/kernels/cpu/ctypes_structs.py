@@ -13,6 +13,7 @@ class GroupValues(Structure):
         ("outer", c_void_p),
         ("map", c_void_p),
         ("block", c_int64),
+        ("start", c_float),
         ("step", c_float),
         ("offset", c_float),
         ("kind", c_int32),

@@ -120,12 +120,14 @@ def matrix_of(weight: Table | Affine, references: list[Tensor]) -> structs.Matri
             return structs.GroupValues()
         if isinstance(part, Tensor):
             return structs.GroupValues(values=pointer(part), kind=_KINDS[part.dtype])
+        start, step = part.line
         return structs.GroupValues(
             values=pointer(part.codes),
             outer=pointer(part.outer),
             map=pointer(part.map),
             block=part.block,
-            step=part.step,
+            start=start,
+            step=step,
             offset=part.offset,
             kind=_NESTED_KINDS[part.bits],
             outer_kind=_KINDS[part.outer.dtype],

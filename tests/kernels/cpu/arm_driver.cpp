@@ -30,7 +30,8 @@ struct Reader {
         array.values = block(), array.outer = block();
         array.map = static_cast<const float*>(block());
         array.block = number<int64_t>();
-        array.step = number<float>(), array.offset = number<float>();
+        array.start = number<float>(), array.step = number<float>();
+        array.offset = number<float>();
         array.kind = number<int32_t>(), array.outer_kind = number<int32_t>();
         return array;
     }

@@ -58,8 +58,9 @@ def stored(tensor):
 def values(part, pointers):
     nested = isinstance(part, NestedScales)
     arrays = (part.codes, part.outer, part.map) if nested else (part, None, None)
-    numbers = (pointers.block, pointers.step, pointers.offset, pointers.kind, pointers.outer_kind)
-    return b"".join(map(stored, arrays)) + struct.pack("<qffii", *numbers)
+    numbers = (pointers.block, pointers.start, pointers.step, pointers.offset)
+    kinds = (pointers.kind, pointers.outer_kind)
+    return b"".join(map(stored, arrays)) + struct.pack("<qfffii", *numbers, *kinds)
 
 
 def written(weight, x, quantize):

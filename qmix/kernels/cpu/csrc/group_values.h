@@ -47,43 +47,89 @@ inline void copy_halves(const uint16_t* bits, int64_t count, float* out) {
 }
 
 #if defined(__AVX2__)
-// Eight codes of nested values from index `i` on, which is a multiple of eight.
-inline __m256i eight_codes(const GroupValues& array, int64_t i) {
-    const uint8_t* codes = static_cast<const uint8_t*>(array.values);
-    uint64_t bits = 0;
-    if (array.kind == NESTED8) {
-        memcpy(&bits, codes + i, 8);
-        return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bits)));
+// Eight codes of six bits. Without `more` codes behind them no byte there is read.
+inline __m256i eight_of_six_bits(const uint8_t* codes, bool more) {
+    uint64_t bits;
+    if (more) {
+        memcpy(&bits, codes, 8);
+    } else {
+        uint32_t four;  // bytes, and two: six at once would be a store and a slow load of it
+        uint16_t two;
+        memcpy(&four, codes, 4), memcpy(&two, codes + 4, 2);
+        bits = four | uint64_t(two) << 32;
     }
-    uint32_t four;  // bytes, and two: six at once would be a store and a slow load of it
-    uint16_t two;
-    memcpy(&four, codes + i / 4 * 3, 4), memcpy(&two, codes + i / 4 * 3 + 4, 2);
-    bits = four | uint64_t(two) << 32;
     const __m256i threes = _mm256_setr_epi8(0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1,
                                             3, 4, 5, -1, 3, 4, 5, -1, 3, 4, 5, -1, 3, 4, 5, -1);
     const __m256i words = _mm256_shuffle_epi8(_mm256_set1_epi64x(int64_t(bits)), threes);
     const __m256i shifts = _mm256_setr_epi32(0, 6, 12, 18, 0, 6, 12, 18);
     return _mm256_and_si256(_mm256_srlv_epi32(words, shifts), _mm256_set1_epi32(63));
 }
+
+// Nested values, eight for each of `factors`.
+template <bool SIX_BITS, bool LINE>
+inline void copy_eights(const GroupValues& array, const uint8_t* codes, const float* factors,
+                        int64_t eights, float* out) {
+    const __m256 start = _mm256_set1_ps(array.start), step = _mm256_set1_ps(array.step);
+    const __m256 offset = _mm256_set1_ps(array.offset);
+    const float* map = array.map;
+    for (int64_t i = 0; i < eights; i++, codes += SIX_BITS ? 6 : 8, out += 8) {
+        const __m128i* bytes = reinterpret_cast<const __m128i*>(codes);
+        const __m256i eight = SIX_BITS ? eight_of_six_bits(codes, i + 1 < eights)
+                                       : _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes));
+        const __m256 values =
+            LINE ? _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(eight), step), start)
+                 : _mm256_i32gather_ps(map, eight, 4);
+        const __m256 scaled = _mm256_mul_ps(values, _mm256_broadcast_ss(factors + i));
+        _mm256_storeu_ps(out, _mm256_add_ps(scaled, offset));
+    }
+}
+
+// The outer values of `eights` runs of eight values, the first of which begins at value `first`.
+inline void copy_factors(const GroupValues& array, int64_t first, int64_t eights, float* factors) {
+    if (array.block == 8 && array.outer_kind == FLOAT16)
+        return copy_halves(static_cast<const uint16_t*>(array.outer) + first / 8, eights, factors);
+    const int64_t each = array.block / 8;
+    int64_t outer = first / array.block, left = each - first / 8 % each;
+    for (int64_t i = 0; i < eights; left = each, outer++) {
+        const float factor = outer_at(array, outer);
+        for (; left && i < eights; left--) factors[i++] = factor;
+    }
+}
+
+// As many nested values from index `first` on as `count` has eights. Both `first` and the block are
+// multiples of eight. Returns how many.
+inline int64_t copy_nested_eights(const GroupValues& array, int64_t first, int64_t count,
+                                  float* out) {
+    constexpr int64_t EIGHTS = 64;  // at a time
+    float factors[EIGHTS];
+    int64_t done = 0;
+    for (int64_t left = count / 8; left; ) {
+        const int64_t eights = left < EIGHTS ? left : EIGHTS, at = first + done;
+        copy_factors(array, at, eights, factors);
+        const uint8_t* codes = static_cast<const uint8_t*>(array.values);
+        const bool six = array.kind == NESTED6;
+        const auto copy = six ? array.step ? copy_eights<true, true> : copy_eights<true, false>
+                          : array.step ? copy_eights<false, true> : copy_eights<false, false>;
+        copy(array, codes + (six ? at / 4 * 3 : at), factors, eights, out + done);
+        left -= eights, done += 8 * eights;
+    }
+    return done;
+}
 #endif
 
-// Nested values [first, first + count), which share an outer value.
-inline void copy_nested(const GroupValues& array, int64_t first, int64_t count, float outer,
-                        float* out) {
+// Nested values [first, first + count).
+inline void copy_nested(const GroupValues& array, int64_t first, int64_t count, float* out) {
     int64_t i = 0;
 #if defined(__AVX2__)
-    if (first % 8 == 0)
-        for (; i + 8 <= count; i += 8) {
-            const __m256i codes = eight_codes(array, first + i);
-            __m256 values = array.step ? _mm256_mul_ps(_mm256_cvtepi32_ps(codes),
-                                                       _mm256_set1_ps(array.step))
-                                       : _mm256_i32gather_ps(array.map, codes, 4);
-            values = _mm256_mul_ps(values, _mm256_set1_ps(outer));
-            _mm256_storeu_ps(out + i, _mm256_add_ps(values, _mm256_set1_ps(array.offset)));
-        }
+    if (first % 8 == 0 && array.block % 8 == 0) i = copy_nested_eights(array, first, count, out);
 #endif
-    for (; i < count; i++)
-        out[i] = array.map[nested_code(array, first + i)] * outer + array.offset;
+    int64_t at = first + i, stop = first + count;
+    for (int64_t outer = at / array.block; at < stop; outer++) {
+        const float factor = outer_at(array, outer);
+        const int64_t end = (outer + 1) * array.block;
+        for (; at < stop && at < end; at++)
+            out[at - first] = array.map[nested_code(array, at)] * factor + array.offset;
+    }
 }
 
 // Copies `count` numbers from index `first` on.
@@ -99,11 +145,7 @@ void copy_values(const GroupValues& array, int64_t first, int64_t count, float* 
         const uint8_t* bytes = static_cast<const uint8_t*>(array.values) + first;
         for (int64_t i = 0; i < count; i++) out[i] = bytes[i];
     } else {
-        int64_t outer = first / array.block, left = array.block - first % array.block;
-        for (int64_t i = 0; i < count; i += left, left = array.block, outer++) {
-            if (left > count - i) left = count - i;
-            copy_nested(array, first + i, left, outer_at(array, outer), out + i);
-        }
+        copy_nested(array, first, count, out);
     }
 }
 

@@ -25,7 +25,8 @@ struct GroupValues {
     const void* outer;   // nested: value i is map[code] * outer[i / block] + offset
     const float* map;
     int64_t block;
-    float step;  // of a map whose value i is i * step; 0 of any other
+    float start;  // of a map whose value i is start + i * step
+    float step;   // 0 of any other map
     float offset;
     int32_t kind;
     int32_t outer_kind;  // FLOAT32 or FLOAT16
