@@ -5,6 +5,7 @@ checkpoint, 4 resources, 5 quality gate failed, 75 interrupted but resumable, 13
 Heavy imports stay inside the commands: help and usage errors need no torch.
 """
 
+import itertools
 import os
 import sys
 import warnings
@@ -19,6 +20,7 @@ from qmix.commands import (
     evaluate,
     files,
     generate,
+    help_page,
     hub,
     plan,
     quantize,
@@ -29,32 +31,45 @@ from qmix.commands import (
 from qmix.errors import QmixError, ResourceError, of_device
 from qmix.files.file_errors import FULL
 
-app = typer.Typer(
+app = help_page.HelpedApp(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
     epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or checkpoint, 4 resources, "
     "5 quality gate failed, 75 interrupted but resumable, 130 Ctrl-C.",
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: rich's takes as long to import as all the rest
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("quantize")(quantize.quantize)
-app.command("convert")(files.convert)
-app.command("export")(files.export)
-app.command("generate")(generate.generate)
-app.command("chat")(generate.chat)
-app.command("eval")(evaluate.evaluate)
-app.command("bench")(evaluate.bench)
-app.command("inspect")(files.inspect)
-app.command("verify")(files.verify)
-app.command("plan")(plan.plan)
-app.command("pull")(hub.pull)
-app.command("list")(hub.list_models)
-app.command("rm")(hub.remove)
-app.command("doctor")(doctor.doctor)
-app.command("tune")(tune.tune)
-app.command("demo")(evaluate.demo)
-app.add_typer(trace.app, name="trace")
+_CTRL_C = 130
+_RUN, _MEASURE, _LOOK = "Make and run a model", "Measure", "Models and this machine"
+
+app.command("quantize", rich_help_panel=_RUN)(quantize.quantize)
+app.command("chat", rich_help_panel=_RUN)(generate.chat)
+app.command("generate", rich_help_panel=_RUN)(generate.generate)
+app.command("convert", rich_help_panel=_RUN)(files.convert)
+app.command("export", rich_help_panel=_RUN)(files.export)
+app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
+app.command("bench", rich_help_panel=_MEASURE)(evaluate.bench)
+app.add_typer(trace.app, name="trace", rich_help_panel=_MEASURE)
+app.command("demo", rich_help_panel=_MEASURE)(evaluate.demo)
+app.command("plan", rich_help_panel=_LOOK)(plan.plan)
+app.command("inspect", rich_help_panel=_LOOK)(files.inspect)
+app.command("verify", rich_help_panel=_LOOK)(files.verify)
+app.command("pull", rich_help_panel=_LOOK)(hub.pull)
+app.command("list", rich_help_panel=_LOOK)(hub.list_models)
+app.command("rm", rich_help_panel=_LOOK)(hub.remove)
+app.command("doctor", rich_help_panel=_LOOK)(doctor.doctor)
+app.command("tune", rich_help_panel=_LOOK)(tune.tune)
+
+_START = """\
+qmix: Mixtral-8x7B in 4 bits on one GPU
+
+Start here, with a model of the hub such as mistralai/Mixtral-8x7B-Instruct-v0.1:
+  qmix doctor                 what this machine has, and what it lacks
+  qmix plan ORG/NAME          what fits it, and how fast, before a download
+  qmix quantize ORG/NAME OUT  make a 4-bit checkpoint
+  qmix chat OUT               talk to it
+
+qmix --help lists all commands, and qmix chat --help explains one.
+"""
 
 
 @app.callback(invoke_without_command=True)
@@ -72,7 +87,7 @@ def top(
         terminal.write(f"qmix {__version__}\n")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        terminal.print_help(context)
+        terminal.write(_START)
 
 
 def main() -> NoReturn:
@@ -85,6 +100,8 @@ def main() -> NoReturn:
         terminal.flush()
     except Exception as error:  # noqa: BLE001 - the last line of defence of a command
         _fail(error)
+    if code == _CTRL_C and _as_json():
+        terminal.print_error_as_json(QmixError("interrupted"), _CTRL_C)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -101,17 +118,30 @@ def _make_streams_safe() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    """One line on stderr, and the exit code; the traceback instead with --debug."""
+    """One line on stderr, or JSON on stdout, and the exit code; with --debug the traceback."""
+    as_json = _as_json()
     if hasattr(error, "format_message"):  # typer's; where the class lies depends on the version
+        if as_json:
+            terminal.print_error_as_json(error, 2)
+            sys.exit(2)
         sys.exit(terminal.print_usage_error(error))
     try:
         terminal.flush()
     except ResourceError as full:  # stdout is what failed, and the error came of that
-        error = full
+        error, as_json = full, False
     if isinstance(error, RuntimeError):
         error = of_device(error) or error
-    terminal.print_error(error, with_traceback=bool(os.environ.get("QMIX_DEBUG")))
+    debug = bool(os.environ.get("QMIX_DEBUG"))
+    if as_json:
+        terminal.print_error_as_json(error, _exit_code(error))
+    if debug or not as_json:
+        terminal.print_error(error, with_traceback=debug)
     sys.exit(_exit_code(error))
+
+
+def _as_json() -> bool:
+    """Whether the command line asks for JSON, also where it is wrong and was not parsed."""
+    return "--json" in itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
 
 
 def _exit_code(error: Exception) -> int:
@@ -120,7 +150,7 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno is not None:
         return 4 if error.errno in FULL else 3
     if isinstance(error.__cause__, KeyboardInterrupt):  # an older typer's Abort
-        return 130
+        return _CTRL_C
     named = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
     return 4 if named or isinstance(error, MemoryError) else 1
 

@@ -44,6 +44,17 @@ class QmixError(Exception):
         # One line, and nothing in a file name or a header may drive the terminal.
         return escaped(f"{head}. {self.remedy}" if self.remedy else head)
 
+    def to_dict(self) -> dict[str, object]:
+        """The error as a JSON document."""
+        fields = {
+            "where": self.where,
+            "expected": self.expected,
+            "found": self.found,
+            "remedy": self.remedy,
+        }
+        texts = {name: None if field is None else str(field) for name, field in fields.items()}
+        return {"error": self.what, **texts, "exit_code": self.exit_code}
+
     def at(self, where: str, kind: "type[QmixError] | None" = None) -> "QmixError":
         """The same error at another place.
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qmix.formats.names import TensorKind
+from qmix.planning.byte_sizes import show
+from qmix.quantities import amount, counted, duration
 from qmix.weights.scheme import Scheme
 
 
@@ -102,13 +104,13 @@ class Effort:
         rate = self.layers * self.layer_flops / self.layer_seconds
         resident = ""
         if self.resident_bytes is not None:
-            resident = f", {self.resident_bytes / 2**30:.2f} GiB resident at most"
+            resident = f", {show(self.resident_bytes)} resident at most"
         return (
-            f"{self.layers} layers of {self.layer_flops / 1e12:.2f} TFLOP in "
-            f"{self.layer_seconds:.0f} s: {rate / 1e9:.0f} GFLOP/s{resident}",
-            f"32 such layers: {32 * self.layer_flops / rate / 3600:.2f} h at this rate, "
-            f"{self.peak_bytes / 2**30:.2f} GiB of arrays; by arithmetic {self.gpu_seconds / 60:.0f} "
-            "min on an H100",
+            f"{counted(self.layers, 'layer')} of {amount(self.layer_flops, 'FLOP')} in "
+            f"{duration(self.layer_seconds)}: {amount(rate, 'FLOP/s')}{resident}",
+            f"32 such layers: {duration(32 * self.layer_flops / rate)} at this rate, "
+            f"{show(self.peak_bytes)} of arrays; by arithmetic {duration(self.gpu_seconds)} on an "
+            "H100",
         )
 
 

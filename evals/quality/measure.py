@@ -5,8 +5,10 @@ solver still does what it did, not how good it is; qmix.evals.accuracy tells tha
 baselines.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qmix.evals import corpus
 from qmix.evals.quality.perplexity import Perplexity, Text, evaluate
@@ -37,6 +39,10 @@ class QualityComparison:
     result: Perplexity
     calibration_sha256: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Both reports as a JSON document."""
+        return {"quantization": self.report.to_dict(), "evaluation": self.result.to_dict()}
+
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """A table: the header, the 16-bit row, the 4-bit row."""
         reference = self.result.reference
@@ -64,11 +70,18 @@ class QualityComparison:
         )
 
 
-def compare_nf4(out: Path) -> QualityComparison:
-    """Quantize the tiny model to NF4 at `out`, and score both on the held-out text."""
+def compare_nf4(
+    out: Path, *, progress: Callable[[str, float, float], None] = lambda *_: None
+) -> QualityComparison:
+    """Quantize the tiny model to NF4 at `out`, and score both on the held-out text.
+
+    Args:
+        progress: called with (what is done now, layers scored, layers to score).
+    """
     recipe = Recipe.uniform(NF4, attention=True)
+    progress("quantizing", 0, 1)
     report = quantize_streaming(tiny_model.directory(), out, recipe, method="nf4")
-    return QualityComparison(report=report, result=_scored(out))
+    return QualityComparison(report=report, result=_scored(out, progress))
 
 
 def compare_gptq(out: Path) -> QualityComparison:
@@ -83,6 +96,13 @@ def compare_gptq(out: Path) -> QualityComparison:
     )
 
 
-def _scored(directory: Path) -> Perplexity:
-    text = Text.of(corpus.heldout_text())
-    return evaluate(directory, text, reference=tiny_model.directory(), device="cpu")
+def _scored(
+    directory: Path, progress: Callable[[str, float, float], None] = lambda *_: None
+) -> Perplexity:
+    return evaluate(
+        directory,
+        Text.of(corpus.heldout_text()),
+        reference=tiny_model.directory(),
+        device="cpu",
+        progress=lambda done, total: progress("scoring", done, total),
+    )

@@ -91,21 +91,18 @@ class Perplexity:
             document["reference"] = dict(vars(self.reference))
         return document
 
-    def gate(self, *, max_perplexity: float | None, max_kl: float | None) -> None:
-        """Check against bounds, where None is no bound.
-
-        Raises:
-            QualityError: a bound is exceeded.
-        """
+    def gate(self, *, max_perplexity: float | None, max_kl: float | None) -> QualityError | None:
+        """The bound that is exceeded, if any; None is no bound."""
         kl = self.reference.kl_mean if self.reference is not None else None
         for name, value, bound in (
             ("perplexity", self.perplexity, max_perplexity),
             ("mean KL divergence", kl, max_kl),
         ):
             if bound is not None and value is not None and not value <= bound:
-                raise QualityError(
+                return QualityError(
                     f"the {name} is too high", expected=f"at most {bound}", found=f"{value:.6f}"
                 )
+        return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,8 @@ def doctor(
 ) -> None:
     """Check this machine: what would be slow or fail, and the remedy.
 
-    \b
-    Example:
+    Examples:
+      qmix doctor
       qmix doctor --measure
     """
     with terminal.progress() as show:

@@ -11,6 +11,7 @@ import typer
 from qmix.commands import options, quantize, sources, terminal
 from qmix.errors import UsageError
 from qmix.hub.local import shown_name
+from qmix.quantities import counted
 
 if TYPE_CHECKING:
     from qmix.evals.quality.perplexity import Perplexity
@@ -83,9 +84,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity, and the divergence from a reference model.
 
-    \b
-    Example:
+    Examples:
       qmix eval mixtral-nf4 --data wiki.test.raw --reference Mixtral-8x7B-v0.1
+      qmix eval mixtral-nf4 --data wiki.test.raw --max-perplexity 4.2 --json
     """
     if max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
@@ -107,8 +108,9 @@ def evaluate(
             backend=backend,
             progress=lambda done, total: show(f"layer {done} of {total}", done, total),
         )
-    terminal.print_result(_perplexity_text(result), result.to_dict(), as_json=as_json)
-    result.gate(max_perplexity=max_perplexity, max_kl=max_kl)
+    failure = result.gate(max_perplexity=max_perplexity, max_kl=max_kl)
+    document = result.to_dict()
+    terminal.print_result(_perplexity_text(result), document, as_json=as_json, failure=failure)
 
 
 def _perplexity_text(result: "Perplexity") -> str:
@@ -154,7 +156,6 @@ def bench(
 
     The options are llama-bench's; lists are separated by commas.
 
-    \b
     Examples:
       qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8
       qmix bench --attention -p 512,4096 --plot attention.png
@@ -193,8 +194,38 @@ def demo(
         Path | None,
         typer.Option(help="Keep the 4-bit checkpoint here.", show_default="a temporary directory"),
     ] = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Quantize, evaluate and sample the tiny Mixtral of a checkout."""
-    from qmix.evals.quality.demo import show_demo
+    """Quantize, evaluate and sample the tiny Mixtral of a checkout.
 
-    show_demo(out, terminal.console(), quantize.draw_report)
+    Examples:
+      qmix demo
+      qmix demo --out tiny-nf4
+    """
+    from qmix.evals.quality import demo
+    from qmix.evals.quality.measure import compare_nf4
+    from qmix.evals.training import tiny_model
+
+    tiny = tiny_model.directory()
+    with demo.place(out) as target:
+        terminal.message(f"1. quantize {tiny} to 4 bits, and score both on held-out text")
+        with terminal.progress() as show:
+            comparison = compare_nf4(target, progress=show)
+        quantize.draw_report(comparison.report, target)
+        terminal.message("2. what the 4 bits cost, on text the model never saw:")
+        header, *rows = comparison.rows()
+        terminal.table(header, rows)
+        scored = counted(comparison.result.tokens, "token")
+        terminal.message(f"   {scored}; {comparison.result.protocol}")
+        terminal.message("3. the 4-bit model writes (it is tiny: expect grammar, not sense):")
+        pieces = []
+        for piece in demo.sample(target):
+            pieces.append(piece)
+            if not as_json:
+                terminal.write(piece)
+    if as_json:
+        terminal.print_json({**comparison.to_dict(), "sample": "".join(pieces)})
+    else:
+        terminal.write("\n")
+    argument = out if out is not None else "OUT, after: qmix quantize evals/tiny OUT"
+    terminal.message(f"Next: qmix chat {argument}")

@@ -4,7 +4,7 @@ No model is run. What they do is in qmix.commands.checkpoint; heavy imports stay
 functions.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +13,7 @@ import typer
 from qmix.commands import options, sources, terminal
 from qmix.hub import made
 from qmix.printable import escaped
+from qmix.quantities import a_second, counted, duration, gigabytes, weights
 
 if TYPE_CHECKING:
     from qmix.commands.checkpoint.convert import Conversion
@@ -31,6 +32,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory in the hub's layout.")],
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
+    as_json: options.AsJson = False,
     yes: options.Yes = False,
 ) -> None:
     """Turn Mistral's own files, GGUF or FP8 into 16 bits.
@@ -39,9 +41,9 @@ def convert(
     copied bit for bit; or FP8 weights in the hub's layout, or is a GGUF file, and each weight is
     rounded once.
 
-    \b
-    Example:
+    Examples:
       qmix convert Mixtral-8x7B-v0.1-raw Mixtral-8x7B-v0.1
+      qmix convert mixtral-Q8_0.gguf mixtral-bf16 --shard-size 2GB
     """
     shard_bytes = options.shard_bytes(shard_size)
     from qmix.formats.files import output_dir
@@ -60,15 +62,19 @@ def convert(
                 raw, out, shard_bytes=shard_bytes, force=force, progress=show
             )
         terminal.message(
-            f"{out}: {done.weights} weights from {done.source} to {done.dtype}, "
-            f"{done.bytes_out / 1e9:.3f} GB, {done.seconds:.1f} s"
+            f"{out}: {counted(done.weights, 'weight')} from {done.source} to {done.dtype}, "
+            f"{_written(done.bytes_out, done.seconds)}"
         )
         made.remember(out)
+        if as_json:
+            terminal.print_json({"out": str(out), **asdict(done)})
         return
     with terminal.progress() as show:
         result = convert_checkpoint(raw, out, shard_bytes=shard_bytes, force=force, progress=show)
     _draw_conversion(result, out)
     made.remember(out)
+    if as_json:
+        terminal.print_json({"out": str(out), **asdict(result)})
 
 
 def export(
@@ -83,6 +89,7 @@ def export(
     ] = False,
     shard_size: options.ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
+    as_json: options.AsJson = False,
     yes: options.Yes = False,
 ) -> None:
     """Write a quantized checkpoint in another format, bit for bit.
@@ -92,7 +99,6 @@ def export(
     written. With --requantize it is rounded, and the error of each weight is measured and goes
     into qmix_report.json. gguf also takes checkpoints in 16 bits.
 
-    \b
     Examples:
       qmix export mixtral-gptq mixtral-ct --format compressed-tensors
       qmix export mixtral-gptq mixtral-gguf --format gguf
@@ -115,6 +121,8 @@ def export(
         )
     _draw_export(result, out)
     made.remember(out)
+    if as_json:
+        terminal.print_json({"out": str(out), **result.to_dict()})
 
 
 def inspect(directory: options.Directory, as_json: options.AsJson = False) -> None:
@@ -122,9 +130,9 @@ def inspect(directory: options.Directory, as_json: options.AsJson = False) -> No
 
     Reads headers only.
 
-    \b
-    Example:
+    Examples:
       qmix inspect mixtral-nf4
+      qmix inspect mistralai/Mixtral-8x7B-Instruct-v0.1 --json
     """
     from qmix.commands.checkpoint.inspect import inspect
 
@@ -135,14 +143,16 @@ def inspect(directory: options.Directory, as_json: options.AsJson = False) -> No
     terminal.print_result(_inventory_text(inventory), inventory.to_dict(), as_json=as_json)
 
 
-def verify(directory: options.Directory, yes: options.Yes = False) -> None:
+def verify(
+    directory: options.Directory, as_json: options.AsJson = False, yes: options.Yes = False
+) -> None:
     """Check a checkpoint to the last number; exit 3 if it is damaged.
 
     Hashes, the exact tensor set, finite values.
 
-    \b
-    Example:
+    Examples:
       qmix verify mixtral-nf4
+      qmix verify mixtral-gptq --json
     """
     from qmix.commands.checkpoint.verify import verify
 
@@ -151,9 +161,12 @@ def verify(directory: options.Directory, yes: options.Yes = False) -> None:
         result = verify(directory, show)
     for problem in result.problems[1:]:
         terminal.notice(str(problem))
-    if result.problems:
-        raise result.problems[0]
-    terminal.write(f"ok: {result.weights} weights read, {result.hashed} files hashed\n")
+    text = ""
+    if not result.problems:
+        read, hashed = counted(result.weights, "weight"), counted(result.hashed, "file")
+        text = f"ok: {read} read, {hashed} hashed\n"
+    failure = next(iter(result.problems), None)
+    terminal.print_result(text, result.to_dict(), as_json=as_json, failure=failure)
 
 
 def _draw_export(result: "Export", out: Path) -> None:
@@ -168,9 +181,8 @@ def _draw_export(result: "Export", out: Path) -> None:
             f"{worst.relative_error:.2e} ({worst.name}); of each: qmix_report.json"
         )
     terminal.notice(
-        f"{out}: {result.weights} weights, {len(result.rounded)} of them rounded, "
-        f"{result.bytes_out / 1e9:.3f} GB, {result.seconds:.1f} s "
-        f"({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)"
+        f"{out}: {counted(result.weights, 'weight')}, {len(result.rounded)} of them rounded, "
+        f"{_written(result.bytes_out, result.seconds)}"
     )
 
 
@@ -185,24 +197,28 @@ def _draw_conversion(result: "Conversion", out: Path) -> None:
     elif result.tokenizer != "tokenizer.model":
         terminal.notice(f"{result.tokenizer} became tokenizer.model")
     terminal.message(
-        f"{out}: {result.tensors} tensors, {result.parameters / 1e9:.3f} B weights in "
-        f"{result.dtype}, {result.bytes_out / 1e9:.3f} GB, {result.seconds:.1f} s "
-        f"({result.bytes_out / 1e9 / result.seconds:.3f} GB/s)"
+        f"{out}: {counted(result.tensors, 'tensor')}, {weights(result.parameters)} weights in "
+        f"{result.dtype}, {_written(result.bytes_out, result.seconds)}"
     )
+
+
+def _written(nbytes: int, seconds: float) -> str:
+    return f"{gigabytes(nbytes)}, {duration(seconds)} ({a_second(nbytes, seconds)})"
 
 
 def _inventory_text(inventory: "Inventory") -> str:
     lines = [
-        f"{group.kind:10} {group.layout:19} {group.scheme:25} {group.weights:5} tensors "
-        f"{group.parameters / 1e6:12,.2f} M {group.bits_per_weight:7.3f} bits/weight"
+        f"{group.kind:10} {group.layout:19} {group.scheme:25} "
+        f"{counted(group.weights, 'tensor'):>13} {weights(group.parameters):>8} "
+        f"{group.bits_per_weight:7.3f} bits/weight"
         for group in inventory.groups
     ]
     lines.append(
-        f"{len(inventory.files)} files, {inventory.stored_bytes / 1e9:.3f} GB, "
-        f"{inventory.parameters / 1e9:.3f} B weights, {inventory.bits_per_weight:.3f} bits each"
+        f"{counted(len(inventory.files), 'file')}, {gigabytes(inventory.stored_bytes)}, "
+        f"{weights(inventory.parameters)} weights, {inventory.bits_per_weight:.3f} bits each"
     )
     lines.append(
-        f"loaded: {inventory.loaded_bytes / 1e9:.3f} GB of host memory, "
+        f"loaded: {gigabytes(inventory.loaded_bytes)} of host memory, "
         f"{8 * inventory.loaded_bytes / inventory.parameters:.3f} bits a weight"
     )
     if inventory.maker:

@@ -70,9 +70,9 @@ def generate(
     What you do not give is taken from the checkpoint's generation_config.json; without that the
     choice is greedy.
 
-    \b
-    Example:
+    Examples:
       qmix generate mixtral-nf4 "My favourite condiment is" --max-new-tokens 50
+      qmix generate mixtral-nf4 - --temperature 0.7 < prompt.txt
     """
     config = sampling.parse(max_new_tokens)
     directory = sources.local(directory, yes=yes)

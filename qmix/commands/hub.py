@@ -14,19 +14,19 @@ from qmix.commands import options, sources, terminal
 from qmix.errors import QmixError, UsageError
 from qmix.files import regular_file
 from qmix.printable import escaped
+from qmix.quantities import gigabytes
 
 Name = Annotated[
     str, typer.Argument(metavar="ORG/NAME", help="A model of the hub.", show_default=False)
 ]
 
 
-def pull(name: Name, yes: options.Yes = False) -> None:
+def pull(name: Name, as_json: options.AsJson = False, yes: options.Yes = False) -> None:
     """Download a model of the hub, or bring the cache up to date.
 
     Only the files of one layout are fetched: safetensors, config and tokenizer. The folder in the
     cache goes to stdout.
 
-    \b
     Examples:
       qmix pull mistralai/Mixtral-8x7B-Instruct-v0.1
       qmix pull ORG/NAME@v1.0
@@ -41,7 +41,8 @@ def pull(name: Name, yes: options.Yes = False) -> None:
         raise UsageError("not the name of a model on the hub", where=name, expected="ORG/NAME")
     confirm = sources.confirmation(yes=yes)
     folder = fetch(repo, "model", HubOptions(), confirm, newest=True)
-    terminal.write(f"{folder}\n")
+    document = {"model": str(repo), "folder": str(folder)}
+    terminal.print_result(f"{folder}\n", document, as_json=as_json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,9 @@ class Listed:
 def list_models(as_json: options.AsJson = False) -> None:
     """List the models in the hub's cache, and the folders that qmix made.
 
-    \b
-    Example:
+    Examples:
       qmix list
+      qmix list --json
     """
     from qmix.hub import cache
     from qmix.hub.remote import HubOptions
@@ -91,21 +92,24 @@ def remove(
             show_default=False,
         ),
     ],
+    as_json: options.AsJson = False,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Remove without asking.")] = False,
 ) -> None:
     """Remove models from the hub's cache, or folders that qmix made.
 
     Of a folder only what its manifest lists is removed.
 
-    \b
-    Example:
-      qmix rm ORG/NAME mixtral-nf4
+    Examples:
+      qmix rm ORG/NAME
+      qmix rm mixtral-nf4 mixtral-gptq --yes
     """
-    for name in names:
-        _remove(name, yes=yes)
+    freed = [_remove(name, yes=yes) for name in names]
+    if as_json:
+        terminal.print_json({"removed": names, "freed_bytes": sum(freed)})
 
 
-def _remove(name: str, *, yes: bool) -> None:
+def _remove(name: str, *, yes: bool) -> int:
+    """Remove one; returns the bytes that this freed."""
     from qmix.formats.files import manifest
     from qmix.hub import cache
     from qmix.hub.remote import HubOptions
@@ -117,7 +121,7 @@ def _remove(name: str, *, yes: bool) -> None:
         removal = cache.removal_of(repo, HubOptions())
         _ask(", ".join(map(str, removal.models)), removal.freed_bytes, yes=yes)
         removal.run(HubOptions())
-        return
+        return removal.freed_bytes
     regular_file.checked_folder(folder)
     if foreign := manifest.foreign_names(folder):
         raise UsageError(
@@ -130,6 +134,7 @@ def _remove(name: str, *, yes: bool) -> None:
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
     _ask(name, nbytes, yes=yes)
     manifest.remove_listed(folder)
+    return nbytes
 
 
 def _ask(what: str, nbytes: int, *, yes: bool) -> None:
@@ -139,7 +144,7 @@ def _ask(what: str, nbytes: int, *, yes: bool) -> None:
         UsageError: there is nobody to ask.
         QmixError: the user wants to keep it.
     """
-    terminal.message(f"remove {what}: {nbytes / 1e9:.2f} GB")
+    terminal.message(f"remove {what}: {gigabytes(nbytes)}")
     if yes:
         return
     if not sources.is_terminal():
@@ -177,7 +182,7 @@ def _table(rows: list[Listed]) -> str:
         return "no models: qmix pull ORG/NAME fetches one, and qmix quantize makes one\n"
     width = max(len(escaped(row.name)) for row in rows)
     lines = [
-        f"{escaped(row.name):{width}}  {row.nbytes / 1e9:9.3f} GB  "
+        f"{escaped(row.name):{width}}  {gigabytes(row.nbytes):>9}  "
         f"{'' if row.bits is None else f'{row.bits:.2f} bits':>10}  {escaped(row.layout)}"
         for row in rows
     ]

@@ -43,18 +43,31 @@ def token_count(text: str) -> int:
 
 
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Download without asking.")]
+# Panels of the help pages; see qmix.commands.help_page.
+_MACHINE, _SAMPLING = "Device and memory", "Sampling"
+
 Device = Annotated[
-    str | None, typer.Option(help="gpu, cuda:1 or cpu.", show_default="the GPU if there is one")
+    str | None,
+    typer.Option(
+        help="gpu, cuda:1 or cpu.",
+        show_default="the GPU if there is one",
+        rich_help_panel=_MACHINE,
+    ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="bf16, fp16 or fp32.", show_default="the checkpoint's"),
+    typer.Option(
+        help="bf16, fp16 or fp32.",
+        show_default="the checkpoint's",
+        rich_help_panel=_MACHINE,
+    ),
 ]
 Backend = Annotated[
     str | None,
     typer.Option(
         help="Whose code multiplies: auto, qmix, bitsandbytes or torch.",
         show_default="QMIX_BACKEND, or auto",
+        rich_help_panel=_MACHINE,
     ),
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")]
@@ -87,11 +100,17 @@ class Load(Group):
     device: Device = None
     vram: Annotated[
         str | None,
-        typer.Option(help="GPU memory to use at most, such as 16GiB; other experts stay in RAM."),
+        typer.Option(
+            help="GPU memory to use at most, such as 16GiB; other experts stay in RAM.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = None
     ram: Annotated[
         str | None,
-        typer.Option(help="Host memory to use at most; other experts stay in the file."),
+        typer.Option(
+            help="Host memory to use at most; other experts stay in the file.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = None
     backend: Backend = None
 
@@ -111,30 +130,49 @@ class Sampling(Group):
     """How text is sampled, as written; None leaves it to the checkpoint, or else to the command."""
 
     temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy.", show_default=_STATED)
+        float | None,
+        typer.Option(help="0 is greedy.", show_default=_STATED, rich_help_panel=_SAMPLING),
     ] = None
     top_k: Annotated[
         int | None,
-        typer.Option(help="Keep the k most likely tokens; 0 keeps all.", show_default=_STATED),
+        typer.Option(
+            help="Keep the k most likely tokens; 0 keeps all.",
+            show_default=_STATED,
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(help="Keep the smallest set with this probability.", show_default=_STATED),
+        typer.Option(
+            help="Keep the smallest set with this probability.",
+            show_default=_STATED,
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option(help="Drop what is less likely than this share.", show_default=_STATED),
+        typer.Option(
+            help="Drop what is less likely than this share.",
+            show_default=_STATED,
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(help="Above 1 discourages repetition.", show_default=_STATED),
+        typer.Option(
+            help="Above 1 discourages repetition.", show_default=_STATED, rich_help_panel=_SAMPLING
+        ),
     ] = None
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the sampler.", show_default="random")
+        int | None,
+        typer.Option(help="Seed of the sampler.", show_default="random", rich_help_panel=_SAMPLING),
     ] = None
     stop: Annotated[
         list[str] | None,
-        typer.Option(help=r"End the text here; may be repeated. \n and \t are understood."),
+        typer.Option(
+            help=r"End the text here; may be repeated. \n and \t are understood.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None
 
     def parse(self, max_new_tokens: int | None) -> "GenerationConfig":

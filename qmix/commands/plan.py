@@ -48,7 +48,6 @@ def plan(
 
     Reads headers only, and no weights. Exit 4 if the model cannot fit.
 
-    \b
     Examples:
       qmix plan mixtral-nf4
       qmix plan config.json --card 3090 --ram 64G --ctx 8192

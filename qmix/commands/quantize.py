@@ -12,10 +12,14 @@ import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.hub import made
+from qmix.quantities import a_second, duration, gigabytes, weights
 
 if TYPE_CHECKING:
     from qmix.quantize.methods import QuantizeRequest
     from qmix.quantize.report import QuantizeReport
+
+# Panels of the help page.
+_ROUNDING, _CALIBRATION, _READING = "Rounding", "Calibration (gptq, auto)", "Source and files"
 
 Source = Annotated[
     Path, typer.Argument(metavar="SRC", help="Checkpoint in 16 or 32 bits, or ORG/NAME of the hub.")
@@ -23,57 +27,98 @@ Source = Annotated[
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the 4-bit checkpoint.")]
 Method = Annotated[
     Literal["nf4", "fp4", "gptq", "rtn", "auto"],
-    typer.Option(help="How to round; auto chooses each matrix's bits by the loss."),
+    typer.Option(
+        metavar="METHOD",
+        help="nf4, fp4, gptq, rtn (nearest), or auto: bits by the loss of each matrix.",
+    ),
 ]
 Attention = Annotated[
-    Literal["4bit", "bf16"], typer.Option(help="How to store the attention matrices.")
+    Literal["4bit", "bf16"],
+    typer.Option(
+        help="How to store the attention matrices.",
+        rich_help_panel=_ROUNDING,
+    ),
 ]
 DoubleQuant = Annotated[
-    bool, typer.Option(help="nf4, fp4: store scales in 8 bits, 4.13 bits a weight instead of 4.5.")
+    bool,
+    typer.Option(
+        "--double-quant/--no-double-quant",
+        help="nf4, fp4: store scales in 8 bits, 4.13 bits a weight, not 4.5.",
+        show_default="on",
+        rich_help_panel=_ROUNDING,
+    ),
 ]
 GroupSize = Annotated[
     int | None,
-    typer.Option(help="gptq, rtn: inputs per scale: 32, 64, 128 or -1 (all).", show_default="128"),
+    typer.Option(
+        help="gptq, rtn: inputs per scale: 32, 64, 128 or -1 (all).",
+        show_default="128",
+        rich_help_panel=_ROUNDING,
+    ),
 ]
 Asymmetric = Annotated[
-    bool, typer.Option("--asymmetric", help="gptq, rtn: a zero point per group; not for vLLM.")
+    bool,
+    typer.Option(
+        "--asymmetric",
+        help="gptq, rtn: a zero point per group; not for vLLM.",
+        rich_help_panel=_ROUNDING,
+    ),
 ]
 Bits = Annotated[
     float | None,
-    typer.Option(help="auto: bits per quantized weight, scales included.", show_default="4.25"),
+    typer.Option(
+        help="auto: bits per quantized weight, with scales.",
+        show_default="4.25",
+        rich_help_panel=_ROUNDING,
+    ),
 ]
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        help="gptq, auto: UTF-8 text like what the model will see.",
+        help="UTF-8 text like what the model will see.",
         show_default="Python's documentation",
+        rich_help_panel=_CALIBRATION,
     ),
 ]
 Samples = Annotated[
-    int | None, typer.Option(help="gptq, auto: windows cut from the text.", show_default="256")
+    int | None,
+    typer.Option(
+        help="Windows cut from the text.", show_default="256", rich_help_panel=_CALIBRATION
+    ),
 ]
 Seqlen = Annotated[
     int | None,
     typer.Option(
         parser=options.token_count,
-        help="gptq, auto: tokens per window.",
+        help="Tokens per window.",
         show_default="2048, or the model's",
+        rich_help_panel=_CALIBRATION,
     ),
 ]
 Adapter = Annotated[
     Path | None,
-    typer.Option(help="Merge a LoRA, a folder that PEFT wrote, before rounding."),
+    typer.Option(
+        help="Merge a LoRA, a folder that PEFT wrote, before rounding.", rich_help_panel=_READING
+    ),
 ]
 Requantize = Annotated[
     bool,
-    typer.Option("--requantize", help="Take a quantized SRC: round again what it decodes to."),
+    typer.Option(
+        "--requantize",
+        help="Take a quantized SRC: round again what it decodes to.",
+        rich_help_panel=_READING,
+    ),
 ]
 DiscardSource = Annotated[
     bool,
     typer.Option(
         "--discard-source",
         help="SRC on the hub: download file by file, and remove each once it is read.",
+        rich_help_panel=_READING,
     ),
+]
+ShardSize = Annotated[
+    str, typer.Option(help="Largest output file: 5GB, 500MB.", rich_help_panel=_READING)
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="gptq, auto: continue an interrupted run.")]
 
@@ -94,7 +139,7 @@ def quantize(
     adapter: Adapter = None,
     requantize: Requantize = False,
     device: options.Device = None,
-    shard_size: options.ShardSize = options.SHARD_SIZE,
+    shard_size: ShardSize = options.SHARD_SIZE,
     force: options.Force = False,
     as_json: options.AsJson = False,
     yes: options.Yes = False,
@@ -105,7 +150,6 @@ def quantize(
     gptq and auto run calibration text through the model, one layer at a time. Ctrl-C stops after
     the current layer (exit 75); the same command with --resume continues.
 
-    \b
     Examples:
       qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
       qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
@@ -194,7 +238,7 @@ def draw_report(report: "QuantizeReport", out: Path) -> None:
             kind.kind,
             kind.scheme,
             str(kind.tensors),
-            f"{kind.parameters / 1e6:,.2f} M",
+            weights(kind.parameters),
             f"{kind.bits_per_weight:.3f}",
             f"{kind.relative_error:.4f}" if kind.relative_error else "-",
         ]
@@ -203,9 +247,9 @@ def draw_report(report: "QuantizeReport", out: Path) -> None:
         rows.append(cells)
     terminal.table(header, rows)
     terminal.message(
-        f"{out}: {report.bytes_in / 1e9:.3f} GB in, {report.bytes_out / 1e9:.3f} GB out, "
-        f"{report.bits_per_weight:.2f} bits a weight in all, {report.seconds:.1f} s "
-        f"({report.bytes_in / 1e9 / report.seconds:.3f} GB/s)"
+        f"{out}: {gigabytes(report.bytes_in)} in, {gigabytes(report.bytes_out)} out, "
+        f"{report.bits_per_weight:.2f} bits a weight in all, {duration(report.seconds)} "
+        f"({a_second(report.bytes_in, report.seconds)})"
     )
     for remark in report.remarks():
         terminal.notice(remark)

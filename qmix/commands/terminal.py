@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,9 +20,9 @@ from qmix.printable import escaped, escaped_lines, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from typer import Context
 
-_LINE_EVERY_S = 10
+    from qmix.commands.progress import Show
+
 _BROKEN_PIPE = 141  # as shells call the end by SIGPIPE
 
 
@@ -99,6 +98,19 @@ def print_error(error: BaseException, *, with_traceback: bool = False) -> None:
         sys.stderr.flush()
 
 
+def print_error_as_json(error: BaseException, exit_code: int) -> None:
+    """An error as one JSON object on stdout, of the fields of `QmixError.to_dict`."""
+    if isinstance(error, QmixError):
+        document = error.to_dict()
+    else:
+        said = getattr(error, "format_message", error.__str__)()
+        context = getattr(error, "ctx", None)
+        remedy = None if context is None else f"{context.command_path} --help"
+        what = next(iter(said.splitlines()), "") or type(error).__name__
+        document = QmixError(what, where=getattr(error, "filename", None), remedy=remedy).to_dict()
+    print_json({**document, "exit_code": exit_code})
+
+
 def print_usage_error(error: Any) -> int:
     """What typer says about a wrong command line, on stderr, escaped; returns the exit code."""
     from io import StringIO
@@ -163,17 +175,27 @@ def print_json(document: Mapping[str, Any]) -> None:
     _put(json.dumps(document).replace("\x7f", "\\u007f") + "\n", sys.stdout)
 
 
-def print_result(text: str, document: Mapping[str, Any], *, as_json: bool) -> None:
-    """A command's result on stdout: for a person, or as JSON."""
-    if as_json:
+def print_result(
+    text: str, document: Mapping[str, Any], *, as_json: bool, failure: QmixError | None = None
+) -> None:
+    """A command's result on stdout: for a person, or as JSON.
+
+    Args:
+        failure: what the result shows to be wrong; JSON then holds both.
+
+    Raises:
+        QmixError: the failure.
+        SystemExit: with its exit code; the JSON has said why.
+    """
+    if not as_json:
+        _put(escaped_lines(text), sys.stdout)
+        if failure is not None:
+            raise failure
+    elif failure is None:
         print_json(document)
     else:
-        _put(escaped_lines(text), sys.stdout)
-
-
-def print_help(context: "Context") -> None:
-    """The help of a command on stdout."""
-    _put(escaped_lines(context.get_help()) + "\n", sys.stdout)
+        print_json({**document, **failure.to_dict()})
+        raise SystemExit(failure.exit_code)
 
 
 def asked(question: str) -> bool:
@@ -191,53 +213,21 @@ def decode_utf8(stream: object) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield show(what, done, total): a bar on a terminal, a line every ten seconds elsewhere."""
+def progress() -> Iterator["Show"]:
+    """Yield show(what, done, total): a bar on a terminal, a line a minute in a log, else nothing.
+
+    A terminal that cannot move its cursor gets the lines of a log.
+    """
+    from qmix.commands.progress import bar, log_lines, stderr_is_log
+
     screen = console()
-    if not screen.is_terminal:
-        yield _lines()
-        return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=screen,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=escaped(what), completed=done, total=total
-        )
-
-
-def _lines() -> Callable[[str, int, int], None]:
-    begun = last = time.monotonic()
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _LINE_EVERY_S or not done:
-            return
-        last = now
-        left = (now - begun) * (total - done) / done
-        with suppress(OSError):
-            sys.stderr.write(f"{100 * done // total:3d} %  eta {left:.0f} s  {escaped(what)}\n")
-            sys.stderr.flush()
-
-    return show
+    if screen.is_terminal and not screen.is_dumb_terminal:
+        with bar(screen) as show:
+            yield show
+    elif screen.is_terminal or stderr_is_log():
+        yield log_lines(message)
+    else:
+        yield lambda what, done, total: None
 
 
 def enable_ctrl_c() -> None:

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.commands.help_page import HelpedApp
 from qmix.errors import UsageError
 from qmix.files import regular_file
 from qmix.hub.local import shown_name
+from qmix.quantities import counted, gigabytes
 
 if TYPE_CHECKING:
     from qmix.evals.routing.replay import Replay
     from qmix.evals.routing.simulation import SimulatedMachine
     from qmix.evals.routing.trace import Trace, TraceHeader
 
-app = typer.Typer(help="Record and replay which experts a model uses.", invoke_without_command=True)
+app = HelpedApp(help="Record and replay which experts a model uses.")
 
 Rate = Annotated[float, typer.Option(min=0.001, help="GB/s.")]
 Pcie = Annotated[float, typer.Option("--pcie", min=0.001, help="GB/s.")]
@@ -29,7 +31,7 @@ Pcie = Annotated[float, typer.Option("--pcie", min=0.001, help="GB/s.")]
 def top(context: typer.Context) -> None:
     """Without a command: the help."""
     if context.invoked_subcommand is None:
-        terminal.print_help(context)
+        terminal.write(f"{context.get_help()}\n")
 
 
 @app.command()
@@ -48,14 +50,15 @@ def record(
         int, typer.Option(parser=options.token_count, help="Tokens to record at most.")
     ] = 1024,
     gates: Annotated[bool, typer.Option("--gates", help="Record the routing weights too.")] = False,
+    as_json: options.AsJson = False,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
     """Write which experts each token goes through.
 
-    \b
-    Example:
+    Examples:
       qmix trace record mixtral-nf4 --data wiki.test.raw --out wiki.trace
+      qmix trace record mixtral-nf4 "def fibonacci(n):" --out code.trace
     """
     if (prompt is None) == (data is None):
         raise UsageError("give either a PROMPT or --data")
@@ -85,7 +88,10 @@ def record(
             gates=gates,
             progress=lambda done, total: show("tokens", done, total),
         )
-    terminal.notice(f"{out}: {tokens} tokens, {out.stat().st_size} bytes")
+    nbytes = out.stat().st_size
+    terminal.notice(f"{out}: {counted(tokens, 'token')}, {gigabytes(nbytes)}")
+    if as_json:
+        terminal.print_json({"trace": str(out), "tokens": tokens, "bytes": nbytes})
 
 
 @app.command(name="replay")
@@ -117,9 +123,9 @@ def replay_trace(
     Prints hit rate, bytes over PCIe and simulated speed. --hbm, --pcie and --cpu are the bandwidths
     that device memory, PCIe and the host's 4-bit matmuls reach.
 
-    \b
-    Example:
+    Examples:
       qmix trace replay wiki.trace --slots 148 --policy heat --pcie 25
+      qmix trace replay wiki.trace --slots 64 --profile code.trace
     """
     from qmix.evals.routing import replay, trace
 

@@ -33,8 +33,8 @@ def tune(
 
     The first reply on a GPU does the same for 20 s; QMIX_TUNE=0 turns that off.
 
-    \b
-    Example:
+    Examples:
+      qmix tune mixtral-nf4
       qmix tune mixtral-nf4 --full
     """
     from qmix import MixtralForCausalLM

@@ -33,20 +33,11 @@ def test_help_lists_the_commands_with_whole_sentences():
         assert not line.endswith("..."), line
 
 
-def test_without_arguments_the_help_is_printed():
-    for arguments in ((), ("trace",)):
-        result = qmix(*arguments)
-        assert result.returncode == 0
-        assert result.stdout == qmix(*arguments, "--help").stdout
-        assert result.stderr == ""
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_of_80_columns(command):
-    result = qmix(command, "--help")
+def test_a_group_without_a_command_prints_its_help():
+    result = qmix("trace")
     assert result.returncode == 0
+    assert result.stdout == qmix("trace", "--help").stdout
     assert result.stderr == ""
-    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("option", ["-V", "--version"])

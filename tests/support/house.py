@@ -20,7 +20,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("qmix.errors", "qmix.printable"),
+    ("qmix.errors", "qmix.printable", "qmix.quantities"),
     (
         "qmix.instruction_sets",
         "qmix.weights",
@@ -65,7 +65,7 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.text.tokenizer_config", "qmix.text.token_table"),
     },
     "rich": {
-        *("qmix.commands.terminal", "qmix.commands.repl", "qmix.evals.quality.demo"),
+        *("qmix.commands.terminal", "qmix.commands.repl", "qmix.commands.progress"),
     },
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
@@ -74,7 +74,7 @@ OWNERS: Mapping[str, set[str]] = {
             "qmix.commands.doctor",
             "qmix.commands.trace",
             "qmix.commands.tune",
-            "qmix.commands.terminal",
+            "qmix.commands.help_page",
         ),
         "qmix.commands.hub",
     },
@@ -112,6 +112,7 @@ OWNERS: Mapping[str, set[str]] = {
 TORCHLESS = (
     *(
         "qmix.errors",
+        "qmix.quantities",
         "qmix.files",
         "qmix.strict_json",
         "qmix.config",
@@ -135,6 +136,7 @@ TORCHLESS = (
     ),
     *("qmix.formats.mistral.params", "qmix.commands.checkpoint.inspect"),
     *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),
+    *("qmix.commands.help_page", "qmix.commands.progress"),
 )
 
 

@@ -77,6 +77,18 @@ class Export:
         """Of all rounded weights together, in the Frobenius norm."""
         return _relative_error(self.rounded)
 
+    def to_dict(self) -> dict[str, object]:
+        """As a JSON document; the error of each rounded weight is in qmix_report.json."""
+        return {
+            "weights": self.weights,
+            "notes": [str(note) for note in self.notes],
+            "losses": [str(loss) for loss in self.losses],
+            "rounded": len(self.rounded),
+            "relative_error": self.relative_error,
+            "bytes_out": self.bytes_out,
+            "seconds": self.seconds,
+        }
+
 
 def export_checkpoint(
     source: Path,

@@ -37,6 +37,15 @@ class Verification:
     hashed: int
     problems: tuple[QmixError, ...]
 
+    def to_dict(self) -> dict[str, object]:
+        """As a JSON document."""
+        return {
+            "ok": not self.problems,
+            "weights": self.weights,
+            "hashed": self.hashed,
+            "problems": [str(problem) for problem in self.problems],
+        }
+
 
 def verify(directory: str | Path, progress: Progress = lambda *_: None) -> Verification:
     """Check a checkpoint directory to the last number.
