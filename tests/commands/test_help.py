@@ -27,9 +27,7 @@ def walk(command, context):
 
 TOP = ROOT_COMMAND.make_context("qmix", [], resilient_parsing=True)
 EVERY = {context.command_path: (child, context) for child, context in walk(ROOT_COMMAND, TOP)}
-COMMANDS = {
-    path: found for path, found in EVERY.items() if not hasattr(found[0], "list_commands")
-}
+COMMANDS = {path: found for path, found in EVERY.items() if not hasattr(found[0], "list_commands")}
 PAGES = {"qmix": (ROOT_COMMAND, TOP), **EVERY}
 
 
