@@ -109,6 +109,9 @@ def chat(
     ctx: Context = None,
     max_new_tokens: LongestReply = None,
     sampling: options.Sampling = options.SAMPLING,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Write replies as they are; do not draw Markdown.")
+    ] = False,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
@@ -140,7 +143,7 @@ def chat(
     if sys.stdin.isatty() or form.name != INST_NAME:
         terminal.notice(f"template: {form.name}")
     terminal.decode_utf8(sys.stdin)
-    Repl(session, Streams(sys.stdin, sys.stdout, terminal.console())).run()
+    Repl(session, Streams(sys.stdin, sys.stdout, terminal.console(), plain)).run()
 
 
 def _stdin() -> str:

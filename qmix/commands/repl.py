@@ -5,22 +5,22 @@ Model text is written without control characters and never parsed as markup, so 
 drive the terminal. Knows no option of the command line.
 """
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
 
 from qmix.commands import terminal
+from qmix.commands.line_editing.choice import line_reader
+from qmix.commands.line_editing.command import Argument, Command
+from qmix.commands.line_editing.reader import FENCE, unfenced
+from qmix.commands.reply_writer import reply_writer
 from qmix.commands.session import Session
 from qmix.errors import UsageError
-from qmix.files import user_files
 from qmix.generation.config import GenerationConfig
 
 PROMPT = ">>> "
-CONTINUED = "... "
-_FENCE = '"""'
 
 HELP = """\
 /help                this text
@@ -43,16 +43,28 @@ _SETTINGS: Mapping[str, Callable[[str], int | float]] = {
     "max_new_tokens": int,
     "seed": int,
 }
-_COMMANDS = ("/help", "/clear", "/system", "/set", "/stats", "/exit")
+COMMANDS = (
+    Command("/help", Argument.NONE, "the commands"),
+    Command("/clear", Argument.NONE, "forget the conversation, keep the system prompt"),
+    Command("/system", Argument.TEXT, "show or set the system prompt"),
+    Command("/set", Argument.SETTING, "show or set how replies are sampled"),
+    Command("/stats", Argument.NONE, "the last reply in numbers"),
+    Command("/exit", Argument.NONE, "leave"),
+)
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Where lines come from and where text and notices go."""
+    """Where lines come from and where text and notices go.
+
+    Attributes:
+        plain: replies are written as they are, also on a terminal.
+    """
 
     lines: TextIO
     text: TextIO
     notices: Console
+    plain: bool = False
 
     @property
     def interactive(self) -> bool:
@@ -65,6 +77,13 @@ class Repl:
     def __init__(self, session: Session, streams: Streams) -> None:
         self.session = session
         self.streams = streams
+        self.reader = line_reader(
+            streams.lines,
+            streams.text,
+            streams.notices,
+            commands=COMMANDS,
+            settings=dict.fromkeys(_SETTINGS, ()),
+        )
 
     def run(self) -> None:
         """Read and answer lines until the end of the input or /exit.
@@ -74,15 +93,14 @@ class Repl:
             UsageError: a message of a pipe does not fit.
         """
         if self.streams.interactive:
-            _enable_line_editing()
             self._notice("Type a message, /help for commands, Ctrl-D to leave.")
         leaving = False
         while not leaving:
             try:
-                line = self._line(PROMPT)
-                if line.startswith(_FENCE):
-                    self._say(self._fenced(line))
-                elif line.startswith("/"):
+                line = self.reader.read(PROMPT)
+                if line.startswith(FENCE):
+                    self._say(unfenced(line))
+                elif line.startswith("/") and "\n" not in line:
                     leaving = self._try_command(line)
                 elif line.strip():
                     self._say(line)
@@ -105,29 +123,6 @@ class Repl:
             self._notice(f"{error}")
             return False
 
-    def _fenced(self, line: str) -> str:
-        """The lines up to the closing fence, or to the end of the input."""
-        body = line[len(_FENCE) :]
-        lines = [body] if body else []
-        try:
-            while not (lines and lines[-1].endswith(_FENCE)):
-                lines.append(self._line(CONTINUED))
-        except EOFError:
-            self._notice(f"the message was not closed with {_FENCE}; it was sent as it is")
-            lines.append(_FENCE)
-        lines[-1] = lines[-1].removesuffix(_FENCE)
-        return "\n".join(lines).strip("\n")
-
-    def _line(self, prompt: str) -> str:
-        if self.streams.interactive and self.streams.text.isatty():
-            return input(prompt)
-        if self.streams.interactive:  # input() would write its prompt among the replies
-            terminal.show_lines(prompt, self.streams.notices, end="")
-        line = self.streams.lines.readline()
-        if not line:
-            raise EOFError
-        return line.removesuffix("\n").removesuffix("\r")
-
     def _say(self, line: str) -> None:
         if not line.strip():
             return
@@ -137,24 +132,33 @@ class Repl:
                 f"dropped the {prompt.dropped_turns} oldest turns "
                 f"({prompt.dropped_tokens} tokens): the context of {self.session.context} was full"
             )
-        pieces = self.session.reply(prompt)
-        stopped = False
-        try:
-            for piece in pieces:
-                terminal.write(piece, self.streams.text)
-        except KeyboardInterrupt:
-            stopped = True
-            if not self.streams.interactive:
-                raise
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
-            terminal.write("\n", self.streams.text)
+        stopped = self._write(self.session.reply(prompt))
         stats = self.session.stats
         assert stats is not None
         if stopped and not stats.new_tokens:
             self._notice("stopped before the first token; the message was not kept")
         elif self.streams.interactive:
             self._notice(str(stats))
+
+    def _write(self, pieces: Iterator[str]) -> bool:
+        """Write a reply as it comes; True if Ctrl-C ended it.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C while the input is a pipe.
+        """
+        writer = reply_writer(self.streams.text, plain=self.streams.plain)
+        with self.reader.held():
+            try:
+                for piece in pieces:
+                    writer.write(piece)
+            except KeyboardInterrupt:
+                if not self.streams.interactive:
+                    raise
+                return True
+            finally:
+                pieces.close()  # type: ignore[attr-defined]
+                writer.close()
+        return False
 
     def _command(self, line: str) -> bool:
         """Carry out a command; True if it asks to leave."""
@@ -220,41 +224,3 @@ def _shown(config: GenerationConfig, name: str) -> str:
     if name == "temperature" and not config.do_sample:
         value, by = "0 (greedy)", config.given.get("do_sample", "the default")
     return f"{'(none)' if value is None else value:<12} {by}"
-
-
-def _enable_line_editing() -> None:
-    """Arrow keys, history across sessions and tab completion of commands, where readline exists."""
-    try:
-        import readline
-    except ImportError:
-        return
-    history = user_files.state_directory() / "chat_history"
-    why = user_files.doubt(history) if os.path.lexists(history) else None
-    if why is not None:
-        terminal.message(f"qmix: the history is not used: {why}")
-        return
-    try:
-        user_files.prepare(history)
-        history.touch(mode=0o600)
-        readline.read_history_file(history)
-    except OSError:
-        return  # a read-only home costs the history only
-    readline.set_history_length(1000)
-    readline.set_completer_delims("")
-
-    def complete(text: str, state: int) -> str | None:
-        matches = [name for name in _COMMANDS if name.startswith(text)]
-        return matches[state] if text and state < len(matches) else None
-
-    readline.set_completer(complete)
-    readline.parse_and_bind("tab: complete")
-
-    import atexit
-
-    def save() -> None:
-        try:
-            readline.write_history_file(history)
-        except OSError:
-            terminal.message(f"qmix: cannot save the history to {history}")
-
-    atexit.register(save)

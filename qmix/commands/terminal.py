@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 _BROKEN_PIPE = 141  # as shells call the end by SIGPIPE
 
 
+def is_dumb() -> bool:
+    """Whether TERM names a terminal without escape sequences, or none."""
+    return os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
+
+
 def console() -> "Console":
     """stderr, drawn by rich."""
     from rich.console import Console

@@ -206,25 +206,26 @@ def test_eval_prints_one_json_document_with_the_agreed_names(tiny, tiny_nf4, tmp
 def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
     state = {"XDG_STATE_HOME": str(tmp_path)}
     with Terminal.of("chat", tiny, "--min-p", 0, "--seed", 3, **state) as chat:
-        chat.until(">>> ")
+        chat.until_prompt()
         chat.send("What is a list?\n")
         chat.until("tok/s")
-        chat.until(">>> ")
+        chat.until_prompt()
         chat.send("/set temperature 3\n")  # noise hardly ever ends by itself
-        chat.until(">>> ")
+        chat.until_prompt()
         chat.send("Go on\n")
-        chat.until("Go on\r\n")
+        chat.until("\x1b[?2004l")  # the line editor has let go
         reply = len(chat.seen)
         while len(chat.seen) < reply + 20:  # the reply is under way
             chat.read(1)
         chat.send("\x03")
         chat.until("stopped")
-        chat.until(">>> ")
+        chat.until_prompt()
         chat.send("/stats\n")
         chat.until("context")
-        chat.until(">>> ")
-        chat.press("\x03", until="Ctrl-D")
-        chat.until(">>> ")
+        chat.until_prompt()
+        chat.send("\x03")
+        chat.until("Ctrl-D")
+        chat.until_prompt()
         chat.send("\x04")
         assert chat.process.wait(PATIENCE) == 0
     history = tmp_path / "qmix" / "chat_history"

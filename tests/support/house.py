@@ -66,6 +66,12 @@ OWNERS: Mapping[str, set[str]] = {
     },
     "rich": {
         *("qmix.commands.terminal", "qmix.commands.repl", "qmix.commands.progress"),
+        "qmix.commands.line_editing.choice",
+    },
+    "prompt_toolkit": {
+        "qmix.commands.line_editing.completion",
+        "qmix.commands.line_editing.editor",
+        "qmix.commands.line_editing.history",
     },
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),

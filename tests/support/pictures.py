@@ -36,6 +36,8 @@ from tests.support.house import ROOT
 DOCS = ROOT / "docs"
 PROMPT = ">>> "
 _LIMIT_S = 100
+# The line editor asks for marked pastes while it draws; what it draws is not replayed.
+_EDITOR_OPENS, _EDITOR_CLOSES = "\x1b[?2004h", "\x1b[?2004l"
 _ESCAPES = re.compile(r"\x1b\[\?\d+[hl]|\x1b\][^\x07]*\x07|\x1b[=>]")
 
 
@@ -133,7 +135,10 @@ def _environment(folder: Path) -> Mapping[str, str]:
 
 
 def _seen(terminal: int, lines: Sequence[str]) -> Iterator[str]:
-    """What comes out of the terminal; at each prompt the next line is typed."""
+    """What comes out of the terminal; at each prompt the next line is typed.
+
+    Of a prompt it is told as `>>> line`, whatever the line editor draws.
+    """
     deadline, waiting, left = time.monotonic() + _LIMIT_S, "", list(lines)
     while True:
         ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
@@ -144,13 +149,24 @@ def _seen(terminal: int, lines: Sequence[str]) -> Iterator[str]:
         except OSError:  # Linux: the other side has closed
             data = b""
         if not data:
-            yield waiting
+            yield _ESCAPES.sub("", waiting)
             return
-        waiting = _ESCAPES.sub("", waiting + data.decode("utf-8", "replace"))
-        if left and waiting.endswith(PROMPT):
-            yield waiting
-            waiting = ""
+        waiting += data.decode("utf-8", "replace")
+        before, opens, drawn = waiting.partition(_EDITOR_OPENS)
+        if opens and left and PROMPT.strip() in drawn:
+            yield f"{_ESCAPES.sub('', before)}{PROMPT}{left[0]}\n"
             os.write(terminal, f"{left.pop(0)}\n".encode())
+            waiting = _after(_EDITOR_CLOSES, terminal, deadline)
+
+
+def _after(mark: str, terminal: int, deadline: float) -> str:
+    """What comes out of the terminal behind a mark."""
+    seen = ""
+    while mark not in seen:
+        if not select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0]:
+            raise RuntimeError(f"{mark!r} did not come after: {seen[-200:]!r}")
+        seen += os.read(terminal, 1 << 16).decode("utf-8", "replace")
+    return seen.partition(mark)[2]
 
 
 def words(svg: str) -> str:

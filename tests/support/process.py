@@ -180,16 +180,10 @@ class Terminal:
             assert time.monotonic() < deadline, self.seen
             self.read(1)
 
-    def press(self, key, until):
-        """Send a key again and again until its answer appears: readline loses a signal between
-        the prompt and its wait for input.
-        """
-        deadline = time.monotonic() + PATIENCE
-        while not self.shows(until):
-            assert time.monotonic() < deadline, self.seen
-            self.send(key)
-            while self.read(1) and self.seen.find(until, self.at) < 0:
-                pass
+    def until_prompt(self):
+        """Read on until the line editor has opened and drawn its prompt."""
+        self.until("\x1b[?2004h")
+        self.until(">>>")
 
     def send(self, text):
         os.write(self.descriptor, text.encode())

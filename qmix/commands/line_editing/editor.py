@@ -1,0 +1,123 @@
+"""The line editor of the chat: a message is one block of lines, edited until Enter.
+
+Knows nothing of what a message means. The terminal is not asked where its cursor stands: over a
+slow line the answer would arrive among what is typed.
+"""
+
+import select
+from contextlib import AbstractContextManager, nullcontext
+from typing import IO, TextIO, cast
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import run_in_terminal
+from prompt_toolkit.completion import Completer
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import History
+from prompt_toolkit.input import Input
+from prompt_toolkit.input.defaults import create_input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output
+from prompt_toolkit.output.vt100 import Vt100_Output
+
+from qmix.commands import terminal
+from qmix.commands.line_editing.external_editor import edited
+from qmix.commands.line_editing.held_input import held_input
+from qmix.commands.line_editing.reader import CONTINUED, ends_in_backslash, is_open_fence
+from qmix.errors import UsageError
+
+
+class LineEditor:
+    """Edits messages on a terminal.
+
+    Enter ends a message, unless it came in the middle of a paste, behind a backslash or in a fence
+    that is still open. Alt-Enter adds a line, Ctrl-G opens the user's editor, Ctrl-R searches.
+
+    Args:
+        keyboard: the terminal that is read.
+        screen: the terminal that is drawn on; the same one, in general.
+    """
+
+    def __init__(
+        self,
+        keyboard: Input,
+        screen: Output,
+        *,
+        history: History | None = None,
+        completer: Completer | None = None,
+        held: TextIO | None = None,
+        editor_screen: IO[str] | None = None,
+    ) -> None:
+        self._held = held
+        self._editor_screen = editor_screen
+        self._session: PromptSession[str] = PromptSession(
+            multiline=True,
+            prompt_continuation=CONTINUED,
+            history=history,
+            completer=completer,
+            complete_while_typing=False,
+            enable_suspend=True,
+            key_bindings=self._keys(),
+            input=keyboard,
+            output=screen,
+        )
+
+    @classmethod
+    def on_terminal(
+        cls, keyboard: TextIO, screen: IO[str], history: History | None, completer: Completer
+    ) -> "LineEditor":
+        output = Vt100_Output.from_pty(cast(TextIO, screen))
+        output.enable_cpr = False
+        return cls(
+            create_input(keyboard),
+            output,
+            history=history,
+            completer=completer,
+            held=keyboard,
+            editor_screen=screen,
+        )
+
+    def read(self, prompt: str, default: str = "") -> str:
+        return self._session.prompt(prompt, default=default)
+
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._held is None else held_input(self._held, raw=True)
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def end_or_go_on(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            if _more_is_coming(event) or is_open_fence(buffer.text):
+                buffer.insert_text("\n")
+            elif buffer.document.is_cursor_at_the_end and ends_in_backslash(buffer.text):
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("escape", "enter")
+        def add_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-g")
+        async def open_editor(event: KeyPressEvent) -> None:
+            text = event.current_buffer.text
+            text = await run_in_terminal(lambda: self._edited(text), in_executor=True)
+            event.current_buffer.document = Document(text)
+
+        return keys
+
+    def _edited(self, text: str) -> str:
+        try:
+            return edited(text, self._editor_screen)
+        except UsageError as error:
+            terminal.message(f"qmix: {error}")
+            return text
+
+
+def _more_is_coming(event: KeyPressEvent) -> bool:
+    """Whether keys wait behind this one, as in a paste that the terminal does not mark as one."""
+    if event.key_processor.input_queue:
+        return True
+    return bool(select.select([event.app.input.fileno()], [], [], 0)[0])
