@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qmix import strict_json
 from qmix.errors import QualityError
 from qmix.evals import corpus, guard
 from qmix.evals.guard import Figures, check
@@ -16,20 +17,33 @@ from qmix.quantize.rounding.grid import Grid
 from qmix.weights import nf4
 from qmix.weights import table as weights
 from tests.support.models import threads
+from tests.support.soak import both, soaking
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
+def text():
+    """An eighth of the held-out text, whose tolerance is the wider one; in a soak all of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = corpus.heldout_text()
+        patch.setattr(
+            corpus, "heldout_text", lambda: whole[: len(whole) // (1 if soaking() else 8)]
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory, text):
     return measure.compare_nf4(tmp_path_factory.mktemp("guard") / "tiny-nf4")
 
 
 @pytest.fixture(scope="module")
-def gptq_comparison(tmp_path_factory):
+def gptq_comparison(tmp_path_factory, text):
     return measure.compare_gptq(tmp_path_factory.mktemp("guard") / "tiny-gptq")
 
 
 @pytest.mark.slow
-def test_the_guard_passes(comparison, gptq_comparison):
+@both
+def test_the_guard_passes(soak, comparison, gptq_comparison):
     guard.guard(comparison, gptq_comparison)
 
 
@@ -52,15 +66,13 @@ def test_the_guard_fails_when_the_code_table_is_perturbed(tmp_path, gptq_compari
         guard.guard(broken, gptq_comparison)
 
 
+@pytest.mark.usefixtures("text")
 @pytest.mark.slow
 def test_the_guard_fails_when_the_encoder_rounds_wrongly(tmp_path, monkeypatch):
     """Every value takes the next higher code where it lies just below the middle.
 
-    An eighth of the text tells it, though other texts have the wider tolerance. GPTQ's side of the
-    comparison is not looked at here, and costs nothing.
+    GPTQ's side of the comparison is not looked at here, and costs nothing.
     """
-    text = corpus.heldout_text()
-    monkeypatch.setattr(corpus, "heldout_text", lambda: text[: len(text) // 8])
     bounds = tuple(b - np.float32(0.02) for b in nf4._midpoints("nf4"))
     monkeypatch.setattr(nf4, "_midpoints", lambda kind: bounds)
     broken = measure.compare_nf4(tmp_path / "broken")
@@ -83,13 +95,15 @@ def test_the_guard_fails_when_the_solver_is_perturbed(tmp_path, monkeypatch, com
 
 @pytest.mark.slow
 def test_other_texts_have_the_wider_tolerance(comparison, gptq_comparison):
-    for name in ("text_sha256", "calibration_sha256"):
-        nf4_side, gptq_side = comparison, gptq_comparison
-        if name == "text_sha256":
-            result = dataclasses.replace(comparison.result, text_sha256="0" * 64)
-            nf4_side = dataclasses.replace(comparison, result=result)
-        else:
-            gptq_side = dataclasses.replace(gptq_comparison, calibration_sha256="0" * 64)
+    document = strict_json.read(guard.BASELINES)
+    for other in ("text_sha256", "calibration_sha256"):
+        text, calibration = (
+            "0" * 64 if name == other else document[name]
+            for name in ("text_sha256", "calibration_sha256")
+        )
+        result = dataclasses.replace(comparison.result, text_sha256=text)
+        nf4_side = dataclasses.replace(comparison, result=result)
+        gptq_side = dataclasses.replace(gptq_comparison, calibration_sha256=calibration)
         assert "wide" in guard.guard(nf4_side, gptq_side)
 
 

@@ -191,7 +191,7 @@ def test_decode_over_a_cache(window):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("batch", one_in(2, [1, 2, 4, 8, 16]))
+@pytest.mark.parametrize("batch", one_in(5, [4, 1, 2, 8, 16]))
 def test_batch_buckets(batch):
     """A row's result does not depend on who else is there; split or not."""
     past = torch.arange(batch, dtype=torch.int32, device=DEVICE) * 5 + 3
@@ -386,7 +386,7 @@ def test_a_position_beyond_the_table_shows():
 def test_a_model_says_the_same_tokens(window, monkeypatch):
     """A model generates with these kernels: its greedy tokens are those of the oracle."""
     model = small_model(
-        hidden_size=64, intermediate_size=64, num_local_experts=4, num_hidden_layers=2,
+        hidden_size=64, intermediate_size=64, num_local_experts=4, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=window,
     ).to(DEVICE)  # fmt: skip
     prompt = torch.tensor([[3, 17, 90, 41, 8, 2, 11], [1, 1, 5, 60, 7, 33, 4]], device=DEVICE)
@@ -394,7 +394,7 @@ def test_a_model_says_the_same_tokens(window, monkeypatch):
     mask[1, :2] = 0
 
     def greedy():
-        return model.generate(prompt, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        return model.generate(prompt, attention_mask=mask, max_new_tokens=4, do_sample=False)
 
     def logits():
         return model(input_ids=prompt, attention_mask=mask).logits
@@ -413,4 +413,4 @@ def test_a_model_says_the_same_tokens(window, monkeypatch):
         monkeypatch.setattr(kernels, "attend", attend)
         assert torch.equal(greedy(), expected)
         assert error(logits(), expected_logits) <= ORDER_BOUND
-    assert calls == 2 * [7] + 2 * 4 * [1] + 2 * [7]
+    assert calls == [7] + 3 * [1] + [7]

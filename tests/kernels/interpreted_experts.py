@@ -98,7 +98,7 @@ def test_what_is_brought_into_the_form_of_nf4_or_int4(kind):
     assert (found - meant).norm() <= FREE_BOUND * meant.norm()
 
 
-@pytest.mark.parametrize("shape", one_in(2, [(128, 14336), (256, 4096)]), ids=str)
+@pytest.mark.parametrize("shape", one_in(3, [(128, 4096), (128, 14336), (256, 4096)]), ids=str)
 def test_linear_at_mixtrals_widths(shape):
     """A slice of a matrix as it is in the 8x7B: as many tiles, and K split, in few rows."""
     weight = nf4(*shape).to(DEVICE)
@@ -188,7 +188,7 @@ def test_other_thread_blocks(warps):
 def test_the_last_split_of_w1_and_w3_adds_all_of_them(kind):
     """To the same bits whenever it arrives, and its counters are zero again."""
     experts, table = experts_of(kind, 4, 512, 64)
-    x, chosen = drawn(3, 512), routes(3, 4, 2, "spread")
+    x, chosen = drawn(2, 512), routes(2, 4, 2, "none to some")
     arrivals = torch.zeros(4 * most_blocks(table.shape), dtype=torch.int32, device=DEVICE)
     many = Tuning(warps_per_sm=28)
     grid = grid_for(table.shape, table.gate_up, groups=4, columns=8, multiprocessors=2, tuning=many)
@@ -200,7 +200,7 @@ def test_the_last_split_of_w1_and_w3_adds_all_of_them(kind):
     parts = [partials(arrivals) for _ in range(2)]
     assert torch.equal(*parts)
     assert not arrivals.any()
-    out, whole = (part.sum(0).view(3, 2, 512).sum(1) for part in (parts[0], partials(None)))
+    out, whole = (part.sum(0).view(2, 2, 512).sum(1) for part in (parts[0], partials(None)))
     assert error(out, oracle(x, chosen, experts)) <= NF4_BOUND
     assert error(out, whole) <= 1e-3  # inner activations are rounded to float16
 
@@ -254,7 +254,7 @@ def test_above_the_crossover_experts_are_dequantized(how, kind):
 def test_a_model_says_the_same_tokens(kind, monkeypatch):
     """Every expert and projection through the packed kernels: the oracle's greedy tokens."""
     model = small_model(
-        hidden_size=128, intermediate_size=64, num_local_experts=4, num_hidden_layers=2,
+        hidden_size=128, intermediate_size=64, num_local_experts=4, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=4,
     ).to(DEVICE)  # fmt: skip
     packed, tables = {}, {}
@@ -265,7 +265,7 @@ def test_a_model_says_the_same_tokens(kind, monkeypatch):
 
     def greedy():
         tokens, logits = prompt, []
-        for _ in range(4):
+        for _ in range(3):
             logits.append(model(input_ids=tokens).logits[:, -1].float())
             tokens = torch.cat((tokens, logits[-1].argmax(-1, keepdim=True)), 1)
         return tokens, torch.cat(logits)
@@ -291,7 +291,7 @@ def test_a_model_says_the_same_tokens(kind, monkeypatch):
         monkeypatch.setattr(kernels, "linears", lambda x, each: [linear(x, w) for w in each])
         monkeypatch.setattr(kernels, "experts", experts)
         found, logits = greedy()
-    assert len(tables) == 2
-    assert len(packed) == 2 * 4 + 1  # projections and lm_head
+    assert len(tables) == 1
+    assert len(packed) == 4 + 1  # projections and lm_head
     assert torch.equal(found, expected)
     assert error(logits, expected_logits) <= 2 * NF4_BOUND

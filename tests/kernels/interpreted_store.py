@@ -48,7 +48,7 @@ def loaded(directory, slots, name="heat"):
     return model
 
 
-def tokens(model, count=3):
+def tokens(model, count=2):
     """A prompt by streaming, then steps by the recorded launches: all logits."""
     cache = model.new_cache(1, 64)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_steps_and_prompts_are_equal_bits_whatever_has_a_slot(directory, slots, 
         for found, logits in zip(tokens(model), expected, strict=True):
             assert torch.equal(found, logits)
     did = model.store.statistics()
-    assert did.tokens >= 4
+    assert did.tokens >= 3  # the last is counted when the next begins
     assert did.hits + did.misses == did.tokens * 2 * 2
     assert did.path == "zero-copy"
     assert did.disk == 0

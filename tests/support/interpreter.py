@@ -8,13 +8,17 @@ interpreted process can neither compile nor launch.
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.models import ROOT
 
 AS_PTX = os.environ.get("QMIX_TESTS_PTX") == "1"  # tests.support.ptx runs what Triton compiles
+SOAK = os.environ.get("QMIX_TESTS_SOAK") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or AS_PTX
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # The interpreter multiplies bfloat16, the dtype of real models, wrongly.
@@ -26,13 +30,23 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 CONVERSIONS = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 
-def _patch_once_a_launch():
-    """Triton patches its language anew at every call of a device function: a third of the time.
+def _leave_out_what_is_slow():
+    """What takes half the time of Triton's interpreter and is the same again each time.
 
-    It stays patched until the launch ends, so that once for each module of functions is enough.
+    Triton patches its language anew at every call of a device function. It stays patched until the
+    launch ends, so that once for each module of functions is enough. It builds a table of its types
+    whenever it looks one up. And all integer arithmetic is done again in 64 bits, to find an
+    overflow: that is left to the soak.
     """
     from triton.runtime import interpreter
 
+    of_pointers, of_elements = np.dtype(np.uint64), cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda each: (
+        of_pointers if each.scalar.is_ptr() else of_elements(each.scalar)
+    )
+    if not SOAK:
+        builder = interpreter.interpreter_builder
+        builder.options = replace(builder.options, sanitize_overflow=False)
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(function):
@@ -55,7 +69,10 @@ if AS_PTX:
 
     install(Device())
 elif INTERPRETED:
-    _patch_once_a_launch()
+    from tests.support.ptx import inline_assembly
+
+    _leave_out_what_is_slow()
+    inline_assembly.install()
 
 
 def run_apart(*names, interpreted, soak=False, as_ptx=False):
@@ -66,6 +83,7 @@ def run_apart(*names, interpreted, soak=False, as_ptx=False):
         as_ptx: compile the kernels and run their PTX with tests.support.ptx.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["QMIX_TESTS_SOAK"] = str(int(soak))
     if interpreted:  # one thread: the interpreter's tensors are too small for more
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if as_ptx:

@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu import ptx
-from qmix.weights.packed import codes, tile_format
+from qmix.weights.packed import tile_format
 
-# Triton's interpreter has no inline assembly; there the same values come from the table.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NF4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["nf4"])
 FP4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["fp4"])
 E2M1_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["e2m1"])
@@ -21,11 +19,6 @@ INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
 TABLE_CONSTRAINTS = tl.constexpr(ptx.TABLE_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
 INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
-NF4_VALUES = tl.constexpr(codes.TABLES["nf4"].values)
-FP4_VALUES = tl.constexpr(codes.TABLES["fp4"].values)
-E2M1_VALUES = tl.constexpr(codes.TABLES["e2m1"].values)
-IQ4_VALUES = tl.constexpr(codes.TABLES["iq4"].values)
-INT4_ZERO = tl.constexpr(codes.INT4_ZERO)
 BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
 HEADER = tl.constexpr(tile_format.HEADER_BYTES)
 
@@ -33,9 +26,7 @@ HEADER = tl.constexpr(tile_format.HEADER_BYTES)
 @triton.jit
 def decode(word, table, KIND: tl.constexpr):
     """uint8 codes -> float16 values of the low and of the high nibbles."""
-    if INTERPRETED:
-        return _value(word & 15, KIND), _value(word >> 4, KIND)
-    elif KIND == "int4":
+    if KIND == "int4":
         return tl.inline_asm_elementwise(
             INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word, table[0], table[1]],
             (tl.float16, tl.float16), False, 4,
@@ -73,28 +64,6 @@ def decoding_words(matrix, KIND: tl.constexpr):
     else:  # Triton 3.6 would compile this after the return too
         words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
         return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
-
-
-@triton.jit
-def _value(code, KIND: tl.constexpr):
-    if KIND == "int4":
-        return code.to(tl.float16) - INT4_ZERO
-    elif KIND == "nf4":
-        return _value_of(code, NF4_VALUES)
-    elif KIND == "fp4":
-        return _value_of(code, FP4_VALUES)
-    elif KIND == "e2m1":
-        return _value_of(code, E2M1_VALUES)
-    else:
-        return _value_of(code, IQ4_VALUES)
-
-
-@triton.jit
-def _value_of(code, VALUES: tl.constexpr):
-    value = tl.zeros(code.shape, tl.float16)
-    for i in tl.static_range(16):
-        value = tl.where(code == i, VALUES[i], value)
-    return value.to(tl.float16)
 
 
 @triton.jit
