@@ -1,8 +1,8 @@
 """The command line: dispatches to qmix.commands and turns errors into exit codes.
 
 stdout carries data, stderr the interface. Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or
-checkpoint, 4 resources, 5 quality gate failed, 75 interrupted but resumable, 130 Ctrl-C.
-Heavy imports stay inside the commands: help and usage errors need no torch.
+checkpoint, 4 resources, 5 quality gate failed, 6 a reply was cut short, 75 interrupted but
+resumable, 130 Ctrl-C. Heavy imports stay inside the commands: help and usage errors need no torch.
 """
 
 import itertools
@@ -28,13 +28,14 @@ from qmix.commands import (
     trace,
     tune,
 )
+from qmix.commands.chat import command
 from qmix.errors import QmixError, ResourceError, of_device
 from qmix.files.file_errors import FULL
 
 app = help_page.HelpedApp(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
     epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or checkpoint, 4 resources, "
-    "5 quality gate failed, 75 interrupted but resumable, 130 Ctrl-C.",
+    "5 quality gate failed, 6 a reply was cut short, 75 interrupted but resumable, 130 Ctrl-C.",
     pretty_exceptions_enable=False,
 )
 
@@ -42,7 +43,7 @@ _CTRL_C = 130
 _RUN, _MEASURE, _LOOK = "Make and run a model", "Measure", "Models and this machine"
 
 app.command("quantize", rich_help_panel=_RUN)(quantize.quantize)
-app.command("chat", rich_help_panel=_RUN)(generate.chat)
+app.command("chat", rich_help_panel=_RUN)(command.chat)
 app.command("generate", rich_help_panel=_RUN)(generate.generate)
 app.command("convert", rich_help_panel=_RUN)(files.convert)
 app.command("export", rich_help_panel=_RUN)(files.export)

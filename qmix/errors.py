@@ -1,9 +1,14 @@
 """Every error a user can cause: what went wrong, where, expected, found, and what to do.
 
 Each kind carries the exit code of the command line. Knows nothing of torch or of files.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or checkpoint, 4 resources, 5 quality gate failed,
+6 a reply was cut short, 75 interrupted but resumable, 130 Ctrl-C, 141 the reader of stdout left.
 """
 
 from qmix.printable import escaped
+
+CUT_REPLY = 6  # a chat's exit code where a reply ended before the model ended it
 
 
 class QmixError(Exception):

@@ -6,7 +6,13 @@ comes in, are in qmix.planning.byte_sizes.
 
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _WORDS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # of numbers without a unit
-_IRREGULAR = {"matrix": "matrices", "query": "queries", "miss": "misses", "copy": "copies"}
+_IRREGULAR = {
+    "matrix": "matrices",
+    "query": "queries",
+    "miss": "misses",
+    "copy": "copies",
+    "reply": "replies",
+}
 
 
 def gigabytes(nbytes: float) -> str:

@@ -5,6 +5,7 @@ what a document means.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from qmix.files import atomic_file, regular_file
 CONFIG_BYTES = 1 << 20
 INDEX_BYTES = 64 << 20
 
+_HIDDEN = re.compile(r"[^\n -~]")
 _DEPTH = 64  # what is read can be written again, however deep the caller's stack is
 _DIGITS = 308  # more do not fit a float
 
@@ -101,15 +103,27 @@ def read(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
 
 
 def write(
-    path: Path, document: Mapping[str, Any], *, indent: int | None = 2, private: bool = False
+    path: Path,
+    document: Mapping[str, Any],
+    *,
+    indent: int | None = 2,
+    private: bool = False,
+    readable: bool = False,
 ) -> None:
     """Replace `path` by the document in ASCII; until it is on the disk, the old file stays.
 
     Args:
         private: only the owner may read the file.
+        readable: characters that can be printed stand as they are.
 
     Raises:
         WriteError: the file cannot be written; the old one, if there is one, is unchanged.
     """
-    text = json.dumps(document, indent=indent) + "\n"
+    text = json.dumps(document, indent=indent, ensure_ascii=not readable) + "\n"
+    text = _HIDDEN.sub(lambda match: _shown_or_escaped(match[0]), text)
     atomic_file.write(path, text.encode(), private=private)
+
+
+def _shown_or_escaped(character: str) -> str:
+    """A character of a string: what could drive a terminal is escaped."""
+    return character if character.isprintable() else json.dumps(character)[1:-1]

@@ -1,43 +1,33 @@
-"""`qmix generate` and `qmix chat`: a model that writes to stdout.
+"""`qmix generate`: a text that a model continues, to stdout.
 
 Heavy imports stay inside the functions.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qmix.commands import options, sources, terminal
-from qmix.errors import UsageError
+from qmix.errors import CUT_REPLY, UsageError
 
 if TYPE_CHECKING:
     from qmix import GenerationConfig, LlamaTokenizer
+    from qmix.generation.loop import Token
 
-Context = Annotated[
-    int | None,
-    typer.Option(
-        parser=options.token_count, help="Context in tokens: 8k.", show_default="the model's"
-    ),
-]
-LongestReply = Annotated[
+# What neither the command line nor the checkpoint's generation_config.json says.
+_GENERATE: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
+
+NewTokens = Annotated[
     int | None,
     typer.Option(
         parser=options.token_count,
-        help="Longest reply, in tokens.",
-        show_default="the checkpoint's, or 1024",
+        help="New tokens at most.",
+        show_default="the checkpoint's, or 256",
     ),
 ]
-# What neither the command line nor the checkpoint's generation_config.json says.
-_GENERATE: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
-_CHAT: Mapping[str, Any] = {
-    "do_sample": True,
-    "temperature": 0.7,
-    "top_k": 0,
-    "min_p": 0.05,
-    "max_new_tokens": 1024,
-}
 
 
 @options.grouped
@@ -49,26 +39,21 @@ def generate(
             metavar="PROMPT", help="The text to continue; - reads stdin, less one newline."
         ),
     ],
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            parser=options.token_count,
-            help="New tokens at most.",
-            show_default="the checkpoint's, or 256",
-        ),
-    ] = None,
+    max_new_tokens: NewTokens = None,
     sampling: options.Sampling = options.SAMPLING,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask it as a user does in a chat, by the template.")
     ] = False,
     template: options.Template = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,
 ) -> None:
     """Continue a prompt once; the new text goes to stdout.
 
     What you do not give is taken from the checkpoint's generation_config.json; without that the
-    choice is greedy.
+    choice is greedy. With --chat, exit 6 if the reply was cut short.
 
     Examples:
       qmix generate mixtral-nf4 "My favourite condiment is" --max-new-tokens 50
@@ -79,71 +64,69 @@ def generate(
     import torch
 
     import qmix
+    from qmix.commands.load_bar import load_bar
     from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
 
     load_options = load.parse()
     text = _stdin() if prompt == "-" else prompt
-    model, tokenizer = qmix.load(directory, load_options=load_options)
+    with load_bar(quiet=quiet) as bar:
+        model, tokenizer = qmix.load(directory, load_options=load_options, progress=bar)
     config = config.filled_from(model.generation_config).filled_from(_defaults(_GENERATE))
     chat = chat or template is not None
     ids, ends = _asked(tokenizer, text, template) if chat else (tokenizer.encode(text), ())
-    config = _ending(config, ends)
+    config = config.with_ends(ends)
     config = _fitting(config, len(ids), model.config.max_position_embeddings)
-    count, seconds = 0, 0.0
     inputs = GenerationInputs(
         torch.tensor([ids]), config, tokenizer=tokenizer, starts_new_text=chat
     )
-    for token in stream(model, inputs):
-        terminal.write(token.texts[0])
-        count, seconds = count + 1, token.elapsed_s
-    terminal.write("\n")
-    terminal.notice(f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tok/s)")
+    done = _written(stream(model, inputs), len(ids), as_json=as_json)
+    if not quiet and not as_json:
+        terminal.notice(str(done))
+    if chat and done.finish == "length":
+        raise typer.Exit(CUT_REPLY)
 
 
-@options.grouped
-def chat(
-    directory: options.Directory,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    template: options.Template = None,
-    ctx: Context = None,
-    max_new_tokens: LongestReply = None,
-    sampling: options.Sampling = options.SAMPLING,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Write replies as they are; do not draw Markdown.")
-    ] = False,
-    yes: options.Yes = False,
-    load: options.Load = options.LOAD,
-) -> None:
-    """Talk to a model; from a pipe every line is a message.
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """A text that was generated; times in seconds."""
 
-    What you do not give is taken from the checkpoint's generation_config.json, and else from
-    temperature 0.7 and min-p 0.05; /set shows which.
+    text: str
+    finish: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    elapsed_s: float
 
-    \b
-    Examples:
-      qmix chat mixtral-nf4
-      echo "What is NF4?" | qmix chat mixtral-nf4
-    """
-    config = sampling.parse(max_new_tokens)
-    directory = sources.local(directory, yes=yes)
-    if sys.stdin.isatty():
-        terminal.enable_ctrl_c()
-    import qmix
-    from qmix.commands.repl import Repl, Streams
-    from qmix.commands.session import Session
-    from qmix.text.chat_format import INST_NAME, chat_format
+    def __str__(self) -> str:
+        rate = self.new_tokens / self.elapsed_s
+        ended = " · ended by length" if self.finish == "length" else ""
+        return f"{self.new_tokens} tokens in {self.elapsed_s:.2f} s ({rate:.1f} tok/s){ended}"
 
-    load_options = load.parse(max_context=ctx)
-    model, tokenizer = qmix.load(directory, load_options=load_options)
-    config = config.filled_from(model.generation_config).filled_from(_defaults(_CHAT))
-    form = chat_format(tokenizer, template)
-    config = _ending(config, form.end_ids)
-    session = Session(model, tokenizer, config, chat_format=form, system=system, context=ctx)
-    if sys.stdin.isatty() or form.name != INST_NAME:
-        terminal.notice(f"template: {form.name}")
-    terminal.decode_utf8(sys.stdin)
-    Repl(session, Streams(sys.stdin, sys.stdout, terminal.console(), plain)).run()
+
+def _written(tokens: "Iterable[Token]", prompt_tokens: int, *, as_json: bool) -> Continuation:
+    """Write tokens to stdout as they come, or at the end as JSON."""
+    pieces, first_s, last = [], 0.0, None
+    for last in tokens:
+        pieces.append(last.texts[0])
+        first_s = first_s or last.elapsed_s
+        if not as_json:
+            terminal.write(pieces[-1])
+    assert last is not None
+    assert last.finish is not None
+    done = Continuation(
+        text="".join(pieces),
+        finish=last.finish,
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(pieces),
+        first_token_s=first_s,
+        elapsed_s=last.elapsed_s,
+    )
+    if as_json:
+        terminal.print_json(asdict(done))
+    else:
+        terminal.write("\n")
+    return done
 
 
 def _stdin() -> str:
@@ -167,12 +150,6 @@ def _asked(
 
     form = chat_format(tokenizer, template)
     return form.prompt([Message("user", text)]), form.end_ids
-
-
-def _ending(config: "GenerationConfig", ends: tuple[int, ...]) -> "GenerationConfig":
-    """The configuration with more ids that end the text."""
-    new = [index for index in ends if index not in config.eos_ids]
-    return config.updated({"eos_token_id": [*config.eos_ids, *new]}) if new else config
 
 
 def _fitting(config: "GenerationConfig", prompt: int, positions: int) -> "GenerationConfig":

@@ -81,6 +81,7 @@ Template = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but results and errors.")]
 
 GIVEN = "the command line"  # who gave a field of a GenerationConfig
 _STATED = "the checkpoint's"

@@ -98,6 +98,11 @@ def answer(request: PlanRequest) -> PlanAnswer:
     )
 
 
+def rates_here() -> Rates:
+    """What this machine's memories are read with: measured, or else from tables and assumed."""
+    return _target(PlanRequest(source=Path())).rates()
+
+
 def _models(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
     """The model that will run, and the dense one that it is still to be quantized from, if any."""
     path = request.source

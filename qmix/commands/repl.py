@@ -1,56 +1,33 @@
-"""The chat in a terminal or a pipe: reads lines, carries out /commands, streams replies.
+"""The chat in a terminal or a pipe: reads messages, carries out /commands, streams replies.
 
 stdout carries the model's text and nothing else; prompts, notices and statistics go to stderr.
 Model text is written without control characters and never parsed as markup, so that it cannot
 drive the terminal. Knows no option of the command line.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
 from qmix.commands import terminal
+from qmix.commands.chat import commands, settings
+from qmix.commands.chat.attached_file import AttachedFile
+from qmix.commands.chat.loading import ChatLoader, LoadedChat, ModelSource
+from qmix.commands.chat.reply_stats import ReplyStats
+from qmix.commands.chat.start_line import start_line
 from qmix.commands.line_editing.choice import line_reader
-from qmix.commands.line_editing.command import Argument, Command
 from qmix.commands.line_editing.reader import FENCE, unfenced
-from qmix.commands.reply_writer import reply_writer
-from qmix.commands.session import Session
-from qmix.errors import UsageError
+from qmix.commands.reply_writer import ReplyWriter, reply_writer
+from qmix.commands.session import PreparedPrompt, Session
+from qmix.errors import QmixError, UsageError
 from qmix.generation.config import GenerationConfig
+from qmix.quantities import counted
+from qmix.text.chat_format import INST_NAME
 
 PROMPT = ">>> "
-
-HELP = """\
-/help                this text
-/clear               forget the conversation, keep the system prompt
-/system [TEXT]       show or set the system prompt; /system - removes it
-/set [NAME VALUE]    show or set temperature, top_k, top_p, min_p,
-                     repetition_penalty, max_new_tokens, seed; and
-                     who gave each: you, the checkpoint or qmix
-/stats               the last reply in numbers
-/exit                leave (Ctrl-D too)
-Ctrl-C stops a reply and keeps it. Text between two lines of \"\"\" is one message.
-A line that begins with a space is sent as it is, also if a / follows."""
-
-_SETTINGS: Mapping[str, Callable[[str], int | float]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "max_new_tokens": int,
-    "seed": int,
-}
-COMMANDS = (
-    Command("/help", Argument.NONE, "the commands"),
-    Command("/clear", Argument.NONE, "forget the conversation, keep the system prompt"),
-    Command("/system", Argument.TEXT, "show or set the system prompt"),
-    Command("/set", Argument.SETTING, "show or set how replies are sampled"),
-    Command("/stats", Argument.NONE, "the last reply in numbers"),
-    Command("/exit", Argument.NONE, "leave"),
-)
 
 
 @dataclass(frozen=True)
@@ -59,168 +36,215 @@ class Streams:
 
     Attributes:
         plain: replies are written as they are, also on a terminal.
+        as_json: a reply is a document with its numbers, in one line.
+        quiet: nothing is said that was not asked for.
     """
 
     lines: TextIO
     text: TextIO
     notices: Console
     plain: bool = False
+    as_json: bool = False
+    quiet: bool = False
 
     @property
     def interactive(self) -> bool:
         return self.lines.isatty()
 
 
-class Repl:
-    """One conversation at a prompt, or line by line from a pipe."""
+class Discard:
+    """A ReplyWriter for a reply that is not shown as it comes."""
 
-    def __init__(self, session: Session, streams: Streams) -> None:
-        self.session = session
-        self.streams = streams
+    def write(self, piece: str) -> None:
+        """Leave it to others."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+@dataclass
+class Repl:
+    """One conversation: at a prompt, line by line from a pipe, or a single message.
+
+    Attributes:
+        source: where the session's model came from.
+        loader: loads another model; None where there is none to load.
+        attached: files that go along with the next message.
+        has_cut_replies: whether the model would have gone on with any reply.
+    """
+
+    session: Session
+    source: ModelSource
+    streams: Streams
+    loader: ChatLoader | None = None
+    attached: list[AttachedFile] = field(default_factory=list)
+    has_cut_replies: bool = False
+
+    def __post_init__(self) -> None:
         self.reader = line_reader(
-            streams.lines,
-            streams.text,
-            streams.notices,
-            commands=COMMANDS,
-            settings=dict.fromkeys(_SETTINGS, ()),
+            self.streams.lines,
+            self.streams.text,
+            self.streams.notices,
+            commands=commands.COMMANDS,
+            settings=settings.EXAMPLES,
         )
 
+    @classmethod
+    def loaded(
+        cls,
+        loader: ChatLoader,
+        directory: Path,
+        given: GenerationConfig,
+        streams: Streams,
+        system: str | None = None,
+    ) -> "Repl":
+        """A conversation with a model that is loaded now; on a terminal it says what that is.
+
+        Args:
+            given: what the user has said of the sampling.
+
+        Raises:
+            QmixError: the model cannot be loaded, or has fewer positions than the context.
+        """
+        found = loader.load(directory, given)
+        session = found.session(context=loader.context, system=system)
+        repl = cls(session, found.source, streams, loader)
+        if streams.interactive:
+            repl.remark(start_line(found.source, session))
+        elif session.format.name != INST_NAME:
+            repl.remark(f"template: {session.format.name}")
+        return repl
+
+    def adopt(self, found: LoadedChat) -> None:
+        """Go on with another model, and no turns; its context may be smaller."""
+        assert self.loader is not None
+        wanted, limit = self.loader.context, found.model.config.max_position_embeddings
+        context = None if wanted is None else min(wanted, limit)
+        self.session = found.session(context=context, system=self.session.system)
+        self.source = found.source
+
     def run(self) -> None:
-        """Read and answer lines until the end of the input or /exit.
+        """Read and answer messages until the end of the input or /exit.
 
         Raises:
             KeyboardInterrupt: Ctrl-C while the input is a pipe.
             UsageError: a message of a pipe does not fit.
         """
         if self.streams.interactive:
-            self._notice("Type a message, /help for commands, Ctrl-D to leave.")
-        leaving = False
-        while not leaving:
+            self.remark("Type a message, /help for commands, Ctrl-D to leave.")
+        else:
+            terminal.decode_utf8(self.streams.lines)
+        while True:
             try:
-                line = self.reader.read(PROMPT)
-                if line.startswith(FENCE):
-                    self._say(unfenced(line))
-                elif line.startswith("/") and "\n" not in line:
-                    leaving = self._try_command(line)
-                elif line.strip():
-                    self._say(line)
+                self._take(self.reader.read(PROMPT))
             except EOFError:
-                leaving = True
+                return
             except UsageError as error:
                 if not self.streams.interactive:
                     raise
-                self._notice(f"{error}")
+                self.notice(f"{error}")
             except KeyboardInterrupt:
                 if not self.streams.interactive:
                     raise
-                self._notice("\nCtrl-D or /exit leaves; Ctrl-C stops a reply.")
+                self.notice("\nCtrl-D or /exit leaves; Ctrl-C stops a reply.")
 
-    def _try_command(self, line: str) -> bool:
-        """Carry out a command, or say what is wrong with it; True if it asks to leave."""
-        try:
-            return self._command(line)
-        except UsageError as error:
-            self._notice(f"{error}")
-            return False
+    def ask(self, message: str) -> None:
+        """Answer a message as it is, whatever it begins with.
 
-    def _say(self, line: str) -> None:
-        if not line.strip():
-            return
-        prompt = self.session.prepare(line)
-        if prompt.dropped_turns:
-            self._notice(
-                f"dropped the {prompt.dropped_turns} oldest turns "
-                f"({prompt.dropped_tokens} tokens): the context of {self.session.context} was full"
-            )
-        stopped = self._write(self.session.reply(prompt))
-        stats = self.session.stats
-        assert stats is not None
-        if stopped and not stats.new_tokens:
-            self._notice("stopped before the first token; the message was not kept")
-        elif self.streams.interactive:
-            self._notice(str(stats))
+        Raises:
+            UsageError: it does not fit the context.
+        """
+        self.answer(self.session.prepare("\n".join([*self._blocks(), message])))
+        self.attached.clear()
 
-    def _write(self, pieces: Iterator[str]) -> bool:
-        """Write a reply as it comes; True if Ctrl-C ended it.
+    def answer(self, prompt: PreparedPrompt) -> None:
+        """Write the reply to a prompt, and what is to be said of it.
 
         Raises:
             KeyboardInterrupt: Ctrl-C while the input is a pipe.
         """
-        writer = reply_writer(self.streams.text, plain=self.streams.plain)
+        if prompt.dropped_tokens:
+            self.remark(_dropped(prompt, self.session.context))
+        text, interrupted = self._written(self.session.reply(prompt))
+        stats = self.session.stats
+        assert stats is not None
+        self.has_cut_replies |= stats.cut
+        self._report(text, stats)
+        if interrupted and not self.streams.interactive:
+            raise KeyboardInterrupt
+
+    def notice(self, text: str) -> None:
+        """Say what somebody asked for."""
+        terminal.show_lines(text, self.streams.notices, style="dim")
+
+    def remark(self, text: str) -> None:
+        """Say what nobody asked for."""
+        if not self.streams.quiet:
+            self.notice(text)
+
+    def _take(self, line: str) -> None:
+        """Carry out a command, or answer a message."""
+        if line.startswith(FENCE):
+            line = unfenced(line)
+        elif line.startswith("/"):
+            found = commands.found(line)
+            if found is not None:
+                self._run(*found)
+                return
+            if not commands.is_message(line):
+                self.notice(commands.suggestion(line))
+                return
+        if line.strip():
+            self.ask(line)
+
+    def _run(self, command: commands.ChatCommand, argument: str) -> None:
+        """Carry out a command; what is wrong with it is said, also in a pipe."""
+        try:
+            command.run(self, argument)
+        except QmixError as error:
+            self.notice(f"{error}")
+
+    def _blocks(self) -> Iterator[str]:
+        return (file.block for file in self.attached)
+
+    def _written(self, pieces: Iterator[str]) -> tuple[str, bool]:
+        """Write a reply as it comes; its text, and whether Ctrl-C ended it."""
+        writer: ReplyWriter = Discard()
+        if not self.streams.as_json:
+            writer = reply_writer(self.streams.text, plain=self.streams.plain)
+        written, interrupted = [], False
         with self.reader.held():
             try:
                 for piece in pieces:
                     writer.write(piece)
+                    written.append(piece)
             except KeyboardInterrupt:
-                if not self.streams.interactive:
-                    raise
-                return True
+                interrupted = True
             finally:
                 pieces.close()  # type: ignore[attr-defined]
                 writer.close()
-        return False
+        return "".join(written), interrupted
 
-    def _command(self, line: str) -> bool:
-        """Carry out a command; True if it asks to leave."""
-        name, _, argument = line.partition(" ")
-        argument = argument.strip()
-        if name in ("/exit", "/quit", "/bye"):
-            return True
-        if name in ("/help", "/?"):
-            self._notice(HELP)
-        elif name == "/clear":
-            self.session.clear()
-            self._notice("forgotten")
-        elif name == "/stats":
-            stats = self.session.stats
-            self._notice("no reply yet" if stats is None else str(stats))
-        elif name == "/system":
-            self._system(argument)
-        elif name == "/set":
-            self._set(argument)
-        else:
-            self._notice(
-                f"no command {name}; /help lists the commands, a leading space sends it as text"
-            )
-        return False
-
-    def _system(self, argument: str) -> None:
-        if argument:
-            self.session.system = None if argument == "-" else argument
-        self._notice(f"system: {self.session.system or '(none)'}")
-
-    def _set(self, argument: str) -> None:
-        config = self.session.config
-        if argument:
-            name, _, value = argument.replace("=", " ", 1).partition(" ")
-            self.session.config = configured(config, name, value.strip())
-        for name in _SETTINGS:
-            self._notice(f"{name:20} {_shown(self.session.config, name)}")
-
-    def _notice(self, text: str) -> None:
-        terminal.show_lines(text, self.streams.notices, style="dim")
+    def _report(self, text: str, stats: ReplyStats) -> None:
+        if self.streams.as_json:
+            document = {"model": self.source.identity.name, "text": text, **stats.to_dict()}
+            terminal.print_json(document)
+        elif not stats.new_tokens:
+            self.remark("stopped before the first token; the message was not kept")
+        elif self.streams.interactive:
+            self.remark(stats.line(hint="/continue goes on"))
+        elif stats.finish != "stop":
+            self.remark(str(stats))
 
 
-def configured(config: GenerationConfig, name: str, text: str) -> GenerationConfig:
-    """The configuration with one setting, given as text; temperature 0 means greedy.
-
-    Raises:
-        UsageError: an unknown name, not a number, or out of range.
-    """
-    if name not in _SETTINGS:
-        raise UsageError(f"no setting {name!r}", expected=", ".join(_SETTINGS))
-    try:
-        value = _SETTINGS[name](text)
-    except ValueError:
-        raise UsageError("not a number", where=name, found=repr(text)) from None
-    if name == "temperature":
-        return config.updated({name: value, "do_sample": value != 0}, by="/set")
-    return config.updated({name: value}, by="/set")
-
-
-def _shown(config: GenerationConfig, name: str) -> str:
-    """A setting's value, and who gave it."""
-    value, by = getattr(config, name), config.given.get(name, "the default")
-    if name == "temperature" and not config.do_sample:
-        value, by = "0 (greedy)", config.given.get("do_sample", "the default")
-    return f"{'(none)' if value is None else value:<12} {by}"
+def _dropped(prompt: PreparedPrompt, context: int) -> str:
+    """What the context had no room for."""
+    parts = []
+    if prompt.dropped_turns:
+        parts.append(f"the {counted(prompt.dropped_turns, 'oldest turn')}")
+    if prompt.turn.hidden:
+        parts.append("the beginning of the reply")
+    return (
+        f"dropped {' and '.join(parts)} ({counted(prompt.dropped_tokens, 'token')}): "
+        f"the context of {context:,} was full"
+    )

@@ -4,6 +4,7 @@ Every prompt is the whole conversation's token ids; whatever prefix the cache al
 computed again. Knows nothing of terminals.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -19,6 +20,7 @@ from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
+from qmix.planning.budget import PREFILL_CHUNK
 from qmix.text.chat_format import ChatFormat
 from qmix.text.chat_format import chat_format as own_format
 from qmix.text.chat_template import Message
@@ -115,6 +117,43 @@ class Session:
         self.replies.clear()
         self.last_prompt = ()
         self.choices = ChoiceRecord()
+
+    def release(self) -> None:
+        """Let go of the model, so that another one has room; the turns' texts go too."""
+        self.clear()
+        del self.model, self.tokenizer, self.format, self._cache
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def expert_counts(self) -> list[list[int]]:
+        """How often each token of the last reply was computed by each expert, layer by layer.
+
+        The reply is computed once more, on the cache of its prompt.
+
+        Raises:
+            UsageError: there is no reply yet.
+        """
+        if not self.choices:
+            raise UsageError("there is no reply yet")
+        begun = len(self.last_prompt) - 1  # the position that gave the first token
+        ids, start = self._cached, self._cache.longest_rewindable(begun)
+        self._cache.rewind(start)
+        counts = torch.zeros(1, dtype=torch.int64)
+        try:
+            for first in range(start, len(ids), PREFILL_CHUNK):
+                chunk = torch.tensor([ids[first : first + PREFILL_CHUNK]]).to(self.model.device)
+                decoded = self.model.model.decode(self.model.model.embed(chunk), cache=self._cache)
+                assert decoded.router_logits is not None
+                logits = torch.stack(tuple(decoded.router_logits))[:, max(begun - first, 0) :]
+                chosen = logits.topk(self.model.config.num_experts_per_tok, -1).indices
+                marks = torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, chosen, 1)
+                counts = counts + marks.sum(1).cpu()
+        finally:
+            self._cached = ids[: self._cache.length]
+        found: list[list[int]] = counts.tolist()
+        return found
 
     def undo(self) -> Turn:
         """Forget the last turn, and return it.

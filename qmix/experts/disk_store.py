@@ -6,7 +6,7 @@ are. All reads are preads into the arena, never page faults of a mapped file. Kn
 kernels.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -46,8 +46,13 @@ class DiskStore(Store):
         self._used: list[int] = []  # by the token under way
         self._layer = -1  # the layer that this token has reached
 
-    def warm(self, order: Iterable[int]) -> None:
+    def warm(
+        self, order: Iterable[int], on_read: Callable[[int], None] = lambda nbytes: None
+    ) -> None:
         """Fill the free slots with the first experts of `order`.
+
+        Args:
+            on_read: called with the bytes of each.
 
         Raises:
             CheckpointError: the files are damaged.
@@ -58,6 +63,7 @@ class DiskStore(Store):
             for upload, read in reads:
                 self._in_slots[upload.slot] = read.result()
                 self.residency.ready(upload)
+                on_read(self.reader.file_bytes(upload.expert))
         finally:
             for _, read in reads:
                 read.cancel()

@@ -5,7 +5,7 @@ Knows no models and no text.
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -296,6 +296,18 @@ class GenerationConfig:
         filled = self.updated({n: getattr(other, n) for n in missing})
         filled.__dict__["given"] = {**missing, **self.given}
         return filled
+
+    def with_ends(self, ids: Sequence[int]) -> "GenerationConfig":
+        """A copy with more ids that end the text."""
+        new = [index for index in ids if index not in self.eos_ids]
+        return self.updated({"eos_token_id": [*self.eos_ids, *new]}) if new else self
+
+    def given_by(self, givers: Collection[str]) -> "GenerationConfig":
+        """A configuration of those fields alone that these have given."""
+        kept = {name: by for name, by in self.given.items() if by in givers}
+        config = GenerationConfig(**{name: getattr(self, name) for name in kept})
+        config.__dict__["given"] = kept
+        return config
 
     def attributed(self, by: str) -> "GenerationConfig":
         """A copy that says who gave its fields."""

@@ -254,7 +254,7 @@ def _announced(
     stream: TextIO, key: TuningKey, rows: int, seconds: float
 ) -> Iterator[Callable[[float, int], None]]:
     """Yield show(seconds passed, trials): a line that is written over on a terminal, else one."""
-    what = f"qmix: timing launches on {key.gpu}, once for {rows} row{'s' * (rows > 1)}"
+    what = f"qmix: tuning for this card, once: {key.gpu}, {rows} row{'s' * (rows > 1)}"
     how = f"at most {seconds:.0f} s; {VARIABLE}=0 takes the defaults"
     is_terminal = stream.isatty()
     if not is_terminal:

@@ -37,10 +37,7 @@ class HeatRecord:
         self._path: Path | None = None
         heat = None
         if persistent:
-            routers = (t for t in checkpoint.tensors if t.kind == "router")
-            names = (name for t in routers for name in checkpoint.stored(t))
-            bits = (checkpoint.read(name).view(torch.uint8).numpy().tobytes() for name in names)
-            self._model = heat_file.fingerprint(bits)
+            self._model = fingerprint(checkpoint)
             folder = user_files.cache_directory() / "heat"
             self._path = folder / f"{self._model[:16]}.json"
             heat = heat_file.read_if_good(self._path, experts=count, model=self._model)
@@ -50,6 +47,14 @@ class HeatRecord:
         """Write the heat file when the store is collected, or when Python exits."""
         if self._path is not None:
             finalize(store, _save, self._path, self._model, store.residency)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's routers; see heat_file.fingerprint."""
+    routers = (tensor for tensor in checkpoint.tensors if tensor.kind == "router")
+    names = (name for tensor in routers for name in checkpoint.stored(tensor))
+    bits = (checkpoint.read(name).view(torch.uint8).numpy().tobytes() for name in names)
+    return heat_file.fingerprint(bits)
 
 
 def _save(path: Path, model: str, residency: Residency) -> None:

@@ -28,6 +28,8 @@ from qmix.nn.stored import StoredModule
 from qmix.weights.dense import Dense, Weight, all_finite
 
 _HOST = torch.device("cpu")
+Progress = Callable[[int, int], None]  # bytes that have been read, and all
+OnRead = Callable[[int], None]  # bytes that have been read just now
 
 
 def fill_model(
@@ -37,6 +39,7 @@ def fill_model(
     device: torch.device,
     tiers: Tiers | None,
     backend: Backend = "qmix",
+    progress: Progress | None = None,
 ) -> None:
     """Give a model without storage its weights, one tensor at a time, experts in their tiers.
 
@@ -44,6 +47,7 @@ def fill_model(
         modules: by the checkpoint's canonical names.
         tiers: where experts are kept; None: all of them on the device.
         backend: the packed layout is that of `qmix` on a GPU.
+        progress: called with bytes that have been read, and all that will be.
 
     Raises:
         CheckpointError: a tensor is damaged, or not finite in `dtype`.
@@ -52,16 +56,51 @@ def fill_model(
     for hint in _hints(checkpoint, dtype):
         warnings.warn(hint, stacklevel=5)
     on_cpu = tiers is not None or device.type == "cpu"
-    if on_cpu and backend == "qmix" and any(map(checkpoint.packing, checkpoint.tensors)):
+    compiled = dtype == torch.bfloat16 or any(map(checkpoint.packing, checkpoint.tensors))
+    if on_cpu and backend == "qmix" and compiled:
         library()  # compiled now, if it is the first time, and not within the first token
     packer = Packer()
+    on_read = _counted(checkpoint, modules, tiers, progress)
     if tiers is None:
         pack = packer.pack if device.type == "cuda" and backend == "qmix" else None
-        fill(modules, checkpoint, dtype, device, pack)
+        fill(modules, checkpoint, dtype, device, pack, on_read=on_read)
     else:
-        _offload(modules, checkpoint, dtype, device, tiers, packer if backend == "qmix" else None)
+        packer_of_slots = packer if backend == "qmix" else None
+        _offload(modules, checkpoint, dtype, device, tiers, packer_of_slots, on_read)
     if not packer.complete:
         warnings.warn(f"slower than it could be: {packer}", stacklevel=5)
+
+
+def _counted(
+    checkpoint: Checkpoint,
+    modules: Mapping[str, nn.Module],
+    tiers: Tiers | None,
+    progress: Progress | None,
+) -> OnRead:
+    """What counts the bytes that are read, and tells `progress`."""
+    if progress is None:
+        return _uncounted
+    sizes = {"expert": 0, "other": 0}
+    for tensor in checkpoint.tensors:
+        if tensor.prefix in modules:
+            nbytes = sum(checkpoint.entry(name).nbytes for name in checkpoint.stored(tensor))
+            sizes["expert" if tensor.kind == "expert" else "other"] += nbytes
+    config = checkpoint.config
+    share = 1.0
+    if tiers is not None and not tiers.device:
+        share = min(1.0, tiers.host / (config.num_hidden_layers * config.num_local_experts))
+    total, done = sizes["other"] + round(share * sizes["expert"]), 0
+
+    def on_read(nbytes: int) -> None:
+        nonlocal done
+        done = min(done + nbytes, total)
+        progress(done, total)
+
+    return on_read
+
+
+def _uncounted(nbytes: int) -> None:
+    """Nobody wants to know."""
 
 
 def _hints(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[str]:
@@ -92,6 +131,7 @@ def _offload(
     device: torch.device,
     tiers: Tiers,
     packer: Packer | None,
+    on_read: OnRead,
 ) -> None:
     """Fill a model whose experts do not all fit its device.
 
@@ -113,7 +153,7 @@ def _offload(
     if tiers.device and packer is not None:
         try:
             offloading = _filled_in_slots(
-                modules, checkpoint, dtype, device, packer,
+                modules, checkpoint, dtype, device, packer, on_read,
                 DeviceOffload(reader, len(blocks), tiers, heat.policy, device),
             )  # fmt: skip
         except UnsupportedError as error:
@@ -128,8 +168,8 @@ def _offload(
     pack = None
     if packer is not None and device.type == "cuda":
         pack = partial(packer.pack, experts=False)
-    fill(modules, checkpoint, dtype, device, pack, experts=False)
-    heat.save_after(offload.offload_to_host(blocks, reader, tiers, heat.policy))
+    fill(modules, checkpoint, dtype, device, pack, experts=False, on_read=on_read)
+    heat.save_after(offload.offload_to_host(blocks, reader, tiers, heat.policy, on_read))
 
 
 def _filled_in_slots(
@@ -138,6 +178,7 @@ def _filled_in_slots(
     dtype: torch.dtype,
     device: torch.device,
     packer: Packer,
+    on_read: OnRead,
     offloading: DeviceOffload,
 ) -> DeviceOffload:
     """Fill a model, and hand over each layer's experts as soon as they are packed.
@@ -150,7 +191,7 @@ def _filled_in_slots(
         packer.pack(layer)
         offloading.take(*offload.blocks_of(dict(layer.named_modules())))
 
-    fill(modules, checkpoint, dtype, device, take)
+    fill(modules, checkpoint, dtype, device, take, on_read=on_read)
     return offloading
 
 
@@ -162,6 +203,7 @@ def fill(
     finish: Callable[[nn.Module], None] | None = None,
     *,
     experts: bool = True,
+    on_read: OnRead = _uncounted,
 ) -> None:
     """Give each of the modules its weight; tensors of other modules are not read.
 
@@ -169,6 +211,7 @@ def fill(
         modules: by the checkpoint's canonical names.
         finish: called with each decoder layer once it is complete, before the next one is read.
         experts: False leaves the experts out.
+        on_read: called with the bytes of each weight once it has its place.
     """
     tensors = [
         tensor
@@ -187,6 +230,7 @@ def fill(
         else:
             data = stored[tensor.name]
             module.weight = nn.Parameter(_converted(data, dtype, device, tensor, checkpoint))
+        on_read(sum(checkpoint.entry(name).nbytes for name in checkpoint.stored(tensor)))
         missing[tensor.layer] -= 1
         if finish is not None and tensor.layer is not None and not missing[tensor.layer]:
             finish(modules[f"model.layers.{tensor.layer}"])

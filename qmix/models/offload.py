@@ -3,7 +3,7 @@
 `device_offload` makes the store of a GPU. How many experts fit is decided by `planning.plan`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,9 +97,16 @@ def blocks_of(modules: Mapping[str, nn.Module]) -> list[SparseMoeBlock]:
 
 
 def offload_to_host(
-    blocks: list[SparseMoeBlock], reader: ExpertReader, tiers: Tiers, policy: Policy
+    blocks: list[SparseMoeBlock],
+    reader: ExpertReader,
+    tiers: Tiers,
+    policy: Policy,
+    on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> DiskStore:
     """Give every block its experts through an arena in host memory over the files.
+
+    Args:
+        on_read: called with the bytes of each expert that is in memory.
 
     Raises:
         ResourceError: the host does not even hold the experts of one token.
@@ -119,5 +126,5 @@ def offload_to_host(
     store = DiskStore(reader, arena, Residency(len(reader), tiers.host, policy), per_layer)
     for layer, block in enumerate(blocks):
         block.store(DiskExperts(store, layer))
-    store.warm(policy.order(per_layer))
+    store.warm(policy.order(per_layer), on_read)
     return store

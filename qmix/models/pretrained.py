@@ -81,6 +81,7 @@ class PreTrainedModel(nn.Module):
         max_context: int | None = None,
         backend: str | None = None,
         load_options: LoadOptions | None = None,
+        progress: load.Progress | None = None,
         **options: Any,
     ) -> Self:
         """Load a checkpoint directory, dense or 4-bit.
@@ -98,10 +99,10 @@ class PreTrainedModel(nn.Module):
             backend: whose code multiplies, "qmix", "bitsandbytes" or "torch"; default: what
                 QMIX_BACKEND names, or "auto", the first of these that is right on the device.
             load_options: dtype, device, vram, ram, max_context and backend as one object.
-            options: fields of the config that no shape depends on, such as `sliding_window`,
-                `num_experts_per_tok` or `num_labels`. `config`: one with other such values.
-                The hub's: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
-                `max_memory`: accelerate's vram and ram, {0: "20GiB", "cpu": "60GiB"}.
+            progress: called with the bytes that are there, and all that will be.
+            options: fields of the config that no shape depends on, such as `sliding_window` or
+                `num_labels`. `config`: one with other such values. The hub's: `revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download`. Accelerate's `max_memory`.
                 `load_in_4bit=True`, or `quantization_config` (a BitsAndBytesConfig or its fields as
                 a dictionary): round each matrix as it is read, as `qmix quantize` would.
                 Options of transformers that cannot change anything here are accepted.
@@ -123,7 +124,7 @@ class PreTrainedModel(nn.Module):
         checkpoint = open_checkpoint(folder)
         if config is not None:
             changes = {**arguments.of_config(config, checkpoint.config), **changes}
-        model = cls._rounded(checkpoint, placed, asked, changes)
+        model = cls._rounded(checkpoint, placed, asked, changes, progress)
         model.read_generation_config(folder)
         return model
 
@@ -134,14 +135,16 @@ class PreTrainedModel(nn.Module):
         options: LoadOptions,
         asked: quantization.Asked,
         changes: dict[str, Any],
+        progress: load.Progress | None,
     ) -> Self:
         """The model of a checkpoint, quantized on the way if that is asked for."""
         rounded = quantization.of_checkpoint(checkpoint, asked)
         if rounded is None:
-            return cls.from_checkpoint(checkpoint, options, **changes)
+            return cls.from_checkpoint(checkpoint, options, progress=progress, **changes)
         dtype = rounded.model_dtype(options.dtype)
         changes = {**changes, "quantization_config": rounded.settings(dtype)}
-        return cls.from_checkpoint(rounded, replace(options, dtype=dtype), **changes)
+        options = replace(options, dtype=dtype)
+        return cls.from_checkpoint(rounded, options, progress=progress, **changes)
 
     @classmethod
     def from_checkpoint(
@@ -150,6 +153,7 @@ class PreTrainedModel(nn.Module):
         options: LoadOptions,
         *,
         tiers: Tiers | None = None,
+        progress: load.Progress | None = None,
         **changes: Any,
     ) -> Self:
         """Build a model without storage and fill it, one tensor at a time.
@@ -157,6 +161,7 @@ class PreTrainedModel(nn.Module):
         Args:
             tiers: where experts are kept; default: as planned for the budgets. Parameters are
                 frozen unless all experts are on the device.
+            progress: as in `from_pretrained`.
             changes: fields of the config.
 
         Raises:
@@ -171,9 +176,8 @@ class PreTrainedModel(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(**changes))
         model._decoder.backend = backend
-        load.fill_model(
-            model.checkpoint_modules(), checkpoint, dtype, options.device, tiers, backend
-        )
+        modules = model.checkpoint_modules()
+        load.fill_model(modules, checkpoint, dtype, options.device, tiers, backend, progress)
         if tiers is not None:
             model.requires_grad_(requires_grad=False)
         model.tie_weights()

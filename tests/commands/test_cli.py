@@ -10,6 +10,7 @@ import warnings
 import pytest
 
 from qmix import __version__
+from qmix.errors import CUT_REPLY
 from tests.support.process import (
     PATIENCE,
     QMIX,
@@ -148,10 +149,10 @@ def test_generate_writes_the_new_text_to_stdout_and_repeats_itself(tiny):
 
 
 def test_chat_works_from_a_pipe(tiny_nf4):
-    result = qmix_apart("chat", tiny_nf4, "--max-new-tokens", 8, stdin="hi\n")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("\n")
-    assert result.stderr == ""
+    result = qmix_apart("chat", tiny_nf4, "--max-new-tokens", 8, "--lines", stdin="hi\nyou\n")
+    assert result.returncode == CUT_REPLY, result.stderr
+    assert result.stdout.count("\n") >= 2
+    assert all(line.startswith("cut short: length") for line in result.stderr.splitlines())
 
 
 def test_a_reader_that_goes_away_is_no_error(tiny):

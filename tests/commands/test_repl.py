@@ -2,7 +2,7 @@
 
 import pytest
 
-from qmix.commands.repl import configured
+from qmix.commands.chat.settings import changed
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.printable import printable
@@ -13,7 +13,7 @@ def test_every_line_of_a_pipe_is_a_message_and_stdout_holds_the_replies_only():
     session, text, notices = run("hello\n\nhow are you\n")
     assert [turn.user for turn in session.turns] == ["hello", "how are you"]
     assert text.count("\n") >= 2
-    assert notices == ""
+    assert notices.count("cut short: length") == 2
 
 
 def test_a_last_line_without_newline_counts():
@@ -27,12 +27,26 @@ def test_exit_leaves_at_once():
     assert text == ""
 
 
-@pytest.mark.parametrize("line", ["/unknown", "/helpme", "/ set", "//", "/usr/bin"])
+@pytest.mark.parametrize("line", ["/unknown", "/helpme", "/ set", "//", "/", "/*", "/?!"])
 def test_unknown_commands_never_reach_the_model(line):
     session, text, notices = run(line + "\n")
     assert session.turns == []
     assert text == ""
     assert "no command" in notices
+
+
+@pytest.mark.parametrize(
+    "line", ["/tmp is full", "/usr/bin, what is it?", "/home/nobody/x.py fails", "/no/such/path"]
+)
+def test_a_line_that_begins_with_a_path_is_a_message(line):
+    session, _, _ = run(line + "\n")
+    assert session.turns[0].user == line
+
+
+def test_a_wrong_command_gets_a_suggestion():
+    _, _, notices = run("/udno\n/staats\n")
+    assert "did you mean /undo?" in notices
+    assert "did you mean /stats?" in notices
 
 
 def test_a_leading_space_sends_a_slash_as_text():
@@ -92,10 +106,10 @@ def test_bad_settings_are_one_notice_and_change_nothing(line, named):
 
 
 def test_temperature_zero_is_greedy():
-    config = configured(GenerationConfig(do_sample=True), "temperature", "0")
+    config = changed(GenerationConfig(do_sample=True), "temperature", "0")
     assert not config.do_sample
     with pytest.raises(UsageError):
-        configured(config, "eos_token_id", "3")
+        changed(config, "eos_token_id", "3")
 
 
 def test_model_text_cannot_drive_the_terminal():

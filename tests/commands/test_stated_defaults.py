@@ -48,11 +48,10 @@ def test_what_nobody_asked_for_is_cut_to_the_models_positions(stating):
 
 def test_set_says_who_gave_each_value(stating):
     folder = stating(temperature=0.2, top_p=0.9, repetition_penalty=1.1)
-    shown = qmix(
-        "chat", folder, "--top-p", "0.5", stdin="/set seed 3\n/set temperature 0\n/set\n"
-    ).stderr
-    first, last = shown.splitlines()[:7], shown.splitlines()[-7:]
-    assert [line.split(maxsplit=2) for line in first] == [
+    typed = "/set seed 3\n/set\n/set temperature 0\n/set temperature\n"
+    shown = qmix("chat", folder, "--top-p", "0.5", "--lines", stdin=typed).stderr.splitlines()
+    assert shown[0] == "seed: 3, was none"
+    assert [line.split(maxsplit=2) for line in shown[1:8]] == [
         ["temperature", "0.2", "generation_config.json"],
         ["top_k", "0", "qmix"],
         ["top_p", "0.5", "the command line"],
@@ -61,11 +60,12 @@ def test_set_says_who_gave_each_value(stating):
         ["max_new_tokens", "1024", "qmix"],
         ["seed", "3", "/set"],
     ]
-    assert last[0].split(maxsplit=1) == ["temperature", "0 (greedy)   /set"]
+    assert shown[8] == "temperature: 0 (greedy), was 0.2"
+    assert shown[9].split(maxsplit=1) == ["temperature", "0 (greedy)   /set"]
 
 
 def test_a_checkpoint_that_says_do_not_sample_is_not_sampled_in_a_chat(stating):
     folder = stating(do_sample=False, temperature=0.9)
-    shown = qmix("chat", folder, stdin="/set top_k 3\n").stderr.splitlines()
+    shown = qmix("chat", folder, "--lines", stdin="/set temperature\n").stderr.splitlines()
     assert shown[0].split(maxsplit=1) == ["temperature", "0 (greedy)   generation_config.json"]
     assert Sampling(temperature=0.5).parse(None).do_sample

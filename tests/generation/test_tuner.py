@@ -98,7 +98,7 @@ def test_the_first_step_searches_and_the_next_run_reads(on_a_card, path):
     count = len(device.tried)
     assert device.tried[0] == UNTUNED
     assert stream.getvalue() == (
-        "qmix: timing launches on NVIDIA H100, once for 1 row (at most 20 s; QMIX_TUNE=0 takes the "
+        "qmix: tuning for this card, once: NVIDIA H100, 1 row (at most 20 s; QMIX_TUNE=0 takes the "
         "defaults)\n"
     )
     assert tuner_of(device, path).of(on_a_card, None, 1) == FAST

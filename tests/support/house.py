@@ -82,7 +82,7 @@ OWNERS: Mapping[str, set[str]] = {
             "qmix.commands.tune",
             "qmix.commands.help_page",
         ),
-        "qmix.commands.hub",
+        *("qmix.commands.hub", "qmix.commands.chat.command"),
     },
     "pynvml": {"qmix.commands.chat.energy"},
     "flash_attn": {"qmix.kernels.flash"},

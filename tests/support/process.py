@@ -21,6 +21,8 @@ from unittest import mock
 
 from rich.console import Console
 
+from qmix.commands.chat.loading import ModelSource
+from qmix.commands.chat.saved_chat import ModelIdentity
 from qmix.commands.repl import Repl, Streams
 from qmix.commands.session import Session
 from qmix.generation.config import GenerationConfig
@@ -199,11 +201,22 @@ CARD = Gpu(
 )
 
 
-def run(lines):
-    tokenizer = LlamaTokenizer.from_pretrained(TINY)
-    model = small_model(vocab_size=len(tokenizer), num_hidden_layers=1)
-    session = Session(model, tokenizer, GenerationConfig(max_new_tokens=5, eos_token_id=2))
+def typed(session, lines):
+    """The replies and the notices of lines that are typed into a chat; nothing is a terminal."""
     text, notices = io.StringIO(), io.StringIO()
     console = Console(file=notices, width=200, color_system=None)
-    Repl(session, Streams(io.StringIO(lines), text, console)).run()
-    return session, text.getvalue(), notices.getvalue()
+    source = ModelSource(TINY, ModelIdentity("tiny", "0"))
+    Repl(session, source, Streams(io.StringIO(lines), text, console)).run()
+    return text.getvalue(), notices.getvalue()
+
+
+def small_session(**options):
+    tokenizer = LlamaTokenizer.from_pretrained(TINY)
+    model = small_model(vocab_size=len(tokenizer), num_hidden_layers=1)
+    return Session(model, tokenizer, GenerationConfig(max_new_tokens=5, eos_token_id=2), **options)
+
+
+def run(lines):
+    """The session after these lines, and what `typed` returns."""
+    session = small_session()
+    return session, *typed(session, lines)

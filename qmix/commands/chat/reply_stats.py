@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qmix.experts.statistics import Statistics
+from qmix.quantities import counted
 
 # `stop`: the model ended it. `stop_string`: its text reached one. `length`: max_new_tokens are
 # there. `context`: nothing more fits. `stopped`: by Ctrl-C.
@@ -16,9 +17,9 @@ Finish = Literal["stop", "stop_string", "length", "context", "stopped"]
 _SAID: dict[Finish, str] = {
     "stop": "",
     "stop_string": "stop string",
-    "length": "cut short: length, /continue goes on",
-    "context": "cut short: context full, /continue goes on",
-    "stopped": "stopped, /continue goes on",
+    "length": "cut short: length",
+    "context": "cut short: context full",
+    "stopped": "stopped",
 }
 
 
@@ -68,9 +69,18 @@ class ReplyStats:
         return document | {"experts": None if self.experts is None else self.experts.to_dict()}
 
     def __str__(self) -> str:
+        return self.line()
+
+    def line(self, *, hint: str = "") -> str:
+        """All of it in one line, the end first.
+
+        Args:
+            hint: what can be done about a reply that was cut.
+        """
+        ended = _SAID[self.finish] + (f" ({hint})" if hint and self.cut else "")
         share = round(100 * self.context_tokens / self.context_limit)
         parts = (
-            _SAID[self.finish],
+            ended,
             counted(self.new_tokens, "token"),
             f"{self.tokens_per_s:.1f} tok/s",
             f"first token {self.first_token_s:.2f} s",
@@ -114,13 +124,8 @@ class ConversationStats:
 
     def __str__(self) -> str:
         return (
-            f"{counted(self.replies, 'reply', 'replies')} · "
+            f"{counted(self.replies, 'reply')} · "
             f"{counted(self.new_tokens, 'token')} · {self.tokens_per_s:.1f} tok/s · first token "
             f"{self.first_token_s:.2f} s on average · prompts {self.computed_tokens:,} computed, "
             f"{self.cached_tokens:,} cached"
         )
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun: 1 token, 2 tokens."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -135,7 +135,7 @@ def compiled(folder: Path, isa: InstructionSet) -> Path:
     _clear(folder)
     if user_files.doubt(library) is None and _whole(library):
         return library
-    _LOG.info("compiling the 4-bit kernels for %s, once: 10 to 20 seconds", isa.name)
+    _LOG.info("compiling the CPU kernels for %s, once: 10 to 20 seconds", isa.name)
     with writing(library), _workplace(folder) as workplace:
         made = workplace / library.name
         _run([*command, "-o", str(made), str(SOURCE)])

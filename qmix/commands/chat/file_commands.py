@@ -1,0 +1,137 @@
+"""Commands between the conversation and the world: files, the clipboard, another model."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmix.commands import sources
+from qmix.commands.chat import clipboard, saved_chat, settings
+from qmix.commands.chat.attached_file import attached, user_path
+from qmix.commands.chat.loading import USER
+from qmix.commands.chat.saved_chat import SavedChat
+from qmix.commands.chat.start_line import start_line
+from qmix.errors import QmixError, UnsupportedError, UsageError
+from qmix.formats.metadata import read_metadata
+from qmix.quantities import counted
+
+if TYPE_CHECKING:
+    from qmix.commands.repl import Repl
+
+_BLOCK = re.compile(r"^(`{3,}|~{3,})[^\n]*\n(.*?)^\1[`~]*[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def save(repl: "Repl", argument: str) -> None:
+    path = _path(argument, "/save FILE")
+    session = repl.session
+    saved_chat.save(
+        path,
+        SavedChat(
+            model=repl.source.identity,
+            system=session.system,
+            turns=tuple((turn.user, session.text_of(turn)) for turn in session.turns),
+            settings=settings.to_json(session.config),
+        ),
+    )
+    repl.notice(f"saved {counted(len(session.turns), 'turn')} to {path}")
+
+
+def load(repl: "Repl", argument: str) -> None:
+    path = _path(argument, "/load FILE")
+    found = saved_chat.read(path)
+    session = repl.session
+    try:
+        config = settings.from_json(session.config, found.settings, by="/load")
+    except UsageError as error:
+        raise error.at(f"{path}: settings.{error.where}") from None
+    session.restore(found.turns)
+    session.config, session.system = config, found.system
+    for difference in saved_chat.differences(found, repl.source.identity):
+        repl.notice(f"{difference}; the next reply is {repl.source.identity.name}'s")
+    repl.notice(f"loaded {counted(len(found.turns), 'turn')} and the settings of {path}")
+
+
+def attach(repl: "Repl", argument: str) -> None:
+    if argument == "-":
+        repl.notice(f"dropped {counted(len(repl.attached), 'file')}")
+        repl.attached.clear()
+        return
+    if not argument:
+        names = ", ".join(file.name for file in repl.attached)
+        repl.notice(f"with the next message: {names or 'no file'} (/file PATH [10-40], /file -)")
+        return
+    file = attached(argument)
+    tokens = len(repl.session.tokenizer.encode(file.block, split_special_tokens=True))
+    limit = repl.session.context
+    if tokens >= limit:
+        raise UsageError(
+            "does not fit the context",
+            where=file.name,
+            expected=f"fewer than {limit:,} tokens",
+            found=f"{tokens:,}",
+            remedy="Give some of its lines: /file PATH 10-40.",
+        )
+    repl.attached.append(file)
+    damage = f"; {counted(file.damaged, 'invalid byte')} became U+FFFD" if file.damaged else ""
+    lines = counted(len(file.text.splitlines()), "line")
+    repl.notice(
+        f"{file.name}: {lines}, {counted(tokens, 'token')}{damage}; goes with the next message"
+    )
+
+
+def image(repl: "Repl", argument: str) -> None:
+    raise UnsupportedError(
+        "/image: Mixtral reads text only", remedy="/file PATH takes a text file along."
+    )
+
+
+def copy(repl: "Repl", argument: str) -> None:
+    """`/copy [n]` counts replies back from the last; `/copy code [n]` their fenced blocks."""
+    kind, _, number = argument.partition(" ") if argument.startswith("code") else ("", "", argument)
+    number = number.strip() or "1"
+    if kind not in ("", "code") or not number.isdecimal() or int(number[:9]) < 1:
+        raise UsageError("nothing to copy", expected="/copy [n] or /copy code [n]", found=argument)
+    texts = [repl.session.text_of(turn) for turn in repl.session.turns]
+    if kind:
+        texts = [block[2] for text in texts for block in _BLOCK.finditer(text)]
+    index, what = int(number[:9]), "code block" if kind else "reply"
+    if index > len(texts):
+        have = counted(len(texts), what)
+        raise UsageError(f"there is no such {what}", expected=f"up to {have}", found=index)
+    text = texts[-index]
+    streams = (repl.streams.text, repl.streams.notices.file)
+    ways = clipboard.copy(text, next((each for each in streams if each.isatty()), None))
+    if not ways:
+        raise UsageError("there is no clipboard", remedy="Install wl-copy, xclip or xsel.")
+    repl.notice(f"copied {counted(len(text), 'character')} to {' and '.join(ways)}")
+
+
+def switch(repl: "Repl", argument: str) -> None:
+    """Another model for the same words; if it does not load, the old one is loaded again."""
+    if not argument:
+        repl.notice(start_line(repl.source, repl.session))
+        return
+    if repl.loader is None:
+        raise UsageError("this chat cannot switch its model")
+    directory = sources.local(user_path(argument))
+    read_metadata(directory)  # what is refused here costs the old model nothing
+    session, old = repl.session, repl.source
+    texts = [(turn.user, session.text_of(turn)) for turn in session.turns]
+    given = session.config.given_by(USER)
+    repl.notice(f"freeing {old.identity.name}; the conversation stays")
+    session.release()
+    failure = None
+    try:
+        repl.adopt(repl.loader.load(directory, given))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the chat goes on
+        failure = str(error) if isinstance(error, QmixError) else type(error).__name__
+    if failure is not None:  # the clause's traceback would keep what has been loaded
+        repl.notice(f"{failure}\nloading {old.identity.name} again")
+        repl.adopt(repl.loader.load(old.directory, given))
+    repl.session.restore(texts)
+    repl.notice(start_line(repl.source, repl.session))
+
+
+def _path(argument: str, usage: str) -> Path:
+    if not argument:
+        raise UsageError("which file?", expected=usage)
+    return user_path(argument)
