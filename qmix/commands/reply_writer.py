@@ -39,4 +39,10 @@ def reply_writer(stream: TextIO, *, plain: bool = False) -> ReplyWriter:
     Args:
         plain: write the reply as it is, also on a terminal.
     """
-    return RawWriter(stream)
+    if plain or terminal.is_dumb() or not stream.isatty():
+        return RawWriter(stream)
+    # Only who reads on a terminal waits for markdown-it and pygments.
+    from qmix.commands.markdown.screen import Screen
+    from qmix.commands.markdown.writer import MarkdownWriter
+
+    return MarkdownWriter(Screen(stream))

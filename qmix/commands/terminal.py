@@ -144,6 +144,15 @@ def write(text: str, stream: TextIO | None = None) -> None:
     _put(printable(text), sys.stdout if stream is None else stream)
 
 
+def write_drawn(text: str, stream: TextIO) -> None:
+    """Text that has been drawn, its escape sequences included; its words were made `printable`.
+
+    Raises:
+        ResourceError: the stream cannot be written; what it still holds is dropped.
+    """
+    _put(text, stream)
+
+
 def flush() -> None:
     """Write out what stdout still holds.
 

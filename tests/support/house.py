@@ -66,8 +66,11 @@ OWNERS: Mapping[str, set[str]] = {
     },
     "rich": {
         *("qmix.commands.terminal", "qmix.commands.repl", "qmix.commands.progress"),
-        "qmix.commands.line_editing.choice",
+        *("qmix.commands.line_editing.choice", "qmix.commands.markdown.screen"),
     },
+    "markdown_it": {"qmix.commands.markdown.inline", "qmix.commands.markdown.table"},
+    "pygments": {"qmix.commands.markdown.code"},
+    "wcwidth": {"qmix.commands.markdown.cells"},
     "prompt_toolkit": {
         "qmix.commands.line_editing.completion",
         "qmix.commands.line_editing.editor",
