@@ -231,8 +231,8 @@ class Repl:
             terminal.print_json(document)
         elif not stats.new_tokens:
             self.remark("stopped before the first token; the message was not kept")
-        elif self.streams.interactive:
-            self.remark(stats.line(hint="/continue goes on"))
+        elif self.streams.interactive and not self.streams.quiet:
+            terminal.show_status(stats.line(hint="/continue goes on"), self.streams.notices)
         elif stats.finish != "stop":
             self.remark(str(stats))
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from qmix.commands.progress import Show
 
+_BETWEEN = " · "
 _BROKEN_PIPE = 141  # as shells call the end by SIGPIPE
 
 
@@ -74,6 +75,24 @@ def show_lines(text: str, screen: "Console", style: str = "", end: str = "\n") -
         screen.print(
             escaped_lines(text), style=style, end=end, markup=False, highlight=False, soft_wrap=True
         )
+
+
+def show_status(text: str, screen: "Console") -> None:
+    """A dim line of parts that " · " separates; on a terminal, of as many as fit on one line."""
+    if screen.is_terminal:
+        text = _fitting(text, screen.width)
+    show_lines(text, screen, style="dim")
+
+
+def _fitting(text: str, width: int) -> str:
+    """The first parts of a line, as many as fit; the first one is cut if it alone is too wide."""
+    from rich.cells import cell_len, set_cell_size
+
+    parts = escaped(text).split(_BETWEEN)
+    while len(parts) > 1 and cell_len(_BETWEEN.join(parts)) > width:
+        parts.pop()
+    line = _BETWEEN.join(parts)
+    return line if cell_len(line) <= width else set_cell_size(line, max(0, width - 1)) + "…"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

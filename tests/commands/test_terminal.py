@@ -162,3 +162,22 @@ def test_a_full_screen_is_no_error_and_a_full_reply_is():
         terminal.show_lines("a", Console(file=full))
         with pytest.raises(ResourceError, match="stdout: cannot be written"):
             terminal.write("a", full)
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (40, "stopped · 12 tokens · 4.0 tok/s"),
+        (19, "stopped · 12 tokens"),
+        (6, "stopp…"),
+        (200, "stopped · 12 tokens · 4.0 tok/s · context 日本"),
+    ],
+)
+def test_a_status_never_takes_a_second_line_of_a_terminal(width, shown):
+    text = "stopped · 12 tokens · 4.0 tok/s · context 日本"
+    screen = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=True)
+    terminal.show_status(text, screen)
+    assert screen.file.getvalue() == shown + "\n"
+    log = Console(file=io.StringIO(), width=width, color_system=None)
+    terminal.show_status(text, log)
+    assert log.file.getvalue() == text + "\n"
