@@ -16,6 +16,7 @@ import typer
 
 from qmix import __version__
 from qmix.commands import (
+    compare,
     doctor,
     evaluate,
     files,
@@ -48,6 +49,7 @@ app.command("generate", rich_help_panel=_RUN)(generate.generate)
 app.command("convert", rich_help_panel=_RUN)(files.convert)
 app.command("export", rich_help_panel=_RUN)(files.export)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
+app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
 app.command("bench", rich_help_panel=_MEASURE)(evaluate.bench)
 app.add_typer(trace.app, name="trace", rich_help_panel=_MEASURE)
 app.command("demo", rich_help_panel=_MEASURE)(evaluate.demo)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from qmix import kernels
 from qmix.formats import Checkpoint
 from qmix.kernels.backend import Backend, preferred
 from qmix.kernels.choice import choose
@@ -28,13 +29,12 @@ BATCH_TOKENS = 4096  # tokens of a pass, which give each of 8 experts several hu
 
 
 class Scorer:
-    """Computes a checkpoint's logits over fixed windows.
+    """Computes a checkpoint's logits over fixed windows, once `advance` has run every layer.
 
     Args:
         ids: int64 (W, S).
         dtype: of the computation; None means the checkpoint's.
         backend: whose code multiplies; None: the best that is right on the device.
-        progress: called with (layers done, layers).
 
     Raises:
         ResourceError: too little memory for one layer and the windows.
@@ -49,9 +49,9 @@ class Scorer:
         dtype: torch.dtype | None,
         device: torch.device | str | None,
         backend: Backend | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._done = 0
         self._device = parse_device(device)
         self._dtype = dtype or checkpoint.dtype
         self._backend = choose(
@@ -61,33 +61,62 @@ class Scorer:
             model = StoredModel.of(checkpoint.metadata, str(self._dtype).removeprefix("torch."))
             check_memory(budget.for_scoring(model, *ids.shape))
         self._norm, self._head = self._tail()
-        self._hidden = self._final_states(ids, progress)
+        # The embedding stays on the host, as the hidden states do.
+        self._hidden = embedding(ids, self._embedding(), self._dtype)
+        self._context = ForwardContext.without_past(
+            checkpoint.config, ids.shape[1], self._device, self._dtype
+        )
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return self._checkpoint.config.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states (W, S, D) after the layers that have been run, on the host."""
+        return self._hidden
+
+    @torch.no_grad()
+    def advance(self) -> Tensor:
+        """Run the next layer over all windows.
+
+        Returns:
+            How many tokens went through each of the layer's experts, int64 (E,), on the host.
+        """
+        config = self._checkpoint.config
+        layer = self._layer(self._done)
+        tokens = torch.zeros(config.num_local_experts, dtype=torch.int64)
+        batch = max(1, BATCH_TOKENS // self._hidden.shape[1])
+        for first in range(0, len(self._hidden), batch):
+            part = self._hidden[first : first + batch]
+            with preferred(self._backend):
+                x, router_logits = layer(part.to(self._device), self._context)
+            self._hidden[first : first + batch] = x.to(self._hidden.device)
+            chosen = kernels.route(router_logits, config.num_experts_per_tok).ids
+            tokens += torch.bincount(chosen.flatten().cpu(), minlength=len(tokens))
+        self._done += 1
+        return tokens
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Run all layers; `progress` is called with (layers done, layers)."""
+        for index in range(self.layers):
+            progress(index, self.layers)
+            self.advance()
+        progress(self.layers, self.layers)
 
     @torch.no_grad()
     def log_probabilities(self, window: int, start: int, stop: int) -> Tensor:
         """Float32 log-softmax (stop - start, V) at positions [start, stop) of one window."""
+        assert self._done == self.layers, self._done
         x = self._hidden[window, start:stop].to(self._device)
         with preferred(self._backend):
             logits: Tensor = self._head(self._norm(x))
         return logits.float().log_softmax(-1)
-
-    @torch.no_grad()
-    def _final_states(self, ids: Tensor, progress: Callable[[int, int], None]) -> Tensor:
-        """The hidden states (W, S, D) after the last layer, on the host."""
-        config = self._checkpoint.config
-        # The weight stays on the host, as the hidden states do.
-        hidden = embedding(ids, self._embedding(), self._dtype)
-        context = ForwardContext.without_past(config, ids.shape[1], self._device, self._dtype)
-        batch = max(1, BATCH_TOKENS // ids.shape[1])
-        for index in range(config.num_hidden_layers):
-            progress(index, config.num_hidden_layers)
-            layer = self._layer(index)
-            for first in range(0, len(hidden), batch):
-                with preferred(self._backend):
-                    x, _ = layer(hidden[first : first + batch].to(self._device), context)
-                hidden[first : first + batch] = x.to(hidden.device)
-        progress(config.num_hidden_layers, config.num_hidden_layers)
-        return hidden
 
     def _layer(self, index: int) -> DecoderLayer:
         with torch.device("meta"):

@@ -1,6 +1,6 @@
 """Perplexity of a text under a stated protocol, and the divergence from a reference model.
 
-Shape letters: W windows, S window, V vocabulary. Knows nothing of printing.
+Knows nothing of printing.
 """
 
 import codecs
@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qmix.errors import CheckpointError, QmixError, QualityError, UsageError
+from qmix.errors import CheckpointError, QmixError, QualityError
 from qmix.evals.quality.layer_streaming import Scorer
+from qmix.evals.quality.token_scores import TokenScores, token_scores
+from qmix.evals.quality.windows import open_comparable, text_windows
 from qmix.files import regular_file
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.kernels.backend import named
 from qmix.models.options import parse_dtype
 from qmix.text.tokenizer import LlamaTokenizer
 
-WINDOW = 2048
-_POSITIONS = 512  # compared at a time: 66 MB of float32 log-probabilities at V = 32000
 _TEXT_BYTES = 1 << 30
 
 
@@ -78,6 +77,33 @@ class Perplexity:
     text_sha256: str
     reference: ReferenceScore | None
 
+    @classmethod
+    def of(cls, scores: TokenScores, protocol: str, text_sha256: str) -> "Perplexity":
+        """The perplexity of scored tokens, and what they say of the reference.
+
+        Raises:
+            QmixError: the model computed numbers that are not finite.
+        """
+        perplexity, stderr = _perplexity(scores.losses)
+        compared = None
+        if scores.divergences is not None:
+            kl = scores.divergences.kl.double()
+            compared = ReferenceScore(
+                perplexity=_perplexity(scores.divergences.reference_losses)[0],
+                kl_mean=float(kl.mean()),
+                kl_median=float(kl.median()),
+                kl_p99=_quantile(kl, 0.99),
+                top1_agreement=float(scores.divergences.agreed.double().mean()),
+            )
+        return cls(
+            perplexity=perplexity,
+            stderr=stderr,
+            tokens=len(scores.losses),
+            protocol=protocol,
+            text_sha256=text_sha256,
+            reference=compared,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The stable JSON document of `qmix eval --json`."""
         document: dict[str, Any] = {
@@ -103,48 +129,6 @@ class Perplexity:
                     f"the {name} is too high", expected=f"at most {bound}", found=f"{value:.6f}"
                 )
         return None
-
-
-@dataclass(frozen=True, eq=False)
-class ScoringWindows:
-    """A tokenized text, cut into windows.
-
-    Attributes:
-        ids: (W, S).
-        first: the first target position that is scored in a window; in the first window it is 1.
-        protocol: how the text was cut, in words.
-    """
-
-    ids: Tensor
-    first: int
-    protocol: str
-
-
-def scoring_windows(
-    ids: list[int], window: int, stride: int, added: str = "BOS at the text's start only"
-) -> ScoringWindows:
-    """Cut windows of `window` ids every `stride`. Each target is scored once; the tail is dropped.
-
-    With `stride == window` this is the protocol of the GPTQ papers: one BOS at the very start,
-    non-overlapping windows, and the mean over the window - 1 shifted targets of each.
-
-    Args:
-        added: what the tokenizer put around the text, in words.
-
-    Raises:
-        UsageError: fewer than two ids.
-    """
-    if len(ids) < 2:
-        raise UsageError("the text is too short to score", expected="2 tokens", found=len(ids))
-    if len(ids) < window:
-        words = f"one window of {len(ids)}, the whole text (shorter than {window}), {added}"
-        return ScoringWindows(torch.tensor([ids]), 1, words)
-    starts = range(0, len(ids) - window + 1, stride)
-    dropped = len(ids) - (starts[-1] + window)
-    kind = "non-overlapping" if stride == window else f"stride {stride}, each token scored once"
-    words = f"{len(starts)} windows of {window}, {kind}, {added}, tail of {dropped} tokens dropped"
-    rows = torch.tensor([ids[start : start + window] for start in starts])
-    return ScoringWindows(rows, 1 if stride == window else window - stride, words)
 
 
 def evaluate(
@@ -177,64 +161,20 @@ def evaluate(
     checkpoint = open_checkpoint(directory)
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     ids = tokenizer.encode(text.content)
-    positions = checkpoint.config.max_position_embeddings
-    size = min(WINDOW, positions) if window is None else window
-    _check_range("ctx", size, 2, positions)
-    step = size if stride is None else stride
-    _check_range("stride", step, 1, size)
-    windows = scoring_windows(ids, size, step, added_tokens(tokenizer))
-    base = None if reference is None else _comparable(reference, checkpoint, text, ids)
+    windows = text_windows(checkpoint, tokenizer, ids, window, stride)
+    base = None if reference is None else open_comparable(reference, checkpoint, text.content, ids)
     base_layers = 0 if base is None else base.config.num_hidden_layers
     total = base_layers + checkpoint.config.num_hidden_layers
 
-    def scorer(each: Checkpoint, before: int) -> Scorer:
-        return Scorer(
-            each,
-            windows.ids,
-            dtype=weight_dtype,
-            device=device,
-            backend=asked if each is checkpoint else None,
-            progress=lambda done, _: progress(before + done, total),
-        )
+    def scored(each: Checkpoint, before: int) -> Scorer:
+        own = asked if each is checkpoint else None
+        scorer = Scorer(each, windows.ids, dtype=weight_dtype, device=device, backend=own)
+        scorer.run(lambda done, _: progress(before + done, total))
+        return scorer
 
-    compared = None if base is None else scorer(base, 0)
-    return _score(windows, scorer(checkpoint, base_layers), compared, text.sha256)
-
-
-def added_tokens(tokenizer: LlamaTokenizer) -> str:
-    """What a tokenizer puts around a text, in words."""
-    alone, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    at = next(n for n in range(len(whole)) if whole[n : n + len(alone)] == alone)
-    before, after = whole[:at], whole[at + len(alone) :]
-    words = "nothing in front"
-    if before == [tokenizer.bos_token_id]:
-        words = "BOS at the text's start only"
-    elif before:
-        words = f"{_named(tokenizer, before)} at the text's start only"
-    return f"{words}, {_named(tokenizer, after)} at its end" if after else words
-
-
-def _named(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
-    return " ".join(f"{tokenizer.convert_ids_to_tokens(index)} ({index})" for index in ids)
-
-
-def _comparable(reference: Path, checkpoint: Checkpoint, text: Text, ids: list[int]) -> Checkpoint:
-    """Open the reference, which must have the checkpoint's tokenizer and vocabulary."""
-    if LlamaTokenizer.from_pretrained(reference).encode(text.content) != ids:
-        raise CheckpointError(
-            "the two checkpoints tokenize the text differently",
-            where=str(reference),
-            remedy="Give the checkpoint that the 4-bit one was made from.",
-        )
-    opened = open_checkpoint(reference)
-    if opened.config.vocab_size != checkpoint.config.vocab_size:
-        raise CheckpointError(
-            "the two checkpoints have different vocabularies",
-            where=str(reference),
-            expected=checkpoint.config.vocab_size,
-            found=opened.config.vocab_size,
-        )
-    return opened
+    compared = None if base is None else scored(base, 0)
+    scores = token_scores(windows, scored(checkpoint, base_layers), compared)
+    return Perplexity.of(scores, windows.protocol, text.sha256)
 
 
 def read_text(data: Path, *, as_it_is: bool = False) -> Text:
@@ -276,44 +216,6 @@ def read_text(data: Path, *, as_it_is: bool = False) -> Text:
     return Text.of(content, tuple(changes))
 
 
-def _score(
-    windows: ScoringWindows, scorer: Scorer, reference: Scorer | None, text_sha256: str
-) -> Perplexity:
-    losses, reference_losses, divergences, agreements = [], [], [], []
-    for index, row in enumerate(windows.ids):
-        first = 1 if index == 0 else windows.first
-        for start in range(first, len(row), _POSITIONS):
-            stop = min(start + _POSITIONS, len(row))
-            targets = row[start:stop, None]
-            predicted = scorer.log_probabilities(index, start - 1, stop - 1).cpu()
-            losses.append(-predicted.gather(1, targets)[:, 0])
-            if reference is None:
-                continue
-            expected = reference.log_probabilities(index, start - 1, stop - 1).cpu()
-            reference_losses.append(-expected.gather(1, targets)[:, 0])
-            divergences.append((expected.exp() * (expected - predicted)).sum(-1))
-            agreements.append(expected.argmax(-1) == predicted.argmax(-1))
-    perplexity, stderr = _perplexity(torch.cat(losses))
-    compared = None
-    if reference is not None:
-        kl = torch.cat(divergences).double()
-        compared = ReferenceScore(
-            perplexity=_perplexity(torch.cat(reference_losses))[0],
-            kl_mean=float(kl.mean()),
-            kl_median=float(kl.median()),
-            kl_p99=_quantile(kl, 0.99),
-            top1_agreement=float(torch.cat(agreements).double().mean()),
-        )
-    return Perplexity(
-        perplexity=perplexity,
-        stderr=stderr,
-        tokens=sum(len(chunk) for chunk in losses),
-        protocol=windows.protocol,
-        text_sha256=text_sha256,
-        reference=compared,
-    )
-
-
 def _perplexity(losses: Tensor) -> tuple[float, float]:
     """exp of the mean loss, and its standard error."""
     losses = losses.double()
@@ -333,8 +235,3 @@ def _perplexity(losses: Tensor) -> tuple[float, float]:
 def _quantile(values: Tensor, fraction: float) -> float:
     """The smallest value that `fraction` of all do not exceed (torch.quantile stops at 16 M)."""
     return float(values.kthvalue(max(1, math.ceil(fraction * len(values)))).values)
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise UsageError("out of range", where=name, expected=f"{low} to {high}", found=value)

@@ -63,6 +63,28 @@ class ModelTensor:
         return self.kind in ("attention", "router", "expert", "head")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a weight belongs: its layer, its expert, and the last part of its module's name."""
+
+    layer: int | None
+    expert: int | None
+    part: str
+
+
+_PLACE = re.compile(
+    r"(?:model\.layers\.(\d+)\.)?(?:block_sparse_moe\.experts\.(\d+)\.)?(?:\w+\.)*?(\w+)(?:\.weight)?"
+)
+
+
+def place(name: str) -> Place:
+    """Where a weight of this canonical name belongs; `.weight` may be missing."""
+    match = _PLACE.fullmatch(name)
+    assert match is not None, name
+    layer, expert = (None if digits is None else int(digits) for digits in match.groups()[:2])
+    return Place(layer, expert, match[3])
+
+
 def canonical(name: str) -> str:
     """The canonical spelling of a tensor name; an unknown name is returned unchanged."""
     for pattern, spelling in _SPELLINGS:

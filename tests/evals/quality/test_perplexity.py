@@ -9,7 +9,8 @@ import torch
 
 from qmix.errors import CheckpointError, QualityError, UsageError
 from qmix.evals.quality import perplexity
-from qmix.evals.quality.perplexity import read_text, scoring_windows
+from qmix.evals.quality.perplexity import read_text
+from qmix.evals.quality.windows import WINDOW, scoring_windows
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY, small_model
 
@@ -88,7 +89,7 @@ def test_a_text_shorter_than_a_window_is_scored_as_one_and_says_so(folder, tmp_p
 def test_the_default_window_is_2048_or_the_models_positions(folder, text):
     assert "windows of 64" in evaluate(folder, text).protocol
     assert "windows of 32" in evaluate(folder, text, window=32).protocol
-    assert perplexity.WINDOW == 2048
+    assert WINDOW == 2048
 
 
 def test_a_model_compared_with_itself_diverges_by_nothing(folder, text):
@@ -183,5 +184,5 @@ def test_every_target_is_scored_once_whatever_the_cut():
 
 
 def test_the_protocol_separates_its_clauses_by_commas():
-    words = perplexity.scoring_windows(list(range(40)), 8, 8).protocol
+    words = scoring_windows(list(range(40)), 8, 8).protocol
     assert "non-overlapping, BOS" in words

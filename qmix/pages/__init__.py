@@ -1,0 +1,1 @@
+"""Pages: HTML that stands alone, and the pictures in it. Knows no model and computes nothing."""
