@@ -174,24 +174,22 @@ def compare(
         for score, scorer in zip(scores, scorers, strict=True)
     ]
     device_name = str(scorers[0].device)
-    del scorers  # and with them the hidden states
+    scorers.clear()  # and with them the hidden states
     weight_errors = _weight_errors(opened, steps)
-    distances = [
-        ReferenceDistance(
-            positions=_positions(score, windows),
-            layer_errors=layer_errors[index],
-            weight_errors=weight_errors[index],
-            worst=worst[index],
-        )
-        for index, score in enumerate(scores)
-    ]
     models = [
         _result(
             directories[index],
             opened[index],
             Perplexity.of(score, windows.protocol, text.sha256),
             expert_tokens[index],
-            distances[index] if index else None,
+            ReferenceDistance(
+                positions=_positions(score, windows),
+                layer_errors=layer_errors[index],
+                weight_errors=weight_errors[index],
+                worst=worst[index],
+            )
+            if index
+            else None,
         )
         for index, score in enumerate(scores)
     ]

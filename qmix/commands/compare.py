@@ -53,8 +53,9 @@ def compare(
     tokens; which experts are used; bits by matrix.
 
     \b
-    Example:
-      qmix compare Mixtral-8x7B-v0.1 mixtral-nf4 mixtral-gptq --data wiki.test.raw --out report.html
+    Examples:
+      qmix compare Mixtral-8x7B-v0.1 mixtral-nf4 --data wiki.test.raw --out report.html
+      qmix compare nf4 gptq --reference bf16 --data my.txt --out two.html --bench nf4.json
     """
     from qmix.evals.report.compare_page import check_count
     from qmix.pages import output_file
