@@ -159,21 +159,19 @@ def compare(
         ResourceError: too little memory for the windows of all models and one layer.
     """
     asked = parse_dtype(dtype)
+    names = [shown_name(path) for path in directories]
     tokenizer = LlamaTokenizer.from_pretrained(directories[0])
-    ids = tokenizer.encode(text.content)
-    opened = _opened(directories, text, ids)
+    opened, windows = _opened(directories, text, tokenizer, window)
     config, weight_dtype = opened[0].config, asked or opened[0].dtype
-    windows = text_windows(opened[0], tokenizer, ids, window)
     steps = _Steps(progress, len(opened) * (2 * config.num_hidden_layers + 1))
     scorers = [Scorer(each, windows.ids, dtype=weight_dtype, device=device) for each in opened]
-    names = [shown_name(path) for path in directories]
     expert_tokens, layer_errors = _run_layers(scorers, names, steps)
     scores = _scores(scorers, names, windows, steps)
     worst = [
         worst_tokens(windows, score, scorer, scorers[0], tokenizer)
         for score, scorer in zip(scores, scorers, strict=True)
     ]
-    device_name = str(scorers[0].device)
+    where = str(scorers[0].device)
     scorers.clear()  # and with them the hidden states
     weight_errors = _weight_errors(opened, steps)
     models = [
@@ -197,7 +195,7 @@ def compare(
         models=tuple(models),
         chosen=config.num_experts_per_tok,
         dtype=str(weight_dtype).removeprefix("torch."),
-        device=device_name,
+        device=where,
     )
 
 
@@ -221,14 +219,18 @@ def _result(
     )
 
 
-def _opened(directories: Sequence[Path], text: Text, ids: list[int]) -> list[Checkpoint]:
-    """The checkpoints, all of the first's shape, tokenizer and vocabulary."""
+def _opened(
+    directories: Sequence[Path], text: Text, tokenizer: LlamaTokenizer, window: int | None
+) -> tuple[list[Checkpoint], ScoringWindows]:
+    """The checkpoints, all of the first's shape, tokenizer and vocabulary; the text's windows."""
     reference = open_checkpoint(directories[0])
+    ids = tokenizer.encode(text.content)
+    windows = text_windows(reference, tokenizer, ids, window)
     opened = [reference]
     for path in directories[1:]:
         opened.append(open_comparable(path, reference, text.content, ids))
         _check_alike(path, opened[-1], reference)
-    return opened
+    return opened, windows
 
 
 class _Steps:

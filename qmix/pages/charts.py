@@ -82,6 +82,8 @@ def points(sizes: Sequence[Series], heights: Sequence[Series], x: str, y: str) -
 
 def lines(at: Sequence[float], series: Sequence[Series], x: str, y: str) -> "Figure":
     """Lines over the same places, each with its letter at its end."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(3.0 + 0.2 * len(series))
     for line in series:
         axes.plot(
@@ -97,7 +99,7 @@ def lines(at: Sequence[float], series: Sequence[Series], x: str, y: str) -> "Fig
         )
     _scaled(axes, [value for line in series for value in line.values])
     if all(isinstance(place, int) for place in at):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     _label_ends(axes, at, series)

@@ -7,7 +7,7 @@ import html
 import io
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmix.pages import theme
 from qmix.printable import escaped, printable
@@ -15,7 +15,7 @@ from qmix.printable import escaped, printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SETTINGS = {
+_SETTINGS: Any = {  # matplotlib's newer versions type each key
     "svg.fonttype": "none",
     "svg.hashsalt": "qmix",  # or else ids are drawn at random
     "font.family": "DejaVu Sans",
