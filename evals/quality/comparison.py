@@ -174,23 +174,19 @@ def compare(
     where = str(scorers[0].device)
     scorers.clear()  # and with them the hidden states
     weight_errors = _weight_errors(opened, steps)
-    models = [
-        _result(
-            directories[index],
-            opened[index],
-            Perplexity.of(score, windows.protocol, text.sha256),
-            expert_tokens[index],
-            ReferenceDistance(
-                positions=_positions(score, windows),
-                layer_errors=layer_errors[index],
-                weight_errors=weight_errors[index],
-                worst=worst[index],
-            )
-            if index
-            else None,
+    models = []
+    for index, score in enumerate(scores):
+        far = ReferenceDistance(
+            positions=_positions(score, windows),
+            layer_errors=layer_errors[index],
+            weight_errors=weight_errors[index],
+            worst=worst[index],
         )
-        for index, score in enumerate(scores)
-    ]
+        distance = far if index else None
+        overall = Perplexity.of(score, windows.protocol, text.sha256)
+        models.append(
+            _result(directories[index], opened[index], overall, expert_tokens[index], distance)
+        )
     return Comparison(
         models=tuple(models),
         chosen=config.num_experts_per_tok,
