@@ -26,7 +26,7 @@ from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import HEADER_BYTES
 from qmix.weights.table import Table
 
-DENSE_TOKENS = 2  # the most tokens that `matmul_dense` takes
+DENSE_TOKENS = 16  # the most tokens that `matmul_dense` takes: those of a batch that decodes
 
 
 @dataclass

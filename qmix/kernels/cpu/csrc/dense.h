@@ -1,5 +1,5 @@
-// What stays in bfloat16, for one or two tokens: matmuls, whose matrix is read once, row after row,
-// at the pace of the memory, and norms, in one pass where torch takes seven.
+// What stays in bfloat16, for a few tokens: matmuls, whose matrix is read once, row after row, at the
+// pace of the memory, and norms, in one pass where torch takes seven.
 
 #pragma once
 
@@ -115,10 +115,22 @@ void multiply_dense_rows(const DenseMatmul& matmul, int64_t first, int64_t end) 
 
 #endif
 
-// Rows [first, end) of one or two tokens.
+// Rows [first, end). Four tokens share what is loaded; where there are more, the next four find a few
+// rows in the cache. A token's sums do not depend on how many tokens there are.
 void multiply_dense(const DenseMatmul& matmul, int64_t first, int64_t end) {
-    return matmul.tokens == 1 ? multiply_dense_rows<1>(matmul, first, end)
-                              : multiply_dense_rows<2>(matmul, first, end);
+    const int64_t step = matmul.tokens > 4 ? 4 : end - first;
+    for (int64_t row = first; row < end; row += step) {
+        const int64_t last = row + step < end ? row + step : end;
+        DenseMatmul part = matmul;
+        for (int64_t left = matmul.tokens; left; left -= part.tokens) {
+            part.x = matmul.x + (matmul.tokens - left) * matmul.inputs;
+            part.y = matmul.y + (matmul.tokens - left) * matmul.rows;
+            part.tokens = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            if (part.tokens == 4) multiply_dense_rows<4>(part, row, last);
+            if (part.tokens == 2) multiply_dense_rows<2>(part, row, last);
+            if (part.tokens == 1) multiply_dense_rows<1>(part, row, last);
+        }
+    }
 }
 
 }  // namespace

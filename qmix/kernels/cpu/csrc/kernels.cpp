@@ -93,7 +93,7 @@ int32_t qmix_matmul_packed(const TiledMatrix* packed, const float* x, float* y, 
     });
 }
 
-// One or two tokens.
+// A few tokens.
 int32_t qmix_matmul_dense(const DenseMatmul* matmul, int32_t threads, Fork fork) {
     const int64_t rows = matmul->rows, inputs = matmul->inputs;
     if (matmul->tokens * rows * inputs < MIN_PARALLEL) threads = 1;
