@@ -108,6 +108,10 @@ class ResourceError(QmixError):
     exit_code = 4
 
 
+class LostDeviceError(ResourceError):
+    """The GPU failed: nothing that this process keeps there can be used any more."""
+
+
 def of_device(error: RuntimeError) -> ResourceError | None:
     """The error of a GPU that failed in the middle of its work; None if this is another one.
 
@@ -123,7 +127,7 @@ def of_device(error: RuntimeError) -> ResourceError | None:
             found=said,
             remedy="Give a smaller vram or a shorter context, or close the programs that use it.",
         )
-    return ResourceError(
+    return LostDeviceError(
         "the GPU failed, and this process cannot use it any more",
         found=said,
         remedy="Start again. If it fails again, look at nvidia-smi and the system's log (Xid), and "

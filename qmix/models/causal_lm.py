@@ -86,7 +86,7 @@ class MixtralForCausalLM(PreTrainedModel):
         """
         out = self.model(**inputs.for_decoder())
         hidden = _positions(out.last_hidden_state, inputs.logits_to_keep)
-        logits = self._logits(hidden)
+        logits = self.logits(hidden)
         loss = aux_loss = None
         if inputs.labels is not None:
             check_labels(inputs.labels)
@@ -148,9 +148,9 @@ class MixtralForCausalLM(PreTrainedModel):
         decoded = self.model.decode(
             x, padding_mask=attention_mask, position_ids=position_ids, cache=cache
         )
-        return self._logits(decoded.hidden[:, -1])
+        return self.logits(decoded.hidden[:, -1])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> float32 [..., V]."""
         with preferred(self.model.backend):
             logits: Tensor = self.lm_head(hidden).float()

@@ -5,7 +5,7 @@ qmix.nn.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from qmix.config import MixtralConfig
 from qmix.kernels import PackedWeight
 from qmix.kernels.attention import AttentionMask, Implementation, attention_with_weights
 from qmix.nn.cache import Cache
+from qmix.nn.cache_rows import CacheRows
 from qmix.nn.linear import Linear, is_observed
 
 
@@ -134,6 +135,13 @@ class Attention(nn.Module):
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
         """(B, H, S, d) and (B, G, S, d) -> (B, S, H * d)."""
+        if isinstance(context.cache, CacheRows):
+            rows = zip(q, k, v, context.cache.rows, strict=True)
+            parts = [
+                self._attended(q1[None], k1[None], v1[None], replace(context, cache=row))
+                for q1, k1, v1, row in rows
+            ]
+            return torch.cat(parts)
         batch, _, new, _ = q.shape
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v, in_order=context.attentions is not None)

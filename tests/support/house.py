@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("qmix.generation",),
     ("qmix.models",),
     ("qmix.hf", "qmix"),
-    ("qmix.quantize", "qmix.evals"),
+    ("qmix.quantize", "qmix.evals", "qmix.serving"),
     ("qmix.commands",),
     ("qmix.cli",),
 )

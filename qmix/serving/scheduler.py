@@ -1,0 +1,318 @@
+"""Scheduler: which requests run together, step by step; nothing of threads.
+
+A step reads one chunk of one prompt, then decodes one id for every request whose prompt has been
+read. So no stream waits longer than for a chunk, and requests join and leave between two ids.
+Prompts are read in the order of arrival.
+
+A request that runs alone takes the path of one token, which rounds otherwise than that of several:
+its greedy ids are those of `generate`. With `batch_invariant` it runs as two equal rows, and every
+request gets the same ids whatever runs beside it.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qmix.errors import LostDeviceError, QmixError, UsageError, of_device
+from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.nn.cache_rows import CacheRows
+from qmix.nn.embedding import check_ids
+from qmix.serving.request import BusyError, Ended, Finish, Ticket
+from qmix.serving.running import Running
+from qmix.serving.slot import Slot
+from qmix.text.tokenizer import LlamaTokenizer
+
+MAX_SLOTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a scheduler may hold.
+
+    Attributes:
+        slots: requests that run at a time.
+        waiting: requests that wait for a slot.
+        context: tokens of a prompt and its reply.
+        chunk: prompt tokens that are read between two decode steps.
+        batch_invariant: see the module.
+
+    Raises:
+        UsageError: one of them is out of its range.
+    """
+
+    context: int
+    slots: int = 8
+    waiting: int = 64
+    chunk: int = 256
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            *(("slots", 1, MAX_SLOTS), ("waiting", 0, 1 << 20)),
+            *(("context", 16, 1 << 24), ("chunk", 1, 1 << 20)),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise UsageError(
+                    "out of range", where=name, expected=f"{least} to {most}", found=value
+                )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What has happened since the start; `running` and `waiting` are of the moment."""
+
+    running: int = 0
+    waiting: int = 0
+    requests: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    decode_steps: int = 0
+
+
+class Scheduler:
+    """Slots, a queue, and the step that moves them.
+
+    `submit` and `admit` change the queue: a caller with several threads calls them under a lock of
+    its own. All else is for one thread.
+    """
+
+    def __init__(
+        self, model: MixtralForCausalLM, tokenizer: LlamaTokenizer, limits: Limits
+    ) -> None:
+        """
+        Raises:
+            UsageError: a context beyond the model's.
+        """
+        most = model.config.max_position_embeddings
+        if limits.context > most:
+            raise UsageError(
+                "out of range", where="context", expected=f"16 to {most}", found=limits.context
+            )
+        self.limits = limits
+        self.counts = Counts()
+        self._counting = threading.Lock()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._slots = [Slot(model.new_cache(1)) for _ in range(limits.slots)]
+        self._waiting: deque[Ticket] = deque()
+        self._admitted: list[Slot] = []  # slots that run, by arrival
+        self._ended = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not self._waiting and not self._admitted
+
+    def submit(self, ticket: Ticket) -> None:
+        """Put a request into the queue.
+
+        Raises:
+            BusyError: the queue is full.
+            UsageError: a prompt that does not fit the context, or an id outside the vocabulary.
+        """
+        ids = ticket.request.ids
+        if len(ids) >= self.limits.context:
+            raise UsageError(
+                "the prompt does not fit the context",
+                where="ids",
+                expected=f"at most {self.limits.context - 1} tokens",
+                found=f"{len(ids)} tokens",
+                remedy="Shorten it, or start the server with a larger context.",
+            )
+        check_ids(torch.tensor(ids), self._model.config.vocab_size)
+        if len(self._waiting) >= self.limits.waiting + self._free_slots:
+            self._count(refused=1)
+            raise BusyError(
+                "too many requests are waiting",
+                expected=f"at most {self.limits.waiting}",
+                remedy="Try again later.",
+            )
+        self._waiting.append(ticket)
+        self._count(requests=1, waiting=1)
+
+    def admit(self) -> None:
+        """End requests that were left or are overdue; give free slots away, oldest first."""
+        self._drop_ended()
+        while self._waiting and self._free_slots:
+            self._start(self._waiting.popleft())
+
+    def step(self) -> None:
+        """Read a chunk of a prompt, then decode an id for every request whose prompt was read.
+
+        Raises:
+            LostDeviceError: the device is lost; every request has been told.
+        """
+        with torch.no_grad():
+            self._read_chunk()
+            self._decode([slot for slot in self._admitted if slot.decodes])
+
+    def end_all(self, finish: Finish, error: QmixError | None = None) -> None:
+        """End every request that runs or waits."""
+        for slot in list(self._admitted):
+            self._end(slot, finish, error)
+        while self._waiting:
+            self._end_waiting(self._waiting.popleft(), finish, error)
+
+    @property
+    def _free_slots(self) -> int:
+        return len(self._slots) - len(self._admitted)
+
+    def _drop_ended(self) -> None:
+        for ticket in [t for t in self._waiting if t.cancelled or t.overdue]:
+            self._waiting.remove(ticket)
+            self._end_waiting(ticket, "cancelled" if ticket.cancelled else "deadline")
+        for slot in list(self._admitted):
+            assert slot.running is not None
+            ticket = slot.running.ticket
+            if ticket.cancelled or ticket.overdue:
+                self._end(slot, "cancelled" if ticket.cancelled else "deadline")
+
+    def _start(self, ticket: Ticket) -> None:
+        request = ticket.request
+        slot = self._slot_for(request.ids)
+        running = Running(
+            ticket,
+            self._tokenizer,
+            context=self.limits.context,
+            cached_tokens=0 if request.prompt_logprobs else slot.reusable(request.ids),
+            device=self._model.device,
+        )
+        slot.start(running)
+        self._admitted.append(slot)
+        self._count(
+            waiting=-1,
+            running=1,
+            prompt_tokens=running.prompt_tokens,
+            cached_tokens=running.cached_tokens,
+        )
+
+    def _slot_for(self, ids: Sequence[int]) -> Slot:
+        """The free slot that holds most of the prompt; of equals the one unused for longest."""
+        free = [slot for slot in self._slots if slot.running is None]
+        return max(free, key=lambda slot: (slot.reusable(ids), -slot.used))
+
+    def _read_chunk(self) -> None:
+        """Read the next chunk of the earliest prompt that has not been read."""
+        slot = next((slot for slot in self._admitted if not slot.decodes), None)
+        if slot is None:
+            return
+        running, start = slot.running, slot.cache.length
+        assert running is not None
+        chunk = torch.tensor([running.ids[start : start + self.limits.chunk]])
+        try:
+            if running.ticket.request.prompt_logprobs:
+                logits = self._all_logits(slot, running, chunk)
+            else:
+                logits = self._model.next_logits(chunk.to(self._model.device), slot.cache)
+            if not slot.unread:
+                self._choose([slot], logits)
+        except (RuntimeError, MemoryError, QmixError) as error:
+            self._fail(slot, error)
+
+    def _all_logits(self, slot: Slot, running: Running, chunk: Tensor) -> Tensor:
+        """The last logits (1, V) of a chunk (1, S), whose log-probabilities are told."""
+        start = slot.cache.length
+        decoded = self._model.model.decode(
+            self._model.model.embed(chunk.to(self._model.device)), cache=slot.cache
+        )
+        logits = self._model.logits(decoded.hidden)[0]
+        following = torch.tensor(running.ids[start + 1 : start + 1 + chunk.shape[1]])
+        running.read(following, logits[: len(following)])
+        return logits[-1:]
+
+    def _decode(self, slots: Sequence[Slot]) -> None:
+        """One id for each of the slots; where the pass fails, for each that does not fail alone."""
+        if not slots:
+            return
+        try:
+            logits = self._logits(slots)
+        except (RuntimeError, MemoryError, QmixError) as error:
+            if len(slots) == 1:
+                self._fail(slots[0], error)
+                return
+            self._raise_if_lost(error)
+            for slot in slots:
+                self._decode([slot])
+            return
+        self._count(decode_steps=1)
+        self._choose(slots, logits)
+
+    def _logits(self, slots: Sequence[Slot]) -> Tensor:
+        """The newest id of each slot's request, read: logits (B, V)."""
+        newest = torch.tensor([[slot.running.ids[-1]] for slot in slots if slot.running])
+        newest = newest.to(self._model.device)
+        if len(slots) == 1:
+            if not self.limits.batch_invariant:
+                return self._model.next_logits(newest, slots[0].cache)
+            rows = CacheRows([slots[0].cache] * 2)
+            newest = newest.expand(2, 1)
+        else:
+            rows = CacheRows([slot.cache for slot in slots])
+        return self._model.next_logits(newest, rows, None, rows.position_ids())[: len(slots)]
+
+    def _choose(self, slots: Sequence[Slot], logits: Tensor) -> None:
+        """Choose an id for each slot from logits (B, V), and end those that are done."""
+        for slot, row in zip(slots, logits[:, None], strict=True):
+            assert slot.running is not None
+            try:
+                finish = slot.running.choose(row)
+            except Exception as error:  # noqa: BLE001 - a processor is the caller's code
+                self._fail(slot, error)
+                continue
+            self._count(new_tokens=1)
+            if finish is not None:
+                self._end(slot, finish)
+
+    def _fail(self, slot: Slot, error: Exception) -> None:
+        """End one request with its error; its cache may be in pieces.
+
+        Raises:
+            LostDeviceError: the device is lost.
+        """
+        slot.cache.rewind(0)
+        said = error if isinstance(error, QmixError) else QmixError(str(error)[:400])
+        self._end(slot, "error", said)
+        slot.reset(self._model.new_cache(1))
+        self._count(failed=1)
+        self._raise_if_lost(error)
+
+    def _raise_if_lost(self, error: Exception) -> None:
+        lost = of_device(error) if isinstance(error, RuntimeError) else error
+        if isinstance(lost, LostDeviceError):
+            self.end_all("error", lost)
+            raise lost from error
+
+    def _end(self, slot: Slot, finish: Finish, error: QmixError | None = None) -> None:
+        running = slot.running
+        assert running is not None
+        self._ended += 1
+        slot.free(self._ended)
+        self._admitted.remove(slot)
+        self._count(running=-1, cancelled=int(finish == "cancelled"))
+        running.ticket.tell(running.ended(finish, error))
+
+    def _end_waiting(self, ticket: Ticket, finish: Finish, error: QmixError | None = None) -> None:
+        self._count(waiting=-1, cancelled=int(finish == "cancelled"))
+        ticket.tell(
+            Ended(
+                finish=finish,
+                error=error,
+                prompt_tokens=len(ticket.request.ids),
+                waited_s=ticket.age_s,
+                elapsed_s=ticket.age_s,
+            )
+        )
+
+    def _count(self, **changes: int) -> None:
+        with self._counting:  # requests arrive in other threads than the steps'
+            now = self.counts
+            self.counts = replace(now, **{n: getattr(now, n) + by for n, by in changes.items()})

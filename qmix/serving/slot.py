@@ -1,0 +1,68 @@
+"""Slot: a KV cache that outlives its request, so that the next one may start from what it holds.
+
+Knows no model and no queue.
+"""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from qmix.nn.cache import KVCache
+from qmix.serving.running import Running
+
+
+class Slot:
+    """A cache of one row, and the request that fills it.
+
+    Attributes:
+        held: the ids whose positions the cache holds, as far as it counts them.
+        running: the request; None: the slot is free.
+        used: a counter of the scheduler's when its last request ended; 0: never used.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.running: Running | None = None
+        self.used = 0
+        self._held: list[int] = []
+
+    @property
+    def held(self) -> list[int]:
+        """The ids of the cache's positions."""
+        if self.running is not None:
+            return self.running.ids[: self.cache.length]
+        return self._held
+
+    @property
+    def unread(self) -> int:
+        """Ids of its request that the cache does not hold: 1 where it decodes."""
+        return 0 if self.running is None else len(self.running.ids) - self.cache.length
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the prompt has been read."""
+        return self.running is not None and self.running.new_tokens > 0
+
+    def reusable(self, ids: Sequence[int]) -> int:
+        """Positions of the cache that a request with these ids may start from.
+
+        One id at least is left to be read: its logits choose the first new id.
+        """
+        pairs = zip(ids, self.held, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return self.cache.longest_rewindable(min(common, len(ids) - 1))
+
+    def start(self, running: Running) -> None:
+        """Give it to a request, whose `cached_tokens` first positions stay."""
+        self.cache.rewind(running.cached_tokens)
+        self.running = running
+
+    def free(self, used: int) -> None:
+        """Take it from its request; the cache keeps what it holds."""
+        self._held = self.held
+        self.running = None
+        self.used = used
+
+    def reset(self, cache: KVCache) -> None:
+        """Replace a cache that a failed pass may have left in pieces."""
+        self.cache = cache
+        self._held = []

@@ -1,0 +1,333 @@
+"""Requests that run together give the ids they give alone; slots, queue and faults."""
+
+import pytest
+import torch
+
+import qmix
+from qmix.errors import QmixError, UsageError
+from qmix.generation.config import GenerationConfig
+from qmix.serving.request import BusyError, Ended, Request, Ticket
+from qmix.serving.scheduler import Limits, Scheduler
+from qmix.text.tokenizer import LlamaTokenizer
+from tests.support.models import TINY, small_model
+
+PROMPTS = [
+    list(range(3, 3 + length)) if length % 2 else list(range(40, 40 + length))
+    for length in (1, 5, 17, 2, 9, 30, 12, 7)
+]
+
+
+class Caller:
+    """A request and what was told of it."""
+
+    def __init__(self, ids, *, new=12, at=None, **options):
+        names = ("top_logprobs", "prompt_logprobs", "processors", "deadline_s")
+        given = {name: options.pop(name) for name in names if name in options}
+        options = {"eos_token_id": -1, **options}
+        self.request = Request(tuple(ids), GenerationConfig(max_new_tokens=new, **options), **given)
+        self.events = []
+        self.ticket = Ticket(self.request, self.events.append)
+
+    @property
+    def ids(self):
+        return [event.id for event in self.events if not isinstance(event, Ended)]
+
+    @property
+    def end(self):
+        (end,) = (event for event in self.events if isinstance(event, Ended))
+        assert self.events[-1] is end
+        return end
+
+
+@pytest.fixture(scope="module")
+def model():
+    """In float32, where no rounding of a batch reaches a choice."""
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return LlamaTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture
+def scheduler(model, tokenizer):
+    def made(**limits):
+        return Scheduler(model, tokenizer, Limits(**{"context": 64, **limits}))
+
+    return made
+
+
+def run(scheduler, callers, *, every=1, most=400):
+    """Submit a caller every few steps, and step until all is done."""
+    waiting = list(callers)
+    for step in range(most):
+        if waiting and step % every == 0:
+            scheduler.submit(waiting.pop(0).ticket)
+        scheduler.admit()
+        scheduler.step()
+        if scheduler.idle and not waiting:
+            return
+    raise AssertionError("not done")
+
+
+def alone(model, ids, new=12, **options):
+    config = GenerationConfig(max_new_tokens=new, eos_token_id=-1, **options)
+    return model.generate(torch.tensor([ids]), config)[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize(("slots", "chunk"), [(3, 1), (8, 4), (1, 256)])
+def test_requests_that_join_and_leave_give_the_ids_of_one_alone(model, scheduler, slots, chunk):
+    callers = [Caller(ids, new=6 + 3 * (i % 3)) for i, ids in enumerate(PROMPTS)]
+    run(scheduler(slots=slots, chunk=chunk), callers, every=2)
+    for caller, ids in zip(callers, PROMPTS, strict=True):
+        assert caller.ids == alone(model, ids, len(caller.ids))
+        assert caller.end.finish == "length"
+        assert caller.end.new_tokens == len(caller.ids)
+
+
+def test_a_seed_gives_its_ids_whatever_runs_beside_it(scheduler):
+    options = {"do_sample": True, "temperature": 1.5, "seed": 7}
+    one = Caller(PROMPTS[1], **options)
+    run(scheduler(slots=1), [one])
+    callers = [Caller(ids, **{**options, "seed": 9}) for ids in PROMPTS[2:5]]
+    again = Caller(PROMPTS[1], **options)
+    run(scheduler(slots=4), [*callers, again])
+    assert again.ids == one.ids
+    assert len({tuple(c.ids) for c in callers}) == 3
+
+
+def test_a_conversation_that_goes_on_is_read_from_where_it_was(scheduler):
+    together = scheduler(slots=2)
+    first = Caller(PROMPTS[5])
+    other = Caller([60, 61])
+    run(together, [first, other])
+    longer = [*PROMPTS[5], *first.ids, 50, 51]
+    second = Caller(longer)
+    run(together, [second])
+    assert second.end.cached_tokens == len(PROMPTS[5]) + len(first.ids) - 1
+    fresh = Caller(longer)
+    run(scheduler(), [fresh])
+    assert fresh.end.cached_tokens == 0
+    assert second.ids == fresh.ids
+    assert together.counts.cached_tokens == second.end.cached_tokens
+
+
+def test_a_prompt_that_is_held_whole_still_gives_its_first_logits(scheduler):
+    together = scheduler(slots=1)
+    first, again = Caller(PROMPTS[2]), Caller(PROMPTS[2])
+    run(together, [first])
+    run(together, [again])
+    assert again.end.cached_tokens == len(PROMPTS[2]) - 1
+    assert again.ids == first.ids
+
+
+def test_a_stream_waits_for_a_chunk_at_most(scheduler):
+    together = scheduler(slots=2, chunk=4)
+    talking, long = Caller([5, 6], new=40), Caller(PROMPTS[5])
+    together.submit(talking.ticket)
+    together.admit()
+    together.step()
+    together.submit(long.ticket)
+    before = len(talking.ids)
+    for steps in range(1, 8):
+        together.admit()
+        together.step()
+        assert len(talking.ids) == before + steps
+    assert not long.ids
+    together.step()
+    assert long.ids
+
+
+def test_who_leaves_frees_the_slot_at_once(scheduler):
+    together = scheduler(slots=1)
+    leaving, waiting, never = Caller([5], new=50), Caller([6], new=2), Caller([7])
+    for caller in (leaving, waiting, never):
+        together.submit(caller.ticket)
+    together.admit()
+    together.step()
+    leaving.ticket.cancel()
+    never.ticket.cancel()
+    run(together, [])
+    assert leaving.end.finish == never.end.finish == "cancelled"
+    assert never.ids == []
+    assert waiting.end.finish == "length"
+    assert together.counts.cancelled == 2
+    assert together.counts.running == together.counts.waiting == 0
+
+
+def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(scheduler, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("qmix.serving.request.time.monotonic", lambda: now[0])
+    together = scheduler(slots=1)
+    running, waiting = Caller([5], new=50, deadline_s=2), Caller([6], deadline_s=1)
+    together.submit(running.ticket)
+    together.submit(waiting.ticket)
+    together.admit()
+    together.step()
+    now[0] = 1.0
+    together.admit()
+    assert waiting.end.finish == "deadline"
+    now[0] = 2.0
+    together.admit()
+    assert running.end.finish == "deadline"
+    assert running.end.elapsed_s == 2.0
+    assert len(running.ids) == running.end.new_tokens > 0
+
+
+def test_the_queue_is_bounded_and_served_by_arrival(scheduler):
+    together = scheduler(slots=1, waiting=2)
+    callers = [Caller([5], new=2), Caller([6], new=2), Caller([7], new=2)]
+    for caller in callers:
+        together.submit(caller.ticket)
+    with pytest.raises(BusyError, match="at most 2"):
+        together.submit(Caller([8]).ticket)
+    assert together.counts.refused == 1
+    ends = []
+    for caller in callers:
+        caller.ticket._listener = lambda event, c=caller: (
+            ends.append(c) if isinstance(event, Ended) else None
+        )
+    run(together, [])
+    assert ends == callers
+
+
+def test_what_does_not_fit_is_refused_before_it_waits(scheduler):
+    together = scheduler()
+    with pytest.raises(UsageError, match="at most 63 tokens; found 64 tokens"):
+        together.submit(Caller([5] * 64).ticket)
+    with pytest.raises(UsageError, match="vocabulary"):
+        together.submit(Caller([10**6]).ticket)
+    with pytest.raises(UsageError, match="an empty prompt"):
+        Request(())
+    with pytest.raises(UsageError, match="slots"):
+        scheduler(slots=17)
+    assert together.idle
+
+
+def test_a_context_that_is_full_ends_with_length(scheduler):
+    together = scheduler(context=20)
+    caller = Caller(PROMPTS[2], new=50)
+    run(together, [caller])
+    assert len(caller.ids) == 3
+    assert caller.end.finish == "length"
+
+
+def test_a_fault_of_one_request_ends_that_one_alone(model, scheduler):
+    def broken(ids, scores):
+        return scores * float("nan")
+
+    def raising(ids, scores):
+        raise ValueError("my own fault")
+
+    together = scheduler(slots=4)
+    nan, wrong = Caller([5, 6], processors=(broken,)), Caller([7], processors=(raising,))
+    good = Caller(PROMPTS[1])
+    run(together, [nan, good, wrong])
+    assert "non-finite" in str(nan.end.error)
+    assert "my own fault" in str(wrong.end.error)
+    assert nan.end.finish == wrong.end.finish == "error"
+    assert good.ids == alone(model, PROMPTS[1])
+    assert together.counts.failed == 2
+    after = Caller([5, 6])
+    run(together, [after])
+    assert after.end.cached_tokens == 0
+    assert after.ids == alone(model, [5, 6])
+
+
+def test_a_step_that_fails_together_is_run_one_by_one(model, scheduler, monkeypatch):
+    """As where memory is short for a batch: each goes on alone, but for the one that cannot."""
+    together = scheduler(slots=3)
+    callers = [Caller(ids) for ids in PROMPTS[:3]]
+    for caller in callers:
+        together.submit(caller.ticket)
+    together.admit()
+    together.step()
+    real, bad = model.next_logits, []
+
+    def short(ids, cache, *rest):
+        if ids.shape[0] > 1 or (not bad and ids.shape == (1, 1) and bad.append(1) is None):
+            raise RuntimeError("not enough memory: you tried to allocate 1 byte")
+        return real(ids, cache, *rest)
+
+    monkeypatch.setattr(model, "next_logits", short)
+    run(together, [])
+    finishes = sorted(caller.end.finish for caller in callers)
+    assert finishes == ["error", "length", "length"]
+    for caller, ids in zip(callers, PROMPTS, strict=False):
+        if caller.end.finish == "length":
+            assert caller.ids == alone(model, ids)
+
+
+def test_a_lost_device_ends_all_and_says_why(model, scheduler, monkeypatch):
+    together = scheduler(slots=2)
+    callers = [Caller(ids) for ids in PROMPTS[:3]]
+    for caller in callers:
+        together.submit(caller.ticket)
+    together.admit()
+
+    def lost(*_):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(model, "next_logits", lost)
+    with pytest.raises(QmixError, match="GPU"):
+        together.step()
+    assert {caller.end.finish for caller in callers} == {"error"}
+
+
+def test_log_probabilities_are_those_of_the_logits(model, scheduler):
+    caller = Caller(PROMPTS[2], top_logprobs=3, prompt_logprobs=True, new=4)
+    run(scheduler(chunk=5), [caller])
+    ids = torch.tensor([[*PROMPTS[2], *caller.ids]])
+    expected = model(ids).logits[0].detach().log_softmax(-1)
+    told = [*caller.end.prompt_logprobs, *(e.logprob for e in caller.events[:-1])]
+    assert [one.id for one in told] == ids[0, 1:].tolist()
+    for position, one in enumerate(told):
+        row = expected[position]
+        assert one.logprob == pytest.approx(float(row[one.id]), abs=1e-4)
+        values = row.topk(3).values.tolist()
+        assert [value for _, value in one.top] == pytest.approx(values, abs=1e-4)
+    assert caller.end.cached_tokens == 0
+
+
+def test_stop_strings_are_cut_and_reported(model, scheduler, tokenizer):
+    whole = Caller(PROMPTS[1], new=20)
+    run(scheduler(), [whole])
+    text = "".join(event.text for event in whole.events[:-1])
+    stop = next(text[i : i + 2] for i in range(4, len(text) - 2) if text[i : i + 2].isprintable())
+    caller = Caller(PROMPTS[1], new=20, stop_strings=[stop])
+    run(scheduler(), [caller])
+    assert caller.end.finish == "stop"
+    assert "".join(event.text for event in caller.events[:-1]) == text[: text.index(stop)]
+
+
+def test_a_listener_that_raises_has_left(scheduler):
+    def gone(event):
+        raise BrokenPipeError
+
+    together = scheduler(slots=2)
+    other = Caller([6])
+    together.submit(Ticket(Request((5,), GenerationConfig(max_new_tokens=50)), gone))
+    run(together, [other])
+    assert other.end.finish == "length"
+    assert together.counts.cancelled == 1
+
+
+def test_batch_invariant_ids_do_not_depend_on_the_company(tiny_nf4, tokenizer):
+    """Of 4-bit weights in bfloat16, where a batch rounds otherwise than one token."""
+    model, _ = qmix.load(tiny_nf4)
+    limits = Limits(context=64, slots=8, batch_invariant=True)
+    callers = [Caller(ids) for ids in PROMPTS]
+    run(Scheduler(model, tokenizer, limits), callers)
+    for caller, ids in zip(callers, PROMPTS, strict=True):
+        one = Caller(ids)
+        run(Scheduler(model, tokenizer, limits), [one])
+        assert caller.ids == one.ids
+
+
+def test_a_rolling_window_keeps_its_rows_apart(tokenizer):
+    model = small_model(sliding_window=8)
+    callers = [Caller(ids, new=14) for ids in PROMPTS]
+    run(Scheduler(model, tokenizer, Limits(context=64, slots=3, chunk=5)), callers, every=3)
+    for caller, ids in zip(callers, PROMPTS, strict=True):
+        assert caller.ids == alone(model, ids, 14)
