@@ -108,6 +108,7 @@ def test_a_source_that_changes_under_a_run_is_refused(source, tmp_path, change, 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("change", ["a tensor read early", "an expert", "more bytes"])
 @pytest.mark.parametrize("moment", [3, 0], ids=["early", "last"])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "auto"])
