@@ -142,6 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("descriptor", type=int)
     options = parser.parse_args(arguments)
     name, _, how = (options.fail or "").partition("=")
+    if options.rehearse:
+        from qmix.evals.acceptance import interpreted_codes  # needs triton, which a worker may lack
+
+        interpreted_codes.install()
     with os.fdopen(options.descriptor, "w", encoding="utf-8") as replies, torch.no_grad():
         setting = Setting.rehearsed() if options.rehearse else Setting.real()
         Server(setting, replies, (name, how) if options.fail else None).serve(sys.stdin)

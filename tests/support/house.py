@@ -103,6 +103,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.kernels.gpu.pointwise_triton",
         "qmix.evals.timing.machine_code",
         "qmix.kernels.gpu.card",
+        "qmix.evals.acceptance.interpreted_codes",
     },
     "numpy": {
         "qmix.weights.table",
@@ -115,6 +116,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.weights.nf4",
         "qmix.quantize.calibrated.activations",
         "qmix.evals.timing.llama_peer",
+        "qmix.evals.acceptance.interpreted_codes",
     },
 }
 # Rooms and files without torch: `qmix plan`, `inspect` and every usage error answer without it.

@@ -4,25 +4,15 @@ Knows `=r`, `=&r` and `r` operands, 32-bit registers only, and no memory.
 """
 
 import re
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from triton.runtime import interpreter
 
+from qmix.evals.acceptance.interpreted_codes import Results
 from tests.support.ptx.errors import UnknownInstructionError
 from tests.support.ptx.machine import Machine, check_known
 from tests.support.ptx.source import parse
-
-
-@dataclass(frozen=True)
-class Results:
-    """What Triton's builder asks for one by one."""
-
-    handles: tuple
-
-    def get_result(self, index):
-        return self.handles[index]
 
 
 @cache
@@ -70,7 +60,7 @@ def _registers(array, pack):
     return list(np.ascontiguousarray(words.view(np.uint32).T))
 
 
-def _create(_, assembly, constraints, values, types, is_pure, pack):
+def execute(_, assembly, constraints, values, types, is_pure, pack):
     """Stands for the interpreter's `create_inline_asm`."""
     dtypes = [interpreter._get_np_dtype(each) for each in types]
     counts = [pack * dtype.itemsize // 4 for dtype in dtypes]
@@ -88,4 +78,4 @@ def _create(_, assembly, constraints, values, types, is_pure, pack):
 
 def install():
     """Triton's interpreter knows inline assembly from now on."""
-    interpreter.InterpreterBuilder.create_inline_asm = _create
+    interpreter.InterpreterBuilder.create_inline_asm = execute
