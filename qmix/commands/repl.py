@@ -110,10 +110,15 @@ class Repl:
         session = found.session(context=loader.context, system=system)
         repl = cls(session, found.source, streams, loader)
         if streams.interactive:
-            repl.remark(start_line(found.source, session))
+            repl.remark(repl.start_line)
         elif session.format.name != INST_NAME:
             repl.remark(f"template: {session.format.name}")
         return repl
+
+    @property
+    def start_line(self) -> str:
+        """What is loaded, and how it is sampled."""
+        return start_line(self.source, self.session, self.streams.notices.width)
 
     def adopt(self, found: LoadedChat) -> None:
         """Go on with another model, and no turns; its context may be smaller."""
@@ -230,7 +235,7 @@ class Repl:
             document = {"model": self.source.identity.name, "text": text, **stats.to_dict()}
             terminal.print_json(document)
         elif not stats.new_tokens:
-            self.remark("stopped before the first token; the message was not kept")
+            self.remark("stopped before the first token; the conversation is as it was")
         elif self.streams.interactive and not self.streams.quiet:
             terminal.show_status(stats.line(hint="/continue goes on"), self.streams.notices)
         elif stats.finish != "stop":
@@ -241,7 +246,10 @@ def _dropped(prompt: PreparedPrompt, context: int) -> str:
     """What the context had no room for."""
     parts = []
     if prompt.dropped_turns:
-        parts.append(f"the {counted(prompt.dropped_turns, 'oldest turn')}")
+        oldest = (
+            "oldest turn" if prompt.dropped_turns == 1 else f"{prompt.dropped_turns} oldest turns"
+        )
+        parts.append(f"the {oldest}")
     if prompt.turn.hidden:
         parts.append("the beginning of the reply")
     return (

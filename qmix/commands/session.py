@@ -203,10 +203,8 @@ class Session:
             config = config.updated(change)
         last = self._last()
         attempt = last.attempt + 1 if text is None else 0
-        if config.seed is not None:  # the same seed would give the same answer
-            config = config.updated({"seed": (config.seed + attempt) % (1 << 64)})
         turn = Turn(last.user if text is None else text, attempt=attempt)
-        return self._prepared(turn, config, replaces=True)
+        return self._prepared(turn, _reseeded(config, attempt), replaces=True)
 
     def prepare_continuation(self) -> PreparedPrompt:
         """The ids for more of the last answer. If it fills the context, its beginning is left out.
@@ -217,7 +215,8 @@ class Session:
         last = self._last()
         if last.finish == "stop":
             raise UsageError("the reply is whole", remedy="/regen asks for another.")
-        return self._prepared(last, self.config, replaces=True)
+        config = _reseeded(self.config, len(last.answer))
+        return self._prepared(last, config, replaces=True)
 
     def _last(self) -> Turn:
         if not self.turns:
@@ -352,6 +351,13 @@ class Session:
         last = turns[-1]
         ids = self.format.prompt([*messages, Message("user", last.user)])
         return (*ids, *last.answer[last.hidden :])
+
+
+def _reseeded(config: GenerationConfig, by: int) -> GenerationConfig:
+    """The configuration with another seed, if it has one: the same would draw the same again."""
+    if config.seed is None:
+        return config
+    return config.updated({"seed": (config.seed + by) % (1 << 64)})
 
 
 def _finish(last: Token | None, config: GenerationConfig, *, limited: bool) -> Finish:

@@ -89,7 +89,7 @@ def _counted(
     share = 1.0
     if tiers is not None and not tiers.device:
         share = min(1.0, tiers.host / (config.num_hidden_layers * config.num_local_experts))
-    total, done = sizes["other"] + round(share * sizes["expert"]), 0
+    total, done = sizes["other"] + int(share * sizes["expert"]), 0
 
     def on_read(nbytes: int) -> None:
         nonlocal done

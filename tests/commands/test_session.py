@@ -253,6 +253,9 @@ def test_another_answer_replaces_the_last_one(tokenizer):
         "".join(session.reply(session.prepare_again()))
         drawn.add(session.turns[1].answer)
     assert len(drawn) == 3  # one seed, and three answers
+    begun = session.turns[1].answer
+    "".join(session.reply(session.prepare_continuation()))
+    assert session.turns[1].answer[12:] != begun
 
 
 def test_an_answer_stays_if_its_successor_is_stopped_before_the_first_token(tokenizer):

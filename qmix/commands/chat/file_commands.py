@@ -9,7 +9,6 @@ from qmix.commands.chat import clipboard, saved_chat, settings
 from qmix.commands.chat.attached_file import attached, user_path
 from qmix.commands.chat.loading import USER
 from qmix.commands.chat.saved_chat import SavedChat
-from qmix.commands.chat.start_line import start_line
 from qmix.errors import QmixError, UnsupportedError, UsageError
 from qmix.formats.metadata import read_metadata
 from qmix.quantities import counted
@@ -108,7 +107,7 @@ def copy(repl: "Repl", argument: str) -> None:
 def switch(repl: "Repl", argument: str) -> None:
     """Another model for the same words; if it does not load, the old one is loaded again."""
     if not argument:
-        repl.notice(start_line(repl.source, repl.session))
+        repl.notice(repl.start_line)
         return
     if repl.loader is None:
         raise UsageError("this chat cannot switch its model")
@@ -128,7 +127,7 @@ def switch(repl: "Repl", argument: str) -> None:
         repl.notice(f"{failure}\nloading {old.identity.name} again")
         repl.adopt(repl.loader.load(old.directory, given))
     repl.session.restore(texts)
-    repl.notice(start_line(repl.source, repl.session))
+    repl.notice(repl.start_line)
 
 
 def _path(argument: str, usage: str) -> Path:

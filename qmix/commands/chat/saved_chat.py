@@ -60,6 +60,7 @@ def save(path: Path, chat: SavedChat) -> None:
             "there is something else already, and it was left alone",
             where=str(path),
             expected="a new name, or an earlier chat",
+            found="a folder" if path.is_dir() else "another file",
         )
     messages = [
         {"role": role, "content": content}

@@ -5,40 +5,51 @@ Knows files by their headers, and a model by its store.
 
 from dataclasses import dataclass, replace
 
-from qmix.commands.chat import settings
 from qmix.commands.chat.loading import ModelSource
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.planner import rates_here
 from qmix.commands.session import Session
 from qmix.experts.statistics import Statistics
 from qmix.formats import open_checkpoint
+from qmix.generation.config import GenerationConfig
 from qmix.planning.plan import plan
 from qmix.planning.roofline import DecodePath
 from qmix.planning.stored_model import StoredModel
+from qmix.quantities import weights
 
 
-def start_line(source: ModelSource, session: Session) -> str:
-    """Model, parameters, bits, memory, context, template and temperature, in one line."""
-    stored, config = inspect(source.directory), session.config
-    billions = stored.parameters / 1e9
-    size = f"{billions:.1f} B" if billions >= 1 else f"{stored.parameters / 1e6:.1f} M"
-    by = config.given.get("temperature", "the default")
-    if not config.do_sample:
-        by = config.given.get("do_sample", by)
+def start_line(source: ModelSource, session: Session, width: int = 80) -> str:
+    """Model, parameters, bits, memory, context, template and temperature.
+
+    Args:
+        width: of the terminal, in columns; the line is broken between its parts.
+    """
+    stored = inspect(source.directory)
     parts = (
         source.identity.name,
-        size,
+        weights(stored.parameters),
         f"{stored.bits_per_weight:.2f} bits",
         _memory(session),
         f"context {session.context:,}",
         f"{session.format.name} template",
-        f"temperature {settings.value_of(config, 'temperature')} ({_giver(by)})",
+        _temperature(session.config),
     )
-    return " · ".join(parts)
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]} · {part}"
+        lines[-1:] = [longer] if len(longer) <= width else [lines[-1], f"  {part}"]
+    return "\n".join(lines)
 
 
-def _giver(by: str) -> str:
-    return "qmix's default" if by in ("qmix", "the default") else f"from {by}"
+def _temperature(config: GenerationConfig) -> str:
+    """The temperature, and who says so."""
+    by = config.given.get("temperature", "the default")
+    if not config.do_sample:
+        by = config.given.get("do_sample", by)
+    by = "qmix's default" if by in ("qmix", "the default") else f"from {by}"
+    if not config.do_sample:
+        return f"temperature 0 (greedy, {by})"
+    return f"temperature {config.temperature:g} ({by})"
 
 
 def _memory(session: Session) -> str:
