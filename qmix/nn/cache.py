@@ -261,6 +261,22 @@ class KVCache:
             )
         self.length = length
 
+    def take(self, other: "KVCache", length: int) -> None:
+        """Replace what it holds by the first `length` positions of another cache.
+
+        Args:
+            other: of the same model and batch, and `longest_rewindable(length)` of it is `length`.
+        """
+        assert other.longest_rewindable(length) == length <= other.length
+        self.length = 0
+        self._pending.clear()
+        self.reserve(length)
+        for ours, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for mine, found in zip(ours, theirs, strict=True):
+                stored = self._within_window(length)
+                mine[:, :, :stored] = found[:, :, :stored]
+        self.length = length
+
     def get_seq_length(self) -> int:
         """Positions seen: Hugging Face's name for `length`."""
         return self.length

@@ -21,7 +21,7 @@ class Running:
 
     Attributes:
         ids: prompt and new ids.
-        cached_tokens: of the prompt, taken from the slot's cache.
+        cached_tokens: of the prompt, taken from what a cache held already.
         new_tokens: ids chosen so far.
     """
 
@@ -31,14 +31,13 @@ class Running:
         tokenizer: LlamaTokenizer,
         *,
         context: int,
-        cached_tokens: int,
         device: torch.device,
     ) -> None:
         request = ticket.request
         config = request.config
         self.ticket = ticket
         self.ids = list(request.ids)
-        self.cached_tokens = cached_tokens
+        self.cached_tokens = 0
         self.new_tokens = 0
         self._budget = min(config.new_tokens(len(self.ids)), context - len(self.ids))
         self._waited_s = ticket.age_s

@@ -177,38 +177,52 @@ class Scheduler:
                 self._end(slot, "cancelled" if ticket.cancelled else "deadline")
 
     def _start(self, ticket: Ticket) -> None:
-        request = ticket.request
-        slot = self._slot_for(request.ids)
+        slot = self._slot_for(ticket.request.ids)
         running = Running(
-            ticket,
-            self._tokenizer,
-            context=self.limits.context,
-            cached_tokens=0 if request.prompt_logprobs else slot.reusable(request.ids),
-            device=self._model.device,
+            ticket, self._tokenizer, context=self.limits.context, device=self._model.device
         )
         slot.start(running)
         self._admitted.append(slot)
-        self._count(
-            waiting=-1,
-            running=1,
-            prompt_tokens=running.prompt_tokens,
-            cached_tokens=running.cached_tokens,
-        )
+        self._count(waiting=-1, running=1, prompt_tokens=running.prompt_tokens)
 
     def _slot_for(self, ids: Sequence[int]) -> Slot:
-        """The free slot that holds most of the prompt; of equals the one unused for longest."""
+        """The free slot that the prompt goes on from, or else the one unused for longest.
+
+        A slot that holds far more than the prompt belongs to another conversation, which may come
+        back: the prompt then takes a copy.
+        """
         free = [slot for slot in self._slots if slot.running is None]
-        return max(free, key=lambda slot: (slot.reusable(ids), -slot.used))
+        best = max(free, key=lambda slot: slot.reusable(ids))
+        if 2 * best.reusable(ids) > len(best.held):
+            return best
+        return min(free, key=lambda slot: slot.used)
+
+    def _reuse(self, slot: Slot) -> None:
+        """Begin a prompt with what any slot holds of it, at the moment it is read."""
+        running = slot.running
+        assert running is not None
+        ids = running.ticket.request.ids
+        if not running.ticket.request.prompt_logprobs:
+            source = max(self._slots, key=lambda other: (other.reusable(ids), other is slot))
+            running.cached_tokens = source.reusable(ids)
+            if source is not slot:
+                slot.cache.take(source.cache, running.cached_tokens)
+        slot.cache.rewind(running.cached_tokens)
+        slot.reading = True
+        self._count(cached_tokens=running.cached_tokens)
 
     def _read_chunk(self) -> None:
         """Read the next chunk of the earliest prompt that has not been read."""
         slot = next((slot for slot in self._admitted if not slot.decodes), None)
         if slot is None:
             return
-        running, start = slot.running, slot.cache.length
+        running = slot.running
         assert running is not None
-        chunk = torch.tensor([running.ids[start : start + self.limits.chunk]])
         try:
+            if not slot.reading:
+                self._reuse(slot)
+            start = slot.cache.length
+            chunk = torch.tensor([running.ids[start : start + self.limits.chunk]])
             if running.ticket.request.prompt_logprobs:
                 logits = self._all_logits(slot, running, chunk)
             else:

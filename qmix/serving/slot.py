@@ -14,21 +14,22 @@ class Slot:
     """A cache of one row, and the request that fills it.
 
     Attributes:
-        held: the ids whose positions the cache holds, as far as it counts them.
         running: the request; None: the slot is free.
+        reading: whether the cache is the request's; before, it still is that of the last one.
         used: a counter of the scheduler's when its last request ended; 0: never used.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         self.running: Running | None = None
+        self.reading = False
         self.used = 0
         self._held: list[int] = []
 
     @property
     def held(self) -> list[int]:
         """The ids of the cache's positions."""
-        if self.running is not None:
+        if self.running is not None and self.reading:
             return self.running.ids[: self.cache.length]
         return self._held
 
@@ -52,14 +53,15 @@ class Slot:
         return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
     def start(self, running: Running) -> None:
-        """Give it to a request, whose `cached_tokens` first positions stay."""
-        self.cache.rewind(running.cached_tokens)
+        """Give it to a request."""
         self.running = running
+        self.reading = False
 
     def free(self, used: int) -> None:
         """Take it from its request; the cache keeps what it holds."""
         self._held = self.held
         self.running = None
+        self.reading = False
         self.used = used
 
     def reset(self, cache: KVCache) -> None:

@@ -113,6 +113,31 @@ def test_a_conversation_that_goes_on_is_read_from_where_it_was(scheduler):
     assert together.counts.cached_tokens == second.end.cached_tokens
 
 
+def test_a_prompt_that_many_ask_for_at_once_is_read_once(model, scheduler):
+    together = scheduler(slots=4, chunk=8)
+    callers = [Caller(PROMPTS[5]) for _ in range(4)]
+    run(together, callers[:1])
+    fresh = scheduler(slots=4, chunk=8)
+    for caller in (same := [Caller(PROMPTS[5]) for _ in range(4)]):
+        fresh.submit(caller.ticket)
+    run(fresh, [])
+    assert [c.end.cached_tokens for c in same] == [0] + [len(PROMPTS[5]) - 1] * 3
+    assert all(c.ids == callers[0].ids for c in same)
+
+
+def test_a_new_conversation_copies_what_it_shares_and_leaves_the_old_one(scheduler):
+    together = scheduler(slots=2)
+    system = PROMPTS[5]
+    first = Caller([*system, 50, 51])
+    run(together, [first])
+    other = Caller([*system[:10], 60])
+    run(together, [other])
+    assert other.end.cached_tokens == 10
+    again = Caller([*first.request.ids, *first.ids, 70])
+    run(together, [again])
+    assert again.end.cached_tokens == len(first.request.ids) + len(first.ids) - 1
+
+
 def test_a_prompt_that_is_held_whole_still_gives_its_first_logits(scheduler):
     together = scheduler(slots=1)
     first, again = Caller(PROMPTS[2]), Caller(PROMPTS[2])
