@@ -5,14 +5,18 @@ slow line the answer would arrive among what is typed.
 """
 
 import select
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import IO, TextIO, cast
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.completion import Completer
 from prompt_toolkit.document import Document
-from prompt_toolkit.history import History
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.history import History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.input.defaults import create_input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -32,9 +36,14 @@ class LineEditor:
     Enter ends a message, unless it came in the middle of a paste, behind a backslash or in a fence
     that is still open. Alt-Enter adds a line, Ctrl-G opens the user's editor, Ctrl-R searches.
 
+    Nothing is drawn and no file is touched before the first `read`.
+
     Args:
-        keyboard: the terminal that is read.
-        screen: the terminal that is drawn on; the same one, in general.
+        keyboard: what is read.
+        screen: what is drawn on.
+        history: gives the messages of earlier chats, and takes new ones.
+        held: the terminal that waits between messages, if it is one.
+        editor_screen: where the user's editor draws, if not on stdout.
     """
 
     def __init__(
@@ -42,29 +51,24 @@ class LineEditor:
         keyboard: Input,
         screen: Output,
         *,
-        history: History | None = None,
+        history: Callable[[], History | None] = InMemoryHistory,
         completer: Completer | None = None,
         held: TextIO | None = None,
         editor_screen: IO[str] | None = None,
     ) -> None:
-        self._held = held
-        self._editor_screen = editor_screen
-        self._session: PromptSession[str] = PromptSession(
-            multiline=True,
-            prompt_continuation=CONTINUED,
-            history=history,
-            completer=completer,
-            complete_while_typing=False,
-            enable_suspend=True,
-            key_bindings=self._keys(),
-            input=keyboard,
-            output=screen,
-        )
+        self._keyboard, self._screen = keyboard, screen
+        self._history, self._completer = history, completer
+        self._held, self._editor_screen = held, editor_screen
 
     @classmethod
     def on_terminal(
-        cls, keyboard: TextIO, screen: IO[str], history: History | None, completer: Completer
+        cls,
+        keyboard: TextIO,
+        screen: IO[str],
+        history: Callable[[], History | None],
+        completer: Completer,
     ) -> "LineEditor":
+        """An editor that reads one stream and draws on another; both are terminals."""
         output = Vt100_Output.from_pty(cast(TextIO, screen))
         output.enable_cpr = False
         return cls(
@@ -79,13 +83,28 @@ class LineEditor:
     def read(self, prompt: str, default: str = "") -> str:
         return self._session.prompt(prompt, default=default)
 
+    @cached_property
+    def _session(self) -> "PromptSession[str]":
+        return PromptSession(
+            multiline=True,
+            prompt_continuation=CONTINUED,
+            history=self._history(),
+            completer=self._completer,
+            complete_while_typing=False,
+            enable_suspend=True,
+            key_bindings=self._keys(),
+            input=self._keyboard,
+            output=self._screen,
+        )
+
     def held(self) -> AbstractContextManager[None]:
         return nullcontext() if self._held is None else held_input(self._held, raw=True)
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
+        in_message = has_focus(DEFAULT_BUFFER)  # not in the search
 
-        @keys.add("enter")
+        @keys.add("enter", filter=in_message)
         def end_or_go_on(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
             if _more_is_coming(event) or is_open_fence(buffer.text):
@@ -96,11 +115,11 @@ class LineEditor:
             else:
                 buffer.validate_and_handle()
 
-        @keys.add("escape", "enter")
+        @keys.add("escape", "enter", filter=in_message)
         def add_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
-        @keys.add("c-g")
+        @keys.add("c-g", filter=in_message)
         async def open_editor(event: KeyPressEvent) -> None:
             text = event.current_buffer.text
             text = await run_in_terminal(lambda: self._edited(text), in_executor=True)
