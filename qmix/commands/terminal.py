@@ -70,10 +70,19 @@ def message(text: str) -> None:
 
 
 def show_lines(text: str, screen: "Console", style: str = "", end: str = "\n") -> None:
-    """Lines for a person, each escaped. A screen that cannot be written to is no error."""
+    """Lines for a person, each escaped; a terminal gets them wrapped between words.
+
+    A screen that cannot be written to is no error.
+    """
+    whole = not screen.is_terminal
     with suppress(OSError):
         screen.print(
-            escaped_lines(text), style=style, end=end, markup=False, highlight=False, soft_wrap=True
+            escaped_lines(text),
+            style=style,
+            end=end,
+            markup=False,
+            highlight=False,
+            soft_wrap=whole,
         )
 
 

@@ -215,6 +215,7 @@ def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
         chat.until_prompt()
         chat.send("Go on\n")
         chat.until("\x1b[?2004l")  # the line editor has let go
+        chat.until("Go on\r\n")
         reply = len(chat.seen)
         while len(chat.seen) < reply + 20:  # the reply is under way
             chat.read(1)

@@ -135,9 +135,9 @@ def _environment(folder: Path) -> Mapping[str, str]:
 
 
 def _seen(terminal: int, lines: Sequence[str]) -> Iterator[str]:
-    """What comes out of the terminal; at each prompt the next line is typed.
+    """What comes out of the terminal, but for the line editor's drawing, which it erases itself.
 
-    Of a prompt it is told as `>>> line`, whatever the line editor draws.
+    At each prompt the next line is typed.
     """
     deadline, waiting, left = time.monotonic() + _LIMIT_S, "", list(lines)
     while True:
@@ -154,7 +154,7 @@ def _seen(terminal: int, lines: Sequence[str]) -> Iterator[str]:
         waiting += data.decode("utf-8", "replace")
         before, opens, drawn = waiting.partition(_EDITOR_OPENS)
         if opens and left and PROMPT.strip() in drawn:
-            yield f"{_ESCAPES.sub('', before)}{PROMPT}{left[0]}\n"
+            yield _ESCAPES.sub("", before)
             os.write(terminal, f"{left.pop(0)}\n".encode())
             waiting = _after(_EDITOR_CLOSES, terminal, deadline)
 

@@ -4,6 +4,7 @@ Knows nothing of what a message means. The terminal is not asked where its curso
 slow line the answer would arrive among what is typed.
 """
 
+import os
 import select
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from typing import IO, TextIO, cast
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.completion import Completer
+from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
@@ -28,6 +30,7 @@ from qmix.commands.line_editing.external_editor import edited
 from qmix.commands.line_editing.held_input import held_input
 from qmix.commands.line_editing.reader import CONTINUED, ends_in_backslash, is_open_fence
 from qmix.errors import UsageError
+from qmix.printable import printable
 
 
 class LineEditor:
@@ -69,8 +72,14 @@ class LineEditor:
         completer: Completer,
     ) -> "LineEditor":
         """An editor that reads one stream and draws on another; both are terminals."""
-        output = Vt100_Output.from_pty(cast(TextIO, screen))
-        output.enable_cpr = False
+
+        def size() -> Size:
+            """One line less than there are: tmux keeps what fills them all before it is erased."""
+            columns, rows = os.get_terminal_size(screen.fileno())
+            return Size(rows=max(2, rows - 1) if rows else 23, columns=columns or 80)
+
+        term = os.environ.get("TERM")
+        output = Vt100_Output(cast(TextIO, screen), size, term=term, enable_cpr=False)
         return cls(
             create_input(keyboard),
             output,
@@ -81,7 +90,19 @@ class LineEditor:
         )
 
     def read(self, prompt: str, default: str = "") -> str:
-        return self._session.prompt(prompt, default=default)
+        """Edit a message; then all of its lines are shown once, also where they fill the screen."""
+        try:
+            text = self._session.prompt(prompt, default=default)
+        except KeyboardInterrupt:
+            self._show(prompt, self._session.default_buffer.text)
+            raise
+        self._show(prompt, text)
+        return text
+
+    def _show(self, prompt: str, text: str) -> None:
+        shown = text.replace("\n", f"\n{CONTINUED}")
+        self._screen.write(printable(f"{prompt}{shown}\n"))
+        self._screen.flush()
 
     @cached_property
     def _session(self) -> "PromptSession[str]":
@@ -92,6 +113,7 @@ class LineEditor:
             completer=self._completer,
             complete_while_typing=False,
             enable_suspend=True,
+            erase_when_done=True,
             key_bindings=self._keys(),
             input=self._keyboard,
             output=self._screen,

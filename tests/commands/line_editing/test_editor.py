@@ -80,6 +80,14 @@ def test_a_paste_of_40_lines_is_edited_as_a_block(keyboard):
     assert editor(keyboard).read(">>> ") == "\n".join(lines)
 
 
+def test_a_message_longer_than_the_screen_is_shown_once_and_whole(keyboard):
+    screen = io.StringIO()
+    lines = [f"line {number}" for number in range(40)]
+    keyboard.send_text(PASTE.format("\n".join(lines)) + "\r")
+    editor(keyboard, screen).read(">>> ")
+    assert screen.getvalue().endswith(">>> " + "\n... ".join(lines) + "\n")
+
+
 def test_a_default_is_edited(keyboard):
     keyboard.send_text("d\r")
     assert editor(keyboard).read(">>> ", "ol") == "old"
