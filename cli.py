@@ -30,7 +30,7 @@ from qmix.commands import (
     tune,
 )
 from qmix.commands.chat import command
-from qmix.errors import QmixError, ResourceError, of_device
+from qmix.errors import CTRL_C, QmixError, ResourceError, of_device
 from qmix.files.file_errors import FULL
 
 app = help_page.HelpedApp(
@@ -40,7 +40,6 @@ app = help_page.HelpedApp(
     pretty_exceptions_enable=False,
 )
 
-_CTRL_C = 130
 _RUN, _MEASURE, _LOOK = "Make and run a model", "Measure", "Models and this machine"
 
 app.command("quantize", rich_help_panel=_RUN)(quantize.quantize)
@@ -103,8 +102,8 @@ def main() -> NoReturn:
         terminal.flush()
     except Exception as error:  # noqa: BLE001 - the last line of defence of a command
         _fail(error)
-    if code == _CTRL_C and _as_json():
-        terminal.print_error_as_json(QmixError("interrupted"), _CTRL_C)
+    if code == CTRL_C and _as_json():
+        terminal.print_error_as_json(QmixError("interrupted"), CTRL_C)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -153,7 +152,7 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno is not None:
         return 4 if error.errno in FULL else 3
     if isinstance(error.__cause__, KeyboardInterrupt):  # an older typer's Abort
-        return _CTRL_C
+        return CTRL_C
     named = type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
     return 4 if named or isinstance(error, MemoryError) else 1
 

@@ -8,6 +8,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or checkpoint, 4 resources, 5 
 
 from qmix.printable import escaped
 
+CTRL_C = 130  # the exit code after Ctrl-C
 CUT_REPLY = 6  # a chat's exit code where a reply ended before the model ended it
 
 

@@ -8,13 +8,14 @@ drive the terminal. Knows no option of the command line.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from rich.console import Console
 
 from qmix.commands import terminal
 from qmix.commands.chat import commands, settings
 from qmix.commands.chat.attached_file import AttachedFile
+from qmix.commands.chat.file_commands import known_models
 from qmix.commands.chat.loading import ChatLoader, LoadedChat, ModelSource
 from qmix.commands.chat.reply_stats import ReplyStats
 from qmix.commands.chat.start_line import start_line
@@ -50,6 +51,11 @@ class Streams:
     @property
     def interactive(self) -> bool:
         return self.lines.isatty()
+
+    @property
+    def screen(self) -> IO[str] | None:
+        """A stream that is a terminal."""
+        return next((each for each in (self.text, self.notices.file) if each.isatty()), None)
 
 
 class Discard:
@@ -87,6 +93,7 @@ class Repl:
             self.streams.notices,
             commands=commands.COMMANDS,
             settings=settings.EXAMPLES,
+            models=known_models,
         )
 
     @classmethod

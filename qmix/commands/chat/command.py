@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qmix.commands import options, sources, terminal
-from qmix.errors import CUT_REPLY, UsageError
+from qmix.errors import CTRL_C, CUT_REPLY, UsageError
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.gguf.files import checked_source
@@ -101,10 +101,15 @@ def chat(
     loader = ChatLoader(load, ctx, template, defaults, quiet)
     streams = Streams(sys.stdin, sys.stdout, terminal.console(), plain, as_json, quiet)
     repl = Repl.loaded(loader, directory, given, streams, system)
-    if message is None:
-        repl.run()
-    else:
-        repl.ask(message)
+    try:
+        if message is None:
+            repl.run()
+        else:
+            repl.ask(message)
+    except KeyboardInterrupt:
+        if as_json and repl.session.replies:  # the document says so; there is no second one
+            sys.exit(CTRL_C)
+        raise
     if repl.has_cut_replies and not interactive:
         raise typer.Exit(CUT_REPLY)
 

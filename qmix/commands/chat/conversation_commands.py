@@ -56,7 +56,7 @@ def edit(repl: "Repl", argument: str) -> None:
         raise UsageError("/edit needs a terminal")
     turns = repl.session.turns
     before = turns[-1].user if turns else ""
-    text = edited(before)
+    text = edited(before, repl.streams.screen)
     if not text.strip():
         repl.notice("nothing was sent")
     elif not turns:

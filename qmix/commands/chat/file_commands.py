@@ -1,6 +1,7 @@
 """Commands between the conversation and the world: files, the clipboard, another model."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from qmix.commands.chat.loading import USER
 from qmix.commands.chat.saved_chat import SavedChat
 from qmix.errors import QmixError, UnsupportedError, UsageError
 from qmix.formats.metadata import read_metadata
+from qmix.hub import cache, made
+from qmix.hub.remote import HubOptions
 from qmix.quantities import counted
 
 if TYPE_CHECKING:
@@ -97,8 +100,7 @@ def copy(repl: "Repl", argument: str) -> None:
         have = counted(len(texts), what)
         raise UsageError(f"there is no such {what}", expected=f"up to {have}", found=index)
     text = texts[-index]
-    streams = (repl.streams.text, repl.streams.notices.file)
-    ways = clipboard.copy(text, next((each for each in streams if each.isatty()), None))
+    ways = clipboard.copy(text, repl.streams.screen)
     if not ways:
         raise UsageError("there is no clipboard", remedy="Install wl-copy, xclip or xsel.")
     repl.notice(f"copied {counted(len(text), 'character')} to {' and '.join(ways)}")
@@ -128,6 +130,12 @@ def switch(repl: "Repl", argument: str) -> None:
         repl.adopt(repl.loader.load(old.directory, given))
     repl.session.restore(texts)
     repl.notice(repl.start_line)
+
+
+def known_models() -> Iterator[str]:
+    """What Tab offers for a model beside paths: the folders that qmix made, and the hub's cache."""
+    yield from map(str, made.folders())
+    yield from map(str, cache.models(HubOptions()))
 
 
 def _path(argument: str, usage: str) -> Path:

@@ -1,10 +1,12 @@
 """A message from the command line, from a pipe, or from both; JSON, and exit codes."""
 
+import itertools
 import json
 
 import pytest
 
-from qmix.errors import CUT_REPLY
+from qmix.errors import CTRL_C, CUT_REPLY
+from qmix.generation.loop import stream
 from tests.support.process import qmix
 
 GREEDY = ("--temperature", 0, "--device", "cpu", "--ctx", "200")
@@ -39,6 +41,17 @@ def test_exit_codes_say_whether_a_reply_is_whole(tiny_nf4):
     assert (raw.returncode, raw.stderr.split(" · ")[0]) == (CUT_REPLY, "cut short: length")
     quiet = qmix("chat", tiny_nf4, *GREEDY, "Hi", "--max-new-tokens", 2, "--quiet")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (CUT_REPLY, raw.stdout, "")
+
+
+def test_ctrl_c_in_a_pipe_gives_what_there_is(tiny_nf4, monkeypatch):
+    def interrupted(*arguments):
+        yield from itertools.islice(stream(*arguments), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qmix.commands.session.stream", interrupted)
+    document, done = asked(tiny_nf4, "Hi")
+    assert (document["finish"], document["new_tokens"]) == ("stopped", 2)
+    assert done.returncode == CTRL_C
 
 
 def test_lines_are_messages_of_one_conversation(tiny_nf4):
