@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from qmix.errors import QmixError, ResourceError
 from qmix.files.file_errors import FULL
@@ -69,6 +69,18 @@ def message(text: str) -> None:
     show_lines(escaped(text), console())
 
 
+def columns(stream: IO[str]) -> int:
+    """The width of a terminal at this moment, also of a dumb one; 80 if it has none to say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _width(screen: "Console") -> int:
+    return columns(screen.file) if screen.is_dumb_terminal else screen.width
+
+
 def show_lines(text: str, screen: "Console", style: str = "", end: str = "\n") -> None:
     """Lines for a person, each escaped; a terminal gets them wrapped between words.
 
@@ -89,7 +101,7 @@ def show_lines(text: str, screen: "Console", style: str = "", end: str = "\n") -
 def show_status(text: str, screen: "Console") -> None:
     """A dim line of parts that " · " separates; on a terminal, of as many as fit on one line."""
     if screen.is_terminal:
-        text = _fitting(text, screen.width)
+        text = _fitting(text, _width(screen))
     show_lines(text, screen, style="dim")
 
 

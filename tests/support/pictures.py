@@ -38,6 +38,7 @@ PROMPT = ">>> "
 _LIMIT_S = 100
 # The line editor asks for marked pastes while it draws; what it draws is not replayed.
 _EDITOR_OPENS, _EDITOR_CLOSES = "\x1b[?2004h", "\x1b[?2004l"
+_MOVES = re.compile(r"(\n|\r|\x1b\[1A|\x1b\[2K)")
 _ESCAPES = re.compile(r"\x1b\[\?\d+[hl]|\x1b\][^\x07]*\x07|\x1b[=>]")
 
 
@@ -122,7 +123,23 @@ def played(scene: Scene, folder: Path) -> str:
         child.kill()
         child.wait()
         os.close(ours)
-    return shown.replace("\r\n", "\n")
+    return _without_erased(shown.replace("\r\n", "\n"))
+
+
+def _without_erased(shown: str) -> str:
+    """The lines that stand at the end: progress bars are erased, line by line."""
+    lines, at = [""], 0
+    for part in _MOVES.split(shown):
+        if part == "\n":
+            at += 1
+            lines += [""] * (at == len(lines))
+        elif part == "\x1b[1A":
+            at -= 1
+        elif part == "\x1b[2K":
+            lines[at] = ""
+        elif part != "\r":
+            lines[at] += part
+    return "\n".join(lines)
 
 
 def _environment(folder: Path) -> Mapping[str, str]:

@@ -1,6 +1,5 @@
 """The terminal that a reply is drawn on: its width, its colours, and what waits to be written."""
 
-import os
 from typing import TextIO
 
 from rich.color import ColorSystem
@@ -37,12 +36,7 @@ class Screen:
 
     @property
     def width(self) -> int:
-        if self._width is not None:
-            return self._width
-        try:
-            return os.get_terminal_size(self._stream.fileno()).columns or 80
-        except (OSError, ValueError):
-            return 80
+        return terminal.columns(self._stream) if self._width is None else self._width
 
     def draw(self, text: str, style: str = "") -> None:
         """Model text in a style of rich's, without what controls a terminal."""
