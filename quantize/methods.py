@@ -45,6 +45,7 @@ class QuantizeRequest:
         adapter: the folder of a LoRA that is merged into the weights before they are rounded.
         requantize: take a quantized source too, and round what it decodes to.
         discard_source: each file of the source is removed once it has been read.
+        documents: a model card and a page with pictures are written too.
 
     Raises:
         UsageError: an option that does not apply to the method, or a group size out of range.
@@ -66,6 +67,7 @@ class QuantizeRequest:
     adapter: Path | None = None
     requantize: bool = False
     discard_source: bool = False
+    documents: bool = False
 
     def __post_init__(self) -> None:
         does_not_apply = {
@@ -134,6 +136,7 @@ def quantize_checkpoint(
             supply=supply,
             adapter=request.adapter,
             requantize=request.requantize,
+            documents=request.documents,
         )
     assert text is not None
     return _calibrated(source, out, request, text, recipe, interrupted, progress)
@@ -174,6 +177,7 @@ def _calibrated(
         method=request.method,
         resumed=request.resume,
         force=request.force,
+        documents=request.documents,
         interrupted=interrupted,
         progress=progress,
     )

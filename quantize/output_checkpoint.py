@@ -15,6 +15,7 @@ import qmix
 from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
+from qmix.files import atomic_file
 from qmix.formats import Checkpoint
 from qmix.formats.files import manifest
 from qmix.formats.files.companions import copy_companions
@@ -26,7 +27,9 @@ from qmix.formats.names import ModelTensor
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.hub.local import shown_name
 from qmix.quantize.adapter import facts_of
+from qmix.quantize.model_card import PAGE, model_card
 from qmix.quantize.report import QuantizeReport
+from qmix.quantize.source_card import stated_license
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe, Scheme
 from qmix.weights.table import Table
@@ -153,11 +156,14 @@ def complete(
     outputs: Sequence[OutputTensor],
     report: QuantizeReport,
     facts: Mapping[str, Any],
+    *,
+    documents: bool = False,
 ) -> None:
     """Write every file of a checkpoint but its shards: companions, config, report and manifest.
 
     Args:
         facts: entries of the manifest besides those that every quantization has.
+        documents: write the model card and the page of the report too.
     """
     copy_companions(checkpoint.shards.directory, folder)
     dtype = outputs[0].dtype
@@ -170,6 +176,8 @@ def complete(
     if settings is not None and writer.layout_of(schemes) == "GPTQ":
         strict_json.write(folder / gptq_config.FILE, settings)  # older readers look for it there
     strict_json.write(folder / manifest.REPORT, report.to_dict())
+    if documents:
+        _write_documents(folder, checkpoint.shards.directory, report, facts_of(checkpoint) | facts)
     manifest.write_manifest(
         folder,
         {
@@ -181,6 +189,21 @@ def complete(
             **facts,
         },
     )
+
+
+def _write_documents(
+    folder: Path, source: Path, report: QuantizeReport, facts: Mapping[str, Any]
+) -> None:
+    """What people read: the card, and the page with pictures."""
+    from qmix.pages.page import html
+    from qmix.quantize.report_page import report_page
+
+    name, origin = folder.name.removesuffix(".partial"), shown_name(source)
+    license = stated_license(source if source.is_dir() else source.parent)
+    card = model_card(name, origin, report, facts, license, qmix.__version__)
+    atomic_file.write(folder / manifest.CARD, card.encode("utf-8", "replace"))
+    page = report_page(report, name, origin, qmix.__version__)
+    atomic_file.write(folder / PAGE, html(page))
 
 
 def _without_settings(checkpoint: Checkpoint) -> MixtralConfig:

@@ -46,6 +46,7 @@ def quantize_streaming(
     supply: ShardSupply | None = None,
     adapter: Path | None = None,
     requantize: bool = False,
+    documents: bool = False,
 ) -> QuantizeReport:
     """Quantize a 16- or 32-bit checkpoint directory into a new one by rounding each weight.
 
@@ -59,6 +60,7 @@ def quantize_streaming(
         supply: brings each file of `source`, which holds their headers only, before it is read.
         adapter: the folder of a LoRA that is merged into each weight before it is rounded.
         requantize: take a quantized source too, and round what it decodes to.
+        documents: write a model card and a page with pictures too.
 
     Raises:
         UsageError: a path is unsuitable.
@@ -88,7 +90,7 @@ def quantize_streaming(
             bytes_in=bytes_in,
             seconds=time.perf_counter() - begun,
         )
-        complete(folder, checkpoint, outputs, report, {})
+        complete(folder, checkpoint, outputs, report, {}, documents=documents)
         if isinstance(checkpoint, Source):
             checkpoint.check_unchanged()
         check_adapter(checkpoint)

@@ -176,9 +176,11 @@ def quantize(
         adapter=adapter,
         requantize=requantize,
         discard_source=discard_source,
+        documents=True,
     )
     report = _run(source, out, request, yes=yes)
     draw_report(report, out)
+    terminal.message(f"model card: {out / 'README.md'}; pictures: {out / 'qmix_report.html'}")
     made.remember(out)
     if as_json:
         terminal.print_json(report.to_dict())

@@ -32,7 +32,7 @@ _CONFIG_TEXTS = (
 )
 _TEXTS = (
     *("*.json", "*.jinja", "tokenizer.model*", "*.tiktoken", "vocab.txt", "merges.txt"),
-    *("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
+    *("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "README.md"),
 )
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.model.v*", "tekken.json")
 _MOST_TEXT_BYTES = 64 << 20

@@ -47,6 +47,7 @@ def quantize_calibrated(
     method: str = "gptq",
     resumed: bool = False,
     force: bool = False,
+    documents: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
     progress: Callable[[QuantizeProgress], None] = lambda _: None,
 ) -> QuantizeReport:
@@ -59,6 +60,7 @@ def quantize_calibrated(
         method: the name that report and manifest state.
         resumed: continue the interrupted run at `out`.partial, if there is one.
         force: replace an existing checkpoint at `out`.
+        documents: write a model card and a page with pictures too.
         interrupted: called after every layer; True ends the run there.
         progress: called before every matrix.
 
@@ -91,7 +93,8 @@ def quantize_calibrated(
             seconds=time.perf_counter() - begun,
             effort=_effort(source, calibration, options, count, seconds) if count else None,
         )
-        complete(folder, source, files.outputs, report, {name: settings[name] for name in _STATED})
+        stated = {name: settings[name] for name in _STATED}
+        complete(folder, source, files.outputs, report, stated, documents=documents)
         source.check_unchanged()
         check_adapter(source)
     return report

@@ -1,7 +1,7 @@
 """Whether a checkpoint is intact: its files' hashes, its exact tensors, and every number in it.
 
 Holds one weight at a time. Knows no module. A checkpoint needs no manifest, but one that is there
-must be true.
+must be true; only the model card may be edited.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from qmix.commands.checkpoint import Progress
 from qmix.errors import CheckpointError, QmixError
 from qmix.files.regular_file import open_regular
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.files.manifest import MANIFEST, read_manifest
+from qmix.formats.files.manifest import CARD, MANIFEST, read_manifest
 from qmix.formats.names import ModelTensor
 from qmix.weights.dense import all_finite
 
@@ -59,7 +59,7 @@ def verify(directory: str | Path, progress: Progress = lambda *_: None) -> Verif
     """
     checkpoint = open_checkpoint(directory)
     folder = checkpoint.shards.directory
-    listed = read_manifest(folder)
+    listed = {name: facts for name, facts in read_manifest(folder).items() if name != CARD}
     total = len(listed) + len(checkpoint.tensors)
     problems: list[QmixError] = []
     for index, (name, facts) in enumerate(listed.items()):

@@ -22,6 +22,8 @@ MARKER = ".qmix-partial"
 STATE = "qmix_resume.json"
 # What a run did and how long it took. No two runs write the same, so the manifest leaves it out.
 REPORT = "qmix_report.json"
+# The model card: listed, so that it is known to be ours, and not verified, because people edit it.
+CARD = "README.md"
 _UNLISTED = frozenset((MANIFEST, MARKER, STATE, REPORT))
 
 

@@ -24,7 +24,9 @@ from qmix.formats.files.manifest import MARKER, STATE
 # For files other than weights and for the file system: enough for a tokenizer and a few JSON files.
 _SLACK_BYTES = 64 << 20
 # What runs write into OUT.partial; nothing else in it is ever removed.
-_WORK = re.compile(r".*\.(safetensors|gguf|json|model|jinja|f32|writing)|\.qmix-partial")
+_WORK = re.compile(
+    r".*\.(safetensors|gguf|json|model|jinja|f32|writing)|README\.md|qmix_report\.html|\.qmix-partial"
+)
 
 
 def check_paths(source: Path, out: Path, *, force: bool) -> None:
