@@ -130,7 +130,7 @@ def _bits(rounded: Sequence[TensorResult]) -> Section | None:
     words = Words(
         "bits",
         "Bits a weight",
-        "Scales included. The darker, the more bits; experts are numbered.",
+        "Scales included. The stronger the shade, the more bits; experts are numbered.",
         "Bits of each matrix by layer; the table has the figures.",
     )
     return Section("Bits of each matrix", (), (matrix_picture(words, bits, "bits a weight"),))

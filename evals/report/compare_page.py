@@ -289,7 +289,7 @@ def _experts(entries: Sequence[_Entry], chosen: int) -> Section:
             Words(
                 f"experts-{each.letter}",
                 f"Expert use: {each.key}",
-                f"The darker, the more; at most {_most(model):.1f} %. No shade is "
+                f"The stronger the shade, the more; at most {_most(model):.1f} %. No shade is "
                 f"{min(every):.1f} %, the least of all models.",
                 f"Shares of the experts by layer; the table has the figures. At most {_most(model):.1f} %.",
             ),
@@ -338,7 +338,7 @@ def _bits(entries: Sequence[_Entry]) -> Section | None:
             Words(
                 f"bits-{each.letter}",
                 f"Bits a weight: {each.key}",
-                "Scales included. The darker, the more bits; experts are numbered.",
+                "Scales included. The stronger the shade, the more bits; experts are numbered.",
                 "Bits of each matrix by layer; the table has the figures.",
             ),
             {name: bits for name, bits in each.model.bits.items() if not name.endswith(".gate")},

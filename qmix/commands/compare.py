@@ -36,7 +36,11 @@ def compare(
     ] = None,
     ctx: Annotated[
         int | None,
-        typer.Option(help="Tokens per window.", show_default="2048, or the model's positions"),
+        typer.Option(
+            parser=options.token_count,
+            help="Tokens per window.",
+            show_default="2048, or the model's positions",
+        ),
     ] = None,
     raw_text: Annotated[
         bool, typer.Option("--raw-text", help="Keep a byte-order mark and CRLF line ends.")

@@ -42,6 +42,11 @@ def plan(
     group_size: Annotated[
         int | None, typer.Option(help="gptq: inputs per scale.", show_default="128")
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw it too: a new .html, .svg or .png."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="--plot: replace the file.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what fits where and how fast it will be.
@@ -50,11 +55,16 @@ def plan(
 
     Examples:
       qmix plan mixtral-nf4
-      qmix plan config.json --card 3090 --ram 64G --ctx 8192
+      qmix plan config.json --card 3090 --ram 64G --ctx 8192 --plot plan.svg
     """
     from qmix.commands.plan_text import text
     from qmix.commands.planner import PlanRequest, answer
 
+    if plot is not None:
+        from qmix.commands import plan_plot
+        from qmix.pages import output_file
+
+        output_file.check(plot, plan_plot.SUFFIXES, force=force, where="--plot")
     with sources.described(source, part=True) as path:
         request = PlanRequest(
             source=path,
@@ -68,3 +78,6 @@ def plan(
         )
         plan_answer = answer(request)
     terminal.print_result(text(plan_answer), plan_answer.to_dict(), as_json=as_json)
+    if plot is not None:
+        plan_plot.write(plan_answer, plot)
+        terminal.message(f"the picture: {plot}")

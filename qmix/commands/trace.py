@@ -1,4 +1,4 @@
-"""`qmix trace`: record which experts a model uses, and replay that through a policy.
+"""`qmix trace`: record which experts a model uses, draw that, and replay it through a policy.
 
 Knows policies only by name. Heavy imports stay inside the functions.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qmix.evals.routing.simulation import SimulatedMachine
     from qmix.evals.routing.trace import Trace, TraceHeader
 
-app = HelpedApp(help="Record and replay which experts a model uses.")
+app = HelpedApp(help="Record, draw and replay which experts a model uses.")
 
 Rate = Annotated[float, typer.Option(min=0.001, help="GB/s.")]
 Pcie = Annotated[float, typer.Option("--pcie", min=0.001, help="GB/s.")]
@@ -141,6 +141,36 @@ def replay_trace(
         "replays": [row.to_dict() for row in rows],
     }
     terminal.print_result(table(rows), document, as_json=as_json)
+
+
+@app.command()
+def plot(
+    path: Annotated[Path, typer.Argument(metavar="TRACE", help="Written by qmix trace record.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A new .html, .svg or .png.")],
+    force: options.Force = False,
+) -> None:
+    """Draw which experts a trace uses.
+
+    A page (.html) shows use by layer and expert, how many experts cover most uses, and how often
+    the next token uses them again; .svg and .png show use only.
+
+    Examples:
+      qmix trace plot wiki.trace --out wiki.html
+      qmix trace plot wiki.trace --out wiki.png --force
+    """
+    from qmix.evals.report.trace_page import trace_page, use_picture
+    from qmix.evals.routing import trace
+    from qmix.files import atomic_file
+    from qmix.pages import output_file, page
+
+    output_file.check(out, (output_file.PAGE, *output_file.PICTURES), force=force)
+    recorded = trace.read_trace(path)
+    if out.suffix.lower() == output_file.PAGE:
+        atomic_file.write(out, page.html(trace_page(recorded, path.name)))
+    else:
+        picture = use_picture(recorded)
+        output_file.write_picture(out, picture.figure, picture.alt)
+    terminal.message(f"the picture: {out}")
 
 
 def table(rows: tuple["Replay", ...]) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 6.0  # inches: a letter is 9 pixels high on a screen of 400, and 15 on a wide one
-_FONT, _SMALL = 12.0, 11.0
+_FONT, _SMALL, _TINY = 12.0, 11.0, 9.0
 _KEY = 46  # characters of a name in a chart's key
 # Where a point's letter stands, in points: near points have their letters on different sides.
 _BESIDE = ((11, 8), (-11, 8), (11, -8), (-11, -8))
@@ -167,7 +167,7 @@ def stacks(
 
 @dataclass(frozen=True)
 class Grid:
-    """Values by row and column, drawn as shades: the darker, the farther from `least`.
+    """Values by row and column, drawn as shades: the stronger, the farther from `least`.
 
     Attributes:
         values: rows of equal length; None leaves a cell empty.
@@ -203,7 +203,9 @@ def shades(grid: Grid) -> "Figure":
     axes.set_ylim(len(grid.rows) - 0.5, -0.5)
     every = max(1, -(-columns // 16))
     axes.set_xticks(range(0, columns, every))
-    axes.set_yticks(range(len(grid.rows)), list(grid.rows), fontsize=_SMALL if height < 3 else 7)
+    axes.set_yticks(
+        range(len(grid.rows)), list(grid.rows), fontsize=_SMALL if height < 3 else _TINY
+    )
     axes.set_xlabel(grid.x)
     axes.set_ylabel(grid.y)
     _scale(axes, grid, signed=signed)
@@ -214,7 +216,8 @@ def _cells(axes: "Axes", grid: Grid, values: Sequence[Sequence[float | None]]) -
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgba
 
-    squares, colors, negative = [], [], []
+    squares, colors = [], []
+    signs: dict[str, list[tuple[int, int]]] = {theme.INK.light: [], theme.PAPER.light: []}
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if value is None:
@@ -224,7 +227,7 @@ def _cells(axes: "Axes", grid: Grid, values: Sequence[Sequence[float | None]]) -
             strength = grid.strength(value)
             colors.append(to_rgba(color, strength))
             if value < 0 and strength >= 0.1:
-                negative.append((x, y))
+                signs[(theme.PAPER if strength > 0.5 else theme.INK).light].append((x, y))
     axes.add_collection(
         PolyCollection(
             squares,
@@ -234,9 +237,9 @@ def _cells(axes: "Axes", grid: Grid, values: Sequence[Sequence[float | None]]) -
             clip_on=False,
         )
     )
-    if negative:
-        across, down = zip(*negative, strict=True)
-        axes.plot(across, down, marker="_", color=theme.INK.light, markersize=5, linestyle="none")
+    for color, places in signs.items():
+        across, down = [x for x, _ in places], [y for _, y in places]
+        axes.plot(across, down, marker="_", color=color, markersize=5, linestyle="none")
 
 
 _CORNERS = ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))

@@ -148,6 +148,7 @@ TORCHLESS = (
     ),
     *("qmix.formats.mistral.params", "qmix.commands.checkpoint.inspect"),
     *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),
+    "qmix.commands.plan_plot",
     *("qmix.commands.help_page", "qmix.commands.progress"),
 )
 
