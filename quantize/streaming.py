@@ -81,8 +81,7 @@ def quantize_streaming(
     results: list[TensorResult] = []
     quantized = _quantized(checkpoint, visits, supply, results, progress)
     with output_dir.partial(out, force=force) as folder:
-        planned = [output.planned for output in outputs]
-        shard_writer.write_shards(folder, planned, quantized, shard_bytes)
+        shard_writer.write_shards(folder, [o.planned for o in outputs], quantized, shard_bytes)
         progress(QuantizeProgress(bytes_in, bytes_in, "checksums"))
         report = QuantizeReport(
             method=method,

@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
     inside = {name for name in names if name.startswith("qmix/")}
     for module in ("cli.py", "py.typed", "quantize/streaming.py", "evals/quality/perplexity.py", "evals/quality/demo.py",
                    "evals/baselines.json", "formats/layouts/bnb.py", "kernels/tiles.py", "kernels/cpu/csrc/kernels.cpp",
-                   "kernels/cpu/csrc/matrix.h"):  # fmt: skip
+                   "kernels/cpu/csrc/matrix.h", "pages/page.html.jinja"):  # fmt: skip
         assert f"qmix/{module}" in inside, module
     assert not [n for n in inside if n.endswith((".safetensors", ".model", ".md"))]
     expected = {

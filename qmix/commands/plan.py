@@ -10,16 +10,22 @@ import typer
 
 from qmix.commands import options, sources, terminal
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL|CONFIG",
+        help="Folder, GGUF file, ORG/NAME of the hub, or a config.json.",
+        show_default=False,
+    ),
+]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw it too: a new .html, .svg or .png.")
+]
+ReplacePlot = Annotated[bool, typer.Option("--force", help="--plot: replace the file.")]
+
 
 def plan(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL|CONFIG",
-            help="Folder, GGUF file, ORG/NAME of the hub, or a config.json.",
-            show_default=False,
-        ),
-    ],
+    source: Source,
     vram: Annotated[
         str | None, typer.Option(help="Device memory: 24G.", show_default="what is free here")
     ] = None,
@@ -42,11 +48,8 @@ def plan(
     group_size: Annotated[
         int | None, typer.Option(help="gptq: inputs per scale.", show_default="128")
     ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw it too: a new .html, .svg or .png."),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="--plot: replace the file.")] = False,
+    plot: Plot = None,
+    force: ReplacePlot = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what fits where and how fast it will be.

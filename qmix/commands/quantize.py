@@ -179,11 +179,15 @@ def quantize(
         documents=True,
     )
     report = _run(source, out, request, yes=yes)
+    _say_written(report, out)
+    if as_json:
+        terminal.print_json(report.to_dict())
+
+
+def _say_written(report: "QuantizeReport", out: Path) -> None:
     draw_report(report, out)
     terminal.message(f"model card: {out / 'README.md'}; pictures: {out / 'qmix_report.html'}")
     made.remember(out)
-    if as_json:
-        terminal.print_json(report.to_dict())
 
 
 def _run(source: Path, out: Path, request: "QuantizeRequest", *, yes: bool) -> "QuantizeReport":

@@ -93,11 +93,14 @@ def quantize_calibrated(
             seconds=time.perf_counter() - begun,
             effort=_effort(source, calibration, options, count, seconds) if count else None,
         )
-        stated = {name: settings[name] for name in _STATED}
-        complete(folder, source, files.outputs, report, stated, documents=documents)
+        complete(folder, source, files.outputs, report, _stated(settings), documents=documents)
         source.check_unchanged()
         check_adapter(source)
     return report
+
+
+def _stated(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in _STATED}
 
 
 def prepare(
