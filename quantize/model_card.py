@@ -39,12 +39,15 @@ def model_card(
     Args:
         name: of the checkpoint's folder.
         source: what it was made from, as people call it: a folder's name or ORG/NAME@COMMIT.
-        facts: what the manifest states besides; `calibration` is described.
+        facts: what the manifest states besides; `calibration` and `adapter` are described.
         license: of the source; None if its card states none.
         version: of qmix.
     """
     repository = _REPOSITORY.fullmatch(source)
     words = _METHODS.get(report.method, report.method)
+    merged = (
+        f", with the LoRA {_code(facts['adapter']['name'])} merged" if "adapter" in facts else ""
+    )
     folder = name if _PLAIN.fullmatch(name) else "DIR"
     original = source.partition("@")[0] if repository else "SRC"
     return "\n".join(
@@ -53,8 +56,8 @@ def model_card(
             "",
             f"# {_code(name)}",
             "",
-            f"{_code(source)} in {report.bits_per_weight:.2f} bits a weight: {words}. Made by qmix "
-            f"{version}, `qmix quantize --method {report.method}`.",
+            f"{_code(source)}{merged}, in {report.bits_per_weight:.2f} bits a weight: {words}. Made "
+            f"by qmix {version}, `qmix quantize --method {report.method}`.",
             "",
             f"{weights(report.parameters)} weights, {gigabytes(report.bytes_out)} "
             f"({gigabytes(report.bytes_in)} before).",

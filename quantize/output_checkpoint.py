@@ -177,7 +177,8 @@ def complete(
         strict_json.write(folder / gptq_config.FILE, settings)  # older readers look for it there
     strict_json.write(folder / manifest.REPORT, report.to_dict())
     if documents:
-        _write_documents(folder, checkpoint.shards.directory, report, facts_of(checkpoint) | facts)
+        every = {**facts_of(checkpoint), **facts}
+        _write_documents(folder, checkpoint.shards.directory, report, every)
     manifest.write_manifest(
         folder,
         {

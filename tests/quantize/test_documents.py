@@ -61,7 +61,10 @@ def front_matter(card):
 
 
 def test_the_card_of_a_hub_s_model_is_of_hugging_face_s_form():
-    facts = {"calibration": {"text_sha256": SHA, "samples": 256, "seqlen": 2048}}
+    facts = {
+        "calibration": {"text_sha256": SHA, "samples": 256, "seqlen": 2048},
+        "adapter": {"name": "my-lora", "sha256": SHA},
+    }
     license = License("other", "my: license", "https://example.org/'#")
     card = model_card(
         "out", "mistralai/Mixtral-8x7B-v0.1@abc1234", calibrated(), facts, license, "9"
@@ -80,6 +83,7 @@ def test_the_card_of_a_hub_s_model_is_of_hugging_face_s_form():
         "| expert | int4 g128 | 11 |",
         "qmix eval out --data TEXT --reference mistralai/Mixtral-8x7B-v0.1",
         "qmix chat out",
+        "with the LoRA `my-lora` merged, in ",
         "Made by qmix 9",
         f"]({PAGE})",
     ):
