@@ -74,15 +74,7 @@ def model_card(
             "",
             *_shell(f"qmix eval {folder} --data TEXT --reference {original}"),
             "",
-            "## Use",
-            "",
-            *_shell(
-                f"qmix chat {folder}",
-                f"qmix plan {folder}      # what fits this machine",
-                f"qmix verify {folder}    # every file and every number",
-                f"qmix inspect {folder}   # which other programs load it",
-            ),
-            "",
+            *_use(folder),
             *_license_words(license),
             "",
         ]
@@ -134,6 +126,16 @@ def _calibration(facts: Mapping[str, Any]) -> Sequence[str]:
         f"{_code(settings['text_sha256'])}.",
         "",
     )
+
+
+def _use(folder: str) -> Sequence[str]:
+    commands = _shell(
+        f"qmix chat {folder}",
+        f"qmix plan {folder}      # what fits this machine",
+        f"qmix verify {folder}    # every file and every number",
+        f"qmix inspect {folder}   # which other programs load it",
+    )
+    return ("## Use", "", *commands, "")
 
 
 def _shell(*commands: str) -> Sequence[str]:
