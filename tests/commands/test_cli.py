@@ -208,7 +208,8 @@ def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
     state = {"XDG_STATE_HOME": str(tmp_path)}
     with Terminal.of("chat", tiny, "--min-p", 0, "--seed", 3, **state) as chat:
         chat.until_prompt()
-        chat.send("What is a list?\n")
+        chat.send("\x1b[200~What is\n/a list?\x1b[201~\n")  # a paste is one message
+        chat.until(">>> What is\r\n... /a list?\r\n")
         chat.until("tok/s")
         chat.until_prompt()
         chat.send("/set temperature 3\n")  # noise hardly ever ends by itself
@@ -219,10 +220,13 @@ def test_chat_in_a_terminal_two_turns_ctrl_c_stats_ctrl_d(tiny, tmp_path):
         reply = len(chat.seen)
         while len(chat.seen) < reply + 20:  # the reply is under way
             chat.read(1)
+        chat.send("typed")
         chat.send("\x03")
         chat.until("stopped")
+        assert "typed" not in chat.seen[: chat.at]
         chat.until_prompt()
-        chat.send("/stats\n")
+        chat.until("typed")
+        chat.send("\x15/stats\n")
         chat.until("context")
         chat.until_prompt()
         chat.send("\x03")
