@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from qmix.errors import UsageError
 from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
@@ -14,17 +12,18 @@ from qmix.models.options import parse_device
 from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDOWS
 from qmix.quantize.adapter import with_adapter
 from qmix.quantize.calibrated.bit_allocation import allocate_bits, check_bits
+from qmix.quantize.calibrated.layer_work import EXPECTED, LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import prepare, quantize_calibrated
 from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
-from qmix.quantize.output_checkpoint import QuantizeProgress
 from qmix.quantize.report import QuantizeReport
 from qmix.quantize.shard_supply import ShardSupply
 from qmix.quantize.source import Source, open_source
 from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Recipe, Scheme, check_group_size
+from qmix.work_meter import Progress, WorkMeter
 
 Method = Literal["nf4", "fp4", "gptq", "rtn", "auto"]
 
@@ -109,7 +108,7 @@ def quantize_checkpoint(
     text: str | None,
     *,
     interrupted: Callable[[], bool] = lambda: False,
-    progress: Callable[[QuantizeProgress], None] = lambda _: None,
+    progress: Progress = lambda what, done, total: None,
     supply: ShardSupply | None = None,
 ) -> QuantizeReport:
     """Quantize the checkpoint directory `source` into `out`.
@@ -118,7 +117,8 @@ def quantize_checkpoint(
         supply: see `quantize_streaming`; the calibrated methods need every file to the end.
         text: the calibration text; None for a method that needs none.
         interrupted: see `quantize_calibrated`.
-        progress: called before every tensor or layer.
+        progress: called with what is done now, and how much is done of how much in all: bytes, or
+            with calibration seconds.
 
     Raises:
         QmixError: see `quantize_streaming` and `quantize_calibrated`.
@@ -149,7 +149,7 @@ def _calibrated(
     text: str,
     recipe: Recipe,
     interrupted: Callable[[], bool],
-    progress: Callable[[QuantizeProgress], None],
+    progress: Progress,
 ) -> QuantizeReport:
     """By a method that needs calibration text."""
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
@@ -162,12 +162,13 @@ def _calibrated(
         shard_bytes=request.shard_bytes,
         requantize=request.requantize,
     )
+    meter = WorkMeter(EXPECTED, progress)
     if request.method == "auto":
         bits = _DEFAULT_BITS if request.bits is None else request.bits
         check_bits(bits)
         # Refused before an hour of measuring: what does not fit even at the fewest bits.
         prepare(opened, out, recipe, calibration, options)
-        recipe = _measured_recipe(opened, calibration, request, options.device, bits, progress)
+        recipe = _measured_recipe(opened, calibration, request, options, bits, meter)
     return quantize_calibrated(
         opened,
         out,
@@ -179,7 +180,7 @@ def _calibrated(
         force=request.force,
         documents=request.documents,
         interrupted=interrupted,
-        progress=progress,
+        meter=meter,
     )
 
 
@@ -202,13 +203,23 @@ def _measured_recipe(
     source: Source,
     calibration: Calibration,
     request: QuantizeRequest,
-    device: torch.device,
+    options: CalibratedOptions,
     bits: float,
-    progress: Callable[[QuantizeProgress], None],
+    meter: WorkMeter,
 ) -> Recipe:
-    groups = Sensitivity(
-        source, calibration.ids, attention=request.attention, device=device
-    ).groups(
-        lambda done, total: progress(QuantizeProgress(done, total, f"measuring layer {done + 1}"))
+    """The bits of each matrix, by their measured losses."""
+    sensitivity = Sensitivity(
+        source, calibration.ids, attention=request.attention, device=options.device
     )
+    # The rounding, which is planned again when it begins, counts from the start.
+    tokens, each = calibration.ids.numel(), LayerWork(source.config, options.layer)
+    recipe = Recipe.uniform(request.scheme, attention=request.attention)
+    rounding = [
+        each.total(layer, tokens, recipe) for layer in range(source.config.num_hidden_layers)
+    ]
+    for work in rounding:
+        meter.plan(work)
+    groups = sensitivity.groups(meter)
+    for work in rounding:
+        meter.drop(work)
     return allocate_bits(groups, bits)

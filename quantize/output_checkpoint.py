@@ -40,15 +40,6 @@ _ERROR_ROWS = 1024  # rows compared at a time, which limits the float32 copies t
 
 
 @dataclass(frozen=True)
-class QuantizeProgress:
-    """How far a run is: bytes of the source that are done, and the tensor it is working on."""
-
-    done_bytes: int
-    total_bytes: int
-    tensor: str
-
-
-@dataclass(frozen=True)
 class OutputTensor:
     """A tensor of the model and what it will become.
 

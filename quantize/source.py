@@ -74,6 +74,12 @@ class Source(Checkpoint):
         while self._hashing:
             self._hashing.pop().result()
 
+    def unread_bytes(self) -> int:
+        """Bytes of the tensors that `hash_unread` will read."""
+        self.wait()
+        entries = self.shards.entries
+        return sum(entries[name].nbytes for name in entries.keys() - self.digests.keys())
+
     def hash_unread(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read every tensor that has not been read yet, so that `digests` has all of them.
 
@@ -83,12 +89,11 @@ class Source(Checkpoint):
         Raises:
             CheckpointError: one cannot be read, or holds NaN or infinity.
         """
-        self.wait()
-        entries = self.shards.entries
+        total, entries = self.unread_bytes(), self.shards.entries
         unread = sorted(
             entries.keys() - self.digests.keys(), key=lambda n: (entries[n].file, entries[n].start)
         )
-        done, total = 0, sum(entries[name].nbytes for name in unread)
+        done = 0
         for name, digest in self._digests_of(unread):
             self._compare(name, digest)
             done += entries[name].nbytes

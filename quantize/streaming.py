@@ -5,7 +5,7 @@ algorithms and formats by their functions only.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +18,6 @@ from qmix.planning.plan import check_memory
 from qmix.quantize.adapter import bytes_in_memory, check_adapter, with_adapter
 from qmix.quantize.output_checkpoint import (
     OutputTensor,
-    QuantizeProgress,
     complete,
     file_tensors,
     plan_outputs,
@@ -32,6 +31,7 @@ from qmix.quantize.source import Source, open_source
 from qmix.weights import nf4
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe
+from qmix.work_meter import Progress
 
 
 def quantize_streaming(
@@ -42,7 +42,7 @@ def quantize_streaming(
     method: str,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
-    progress: Callable[[QuantizeProgress], None] = lambda _: None,
+    progress: Progress = lambda what, done, total: None,
     supply: ShardSupply | None = None,
     adapter: Path | None = None,
     requantize: bool = False,
@@ -82,7 +82,7 @@ def quantize_streaming(
     quantized = _quantized(checkpoint, visits, supply, results, progress)
     with output_dir.partial(out, force=force) as folder:
         shard_writer.write_shards(folder, [o.planned for o in outputs], quantized, shard_bytes)
-        progress(QuantizeProgress(bytes_in, bytes_in, "checksums"))
+        progress("checksums", bytes_in, bytes_in)
         report = QuantizeReport(
             method=method,
             tensors=tuple(results),
@@ -113,7 +113,7 @@ def _quantized(
     visits: Sequence[Visit],
     supply: ShardSupply | None,
     results: list[TensorResult],
-    progress: Callable[[QuantizeProgress], None],
+    progress: Progress,
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors of the files, weight by weight; what each cost goes into `results`."""
     sizes = [checkpoint.stored_bytes(visit.output.tensor) for visit in visits]
@@ -121,9 +121,9 @@ def _quantized(
     for visit, nbytes in zip(visits, sizes, strict=True):
         for name in visit.opened:
             assert supply is not None
-            progress(QuantizeProgress(done, sum(sizes), f"downloading {name}"))
+            progress(f"downloading {name}", done, sum(sizes))
             supply.put(name)
-        progress(QuantizeProgress(done, sum(sizes), visit.output.tensor.name))
+        progress(visit.output.tensor.name, done, sum(sizes))
         tensors, result = _quantize_tensor(checkpoint, visit.output)
         results.append(result)
         for name in visit.closed:

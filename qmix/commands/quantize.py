@@ -209,7 +209,7 @@ def _run(source: Path, out: Path, request: "QuantizeRequest", *, yes: bool) -> "
             request,
             text,
             interrupted=interrupted,
-            progress=lambda at: show(at.tensor, at.done_bytes, at.total_bytes),
+            progress=show,
             supply=supply,
         )
 

@@ -11,7 +11,8 @@ files.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.gpu_memory import experts_at_once
+from qmix.quantize.calibrated.layer_work import PASS, SOLVE, LayerWork, schemes_of
 from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, window_batches
@@ -32,6 +35,9 @@ from qmix.quantize.rounding import gptq
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.dense import Dense, Weight, all_finite
 from qmix.weights.scheme import Recipe, Scheme
+from qmix.work_meter import WorkMeter
+
+_Batch = TypeVar("_Batch", bound=tuple[Any, ...])
 
 
 class LayerQuantizer:
@@ -43,7 +49,7 @@ class LayerQuantizer:
             outputs; None without correction.
         device: where everything is computed.
         dtype: of forward passes; what is summed or solved is float32.
-        progress: called with the name of each tensor before it is rounded.
+        meter: counts the work; LayerWork says how much there is.
     """
 
     def __init__(
@@ -58,18 +64,18 @@ class LayerQuantizer:
         options: LayerOptions,
         device: torch.device,
         dtype: torch.dtype,
-        progress: Callable[[str], None] = lambda _: None,
+        meter: WorkMeter,
     ) -> None:
         assert options.correct == (exact is not None)
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self._layer, self._base = layer, f"model.layers.{layer}"
         self._rounded, self._seqlen = rounded, seqlen
-        self._exact: TokenStream | None
-        self._expert_sum: Activations | None
-        self._exact, self._expert_sum = exact if exact is not None else (None, None)
+        self._exact = None if exact is None else exact[0]
+        self._expert_sum = None if exact is None else exact[1]
         self._recipe, self._options = recipe, options
         self._device, self._dtype = device, dtype
-        self._progress = progress
+        self._meter, self._work = meter, LayerWork(checkpoint.config, options)
+        self._what = f"layer {layer + 1} of {self._config.num_hidden_layers}"
         self._tensors = {t.name: t for t in names.layer_tensors(self._config, layer)}
         self._results: dict[str, RoundedTensor] = {}
 
@@ -83,7 +89,8 @@ class LayerQuantizer:
         self._round_attention()
         routes = self._route(self._rounded.after)
         exact_routes = self._route(self._exact.after) if self._exact else None
-        experts, step = range(self._config.num_local_experts), self._experts_at_once()
+        experts = range(self._config.num_local_experts)
+        step = experts_at_once(self._config, self._device)
         for first in range(0, len(experts), step):
             self._round_experts(experts[first : first + step], routes, exact_routes)
         self._add_experts()
@@ -96,7 +103,6 @@ class LayerQuantizer:
         Args:
             weights: by name; the others stay as they are in the checkpoint.
         """
-        self._progress(f"{self._base}.self_attn.q_proj.weight")
         for name, tensor in self._tensors.items():
             if name in weights:
                 self._results[name] = RoundedTensor(tensor=tensor, weight=weights[name])
@@ -123,7 +129,7 @@ class LayerQuantizer:
                 linear = exact.get_submodule(f"{part}_proj")
                 assert isinstance(linear, Linear)
                 linear.store(self._unrounded(name))
-        for start, x, e in self._windows():
+        for start, x, e in self._windows(self._work.both_attentions):
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
             if e is not None:
                 assert self._exact is not None
@@ -145,7 +151,7 @@ class LayerQuantizer:
             assert isinstance(linear, Linear)
             linear.store(self._unrounded(name))
         moments = self._moments(self._config.hidden_size)
-        for _, x, e in self._windows():
+        for _, x, e in self._windows(self._work.moments(self._config.hidden_size)):
             moments.add(norm(x), exact=None if e is None else norm(e))
         self._round([(names[:3], moments)])
         for name in names[:3]:
@@ -158,7 +164,8 @@ class LayerQuantizer:
             module.o_proj.register_forward_pre_hook(lambda _, args: o_inputs.append(args[0]))
             for module in (attention, exact)
         ]
-        for start, x, e in self._windows():
+        work = self._work.both_attentions + self._work.moments(attention.o_proj.in_features)
+        for start, x, e in self._windows(work):
             attention(norm(x), context)
             if e is not None:
                 assert self._exact is not None
@@ -169,7 +176,7 @@ class LayerQuantizer:
             hook.remove()
         self._round([(names[3:], moments)])
         self._store(attention.o_proj, names[3])
-        for start, x, _ in self._windows():
+        for start, x, _ in self._windows(self._work.attention):
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
 
     def _route(self, tokens: Activations) -> Routes:
@@ -191,7 +198,8 @@ class LayerQuantizer:
         jobs = []
         for expert in experts:
             moments = self._moments(self._config.hidden_size)
-            for x, e, token_weights in self._expert_inputs(expert, routes):
+            work = self._work.moments(self._config.hidden_size)
+            for x, e, token_weights in self._expert_inputs(expert, routes, work):
                 moments.add(x, token_weights, exact=e)
             jobs.append(([self._expert(expert, "w1"), self._expert(expert, "w3")], moments))
         self._round(jobs)
@@ -204,23 +212,13 @@ class LayerQuantizer:
                 self._sum_exact(expert, exact, exact_routes)
             inner = self._swiglu(*(self._rounded_weight(name) for name in names))
             moments = self._moments(self._config.intermediate_size)
-            for x, e, token_weights in self._expert_inputs(expert, routes):
+            work = self._work.inner_moments
+            for x, e, token_weights in self._expert_inputs(expert, routes, work):
                 exact_inner = exact(e) if exact and e is not None else None
                 moments.add(inner(x), token_weights, exact=exact_inner)
             jobs.append(([self._expert(expert, "w2")], moments))
             del exact, inner  # 0.7 GB
         self._round(jobs)
-
-    def _experts_at_once(self) -> int:
-        """How many experts are rounded together: as many as fit a GPU, and one on the CPU."""
-        if self._device.type != "cuda":
-            return 1
-        hidden, inner = self._config.hidden_size, self._config.intermediate_size
-        elements = max(
-            3 * hidden * hidden + 8 * inner * hidden, 3 * inner * inner + 4 * inner * hidden
-        )
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return max(1, min(self._config.num_local_experts, int(0.8 * free / (4 * elements))))
 
     def _sum_exact(self, expert: int, inner: Callable[[Tensor], Tensor], routes: Routes) -> None:
         """Add the unrounded expert's outputs for its own tokens to the sum over experts."""
@@ -229,7 +227,8 @@ class LayerQuantizer:
         down = self._unrounded(self._expert(expert, "w2"))
         norm = self._norm("post_attention_layernorm")
         token, slot = torch.where(routes.ids == expert)
-        for index, score in token_batches(token, routes.weights[token, slot]):
+        batches = token_batches(token, routes.weights[token, slot])
+        for index, score in self._counted(batches, self._work.expert):
             x = norm(self._exact.after.rows(index).to(self._device))
             y = kernels.linear(inner(x), down) * score.to(self._device)[:, None]
             self._expert_sum.add_rows(index, y)
@@ -245,7 +244,8 @@ class LayerQuantizer:
                 name = self._expert(expert, part)
                 self._store(moe.get_submodule(f"experts.{expert}.{part}"), name)
         moe.eval()
-        for start, x in self._batches(self._rounded.after):
+        work = self._config.num_experts_per_tok * self._work.expert
+        for start, x in self._counted(self._batches(self._rounded.after), work):
             y, _ = moe(norm(x)[None])
             self._write(self._rounded.after, start, x + y[0])
         if self._exact is not None:
@@ -267,9 +267,7 @@ class LayerQuantizer:
         """Round matrices. Those of a job share their inputs; those of one scheme are stacked."""
         batches: dict[tuple[Scheme, int], list[tuple[list[str], Moments]]] = {}
         for matrices, moments in jobs:
-            schemes: dict[Scheme, list[str]] = {}
-            for name in matrices:
-                schemes.setdefault(self._recipe.scheme_of(name), []).append(name)
+            schemes = schemes_of(matrices, self._recipe)
             for index, (scheme, members) in enumerate(schemes.items()):
                 member_moments = moments if index == 0 else moments.copy()
                 batches.setdefault((scheme, len(members)), []).append((members, member_moments))
@@ -285,16 +283,18 @@ class LayerQuantizer:
         begun = time.perf_counter()
         first, _ = batch[0]
         rows = [self._tensors[name].shape[0] for name in first]
-        self._progress(first[0])
-        stacked = [torch.cat([self._read(name) for name in members]) for members, _ in batch]
-        solutions = gptq.solve(
-            torch.stack([weight.to(self._device) for weight in stacked]),
-            [moments for _, moments in batch],
-            scheme,
-            self._options.rounding,
-            where=[self._where(names[0]) for names, _ in batch],
-            parts=rows,
-        )
+        work = self._work.solve(self._tensors[first[0]].shape[1], sum(rows), len(batch))
+        with self._meter.doing(self._what, SOLVE, work) as tell:
+            stacked = [torch.cat([self._read(name) for name in members]) for members, _ in batch]
+            solutions = gptq.solve(
+                torch.stack([weight.to(self._device) for weight in stacked]),
+                [moments for _, moments in batch],
+                scheme,
+                self._options.rounding,
+                where=[self._where(names[0]) for names, _ in batch],
+                parts=rows,
+                tell=tell,
+            )
         seconds = (time.perf_counter() - begun) / (len(batch) * len(first))
         for (members, moments), source, parts in zip(batch, stacked, solutions, strict=True):
             exact = source.split_with_sizes(rows)
@@ -367,27 +367,32 @@ class LayerQuantizer:
     def _batches(self, tokens: Activations) -> Iterator[tuple[int, Tensor]]:
         return window_batches(tokens, self._seqlen, self._device)
 
-    def _windows(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    def _counted(self, batches: Iterable[_Batch], work: float) -> Iterator[_Batch]:
+        """The batches; `work` is done with each row of their last tensor."""
+        return self._meter.each(self._what, PASS, batches, lambda batch: work * len(batch[-1]))
+
+    def _windows(self, work: float) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """(first row, inputs in this model, inputs in the unrounded one) of whole windows.
 
-        Both inputs have the shape (windows, S, D).
+        Both inputs have the shape (windows, S, D). `work` is done with each token.
         """
         shape = (-1, self._seqlen, self._config.hidden_size)
-        for start, x in self._batches(self._rounded.before):
+        for start, x in self._counted(self._batches(self._rounded.before), work):
             exact = None
             if self._exact is not None:
                 exact = self._exact.before.read(start, start + len(x)).to(self._device).view(shape)
             yield start, x.view(shape), exact
 
     def _expert_inputs(
-        self, expert: int, routes: Routes
+        self, expert: int, routes: Routes, work: float
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """The expert's inputs [n, D], the unrounded model's inputs, and the token weights."""
         norm = self._norm("post_attention_layernorm")
         token, slot = torch.where(routes.ids == expert)
         score = routes.weights[token, slot]
         weights = {"none": torch.ones_like(score), "score": score, "square": score.square()}
-        for index, token_weights in token_batches(token, weights[self._options.weighting]):
+        batches = token_batches(token, weights[self._options.weighting])
+        for index, token_weights in self._counted(batches, work):
             x = norm(self._rounded.after.rows(index).to(self._device))
             exact = None
             if self._exact is not None:

@@ -5,23 +5,25 @@ weights in it, one whose shard is damaged is rounded again. What results must ha
 the state lists. Knows nothing of how a layer is rounded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qmix.formats.files.shards import read_entries, read_entry
 from qmix.formats.layouts import gptq
 from qmix.formats.layouts.gptq_config import ModuleSettings
+from qmix.quantize.calibrated.layer_work import LayerWork
 from qmix.quantize.calibrated.resume import Damage, RunState, damaged_files
 from qmix.quantize.calibrated.run_files import RunFiles
-from qmix.quantize.output_checkpoint import OutputTensor, QuantizeProgress
+from qmix.quantize.output_checkpoint import OutputTensor
 from qmix.weights.dense import Weight
+from qmix.work_meter import WorkMeter
 
 
 def repair(
     files: RunFiles,
     folder: Path,
     state: RunState,
-    progress: Callable[[QuantizeProgress], None],
+    meter: WorkMeter,
 ) -> None:
     """Check every file that a resumed run builds on, and make the damaged ones again.
 
@@ -35,21 +37,25 @@ def repair(
     lost = [layer for layer in range(done) if files.layer_shard(layer) in names]
     last = done - 1 if any(name.endswith(".f32") for name in names) else max(lost, default=-1)
     tokens = files.enter(folder, 0) if damage else {}
+    again = [layer for layer in range(last + 1) if layer in lost]
+    passed = LayerWork(files.checkpoint.config, files.options.layer).pass_only(files.ids.numel())
+    for work in (*files.work(again), *[passed] * (last + 1 - len(again))):
+        meter.plan(work)
     for layer in range(last + 1):
         before = tokens
         if layer in lost:
-            _, tokens = files.quantize_layer(folder, layer, tokens, progress)
+            _, tokens = files.quantize_layer(folder, layer, tokens, meter)
         else:
             outputs = files.layer_outputs(layer)
             weights = _rounded_weights(folder / files.layer_shard(layer), outputs)
-            tokens = files.pass_layer(folder, layer, tokens, weights, progress)
+            tokens = files.pass_layer(folder, layer, tokens, weights, meter)
         for array in before.values():
             if array.path is not None:
                 array.path.unlink()
     for found in damage:
-        again = files.digests[found.path.name]
-        if again != found.expected:
-            raise Damage(found.path, found.expected, f"SHA-256 {again[:16]} made again").error()
+        made = files.digests[found.path.name]
+        if made != found.expected:
+            raise Damage(found.path, found.expected, f"SHA-256 {made[:16]} made again").error()
 
 
 def _rounded_weights(shard: Path, outputs: Sequence[OutputTensor]) -> dict[str, Weight]:

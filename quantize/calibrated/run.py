@@ -23,15 +23,17 @@ from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
 from qmix.planning.process_memory import peak_resident_bytes
 from qmix.quantize.adapter import check_adapter, facts_of
+from qmix.quantize.calibrated.layer_work import EXPECTED, HASH
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.repair import repair
 from qmix.quantize.calibrated.resume import RunState, read_state
 from qmix.quantize.calibrated.run_files import RunFiles
 from qmix.quantize.calibrated.windows import Calibration
-from qmix.quantize.output_checkpoint import OutputTensor, QuantizeProgress, complete, plan_outputs
+from qmix.quantize.output_checkpoint import OutputTensor, complete, plan_outputs
 from qmix.quantize.report import Effort, QuantizeReport, TensorResult
 from qmix.quantize.source import Source
 from qmix.weights.scheme import Recipe
+from qmix.work_meter import WorkMeter
 
 # What the manifest states of a run's settings.
 _STATED = ("calibration", "rounding", "weighting", "correction")
@@ -49,7 +51,7 @@ def quantize_calibrated(
     force: bool = False,
     documents: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
-    progress: Callable[[QuantizeProgress], None] = lambda _: None,
+    meter: WorkMeter | None = None,
 ) -> QuantizeReport:
     """Quantize a 16- or 32-bit checkpoint directory into a new one, by what its matrices see.
 
@@ -62,7 +64,7 @@ def quantize_calibrated(
         force: replace an existing checkpoint at `out`.
         documents: write a model card and a page with pictures too.
         interrupted: called after every layer; True ends the run there.
-        progress: called before every matrix.
+        meter: counts the work, by the kinds of layer_work.EXPECTED.
 
     Raises:
         UsageError: an unsuitable path, or an interrupted run of other settings or another source.
@@ -71,21 +73,27 @@ def quantize_calibrated(
         ResourceError: too little disk space or memory.
         InterruptedRunError: `interrupted` returned True.
     """
-    begun = time.perf_counter()
+    begun, meter = time.perf_counter(), meter or WorkMeter(EXPECTED)
     output_dir.check_paths(source.shards.directory, out, force=force)
     files = prepare(source, out, recipe, calibration, options)
     settings = _settings(recipe, calibration, options, method) | facts_of(source)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
-        _hash_source(source, progress)
+        planned = list(files.work(range(files.layers)))
+        for work in planned:
+            meter.plan(work)
+        meter.plan({HASH: source.unread_bytes() + files.bytes_out})
+        _hash_source(source, meter)
         state = read_state(folder, settings, source)
         done = files.finished(folder, state)
-        repair(files, folder, state, progress)
+        for work in planned[: len(done)]:
+            meter.drop(work)
+        repair(files, folder, state, meter)
         before, rounding_begun = len(done), time.perf_counter()
-        _quantize_layers(files, folder, state, done, interrupted, progress)
+        _quantize_layers(files, folder, state, done, interrupted, meter)
         count, seconds = len(done) - before, time.perf_counter() - rounding_begun
         first, last = files.write_ends(folder)
-        files.check_shards(folder)
-        progress(QuantizeProgress(1, 1, "checksums"))
+        with meter.doing("checksums", HASH, files.bytes_out):
+            files.check_shards(folder)
         report = QuantizeReport(
             method=method,
             tensors=(*first, *(result for results in done for result in results), *last),
@@ -127,11 +135,11 @@ def prepare(
     return files
 
 
-def _hash_source(source: Source, progress: Callable[[QuantizeProgress], None]) -> None:
+def _hash_source(source: Source, meter: WorkMeter) -> None:
     """Hash what has not been read yet, so that a later change of the source is noticed."""
-    source.hash_unread(
-        lambda done, total: progress(QuantizeProgress(done, total, "checksums of the source"))
-    )
+    unread = source.unread_bytes()
+    with meter.doing("checksums of the source", HASH, unread) as tell:
+        source.hash_unread(lambda done, total: tell(done / total))
 
 
 def _quantize_layers(
@@ -140,13 +148,13 @@ def _quantize_layers(
     state: RunState,
     done: list[list[TensorResult]],
     interrupted: Callable[[], bool],
-    progress: Callable[[QuantizeProgress], None],
+    meter: WorkMeter,
 ) -> None:
     """Quantize the layers that are not done yet; their results are appended to `done`."""
     files.remove_others(folder, len(done))
     tokens = files.enter(folder, len(done)) if len(done) < files.layers else {}
     for layer in range(len(done), files.layers):
-        results, tokens = files.quantize_layer(folder, layer, tokens, progress)
+        results, tokens = files.quantize_layer(folder, layer, tokens, meter)
         done.append(results)
         stored = [[asdict(result) for result in results] for results in done]
         RunState(state.settings, state.source, stored, files.needed(len(done))).write(folder)

@@ -6,7 +6,7 @@ bytes. Shape letters: T calibration tokens, D hidden width. Knows nothing of set
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,21 +22,19 @@ from qmix.formats.names import ModelTensor
 from qmix.nn.embedding import embedding
 from qmix.planning import quantize_cost
 from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.gpu_memory import fitting_device
 from qmix.quantize.calibrated.layer import LayerQuantizer
+from qmix.quantize.calibrated.layer_work import LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.resume import START_AGAIN, RunState, damaged_files
 from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.calibrated.token_stream import TokenStream
 from qmix.quantize.calibrated.windows import Calibration
-from qmix.quantize.output_checkpoint import (
-    OutputTensor,
-    QuantizeProgress,
-    file_tensors,
-    read_finite,
-)
+from qmix.quantize.output_checkpoint import OutputTensor, file_tensors, read_finite
 from qmix.quantize.report import TensorResult
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Recipe
+from qmix.work_meter import WorkMeter
 
 _EMBEDDED_TOKENS = 8192  # embedded at a time
 _SCRATCH = "sum.writing"
@@ -70,10 +68,16 @@ class RunFiles:
         self.token_bytes = quantize_cost.token_bytes(
             checkpoint.config, self.ids.numel(), correct=options.layer.correct
         )
-        self.array_device = _fitting_device(options.device, self.token_bytes)
+        self.array_device = fitting_device(options.device, self.token_bytes)
         on_device = self.array_device.type != "cpu"
         self.in_memory = on_device or self.token_bytes <= options.activation_bytes
         self.digests: dict[str, str] = {}
+
+    def work(self, layers: Iterable[int]) -> Iterator[dict[str, float]]:
+        """The work of rounding each of these layers, by kind."""
+        work = LayerWork(self.checkpoint.config, self.options.layer)
+        for layer in layers:
+            yield work.total(layer, self.ids.numel(), self.recipe)
 
     def finished(self, folder: Path, state: RunState) -> list[list[TensorResult]]:
         """The results of the layers that an earlier run finished.
@@ -135,10 +139,10 @@ class RunFiles:
         folder: Path,
         layer: int,
         tokens: Mapping[str, Activations],
-        progress: Callable[[QuantizeProgress], None],
+        meter: WorkMeter,
     ) -> tuple[list[TensorResult], dict[str, Activations]]:
         """Round one layer, and put its shard and the tokens after it on the disk."""
-        quantizer, after = self._quantizer(folder, layer, tokens, progress)
+        quantizer, after = self._quantizer(folder, layer, tokens, meter)
         rounded = quantizer.quantize()
         results = self._write_shard(folder, layer + 1, self.layer_outputs(layer), iter(rounded))
         self._save(folder, layer, after)
@@ -150,10 +154,10 @@ class RunFiles:
         layer: int,
         tokens: Mapping[str, Activations],
         weights: Mapping[str, Weight],
-        progress: Callable[[QuantizeProgress], None],
+        meter: WorkMeter,
     ) -> dict[str, Activations]:
         """Put the tokens after a layer that was rounded to `weights` before on the disk."""
-        quantizer, after = self._quantizer(folder, layer, tokens, progress)
+        quantizer, after = self._quantizer(folder, layer, tokens, meter)
         quantizer.run(weights)
         self._save(folder, layer, after)
         return after
@@ -163,7 +167,7 @@ class RunFiles:
         folder: Path,
         layer: int,
         tokens: Mapping[str, Activations],
-        progress: Callable[[QuantizeProgress], None],
+        meter: WorkMeter,
     ) -> tuple[LayerQuantizer, dict[str, Activations]]:
         """What rounds a layer, and where the tokens after it will be."""
         after = {
@@ -172,13 +176,6 @@ class RunFiles:
         }
         streams = {name: TokenStream(tokens[name], after[name]) for name in self.streams}
         scratch = self._new_array(folder / _SCRATCH) if "exact" in streams else None
-        order = [output.tensor.name for output in self.outputs]
-        sizes = [self.checkpoint.stored_bytes(output.tensor) for output in self.outputs]
-
-        def at(name: str) -> None:
-            done = sum(sizes[: order.index(name)])
-            progress(QuantizeProgress(done, self.bytes_in, f"layer {layer + 1} of {self.layers}"))
-
         quantizer = LayerQuantizer(
             self.checkpoint,
             layer,
@@ -189,7 +186,7 @@ class RunFiles:
             options=self.options.layer,
             device=self.options.device,
             dtype=self.options.forward_dtype,
-            progress=at,
+            meter=meter,
         )
         return quantizer, after
 
@@ -308,13 +305,3 @@ class RunFiles:
 def _tokens_name(stream: str, done: int) -> str:
     """The file of a stream's tokens after `done` layers."""
     return f"{stream}-{done:05d}.f32"
-
-
-def _fitting_device(device: torch.device, token_bytes: int) -> torch.device:
-    """Where the arrays of tokens lie: on a GPU if they take 60 % of its free memory at most.
-
-    The rest is for the layer: moments, factors and one expert or more.
-    """
-    if device.type == "cuda" and token_bytes <= 0.6 * torch.cuda.mem_get_info(device)[0]:
-        return device
-    return torch.device("cpu")

@@ -12,25 +12,29 @@ costs 0.3 in one layer and 5 in the next (evals/LOG.md). Shape letters: W window
 hidden width, n tokens of an expert. Knows the checkpoint, but no other files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qmix import kernels
-from qmix.formats import Checkpoint
+from qmix.formats import Checkpoint, names
 from qmix.formats.names import ModelTensor
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.embedding import embedding
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS
 from qmix.quantize.calibrated.bit_allocation import SCHEMES, QuantGroup
+from qmix.quantize.calibrated.layer_work import EXPECTED, PASS, ROUND, LayerWork
+from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.token_stream import BATCH_TOKENS
 from qmix.quantize.output_checkpoint import read_finite
 from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import Scheme
+from qmix.work_meter import WorkMeter
 
 _TOKENS = 32768  # 0.5 GB of float32 at D = 4096
 _COPIED_TOKENS = 8192
@@ -81,26 +85,47 @@ class Sensitivity:
         # The first windows are copied; every window is as good as another.
         self._copied = max(1, min(len(self._ids), copied // ids.shape[1]))
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+        self._work = LayerWork(checkpoint.config, LayerOptions())
+        self._meter, self._what = WorkMeter(EXPECTED), ""
+
+    def work(self) -> dict[str, float]:
+        """How much there is to measure, by the kinds of layer_work."""
+        config, each = self._config, self._work
+        tokens, copied = self._ids.numel(), self._copied * self._ids.shape[1]
+        pairs, new = config.num_experts_per_tok, 2 if self._with_attention else 0
+        elements = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
+        tensors = names.layer_tensors(config, 0)
+        attended = sum(math.prod(each.shape) for each in tensors if each.kind == "attention")
+        passes, copies = 0.0, 0
+        for _ in range(config.num_hidden_layers):
+            passes += each.attention * (tokens + copies * copied + new * len(SCHEMES) * tokens)
+            copies += new
+            rows = tokens + (copies + 2) * copied + 2 * len(SCHEMES) * tokens
+            passes += pairs * each.expert * rows
+            copies += 2
+        passes += self._head_work * (1 + copies) * copied
+        rounded = len(SCHEMES) * (elements + (attended if self._with_attention else 0))
+        return {PASS: passes, ROUND: float(config.num_hidden_layers * rounded)}
 
     @torch.no_grad()
-    def groups(
-        self, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> list[QuantGroup]:
+    def groups(self, meter: WorkMeter | None = None) -> list[QuantGroup]:
         """Measure every group, in the model's order.
 
         Args:
-            progress: called with (layers done, layers).
+            meter: counts `work`.
 
         Raises:
             CheckpointError: a weight holds NaN or infinity.
         """
+        self._meter = meter or self._meter
+        self._meter.plan(self.work())
         table = read_finite(self._checkpoint, self._tensors["model.embed_tokens.weight"])
         x = embedding(self._ids, Dense(table), torch.float32).to(self._device)  # (W, S, D)
         del table
         copies: list[Tensor] = []  # (copied windows, S, D), one for each kind of change and layer
         changes: list[list[_OutputChange]] = []  # the groups behind each copy
         for layer in range(self._config.num_hidden_layers):
-            progress(layer, self._config.num_hidden_layers)
+            self._what = f"measuring layer {layer + 1} of {self._config.num_hidden_layers}"
             base = f"model.layers.{layer}"
             x, copies, measured = self._attention(base, layer, x, copies)
             changes += measured
@@ -141,8 +166,11 @@ class Sensitivity:
             parts = (hidden[first : first + batch] for first in range(0, len(hidden), batch))
             return torch.cat([attention(norm(part), context) for part in parts])
 
-        out = attend(x)
-        after, copies = x + out, [copy + attend(copy) for copy in copies]
+        attended = x.shape[0] * x.shape[1]
+        rows = attended + sum(copy.shape[0] * copy.shape[1] for copy in copies)
+        with self._meter.doing(self._what, PASS, self._work.attention * rows):
+            out = attend(x)
+            after, copies = x + out, [copy + attend(copy) for copy in copies]
         changes = []
         names = list(linears)
         for group in (names[:3], names[3:]) if self._with_attention else ():
@@ -150,7 +178,8 @@ class Sensitivity:
             for scheme in SCHEMES:
                 for name in group:
                     linears[name].store(self._rounded(name, exact[name], scheme))
-                changed = attend(x)
+                with self._meter.doing(self._what, PASS, self._work.attention * attended):
+                    changed = attend(x)
                 squares.append(float((changed - out).square().mean()))
                 if scheme == SCHEMES[0]:
                     copies.append((x + changed)[: self._copied])
@@ -181,8 +210,9 @@ class Sensitivity:
             runs = []
             for rows, route, total in zip(flat, routes, sums, strict=True):
                 token, slot = torch.where(route.ids == expert)
-                x, score = norm(rows[token]), route.weights[token, slot, None]
-                run = _ExpertRun(token, x, score, exact, self._swiglu(x, score, exact))
+                with self._meter.doing(self._what, PASS, self._work.expert * len(token)):
+                    x, score = norm(rows[token]), route.weights[token, slot, None]
+                    run = _ExpertRun(token, x, score, exact, self._swiglu(x, score, exact))
                 total.index_add_(0, token, run.output)
                 runs.append(run)
             groups = ((names[0], names[2]), (names[1],))
@@ -209,7 +239,8 @@ class Sensitivity:
         for scheme in SCHEMES:
             rounded = {name: self._rounded(name, run.weights[name], scheme) for name in group}
             mixed = {**run.weights, **rounded}
-            change = self._swiglu(run.x, run.score, mixed) - run.output
+            with self._meter.doing(self._what, PASS, self._work.expert * len(run.token)):
+                change = self._swiglu(run.x, run.score, mixed) - run.output
             squares.append(float(change.square().sum()) / elements)
             if scheme == SCHEMES[0]:  # a copy has the same tokens and routes, so the same rows
                 copied = run.token < self._copied * self._ids.shape[1]
@@ -222,12 +253,19 @@ class Sensitivity:
         tied = self._config.tie_word_embeddings
         head = self._read("model.embed_tokens.weight" if tied else "lm_head.weight")
         sums = [0.0] * len(copies)
-        for window in range(len(x)):
+        work = self._head_work * (1 + len(copies)) * x.shape[1]
+        windows = self._meter.each("measuring the head", PASS, range(len(x)), lambda _: work)
+        for window in windows:
             exact = kernels.linear(norm(x[window]), head).log_softmax(-1)
             for index, copy in enumerate(copies):
                 changed = kernels.linear(norm(copy[window]), head).log_softmax(-1)
                 sums[index] += float((exact.exp() * (exact - changed)).sum(-1).mean())
         return [total / len(x) for total in sums]
+
+    @property
+    def _head_work(self) -> float:
+        """Of the head for one token."""
+        return 2.0 * self._config.hidden_size * self._config.vocab_size
 
     def _swiglu(self, x: Tensor, score: Tensor, weights: Mapping[str, Weight]) -> Tensor:
         """What an expert adds to its tokens [n, D]; `weights` are w1, w2 and w3 in this order."""
@@ -249,7 +287,8 @@ class Sensitivity:
 
     def _rounded(self, name: str, exact: Dense, scheme: Scheme) -> Weight:
         where = f"{self._checkpoint.file_of(self._tensors[name])}: {name}"
-        return rtn.quantize(exact.data, scheme, search=True, where=where)
+        with self._meter.doing(self._what, ROUND, exact.data.numel()):
+            return rtn.quantize(exact.data, scheme, search=True, where=where)
 
     def _norm(self, name: str) -> RMSNorm:
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)

@@ -22,7 +22,7 @@ def refused(source, error, match, **changes):
     seen = []
     with pytest.raises(error, match=match) as caught:
         quantize_checkpoint(
-            source, source.with_name("out"), request, TEXT, progress=lambda at: seen.append(at)
+            source, source.with_name("out"), request, TEXT, progress=lambda *at: seen.append(at)
         )
     assert seen == []
     assert [path.name for path in source.parent.iterdir()] == ["source"]

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- floors: python -m tests.support.house --write -->", "<!-- end
 
 # From the ground up. A room is a folder with all below it, or a file that stands alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("qmix.errors", "qmix.printable", "qmix.quantities"),
+    ("qmix.errors", "qmix.printable", "qmix.quantities", "qmix.work_meter"),
     (
         "qmix.instruction_sets",
         "qmix.weights",
@@ -124,6 +124,7 @@ TORCHLESS = (
     *(
         "qmix.errors",
         "qmix.quantities",
+        "qmix.work_meter",
         "qmix.files",
         "qmix.strict_json",
         "qmix.config",

@@ -60,7 +60,9 @@ def test_forward_passes_in_bfloat16_as_on_a_gpu_cost_next_to_nothing(source, tmp
 def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
     request = QuantizeRequest(method="gptq", group_size=32, samples=4, seqlen=32, device="cpu")
     seen = []
-    report = quantize_checkpoint(source, tmp_path / "out", request, TEXT, progress=seen.append)
+    report = quantize_checkpoint(
+        source, tmp_path / "out", request, TEXT, progress=lambda *at: seen.append(at)
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     assert verify(tmp_path / "out").problems == ()
     found = open_checkpoint(tmp_path / "out")
@@ -88,11 +90,11 @@ def test_a_whole_checkpoint_by_the_method_of_a_user(source, tmp_path):
         exact, other = (model(input_ids=ids).logits.log_softmax(-1) for model in (dense, ours))
     assert 0 < float((exact.exp() * (exact - other)).sum(-1).mean()) < 0.5
     # Layers in order, never past the end, the checksums last.
-    assert [step.tensor for step in seen][-1] == "checksums"
-    assert all(0 <= step.done_bytes <= step.total_bytes for step in seen)
-    assert [step.tensor for step in seen if step.tensor != "checksums"] == sorted(
-        step.tensor for step in seen if step.tensor != "checksums"
-    )
+    assert seen[-1][0] == "checksums"
+    assert all(0 <= done <= total for _, done, total in seen)
+    steps = [what for what, _, _ in seen if what.startswith("layer")]
+    assert steps == sorted(steps)
+    assert {"layer 1 of 2", "layer 2 of 2"} == set(steps)
     assert report.method == "gptq"
 
 
