@@ -214,12 +214,8 @@ def _measured_recipe(
     # The rounding, which is planned again when it begins, counts from the start.
     tokens, each = calibration.ids.numel(), LayerWork(source.config, options.layer)
     recipe = Recipe.uniform(request.scheme, attention=request.attention)
-    rounding = [
-        each.total(layer, tokens, recipe) for layer in range(source.config.num_hidden_layers)
-    ]
-    for work in rounding:
-        meter.plan(work)
+    rounding = each.totals(range(source.config.num_hidden_layers), tokens, recipe)
+    meter.plan(rounding)
     groups = sensitivity.groups(meter)
-    for work in rounding:
-        meter.drop(work)
+    meter.drop(rounding)
     return allocate_bits(groups, bits)

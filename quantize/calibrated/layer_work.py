@@ -16,7 +16,7 @@ from qmix.weights.scheme import Recipe, Scheme
 PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
 # Seconds a unit, for kinds that were not measured yet. These and the constants below are of one
 # core (AVX-512, 2026-11-29): a solve of 256 to 3584 inputs took 370 us an input and 0.36 us a
-# weight besides its arithmetic.
+# weight besides its arithmetic; at 28,672 outputs, whose groups leave the cache, 0.6 us a weight.
 EXPECTED: Mapping[str, float] = {PASS: 1 / 70e9, SOLVE: 1 / 150e9, ROUND: 1 / 4e6, HASH: 1 / 5e8}
 _INPUT_WORK, _WEIGHT_WORK = 55e6, 54e3  # in operations
 
@@ -64,7 +64,8 @@ class LayerWork:
         """Of rounding matrices [N, K]: the factor, the greedy pass, and the rounds after."""
         each = 1 + 2 * self.options.rounding.refine + (4 if self.options.correct else 0)
         arithmetic = columns**3 / 3 + each * rows * columns**2
-        return count * (arithmetic + _INPUT_WORK * columns + _WEIGHT_WORK * rows * columns)
+        weight_work = _WEIGHT_WORK * (1 + rows / 40_000)
+        return count * (arithmetic + _INPUT_WORK * columns + weight_work * rows * columns)
 
     def total(self, layer: int, tokens: int, recipe: Recipe) -> dict[str, float]:
         """Of a whole layer and T tokens, by kind."""
@@ -96,12 +97,15 @@ class LayerWork:
         )
         return {PASS: tokens * passes, SOLVE: solves}
 
+    def totals(self, layers: Sequence[int], tokens: int, recipe: Recipe) -> dict[str, float]:
+        """Of several layers."""
+        each = [self.total(layer, tokens, recipe) for layer in layers]
+        return {kind: sum(work[kind] for work in each) for kind in (PASS, SOLVE)}
+
     def pass_only(self, tokens: int) -> dict[str, float]:
         """Of T tokens through a layer that was rounded before."""
         pairs = self.config.num_experts_per_tok
-        return {
-            PASS: tokens * (self.both_attentions + pairs * self._models * self.expert),
-        }
+        return {PASS: tokens * (self.both_attentions + pairs * self._models * self.expert)}
 
 
 def schemes_of(matrices: Sequence[str], recipe: Recipe) -> dict[Scheme, list[str]]:

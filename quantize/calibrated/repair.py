@@ -37,10 +37,10 @@ def repair(
     lost = [layer for layer in range(done) if files.layer_shard(layer) in names]
     last = done - 1 if any(name.endswith(".f32") for name in names) else max(lost, default=-1)
     tokens = files.enter(folder, 0) if damage else {}
-    again = [layer for layer in range(last + 1) if layer in lost]
     passed = LayerWork(files.checkpoint.config, files.options.layer).pass_only(files.ids.numel())
-    for work in (*files.work(again), *[passed] * (last + 1 - len(again))):
-        meter.plan(work)
+    meter.plan(files.work(lost))
+    for _ in range(last + 1 - len(lost)):
+        meter.plan(passed)
     for layer in range(last + 1):
         before = tokens
         if layer in lost:

@@ -78,21 +78,17 @@ def quantize_calibrated(
     files = prepare(source, out, recipe, calibration, options)
     settings = _settings(recipe, calibration, options, method) | facts_of(source)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
-        planned = list(files.work(range(files.layers)))
-        for work in planned:
-            meter.plan(work)
-        meter.plan({HASH: source.unread_bytes() + files.bytes_out})
+        meter.plan(
+            files.work(range(files.layers)) | {HASH: source.unread_bytes() + files.bytes_out}
+        )
         _hash_source(source, meter)
         state = read_state(folder, settings, source)
         done = files.finished(folder, state)
-        for work in planned[: len(done)]:
-            meter.drop(work)
+        meter.drop(files.work(range(len(done))))
         repair(files, folder, state, meter)
-        before, rounding_begun = len(done), time.perf_counter()
-        _quantize_layers(files, folder, state, done, interrupted, meter)
-        count, seconds = len(done) - before, time.perf_counter() - rounding_begun
-        first, last = files.write_ends(folder)
+        count, seconds = _quantize_layers(files, folder, state, done, interrupted, meter)
         with meter.doing("checksums", HASH, files.bytes_out):
+            first, last = files.write_ends(folder)
             files.check_shards(folder)
         report = QuantizeReport(
             method=method,
@@ -149,8 +145,13 @@ def _quantize_layers(
     done: list[list[TensorResult]],
     interrupted: Callable[[], bool],
     meter: WorkMeter,
-) -> None:
-    """Quantize the layers that are not done yet; their results are appended to `done`."""
+) -> tuple[int, float]:
+    """Quantize the layers that are not done yet, and append their results to `done`.
+
+    Returns:
+        How many there were, and the seconds that they took.
+    """
+    before, begun = len(done), time.perf_counter()
     files.remove_others(folder, len(done))
     tokens = files.enter(folder, len(done)) if len(done) < files.layers else {}
     for layer in range(len(done), files.layers):
@@ -165,6 +166,7 @@ def _quantize_layers(
                 where=str(folder),
                 remedy="Run the same command with --resume to continue.",
             )
+    return len(done) - before, time.perf_counter() - begun
 
 
 def _effort(

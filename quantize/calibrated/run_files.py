@@ -6,7 +6,7 @@ bytes. Shape letters: T calibration tokens, D hidden width. Knows nothing of set
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -73,11 +73,10 @@ class RunFiles:
         self.in_memory = on_device or self.token_bytes <= options.activation_bytes
         self.digests: dict[str, str] = {}
 
-    def work(self, layers: Iterable[int]) -> Iterator[dict[str, float]]:
-        """The work of rounding each of these layers, by kind."""
+    def work(self, layers: Sequence[int]) -> dict[str, float]:
+        """The work of rounding these layers, by kind."""
         work = LayerWork(self.checkpoint.config, self.options.layer)
-        for layer in layers:
-            yield work.total(layer, self.ids.numel(), self.recipe)
+        return work.totals(layers, self.ids.numel(), self.recipe)
 
     def finished(self, folder: Path, state: RunState) -> list[list[TensorResult]]:
         """The results of the layers that an earlier run finished.

@@ -13,6 +13,7 @@ models or where H comes from.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -30,7 +31,7 @@ _DAMPING_RAISES = 4  # how often the damping is raised tenfold before H is given
 _MIN_SAMPLES = 8  # with fewer inputs H is given up
 _ERROR_ROWS = 1024  # outputs over which the output error is measured
 # Shares of a solve's time on a CPU: the factor, the greedy pass, and all rounds after it.
-_FACTOR_SHARE, _GREEDY_SHARE, _REFINE_SHARE = 0.15, 0.47, 0.33
+_FACTOR_SHARE, _GREEDY_SHARE, _LAST_SHARE = 0.15, 0.5, 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +119,7 @@ def solve(
     """
     _check_finite(weights, moments, where)
     columns = weights.shape[2]
-    size = columns if scheme.group_size == -1 else scheme.group_size
-    assert columns % size == 0, (columns, size)
+    size = _group_size(columns, scheme)
     order = torch.stack(
         [_input_order(m.hessian.diagonal(), size, options.act_order) for m in moments]
     )
@@ -129,14 +129,13 @@ def solve(
         _prepare(moment, weight, perm, lower[index], targets[index], options.damping)
         for index, (moment, weight, perm) in enumerate(zip(moments, weights, order, strict=True))
     ]
-    hessians = [moment.hessian for moment in moments]
-    stacked = hessians[0][None] if len(hessians) == 1 else torch.stack(hessians)
-    solver = _Solver(targets, order, stacked, scheme, options)
-    solver.round_greedily(lower, lambda share: tell(_FACTOR_SHARE + share * _GREEDY_SHARE))
+    hessians = _stacked([moment.hessian for moment in moments])
+    solver = _Solver(targets, order, hessians, scheme, options)
+    solver.round_greedily(lower, partial(_tell_part, tell, _FACTOR_SHARE, _GREEDY_SHARE))
     del lower  # 0.8 GB for w2
     for index in range(options.refine):
-        before = _FACTOR_SHARE + _GREEDY_SHARE + index / options.refine * _REFINE_SHARE
-        solver.refine(lambda share: tell(before + share / options.refine * _REFINE_SHARE))  # noqa: B023
+        before, part = 1 - _LAST_SHARE * (1 - index / options.refine), _LAST_SHARE / options.refine
+        solver.refine(partial(_tell_part, tell, before, part))
     for name, overflows in zip(where, solver.scale_overflows(), strict=True):
         if overflows:
             raise CheckpointError(
@@ -147,6 +146,23 @@ def solve(
         [solver.solution(index, slice(*rows), factor) for rows in pairwise(bounds)]
         for index, factor in enumerate(factors)
     ]
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """[B, K, K]; one matrix is not copied: it may have 0.8 GB."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(list(matrices))
+
+
+def _tell_part(tell: Callable[[float], None], before: float, part: float, share: float) -> None:
+    """Tell a share of a part."""
+    tell(before + part * share)
+
+
+def _group_size(columns: int, scheme: Scheme) -> int:
+    """The inputs of a group, of K in all."""
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    assert columns % size == 0, (columns, size)
+    return size
 
 
 def _check_finite(weights: Tensor, moments: Sequence[Moments], where: Sequence[str]) -> None:
@@ -244,8 +260,7 @@ class _Solver:
     ) -> None:
         self.weights, self.order, self.hessians = weights, order, hessians
         self.scheme, self.options = scheme, options
-        columns = weights.shape[1]
-        self.size = columns if scheme.group_size == -1 else scheme.group_size
+        self.size = _group_size(weights.shape[1], scheme)
         self.errors = torch.zeros_like(weights)
         self.codes = torch.zeros_like(weights, dtype=torch.int16)
         self.grids: dict[int, Grid] = {}  # by first input of the group
