@@ -78,10 +78,7 @@ def quantize_calibrated(
     files = prepare(source, out, recipe, calibration, options)
     settings = _settings(recipe, calibration, options, method) | facts_of(source)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
-        meter.plan(
-            files.work(range(files.layers)) | {HASH: source.unread_bytes() + files.bytes_out}
-        )
-        _hash_source(source, meter)
+        _hash_source(source, files, meter)
         state = read_state(folder, settings, source)
         done = files.finished(folder, state)
         meter.drop(files.work(range(len(done))))
@@ -131,9 +128,10 @@ def prepare(
     return files
 
 
-def _hash_source(source: Source, meter: WorkMeter) -> None:
-    """Hash what has not been read yet, so that a later change of the source is noticed."""
+def _hash_source(source: Source, files: RunFiles, meter: WorkMeter) -> None:
+    """Plan the run; hash what has not been read yet, so that a later change is noticed."""
     unread = source.unread_bytes()
+    meter.plan(files.work(range(files.layers)) | {HASH: unread + files.bytes_out})
     with meter.doing("checksums of the source", HASH, unread) as tell:
         source.hash_unread(lambda done, total: tell(done / total))
 
