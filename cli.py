@@ -98,7 +98,8 @@ def main() -> NoReturn:
     warnings.formatwarning = terminal.format_warning
     terminal.show_logged()
     try:
-        code = app(standalone_mode=False)  # typer's own way would print its errors unescaped
+        # typer's own way would print its errors unescaped
+        code = app(standalone_mode=False, prog_name="qmix")
         terminal.flush()
     except Exception as error:  # noqa: BLE001 - the last line of defence of a command
         _fail(error)

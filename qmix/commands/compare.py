@@ -65,8 +65,8 @@ def compare(
 
     \b
     Examples:
-      qmix compare Mixtral-8x7B-v0.1 mixtral-nf4 --data wiki.test.raw --out report.html
-      qmix compare nf4 gptq --reference bf16 --data my.txt --out two.html --bench nf4.json
+      qmix compare Mixtral-8x7B-v0.1 mixtral-nf4 --data wiki.raw --out report.html
+      qmix compare nf4 gptq --reference bf16 --data my.txt --out two.html
     """
     from qmix.evals.report.compare_page import check_count
     from qmix.pages import output_file

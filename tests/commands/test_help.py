@@ -3,32 +3,17 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
-import typer
 
-from qmix import cli
 from qmix.commands.help_page import LINES, HelpPage, Panel
-from tests.support.process import qmix
+from tests.support import man_page
+from tests.support.process import finished, qmix
 
-ROOT_COMMAND = typer.main.get_command(cli.app)
-WITHOUT_JSON = ("qmix chat", "qmix generate")  # they write text as it comes
-
-
-def walk(command, context):
-    """Every command below, each with its context."""
-    for name in command.list_commands(context):
-        child = command.get_command(context, name)
-        inner = type(context)(child, parent=context, info_name=name, **child.context_settings)
-        yield child, inner
-        if hasattr(child, "list_commands"):
-            yield from walk(child, inner)
-
-
-TOP = ROOT_COMMAND.make_context("qmix", [], resilient_parsing=True)
-EVERY = {context.command_path: (child, context) for child, context in walk(ROOT_COMMAND, TOP)}
-COMMANDS = {path: found for path, found in EVERY.items() if not hasattr(found[0], "list_commands")}
-PAGES = {"qmix": (ROOT_COMMAND, TOP), **EVERY}
+WITHOUT_JSON = {"qmix trace plot": "draws a picture"}
+PAGES = man_page.pages()
+COMMANDS = {path: found for path, found in PAGES.items() if not hasattr(found[0], "list_commands")}
 
 
 def test_the_walk_finds_nested_commands():
@@ -78,7 +63,7 @@ def test_every_command_has_two_examples_that_its_own_parser_takes(path):
 def test_every_command_has_json_or_a_reason_why_not(path):
     command, context = COMMANDS[path]
     has = any("--json" in param.opts for param in command.get_params(context))
-    assert has or path in WITHOUT_JSON
+    assert has != (path in WITHOUT_JSON)
 
 
 def test_panels_that_do_not_fit_are_left_out_from_the_end():
@@ -153,3 +138,39 @@ def test_ctrl_c_under_json_is_said_too(monkeypatch):
     done = qmix("inspect", "evals/tiny", "--json")
     assert done.returncode == 130
     assert json.loads(done.stdout)["error"] == "interrupted"
+
+
+COMPLETIONS = {
+    "a command in bash": ({"COMP_WORDS": "qmix qu", "COMP_CWORD": "1"}, "bash", "quantize"),
+    "an option": ({"COMP_WORDS": "qmix quantize --sam", "COMP_CWORD": "2"}, "bash", "--samples"),
+    "zsh": ({"_TYPER_COMPLETE_ARGS": "qmix trace rec"}, "zsh", "record"),
+    "a value in fish": (
+        {
+            "_TYPER_COMPLETE_ARGS": "qmix export a b --format ",
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        },
+        "fish",
+        "compressed-tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPLETIONS)
+def test_shells_complete_commands_options_and_values(case, monkeypatch):
+    environment, shell, expected = COMPLETIONS[case]
+    for name, value in {**environment, "_QMIX_COMPLETE": f"complete_{shell}"}.items():
+        monkeypatch.setenv(name, value)
+    done = qmix()
+    assert expected in done.stdout
+    assert "Start here" not in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_gets_a_script_that_it_can_read(shell, monkeypatch, tmp_path):
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: shell)
+    script = qmix("--show-completion").stdout
+    assert f"complete_{shell}" in script
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        assert finished([shell, "-n", tmp_path / "script"]).returncode == 0
