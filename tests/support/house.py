@@ -75,6 +75,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.commands.line_editing.completion",
         "qmix.commands.line_editing.editor",
         "qmix.commands.line_editing.history",
+        "qmix.commands.line_editing.interrupt_key",
     },
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),

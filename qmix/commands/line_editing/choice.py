@@ -45,7 +45,9 @@ def line_reader(
     from qmix.commands.line_editing.history import history_file
 
     completer = ChatCompleter(commands, settings or {}, models)
-    return LineEditor.on_terminal(lines, screen, history_file, completer)
+    return LineEditor.on_terminal(
+        lines, screen, history_file, completer, in_pipeline=not text.isatty()
+    )
 
 
 def _screen(*streams: IO[str]) -> IO[str] | None:

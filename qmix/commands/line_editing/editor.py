@@ -6,8 +6,8 @@ slow line the answer would arrive among what is typed.
 
 import os
 import select
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import IO, TextIO, cast
 
@@ -28,6 +28,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from qmix.commands import terminal
 from qmix.commands.line_editing.external_editor import edited
 from qmix.commands.line_editing.held_input import held_input
+from qmix.commands.line_editing.interrupt_key import interrupt_key
 from qmix.commands.line_editing.reader import CONTINUED, ends_in_backslash, is_open_fence
 from qmix.errors import UsageError
 from qmix.printable import printable
@@ -47,6 +48,8 @@ class LineEditor:
         history: gives the messages of earlier chats, and takes new ones.
         held: the terminal that waits between messages, if it is one.
         editor_screen: where the user's editor draws, if not on stdout.
+        in_pipeline: between messages Ctrl-C interrupts this program alone, not those that its
+            replies go to.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class LineEditor:
         completer: Completer | None = None,
         held: TextIO | None = None,
         editor_screen: IO[str] | None = None,
+        in_pipeline: bool = False,
     ) -> None:
         self._keyboard, self._screen = keyboard, screen
         self._history, self._completer = history, completer
         self._held, self._editor_screen = held, editor_screen
+        self._in_pipeline = in_pipeline
 
     @classmethod
     def on_terminal(
@@ -70,6 +75,8 @@ class LineEditor:
         screen: IO[str],
         history: Callable[[], History | None],
         completer: Completer,
+        *,
+        in_pipeline: bool,
     ) -> "LineEditor":
         """An editor that reads one stream and draws on another; both are terminals."""
 
@@ -87,6 +94,7 @@ class LineEditor:
             completer=completer,
             held=keyboard,
             editor_screen=screen,
+            in_pipeline=in_pipeline,
         )
 
     def read(self, prompt: str, default: str = "") -> str:
@@ -119,8 +127,15 @@ class LineEditor:
             output=self._screen,
         )
 
-    def held(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._held is None else held_input(self._held, raw=True)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._held is not None:
+                alone = not self._in_pipeline
+                stack.enter_context(held_input(self._held, raw=True, interrupts=alone))
+            if self._in_pipeline:
+                stack.enter_context(interrupt_key(self._keyboard))
+            yield
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
@@ -16,6 +17,7 @@ from qmix.commands.line_editing.command import Argument, Command
 from qmix.commands.line_editing.completion import ChatCompleter
 from qmix.commands.line_editing.editor import LineEditor
 from qmix.commands.line_editing.history import HistoryFile, history_file
+from tests.support.process import PATIENCE
 
 COMMANDS = (
     Command("/set", Argument.SETTING, "settings"),
@@ -195,3 +197,17 @@ def test_the_editor_draws_nothing_before_it_is_read_from(keyboard):
     reading = editor(keyboard, screen)
     with reading.held():
         assert screen.getvalue() == ""
+
+
+def test_in_a_pipeline_ctrl_c_is_a_key_and_the_others_wait(keyboard):
+    reading = editor(keyboard, in_pipeline=True)
+
+    def reply():
+        with reading.held():
+            keyboard.send_text("typed\x03")
+            time.sleep(PATIENCE)
+
+    with pytest.raises(KeyboardInterrupt):
+        reply()
+    keyboard.send_text("\r")
+    assert reading.read(">>> ") == "typed"
