@@ -25,6 +25,7 @@ from qmix.commands import (
     hub,
     plan,
     quantize,
+    serve,
     terminal,
     trace,
     tune,
@@ -45,6 +46,7 @@ _RUN, _MEASURE, _LOOK = "Make and run a model", "Measure", "Models and this mach
 app.command("quantize", rich_help_panel=_RUN)(quantize.quantize)
 app.command("chat", rich_help_panel=_RUN)(command.chat)
 app.command("generate", rich_help_panel=_RUN)(generate.generate)
+app.command("serve", rich_help_panel=_RUN)(serve.serve)
 app.command("convert", rich_help_panel=_RUN)(files.convert)
 app.command("export", rich_help_panel=_RUN)(files.export)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)

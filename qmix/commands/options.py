@@ -115,7 +115,7 @@ class Load(Group):
     ] = None
     backend: Backend = None
 
-    def parse(self, max_context: int | None = None) -> "LoadOptions":
+    def parse(self, max_context: int | None = None, max_batch: int = 1) -> "LoadOptions":
         """The options of a load.
 
         Raises:
@@ -123,7 +123,7 @@ class Load(Group):
         """
         from qmix import LoadOptions
 
-        return LoadOptions(**vars(self), max_context=max_context)
+        return LoadOptions(**vars(self), max_context=max_context, max_batch=max_batch)
 
 
 @dataclass(frozen=True)

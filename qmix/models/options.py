@@ -29,6 +29,7 @@ class LoadOptions:
         vram, ram: bytes to use at most on the GPU and on the host, including what the process
             already uses; None: no limit but the free memory.
         max_context: positions that the budgets leave room for; None: 4096, or the model's if fewer.
+        max_batch: rows of so many positions that they leave room for.
         backend: whose code multiplies; None: the best that is right on the device.
     """
 
@@ -37,6 +38,7 @@ class LoadOptions:
     vram: int | None
     ram: int | None
     max_context: int | None
+    max_batch: int
     backend: Backend | None
 
     def __init__(
@@ -47,6 +49,7 @@ class LoadOptions:
         vram: str | int | None = None,
         ram: str | int | None = None,
         max_context: int | None = None,
+        max_batch: int = 1,
         backend: str | None = None,
     ) -> None:
         """Parse names of dtypes, devices and backends, and sizes: "16GiB", "16GB" or bytes.
@@ -60,15 +63,9 @@ class LoadOptions:
             ResourceError: a CUDA device is asked for and none is available.
         """
         target = parse_device(device)
-        if max_context is not None and (
-            type(max_context) is not int or not 1 <= max_context <= MAX_POSITIONS
-        ):
-            raise UsageError(
-                "out of range",
-                where="max_context",
-                expected=f"an integer from 1 to {MAX_POSITIONS}",
-                found=repr(max_context)[:80],
-            )
+        _check_whole("max_batch", max_batch, MAX_POSITIONS)
+        if max_context is not None:
+            _check_whole("max_context", max_context, MAX_POSITIONS)
         if vram is not None and target.type != "cuda":
             raise UsageError(
                 "the CPU has no device memory to budget",
@@ -82,10 +79,21 @@ class LoadOptions:
             "vram": None if vram is None else parse_size(vram, where="vram"),
             "ram": None if ram is None else parse_size(ram, where="ram"),
             "max_context": max_context,
+            "max_batch": max_batch,
             "backend": named(backend),
         }
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
+
+
+def _check_whole(name: str, value: object, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise UsageError(
+            "out of range",
+            where=name,
+            expected=f"an integer from 1 to {most}",
+            found=repr(value)[:80],
+        )
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -112,8 +112,8 @@ class TemplateFormat:
         return Message(message.role, text)
 
 
-def chat_format(tokenizer: ChatEncoder, given: str | None = None) -> ChatFormat:
-    """The format of a chat.
+def chosen_template(tokenizer: ChatEncoder, given: str | None = None) -> ChatTemplate | None:
+    """The template of chats; None: the [INST] format.
 
     Args:
         given: the name of a template of the checkpoint, a file, or "inst"; None: the checkpoint's
@@ -124,18 +124,29 @@ def chat_format(tokenizer: ChatEncoder, given: str | None = None) -> ChatFormat:
         CheckpointError: the file cannot be read.
     """
     names = tokenizer.chat_templates
-    if given is not None and given != INST and given not in names:
-        if not regular_file.exists(Path(given)):
-            known = ", ".join([*sorted(names), INST])
-            raise UsageError(
-                "no such template",
-                where="--template",
-                expected=f"one of {known}, or a file",
-                found=repr(given)[:80],
-            )
-        template = ChatTemplate(name=given, source=chat_templates.read_file(Path(given)))
-        return TemplateFormat(tokenizer, template, given)
-    own = tokenizer.template(given)
-    if own is None:
+    if given is None or given == INST or given in names:
+        return tokenizer.template(given)
+    if not regular_file.exists(Path(given)):
+        known = ", ".join([*sorted(names), INST])
+        raise UsageError(
+            "no such template",
+            where="--template",
+            expected=f"one of {known}, or a file",
+            found=repr(given)[:80],
+        )
+    return ChatTemplate(name=given, source=chat_templates.read_file(Path(given)))
+
+
+def chat_format(tokenizer: ChatEncoder, given: str | None = None) -> ChatFormat:
+    """The format of a chat; see chosen_template.
+
+    Raises:
+        UsageError: there is no such template.
+        CheckpointError: the file cannot be read.
+    """
+    template = chosen_template(tokenizer, given)
+    if template is None:
         return InstFormat(tokenizer)
-    return TemplateFormat(tokenizer, own, f"the checkpoint's own, {own.name}")
+    is_file = given is not None and given not in tokenizer.chat_templates
+    name = template.name if is_file else f"the checkpoint's own, {template.name}"
+    return TemplateFormat(tokenizer, template, name)

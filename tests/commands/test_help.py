@@ -11,7 +11,7 @@ from qmix.commands.help_page import LINES, HelpPage, Panel
 from tests.support import man_page
 from tests.support.process import finished, qmix
 
-WITHOUT_JSON = {"qmix trace plot": "draws a picture"}
+WITHOUT_JSON = {"qmix trace plot": "draws a picture", "qmix serve": "answers over HTTP"}
 PAGES = man_page.pages()
 COMMANDS = {path: found for path, found in PAGES.items() if not hasattr(found[0], "list_commands")}
 

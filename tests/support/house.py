@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("qmix.models",),
     ("qmix.hf", "qmix"),
     ("qmix.quantize", "qmix.evals", "qmix.serving"),
+    ("qmix.serving.http",),
     ("qmix.commands",),
     ("qmix.cli",),
 )
@@ -80,6 +81,7 @@ OWNERS: Mapping[str, set[str]] = {
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
         *("qmix.commands.generate", "qmix.commands.evaluate", "qmix.commands.plan"),
+        "qmix.commands.serve",
         *(
             "qmix.commands.doctor",
             "qmix.commands.trace",
@@ -88,6 +90,12 @@ OWNERS: Mapping[str, set[str]] = {
         ),
         *("qmix.commands.hub", "qmix.commands.chat.command", "qmix.commands.compare"),
     },
+    "starlette": {
+        *("qmix.serving.http.app", "qmix.serving.http.body", "qmix.serving.http.errors"),
+        *("qmix.serving.http.event_stream", "qmix.serving.http.flight", "qmix.serving.http.guard"),
+        "qmix.serving.http.server",
+    },
+    "uvicorn": {"qmix.serving.http.connection", "qmix.serving.http.server"},
     "pynvml": {"qmix.commands.chat.energy"},
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},

@@ -1,0 +1,242 @@
+"""`qmix serve`: a model for the programs that speak OpenAI's API.
+
+Heavy imports stay inside the functions.
+"""
+
+import ipaddress
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qmix.commands import options, sources, terminal
+from qmix.errors import UnsupportedError, UsageError
+from qmix.files import regular_file
+
+if TYPE_CHECKING:
+    from qmix.serving.scheduler import Limits
+
+_KEY = "QMIX_API_KEY"
+_KEY_FILE_BYTES = 4096
+_CONTEXT = 4096
+_DESCRIPTORS = 1 << 16  # a connection is one; systems give programs 1,024 if they do not ask
+_NET, _WORK = "Network", "Requests"
+
+Model = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MODEL", help="Folder, GGUF file, or ORG/NAME of the hub.", show_default=False
+    ),
+]
+Demo = Annotated[bool, typer.Option("--demo", help="Serve the tiny model of a checkout.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_NET)]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=_NET)
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="Key that callers must give; others on this machine can see it here.",
+        show_default=_KEY,
+        rich_help_panel=_NET,
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the key.", show_default=False, rich_help_panel=_NET),
+]
+HostName = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name under which callers reach it; may be repeated.",
+        show_default="localhost, and addresses",
+        rich_help_panel=_NET,
+    ),
+]
+Name = Annotated[
+    str | None, typer.Option(help="The model's name.", show_default="MODEL's last part")
+]
+Slots = Annotated[
+    int, typer.Option(min=1, max=16, help="Requests at a time.", rich_help_panel=_WORK)
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        parser=options.token_count,
+        help="Tokens of a prompt and its reply: 8k.",
+        show_default="4096, or the model's",
+        rich_help_panel=_WORK,
+    ),
+]
+Queue = Annotated[
+    int, typer.Option(min=0, max=1 << 20, help="Requests that may wait.", rich_help_panel=_WORK)
+]
+Timeout = Annotated[
+    float, typer.Option(min=1, help="Seconds that a request may take.", rich_help_panel=_WORK)
+]
+
+
+@options.grouped
+def serve(
+    model: Model = None,
+    demo: Demo = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: Key = None,
+    api_key_file: KeyFile = None,
+    host_name: HostName = None,
+    name: Name = None,
+    template: options.Template = None,
+    slots: Slots = 8,
+    ctx: Context = None,
+    queue: Queue = 64,
+    timeout: Timeout = 600.0,
+    quiet: options.Quiet = False,
+    yes: options.Yes = False,
+    load: options.Load = options.LOAD,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API.
+
+    Requests run together, in slots. Only this machine can call, unless --host says otherwise; then
+    a key is needed. Ctrl-C or SIGTERM lets requests go on for 6 seconds and ends.
+
+    Examples:
+      qmix serve mixtral-nf4
+      qmix serve --demo --port 8080
+      qmix serve mixtral-nf4 --host 0.0.0.0 --api-key-file key.txt
+    """
+    key = _checked_key(host, api_key, api_key_file)
+    source = _source(model, demo=demo, yes=yes)
+    _check_extra()
+    from qmix.commands.load_bar import load_bar
+    from qmix.models.auto import load as load_model
+    from qmix.serving.engine import Engine
+    from qmix.serving.http import server
+    from qmix.serving.http.app import app
+    from qmix.serving.http.guard import Access
+    from qmix.serving.http.served_model import ServedModel
+
+    limits = _limits(source, ctx, slots, queue)
+    listener = server.listening(host, port)
+    with listener:
+        with load_bar(quiet=quiet) as bar:
+            load_options = load.parse(limits.context, limits.slots)
+            loaded, tokenizer = load_model(source, load_options=load_options, progress=bar)
+        served = ServedModel.of(
+            loaded,
+            tokenizer,
+            limits,
+            name=name or source.resolve().name,
+            created=int(time.time()),
+            template=template,
+        )
+        engine = Engine(loaded, tokenizer, limits)
+        access = Access(key, frozenset(map(str.lower, host_name or ())))
+        _raise_descriptor_limit()
+        if not quiet:
+            terminal.message(_started(served.name, listener.getsockname(), limits))
+        server.serve(app(engine, served, access, deadline_s=timeout), engine, listener)
+
+
+def _source(model: Path | None, *, demo: bool, yes: bool) -> Path:
+    """
+    Raises:
+        UsageError: neither a model nor --demo, or both.
+        QmixError: see sources.local.
+    """
+    if demo == (model is not None):
+        found = "both" if demo else "neither"
+        raise UsageError("nothing to serve", expected="MODEL or --demo", found=found)
+    if model is not None:
+        return sources.local(model, yes=yes)
+    from qmix.evals.training import tiny_model
+
+    return tiny_model.directory()
+
+
+def _checked_key(host: str, given: str | None, file: Path | None) -> str | None:
+    """The key of the command line, of its file, or of the environment.
+
+    Raises:
+        UsageError: two keys, one that is none, or none where other machines can call.
+        CheckpointError: the file cannot be read.
+    """
+    if given is not None and file is not None:
+        raise UsageError("--api-key and --api-key-file contradict each other")
+    key = os.environ.get(_KEY) if given is None else given
+    if file is not None:
+        data = regular_file.read(file, limit_bytes=_KEY_FILE_BYTES)
+        key = data.decode("utf-8", "replace").strip()
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise UsageError("not a key", where="--api-key", expected="printable ASCII without spaces")
+    if key is None and not _is_loopback(host):
+        raise UsageError(
+            "other machines can call this address, and there is no key",
+            where="--host",
+            found=host,
+            remedy=f"Give --api-key-file, or set {_KEY}.",
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_extra() -> None:
+    """
+    Raises:
+        UnsupportedError: the packages of the extra are not installed.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            "qmix serve needs " + " and ".join(missing),
+            remedy="Run: pip install 'qmix-runtime[serve]'",
+        )
+
+
+def _limits(source: Path, context: int | None, slots: int, queue: int) -> "Limits":
+    """
+    Raises:
+        CheckpointError: it is no checkpoint.
+        UsageError: the context is too small, or larger than the model's.
+    """
+    from qmix.formats.metadata import read_metadata
+    from qmix.formats.mistral.detect import refuse_raw
+    from qmix.gguf.files import checked_source
+    from qmix.serving.scheduler import Limits
+
+    refuse_raw(checked_source(source))
+    most = read_metadata(source).config.max_position_embeddings
+    if context is not None and context > most:
+        raise UsageError("out of range", where="--ctx", expected=f"16 to {most}", found=context)
+    return Limits(context=context or min(_CONTEXT, most), slots=slots, waiting=queue)
+
+
+def _raise_descriptor_limit() -> None:
+    """Let the process have as many connections as the system allows."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _started(name: str, address: tuple[str, int], limits: "Limits") -> str:
+    host, port = address[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return (
+        f"serving {name} at http://{shown}:{port}/v1 · {limits.slots} slots of "
+        f"{limits.context:,} tokens · Ctrl-C ends it"
+    )

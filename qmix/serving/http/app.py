@@ -1,0 +1,150 @@
+"""The routes, and what answers them. Knows no sockets."""
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from qmix.serving.engine import Engine
+from qmix.serving.http import chat_request, completion_request, replies
+from qmix.serving.http.body import Bodies
+from qmix.serving.http.errors import ApiError
+from qmix.serving.http.event_stream import EventStream
+from qmix.serving.http.flight import Flight, LeftError, unless_left
+from qmix.serving.http.guard import HEALTH, Access, Guard
+from qmix.serving.http.replies import ChatReply, CompletionReply, Head, ReplyFormat
+from qmix.serving.http.served_model import ServedModel
+from qmix.serving.request import Request as EngineRequest
+
+Call = tuple[list[EngineRequest], ReplyFormat, bool]  # the last: whether the reply is streamed
+
+_LEFT = 499  # nobody reads it
+
+
+class Api:
+    """The endpoints over one engine.
+
+    Args:
+        deadline_s: seconds that a request may take.
+    """
+
+    def __init__(self, engine: Engine, model: ServedModel, deadline_s: float) -> None:
+        self._engine, self._model, self._deadline_s = engine, model, deadline_s
+        self._bodies = Bodies()
+
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models"""
+        return JSONResponse({"object": "list", "data": [self._model.document]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME"""
+        self._model.check_name(request.path_params["name"])
+        return JSONResponse(self._model.document)
+
+    async def health(self, _: Request) -> Response:
+        """GET /health: 200 while requests are taken, 503 otherwise."""
+        failure = self._engine.failure
+        if self._engine.healthy:
+            return JSONResponse({"status": "ok"})
+        status = "shutting down" if failure is None else "failed"
+        error = None if failure is None else str(failure)
+        return JSONResponse({"status": status, "error": error}, 503)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        return await self._answer(request, self._chat)
+
+    async def completion(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        return await self._answer(request, self._completion)
+
+    async def embeddings(self, _: Request) -> Response:
+        """POST /v1/embeddings"""
+        raise ApiError(
+            "the model writes text; it has no embeddings", status=404, code="unsupported"
+        )
+
+    async def _answer(
+        self, request: Request, prepare: Callable[[dict[str, Any]], Call]
+    ) -> Response:
+        try:
+            requests, form, streams = await self._bodies.prepared(request, prepare)
+            flight = Flight(self._engine, requests)
+            if streams:
+                return EventStream(replies.chunks(flight, form), flight.cancel)
+            try:
+                document = await unless_left(request.receive, replies.whole(flight, form))
+            finally:
+                flight.cancel()
+            return JSONResponse(document)
+        except LeftError:
+            return Response(status_code=_LEFT)
+
+    def _chat(self, document: dict[str, Any]) -> Call:
+        asked = chat_request.parse(document)
+        requests = self._model.chat(asked, self._deadline_s)
+        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+        form = ChatReply(
+            Head("chatcmpl-", kind, self._model.name),
+            self._model.tokenizer,
+            reports=asked.logprobs,
+            choices_per_prompt=asked.n,
+            includes_usage=asked.stream_options,
+        )
+        return requests, form, asked.stream
+
+    def _completion(self, document: dict[str, Any]) -> Call:
+        asked = completion_request.parse(document)
+        requests = self._model.completion(asked, self._deadline_s)
+        form = CompletionReply(
+            Head("cmpl-", "text_completion", self._model.name),
+            self._model.tokenizer,
+            requests,
+            self._model.echoes(asked) if asked.echo else None,
+            reports=asked.logprobs is not None,
+            echo_only=asked.max_tokens == 0,
+            choices_per_prompt=asked.n,
+            includes_usage=asked.stream_options,
+        )
+        return requests, form, asked.stream
+
+
+def app(engine: Engine, model: ServedModel, access: Access, *, deadline_s: float) -> Starlette:
+    """The application for a server of ASGI."""
+    api = Api(engine, model, deadline_s)
+    return Starlette(
+        routes=[
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name:path}", api.model),
+            Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/completions", api.completion, methods=["POST"]),
+            Route("/v1/embeddings", api.embeddings, methods=["POST"]),
+            Route(HEALTH, api.health),
+        ],
+        middleware=[Middleware(Guard, access=access)],
+        exception_handlers={
+            ApiError: _refused,
+            HTTPException: _no_route,
+            Exception: _broken,
+        },
+    )
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    return ApiError(what, status=error.status_code, code="unknown_url").response()
+
+
+async def _broken(_: Request, error: Exception) -> Response:
+    return ApiError("qmix failed: its log says where", status=500, code="failed").response()

@@ -1,0 +1,113 @@
+"""Flight: the requests of one call on their way through the engine, and their events as they come.
+
+Carries events from the engine's thread to the event loop. Knows no documents.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from qmix.errors import QmixError
+from qmix.serving.engine import Engine
+from qmix.serving.http.errors import ApiError
+from qmix.serving.request import Ended, Event, Listener, Request, Ticket
+
+Result = TypeVar("Result")
+_BEAT_S = 10.0  # what waits sends a sign of life as often, and so finds out that a peer is gone
+
+
+class LeftError(Exception):
+    """The client has closed its connection."""
+
+
+class Flight:
+    """Requests that have been submitted. Whoever made it cancels it at the end.
+
+    Raises:
+        ApiError: the engine does not take them; none is left behind.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        try:
+            for index, request in enumerate(requests):
+                self._tickets.append(engine.submit(request, self._listener(index)))
+        except QmixError as error:
+            self.cancel()
+            raise ApiError.of(error, takes_requests=engine.healthy) from error
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def cancel(self) -> None:
+        """End the requests that have not ended."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    async def events(self) -> AsyncIterator[tuple[int, Event] | None]:
+        """Each event with its request's index, until all have ended; None: nothing for a while.
+
+        Raises:
+            ApiError: a request ended without a reply.
+        """
+        left = len(self)
+        while left:
+            try:
+                index, event = await asyncio.wait_for(self._events.get(), _BEAT_S)
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(event, Ended):
+                _check(event)
+                left -= 1
+            yield index, event
+
+    def _listener(self, index: int) -> Listener:
+        def listener(event: Event) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return listener
+
+
+def _check(ended: Ended) -> None:
+    """
+    Raises:
+        ApiError: it ended otherwise than by its own end.
+    """
+    if ended.finish == "error":
+        raise ApiError.of(ended.error or QmixError("the request failed"))
+    if ended.finish == "deadline":
+        raise ApiError("the request took too long", status=504, code="deadline_exceeded")
+    if ended.finish not in ("stop", "length"):
+        raise ApiError("the server is shutting down", status=503, code="unavailable")
+
+
+async def unless_left(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of work, which ends at once if the client closes its connection.
+
+    Args:
+        receive: of a request whose body has been read.
+
+    Raises:
+        LeftError: the client did.
+    """
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise LeftError
+        return worker.result()
+    finally:
+        worker.cancel()
+        watcher.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
