@@ -17,7 +17,7 @@ from qmix.errors import ResourceError
 from qmix.serving.engine import Engine
 from qmix.serving.http.connection import Connection
 
-# Within 10 s of a signal the process ends: requests have 6, their last events 1, and torch the rest.
+# The process ends within 10 s of a signal: requests have 6, their last events 1, torch the rest.
 DRAIN_S, _GRACE_S = 6.0, 7
 _KEEP_ALIVE_S = 30
 _RED_TICKS = 20  # 2 s in which the health shows that the engine has failed, before the end
