@@ -82,7 +82,7 @@ class ReplyStats:
         parts = (
             ended,
             counted(self.new_tokens, "token"),
-            f"{self.tokens_per_s:.1f} tok/s",
+            f"{self.tokens_per_s:.1f} tok/s" if self.tokens_per_s else "",
             f"first token {self.first_token_s:.2f} s",
             f"context {self.context_tokens}/{self.context_limit} ({share} %)",
             f"cached {self.cached_tokens}",
