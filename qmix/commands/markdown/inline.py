@@ -18,11 +18,12 @@ LIMIT = 400  # characters that may wait for the partner of a mark
 _TRIES = 4  # lines of LIMIT characters that are parsed for each that is drawn, at most
 _MARKS = frozenset("*_`~[]<&\\")
 _STYLES = {"strong": "bold", "em": "italic", "s": "strike"}
+_BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 _CODE, _ADDRESS = "cyan", "dim"
 
 
 def parser() -> MarkdownIt:
-    """CommonMark with tables and strikethrough; HTML is text."""
+    """CommonMark with tables and strikethrough; HTML is text, but for `<br>`."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
     markdown.inline.ruler2.push("unmatched", _note_unmatched)
     return markdown
@@ -65,7 +66,19 @@ def runs(tokens: Sequence[Token]) -> Iterator[Run]:
             text, style = _shown(token, " ".join(filter(None, styles)))
             for _, shown in links:
                 shown.append(text)
-            yield Run(text, style)
+            if token.type == "text":
+                yield from (Run(part, style if part != "\n" else "") for part in _lines(text))
+            else:
+                yield Run(text, style)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The text, with a newline where HTML breaks the line: the one tag that is no text."""
+    for number, line in enumerate(_BREAK.split(text)):
+        if number:
+            yield "\n"
+        if line:
+            yield line
 
 
 def _shown(token: Token, style: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 DEEPEST = 8  # quotes and lists in each other; deeper marks are text
 LONGEST = 4096  # characters of a line that may wait for its end
+CODE_INDENT = 4
 
 _QUOTE = re.compile(r" {0,3}> ?")
 _ITEM = re.compile(r"( *)([-*+]|\d{1,9}[.)])(?: {1,4}(?! )|[ \t]|$)")
@@ -96,10 +97,16 @@ class Text:
 Leaf = Heading | Fence | Rule | TableRow | CodeLine | Text
 
 
-def is_undecided(line: str) -> bool:
-    """Whether the rest of a line may still change what begins with it."""
+def is_undecided(line: str, *, code_may_begin: bool) -> bool:
+    """Whether the rest of a line may still change what begins with it.
+
+    Args:
+        code_may_begin: an indented line is code, which is drawn when it is complete.
+    """
     if len(line) > LONGEST:
         return False
+    if code_may_begin and indentation(line) >= CODE_INDENT:
+        return True
     found = _CONTAINERS.match(line)
     assert found is not None
     rest = line[found.end() :]
@@ -158,8 +165,8 @@ def leaf(line: str, *, within_text: bool, nested: bool) -> Leaf:
         return Heading(len(found[1]), found[2])
     if not within_text and line.lstrip().startswith("|"):
         return TableRow()
-    if not within_text and not nested and indentation(line) >= 4:
-        return CodeLine(line[4:])
+    if not within_text and not nested and indentation(line) >= CODE_INDENT:
+        return CodeLine(line[CODE_INDENT:])
     return Text(line.lstrip(" \t"))
 
 

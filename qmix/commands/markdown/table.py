@@ -162,7 +162,9 @@ def _widths(table: _Table, available: int) -> Sequence[int] | None:
     space = available - _BETWEEN * (count - 1)
     if space < _NARROWEST * count:
         return None
-    natural = [max(1, *(_width(row[index]) for row in table.rows)) for index in range(count)]
+    natural = [
+        max(1, *(_natural_width(row[index]) for row in table.rows)) for index in range(count)
+    ]
     return _fitting(natural, space)
 
 
@@ -172,6 +174,17 @@ def _bold(cell: Cell) -> Cell:
 
 def _width(line: Cell) -> int:
     return sum(cells(run.text) for run in line)
+
+
+def _natural_width(cell: Cell) -> int:
+    """Columns of the cell's longest line."""
+    widths = [0]
+    for run in cell:
+        if run.text == "\n":
+            widths.append(0)
+        else:
+            widths[-1] += cells(run.text)
+    return max(widths)
 
 
 def _fitting(natural: Sequence[int], space: int) -> Sequence[int]:

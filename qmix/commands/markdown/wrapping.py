@@ -67,7 +67,7 @@ class Wrapper:
         for index, text in enumerate(_SPACES.split(run.text)):
             if index % 2:
                 self.end_word()
-                self._space = self._space or text
+                self._space = self._space or text.replace("\t", " ")
             elif text:
                 for part in parts(text):
                     if self._word and breakable(self._word[-1].text[-1], part[0]):

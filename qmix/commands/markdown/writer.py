@@ -97,10 +97,16 @@ class MarkdownWriter:
                 self._draw_line([Run("".join(self._line))], ends=False)
                 self._take_line()
                 self._state = _Line.IS_LONG_CODE
-        elif too_long or not (
-            self._table or structure.is_undecided(structure.expanded("".join(self._line)))
-        ):
+        elif too_long or not self._is_undecided():
             self._begin(self._take_line(), complete=False)
+
+    def _is_undecided(self) -> bool:
+        """Whether the line that has begun must be complete before anything of it is drawn."""
+        code_may_begin = not self._paragraph and not self._is_in_list()
+        line = structure.expanded("".join(self._line))
+        return self._table is not None or structure.is_undecided(
+            line, code_may_begin=code_may_begin
+        )
 
     def _end_line(self) -> None:
         if self._state is _Line.IS_LONG_CODE:
