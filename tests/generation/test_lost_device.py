@@ -97,7 +97,7 @@ def test_the_history_of_a_chat_outlives_the_card(tiny, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(LOSING)
     state = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     with Terminal.of("chat", tiny, "--device", "cpu", **state) as chat:
-        chat.until(">>> ")
+        chat.until_prompt()
         chat.send("What is a list?\n")
         chat.until("Start again")
         assert chat.process.wait(PATIENCE) == 4
