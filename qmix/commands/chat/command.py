@@ -3,6 +3,7 @@
 Heavy imports stay inside the functions.
 """
 
+import io
 import logging
 import sys
 from collections.abc import Mapping
@@ -89,7 +90,7 @@ def chat(
     directory = sources.local(directory, yes=yes)
     _check_context(ctx, directory)
     message = None if interactive or lines else _message(text)
-    if interactive:
+    if sys.stdin.isatty():
         terminal.enable_ctrl_c()
     if quiet:
         logging.getLogger("qmix").setLevel(logging.WARNING)
@@ -99,7 +100,8 @@ def chat(
 
     defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
     loader = ChatLoader(load, ctx, template, defaults, quiet)
-    streams = Streams(sys.stdin, sys.stdout, terminal.console(), plain, as_json, quiet)
+    typed = sys.stdin if message is None else io.StringIO()  # one message is no conversation
+    streams = Streams(typed, sys.stdout, terminal.console(), plain, as_json, quiet)
     repl = Repl.loaded(loader, directory, given, streams, system)
     try:
         if message is None:
