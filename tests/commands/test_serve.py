@@ -1,0 +1,91 @@
+"""`qmix serve`: what it refuses before it loads anything, and its end by a signal."""
+
+import os
+import signal
+import threading
+import urllib.request
+
+import pytest
+
+from qmix.commands import serve
+from qmix.errors import UsageError
+from tests.support.process import qmix
+
+
+def refused(*arguments, code=2):
+    done = qmix("serve", *arguments)
+    assert done.returncode == code
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_a_model_or_the_demo_is_needed():
+    assert "found neither" in refused()
+    assert "found both" in refused("model", "--demo")
+
+
+def test_an_address_that_others_can_call_needs_a_key(monkeypatch):
+    monkeypatch.delenv("QMIX_API_KEY", raising=False)
+    for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
+        assert "there is no key" in refused("--demo", "--host", host)
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        assert serve._checked_key(host, None, None) is None
+
+
+def test_a_key_comes_from_the_option_the_file_or_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "key"
+    file.write_text("from-file\n")
+    monkeypatch.setenv("QMIX_API_KEY", "from-environment")
+    assert serve._checked_key("0.0.0.0", None, None) == "from-environment"
+    assert serve._checked_key("0.0.0.0", None, file) == "from-file"
+    assert serve._checked_key("0.0.0.0", "given", None) == "given"
+    for key in ("", "é", "a\nb", " a"):
+        with pytest.raises(UsageError, match="not a key"):
+            serve._checked_key("0.0.0.0", key, None)
+    assert "contradict" in refused("--demo", "--api-key", "a", "--api-key-file", file)
+    refused("--demo", "--api-key-file", tmp_path / "none", code=3)
+
+
+def test_without_the_extra_its_name_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'qmix-runtime[serve]'" in refused("--demo", code=3)
+
+
+def test_a_context_beyond_the_model_and_a_port_in_use_are_refused(free_port):
+    assert "expected 16 to 1024" in refused("--demo", "--ctx", "2k")
+    assert "cannot listen" in refused("--demo", "--port", free_port.getsockname()[1], code=4)
+
+
+@pytest.fixture
+def free_port():
+    from qmix.serving.http.server import listening
+
+    with listening("127.0.0.1", 0) as taken:
+        yield taken
+
+
+def test_sigterm_ends_it_with_exit_code_0(monkeypatch):
+    from qmix.serving.http import server
+
+    serve_until_a_signal, seen = server.serve, []
+
+    def watched(app, engine, listener):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
+
+        def ask_and_end():
+            with urllib.request.urlopen(url) as answer:
+                seen.append(answer.status)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=ask_and_end)
+        thread.start()
+        serve_until_a_signal(app, engine, listener)
+        thread.join()
+        seen.append(engine.healthy)
+
+    monkeypatch.setattr(server, "serve", watched)
+    done = qmix("serve", "--demo", "--port", "0", "--slots", "2", "--ctx", "64")
+    assert done.returncode == 0, done.stderr
+    assert seen == [200, False]
+    assert "serving tiny at http://127.0.0.1:" in done.stderr
+    assert "2 slots of 64 tokens" in done.stderr

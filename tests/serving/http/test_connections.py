@@ -1,0 +1,235 @@
+"""Clients that send nonsense, too much or nothing, or leave: nobody else notices."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from qmix import LlamaTokenizer
+from qmix.serving.http import body
+from qmix.serving.http.connection import Connection
+from tests.support.http_server import all_of, answer, request, serving, until
+from tests.support.models import TINY, small_model
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LONG = {"prompt": [5], "max_tokens": 10_000, "temperature": 0, "stream": True}
+
+
+def long_model():
+    """A model with room for replies that take a while, and its tokenizer."""
+    tokenizer = LlamaTokenizer.from_pretrained(TINY)
+    size = {"num_hidden_layers": 1, "max_position_embeddings": 1 << 16}
+    return small_model(vocab_size=len(tokenizer), **size), tokenizer
+
+
+@pytest.fixture(scope="module")
+def served():
+    model, tokenizer = long_model()
+    with serving(model, tokenizer, slots=2, waiting=1, context=1 << 15) as served:
+        yield served
+
+
+def reply(served, **options):
+    return served.post(COMPLETIONS, {"prompt": [5], "max_tokens": 3, **options})
+
+
+def still_answers(served):
+    status, document = reply(served)
+    return status == 200 and document["usage"]["completion_tokens"] == 3
+
+
+def streaming(served, **options):
+    """A connection on which a long stream has begun."""
+    client = served.connected()
+    client.sendall(request("POST", COMPLETIONS, json.dumps({**LONG, **options}).encode()))
+    data = b""
+    while b"data: " not in data:
+        data += client.recv(4096)
+    return client
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[]", "an object"),
+        (b'{"prompt": NaN}', "not JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', "twice"),
+        (b'{"prompt": "\\ud800"}', "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b'{"prompt": ' + b"[" * 50_000, "JSON"),
+        (b'{"max_tokens": 1' + b"0" * 5000 + b"}", "digits"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(served, sent, said):
+    status, document = served.post(COMPLETIONS, sent)
+    assert status == 400
+    assert document["error"]["code"] == "invalid_json"
+    assert said in document["error"]["message"]
+
+
+def test_a_body_of_another_kind_is_refused(served):
+    for headers in ({"content_type": "text/plain"}, {"content_encoding": "gzip"}):
+        status, document = served.post(COMPLETIONS, {"prompt": "a"}, **headers)
+        assert (status, document["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_sent(served):
+    for size in (body.MAX_BYTES + 1, 1 << 30, 10**13):
+        head = request("POST", CHAT, content_length=str(size))
+        assert answer(served.raw(head))[0] == 413
+
+
+def test_a_body_in_chunks_without_end_is_refused(served):
+    head = request("POST", CHAT, content_length=None, transfer_encoding="chunked")
+    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    with served.connected() as client:
+        client.sendall(head)
+        for _ in range(body.MAX_BYTES // 0x10000 + 1):
+            client.sendall(chunk)
+        assert answer(all_of(client))[0] == 413
+
+
+def test_what_is_no_http_and_heads_without_end_are_refused(served):
+    assert served.raw(b"\x16\x03\x01\x02\x00\r\n\r\n").startswith(b"HTTP/1.1 400")
+    long = b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 70_000
+    assert served.raw(long).startswith(b"HTTP/1.1 400")
+
+
+def test_other_paths_and_methods_answer_in_the_same_shape(served):
+    for method, path, status in (("GET", "/v2", 404), ("GET", CHAT, 405), ("POST", "/health", 405)):
+        found, document = answer(served.raw(request(method, path)))
+        assert (found, document["error"]["code"]) == (status, "unknown_url")
+
+
+def test_a_foreign_host_is_refused(served):
+    assert served.get("/v1/models", host="evil.example")[0] == 403
+
+
+def test_a_client_that_leaves_ends_its_stream_at_once(served):
+    before = served.engine.counts.cancelled
+    streaming(served).close()
+    until(lambda: served.engine.counts.cancelled == before + 1)
+    client = served.connected()
+    client.sendall(request("POST", COMPLETIONS, json.dumps({**LONG, "stream": False}).encode()))
+    until(lambda: served.engine.counts.running == 1)
+    client.close()
+    until(lambda: served.engine.counts.cancelled == before + 2)
+    assert still_answers(served)
+
+
+def test_a_full_queue_refuses_and_counts_every_choice(served):
+    with streaming(served), streaming(served), served.connected() as waits:
+        waits.sendall(request("POST", COMPLETIONS, json.dumps(LONG).encode()))
+        until(lambda: served.engine.counts.waiting == 1)
+        data = served.raw(request("POST", COMPLETIONS, json.dumps(LONG).encode()))
+        assert b"retry-after: 1" in data
+        status, document = answer(data)
+        assert (status, document["error"]["code"]) == (429, "queue_full")
+    served.until_idle()
+    assert still_answers(served)
+
+
+def test_silent_connections_hold_nobody_up_and_are_ended(served, monkeypatch):
+    monkeypatch.setattr(Connection, "head_s", 0.2)
+    begun = [b"", b"POST /v1/completions HTTP/1.1\r\nhost: loc"]
+    clients = [served.connected() for _ in range(40)]
+    for index, client in enumerate(clients):
+        client.sendall(begun[index % 2])
+    assert still_answers(served)
+    for client in clients:
+        with client:
+            assert gone(client)
+
+
+def gone(client):
+    """Whether the server ends the connection."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_slow_body_is_ended(served, monkeypatch):
+    monkeypatch.setattr(body, "_WAIT_S", 0.1)
+    with served.connected() as client:
+        client.sendall(request("POST", CHAT, b"{", content_length="100"))
+        assert answer(all_of(client))[0] == 408
+
+
+def test_a_client_that_reads_nothing_is_dropped_and_its_request_ended(served, monkeypatch):
+    monkeypatch.setattr(Connection, "write_s", 0.3)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect(("127.0.0.1", served.port))
+    before = served.engine.counts.cancelled
+    with client:
+        asked = {**LONG, "logprobs": 20, "n": 2}
+        client.sendall(request("POST", COMPLETIONS, json.dumps(asked).encode()))
+        until(lambda: served.engine.counts.running == 2)
+        assert still_answers(served)
+        until(lambda: served.engine.counts.cancelled == before + 2)
+
+
+def test_requests_that_take_too_long_say_so():
+    model, tokenizer = long_model()
+    with serving(model, tokenizer, deadline_s=0.2, slots=1, context=1 << 15) as served:
+        status, document = served.post(COMPLETIONS, {**LONG, "stream": False})
+        assert (status, document["error"]["code"]) == (504, "deadline_exceeded")
+        with streaming(served) as client:
+            *_, error, done = all_of(client).split(b"data: ")
+            assert b"deadline_exceeded" in error
+            assert done.startswith(b"[DONE]")
+
+
+def test_a_fault_of_one_request_is_told_to_it_alone(served, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("qmix.serving.biases.LogitBias.__call__", broken)
+    status, document = reply(served, logit_bias={"5": 1})
+    assert (status, document["error"]["type"]) == (500, "server_error")
+    assert "out of memory" in document["error"]["message"]
+    assert still_answers(served)
+
+
+def test_shutting_down_lets_streams_end_with_an_event_and_takes_no_more():
+    model, tokenizer = long_model()
+    with serving(model, tokenizer, slots=1, context=1 << 15) as served:
+        assert served.get("/health") == (200, {"status": "ok"})
+        with streaming(served) as client:
+            closing = threading.Thread(target=served.engine.close, args=(0.1,))
+            closing.start()
+            until(lambda: not served.engine.healthy)
+            assert served.get("/health")[0] == 503
+            status, document = reply(served)
+            assert (status, document["error"]["code"]) == (503, "unavailable")
+            events = all_of(client)
+            assert events.rpartition(b"data: ")[2].startswith(b"[DONE]")
+            assert b"the server is shutting down" in events
+            closing.join()
+
+
+def test_time_passes_while_many_clients_ask(served):
+    """Twenty clients on two slots and a queue of one: each gets its reply, or is told to wait."""
+    found = []
+
+    def ask():
+        while True:
+            status, document = reply(served)
+            if status == 429:
+                time.sleep(0.02)
+                continue
+            found.append(document["usage"]["completion_tokens"])
+            return
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [3] * 20
+    served.until_idle()
