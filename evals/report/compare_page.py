@@ -23,6 +23,7 @@ from qmix.pages.page import (
     Table,
     series_table,
 )
+from qmix.quantities import gigabytes
 
 MOST = theme.MOST  # models that a page tells apart
 _MATRICES = (
@@ -113,7 +114,7 @@ def _overview(entries: Sequence[_Entry]) -> Section:
         rows.append(
             (
                 each.key,
-                f"{each.model.nbytes / 1e9:.3f}",
+                gigabytes(each.model.nbytes),
                 f"{each.model.bits_per_weight:.3f}",
                 f"{score.perplexity:.4f}",
                 f"{score.stderr:.4f}",
@@ -131,7 +132,7 @@ def _overview(entries: Sequence[_Entry]) -> Section:
         )
     header = (
         "model",
-        "GB",
+        "size",
         "bits/weight",
         "perplexity",
         "± at least",

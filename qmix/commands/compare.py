@@ -10,6 +10,7 @@ import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.errors import UsageError
+from qmix.quantities import gigabytes
 
 if TYPE_CHECKING:
     from qmix.evals.quality.comparison import Comparison
@@ -90,7 +91,7 @@ def compare(
         )
     atomic_file.write(out, page.html(compare_page(result, data.name, speeds)))
     terminal.print_result(_text(result), result.to_dict(), as_json=as_json)
-    terminal.message(f"the page: {out} ({out.stat().st_size / 1e6:.2f} MB)")
+    terminal.message(f"the page: {out} ({gigabytes(out.stat().st_size)})")
 
 
 def _ordered(models: list[Path], reference: Path | None) -> list[Path]:
@@ -107,14 +108,14 @@ def _ordered(models: list[Path], reference: Path | None) -> list[Path]:
 
 
 def _text(result: "Comparison") -> str:
-    lines = [f"{'':32} {'GB':>8} {'bits':>7} {'perplexity':>11} {'mean KL':>9} {'top-1':>8}"]
+    lines = [f"{'':32} {'size':>9} {'bits':>7} {'perplexity':>11} {'mean KL':>9} {'top-1':>8}"]
     for model in result.models:
         other = model.score.reference
         compared = f"{'-':>9} {'-':>8}"
         if other is not None:
             compared = f"{other.kl_mean:9.5f} {100 * other.top1_agreement:6.2f} %"
         lines.append(
-            f"{model.name[:32]:32} {model.nbytes / 1e9:8.3f} {model.bits_per_weight:7.3f} "
+            f"{model.name[:32]:32} {gigabytes(model.nbytes):>9} {model.bits_per_weight:7.3f} "
             f"{model.score.perplexity:11.4f} {compared}"
         )
     return "\n".join(lines) + "\n"
