@@ -24,7 +24,7 @@ from qmix.evals.timing.llama import LlamaPeer
 from qmix.kernels import Routes
 from qmix.kernels.cpu.library import library
 from qmix.nn.attention import ForwardContext
-from qmix.nn.cpu_decode import WhyNot, decode_token
+from qmix.nn.cpu_decode import WhyNot, decode_tokens
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import Linear
 from qmix.weights import huge_pages
@@ -195,7 +195,7 @@ def time_layer(
     theirs: list[tuple[float, float]] = []
 
     def forward(x: Tensor, stack: Sequence[DecoderLayer]) -> None:
-        if isinstance(decode_token(map(compiled_whole, stack), x, context), WhyNot):
+        if isinstance(decode_tokens(map(compiled_whole, stack), x, context), WhyNot):
             for layer in stack:
                 x, _ = layer(x, context)
 

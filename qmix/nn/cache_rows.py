@@ -42,9 +42,6 @@ class CacheRows:
         raise AssertionError("rows of different lengths have no mask")
 
     def advance(self, positions: int) -> None:
-        """Count the positions that every layer has appended to every row.
-
-        A row that stands here twice is one text, computed twice.
-        """
-        for row in dict.fromkeys(self.rows):
+        """Count the positions that every layer has appended to every row."""
+        for row in self.rows:
             row.advance(positions)

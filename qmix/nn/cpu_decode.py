@@ -1,8 +1,9 @@
-"""One new token on a CPU through compiled code: when that may be, and if not, why.
+"""One new token a row, on a CPU, through compiled code: when that may be, and if not, why.
 
-`decode_token` runs all layers in one call, `run_layer` one layer in two calls around its attention.
-Both compute what the modules compute. What they cannot do, and what a caller wants to see of a pass
-(hooks, attention weights), goes through the modules; a WhyNot says for which reason.
+`decode_tokens` runs all layers in one call, for one row or a few. `run_layer` runs one layer for
+one row, in two calls around its attention. Both compute what the modules compute. What they cannot
+do, and what a caller wants to see of a pass (hooks, attention weights), goes through the modules; a
+WhyNot says for which reason.
 
 Knows modules by their parts; a decoder layer shows it those.
 """
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix import kernels
-from qmix.kernels.cpu.library import library
+from qmix.kernels.cpu.library import DENSE_TOKENS, TokenSlot, library
 from qmix.kernels.cpu.pointers import TokenLayer, takes
 from qmix.nn.attention import Attention, ForwardContext
-from qmix.nn.cache import KVCache
+from qmix.nn.cache import Cache, KVCache
+from qmix.nn.cache_rows import CacheRows
 from qmix.nn.linear import Linear, RMSNorm, is_observed
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense, Weight
@@ -30,7 +32,7 @@ class WhyNot(Enum):
 
     # Of the pass: no layer takes it.
     DEVICE = "the hidden states are not on the CPU"
-    SEVERAL_TOKENS = "there is more than one new token"
+    SEVERAL_TOKENS = "there is more than one new token, or too many rows"
     DTYPE = "the hidden states or the rotary factors are not bfloat16"
     STRIDES = "the hidden states or the rotary factors are not contiguous"
     ATTENTIONS = "attention weights are asked for"
@@ -39,7 +41,7 @@ class WhyNot(Enum):
     # Of the pass: each layer may take it, but not all at once.
     MASK = "there is an attention mask"
     IMPLEMENTATION = "attn_implementation is not sdpa"
-    CACHE = "the cache is not a KVCache of one row in bfloat16 on the CPU"
+    CACHE = "the cache is not of these rows, in bfloat16 and on the CPU"
     # Of a layer.
     TRAINING = "the layer is in training"
     OTHER_CLASS = "a module is of another class, as an adapter is"
@@ -146,11 +148,15 @@ def _compiled(
     )
 
 
-def why_not_step(x: Tensor, context: ForwardContext) -> WhyNot | None:
-    """Why no layer takes hidden states x; None if it depends on the layer."""
+def why_not_step(x: Tensor, context: ForwardContext, rows: int = 1) -> WhyNot | None:
+    """Why no layer takes hidden states x; None if it depends on the layer.
+
+    Args:
+        rows: how many it could take.
+    """
     if not x.is_cpu:
         return WhyNot.DEVICE
-    if x.shape[:2] != (1, 1):
+    if x.shape[1] != 1 or not 0 < x.shape[0] <= rows:
         return WhyNot.SEVERAL_TOKENS
     if not x.dtype == context.cos.dtype == torch.bfloat16:
         return WhyNot.DTYPE
@@ -176,22 +182,22 @@ def run_layer(
     return x, router_logits
 
 
-def decode_token(
+def decode_tokens(
     layers: Iterable[TokenLayer | WhyNot], x: Tensor, context: ForwardContext
 ) -> tuple[Tensor, list[Tensor]] | WhyNot:
-    """All layers in one call: (1, 1, D) -> (1, 1, D) and the router logits (1, E) of each.
+    """All layers in one call: (B, 1, D) -> (B, 1, D) and the router logits (B, E) of each.
 
     Its own keys and values are written to the cache, which does not count them yet.
     """
-    cache = context.cache
-    reason = why_not_step(x, context)
+    reason = why_not_step(x, context, DENSE_TOKENS)
     if reason is not None:
         return reason
     if context.padding_mask is not None or context.attn_mask is not None:
         return WhyNot.MASK
     if context.attn_implementation != "sdpa":
         return WhyNot.IMPLEMENTATION
-    if cache is not None and not (type(cache) is KVCache and _stores_rows_of(x, cache)):
+    rows = _cached_rows(x, context.cache)
+    if rows is None:
         return WhyNot.CACHE
     ready: list[TokenLayer] = []
     for layer in layers:
@@ -200,15 +206,32 @@ def decode_token(
         if not layer.has_experts:
             return WhyNot.EXPERTS
         ready.append(layer)
-    slot, seen = (0, 1) if cache is None else cache.reserve_slot()
-    storage = [] if cache is None else [cache.storage(index) for index in range(len(ready))]
-    out, logits = library().decode_token(
-        ready, x, context.cos, context.sin, storage, slot=slot, seen=seen
-    )
-    return out, list(logits[:, None].unbind())
+    cos, sin = (part.expand(len(x), -1, -1, -1).contiguous() for part in (context.cos, context.sin))
+    out, logits = library().decode_tokens(ready, x, cos, sin, _slots(rows, len(ready)))
+    return out, list(logits.unbind())
 
 
-def _stores_rows_of(x: Tensor, cache: KVCache) -> bool:
-    """Whether keys of x lie in the cache as they are."""
-    keys, _ = cache.storage(0)
-    return keys.is_cpu and keys.dtype == x.dtype and keys.shape[0] == 1
+def _cached_rows(x: Tensor, cache: Cache | None) -> list[tuple[KVCache, int]] | None:
+    """The cache of each row of x, and which row of that cache it is; None if they are others."""
+    if cache is None:
+        return []
+    if type(cache) is KVCache:
+        rows = [(cache, row) for row in range(cache.batch)]
+    elif type(cache) is CacheRows:
+        rows = [(row, 0) for row in cache.rows]
+    else:
+        return None
+    stored = [row.storage(0)[0] for row, _ in rows]
+    fits = all(keys.is_cpu and keys.dtype == x.dtype for keys in stored)
+    return rows if fits and len(rows) == len(x) else None
+
+
+def _slots(rows: Sequence[tuple[KVCache, int]], layers: int) -> list[TokenSlot]:
+    """Where the new token of each row goes: those of the first layer, then those of the second."""
+    reserved = [(cache, row, *cache.reserve_slot()) for cache, row in rows]
+    return [
+        TokenSlot(keys[row], values[row], slot, seen)
+        for layer in range(layers)
+        for cache, row, slot, seen in reserved
+        for keys, values in [cache.storage(layer)]
+    ]

@@ -17,7 +17,7 @@ from qmix.kernels.attention import Implementation
 from qmix.kernels.backend import Backend, preferred
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import Cache
-from qmix.nn.cpu_decode import WhyNot, decode_token
+from qmix.nn.cpu_decode import WhyNot, decode_tokens
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.embedding import Embedding, check_ids
 from qmix.nn.linear import RMSNorm
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
             hidden_states: the input of each layer is appended here; None: nobody asks for them.
         """
         if hidden_states is None:
-            outcome = decode_token(map(compiled_whole, self.layers), x, context)
+            outcome = decode_tokens(map(compiled_whole, self.layers), x, context)
             if not isinstance(outcome, WhyNot):
                 return outcome
         router_logits: list[Tensor] = []

@@ -4,9 +4,10 @@ A step reads one chunk of one prompt, then decodes one id for every request whos
 read. So no stream waits longer than for a chunk, and requests join and leave between two ids.
 Prompts are read in the order of arrival.
 
-A request that runs alone takes the path of one token, which rounds otherwise than that of several:
-its greedy ids are those of `generate`. With `batch_invariant` it runs as two equal rows, and every
-request gets the same ids whatever runs beside it.
+On a CPU the decode steps of a request compute what they compute alone, to the bit, whatever runs
+beside it (4-bit experts in memory, at most 12 rows, AVX2 or more). Elsewhere a batch rounds
+otherwise than one row, and so does a prompt that is read in other chunks, or from where an earlier
+one had come: ids may differ where two logits are as good as equal.
 """
 
 import threading
@@ -38,7 +39,6 @@ class Limits:
         waiting: requests that wait for a slot.
         context: tokens of a prompt and its reply.
         chunk: prompt tokens that are read between two decode steps.
-        batch_invariant: see the module.
 
     Raises:
         UsageError: one of them is out of its range.
@@ -48,7 +48,6 @@ class Limits:
     slots: int = 8
     waiting: int = 64
     chunk: int = 256
-    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -265,13 +264,9 @@ class Scheduler:
         newest = torch.tensor([[slot.running.ids[-1]] for slot in slots if slot.running])
         newest = newest.to(self._model.device)
         if len(slots) == 1:
-            if not self.limits.batch_invariant:
-                return self._model.next_logits(newest, slots[0].cache)
-            rows = CacheRows([slots[0].cache] * 2)
-            newest = newest.expand(2, 1)
-        else:
-            rows = CacheRows([slot.cache for slot in slots])
-        return self._model.next_logits(newest, rows, None, rows.position_ids())[: len(slots)]
+            return self._model.next_logits(newest, slots[0].cache)
+        rows = CacheRows([slot.cache for slot in slots])
+        return self._model.next_logits(newest, rows, None, rows.position_ids())
 
     def _choose(self, slots: Sequence[Slot], logits: Tensor) -> None:
         """Choose an id for each slot from logits (B, V), and end those that are done."""

@@ -17,7 +17,8 @@ from qmix.kernels import attention
 from qmix.kernels.cpu.library import attends, library
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import KVCache
-from qmix.nn.cpu_decode import WhyNot, decode_token, run_layer, why_not_step
+from qmix.nn.cache_rows import CacheRows
+from qmix.nn.cpu_decode import WhyNot, decode_tokens, run_layer, why_not_step
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
@@ -153,7 +154,7 @@ def test_experts_of_another_kind_are_multiplied_by_their_own_kernels():
     assert taken(layer)
     assert not layer.compiled().has_experts
     with torch.no_grad():
-        assert decode_token([layer.compiled()], *one_pass()) is WhyNot.EXPERTS
+        assert decode_tokens([layer.compiled()], *one_pass()) is WhyNot.EXPERTS
     assert alike(run(layer), by_modules(layer))
 
 
@@ -294,12 +295,12 @@ def said(model, *, at_once=True, tokens=12, cache=None, **options):
     logits, went = [], []
 
     def spied(*given):
-        found = decode_token(*given) if at_once else WhyNot.OVERRIDE
+        found = decode_tokens(*given) if at_once else WhyNot.OVERRIDE
         went.append(not isinstance(found, WhyNot))
         return found
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qmix.nn.decoder, "decode_token", spied)
+        patch.setattr(qmix.nn.decoder, "decode_tokens", spied)
         for piece in (ids[:, :3], *ids[:, 3:].split(1, 1)):
             out = model(piece, past_key_values=cache, output_router_logits=True, **options)
             logits += [out.logits, *out.router_logits]
@@ -316,6 +317,38 @@ def test_all_layers_at_once_are_what_they_are_one_by_one(isa, window):
     assert same(together, apart)
 
 
+@pytest.mark.parametrize("kind", ["nested", "act-order", "int8"])
+@pytest.mark.parametrize("caches", ["of one row each", "of all rows"])
+def test_a_row_is_what_it_is_alone_in_any_company(compiled, kind, caches):
+    """In caches of their own, of different lengths, and in one cache."""
+    if library().isa == "portable":
+        pytest.skip("its tiles sum otherwise than its rows")
+    model, ids = random_model(kind), torch.randint(0, 64, (5, 9), generator=seeded(2))
+    starts = range(5) if caches == "of one row each" else [0] * 5
+
+    def steps(cache, row, first):
+        """Logits of the ids from `first` on, each in a step."""
+        return [model.next_logits(new[None, None], cache) for new in ids[row, first:]]
+
+    with torch.no_grad():
+        alone = [steps(model.new_cache(1), row, 0)[start:] for row, start in enumerate(starts)]
+        if caches == "of all rows":
+            cache = model.new_cache(5)
+            found = [model.next_logits(ids[:, index, None], cache) for index in range(9)]
+        else:
+            rows = [model.new_cache(1) for _ in starts]
+            for row, (cache, start) in enumerate(zip(rows, starts, strict=True)):
+                for new in ids[row, :start]:
+                    model.next_logits(new[None, None], cache)
+            together, found = CacheRows(rows), []
+            for index in range(5):
+                new = torch.stack([ids[row, start + index] for row, start in enumerate(starts)])
+                positions = together.position_ids()
+                found.append(model.next_logits(new[:, None], together, None, positions))
+    for index, logits in enumerate(found):
+        assert torch.equal(logits, torch.cat([one[index] for one in alone]))
+
+
 def test_a_cache_that_grows_rewinds_and_was_interrupted_stays_right():
     model = random_model()
     cache = model.new_cache(1)
@@ -330,7 +363,7 @@ def test_a_cache_that_grows_rewinds_and_was_interrupted_stays_right():
     cache.rewind(100)
     other.rewind(100)
     with torch.no_grad():
-        decode_token(  # a pass that never counts
+        decode_tokens(  # a pass that never counts
             map(compiled_whole, model.model.layers),
             torch.randn(1, 1, 256).bfloat16(),
             context_at(100, cache=cache),
@@ -347,7 +380,7 @@ def context_at(position, **options):
 def test_a_token_without_a_past_sees_itself():
     model, x = random_model(), torch.randn(1, 1, 256, generator=seeded()).bfloat16()
     with torch.no_grad():
-        out, logits = decode_token(map(compiled_whole, model.model.layers), x, context_at(0))
+        out, logits = decode_tokens(map(compiled_whole, model.model.layers), x, context_at(0))
         before = x.clone()
         for index, layer in enumerate(model.model.layers):
             x, expected = layer(x, context_at(0))
@@ -404,7 +437,7 @@ def test_layers_that_must_be_called_one_by_one_are(change, reason):
     with torch.no_grad():
         context = context_at(0, attn_implementation=model.model.attn_implementation, **options)
         x = torch.randn(1, 1, 256).bfloat16()
-        assert decode_token(map(compiled_whole, layers), x, context) is reason
+        assert decode_tokens(map(compiled_whole, layers), x, context) is reason
     if not options:
         found, went = said(model)
         assert not any(went)

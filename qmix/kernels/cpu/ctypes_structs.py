@@ -111,7 +111,13 @@ class TokenRoute(Structure):
 
 
 class TokenCache(Structure):
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("pitch", c_int64))
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("pitch", c_int64),
+        ("slot", c_int64),
+        ("positions", c_int64),
+    )
 
 
 class TokenStep(Structure):
@@ -119,10 +125,9 @@ class TokenStep(Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("caches", c_void_p),
-        ("slot", c_int64),
-        ("positions", c_int64),
         ("x", c_void_p),
         ("logits", c_void_p),
+        ("tokens", c_int64),
     )
 
 

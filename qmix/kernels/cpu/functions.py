@@ -30,7 +30,7 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
     "after_attention": (
         POINTER(structs.TokenLayer), POINTER(structs.TokenRoute), c_void_p, c_void_p,
     ),
-    "decode_token": (c_void_p, c_int64, POINTER(structs.TokenStep)),
+    "decode_tokens": (c_void_p, c_int64, POINTER(structs.TokenStep)),
     "attend": (POINTER(structs.TokenAttention),),
     "read": (c_void_p, c_int64, POINTER(c_uint64)),
 }  # fmt: skip

@@ -1,12 +1,14 @@
-// One token through layers. What torch's operations would spend here five times as long on: the
-// weights that pass in between leave nothing of the small tensors in a cache.
+// One new token of each of a few texts through layers. What torch's operations would spend here five
+// times as long on: the weights that pass in between leave nothing of the small tensors in a cache.
 //
 // Values between operations are bfloat16, rounded where torch rounds them; within an expert they
-// are float32.
+// are float32. What is computed of a token does not depend on how many tokens there are, as long as
+// matmuls take them one by one (see Kernels in matmul.h).
 
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -16,83 +18,127 @@
 
 namespace {
 
-// The inputs of a matmul, in the order that its weight stores them.
-inline const float* permuted(const float* x, int64_t count, const int32_t* perm,
+// The inputs [tokens, count] of a matmul, in the order that its weight stores them.
+inline const float* permuted(const float* x, int64_t tokens, int64_t count, const int32_t* perm,
                              std::vector<float>& out) {
     if (!perm) return x;
-    out.resize(size_t(count));
-    for (int64_t i = 0; i < count; i++) out[i] = x[perm[i]];
+    out.resize(size_t(tokens * count));
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < count; i++) out[t * count + i] = x[t * count + perm[i]];
     return out.data();
 }
 
-// Adds the weighted outputs of experts to y, for one token. All experts have the sizes of the
-// first.
+// An expert and the tokens that go through it.
+struct ChosenExpert {
+    const ExpertMatrices* expert;
+    std::vector<int64_t> tokens;
+    std::vector<float> routing_weights;
+
+    int64_t count() const { return int64_t(tokens.size()); }
+};
+
+// Adds the weighted outputs of experts to y [tokens, outputs], in their order. All experts have the
+// sizes of the first.
 template <class Kernels>
-void moe_token(const ExpertMatrices* experts, int64_t count, const float* x, float* y,
-               int32_t quantize_activations, int threads, Fork fork) {
+void moe(const std::vector<ChosenExpert>& chosen, const float* x, float* y,
+         int32_t quantize_activations, int threads, Fork fork) {
     constexpr int64_t STEP = 2048;
-    const int64_t inputs = experts->gate.inputs, width = experts->gate.rows;
-    const int64_t outputs = experts->down.rows, steps = round_up(width, STEP) / STEP;
-    std::vector<float> values(size_t(count * (3 * width + outputs)));
-    std::vector<std::vector<float>> moved(size_t(2 * count));
-    float* hidden = values.data() + 2 * count * width;
-    float* downs = hidden + count * width;
+    const Matrix& first_gate = chosen[0].expert->gate;
+    const int64_t inputs = first_gate.inputs, width = first_gate.rows;
+    const int64_t outputs = chosen[0].expert->down.rows;
+    const size_t count = chosen.size();
+    int64_t rows = 0;  // a token counts once for each of its experts
+    for (const ChosenExpert& one : chosen) rows += one.count();
+    std::vector<float> gathered(size_t(rows * inputs)), downs(size_t(rows * outputs));
+    std::vector<float> gates(size_t(rows * width)), ups(gates.size()), values(gates.size());
+    std::vector<std::vector<float>> moved(2 * count);
     std::vector<Matmul> matmuls;
-    for (int64_t e = 0; e < count; e++) {
-        const ExpertMatrices& expert = experts[e];
-        float* gate = values.data() + 2 * e * width;
-        const float* gate_x = permuted(x, inputs, expert.gate_perm, moved[2 * e]);
-        matmuls.push_back({expert.gate, gate_x, gate, 1, quantize_activations});
-        const float* up_x = permuted(x, inputs, expert.up_perm, moved[2 * e + 1]);
-        matmuls.push_back({expert.up, up_x, gate + width, 1, quantize_activations});
+    int64_t row = 0;
+    for (size_t e = 0; e < count; e++) {
+        const ChosenExpert& one = chosen[e];
+        const ExpertMatrices& expert = *one.expert;
+        float* own = gathered.data() + row * inputs;
+        for (int64_t t = 0; t < one.count(); t++)
+            memcpy(own + t * inputs, x + one.tokens[t] * inputs, sizeof(float) * inputs);
+        const float* gate_x = permuted(own, one.count(), inputs, expert.gate_perm, moved[2 * e]);
+        const float* up_x = permuted(own, one.count(), inputs, expert.up_perm, moved[2 * e + 1]);
+        matmuls.push_back(
+            {expert.gate, gate_x, gates.data() + row * width, one.count(), quantize_activations});
+        matmuls.push_back(
+            {expert.up, up_x, ups.data() + row * width, one.count(), quantize_activations});
+        row += one.count();
     }
-    multiply_all<Kernels>(matmuls.data(), 2 * count, threads, fork);
-    parallel_for(count * steps, threads, fork, [&](int64_t task, int) {
-        const int64_t e = task / steps, first = task % steps * STEP;
-        const int64_t length = width - first < STEP ? width - first : STEP;
-        const float* gate = values.data() + 2 * e * width + first;
-        Kernels::swiglu(gate, gate + width, length, hidden + e * width + first);
+    multiply_all<Kernels>(matmuls.data(), int64_t(matmuls.size()), threads, fork);
+    const int64_t steps = round_up(width, STEP) / STEP;
+    parallel_for(rows * steps, threads, fork, [&](int64_t task, int) {
+        const int64_t within = task % steps * STEP, first = task / steps * width + within;
+        Kernels::swiglu(gates.data() + first, ups.data() + first,
+                        width - within < STEP ? width - within : STEP, values.data() + first);
     });
     matmuls.clear();
-    for (int64_t e = 0; e < count; e++) {
-        const float* down_x = permuted(hidden + e * width, width, experts[e].down_perm, moved[e]);
-        matmuls.push_back({experts[e].down, down_x, downs + e * outputs, 1, quantize_activations});
+    row = 0;
+    for (size_t e = 0; e < count; e++) {
+        const int64_t tokens = chosen[e].count();
+        const ExpertMatrices& expert = *chosen[e].expert;
+        const float* down_x = permuted(values.data() + row * width, tokens, width,
+                                       expert.down_perm, moved[e]);
+        matmuls.push_back(
+            {expert.down, down_x, downs.data() + row * outputs, tokens, quantize_activations});
+        row += tokens;
     }
-    multiply_all<Kernels>(matmuls.data(), count, threads, fork);
-    for (int64_t e = 0; e < count; e++)
-        for (int64_t i = 0; i < outputs; i++)
-            y[i] += experts[e].routing_weight * downs[e * outputs + i];
+    multiply_all<Kernels>(matmuls.data(), int64_t(count), threads, fork);
+    row = 0;
+    for (const ChosenExpert& one : chosen)
+        for (int64_t t = 0; t < one.count(); t++, row++)
+            for (int64_t i = 0; i < outputs; i++)
+                y[one.tokens[t] * outputs + i] += one.routing_weights[t] * downs[row * outputs + i];
 }
 
-// Norm, projections and rotation: `qkv` is queries and keys, rotated, and values.
+// x [width] turned by its position: queries or keys of a head, rounded as torch rounds them.
+inline void rotate(const float* x, const uint16_t* cos, const uint16_t* sin, int64_t width,
+                   uint16_t* out) {
+    for (int64_t i = 0; i < width; i++) {
+        const float other = i < width / 2 ? -x[i + width / 2] : x[i - width / 2];
+        const float plain = round_to_bfloat16(x[i] * bfloat16_to_float(cos[i]));
+        const float turned = round_to_bfloat16(other * bfloat16_to_float(sin[i]));
+        out[i] = float_to_bfloat16(plain + turned);
+    }
+}
+
+// Norm, projections and rotation of x [tokens, hidden]: each token's row of `qkv` is queries and
+// keys, rotated by its row of cos and sin, and values.
 template <class Kernels>
-void before_attention(const TokenLayer& layer, const uint16_t* x, const uint16_t* cos,
-                      const uint16_t* sin, uint16_t* qkv, int threads, Fork fork) {
+void before_attention(const TokenLayer& layer, const uint16_t* x, int64_t tokens,
+                      const uint16_t* cos, const uint16_t* sin, uint16_t* qkv, int threads,
+                      Fork fork) {
     const int64_t hidden = layer.hidden, width = layer.head_dim;
-    const int64_t rotated = layer.q.rows + layer.k.rows, outputs = rotated + layer.v.rows;
-    std::vector<uint16_t> normed(hidden);
-    rms_norm(x, layer.input_norm, hidden, layer.eps, normed.data());
-    std::vector<float> inputs(hidden), out(outputs), moved[3];
-    for (int64_t i = 0; i < hidden; i++) inputs[i] = bfloat16_to_float(normed[i]);
-    const float* q_x = permuted(inputs.data(), hidden, layer.perms[0], moved[0]);
-    const float* k_x = permuted(inputs.data(), hidden, layer.perms[1], moved[1]);
-    const float* v_x = permuted(inputs.data(), hidden, layer.perms[2], moved[2]);
-    const Matmul matmuls[3] = {
-        {layer.q, q_x, out.data(), 1, 1},
-        {layer.k, k_x, out.data() + layer.q.rows, 1, 1},
-        {layer.v, v_x, out.data() + rotated, 1, 1},
-    };
+    const Matrix* projections[3] = {&layer.q, &layer.k, &layer.v};
+    const int64_t outputs = layer.q.rows + layer.k.rows + layer.v.rows;
+    std::vector<uint16_t> normed(size_t(tokens * hidden));
+    for (int64_t t = 0; t < tokens; t++)
+        rms_norm(x + t * hidden, layer.input_norm, hidden, layer.eps, normed.data() + t * hidden);
+    std::vector<float> inputs(normed.size()), moved[3], outs[3];
+    for (size_t i = 0; i < normed.size(); i++) inputs[i] = bfloat16_to_float(normed[i]);
+    Matmul matmuls[3];
+    for (int i = 0; i < 3; i++) {
+        outs[i].resize(size_t(tokens * projections[i]->rows));
+        const float* own = permuted(inputs.data(), tokens, hidden, layer.perms[i], moved[i]);
+        matmuls[i] = {*projections[i], own, outs[i].data(), tokens, 1};
+    }
     multiply_all<Kernels>(matmuls, 3, threads, fork);
-    for (float& value : out) value = round_to_bfloat16(value);
-    for (int64_t head = 0; head < rotated; head += width)
-        for (int64_t i = 0; i < width; i++) {
-            const float other =
-                i < width / 2 ? -out[head + i + width / 2] : out[head + i - width / 2];
-            const float plain = round_to_bfloat16(out[head + i] * bfloat16_to_float(cos[i]));
-            const float turned = round_to_bfloat16(other * bfloat16_to_float(sin[i]));
-            qkv[head + i] = float_to_bfloat16(plain + turned);
+    for (int64_t t = 0; t < tokens; t++) {
+        uint16_t* out = qkv + t * outputs;
+        for (int i = 0; i < 3; i++) {
+            const int64_t rows = projections[i]->rows;
+            float* values = outs[i].data() + t * rows;
+            for (int64_t row = 0; row < rows; row++) values[row] = round_to_bfloat16(values[row]);
+            for (int64_t head = 0; i < 2 && head < rows; head += width)
+                rotate(values + head, cos + t * width, sin + t * width, width, out + head);
+            for (int64_t row = 0; i == 2 && row < rows; row++)
+                out[row] = float_to_bfloat16(values[row]);
+            out += rows;
         }
-    for (int64_t i = rotated; i < outputs; i++) qkv[i] = float_to_bfloat16(out[i]);
+    }
 }
 
 // The router: a softmax over all experts in float32, the largest ones renormalised to sum 1. Equal
@@ -129,78 +175,104 @@ inline void route(const uint16_t* logits, int64_t num_experts, int64_t chosen, i
     for (int64_t i = 0; i < chosen; i++) weights[i] /= chosen_sum;
 }
 
-// The experts that `out` names, in ascending order, with their routing weights.
-inline std::vector<ExpertMatrices> chosen_experts(const TokenLayer& layer, const TokenRoute& out) {
-    std::vector<ExpertMatrices> experts;
-    for (int64_t e = 0; e < layer.num_experts; e++)
-        for (int64_t i = 0; i < layer.experts_per_token; i++)
+// The experts that any of the tokens chose, in ascending order.
+inline std::vector<ChosenExpert> chosen_experts(const TokenLayer& layer, const TokenRoute& out,
+                                                int64_t tokens) {
+    std::vector<ChosenExpert> chosen;
+    for (int64_t e = 0; e < layer.num_experts; e++) {
+        ChosenExpert one{&layer.experts[e], {}, {}};
+        for (int64_t i = 0; i < tokens * layer.experts_per_token; i++)
             if (out.ids[i] == e) {
-                experts.push_back(layer.experts[e]);
-                experts.back().routing_weight = out.routing_weights[i];
+                one.tokens.push_back(i / layer.experts_per_token);
+                one.routing_weights.push_back(out.routing_weights[i]);
             }
-    return experts;
+        if (one.count()) chosen.push_back(one);
+    }
+    return chosen;
+}
+
+// x plus y, both bfloat16 before they are added, y [count] in float32.
+inline void add_rounded(const uint16_t* x, const std::vector<float>& y, uint16_t* out) {
+    for (size_t i = 0; i < y.size(); i++)
+        out[i] = float_to_bfloat16(bfloat16_to_float(x[i]) + round_to_bfloat16(y[i]));
 }
 
 // Output projection, residual, norm and router, and the experts if the layer has them.
 template <class Kernels>
-void after_attention(const TokenLayer& layer, const TokenRoute& out, const uint16_t* attended,
-                     const uint16_t* x, int threads, Fork fork) {
+void after_attention(const TokenLayer& layer, const TokenRoute& out, int64_t tokens,
+                     const uint16_t* attended, const uint16_t* x, int threads, Fork fork) {
     const int64_t hidden = layer.hidden, num_experts = layer.num_experts;
-    std::vector<float> inputs(layer.o.inputs), values(hidden), moved, logits(num_experts);
-    for (int64_t i = 0; i < layer.o.inputs; i++) inputs[i] = bfloat16_to_float(attended[i]);
-    const float* o_x = permuted(inputs.data(), layer.o.inputs, layer.perms[3], moved);
-    const Matmul o_proj{layer.o, o_x, values.data(), 1, 1};
+    const int64_t chosen = layer.experts_per_token;
+    std::vector<float> inputs(size_t(tokens * layer.o.inputs)), moved;
+    std::vector<float> values(size_t(tokens * hidden)), logits(size_t(tokens * num_experts));
+    for (size_t i = 0; i < inputs.size(); i++) inputs[i] = bfloat16_to_float(attended[i]);
+    const float* o_x = permuted(inputs.data(), tokens, layer.o.inputs, layer.perms[3], moved);
+    const Matmul o_proj{layer.o, o_x, values.data(), tokens, 1};
     multiply_all<Kernels>(&o_proj, 1, threads, fork);
-    for (int64_t i = 0; i < hidden; i++)
-        out.residual[i] = float_to_bfloat16(bfloat16_to_float(x[i]) + round_to_bfloat16(values[i]));
-    rms_norm(out.residual, layer.post_norm, hidden, layer.eps, out.normed);
-    for (int64_t i = 0; i < hidden; i++) values[i] = bfloat16_to_float(out.normed[i]);
-    multiply_dense({layer.router, values.data(), logits.data(), num_experts, hidden, 1}, 0, num_experts);
-    for (int64_t e = 0; e < num_experts; e++) out.logits[e] = float_to_bfloat16(logits[e]);
-    route(out.logits, num_experts, layer.experts_per_token, out.ids, out.routing_weights);
+    add_rounded(x, values, out.residual);
+    for (int64_t t = 0; t < tokens; t++)
+        rms_norm(out.residual + t * hidden, layer.post_norm, hidden, layer.eps,
+                 out.normed + t * hidden);
+    for (size_t i = 0; i < values.size(); i++) values[i] = bfloat16_to_float(out.normed[i]);
+    multiply_dense({layer.router, values.data(), logits.data(), num_experts, hidden, tokens}, 0,
+                   num_experts);
+    for (size_t i = 0; i < logits.size(); i++) out.logits[i] = float_to_bfloat16(logits[i]);
+    for (int64_t t = 0; t < tokens; t++)
+        route(out.logits + t * num_experts, num_experts, chosen, out.ids + t * chosen,
+              out.routing_weights + t * chosen);
     if (!layer.experts) return;
-    const std::vector<ExpertMatrices> experts = chosen_experts(layer, out);
-    std::vector<float> sum(hidden);
-    moe_token<Kernels>(experts.data(), layer.experts_per_token, values.data(), sum.data(), 1,
-                       threads, fork);
-    for (int64_t i = 0; i < hidden; i++)
-        out.residual[i] =
-            float_to_bfloat16(bfloat16_to_float(out.residual[i]) + round_to_bfloat16(sum[i]));
+    std::vector<float> sum(values.size());
+    moe<Kernels>(chosen_experts(layer, out, tokens), values.data(), sum.data(), 1, threads, fork);
+    add_rounded(out.residual, sum, out.residual);
 }
 
 // All of several layers, whose experts must be among them.
 template <class Kernels>
-void decode_token(const TokenLayer* const* layers, int64_t count, const TokenStep& step,
-                  int threads, Fork fork) {
+void decode_tokens(const TokenLayer* const* layers, int64_t count, const TokenStep& step,
+                   int threads, Fork fork) {
+    const int64_t tokens = step.tokens;
     for (int64_t i = 0; i < count; i++) {
         const TokenLayer& layer = *layers[i];
         const int64_t width = layer.head_dim, groups = layer.k.rows / width;
-        std::vector<uint16_t> qkv(layer.q.rows + layer.k.rows + layer.v.rows);
-        std::vector<uint16_t> attended(layer.q.rows), normed(layer.hidden);
-        std::vector<int64_t> ids(layer.experts_per_token);
-        std::vector<float> routing_weights(layer.experts_per_token);
-        before_attention<Kernels>(layer, step.x, step.cos, step.sin, qkv.data(), threads,
+        const int64_t outputs = layer.q.rows + layer.k.rows + layer.v.rows;
+        std::vector<uint16_t> qkv(size_t(tokens * outputs));
+        std::vector<uint16_t> attended(size_t(tokens * layer.q.rows));
+        std::vector<uint16_t> normed(size_t(tokens * layer.hidden));
+        std::vector<int64_t> ids(size_t(tokens * layer.experts_per_token));
+        std::vector<float> routing_weights(ids.size());
+        before_attention<Kernels>(layer, step.x, tokens, step.cos, step.sin, qkv.data(), threads,
                                   fork);
-        const uint16_t *keys = qkv.data() + layer.q.rows, *values = keys + layer.k.rows;
-        TokenAttention attention{
-            qkv.data(), keys,           values, attended.data(), layer.q.rows / width, groups,
-            width,      step.positions, width};
-        if (step.caches) {
-            const TokenCache& cache = step.caches[i];
-            const size_t bytes = sizeof(uint16_t) * width;
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t at = g * cache.pitch + step.slot * width;
-                memcpy(cache.keys + at, keys + g * width, bytes);
-                memcpy(cache.values + at, values + g * width, bytes);
+        for (int64_t t = 0; t < tokens; t++) {
+            const uint16_t* q = qkv.data() + t * outputs;
+            const uint16_t *keys = q + layer.q.rows, *values = keys + layer.k.rows;
+            TokenAttention attention{q,
+                                     keys,
+                                     values,
+                                     attended.data() + t * layer.q.rows,
+                                     layer.q.rows / width,
+                                     groups,
+                                     width,
+                                     1,
+                                     width};
+            if (step.caches) {
+                const TokenCache& cache = step.caches[i * tokens + t];
+                const size_t bytes = sizeof(uint16_t) * width;
+                for (int64_t g = 0; g < groups; g++) {
+                    const int64_t at = g * cache.pitch + cache.slot * width;
+                    memcpy(cache.keys + at, keys + g * width, bytes);
+                    memcpy(cache.values + at, values + g * width, bytes);
+                }
+                attention.keys = cache.keys;
+                attention.values = cache.values;
+                attention.positions = cache.positions;
+                attention.pitch = cache.pitch;
             }
-            attention.keys = cache.keys;
-            attention.values = cache.values;
-            attention.pitch = cache.pitch;
+            attend(attention, threads, fork);
         }
-        attend(attention, threads, fork);
-        const TokenRoute out{step.x, normed.data(), step.logits + i * layer.num_experts, ids.data(),
+        const TokenRoute out{step.x, normed.data(),
+                             step.logits + i * tokens * layer.num_experts, ids.data(),
                              routing_weights.data()};
-        after_attention<Kernels>(layer, out, attended.data(), step.x, threads, fork);
+        after_attention<Kernels>(layer, out, tokens, attended.data(), step.x, threads, fork);
     }
 }
 

@@ -116,7 +116,10 @@ int32_t qmix_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, in
 int32_t qmix_moe_token(const ExpertMatrices* experts, int64_t count, const float* x, float* y,
                        int32_t quantize_activations, int32_t threads, Fork fork) {
     return status_of([&] {
-        moe_token<Kernels>(experts, count, x, y, quantize_activations, threads, fork);
+        std::vector<ChosenExpert> chosen;
+        for (int64_t e = 0; e < count; e++)
+            chosen.push_back({experts + e, {0}, {experts[e].routing_weight}});
+        moe<Kernels>(chosen, x, y, quantize_activations, threads, fork);
     });
 }
 
@@ -124,7 +127,7 @@ int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, const 
                               const uint16_t* sin, uint16_t* qkv, int32_t threads,
                               Fork fork) {
     return status_of([&] {
-        before_attention<Kernels>(*layer, x, cos, sin, qkv, threads, fork);
+        before_attention<Kernels>(*layer, x, 1, cos, sin, qkv, threads, fork);
     });
 }
 
@@ -132,14 +135,14 @@ int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* out,
                              const uint16_t* attended, const uint16_t* x, int32_t threads,
                              Fork fork) {
     return status_of([&] {
-        after_attention<Kernels>(*layer, *out, attended, x, threads, fork);
+        after_attention<Kernels>(*layer, *out, 1, attended, x, threads, fork);
     });
 }
 
-int32_t qmix_decode_token(const TokenLayer* const* layers, int64_t count, const TokenStep* step,
-                          int32_t threads, Fork fork) {
+int32_t qmix_decode_tokens(const TokenLayer* const* layers, int64_t count, const TokenStep* step,
+                           int32_t threads, Fork fork) {
     return status_of([&] {
-        decode_token<Kernels>(layers, count, *step, threads, fork);
+        decode_tokens<Kernels>(layers, count, *step, threads, fork);
     });
 }
 

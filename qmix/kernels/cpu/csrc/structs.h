@@ -88,7 +88,7 @@ struct ExpertMatrices {
     float routing_weight;
 };
 
-// The weights of a decoder layer that one token passes.
+// The weights of a decoder layer that tokens pass.
 struct TokenLayer {
     Matrix q;
     Matrix k;
@@ -106,31 +106,32 @@ struct TokenLayer {
     float eps;
 };
 
-// What a token leaves behind its attention.
+// What tokens leave behind their attention.
 struct TokenRoute {
-    uint16_t* residual;      // [hidden], x plus attention, plus the experts if the layer has them
-    uint16_t* normed;        // [hidden], the experts' input
-    uint16_t* logits;        // [num_experts]
-    int64_t* ids;            // [experts_per_token]
-    float* routing_weights;  // [experts_per_token]
+    uint16_t* residual;      // [tokens, hidden], x plus attention, plus the experts if the layer has them
+    uint16_t* normed;        // [tokens, hidden], the experts' input
+    uint16_t* logits;        // [tokens, num_experts]
+    int64_t* ids;            // [tokens, experts_per_token]
+    float* routing_weights;  // [tokens, experts_per_token]
 };
 
-// A layer's cache [groups][slots][head_dim], each group's `pitch` elements apart.
+// A token's cache in a layer, [groups][slots][head_dim], each group's `pitch` elements apart.
 struct TokenCache {
     uint16_t* keys;
     uint16_t* values;
     int64_t pitch;
+    int64_t slot;       // where the token's keys and values go
+    int64_t positions;  // how many slots it attends to, from the first on
 };
 
-// One decode step through all layers.
+// One decode step through all layers: one new token of each of several texts.
 struct TokenStep {
-    const uint16_t* cos;       // [head_dim]
-    const uint16_t* sin;       // [head_dim]
-    const TokenCache* caches;  // one a layer; null: no position came before this token
-    int64_t slot;              // where this token's keys and values go
-    int64_t positions;         // how many slots it attends to, from the first on
-    uint16_t* x;               // [hidden], input and output
-    uint16_t* logits;          // [layers][num_experts]
+    const uint16_t* cos;       // [tokens, head_dim]
+    const uint16_t* sin;       // [tokens, head_dim]
+    const TokenCache* caches;  // [layers][tokens]; null: no position came before these
+    uint16_t* x;               // [tokens, hidden], input and output
+    uint16_t* logits;          // [layers][tokens][num_experts]
+    int64_t tokens;
 };
 
 // Attention of one token, all in bfloat16.
