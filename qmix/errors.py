@@ -87,6 +87,11 @@ def wrong_value(where: str, expected: object, found: object) -> UsageError:
     return UsageError("wrong value", where=where, expected=expected, found=repr(found)[:80])
 
 
+def wrong_type(where: str, expected: str, found: object) -> UsageError:
+    """The error for an argument of another type."""
+    return UsageError("wrong type", where=where, expected=expected, found=type(found).__name__)
+
+
 class CheckpointError(QmixError):
     """A file is missing, damaged or inconsistent."""
 

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class KernelSource:
         multiples: names of arguments that are multiples of 16, mostly pointers.
         weights: packed weights that a thread multiplies in one iteration of the loop; may be 0.
         copies: 128-bit copies that a thread needs in one iteration of the loop.
+        options: of the compiler, beyond those of every launch.
     """
 
     function: Any
@@ -51,6 +52,7 @@ class KernelSource:
     arch: int
     weights: int
     copies: int
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,12 @@ def compiled(source: KernelSource) -> Any:
             },
         ),
         target=GPUTarget("cuda", source.arch, 32),
-        options={"num_warps": source.warps, "num_stages": source.stages, **COMPILER_OPTIONS},
+        options={
+            "num_warps": source.warps,
+            "num_stages": source.stages,
+            **COMPILER_OPTIONS,
+            **source.options,
+        },
     )
 
 

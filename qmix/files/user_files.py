@@ -6,11 +6,24 @@ the files hold.
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, QmixError
 from qmix.files.file_errors import writing
+
+
+class Keyed(Protocol):
+    """An entry of a file that holds one for each key."""
+
+    @property
+    def key(self) -> object:
+        """What another entry of the file must not share."""
+
+
+Entry = TypeVar("Entry", bound=Keyed)
 
 # The file, its directory and the one above may not be links. A home behind a link is common.
 _WITHOUT_LINKS = 3
@@ -86,6 +99,18 @@ def _parts(path: Path) -> Iterator[Path]:
     yield from {*path.parents, *Path(os.path.realpath(path.parent), path.name).parents}
     if path.exists():
         yield path
+
+
+def with_entry(read: Callable[[], Sequence[Entry]], entry: Entry) -> list[Entry]:
+    """The entries of a file but an earlier one of the same key, then `entry`.
+
+    Args:
+        read: all entries; a file that it refuses counts as empty.
+    """
+    others: Sequence[Entry] = ()
+    with suppress(QmixError):
+        others = read()
+    return [*(each for each in others if each.key != entry.key), entry]
 
 
 def prepare(path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, wrong_type
 from qmix.generation.config import GenerationConfig
 from qmix.generation.logits_processors import LogitsProcessor
 from qmix.generation.padding import check_embeds, check_prompt, checked_mask, left_padded
@@ -58,12 +58,7 @@ class GenerationInputs:
             mask = checked_mask(self.attention_mask).bool()
             object.__setattr__(self, "attention_mask", mask)
         if self.tokenizer is not None and not isinstance(self.tokenizer, LlamaTokenizer):
-            raise UsageError(
-                "wrong type",
-                where="tokenizer",
-                expected="a LlamaTokenizer",
-                found=type(self.tokenizer).__name__,
-            )
+            raise wrong_type("tokenizer", "a LlamaTokenizer", self.tokenizer)
 
     def check(self, hidden_size: int) -> None:
         """Check the prompt, and that the parts go together.

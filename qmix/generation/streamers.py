@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, wrong_type
 from qmix.printable import printable
 from qmix.text.detokenizer import Decodes, StreamDetokenizer
 
@@ -49,9 +49,7 @@ class TextStreamer:
             UsageError: not a tensor of ids, or more than one row.
         """
         if not isinstance(value, Tensor):
-            raise UsageError(
-                "wrong type", where="streamer", expected="a tensor", found=type(value).__name__
-            )
+            raise wrong_type("streamer", "a tensor", value)
         if value.dim() > 1 and value.shape[0] != 1:
             raise UsageError("a streamer takes one row", where="streamer", found=list(value.shape))
         first = self._detokenizer is None

@@ -11,7 +11,7 @@ import torch
 
 from qmix.config import MixtralConfig
 from qmix.config_rules import BUILT_IN
-from qmix.errors import UnsupportedError, UsageError
+from qmix.errors import UnsupportedError, UsageError, wrong_type
 from qmix.models.options import LoadOptions, parse_dtype
 from qmix.planning.byte_sizes import parse_size
 
@@ -113,12 +113,7 @@ def of_config(config: object, own: MixtralConfig) -> dict[str, Any]:
         UsageError: it is no config, or describes weights of other shapes.
     """
     if not isinstance(config, MixtralConfig):
-        raise UsageError(
-            "wrong type",
-            where="config",
-            expected="a qmix.MixtralConfig",
-            found=type(config).__name__,
-        )
+        raise wrong_type("config", "a qmix.MixtralConfig", config)
     for name in (name for name in BUILT_IN if name in own.__dict__):
         mine, theirs = getattr(own, name), getattr(config, name)
         if mine != theirs and name not in ("dtype", "quantization_config"):
@@ -230,12 +225,7 @@ def _check_alone(load_options: object, fields: Sequence[object]) -> None:
     if any(value is not None for value in fields):
         raise UsageError("give either load_options or its fields", where="load_options")
     if not isinstance(load_options, LoadOptions):
-        raise UsageError(
-            "wrong type",
-            where="load_options",
-            expected="LoadOptions",
-            found=type(load_options).__name__,
-        )
+        raise wrong_type("load_options", "LoadOptions", load_options)
 
 
 def agreed_dtype(

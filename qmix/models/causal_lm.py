@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
-from qmix.errors import UsageError
+from qmix.errors import UsageError, wrong_type
 from qmix.generation import loop as generation
 from qmix.generation.config import GenerationConfig
 from qmix.generation.host_copy import HostCopy
@@ -256,12 +256,7 @@ class MixtralForCausalLM(PreTrainedModel):
         if config is None:
             return self.generation_config
         if not isinstance(config, GenerationConfig):
-            raise UsageError(
-                "wrong type",
-                where="generation_config",
-                expected="a qmix.GenerationConfig",
-                found=type(config).__name__,
-            )
+            raise wrong_type("generation_config", "a qmix.GenerationConfig", config)
         return config.filled_from(self.generation_config)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, wrong_type
 from qmix.nn.process import capturing
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -120,9 +120,7 @@ def check_labels(labels: object) -> None:
         UsageError: another type.
     """
     if not isinstance(labels, Tensor):
-        raise UsageError(
-            "wrong type", where="labels", expected="a tensor", found=type(labels).__name__
-        )
+        raise wrong_type("labels", "a tensor", labels)
 
 
 def _check_size(labels: Tensor, size: int, expected: str) -> None:

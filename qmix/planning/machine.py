@@ -234,10 +234,8 @@ def save(measured: Measured, path: Path | None = None) -> Path:
         WriteError: it cannot be written; the old file is unchanged.
     """
     path = path or measurements_path()
-    others: list[Measured] = []
-    with suppress(QmixError):
-        others = [entry for entry in _entries(path) if entry.key != measured.key]
-    document = {"version": _VERSION, "machines": [asdict(entry) for entry in (*others, measured)]}
+    entries = user_files.with_entry(lambda: _entries(path), measured)
+    document = {"version": _VERSION, "machines": [asdict(entry) for entry in entries]}
     user_files.prepare(path)
     strict_json.write(path, document, private=True)
     return path

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, wrong_type
 
 ROLES = ("system", "user", "assistant")
 
@@ -121,12 +121,7 @@ def checked_message(value: Message | Mapping[str, Any], index: int) -> Message:
             raise UsageError(f"{missing[0]} is missing", where=where, found=sorted(map(str, value)))
         value = Message(value["role"], _joined(value["content"]))
     if not isinstance(value, Message):
-        raise UsageError(
-            "wrong type",
-            where=where,
-            expected="a Message, or a mapping with role and content",
-            found=type(value).__name__,
-        )
+        raise wrong_type(where, "a Message, or a mapping with role and content", value)
     if value.role not in ROLES:
         raise UsageError(
             "unknown role",

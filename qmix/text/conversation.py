@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from qmix.errors import UsageError, wrong_value
+from qmix.errors import UsageError, wrong_type, wrong_value
 from qmix.text.chat_template import Message
 from qmix.text.tool_schema import tool_schema
 
@@ -62,12 +62,7 @@ def checked(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, A
             message = {"role": message.role, "content": message.content}
         entries = plain(message)
         if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
-            raise UsageError(
-                "wrong type",
-                where=where,
-                expected="a Message, or a mapping with role and content",
-                found=type(message).__name__,
-            )
+            raise wrong_type(where, "a Message, or a mapping with role and content", message)
         entries = {key: value for key, value in entries.items() if value is not None}
         reasoning = next((entries[key] for key in _REASONING if key in entries), None)
         if reasoning is not None:
@@ -91,12 +86,7 @@ def schemas(tools: Sequence[Any] | None) -> list[Any] | None:
         if inspect.isfunction(tool) or inspect.ismethod(tool):
             tool = tool_schema(tool)
         if not isinstance(tool, Mapping):
-            raise UsageError(
-                "wrong type",
-                where=f"tools[{index}]",
-                expected="a function, or its JSON schema",
-                found=type(tool).__name__,
-            )
+            raise wrong_type(f"tools[{index}]", "a function, or its JSON schema", tool)
         found.append(plain(tool))
     return found
 

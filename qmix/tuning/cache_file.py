@@ -6,8 +6,7 @@ kernels means another search. Knows no torch, and of a tuning only that it is JS
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -115,12 +114,11 @@ def save(entry: Entry, path: Path | None = None) -> Path:
         WriteError: it cannot be written; the old file is unchanged.
     """
     path = path or default_path()
-    others: Sequence[Entry] = ()
-    with suppress(QmixError):
-        others = [each for each in _entries(path) if each.key != entry.key]
-    kept = [asdict(each) for each in (*others, entry)][-_MOST_ENTRIES:]
+    entries = user_files.with_entry(lambda: _entries(path), entry)[-_MOST_ENTRIES:]
     user_files.prepare(path)
-    strict_json.write(path, {"version": _VERSION, "tunings": kept}, private=True)
+    strict_json.write(
+        path, {"version": _VERSION, "tunings": [asdict(each) for each in entries]}, private=True
+    )
     return path
 
 
