@@ -21,7 +21,6 @@ Models = Annotated[
 ]
 
 
-Data = Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)]
 Out = Annotated[
     Path, typer.Option(metavar="FILE", help="The page: a new .html file.", show_default=False)
 ]
@@ -32,27 +31,16 @@ Bench = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Speeds to show: qmix bench --json; may be repeated."),
 ]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        parser=options.token_count,
-        help="Tokens per window.",
-        show_default="2048, or the model's positions",
-    ),
-]
-RawText = Annotated[
-    bool, typer.Option("--raw-text", help="Keep a byte-order mark and CRLF line ends.")
-]
 
 
 def compare(
     models: Models,
-    data: Data,
+    data: options.ScoredText,
     out: Out,
     reference: Reference = None,
     bench: Bench = None,
-    ctx: Context = None,
-    raw_text: RawText = False,
+    ctx: options.ScoredWindow = None,
+    raw_text: options.RawText = False,
     force: options.Force = False,
     as_json: options.AsJson = False,
     dtype: options.Dtype = None,

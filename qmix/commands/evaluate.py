@@ -40,14 +40,6 @@ Attention = Annotated[
 Window = Annotated[
     int, typer.Option(min=1, help="--attention: sliding window to compare with none.")
 ]
-ScoredWindow = Annotated[
-    int | None,
-    typer.Option(
-        parser=options.token_count,
-        help="Tokens per window.",
-        show_default="2048, or the model's positions",
-    ),
-]
 Stride = Annotated[
     int | None,
     typer.Option(
@@ -61,11 +53,11 @@ Plot = Annotated[
 
 def evaluate(
     directory: options.Directory,
-    data: Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)],
+    data: options.ScoredText,
     reference: Annotated[
         Path | None, typer.Option(help="Unquantized checkpoint to compare with.")
     ] = None,
-    ctx: ScoredWindow = None,
+    ctx: options.ScoredWindow = None,
     stride: Stride = None,
     max_perplexity: Annotated[
         float | None, typer.Option(help="Exit 5 if the perplexity is higher.")
@@ -73,9 +65,7 @@ def evaluate(
     max_kl: Annotated[
         float | None, typer.Option(help="Exit 5 if the mean KL divergence is higher.")
     ] = None,
-    raw_text: Annotated[
-        bool, typer.Option("--raw-text", help="Keep a byte-order mark and CRLF line ends.")
-    ] = False,
+    raw_text: options.RawText = False,
     as_json: options.AsJson = False,
     dtype: options.Dtype = None,
     device: options.Device = None,

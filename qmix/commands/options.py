@@ -80,6 +80,18 @@ Template = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
+ScoredText = Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)]
+ScoredWindow = Annotated[
+    int | None,
+    typer.Option(
+        parser=token_count,
+        help="Tokens per window.",
+        show_default="2048, or the model's positions",
+    ),
+]
+RawText = Annotated[
+    bool, typer.Option("--raw-text", help="Keep a byte-order mark and CRLF line ends.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but results and errors.")]
 
