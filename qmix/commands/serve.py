@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _KEY = "QMIX_API_KEY"
 _KEY_FILE_BYTES = 4096
 _CONTEXT = 4096
+_PACKAGES = ("starlette", "uvicorn", "prometheus_client")  # of the extra
 _DESCRIPTORS = 1 << 16  # a connection is one; systems give programs 1,024 if they do not ask
 _NET, _WORK = "Network", "Requests"
 
@@ -195,10 +196,10 @@ def _check_extra() -> None:
     """
     from importlib.util import find_spec
 
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise UnsupportedError(
-            "qmix serve needs " + " and ".join(missing),
+            "qmix serve needs " + ", ".join(missing),
             remedy="Run: pip install 'qmix-runtime[serve]'",
         )
 

@@ -11,12 +11,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from qmix.serving.engine import Engine
-from qmix.serving.http import chat_request, completion_request, replies
+from qmix.serving.http import chat_request, completion_request, replies, token_request
 from qmix.serving.http.body import Bodies
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.event_stream import EventStream
 from qmix.serving.http.flight import Flight, LeftError, unless_left
 from qmix.serving.http.guard import HEALTH, Access, Guard
+from qmix.serving.http.metrics import CONTENT_TYPE, Metrics
 from qmix.serving.http.replies import ChatReply, CompletionReply, Head, ReplyFormat
 from qmix.serving.http.served_model import ServedModel
 from qmix.serving.request import Request as EngineRequest
@@ -36,6 +37,7 @@ class Api:
     def __init__(self, engine: Engine, model: ServedModel, deadline_s: float) -> None:
         self._engine, self._model, self._deadline_s = engine, model, deadline_s
         self._bodies = Bodies()
+        self._metrics = Metrics(engine)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models"""
@@ -63,18 +65,42 @@ class Api:
         """POST /v1/completions"""
         return await self._answer(request, self._completion)
 
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize"""
+        return await self._documented(
+            request, lambda given: self._model.tokenized(token_request.parse_tokenize(given))
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize"""
+        return await self._documented(
+            request, lambda given: self._model.detokenized(token_request.parse_detokenize(given))
+        )
+
+    async def metrics(self, _: Request) -> Response:
+        """GET /metrics"""
+        return Response(self._metrics.text, media_type=CONTENT_TYPE)
+
     async def embeddings(self, _: Request) -> Response:
         """POST /v1/embeddings"""
         raise ApiError(
             "the model writes text; it has no embeddings", status=404, code="unsupported"
         )
 
+    async def _documented(
+        self, request: Request, prepare: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> Response:
+        try:
+            return JSONResponse(await self._bodies.prepared(request, prepare))
+        except LeftError:
+            return Response(status_code=_LEFT)
+
     async def _answer(
         self, request: Request, prepare: Callable[[dict[str, Any]], Call]
     ) -> Response:
         try:
             requests, form, streams = await self._bodies.prepared(request, prepare)
-            flight = Flight(self._engine, requests)
+            flight = Flight(self._engine, requests, self._metrics.observe)
             if streams:
                 return EventStream(replies.chunks(flight, form), flight.cancel)
             try:
@@ -124,6 +150,9 @@ def app(engine: Engine, model: ServedModel, access: Access, *, deadline_s: float
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
             Route("/v1/completions", api.completion, methods=["POST"]),
             Route("/v1/embeddings", api.embeddings, methods=["POST"]),
+            Route("/tokenize", api.tokenize, methods=["POST"]),
+            Route("/detokenize", api.detokenize, methods=["POST"]),
+            Route("/metrics", api.metrics),
             Route(HEALTH, api.health),
         ],
         middleware=[Middleware(Guard, access=access)],

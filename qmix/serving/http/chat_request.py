@@ -50,12 +50,15 @@ def _content(value: Any) -> str:
     return "".join(part["text"] for part in value)
 
 
+MESSAGES = Items(message, 1, _MAX_MESSAGES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest(SamplingFields):
     """See docs/serving.md."""
 
     messages: tuple[Message, ...] = taken(
-        Items(message, 1, _MAX_MESSAGES),
+        MESSAGES,
         f"At most {_MAX_MESSAGES}; texts, by system, developer, user and assistant.",
         (),
     )

@@ -25,7 +25,7 @@ Prompt = str | tuple[int, ...]
 _MAX_PROMPTS = 256
 _NEW_TOKENS = 16  # OpenAI's default
 _MAX_IDS = 1 << 20  # more than any context
-_IDS = Items(Whole(0, (1 << 31) - 1), 1, _MAX_IDS)
+IDS = Items(Whole(0, (1 << 31) - 1), 1, _MAX_IDS)
 
 
 def prompts(value: Any) -> tuple[Prompt, ...]:
@@ -35,8 +35,8 @@ def prompts(value: Any) -> tuple[Prompt, ...]:
     if not isinstance(value, list) or not value:
         raise WrongValueError("a string, a list of token ids, or a list of several")
     if isinstance(value[0], int):
-        return (_IDS(value),)
-    return Items(text if isinstance(value[0], str) else _IDS, 1, _MAX_PROMPTS)(value)
+        return (IDS(value),)
+    return Items(text if isinstance(value[0], str) else IDS, 1, _MAX_PROMPTS)(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Carries events from the engine's thread to the event loop. Knows no documents.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -25,11 +25,20 @@ class LeftError(Exception):
 class Flight:
     """Requests that have been submitted. Whoever made it cancels it at the end.
 
+    Args:
+        observe: called with the end of each, if it comes before the flight is cancelled.
+
     Raises:
         ApiError: the engine does not take them; none is left behind.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        observe: Callable[[Ended], None],
+    ) -> None:
+        self._observe = observe
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
@@ -62,6 +71,7 @@ class Flight:
                 yield None
                 continue
             if isinstance(event, Ended):
+                self._observe(event)
                 _check(event)
                 left -= 1
             yield index, event

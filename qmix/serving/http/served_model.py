@@ -14,10 +14,12 @@ from qmix.serving.http.chat_request import ChatRequest
 from qmix.serving.http.completion_request import CompletionRequest, Prompt
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.sampling_fields import SamplingFields
+from qmix.serving.http.token_request import DetokenizeRequest, TokenizeRequest
 from qmix.serving.request import Request
 from qmix.serving.scheduler import Limits
 from qmix.text.chat_encoder import INST
 from qmix.text.chat_format import chosen_template
+from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer
 
 # What neither a caller nor the checkpoint's generation_config.json says: OpenAI's defaults.
@@ -121,15 +123,7 @@ class ServedModel:
             ApiError: the conversation does not fit the template, or the context.
         """
         self.check(asked)
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                asked.messages,
-                chat_template=self.template,
-                continue_final_message=asked.continue_final_message,
-                sanitize_control_tokens=True,
-            )
-        except UsageError as error:
-            raise ApiError(str(error), param="messages", code="invalid_value") from None
+        ids = self.chat_ids(asked.messages, continues=asked.continue_final_message)
         new_tokens = asked.new_tokens or self.limits.context
         self._check_length(ids, "messages")
         return [
@@ -143,6 +137,26 @@ class ServedModel:
             )
             for choice in range(asked.n)
         ]
+
+    def chat_ids(self, messages: Sequence[Message], *, continues: bool = False) -> list[int]:
+        """The ids of a conversation, up to where the reply begins.
+
+        Args:
+            continues: the reply goes on with the last message.
+
+        Raises:
+            ApiError: it does not fit the template.
+        """
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                continue_final_message=continues,
+                sanitize_control_tokens=True,
+            )
+        except UsageError as error:
+            raise ApiError(str(error), param="messages", code="invalid_value") from None
+        return ids
 
     def completion(self, asked: CompletionRequest, deadline_s: float) -> list[Request]:
         """A request for each choice of each prompt, a prompt's together.
@@ -171,6 +185,28 @@ class ServedModel:
             for ids in map(self._prompt_ids, asked.prompt)
             for choice in range(asked.n)
         ]
+
+    def tokenized(self, asked: TokenizeRequest) -> dict[str, Any]:
+        """The answer of /tokenize.
+
+        Raises:
+            ApiError: the conversation does not fit the template, or the model is another.
+        """
+        self.check_name(asked.model)
+        if asked.prompt is None:
+            ids = self.chat_ids(asked.messages)
+        else:
+            ids = self.tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.limits.context}
+
+    def detokenized(self, asked: DetokenizeRequest) -> dict[str, Any]:
+        """The answer of /detokenize.
+
+        Raises:
+            ApiError: the model is another.
+        """
+        self.check_name(asked.model)
+        return {"prompt": self.tokenizer.decode(asked.tokens)}
 
     def echoes(self, asked: CompletionRequest) -> list[str]:
         """The text of each choice's prompt."""

@@ -233,3 +233,42 @@ def test_time_passes_while_many_clients_ask(served):
         thread.join()
     assert found == [3] * 20
     served.until_idle()
+
+
+def test_texts_and_chats_become_ids_and_ids_become_text(served):
+    ids = served.tokenizer.encode("a list")
+    for asked, right in (
+        ({"prompt": "a list"}, ids),
+        ({"prompt": "a list", "add_special_tokens": False}, ids[1:]),
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            served.tokenizer.apply_chat_template([{"role": "user", "content": "a"}]),
+        ),
+    ):
+        status, document = served.post("/tokenize", asked)
+        assert (status, document["tokens"], document["count"]) == (200, right, len(right))
+    assert served.post("/detokenize", {"tokens": ids[1:]}) == (200, {"prompt": "a list"})
+    for path, asked in (
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": "a"}),
+        ("/detokenize", {"tokens": [1], "model": "other"}),
+    ):
+        assert served.post(path, asked)[0] in (400, 404)
+
+
+def test_metrics_count_what_happened(served):
+    def metrics():
+        text = served.raw(request("GET", "/metrics")).decode()
+        lines = [line.split() for line in text.splitlines() if line.startswith("qmix_")]
+        return {name: float(value) for name, value in lines}
+
+    before = metrics()
+    assert still_answers(served)
+    after = metrics()
+    changed = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert changed["qmix_requests_total"] == changed["qmix_prompt_tokens_total"] == 1
+    assert changed["qmix_new_tokens_total"] == changed["qmix_decode_steps_total"] + 1 == 3
+    assert changed["qmix_first_token_seconds_count"] == changed["qmix_request_seconds_count"] == 1
+    assert (after["qmix_up"], after["qmix_slots"], after["qmix_requests_running"]) == (1, 2, 0)
