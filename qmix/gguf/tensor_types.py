@@ -62,6 +62,6 @@ BY_NAME: Mapping[str, TensorType] = {kind.name: kind for kind in TYPES.values()}
 # The types that are read. Dense ones are named as safetensors names them.
 DENSE = ("F32", "F16", "BF16")
 QUANTIZED = (
-    *("Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS"),  # kept in 4 bits
-    *("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"),  # kept in 8 bits
+    *("Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS"),
+    *("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"),
 )

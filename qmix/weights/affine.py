@@ -1,4 +1,4 @@
-"""Affine weights: codes of 2, 3, 4 or 8 bits, a scale and a zero or a bias per group of inputs.
+"""Affine weights: codes of 2 to 6 or 8 bits, a scale and a zero or a bias per group of inputs.
 
 Shape letters: see qmix.kernels; G here are the groups of a row, of K / G inputs each.
 """
@@ -16,7 +16,14 @@ from qmix.weights.scales import NestedScales, Scales
 from qmix.weights.scheme import GROUP_SIZES, Kind, Scheme
 from qmix.weights.slabs import DEVICE_ELEMENTS, SERIAL_ELEMENTS, TILE_ELEMENTS, decoded
 
-_KINDS: dict[int, Kind] = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
+_KINDS: dict[int, Kind] = {
+    2: "int2",
+    3: "int3",
+    4: "int4",
+    5: "int5",
+    6: "int6",
+    8: "int8",
+}
 
 
 def symmetric_zero(bits: int) -> int:
@@ -31,7 +38,8 @@ class Affine:
     The value is computed in float32 and rounded once to the requested dtype. Rows lie one after
     another, so a tile of outputs is one run of bytes. The codes of a row are a little-endian stream
     of bits with the first input lowest: the words of compressed-tensors and MLX unchanged, those of
-    GPTQ transposed.
+    GPTQ transposed. A row of codes of 5 or 6 bits is two streams, the lower four bits of each and
+    then the upper ones, so that a kernel reads the first as codes of 4 bits.
 
     Attributes:
         codes: uint8 [N, K * bits / 8].
@@ -261,6 +269,8 @@ def pack_codes(codes: Tensor, bits: int = 4) -> Tensor:
         return codes
     if bits == 4:
         return codes[:, 0::2] | codes[:, 1::2] << 4
+    if bits > 4:
+        return torch.cat((pack_codes(codes & 15), pack_codes(codes >> 4, bits - 4)), 1)
     device = codes.device
     shifts = torch.arange(0, 8 * bits, bits, device=device)  # eight codes fill `bits` bytes
     words = (codes.view(codes.shape[0], -1, 8).long() << shifts).sum(-1)
@@ -274,6 +284,9 @@ def unpack_codes(packed: Tensor, bits: int = 4) -> Tensor:
         return packed
     if bits == 4:
         return torch.stack((packed & 15, packed >> 4), -1).view(packed.shape[0], -1)
+    if bits > 4:
+        lower, upper = packed.tensor_split((packed.shape[1] * 4 // bits,), 1)
+        return unpack_codes(lower) | unpack_codes(upper, bits - 4) << 4
     device = packed.device
     octets = packed.view(packed.shape[0], -1, bits).long()
     words = (octets << torch.arange(0, 8 * bits, 8, device=device)).sum(-1)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from qmix.errors import UsageError
 
-Kind = Literal["dense", "nf4", "fp4", "e2m1", "iq4", "int2", "int3", "int4", "int8"]
+Kind = Literal["dense", "nf4", "fp4", "e2m1", "iq4", "int2", "int3", "int4", "int5", "int6", "int8"]
 
 # Absmax values that share one fp32 scale under double quantization (QLoRA, section 3).
 NESTED_BLOCK = 256
@@ -61,7 +61,7 @@ class Scheme:
     @property
     def bits(self) -> int:
         """Bits of a code, without scales; 16 for `dense`."""
-        return {"dense": 16, "int2": 2, "int3": 3, "int8": 8}.get(self.kind, 4)
+        return int(self.kind[3:]) if self.integer else 16 if self.kind == "dense" else 4
 
     @property
     def bits_per_weight(self) -> float:

@@ -114,6 +114,16 @@ def test_a_code_of_8_bits_is_a_byte():
     assert values.tolist() == [[-127.5, -127.0, -63.5, 0.0]]
 
 
+def test_codes_of_5_and_6_bits_are_their_lower_four_and_then_the_upper_ones():
+    codes = torch.tensor([[1, 16, 2, 17, 31, 0, 0, 16]], dtype=torch.uint8)
+    lower = [0x01, 0x12, 0x0F, 0x00]
+    assert pack_codes(codes, 5).tolist() == [[*lower, 0b10011010]]
+    assert pack_codes(codes + 32, 6).tolist() == [[*lower, 0b11101110, 0b11101011]]
+    for bits in (5, 6):
+        every = torch.arange(1 << bits, dtype=torch.uint8).view(2, -1)
+        assert torch.equal(unpack_codes(pack_codes(every, bits), bits), every)
+
+
 def test_reordering_moves_whole_codes():
     for rows, columns in ((3, 64), (64, 128), (130, 32)):
         generator = torch.Generator().manual_seed(rows)
@@ -122,8 +132,8 @@ def test_reordering_moves_whole_codes():
         moved = reorder_codes(pack_codes(codes), order.int())
         assert torch.equal(unpack_codes(moved), codes[:, order])
         assert torch.equal(reorder_codes(moved, torch.argsort(order)), pack_codes(codes))
-        for bits in (2, 3, 8):
-            codes &= (1 << bits) - 1
+        for bits in (8, 6, 5, 3, 2):
+            codes = torch.randint(0, 1 << bits, codes.shape, generator=generator).byte()
             packed = pack_codes(codes, bits)
             moved = unpack_codes(reorder_codes(packed, order.int(), bits), bits)
             assert torch.equal(moved, codes[:, order])

@@ -206,7 +206,7 @@ def _candidate(checkpoint: Checkpoint, tensor: ModelTensor, rules: Rules) -> _Ca
         copied = Form(SCHEMES[kind], torch.float16, kind)
         exact, loss = (copied, *(form for form in exact if form != copied)), None
     stored_bits = 8 * sum(info.nbytes for info in packing.infos.values()) / _count(tensor)
-    if copied is None and source.kind == "int8" and stored_bits < 8:
+    if copied is None and source.integer and 4 < stored_bits < 8:
         note = _WIDENED
     return _Candidate(
         tensor=tensor,
@@ -278,7 +278,7 @@ def _decided(
         one = candidates[0]
         form = Form(DENSE, dtype, DENSE_TYPES[dtype] if rules.gguf else "")
         return [PlannedWeight(one.tensor, one.source, form, "dense", one.loss)]
-    bits = 8 if any(candidate.source.kind == "int8" for candidate in candidates) else 4
+    bits = 8 if any(c.source.integer and c.source.bits > 4 for c in candidates) else 4
     group = 0
     for candidate in candidates:
         group = gcd(group, candidate.tensor.shape[1], max(candidate.group, 0))

@@ -284,7 +284,7 @@ def _affine(weight: Weight) -> Affine:
     if isinstance(weight, Table):
         raise _table(weight)
     assert isinstance(weight, Affine), type(weight)
-    return weight
+    return forms.in_bits(weight, 8) if weight.bits in (5, 6) else weight
 
 
 def _table(weight: Table) -> InexactError:

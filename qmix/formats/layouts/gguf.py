@@ -1,7 +1,7 @@
 """GGUF's quantized types: the bytes of one tensor's rows -> the weight, without rounding.
 
-The types of 4 bits stay in 4 bits; those of 5, 6 and 8 become codes of 8 bits. The values are those
-of llama.cpp (gguf 0.19, quants.py), bit for bit in float32. Knows no file.
+Codes keep their bits. The values are those of llama.cpp (gguf 0.19, quants.py), bit for bit in
+float32. Knows no file.
 
 N, K: rows and inputs. b: blocks of a row.
 """
@@ -116,12 +116,6 @@ def _neighbours(codes: Bytes, group: int) -> Bytes:
     return out.reshape(rows, -1)
 
 
-def _halves(codes: Bytes, group: int) -> Bytes:
-    """4-bit codes one by one, in the order of the inputs: [N, b, bytes] -> uint8 [N, K]."""
-    parts = codes.reshape(codes.shape[0], -1, 1, group)
-    return (parts >> np.array([[0], [4]], np.uint8) & np.uint8(15)).reshape(codes.shape[0], -1)
-
-
 def _q4_0(blocks: Blocks) -> Affine:
     codes = _codes(blocks, lambda part: _neighbours(part.field(2, 18), 16))
     return Affine(codes=codes, scales=blocks.half(0))
@@ -133,20 +127,20 @@ def _q4_1(blocks: Blocks) -> Affine:
 
 
 def _q5_0(blocks: Blocks) -> Affine:
-    codes = _codes(blocks, lambda part: _five_bits(part, 2) + np.uint8(128 - 16))
-    return Affine(codes=codes, scales=blocks.half(0), bits=8)
+    codes = _codes(blocks, lambda part: _five_bits(part, 2))
+    return Affine(codes=codes, scales=blocks.half(0), bits=5)
 
 
 def _q5_1(blocks: Blocks) -> Affine:
     codes = _codes(blocks, lambda part: _five_bits(part, 4))
-    return Affine(codes=codes, scales=blocks.half(0), biases=blocks.half(2), bits=8)
+    return Affine(codes=codes, scales=blocks.half(0), biases=blocks.half(2), bits=5)
 
 
 def _five_bits(blocks: Blocks, start: int) -> Bytes:
-    """The codes of Q5_0 and Q5_1, [N, K]: 32 highest bits, then 16 bytes of lower halves."""
-    bits = np.unpackbits(blocks.field(start, start + 4), axis=-1, bitorder="little")
-    lower = _halves(blocks.field(start + 4, start + 20), 16)
-    return lower | (bits << np.uint8(4)).reshape(lower.shape)
+    """The codes of Q5_0 and Q5_1 in planes: 32 highest bits, then 16 bytes of lower halves."""
+    lower = _neighbours(blocks.field(start + 4, start + 20), 16)
+    upper = blocks.field(start, start + 4).reshape(len(lower), -1)
+    return np.concatenate((lower, upper), 1)
 
 
 def _q8_0(blocks: Blocks) -> Affine:
@@ -186,13 +180,15 @@ def _q4_k(blocks: Blocks) -> Affine:
 
 def _q5_k(blocks: Blocks) -> Affine:
     scales, biases = _nested(blocks)
-    return Affine(codes=_codes(blocks, _q5_k_codes), scales=scales, biases=biases, bits=8)
+    return Affine(codes=_codes(blocks, _q5_k_codes), scales=scales, biases=biases, bits=5)
 
 
 def _q5_k_codes(blocks: Blocks) -> Bytes:
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    fifth = blocks.field(16, 48)[:, :, None] >> shifts & np.uint8(1)
-    return _halves(blocks.field(48, 176), 32) | (fifth << np.uint8(4)).reshape(len(fifth), -1)
+    # Bit i of 32 bytes is the fifth of the i-th 32 codes.
+    fifth = np.unpackbits(blocks.field(16, 48), axis=-1, bitorder="little")
+    fifth = fifth.reshape(*fifth.shape[:2], 32, 8).swapaxes(-1, -2)
+    upper = np.packbits(fifth, axis=-1, bitorder="little").reshape(len(fifth), -1)
+    return np.concatenate((_neighbours(blocks.field(48, 176), 32), upper), 1)
 
 
 def _q6_k(blocks: Blocks) -> Affine:
@@ -200,15 +196,17 @@ def _q6_k(blocks: Blocks) -> Affine:
     nested = NestedScales(
         torch.from_numpy(scales), blocks.half(208).flatten(), _EIGHT_BITS, block=16
     )
-    return Affine(codes=_codes(blocks, _q6_k_codes), scales=nested, bits=8)
+    return Affine(codes=_codes(blocks, _q6_k_codes), scales=nested, bits=6)
 
 
 def _q6_k_codes(blocks: Blocks) -> Bytes:
     rows = len(blocks.data)
-    parts = blocks.field(128, 192).reshape(rows, -1, 1, 32)
-    high = parts >> np.array([[0], [2], [4], [6]], np.uint8) & np.uint8(3)
-    codes = _halves(blocks.field(0, 128), 64) | (high << np.uint8(4)).reshape(rows, -1)
-    return codes + np.uint8(128 - 32)
+    # Two bits of 32 bytes are the upper ones of 32 codes; a weight keeps four neighbours in a byte.
+    parts = blocks.field(128, 192).reshape(rows, -1, 1, 8, 4)
+    pairs = parts >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & np.uint8(3)
+    upper = pairs[..., 0] | pairs[..., 1] << np.uint8(2)
+    upper |= pairs[..., 2] << np.uint8(4) | pairs[..., 3] << np.uint8(6)
+    return np.concatenate((_neighbours(blocks.field(0, 128), 64), upper.reshape(rows, -1)), 1)
 
 
 def _iq4(blocks: Blocks, start: int, scales: Tensor | NestedScales) -> Table:

@@ -11,7 +11,11 @@ from qmix.weights.scheme import Scheme
 
 
 def _integers(
-    kind: Literal["int4", "int8"], group: int, group_bits: float | None, *, symmetric: bool
+    kind: Literal["int4", "int5", "int6", "int8"],
+    group: int,
+    group_bits: float | None,
+    *,
+    symmetric: bool,
 ) -> Scheme:
     return Scheme(kind=kind, group_size=group, symmetric=symmetric, group_bits=group_bits)
 
@@ -24,10 +28,10 @@ SCHEMES: Mapping[str, Scheme] = {
     "Q4_K": _integers("int4", 32, 16, symmetric=False),
     "IQ4_NL": Scheme(kind="iq4", block_size=32, double_quant=False, group_bits=16),
     "IQ4_XS": Scheme(kind="iq4", block_size=32, double_quant=True, group_bits=8),
-    "Q5_0": _integers("int8", 32, None, symmetric=True),
-    "Q5_1": _integers("int8", 32, 32, symmetric=False),
-    "Q5_K": _integers("int8", 32, 16, symmetric=False),
-    "Q6_K": _integers("int8", 16, 9, symmetric=True),
+    "Q5_0": _integers("int5", 32, None, symmetric=True),
+    "Q5_1": _integers("int5", 32, 32, symmetric=False),
+    "Q5_K": _integers("int5", 32, 16, symmetric=False),
+    "Q6_K": _integers("int6", 16, 9, symmetric=True),
     "Q8_0": _integers("int8", 32, None, symmetric=True),
 }
 

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from qmix.formats.layouts import fp4
 from qmix.formats.layouts.checked_tensors import IntegerTensors
-from qmix.formats.layouts.mlx_config import KINDS, WIDENED
+from qmix.formats.layouts.mlx_config import IN_PLANES, KINDS
 from qmix.formats.layouts.tensor_names import BIASES, EXPERT_SCALE, SCALES, WEIGHT, WORD_BITS
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.weights.affine import Affine
+from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import Table
 
 _LARGEST = 448.0 * 6.0  # of a scale times a code: nvfp4's global scale is the weight's own
+_TILE_BYTES = 1 << 20  # whose codes are put in planes at a time
 _CODE_LANES = 8  # so many codes fill whole bytes, whatever their bits
 
 
@@ -62,8 +63,8 @@ def unpack(
     if biases.dtype != scales.dtype:
         raise stored.wrong(BIASES, "wrong dtype", scales.dtype, biases.dtype)
     codes = words.view(torch.uint8)
-    if bits in WIDENED:
-        codes, bits = _widened(codes, int(bits)), 8
+    if bits in IN_PLANES:
+        codes = _in_planes(codes, int(bits))
     return Affine(codes, scales, bits=int(bits), biases=biases)
 
 
@@ -86,7 +87,18 @@ def _fp4(stored: IntegerTensors, words: Tensor) -> Table:
     return fp4.e2m1_table(stored, SCALES, codes, scales, stored.shape, values, outer)
 
 
-def _widened(stream: Tensor, bits: int) -> Tensor:
+def _in_planes(stream: Tensor, bits: int) -> Tensor:
+    """Codes of 5 or 6 bits as a weight holds them, uint8 [N, K * bits / 8], some rows at a time."""
+    step = max(1, _TILE_BYTES // stream.shape[1])
+    slabs = (pack_codes(_codes(slab, bits), bits) for slab in torch.split(stream, step))
+    out, first = torch.empty_like(stream), 0
+    for slab in slabs:
+        out[first : first + len(slab)] = slab
+        first += len(slab)
+    return out
+
+
+def _codes(stream: Tensor, bits: int) -> Tensor:
     """Codes of 5 or 6 bits, uint8 [N, K * bits / 8] -> a byte each, uint8 [N, K]."""
     octets = stream.view(stream.shape[0], -1, bits)
     out = torch.empty(*octets.shape[:2], _CODE_LANES, dtype=torch.uint8)

@@ -19,9 +19,9 @@ from qmix.weights.scheme import Kind, Scheme
 FIELD = "quantization"
 MODES = ("affine", "mxfp4", "nvfp4")
 _UNREAD_MODES = ("mxfp8",)
-# Bits of MLX's codes -> the kind of weight that holds them; codes of 5 and 6 bits are widened to 8.
-KINDS: Mapping[int, Kind] = {2: "int2", 3: "int3", 4: "int4", 5: "int8", 6: "int8", 8: "int8"}
-WIDENED = (5, 6)
+# Bits of MLX's codes -> the kind of weight that holds them.
+KINDS: Mapping[int, Kind] = {2: "int2", 3: "int3", 4: "int4", 5: "int5", 6: "int6", 8: "int8"}
+IN_PLANES = (5, 6)  # bits of the codes that a weight does not hold as a stream
 _FP4_BLOCKS = {"mxfp4": 32, "nvfp4": 16}
 _EXPERT = re.compile(r"(.*)\.experts\.\d+\.(w[123])")
 _STACKS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -83,9 +83,9 @@ def bits_of(words: TensorInfo | None, matrix: tuple[int, int], module: str) -> i
     return int(bits)
 
 
-def widened(words: TensorInfo, matrix: tuple[int, int]) -> bool:
-    """Whether codes of 5 or 6 bits get a byte each."""
-    return words.nbytes * 8 in [bits * matrix[0] * matrix[1] for bits in WIDENED]
+def rearranged(words: TensorInfo, matrix: tuple[int, int]) -> bool:
+    """Whether codes of 5 or 6 bits come into planes."""
+    return words.nbytes * 8 in [bits * matrix[0] * matrix[1] for bits in IN_PLANES]
 
 
 def mlx_name(module: str) -> str:

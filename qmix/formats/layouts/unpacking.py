@@ -37,7 +37,7 @@ _AS_STORED: frozenset[Layout] = frozenset(("bitsandbytes", "ModelOpt", "compress
 def as_stored(packed: PackedTensors) -> bool:
     """Whether the weight holds the file's tensors as they are; if not, new ones are built."""
     return packed.layout in _AS_STORED and not (
-        packed.layout == "MLX" and mlx_config.widened(packed.infos["weight"], packed.matrix)
+        packed.layout == "MLX" and mlx_config.rearranged(packed.infos["weight"], packed.matrix)
     )
 
 

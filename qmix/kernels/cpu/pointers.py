@@ -23,7 +23,7 @@ _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _NESTED_KINDS = {8: 4, 6: 5}
 _CODES = torch.arange(16, dtype=torch.float32)
 # The values of the first 16 codes of an affine weight without zeros and biases, by its bits.
-_SYMMETRIC_CODES = {bits: _CODES - symmetric_zero(bits) for bits in (2, 3, 4, 8)}
+_SYMMETRIC_CODES = {bits: _CODES - symmetric_zero(bits) for bits in (2, 3, 4, 5, 6, 8)}
 
 
 @dataclass(frozen=True, eq=False)

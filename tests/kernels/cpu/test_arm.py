@@ -34,7 +34,7 @@ AFFINE = {
 
 def weights():
     yield from (random_nf4(33, 768), random_nf4(7, 320, nested=True), random_int4(11, 384, 3, True))
-    for bits in (2, 3, 4, 8):
+    for bits in (2, 3, 4, 5, 6, 8):
         for form in AFFINE.values():
             for group in (16, 32, 64, 128):
                 yield random_affine(11, 768 if group < 128 else 1024, bits, group, **form)

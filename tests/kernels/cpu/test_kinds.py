@@ -11,7 +11,7 @@ from qmix.kernels.cpu.library import library
 from qmix.weights.affine import Affine
 from tests.support.cpu_kernels import SCALES, random_affine, random_table, seeded
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (16, 32, 64, 128, 256, 768)
 FORMS = {
     "symmetric": {},
@@ -30,8 +30,9 @@ LAYOUTS = {
     "Q4_K": partial(random_affine, group=32, scales="6 bits of 8", biases="6 bits of 8"),
     "IQ4_NL": partial(random_table, kind="iq4", block=32, scales=torch.float16),
     "IQ4_XS": partial(random_table, kind="iq4", block=32, scales="6 bits of 8"),
-    "Q5_K": partial(random_affine, bits=8, group=32, scales="6 bits of 8", biases="6 bits of 8"),
-    "Q6_K": partial(random_affine, bits=8, group=16, scales="8 bits of 16"),
+    "Q5_0": partial(random_affine, bits=5, group=32),
+    "Q5_K": partial(random_affine, bits=5, group=32, scales="6 bits of 8", biases="6 bits of 8"),
+    "Q6_K": partial(random_affine, bits=6, group=16, scales="8 bits of 16"),
     "Q8_0": partial(random_affine, bits=8, group=32),
 }
 

@@ -75,6 +75,9 @@ WEIGHTS = {
     "int2 of 16, biases": lambda code: shifted(code, 2, biases=-0.03),
     "int3 of 16, zeros of 3.5": lambda code: shifted(code, 3, zeros=3.5),
     "int4 in k-quants": lambda code: k_quant(code, 4),
+    "int5 in k-quants": lambda code: k_quant(code, 5),
+    "int6 of 16": lambda code: shifted(code, 6),
+    "int6 of 16, biases": lambda code: shifted(code, 6, biases=-0.6),
     "int8 in k-quants": lambda code: k_quant(code, 8),
 }
 

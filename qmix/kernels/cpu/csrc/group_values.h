@@ -158,6 +158,11 @@ inline void prefetch_values(const GroupValues& array, int64_t first, int64_t cou
                                                                                : 4;
     const char* values = static_cast<const char*>(array.values) + first * quarters / 4;
     for (int64_t i = 0; i < count * quarters / 4; i += 64) __builtin_prefetch(values + i);
+    if (is_nested(array) && array.block < count) {
+        const int64_t bytes = array.outer_kind == FLOAT16 ? 2 : 4;
+        const char* outers = static_cast<const char*>(array.outer) + first / array.block * bytes;
+        for (int64_t i = 0; i < count / array.block * bytes; i += 64) __builtin_prefetch(outers + i);
+    }
 }
 
 }  // namespace

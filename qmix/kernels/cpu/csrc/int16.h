@@ -11,7 +11,7 @@ constexpr float MAX_OF_BYTES = 127 * 256 + 127;  // an activation as the sum of 
 // The largest value of a table in tiles: both factors of a product then err by as much. FP4's
 // values are multiples of a 192nd, so they are exact.
 constexpr float TILE_VALUE = 42 * 192;
-constexpr int MAX_CODE = 31;  // 4 * 31 * 128, the sum of four products, fits 16 bits
+constexpr int MAX_CODE = 63;  // 4 * 63 * 128, the sum of four products, fits 16 bits
 
 // The table as integers, `values[code] / factor`.
 //
@@ -56,10 +56,10 @@ struct IntegerTable {
         small = highest - lowest <= MAX_CODE;
     }
 
-    // The table of a matrix. Codes of 8 bits are linear.
+    // The table of a matrix. Codes of more than 4 bits are linear.
     explicit IntegerTable(const Matrix& weight, float most = 16383)
         : IntegerTable(weight.table, most) {
-        if (weight.bits != 8) return;
+        if (weight.bits <= 4) return;
         factor = 1, max_activation = MAX_OF_BYTES, linear = true;
         values[0] = int16_t(weight.table[0]);
     }

@@ -23,6 +23,7 @@ struct Kernels : OtherKernels {
     }
 
     static bool takes(const Matrix& weight, const IntegerTable& table, int64_t unit) {
+        if (in_planes(weight) && shift_of(weight) == ZEROS) return false;
         return table.linear ||
                (shift_of(weight) == NONE && (maps(table) || unit >= Width::TABLE_UNIT));
     }
@@ -95,7 +96,7 @@ struct Kernels : OtherKernels {
         typedef Width::Values Decoded;
         Width::Table table;
         explicit TableCodes(const IntegerTable& integers) : table(integers) {}
-        QMIX_INLINE Decoded decode(Register codes) const {
+        QMIX_INLINE Decoded decode(Register codes, const uint8_t*) const {
             return Width::lookup(codes, table);
         }
         static QMIX_INLINE Ints dot(const Decoded& values, const int16_t* x) {
@@ -103,17 +104,20 @@ struct Kernels : OtherKernels {
         }
     };
 
-    // Codes of a linear table: as they are, times the bytes of the inputs.
+    // Codes of a linear table: as they are, times the bytes of the inputs. Those in planes have their
+    // lower bits where codes of 4 bits are.
     template <class Base>
     struct LinearCodes : Base {
         static constexpr bool LINEAR = true;
-        static constexpr bool NIBBLES = Base::BITS == 4;
+        static constexpr bool NIBBLES = Base::BITS != 8;
         typedef
             typename std::conditional<NIBBLES, typename Width::Nibbles,
                                           typename Width::Wide>::type Decoded;
         explicit LinearCodes(const IntegerTable&) {}
-        QMIX_INLINE Decoded decode(Register codes) const {
-            if constexpr (NIBBLES)
+        QMIX_INLINE Decoded decode(Register codes, const uint8_t* upper) const {
+            if constexpr (NIBBLES && Base::BITS > 4)
+                return Width::template joined<Base::BITS>(Width::nibbles(codes), upper);
+            else if constexpr (NIBBLES)
                 return Width::nibbles(codes);
             else
                 return Width::wide(codes);
@@ -133,8 +137,8 @@ struct Kernels : OtherKernels {
                 bytes[i] = uint8_t(table.values[i % 16] - table.lowest);
             map = Width::load(bytes);
         }
-        QMIX_INLINE typename Plain::Decoded decode(Register codes) const {
-            return Width::mapped(Plain::decode(codes), map);
+        QMIX_INLINE typename Plain::Decoded decode(Register codes, const uint8_t* upper) const {
+            return Width::mapped(Plain::decode(codes, upper), map);
         }
     };
 
@@ -142,7 +146,8 @@ struct Kernels : OtherKernels {
     // which `offsets` gathers scale * (base - zero) * (the total of the inputs), or bias * total,
     // or, without either, scale * total, which store_rows multiplies by base.
     template <int TOKENS, class Codes>
-    QMIX_INLINE static void add_chunk(const uint8_t* source, const Codes& codes,
+    QMIX_INLINE static void add_chunk(const uint8_t* source, const uint8_t* upper,
+                                                  const Codes& codes,
                                                   const QuantizedInputs& in, int64_t c,
                                                   int64_t chunks, const float* scales,
                                                   const float* shifts, float base,
@@ -167,7 +172,8 @@ struct Kernels : OtherKernels {
         }
 #pragma GCC unroll 4
         for (int r = 0; r < REGISTERS; r++) {
-            const auto decoded = codes.decode(Width::load(source + r * Width::BYTES));
+            const auto decoded = codes.decode(Width::load(source + r * Width::BYTES),
+                                              upper + r * Width::BYTES / 4 * Codes::UPPER_BITS);
 #pragma GCC unroll 4
             for (int t = 0; t < TOKENS; t++) {
                 const int16_t* inputs = x + t * pitch + r * (Codes::CHUNK / REGISTERS);
@@ -187,9 +193,12 @@ struct Kernels : OtherKernels {
         constexpr int64_t CHUNK = Codes::CHUNK;
         const Width::Spread spread(unit / Codes::WORD);
         const int64_t chunks = round_up(weight.inputs, CHUNK) / CHUNK, units = CHUNK / unit;
-        const int64_t bytes = weight.inputs * Codes::BITS / 8, row_units = weight.inputs / unit;
+        const int64_t bytes = row_bytes(weight), row_units = weight.inputs / unit;
+        constexpr int64_t UPPER_STEP = CHUNK / 8 * Codes::UPPER_BITS;
+        constexpr bool PLANES = UPPER_STEP > 0;
         const int64_t pitch = scratch.pitch;
-        uint8_t last[ROWS][CHUNK_BYTES] = {};
+        const int64_t whole = weight.inputs / CHUNK, tail = weight.inputs % CHUNK;
+        uint8_t last[ROWS][CHUNK_BYTES] = {}, last_upper[ROWS][CHUNK / 4] = {};
         for (int64_t row = first; row < end; row += ROWS) {
             for (int r = 0; r < ROWS; r++) {
                 prefetch_scales(weight, row + r + 8);
@@ -205,15 +214,20 @@ struct Kernels : OtherKernels {
                 for (int t = 0; t < TOKENS; t++) sums[r][t] = Floats{}, offsets[r][t] = Units{};
             // First all whole chunks, then a copy of the codes of one that is not: reading on would
             // leave the matrix.
-            const uint8_t* codes[ROWS];
-            for (int r = 0; r < ROWS; r++)
-                codes[r] = codes_of(weight, row + r, 0, weight.inputs, scratch, r);
-            for (int64_t c = 0, stop = weight.inputs / CHUNK; c < chunks; stop = chunks) {
-                if (c == weight.inputs / CHUNK)
+            const uint8_t *codes[ROWS], *upper[ROWS];
+            for (int r = 0; r < ROWS; r++) {
+                codes[r] = PLANES ? weight.codes + (row + r) * bytes
+                                  : codes_of(weight, row + r, 0, weight.inputs, scratch, r);
+                upper[r] = PLANES ? upper_of(weight, row + r, 0) : nullptr;
+            }
+            for (int64_t c = 0, stop = whole; c < chunks; stop = chunks) {
+                if (c == whole)
                     for (int r = 0; r < ROWS; r++) {
-                        memcpy(last[r], codes[r] + c * CHUNK_BYTES,
-                               weight.inputs % CHUNK * Codes::BITS / 8);
+                        memcpy(last[r], codes[r] + c * CHUNK_BYTES, tail * CHUNK_BYTES / CHUNK);
                         codes[r] = last[r] - c * CHUNK_BYTES;
+                        if (!PLANES) continue;
+                        memcpy(last_upper[r], upper[r] + c * UPPER_STEP, tail * UPPER_STEP / CHUNK);
+                        upper[r] = last_upper[r] - c * UPPER_STEP;
                     }
                 for (; c < stop; c++) {
 #pragma GCC unroll 4
@@ -221,9 +235,12 @@ struct Kernels : OtherKernels {
                         const uint8_t* source = codes[r] + c * CHUNK_BYTES;
                         // To the second cache, as in prefetch_codes.
                         __builtin_prefetch(source + ROWS * bytes, 0, 2);
+                        const uint8_t* above = upper[r] + c * UPPER_STEP;
+                        if (PLANES) __builtin_prefetch(above + ROWS * bytes, 0, 2);
                         const int64_t at = r * pitch + c * units;
-                        add_chunk<TOKENS>(source, multiplier, in, c, chunks, scratch.scales + at,
-                                          scratch.shifts + at, base, spread, sums[r], offsets[r]);
+                        add_chunk<TOKENS>(source, above, multiplier, in, c, chunks,
+                                          scratch.scales + at, scratch.shifts + at, base,
+                                          spread, sums[r], offsets[r]);
                     }
                 }
             }
@@ -246,7 +263,8 @@ struct Kernels : OtherKernels {
             }
     }
 
-    // All tokens, four at a time where several rows share an input's load.
+    // All tokens, four at a time where several rows share an input's load. Two or three tokens of
+    // codes in planes come one by one: kernels of their own would take a second to compile.
     template <int ROWS, class Codes>
     static void multiply_tokens(const Matrix& weight, const Codes& codes, float base, int64_t unit,
                                 QuantizedInputs in, int64_t first, int64_t end,
@@ -255,21 +273,19 @@ struct Kernels : OtherKernels {
             kernel(weight, codes, base, unit, in, first, end, scratch, y);
         };
         const int64_t chunks = round_up(weight.inputs, Codes::CHUNK) / Codes::CHUNK;
-        constexpr int64_t STEP = ROWS == 2 ? 4 : 1;
-        for (int64_t t = 0; t < in.tokens; t += STEP, y += STEP * weight.rows) {
-            const int64_t left = in.tokens - t;
-            if (STEP == 1 || left == 1)
-                multiply(multiply_rows<ROWS, 1, Codes>);
-            else if constexpr (STEP == 4) {
-                if (left == 2)
-                    multiply(multiply_rows<ROWS, 2, Codes>);
-                else if (left == 3)
-                    multiply(multiply_rows<ROWS, 3, Codes>);
-                else
-                    multiply(multiply_rows<ROWS, 4, Codes>);
+        constexpr bool FOUR = ROWS == 2, FEW = FOUR && !Codes::UPPER_BITS;
+        for (int64_t left = in.tokens, some; left > 0; left -= some) {
+            some = FOUR && left > 4 ? 4 : FOUR && (FEW || left == 4) ? left : 1;
+            if (some == 1) multiply(multiply_rows<ROWS, 1, Codes>);
+            if constexpr (FEW) {
+                if (some == 2) multiply(multiply_rows<ROWS, 2, Codes>);
+                if (some == 3) multiply(multiply_rows<ROWS, 3, Codes>);
             }
-            in.x += STEP * chunks * Codes::CHUNK, in.scales += STEP * chunks;
-            in.totals += STEP * chunks * MAX_UNITS;
+            if constexpr (FOUR)
+                if (some == 4) multiply(multiply_rows<ROWS, 4, Codes>);
+            y += some * weight.rows;
+            in.x += some * chunks * Codes::CHUNK, in.scales += some * chunks;
+            in.totals += some * chunks * MAX_UNITS;
         }
     }
 

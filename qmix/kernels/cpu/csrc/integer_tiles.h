@@ -13,6 +13,9 @@ struct TileKernels : FloatKernels {
     typedef Width::Floats Floats;
     typedef Width::Ints Ints;
     static constexpr int LANES = Width::BYTES / 4;
+    // The most inputs of a unit whose values are not codes themselves: the more products a lane adds
+    // up, the fewer bits are left for the inputs.
+    static constexpr int64_t TILE_UNIT = 64;
 
     // The decoded rows of a tile. They stand where a tile of floats would: half of it is enough.
     struct Tile {
@@ -35,7 +38,27 @@ struct TileKernels : FloatKernels {
     };
 
     static bool takes_tiles(const Matrix& weight, const IntegerTable& table, int64_t unit) {
-        return unit >= 32 && (table.linear || shift_of(weight) == NONE);
+        return unit >= 16 && (table.linear || shift_of(weight) == NONE);
+    }
+
+    // Whether a tile holds the codes' values times the integers of their scales, which is exact, so
+    // that a unit has TILE_UNIT inputs in place of the 16 of a group: Q6_K's is. Groups of 32 gain
+    // nothing by it.
+    static bool folds_scales(const Matrix& weight, const IntegerTable& table) {
+        const GroupValues& scales = weight.scales;
+        return weight.block == 16 && is_nested(scales) && scales.step != 0 && scales.offset == 0 &&
+               table.factor == 1 && shift_of(weight) == NONE &&
+               scales.start == __builtin_rintf(scales.start) &&
+               scales.step == __builtin_rintf(scales.step) && weight.inputs % TILE_UNIT == 0 &&
+               scales.block * weight.block % TILE_UNIT == 0 &&
+               float(largest_value(weight, table)) * largest_scale(scales) < 32768;
+    }
+
+    // The largest of the integers that are scales but for their outer ones.
+    static float largest_scale(const GroupValues& scales) {
+        const float last = scales.start + scales.step * (scales.kind == NESTED6 ? 63 : 255);
+        const float first = __builtin_fabsf(scales.start);
+        return first > __builtin_fabsf(last) ? first : __builtin_fabsf(last);
     }
 
     // The place of an input in a tile.
@@ -79,7 +102,7 @@ struct TileKernels : FloatKernels {
     // The largest magnitude among the values of a tile.
     static int32_t largest_value(const Matrix& weight, const IntegerTable& table) {
         if (read_bits(weight) == 8) {
-            const int32_t low = table.values[0], high = low + 255;
+            const int32_t low = table.values[0], high = low + (1 << weight.bits) - 1;
             return -low > high ? -low : high;
         }
         int32_t largest = 1;
@@ -115,16 +138,17 @@ struct TileKernels : FloatKernels {
             _mm_storeu_si128(out + 3, _mm_unpackhi_epi8(odds[0], odds[1]));
         }
         QMIX_INLINE void bytes(__m128i codes, __m128i* out) const {
-            const __m256i words = _mm256_cvtepu8_epi16(codes);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                                _mm256_add_epi16(words, _mm256_set1_epi16(base)));
+            const __m128i least = _mm_set1_epi16(base), zero = _mm_setzero_si128();
+            _mm_storeu_si128(out, _mm_add_epi16(_mm_unpacklo_epi8(codes, zero), least));
+            _mm_storeu_si128(out + 1, _mm_add_epi16(_mm_unpackhi_epi8(codes, zero), least));
         }
     };
 
     // Decodes inputs [first, last) of a row, which begin with a chunk, into row `slot` of a tile.
     // Behind the last input of a weight come zeros.
-    static void decode_row(const Matrix& weight, const Decoder& decoder, int64_t unit, int64_t row,
-                           int64_t first, int64_t last, const Scratch& scratch, int64_t slot) {
+    static void decode_row(const Matrix& weight, const Decoder& decoder, int64_t unit, bool folded,
+                           int64_t row, int64_t first, int64_t last, const Scratch& scratch,
+                           int64_t slot) {
         const Tile tile(scratch.tile);
         const int64_t stop = last < weight.inputs ? last : weight.inputs;
         float* scales = tile.scales + slot * SCALE_PITCH;
@@ -134,8 +158,9 @@ struct TileKernels : FloatKernels {
             memset(scales, 0, sizeof(float) * SCALE_PITCH);
             memset(shifts, 0, sizeof(float) * SCALE_PITCH);
         }
-        read_scales(weight, unit, row, first / unit, stop / unit, scales,
-                    shift == NONE ? nullptr : shifts);
+        if (!folded)
+            read_scales(weight, unit, row, first / unit, stop / unit, scales,
+                        shift == NONE ? nullptr : shifts);
         if (shift == ZEROS)
             for (int64_t u = 0; u < (stop - first) / unit; u++) shifts[u] *= -scales[u];
         const uint8_t* codes = codes_of(weight, row, first, stop, scratch, 0);
@@ -144,6 +169,29 @@ struct TileKernels : FloatKernels {
             decode_bytes<4>(decoder, codes, stop - first, out);
         else
             decode_bytes<8>(decoder, codes, stop - first, out);
+        if (folded)
+            fold_scales(weight, row * weight.inputs + first, stop - first, scales,
+                        tile.values + slot * TILE_PITCH);
+    }
+
+    // Multiplies values by the integers of their scales, and writes the outer scales of units.
+    static void fold_scales(const Matrix& weight, int64_t element, int64_t count, float* scales,
+                            int16_t* values) {
+        const float one = 1;
+        GroupValues inner = weight.scales;
+        inner.outer = &one, inner.outer_kind = FLOAT32, inner.block = int64_t(1) << 62;
+        float integers[SCALE_PITCH];
+        copy_values(inner, element / 16, count / 16, integers);
+        // In registers as wide as those that the values were stored from: wider ones would wait.
+        __m128i* some = reinterpret_cast<__m128i*>(values);
+        for (int64_t g = 0; g < count / 16; g++, some += 2) {
+            const __m128i scale = _mm_set1_epi16(int16_t(integers[g]));
+            _mm_storeu_si128(some, _mm_mullo_epi16(_mm_loadu_si128(some), scale));
+            _mm_storeu_si128(some + 1, _mm_mullo_epi16(_mm_loadu_si128(some + 1), scale));
+        }
+        for (int64_t u = 0; u < count / TILE_UNIT; u++)
+            scales[u] = outer_at(weight.scales,
+                                 (element + u * TILE_UNIT) / 16 / weight.scales.block);
     }
 
     template <int BITS>

@@ -60,6 +60,8 @@ struct MatmulPass {
     int64_t chunk, chunks;  // inputs of a chunk, and how many hold those of a row
     int64_t lanes;  // tokens of the last panel; 0: no panels, codes are looked up as they are used
     bool int16;
+    bool folded;         // tiles of integers: their values include the integers of scales
+    int32_t most_value;  // of such a tile
     float* arranged;      // [tokens][places], or panels [places][lanes]
     float* input_scales;  // int16: [tokens][chunks], or panels [units][lanes]; `arranged` holds int16
     float* totals;        // int16: [tokens][chunks][MAX_UNITS], or panels [units][lanes]
@@ -78,8 +80,8 @@ template <class Kernels>
 void quantize_inputs(const MatmulPass& pass, int64_t token) {
     const Matrix& weight = pass.matmul->weight;
     const IntegerTable table(weight);
-    const auto quantize = read_bits(weight) == 8 ? Kernels::template quantize_chunk<8>
-                                                 : Kernels::template quantize_chunk<4>;
+    const auto quantize = pass.chunk == CHUNK_BYTES ? Kernels::template quantize_chunk<8>
+                                                    : Kernels::template quantize_chunk<4>;
     const float* x = pass.matmul->x + (pass.first_token + token) * weight.inputs;
     for (int64_t c = 0, left = weight.inputs; c < pass.chunks; c++, left -= pass.chunk) {
         const int64_t at = token * pass.chunks + c;
@@ -99,7 +101,6 @@ void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens)
     const int64_t tokens = left < panel_tokens ? left : panel_tokens;
     const int64_t lanes = left <= panel_tokens ? pass.lanes : panel_tokens;
     const int64_t units = pass.places() / pass.unit;
-    const int32_t most_value = Kernels::largest_value(weight, table);
     int16_t* out = reinterpret_cast<int16_t*>(pass.arranged) + first * pass.places();
     float *scales = pass.input_scales + first * units, *totals = pass.totals + first * units;
     memset(out, 0, sizeof(int16_t) * lanes * pass.places());
@@ -108,7 +109,7 @@ void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens)
     for (int64_t t = 0; t < tokens; t++) {
         const float* x = pass.matmul->x + (pass.first_token + first + t) * weight.inputs;
         for (int64_t u = 0; u < weight.inputs / pass.unit; u++)
-            Kernels::quantize_unit(weight, table, most_value, x + u * pass.unit, pass.unit, lanes,
+            Kernels::quantize_unit(weight, table, pass.most_value, x + u * pass.unit, pass.unit, lanes,
                                    out + u * pass.unit * lanes + 2 * t, scales + u * lanes + t,
                                    totals + u * lanes + t);
     }
@@ -240,7 +241,8 @@ struct IntegerTiles {
         const Matrix& weight = pass.matmul->weight;
         const typename Kernels::Decoder decoder{IntegerTable(weight, TILE_VALUE)};
         for (int64_t r = 0; r < rows; r++)
-            Kernels::decode_row(weight, decoder, pass.unit, first + r, at, at + depth, scratch, r);
+            Kernels::decode_row(weight, decoder, pass.unit, pass.folded, first + r, at, at + depth,
+                                scratch, r);
     }
 
     void multiply(int64_t rows, int64_t at, int64_t depth, int64_t t, int64_t lanes) const {
@@ -289,7 +291,8 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
     for (int64_t i = 0; i < count; i++) {
         const Matrix& weight = matmuls[i].weight;
         int64_t unit = scale_unit(weight);
-        bool int16 = false, tiles = matmuls[i].tokens > DIRECT_TOKENS;
+        int32_t most_value = 0;
+        bool int16 = false, folded = false, tiles = matmuls[i].tokens > DIRECT_TOKENS;
         if constexpr (Kernels::INT16)
             if (matmuls[i].quantize_activations && unit &&
                 matmuls[i].tokens <= Kernels::max_int16_tokens(weight)) {
@@ -299,10 +302,13 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
         if constexpr (Kernels::INT16_TILES)
             if (matmuls[i].quantize_activations &&
                 matmuls[i].tokens > Kernels::max_int16_tokens(weight)) {
-                const IntegerTable table(weight);
+                const IntegerTable table(weight, TILE_VALUE);
                 int16 = Kernels::takes_tiles(weight, table, unit);
-                // The more products a lane adds up, the fewer bits are left for the inputs.
-                if (int16 && !table.linear && unit > 64) unit = 64;
+                folded = int16 && Kernels::folds_scales(weight, table);
+                most_value = Kernels::largest_value(weight, table);
+                if (folded) most_value *= int32_t(Kernels::largest_scale(weight.scales));
+                if (folded || (int16 && !table.linear && unit > Kernels::TILE_UNIT))
+                    unit = Kernels::TILE_UNIT;
             }
         for (int64_t first = 0; first < matmuls[i].tokens; first += MAX_TOKENS) {
             MatmulPass pass{};
@@ -311,7 +317,8 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
             pass.first_token = first;
             pass.tokens = left < MAX_TOKENS ? left : MAX_TOKENS;
             pass.unit = unit;
-            pass.chunk = chunk_of(weight);
+            pass.folded = folded, pass.most_value = most_value;
+            pass.chunk = int16 && !tiles && in_planes(weight) ? 2 * CHUNK_BYTES : chunk_of(weight);
             pass.chunks = round_up(weight.inputs, pass.chunk) / pass.chunk;
             pass.int16 = int16;
             pass.padded = pass.tokens;
@@ -347,8 +354,10 @@ struct Workspace {
             if (pass.lanes && sums < TILE_ROWS * pass.padded) sums = TILE_ROWS * pass.padded;
             if (pass.unit && units < pass.matmul->weight.inputs / pass.unit)
                 units = pass.matmul->weight.inputs / pass.unit;
-            if (pass.matmul->weight.bits < 4 && codes < pass.places() / 8)
-                codes = pass.places() / 8;  // two a byte, eight a float
+            const Matrix& weight = pass.matmul->weight;
+            if (weight.bits == 4 || weight.bits == 8 || pass.chunk != chunk_of(weight)) continue;
+            const int64_t floats = pass.places() * read_bits(weight) / 32;
+            if (codes < floats) codes = floats;
         }
         arranged = round_up(arranged, 16);
         scales = round_up(units + 16, 16);
@@ -384,6 +393,7 @@ bool same_inputs(const MatmulPass& one, const MatmulPass& other) {
     return one.matmul->x == other.matmul->x && one.first_token == other.first_token &&
            one.tokens == other.tokens && weight.inputs == other_weight.inputs &&
            one.int16 == other.int16 && (!one.int16 || one.unit == other.unit) &&
+           one.most_value == other.most_value &&
            weight.high_first == other_weight.high_first && one.chunk == other.chunk &&
            (!one.int16 || !memcmp(weight.table, other_weight.table, 16 * sizeof(float)));
 }

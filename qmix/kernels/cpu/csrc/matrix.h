@@ -3,10 +3,12 @@
 // A chunk is 64 bytes of a row: 16 little-endian words of 8 codes of 4 bits, or of 4 codes of 8
 // bits. Shifted right by p codes, the low bits of the words are 16 codes, one in each lane of a
 // register. Inputs are therefore arranged in the order [p][word] within a chunk, and codes never
-// are. Codes of 2 and of 3 bits are spread to 4 when a row is read.
+// are. Codes of 2 and of 3 bits are spread to 4 when a row is read, those of 5 and 6 to 8, except
+// where rows are multiplied in integers: there a chunk of them is 128 codes, as of 4 bits.
 
 #pragma once
 
+#include "code_bits.h"
 #include "float_math.h"
 #include "group_values.h"
 #include "structs.h"
@@ -37,14 +39,19 @@ Shift shift_of(const Matrix& weight) {
 // How the codes of a matrix are read: what the kernels are compiled for.
 template <int CODE_BITS, Shift CODE_SHIFT>
 struct Format {
-    static constexpr int BITS = CODE_BITS;       // 4 or 8
-    static constexpr int WORD = 32 / BITS;       // codes of a word
+    static constexpr int BITS = CODE_BITS;             // 4, 5, 6 or 8
+    static constexpr int WORD = BITS == 8 ? 4 : 8;     // codes of a word
+    static constexpr int UPPER_BITS = BITS == 5 || BITS == 6 ? BITS - 4 : 0;
     static constexpr int64_t CHUNK = 16 * WORD;  // inputs
     static constexpr Shift SHIFT = CODE_SHIFT;
 };
 
+// Whether codes stand in two planes, and the bits of the upper one.
+bool in_planes(const Matrix& weight) { return weight.bits == 5 || weight.bits == 6; }
+int64_t upper_bits(const Matrix& weight) { return weight.bits - 4; }
+
 // The bits of a code as the kernels read it, and the inputs of a chunk.
-int64_t read_bits(const Matrix& weight) { return weight.bits == 8 ? 8 : 4; }
+int64_t read_bits(const Matrix& weight) { return weight.bits > 4 ? 8 : 4; }
 int64_t chunk_of(const Matrix& weight) { return CHUNK_BYTES * 8 / read_bits(weight); }
 
 // Calls `body` with the format of a matrix for kernels of floats, to which the zero of a code of 8
@@ -52,15 +59,19 @@ int64_t chunk_of(const Matrix& weight) { return CHUNK_BYTES * 8 / read_bits(weig
 template <class Body>
 void with_float_format(const Matrix& weight, const Body& body) {
     const Shift shift = shift_of(weight);
-    if (weight.bits == 8)
+    if (read_bits(weight) == 8)
         return shift == BIASES ? body(Format<8, BIASES>{}) : body(Format<8, ZEROS>{});
     if (shift == NONE) return body(Format<4, NONE>{});
     shift == BIASES ? body(Format<4, BIASES>{}) : body(Format<4, ZEROS>{});
 }
 
-// The same for kernels of integers.
+// The same for kernels of integers, which take codes in planes without zeros only.
 template <class Body>
 void with_format(const Matrix& weight, const Body& body) {
+    if (weight.bits == 5)
+        return shift_of(weight) == NONE ? body(Format<5, NONE>{}) : body(Format<5, BIASES>{});
+    if (weight.bits == 6)
+        return shift_of(weight) == NONE ? body(Format<6, NONE>{}) : body(Format<6, BIASES>{});
     if (weight.bits == 8 && shift_of(weight) == NONE) return body(Format<8, NONE>{});
     with_float_format(weight, body);
 }
@@ -142,78 +153,51 @@ struct Scratch {
 
 // Where kernels of floats want the shifts of a row; null if they want none.
 float* float_shifts(const Matrix& weight, const Scratch& scratch) {
-    return shift_of(weight) == NONE && weight.bits != 8 ? nullptr : scratch.shifts;
+    return shift_of(weight) == NONE && weight.bits <= 4 ? nullptr : scratch.shifts;
 }
 
-#if defined(__AVX2__)
-// Words with the bits in `low` where they are, and the others `shift` higher.
-inline __m256i parted(__m256i words, uint32_t low, int shift) {
-    const __m256i mask = _mm256_set1_epi32(int32_t(low));
-    const __m256i raised = _mm256_slli_epi32(_mm256_andnot_si256(mask, words), shift);
-    return _mm256_or_si256(_mm256_and_si256(words, mask), raised);
-}
-
-// Spreads 64 codes of 2 or 3 bits to 4, eight a word.
-inline __m256i spread_64(const uint8_t* codes, int64_t bits) {
-    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    if (bits == 2) {
-        const __m256i pairs =
-            _mm256_setr_epi8(0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1,
-                             10, 11, -1, -1, 12, 13, -1, -1, 14, 15, -1, -1);
-        const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(first), pairs);
-        return parted(parted(parted(words, 0x00ff, 8), 0x000f000f, 4), 0x03030303, 2);
-    }
-    const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 8));
-    const __m256i threes =
-        _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 4, 5, 6, -1, 7, 8, 9,
-                         -1, 10, 11, 12, -1, 13, 14, 15, -1);
-    const __m256i words = _mm256_shuffle_epi8(_mm256_set_m128i(last, first), threes);
-    return parted(parted(parted(words, 0x0fff, 4), 0x003f003f, 2), 0x07070707, 1);
-}
-#endif
-
-// Spreads codes of 2 or 3 bits to 4, eight at a time.
-void spread_codes(const uint8_t* codes, int64_t bits, int64_t count, uint8_t* out) {
-    int64_t i = 0;
-#if defined(__AVX2__)
-    for (; i + 64 <= count; i += 64, codes += 8 * bits, out += 32)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), spread_64(codes, bits));
-#endif
-    for (; i < count; i += 8, codes += bits, out += 4) {
-        uint32_t word = codes[0] | uint32_t(codes[1]) << 8;
-        if (bits == 2) {
-            word = (word | word << 8) & 0x00ff00ff;
-            word = (word | word << 4) & 0x0f0f0f0f;
-            word = (word | word << 2) & 0x33333333;
-        } else {
-            word |= uint32_t(codes[2]) << 16;
-            word = (word & 0x000fff) | (word & 0xfff000) << 4;
-            word = (word & 0x003f003f) | (word & 0x0fc00fc0) << 2;
-            word = (word & 0x07070707) | (word & 0x38383838) << 1;
-        }
-        memcpy(out, &word, 4);
-    }
+// The upper bits of the codes of a row from input `first` on, a multiple of eight.
+inline const uint8_t* upper_of(const Matrix& weight, int64_t row, int64_t first) {
+    return weight.codes + row * row_bytes(weight) + weight.inputs / 2 +
+           first * upper_bits(weight) / 8;
 }
 
 // The codes of inputs [first, last) of a row, in 4 or 8 bits: where the weight has them, or in row
 // `slot` of the scratch.
 inline const uint8_t* codes_of(const Matrix& weight, int64_t row, int64_t first, int64_t last,
                                const Scratch& scratch, int64_t slot) {
-    const uint8_t* codes = weight.codes + row * row_bytes(weight) + first * weight.bits / 8;
-    if (weight.bits >= 4) return codes;
+    const uint8_t* start = weight.codes + row * row_bytes(weight);
+    const uint8_t* codes = start + first * weight.bits / 8;
+    if (weight.bits == 4 || weight.bits == 8) return codes;
     uint8_t* out = scratch.codes + slot * scratch.code_pitch;
-    spread_codes(codes, weight.bits, last - first, out);
+    if (in_planes(weight))
+        join_planes(start + first / 2, upper_of(weight, row, first), upper_bits(weight),
+                    last - first, out);
+    else
+        spread_codes(codes, weight.bits, last - first, out);
     return out;
+}
+
+uint32_t code_at(const Matrix& weight, int64_t element) {
+    if (in_planes(weight)) {
+        uint8_t codes[8];
+        const int64_t row = element / weight.inputs, first = element % weight.inputs / 8 * 8;
+        const uint8_t* lower = weight.codes + row * row_bytes(weight) + first / 2;
+        join_planes(lower, upper_of(weight, row, first), upper_bits(weight), 8, codes);
+        return codes[element % weight.inputs % 8];
+    }
+    const int64_t bit = element * weight.bits;
+    const int64_t shift = weight.high_first ? 4 - bit % 8 : bit % 8;
+    uint32_t code = weight.codes[bit / 8] >> shift;
+    if (shift + weight.bits > 8) code |= uint32_t(weight.codes[bit / 8 + 1]) << (8 - shift);
+    return code & ((1u << weight.bits) - 1);
 }
 
 // One element, wherever its code and its group begin.
 float value_at(const Matrix& weight, int64_t element) {
-    const int64_t bit = element * weight.bits, group = element / weight.block;
-    const int64_t shift = weight.high_first ? 4 - bit % 8 : bit % 8;
-    uint32_t code = weight.codes[bit / 8] >> shift;
-    if (shift + weight.bits > 8) code |= uint32_t(weight.codes[bit / 8 + 1]) << (8 - shift);
-    code &= (1u << weight.bits) - 1;
-    float value = weight.bits == 8 ? weight.table[0] + float(code) : weight.table[code];
+    const int64_t group = element / weight.block;
+    const uint32_t code = code_at(weight, element);
+    const float value = weight.bits > 4 ? weight.table[0] + float(code) : weight.table[code];
     float scale, other;
     copy_values(weight.scales, group, 1, &scale);
     if (weight.biases.values) {

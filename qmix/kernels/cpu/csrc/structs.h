@@ -32,18 +32,20 @@ struct GroupValues {
     int32_t outer_kind;  // FLOAT32 or FLOAT16
 };
 
-// A matrix [rows, inputs] in codes as its weight stores it, row after row. The value of an element
+// A matrix [rows, inputs] in codes as its weight stores it, row after row, the first code in the
+// lowest bits. A row of codes of 5 or 6 bits is the lower four of each, then the upper ones. The
+// value of an element
 // is (table[code] - zero) * scale, or with biases table[code] * scale + bias.
 struct Matrix {
     const uint8_t* codes;
-    const float* table;  // [16]; a code of 8 bits stands for table[0] + code
+    const float* table;  // [16]; a code of more than 4 bits stands for table[0] + code
     GroupValues scales;
     GroupValues zeros;  // without biases only
     GroupValues biases;
     int64_t rows;
     int64_t inputs;
     int64_t block;       // consecutive elements that share a scale
-    int32_t bits;        // of a code: 2, 3, 4 or 8, the first code in the lowest bits
+    int32_t bits;        // of a code: 2 to 6 or 8
     int32_t high_first;  // of 4 bits: the first of a byte's two codes is its high nibble
 };
 

@@ -109,6 +109,33 @@ struct Width {
 #endif
     }
 
+    // The upper bits of a register's codes put above the lower four.
+    template <int BITS>
+    static QMIX_INLINE Nibbles joined(const Nibbles& lower, const uint8_t* upper) {
+        if (BITS == 6) {
+            const __m256i bits = _mm256_cvtepu8_epi16(
+                _mm_loadu_si128(reinterpret_cast<const __m128i*>(upper)));
+            const __m256i both =  // bytes of two codes each, at bits 4 to 7
+                _mm256_or_si256(_mm256_slli_epi16(bits, 4), _mm256_slli_epi16(bits, 8));
+            const __m256i mask = _mm256_set1_epi8(0x30);
+            return {_mm256_or_si256(lower.low, _mm256_and_si256(both, mask)),
+                    _mm256_or_si256(lower.high,
+                                    _mm256_and_si256(_mm256_srli_epi16(both, 2), mask))};
+        }
+        int64_t loaded;
+        memcpy(&loaded, upper, 8);
+        const __m256i bits = _mm256_shuffle_epi8(
+            _mm256_set1_epi64x(loaded),
+            _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5,
+                             6, 6, 6, 6, 7, 7, 7, 7));
+        const __m256i even = _mm256_set1_epi32(0x40100401), bit = _mm256_set1_epi8(16);
+        const __m256i odd = _mm256_slli_epi16(even, 1);
+        const __m256i evens = _mm256_cmpeq_epi8(_mm256_and_si256(bits, even), even);
+        const __m256i odds = _mm256_cmpeq_epi8(_mm256_and_si256(bits, odd), odd);
+        return {_mm256_or_si256(lower.low, _mm256_and_si256(evens, bit)),
+                _mm256_or_si256(lower.high, _mm256_and_si256(odds, bit))};
+    }
+
     static QMIX_INLINE Nibbles mapped(const Nibbles& codes, Register map) {
         return {_mm256_shuffle_epi8(map, codes.low), _mm256_shuffle_epi8(map, codes.high)};
     }

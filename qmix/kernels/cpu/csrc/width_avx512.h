@@ -95,6 +95,32 @@ struct Width {
 #endif
     }
 
+    template <int BITS>
+    static QMIX_INLINE Nibbles joined(const Nibbles& lower, const uint8_t* upper) {
+        if (BITS == 6) {
+            const __m512i bits = _mm512_cvtepu8_epi16(
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper)));
+            const __m512i both =
+                _mm512_or_si512(_mm512_slli_epi16(bits, 4), _mm512_slli_epi16(bits, 8));
+            const __m512i mask = _mm512_set1_epi8(0x30);
+            return {_mm512_or_si512(lower.low, _mm512_and_si512(both, mask)),
+                    _mm512_or_si512(lower.high,
+                                    _mm512_and_si512(_mm512_srli_epi16(both, 2), mask))};
+        }
+        const __m512i words = _mm512_setr_epi32(
+            0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707,
+            0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e,
+            0x0f0f0f0f);
+        const __m512i bits = _mm512_shuffle_epi8(
+            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(upper))),
+            words);
+        const __m512i bit = _mm512_set1_epi8(16);
+        const __mmask64 evens = _mm512_test_epi8_mask(bits, _mm512_set1_epi32(0x40100401));
+        const __mmask64 odds = _mm512_test_epi8_mask(bits, _mm512_set1_epi32(int(0x80200802)));
+        return {_mm512_mask_add_epi8(lower.low, evens, lower.low, bit),
+                _mm512_mask_add_epi8(lower.high, odds, lower.high, bit)};
+    }
+
     static QMIX_INLINE Nibbles mapped(const Nibbles& codes, Register map) {
         return {_mm512_shuffle_epi8(map, codes.low), _mm512_shuffle_epi8(map, codes.high)};
     }

@@ -74,6 +74,27 @@ struct Width {
         return vdotq_s32(sums, second, vld1q_s8(planes + 48));
     }
 
+    template <int BITS>
+    static QMIX_INLINE Nibbles joined(const Nibbles& lower, const uint8_t* upper) {
+        if (BITS == 6) {
+            const uint16x8_t bits = vmovl_u8(vld1_u8(upper));
+            const Register both = vreinterpretq_u8_u16(
+                vorrq_u16(vshlq_n_u16(bits, 4), vshlq_n_u16(bits, 8)));
+            const Register mask = vdupq_n_u8(0x30);
+            return {vorrq_u8(lower.low, vandq_u8(both, mask)),
+                    vorrq_u8(lower.high, vandq_u8(vshrq_n_u8(both, 2), mask))};
+        }
+        uint32_t loaded;
+        memcpy(&loaded, upper, 4);
+        const Register all = vreinterpretq_u8_u32(vdupq_n_u32(loaded));
+        const uint32x4_t words = {0, 0x01010101, 0x02020202, 0x03030303};
+        const Register bits = vqtbl1q_u8(all, vreinterpretq_u8_u32(words));
+        const Register even = vreinterpretq_u8_u32(vdupq_n_u32(0x40100401));
+        const Register odd = vreinterpretq_u8_u32(vdupq_n_u32(0x80200802)), bit = vdupq_n_u8(16);
+        return {vorrq_u8(lower.low, vandq_u8(vtstq_u8(bits, even), bit)),
+                vorrq_u8(lower.high, vandq_u8(vtstq_u8(bits, odd), bit))};
+    }
+
     static QMIX_INLINE Nibbles mapped(const Nibbles& codes, Register map) {
         return {vqtbl1q_u8(map, codes.low), vqtbl1q_u8(map, codes.high)};
     }
