@@ -20,6 +20,7 @@ _FONT, _SMALL, _TINY = 12.0, 11.0, 9.0
 _KEY = 46  # characters of a name in a chart's key
 # Where a point's letter stands, in points: near points have their letters on different sides.
 _BESIDE = ((11, 8), (-11, 8), (11, -8), (-11, -8))
+_LETTER = 0.085  # of an axis: the height of a letter at a line's end
 _LOG_FROM = 20.0  # values that differ by more than this factor get a logarithmic axis
 
 
@@ -302,18 +303,30 @@ def _label_ends(axes: "Axes", at: Sequence[float], series: Sequence[Series]) -> 
         known = [value for value in line.values if value is not None]
         if known:
             ends.append((float(to_share((at[-1], known[-1]))[1]), line))
-    least = -1.0
-    for share, line in sorted(ends, key=lambda end: (end[0], end[1].letter)):
-        least = max(share, least + 0.065)
+    ends.sort(key=lambda end: (end[0], end[1].letter))
+    heights = _apart([end for end, _ in ends])
+    for height, (_, line) in zip(heights, ends, strict=True):
         axes.annotate(
             line.letter,
-            (1.01, least),
+            (1.01, height),
             xycoords="axes fraction",
             color=line.color,
             fontsize=_FONT,
             fontweight="bold",
             va="center",
         )
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Ascending shares of an axis, moved so that letters at them do not touch or leave its top."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + _LETTER) if moved else height)
+    top = 1.0
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], top)
+        top = moved[index] - _LETTER
+    return moved
 
 
 def _key(figure: "Figure", axes: "Axes") -> None:

@@ -2,7 +2,10 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from xml.etree import ElementTree
+
+import pytest
 
 from qmix.pages import charts, page, svg, theme
 from qmix.pages.charts import Grid, Series
@@ -121,3 +124,10 @@ def test_values_far_apart_get_a_logarithmic_axis_unless_one_is_zero():
         for values in ((1, 100), (1, 2), (0, 100), (None, 1))
     ]
     assert scales == ["log", "linear", "linear", "linear"]
+
+
+def test_letters_at_the_ends_of_lines_do_not_touch_and_stay_inside():
+    heights = charts._apart([0.9, 0.95, 0.95, 0.96, 0.97, 0.98, 0.99])
+    assert max(heights) <= 1
+    assert min(b - a for a, b in pairwise(heights)) == pytest.approx(0.085)
+    assert charts._apart([0.1, 0.5]) == [0.1, 0.5]
