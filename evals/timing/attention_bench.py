@@ -27,6 +27,7 @@ from qmix.kernels.attention import AttentionMask, Implementation
 from qmix.models.options import parse_device, parse_dtype
 from qmix.planning import machine
 from qmix.planning.process_memory import peak_resident_bytes, resident_bytes
+from qmix.work_meter import Progress
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)  # eager comes first
 
@@ -101,10 +102,16 @@ class AttentionReport:
         return asdict(self)
 
     def markdown(self) -> str:
-        """A table with a line for each implementation and prompt."""
-        table = markdown.table(_HEADER, map(_cells, self.measurements))
+        """A table with a line for each implementation and prompt, for a pipe or a file."""
+        return f"{markdown.table(_HEADER, map(_cells, self.measurements))}\n{self._notes()}"
+
+    def aligned(self) -> str:
+        """The same for a terminal."""
+        return f"{markdown.aligned(_HEADER, map(_cells, self.measurements))}\n{self._notes()}"
+
+    def _notes(self) -> str:
         return (
-            f"{table}\none attention layer: {self.heads}; {self.dtype} on {self.device}; best of "
+            f"one attention layer: {self.heads}; {self.dtype} on {self.device}; best of "
             f"{self.repetitions}; torch {self.torch}\n"
         )
 
@@ -155,7 +162,7 @@ def run_attention_bench(
     request: AttentionRequest,
     *,
     repetitions: int = 5,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> AttentionReport:
     """Measure every implementation on every prompt.
 
@@ -175,7 +182,11 @@ def run_attention_bench(
         inputs = _random_inputs(request, prompt)
         eager: float | None = None
         for name in IMPLEMENTATIONS:
-            progress(f"{name}, {prompt} tokens", index, len(cases))
+            # Scores are quadratic in the tokens.
+            done = sum(tokens**2 for tokens, _ in cases[:index])
+            share = IMPLEMENTATIONS.index(name) / len(IMPLEMENTATIONS)
+            total = sum(tokens**2 for tokens, _ in cases)
+            progress(f"{name}, {prompt} tokens", done + share * prompt**2, total)
             timing = AttentionTiming(prompt=prompt, window=window, attention=name)
             timing = _timed(timing, name, inputs, repetitions)
             eager = timing.best if name == "eager" else eager

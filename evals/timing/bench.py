@@ -13,7 +13,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -30,10 +30,15 @@ from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
-from qmix.planning.byte_sizes import parse_count
+from qmix.planning.byte_sizes import parse_count, show
+from qmix.quantities import counted, weights
+from qmix.work_meter import Progress, WorkMeter
 
 # Steps whose distinct experts are counted; each is run once more, outside the timing.
 _COUNTED_STEPS = 8
+_COLUMNS = ("test", "t/s", "GB/s", "MB/token", "of bound", "experts", "peak GiB")
+# Prompt tokens that take about as long as one new token: for tests that were not timed yet.
+_PROMPT_TOKENS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,17 @@ class BenchTest:
     depth: int = 0
     batch: int = 1
     temperature: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """Its name, and its batch."""
+        return f"{self}, batch {self.batch}"
+
+    @property
+    def expected_tokens(self) -> float:
+        """How long a run takes, in new tokens of one row, roughly."""
+        rows = 1 + self.batch / _PROMPT_TOKENS
+        return rows * self.tokens / (_PROMPT_TOKENS if self.kind == "pp" else 1)
 
     def __str__(self) -> str:
         how = f" T{self.temperature:g}" if self.temperature else ""
@@ -117,19 +133,37 @@ class BenchReport:
         return document
 
     def markdown(self) -> str:
-        """A table with a line for each test."""
-        header = (
-            *("model", "size", "weights", "device", "batch", "test", "t/s"),
-            *("GB/s", "MB/token", "of bound", "experts", "peak GiB"),
+        """A table with a line for each test, for a pipe or a file."""
+        header = ("model", "size", "weights", "device", "batch", *_COLUMNS)
+        rows = (
+            (*self._subject, str(result.batch), *self._cells(result))
+            for result in self.measurements
         )
+        return f"{markdown.table(header, rows)}\n{self._notes()}"
+
+    def aligned(self) -> str:
+        """The same for a terminal of 80 columns: what all tests share stands above them."""
+        rows = (
+            (test if result.batch == 1 else f"{test} b{result.batch}", *cells)
+            for result in self.measurements
+            for test, *cells in (self._cells(result),)
+        )
+        table = markdown.aligned(_COLUMNS, rows)
+        return f"{' · '.join(self._subject)}\n\n{table}\n{self._notes()}"
+
+    def _notes(self) -> str:
+        """How it was measured, and what a store of experts did."""
+        bound = f"{self.copy_bandwidth / 1e9:.1f} GB/s, a copy in the same run"
         notes = "".join(
             f"\n{result.test}: {result.experts}\n" for result in self.measurements if result.experts
         )
-        table = markdown.table(header, map(self._cells, self.measurements))
-        return (
-            f"{table}\nbound: {self.copy_bandwidth / 1e9:.1f} GB/s, a copy in the same run; "
-            f"{self.repetitions} repetitions; {self.dtype}; torch {self.torch}\n{notes}"
-        )
+        times = counted(self.repetitions, "repetition")
+        return f"bound: {bound}; {times}; {self.dtype}; torch {self.torch}\n{notes}"
+
+    @property
+    def _subject(self) -> tuple[str, str, str, str]:
+        """The model and the device."""
+        return self.model, show(self.size), weights(self.weights), self.device
 
     def _cells(self, result: BenchResult) -> tuple[str, ...]:
         read = ("-", "-", "-", "-")
@@ -144,11 +178,6 @@ class BenchReport:
                 f"{result.distinct_experts:.2f}",
             )
         return (
-            self.model,
-            f"{self.size / 2**30:.2f} GiB",
-            f"{self.weights / 1e9:.2f} B",
-            self.device,
-            str(result.batch),
             result.test,
             f"{result.tokens_per_second:.2f} ± {result.deviation:.2f}",
             *read,
@@ -187,13 +216,14 @@ def run_bench(
     name: str,
     repetitions: int = 5,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> BenchReport:
     """Measure every test, `repetitions` times after one that does not count.
 
     Args:
         name: the model's name in the report.
-        progress: called with (what is measured next, tests done, tests in all).
+        progress: called before and after each repetition with (what is measured, seconds so far,
+            seconds in all as far as one can tell).
 
     Raises:
         UsageError: a test exceeds the model's positions.
@@ -207,10 +237,10 @@ def run_bench(
                 found=test.depth + test.tokens,
             )
     bound = copy_bandwidth(model.device)
-    results = []
-    for index, test in enumerate(tests):
-        progress(f"{test}, batch {test.batch}", index, len(tests))
-        results.append(measure_test(model, test, repetitions, bound, seed))
+    meter = WorkMeter({test.label: test.expected_tokens for test in tests}, progress)
+    for test in tests:
+        meter.plan({test.label: repetitions + 1})
+    results = [measure_test(model, test, repetitions, bound, seed, meter=meter) for test in tests]
     return BenchReport(
         model=name,
         size=traffic.weight_bytes(model),
@@ -232,13 +262,16 @@ def measure_test(
     seed: int = 0,
     *,
     random_cache: bool = False,
+    meter: WorkMeter | None = None,
 ) -> BenchResult:
     """Prefill to the test's depth, then time the rest again and again from there.
 
     Args:
         bound: bytes a second.
         random_cache: fill the cache with random keys and values instead of prefilling it.
+        meter: counts the runs, one more than repetitions, as work of the kind `test.label`.
     """
+    meter = meter or WorkMeter({test.label: 1.0})
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -256,14 +289,19 @@ def measure_test(
         max_new_tokens=new, do_sample=test.temperature > 0, temperature=test.temperature or 1.0
     )
 
-    def timed() -> None:
+    def run() -> None:
         cache.rewind(test.depth)
         tokens[:] = _generate(model, ids, cache, config)
 
-    timed()  # compiles kernels, captures graphs
+    def timed() -> float:
+        with meter.doing(test.label, test.label, 1):
+            return seconds(run, device)
+
+    with meter.doing(test.label, test.label, 1):
+        run()  # compiles kernels, captures graphs
     store = model.store
     before = None if store is None else store.statistics()
-    times = tuple(seconds(timed, device) for _ in range(repetitions))
+    times = tuple(timed() for _ in range(repetitions))
     rates = [test.batch * test.tokens / each for each in times]
     result = BenchResult(
         test=str(test),

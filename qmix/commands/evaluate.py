@@ -3,6 +3,7 @@
 What is measured is in qmix.evals; heavy imports stay inside the functions.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -160,23 +161,28 @@ def bench(
         )
         with terminal.progress() as show:
             compared = run_attention_bench(request, repetitions=repetitions, progress=show)
-        terminal.print_result(compared.markdown(), compared.to_dict(), as_json=as_json)
+        text = compared.aligned() if sys.stdout.isatty() else compared.markdown()
+        terminal.print_result(text, compared.to_dict(), as_json=as_json)
         return
     if plot is not None:
         raise UsageError("--plot needs --attention")
     if directory is None:
         raise UsageError("give a DIR, or --attention")
     from qmix import MixtralForCausalLM
+    from qmix.commands.load_bar import load_bar
     from qmix.evals.timing.bench import parse_tests, run_bench
 
     tests = parse_tests(prompts or "512", new, depth, batch)
     directory = sources.local(directory, yes=yes)
-    model = MixtralForCausalLM.from_pretrained(directory, load_options=load.parse())
+    parsed = load.parse()
+    with load_bar() as bar:
+        model = MixtralForCausalLM.from_pretrained(directory, load_options=parsed, progress=bar)
     with terminal.progress() as show:
         report = run_bench(
             model, tests, name=shown_name(directory), repetitions=repetitions, progress=show
         )
-    terminal.print_result(report.markdown(), report.to_dict(), as_json=as_json)
+    text = report.aligned() if sys.stdout.isatty() else report.markdown()
+    terminal.print_result(text, report.to_dict(), as_json=as_json)
 
 
 def demo(

@@ -3,6 +3,7 @@
 Knows policies only by name. Heavy imports stay inside the functions.
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -65,6 +66,7 @@ def record(
     if regular_file.exists(out):
         raise UsageError("the file exists", where=str(out), remedy="Choose another name.")
     import qmix
+    from qmix.commands.load_bar import load_bar
     from qmix.evals.quality import perplexity
     from qmix.evals.routing.record import record_trace
 
@@ -75,7 +77,8 @@ def record(
         read = perplexity.read_text(data)
         terminal.notice_changes(data, read.changes)
         text = read.content
-    model, tokenizer = qmix.load(directory, load_options=load_options)
+    with load_bar() as bar:
+        model, tokenizer = qmix.load(directory, load_options=load_options, progress=bar)
     with terminal.progress() as show:
         tokens = record_trace(
             model,
@@ -140,7 +143,7 @@ def replay_trace(
         "machine": vars(machine),
         "replays": [row.to_dict() for row in rows],
     }
-    terminal.print_result(table(rows), document, as_json=as_json)
+    terminal.print_result(_table(rows), document, as_json=as_json)
 
 
 @app.command()
@@ -173,20 +176,30 @@ def plot(
     terminal.message(f"the picture: {out}")
 
 
-def table(rows: tuple["Replay", ...]) -> str:
-    """The replays as a markdown table."""
+_HEADER = (
+    *("policy", "misses", "hit rate", "uploads/token"),
+    *("MB/token over PCIe", "tok/s simulated"),
+)
+
+
+def _table(rows: tuple["Replay", ...]) -> str:
+    """The replays in columns on a terminal, else as a markdown table."""
+    from qmix.evals import markdown
+
     paths = {"read": "read over PCIe", "cpu": "CPU", "copy": "copied first"}
-    lines = [
-        "| policy | misses | hit rate | uploads/token | MB/token over PCIe | tok/s simulated |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.name} | {paths[row.path]} | {100 * row.hit_rate:.2f} % | "
-            f"{row.uploads_per_token:.3f} | {row.interconnect_bytes_per_token / 1e6:,.2f} | "
-            f"{row.tokens_per_s:,.1f} |"
+    cells = [
+        (
+            row.name,
+            paths[row.path],
+            f"{100 * row.hit_rate:.2f} %",
+            f"{row.uploads_per_token:.3f}",
+            f"{row.interconnect_bytes_per_token / 1e6:,.2f}",
+            f"{row.tokens_per_s:,.1f}",
         )
-    return "\n".join(lines) + "\n"
+        for row in rows
+    ]
+    draw = markdown.aligned if sys.stdout.isatty() else markdown.table
+    return draw(_HEADER, cells)
 
 
 def _profile(path: Path, recorded: "Trace") -> "Trace":

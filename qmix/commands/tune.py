@@ -38,6 +38,7 @@ def tune(
       qmix tune mixtral-nf4 --full
     """
     from qmix import MixtralForCausalLM
+    from qmix.commands.load_bar import load_bar
     from qmix.generation.tuner import Tuner
 
     parsed = load.parse()
@@ -46,7 +47,8 @@ def tune(
             "only a GPU is tuned", where="device", expected="cuda", found=parsed.device.type
         )
     directory = sources.local(directory, yes=yes)
-    model = MixtralForCausalLM.from_pretrained(directory, load_options=parsed)
+    with load_bar() as bar:
+        model = MixtralForCausalLM.from_pretrained(directory, load_options=parsed, progress=bar)
     report = search_all(model, Tuner(), full=full)
     terminal.print_result(report.text(), report.to_dict(), as_json=as_json)
 

@@ -5,11 +5,13 @@ Knows nothing of models, caches or text. Shape letters: see qmix.nn.
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qmix.errors import QmixError, UsageError
+
+if TYPE_CHECKING:  # a wrong option of a command line is refused without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,8 @@ class Sampling:
         return self.temperature < 1e-6  # below it the division overflows float32
 
     def penalised(
-        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
+        self, logits: "Tensor", input_ids: "Tensor", attention_mask: "Tensor | None" = None
+    ) -> "Tensor":
         """Logits (B, V) in float32 after the repetition penalty.
 
         Args:
@@ -72,7 +74,7 @@ class Sampling:
             return scores
         return _penalised(scores, input_ids, attention_mask, self.repetition_penalty)
 
-    def warped(self, scores: Tensor) -> Tensor:
+    def warped(self, scores: "Tensor") -> "Tensor":
         """Scores (B, V) after temperature, top_k, top_p and min_p, excluded tokens at -inf.
 
         Greedy choice leaves them unchanged.
@@ -91,12 +93,14 @@ class Sampling:
             scores = scores.masked_fill(probabilities < least, -math.inf)
         return scores
 
-    def sample(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample(self, scores: "Tensor", generator: "torch.Generator | None") -> "Tensor":
         """Token ids (B,) from processed scores (B, V), without waiting for the device.
 
         An id is -1 where the scores have no finite maximum. The random numbers, and so the ids, are
         those of torch.multinomial.
         """
+        import torch
+
         if self.greedy:
             ids = scores.argmax(-1)
         else:
@@ -104,7 +108,7 @@ class Sampling:
             ids = (scores.softmax(-1) / noise).argmax(-1)
         return torch.where(torch.isfinite(scores.amax(-1)), ids, -1)
 
-    def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    def choose(self, scores: "Tensor", generator: "torch.Generator | None") -> "Tensor":
         """Token ids (B,) from processed scores (B, V).
 
         Raises:
@@ -113,7 +117,7 @@ class Sampling:
         return checked(self.sample(scores, generator))
 
 
-def checked(ids: Tensor) -> Tensor:
+def checked(ids: "Tensor") -> "Tensor":
     """The ids (B,), as `Sampling.sample` returns them.
 
     Raises:
@@ -129,9 +133,11 @@ def checked(ids: Tensor) -> Tensor:
 
 
 def _penalised(
-    scores: Tensor, input_ids: Tensor, attention_mask: Tensor | None, penalty: float
-) -> Tensor:
+    scores: "Tensor", input_ids: "Tensor", attention_mask: "Tensor | None", penalty: float
+) -> "Tensor":
     """CTRL's repetition penalty (arXiv 1909.05858, section 4.1) on every id of the row."""
+    import torch
+
     seen = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
     ones = (
         torch.ones_like(input_ids, dtype=torch.int32)
@@ -143,7 +149,7 @@ def _penalised(
     return torch.where(seen > 0, penalised, scores)
 
 
-def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+def _nucleus(scores: "Tensor", top_p: float) -> "Tensor":
     """Keep the most likely tokens until their probabilities sum to top_p; at least one stays."""
     ordered, order = scores.sort(-1, descending=True)
     mass = ordered.softmax(-1)

@@ -83,6 +83,8 @@ sys.exit(f"imported {heavy}" if heavy else code)
         (["quantize", "a", "b", "--shard-size", "three"], 2),
         (["eval", "evals/tiny", "--data", "README.md", "--max-kl", "1"], 2),
         (["bench"], 2),
+        (["chat", "evals/tiny", "--ctx", "5"], 2),
+        (["generate", "evals/tiny", "hi", "--temperature", "-3"], 2),
         (["trace", "record", "evals/tiny", "--out", "x"], 2),
     ],
     ids=str,

@@ -149,3 +149,41 @@ def test_bad_lists_end_the_command(tiny_nf4):
     result = qmix("bench", tiny_nf4, "-p", "many")
     assert result.returncode == 2
     assert "whole numbers" in result.stderr
+
+
+def report(*measurements):
+    return bench.BenchReport(
+        model="tiny", size=5 << 20, weights=6_265_600, device="CPU x86_64, 2 threads",
+        dtype="float32", torch="2.13", repetitions=1, copy_bandwidth=2e10,
+        measurements=measurements,
+    )  # fmt: skip
+
+
+def test_on_a_terminal_the_table_has_columns_and_fits_80():
+    slow = bench.BenchResult(
+        test="tg128 @ d4096", batch=8, seconds=(1.0,), tokens_per_second=1302.19, deviation=10.55,
+        bytes_per_step=7e9, bytes_per_token=6821.1e6, distinct_experts=5.25, bandwidth=980.4e9,
+        of_bound=0.612, peak_bytes=23 << 30,
+    )  # fmt: skip
+    prompt = bench.BenchResult(
+        test="pp512", batch=1, seconds=(1.0,), tokens_per_second=3.1, deviation=0.0
+    )
+    subject, _, *table, _, notes = report(prompt, slow).aligned().rstrip().split("\n")
+    assert subject == "tiny · 5.00 MiB · 6.266 M · CPU x86_64, 2 threads"
+    assert [len(line) for line in table] == [len(table[0])] * 3
+    assert len(table[0]) <= 80
+    assert "|" not in "".join(table)
+    assert table[2].startswith("tg128 @ d4096 b8  1302.19 ± 10.55")
+    assert "1 repetition;" in notes
+    assert "GB/s  MB/token" not in report(prompt).aligned()
+    assert report(prompt).markdown().startswith("| model | size |")
+
+
+def test_a_bar_goes_by_repetitions():
+    model, told = small_model(), []
+    tests = [BenchTest(kind="pp", tokens=8), BenchTest(kind="tg", tokens=2, batch=2)]
+    bench.run_bench(model, tests, name="small", repetitions=2, progress=lambda *at: told.append(at))
+    assert [what for what, _, _ in told][::2] == ["pp8, batch 1"] * 3 + ["tg2, batch 2"] * 3
+    shares = [done / total for _, done, total in told]
+    assert len(shares) == 12
+    assert shares[-1] == pytest.approx(1)
