@@ -148,7 +148,7 @@ def test_the_command_in_json(tiny_nf4):
 def test_bad_lists_end_the_command(tiny_nf4):
     result = qmix("bench", tiny_nf4, "-p", "many")
     assert result.returncode == 2
-    assert "whole numbers" in result.stderr
+    assert "whole number" in result.stderr
 
 
 def report(*measurements):
