@@ -2,7 +2,11 @@
 
 import subprocess
 import sys
+import types
 
+import pytest
+
+from qmix import __main__ as entry
 from tests.support.process import PATIENCE, finished, started
 
 COMMAND = [sys.executable, "-m", "qmix"]
@@ -47,3 +51,15 @@ def test_a_server_that_leaves_ends_no_command():
     )
     done = finished([sys.executable, "-c", code])
     assert (done.returncode, done.stdout) == (0, "raised\n")
+
+
+def test_ctrl_c_while_it_is_imported_leaves_no_traceback(monkeypatch, capfd):
+    class Importing(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "qmix.cli", Importing("qmix.cli"))
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130
+    assert capfd.readouterr() == ("", "")
