@@ -67,7 +67,7 @@ def _scaled(value: float, unit: str, prefixes: tuple[tuple[float, str], ...]) ->
     for factor, prefix in prefixes:
         number = value / factor
         if abs(number) >= 0.99995:
-            digits = max(0, 4 - len(str(int(abs(number) + 5e-5))))
+            digits = max(0, 4 - len(str(int(float(f"{abs(number):.4g}")))))
             return f"{number:.{digits}f} {prefix}{unit}"
     small = f"{value:.0f}" if value == round(value) else f"{value:.3g}"
     return f"{small} {unit}".rstrip()

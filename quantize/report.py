@@ -161,15 +161,17 @@ class QuantizeReport:
         least = min(tokens_seen, key=lambda name: tokens_seen[name])
         lines = [
             f"experts saw {tokens_seen[least]:,} ({least.removesuffix('.weight')}) to "
-            f"{max(tokens_seen.values()):,} tokens each"
+            f"{counted(max(tokens_seen.values()), 'token')} each"
         ]
         raised = [tensor for tensor in self.tensors if tensor.raised]
         if raised:
-            lines.append(f"{len(raised)} matrices needed more damping, {raised[0].name} first")
+            lines.append(
+                f"{counted(len(raised), 'matrix')} needed more damping, {raised[0].name} first"
+            )
         fallbacks = [tensor for tensor in self.tensors if tensor.fallback]
         if fallbacks:
             lines.append(
-                f"{len(fallbacks)} matrices were rounded to nearest, {fallbacks[0].name} first: "
+                f"rounded to nearest: {counted(len(fallbacks), 'matrix')}, {fallbacks[0].name} first: "
                 f"{fallbacks[0].fallback}"
             )
         return (*lines, *(self.effort.lines() if self.effort else ()))

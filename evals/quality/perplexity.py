@@ -21,6 +21,7 @@ from qmix.files import regular_file
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.kernels.backend import named
 from qmix.models.options import parse_dtype
+from qmix.quantities import counted
 from qmix.text.tokenizer import LlamaTokenizer
 
 _TEXT_BYTES = 1 << 30
@@ -210,7 +211,7 @@ def read_text(data: Path, *, as_it_is: bool = False) -> Text:
         changes.append("a byte-order mark was dropped")
     if not as_it_is and (ends := content.count("\r\n")):
         content = content.replace("\r\n", "\n")
-        changes.append(f"{ends} line ends CRLF became LF")
+        changes.append(f"{counted(ends, 'line end')} CRLF became LF")
     if not content:
         raise CheckpointError("the text is empty", where=str(data))
     return Text.of(content, tuple(changes))

@@ -293,15 +293,12 @@ def measure_test(
         cache.rewind(test.depth)
         tokens[:] = _generate(model, ids, cache, config)
 
-    def timed() -> float:
-        with meter.doing(test.label, test.label, 1):
-            return seconds(run, device)
-
     with meter.doing(test.label, test.label, 1):
         run()  # compiles kernels, captures graphs
     store = model.store
     before = None if store is None else store.statistics()
-    times = tuple(timed() for _ in range(repetitions))
+    runs = meter.each(test.label, test.label, range(repetitions), lambda _: 1)
+    times = tuple(seconds(run, device) for _ in runs)
     rates = [test.batch * test.tokens / each for each in times]
     result = BenchResult(
         test=str(test),
@@ -371,7 +368,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's architecture and torch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"CPU {platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def parse_lengths(option: str, text: str, least: int = 0) -> list[int]:

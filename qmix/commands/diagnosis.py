@@ -19,6 +19,7 @@ from qmix import instruction_sets
 from qmix.planning import machine
 from qmix.planning.byte_sizes import show
 from qmix.planning.machine import Gpu, HostMemory
+from qmix.quantities import counted
 
 if TYPE_CHECKING:
     from qmix.kernels.choice import Verdict
@@ -161,7 +162,7 @@ CHECKS: tuple[Check[Facts], ...] = (
     Check(
         "processor",
         lambda facts: (
-            f"{facts.processor}, {facts.cores} cores, "
+            f"{facts.processor}, {counted(facts.cores, 'core')}, "
             f"4-bit kernels for {_used(facts.instruction_sets)}"
         ),
         (

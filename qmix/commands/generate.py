@@ -12,6 +12,7 @@ import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.errors import CUT_REPLY, UsageError
+from qmix.quantities import counted
 
 if TYPE_CHECKING:
     from qmix import GenerationConfig, LlamaTokenizer
@@ -101,7 +102,7 @@ class Continuation:
     def __str__(self) -> str:
         rate = self.new_tokens / self.elapsed_s
         ended = " · ended by length" if self.finish == "length" else ""
-        return f"{self.new_tokens} tokens in {self.elapsed_s:.2f} s ({rate:.1f} tok/s){ended}"
+        return f"{counted(self.new_tokens, 'token')} in {self.elapsed_s:.2f} s ({rate:.1f} tok/s){ended}"
 
 
 def _written(tokens: "Iterable[Token]", prompt_tokens: int, *, as_json: bool) -> Continuation:

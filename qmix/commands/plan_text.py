@@ -6,6 +6,7 @@ from qmix.planning.byte_sizes import show
 from qmix.planning.estimate import Estimate, Quantization
 from qmix.planning.speed import Speed, figure, rates_used
 from qmix.printable import escaped
+from qmix.quantities import counted
 
 # Nobody decodes a single row faster than this: a step's launches take longer than its bytes.
 _FASTEST = 1000
@@ -27,7 +28,7 @@ def text(answer: PlanAnswer) -> str:
     layers, experts = model.config.num_hidden_layers, model.config.num_local_experts
     batch = f", batch {planned.batch}" if planned.batch > 1 else ""
     lines = [
-        f"{model.name}: {layers} layers of {experts} experts, {how}",
+        f"{model.name}: {counted(layers, 'layer')} of {counted(experts, 'expert')}, {how}",
         f"on {answer.place}, context {planned.context}{batch}",
         "",
         *_verdict(estimate),

@@ -23,6 +23,7 @@ from qmix.planning.gpus import Card
 from qmix.planning.plan import plan
 from qmix.planning.roofline import Rate, Rates
 from qmix.planning.stored_model import StoredModel
+from qmix.quantities import counted
 from qmix.weights.scheme import DENSE, Scheme, check_group_size
 
 # Where nothing was measured: two channels of DDR4 as a matrix-vector product reads them (38 GB/s),
@@ -198,7 +199,7 @@ class _Target:
             memory = f"{show(self.ram)} of host memory"
         if self.vram is None:
             model = machine.processor()
-            return f"{model}, {machine.cores()} cores, {memory}, no GPU"
+            return f"{model}, {counted(machine.cores(), 'core')}, {memory}, no GPU"
         if self.gpu is not None:
             name = self.gpu.name
         elif self.card is not None:

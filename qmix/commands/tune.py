@@ -13,6 +13,7 @@ import typer
 from qmix.commands import options, sources, terminal
 from qmix.errors import ResourceError, UnsupportedError, UsageError
 from qmix.printable import escaped
+from qmix.quantities import counted
 
 if TYPE_CHECKING:
     from qmix import MixtralForCausalLM
@@ -116,5 +117,5 @@ def _line(found: "Found") -> str:
     assert found.entry is not None
     entry, rejected = found.entry, len(found.rejected)
     gain = 100 * (1 - entry.microseconds / entry.untuned)
-    failed = f"; {rejected} choices failed" if rejected else ""
+    failed = f"; {counted(rejected, 'choice')} failed" if rejected else ""
     return f"{entry.key.shapes}: {gain:.1f} % faster with {axes.changes(found.tuning)}{failed}"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qmix.experts.residency import Counts
+from qmix.quantities import counted
 
 _PER_TOKEN = ("interconnect_bytes", "in_place_bytes", "disk_bytes")
 _COUNTERS = (
@@ -97,7 +98,7 @@ class Statistics:
         if self.unpinned_bytes:
             parts.append(f"{self.unpinned_bytes / 2**30:.1f} GiB not pinned")
         if self.failures:
-            parts.append(f"{self.failures} copies failed")
+            parts.append(f"{counted(self.failures, 'copy')} failed")
         return " · ".join(parts)
 
 

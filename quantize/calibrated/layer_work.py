@@ -15,10 +15,11 @@ from qmix.weights.scheme import Recipe, Scheme
 
 PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
 # Seconds a unit, for kinds that were not measured yet. These and the constants below are of one
-# core (AVX-512, 2026-11-29): a solve of 256 to 3584 inputs took 370 us an input and 0.36 us a
-# weight besides its arithmetic; at 28,672 outputs, whose groups leave the cache, 0.6 us a weight.
-EXPECTED: Mapping[str, float] = {PASS: 1 / 70e9, SOLVE: 1 / 150e9, ROUND: 1 / 4e6, HASH: 1 / 5e8}
-_INPUT_WORK, _WEIGHT_WORK = 55e6, 54e3  # in operations
+# core (AVX-512, 2026-11-29). A solve took 370 us an input and 0.36 us a weight besides its
+# arithmetic, which reached 150 GFLOP/s on a quiet machine and 45 on a busy one: 60 is between.
+EXPECTED: Mapping[str, float] = {PASS: 1 / 70e9, SOLVE: 1 / 60e9, ROUND: 1 / 4e6, HASH: 1 / 5e8}
+_INPUT_WORK, _WEIGHT_WORK = 22e6, 22e3  # in operations
+_CACHED_ROWS = 40_000  # at so many outputs a weight takes twice as long: groups leave the cache
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class LayerWork:
         """Of rounding matrices [N, K]: the factor, the greedy pass, and the rounds after."""
         each = 1 + 2 * self.options.rounding.refine + (4 if self.options.correct else 0)
         arithmetic = columns**3 / 3 + each * rows * columns**2
-        weight_work = _WEIGHT_WORK * (1 + rows / 40_000)
+        weight_work = _WEIGHT_WORK * (1 + rows / _CACHED_ROWS)
         return count * (arithmetic + _INPUT_WORK * columns + weight_work * rows * columns)
 
     def total(self, layer: int, tokens: int, recipe: Recipe) -> dict[str, float]:
