@@ -312,9 +312,8 @@ def measure_test(
     if test.kind == "pp":
         return result
     cache.rewind(test.depth)
-    chosen = [ids[:, -1:], *(token.ids[:, None] for token in tokens)]
-    steps = chosen[: min(_COUNTED_STEPS, test.tokens)]
-    return _with_traffic(result, model, cache, steps, bound)
+    fed = [ids[:, -1:], *(token.ids[:, None] for token in tokens[:-1])]
+    return _with_traffic(result, model, cache, fed[:_COUNTED_STEPS], bound)
 
 
 def _with_traffic(
