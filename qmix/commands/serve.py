@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _KEY = "QMIX_API_KEY"
 _KEY_FILE_BYTES = 4096
 _CONTEXT = 4096
-_PACKAGES = ("starlette", "uvicorn", "prometheus_client")  # of the extra
+_PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
 _DESCRIPTORS = 1 << 16  # a connection is one; systems give programs 1,024 if they do not ask
 _NET, _WORK = "Network", "Requests"
 

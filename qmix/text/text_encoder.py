@@ -188,6 +188,15 @@ class TextEncoder(TokenTable):
             truncation_side=self.truncation_side,
         )
 
+    def continued(self, text: str) -> list[int]:
+        """The ids of a text that goes on behind others; no special token counts as one.
+
+        Raises:
+            UsageError: it is not Unicode text.
+        """
+        self._check_unicode(text)
+        return self._backend.encode(text, match="none", starts=False)
+
     def _ordinary(self, text: str, split: bool | None) -> list[int]:
         """The ids of a text without what goes around it."""
         self._check_unicode(text)

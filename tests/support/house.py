@@ -95,6 +95,7 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.serving.http.event_stream", "qmix.serving.http.flight", "qmix.serving.http.guard"),
         "qmix.serving.http.server",
     },
+    "llguidance": {"qmix.serving.grammar"},
     "prometheus_client": {"qmix.serving.http.metrics"},
     "uvicorn": {"qmix.serving.http.connection", "qmix.serving.http.server"},
     "pynvml": {"qmix.commands.chat.energy"},

@@ -96,7 +96,6 @@ OTHERS = Others(
         "tool_choice": Refused("there are no tool calls", ("none", "auto")),
         "functions": Refused("there are no tool calls", ([],)),
         "function_call": Refused("there are no tool calls", ("none", "auto")),
-        "response_format": Refused("replies are text", ({"type": "text"},)),
         "modalities": Refused("replies are text", (["text"],)),
         "audio": Refused("replies are text"),
         "prediction": Refused("there is no speculative decoding"),

@@ -60,7 +60,6 @@ OTHERS = Others(
     refused={
         "suffix": Refused("the model does not fill in", ("",)),
         "best_of": Refused("give n", (1,)),
-        "response_format": Refused("replies are text", ({"type": "text"},)),
     },
 )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from qmix.serving.grammar import token_bytes
 from qmix.serving.request import LogProb
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
 from qmix.text.tokenizer import LlamaTokenizer
@@ -57,21 +58,13 @@ def _entry(index: int, value: float, pieces: Pieces) -> dict[str, Any]:
     return {
         "token": _shown(index, pieces),
         "logprob": max(value, _LEAST),
-        "bytes": list(_bytes(index, pieces)),
+        "bytes": list(token_bytes(index, pieces)),
     }
-
-
-def _bytes(index: int, pieces: Pieces) -> bytes:
-    if index >= len(pieces.names):  # a row of a padded embedding
-        return b""
-    if index in pieces.controls:
-        return pieces.names[index].encode()
-    return pieces.bytes_by_id.get(index) or pieces.texts[index].encode()
 
 
 def _shown(index: int, pieces: Pieces) -> str:
     """A token as text; bytes that are no character as OpenAI writes them."""
-    data = _bytes(index, pieces)
+    data = token_bytes(index, pieces)
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -3,18 +3,22 @@
 Knows no prompts.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qmix.generation.config import MAX_NEW_TOKENS, GenerationConfig
 from qmix.generation.logits_processors import LogitsProcessor
+from qmix.serving import grammar
 from qmix.serving.biases import LogitBias, OccurrencePenalties
 from qmix.serving.http.fields import Items, Number, Whole, WrongValueError, flag, taken, text
 
 MAX_CHOICES = 16
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _MAX_BIASES = 1024
+_FORMATS = ("text", "json_object", "json_schema")
+_MAX_SCHEMA_CHARACTERS, _MAX_REGEX_CHARACTERS = 1 << 16, 4096
 _MAX_ID = (1 << 31) - 1
 TOKENS = Whole(1, MAX_NEW_TOKENS)
 
@@ -47,6 +51,30 @@ def includes_usage(value: Any) -> bool:
     return flag(value.get("include_usage", False))
 
 
+def grammar_of_format(value: Any) -> str | None:
+    """The grammar of a response_format; None: any text."""
+    if not isinstance(value, dict) or value.get("type") not in _FORMATS:
+        raise WrongValueError("an object whose type is " + ", ".join(_FORMATS))
+    if value["type"] == "text":
+        return None
+    if value["type"] == "json_object":
+        return grammar.of_schema({"type": "object"})
+    described = value.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise WrongValueError("an object", ".json_schema.schema")
+    if len(json.dumps(schema)) > _MAX_SCHEMA_CHARACTERS:
+        raise WrongValueError(f"at most {_MAX_SCHEMA_CHARACTERS} characters", ".json_schema.schema")
+    return grammar.of_schema(schema)
+
+
+def grammar_of_regex(value: Any) -> str:
+    """The grammar of a regular expression."""
+    if len(text(value)) > _MAX_REGEX_CHARACTERS:
+        raise WrongValueError(f"at most {_MAX_REGEX_CHARACTERS} characters")
+    return grammar.of_regex(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingFields:
     """See docs/serving.md."""
@@ -75,6 +103,18 @@ class SamplingFields:
     stream_options: bool = taken(
         includes_usage, "include_usage sends the usage in a last chunk.", False
     )
+
+    response_format: str | None = taken(
+        grammar_of_format, "text, json_object or json_schema, of at most 65536 characters."
+    )
+    guided_regex: str | None = taken(
+        grammar_of_regex, "What the whole reply matches, of at most 4096 characters."
+    )
+
+    @property
+    def grammar(self) -> str | None:
+        """What the reply is to follow."""
+        return self.response_format or self.guided_regex
 
     def config(
         self, defaults: GenerationConfig, new_tokens: int, choice: int = 0

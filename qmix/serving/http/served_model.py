@@ -3,13 +3,14 @@
 Knows no HTTP and runs nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.serving.grammar import GrammarMask, Grammars
 from qmix.serving.http.chat_request import ChatRequest
 from qmix.serving.http.completion_request import CompletionRequest, Prompt
 from qmix.serving.http.errors import ApiError
@@ -46,6 +47,7 @@ class ServedModel:
     chat_ends: tuple[int, ...]
     limits: Limits
     vocab_size: int
+    grammars: Grammars
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class ServedModel:
             chat_ends=() if own is None else tokenizer.end_ids(own),
             limits=limits,
             vocab_size=model.config.vocab_size,
+            grammars=Grammars(tokenizer, model.generation_config.eos_ids),
         )
 
     @property
@@ -126,12 +129,14 @@ class ServedModel:
         ids = self.chat_ids(asked.messages, continues=asked.continue_final_message)
         new_tokens = asked.new_tokens or self.limits.context
         self._check_length(ids, "messages")
+        mask = self._masks(asked)
         return [
             Request(
                 ids,
                 asked.config(self.defaults, new_tokens, choice).with_ends(self.chat_ends),
-                starts_new_text=not asked.continue_final_message,
-                processors=asked.processors(len(ids)),
+                # A grammar sees the first token's space, so that it stays in the text.
+                starts_new_text=not asked.continue_final_message and asked.grammar is None,
+                processors=[*asked.processors(len(ids)), *mask(len(ids))],
                 top_logprobs=asked.reported,
                 deadline_s=deadline_s,
             )
@@ -173,11 +178,12 @@ class ServedModel:
                 param="prompt",
                 code="invalid_value",
             )
+        mask = self._masks(asked)
         return [
             Request(
                 ids,
                 asked.config(self.defaults, max(asked.max_tokens, 1), choice),
-                processors=asked.processors(len(ids)),
+                processors=[*asked.processors(len(ids)), *mask(len(ids))],
                 top_logprobs=asked.logprobs,
                 prompt_logprobs=asked.echo and asked.logprobs is not None,
                 deadline_s=deadline_s,
@@ -217,6 +223,23 @@ class ServedModel:
             for prompt in asked.prompt
         ]
         return [text for text in texts for _ in range(asked.n)]
+
+    def _masks(self, asked: SamplingFields) -> Callable[[int], list[GrammarMask]]:
+        """What makes the masks of a choice, from the length of its prompt.
+
+        Raises:
+            ApiError: there are two grammars, or one is none.
+        """
+        if asked.grammar is None:
+            return lambda prompt_tokens: []
+        param = "guided_regex" if asked.response_format is None else "response_format"
+        if asked.response_format is not None and asked.guided_regex is not None:
+            raise ApiError("give response_format or guided_regex", param=param)
+        try:
+            matcher = self.grammars.compiled(asked.grammar)
+        except UsageError as error:
+            raise ApiError(str(error), param=param, code="invalid_value") from None
+        return lambda prompt_tokens: [GrammarMask(matcher.deep_copy(), prompt_tokens)]
 
     def _prompt_ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):

@@ -1,6 +1,8 @@
 """OpenAI's own client against a server: chats, completions, streams, and their errors."""
 
 import asyncio
+import json
+import re
 
 import openai
 import pytest
@@ -9,6 +11,7 @@ import torch
 from qmix.generation.config import GenerationConfig
 from qmix.text import chat_template
 from tests.support.http_server import serving
+from tests.support.promptness import within
 
 ASK = [{"role": "user", "content": "def add(a, b):"}]
 
@@ -295,7 +298,14 @@ WRONG = [
     ({"stop": [""]}, "stop", "1 to 256"),
     ({"stop": ["x"] * 17}, "stop", "0 to 16"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}},
+        "response_format",
+        "not a grammar",
+    ),
+    ({"extra_body": {"guided_regex": "("}}, "guided_regex", "not a grammar"),
+    ({"extra_body": {"guided_regex": "a" * 4097}}, "guided_regex", "4096"),
     ({"extra_body": {"best_of": 2}}, "best_of", "unrecognized"),
     ({"extra_body": {"continue_final_message": True}}, "continue_final_message", "assistant"),
     ({"stream_options": {"usage": True}}, "stream_options", "include_usage"),
@@ -364,3 +374,43 @@ def test_another_model_and_embeddings_are_not_here(client, chat):
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError, match="no embeddings"):
         client.embeddings.create(model="tiny", input="x")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["list", "größe"]},
+        "size": {"type": "integer", "minimum": 3, "maximum": 17},
+        "parts": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    },
+    "required": ["kind", "size", "parts"],
+    "additionalProperties": False,
+}
+
+
+def test_replies_follow_a_schema_whatever_is_drawn(chat):
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    options = {"response_format": asked, "temperature": 1.5, "n": 4, "seed": 3, "max_tokens": 100}
+    for choice in chat(**options).choices:
+        assert choice.finish_reason == "stop"
+        found = json.loads(choice.message.content)
+        assert set(found) == {"kind", "size", "parts"}
+        assert found["kind"] in ("list", "größe")
+        assert 3 <= found["size"] <= 17
+        assert len(found["parts"]) <= 2
+
+
+def test_replies_match_a_regular_expression_to_the_first_space(chat, complete):
+    guided = {"extra_body": {"guided_regex": " ?[a-c]{4}-[0-9]{2}"}, "max_tokens": 30}
+    for reply in (chat(**guided).choices[0].message.content, complete(**guided).choices[0].text):
+        assert re.fullmatch(" ?[a-c]{4}-[0-9]{2}", reply)
+    assert chat(response_format={"type": "json_object"}).choices[0].message.content[0] == "{"
+
+
+@pytest.mark.parametrize(
+    "bomb", ["((a{1,999}){1,999}){1,999}b", "(((((a?){50}){50}){50}){50}){50}"]
+)
+def test_an_expression_that_explodes_costs_little(chat, bomb):
+    with within(3):
+        content = chat(max_tokens=3, extra_body={"guided_regex": bomb}).choices[0].message.content
+    assert set(content) <= {"a"}

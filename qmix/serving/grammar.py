@@ -1,0 +1,139 @@
+"""Grammars: masks that keep a reply within a JSON schema or a regular expression, by llguidance.
+
+Knows no HTTP. llguidance is imported when the first grammar is needed.
+"""
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qmix.errors import QmixError, UsageError
+from qmix.text.detokenizer import Pieces
+from qmix.text.tokenizer import LlamaTokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+# Fuel bounds the work: about 20 ms to read a grammar's expressions, 15 ms and 3 ms for a mask.
+_FUEL = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
+_SIZE = {"max_items_in_row": 2000, "max_lexer_states": 50_000, "max_grammar_size": 100_000}
+
+# One way to write a document: a small model would fill its reply with white space.
+_JSON: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer; threads wait for each other only at the first.
+
+    Args:
+        ends: ids that end a reply.
+    """
+
+    def __init__(self, tokenizer: LlamaTokenizer, ends: Sequence[int]) -> None:
+        self._tokenizer, self._ends = tokenizer, list(ends)
+        self._lock = Lock()
+        self._words: LLTokenizer | None = None
+
+    def compiled(self, grammar: str) -> "LLMatcher":
+        """A matcher of a grammar in llguidance's own form; each reply needs a copy.
+
+        Raises:
+            UsageError: it is none, or too complex.
+        """
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(**_FUEL, **_SIZE)
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            said = next(iter(matcher.get_error().splitlines()), "")
+            raise UsageError(
+                "not a grammar that can be followed", where="grammar", found=said[:200]
+            )
+        return matcher
+
+    def _vocabulary(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        with self._lock:
+            if self._words is None:
+                wrapped = TokenizerWrapper(_Words(self._tokenizer))
+                self._words = LLTokenizer(wrapped, eos_token=self._ends)
+            return self._words
+
+
+class GrammarMask:
+    """A logits processor of one reply.
+
+    Args:
+        matcher: nobody else's.
+        prompt_tokens: ids before the reply.
+    """
+
+    def __init__(self, matcher: "LLMatcher", prompt_tokens: int) -> None:
+        self._matcher, self._read = matcher, prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (1, V), excluded ids at -inf, by the ids so far (1, L).
+
+        Raises:
+            QmixError: the grammar costs too much to go on with.
+        """
+        new = input_ids[0, self._read :].tolist()
+        self._read += len(new)
+        for index in new:
+            self._matcher.consume_token(index)
+        bias = self._matcher.compute_logit_bias()
+        if self._matcher.is_error():
+            said = next(iter(self._matcher.get_error().splitlines()), "")
+            raise QmixError("the grammar cannot be followed", found=said[:200])
+        allowed = torch.frombuffer(bytearray(bias), dtype=torch.uint8).bool()
+        mask = torch.zeros(scores.shape[1], dtype=torch.bool)
+        mask[: len(allowed)] = allowed[: len(mask)]
+        return scores.masked_fill(~mask.to(scores.device), -torch.inf)
+
+
+class _Words:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+        self.eos_token_id = tokenizer.eos_token_id
+        self.bos_token_id = tokenizer.bos_token_id
+        self.special_token_ids = sorted(tokenizer.pieces.controls)
+        self.tokens = [token_bytes(i, tokenizer.pieces) for i in range(len(tokenizer.pieces.names))]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("a string")  # llguidance asks whether bytes are taken
+        return self._tokenizer.continued(text)
+
+
+def token_bytes(index: int, pieces: Pieces) -> bytes:
+    """What a token stands for; a control token for its name."""
+    if index >= len(pieces.names):  # a row of a padded embedding
+        return b""
+    if index in pieces.controls:
+        return pieces.names[index].encode()
+    return pieces.bytes_by_id.get(index) or pieces.texts[index].encode()
+
+
+def of_schema(schema: dict[str, Any]) -> str:
+    """A JSON schema as a grammar; {"type": "object"} is any object."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
+
+
+def of_regex(regex: str) -> str:
+    """A regular expression, of the whole reply, as a grammar."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(regex)
