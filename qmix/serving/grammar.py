@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-# Fuel bounds the work: about 20 ms to read a grammar's expressions, 15 ms and 3 ms for a mask.
-_FUEL = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
-_SIZE = {"max_items_in_row": 2000, "max_lexer_states": 50_000, "max_grammar_size": 100_000}
-
 # One way to write a document: a small model would fill its reply with white space.
 _JSON: "JsonCompileOptions" = {
     "whitespace_flexible": False,
@@ -50,7 +46,15 @@ class Grammars:
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(**_FUEL, **_SIZE)
+        # Bounds on the work: about 20 ms for a grammar's expressions, 17 ms for a mask.
+        limits = LLParserLimits(
+            max_items_in_row=2000,
+            initial_lexer_fuel=1_000_000,
+            step_lexer_fuel=200_000,
+            step_max_items=50_000,
+            max_lexer_states=50_000,
+            max_grammar_size=100_000,
+        )
         matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
             said = next(iter(matcher.get_error().splitlines()), "")
