@@ -6,8 +6,7 @@ from typing import Any
 
 from qmix.evals.timing.machine_code import KernelSource
 from qmix.kernels.gpu import fused_triton, moe, moe_triton
-from qmix.kernels.gpu.fused import router_options
-from qmix.kernels.gpu.grid import Config, configs
+from qmix.kernels.gpu.grid import Config, configs, roomy
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.tile_format import TileFormat
 
@@ -110,7 +109,7 @@ class WeightKernel:
             self.arch,
             weights=tile_format.inputs,  # 16 byte rows of two weights, over 32 threads
             copies=tile_format.inputs // 32,
-            options=router_options(config) if self.kernel == "matmul_add_route" else {},
+            options=roomy(config) if self.kernel in ("gate_up", "matmul_add_route") else {},
         )
 
     def _norm_and_heads(self) -> dict[str, object]:

@@ -16,7 +16,6 @@ of 128. Nothing here has a backward pass.
 Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from qmix.kernels.gpu import fused_triton as kernels
 from qmix.kernels.gpu import moe
-from qmix.kernels.gpu.grid import UNTUNED, Config, Grid, Tuning
+from qmix.kernels.gpu.grid import UNTUNED, Grid, Tuning, roomy
 from qmix.kernels.gpu.launch import dependency, launch, power_of_2
 from qmix.kernels.gpu.moe import Finish
 from qmix.kernels.gpu.pointwise import norm_warps
@@ -73,15 +72,6 @@ class Early:
 
 
 LATE = Early()
-
-
-def router_options(config: Config) -> Mapping[str, object]:
-    """Compiler options of o_proj with the router.
-
-    Left alone, the assembler of Triton 3.7 keeps Int4 to 80 registers on sm_100 and spills 16
-    bytes. 128 are still eight blocks of two warps a multiprocessor; other blocks would spill there.
-    """
-    return {"maxnreg": 128} if (config.columns, config.warps) == (8, 2) else {}
 
 
 def counters(rows: int, device: torch.device) -> Tensor:
@@ -185,7 +175,7 @@ def project_route(
             **moe.slices(normed.squares),
             **_last_slices(last),
         }
-        constants |= {**early.constants, **router_options(grid.config)}
+        constants |= {**early.constants, **roomy(grid.config)}
         return Finish(kernels.matmul_add_route, arguments, constants)
 
     moe.linear_partials(x, weight, tuning, finish=finish)

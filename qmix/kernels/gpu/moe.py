@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.kernels.gpu import moe_triton
-from qmix.kernels.gpu.grid import UNTUNED, Config, Grid, Tuning, columns_for, grid_for
+from qmix.kernels.gpu.grid import UNTUNED, Config, Grid, Tuning, columns_for, grid_for, roomy
 from qmix.kernels.gpu.launch import dependency, launch, multiprocessors, power_of_2
 from qmix.kernels.moe import DECODE_TOKENS, Routes
 from qmix.weights.packed.layout import PackedMatrix
@@ -160,7 +160,8 @@ def _gate_up(
         table.addresses[layer], x16, inner, *merged, ids, *groups.tensors, squares,
         tokens, hidden, width, grid.splits,
         **_constants(table.gate_up, grid.config), **_choice(routes, table, groups),
-        **slices(squares), **dependency(dependent), SHRINK=SHRINK, SHARED=sharing,
+        **slices(squares), **dependency(dependent), **roomy(grid.config),
+        SHRINK=SHRINK, SHARED=sharing,
     )  # fmt: skip
     return inner
 
