@@ -206,7 +206,8 @@ def test_no_field_of_mlx_is_left_in_another_format(tmp_path):
     document = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization" not in document
     assert [str(note).split(":")[0] for note in result.notes] == [
-        "an embedding in codes, where the format has 16 bits"
+        "an embedding in codes, where the format has 16 bits",
+        "codes of 5 or 6 bits take 8 bits there",
     ]
 
 

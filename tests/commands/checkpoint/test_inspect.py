@@ -118,11 +118,13 @@ def test_schemes_have_their_names():
 
     assert expert_schemes("compressed-tensors-0.20.0/nvfp4") == {"NVFP4 b16"}
     assert expert_schemes("compressed-tensors-0.20.0/mxfp4") == {"MXFP4 b32"}
-    assert expert_schemes("gguf-Q4_K_M.gguf") == {"Q4_K: int4 g32 asymmetric", "Q6_K: int8 g16"}
+    assert expert_schemes("gguf-Q4_K_M.gguf") == {"Q4_K: int4 g32 asymmetric", "Q6_K: int6 g16"}
 
 
 def test_bits_in_memory_are_told_beside_those_of_the_file():
-    """Codes of 6.6 bits become bytes."""
-    found = inspect(GOLDEN / "gguf-Q4_K_M.gguf")
+    """Scales of one byte become 32 bits; codes of 6 bits stay 6 bits."""
+    found = inspect(GOLDEN / "compressed-tensors-0.20.0/nvfp4")
     assert found.loaded_bytes > found.stored_bytes
+    kept = inspect(GOLDEN / "gguf-Q4_K_M.gguf")
+    assert kept.loaded_bytes < kept.stored_bytes
     assert found.to_dict()["loaded_bytes"] == found.loaded_bytes
