@@ -122,7 +122,7 @@ def test_schemes_have_their_names():
 
 
 def test_bits_in_memory_are_told_beside_those_of_the_file():
-    """Scales of one byte become 32 bits; codes of 6 bits stay 6 bits."""
+    """Also where they are fewer: codes of 6 bits stay 6 bits."""
     found = inspect(GOLDEN / "compressed-tensors-0.20.0/nvfp4")
     assert found.loaded_bytes > found.stored_bytes
     kept = inspect(GOLDEN / "gguf-Q4_K_M.gguf")
