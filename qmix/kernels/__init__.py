@@ -24,11 +24,11 @@ from qmix.kernels import attention, bnb, dense, pointwise, reference, tiles
 from qmix.kernels.attention import CAUSAL, AttentionMask, Implementation, visible
 from qmix.kernels.backend import current, overridden, override
 from qmix.kernels.cpu import matmul
-from qmix.kernels.cpu.library import attends, library
+from qmix.kernels.cpu.library import DENSE_TOKENS, attends, library
 from qmix.kernels.cpu.pointers import takes
 from qmix.kernels.gpu import packed_matmul, probe
 from qmix.kernels.gradients import needs_grad
-from qmix.kernels.moe import Routes, moe_forward, moe_forward_token
+from qmix.kernels.moe import ExpertTokens, Routes, moe_forward, moe_forward_few
 from qmix.kernels.pointwise import rotary
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense, Weight
@@ -132,9 +132,9 @@ def experts(
         return reference.experts(x, routes, weights, act)
     if overridden():
         return moe_forward(x, routes, weights, act, linears)
-    one_token = len(x) == 1 and x.is_cpu and library().isa is not None
-    if one_token and act is F.silu and not needs_grad(x):
-        return moe_forward_token(x, routes, weights, _add_experts, resident=resident)
+    few = 0 < len(x) <= DENSE_TOKENS and x.is_cpu and library().isa is not None
+    if few and act is F.silu and not needs_grad(x):
+        return moe_forward_few(x, routes, weights, _add_experts, resident=resident)
     return moe_forward(x, routes, weights, act, linears)
 
 
@@ -154,14 +154,15 @@ def packed_experts(
 
 
 def _add_experts(
-    x: Tensor, chosen: Sequence[Expert], routing_weights: Sequence[float], out: Tensor
+    x: Tensor, chosen: Sequence[Expert], through: Sequence[ExpertTokens], out: Tensor
 ) -> None:
     if all(_compiled(x, (expert.w1, expert.w2, expert.w3)) for expert in chosen):
-        matmul.add_experts(x, chosen, routing_weights, out)
+        matmul.add_experts(x, chosen, through, out)
         return
-    for expert, routing_weight in zip(chosen, routing_weights, strict=True):
-        gate, up = linears(x, (expert.w1, expert.w3))
-        out += linear(F.silu(gate) * up, expert.w2).float() * routing_weight
+    for expert, own in zip(chosen, through, strict=True):
+        gate, up = linears(x[list(own.tokens)], (expert.w1, expert.w3))
+        y = linear(F.silu(gate) * up, expert.w2).float()
+        out.index_add_(0, torch.tensor(own.tokens), y * torch.tensor(own.routing_weights)[:, None])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -51,24 +51,38 @@ def moe_forward(
     return out.to(x.dtype)
 
 
-def moe_forward_token(
+@dataclass(frozen=True)
+class ExpertTokens:
+    """Which tokens of a batch go through an expert, and with which routing weights."""
+
+    tokens: tuple[int, ...]
+    routing_weights: tuple[float, ...]
+
+
+def moe_forward_few(
     x: Tensor,
     routes: Routes,
     weights: Sequence[Expert],
-    add_experts: Callable[[Tensor, Sequence[Expert], Sequence[float], Tensor], None],
+    add_experts: Callable[[Tensor, Sequence[Expert], Sequence[ExpertTokens], Tensor], None],
     *,
     resident: bool,
 ) -> Tensor:
-    """`moe_forward` of one token: (1, D) -> (1, D).
+    """`moe_forward` of a few tokens: (T, D) -> (T, D).
 
     Args:
-        add_experts: adds the experts' outputs for x [1, D], times their routing weights, to a
-            float32 sum [1, D].
+        add_experts: adds the experts' outputs for their tokens of x, times the routing weights, to
+            a float32 sum [T, D].
         resident: hand it all experts at once; otherwise one after the other, in ascending order.
     """
-    weight_of = dict(zip(routes.ids.tolist()[0], routes.weights.tolist()[0], strict=True))
-    ids = sorted(weight_of)
+    through: dict[int, list[tuple[int, float]]] = {}
+    for token, (ids, shares) in enumerate(
+        zip(routes.ids.tolist(), routes.weights.tolist(), strict=True)
+    ):
+        for index, share in zip(ids, shares, strict=True):
+            through.setdefault(index, []).append((token, share))
+    chosen = sorted(through)
     out = torch.zeros(x.shape, dtype=torch.float32)
-    for group in [ids] if resident else [[index] for index in ids]:
-        add_experts(x, [weights[i] for i in group], [weight_of[i] for i in group], out)
+    for group in [chosen] if resident else [[index] for index in chosen]:
+        tokens = [ExpertTokens(*zip(*through[index], strict=True)) for index in group]
+        add_experts(x, [weights[index] for index in group], tokens, out)
     return out.to(x.dtype)

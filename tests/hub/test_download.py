@@ -279,7 +279,7 @@ def test_a_model_is_quantized_shard_by_shard_and_nothing_of_it_stays(org_tiny, t
 
     out, used = tmp_path / "out", []
 
-    def watch(_):
+    def watch(*_):
         folders = (tmp_path / "home", tmp_path / "out.partial")
         paths = [path for folder in folders for path in folder.rglob("*")]
         used.append(sum(p.stat().st_size for p in paths if p.is_file() and not p.is_symlink()))

@@ -192,19 +192,23 @@ def test_a_file_that_is_damaged_meanwhile_is_named_and_can_be_mended(saved, tmp_
 def test_an_interruption_between_products_costs_nothing(saved, monkeypatch, prompt):
     expected = greedy(MixtralForCausalLM.from_pretrained(saved["nf4"], device="cpu"), prompt, 4)
     model = offloaded(saved["nf4"], 3)
-    plain, count = kernels.linears, []
+    count = []
 
-    def interrupted(x, weights):
-        count.append(1)
-        if len(count) % 13 == 0:
-            raise KeyboardInterrupt
-        return plain(x, weights)
+    def interrupted(plain):
+        def product(*given):
+            count.append(1)
+            if len(count) % 13 == 0:
+                raise KeyboardInterrupt
+            return plain(*given)
 
-    monkeypatch.setattr(kernels, "linears", interrupted)
-    for _ in range(4):
-        with pytest.raises(KeyboardInterrupt):
-            greedy(model, prompt, 4)
-    monkeypatch.setattr(kernels, "linears", plain)
+        return product
+
+    with monkeypatch.context() as patch:
+        for name in ("linears", "_add_experts"):
+            patch.setattr(kernels, name, interrupted(getattr(kernels, name)))
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                greedy(model, prompt, 4)
     assert torch.equal(greedy(model, prompt, 4)[1], expected[1])
 
 

@@ -77,7 +77,6 @@ class ExpertMatrices(Structure):
         ("gate_perm", c_void_p),
         ("up_perm", c_void_p),
         ("down_perm", c_void_p),
-        ("routing_weight", c_float),
     )
 
 
@@ -97,6 +96,14 @@ class TokenLayer(Structure):
         ("num_experts", c_int64),
         ("experts_per_token", c_int64),
         ("eps", c_float),
+    )
+
+
+class ExpertTokens(Structure):
+    _fields_ = (
+        ("counts", c_void_p),
+        ("tokens", c_void_p),
+        ("routing_weights", c_void_p),
     )
 
 

@@ -25,7 +25,14 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
     "matmul_packed": (POINTER(structs.TiledMatrix), c_void_p, c_void_p, c_int64),
     "matmul_dense": (POINTER(structs.DenseMatmul),),
     "rms_norm": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float),
-    "moe_token": (POINTER(structs.ExpertMatrices), c_int64, c_void_p, c_void_p, c_int32),
+    "add_experts": (
+        POINTER(structs.ExpertMatrices),
+        c_int64,
+        POINTER(structs.ExpertTokens),
+        c_void_p,
+        c_void_p,
+        c_int32,
+    ),
     "before_attention": (POINTER(structs.TokenLayer), c_void_p, c_void_p, c_void_p, c_void_p),
     "after_attention": (
         POINTER(structs.TokenLayer), POINTER(structs.TokenRoute), c_void_p, c_void_p,

@@ -20,7 +20,7 @@ from qmix.kernels.cpu import build
 from qmix.kernels.cpu import ctypes_structs as structs
 from qmix.kernels.cpu.functions import Functions, torch_threads
 from qmix.kernels.cpu.pointers import TokenLayer, expert_of, matrix_of
-from qmix.kernels.moe import Routes
+from qmix.kernels.moe import ExpertTokens, Routes
 from qmix.weights.affine import Affine
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import HEADER_BYTES
@@ -142,7 +142,7 @@ class Library:
         self,
         x: Tensor,
         experts: Sequence[tuple[Table | Affine, Table | Affine, Table | Affine]],
-        routing_weights: Sequence[float],
+        through: Sequence[ExpertTokens],
         out: Tensor,
         *,
         quantize_activations: bool,
@@ -150,17 +150,20 @@ class Library:
         """Add `routing_weight * down(silu(gate x) * (up x))` of each expert to `out`, in order.
 
         Args:
-            x: one token [1, D], float32 and contiguous; `out` likewise.
+            x: a few tokens [T, D], float32 and contiguous; `out` likewise.
             experts: gate, up and down of each.
+            through: which tokens go through each.
             quantize_activations: whether 16-bit integers may stand for activations and table.
         """
         references: list[Tensor] = []  # what the pointers point to
         array = (structs.ExpertMatrices * len(experts))(
             *(expert_of(expert, references) for expert in experts)
         )
-        for entry, routing_weight in zip(array, routing_weights, strict=True):
-            entry.routing_weight = routing_weight
-        self._call("moe_token", array, len(experts), x, out, quantize_activations)
+        counts = torch.tensor([len(one.tokens) for one in through])
+        tokens = torch.tensor([token for one in through for token in one.tokens])
+        weights = torch.tensor([weight for one in through for weight in one.routing_weights])
+        pointers = structs.ExpertTokens(*(part.data_ptr() for part in (counts, tokens, weights)))
+        self._call("add_experts", array, len(experts), pointers, x, out, quantize_activations)
 
     def before_attention(self, layer: TokenLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Norm, projections and rotation of x [1, 1, D]: queries, keys and values, one run.

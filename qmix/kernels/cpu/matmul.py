@@ -15,6 +15,7 @@ from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.cpu.pointers import takes
 from qmix.kernels.gradients import needs_grad
+from qmix.kernels.moe import ExpertTokens
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
@@ -41,11 +42,11 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
 
 
 def add_experts(
-    x: Tensor, experts: Sequence[Expert], routing_weights: Sequence[float], out: Tensor
+    x: Tensor, experts: Sequence[Expert], through: Sequence[ExpertTokens], out: Tensor
 ) -> None:
     """Add `routing_weight * w2(silu(w1 x) * w3 x)` of each 4-bit expert to `out`, in order.
 
-    x is one token [1, D], out float32 [1, D]; no value between them is rounded to x's dtype.
+    x is a few tokens [T, D], out float32 [T, D]; no value between them is rounded to x's dtype.
     """
     compiled = library()
     assert compiled.isa is not None
@@ -53,7 +54,7 @@ def add_experts(
     compiled.add_experts(
         x.float().contiguous(),
         four_bit,
-        routing_weights,
+        through,
         out,
         quantize_activations=x.dtype.itemsize == 2,
     )

@@ -90,7 +90,7 @@ class TokenLayer:
 def expert_of(
     matrices: tuple[Table | Affine, Table | Affine, Table | Affine], references: list[Tensor]
 ) -> structs.ExpertMatrices:
-    """The structure of gate, up and down; its routing weight is not set."""
+    """The structure of gate, up and down."""
     perms = (perm_of(matrix, references) for matrix in matrices)
     return structs.ExpertMatrices(*(matrix_of(matrix, references) for matrix in matrices), *perms)
 

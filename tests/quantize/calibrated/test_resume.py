@@ -281,9 +281,10 @@ def test_ctrl_c_ends_after_the_layer_with_75_and_the_command_goes_on(whole, tmp_
     assert "Continue it with --resume" in again.stderr
     resumed = qmix(*command, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    plain = qmix(*arguments(source, tmp_path / "plain", text))
+    (tmp_path / "plain").mkdir()
+    plain = qmix(*arguments(source, tmp_path / "plain" / "out", text))  # its card names it
     assert plain.returncode == 0, plain.stderr
-    assert contents(out) == contents(tmp_path / "plain")
+    assert contents(out) == contents(tmp_path / "plain" / "out")
     assert verify(out).problems == ()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "text.txt"]
 

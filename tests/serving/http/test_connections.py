@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -88,8 +89,9 @@ def test_a_body_in_chunks_without_end_is_refused(served):
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     with served.connected() as client:
         client.sendall(head)
-        for _ in range(body.MAX_BYTES // 0x10000 + 1):
-            client.sendall(chunk)
+        with suppress(ConnectionError):  # it may hang up before the last chunk
+            for _ in range(body.MAX_BYTES // 0x10000 + 1):
+                client.sendall(chunk)
         assert answer(all_of(client))[0] == 413
 
 

@@ -56,8 +56,8 @@ extern "C" {
 void qmix_struct_sizes(int64_t* sizes) {
     const size_t structures[] = {sizeof(GroupValues), sizeof(Matrix),        sizeof(Matmul),
                                  sizeof(DenseMatmul), sizeof(TiledMatrix),   sizeof(ExpertMatrices),
-                                 sizeof(TokenLayer),  sizeof(TokenRoute),    sizeof(TokenCache),
-                                 sizeof(TokenStep),   sizeof(TokenAttention)};
+                                 sizeof(TokenLayer),  sizeof(ExpertTokens),  sizeof(TokenRoute),
+                                 sizeof(TokenCache),  sizeof(TokenStep),     sizeof(TokenAttention)};
     for (size_t size : structures) *sizes++ = int64_t(size);
 }
 
@@ -113,12 +113,20 @@ int32_t qmix_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, in
     return 0;
 }
 
-int32_t qmix_moe_token(const ExpertMatrices* experts, int64_t count, const float* x, float* y,
-                       int32_t quantize_activations, int32_t threads, Fork fork) {
+// Adds the weighted outputs of experts to y, for the tokens of x that go through them.
+int32_t qmix_add_experts(const ExpertMatrices* experts, int64_t count, const ExpertTokens* through,
+                         const float* x, float* y, int32_t quantize_activations, int32_t threads,
+                         Fork fork) {
     return status_of([&] {
         std::vector<ChosenExpert> chosen;
-        for (int64_t e = 0; e < count; e++)
-            chosen.push_back({experts + e, {0}, {experts[e].routing_weight}});
+        const int64_t* tokens = through->tokens;
+        const float* weights = through->routing_weights;
+        for (int64_t e = 0; e < count; e++) {
+            const int64_t own = through->counts[e];
+            chosen.push_back({experts + e, {tokens, tokens + own}, {weights, weights + own}});
+            tokens += own;
+            weights += own;
+        }
         moe<Kernels>(chosen, x, y, quantize_activations, threads, fork);
     });
 }

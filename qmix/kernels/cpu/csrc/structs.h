@@ -79,7 +79,7 @@ struct TiledMatrix {
     int32_t zeros;  // whether tiles hold zeros: 8 minus the zero, to be added to a value
 };
 
-// One SwiGLU expert: y += routing_weight * down(silu(gate x) * (up x)) of one token, in float32.
+// One SwiGLU expert: down(silu(gate x) * (up x)), in float32.
 struct ExpertMatrices {
     Matrix gate;
     Matrix up;
@@ -87,7 +87,6 @@ struct ExpertMatrices {
     const int32_t* gate_perm;  // which input each stored input is; null: stored in their order
     const int32_t* up_perm;
     const int32_t* down_perm;
-    float routing_weight;
 };
 
 // The weights of a decoder layer that tokens pass.
@@ -100,12 +99,19 @@ struct TokenLayer {
     const uint16_t* input_norm;     // [hidden]
     const uint16_t* post_norm;      // [hidden]
     const uint16_t* router;         // [num_experts, hidden]
-    const ExpertMatrices* experts;  // [num_experts], routing weights unset; null: the caller's task
+    const ExpertMatrices* experts;  // [num_experts]; null: the caller's task
     int64_t hidden;
     int64_t head_dim;
     int64_t num_experts;
     int64_t experts_per_token;
     float eps;
+};
+
+// The tokens of a batch that go through each of several experts.
+struct ExpertTokens {
+    const int64_t* counts;         // [experts]
+    const int64_t* tokens;         // those of the first expert, then those of the second
+    const float* routing_weights;  // likewise
 };
 
 // What tokens leave behind their attention.
