@@ -66,7 +66,9 @@ class Flight:
         left = len(self)
         while left:
             try:
-                index, event = await asyncio.wait_for(self._events.get(), _BEAT_S)
+                # Not wait_for: up to Python 3.11 it loses a cancellation that comes with an event.
+                async with asyncio.timeout(_BEAT_S):
+                    index, event = await self._events.get()
             except TimeoutError:
                 yield None
                 continue
