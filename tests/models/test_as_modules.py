@@ -15,10 +15,13 @@ IDS = torch.tensor([[1, 5, 6, 7]])
 
 
 def test_a_4_bit_model_can_be_called_without_no_grad(small_checkpoint_nf4):
+    """With gradients recorded, values between the matmuls of an expert are rounded."""
     model, _ = qmix.load(small_checkpoint_nf4, device="cpu")
     with torch.no_grad():
         expected = model(IDS).logits
-    assert torch.equal(model(IDS).logits, expected)
+    found = model(IDS).logits
+    assert found.requires_grad
+    assert (found - expected).abs().max() <= 2**-6 * expected.abs().max()
 
 
 def test_the_loss_of_a_4_bit_model_has_a_gradient_by_its_dense_weights(small_checkpoint_nf4):

@@ -161,6 +161,7 @@ STRUCTURES = (
     TiledMatrix,
     ExpertMatrices,
     TokenLayer,
+    ExpertTokens,
     TokenRoute,
     TokenCache,
     TokenStep,
