@@ -113,10 +113,11 @@ def test_columns_are_split_where_thread_blocks_are_few():
     assert attention.splits_for(1024, 4096, 64, 2 * 132) == 1
 
 
-# What was reached: registers a thread, and machine instructions of the loop. 112 registers are
-# still four thread blocks of four warps a multiprocessor.
+# What was reached: registers a thread, and machine instructions of the loop; of `split` on sm_90,
+# and elsewhere. 128 registers are still four thread blocks of four warps a multiprocessor.
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 1060)}
+ELSEWHERE = 128, 540
 
 
 @pytest.mark.slow
@@ -133,7 +134,8 @@ def test_attention_kernels_ahead_of_time(arch, padded, tmp_path, monkeypatch):
     assert len(chosen) == 2 + 2
     for variant in chosen:
         cost = aot.compile_variant(variant)
-        registers, loop = REACHED[variant.kernel]
+        elsewhere = variant.kernel == "split" and arch != 90
+        registers, loop = ELSEWHERE if elsewhere else REACHED[variant.kernel]
         assert not aot.faults(variant, cost), f"{variant}: {cost}"
         assert cost.needed_copies > 0
         assert 0 < cost.loop <= loop, f"{variant}: {cost}"
