@@ -80,6 +80,9 @@ class Sweep:
     def _work(self, writer, at):
         shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
         code, said = 0, ""
+        torch.set_num_threads(
+            1
+        )  # torch makes its pool anew after a fork: not by two threads at once
         shim.fail_io_set(self.kind.encode(), at, self.number, str(self.work).encode())
         try:
             COMMANDS[self.command](self.work / "source", self.work / "out")
