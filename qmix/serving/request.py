@@ -131,14 +131,12 @@ class Ticket:
         self._cancelled.set()
 
     @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    @property
-    def overdue(self) -> bool:
-        """Whether its deadline has passed."""
+    def left(self) -> Finish | None:
+        """How it ends without having come to its end: its caller left, or its deadline passed."""
         limit = self.request.deadline_s
-        return limit is not None and time.monotonic() - self.arrived >= limit
+        if self._cancelled.is_set():
+            return "cancelled"
+        return "deadline" if limit is not None and self.age_s >= limit else None
 
     @property
     def age_s(self) -> float:

@@ -166,14 +166,16 @@ class Scheduler:
         return len(self._slots) - len(self._admitted)
 
     def _drop_ended(self) -> None:
-        for ticket in [t for t in self._waiting if t.cancelled or t.overdue]:
-            self._waiting.remove(ticket)
-            self._end_waiting(ticket, "cancelled" if ticket.cancelled else "deadline")
+        for ticket in list(self._waiting):
+            finish = ticket.left
+            if finish is not None:
+                self._waiting.remove(ticket)
+                self._end_waiting(ticket, finish)
         for slot in list(self._admitted):
             assert slot.running is not None
-            ticket = slot.running.ticket
-            if ticket.cancelled or ticket.overdue:
-                self._end(slot, "cancelled" if ticket.cancelled else "deadline")
+            finish = slot.running.ticket.left
+            if finish is not None:
+                self._end(slot, finish)
 
     def _start(self, ticket: Ticket) -> None:
         slot = self._slot_for(ticket.request.ids)
