@@ -31,7 +31,8 @@ def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
     inside = {name for name in names if name.startswith("qmix/")}
     for module in ("cli.py", "py.typed", "quantize/streaming.py", "evals/quality/perplexity.py", "evals/quality/demo.py",
                    "evals/baselines.json", "formats/layouts/bnb.py", "kernels/tiles.py", "kernels/cpu/csrc/kernels.cpp",
-                   "kernels/cpu/csrc/matrix.h", "pages/page.html.jinja"):  # fmt: skip
+                   "kernels/cpu/csrc/matrix.h", "pages/page.html.jinja",
+                   "serving/http/page/page.html", "serving/http/page/page.css", "serving/http/page/chat.js"):  # fmt: skip
         assert f"qmix/{module}" in inside, module
     assert not [n for n in inside if n.endswith((".safetensors", ".model", ".md"))]
     expected = {

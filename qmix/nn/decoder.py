@@ -41,6 +41,16 @@ class Decoded:
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
+    def expert_use(self, chosen: int) -> Tensor:
+        """1 where an expert computed a position, else 0: int64 (layers, B * S, E).
+
+        Args:
+            chosen: experts that each position goes through.
+        """
+        logits = torch.stack(self.router_logits)
+        ids = kernels.route(logits.flatten(0, 1), chosen).ids.view(*logits.shape[:2], chosen)
+        return torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, ids, 1)
+
 
 class Decoder(nn.Module):
     """embed_tokens, layers, norm."""

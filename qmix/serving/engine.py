@@ -11,6 +11,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.serving.request import BusyError, Listener, Request, Ticket
 from qmix.serving.scheduler import Counts, Limits, Scheduler
+from qmix.serving.slot import SlotState
 from qmix.text.tokenizer import LlamaTokenizer
 
 DRAIN_S = 10.0  # how long `close` lets requests go on
@@ -45,6 +46,11 @@ class Engine:
     def counts(self) -> Counts:
         """What has happened so far."""
         return self._scheduler.counts
+
+    @property
+    def slots(self) -> tuple[SlotState, ...]:
+        """What each slot does."""
+        return self._scheduler.slots
 
     @property
     def healthy(self) -> bool:

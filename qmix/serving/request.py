@@ -37,6 +37,7 @@ class Request:
         top_logprobs: alternatives reported with each id; None: not even the id's own.
         prompt_logprobs: report those of the prompt's ids too; nothing of it is then taken from an
             earlier request's cache.
+        expert_counts: count which experts computed each new id.
         deadline_s: seconds from its arrival after which it ends; None: none.
 
     Raises:
@@ -50,7 +51,13 @@ class Request:
     processors: Sequence[LogitsProcessor] = ()
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    expert_counts: bool = False
     deadline_s: float | None = None
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether it asks for more of its prompt than what follows it."""
+        return self.prompt_logprobs or self.expert_counts
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -98,6 +105,7 @@ class Ended:
         error: why, if `finish` is "error".
         cached_tokens: of the prompt, found in the cache of an earlier request.
         prompt_logprobs: of the prompt's second id and those after it, if they were asked for.
+        expert_counts: new ids that each expert computed, layer by layer, if they were asked for.
         waited_s, first_token_s, elapsed_s: seconds from its arrival to a slot, to the first id (0
             without one), and to the end.
     """
@@ -108,6 +116,7 @@ class Ended:
     new_tokens: int = 0
     error: QmixError | None = None
     prompt_logprobs: tuple[LogProb, ...] = ()
+    expert_counts: tuple[tuple[int, ...], ...] = ()
     waited_s: float = 0.0
     first_token_s: float = 0.0
     elapsed_s: float = 0.0

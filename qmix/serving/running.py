@@ -43,6 +43,7 @@ class Running:
         self._waited_s = ticket.age_s
         self._first_token_s = 0.0
         self._prompt_logprobs: list[LogProb] = []
+        self._expert_counts: Tensor | None = None
         generator = None
         if not config.sampling.greedy:
             seed = secrets.randbits(63) if config.seed is None else config.seed
@@ -63,6 +64,11 @@ class Running:
     def read(self, ids: Tensor, logits: Tensor) -> None:
         """Take the log-probabilities of prompt ids (S,) from the logits (S, V) before each."""
         self._prompt_logprobs += _logprobs(logits, ids, self.ticket.request.top_logprobs or 0)
+
+    def count_experts(self, use: Tensor) -> None:
+        """Take which experts computed the position of the next id: 0 or 1, (layers, E)."""
+        counts = self._expert_counts
+        self._expert_counts = use if counts is None else counts + use
 
     def choose(self, logits: Tensor) -> Finish | None:
         """Choose the next id from logits (1, V) and tell the caller; how it ended, if it did.
@@ -87,6 +93,7 @@ class Running:
 
     def ended(self, finish: Finish, error: QmixError | None = None) -> Ended:
         """The last event."""
+        counts = self._expert_counts
         return Ended(
             finish=finish,
             error=error,
@@ -94,6 +101,7 @@ class Running:
             cached_tokens=self.cached_tokens,
             new_tokens=self.new_tokens,
             prompt_logprobs=tuple(self._prompt_logprobs),
+            expert_counts=() if counts is None else tuple(map(tuple, counts.tolist())),
             waited_s=self._waited_s,
             first_token_s=self._first_token_s,
             elapsed_s=self.ticket.age_s,

@@ -21,10 +21,11 @@ from torch import Tensor
 from qmix.errors import LostDeviceError, QmixError, UsageError, of_device
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache_rows import CacheRows
+from qmix.nn.decoder import Decoded
 from qmix.nn.embedding import check_ids
 from qmix.serving.request import BusyError, Ended, Finish, Ticket
 from qmix.serving.running import Running
-from qmix.serving.slot import Slot
+from qmix.serving.slot import Slot, SlotState
 from qmix.text.tokenizer import LlamaTokenizer
 
 MAX_SLOTS = 16
@@ -110,6 +111,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether a step would do nothing."""
         return not self._waiting and not self._admitted
+
+    @property
+    def slots(self) -> tuple[SlotState, ...]:
+        """What each slot does. Other threads may ask too: every number is of some moment."""
+        return tuple(slot.state for slot in self._slots)
 
     def submit(self, ticket: Ticket) -> None:
         """Put a request into the queue.
@@ -224,8 +230,8 @@ class Scheduler:
                 self._reuse(slot)
             start = slot.cache.length
             chunk = torch.tensor([running.ids[start : start + self.limits.chunk]])
-            if running.ticket.request.prompt_logprobs:
-                logits = self._all_logits(slot, running, chunk)
+            if running.ticket.request.looks_inside:
+                logits = self._examined(slot, running, chunk)
             else:
                 logits = self._model.next_logits(chunk.to(self._model.device), slot.cache)
             if not slot.unread:
@@ -233,12 +239,16 @@ class Scheduler:
         except (RuntimeError, MemoryError, QmixError) as error:
             self._fail(slot, error)
 
-    def _all_logits(self, slot: Slot, running: Running, chunk: Tensor) -> Tensor:
-        """The last logits (1, V) of a chunk (1, S), whose log-probabilities are told."""
+    def _examined(self, slot: Slot, running: Running, chunk: Tensor) -> Tensor:
+        """The last logits (1, V) of a chunk (1, S), of which the request asks for more."""
         start = slot.cache.length
         decoded = self._model.model.decode(
             self._model.model.embed(chunk.to(self._model.device)), cache=slot.cache
         )
+        if running.ticket.request.expert_counts and not slot.unread:
+            running.count_experts(self._expert_use(decoded)[:, -1])
+        if not running.ticket.request.prompt_logprobs:
+            return self._model.logits(decoded.hidden[:, -1])
         logits = self._model.logits(decoded.hidden)[0]
         following = torch.tensor(running.ids[start + 1 : start + 1 + chunk.shape[1]])
         running.read(following, logits[: len(following)])
@@ -263,12 +273,24 @@ class Scheduler:
 
     def _logits(self, slots: Sequence[Slot]) -> Tensor:
         """The newest id of each slot's request, read: logits (B, V)."""
-        newest = torch.tensor([[slot.running.ids[-1]] for slot in slots if slot.running])
-        newest = newest.to(self._model.device)
-        if len(slots) == 1:
-            return self._model.next_logits(newest, slots[0].cache)
+        running = [slot.running for slot in slots if slot.running is not None]
+        newest = torch.tensor([[each.ids[-1]] for each in running]).to(self._model.device)
         rows = CacheRows([slot.cache for slot in slots])
-        return self._model.next_logits(newest, rows, None, rows.position_ids())
+        if not any(each.ticket.request.expert_counts for each in running):
+            if len(slots) == 1:
+                return self._model.next_logits(newest, slots[0].cache)
+            return self._model.next_logits(newest, rows, None, rows.position_ids())
+        decoded = self._model.model.decode(
+            self._model.model.embed(newest), position_ids=rows.position_ids(), cache=rows
+        )
+        for each, use in zip(running, self._expert_use(decoded).unbind(1), strict=True):
+            if each.ticket.request.expert_counts:
+                each.count_experts(use)
+        return self._model.logits(decoded.hidden[:, -1])
+
+    def _expert_use(self, decoded: Decoded) -> Tensor:
+        """See Decoded.expert_use."""
+        return decoded.expert_use(self._model.config.num_experts_per_tok)
 
     def _choose(self, slots: Sequence[Slot], logits: Tensor) -> None:
         """Choose an id for each slot from logits (B, V), and end those that are done."""

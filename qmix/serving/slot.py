@@ -4,10 +4,27 @@ Knows no model and no queue.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import Literal
 
 from qmix.nn.cache import KVCache
 from qmix.serving.running import Running
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotState:
+    """What a slot does, without a word of any text.
+
+    Attributes:
+        held_tokens: positions of its cache.
+        prompt_tokens, new_tokens: of the request that runs; 0 if none does.
+    """
+
+    state: Literal["free", "reading", "writing"]
+    held_tokens: int
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
 
 class Slot:
@@ -32,6 +49,19 @@ class Slot:
         if self.running is not None and self.reading:
             return self.running.ids[: self.cache.length]
         return self._held
+
+    @property
+    def state(self) -> SlotState:
+        """What it does at this moment."""
+        running, held = self.running, self.cache.length
+        if running is None:
+            return SlotState(state="free", held_tokens=held)
+        return SlotState(
+            state="writing" if running.new_tokens else "reading",
+            held_tokens=held,
+            prompt_tokens=running.prompt_tokens,
+            new_tokens=running.new_tokens,
+        )
 
     @property
     def unread(self) -> int:

@@ -21,7 +21,7 @@ class Caller:
     """A request and what was told of it."""
 
     def __init__(self, ids, *, new=12, at=None, **options):
-        names = ("top_logprobs", "prompt_logprobs", "processors", "deadline_s")
+        names = ("top_logprobs", "prompt_logprobs", "expert_counts", "processors", "deadline_s")
         given = {name: options.pop(name) for name in names if name in options}
         options = {"eos_token_id": -1, **options}
         self.request = Request(tuple(ids), GenerationConfig(max_new_tokens=new, **options), **given)
@@ -355,3 +355,39 @@ def test_a_rolling_window_keeps_its_rows_apart(tokenizer):
     run(Scheduler(model, tokenizer, Limits(context=64, slots=3, chunk=5)), callers, every=3)
     for caller, ids in zip(callers, PROMPTS, strict=True):
         assert caller.ids == alone(model, ids, 14)
+
+
+def experts_of(model, prompt, ids):
+    """New ids that each expert computed, from one pass over all of them."""
+    logits = model(torch.tensor([[*prompt, *ids]]), output_router_logits=True).router_logits
+    chosen = torch.stack(logits)[:, len(prompt) - 1 : -1].topk(2, -1).indices
+    experts = range(model.config.num_local_experts)
+    return tuple(tuple(int((layer == one).sum()) for one in experts) for layer in chosen)
+
+
+@torch.no_grad()
+def test_experts_are_counted_for_the_requests_that_ask_and_change_no_ids(model, scheduler):
+    callers = [
+        Caller(ids, new=4 + 2 * i, expert_counts=i != 1, prompt_logprobs=i == 3)
+        for i, ids in enumerate(PROMPTS[2:6])
+    ]
+    run(scheduler(slots=3, chunk=8), callers, every=2)
+    for index, (caller, ids) in enumerate(zip(callers, PROMPTS[2:6], strict=True)):
+        assert caller.ids == alone(model, ids, len(caller.ids))
+        expected = experts_of(model, ids, caller.ids) if index != 1 else ()
+        assert caller.end.expert_counts == expected
+
+
+def test_slots_say_what_they_do(scheduler):
+    together = scheduler(slots=2, chunk=8)
+    together.submit(Caller(PROMPTS[2], new=3).ticket)
+    together.admit()
+    together.step()
+    assert [slot.state for slot in together.slots].count("reading") == 1
+    together.step()
+    together.step()
+    (busy,) = (slot for slot in together.slots if slot.state != "free")
+    assert (busy.state, busy.prompt_tokens, busy.new_tokens) == ("writing", len(PROMPTS[2]), 2)
+    together.step()
+    assert [slot.state for slot in together.slots] == ["free", "free"]
+    assert max(slot.held_tokens for slot in together.slots) == len(PROMPTS[2]) + 2

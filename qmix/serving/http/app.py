@@ -1,6 +1,7 @@
 """The routes, and what answers them. Knows no sockets."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,8 +17,9 @@ from qmix.serving.http.body import Bodies
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.event_stream import EventStream
 from qmix.serving.http.flight import Flight, LeftError, unless_left
-from qmix.serving.http.guard import HEALTH, Access, Guard
+from qmix.serving.http.guard import HEALTH, PAGE, Access, Guard
 from qmix.serving.http.metrics import CONTENT_TYPE, Metrics
+from qmix.serving.http.page.document import page
 from qmix.serving.http.replies import ChatReply, CompletionReply, Head, ReplyFormat
 from qmix.serving.http.served_model import ServedModel
 from qmix.serving.request import Request as EngineRequest
@@ -56,6 +58,11 @@ class Api:
         status = "shutting down" if failure is None else "failed"
         error = None if failure is None else str(failure)
         return JSONResponse({"status": status, "error": error}, 503)
+
+    async def slots(self, _: Request) -> Response:
+        """GET /slots: what runs now, in numbers."""
+        slots = [asdict(slot) for slot in self._engine.slots]
+        return JSONResponse({"waiting": self._engine.counts.waiting, "slots": slots})
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -153,7 +160,9 @@ def app(engine: Engine, model: ServedModel, access: Access, *, deadline_s: float
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/metrics", api.metrics),
+            Route("/slots", api.slots),
             Route(HEALTH, api.health),
+            Route(PAGE, _page),
         ],
         middleware=[Middleware(Guard, access=access)],
         exception_handlers={
@@ -162,6 +171,12 @@ def app(engine: Engine, model: ServedModel, access: Access, *, deadline_s: float
             Exception: _broken,
         },
     )
+
+
+async def _page(_: Request) -> Response:
+    """GET /: the page that talks to this API."""
+    shown = page()
+    return Response(shown.html, media_type="text/html; charset=utf-8", headers=dict(shown.headers))
 
 
 async def _refused(_: Request, error: Exception) -> Response:

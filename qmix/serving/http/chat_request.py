@@ -68,6 +68,9 @@ class ChatRequest(SamplingFields):
     top_logprobs: int | None = taken(
         Whole(0, MAX_TOP_LOGPROBS), "Report the likeliest tokens too; needs logprobs."
     )
+    expert_counts: bool = taken(
+        flag, "Report how many of the new tokens each expert computed, layer by layer.", False
+    )
     continue_final_message: bool = taken(
         flag, "Go on with the last message, an assistant's.", False
     )

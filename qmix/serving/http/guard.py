@@ -1,4 +1,4 @@
-"""Guard: who may call. Knows no routes but that of the health, and no bodies.
+"""Guard: who may call. Knows no routes but those that need no key, and no bodies.
 
 A web page that the user visits can send requests to this machine. It cannot hide its Origin, and a
 name that it has pointed here (DNS rebinding) stands in Host.
@@ -15,7 +15,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qmix.serving.http.errors import ApiError
 
-HEALTH = "/health"  # needs no key: what watches a server has none
+HEALTH = "/health"
+PAGE = "/"
+# Need no key: what watches a server has none, and the page asks for it.
+_OPEN = (HEALTH, PAGE)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Access:
                 status=403,
                 code="wrong_origin",
             )
-        if self.key is not None and path != HEALTH and not self._has_key(headers):
+        if self.key is not None and path not in _OPEN and not self._has_key(headers):
             raise ApiError(
                 "Authorization: expected `Bearer` and the server's key",
                 status=401,

@@ -62,7 +62,7 @@ class ReplyFormat(Protocol):
         """A stream's chunk of one token."""
         ...
 
-    def closing(self, index: int, finish: str) -> Document:
+    def closing(self, index: int, ended: Ended) -> Document:
         """A stream's last chunk of a choice."""
         ...
 
@@ -117,6 +117,7 @@ class ChatReply:
                     "message": {"role": "assistant", "content": choice.text, "refusal": None},
                     "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": choice.finish,
+                    **_expert_counts(choice.ended),
                 }
                 for index, choice in enumerate(choices)
             ]
@@ -131,9 +132,11 @@ class ChatReply:
         found = [] if piece.logprob is None else [piece.logprob]
         return self._chunk(index, {"content": piece.text}, self._logprobs(found))
 
-    def closing(self, index: int, finish: str) -> Document:
+    def closing(self, index: int, ended: Ended) -> Document:
         """See ReplyFormat."""
-        return self._chunk(index, {}, finish=finish)
+        chunk = self._chunk(index, {}, finish=ended.finish)
+        chunk["choices"][0].update(_expert_counts(ended))
+        return chunk
 
     def usage(self, usage: Document) -> Document:
         """See ReplyFormat."""
@@ -190,9 +193,9 @@ class CompletionReply:
         found = [] if piece.logprob is None else [piece.logprob]
         return self._chunk(index, piece.text, self._reported(index, found, 0))
 
-    def closing(self, index: int, finish: str) -> Document:
+    def closing(self, index: int, ended: Ended) -> Document:
         """See ReplyFormat."""
-        return self._chunk(index, "", finish=finish)
+        return self._chunk(index, "", finish=ended.finish)
 
     def usage(self, usage: Document) -> Document:
         """See ReplyFormat."""
@@ -231,6 +234,11 @@ class CompletionReply:
         return self.head.document([choice], **({"usage": None} if self.includes_usage else {}))
 
 
+def _expert_counts(ended: Ended | None) -> Document:
+    """What a choice says of its experts, if it was asked for: tokens of each, layer by layer."""
+    return {"expert_counts": ended.expert_counts} if ended and ended.expert_counts else {}
+
+
 async def whole(flight: Flight, form: ReplyFormat) -> Document:
     """The reply once all its choices have ended.
 
@@ -264,7 +272,7 @@ async def chunks(flight: Flight, form: ReplyFormat) -> AsyncIterator[Document | 
         index, event = found
         if isinstance(event, Ended):
             ends[index] = event
-            yield form.closing(index, event.finish)
+            yield form.closing(index, event)
         elif event.text or event.logprob is not None:
             yield form.piece(index, event)
     if form.includes_usage:

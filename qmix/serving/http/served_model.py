@@ -138,6 +138,7 @@ class ServedModel:
                 starts_new_text=not asked.continue_final_message and asked.grammar is None,
                 processors=[*asked.processors(len(ids)), *mask(len(ids))],
                 top_logprobs=asked.reported,
+                expert_counts=asked.expert_counts,
                 deadline_s=deadline_s,
             )
             for choice in range(asked.n)
