@@ -85,9 +85,12 @@ def features() -> frozenset[str]:
     return _ALL
 
 
-def of_this_architecture() -> tuple[InstructionSet, ...]:
-    """Those that some processors of this machine's architecture have, the best one first."""
-    machine = platform.machine()
+def of_architecture(machine: str) -> tuple[InstructionSet, ...]:
+    """Those that some processors of an architecture have, the best one first.
+
+    Args:
+        machine: its name, as platform.machine() calls it.
+    """
     return tuple(
         each for each in reversed(ISAS.values()) if not each.machines or machine in each.machines
     )
@@ -96,7 +99,7 @@ def of_this_architecture() -> tuple[InstructionSet, ...]:
 def supported() -> tuple[InstructionSet, ...]:
     """Those that this processor has, the best one first."""
     found = features()
-    return tuple(each for each in of_this_architecture() if each.needs <= found)
+    return tuple(each for each in of_architecture(platform.machine()) if each.needs <= found)
 
 
 def candidates() -> tuple[InstructionSet, ...]:

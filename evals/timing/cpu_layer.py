@@ -4,6 +4,7 @@ All take turns within one run, so that other load on the machine affects them al
 T tokens. Knows nothing of printing or of records.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -133,7 +134,7 @@ def time_experts(
             part="experts",
             tokens=tokens,
             way=name,
-            bits=_bits(experts[0].w1),
+            bits=_bits(experts[0]),
             best=min(elapsed),
             median=statistics.median(elapsed),
             of_bound=statistics.median(fractions[name]) if fractions[name] else None,
@@ -213,7 +214,7 @@ def time_layer(
                 fractions += [nbytes / _per_layer(one, three) / read] if read else []
                 theirs += [peer_times] if peer_times else []
     beside = f" (beside {peer.kind})" if peer.kind else ""
-    bits = _bits(layers[0].self_attn.q_proj.stored)
+    bits = _bits(layers[0].block_sparse_moe.stored[0])
     timing = _layer_timing(f"qmix {weight_format}{beside}", tokens, bits, ours)
     timing = replace(timing, of_bound=statistics.median(fractions) if fractions else None)
     if not theirs:
@@ -239,8 +240,10 @@ def _bytes_of_token(layer: DecoderLayer) -> int:
     return attention + _EXPERTS_PER_TOKEN * expert
 
 
-def _bits(weight: Weight) -> float:
-    return 8 * weight.nbytes / (weight.shape[0] * weight.shape[1])
+def _bits(expert: Expert) -> float:
+    """Bits a weight: GGUF's kinds mix several in an expert."""
+    weights: list[Weight] = list(vars(expert).values())
+    return 8 * sum(each.nbytes for each in weights) / sum(math.prod(each.shape) for each in weights)
 
 
 def median_between(values: Sequence[float]) -> tuple[float, float, float]:

@@ -4,9 +4,9 @@ The name of the file holds a hash of sources, flags and compiler, so a library i
 one of them has changed, nor one that anybody but the user or root can have written. The file is
 written beside its place and renamed: two processes at the same time both end with a whole file.
 
-`python -m qmix.kernels.cpu.prebuild` compiles the libraries of all instruction sets of this
-machine's architecture into the package, before a wheel is made of it. What a wheel carries is
-loaded from there, if nothing has changed and the system's C library is new enough. Knows no torch.
+`python -m qmix.kernels.cpu.prebuild` compiles the libraries of all instruction sets of an
+architecture into the package, before a wheel is made of it. What a wheel carries is loaded from
+there, if nothing has changed and the system's C library is new enough. Knows no torch.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 from qmix.errors import ResourceError, WriteError
 from qmix.files import user_files
 from qmix.files.file_errors import writing
-from qmix.instruction_sets import InstructionSet, of_this_architecture
+from qmix.instruction_sets import InstructionSet, of_architecture
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
 PREBUILT = Path(__file__).with_name("prebuilt")
@@ -96,21 +97,28 @@ def _is_known(isa: InstructionSet) -> bool:
         return True
 
 
-def prebuilt(isa: InstructionSet) -> Path:
-    """Where a wheel carries the library of an instruction set, if it carries one."""
-    return PREBUILT / _name(isa, *FLAGS, *isa.flags)
+def prebuilt(isa: InstructionSet, machine: str | None = None) -> Path:
+    """Where a wheel carries the library of an instruction set, if it carries one.
+
+    Args:
+        machine: the architecture, as platform.machine() calls it; None: this one.
+    """
+    return PREBUILT / (machine or platform.machine()) / _name(isa, *FLAGS, *isa.flags)
 
 
-def prebuild() -> None:
-    """Compile every library of this machine's architecture that the compiler knows.
+def prebuild(machine: str) -> None:
+    """Compile every library of an architecture whose flags the compiler knows.
+
+    For another architecture than this one, $CXX names a compiler that makes code for it.
 
     Raises:
         ResourceError: no compiler, or it fails.
     """
-    PREBUILT.mkdir(exist_ok=True)
-    for isa in filter(_is_known, of_this_architecture()):
-        _LOG.info("compiling the 4-bit kernels for %s", isa.name)
-        _run([*_compiler(), *FLAGS, *isa.flags, "-o", str(prebuilt(isa)), str(SOURCE)])
+    for isa in filter(_is_known, of_architecture(machine)):
+        library = prebuilt(isa, machine)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _LOG.info("compiling the 4-bit kernels for %s, %s", machine, isa.name)
+        _run([*_compiler(), *FLAGS, *isa.flags, "-o", str(library), str(SOURCE)])
 
 
 def _name(isa: InstructionSet, *hashed: str) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from qmix import instruction_sets, kernels
 from qmix.errors import ResourceError, UsageError
-from qmix.instruction_sets import ISAS, VARIABLE, of_this_architecture, supported
+from qmix.instruction_sets import ISAS, VARIABLE, of_architecture, supported
 from qmix.kernels.cpu import build
 from qmix.kernels.cpu.library import library
 from qmix.weights.nf4 import quantize
@@ -335,9 +335,10 @@ def test_an_unknown_choice_is_refused(cache, monkeypatch):
 @needs_compiler
 def test_what_a_wheel_carries_is_loaded_without_a_compiler(cache, small, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
-    build.prebuild()
-    names = {path.name.split("-")[1] for path in (tmp_path / "prebuilt").iterdir()}
-    assert names <= {each.name for each in of_this_architecture()}
+    build.prebuild(platform.machine())
+    carried = (tmp_path / "prebuilt" / platform.machine()).iterdir()
+    names = {path.name.split("-")[1] for path in carried}
+    assert names <= {each.name for each in of_architecture(platform.machine())}
     assert "portable" in names
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     loaded, name = build.load([ISAS["portable"]])
@@ -350,6 +351,18 @@ def test_what_a_wheel_carries_is_loaded_without_a_compiler(cache, small, tmp_pat
     build.prebuilt(ISAS["portable"]).write_bytes(b"of another system")
     loaded, _ = build.load([ISAS["portable"]])
     assert ctypes.c_int.in_dll(loaded, "answer").value == 43
+
+
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="no cross compiler for Arm")
+def test_a_wheel_may_carry_libraries_of_another_architecture(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    build.prebuild("aarch64")
+    carried = list((tmp_path / "prebuilt").glob("*/*.so"))
+    assert {path.name.split("-")[1] for path in carried} == {"i8mm", "neon", "portable"}
+    for path in carried:
+        assert path.parent.name == "aarch64"
+        assert path.read_bytes()[18:20] == b"\xb7\x00", "e_machine: EM_AARCH64"
 
 
 @needs_compiler
