@@ -8,15 +8,15 @@ drive the terminal. Knows no option of the command line.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
 from qmix.commands import terminal
 from qmix.commands.chat import commands, settings
 from qmix.commands.chat.attached_file import AttachedFile
+from qmix.commands.chat.chat_model import ServerError
 from qmix.commands.chat.file_commands import known_models
-from qmix.commands.chat.loading import ChatLoader, LoadedChat, ModelSource
 from qmix.commands.chat.reply_stats import ReplyStats
 from qmix.commands.chat.start_line import start_line
 from qmix.commands.line_editing.choice import line_reader
@@ -26,7 +26,9 @@ from qmix.commands.session import PreparedPrompt, Session
 from qmix.errors import QmixError, UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.quantities import counted
-from qmix.text.chat_format import INST_NAME
+
+if TYPE_CHECKING:  # a chat with a server needs no torch
+    from qmix.commands.chat.loading import ChatLoader
 
 PROMPT = ">>> "
 
@@ -73,16 +75,16 @@ class Repl:
     """One conversation: at a prompt, line by line from a pipe, or a single message.
 
     Attributes:
-        source: where the session's model came from.
         loader: loads another model; None where there is none to load.
+        directory: where the session's model came from, if a loader loaded it.
         attached: files that go along with the next message.
         has_cut_replies: whether the model would have gone on with any reply.
     """
 
     session: Session
-    source: ModelSource
     streams: Streams
-    loader: ChatLoader | None = None
+    loader: "ChatLoader | None" = None
+    directory: Path | None = None
     attached: list[AttachedFile] = field(default_factory=list)
     has_cut_replies: bool = False
 
@@ -99,41 +101,44 @@ class Repl:
     @classmethod
     def loaded(
         cls,
-        loader: ChatLoader,
+        loader: "ChatLoader",
         directory: Path,
         given: GenerationConfig,
         streams: Streams,
         system: str | None = None,
     ) -> "Repl":
-        """A conversation with a model that is loaded now; on a terminal it says what that is.
+        """A conversation with a model that is loaded now.
 
         Args:
             given: what the user has said of the sampling.
 
         Raises:
-            QmixError: the model cannot be loaded, or has fewer positions than the context.
+            QmixError: the model cannot be loaded.
         """
-        found = loader.load(directory, given)
-        session = found.session(context=loader.context, system=system)
-        repl = cls(session, found.source, streams, loader)
-        if streams.interactive:
-            repl.remark(repl.start_line)
-        elif session.format.name != INST_NAME:
-            repl.remark(f"template: {session.format.name}")
-        return repl
+        session = Session(*loader.load(directory, given), system=system)
+        return cls(session, streams, loader, directory)
 
     @property
     def start_line(self) -> str:
-        """What is loaded, and how it is sampled."""
-        return start_line(self.source, self.session, self.streams.notices.width)
+        """What the model is, and how it is sampled."""
+        return start_line(self.session.model, self.session.config, self.streams.notices.width)
 
-    def adopt(self, found: LoadedChat) -> None:
-        """Go on with another model, and no turns; its context may be smaller."""
-        assert self.loader is not None
-        wanted, limit = self.loader.context, found.model.config.max_position_embeddings
-        context = None if wanted is None else min(wanted, limit)
-        self.session = found.session(context=context, system=self.session.system)
-        self.source = found.source
+    def greet(self) -> None:
+        """Say what the model is; without a terminal, what makes its prompts if that is its own."""
+        template = self.session.model.template
+        if self.streams.interactive:
+            self.remark(self.start_line)
+        elif template is not None:
+            self.remark(f"template: {template}")
+
+    def switch(self, loader: "ChatLoader", directory: Path, given: GenerationConfig) -> None:
+        """Go on with another model, and no turns; its context may be smaller.
+
+        Raises:
+            QmixError: it cannot be loaded.
+        """
+        self.session = Session(*loader.load(directory, given), system=self.session.system)
+        self.directory = directory
 
     def run(self) -> None:
         """Read and answer messages until the end of the input or /exit.
@@ -141,6 +146,7 @@ class Repl:
         Raises:
             KeyboardInterrupt: Ctrl-C while the input is a pipe.
             UsageError: a message of a pipe does not fit.
+            ServerError: the model of a pipe is gone.
         """
         if self.streams.interactive:
             self.remark("Type a message, /help for commands, Ctrl-D to leave.")
@@ -151,7 +157,7 @@ class Repl:
                 self._take(self.reader.read(PROMPT))
             except EOFError:
                 return
-            except UsageError as error:
+            except (UsageError, ServerError) as error:
                 if not self.streams.interactive:
                     raise
                 self.notice(f"{error}")
@@ -165,6 +171,7 @@ class Repl:
 
         Raises:
             UsageError: it does not fit the context.
+            ServerError: the model is gone.
         """
         self.answer(self.session.prepare("\n".join([*self._blocks(), message])))
         self.attached.clear()
@@ -174,9 +181,10 @@ class Repl:
 
         Raises:
             KeyboardInterrupt: Ctrl-C while the input is a pipe.
+            ServerError: the model is gone; what came of the reply stays.
         """
         if prompt.dropped_tokens:
-            self.remark(_dropped(prompt, self.session.context))
+            self.remark(_dropped(prompt, self.session.context or 0))
         text, interrupted = self._written(self.session.reply(prompt))
         stats = self.session.stats
         assert stats is not None
@@ -239,7 +247,7 @@ class Repl:
 
     def _report(self, text: str, stats: ReplyStats) -> None:
         if self.streams.as_json:
-            document = {"model": self.source.identity.name, "text": text, **stats.to_dict()}
+            document = {"model": self.session.model.identity.name, "text": text, **stats.to_dict()}
             terminal.print_json(document)
         elif not stats.new_tokens:
             self.remark("stopped before the first token; the conversation is as it was")

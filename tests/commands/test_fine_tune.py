@@ -7,7 +7,6 @@ import torch
 from tokenizers import AddedToken
 
 import qmix
-from qmix.commands.session import Session
 from qmix.errors import CUT_REPLY
 from qmix.generation.config import GenerationConfig
 from qmix.text.chat_format import chat_format
@@ -15,7 +14,7 @@ from tests.support.chat_templates import CHATML
 from tests.support.fast_tokenizers import fast, write
 from tests.support.models import TINY
 from tests.support.process import qmix as qmix_command
-from tests.support.process import typed
+from tests.support.process import session_of, typed
 
 transformers = pytest.importorskip("transformers")
 
@@ -76,7 +75,7 @@ def test_a_chat_asks_by_the_template_and_ends_at_its_mark(folder):
         torch.tensor([next(wanted)]), 2056
     ).float()
     config = GenerationConfig(max_new_tokens=20, eos_token_id=[2, end], do_sample=False)
-    session = Session(model, tokenizer, config, chat_format=form)
+    session = session_of(model, tokenizer, config, chat_format=form)
     text, _ = typed(session, "hi there\nmore\n")
     assert text == "Hello\nHello\n"
     prompt = session.prepare("last")

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from qmix.commands.session import Session
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.text import chat_template
@@ -13,6 +12,7 @@ from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.chat_templates import CHATML
 from tests.support.models import TINY, small_model
+from tests.support.process import session_of
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def tokenizer():
 def make(tokenizer, **options):
     model = small_model(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=256)
     config = GenerationConfig(max_new_tokens=12, eos_token_id=2)
-    return Session(model, tokenizer, config, **options)
+    return session_of(model, tokenizer, config, **options)
 
 
 def say(session, text):
@@ -55,7 +55,7 @@ def test_the_cache_kept_between_turns_gives_what_a_cold_prefill_gives(tokenizer)
     session = make(tokenizer)
     for text in ("Hello there", "What is a list?", "More"):
         prompt, _ = say(session, text)
-        cold = session.model.generate(
+        cold = session.model.causal_lm.generate(
             torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2
         )[0, len(prompt.ids) :].tolist()
         answer = list(session.turns[-1].answer)
@@ -83,7 +83,7 @@ def test_a_reply_that_is_stopped_is_kept_in_history_and_cache(tokenizer):
 
 def test_an_interrupt_inside_the_model_keeps_what_was_generated(tokenizer):
     session = make(tokenizer)
-    original, calls = session.model.next_logits, []
+    original, calls = session.model.causal_lm.next_logits, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -91,14 +91,16 @@ def test_an_interrupt_inside_the_model_keeps_what_was_generated(tokenizer):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    session.model.next_logits = interrupted
+    session.model.causal_lm.next_logits = interrupted
     prompt = session.prepare("Hello")
     with pytest.raises(KeyboardInterrupt):
         list(session.reply(prompt))
     assert len(session.turns[0].answer) == 3
-    session.model.next_logits = original
+    session.model.causal_lm.next_logits = original
     prompt, _ = say(session, "Again")
-    cold = session.model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2)
+    cold = session.model.causal_lm.generate(
+        torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2
+    )
     answer = session.turns[-1].answer
     assert tuple(cold[0, len(prompt.ids) :].tolist()[: len(answer)]) == answer
 
@@ -109,7 +111,7 @@ def test_an_interrupt_before_the_first_token_drops_the_message(tokenizer):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    session.model.next_logits = interrupted
+    session.model.causal_lm.next_logits = interrupted
     prompt = session.prepare("Hello")
     with pytest.raises(KeyboardInterrupt):
         list(session.reply(prompt))
@@ -161,7 +163,7 @@ def test_a_rolling_cache_is_kept_between_turns_or_started_anew(tokenizer):
         max_position_embeddings=512,
         sliding_window=16,
     )
-    session = Session(model, tokenizer, GenerationConfig(max_new_tokens=12, eos_token_id=2))
+    session = session_of(model, tokenizer, GenerationConfig(max_new_tokens=12, eos_token_id=2))
     for text in ("Hello there", "What is a list?", "More"):
         prompt, _ = say(session, text)
         cold = model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, eos_token_id=2)
@@ -178,9 +180,9 @@ def test_a_rolling_cache_is_kept_between_turns_or_started_anew(tokenizer):
 
 def answer_of(session, prompt, count):
     """Greedy ids after a prompt, computed without any cache of the session's."""
-    cold = session.model.generate(torch.tensor([prompt.ids]), max_new_tokens=count, eos_token_id=2)[
-        0, len(prompt.ids) :
-    ]
+    cold = session.model.causal_lm.generate(
+        torch.tensor([prompt.ids]), max_new_tokens=count, eos_token_id=2
+    )[0, len(prompt.ids) :]
     return cold.tolist()
 
 
@@ -261,12 +263,12 @@ def test_another_answer_replaces_the_last_one(tokenizer):
 def test_an_answer_stays_if_its_successor_is_stopped_before_the_first_token(tokenizer):
     session = make(tokenizer)
     say(session, "Hello")
-    before, original = session.turns[0], session.model.next_logits
+    before, original = session.turns[0], session.model.causal_lm.next_logits
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    session.model.next_logits = interrupted
+    session.model.causal_lm.next_logits = interrupted
     for prepare in (session.prepare_again, session.prepare_continuation):
         with pytest.raises(KeyboardInterrupt):
             list(session.reply(prepare()))
@@ -275,7 +277,7 @@ def test_an_answer_stays_if_its_successor_is_stopped_before_the_first_token(toke
     with pytest.raises(UsageError, match="does not fit"):
         session.prepare_again("word " * 2000)
     assert session.turns == [before]
-    session.model.next_logits = original
+    session.model.causal_lm.next_logits = original
 
 
 def test_undo_forgets_the_last_turn_and_clear_the_statistics(tokenizer):
@@ -298,16 +300,17 @@ def test_the_probabilities_of_a_reply_are_those_of_its_sampler(tokenizer):
         max_new_tokens=6, do_sample=True, temperature=0.7, top_k=3, seed=1
     )
     prompt, _ = say(session, "Hello")
-    out = session.model.generate(
+    out = session.model.causal_lm.generate(
         torch.tensor([prompt.ids]),
         session.config,
         return_dict_in_generate=True,
         output_scores=True,
     )
-    choices = session.choices.choices()
-    assert [choice.id for choice in choices] == list(session.turns[0].answer)
-    for choice, scores in zip(choices, out.scores, strict=True):
+    choices, answer = session.last.choices(), session.turns[0].answer
+    for choice, index, scores in zip(choices, answer, out.scores, strict=True):
         expected = scores[0].softmax(-1)
-        assert choice.probability == pytest.approx(float(expected[choice.id]), rel=1e-4)
-        assert choice.likeliest[0][1] == pytest.approx(float(expected.max()), rel=1e-4)
-        assert [share > 0 for _, share in choice.likeliest] == [True] * 3 + [False] * 2
+        assert choice.piece == tokenizer.convert_ids_to_tokens(index)
+        assert choice.probability == pytest.approx(float(expected[index]), rel=1e-4)
+        likeliest = max(choice.probability, choice.others[0][1])
+        assert likeliest == pytest.approx(float(expected.max()), rel=1e-4)
+        assert [share > 0 for _, share in choice.others] == [True] * 2 + [False] * 2

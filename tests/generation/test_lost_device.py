@@ -2,13 +2,12 @@
 
 import pytest
 
-from qmix.commands.session import Session
 from qmix.errors import ResourceError, of_device
 from qmix.generation.config import GenerationConfig
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import ROOT, ids, small_model
-from tests.support.process import PATIENCE, Terminal
+from tests.support.process import PATIENCE, Terminal, session_of
 from tests.support.process import qmix as command
 
 LOST = (
@@ -75,7 +74,7 @@ def test_a_failure_outside_of_generation_is_named_too(monkeypatch, tiny):
 def test_the_reply_so_far_is_kept_in_the_conversation(monkeypatch, tiny):
     tokenizer = LlamaTokenizer.from_pretrained(tiny)
     model = small_model(vocab_size=len(tokenizer), num_hidden_layers=1)
-    session = Session(model, tokenizer, GenerationConfig(max_new_tokens=9, eos_token_id=2))
+    session = session_of(model, tokenizer, GenerationConfig(max_new_tokens=9, eos_token_id=2))
     lose_after(monkeypatch, 3)
     with pytest.raises(ResourceError):
         list(session.reply(session.prepare("hello")))

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qmix.commands.session import Session
 from qmix.errors import QmixError
 from qmix.generation import loop
 from qmix.generation.config import GenerationConfig
@@ -14,6 +13,7 @@ from qmix.generation.loop import generate, stream
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.busy_device import BusyDevice
 from tests.support.models import TINY, ids, small_model
+from tests.support.process import session_of
 
 SAMPLED = {"do_sample": True, "temperature": 2.0, "seed": 5}
 
@@ -77,7 +77,7 @@ def test_the_next_turn_says_what_it_says_without_running_ahead(options, stopped_
     model = small_model(vocab_size=len(tokenizer))
 
     def turns(config):
-        session = Session(model, tokenizer, config, context=256)
+        session = session_of(model, tokenizer, config, context=256)
         for text in ("one", "two", "three"):
             reply = session.reply(session.prepare(text))
             kept = 4 if stopped_by == "reader" else 99

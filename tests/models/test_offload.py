@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix import kernels
-from qmix.commands.session import Session
 from qmix.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from qmix.evals import offload as offload_record
 from qmix.evals.timing import bench
@@ -30,7 +29,7 @@ from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Scheme
 from tests.support.models import TINY, load_in_tiers, quantized, small_model
 from tests.support.packers import write
-from tests.support.process import qmix
+from tests.support.process import qmix, session_of
 from tests.support.soak import examples
 
 PROMPT = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 2, 3, 4, 5, 6, 7, 8, 21, 22, 23, 24]])
@@ -276,7 +275,7 @@ def test_a_reply_and_a_benchmark_say_what_the_store_did(saved):
 
 
 def test_chat_says_what_the_store_did(tiny_nf4):
-    session = Session(
+    session = session_of(
         offloaded(tiny_nf4, 5),
         LlamaTokenizer.from_pretrained(TINY),
         GenerationConfig(max_new_tokens=4),

@@ -21,7 +21,7 @@ from unittest import mock
 
 from rich.console import Console
 
-from qmix.commands.chat.loading import ModelSource
+from qmix.commands.chat.local_model import LocalModel, ModelSource
 from qmix.commands.chat.saved_chat import ModelIdentity
 from qmix.commands.repl import Repl, Streams
 from qmix.commands.session import Session
@@ -205,15 +205,21 @@ def typed(session, lines):
     """The replies and the notices of lines that are typed into a chat; nothing is a terminal."""
     text, notices = io.StringIO(), io.StringIO()
     console = Console(file=notices, width=200, color_system=None)
-    source = ModelSource(TINY, ModelIdentity("tiny", "0"))
-    Repl(session, source, Streams(io.StringIO(lines), text, console)).run()
+    Repl(session, Streams(io.StringIO(lines), text, console)).run()
     return text.getvalue(), notices.getvalue()
+
+
+def session_of(model, tokenizer, config, *, system=None, **options):
+    """A conversation with a model; what is told of its files is told of the tiny one's."""
+    source = ModelSource(TINY, ModelIdentity("tiny", "0"))
+    return Session(LocalModel(source, model, tokenizer, **options), config, system=system)
 
 
 def small_session(**options):
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
     model = small_model(vocab_size=len(tokenizer), num_hidden_layers=1)
-    return Session(model, tokenizer, GenerationConfig(max_new_tokens=5, eos_token_id=2), **options)
+    config = GenerationConfig(max_new_tokens=5, eos_token_id=2)
+    return session_of(model, tokenizer, config, **options)
 
 
 def run(lines):

@@ -103,6 +103,7 @@ def chat(
     typed = sys.stdin if message is None else io.StringIO()  # one message is no conversation
     streams = Streams(typed, sys.stdout, terminal.console(), plain, as_json, quiet)
     repl = Repl.loaded(loader, directory, given, streams, system)
+    repl.greet()
     try:
         if message is None:
             repl.run()

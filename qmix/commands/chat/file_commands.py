@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from qmix.commands import sources
 from qmix.commands.chat import clipboard, saved_chat, settings
 from qmix.commands.chat.attached_file import attached, user_path
-from qmix.commands.chat.loading import USER
 from qmix.commands.chat.saved_chat import SavedChat
 from qmix.errors import QmixError, UnsupportedError, UsageError
 from qmix.formats.metadata import read_metadata
@@ -28,7 +27,7 @@ def save(repl: "Repl", argument: str) -> None:
     saved_chat.save(
         path,
         SavedChat(
-            model=repl.source.identity,
+            model=session.model.identity,
             system=session.system,
             turns=tuple((turn.user, session.text_of(turn)) for turn in session.turns),
             settings=settings.to_json(session.config),
@@ -47,8 +46,9 @@ def load(repl: "Repl", argument: str) -> None:
         raise error.at(f"{path}: settings.{error.where}") from None
     session.restore(found.turns)
     session.config, session.system = config, found.system
-    for difference in saved_chat.differences(found, repl.source.identity):
-        repl.notice(f"{difference}; the next reply is {repl.source.identity.name}'s")
+    own = session.model.identity
+    for difference in saved_chat.differences(found, own):
+        repl.notice(f"{difference}; the next reply is {own.name}'s")
     repl.notice(f"loaded {counted(len(found.turns), 'turn')} and the settings of {path}")
 
 
@@ -62,9 +62,8 @@ def attach(repl: "Repl", argument: str) -> None:
         repl.notice(f"with the next message: {names or 'no file'} (/file PATH [10-40], /file -)")
         return
     file = attached(argument)
-    tokens = len(repl.session.tokenizer.encode(file.block, split_special_tokens=True))
-    limit = repl.session.context
-    if tokens >= limit:
+    tokens, limit = repl.session.model.count(file.block), repl.session.context
+    if tokens is not None and limit is not None and tokens >= limit:
         raise UsageError(
             "does not fit the context",
             where=file.name,
@@ -74,10 +73,10 @@ def attach(repl: "Repl", argument: str) -> None:
         )
     repl.attached.append(file)
     damage = f"; {counted(file.damaged, 'invalid byte')} became U+FFFD" if file.damaged else ""
-    lines = counted(len(file.text.splitlines()), "line")
-    repl.notice(
-        f"{file.name}: {lines}, {counted(tokens, 'token')}{damage}; goes with the next message"
-    )
+    size = counted(len(file.text.splitlines()), "line")
+    if tokens is not None:
+        size += f", {counted(tokens, 'token')}"
+    repl.notice(f"{file.name}: {size}{damage}; goes with the next message")
 
 
 def image(repl: "Repl", argument: str) -> None:
@@ -111,23 +110,24 @@ def switch(repl: "Repl", argument: str) -> None:
     if not argument:
         repl.notice(repl.start_line)
         return
-    if repl.loader is None:
+    loader, old = repl.loader, repl.directory
+    if loader is None or old is None:
         raise UsageError("this chat cannot switch its model")
     directory = sources.local(user_path(argument))
     read_metadata(directory)  # what is refused here costs the old model nothing
-    session, old = repl.session, repl.source
+    session, name = repl.session, repl.session.model.identity.name
     texts = [(turn.user, session.text_of(turn)) for turn in session.turns]
-    given = session.config.given_by(USER)
-    repl.notice(f"freeing {old.identity.name}; the conversation stays")
+    given = session.config.given_by(settings.USER)
+    repl.notice(f"freeing {name}; the conversation stays")
     session.release()
     failure = None
     try:
-        repl.adopt(repl.loader.load(directory, given))
+        repl.switch(loader, directory, given)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the chat goes on
         failure = str(error) if isinstance(error, QmixError) else type(error).__name__
     if failure is not None:  # the clause's traceback would keep what has been loaded
-        repl.notice(f"{failure}\nloading {old.identity.name} again")
-        repl.adopt(repl.loader.load(old.directory, given))
+        repl.notice(f"{failure}\nloading {name} again")
+        repl.switch(loader, old, given)
     repl.session.restore(texts)
     repl.notice(repl.start_line)
 

@@ -1,11 +1,11 @@
 """Commands that look at what the model got and gave: numbers, tokens, probabilities, experts."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qmix.commands.chat.chat_model import Reply, TokenChoice
 from qmix.commands.chat.expert_use import heatmap
 from qmix.commands.chat.reply_stats import ConversationStats
-from qmix.commands.chat.start_line import bound
-from qmix.commands.chat.token_choices import Choice
 from qmix.errors import UsageError
 from qmix.planning.speed import figure
 from qmix.quantities import counted
@@ -24,13 +24,14 @@ def stats(repl: "Repl", argument: str) -> None:
     if last is None:
         raise UsageError(_NONE_YET)
     whole = ConversationStats.of(session.replies)
-    limit = bound(repl.source, session, whole.experts)
-    share = 100 * last.tokens_per_s / limit.tokens_per_s
+    limit = session.model.bound(replace(last, experts=whole.experts))
     repl.notice(f"reply         {last}")
-    repl.notice(
-        f"memory allows {figure(limit.tokens_per_s)} tok/s ({limit.source}); "
-        f"the reply had {figure(share) if share else 0} % of that"
-    )
+    if limit is not None:
+        share = 100 * last.tokens_per_s / limit.tokens_per_s
+        repl.notice(
+            f"memory allows {figure(limit.tokens_per_s)} tok/s ({limit.source}); "
+            f"the reply had {figure(share) if share else 0} % of that"
+        )
     if last.experts is not None:
         repl.notice(f"its {last.experts}")
     if last.energy_j is not None and last.new_tokens:
@@ -46,54 +47,57 @@ def stats(repl: "Repl", argument: str) -> None:
 def tokens(repl: "Repl", argument: str) -> None:
     session = repl.session
     if argument:
-        ids = session.tokenizer.encode(
-            argument, add_special_tokens=False, split_special_tokens=True
-        )
-        pieces = (f"{_piece(repl, index)} {index}" for index in ids)
-        repl.notice(f"{counted(len(ids), 'token')}: {' · '.join(pieces)}")
+        found = session.model.tokens(argument)
+        pieces = (f"{piece} {index}" for piece, index in found)
+        repl.notice(f"{counted(len(found), 'token')}: {' · '.join(pieces)}")
         return
     for number, turn in enumerate(session.turns, 1):
-        asked = len(session.tokenizer.encode(turn.user, add_special_tokens=False))
+        asked = session.model.count(turn.user)
+        message = "" if asked is None else f"message {asked:,}, "
         hidden = f", of which {turn.hidden:,} are no longer in the context" if turn.hidden else ""
-        repl.notice(f"{number:>4}  message {asked:,}, reply {len(turn.answer):,}{hidden}")
+        repl.notice(f"{number:>4}  {message}reply {len(turn.answer):,}{hidden}")
     used = session.stats.context_tokens if session.stats and session.turns else 0
-    repl.notice(f"context {used:,} of {session.context:,} tokens after the last reply")
+    limit = "" if session.context is None else f" of {session.context:,}"
+    repl.notice(f"context {used:,}{limit} tokens after the last reply")
 
 
 def prompt(repl: "Repl", argument: str) -> None:
-    session = repl.session
-    if not session.last_prompt:
-        raise UsageError(_NONE_YET)
-    ids = list(session.last_prompt)
-    repl.notice(session.tokenizer.decode(ids, skip_special_tokens=False))
-    repl.notice(f"{counted(len(ids), 'id')}: {' '.join(map(str, ids))}")
+    given = _last(repl).prompt
+    repl.notice(repl.session.model.prompt_text(given))
+    repl.notice(f"{counted(len(given.ids), 'id')}: {' '.join(map(str, given.ids))}")
 
 
 def probabilities(repl: "Repl", argument: str) -> None:
-    choices = repl.session.choices.choices()
+    reply = _last(repl)
+    choices = reply.choices()
     if not choices:
         raise UsageError(_NONE_YET)
-    repl.notice("token, its probability, and the likeliest others, as the sampler saw them")
+    repl.notice(f"token, its probability, and the likeliest others, {reply.choices_are}")
     for choice in choices:
-        repl.notice(_line(repl, choice))
+        repl.notice(_line(choice))
 
 
-def _line(repl: "Repl", choice: Choice) -> str:
-    others = [pair for pair in choice.likeliest if pair[0] != choice.id and pair[1] > 0]
+def _line(choice: TokenChoice) -> str:
+    others = [pair for pair in choice.others if pair[1] > 0]
     shown = "".join(
-        f"  {_piece(repl, index):>{_PIECE}} {100 * share:5.1f} %"
-        for index, share in others[:_OTHERS]
+        f"  {piece:>{_PIECE}} {100 * share:5.1f} %" for piece, share in others[:_OTHERS]
     )
-    return f"{_piece(repl, choice.id):<{_PIECE}} {100 * choice.probability:5.1f} %{shown}"
-
-
-def _piece(repl: "Repl", index: int) -> str:
-    """A token as it is written in the vocabulary, with its spaces and line ends visible."""
-    name = repl.session.tokenizer.convert_ids_to_tokens(index)
-    return f"{name}"
+    return f"{choice.piece:<{_PIECE}} {100 * choice.probability:5.1f} %{shown}"
 
 
 def experts(repl: "Repl", argument: str) -> None:
-    counts = repl.session.expert_counts()
+    reply = _last(repl)
+    counts = reply.expert_counts()
     encoding = repl.streams.notices.encoding
-    repl.notice(heatmap(counts, len(repl.session.choices), encoding=encoding))
+    repl.notice(heatmap(counts, reply.stats().new_tokens, encoding=encoding))
+
+
+def _last(repl: "Repl") -> Reply:
+    """The last reply.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if repl.session.last is None:
+        raise UsageError(_NONE_YET)
+    return repl.session.last

@@ -8,58 +8,19 @@ from pathlib import Path
 
 import torch
 
-from qmix import GenerationConfig, LlamaTokenizer, MixtralForCausalLM
+from qmix import GenerationConfig, MixtralForCausalLM
 from qmix.commands import options
+from qmix.commands.chat.local_model import LocalModel, ModelSource
 from qmix.commands.chat.saved_chat import ModelIdentity
 from qmix.commands.load_bar import load_bar
-from qmix.commands.session import Session
 from qmix.formats import open_checkpoint
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
 from qmix.models.auto import load
 from qmix.models.heat_record import fingerprint
-from qmix.text.chat_format import ChatFormat, chat_format
+from qmix.text.chat_format import chat_format
 
-USER = (options.GIVEN, "/set", "/load")  # whose settings outlive a change of the model
 _REHEARSED = 3  # tokens: a prompt, a step as it comes, and one that is recorded
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model came from, and which one it is."""
-
-    directory: Path
-    identity: ModelIdentity
-
-
-@dataclass(frozen=True)
-class LoadedChat:
-    """A model with all that a chat needs of it.
-
-    Attributes:
-        config: how it is sampled, and what ends its replies.
-    """
-
-    source: ModelSource
-    model: MixtralForCausalLM
-    tokenizer: LlamaTokenizer
-    form: ChatFormat
-    config: GenerationConfig
-
-    def session(self, *, context: int | None, system: str | None) -> Session:
-        """A conversation without turns.
-
-        Raises:
-            UsageError: see Session.
-        """
-        return Session(
-            self.model,
-            self.tokenizer,
-            self.config,
-            chat_format=self.form,
-            system=system,
-            context=context,
-        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +28,7 @@ class ChatLoader:
     """Loads models as the command line says.
 
     Attributes:
-        context: in tokens; None: each model's.
+        context: in tokens; a model with fewer positions has those. None: each model's.
         template: see chat_format.
         defaults: of the sampling, where neither the user nor the checkpoint says anything.
         quiet: show no bar.
@@ -79,11 +40,14 @@ class ChatLoader:
     defaults: GenerationConfig
     quiet: bool = False
 
-    def load(self, directory: Path, given: GenerationConfig) -> LoadedChat:
+    def load(self, directory: Path, given: GenerationConfig) -> tuple[LocalModel, GenerationConfig]:
         """Load a model that lies on this machine, ready to answer.
 
         Args:
             given: what the user has said of the sampling.
+
+        Returns:
+            the model; how it is sampled, and what ends its replies.
 
         Raises:
             QmixError: see qmix.load.
@@ -93,17 +57,17 @@ class ChatLoader:
             model, tokenizer = load(directory, load_options=load_options, progress=show)
         form = chat_format(tokenizer, self.template)
         config = given.filled_from(model.generation_config).filled_from(self.defaults)
-        checkpoint = open_checkpoint(directory)
+        identity = ModelIdentity(directory.resolve().name, fingerprint(open_checkpoint(directory)))
         rehearse(model)
-        return LoadedChat(
-            ModelSource(
-                directory, ModelIdentity(directory.resolve().name, fingerprint(checkpoint))
-            ),
+        limit = model.config.max_position_embeddings
+        local = LocalModel(
+            ModelSource(directory, identity),
             model,
             tokenizer,
-            form,
-            config.with_ends(form.end_ids),
+            chat_format=form,
+            context=None if self.context is None else min(self.context, limit),
         )
+        return local, config.with_ends(form.end_ids)
 
 
 def rehearse(model: MixtralForCausalLM) -> None:

@@ -5,11 +5,14 @@ Knows no conversation.
 
 from collections.abc import Callable, Mapping
 
+from qmix.commands import options
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.planning.byte_sizes import parse_count
 
 BY = "/set"
+SERVER = "the server"  # gives the values that nobody here gave; they are not known here
+USER = (options.GIVEN, BY, "/load")  # whose settings outlive a change of the model
 NONE = "none"
 
 
@@ -75,7 +78,9 @@ def shown(config: GenerationConfig, name: str) -> str:
 
 
 def value_of(config: GenerationConfig, name: str) -> str:
-    """A setting's value as /set takes it; temperature says that it is greedy."""
+    """A setting's value as /set takes it, if it is known; temperature says that it is greedy."""
+    if config.given.get(name) == SERVER:
+        return "-"
     value = getattr(config, name)
     if name == "temperature" and not config.do_sample:
         return "0 (greedy)"
@@ -83,8 +88,9 @@ def value_of(config: GenerationConfig, name: str) -> str:
 
 
 def to_json(config: GenerationConfig) -> dict[str, int | float | None]:
-    """Every setting by its name, as a file keeps it; temperature 0 means greedy."""
-    values = {name: getattr(config, name) for name in SETTINGS}
+    """Every setting that is known by its name, as a file keeps it; temperature 0 means greedy."""
+    known = [name for name in SETTINGS if config.given.get(name) != SERVER]
+    values = {name: getattr(config, name) for name in known}
     return values if config.do_sample else {**values, "temperature": 0}
 
 

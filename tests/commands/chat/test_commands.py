@@ -112,11 +112,13 @@ def test_a_file_goes_along_with_the_next_message(tmp_path):
 
 def test_looks_into_a_reply():
     session, _, notices = run("Hello\n/tokens\n/tokens ab\n/prompt\n/probs\n/experts\n/stats\n")
-    assert f"{session.last_prompt[0]} {session.last_prompt[1]}" in notices
+    first, second, *_ = session.last.prompt.ids
+    assert f"{first} {second}" in notices
     assert "[INST] Hello [/INST]" in notices
     assert "message 3, reply 5" in notices
     assert notices.count(" %\n") >= 5
-    assert sum(session.expert_counts()[0]) == 5 * session.model.config.num_experts_per_tok
+    chosen = session.model.causal_lm.config.num_experts_per_tok
+    assert sum(session.last.expert_counts()[0]) == 5 * chosen
     for part in ("busiest: layer 0", "memory allows", "conversation  1 reply · 5 tokens"):
         assert part in notices
     _, _, notices = run("/prompt\n/probs\n/experts\n/stats\nHi\n/clear\n/stats\n")

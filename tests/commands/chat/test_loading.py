@@ -8,7 +8,7 @@ from rich.console import Console
 from qmix import GenerationConfig
 from qmix.commands import options
 from qmix.commands.chat.loading import ChatLoader
-from qmix.commands.chat.start_line import bound
+from qmix.commands.chat.local_facts import bound
 from qmix.commands.repl import Repl, Streams
 from qmix.errors import ResourceError
 from qmix.models import auto
@@ -46,13 +46,13 @@ def test_an_offloaded_model_says_where_its_experts_are(chat):
     assert statistics.disk > 0
     assert "experts" in repl.start_line
     assert "on disk" in repl.start_line
-    slow = bound(repl.source, repl.session, statistics)
-    assert 0 < slow.tokens_per_s < bound(repl.source, repl.session, None).tokens_per_s
+    slow = bound(repl.session.model, 0, statistics)
+    assert 0 < slow.tokens_per_s < bound(repl.session.model, 0, None).tokens_per_s
 
 
 def test_another_model_takes_over_the_words_and_the_settings(chat):
     repl, notices = chat(f"Hello\n/set max_new_tokens 2\n/model {TINY}\n/set max_new_tokens\nAnd\n")
-    assert repl.source.directory == TINY
+    assert repl.directory == TINY
     assert [turn.user for turn in repl.session.turns] == ["Hello", "And"]
     assert repl.session.turns[0].answer
     assert (repl.session.system, repl.session.config.max_new_tokens) == ("Be brief.", 2)

@@ -48,7 +48,7 @@ def test_ctrl_c_in_a_pipe_gives_what_there_is(tiny_nf4, monkeypatch):
         yield from itertools.islice(stream(*arguments), 2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qmix.commands.session.stream", interrupted)
+    monkeypatch.setattr("qmix.commands.chat.local_model.stream", interrupted)
     document, done = asked(tiny_nf4, "Hi")
     assert (document["finish"], document["new_tokens"]) == ("stopped", 2)
     assert done.returncode == CTRL_C
