@@ -16,6 +16,7 @@ import typer
 
 from qmix import __version__
 from qmix.commands import (
+    bench,
     compare,
     doctor,
     evaluate,
@@ -51,9 +52,9 @@ app.command("convert", rich_help_panel=_RUN)(files.convert)
 app.command("export", rich_help_panel=_RUN)(files.export)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
-app.command("bench", rich_help_panel=_MEASURE)(evaluate.bench)
+app.command("bench", rich_help_panel=_MEASURE)(bench.bench)
 app.add_typer(trace.app, name="trace", rich_help_panel=_MEASURE)
-app.command("demo", rich_help_panel=_MEASURE)(evaluate.demo)
+app.command("demo", rich_help_panel=_MEASURE)(bench.demo)
 app.command("plan", rich_help_panel=_LOOK)(plan.plan)
 app.command("inspect", rich_help_panel=_LOOK)(files.inspect)
 app.command("verify", rich_help_panel=_LOOK)(files.verify)

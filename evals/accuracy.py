@@ -26,7 +26,6 @@ from qmix import strict_json
 from qmix.errors import UsageError
 from qmix.evals import corpus
 from qmix.evals.command import exit_code, say
-from qmix.evals.quality.perplexity import Text
 from qmix.evals.quality.scores import (
     VariantScore,
     ablation_table,
@@ -35,6 +34,7 @@ from qmix.evals.quality.scores import (
     score,
     score_table,
 )
+from qmix.evals.quality.texts import Text
 from qmix.evals.quality.variants import Variant, ablated_variants, matching, method_variants
 from qmix.evals.training import tiny_model
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.evals.quality.layer_streaming import Scorer
-from qmix.evals.quality.perplexity import Perplexity, Text
+from qmix.evals.quality.perplexity import Perplexity
+from qmix.evals.quality.positions import PositionScore
+from qmix.evals.quality.texts import Text
 from qmix.evals.quality.token_scores import TokenScores, token_scores
 from qmix.evals.quality.windows import ScoringWindows, open_comparable, text_windows
 from qmix.evals.quality.worst_tokens import WorstToken, worst_tokens
@@ -27,19 +29,9 @@ from qmix.models.options import parse_dtype
 from qmix.quantize.output_checkpoint import squared_sums
 from qmix.text.tokenizer import LlamaTokenizer
 
-_BINS = 16  # of the positions in a window
 _ALIKE = ("num_hidden_layers", "hidden_size", "num_local_experts")
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PositionScore:
-    """Mean KL of the tokens at positions [start, stop) of their windows; None: none was scored."""
-
-    start: int
-    stop: int
-    kl: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +168,14 @@ def compare(
     weight_errors = _weight_errors(opened, steps)
     models = []
     for index, score in enumerate(scores):
+        overall = Perplexity.of(score, windows, text.sha256)
         far = ReferenceDistance(
-            positions=_positions(score, windows),
+            positions=overall.positions,
             layer_errors=layer_errors[index],
             weight_errors=weight_errors[index],
             worst=worst[index],
         )
         distance = far if index else None
-        overall = Perplexity.of(score, windows.protocol, text.sha256)
         models.append(
             _result(directories[index], opened[index], overall, expert_tokens[index], distance)
         )
@@ -291,20 +283,6 @@ def _scores(
         reference = None if scorer is scorers[0] else scorers[0]
         scores.append(token_scores(windows, scorer, reference))
     return scores
-
-
-def _positions(scores: TokenScores, windows: ScoringWindows) -> tuple[PositionScore, ...]:
-    if scores.divergences is None:
-        return ()
-    length = windows.ids.shape[1]
-    width = max(1, -(-length // _BINS))
-    result = []
-    for start in range(0, length, width):
-        inside = (scores.position >= start) & (scores.position < start + width)
-        kl = scores.divergences.kl[inside].double()
-        mean = float(kl.mean()) if len(kl) else None
-        result.append(PositionScore(start=start, stop=min(start + width, length), kl=mean))
-    return tuple(result)
 
 
 def _weight_errors(opened: Sequence[Checkpoint], steps: _Steps) -> list[dict[str, float]]:

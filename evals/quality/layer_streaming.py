@@ -110,10 +110,10 @@ class Scorer:
         progress(self.layers, self.layers)
 
     @torch.no_grad()
-    def log_probabilities(self, window: int, start: int, stop: int) -> Tensor:
-        """Float32 log-softmax (stop - start, V) at positions [start, stop) of one window."""
+    def log_probabilities(self, window: int, positions: Tensor) -> Tensor:
+        """Float32 log-softmax (n, V) at positions int64 (n,) of one window."""
         assert self._done == self.layers, self._done
-        x = self._hidden[window, start:stop].to(self._device)
+        x = self._hidden[window, positions].to(self._device)
         with preferred(self._backend):
             logits: Tensor = self._head(self._norm(x))
         return logits.float().log_softmax(-1)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qmix.evals import corpus
-from qmix.evals.quality.perplexity import Perplexity, Text, evaluate
+from qmix.evals.quality.evaluation import evaluate
+from qmix.evals.quality.perplexity import Perplexity
+from qmix.evals.quality.texts import Text
 from qmix.evals.training import tiny_model
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.run import quantize_calibrated

@@ -11,7 +11,9 @@ from typing import Any
 
 from qmix.errors import CheckpointError
 from qmix.evals import markdown
-from qmix.evals.quality.perplexity import Perplexity, ReferenceScore, Text, evaluate
+from qmix.evals.quality.evaluation import evaluate
+from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
+from qmix.evals.quality.texts import Text
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import storage_summary
 

@@ -36,12 +36,14 @@ class TokenScores:
     Attributes:
         window, position: where each token stands, int64 (N,).
         losses: negative log-likelihoods in nats, float32 (N,).
+        greedy: whether the model finds the text's token most likely, bool (N,).
         divergences: None without a reference.
     """
 
     window: Tensor
     position: Tensor
     losses: Tensor
+    greedy: Tensor
     divergences: Divergences | None
 
 
@@ -49,25 +51,21 @@ def token_scores(
     windows: ScoringWindows, scorer: Scorer, reference: Scorer | None = None
 ) -> TokenScores:
     """Score every target of the windows; both models have run all layers."""
-    places, losses, reference_losses, kl, agreed = [], [], [], [], []
+    losses, greedy, reference_losses, kl, agreed = [], [], [], [], []
     for index, row in enumerate(windows.ids):
-        first = 1 if index == 0 else windows.first
-        for start in range(first, len(row), _POSITIONS):
-            stop = min(start + _POSITIONS, len(row))
-            targets = row[start:stop, None]
-            places.append(
-                torch.stack((torch.full((stop - start,), index), torch.arange(start, stop)))
-            )
-            predicted = scorer.log_probabilities(index, start - 1, stop - 1).cpu()
-            losses.append(-predicted.gather(1, targets)[:, 0])
+        for positions in windows.scored[index].nonzero()[:, 0].split(_POSITIONS):
+            targets = row[positions]
+            predicted = scorer.log_probabilities(index, positions - 1).cpu()
+            losses.append(-predicted.gather(1, targets[:, None])[:, 0])
+            greedy.append(predicted.argmax(-1) == targets)
             if reference is None:
                 continue
-            expected = reference.log_probabilities(index, start - 1, stop - 1).cpu()
-            reference_losses.append(-expected.gather(1, targets)[:, 0])
+            expected = reference.log_probabilities(index, positions - 1).cpu()
+            reference_losses.append(-expected.gather(1, targets[:, None])[:, 0])
             kl.append((expected.exp() * (expected - predicted)).sum(-1))
             agreed.append(expected.argmax(-1) == predicted.argmax(-1))
-    window, position = torch.cat(places, 1)
+    window, position = windows.scored.nonzero(as_tuple=True)
     compared = None
     if reference is not None:
         compared = Divergences(torch.cat(reference_losses), torch.cat(kl), torch.cat(agreed))
-    return TokenScores(window, position, torch.cat(losses), compared)
+    return TokenScores(window, position, torch.cat(losses), torch.cat(greedy), compared)

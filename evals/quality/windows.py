@@ -22,12 +22,13 @@ class ScoringWindows:
 
     Attributes:
         ids: (W, S).
-        first: the first target position that is scored in a window; in the first window it is 1.
+        scored: whether the id at a position is scored as the target of those before it, bool
+            (W, S); never at position 0.
         protocol: how the text was cut, in words.
     """
 
     ids: Tensor
-    first: int
+    scored: Tensor
     protocol: str
 
 
@@ -49,13 +50,20 @@ def scoring_windows(
         raise UsageError("the text is too short to score", expected="2 tokens", found=len(ids))
     if len(ids) < window:
         words = f"one window of {len(ids)}, the whole text (shorter than {window}), {added}"
-        return ScoringWindows(torch.tensor([ids]), 1, words)
+        return ScoringWindows(torch.tensor([ids]), _from(1, 1, len(ids)), words)
     starts = range(0, len(ids) - window + 1, stride)
     dropped = len(ids) - (starts[-1] + window)
     kind = "non-overlapping" if stride == window else f"stride {stride}, each token scored once"
     words = f"{len(starts)} windows of {window}, {kind}, {added}, tail of {dropped} tokens dropped"
     rows = torch.tensor([ids[start : start + window] for start in starts])
-    return ScoringWindows(rows, 1 if stride == window else window - stride, words)
+    scored = _from(1 if stride == window else window - stride, *rows.shape)
+    scored[0, 1:] = True
+    return ScoringWindows(rows, scored, words)
+
+
+def _from(first: int, windows: int, size: int) -> Tensor:
+    """A mask (windows, size) of all positions from `first` on."""
+    return (torch.arange(size) >= first).repeat(windows, 1)
 
 
 def text_windows(
@@ -77,9 +85,9 @@ def text_windows(
     """
     positions = checkpoint.config.max_position_embeddings
     size = min(WINDOW, positions) if size is None else size
-    _check_range("ctx", size, 2, positions)
+    check_range("ctx", size, 2, positions)
     step = size if stride is None else stride
-    _check_range("stride", step, 1, size)
+    check_range("stride", step, 1, size)
     return scoring_windows(ids, size, step, added_tokens(tokenizer))
 
 
@@ -128,6 +136,10 @@ def open_comparable(
     return opened
 
 
-def _check_range(name: str, value: int, low: int, high: int) -> None:
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """
+    Raises:
+        UsageError: the value is outside [low, high].
+    """
     if not low <= value <= high:
         raise UsageError("out of range", where=name, expected=f"{low} to {high}", found=value)

@@ -6,6 +6,8 @@ Knows nothing of averages and of pages.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from qmix.evals.quality.layer_streaming import Scorer
 from qmix.evals.quality.token_scores import TokenScores
 from qmix.evals.quality.windows import ScoringWindows
@@ -77,7 +79,7 @@ def worst_tokens(
 def _prediction(
     scorer: Scorer, window: int, position: int, ids: Sequence[int], tokenizer: LlamaTokenizer
 ) -> Prediction:
-    probabilities = scorer.log_probabilities(window, position - 1, position)[0].cpu().exp()
+    probabilities = scorer.log_probabilities(window, torch.tensor([position - 1]))[0].cpu().exp()
     choice = int(probabilities.argmax())
     chosen = [*ids[:position], choice]
     return Prediction(

@@ -64,14 +64,14 @@ def compare(
     given = _ordered(models, reference)
     check_count(len(given))
     directories = [sources.local(path, yes=yes) for path in given]
-    from qmix.evals.quality import comparison, perplexity
+    from qmix.evals.quality import comparison, texts
     from qmix.evals.report.compare_page import compare_page
     from qmix.evals.report.recorded_speed import read_speeds
     from qmix.files import atomic_file
     from qmix.pages import page
 
     speeds = [speed for path in bench or () for speed in read_speeds(path)]
-    text = perplexity.read_text(data, as_it_is=raw_text)
+    text = texts.read_text(data, as_it_is=raw_text)
     terminal.notice_changes(data, text.changes, "--raw-text keeps them")
     with terminal.progress() as show:
         result = comparison.compare(

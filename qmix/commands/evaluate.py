@@ -1,227 +1,233 @@
-"""`qmix eval`, `qmix bench` and `qmix demo`: what a checkpoint costs and how fast it is.
+"""`qmix eval`: what a checkpoint loses, on texts, on chats, and beside other checkpoints.
 
 What is measured is in qmix.evals; heavy imports stay inside the functions.
 """
 
-import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qmix.commands import options, quantize, sources, terminal
+from qmix.commands import eval_text, options, sources, terminal
 from qmix.errors import UsageError
 from qmix.hub.local import shown_name
-from qmix.quantities import counted
 
 if TYPE_CHECKING:
+    from qmix.evals.quality.evaluation import Material
     from qmix.evals.quality.perplexity import Perplexity
+    from qmix.evals.quality.texts import Text
 
-_TESTS = ("128", "0", "1")  # defaults of -n, -d and -b
-
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        "-p",
-        "--n-prompt",
-        "--prompts",
-        help="Prompt lengths.",
-        show_default="512; 512 to 4096 with --attention",
-    ),
-]
-NewTokens = Annotated[str, typer.Option("-n", "--n-gen", help="Numbers of new tokens.")]
-Depths = Annotated[str, typer.Option("-d", "--n-depth", help="Tokens already in the cache.")]
-Batches = Annotated[str, typer.Option("-b", "--batch", help="Rows at once.")]
-Repetitions = Annotated[
-    int, typer.Option("-r", "--repetitions", min=1, help="Timed runs of each test.")
-]
-Attention = Annotated[
-    bool, typer.Option("--attention", help="Time attention alone, each implementation.")
-]
-Window = Annotated[
-    int, typer.Option(min=1, help="--attention: sliding window to compare with none.")
-]
-Stride = Annotated[
-    int | None,
-    typer.Option(
-        parser=options.token_count, help="Tokens between windows.", show_default="the window"
-    ),
-]
-Plot = Annotated[
-    Path | None, typer.Option(help="--attention: draw the times to this PNG.", show_default=False)
-]
+_OTHERS, _LIMITS = "Other things to score", "Quality gates"
 
 
+@dataclass(frozen=True)
+class Scored(options.Group):
+    """What is scored, as written."""
+
+    data: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file to score.", show_default=False)
+    ] = None
+    ctx: options.ScoredWindow = None
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.token_count, help="Tokens between windows.", show_default="the window"
+        ),
+    ] = None
+    raw_text: options.RawText = False
+    chats: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL of conversations whose answers are scored.",
+            show_default=False,
+            rich_help_panel=_OTHERS,
+        ),
+    ] = None
+    template: options.Template = None
+    needle: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Hide a number at 11 depths of --data, this often, and ask for it.",
+            show_default=False,
+            rich_help_panel=_OTHERS,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            UsageError: nothing is to be scored, or options contradict each other.
+        """
+        if (self.data is None) == (self.chats is None):
+            found = "neither" if self.data is None else "both"
+            raise UsageError("nothing to score", expected="--data or --chats", found=found)
+        refused = {
+            "--template needs --chats": self.template is not None and self.chats is None,
+            "--needle needs --data": self.needle is not None and self.data is None,
+            "--chats takes no --stride": self.stride is not None and self.chats is not None,
+            "--needle takes no --stride": self.stride is not None and self.needle is not None,
+        }
+        for what, is_so in refused.items():
+            if is_so:
+                raise UsageError(what)
+
+    def text(self) -> "Text":
+        """The text of --data, with a notice of what was changed of it.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        from qmix.evals.quality.texts import read_text
+
+        assert self.data is not None
+        text = read_text(self.data, as_it_is=self.raw_text)
+        terminal.notice_changes(self.data, text.changes, "--raw-text keeps them")
+        return text
+
+    def material(self) -> "Material":
+        """The text of --data, or the conversations of --chats.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        from qmix.evals.quality.conversations import read_conversations
+        from qmix.evals.quality.evaluation import WholeText
+
+        if self.chats is not None:
+            return read_conversations(self.chats, self.ctx, self.template)
+        return WholeText(self.text(), self.ctx, self.stride)
+
+
+@dataclass(frozen=True)
+class Gates(options.Group):
+    """What a result may be at most."""
+
+    max_perplexity: Annotated[
+        float | None,
+        typer.Option(help="Exit 5 if the perplexity is higher.", rich_help_panel=_LIMITS),
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Exit 5 if the mean KL divergence is higher.", rich_help_panel=_LIMITS),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Computation(options.Group):
+    """How models are run, as written."""
+
+    dtype: options.Dtype = None
+    device: options.Device = None
+    backend: options.Backend = None
+
+
+@options.grouped
 def evaluate(
     directory: options.Directory,
-    data: options.ScoredText,
+    scored: Scored = Scored(),
     reference: Annotated[
         Path | None, typer.Option(help="Unquantized checkpoint to compare with.")
     ] = None,
-    ctx: options.ScoredWindow = None,
-    stride: Stride = None,
-    max_perplexity: Annotated[
-        float | None, typer.Option(help="Exit 5 if the perplexity is higher.")
+    against: Annotated[
+        Path | None, typer.Option(help="Another version of MODEL: how the two differ.")
     ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option(help="Exit 5 if the mean KL divergence is higher.")
-    ] = None,
-    raw_text: options.RawText = False,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Show the scores by position in the window.")
+    ] = False,
+    gates: Gates = Gates(),
     as_json: options.AsJson = False,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    backend: options.Backend = None,
+    computation: Computation = Computation(),
     yes: options.Yes = False,
 ) -> None:
     """Measure perplexity, and the divergence from a reference model.
 
+    Intervals come from a paired bootstrap over windows, or over conversations.
+
     Examples:
       qmix eval mixtral-nf4 --data wiki.test.raw --reference Mixtral-8x7B-v0.1
-      qmix eval mixtral-nf4 --data wiki.test.raw --max-perplexity 4.2 --json
+      qmix eval mixtral-gptq --against mixtral-nf4 --data wiki.test.raw
+      qmix eval mixtral-nf4 --chats chats.jsonl --reference Mixtral-8x7B-v0.1
+      qmix eval mixtral-nf4 --data book.txt --needle 5 --ctx 16k
     """
-    if max_kl is not None and reference is None:
+    scored.check()
+    if gates.max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
-    directory = sources.local(directory, yes=yes)
-    reference = None if reference is None else sources.local(reference, yes=yes)
-    from qmix.evals.quality import perplexity
-
-    text = perplexity.read_text(data, as_it_is=raw_text)
-    terminal.notice_changes(data, text.changes, "--raw-text keeps them")
-    with terminal.progress() as show:
-        result = perplexity.evaluate(
-            directory,
-            text,
-            reference=reference,
-            window=ctx,
-            stride=stride,
-            dtype=dtype,
-            device=device,
-            backend=backend,
-            progress=lambda done, total: show(f"layer {done} of {total}", done, total),
-        )
-    failure = result.gate(max_perplexity=max_perplexity, max_kl=max_kl)
-    document = result.to_dict()
-    terminal.print_result(_perplexity_text(result), document, as_json=as_json, failure=failure)
-
-
-def _perplexity_text(result: "Perplexity") -> str:
-    lines = [
-        f"perplexity  {result.perplexity:.4f} ± {result.stderr:.4f}",
-        f"tokens      {result.tokens}",
-        f"protocol    {result.protocol}",
-        f"text        sha256 {result.text_sha256}",
-    ]
-    if result.reference is not None:
-        other = result.reference
-        lines += [
-            f"reference   {other.perplexity:.4f} "
-            f"(ratio {result.perplexity / other.perplexity:.4f})",
-            f"KL          mean {other.kl_mean:.6f}, median {other.kl_median:.6f}, "
-            f"p99 {other.kl_p99:.6f} nats",
-            f"top-1       {100 * other.top1_agreement:.2f} % agree",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-@options.grouped
-def bench(
-    directory: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="DIR", help="Checkpoint directory; --attention needs none.", show_default=False
-        ),
-    ] = None,
-    prompts: Prompts = None,
-    new: NewTokens = _TESTS[0],
-    depth: Depths = _TESTS[1],
-    batch: Batches = _TESTS[2],
-    repetitions: Repetitions = 5,
-    attention: Attention = False,
-    window: Window = 1024,
-    plot: Plot = None,
-    as_json: options.AsJson = False,
-    yes: options.Yes = False,
-    load: options.Load = options.LOAD,
-) -> None:
-    """Measure tokens a second beside the bound that memory sets.
-
-    The options are llama-bench's; lists are separated by commas.
-
-    Examples:
-      qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8
-      qmix bench --attention -p 512,4096 --plot attention.png
-    """
-    if attention:
-        if (new, depth, batch) != _TESTS:
-            raise UsageError("--attention takes no -n, -d or -b")
-        from qmix.evals.timing.attention_bench import AttentionRequest, run_attention_bench
-
-        request = AttentionRequest.from_options(
-            directory, prompts, window, load.dtype, load.device, plot
-        )
-        with terminal.progress() as show:
-            compared = run_attention_bench(request, repetitions=repetitions, progress=show)
-        text = compared.aligned() if sys.stdout.isatty() else compared.markdown()
-        terminal.print_result(text, compared.to_dict(), as_json=as_json)
-        return
-    if plot is not None:
-        raise UsageError("--plot needs --attention")
-    if directory is None:
-        raise UsageError("give a DIR, or --attention")
-    from qmix import MixtralForCausalLM
-    from qmix.commands.load_bar import load_bar
-    from qmix.evals.timing.bench import parse_tests, run_bench
-
-    tests = parse_tests(prompts or "512", new, depth, batch)
-    directory = sources.local(directory, yes=yes)
-    parsed = load.parse()
-    with load_bar() as bar:
-        model = MixtralForCausalLM.from_pretrained(directory, load_options=parsed, progress=bar)
-    with terminal.progress() as show:
-        report = run_bench(
-            model, tests, name=shown_name(directory), repetitions=repetitions, progress=show
-        )
-    text = report.aligned() if sys.stdout.isatty() else report.markdown()
-    terminal.print_result(text, report.to_dict(), as_json=as_json)
-
-
-def demo(
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Keep the 4-bit checkpoint here.", show_default="a temporary directory"),
-    ] = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Quantize, evaluate and sample the tiny Mixtral of a checkout.
-
-    Examples:
-      qmix demo
-      qmix demo --out tiny-nf4
-    """
-    from qmix.evals.quality import demo
-    from qmix.evals.quality.measure import compare_nf4
-    from qmix.evals.training import tiny_model
-
-    tiny = tiny_model.directory()
-    with demo.place(out) as target:
-        terminal.message(f"1. quantize {tiny} to 4 bits, and score both on held-out text")
-        with terminal.progress() as show:
-            comparison = compare_nf4(target, progress=show)
-        quantize.draw_report(comparison.report, target)
-        terminal.message("2. what the 4 bits cost, on text the model never saw:")
-        header, *rows = comparison.rows()
-        terminal.table(header, rows)
-        scored = counted(comparison.result.tokens, "token")
-        terminal.message(f"   {scored}; {comparison.result.protocol}")
-        terminal.message("3. the 4-bit model writes (it is tiny: expect grammar, not sense):")
-        pieces = []
-        for piece in demo.sample(target):
-            pieces.append(piece)
-            if not as_json:
-                terminal.write(piece)
-    if as_json:
-        terminal.print_json({**comparison.to_dict(), "sample": "".join(pieces)})
+    if scored.needle is not None and (by_position or gates != Gates()):
+        raise UsageError("--needle takes no --by-position, --max-perplexity or --max-kl")
+    models = [sources.local(path, yes=yes) for path in (directory, against) if path is not None]
+    base = None if reference is None else sources.local(reference, yes=yes)
+    if scored.needle is not None:
+        everyone = models if base is None else [*models, base]
+        shown = _needles(everyone, scored, computation)
     else:
-        terminal.write("\n")
-    argument = out if out is not None else "OUT, after: qmix quantize evals/tiny OUT"
-    terminal.message(f"Next: qmix chat {argument}")
+        shown = _perplexities(models, base, scored, computation, by_position=by_position)
+    failure = None if shown.result is None else shown.result.gate(**vars(gates))
+    text = "\n".join(shown.lines) + "\n"
+    terminal.print_result(text, shown.document, as_json=as_json, failure=failure)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What is printed of a run, and the result that the gates judge."""
+
+    lines: list[str]
+    document: dict[str, Any]
+    result: "Perplexity | None" = None
+
+
+def _perplexities(
+    models: Sequence[Path],
+    reference: Path | None,
+    scored: Scored,
+    computation: Computation,
+    *,
+    by_position: bool,
+) -> _Shown:
+    """The first model, and how it differs from the second, if there is one."""
+    from qmix.evals.quality.evaluation import evaluate_all
+    from qmix.evals.quality.window_scores import difference
+
+    material = scored.material()
+    with _layers() as progress:
+        result, *others = evaluate_all(
+            models, material, reference=reference, progress=progress, **vars(computation)
+        )
+    document = result.to_dict()
+    lines = eval_text.perplexity_lines(result)
+    if by_position:
+        document["positions"] = [asdict(each) for each in result.positions]
+        lines += eval_text.position_lines(result)
+    for other in others:
+        less = difference(result.windows, other.windows)
+        document |= {"against": other.to_dict(), "difference": less.to_dict()}
+        lines += eval_text.difference_lines(other, less)
+    return _Shown(lines, document, result)
+
+
+def _needles(models: Sequence[Path], scored: Scored, computation: Computation) -> _Shown:
+    """What each of the models finds."""
+    from qmix.evals.quality.evaluation import score_all
+    from qmix.evals.quality.needles import Needles
+
+    assert scored.needle is not None
+    needles = Needles(scored.text(), scored.needle, scored.ctx)
+    with _layers() as progress:
+        windows, scores = score_all(models, needles, progress=progress, **vars(computation))
+    results = [
+        (shown_name(path), needles.result(each, windows.protocol))
+        for path, each in zip(models, scores, strict=True)
+    ]
+    document = {"models": [{"name": name, **result.to_dict()} for name, result in results]}
+    return _Shown(eval_text.needle_lines(results), document)
+
+
+@contextmanager
+def _layers() -> Iterator[Callable[[int, int], None]]:
+    """Yield progress(layers done, layers in all)."""
+    with terminal.progress() as show:
+        yield lambda done, total: show(f"layer {done} of {total}", done, total)

@@ -221,10 +221,10 @@ def _interruptible(calibrated: bool) -> AbstractContextManager[Callable[[], bool
 
 def _calibration_text(path: Path | None) -> str:
     from qmix.evals import corpus
-    from qmix.evals.quality import perplexity
+    from qmix.evals.quality import texts
 
     if path is not None:
-        text = perplexity.read_text(path)
+        text = texts.read_text(path)
         terminal.notice_changes(path, text.changes)
         return text.content
     terminal.notice("calibrating with Python's documentation; --calibration takes your own text")

@@ -67,14 +67,14 @@ def record(
         raise UsageError("the file exists", where=str(out), remedy="Choose another name.")
     import qmix
     from qmix.commands.load_bar import load_bar
-    from qmix.evals.quality import perplexity
+    from qmix.evals.quality import texts
     from qmix.evals.routing.record import record_trace
 
     load_options = load.parse()
     directory = sources.local(directory, yes=yes)
     text = None
     if data is not None:
-        read = perplexity.read_text(data)
+        read = texts.read_text(data)
         terminal.notice_changes(data, read.changes)
         text = read.content
     with load_bar() as bar:

@@ -11,7 +11,8 @@ from qmix.errors import QualityError
 from qmix.evals import corpus, guard
 from qmix.evals.guard import Figures, check
 from qmix.evals.quality import measure
-from qmix.evals.quality.perplexity import Text, evaluate
+from qmix.evals.quality.evaluation import evaluate
+from qmix.evals.quality.texts import Text
 from qmix.formats.layouts import bnb
 from qmix.quantize.rounding.grid import Grid
 from qmix.weights import nf4

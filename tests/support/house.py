@@ -80,7 +80,8 @@ OWNERS: Mapping[str, set[str]] = {
     },
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
-        *("qmix.commands.generate", "qmix.commands.evaluate", "qmix.commands.plan"),
+        *("qmix.commands.bench", "qmix.commands.evaluate", "qmix.commands.generate"),
+        "qmix.commands.plan",
         "qmix.commands.serve",
         *(
             "qmix.commands.doctor",

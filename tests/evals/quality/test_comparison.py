@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qmix.errors import CheckpointError
-from qmix.evals.quality import comparison, perplexity
-from qmix.evals.quality.perplexity import Text
+from qmix.evals.quality import comparison, evaluation
+from qmix.evals.quality.texts import Text
 from qmix.formats import open_checkpoint
 from qmix.formats.names import place
 from qmix.models.causal_lm import MixtralForCausalLM
@@ -58,7 +58,7 @@ def by_hand(folders):
 
 
 def test_the_scores_are_those_of_the_evaluation(folders, compared):
-    expected = perplexity.evaluate(
+    expected = evaluation.evaluate(
         folders[1], TEXT, reference=folders[0], window=WINDOW, dtype="float32", device="cpu"
     )
     assert compared.models[1].score == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qmix.errors import CheckpointError
-from qmix.evals.quality.perplexity import read_text
+from qmix.evals.quality.texts import read_text
 from qmix.evals.quality.windows import added_tokens
 from qmix.text.tokenizer import LlamaTokenizer
 

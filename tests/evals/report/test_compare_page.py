@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 
 from qmix.errors import CheckpointError, UsageError
-from qmix.evals.quality.comparison import (
-    Comparison,
-    ModelResult,
-    PositionScore,
-    ReferenceDistance,
-)
+from qmix.evals.quality.comparison import Comparison, ModelResult, ReferenceDistance
 from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
+from qmix.evals.quality.positions import PositionScore
 from qmix.evals.quality.worst_tokens import Prediction, WorstToken
 from qmix.evals.report.compare_page import check_count, compare_page
 from qmix.evals.report.recorded_speed import read_speeds, speed_section
@@ -46,7 +42,12 @@ def model(index):
     )
     distance = ReferenceDistance(
         positions=tuple(
-            PositionScore(start=128 * i, stop=128 * i + 128, kl=0.01 * index + 0.001 * (i * 7 % 5))
+            PositionScore(
+                start=128 * i,
+                stop=128 * i + 128,
+                loss=1.4,
+                kl=0.01 * index + 0.001 * (i * 7 % 5),
+            )
             for i in range(16)
         ),
         layer_errors=tuple(0.02 * index + 0.001 * layer for layer in range(LAYERS)),

@@ -1,0 +1,167 @@
+"""Checkpoints scored on the same windows, one layer of one of them in memory at a time.
+
+Knows nothing of averages and of printing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qmix.evals.quality.layer_streaming import Scorer
+from qmix.evals.quality.perplexity import Perplexity
+from qmix.evals.quality.texts import Text
+from qmix.evals.quality.token_scores import TokenScores, token_scores
+from qmix.evals.quality.windows import ScoringWindows, open_comparable, text_windows
+from qmix.formats import Checkpoint, open_checkpoint
+from qmix.kernels.backend import named
+from qmix.models.options import parse_dtype
+from qmix.text.tokenizer import LlamaTokenizer
+
+
+class Material(Protocol):
+    """What is scored."""
+
+    @property
+    def content(self) -> str:
+        """All of its text: two tokenizers that encode it alike can be compared."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the content."""
+        ...
+
+    def windows(
+        self, checkpoint: Checkpoint, tokenizer: LlamaTokenizer, ids: list[int]
+    ) -> ScoringWindows:
+        """Its windows for a model.
+
+        Args:
+            ids: of the content.
+
+        Raises:
+            UsageError: it does not fit the model.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WholeText:
+    """A text, cut into windows; see `windows.text_windows`."""
+
+    text: Text
+    window: int | None = None
+    stride: int | None = None
+
+    @property
+    def content(self) -> str:
+        return self.text.content
+
+    @property
+    def sha256(self) -> str:
+        return self.text.sha256
+
+    def windows(
+        self, checkpoint: Checkpoint, tokenizer: LlamaTokenizer, ids: list[int]
+    ) -> ScoringWindows:
+        """See Material."""
+        return text_windows(checkpoint, tokenizer, ids, self.window, self.stride)
+
+
+def evaluate(
+    directory: Path,
+    text: Text,
+    *,
+    reference: Path | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Score a text with a checkpoint, and compare with a reference checkpoint.
+
+    Args:
+        reference: directory of the reference; None compares with nothing.
+        window: tokens of a window; by default the model's positions, at most 2048.
+        stride: tokens from one window to the next; by default the window.
+        dtype, device: as `qmix.LoadOptions`.
+        backend: the same; the reference takes the best that there is.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UsageError: window or stride is out of range, or the text is too short.
+        CheckpointError: a checkpoint is damaged, or the two tokenize the text differently.
+    """
+    (result,) = evaluate_all(
+        [directory],
+        WholeText(text, window, stride),
+        reference=reference,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        progress=progress,
+    )
+    return result
+
+
+def evaluate_all(
+    directories: Sequence[Path],
+    material: Material,
+    *,
+    reference: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Perplexity, ...]:
+    """The same of several checkpoints, all on the same tokens; see `evaluate`."""
+    windows, scores = score_all(
+        directories,
+        material,
+        reference=reference,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        progress=progress,
+    )
+    return tuple(Perplexity.of(each, windows, material.sha256) for each in scores)
+
+
+def score_all(
+    directories: Sequence[Path],
+    material: Material,
+    *,
+    reference: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[ScoringWindows, tuple[TokenScores, ...]]:
+    """Every scored token of the material, by each checkpoint; see `evaluate`.
+
+    Returns:
+        The windows, which are cut for the first checkpoint, and the scores.
+    """
+    weight_dtype, asked = parse_dtype(dtype), named(backend)
+    first = open_checkpoint(directories[0])
+    tokenizer = LlamaTokenizer.from_pretrained(directories[0])
+    ids = tokenizer.encode(material.content)
+    windows = material.windows(first, tokenizer, ids)
+    others = [*directories[1:], *([] if reference is None else [reference])]
+    opened = [first, *(open_comparable(path, first, material.content, ids) for path in others)]
+    total, done = sum(each.config.num_hidden_layers for each in opened), 0
+    base = None if reference is None else opened.pop()
+
+    def scored(checkpoint: Checkpoint) -> Scorer:
+        nonlocal done
+        before, done = done, done + checkpoint.config.num_hidden_layers
+        own = None if checkpoint is base else asked
+        scorer = Scorer(checkpoint, windows.ids, dtype=weight_dtype, device=device, backend=own)
+        scorer.run(lambda layers, _: progress(before + layers, total))
+        return scorer
+
+    compared = None if base is None else scored(base)
+    return windows, tuple(token_scores(windows, scored(each), compared) for each in opened)
