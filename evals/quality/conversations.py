@@ -8,6 +8,7 @@ nothing of models.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,16 @@ class Conversations:
         self, tokenizer: LlamaTokenizer, template: str, chat: Messages, number: int
     ) -> tuple[list[int], list[bool]]:
         """The ids of a conversation up to its last answer, and which of them are answers'."""
+        encode = partial(
+            tokenizer.apply_chat_template, chat_template=template, sanitize_control_tokens=True
+        )
         whole: list[int] = []
-        spans = []
+        spans: list[tuple[list[int], list[int]]] = []
         try:
             for index, message in enumerate(chat):
                 if message["role"] == "assistant":
-                    given = {"chat_template": template, "sanitize_control_tokens": True}
-                    prompt = tokenizer.apply_chat_template(chat[:index], **given)
-                    whole = tokenizer.apply_chat_template(
-                        chat[: index + 1], add_generation_prompt=False, **given
-                    )
-                    spans.append((prompt, whole))
+                    whole = encode(chat[: index + 1], add_generation_prompt=False)
+                    spans.append((encode(chat[:index]), whole))
         except UsageError as error:
             raise error.at(f"{self.where}, conversation {number}") from None
         scored = [False] * len(whole)

@@ -53,7 +53,9 @@ def token_scores(
     """Score every target of the windows; both models have run all layers."""
     losses, greedy, reference_losses, kl, agreed = [], [], [], [], []
     for index, row in enumerate(windows.ids):
-        for positions in windows.scored[index].nonzero()[:, 0].split(_POSITIONS):
+        places = windows.scored[index].nonzero()[:, 0]
+        for start in range(0, len(places), _POSITIONS):
+            positions = places[start : start + _POSITIONS]
             targets = row[positions]
             predicted = scorer.log_probabilities(index, positions - 1).cpu()
             losses.append(-predicted.gather(1, targets[:, None])[:, 0])

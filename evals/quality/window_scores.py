@@ -30,15 +30,17 @@ class WindowScore:
 
 def window_scores(scores: TokenScores) -> tuple[WindowScore, ...]:
     """The sums of every window with scored tokens, in order."""
-    windows, index = scores.window.unique_consecutive(return_inverse=True)
+    counts = torch.bincount(scores.window)
+    some = counts > 0
 
     def summed(values: Tensor) -> list[float]:
-        return torch.bincount(index, values.double(), len(windows)).tolist()
+        sums: list[float] = torch.bincount(scores.window, values.double())[some].tolist()
+        return sums
 
     other = scores.divergences
-    nothing = [None] * len(windows)
+    nothing = [None] * int(some.sum())
     columns = (
-        torch.bincount(index, minlength=len(windows)).tolist(),
+        counts[some].tolist(),
         summed(scores.losses),
         nothing if other is None else summed(other.reference_losses),
         nothing if other is None else summed(other.kl),
