@@ -49,7 +49,7 @@ class RowText:
         self.ended = token in self._eos_ids
         if self.ended or last:
             return text + self._detokenizer.end()
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        certain = len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
         self._pending = text[certain:]
         return text[:certain]
 
@@ -74,7 +74,7 @@ def rows_to_stop(criterion: StoppingCriterion, input_ids: Tensor, scores: Tensor
     )
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest suffix of `text` that is a prefix of `stop`, and not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,9 +1,12 @@
-"""Grammars: masks that keep a reply within a JSON schema or a regular expression, by llguidance.
+"""Grammars: masks that keep a reply within a JSON schema, a regular expression or a grammar.
 
-Knows no HTTP. llguidance is imported when the first grammar is needed.
+By llguidance, which is imported when the first is needed. Masks are computed in threads of their
+own, while the model runs. Knows no HTTP.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ _JSON: "JsonCompileOptions" = {
     "item_separator": ", ",
     "key_separator": ": ",
 }
+_THREADS = 2  # a mask takes microseconds as a rule; two of them let one that is slow pass
 
 
 class Grammars:
@@ -37,6 +41,7 @@ class Grammars:
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._lock = Lock()
         self._words: LLTokenizer | None = None
+        self._workers = ThreadPoolExecutor(_THREADS, "qmix-grammar")
 
     def compiled(self, grammar: str) -> "LLMatcher":
         """A matcher of a grammar in llguidance's own form; each reply needs a copy.
@@ -63,6 +68,10 @@ class Grammars:
             )
         return matcher
 
+    def mask(self, matcher: "LLMatcher") -> "GrammarMask":
+        """The mask of one reply."""
+        return GrammarMask(matcher.deep_copy(), self._workers)
+
     def _vocabulary(self) -> "LLTokenizer":
         from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -74,34 +83,46 @@ class Grammars:
 
 
 class GrammarMask:
-    """A logits processor of one reply.
+    """What may follow in one reply; see qmix.serving.request.Mask.
 
     Args:
         matcher: nobody else's.
-        prompt_tokens: ids before the reply.
+        workers: compute its masks.
     """
 
-    def __init__(self, matcher: "LLMatcher", prompt_tokens: int) -> None:
-        self._matcher, self._read = matcher, prompt_tokens
+    def __init__(self, matcher: "LLMatcher", workers: Executor) -> None:
+        self._matcher, self._workers = matcher, workers
+        self._next: Future[Tensor] = workers.submit(self._allowed)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call would not wait."""
+        return self._next.done()
+
+    def advance(self, index: int) -> None:
+        """Go on behind an id."""
+        self._next = self._workers.submit(self._allowed, index)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (1, V), excluded ids at -inf, by the ids so far (1, L).
+        """Scores (1, V), excluded ids at -inf.
 
         Raises:
             QmixError: the grammar costs too much to go on with.
         """
-        new = input_ids[0, self._read :].tolist()
-        self._read += len(new)
-        for index in new:
+        allowed = self._next.result()
+        mask = torch.zeros(scores.shape[1], dtype=torch.bool)
+        mask[: len(allowed)] = allowed[: len(mask)]
+        return scores.masked_fill(~mask.to(scores.device), -torch.inf)
+
+    def _allowed(self, index: int | None = None) -> Tensor:
+        """Whether each id may follow, bool (V,)."""
+        if index is not None:
             self._matcher.consume_token(index)
         bias = self._matcher.compute_logit_bias()
         if self._matcher.is_error():
             said = next(iter(self._matcher.get_error().splitlines()), "")
             raise QmixError("the grammar cannot be followed", found=said[:200])
-        allowed = torch.frombuffer(bytearray(bias), dtype=torch.uint8).bool()
-        mask = torch.zeros(scores.shape[1], dtype=torch.bool)
-        mask[: len(allowed)] = allowed[: len(mask)]
-        return scores.masked_fill(~mask.to(scores.device), -torch.inf)
+        return torch.frombuffer(bytearray(bias), dtype=torch.uint8).bool()
 
 
 class _Words:
@@ -129,11 +150,11 @@ def token_bytes(index: int, pieces: Pieces) -> bytes:
     return pieces.bytes_by_id.get(index) or pieces.texts[index].encode()
 
 
-def of_schema(schema: dict[str, Any]) -> str:
+def of_schema(schema: Mapping[str, Any]) -> str:
     """A JSON schema as a grammar; {"type": "object"} is any object."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
+    return LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON)
 
 
 def of_regex(regex: str) -> str:
@@ -141,3 +162,29 @@ def of_regex(regex: str) -> str:
     from llguidance import LLMatcher
 
     return LLMatcher.grammar_from_regex(regex)
+
+
+def of_lark(text: str) -> str:
+    """A grammar of llguidance's, in Lark's syntax, as a grammar."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(text)
+
+
+def of_text(text: str) -> str:
+    """A grammar in Lark's syntax, or in llama.cpp's GBNF, whose first rule is `root`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return of_lark(any_to_lark(text))
+    except Exception as error:  # noqa: BLE001 - what its parser raises is not documented
+        raise UsageError("not a grammar", where="grammar", found=str(error)[:200]) from None
+
+
+def inline(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as an item of a rule in Lark's syntax."""
+    return "%json " + json.dumps({**schema, "x-guidance": _JSON})

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from qmix.errors import QmixError, UsageError
 from qmix.generation.config import GenerationConfig
@@ -25,6 +27,18 @@ class BusyError(QmixError):
     exit_code = 4
 
 
+class Mask(Protocol):
+    """A logits processor of one request, which is told of each id before the next is chosen."""
+
+    def advance(self, index: int) -> None:
+        """The reply goes on with an id."""
+        ...
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (1, V), excluded ids at -inf."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """What one caller asks for.
@@ -34,6 +48,8 @@ class Request:
         config: when to stop and how to choose; one reply each (num_return_sequences is not used).
         starts_new_text: the reply is a text of its own; otherwise it continues the prompt's.
         processors: each `(ids so far (1, L), scores (1, V)) -> scores`; used by this request alone.
+        mask: what excludes ids, after the processors.
+        shown_ids: control tokens that stand in the text.
         top_logprobs: alternatives reported with each id; None: not even the id's own.
         prompt_logprobs: report those of the prompt's ids too; nothing of it is then taken from an
             earlier request's cache.
@@ -49,6 +65,8 @@ class Request:
     _: KW_ONLY
     starts_new_text: bool = False
     processors: Sequence[LogitsProcessor] = ()
+    mask: Mask | None = None
+    shown_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
     expert_counts: bool = False

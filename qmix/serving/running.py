@@ -48,13 +48,16 @@ class Running:
         if not config.sampling.greedy:
             seed = secrets.randbits(63) if config.seed is None else config.seed
             generator = torch.Generator(device).manual_seed(seed)
-        self._selector = TokenSelector(config, request.processors, generator)
+        masks = () if request.mask is None else (request.mask,)
+        self._selector = TokenSelector(config, (*request.processors, *masks), generator)
         # Ids so far as processors and penalties want them: written once, never copied.
         self._row = torch.empty(1, len(self.ids) + self._budget, dtype=torch.long, device=device)
         self._row[0, : len(self.ids)] = torch.tensor(self.ids)
         prompt = [] if request.starts_new_text else self.ids
         self._text = RowText(
-            StreamDetokenizer(tokenizer, prompt=prompt), config.eos_ids, config.stops
+            StreamDetokenizer(tokenizer, prompt=prompt, shown=request.shown_ids),
+            config.eos_ids,
+            config.stops,
         )
 
     @property
@@ -89,7 +92,11 @@ class Running:
         self.ticket.tell(Piece(new, text, logprob))
         if self._text.ended:
             return "stop"
-        return "length" if last else None
+        if last:
+            return "length"
+        if self.ticket.request.mask is not None:
+            self.ticket.request.mask.advance(new)
+        return None
 
     def ended(self, finish: Finish, error: QmixError | None = None) -> Ended:
         """The last event."""

@@ -3,7 +3,7 @@
 Knows nothing of encoding or of files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,7 @@ class StreamDetokenizer:
             piece keeps its leading space, because the text continues (`generate`). Without one it
             loses the space, because an answer starts (`chat`).
         skip_special_tokens: leave control tokens out.
+        shown: control tokens that stand in the text nevertheless.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class StreamDetokenizer:
         prompt: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
+        shown: Collection[int] = (),
     ) -> None:
         self._pieces = tokenizer.pieces
-        self._skip = skip_special_tokens
+        self._skipped = tokenizer.pieces.controls.difference(shown) if skip_special_tokens else ()
         self._started = not self._pieces.drops_first_space
         self._waiting = b""
         for index in prompt:
@@ -84,7 +86,7 @@ class StreamDetokenizer:
             self._waiting += byte
             return self._complete(last=False)
         before = self._complete(last=True)
-        if token_id in pieces.controls and self._skip:
+        if token_id in self._skipped:
             return before
         text = pieces.texts[token_id]
         if not self._started:

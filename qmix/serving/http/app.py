@@ -14,13 +14,14 @@ from starlette.routing import Route
 from qmix.serving.engine import Engine
 from qmix.serving.http import chat_request, completion_request, replies, token_request
 from qmix.serving.http.body import Bodies
+from qmix.serving.http.chat_reply import ChatReply
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.event_stream import EventStream
 from qmix.serving.http.flight import Flight, LeftError, unless_left
 from qmix.serving.http.guard import HEALTH, PAGE, Access, Guard
 from qmix.serving.http.metrics import CONTENT_TYPE, Metrics
 from qmix.serving.http.page.document import page
-from qmix.serving.http.replies import ChatReply, CompletionReply, Head, ReplyFormat
+from qmix.serving.http.replies import CompletionReply, Head, ReplyFormat
 from qmix.serving.http.served_model import ServedModel
 from qmix.serving.request import Request as EngineRequest
 
@@ -128,6 +129,7 @@ class Api:
             reports=asked.logprobs,
             choices_per_prompt=asked.n,
             includes_usage=asked.stream_options,
+            readers=self._model.readers(asked),
         )
         return requests, form, asked.stream
 

@@ -4,62 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qmix.serving.http import fields
+from qmix.serving.http import fields, tool_fields
+from qmix.serving.http.chat_message import MAX_MESSAGES, MESSAGES
 from qmix.serving.http.errors import ApiError
-from qmix.serving.http.fields import (
-    Items,
-    Others,
-    Refused,
-    Whole,
-    WrongValueError,
-    flag,
-    taken,
-)
+from qmix.serving.http.fields import Others, Refused, Whole, flag, taken
 from qmix.serving.http.sampling_fields import IGNORED, TOKENS, SamplingFields
+from qmix.serving.http.tool_fields import ToolChoice
 from qmix.serving.request import MAX_TOP_LOGPROBS
-from qmix.text.chat_template import Message
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_MAX_MESSAGES = 2048
-_PART_FIELDS = {"type", "text"}
-
-
-def message(value: Any) -> Message:
-    """One message, whose content is a string or a list of text parts."""
-    if not isinstance(value, dict):
-        raise WrongValueError("an object")
-    role = value.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise WrongValueError("one of " + ", ".join(_ROLES), ".role")
-    for name in ("tool_calls", "function_call", "audio"):
-        if value.get(name):
-            raise WrongValueError("nothing: this is not supported", f".{name}")
-    return Message(_ROLES[role], _content(value.get("content")))
-
-
-def _content(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise WrongValueError("a string, or a list of text parts", ".content")
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise WrongValueError("a part of type text: the model reads text", f".content[{index}]")
-        if not isinstance(part.get("text"), str):
-            raise WrongValueError("a string", f".content[{index}].text")
-    return "".join(part["text"] for part in value)
-
-
-MESSAGES = Items(message, 1, _MAX_MESSAGES)
+from qmix.serving.tools import Tool, ToolUse, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest(SamplingFields):
     """See docs/serving.md."""
 
-    messages: tuple[Message, ...] = taken(
+    messages: tuple[Turn, ...] = taken(
         MESSAGES,
-        f"At most {_MAX_MESSAGES}; texts, by system, developer, user and assistant.",
+        f"At most {MAX_MESSAGES}; texts, by system, developer, user, assistant and tool.",
         (),
     )
     max_tokens: int | None = taken(TOKENS, "Tokens of the reply; default: what the context leaves.")
@@ -74,6 +35,18 @@ class ChatRequest(SamplingFields):
     continue_final_message: bool = taken(
         flag, "Go on with the last message, an assistant's.", False
     )
+    tools: tuple[Tool, ...] = taken(
+        tool_fields.tools,
+        f"At most {tool_fields.MAX_TOOLS} functions, of {tool_fields.MAX_TOOL_CHARACTERS} "
+        "characters together.",
+        (),
+    )
+    tool_choice: ToolChoice | None = taken(
+        tool_fields.tool_choice, "none, auto, required, a function, or allowed_tools."
+    )
+    parallel_tool_calls: bool | None = taken(
+        flag, "False: at most one call. A function that is chosen by name is called once."
+    )
 
     @property
     def new_tokens(self) -> int | None:
@@ -85,20 +58,28 @@ class ChatRequest(SamplingFields):
         """Likeliest tokens that are reported; None: not even a token's own probability."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the reply may call; None: nothing.
 
+        Raises:
+            ApiError: a tool is chosen that is not given.
+        """
+        parallel = self.parallel_tool_calls is not False
+        return tool_fields.tool_use(self.tools, self.tool_choice, parallel=parallel)
+
+
+_OLD_TOOLS = "give tools and tool_choice"
 OTHERS = Others(
     ignored={
         **IGNORED,
-        "parallel_tool_calls": "There are no tools.",
         **dict.fromkeys(
             ("prompt_cache_key", "prompt_cache_retention"), "Prefixes are found by themselves."
         ),
     },
     refused={
-        "tools": Refused("there are no tool calls", ([],)),
-        "tool_choice": Refused("there are no tool calls", ("none", "auto")),
-        "functions": Refused("there are no tool calls", ([],)),
-        "function_call": Refused("there are no tool calls", ("none", "auto")),
+        "functions": Refused(_OLD_TOOLS, ([],)),
+        "function_call": Refused(_OLD_TOOLS, ("none", "auto")),
         "modalities": Refused("replies are text", (["text"],)),
         "audio": Refused("replies are text"),
         "prediction": Refused("there is no speculative decoding"),

@@ -61,6 +61,14 @@ def flag(value: Any) -> bool:
     return value
 
 
+def at(place: str, kind: Kind, value: Any) -> Any:
+    """What a kind reads of a value that stands at a place within the field."""
+    try:
+        return kind(value)
+    except WrongValueError as error:
+        raise WrongValueError(error.expected, place + error.at) from None
+
+
 def text(value: Any) -> str:
     """A string."""
     if not isinstance(value, str):
@@ -81,13 +89,7 @@ class Items:
             raise WrongValueError("a list")
         if not self.least <= len(value) <= self.most:
             raise WrongValueError(f"{self.least} to {self.most} items")
-        return tuple(self._read(index, item) for index, item in enumerate(value))
-
-    def _read(self, index: int, item: Any) -> Any:
-        try:
-            return self.kind(item)
-        except WrongValueError as error:
-            raise WrongValueError(error.expected, f"[{index}]{error.at}") from None
+        return tuple(at(f"[{index}]", self.kind, item) for index, item in enumerate(value))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Replies as documents, whole or in chunks, of chats and of completions. Knows no transport."""
+"""Replies as documents, whole or in chunks: what chats and completions share, and completions'.
+
+Knows no transport.
+"""
 
 import secrets
 import time
@@ -43,31 +46,26 @@ class ReplyFormat(Protocol):
     """What differs between chats and completions."""
 
     @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        ...
-
-    @property
     def choices_per_prompt(self) -> int: ...
 
     def whole(self, choices: Sequence[Choice]) -> Document:
         """A reply in one document, without its usage."""
         ...
 
-    def opening(self, index: int) -> Document | None:
-        """A stream's first chunk of a choice."""
+    def opening(self, index: int) -> list[Document]:
+        """A stream's first chunks of a choice."""
         ...
 
-    def piece(self, index: int, piece: Piece) -> Document:
-        """A stream's chunk of one token."""
+    def piece(self, index: int, piece: Piece) -> list[Document]:
+        """A stream's chunks of one token; none: nothing is certain yet."""
         ...
 
-    def closing(self, index: int, ended: Ended) -> Document:
-        """A stream's last chunk of a choice."""
+    def closing(self, index: int, ended: Ended) -> list[Document]:
+        """A stream's last chunks of a choice."""
         ...
 
-    def usage(self, usage: Document) -> Document:
-        """A stream's last chunk of all."""
+    def ending(self, usage: Document) -> list[Document]:
+        """A stream's last chunks of all."""
         ...
 
 
@@ -92,68 +90,6 @@ class Head:
             "choices": choices,
             **more,
         }
-
-
-@dataclass(frozen=True)
-class ChatReply:
-    """See ReplyFormat.
-
-    Attributes:
-        reports: whether log-probabilities were asked for.
-    """
-
-    head: Head
-    tokenizer: LlamaTokenizer
-    reports: bool
-    choices_per_prompt: int
-    includes_usage: bool
-
-    def whole(self, choices: Sequence[Choice]) -> Document:
-        """See ReplyFormat."""
-        return self.head.document(
-            [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": self._logprobs(choice.logprobs),
-                    "finish_reason": choice.finish,
-                    **_expert_counts(choice.ended),
-                }
-                for index, choice in enumerate(choices)
-            ]
-        )
-
-    def opening(self, index: int) -> Document | None:
-        """See ReplyFormat."""
-        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
-
-    def piece(self, index: int, piece: Piece) -> Document:
-        """See ReplyFormat."""
-        found = [] if piece.logprob is None else [piece.logprob]
-        return self._chunk(index, {"content": piece.text}, self._logprobs(found))
-
-    def closing(self, index: int, ended: Ended) -> Document:
-        """See ReplyFormat."""
-        chunk = self._chunk(index, {}, finish=ended.finish)
-        chunk["choices"][0].update(_expert_counts(ended))
-        return chunk
-
-    def usage(self, usage: Document) -> Document:
-        """See ReplyFormat."""
-        return self.head.document([], usage=usage)
-
-    def _chunk(
-        self,
-        index: int,
-        delta: Document,
-        reported: Document | None = None,
-        finish: str | None = None,
-    ) -> Document:
-        choice = {"index": index, "delta": delta, "logprobs": reported, "finish_reason": finish}
-        return self.head.document([choice], **({"usage": None} if self.includes_usage else {}))
-
-    def _logprobs(self, found: Sequence[LogProb]) -> Document | None:
-        return logprobs.of_chat(found, self.tokenizer.pieces) if self.reports else None
 
 
 @dataclass(frozen=True)
@@ -182,24 +118,24 @@ class CompletionReply:
             [self._whole(index, choice) for index, choice in enumerate(choices)]
         )
 
-    def opening(self, index: int) -> Document | None:
+    def opening(self, index: int) -> list[Document]:
         """See ReplyFormat."""
-        return None if self.echoes is None else self._chunk(index, self.echoes[index])
+        return [] if self.echoes is None else [self._chunk(index, self.echoes[index])]
 
-    def piece(self, index: int, piece: Piece) -> Document:
+    def piece(self, index: int, piece: Piece) -> list[Document]:
         """See ReplyFormat."""
         if self.echo_only:
-            return self._chunk(index, "")
+            return [self._chunk(index, "")]
         found = [] if piece.logprob is None else [piece.logprob]
-        return self._chunk(index, piece.text, self._reported(index, found, 0))
+        return [self._chunk(index, piece.text, self._reported(index, found, 0))]
 
-    def closing(self, index: int, ended: Ended) -> Document:
+    def closing(self, index: int, ended: Ended) -> list[Document]:
         """See ReplyFormat."""
-        return self._chunk(index, "", finish=ended.finish)
+        return [self._chunk(index, "", finish=ended.finish)]
 
-    def usage(self, usage: Document) -> Document:
+    def ending(self, usage: Document) -> list[Document]:
         """See ReplyFormat."""
-        return self.head.document([], usage=usage)
+        return [self.head.document([], usage=usage)] if self.includes_usage else []
 
     def _whole(self, index: int, choice: Choice) -> Document:
         text, found = ("", []) if self.echo_only else (choice.text, choice.logprobs)
@@ -234,7 +170,7 @@ class CompletionReply:
         return self.head.document([choice], **({"usage": None} if self.includes_usage else {}))
 
 
-def _expert_counts(ended: Ended | None) -> Document:
+def expert_counts(ended: Ended | None) -> Document:
     """What a choice says of its experts, if it was asked for: tokens of each, layer by layer."""
     return {"expert_counts": ended.expert_counts} if ended and ended.expert_counts else {}
 
@@ -261,9 +197,8 @@ async def chunks(flight: Flight, form: ReplyFormat) -> AsyncIterator[Document | 
         ApiError: a choice failed.
     """
     for index in range(len(flight)):
-        opening = form.opening(index)
-        if opening is not None:
-            yield opening
+        for document in form.opening(index):
+            yield document
     ends: dict[int, Ended] = {}
     async for found in flight.events():
         if found is None:
@@ -272,11 +207,15 @@ async def chunks(flight: Flight, form: ReplyFormat) -> AsyncIterator[Document | 
         index, event = found
         if isinstance(event, Ended):
             ends[index] = event
-            yield form.closing(index, event)
+            for document in form.closing(index, event):
+                yield document
         elif event.text or event.logprob is not None:
-            yield form.piece(index, event)
-    if form.includes_usage:
-        yield form.usage(_usage([ends[index] for index in sorted(ends)], form.choices_per_prompt))
+            for document in form.piece(index, event):
+                yield document
+    for document in form.ending(
+        _usage([ends[index] for index in sorted(ends)], form.choices_per_prompt)
+    ):
+        yield document
 
 
 def _usage(ends: Sequence[Ended], choices_per_prompt: int) -> Document:

@@ -12,13 +12,17 @@ from qmix.generation.config import MAX_NEW_TOKENS, GenerationConfig
 from qmix.generation.logits_processors import LogitsProcessor
 from qmix.serving import grammar
 from qmix.serving.biases import LogitBias, OccurrencePenalties
+from qmix.serving.http.errors import ApiError
 from qmix.serving.http.fields import Items, Number, Whole, WrongValueError, flag, taken, text
+from qmix.serving.tools import ANY_OBJECT
 
 MAX_CHOICES = 16
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _MAX_BIASES = 1024
 _FORMATS = ("text", "json_object", "json_schema")
+_FORMS = ("response_format", "guided_regex", "guided_grammar")
 _MAX_SCHEMA_CHARACTERS, _MAX_REGEX_CHARACTERS = 1 << 16, 4096
+_MAX_GRAMMAR_CHARACTERS = 1 << 14
 _MAX_ID = (1 << 31) - 1
 TOKENS = Whole(1, MAX_NEW_TOKENS)
 
@@ -51,28 +55,33 @@ def includes_usage(value: Any) -> bool:
     return flag(value.get("include_usage", False))
 
 
-def grammar_of_format(value: Any) -> str | None:
-    """The grammar of a response_format; None: any text."""
+def schema_of_format(value: Any) -> Mapping[str, Any] | None:
+    """The JSON schema of a response_format; None: any text."""
     if not isinstance(value, dict) or value.get("type") not in _FORMATS:
         raise WrongValueError("an object whose type is " + ", ".join(_FORMATS))
     if value["type"] == "text":
         return None
     if value["type"] == "json_object":
-        return grammar.of_schema({"type": "object"})
+        return ANY_OBJECT
     described = value.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
         raise WrongValueError("an object", ".json_schema.schema")
     if len(json.dumps(schema)) > _MAX_SCHEMA_CHARACTERS:
         raise WrongValueError(f"at most {_MAX_SCHEMA_CHARACTERS} characters", ".json_schema.schema")
-    return grammar.of_schema(schema)
+    return schema
 
 
-def grammar_of_regex(value: Any) -> str:
-    """The grammar of a regular expression."""
-    if len(text(value)) > _MAX_REGEX_CHARACTERS:
-        raise WrongValueError(f"at most {_MAX_REGEX_CHARACTERS} characters")
-    return grammar.of_regex(value)
+@dataclass(frozen=True)
+class Short:
+    """A string of at most so many characters."""
+
+    most: int
+
+    def __call__(self, value: Any) -> str:
+        if len(text(value)) > self.most:
+            raise WrongValueError(f"at most {self.most} characters")
+        return str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +113,41 @@ class SamplingFields:
         includes_usage, "include_usage sends the usage in a last chunk.", False
     )
 
-    response_format: str | None = taken(
-        grammar_of_format, "text, json_object or json_schema, of at most 65536 characters."
+    response_format: Mapping[str, Any] | None = taken(
+        schema_of_format, "text, json_object or json_schema, of at most 65536 characters."
     )
     guided_regex: str | None = taken(
-        grammar_of_regex, "What the whole reply matches, of at most 4096 characters."
+        Short(_MAX_REGEX_CHARACTERS), "What the whole reply matches, of at most 4096 characters."
+    )
+    guided_grammar: str | None = taken(
+        Short(_MAX_GRAMMAR_CHARACTERS),
+        "The same in the syntax of Lark or GBNF, of at most 16384 characters.",
     )
 
     @property
+    def form(self) -> str | None:
+        """The field that says what the reply is to follow.
+
+        Raises:
+            ApiError: there are several.
+        """
+        given = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ApiError("give " + " or ".join(given), param=given[1], code="invalid_value")
+        return given[0] if given else None
+
+    @property
     def grammar(self) -> str | None:
-        """What the reply is to follow."""
-        return self.response_format or self.guided_regex
+        """What the reply is to follow.
+
+        Raises:
+            UsageError: it is no grammar.
+        """
+        if self.response_format is not None:
+            return grammar.of_schema(self.response_format)
+        if self.guided_regex is not None:
+            return grammar.of_regex(self.guided_regex)
+        return None if self.guided_grammar is None else grammar.of_text(self.guided_grammar)
 
     def config(
         self, defaults: GenerationConfig, new_tokens: int, choice: int = 0

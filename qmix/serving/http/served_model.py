@@ -3,13 +3,15 @@
 Knows no HTTP and runs nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.serving import tool_prompt
+from qmix.serving.call_reader import CallReader
 from qmix.serving.grammar import GrammarMask, Grammars
 from qmix.serving.http.chat_request import ChatRequest
 from qmix.serving.http.completion_request import CompletionRequest, Prompt
@@ -18,6 +20,8 @@ from qmix.serving.http.sampling_fields import SamplingFields
 from qmix.serving.http.token_request import DetokenizeRequest, TokenizeRequest
 from qmix.serving.request import Request
 from qmix.serving.scheduler import Limits
+from qmix.serving.tool_format import CallFormat, call_format
+from qmix.serving.tools import Tool, ToolUse, Turn
 from qmix.text.chat_encoder import INST
 from qmix.text.chat_format import chosen_template
 from qmix.text.chat_template import Message
@@ -34,6 +38,8 @@ class ServedModel:
     Attributes:
         created: seconds since 1970 when it began to be served.
         template: Jinja text of its chats, or "inst".
+        tool_template: the same, of chats with tools.
+        calls: how the model writes calls of tools.
         defaults: how replies are generated where the caller does not say.
         chat_ends: ids that end a chat's reply, beside the model's own.
         limits: the engine's.
@@ -43,6 +49,8 @@ class ServedModel:
     created: int
     tokenizer: LlamaTokenizer
     template: str
+    tool_template: str
+    calls: CallFormat
     defaults: GenerationConfig
     chat_ends: tuple[int, ...]
     limits: Limits
@@ -68,16 +76,21 @@ class ServedModel:
             UsageError, CheckpointError: there is no such template.
         """
         own = chosen_template(tokenizer, template)
+        with_tools = tokenizer.template(tools=True) if template is None else own
+        source, tool_source = (INST if each is None else each.source for each in (own, with_tools))
+        chat_ends = () if own is None else tokenizer.end_ids(own)
         return cls(
             name=name,
             created=created,
             tokenizer=tokenizer,
-            template=INST if own is None else own.source,
+            template=source,
+            tool_template=tool_source,
+            calls=call_format(tool_source, tokenizer),
             defaults=model.generation_config.filled_from(_DEFAULTS),
-            chat_ends=() if own is None else tokenizer.end_ids(own),
+            chat_ends=chat_ends,
             limits=limits,
             vocab_size=model.config.vocab_size,
-            grammars=Grammars(tokenizer, model.generation_config.eos_ids),
+            grammars=Grammars(tokenizer, (*model.generation_config.eos_ids, *chat_ends)),
         )
 
     @property
@@ -126,17 +139,23 @@ class ServedModel:
             ApiError: the conversation does not fit the template, or the context.
         """
         self.check(asked)
-        ids = self.chat_ids(asked.messages, continues=asked.continue_final_message)
+        use = asked.tool_use
+        tools = () if use is None else use.shown
+        ids = self.chat_ids(asked.messages, tools, continues=asked.continue_final_message)
         new_tokens = asked.new_tokens or self.limits.context
         self._check_length(ids, "messages")
-        mask = self._masks(asked)
+        mask = self._masks(asked, use)
+        shown = () if use is None or self.calls.opener_id is None else (self.calls.opener_id,)
+        # A grammar of the whole reply sees the first token's space, so that it stays in the text.
+        starts = not asked.continue_final_message and (asked.form is None or use is not None)
         return [
             Request(
                 ids,
                 asked.config(self.defaults, new_tokens, choice).with_ends(self.chat_ends),
-                # A grammar sees the first token's space, so that it stays in the text.
-                starts_new_text=not asked.continue_final_message and asked.grammar is None,
-                processors=[*asked.processors(len(ids)), *mask(len(ids))],
+                starts_new_text=starts,
+                processors=asked.processors(len(ids)),
+                mask=mask(),
+                shown_ids=frozenset(shown),
                 top_logprobs=asked.reported,
                 expert_counts=asked.expert_counts,
                 deadline_s=deadline_s,
@@ -144,7 +163,15 @@ class ServedModel:
             for choice in range(asked.n)
         ]
 
-    def chat_ids(self, messages: Sequence[Message], *, continues: bool = False) -> list[int]:
+    def readers(self, asked: ChatRequest) -> list[CallReader]:
+        """What finds the calls of each choice; none where nothing may be called."""
+        if asked.tool_use is None:
+            return []
+        return [CallReader(self.calls.opener) for _ in range(asked.n)]
+
+    def chat_ids(
+        self, turns: Sequence[Turn], tools: Sequence[Tool] = (), *, continues: bool = False
+    ) -> list[int]:
         """The ids of a conversation, up to where the reply begins.
 
         Args:
@@ -153,10 +180,16 @@ class ServedModel:
         Raises:
             ApiError: it does not fit the template.
         """
+        has_tools = bool(tools) or any(turn.has_tools for turn in turns)
+        in_template = has_tools and self.calls.in_template
+        messages: Sequence[Message | Mapping[str, Any]] = tool_prompt.as_text(turns, tools)
+        if in_template:
+            messages = tool_prompt.for_template(turns)
         try:
             ids: list[int] = self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self.template,
+                tools=[tool.document for tool in tools] if in_template and tools else None,
+                chat_template=self.tool_template if in_template else self.template,
                 continue_final_message=continues,
                 sanitize_control_tokens=True,
             )
@@ -180,11 +213,13 @@ class ServedModel:
                 code="invalid_value",
             )
         mask = self._masks(asked)
+        ends = () if asked.form is None else self.chat_ends  # a mask allows them at its end
         return [
             Request(
                 ids,
-                asked.config(self.defaults, max(asked.max_tokens, 1), choice),
-                processors=[*asked.processors(len(ids)), *mask(len(ids))],
+                asked.config(self.defaults, max(asked.max_tokens, 1), choice).with_ends(ends),
+                processors=asked.processors(len(ids)),
+                mask=mask(),
                 top_logprobs=asked.logprobs,
                 prompt_logprobs=asked.echo and asked.logprobs is not None,
                 deadline_s=deadline_s,
@@ -225,22 +260,30 @@ class ServedModel:
         ]
         return [text for text in texts for _ in range(asked.n)]
 
-    def _masks(self, asked: SamplingFields) -> Callable[[int], list[GrammarMask]]:
-        """What makes the masks of a choice, from the length of its prompt.
+    def _masks(
+        self, asked: SamplingFields, use: ToolUse | None = None
+    ) -> Callable[[], GrammarMask | None]:
+        """What makes the mask of a choice.
 
         Raises:
             ApiError: there are two grammars, or one is none.
         """
-        if asked.grammar is None:
-            return lambda prompt_tokens: []
-        param = "guided_regex" if asked.response_format is None else "response_format"
-        if asked.response_format is not None and asked.guided_regex is not None:
-            raise ApiError("give response_format or guided_regex", param=param)
+        form = asked.form
+        if form is None and use is None:
+            return lambda: None
+        if use is not None and form not in (None, "response_format"):
+            raise ApiError(f"give tools or {form}", param=form, code="invalid_value")
         try:
-            matcher = self.grammars.compiled(asked.grammar)
+            if use is None:
+                grammar = asked.grammar
+            else:
+                grammar = self.calls.grammar(use, asked.response_format)
+            assert grammar is not None
+            matcher = self.grammars.compiled(grammar)
         except UsageError as error:
+            param = form if use is None else "tools"
             raise ApiError(str(error), param=param, code="invalid_value") from None
-        return lambda prompt_tokens: [GrammarMask(matcher.deep_copy(), prompt_tokens)]
+        return lambda: self.grammars.mask(matcher)
 
     def _prompt_ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.serving.http import fields
-from qmix.serving.http.chat_request import MESSAGES
+from qmix.serving.http.chat_message import MESSAGES
 from qmix.serving.http.completion_request import IDS
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.fields import Others, flag, taken, text
-from qmix.text.chat_template import Message
+from qmix.serving.tools import Turn
 
 OTHERS = Others(ignored={}, refused={})
 
@@ -20,7 +20,7 @@ class TokenizeRequest:
 
     model: str | None = taken(text, "The served model's name, or nothing.")
     prompt: str | None = taken(text, "A text.")
-    messages: tuple[Message, ...] = taken(MESSAGES, "A chat, instead of a text.", ())
+    messages: tuple[Turn, ...] = taken(MESSAGES, "A chat, instead of a text.", ())
     add_special_tokens: bool = taken(flag, "Begin a text with the begin token.", True)
 
 

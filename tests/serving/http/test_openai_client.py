@@ -276,7 +276,7 @@ def test_offsets_of_a_reply_alone_begin_with_it(complete):
 
 WRONG = [
     ({"messages": []}, "messages", "0 items|1 to"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "system, developer"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "system, developer"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "list of text parts"),
     ({"messages": [*ASK, *ASK]}, "messages", "out of order"),
     (
@@ -297,7 +297,6 @@ WRONG = [
     ({"logprobs": True, "top_logprobs": 10**6}, "top_logprobs", "0 to 20"),
     ({"stop": [""]}, "stop", "1 to 256"),
     ({"stop": ["x"] * 17}, "stop", "0 to 16"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
     ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}},
