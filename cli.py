@@ -89,10 +89,20 @@ def top(
     if debug:
         os.environ["QMIX_DEBUG"] = "1"
     if version:
-        terminal.write(f"qmix {__version__}\n")
+        _print_version()
         raise typer.Exit
     if context.invoked_subcommand is None:
         terminal.write(_START)
+
+
+@app.command("version", hidden=True)
+def version() -> None:
+    """Print the version, as many programs do under this name."""
+    _print_version()
+
+
+def _print_version() -> None:
+    terminal.write(f"qmix {__version__}\n")
 
 
 def main() -> NoReturn:

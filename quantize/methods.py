@@ -118,7 +118,7 @@ def quantize_checkpoint(
         text: the calibration text; None for a method that needs none.
         interrupted: see `quantize_calibrated`.
         progress: called with what is done now, and how much is done of how much in all: bytes, or
-            with calibration seconds.
+            with calibration seconds; 0 of 0 where nobody knows.
 
     Raises:
         QmixError: see `quantize_streaming` and `quantize_calibrated`.
@@ -156,6 +156,7 @@ def _calibrated(
     opened = open_source(source)
     if request.adapter is not None:
         opened = with_adapter(opened, request.adapter)
+    progress("tokenizing", 0.0, 0.0)
     calibration = _calibration(opened, request, text)
     options = CalibratedOptions(
         device=parse_device(request.device),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qmix.printable import escaped
-from qmix.quantities import gigabytes, weights
+from qmix.quantities import counted, gigabytes, weights
 from qmix.quantize.report import QuantizeReport
 from qmix.quantize.source_card import License
 
@@ -122,7 +122,8 @@ def _calibration(facts: Mapping[str, Any]) -> Sequence[str]:
     return (
         "## Calibration",
         "",
-        f"{settings['samples']} windows of {settings['seqlen']} tokens from a text of SHA-256 "
+        f"{counted(settings['samples'], 'window')} of {counted(settings['seqlen'], 'token')} from a "
+        "text of SHA-256 "
         f"{_code(settings['text_sha256'])}.",
         "",
     )

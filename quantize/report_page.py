@@ -10,7 +10,7 @@ from qmix.pages import charts
 from qmix.pages.charts import Series
 from qmix.pages.model_grids import Words, expert_picture, matrix_picture
 from qmix.pages.page import Page, Picture, Section, Table, series_table
-from qmix.quantities import gigabytes, weights
+from qmix.quantities import counted, gigabytes, weights
 from qmix.quantize.report import QuantizeReport, TensorResult
 
 _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
@@ -163,7 +163,7 @@ def _exceptions(rounded: Sequence[TensorResult]) -> Section | None:
             tensor.name,
             f"rounded to nearest: {tensor.fallback}"
             if tensor.fallback
-            else f"damping was raised {tensor.raised} times",
+            else f"damping was raised {counted(tensor.raised, 'time')}",
         )
         for tensor in rounded
         if tensor.fallback or tensor.raised

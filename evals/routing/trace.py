@@ -21,6 +21,7 @@ from typing import Self
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.files import regular_file
+from qmix.quantities import counted
 
 FORMAT, VERSION = "qmix-trace", 1
 
@@ -182,7 +183,7 @@ def _token(
     layers = line.split(" ")
     if len(layers) != header.layers:
         raise CheckpointError(
-            "damaged", where=where, expected=f"{header.layers} layers", found=len(layers)
+            "damaged", where=where, expected=counted(header.layers, "layer"), found=len(layers)
         )
     ids, gates = [], []
     for layer in layers:

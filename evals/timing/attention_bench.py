@@ -19,7 +19,6 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
 from qmix.evals import markdown
-from qmix.evals.timing.attention_plot import check_plot, draw_plot
 from qmix.evals.timing.bandwidth import seconds
 from qmix.evals.timing.bench import device_name, parse_lengths
 from qmix.kernels import attention
@@ -118,14 +117,13 @@ class AttentionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """What to measure: prompts and windows, on which device, and the file of the plot."""
+    """What to measure: prompts and windows, and on which device."""
 
     prompts: Sequence[int]
     windows: Sequence[int | None]
     heads: HeadShape
     dtype: torch.dtype
     device: torch.device
-    plot: Path | None = None
 
     @classmethod
     def from_options(
@@ -135,17 +133,13 @@ class AttentionRequest:
         window: int,
         dtype: str | None,
         device: str | None,
-        plot: Path | None,
     ) -> "AttentionRequest":
         """Parse the options of a command; without a directory the heads are Mixtral-8x7B's.
 
         Raises:
-            UsageError: not a list of lengths, or no such dtype, device or folder.
-            UnsupportedError: a plot is requested and matplotlib is not installed.
+            UsageError: not a list of lengths, or no such dtype or device.
         """
         target = parse_device(device)
-        if plot is not None:
-            check_plot(plot)
         default = torch.bfloat16 if target.type == "cuda" else torch.float32
         config = MixtralConfig.from_pretrained(directory) if directory else MixtralConfig()
         return cls(
@@ -154,7 +148,6 @@ class AttentionRequest:
             heads=HeadShape.of(config),
             dtype=parse_dtype(dtype) or default,
             device=target,
-            plot=plot,
         )
 
 
@@ -193,7 +186,7 @@ def run_attention_bench(
             if timing.best is not None and eager is not None:
                 timing = replace(timing, against_eager=eager / timing.best)
             timings.append(timing)
-    report = AttentionReport(
+    return AttentionReport(
         device=device_name(request.device),
         dtype=str(request.dtype).removeprefix("torch."),
         torch=torch.__version__,
@@ -201,9 +194,6 @@ def run_attention_bench(
         heads=request.heads,
         measurements=tuple(timings),
     )
-    if request.plot is not None:
-        draw_plot(report, request.plot)
-    return report
 
 
 def _random_inputs(request: AttentionRequest, prompt: int) -> tuple[Tensor, Tensor, Tensor]:

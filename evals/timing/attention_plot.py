@@ -1,63 +1,72 @@
-"""The attention bench as a picture. The one file that needs matplotlib, and only when it draws.
+"""The attention bench as a picture or a page: milliseconds over the prompt's length.
 
 Knows nothing of how the times were measured.
 """
 
-import importlib
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qmix.errors import UnsupportedError, UsageError
+from qmix.evals.timing.attention_bench import AttentionReport, AttentionTiming
+from qmix.files import atomic_file
+from qmix.pages import charts, output_file
+from qmix.pages.charts import Series
+from qmix.pages.page import Page, Picture, Section, html, series_table
 
-if TYPE_CHECKING:
-    from qmix.evals.timing.attention_bench import AttentionReport
 
-
-def check_plot(path: Path) -> None:
-    """Refuse a plot that could not be written after everything has been measured.
+def write(report: AttentionReport, path: Path) -> None:
+    """Draw the times into a file, as its suffix says.
 
     Raises:
-        UnsupportedError: matplotlib is not installed.
-        UsageError: no such folder.
+        WriteError: it cannot be written.
     """
-    if not path.parent.is_dir():
-        raise UsageError("no such folder", where="--plot", found=str(path.parent))
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise UnsupportedError(
-            "a plot needs matplotlib",
-            where="--plot",
-            found=str(error)[:120],
-            remedy="pip install matplotlib.",
-        ) from error
+    picture = _picture(report)
+    if path.suffix.lower() != output_file.PAGE:
+        output_file.write_picture(path, picture.figure, picture.alt)
+        return
+    left_out = {
+        f"{timing.attention}, {timing.prompt} tokens": timing.left_out
+        for timing in report.measurements
+        if timing.left_out is not None
+    }
+    page = Page(
+        title="Attention alone, one layer",
+        lead=f"{report.heads}; {report.dtype} on {report.device}; best of {report.repetitions}; "
+        f"torch {report.torch}.",
+        facts=tuple((f"not run: {what}", why) for what, why in left_out.items()),
+        sections=(Section("Times", (), (picture,)),),
+    )
+    atomic_file.write(path, html(page))
 
 
-def draw_plot(report: "AttentionReport", path: Path) -> None:
-    """Draw milliseconds over the prompt's length as a PNG, with a panel for each window."""
-    from matplotlib.figure import Figure
+def _picture(report: AttentionReport) -> Picture:
+    """A line for each implementation and window."""
+    lines: dict[tuple[str, int | None], dict[int, AttentionTiming]] = {}
+    for timing in report.measurements:
+        if timing.best is not None:
+            lines.setdefault((timing.attention, timing.window), {})[timing.prompt] = timing
+    prompts = sorted({prompt for timings in lines.values() for prompt in timings})
+    series = [
+        Series(
+            "ABCDEFGH"[style],
+            name if window is None else f"{name}, window {window}",
+            style,
+            tuple(_milliseconds(timings.get(prompt)) for prompt in prompts),
+        )
+        for style, ((name, window), timings) in enumerate(lines.items())
+    ]
+    columns = [
+        (line.key, ["-" if value is None else f"{value:.3f}" for value in line.values])
+        for line in series
+    ]
+    return Picture(
+        "attention",
+        "Time of one layer's attention",
+        "Without a window every token sees all keys before it.",
+        f"Milliseconds by tokens of the prompt, for {', '.join(line.key for line in series)}; the "
+        "table has the figures.",
+        charts.lines(prompts, series, "prompt, tokens", "ms"),
+        (series_table("Milliseconds", "tokens", list(map(str, prompts)), columns),),
+    )
 
-    timings = [timing for timing in report.measurements if timing.best is not None]
-    windows = list(dict.fromkeys(timing.window for timing in timings))
-    names = list(dict.fromkeys(timing.attention for timing in timings))
-    figure = Figure(figsize=(5 * len(windows), 4), dpi=100, layout="constrained")
-    panels = figure.subplots(1, len(windows), sharey=True, squeeze=False)[0]
-    for panel, window in zip(panels, windows, strict=True):
-        for name in names:
-            line = [t for t in timings if (t.window, t.attention) == (window, name)]
-            if line:
-                milliseconds = [1000 * (timing.best or math.nan) for timing in line]
-                prompts = [timing.prompt for timing in line]
-                panel.plot(prompts, milliseconds, marker="o", label=name)
-        panel.set_title("all keys" if window is None else f"window {window}")
-        prompts = sorted({timing.prompt for timing in timings if timing.window == window})
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(prompts, [str(prompt) for prompt in prompts])
-        panel.set_yscale("log")
-        panel.set_xlabel("prompt, tokens")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set_ylabel("ms, one attention layer")
-    figure.suptitle(f"{report.heads}; {report.dtype} on {report.device}", fontsize=10)
-    figure.savefig(path, format="png")
+
+def _milliseconds(timing: AttentionTiming | None) -> float | None:
+    return None if timing is None or timing.best is None else 1000 * timing.best

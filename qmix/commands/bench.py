@@ -12,6 +12,7 @@ import typer
 from qmix.commands import options, quantize, sources, terminal
 from qmix.errors import UsageError
 from qmix.hub.local import shown_name
+from qmix.pages import output_file
 from qmix.quantities import counted
 
 _TESTS = ("128", "0", "1")  # defaults of -n, -d and -b
@@ -39,8 +40,10 @@ Window = Annotated[
     int, typer.Option(min=1, help="--attention: sliding window to compare with none.")
 ]
 Plot = Annotated[
-    Path | None, typer.Option(help="--attention: draw the times to this PNG.", show_default=False)
+    Path | None,
+    typer.Option(metavar="FILE", help="--attention: draw it too: a new .html, .svg or .png."),
 ]
+ReplacePlot = Annotated[bool, typer.Option("--force", help="--plot: replace the file.")]
 
 
 @options.grouped
@@ -59,6 +62,7 @@ def bench(
     attention: Attention = False,
     window: Window = 1024,
     plot: Plot = None,
+    force: ReplacePlot = False,
     as_json: options.AsJson = False,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,
@@ -69,20 +73,14 @@ def bench(
 
     Examples:
       qmix bench mixtral-nf4 -p 512 -n 128 -d 0,4096 -b 1,8
-      qmix bench --attention -p 512,4096 --plot attention.png
+      qmix bench --attention -p 512,4096 --plot attention.html
     """
     if attention:
         if (new, depth, batch) != _TESTS:
             raise UsageError("--attention takes no -n, -d or -b")
-        from qmix.evals.timing.attention_bench import AttentionRequest, run_attention_bench
-
-        request = AttentionRequest.from_options(
-            directory, prompts, window, load.dtype, load.device, plot
-        )
-        with terminal.progress() as show:
-            compared = run_attention_bench(request, repetitions=repetitions, progress=show)
-        text = compared.aligned() if sys.stdout.isatty() else compared.markdown()
-        terminal.print_result(text, compared.to_dict(), as_json=as_json)
+        if plot is not None:
+            output_file.check(plot, output_file.ANY, force=force, where="--plot")
+        _bench_attention(directory, prompts, window, repetitions, load, plot, as_json=as_json)
         return
     if plot is not None:
         raise UsageError("--plot needs --attention")
@@ -103,6 +101,29 @@ def bench(
         )
     text = report.aligned() if sys.stdout.isatty() else report.markdown()
     terminal.print_result(text, report.to_dict(), as_json=as_json)
+
+
+def _bench_attention(
+    directory: Path | None,
+    prompts: str | None,
+    window: int,
+    repetitions: int,
+    load: options.Load,
+    plot: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from qmix.evals.timing import attention_plot
+    from qmix.evals.timing.attention_bench import AttentionRequest, run_attention_bench
+
+    request = AttentionRequest.from_options(directory, prompts, window, load.dtype, load.device)
+    with terminal.progress() as show:
+        report = run_attention_bench(request, repetitions=repetitions, progress=show)
+    text = report.aligned() if sys.stdout.isatty() else report.markdown()
+    terminal.print_result(text, report.to_dict(), as_json=as_json)
+    if plot is not None:
+        attention_plot.write(report, plot)
+        terminal.message(f"the picture: {plot}")
 
 
 def demo(

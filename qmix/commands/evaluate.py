@@ -230,4 +230,5 @@ def _needles(models: Sequence[Path], scored: Scored, computation: Computation) -
 def _layers() -> Iterator[Callable[[int, int], None]]:
     """Yield progress(layers done, layers in all)."""
     with terminal.progress() as show:
+        show("tokenizing", 0, 0)
         yield lambda done, total: show(f"layer {done} of {total}", done, total)

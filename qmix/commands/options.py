@@ -10,15 +10,19 @@ from dataclasses import dataclass, fields, replace
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from qmix.errors import UsageError
 from qmix.formats.files.shard_names import SHARD_BYTES
+from qmix.models import option_names
+from qmix.planning.byte_sizes import parse_count, parse_size
 
 if TYPE_CHECKING:
     from qmix import GenerationConfig, LoadOptions
+
+_Value = TypeVar("_Value")
 
 Directory = Annotated[
     Path,
@@ -34,10 +38,27 @@ def token_count(text: str) -> int:
     Raises:
         BadParameter: not a number of tokens.
     """
-    from qmix.planning.byte_sizes import parse_count
+    return _parsed(lambda text: parse_count(text, where="tokens"), text)
 
+
+def dtype_name(text: str) -> str:
+    """An option's dtype by torch's name."""
+    return _parsed(option_names.dtype_name, text)
+
+
+def device_name(text: str) -> str:
+    """An option's device by torch's name; whether there is one is found out later."""
+    return _parsed(option_names.device_name, text)
+
+
+def byte_count(text: str) -> int:
+    """An option's bytes: 24G, 500MB."""
+    return _parsed(lambda text: parse_size(text, where="size"), text)
+
+
+def _parsed(parse: Callable[[str], _Value], text: str) -> _Value:
     try:
-        return parse_count(text, where="tokens")
+        return parse(text)
     except UsageError as error:
         raise typer.BadParameter(f"expected {error.expected}; found {error.found}") from None
 
@@ -49,6 +70,7 @@ _MACHINE, _SAMPLING = "Device and memory", "Sampling"
 Device = Annotated[
     str | None,
     typer.Option(
+        parser=device_name,
         help="gpu, cuda:1 or cpu.",
         show_default="the GPU if there is one",
         rich_help_panel=_MACHINE,
@@ -57,14 +79,16 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
+        parser=dtype_name,
         help="bf16, fp16 or fp32.",
         show_default="the checkpoint's",
         rich_help_panel=_MACHINE,
     ),
 ]
 Backend = Annotated[
-    str | None,
+    Literal["auto", "qmix", "bitsandbytes", "torch"] | None,
     typer.Option(
+        metavar="NAME",
         help="Whose code multiplies: auto, qmix, bitsandbytes or torch.",
         show_default="QMIX_BACKEND, or auto",
         rich_help_panel=_MACHINE,
@@ -112,15 +136,19 @@ class Load(Group):
     dtype: Dtype = None
     device: Device = None
     vram: Annotated[
-        str | None,
+        int | None,
         typer.Option(
+            parser=byte_count,
+            metavar="<size>",
             help="GPU memory to use at most, such as 16GiB; other experts stay in RAM.",
             rich_help_panel=_MACHINE,
         ),
     ] = None
     ram: Annotated[
-        str | None,
+        int | None,
         typer.Option(
+            parser=byte_count,
+            metavar="<size>",
             help="Host memory to use at most; other experts stay in the file.",
             rich_help_panel=_MACHINE,
         ),
@@ -264,6 +292,4 @@ def shard_bytes(size: str) -> int:
     Raises:
         UsageError: not a size, or out of range.
     """
-    from qmix.planning.byte_sizes import parse_size
-
     return parse_size(size, where="--shard-size", least=1 << 16, most=1 << 44)

@@ -67,7 +67,7 @@ def plan(
         from qmix.commands import plan_plot
         from qmix.pages import output_file
 
-        output_file.check(plot, plan_plot.SUFFIXES, force=force, where="--plot")
+        output_file.check(plot, output_file.ANY, force=force, where="--plot")
     with sources.described(source, part=True) as path:
         request = PlanRequest(
             source=path,

@@ -15,7 +15,6 @@ from qmix.planning.budget import MemoryBreakdown
 from qmix.planning.byte_sizes import show
 from qmix.planning.plan import Plan
 
-SUFFIXES = (output_file.PAGE, *output_file.PICTURES)
 # What bars are made of: fewer parts than items, so that each has a pattern of its own.
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "experts": ("experts",),

@@ -203,8 +203,10 @@ class Repl:
             self.notice(text)
 
     def _take(self, line: str) -> None:
-        """Carry out a command, or answer a message."""
-        if line.startswith(FENCE):
+        """Carry out a command, or answer a message; what comes from a pipe is no command."""
+        if not self.streams.interactive:
+            pass
+        elif line.startswith(FENCE):
             line = unfenced(line)
         elif line.startswith("/"):
             found = commands.found(line)
@@ -218,7 +220,7 @@ class Repl:
             self.ask(line)
 
     def _run(self, command: commands.ChatCommand, argument: str) -> None:
-        """Carry out a command; what is wrong with it is said, also in a pipe."""
+        """Carry out a command; what is wrong with it is said."""
         try:
             command.run(self, argument)
         except QmixError as error:

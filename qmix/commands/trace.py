@@ -166,7 +166,7 @@ def plot(
     from qmix.files import atomic_file
     from qmix.pages import output_file, page
 
-    output_file.check(out, (output_file.PAGE, *output_file.PICTURES), force=force)
+    output_file.check(out, output_file.ANY, force=force)
     recorded = trace.read_trace(path)
     if out.suffix.lower() == output_file.PAGE:
         atomic_file.write(out, page.html(trace_page(recorded, path.name)))
@@ -212,7 +212,7 @@ def _profile(path: Path, recorded: "Trace") -> "Trace":
         raise UsageError(
             "the profile is of another model",
             where=str(path),
-            expected=f"{shape[0]} layers of {shape[1]} experts",
+            expected=f"{counted(shape[0], 'layer')} of {counted(shape[1], 'expert')}",
             found=f"{profile.header.layers} of {profile.header.experts}",
         )
     return profile

@@ -13,6 +13,7 @@ from pathlib import Path
 from qmix import strict_json
 from qmix.errors import CheckpointError
 from qmix.files import user_files
+from qmix.quantities import counted
 
 FORMAT, VERSION = "qmix-heat", 1
 
@@ -84,7 +85,7 @@ def read(path: Path, *, experts: int, model: str) -> list[int]:
         raise CheckpointError(
             "damaged",
             where=str(path),
-            expected=f"{experts} experts",
+            expected=counted(experts, "expert"),
             found=len(heat),
             remedy=remedy,
         )

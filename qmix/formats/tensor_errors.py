@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
+from qmix.quantities import counted
 
 _MANY_TENSORS = 1000
 
@@ -25,7 +26,7 @@ def check_count(where: str, needed: int, found: int, *, description: str) -> Non
         raise CheckpointError(
             f"not the tensors of the model that {description} describes",
             where=where,
-            expected=f"at least {needed} tensors",
+            expected=f"at least {counted(needed, 'tensor')}",
             found=found,
             remedy=f"The download is incomplete, or {description} is another model's.",
         )
@@ -46,8 +47,9 @@ def wrong_tensors(
     """
     named = [f"missing {n}" for n in missing[:5]] + [f"left over {n}" for n in left_over[:5]]
     return CheckpointError(
-        f"not the tensors of a Mixtral with {config.num_hidden_layers} layers and "
-        f"{config.num_local_experts} experts: {len(missing)} missing, {len(left_over)} left over",
+        f"not the tensors of a Mixtral with {counted(config.num_hidden_layers, 'layer')} and "
+        f"{counted(config.num_local_experts, 'expert')}: {len(missing)} missing, "
+        f"{len(left_over)} left over",
         where=where,
         expected=f"each tensor of {description}'s model once",
         found="; ".join(named[:5]),

@@ -13,6 +13,7 @@ from qmix.files import regular_file
 from qmix.files.file_names import existing, is_hidden, visible
 from qmix.gguf.container import GGUFFile, GGUFTensor, read_gguf
 from qmix.gguf.header_fields import Value
+from qmix.quantities import counted
 
 SUFFIX = ".gguf"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -92,7 +93,7 @@ def _shards(file: Path) -> tuple[Path, ...]:
             raise CheckpointError(
                 "a shard is missing",
                 where=str(file.parent / name),
-                expected=f"{count} shards",
+                expected=counted(count, "shard"),
                 found=f"{len(present)} GGUF files in the folder",
                 remedy="Download the missing shards.",
             )

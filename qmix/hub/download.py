@@ -14,6 +14,7 @@ from qmix.hub import remote
 from qmix.hub.remote import HubOptions, Listing, UnreachableError
 from qmix.hub.repo_id import RepoId
 from qmix.hub.selection import Need, choose, gguf_path, is_complete, listed_shards
+from qmix.quantities import counted
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -40,11 +41,13 @@ class Download:
     free_bytes: int
 
     def __str__(self) -> str:
-        present = "" if self.files == self.of_files else f" of {self.of_files}"
+        files = counted(self.of_files, "file")
+        if self.files != self.of_files:
+            files = f"{self.files} of {files}"
         left_out = self.whole_bytes - self.nbytes
         rest = f" (not the {left_out / 1e9:.2f} GB of other files)" if left_out > 1e8 else ""
         return (
-            f"{self.repo.name}@{self.commit[:7]}: {self.files}{present} files of {self.layout}, "
+            f"{self.repo.name}@{self.commit[:7]}: {files} of {self.layout}, "
             f"{self.nbytes / 1e9:.2f} GB{rest}, to {self.cache}, which has "
             f"{self.free_bytes / 1e9:.1f} GB free"
         )

@@ -25,6 +25,7 @@ from qmix.models.quantization import QuantizedCheckpoint
 from qmix.models.read_ahead import read_all
 from qmix.nn.embedding import Embedding
 from qmix.nn.stored import StoredModule
+from qmix.quantities import counted
 from qmix.weights.dense import Dense, Weight, all_finite
 
 _HOST = torch.device("cpu")
@@ -111,9 +112,10 @@ def _hints(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[str]:
         "activations": len(metadata.activation_scales),
         "a KV cache": len(metadata.cache_scales),
     }
-    named = " and ".join(f"{count} scales of {of}" for of, count in scales.items() if count)
-    if named:
-        yield f"{folder}: {named} are not used: qmix computes in {bits} bits"
+    found = [f"{counted(count, 'scale')} of {of}" for of, count in scales.items() if count]
+    if found:
+        verb = "is" if sum(scales.values()) == 1 else "are"
+        yield f"{folder}: {' and '.join(found)} {verb} not used: qmix computes in {bits} bits"
     packings = map(checkpoint.packing, checkpoint.tensors)
     if not isinstance(checkpoint, QuantizedCheckpoint) and any(
         packing is not None and packing.dense for packing in packings

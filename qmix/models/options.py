@@ -9,14 +9,10 @@ import torch
 
 from qmix.config_rules import MAX_POSITIONS
 from qmix.errors import ResourceError, UsageError
-from qmix.kernels.backend import Backend, named
+from qmix.kernels.backend import Backend
+from qmix.kernels.backend import named as named_backend
+from qmix.models import option_names
 from qmix.planning.byte_sizes import parse_size
-
-_DTYPES = {
-    **dict.fromkeys(("float32", "fp32", "f32", "float"), torch.float32),
-    **dict.fromkeys(("float16", "fp16", "f16", "half"), torch.float16),
-    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
-}
 
 
 @dataclass(frozen=True, init=False)
@@ -80,7 +76,7 @@ class LoadOptions:
             "ram": None if ram is None else parse_size(ram, where="ram"),
             "max_context": max_context,
             "max_batch": max_batch,
-            "backend": named(backend),
+            "backend": named_backend(backend),
         }
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
@@ -104,17 +100,10 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         UsageError: another name.
     """
-    name = str(dtype).removeprefix("torch.")
-    if dtype is None or name == "auto":
+    name = option_names.AUTO if dtype is None else option_names.dtype_name(str(dtype))
+    if name == option_names.AUTO:
         return None
-    found = _DTYPES.get(name.lower())
-    if found is None:
-        raise UsageError(
-            "no such dtype",
-            where="dtype",
-            expected="one of float32, float16, bfloat16",
-            found=name[:80],
-        )
+    found: torch.dtype = getattr(torch, name)
     return found
 
 
@@ -127,18 +116,13 @@ def parse_device(device: torch.device | str | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device, str) and device.lower().partition(":")[0] == "gpu":
-        device = "cuda" + device[len("gpu") :]
     try:
-        target = torch.device(device)
+        named = option_names.device_name(device) if isinstance(device, str) else device
+        target = torch.device(named)
     except (RuntimeError, TypeError, ValueError, OverflowError):
-        raise UsageError(
-            "no such device", where="device", expected="cpu or cuda", found=repr(device)[:80]
-        ) from None
+        raise option_names.no_device(device) from None
     if target.type not in ("cpu", "cuda"):
-        raise UsageError(
-            "no such device", where="device", expected="cpu or cuda", found=str(target)
-        )
+        raise option_names.no_device(target)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "no CUDA device is available",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.quantities import counted
 
 _FIRST_CAPACITY = 256
 
@@ -90,7 +91,7 @@ class KVCache:
                 where="past_key_values",
                 expected=f"{config.num_hidden_layers} pairs of [batch, "
                 f"{config.num_key_value_heads}, positions, {config.head_dim}]",
-                found=f"{len(past_key_values)} pairs, the first {list(first.shape)}",
+                found=f"{counted(len(past_key_values), 'pair')}, the first {list(first.shape)}",
             )
         cache = cls(config, batch, dtype=first.dtype, device=first.device, capacity=length)
         for layer, (keys, values) in enumerate(past_key_values):
@@ -116,7 +117,9 @@ class KVCache:
         batch, heads, _, width = self._keys[0].shape
         kind = f"{self._keys[0].dtype} on {self._keys[0].device}".removeprefix("torch.")
         window = f", window {self.window}" if self.window else ""
-        return f"{len(self)} layers [{batch}, {heads}, positions, {width}]{window}, {kind}"
+        return (
+            f"{counted(len(self), 'layer')} [{batch}, {heads}, positions, {width}]{window}, {kind}"
+        )
 
     @property
     def batch(self) -> int:

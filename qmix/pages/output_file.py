@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, PICTURES = ".html", (".svg", ".png")
+ANY = (PAGE, *PICTURES)
 
 
 def check(path: Path, suffixes: tuple[str, ...], *, force: bool, where: str = "--out") -> None:

@@ -23,6 +23,7 @@ from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache_rows import CacheRows
 from qmix.nn.decoder import Decoded
 from qmix.nn.embedding import check_ids
+from qmix.quantities import counted
 from qmix.serving.request import BusyError, Ended, Finish, Ticket
 from qmix.serving.running import Running
 from qmix.serving.slot import Slot, SlotState
@@ -129,8 +130,8 @@ class Scheduler:
             raise UsageError(
                 "the prompt does not fit the context",
                 where="ids",
-                expected=f"at most {self.limits.context - 1} tokens",
-                found=f"{len(ids)} tokens",
+                expected=f"at most {counted(self.limits.context - 1, 'token')}",
+                found=counted(len(ids), "token"),
                 remedy="Shorten it, or start the server with a larger context.",
             )
         check_ids(torch.tensor(ids), self._model.config.vocab_size)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qmix.errors import UsageError, wrong_type
+from qmix.quantities import counted
 
 ROLES = ("system", "user", "assistant")
 
@@ -159,7 +160,7 @@ def _check_order(turns: Sequence[Message]) -> None:
                 remedy="Give at most one system message, first, then user and assistant alternating.",
             )
     if len(turns) == first:
-        raise UsageError("no user message", where="messages", found=f"{len(turns)} messages")
+        raise UsageError("no user message", where="messages", found=counted(len(turns), "message"))
     if turns[-1].role != "user":
         raise UsageError(
             "the last message is not from the user",

@@ -41,7 +41,7 @@ def test_a_group_without_a_command_prints_its_help():
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("option", ["-V", "--version"])
+@pytest.mark.parametrize("option", ["-V", "--version", "version"])
 def test_version(option):
     assert qmix_apart(option).stdout == f"qmix {__version__}\n"
 
@@ -85,6 +85,10 @@ sys.exit(f"imported {heavy}" if heavy else code)
         (["bench"], 2),
         (["chat", "evals/tiny", "--ctx", "5"], 2),
         (["generate", "evals/tiny", "hi", "--temperature", "-3"], 2),
+        (["generate", "evals/tiny", "hi", "--dtype", "int3"], 2),
+        (["quantize", "evals/tiny", "x", "--method", "gptq", "--device", "abacus"], 2),
+        (["bench", "evals/tiny", "--ram", "24Q"], 2),
+        (["chat", "evals/tiny", "--backend", "abacus"], 2),
         (["trace", "record", "evals/tiny", "--out", "x"], 2),
     ],
     ids=str,

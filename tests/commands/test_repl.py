@@ -6,14 +6,16 @@ from qmix.commands.chat.settings import changed
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.printable import printable
-from tests.support.process import run
+from tests.support.process import piped, run, small_session
 
 
 def test_every_line_of_a_pipe_is_a_message_and_stdout_holds_the_replies_only():
-    session, text, notices = run("hello\n\nhow are you\n")
-    assert [turn.user for turn in session.turns] == ["hello", "how are you"]
-    assert text.count("\n") >= 2
-    assert notices.count("cut short: length") == 2
+    lines = ["hello", "/save x", "/undo", "/exit", '"""open', "/image", "a\\", " b"]
+    session = small_session()
+    text, notices = piped(session, "\n\n".join(lines) + "\r\n")
+    assert [turn.user for turn in session.turns] == lines
+    assert text.count("\n") >= len(lines)
+    assert notices.count("cut short: length") == notices.count("\n") == len(lines)
 
 
 def test_a_last_line_without_newline_counts():
@@ -67,7 +69,7 @@ def test_a_fence_that_is_never_closed_is_sent_and_said():
 
 def test_a_piped_message_that_does_not_fit_is_an_error():
     with pytest.raises(UsageError, match="does not fit"):
-        run("word " * 2000 + "\n")
+        piped(small_session(), "word " * 2000 + "\n")
 
 
 def test_commands_change_and_show_what_they_name():
@@ -127,8 +129,3 @@ def test_a_fenced_message_that_begins_with_a_slash_is_a_message():
 def test_a_fence_that_the_end_of_input_closes_is_sent_or_spoken_of():
     session, _, notices = run('"""\nhello\nworld\n')
     assert session.turns or notices
-
-
-def test_windows_line_ends_of_a_pipe_belong_to_no_message():
-    session, _, _ = run("hello\r\nyou\r\n")
-    assert [turn.user for turn in session.turns] == ["hello", "you"]

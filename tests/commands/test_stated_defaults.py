@@ -1,11 +1,18 @@
 """generate and chat take what is not given from generation_config.json, then from themselves."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
+from qmix import GenerationConfig
+from qmix.commands import options
+from qmix.commands.chat import command
+from qmix.commands.chat.loading import ChatLoader
 from qmix.commands.options import Sampling
-from tests.support.process import qmix
+from qmix.commands.repl import Repl, Streams
+from tests.support.process import Keyboard, qmix, without_prompts
 
 
 @pytest.fixture
@@ -15,6 +22,22 @@ def stating(small_checkpoint):
         return small_checkpoint
 
     return write
+
+
+@pytest.fixture
+def chat(monkeypatch):
+    """What a chat with a folder's model says to lines that are typed into it."""
+    monkeypatch.setenv("TERM", "dumb")
+
+    def say(folder, lines, **given):
+        defaults = GenerationConfig(**command._DEFAULTS).attributed("qmix")
+        loader = ChatLoader(options.Load(device="cpu"), None, None, defaults, quiet=True)
+        notices = Console(file=io.StringIO(), width=100, color_system=None)
+        streams = Streams(Keyboard(lines), io.StringIO(), notices, quiet=True)
+        Repl.loaded(loader, folder, Sampling(**given).parse(None), streams).run()
+        return without_prompts(notices.file.getvalue()).splitlines()
+
+    return say
 
 
 def tokens(result):
@@ -46,10 +69,10 @@ def test_what_nobody_asked_for_is_cut_to_the_models_positions(stating):
     assert "exceed the model's positions" in refused.stderr
 
 
-def test_set_says_who_gave_each_value(stating):
+def test_set_says_who_gave_each_value(stating, chat):
     folder = stating(temperature=0.2, top_p=0.9, repetition_penalty=1.1)
     typed = "/set seed 3\n/set\n/set temperature 0\n/set temperature\n"
-    shown = qmix("chat", folder, "--top-p", "0.5", "--lines", stdin=typed).stderr.splitlines()
+    shown = chat(folder, typed, top_p=0.5)
     assert shown[0] == "seed: 3, was none"
     assert [line.split(maxsplit=2) for line in shown[1:8]] == [
         ["temperature", "0.2", "generation_config.json"],
@@ -64,8 +87,8 @@ def test_set_says_who_gave_each_value(stating):
     assert shown[9].split(maxsplit=1) == ["temperature", "0 (greedy)   /set"]
 
 
-def test_a_checkpoint_that_says_do_not_sample_is_not_sampled_in_a_chat(stating):
+def test_a_checkpoint_that_says_do_not_sample_is_not_sampled_in_a_chat(stating, chat):
     folder = stating(do_sample=False, temperature=0.9)
-    shown = qmix("chat", folder, "--lines", stdin="/set temperature\n").stderr.splitlines()
+    shown = chat(folder, "/set temperature\n")
     assert shown[0].split(maxsplit=1) == ["temperature", "0 (greedy)   generation_config.json"]
     assert Sampling(temperature=0.5).parse(None).do_sample

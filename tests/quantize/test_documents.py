@@ -79,7 +79,7 @@ def test_the_card_of_a_hub_s_model_is_of_hugging_face_s_form():
         "tags": ["mixtral", "moe", "qmix", "quantized", "auto"],
     }
     for words in (
-        f"256 windows of 2048 tokens from a text of SHA-256 `{SHA}`",
+        f"256 windows of 2,048 tokens from a text of SHA-256 `{SHA}`",
         "| expert | int4 g128 | 11 |",
         "qmix eval out --data TEXT --reference mistralai/Mixtral-8x7B-v0.1",
         "qmix chat out",

@@ -103,7 +103,7 @@ OWNERS: Mapping[str, set[str]] = {
     "flash_attn": {"qmix.kernels.flash"},
     "transformers": {"qmix.hf"},
     "bitsandbytes": {"qmix.kernels.bnb"},
-    "matplotlib": {"qmix.evals.timing.attention_plot", "qmix.pages.svg", "qmix.pages.charts"},
+    "matplotlib": {"qmix.pages.svg", "qmix.pages.charts"},
     "triton": {
         "qmix.kernels.gpu.dependent_triton",
         "qmix.kernels.gpu.fused_triton",
@@ -161,7 +161,7 @@ TORCHLESS = (
     ),
     *("qmix.formats.mistral.params", "qmix.commands.checkpoint.inspect"),
     *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),
-    "qmix.commands.plan_plot",
+    *("qmix.commands.plan_plot", "qmix.models.option_names"),
     *("qmix.commands.help_page", "qmix.commands.progress"),
 )
 

@@ -18,11 +18,13 @@ PAGE = ROOT / "docs" / "qmix.1"
 
 
 def walk(command: Any, context: Any) -> Iterator[tuple[Any, Any]]:
-    """A group or command, and every command below it, each with its context."""
+    """A group or command, and every command below it that is listed, each with its context."""
     yield command, context
     if hasattr(command, "list_commands"):
         for name in command.list_commands(context):
             child = command.get_command(context, name)
+            if child.hidden:
+                continue
             inner = type(context)(child, parent=context, info_name=name, **child.context_settings)
             yield from walk(child, inner)
 

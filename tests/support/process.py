@@ -201,12 +201,35 @@ CARD = Gpu(
 )
 
 
+class Keyboard(io.StringIO):
+    """What a person types, line by line."""
+
+    def isatty(self):
+        return True
+
+
 def typed(session, lines):
-    """The replies and the notices of lines that are typed into a chat; nothing is a terminal."""
+    """The replies and the notices of lines that are typed at a dumb terminal, without prompts."""
+    return _chatted(session, Keyboard(lines))
+
+
+def piped(session, lines):
+    """The replies and the notices of a pipe whose lines are messages."""
+    return _chatted(session, io.StringIO(lines))
+
+
+def _chatted(session, lines):
     text, notices = io.StringIO(), io.StringIO()
     console = Console(file=notices, width=200, color_system=None)
-    Repl(session, Streams(io.StringIO(lines), text, console)).run()
-    return text.getvalue(), notices.getvalue()
+    with mock.patch.dict(os.environ, TERM="dumb"):
+        Repl(session, Streams(lines, text, console)).run()
+    return text.getvalue(), without_prompts(notices.getvalue())
+
+
+def without_prompts(notices):
+    """What a chat at a dumb terminal says, but for its greeting and its prompts."""
+    said = notices.removeprefix("Type a message, /help for commands, Ctrl-D to leave.\n")
+    return said.replace(">>> ", "").replace("... ", "")
 
 
 def session_of(model, tokenizer, config, *, system=None, **options):

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from qmix.commands.chat import settings
 from qmix.commands.line_editing.external_editor import edited
-from qmix.errors import UsageError
 
 if TYPE_CHECKING:
     from qmix.commands.repl import Repl
@@ -52,8 +51,6 @@ def undo(repl: "Repl", argument: str) -> None:
 
 
 def edit(repl: "Repl", argument: str) -> None:
-    if not repl.streams.interactive:
-        raise UsageError("/edit needs a terminal")
     turns = repl.session.turns
     before = turns[-1].user if turns else ""
     text = edited(before, repl.streams.screen)

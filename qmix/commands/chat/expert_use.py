@@ -5,6 +5,8 @@ Knows no model: it gets counts. The shades need no colour, and the numbers no sh
 
 from collections.abc import Sequence
 
+from qmix.quantities import counted
+
 _SHADES = " ░▒▓█"
 _ASCII_SHADES = " .:*#"
 _WIDE = 12  # experts whose numbers fit a line of 80 columns
@@ -23,7 +25,10 @@ def heatmap(counts: Sequence[Sequence[int]], tokens: int, *, encoding: str = "ut
     numbers = experts <= _WIDE
     cell = 6 if numbers else 2
     header = "layer" + "".join(f"{expert:>{cell}}" for expert in range(experts) if numbers)
-    lines = [f"{tokens} tokens; percent of a layer's activations, even is {even:.3g}", header]
+    lines = [
+        f"{counted(tokens, 'token')}; percent of a layer's activations, even is {even:.3g}",
+        header,
+    ]
     for layer, row in enumerate(counts):
         shares = [100 * count / max(sum(row), 1) for count in row]
         cells = (_cell(share, even, shades, numbers=numbers) for share in shares)

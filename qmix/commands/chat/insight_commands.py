@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 from qmix.commands.chat.chat_model import Reply, TokenChoice
 from qmix.commands.chat.expert_use import heatmap
 from qmix.commands.chat.reply_stats import ConversationStats
+from qmix.commands.markdown.cells import cells, folded
 from qmix.errors import UsageError
 from qmix.planning.speed import figure
+from qmix.printable import escaped
 from qmix.quantities import counted
 
 if TYPE_CHECKING:
     from qmix.commands.repl import Repl
 
 _NONE_YET = "there is no reply yet"
-_PIECE = 14  # columns of a token
-_OTHERS = 3  # alternatives that fit a line of 80 columns
+_PIECE = 10  # columns of a token; with its probability and a space before it, twice as many
 
 
 def stats(repl: "Repl", argument: str) -> None:
@@ -73,16 +74,24 @@ def probabilities(repl: "Repl", argument: str) -> None:
     if not choices:
         raise UsageError(_NONE_YET)
     repl.notice(f"token, its probability, and the likeliest others, {reply.choices_are}")
+    most = max(1, repl.streams.notices.width // (2 * _PIECE) - 1)
     for choice in choices:
-        repl.notice(_line(choice))
+        repl.notice(_line(choice, most))
 
 
-def _line(choice: TokenChoice) -> str:
+def _line(choice: TokenChoice, most: int) -> str:
+    """A token and at most so many others, each in columns of its own."""
     others = [pair for pair in choice.others if pair[1] > 0]
-    shown = "".join(
-        f"  {piece:>{_PIECE}} {100 * share:5.1f} %" for piece, share in others[:_OTHERS]
-    )
-    return f"{choice.piece:<{_PIECE}} {100 * choice.probability:5.1f} %{shown}"
+    pairs = [(choice.piece, choice.probability), *others[:most]]
+    return "  ".join(f"{_column(piece)} {100 * share:5.1f} %" for piece, share in pairs)
+
+
+def _column(piece: str) -> str:
+    """A token on `_PIECE` columns; a longer one without its end."""
+    piece = escaped(piece)
+    if cells(piece) > _PIECE:
+        piece = next(folded(piece, _PIECE - 1)) + "…"
+    return piece + " " * (_PIECE - cells(piece))
 
 
 def experts(repl: "Repl", argument: str) -> None:

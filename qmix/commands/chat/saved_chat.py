@@ -14,6 +14,7 @@ from typing import Any
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.files import regular_file
+from qmix.quantities import counted
 
 FORMAT, VERSION = "qmix-chat", 1
 _LIMIT_BYTES = 64 << 20
@@ -126,7 +127,7 @@ def read(path: Path) -> SavedChat:
             raise refuse(where, f"the role {role}", message)
         texts.append(entry(message, "content", str, f"{where}.content", "a text"))
     if len(texts) % 2:
-        raise refuse("messages", "an answer to each message", f"{len(texts)} messages")
+        raise refuse("messages", "an answer to each message", counted(len(texts), "message"))
     return SavedChat(identity, system, tuple(zip(texts[::2], texts[1::2], strict=True)), settings)
 
 

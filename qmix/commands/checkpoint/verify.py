@@ -18,6 +18,7 @@ from qmix.files.regular_file import open_regular
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.files.manifest import CARD, MANIFEST, read_manifest
 from qmix.formats.names import ModelTensor
+from qmix.quantities import counted
 from qmix.weights.dense import all_finite
 
 _MAX_PROBLEMS = 5
@@ -117,5 +118,5 @@ def _weight_problems(checkpoint: Checkpoint, tensor: ModelTensor) -> Iterator[Qm
             f"tensor {tensor.name}: holds NaN or infinity",
             where=str(checkpoint.entry(tensor.name).file),
             expected="finite values",
-            found=f"{invalid} others",
+            found=counted(invalid, "other"),
         )

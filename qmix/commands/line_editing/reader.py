@@ -57,8 +57,8 @@ class PlainLines:
 
     Args:
         notify: shows a line to the user.
-        show: shows a prompt where somebody types. There a trailing backslash asks for another
-            line; in a pipe it is text.
+        show: shows a prompt where somebody types. There a fence and a trailing backslash ask for
+            another line; in a pipe they are text.
     """
 
     lines: TextIO
@@ -67,7 +67,7 @@ class PlainLines:
 
     def read(self, prompt: str, default: str = "") -> str:
         text = self._line(prompt)
-        while (fenced := is_open_fence(text)) or (self.show and ends_in_backslash(text)):
+        while self.show and ((fenced := is_open_fence(text)) or ends_in_backslash(text)):
             try:
                 text = (text if fenced else text[:-1]) + "\n" + self._line(CONTINUED)
             except EOFError:

@@ -23,6 +23,7 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.files.regular_file import open_regular
 from qmix.formats.files.safetensors_header import HEADER_BYTES, KNOWN_STARTS
 from qmix.formats.files.shards import DTYPES, Entry
+from qmix.quantities import counted
 
 # Before 2.10 a file could make the weights-only unpickler write outside memory (CVE-2026-24747).
 _OLDEST_PYTORCH = (2, 10)
@@ -81,7 +82,7 @@ def _records(file: BinaryIO, path: Path) -> dict[int, int]:
         raise refuse("a record of the archive appears twice")
     pickled = [name for name in infos if name.rpartition("/")[2] == "data.pkl"]
     if len(pickled) != 1:
-        raise refuse("not a file of torch.save", f"{len(pickled)} records data.pkl")
+        raise refuse("not a file of torch.save", f"{counted(len(pickled), 'record')} data.pkl")
     prefix = pickled[0].removesuffix("data.pkl")
     if prefix + "constants.pkl" in infos:
         raise refuse("a TorchScript program, not weights")

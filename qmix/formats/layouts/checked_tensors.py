@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.formats.layouts.tensor_names import WORD_BITS
+from qmix.quantities import counted
 from qmix.weights.affine import symmetric_zero
 from qmix.weights.dense import all_finite
 from qmix.weights.scheme import GROUP_SIZES
@@ -111,11 +112,13 @@ class IntegerTensors(CheckedTensors):
             raise self.wrong(suffix, "wrong shape", expected, list(scales.shape))
         groups = scales.shape[group_axis]
         if groups != 1 and groups not in [columns / size for size in GROUP_SIZES]:
-            found = f"{groups} groups of {columns} inputs"
+            found = f"{counted(groups, 'group')} of {counted(columns, 'input')}"
             raise self.wrong(suffix, "unknown group size", _GROUP_SIZES, found)
         if not all_finite(scales):
             invalid = scales.numel() - int(torch.isfinite(scales).sum())
-            raise self.wrong(suffix, "holds NaN or infinity", "finite values", f"{invalid} others")
+            raise self.wrong(
+                suffix, "holds NaN or infinity", "finite values", counted(invalid, "other")
+            )
         return scales
 
     def permutation(self, suffix: str, groups: int) -> Tensor | None:
@@ -137,8 +140,8 @@ class IntegerTensors(CheckedTensors):
             raise self.wrong(
                 suffix,
                 "groups of unequal size",
-                f"{size} inputs in each of {groups} groups",
-                f"{int(counts[group])} inputs in group {group}",
+                f"{counted(size, 'input')} in each of {groups} groups",
+                f"{counted(int(counts[group]), 'input')} in group {group}",
             )
         if bool((index[1:] >= index[:-1]).all()):
             return None

@@ -24,6 +24,7 @@ from qmix.formats.layouts.tensor_names import (
     SCALE_2,
     WEIGHT,
 )
+from qmix.quantities import counted
 from qmix.weights.scales import NestedScales
 from qmix.weights.table import E2M1_VALUES, Table
 
@@ -157,7 +158,9 @@ def e2m1_table(
     invalid = (found > 0) & ~torch.isfinite(values * outer * _LARGEST_CODE)
     if bool(invalid.any()):
         what = "holds NaN, or scales beyond the range of float32"
-        raise stored.wrong(suffix, what, "finite values", f"{int(found[invalid].sum())} others")
+        raise stored.wrong(
+            suffix, what, "finite values", counted(int(found[invalid].sum()), "other")
+        )
     return Table(
         codes=packed.view(-1),
         scales=NestedScales(

@@ -14,6 +14,7 @@ from qmix.formats.layouts.checked_tensors import CheckedTensors
 from qmix.formats.layouts.fp4 import check_activation_scales
 from qmix.formats.layouts.fp8_blocks import block_size
 from qmix.formats.layouts.tensor_names import SCALE, SCALE_INV, WEIGHT
+from qmix.quantities import counted
 from qmix.weights import float8
 from qmix.weights.dense import Dense, all_finite
 
@@ -42,7 +43,7 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, where: str, shape: tuple[
     if not all_finite(values):
         invalid = values.numel() - int(torch.isfinite(values).sum())
         what = "holds NaN, or values beyond the range of float32"
-        raise stored.wrong(WEIGHT, what, "finite values", f"{invalid} others")
+        raise stored.wrong(WEIGHT, what, "finite values", counted(invalid, "other"))
     return Dense(values)
 
 
@@ -55,7 +56,9 @@ def _scales(stored: CheckedTensors, shape: tuple[int, int]) -> Tensor:
         raise stored.wrong(suffix, "wrong dtype", expected, scales.dtype)
     values = scales.float()
     if invalid := scales.numel() - int(torch.isfinite(values).sum()):
-        raise stored.wrong(suffix, "holds NaN or infinity", "finite values", f"{invalid} others")
+        raise stored.wrong(
+            suffix, "holds NaN or infinity", "finite values", counted(invalid, "other")
+        )
     if scales.numel() == 1:
         return values.reshape(1)
     rows = shape[0]

@@ -29,6 +29,7 @@ from qmix.formats.layouts.tensor_names import (
     gptq_bits,
 )
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.quantities import counted
 from qmix.weights.affine import (
     Affine,
     pack_codes,
@@ -76,8 +77,8 @@ def unpack(
             raise stored.wrong(
                 SCALES,
                 f"not the group size of {settings.source}",
-                f"groups of {size} inputs",
-                f"{groups} groups of {columns} inputs",
+                f"groups of {counted(size, 'input')}",
+                f"{counted(groups, 'group')} of {counted(columns, 'input')}",
             )
     zeros = _zeros(stored, bits, groups, settings)
     if stored.has(BIAS):

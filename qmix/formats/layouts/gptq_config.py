@@ -16,6 +16,7 @@ from qmix.formats.layouts.module_patterns import expressions
 from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.settings import PackedModule, Settings, check_head, check_packing
 from qmix.formats.layouts.tensor_names import INTEGER_KINDS, without_lists
+from qmix.quantities import counted
 from qmix.weights.scheme import DENSE, GROUP_SIZES, Scheme
 
 FILE = "quantize_config.json"  # where AutoGPTQ put the settings, beside config.json
@@ -287,7 +288,9 @@ def _rules(dynamic: Any, where: str) -> tuple[Rule, ...]:
             "not a table of rules",
             where=where,
             expected=f"at most {_MAX_RULES} expressions, each with its settings",
-            found=f"{len(dynamic)} rules" if isinstance(dynamic, dict) else repr(dynamic)[:80],
+            found=counted(len(dynamic), "rule")
+            if isinstance(dynamic, dict)
+            else repr(dynamic)[:80],
         )
     return tuple(_rule(text, overrides, where) for text, overrides in dynamic.items())
 

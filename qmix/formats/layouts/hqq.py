@@ -18,6 +18,7 @@ from torch import Tensor
 from qmix.errors import UnsupportedError
 from qmix.formats.layouts import hqq_config
 from qmix.formats.layouts.checked_tensors import CheckedTensors
+from qmix.quantities import counted
 from qmix.weights.affine import Affine
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -152,7 +153,9 @@ class HQQTensors(CheckedTensors):
                 found = f"{words.dtype} {list(words.shape)}"
                 raise self.wrong(hqq_config.W_Q, "not viewed as floats", "a float matrix", found)
             if words.shape[1] * words.itemsize % packing.dtype.itemsize:
-                raise self.wrong(hqq_config.W_Q, "wrong shape", f"{size} codes", words.shape[1])
+                raise self.wrong(
+                    hqq_config.W_Q, "wrong shape", counted(size, "code"), words.shape[1]
+                )
             words = words.view(packing.dtype)
         expected_shape = (-(-groups // parts), size)
         if words.dtype != packing.dtype:
@@ -167,7 +170,9 @@ class HQQTensors(CheckedTensors):
         if values.dtype not in _FLOATS:
             raise self.wrong(suffix, "wrong dtype", "float16, bfloat16 or float32", values.dtype)
         if invalid := values.numel() - int(torch.isfinite(values).sum()):
-            raise self.wrong(suffix, "holds NaN or infinity", "finite values", f"{invalid} others")
+            raise self.wrong(
+                suffix, "holds NaN or infinity", "finite values", counted(invalid, "other")
+            )
         return values
 
     def _number(self, suffix: str) -> float:

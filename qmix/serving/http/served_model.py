@@ -10,6 +10,7 @@ from typing import Any
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.quantities import counted
 from qmix.serving import tool_prompt
 from qmix.serving.call_reader import CallReader
 from qmix.serving.grammar import GrammarMask, Grammars
@@ -208,7 +209,7 @@ class ServedModel:
         if len(asked.prompt) * asked.n > most:
             raise ApiError(
                 f"prompt: expected at most {most} replies at a time, as many as may run and wait; "
-                f"found {len(asked.prompt)} prompts with {asked.n} each",
+                f"found {counted(len(asked.prompt), 'prompt')} with {asked.n} each",
                 param="prompt",
                 code="invalid_value",
             )
@@ -304,7 +305,7 @@ class ServedModel:
     def _check_length(self, ids: Sequence[int], param: str) -> None:
         if len(ids) >= self.limits.context:
             raise ApiError(
-                f"{param}: {len(ids)} tokens leave no place for a reply; "
+                f"{param}: {counted(len(ids), 'token')} leave no place for a reply; "
                 f"the context has {self.limits.context}",
                 param=param,
                 code="context_length_exceeded",

@@ -1,11 +1,13 @@
 """The chat's commands, typed into a chat of a small model."""
 
 import json
+import re
 
 import pytest
 
-from qmix.commands.chat import commands
+from qmix.commands.chat import commands, insight_commands
 from qmix.commands.chat.commands import COMMANDS, help_text
+from qmix.commands.markdown.cells import cells
 from tests.support.process import run, small_session, typed
 
 
@@ -125,6 +127,19 @@ def test_looks_into_a_reply():
     assert notices.count("there is no reply yet") == 5
 
 
+@pytest.mark.parametrize("piece", ["▁the", "中文", "a" * 30, "日" * 9, "e\u0301", "<0x0A>", ""])
+def test_a_tokens_column_is_as_wide_for_every_script(piece):
+    assert cells(insight_commands._column(piece)) == insight_commands._PIECE
+
+
+def test_probabilities_take_one_line_each(monkeypatch):
+    _, _, notices = run("Hello\n/probs\n")
+    first, *lines = notices.split("as the sampler saw them\n")[1].splitlines()
+    assert len(lines) == 4
+    for line in (first, *lines):
+        assert re.fullmatch(r"(.{10} [ \d]{3}\.\d %  ){1,5}.{10} [ \d]{3}\.\d %", line), line
+
+
 def test_counting_experts_leaves_the_conversation_as_it_was():
     session, text, _ = run("Hello\n/experts\nAnd\n")
     plain, expected, _ = run("Hello\nAnd\n")
@@ -146,8 +161,7 @@ def test_code_and_replies_are_copied(monkeypatch):
     assert "nothing to copy" in notices
 
 
-def test_commands_that_a_pipe_or_a_model_does_not_have_are_refused_by_name():
-    _, _, notices = run("/image cat.png\n/edit\n/model other\n")
+def test_commands_that_a_model_does_not_have_are_refused_by_name():
+    _, _, notices = run("/image cat.png\n/model other\n")
     assert "/image: Mixtral reads text only" in notices
-    assert "/edit needs a terminal" in notices
     assert "cannot switch its model" in notices

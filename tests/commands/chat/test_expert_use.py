@@ -9,6 +9,8 @@ def test_shares_in_numbers_and_in_shades():
     assert lines[2].split() == ["0", "▓▓", "62", "0", "▒▒", "38", "0"]
     assert lines[-2] == "busiest: layer 0, expert 0, 62 %"
     assert lines[-1] == "silent: 2 of 8 experts"
+    assert lines[0].startswith("4 tokens; ")
+    assert heatmap([[1, 0]], tokens=1).startswith("1 token; ")
 
 
 def test_a_line_has_at_most_80_columns_and_a_terminal_without_blocks_gets_ascii():

@@ -13,30 +13,34 @@ from qmix.commands.repl import Repl, Streams
 from qmix.errors import ResourceError
 from qmix.models import auto
 from tests.support.models import TINY
+from tests.support.process import Keyboard, without_prompts
 
 
 @pytest.fixture
-def chat(tiny_nf4):
+def chat(tiny_nf4, monkeypatch):
     """Starts a chat with the tiny model in 4 bits: typed lines -> (chat, notices)."""
+
+    monkeypatch.setenv("TERM", "dumb")
 
     def start(lines, **load):
         defaults = GenerationConfig(do_sample=False, max_new_tokens=3).attributed("qmix")
         loader = ChatLoader(options.Load(device="cpu", **load), None, None, defaults, quiet=True)
         notices = io.StringIO()
         console = Console(file=notices, width=120, color_system=None)
-        streams = Streams(io.StringIO(lines), io.StringIO(), console)
+        streams = Streams(Keyboard(lines), io.StringIO(), console)
         repl = Repl.loaded(loader, tiny_nf4, GenerationConfig(), streams, "Be brief.")
         repl.run()
-        return repl, notices.getvalue()
+        return repl, without_prompts(notices.getvalue())
 
     return start
 
 
 def test_the_first_line_says_what_is_loaded(chat, tiny_nf4):
-    _, notices = chat("/model\n")
-    assert notices == (
+    repl, notices = chat("/model\n")
+    assert notices.removesuffix(f"{repl.start_line}\n") == (
         f"{tiny_nf4.name} · 6.267 M · 6.26 bits · 4.6 MiB on cpu · context 1,024 · [INST] template"
         "\n  temperature 0 (greedy, qmix's default)\n"
+        "Type a message, /help for commands, Ctrl-D to leave.\n"
     )
 
 

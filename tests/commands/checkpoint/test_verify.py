@@ -47,7 +47,7 @@ def test_a_sound_checkpoint(folder, tiny_nf4):
         (f"{W2}.scales", 3, float("inf"), "scales: holds NaN or infinity"),
         (f"{W2}.g_idx", 0, 99, "g_idx: group index out of range; expected 0 to 3; found 99"),
         (f"{W2}.qzeros", 0, 0, "qzeros: not the zeros of a symmetric weight"),
-        ("model.norm.weight", 5, float("nan"), "model.norm.weight: holds NaN or infinity; expected finite values; found 1 others"),
+        ("model.norm.weight", 5, float("nan"), "model.norm.weight: holds NaN or infinity; expected finite values; found 1 other"),
         ("model.embed_tokens.weight", 7, float("-inf"), "model.embed_tokens.weight: holds NaN"),
         ("model.layers.0.block_sparse_moe.gate.weight", 7, float("inf"), "gate.weight: holds NaN"),
     ],

@@ -35,9 +35,10 @@ def test_a_pipe_keeps_its_backslashes_and_a_person_continues_with_them():
 
 
 def test_fences_are_closed_by_the_end_of_a_line():
-    found, said = messages('"""a\nx = """ b\nc"""\nd\n"""e\n')
+    found, said = messages('"""a\nx = """ b\nc"""\nd\n"""e\n', show=lambda prompt: None)
     assert [unfenced(message) for message in found] == ['a\nx = """ b\nc', "d", "e"]
     assert len(said) == 1
+    assert messages('"""a\nb"""\n') == (['"""a', 'b"""'], [])
 
 
 @pytest.mark.parametrize("text", ['"""', '""', '"""a', '"""a""" b', 'a"""'])

@@ -45,7 +45,7 @@ DAMAGE = {
     ),
     "a NaN scale": (
         with_nan,
-        rf"{P}\.scales: holds NaN or infinity; expected finite .*; found 1 others",
+        rf"{P}\.scales: holds NaN or infinity; expected finite .*; found 1 other",
     ),
     "g_idx out of range": (
         out_of_range,

@@ -59,7 +59,7 @@ def test_the_settings_that_files_have(document, expected):
         ({"sym": 1}, CheckpointError, "sym.*true or false"),
         ({"lm_head": "no"}, CheckpointError, "lm_head.*true or false"),
         ({"dynamic": [1, 2]}, CheckpointError, "dynamic: not a table of rules"),
-        ({"dynamic": {str(i): {} for i in range(5000)}}, CheckpointError, "found 5000 rules"),
+        ({"dynamic": {str(i): {} for i in range(5000)}}, CheckpointError, "found 5,000 rules"),
         ({"dynamic": {"a": None}}, CheckpointError, "dynamic: a: wrong type; expected an object"),
         ({"dynamic": {"+:a(": {}}}, CheckpointError, r"dynamic: \+:a\(: not a regular expression"),
         ({"dynamic": {"a": {"bits": "8"}}}, CheckpointError, "dynamic: a: wrong bits"),
