@@ -16,13 +16,13 @@ from qmix.errors import UnsupportedError, UsageError
 from qmix.files import regular_file
 
 if TYPE_CHECKING:
+    from qmix.serving.http.prompt_log import PromptLog
     from qmix.serving.scheduler import Limits
 
 _KEY = "QMIX_API_KEY"
 _KEY_FILE_BYTES = 4096
 _CONTEXT = 4096
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
-_DESCRIPTORS = 1 << 16  # a connection is one; systems give programs 1,024 if they do not ask
 _NET, _WORK = "Network", "Requests"
 
 Model = Annotated[
@@ -77,6 +77,15 @@ Queue = Annotated[
 Timeout = Annotated[
     float, typer.Option(min=1, help="Seconds that a request may take.", rich_help_panel=_WORK)
 ]
+LogPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Append what callers ask to FILE, in lines of JSON.",
+        show_default="prompts are not logged",
+        rich_help_panel=_WORK,
+    ),
+]
 
 
 @options.grouped
@@ -94,6 +103,7 @@ def serve(
     ctx: Context = None,
     queue: Queue = 64,
     timeout: Timeout = 600.0,
+    log_prompts: LogPrompts = None,
     quiet: options.Quiet = False,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,
@@ -120,8 +130,8 @@ def serve(
     from qmix.serving.http.served_model import ServedModel
 
     limits = _limits(source, ctx, slots, queue)
-    listener = server.listening(host, port)
-    with listener:
+    prompts = _prompt_log(log_prompts)
+    with server.listening(host, port) as listener:
         with load_bar(quiet=quiet) as bar:
             load_options = load.parse(limits.context, limits.slots)
             loaded, tokenizer = load_model(source, load_options=load_options, progress=bar)
@@ -135,10 +145,10 @@ def serve(
         )
         engine = Engine(loaded, tokenizer, limits)
         access = Access(key, frozenset(map(str.lower, host_name or ())))
-        _raise_descriptor_limit()
         if not quiet:
             terminal.message(_started(served.name, listener.getsockname(), limits))
-        server.serve(app(engine, served, access, deadline_s=timeout), engine, listener)
+        application = app(engine, served, access, deadline_s=timeout, prompts=prompts)
+        server.serve(application, engine, listener)
 
 
 def _source(model: Path | None, *, demo: bool, yes: bool) -> Path:
@@ -222,16 +232,14 @@ def _limits(source: Path, context: int | None, slots: int, queue: int) -> "Limit
     return Limits(context=context or min(_CONTEXT, most), slots=slots, waiting=queue)
 
 
-def _raise_descriptor_limit() -> None:
-    """Let the process have as many connections as the system allows."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+def _prompt_log(file: Path | None) -> "PromptLog | None":
+    """
+    Raises:
+        WriteError: it cannot be opened.
+    """
+    from qmix.serving.http.prompt_log import PromptLog
+
+    return None if file is None else PromptLog(file)
 
 
 def _started(name: str, address: tuple[str, int], limits: "Limits") -> str:

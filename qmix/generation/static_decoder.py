@@ -10,6 +10,8 @@ R slots of the cache.
 """
 
 import warnings
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +25,18 @@ from qmix.generation.packed_layers import first_experts, packed_layers
 from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu.current_device import on
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
-from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import Linear
 
-_UNKNOWN = -1  # the length of a decoder whose step was interrupted
+
+class StepCache(Protocol):
+    """What a step asks of the cache that it writes into."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]: ...
 
 
 def _settings(config: MixtralConfig) -> tuple[object, ...]:
@@ -81,7 +90,7 @@ class StaticDecoder:
         self,
         model: Decoder,
         head: Linear,
-        cache: KVCache,
+        cache: StepCache,
         *,
         padded: bool = False,
         sample_fn: SampleFn | None = None,
@@ -136,9 +145,9 @@ class StaticDecoder:
         self._pool = pool
         self._record = record and _recordable(device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._length = cache.length
+        self._lengths: tuple[int, ...] | None = (cache.length,) * cache.batch  # None: interrupted
 
-    def is_current(self, model: Decoder, cache: KVCache) -> bool:
+    def is_current(self, model: Decoder, cache: StepCache) -> bool:
         """Whether model and cache still have the tensors that the launches read.
 
         A cache that grew has others, and so has a model that was moved or got other weights. Only
@@ -166,7 +175,7 @@ class StaticDecoder:
             return self._store.in_turn(lambda: self._step(ids))
 
     def _step(self, ids: Tensor | None) -> Tensor:
-        length, self._length = self._length, _UNKNOWN
+        lengths, self._lengths = self._lengths, None
         if ids is not None:
             self.ids.copy_(ids.reshape(-1))
         if self._store is not None:
@@ -180,7 +189,7 @@ class StaticDecoder:
             self._graph.replay()
         if self._store is not None:
             self._store.log(self._route_log)
-        self._length = length + 1
+        self._lengths = None if lengths is None else tuple(length + 1 for length in lengths)
         return self.logits
 
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
@@ -197,13 +206,17 @@ class StaticDecoder:
             )
             return None
 
-    @torch.no_grad()
     def seek(self, length: int) -> None:
         """Continue after the first `length` columns of the cache."""
-        if length != self._length:
-            self._length = _UNKNOWN
-            self.past.fill_(length)
-            self._length = length
+        self.seek_rows((length,) * len(self.ids))
+
+    @torch.no_grad()
+    def seek_rows(self, lengths: Sequence[int]) -> None:
+        """Continue after the first columns of the cache, so many in each row."""
+        if tuple(lengths) != self._lengths:
+            self._lengths = None
+            self.past.copy_(torch.tensor(lengths, dtype=torch.int32))
+            self._lengths = tuple(lengths)
 
     @torch.no_grad()
     def set_padding(self, attention_mask: Tensor) -> None:

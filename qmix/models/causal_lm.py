@@ -28,6 +28,8 @@ from qmix.models.inputs import CausalLMInputs, Pairs, takes
 from qmix.models.mixtral import MixtralModel
 from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
+from qmix.nn.cache_rows import CacheRows
+from qmix.nn.cache_slab import SlabRow, only_slab_rows
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import check_labels, load_balancing_loss, next_token_loss
 from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
@@ -133,12 +135,9 @@ class MixtralForCausalLM(PreTrainedModel):
         Returns:
             logits of the last position, float32 (B, V).
         """
-        if input_ids is not None and input_ids.shape[1] == 1 and isinstance(cache, KVCache):
-            decoder = self.static_decoders.for_cache(
-                self.model, self.lm_head, cache, attention_mask
-            )
-            if decoder is not None:
-                following = decoder.step(input_ids).clone()
+        if input_ids is not None and input_ids.shape[1] == 1:
+            following = self._static_logits(input_ids, cache, attention_mask)
+            if following is not None:
                 cache.advance(1)
                 return following
         x = inputs_embeds
@@ -149,6 +148,21 @@ class MixtralForCausalLM(PreTrainedModel):
             x, padding_mask=attention_mask, position_ids=position_ids, cache=cache
         )
         return self.logits(decoded.hidden[:, -1])
+
+    def _static_logits(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor | None:
+        """The logits (B, V) of one new position (B, 1), by static shapes; None: they do not fit."""
+        of = self.static_decoders
+        if isinstance(cache, KVCache) and not isinstance(cache, SlabRow):
+            decoder = of.for_cache(self.model, self.lm_head, cache, mask)
+            return None if decoder is None else decoder.step(ids).clone()
+        rows = cache.rows if isinstance(cache, CacheRows) else (cache,)
+        if mask is not None or not (slab_rows := only_slab_rows(rows)):
+            return None
+        decoder = of.for_rows(self.model, self.lm_head, slab_rows)
+        if decoder is None:
+            return None
+        places = torch.tensor([row.place for row in slab_rows], device=ids.device)
+        return decoder.step(torch.empty_like(ids).index_copy(0, places, ids))[places]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> float32 [..., V]."""

@@ -4,7 +4,7 @@ Knows no forward pass and no bits; weights come through qmix.models.load.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,6 +25,7 @@ from qmix.models import arguments, load, offload, quantization, save
 from qmix.models.offload import Tiers
 from qmix.models.options import LoadOptions
 from qmix.nn.cache import KVCache
+from qmix.nn.cache_slab import CacheSlab
 from qmix.nn.decoder import Decoder
 from qmix.nn.outputs import ModelOutput
 
@@ -381,3 +382,17 @@ class PreTrainedModel(nn.Module):
         """
         self.check_process()
         return KVCache(self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity)
+
+    def new_rows(self, rows: int, positions: int) -> Sequence[KVCache]:
+        """Empty caches of one row each, whose next positions can be computed together.
+
+        On a GPU they have storage for `positions` from the start, and one for all.
+
+        Raises:
+            UnsupportedError: as `new_cache`.
+        """
+        if self.device.type != "cuda":
+            return [self.new_cache() for _ in range(rows)]
+        self.check_process()
+        slab = CacheSlab(self.config, rows, positions, dtype=self.dtype, device=self.device)
+        return slab.rows

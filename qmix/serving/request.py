@@ -6,6 +6,7 @@ Knows no model and no schedule.
 import queue
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, Protocol
@@ -145,9 +146,20 @@ Listener = Callable[[Event], None]
 
 
 class Ticket:
-    """A request on its way. Its listener is called in the engine's thread and must not block."""
+    """A request on its way. Its listener is called in the engine's thread and must not block.
+
+    Attributes:
+        ids: the prompt's; arrays are compared in one piece.
+
+    Raises:
+        UsageError: the prompt holds something else than ids.
+    """
 
     def __init__(self, request: Request, listener: Listener) -> None:
+        try:
+            self.ids = array("q", request.ids)
+        except (TypeError, OverflowError) as error:
+            raise UsageError("not token ids", where="ids", found=error) from None
         self.request = request
         self.arrived = time.monotonic()
         self._listener = listener

@@ -36,7 +36,7 @@ class Running:
         request = ticket.request
         config = request.config
         self.ticket = ticket
-        self.ids = list(request.ids)
+        self.ids = ticket.ids[:]
         self.cached_tokens = 0
         self.new_tokens = 0
         self._budget = min(config.new_tokens(len(self.ids)), context - len(self.ids))
@@ -52,8 +52,8 @@ class Running:
         self._selector = TokenSelector(config, (*request.processors, *masks), generator)
         # Ids so far as processors and penalties want them: written once, never copied.
         self._row = torch.empty(1, len(self.ids) + self._budget, dtype=torch.long, device=device)
-        self._row[0, : len(self.ids)] = torch.tensor(self.ids)
-        prompt = [] if request.starts_new_text else self.ids
+        self._row[0, : len(self.ids)] = torch.frombuffer(ticket.ids, dtype=torch.long)
+        prompt = () if request.starts_new_text else request.ids
         self._text = RowText(
             StreamDetokenizer(tokenizer, prompt=prompt, shown=request.shown_ids),
             config.eos_ids,
@@ -62,7 +62,7 @@ class Running:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.ticket.request.ids)
+        return len(self.ticket.ids)
 
     def read(self, ids: Tensor, logits: Tensor) -> None:
         """Take the log-probabilities of prompt ids (S,) from the logits (S, V) before each."""

@@ -11,6 +11,7 @@ one had come: ids may differ where two logits are as good as equal.
 """
 
 import threading
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qmix.errors import LostDeviceError, QmixError, UsageError, of_device
+from qmix.errors import LostDeviceError, QmixError, ResourceError, UsageError, of_device
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache_rows import CacheRows
+from qmix.nn.cache_slab import only_slab_rows
 from qmix.nn.decoder import Decoded
 from qmix.nn.embedding import check_ids
 from qmix.quantities import counted
@@ -103,10 +105,11 @@ class Scheduler:
         self._counting = threading.Lock()
         self._model = model
         self._tokenizer = tokenizer
-        self._slots = [Slot(model.new_cache(1)) for _ in range(limits.slots)]
+        self._slots = [Slot(cache) for cache in model.new_rows(limits.slots, limits.context)]
         self._waiting: deque[Ticket] = deque()
         self._admitted: list[Slot] = []  # slots that run, by arrival
         self._ended = 0
+        self._record_steps()
 
     @property
     def idle(self) -> bool:
@@ -125,7 +128,7 @@ class Scheduler:
             BusyError: the queue is full.
             UsageError: a prompt that does not fit the context, or an id outside the vocabulary.
         """
-        ids = ticket.request.ids
+        ids = ticket.ids
         if len(ids) >= self.limits.context:
             raise UsageError(
                 "the prompt does not fit the context",
@@ -134,7 +137,7 @@ class Scheduler:
                 found=counted(len(ids), "token"),
                 remedy="Shorten it, or start the server with a larger context.",
             )
-        check_ids(torch.tensor(ids), self._model.config.vocab_size)
+        check_ids(torch.frombuffer(ids, dtype=torch.long), self._model.config.vocab_size)
         if len(self._waiting) >= self.limits.waiting + self._free_slots:
             self._count(refused=1)
             raise BusyError(
@@ -168,6 +171,18 @@ class Scheduler:
         while self._waiting:
             self._end_waiting(self._waiting.popleft(), finish, error)
 
+    def _record_steps(self) -> None:
+        """On a GPU, record the step of each number of requests before somebody waits for it."""
+        caches = [slot.cache for slot in self._slots]
+        if not only_slab_rows(caches):
+            return
+        for count in range(1, len(caches) + 1):
+            rows = CacheRows(caches[:count])
+            ids = torch.zeros(count, 1, dtype=torch.long, device=self._model.device)
+            self._model.next_logits(ids, rows, None, rows.position_ids())
+            for cache in caches:
+                cache.rewind(0)
+
     @property
     def _free_slots(self) -> int:
         return len(self._slots) - len(self._admitted)
@@ -185,15 +200,21 @@ class Scheduler:
                 self._end(slot, finish)
 
     def _start(self, ticket: Ticket) -> None:
-        slot = self._slot_for(ticket.request.ids)
-        running = Running(
-            ticket, self._tokenizer, context=self.limits.context, device=self._model.device
-        )
+        slot = self._slot_for(ticket.ids)
+        try:
+            running = Running(
+                ticket, self._tokenizer, context=self.limits.context, device=self._model.device
+            )
+        except Exception as error:  # noqa: BLE001 - others' requests go on
+            self._end_waiting(ticket, "error", _said(error))
+            self._count(failed=1)
+            self._raise_if_lost(error)
+            return
         slot.start(running)
         self._admitted.append(slot)
         self._count(waiting=-1, running=1, prompt_tokens=running.prompt_tokens)
 
-    def _slot_for(self, ids: Sequence[int]) -> Slot:
+    def _slot_for(self, ids: "array[int]") -> Slot:
         """The free slot that the prompt goes on from, or else the one unused for longest.
 
         A slot that holds far more than the prompt belongs to another conversation, which may come
@@ -209,7 +230,7 @@ class Scheduler:
         """Begin a prompt with what any slot holds of it, at the moment it is read."""
         running = slot.running
         assert running is not None
-        ids = running.ticket.request.ids
+        ids = running.ticket.ids
         if not running.ticket.request.prompt_logprobs:
             source = max(self._slots, key=lambda other: (other.reusable(ids), other is slot))
             running.cached_tokens = source.reusable(ids)
@@ -230,14 +251,14 @@ class Scheduler:
             if not slot.reading:
                 self._reuse(slot)
             start = slot.cache.length
-            chunk = torch.tensor([running.ids[start : start + self.limits.chunk]])
+            chunk = torch.tensor([running.ids[start : start + self.limits.chunk].tolist()])
             if running.ticket.request.looks_inside:
                 logits = self._examined(slot, running, chunk)
             else:
                 logits = self._model.next_logits(chunk.to(self._model.device), slot.cache)
             if not slot.unread:
                 self._choose([slot], logits)
-        except (RuntimeError, MemoryError, QmixError) as error:
+        except Exception as error:  # noqa: BLE001 - others' requests go on
             self._fail(slot, error)
 
     def _examined(self, slot: Slot, running: Running, chunk: Tensor) -> Tensor:
@@ -251,7 +272,7 @@ class Scheduler:
         if not running.ticket.request.prompt_logprobs:
             return self._model.logits(decoded.hidden[:, -1])
         logits = self._model.logits(decoded.hidden)[0]
-        following = torch.tensor(running.ids[start + 1 : start + 1 + chunk.shape[1]])
+        following = torch.tensor(running.ids[start + 1 : start + 1 + chunk.shape[1]].tolist())
         running.read(following, logits[: len(following)])
         return logits[-1:]
 
@@ -261,7 +282,7 @@ class Scheduler:
             return
         try:
             logits = self._logits(slots)
-        except (RuntimeError, MemoryError, QmixError) as error:
+        except Exception as error:  # noqa: BLE001 - others' requests go on
             if len(slots) == 1:
                 self._fail(slots[0], error)
                 return
@@ -278,8 +299,6 @@ class Scheduler:
         newest = torch.tensor([[each.ids[-1]] for each in running]).to(self._model.device)
         rows = CacheRows([slot.cache for slot in slots])
         if not any(each.ticket.request.expert_counts for each in running):
-            if len(slots) == 1:
-                return self._model.next_logits(newest, slots[0].cache)
             return self._model.next_logits(newest, rows, None, rows.position_ids())
         decoded = self._model.model.decode(
             self._model.model.embed(newest), position_ids=rows.position_ids(), cache=rows
@@ -307,15 +326,13 @@ class Scheduler:
                 self._end(slot, finish)
 
     def _fail(self, slot: Slot, error: Exception) -> None:
-        """End one request with its error; its cache may be in pieces.
+        """End one request with its error; what its cache holds may be in pieces.
 
         Raises:
             LostDeviceError: the device is lost.
         """
         slot.cache.rewind(0)
-        said = error if isinstance(error, QmixError) else QmixError(str(error)[:400])
-        self._end(slot, "error", said)
-        slot.reset(self._model.new_cache(1))
+        self._end(slot, "error", _said(error))
         self._count(failed=1)
         self._raise_if_lost(error)
 
@@ -340,7 +357,7 @@ class Scheduler:
             Ended(
                 finish=finish,
                 error=error,
-                prompt_tokens=len(ticket.request.ids),
+                prompt_tokens=len(ticket.ids),
                 waited_s=ticket.age_s,
                 elapsed_s=ticket.age_s,
             )
@@ -350,3 +367,13 @@ class Scheduler:
         with self._counting:  # requests arrive in other threads than the steps'
             now = self.counts
             self.counts = replace(now, **{n: getattr(now, n) + by for n, by in changes.items()})
+
+
+def _said(error: Exception) -> QmixError:
+    """What the caller is told of an error."""
+    if isinstance(error, QmixError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError("the server has no memory left for this request")
+    failure = of_device(error) if isinstance(error, RuntimeError) else None
+    return failure or QmixError(str(error)[:400] or type(error).__name__)

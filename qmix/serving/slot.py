@@ -3,9 +3,8 @@
 Knows no model and no queue.
 """
 
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Literal
 
 from qmix.nn.cache import KVCache
@@ -41,14 +40,14 @@ class Slot:
         self.running: Running | None = None
         self.reading = False
         self.used = 0
-        self._held: list[int] = []
+        self._held = array("q")
 
     @property
-    def held(self) -> list[int]:
+    def held(self) -> "array[int]":
         """The ids of the cache's positions."""
         if self.running is not None and self.reading:
             return self.running.ids[: self.cache.length]
-        return self._held
+        return self._held[: self.cache.length]
 
     @property
     def state(self) -> SlotState:
@@ -73,13 +72,12 @@ class Slot:
         """Whether the prompt has been read."""
         return self.running is not None and self.running.new_tokens > 0
 
-    def reusable(self, ids: Sequence[int]) -> int:
+    def reusable(self, ids: "array[int]") -> int:
         """Positions of the cache that a request with these ids may start from.
 
         One id at least is left to be read: its logits choose the first new id.
         """
-        pairs = zip(ids, self.held, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        common = _common_prefix(ids, self.held)
         return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
     def start(self, running: Running) -> None:
@@ -94,7 +92,14 @@ class Slot:
         self.reading = False
         self.used = used
 
-    def reset(self, cache: KVCache) -> None:
-        """Replace a cache that a failed pass may have left in pieces."""
-        self.cache = cache
-        self._held = []
+
+def _common_prefix(first: "array[int]", second: "array[int]") -> int:
+    """Items from the first on that are equal, by halves: arrays are compared in one piece."""
+    equal, most = 0, min(len(first), len(second))
+    while equal < most:
+        middle = (equal + most + 1) // 2
+        if first[equal:middle] == second[equal:middle]:
+            equal = middle
+        else:
+            most = middle - 1
+    return equal

@@ -29,6 +29,8 @@ from qmix.kernels.gpu import (
 )
 from qmix.kernels.gpu.grid import Tuning
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
+from qmix.nn.cache_rows import CacheRows
+from qmix.nn.cache_slab import CacheSlab
 
 
 @pytest.mark.slow
@@ -296,6 +298,21 @@ def test_decoders_of_a_model_share_the_rotary_tables(recordings):
     longer, _ = reply(model, model.new_cache(1, 600), seed=1)
     assert longer._cos.shape[2] == 601
     assert reply(model, model.new_cache(1, 64), seed=1)[0]._cos is longer._cos
+
+
+def test_rows_of_a_slab_are_recorded_once_for_each_number_of_them(recordings):
+    """However they join and leave; a prompt of which one id is left takes the step of one row."""
+    model = meta_model()
+    slab = CacheSlab(model.config, 3, 64, dtype=model.dtype, device=model.device)
+    a, b, c = slab.rows
+    for rows in ([a], [b], [c, a], [a, b, c], [c, b], [c], [b, a, c]):
+        ids = torch.zeros(len(rows), 1, dtype=torch.long, device="meta")
+        model.next_logits(ids, CacheRows(rows))
+    model.next_logits(torch.zeros(1, 1, dtype=torch.long, device="meta"), b)
+    assert len(recordings) == 3
+    assert [row.length for row in (a, b, c)] == [4, 5, 5]
+    pools = [pool for _, pool in recordings]
+    assert pools == [pools[0]] * 3
 
 
 def test_a_step_made_in_inference_mode_runs_outside_of_it(recordings):

@@ -22,6 +22,8 @@ from qmix.generation.token_selector import SampleFn
 from qmix.kernels.gpu import packed_matmul
 from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.models.pack import Packer
+from qmix.nn.cache_rows import CacheRows
+from qmix.nn.cache_slab import CacheSlab
 from qmix.nn.linear import Linear
 from tests.support.interpreter import CONVERSIONS, DEVICE, INTERPRETED, error, skip_without_a_device
 from tests.support.models import small_model
@@ -146,6 +148,34 @@ def test_fewer_launches_equal_the_reference(make, window, padded, norms):
         cache.advance(1)
         assert error(logits, after) <= BOUND
         assert torch.equal(logits.argmax(-1), after.argmax(-1))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_rows_of_a_slab_are_decoded_together_as_each_alone(monkeypatch, window):
+    """Rows join, leave and change places; the logits come in the order of the call."""
+    monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
+    model = packed_model(nf4, num_hidden_layers=1, sliding_window=window)
+    prompts = [[3, 17, 90, 41, 8], [5, 9], [7, 7, 7], [11, 12, 13, 14]]
+    expected = [
+        reference_steps(model, torch.tensor([ids], device=DEVICE), None, 4) for ids in prompts
+    ]
+    slab = CacheSlab(model.config, len(prompts), 32, dtype=model.dtype, device=torch.device(DEVICE))
+    for row, ids in zip(slab.rows, prompts, strict=True):
+        with kernels.override("reference"), torch.no_grad():
+            model.model.decode(model.model.embed(torch.tensor([ids], device=DEVICE)), cache=row)
+    steps = [0] * len(prompts)
+    for together in ([2], [3, 2, 1], [1, 0], [0, 3, 2], [0]):
+        newest = torch.stack([expected[n][steps[n]].argmax(-1) for n in together])
+        rows = CacheRows([slab.rows[n] for n in together])
+        logits = model.next_logits(newest, rows, None, rows.position_ids())
+        for n, found in zip(together, logits, strict=True):
+            steps[n] += 1
+            after = expected[n][steps[n]][0]
+            assert error(found[None], after[None]) <= BOUND
+            assert found.argmax(-1) == after.argmax(-1)
+            assert slab.rows[n].length == len(prompts[n]) + steps[n]
+    (shared,) = model.static_decoders._by_cache.values()
+    assert sorted(shared.decoders) == [(1, False), (2, False), (3, False)]
 
 
 def test_the_step_can_choose_by_itself():

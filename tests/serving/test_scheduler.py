@@ -6,7 +6,9 @@ import torch
 import qmix
 from qmix.errors import QmixError, UsageError
 from qmix.generation.config import GenerationConfig
+from qmix.nn.cache_slab import CacheSlab
 from qmix.serving.request import BusyError, Ended, Request, Ticket
+from qmix.serving.running import Running
 from qmix.serving.scheduler import Limits, Scheduler
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY, small_model
@@ -225,6 +227,9 @@ def test_what_does_not_fit_is_refused_before_it_waits(scheduler):
         together.submit(Caller([10**6]).ticket)
     with pytest.raises(UsageError, match="an empty prompt"):
         Request(())
+    for wrong in ([2**64], [1.5], ["a"]):
+        with pytest.raises(UsageError, match="not token ids"):
+            Caller(wrong)
     with pytest.raises(UsageError, match="slots"):
         scheduler(slots=17)
     assert together.idle
@@ -258,6 +263,63 @@ def test_a_fault_of_one_request_ends_that_one_alone(model, scheduler):
     run(together, [after])
     assert after.end.cached_tokens == 0
     assert after.ids == alone(model, [5, 6])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("where", ["slot", "prompt"])
+def test_memory_that_ends_for_one_request_ends_that_one_alone(
+    model, scheduler, monkeypatch, where, error
+):
+    """Where it is given a slot, or where its prompt is read."""
+    together = scheduler(slots=3, chunk=4)
+    large, good = Caller(PROMPTS[5]), Caller(PROMPTS[1])
+    running, chunk = Running, model.next_logits
+
+    def no_slot(ticket, *rest, **options):
+        if ticket is large.ticket:
+            raise error
+        return running(ticket, *rest, **options)
+
+    def no_chunk(ids, cache, *rest):
+        if cache.length == 8 and ids.shape == (1, 4):  # of the large prompt alone
+            raise error
+        return chunk(ids, cache, *rest)
+
+    if where == "slot":
+        monkeypatch.setattr("qmix.serving.scheduler.Running", no_slot)
+    else:
+        monkeypatch.setattr(model, "next_logits", no_chunk)
+    run(together, [good, large])
+    assert large.end.finish == "error"
+    assert "memory" in str(large.end.error)
+    assert good.ids == alone(model, PROMPTS[1])
+    assert (together.counts.failed, together.counts.running, together.counts.waiting) == (1, 0, 0)
+    monkeypatch.undo()
+    again = Caller(PROMPTS[5])
+    run(together, [again])
+    assert again.ids == alone(model, PROMPTS[5])
+
+
+def test_a_row_without_a_number_ends_that_request_alone(model, scheduler, monkeypatch):
+    together = scheduler(slots=3)
+    callers = [Caller(ids) for ids in PROMPTS[:3]]
+    whole = model.next_logits
+
+    def broken(ids, cache, *rest):
+        logits = whole(ids, cache, *rest)
+        if len(logits) == 3:
+            logits[1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(model, "next_logits", broken)
+    run(together, callers, every=1)
+    ends = [caller.end.finish for caller in callers]
+    assert sorted(ends) == ["error", "length", "length"]
+    (failed,) = (caller for caller in callers if caller.end.finish == "error")
+    assert "non-finite" in str(failed.end.error)
+    for caller, ids in zip(callers, PROMPTS, strict=False):
+        if caller is not failed:
+            assert caller.ids == alone(model, ids)
 
 
 def test_a_step_that_fails_together_is_run_one_by_one(model, scheduler, monkeypatch):
@@ -347,6 +409,27 @@ def test_ids_of_4_bit_weights_do_not_depend_on_the_company(tiny_nf4, tokenizer):
     run(Scheduler(model, tokenizer, limits), callers)
     for caller, ids in zip(callers, prompts, strict=True):
         assert caller.ids == alone(model, ids)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_slots_of_one_storage_as_on_a_gpu_give_the_same_ids(tokenizer, monkeypatch, window):
+    model, steps = small_model(sliding_window=window), []
+    whole = model.next_logits
+
+    def new_rows(rows, positions):
+        return CacheSlab(model.config, rows, positions, dtype=model.dtype, device=model.device).rows
+
+    def counted(ids, *rest):
+        steps.append(len(ids))
+        return whole(ids, *rest)
+
+    monkeypatch.setattr(model, "new_rows", new_rows)
+    monkeypatch.setattr(model, "next_logits", counted)
+    together = Scheduler(model, tokenizer, Limits(context=64, slots=3, chunk=8))
+    assert steps == [1, 2, 3]  # before anybody asks
+    callers = [Caller(ids) for ids in (*PROMPTS[:5], [*PROMPTS[4], 3])]
+    run(together, callers, every=2)
+    assert [c.ids for c in callers] == [alone(model, c.request.ids) for c in callers]
 
 
 def test_a_rolling_window_keeps_its_rows_apart(tokenizer):

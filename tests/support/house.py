@@ -51,6 +51,7 @@ SIBLINGS = {
     ("qmix.hub", "qmix.strict_json"),
     ("qmix.hub", "qmix.gguf"),
     ("qmix.evals", "qmix.quantize"),
+    ("qmix.evals", "qmix.serving"),
     ("qmix.hf", "qmix"),
 }
 

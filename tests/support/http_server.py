@@ -19,18 +19,10 @@ from tests.support.process import PATIENCE
 
 
 @dataclass
-class Served:
-    """A server that runs.
+class Caller:
+    """Who calls a server on a port of 127.0.0.1."""
 
-    Attributes:
-        port: of 127.0.0.1.
-    """
-
-    model: qmix.MixtralForCausalLM
-    tokenizer: qmix.LlamaTokenizer
-    engine: Engine
     port: int
-    server: Server
 
     @property
     def url(self):
@@ -53,6 +45,16 @@ class Served:
 
     def get(self, path, **headers):
         return answer(self.raw(request("GET", path, **headers)))
+
+
+@dataclass
+class Served(Caller):
+    """A server that runs in this process."""
+
+    model: qmix.MixtralForCausalLM
+    tokenizer: qmix.LlamaTokenizer
+    engine: Engine
+    server: Server
 
     def until_idle(self):
         """Wait until the engine runs nothing."""
@@ -103,7 +105,7 @@ def serving(model=None, tokenizer=None, *, key=None, deadline_s=600.0, names=(),
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield Served(model, tokenizer, engine, port, server)
+        yield Served(port, model, tokenizer, engine, server)
     finally:
         engine.close(0)  # what still runs is not waited for
         server.should_exit = True

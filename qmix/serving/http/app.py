@@ -21,6 +21,7 @@ from qmix.serving.http.flight import Flight, LeftError, unless_left
 from qmix.serving.http.guard import HEALTH, PAGE, Access, Guard
 from qmix.serving.http.metrics import CONTENT_TYPE, Metrics
 from qmix.serving.http.page.document import page
+from qmix.serving.http.prompt_log import PromptLog
 from qmix.serving.http.replies import CompletionReply, Head, ReplyFormat
 from qmix.serving.http.served_model import ServedModel
 from qmix.serving.request import Request as EngineRequest
@@ -35,10 +36,18 @@ class Api:
 
     Args:
         deadline_s: seconds that a request may take.
+        prompts: where they are logged; None: nowhere.
     """
 
-    def __init__(self, engine: Engine, model: ServedModel, deadline_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        deadline_s: float,
+        prompts: PromptLog | None = None,
+    ) -> None:
         self._engine, self._model, self._deadline_s = engine, model, deadline_s
+        self._prompts = prompts
         self._bodies = Bodies()
         self._metrics = Metrics(engine)
 
@@ -106,8 +115,13 @@ class Api:
     async def _answer(
         self, request: Request, prepare: Callable[[dict[str, Any]], Call]
     ) -> Response:
+        def logged(document: dict[str, Any]) -> Call:
+            if self._prompts is not None:
+                self._prompts.put(request.url.path, document)
+            return prepare(document)
+
         try:
-            requests, form, streams = await self._bodies.prepared(request, prepare)
+            requests, form, streams = await self._bodies.prepared(request, logged)
             flight = Flight(self._engine, requests, self._metrics.observe)
             if streams:
                 return EventStream(replies.chunks(flight, form), flight.cancel)
@@ -149,9 +163,16 @@ class Api:
         return requests, form, asked.stream
 
 
-def app(engine: Engine, model: ServedModel, access: Access, *, deadline_s: float) -> Starlette:
-    """The application for a server of ASGI."""
-    api = Api(engine, model, deadline_s)
+def app(
+    engine: Engine,
+    model: ServedModel,
+    access: Access,
+    *,
+    deadline_s: float,
+    prompts: PromptLog | None = None,
+) -> Starlette:
+    """The application for a server of ASGI; see Api."""
+    api = Api(engine, model, deadline_s, prompts)
     return Starlette(
         routes=[
             Route("/v1/models", api.models),

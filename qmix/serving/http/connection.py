@@ -1,7 +1,8 @@
 """Connection: uvicorn's, with limits on how long a client may be silent. Knows no requests.
 
 uvicorn bounds only the time between two requests. Here a connection is aborted when no whole head
-of a request arrives, or when the client takes nothing of what is sent to it.
+of a request arrives, or when the client takes nothing of what is sent to it. Where there are as
+many as the process can have, the one that has had no request for longest makes room for a new one.
 """
 
 import asyncio
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from qmix.serving.http import descriptors
 
 HEAD_S = 10.0
 WRITE_S = 30.0
@@ -22,7 +25,10 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
+        if len(self.connections) >= descriptors.most_connections():
+            (self._idlest or transport).abort()
         super().connection_made(transport)
+        self._idle_since = self.loop.time()
         # Writing pauses, and its time runs, as soon as the system's own buffer is full.
         transport.set_write_buffer_limits(high=0)
         _notice_dead_peers(transport.get_extra_info("socket"), self.write_s)
@@ -30,10 +36,30 @@ class Connection(H11Protocol):
         self._reader = Alarm(self.loop, self.write_s, transport.abort)
         self._head.start()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it carries no request."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def _idlest(self) -> asyncio.Transport | None:
+        """Of all connections that carry no request, the one that has carried none for longest."""
+        idle = [
+            each
+            for each in self.connections
+            if isinstance(each, Connection) and each.is_idle and not each.transport.is_closing()
+        ]
+        return min(idle, key=lambda each: each._idle_since).transport if idle else None
+
+    def on_response_complete(self) -> None:
+        """See H11Protocol."""
+        super().on_response_complete()
+        self._idle_since = self.loop.time()
+
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         super().data_received(data)
-        if self.cycle is None or self.cycle.response_complete:
+        if self.is_idle:
             self._head.start()  # with the first byte that no request accounts for
         else:
             self._head.stop()

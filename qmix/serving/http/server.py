@@ -15,11 +15,15 @@ from starlette.types import ASGIApp
 
 from qmix.errors import ResourceError
 from qmix.serving.engine import Engine
+from qmix.serving.http import descriptors
 from qmix.serving.http.connection import Connection
 
 # The process ends within 10 s of a signal: requests have 6, their last events 1, torch the rest.
 DRAIN_S, _GRACE_S = 6.0, 7
 _KEEP_ALIVE_S = 30
+_BACKLOG = 2048  # connections that the system completes before they are accepted
+# asyncio accepts so many before it looks at any; more would pass the limit of descriptors.
+_ACCEPTS = 64
 _RED_TICKS = 20  # 2 s in which the health shows that the engine has failed, before the end
 
 
@@ -38,6 +42,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                backlog=_ACCEPTS,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_GRACE_S,
             )
@@ -49,6 +54,12 @@ class Server(uvicorn.Server):
         """See uvicorn: ten times a second, whether to end."""
         self._red_ticks += self._engine.failure is not None
         return await super().on_tick(counter) or self._red_ticks > _RED_TICKS
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn, which gives the system the backlog of asyncio."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn: take no more, and let what runs come to its end."""
@@ -64,6 +75,7 @@ def serve(app: ASGIApp, engine: Engine, listener: socket.socket) -> None:
         QmixError: the engine's fault.
         KeyboardInterrupt: it was Ctrl-C.
     """
+    descriptors.raise_limit()
     with _terminable():
         Server(app, engine).run(sockets=[listener])
     if engine.failure is not None:
@@ -78,7 +90,7 @@ def listening(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         raise ResourceError(
             "cannot listen",

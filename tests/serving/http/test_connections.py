@@ -1,6 +1,7 @@
 """Clients that send nonsense, too much or nothing, or leave: nobody else notices."""
 
 import json
+import resource
 import socket
 import threading
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from qmix import LlamaTokenizer
-from qmix.serving.http import body
+from qmix.serving.http import body, descriptors
 from qmix.serving.http.connection import Connection
 from tests.support.http_server import all_of, answer, request, serving, until
 from tests.support.models import TINY, small_model
@@ -154,6 +155,42 @@ def gone(client):
         return client.recv(1) == b""
     except ConnectionResetError:
         return True
+
+
+def test_where_connections_are_as_many_as_can_be_the_longest_idle_one_makes_room(
+    served, monkeypatch
+):
+    monkeypatch.setattr(descriptors, "most_connections", lambda: 4)
+    with streaming(served) as stream:
+        clients = [served.connected() for _ in range(20)]
+        for _ in range(3):
+            assert still_answers(served)
+        for client in clients[:15]:
+            assert gone(client)
+        for client in clients:
+            client.close()
+        assert b"data: " in stream.recv(4096)  # one that carries a request is not ended
+    monkeypatch.setattr(descriptors, "most_connections", lambda: 1)
+    with streaming(served) as stream, served.connected() as second:
+        assert gone(second)
+        assert b"data: " in stream.recv(4096)
+    served.until_idle()
+
+
+def test_most_connections_leave_descriptors_for_all_else(monkeypatch):
+    for limit, most in ((256, 128), (1024, 896), (64, 32), (resource.RLIM_INFINITY, 65536 - 128)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert descriptors.most_connections() == most
+
+
+def test_a_peer_that_has_vanished_is_noticed_by_the_system(served):
+    with served.connected():
+        until(lambda: served.server.server_state.connections)
+        (connection,) = served.server.server_state.connections
+        found = connection.transport.get_extra_info("socket")
+        assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        seconds = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+        assert seconds == Connection.write_s
 
 
 def test_a_slow_body_is_ended(served, monkeypatch):
