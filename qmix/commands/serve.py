@@ -4,7 +4,6 @@ Heavy imports stay inside the functions.
 """
 
 import ipaddress
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,15 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.commands.api_key import VARIABLE, read_key
 from qmix.errors import UnsupportedError, UsageError
-from qmix.files import regular_file
 
 if TYPE_CHECKING:
     from qmix.serving.http.prompt_log import PromptLog
     from qmix.serving.scheduler import Limits
 
-_KEY = "QMIX_API_KEY"
-_KEY_FILE_BYTES = 4096
 _CONTEXT = 4096
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
 _NET, _WORK = "Network", "Requests"
@@ -40,7 +37,7 @@ Key = Annotated[
     str | None,
     typer.Option(
         help="Key that callers must give; others on this machine can see it here.",
-        show_default=_KEY,
+        show_default=VARIABLE,
         rich_help_panel=_NET,
     ),
 ]
@@ -174,20 +171,13 @@ def _checked_key(host: str, given: str | None, file: Path | None) -> str | None:
         UsageError: two keys, one that is none, or none where other machines can call.
         CheckpointError: the file cannot be read.
     """
-    if given is not None and file is not None:
-        raise UsageError("--api-key and --api-key-file contradict each other")
-    key = os.environ.get(_KEY) if given is None else given
-    if file is not None:
-        data = regular_file.read(file, limit_bytes=_KEY_FILE_BYTES)
-        key = data.decode("utf-8", "replace").strip()
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-        raise UsageError("not a key", where="--api-key", expected="printable ASCII without spaces")
+    key = read_key(file, given)
     if key is None and not _is_loopback(host):
         raise UsageError(
             "other machines can call this address, and there is no key",
             where="--host",
             found=host,
-            remedy=f"Give --api-key-file, or set {_KEY}.",
+            remedy=f"Give --api-key-file, or set {VARIABLE}.",
         )
     return key
 

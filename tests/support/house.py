@@ -97,6 +97,7 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.serving.http.event_stream", "qmix.serving.http.flight", "qmix.serving.http.guard"),
         "qmix.serving.http.server",
     },
+    "httpx": {"qmix.commands.chat.server"},
     "llguidance": {"qmix.serving.grammar"},
     "prometheus_client": {"qmix.serving.http.metrics"},
     "uvicorn": {"qmix.serving.http.connection", "qmix.serving.http.server"},
@@ -163,6 +164,9 @@ TORCHLESS = (
     *("qmix.formats.mistral.params", "qmix.commands.checkpoint.inspect"),
     *("qmix.formats.mistral.detect", "qmix.commands.planner", "qmix.commands.plan_text"),
     *("qmix.commands.plan_plot", "qmix.models.option_names"),
+    *("qmix.commands.repl", "qmix.commands.session"),
+    *("qmix.commands.chat.chat_model", "qmix.commands.chat.remote_model"),
+    *("qmix.commands.chat.server", "qmix.commands.chat.commands"),
     *("qmix.commands.help_page", "qmix.commands.progress"),
 )
 

@@ -167,6 +167,10 @@ class ChatModel(Protocol):
         """An answer whose own pieces are not known."""
         ...
 
+    def length(self, answer: Answer) -> int | None:
+        """How many tokens an answer has; None: it does not tell."""
+        ...
+
     def tokens(self, text: str) -> Sequence[tuple[str, int]]:
         """The tokens of a text: as the vocabulary writes each, and its id.
 

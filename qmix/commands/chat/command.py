@@ -6,17 +6,25 @@ Heavy imports stay inside the functions.
 import io
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.commands.api_key import read_key
 from qmix.errors import CTRL_C, CUT_REPLY, UsageError
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.gguf.files import checked_source
+
+if TYPE_CHECKING:
+    from qmix import GenerationConfig
+    from qmix.commands.chat.loading import ChatLoader
+    from qmix.commands.repl import Repl
+    from qmix.commands.session import Session
 
 # What neither the command line nor the checkpoint's generation_config.json says.
 _DEFAULTS: Mapping[str, Any] = {
@@ -29,10 +37,21 @@ _DEFAULTS: Mapping[str, Any] = {
 LEAST_CONTEXT = 16
 _STDIN_CHARACTERS = 4 << 20  # more than any context holds
 
+_SERVER = "Server"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        path_type=str,  # as it is written: with --connect it is the message
+        help="Folder, GGUF file, or ORG/NAME of the hub; none with --connect.",
+        show_default=False,
+    ),
+]
 Text = Annotated[
     str | None,
     typer.Argument(
-        metavar="[TEXT]", help="One message: print the reply and leave.", show_default=False
+        metavar="TEXT", help="One message: print the reply and leave.", show_default=False
     ),
 ]
 Context = Annotated[
@@ -58,10 +77,39 @@ Plain = Annotated[
 ]
 
 
+Connect = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Talk to a server of OpenAI's API, and load no model.",
+        show_default=False,
+    ),
+]
+Served = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="Which of the server's models.",
+        show_default="the only one",
+        rich_help_panel=_SERVER,
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the server's key.", show_default="QMIX_API_KEY", rich_help_panel=_SERVER
+    ),
+]
+
+
 @options.grouped
 def chat(
-    directory: options.Directory,
+    model: Model = None,
     text: Text = None,
+    connect: Connect = None,
+    served: Served = None,
+    api_key_file: KeyFile = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     template: options.Template = None,
     ctx: Context = None,
@@ -83,26 +131,42 @@ def chat(
     Examples:
       qmix chat mixtral-nf4
       git diff | qmix chat mixtral-nf4 "review this"
+      qmix chat --connect http://127.0.0.1:8000
     """
     given = sampling.parse(max_new_tokens)
+    directory = None
+    if connect is not None:
+        _check_remote(text, template, ctx, load)
+        text = model
     interactive = sys.stdin.isatty() and text is None
     _check(text, lines=lines, as_json=as_json, interactive=interactive)
-    directory = sources.local(directory, yes=yes)
-    _check_context(ctx, directory)
+    if connect is None:
+        directory = _local(model, ctx, yes=yes)
     message = None if interactive or lines else _message(text)
     if sys.stdin.isatty():
         terminal.enable_ctrl_c()
     if quiet:
         logging.getLogger("qmix").setLevel(logging.WARNING)
-    from qmix import GenerationConfig
-    from qmix.commands.chat.loading import ChatLoader
     from qmix.commands.repl import Repl, Streams
 
-    defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
-    loader = ChatLoader(load, ctx, template, defaults, quiet)
     typed = sys.stdin if message is None else io.StringIO()  # one message is no conversation
     streams = Streams(typed, sys.stdout, terminal.console(), plain, as_json, quiet)
-    repl = Repl.loaded(loader, directory, given, streams, system)
+    with ExitStack() as stack:
+        if directory is None:
+            assert connect is not None
+            key = read_key(api_key_file)
+            repl = Repl(stack.enter_context(_connected(connect, served, key, given)), streams)
+            repl.session.system = system
+        else:
+            loader = _loader(load, ctx, template, quiet=quiet)
+            repl = Repl.loaded(loader, directory, given, streams, system)
+        _talk(repl, message)
+    if repl.has_cut_replies and not interactive:
+        raise typer.Exit(CUT_REPLY)
+
+
+def _talk(repl: "Repl", message: str | None) -> None:
+    """Answer one message, or all that is typed or piped."""
     repl.greet()
     try:
         if message is None:
@@ -110,11 +174,66 @@ def chat(
         else:
             repl.ask(message)
     except KeyboardInterrupt:
-        if as_json and repl.session.replies:  # the document says so; there is no second one
+        if repl.streams.as_json and repl.session.replies:  # the document says so
             sys.exit(CTRL_C)
         raise
-    if repl.has_cut_replies and not interactive:
-        raise typer.Exit(CUT_REPLY)
+
+
+def _check_remote(
+    text: str | None, template: str | None, ctx: int | None, load: options.Load
+) -> None:
+    """Refuse what says how a model is loaded, where none is.
+
+    Raises:
+        UsageError: such an option was given, or MODEL beside --connect.
+    """
+    if text is not None:
+        raise UsageError("--connect takes the place of MODEL", found="MODEL and TEXT")
+    given = {"template": template, "ctx": ctx, **vars(load)}
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--{name} is for a model that is loaded here, not for --connect")
+
+
+def _local(model: str | None, ctx: int | None, *, yes: bool) -> Path:
+    """The checkpoint, on this machine.
+
+    Raises:
+        UsageError: there is none; see _check_context.
+        QmixError: see sources.local.
+    """
+    if model is None:
+        raise UsageError("nobody to talk to", expected="MODEL or --connect URL", found="neither")
+    directory = sources.local(Path(model), yes=yes)
+    _check_context(ctx, directory)
+    return directory
+
+
+@contextmanager
+def _connected(
+    url: str, name: str | None, key: str | None, given: "GenerationConfig"
+) -> Iterator["Session"]:
+    """A conversation with a server's model, as long as the context is open.
+
+    Raises:
+        QmixError: see Server and RemoteModel.
+    """
+    from qmix.commands.chat import remote_model
+    from qmix.commands.chat.server import Server
+    from qmix.commands.session import Session
+
+    with Server(url, key) as server:
+        yield Session(remote_model.RemoteModel(server, name), remote_model.filled(given))
+
+
+def _loader(
+    load: options.Load, ctx: int | None, template: str | None, *, quiet: bool
+) -> "ChatLoader":
+    from qmix import GenerationConfig
+    from qmix.commands.chat.loading import ChatLoader
+
+    defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
+    return ChatLoader(load, ctx, template, defaults, quiet)
 
 
 def _check(text: str | None, *, lines: bool, as_json: bool, interactive: bool) -> None:

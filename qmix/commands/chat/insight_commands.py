@@ -53,10 +53,11 @@ def tokens(repl: "Repl", argument: str) -> None:
         repl.notice(f"{counted(len(found), 'token')}: {' · '.join(pieces)}")
         return
     for number, turn in enumerate(session.turns, 1):
-        asked = session.model.count(turn.user)
-        message = "" if asked is None else f"message {asked:,}, "
+        asked, replied = session.model.count(turn.user), session.model.length(turn.answer)
+        if asked is None or replied is None:
+            raise UsageError("the server does not tell the tokens of a text")
         hidden = f", of which {turn.hidden:,} are no longer in the context" if turn.hidden else ""
-        repl.notice(f"{number:>4}  {message}reply {len(turn.answer):,}{hidden}")
+        repl.notice(f"{number:>4}  message {asked:,}, reply {replied:,}{hidden}")
     used = session.stats.context_tokens if session.stats and session.turns else 0
     limit = "" if session.context is None else f" of {session.context:,}"
     repl.notice(f"context {used:,}{limit} tokens after the last reply")

@@ -113,6 +113,10 @@ class LocalModel:
         """See ChatModel; no text becomes a control token."""
         return tuple(self._encoded(text))
 
+    def length(self, answer: Answer) -> int:
+        """See ChatModel."""
+        return len(answer)
+
     def tokens(self, text: str) -> list[tuple[str, int]]:
         """See ChatModel."""
         return [(self.piece(index), index) for index in self._encoded(text)]

@@ -30,6 +30,7 @@ class ReplyStats:
     Attributes:
         prompt_tokens: of the whole prompt, of which the cache held `cached_tokens`.
         dropped_turns, dropped_tokens: what did not fit the context before it.
+        context_limit: None: not known.
         finish: why it ended.
         experts: what the store did during the reply, if the model is offloaded.
         energy_j: joules that the GPU took, if its driver tells.
@@ -43,7 +44,7 @@ class ReplyStats:
     first_token_s: float
     elapsed_s: float
     context_tokens: int
-    context_limit: int
+    context_limit: int | None
     finish: Finish
     experts: Statistics | None = None
     energy_j: float | None = None
@@ -78,13 +79,16 @@ class ReplyStats:
             hint: what can be done about a reply that was cut.
         """
         ended = _SAID[self.finish] + (f" ({hint})" if hint and self.cut else "")
-        share = round(100 * self.context_tokens / self.context_limit)
+        context = f"context {self.context_tokens}"
+        if self.context_limit is not None:
+            share = round(100 * self.context_tokens / self.context_limit)
+            context += f"/{self.context_limit} ({share} %)"
         parts = (
             ended,
             counted(self.new_tokens, "token"),
             f"{self.tokens_per_s:.1f} tok/s" if self.tokens_per_s else "",
             f"first token {self.first_token_s:.2f} s",
-            f"context {self.context_tokens}/{self.context_limit} ({share} %)",
+            context,
             f"cached {self.cached_tokens}",
         )
         return " · ".join(part for part in parts if part)

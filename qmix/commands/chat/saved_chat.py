@@ -27,7 +27,7 @@ class ModelIdentity:
 
     Attributes:
         name: of its folder or file.
-        sha256: of its routers, which tells another model of the same name.
+        sha256: of its routers, which tells another model of the same name; empty behind a server.
     """
 
     name: str
@@ -133,6 +133,7 @@ def read(path: Path) -> SavedChat:
 
 def differences(chat: SavedChat, model: ModelIdentity) -> Iterable[str]:
     """What a reader should know before it goes on with another model."""
-    if chat.model != model:
+    known = chat.model.sha256 and model.sha256
+    if chat.model != model if known else chat.model.name != model.name:
         same = " of the same name" if chat.model.name == model.name else ""
         yield f"the answers are those of another model{same}: {chat.model.name}"

@@ -22,10 +22,10 @@ def start_line(model: ChatModel, config: GenerationConfig, width: int = 80) -> s
 def _temperature(config: GenerationConfig) -> str:
     """The temperature, and who says so."""
     by = config.given.get("temperature", "the default")
-    if by == settings.SERVER:
-        return "temperature by the server"
     if not config.do_sample:
         by = config.given.get("do_sample", by)
+    if by == settings.SERVER:
+        return "temperature by the server"
     by = "qmix's default" if by in ("qmix", "the default") else f"from {by}"
     if not config.do_sample:
         return f"temperature 0 (greedy, {by})"

@@ -240,7 +240,13 @@ class ServedModel:
             ids = self.chat_ids(asked.messages)
         else:
             ids = self.tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
-        return {"tokens": ids, "count": len(ids), "max_model_len": self.limits.context}
+        names = self.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
+        return {
+            "count": len(ids),
+            "max_model_len": self.limits.context,
+            "tokens": ids,
+            "token_strs": names,
+        }
 
     def detokenized(self, asked: DetokenizeRequest) -> dict[str, Any]:
         """The answer of /detokenize.

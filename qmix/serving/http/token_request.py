@@ -22,6 +22,7 @@ class TokenizeRequest:
     prompt: str | None = taken(text, "A text.")
     messages: tuple[Turn, ...] = taken(MESSAGES, "A chat, instead of a text.", ())
     add_special_tokens: bool = taken(flag, "Begin a text with the begin token.", True)
+    return_token_strs: bool = taken(flag, "Say how the vocabulary writes each token.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
