@@ -131,7 +131,7 @@ def test_settings_that_nobody_gave_are_the_servers_and_are_not_sent(fake, sessio
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    assert notices.splitlines()[0].split() == ["temperature", "-", "the", "server"]
+    assert notices.splitlines()[1].split() == ["temperature", "-", "the", "server"]
     assert {name: second[name] for name in ("temperature", "top_p", "seed")} == {
         "temperature": 0,
         "top_p": 0.5,
