@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from triton.runtime import interpreter
 
 from qmix.kernels.gpu import ptx
-from qmix.weights.packed.codes import INT4_ZERO, TABLES
+from qmix.weights.packed.codes import HALF_RANGE, TABLES
 
 _VALUES = {ptx.TABLE_INSTRUCTIONS[kind]: table.values for kind, table in TABLES.items()}
-_VALUES[ptx.INT4_INSTRUCTIONS] = tuple(float(code - INT4_ZERO) for code in range(16))
+_VALUES[ptx.INT4_INSTRUCTIONS] = tuple(float(code - HALF_RANGE["int4"]) for code in range(16))
 
 
 @dataclass(frozen=True)

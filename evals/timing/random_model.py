@@ -30,7 +30,7 @@ FORMATS = {"nf4": NF4, "int4": INT4}
 # Root mean square of the values of equally likely codes.
 _RMS = {
     "nf4": math.sqrt(sum(v * v for v in NF4_VALUES) / 16),
-    "int4": math.sqrt(sum((c - codes.INT4_ZERO) ** 2 for c in range(16)) / 16),
+    "int4": math.sqrt(sum((c - codes.HALF_RANGE["int4"]) ** 2 for c in range(16)) / 16),
 }
 
 

@@ -17,6 +17,14 @@ FORMATS = (
     TileFormat("int4", 64),
     TileFormat("int4", 128, symmetric=False),
     TileFormat("int4", 64, symmetric=False),
+    TileFormat("int4", 32, symmetric=False),  # Q4_K
+    TileFormat("nf4", 64, own_table=True),
+    TileFormat("e2m1", 64, group=16),  # NVFP4
+    TileFormat("int4", 64, symmetric=False, group=16),  # Q2_K
+    TileFormat("int8", 64),
+    TileFormat("int8", 64, symmetric=False),
+    TileFormat("int8", 32),  # Q8_0
+    TileFormat("int8", 64, group=16),  # Q6_K
 )
 
 _POINTERS = {
@@ -64,11 +72,14 @@ class WeightKernel:
     early: bool = False
 
     def __str__(self) -> str:
-        zeros = "" if self.tile_format.symmetric else " asymmetric"
+        of = self.tile_format
+        stored = f"{'own ' if of.own_table else ''}{of.kind} {of.inputs}"
+        stored += f" g{of.group}" if of.group else ""
+        stored += "" if of.symmetric else " asymmetric"
         how = " sorted" if self.is_sorted else " split" if self.is_split else ""
         how += " dependent" if self.early else ""
         return (
-            f"sm_{self.arch} {self.kernel}{how} {self.tile_format.kind} {self.tile_format.inputs}{zeros}, "
+            f"sm_{self.arch} {self.kernel}{how} {stored}, "
             f"{self.config.columns} columns, {self.config.warps} warps"
         )
 
@@ -78,9 +89,7 @@ class WeightKernel:
         function: Any = getattr(module, self.kernel)
         tile_format, config = self.tile_format, self.config
         constants: dict[str, object] = {
-            "KIND": tile_format.kind,
-            "C": tile_format.inputs,
-            "SYMMETRIC": tile_format.symmetric,
+            **moe.format_constants(tile_format),
             "CHOICES": 2,
             "E": 8,
             "SORTED": self.is_sorted,
@@ -108,7 +117,7 @@ class WeightKernel:
             config.stages,
             self.arch,
             weights=tile_format.inputs,  # 16 byte rows of two weights, over 32 threads
-            copies=tile_format.inputs // 32,
+            copies=tile_format.code_bytes // 2048,
             options=roomy(config) if self.kernel in ("gate_up", "matmul_add_route") else {},
         )
 

@@ -38,16 +38,12 @@ def layer_weights(layer: nn.Module) -> LayerWeights | None:
     attention, block = layer.self_attn, layer.block_sparse_moe
     qkv, o_proj = _whole_matrix(attention.fused_qkv), _whole_matrix(attention.o_proj.stored)
     gate, experts = block.gate.stored, block.stored.packed
-    if qkv is None or o_proj is None or experts is None or not isinstance(gate, Dense):
+    if qkv is None or o_proj is None or experts is None:
         return None
-    return LayerWeights(
-        layer.input_layernorm.weight,
-        qkv,
-        o_proj,
-        layer.post_attention_layernorm.weight,
-        gate.data,
-        experts,
-    )
+    post_norm = layer.post_attention_layernorm.weight
+    if not isinstance(gate, Dense):
+        gate = Dense(gate.dequantize(post_norm.dtype))
+    return LayerWeights(layer.input_layernorm.weight, qkv, o_proj, post_norm, gate.data, experts)
 
 
 def _whole_matrix(weight: object) -> PackedMatrix | None:

@@ -40,19 +40,22 @@ class Packer:
     def pack(self, root: nn.Module, *, experts: bool = True) -> None:
         """Bring every quantized matrix below `root` into the packed layout, on its own device.
 
-        Meanwhile one expert is in memory twice.
+        Meanwhile one expert is in memory twice. A router stays as it is: what its few outputs need
+        is dequantized once for all steps.
 
         Args:
             experts: False leaves them as they are.
         """
+        routers = set()
         for module in root.modules():
             if isinstance(module, SparseMoeBlock):
+                routers.add(module.gate)
                 if experts:
                     self._pack_experts(module)
             elif isinstance(module, Attention):
                 self._pack_qkv(module)
         for module in root.modules():
-            if isinstance(module, Linear) and not isinstance(module.stored, (Dense, PackedWeight)):
+            if isinstance(module, Linear) and module not in routers:
                 self._pack_matrix(module)
 
     def forget(self) -> None:
@@ -100,6 +103,8 @@ class Packer:
         self.packed += len(weights)
 
     def _pack_matrix(self, module: Linear) -> None:
+        if isinstance(module.stored, (Dense, PackedWeight)):
+            return
         try:
             packed_weight = packed.pack(module.stored)
         except UnsupportedError as error:

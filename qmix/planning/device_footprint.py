@@ -72,18 +72,14 @@ def _singles(weights: Iterable[StoredWeight], item: int) -> _Bytes:
 
 
 def _attention(weights: list[StoredWeight], item: int) -> _Bytes:
-    """q, k, v and o of a layer, the first three as one matrix if they can be joined.
-
-    The joined matrix keeps its scales on the host too, and they are not nested.
-    """
+    """q, k, v and o of a layer, the first three as one matrix if they can be joined."""
     *qkv, o = weights
     try:
         whole = joined([weight.spec for weight in qkv])
         nbytes = matrix_format(whole).matrix_bytes(whole.shape)
     except UnsupportedError:
         return _singles(weights, item)
-    scales = sum(weight.scale_bytes + weight.plain_scale_bytes for weight in qkv)
-    return _Bytes(nbytes, scales) + _single(o, item)
+    return _Bytes(nbytes, sum(weight.scale_bytes for weight in qkv)) + _single(o, item)
 
 
 def _experts(model: StoredModel) -> tuple[list[_Bytes], str | None]:

@@ -76,14 +76,6 @@ class StoredWeight:
         """Bytes in memory besides the codes: scales, zeros, tables, the order of the inputs."""
         return self.memory_bytes(self.item) - self.code_bytes
 
-    @property
-    def plain_scale_bytes(self) -> int:
-        """Bytes of scales that are not nested, and of zeros."""
-        plain = self.scheme
-        if not plain.integer:
-            plain = replace(plain, double_quant=False, group_bits=None)
-        return plain.nbytes(self.tensor.shape, scale_bytes=self.item) - self.code_bytes
-
     def memory_bytes(self, item: int) -> int:
         """Bytes in memory in the standard layout, tables included; `item` as in `nbytes`."""
         return self.nbytes(item) + self._table_bytes
@@ -100,8 +92,7 @@ class StoredWeight:
         rows, columns = self.tensor.shape
         scheme = self.scheme
         symmetric = scheme.symmetric if scheme.integer else True
-        plain = scheme.group_bits is None or not scheme.integer
-        return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric, self.item, plain)
+        return MatrixSpec(scheme.kind, (rows, columns), self.group, symmetric)
 
     @property
     def _order_bytes(self) -> int:

@@ -41,13 +41,13 @@ from tests.support.interpreter import (
 )
 from tests.support.models import small_model
 from tests.support.packed import OTHERS, act_order, as_computed, int4, nf4
-from tests.support.soak import one_in
+from tests.support.soak import grid, one_in
 
 skip_without_a_device()
 NF4_BOUND, INT4_BOUND = 2.5e-3, 2**-11
 ORDER_BOUND = 1e-5 if INTERPRETED else 1e-4  # a GPU's matrix units truncate while they add
 
-FREE_BOUND = 5e-4  # a code plus a zero that is no code is rounded to float16
+FREE_BOUND = 1e-3  # scales, codes plus zeros that are none, and in groups of 16 their product
 
 pytestmark = [CONVERSIONS, pytest.mark.usefixtures("poison")]
 
@@ -87,15 +87,28 @@ def test_linear_in_other_shapes_and_dtypes(dtype):
     assert error(out, x.float() @ weight.dequantize(torch.float32).T) <= bound
 
 
-@pytest.mark.parametrize("kind", one_in(3, sorted(OTHERS)))
-def test_what_is_brought_into_the_form_of_nf4_or_int4(kind):
-    """Other tables, groups of 32, biases, free zeros, nested scales, fewer bits."""
-    packed = pack_matrix(OTHERS[kind](128, 128).to(DEVICE))
-    x = drawn(3, 128)
-    assert error(gpu.linear(x, packed), x @ as_computed(packed).T) <= FREE_BOUND
-    plain = replace(packed, perm=None)
-    found, meant = gpu.dequantize(plain, torch.float32), as_computed(packed)
+def in_float64(x, weight):
+    return x.double() @ weight.dequantize(torch.float32).double().T
+
+
+@pytest.mark.parametrize(("kind", "tokens"), grid(9, sorted(OTHERS), (1, 8, 16, 40)))
+def test_every_other_kind(kind, tokens):
+    """Other tables, groups of 16 and 32, biases, free zeros, nested scales, 2 to 8 bits."""
+    weight = OTHERS[kind](128, 128).to(DEVICE)
+    packed = pack_matrix(weight)
+    x = drawn(tokens, 128)
+    out = gpu.linear(x, packed)
+    assert error(out, in_float64(x, weight)) <= FREE_BOUND
+    assert error(out, x @ as_computed(packed).T) <= ORDER_BOUND
+    found, meant = gpu.dequantize(replace(packed, perm=None), torch.float32), as_computed(packed)
     assert (found - meant).norm() <= FREE_BOUND * meant.norm()
+
+
+@pytest.mark.parametrize(("kind", "tokens"), grid(22, sorted(OTHERS), (1, 8, 16, 40)))
+def test_experts_of_every_other_kind(kind, tokens):
+    experts, table = experts_of(OTHERS[kind], 4, 128, 128)
+    x, chosen = drawn(tokens, 128), routes(tokens, 4, 2, "spread")
+    assert error(gpu.experts(x, chosen, table, 0), oracle(x, chosen, experts)) <= 3 * FREE_BOUND
 
 
 @pytest.mark.parametrize("shape", one_in(3, [(128, 4096), (128, 14336), (256, 4096)]), ids=str)

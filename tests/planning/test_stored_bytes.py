@@ -118,9 +118,7 @@ def test_bytes_in_the_packed_layout_and_beside_it(planned_and_loaded):
             found[stored.tensor.kind] += own(weight) + unknown
     for module in packed.modules():
         if isinstance(module, Attention) and module.fused_qkv is not None:
-            joined = module.fused_qkv
-            found["attention"] += joined.matrix.blob.nbytes
-            kept += sum(t.nbytes for t in (joined.template.scales, zeros_of(joined.template)))
+            found["attention"] += module.fused_qkv.matrix.blob.nbytes
         elif isinstance(module, SparseMoeBlock) and module.stored.packed is not None:
             found["expert"] += sum(blob.nbytes for blob in module.stored.packed.table.blobs[0])
     if planned.config.tie_word_embeddings:
@@ -133,12 +131,6 @@ def test_bytes_in_the_packed_layout_and_beside_it(planned_and_loaded):
 def shared(weight):
     """Whether its bytes are among those of other matrices, which are counted as a whole."""
     return weight.selection is not None
-
-
-def zeros_of(weight):
-    zeros = getattr(weight, "zeros", None)
-    return torch.empty(0) if zeros is None else zeros
-
 
 def test_every_expert_fits_the_blob_that_is_planned(source, planned_and_loaded):
     planned, model = planned_and_loaded

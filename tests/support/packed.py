@@ -7,8 +7,9 @@ import torch
 
 from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.nf4 import quantize
-from qmix.weights.packed import codes
-from qmix.weights.packed.layout import unpack_matrix
+from qmix.weights.packed import layout
+from qmix.weights.packed.codes import TABLES
+from qmix.weights.packed.tile_format import BYTE_ROWS
 from qmix.weights.scales import NestedScales
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import VALUES, Table
@@ -35,14 +36,28 @@ def act_order(rows, columns, seed=0):
 
 
 def as_computed(packed):
-    """The weight with the table and the scales of the kernels, float32."""
-    weight = unpack_matrix(packed)
-    if isinstance(weight, Table):
-        stored = codes.TABLES[weight.kind]
-        values = [stored.values[number] for number in stored.stored_of_code]
-        table = torch.tensor(values, device=weight.device) / stored.stretch
-        weight = replace(weight, table=table)
-    return weight.dequantize(torch.float32)
+    """The weight with the table, the scales and the roundings of the kernels, float32."""
+    tile, stretch = packed.format, 1.0
+    if tile.bits == 8:
+        values = torch.arange(-128.0, 128.0)
+    elif tile.table is None or tile.own_table:
+        values = torch.tensor(packed.values)
+    else:
+        values, stretch = torch.tensor(TABLES[tile.table].values), TABLES[tile.table].stretch
+    device = packed.blob.device
+    powers = packed.blob[8:16].view(torch.float32)
+    planes = []
+    for plane, power in zip(layout._unpack(packed), powers, strict=True):
+        weight = values.to(device)[plane.codes.long()]
+        scales = plane.scales.repeat_interleave(tile.group_inputs, 1)
+        if plane.zeros is not None:
+            zeros = plane.zeros.repeat_interleave(tile.group_inputs, 1)
+            weight = (weight + zeros).half().float()
+        weight = weight * (scales / power)
+        planes.append((weight.half().float() if tile.group else weight) * (power / stretch))
+    rows = torch.arange(packed.shape[0], device=device).view(2, -1, BYTE_ROWS)
+    weight = torch.cat(planes)[rows.transpose(0, 1).flatten()]
+    return weight if packed.perm is None else weight[:, torch.argsort(packed.perm.long())]
 
 
 def table(kind, rows, columns, seed=0, block=32):
@@ -84,14 +99,39 @@ def affine(rows, columns, seed=0, *, bits=4, group=32, how="biases"):
     return Affine(packed, scales.half(), bits=bits, biases=(-inside * scales).half())
 
 
-# Beside NF4 and plain Int4: what packing brings into their form.
+def own_table(rows, columns, seed=0, block=64):
+    """Sixteen values of which half a table's pairs have different signs."""
+    values = torch.linspace(-0.9, 1.3, 16)
+    return replace(table("nf4", rows, columns, seed, block), table=values)
+
+
+def int8(rows, columns, seed=0, group=64):
+    """Integers of eight bits whose zeros are codes."""
+    weight = affine(rows, columns, seed, bits=8, group=group, how="symmetric")
+    zeros = torch.randint(0, 256, weight.scales.shape, generator=torch.Generator().manual_seed(seed))
+    return replace(weight, zeros=zeros.to(torch.uint8))
+
+
+# Beside NF4 and plain Int4: what packing brings into their form, and into that of eight bits.
 OTHERS = {
     **{kind: partial(table, kind) for kind in ("fp4", "e2m1", "iq4")},
     "nf4 b32": partial(nf4, block=32),
+    "nf4 b256": partial(nf4, block=256),  # blocks straddle the rows of a narrow weight
     "int4 g32": partial(int4, group=32),
     **{f"int4 {how}": partial(affine, how=how) for how in ("biases", "zeros", "nested")},
     "int3 symmetric": partial(affine, bits=3, how="symmetric"),
     "int2 biases": partial(affine, bits=2, group=64),
+    "own table": own_table,
+    "own table b16": partial(own_table, block=16),
+    "e2m1 b16": partial(table, "e2m1", block=16),
+    "int2 biases g16": partial(affine, bits=2, group=16),
+    "int3 nested g16": partial(affine, bits=3, group=16, how="nested"),
+    "int8": partial(affine, bits=8, how="symmetric"),
+    "int8 asymmetric": int8,
+    "int8 per output": lambda n, k, seed=0: int8(n, k, seed, group=k),
+    "int8 biases g16": partial(affine, bits=8, group=16),
+    "int6 nested g16": partial(affine, bits=6, group=16, how="nested"),
+    "int5 biases": partial(affine, bits=5),
 }
 
 KINDS = {

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
+from itertools import product
 
 import pytest
 
@@ -68,6 +69,14 @@ def one_in(every, values):
     return [
         value if number % every == 0 else pytest.param(value, marks=pytest.mark.soak)
         for number, value in enumerate(values)
+    ]
+
+
+def grid(every, *axes):
+    """The product of axes; all but each `every`th of its points are left to the soak."""
+    return [
+        pytest.param(*point, marks=[pytest.mark.soak] if number % every else [])
+        for number, point in enumerate(product(*axes))
     ]
 
 

@@ -5,7 +5,7 @@ with a scale for each tile: a matmul errs by 0.01 % of one with the unpacked wei
 see qmix.kernels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,18 +14,7 @@ from torch.nn import functional as F
 from qmix.kernels import tiles
 from qmix.kernels.cpu.library import library
 from qmix.kernels.moe import Routes
-from qmix.weights.packed import codes
 from qmix.weights.packed.layout import PackedExpert, PackedMatrix, unpack_expert
-from qmix.weights.packed.tile_format import TileKind
-from qmix.weights.table import VALUES
-
-_TABLES: Mapping[TileKind, Tensor] = {
-    "int4": torch.arange(16, dtype=torch.float32) - codes.INT4_ZERO,
-    **{
-        kind: torch.tensor([VALUES[kind][code] for code in table.code_of_stored])
-        for kind, table in codes.TABLES.items()
-    },
-}
 
 
 def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tensor:
@@ -43,16 +32,21 @@ def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tenso
     return out
 
 
+def _is_compiled(matrix: PackedMatrix) -> bool:
+    """Whether the compiled kernel knows the format: four bits, a tile a group, zeros that are codes."""
+    return matrix.format.bits == 4 and not matrix.format.group and not matrix.free_zeros
+
+
 def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
     compiled = library()
-    if compiled.isa is None or packed.gate_up.free_zeros or packed.down.free_zeros:
+    if compiled.isa is None or not (_is_compiled(packed.gate_up) and _is_compiled(packed.down)):
         compiled.fallbacks += 3
         expert = unpack_expert(packed)
         gate, up = (tiles.linear(x, weight) for weight in (expert.w1, expert.w3))
         return tiles.linear(F.silu(gate) * up, expert.w2)
 
     def matmul(x: Tensor, matrix: PackedMatrix) -> Tensor:
-        return compiled.matmul_packed(x, matrix, _TABLES[matrix.format.kind])
+        return compiled.matmul_packed(x, matrix, torch.tensor(matrix.values))
 
     perm = packed.gate_up.perm
     both = matmul(x if perm is None else x.index_select(1, perm), packed.gate_up)

@@ -112,17 +112,17 @@ def matmul_rotate_store(
     matrix, x, partials, T, N, K, SPLITS,
     squares, arrivals, q, keys, values, cos, sin, past, starts, positions, R,
     k_batch, k_head, k_row, v_batch, v_head, v_row,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     Z: tl.constexpr, H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr,
     DEPENDENT: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """`packed_matmul` of q, k and v, then `rotate_store`: a panel is a head of width 128."""
     if PREFETCH:
-        prefetch_product(matrix, K, SPLITS, C, SYMMETRIC, WARPS)
+        prefetch_product(matrix, K, SPLITS, KIND, C, GROUP, SYMMETRIC, WARPS)
     await_previous(DEPENDENT)
     panel, part, token, used = store_product(
-        matrix, x, partials, T, N, K, SPLITS, KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES
+        matrix, x, partials, T, N, K, SPLITS, KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES
     )
     ROWS: tl.constexpr = WARPS * 16
     if is_last(arrivals + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLITS):
@@ -147,7 +147,7 @@ def matmul_add_route(
     matrix, x, partials, T, N, K, SPLITS,
     arrivals, residual, weight, total, weighted, squares, scale, last_squares, last_scale,
     gate, shares, ids, weights, eps,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     Z: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,
     S: tl.constexpr, SLICES: tl.constexpr, LAST_S: tl.constexpr, LAST_SLICES: tl.constexpr,
@@ -159,10 +159,10 @@ def matmul_add_route(
     norm that the router sees is not rounded. `arrivals` has a counter more than there are panels.
     """
     if PREFETCH:
-        prefetch_product(matrix, K, SPLITS, C, SYMMETRIC, WARPS)
+        prefetch_product(matrix, K, SPLITS, KIND, C, GROUP, SYMMETRIC, WARPS)
     await_previous(DEPENDENT)
     panel, part, token, used = store_product(
-        matrix, x, partials, T, N, K, SPLITS, KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES
+        matrix, x, partials, T, N, K, SPLITS, KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES
     )
     if is_last(arrivals + tl.program_id(0), SPLITS):
         low, high, at = _add_norm(
@@ -193,7 +193,7 @@ def matmul_add_route(
 def down_add(
     addresses, offset, x, partials, ids, weights, order, starts, blocks, T, N, K, SPLITS,
     arrivals, residual, weight, total, weighted, squares, scale, last_squares, last_scale, eps,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
     Z: tl.constexpr, S: tl.constexpr, LAST_S: tl.constexpr, LAST_SLICES: tl.constexpr,
@@ -209,7 +209,7 @@ def down_add(
     if tl.sum(mine.to(tl.int32), 0) > 0:
         store_weighted(
             addresses, offset, x, partials, ids, weights, T, N, K, SPLITS, expert, pair, mine, panel, part,
-            KIND, C, SYMMETRIC, CHOICES, SORTED, WARPS, COLUMNS, STAGES, GROW,
+            KIND, C, GROUP, SYMMETRIC, CHOICES, SORTED, WARPS, COLUMNS, STAGES, GROW,
         )  # fmt: skip
     if is_last(arrivals + tl.program_id(0), tl.num_programs(1) * tl.num_programs(2)):
         token = tl.arange(0, COLUMNS)

@@ -72,14 +72,16 @@ def columns_for(tokens: int, *formats: TileFormat) -> int:
     """The columns of blocks that multiply about this many tokens by matrices of these formats.
 
     Wider blocks would not fit the registers (python -m qmix.evals.aot): 128 columns spill, and so
-    do 64 with tiles of 128 inputs or with zeros.
+    do 64 with tiles of 128 inputs, with zeros, or with codes of eight bits.
     """
-    widest = (
-        64
-        if all(tile_format.symmetric and tile_format.inputs == 64 for tile_format in formats)
-        else 32
-    )
+    widest = 64 if all(map(_is_narrow, formats)) else 32
     return next((columns for columns in (8, 16, 32) if tokens <= columns), widest)
+
+
+def _is_narrow(tile_format: TileFormat) -> bool:
+    """Whether a tile takes so few registers that 64 columns have room beside it."""
+    plain = tile_format.symmetric and tile_format.bits == 4 and not tile_format.group
+    return plain and tile_format.inputs == 64
 
 
 def configs_for(

@@ -228,7 +228,7 @@ def _dequantize(
     rows, inputs = out.shape
     launch(
         moe_triton.dequantize, (rows // PANEL, inputs // tile_format.inputs),
-        addresses, expert, offset, out, inputs, second, **_format(tile_format), num_warps=4,
+        addresses, expert, offset, out, inputs, second, **format_constants(tile_format), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -303,13 +303,18 @@ def slices(squares: Tensor | None) -> dict[str, object]:
     return {"S": count, "SLICES": power_of_2(count)}
 
 
-def _format(tile_format: TileFormat) -> dict[str, object]:
-    return {"KIND": tile_format.kind, "C": tile_format.inputs, "SYMMETRIC": tile_format.symmetric}
+def format_constants(tile_format: TileFormat) -> dict[str, object]:
+    return {
+        "KIND": "table" if tile_format.own_table else tile_format.kind,
+        "C": tile_format.inputs,
+        "GROUP": tile_format.group_inputs,
+        "SYMMETRIC": tile_format.symmetric,
+    }
 
 
 def _constants(tile_format: TileFormat, config: Config) -> dict[str, object]:
     shape = {"WARPS": config.warps, "COLUMNS": config.columns, "STAGES": config.stages}
-    return {**_format(tile_format), **shape, "num_warps": config.warps}
+    return {**format_constants(tile_format), **shape, "num_warps": config.warps}
 
 
 def _grid(

@@ -25,7 +25,9 @@ from qmix.kernels.gpu.tiles_triton import (
     codes_at,
     decode,
     decoding_words,
+    of_inputs,
     operand,
+    pair_places,
     plane_pairs,
 )
 
@@ -37,7 +39,7 @@ _UNALIGNED = ["addresses"]  # a layer's row of a table
 @triton.jit
 def accumulate(
     matrix, x, x_row, panel, part, first, last, K,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Both planes of a panel times x over tiles [first, last): two float32 [rows, COLUMNS].
@@ -47,32 +49,37 @@ def accumulate(
     four warps.
     """
     ROWS: tl.constexpr = WARPS * 16
-    CODES: tl.constexpr = BYTE_ROWS * C
-    SCALES: tl.constexpr = BYTE_ROWS * 4
+    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
     places = codes_at(part, WARPS, C // 32)
     inputs = tl.arange(0, C)
-    rows = part * ROWS + tl.arange(0, ROWS)
+    pairs = pair_places(part * ROWS + tl.arange(0, ROWS), C, GROUP)
     tile = matrix + HEADER + (panel.to(tl.int64) * (K // C) + first) * TILE
     x = x + x_row[None, :] + first * C + inputs[:, None]
     low = tl.zeros([ROWS, COLUMNS], tl.float32)
     high = tl.zeros([ROWS, COLUMNS], tl.float32)
     table = decoding_words(matrix, KIND)
-    scales = plane_pairs(tile + CODES, rows)
+    scales = plane_pairs(tile + CODES, pairs)
     # With the number of stages set on the loop, scales are copied asynchronously too.
     for _ in tl.range(0, last - first, num_stages=STAGES):
         word = tl.load(tile + places)
+        upper = tl.load(tile + CODES // 2 + places) if KIND == "int8" else word
         tokens = tl.load(x)
         low_scale, high_scale = both_planes(tl.load(scales))
-        low_word, high_word = decode(word, table, KIND)
+        low_word, high_word = decode(word, upper, table, KIND)
         low_weight = operand(low_word, WARPS, C // 32)
         high_weight = operand(high_word, WARPS, C // 32)
         if not SYMMETRIC:
-            low_zero, high_zero = both_planes(tl.load(plane_pairs(tile + CODES + SCALES, rows)))
-            low_weight += low_zero[:, None]
-            high_weight += high_zero[:, None]
-        low += tl.dot(low_weight, tokens) * low_scale.to(tl.float32)[:, None]
-        high += tl.dot(high_weight, tokens) * high_scale.to(tl.float32)[:, None]
+            low_zero, high_zero = both_planes(tl.load(plane_pairs(tile + CODES + SCALES, pairs)))
+            low_weight += of_inputs(low_zero, C, GROUP)
+            high_weight += of_inputs(high_zero, C, GROUP)
+        if GROUP == C:
+            low += tl.dot(low_weight, tokens) * low_scale.to(tl.float32)[:, None]
+            high += tl.dot(high_weight, tokens) * high_scale.to(tl.float32)[:, None]
+        else:
+            low = tl.dot(low_weight * of_inputs(low_scale, C, GROUP), tokens, low)
+            high = tl.dot(high_weight * of_inputs(high_scale, C, GROUP), tokens, high)
         tile += TILE
         scales += TILE // 4
         x += C
@@ -126,7 +133,7 @@ def columns_of(
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def gate_up(
     addresses, x, hidden, sums, arrivals, ids, order, starts, blocks, squares, T, D, F, SPLITS,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SHRINK: tl.constexpr,
     SHARED: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -152,7 +159,7 @@ def gate_up(
     gate, up = accumulate(
         matrix, x, pair // SHARED * D, panel, part,
         split * tiles // SPLITS, (split + 1) * tiles // SPLITS, D,
-        KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
+        KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
     if arrivals is not None:
         block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -184,7 +191,7 @@ def gate_up(
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def down(
     addresses, offset, x, partials, ids, weights, order, starts, blocks, T, N, K, SPLITS,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, E: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
 ):  # fmt: skip
@@ -201,14 +208,14 @@ def down(
         return
     store_weighted(
         addresses, offset, x, partials, ids, weights, T, N, K, SPLITS, expert, pair, used, panel, part,
-        KIND, C, SYMMETRIC, CHOICES, SORTED, WARPS, COLUMNS, STAGES, GROW,
+        KIND, C, GROUP, SYMMETRIC, CHOICES, SORTED, WARPS, COLUMNS, STAGES, GROW,
     )  # fmt: skip
 
 
 @triton.jit
 def store_weighted(
     addresses, offset, x, partials, ids, weights, T, N, K, SPLITS, expert, pair, used, panel, part,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     CHOICES: tl.constexpr, SORTED: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GROW: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +225,7 @@ def store_weighted(
     tiles = K // C
     low, high = accumulate(
         matrix, x, pair * K, panel, part, split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
-        KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
+        KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
     partials += split.to(tl.int64) * (T * CHOICES) * N
     if SORTED:
@@ -235,12 +242,14 @@ def store_weighted(
 
 @triton.jit
 def prefetch_product(
-    matrix, K, SPLITS, C: tl.constexpr, SYMMETRIC: tl.constexpr, WARPS: tl.constexpr,
+    matrix, K, SPLITS,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """Ask the second-level cache for what this block's part of `packed_matmul` will read."""
     PARTS: tl.constexpr = 4 // WARPS
-    CODES: tl.constexpr = BYTE_ROWS * C
-    SCALES: tl.constexpr = BYTE_ROWS * 4
+    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
     panel, part, split = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(2)
     tiles = K // C
@@ -252,7 +261,7 @@ def prefetch_product(
 @triton.jit
 def store_product(
     matrix, x, partials, T, N, K, SPLITS,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """This block's part of `packed_matmul`. Returns its panel, part, tokens, and which count."""
@@ -265,7 +274,7 @@ def store_product(
     low, high = accumulate(
         matrix, x, tl.minimum(token, T - 1) * K, panel, part,
         split * tiles // SPLITS, (split + 1) * tiles // SPLITS, K,
-        KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES,
+        KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES,
     )  # fmt: skip
     partials += split.to(tl.int64) * T * N
     _store(partials, low, high, used.to(tl.float32), token, used, panel, part, N, WARPS)
@@ -275,11 +284,11 @@ def store_product(
 @triton.jit(do_not_specialize=_COUNTS)
 def packed_matmul(
     matrix, x, partials, T, N, K, SPLITS,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials [Z, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, Z)."""
-    store_product(matrix, x, partials, T, N, K, SPLITS, KIND, C, SYMMETRIC, WARPS, COLUMNS, STAGES)
+    store_product(matrix, x, partials, T, N, K, SPLITS, KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES)
 
 
 @triton.jit
@@ -331,30 +340,34 @@ def combine(partials, out, M, N, SPLITS: tl.constexpr, CHOICES: tl.constexpr, BL
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_UNALIGNED)
 def dequantize(
     addresses, expert, offset, out, K, SECOND,
-    KIND: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """out [N, K] = the matrix; grid (N / 128, K / C).
 
     A row of the high plane lies SECOND rows behind that of the low one: F of w1 and w3, else 64.
     """
-    CODES: tl.constexpr = BYTE_ROWS * C
-    SCALES: tl.constexpr = BYTE_ROWS * 4
+    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
     panel, tile = tl.program_id(0), tl.program_id(1)
     matrix = _matrix(addresses, expert, offset)
     source = matrix + HEADER + (panel.to(tl.int64) * (K // C) + tile) * TILE
     rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, C)
-    word = tl.load(source + codes_at(0, 4, C // 32))
-    low_word, high_word = decode(word, decoding_words(matrix, KIND), KIND)
+    places, pairs = codes_at(0, 4, C // 32), pair_places(rows, C, GROUP)
+    word = tl.load(source + places)
+    upper = tl.load(source + CODES // 2 + places) if KIND == "int8" else word
+    low_word, high_word = decode(word, upper, decoding_words(matrix, KIND), KIND)
     low, high = operand(low_word, 4, C // 32), operand(high_word, 4, C // 32)
     if not SYMMETRIC:
-        low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, rows)))
-        low += low_zero[:, None]
-        high += high_zero[:, None]
-    low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, rows)))
+        low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, pairs)))
+        low += of_inputs(low_zero, C, GROUP)
+        high += of_inputs(high_zero, C, GROUP)
+    low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, pairs)))
     factors = matrix.to(tl.pointer_type(tl.float32))
-    low = low.to(tl.float32) * (low_scale.to(tl.float32) * tl.load(factors))[:, None]
-    high = high.to(tl.float32) * (high_scale.to(tl.float32) * tl.load(factors + 1))[:, None]
+    low_scale = low_scale.to(tl.float32) * tl.load(factors)
+    high_scale = high_scale.to(tl.float32) * tl.load(factors + 1)
+    low = low.to(tl.float32) * of_inputs(low_scale, C, GROUP)
+    high = high.to(tl.float32) * of_inputs(high_scale, C, GROUP)
     panel_rows = tl.where(SECOND == BYTE_ROWS, 2 * BYTE_ROWS, BYTE_ROWS)
     row = (panel * panel_rows + rows).to(tl.int64)
     at = out + row[:, None] * K + (tile * C + inputs)[None, :]

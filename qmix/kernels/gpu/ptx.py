@@ -1,9 +1,10 @@
-"""PTX that turns four packed bytes into eight float16 values, and why it works.
+"""PTX that turns four packed bytes into float16 values, and why it works.
 
 Knows nothing of torch or triton. A word is four bytes of a tile; byte i holds a code of the low
 plane in its low nibble and one of the high plane in its high nibble. Each instruction string reads
 the word `$4` and writes four registers of two float16 values: `$0` and `$1` are the codes of the
-low plane of bytes 0, 1 and 2, 3; `$2` and `$3` are those of the high plane.
+low plane of bytes 0, 1 and 2, 3; `$2` and `$3` are those of the high plane. A byte that is a code
+of its own gives two registers, `$0` and `$1`, of the word `$2`.
 
 NF4, FP4, E2M1 and IQ4 are tables of 16 float16 values, kept as two planes of 16 bytes. A byte
 permutation (`prmt`) picks four bytes out of eight, so a plane takes two of them, for codes 0 to 7
@@ -11,7 +12,8 @@ and 8 to 15. A selector of 8 or more yields eight copies of the top bit of the p
 If bytes c and c + 8 of a plane have the same top bit, the wrong half therefore yields a known byte,
 0 or 255. That byte is folded into the table, and one `xor` merges the halves. Two freedoms make the
 top bits equal: the codes are renumbered, and the table is stretched by a constant that the scales
-take back. This takes 19 integer instructions for 8 weights.
+take back. This takes 19 integer instructions for 8 weights. Other tables may have no such order, and
+take 21: the halves are picked without the codes' top bits, and a third permutation chooses by these.
 """
 
 from collections.abc import Mapping
@@ -40,6 +42,27 @@ def _looked_up(table: StoredTable) -> str:
     return "\n".join([*lines, "}"])
 
 
+def _any_table() -> str:
+    """Of a table whose eight words are operands: `$5` to `$17` the upper bytes, `$21` to `$33`."""
+    lines = ["{", ".reg .b32 s, t, h, l, x;"]
+    lines += ["and.b32 s, $4, 0x77777777;", "shr.b32 t, $4, 1;"]
+    lines.append("lop3.b32 t, t, 0x44444444, 0x32103210, 0xea;")  # (t & mask) | places
+    for first, second in (("$0", "$2"), ("$1", "$3")):
+        if first == "$1":
+            lines += ["shr.b32 s, s, 16;", "shr.b32 t, t, 16;"]
+        lines += [
+            "prmt.b32 h, $5, $9, s;",
+            "prmt.b32 x, $13, $17, s;",
+            "prmt.b32 h, h, x, t;",
+            "prmt.b32 l, $21, $25, s;",
+            "prmt.b32 x, $29, $33, s;",
+            "prmt.b32 l, l, x, t;",
+            f"prmt.b32 {first}, l, h, 0x6240;",
+            f"prmt.b32 {second}, l, h, 0x7351;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
 def _int4() -> str:
     """A code in the low mantissa bits of 1024 or of 64 is that number plus the code.
 
@@ -57,10 +80,21 @@ def _int4() -> str:
     return "\n".join([*lines, "}"])
 
 
+def _int8() -> str:
+    """A byte below the upper byte of 1024 is that number plus the byte; `$3` is twice 1024."""
+    lines = ["{", ".reg .b32 m;", "mov.b32 m, 0xe480e480;"]
+    for register, spread in (("$0", "0x7150"), ("$1", "0x7352")):
+        lines.append(f"prmt.b32 {register}, $2, $3, {spread};")  # bytes b 0x64 b' 0x64
+        lines.append(f"add.f16x2 {register}, {register}, m;")  # - 1152
+    return "\n".join([*lines, "}"])
+
+
 TABLE_INSTRUCTIONS: Mapping[TableKind, str] = {
     kind: _looked_up(table) for kind, table in TABLES.items()
 }
+ANY_TABLE_INSTRUCTIONS = _any_table()
 INT4_INSTRUCTIONS = _int4()
+INT8_INSTRUCTIONS = _int8()
 # Words that the instructions want in registers: as constants they would be moved there in every
 # iteration of the loop.
 INT4_WORDS = (0x64006400, 0x54005400)
@@ -68,4 +102,6 @@ INT4_WORDS = (0x64006400, 0x54005400)
 # once for every byte.
 _OPERANDS = "=&r,=&r,=&r,=&r,r"
 INT4_CONSTRAINTS = _OPERANDS + 8 * ",r"
+INT8_CONSTRAINTS = "=&r,=&r,r" + 4 * ",r"
 TABLE_CONSTRAINTS = _OPERANDS + 16 * ",r"
+ANY_TABLE_CONSTRAINTS = _OPERANDS + 32 * ",r"

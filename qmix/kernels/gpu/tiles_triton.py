@@ -15,18 +15,28 @@ NF4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["nf4"])
 FP4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["fp4"])
 E2M1_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["e2m1"])
 IQ4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["iq4"])
+ANY_TABLE_INSTRUCTIONS = tl.constexpr(ptx.ANY_TABLE_INSTRUCTIONS)
 INT4_INSTRUCTIONS = tl.constexpr(ptx.INT4_INSTRUCTIONS)
+INT8_INSTRUCTIONS = tl.constexpr(ptx.INT8_INSTRUCTIONS)
 TABLE_CONSTRAINTS = tl.constexpr(ptx.TABLE_CONSTRAINTS)
+ANY_TABLE_CONSTRAINTS = tl.constexpr(ptx.ANY_TABLE_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
+INT8_CONSTRAINTS = tl.constexpr(ptx.INT8_CONSTRAINTS)
 INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
 BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
 HEADER = tl.constexpr(tile_format.HEADER_BYTES)
 
 
 @triton.jit
-def decode(word, table, KIND: tl.constexpr):
-    """uint8 codes -> float16 values of the low and of the high nibbles."""
-    if KIND == "int4":
+def decode(word, upper, table, KIND: tl.constexpr):
+    """uint8 codes -> float16 values of the low and of the high plane.
+
+    The codes of both planes share the bytes of `word`, or of eight bits those of the high plane are
+    in `upper`.
+    """
+    if KIND == "int8":
+        return _byte(word, table), _byte(upper, table)
+    elif KIND == "int4":
         return tl.inline_asm_elementwise(
             INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word, table[0], table[1]],
             (tl.float16, tl.float16), False, 4,
@@ -37,8 +47,21 @@ def decode(word, table, KIND: tl.constexpr):
         return _looked_up(word, table, FP4_INSTRUCTIONS)
     elif KIND == "e2m1":
         return _looked_up(word, table, E2M1_INSTRUCTIONS)
-    else:
+    elif KIND == "iq4":
         return _looked_up(word, table, IQ4_INSTRUCTIONS)
+    else:
+        return tl.inline_asm_elementwise(
+            ANY_TABLE_INSTRUCTIONS, ANY_TABLE_CONSTRAINTS,
+            [word, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]],
+            (tl.float16, tl.float16), False, 4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _byte(word, table):
+    return tl.inline_asm_elementwise(
+        INT8_INSTRUCTIONS, INT8_CONSTRAINTS, [word, table[0]], tl.float16, False, 4
+    )
 
 
 @triton.jit
@@ -59,8 +82,14 @@ def decoding_words(matrix, KIND: tl.constexpr):
     # more instruction for each weight. (It would know a minimum, whose instruction writes a uniform
     # register: of integers, and on sm_100 of floats too.)
     zero = tl.sum(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32) - 496
-    if KIND == "int4":
+    if KIND == "int4" or KIND == "int8":  # noqa: PLR1714
         return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
+    elif KIND == "table":
+        words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
+        return (
+            tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3),
+            tl.load(words + 4), tl.load(words + 5), tl.load(words + 6), tl.load(words + 7),
+        )  # fmt: skip
     else:  # Triton 3.6 would compile this after the return too
         words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
         return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
@@ -95,3 +124,23 @@ def both_planes(pair):
 def plane_pairs(section, rows):
     """Pointers to the scales or zeros of these byte rows."""
     return section.to(tl.pointer_type(tl.int32)) + rows
+
+
+@triton.jit
+def pair_places(rows, C: tl.constexpr, GROUP: tl.constexpr):
+    """Where the scales or zeros of these byte rows lie: one a row, or [rows, groups] of them."""
+    if GROUP == C:
+        return rows
+    else:
+        return rows[:, None] + BYTE_ROWS * tl.arange(0, C // GROUP)[None, :]
+
+
+@triton.jit
+def of_inputs(values, C: tl.constexpr, GROUP: tl.constexpr):
+    """A value a row, or a value a group, for each of a tile's inputs: [rows, 1] or [rows, C]."""
+    if GROUP == C:
+        return values[:, None]
+    else:
+        ROWS: tl.constexpr = values.shape[0]
+        wide = tl.broadcast_to(values[:, :, None], [ROWS, C // GROUP, GROUP])
+        return tl.reshape(wide, [ROWS, C])

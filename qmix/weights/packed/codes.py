@@ -3,13 +3,16 @@
 Why the codes are renumbered is said in kernels/gpu/ptx.py.
 """
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qmix.weights.packed.tile_format import TileKind
 from qmix.weights.table import VALUES, TableKind
 
-INT4_ZERO = 8
+# Half of the range of integers: the zero of symmetric ones.
+HALF_RANGE: Mapping[TileKind, int] = {"int4": 8, "int8": 128}
 
 # What a table is multiplied by, so that its codes can be paired; the scales take it back. NF4:
 # among the 16.8 M factors in [1, 2) that allow the pairing, the one with the smallest maximum
@@ -26,11 +29,13 @@ class StoredTable:
         stretch: what the values were multiplied by.
         code_of_stored: the code of each stored code.
         bits: the float16 bits of each stored code.
+        folded: the wrong half of a plane is folded in, which needs paired codes.
     """
 
     stretch: float
     code_of_stored: tuple[int, ...]
     bits: tuple[int, ...]
+    folded: bool = True
 
     @property
     def stored_of_code(self) -> tuple[int, ...]:
@@ -42,21 +47,31 @@ class StoredTable:
         return tuple(struct.unpack("<e", struct.pack("<H", bits))[0] for bits in self.bits)
 
     def plane(self, shift: int) -> list[int]:
-        """Bytes `bits >> shift` of all codes as four words, with the wrong half folded in."""
+        """Bytes `bits >> shift` of all codes as four words."""
         plane = [bits >> shift & 0xFF for bits in self.bits]
-        folded = plane[:8]
-        folded += [b ^ (0xFF if a & 0x80 else 0) for a, b in zip(plane, plane[8:], strict=False)]
-        return [int.from_bytes(bytes(folded[i : i + 4]), "little") for i in range(0, 16, 4)]
+        if self.folded:
+            low, high = plane[:8], plane[8:]
+            plane = low + [b ^ (0xFF if a & 0x80 else 0) for a, b in zip(low, high, strict=True)]
+        return [int.from_bytes(bytes(plane[i : i + 4]), "little") for i in range(0, 16, 4)]
 
     @property
     def words(self) -> tuple[int, ...]:
-        """The words of the planes that a header holds.
+        """The words of the planes that a header holds: all eight, or of folded ones every other.
 
-        A permutation reads two words. The first is an operand of the instructions: as constants,
-        both would be moved to a register again and again, 1.25 instructions a weight. Operands `$5`
-        to `$20` are these four words, each four times, once for every byte of the word.
+        A permutation reads two words. Of folded planes the first is an operand of the instructions:
+        as constants, both would be moved to a register again and again, 1.25 instructions a weight.
+        Operands `$5` on are these words, each four times, once for every byte of the word.
         """
-        return (*self.plane(8)[0::2], *self.plane(0)[0::2])
+        step = 2 if self.folded else 1
+        return (*self.plane(8)[::step], *self.plane(0)[::step])
+
+
+def own_table(values: Sequence[float]) -> StoredTable:
+    """Any 16 values, with the codes as they are; the largest is brought into [1, 2)."""
+    largest = max(map(abs, values))
+    stretch = math.ldexp(1.0, 1 - math.frexp(largest)[1]) if largest else 1.0
+    bits = tuple(_half_bits(stretch * value) for value in values)
+    return StoredTable(stretch, tuple(range(16)), bits, folded=False)
 
 
 def _half_bits(value: float) -> int:

@@ -1,6 +1,6 @@
 """Which matrices of a model are packed together, and in which format, for packing and planning.
 
-    q, k and v         one matrix, if they are stored alike; otherwise each by itself
+    q, k and v         one matrix, in a format that holds all three; otherwise each by itself
     w1 and w3          one matrix of an expert's blob, row by row; w2 is the other
     a layer's experts  one table, if all of them have one format; otherwise each matrix by itself
     any other matrix   by itself
@@ -10,7 +10,8 @@ weights: a MatrixSpec says what decides the format of one. Shape letters: see qm
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import gcd
 
 from qmix.errors import UnsupportedError
 from qmix.weights.packed.tile_format import (
@@ -23,7 +24,7 @@ from qmix.weights.packed.tile_format import (
 )
 from qmix.weights.scheme import Kind
 
-# Integers of fewer bits are widened to four.
+# Integers of fewer bits are widened to four, or to eight.
 _TILE_KINDS: Mapping[Kind, TileKind] = {
     "nf4": "nf4",
     "fp4": "fp4",
@@ -32,6 +33,19 @@ _TILE_KINDS: Mapping[Kind, TileKind] = {
     "int2": "int4",
     "int3": "int4",
     "int4": "int4",
+    "int5": "int8",
+    "int6": "int8",
+    "int8": "int8",
+}
+# What a matrix is packed as beside one of another kind. IQ4's values are integers of eight bits.
+_AS_INTEGERS: Mapping[Kind, Kind] = {
+    "int2": "int4",
+    "int3": "int4",
+    "int4": "int4",
+    "int5": "int8",
+    "int6": "int8",
+    "int8": "int8",
+    "iq4": "int8",
 }
 
 
@@ -41,18 +55,16 @@ class MatrixSpec:
 
     Attributes:
         shape: (N, K).
-        group: consecutive inputs of a row that share a scale.
-        scale_bytes: of one scale as it is stored.
-        plain: scales and zeros are no codes of others, so that rows of several matrices can be
-            joined.
+        group: consecutive weights that share a scale.
+        own_table: its codes stand for other values than those of its kind, which only the weight
+            itself tells.
     """
 
     kind: Kind
     shape: tuple[int, int]
     group: int
     symmetric: bool
-    scale_bytes: int
-    plain: bool = True
+    own_table: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,27 +94,43 @@ def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PA
     """
     kind = _TILE_KINDS.get(spec.kind)
     if kind is None:
-        expected = "a table of 16 values, or integers of up to 4 bits"
+        expected = "a table of 16 values, or integers"
         raise refusal(f"no packed layout for {spec.kind}", where, expected, spec.kind)
     return tile_format(
-        kind, spec.shape, group=spec.group, symmetric=spec.symmetric, rows=rows, where=where
+        kind,
+        spec.shape,
+        group=spec.group,
+        symmetric=spec.symmetric,
+        own_table=spec.own_table,
+        rows=rows,
+        where=where,
     )
 
 
 def joined(specs: Sequence[MatrixSpec]) -> MatrixSpec:
-    """q, k and v as one matrix of all their rows.
+    """q, k and v as one matrix of all their rows, in the narrowest form that holds all of them.
 
     Raises:
-        UnsupportedError: they are not stored alike, or a block of NF4 would belong to two of them.
+        UnsupportedError: there is no such form, or a block would belong to two of them.
     """
     first = specs[0]
-    whole = replace(first, shape=(sum(spec.shape[0] for spec in specs), first.shape[1]))
-    alike = all(replace(spec, shape=whole.shape) == whole for spec in specs)
+    kinds: set[Kind | None] = {spec.kind for spec in specs}
+    if len(kinds) > 1:
+        kinds = {_AS_INTEGERS.get(spec.kind) for spec in specs}
+        kinds = {"int8"} if kinds == {"int4", "int8"} else kinds
+    kind = kinds.pop()
     same_inputs = all(spec.shape[1] == first.shape[1] for spec in specs)
     straddling = any(spec.shape[0] * spec.shape[1] % spec.group for spec in specs)
-    if not alike or not same_inputs or straddling or not first.plain:
-        raise UnsupportedError("matrices that are joined must be stored alike")
-    return whole
+    mixed = len({spec.own_table for spec in specs}) > 1
+    if kind is None or kinds or not same_inputs or straddling or mixed:
+        raise UnsupportedError("no packed layout holds all of the matrices that are joined")
+    return MatrixSpec(
+        kind,
+        (sum(spec.shape[0] for spec in specs), first.shape[1]),
+        gcd(*(spec.group for spec in specs)),
+        all(spec.symmetric for spec in specs),
+        first.own_table,
+    )
 
 
 def expert_format(w1: MatrixSpec, w2: MatrixSpec, w3: MatrixSpec) -> ExpertFormat:

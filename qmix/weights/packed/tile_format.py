@@ -1,18 +1,26 @@
-"""The packed layout in numbers: how a 4-bit matrix is cut into tiles, and how many bytes it takes.
+"""The packed layout in numbers: how a matrix is cut into tiles, and how many bytes it takes.
 
 weights.packed.layout describes the layout itself. Knows no torch. Shape letters: see qmix.kernels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qmix.errors import UnsupportedError
+
+if TYPE_CHECKING:  # needs torch
+    from qmix.weights.table import TableKind
 
 PANEL = 128  # rows
 BYTE_ROWS = PANEL // 2
 HEADER_BYTES = 128
-TILE_INPUTS = (128, 64, 32)
-TileKind = Literal["nf4", "fp4", "e2m1", "iq4", "int4"]
+SMALLEST_GROUP = 16  # inputs of a matrix instruction
+# Inputs of a tile, the widest first. Codes of eight bits, and groups of 16, take more registers.
+_TILE_INPUTS = (128, 64, 32)
+_FEW_INPUTS = (64, 32)
+TileKind = Literal["nf4", "fp4", "e2m1", "iq4", "int4", "int8"]
+_TABLES: Mapping[TileKind, "TableKind"] = {"nf4": "nf4", "fp4": "fp4", "e2m1": "e2m1", "iq4": "iq4"}
 
 
 @dataclass(frozen=True)
@@ -21,21 +29,46 @@ class TileFormat:
 
     Attributes:
         kind: how its codes are stored.
-        inputs: C, 32, 64 or 128; so many weights of a row share a scale.
+        inputs: C, 32, 64 or 128.
         symmetric: whether it has no zeros.
+        group: so many weights of a row share a scale: 16, or 0 for all inputs of the tile.
+        own_table: the codes stand for values that the matrix brings with it, not for those of its
+            kind.
     """
 
     kind: TileKind
     inputs: int
     symmetric: bool = True
+    group: int = 0
+    own_table: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 if self.kind == "int8" else 4
+
+    @property
+    def table(self) -> "TableKind | None":
+        """Whose table the codes are looked up in; None of integers."""
+        return _TABLES.get(self.kind)
+
+    @property
+    def group_inputs(self) -> int:
+        """Weights of a row of the tile that share a scale."""
+        return self.group or self.inputs
 
     @property
     def code_bytes(self) -> int:
-        return BYTE_ROWS * self.inputs
+        return PANEL * self.inputs * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a tile's scales, and as many of its zeros."""
+        return PANEL * 2 * (self.inputs // self.group_inputs)
 
     @property
     def tile_bytes(self) -> int:
-        return self.code_bytes + BYTE_ROWS * 4 * (1 if self.symmetric else 2)
+        return self.code_bytes + self.scale_bytes * (1 if self.symmetric else 2)
 
     def matrix_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix [N, K], header included."""
@@ -48,34 +81,36 @@ def tile_format(
     *,
     group: int,
     symmetric: bool = True,
+    own_table: bool = False,
     rows: int = PANEL,
     where: str = "the weight",
 ) -> TileFormat:
     """The tile format of a matrix [N, K].
 
     Args:
-        group: consecutive inputs of a row that share a scale.
+        group: consecutive weights that share a scale; of a table's they may straddle rows.
         rows: the number that N must be a multiple of.
         where: the matrix, for errors.
 
     Raises:
-        UnsupportedError: N is no multiple of `rows`, K no whole number of groups, or the group no
-            multiple of 32.
+        UnsupportedError: N is no multiple of `rows`, K no multiple of 32, or the group none of 16.
     """
     out_features, in_features = shape
     if out_features % rows:
         raise refusal(
             "no packed layout for this shape", where, f"a multiple of {rows} outputs", out_features
         )
-    inputs = next((size for size in TILE_INPUTS if group % size == 0), None)
-    if inputs is None or in_features % group:
+    of_16 = group % 32 == SMALLEST_GROUP
+    sizes = _FEW_INPUTS if of_16 or kind == "int8" else _TILE_INPUTS
+    inputs = next((n for n in sizes if in_features % n == 0 and (of_16 or group % n == 0)), None)
+    if inputs is None:
         raise refusal(
             "no packed layout for this shape",
             where,
-            "inputs in whole groups, a multiple of 32 each",
+            f"a multiple of 32 inputs, in groups of a multiple of {SMALLEST_GROUP}",
             f"{in_features} inputs in groups of {group}",
         )
-    return TileFormat(kind, inputs, symmetric)
+    return TileFormat(kind, inputs, symmetric, SMALLEST_GROUP if of_16 else 0, own_table)
 
 
 def refusal(what: str, where: str, expected: object, found: object) -> UnsupportedError:

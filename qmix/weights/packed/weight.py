@@ -1,8 +1,7 @@
 """Weights in the packed layout, as the models hold them.
 
 The codes lie on the device, packed. Packing rounds the scales, and a file wants zeros, nested
-scales
-and the order of the inputs too: all of these stay on the host as they were, 2 % of the bytes.
+scales and the order of the inputs too: all of these stay on the host as they were, 2 % of the bytes.
 `unpack` puts both together and gives the weight that was packed, bit for bit. A weight that was
 drawn at random in the packed layout has nothing on the host; its scales are those of the kernels.
 
@@ -16,8 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qmix.errors import UnsupportedError
-from qmix.weights import scales as scale_values
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert, ExpertSequence
@@ -31,10 +28,11 @@ from qmix.weights.packed.layout import (
     unpack_matrix,
     with_blob,
 )
-from qmix.weights.packed.packed_shapes import joined, matrix_format, table_format
-from qmix.weights.packed.planes import same_order, spec_of, with_codes_of
+from qmix.weights.packed.packed_shapes import table_format
+from qmix.weights.packed.planes import with_codes_of
 from qmix.weights.packed.table import ExpertTable
-from qmix.weights.scheme import Scheme
+from qmix.weights.scheme import Kind, Scheme
+from qmix.weights.stacked import Stacked
 from qmix.weights.table import Table
 
 # A matrix of an expert by its name; one of several joined matrices by its rows.
@@ -52,11 +50,13 @@ class PackedWeight:
         selection: which matrix of the expert, or which rows of the matrix; None is all of it.
         template: the weight that was packed, without its codes and on the host; None if it was
             drawn at random.
+        parts: the weights that were packed as one, in the place of a template.
     """
 
     source: PackedMatrix | PackedExpert
     selection: Selection | None
     template: Weight | None
+    parts: "tuple[PackedWeight, ...]" = ()
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -74,12 +74,15 @@ class PackedWeight:
 
     @property
     def scheme(self) -> Scheme:
+        if self.parts:
+            return self.parts[0].scheme
         if self.template is not None:
             return self.template.scheme
         tile_format, group = self.matrix.format, self.matrix.group
-        if tile_format.kind != "int4":
-            return Scheme(kind=tile_format.kind, block_size=group, double_quant=False)
-        return Scheme(kind="int4", group_size=group, symmetric=tile_format.symmetric)
+        if tile_format.table is not None:
+            return Scheme(kind=tile_format.table, block_size=group, double_quant=False)
+        kind: Kind = "int8" if tile_format.bits == 8 else "int4"
+        return Scheme(kind=kind, group_size=group, symmetric=tile_format.symmetric)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,17 +99,21 @@ class PackedWeight:
 
     def unpack(self) -> Weight:
         """The weight that was packed, on the same device."""
-        unpacked: Weight
         if isinstance(self.source, PackedExpert):
             assert isinstance(self.selection, str)
-            unpacked = getattr(unpack_expert(self.source), self.selection)
-        else:
-            unpacked = unpack_matrix(self.source)
-            if isinstance(self.selection, range):
-                unpacked = _some_rows(unpacked, self.selection)
+            return self._restored(getattr(unpack_expert(self.source), self.selection))
+        whole = unpack_matrix(self.source)
+        if self.parts:
+            return Stacked(tuple(part._restored(whole) for part in self.parts))
+        return self._restored(whole)
+
+    def _restored(self, unpacked: Weight) -> Weight:
+        """The weight with the codes of what was unpacked: its source, or its matrix of an expert."""
+        if isinstance(self.selection, range):
+            unpacked = _some_rows(unpacked, self.selection)
         if self.template is None:
             return unpacked
-        return with_codes_of(self.template.to(unpacked.device), unpacked)
+        return with_codes_of(self.template.to(unpacked.device), unpacked, self.matrix.format)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows [start, stop) as [stop - start, K]; unpacks the whole matrix."""
@@ -206,16 +213,15 @@ def pack_joined(weights: Sequence[Weight]) -> tuple[PackedWeight, tuple[PackedWe
     """Pack matrices with the same inputs (q, k and v) as one: the whole, and each as rows of it.
 
     Raises:
-        UnsupportedError: as pack_matrix, or they are stored differently.
+        UnsupportedError: as pack_matrix.
     """
-    whole = pack(_joined(weights))
-    assert isinstance(whole.source, PackedMatrix)
+    matrix = pack_matrix(*weights)
     parts, start = [], 0
     for weight in weights:
         rows = range(start, start + weight.shape[0])
-        parts.append(PackedWeight(whole.source, rows, _without_codes(weight)))
+        parts.append(PackedWeight(matrix, rows, _without_codes(weight)))
         start = rows.stop
-    return whole, tuple(parts)
+    return PackedWeight(matrix, None, None, tuple(parts)), tuple(parts)
 
 
 def _without_codes(weight: Weight) -> Weight:
@@ -225,56 +231,19 @@ def _without_codes(weight: Weight) -> Weight:
     return replace(weight, codes=no_codes).to(_HOST)
 
 
-def _joined(weights: Sequence[Weight]) -> Weight:
-    """The rows of several weights as one weight."""
-    whole = joined([spec_of(weight) for weight in weights])
-    matrix_format(whole)
-    shape = whole.shape
-    first = weights[0]
-    if isinstance(first, Table):
-        tables = [weight for weight in weights if isinstance(weight, Table)]
-        blocks = [weight.codes.numel() * 2 // weight.block_size for weight in tables]
-        scales = [
-            scale_values.floats(weight.scales, 0, n)
-            for weight, n in zip(tables, blocks, strict=True)
-        ]
-        return replace(
-            first,
-            codes=torch.cat([weight.codes for weight in tables]),
-            scales=torch.cat(scales),
-            out_shape=shape,
-        )
-    assert isinstance(first, Affine)
-    integers = [weight for weight in weights if isinstance(weight, Affine)]
-    for weight in integers:
-        if weight.dtype != first.dtype or not same_order(weight.perm, first.perm):
-            raise UnsupportedError("matrices that are joined must be stored alike")
-    zeros = [weight.zeros for weight in integers if weight.zeros is not None]
-    return replace(
-        first,
-        codes=torch.cat([weight.codes for weight in integers]),
-        scales=torch.cat([_plain(weight) for weight in integers]),
-        zeros=torch.cat(zeros) if zeros else None,
-    )
-
-
 def _some_rows(weight: Weight, rows: range) -> Weight:
-    """Some rows of an unpacked weight, in which the scales of NF4 are not nested."""
+    """Some rows of an unpacked weight, whose scales are not nested."""
     part = slice(rows.start, rows.stop)
     if isinstance(weight, Table):
         assert isinstance(weight.scales, Tensor)
-        codes, scales = (t.view(weight.shape[0], -1)[part] for t in (weight.codes, weight.scales))
-        shape = (len(rows), weight.shape[1])
-        return replace(weight, codes=codes.flatten(), scales=scales.flatten(), out_shape=shape)
+        count, inputs = weight.shape
+        blocks = slice(rows.start * inputs // weight.block_size, rows.stop * inputs // weight.block_size)
+        codes = weight.codes.view(count, -1)[part].flatten()
+        return replace(weight, codes=codes, scales=weight.scales[blocks], out_shape=(len(rows), inputs))
     assert isinstance(weight, Affine)
-    zeros = None if weight.zeros is None else weight.zeros[part]
-    return replace(weight, codes=weight.codes[part], scales=_plain(weight)[part], zeros=zeros)
-
-
-def _plain(weight: Affine) -> Tensor:
-    """The scales [N, G]; nested ones cannot be packed."""
     assert isinstance(weight.scales, Tensor)
-    return weight.scales
+    zeros = None if weight.zeros is None else weight.zeros[part]
+    return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=zeros)
 
 
 def _expert_without_codes(expert: Expert) -> Expert:

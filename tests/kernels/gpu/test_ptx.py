@@ -5,13 +5,12 @@ interpreter runs.
 """
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
 
 from tests.support.interpreter import run_apart
-from tests.support.soak import one_in
+from tests.support.soak import grid, one_in
 
 pytest.importorskip("triton")
 
@@ -38,14 +37,6 @@ def check(case, *arguments, **options):
     ]
     assert not wrong, wrong
     return {name for name, _, _ in device.launches}
-
-
-def grid(every, *axes):
-    """The product of axes; all but each `every`th of its points are left to the soak."""
-    return [
-        pytest.param(*point, marks=[pytest.mark.soak] if number % every else [])
-        for number, point in enumerate(product(*axes))
-    ]
 
 
 @pytest.mark.parametrize(("weights", "tokens"), grid(27, cases.WEIGHTS, TOKENS))

@@ -16,7 +16,7 @@ from qmix.kernels.gpu import attention, fused, moe, pointwise
 from qmix.weights.expert import Expert
 from qmix.weights.packed.layout import pack_expert, pack_matrix
 from qmix.weights.packed.table import ExpertTable
-from tests.support.packed import act_order, as_computed, int4, nf4
+from tests.support.packed import OTHERS, act_order, affine, as_computed, int4, nf4
 
 ORDER = 1e-5  # float32 sums in another order
 HALF = 2.0**-11  # one rounding to float16
@@ -34,6 +34,14 @@ WEIGHTS = {
         HALF,
     ),
     "int4 act-order": (act_order, HALF),
+    # Tables, scales or zeros, and scaled weights of groups of 16 are rounded each.
+    "own table": (OTHERS["own table"], 2 * HALF),
+    "e2m1 g16": (OTHERS["e2m1 b16"], 2 * HALF),
+    "int2 biases g16": (OTHERS["int2 biases g16"], 3 * HALF),
+    "int4 biases g32": (OTHERS["int4 biases"], 2 * HALF),
+    "int8 asymmetric": (OTHERS["int8 asymmetric"], HALF),
+    "int8 g32": (lambda n, k, seed=0: affine(n, k, seed, bits=8, how="symmetric"), HALF),
+    "int6 nested g16": (OTHERS["int6 nested g16"], 2 * HALF),
 }
 
 
@@ -84,7 +92,8 @@ def dequantize(weights, dtype=torch.float32):
     expected = as_computed(packed)
     if packed.perm is not None:  # inputs stay in the order in which they are packed
         expected = expected[:, packed.perm.long()]
-    return [Result("dequantize", moe.dequantize(packed, dtype), expected, EPSILON[dtype])]
+    bound = EPSILON[dtype] + (HALF if packed.format.group else 0)  # scaled weights stay float32
+    return [Result("dequantize", moe.dequantize(packed, dtype), expected, bound)]
 
 
 def _table(weights, hidden, width, count=4):

@@ -10,7 +10,7 @@ from qmix.weights.packed import weight as packed
 from qmix.weights.packed.layout import pack_expert, pack_matrix
 from qmix.weights.packed.packed_shapes import expert_format, joined, matrix_format, table_format
 from qmix.weights.packed.planes import spec_of
-from tests.support.packed import act_order, int4, nf4
+from tests.support.packed import act_order, affine, int4, nf4
 
 WEIGHTS = {
     "nf4": nf4(256, 128),
@@ -41,16 +41,17 @@ def test_a_matrix_is_packed_if_and_as_the_description_says(name):
     [
         ([nf4(64, 128), nf4(32, 128, 1), nf4(32, 128, 2)], True),
         ([int4(64, 128), int4(32, 128, 1), int4(32, 128, 2)], True),
-        ([nf4(64, 128), nf4(32, 128, 1, block=128), nf4(32, 128, 2)], False),
+        ([nf4(64, 128), nf4(32, 128, 1, block=128), nf4(32, 128, 2)], True),
+        ([int4(64, 128), affine(32, 128, 1, bits=8), affine(32, 128, 2, bits=6)], True),
         ([nf4(64, 128), int4(32, 128, 1), nf4(32, 128, 2)], False),
     ],
 )
 def test_matrices_are_joined_if_and_as_the_description_says(parts, fits):
     specs = [spec_of(part) for part in parts]
     if not fits:
-        with pytest.raises(UnsupportedError, match="stored alike"):
+        with pytest.raises(UnsupportedError, match="no packed layout"):
             joined(specs)
-        with pytest.raises(UnsupportedError, match="stored alike"):
+        with pytest.raises(UnsupportedError, match="no packed layout"):
             packed.pack_joined(parts)
         return
     whole, _ = packed.pack_joined(parts)
@@ -61,7 +62,7 @@ def test_matrices_are_joined_if_and_as_the_description_says(parts, fits):
 
 def test_a_block_of_two_matrices_is_not_joined():
     spec = replace(spec_of(nf4(1, 64)), shape=(1, 96))
-    with pytest.raises(UnsupportedError, match="stored alike"):
+    with pytest.raises(UnsupportedError, match="no packed layout"):
         joined([spec, spec])
 
 

@@ -3,7 +3,6 @@
 import copy
 import pickle
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,19 +10,18 @@ from torch.nn import functional as F
 
 from qmix import MixtralForCausalLM, kernels
 from qmix.formats import open_checkpoint
-from qmix.kernels import PackedExperts, Routes, tiles
+from qmix.generation.packed_layers import layer_weights, supported
+from qmix.kernels import PackedExperts, Routes
 from qmix.kernels.gpu import packed_matmul
 from qmix.models import load
 from qmix.models.pack import Packer
 from qmix.nn.linear import Linear
-from qmix.weights.affine import Affine
 from qmix.weights.expert import Expert
 from qmix.weights.packed import weight as packed
 from qmix.weights.scales import NestedScales
 from qmix.weights.table import Table
-from tests.support.cpu_kernels import random_affine
 from tests.support.models import small_model
-from tests.support.packed import KINDS, act_order, int4, nf4
+from tests.support.packed import KINDS, OTHERS, act_order, int4, nf4
 from tests.support.process import succeeds
 
 
@@ -72,10 +70,10 @@ def test_joined_matrices_come_back_bit_for_bit(kind):
 
 
 def test_matrices_that_differ_are_not_joined():
-    with pytest.raises(kernels.UnsupportedError, match="stored alike"):
+    with pytest.raises(kernels.UnsupportedError, match="no packed layout"):
         packed.pack_joined([nf4(128, 128), int4(128, 128)])
     orders = [act_order(128, 128), replace(act_order(128, 128), perm=torch.arange(128).int())]
-    with pytest.raises(kernels.UnsupportedError, match="stored alike"):
+    with pytest.raises(kernels.UnsupportedError, match="in one order"):
         packed.pack_joined(orders)
 
 
@@ -192,26 +190,26 @@ def test_what_is_refused_is_counted():
     assert "dequantized before every matmul (56: no packed layout for this shape)" in str(packer)
 
 
-UNPACKED = {
-    "int8": partial(random_affine, bits=8),
-    "int8 ": partial(random_affine, bits=8, biases=torch.float16),
-}
+def test_a_router_is_not_packed_and_is_no_reason_to_warn():
+    model = quantized_model()
+    gate = model.model.layers[0].block_sparse_moe.gate
+    gate.store(nf4(gate.out_features, gate.in_features))
+    assert place(model).complete
+    assert isinstance(gate.stored, Table)
+    weights = layer_weights(model.model.layers[0])
+    assert torch.equal(weights.gate, gate.stored.dequantize(torch.float32))
 
 
-@pytest.mark.parametrize("what", UNPACKED)
-def test_a_kind_without_a_packed_layout_is_multiplied_by_tiles_and_named(what, monkeypatch):
-    model = quantized_model(lambda n, k, _: UNPACKED[what](n, k))
+@pytest.mark.parametrize("kind", ["int8", "int6 nested g16", "e2m1 b16", "own table"])
+def test_a_model_of_any_kind_is_packed_whole(kind):
+    model, twin = (quantized_model(OTHERS[kind], num_hidden_layers=1) for _ in range(2))
     packer = place(model)
-    assert (packer.packed, packer.refused.total()) == (0, 56)
-    assert f"before every matmul (56: no packed layout for {what.strip()}" in str(packer)
+    assert packer.complete, packer
+    assert packer.packed == 28
+    assert supported(model.model)
     ids = torch.arange(2, 9)[None]
-    for kind in (Affine, Table):  # as on a GPU
-        monkeypatch.setitem(kernels._LINEAR, (kind, "cpu"), tiles.linear)
-    monkeypatch.setattr(kernels, "_compiled", lambda *_: False)
-    with torch.no_grad():
-        ours = model(ids).logits
-        with kernels.override("reference"):
-            assert torch.allclose(ours, model(ids).logits, atol=1e-4, rtol=1e-4)
+    with kernels.override("reference"), torch.no_grad():
+        assert torch.equal(model(ids).logits, twin(ids).logits)
 
 
 def test_moved_away_a_packed_model_is_a_standard_one():
