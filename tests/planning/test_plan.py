@@ -198,7 +198,7 @@ def test_a_named_context_fits():
 
 
 def test_experts_without_a_packed_layout_stay_on_the_host():
-    odd = StoredModel.assume("x", FULL, Scheme(kind="int8"))
+    odd = StoredModel.assume("x", MixtralConfig(hidden_act="gelu"), Scheme(kind="int8"))
     assert on_device(odd).unpacked
     assert plan(odd, gpu=True, vram=80 * GIB).resident
     found = plan(odd, gpu=True, vram=16 * GIB, ram=64 * GIB)
@@ -208,7 +208,10 @@ def test_experts_without_a_packed_layout_stay_on_the_host():
     fewer = plan(odd, gpu=True, vram=16 * GIB, ram=24 * GIB)
     assert 2 <= fewer.host < 256
     assert fewer.host_memory.total <= 24 * GIB
-    assert not on_device(StoredModel.assume("x", FULL, Scheme(kind="int4", group_size=32))).unpacked
+    for kind in ("int4", "int6", "int8"):
+        assert not on_device(
+            StoredModel.assume("x", FULL, Scheme(kind=kind, group_size=32))
+        ).unpacked
 
 
 def test_no_budget_is_no_limit():

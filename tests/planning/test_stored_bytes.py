@@ -132,6 +132,7 @@ def shared(weight):
     """Whether its bytes are among those of other matrices, which are counted as a whole."""
     return weight.selection is not None
 
+
 def test_every_expert_fits_the_blob_that_is_planned(source, planned_and_loaded):
     planned, model = planned_and_loaded
     checkpoint = open_checkpoint(source)

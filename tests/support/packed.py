@@ -108,7 +108,9 @@ def own_table(rows, columns, seed=0, block=64):
 def int8(rows, columns, seed=0, group=64):
     """Integers of eight bits whose zeros are codes."""
     weight = affine(rows, columns, seed, bits=8, group=group, how="symmetric")
-    zeros = torch.randint(0, 256, weight.scales.shape, generator=torch.Generator().manual_seed(seed))
+    zeros = torch.randint(
+        0, 256, weight.scales.shape, generator=torch.Generator().manual_seed(seed)
+    )
     return replace(weight, zeros=zeros.to(torch.uint8))
 
 

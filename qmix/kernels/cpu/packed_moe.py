@@ -33,7 +33,7 @@ def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tenso
 
 
 def _is_compiled(matrix: PackedMatrix) -> bool:
-    """Whether the compiled kernel knows the format: four bits, a tile a group, zeros that are codes."""
+    """Whether the compiled kernel knows it: four bits, a tile a group, zeros that are codes."""
     return matrix.format.bits == 4 and not matrix.format.group and not matrix.free_zeros
 
 

@@ -288,7 +288,9 @@ def packed_matmul(
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials [Z, T, N] = one matrix times x [T, K]; grid (2N / rows, T / COLUMNS, Z)."""
-    store_product(matrix, x, partials, T, N, K, SPLITS, KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES)
+    store_product(
+        matrix, x, partials, T, N, K, SPLITS, KIND, C, GROUP, SYMMETRIC, WARPS, COLUMNS, STAGES
+    )
 
 
 @triton.jit

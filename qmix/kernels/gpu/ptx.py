@@ -12,8 +12,8 @@ and 8 to 15. A selector of 8 or more yields eight copies of the top bit of the p
 If bytes c and c + 8 of a plane have the same top bit, the wrong half therefore yields a known byte,
 0 or 255. That byte is folded into the table, and one `xor` merges the halves. Two freedoms make the
 top bits equal: the codes are renumbered, and the table is stretched by a constant that the scales
-take back. This takes 19 integer instructions for 8 weights. Other tables may have no such order, and
-take 21: the halves are picked without the codes' top bits, and a third permutation chooses by these.
+take back. This takes 19 integer instructions for 8 weights. Other tables may have no such order and
+take 21: both halves are picked by the lower three bits, and a permutation chooses by the fourth.
 """
 
 from collections.abc import Mapping

@@ -82,7 +82,7 @@ def decoding_words(matrix, KIND: tl.constexpr):
     # more instruction for each weight. (It would know a minimum, whose instruction writes a uniform
     # register: of integers, and on sm_100 of floats too.)
     zero = tl.sum(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32) - 496
-    if KIND == "int4" or KIND == "int8":  # noqa: PLR1714
+    if KIND == "int4" or KIND == "int8":
         return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
     elif KIND == "table":
         words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero

@@ -38,7 +38,6 @@ to match. The w2 of an expert needs no permutation: the rows of w1 and w3 are pa
 Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -232,8 +231,6 @@ def with_blob(packed: PackedExpert, blob: Tensor) -> PackedExpert:
         replace(packed.down, blob=blob[end:]),
         None if inner_perm is None else inner_perm.to(blob.device),
     )
-
-
 
 
 def _weight_of(packed: PackedMatrix, rows: Plane) -> Weight:

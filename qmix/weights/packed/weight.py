@@ -1,7 +1,7 @@
 """Weights in the packed layout, as the models hold them.
 
 The codes lie on the device, packed. Packing rounds the scales, and a file wants zeros, nested
-scales and the order of the inputs too: all of these stay on the host as they were, 2 % of the bytes.
+scales and the order of the inputs too: these stay on the host as they were, 2 % of the bytes.
 `unpack` puts both together and gives the weight that was packed, bit for bit. A weight that was
 drawn at random in the packed layout has nothing on the host; its scales are those of the kernels.
 
@@ -108,7 +108,7 @@ class PackedWeight:
         return self._restored(whole)
 
     def _restored(self, unpacked: Weight) -> Weight:
-        """The weight with the codes of what was unpacked: its source, or its matrix of an expert."""
+        """The weight with the codes of what was unpacked, its source or matrix of an expert."""
         if isinstance(self.selection, range):
             unpacked = _some_rows(unpacked, self.selection)
         if self.template is None:
@@ -237,9 +237,13 @@ def _some_rows(weight: Weight, rows: range) -> Weight:
     if isinstance(weight, Table):
         assert isinstance(weight.scales, Tensor)
         count, inputs = weight.shape
-        blocks = slice(rows.start * inputs // weight.block_size, rows.stop * inputs // weight.block_size)
+        blocks = slice(
+            rows.start * inputs // weight.block_size, rows.stop * inputs // weight.block_size
+        )
         codes = weight.codes.view(count, -1)[part].flatten()
-        return replace(weight, codes=codes, scales=weight.scales[blocks], out_shape=(len(rows), inputs))
+        return replace(
+            weight, codes=codes, scales=weight.scales[blocks], out_shape=(len(rows), inputs)
+        )
     assert isinstance(weight, Affine)
     assert isinstance(weight.scales, Tensor)
     zeros = None if weight.zeros is None else weight.zeros[part]
