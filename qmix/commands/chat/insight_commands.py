@@ -58,7 +58,7 @@ def tokens(repl: "Repl", argument: str) -> None:
             raise UsageError("the server does not tell the tokens of a text")
         hidden = f", of which {turn.hidden:,} are no longer in the context" if turn.hidden else ""
         repl.notice(f"{number:>4}  message {asked:,}, reply {replied:,}{hidden}")
-    used = session.stats.context_tokens if session.stats and session.turns else 0
+    used = (session.stats.context_tokens or 0) if session.stats and session.turns else 0
     limit = "" if session.context is None else f" of {session.context:,}"
     repl.notice(f"context {used:,}{limit} tokens after the last reply")
 

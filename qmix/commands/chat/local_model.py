@@ -131,7 +131,7 @@ class LocalModel:
 
     def bound(self, stats: ReplyStats) -> Bound:
         """See ChatModel."""
-        return local_facts.bound(self, stats.context_tokens, stats.experts)
+        return local_facts.bound(self, stats.context_tokens or 0, stats.experts)
 
     def release(self) -> None:
         """Free model and cache, so that another one has room."""

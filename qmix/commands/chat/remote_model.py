@@ -200,20 +200,20 @@ class RemoteReply:
     def stats(self) -> ReplyStats:
         """See Reply."""
         details = self._usage.get("prompt_tokens_details") or {}
-        prompt = _number(self._usage.get("prompt_tokens"), self.prompt.tokens or 0)
-        new = _number(self._usage.get("completion_tokens"), len(self._texts))
-        context = self._model.context
+        prompt = _number(self._usage.get("prompt_tokens"), self.prompt.tokens)
+        new = _number(self._usage.get("completion_tokens"), None) or len(self._texts)
+        used, limit = None if prompt is None else prompt + new, self._model.context
         finish: Finish = _FINISHES.get(self._finish or "", "stopped")
-        if finish == "length" and context is not None and prompt + new >= context:
+        if finish == "length" and used is not None and limit is not None and used >= limit:
             finish = "context"
         return ReplyStats(
             prompt_tokens=prompt,
-            cached_tokens=_number(details.get("cached_tokens"), 0),
+            cached_tokens=_number(details.get("cached_tokens"), None),
             new_tokens=new,
             first_token_s=self._first_token_s,
             elapsed_s=self._elapsed_s,
-            context_tokens=prompt + new,
-            context_limit=context,
+            context_tokens=used,
+            context_limit=limit,
             finish=finish,
         )
 
@@ -325,5 +325,5 @@ def _not_asked(what: str) -> UsageError:
     )
 
 
-def _number(value: Any, otherwise: int) -> int:
+def _number(value: Any, otherwise: int | None) -> int | None:
     return value if type(value) is int and value >= 0 else otherwise

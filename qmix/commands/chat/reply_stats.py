@@ -28,22 +28,23 @@ class ReplyStats:
     """One reply in numbers.
 
     Attributes:
-        prompt_tokens: of the whole prompt, of which the cache held `cached_tokens`.
+        prompt_tokens: of the whole prompt, of which the cache held `cached_tokens`; None: a server
+            did not tell.
         dropped_turns, dropped_tokens: what did not fit the context before it.
-        context_limit: None: not known.
+        context_tokens, context_limit: None: not known.
         finish: why it ended.
         experts: what the store did during the reply, if the model is offloaded.
         energy_j: joules that the GPU took, if its driver tells.
     """
 
-    prompt_tokens: int
-    cached_tokens: int
+    prompt_tokens: int | None
+    cached_tokens: int | None
     dropped_turns: int = 0
     dropped_tokens: int = 0
     new_tokens: int
     first_token_s: float
     elapsed_s: float
-    context_tokens: int
+    context_tokens: int | None
     context_limit: int | None
     finish: Finish
     experts: Statistics | None = None
@@ -79,8 +80,8 @@ class ReplyStats:
             hint: what can be done about a reply that was cut.
         """
         ended = _SAID[self.finish] + (f" ({hint})" if hint and self.cut else "")
-        context = f"context {self.context_tokens}"
-        if self.context_limit is not None:
+        context = "" if self.context_tokens is None else f"context {self.context_tokens}"
+        if context and self.context_limit is not None and self.context_tokens is not None:
             share = round(100 * self.context_tokens / self.context_limit)
             context += f"/{self.context_limit} ({share} %)"
         parts = (
@@ -89,14 +90,14 @@ class ReplyStats:
             f"{self.tokens_per_s:.1f} tok/s" if self.tokens_per_s else "",
             f"first token {self.first_token_s:.2f} s",
             context,
-            f"cached {self.cached_tokens}",
+            "" if self.cached_tokens is None else f"cached {self.cached_tokens}",
         )
         return " · ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationStats:
-    """All replies of a conversation in numbers."""
+    """All replies of a conversation in numbers; of prompts those that are known."""
 
     replies: int
     new_tokens: int
@@ -112,14 +113,18 @@ class ConversationStats:
         """The sums over at least one reply; `first_token_s` is the mean."""
         decoded = sum(reply.new_tokens - 1 for reply in replies if reply.decode_s)
         decode_s = sum(reply.decode_s for reply in replies)
-        cached = sum(reply.cached_tokens for reply in replies)
+        prompts = [
+            (reply.prompt_tokens, reply.cached_tokens)
+            for reply in replies
+            if reply.prompt_tokens is not None and reply.cached_tokens is not None
+        ]
         stores = [reply.experts for reply in replies if reply.experts is not None]
         energies = [reply.energy_j for reply in replies if reply.energy_j is not None]
         return cls(
             replies=len(replies),
             new_tokens=sum(reply.new_tokens for reply in replies),
-            computed_tokens=sum(reply.prompt_tokens for reply in replies) - cached,
-            cached_tokens=cached,
+            computed_tokens=sum(tokens - cached for tokens, cached in prompts),
+            cached_tokens=sum(cached for _, cached in prompts),
             first_token_s=sum(reply.first_token_s for reply in replies) / len(replies),
             tokens_per_s=decoded / decode_s if decode_s else 0.0,
             experts=Statistics.total(stores) if stores else None,

@@ -121,7 +121,9 @@ class Server:
             yield
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             said = str(error)[:_SHOWN] or type(error).__name__
-            raise ServerError("the server does not answer", where=self.url, found=said) from None
+            begun = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            what = "the server is gone" if begun else "the server does not answer"
+            raise ServerError(what, where=self.url, found=said) from None
         except ValueError as error:
             if isinstance(error, QmixError):
                 raise

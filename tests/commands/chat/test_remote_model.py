@@ -99,6 +99,8 @@ def test_leaving_a_reply_ends_it_on_the_server_and_keeps_what_came(served, sessi
     texts.close()
     assert session.text_of(session.turns[0]) == begun
     assert session.stats.finish == "stopped"
+    assert session.stats.cached_tokens is None  # the server told no more
+    assert "cached" not in session.stats.line()
     served.until_idle()
     assert served.engine.counts.cancelled == before + 1
 
@@ -153,6 +155,8 @@ def test_a_server_that_tells_less_is_talked_to_and_what_is_missing_is_named(fake
         session, "Hi\n/tokens\n/tokens a\n/prompt\n/experts\n/probs\n/continue\n/regen\n/probs\n"
     )
     assert text == "ab\nab\na\n"
+    assert (session.stats.prompt_tokens, session.stats.context_tokens) == (None, None)
+    assert "context" not in session.stats.line()
     for part in (
         "the server does not tell the tokens of a text",
         "the server does not tell what it made of this prompt",

@@ -73,3 +73,6 @@ def test_the_words_of_another_model_are_told():
     assert list(saved_chat.differences(CHAT, MODEL)) == []
     (said,) = saved_chat.differences(CHAT, ModelIdentity("mixtral-nf4", "cd" * 32))
     assert "another model of the same name" in said
+    assert list(saved_chat.differences(CHAT, ModelIdentity("mixtral-nf4", ""))) == []  # a server's
+    (said,) = saved_chat.differences(CHAT, ModelIdentity("other", ""))
+    assert said.endswith("another model: mixtral-nf4")

@@ -93,7 +93,6 @@ def test_a_stopped_reply_stays_and_the_server_stops_too(served, page, how):
     page.evaluate("document.querySelector('#max_tokens').value = 200")
     served.model.next_logits, quick = slowed(served.model.next_logits), served.model.next_logits
     try:
-        page.evaluate("document.querySelector('#expert_counts').checked = false")
         page.click("#message")
         page.type("def add(a, b):")
         page.key("Enter")
@@ -144,6 +143,7 @@ def test_probabilities_show_on_hover_and_on_the_keyboard(page):
 
 
 def test_the_heatmap_has_a_cell_for_each_expert_of_each_layer(served, page):
+    page.click("#expert_counts")
     ask(page, "def add(a, b):")
     page.click(".experts summary")
     rows = page.evaluate(
