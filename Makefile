@@ -8,6 +8,7 @@
 #   make newest   the quick tests beside the newest release of every dependency
 #   make aot      every GPU kernel, compiled ahead of time with each Triton that users have, against
 #                 what it cost before; AOT=--write records what it costs now
+#   make clients  lm-eval and litellm, in an environment of their own, against qmix
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo $$p; break; }; done || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -27,7 +28,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 AOT    ?=
 PIP    := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint quick soak newest aot setup goldens rivals clean
+.PHONY: demo test lint quick soak newest aot clients setup goldens rivals clean
 
 demo: $(RUN)
 	$(BIN)/qmix demo
@@ -96,6 +97,9 @@ rivals: $(READY) .oracles/gptqmodel/.packed
 	    "{\"group_size\": $$group$$more}" > $$out.log 2>&1 || { tail $$out.log; exit 1; }; \
 	  $(BIN)/qmix eval $$out --data $(RIVALS)/heldout.txt --reference evals/tiny --dtype float32 || exit 1; \
 	done; done
+
+clients: .oracles/clients/.ready
+	.oracles/clients/bin/python -m pytest tests/evals/harness tests/serving/http/test_lm_eval_client.py tests/serving/http/test_litellm_client.py $(PYTEST)
 
 .oracles/%/.ready: pyproject.toml
 	test -x .oracles/$*/bin/python || $(PYTHON) -m venv .oracles/$*

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from qmix.evals.command import exit_code, say
 from qmix.evals.quality.scores import (
     VariantScore,
     ablation_table,
+    kl_ratio,
     rival_directories,
     rival_to_beat,
     score,
@@ -51,8 +53,12 @@ def record(
     documents = []
     for each in scores:
         rival = None if each.rival else rival_to_beat(each, scores)
-        against = {"rival_to_beat": rival.name, "ratio": each.kl / rival.kl} if rival else {}
-        documents.append({**each.to_dict(), **against})
+        document = each.to_dict()
+        if rival:
+            ratio = kl_ratio(each, rival)
+            document |= {"rival_to_beat": rival.name, "ratio": ratio.value}
+            document["ratio_interval"] = None if ratio.interval is None else asdict(ratio.interval)
+        documents.append(document)
     return {
         "command": command,
         "versions": {

@@ -24,6 +24,7 @@ from qmix.evals.quality.measure import (
     compare_gptq,
     compare_nf4,
 )
+from qmix.evals.quality.window_scores import difference
 
 BASELINES = Path(__file__).resolve().parent / "baselines.json"
 
@@ -142,6 +143,23 @@ def comparison_table(nf4: QualityComparison, gptq: QualityComparison) -> str:
     return markdown.table(header, rows)
 
 
+def intervals(nf4: QualityComparison, gptq: QualityComparison) -> str:
+    """What the windows of the text leave open of the figures, a line for each method."""
+    lines = []
+    for name, each in (("NF4", nf4.result), ("GPTQ", gptq.result)):
+        found = each.reference
+        assert found is not None
+        if found.kl_interval is not None and found.perplexity_ratio_interval is not None:
+            lines.append(
+                f"{name}: mean KL {found.kl_interval.shown('.5f')}; "
+                f"perplexity over bf16's {found.perplexity_ratio_interval.shown('.4f')}"
+            )
+    ratio = difference(gptq.result.windows, nf4.result.windows).kl_ratio
+    if ratio is not None and ratio.interval is not None:
+        lines.append(f"GPTQ's KL over NF4's: {ratio.shown('.3f')}")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def run_guard(*, write: bool) -> None:
     """Quantize, score, print the table, and compare with the baselines or replace them.
 
@@ -157,6 +175,7 @@ def run_guard(*, write: bool) -> None:
         f"text sha256 {nf4.result.text_sha256}; GPTQ: group 128, calibrated with "
         f"{SAMPLES} x {SEQLEN} tokens\n"
     )
+    sys.stdout.write(intervals(nf4, gptq))
     if write:
         document = {
             "python": ".".join(map(str, sys.version_info[:3])),

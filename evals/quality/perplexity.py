@@ -25,7 +25,7 @@ class ReferenceScore:
     Attributes:
         top1_agreement: the fraction of positions at which both predict the same token.
         kl_interval: of the mean, by windows; None of too few windows.
-        ratio_interval: of the model's perplexity over the reference's, likewise.
+        perplexity_ratio_interval: of the model's perplexity over the reference's, likewise.
     """
 
     perplexity: float
@@ -34,7 +34,7 @@ class ReferenceScore:
     kl_p99: float
     top1_agreement: float
     kl_interval: Interval | None = None
-    ratio_interval: Interval | None = None
+    perplexity_ratio_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def _reference_score(divergences: Divergences, windows: tuple[WindowScore, ...])
         kl_p99=_quantile(kl, 0.99),
         top1_agreement=float(divergences.agreed.double().mean()),
         kl_interval=estimate(sums, lambda total: total[..., 3] / total[..., 0]).interval,
-        ratio_interval=estimate(sums, perplexity_ratio).interval,
+        perplexity_ratio_interval=estimate(sums, perplexity_ratio).interval,
     )
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from qmix.errors import CheckpointError
 from qmix.evals import markdown
+from qmix.evals.quality.bootstrap import Estimate
 from qmix.evals.quality.evaluation import evaluate
 from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
 from qmix.evals.quality.texts import Text
+from qmix.evals.quality.window_scores import difference
 from qmix.formats import open_checkpoint
 from qmix.formats.compatibility import storage_summary
 
@@ -139,6 +141,15 @@ def rival_to_beat(ours: VariantScore, scores: Sequence[VariantScore]) -> Variant
     return min(rivals, key=lambda other: other.kl, default=None)
 
 
+def kl_ratio(ours: VariantScore, other: VariantScore) -> Estimate:
+    """Our KL over another's on the same windows."""
+    if ours.result.windows and other.result.windows:
+        found = difference(ours.result.windows, other.result.windows).kl_ratio
+        if found is not None:
+            return found
+    return Estimate(ours.kl / other.kl, None)
+
+
 def score_table(scores: Sequence[VariantScore]) -> str:
     """All scores as a markdown table, the 16-bit model first."""
     header: tuple[str, ...] = _HEADER
@@ -148,7 +159,7 @@ def score_table(scores: Sequence[VariantScore]) -> str:
     if any(each.rival for each in scores):
         rivals = [None if each.rival else rival_to_beat(each, scores) for each in scores]
         ratios = [
-            f"{each.kl / rival.kl:.2f}" if rival else "-"
+            _within(kl_ratio(each, rival), ".2f") if rival else "-"
             for each, rival in zip(scores, rivals, strict=True)
         ]
         header += ("KL over the best rival's",)
@@ -158,10 +169,17 @@ def score_table(scores: Sequence[VariantScore]) -> str:
 
 def ablation_table(scores: Sequence[VariantScore]) -> str:
     """The ablations as a markdown table, each KL over that of the full method."""
-    full = {each.group_size: each.kl for each in scores if each.name.endswith("-full")}
+    full = {each.group_size: each for each in scores if each.name.endswith("-full")}
     rows = []
     for each in scores:
         base = full.get(each.group_size)
-        ratio = "-" if base is None else f"{each.kl / base:.3f}"
+        ratio = "-" if base is None else _within(kl_ratio(each, base), ".3f")
         rows.append((*each.cells(), ratio))
     return markdown.table(("GPTQ", *_HEADER[1:], "KL over full"), rows)
+
+
+def _within(ratio: Estimate, form: str) -> str:
+    """A ratio and the ends of its interval."""
+    if ratio.interval is None:
+        return f"{ratio.value:{form}}"
+    return f"{ratio.value:{form}} ({ratio.interval.low:{form}} to {ratio.interval.high:{form}})"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from qmix.quantities import counted
 
 if TYPE_CHECKING:
-    from qmix.evals.quality.bootstrap import Interval
+    from qmix.evals.harness.task_run import MetricScore
+    from qmix.evals.quality.bootstrap import Estimate, Interval
     from qmix.evals.quality.needles import NeedleResult
     from qmix.evals.quality.perplexity import Perplexity
     from qmix.evals.quality.window_scores import Difference
@@ -23,7 +24,7 @@ def perplexity_lines(result: "Perplexity") -> list[str]:
     other = result.reference
     if other is None:
         return lines
-    ratio = f"{result.perplexity / other.perplexity:.4f}{_within(other.ratio_interval, '.4f')}"
+    ratio = f"{result.perplexity / other.perplexity:.4f}{_within(other.perplexity_ratio_interval, '.4f')}"
     return [
         *lines,
         f"reference   {other.perplexity:.4f}, ratio {ratio}",
@@ -84,3 +85,33 @@ def needle_lines(results: "Sequence[tuple[str, NeedleResult]]") -> list[str]:
         cells = (f"{f'{one.found} of {one.trials}, {one.log_likelihood:.2f}':>24}" for one in each)
         lines.append(f"{100 * at.depth:4.0f} % " + " ".join(cells))
     return lines
+
+
+def task_lines(
+    named: "Sequence[tuple[str, Sequence[MetricScore]]]",
+    less: "Sequence[tuple[str, Sequence[Estimate | None]]]",
+) -> list[str]:
+    """Scores by metric, a column for each model; then how the first differs from the others."""
+    header = " ".join(f"{name[:24]:>24}" for name, _ in named)
+    lines = [f"{'':36} {header}"]
+    for row in zip(*(scores for _, scores in named), strict=True):
+        title = f"{row[0].task} {row[0].metric} ({len(row[0].documents)})"
+        lines.append(f"{title[:36]:36} " + " ".join(f"{_scored(each):>24}" for each in row))
+    for name, found in less:
+        lines += ["", f"{named[0][0]} beside {name}, paired bootstrap over documents:"]
+        for score, difference in zip(named[0][1], found, strict=True):
+            if difference is not None:
+                lines.append(f"{score.task} {score.metric}: {_differs(score, difference)}")
+    return lines
+
+
+def _scored(score: "MetricScore") -> str:
+    """A value and its standard error, as lm_eval gives them."""
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+
+
+def _differs(score: "MetricScore", difference: "Estimate") -> str:
+    kind = "ratio" if score.is_perplexity else "difference"
+    sign = "" if score.is_perplexity else "+"
+    form = f"{sign}.4f"
+    return f"{kind} {difference.value:{form}}{_within(difference.interval, form)}"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmix.evals.quality.texts import Text
 
 _OTHERS, _LIMITS = "Other things to score", "Quality gates"
+_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,60 @@ class Scored(options.Group):
         ),
     ] = None
 
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Task file of lm_eval; may be repeated. Needs the extra lm-eval.",
+            show_default=False,
+            rich_help_panel=_OTHERS,
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="--tasks: requests at a time.",
+            show_default=str(_BATCH_SIZE),
+            rich_help_panel=_OTHERS,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="--tasks: documents of each at most.",
+            show_default="all",
+            rich_help_panel=_OTHERS,
+        ),
+    ] = None
+
     def check(self) -> None:
         """
         Raises:
             UsageError: nothing is to be scored, or options contradict each other.
         """
-        if (self.data is None) == (self.chats is None):
-            found = "neither" if self.data is None else "both"
-            raise UsageError("nothing to score", expected="--data or --chats", found=found)
+        given = [
+            name
+            for name, value in (
+                ("--data", self.data),
+                ("--chats", self.chats),
+                ("--tasks", self.tasks),
+            )
+            if value
+        ]
+        if len(given) != 1:
+            raise UsageError(
+                "one thing is scored at a time",
+                expected="--data, --chats or --tasks",
+                found=" and ".join(given) or "none of them",
+            )
         refused = {
+            "--ctx does not apply to --tasks": self.ctx is not None and bool(self.tasks),
+            "--stride does not apply to --tasks": self.stride is not None and bool(self.tasks),
+            "--batch-size needs --tasks": self.batch_size is not None and not self.tasks,
+            "--limit needs --tasks": self.limit is not None and not self.tasks,
             "--template needs --chats": self.template is not None and self.chats is None,
             "--needle needs --data": self.needle is not None and self.data is None,
             "--chats takes no --stride": self.stride is not None and self.chats is not None,
@@ -75,6 +121,11 @@ class Scored(options.Group):
         for what, is_so in refused.items():
             if is_so:
                 raise UsageError(what)
+
+    @property
+    def has_perplexity(self) -> bool:
+        """Whether the result is a perplexity."""
+        return self.needle is None and not self.tasks
 
     def text(self) -> "Text":
         """The text of --data, with a notice of what was changed of it.
@@ -153,16 +204,23 @@ def evaluate(
       qmix eval mixtral-gptq --against mixtral-nf4 --data wiki.test.raw
       qmix eval mixtral-nf4 --chats chats.jsonl --reference Mixtral-8x7B-v0.1
       qmix eval mixtral-nf4 --data book.txt --needle 5 --ctx 16k
+      qmix eval mixtral-nf4 --tasks arc.yaml --against mixtral-gptq
     """
     scored.check()
     if gates.max_kl is not None and reference is None:
         raise UsageError("--max-kl needs --reference")
-    if scored.needle is not None and (by_position or gates != Gates()):
-        raise UsageError("--needle takes no --by-position, --max-perplexity or --max-kl")
+    if not scored.has_perplexity and (by_position or gates != Gates()):
+        raise UsageError("--needle and --tasks take no --by-position, --max-perplexity or --max-kl")
+    if scored.tasks:
+        from qmix.evals.harness.extra import check_extra
+
+        check_extra("qmix eval --tasks")
     models = [sources.local(path, yes=yes) for path in (directory, against) if path is not None]
     base = None if reference is None else sources.local(reference, yes=yes)
-    if scored.needle is not None:
-        everyone = models if base is None else [*models, base]
+    everyone = models if base is None else [*models, base]
+    if scored.tasks:
+        shown = _tasks(everyone, scored, computation)
+    elif scored.needle is not None:
         shown = _needles(everyone, scored, computation)
     else:
         shown = _perplexities(models, base, scored, computation, by_position=by_position)
@@ -224,6 +282,38 @@ def _needles(models: Sequence[Path], scored: Scored, computation: Computation) -
     ]
     document = {"models": [{"name": name, **result.to_dict()} for name, result in results]}
     return _Shown(eval_text.needle_lines(results), document)
+
+
+def _tasks(models: Sequence[Path], scored: Scored, computation: Computation) -> _Shown:
+    """Each model's scores, and how the first differs from each other one."""
+    from qmix.evals.harness.task_run import paired, run_tasks
+
+    scores = [
+        run_tasks(
+            path,
+            scored.tasks or (),
+            batch_size=scored.batch_size or _BATCH_SIZE,
+            limit=scored.limit,
+            **vars(computation),
+        )
+        for path in models
+    ]
+    named = list(zip(map(shown_name, models), scores, strict=True))
+    first = scores[0]
+    less = [
+        (name, [paired(ours, theirs) for ours, theirs in zip(first, other, strict=True)])
+        for name, other in named[1:]
+    ]
+    document = {
+        "models": [
+            {"name": name, "scores": [score.to_dict() for score in found]} for name, found in named
+        ],
+        "differences": [
+            {"from": name, "metrics": [None if one is None else asdict(one) for one in found]}
+            for name, found in less
+        ],
+    }
+    return _Shown(eval_text.task_lines(named, less), document)
 
 
 @contextmanager

@@ -73,13 +73,13 @@ def test_needles_are_shown_by_depth(tiny, tiny_nf4, text):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "--data or --chats"),
-        (("--data", "x", "--chats", "x"), "both"),
+        ((), "--data, --chats or --tasks"),
+        (("--data", "x", "--chats", "x"), "--data and --chats"),
         (("--data", "x", "--template", "inst"), "--template needs --chats"),
         (("--chats", "x", "--needle", "1"), "--needle needs --data"),
         (("--chats", "x", "--stride", "4"), "no --stride"),
         (("--data", "x", "--needle", "1", "--stride", "4"), "no --stride"),
-        (("--data", "x", "--needle", "1", "--by-position"), "--needle takes no"),
+        (("--data", "x", "--needle", "1", "--by-position"), "--needle and --tasks take no"),
         (("--data", "x", "--max-kl", "1"), "--max-kl needs --reference"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, tuple) else None,

@@ -2,14 +2,23 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
+import torch
 
 from qmix.evals import accuracy, corpus
 from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
-from qmix.evals.quality.scores import VariantScore, ablation_table, rival_to_beat, score_table
+from qmix.evals.quality.scores import (
+    VariantScore,
+    ablation_table,
+    kl_ratio,
+    rival_to_beat,
+    score_table,
+)
 from qmix.evals.quality.variants import ABLATIONS
+from qmix.evals.quality.window_scores import WindowScore
 
 WORDS = "Return a list of the names in the current scope. "
 
@@ -35,7 +44,16 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def score(name, kl, *, bits=4.125, group=128, rival=False, schemes=None):
+def windows(kl, seed):
+    """Twelve of 100 tokens, whose KL scatters by a tenth."""
+    noise = torch.rand(12, generator=torch.Generator().manual_seed(seed)).tolist()
+    return tuple(
+        WindowScore(tokens=100, loss=300.0, reference_loss=299.0, kl=100 * kl * (0.95 + 0.1 * x))
+        for x in noise
+    )
+
+
+def score(name, kl, *, bits=4.125, group=128, rival=False, schemes=None, by_window=()):
     reference = ReferenceScore(
         perplexity=20.0, kl_mean=kl, kl_median=kl, kl_p99=kl, top1_agreement=0.95
     )
@@ -46,6 +64,7 @@ def score(name, kl, *, bits=4.125, group=128, rival=False, schemes=None):
         protocol="one window",
         text_sha256="0" * 64,
         reference=reference,
+        windows=by_window,
     )
     return VariantScore(
         name=name,
@@ -151,6 +170,18 @@ def test_each_is_compared_with_the_best_rival_of_its_group_size():
     assert last["ours-128"] == "0.50"
     assert last["ours-32"] == "0.50"
     assert last["x-128"] == last["bf16"] == last["nf4"] == "-"
+
+
+def test_a_ratio_has_its_paired_interval():
+    rival = score("x-128", 0.010, rival=True, by_window=windows(0.010, 0))
+    scores = [rival, score("ours-128", 0.005, by_window=windows(0.005, 1))]
+    ratio = kl_ratio(scores[1], rival)
+    assert 0.48 < ratio.interval.low < ratio.value < ratio.interval.high < 0.52
+    cell = cells(score_table(scores).splitlines()[-1])[-1]
+    assert re.fullmatch(r"0\.\d\d \(0\.\d\d to 0\.\d\d\)", cell)
+    full = score("g128-full", 0.005, by_window=windows(0.005, 1))
+    cell = cells(ablation_table([full]).splitlines()[-1])[-1]
+    assert cell == "1.000 (1.000 to 1.000)"
 
 
 def test_the_ablations_are_set_against_their_own_full_row():

@@ -1,6 +1,7 @@
 """The guard passes on what stands and fails when the quantizer is broken."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from qmix.errors import QualityError
 from qmix.evals import corpus, guard
 from qmix.evals.guard import Figures, check
 from qmix.evals.quality import measure
+from qmix.evals.quality.bootstrap import Interval
 from qmix.evals.quality.evaluation import evaluate
+from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
 from qmix.evals.quality.texts import Text
+from qmix.evals.quality.window_scores import WindowScore
 from qmix.formats.layouts import bnb
 from qmix.quantize.rounding.grid import Grid
 from qmix.weights import nf4
@@ -148,6 +152,42 @@ def test_the_markdown_table_names_every_model(comparison, gptq_comparison):
     assert table.count("\n") == 5
     for name in ("bf16", "NF4", "GPTQ"):
         assert name in table
+
+
+def test_the_guard_says_what_the_windows_leave_open():
+    """Two methods on twelve windows, one half as far from the reference as the other."""
+
+    def compared(kl):
+        windows = tuple(
+            WindowScore(tokens=10, loss=30 + kl, reference_loss=30.0, kl=10 * kl * (1 + x / 100))
+            for x in range(12)
+        )
+        reference = ReferenceScore(
+            perplexity=20.0,
+            kl_mean=kl,
+            kl_median=kl,
+            kl_p99=kl,
+            top1_agreement=0.9,
+            kl_interval=Interval(0.9 * kl, 1.1 * kl),
+            perplexity_ratio_interval=Interval(1.001, 1.002),
+        )
+        result = Perplexity(
+            perplexity=20.1,
+            stderr=0.1,
+            tokens=120,
+            protocol="windows",
+            text_sha256="0" * 64,
+            reference=reference,
+            windows=windows,
+        )
+        return SimpleNamespace(result=result)
+
+    lines = guard.intervals(compared(0.02), compared(0.01)).splitlines()
+    assert lines == [
+        "NF4: mean KL 95 %: 0.01800 to 0.02200; perplexity over bf16's 95 %: 1.0010 to 1.0020",
+        "GPTQ: mean KL 95 %: 0.00900 to 0.01100; perplexity over bf16's 95 %: 1.0010 to 1.0020",
+        "GPTQ's KL over NF4's: 0.500 (95 %: 0.500 to 0.500)",
+    ]
 
 
 def test_scores_do_not_depend_on_the_number_of_threads(tiny, tiny_nf4):

@@ -98,6 +98,10 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.serving.http.server",
     },
     "httpx": {"qmix.commands.chat.server"},
+    "lm_eval": {
+        *("qmix.evals.harness.__main__", "qmix.evals.harness.language_model"),
+        "qmix.evals.harness.task_run",
+    },
     "llguidance": {"qmix.serving.grammar"},
     "prometheus_client": {"qmix.serving.http.metrics"},
     "uvicorn": {"qmix.serving.http.connection", "qmix.serving.http.server"},
