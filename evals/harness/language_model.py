@@ -8,11 +8,19 @@ kernels are qmix's. Knows no tasks.
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-
 import qmix
 from qmix import hf
+from qmix.errors import UnsupportedError
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise UnsupportedError(
+        "lm_eval's model qmix needs transformers, accelerate and lm_eval",
+        found=str(error)[:120],
+        remedy="pip install 'qmix-runtime[lm-eval]'.",
+    ) from error
 
 
 @register_model("qmix")
