@@ -1,12 +1,15 @@
 """Grammars: masks that keep a reply within a JSON schema, a regular expression or a grammar.
 
-By llguidance, which is imported when the first is needed. Masks are computed in threads of their
-own, while the model runs. Knows no HTTP.
+By llguidance, which is imported when the first is needed. A grammar is tried in a process that can
+be ended; masks are computed in threads of their own, while the model runs. Knows no HTTP.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from qmix.errors import QmixError, UsageError
 from qmix.text.detokenizer import Pieces
 from qmix.text.tokenizer import LlamaTokenizer
+from qmix.text.worker_process import EndedWorkerError, WorkerProcess
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -28,10 +32,20 @@ _JSON: "JsonCompileOptions" = {
     "key_separator": ": ",
 }
 _THREADS = 2  # a mask takes microseconds as a rule; two of them let one that is slow pass
+_TRIALS, _KEPT = 2, 16
+# Bounds on the work: about 20 ms for a grammar's expressions, 17 ms for a mask.
+_LIMITS: Mapping[str, Any] = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+}
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer; threads wait for each other only at the first.
+    """Compiles grammars for one tokenizer, and keeps those of late.
 
     Args:
         ends: ids that end a reply.
@@ -39,34 +53,58 @@ class Grammars:
 
     def __init__(self, tokenizer: LlamaTokenizer, ends: Sequence[int]) -> None:
         self._tokenizer, self._ends = tokenizer, list(ends)
+        names = tokenizer.pieces.names
+        controls = [(index, names[index]) for index in sorted(tokenizer.pieces.controls)]
+        self._tokens = {"controls": controls, "end": self._ends[0] if self._ends else 0}
         self._lock = Lock()
         self._words: LLTokenizer | None = None
         self._workers = ThreadPoolExecutor(_THREADS, "qmix-grammar")
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._trials: SimpleQueue[WorkerProcess] = SimpleQueue()
+        for _ in range(_TRIALS):
+            self._trials.put(WorkerProcess(Path(__file__).with_name("grammar_worker.py")))
 
     def compiled(self, grammar: str) -> "LLMatcher":
         """A matcher of a grammar in llguidance's own form; each reply needs a copy.
 
         Raises:
-            UsageError: it is none, or too complex.
+            UsageError: it is none, or costs too much.
+            ResourceError: no process can be started to try it.
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        # Bounds on the work: about 20 ms for a grammar's expressions, 17 ms for a mask.
-        limits = LLParserLimits(
-            max_items_in_row=2000,
-            initial_lexer_fuel=1_000_000,
-            step_lexer_fuel=200_000,
-            step_max_items=50_000,
-            max_lexer_states=50_000,
-            max_grammar_size=100_000,
+        with self._lock:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+                return self._kept[grammar]
+        self._try(grammar)
+        matcher = LLMatcher(
+            self._vocabulary(), grammar, log_level=0, limits=LLParserLimits(**_LIMITS)
         )
-        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=limits)
+        matcher.compute_bitmask()  # what cannot begin is refused now
         if matcher.is_error():
-            said = next(iter(matcher.get_error().splitlines()), "")
-            raise UsageError(
-                "not a grammar that can be followed", where="grammar", found=said[:200]
-            )
+            raise _refused(matcher.get_error())
+        with self._lock:
+            self._kept[grammar] = matcher
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
         return matcher
+
+    def _try(self, grammar: str) -> None:
+        """Compile it where that can be ended.
+
+        Raises:
+            UsageError, ResourceError: as compiled.
+        """
+        worker = self._trials.get()
+        try:
+            reply = worker.answer({"grammar": grammar, "limits": _LIMITS, **self._tokens})
+        except EndedWorkerError as error:
+            raise _refused(str(error.found)) from None
+        finally:
+            self._trials.put(worker)
+        if reply["error"]:
+            raise _refused(reply["error"])
 
     def mask(self, matcher: "LLMatcher") -> "GrammarMask":
         """The mask of one reply."""
@@ -98,6 +136,10 @@ class GrammarMask:
     def ready(self) -> bool:
         """Whether a call would not wait."""
         return self._next.done()
+
+    def wait(self) -> None:
+        """Until it is."""
+        wait([self._next])
 
     def advance(self, index: int) -> None:
         """Go on behind an id."""
@@ -150,11 +192,23 @@ def token_bytes(index: int, pieces: Pieces) -> bytes:
     return pieces.bytes_by_id.get(index) or pieces.texts[index].encode()
 
 
+def _refused(error: str) -> UsageError:
+    said = next(iter(error.splitlines()), "")
+    return UsageError("not a grammar that can be followed", where="grammar", found=said[:200])
+
+
 def of_schema(schema: Mapping[str, Any]) -> str:
-    """A JSON schema as a grammar; {"type": "object"} is any object."""
+    """A JSON schema as a grammar; {"type": "object"} is any object.
+
+    Raises:
+        UsageError: it holds a number that llguidance does not read.
+    """
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON)
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+    except ValueError as error:
+        raise UsageError("not a schema", where="grammar", found=str(error)[:200]) from None
 
 
 def of_regex(regex: str) -> str:

@@ -29,7 +29,16 @@ class BusyError(QmixError):
 
 
 class Mask(Protocol):
-    """A logits processor of one request, which is told of each id before the next is chosen."""
+    """A logits processor of one request that prepares itself beside the model, id by id."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call would not wait."""
+        ...
+
+    def wait(self) -> None:
+        """Until it is ready."""
+        ...
 
     def advance(self, index: int) -> None:
         """The reply goes on with an id."""

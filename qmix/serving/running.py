@@ -64,6 +64,17 @@ class Running:
     def prompt_tokens(self) -> int:
         return len(self.ticket.ids)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next id can be chosen without waiting for its mask."""
+        mask = self.ticket.request.mask
+        return mask is None or mask.ready
+
+    def wait(self) -> None:
+        """Until it is ready."""
+        if self.ticket.request.mask is not None:
+            self.ticket.request.mask.wait()
+
     def read(self, ids: Tensor, logits: Tensor) -> None:
         """Take the log-probabilities of prompt ids (S,) from the logits (S, V) before each."""
         self._prompt_logprobs += _logprobs(logits, ids, self.ticket.request.top_logprobs or 0)

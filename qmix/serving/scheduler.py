@@ -161,6 +161,7 @@ class Scheduler:
             LostDeviceError: the device is lost; every request has been told.
         """
         with torch.no_grad():
+            self._choose_late()
             self._read_chunk()
             self._decode([slot for slot in self._admitted if slot.decodes])
 
@@ -242,7 +243,7 @@ class Scheduler:
 
     def _read_chunk(self) -> None:
         """Read the next chunk of the earliest prompt that has not been read."""
-        slot = next((slot for slot in self._admitted if not slot.decodes), None)
+        slot = next((slot for slot in self._admitted if slot.reads), None)
         if slot is None:
             return
         running = slot.running
@@ -312,10 +313,27 @@ class Scheduler:
         """See Decoded.expert_use."""
         return decoded.expert_use(self._model.config.num_experts_per_tok)
 
+    def _choose_late(self) -> None:
+        """Choose an id where a mask has become ready; wait for one if there is nothing else."""
+        late = [slot for slot in self._admitted if slot.late is not None]
+        if late and len(late) == len(self._admitted):
+            assert late[0].running is not None
+            late[0].running.wait()
+        for slot in late:
+            row, slot.late = slot.late, None
+            assert row is not None
+            self._choose([slot], row)
+
     def _choose(self, slots: Sequence[Slot], logits: Tensor) -> None:
-        """Choose an id for each slot from logits (B, V), and end those that are done."""
+        """Choose an id for each slot from logits (B, V), and end those that are done.
+
+        Where the mask is not ready, the logits wait for it, and the others do not.
+        """
         for slot, row in zip(slots, logits[:, None], strict=True):
             assert slot.running is not None
+            if not slot.running.ready:
+                slot.late = row.clone()
+                continue
             try:
                 finish = slot.running.choose(row)
             except Exception as error:  # noqa: BLE001 - a processor is the caller's code

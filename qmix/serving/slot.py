@@ -7,6 +7,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from qmix.nn.cache import KVCache
 from qmix.serving.running import Running
 
@@ -32,6 +34,7 @@ class Slot:
     Attributes:
         running: the request; None: the slot is free.
         reading: whether the cache is the request's; before, it still is that of the last one.
+        late: logits (1, V) of the next id, which wait for the request's mask; None: none do.
         used: a counter of the scheduler's when its last request ended; 0: never used.
     """
 
@@ -39,6 +42,7 @@ class Slot:
         self.cache = cache
         self.running: Running | None = None
         self.reading = False
+        self.late: Tensor | None = None
         self.used = 0
         self._held = array("q")
 
@@ -68,9 +72,14 @@ class Slot:
         return 0 if self.running is None else len(self.running.ids) - self.cache.length
 
     @property
+    def reads(self) -> bool:
+        """Whether its prompt has not been read."""
+        return self.running is not None and not self.running.new_tokens and self.late is None
+
+    @property
     def decodes(self) -> bool:
-        """Whether the prompt has been read."""
-        return self.running is not None and self.running.new_tokens > 0
+        """Whether its newest id is to be read."""
+        return self.running is not None and bool(self.running.new_tokens) and self.late is None
 
     def reusable(self, ids: "array[int]") -> int:
         """Positions of the cache that a request with these ids may start from.
@@ -90,6 +99,7 @@ class Slot:
         self._held = self.held
         self.running = None
         self.reading = False
+        self.late = None
         self.used = used
 
 

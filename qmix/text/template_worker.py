@@ -3,19 +3,14 @@
 A template is somebody else's program. jinja2's sandbox keeps it from Python's internals, but not
 from looping, nor from making a string of gigabytes: that is left to the system's limits.
 
-Run by template_renderer.py. Reads requests from stdin and answers on stdout: 4 bytes of length,
-then JSON. Imports nothing of qmix.
+Run in a worker_process.py. Imports nothing of qmix.
 """
 
 import json
-import os
-import struct
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -160,37 +155,3 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"failed": f"more than {MEMORY_BYTES >> 20} MiB of memory"}
     except Exception as error:  # noqa: BLE001 - whatever a template brings about
         return {"failed": f"{type(error).__name__}: {str(error)[:200].rstrip('.')}"}
-
-
-def _limit() -> Callable[[], None]:
-    """Set the limits of this process; returns what gives each request its seconds anew."""
-    try:
-        import resource
-    except ImportError:  # another system: who asks waits no longer than its own limit
-        return lambda: None
-    for kind, most in (("AS", MEMORY_BYTES), ("FSIZE", 0), ("CORE", 0)):
-        with suppress(ValueError, OSError):  # a lower limit stands already, or there is none
-            resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-
-    def again() -> None:
-        seconds = int(sum(os.times()[:2])) + CPU_SECONDS
-        soft = seconds if hard == resource.RLIM_INFINITY else min(seconds, hard)
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-
-    return again
-
-
-def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer requests until there are no more."""
-    again = _limit()
-    while len(head := source.read(4)) == 4:
-        again()
-        (size,) = struct.unpack("<I", head)
-        reply = json.dumps(answer(json.loads(source.read(size)))).encode()
-        sink.write(struct.pack("<I", len(reply)) + reply)
-        sink.flush()
-
-
-if __name__ == "__main__":
-    serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -23,7 +23,14 @@ class Caller:
     """A request and what was told of it."""
 
     def __init__(self, ids, *, new=12, at=None, **options):
-        names = ("top_logprobs", "prompt_logprobs", "expert_counts", "processors", "deadline_s")
+        names = (
+            "top_logprobs",
+            "mask",
+            "prompt_logprobs",
+            "expert_counts",
+            "processors",
+            "deadline_s",
+        )
         given = {name: options.pop(name) for name in names if name in options}
         options = {"eos_token_id": -1, **options}
         self.request = Request(tuple(ids), GenerationConfig(max_new_tokens=new, **options), **given)
@@ -474,3 +481,61 @@ def test_slots_say_what_they_do(scheduler):
     together.step()
     assert [slot.state for slot in together.slots] == ["free", "free"]
     assert max(slot.held_tokens for slot in together.slots) == len(PROMPTS[2]) + 2
+
+
+class SlowMask:
+    """Excludes nothing, and is ready at every `every`-th look; a wait makes it so at once."""
+
+    def __init__(self, every):
+        self.every, self.looks, self.waits, self.seen = every, 0, 0, []
+
+    @property
+    def ready(self):
+        self.looks += 1
+        return self.looks % self.every == 0
+
+    def wait(self):
+        self.waits += 1
+        self.looks = -1
+
+    def advance(self, index):
+        self.seen.append(index)
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def test_a_mask_that_is_late_holds_up_nobody_else(model, scheduler):
+    slow, other = Caller(PROMPTS[4], mask=SlowMask(3)), Caller(PROMPTS[1], new=12)
+    together = scheduler(slots=2, chunk=4)
+    for caller in (slow, other):
+        together.submit(caller.ticket)
+    for _ in range(20):
+        if other.events and isinstance(other.events[-1], Ended):
+            break
+        together.admit()
+        together.step()
+    assert 0 < len(slow.ids) < len(other.ids) == 12
+    run(together, [])
+    assert slow.ids == alone(model, PROMPTS[4])
+    assert other.ids == alone(model, PROMPTS[1])
+    assert slow.request.mask.seen == slow.ids[:-1]
+    assert slow.request.mask.waits > 0  # once it was alone
+
+
+def test_a_request_may_end_while_its_mask_is_late(scheduler):
+    slow = Caller(PROMPTS[4], mask=SlowMask(10**9))
+    other = Caller(PROMPTS[1])
+    together = scheduler(slots=2)
+    run(together, [other])
+    together.submit(Caller(PROMPTS[2]).ticket)
+    together.submit(slow.ticket)
+    for _ in range(4):
+        together.admit()
+        together.step()
+    slow.ticket.cancel()
+    run(together, [])
+    assert slow.end.finish == "cancelled"
+    again = Caller(PROMPTS[4])
+    run(together, [again])
+    assert len(again.ids) == 12

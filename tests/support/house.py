@@ -102,7 +102,7 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.evals.harness.__main__", "qmix.evals.harness.language_model"),
         "qmix.evals.harness.task_run",
     },
-    "llguidance": {"qmix.serving.grammar"},
+    "llguidance": {"qmix.serving.grammar", "qmix.serving.grammar_worker"},
     "prometheus_client": {"qmix.serving.http.metrics"},
     "uvicorn": {"qmix.serving.http.connection", "qmix.serving.http.server"},
     "pynvml": {"qmix.commands.chat.energy"},

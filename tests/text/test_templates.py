@@ -349,12 +349,15 @@ def test_the_mark_that_ends_an_answer_is_found(ours, name, token):
 def test_no_process_outlives_its_tokenizer(folder):
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     tokenizer.apply_chat_template([USER])
-    process = tokenizer._renderer._process
+    process = tokenizer._renderer._worker._process
     del tokenizer
     assert process.poll() is not None
 
 
-def test_the_worker_imports_nothing_of_this_package():
-    text = Path(__file__).parents[2].joinpath("qmix", "text", "template_worker.py").read_text()
+@pytest.mark.parametrize(
+    "name", ["text/template_worker", "text/worker_loop", "serving/grammar_worker"]
+)
+def test_the_worker_imports_nothing_of_this_package(name):
+    text = Path(__file__).parents[2].joinpath("qmix", f"{name}.py").read_text()
     assert "import qmix" not in text
     assert "from qmix" not in text

@@ -305,6 +305,13 @@ WRONG = [
     ),
     ({"extra_body": {"guided_regex": "("}}, "guided_regex", "not a grammar"),
     ({"extra_body": {"guided_regex": "a" * 4097}}, "guided_regex", "4096"),
+    ({"extra_body": {"guided_grammar": "start: x"}}, "guided_grammar", "not a grammar"),
+    ({"extra_body": {"guided_grammar": "x" * 16385}}, "guided_grammar", "16384"),
+    (
+        {"extra_body": {"guided_grammar": 'start: "a"', "guided_regex": "a"}},
+        "guided_grammar",
+        "guided_regex or guided_grammar",
+    ),
     ({"extra_body": {"best_of": 2}}, "best_of", "unrecognized"),
     ({"extra_body": {"continue_final_message": True}}, "continue_final_message", "assistant"),
     ({"stream_options": {"usage": True}}, "stream_options", "include_usage"),
@@ -397,6 +404,16 @@ def test_replies_follow_a_schema_whatever_is_drawn(chat):
         assert found["kind"] in ("list", "größe")
         assert 3 <= found["size"] <= 17
         assert len(found["parts"]) <= 2
+
+
+def test_replies_follow_a_grammar_of_either_syntax(chat, complete):
+    for text in ('start: ("ja" | "nein") "!"{1,3}', 'root ::= ("ja" | "nein") "!"{1,3}'):
+        guided = {"extra_body": {"guided_grammar": text}, "max_tokens": 30}
+        for reply in (
+            chat(**guided).choices[0].message.content,
+            complete(**guided).choices[0].text,
+        ):
+            assert re.fullmatch("(ja|nein)!{1,3}", reply)
 
 
 def test_replies_match_a_regular_expression_to_the_first_space(chat, complete):
