@@ -16,6 +16,7 @@ from qmix.quantities import counted
 
 if TYPE_CHECKING:
     from qmix import GenerationConfig, LlamaTokenizer
+    from qmix.generation.draft_counts import DraftCounts
     from qmix.generation.loop import Token
 
 # What neither the command line nor the checkpoint's generation_config.json says.
@@ -46,6 +47,7 @@ def generate(
         bool, typer.Option("--chat", help="Ask it as a user does in a chat, by the template.")
     ] = False,
     template: options.Template = None,
+    speculate: options.Speculate = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     yes: options.Yes = False,
@@ -76,7 +78,7 @@ def generate(
     config = config.filled_from(model.generation_config).filled_from(_defaults(_GENERATE))
     chat = chat or template is not None
     ids, ends = _asked(tokenizer, text, template) if chat else (tokenizer.encode(text), ())
-    config = config.with_ends(ends)
+    config = options.drafting(config.with_ends(ends), speculate, model)
     config = _fitting(config, len(ids), model.config.max_position_embeddings)
     inputs = GenerationInputs(
         torch.tensor([ids]), config, tokenizer=tokenizer, starts_new_text=chat
@@ -98,6 +100,7 @@ class Continuation:
     new_tokens: int
     first_token_s: float
     elapsed_s: float
+    drafts: "DraftCounts | None"
 
     def __str__(self) -> str:
         rate = self.new_tokens / self.elapsed_s
@@ -122,6 +125,7 @@ def _written(tokens: "Iterable[Token]", prompt_tokens: int, *, as_json: bool) ->
         new_tokens=len(pieces),
         first_token_s=first_s,
         elapsed_s=last.elapsed_s,
+        drafts=last.drafts,
     )
     if as_json:
         terminal.print_json(asdict(done))

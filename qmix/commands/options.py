@@ -20,7 +20,7 @@ from qmix.models import option_names
 from qmix.planning.byte_sizes import parse_count, parse_size
 
 if TYPE_CHECKING:
-    from qmix import GenerationConfig, LoadOptions
+    from qmix import GenerationConfig, LoadOptions, MixtralForCausalLM
 
 _Value = TypeVar("_Value")
 
@@ -118,6 +118,15 @@ RawText = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but results and errors.")]
+
+Speculate = Annotated[
+    Literal["auto", "off"] | None,
+    typer.Option(
+        help="Draft what the text repeats, where that is faster and changes no token.",
+        show_default="auto",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 
 GIVEN = "the command line"  # who gave a field of a GenerationConfig
 _STATED = "the checkpoint's"
@@ -243,6 +252,17 @@ def unescaped(text: str) -> str:
     r"""The text with a newline for `\n`, and so on; other backslashes stay."""
     plain = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
     return _ESCAPE.sub(lambda match: plain.get(match[0][1]) or chr(int(match[0][2:], 16)), text)
+
+
+def drafting(
+    config: "GenerationConfig", speculate: str | None, model: "MixtralForCausalLM"
+) -> "GenerationConfig":
+    """The configuration with --speculate: `auto` drafts where no token can change for it."""
+    from qmix.generation.speculation import MOST_DRAFTED
+
+    if speculate == "off" or model.exact_rows() == 1:
+        return config
+    return config.updated({"prompt_lookup_num_tokens": MOST_DRAFTED}, by="qmix")
 
 
 LOAD = Load()

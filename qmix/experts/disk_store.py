@@ -2,14 +2,16 @@
 
 Threads read a decode step's experts into slots while those that are there are multiplied. A prompt
 streams the missing experts through two buffers that hold nothing else, and leaves the slots as they
-are. All reads are preads into the arena, never page faults of a mapped file. Knows no
-kernels.
+are. All reads are preads into the arena, never page faults of a mapped file. Of kernels it knows
+what they say of a weight.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import cached_property
 
+from qmix import kernels
 from qmix.experts.arena import HostArena
 from qmix.experts.blob_reads import BlobReads
 from qmix.experts.reader import ExpertReader
@@ -45,6 +47,11 @@ class DiskStore(Store):
         self.failures = 0  # of reads into buffers
         self._used: list[int] = []  # by the token under way
         self._layer = -1  # the layer that this token has reached
+
+    @cached_property
+    def tokens_as_alone(self) -> int:
+        """See kernels.tokens_as_alone, of every expert's weights. A weight of each kind is read."""
+        return min(map(kernels.tokens_as_alone, self.reader.kinds()))
 
     def warm(
         self, order: Iterable[int], on_read: Callable[[int], None] = lambda nbytes: None

@@ -4,7 +4,7 @@ Layouts that store a tensor as the weight holds it (bitsandbytes, compressed-ten
 read straight into the blob; GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
@@ -100,6 +100,14 @@ class ExpertReader:
         """Read an expert into memory of its own."""
         w1, w2, w3 = (self._weight(tensor, None) for tensor in self._tensors[expert])
         return Expert(w1=w1, w2=w2, w3=w3)
+
+    def kinds(self) -> Iterator[Weight]:
+        """A weight of each scheme and shape, read when it is asked for."""
+        found: dict[tuple[Scheme, tuple[int, int]], FileWeight] = {}
+        for tensors in self._tensors:
+            for weight in map(self._described, tensors):
+                found.setdefault((weight.scheme, weight.shape), weight)
+        return (weight.load() for weight in found.values())
 
     def described(self, expert: int) -> Expert:
         """An expert whose weights are read from the file whenever their values are needed."""

@@ -31,6 +31,7 @@ _LEAST = (  # integers, each with its smallest value
     ("no_repeat_ngram_size", 0),
     ("num_return_sequences", 1),
     ("prefill_chunk_size", 1),
+    ("prompt_lookup_num_tokens", 1),
 )
 _SPECIAL_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _FLAGS = (
@@ -72,6 +73,9 @@ class GenerationConfig:
         num_beams: must be 1; there is no beam search here.
         use_cache: False computes the whole context anew for every token.
         prefill_chunk_size: prompt columns that are computed at once; default 512, on a GPU 4096.
+        prompt_lookup_num_tokens: ids that are drafted at most, from what followed the newest ids
+            where they stood before, and verified in one pass; more than 15 are 15. How many are
+            drafted is measured. For one row without padding; None drafts nothing.
         return_dict_in_generate: return an output with the ids and what the next two ask for.
         output_scores, output_logits: a (B, V) tensor per step, after and before all processors.
 
@@ -99,6 +103,7 @@ class GenerationConfig:
     num_beams: int = 1
     use_cache: bool = True
     prefill_chunk_size: int | None = None
+    prompt_lookup_num_tokens: int | None = None
     return_dict_in_generate: bool = False
     output_scores: bool = False
     output_logits: bool = False

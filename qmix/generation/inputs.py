@@ -13,6 +13,7 @@ from qmix.errors import UsageError, wrong_type
 from qmix.generation.config import GenerationConfig
 from qmix.generation.logits_processors import LogitsProcessor
 from qmix.generation.padding import check_embeds, check_prompt, checked_mask, left_padded
+from qmix.generation.speculation import Drafter
 from qmix.generation.stopping import StoppingCriterion
 from qmix.nn.cache import KVCache
 from qmix.text.tokenizer import LlamaTokenizer
@@ -37,6 +38,8 @@ class GenerationInputs:
             and before the temperature.
         stopping_criteria: each `(ids so far (B, L), scores (B, V)) -> bool`, for all rows or one a
             row (B,); where true, the row ends.
+        drafter: what earlier texts were and what was measured while they were written, where ids
+            are drafted (config.prompt_lookup_num_tokens); None: this is the first text.
 
     Raises:
         UsageError: the attention mask is none, or the tokenizer.
@@ -52,6 +55,7 @@ class GenerationInputs:
     starts_new_text: bool = False
     logits_processor: Sequence[LogitsProcessor] = ()
     stopping_criteria: Sequence[StoppingCriterion] = ()
+    drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
         if self.attention_mask is not None:

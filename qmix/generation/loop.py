@@ -16,14 +16,16 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError, of_device
 from qmix.generation.config import GenerationConfig
+from qmix.generation.draft_counts import DraftCounts
 from qmix.generation.host_copy import to_device
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.padding import position_ids
 from qmix.generation.rows import Rows
 from qmix.generation.sampling import checked
+from qmix.generation.speculation import Drafter, Speculation
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn, TokenSelector
-from qmix.nn.cache import KVCache
+from qmix.nn.cache import Cache, KVCache
 from qmix.nn.embedding import check_ids
 from qmix.nn.outputs import GenerateDecoderOnlyOutput
 from qmix.planning.budget import GPU_PREFILL_CHUNK, PREFILL_CHUNK
@@ -46,15 +48,16 @@ class CausalLM(Protocol):
     def next_logits(
         self,
         input_ids: Tensor | None,
-        cache: KVCache,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        cache: Cache,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor: ...
     def sample_next(
         self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None, sample_fn: SampleFn
     ) -> SampledStep | None: ...
     def generator(self, cache: KVCache, seed: int) -> torch.Generator: ...
+    def exact_rows(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,7 @@ class Token:
         elapsed_s: seconds since generation began.
         finish: on the last step: `stop` if every row ended by itself, else `length`.
         logits, scores: float32 (B, V), before and after all processors; excluded ids at -inf.
+        drafts: what drafts have done so far; None: nothing is drafted.
     """
 
     ids: Tensor
@@ -76,6 +80,7 @@ class Token:
     finish: Finish | None
     logits: Tensor
     scores: Tensor
+    drafts: DraftCounts | None = None
 
 
 def stream(model: CausalLM, inputs: GenerationInputs) -> Iterator[Token]:
@@ -111,10 +116,10 @@ def _tokens(model: CausalLM, inputs: GenerationInputs) -> Iterator[Token]:
             ids, texts = rows.append(new, chosen.scores, last=last)
             finish: Finish | None = "stop" if bool(rows.ended.all()) else "length" if last else None
             elapsed_s = time.perf_counter() - start
-            yield Token(ids, texts, elapsed_s, finish, chosen.logits, chosen.scores)
+            yield Token(ids, texts, elapsed_s, finish, chosen.logits, chosen.scores, steps.drafts)
             if finish is not None:
                 return
-            steps.feed(rows)
+            steps.feed(rows, left=budget - index - 1)
     finally:
         steps.drop()
 
@@ -193,12 +198,19 @@ class _Steps:
         seed = seed_for(config, model.device)
         generator = None if seed is None else model.generator(self._cache, seed)
         self._selector = TokenSelector(config, inputs.logits_processor, generator)
-        self._sample_fn = self._selector.sample_fn if config.use_cache else None
+        self._speculation = _speculation(model, inputs)
+        plain = config.use_cache and self._speculation is None
+        self._sample_fn = self._selector.sample_fn if plain else None
         default = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
         self._chunk = config.prefill_chunk_size or default
         self._logits = torch.empty(0)  # of the next step, unless `_step` is set
         self._step: SampledStep | None = None  # enqueued, its ids come next
         self._ahead: SampledStep | None = None  # the one after it
+
+    @property
+    def drafts(self) -> DraftCounts | None:
+        """What drafts have done; None: nothing is drafted."""
+        return None if self._speculation is None else self._speculation.counts
 
     def prefill(self, columns: Tensor, rows: Rows) -> None:
         """Feed the columns of the prompt that the cache does not hold yet."""
@@ -219,13 +231,19 @@ class _Steps:
         if chosen is self._step:
             self._ahead = self._sampled(rows.fed(chosen.ids), rows)
 
-    def feed(self, rows: Rows) -> None:
-        """Run the newest column of the rows, unless that has started already."""
+    def feed(self, rows: Rows, left: int) -> None:
+        """Run the newest column of the rows, unless that has started already.
+
+        Args:
+            left: how many ids a row may still get.
+        """
         self._step, self._ahead = self._ahead, None
         if self._step is None and self._sample_fn is not None:
             self._step = self._sampled(to_device(rows.newest[:, 0], self._model.device), rows)
         if self._step is not None:
             self._cache.advance(1)
+        elif self._speculation is not None:
+            self._logits = self._speculation.next_logits(int(rows.newest), left)
         elif self._uses_cache:
             mask, column = rows.attention_mask, rows.newest.to(self._model.device)
             self._logits = self._model.next_logits(column, self._cache, mask, position_ids(mask, 1))
@@ -234,7 +252,12 @@ class _Steps:
             self._logits = self._prefilled(rows.input_ids, rows, whole)
 
     def drop(self) -> None:
-        """Wait for a step that was enqueued in vain: it writes into the cache, on this stream."""
+        """Leave the cache as its ids say.
+
+        Waits for a step that was enqueued in vain: it writes into the cache, on this stream.
+        """
+        if self._speculation is not None:
+            self._speculation.drop()
         if self._ahead is not None:
             self._ahead.ids_on_host.wait()
             self._ahead = None
@@ -256,6 +279,24 @@ class _Steps:
             else:
                 logits = self._model.next_logits(None, cache, mask, positions, chunk)
         return logits
+
+
+def _speculation(model: CausalLM, inputs: GenerationInputs) -> Speculation | None:
+    """What drafts the ids of a generation; None where nothing is to be drafted.
+
+    Only as many ids as keep the text what it is without drafts, if the model has such passes.
+    """
+    config, cache, mask = inputs.config, inputs.cache, inputs.attention_mask
+    most = config.prompt_lookup_num_tokens
+    assert cache is not None
+    if most is None or not config.use_cache or cache.batch > 1:
+        return None
+    if mask is not None and not bool(mask.all()):
+        return None
+    exact = model.exact_rows()
+    drafter = inputs.drafter or Drafter()
+    drafter.lookup.begin(inputs.prompt_ids[0].tolist())
+    return Speculation(model, cache, drafter, most=min(most, exact - 1) if exact > 1 else most)
 
 
 def seed_for(config: GenerationConfig, device: torch.device) -> int | None:

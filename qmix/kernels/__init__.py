@@ -54,6 +54,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "route",
+    "tokens_as_alone",
     "visible",
 ]
 
@@ -109,6 +110,19 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     if _compiled(x, weights):
         return matmul.linears(x, weights)
     return [linear(x, weight) for weight in weights]
+
+
+def tokens_as_alone(weight: Weight) -> int:
+    """Up to how many tokens in bfloat16 `linear` computes each as if it were alone, to the bit.
+
+    1 where nothing is known of that, as on a GPU.
+    """
+    if overridden() or library().isa is None or weight.device.type != "cpu":
+        return 1
+    if isinstance(weight, Dense):
+        is_few = weight.dtype == torch.bfloat16 and weight.data.is_contiguous()
+        return DENSE_TOKENS if is_few else 1
+    return library().tokens_as_alone(weight) if takes(weight) else 1
 
 
 def experts(

@@ -30,6 +30,7 @@ from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.cache_rows import CacheRows
 from qmix.nn.cache_slab import SlabRow, only_slab_rows
+from qmix.nn.exact_rows import exact_rows
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import check_labels, load_balancing_loss, next_token_loss
 from qmix.nn.outputs import GenerateDecoderOnlyOutput, MoeCausalLMOutputWithPast
@@ -196,6 +197,13 @@ class MixtralForCausalLM(PreTrainedModel):
     def generator(self, cache: KVCache, seed: int) -> torch.Generator:
         """The generator that draws the ids which follow in a cache, seeded anew."""
         return self.static_decoders.generator(cache, self.device, seed)
+
+    def exact_rows(self) -> int:
+        """How many rows of a decode step are computed each as if it were alone; 1: only one.
+
+        Drafts of one id less (`prompt_lookup_num_tokens`) leave a text what it is without them.
+        """
+        return exact_rows(self.model, self.lm_head)
 
     @torch.no_grad()
     def generate(

@@ -124,12 +124,12 @@ class Attention(nn.Module):
         return result
 
     def attended(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """Attention of one token: ((H + 2 G) * d values) -> (1, 1, H * d).
+        """Attention of one token a row: (B, (H + 2 G) * d) -> (B, 1, H * d).
 
         Args:
-            qkv: its queries, keys and values in this order, queries and keys already rotated.
+            qkv: queries, keys and values in this order, queries and keys already rotated.
         """
-        heads = qkv.view(1, -1, 1, self.head_dim)
+        heads = qkv.view(len(qkv), -1, 1, self.head_dim)
         q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
         return self._attended(q, k, v, context)
 

@@ -280,6 +280,16 @@ class KVCache:
                 mine[:, :, :stored] = found[:, :, :stored]
         self.length = length
 
+    def ahead(self, positions: int) -> "KVCache":
+        """The same storage as it will be when it counts some positions more.
+
+        Room for all that is written into it must be reserved before.
+        """
+        other = KVCache.__new__(KVCache)
+        vars(other).update(vars(self))
+        other.length += positions
+        return other
+
     def get_seq_length(self) -> int:
         """Positions seen: Hugging Face's name for `length`."""
         return self.length

@@ -1,7 +1,7 @@
 """One new token a row, on a CPU, through compiled code: when that may be, and if not, why.
 
-`decode_tokens` runs all layers in one call, for one row or a few. `run_layer` runs one layer for
-one row, in two calls around its attention. Both compute what the modules compute. What they cannot
+`decode_tokens` runs all layers in one call, for one row or a few. `run_layer` runs one layer, in
+two calls around its attention. Both compute what the modules compute. What they cannot
 do, and what a caller wants to see of a pass (hooks, attention weights), goes through the modules; a
 WhyNot says for which reason.
 
@@ -148,15 +148,11 @@ def _compiled(
     )
 
 
-def why_not_step(x: Tensor, context: ForwardContext, rows: int = 1) -> WhyNot | None:
-    """Why no layer takes hidden states x; None if it depends on the layer.
-
-    Args:
-        rows: how many it could take.
-    """
+def why_not_step(x: Tensor, context: ForwardContext) -> WhyNot | None:
+    """Why no layer takes hidden states x; None if it depends on the layer."""
     if not x.is_cpu:
         return WhyNot.DEVICE
-    if x.shape[1] != 1 or not 0 < x.shape[0] <= rows:
+    if x.shape[1] != 1 or not 0 < x.shape[0] <= DENSE_TOKENS:
         return WhyNot.SEVERAL_TOKENS
     if not x.dtype == context.cos.dtype == torch.bfloat16:
         return WhyNot.DTYPE
@@ -172,13 +168,13 @@ def why_not_step(x: Tensor, context: ForwardContext, rows: int = 1) -> WhyNot | 
 def run_layer(
     compiled: TokenLayer, layer: LayerModules, x: Tensor, context: ForwardContext
 ) -> tuple[Tensor, Tensor]:
-    """One layer in two calls: (1, 1, D) -> (1, 1, D) and the raw router logits (1, E)."""
+    """One layer in two calls: (B, 1, D) -> (B, 1, D) and the raw router logits (B, E)."""
     functions = library()
-    qkv = functions.before_attention(compiled, x, context.cos, context.sin)
-    attended = layer.self_attn.attended(qkv, context)
+    qkv = functions.before_attention(compiled, x, *_rotary_rows(context, len(x)))
+    attended = layer.self_attn.attended(qkv, context).contiguous()
     x, normed, router_logits, routes = functions.after_attention(compiled, attended, x)
     if not compiled.has_experts:
-        x = x + layer.block_sparse_moe.moe_forward(normed, routes)
+        x = x + layer.block_sparse_moe.moe_forward(normed, routes).view_as(x)
     return x, router_logits
 
 
@@ -189,7 +185,7 @@ def decode_tokens(
 
     Its own keys and values are written to the cache, which does not count them yet.
     """
-    reason = why_not_step(x, context, DENSE_TOKENS)
+    reason = why_not_step(x, context)
     if reason is not None:
         return reason
     if context.padding_mask is not None or context.attn_mask is not None:
@@ -206,9 +202,15 @@ def decode_tokens(
         if not layer.has_experts:
             return WhyNot.EXPERTS
         ready.append(layer)
-    cos, sin = (part.expand(len(x), -1, -1, -1).contiguous() for part in (context.cos, context.sin))
+    cos, sin = _rotary_rows(context, len(x))
     out, logits = library().decode_tokens(ready, x, cos, sin, _slots(rows, len(ready)))
     return out, list(logits.unbind())
+
+
+def _rotary_rows(context: ForwardContext, rows: int) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of each row, (B, 1, 1, d)."""
+    cos, sin = (part.expand(rows, -1, -1, -1).contiguous() for part in (context.cos, context.sin))
+    return cos, sin
 
 
 def _cached_rows(x: Tensor, cache: Cache | None) -> list[tuple[KVCache, int]] | None:

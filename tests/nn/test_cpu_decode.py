@@ -17,6 +17,7 @@ from qmix.kernels import attention
 from qmix.kernels.cpu.library import attends, library
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import KVCache
+from qmix.nn.cache_ahead import CacheAhead
 from qmix.nn.cache_rows import CacheRows
 from qmix.nn.cpu_decode import WhyNot, decode_tokens, run_layer, why_not_step
 from qmix.nn.decoder_layer import DecoderLayer, compiled_whole
@@ -203,7 +204,7 @@ def one_pass(position=0, **options):
     [
         ("gradients", WhyNot.GRADIENTS),
         ("float32", WhyNot.DTYPE),
-        ("two rows", WhyNot.SEVERAL_TOKENS),
+        ("too many rows", WhyNot.SEVERAL_TOKENS),
         ("training", WhyNot.TRAINING),
         ("attentions", WhyNot.ATTENTIONS),
         ("reference", WhyNot.OVERRIDE),
@@ -218,7 +219,7 @@ def test_what_it_cannot_do_goes_through_the_modules(where, reason, monkeypatch):
     cos, sin = kernels.rotary(torch.tensor([[7]]), 32, 1e6, dtype)
     attentions = [] if where == "attentions" else None
     context = ForwardContext(cos=cos, sin=sin, attentions=attentions)
-    x = torch.randn(2 if where == "two rows" else 1, 1, 256, generator=seeded()).to(dtype)
+    x = torch.randn(17 if where == "too many rows" else 1, 1, 256, generator=seeded()).to(dtype)
     if where == "strides":
         x = torch.stack((x, x), -1)[..., 0]
     override = kernels.override("reference") if where == "reference" else nullcontext()
@@ -347,6 +348,64 @@ def test_a_row_is_what_it_is_alone_in_any_company(compiled, kind, caches):
                 found.append(model.next_logits(new[:, None], together, None, positions))
     for index, logits in enumerate(found):
         assert torch.equal(logits, torch.cat([one[index] for one in alone]))
+
+
+@pytest.mark.parametrize("kind", ["nested", "act-order", "biases", "mixed"])
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "layer by layer"])
+def test_positions_of_one_text_are_what_they_are_one_after_another(isa, kind, at_once, monkeypatch):
+    """As many as exact_rows says: to the bit, in a full ring too."""
+    model = random_model("nf4" if kind == "mixed" else kind, window=20, layers=2)
+    if kind == "mixed":
+        model.model.layers[1].block_sparse_moe.experts[3].w2.store(WEIGHTS["int8"](256, 384))
+    rows = model.exact_rows()
+    assert rows == most_rows(isa, kind)
+    if rows == 1:
+        return
+    if not at_once:
+        monkeypatch.setattr(qmix.nn.decoder, "decode_tokens", lambda *_: WhyNot.OVERRIDE)
+    ids = torch.randint(0, 64, (30 + rows,), generator=seeded(3))
+    for length in (2, 30):
+        alone, together = model.new_cache(1), model.new_cache(1)
+        model.next_logits(ids[None, :length], alone)
+        model.next_logits(ids[None, :length], together)
+        new = ids[length : length + rows, None]
+        expected = torch.cat([model.next_logits(one[None], alone) for one in new])
+        ahead = CacheAhead(together, rows)
+        found = model.next_logits(new, ahead.rows, None, ahead.rows.position_ids())
+        assert torch.equal(found, expected)
+        for _ in range(rows):
+            ahead.keep()
+        for ours, theirs in zip(together, alone, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+
+def most_rows(isa, kind):
+    """What exact_rows should say of a model in a kind of weights."""
+    if isa in ("torch", "portable"):
+        return 1
+    return {"vnni": (16, 8), "avx512": (12, 8)}.get(isa, (12, 5))[kind == "mixed"]
+
+
+@pytest.mark.parametrize(
+    "change", ["hook", "dense expert", "eager", "backend", "override", "float32", "head's hook"]
+)
+def test_rows_may_round_otherwise_where_other_code_computes_them(compiled, change):
+    model = random_model(layers=2)
+    if change == "hook":
+        model.model.layers[1].register_forward_hook(lambda *_: None)
+    elif change == "dense expert":
+        expert = model.model.layers[1].block_sparse_moe.experts[0]
+        expert.w2.store(Dense(torch.randn(256, 384).bfloat16()))
+    elif change == "eager":
+        model.model.attn_implementation = "eager"
+    elif change == "backend":
+        model.model.backend = "torch"
+    elif change == "float32":
+        model.float()
+    elif change == "head's hook":
+        model.lm_head.register_forward_hook(lambda *_: None)
+    with kernels.override("reference") if change == "override" else nullcontext():
+        assert model.exact_rows() == 1
 
 
 def test_a_cache_that_grows_rewinds_and_was_interrupted_stays_right():

@@ -115,6 +115,7 @@ def chat(
     ctx: Context = None,
     max_new_tokens: LongestReply = None,
     sampling: options.Sampling = options.SAMPLING,
+    speculate: options.Speculate = None,
     lines: Lines = False,
     plain: Plain = False,
     as_json: AsJson = False,
@@ -136,7 +137,7 @@ def chat(
     given = sampling.parse(max_new_tokens)
     directory = None
     if connect is not None:
-        _check_remote(text, template, ctx, load)
+        _check_remote(text, template, ctx, speculate, load)
         text = model
     interactive = sys.stdin.isatty() and text is None
     _check(text, lines=lines, as_json=as_json, interactive=interactive)
@@ -158,7 +159,7 @@ def chat(
             repl = Repl(stack.enter_context(_connected(connect, served, key, given)), streams)
             repl.session.system = system
         else:
-            loader = _loader(load, ctx, template, quiet=quiet)
+            loader = _loader(load, ctx, template, speculate, quiet=quiet)
             repl = Repl.loaded(loader, directory, given, streams, system)
         _talk(repl, message)
     if repl.has_cut_replies and not interactive:
@@ -180,7 +181,11 @@ def _talk(repl: "Repl", message: str | None) -> None:
 
 
 def _check_remote(
-    text: str | None, template: str | None, ctx: int | None, load: options.Load
+    text: str | None,
+    template: str | None,
+    ctx: int | None,
+    speculate: str | None,
+    load: options.Load,
 ) -> None:
     """Refuse what says how a model is loaded, where none is.
 
@@ -189,7 +194,7 @@ def _check_remote(
     """
     if text is not None:
         raise UsageError("--connect takes the place of MODEL", found="MODEL and TEXT")
-    given = {"template": template, "ctx": ctx, **vars(load)}
+    given = {"template": template, "ctx": ctx, "speculate": speculate, **vars(load)}
     for name, value in given.items():
         if value is not None:
             raise UsageError(f"--{name} is for a model that is loaded here, not for --connect")
@@ -227,13 +232,13 @@ def _connected(
 
 
 def _loader(
-    load: options.Load, ctx: int | None, template: str | None, *, quiet: bool
+    load: options.Load, ctx: int | None, template: str | None, speculate: str | None, *, quiet: bool
 ) -> "ChatLoader":
     from qmix import GenerationConfig
     from qmix.commands.chat.loading import ChatLoader
 
     defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
-    return ChatLoader(load, ctx, template, defaults, quiet)
+    return ChatLoader(load, ctx, template, defaults, quiet, speculate)
 
 
 def _check(text: str | None, *, lines: bool, as_json: bool, interactive: bool) -> None:

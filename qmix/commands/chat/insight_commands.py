@@ -33,12 +33,16 @@ def stats(repl: "Repl", argument: str) -> None:
             f"memory allows {figure(limit.tokens_per_s)} tok/s ({limit.source}); "
             f"the reply had {figure(share) if share else 0} % of that"
         )
+    if last.drafts is not None:
+        repl.notice(f"its drafts    {last.drafts}")
     if last.experts is not None:
         repl.notice(f"its {last.experts}")
     if last.energy_j is not None and last.new_tokens:
         per_token = last.energy_j / last.new_tokens
         repl.notice(f"its energy    {last.energy_j:.0f} J, {per_token:.2f} J a token")
     repl.notice(f"conversation  {whole}")
+    if whole.drafts is not None:
+        repl.notice(f"all drafts    {whole.drafts}")
     if whole.experts is not None:
         repl.notice(f"all {whole.experts}")
     if whole.energy_j is not None:

@@ -32,6 +32,7 @@ class ChatLoader:
         template: see chat_format.
         defaults: of the sampling, where neither the user nor the checkpoint says anything.
         quiet: show no bar.
+        speculate: as --speculate.
     """
 
     options: options.Load
@@ -39,6 +40,7 @@ class ChatLoader:
     template: str | None
     defaults: GenerationConfig
     quiet: bool = False
+    speculate: str | None = None
 
     def load(self, directory: Path, given: GenerationConfig) -> tuple[LocalModel, GenerationConfig]:
         """Load a model that lies on this machine, ready to answer.
@@ -67,7 +69,7 @@ class ChatLoader:
             chat_format=form,
             context=None if self.context is None else min(self.context, limit),
         )
-        return local, config.with_ends(form.end_ids)
+        return local, options.drafting(config.with_ends(form.end_ids), self.speculate, model)
 
 
 def rehearse(model: MixtralForCausalLM) -> None:

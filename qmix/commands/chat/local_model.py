@@ -23,6 +23,7 @@ from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
+from qmix.generation.speculation import Drafter
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.planning.budget import PREFILL_CHUNK
@@ -72,6 +73,7 @@ class LocalModel:
         self.context = context or limit
         self.cache: KVCache = causal_lm.new_cache(1)
         self.cached: tuple[int, ...] = ()  # the ids that it holds
+        self.drafter = Drafter()
 
     @property
     def identity(self) -> ModelIdentity:
@@ -186,6 +188,7 @@ class LocalReply:
                 cache=model.cache,
                 tokenizer=model.tokenizer,
                 starts_new_text=not self.prompt.turns[-1].answer,
+                drafter=model.drafter,
             )
             for token in stream(model.causal_lm, inputs):
                 self._last = token
@@ -219,6 +222,7 @@ class LocalReply:
             finish=self._finish,
             experts=self._experts,
             energy_j=self._energy_j,
+            drafts=None if self._last is None else self._last.drafts,
         )
 
     def choices(self) -> list[TokenChoice]:

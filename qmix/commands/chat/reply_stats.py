@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qmix.experts.statistics import Statistics
+from qmix.generation.draft_counts import DraftCounts
 from qmix.quantities import counted
 
 # `stop`: the model ended it. `stop_string`: its text reached one. `length`: max_new_tokens are
@@ -35,6 +36,7 @@ class ReplyStats:
         finish: why it ended.
         experts: what the store did during the reply, if the model is offloaded.
         energy_j: joules that the GPU took, if its driver tells.
+        drafts: ids that were drafted from the text and verified together; None: nothing is drafted.
     """
 
     prompt_tokens: int | None
@@ -49,6 +51,7 @@ class ReplyStats:
     finish: Finish
     experts: Statistics | None = None
     energy_j: float | None = None
+    drafts: DraftCounts | None = None
 
     @property
     def cut(self) -> bool:
@@ -107,6 +110,7 @@ class ConversationStats:
     tokens_per_s: float
     experts: Statistics | None
     energy_j: float | None
+    drafts: DraftCounts | None
 
     @classmethod
     def of(cls, replies: Sequence[ReplyStats]) -> "ConversationStats":
@@ -119,6 +123,7 @@ class ConversationStats:
             if reply.prompt_tokens is not None and reply.cached_tokens is not None
         ]
         stores = [reply.experts for reply in replies if reply.experts is not None]
+        drafts = [reply.drafts for reply in replies if reply.drafts is not None]
         energies = [reply.energy_j for reply in replies if reply.energy_j is not None]
         return cls(
             replies=len(replies),
@@ -129,6 +134,7 @@ class ConversationStats:
             tokens_per_s=decoded / decode_s if decode_s else 0.0,
             experts=Statistics.total(stores) if stores else None,
             energy_j=sum(energies) if energies else None,
+            drafts=sum(drafts, DraftCounts()) if drafts else None,
         )
 
     def __str__(self) -> str:

@@ -33,10 +33,13 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
         c_void_p,
         c_int32,
     ),
-    "before_attention": (POINTER(structs.TokenLayer), c_void_p, c_void_p, c_void_p, c_void_p),
-    "after_attention": (
-        POINTER(structs.TokenLayer), POINTER(structs.TokenRoute), c_void_p, c_void_p,
+    "before_attention": (
+        POINTER(structs.TokenLayer), c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
     ),
+    "after_attention": (
+        POINTER(structs.TokenLayer), POINTER(structs.TokenRoute), c_void_p, c_void_p, c_int64,
+    ),
+    "tokens_as_alone": (POINTER(structs.Matrix), POINTER(c_int64)),
     "decode_tokens": (c_void_p, c_int64, POINTER(structs.TokenStep)),
     "attend": (POINTER(structs.TokenAttention),),
     "read": (c_void_p, c_int64, POINTER(c_uint64)),

@@ -6,7 +6,7 @@ and torch multiplies.
 
 import warnings
 from collections.abc import Callable, Sequence
-from ctypes import addressof, c_uint64, c_void_p
+from ctypes import addressof, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -166,12 +166,12 @@ class Library:
         self._call("add_experts", array, len(experts), pointers, x, out, quantize_activations)
 
     def before_attention(self, layer: TokenLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Norm, projections and rotation of x [1, 1, D]: queries, keys and values, one run.
+        """Norm, projections and rotation of x [B, 1, D]: a row of queries, keys and values each.
 
-        All bfloat16 and contiguous; cos and sin [1, 1, 1, d].
+        All bfloat16 and contiguous; cos and sin [B, 1, 1, d].
         """
-        out = torch.empty(layer.qkv_outputs, dtype=x.dtype)
-        self._call("before_attention", layer.pointers, x, cos, sin, out)
+        out = torch.empty(len(x), layer.qkv_outputs, dtype=x.dtype)
+        self._call("before_attention", layer.pointers, x, len(x), cos, sin, out)
         return out
 
     def after_attention(
@@ -179,19 +179,19 @@ class Library:
     ) -> tuple[Tensor, Tensor, Tensor, Routes]:
         """Output projection, residual, norm and router, and the experts if the layer has them.
 
-        All bfloat16 and contiguous; attended [1, 1, H * d] and x [1, 1, D].
+        All bfloat16 and contiguous; attended [B, 1, H * d] and x [B, 1, D].
 
         Returns:
-            the residual stream [1, 1, D], the input of the experts [1, D], the logits of the router
-            [1, E] and its choice.
+            the residual stream [B, 1, D], the input of the experts [B, D], the logits of the router
+            [B, E] and its choice.
         """
-        residual, normed = torch.empty_like(x), torch.empty_like(x[0])
-        chosen = layer.pointers.experts_per_token
-        logits = torch.empty(1, layer.pointers.num_experts, dtype=x.dtype)
-        routes = Routes(torch.empty(1, chosen, dtype=torch.int64), torch.empty(1, chosen))
+        residual, normed = torch.empty_like(x), torch.empty_like(x[:, 0])
+        batch, chosen = len(x), layer.pointers.experts_per_token
+        logits = torch.empty(batch, layer.pointers.num_experts, dtype=x.dtype)
+        routes = Routes(torch.empty(batch, chosen, dtype=torch.int64), torch.empty(batch, chosen))
         outputs = (residual, normed, logits, routes.ids, routes.weights)
         pointers = structs.TokenRoute(*(tensor.data_ptr() for tensor in outputs))
-        self._call("after_attention", layer.pointers, pointers, attended, x)
+        self._call("after_attention", layer.pointers, pointers, attended, x, batch)
         return residual, normed, logits, routes
 
     def decode_tokens(
@@ -244,6 +244,12 @@ class Library:
         pointers = (c_void_p * len(layers))(*(addressof(layer.pointers) for layer in layers))
         self._call("decode_tokens", pointers, len(layers), step)
         return out, logits
+
+    def tokens_as_alone(self, weight: Table | Affine) -> int:
+        """Up to how many tokens of 16 bits a matmul computes each as if it were alone."""
+        found, references = c_int64(), list[Tensor]()
+        self._call("tokens_as_alone", matrix_of(weight, references), found)
+        return found.value
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of single tokens to all of k and v: (B, H, 1, d), (B, G, L, d) -> (B, H, 1, d).

@@ -131,20 +131,26 @@ int32_t qmix_add_experts(const ExpertMatrices* experts, int64_t count, const Exp
     });
 }
 
-int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, const uint16_t* cos,
-                              const uint16_t* sin, uint16_t* qkv, int32_t threads,
-                              Fork fork) {
+int32_t qmix_before_attention(const TokenLayer* layer, const uint16_t* x, int64_t tokens,
+                              const uint16_t* cos, const uint16_t* sin, uint16_t* qkv,
+                              int32_t threads, Fork fork) {
     return status_of([&] {
-        before_attention<Kernels>(*layer, x, 1, cos, sin, qkv, threads, fork);
+        before_attention<Kernels>(*layer, x, tokens, cos, sin, qkv, threads, fork);
     });
 }
 
 int32_t qmix_after_attention(const TokenLayer* layer, const TokenRoute* out,
-                             const uint16_t* attended, const uint16_t* x, int32_t threads,
-                             Fork fork) {
+                             const uint16_t* attended, const uint16_t* x, int64_t tokens,
+                             int32_t threads, Fork fork) {
     return status_of([&] {
-        after_attention<Kernels>(*layer, *out, 1, attended, x, threads, fork);
+        after_attention<Kernels>(*layer, *out, tokens, attended, x, threads, fork);
     });
+}
+
+// For matmuls that may quantize activations.
+int32_t qmix_tokens_as_alone(const Matrix* weight, int64_t* tokens, int32_t, Fork) {
+    *tokens = tokens_as_alone<Kernels>(*weight);
+    return 0;
 }
 
 int32_t qmix_decode_tokens(const TokenLayer* const* layers, int64_t count, const TokenStep* step,

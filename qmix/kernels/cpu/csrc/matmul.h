@@ -284,6 +284,16 @@ void multiply_tiles(const Tiles& tiles, int64_t task, int64_t panel_tokens) {
     }
 }
 
+// Up to how many tokens each is computed as if it were alone: as long as they are taken one by one.
+template <class Kernels>
+int64_t tokens_as_alone(const Matrix& weight) {
+    const int64_t unit = scale_unit(weight);
+    if constexpr (Kernels::INT16)
+        if (unit && Kernels::takes(weight, IntegerTable(weight), unit))
+            return Kernels::max_int16_tokens(weight);
+    return 1;
+}
+
 template <class Kernels>
 std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int threads) {
     const int64_t panel_tokens = Kernels::lanes(MAX_TOKENS);
