@@ -110,6 +110,28 @@ INT4 = (
     Mutation("the other constant", r"0xd480d480", "0xd480d481"),
     Mutation("the pair of bytes", r"0x4140", "0x4342"),
 )
+INT8 = (
+    Mutation("a byte of the next code", r"0x7150", "0x7151"),
+    Mutation("the upper byte of 1024 lost", r"0x7352", "0x7342"),
+    Mutation("the pair of bytes", r"0x7352", "0x7150"),
+    Mutation("the constant that is subtracted", r"0xe480e480", "0xe481e480"),
+)
+ANY_TABLE = (
+    *NF4[:3],
+    Mutation("the top bit of a code lost", r"0x44444444", "0x44444404"),
+    Mutation("the lower bits of a code", r"0x77777777", "0x77777737"),
+    Mutation("another code's value", r"0x32103210", "0x32113210"),
+    Mutation("the halves of a table", r"(prmt\.b32 (\w), )\2, x, t", r"\1x, \2, t"),
+)
+GROUPS = (
+    Mutation("a scale left out", r"mul\.f16(\s+%rs\d+, %rs\d+), %rs\d+;", r"mov.b16\1;"),
+    Mutation(
+        "the scale of another group",
+        r"(ld\.shared\.b32\s+%r\d+, \[%r\d+\+)(\d+)",
+        _number(lambda n: n + 256),
+        SOME,
+    ),
+)
 PLACES = (
     Mutation("axes of the grid", r"%ctaid\.x", "%ctaid.z"),
     Mutation("a store to the next place", r"(st\.global\S* \[ ?%rd\d+ ?\+ ?)0", r"\g<1>16", SOME),
@@ -168,6 +190,11 @@ CAMPAIGNS = {
     "matmul nf4": Campaign(_linear("nf4"), "packed_matmul", (*LOOP, *COLUMNS, *NF4, *PLACES)),
     "matmul int4": Campaign(
         _linear("int4 asymmetric g64"), "packed_matmul", (*LOOP, *COLUMNS, *INT4)
+    ),
+    "matmul int8": Campaign(_linear("int8 asymmetric"), "packed_matmul", (*LOOP, *INT8)),
+    "matmul of a table": Campaign(_linear("own table"), "packed_matmul", ANY_TABLE),
+    "matmul in groups of 16": Campaign(
+        _linear("int6 nested g16"), "packed_matmul", (*COLUMNS, *INT8, *GROUPS)
     ),
     "gate_up": Campaign(_experts, "gate_up", (*LOOP, *NF4, *REDUCTIONS)),
     "down": Campaign(_experts, "down", (*LOOP, *COLUMNS, *NF4, *PLACES)),
