@@ -271,11 +271,13 @@ def pack_codes(codes: Tensor, bits: int = 4) -> Tensor:
         return codes[:, 0::2] | codes[:, 1::2] << 4
     if bits > 4:
         return torch.cat((pack_codes(codes & 15), pack_codes(codes >> 4, bits - 4)), 1)
-    device = codes.device
-    shifts = torch.arange(0, 8 * bits, bits, device=device)  # eight codes fill `bits` bytes
-    words = (codes.view(codes.shape[0], -1, 8).long() << shifts).sum(-1)
-    octets = torch.arange(0, 8 * bits, 8, device=device)
-    return (words[..., None] >> octets & 255).to(torch.uint8).flatten(1)
+    octets = [torch.zeros_like(codes[:, ::8]) for _ in range(bits)]  # eight codes fill them
+    for code, start in zip(codes.view(len(codes), -1, 8).unbind(-1), range(0, 64, bits), strict=False):
+        octet, shift = divmod(start, 8)
+        octets[octet] |= code << shift
+        if shift + bits > 8:
+            octets[octet + 1] |= code >> 8 - shift
+    return torch.stack(octets, -1).flatten(1)
 
 
 def unpack_codes(packed: Tensor, bits: int = 4) -> Tensor:
@@ -287,11 +289,15 @@ def unpack_codes(packed: Tensor, bits: int = 4) -> Tensor:
     if bits > 4:
         lower, upper = packed.tensor_split((packed.shape[1] * 4 // bits,), 1)
         return unpack_codes(lower) | unpack_codes(upper, bits - 4) << 4
-    device = packed.device
-    octets = packed.view(packed.shape[0], -1, bits).long()
-    words = (octets << torch.arange(0, 8 * bits, 8, device=device)).sum(-1)
-    shifts = torch.arange(0, 8 * bits, bits, device=device)
-    return (words[..., None] >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(1)
+    octets = packed.view(packed.shape[0], -1, bits).unbind(-1)  # eight codes
+    codes = []
+    for start in range(0, 8 * bits, bits):
+        octet, shift = divmod(start, 8)
+        code = octets[octet] >> shift
+        if shift + bits > 8:
+            code |= octets[octet + 1] << 8 - shift
+        codes.append(code & (1 << bits) - 1)
+    return torch.stack(codes, -1).flatten(1)
 
 
 _REORDERED_ROWS = 64  # seven times as fast as 1024: the gathered rows stay in the cache

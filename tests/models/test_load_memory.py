@@ -1,5 +1,7 @@
 """What loading takes beside the model: one weight at a time, packed in chunks."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,10 +10,17 @@ from qmix.models import load, read_ahead
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.pack import Packer
 from qmix.planning.budget import READ_AHEAD
+from qmix.weights.dense import Dense
+from qmix.weights.expert import Expert
 from qmix.weights.packed import planes
+from qmix.weights.packed.layout import pack_expert, pack_matrix
+from qmix.weights.packed.tile_format import PANEL
 from qmix.weights.scheme import NF4, Scheme
+from tests.support.every_layout import EVERY
 from tests.support.live_bytes import LiveBytes
 from tests.support.models import quantized, write_dense
+from tests.support.packed import KINDS, OTHERS
+from tests.support.soak import one_in
 
 HIDDEN, INNER = 256, 512
 # The 8x7B's expert has 176 M weights: with so many bytes for each of an expert's weights beside the
@@ -103,3 +112,48 @@ def test_loading_a_model_takes_little_beside_it(tmp_path, monkeypatch, scheme, m
     assert resident > 2 * 8 * weights / 2
     assert peak - resident <= ALLOWED * weights, (peak - resident) / weights
     assert model.model.layers[1].block_sparse_moe.stored.packed is not None
+
+
+FORMS = {**KINDS, **OTHERS}
+
+
+@pytest.mark.parametrize("kind", one_in(6, FORMS))
+def test_packing_an_expert_of_any_form_takes_little_beside_it(kind, monkeypatch):
+    """Beside the packed one: the expert as it was read, and what packing needs meanwhile."""
+    monkeypatch.setattr(planes, "CHUNK_ELEMENTS", HIDDEN * INNER // 16)
+    w1, w2, w3 = (
+        FORMS[kind](*shape, seed)
+        for seed, shape in enumerate(((INNER, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN)))
+    )
+    with LiveBytes() as live:
+        blob = pack_expert(Expert(w1, w2, w3)).blob
+    beside = live.peak - blob.nbytes + w1.nbytes + w2.nbytes + w3.nbytes
+    assert beside <= ALLOWED * 3 * HIDDEN * INNER
+
+
+@pytest.mark.parametrize("name", one_in(10, EVERY))
+def test_every_layout_takes_little_beside_its_weights(name, tmp_path, monkeypatch):
+    """Its tensors, the weight that is built of them if a GPU does that, and packing the weight.
+
+    As many of its rows as a panel has, over and over: rows are packed alike.
+    """
+    monkeypatch.setattr(planes, "CHUNK_ELEMENTS", 1 << 12)
+    checkpoint = open_checkpoint(EVERY[name](tmp_path / "m"))
+    experts = [tensor for tensor in checkpoint.tensors if tensor.kind == "expert"][:3]
+    for tensor in experts:
+        stored = checkpoint.read_all(tensor)
+        if checkpoint.built_anywhere(tensor):
+            with monkeypatch.context() as device, LiveBytes() as live:
+                device.setattr(torch.Tensor, "is_cpu", False)
+                weight = checkpoint.built(tensor, stored)
+            read = sum(part.nbytes for part in stored.values())
+            assert read + live.peak <= ALLOWED * math.prod(weight.shape)
+        else:
+            weight = checkpoint.built(tensor, stored)
+        if isinstance(weight, Dense) or weight.shape[1] % 32:
+            continue
+        many = weight.take(torch.arange(4 * PANEL) % weight.shape[0])
+        with LiveBytes() as live:
+            packed = pack_matrix(many)
+        beside = live.peak - packed.blob.nbytes + many.nbytes
+        assert beside <= ALLOWED * math.prod(many.shape)
