@@ -7,12 +7,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qmix.generation.host_copy import to_device
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.padding import without_full_mask
 from qmix.generation.stopping import RowText, StoppingCriterion, rows_to_stop
 from qmix.text.detokenizer import StreamDetokenizer
+
+_MASKED_AHEAD = 1024  # columns by which a mask grows: none of them is padding
 
 
 class Rows:
@@ -32,7 +35,7 @@ class Rows:
         self._input_ids = prompt_ids.to(device, torch.int64)
         self._new: list[Tensor] = []  # columns (B, 1) that `_input_ids` does not have yet
         self._attention_mask = without_full_mask(inputs.attention_mask, device)
-        self._unmasked = 0  # columns that `_attention_mask` does not have yet
+        self._columns = 0 if self._attention_mask is None else self._attention_mask.shape[1]
         self.newest = prompt_ids[:, -1:]
         self.ended = torch.zeros(len(prompt_ids), dtype=torch.bool)
         self._criteria: Sequence[StoppingCriterion] = inputs.stopping_criteria
@@ -66,11 +69,11 @@ class Rows:
     def attention_mask(self) -> Tensor | None:
         """Bool (B, P + new ids), False at padding, on the same device; None: no padding."""
         mask = self._attention_mask
-        if mask is not None and self._unmasked:
-            seen = mask.new_ones(len(mask), self._unmasked)
-            self._attention_mask = mask = torch.cat((mask, seen), 1)
-            self._unmasked = 0
-        return mask
+        if mask is None:
+            return None
+        if mask.shape[1] < self._columns:
+            self._attention_mask = mask = F.pad(mask, (0, _MASKED_AHEAD), value=True)
+        return mask[:, : self._columns]
 
     @property
     def ids_mask(self) -> Tensor | None:
@@ -99,7 +102,7 @@ class Rows:
         self.ended = self.ended | torch.isin(ids, self._eos)
         self.newest = ids[:, None]
         self._new.append(self.newest)
-        self._unmasked += 1
+        self._columns += 1
         for criterion in self._criteria:
             self.ended = self.ended | rows_to_stop(criterion, self.input_ids, scores)
         texts = tuple(

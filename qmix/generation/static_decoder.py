@@ -53,6 +53,17 @@ def _recordable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _continues(mask: Tensor, before: Tensor) -> bool:
+    """Whether a mask is another part, from the same place on, of what the last one was a part of."""
+    if mask.is_inference() or before.is_inference():  # nothing says whether these were changed
+        return False
+    return (mask.data_ptr(), mask.stride(), mask._version) == (
+        before.data_ptr(),
+        before.stride(),
+        before._version,
+    )
+
+
 class RotaryTables:
     """Cosines and sines of all positions, made once for all decoders of a model."""
 
@@ -126,6 +137,7 @@ class StaticDecoder:
         self.ids = torch.zeros(cache.batch, dtype=torch.int64, device=device)
         self.past = torch.full((cache.batch,), cache.length, dtype=torch.int32, device=device)
         self._padding = torch.zeros_like(self.past) if padded else None  # columns on the left
+        self._mask: Tensor | None = None  # that `_padding` was taken from
         self.logits = torch.zeros(cache.batch, head.out_features, device=device)
         self.scores = torch.zeros_like(self.logits)
         settings = StepSettings(
@@ -220,9 +232,14 @@ class StaticDecoder:
 
     @torch.no_grad()
     def set_padding(self, attention_mask: Tensor) -> None:
-        """Take each row's padding from its mask, bool (B, L): False at columns on the left."""
+        """Take each row's padding from its mask, bool (B, L): False at columns on the left.
+
+        A mask that has only grown since the last step, within the same memory, is not read again.
+        """
         assert self._padding is not None
-        self._padding.copy_((~attention_mask).sum(1))
+        if self._mask is None or not _continues(attention_mask, self._mask):
+            self._padding.copy_((~attention_mask).sum(1))
+        self._mask = attention_mask
 
     def _launch(self) -> None:
         """Launch a step. Nothing here may depend on a value that lies on the device."""

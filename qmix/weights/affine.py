@@ -272,7 +272,9 @@ def pack_codes(codes: Tensor, bits: int = 4) -> Tensor:
     if bits > 4:
         return torch.cat((pack_codes(codes & 15), pack_codes(codes >> 4, bits - 4)), 1)
     octets = [torch.zeros_like(codes[:, ::8]) for _ in range(bits)]  # eight codes fill them
-    for code, start in zip(codes.view(len(codes), -1, 8).unbind(-1), range(0, 64, bits), strict=False):
+    for code, start in zip(
+        codes.view(len(codes), -1, 8).unbind(-1), range(0, 64, bits), strict=False
+    ):
         octet, shift = divmod(start, 8)
         octets[octet] |= code << shift
         if shift + bits > 8:

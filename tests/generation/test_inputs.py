@@ -71,3 +71,22 @@ def test_rows_that_have_ended_get_padding_and_the_mask_grows_with_the_ids():
     assert rows.input_ids.tolist() == [[0, 5, 6, 2, 0], [7, 8, 9, 11, 13]]
     assert rows.attention_mask.tolist() == [[False, *[True] * 4], [True] * 5]
     assert rows.ids_mask.shape == rows.input_ids.shape
+
+
+def test_the_mask_of_a_step_is_a_longer_part_of_the_last_ones_memory():
+    """So that padding costs no operation a step."""
+    inputs = GenerationInputs(IDS, GenerationConfig(), attention_mask=MASK).left_padded()
+    rows = Rows(inputs, torch.device("cpu"))
+    scores, ids = torch.zeros(2, 16), torch.tensor([3, 4])
+    rows.append(ids, scores, last=False)
+    before = rows.attention_mask
+    for columns in range(5, 5 + 40):
+        rows.append(ids, scores, last=False)
+        mask = rows.attention_mask
+        assert mask.shape == (2, columns)
+        assert mask.data_ptr() == before.data_ptr()
+        assert mask[:, 3:].all()
+    for _ in range(1100):
+        rows.append(ids, scores, last=False)
+    assert rows.attention_mask.shape == (2, 1144)
+    assert rows.attention_mask.tolist() == [[False, *[True] * 1143], [True] * 1144]

@@ -57,6 +57,22 @@ def launches(monkeypatch):
     return found
 
 
+def test_the_same_padding_is_not_read_again():
+    decoder = object.__new__(StaticDecoder)
+    decoder._padding, decoder._mask = torch.zeros(2, dtype=torch.int32), None
+    whole = torch.ones(2, 8, dtype=torch.bool)
+    whole[1, :3] = False
+    decoder.set_padding(whole[:, :4])
+    assert decoder._padding.tolist() == [0, 3]
+    decoder._padding.fill_(7)
+    decoder.set_padding(whole[:, :5])
+    assert decoder._padding.tolist() == [7, 7]
+    for other in (whole[:, :5].clone(), whole[:, 1:5], whole.index_fill_(1, torch.tensor([0]), 0)):
+        decoder._padding.fill_(7)
+        decoder.set_padding(other)
+        assert decoder._padding.tolist() == (~other).sum(1).tolist()
+
+
 GREEDY = SampleFn(Sampling(), None)
 
 
