@@ -54,7 +54,7 @@ def _recordable(device: torch.device) -> bool:
 
 
 def _continues(mask: Tensor, before: Tensor) -> bool:
-    """Whether a mask is another part, from the same place on, of what the last one was a part of."""
+    """Whether a mask is a part of the same memory, from the same place on, as the last one."""
     if mask.is_inference() or before.is_inference():  # nothing says whether these were changed
         return False
     return (mask.data_ptr(), mask.stride(), mask._version) == (
