@@ -97,6 +97,8 @@ class StaticDecoder:
         max_positions: how many columns there may be.
     """
 
+    _mask: Tensor | None = None  # that `_padding` was taken from
+
     def __init__(
         self,
         model: Decoder,
@@ -137,7 +139,6 @@ class StaticDecoder:
         self.ids = torch.zeros(cache.batch, dtype=torch.int64, device=device)
         self.past = torch.full((cache.batch,), cache.length, dtype=torch.int32, device=device)
         self._padding = torch.zeros_like(self.past) if padded else None  # columns on the left
-        self._mask: Tensor | None = None  # that `_padding` was taken from
         self.logits = torch.zeros(cache.batch, head.out_features, device=device)
         self.scores = torch.zeros_like(self.logits)
         settings = StepSettings(
