@@ -94,6 +94,10 @@ class Api:
             request, lambda given: self._model.detokenized(token_request.parse_detokenize(given))
         )
 
+    async def tokenizer(self, _: Request) -> Response:
+        """GET /tokenizer_info"""
+        return JSONResponse(self._model.tokenizer_document)
+
     async def metrics(self, _: Request) -> Response:
         """GET /metrics"""
         return Response(self._metrics.text, media_type=CONTENT_TYPE)
@@ -182,6 +186,7 @@ def app(
             Route("/v1/embeddings", api.embeddings, methods=["POST"]),
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", api.tokenizer),
             Route("/metrics", api.metrics),
             Route("/slots", api.slots),
             Route(HEALTH, api.health),

@@ -229,6 +229,20 @@ class ServedModel:
             for choice in range(asked.n)
         ]
 
+    @property
+    def tokenizer_document(self) -> dict[str, Any]:
+        """What /tokenizer_info says, as vLLM does."""
+        tokenizer = self.tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "unk_token": tokenizer.unk_token,
+            "pad_token": tokenizer.pad_token,
+            "chat_template": None if self.template == INST else self.template,
+            "model_max_length": self.limits.context,
+        }
+
     def tokenized(self, asked: TokenizeRequest) -> dict[str, Any]:
         """The answer of /tokenize.
 
@@ -311,8 +325,9 @@ class ServedModel:
     def _check_length(self, ids: Sequence[int], param: str) -> None:
         if len(ids) >= self.limits.context:
             raise ApiError(
-                f"{param}: {counted(len(ids), 'token')} leave no place for a reply; "
-                f"the context has {self.limits.context}",
+                # Clients know this error by OpenAI's words.
+                f"{param}: this model's maximum context length is {self.limits.context} tokens; "
+                f"{counted(len(ids), 'token')} leave no place for a reply",
                 param=param,
                 code="context_length_exceeded",
             )
