@@ -29,6 +29,7 @@ class RowText:
         self, detokenizer: StreamDetokenizer, eos_ids: tuple[int, ...], stops: tuple[str, ...]
     ) -> None:
         self.ended = False
+        self.stop: str | None = None  # that ended it
         self._detokenizer = detokenizer
         self._eos_ids = eos_ids
         self._stops = stops
@@ -42,10 +43,11 @@ class RowText:
         if self.ended:
             return ""
         text = self._pending + self._detokenizer.put(token)
-        cuts = [cut for cut in (text.find(stop) for stop in self._stops) if cut >= 0]
+        cuts = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if cuts:
             self.ended = True
-            return text[: min(cuts)]
+            cut, self.stop = min(cuts)
+            return text[:cut]
         self.ended = token in self._eos_ids
         if self.ended or last:
             return text + self._detokenizer.end()

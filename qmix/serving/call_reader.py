@@ -44,10 +44,10 @@ class CallReader:
     """Reads one reply.
 
     Args:
-        opener: what stands before the first call.
+        opener: what stands before the first call; None: there is none.
     """
 
-    def __init__(self, opener: str) -> None:
+    def __init__(self, opener: str | None) -> None:
         self._opener = opener
         self._state: Literal["text", "head", "arguments"] = "text"
         self._held = ""  # not yet certain
@@ -82,6 +82,9 @@ class CallReader:
 
     def _text(self) -> tuple[str, bool]:
         """Text that is certain, and whether the opener stands behind it."""
+        if self._opener is None:
+            text, self._held = self._held, ""
+            return text, False
         before, opener, behind = self._held.partition(self._opener)
         if opener:
             # What a call turns out not to be is given back with its opener: see end.

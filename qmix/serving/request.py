@@ -131,6 +131,7 @@ class Ended:
 
     Attributes:
         error: why, if `finish` is "error".
+        stop: the stop string that ended it.
         cached_tokens: of the prompt, found in the cache of an earlier request.
         prompt_logprobs: of the prompt's second id and those after it, if they were asked for.
         expert_counts: new ids that each expert computed, layer by layer, if they were asked for.
@@ -143,6 +144,7 @@ class Ended:
     cached_tokens: int = 0
     new_tokens: int = 0
     error: QmixError | None = None
+    stop: str | None = None
     prompt_logprobs: tuple[LogProb, ...] = ()
     expert_counts: tuple[tuple[int, ...], ...] = ()
     waited_s: float = 0.0

@@ -115,6 +115,7 @@ class Running:
         return Ended(
             finish=finish,
             error=error,
+            stop=self._text.stop,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             new_tokens=self.new_tokens,

@@ -8,13 +8,14 @@ tests/serving/http/test_serving_page.py keeps the page in step.
 import json
 from dataclasses import MISSING, fields
 
-from qmix.serving.http import chat_request, completion_request, token_request
+from qmix.serving.http import chat_request, completion_request, messages_request, token_request
 from tests.support.house import ROOT
 
 PAGE = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- fields: python -m tests.support.serving_page -->", "<!-- end of fields -->"
 REQUESTS = (
     ("/v1/chat/completions", chat_request.ChatRequest, chat_request.OTHERS),
+    ("/v1/messages", messages_request.MessagesRequest, messages_request.OTHERS),
     ("/v1/completions", completion_request.CompletionRequest, completion_request.OTHERS),
     ("/tokenize", token_request.TokenizeRequest, token_request.OTHERS),
     ("/detokenize", token_request.DetokenizeRequest, token_request.OTHERS),

@@ -11,20 +11,29 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from qmix.serving.call_reader import CallReader
 from qmix.serving.engine import Engine
-from qmix.serving.http import chat_request, completion_request, replies, token_request
+from qmix.serving.http import (
+    chat_request,
+    completion_request,
+    messages_request,
+    replies,
+    token_request,
+)
 from qmix.serving.http.body import Bodies
 from qmix.serving.http.chat_reply import ChatReply
-from qmix.serving.http.errors import ApiError
+from qmix.serving.http.errors import MESSAGES, ApiError
 from qmix.serving.http.event_stream import EventStream
 from qmix.serving.http.flight import Flight, LeftError, unless_left
 from qmix.serving.http.guard import HEALTH, PAGE, Access, Guard
+from qmix.serving.http.messages_reply import MessagesReply
 from qmix.serving.http.metrics import CONTENT_TYPE, Metrics
 from qmix.serving.http.page.document import page
 from qmix.serving.http.prompt_log import PromptLog
 from qmix.serving.http.replies import CompletionReply, Head, ReplyFormat
 from qmix.serving.http.served_model import ServedModel
 from qmix.serving.request import Request as EngineRequest
+from qmix.serving.tools import new_id
 
 Call = tuple[list[EngineRequest], ReplyFormat, bool]  # the last: whether the reply is streamed
 
@@ -78,6 +87,19 @@ class Api:
         """POST /v1/chat/completions"""
         return await self._answer(request, self._chat)
 
+    async def messages(self, request: Request) -> Response:
+        """POST /v1/messages"""
+        return await self._answer(request, self._messages)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens"""
+
+        def counted(document: dict[str, Any]) -> dict[str, Any]:
+            asked = messages_request.parse(document, counts=True)
+            return {"input_tokens": len(self._model.ids_of(asked))}
+
+        return await self._documented(request, counted)
+
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions"""
         return await self._answer(request, self._completion)
@@ -128,7 +150,7 @@ class Api:
             requests, form, streams = await self._bodies.prepared(request, logged)
             flight = Flight(self._engine, requests, self._metrics.observe)
             if streams:
-                return EventStream(replies.chunks(flight, form), flight.cancel)
+                return EventStream(replies.chunks(flight, form), flight.cancel, request.url.path)
             try:
                 document = await unless_left(request.receive, replies.whole(flight, form))
             finally:
@@ -149,6 +171,14 @@ class Api:
             includes_usage=asked.stream_options,
             readers=self._model.readers(asked),
         )
+        return requests, form, asked.stream
+
+    def _messages(self, document: dict[str, Any]) -> Call:
+        asked = messages_request.parse(document)
+        (request,) = requests = self._model.chat(asked, self._deadline_s)
+        head = {"id": f"msg_{new_id()}", "model": self._model.name}
+        readers = self._model.readers(asked) or [CallReader(None)]
+        form = MessagesReply(head, len(request.ids), readers[0])
         return requests, form, asked.stream
 
     def _completion(self, document: dict[str, Any]) -> Call:
@@ -182,6 +212,8 @@ def app(
             Route("/v1/models", api.models),
             Route("/v1/models/{name:path}", api.model),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route(MESSAGES, api.messages, methods=["POST"]),
+            Route(f"{MESSAGES}/count_tokens", api.count_tokens, methods=["POST"]),
             Route("/v1/completions", api.completion, methods=["POST"]),
             Route("/v1/embeddings", api.embeddings, methods=["POST"]),
             Route("/tokenize", api.tokenize, methods=["POST"]),
@@ -207,16 +239,17 @@ async def _page(_: Request) -> Response:
     return Response(shown.html, media_type="text/html; charset=utf-8", headers=dict(shown.headers))
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    return ApiError(what, status=error.status_code, code="unknown_url").response()
+    return ApiError(what, status=error.status_code, code="unknown_url").response(request.url.path)
 
 
-async def _broken(_: Request, error: Exception) -> Response:
-    return ApiError("qmix failed: its log says where", status=500, code="failed").response()
+async def _broken(request: Request, error: Exception) -> Response:
+    failed = ApiError("qmix failed: its log says where", status=500, code="failed")
+    return failed.response(request.url.path)

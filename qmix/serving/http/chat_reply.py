@@ -26,20 +26,19 @@ class ChatReply:
     includes_usage: bool
     readers: Sequence[CallReader] = ()
 
-    def whole(self, choices: Sequence[Choice]) -> Document:
+    def whole(self, choices: Sequence[Choice], usage: Document) -> Document:
         """See ReplyFormat."""
-        return self.head.document(
-            [
-                {
-                    "index": index,
-                    "message": self._message(index, choice.text),
-                    "logprobs": self._logprobs(choice.logprobs),
-                    "finish_reason": self._reason(index, choice.finish),
-                    **expert_counts(choice.ended),
-                }
-                for index, choice in enumerate(choices)
-            ]
-        )
+        listed = [
+            {
+                "index": index,
+                "message": self._message(index, choice.text),
+                "logprobs": self._logprobs(choice.logprobs),
+                "finish_reason": self._reason(index, choice.finish),
+                **expert_counts(choice.ended),
+            }
+            for index, choice in enumerate(choices)
+        ]
+        return self.head.document(listed, usage=usage)
 
     def opening(self, index: int) -> list[Document]:
         """See ReplyFormat."""

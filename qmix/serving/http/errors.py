@@ -12,6 +12,15 @@ from qmix.serving.request import BusyError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _RETRY_S = "1"
+# Anthropic's clients call paths that begin with this, and read errors in a form of their own.
+MESSAGES = "/v1/messages"
+_MESSAGES_TYPES = {
+    **_TYPES,
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -56,7 +65,15 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
-        """The answer."""
+    def document_at(self, path: str) -> dict[str, Any]:
+        """The body of the answer in the form that callers of a path read."""
+        if not path.startswith(MESSAGES):
+            return self.document
+        kind = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = _MESSAGES_TYPES.get(self.status, kind)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str) -> JSONResponse:
+        """The answer to a call of a path."""
         headers = {"retry-after": _RETRY_S} if self.status == 429 else None
-        return JSONResponse(self.document, self.status, headers)
+        return JSONResponse(self.document_at(path), self.status, headers)

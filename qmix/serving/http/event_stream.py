@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from qmix.serving.http.errors import ApiError
+from qmix.serving.http.errors import MESSAGES, ApiError
 from qmix.serving.http.flight import LeftError, unless_left
 
 _HEADERS = {
@@ -27,14 +27,19 @@ class EventStream(Response):
     Args:
         documents: as they come; None sends a comment, a sign of life.
         close: called at the end, also where the client leaves before.
+        path: that was called. Anthropic's events are named by their type, and have no [DONE].
     """
 
     def __init__(
-        self, documents: AsyncIterator[dict[str, Any] | None], close: Callable[[], None]
+        self,
+        documents: AsyncIterator[dict[str, Any] | None],
+        close: Callable[[], None],
+        path: str,
     ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._documents, self._close = documents, close
+        self._documents, self._close, self._path = documents, close, path
+        self._named = path.startswith(MESSAGES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -50,17 +55,18 @@ class EventStream(Response):
         await send(start)
         try:
             async for document in self._documents:
-                await _put(send, _BEAT if document is None else _event(document))
+                await _put(send, _BEAT if document is None else self._event(document))
         except ApiError as error:
-            await _put(send, _event(error.document))
-        await _put(send, _DONE)
+            await _put(send, self._event(error.document_at(self._path)))
+        if not self._named:
+            await _put(send, _DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _event(self, document: dict[str, Any]) -> bytes:
+        name = f"event: {document['type']}\n" if self._named else ""
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+        return f"{name}data: {text}\n\n".encode()
 
 
 async def _put(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-def _event(document: dict[str, Any]) -> bytes:
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()

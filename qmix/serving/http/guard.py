@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qmix.serving.http.errors import ApiError
+from qmix.serving.http.errors import MESSAGES, ApiError
 
 HEALTH = "/health"
 PAGE = "/"
@@ -26,7 +26,7 @@ class Access:
     """What a request must show.
 
     Attributes:
-        key: in `Authorization: Bearer KEY`; None: nothing.
+        key: in `Authorization: Bearer KEY`, or Anthropic's `x-api-key`; None: nothing.
         host_names: names of this server beside localhost and addresses.
     """
 
@@ -53,7 +53,7 @@ class Access:
                 status=403,
                 code="wrong_origin",
             )
-        if self.key is not None and path not in _OPEN and not self._has_key(headers):
+        if self.key is not None and path not in _OPEN and not self._has_key(headers, path):
             raise ApiError(
                 "Authorization: expected `Bearer` and the server's key",
                 status=401,
@@ -70,9 +70,11 @@ class Access:
             return False
         return True
 
-    def _has_key(self, headers: Headers) -> bool:
+    def _has_key(self, headers: Headers, path: str) -> bool:
         assert self.key is not None
         scheme, _, given = headers.get("authorization", "").partition(" ")
+        if path.startswith(MESSAGES) and "x-api-key" in headers:
+            scheme, given = "bearer", headers["x-api-key"]
         # Digests are of one length, so that the time of the comparison tells nothing.
         digests = [hashlib.sha256(key.encode()).digest() for key in (given.strip(), self.key)]
         return hmac.compare_digest(*digests) and scheme.lower() == "bearer"
@@ -97,6 +99,6 @@ class Guard:
         try:
             self._access.check(Headers(scope=scope), scope["path"])
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)

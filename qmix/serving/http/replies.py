@@ -48,8 +48,8 @@ class ReplyFormat(Protocol):
     @property
     def choices_per_prompt(self) -> int: ...
 
-    def whole(self, choices: Sequence[Choice]) -> Document:
-        """A reply in one document, without its usage."""
+    def whole(self, choices: Sequence[Choice], usage: Document) -> Document:
+        """A reply in one document."""
         ...
 
     def opening(self, index: int) -> list[Document]:
@@ -112,11 +112,10 @@ class CompletionReply:
     choices_per_prompt: int
     includes_usage: bool
 
-    def whole(self, choices: Sequence[Choice]) -> Document:
+    def whole(self, choices: Sequence[Choice], usage: Document) -> Document:
         """See ReplyFormat."""
-        return self.head.document(
-            [self._whole(index, choice) for index, choice in enumerate(choices)]
-        )
+        listed = [self._whole(index, choice) for index, choice in enumerate(choices)]
+        return self.head.document(listed, usage=usage)
 
     def opening(self, index: int) -> list[Document]:
         """See ReplyFormat."""
@@ -187,7 +186,7 @@ async def whole(flight: Flight, form: ReplyFormat) -> Document:
             index, event = found
             choices[index].put(event)
     ended = [choice.ended for choice in choices if choice.ended is not None]
-    return {**form.whole(choices), "usage": _usage(ended, form.choices_per_prompt)}
+    return form.whole(choices, _usage(ended, form.choices_per_prompt))
 
 
 async def chunks(flight: Flight, form: ReplyFormat) -> AsyncIterator[Document | None]:

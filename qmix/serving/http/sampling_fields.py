@@ -13,7 +13,7 @@ from qmix.generation.logits_processors import LogitsProcessor
 from qmix.serving import grammar
 from qmix.serving.biases import LogitBias, OccurrencePenalties
 from qmix.serving.http.errors import ApiError
-from qmix.serving.http.fields import Items, Number, Whole, WrongValueError, flag, taken, text
+from qmix.serving.http.fields import Items, Number, Whole, WrongValueError, at, flag, taken, text
 from qmix.serving.tools import ANY_OBJECT
 
 MAX_CHOICES = 16
@@ -65,11 +65,16 @@ def schema_of_format(value: Any) -> Mapping[str, Any] | None:
         return ANY_OBJECT
     described = value.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
-    if not isinstance(schema, dict):
-        raise WrongValueError("an object", ".json_schema.schema")
-    if len(json.dumps(schema)) > _MAX_SCHEMA_CHARACTERS:
-        raise WrongValueError(f"at most {_MAX_SCHEMA_CHARACTERS} characters", ".json_schema.schema")
-    return schema
+    return dict(at(".json_schema.schema", json_schema, schema))
+
+
+def json_schema(value: Any) -> dict[str, Any]:
+    """A JSON schema of a bounded size."""
+    if not isinstance(value, dict):
+        raise WrongValueError("an object")
+    if len(json.dumps(value)) > _MAX_SCHEMA_CHARACTERS:
+        raise WrongValueError(f"at most {_MAX_SCHEMA_CHARACTERS} characters")
+    return value
 
 
 @dataclass(frozen=True)

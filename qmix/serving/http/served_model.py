@@ -140,9 +140,7 @@ class ServedModel:
             ApiError: the conversation does not fit the template, or the context.
         """
         self.check(asked)
-        use = asked.tool_use
-        tools = () if use is None else use.shown
-        ids = self.chat_ids(asked.messages, tools, continues=asked.continue_final_message)
+        use, ids = asked.tool_use, self.ids_of(asked)
         new_tokens = asked.new_tokens or self.limits.context
         self._check_length(ids, "messages")
         mask = self._masks(asked, use)
@@ -169,6 +167,17 @@ class ServedModel:
         if asked.tool_use is None:
             return []
         return [CallReader(self.calls.opener) for _ in range(asked.n)]
+
+    def ids_of(self, asked: ChatRequest) -> list[int]:
+        """The prompt of a chat.
+
+        Raises:
+            ApiError: the conversation does not fit the template, or the model is another.
+        """
+        self.check_name(asked.model)
+        use = asked.tool_use
+        tools = () if use is None else use.shown
+        return self.chat_ids(asked.messages, tools, continues=asked.continue_final_message)
 
     def chat_ids(
         self, turns: Sequence[Turn], tools: Sequence[Tool] = (), *, continues: bool = False

@@ -230,7 +230,7 @@ def replied(served, engine, **options):
             assert event.error is None
     head = Head("", "", "")
     form = ChatReply(head, served.tokenizer, False, 1, False, served.readers(asked))
-    return form.whole([choice])["choices"][0]
+    return form.whole([choice], {})["choices"][0]
 
 
 def test_calls_behind_a_control_token_are_begun_by_the_model_itself(served):
