@@ -105,6 +105,15 @@ class Browser:
         """What an element shows."""
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
 
+    def accessible(self):
+        """What a screen reader is given: (role, name) of each node."""
+        nodes = self.command("Accessibility.getFullAXTree")["nodes"]
+        return [
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in nodes
+            if not node["ignored"]
+        ]
+
     def _middle(self, selector):
         """The point in the middle of an element, which must be the topmost thing there."""
         x, y, topmost = self.evaluate(

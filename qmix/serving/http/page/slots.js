@@ -13,6 +13,7 @@ async function pollSlots() {
   try {
     if (!document.hidden) showSlots(await (await request("/slots")).json());
   } catch (error) {
+    byId("slots").tBodies[0].replaceChildren(); // what they did is no longer so
     byId("load").textContent = error.status ? error.message : "the server does not answer";
   }
   setTimeout(pollSlots, POLL_MS);

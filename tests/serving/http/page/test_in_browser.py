@@ -1,11 +1,14 @@
 """The page in a headless Chromium, with clicks and keys of a person's."""
 
 import json
+import re
+from subprocess import PIPE
 
 import pytest
 
 from tests.support import browser as chromium
 from tests.support.http_server import serving
+from tests.support.process import QMIX, started
 
 pytestmark = [
     pytest.mark.soak,
@@ -234,6 +237,42 @@ def test_a_key_is_asked_for_and_kept_in_memory_only():
         assert contents(page, REPLY)[0]
         kept = "document.cookie + JSON.stringify(localStorage) + JSON.stringify(sessionStorage)"
         assert "secret" not in page.evaluate(kept + " + document.documentElement.outerHTML")
+
+
+def test_a_screen_reader_finds_a_name_for_everything(page):
+    page.click("#expert_counts")
+    ask(page, "def add(a, b):")
+    page.click(".experts summary")
+    found = page.accessible()
+    for role in ("textbox", "button", "spinbutton", "checkbox", "article", "log", "form", "table"):
+        names = [name for each, name in found if each == role]
+        assert names, role
+        assert all(names), (role, names)
+    for expected in (
+        *(("textbox", "Message"), ("textbox", "System prompt"), ("spinbutton", "Temperature")),
+        *(("log", "Conversation"), ("region", "Experts by layer"), ("button", "Regenerate")),
+    ):
+        assert expected in found, expected
+    levels = [(role, name) for role, name in found if role == "heading"]
+    assert levels[:3] == [("heading", "qmix"), ("heading", "You"), ("heading", "Model")]
+
+
+def test_a_server_that_is_gone_is_said_and_the_reply_stays():
+    with started([*QMIX, "serve", "--demo", "--port", "0"], stderr=PIPE, text=True) as server:
+        url = next(filter(None, (re.search(r"http://[^ /]+", line) for line in server.stderr)))[0]
+        with chromium.opened() as page:
+            page.open(f"{url}/")
+            page.until("document.querySelector('#model').innerText.includes('context')")
+            page.click("#message")
+            page.type("Tell me a story")
+            page.evaluate("document.querySelector('#temperature').value = 2")
+            page.key("Enter")
+            page.until("document.querySelectorAll('.token').length > 3")
+            server.kill()
+            page.until("document.querySelector('#alert').textContent.includes('is gone')")
+            assert contents(page, REPLY)[0]
+            page.until("document.querySelector('#load').textContent.includes('not answer')")
+            assert contents(page, "#slots td") == []
 
 
 def test_everything_is_reached_by_tab_and_a_narrow_screen_does_not_scroll_sideways(page):
