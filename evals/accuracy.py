@@ -4,7 +4,9 @@
 model by each method on the same windows of the corpus's training split. It scores every result in
 float32 against the 16-bit model on the held-out split and prints a markdown table. The checkpoints
 of other quantizers in DIR (`make rivals` writes some) are scored beside them. `--ablations` instead
-leaves out one part of GPTQ after another.
+leaves out one part of GPTQ after another. `--overfit` scores on the calibration text too: how much
+higher KL is on the held-out text, beside a method that needs no calibration, shows what was fitted
+too closely.
 
 Scores differ with the text, which comes with Python, so the record names its SHA-256.
 """
@@ -84,7 +86,11 @@ def record(
 
 
 def _scores(
-    variants: Sequence[Variant], rivals: Sequence[Path], source: Path, text: Text
+    variants: Sequence[Variant],
+    rivals: Sequence[Path],
+    source: Path,
+    text: Text,
+    calibration: Calibration | None,
 ) -> list[VariantScore]:
     scores = []
 
@@ -93,7 +99,7 @@ def _scores(
         scores.append(each)
 
     for directory in rivals:
-        add(score(directory.name, directory, text, source, rival=True))
+        add(score(directory.name, directory, text, source, rival=True, calibration=calibration))
     for variant in variants:
         say(f"{variant.name}: quantizing")
         with tempfile.TemporaryDirectory() as scratch:
@@ -101,7 +107,7 @@ def _scores(
             out = Path(scratch) / variant.name
             variant.write(source, out)
             say(f"{variant.name}: {time.process_time() - begun:.0f} s of processor time; scoring")
-            add(score(variant.name, out, text, source, rival=False))
+            add(score(variant.name, out, text, source, rival=False, calibration=calibration))
     return scores
 
 
@@ -118,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="rows to measure; * matches all"
     )
+    parser.add_argument("--overfit", action="store_true", help="score on the calibration text too")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of each window")
     parser.add_argument("--json", action="store_true", help="print the record, not the table")
@@ -128,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(options: argparse.Namespace) -> str:
     words = ["python -m qmix.evals.accuracy"]
     words += ["--ablations"] if options.ablations else []
+    words += ["--overfit"] if options.overfit else []
     words += ["--rivals DIR"] if options.rivals else []
     words += ["--only", *options.only] if options.only else []
     return " ".join([*words, f"--samples {options.samples} --seqlen {options.seqlen}"])
@@ -156,7 +164,8 @@ def measure(options: argparse.Namespace) -> None:
     )
     chosen = matching(variants, options.only)
     rivals = rival_directories(options.rivals) if options.rivals else ()
-    scores = _scores(chosen, rivals, source, Text.of(corpus.heldout_text()))
+    fitted = calibration if options.overfit else None
+    scores = _scores(chosen, rivals, source, Text.of(corpus.heldout_text()), fitted)
     body = ablation_table(scores) if options.ablations else score_table(scores)
     document = record(scores, calibration, _command(options), body)
     sys.stdout.write(json.dumps(document, indent=2) + "\n" if options.json else _table(document))

@@ -12,12 +12,15 @@ from typing import Any
 from qmix.errors import CheckpointError
 from qmix.evals import markdown
 from qmix.evals.quality.bootstrap import Estimate
-from qmix.evals.quality.evaluation import evaluate
+from qmix.evals.quality.evaluation import evaluate, evaluate_all
 from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
 from qmix.evals.quality.texts import Text
 from qmix.evals.quality.window_scores import difference
-from qmix.formats import open_checkpoint
+from qmix.evals.quality.windows import ScoringWindows, whole_windows
+from qmix.formats import Checkpoint, open_checkpoint
 from qmix.formats.compatibility import storage_summary
+from qmix.quantize.calibrated.windows import Calibration
+from qmix.text.tokenizer import LlamaTokenizer
 
 _HEADER = ("model", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
 
@@ -31,6 +34,7 @@ class VariantScore:
         schemes: number of weights in each scheme.
         group_size: of all of them; None if they differ, or are in blocks.
         rival: whether another project's quantizer wrote the checkpoint.
+        on_calibration: the score on the text that quantizers were calibrated with, if asked for.
     """
 
     name: str
@@ -39,6 +43,14 @@ class VariantScore:
     group_size: int | None
     rival: bool
     result: Perplexity
+    on_calibration: Perplexity | None = None
+
+    @property
+    def calibration_kl(self) -> float | None:
+        """Mean KL on the calibration text, where a method that fits it too closely is too good."""
+        if self.on_calibration is None or self.on_calibration.reference is None:
+            return None
+        return self.on_calibration.reference.kl_mean
 
     @property
     def reference(self) -> ReferenceScore:
@@ -71,11 +83,45 @@ class VariantScore:
             "schemes": self.schemes,
             **asdict(self.reference),
             "perplexity": self.result.perplexity,  # replaces the source's
+            **({} if self.calibration_kl is None else {"calibration_kl_mean": self.calibration_kl}),
         }
 
 
-def score(name: str, directory: Path, text: Text, source: Path, *, rival: bool) -> VariantScore:
+@dataclass(frozen=True)
+class CalibrationText:
+    """The windows that quantizers are calibrated with; a Material of `evaluation`."""
+
+    calibration: Calibration
+
+    @property
+    def content(self) -> str:
+        return ""
+
+    @property
+    def sha256(self) -> str:
+        return self.calibration.text_sha256
+
+    def windows(
+        self, checkpoint: Checkpoint, tokenizer: LlamaTokenizer, ids: list[int]
+    ) -> ScoringWindows:
+        """See Material."""
+        count, size = self.calibration.ids.shape
+        return whole_windows(self.calibration.ids, f"{count} calibration windows of {size}")
+
+
+def score(
+    name: str,
+    directory: Path,
+    text: Text,
+    source: Path,
+    *,
+    rival: bool,
+    calibration: Calibration | None = None,
+) -> VariantScore:
     """Score a quantized checkpoint in float32 on the CPU.
+
+    Args:
+        calibration: also score it on this text.
 
     Raises:
         CheckpointError: the checkpoint is damaged, not quantized, or has another tokenizer than the
@@ -97,6 +143,12 @@ def score(name: str, directory: Path, text: Text, source: Path, *, rival: bool) 
     mixed = len({scheme.bits for scheme, _ in weights}) > 1 or len(group_sizes) > 1
     names = [str(scheme) for scheme, _ in weights]
     result = evaluate(directory, text, reference=source, dtype="float32", device="cpu")
+    fitted = None
+    if calibration is not None:
+        material = CalibrationText(calibration)
+        (fitted,) = evaluate_all(
+            [directory], material, reference=source, dtype="float32", device="cpu"
+        )
     return VariantScore(
         name=name,
         bits_per_weight=sum(scheme.bits_per_weight * count for scheme, count in weights) / total,
@@ -104,6 +156,7 @@ def score(name: str, directory: Path, text: Text, source: Path, *, rival: bool) 
         group_size=None if mixed else group_sizes.pop(),
         rival=rival,
         result=result,
+        on_calibration=fitted,
     )
 
 
@@ -156,6 +209,12 @@ def score_table(scores: Sequence[VariantScore]) -> str:
     source = scores[0].reference
     rows: list[tuple[str, ...]] = [("bf16", "16.000", f"{source.perplexity:.4f}", "-", "-", "-")]
     rows += [each.cells() for each in scores]
+    if any(each.calibration_kl is not None for each in scores):
+        header += ("on calibration text", "held-out over it")
+        rows = [
+            (*row, *(("-", "-") if each is None else _fit(each)))
+            for row, each in zip(rows, (None, *scores), strict=True)
+        ]
     if any(each.rival for each in scores):
         rivals = [None if each.rival else rival_to_beat(each, scores) for each in scores]
         ratios = [
@@ -176,6 +235,12 @@ def ablation_table(scores: Sequence[VariantScore]) -> str:
         ratio = "-" if base is None else _within(kl_ratio(each, base), ".3f")
         rows.append((*each.cells(), ratio))
     return markdown.table(("GPTQ", *_HEADER[1:], "KL over full"), rows)
+
+
+def _fit(each: VariantScore) -> tuple[str, str]:
+    """KL on the calibration text, and how much higher it is on the held-out text."""
+    kl = each.calibration_kl
+    return ("-", "-") if kl is None else (f"{kl:.5f}", f"{each.kl / kl:.2f}")
 
 
 def _within(ratio: Estimate, form: str) -> str:

@@ -66,6 +66,11 @@ def _from(first: int, windows: int, size: int) -> Tensor:
     return (torch.arange(size) >= first).repeat(windows, 1)
 
 
+def whole_windows(ids: Tensor, protocol: str) -> ScoringWindows:
+    """Windows (W, S) that are given, all but the first id of each scored."""
+    return ScoringWindows(ids, _from(1, *ids.shape), protocol)
+
+
 def text_windows(
     checkpoint: Checkpoint,
     tokenizer: LlamaTokenizer,

@@ -104,6 +104,19 @@ def test_the_table_has_a_row_for_each_and_the_record_says_on_what(capsys, tmp_pa
     assert str(tmp_path) not in out.read_text()
 
 
+def test_the_calibration_text_is_scored_beside_the_held_out_one(capsys):
+    options = "--overfit --only nf4 --samples 2 --seqlen 32"
+    assert accuracy.main([*options.split(), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (one,) = document["scores"]
+    assert one["calibration_kl_mean"] > 0
+    row = cells(document["table"][-1])
+    assert row[-2] == f"{one['calibration_kl_mean']:.5f}"
+    assert row[-1] == f"{one['kl_mean'] / one['calibration_kl_mean']:.2f}"
+    assert cells(document["table"][2])[-2:] == ["-", "-"]
+    assert "--overfit" in document["command"]
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_record_that_cannot_be_written_is_one_line_after_the_result(
     capsys, tmp_path, monkeypatch, as_json
