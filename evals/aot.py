@@ -14,9 +14,10 @@ Does not work in Triton's interpreter (TRITON_INTERPRET=1), whose kernels cannot
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -121,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--decode", action="store_true", help="only what a decode step of up to 8 tokens launches"
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="only kernels whose names contain one of these, such as 'down int8 64,'",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (2)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each kernel")
     parser.add_argument("--write", action="store_true", help="record what was found")
@@ -128,11 +136,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(options: argparse.Namespace) -> list[WeightKernel | PlainKernel]:
+    kernels: Iterable[WeightKernel | PlainKernel]
     if options.decode:
-        return [*decode_kernels(options.arch)]
-    if options.all:
-        return [*weight_kernels(options.arch), *plain_kernels(options.arch, attention.DTYPES)]
-    return [*usual_kernels(options.arch)]
+        kernels = decode_kernels(options.arch)
+    elif options.all:
+        kernels = chain(
+            weight_kernels(options.arch), plain_kernels(options.arch, attention.DTYPES)
+        )
+    else:
+        kernels = usual_kernels(options.arch)
+    return [kernel for kernel in kernels if any(text in str(kernel) for text in options.only)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
