@@ -20,6 +20,7 @@ from qmix.experts.policy import Policy
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency
 from qmix.kernels import PackedExperts, Routes
+from qmix.kernels.cpu import packed_moe
 from qmix.models.offload import Tiers
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.expert import Expert
@@ -167,8 +168,13 @@ class DeviceOffload:
         target.copy_(pack_expert(Expert(w1=w1, w2=w2, w3=w3)).blob)
 
     def _measure_cpu(self, store: DeviceStore) -> None:
-        """Time how fast the CPU multiplies a host blob; the second of two runs, on warm threads."""
+        """Time how fast the CPU multiplies a host blob; the second of two runs, on warm threads.
+
+        Not where it has to unpack the blob: then misses are never left to it.
+        """
         experts = self._packed[0]
+        if not packed_moe.is_compiled(experts.packed[0]):
+            return
         x = torch.ones(1, experts.table.shape[1])
         routes = Routes(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
         chosen = torch.ones(1, 1, dtype=torch.bool)

@@ -32,14 +32,20 @@ def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tenso
     return out
 
 
-def _is_compiled(matrix: PackedMatrix) -> bool:
-    """Whether the compiled kernel knows it: four bits, a tile a group, zeros that are codes."""
-    return matrix.format.bits == 4 and not matrix.format.group and not matrix.free_zeros
+def is_compiled(packed: PackedExpert) -> bool:
+    """Whether a compiled kernel multiplies the expert; if not, it is unpacked, which takes seconds.
+
+    It knows four bits, one group a tile, and zeros that are codes.
+    """
+    return library().isa is not None and all(
+        matrix.format.bits == 4 and not matrix.format.group and not matrix.free_zeros
+        for matrix in (packed.gate_up, packed.down)
+    )
 
 
 def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
     compiled = library()
-    if compiled.isa is None or not (_is_compiled(packed.gate_up) and _is_compiled(packed.down)):
+    if not is_compiled(packed):
         compiled.fallbacks += 3
         expert = unpack_expert(packed)
         gate, up = (tiles.linear(x, weight) for weight in (expert.w1, expert.w3))

@@ -9,6 +9,7 @@ from qmix.kernels.cpu.library import library
 from qmix.weights.expert import Expert
 from qmix.weights.packed.layout import pack_expert, unpack_expert
 from tests.support.cpu_kernels import random_int4, random_nf4, seeded
+from tests.support.packed import OTHERS
 
 D, WIDTH = 256, 384
 
@@ -52,6 +53,22 @@ def test_packed_experts_are_what_unpacking_gives(isa, kind, group, tokens):
         assert (out - expected).norm() <= 3e-4 * expected.norm()
         assert torch.equal(out, packed_moe.experts(x, routes, blobs))
     assert (library().fallbacks > 0) == (isa == "torch")
+
+
+COMPILED = {"own table": True, "fp4": True, "nf4 b256": True, "int2 biases": False}
+COMPILED |= {"e2m1 b16": False, "int8 asymmetric": False, "int6 nested g16": False}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_what_the_compiled_kernel_does_not_know_is_unpacked(kind):
+    make = OTHERS[kind]
+    stored = Expert(make(128, 256), make(256, 128, 1), make(128, 256, 2))
+    packed = pack_expert(stored)
+    assert packed_moe.is_compiled(packed) == (COMPILED[kind] and library().isa is not None)
+    x = torch.randn(2, 256, generator=seeded())
+    routes = Routes(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+    expected = oracle(x, routes, [stored])
+    assert (packed_moe.experts(x, routes, [packed]) - expected).norm() <= 2e-3 * expected.norm()
 
 
 def test_threads_change_no_bit_and_only_chosen_experts_are_asked_for(isa):
