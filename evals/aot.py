@@ -140,9 +140,7 @@ def _chosen(options: argparse.Namespace) -> list[WeightKernel | PlainKernel]:
     if options.decode:
         kernels = decode_kernels(options.arch)
     elif options.all:
-        kernels = chain(
-            weight_kernels(options.arch), plain_kernels(options.arch, attention.DTYPES)
-        )
+        kernels = chain(weight_kernels(options.arch), plain_kernels(options.arch, attention.DTYPES))
     else:
         kernels = usual_kernels(options.arch)
     return [kernel for kernel in kernels if any(text in str(kernel) for text in options.only)]

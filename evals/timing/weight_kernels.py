@@ -72,14 +72,10 @@ class WeightKernel:
     early: bool = False
 
     def __str__(self) -> str:
-        of = self.tile_format
-        stored = f"{'own ' if of.own_table else ''}{of.kind} {of.inputs}"
-        stored += f" g{of.group}" if of.group else ""
-        stored += "" if of.symmetric else " asymmetric"
         how = " sorted" if self.is_sorted else " split" if self.is_split else ""
         how += " dependent" if self.early else ""
         return (
-            f"sm_{self.arch} {self.kernel}{how} {stored}, "
+            f"sm_{self.arch} {self.kernel}{how} {self.tile_format}, "
             f"{self.config.columns} columns, {self.config.warps} warps"
         )
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from qmix.generation.packed_layers import LayerWeights
-from qmix.kernels.gpu.grid import most_blocks
+from qmix.generation.packed_layers import LayerWeights, Projection
+from qmix.kernels.gpu.grid import Tuning, most_blocks
 from qmix.kernels.gpu.launch import can_depend
 from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.kernels.moe import DECODE_TOKENS
+from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import PANEL
 
 if TYPE_CHECKING:  # needs triton
@@ -61,11 +63,13 @@ class LayerLaunches:
         self._tuning = tuning
         batch, shared, _, width = storage[0][0].shape
         device, hidden = settings.past.device, len(settings.last_norm)
-        fits = width == PANEL and batch <= DECODE_TOKENS
+        packed = [layer.projections for layer in layers]
+        fits = width == PANEL and batch <= DECODE_TOKENS and None not in packed
         self._rotates_in_qkv = fits and tuning.rotate_in_qkv
         self._norms_in_products = self._rotates_in_qkv and tuning.norm_in_products
         # Counters, zero before and after every launch. No launch shares them with its neighbour.
-        panels = max(layers[0].qkv.shape[0], hidden) // PANEL
+        rows = [each.shape[0] for pair in packed if pair is not None for each in pair]
+        panels = max([hidden, *rows]) // PANEL
         zeros = torch.zeros(
             3, max(batch * shared, 4 * panels + 1), dtype=torch.int32, device=device
         )
@@ -97,7 +101,7 @@ class LayerLaunches:
             attended = self._attended(self._queries(normed, index), index)
             router = pointwise.residual_norm_route(
                 x,
-                moe.linear_partials(attended, layer.o_proj, tuning.o_proj),
+                _partials(attended, layer.o_proj, tuning.o_proj),
                 layer.post_norm,
                 shared.eps,
                 layer.gate,
@@ -128,6 +132,7 @@ class LayerLaunches:
         normed = fused.start_norm(x, self._layers[0].input_norm, shared.eps)
         expert_ids = []
         for index, layer in enumerate(self._layers):
+            assert isinstance(layer.o_proj, PackedMatrix)
             normed, routes = fused.project_route(
                 self._attended(self._queries(normed, index), index),
                 layer.o_proj,
@@ -157,12 +162,13 @@ class LayerLaunches:
 
     def _queries(self, x: "Tensor | Normed", index: int) -> Tensor:
         """Rotated queries [B, 1, H, d] of normed rows; their keys and values go into the cache."""
-        from qmix.kernels.gpu import fused, moe, pointwise
+        from qmix.kernels.gpu import fused, pointwise
 
         shared, weight = self._settings, self._layers[index].qkv
         keys, values = self._storage[index]
         places = (keys, values, shared.cos, shared.sin, shared.past)
         if self._rotates_in_qkv:
+            assert isinstance(weight, PackedMatrix)
             return fused.rotated_qkv(
                 x,
                 weight,
@@ -176,7 +182,7 @@ class LayerLaunches:
             )
         assert isinstance(x, Tensor)
         return pointwise.rotate_store(
-            moe.linear_partials(x, weight, self._tuning.qkv),
+            _partials(x, weight, self._tuning.qkv),
             *places,
             heads=shared.heads,
             starts=shared.padding,
@@ -200,3 +206,18 @@ class LayerLaunches:
             tuning=self._tuning.attention,
         )
         return attended.view(len(q), -1)
+
+
+def _partials(x: Tensor, weight: Projection, tuning: Tuning) -> Tensor:
+    """The partial sums of a projection of float16 rows [B, K]: float32 [Z, B, N]."""
+    from qmix.kernels.gpu import moe
+
+    if isinstance(weight, PackedMatrix):
+        return moe.linear_partials(x, weight, tuning)
+    outputs = [
+        moe.linear_partials(x, part, tuning).sum(0)
+        if isinstance(part, PackedMatrix)
+        else F.linear(x.to(part.dtype), part).float()
+        for part in weight
+    ]
+    return torch.cat(outputs, 1)[None]

@@ -13,10 +13,13 @@ from qmix.kernels import PackedExperts, PackedWeight
 from qmix.nn.cpu_decode import why_not_modules
 from qmix.nn.decoder import Decoder
 from qmix.nn.decoder_layer import DecoderLayer
-from qmix.nn.linear import RMSNorm, is_observed
+from qmix.nn.linear import Linear, RMSNorm, is_observed
 from qmix.nn.moe import SparseMoeBlock
 from qmix.weights.dense import Dense
 from qmix.weights.packed.layout import PackedMatrix
+
+# One packed matrix, or several weights whose outputs follow each other: packed, or dense [N, K].
+Projection = PackedMatrix | tuple[PackedMatrix | Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +27,27 @@ class LayerWeights:
     """What the kernels of one layer read."""
 
     input_norm: Tensor
-    qkv: PackedMatrix
-    o_proj: PackedMatrix
+    qkv: Projection
+    o_proj: Projection
     post_norm: Tensor
     gate: Tensor
     experts: PackedExperts
 
+    @property
+    def projections(self) -> tuple[PackedMatrix, PackedMatrix] | None:
+        """Of attention, if both are one packed matrix, which launches that do more want."""
+        if isinstance(self.qkv, PackedMatrix) and isinstance(self.o_proj, PackedMatrix):
+            return self.qkv, self.o_proj
+        return None
+
 
 def layer_weights(layer: nn.Module) -> LayerWeights | None:
-    """The layer's weights; None if one is not packed, or the layer's modules have to be called."""
+    """The layer's weights; None if one has no kernel, or the layer's modules have to be called."""
     if type(layer) is not DecoderLayer or is_observed(layer) or why_not_modules(layer):
         return None
     attention, block = layer.self_attn, layer.block_sparse_moe
-    qkv, o_proj = _whole_matrix(attention.fused_qkv), _whole_matrix(attention.o_proj.stored)
+    qkv = _projection(attention.fused_qkv, attention.q_proj, attention.k_proj, attention.v_proj)
+    o_proj = _projection(attention.o_proj.stored, attention.o_proj)
     gate, experts = block.gate.stored, block.stored.packed
     if qkv is None or o_proj is None or experts is None:
         return None
@@ -46,11 +57,20 @@ def layer_weights(layer: nn.Module) -> LayerWeights | None:
     return LayerWeights(layer.input_layernorm.weight, qkv, o_proj, post_norm, gate.data, experts)
 
 
-def _whole_matrix(weight: object) -> PackedMatrix | None:
-    """The matrix of a packed weight; None if the weight is a part of one, or not packed."""
-    if isinstance(weight, PackedWeight) and weight.selection is None:
-        return weight.matrix
-    return None
+def _projection(whole: object, *modules: Linear) -> Projection | None:
+    """What a projection's kernels read; None if a weight is neither packed nor dense."""
+    if isinstance(whole, PackedWeight) and whole.selection is None:
+        return whole.matrix
+    parts: list[PackedMatrix | Tensor] = []
+    for module in modules:
+        weight = module.stored
+        if isinstance(weight, Dense):
+            parts.append(weight.data)
+        elif isinstance(weight, PackedWeight) and weight.selection is None:
+            parts.append(weight.matrix)
+        else:
+            return None
+    return tuple(parts)
 
 
 def first_experts(model: Decoder) -> Experts | None:
@@ -65,7 +85,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def supported(model: Decoder) -> bool:
-    """Whether the kernels take the decoder: its dtype, its heads, and packed weights throughout.
+    """Whether the kernels take the decoder: its dtype, its heads, and packed experts throughout.
 
     The launches call no module, so one with a hook, or of another class, is not supported.
     """

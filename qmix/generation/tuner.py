@@ -231,16 +231,14 @@ def shapes_of(model: Decoder, rows: int) -> str:
     config, weights = model.config, layer_weights(model.layers[0])
     assert weights is not None
     table = weights.experts.table
-    formats = (weights.qkv.format, weights.o_proj.format, table.gate_up, table.down)
-    ordered = (weights.qkv.perm, weights.o_proj.perm, table.perm)
-    kinds = (
-        f"{each.kind} {each.inputs}{'' if each.symmetric else ' with zeros'}" for each in formats
-    )
+    projections = weights.projections or ()
+    formats = (*(each.format for each in projections), table.gate_up, table.down)
+    ordered = (*(each.perm for each in projections), table.perm)
     return (
         f"{config.hidden_size}x{config.intermediate_size}, "
         f"{config.num_experts_per_tok} of {config.num_local_experts} experts, "
         f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}, "
-        f"{' / '.join(kinds)}{', act-order' if any(p is not None for p in ordered) else ''}, "
+        f"{' / '.join(map(str, formats))}{', act-order' if any(p is not None for p in ordered) else ''}, "
         f"{str(model.norm.weight.dtype).removeprefix('torch.')}, {rows} rows"
     )
 

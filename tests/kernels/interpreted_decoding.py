@@ -36,12 +36,12 @@ BOUND = 5e-3
 pytestmark = CONVERSIONS
 
 
-def packed_model(make, **changes):
+def packed_model(make, dense=(), **changes):
     widths = {"hidden_size": 128, "intermediate_size": 64, "num_local_experts": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     model = small_model(**{**widths, **heads, "num_hidden_layers": 2, **changes})
     for seed, (name, module) in enumerate(model.named_modules()):
-        if isinstance(module, Linear) and not name.endswith(("gate", "lm_head")):
+        if isinstance(module, Linear) and not name.endswith(("gate", "lm_head", *dense)):
             module.store(make(module.out_features, module.in_features, seed))
     model.to(DEVICE)
     packer = Packer()
@@ -121,6 +121,20 @@ def test_steps_equal_the_reference(make, window, padded):
         assert torch.equal(logits.argmax(-1), after.argmax(-1))
     assert cache.length == 7
     assert step.past.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("dense", one_in(2, [("v_proj", "o_proj"), ("v_proj",)]), ids=str)
+def test_attention_that_is_not_packed_or_not_as_one_matrix(dense):
+    model = packed_model(nf4, dense, num_hidden_layers=1, **HEADS_OF_128)
+    prompt = PROMPT.to(DEVICE)
+    expected = reference_steps(model, prompt, None, 2)
+    cache = prefilled(model, prompt, None)
+    step = StaticDecoder(model.model, model.lm_head, cache)
+    for before, after in pairwise(expected):
+        logits = step.step(before.argmax(-1))
+        cache.advance(1)
+        assert error(logits, after) <= BOUND
+        assert torch.equal(logits.argmax(-1), after.argmax(-1))
 
 
 HEADS_OF_128 = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}

@@ -70,6 +70,10 @@ class TileFormat:
     def tile_bytes(self) -> int:
         return self.code_bytes + self.scale_bytes * (1 if self.symmetric else 2)
 
+    def __str__(self) -> str:
+        own, group = "own " if self.own_table else "", f" g{self.group}" if self.group else ""
+        return f"{own}{self.kind} {self.inputs}{group}{'' if self.symmetric else ' asymmetric'}"
+
     def matrix_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix [N, K], header included."""
         return HEADER_BYTES + shape[0] // PANEL * (shape[1] // self.inputs) * self.tile_bytes
