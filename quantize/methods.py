@@ -13,7 +13,7 @@ from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDO
 from qmix.quantize.adapter import with_adapter
 from qmix.quantize.calibrated.bit_allocation import allocate_bits, check_bits
 from qmix.quantize.calibrated.layer_work import EXPECTED, LayerWork
-from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions, Objective
 from qmix.quantize.calibrated.run import prepare, quantize_calibrated
 from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
@@ -39,6 +39,8 @@ class QuantizeRequest:
         group_size: inputs of a group; None means 128.
         bits: bits a weight for `auto`; None means 4.25.
         calibration: the file of the user's calibration text, which the caller reads.
+        objective: what a calibrated method should change least: the outputs of each matrix
+            ("layer") or the model's predictions ("loss"); None means "layer".
         samples: windows of calibration text; None means 256.
         seqlen: tokens of a window; None means 2048, or the model's positions if they are fewer.
         adapter: the folder of a LoRA that is merged into the weights before they are rounded.
@@ -57,6 +59,7 @@ class QuantizeRequest:
     asymmetric: bool = False
     bits: float | None = None
     calibration: Path | None = None
+    objective: Objective | None = None
     samples: int | None = None
     seqlen: int | None = None
     device: str | None = None
@@ -75,6 +78,7 @@ class QuantizeRequest:
             "--no-double-quant": not self.double_quant and self.method not in ("nf4", "fp4"),
             "--bits": self.bits is not None and self.method != "auto",
             "--calibration": self.calibration is not None and not self.calibrated,
+            "--objective": self.objective is not None and not self.calibrated,
             "--samples": self.samples is not None and not self.calibrated,
             "--seqlen": self.seqlen is not None and not self.calibrated,
             "--resume": self.resume and not self.calibrated,
@@ -159,6 +163,7 @@ def _calibrated(
     progress("tokenizing", 0.0, 0.0)
     calibration = _calibration(opened, request, text)
     options = CalibratedOptions(
+        layer=LayerOptions(objective=request.objective or LayerOptions.objective),
         device=parse_device(request.device),
         shard_bytes=request.shard_bytes,
         requantize=request.requantize,

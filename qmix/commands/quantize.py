@@ -80,6 +80,14 @@ Calibration = Annotated[
         rich_help_panel=_CALIBRATION,
     ),
 ]
+Objective = Annotated[
+    Literal["layer", "loss"] | None,
+    typer.Option(
+        help="What changes least: outputs of each matrix, or predictions.",
+        show_default="layer",
+        rich_help_panel=_CALIBRATION,
+    ),
+]
 Samples = Annotated[
     int | None,
     typer.Option(
@@ -133,6 +141,7 @@ def quantize(
     asymmetric: Asymmetric = False,
     bits: Bits = None,
     calibration: Calibration = None,
+    objective: Objective = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
     resume: Resume = False,
@@ -167,6 +176,7 @@ def quantize(
         asymmetric=asymmetric,
         bits=bits,
         calibration=calibration,
+        objective=objective,
         samples=samples,
         seqlen=seqlen,
         device=device,

@@ -146,6 +146,17 @@ def for_rewriting(largest: int) -> MemoryBreakdown:
     )
 
 
+def for_backward(config: MixtralConfig, in_memory: int) -> MemoryBreakdown:
+    """The host memory of a backward pass through one layer after another."""
+    return MemoryBreakdown(
+        (
+            Item("a layer and its gradients", quantize_cost.backward_bytes(config)),
+            Item("hidden states", in_memory),
+            Item("process", PROCESS_BYTES, standing=True),
+        )
+    )
+
+
 def for_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> MemoryBreakdown:
     """The host memory of GPTQ: the arrays of one matrix, and `in_memory` bytes of tokens."""
     work = quantize_cost.work(config, tokens)

@@ -30,6 +30,15 @@ def token_bytes(config: MixtralConfig, tokens: int, *, correct: bool = True) -> 
     return 4 * tokens * config.hidden_size * arrays
 
 
+def backward_bytes(config: MixtralConfig) -> int:
+    """Bytes of a layer and of what autograd keeps of 2048 tokens, in float32."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    weights = hidden * heads + 3 * config.num_local_experts * hidden * inner
+    kept = 2048 * (config.num_experts_per_tok * (5 * inner + 2 * hidden) + 8 * hidden + 2 * heads)
+    return 4 * (weights + kept)
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of one layer.

@@ -10,31 +10,30 @@ width, E experts, K inputs of a matrix, n tokens of a batch. Knows the checkpoin
 files.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qmix import kernels
 from qmix.errors import CheckpointError
-from qmix.formats import Checkpoint, names
+from qmix.formats import Checkpoint
 from qmix.kernels import Routes
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.gpu_memory import experts_at_once
-from qmix.quantize.calibrated.layer_work import PASS, SOLVE, LayerWork, schemes_of
+from qmix.quantize.calibrated.layer_gradients import InnerGradients, LayerGradients
+from qmix.quantize.calibrated.layer_tensors import LayerTensors, RoundingJob
+from qmix.quantize.calibrated.layer_work import PASS, LayerWork
 from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, window_batches
-from qmix.quantize.output_checkpoint import read_finite, squared_sums
-from qmix.quantize.rounding import gptq
 from qmix.quantize.rounding.hessian import Moments
-from qmix.weights.dense import Dense, Weight, all_finite
-from qmix.weights.scheme import Recipe, Scheme
+from qmix.weights.dense import Weight, all_finite
+from qmix.weights.scheme import Recipe
 from qmix.work_meter import WorkMeter
 
 _Batch = TypeVar("_Batch", bound=tuple[Any, ...])
@@ -45,6 +44,7 @@ class LayerQuantizer:
 
     Args:
         rounded: the tokens of the model that is being rounded, in windows of `seqlen`.
+        gradients: of the loss at the end; None unless they are the objective.
         exact: the tokens of the unrounded model, and an array [T, D] for the sum of its experts'
             outputs; None without correction.
         device: where everything is computed.
@@ -65,6 +65,7 @@ class LayerQuantizer:
         device: torch.device,
         dtype: torch.dtype,
         meter: WorkMeter,
+        gradients: LayerGradients | None = None,
     ) -> None:
         assert options.correct == (exact is not None)
         self._checkpoint, self._config = checkpoint, checkpoint.config
@@ -76,8 +77,10 @@ class LayerQuantizer:
         self._device, self._dtype = device, dtype
         self._meter, self._work = meter, LayerWork(checkpoint.config, options)
         self._what = f"layer {layer + 1} of {self._config.num_hidden_layers}"
-        self._tensors = {t.name: t for t in names.layer_tensors(self._config, layer)}
-        self._results: dict[str, RoundedTensor] = {}
+        self._gradients = gradients
+        self._tensors = LayerTensors(
+            checkpoint, layer, recipe, options, device=device, dtype=dtype, meter=meter
+        )
 
     @torch.no_grad()
     def quantize(self) -> tuple[RoundedTensor, ...]:
@@ -94,7 +97,7 @@ class LayerQuantizer:
         for first in range(0, len(experts), step):
             self._round_experts(experts[first : first + step], routes, exact_routes)
         self._add_experts()
-        return tuple(self._results[name] for name in self._tensors)
+        return self._tensors.results
 
     @torch.no_grad()
     def run(self, weights: Mapping[str, Weight]) -> None:
@@ -103,17 +106,13 @@ class LayerQuantizer:
         Args:
             weights: by name; the others stay as they are in the checkpoint.
         """
-        for name, tensor in self._tensors.items():
-            if name in weights:
-                self._results[name] = RoundedTensor(tensor=tensor, weight=weights[name])
-            else:
-                self._leave_dense(name)
+        self._tensors.take(weights)
         self._run_attention()
         if self._exact is not None:
             routes = self._route(self._exact.after)
             for expert in range(self._config.num_local_experts):
                 names = [self._expert(expert, part) for part in ("w1", "w3")]
-                inner = self._swiglu(*(self._unrounded(name) for name in names))
+                inner = self._swiglu(*(self._tensors.exact(name) for name in names))
                 self._sum_exact(expert, inner, routes)
         self._add_experts()
 
@@ -124,11 +123,11 @@ class LayerQuantizer:
             attention, exact = (Attention(self._config, self._layer) for _ in range(2))
         for part in "qkvo":
             name = f"{self._base}.self_attn.{part}_proj.weight"
-            self._store(attention.get_submodule(f"{part}_proj"), name)
+            self._tensors.store(attention.get_submodule(f"{part}_proj"), name)
             if self._exact is not None:
                 linear = exact.get_submodule(f"{part}_proj")
                 assert isinstance(linear, Linear)
-                linear.store(self._unrounded(name))
+                linear.store(self._tensors.exact(name))
         for start, x, e in self._windows(self._work.both_attentions):
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
             if e is not None:
@@ -140,7 +139,7 @@ class LayerQuantizer:
         names = [f"{self._base}.self_attn.{part}_proj.weight" for part in "qkvo"]
         if all(self._recipe.scheme_of(name).kind == "dense" for name in names):
             for name in names:
-                self._leave_dense(name)
+                self._tensors.leave_dense(name)
             self._run_attention()
             return
         norm, context = self._norm("input_layernorm"), self._context()
@@ -149,13 +148,13 @@ class LayerQuantizer:
         for name in names if self._exact else names[3:]:
             linear = exact.get_submodule(name.split(".")[-2])
             assert isinstance(linear, Linear)
-            linear.store(self._unrounded(name))
+            linear.store(self._tensors.exact(name))
         moments = self._moments(self._config.hidden_size)
         for _, x, e in self._windows(self._work.moments(self._config.hidden_size)):
             moments.add(norm(x), exact=None if e is None else norm(e))
-        self._round([(names[:3], moments)])
+        self._tensors.round([RoundingJob(names[:3], moments, self._of_outputs("qkv"))])
         for name in names[:3]:
-            self._store(attention.get_submodule(name.split(".")[-2]), name)
+            self._tensors.store(attention.get_submodule(name.split(".")[-2]), name)
 
         attention.o_proj.store(exact.o_proj.stored)
         moments = self._moments(attention.o_proj.in_features)
@@ -174,8 +173,8 @@ class LayerQuantizer:
             o_inputs.clear()
         for hook in hooks:
             hook.remove()
-        self._round([(names[3:], moments)])
-        self._store(attention.o_proj, names[3])
+        self._tensors.round([RoundingJob(names[3:], moments, self._of_outputs("attention"))])
+        self._tensors.store(attention.o_proj, names[3])
         for start, x, _ in self._windows(self._work.attention):
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
 
@@ -197,34 +196,55 @@ class LayerQuantizer:
         """Round w1 and w3 of each expert for the same inputs, then w2 for what the two compute."""
         jobs = []
         for expert in experts:
-            moments = self._moments(self._config.hidden_size)
-            work = self._work.moments(self._config.hidden_size)
-            for x, e, token_weights in self._expert_inputs(expert, routes, work):
-                moments.add(x, token_weights, exact=e)
-            jobs.append(([self._expert(expert, "w1"), self._expert(expert, "w3")], moments))
-        self._round(jobs)
+            jobs += self._inner_jobs(expert, routes)
+        self._tensors.round(jobs)
         jobs = []
         for expert in experts:
             names = [self._expert(expert, part) for part in ("w1", "w3")]
             exact: Callable[[Tensor], Tensor] | None = None
             if exact_routes is not None:
-                exact = self._swiglu(*(self._unrounded(name) for name in names))
+                exact = self._swiglu(*(self._tensors.exact(name) for name in names))
                 self._sum_exact(expert, exact, exact_routes)
-            inner = self._swiglu(*(self._rounded_weight(name) for name in names))
+            inner = self._swiglu(*(self._tensors.rounded(name) for name in names))
             moments = self._moments(self._config.intermediate_size)
             work = self._work.inner_moments
             for x, e, token_weights in self._expert_inputs(expert, routes, work):
                 exact_inner = exact(e) if exact and e is not None else None
                 moments.add(inner(x), token_weights, exact=exact_inner)
-            jobs.append(([self._expert(expert, "w2")], moments))
+            down = [self._expert(expert, "w2")]
+            jobs.append(RoundingJob(down, moments, self._of_outputs("experts")))
             del exact, inner  # 0.7 GB
-        self._round(jobs)
+        self._tensors.round(jobs)
+
+    def _inner_jobs(self, expert: int, routes: Routes) -> list[RoundingJob]:
+        """w1 and w3 of an expert: together, or with gradients of each of them."""
+        moments = self._moments(self._config.hidden_size)
+        work = self._work.moments(self._config.hidden_size)
+        names = [self._expert(expert, part) for part in ("w1", "w3")]
+        inner = None
+        if self._gradients is not None:
+            w1, w2, w3 = (
+                self._tensors.exact(self._expert(expert, part)) for part in ("w1", "w2", "w3")
+            )
+            inner = InnerGradients(w1, w2, w3, ACTIVATIONS[self._config.hidden_act])
+            work += self._work.inner_gradients
+        for x, e, token_weights in self._expert_inputs(expert, routes, work):
+            moments.add(x, token_weights, exact=e)
+            if inner is not None:
+                inner.add(x if e is None else e, token_weights)
+        if inner is None or self._gradients is None:
+            return [RoundingJob(names, moments)]
+        of_w1, of_w3 = inner.of_outputs(self._gradients.experts)
+        return [
+            RoundingJob(names[:1], moments, of_w1),
+            RoundingJob(names[1:], moments.copy(), of_w3),
+        ]
 
     def _sum_exact(self, expert: int, inner: Callable[[Tensor], Tensor], routes: Routes) -> None:
         """Add the unrounded expert's outputs for its own tokens to the sum over experts."""
         assert self._exact is not None
         assert self._expert_sum is not None
-        down = self._unrounded(self._expert(expert, "w2"))
+        down = self._tensors.exact(self._expert(expert, "w2"))
         norm = self._norm("post_attention_layernorm")
         token, slot = torch.where(routes.ids == expert)
         batches = token_batches(token, routes.weights[token, slot])
@@ -242,7 +262,7 @@ class LayerQuantizer:
         for expert in range(self._config.num_local_experts):
             for part in ("w1", "w2", "w3"):
                 name = self._expert(expert, part)
-                self._store(moe.get_submodule(f"experts.{expert}.{part}"), name)
+                self._tensors.store(moe.get_submodule(f"experts.{expert}.{part}"), name)
         moe.eval()
         work = self._config.num_experts_per_tok * self._work.expert
         for start, x in self._counted(self._batches(self._rounded.after), work):
@@ -263,78 +283,16 @@ class LayerQuantizer:
             )
         target.write_final(start, values)
 
-    def _round(self, jobs: Sequence[tuple[Sequence[str], Moments]]) -> None:
-        """Round matrices. Those of a job share their inputs; those of one scheme are stacked."""
-        batches: dict[tuple[Scheme, int], list[tuple[list[str], Moments]]] = {}
-        for matrices, moments in jobs:
-            schemes = schemes_of(matrices, self._recipe)
-            for index, (scheme, members) in enumerate(schemes.items()):
-                member_moments = moments if index == 0 else moments.copy()
-                batches.setdefault((scheme, len(members)), []).append((members, member_moments))
-        for (scheme, _), batch in batches.items():
-            if scheme.kind == "dense":
-                for members, _ in batch:
-                    for name in members:
-                        self._leave_dense(name)
-            else:
-                self._solve(scheme, batch)
-
-    def _solve(self, scheme: Scheme, batch: Sequence[tuple[Sequence[str], Moments]]) -> None:
-        begun = time.perf_counter()
-        first, _ = batch[0]
-        rows = [self._tensors[name].shape[0] for name in first]
-        work = self._work.solve(self._tensors[first[0]].shape[1], sum(rows), len(batch))
-        with self._meter.doing(self._what, SOLVE, work) as tell:
-            stacked = [torch.cat([self._read(name) for name in members]) for members, _ in batch]
-            solutions = gptq.solve(
-                torch.stack([weight.to(self._device) for weight in stacked]),
-                [moments for _, moments in batch],
-                scheme,
-                self._options.rounding,
-                where=[self._where(names[0]) for names, _ in batch],
-                parts=rows,
-                tell=tell,
-            )
-        seconds = (time.perf_counter() - begun) / (len(batch) * len(first))
-        for (members, moments), source, parts in zip(batch, stacked, solutions, strict=True):
-            exact = source.split_with_sizes(rows)
-            for name, weight, solution in zip(members, exact, parts, strict=True):
-                self._results[name] = RoundedTensor(
-                    tensor=self._tensors[name],
-                    weight=solution.weight,
-                    tokens=moments.tokens,
-                    solution=solution,
-                    squared=squared_sums(weight, solution.weight),
-                    seconds=seconds,
-                )
+    def _of_outputs(self, part: Literal["qkv", "attention", "experts"]) -> Tensor | None:
+        """A part of the gradients, if there are any."""
+        found: Tensor | None = getattr(self._gradients, part, None)
+        return found
 
     def _expert(self, expert: int, part: str) -> str:
         return f"{self._base}.block_sparse_moe.experts.{expert}.{part}.weight"
 
     def _moments(self, width: int) -> Moments:
         return Moments(width, self._device, crossed=self._options.correct)
-
-    def _where(self, name: str) -> str:
-        return f"{self._checkpoint.file_of(self._tensors[name])}: {name}"
-
-    def _read(self, name: str) -> Tensor:
-        return read_finite(self._checkpoint, self._tensors[name])
-
-    def _unrounded(self, name: str) -> Dense:
-        return Dense(self._read(name).to(self._device, self._dtype))
-
-    def _leave_dense(self, name: str) -> None:
-        self._results[name] = RoundedTensor(
-            tensor=self._tensors[name], weight=Dense(self._read(name))
-        )
-
-    def _store(self, linear: nn.Module, name: str) -> None:
-        assert isinstance(linear, Linear)
-        linear.store(self._rounded_weight(name))
-
-    def _rounded_weight(self, name: str) -> Weight:
-        weight = self._results[name].weight.to(self._device)
-        return Dense(weight.data.to(self._dtype)) if isinstance(weight, Dense) else weight
 
     def _swiglu(self, gate: Weight, up: Weight) -> Callable[[Tensor], Tensor]:
         act = ACTIVATIONS[self._config.hidden_act]
@@ -343,10 +301,7 @@ class LayerQuantizer:
     def _norm(self, part: str) -> Callable[[Tensor], Tensor]:
         """A norm in float32, whose outputs have the dtype of forward passes."""
         name = f"{self._base}.{part}.weight"
-        if name not in self._results:
-            self._leave_dense(name)
-        weight = self._results[name].weight
-        assert isinstance(weight, Dense)
+        weight = self._tensors.as_it_is(name)
         norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
         norm.weight = nn.Parameter(weight.data.float())
         norm.to(self._device)
@@ -354,11 +309,10 @@ class LayerQuantizer:
 
     def _gate(self) -> Linear:
         name = f"{self._base}.block_sparse_moe.gate.weight"
-        if name not in self._results:
-            self._leave_dense(name)
+        self._tensors.as_it_is(name)
         with torch.device("meta"):
             gate = Linear(self._config.hidden_size, self._config.num_local_experts)
-        self._store(gate, name)
+        self._tensors.store(gate, name)
         return gate
 
     def _context(self) -> ForwardContext:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from qmix.config import MixtralConfig
 from qmix.formats import names
 from qmix.quantize.calibrated.options import LayerOptions
+from qmix.quantize.rounding.output_feedback import BLOCKS
 from qmix.weights.scheme import Recipe, Scheme
 
 PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
@@ -33,6 +34,10 @@ class LayerWork:
     def _models(self) -> int:
         """The rounded model, and with correction the unrounded one beside it."""
         return 2 if self.options.correct else 1
+
+    @property
+    def _by_gradients(self) -> bool:
+        return self.options.objective == "loss"
 
     @property
     def attention(self) -> float:
@@ -61,12 +66,22 @@ class LayerWork:
         """Of w1 and w3 in every model, and of the sums for w2."""
         return self._models * self.expert * 2 / 3 + self.moments(self.config.intermediate_size)
 
+    @property
+    def inner_gradients(self) -> float:
+        """Of the gradients at w1 and w3 for an input [D]."""
+        inner = self.config.intermediate_size
+        return self.expert * 2 / 3 + 4.0 * inner**2
+
     def solve(self, columns: int, rows: int, count: int = 1) -> float:
         """Of rounding matrices [N, K]: the factor, the greedy pass, and the rounds after."""
         each = 1 + 2 * self.options.rounding.refine + (4 if self.options.correct else 0)
         arithmetic = columns**3 / 3 + each * rows * columns**2
         weight_work = _WEIGHT_WORK * (1 + rows / _CACHED_ROWS)
-        return count * (arithmetic + _INPUT_WORK * columns + weight_work * rows * columns)
+        input_work = _INPUT_WORK * columns
+        if self._by_gradients:
+            arithmetic += rows**3 / 3 + 2 * columns * rows**2
+            input_work *= BLOCKS
+        return count * (arithmetic + input_work + weight_work * rows * columns)
 
     def total(self, layer: int, tokens: int, recipe: Recipe) -> dict[str, float]:
         """Of a whole layer and T tokens, by kind."""
@@ -85,6 +100,7 @@ class LayerWork:
         pairs = self.config.num_experts_per_tok
         passes += pairs * (self.moments(self.config.hidden_size) + self.inner_moments)
         passes += pairs * self._models * self.expert
+        passes += pairs * self.inner_gradients if self._by_gradients else 0
         for expert in range(self.config.num_local_experts):
             prefix = f"{base}.block_sparse_moe.experts.{expert}"
             for parts in (("w1", "w3"), ("w2",)):

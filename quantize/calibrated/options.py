@@ -10,6 +10,7 @@ from qmix.planning.quantize_cost import ACTIVATION_BYTES
 from qmix.quantize.rounding import gptq
 
 Weighting = Literal["none", "score", "square"]
+Objective = Literal["layer", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,14 @@ class LayerOptions:
         weighting: what a token counts in an expert's H: 1, its routing weight, or that squared.
         correct: fit each matrix to the unrounded model's outputs, and not to its own outputs before
             rounding.
+        objective: what rounding a matrix should change least: the outputs of the matrix, or the
+            model's predictions, by gradients of one backward pass (`loss_gradients`).
         rounding: how each matrix is rounded.
     """
 
     weighting: Weighting = "score"
     correct: bool = True
+    objective: Objective = "layer"
     rounding: gptq.RoundingOptions = field(default_factory=gptq.RoundingOptions)
 
 

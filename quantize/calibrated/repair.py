@@ -12,6 +12,7 @@ from qmix.formats.files.shards import read_entries, read_entry
 from qmix.formats.layouts import gptq
 from qmix.formats.layouts.gptq_config import ModuleSettings
 from qmix.quantize.calibrated.layer_work import LayerWork
+from qmix.quantize.calibrated.loss_gradients import is_file_of_pass
 from qmix.quantize.calibrated.resume import Damage, RunState, damaged_files
 from qmix.quantize.calibrated.run_files import RunFiles
 from qmix.quantize.output_checkpoint import OutputTensor
@@ -28,10 +29,13 @@ def repair(
     """Check every file that a resumed run builds on, and make the damaged ones again.
 
     Raises:
-        CheckpointError: other bytes result.
+        CheckpointError: other bytes result, or a file of the backward pass is damaged.
     """
     files.digests |= state.files
     damage = list(damaged_files(folder, state.files))
+    for found in damage:
+        if is_file_of_pass(found.path.name):
+            raise found.error()
     names = {found.path.name for found in damage}
     done = len(state.results)
     lost = [layer for layer in range(done) if files.layer_shard(layer) in names]

@@ -8,7 +8,7 @@ T calibration tokens, D hidden width. Knows nothing of how a layer is rounded.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
 from qmix.planning.process_memory import peak_resident_bytes
 from qmix.quantize.adapter import check_adapter, facts_of
+from qmix.quantize.calibrated import loss_gradients
 from qmix.quantize.calibrated.layer_work import EXPECTED, HASH
+from qmix.quantize.calibrated.loss_gradients import LossGradients
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.repair import repair
 from qmix.quantize.calibrated.resume import RunState, read_state
@@ -36,7 +38,7 @@ from qmix.weights.scheme import Recipe
 from qmix.work_meter import WorkMeter
 
 # What the manifest states of a run's settings.
-_STATED = ("calibration", "rounding", "weighting", "correction")
+_STATED = ("calibration", "rounding", "weighting", "objective", "correction")
 
 
 def quantize_calibrated(
@@ -83,6 +85,8 @@ def quantize_calibrated(
         done = files.finished(folder, state)
         meter.drop(files.work(range(len(done))))
         repair(files, folder, state, meter)
+        if options.layer.objective == "loss" and not done:
+            _measure_gradients(files, folder, state, meter)
         count, seconds = _quantize_layers(files, folder, state, done, interrupted, meter)
         with meter.doing("checksums", HASH, files.bytes_out):
             first, last = files.write_ends(folder)
@@ -121,10 +125,14 @@ def prepare(
     outputs = plan_outputs(source, recipe, requantize=options.requantize)
     _check_layer_sizes(source, outputs, options.shard_bytes)
     files = RunFiles(source, outputs, recipe, calibration, options)
-    output_dir.check_space(out, files.bytes_out + files.token_bytes)
+    output_dir.check_space(out, files.bytes_out + files.token_bytes + files.gradient_bytes)
     if options.device.type == "cpu":
         in_memory = files.token_bytes if files.in_memory else 0
         check_memory(budget.for_calibration(source.config, files.ids.numel(), in_memory))
+        if options.layer.objective == "loss":
+            states = loss_gradients.scratch_bytes(source, files.ids)
+            states = states if states <= options.activation_bytes else 0
+            check_memory(budget.for_backward(source.config, states))
     return files
 
 
@@ -134,6 +142,17 @@ def _hash_source(source: Source, files: RunFiles, meter: WorkMeter) -> None:
     meter.plan(files.work(range(files.layers)) | {HASH: unread + files.bytes_out})
     with meter.doing("checksums of the source", HASH, unread) as tell:
         source.hash_unread(lambda done, total: tell(done / total))
+
+
+def _measure_gradients(files: RunFiles, folder: Path, state: RunState, meter: WorkMeter) -> None:
+    """Run the backward pass, or what is left of it."""
+
+    def keep(digests: Mapping[str, str]) -> None:
+        RunState(state.settings, state.source, (), dict(digests)).write(folder)
+
+    LossGradients(
+        files.checkpoint, files.ids, files.options, folder, files.digests, keep, meter
+    ).run()
 
 
 def _quantize_layers(
@@ -228,6 +247,7 @@ def _settings(
         "tokenization": hashlib.sha256(calibration.ids.numpy().data).hexdigest(),
         "rounding": asdict(options.layer.rounding),
         "weighting": options.layer.weighting,
+        "objective": options.layer.objective,
         "correction": options.layer.correct,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))

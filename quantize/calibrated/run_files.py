@@ -21,9 +21,11 @@ from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.names import ModelTensor
 from qmix.nn.embedding import embedding
 from qmix.planning import quantize_cost
+from qmix.quantize.calibrated import loss_gradients
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.gpu_memory import fitting_device
 from qmix.quantize.calibrated.layer import LayerQuantizer
+from qmix.quantize.calibrated.layer_gradients import LayerGradients
 from qmix.quantize.calibrated.layer_work import LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.resume import START_AGAIN, RunState, damaged_files
@@ -46,6 +48,7 @@ class RunFiles:
     Attributes:
         bytes_in: of the source's tensors. bytes_out: of the output's.
         token_bytes: of all arrays of tokens that exist at once.
+        gradient_bytes: of the files of the backward pass, if there is one.
         in_memory: whether the tokens are kept in memory; if not, in files.
         digests: SHA-256 of the files that were written or checked, by name; see `RunState`.
     """
@@ -68,6 +71,9 @@ class RunFiles:
         self.token_bytes = quantize_cost.token_bytes(
             checkpoint.config, self.ids.numel(), correct=options.layer.correct
         )
+        self.gradient_bytes = 0
+        if options.layer.objective == "loss":
+            self.gradient_bytes = loss_gradients.disk_bytes(checkpoint, self.ids)
         self.array_device = fitting_device(options.device, self.token_bytes)
         on_device = self.array_device.type != "cpu"
         self.in_memory = on_device or self.token_bytes <= options.activation_bytes
@@ -186,8 +192,22 @@ class RunFiles:
             device=self.options.device,
             dtype=self.options.forward_dtype,
             meter=meter,
+            gradients=self._gradients(folder, layer),
         )
         return quantizer, after
+
+    def _gradients(self, folder: Path, layer: int) -> LayerGradients | None:
+        """What the backward pass left of a layer; None unless that is the objective.
+
+        Raises:
+            CheckpointError: it is gone: the last layer had been finished.
+        """
+        if self.options.layer.objective != "loss":
+            return None
+        path = folder / loss_gradients.moments_name(layer)
+        if not path.is_file():
+            raise CheckpointError("missing", where=str(path), remedy=START_AGAIN)
+        return LayerGradients.read(path, self.options.device)
 
     def _save(self, folder: Path, layer: int, after: Mapping[str, Activations]) -> None:
         for stream, array in after.items():
@@ -235,6 +255,8 @@ class RunFiles:
         names = [self.layer_shard(layer) for layer in range(done)]
         if 0 < done < self.layers:
             names += [_tokens_name(stream, done) for stream in self.streams]
+        if done < self.layers and self.options.layer.objective == "loss":
+            names += [loss_gradients.moments_name(layer) for layer in range(self.layers)]
         return {name: self.digests[name] for name in names}
 
     def _new_array(self, path: Path) -> Activations:

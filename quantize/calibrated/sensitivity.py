@@ -30,6 +30,7 @@ from qmix.quantize.calibrated.bit_allocation import SCHEMES, QuantGroup
 from qmix.quantize.calibrated.layer_work import EXPECTED, PASS, ROUND, LayerWork
 from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.token_stream import BATCH_TOKENS
+from qmix.quantize.calibrated.windows import thinned
 from qmix.quantize.output_checkpoint import read_finite
 from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense, Weight
@@ -80,7 +81,7 @@ class Sensitivity:
     ) -> None:
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self._with_attention, self._device = attention, device
-        self._ids = _thinned(ids, _TOKENS)
+        self._ids = thinned(ids, _TOKENS)
         copied = min(_COPIED_TOKENS, _ALL_COPIED_TOKENS // (4 * self._config.num_hidden_layers))
         # The first windows are copied; every window is as good as another.
         self._copied = max(1, min(len(self._ids), copied // ids.shape[1]))
@@ -303,8 +304,3 @@ class Sensitivity:
 
 def _total(changes: Sequence[_OutputChange]) -> float:
     return sum(change.squares[0] for change in changes) or 1.0
-
-
-def _thinned(ids: Tensor, tokens: int) -> Tensor:
-    windows = max(1, tokens // ids.shape[1])
-    return ids[:: -(-len(ids) // windows)]

@@ -26,6 +26,12 @@ class Calibration:
     text_sha256: str
 
 
+def thinned(ids: Tensor, tokens: int) -> Tensor:
+    """Windows evenly chosen from `ids` (W, S) that have at most `tokens` tokens together."""
+    windows = max(1, tokens // ids.shape[1])
+    return ids[:: -(-len(ids) // windows)]
+
+
 def calibration_windows(
     text: str, encode: Callable[[str], list[int]], *, samples: int, seqlen: int
 ) -> Calibration:

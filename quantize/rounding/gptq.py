@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.quantize.rounding.gptq_group import descend, round_group
-from qmix.quantize.rounding.grid import Grid, absmax_grid, search_grid
 from qmix.quantize.rounding.hessian import Moments
-from qmix.weights.affine import Affine, pack_codes
+from qmix.quantize.rounding.output_feedback import OutputFeedback
+from qmix.quantize.rounding.solver import Solver
+from qmix.weights.affine import Affine
 from qmix.weights.dense import all_finite
 from qmix.weights.scheme import Scheme
 
 _DAMPING_RAISES = 4  # how often the damping is raised tenfold before H is given up
 _MIN_SAMPLES = 8  # with fewer inputs H is given up
-_ERROR_ROWS = 1024  # outputs over which the output error is measured
-# Shares of a solve's time on a CPU: the factor, the greedy pass, and all rounds after it.
-_FACTOR_SHARE, _GREEDY_SHARE, _LAST_SHARE = 0.15, 0.5, 0.35
+# Shares of a solve's time on a CPU: the factor; and of the rest, the greedy pass.
+_FACTOR_SHARE, _GREEDY_SHARE = 0.15, 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +93,7 @@ def solve(
     *,
     where: Sequence[str],
     parts: Sequence[int] | None = None,
+    output_moments: Sequence[Tensor] | None = None,
     tell: Callable[[float], None] = lambda share: None,
 ) -> list[list[Solution]]:
     """Round B weights of one shape, each for its own inputs.
@@ -109,6 +109,9 @@ def solve(
         scheme: `int4` or `int8`; its group size must divide K.
         where: file and tensor of each weight, for errors.
         parts: numbers of outputs of the matrices stacked in each weight; by default one matrix, N.
+        output_moments: for each weight [N, N], the sum of `g g^T` over the gradients of the loss
+            at the end with respect to its outputs; see `OutputFeedback`. None: outputs are rounded
+            independently of one another.
         tell: called now and then with the share of the time that is over.
 
     Returns:
@@ -130,12 +133,14 @@ def solve(
         for index, (moment, weight, perm) in enumerate(zip(moments, weights, order, strict=True))
     ]
     hessians = _stacked([moment.hessian for moment in moments])
-    solver = _Solver(targets, order, hessians, scheme, options)
-    solver.round_greedily(lower, partial(_tell_part, tell, _FACTOR_SHARE, _GREEDY_SHARE))
+    problem = _Problem(hessians, lower, scheme, size, options)
     del lower  # 0.8 GB for w2
-    for index in range(options.refine):
-        before, part = 1 - _LAST_SHARE * (1 - index / options.refine), _LAST_SHARE / options.refine
-        solver.refine(partial(_tell_part, tell, before, part))
+    tell_rest = partial(_tell_part, tell, _FACTOR_SHARE, 1 - _FACTOR_SHARE)
+    if output_moments is None:
+        solver = problem.rounded(targets, tell_rest, last=True)
+    else:
+        feedback = OutputFeedback(output_moments)
+        solver = problem.rounded_in_turn(targets, feedback, tell_rest)
     for name, overflows in zip(where, solver.scale_overflows(), strict=True):
         if overflows:
             raise CheckpointError(
@@ -143,9 +148,85 @@ def solve(
             )
     bounds = [0, *accumulate(parts or [weights.shape[1]])]
     return [
-        [solver.solution(index, slice(*rows), factor) for rows in pairwise(bounds)]
+        [_solution(solver, index, slice(*rows), order[index], factor) for rows in pairwise(bounds)]
         for index, factor in enumerate(factors)
     ]
+
+
+class _Problem:
+    """Weights of one shape with the sums over their inputs, which several blocks of outputs share.
+
+    Args:
+        hessians, lower: [B, K, K], damped, and their Cholesky factors.
+        size: inputs of a group.
+    """
+
+    def __init__(
+        self,
+        hessians: Tensor,
+        lower: Tensor,
+        scheme: Scheme,
+        size: int,
+        options: RoundingOptions,
+    ) -> None:
+        self._hessians, self._scheme, self._size = hessians, scheme, size
+        self._lower: Tensor | None = lower
+        self._options = options
+
+    def rounded(self, weights: Tensor, tell: Callable[[float], None], *, last: bool) -> Solver:
+        """Round weights [B, K, N], each output by itself.
+
+        Args:
+            last: nothing is rounded after these weights, so that the factors can go.
+        """
+        solver, refine = self._solver(weights), self._options.refine
+        assert self._lower is not None
+        solver.round_greedily(self._lower, partial(_tell_part, tell, 0, _GREEDY_SHARE))
+        if last:
+            self._lower = None
+        for index in range(refine):
+            part = (1 - _GREEDY_SHARE) / refine
+            solver.refine(partial(_tell_part, tell, _GREEDY_SHARE + index * part, part))
+        return solver
+
+    def rounded_in_turn(
+        self, weights: Tensor, feedback: OutputFeedback, tell: Callable[[float], None]
+    ) -> Solver:
+        """Round weights [B, K, N], each block of outputs for the errors of those before it."""
+        targets = feedback.in_order(weights)
+        errors, outputs = torch.zeros_like(targets), targets.shape[2]
+        solvers: list[Solver] = []
+        for rows in feedback.blocks():
+            tell_block = partial(
+                _tell_part, tell, 1 - rows.stop / outputs, (rows.stop - rows.start) / outputs
+            )
+            live = targets[:, :, rows] + feedback.correction(errors[:, :, rows.stop :], rows)
+            solver = self.rounded(live, tell_block, last=rows.start == 0)
+            errors[:, :, rows] = targets[:, :, rows] - (live - solver.errors)
+            solvers.insert(0, solver)
+        whole = self._solver(weights)
+        whole.take(solvers, feedback.order)
+        return whole
+
+    def _solver(self, weights: Tensor) -> Solver:
+        return Solver(
+            weights,
+            self._hessians,
+            self._scheme,
+            self._size,
+            live_scales=self._options.live_scales,
+            scale_search=self._options.scale_search,
+            trials=self._options.trials,
+        )
+
+
+def _solution(
+    solver: Solver, index: int, rows: slice, order: Tensor, factor: "_Factor"
+) -> Solution:
+    """Outputs `rows` of matrix `index`, with the inputs in the layer's own order."""
+    error = None if factor.fallback else solver.output_error(index, rows, factor.added)
+    weight = solver.weight(index, rows, order)
+    return Solution(weight, error, factor.damping, factor.raised, factor.fallback)
 
 
 def _stacked(matrices: Sequence[Tensor]) -> Tensor:
@@ -245,110 +326,3 @@ def _factorise(hessian: Tensor, lower: Tensor, samples: float, least: float) -> 
         matrix.zero_()
         matrix.fill_diagonal_(1)
     return _Factor(None, 0.0, 0, fallback)
-
-
-class _Solver:
-    """The state of one solve: weights, errors and codes in processing order, grids by group."""
-
-    def __init__(
-        self,
-        weights: Tensor,
-        order: Tensor,
-        hessians: Tensor,
-        scheme: Scheme,
-        options: RoundingOptions,
-    ) -> None:
-        self.weights, self.order, self.hessians = weights, order, hessians
-        self.scheme, self.options = scheme, options
-        self.size = _group_size(weights.shape[1], scheme)
-        self.errors = torch.zeros_like(weights)
-        self.codes = torch.zeros_like(weights, dtype=torch.int16)
-        self.grids: dict[int, Grid] = {}  # by first input of the group
-
-    def round_greedily(self, lower: Tensor, tell: Callable[[float], None]) -> None:
-        """Starting with the last group, choose each group's grid and round its inputs.
-
-        Args:
-            lower: [B, K, K], the Cholesky factors of the H.
-        """
-        columns = self.weights.shape[1]
-        for first in range(columns - self.size, -1, -self.size):
-            tell(1 - (first + self.size) / columns)
-            part = slice(first, first + self.size)
-            weights, block = self.weights[:, part], lower[:, part, part]
-            pivots = block.diagonal(dim1=1, dim2=2)[:, :, None]
-            after = slice(first + self.size, columns)
-            carried = lower[:, after, part].mT @ self.errors[:, after]
-            live = weights
-            if self.options.live_scales:
-                live = weights + torch.linalg.solve_triangular(block.mT, carried, upper=True)
-            grid = (
-                search_grid(live, pivots.square(), self.scheme)
-                if self.options.scale_search
-                else absmax_grid(live, self.scheme)
-            )
-            targets = carried.div_(pivots).add_(weights)
-            codes, grid = round_group(weights, targets, grid, block, self.options.trials)
-            self.codes[:, part] = codes
-            self.grids[first] = grid
-            self._refresh_errors(part)
-
-    def refine(self, tell: Callable[[float], None]) -> None:
-        """One round: move each group's scale to its optimum, then each code, all else fixed."""
-        for done, (first, grid) in enumerate(self.grids.items()):
-            tell(done / len(self.grids))
-            part = slice(first, first + self.size)
-            block = self.hessians[:, part, part]
-            errors = self.errors[:, part]
-            gradient = self.hessians[:, part] @ self.errors
-            codes = self.codes[:, part].float()
-            hessian_codes = block @ codes
-            curvature = (hessian_codes * codes).sum(1)
-            change = (gradient * codes).sum(1) / curvature
-            scale = grid.scale + torch.where(curvature > 0, change, 0)
-            better = grid.rescaled(scale)
-            moved = (better.scale - grid.scale)[:, None]
-            errors.addcmul_(codes, moved, value=-1)
-            gradient.addcmul_(hessian_codes, moved, value=-1)
-            self.grids[first] = better
-            descend(errors, codes, gradient, block, better)
-            self.codes[:, part] = codes
-            self._refresh_errors(part)
-
-    def _refresh_errors(self, part: slice) -> None:
-        scale = self.grids[part.start].scale[:, None]
-        self.errors[:, part] = self.weights[:, part] - self.codes[:, part] * scale
-
-    def scale_overflows(self) -> list[bool]:
-        """For each matrix, whether a scale is too large for float16."""
-        finite = [torch.isfinite(grid.scale).all(1) for grid in self.grids.values()]
-        return torch.stack(finite).all(0).logical_not().tolist()
-
-    def solution(self, index: int, rows: slice, factor: _Factor) -> Solution:
-        """Outputs `rows` of matrix `index`, with the inputs in the layer's own order."""
-        order = self.order[index]
-        groups = torch.stack([order[first] for first in self.grids]) // self.size
-        by_group = [list(self.grids.items())[i] for i in torch.argsort(groups).tolist()]
-        scale = torch.stack([grid.scale[index, rows] for _, grid in by_group], 1)
-        lows = torch.stack([grid.low.expand_as(grid.scale)[index, rows] for _, grid in by_group], 1)
-        stored = torch.empty_like(self.codes[index, :, rows], dtype=torch.uint8)
-        for group, (first, _) in enumerate(by_group):
-            part = slice(first, first + self.size)
-            stored[order[part]] = (self.codes[index, part, rows] - lows[:, group]).to(torch.uint8)
-        bits = self.scheme.bits
-        weight = Affine(
-            codes=pack_codes(stored.T.contiguous().cpu(), bits),
-            scales=scale.half().cpu(),
-            zeros=None if self.scheme.symmetric else (-lows).to(torch.uint8).cpu(),
-            bits=bits,
-        )
-        error = None if factor.fallback else self._output_error(index, rows, factor.added)
-        return Solution(weight, error, factor.damping, factor.raised, factor.fallback)
-
-    def _output_error(self, index: int, rows: slice, added: float) -> float:
-        sample = slice(rows.start, rows.stop, -(-(rows.stop - rows.start) // _ERROR_ROWS))
-        losses = []
-        for matrix in (self.errors[index, :, sample], self.weights[index, :, sample]):
-            whole = float(((self.hessians[index] @ matrix) * matrix).sum())
-            losses.append(max(0.0, whole - added * float(matrix.square().sum())))
-        return float((losses[0] / losses[1]) ** 0.5) if losses[1] else 0.0

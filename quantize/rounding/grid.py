@@ -64,6 +64,11 @@ class Grid:
         low, high = (b if b.dim() == 0 else b[..., rows] for b in (self.low, self.high))
         return Grid(self.scale[..., rows], low, high)
 
+    def gathered(self, index: Tensor) -> "Grid":
+        """The grids of the outputs at `index` [B, N]."""
+        low, high = (b if b.dim() == 0 else b.gather(-1, index) for b in (self.low, self.high))
+        return Grid(self.scale.gather(-1, index), low, high)
+
     @classmethod
     def concatenated(cls, grids: Sequence["Grid"]) -> "Grid":
         """Grids of consecutive outputs as one."""

@@ -169,6 +169,7 @@ OTHERS = {
     "rounding ": {"rounding": replace(QUICK, damping=0.01)},
     "weighting": {"weighting": "none"},
     "correction": {"correct": False},
+    "objective": {"objective": "loss"},
     "recipe": {"recipe": Recipe.uniform(Scheme(kind="int4", group_size=32), attention=False)},
     "method": {"method": "auto"},
 }
