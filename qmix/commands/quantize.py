@@ -165,7 +165,6 @@ def quantize(
       qmix quantize mistralai/Mixtral-8x7B-v0.1 mixtral-nf4 --discard-source
       qmix quantize Mixtral-8x7B-v0.1 mine-nf4 --adapter my-lora
     """
-    shard_bytes = options.shard_bytes(shard_size)
     from qmix.quantize.methods import QuantizeRequest
 
     request = QuantizeRequest(
@@ -180,7 +179,7 @@ def quantize(
         samples=samples,
         seqlen=seqlen,
         device=device,
-        shard_bytes=shard_bytes,
+        shard_bytes=options.shard_bytes(shard_size),
         resume=resume,
         force=force,
         adapter=adapter,

@@ -85,8 +85,7 @@ def quantize_calibrated(
         done = files.finished(folder, state)
         meter.drop(files.work(range(len(done))))
         repair(files, folder, state, meter)
-        if options.layer.objective == "loss" and not done:
-            _measure_gradients(files, folder, state, meter)
+        _measure_gradients(files, folder, state, meter)
         count, seconds = _quantize_layers(files, folder, state, done, interrupted, meter)
         with meter.doing("checksums", HASH, files.bytes_out):
             first, last = files.write_ends(folder)
@@ -145,7 +144,9 @@ def _hash_source(source: Source, files: RunFiles, meter: WorkMeter) -> None:
 
 
 def _measure_gradients(files: RunFiles, folder: Path, state: RunState, meter: WorkMeter) -> None:
-    """Run the backward pass, or what is left of it."""
+    """Run the backward pass, or what is left of it, unless layers are finished already."""
+    if files.options.layer.objective != "loss" or state.results:
+        return
 
     def keep(digests: Mapping[str, str]) -> None:
         RunState(state.settings, state.source, (), dict(digests)).write(folder)

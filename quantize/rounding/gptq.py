@@ -109,9 +109,8 @@ def solve(
         scheme: `int4` or `int8`; its group size must divide K.
         where: file and tensor of each weight, for errors.
         parts: numbers of outputs of the matrices stacked in each weight; by default one matrix, N.
-        output_moments: for each weight [N, N], the sum of `g g^T` over the gradients of the loss
-            at the end with respect to its outputs; see `OutputFeedback`. None: outputs are rounded
-            independently of one another.
+        output_moments: for each weight [N, N], the sum of `g g^T` over the gradients with respect
+            to its outputs, see `OutputFeedback`; None: outputs are independent of one another.
         tell: called now and then with the share of the time that is over.
 
     Returns:
@@ -139,13 +138,8 @@ def solve(
     if output_moments is None:
         solver = problem.rounded(targets, tell_rest, last=True)
     else:
-        feedback = OutputFeedback(output_moments)
-        solver = problem.rounded_in_turn(targets, feedback, tell_rest)
-    for name, overflows in zip(where, solver.scale_overflows(), strict=True):
-        if overflows:
-            raise CheckpointError(
-                "weights too large for float16 scales", where=name, expected="scales below 65504"
-            )
+        solver = problem.rounded_in_turn(targets, OutputFeedback(output_moments), tell_rest)
+    _check_scales(solver, where)
     bounds = [0, *accumulate(parts or [weights.shape[1]])]
     return [
         [_solution(solver, index, slice(*rows), order[index], factor) for rows in pairwise(bounds)]
@@ -251,6 +245,14 @@ def _check_finite(weights: Tensor, moments: Sequence[Moments], where: Sequence[s
         for what, tensor in (("weight", weight), ("sum over its inputs", moment.hessian)):
             if not all_finite(tensor):
                 raise CheckpointError(f"NaN or infinity in the {what}", where=name)
+
+
+def _check_scales(solver: Solver, where: Sequence[str]) -> None:
+    for name, overflows in zip(where, solver.scale_overflows(), strict=True):
+        if overflows:
+            raise CheckpointError(
+                "weights too large for float16 scales", where=name, expected="scales below 65504"
+            )
 
 
 def _input_order(diagonal: Tensor, size: int, act_order: bool) -> Tensor:
