@@ -34,7 +34,9 @@ def windows(seed=1):
 
 def run(source, out, *, recipe=RECIPE, activation_bytes=4 << 30, shard_bytes=1 << 30, **options):
     settings = {"rounding": QUICK}
-    settings |= {k: options.pop(k) for k in ("weighting", "correct", "objective", "rounding") if k in options}
+    settings |= {
+        k: options.pop(k) for k in ("weighting", "correct", "objective", "rounding") if k in options
+    }
     return quantize_calibrated(
         open_source(source), out, recipe, options.pop("calibration", windows()),
         CalibratedOptions(
