@@ -49,6 +49,9 @@ class Grammars:
 
     Args:
         ends: ids that end a reply.
+
+    Attributes:
+        workers: compute the masks.
     """
 
     def __init__(self, tokenizer: LlamaTokenizer, ends: Sequence[int]) -> None:
@@ -58,7 +61,7 @@ class Grammars:
         self._tokens = {"controls": controls, "end": self._ends[0] if self._ends else 0}
         self._lock = Lock()
         self._words: LLTokenizer | None = None
-        self._workers = ThreadPoolExecutor(_THREADS, "qmix-grammar")
+        self.workers = ThreadPoolExecutor(_THREADS, "qmix-grammar")
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._trials: SimpleQueue[WorkerProcess] = SimpleQueue()
         for _ in range(_TRIALS):
@@ -108,7 +111,7 @@ class Grammars:
 
     def mask(self, matcher: "LLMatcher") -> "GrammarMask":
         """The mask of one reply."""
-        return GrammarMask(matcher.deep_copy(), self._workers)
+        return GrammarMask(matcher.deep_copy(), self.workers)
 
     def _vocabulary(self) -> "LLTokenizer":
         from llguidance import LLTokenizer, TokenizerWrapper
