@@ -138,9 +138,13 @@ class ConversationStats:
         )
 
     def __str__(self) -> str:
-        return (
-            f"{counted(self.replies, 'reply')} · "
-            f"{counted(self.new_tokens, 'token')} · {self.tokens_per_s:.1f} tok/s · first token "
-            f"{self.first_token_s:.2f} s on average · prompts {self.computed_tokens:,} computed, "
-            f"{self.cached_tokens:,} cached"
+        parts = (
+            counted(self.replies, "reply"),
+            counted(self.new_tokens, "token"),
+            f"{self.tokens_per_s:.1f} tok/s" if self.tokens_per_s else "",
+            f"first token {self.first_token_s:.2f} s on average",
+            f"prompts {self.computed_tokens:,} computed, {self.cached_tokens:,} cached"
+            if self.computed_tokens or self.cached_tokens
+            else "",
         )
+        return " · ".join(part for part in parts if part)

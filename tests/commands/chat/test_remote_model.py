@@ -153,11 +153,13 @@ def test_a_server_that_tells_less_is_talked_to_and_what_is_missing_is_named(fake
     fake.streams += [event("a", "stop", logprobs={"content": [choice]}) + DONE]
     session = session_with(fake.url, GenerationConfig())
     text, notices = typed(
-        session, "Hi\n/tokens\n/tokens a\n/prompt\n/experts\n/probs\n/continue\n/regen\n/probs\n"
+        session,
+        "Hi\n/tokens\n/tokens a\n/prompt\n/experts\n/probs\n/continue\n/regen\n/probs\n/stats\n",
     )
     assert text == "ab\nab\na\n"
     assert (session.stats.prompt_tokens, session.stats.context_tokens) == (None, None)
     assert "context" not in session.stats.line()
+    assert "prompts" not in notices
     for part in (
         "the server does not tell the tokens of a text",
         "the server does not tell what it made of this prompt",
