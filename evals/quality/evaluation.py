@@ -95,7 +95,7 @@ def evaluate(
         UsageError: window or stride is out of range, or the text is too short.
         CheckpointError: a checkpoint is damaged, or the two tokenize the text differently.
     """
-    (result,) = evaluate_all(
+    windows, (scores,) = score_all(
         [directory],
         WholeText(text, window, stride),
         reference=reference,
@@ -104,30 +104,7 @@ def evaluate(
         backend=backend,
         progress=progress,
     )
-    return result
-
-
-def evaluate_all(
-    directories: Sequence[Path],
-    material: Material,
-    *,
-    reference: Path | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    backend: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Perplexity, ...]:
-    """The same of several checkpoints, all on the same tokens; see `evaluate`."""
-    windows, scores = score_all(
-        directories,
-        material,
-        reference=reference,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        progress=progress,
-    )
-    return tuple(Perplexity.of(each, windows, material.sha256) for each in scores)
+    return Perplexity.of(scores, windows, text.sha256)
 
 
 def score_all(

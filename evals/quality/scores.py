@@ -12,7 +12,7 @@ from typing import Any
 from qmix.errors import CheckpointError
 from qmix.evals import markdown
 from qmix.evals.quality.bootstrap import Estimate
-from qmix.evals.quality.evaluation import evaluate, evaluate_all
+from qmix.evals.quality.evaluation import evaluate, score_all
 from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
 from qmix.evals.quality.texts import Text
 from qmix.evals.quality.window_scores import difference
@@ -146,9 +146,10 @@ def score(
     fitted = None
     if calibration is not None:
         material = CalibrationText(calibration)
-        (fitted,) = evaluate_all(
+        windows, (tokens,) = score_all(
             [directory], material, reference=source, dtype="float32", device="cpu"
         )
+        fitted = Perplexity.of(tokens, windows, material.sha256)
     return VariantScore(
         name=name,
         bits_per_weight=sum(scheme.bits_per_weight * count for scheme, count in weights) / total,

@@ -247,14 +247,16 @@ def _perplexities(
     by_position: bool,
 ) -> _Shown:
     """The first model, and how it differs from the second, if there is one."""
-    from qmix.evals.quality.evaluation import evaluate_all
+    from qmix.evals.quality.evaluation import score_all
+    from qmix.evals.quality.perplexity import Perplexity
     from qmix.evals.quality.window_scores import difference
 
     material = scored.material()
     with _layers() as progress:
-        result, *others = evaluate_all(
+        windows, scores = score_all(
             models, material, reference=reference, progress=progress, **vars(computation)
         )
+    result, *others = (Perplexity.of(each, windows, material.sha256) for each in scores)
     document = result.to_dict()
     lines = eval_text.perplexity_lines(result)
     if by_position:

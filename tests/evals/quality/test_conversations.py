@@ -6,7 +6,8 @@ import pytest
 
 from qmix.errors import CheckpointError, UsageError
 from qmix.evals.quality.conversations import read_conversations
-from qmix.evals.quality.evaluation import evaluate_all
+from qmix.evals.quality.evaluation import score_all
+from qmix.evals.quality.perplexity import Perplexity
 from qmix.formats import open_checkpoint
 from qmix.text import chat_template
 from qmix.text.tokenizer import LlamaTokenizer
@@ -120,7 +121,8 @@ def test_roles_out_of_order_name_their_conversation(tiny, written):
 
 def test_the_shipped_chats_have_an_interval_by_conversation(tiny, tiny_nf4):
     chats = read_conversations(ROOT / "evals" / "tasks" / "chats.jsonl")
-    (result,) = evaluate_all([tiny_nf4], chats, reference=tiny, device="cpu")
+    cut, (scores,) = score_all([tiny_nf4], chats, reference=tiny, device="cpu")
+    result = Perplexity.of(scores, cut, chats.sha256)
     assert len(result.windows) == len(chats.chats) == 12
     assert result.reference.kl_interval.low < result.reference.kl_mean
     assert result.reference.kl_mean < result.reference.kl_interval.high
