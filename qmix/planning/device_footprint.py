@@ -17,6 +17,7 @@ from qmix.weights.packed.packed_shapes import (
     expert_format,
     joined,
     matrix_format,
+    padded,
     require_silu,
     table_format,
 )
@@ -57,9 +58,10 @@ def on_device(model: StoredModel) -> Footprint:
 
 def _single(weight: StoredWeight, item: int) -> _Bytes:
     """A weight by itself: packed if it is a linear layer's and can be."""
-    if weight.tensor.linear:
+    if weight.tensor.linear and weight.tensor.kind != "router":
         try:
-            nbytes = matrix_format(weight.spec).matrix_bytes(weight.spec.shape)
+            spec = padded(weight.spec)
+            nbytes = matrix_format(spec).matrix_bytes(spec.shape)
         except UnsupportedError:
             pass
         else:

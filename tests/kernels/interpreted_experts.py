@@ -23,12 +23,14 @@ from torch.nn import functional as F
 from qmix import kernels
 from qmix.kernels import Routes
 from qmix.kernels.gpu import moe as gpu
+from qmix.kernels.gpu import packed_matmul
 from qmix.kernels.gpu.grid import Tuning, grid_for, most_blocks
 from qmix.nn.linear import Linear
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.packed.layout import pack_expert, pack_matrix
 from qmix.weights.packed.table import ExpertTable
+from qmix.weights.packed.weight import pack
 from tests.support.interpreter import (
     CONVERSIONS,
     DEVICE,
@@ -102,6 +104,15 @@ def test_every_other_kind(kind, tokens):
     assert error(out, x @ as_computed(packed).T) <= ORDER_BOUND
     found, meant = gpu.dequantize(replace(packed, perm=None), torch.float32), as_computed(packed)
     assert (found - meant).norm() <= FREE_BOUND * meant.norm()
+
+
+@pytest.mark.parametrize("tokens", one_in(2, [3, 40]))
+def test_a_matrix_whose_last_panel_is_part_full(tokens):
+    weight = nf4(200, 128).to(DEVICE)
+    x = drawn(tokens, 128)
+    out = packed_matmul.linear(x, pack(weight))
+    assert out.shape == (tokens, 200)
+    assert error(out, in_float64(x, weight)) <= FREE_BOUND
 
 
 @pytest.mark.parametrize(("kind", "tokens"), grid(22, sorted(OTHERS), (1, 8, 16, 40)))

@@ -21,7 +21,7 @@ from qmix.planning.footprint import on_host
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.blob import PAGE_BYTES
 from qmix.weights.dense import Dense
-from qmix.weights.packed.packed_shapes import matrix_format
+from qmix.weights.packed.packed_shapes import matrix_format, padded
 from qmix.weights.packed.planes import spec_of
 from qmix.weights.packed.weight import PackedWeight
 from tests.support.every_layout import EVERY
@@ -92,6 +92,7 @@ def test_schemes_and_packed_formats_of_each_weight(planned_and_loaded):
 
 
 def packed_bytes(spec):
+    spec = padded(spec)
     try:
         return matrix_format(spec).matrix_bytes(spec.shape)
     except UnsupportedError:
@@ -107,19 +108,20 @@ def test_bytes_in_the_packed_layout_and_beside_it(planned_and_loaded):
     Packer().pack(packed)
     after = dict(zip(planned.weights, weights_of(planned, packed), strict=True))
     own = own_bytes([getattr(weight, "template", weight) for weight in after.values()])
+    attentions = [module for module in packed.modules() if isinstance(module, Attention)]
+    joined = {each.fused_qkv.matrix for each in attentions if each.fused_qkv is not None}
     found, kept = Counter(), 0
+    found["attention"] += sum(matrix.blob.nbytes for matrix in joined)
     for (stored, weight), loaded in zip(after.items(), before, strict=True):
         unknown = not_in_headers(stored, loaded)
         if isinstance(weight, PackedWeight):
             kept += own(weight.template) + unknown
             by_itself = packed_bytes(stored.spec) if unknown else weight.matrix.blob.nbytes
-            found[stored.tensor.kind] += 0 if shared(weight) else by_itself
+            found[stored.tensor.kind] += 0 if shared(weight, joined) else by_itself
         else:
             found[stored.tensor.kind] += own(weight) + unknown
     for module in packed.modules():
-        if isinstance(module, Attention) and module.fused_qkv is not None:
-            found["attention"] += module.fused_qkv.matrix.blob.nbytes
-        elif isinstance(module, SparseMoeBlock) and module.stored.packed is not None:
+        if isinstance(module, SparseMoeBlock) and module.stored.packed is not None:
             found["expert"] += sum(blob.nbytes for blob in module.stored.packed.table.blobs[0])
     if planned.config.tie_word_embeddings:
         found["head"] = found.pop("embedding")
@@ -128,9 +130,9 @@ def test_bytes_in_the_packed_layout_and_beside_it(planned_and_loaded):
     assert kept == expected.host_bytes
 
 
-def shared(weight):
+def shared(weight, joined):
     """Whether its bytes are among those of other matrices, which are counted as a whole."""
-    return weight.selection is not None
+    return isinstance(weight.selection, str) or weight.matrix in joined
 
 
 def test_every_expert_fits_the_blob_that_is_planned(source, planned_and_loaded):

@@ -16,14 +16,17 @@ from qmix.weights.packed.weight import PackedExperts, PackedWeight
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """[..., K] -> [..., N] in x's dtype.
 
-    Gradients, and single matrices of an expert, go through the standard weight.
+    Gradients, and single matrices of an expert, go through the standard weight. Some rows of a
+    matrix are those of the whole product.
     """
     assert isinstance(weight, PackedWeight)
-    if weight.selection is not None or needs_grad(x):
+    rows = weight.selection
+    if isinstance(rows, str) or needs_grad(x):
         return tiles.linear(x, weight.unpack())
     from qmix.kernels.gpu import moe as gpu
 
-    return gpu.linear(x, weight.matrix)
+    out = gpu.linear(x, weight.matrix)
+    return out if rows is None else out[..., rows.start : rows.stop]
 
 
 def experts(x: Tensor, routes: Routes, weights: PackedExperts) -> Tensor:

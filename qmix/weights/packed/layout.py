@@ -53,6 +53,7 @@ from qmix.weights.packed.packed_shapes import (
     expert_format,
     joined,
     matrix_format,
+    padded,
 )
 from qmix.weights.packed.planes import (
     Plane,
@@ -132,13 +133,15 @@ class PackedExpert:
 def pack_matrix(*weights: Weight) -> PackedMatrix:
     """Pack a matrix [N, K] on its own device, or the rows of several as one.
 
+    One by itself gets rows of zeros that fill its last panel.
+
     Raises:
         UnsupportedError: there is no tile format for its kind, shape or groups (see
             `tile_format`), or for several weights no common one.
     """
     first = weights[0]
     specs = [spec_of(weight) for weight in weights]
-    spec = joined(specs) if len(specs) > 1 else specs[0]
+    spec = joined(specs) if len(specs) > 1 else padded(specs[0])
     tile_format = matrix_format(spec)
     for weight in weights[1:]:
         if not equal_or_none(perm_of(weight), perm_of(first)):
@@ -146,6 +149,7 @@ def pack_matrix(*weights: Weight) -> PackedMatrix:
         if not equal_or_none(own_values(weight), own_values(first)):
             raise UnsupportedError("matrices that are joined must have one table")
     whole = Plane.joined([plane_of(weight, tile_format) for weight in weights])
+    whole = whole.padded(spec.shape[0])
     panel_rows = torch.arange(spec.shape[0], device=first.device).view(-1, 2, BYTE_ROWS)
     low, high = (whole.select(panel_rows[:, half].flatten()) for half in (0, 1))
     blob = _pack(low, high, tile_format, table_of(first, tile_format))

@@ -3,14 +3,14 @@
     q, k and v         one matrix, in a format that holds all three; otherwise each by itself
     w1 and w3          one matrix of an expert's blob, row by row; w2 is the other
     a layer's experts  one table, if all of them have one format; otherwise each matrix by itself
-    any other matrix   by itself
+    any other matrix   by itself, with rows of zeros that fill its last panel
 
 All of a packed weight but its codes stays on the host as it was read. Knows no torch and no
 weights: a MatrixSpec says what decides the format of one. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from qmix.errors import UnsupportedError
@@ -105,6 +105,12 @@ def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PA
         rows=rows,
         where=where,
     )
+
+
+def padded(spec: MatrixSpec) -> MatrixSpec:
+    """A matrix with rows of zeros that fill its last panel, as of a head with added tokens."""
+    rows, columns = spec.shape
+    return replace(spec, shape=(-(-rows // PANEL) * PANEL, columns))
 
 
 def joined(specs: Sequence[MatrixSpec]) -> MatrixSpec:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qmix.weights import scales as scale_values
 from qmix.weights.affine import Affine, pack_codes, symmetric_zero, unpack_codes
@@ -55,6 +56,14 @@ class Plane:
             torch.cat([plane.scales for plane in planes]),
             torch.cat(zeros) if zeros else None,
         )
+
+    def padded(self, rows: int) -> "Plane":
+        """With rows of zeros behind its own."""
+        more = rows - len(self.codes)
+        if not more:
+            return self
+        zeros = None if self.zeros is None else F.pad(self.zeros, (0, 0, 0, more))
+        return Plane(F.pad(self.codes, (0, 0, 0, more)), F.pad(self.scales, (0, 0, 0, more)), zeros)
 
 
 def group_of(weight: Weight) -> int:

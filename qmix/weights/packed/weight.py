@@ -35,7 +35,7 @@ from qmix.weights.scheme import Kind, Scheme
 from qmix.weights.stacked import Stacked
 from qmix.weights.table import Table
 
-# A matrix of an expert by its name; one of several joined matrices by its rows.
+# A matrix of an expert by its name; one of joined matrices, or of a padded one, by its rows.
 Selection = Literal["w1", "w2", "w3"] | range
 
 _HOST = torch.device("cpu")
@@ -206,7 +206,9 @@ def pack(weight: Weight) -> PackedWeight:
     Raises:
         UnsupportedError: as pack_matrix.
     """
-    return PackedWeight(pack_matrix(weight), None, _without_codes(weight))
+    matrix, rows = pack_matrix(weight), weight.shape[0]
+    selection = None if matrix.shape[0] == rows else range(rows)
+    return PackedWeight(matrix, selection, _without_codes(weight))
 
 
 def pack_joined(weights: Sequence[Weight]) -> tuple[PackedWeight, tuple[PackedWeight, ...]]:
@@ -237,9 +239,8 @@ def _some_rows(weight: Weight, rows: range) -> Weight:
     if isinstance(weight, Table):
         assert isinstance(weight.scales, Tensor)
         count, inputs = weight.shape
-        blocks = slice(
-            rows.start * inputs // weight.block_size, rows.stop * inputs // weight.block_size
-        )
+        size = weight.block_size
+        blocks = slice(rows.start * inputs // size, -(-rows.stop * inputs // size))
         codes = weight.codes.view(count, -1)[part].flatten()
         return replace(
             weight, codes=codes, scales=weight.scales[blocks], out_shape=(len(rows), inputs)

@@ -111,8 +111,6 @@ def test_extreme_scales_keep_their_ratio():
     ("weight", "named"),
     [
         (Dense(torch.zeros(128, 64)), "dense"),
-        (nf4(64, 64), "multiple of 128 outputs"),
-        (nf4(192, 64), "found 192"),
         (int4(128, 80, group=80), "80 inputs in groups of 80"),
         (int4(128, 96, group=24), "groups of 24"),
     ],
@@ -306,6 +304,20 @@ def test_a_group_that_is_almost_constant_keeps_its_bias(kind):
 def test_groups_that_are_no_multiple_of_32(how):
     weight = int4(128, 96, group=48) if how == "int4" else nf4(128, 96, block=32)
     assert_same(pack_and_back(weight), weight)
+
+
+@pytest.mark.parametrize("kind", ["nf4 b32", "int4 biases", "int8 asymmetric", "e2m1 b16"])
+@pytest.mark.parametrize("rows", [8, 200])
+def test_the_last_panel_may_be_part_full(kind, rows):
+    """As that of a head with added tokens."""
+    weight = OTHERS[kind](rows, 64)
+    packed = pack(weight)
+    assert packed.shape == (rows, 64)
+    assert packed.matrix.shape == (-(-rows // PANEL) * PANEL, 64)
+    meant = weight.dequantize(torch.float32)
+    assert torch.equal(packed.dequantize(torch.float32), meant)
+    computed = as_computed(packed.matrix)
+    assert (computed[:rows] - meant).norm() <= 2**-11 * meant.norm()
 
 
 MIXED = {

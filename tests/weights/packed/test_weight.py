@@ -182,8 +182,10 @@ def test_what_is_refused_is_counted():
     assert packer.separate.total() == 2
     assert packer.packed == 56  # each matrix has its kernel, the layer as a whole has none
     assert "layers whose experts are multiplied one by one: 2: the kernels fuse SiLU" in str(packer)
-    odd = quantized_model(intermediate_size=96, hidden_size=96, num_attention_heads=3,
-                          num_key_value_heads=3, head_dim=32, make=lambda n, k, s: int4(n, k, s, group=16))  # fmt: skip
+    odd = quantized_model(
+        hidden_size=80, intermediate_size=80, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=16, make=lambda n, k, s: int4(n, k, s, group=16),
+    )  # fmt: skip
     packer = place(odd)
     assert packer.packed == 0
     assert packer.refused.total() == 56
