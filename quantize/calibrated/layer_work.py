@@ -103,7 +103,9 @@ class LayerWork:
         passes += pairs * self.inner_gradients if self._by_gradients else 0
         for expert in range(self.config.num_local_experts):
             prefix = f"{base}.block_sparse_moe.experts.{expert}"
-            for parts in (("w1", "w3"), ("w2",)):
+            # Gradients of w1 and w3 differ, so these are then rounded apart.
+            inner = (("w1",), ("w3",)) if self._by_gradients else (("w1", "w3"),)
+            for parts in (*inner, ("w2",)):
                 matrices = [f"{prefix}.{part}.weight" for part in parts]
                 rounded.append(list(schemes_of(matrices, recipe).items()))
         solves = sum(

@@ -53,10 +53,11 @@ MIXED = Recipe(
     [
         {},
         {"correct": False},
+        {"objective": "loss", "recipe": MIXED},
         {"recipe": Recipe.uniform(INT4, attention=False)},
         {"recipe": MIXED},
     ],
-    ids=["all", "uncorrected", "attention in 16 bits", "mixed"],
+    ids=["all", "uncorrected", "by gradients", "attention in 16 bits", "mixed"],
 )
 def test_gptq_does_what_it_planned(tmp_path, options):
     source = write_source(tmp_path / "source", num_hidden_layers=1)
