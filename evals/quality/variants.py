@@ -26,6 +26,9 @@ METHODS = {
     "gptq-g128": QuantizeRequest(method="gptq", group_size=128),
     "gptq-g128-asymmetric": QuantizeRequest(method="gptq", group_size=128, asymmetric=True),
     "gptq-g32": QuantizeRequest(method="gptq", group_size=32),
+    "gptq-g128-loss": QuantizeRequest(method="gptq", group_size=128, objective="loss"),
+    "gptq-g32-loss": QuantizeRequest(method="gptq", group_size=32, objective="loss"),
+    "auto-4.25-loss": QuantizeRequest(method="auto", bits=4.25, objective="loss"),
     "auto-4.25": QuantizeRequest(method="auto", bits=4.25),
     "auto-4.5": QuantizeRequest(method="auto", bits=4.5),
 }
@@ -34,6 +37,7 @@ ABLATIONS: dict[str, LayerOptions] = {
     "full": LayerOptions(),
     "weighting-none": LayerOptions(weighting="none"),
     "weighting-square": LayerOptions(weighting="square"),
+    "objective-loss": LayerOptions(objective="loss"),
     "no-act-order": LayerOptions(rounding=RoundingOptions(act_order=False)),
     "no-live-scales": LayerOptions(rounding=RoundingOptions(live_scales=False)),
     "no-scale-search": LayerOptions(rounding=RoundingOptions(scale_search=False)),
