@@ -24,7 +24,7 @@ def refused(source, error, match, **changes):
         quantize_checkpoint(
             source, source.with_name("out"), request, TEXT, progress=lambda *at: seen.append(at)
         )
-    assert seen == []
+    assert {what for what, _, _ in seen} <= {"tokenizing"}
     assert [path.name for path in source.parent.iterdir()] == ["source"]
     return caught.value
 
