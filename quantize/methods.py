@@ -218,7 +218,8 @@ def _measured_recipe(
         source, calibration.ids, attention=request.attention, device=options.device
     )
     # The rounding, which is planned again when it begins, counts from the start.
-    tokens, each = calibration.ids.numel(), LayerWork(source.config, options.layer)
+    tokens, window = calibration.ids.numel(), calibration.ids.shape[1]
+    each = LayerWork(source.config, options.layer, window)
     recipe = Recipe.uniform(request.scheme, attention=request.attention)
     rounding = each.totals(range(source.config.num_hidden_layers), tokens, recipe)
     meter.plan(rounding)

@@ -85,7 +85,7 @@ def lines(at: Sequence[float], series: Sequence[Series], x: str, y: str) -> "Fig
     """Lines over the same places, each with its letter at its end."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes(3.0 + 0.2 * len(series))
+    figure, axes = _axes(3.0 + 0.2 * -(-len(series) // _key_columns(series)))
     for line in series:
         axes.plot(
             at,
@@ -104,13 +104,13 @@ def lines(at: Sequence[float], series: Sequence[Series], x: str, y: str) -> "Fig
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     _label_ends(axes, at, series)
-    _key(figure, axes)
+    _key(figure, axes, series)
     return figure
 
 
 def bars(categories: Sequence[str], series: Sequence[Series], y: str) -> "Figure":
     """Groups of bars, one group a category."""
-    figure, axes = _axes(3.0 + 0.2 * len(series))
+    figure, axes = _axes(3.0 + 0.2 * -(-len(series) // _key_columns(series)))
     width = 0.84 / len(series)
     for index, bar in enumerate(series):
         places = [place - 0.42 + (index + 0.5) * width for place in range(len(categories))]
@@ -126,7 +126,7 @@ def bars(categories: Sequence[str], series: Sequence[Series], y: str) -> "Figure
     axes.set_xticks(range(len(categories)), list(categories))
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(y)
-    _key(figure, axes)
+    _key(figure, axes, series)
     return figure
 
 
@@ -162,7 +162,7 @@ def stacks(
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(x)
-    _key(figure, axes)
+    _key(figure, axes, parts)
     return figure
 
 
@@ -255,10 +255,15 @@ def _scale(axes: "Axes", grid: Grid, *, signed: bool) -> None:
     inset.set_xlim(-0.5, 0.5)
     inset.set_ylim(len(values) - 0.5, -0.5)
     inset.set_xticks([])
-    labels = [f"{value:.3g}{grid.unit}" for value in values]
+    labels = [f"{_figure(value)}{grid.unit}" for value in values]
     inset.set_yticks(range(len(values)), labels, fontsize=_SMALL)
     inset.yaxis.tick_right()
     _plain(inset)
+
+
+def _figure(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _axes(height: float) -> tuple["Figure", "Axes"]:
@@ -290,9 +295,15 @@ def _scaled(axes: "Axes", values: Sequence[float | None]) -> None:
     if known and min(known) > 0 and max(known) / min(known) > _LOG_FROM:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leads(value) else "")
+        axes.tick_params(which="minor", labelsize=_TINY)
     elif known and min(known) >= 0:
         axes.set_ylim(bottom=0)
+
+
+def _leads(value: float) -> bool:
+    """Whether a mark between two powers of ten gets its number: twice or five times the lower."""
+    return f"{value:.0e}"[0] in "25"
 
 
 def _label_ends(axes: "Axes", at: Sequence[float], series: Sequence[Series]) -> None:
@@ -329,10 +340,16 @@ def _apart(heights: Sequence[float]) -> list[float]:
     return moved
 
 
-def _key(figure: "Figure", axes: "Axes") -> None:
+def _key_columns(series: Sequence[Series]) -> int:
+    """Short names share lines of the key."""
+    return 4 if all(len(each.key) <= 8 for each in series) else 1
+
+
+def _key(figure: "Figure", axes: "Axes", series: Sequence[Series]) -> None:
     """The names of the series above the chart."""
     legend = figure.legend(
         *axes.get_legend_handles_labels(),
+        ncols=_key_columns(series),
         loc="outside upper left",
         frameon=False,
         fontsize=_SMALL,

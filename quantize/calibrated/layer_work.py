@@ -1,8 +1,9 @@
 """How much work the parts of a calibrated run are: what its progress counts.
 
-Bytes that are hashed count as bytes, all else in floating-point operations, by kinds that reach
-different rates. Shape letters: T tokens, D hidden width, F expert width, H width of all heads, K
-inputs and N outputs of a matrix. Knows no files and no measurements.
+Bytes that are hashed count as bytes, weights that are rounded to nearest as weights, all else in
+floating-point operations, by kinds that reach different rates. Shape letters: T tokens, S window,
+D hidden width, F expert width, H width of all heads, V vocabulary, K inputs and N outputs of a
+matrix. Knows no files and no measurements.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,21 @@ PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
 # Seconds a unit, for kinds that were not measured yet. These and the constants below are of one
 # core (AVX-512, 2026-11-29). A solve took 370 us an input and 0.36 us a weight besides its
 # arithmetic, which reached 150 GFLOP/s on a quiet machine and 45 on a busy one: 60 is between.
-EXPECTED: Mapping[str, float] = {PASS: 1 / 70e9, SOLVE: 1 / 60e9, ROUND: 1 / 4e6, HASH: 1 / 5e8}
+EXPECTED: Mapping[str, float] = {PASS: 1 / 70e9, SOLVE: 1 / 60e9, ROUND: 1 / 2.5e6, HASH: 1 / 5e8}
+# What is done once with each number of a hidden state takes as long as so many operations of a
+# matmul: norms, activations, gathering. It is half of the tiny model's pass, and 2 % at true width.
+_NUMBER_WORK = 400.0
 _INPUT_WORK, _WEIGHT_WORK = 22e6, 22e3  # in operations
 _CACHED_ROWS = 40_000  # at so many outputs a weight takes twice as long: groups leave the cache
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """The work of one layer, for each token where T is not given."""
+    """The work of one layer, for each token where T is not given; `window` is S."""
 
     config: MixtralConfig
     options: LayerOptions
+    window: int
 
     @property
     def _models(self) -> int:
@@ -45,7 +50,9 @@ class LayerWork:
         config = self.config
         heads = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
-        return 2.0 * config.hidden_size * 2 * (heads + narrow)
+        projections = 2.0 * config.hidden_size * 2 * (heads + narrow)
+        scores = 4.0 * self.window * heads
+        return projections + scores + _NUMBER_WORK * 2 * (config.hidden_size + heads + narrow)
 
     @property
     def both_attentions(self) -> float:
@@ -55,11 +62,18 @@ class LayerWork:
     @property
     def expert(self) -> float:
         """Of one expert."""
-        return 6.0 * self.config.hidden_size * self.config.intermediate_size
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        return 6.0 * hidden * inner + _NUMBER_WORK * (hidden + inner)
+
+    @property
+    def head(self) -> float:
+        """Of the head, and of the distribution of the next token."""
+        hidden, words = self.config.hidden_size, self.config.vocab_size
+        return 2.0 * hidden * words + _NUMBER_WORK * (hidden + words)
 
     def moments(self, columns: int) -> float:
         """Of adding an input [K] to the sums that matrices are rounded by."""
-        return 2.0 * self._models * columns**2
+        return self._models * (2.0 * columns**2 + _NUMBER_WORK * columns)
 
     @property
     def inner_moments(self) -> float:

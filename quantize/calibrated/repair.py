@@ -11,7 +11,6 @@ from pathlib import Path
 from qmix.formats.files.shards import read_entries, read_entry
 from qmix.formats.layouts import gptq
 from qmix.formats.layouts.gptq_config import ModuleSettings
-from qmix.quantize.calibrated.layer_work import LayerWork
 from qmix.quantize.calibrated.loss_gradients import is_file_of_pass
 from qmix.quantize.calibrated.resume import Damage, RunState, damaged_files
 from qmix.quantize.calibrated.run_files import RunFiles
@@ -41,7 +40,7 @@ def repair(
     lost = [layer for layer in range(done) if files.layer_shard(layer) in names]
     last = done - 1 if any(name.endswith(".f32") for name in names) else max(lost, default=-1)
     tokens = files.enter(folder, 0) if damage else {}
-    passed = LayerWork(files.checkpoint.config, files.options.layer).pass_only(files.ids.numel())
+    passed = files.work_of_a_layer.pass_only(files.ids.numel())
     meter.plan(files.work(lost))
     for _ in range(last + 1 - len(lost)):
         meter.plan(passed)

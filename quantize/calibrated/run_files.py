@@ -81,8 +81,12 @@ class RunFiles:
 
     def work(self, layers: Sequence[int]) -> dict[str, float]:
         """The work of rounding these layers, by kind."""
-        work = LayerWork(self.checkpoint.config, self.options.layer)
-        return work.totals(layers, self.ids.numel(), self.recipe)
+        return self.work_of_a_layer.totals(layers, self.ids.numel(), self.recipe)
+
+    @property
+    def work_of_a_layer(self) -> LayerWork:
+        """How much work the parts of a layer are."""
+        return LayerWork(self.checkpoint.config, self.options.layer, self.ids.shape[1])
 
     def finished(self, folder: Path, state: RunState) -> list[list[TensorResult]]:
         """The results of the layers that an earlier run finished.

@@ -86,7 +86,7 @@ class Sensitivity:
         # The first windows are copied; every window is as good as another.
         self._copied = max(1, min(len(self._ids), copied // ids.shape[1]))
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-        self._work = LayerWork(checkpoint.config, LayerOptions())
+        self._work = LayerWork(checkpoint.config, LayerOptions(), ids.shape[1])
         self._meter, self._what = WorkMeter(EXPECTED), ""
 
     def work(self) -> dict[str, float]:
@@ -104,7 +104,7 @@ class Sensitivity:
             rows = tokens + (copies + 2) * copied + 2 * len(SCHEMES) * tokens
             passes += pairs * each.expert * rows
             copies += 2
-        passes += self._head_work * (1 + copies) * copied
+        passes += each.head * (1 + copies) * copied
         rounded = len(SCHEMES) * (elements + (attended if self._with_attention else 0))
         return {PASS: passes, ROUND: float(config.num_hidden_layers * rounded)}
 
@@ -254,7 +254,7 @@ class Sensitivity:
         tied = self._config.tie_word_embeddings
         head = self._read("model.embed_tokens.weight" if tied else "lm_head.weight")
         sums = [0.0] * len(copies)
-        work = self._head_work * (1 + len(copies)) * x.shape[1]
+        work = self._work.head * (1 + len(copies)) * x.shape[1]
         windows = self._meter.each("measuring the head", PASS, range(len(x)), lambda _: work)
         for window in windows:
             exact = kernels.linear(norm(x[window]), head).log_softmax(-1)
@@ -262,11 +262,6 @@ class Sensitivity:
                 changed = kernels.linear(norm(copy[window]), head).log_softmax(-1)
                 sums[index] += float((exact.exp() * (exact - changed)).sum(-1).mean())
         return [total / len(x) for total in sums]
-
-    @property
-    def _head_work(self) -> float:
-        """Of the head for one token."""
-        return 2.0 * self._config.hidden_size * self._config.vocab_size
 
     def _swiglu(self, x: Tensor, score: Tensor, weights: Mapping[str, Weight]) -> Tensor:
         """What an expert adds to its tokens [n, D]; `weights` are w1, w2 and w3 in this order."""

@@ -131,3 +131,20 @@ def test_letters_at_the_ends_of_lines_do_not_touch_and_stay_inside():
     assert max(heights) <= 1
     assert min(b - a for a, b in pairwise(heights)) == pytest.approx(0.085)
     assert charts._apart([0.1, 0.5]) == [0.1, 0.5]
+
+
+def test_short_names_share_lines_of_the_key():
+    names = ("q", "k", "v", "o", "w1", "w2", "w3")
+    short = charts.lines([0, 1], [series([1, 2], i, name=n) for i, n in enumerate(names)], "x", "y")
+    long = charts.lines(
+        [0, 1], [series([1, 2], i, name="long " + n) for i, n in enumerate(names)], "x", "y"
+    )
+    assert short.get_size_inches()[1] < long.get_size_inches()[1]
+
+
+def test_large_values_of_a_scale_are_whole_numbers_and_a_logarithmic_axis_has_more_than_one():
+    assert [charts._figure(value) for value in (9714, 8.125, 0.25)] == ["9,714", "8.12", "0.25"]
+    figure = charts.lines([0, 1], [series([0.0021, 0.049])], "x", "y")
+    figure.canvas.draw()
+    shown = [label.get_text() for label in figure.axes[0].yaxis.get_minorticklabels()]
+    assert {"0.005", "0.02"} <= set(shown)
