@@ -153,7 +153,6 @@ def compare(
     asked = parse_dtype(dtype)
     names = [shown_name(path) for path in directories]
     tokenizer = LlamaTokenizer.from_pretrained(directories[0])
-    progress("tokenizing", 0, 0)
     opened, windows = _opened(directories, text, tokenizer, window)
     config, weight_dtype = opened[0].config, asked or opened[0].dtype
     steps = _Steps(progress, len(opened) * (2 * config.num_hidden_layers + 1))

@@ -74,6 +74,7 @@ def compare(
     text = texts.read_text(data, as_it_is=raw_text)
     terminal.notice_changes(data, text.changes, "--raw-text keeps them")
     with terminal.progress() as show:
+        show("tokenizing", 0, 0)
         result = comparison.compare(
             directories, text, window=ctx, dtype=dtype, device=device, progress=show
         )
