@@ -20,8 +20,8 @@ PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
 # core (AVX-512, 2026-11-29). A solve took 370 us an input and 0.36 us a weight besides its
 # arithmetic, which reached 150 GFLOP/s on a quiet machine and 45 on a busy one: 60 is between.
 EXPECTED: Mapping[str, float] = {PASS: 1 / 70e9, SOLVE: 1 / 60e9, ROUND: 1 / 2.5e6, HASH: 1 / 5e8}
-# What is done once with each number of a hidden state takes as long as so many operations of a
-# matmul: norms, activations, gathering. It is half of the tiny model's pass, and 2 % at true width.
+# What is done once with each number of a hidden state (norms, activations, gathering) takes as long
+# as so many operations of a matmul: a third of the tiny model's expert, 2 % at true width.
 _NUMBER_WORK = 400.0
 _INPUT_WORK, _WEIGHT_WORK = 22e6, 22e3  # in operations
 _CACHED_ROWS = 40_000  # at so many outputs a weight takes twice as long: groups leave the cache
