@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qmix.commands.progress import Show
 
 _BETWEEN = " · "
+_DEBUG = "QMIX_DEBUG"  # set by --debug
 _BROKEN_PIPE = 141  # as shells call the end by SIGPIPE
 
 
@@ -171,8 +172,12 @@ def print_usage_error(error: Any) -> int:
 def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: object = None
 ) -> str:
-    """A warning in one line, escaped; takes the place of `warnings.formatwarning`."""
-    return escaped(f"{filename}:{lineno}: {category.__name__}: {message}") + "\n"
+    """A warning in one line, escaped; takes the place of `warnings.formatwarning`.
+
+    Where it was raised helps nobody who has not asked for tracebacks.
+    """
+    where = f"{filename}:{lineno}: {category.__name__}" if _DEBUG in os.environ else "warning"
+    return escaped(f"{where}: {message}") + "\n"
 
 
 def write(text: str, stream: TextIO | None = None) -> None:

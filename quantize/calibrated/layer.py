@@ -79,7 +79,7 @@ class LayerQuantizer:
         self._what = f"layer {layer + 1} of {self._config.num_hidden_layers}"
         self._gradients = gradients
         self._tensors = LayerTensors(
-            checkpoint, layer, recipe, options, device=device, dtype=dtype, meter=meter
+            checkpoint, layer, recipe, self._work, device=device, dtype=dtype, meter=meter
         )
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from qmix.formats import Checkpoint, names
 from qmix.nn.linear import Linear
 from qmix.quantize.calibrated.layer_work import SOLVE, LayerWork, schemes_of
-from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.output_checkpoint import read_finite, squared_sums
 from qmix.quantize.rounding import gptq
@@ -44,7 +43,7 @@ class LayerTensors:
 
     Args:
         device, dtype: of exact weights, and of the dense ones among the rounded.
-        meter: counts the solves.
+        work: how much the solves are. meter: counts them.
     """
 
     def __init__(
@@ -52,15 +51,15 @@ class LayerTensors:
         checkpoint: Checkpoint,
         layer: int,
         recipe: Recipe,
-        options: LayerOptions,
+        work: LayerWork,
         *,
         device: torch.device,
         dtype: torch.dtype,
         meter: WorkMeter,
     ) -> None:
-        self._checkpoint, self._recipe, self._options = checkpoint, recipe, options
+        self._checkpoint, self._recipe = checkpoint, recipe
+        self._work, self._options = work, work.options
         self._device, self._dtype, self._meter = device, dtype, meter
-        self._work = LayerWork(checkpoint.config, options)
         self._what = f"layer {layer + 1} of {checkpoint.config.num_hidden_layers}"
         self._tensors = {t.name: t for t in names.layer_tensors(checkpoint.config, layer)}
         self._results: dict[str, RoundedTensor] = {}

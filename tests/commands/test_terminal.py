@@ -96,7 +96,7 @@ def test_a_damaged_header_of_every_kind_is_said_escaped(hostile, tmp_path):
 
 
 @pytest.mark.parametrize("text", [HOSTILE, BYTES, "\0", "a\nb"])
-def test_notices_progress_tables_warnings_and_json_are_escaped(capsys, text):
+def test_notices_progress_tables_warnings_and_json_are_escaped(capsys, text, monkeypatch):
     terminal.notice(text)
     terminal.message(text)
     terminal.table(["what"], [[f"{text}[bold]"]])
@@ -104,6 +104,9 @@ def test_notices_progress_tables_warnings_and_json_are_escaped(capsys, text):
     terminal.print_error(OSError(text), with_traceback=True)
     terminal.print_json({text: text})
     terminal.print_result(text.replace("\n", ""), {}, as_json=False)
+    plain = terminal.format_warning(text, UserWarning, text, 1)
+    assert plain == f"warning: {escaped(text)}\n"
+    monkeypatch.setenv("QMIX_DEBUG", "1")
     sys.stderr.write(terminal.format_warning(text, UserWarning, text, 1))
     shown = capsys.readouterr()
     assert not RAW & set(shown.out), ascii(shown.out)
