@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import QmixError, UsageError
+from qmix.serving.request import BusyError
 from qmix.text.detokenizer import Pieces
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.text.worker_process import EndedWorkerError, WorkerProcess
@@ -32,7 +33,7 @@ _JSON: "JsonCompileOptions" = {
     "key_separator": ": ",
 }
 _THREADS = 2  # a mask takes microseconds as a rule; two of them let one that is slow pass
-_TRIALS, _KEPT = 2, 16
+_TRIALS, _TRIAL_WAIT_S, _KEPT = 2, 10.0, 16
 # Bounds on the work: about 20 ms for a grammar's expressions, 17 ms for a mask.
 _LIMITS: Mapping[str, Any] = {
     "max_items_in_row": 2000,
@@ -72,6 +73,7 @@ class Grammars:
 
         Raises:
             UsageError: it is none, or costs too much.
+            BusyError: many new ones are being tried.
             ResourceError: no process can be started to try it.
         """
         from llguidance import LLMatcher, LLParserLimits
@@ -97,9 +99,12 @@ class Grammars:
         """Compile it where that can be ended.
 
         Raises:
-            UsageError, ResourceError: as compiled.
+            UsageError, BusyError, ResourceError: as compiled.
         """
-        worker = self._trials.get()
+        try:
+            worker = self._trials.get(timeout=_TRIAL_WAIT_S)
+        except Empty:
+            raise BusyError("too many new grammars at a time", remedy="Try again later.") from None
         try:
             reply = worker.answer({"grammar": grammar, "limits": _LIMITS, **self._tokens})
         except EndedWorkerError as error:

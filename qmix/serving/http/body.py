@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +16,7 @@ Prepared = TypeVar("Prepared")
 MAX_BYTES = 4 << 20
 _MAX_HELD_BYTES = 256 << 20  # of all bodies that are being read or parsed
 _WAIT_S = 30.0
+_THREADS = 64
 
 
 class Bodies:
@@ -22,6 +24,8 @@ class Bodies:
 
     def __init__(self) -> None:
         self._held = 0
+        # Many, because some wait: for a template's process, or for a grammar's.
+        self._threads = ThreadPoolExecutor(_THREADS, "qmix-body")
 
     async def prepared(
         self, request: Request, prepare: Callable[[dict[str, Any]], Prepared]
@@ -36,7 +40,8 @@ class Bodies:
         body = bytearray()
         try:
             await self._read(request, body)
-            return await asyncio.to_thread(_prepared, bytes(body), prepare)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, _prepared, bytes(body), prepare)
         finally:
             self._held -= len(body)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -421,6 +422,21 @@ def test_replies_match_a_regular_expression_to_the_first_space(chat, complete):
     for reply in (chat(**guided).choices[0].message.content, complete(**guided).choices[0].text):
         assert re.fullmatch(" ?[a-c]{4}-[0-9]{2}", reply)
     assert chat(response_format={"type": "json_object"}).choices[0].message.content[0] == "{"
+
+
+@pytest.mark.soak
+def test_many_schemas_that_explode_at_once_leave_the_others_alone(served, chat):
+    def bomb(number):
+        patterns = [f"(a|b)*a(a|b){{{count}}}{number}" for count in range(5, 25)]
+        schema = {"allOf": [{"type": "string", "pattern": each} for each in patterns]}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return served.post("/v1/chat/completions", {"messages": ASK, "response_format": form})[0]
+
+    with ThreadPoolExecutor(12) as threads:
+        bombs = [threads.submit(bomb, number) for number in range(12)]
+        assert chat(max_tokens=2).choices[0].message.content
+        assert not all(each.done() for each in bombs)
+        assert {each.result() for each in bombs} <= {400, 429}
 
 
 @pytest.mark.parametrize(
