@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from qmix.generation.inputs import GenerationInputs
-from qmix.generation.loop import stream
+from qmix.generation.config import GenerationConfig
+from qmix.generation.stopping import RowText
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.text.detokenizer import StreamDetokenizer
 from qmix.text.tokenizer import LlamaTokenizer
 
 # "cancels": closes the connection in the middle. "slow": hardly reads. "long": a prompt of 1 MB.
@@ -93,19 +94,23 @@ def right_replies(
         return [draw.randrange(3, model.config.vocab_size) for _ in range(count)]
 
     beginnings = [drawn(draw.randrange(1, _LONGEST)) for _ in range(_BEGINNINGS)]
+    config = model.generation_config.updated({"max_new_tokens": max(_NEW), "do_sample": False})
     replies = []
     for _ in range(prompts):
         begin = draw.choice(beginnings)
         ids = (*begin[: draw.randrange(1, len(begin) + 1)], *drawn(draw.randrange(1, 20)))
-        for new in _NEW:
-            inputs = GenerationInputs(
-                torch.tensor([ids]),
-                model.generation_config.updated({"max_new_tokens": new, "do_sample": False}),
-                tokenizer=tokenizer,
-            )
-            text = "".join(token.texts[0] for token in stream(model, inputs))
-            replies.append(Reply(ids, new, text))
+        new_ids = model.generate(torch.tensor([ids]), config)[0, len(ids) :].tolist()
+        replies += [Reply(ids, new, _text(new_ids[:new], ids, tokenizer, config)) for new in _NEW]
     return tuple(replies)
+
+
+def _text(
+    new: Sequence[int], prompt: Sequence[int], tokenizer: LlamaTokenizer, config: GenerationConfig
+) -> str:
+    """What new ids say behind a prompt, up to one that ends the text."""
+    text = RowText(StreamDetokenizer(tokenizer, prompt=prompt), config.eos_ids, config.stops)
+    parts = [text.put(each, last=at == len(new)) for at, each in enumerate(new, 1)]
+    return "".join(parts)
 
 
 def drawn(replies: Sequence[Reply], draw: random.Random) -> Question:

@@ -209,7 +209,8 @@ def flush() -> None:
 
 def _put(text: str, stream: TextIO) -> None:
     try:
-        stream.write(text)
+        if text:  # a full device refuses nothing, too, where output is not buffered
+            stream.write(text)
         stream.flush()
     except OSError as error:
         # The interpreter would try the same bytes again at its end, and fail again.

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -49,27 +50,39 @@ def test_a_killed_server_leaves_nothing_and_starts_again_at_once(tmp_path):
         chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
         assert server.post("/v1/chat/completions", chat)[0] == 200  # starts the templates' process
         before = files(tmp_path)
-        clients = [streaming(server) for _ in range(8)]
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait()
-        until(lambda: not of_session(server.process.pid))
-        for client in clients:
-            client.close()
+        with ExitStack() as clients:
+            for _ in range(8):
+                clients.enter_context(streaming(server))
+            os.kill(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+            until(lambda: not of_session(server.process.pid))
     assert files(tmp_path) == before
     with server_process(port=port, environment=given) as server:
         assert text(server) == right
     assert files(tmp_path) == before
 
 
+def deaf(server):
+    """A connection that asks for a long stream and never reads."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect(("127.0.0.1", server.port))
+    body = json.dumps({**LONG, "logprobs": 5}).encode()
+    client.sendall(request("POST", COMPLETIONS, body))
+    return client
+
+
 def test_sigterm_lets_short_replies_end_and_long_ones_say_so():
-    with server_process(fault=SLOW_STEPS) as server:
-        long, short = streaming(server), streaming(server, max_tokens=40)
-        deaf = socket.socket()
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        deaf.connect(("127.0.0.1", server.port))
-        body = json.dumps({**LONG, "logprobs": 5}).encode()
-        deaf.sendall(request("POST", COMPLETIONS, body))
-        idle = [server.connected() for _ in range(50)]
+    with server_process(fault=SLOW_STEPS) as server, ExitStack() as clients:
+        long, short, *_ = (
+            clients.enter_context(client)
+            for client in (
+                streaming(server),
+                streaming(server, max_tokens=40),
+                deaf(server),
+                *(server.connected() for _ in range(50)),
+            )
+        )
         server.process.send_signal(signal.SIGTERM)
         begun = time.monotonic()
         assert b'"finish_reason":"length"' in all_of(short)
@@ -79,8 +92,6 @@ def test_sigterm_lets_short_replies_end_and_long_ones_say_so():
         code, _ = server.ended()
         seconds = time.monotonic() - begun
         assert (code, seconds < 10) == (0, True), seconds
-        for client in (deaf, *idle):
-            client.close()
 
 
 def test_a_full_disk_under_its_output_and_its_log_ends_nothing():
@@ -99,18 +110,15 @@ def test_a_full_disk_under_its_output_and_its_log_ends_nothing():
 def test_a_thousand_idle_connections_hold_nobody_up(shell):
     with server_process(shell=shell, stderr=subprocess.PIPE) as server:
         right = text(server)
-        stream = streaming(server)
-        idle = []
-        for number in range(1000):
-            client = server.connected()
-            if number % 2:
-                client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: loc")
-            idle.append(client)
-        for _ in range(5):
-            assert text(server) == right
-        assert b"[DONE]" in all_of(stream)
-        for client in idle:
-            client.close()
+        with ExitStack() as clients:
+            stream = clients.enter_context(streaming(server))
+            for number in range(1000):
+                client = clients.enter_context(server.connected())
+                if number % 2:
+                    client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: loc")
+            for _ in range(5):
+                assert text(server) == right
+            assert b"[DONE]" in all_of(stream)
         assert text(server) == right
         server.process.send_signal(signal.SIGTERM)
         assert server.ended()[0] == 0
@@ -133,7 +141,8 @@ MixtralForCausalLM.next_logits = lost
 
 def test_a_lost_device_turns_the_health_red_and_then_ends_the_server():
     with server_process(fault=LOST, stderr=subprocess.PIPE) as server:
-        events = all_of(streaming(server))
+        with streaming(server) as client:
+            events = all_of(client)
         assert b"the GPU failed" in events
         status, document = server.get("/health")
         assert (status, document["status"]) == (503, "failed")

@@ -30,7 +30,7 @@ class PromptLog:
         self._path, self._lock = path, threading.Lock()
         self._is_whole = True  # whether the last line is
         with writing(path):
-            self._append(b"")
+            os.close(self._opened())
 
     def put(self, path: str, body: Mapping[str, Any]) -> None:
         """Append what was sent to a path. For any thread."""
@@ -48,8 +48,11 @@ class PromptLog:
 
     def _append(self, data: bytes) -> int:
         """Bytes that were written: fewer where a disk is full."""
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        descriptor = self._opened()
         try:
             return os.write(descriptor, data)
         finally:
             os.close(descriptor)
+
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -22,8 +22,9 @@ from qmix.serving.http.connection import Connection
 DRAIN_S, _GRACE_S = 6.0, 7
 _KEEP_ALIVE_S = 30
 _BACKLOG = 2048  # connections that the system completes before they are accepted
-# asyncio accepts so many before it looks at any; more would pass the limit of descriptors.
-_ACCEPTS = 64
+# asyncio accepts so many a turn, and closes what it is told to some turns later: together these fit
+# into the descriptors that are kept back.
+_ACCEPTS = 16
 _RED_TICKS = 20  # 2 s in which the health shows that the engine has failed, before the end
 
 
