@@ -138,7 +138,7 @@ def measure_load(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=machine.processor(),
         versions={"torch": torch.__version__, "python": platform.python_version()},
-        asked=first.asked + second.asked,
+        asked=dict(first.asked + second.asked),
         refused=first.refused + second.refused,
         wrong=(*first.wrong, *second.wrong),
         elapsed_s=elapsed_s,

@@ -99,7 +99,9 @@ def right_replies(
     for _ in range(prompts):
         begin = draw.choice(beginnings)
         ids = (*begin[: draw.randrange(1, len(begin) + 1)], *drawn(draw.randrange(1, 20)))
-        new_ids = model.generate(torch.tensor([ids]), config)[0, len(ids) :].tolist()
+        whole = model.generate(torch.tensor([ids]), config)
+        assert isinstance(whole, torch.Tensor)
+        new_ids = whole[0, len(ids) :].tolist()
         replies += [Reply(ids, new, _text(new_ids[:new], ids, tokenizer, config)) for new in _NEW]
     return tuple(replies)
 
