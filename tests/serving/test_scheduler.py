@@ -5,13 +5,15 @@ import torch
 
 import qmix
 from qmix.errors import QmixError, UsageError
+from qmix.experts.policy import PRESETS
 from qmix.generation.config import GenerationConfig
+from qmix.models.offload import Tiers
 from qmix.nn.cache_slab import CacheSlab
 from qmix.serving.request import BusyError, Ended, Request, Ticket
 from qmix.serving.running import Running
 from qmix.serving.scheduler import Limits, Scheduler
 from qmix.text.tokenizer import LlamaTokenizer
-from tests.support.models import TINY, small_model
+from tests.support.models import TINY, load_in_tiers, small_model
 
 PROMPTS = [
     list(range(3, 3 + length)) if length % 2 else list(range(40, 40 + length))
@@ -437,6 +439,19 @@ def test_slots_of_one_storage_as_on_a_gpu_give_the_same_ids(tokenizer, monkeypat
     callers = [Caller(ids) for ids in (*PROMPTS[:5], [*PROMPTS[4], 3])]
     run(together, callers, every=2)
     assert [c.ids for c in callers] == [alone(model, c.request.ids) for c in callers]
+
+
+def test_experts_that_stay_in_the_file_give_the_same_ids(tiny_nf4, tokenizer):
+    """Of 24 experts 5 fit into memory; the engine's steps fetch the others."""
+    tiers = Tiers(device=0, host=5, settings=PRESETS["heat"])
+    offloaded, (resident, _) = load_in_tiers(tiny_nf4, "cpu", tiers=tiers), qmix.load(tiny_nf4)
+    found = []
+    for model in (offloaded, resident):
+        callers = [Caller(ids, new=5) for ids in PROMPTS[1:4]]
+        run(Scheduler(model, tokenizer, Limits(context=64, slots=3, chunk=8)), callers)
+        found.append([caller.ids for caller in callers])
+    assert found[0] == found[1]
+    assert offloaded.store.statistics().disk_bytes > 0
 
 
 def test_a_rolling_window_keeps_its_rows_apart(tokenizer):
