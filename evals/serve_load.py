@@ -1,12 +1,12 @@
 """`qmix serve` under load: are all texts right, is nothing left behind, how long do callers wait?
 
-`python -m qmix.evals.serve_load [MODEL] [--clients 200] [--requests 20] [--slots 8] [--seed 0]
-[--dtype fp32] [--json FILE]` starts the server as a process and asks it as strangers do: streams
-and whole replies, callers that leave, that hardly read, malformed bodies and prompts of 1 MB. A
-greedy reply must be, to the letter, the one of a run of the model alone; in float32 no rounding of
-a batch reaches a choice. What the server holds is read before, halfway and after; before, it has
-answered some callers, so that what is made once is there. The exit code is 5 if a text is wrong or
-something is left behind.
+`python -m qmix.evals.serve_load [MODEL] [--clients 200] [--requests 20] [--slots 8] [--queue 256]
+[--seed 0] [--dtype fp32] [--json FILE]` starts the server as a process and asks it as strangers
+do: streams and whole replies, callers that leave, that hardly read, malformed bodies and prompts of
+1 MB. A greedy reply must be, to the letter, the one of a run of the model alone; in float32 no
+rounding of a batch reaches a choice. What the server holds is read before, halfway and after;
+before, it has answered some callers, so that what is made once is there. The exit code is 5 if a
+text is wrong or something is left behind.
 """
 
 import argparse
@@ -109,7 +109,7 @@ class LoadRecord:
 
 
 def measure_load(
-    model: Path, *, clients: int, requests: int, slots: int, seed: int, dtype: str
+    model: Path, *, clients: int, requests: int, slots: int, queue: int, seed: int, dtype: str
 ) -> LoadRecord:
     """Start a server, put a load on it, and end it.
 
@@ -118,7 +118,7 @@ def measure_load(
     """
     say("what the model says alone")
     replies = right_replies(*load(model, device="cpu", dtype=dtype), seed)
-    options = ("--device", "cpu", "--dtype", dtype, "--slots", str(slots))
+    options = ("--device", "cpu", "--dtype", dtype, "--slots", str(slots), "--queue", str(queue))
     with qmix_server(str(model), *options) as server:
         say("callers that come before")
         _loaded(server, replies, *_WARM_UP, seed + 1)
@@ -184,6 +184,7 @@ def _print(model: Path | None, options: argparse.Namespace) -> None:
         clients=options.clients,
         requests=options.requests,
         slots=options.slots,
+        queue=options.queue,
         seed=options.seed,
         dtype=options.dtype,
     )
@@ -208,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=200, help="callers at a time (200)")
     parser.add_argument("--requests", type=int, default=20, help="questions of each (20)")
     parser.add_argument("--slots", type=int, default=8, help="of the server (8)")
+    parser.add_argument("--queue", type=int, default=256, help="of the server (256)")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked (0)")
     parser.add_argument("--dtype", default="fp32", help="bf16, fp16 or fp32 (fp32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")

@@ -30,7 +30,7 @@ COMPLETIONS = "/v1/completions"
 _PROMPTS = 24
 _BEGINNINGS = 4  # that prompts share
 _LONGEST = 300  # tokens
-_NEW = (4, 12, 32)
+_NEW = (2, 6, 16)
 _LONG_BYTES = 1 << 20
 # Each with the status that it deserves.
 _MALFORMED: tuple[tuple[dict[str, Any] | bytes, int], ...] = (

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.soak
 
 
 def test_many_callers_get_right_texts_and_leave_nothing():
-    record = measure_load(TINY, clients=60, requests=6, slots=8, seed=0, dtype="fp32")
+    record = measure_load(TINY, clients=60, requests=6, slots=8, queue=20, seed=0, dtype="fp32")
     assert record.wrong == ()
     assert record.leaks == ()
     assert record.exit_code == 0
