@@ -110,6 +110,8 @@ class Comparison:
 
     def __init__(self, model: Any, tokenizer: Any, new: int | None) -> None:
         self._model, self._tokenizer, self._new = model, tokenizer, new
+        self._cache = model.new_cache(1)
+        self._task: DraftTask | None = None  # whose prompt the cache holds
 
     def ids(self, task: DraftTask) -> tuple[list[int], list[int]]:
         """Prompt and reply."""
@@ -126,7 +128,12 @@ class Comparison:
             prompt_lookup_num_tokens=MOST_DRAFTED if drafts else None,
         )
         script = Script(len(prompt), reply)
-        inputs = GenerationInputs(torch.tensor([prompt]), config, logits_processor=[script])
+        held = len(prompt) - 1 if task is self._task else 0
+        self._cache.rewind(self._cache.longest_rewindable(held))
+        self._task = task
+        inputs = GenerationInputs(
+            torch.tensor([prompt]), config, cache=self._cache, logits_processor=[script]
+        )
         tokens, found = stream(self._model, inputs), []
         last = next(tokens)
         found.append(int(last.ids))

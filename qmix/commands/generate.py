@@ -47,7 +47,7 @@ def generate(
         bool, typer.Option("--chat", help="Ask it as a user does in a chat, by the template.")
     ] = False,
     template: options.Template = None,
-    speculate: options.Speculate = None,
+    reuse: options.Reuse = options.REUSE,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     yes: options.Yes = False,
@@ -71,19 +71,23 @@ def generate(
     from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
 
-    load_options = load.parse()
+    prompts, load_options = reuse.prompts(directory), load.parse()
     text = _stdin() if prompt == "-" else prompt
     with load_bar(quiet=quiet) as bar:
         model, tokenizer = qmix.load(directory, load_options=load_options, progress=bar)
     config = config.filled_from(model.generation_config).filled_from(_defaults(_GENERATE))
     chat = chat or template is not None
     ids, ends = _asked(tokenizer, text, template) if chat else (tokenizer.encode(text), ())
-    config = options.drafting(config.with_ends(ends), speculate, model)
+    config = reuse.drafting(config.with_ends(ends), model)
     config = _fitting(config, len(ids), model.config.max_position_embeddings)
+    cache = model.new_cache(1, len(ids))
+    cached = 0 if prompts is None else prompts.restore(cache, ids)
     inputs = GenerationInputs(
-        torch.tensor([ids]), config, tokenizer=tokenizer, starts_new_text=chat
+        torch.tensor([ids]), config, cache=cache, tokenizer=tokenizer, starts_new_text=chat
     )
-    done = _written(stream(model, inputs), len(ids), as_json=as_json)
+    done, new = _written(stream(model, inputs), len(ids), cached, as_json=as_json)
+    if prompts is not None:
+        prompts.store(cache, [*ids, *new])
     if not quiet and not as_json:
         terminal.notice(str(done))
     if chat and done.finish == "length":
@@ -97,6 +101,7 @@ class Continuation:
     text: str
     finish: str
     prompt_tokens: int
+    cached_tokens: int
     new_tokens: int
     first_token_s: float
     elapsed_s: float
@@ -108,10 +113,13 @@ class Continuation:
         return f"{counted(self.new_tokens, 'token')} in {self.elapsed_s:.2f} s ({rate:.1f} tok/s){ended}"
 
 
-def _written(tokens: "Iterable[Token]", prompt_tokens: int, *, as_json: bool) -> Continuation:
-    """Write tokens to stdout as they come, or at the end as JSON."""
-    pieces, first_s, last = [], 0.0, None
+def _written(
+    tokens: "Iterable[Token]", prompt_tokens: int, cached_tokens: int, *, as_json: bool
+) -> tuple[Continuation, list[int]]:
+    """Write tokens to stdout as they come, or at the end as JSON; returns their ids too."""
+    pieces, ids, first_s, last = [], [], 0.0, None
     for last in tokens:
+        ids.append(int(last.ids))
         pieces.append(last.texts[0])
         first_s = first_s or last.elapsed_s
         if not as_json:
@@ -122,6 +130,7 @@ def _written(tokens: "Iterable[Token]", prompt_tokens: int, *, as_json: bool) ->
         text="".join(pieces),
         finish=last.finish,
         prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
         new_tokens=len(pieces),
         first_token_s=first_s,
         elapsed_s=last.elapsed_s,
@@ -131,7 +140,7 @@ def _written(tokens: "Iterable[Token]", prompt_tokens: int, *, as_json: bool) ->
         terminal.print_json(asdict(done))
     else:
         terminal.write("\n")
-    return done
+    return done, ids
 
 
 def _stdin() -> str:

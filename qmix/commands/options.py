@@ -21,6 +21,7 @@ from qmix.planning.byte_sizes import parse_count, parse_size
 
 if TYPE_CHECKING:
     from qmix import GenerationConfig, LoadOptions, MixtralForCausalLM
+    from qmix.generation.prompt_cache import PromptCache
 
 _Value = TypeVar("_Value")
 
@@ -118,15 +119,6 @@ RawText = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but results and errors.")]
-
-Speculate = Annotated[
-    Literal["auto", "off"] | None,
-    typer.Option(
-        help="Draft what the text repeats, where that is faster and changes no token.",
-        show_default="auto",
-        rich_help_panel=_SAMPLING,
-    ),
-]
 
 GIVEN = "the command line"  # who gave a field of a GenerationConfig
 _STATED = "the checkpoint's"
@@ -244,6 +236,51 @@ class Sampling(Group):
         return GenerationConfig(**given).attributed(GIVEN)
 
 
+@dataclass(frozen=True)
+class Reuse(Group):
+    """What is made of texts that come again, as written."""
+
+    speculate: Annotated[
+        Literal["auto", "off"] | None,
+        typer.Option(
+            help="Draft what the text repeats, where that is faster and changes no token.",
+            show_default="auto",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what was computed of prompts in DIR, and go on from there.",
+            show_default="nothing is kept",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None
+
+    def prompts(self, checkpoint: Path) -> "PromptCache | None":
+        """The folder of a checkpoint's prompts, if one is given.
+
+        Raises:
+            WriteError: it cannot be made, or others can write to it.
+        """
+        from qmix.generation.prompt_cache import PromptCache, checkpoint_name
+
+        if self.prompt_cache is None:
+            return None
+        return PromptCache(self.prompt_cache, checkpoint_name(checkpoint))
+
+    def drafting(
+        self, config: "GenerationConfig", model: "MixtralForCausalLM"
+    ) -> "GenerationConfig":
+        """The configuration with drafts, where no token can change for them."""
+        from qmix.generation.speculation import MOST_DRAFTED
+
+        if self.speculate == "off" or model.exact_rows() == 1:
+            return config
+        return config.updated({"prompt_lookup_num_tokens": MOST_DRAFTED}, by="qmix")
+
+
 # The escapes that llama.cpp understands on its command line, and \u.
 _ESCAPE = re.compile(r"""\\(?:x[0-9a-fA-F]{2}|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|[nrt\\'"])""")
 
@@ -254,18 +291,8 @@ def unescaped(text: str) -> str:
     return _ESCAPE.sub(lambda match: plain.get(match[0][1]) or chr(int(match[0][2:], 16)), text)
 
 
-def drafting(
-    config: "GenerationConfig", speculate: str | None, model: "MixtralForCausalLM"
-) -> "GenerationConfig":
-    """The configuration with --speculate: `auto` drafts where no token can change for it."""
-    from qmix.generation.speculation import MOST_DRAFTED
-
-    if speculate == "off" or model.exact_rows() == 1:
-        return config
-    return config.updated({"prompt_lookup_num_tokens": MOST_DRAFTED}, by="qmix")
-
-
 LOAD = Load()
+REUSE = Reuse()
 SAMPLING = Sampling()
 
 

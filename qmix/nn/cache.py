@@ -280,6 +280,24 @@ class KVCache:
                 mine[:, :, :stored] = found[:, :, :stored]
         self.length = length
 
+    def fill(self, length: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Replace what it holds by the first `length` positions of a text.
+
+        Args:
+            layers: keys and values of each layer, as `view` gives them of that text or of a longer
+                one; of a full ring all of them.
+        """
+        self.length = 0
+        self._pending.clear()
+        self.reserve(length)
+        stored = self._within_window(length)
+        slots = torch.arange(length - stored, length, device=self._keys[0].device)
+        slots = slots % self.capacity
+        for layer, (keys, values) in enumerate(layers):
+            for ring, found in ((self._keys[layer], keys), (self._values[layer], values)):
+                ring[:, :, slots] = found[:, :, :stored].to(ring.device)
+        self.length = length
+
     def ahead(self, positions: int) -> "KVCache":
         """The same storage as it will be when it counts some positions more.
 

@@ -195,6 +195,14 @@ class ChatModel(Protocol):
         """How fast its memory could be at best at the end of a reply; None: it does not tell."""
         ...
 
+    def keep_cache(self) -> int:
+        """Keep what was computed of the conversation, where somebody asked for that; its tokens.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        ...
+
     def release(self) -> None:
         """Free what it holds; it is not used again."""
         ...

@@ -115,7 +115,7 @@ def chat(
     ctx: Context = None,
     max_new_tokens: LongestReply = None,
     sampling: options.Sampling = options.SAMPLING,
-    speculate: options.Speculate = None,
+    reuse: options.Reuse = options.REUSE,
     lines: Lines = False,
     plain: Plain = False,
     as_json: AsJson = False,
@@ -137,7 +137,7 @@ def chat(
     given = sampling.parse(max_new_tokens)
     directory = None
     if connect is not None:
-        _check_remote(text, template, ctx, speculate, load)
+        _check_remote(text, template, ctx, reuse, load)
         text = model
     interactive = sys.stdin.isatty() and text is None
     _check(text, lines=lines, as_json=as_json, interactive=interactive)
@@ -159,7 +159,7 @@ def chat(
             repl = Repl(stack.enter_context(_connected(connect, served, key, given)), streams)
             repl.session.system = system
         else:
-            loader = _loader(load, ctx, template, speculate, quiet=quiet)
+            loader = _loader(load, ctx, template, reuse, quiet=quiet)
             repl = Repl.loaded(loader, directory, given, streams, system)
         _talk(repl, message)
     if repl.has_cut_replies and not interactive:
@@ -178,13 +178,15 @@ def _talk(repl: "Repl", message: str | None) -> None:
         if repl.streams.as_json and repl.session.replies:  # the document says so
             sys.exit(CTRL_C)
         raise
+    finally:
+        repl.session.model.keep_cache()
 
 
 def _check_remote(
     text: str | None,
     template: str | None,
     ctx: int | None,
-    speculate: str | None,
+    reuse: options.Reuse,
     load: options.Load,
 ) -> None:
     """Refuse what says how a model is loaded, where none is.
@@ -194,10 +196,12 @@ def _check_remote(
     """
     if text is not None:
         raise UsageError("--connect takes the place of MODEL", found="MODEL and TEXT")
-    given = {"template": template, "ctx": ctx, "speculate": speculate, **vars(load)}
+    given = {"template": template, "ctx": ctx, **vars(reuse), **vars(load)}
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"--{name} is for a model that is loaded here, not for --connect")
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for a model that is loaded here, not for --connect"
+            )
 
 
 def _local(model: str | None, ctx: int | None, *, yes: bool) -> Path:
@@ -232,13 +236,18 @@ def _connected(
 
 
 def _loader(
-    load: options.Load, ctx: int | None, template: str | None, speculate: str | None, *, quiet: bool
+    load: options.Load,
+    ctx: int | None,
+    template: str | None,
+    reuse: options.Reuse,
+    *,
+    quiet: bool,
 ) -> "ChatLoader":
     from qmix import GenerationConfig
     from qmix.commands.chat.loading import ChatLoader
 
     defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
-    return ChatLoader(load, ctx, template, defaults, quiet, speculate)
+    return ChatLoader(load, ctx, template, defaults, quiet, reuse)
 
 
 def _check(text: str | None, *, lines: bool, as_json: bool, interactive: bool) -> None:

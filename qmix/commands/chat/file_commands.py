@@ -33,7 +33,9 @@ def save(repl: "Repl", argument: str) -> None:
             settings=settings.to_json(session.config),
         ),
     )
-    repl.notice(f"saved {counted(len(session.turns), 'turn')} to {path}")
+    kept = session.model.keep_cache()
+    also = f"; {counted(kept, 'token')} of it need not be computed again" if kept else ""
+    repl.notice(f"saved {counted(len(session.turns), 'turn')} to {path}{also}")
 
 
 def load(repl: "Repl", argument: str) -> None:

@@ -13,6 +13,7 @@ from qmix.commands import options
 from qmix.commands.chat.local_model import LocalModel, ModelSource
 from qmix.commands.chat.saved_chat import ModelIdentity
 from qmix.commands.load_bar import load_bar
+from qmix.commands.options import REUSE, Reuse
 from qmix.formats import open_checkpoint
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
@@ -32,7 +33,7 @@ class ChatLoader:
         template: see chat_format.
         defaults: of the sampling, where neither the user nor the checkpoint says anything.
         quiet: show no bar.
-        speculate: as --speculate.
+        reuse: whether ids are drafted, and where caches of conversations are kept.
     """
 
     options: options.Load
@@ -40,7 +41,7 @@ class ChatLoader:
     template: str | None
     defaults: GenerationConfig
     quiet: bool = False
-    speculate: str | None = None
+    reuse: Reuse = REUSE
 
     def load(self, directory: Path, given: GenerationConfig) -> tuple[LocalModel, GenerationConfig]:
         """Load a model that lies on this machine, ready to answer.
@@ -68,8 +69,9 @@ class ChatLoader:
             tokenizer,
             chat_format=form,
             context=None if self.context is None else min(self.context, limit),
+            prompts=self.reuse.prompts(directory),
         )
-        return local, options.drafting(config.with_ends(form.end_ids), self.speculate, model)
+        return local, self.reuse.drafting(config.with_ends(form.end_ids), model)
 
 
 def rehearse(model: MixtralForCausalLM) -> None:

@@ -23,6 +23,7 @@ from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
+from qmix.generation.prompt_cache import LEAST, PromptCache
 from qmix.generation.speculation import Drafter
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
@@ -46,6 +47,7 @@ class LocalModel:
 
     Args:
         chat_format: makes prompts of the turns; default: the checkpoint's own.
+        prompts: where beginnings of conversations are found, and kept on demand.
         context: tokens of prompt and reply together at most; default: the model's positions.
 
     Raises:
@@ -60,6 +62,7 @@ class LocalModel:
         *,
         chat_format: ChatFormat | None = None,
         context: int | None = None,
+        prompts: PromptCache | None = None,
     ) -> None:
         limit = causal_lm.config.max_position_embeddings
         if context is not None and not 16 <= context <= limit:
@@ -74,6 +77,7 @@ class LocalModel:
         self.cache: KVCache = causal_lm.new_cache(1)
         self.cached: tuple[int, ...] = ()  # the ids that it holds
         self.drafter = Drafter()
+        self._prompts = prompts
 
     @property
     def identity(self) -> ModelIdentity:
@@ -98,10 +102,7 @@ class LocalModel:
         last = turns[-1]
         before = self.format.prompt([*messages, Message("user", last.user)])
         ids = (*before, *_ids(last.answer[last.hidden :]))
-        pairs = zip(ids, self.cached, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        cached = self.cache.longest_rewindable(min(common, len(ids) - 1))
-        return Prompt(system, tuple(turns), ids, len(ids), cached)
+        return Prompt(system, tuple(turns), ids, len(ids), self._held(ids))
 
     def reply(self, prompt: Prompt, config: GenerationConfig) -> "LocalReply":
         """See ChatModel."""
@@ -134,6 +135,28 @@ class LocalModel:
     def bound(self, stats: ReplyStats) -> Bound:
         """See ChatModel."""
         return local_facts.bound(self, stats.context_tokens or 0, stats.experts)
+
+    def keep_cache(self) -> int:
+        """See ChatModel."""
+        if self._prompts is None:
+            return 0
+        self._prompts.store(self.cache, self.cached)
+        return self.cache.length
+
+    def _held(self, ids: tuple[int, ...]) -> int:
+        """How much of a prompt the cache holds, once what is kept of it has been read."""
+        held = self._reusable(ids)
+        if self._prompts is not None and len(ids) > held + LEAST:
+            found = self._prompts.longest(self.cache, ids[:-1])
+            if found is not None and found[1] >= held + LEAST:
+                length = self._prompts.restore(self.cache, ids)
+                self.cached = ids[:length] if length else self.cached
+        return self._reusable(ids)
+
+    def _reusable(self, ids: tuple[int, ...]) -> int:
+        pairs = zip(ids, self.cached, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
     def release(self) -> None:
         """Free model and cache, so that another one has room."""

@@ -124,6 +124,10 @@ class RemoteModel:
     def bound(self, stats: ReplyStats) -> None:
         """See ChatModel: its memory is another machine's."""
 
+    def keep_cache(self) -> int:
+        """See ChatModel: the server's caches are its own."""
+        return 0
+
     def release(self) -> None:
         """See ChatModel: whoever made the server closes it."""
 

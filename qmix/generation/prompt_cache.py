@@ -1,0 +1,199 @@
+"""PromptCache: keys and values of texts in a folder, so that no beginning is computed twice.
+
+A file holds the ids of one text and the cache behind them, as safetensors. Its name says what it
+can be used for and what it holds: `MODEL-DIGEST.safetensors`. A file that is not what its name says
+is no use, and is removed. The folder has a limit; the files unused for longest go first. Knows
+models by a name that is given.
+"""
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qmix.errors import CheckpointError
+from qmix.files import user_files
+from qmix.files.file_errors import writing
+from qmix.formats.files.shard_writer import ShardWriter, file_digest
+from qmix.formats.files.shards import Entry, read_entries, read_entry
+from qmix.formats.tensor_spec import TensorSpec
+from qmix.nn.cache import KVCache
+
+LIMIT_BYTES = 16 << 30
+LEAST = 32  # positions that are worth a file
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_DESCRIPTIONS = ("config.json", "qmix_manifest.json")
+_ABANDONED_S = 24 * 3600.0  # after which a file that is being written has no writer any more
+
+
+def checkpoint_name(path: Path) -> str:
+    """A name that another checkpoint, or a changed one, does not have: a SHA-256.
+
+    It is made of what describes the checkpoint, and of its weight files' names, sizes and times.
+    """
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in _WEIGHTS:
+            found = file.stat()
+            digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        elif file.name in _DESCRIPTIONS:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file, and the ids of its text."""
+
+    path: Path
+    ids: tuple[int, ...]
+    entries: dict[str, Entry]
+
+
+class PromptCache:
+    """A folder of texts' caches, for one model.
+
+    Args:
+        model: which one, as checkpoint_name says.
+        limit_bytes: of all files in the folder, those of other models too.
+
+    Raises:
+        WriteError: the folder cannot be made, or others can write to it.
+    """
+
+    def __init__(self, folder: Path, model: str, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._folder, self._model, self._limit = folder.absolute(), model, limit_bytes
+        user_files.prepare(self._folder / "any")
+
+    def longest(self, cache: KVCache, ids: Sequence[int]) -> tuple[Stored, int] | None:
+        """The file that helps most with a text, and how many positions it gives; None: no file.
+
+        Args:
+            cache: one like that which is to be filled.
+        """
+        best: tuple[Stored, int] | None = None
+        for stored in self._of_kind(cache):
+            length = _usable(cache, stored.ids, ids)
+            if length >= LEAST and (best is None or length > best[1]):
+                best = stored, length
+        return best
+
+    def restore(self, cache: KVCache, ids: Sequence[int]) -> int:
+        """Fill a cache with the longest beginning of a text that is stored; its positions.
+
+        0 leaves the cache as it is. One id of the text at least is left to be computed.
+        """
+        while (found := self.longest(cache, ids[:-1])) is not None:
+            stored, length = found
+            if _is_whole(stored.path):
+                with suppress(CheckpointError, OSError):
+                    cache.fill(length, list(_layers(stored, cache)))
+                    os.utime(stored.path)
+                    return length
+            stored.path.unlink(missing_ok=True)
+        return 0
+
+    def store(self, cache: KVCache, ids: Sequence[int]) -> bool:
+        """Keep what a cache holds, whose positions have these ids; whether it was worth a file.
+
+        A file of a beginning of this text, which this one can stand for, is removed.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
+        ids = tuple(ids[: cache.length])
+        nbytes = sum(keys.nbytes + values.nbytes for keys, values in cache)
+        if len(ids) < LEAST or nbytes > self._limit:
+            return False
+        shorter: list[Path] = []
+        for stored in self._of_kind(cache):
+            if _usable(cache, stored.ids, ids) == len(ids):
+                with suppress(OSError):
+                    os.utime(stored.path)
+                return False
+            if _usable(cache, ids, stored.ids) == len(stored.ids):
+                shorter.append(stored.path)
+        self._write(cache, ids)
+        for path in shorter:
+            path.unlink(missing_ok=True)
+        self._trim()
+        return True
+
+    def _kind(self, cache: KVCache) -> str:
+        """What the name of a file begins with that such a cache can take."""
+        return hashlib.sha256(f"{self._model} {cache}".encode()).hexdigest()[:16]
+
+    def _of_kind(self, cache: KVCache) -> Iterator[Stored]:
+        """The files that such a cache can take; damaged ones are left out."""
+        for path in sorted(self._folder.glob(f"{self._kind(cache)}-*.safetensors")):
+            with suppress(CheckpointError, KeyError):
+                user_files.check(path)
+                entries = read_entries(path)
+                ids = read_entry("ids", entries["ids"]).tolist()
+                yield Stored(path, tuple(ids), entries)
+
+    def _write(self, cache: KVCache, ids: Sequence[int]) -> None:
+        tensors = {"ids": torch.tensor(ids, dtype=torch.int32)}
+        for layer, (keys, values) in enumerate(cache):
+            tensors |= {f"keys.{layer}": keys, f"values.{layer}": values}
+        specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
+        partial = self._folder / f"{secrets.token_hex(8)}.writing"
+        digest = hashlib.sha256()
+        try:
+            with ShardWriter(partial, specs, digest) as writer:
+                partial.chmod(0o600)
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+            with writing(partial):
+                partial.replace(
+                    self._folder / f"{self._kind(cache)}-{digest.hexdigest()}.safetensors"
+                )
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _trim(self) -> None:
+        """Remove what is unused for longest, until the rest fits the limit."""
+        with suppress(OSError):  # another process trims too
+            for path in self._folder.glob("*.writing"):
+                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                    path.unlink(missing_ok=True)
+            files = [(path, path.stat()) for path in self._folder.glob("*.safetensors")]
+            total = sum(found.st_size for _, found in files)
+            for path, found in sorted(files, key=lambda file: file[1].st_mtime_ns):
+                if total <= self._limit:
+                    return
+                path.unlink(missing_ok=True)
+                total -= found.st_size
+
+
+def _usable(cache: KVCache, held: Sequence[int], ids: Sequence[int]) -> int:
+    """How many positions of a text a cache that holds another one can give."""
+    pairs = zip(held, ids, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    is_full_ring = cache.window is not None and len(held) >= cache.window
+    return common if common == len(held) or not is_full_ring else 0
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file holds what its name says."""
+    try:
+        return file_digest(path) == path.stem.partition("-")[2]
+    except CheckpointError:
+        return False
+
+
+def _layers(stored: Stored, cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, as KVCache.fill takes them."""
+    for layer in range(len(cache)):
+        names = (f"keys.{layer}", f"values.{layer}")
+        keys, values = (read_entry(name, stored.entries[name]) for name in names)
+        yield keys, values

@@ -1,0 +1,73 @@
+"""--prompt-cache and --speculate: the same text, and less to compute."""
+
+import json
+
+import pytest
+
+from qmix.generation.config import GenerationConfig
+from qmix.generation.prompt_cache import PromptCache
+from qmix.text.tokenizer import LlamaTokenizer
+from tests.support.models import TINY, small_model
+from tests.support.process import qmix, session_of
+
+PROMPT = "def area(width, height):\n    return width * height\n\n\n" * 3
+
+
+def said(*arguments, stdin=None):
+    done = qmix(*arguments, "--device", "cpu", "--temperature", 0, "--json", stdin=stdin)
+    assert done.returncode in (0, 6), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return ("--prompt-cache", tmp_path / "prompts")
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again(tiny_nf4, kept):
+    def generated(prompt, *options):
+        (document,), _ = said("generate", tiny_nf4, prompt, "--max-new-tokens", 12, *options)
+        return document["text"], document["cached_tokens"], document["prompt_tokens"]
+
+    plain = generated(PROMPT)
+    assert plain[1] == 0
+    assert generated(PROMPT, *kept) == plain
+    text, cached, tokens = generated(PROMPT, *kept)
+    assert (text, cached) == (plain[0], tokens - 1)
+    _, cached, tokens = generated(f"{PROMPT}Something else", *kept)
+    assert 0 < tokens - cached < 20
+
+
+def test_a_chat_goes_on_from_what_was_saved(tmp_path):
+    tokenizer = LlamaTokenizer.from_pretrained(TINY)
+    model = small_model(vocab_size=len(tokenizer))
+    config = GenerationConfig(max_new_tokens=20, eos_token_id=2)
+
+    def conversation(prompts):
+        return session_of(model, tokenizer, config, prompts=prompts)
+
+    first = conversation(PromptCache(tmp_path / "prompts", "m"))
+    for text in (PROMPT, "And then?"):
+        list(first.reply(first.prepare(text)))
+    assert first.model.keep_cache() == first.model.cache.length
+    texts = [(turn.user, first.text_of(turn)) for turn in first.turns]
+    answers = []
+    for prompts, least in ((None, 0), (PromptCache(tmp_path / "prompts", "m"), 60)):
+        loaded = conversation(prompts)
+        loaded.restore(texts)
+        prepared = loaded.prepare("And?")
+        assert prepared.cached_tokens >= least
+        assert (prepared.cached_tokens == 0) == (prompts is None)
+        answers.append("".join(loaded.reply(prepared)))
+    assert answers[0] == answers[1]
+    assert conversation(None).model.keep_cache() == 0
+
+
+def test_drafts_are_told_and_can_be_left_out(tiny_nf4):
+    new = ("--max-new-tokens", 40)
+    (drafted,), _ = said("generate", tiny_nf4, PROMPT, *new)
+    (plain,), _ = said("generate", tiny_nf4, PROMPT, *new, "--speculate", "off")
+    assert drafted["text"] == plain["text"]
+    assert plain["drafts"] is None
+    counts = drafted["drafts"]
+    assert counts is None or counts["passes"] + counts["accepted"] == 39
