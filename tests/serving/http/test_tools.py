@@ -18,8 +18,10 @@ from qmix.serving.http.served_model import ServedModel
 from qmix.serving.request import Ended, Events
 from qmix.serving.scheduler import Limits
 from qmix.serving.tool_format import CallFormat
+from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.chat_templates import MISTRAL_TOOLS
 from tests.support.http_server import serving
+from tests.support.models import TINY
 
 ASK = [{"role": "user", "content": "What is it like in Bern?"}]
 WEATHER = {
@@ -252,3 +254,26 @@ def test_calls_behind_a_control_token_are_begun_by_the_model_itself(served):
     assert (call["function"]["name"], call["function"]["arguments"]) == ("clock", "{}")
     assert text["message"]["content"]
     assert "tool_calls" not in text["message"]
+
+
+def test_a_template_that_shows_tools_gets_calls_and_results(served):
+    tokenizer = LlamaTokenizer.from_pretrained(TINY, chat_template=MISTRAL_TOOLS)
+    limits = Limits(context=1024, slots=1)
+    model = ServedModel.of(served.model, tokenizer, limits, name="tiny", created=1)
+    assert model.calls == CallFormat("[TOOL_CALLS]", "", True)
+    called = {"id": "abcDEF123", "type": "function",
+              "function": {"name": "weather", "arguments": '{"unit": "K", "days": 2}'}}  # fmt: skip
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "abcDEF123", "content": "Snow </s>"},
+        {"role": "user", "content": "Well?"},
+    ]
+    asked = chat_request.parse({"messages": messages, "tools": TOOLS})
+    ids = model.ids_of(asked)
+    text = tokenizer.decode(ids)
+    shown = text.split("[AVAILABLE_TOOLS] ")[1].split("[/AVAILABLE_TOOLS]")[0]
+    assert [tool["function"]["name"] for tool in json.loads(shown)] == ["weather", "clock"]
+    assert '[TOOL_CALLS] [{"name": "weather", "arguments": {"unit": "K", "days": 2}}]' in text
+    assert '[TOOL_RESULTS] {"content": "Snow </s>"}[/TOOL_RESULTS]' in text
+    assert ids.count(2) == 1  # behind the calls: what a function answers ends nothing
