@@ -101,6 +101,14 @@ def version() -> None:
     _print_version()
 
 
+@app.command("help", hidden=True)
+def explain(
+    names: Annotated[list[str] | None, typer.Argument(help="A command, or nothing.")] = None,
+) -> None:
+    """Print the help, as many programs do under this name."""
+    app([*(names or ()), "--help"], standalone_mode=False, prog_name="qmix")
+
+
 def _print_version() -> None:
     terminal.write(f"qmix {__version__}\n")
 

@@ -46,6 +46,15 @@ def test_version(option):
     assert qmix_apart(option).stdout == f"qmix {__version__}\n"
 
 
+@pytest.mark.parametrize("names", [(), ("chat",), ("trace", "plot")])
+def test_help_is_a_command_too(names):
+    assert qmix("help", *names).stdout == qmix(*names, "--help").stdout
+
+
+def test_help_of_no_command_is_an_error():
+    assert qmix("help", "nonsense").returncode == 2
+
+
 def test_called_in_this_process_it_leaves_no_trace():
     def traces():
         return warnings.formatwarning, signal.getsignal(signal.SIGPIPE), sys.argv, dict(os.environ)

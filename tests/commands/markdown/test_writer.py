@@ -154,9 +154,7 @@ def test_words_wrap_and_hang():
 def test_a_table_keeps_its_columns_whatever_its_characters():
     table = "| a | b |\n|:--|--:|\n| 日本 | 1 |\n| e\u0301 | 22 |\n| long cell here | 3 |\n"
     lines = shown(table, 16).split("\n")
-    assert lines[:2] == ["a         │    b", "──────────┼─────"] or lines[0].index("│") == lines[
-        1
-    ].index("┼")
+    assert lines[0].index("│") == lines[1].index("┼")
     assert "\x1b[" in lines[2]  # the bar is put on its column
     assert all("│" in line for line in lines[2:-1])
 
