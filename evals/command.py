@@ -28,3 +28,12 @@ def say(line: str) -> None:
     """Write a line to stderr at once."""
     sys.stderr.write(f"{escaped(line)}\n")
     sys.stderr.flush()
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """An option's whole numbers, such as 1,2,4.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    return tuple(int(word) for word in text.split(","))

@@ -25,7 +25,7 @@ import torch
 from qmix import strict_json
 from qmix.errors import QualityError
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, say
+from qmix.evals.command import exit_code, numbers, say
 from qmix.evals.serving.http_call import Address, HttpCall
 from qmix.evals.serving.questions import COMPLETIONS
 from qmix.evals.serving.server_process import llama_server, qmix_server
@@ -219,16 +219,12 @@ def _print(options: argparse.Namespace) -> None:
         strict_json.write(options.json, asdict(record), indent=1)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.serve_peer", description=__doc__)
     parser.add_argument("model", type=Path, help="GGUF file")
     parser.add_argument("--llama", required=True, metavar="PYTHON", help="with llama-cpp-python")
-    parser.add_argument("--callers", type=_numbers, default=(1, 8), help="at a time (1,8)")
+    parser.add_argument("--callers", type=numbers, default=(1, 8), help="at a time (1,8)")
     parser.add_argument("--turns", type=int, default=5, help="turns that count (5)")
     parser.add_argument("--new", type=int, default=64, help="tokens of a reply (64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")

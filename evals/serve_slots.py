@@ -20,7 +20,7 @@ import torch
 from qmix import strict_json
 from qmix.errors import QualityError
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, say
+from qmix.evals.command import exit_code, numbers, say
 from qmix.evals.training import tiny_model
 from qmix.generation.config import GenerationConfig
 from qmix.hub.local import shown_name
@@ -192,10 +192,6 @@ def _quotients(rates: Sequence[float], base: Sequence[float]) -> tuple[float, fl
     return statistics.median(found), min(found), max(found)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
-
-
 def _print(options: argparse.Namespace) -> None:
     record = measure_slots(
         options.model or tiny_model.directory(),
@@ -213,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.serve_slots", description=__doc__)
     parser.add_argument("model", nargs="?", type=Path, help="checkpoint (the tiny model)")
-    parser.add_argument("--slots", type=_numbers, default=(1, 2, 4, 8), help="(1,2,4,8)")
+    parser.add_argument("--slots", type=numbers, default=(1, 2, 4, 8), help="(1,2,4,8)")
     parser.add_argument("--turns", type=int, default=5, help="turns that count (5)")
     parser.add_argument("--new", type=int, default=32, help="tokens of a reply (32)")
     parser.add_argument("--ram", help="budget of host memory, such as 4GiB")
