@@ -165,6 +165,7 @@ def quantize(
       qmix quantize mistralai/Mixtral-8x7B-v0.1 mixtral-nf4 --discard-source
       qmix quantize Mixtral-8x7B-v0.1 mine-nf4 --adapter my-lora
     """
+    shard_bytes = options.shard_bytes(shard_size)  # before torch is imported
     from qmix.quantize.methods import QuantizeRequest
 
     request = QuantizeRequest(
@@ -179,7 +180,7 @@ def quantize(
         samples=samples,
         seqlen=seqlen,
         device=device,
-        shard_bytes=options.shard_bytes(shard_size),
+        shard_bytes=shard_bytes,
         resume=resume,
         force=force,
         adapter=adapter,
@@ -188,15 +189,15 @@ def quantize(
         documents=True,
     )
     report = _run(source, out, request, yes=yes)
-    _say_written(report, out)
-    if as_json:
-        terminal.print_json(report.to_dict())
+    _say_written(report, out, as_json=as_json)
 
 
-def _say_written(report: "QuantizeReport", out: Path) -> None:
+def _say_written(report: "QuantizeReport", out: Path, *, as_json: bool) -> None:
     draw_report(report, out)
     terminal.message(f"model card: {out / 'README.md'}; pictures: {out / 'qmix_report.html'}")
     made.remember(out)
+    if as_json:
+        terminal.print_json(report.to_dict())
 
 
 def _run(source: Path, out: Path, request: "QuantizeRequest", *, yes: bool) -> "QuantizeReport":
