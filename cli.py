@@ -150,7 +150,7 @@ def _fail(error: Exception) -> NoReturn:
             sys.exit(2)
         sys.exit(terminal.print_usage_error(error))
     try:
-        terminal.flush()
+        terminal.write("")
     except ResourceError as full:  # stdout is what failed, and the error came of that
         error, as_json = full, False
     if isinstance(error, RuntimeError):

@@ -164,7 +164,8 @@ def print_usage_error(error: Any) -> int:
     said = StringIO()
     error.show(file=said)
     with suppress(OSError):
-        sys.stderr.write(escaped_lines(said.getvalue()))
+        # What typer 0.29 puts before the names that a wrong one is not among.
+        sys.stderr.write(escaped_lines(said.getvalue().replace("Value error, ", "")))
         sys.stderr.flush()
     return int(error.exit_code)
 
@@ -204,12 +205,12 @@ def flush() -> None:
     Raises:
         ResourceError: it cannot be written, and is dropped.
     """
-    _put("", sys.stdout)
+    _put(None, sys.stdout)  # a full device refuses an empty text, too, where none is held
 
 
-def _put(text: str, stream: TextIO) -> None:
+def _put(text: str | None, stream: TextIO) -> None:
     try:
-        if text:  # a full device refuses nothing, too, where output is not buffered
+        if text is not None:
             stream.write(text)
         stream.flush()
     except OSError as error:

@@ -13,7 +13,8 @@ from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
-from qmix.evals.quality import perplexity
+from qmix.evals.quality import evaluation
+from qmix.evals.quality.texts import Text
 from qmix.formats import open_checkpoint
 from qmix.formats.files import shard_writer, shards
 from qmix.formats.mistral import checkpoint as mistral
@@ -497,7 +498,7 @@ def test_everywhere_else_a_raw_folder_is_sent_to_convert(
         model.config.save_pretrained(folder)
     if tokenizer:
         shutil.copy(tiny / "tokenizer.model", folder / tokenizer)
-    text = perplexity.Text("some words " * 40, "0" * 64) if hasattr(perplexity, "Text") else None
+    text = Text.of("some words " * 40)
     for attempt in (
         lambda: open_checkpoint(folder),
         lambda: inspect(folder),
@@ -505,7 +506,7 @@ def test_everywhere_else_a_raw_folder_is_sent_to_convert(
         lambda: qmix.load(folder, device="cpu"),
         lambda: MixtralForCausalLM.from_pretrained(folder, device="cpu"),
         lambda: quantized(folder, tmp_path / "out"),
-        lambda: perplexity.evaluate(folder, text) if text else open_checkpoint(folder),
+        lambda: evaluation.evaluate(folder, text),
     ):
         with pytest.raises(UnsupportedError, match="qmix convert RAW OUT"):
             attempt()

@@ -11,7 +11,7 @@ from qmix.commands.checkpoint.dequantize import dequantize_checkpoint
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
 from qmix.errors import CheckpointError, UnsupportedError
-from qmix.evals.quality import perplexity
+from qmix.evals.quality import evaluation, texts
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import fp8, fp8_config
 from qmix.formats.layouts.fp8_blocks import block_size
@@ -180,11 +180,9 @@ def test_the_tiny_model_in_fp8_is_quantized_and_scored_like_its_16_bits(tmp_path
             values = checkpoint.weight(tensor).dequantize(torch.float32)
             error = (values - exact[tensor.name]).norm() / exact[tensor.name].norm()
             assert float(error) < 0.12
-    text = perplexity.Text.of(
-        "The river runs past the mill, and nobody knows how deep it is. " * 12
-    )
+    text = texts.Text.of("The river runs past the mill, and nobody knows how deep it is. " * 12)
     scores = [
-        perplexity.evaluate(path, text, window=64, dtype="float32", device="cpu").perplexity
+        evaluation.evaluate(path, text, window=64, dtype="float32", device="cpu").perplexity
         for path in (folder, tmp_path / "dense", TINY)
     ]
     assert scores[0] == pytest.approx(scores[1], rel=0.01)
