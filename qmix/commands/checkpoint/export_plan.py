@@ -205,8 +205,8 @@ def _candidate(checkpoint: Checkpoint, tensor: ModelTensor, rules: Rules) -> _Ca
         kind = type_of(packing.infos)
         copied = Form(SCHEMES[kind], torch.float16, kind)
         exact, loss = (copied, *(form for form in exact if form != copied)), None
-    stored_bits = 8 * sum(info.nbytes for info in packing.infos.values()) / _count(tensor)
-    if copied is None and source.integer and 4 < stored_bits < 8:
+    held = next(iter((*exact, *rounded)), None)
+    if source.bits in (5, 6) and held is not None and held.scheme.bits == 8:
         note = _WIDENED
     return _Candidate(
         tensor=tensor,
@@ -219,11 +219,6 @@ def _candidate(checkpoint: Checkpoint, tensor: ModelTensor, rules: Rules) -> _Ca
         note=note,
         act_order=isinstance(weight, Affine) and weight.perm is not None,
     )
-
-
-def _count(tensor: ModelTensor) -> int:
-    rows, columns = tensor.shape
-    return rows * columns
 
 
 def _forms(

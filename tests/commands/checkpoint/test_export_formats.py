@@ -206,9 +206,14 @@ def test_no_field_of_mlx_is_left_in_another_format(tmp_path):
     document = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization" not in document
     assert [str(note).split(":")[0] for note in result.notes] == [
-        "an embedding in codes, where the format has 16 bits",
-        "codes of 5 or 6 bits take 8 bits there",
+        "an embedding in codes, where the format has 16 bits"
     ]
+
+
+def test_codes_of_5_and_6_bits_that_become_8_are_counted(tmp_path):
+    result = export_checkpoint(MLX / "mixed", tmp_path / "out", "mlx")
+    (note,) = result.notes
+    assert (note.what, note.weights) == ("codes of 5 or 6 bits take 8 bits there", 3)
 
 
 def test_one_weight_that_awq_does_not_hold_changes_no_other(tmp_path):
