@@ -5,6 +5,7 @@ Standard library only. Knows nothing of what a file holds.
 
 import errno
 import os
+import select
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _KINDS = (
 
 UNREADABLE = "cannot be read"  # what an error says whose cause is the system
 _DISK_ERRORS = (errno.EIO, errno.ESTALE)
+_WRITERS_TURN = 0.1  # seconds that a pipe's writer gets to begin
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def read(path: Path, *, limit_bytes: int, missing: str | None = None) -> bytes:
 def read_given(path: Path, *, limit_bytes: int) -> bytes:
     """The bytes of a file that the user names: a regular one, or a pipe that is being written.
 
-    A shell's `<(command)` is such a pipe. One that nobody writes to is refused without waiting.
+    A shell's `<(command)` is such a pipe. One that nobody writes to is refused at once.
 
     Raises:
         CheckpointError: as read.
@@ -106,6 +108,8 @@ def read_given(path: Path, *, limit_bytes: int) -> bytes:
     with reading(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
+            # Opening it lets a writer in who has waited for a reader.
+            select.select([descriptor], [], [], _WRITERS_TURN)
             start = file.read(1)  # None: there is a writer, who has written nothing yet
             os.set_blocking(descriptor, True)
             if start == b"":

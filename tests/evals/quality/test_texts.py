@@ -38,7 +38,16 @@ def test_a_pipe_is_read_if_somebody_writes_to_it(tmp_path):
     os.mkfifo(path)
     with pytest.raises(CheckpointError, match="a named pipe"):  # and nobody is waited for
         read_text(path)
-    writer = threading.Thread(target=path.write_text, args=("x" * 200_000,))
+
+    def write():
+        while True:
+            try:
+                path.write_text("x" * 200_000)
+                return
+            except BrokenPipeError:  # the reader had gone between opening and writing
+                continue
+
+    writer = threading.Thread(target=write)
     writer.start()
     while True:
         try:
