@@ -44,14 +44,6 @@ class Conversations:
     size: int | None = None
     template: str | None = None
 
-    @property
-    def content(self) -> str:
-        return self.text.content
-
-    @property
-    def sha256(self) -> str:
-        return self.text.sha256
-
     def windows(
         self, checkpoint: Checkpoint, tokenizer: LlamaTokenizer, ids: list[int]
     ) -> ScoringWindows:

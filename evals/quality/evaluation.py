@@ -23,13 +23,8 @@ class Material(Protocol):
     """What is scored."""
 
     @property
-    def content(self) -> str:
+    def text(self) -> Text:
         """All of its text: two tokenizers that encode it alike can be compared."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Of the content."""
         ...
 
     def windows(
@@ -38,7 +33,7 @@ class Material(Protocol):
         """Its windows for a model.
 
         Args:
-            ids: of the content.
+            ids: of the text.
 
         Raises:
             UsageError: it does not fit the model.
@@ -53,14 +48,6 @@ class WholeText:
     text: Text
     window: int | None = None
     stride: int | None = None
-
-    @property
-    def content(self) -> str:
-        return self.text.content
-
-    @property
-    def sha256(self) -> str:
-        return self.text.sha256
 
     def windows(
         self, checkpoint: Checkpoint, tokenizer: LlamaTokenizer, ids: list[int]
@@ -125,10 +112,10 @@ def score_all(
     weight_dtype, asked = parse_dtype(dtype), named(backend)
     first = open_checkpoint(directories[0])
     tokenizer = LlamaTokenizer.from_pretrained(directories[0])
-    ids = tokenizer.encode(material.content)
+    ids = tokenizer.encode(material.text.content)
     windows = material.windows(first, tokenizer, ids)
     others = [*directories[1:], *([] if reference is None else [reference])]
-    opened = [first, *(open_comparable(path, first, material.content, ids) for path in others)]
+    opened = [first, *(open_comparable(path, first, material.text.content, ids) for path in others)]
     total, done = sum(each.config.num_hidden_layers for each in opened), 0
     base = None if reference is None else opened.pop()
 

@@ -38,14 +38,6 @@ class Needles:
     trials: int
     size: int | None = None
 
-    @property
-    def content(self) -> str:
-        return self.text.content
-
-    @property
-    def sha256(self) -> str:
-        return self.text.sha256
-
     def windows(
         self, checkpoint: Checkpoint, tokenizer: LlamaTokenizer, ids: list[int]
     ) -> ScoringWindows:
@@ -120,7 +112,7 @@ class Needles:
                     log_likelihood=-sum(losses) / self.trials,
                 )
             )
-        return NeedleResult(protocol, self.sha256, tuple(depths))
+        return NeedleResult(protocol, self.text.sha256, tuple(depths))
 
 
 @dataclass(frozen=True, kw_only=True)

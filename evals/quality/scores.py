@@ -94,12 +94,8 @@ class CalibrationText:
     calibration: Calibration
 
     @property
-    def content(self) -> str:
-        return ""
-
-    @property
-    def sha256(self) -> str:
-        return self.calibration.text_sha256
+    def text(self) -> Text:
+        return Text("", self.calibration.text_sha256)
 
     def windows(
         self, checkpoint: Checkpoint, tokenizer: LlamaTokenizer, ids: list[int]
@@ -149,7 +145,7 @@ def score(
         windows, (tokens,) = score_all(
             [directory], material, reference=source, dtype="float32", device="cpu"
         )
-        fitted = Perplexity.of(tokens, windows, material.sha256)
+        fitted = Perplexity.of(tokens, windows, material.text.sha256)
     return VariantScore(
         name=name,
         bits_per_weight=sum(scheme.bits_per_weight * count for scheme, count in weights) / total,

@@ -256,7 +256,7 @@ def _perplexities(
         windows, scores = score_all(
             models, material, reference=reference, progress=progress, **vars(computation)
         )
-    result, *others = (Perplexity.of(each, windows, material.sha256) for each in scores)
+    result, *others = (Perplexity.of(each, windows, material.text.sha256) for each in scores)
     document = result.to_dict()
     lines = eval_text.perplexity_lines(result)
     if by_position:

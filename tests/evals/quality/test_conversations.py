@@ -122,7 +122,7 @@ def test_roles_out_of_order_name_their_conversation(tiny, written):
 def test_the_shipped_chats_have_an_interval_by_conversation(tiny, tiny_nf4):
     chats = read_conversations(ROOT / "evals" / "tasks" / "chats.jsonl")
     cut, (scores,) = score_all([tiny_nf4], chats, reference=tiny, device="cpu")
-    result = Perplexity.of(scores, cut, chats.sha256)
+    result = Perplexity.of(scores, cut, chats.text.sha256)
     assert len(result.windows) == len(chats.chats) == 12
     assert result.reference.kl_interval.low < result.reference.kl_mean
     assert result.reference.kl_mean < result.reference.kl_interval.high
