@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from qmix.formats.files.shard_writer import ShardWriter, file_digest
 from qmix.formats.files.shards import Entry, read_entries, read_entry
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.nn.cache import KVCache
+from qmix.text.common_prefix import common_prefix
 
 LIMIT_BYTES = 16 << 30
 LEAST = 32  # positions that are worth a file
@@ -74,25 +74,19 @@ class PromptCache:
         self._folder, self._model, self._limit = folder.absolute(), model, limit_bytes
         user_files.prepare(self._folder / "any")
 
-    def longest(self, cache: KVCache, ids: Sequence[int]) -> tuple[Stored, int] | None:
-        """The file that helps most with a text, and how many positions it gives; None: no file.
-
-        Args:
-            cache: one like that which is to be filled.
-        """
-        best: tuple[Stored, int] | None = None
-        for stored in self._of_kind(cache):
-            length = _usable(cache, stored.ids, ids)
-            if length >= LEAST and (best is None or length > best[1]):
-                best = stored, length
-        return best
-
-    def restore(self, cache: KVCache, ids: Sequence[int]) -> int:
+    def restore(self, cache: KVCache, ids: Sequence[int], held: int = 0) -> int:
         """Fill a cache with the longest beginning of a text that is stored; its positions.
 
         0 leaves the cache as it is. One id of the text at least is left to be computed.
+
+        Args:
+            held: positions of the text that the cache has already; a file has to give LEAST more.
         """
-        while (found := self.longest(cache, ids[:-1])) is not None:
+        least, wanted = held + LEAST, tuple(ids[:-1])
+        while len(wanted) >= least:
+            found = self._longest(cache, wanted)
+            if found is None or found[1] < least:
+                break
             stored, length = found
             if _is_whole(stored.path):
                 with suppress(CheckpointError, OSError):
@@ -127,6 +121,11 @@ class PromptCache:
             path.unlink(missing_ok=True)
         self._trim()
         return True
+
+    def _longest(self, cache: KVCache, ids: tuple[int, ...]) -> tuple[Stored, int] | None:
+        """The file that gives the most positions of a text, and how many; None: there is none."""
+        each = ((stored, _usable(cache, stored.ids, ids)) for stored in self._of_kind(cache))
+        return max(each, key=lambda found: found[1], default=None)
 
     def _kind(self, cache: KVCache) -> str:
         """What the name of a file begins with that such a cache can take."""
@@ -175,10 +174,9 @@ class PromptCache:
                 total -= found.st_size
 
 
-def _usable(cache: KVCache, held: Sequence[int], ids: Sequence[int]) -> int:
+def _usable(cache: KVCache, held: tuple[int, ...], ids: tuple[int, ...]) -> int:
     """How many positions of a text a cache that holds another one can give."""
-    pairs = zip(held, ids, strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    common = common_prefix(held, ids)
     is_full_ring = cache.window is not None and len(held) >= cache.window
     return common if common == len(held) or not is_full_ring else 0
 

@@ -5,8 +5,9 @@ the newest of a chain is followed for as long as it holds. So an id costs a few 
 the text is; it takes 0.2 kB. Knows no model.
 """
 
-from collections.abc import Sequence
 from itertools import takewhile
+
+from qmix.text.common_prefix import common_prefix
 
 _CANDIDATES = 8  # positions of a chain that are compared
 _LONGEST = 32  # ids before a position that are compared
@@ -37,10 +38,9 @@ class PromptLookup:
         """The id that followed there; None if nothing did."""
         return self._ids[self._source] if self.matched else None
 
-    def begin(self, ids: Sequence[int]) -> None:
+    def begin(self, ids: list[int]) -> None:
         """Begin a text with these ids. Of one that begins as the last text only the rest is new."""
-        pairs = zip(ids, self._text, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        common = common_prefix(ids, self._text)
         start = common
         if common < len(self._text):  # another text: what it shares is context for matches
             if len(self._ids) + len(ids) > _MOST_IDS:

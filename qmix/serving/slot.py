@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qmix.nn.cache import KVCache
 from qmix.serving.running import Running
+from qmix.text.common_prefix import common_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class Slot:
 
         One id at least is left to be read: its logits choose the first new id.
         """
-        common = _common_prefix(ids, self.held)
+        common = common_prefix(ids, self.held)
         return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
     def start(self, running: Running) -> None:
@@ -101,15 +102,3 @@ class Slot:
         self.reading = False
         self.late = None
         self.used = used
-
-
-def _common_prefix(first: "array[int]", second: "array[int]") -> int:
-    """Items from the first on that are equal, by halves: arrays are compared in one piece."""
-    equal, most = 0, min(len(first), len(second))
-    while equal < most:
-        middle = (equal + most + 1) // 2
-        if first[equal:middle] == second[equal:middle]:
-            equal = middle
-        else:
-            most = middle - 1
-    return equal

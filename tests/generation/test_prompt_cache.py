@@ -73,6 +73,17 @@ def test_the_longest_common_beginning_is_taken_and_one_id_is_left(folder):
             same(cache, read(model, text[:length]))
 
 
+def test_a_file_that_gives_little_more_than_the_cache_has_is_not_read(folder):
+    model = small_model()
+    prompts = PromptCache(folder, "m")
+    prompts.store(read(model, TEXT), TEXT)
+    longer = [*TEXT, 9]
+    for held, length in ((28, 60), (29, 0), (60, 0)):
+        cache = read(model, TEXT[:held])
+        assert prompts.restore(cache, longer, held) == length
+        assert cache.length == (length or held)
+
+
 def test_a_full_ring_serves_only_what_goes_on_where_it_ended(folder):
     model = small_model(sliding_window=24)
     prompts = PromptCache(folder, "m")

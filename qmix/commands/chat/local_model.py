@@ -7,7 +7,6 @@ terminals.
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +22,7 @@ from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
-from qmix.generation.prompt_cache import LEAST, PromptCache
+from qmix.generation.prompt_cache import PromptCache
 from qmix.generation.speculation import Drafter
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
@@ -31,6 +30,7 @@ from qmix.planning.budget import PREFILL_CHUNK
 from qmix.text.chat_format import INST_NAME, ChatFormat
 from qmix.text.chat_format import chat_format as own_format
 from qmix.text.chat_template import Message
+from qmix.text.common_prefix import common_prefix
 from qmix.text.tokenizer import LlamaTokenizer
 
 
@@ -146,16 +146,14 @@ class LocalModel:
     def _held(self, ids: tuple[int, ...]) -> int:
         """How much of a prompt the cache holds, once what is kept of it has been read."""
         held = self._reusable(ids)
-        if self._prompts is not None and len(ids) > held + LEAST:
-            found = self._prompts.longest(self.cache, ids[:-1])
-            if found is not None and found[1] >= held + LEAST:
-                length = self._prompts.restore(self.cache, ids)
-                self.cached = ids[:length] if length else self.cached
+        length = 0 if self._prompts is None else self._prompts.restore(self.cache, ids, held)
+        if not length:
+            return held
+        self.cached = ids[:length]
         return self._reusable(ids)
 
     def _reusable(self, ids: tuple[int, ...]) -> int:
-        pairs = zip(ids, self.cached, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        common = common_prefix(ids, self.cached)
         return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
     def release(self) -> None:
