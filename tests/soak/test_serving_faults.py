@@ -23,12 +23,7 @@ SLOW_STEPS = SLOW.format(seconds=0.05)
 
 def streaming(server, **options):
     """A connection on which a long stream has begun."""
-    client = server.connected()
-    client.sendall(request("POST", COMPLETIONS, json.dumps({**LONG, **options}).encode()))
-    data = b""
-    while b"data: " not in data:
-        data += client.recv(4096)
-    return client
+    return server.streaming(COMPLETIONS, {**LONG, **options})
 
 
 def text(server):

@@ -43,6 +43,15 @@ class Caller:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
         return answer(self.raw(request("POST", path, body, **headers)))
 
+    def streaming(self, path, document):
+        """A connection on which a stream has begun."""
+        client = self.connected()
+        client.sendall(request("POST", path, json.dumps(document).encode()))
+        data = b""
+        while b"data: " not in data:
+            data += client.recv(4096)
+        return client
+
     def get(self, path, **headers):
         return answer(self.raw(request("GET", path, **headers)))
 

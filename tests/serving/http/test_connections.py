@@ -43,12 +43,7 @@ def still_answers(served):
 
 def streaming(served, **options):
     """A connection on which a long stream has begun."""
-    client = served.connected()
-    client.sendall(request("POST", COMPLETIONS, json.dumps({**LONG, **options}).encode()))
-    data = b""
-    while b"data: " not in data:
-        data += client.recv(4096)
-    return client
+    return served.streaming(COMPLETIONS, {**LONG, **options})
 
 
 @pytest.mark.parametrize(

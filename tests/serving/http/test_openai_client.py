@@ -24,12 +24,6 @@ def served():
 
 
 @pytest.fixture(scope="module")
-def client(served):
-    with openai.OpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def chat(client):
     def create(**options):
         given = {"model": "tiny", "messages": ASK, "max_tokens": 8, "temperature": 0, **options}
