@@ -8,9 +8,11 @@ from qmix.commands import terminal
 from qmix.commands.progress import Show
 from qmix.quantities import a_second, gigabytes
 
+Progress = Callable[[int, int], None]  # bytes that have been read, and all
+
 
 @contextmanager
-def load_bar(*, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+def load_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
     """Yield read(bytes that are there, all bytes); the bar appears with the first.
 
     What is said before, such as that kernels are compiled, stays above it.
@@ -27,7 +29,11 @@ def load_bar(*, quiet: bool = False) -> Iterator[Callable[[int, int], None] | No
             if show is None:
                 show = stack.enter_context(terminal.progress())
                 begun = time.monotonic()
-            speed = a_second(done, time.monotonic() - begun)
-            show(f"loading {gigabytes(total)}, {speed}", done, total)
+            show(load_text(done, total, time.monotonic() - begun), done, total)
 
         yield read
+
+
+def load_text(done: int, total: int, seconds: float) -> str:
+    """What is loaded, and how fast."""
+    return f"loading {gigabytes(total)}, {a_second(done, seconds)}"

@@ -27,8 +27,10 @@ _LINE_EVERY_S = 60
 class Outlook:
     """When work will end, if the rest goes as what is done. The unit of work is the caller's."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._begun = clock, clock()
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, begun: float | None = None
+    ) -> None:
+        self._clock, self._begun = clock, clock() if begun is None else begun
         self._end: float | None = None
         self.share = 0.0
 
@@ -51,13 +53,13 @@ class Outlook:
 
 
 @contextmanager
-def bar(screen: "Console") -> Iterator[Show]:
-    """A bar that goes when the work is done."""
+def bar(screen: "Console", begun: float | None = None) -> Iterator[Show]:
+    """A bar that goes when the work is done, which has begun now or earlier."""
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.table import Column
     from rich.text import Text
 
-    outlook = Outlook()
+    outlook = Outlook(begun=begun)
 
     class Left(ProgressColumn):
         def render(self, task: Task) -> Text:

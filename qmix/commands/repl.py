@@ -6,7 +6,8 @@ drive the terminal. Knows no option of the command line.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
 
@@ -15,12 +16,14 @@ from rich.console import Console
 from qmix.commands import terminal
 from qmix.commands.chat import commands, settings
 from qmix.commands.chat.attached_file import AttachedFile
+from qmix.commands.chat.background_load import BackgroundLoad
 from qmix.commands.chat.chat_model import ServerError
 from qmix.commands.chat.file_commands import known_models
 from qmix.commands.chat.reply_stats import ReplyStats
 from qmix.commands.chat.start_line import start_line
 from qmix.commands.line_editing.choice import line_reader
-from qmix.commands.line_editing.reader import FENCE, unfenced
+from qmix.commands.line_editing.reader import FENCE, LineReader, PlainLines, unfenced
+from qmix.commands.load_bar import Progress, load_bar
 from qmix.commands.reply_writer import ReplyWriter, reply_writer
 from qmix.commands.session import PreparedPrompt, Session
 from qmix.errors import QmixError, UsageError
@@ -31,6 +34,7 @@ if TYPE_CHECKING:  # a chat with a server needs no torch
     from qmix.commands.chat.loading import ChatLoader
 
 PROMPT = ">>> "
+_LOOK_EVERY_S = 0.1  # at a model that is being loaded
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,22 @@ class Streams:
         return next((each for each in (self.text, self.notices.file) if each.isatty()), None)
 
 
+def _reader(streams: Streams) -> LineReader:
+    """What reads the messages, and completes commands."""
+    return line_reader(
+        streams.lines,
+        streams.text,
+        streams.notices,
+        commands=commands.COMMANDS,
+        settings=settings.EXAMPLES,
+        models=known_models,
+    )
+
+
+def _silent(what: str, done: float, total: float) -> None:
+    """Show nothing."""
+
+
 class Discard:
     """A ReplyWriter for a reply that is not shown as it comes."""
 
@@ -70,9 +90,18 @@ class Discard:
         """There is nothing to end."""
 
 
-@dataclass
+class NotLoaded(Exception):  # noqa: N818  it holds the error
+    """The chat's first model could not be loaded."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
 class Repl:
     """One conversation: at a prompt, line by line from a pipe, or a single message.
+
+    Args:
+        session: with its model, or while that is being loaded.
 
     Attributes:
         loader: loads another model; None where there is none to load.
@@ -81,22 +110,20 @@ class Repl:
         has_cut_replies: whether the model would have gone on with any reply.
     """
 
-    session: Session
-    streams: Streams
-    loader: "ChatLoader | None" = None
-    directory: Path | None = None
-    attached: list[AttachedFile] = field(default_factory=list)
-    has_cut_replies: bool = False
-
-    def __post_init__(self) -> None:
-        self.reader = line_reader(
-            self.streams.lines,
-            self.streams.text,
-            self.streams.notices,
-            commands=commands.COMMANDS,
-            settings=settings.EXAMPLES,
-            models=known_models,
-        )
+    def __init__(
+        self,
+        session: Session | BackgroundLoad[Session],
+        streams: Streams,
+        loader: "ChatLoader | None" = None,
+        directory: Path | None = None,
+        reader: LineReader | None = None,
+    ) -> None:
+        self._session = session
+        self.streams = streams
+        self.loader, self.directory = loader, directory
+        self.attached: list[AttachedFile] = []
+        self.has_cut_replies = False
+        self.reader = _reader(streams) if reader is None else reader
 
     @classmethod
     def loaded(
@@ -107,7 +134,7 @@ class Repl:
         streams: Streams,
         system: str | None = None,
     ) -> "Repl":
-        """A conversation with a model that is loaded now.
+        """A conversation with a model that is loaded now, or while the first message is edited.
 
         Args:
             given: what the user has said of the sampling.
@@ -115,8 +142,49 @@ class Repl:
         Raises:
             QmixError: the model cannot be loaded.
         """
-        session = Session(*loader.load(directory, given), system=system)
-        return cls(session, streams, loader, directory)
+
+        def load(progress: Progress | None) -> Session:
+            return Session(*loader.load(directory, given, progress), system=system)
+
+        reader = _reader(streams)
+        if isinstance(reader, PlainLines):  # it cannot draw below a line that is being typed
+            with reader.held(), load_bar(quiet=streams.quiet) as show:
+                return cls(load(show), streams, loader, directory, reader)
+        return cls(BackgroundLoad(load, quiet=streams.quiet), streams, loader, directory, reader)
+
+    @property
+    def session(self) -> Session:
+        """The conversation. A model that is still being loaded is waited for, and introduced.
+
+        Raises:
+            NotLoaded: it cannot be loaded.
+        """
+        if isinstance(self._session, BackgroundLoad):
+            self._session = self._awaited(self._session)
+            self.greet()
+        return self._session
+
+    def _awaited(self, load: BackgroundLoad[Session]) -> Session:
+        if not load.wait(0):
+            drawn = nullcontext(_silent) if self.streams.quiet else terminal.progress(load.begun)
+            with self.reader.held(), drawn as show:
+                while not load.wait(_LOOK_EVERY_S):
+                    show(*load.status())
+        try:
+            return load.result()
+        except Exception as error:  # noqa: BLE001  of whatever kind, it ends the chat
+            raise NotLoaded(error) from None
+
+    def close(self) -> None:
+        """Give up a model that is being loaded; keep what was computed, where somebody wants that.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        if isinstance(self._session, BackgroundLoad):
+            self._session.cancel()
+        else:
+            self._session.model.keep_cache()
 
     @property
     def start_line(self) -> str:
@@ -124,7 +192,12 @@ class Repl:
         return start_line(self.session.model, self.session.config, self.streams.notices.width)
 
     def greet(self) -> None:
-        """Say what the model is; without a terminal, what makes its prompts if that is its own."""
+        """Say what the model is; without a terminal, what makes its prompts if that is its own.
+
+        Of a model that is being loaded this is said once it is there.
+        """
+        if isinstance(self._session, BackgroundLoad):
+            return
         template = self.session.model.template
         if self.streams.interactive:
             self.remark(self.start_line)
@@ -137,7 +210,9 @@ class Repl:
         Raises:
             QmixError: it cannot be loaded.
         """
-        self.session = Session(*loader.load(directory, given), system=self.session.system)
+        system = self.session.system
+        with load_bar(quiet=self.streams.quiet) as show:
+            self._session = Session(*loader.load(directory, given, show), system=system)
         self.directory = directory
 
     def run(self) -> None:
@@ -147,6 +222,7 @@ class Repl:
             KeyboardInterrupt: Ctrl-C while the input is a pipe.
             UsageError: a message of a pipe does not fit.
             ServerError: the model of a pipe is gone.
+            NotLoaded: the model cannot be loaded.
         """
         if self.streams.interactive:
             self.remark("Type a message, /help for commands, Ctrl-D to leave.")
@@ -154,7 +230,7 @@ class Repl:
             terminal.decode_utf8(self.streams.lines)
         while True:
             try:
-                self._take(self.reader.read(PROMPT))
+                self._take(self._read())
             except EOFError:
                 return
             except (UsageError, ServerError) as error:
@@ -201,6 +277,15 @@ class Repl:
         """Say what nobody asked for."""
         if not self.streams.quiet:
             self.notice(text)
+
+    def _read(self) -> str:
+        """The next message or command; the first one is edited while the model is loaded."""
+        if isinstance(self._session, BackgroundLoad):
+            line = self.reader.read_during(PROMPT, self._session)
+            if line is not None:
+                return line
+            assert self.session  # it is there, and said to be
+        return self.reader.read(PROMPT)
 
     def _take(self, line: str) -> None:
         """Carry out a command, or answer a message; what comes from a pipe is no command."""

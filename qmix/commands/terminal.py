@@ -4,13 +4,14 @@ Everything that a command prints goes through here and is escaped, whatever it c
 imported when something is drawn, never before.
 """
 
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import TextIOWrapper
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
@@ -273,17 +274,43 @@ def decode_utf8(stream: object) -> None:
         stream.reconfigure(encoding="utf-8-sig", errors="replace")
 
 
+class HeldText(io.StringIO):
+    """Text for a terminal, which is styled as there."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @contextmanager
-def progress() -> Iterator["Show"]:
+def held_stderr() -> Iterator[HeldText]:
+    """Keep what is written to stderr while this is open, if that is a terminal; then write it."""
+    held = HeldText()
+    if not sys.stderr.isatty():
+        yield held
+        return
+    try:
+        with redirect_stderr(held):
+            yield held
+    finally:
+        with suppress(OSError):
+            sys.stderr.write(held.getvalue())
+            sys.stderr.flush()
+
+
+@contextmanager
+def progress(begun: float | None = None) -> Iterator["Show"]:
     """Yield show(what, done, total): a bar on a terminal, a line a minute in a log, else nothing.
 
     A terminal that cannot move its cursor gets the lines of a log.
+
+    Args:
+        begun: when the work of a bar began, by time.monotonic; default: now.
     """
     from qmix.commands.progress import bar, log_lines, stderr_is_log
 
     screen = console()
     if screen.is_terminal and not screen.is_dumb_terminal:
-        with bar(screen) as show:
+        with bar(screen, begun) as show:
             yield show
     elif screen.is_terminal or stderr_is_log():
         yield log_lines(message)

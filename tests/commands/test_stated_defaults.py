@@ -31,7 +31,7 @@ def chat(monkeypatch):
 
     def say(folder, lines, **given):
         defaults = GenerationConfig(**command._DEFAULTS).attributed("qmix")
-        loader = ChatLoader(options.Load(device="cpu"), None, None, defaults, quiet=True)
+        loader = ChatLoader(options.Load(device="cpu"), None, None, defaults)
         notices = Console(file=io.StringIO(), width=100, color_system=None)
         streams = Streams(Keyboard(lines), io.StringIO(), notices, quiet=True)
         Repl.loaded(loader, folder, Sampling(**given).parse(None), streams).run()

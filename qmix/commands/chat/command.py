@@ -159,7 +159,7 @@ def chat(
             repl = Repl(stack.enter_context(_connected(connect, served, key, given)), streams)
             repl.session.system = system
         else:
-            loader = _loader(load, ctx, template, reuse, quiet=quiet)
+            loader = _loader(load, ctx, template, reuse)
             repl = Repl.loaded(loader, directory, given, streams, system)
         _talk(repl, message)
     if repl.has_cut_replies and not interactive:
@@ -168,18 +168,22 @@ def chat(
 
 def _talk(repl: "Repl", message: str | None) -> None:
     """Answer one message, or all that is typed or piped."""
+    from qmix.commands.repl import NotLoaded
+
     repl.greet()
     try:
         if message is None:
             repl.run()
         else:
             repl.ask(message)
+    except NotLoaded as failure:
+        raise failure.error from None
     except KeyboardInterrupt:
         if repl.streams.as_json and repl.session.replies:  # the document says so
             sys.exit(CTRL_C)
         raise
     finally:
-        repl.session.model.keep_cache()
+        repl.close()
 
 
 def _check_remote(
@@ -240,14 +244,12 @@ def _loader(
     ctx: int | None,
     template: str | None,
     reuse: options.Reuse,
-    *,
-    quiet: bool,
 ) -> "ChatLoader":
     from qmix import GenerationConfig
     from qmix.commands.chat.loading import ChatLoader
 
     defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
-    return ChatLoader(load, ctx, template, defaults, quiet, reuse)
+    return ChatLoader(load, ctx, template, defaults, reuse)
 
 
 def _check(text: str | None, *, lines: bool, as_json: bool, interactive: bool) -> None:

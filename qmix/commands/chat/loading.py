@@ -1,25 +1,21 @@
 """A model loaded for a chat, by the options of the command line: the first one, or another later.
 
-Knows no terminal but the bar that is shown meanwhile.
+Knows no terminal. torch is imported with the first model, so that a chat asks before it is there.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from qmix import GenerationConfig, MixtralForCausalLM
 from qmix.commands import options
-from qmix.commands.chat.local_model import LocalModel, ModelSource
 from qmix.commands.chat.saved_chat import ModelIdentity
-from qmix.commands.load_bar import load_bar
+from qmix.commands.load_bar import Progress
 from qmix.commands.options import REUSE, Reuse
-from qmix.formats import open_checkpoint
-from qmix.generation.inputs import GenerationInputs
-from qmix.generation.loop import stream
-from qmix.models.auto import load
-from qmix.models.heat_record import fingerprint
-from qmix.text.chat_format import chat_format
+from qmix.generation.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from qmix.commands.chat.local_model import LocalModel
+    from qmix.models.causal_lm import MixtralForCausalLM
 
 _REHEARSED = 3  # tokens: a prompt, a step as it comes, and one that is recorded
 
@@ -32,7 +28,6 @@ class ChatLoader:
         context: in tokens; a model with fewer positions has those. None: each model's.
         template: see chat_format.
         defaults: of the sampling, where neither the user nor the checkpoint says anything.
-        quiet: show no bar.
         reuse: whether ids are drafted, and where caches of conversations are kept.
     """
 
@@ -40,14 +35,16 @@ class ChatLoader:
     context: int | None
     template: str | None
     defaults: GenerationConfig
-    quiet: bool = False
     reuse: Reuse = REUSE
 
-    def load(self, directory: Path, given: GenerationConfig) -> tuple[LocalModel, GenerationConfig]:
+    def load(
+        self, directory: Path, given: GenerationConfig, progress: Progress | None = None
+    ) -> tuple["LocalModel", GenerationConfig]:
         """Load a model that lies on this machine, ready to answer.
 
         Args:
             given: what the user has said of the sampling.
+            progress: see qmix.load.
 
         Returns:
             the model; how it is sampled, and what ends its replies.
@@ -55,9 +52,14 @@ class ChatLoader:
         Raises:
             QmixError: see qmix.load.
         """
+        from qmix.commands.chat.local_model import LocalModel, ModelSource
+        from qmix.formats import open_checkpoint
+        from qmix.models.auto import load
+        from qmix.models.heat_record import fingerprint
+        from qmix.text.chat_format import chat_format
+
         load_options = self.options.parse(max_context=self.context)
-        with load_bar(quiet=self.quiet) as show:
-            model, tokenizer = load(directory, load_options=load_options, progress=show)
+        model, tokenizer = load(directory, load_options=load_options, progress=progress)
         form = chat_format(tokenizer, self.template)
         config = given.filled_from(model.generation_config).filled_from(self.defaults)
         identity = ModelIdentity(directory.resolve().name, fingerprint(open_checkpoint(directory)))
@@ -74,8 +76,13 @@ class ChatLoader:
         return local, self.reuse.drafting(config.with_ends(form.end_ids), model)
 
 
-def rehearse(model: MixtralForCausalLM) -> None:
+def rehearse(model: "MixtralForCausalLM") -> None:
     """Compile what a GPU's first reply needs, and tune it, so that no reply waits for that."""
+    import torch
+
+    from qmix.generation.inputs import GenerationInputs
+    from qmix.generation.loop import stream
+
     if model.device.type != "cuda":
         return
     config = GenerationConfig(max_new_tokens=_REHEARSED, eos_token_id=-1)

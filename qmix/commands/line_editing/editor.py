@@ -4,11 +4,12 @@ Knows nothing of what a message means. The terminal is not asked where its curso
 slow line the answer would arrive among what is typed.
 """
 
+import asyncio
 import os
 import select
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import IO, TextIO, cast
 
 from prompt_toolkit import PromptSession
@@ -18,20 +19,29 @@ from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
+from prompt_toolkit.formatted_text import AnyFormattedText, StyleAndTextTuples
 from prompt_toolkit.history import History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.input.defaults import create_input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.styles import Style
 
 from qmix.commands import terminal
 from qmix.commands.line_editing.external_editor import edited
 from qmix.commands.line_editing.held_input import held_input
 from qmix.commands.line_editing.interrupt_key import interrupt_key
-from qmix.commands.line_editing.reader import CONTINUED, ends_in_backslash, is_open_fence
+from qmix.commands.line_editing.reader import CONTINUED, Work, ends_in_backslash, is_open_fence
 from qmix.errors import UsageError
 from qmix.printable import printable
+
+_STYLE = Style.from_dict({"work": "ansibrightblack"})
+_LOOK_EVERY_S = 0.05  # at the work that goes on while a message is typed
+
+
+class _Interrupted(Exception):  # noqa: N818  no error: the prompt is drawn again
+    """Something is to be said above the message that is being typed."""
 
 
 class LineEditor:
@@ -67,6 +77,8 @@ class LineEditor:
         self._history, self._completer = history, completer
         self._held, self._editor_screen = held, editor_screen
         self._in_pipeline = in_pipeline
+        self._typed = Document()  # before the prompt was interrupted
+        self._is_in_editor = False
 
     @classmethod
     def on_terminal(
@@ -99,13 +111,67 @@ class LineEditor:
 
     def read(self, prompt: str, default: str = "") -> str:
         """Edit a message; then all of its lines are shown once, also where they fill the screen."""
+        return self._read(prompt, default or self._typed)
+
+    def read_during(self, prompt: str, work: Work) -> str | None:
+        """Edit a message while other work goes on, which a line above it tells of.
+
+        What is said on stderr meanwhile appears there, too.
+
+        Returns:
+            the message; None if the work has ended first. Then the next `read` begins with what
+            was typed.
+        """
+
+        def message() -> StyleAndTextTuples:
+            told = work.text()
+            return [("class:work", f"{told}\n" if told else ""), ("", prompt)]
+
+        while not work.wait(0):
+            try:
+                with terminal.held_stderr() as said:
+                    begin = partial(self._watch, work, said)
+                    return self._read(prompt, self._typed, message, begin)
+            except _Interrupted:
+                self._typed = self._session.default_buffer.document
+        return None
+
+    def _read(
+        self,
+        prompt: str,
+        default: str | Document,
+        message: AnyFormattedText = None,
+        begin: Callable[[], None] | None = None,
+    ) -> str:
+        """Edit a message behind a prompt, which may be drawn in another way meanwhile."""
+        self._typed = Document()
         try:
-            text = self._session.prompt(prompt, default=default)
+            text = self._session.prompt(message or prompt, default=default, pre_run=begin)
         except KeyboardInterrupt:
             self._show(prompt, self._session.default_buffer.text)
             raise
         self._show(prompt, text)
         return text
+
+    def _watch(self, work: Work, said: terminal.HeldText) -> None:
+        """End the prompt once the work is done or says something, and nobody searches or so."""
+        app = self._session.app
+
+        async def watch() -> None:
+            shown = ""
+            while not (work.wait(0) or said.getvalue()) or self._is_elsewhere:
+                if shown != (shown := work.text()):
+                    app.invalidate()
+                await asyncio.sleep(_LOOK_EVERY_S)
+            if not app.is_done:
+                app.exit(exception=_Interrupted)
+
+        app.create_background_task(watch())
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether keys go to a search, or to an editor that covers the screen."""
+        return self._is_in_editor or not self._session.app.layout.has_focus(DEFAULT_BUFFER)
 
     def _show(self, prompt: str, text: str) -> None:
         shown = text.replace("\n", f"\n{CONTINUED}")
@@ -123,6 +189,7 @@ class LineEditor:
             enable_suspend=True,
             erase_when_done=True,
             key_bindings=self._keys(),
+            style=_STYLE,
             input=self._keyboard,
             output=self._screen,
         )
@@ -159,7 +226,11 @@ class LineEditor:
         @keys.add("c-g", filter=in_message)
         async def open_editor(event: KeyPressEvent) -> None:
             text = event.current_buffer.text
-            text = await run_in_terminal(lambda: self._edited(text), in_executor=True)
+            self._is_in_editor = True
+            try:
+                text = await run_in_terminal(lambda: self._edited(text), in_executor=True)
+            finally:
+                self._is_in_editor = False
             event.current_buffer.document = Document(text)
 
         return keys

@@ -14,6 +14,16 @@ FENCE = '"""'
 CONTINUED = "... "
 
 
+class Work(Protocol):
+    """What goes on in another thread."""
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it has ended, at most so long; whether it has."""
+
+    def text(self) -> str:
+        """How far it is, in a line."""
+
+
 class LineReader(Protocol):
     """What the chat reads its messages from."""
 
@@ -22,6 +32,17 @@ class LineReader(Protocol):
 
         Args:
             default: text to begin with; only a line editor can show it.
+
+        Raises:
+            EOFError: there is none.
+            KeyboardInterrupt: Ctrl-C.
+        """
+
+    def read_during(self, prompt: str, work: Work) -> str | None:
+        """The next message, if it ends before the work does.
+
+        Returns:
+            None once the work has ended: the next `read` begins with what was typed.
 
         Raises:
             EOFError: there is none.
@@ -76,6 +97,11 @@ class PlainLines:
                 self.notify(f"the message was not closed with {FENCE}; it was sent as it is")
                 return f"{text}\n{FENCE}"
         return text
+
+    def read_during(self, prompt: str, work: Work) -> str | None:
+        with self.held():
+            work.wait()
+        return None
 
     def held(self) -> AbstractContextManager[None]:
         return held_input(self.lines, raw=False) if self.show else nullcontext()

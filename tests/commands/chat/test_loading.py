@@ -23,7 +23,7 @@ def chat(tiny_nf4, monkeypatch):
 
     def start(lines, **load):
         defaults = GenerationConfig(do_sample=False, max_new_tokens=3).attributed("qmix")
-        loader = ChatLoader(options.Load(device="cpu", **load), None, None, defaults, quiet=True)
+        loader = ChatLoader(options.Load(device="cpu", **load), None, None, defaults)
         notices = io.StringIO()
         console = Console(file=notices, width=120, color_system=None)
         streams = Streams(Keyboard(lines), io.StringIO(), console)
@@ -71,7 +71,7 @@ def test_a_model_that_does_not_load_leaves_a_chat_that_goes_on(chat, monkeypatch
             raise ResourceError("the GPU has no memory left")
         return load(directory, **more)
 
-    monkeypatch.setattr("qmix.commands.chat.loading.load", failing)
+    monkeypatch.setattr("qmix.models.auto.load", failing)
     repl, notices = chat(f"Hello\n/model {TINY}\nAnd\n/model /nowhere\nMore\n")
     assert models == [tiny_nf4, TINY, tiny_nf4]
     assert "no memory left" in notices

@@ -75,7 +75,7 @@ def test_lines_are_messages_of_one_conversation(tiny_nf4):
 def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
     tiny_nf4, monkeypatch, arguments, stdin, said
 ):
-    monkeypatch.setattr("qmix.commands.chat.loading.load", None)
+    monkeypatch.setattr("qmix.models.auto.load", None)
     done = qmix("chat", tiny_nf4, *arguments, stdin=stdin)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr

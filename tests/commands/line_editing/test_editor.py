@@ -2,6 +2,8 @@
 
 import io
 import os
+import sys
+import threading
 import time
 
 import pytest
@@ -17,6 +19,7 @@ from qmix.commands.line_editing.command import Argument, Command
 from qmix.commands.line_editing.completion import ChatCompleter
 from qmix.commands.line_editing.editor import LineEditor
 from qmix.commands.line_editing.history import HistoryFile, history_file
+from qmix.commands.terminal import HeldText
 from tests.support.process import PATIENCE
 
 COMMANDS = (
@@ -102,6 +105,73 @@ def test_ctrl_d_ends_and_ctrl_c_interrupts(keyboard):
     keyboard.send_text("half\x03")
     with pytest.raises(KeyboardInterrupt):
         editor(keyboard).read(">>> ")
+
+
+class Work:
+    """Work that ends when a test says so."""
+
+    def __init__(self):
+        self.ended = threading.Event()
+
+    def wait(self, seconds=None):
+        return self.ended.wait(seconds)
+
+    def text(self):
+        return "half of it"
+
+
+def during(reading, work, keyboard, typed):
+    """Type while work goes on, which ends once the editor has taken that in."""
+    keyboard.send_text(typed)
+    begin = reading._watch
+
+    def then_end(*arguments):
+        begin(*arguments)
+        reading._session.default_buffer.on_text_changed += lambda _: work.ended.set()
+
+    reading._watch = then_end
+    return reading.read_during(">>> ", work)
+
+
+def test_a_message_is_typed_while_work_goes_on(keyboard):
+    screen = io.StringIO()
+    keyboard.send_text("hello\r")
+    assert editor(keyboard, screen).read_during(">>> ", Work()) == "hello"
+    assert "half of it" in screen.getvalue()
+    assert screen.getvalue().endswith(">>> hello\n")
+
+
+def test_what_was_typed_when_the_work_ended_begins_the_next_message(keyboard):
+    reading = editor(keyboard)
+    assert during(reading, Work(), keyboard, "hel") is None
+    keyboard.send_text("lo\r")
+    assert reading.read(">>> ") == "hello"
+    keyboard.send_text("!\r")
+    assert reading.read(">>> ") == "!"
+
+
+def test_what_the_work_says_stands_above_the_message(keyboard, monkeypatch):
+    stderr, work = HeldText(), Work()
+    monkeypatch.setattr(sys, "stderr", stderr)
+
+    def speak():
+        if not spoken:
+            spoken.append(sys.stderr.write("compiling\n"))
+        elif stderr.getvalue():  # it has been passed on, and the prompt drawn again
+            work.ended.set()
+        return ""
+
+    spoken = []
+    work.text = speak
+    assert editor(keyboard).read_during(">>> ", work) is None
+    assert stderr.getvalue() == "compiling\n"
+
+
+def test_ctrl_c_and_ctrl_d_are_what_they_are_while_work_goes_on(keyboard):
+    for key, raised in (("\x03", KeyboardInterrupt), ("\x04", EOFError)):
+        keyboard.send_text(key)
+        with pytest.raises(raised):
+            editor(keyboard).read_during(">>> ", Work())
 
 
 @pytest.mark.parametrize("variable", ["EDITOR", "VISUAL"])
