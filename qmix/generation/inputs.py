@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qmix.errors import UsageError, wrong_type
 from qmix.generation.config import GenerationConfig
+from qmix.generation.drafted_text import Drafter
 from qmix.generation.logits_processors import LogitsProcessor
 from qmix.generation.padding import check_embeds, check_prompt, checked_mask, left_padded
-from qmix.generation.speculation import Drafter
 from qmix.generation.stopping import StoppingCriterion
 from qmix.nn.cache import KVCache
 from qmix.text.tokenizer import LlamaTokenizer

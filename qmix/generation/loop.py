@@ -17,12 +17,13 @@ from qmix.config import MixtralConfig
 from qmix.errors import UsageError, of_device
 from qmix.generation.config import GenerationConfig
 from qmix.generation.draft_counts import DraftCounts
+from qmix.generation.drafted_text import Drafter
 from qmix.generation.host_copy import to_device
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.padding import position_ids
 from qmix.generation.rows import Rows
 from qmix.generation.sampling import checked
-from qmix.generation.speculation import Drafter, Speculation
+from qmix.generation.speculation import Speculation
 from qmix.generation.streamers import Streamer
 from qmix.generation.token_selector import SampledStep, SampleFn, TokenSelector
 from qmix.nn.cache import Cache, KVCache
@@ -243,7 +244,7 @@ class _Steps:
         if self._step is not None:
             self._cache.advance(1)
         elif self._speculation is not None:
-            self._logits = self._speculation.next_logits(int(rows.newest), left)
+            self._logits = self._speculation.next_logits(rows.newest, left)
         elif self._uses_cache:
             mask, column = rows.attention_mask, rows.newest.to(self._model.device)
             self._logits = self._model.next_logits(column, self._cache, mask, position_ids(mask, 1))

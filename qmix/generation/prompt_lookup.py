@@ -11,19 +11,23 @@ from qmix.text.common_prefix import common_prefix
 
 _CANDIDATES = 8  # positions of a chain that are compared
 _LONGEST = 32  # ids before a position that are compared
-_MOST_IDS = 1 << 18  # what is older is forgotten with a new text
+_MOST_IDS = 1 << 18
 _BREAK = -1  # between two texts
 
 
 class PromptLookup:
     """The ids of a session's texts, and the place where the newest ones stood before.
 
+    Args:
+        most_ids: what is older is forgotten with a new text.
+
     Attributes:
         matched: how many ids before that place equal the newest ones; 0: there is none. At least 2.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_ids: int = _MOST_IDS) -> None:
         self.matched = 0
+        self._most_ids = most_ids
         self._source = 0  # where what may follow begins; 0: nowhere
         self._text: list[int] = []  # the newest text
         self._forget()
@@ -43,7 +47,7 @@ class PromptLookup:
         common = common_prefix(ids, self._text)
         start = common
         if common < len(self._text):  # another text: what it shares is context for matches
-            if len(self._ids) + len(ids) > _MOST_IDS:
+            if len(self._ids) + len(ids) > self._most_ids:
                 self._forget()
                 common = 0
             start = max(common - _LONGEST, 0)

@@ -9,7 +9,7 @@ def timed(single=1.0, sixteen=3.5):
     """After some single steps and passes of other sizes, whose times lie on a line."""
     length = DraftLength()
     for rows in (1, 1, 1, 2, 4, 8, 12, 16):
-        length.took(rows, single + (sixteen - single) * (rows - 1) / 15)
+        length.times.took(rows, single + (sixteen - single) * (rows - 1) / 15)
     return length
 
 
@@ -23,7 +23,7 @@ def test_nothing_is_drafted_before_single_steps_have_been_timed():
     length = observed(DraftLength(), accepted=True)
     for _ in range(3):
         assert length.best(8, 15) == 0
-        length.took(1, 1.0)
+        length.times.took(1, 1.0)
     assert length.best(8, 15) == 15
 
 
@@ -55,8 +55,8 @@ def test_what_a_pass_costs_decides(sixteen, drafted):
 def test_of_two_sizes_the_faster_one_is_taken():
     length = observed(timed(), accepted=True)
     for _ in range(5):
-        length.took(16, 9.0)  # more rows than the kernels take one by one
-        length.took(12, 9.0)
+        length.times.took(16, 9.0)  # more rows than the kernels take one by one
+        length.times.took(12, 9.0)
     assert length.best(8, 15) == 7
     assert length.best(8, 6) == 3
     assert length.best(8, 0) == 0
@@ -65,26 +65,26 @@ def test_of_two_sizes_the_faster_one_is_taken():
 def test_a_size_that_was_never_timed_is_estimated_from_those_that_were():
     length = DraftLength()
     for _ in range(3):
-        length.took(1, 2.0)
-    assert length.seconds(16) == pytest.approx(7.0)
-    assert 2.0 < length.seconds(4) < length.seconds(8) < 7.0
-    length.took(16, 4.0)
-    assert length.seconds(16) == 4.0
-    assert 2.0 < length.seconds(8) < 4.0
+        length.times.took(1, 2.0)
+    assert length.times.seconds(16) == pytest.approx(7.0)
+    assert 2.0 < length.times.seconds(4) < length.times.seconds(8) < 7.0
+    length.times.took(16, 4.0)
+    assert length.times.seconds(16) == 4.0
+    assert 2.0 < length.times.seconds(8) < 4.0
 
 
 def test_a_time_that_is_long_ago_is_measured_anew():
     length = observed(timed(), accepted=True)
     for _ in range(300):
-        length.took(16, 3.5)
+        length.times.took(16, 3.5)
     assert length.best(8, 15) == 0  # a single step first
     for _ in range(3):
-        length.took(1, 1.0)
+        length.times.took(1, 1.0)
     assert length.best(8, 15) == 15
 
 
 def test_a_hiccup_does_not_decide():
     length = observed(timed(), accepted=True)
     for seconds in (3.4, 90.0, 3.5):
-        length.took(16, seconds)
+        length.times.took(16, seconds)
     assert length.best(8, 15) == 15

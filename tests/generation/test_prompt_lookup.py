@@ -79,9 +79,8 @@ def test_a_text_that_goes_on_is_not_read_again():
     assert lookup.draft(1) == [3]
 
 
-def test_old_texts_are_forgotten(monkeypatch):
-    monkeypatch.setattr("qmix.generation.prompt_lookup._MOST_IDS", 40)
-    lookup = PromptLookup()
+def test_old_texts_are_forgotten():
+    lookup = PromptLookup(most_ids=40)
     for text in range(50):
         lookup.begin([text, *range(100, 119)])
         assert len(lookup._ids) <= 2 * 40

@@ -9,9 +9,9 @@ import qmix
 from qmix.generation import loop
 from qmix.generation.config import GenerationConfig
 from qmix.generation.draft_length import DraftLength
+from qmix.generation.drafted_text import Drafter
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import generate, stream
-from qmix.generation.speculation import Drafter
 from qmix.kernels.cpu.library import library
 from qmix.models.offload import Tiers
 from qmix.text.tokenizer import LlamaTokenizer
@@ -25,7 +25,7 @@ SAMPLED = {"do_sample": True, "temperature": 0.7, "seed": 3}
 class Always(DraftLength):
     """Drafts as much as it may, whatever it costs."""
 
-    def best(self, matched, most):
+    def best(self, matched, most, rows=1, ids=1.0):
         return most
 
 

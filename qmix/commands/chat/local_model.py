@@ -20,10 +20,10 @@ from qmix.commands.chat.token_choices import ChoiceRecord
 from qmix.errors import UsageError
 from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
+from qmix.generation.drafted_text import Drafter
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
 from qmix.generation.prompt_cache import PromptCache
-from qmix.generation.speculation import Drafter
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.planning.budget import PREFILL_CHUNK
