@@ -5,6 +5,7 @@ Heavy imports stay inside the functions.
 
 import ipaddress
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,10 +143,9 @@ def serve(
         )
         engine = Engine(loaded, tokenizer, limits)
         access = Access(key, frozenset(map(str.lower, host_name or ())))
-        if not quiet:
-            terminal.message(_started(served.name, listener.getsockname(), limits))
         application = app(engine, served, access, deadline_s=timeout, prompts=prompts)
-        server.serve(application, engine, listener)
+        announce = partial(_announce, served.name, listener.getsockname(), limits, quiet=quiet)
+        server.serve(application, engine, listener, announce)
 
 
 def _source(model: Path | None, *, demo: bool, yes: bool) -> Path:
@@ -232,10 +232,12 @@ def _prompt_log(file: Path | None) -> "PromptLog | None":
     return None if file is None else PromptLog(file)
 
 
-def _started(name: str, address: tuple[str, int], limits: "Limits") -> str:
+def _announce(name: str, address: tuple[str, int], limits: "Limits", *, quiet: bool) -> None:
+    """Say where the server is, unless nobody wants to know."""
     host, port = address[:2]
     shown = f"[{host}]" if ":" in host else host
-    return (
-        f"serving {name} at http://{shown}:{port}/v1 · {limits.slots} slots of "
-        f"{limits.context:,} tokens · Ctrl-C ends it"
-    )
+    if not quiet:
+        terminal.message(
+            f"serving {name} at http://{shown}:{port}/v1 · {limits.slots} slots of "
+            f"{limits.context:,} tokens · Ctrl-C ends it"
+        )

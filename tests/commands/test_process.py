@@ -63,3 +63,24 @@ def test_ctrl_c_while_it_is_imported_leaves_no_traceback(monkeypatch, capfd):
         entry.main()
     assert ended.value.code == 130
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_ends_without_taking_the_interpreter_apart():
+    """Handlers run, streams are flushed and the exit code is kept; modules are not torn down."""
+    code = """
+import atexit, sys
+from qmix.__main__ import process
+class Module:
+    def __del__(self):
+        print("torn down")
+def main():
+    atexit.register(print, "handlers run")
+    sys.stdout.write("text without a newline; ")
+    sys.exit(7)
+sys.modules["kept"] = Module()
+sys.modules["qmix.cli"] = type(sys)("qmix.cli")
+sys.modules["qmix.cli"].main = main
+process()
+"""
+    done = finished([sys.executable, "-c", code])
+    assert (done.returncode, done.stdout) == (7, "text without a newline; handlers run\n")

@@ -69,7 +69,7 @@ def test_sigterm_ends_it_with_exit_code_0(monkeypatch):
 
     serve_until_a_signal, seen = server.serve, []
 
-    def watched(app, engine, listener):
+    def watched(app, engine, listener, started):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
 
         def ask_and_end():
@@ -79,7 +79,7 @@ def test_sigterm_ends_it_with_exit_code_0(monkeypatch):
 
         thread = threading.Thread(target=ask_and_end)
         thread.start()
-        serve_until_a_signal(app, engine, listener)
+        serve_until_a_signal(app, engine, listener, started)
         thread.join()
         seen.append(engine.healthy)
 
@@ -89,3 +89,20 @@ def test_sigterm_ends_it_with_exit_code_0(monkeypatch):
     assert seen == [200, False]
     assert "serving tiny at http://127.0.0.1:" in done.stderr
     assert "2 slots of 64 tokens" in done.stderr
+
+
+def test_a_signal_that_comes_as_it_says_that_it_serves_ends_it(monkeypatch):
+    from qmix.serving.http import server
+
+    serve_until_a_signal = server.serve
+
+    def signalled(app, engine, listener, started):
+        def ended():
+            started()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        serve_until_a_signal(app, engine, listener, ended)
+
+    monkeypatch.setattr(server, "serve", signalled)
+    done = qmix("serve", "--demo", "--port", "0", "--slots", "1", "--ctx", "64")
+    assert (done.returncode, done.stderr.count("serving tiny at")) == (0, 1)

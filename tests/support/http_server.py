@@ -110,7 +110,7 @@ def serving(model=None, tokenizer=None, *, key=None, deadline_s=600.0, names=(),
     listener = listening("127.0.0.1", 0)
     port = listener.getsockname()[1]
     access = Access(key, frozenset(names))
-    server = Server(app(engine, served, access, deadline_s=deadline_s), engine)
+    server = Server(app(engine, served, access, deadline_s=deadline_s), engine, lambda: None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -20,7 +20,7 @@ def slow(*arguments):
     return fast(*arguments)
 MixtralForCausalLM.next_logits = slow
 """
-_RUN = "\nimport sys; from qmix.cli import main; sys.argv[0] = 'qmix'; main()"
+_RUN = "\nimport sys; from qmix.__main__ import process; sys.argv[0] = 'qmix'; process()"
 
 
 class ServerProcess(Caller):

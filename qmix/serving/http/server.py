@@ -6,7 +6,7 @@ Knows no routes. A signal lets requests go on for a while; then their streams en
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -31,7 +31,7 @@ _RED_TICKS = 20  # 2 s in which the health shows that the engine has failed, bef
 class Server(uvicorn.Server):
     """uvicorn's, which ends with its engine, and its engine with it."""
 
-    def __init__(self, app: ASGIApp, engine: Engine) -> None:
+    def __init__(self, app: ASGIApp, engine: Engine, started: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -49,6 +49,7 @@ class Server(uvicorn.Server):
             )
         )
         self._engine = engine
+        self._when_started = started
         self._red_ticks = 0
 
     async def on_tick(self, counter: int) -> bool:
@@ -61,6 +62,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(_BACKLOG)
+        self._when_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn: take no more, and let what runs come to its end."""
@@ -69,16 +71,22 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(app: ASGIApp, engine: Engine, listener: socket.socket) -> None:
+def serve(
+    app: ASGIApp, engine: Engine, listener: socket.socket, started: Callable[[], None]
+) -> None:
     """Serve until SIGTERM, Ctrl-C or a fault of the engine. For the main thread.
+
+    Args:
+        started: called once requests are answered, and a signal ends it in order.
 
     Raises:
         QmixError: the engine's fault.
         KeyboardInterrupt: it was Ctrl-C.
     """
     descriptors.raise_limit()
-    with _terminable():
-        Server(app, engine).run(sockets=[listener])
+    server = Server(app, engine, started)
+    with _terminable(server):
+        server.run(sockets=[listener])
     if engine.failure is not None:
         raise engine.failure
 
@@ -102,11 +110,11 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable(server: Server) -> Iterator[None]:
     """SIGTERM is a way to end, and no failure: uvicorn raises it again once it has ended."""
 
     def ended(_: int, __: FrameType | None) -> None:
-        return
+        server.should_exit = True  # where uvicorn does not listen to signals yet
 
     before = signal.signal(signal.SIGTERM, ended)
     try:
