@@ -57,6 +57,16 @@ class Engine:
         """Whether it takes requests."""
         return self.failure is None and self._closing_at is None and self._thread.is_alive()
 
+    def check_room(self) -> None:
+        """Refuse a request before it is prepared.
+
+        Raises:
+            BusyError: the queue is full, or the engine is closing or has failed.
+        """
+        with self._changed:
+            self._check_healthy()
+            self._scheduler.check_room()
+
     def submit(self, request: Request, listener: Listener) -> Ticket:
         """Queue a request. The listener gets its events, in the engine's thread.
 
@@ -66,8 +76,7 @@ class Engine:
         """
         ticket = Ticket(request, listener)
         with self._changed:
-            if not self.healthy:
-                raise BusyError("the engine takes no requests", found=self.failure or "shutdown")
+            self._check_healthy()
             self._scheduler.submit(ticket)
             self._changed.notify()
         return ticket
@@ -91,6 +100,10 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close(0.0 if error is not None else DRAIN_S)
+
+    def _check_healthy(self) -> None:
+        if not self.healthy:
+            raise BusyError("the engine takes no requests", found=self.failure or "shutdown")
 
     def _run(self) -> None:
         try:

@@ -8,8 +8,9 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from qmix.errors import QmixError, UsageError
-from qmix.serving.request import BusyError
 from qmix.text.detokenizer import Pieces
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.text.worker_process import EndedWorkerError, WorkerProcess
@@ -33,7 +33,7 @@ _JSON: "JsonCompileOptions" = {
     "key_separator": ": ",
 }
 _THREADS = 2  # a mask takes microseconds as a rule; two of them let one that is slow pass
-_TRIALS, _TRIAL_WAIT_S, _KEPT = 2, 10.0, 16
+_TRIALS, _KEPT = 2, 16
 # Bounds on the work: about 20 ms for a grammar's expressions, 17 ms for a mask.
 _LIMITS: Mapping[str, Any] = {
     "max_items_in_row": 2000,
@@ -43,6 +43,19 @@ _LIMITS: Mapping[str, Any] = {
     "max_lexer_states": 50_000,
     "max_grammar_size": 100_000,
 }
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a reply is to follow.
+
+    Attributes:
+        text: the grammar, in llguidance's own form.
+        field: of the request that asked for it.
+    """
+
+    text: str
+    field: str
 
 
 class Grammars:
@@ -64,24 +77,30 @@ class Grammars:
         self._words: LLTokenizer | None = None
         self.workers = ThreadPoolExecutor(_THREADS, "qmix-grammar")
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._trying = ThreadPoolExecutor(_TRIALS, "qmix-trial")
         self._trials: SimpleQueue[WorkerProcess] = SimpleQueue()
         for _ in range(_TRIALS):
             self._trials.put(WorkerProcess(Path(__file__).with_name("grammar_worker.py")))
+
+    def submit(self, grammar: str) -> "Future[LLMatcher]":
+        """What `compiled` gives, at some time: each new grammar waits for those before it."""
+        done: Future[LLMatcher] = Future()
+        if (kept := self._of_late(grammar)) is None:
+            return self._trying.submit(self.compiled, grammar)
+        done.set_result(kept)
+        return done
 
     def compiled(self, grammar: str) -> "LLMatcher":
         """A matcher of a grammar in llguidance's own form; each reply needs a copy.
 
         Raises:
             UsageError: it is none, or costs too much.
-            BusyError: many new ones are being tried.
             ResourceError: no process can be started to try it.
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        with self._lock:
-            if grammar in self._kept:
-                self._kept.move_to_end(grammar)
-                return self._kept[grammar]
+        if (kept := self._of_late(grammar)) is not None:
+            return kept
         self._try(grammar)
         matcher = LLMatcher(
             self._vocabulary(), grammar, log_level=0, limits=LLParserLimits(**_LIMITS)
@@ -95,16 +114,19 @@ class Grammars:
                 self._kept.popitem(last=False)
         return matcher
 
+    def _of_late(self, grammar: str) -> "LLMatcher | None":
+        with self._lock:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+            return self._kept.get(grammar)
+
     def _try(self, grammar: str) -> None:
         """Compile it where that can be ended.
 
         Raises:
-            UsageError, BusyError, ResourceError: as compiled.
+            UsageError, ResourceError: as compiled.
         """
-        try:
-            worker = self._trials.get(timeout=_TRIAL_WAIT_S)
-        except Empty:
-            raise BusyError("too many new grammars at a time", remedy="Try again later.") from None
+        worker = self._trials.get()
         try:
             reply = worker.answer({"grammar": grammar, "limits": _LIMITS, **self._tokens})
         except EndedWorkerError as error:

@@ -121,6 +121,20 @@ class Scheduler:
         """What each slot does. Other threads may ask too: every number is of some moment."""
         return tuple(slot.state for slot in self._slots)
 
+    def check_room(self) -> None:
+        """Refuse and count a request that the queue has no room for.
+
+        Raises:
+            BusyError: the queue is full.
+        """
+        if len(self._waiting) >= self.limits.waiting + self._free_slots:
+            self._count(refused=1)
+            raise BusyError(
+                "too many requests are waiting",
+                expected=f"at most {self.limits.waiting}",
+                remedy="Try again later.",
+            )
+
     def submit(self, ticket: Ticket) -> None:
         """Put a request into the queue.
 
@@ -138,13 +152,7 @@ class Scheduler:
                 remedy="Shorten it, or start the server with a larger context.",
             )
         check_ids(torch.frombuffer(ids, dtype=torch.long), self._model.config.vocab_size)
-        if len(self._waiting) >= self.limits.waiting + self._free_slots:
-            self._count(refused=1)
-            raise BusyError(
-                "too many requests are waiting",
-                expected=f"at most {self.limits.waiting}",
-                remedy="Try again later.",
-            )
+        self.check_room()
         self._waiting.append(ticket)
         self._count(requests=1, waiting=1)
 

@@ -1,8 +1,10 @@
 """The routes, and what answers them. Knows no sockets."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,8 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from qmix.errors import QmixError, UsageError
 from qmix.serving.call_reader import CallReader
 from qmix.serving.engine import Engine
+from qmix.serving.grammar import Grammar
 from qmix.serving.http import (
     chat_request,
     completion_request,
@@ -20,8 +24,10 @@ from qmix.serving.http import (
     replies,
     token_request,
 )
-from qmix.serving.http.body import Bodies
+from qmix.serving.http.body import Bodies, parsed
 from qmix.serving.http.chat_reply import ChatReply
+from qmix.serving.http.chat_request import ChatRequest
+from qmix.serving.http.completion_request import CompletionRequest
 from qmix.serving.http.errors import MESSAGES, ApiError
 from qmix.serving.http.event_stream import EventStream
 from qmix.serving.http.flight import Flight, LeftError, unless_left
@@ -35,8 +41,13 @@ from qmix.serving.http.served_model import ServedModel
 from qmix.serving.request import Request as EngineRequest
 from qmix.serving.tools import new_id
 
-Call = tuple[list[EngineRequest], ReplyFormat, bool]  # the last: whether the reply is streamed
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+Call = tuple[list[EngineRequest], ReplyFormat]
+
+_TRIAL_WAIT_S = 10.0  # until a new grammar's turn to be tried has come and gone
 _LEFT = 499  # nobody reads it
 
 
@@ -85,11 +96,11 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        return await self._answer(request, self._chat)
+        return await self._answer(request, chat_request.parse, self._chat)
 
     async def messages(self, request: Request) -> Response:
         """POST /v1/messages"""
-        return await self._answer(request, self._messages)
+        return await self._answer(request, messages_request.parse, self._messages)
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens"""
@@ -102,7 +113,7 @@ class Api:
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions"""
-        return await self._answer(request, self._completion)
+        return await self._answer(request, completion_request.parse, self._completion)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
@@ -134,22 +145,32 @@ class Api:
         self, request: Request, prepare: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> Response:
         try:
-            return JSONResponse(await self._bodies.prepared(request, prepare))
+            async with self._bodies.read(request) as body:
+                return JSONResponse(await self._bodies.run(lambda: prepare(parsed(body))))
         except LeftError:
             return Response(status_code=_LEFT)
 
     async def _answer(
-        self, request: Request, prepare: Callable[[dict[str, Any]], Call]
+        self,
+        request: Request,
+        parse: Callable[[dict[str, Any]], Asked],
+        prepare: Callable[[Asked, "LLMatcher | None"], Call],
     ) -> Response:
-        def logged(document: dict[str, Any]) -> Call:
+        def read(body: bytes) -> tuple[Asked, Grammar | None]:
+            document = parsed(body)
             if self._prompts is not None:
                 self._prompts.put(request.url.path, document)
-            return prepare(document)
+            asked = parse(document)
+            return asked, self._model.grammar(asked)
 
         try:
-            requests, form, streams = await self._bodies.prepared(request, logged)
+            async with self._bodies.read(request) as body:
+                self._check_room()
+                asked, grammar = await self._bodies.run(partial(read, body))
+                matcher = None if grammar is None else await self._compiled(grammar)
+                requests, form = await self._bodies.run(partial(prepare, asked, matcher))
             flight = Flight(self._engine, requests, self._metrics.observe)
-            if streams:
+            if asked.stream:
                 return EventStream(replies.chunks(flight, form), flight.cancel, request.url.path)
             try:
                 document = await unless_left(request.receive, replies.whole(flight, form))
@@ -159,9 +180,35 @@ class Api:
         except LeftError:
             return Response(status_code=_LEFT)
 
-    def _chat(self, document: dict[str, Any]) -> Call:
-        asked = chat_request.parse(document)
-        requests = self._model.chat(asked, self._deadline_s)
+    def _check_room(self) -> None:
+        """
+        Raises:
+            ApiError: the engine would refuse a request.
+        """
+        try:
+            self._engine.check_room()
+        except QmixError as error:
+            raise ApiError.of(error, takes_requests=self._engine.healthy) from error
+
+    async def _compiled(self, grammar: Grammar) -> "LLMatcher":
+        """
+        Raises:
+            ApiError: it is no grammar, costs too much, or many new ones are being tried.
+        """
+        try:
+            async with asyncio.timeout(_TRIAL_WAIT_S):
+                return await asyncio.wrap_future(self._model.grammars.submit(grammar.text))
+        except TimeoutError:
+            raise ApiError(
+                "too many new grammars at a time; try again later", status=429, code="queue_full"
+            ) from None
+        except UsageError as error:
+            raise ApiError(str(error), param=grammar.field, code="invalid_value") from None
+        except QmixError as error:
+            raise ApiError.of(error) from error
+
+    def _chat(self, asked: ChatRequest, matcher: "LLMatcher | None") -> Call:
+        requests = self._model.chat(asked, self._deadline_s, matcher)
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         form = ChatReply(
             Head("chatcmpl-", kind, self._model.name),
@@ -171,19 +218,17 @@ class Api:
             includes_usage=asked.stream_options,
             readers=self._model.readers(asked),
         )
-        return requests, form, asked.stream
+        return requests, form
 
-    def _messages(self, document: dict[str, Any]) -> Call:
-        asked = messages_request.parse(document)
-        (request,) = requests = self._model.chat(asked, self._deadline_s)
+    def _messages(self, asked: ChatRequest, matcher: "LLMatcher | None") -> Call:
+        (request,) = requests = self._model.chat(asked, self._deadline_s, matcher)
         head = {"id": f"msg_{new_id()}", "model": self._model.name}
         readers = self._model.readers(asked) or [CallReader(None)]
         form = MessagesReply(head, len(request.ids), readers[0])
-        return requests, form, asked.stream
+        return requests, form
 
-    def _completion(self, document: dict[str, Any]) -> Call:
-        asked = completion_request.parse(document)
-        requests = self._model.completion(asked, self._deadline_s)
+    def _completion(self, asked: CompletionRequest, matcher: "LLMatcher | None") -> Call:
+        requests = self._model.completion(asked, self._deadline_s, matcher)
         form = CompletionReply(
             Head("cmpl-", "text_completion", self._model.name),
             self._model.tokenizer,
@@ -194,7 +239,7 @@ class Api:
             choices_per_prompt=asked.n,
             includes_usage=asked.stream_options,
         )
-        return requests, form, asked.stream
+        return requests, form
 
 
 def app(

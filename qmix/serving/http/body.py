@@ -1,8 +1,12 @@
-"""Bodies of requests: JSON of a bounded size that arrives in bounded time. Knows no fields."""
+"""Bodies of requests: JSON of a bounded size that arrives in bounded time. Knows no fields.
+
+Also the threads in which requests are prepared.
+"""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,11 +16,13 @@ from qmix.errors import QmixError
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.flight import LeftError
 
-Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
 MAX_BYTES = 4 << 20
 _MAX_HELD_BYTES = 256 << 20  # of all bodies that are being read or parsed
 _WAIT_S = 30.0
-_THREADS = 64
+# Each thread has memory of its own from the allocator, which keeps what a prompt of 1 MB once
+# needed: with up to 64 threads the server grew by 500 MB, with 4 it does not.
+_THREADS = 4
 
 
 class Bodies:
@@ -24,26 +30,35 @@ class Bodies:
 
     def __init__(self) -> None:
         self._held = 0
-        # Many, because some wait: for a template's process, or for a grammar's.
         self._threads = ThreadPoolExecutor(_THREADS, "qmix-body")
 
-    async def prepared(
-        self, request: Request, prepare: Callable[[dict[str, Any]], Prepared]
-    ) -> Prepared:
-        """What `prepare` makes of the body's JSON object, in a thread of its own.
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The whole body; it counts as held until the context's end.
 
         Raises:
-            ApiError: the body is too large, too slow or not JSON, or as prepare.
+            ApiError: the body is too large or too slow.
             LeftError: the client has gone.
         """
         _check_headers(request)
         body = bytearray()
         try:
             await self._read(request, body)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, _prepared, bytes(body), prepare)
+            yield bytes(body)
         finally:
             self._held -= len(body)
+
+    async def run(self, prepare: Callable[[], Result]) -> Result:
+        """What `prepare` gives, in one of a few threads: it may compute, and must not wait.
+
+        Raises:
+            ApiError: as prepare, also for its other errors.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, prepare)
+        except QmixError as error:
+            raise ApiError.of(error) from error
 
     async def _read(self, request: Request, body: bytearray) -> None:
         try:
@@ -93,12 +108,13 @@ def _too_large() -> ApiError:
     )
 
 
-def _prepared(body: bytes, prepare: Callable[[dict[str, Any]], Prepared]) -> Prepared:
+def parsed(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is.
+
+    Raises:
+        ApiError: it is none.
+    """
     try:
-        document = strict_json.loads(body, where="the body")
+        return strict_json.loads(body, where="the body")
     except QmixError as error:
         raise ApiError(str(error), code="invalid_json") from None
-    try:
-        return prepare(document)
-    except QmixError as error:
-        raise ApiError.of(error) from error

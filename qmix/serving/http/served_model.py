@@ -3,9 +3,9 @@
 Knows no HTTP and runs nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmix.errors import UsageError
 from qmix.generation.config import GenerationConfig
@@ -13,7 +13,7 @@ from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantities import counted
 from qmix.serving import tool_prompt
 from qmix.serving.call_reader import CallReader
-from qmix.serving.grammar import GrammarMask, Grammars
+from qmix.serving.grammar import Grammar, GrammarMask, Grammars
 from qmix.serving.http.chat_request import ChatRequest
 from qmix.serving.http.completion_request import CompletionRequest, Prompt
 from qmix.serving.http.errors import ApiError
@@ -27,6 +27,9 @@ from qmix.text.chat_encoder import INST
 from qmix.text.chat_format import chosen_template
 from qmix.text.chat_template import Message
 from qmix.text.tokenizer import LlamaTokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 # What neither a caller nor the checkpoint's generation_config.json says: OpenAI's defaults.
 _DEFAULTS = GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
@@ -133,8 +136,35 @@ class ServedModel:
                 code="model_not_found",
             )
 
-    def chat(self, asked: ChatRequest, deadline_s: float) -> list[Request]:
+    def grammar(self, asked: SamplingFields) -> Grammar | None:
+        """What the replies are to follow.
+
+        Raises:
+            ApiError: there are two grammars, or it is none.
+        """
+        form, use = asked.form, _tool_use(asked)
+        if use is not None and form not in (None, "response_format"):
+            raise ApiError(f"give tools or {form}", param=form, code="invalid_value")
+        field = form if use is None else "tools"
+        if field is None:
+            return None
+        try:
+            if use is None:
+                text = asked.grammar
+            else:
+                text = self.calls.grammar(use, asked.response_format)
+        except UsageError as error:
+            raise ApiError(str(error), param=field, code="invalid_value") from None
+        assert text is not None
+        return Grammar(text, field)
+
+    def chat(
+        self, asked: ChatRequest, deadline_s: float, matcher: "LLMatcher | None"
+    ) -> list[Request]:
         """A request for each choice.
+
+        Args:
+            matcher: of the grammar that the replies follow.
 
         Raises:
             ApiError: the conversation does not fit the template, or the context.
@@ -143,7 +173,6 @@ class ServedModel:
         use, ids = asked.tool_use, self.ids_of(asked)
         new_tokens = asked.new_tokens or self.limits.context
         self._check_length(ids, "messages")
-        mask = self._masks(asked, use)
         shown = () if use is None or self.calls.opener_id is None else (self.calls.opener_id,)
         # A grammar of the whole reply sees the first token's space, so that it stays in the text.
         starts = not asked.continue_final_message and (asked.form is None or use is not None)
@@ -153,7 +182,7 @@ class ServedModel:
                 asked.config(self.defaults, new_tokens, choice).with_ends(self.chat_ends),
                 starts_new_text=starts,
                 processors=asked.processors(len(ids)),
-                mask=mask(),
+                mask=self._mask(matcher),
                 shown_ids=frozenset(shown),
                 top_logprobs=asked.reported,
                 expert_counts=asked.expert_counts,
@@ -207,8 +236,13 @@ class ServedModel:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
         return ids
 
-    def completion(self, asked: CompletionRequest, deadline_s: float) -> list[Request]:
+    def completion(
+        self, asked: CompletionRequest, deadline_s: float, matcher: "LLMatcher | None"
+    ) -> list[Request]:
         """A request for each choice of each prompt, a prompt's together.
+
+        Args:
+            matcher: of the grammar that the replies follow.
 
         Raises:
             ApiError: an id is none, a prompt does not fit the context, or there are too many.
@@ -222,14 +256,13 @@ class ServedModel:
                 param="prompt",
                 code="invalid_value",
             )
-        mask = self._masks(asked)
         ends = () if asked.form is None else self.chat_ends  # a mask allows them at its end
         return [
             Request(
                 ids,
                 asked.config(self.defaults, max(asked.max_tokens, 1), choice).with_ends(ends),
                 processors=asked.processors(len(ids)),
-                mask=mask(),
+                mask=self._mask(matcher),
                 top_logprobs=asked.logprobs,
                 prompt_logprobs=asked.echo and asked.logprobs is not None,
                 deadline_s=deadline_s,
@@ -290,30 +323,8 @@ class ServedModel:
         ]
         return [text for text in texts for _ in range(asked.n)]
 
-    def _masks(
-        self, asked: SamplingFields, use: ToolUse | None = None
-    ) -> Callable[[], GrammarMask | None]:
-        """What makes the mask of a choice.
-
-        Raises:
-            ApiError: there are two grammars, or one is none.
-        """
-        form = asked.form
-        if form is None and use is None:
-            return lambda: None
-        if use is not None and form not in (None, "response_format"):
-            raise ApiError(f"give tools or {form}", param=form, code="invalid_value")
-        try:
-            if use is None:
-                grammar = asked.grammar
-            else:
-                grammar = self.calls.grammar(use, asked.response_format)
-            assert grammar is not None
-            matcher = self.grammars.compiled(grammar)
-        except UsageError as error:
-            param = form if use is None else "tools"
-            raise ApiError(str(error), param=param, code="invalid_value") from None
-        return lambda: self.grammars.mask(matcher)
+    def _mask(self, matcher: "LLMatcher | None") -> GrammarMask | None:
+        return None if matcher is None else self.grammars.mask(matcher)
 
     def _prompt_ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
@@ -340,3 +351,7 @@ class ServedModel:
                 param=param,
                 code="context_length_exceeded",
             )
+
+
+def _tool_use(asked: SamplingFields) -> ToolUse | None:
+    return asked.tool_use if isinstance(asked, ChatRequest) else None

@@ -5,6 +5,7 @@ import resource
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -128,8 +129,21 @@ def test_a_full_queue_refuses_and_counts_every_choice(served):
         assert b"retry-after: 1" in data
         status, document = answer(data)
         assert (status, document["error"]["code"]) == (429, "queue_full")
+        unread = served.raw(request("POST", COMPLETIONS, b"[" * 1000))
+        assert answer(unread)[0] == 429  # it costs no parsing
     served.until_idle()
     assert still_answers(served)
+
+
+def test_many_callers_share_a_few_threads(served):
+    with ThreadPoolExecutor(24) as callers:
+        prompt = json.dumps({"prompt": "the quick brown fox " * 500}).encode()
+        asked = [
+            callers.submit(served.raw, request("POST", "/tokenize", prompt)) for _ in range(48)
+        ]
+        assert {answer(each.result())[0] for each in asked} == {200}
+    names = {thread.name for thread in threading.enumerate()}  # numbered in each server
+    assert 1 <= sum(name.startswith("qmix-body") for name in names) <= 4
 
 
 def test_silent_connections_hold_nobody_up_and_are_ended(served, monkeypatch):

@@ -217,7 +217,9 @@ def test_a_wrong_tool_is_refused_by_its_place(chat, options, param, said):
 def replied(served, engine, **options):
     """The document of a reply, by the engine alone."""
     asked = chat_request.parse({"messages": ASK, "max_tokens": 100, "temperature": 0, **options})
-    (request,) = served.chat(asked, 60.0)
+    grammar = served.grammar(asked)
+    matcher = None if grammar is None else served.grammars.compiled(grammar.text)
+    (request,) = served.chat(asked, 60.0, matcher)
     events, choice = Events(), Choice()
     engine.submit(request, events)
     for event in events:
