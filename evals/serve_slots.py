@@ -28,8 +28,9 @@ from qmix.models.auto import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.options import LoadOptions
 from qmix.planning import machine
+from qmix.serving.limits import Limits
 from qmix.serving.request import Ended, Event, Request, Ticket
-from qmix.serving.scheduler import Limits, Scheduler
+from qmix.serving.scheduler import Scheduler
 from qmix.text.tokenizer import LlamaTokenizer
 
 _PROMPT = 16  # tokens

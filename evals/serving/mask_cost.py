@@ -25,8 +25,9 @@ from qmix.generation.config import GenerationConfig
 from qmix.models.auto import load
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.serving.grammar import GrammarMask, Grammars, of_schema
+from qmix.serving.limits import Limits
 from qmix.serving.request import Ended, Event, Request, Ticket
-from qmix.serving.scheduler import Limits, Scheduler
+from qmix.serving.scheduler import Scheduler
 from qmix.text.tokenizer import LlamaTokenizer
 
 CASES = ("none", "one", "all", "one, slow")

@@ -17,7 +17,7 @@ from qmix.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from qmix.serving.http.prompt_log import PromptLog
-    from qmix.serving.scheduler import Limits
+    from qmix.serving.limits import Limits
 
 _CONTEXT = 4096
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
@@ -213,7 +213,7 @@ def _limits(source: Path, context: int | None, slots: int, queue: int) -> "Limit
     from qmix.formats.metadata import read_metadata
     from qmix.formats.mistral.detect import refuse_raw
     from qmix.gguf.files import checked_source
-    from qmix.serving.scheduler import Limits
+    from qmix.serving.limits import Limits
 
     refuse_raw(checked_source(source))
     most = read_metadata(source).config.max_position_embeddings

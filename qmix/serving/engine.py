@@ -9,8 +9,9 @@ from types import TracebackType
 
 from qmix.errors import QmixError, UsageError
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.serving.limits import Limits
 from qmix.serving.request import BusyError, Listener, Request, Ticket
-from qmix.serving.scheduler import Counts, Limits, Scheduler
+from qmix.serving.scheduler import Counts, Scheduler
 from qmix.serving.slot import SlotState
 from qmix.text.tokenizer import LlamaTokenizer
 

@@ -9,8 +9,8 @@ import torch
 from qmix.errors import QmixError
 from qmix.generation.config import GenerationConfig
 from qmix.serving.engine import Engine
+from qmix.serving.limits import Limits
 from qmix.serving.request import BusyError, Ended, Events, Request
-from qmix.serving.scheduler import Limits
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY, small_model
 

@@ -9,9 +9,10 @@ from qmix.experts.policy import PRESETS
 from qmix.generation.config import GenerationConfig
 from qmix.models.offload import Tiers
 from qmix.nn.cache_slab import CacheSlab
+from qmix.serving.limits import Limits
 from qmix.serving.request import BusyError, Ended, Request, Ticket
 from qmix.serving.running import Running
-from qmix.serving.scheduler import Limits, Scheduler
+from qmix.serving.scheduler import Scheduler
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.models import TINY, load_in_tiers, small_model
 

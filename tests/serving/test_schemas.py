@@ -9,8 +9,8 @@ import qmix
 from qmix.generation.config import GenerationConfig
 from qmix.serving.engine import Engine
 from qmix.serving.grammar import Grammars, of_schema
+from qmix.serving.limits import Limits
 from qmix.serving.request import Ended, Events, Request
-from qmix.serving.scheduler import Limits
 from tests.support.json_schemas import json_schema
 from tests.support.models import TINY
 

@@ -13,7 +13,7 @@ from qmix.serving.http.app import app
 from qmix.serving.http.guard import Access
 from qmix.serving.http.served_model import ServedModel
 from qmix.serving.http.server import Server, listening
-from qmix.serving.scheduler import Limits
+from qmix.serving.limits import Limits
 from tests.support.models import TINY
 from tests.support.process import PATIENCE
 

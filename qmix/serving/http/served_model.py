@@ -19,8 +19,8 @@ from qmix.serving.http.completion_request import CompletionRequest, Prompt
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.sampling_fields import SamplingFields
 from qmix.serving.http.token_request import DetokenizeRequest, TokenizeRequest
+from qmix.serving.limits import Limits
 from qmix.serving.request import Request
-from qmix.serving.scheduler import Limits
 from qmix.serving.tool_format import CallFormat, call_format
 from qmix.serving.tools import Tool, ToolUse, Turn
 from qmix.text.chat_encoder import INST

@@ -15,8 +15,8 @@ from qmix.serving.http import chat_request
 from qmix.serving.http.chat_reply import ChatReply
 from qmix.serving.http.replies import Choice, Head
 from qmix.serving.http.served_model import ServedModel
+from qmix.serving.limits import Limits
 from qmix.serving.request import Ended, Events
-from qmix.serving.scheduler import Limits
 from qmix.serving.tool_format import CallFormat
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.chat_templates import MISTRAL_TOOLS
