@@ -22,8 +22,8 @@ from qmix.evals.quality.token_scores import TokenScores, token_scores
 from qmix.evals.quality.windows import ScoringWindows, open_comparable, text_windows
 from qmix.evals.quality.worst_tokens import WorstToken, worst_tokens
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.compatibility import storage_summary
 from qmix.formats.names import place
+from qmix.formats.readers.storage import storage_summary
 from qmix.hub.local import shown_name
 from qmix.models.options import parse_dtype
 from qmix.quantize.output_checkpoint import squared_sums

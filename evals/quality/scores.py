@@ -18,7 +18,7 @@ from qmix.evals.quality.texts import Text
 from qmix.evals.quality.window_scores import difference
 from qmix.evals.quality.windows import ScoringWindows, whole_windows
 from qmix.formats import Checkpoint, open_checkpoint
-from qmix.formats.compatibility import storage_summary
+from qmix.formats.readers.storage import storage_summary
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.text.tokenizer import LlamaTokenizer
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.errors import UsageError
 from qmix.hub import made
 from qmix.printable import escaped
 from qmix.quantities import a_second, counted, duration, gigabytes, weights
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from qmix.commands.checkpoint.convert import Conversion
     from qmix.commands.checkpoint.export import Export
     from qmix.commands.checkpoint.inspect import Inventory
+    from qmix.formats.compatibility import ReaderSupport
+    from qmix.formats.layouts.targets import Format
+    from qmix.formats.readers.programs import Program
+
+
+ForProgram = Annotated[
+    Literal["vllm", "sglang", "transformers", "llama.cpp"] | None,
+    typer.Option("--for", help="The program that is to load it.", show_default=False),
+]
 
 
 def convert(
@@ -81,9 +91,10 @@ def export(
     directory: options.Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the other format.")],
     layout: Annotated[
-        Literal["gptq", "awq", "compressed-tensors", "mlx", "gguf", "nf4"],
+        Literal["gptq", "awq", "compressed-tensors", "mlx", "gguf", "nf4"] | None,
         typer.Option("--format", "--to", help="What to write.", show_default=False),
-    ],
+    ] = None,
+    program: ForProgram = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round what the format does not hold.")
     ] = False,
@@ -94,22 +105,60 @@ def export(
 ) -> None:
     """Write a quantized checkpoint in another format, bit for bit.
 
+    --for writes what a program loads, and says how to serve it. --format names the format:
     gptq, awq (gemm) and compressed-tensors are for vLLM and SGLang, mlx for mlx-lm, gguf for
     llama.cpp, nf4 for bitsandbytes. What a format does not hold is named by kind, and nothing is
     written. With --requantize it is rounded, and the error of each weight is measured and goes
     into qmix_report.json. gguf also takes checkpoints in 16 bits.
 
     Examples:
-      qmix export mixtral-gptq mixtral-ct --format compressed-tensors
+      qmix export mixtral-gptq mixtral-vllm --for vllm
       qmix export mixtral-gptq mixtral-gguf --format gguf
     """
+    if (layout is None) == (program is None):
+        raise UsageError("say what to write: --for PROGRAM or --format FORMAT, and not both")
     shard_bytes = options.shard_bytes(shard_size)
-    from qmix.commands.checkpoint.export import export_checkpoint
     from qmix.formats.files import output_dir
 
     output_dir.check_paths(directory, out, force=force)  # before a download
     directory = sources.local(directory, yes=yes)
+    written, result = _exported(
+        directory, out, layout, program, requantize=requantize, shard_bytes=shard_bytes, force=force
+    )
+    _draw_export(result, out)
+    if program is not None:
+        _draw_serving(program, written, out)
+    made.remember(out)
+    if as_json:
+        terminal.print_json({"out": str(out), "format": written, **result.to_dict()})
+
+
+def _exported(
+    directory: Path,
+    out: Path,
+    layout: "Format | None",
+    program: "Program | None",
+    *,
+    requantize: bool,
+    shard_bytes: int,
+    force: bool,
+) -> "tuple[Format, Export]":
+    """Write one format, or the one that a program loads; return which."""
+    from qmix.commands.checkpoint.export import export_checkpoint
+    from qmix.commands.checkpoint.export_for import export_for
+
     with terminal.progress() as show:
+        if layout is None:
+            assert program is not None
+            return export_for(
+                directory,
+                out,
+                program,
+                requantize=requantize,
+                shard_bytes=shard_bytes,
+                force=force,
+                progress=show,
+            )
         result = export_checkpoint(
             directory,
             out,
@@ -119,19 +168,18 @@ def export(
             force=force,
             progress=show,
         )
-    _draw_export(result, out)
-    made.remember(out)
-    if as_json:
-        terminal.print_json({"out": str(out), **result.to_dict()})
+    return layout, result
 
 
-def inspect(directory: options.Directory, as_json: options.AsJson = False) -> None:
+def inspect(
+    directory: options.Directory, program: ForProgram = None, as_json: options.AsJson = False
+) -> None:
     """Show what a checkpoint holds, who made it and who loads it.
 
-    Reads headers only.
+    Reads headers only. --for says whether one program loads it, why not, and what would.
 
     Examples:
-      qmix inspect mixtral-nf4
+      qmix inspect mixtral-nf4 --for vllm
       qmix inspect mistralai/Mixtral-8x7B-Instruct-v0.1 --json
     """
     from qmix.commands.checkpoint.inspect import inspect
@@ -140,7 +188,13 @@ def inspect(directory: options.Directory, as_json: options.AsJson = False) -> No
         inventory = inspect(folder)
     if not folder.exists():  # only its headers were fetched
         inventory = replace(inventory, directory=directory)
-    terminal.print_result(_inventory_text(inventory), inventory.to_dict(), as_json=as_json)
+    if program is None:
+        terminal.print_result(_inventory_text(inventory), inventory.to_dict(), as_json=as_json)
+        return
+    support = inventory.support_of(program)
+    terminal.print_result(
+        _support_text(program, support, directory), asdict(support), as_json=as_json
+    )
 
 
 def verify(
@@ -184,6 +238,32 @@ def _draw_export(result: "Export", out: Path) -> None:
         f"{out}: {counted(result.weights, 'weight')}, {len(result.rounded)} of them rounded, "
         f"{_written(result.bytes_out, result.seconds)}"
     )
+
+
+def _draw_serving(program: "Program", layout: str, out: Path) -> None:
+    """How the program serves what was written for it."""
+    from qmix.formats.readers.programs import PROGRAMS
+
+    examined = PROGRAMS[program]
+    terminal.message(f"{layout}, for {examined.release}: {examined.serving(out)}")
+
+
+def _support_text(program: "Program", support: "ReaderSupport", directory: Path) -> str:
+    """Whether a program loads a checkpoint, why not, what would, and where that is written."""
+    from qmix.formats.readers.programs import PROGRAMS
+
+    examined = PROGRAMS[program]
+    lines = [f"{support.reader} {support.outcome}: {support.reason}".removesuffix(": ")]
+    how = (
+        "it was run with tiny Mixtrals" if support.tried else "its source was read, it was not run"
+    )
+    lines.append(f"known from: {examined.source} ({how})")
+    if support.outcome == "loads":
+        lines.append(f"serve: {examined.serving(directory)}")
+    else:
+        formats = ", ".join(examined.formats)
+        lines.append(f"it loads: {formats}; qmix export {directory} OUT --for {program}")
+    return "\n".join(map(escaped, lines)) + "\n"
 
 
 def _draw_conversion(result: "Conversion", out: Path) -> None:

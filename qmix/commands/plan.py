@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.errors import UsageError
 
 Source = Annotated[
     Path,
@@ -18,51 +19,70 @@ Source = Annotated[
         show_default=False,
     ),
 ]
+Vram = Annotated[
+    str | None, typer.Option(help="Device memory: 24G.", show_default="what is free here")
+]
+Ram = Annotated[
+    str | None, typer.Option(help="Host memory: 32G.", show_default="what is free here")
+]
+Card = Annotated[str | None, typer.Option(help="A GPU by name: 3090, 4090, A100-40, H100.")]
+Context = Annotated[
+    int | None,
+    typer.Option(parser=options.token_count, help="Context in tokens: 8k.", show_default="4096"),
+]
 Plot = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Draw it too: a new .html, .svg or .png.")
+]
+Method = Annotated[
+    Literal["nf4", "gptq"] | None,
+    typer.Option(
+        help="For a model that is not quantized yet.", show_default="nf4; gptq with --for"
+    ),
+]
+Server = Annotated[
+    Literal["vllm", "sglang"] | None,
+    typer.Option("--for", help="The server that runs it on several GPUs."),
+]
+Gpus = Annotated[
+    int | None, typer.Option("--tp", help="--for: GPUs that share it.", show_default="1")
 ]
 ReplacePlot = Annotated[bool, typer.Option("--force", help="--plot: replace the file.")]
 
 
 def plan(
     source: Source,
-    vram: Annotated[
-        str | None, typer.Option(help="Device memory: 24G.", show_default="what is free here")
-    ] = None,
-    ram: Annotated[
-        str | None, typer.Option(help="Host memory: 32G.", show_default="what is free here")
-    ] = None,
-    card: Annotated[
-        str | None, typer.Option(help="A GPU by name: 3090, 4090, A100-40, H100.")
-    ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            parser=options.token_count, help="Context in tokens: 8k.", show_default="4096"
-        ),
-    ] = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    card: Card = None,
+    ctx: Context = None,
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
-    method: Annotated[
-        Literal["nf4", "gptq"], typer.Option(help="For a model that is not quantized yet.")
-    ] = "nf4",
+    method: Method = None,
     group_size: Annotated[
         int | None, typer.Option(help="gptq: inputs per scale.", show_default="128")
     ] = None,
+    program: Server = None,
+    tp: Gpus = None,
     plot: Plot = None,
     force: ReplacePlot = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what fits where and how fast it will be.
 
-    Reads headers only, and no weights. Exit 4 if the model cannot fit.
+    Reads headers only, and no weights. Exit 4 if the model cannot fit. With --for, what each of
+    --tp GPUs takes under vLLM or SGLang, and how many of which GPU would do.
 
     Examples:
       qmix plan mixtral-nf4
       qmix plan config.json --card 3090 --ram 64G --ctx 8192 --plot plan.svg
+      qmix plan mixtral-vllm --for vllm --tp 2 --card 4090
     """
     from qmix.commands.plan_text import text
     from qmix.commands.planner import PlanRequest, answer
 
+    if program is None and tp is not None:
+        raise UsageError("--tp is for --for: qmix itself runs on one GPU")
+    if program is not None and plot is not None:
+        raise UsageError("--plot does not draw --for")
     if plot is not None:
         from qmix.commands import plan_plot
         from qmix.pages import output_file
@@ -76,9 +96,15 @@ def plan(
             card=card,
             context=ctx,
             batch=batch,
-            method=method,
+            method=method or ("nf4" if program is None else "gptq"),
             group_size=group_size,
         )
+        if program is not None:
+            from qmix.commands import plan_served
+
+            planned = plan_served.served_plan(request, program, tp or 1)
+            terminal.print_result(plan_served.text(planned), planned.to_dict(), as_json=as_json)
+            return
         plan_answer = answer(request)
     terminal.print_result(text(plan_answer), plan_answer.to_dict(), as_json=as_json)
     if plot is not None:

@@ -83,7 +83,7 @@ def answer(request: PlanRequest) -> PlanAnswer:
             (ResourceError).
     """
     target = _target(request)
-    model, dense = _models(request)
+    model, dense = models_of(request)
     planned = plan(
         model,
         gpu=target.vram is not None,
@@ -104,8 +104,12 @@ def rates_here() -> Rates:
     return _target(PlanRequest(source=Path())).rates()
 
 
-def _models(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
-    """The model that will run, and the dense one that it is still to be quantized from, if any."""
+def models_of(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
+    """The model that will run, and the dense one that it is still to be quantized from, if any.
+
+    Raises:
+        QmixError: the source is damaged or no Mixtral.
+    """
     path = request.source
     scheme = _scheme(request)
     if not regular_file.exists(path):

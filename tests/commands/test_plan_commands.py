@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from qmix.commands import plan_text
+from qmix.commands.plan_served import served_plan
 from qmix.commands.planner import PlanRequest, answer
 from qmix.planning import machine
 from qmix.planning.machine import HostMemory, Measured
@@ -182,3 +183,33 @@ def test_every_usual_card_gets_an_answer_that_fits_the_screen(here, full, size):
     assert text.startswith("Mixtral-8x7B: 32 layers of 8 experts")
     assert "e+" not in text
     assert len(text.splitlines()) < 45
+
+
+def test_for_another_server_on_several_gpus(full):
+    arguments = ("plan", full, "--for", "vllm", "--tp", "2", "--ctx", "32768")
+    said, document = (
+        qmix(*arguments, "--card", "4090"),
+        json.loads(qmix(*arguments, "--json").stdout),
+    )
+    assert said.returncode == 0
+    assert "for vLLM 0.33 on 2 GPUs, context 32768, batch 1" in said.stdout
+    assert "serve     vllm serve FOLDER --tensor-parallel-size 2" in said.stdout
+    assert document["assumed"] == "int4 g128"
+    assert document["each_gpu_bytes"] == sum(document["each_gpu"].values())
+    held = document["gpus_that_hold_it"]
+    assert (held["RTX 4090"], held["H200"]) == (2, 1)
+    assert "T4" not in held
+
+
+def test_for_another_server_what_does_not_fit_or_is_not_loaded_is_said(full, tiny_nf4):
+    small = qmix("plan", full, "--for", "sglang", "--card", "3060")
+    assert small.returncode == 4
+    assert "These hold it: 4 x RTX 3060" in small.stderr
+    noted = served_plan(PlanRequest(source=tiny_nf4), "vllm", 1).note
+    assert "vLLM 0.33 would not load this folder (bitsandbytes" in noted
+    for wrong in (
+        ("--tp", "2"),
+        ("--for", "vllm", "--plot", "x.svg"),
+        ("--for", "vllm", "--ram", "1G"),
+    ):
+        assert qmix("plan", full, *wrong).returncode == 2

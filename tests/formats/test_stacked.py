@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats import open_checkpoint
-from qmix.formats.compatibility import storage_summary
 from qmix.formats.files.safetensors_header import TensorInfo
 from qmix.formats.metadata import read_metadata
 from qmix.formats.names import canonical
+from qmix.formats.readers.storage import storage_summary
 from qmix.formats.stacked import unstacked
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.models import small_model

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from qmix.commands.checkpoint.export_weights import RoundedWeight, WeightConvers
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError, UsageError
 from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats.compatibility import support_of
 from qmix.formats.files import manifest, output_dir
 from qmix.formats.files.companions import copy_companions
 from qmix.formats.files.shard_names import SHARD_BYTES
@@ -42,6 +44,8 @@ from qmix.formats.layouts.targets import (
     Format,
     Target,
 )
+from qmix.formats.readers.programs import SERVED_KINDS, Program
+from qmix.formats.readers.storage import storage_summary
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.gguf.files import SUFFIX
 from qmix.hub.local import shown_name
@@ -49,6 +53,11 @@ from qmix.planning import budget
 from qmix.planning.plan import check_memory
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import DENSE
+
+
+class LossError(UnsupportedError):
+    """A format does not hold every weight bit for bit."""
+
 
 _GGUF = Rules(fitting=GGUF_FITTING, kinds=GGUF_KINDS, stacked=True, uniform=False, gguf=True)
 
@@ -98,6 +107,7 @@ def export_checkpoint(
     requantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
+    reader: Program | None = None,
     progress: Progress = lambda *_: None,
 ) -> Export:
     """Write a checkpoint's weights in another format.
@@ -110,13 +120,16 @@ def export_checkpoint(
         requantize: round what the format does not hold, and measure the errors.
         shard_bytes: upper limit of an output file; of all but gguf.
         force: replace an existing checkpoint at `out`.
+        reader: the program that is to load it. Router and head are then dense, as all of them want
+            it, and what it would not load is not written.
         progress: called with the name of the next tensor, the steps done and all steps.
 
     Raises:
         UsageError: a path is unsuitable.
         CheckpointError: the source is damaged.
         UnsupportedError: the source is not quantized (gguf takes it all the same), or holds weights
-            that the format does not hold, each kind of loss with its first weight.
+            that the format does not hold, each kind of loss with its first weight; or `reader`
+            would not load it.
         ResourceError: too little disk space or memory.
     """
     begun = time.perf_counter()
@@ -127,10 +140,11 @@ def export_checkpoint(
     metadata = export_gguf.model_metadata(checkpoint, source) if target is None else {}
     if target is not None:
         _check_quantized(checkpoint)
-    rules = _GGUF if target is None else _rules(target)
+    rules = _GGUF if target is None else _rules(target, reader)
     plan = _plan(checkpoint, rules, progress)
     if not requantize:
         _refuse_losses(checkpoint, plan, layout)
+    _check_reader(checkpoint, plan, target, layout, reader)
     conversion = WeightConversion(checkpoint, rules.fitting)
     show = partial(_show_written, progress, len(checkpoint.tensors))
     with output_dir.partial(out, force=force) as folder:
@@ -142,13 +156,19 @@ def export_checkpoint(
         show("checksums", len(checkpoint.tensors))
         _describe(folder, source, layout, conversion.rounded)
         bytes_out = output_dir.total_bytes(folder)
+    return _outcome(plan, conversion, bytes_out, time.perf_counter() - begun)
+
+
+def _outcome(
+    plan: ExportPlan, conversion: WeightConversion, bytes_out: int, seconds: float
+) -> Export:
     return Export(
         weights=sum(weight.form.scheme.kind != "dense" for weight in plan.weights),
         notes=plan.notes(),
         losses=plan.losses(),
         rounded=tuple(conversion.rounded),
         bytes_out=bytes_out,
-        seconds=time.perf_counter() - begun,
+        seconds=seconds,
     )
 
 
@@ -174,10 +194,10 @@ def _show_written(progress: Progress, count: int, name: str, done: int) -> None:
     progress(name, count + done, 2 * count)
 
 
-def _rules(target: Target) -> Rules:
+def _rules(target: Target, reader: Program | None) -> Rules:
     return Rules(
         fitting=target.fitting,
-        kinds=target.kinds,
+        kinds=target.kinds if reader is None else target.kinds & SERVED_KINDS,
         stacked=target.stacked,
         uniform=target.uniform,
         gguf=False,
@@ -198,12 +218,44 @@ def _check_quantized(checkpoint: Checkpoint) -> None:
 
 def _refuse_losses(checkpoint: Checkpoint, plan: ExportPlan, layout: Format) -> None:
     if losses := plan.losses():
-        raise UnsupportedError(
+        raise LossError(
             f"{layout} cannot hold every weight bit for bit",
             where=str(checkpoint.shards.directory),
             found="; ".join(map(str, losses)),
             remedy="--requantize rounds these weights and states the error of each.",
         )
+
+
+def _check_reader(
+    checkpoint: Checkpoint,
+    plan: ExportPlan,
+    target: Target | None,
+    layout: Format,
+    reader: Program | None,
+) -> None:
+    """Raise if a program would not load what is planned; llama.cpp loads all that we write."""
+    if target is None or reader is None:
+        return
+    written = replace(
+        storage_summary(checkpoint.metadata),
+        schemes=plan.linear_schemes(),
+        layouts=frozenset((target.layout,)),
+        dialect="stacked" if target.stacked else "classic",
+        settings=_settings(checkpoint, plan, target)["quantization_config"],
+        gguf=None,
+    )
+    support = support_of(reader, written)
+    if support.outcome != "loads":
+        raise UnsupportedError(
+            f"{support.reader} does not load it in the format {layout}",
+            where=str(checkpoint.shards.directory),
+            found=support.reason,
+        )
+
+
+def _settings(checkpoint: Checkpoint, plan: ExportPlan, target: Target) -> dict[str, Any]:
+    """The fields of config.json that describe the packed weights."""
+    return target.settings(Described(plan.schemes(), checkpoint.dtype, plan.act_order))
 
 
 def _largest(checkpoint: Checkpoint, plan: ExportPlan, *, stacks: bool) -> int:
@@ -239,11 +291,9 @@ def _write(
     output_dir.check_space(folder.parent / folder.stem, sum(s.nbytes for g in specs for s in g))
     tensors = _tensors(checkpoint, plan, conversion, target, show)
     write_shards(folder, specs, tensors, shard_bytes, maker=target.metadata)
-    settings = target.settings(Described(plan.schemes(), checkpoint.dtype, plan.act_order))
+    settings = _settings(checkpoint, plan, target)
     if target.file is not None:
-        described = settings["quantization_config"]
-        assert isinstance(described, dict)
-        strict_json.write(folder / target.file, described)
+        strict_json.write(folder / target.file, settings["quantization_config"])
     document = checkpoint.config.to_dict()
     for field in (mlx_config.FIELD, "quantization_config"):
         document.pop(field, None)

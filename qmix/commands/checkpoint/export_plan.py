@@ -93,6 +93,10 @@ class ExportPlan:
             or (weight.tensor.kind == "embedding" and weight.form.scheme != DENSE)
         }
 
+    def linear_schemes(self) -> dict[str, Scheme]:
+        """Of every linear layer by name."""
+        return {w.tensor.prefix: w.form.scheme for w in self.weights if w.tensor.linear}
+
 
 def _changes(found: Iterable[tuple[str | None, str]]) -> tuple[Change, ...]:
     modules: dict[str, list[str]] = {}

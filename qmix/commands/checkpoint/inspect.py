@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from qmix.config import MixtralConfig
-from qmix.formats.compatibility import ReaderSupport, reader_support, storage_summary
+from qmix.formats.compatibility import ReaderSupport, reader_support, support_of
 from qmix.formats.files.safetensors_header import DTYPES
 from qmix.formats.layouts import gguf_schemes
 from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.makers import made_by
 from qmix.formats.metadata import read_metadata
 from qmix.formats.names import TensorKind
+from qmix.formats.readers.programs import Program
+from qmix.formats.readers.storage import StorageSummary, storage_summary
 from qmix.planning.footprint import on_host
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.scheme import Scheme
@@ -58,6 +60,7 @@ class Inventory:
         groups: in the model's order.
         loaded_bytes: of all weights in host memory.
         readers: which programs load it.
+        storage: what that is decided from.
     """
 
     directory: Path
@@ -67,6 +70,7 @@ class Inventory:
     groups: tuple[WeightGroup, ...]
     loaded_bytes: int
     readers: tuple[ReaderSupport, ...]
+    storage: StorageSummary
 
     @property
     def parameters(self) -> int:
@@ -81,6 +85,10 @@ class Inventory:
     def bits_per_weight(self) -> float:
         """Over all weights, dense ones included."""
         return 8 * self.stored_bytes / self.parameters
+
+    def support_of(self, program: Program) -> ReaderSupport:
+        """What one program makes of it."""
+        return support_of(program, self.storage)
 
     @property
     def not_quantized(self) -> tuple[str, ...]:
@@ -150,6 +158,7 @@ def inspect(directory: str | Path) -> Inventory:
         )
         for (kind, quantized, layout, scheme), weights in sizes.items()
     )
+    storage = storage_summary(metadata)
     paths = sorted({info.file for info in metadata.tensor_infos.values()})
     return Inventory(
         directory=metadata.directory,
@@ -158,7 +167,8 @@ def inspect(directory: str | Path) -> Inventory:
         maker=made_by(metadata),
         groups=groups,
         loaded_bytes=on_host(StoredModel.of(metadata)).total,
-        readers=reader_support(storage_summary(metadata)),
+        readers=reader_support(storage),
+        storage=storage,
     )
 
 

@@ -28,6 +28,7 @@ from qmix.formats.layouts.fitting import (
     MLXFitting,
     TableFitting,
 )
+from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.layouts.writer import dense_names
 from qmix.formats.names import TensorKind
 from qmix.formats.tensor_spec import TensorSpec
@@ -58,6 +59,7 @@ class Target:
     """One format.
 
     Attributes:
+        layout: of its packed tensors.
         fitting: which forms of a weight it holds.
         kinds: of the weights that may be packed.
         stacked: whether the experts of a layer lie in one tensor, and so share one form.
@@ -69,6 +71,7 @@ class Target:
         metadata: what the safetensors files call their format.
     """
 
+    layout: Layout
     fitting: Fitting
     kinds: frozenset[TensorKind] = _LINEAR
     stacked: bool = False
@@ -110,6 +113,7 @@ def _mlx(described: Described) -> dict[str, object]:
 
 TARGETS: Mapping[Format, Target] = {
     "gptq": Target(
+        layout="GPTQ",
         fitting=IntegerFitting(bits=(4, 8), zeros=1, order=True),
         packed_specs=gptq.packed_specs,
         pack=gptq.pack,
@@ -117,6 +121,7 @@ TARGETS: Mapping[Format, Target] = {
         file=gptq_config.FILE,
     ),
     "awq": Target(
+        layout="AWQ",
         fitting=IntegerFitting(bits=(4,), zeros=0, sizes=True),
         uniform=True,
         packed_specs=awq.packed_specs,
@@ -125,12 +130,14 @@ TARGETS: Mapping[Format, Target] = {
         file=awq_config.FILE,
     ),
     "compressed-tensors": Target(
+        layout="compressed-tensors",
         fitting=IntegerFitting(bits=(4, 8), lanes=False),
         packed_specs=compressed_tensors.packed_specs,
         pack=compressed_tensors.pack,
         settings=_compressed,
     ),
     "mlx": Target(
+        layout="MLX",
         fitting=MLXFitting(),
         kinds=_LINEAR | {"embedding"},
         stacked=True,
@@ -140,6 +147,7 @@ TARGETS: Mapping[Format, Target] = {
         metadata="mlx",
     ),
     "nf4": Target(
+        layout="bitsandbytes",
         fitting=TableFitting(),
         uniform=True,
         packed_specs=bnb.packed_specs,

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
-from qmix.formats.compatibility import reader_support, storage_summary
+from qmix.formats.compatibility import reader_support
 from qmix.formats.layouts import auto_round_config, awq, gptq
+from qmix.formats.readers.storage import storage_summary
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support import damaged_folders, packers
 from tests.support.models import GOLDEN, read_weights
@@ -217,6 +218,7 @@ def test_inspect_says_which_programs_load_it():
     assert [(it.reader, it.outcome, it.tried) for it in found] == [
         ("qmix", "loads", True),
         ("vLLM 0.33", "unknown", False),
+        ("SGLang 0.5.23", "unknown", False),
         ("transformers 5.23", "loads", True),
         ("gptqmodel 7.7", "unknown", False),
     ]

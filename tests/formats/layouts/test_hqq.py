@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
-from qmix.formats.compatibility import reader_support, storage_summary
+from qmix.formats.compatibility import reader_support
 from qmix.formats.layouts import hqq, hqq_config
+from qmix.formats.readers.storage import storage_summary
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.offload import Tiers
 from tests.support import damaged_folders
@@ -236,6 +237,7 @@ def test_inspect_says_which_programs_load_it():
     assert [(it.reader, it.outcome) for it in found] == [
         ("qmix", "loads"),
         ("vLLM 0.33", "refuses"),
+        ("SGLang 0.5.23", "refuses"),
         ("transformers 5.23", "unknown"),
         ("gptqmodel 7.7", "unknown"),
     ]

@@ -143,6 +143,7 @@ def test_inspect_names_the_layout_the_schemes_and_the_readers():
     assert readers == {
         "qmix": "loads",
         "vLLM 0.33": "refuses",
+        "SGLang 0.5.23": "refuses",
         "transformers 5.23": "refuses",
         "gptqmodel 7.7": "unknown",
         "mlx-lm 0.32": "loads",
