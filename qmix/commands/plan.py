@@ -79,9 +79,9 @@ def plan(
     from qmix.commands.plan_text import text
     from qmix.commands.planner import PlanRequest, answer
 
-    if program is None and tp is not None:
+    if tp is not None and program is None:
         raise UsageError("--tp is for --for: qmix itself runs on one GPU")
-    if program is not None and plot is not None:
+    if plot is not None and program is not None:
         raise UsageError("--plot does not draw --for")
     if plot is not None:
         from qmix.commands import plan_plot
@@ -100,8 +100,6 @@ def plan(
             group_size=group_size,
         )
         if program is not None:
-            from qmix.commands import plan_served
-
             planned = plan_served.served_plan(request, program, tp or 1)
             terminal.print_result(plan_served.text(planned), planned.to_dict(), as_json=as_json)
             return

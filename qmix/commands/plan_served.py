@@ -167,8 +167,8 @@ def _fitting(
     for card in CARDS:
         budget = _budget(program, card.vram)
         found = (each.gpus for each in shares if each.memory.total <= budget)
-        if card.supported and (count := next(found, None)):
-            fewest[card.name] = count
+        if card.supported and (fitting := next(found, None)):
+            fewest[card.name] = fitting
     return fewest
 
 
