@@ -76,6 +76,7 @@ def plan(
       qmix plan config.json --card 3090 --ram 64G --ctx 8192 --plot plan.svg
       qmix plan mixtral-vllm --for vllm --tp 2 --card 4090
     """
+    from qmix.commands import plan_served
     from qmix.commands.plan_text import text
     from qmix.commands.planner import PlanRequest, answer
 
