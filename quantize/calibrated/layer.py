@@ -24,7 +24,7 @@ from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
 from qmix.quantize.calibrated.activations import Activations
-from qmix.quantize.calibrated.gpu_memory import experts_at_once
+from qmix.quantize.calibrated.array_memory import experts_at_once
 from qmix.quantize.calibrated.layer_gradients import InnerGradients, LayerGradients
 from qmix.quantize.calibrated.layer_tensors import LayerTensors, RoundingJob
 from qmix.quantize.calibrated.layer_work import PASS, LayerWork
@@ -93,7 +93,7 @@ class LayerQuantizer:
         routes = self._route(self._rounded.after)
         exact_routes = self._route(self._exact.after) if self._exact else None
         experts = range(self._config.num_local_experts)
-        step = experts_at_once(self._config, self._device)
+        step = experts_at_once(self._config, self._options, self._device)
         for first in range(0, len(experts), step):
             self._round_experts(experts[first : first + step], routes, exact_routes)
         self._add_experts()

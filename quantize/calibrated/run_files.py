@@ -23,7 +23,7 @@ from qmix.nn.embedding import embedding
 from qmix.planning import quantize_cost
 from qmix.quantize.calibrated import loss_gradients
 from qmix.quantize.calibrated.activations import Activations
-from qmix.quantize.calibrated.gpu_memory import fitting_device
+from qmix.quantize.calibrated.array_memory import fitting_device
 from qmix.quantize.calibrated.layer import LayerQuantizer
 from qmix.quantize.calibrated.layer_gradients import LayerGradients
 from qmix.quantize.calibrated.layer_work import LayerWork

@@ -55,54 +55,63 @@ def _round_slab(
         lower: [B, g, g].
         factors: [R], by which the trials multiply the scales.
     """
-    size = weights.shape[1]
+    count, size, outputs = weights.shape
     pivots = lower.diagonal(dim1=1, dim2=2)  # [B, g]
-    tried = grid.scaled(factors[:, None, None])  # [R, B, n]
-    targets = targets.expand(len(factors), *targets.shape).clone()
-    codes = torch.empty_like(targets)
-    errors = torch.empty_like(targets)
+    tried = grid.outputs_repeated(len(factors)).scaled(factors.repeat_interleave(outputs))
+    # In units of the scale, and with inputs first: one input of all outputs is then contiguous.
+    units = [each.transpose(0, 1).repeat(1, 1, len(factors)) for each in (targets, weights)]
+    residuals, errors = (each.div_(tried.scale) for each in units)
+    codes = torch.empty_like(residuals)
     loss = torch.zeros_like(tried.scale)
     for stop in range(size, 0, -_BLOCK):
         start = max(0, stop - _BLOCK)
+        ratios = (lower[:, start:stop, :stop] / pivots[:, None, :stop]).transpose(0, 1)
         for k in range(stop - 1, start - 1, -1):
-            code = tried.nearest(targets[:, :, k])
-            codes[:, :, k] = code
-            value = code.mul_(tried.scale)
-            residual = (targets[:, :, k] - value).mul_(pivots[:, k, None])
-            loss.addcmul_(residual, residual)
-            torch.sub(weights[:, k], value, out=errors[:, :, k])
+            code = torch.round(residuals[k], out=codes[k]).clamp_(tried.low, tried.high)
+            errors[k] -= code
+            residuals[k] -= code
             if k > start:
-                ratios = lower[:, k, start:k] / pivots[:, start:k]
-                targets[:, :, start:k].addcmul_(ratios[..., None], errors[:, :, k, None])
+                row = ratios[k - start, :, start:k].T
+                residuals[start:k].addcmul_(row[:, :, None], errors[k])
+        loss += (residuals[start:stop] * pivots[:, start:stop].T[:, :, None]).square_().sum(0)
         if start:
-            ratios = lower[:, start:stop, :start].mT / pivots[:, :start, None]
-            targets[:, :, :start] += ratios @ errors[:, :, start:stop]
-    best = loss.argmin(0, keepdim=True)  # [1, B, n]
-    best_codes = codes.gather(0, best[:, :, None].expand(1, *codes.shape[1:]))[0]
-    return best_codes, grid.rescaled(tried.scale.gather(0, best)[0])
+            carried = ratios[:, :, :start].permute(1, 2, 0) @ errors[start:stop].transpose(0, 1)
+            residuals[:start] += carried.transpose(0, 1)
+    loss *= tried.scale.square()
+    best = loss.view(count, len(factors), outputs).argmin(1)
+    chosen = best * outputs + torch.arange(outputs, device=best.device)  # [B, n]
+    best_codes = codes.gather(2, chosen.expand(size, count, outputs))
+    return best_codes.transpose(0, 1), grid.rescaled(tried.scale.gather(1, chosen))
 
 
-def descend(errors: Tensor, codes: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> None:
+def descend(codes: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     """Move each code of a group to its optimum while the others stay fixed.
 
     Args:
-        errors: [B, g, N]; overwritten.
-        codes: [B, g, N]; updated in place.
-        gradient: [B, g, N], H times all errors of the matrix; overwritten.
+        codes: [B, g, N], as floats.
+        gradient: [B, g, N], H times all errors of the matrix.
         hessian: [B, g, g], the group's block of H.
+
+    Returns:
+        The new codes [B, g, N].
     """
     size = codes.shape[1]
-    curvature = hessian.diagonal(dim1=1, dim2=2)
+    # In units of the scale, and with inputs first, as in `_round_slab`.
+    gradient = gradient.transpose(0, 1) / grid.scale
+    codes = codes.transpose(0, 1).contiguous()
+    changes = torch.empty_like(codes)
+    inverse = hessian.diagonal(dim1=1, dim2=2).reciprocal().T[:, :, None]  # [g, B, 1]
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         for k in range(start, stop):
-            value = codes[:, k] * grid.scale
-            best = grid.nearest(value + gradient[:, k] / curvature[:, k, None])
-            codes[:, k] = best
-            # From here on `errors` holds by how much this error changed.
-            torch.sub(value, best.mul_(grid.scale), out=errors[:, k])
+            best = torch.addcmul(codes[k], gradient[k], inverse[k])
+            best = best.round_().clamp_(grid.low, grid.high)
+            torch.sub(codes[k], best, out=changes[k])
+            codes[k] = best
             if k + 1 < stop:
-                row = hessian[:, k, k + 1 : stop, None]
-                gradient[:, k + 1 : stop].addcmul_(row, errors[:, k, None])
+                row = hessian[:, k, k + 1 : stop].T
+                gradient[k + 1 : stop].addcmul_(row[:, :, None], changes[k])
         if stop < size:
-            gradient[:, stop:] += hessian[:, stop:, start:stop] @ errors[:, start:stop]
+            carried = hessian[:, stop:, start:stop] @ changes[start:stop].transpose(0, 1)
+            gradient[stop:] += carried.transpose(0, 1)
+    return codes.transpose(0, 1)

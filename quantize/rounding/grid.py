@@ -64,6 +64,11 @@ class Grid:
         low, high = (b if b.dim() == 0 else b[..., rows] for b in (self.low, self.high))
         return Grid(self.scale[..., rows], low, high)
 
+    def outputs_repeated(self, times: int) -> "Grid":
+        """The grid with all outputs `times` times in a row."""
+        low, high = (b if b.dim() == 0 else b.repeat(1, times) for b in (self.low, self.high))
+        return Grid(self.scale.repeat(1, times), low, high)
+
     def gathered(self, index: Tensor) -> "Grid":
         """The grids of the outputs at `index` [B, N]."""
         low, high = (b if b.dim() == 0 else b.gather(-1, index) for b in (self.low, self.high))
@@ -112,8 +117,9 @@ def search_grid(group: Tensor, importance: Tensor, scheme: Scheme) -> Grid:
     least = torch.empty(0)
     for grid in _candidates(group, scheme):
         wide = grid.with_input_axis()
-        error = group - wide.nearest(group).mul_(wide.scale)
-        loss = error.square_().mul_(importance).sum(-2)
+        units = group / wide.scale
+        error = units.sub_(units.round().clamp_(wide.low, wide.high))
+        loss = error.square_().mul_(importance).sum(-2).mul_(grid.scale.square())
         if best is None:
             best, least = grid, loss
         else:

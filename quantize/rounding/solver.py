@@ -80,7 +80,6 @@ class Solver:
             tell(done / len(self.grids))
             part = slice(first, first + self.size)
             block = self.hessians[:, part, part]
-            errors = self.errors[:, part]
             gradient = self.hessians[:, part] @ self.errors
             codes = self.codes[:, part].float()
             hessian_codes = block @ codes
@@ -89,11 +88,9 @@ class Solver:
             scale = grid.scale + torch.where(curvature > 0, change, 0)
             better = grid.rescaled(scale)
             moved = (better.scale - grid.scale)[:, None]
-            errors.addcmul_(codes, moved, value=-1)
             gradient.addcmul_(hessian_codes, moved, value=-1)
             self.grids[first] = better
-            descend(errors, codes, gradient, block, better)
-            self.codes[:, part] = codes
+            self.codes[:, part] = descend(codes, gradient, block, better)
             self._refresh_errors(part)
 
     def _refresh_errors(self, part: slice) -> None:

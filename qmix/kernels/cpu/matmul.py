@@ -1,7 +1,7 @@
 """Matmuls with 4-bit weights on a CPU, straight from their codes.
 
-Where there is no compiler, and in a backward pass, torch multiplies one decoded tile of the weight
-at a time. Shape letters: see qmix.kernels.
+Where there is no compiler, for many rows of float32 and in a backward pass, torch multiplies one
+decoded tile of the weight at a time. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,11 @@ from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.table import Table
 
+# From so many rows of float32 on torch's own matmul of decoded tiles is faster: 512 rows take 0.56
+# (NF4) and 0.82 (Int4) of the time on a core with AVX-512, 2048 rows 0.47 and 0.79. Rows of 16 bits
+# are multiplied as integers here, which is twice as fast as that.
+_TILED_ROWS = 512
+
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """[..., K] -> [..., N]."""
@@ -38,6 +43,8 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
         return [tiles.linear(x, weight) for weight in weights]
     if needs_grad(x):
         return list(_Differentiable.apply(x, tuple(weights)))  # type: ignore[no-untyped-call]
+    if x.dtype == torch.float32 and x.numel() >= _TILED_ROWS * x.shape[-1]:
+        return [tiles.linear(x, weight) for weight in weights]
     return _multiplied(x, weights)
 
 
