@@ -30,7 +30,7 @@ from qmix.serving.http.chat_request import ChatRequest
 from qmix.serving.http.completion_request import CompletionRequest
 from qmix.serving.http.errors import MESSAGES, ApiError
 from qmix.serving.http.event_stream import EventStream
-from qmix.serving.http.flight import Flight, LeftError, unless_left
+from qmix.serving.http.flight import Flights, LeftError, unless_left
 from qmix.serving.http.guard import HEALTH, PAGE, Access, Guard
 from qmix.serving.http.messages_reply import MessagesReply
 from qmix.serving.http.metrics import CONTENT_TYPE, Metrics
@@ -70,6 +70,7 @@ class Api:
         self._prompts = prompts
         self._bodies = Bodies()
         self._metrics = Metrics(engine)
+        self._flights = Flights(engine, self._metrics.observe)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models"""
@@ -169,7 +170,7 @@ class Api:
                 asked, grammar = await self._bodies.run(partial(read, body))
                 matcher = None if grammar is None else await self._compiled(grammar)
                 requests, form = await self._bodies.run(partial(prepare, asked, matcher))
-            flight = Flight(self._engine, requests, self._metrics.observe)
+            flight = self._flights.begin(requests)
             if asked.stream:
                 return EventStream(replies.chunks(flight, form), flight.cancel, request.url.path)
             try:

@@ -12,6 +12,7 @@ from starlette.types import Receive
 from qmix.errors import QmixError
 from qmix.serving.engine import Engine
 from qmix.serving.http.errors import ApiError
+from qmix.serving.http.loop_calls import LoopCalls
 from qmix.serving.request import Ended, Event, Listener, Request, Ticket
 
 Result = TypeVar("Result")
@@ -22,14 +23,33 @@ class LeftError(Exception):
     """The client has closed its connection."""
 
 
-class Flight:
-    """Requests that have been submitted. Whoever made it cancels it at the end.
+class Flights:
+    """All that come from one event loop.
 
     Args:
-        observe: called with the end of each, if it comes before the flight is cancelled.
+        observe: called with the end of each request, if it comes before its flight is cancelled.
+    """
+
+    def __init__(self, engine: Engine, observe: Callable[[Ended], None]) -> None:
+        self._engine, self._observe = engine, observe
+        self._calls: LoopCalls | None = None
+
+    def begin(self, requests: Sequence[Request]) -> "Flight":
+        """Submit requests.
+
+        Raises:
+            ApiError: the engine does not take them; none is left behind.
+        """
+        if self._calls is None:
+            self._calls = LoopCalls(asyncio.get_running_loop())
+        return Flight(self._engine, requests, self._observe, self._calls)
+
+
+class Flight:
+    """Requests that have been submitted. Whoever began it cancels it at the end.
 
     Raises:
-        ApiError: the engine does not take them; none is left behind.
+        ApiError: see Flights.begin.
     """
 
     def __init__(
@@ -37,9 +57,9 @@ class Flight:
         engine: Engine,
         requests: Sequence[Request],
         observe: Callable[[Ended], None],
+        calls: LoopCalls,
     ) -> None:
-        self._observe = observe
-        self._loop = asyncio.get_running_loop()
+        self._observe, self._calls = observe, calls
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         try:
@@ -80,7 +100,7 @@ class Flight:
 
     def _listener(self, index: int) -> Listener:
         def listener(event: Event) -> None:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            self._calls.put(self._events.put_nowait, (index, event))
 
         return listener
 
