@@ -4,31 +4,34 @@ Whatever interrupts the thread that started a read, a blob is written by one rea
 the newest last. Knows no slots.
 """
 
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from threading import Lock
 
 from torch import Tensor
 
 from qmix.experts.arena import HostArena
+from qmix.formats.files.spans import Spread, in_turn
 from qmix.weights.expert import Expert
 
-# Of a layer's two chosen experts one is multiplied while the other is read. Where it was measured
-# (8x7B, 4 GiB, most of the file in the page cache) one thread and two differed by less than the
-# scatter.
+# Of a layer's two chosen experts one is multiplied while the other is read.
 _THREADS = 2
+# At the parts of an expert, in the order in which experts were asked for: with one of them missing
+# the cores share its copy out of the page cache, and a disk has several requests at a time.
+_PART_THREADS = 4
 
 
 class BlobReads:
     """Reads into the blobs of an arena.
 
     Args:
-        read: reads an expert, by its id over all layers, into a blob.
+        read: reads an expert, by its id over all layers, into a blob, in parts that it hands over.
     """
 
-    def __init__(self, read: Callable[[int, Tensor], Expert], arena: HostArena) -> None:
+    def __init__(self, read: Callable[[int, Tensor, Spread], Expert], arena: HostArena) -> None:
         self._read_into, self._arena = read, arena
         self._pool = ThreadPoolExecutor(_THREADS, "qmix-read")
+        self._parts = ThreadPoolExecutor(_PART_THREADS, "qmix-read-part")
         self._locks = [Lock() for _ in range(len(arena))]
         self._newest: list[object] = [None] * len(arena)  # the read that each blob is for
 
@@ -47,7 +50,18 @@ class BlobReads:
         with self._locks[blob]:
             if self._newest[blob] is not read:
                 raise CancelledError
-            return self._read_into(expert, self._arena.blob(blob))
+            return self._read_into(expert, self._arena.blob(blob), self._spread)
+
+    def _spread(self, parts: Sequence[Callable[[], None]]) -> None:
+        """Do the parts on threads, and wait for all of them, whatever one has raised."""
+        try:
+            started = [self._parts.submit(part) for part in parts]
+        except RuntimeError:  # Python is exiting
+            in_turn(parts)
+            return
+        wait(started)
+        for part in started:
+            part.result()
 
     def _read_here(self, expert: int, blob: int, read: object) -> Future[Expert]:
         done: Future[Expert] = Future()

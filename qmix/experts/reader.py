@@ -1,10 +1,12 @@
 """Reads an expert from its checkpoint's files into a blob of memory, in standard layouts.
 
 Layouts that store a tensor as the weight holds it (bitsandbytes, compressed-tensors, dense) are
-read straight into the blob; GPTQ and AWQ are transposed beside it and copied. Knows no tiers.
+read straight into the blob, and what lies together in the file is read together: an expert that
+qmix has written is one read. GPTQ and AWQ are transposed beside the blob and copied. Knows no
+tiers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import fresh
+from qmix.formats.files.spans import Spread, in_turn, read_span, spans
+from qmix.formats.layouts.unpacking import as_stored
 from qmix.formats.names import ModelTensor
-from qmix.weights.blob import aligned, blob_bytes, quantized_bytes
+from qmix.weights.blob import PAGE_BYTES, aligned, blob_bytes, expert_bytes, quantized_bytes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.scheme import DENSE, Scheme
@@ -31,6 +35,11 @@ class Region:
 
     def __init__(self, blob: Tensor) -> None:
         self._blob, self._end = blob, 0
+
+    @property
+    def is_on_page(self) -> bool:
+        """Whether the blob begins on a page of memory."""
+        return self._blob.data_ptr() % PAGE_BYTES == 0
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 [nbytes], the next piece."""
@@ -64,10 +73,15 @@ class ExpertReader:
     Args:
         dtype: of dense weights.
         finish: brings each weight that was read into its dtype, and checks it.
+
+    Attributes:
+        cached_share: the share of experts that the page cache is to keep, of 1. What it does not
+            hold of the others is read past it.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish) -> None:
         self._checkpoint, self._dtype, self._finish = checkpoint, dtype, finish
+        self.cached_share = 1.0
         experts = [tensor for tensor in checkpoint.tensors if tensor.kind == "expert"]
         # They come expert by expert, as w1, w2 and w3.
         self._tensors = [tuple(experts[i : i + 3]) for i in range(0, len(experts), 3)]
@@ -80,21 +94,66 @@ class ExpertReader:
     @cached_property
     def blob_bytes(self) -> int:
         """Bytes of the largest expert in memory, the size of every blob."""
-        return max(sum(self._footprint(t) for t in tensors) for tensors in self._tensors)
+        return max(expert_bytes(self._footprint(t) for t in tensors) for tensors in self._tensors)
 
     def file_bytes(self, expert: int) -> int:
         """Bytes that are read from the disk for an expert."""
         return sum(self._stored(tensor) for tensor in self._tensors[expert])
 
-    def read(self, expert: int, blob: Tensor) -> Expert:
+    def read(self, expert: int, blob: Tensor, spread: Spread = in_turn) -> Expert:
         """Read an expert into a blob of `blob_bytes`; its weights are views of the blob.
+
+        Args:
+            spread: does the parts of the read, and waits for all of them.
 
         Raises:
             CheckpointError: the files are damaged, or changed since they were opened.
         """
-        region = Region(blob)
-        w1, w2, w3 = (region.moved_in(self._weight(t, region)) for t in self._tensors[expert])
+        region, names = Region(blob), self._stored_names(expert)
+        if names is None:
+            weights = [region.moved_in(self._weight(t, region)) for t in self._tensors[expert]]
+        else:
+            stored = self._read_together(names, region, spread, past_cache=self._past_cache(expert))
+            weights = [
+                self._finish(self._checkpoint.built(t, stored), t) for t in self._tensors[expert]
+            ]
+            weights = [region.moved_in(weight) for weight in weights]
+        w1, w2, w3 = weights
         return Expert(w1=w1, w2=w2, w3=w3)
+
+    def _stored_names(self, expert: int) -> list[str] | None:
+        """The tensors of an expert that is kept as it is stored; None if it is not."""
+        tensors = self._tensors[expert]
+        if not all(map(self._is_as_stored, tensors)):
+            return None
+        return [name for tensor in tensors for name in self._checkpoint.stored(tensor)]
+
+    def _past_cache(self, expert: int) -> bool:
+        """Whether it is not among those of the cache, which are spread evenly."""
+        return int((expert + 1) * self.cached_share) == int(expert * self.cached_share)
+
+    def _is_as_stored(self, tensor: ModelTensor) -> bool:
+        packed = self._checkpoint.packing(tensor)
+        return self._entry_dtype(tensor) == self._dtype if packed is None else as_stored(packed)
+
+    def _read_together(
+        self, names: Sequence[str], region: Region, spread: Spread, *, past_cache: bool
+    ) -> dict[str, Tensor]:
+        """Tensors by name, in the region: those that lie together, and then each of the others."""
+        entries = {name: self._checkpoint.entry(name) for name in names}
+        stored: dict[str, Tensor] = {}
+        for span, within in spans(entries):
+            pages = region.take(span.nbytes)
+            what = f"the data of {within[0]} to {within[-1]}"
+            read_span(span, what, pages, spread, past_cache=past_cache and region.is_on_page)
+            for name in within:
+                entry = entries[name]
+                data = pages[entry.start - span.first : entry.stop - span.first]
+                stored[name] = data.view(entry.dtype).view(entry.shape)
+        for name in names:
+            if name not in stored:
+                stored[name] = self._checkpoint.read(name, region.take)
+        return stored
 
     def load(self, expert: int) -> Expert:
         """Read an expert into memory of its own."""

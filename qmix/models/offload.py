@@ -20,11 +20,13 @@ from qmix.formats import Checkpoint
 from qmix.models.options import LoadOptions
 from qmix.models.quantization import QuantizedCheckpoint
 from qmix.nn.moe import SparseMoeBlock
-from qmix.planning import plan
+from qmix.planning import machine, plan
 from qmix.planning.budget import PREFILL_CHUNK
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.blob import READ_BUFFERS
 from qmix.weights.scheme import Scheme
+
+_CACHE_USE = 0.75  # of the memory that is free: others want some, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +125,20 @@ def offload_to_host(
             remedy="Give a larger ram.",
         )
     policy.settings = replace(policy.settings, uploads=0)
+    reader.cached_share = _cached_share(reader, tiers.host)
     arena = HostArena(tiers.host + READ_BUFFERS, reader.blob_bytes)
     store = DiskStore(reader, arena, Residency(len(reader), tiers.host, policy), per_layer)
     for layer, block in enumerate(blocks):
         block.store(DiskExperts(store, layer))
     store.warm(policy.order(per_layer), on_read)
     return store
+
+
+def _cached_share(reader: ExpertReader, host: int) -> float:
+    """The share of the experts in the file for which the page cache has room beside the others.
+
+    A cache that is too small for what passes through it holds nothing when it is asked again.
+    """
+    rest = sum(map(reader.file_bytes, range(len(reader)))) * (1 - host / len(reader))
+    free = machine.memory().available - host * reader.blob_bytes
+    return max(0.0, min(1.0, _CACHE_USE * free / rest)) if rest else 1.0

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from qmix.formats.names import TensorKind
 from qmix.planning.stored_model import StoredModel
-from qmix.weights.blob import PAGE_BYTES, aligned
+from qmix.weights.blob import PAGE_BYTES, aligned, expert_bytes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def on_host(model: StoredModel) -> Footprint:
     experts, blobs = [], []
     for weights in model.expert_weights:
         experts.append(sum(weight.memory_bytes(model.item) for weight in weights))
-        blobs.append(sum(weight.blob_bytes(model.item) for weight in weights))
+        blobs.append(expert_bytes(weight.blob_bytes(model.item) for weight in weights))
     return Footprint(tuple(experts), aligned(max(blobs), PAGE_BYTES), with_tied_head(model, kinds))
 
 

@@ -3,7 +3,7 @@
 Arithmetic that reading, storing and planning share. Knows no torch and no weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from qmix.weights.scheme import Scheme
 
@@ -11,6 +11,10 @@ LINE_BYTES = 64  # a cache line, and the widest vector of a CPU
 PAGE_BYTES = 4096
 # Tables of a weight whose scales are nested, and the lines on which its eight tensors begin.
 TABLE_BYTES = (256 * 4,) * 8
+# So many bytes or more that lie together in a file are read together, in whole pages; at most two
+# such runs of an expert, at whose ends other tensors have parts of the pages.
+TOGETHER_BYTES = 64 << 10
+TOGETHER_RUNS = 2
 READ_BUFFERS = 2  # blobs beside those of the experts that are kept, for reads under way
 
 
@@ -44,3 +48,13 @@ def quantized_bytes(scheme: Scheme, shape: tuple[int, ...], tensors: Sequence[in
     if not scheme.integer:
         return blob_bytes(tensors)
     return blob_bytes(tensors, groups=scheme.groups(shape), inputs=shape[1])
+
+
+def expert_bytes(weights: Iterable[int]) -> int:
+    """The most bytes that an expert takes in a blob, with the pages that are others' in part.
+
+    Args:
+        weights: the most bytes of each of its weights.
+    """
+    total = sum(weights)
+    return total + (2 * TOGETHER_RUNS * PAGE_BYTES if total >= TOGETHER_BYTES else 0)

@@ -8,6 +8,7 @@ from qmix.formats import open_checkpoint
 from qmix.gguf.tensor_types import BY_NAME, QUANTIZED
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.planning.stored_model import StoredModel
+from qmix.weights.blob import expert_bytes
 from tests.support.gguf_files import gguf_bytes, golden_rows, mixtral_metadata, mixtral_tensors
 from tests.support.models import ids, small_model
 
@@ -35,9 +36,9 @@ def test_an_expert_fits_its_blob(checkpoint):
     reader = ExpertReader(checkpoint, torch.float32, lambda weight, _: weight)
     blob = torch.empty(reader.blob_bytes, dtype=torch.uint8)
     stored = StoredModel.of(checkpoint.metadata)
-    assert max(sum(w.blob_bytes(4) for w in expert) for expert in stored.expert_weights) == len(
-        blob
-    )
+    assert max(
+        expert_bytes(w.blob_bytes(4) for w in each) for each in stored.expert_weights
+    ) == len(blob)
     start, stop = blob.data_ptr(), blob.data_ptr() + len(blob)
     for expert in (0, 5):
         inside, outside = reader.read(expert, blob), reader.load(expert)

@@ -1,0 +1,125 @@
+"""Reads of whole pages of a file, many megabytes at a time, through the page cache or past it.
+
+A read past the cache copies what the cache holds, and has the disk write the rest straight into its
+memory: no core copies, and nothing that is useful to others is driven out. Knows no tensors.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmix.files.regular_file import UNREADABLE, open_regular
+from qmix.weights.blob import PAGE_BYTES, aligned
+
+_PIECE_BYTES = 16 << 20  # a disk of many queues takes it apart; a thread is not busy for long
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_CACHED_ONLY = getattr(os, "RWF_NOWAIT", 0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [start, stop) of a file, which are read with the rest of their pages."""
+
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def first(self) -> int:
+        """Where the first page begins."""
+        return self.start - self.start % PAGE_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return aligned(self.stop, PAGE_BYTES) - self.first
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of parts of the pages, from `first`, that may be read at once."""
+        for start in range(0, self.nbytes, _PIECE_BYTES):
+            yield start, min(start + _PIECE_BYTES, self.nbytes)
+
+
+class PageReader:
+    """A file that is open for reads of whole pages. Threads may share it.
+
+    Args:
+        descriptor: of the file. past: of the same file, opened with O_DIRECT; None: everything is
+            read through the cache.
+    """
+
+    def __init__(self, descriptor: int, past: int | None) -> None:
+        self._descriptor, self._past = descriptor, past
+
+    def read(self, memory: memoryview, start: int) -> int:
+        """Fill memory from page `start` on; returns the bytes, fewer only at the file's end.
+
+        Past the cache, the memory must begin on a page.
+        """
+        done = 0
+        if self._past is not None:
+            done = self._cached(memory, start)
+            with suppress(_NotPossible):
+                return self._direct(memory, start, done)
+        while done < len(memory):
+            nbytes = os.preadv(self._descriptor, [memory[done:]], start + done)
+            if not nbytes:
+                break
+            done += nbytes
+        return done
+
+    def _cached(self, memory: memoryview, start: int) -> int:
+        """How much of the beginning the cache held, in whole pages; that has been copied."""
+        if not _CACHED_ONLY:
+            return 0
+        try:
+            nbytes = os.preadv(self._descriptor, [memory], start, _CACHED_ONLY)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                return 0
+            raise
+        return nbytes - nbytes % PAGE_BYTES
+
+    def _direct(self, memory: memoryview, start: int, done: int) -> int:
+        assert self._past is not None
+        while done < len(memory):
+            try:
+                nbytes = os.preadv(self._past, [memory[done:]], start + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # the file system, or its pages, are others
+                    raise _NotPossible from None
+                raise
+            done += nbytes
+            if not nbytes or nbytes % PAGE_BYTES:
+                break
+        return done
+
+
+class _NotPossible(Exception):  # noqa: N818  it is read in the other way
+    """The file cannot be read past the cache."""
+
+
+@contextmanager
+def opened(file: Path, *, past_cache: bool, what: str = UNREADABLE) -> Iterator[PageReader]:
+    """Open a file for reads of whole pages.
+
+    Args:
+        past_cache: where the system and the file system can.
+        what: the failure, if the block cannot read the file.
+
+    Raises:
+        CheckpointError: as open_regular.
+    """
+    with open_regular(file, what=what) as stream:
+        past = None
+        if past_cache and _DIRECT:
+            with suppress(OSError):  # such as EINVAL from a file system in memory
+                past = os.open(file, os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+        try:
+            yield PageReader(stream.fileno(), past)
+        finally:
+            if past is not None:
+                os.close(past)

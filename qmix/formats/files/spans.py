@@ -1,0 +1,65 @@
+"""Tensors that lie together in a file, read together.
+
+Knows nothing of models.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from qmix.errors import CheckpointError
+from qmix.formats.files.large_reads import PageReader, Span, opened
+from qmix.formats.files.shards import Entry
+from qmix.weights.blob import TOGETHER_BYTES, TOGETHER_RUNS
+
+Spread = Callable[[Sequence[Callable[[], None]]], None]
+
+
+def in_turn(parts: Sequence[Callable[[], None]]) -> None:
+    """Do the parts of a read one after another."""
+    for part in parts:
+        part()
+
+
+def spans(entries: Mapping[str, Entry]) -> list[tuple[Span, list[str]]]:
+    """The long runs of tensors side by side, the longest first, and the tensors within each."""
+    runs: list[tuple[Span, list[str]]] = []
+    ordered = sorted(entries.items(), key=lambda item: (item[1].file, item[1].start))
+    for name, entry in ordered:
+        if entry.start % entry.dtype.itemsize:  # no tensor can be a view of it
+            continue
+        if runs and (runs[-1][0].file, runs[-1][0].stop) == (entry.file, entry.start):
+            span, within = runs.pop()
+            runs.append((Span(span.file, span.start, entry.stop), [*within, name]))
+        else:
+            runs.append((Span(entry.file, entry.start, entry.stop), [name]))
+    long = [run for run in runs if run[0].stop - run[0].start >= TOGETHER_BYTES]
+    return sorted(long, key=lambda run: run[0].start - run[0].stop)[:TOGETHER_RUNS]
+
+
+def read_span(span: Span, what: str, pages: Tensor, spread: Spread, *, past_cache: bool) -> None:
+    """Read a span's pages.
+
+    Args:
+        what: lies there, for errors.
+        pages: uint8 [span.nbytes]; past the cache, on a page of memory.
+
+    Raises:
+        CheckpointError: the file is gone, cannot be read, or ends before the span does.
+    """
+    memory = pages.numpy().data
+
+    def read(reader: PageReader, start: int, stop: int) -> None:
+        nbytes = reader.read(memory[start:stop], span.first + start)
+        if span.first + start + nbytes < min(span.first + stop, span.stop):
+            raise CheckpointError(
+                f"{what} ends early",
+                where=str(span.file),
+                expected=f"{span.stop} B",
+                found=f"{span.first + start + nbytes} B",
+                remedy="The file changed while it was read, or is still being written.",
+            )
+
+    with opened(span.file, past_cache=past_cache, what=f"{what} cannot be read") as reader:
+        spread([partial(read, reader, *piece) for piece in span.pieces()])
