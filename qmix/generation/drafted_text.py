@@ -48,6 +48,11 @@ class DraftedText:
         self._logits: list[Tensor] = []  # after each of them
 
     @property
+    def matched(self) -> int:
+        """How many ids of a match end at the newest one; 0: nothing can be drafted."""
+        return self._drafter.lookup.matched
+
+    @property
     def verified(self) -> bool:
         """Whether logits of a draft are left, and positions that the cache does not count yet."""
         return self._ahead is not None

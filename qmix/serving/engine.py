@@ -26,14 +26,22 @@ class Engine:
     """
 
     def __init__(
-        self, model: MixtralForCausalLM, tokenizer: LlamaTokenizer, limits: Limits
+        self,
+        model: MixtralForCausalLM,
+        tokenizer: LlamaTokenizer,
+        limits: Limits,
+        *,
+        speculate: bool = True,
     ) -> None:
         """
+        Args:
+            speculate: see Scheduler.
+
         Raises:
             UsageError: a context beyond the model's.
         """
         self.failure: QmixError | None = None
-        self._scheduler = Scheduler(model, tokenizer, limits)
+        self._scheduler = Scheduler(model, tokenizer, limits, speculate=speculate)
         self._changed = threading.Condition()
         self._closing_at: float | None = None  # monotonic; requests end then
         self._thread = threading.Thread(target=self._run, name="qmix-engine", daemon=True)

@@ -65,6 +65,11 @@ class Running:
         return len(self.ticket.ids)
 
     @property
+    def left(self) -> int:
+        """Ids that may still be chosen."""
+        return self._budget - self.new_tokens
+
+    @property
     def ready(self) -> bool:
         """Whether the next id can be chosen without waiting for its mask."""
         mask = self.ticket.request.mask

@@ -5,9 +5,10 @@ read. So no stream waits longer than for a chunk, and requests join and leave be
 Prompts are read in the order of arrival.
 
 On a CPU the decode steps of a request compute what they compute alone, to the bit, whatever runs
-beside it (4-bit experts in memory, at most 12 rows, AVX2 or more). Elsewhere a batch rounds
-otherwise than one row, and so does a prompt that is read in other chunks, or from where an earlier
-one had come: ids may differ where two logits are as good as equal.
+beside it, in as many rows as the model's `exact_rows()` says; where it says more than one, a step
+may verify drafts too (decode_pass). Elsewhere a batch rounds otherwise than one row, and so does a
+prompt that is read in other chunks, or from where an earlier one had come: ids may differ where two
+logits are as good as equal.
 """
 
 import threading
@@ -23,9 +24,9 @@ from qmix.errors import LostDeviceError, QmixError, ResourceError, UsageError, o
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache_rows import CacheRows
 from qmix.nn.cache_slab import only_slab_rows
-from qmix.nn.decoder import Decoded
 from qmix.nn.embedding import check_ids
 from qmix.quantities import counted
+from qmix.serving.decode_pass import DecodePass
 from qmix.serving.limits import Limits
 from qmix.serving.request import BusyError, Ended, Finish, Ticket
 from qmix.serving.running import Running
@@ -47,6 +48,8 @@ class Counts:
     cached_tokens: int = 0
     new_tokens: int = 0
     decode_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -57,9 +60,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: MixtralForCausalLM, tokenizer: LlamaTokenizer, limits: Limits
+        self,
+        model: MixtralForCausalLM,
+        tokenizer: LlamaTokenizer,
+        limits: Limits,
+        *,
+        speculate: bool = True,
     ) -> None:
         """
+        Args:
+            speculate: draft what texts repeat, where that is faster and changes no id.
+
         Raises:
             UsageError: a context beyond the model's.
         """
@@ -74,6 +85,7 @@ class Scheduler:
         self._model = model
         self._tokenizer = tokenizer
         self._slots = [Slot(cache) for cache in model.new_rows(limits.slots, limits.context)]
+        self._pass = DecodePass(model, self._slots, speculate=speculate)
         self._waiting: deque[Ticket] = deque()
         self._admitted: list[Slot] = []  # slots that run, by arrival
         self._ended = 0
@@ -215,6 +227,7 @@ class Scheduler:
                 slot.cache.take(source.cache, running.cached_tokens)
         slot.cache.rewind(running.cached_tokens)
         slot.reading = True
+        self._pass.begin(slot)
         self._count(cached_tokens=running.cached_tokens)
 
     def _read_chunk(self) -> None:
@@ -234,7 +247,7 @@ class Scheduler:
             else:
                 logits = self._model.next_logits(chunk.to(self._model.device), slot.cache)
             if not slot.unread:
-                self._choose([slot], logits)
+                self._choose(slot, logits)
         except Exception as error:  # noqa: BLE001 - others' requests go on
             self._fail(slot, error)
 
@@ -245,7 +258,7 @@ class Scheduler:
             self._model.model.embed(chunk.to(self._model.device)), cache=slot.cache
         )
         if running.ticket.request.expert_counts and not slot.unread:
-            running.count_experts(self._expert_use(decoded)[:, -1])
+            running.count_experts(self._pass.expert_use(decoded)[:, -1])
         if not running.ticket.request.prompt_logprobs:
             return self._model.logits(decoded.hidden[:, -1])
         logits = self._model.logits(decoded.hidden)[0]
@@ -257,8 +270,9 @@ class Scheduler:
         """One id for each of the slots; where the pass fails, for each that does not fail alone."""
         if not slots:
             return
+        drafted = self._pass.drafted
         try:
-            logits = self._logits(slots)
+            logits = self._pass.run(slots)
         except Exception as error:  # noqa: BLE001 - others' requests go on
             if len(slots) == 1:
                 self._fail(slots[0], error)
@@ -267,27 +281,9 @@ class Scheduler:
             for slot in slots:
                 self._decode([slot])
             return
-        self._count(decode_steps=1)
-        self._choose(slots, logits)
-
-    def _logits(self, slots: Sequence[Slot]) -> Tensor:
-        """The newest id of each slot's request, read: logits (B, V)."""
-        running = [slot.running for slot in slots if slot.running is not None]
-        newest = torch.tensor([[each.ids[-1]] for each in running]).to(self._model.device)
-        rows = CacheRows([slot.cache for slot in slots])
-        if not any(each.ticket.request.expert_counts for each in running):
-            return self._model.next_logits(newest, rows, None, rows.position_ids())
-        decoded = self._model.model.decode(
-            self._model.model.embed(newest), position_ids=rows.position_ids(), cache=rows
-        )
-        for each, use in zip(running, self._expert_use(decoded).unbind(1), strict=True):
-            if each.ticket.request.expert_counts:
-                each.count_experts(use)
-        return self._model.logits(decoded.hidden[:, -1])
-
-    def _expert_use(self, decoded: Decoded) -> Tensor:
-        """See Decoded.expert_use."""
-        return decoded.expert_use(self._model.config.num_experts_per_tok)
+        self._count(decode_steps=1, drafted_tokens=self._pass.drafted - drafted)
+        for slot, row in zip(slots, logits, strict=True):
+            self._choose(slot, row)
 
     def _choose_late(self) -> None:
         """Choose an id where a mask has become ready; wait for one if there is nothing else."""
@@ -298,26 +294,32 @@ class Scheduler:
         for slot in late:
             row, slot.late = slot.late, None
             assert row is not None
-            self._choose([slot], row)
+            self._choose(slot, row)
 
-    def _choose(self, slots: Sequence[Slot], logits: Tensor) -> None:
-        """Choose an id for each slot from logits (B, V), and end those that are done.
+    def _choose(self, slot: Slot, logits: Tensor) -> None:
+        """Choose an id for a slot from logits (1, V), and further ones from those of a draft.
 
-        Where the mask is not ready, the logits wait for it, and the others do not.
+        Ends it if that is the end. Where the mask is not ready, the logits wait for it, and the
+        others do not.
         """
-        for slot, row in zip(slots, logits[:, None], strict=True):
-            assert slot.running is not None
-            if not slot.running.ready:
-                slot.late = row.clone()
-                continue
+        running = slot.running
+        assert running is not None
+        following: Tensor | None = logits
+        while following is not None:
+            if not running.ready:
+                slot.late = following.clone()
+                return
             try:
-                finish = slot.running.choose(row)
+                finish = running.choose(following)
             except Exception as error:  # noqa: BLE001 - a processor is the caller's code
                 self._fail(slot, error)
-                continue
+                return
             self._count(new_tokens=1)
             if finish is not None:
                 self._end(slot, finish)
+                return
+            following = slot.go_on(running.ids[-1])
+            self._count(accepted_tokens=int(following is not None))
 
     def _fail(self, slot: Slot, error: Exception) -> None:
         """End one request with its error; what its cache holds may be in pieces.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from qmix.generation.drafted_text import DraftedText
 from qmix.nn.cache import KVCache
 from qmix.serving.running import Running
 from qmix.text.common_prefix import common_prefix
@@ -36,6 +37,7 @@ class Slot:
         running: the request; None: the slot is free.
         reading: whether the cache is the request's; before, it still is that of the last one.
         late: logits (1, V) of the next id, which wait for the request's mask; None: none do.
+        drafts: of its request; None: none are made for it.
         used: a counter of the scheduler's when its last request ended; 0: never used.
     """
 
@@ -44,6 +46,7 @@ class Slot:
         self.running: Running | None = None
         self.reading = False
         self.late: Tensor | None = None
+        self.drafts: DraftedText | None = None
         self.used = 0
         self._held = array("q")
 
@@ -85,8 +88,11 @@ class Slot:
     def reusable(self, ids: "array[int]") -> int:
         """Positions of the cache that a request with these ids may start from.
 
-        One id at least is left to be read: its logits choose the first new id.
+        One id at least is left to be read: its logits choose the first new id. A full ring that a
+        draft has written into can give nothing.
         """
+        if self.drafts is not None and self.drafts.verified and self.cache.window is not None:
+            return 0
         common = common_prefix(ids, self.held)
         return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
@@ -95,8 +101,15 @@ class Slot:
         self.running = running
         self.reading = False
 
+    def go_on(self, newest: int) -> Tensor | None:
+        """Its request has chosen an id: the logits (1, V) after it, if a draft gave them."""
+        return None if self.drafts is None else self.drafts.put(newest)
+
     def free(self, used: int) -> None:
         """Take it from its request; the cache keeps what it holds."""
+        if self.drafts is not None:
+            self.drafts.drop()
+        self.drafts = None
         self._held = self.held
         self.running = None
         self.reading = False

@@ -14,41 +14,8 @@ from qmix.serving.request import BusyError, Ended, Request, Ticket
 from qmix.serving.running import Running
 from qmix.serving.scheduler import Scheduler
 from qmix.text.tokenizer import LlamaTokenizer
+from tests.support.callers import PROMPTS, Caller, SlowMask, alone, run
 from tests.support.models import TINY, load_in_tiers, small_model
-
-PROMPTS = [
-    list(range(3, 3 + length)) if length % 2 else list(range(40, 40 + length))
-    for length in (1, 5, 17, 2, 9, 30, 12, 7)
-]
-
-
-class Caller:
-    """A request and what was told of it."""
-
-    def __init__(self, ids, *, new=12, at=None, **options):
-        names = (
-            "top_logprobs",
-            "mask",
-            "prompt_logprobs",
-            "expert_counts",
-            "processors",
-            "deadline_s",
-        )
-        given = {name: options.pop(name) for name in names if name in options}
-        options = {"eos_token_id": -1, **options}
-        self.request = Request(tuple(ids), GenerationConfig(max_new_tokens=new, **options), **given)
-        self.events = []
-        self.ticket = Ticket(self.request, self.events.append)
-
-    @property
-    def ids(self):
-        return [event.id for event in self.events if not isinstance(event, Ended)]
-
-    @property
-    def end(self):
-        (end,) = (event for event in self.events if isinstance(event, Ended))
-        assert self.events[-1] is end
-        return end
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +35,6 @@ def scheduler(model, tokenizer):
         return Scheduler(model, tokenizer, Limits(**{"context": 64, **limits}))
 
     return made
-
-
-def run(scheduler, callers, *, every=1, most=400):
-    """Submit a caller every few steps, and step until all is done."""
-    waiting = list(callers)
-    for step in range(most):
-        if waiting and step % every == 0:
-            scheduler.submit(waiting.pop(0).ticket)
-        scheduler.admit()
-        scheduler.step()
-        if scheduler.idle and not waiting:
-            return
-    raise AssertionError("not done")
-
-
-def alone(model, ids, new=12, **options):
-    config = GenerationConfig(max_new_tokens=new, eos_token_id=-1, **options)
-    return model.generate(torch.tensor([ids]), config)[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize(("slots", "chunk"), [(3, 1), (8, 4), (1, 256)])
@@ -497,28 +446,6 @@ def test_slots_say_what_they_do(scheduler):
     together.step()
     assert [slot.state for slot in together.slots] == ["free", "free"]
     assert max(slot.held_tokens for slot in together.slots) == len(PROMPTS[2]) + 2
-
-
-class SlowMask:
-    """Excludes nothing, and is ready at every `every`-th look; a wait makes it so at once."""
-
-    def __init__(self, every):
-        self.every, self.looks, self.waits, self.seen = every, 0, 0, []
-
-    @property
-    def ready(self):
-        self.looks += 1
-        return self.looks % self.every == 0
-
-    def wait(self):
-        self.waits += 1
-        self.looks = -1
-
-    def advance(self, index):
-        self.seen.append(index)
-
-    def __call__(self, input_ids, scores):
-        return scores
 
 
 def test_a_mask_that_is_late_holds_up_nobody_else(model, scheduler):

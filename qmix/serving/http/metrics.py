@@ -23,6 +23,8 @@ _COUNTERS = {
     "cached_tokens": "Tokens of prompts that a slot's cache held.",
     "new_tokens": "Tokens of replies.",
     "decode_steps": "Steps that made them, for one request or several.",
+    "drafted_tokens": "Tokens that were drafted from texts that repeat.",
+    "accepted_tokens": "Drafted tokens that became tokens of replies.",
 }
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
