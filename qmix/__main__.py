@@ -31,7 +31,7 @@ def process() -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        os._exit(code if isinstance(code, int) else 0)
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
     atexit.register(leave)  # the first one registered is the last one called
     try:
