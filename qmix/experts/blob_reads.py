@@ -6,16 +6,18 @@ the newest last. Knows no slots.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
 from threading import Lock
 
 from torch import Tensor
 
 from qmix.experts.arena import HostArena
 from qmix.formats.files.spans import Spread, in_turn
+from qmix.weights.blob import READ_BUFFERS
 from qmix.weights.expert import Expert
 
-# Of a layer's two chosen experts one is multiplied while the other is read.
-_THREADS = 2
+# Of a layer's two chosen experts one is multiplied while the other is read; the next layer's, too.
+_THREADS = 2 + READ_BUFFERS
 # At the parts of an expert, in the order in which experts were asked for: with one of them missing
 # the cores share its copy out of the page cache, and a disk has several requests at a time.
 _PART_THREADS = 4
@@ -46,16 +48,32 @@ class BlobReads:
         except RuntimeError:  # Python is exiting, and this thread still generates
             return self._read_here(expert, blob, read)
 
+    def drop(self, blob: int) -> None:
+        """Nobody wants what is being read into a blob: no further part of it begins."""
+        self._newest[blob] = None
+
     def _read(self, expert: int, blob: int, read: object) -> Expert:
-        with self._locks[blob]:
+        def check() -> None:
             if self._newest[blob] is not read:
                 raise CancelledError
-            return self._read_into(expert, self._arena.blob(blob), self._spread)
 
-    def _spread(self, parts: Sequence[Callable[[], None]]) -> None:
-        """Do the parts on threads, and wait for all of them, whatever one has raised."""
+        with self._locks[blob]:
+            check()
+            return self._read_into(expert, self._arena.blob(blob), partial(self._spread, check))
+
+    def _spread(self, check: Callable[[], None], parts: Sequence[Callable[[], None]]) -> None:
+        """Do the parts on threads, and wait for all of them, whatever one has raised.
+
+        Args:
+            check: called before each; raises if it is no longer wanted.
+        """
+
+        def checked(part: Callable[[], None]) -> None:
+            check()
+            part()
+
         try:
-            started = [self._parts.submit(part) for part in parts]
+            started = [self._parts.submit(checked, part) for part in parts]
         except RuntimeError:  # Python is exiting
             in_turn(parts)
             return

@@ -14,31 +14,49 @@ from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.blob import READ_BUFFERS
 from qmix.weights.expert import Expert, ExpertSequence
 
+Expect = Callable[[Tensor], Sequence[int]]
+
+
+def _nothing(x: Tensor) -> Sequence[int]:
+    """Expect no experts."""
+    return ()
+
 
 class DiskExperts(StoredExperts):
-    """One layer of a DiskStore."""
+    """One layer of a DiskStore.
+
+    Args:
+        expect: the experts that the next layer may choose, likeliest first, by what comes into this
+            one [T, D]; by their numbers in their layer.
+    """
 
     store: DiskStore
 
-    def __init__(self, store: DiskStore, layer: int) -> None:
-        self.store, self._layer = store, layer
+    def __init__(self, store: DiskStore, layer: int, expect: Expect = _nothing) -> None:
+        self.store, self._layer, self._expect = store, layer, expect
         self._first = layer * store.per_layer
         super().__init__([store.reader.described(self._first + i) for i in range(store.per_layer)])
 
     def _forward(self, x: Tensor, routes: Routes, act: Callable[[Tensor], Tensor]) -> Tensor:
         """The CPU multiplies, also for a model whose other layers are on a GPU."""
         here = Routes(routes.ids.cpu(), routes.weights.cpu())
-        out = kernels.experts(x.cpu(), here, self._view(here), act, resident=False)
+        view = self._view(here)
+        if isinstance(view, _FromSlots):
+            following = self._first + self.store.per_layer
+            self.store.read_ahead([following + index for index in self._expect(x)])
+        out = kernels.experts(x.cpu(), here, view, act, resident=False)
         return out.to(x.device)
 
     def _view(self, routes: Routes) -> "_View":
         """The layer's experts for one product. The reads that it needs start here."""
         store, chosen = self.store, [self._first + index for index in chosen_ids(routes)]
         if len(routes.ids) > DECODE_TOKENS:
+            store.forget_ahead()
             store.end_token()
             return _ThroughBuffers(self, self._first, chosen, prompt=True)
         store.reach(self._layer, chosen)
         if len(chosen) > len(store.residency.id_of_slot):  # many rows, few slots
+            store.forget_ahead()
             return _ThroughBuffers(self, self._first, chosen, prompt=False)
         store.start_reads(chosen)
         return _FromSlots(self, self._first, chosen)

@@ -2,8 +2,10 @@
 
 Threads read a decode step's experts into slots while those that are there are multiplied. A prompt
 streams the missing experts through two buffers that hold nothing else, and leaves the slots as they
-are. All reads are preads into the arena, never page faults of a mapped file. Of kernels it knows
-what they say of a weight.
+are. In a decode step those buffers take the experts that the next layer is expected to choose: one
+that it does choose becomes its slot's, and gives the slot's own blob in return, so that a guess
+never takes the place of an expert. All reads are preads into the arena, never page faults of a
+mapped file. Of kernels it knows what they say of a weight.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,6 +16,7 @@ from functools import cached_property
 from qmix import kernels
 from qmix.experts.arena import HostArena
 from qmix.experts.blob_reads import BlobReads
+from qmix.experts.foresight import Foresight
 from qmix.experts.reader import ExpertReader
 from qmix.experts.residency import Residency, Upload
 from qmix.experts.statistics import MovedBytes, Statistics
@@ -29,6 +32,9 @@ class DiskStore(Store):
         arena: a blob for each slot of the residency, and READ_BUFFERS more for prompts.
         residency: with PolicySettings.uploads 0, so that nothing moves but what a step needs.
         per_layer: E.
+
+    Attributes:
+        looks_ahead: whether expected experts are read.
     """
 
     def __init__(
@@ -41,7 +47,12 @@ class DiskStore(Store):
         self.reader, self.arena = reader, arena
         self.residency, self.per_layer = residency, per_layer
         self._in_slots: list[Expert | None] = [None] * slots
+        self._blobs = list(range(slots + READ_BUFFERS))  # of each slot, then of each buffer
         self._reads: dict[int, tuple[Upload, Future[Expert]]] = {}  # into slots, by expert
+        self._ahead: dict[int, tuple[int, Future[Expert]]] = {}  # into buffers, by expert
+        self._expected: frozenset[int] = frozenset()  # of the layer that comes next
+        self._foresight = Foresight()
+        self.looks_ahead = True
         self._blob_reads = BlobReads(reader.read, arena)
         self._moved = MovedBytes()
         self.failures = 0  # of reads into buffers
@@ -97,11 +108,45 @@ class DiskStore(Store):
         There may be at most as many experts as slots.
         """
         needed = set(experts)
+        self._foresight.seen(self._expected, needed)
+        self._expected = frozenset()
         for expert in experts:
             upload = self.residency.fetch(expert, needed)
             if upload is not None and expert not in self._reads:
-                self._reads[expert] = upload, self._read(upload)
+                self._reads[expert] = upload, self._taken(upload) or self._read(upload)
                 self._moved.disk += self.reader.file_bytes(expert)
+        self.forget_ahead()
+
+    def read_ahead(self, expected: Collection[int]) -> None:
+        """Start to read what is missing of the experts that the next layer may choose.
+
+        Args:
+            expected: the likeliest first.
+        """
+        assert not self._ahead
+        self._expected = frozenset(expected)
+        if not (self.looks_ahead and self._foresight.pays):
+            return
+        slots = len(self._in_slots)
+        missing = [e for e in expected if not self.residency.in_slot(e)]
+        for buffer, expert in enumerate(missing[:READ_BUFFERS], slots):
+            self._ahead[expert] = buffer, self._blob_reads.start(expert, self._blobs[buffer])
+
+    def forget_ahead(self) -> None:
+        """Nobody wants what is being read ahead; whether it failed nobody will know."""
+        for buffer, _ in self._ahead.values():
+            self._blob_reads.drop(self._blobs[buffer])
+        self._foresight.dropped += len(self._ahead)
+        self._ahead.clear()
+
+    def _taken(self, upload: Upload) -> Future[Expert] | None:
+        """The read ahead of an expert that is needed, whose blob becomes the slot's; or None."""
+        buffer, read = self._ahead.pop(upload.expert, (-1, None))
+        if read is not None:
+            blobs = self._blobs
+            blobs[upload.slot], blobs[buffer] = blobs[buffer], blobs[upload.slot]
+            self._foresight.taken += 1
+        return read
 
     def expert(self, expert: int) -> Expert:
         """An expert that is in a slot, or is being read into one: waits for it.
@@ -122,7 +167,7 @@ class DiskStore(Store):
         Args:
             prompt: whether the bytes count as a prompt's.
         """
-        read = self._blob_reads.start(expert, len(self._in_slots) + index)
+        read = self._blob_reads.start(expert, self._blobs[len(self._in_slots) + index])
         if prompt:
             self._moved.prefill_disk += self.reader.file_bytes(expert)
         else:
@@ -138,11 +183,13 @@ class DiskStore(Store):
             disk=len(self.reader) - slots,
             expert_bytes=self.arena.nbytes,
             path="disk",
+            ahead=self._foresight.taken,
+            dropped=self._foresight.dropped,
             **self._moved.fields(self.residency.counts, self.failures),
         )
 
     def _read(self, upload: Upload) -> Future[Expert]:
-        return self._blob_reads.start(upload.expert, upload.slot)
+        return self._blob_reads.start(upload.expert, self._blobs[upload.slot])
 
     def _finish_read(self, expert: int) -> None:
         """Wait for a read and publish it. If the wait is interrupted, the read goes on."""
@@ -160,6 +207,8 @@ class DiskStore(Store):
     def _begin_step(self, whole: bool) -> None:
         if whole:
             return
+        self.forget_ahead()
+        self._expected = frozenset()
         for expert in list(self._reads):
             with suppress(Exception):  # counted; read again where it is needed
                 self._finish_read(expert)

@@ -12,7 +12,7 @@ from qmix.quantities import counted
 
 _PER_TOKEN = ("interconnect_bytes", "in_place_bytes", "disk_bytes")
 _COUNTERS = (
-    *("tokens", "hits", "misses", "failures", "path_switches"),
+    *("tokens", "hits", "misses", "ahead", "dropped", "failures", "path_switches"),
     *(*_PER_TOKEN, "prefill_interconnect_bytes", "prefill_disk_bytes"),
 )
 
@@ -26,6 +26,8 @@ class Statistics:
         expert_bytes: of one blob.
         tokens: decode steps. hits, misses: the experts that these steps activated, by whether they
             were in the fastest tier.
+        ahead: misses whose read had begun before the router had chosen them. dropped: reads that
+            had begun so for experts that it did not choose; their bytes are not counted.
         failures: copies or reads that failed.
         interconnect_bytes: copied to the device for decode steps. in_place_bytes: read over PCIe
             from host memory. disk_bytes: read from the file for decode steps.
@@ -42,6 +44,8 @@ class Statistics:
     tokens: int = 0
     hits: int = 0
     misses: int = 0
+    ahead: int = 0
+    dropped: int = 0
     failures: int = 0
     interconnect_bytes: int = 0
     in_place_bytes: int = 0

@@ -5,10 +5,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qmix import kernels
 from qmix.errors import ResourceError
 from qmix.experts.arena import HostArena
 from qmix.experts.disk_experts import DiskExperts
@@ -19,6 +21,7 @@ from qmix.experts.residency import Residency
 from qmix.formats import Checkpoint
 from qmix.models.options import LoadOptions
 from qmix.models.quantization import QuantizedCheckpoint
+from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning import machine, plan
 from qmix.planning.budget import PREFILL_CHUNK
@@ -129,9 +132,24 @@ def offload_to_host(
     arena = HostArena(tiers.host + READ_BUFFERS, reader.blob_bytes)
     store = DiskStore(reader, arena, Residency(len(reader), tiers.host, policy), per_layer)
     for layer, block in enumerate(blocks):
-        block.store(DiskExperts(store, layer))
+        following = (partial(_expected, each) for each in blocks[layer + 1 : layer + 2])
+        block.store(DiskExperts(store, layer, *following))
     store.warm(policy.order(per_layer), on_read)
     return store
+
+
+@torch.no_grad()
+def _expected(block: SparseMoeBlock, x: Tensor) -> list[int]:
+    """The experts that a block may choose, likeliest first, by the input [T, D] of the one before.
+
+    What a layer adds is small beside what there is: in trained models the router is right nine
+    times in ten (https://arxiv.org/abs/2312.17238), for what does not yet go in.
+    """
+    if type(block.gate) is not Linear:  # an adapter's
+        return []
+    logits = kernels.linear(x, block.gate.stored)
+    ids = kernels.route(logits, block.num_experts_per_tok).ids
+    return list(dict.fromkeys(ids.T.flatten().tolist()))
 
 
 def _cached_share(reader: ExpertReader, host: int) -> float:

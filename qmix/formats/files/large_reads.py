@@ -14,7 +14,7 @@ from pathlib import Path
 from qmix.files.regular_file import UNREADABLE, open_regular
 from qmix.weights.blob import PAGE_BYTES, aligned
 
-_PIECE_BYTES = 16 << 20  # a disk of many queues takes it apart; a thread is not busy for long
+_PIECE_BYTES = 8 << 20  # a disk takes it apart, and a read that nobody wants any more ends soon
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _CACHED_ONLY = getattr(os, "RWF_NOWAIT", 0)
 
