@@ -97,6 +97,13 @@ class NotLoaded(Exception):  # noqa: N818  it holds the error
         self.error = error
 
 
+class ReplyFailedError(Exception):
+    """A reply ended with an error, which its document has told."""
+
+    def __init__(self, error: QmixError) -> None:
+        self.error = error
+
+
 class Repl:
     """One conversation: at a prompt, line by line from a pipe, or a single message.
 
@@ -258,16 +265,22 @@ class Repl:
         Raises:
             KeyboardInterrupt: Ctrl-C while the input is a pipe.
             ServerError: the model is gone; what came of the reply stays.
+            ReplyFailedError: the same, where a document has told what came.
         """
         if prompt.dropped_tokens:
             self.remark(_dropped(prompt, self.session.context or 0))
-        text, interrupted = self._written(self.session.reply(prompt))
+        text, end = self._written(self.session.reply(prompt))
         stats = self.session.stats
         assert stats is not None
         self.has_cut_replies |= stats.cut
+        if isinstance(end, QmixError):
+            if not (self.streams.as_json and text):
+                raise end
+            self._print_document(text, stats, **end.to_dict())
+            raise ReplyFailedError(end)
         self._report(text, stats)
-        if interrupted and not self.streams.interactive:
-            raise KeyboardInterrupt
+        if end is not None and not self.streams.interactive:
+            raise end
 
     def notice(self, text: str) -> None:
         """Say what somebody asked for."""
@@ -314,34 +327,38 @@ class Repl:
     def _blocks(self) -> Iterator[str]:
         return (file.block for file in self.attached)
 
-    def _written(self, pieces: Iterator[str]) -> tuple[str, bool]:
-        """Write a reply as it comes; its text, and whether Ctrl-C ended it."""
+    def _written(self, pieces: Iterator[str]) -> tuple[str, KeyboardInterrupt | QmixError | None]:
+        """Write a reply as it comes; its text, and what ended it, if it was not its own end."""
         writer: ReplyWriter = Discard()
         if not self.streams.as_json:
             writer = reply_writer(self.streams.text, plain=self.streams.plain)
-        written, interrupted = [], False
+        written: list[str] = []
+        end: KeyboardInterrupt | QmixError | None = None
         with self.reader.held():
             try:
                 for piece in pieces:
                     writer.write(piece)
                     written.append(piece)
-            except KeyboardInterrupt:
-                interrupted = True
+            except (KeyboardInterrupt, QmixError) as raised:
+                end = raised
             finally:
                 pieces.close()  # type: ignore[attr-defined]
                 writer.close()
-        return "".join(written), interrupted
+        return "".join(written), end
 
     def _report(self, text: str, stats: ReplyStats) -> None:
         if self.streams.as_json:
-            document = {"model": self.session.model.identity.name, "text": text, **stats.to_dict()}
-            terminal.print_json(document)
+            self._print_document(text, stats)
         elif not stats.new_tokens:
             self.remark("stopped before the first token; the conversation is as it was")
         elif self.streams.interactive and not self.streams.quiet:
             terminal.show_status(stats.line(hint="/continue goes on"), self.streams.notices)
         elif stats.finish != "stop":
             self.remark(str(stats))
+
+    def _print_document(self, text: str, stats: ReplyStats, **more: object) -> None:
+        name = self.session.model.identity.name
+        terminal.print_json({"model": name, "text": text, **stats.to_dict(), **more})
 
 
 def _dropped(prompt: PreparedPrompt, context: int) -> str:

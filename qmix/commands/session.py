@@ -5,10 +5,11 @@ Knows a model as a ChatModel only, and nothing of terminals.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qmix.commands.chat.chat_model import ChatModel, Prompt, Reply, Turn
 from qmix.commands.chat.reply_stats import ReplyStats
-from qmix.errors import UsageError
+from qmix.errors import QmixError, UsageError
 from qmix.generation.config import GenerationConfig
 
 _LEAST_SHOWN = 32  # pieces of a long answer that a continuation sees at least
@@ -153,11 +154,16 @@ class Session:
         """
         reply = self.model.reply(prepared.prompt, prepared.config)
         self.last = reply
+        failed: dict[str, Any] = {}
         try:
             yield from reply
+        except QmixError:
+            failed = {"finish": "error"}
+            raise
         finally:
             stats = replace(
                 reply.stats(),
+                **failed,
                 dropped_turns=prepared.dropped_turns,
                 dropped_tokens=prepared.dropped_tokens,
             )

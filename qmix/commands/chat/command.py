@@ -168,7 +168,7 @@ def chat(
 
 def _talk(repl: "Repl", message: str | None) -> None:
     """Answer one message, or all that is typed or piped."""
-    from qmix.commands.repl import NotLoaded
+    from qmix.commands.repl import NotLoaded, ReplyFailedError
 
     repl.greet()
     try:
@@ -178,6 +178,8 @@ def _talk(repl: "Repl", message: str | None) -> None:
             repl.ask(message)
     except NotLoaded as failure:
         raise failure.error from None
+    except ReplyFailedError as failure:  # the document says so
+        sys.exit(failure.error.exit_code)
     except KeyboardInterrupt:
         if repl.streams.as_json and repl.session.replies:  # the document says so
             sys.exit(CTRL_C)

@@ -67,12 +67,15 @@ class RemoteModel:
         self.is_qmix = described.get("owned_by") == "qmix"
         self.wants_choices = self.is_qmix
         self.wants_experts = False  # costs a GPU its recorded steps: only once somebody looks
+        self.wants_usage = True  # until it turns out that it refuses to tell, as Mistral's API does
         self._tokenizes = True  # until it turns out that it does not
 
     def facts(self) -> tuple[str, ...]:
         """See ChatModel."""
         context = "unknown" if self.context is None else f"{self.context:,}"
-        return (self.identity.name, self.server.url, f"context {context}")
+        name = self.identity.name  # llama.cpp's servers give the path of a file
+        shown = name.rpartition("/")[2] if name.startswith("/") else name
+        return (shown or name, self.server.url, f"context {context}")
 
     def prompt(self, system: str | None, turns: Sequence[Turn]) -> Prompt:
         """See ChatModel. The ids of a reply that goes on are not known, but their number is."""
@@ -181,7 +184,7 @@ class RemoteReply:
         """
         begun = time.monotonic()
         try:
-            with closing(self._model.server.chunks(self._body())) as chunks:
+            with closing(self._chunks()) as chunks:
                 for chunk in chunks:
                     text = self._taken(chunk)
                     if text:
@@ -193,8 +196,8 @@ class RemoteReply:
         finally:
             self._elapsed_s = time.monotonic() - begun
         if self._finish is None:
-            ended = ServerError("the reply ended in the middle", where=self._model.server.url)
-            raise self._kept(ended)
+            what = "the reply ended in the middle" if self._texts else "the server sent no reply"
+            raise self._kept(ServerError(what, where=self._model.server.url))
 
     @property
     def answer(self) -> Answer:
@@ -239,6 +242,17 @@ class RemoteReply:
             raise _not_asked("the experts of this reply")
         return self._experts
 
+    def _chunks(self) -> Iterator[Document]:
+        """The reply as it comes; without its usage, where the server refuses to be asked for it."""
+        model = self._model
+        try:
+            yield from model.server.chunks(self._body())
+        except UsageError as refused:
+            if not model.wants_usage or "stream_options" not in str(refused.found):
+                raise
+            model.wants_usage = False
+            yield from model.server.chunks(self._body())
+
     def _body(self) -> dict[str, Any]:
         """The request, with those settings that somebody here gave."""
         model, config = self._model, self._config
@@ -253,9 +267,10 @@ class RemoteReply:
             "model": model.identity.name,
             "messages": model.messages(self.prompt.system, self.prompt.turns),
             "stream": True,
-            "stream_options": {"include_usage": True},
             **values,
         }
+        if model.wants_usage:
+            body["stream_options"] = {"include_usage": True}
         if body["messages"][-1]["role"] == "assistant":
             body["continue_final_message"] = True
             if not model.is_qmix:
@@ -292,6 +307,8 @@ class RemoteReply:
         remedy = "The conversation is as it was."
         if self._texts:
             remedy = "What came of the reply is kept; /continue or /regen asks again."
+        elif self._model.context is None:
+            remedy += " Does it fit the server's context?"
         return ServerError(error.what, where=error.where, found=error.found, remedy=remedy)
 
 

@@ -12,8 +12,8 @@ from qmix.generation.draft_counts import DraftCounts
 from qmix.quantities import counted
 
 # `stop`: the model ended it. `stop_string`: its text reached one. `length`: max_new_tokens are
-# there. `context`: nothing more fits. `stopped`: by Ctrl-C.
-Finish = Literal["stop", "stop_string", "length", "context", "stopped"]
+# there. `context`: nothing more fits. `stopped`: by Ctrl-C. `error`: its model failed.
+Finish = Literal["stop", "stop_string", "length", "context", "stopped", "error"]
 
 _SAID: dict[Finish, str] = {
     "stop": "",
@@ -21,6 +21,7 @@ _SAID: dict[Finish, str] = {
     "length": "cut short: length",
     "context": "cut short: context full",
     "stopped": "stopped",
+    "error": "cut short: error",
 }
 
 

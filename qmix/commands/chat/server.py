@@ -211,5 +211,5 @@ def _object(data: bytes) -> Document:
 def _said(document: Document) -> str:
     """The message of an error, in one of the forms that servers give it."""
     error = document.get("error", document.get("message", document.get("detail", "no reason")))
-    said = error.get("message") if isinstance(error, dict) else error
+    said = error.get("message", error) if isinstance(error, dict) else error
     return str(said)[:_SHOWN]

@@ -205,6 +205,48 @@ def test_a_person_goes_on_after_a_fault_and_a_pipe_does_not(fake, session_with):
     assert len(fake.streams) == 1
 
 
+def test_a_server_that_tells_no_usage_is_asked_for_it_once(fake, session_with):
+    """As Mistral's API does, whose error names the field in a list of its own."""
+    loc = {"type": "extra_forbidden", "loc": ["body", "stream_options", "include_usage"]}
+    refusal = json.dumps({"object": "error", "message": {"detail": [loc]}}).encode()
+    fake.streams = [(422, refusal), event("a", "stop") + DONE, event("b", "stop") + DONE]
+    session = session_with(fake.url)
+    for text in ("one", "two"):
+        say(session, session.prepare(text))
+    assert [session.text_of(turn) for turn in session.turns] == ["a", "b"]
+    assert ["stream_options" in chat for chat in fake.chats] == [True, False, False]
+    fake.streams = [(422, refusal)]
+    with pytest.raises(UsageError, match="extra_forbidden"):  # of something else
+        say(session, session.prepare("three"))
+
+
+def test_a_stream_without_a_reply_and_a_model_that_is_a_path(fake, session_with):
+    """As llama-cpp-python's server answers a prompt that does not fit its context."""
+    fake.answers["/v1/models"] = {"data": [{"id": "/models/some.gguf"}]}
+    fake.streams = [b""]
+    session = session_with(fake.url)
+    assert session.model.facts()[0] == "some.gguf"
+    with pytest.raises(ServerError, match=r"sent no reply.*as it was.*fit the server's context"):
+        say(session, session.prepare("one"))
+    assert fake.chats[0]["model"] == "/models/some.gguf"
+    assert session.turns == []
+
+
+def test_a_document_keeps_what_came_before_the_server_was_gone(fake):
+    """One document a reply, also for the one that failed; without any text, the error alone."""
+    command = ("chat", "--connect", fake.url)
+    fake.streams = [event("a", "stop") + DONE, event("b") + event("c")]
+    done = qmix(*command, "--lines", "--json", stdin="one\ntwo\nthree\n")
+    whole, cut = map(json.loads, done.stdout.splitlines())
+    assert (done.returncode, done.stderr) == (4, "")
+    assert (whole["text"], whole["finish"], "error" in whole) == ("a", "stop", False)
+    assert (cut["text"], cut["finish"], cut["cut"]) == ("bc", "error", True)
+    assert (cut["error"], cut["exit_code"]) == ("the reply ended in the middle", 4)
+    fake.streams = [(503, b"{}")]
+    done = qmix(*command, "one", "--json")
+    assert (done.returncode, json.loads(done.stdout)["exit_code"]) == (4, 4)
+
+
 def test_one_message_and_pipes(served, monkeypatch):
     asked = ("chat", "--connect", served.url, "--temperature", 0, "--max-new-tokens", 3)
     done = qmix(*asked, "Hi //there", "--json")
