@@ -6,7 +6,7 @@ not tell is refused by name. Knows no HTTP and no terminal.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -242,7 +242,7 @@ class RemoteReply:
             raise _not_asked("the experts of this reply")
         return self._experts
 
-    def _chunks(self) -> Iterator[Document]:
+    def _chunks(self) -> Generator[Document, None, None]:
         """The reply as it comes; without its usage, where the server refuses to be asked for it."""
         model = self._model
         try:
