@@ -31,24 +31,42 @@ from qmix.evals.timing.machine_code import (
     compile_kernel,
 )
 from qmix.evals.timing.plain_kernels import PlainKernel, plain_kernels
-from qmix.evals.timing.weight_kernels import FORMATS, WeightKernel, weight_kernels
+from qmix.evals.timing.weight_kernels import FORMATS, FUSED, WeightKernel, weight_kernels
 from qmix.kernels.gpu import attention
+from qmix.kernels.moe import DECODE_TOKENS
 
 _HEADER = (
     *("kernel", "registers", "stack", "shared", "loop", "per weight"),
     *("matrix instruction", "128-bit", "exchanges", "faults"),
 )
 
+_GENERATIONS = (80, 90, 120)
+
 AnyKernel = TypeVar("AnyKernel", WeightKernel, PlainKernel, WeightKernel | PlainKernel)
 
 
 def usual_kernels(archs: Sequence[int]) -> Iterator[WeightKernel | PlainKernel]:
-    """The two usual formats in every variant, the others in that of one token; bfloat16."""
+    """The two usual formats in every variant, the others as a decode step has them; bfloat16."""
     yield from weight_kernels(archs, FORMATS[:2])
-    for variant in weight_kernels(archs, FORMATS[2:]):
-        if (variant.config.columns, variant.config.warps, variant.is_sorted) == (8, 2, False):
-            yield variant
+    yield from filter(_decodes, weight_kernels(archs, FORMATS[2:]))
     yield from plain_kernels(archs)
+
+
+def _decodes(variant: WeightKernel) -> bool:
+    """Whether a decode step launches it: usually two warps of 8 columns.
+
+    Other blocks are compiled where a product does more after its loop, which costs registers, and
+    for three generations only: the others have the same registers.
+    """
+    if variant.is_sorted:
+        return False
+    columns, warps = variant.config.columns, variant.config.warps
+    if variant.kernel == "dequantize" or (columns, warps) == (8, 2):
+        return True
+    finishes = variant.kernel in FUSED or variant.is_split
+    return (
+        columns <= DECODE_TOKENS and finishes and not variant.early and variant.arch in _GENERATIONS
+    )
 
 
 def decode_kernels(archs: Sequence[int]) -> Iterator[WeightKernel]:
@@ -146,6 +164,17 @@ def _chosen(options: argparse.Namespace) -> list[WeightKernel | PlainKernel]:
     return [kernel for kernel in kernels if any(text in str(kernel) for text in options.only)]
 
 
+def _show(
+    variant: WeightKernel | PlainKernel, cost: KernelCost, wrong: Sequence[str], *, as_json: bool
+) -> None:
+    if as_json:
+        record = {"variant": asdict(variant), "cost": asdict(cost), "faults": wrong}
+        sys.stdout.write(json.dumps(record, default=str) + "\n")
+    else:
+        sys.stdout.write(markdown.row(_cells(variant, cost, wrong)))
+    sys.stdout.flush()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module's docstring. The exit code is 5 if a kernel has a fault."""
     options = _parser().parse_args(arguments)
@@ -155,19 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     if not options.json:
         sys.stdout.write(markdown.table(_HEADER, ()))
-    for variant, cost in compile_all(kernels, options.workers):
-        found[str(variant)] = aot_record.of(cost)
-        wrong = [*faults(variant, cost), *aot_record.worse(cost, recorded.get(str(variant)))]
-        failed += bool(wrong)
-        if options.json:
-            record = {"variant": asdict(variant), "cost": asdict(cost), "faults": wrong}
-            sys.stdout.write(json.dumps(record, default=str) + "\n")
-        else:
-            sys.stdout.write(markdown.row(_cells(variant, cost, wrong)))
-        sys.stdout.flush()
-    if options.write:
-        aot_record.write(TRITON_VERSION, found)
-    else:
+    try:
+        for variant, cost in compile_all(kernels, options.workers):
+            found[str(variant)] = aot_record.of(cost)
+            wrong = [*faults(variant, cost), *aot_record.worse(cost, recorded.get(str(variant)))]
+            failed += bool(wrong)
+            _show(variant, cost, wrong, as_json=options.json)
+    finally:  # also of a run that is ended
+        if options.write:
+            aot_record.write(TRITON_VERSION, found)
+    if not options.write:
         say(f"{len(found.keys() - recorded.keys())} of {len(found)} kernels have no record")
     say(f"Triton {TRITON_VERSION}: {len(kernels)} kernels, {failed} with faults")
     return QualityError.exit_code if failed else 0

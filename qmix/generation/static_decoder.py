@@ -155,10 +155,16 @@ class StaticDecoder:
         self._through_layers = LayerLaunches(layers, self._storage, settings, tuning)
         shape = (len(layers), cache.batch, config.num_experts_per_tok)
         self._route_log = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._expert_ids: Sequence[Tensor] = ()  # of each layer; a recording's own memory
         self._pool = pool
         self._record = record and _recordable(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lengths: tuple[int, ...] | None = (cache.length,) * cache.batch  # None: interrupted
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """The experts that the last step chose, int64 (layers, B, k)."""
+        return torch.stack(tuple(self._expert_ids))
 
     def is_current(self, model: Decoder, cache: StepCache) -> bool:
         """Whether model and cache still have the tensors that the launches read.
@@ -246,11 +252,11 @@ class StaticDecoder:
         """Launch a step. Nothing here may depend on a value that lies on the device."""
         # An id of -1 says that the scores were not finite; the host finds it a step later.
         x = self._embedding(self.ids.clamp(0, self._embedding.num_embeddings - 1))
-        last, expert_ids = self._through_layers(x)
+        last, self._expert_ids = self._through_layers(x)
         self.logits.copy_(kernels.linear(last, self._head.stored))
         self.past.add_(1)
         if self._store is not None:
-            torch.stack(expert_ids, out=self._route_log)
+            torch.stack(self._expert_ids, out=self._route_log)
         if self.sample_fn is not None:
             scores, ids = self.sample_fn(self.logits)
             self.scores.copy_(scores)

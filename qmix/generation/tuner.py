@@ -232,7 +232,7 @@ def shapes_of(model: Decoder, rows: int) -> str:
     assert weights is not None
     table = weights.experts.table
     projections = weights.projections or ()
-    formats = (*(each.format for each in projections), table.gate_up, table.down)
+    formats = [each.format for each in (*projections, *table.gate_up, *table.down)]
     ordered = (*(each.perm for each in projections), table.perm)
     return (
         f"{config.hidden_size}x{config.intermediate_size}, "

@@ -18,6 +18,7 @@ from qmix.generation.host_copy import HostCopy
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.logits_processors import LogitsProcessor
 from qmix.generation.padding import check_prompt
+from qmix.generation.static_decoder import StaticDecoder
 from qmix.generation.static_decoders import StaticDecoders
 from qmix.generation.stopping import StoppingCriterion
 from qmix.generation.streamers import Streamer
@@ -30,6 +31,7 @@ from qmix.models.pretrained import PreTrainedModel
 from qmix.nn.cache import Cache, KVCache
 from qmix.nn.cache_rows import CacheRows
 from qmix.nn.cache_slab import SlabRow, only_slab_rows
+from qmix.nn.decoder import expert_use
 from qmix.nn.exact_rows import exact_rows
 from qmix.nn.linear import Linear, initialise
 from qmix.nn.losses import check_labels, load_balancing_loss, next_token_loss
@@ -137,10 +139,9 @@ class MixtralForCausalLM(PreTrainedModel):
             logits of the last position, float32 (B, V).
         """
         if input_ids is not None and input_ids.shape[1] == 1:
-            following = self._static_logits(input_ids, cache, attention_mask)
-            if following is not None:
-                cache.advance(1)
-                return following
+            step = self._static_step(input_ids, cache, attention_mask)
+            if step is not None:
+                return step[0]
         x = inputs_embeds
         if x is None:
             assert input_ids is not None
@@ -150,12 +151,35 @@ class MixtralForCausalLM(PreTrainedModel):
         )
         return self.logits(decoded.hidden[:, -1])
 
-    def _static_logits(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor | None:
-        """The logits (B, V) of one new position (B, 1), by static shapes; None: they do not fit."""
+    @torch.no_grad()
+    def next_logits_with_experts(
+        self, ids: Tensor, cache: Cache, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`next_logits` of ids (B, 1), and their `expert_use`, int64 (layers, B, E)."""
+        step = self._static_step(ids, cache, None)
+        if step is not None:
+            logits, decoder, places = step
+            return logits, expert_use(decoder.expert_ids[:, places], self.config.num_local_experts)
+        decoded = self.model.decode(self.model.embed(ids), position_ids=position_ids, cache=cache)
+        use = decoded.expert_use(self.config.num_experts_per_tok)
+        return self.logits(decoded.hidden[:, -1]), use
+
+    def _static_step(
+        self, ids: Tensor, cache: Cache, mask: Tensor | None
+    ) -> tuple[Tensor, StaticDecoder, Tensor | slice] | None:
+        """Append a position (B, 1) by static shapes; None: they do not fit.
+
+        Returns:
+            its logits (B, V), the decoder, and where the rows lie in the decoder's.
+        """
         of = self.static_decoders
         if isinstance(cache, KVCache) and not isinstance(cache, SlabRow):
             decoder = of.for_cache(self.model, self.lm_head, cache, mask)
-            return None if decoder is None else decoder.step(ids).clone()
+            if decoder is None:
+                return None
+            found = decoder.step(ids).clone(), decoder, slice(None)
+            cache.advance(1)
+            return found
         rows = cache.rows if isinstance(cache, CacheRows) else (cache,)
         if mask is not None or not (slab_rows := only_slab_rows(rows)):
             return None
@@ -163,7 +187,9 @@ class MixtralForCausalLM(PreTrainedModel):
         if decoder is None:
             return None
         places = torch.tensor([row.place for row in slab_rows], device=ids.device)
-        return decoder.step(torch.empty_like(ids).index_copy(0, places, ids))[places]
+        logits = decoder.step(torch.empty_like(ids).index_copy(0, places, ids))[places]
+        cache.advance(1)
+        return logits, decoder, places
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> float32 [..., V]."""

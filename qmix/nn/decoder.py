@@ -49,7 +49,13 @@ class Decoded:
         """
         logits = torch.stack(self.router_logits)
         ids = kernels.route(logits.flatten(0, 1), chosen).ids.view(*logits.shape[:2], chosen)
-        return torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, ids, 1)
+        return expert_use(ids, logits.shape[-1])
+
+
+def expert_use(expert_ids: Tensor, experts: int) -> Tensor:
+    """1 where an expert is among the chosen ones (..., k), else 0: int64 (..., experts)."""
+    use = expert_ids.new_zeros(*expert_ids.shape[:-1], experts)
+    return use.scatter_(-1, expert_ids, 1)
 
 
 class Decoder(nn.Module):

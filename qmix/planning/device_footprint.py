@@ -19,7 +19,7 @@ from qmix.weights.packed.packed_shapes import (
     matrix_format,
     padded,
     require_silu,
-    table_format,
+    table_formats,
 )
 
 
@@ -85,19 +85,27 @@ def _attention(weights: list[StoredWeight], item: int) -> _Bytes:
 
 
 def _experts(model: StoredModel) -> tuple[list[_Bytes], str | None]:
-    """Each expert by layer * E + expert, and why a layer's experts are not packed as a whole."""
+    """Each expert by layer * E + expert, and why slots cannot hold the experts."""
     per_layer = model.config.num_local_experts
     sizes: list[_Bytes] = []
-    reason = None
+    reasons: list[str] = []
     for first in range(0, model.experts, per_layer):
         experts = model.expert_weights[first : first + per_layer]
         try:
             require_silu(fused=model.config.hidden_act in ("silu", "swish"))
-            formats = [expert_format(*(w.spec for w in weights)) for weights in experts]
-            nbytes = table_format([formats]).nbytes
+            formats = table_formats(
+                [[expert_format(*(w.spec for w in weights)) for weights in experts]]
+            )
         except UnsupportedError as error:
-            reason = reason or error.what
+            reasons.append(error.what)
             sizes += [_singles(weights, model.item) for weights in experts]
-        else:
-            sizes += [_Bytes(nbytes, sum(w.scale_bytes for w in weights)) for weights in experts]
-    return sizes, reason
+            continue
+        if len(set(formats)) > 1:
+            reasons.append("slots hold experts of one format only")
+        sizes += [
+            _Bytes(of.nbytes, sum(w.scale_bytes for w in weights))
+            for of, weights in zip(formats, experts, strict=True)
+        ]
+    if not reasons and len({nbytes.device for nbytes in sizes}) > 1:
+        reasons.append("slots hold experts of one size only")
+    return sizes, reasons[0] if reasons else None

@@ -63,7 +63,7 @@ class Fitting:
         copied to it while another is read.
         """
         chosen = self.model.config.num_experts_per_tok
-        has_slots = self.gpu and self.footprint.unpacked is None
+        has_slots = self.gpu and self.footprint.why_no_slots is None
         return min(self._per_layer if has_slots else chosen, self.model.experts)
 
     def split(self, context: int) -> Split | None:
@@ -85,7 +85,7 @@ class Fitting:
             fits = self.ram is None or on_host <= self.ram
             return Split(experts, 0, arena=False) if fits else None
         slots = (self.vram - on_device) // blob
-        in_slots = self.footprint.unpacked is None  # else the CPU multiplies them
+        in_slots = self.footprint.why_no_slots is None  # else the CPU multiplies them
         if slots < (self._least_slots if in_slots else 0):
             return None
         host = experts if self.ram is None else (self.ram - on_host) // blob
@@ -161,7 +161,7 @@ class Fitting:
         if not self.gpu:
             return 0, on_host + min((self._least_host + READ_BUFFERS) * blob, whole)
         on_device = MemoryBreakdown(self._device_items(context)).total
-        if self.footprint.unpacked is not None:
+        if self.footprint.why_no_slots is not None:
             return on_device, on_host + (self._least_host + READ_BUFFERS) * blob
         vram = on_device + min(self._least_slots * blob, whole)
         if self.vram is not None and self.vram >= on_device + whole:

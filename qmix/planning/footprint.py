@@ -22,15 +22,15 @@ class Footprint:
         blob: what an arena keeps for each expert, in whole pages.
         kinds: of the other weights, by kind.
         host_bytes: of what stays on the host beside a model on a GPU: the scales as they were read.
-        unpacked: why a GPU's packed layout does not hold the experts; None if it does, and without
-            a GPU.
+        why_no_slots: why slots of a GPU's memory cannot hold the experts; None if they can, and
+            without a GPU.
     """
 
     experts: tuple[int, ...]
     blob: int
     kinds: Mapping[TensorKind, int]
     host_bytes: int = 0
-    unpacked: str | None = None
+    why_no_slots: str | None = None
 
     @cached_property
     def all_experts(self) -> int:

@@ -18,7 +18,6 @@ from qmix.kernels.moe import DECODE_TOKENS
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.nn.cache_rows import CacheRows
-from qmix.nn.decoder import Decoded
 from qmix.serving.running import Running
 from qmix.serving.slot import Slot
 
@@ -110,14 +109,7 @@ class DecodePass:
         counting = {row: each for row, each in running.items() if each.ticket.request.expert_counts}
         if not counting:
             return self._model.next_logits(newest, rows, None, rows.position_ids())
-        decoded = self._model.model.decode(
-            self._model.model.embed(newest), position_ids=rows.position_ids(), cache=rows
-        )
-        use = self.expert_use(decoded)
+        logits, use = self._model.next_logits_with_experts(newest, rows, rows.position_ids())
         for row, each in counting.items():
             each.count_experts(use[:, row])
-        return self._model.logits(decoded.hidden[:, -1])
-
-    def expert_use(self, decoded: Decoded) -> Tensor:
-        """See Decoded.expert_use."""
-        return decoded.expert_use(self._model.config.num_experts_per_tok)
+        return logits

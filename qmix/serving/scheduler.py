@@ -258,7 +258,8 @@ class Scheduler:
             self._model.model.embed(chunk.to(self._model.device)), cache=slot.cache
         )
         if running.ticket.request.expert_counts and not slot.unread:
-            running.count_experts(self._pass.expert_use(decoded)[:, -1])
+            use = decoded.expert_use(self._model.config.num_experts_per_tok)
+            running.count_experts(use[:, -1])
         if not running.ticket.request.prompt_logprobs:
             return self._model.logits(decoded.hidden[:, -1])
         logits = self._model.logits(decoded.hidden)[0]

@@ -331,6 +331,18 @@ def test_rows_of_a_slab_are_recorded_once_for_each_number_of_them(recordings):
     assert pools == [pools[0]] * 3
 
 
+def test_a_request_that_counts_experts_leaves_its_neighbours_their_recording(recordings):
+    model = meta_model()
+    slab = CacheSlab(model.config, 3, 64, dtype=model.dtype, device=model.device)
+    a, b, _ = slab.rows
+    ids = torch.zeros(2, 1, dtype=torch.long, device="meta")
+    model.next_logits(ids, CacheRows([a, b]))
+    logits, use = model.next_logits_with_experts(ids, CacheRows([b, a]))
+    assert (logits.shape, use.shape) == ((2, 32000), (1, 2, 8))
+    assert len(recordings) == 1
+    assert [row.length for row in (a, b)] == [2, 2]
+
+
 def test_a_step_made_in_inference_mode_runs_outside_of_it(recordings):
     model = meta_model()
     cache = model.new_cache(1, 64)

@@ -164,6 +164,14 @@ def test_fewer_launches_equal_the_reference(make, window, padded, norms):
         assert torch.equal(logits.argmax(-1), after.argmax(-1))
 
 
+def reference_use(model, ids):
+    """The experts of the last of these ids, (layers, E)."""
+    text = torch.tensor([ids], device=DEVICE)
+    with kernels.override("reference"), torch.no_grad():
+        decoded = model.model.decode(model.model.embed(text), cache=model.new_cache(1, 32))
+        return decoded.expert_use(model.config.num_experts_per_tok)[:, -1]
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_rows_of_a_slab_are_decoded_together_as_each_alone(monkeypatch, window):
     """Rows join, leave and change places; the logits come in the order of the call."""
@@ -181,7 +189,13 @@ def test_rows_of_a_slab_are_decoded_together_as_each_alone(monkeypatch, window):
     for together in ([2], [3, 2, 1], [1, 0], [0, 3, 2], [0]):
         newest = torch.stack([expected[n][steps[n]].argmax(-1) for n in together])
         rows = CacheRows([slab.rows[n] for n in together])
-        logits = model.next_logits(newest, rows, None, rows.position_ids())
+        if len(together) == 2:
+            logits, use = model.next_logits_with_experts(newest, rows, rows.position_ids())
+            for n, found in zip(together, use.unbind(1), strict=True):
+                read = [int(after.argmax()) for after in expected[n][: steps[n] + 1]]
+                assert torch.equal(found, reference_use(model, prompts[n] + read))
+        else:
+            logits = model.next_logits(newest, rows, None, rows.position_ids())
         for n, found in zip(together, logits, strict=True):
             steps[n] += 1
             after = expected[n][steps[n]][0]

@@ -42,7 +42,7 @@ from tests.support.interpreter import (
     skip_without_a_device,
 )
 from tests.support.models import small_model
-from tests.support.packed import OTHERS, act_order, as_computed, int4, nf4
+from tests.support.packed import OTHERS, act_order, as_computed, int4, mixed_experts, nf4
 from tests.support.soak import grid, one_in
 
 skip_without_a_device()
@@ -173,6 +173,21 @@ def test_experts(kind, tokens):
 
 
 @pytest.mark.diagonal
+@pytest.mark.parametrize("how", ["spread", "all to one", "none to some", "the same twice"])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33, 40])
+def test_experts_of_several_forms(how, tokens):
+    """Each launch multiplies its own, and all leave their sums where one launch would."""
+    experts = mixed_experts(128, 128, DEVICE)
+    table = ExpertTable.build([[pack_expert(each) for each in experts]])
+    assert (len(table.gate_up), len(table.down)) == (3, 2)
+    x, chosen = drawn(tokens, 128), routes(tokens, 4, 2, how)
+    tuning = Tuning(dense_tokens=33)
+    out = gpu.experts(x, chosen, table, 0, tuning)
+    assert error(out, oracle(x, chosen, experts)) <= NF4_BOUND
+    assert torch.equal(out, gpu.experts(x, chosen, table, 0, tuning))
+
+
+@pytest.mark.diagonal
 @pytest.mark.parametrize("how", ["all to one", "none to some", "the same twice"])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33])
 def test_routing(how, tokens):
@@ -191,7 +206,7 @@ def test_eight_experts_of_a_ragged_width(tokens):
         return int4(rows, columns, seed, group=columns)
 
     experts, table = experts_of(make, 8, 256, 192)
-    assert (table.gate_up.inputs, table.down.inputs) == (128, 64)
+    assert (table.gate_up[0].format.inputs, table.down[0].format.inputs) == (128, 64)
     x, chosen = drawn(tokens, 256), routes(tokens, 8, 2, "spread")
     assert error(gpu.experts(x, chosen, table, 0), oracle(x, chosen, experts)) <= INT4_BOUND
 
@@ -215,7 +230,8 @@ def test_the_last_split_of_w1_and_w3_adds_all_of_them(kind):
     x, chosen = drawn(2, 512), routes(2, 4, 2, "none to some")
     arrivals = torch.zeros(4 * most_blocks(table.shape), dtype=torch.int32, device=DEVICE)
     many = Tuning(warps_per_sm=28)
-    grid = grid_for(table.shape, table.gate_up, groups=4, columns=8, multiprocessors=2, tuning=many)
+    (form,) = table.gate_up
+    grid = grid_for(table.shape, form.format, groups=4, columns=8, multiprocessors=2, tuning=many)
     assert grid.splits > 1
 
     def partials(arrivals):

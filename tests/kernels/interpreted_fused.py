@@ -25,7 +25,7 @@ from tests.support.interpreter import (
     error,
     skip_without_a_device,
 )
-from tests.support.packed import act_order, int4, nf4
+from tests.support.packed import act_order, int4, mixed_experts, nf4
 from tests.support.soak import one_in
 
 skip_without_a_device()
@@ -43,6 +43,8 @@ def packed(make, rows, columns, seed=0):
 
 
 def table_of(make):
+    if make is mixed_experts:
+        return ExpertTable.build([list(map(pack_expert, mixed_experts(WIDTH, HIDDEN, DEVICE)))])
     experts = [
         Expert(*(make(n, k, seed=3 * e + i).to(DEVICE) for i, (n, k) in enumerate(SHAPES)))
         for e in range(EXPERTS)
@@ -139,7 +141,7 @@ def test_residual_norm_and_router_behind_o_proj(tokens, warps, dtype):
 
 
 @pytest.mark.diagonal
-@pytest.mark.parametrize("make", [nf4, int4, act_order])
+@pytest.mark.parametrize("make", [nf4, int4, act_order, mixed_experts])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("warps", [2, 4])
 def test_residual_and_norm_behind_the_experts(make, tokens, warps):

@@ -10,6 +10,7 @@ from qmix.kernels import Routes
 from qmix.kernels.gpu import moe
 from qmix.planning import budget
 from qmix.planning.stored_model import StoredModel
+from qmix.weights.packed.packed_shapes import ExpertFormat
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import TileFormat
 from qmix.weights.scheme import NF4
@@ -25,7 +26,8 @@ def peak(monkeypatch, ids):
     monkeypatch.setattr(moe, "_dequantize", dequantized)
     tiles = TileFormat("nf4", 64)
     addresses = torch.zeros(1, EXPERTS, dtype=torch.int64)
-    table = ExpertTable(addresses, tiles, tiles, (2 * INNER, HIDDEN), [])
+    alike = ExpertFormat(tiles, tiles, (2 * INNER, HIDDEN))
+    table = ExpertTable(addresses, (alike,) * EXPERTS, [])
     x = torch.randn(TOKENS, HIDDEN).bfloat16()
     routes = Routes(ids, torch.full((TOKENS, 2), 0.5))
     with LiveBytes() as live, torch.no_grad():

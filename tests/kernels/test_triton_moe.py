@@ -23,6 +23,7 @@ from qmix.kernels.gpu.grid import EVEN, balance, columns_for, grid_for
 from qmix.kernels.gpu.launch import launch
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.layout import PackedMatrix
+from qmix.weights.packed.packed_shapes import ExpertFormat
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.packed.tile_format import TileFormat
 from tests.support.interpreter import Recorder
@@ -66,15 +67,36 @@ def test_every_launch_says_whether_to_fuse():
     assert started == {"num_warps": 4, "enable_fp_fusion": True}
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 1024])
+def test_experts_of_several_forms_take_a_launch_a_form(tokens, monkeypatch):
+    """And as many splits of w2 in all of them; nothing waits for the device."""
+    recorders = {name: Recorder() for name in ("gate_up", "down", "combine")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(moe_triton, name, recorder)
+    shape = (28672, 4096)
+    formats = [ExpertFormat(NF4, down, shape) for down in (NF4, INT4, TileFormat("int8", 128))]
+    addresses = torch.empty(1, 8, dtype=torch.int64, device="meta")
+    table = ExpertTable(addresses, tuple(formats[n] for n in (0, 1, 1, 1, 2, 1, 1, 0)), [])
+    x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta")
+    ids = torch.empty(tokens, 2, dtype=torch.int64, device="meta")
+    gpu.experts(x, Routes(ids, torch.empty(tokens, 2, device="meta")), table, 0)
+    assert len(recorders["gate_up"].grids) == 1
+    grids = recorders["down"].grids
+    assert len(grids) == 3
+    assert len({splits for _, _, splits in grids}) == 1
+    if tokens <= DECODE_TOKENS:
+        assert [groups for _, groups, _ in grids] == [min(n, 2 * tokens) for n in (2, 5, 1)]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 1024])
 def test_nothing_waits_for_the_device(tokens, monkeypatch):
     """Meta tensors raise whenever the host needs a value; all shapes are known beforehand."""
     recorders = {name: Recorder() for name in ("gate_up", "down", "combine", "packed_matmul")}
     for name, recorder in recorders.items():
         monkeypatch.setattr(moe_triton, name, recorder)
-    table = ExpertTable(
-        torch.empty(2, 8, dtype=torch.int64, device="meta"), NF4, NF4, (28672, 4096), []
-    )
+    alike = ExpertFormat(NF4, NF4, (28672, 4096))
+    addresses = torch.empty(2, 8, dtype=torch.int64, device="meta")
+    table = ExpertTable(addresses, (alike,) * 8, [])
     x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta")
     ids = torch.empty(tokens, 2, dtype=torch.int64, device="meta")
     routes = Routes(ids, torch.empty(tokens, 2, device="meta"))

@@ -57,7 +57,7 @@ def test_an_experts_bytes_are_the_packed_layout():
     assert set(found.experts) == {93_585_664}  # 4.25 bits and two headers of 128 bytes
     assert found.blob % 4096 == 0
     assert 0 <= found.blob - found.experts[0] < 4096
-    assert found.unpacked is None
+    assert found.why_no_slots is None
     four = on_device(StoredModel.assume("x", FULL, Scheme(kind="int4"))).experts[0]
     assert 8 * (four - 256) / (3 * 4096 * 14336) == 4.125
 
@@ -199,7 +199,7 @@ def test_a_named_context_fits():
 
 def test_experts_without_a_packed_layout_stay_on_the_host():
     odd = StoredModel.assume("x", MixtralConfig(hidden_act="gelu"), Scheme(kind="int8"))
-    assert on_device(odd).unpacked
+    assert on_device(odd).why_no_slots
     assert plan(odd, gpu=True, vram=80 * GIB).resident
     found = plan(odd, gpu=True, vram=16 * GIB, ram=64 * GIB)
     assert not found.resident
@@ -211,7 +211,7 @@ def test_experts_without_a_packed_layout_stay_on_the_host():
     for kind in ("int4", "int6", "int8"):
         assert not on_device(
             StoredModel.assume("x", FULL, Scheme(kind=kind, group_size=32))
-        ).unpacked
+        ).why_no_slots
 
 
 def test_no_budget_is_no_limit():

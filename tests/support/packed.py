@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from qmix.weights.affine import Affine, pack_codes
+from qmix.weights.expert import Expert
 from qmix.weights.nf4 import quantize
 from qmix.weights.packed import layout
 from qmix.weights.packed.codes import TABLES
@@ -112,6 +113,19 @@ def int8(rows, columns, seed=0, group=64):
         0, 256, weight.scales.shape, generator=torch.Generator().manual_seed(seed)
     )
     return replace(weight, zeros=zeros.to(torch.uint8))
+
+
+def mixed_experts(width, hidden, device="cpu"):
+    """Four experts in three forms of w1 with w3, one in an order of its own, and in two of w2."""
+    kinds = ((int4, nf4), (act_order, int4), (int8, nf4), (int4, int4))
+    return [
+        Expert(
+            make(width, hidden, seed).to(device),
+            down(hidden, width, seed + 1).to(device),
+            make(width, hidden, seed + 2).to(device),
+        )
+        for seed, (make, down) in zip(range(0, 40, 10), kinds, strict=True)
+    ]
 
 
 # Beside NF4 and plain Int4: what packing brings into their form, and into that of eight bits.

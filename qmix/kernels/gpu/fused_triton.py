@@ -176,14 +176,18 @@ def matmul_add_route(
             place = (token * S + tl.program_id(0)) * EXPERTS + expert
             tl.store(shares + place, score, mask=used)
         if is_last(arrivals + tl.num_programs(0), tl.num_programs(0)):
-            slice_ = tl.arange(0, SLICES)[None, :, None]
+            # A few shares at a time: all at once are 256 registers of a thread of one warp.
+            SOME: tl.constexpr = min(SLICES, 8)
             every = tl.arange(0, EXPERTS)[None, None, :]
-            scores = tl.load(
-                shares + (token[:, None, None] * S + slice_) * EXPERTS + every,
-                mask=used[:, None, None] & (slice_ < S) & (every < E),
-                other=0.0,
-                cache_modifier=".cg",
-            )
+            scores = tl.zeros([COLUMNS, SOME, EXPERTS], tl.float32)
+            for first in tl.static_range(0, SLICES, SOME):
+                slice_ = first + tl.arange(0, SOME)[None, :, None]
+                scores += tl.load(
+                    shares + (token[:, None, None] * S + slice_) * EXPERTS + every,
+                    mask=used[:, None, None] & (slice_ < S) & (every < E),
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
             logits = tl.sum(scores, 1) * norm_factor(squares, token, used, S, SLICES)[:, None]
             rounded = logits.to(residual.dtype.element_ty).to(tl.float32)
             choose(rounded, used, ids, weights, token, E, CHOSEN)

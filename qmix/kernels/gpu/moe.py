@@ -9,7 +9,8 @@ Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from qmix.kernels.gpu.grid import UNTUNED, Config, Grid, Tuning, columns_for, gr
 from qmix.kernels.gpu.launch import dependency, launch, multiprocessors, power_of_2
 from qmix.kernels.moe import DECODE_TOKENS, Routes
 from qmix.weights.packed.layout import PackedMatrix
-from qmix.weights.packed.table import ExpertTable
+from qmix.weights.packed.table import ExpertTable, TableForm
 from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat
 
 # Between the two matmuls of an expert activations are float16, which ends at 65504 and loses bits
@@ -72,6 +73,7 @@ class Finish:
 
 
 FinishFor = Callable[[Grid], Finish]
+_GroupedFn = Callable[[TableForm], tuple[Tensor, _Groups]]
 
 
 def experts(
@@ -112,19 +114,27 @@ def expert_partials(
     """
     assert x.dtype == torch.float16, x.dtype
     tokens, hidden = x.shape
-    groups = _group(routes.ids, table)
-    inner = _gate_up(x, routes, table, layer, groups, tuning, squares, arrivals, dependent)
+    grouped = _grouped(routes.ids, table)
+    inner = _gate_up(x, routes, table, layer, grouped, tuning, squares, arrivals, dependent)
     pairs, width = inner.shape
-    grid = _grid((hidden, width), table.down, groups, x.device, down_tuning or tuning)
-    partials = torch.empty(grid.splits, pairs, hidden, dtype=torch.float32, device=x.device)
-    how = Finish(moe_triton.down, (), {}) if finish is None else finish(grid)
-    launch(
-        how.kernel, (grid.rows, groups.count, grid.splits),
-        table.addresses[layer], table.down_offset, inner, partials, routes.ids.contiguous(),
-        routes.weights.contiguous(), *groups.tensors, tokens, hidden, width, grid.splits,
-        *how.arguments, **_constants(table.down, grid.config), **_choice(routes, table, groups),
-        **how.constants, GROW=1 / SHRINK,
-    )  # fmt: skip
+    parts = [(form, *grouped(form)) for form in table.down]
+    grids = [
+        _grid((hidden, width), form.format, groups, x.device, down_tuning or tuning)
+        for form, _, groups in parts
+    ]
+    splits = min(grid.splits for grid in grids)
+    partials = torch.empty(splits, pairs, hidden, dtype=torch.float32, device=x.device)
+    for part, (form, ids, groups) in enumerate(parts, 1):
+        grid = replace(grids[part - 1], splits=splits)
+        finishes = finish is not None and part == len(parts)
+        how = finish(grid) if finish and finishes else Finish(moe_triton.down, (), {})
+        launch(
+            how.kernel, (grid.rows, groups.count, splits),
+            form.addresses[layer], form.offset, inner, partials, ids,
+            routes.weights.contiguous(), *groups.tensors, tokens, hidden, width, splits,
+            *how.arguments, **_constants(form.format, grid.config), **_choice(routes, table, groups),
+            **how.constants, GROW=1 / SHRINK,
+        )  # fmt: skip
     return partials
 
 
@@ -133,7 +143,7 @@ def _gate_up(
     routes: Routes,
     table: ExpertTable,
     layer: int,
-    groups: _Groups,
+    grouped: _GroupedFn,
     tuning: Tuning,
     squares: Tensor | None,
     arrivals: Tensor | None,
@@ -142,27 +152,30 @@ def _gate_up(
     """`SHRINK * silu(w1 x) * w3 x` of each pair: [T, D] -> float16 [M, F]."""
     (tokens, hidden), choices = x.shape, routes.ids.shape[1]
     pairs, width = tokens * choices, table.shape[0] // 2
-    ids = routes.ids.contiguous()
-    may_split = arrivals is not None and not groups.is_sorted
-    limits = {} if may_split else {"most_splits": 1}
-    grid = _grid(table.shape, table.gate_up, groups, x.device, tuning, **limits)
     x16, sharing = x.contiguous(), choices
     if table.perm is not None:  # act-order: one row for each pair, in the order of its expert
-        orders = table.perm[layer].index_select(0, ids.reshape(-1)).long()
+        orders = table.perm[layer].index_select(0, routes.ids.reshape(-1)).long()
         x16, sharing = x16.repeat_interleave(choices, 0).gather(1, orders), 1
     inner = torch.empty(pairs, width, dtype=torch.float16, device=x.device)
-    merged: tuple[Tensor | None, Tensor | None] = (None, None)
-    if grid.splits > 1:
-        shape = (grid.splits, groups.count, grid.rows, 2, grid.config.warps * 16 * groups.columns)
-        merged = torch.empty(shape, dtype=torch.float32, device=x.device), arrivals
-    launch(
-        moe_triton.gate_up, (grid.rows, groups.count, grid.splits),
-        table.addresses[layer], x16, inner, *merged, ids, *groups.tensors, squares,
-        tokens, hidden, width, grid.splits,
-        **_constants(table.gate_up, grid.config), **_choice(routes, table, groups),
-        **slices(squares), **dependency(dependent), **roomy(grid.config),
-        SHRINK=SHRINK, SHARED=sharing,
-    )  # fmt: skip
+    for form in table.gate_up:
+        ids, groups = grouped(form)
+        may_split = arrivals is not None and not groups.is_sorted
+        limits = {} if may_split else {"most_splits": 1}
+        grid = _grid(table.shape, form.format, groups, x.device, tuning, **limits)
+        merged: tuple[Tensor | None, Tensor | None] = (None, None)
+        if grid.splits > 1:
+            tile = 2, grid.config.warps * 16 * groups.columns
+            shape = (grid.splits, groups.count, grid.rows, *tile)
+            merged = torch.empty(shape, dtype=torch.float32, device=x.device), arrivals
+        launch(
+            moe_triton.gate_up, (grid.rows, groups.count, grid.splits),
+            form.addresses[layer], x16, inner, *merged, ids, *groups.tensors, squares,
+            tokens, hidden, width, grid.splits,
+            **_constants(form.format, grid.config), **_choice(routes, table, groups),
+            **slices(squares), **dependency(dependent), **roomy(grid.config),
+            SHRINK=SHRINK, SHARED=sharing,
+        )  # fmt: skip
+        dependent = False  # of the launches here only the first
     return inner
 
 
@@ -249,8 +262,9 @@ def _dense_experts(x: Tensor, routes: Routes, table: ExpertTable, layer: int) ->
             continue
         pairs = order[first : first + count]
         first += count
-        _dequantize(addresses, expert, 0, table.gate_up, width, gate_up)
-        _dequantize(addresses, expert, table.down_offset, table.down, BYTE_ROWS, down)
+        of, offset = table.formats[expert], table.down_offset(expert)
+        _dequantize(addresses, expert, 0, of.gate_up, width, gate_up)
+        _dequantize(addresses, expert, offset, of.down, BYTE_ROWS, down)
         chosen = x[pairs // choices]
         if table.perm is not None:
             chosen = chosen.index_select(1, table.perm[layer, expert])
@@ -276,20 +290,36 @@ def _combine(partials: Tensor, tokens: int, choices: int, dtype: torch.dtype) ->
     return out
 
 
-def _group(ids: Tensor, table: ExpertTable) -> _Groups:
-    """How pairs [T, k] are distributed to thread blocks. Nothing here waits for the device."""
+def _grouped(ids: Tensor, table: ExpertTable) -> _GroupedFn:
+    """What a form's launches multiply: the ids [T, k], E where it has no part, and its groups."""
+
+    @cache
+    def found(members: Tensor | None, count: int) -> tuple[Tensor, _Groups]:
+        own = ids.contiguous() if members is None else members[ids]
+        return own, _group(own, table, count)
+
+    return lambda form: found(form.members, form.count)
+
+
+def _group(ids: Tensor, table: ExpertTable, most: int) -> _Groups:
+    """How pairs [T, k] are distributed to thread blocks. Nothing here waits for the device.
+
+    Args:
+        ids: E where a pair has no part.
+        most: how many experts may have one.
+    """
     tokens, pairs, count = len(ids), ids.numel(), table.addresses.shape[1]
-    formats = (table.gate_up, table.down)
+    formats = [form.format for form in (*table.gate_up, *table.down)]
     if tokens <= DECODE_TOKENS:
         none = ids.new_empty(0, dtype=torch.int32)
-        return _Groups(none, none, none, min(count, pairs), False, columns_for(tokens, *formats))
+        return _Groups(none, none, none, min(most, pairs), False, columns_for(tokens, *formats))
     columns = columns_for(-(-pairs // count), *formats)
     counts = _counts(ids, count)
     blocks = (counts + columns - 1) // columns
     starts, block_starts = (F.pad(part.cumsum(0), (1, 0)).int() for part in (counts, blocks))
     order = ids.reshape(-1).argsort(stable=True).int()
-    most = pairs // columns + min(count, pairs)  # the last group of every expert may be part full
-    return _Groups(order, starts, block_starts, most, True, columns)
+    groups = pairs // columns + min(most, pairs)  # the last group of an expert may be part full
+    return _Groups(order, starts, block_starts, groups, True, columns)
 
 
 def _counts(ids: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
     q, k and v         one matrix, in a format that holds all three; otherwise each by itself
     w1 and w3          one matrix of an expert's blob, row by row; w2 is the other
-    a layer's experts  one table, if all of them have one format; otherwise each matrix by itself
+    a layer's experts  one table; if an expert has no format, each matrix by itself
     any other matrix   by itself, with rows of zeros that fill its last panel
 
 All of a packed weight but its codes stays on the host as it was read. Knows no torch and no
@@ -158,16 +158,17 @@ def expert_format(w1: MatrixSpec, w2: MatrixSpec, w3: MatrixSpec) -> ExpertForma
     return ExpertFormat(gate, matrix_format(w2, "w2"), (2 * width, hidden))
 
 
-def table_format(layers: Sequence[Sequence[ExpertFormat]]) -> ExpertFormat:
-    """The format that the experts of an address table share.
+def table_formats(layers: Sequence[Sequence[ExpertFormat]]) -> tuple[ExpertFormat, ...]:
+    """The formats of the experts of an address table, the same in each of its layers.
 
     Args:
         layers: the formats of each layer's experts.
 
     Raises:
-        UnsupportedError: a layer's number of experts is no power of two, or experts differ.
+        UnsupportedError: a layer's number of experts is no power of two, experts differ in shape,
+            or layers in format.
     """
-    count, shared = len(layers[0]), layers[0][0]
+    count, first = len(layers[0]), tuple(layers[0])
     if count & (count - 1):
         raise UnsupportedError(
             "the kernels count experts by powers of two",
@@ -175,16 +176,16 @@ def table_format(layers: Sequence[Sequence[ExpertFormat]]) -> ExpertFormat:
             found=count,
         )
     for index, layer in enumerate(layers):
-        for expert in layer:
-            if expert != shared:
+        for expert, alike in zip(layer, first, strict=True):
+            if expert != alike or expert.shape != first[0].shape:
                 raise UnsupportedError(
-                    "the experts of a table must be stored alike",
+                    "the experts of a table must have one shape, and its layers one format",
                     where=f"layer {index}",
-                    expected=shared,
+                    expected=first[0],
                     found=expert,
                     remedy="The fallback kernel multiplies such a model.",
                 )
-    return shared
+    return first
 
 
 def require_silu(*, fused: bool) -> None:

@@ -7,35 +7,51 @@ that the device can read; the result of a kernel does not depend on it.
 Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from qmix.weights.packed.layout import PackedExpert
-from qmix.weights.packed.packed_shapes import table_format
+from qmix.weights.packed.packed_shapes import ExpertFormat, table_formats
 from qmix.weights.packed.tile_format import TileFormat
 
 
 @dataclass(frozen=True, eq=False)
+class TableForm:
+    """The experts of a table whose matrices, w1 with w3 or w2, have one format.
+
+    Attributes:
+        count: how many experts these are.
+        addresses: int64 [layers, E] on the device, of all experts.
+        offset: bytes from an address to the matrix.
+        members: int64 [E] on the device, an expert's own number, or E if it has another format;
+            None: all experts have this one.
+    """
+
+    format: TileFormat
+    count: int
+    addresses: Tensor
+    offset: int
+    members: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class ExpertTable:
-    """The packed experts of one or more layers, alike in shape and storage.
+    """The packed experts of one or more layers, alike in shape.
 
     Attributes:
         addresses: int64 [layers, E] on the device.
-        gate_up: the format of w1 and w3.
-        down: the format of w2.
-        shape: (2F, D), the shape of w1 and w3 packed together; w2 is (D, F).
+        formats: of each expert, the same in all layers.
         blobs: [layers][E], what the addresses point to, kept alive here.
         perm: int32 [layers, E, D], the order in which each expert wants a token's activations; None
             if no expert is act-order.
     """
 
     addresses: Tensor
-    gate_up: TileFormat
-    down: TileFormat
-    shape: tuple[int, int]
+    formats: tuple[ExpertFormat, ...]
     blobs: list[list[Tensor]]
     perm: Tensor | None = None
 
@@ -44,26 +60,61 @@ class ExpertTable:
         """The table of experts at their current addresses.
 
         Raises:
-            UnsupportedError: the number of experts is no power of two, or experts differ in shape
-                or storage.
+            UnsupportedError: the number of experts is no power of two, experts differ in shape, or
+                layers in format.
         """
-        shared = table_format([[expert.format for expert in layer] for layer in layers])
+        formats = table_formats([[expert.format for expert in layer] for layer in layers])
         device = layers[0][0].blob.device
         blobs = [[expert.blob for expert in layer] for layer in layers]
         addresses = [[blob.data_ptr() for blob in row] for row in blobs]
         return cls(
             torch.tensor(addresses, dtype=torch.int64, device=device),
-            shared.gate_up,
-            shared.down,
-            shared.shape,
+            formats,
             blobs,
-            _perms(layers, shared.shape[1]),
+            _perms(layers, formats[0].shape[1]),
         )
 
     @property
-    def down_offset(self) -> int:
+    def shape(self) -> tuple[int, int]:
+        """(2F, D), the shape of w1 and w3 packed together; w2 is (D, F)."""
+        return self.formats[0].shape
+
+    @property
+    def alike(self) -> bool:
+        """Whether all experts have one format."""
+        return len(set(self.formats)) == 1
+
+    def down_offset(self, expert: int) -> int:
         """Bytes from the start of an expert to its w2."""
-        return self.gate_up.matrix_bytes(self.shape)
+        return self.formats[expert].gate_up.matrix_bytes(self.shape)
+
+    @cached_property
+    def gate_up(self) -> tuple[TableForm, ...]:
+        """The forms of w1 with w3."""
+        return self._forms(lambda of: of.gate_up, [0] * len(self.formats))
+
+    @cached_property
+    def down(self) -> tuple[TableForm, ...]:
+        """The forms of w2."""
+        return self._forms(
+            lambda of: of.down, list(map(self.down_offset, range(len(self.formats))))
+        )
+
+    def _forms(
+        self, matrix: Callable[[ExpertFormat], TileFormat], offsets: list[int]
+    ) -> tuple[TableForm, ...]:
+        found = list(map(matrix, self.formats))
+        addresses, offset = self.addresses, offsets[0]
+        if len(set(offsets)) > 1:
+            addresses, offset = addresses + addresses.new_tensor(offsets), 0
+        if len(set(found)) == 1:
+            return (TableForm(found[0], len(found), addresses, offset),)
+        forms = []
+        for each in dict.fromkeys(found):
+            ids = [expert if of == each else len(found) for expert, of in enumerate(found)]
+            members = self.addresses.new_tensor(ids)
+            forms.append(TableForm(each, found.count(each), addresses, offset, members))
+        return tuple(forms)
 
 
 def _perms(layers: Sequence[Sequence[PackedExpert]], hidden: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qmix.errors import UnsupportedError
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert, ExpertSequence
@@ -28,7 +29,7 @@ from qmix.weights.packed.layout import (
     unpack_matrix,
     with_blob,
 )
-from qmix.weights.packed.packed_shapes import table_format
+from qmix.weights.packed.packed_shapes import table_formats
 from qmix.weights.packed.planes import with_codes_of
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Kind, Scheme
@@ -166,7 +167,7 @@ class PackedExperts(ExpertSequence):
         Raises:
             UnsupportedError: as pack_expert and ExpertTable.build; nothing is released then.
         """
-        table_format([[format_of(experts[index]) for index in range(len(experts))]])
+        table_formats([[format_of(experts[index]) for index in range(len(experts))]])
         packed, templates = [], []
         for index in range(len(experts)):
             packed.append(pack_expert(experts[index]))
@@ -175,7 +176,18 @@ class PackedExperts(ExpertSequence):
         return cls(packed, templates)
 
     def moved_to(self, blobs: Sequence[Tensor], addresses: Tensor) -> "PackedExperts":
-        """The experts with their bytes in `blobs`, read by kernels at `addresses`, int64 [1, E]."""
+        """The experts with their bytes in `blobs`, read by kernels at `addresses`, int64 [1, E].
+
+        Raises:
+            UnsupportedError: they have several formats, whose addresses are computed once.
+        """
+        if not self.table.alike:
+            raise UnsupportedError(
+                "slots hold experts of one format only",
+                found=", ".join(
+                    sorted({f"{of.gate_up} with {of.down}" for of in self.table.formats})
+                ),
+            )
         moved = [with_blob(expert, blob) for expert, blob in zip(self.packed, blobs, strict=True)]
         table = replace(self.table, addresses=addresses, blobs=[list(blobs)])
         return PackedExperts(moved, self._templates, table)

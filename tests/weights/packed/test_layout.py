@@ -19,7 +19,7 @@ from qmix.weights.packed.tile_format import PANEL, TileFormat
 from qmix.weights.packed.weight import pack, pack_joined
 from qmix.weights.scales import floats
 from qmix.weights.table import VALUES
-from tests.support.packed import KINDS, OTHERS, act_order, as_computed, int4, nf4
+from tests.support.packed import KINDS, OTHERS, act_order, as_computed, int4, int8, nf4
 
 SHAPES = [(128, 64), (128, 128), (384, 192), (256, 448), (128, 1024)]
 
@@ -141,12 +141,29 @@ def test_the_table_holds_addresses():
         [e.blob.data_ptr() for e in experts[:2]],
         [e.blob.data_ptr() for e in experts[2:]],
     ]
-    assert table.down_offset == len(experts[0].gate_up.blob)
+    assert table.down_offset(0) == len(experts[0].gate_up.blob)
+    ((gate_up,), (down,)) = table.gate_up, table.down
+    assert gate_up.members is None
+    assert down.addresses is table.addresses  # a store changes them in place
+    assert (gate_up.offset, down.offset) == (0, table.down_offset(0))
     with pytest.raises(UnsupportedError, match="powers of two"):
         ExpertTable.build([experts[:3]])
-    other = pack_expert(Expert(int4(64, 128), int4(128, 64), int4(64, 128)))
-    with pytest.raises(UnsupportedError, match="stored alike"):
-        ExpertTable.build([[experts[0], other]])
+
+
+def test_a_table_of_several_forms_says_which_experts_have_which():
+    one, other = (
+        pack_expert(Expert(make(64, 128), int4(128, 64), make(64, 128))) for make in (nf4, int8)
+    )
+    table = ExpertTable.build([[one, other, one, one]])
+    assert not table.alike
+    assert [form.members.tolist() for form in table.gate_up] == [[0, 4, 2, 3], [4, 1, 4, 4]]
+    (down,) = table.down
+    assert (down.members, down.offset) == (None, 0)
+    assert down.addresses.tolist() == [
+        [each.down.blob.data_ptr() for each in (one, other, one, one)]
+    ]
+    with pytest.raises(UnsupportedError, match="one shape"):
+        ExpertTable.build([[one] * 2, [other] * 2])
 
 
 # The instruction strings themselves, executed on int64 tensors of 32-bit words.

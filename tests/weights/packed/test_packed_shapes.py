@@ -13,7 +13,7 @@ from qmix.weights.packed.packed_shapes import (
     joined,
     matrix_format,
     padded,
-    table_format,
+    table_formats,
 )
 from qmix.weights.packed.planes import spec_of
 from tests.support.packed import act_order, affine, int4, nf4
@@ -80,9 +80,9 @@ def test_an_expert_is_as_long_as_the_description_says(make):
     blob = pack_expert(expert)
     assert blob.format == described
     assert blob.blob.nbytes == described.nbytes
-    assert table_format([[described] * 4] * 2) == described
+    assert table_formats([[described] * 4] * 2) == (described,) * 4
     with pytest.raises(UnsupportedError, match="powers of two"):
-        table_format([[described] * 3])
+        table_formats([[described] * 3])
     other = replace(described, shape=(256, 128))
-    with pytest.raises(UnsupportedError, match="stored alike"):
-        table_format([[described] * 2, [described, other]])
+    with pytest.raises(UnsupportedError, match="one shape"):
+        table_formats([[described, other]])

@@ -258,7 +258,11 @@ def test_loading_packed_weights_imports_no_triton():
     succeeds(code)
 
 
-def test_a_table_wants_experts_stored_alike():
-    mixed = [*layer_of(nf4, 2), *layer_of(int4, 2)]
-    with pytest.raises(kernels.UnsupportedError, match="stored alike"):
-        PackedExperts.pack(mixed)
+def test_experts_of_several_forms_are_packed_but_do_not_go_into_slots():
+    mixed = [*layer_of(nf4, 2, width=128), *layer_of(int4, 2, width=128)]
+    found = PackedExperts.pack(mixed)
+    for one, other in zip(found, mixed, strict=True):
+        assert_equal(one.w2.unpack(), other.w2)
+    with pytest.raises(kernels.UnsupportedError, match="one format only") as info:
+        found.moved_to([expert.blob for expert in found.packed], found.table.addresses)
+    assert info.value.found == "int4 64 with int4 64, nf4 64 with nf4 64"
