@@ -98,6 +98,7 @@ class StaticDecoder:
     """
 
     _mask: Tensor | None = None  # that `_padding` was taken from
+    _expert_ids: Sequence[Tensor] = ()  # of each layer, in a recording's own memory
 
     def __init__(
         self,
@@ -155,7 +156,6 @@ class StaticDecoder:
         self._through_layers = LayerLaunches(layers, self._storage, settings, tuning)
         shape = (len(layers), cache.batch, config.num_experts_per_tok)
         self._route_log = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._expert_ids: Sequence[Tensor] = ()  # of each layer; a recording's own memory
         self._pool = pool
         self._record = record and _recordable(device)
         self._graph: torch.cuda.CUDAGraph | None = None

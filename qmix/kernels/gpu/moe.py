@@ -113,24 +113,36 @@ def expert_partials(
         dependent: `gate_up` may start while the launch before drains; see `can_depend`.
     """
     assert x.dtype == torch.float16, x.dtype
-    tokens, hidden = x.shape
     grouped = _grouped(routes.ids, table)
     inner = _gate_up(x, routes, table, layer, grouped, tuning, squares, arrivals, dependent)
-    pairs, width = inner.shape
+    return _down(inner, x.shape, routes, table, layer, grouped, down_tuning or tuning, finish)
+
+
+def _down(
+    x: Tensor,
+    shape: torch.Size,
+    routes: Routes,
+    table: ExpertTable,
+    layer: int,
+    grouped: _GroupedFn,
+    tuning: Tuning,
+    finish: FinishFor | None,
+) -> Tensor:
+    """Partial sums [Z, M, D] for float16 [M, F], of tokens [T, D] = `shape`."""
+    (pairs, width), (tokens, hidden) = x.shape, shape
     parts = [(form, *grouped(form)) for form in table.down]
     grids = [
-        _grid((hidden, width), form.format, groups, x.device, down_tuning or tuning)
-        for form, _, groups in parts
+        _grid((hidden, width), form.format, groups, x.device, tuning) for form, _, groups in parts
     ]
     splits = min(grid.splits for grid in grids)
     partials = torch.empty(splits, pairs, hidden, dtype=torch.float32, device=x.device)
     for part, (form, ids, groups) in enumerate(parts, 1):
         grid = replace(grids[part - 1], splits=splits)
-        finishes = finish is not None and part == len(parts)
-        how = finish(grid) if finish and finishes else Finish(moe_triton.down, (), {})
+        is_last = part == len(parts)
+        how = finish(grid) if finish and is_last else Finish(moe_triton.down, (), {})
         launch(
             how.kernel, (grid.rows, groups.count, splits),
-            form.addresses[layer], form.offset, inner, partials, ids,
+            form.addresses[layer], form.offset, x, partials, ids,
             routes.weights.contiguous(), *groups.tensors, tokens, hidden, width, splits,
             *how.arguments, **_constants(form.format, grid.config), **_choice(routes, table, groups),
             **how.constants, GROW=1 / SHRINK,
