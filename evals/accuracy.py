@@ -3,10 +3,11 @@
 `python -m qmix.evals.accuracy [--rivals DIR] [--ablations] [--only NAME ...]` quantizes the tiny
 model by each method on the same windows of the corpus's training split. It scores every result in
 float32 against the 16-bit model on the held-out split and prints a markdown table. The checkpoints
-of other quantizers in DIR (`make rivals` writes some) are scored beside them. `--ablations` instead
-leaves out one part of GPTQ after another. `--overfit` scores on the calibration text too: how much
-higher KL is on the held-out text, beside a method that needs no calibration, shows what was fitted
-too closely.
+of other quantizers in DIR (`make rivals` writes some) are scored beside them, and with `--llama
+PYTHON` what llama.cpp makes of the same model in its types of 2 to 4 bits (`make llama`).
+`--ablations` instead leaves out one part of GPTQ after another. `--overfit` scores on the
+calibration text too: how much higher KL is on the held-out text, beside a method that needs no
+calibration, shows what was fitted too closely.
 
 Scores differ with the text, which comes with Python, so the record names its SHA-256.
 """
@@ -29,6 +30,7 @@ from qmix import strict_json
 from qmix.errors import UsageError
 from qmix.evals import corpus
 from qmix.evals.command import exit_code, say
+from qmix.evals.quality.llama_quantizers import quantized
 from qmix.evals.quality.scores import (
     VariantScore,
     ablation_table,
@@ -36,11 +38,13 @@ from qmix.evals.quality.scores import (
     rival_directories,
     rival_to_beat,
     score,
+    score_each,
     score_table,
 )
 from qmix.evals.quality.texts import Text
 from qmix.evals.quality.variants import Variant, ablated_variants, matching, method_variants
 from qmix.evals.training import tiny_model
+from qmix.gguf.files import is_gguf
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -92,14 +96,16 @@ def _scores(
     text: Text,
     calibration: Calibration | None,
 ) -> list[VariantScore]:
-    scores = []
+    scores: list[VariantScore] = []
 
     def add(each: VariantScore) -> None:
         say(f"{each.name}: mean KL {each.kl:.5f}, perplexity {each.result.perplexity:.4f}")
         scores.append(each)
 
-    for directory in rivals:
-        add(score(directory.name, directory, text, source, rival=True, calibration=calibration))
+    if rivals:
+        named = {path.stem if is_gguf(path) else path.name: path for path in rivals}
+        for each in score_each(named, text, source, rival=True, calibration=calibration):
+            add(each)
     for variant in variants:
         say(f"{variant.name}: quantizing")
         with tempfile.TemporaryDirectory() as scratch:
@@ -117,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rivals", type=Path, metavar="DIR", help="score the checkpoints in DIR too"
+    )
+    parser.add_argument(
+        "--llama",
+        type=Path,
+        metavar="PYTHON",
+        help="score llama.cpp's types, with llama-cpp-python of PYTHON",
     )
     parser.add_argument(
         "--ablations", action="store_true", help="compare GPTQ without its parts, not the methods"
@@ -137,6 +149,7 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--ablations"] if options.ablations else []
     words += ["--overfit"] if options.overfit else []
     words += ["--rivals DIR"] if options.rivals else []
+    words += ["--llama PYTHON"] if options.llama else []
     words += ["--only", *options.only] if options.only else []
     return " ".join([*words, f"--samples {options.samples} --seqlen {options.seqlen}"])
 
@@ -148,8 +161,9 @@ def measure(options: argparse.Namespace) -> None:
         QmixError: no such row, no checkpoints in `rivals`, too little text, or a damaged
         checkpoint.
     """
-    if options.ablations and options.rivals:
-        raise UsageError("the ablations are compared with no rival", where="--rivals")
+    for name in ("rivals", "llama"):
+        if options.ablations and getattr(options, name):
+            raise UsageError("the ablations are compared with no rival", where=f"--{name}")
     if options.out and not options.out.parent.is_dir():
         raise UsageError("no such directory", where="--out", found=str(options.out.parent))
     source, training = tiny_model.directory(), corpus.training_text()
@@ -165,7 +179,11 @@ def measure(options: argparse.Namespace) -> None:
     chosen = matching(variants, options.only)
     rivals = rival_directories(options.rivals) if options.rivals else ()
     fitted = calibration if options.overfit else None
-    scores = _scores(chosen, rivals, source, Text.of(corpus.heldout_text()), fitted)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.llama:
+            files = quantized(options.llama, source, Path(scratch), calibration, say=say)
+            rivals = (*rivals, *files)
+        scores = _scores(chosen, rivals, source, Text.of(corpus.heldout_text()), fitted)
     body = ablation_table(scores) if options.ablations else score_table(scores)
     document = record(scores, calibration, _command(options), body)
     sys.stdout.write(json.dumps(document, indent=2) + "\n" if options.json else _table(document))

@@ -11,12 +11,13 @@ from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models.options import parse_device
 from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDOWS
 from qmix.quantize.adapter import with_adapter
-from qmix.quantize.calibrated.bit_allocation import allocate_bits, check_bits
+from qmix.quantize.calibrated.bit_allocation import Choices, allocate_bits, choices_for
 from qmix.quantize.calibrated.layer_work import EXPECTED, LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions, Objective
 from qmix.quantize.calibrated.run import prepare, quantize_calibrated
 from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
+from qmix.quantize.output_checkpoint import plan_outputs
 from qmix.quantize.report import QuantizeReport
 from qmix.quantize.shard_supply import ShardSupply
 from qmix.quantize.source import Source, open_source
@@ -49,7 +50,8 @@ class QuantizeRequest:
         documents: a model card and a page with pictures are written too.
 
     Raises:
-        UsageError: an option that does not apply to the method, or a group size out of range.
+        UsageError: an option that does not apply to the method, or a group size or bits out of
+            range.
     """
 
     method: Method
@@ -90,6 +92,8 @@ class QuantizeRequest:
                 raise UsageError(f"{option} does not apply to --method {self.method}")
         if self.group_size is not None:
             check_group_size(self.group_size)
+        if self.method == "auto":
+            choices_for(self.budget)
 
     @property
     def calibrated(self) -> bool:
@@ -97,8 +101,20 @@ class QuantizeRequest:
         return self.method in ("gptq", "auto")
 
     @property
+    def budget(self) -> float:
+        """Bits a weight for `auto`."""
+        return _DEFAULT_BITS if self.bits is None else self.bits
+
+    @property
+    def choices(self) -> Choices:
+        """The schemes among which `auto` chooses."""
+        return choices_for(self.budget)
+
+    @property
     def scheme(self) -> Scheme:
-        """The scheme of every quantized weight; for `auto` the one with the fewest bits."""
+        """The scheme of every quantized weight; for `auto` the typical one."""
+        if self.method == "auto":
+            return self.choices.typical
         if self.method in ("nf4", "fp4"):
             kind: Literal["nf4", "fp4"] = "fp4" if self.method == "fp4" else "nf4"
             return Scheme(kind=kind, double_quant=self.double_quant)
@@ -170,11 +186,15 @@ def _calibrated(
     )
     meter = WorkMeter(EXPECTED, progress)
     if request.method == "auto":
-        bits = _DEFAULT_BITS if request.bits is None else request.bits
-        check_bits(bits)
-        # Refused before an hour of measuring: what does not fit even at the fewest bits.
-        prepare(opened, out, recipe, calibration, options)
-        recipe = _measured_recipe(opened, calibration, request, options, bits, meter)
+        # Refused before an hour of measuring: what fits no scheme, or not even at the fewest bits.
+        recipes = [
+            Recipe.uniform(scheme, attention=request.attention)
+            for scheme in request.choices.schemes
+        ]
+        for each in recipes:
+            plan_outputs(opened, each, requantize=request.requantize)
+        prepare(opened, out, recipes[0], calibration, options)
+        recipe = _measured_recipe(opened, calibration, request, options, meter)
     return quantize_calibrated(
         opened,
         out,
@@ -210,12 +230,15 @@ def _measured_recipe(
     calibration: Calibration,
     request: QuantizeRequest,
     options: CalibratedOptions,
-    bits: float,
     meter: WorkMeter,
 ) -> Recipe:
     """The bits of each matrix, by their measured losses."""
     sensitivity = Sensitivity(
-        source, calibration.ids, attention=request.attention, device=options.device
+        source,
+        calibration.ids,
+        request.choices,
+        attention=request.attention,
+        device=options.device,
     )
     # The rounding, which is planned again when it begins, counts from the start.
     tokens, window = calibration.ids.numel(), calibration.ids.shape[1]
@@ -225,4 +248,4 @@ def _measured_recipe(
     meter.plan(rounding)
     groups = sensitivity.groups(meter)
     meter.drop(rounding)
-    return allocate_bits(groups, bits)
+    return allocate_bits(groups, request.budget)

@@ -4,7 +4,7 @@ Knows nothing of how a checkpoint was quantized.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,18 @@ from typing import Any
 from qmix.errors import CheckpointError
 from qmix.evals import markdown
 from qmix.evals.quality.bootstrap import Estimate
-from qmix.evals.quality.evaluation import evaluate, score_all
+from qmix.evals.quality.evaluation import Material, WholeText, score_all
 from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
 from qmix.evals.quality.texts import Text
 from qmix.evals.quality.window_scores import difference
 from qmix.evals.quality.windows import ScoringWindows, whole_windows
 from qmix.formats import Checkpoint, open_checkpoint
+from qmix.formats.layouts import gguf_schemes
 from qmix.formats.readers.storage import storage_summary
+from qmix.gguf.tensor_types import BY_NAME
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.text.tokenizer import LlamaTokenizer
+from qmix.weights.scheme import Scheme
 
 _HEADER = ("model", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
 
@@ -30,8 +33,8 @@ class VariantScore:
     """A quantized checkpoint against its 16-bit source.
 
     Attributes:
-        bits_per_weight: of the quantized weights: codes, scales, and zeros if asymmetric.
-        schemes: number of weights in each scheme.
+        bits_per_weight: of the quantized weights in the file: codes, scales, zeros or biases.
+        schemes: number of weights in each scheme, or type of GGUF's.
         group_size: of all of them; None if they differ, or are in blocks.
         rival: whether another project's quantizer wrote the checkpoint.
         on_calibration: the score on the text that quantizers were calibrated with, if asked for.
@@ -114,47 +117,107 @@ def score(
     rival: bool,
     calibration: Calibration | None = None,
 ) -> VariantScore:
-    """Score a quantized checkpoint in float32 on the CPU.
+    """Score a quantized checkpoint; see `score_each`."""
+    named = {name: directory}
+    (found,) = score_each(named, text, source, rival=rival, calibration=calibration)
+    return found
+
+
+def score_each(
+    named: Mapping[str, Path],
+    text: Text,
+    source: Path,
+    *,
+    rival: bool,
+    calibration: Calibration | None = None,
+) -> tuple[VariantScore, ...]:
+    """Score quantized checkpoints in float32 on the CPU. The source is run once for all of them.
 
     Args:
-        calibration: also score it on this text.
+        named: name -> folder or GGUF file.
+        calibration: also score them on this text.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, not quantized, or has another tokenizer than the
+        CheckpointError: a checkpoint is damaged, not quantized, or has another tokenizer than the
             source.
     """
-    checkpoint = open_checkpoint(directory)
-    schemes = storage_summary(checkpoint.metadata).schemes
-    weights = [
-        (schemes[tensor.prefix], math.prod(tensor.shape))
-        for tensor in checkpoint.tensors
-        if tensor.linear and schemes[tensor.prefix].kind != "dense"
-    ]
+    stored = {name: _stored(directory) for name, directory in named.items()}
+    results = _results(named, WholeText(text), source)
+    fitted: Sequence[Perplexity | None] = [None] * len(named)
+    if calibration is not None:
+        fitted = _results(named, CalibrationText(calibration), source)
+    return tuple(
+        VariantScore(name=name, rival=rival, result=result, on_calibration=fit, **vars(each))
+        for (name, each), result, fit in zip(stored.items(), results, fitted, strict=True)
+    )
+
+
+def _results(named: Mapping[str, Path], material: Material, source: Path) -> list[Perplexity]:
+    directories = list(named.values())
+    windows, scores = score_all(
+        directories, material, reference=source, dtype="float32", device="cpu"
+    )
+    return [Perplexity.of(tokens, windows, material.text.sha256) for tokens in scores]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a checkpoint stores its quantized weights; see VariantScore."""
+
+    bits_per_weight: float
+    schemes: dict[str, int]
+    group_size: int | None
+
+
+def _stored(directory: Path) -> _Stored:
+    weights = _quantized(open_checkpoint(directory))
     if not weights:
         raise CheckpointError(
-            "not quantized", where=str(directory), expected="4- or 8-bit weights", found="none"
+            "not quantized", where=str(directory), expected="weights of 1 to 8 bits", found="none"
         )
-    total = sum(count for _, count in weights)
-    group_sizes = {scheme.group_size if scheme.integer else None for scheme, _ in weights}
-    mixed = len({scheme.bits for scheme, _ in weights}) > 1 or len(group_sizes) > 1
-    names = [str(scheme) for scheme, _ in weights]
-    result = evaluate(directory, text, reference=source, dtype="float32", device="cpu")
-    fitted = None
-    if calibration is not None:
-        material = CalibrationText(calibration)
-        windows, (tokens,) = score_all(
-            [directory], material, reference=source, dtype="float32", device="cpu"
-        )
-        fitted = Perplexity.of(tokens, windows, material.text.sha256)
-    return VariantScore(
-        name=name,
-        bits_per_weight=sum(scheme.bits_per_weight * count for scheme, count in weights) / total,
-        schemes={scheme: names.count(scheme) for scheme in sorted(set(names))},
+    total = sum(weight.count for weight in weights)
+    schemes = {weight.scheme for weight in weights}
+    group_sizes = {scheme.group_size if scheme.integer else None for scheme in schemes}
+    mixed = len({scheme.bits for scheme in schemes}) > 1 or len(group_sizes) > 1
+    names = [weight.stored_as for weight in weights]
+    return _Stored(
+        bits_per_weight=sum(weight.bits * weight.count for weight in weights) / total,
+        schemes={name: names.count(name) for name in sorted(set(names))},
         group_size=None if mixed else group_sizes.pop(),
-        rival=rival,
-        result=result,
-        on_calibration=fitted,
     )
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """A quantized weight.
+
+    Attributes:
+        stored_as: the scheme, or GGUF's type.
+        bits: of a weight in the file, scales included.
+        count: how many weights it has.
+    """
+
+    scheme: Scheme
+    stored_as: str
+    bits: float
+    count: int
+
+
+def _quantized(checkpoint: Checkpoint) -> list[_Quantized]:
+    """The quantized matrices; an embedding and a head do not count."""
+    schemes = storage_summary(checkpoint.metadata).schemes
+    found = []
+    for tensor in checkpoint.tensors:
+        if not tensor.linear or tensor.kind == "head" or schemes[tensor.prefix].kind == "dense":
+            continue
+        scheme, packing = schemes[tensor.prefix], checkpoint.packing(tensor)
+        stored_as, bits = str(scheme), scheme.bits_per_weight
+        if packing is not None and packing.layout == "GGUF":
+            stored_as = gguf_schemes.type_of(packing.infos)
+            stored = BY_NAME[stored_as]
+            bits = 8 * stored.block_bytes / stored.block_size
+        found.append(_Quantized(scheme, stored_as, bits, math.prod(tensor.shape)))
+    return found
 
 
 def rival_directories(parent: Path) -> tuple[Path, ...]:

@@ -29,6 +29,9 @@ METHODS = {
     "gptq-g128-loss": QuantizeRequest(method="gptq", group_size=128, objective="loss"),
     "gptq-g32-loss": QuantizeRequest(method="gptq", group_size=32, objective="loss"),
     "auto-4.25-loss": QuantizeRequest(method="auto", bits=4.25, objective="loss"),
+    "auto-2.9": QuantizeRequest(method="auto", bits=2.9),
+    "auto-3": QuantizeRequest(method="auto", bits=3),
+    "auto-3.5": QuantizeRequest(method="auto", bits=3.5),
     "auto-4.25": QuantizeRequest(method="auto", bits=4.25),
     "auto-4.5": QuantizeRequest(method="auto", bits=4.5),
 }

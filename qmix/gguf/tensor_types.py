@@ -64,4 +64,6 @@ DENSE = ("F32", "F16", "BF16")
 QUANTIZED = (
     *("Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS"),
     *("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"),
+    *("Q2_K", "Q3_K", "MXFP4"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
 )

@@ -17,7 +17,7 @@ from qmix.formats.names import ModelTensor, model_tensors
 from qmix.hub.local import shown_name
 from qmix.weights.blob import blob_bytes, quantized_bytes
 from qmix.weights.packed.packed_shapes import MatrixSpec
-from qmix.weights.scheme import DENSE, NESTED_BLOCK, Recipe, Scheme
+from qmix.weights.scheme import DENSE, GGUF_TABLES, NESTED_BLOCK, Recipe, Scheme
 
 ITEM_BYTES = dict(DTYPES.values())
 _TABLE_BYTES = 16 * 4  # the values of a table weight's codes
@@ -108,7 +108,7 @@ class StoredWeight:
         scheme = self.scheme
         if scheme.kind == "dense" or scheme.integer:
             return 0
-        nested = _SMALL_MAP_BYTES if scheme.kind == "iq4" else _MAP_BYTES
+        nested = _SMALL_MAP_BYTES if scheme.kind in GGUF_TABLES else _MAP_BYTES
         return _TABLE_BYTES + (nested if scheme.double_quant else 0)
 
 
@@ -208,7 +208,7 @@ class StoredModel:
         converted = [
             3 * weight.file_bytes
             for weight in self.weights
-            if weight.scheme.integer or weight.scheme.kind == "iq4"
+            if weight.scheme.integer or weight.scheme.kind in GGUF_TABLES
         ]
         converted += [
             # FP8 is dequantized in float32 first.

@@ -10,8 +10,12 @@ from typing import Literal
 
 from qmix.errors import UsageError
 
-Kind = Literal["dense", "nf4", "fp4", "e2m1", "iq4", "int2", "int3", "int4", "int5", "int6", "int8"]
+_Tables = Literal["nf4", "fp4", "e2m1", "iq4", "iq3_xxs", "iq3_s", "iq2", "iq1"]
+_Integers = Literal["int2", "int3", "int4", "int5", "int6", "int8"]
+Kind = Literal["dense", _Tables, _Integers]
 
+# The tables that only GGUF files have.
+GGUF_TABLES: tuple[Kind, ...] = ("iq4", "iq3_xxs", "iq3_s", "iq2", "iq1")
 # Absmax values that share one fp32 scale under double quantization (QLoRA, section 3).
 NESTED_BLOCK = 256
 _WHOLE_SCALE = 4  # bytes of the float32 that multiplies all scales of an E2M1 weight
@@ -40,10 +44,10 @@ class Scheme:
 
     `dense`: 16 or 32 bits a weight. `nf4`: 4-bit NormalFloat codes with one absmax per `block_size`
     consecutive weights (QLoRA, arXiv 2305.14314); with `double_quant`, the absmax is stored in 8
-    bits. `fp4`, `e2m1`, `iq4`: the same with other tables of 16 values. `int2` to `int8`: integers
-    of so many bits with one 16-bit scale per `group_size` consecutive inputs of an output (-1: all
-    inputs), and one zero with the bits of a code unless `symmetric`. `group_bits` are the bits of a
-    group or block beside its codes where they are others than that.
+    bits. `fp4`, `e2m1`, `iq4` to `iq1`: the same with other tables of 16 values. `int2` to `int8`:
+    integers of so many bits with one 16-bit scale per `group_size` consecutive inputs of an output
+    (-1: all inputs), and one zero with the bits of a code unless `symmetric`. `group_bits` are the
+    bits of a group or block beside its codes where they are others than that.
     """
 
     kind: Kind

@@ -1,6 +1,6 @@
 """Table weights: 4-bit codes that stand for the 16 values of a table, with one scale per block.
 
-NF4 and FP4 of bitsandbytes, E2M1 of NVFP4 and MXFP4, and llama.cpp's IQ4 are all that. Shape
+NF4 and FP4 of bitsandbytes, E2M1 of NVFP4 and MXFP4, and llama.cpp's IQ types are all that. Shape
 letters: see qmix.kernels; B here are the blocks of a weight.
 """
 
@@ -18,7 +18,7 @@ from qmix.weights.scales import NestedScales, Scales
 from qmix.weights.scheme import Scheme
 from qmix.weights.slabs import DEVICE_ELEMENTS, SERIAL_ELEMENTS, TILE_ELEMENTS, decoded
 
-TableKind = Literal["nf4", "fp4", "e2m1", "iq4"]
+TableKind = Literal["nf4", "fp4", "e2m1", "iq4", "iq3_xxs", "iq3_s", "iq2", "iq1"]
 
 
 # The value of each NF4 code: quantiles of the normal distribution (QLoRA, arXiv 2305.14314,
@@ -46,11 +46,22 @@ IQ4_VALUES = (
     *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
     *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
 )
+# What the weights of llama.cpp's grids can be, over their scale: a sign (8 of the code), and one of
+# at most 8 magnitudes (gguf 0.19, quants.py, `grid_map`). IQ1: -1, 0 or 1, plus or minus an eighth,
+# in eighths.
+_IQ3_XXS = (4.0, 12.0, 20.0, 28.0, 36.0, 44.0, 52.0, 62.0)
+_IQ3_S = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
+_IQ2 = (8.0, 25.0, 43.0, *(0.0,) * 5)
+IQ1_VALUES = (-7.0, 1.0, 9.0, -9.0, -1.0, 7.0, *(0.0,) * 10)
 VALUES: Mapping[TableKind, tuple[float, ...]] = {
     "nf4": NF4_VALUES,
     "fp4": FP4_VALUES,
     "e2m1": E2M1_VALUES,
     "iq4": IQ4_VALUES,
+    "iq3_xxs": (*_IQ3_XXS, *(-value for value in _IQ3_XXS)),
+    "iq3_s": (*_IQ3_S, *(-value for value in _IQ3_S)),
+    "iq2": (*_IQ2, *(-value for value in _IQ2)),
+    "iq1": IQ1_VALUES,
 }
 
 

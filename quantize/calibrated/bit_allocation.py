@@ -8,41 +8,67 @@ import heapq
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from qmix.errors import UsageError
 from qmix.formats.names import ModelTensor
 from qmix.weights.scheme import Recipe, Scheme
 
-# From the fewest bits to the most. Every weight has at least the first.
-SCHEMES = (
-    Scheme(kind="int4", group_size=128),
-    Scheme(kind="int4", group_size=64),
-    Scheme(kind="int4", group_size=32),
-    Scheme(kind="int8", group_size=128),
+
+def _integers(kind: Literal["int2", "int3", "int4", "int8"], group_size: int) -> Scheme:
+    return Scheme(kind=kind, group_size=group_size)
+
+
+# What a budget is spent on, from the fewest bits to the most: symmetric, as other programs want it.
+NARROW = (
+    *(_integers("int2", 64), _integers("int2", 32)),
+    *(_integers("int3", 128), _integers("int3", 32)),
+    *(_integers("int4", 128), _integers("int4", 32)),
+    _integers("int8", 128),
 )
+WIDE = (*(_integers("int4", size) for size in (128, 64, 32)), _integers("int8", 128))
+LEAST_BITS, MOST_BITS = 2.5, WIDE[-1].bits_per_weight
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The schemes that a group of weights may get.
+
+    Attributes:
+        schemes: from the fewest bits to the most. Every group has at least the first.
+        typical: the scheme with which it is measured what a change costs in the end.
+    """
+
+    schemes: tuple[Scheme, ...]
+    typical: Scheme
+
+
+def choices_for(bits: float) -> Choices:
+    """What is measured for a budget. Each scheme takes time, so few are.
+
+    Raises:
+        UsageError: no recipe can meet the budget; the message gives the range.
+    """
+    if not LEAST_BITS <= bits <= MOST_BITS:
+        expected = f"{LEAST_BITS} to {MOST_BITS}"
+        raise UsageError("out of range", where="--bits", expected=expected, found=bits)
+    if bits >= WIDE[0].bits_per_weight:
+        return Choices(WIDE, WIDE[0])
+    affordable = [scheme for scheme in NARROW if scheme.bits_per_weight <= bits]
+    return Choices(NARROW, affordable[-1])
 
 
 @dataclass(frozen=True)
 class QuantGroup:
-    """Weights that share a scheme, and their loss under each of SCHEMES."""
+    """Weights that share a scheme, and their loss under each scheme that they may get."""
 
     tensors: tuple[ModelTensor, ...]
     losses: tuple[float, ...]
+    schemes: tuple[Scheme, ...]
 
     @property
     def parameters(self) -> int:
         return sum(tensor.shape[0] * tensor.shape[1] for tensor in self.tensors)
-
-
-def check_bits(bits: float) -> None:
-    """Refuse a budget that no recipe can meet.
-
-    Raises:
-        UsageError: it is out of range; the message gives the range.
-    """
-    low, high = SCHEMES[0].bits_per_weight, SCHEMES[-1].bits_per_weight
-    if not low <= bits <= high:
-        raise UsageError("out of range", where="--bits", expected=f"{low} to {high}", found=bits)
 
 
 def allocate_bits(groups: Sequence[QuantGroup], bits: float) -> Recipe:
@@ -51,7 +77,7 @@ def allocate_bits(groups: Sequence[QuantGroup], bits: float) -> Recipe:
     Args:
         bits: bits a weight, scales included, averaged over the groups' weights.
     """
-    left = sum(group.parameters for group in groups) * (bits - SCHEMES[0].bits_per_weight)
+    left = sum(g.parameters * (bits - g.schemes[0].bits_per_weight) for g in groups)
     levels = [0] * len(groups)
     steps = [step for index in range(len(groups)) if (step := _best_step(groups[index], index, 0))]
     heapq.heapify(steps)
@@ -64,7 +90,7 @@ def allocate_bits(groups: Sequence[QuantGroup], bits: float) -> Recipe:
         if following := _best_step(groups[index], index, level):
             heapq.heappush(steps, following)
     rules = [
-        (re.escape(tensor.name), SCHEMES[level])
+        (re.escape(tensor.name), group.schemes[level])
         for group, level in zip(groups, levels, strict=True)
         for tensor in group.tensors
     ]
@@ -79,9 +105,10 @@ def _best_step(group: QuantGroup, index: int, level: int) -> tuple[float, int, i
         costs.
     """
     best = None
-    for higher in range(level + 1, len(SCHEMES)):
+    bits = [scheme.bits_per_weight for scheme in group.schemes]
+    for higher in range(level + 1, len(bits)):
         gain = group.losses[level] - group.losses[higher]
-        cost = group.parameters * (SCHEMES[higher].bits_per_weight - SCHEMES[level].bits_per_weight)
+        cost = group.parameters * (bits[higher] - bits[level])
         if gain > 0 and (best is None or -gain / cost < best[0]):
             best = (-gain / cost, index, higher, cost)
     return best

@@ -26,7 +26,7 @@ from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.embedding import embedding
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS
-from qmix.quantize.calibrated.bit_allocation import SCHEMES, QuantGroup
+from qmix.quantize.calibrated.bit_allocation import Choices, QuantGroup
 from qmix.quantize.calibrated.layer_work import EXPECTED, PASS, ROUND, LayerWork
 from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.token_stream import BATCH_TOKENS
@@ -44,7 +44,7 @@ _ALL_COPIED_TOKENS = 1 << 18  # in all copies: 4.3 GB; 2048 in each of Mixtral-8
 
 @dataclass(frozen=True)
 class _OutputChange:
-    """The mean squared change of a block's output by rounding a group, under each of SCHEMES."""
+    """The mean squared change of a block's output by rounding a group, under each scheme."""
 
     tensors: tuple[ModelTensor, ...]
     squares: tuple[float, ...]
@@ -73,14 +73,22 @@ class Sensitivity:
 
     Args:
         ids: int64 (W, S). Evenly chosen windows of 32768 tokens are used, fewer in the copies.
+        choices: the schemes that are measured.
         attention: whether the attention's matrices will be quantized.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, ids: Tensor, *, attention: bool, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        ids: Tensor,
+        choices: Choices,
+        *,
+        attention: bool,
+        device: torch.device,
     ) -> None:
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self._with_attention, self._device = attention, device
+        self._schemes, self._typical = choices.schemes, choices.schemes.index(choices.typical)
         self._ids = thinned(ids, _TOKENS)
         copied = min(_COPIED_TOKENS, _ALL_COPIED_TOKENS // (4 * self._config.num_hidden_layers))
         # The first windows are copied; every window is as good as another.
@@ -94,18 +102,19 @@ class Sensitivity:
         config, each = self._config, self._work
         tokens, copied = self._ids.numel(), self._copied * self._ids.shape[1]
         pairs, new = config.num_experts_per_tok, 2 if self._with_attention else 0
+        schemes = len(self._schemes)
         elements = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
         tensors = names.layer_tensors(config, 0)
         attended = sum(math.prod(each.shape) for each in tensors if each.kind == "attention")
         passes, copies = 0.0, 0
         for _ in range(config.num_hidden_layers):
-            passes += each.attention * (tokens + copies * copied + new * len(SCHEMES) * tokens)
+            passes += each.attention * (tokens + copies * copied + new * schemes * tokens)
             copies += new
-            rows = tokens + (copies + 2) * copied + 2 * len(SCHEMES) * tokens
+            rows = tokens + (copies + 2) * copied + 2 * schemes * tokens
             passes += pairs * each.expert * rows
             copies += 2
         passes += each.head * (1 + copies) * copied
-        rounded = len(SCHEMES) * (elements + (attended if self._with_attention else 0))
+        rounded = schemes * (elements + (attended if self._with_attention else 0))
         return {PASS: passes, ROUND: float(config.num_hidden_layers * rounded)}
 
     @torch.no_grad()
@@ -136,7 +145,8 @@ class Sensitivity:
         return [
             QuantGroup(
                 change.tensors,
-                tuple(square * cost / _total(copied) for square in change.squares),
+                tuple(square * cost / self._total(copied) for square in change.squares),
+                self._schemes,
             )
             for copied, cost in zip(changes, costs, strict=True)
             for change in copied
@@ -176,13 +186,13 @@ class Sensitivity:
         names = list(linears)
         for group in (names[:3], names[3:]) if self._with_attention else ():
             squares = []
-            for scheme in SCHEMES:
+            for scheme in self._schemes:
                 for name in group:
                     linears[name].store(self._rounded(name, exact[name], scheme))
                 with self._meter.doing(self._what, PASS, self._work.attention * attended):
                     changed = attend(x)
                 squares.append(float((changed - out).square().mean()))
-                if scheme == SCHEMES[0]:
+                if scheme == self._schemes[self._typical]:
                     copies.append((x + changed)[: self._copied])
             for name in group:
                 linears[name].store(exact[name])
@@ -237,13 +247,15 @@ class Sensitivity:
             elements: of the block's output, over which the square is averaged.
         """
         squares = []
-        for scheme in SCHEMES:
+        for scheme in self._schemes:
             rounded = {name: self._rounded(name, run.weights[name], scheme) for name in group}
             mixed = {**run.weights, **rounded}
             with self._meter.doing(self._what, PASS, self._work.expert * len(run.token)):
                 change = self._swiglu(run.x, run.score, mixed) - run.output
             squares.append(float(change.square().sum()) / elements)
-            if scheme == SCHEMES[0]:  # a copy has the same tokens and routes, so the same rows
+            if (
+                scheme == self._schemes[self._typical]
+            ):  # a copy has the same tokens and routes, so the same rows
                 copied = run.token < self._copied * self._ids.shape[1]
                 copy_sum.index_add_(0, run.token[copied], change[copied])
         return _OutputChange(self._named(group), tuple(squares))
@@ -291,11 +303,10 @@ class Sensitivity:
         norm.weight = nn.Parameter(self._read(name).data)
         return norm
 
+    def _total(self, changes: Sequence[_OutputChange]) -> float:
+        return sum(change.squares[self._typical] for change in changes) or 1.0
+
     def _context(self) -> ForwardContext:
         return ForwardContext.without_past(
             self._config, self._ids.shape[1], self._device, torch.float32
         )
-
-
-def _total(changes: Sequence[_OutputChange]) -> float:
-    return sum(change.squares[0] for change in changes) or 1.0

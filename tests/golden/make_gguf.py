@@ -28,8 +28,15 @@ TYPES = {
     **dict.fromkeys(("Q4_0", "IQ4_NL", "IQ4_XS", "Q5_0", "Q8_0"), (0,)),
     **dict.fromkeys(("Q4_1", "Q4_K", "Q5_1", "Q5_K"), (0, 2)),
     "Q6_K": (208,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    **dict.fromkeys(("IQ1_M", "MXFP4"), ()),  # it has none, or has one in pieces
 }
-FILES = ("Q4_K_M", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "Q8_0")
+FILES = (
+    *("Q4_K_M", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "Q8_0"),
+    *("Q3_K_M", "Q2_K", "IQ3_S", "IQ3_XXS"),
+)
 PROMPT = (1, 5, 77, 270, 12, 9, 200, 44, 3, 8, 260, 261, 143, 280)
 
 
@@ -239,8 +246,11 @@ def golden_rows():
     """
     rng = np.random.default_rng(7)
     rows = (rng.standard_normal((2, 512)) * [[0.02], [3.0]]).astype(np.float32)
+    # Types of one and two bits are rounded with the importance of each input only.
+    uniform = np.ones(rows.shape[1], np.float32)
     tensors = {}
     for name, scales in TYPES.items():
+        importance = uniform if name.startswith(("IQ1", "IQ2")) else None
         kind = Type[name]
         nbytes = gguf.quants.quant_shape_to_byte_shape(rows.shape, kind)[1]
         blocks = np.empty((3, nbytes), np.uint8)
@@ -251,13 +261,17 @@ def golden_rows():
             ctypes.c_int64(0),
             ctypes.c_int64(2),
             ctypes.c_int64(rows.shape[1]),
-            None,
+            None if importance is None else importance.ctypes.data_as(ctypes.c_void_p),
         )
         size = GGML_QUANT_SIZES[kind][1]
         random = rng.integers(0, 256, (nbytes // size, size), np.uint8)
         for start in scales:
             numbers = rng.standard_normal(len(random)).astype(np.float16)
             random[:, start : start + 2] = numbers[:, None].view(np.uint8)
+        if name == "IQ1_M":
+            random[:, 55] = random[:, 55] & 15 | 32  # the highest bits of its scale
+        if name == "MXFP4":
+            random[:, 0] = random[:, 0] % 253  # exponents whose values float32 holds
         blocks[2] = random.flatten()
         tensors[f"{name}.blocks"] = blocks
         tensors[f"{name}.values"] = gguf.quants.dequantize(blocks, kind)

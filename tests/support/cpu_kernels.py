@@ -59,6 +59,7 @@ NESTED = {
     "8 bits of all": (8, torch.float32, 0),
     "8 bits of 16": (8, torch.float16, 16),
     "6 bits of 8": (6, torch.float16, 8),
+    "6 bits of 16": (6, torch.float16, 16),
     "6 bits of 24": (6, torch.float32, 24),
 }
 SCALES = (*NESTED, torch.float16, torch.bfloat16, torch.float32)

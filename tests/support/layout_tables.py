@@ -73,8 +73,11 @@ ROWS = (
     Row(f"GGUF {', '.join(_KEPT_IN_4)}", tuple(f"gguf {kind}" for kind in _KEPT_IN_4)),
     Row(
         "GGUF Q5, Q6 and Q8",
-        tuple(f"gguf {kind}" for kind in QUANTIZED if kind not in _KEPT_IN_4),
+        tuple(f"gguf {kind}" for kind in QUANTIZED if kind[:2] in ("Q5", "Q6", "Q8")),
     ),
+    Row("GGUF Q2_K and Q3_K", ("gguf Q2_K", "gguf Q3_K")),
+    Row("GGUF IQ1, IQ2, IQ3", tuple(f"gguf {kind}" for kind in QUANTIZED if kind[:3] in ("IQ1", "IQ2", "IQ3"))),
+    Row("GGUF MXFP4", ("gguf MXFP4",)),
     Row(
         "FP8",
         (*_goldens("compressed-tensors-0.20.0/fp8"), *_goldens("transformers-fp8"), "modelopt-0.47.0/fp8"),
@@ -138,7 +141,8 @@ def _wide_bits(weight: StoredWeight) -> float:
 
 def _quantized() -> set[tuple[str, str]]:
     """(layout, kind) of what `qmix quantize` writes."""
-    kinds = {scheme.kind for scheme in bit_allocation.SCHEMES if scheme.integer}
+    schemes = (*bit_allocation.NARROW, *bit_allocation.WIDE)
+    kinds = {scheme.kind for scheme in schemes}
     return {("bitsandbytes", NF4.kind), *(("GPTQ", kind) for kind in kinds)}
 
 

@@ -140,6 +140,8 @@ OTHERS = {
     "own table": own_table,
     "own table b16": partial(own_table, block=16),
     "e2m1 b16": partial(table, "e2m1", block=16),
+    "iq3_s": partial(table, "iq3_s", block=32),
+    "iq2 b16": partial(table, "iq2", block=16),
     "int2 biases g16": partial(affine, bits=2, group=16),
     "int3 nested g16": partial(affine, bits=3, group=16, how="nested"),
     "int8": partial(affine, bits=8, how="symmetric"),

@@ -7,42 +7,33 @@ N, K: rows and inputs. b: blocks of a row.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qmix.errors import CheckpointError
+from qmix.formats.layouts.fp4 import e8m0
+from qmix.formats.layouts.gguf_fields import (
+    Blocks,
+    Bytes,
+    codes_of,
+    fields_of,
+    halves_of,
+    neighbours,
+    six_bits,
+    table_weight,
+)
+from qmix.formats.layouts.gguf_iq import UNPACK_IQ
 from qmix.gguf.tensor_types import BY_NAME
-from qmix.weights.affine import Affine
-from qmix.weights.scales import NestedScales, pack_six_bits
-from qmix.weights.slabs import decoded
-from qmix.weights.table import IQ4_VALUES, Table
+from qmix.weights.affine import Affine, pack_codes
+from qmix.weights.scales import NestedScales, Scales
+from qmix.weights.table import Table
 
-Bytes = NDArray[np.uint8]
-
-_TILE_BYTES = 1 << 17
 _SIX_BITS = torch.arange(64, dtype=torch.float32)
 _SUBTRACTED = -_SIX_BITS  # of biases
+_LARGEST_POWER = 2.0**125  # of MXFP4: six times the next one is infinite
 _EIGHT_BITS = torch.arange(256, dtype=torch.float32) - 128
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of all rows, uint8 [N, b, block_bytes], cut into fields from the start on."""
-
-    data: Bytes
-
-    def field(self, start: int, stop: int) -> Bytes:
-        """Bytes [start, stop) of each block, [N, b, stop - start]."""
-        return self.data[:, :, start:stop]
-
-    def half(self, start: int) -> Tensor:
-        """The float16 that begins at a byte of each block, [N, b]."""
-        raw = np.ascontiguousarray(self.field(start, start + 2))
-        return torch.from_numpy(raw.view(np.float16)[..., 0])
 
 
 def unpack(
@@ -68,8 +59,7 @@ def unpack(
         )
     weight = _UNPACK[kind](Blocks(data.numpy().reshape(rows, -1, kind_of.block_bytes)))
     for scales in (weight.scales, weight.biases if isinstance(weight, Affine) else None):
-        values = scales.outer if isinstance(scales, NestedScales) else scales
-        if values is not None and not bool(torch.isfinite(values).all()):
+        if not _finite(scales):
             raise CheckpointError(
                 f"tensor {name}: a scale of {kind} is NaN or infinite",
                 where=where,
@@ -79,72 +69,48 @@ def unpack(
     return weight
 
 
-def _codes(blocks: Blocks, decode: Callable[[Blocks], Bytes]) -> Tensor:
-    """What `decode` makes of the blocks, a few rows at a time, which fit the cache: uint8 [N, ...].
-
-    It also bounds the memory beside the result. Large weights use several threads.
-    """
-    rows, count, nbytes = blocks.data.shape
-    step = max(1, _TILE_BYTES // (count * nbytes))
-
-    def decode_slab(first: int, last: int, out: Tensor) -> None:
-        target = out.numpy()
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            target[start - first : stop - first] = decode(Blocks(blocks.data[start:stop]))
-
-    width = decode(Blocks(blocks.data[:1])).shape[1]
-    return decoded(0, rows, width, torch.uint8, decode_slab)
-
-
-def _neighbours(codes: Bytes, group: int) -> Bytes:
-    """Codes of 4 bits as a weight holds them: [N, b, bytes] -> uint8 [N, K / 2].
-
-    Of `group` consecutive bytes, llama.cpp keeps the first inputs in the low halves and the next
-    ones in the high halves; a weight keeps two neighbours in one byte.
-    """
-    rows = codes.shape[0]
-    words = np.ascontiguousarray(codes).view(np.uint16).reshape(rows, -1, group // 2)
-    out = np.empty((rows, words.shape[1], 2, group // 2), np.uint8)
-    low = words & 0x0F0F
-    np.bitwise_or(low, low >> 4, out=low)
-    out[:, :, 0] = low  # the lower byte: the low halves of two bytes
-    high = words >> 4
-    high &= 0x0F0F
-    np.bitwise_or(high, high >> 4, out=high)
-    out[:, :, 1] = high
-    return out.reshape(rows, -1)
+def _finite(scales: Scales | None) -> bool:
+    """Whether all scales are numbers."""
+    if not isinstance(scales, NestedScales):
+        return scales is None or bool(torch.isfinite(scales).all())
+    if not bool(torch.isfinite(scales.outer).all()):
+        return False
+    known = torch.isfinite(scales.map)
+    if bool(known.all()):
+        return True
+    used = torch.bincount(scales.codes.flatten(), minlength=len(known)) > 0
+    return bool(known[used].all())
 
 
 def _q4_0(blocks: Blocks) -> Affine:
-    codes = _codes(blocks, lambda part: _neighbours(part.field(2, 18), 16))
+    codes = codes_of(blocks, lambda part: neighbours(part.field(2, 18), 16))
     return Affine(codes=codes, scales=blocks.half(0))
 
 
 def _q4_1(blocks: Blocks) -> Affine:
-    codes = _codes(blocks, lambda part: _neighbours(part.field(4, 20), 16))
+    codes = codes_of(blocks, lambda part: neighbours(part.field(4, 20), 16))
     return Affine(codes=codes, scales=blocks.half(0), biases=blocks.half(2))
 
 
 def _q5_0(blocks: Blocks) -> Affine:
-    codes = _codes(blocks, lambda part: _five_bits(part, 2))
+    codes = codes_of(blocks, lambda part: _five_bits(part, 2))
     return Affine(codes=codes, scales=blocks.half(0), bits=5)
 
 
 def _q5_1(blocks: Blocks) -> Affine:
-    codes = _codes(blocks, lambda part: _five_bits(part, 4))
+    codes = codes_of(blocks, lambda part: _five_bits(part, 4))
     return Affine(codes=codes, scales=blocks.half(0), biases=blocks.half(2), bits=5)
 
 
 def _five_bits(blocks: Blocks, start: int) -> Bytes:
     """The codes of Q5_0 and Q5_1 in planes: 32 highest bits, then 16 bytes of lower halves."""
-    lower = _neighbours(blocks.field(start + 4, start + 20), 16)
+    lower = neighbours(blocks.field(start + 4, start + 20), 16)
     upper = blocks.field(start, start + 4).reshape(len(lower), -1)
     return np.concatenate((lower, upper), 1)
 
 
 def _q8_0(blocks: Blocks) -> Affine:
-    codes = _codes(
+    codes = codes_of(
         blocks, lambda part: part.field(2, 34).reshape(len(part.data), -1) ^ np.uint8(0x80)
     )
     return Affine(codes=codes, scales=blocks.half(0), bits=8)
@@ -161,26 +127,55 @@ def _nested(blocks: Blocks) -> tuple[NestedScales, NestedScales]:
     scales = np.concatenate((scale & 63, low & 15 | scale >> 2 & 48), -1)
     biases = np.concatenate((bias & 63, low >> 4 | bias >> 2 & 48), -1)
     return (
-        _six_bits(scales, blocks.half(0), _SIX_BITS),
-        _six_bits(biases, blocks.half(2), _SUBTRACTED),
+        six_bits(scales, blocks.half(0), _SIX_BITS),
+        six_bits(biases, blocks.half(2), _SUBTRACTED),
     )
 
 
-def _six_bits(codes: Bytes, outer: Tensor, values: Tensor) -> NestedScales:
-    """Scales in codes of six bits [N, b, 8], which share an outer one [N, b]."""
-    packed = pack_six_bits(torch.from_numpy(codes)).flatten(1)
-    return NestedScales(packed, outer.flatten(), values, block=codes.shape[-1], bits=6)
+def _q2_k(blocks: Blocks) -> Affine:
+    both = blocks.field(0, 16)  # of a group of 16: four bits of scale, then of bias
+    return Affine(
+        codes=codes_of(blocks, lambda part: _packed(fields_of(_by_halves(part, 16), 2), 2)),
+        scales=six_bits(both & 15, blocks.half(80), _SIX_BITS),
+        biases=six_bits(both >> 4, blocks.half(82), _SUBTRACTED),
+        bits=2,
+    )
+
+
+def _q3_k(blocks: Blocks) -> Affine:
+    # Of 16 scales of six bits, the lower four are in eight bytes, the upper two in four.
+    lower = fields_of(blocks.field(96, 104), 4).reshape(*blocks.data.shape[:2], 16)
+    upper = fields_of(blocks.field(104, 108), 2).reshape(lower.shape)
+    scales = six_bits(lower | upper << np.uint8(4), blocks.half(108), _SIX_BITS - 32)
+    return Affine(codes=codes_of(blocks, _q3_k_codes), scales=scales, bits=3)
+
+
+def _q3_k_codes(blocks: Blocks) -> Bytes:
+    lower = fields_of(_by_halves(blocks, 32), 2)
+    third = fields_of(blocks.field(0, 32), 1).reshape(lower.shape)
+    return _packed(lower | third << np.uint8(2), 3)
+
+
+def _by_halves(blocks: Blocks, start: int) -> Bytes:
+    """The 64 bytes of two bits from `start` on, 32 for each half of a block: [N, 2 b, 32]."""
+    return blocks.field(start, start + 64).reshape(len(blocks.data), -1, 32)
+
+
+def _packed(codes: Bytes, bits: int) -> Bytes:
+    """Codes in order as a weight of so many bits holds them."""
+    rows = torch.from_numpy(codes.reshape(len(codes), -1))
+    return pack_codes(rows, bits).numpy()
 
 
 def _q4_k(blocks: Blocks) -> Affine:
     scales, biases = _nested(blocks)
-    codes = _codes(blocks, lambda part: _neighbours(part.field(16, 144), 32))
+    codes = codes_of(blocks, lambda part: neighbours(part.field(16, 144), 32))
     return Affine(codes=codes, scales=scales, biases=biases)
 
 
 def _q5_k(blocks: Blocks) -> Affine:
     scales, biases = _nested(blocks)
-    return Affine(codes=_codes(blocks, _q5_k_codes), scales=scales, biases=biases, bits=5)
+    return Affine(codes=codes_of(blocks, _q5_k_codes), scales=scales, biases=biases, bits=5)
 
 
 def _q5_k_codes(blocks: Blocks) -> Bytes:
@@ -188,7 +183,7 @@ def _q5_k_codes(blocks: Blocks) -> Bytes:
     fifth = np.unpackbits(blocks.field(16, 48), axis=-1, bitorder="little")
     fifth = fifth.reshape(*fifth.shape[:2], 32, 8).swapaxes(-1, -2)
     upper = np.packbits(fifth, axis=-1, bitorder="little").reshape(len(fifth), -1)
-    return np.concatenate((_neighbours(blocks.field(48, 176), 32), upper), 1)
+    return np.concatenate((neighbours(blocks.field(48, 176), 32), upper), 1)
 
 
 def _q6_k(blocks: Blocks) -> Affine:
@@ -196,7 +191,7 @@ def _q6_k(blocks: Blocks) -> Affine:
     nested = NestedScales(
         torch.from_numpy(scales), blocks.half(208).flatten(), _EIGHT_BITS, block=16
     )
-    return Affine(codes=_codes(blocks, _q6_k_codes), scales=nested, bits=6)
+    return Affine(codes=codes_of(blocks, _q6_k_codes), scales=nested, bits=6)
 
 
 def _q6_k_codes(blocks: Blocks) -> Bytes:
@@ -206,38 +201,33 @@ def _q6_k_codes(blocks: Blocks) -> Bytes:
     pairs = parts >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & np.uint8(3)
     upper = pairs[..., 0] | pairs[..., 1] << np.uint8(2)
     upper |= pairs[..., 2] << np.uint8(4) | pairs[..., 3] << np.uint8(6)
-    return np.concatenate((_neighbours(blocks.field(0, 128), 64), upper.reshape(rows, -1)), 1)
-
-
-def _iq4(blocks: Blocks, start: int, scales: Tensor | NestedScales) -> Table:
-    """A weight whose codes follow from byte `start` of each block on."""
-    end = blocks.data.shape[2]
-    codes = _codes(blocks, lambda part: _neighbours(part.field(start, end), 16))
-    return Table(
-        codes=codes.flatten(),
-        scales=scales,
-        table=torch.tensor(IQ4_VALUES),
-        out_shape=(len(codes), codes.shape[1] * 2),
-        out_dtype=torch.float16,
-        block_size=32,
-        kind="iq4",
-        high_first=False,
-    )
+    return np.concatenate((neighbours(blocks.field(0, 128), 64), upper.reshape(rows, -1)), 1)
 
 
 def _iq4_nl(blocks: Blocks) -> Table:
-    return _iq4(blocks, 2, blocks.half(0))
+    return table_weight(
+        blocks, lambda part: neighbours(part.field(2, 18), 16), blocks.half(0), "iq4"
+    )
 
 
 def _iq4_xs(blocks: Blocks) -> Table:
     high = np.ascontiguousarray(blocks.field(2, 4)).view(np.uint16)  # two bits of each scale
     upper = (high >> np.arange(0, 16, 2, dtype=np.uint16) & 3).astype(np.uint8)
-    lower = blocks.field(4, 8)[..., None] >> np.array([0, 4], np.uint8) & np.uint8(15)
-    codes = lower.reshape(upper.shape) | upper << np.uint8(4)
-    return _iq4(blocks, 8, _six_bits(codes, blocks.half(0), _SIX_BITS - 32))
+    codes = halves_of(blocks.field(4, 8)) | upper << np.uint8(4)
+    scales = six_bits(codes, blocks.half(0), _SIX_BITS - 32)
+    return table_weight(blocks, lambda part: neighbours(part.field(8, 136), 16), scales, "iq4")
+
+
+def _mxfp4(blocks: Blocks) -> Table:
+    exponents = torch.from_numpy(blocks.field(0, 1)[..., 0].copy())
+    powers = torch.where(e8m0() > _LARGEST_POWER, torch.nan, e8m0())
+    scales = NestedScales(exponents, torch.ones(1), powers, block=exponents.numel())
+    return table_weight(blocks, lambda part: neighbours(part.field(1, 17), 16), scales, "e2m1")
 
 
 _UNPACK: Mapping[str, Callable[[Blocks], Affine | Table]] = {
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q4_K": _q4_k,
@@ -248,4 +238,6 @@ _UNPACK: Mapping[str, Callable[[Blocks], Affine | Table]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "Q8_0": _q8_0,
+    "MXFP4": _mxfp4,
+    **UNPACK_IQ,
 }

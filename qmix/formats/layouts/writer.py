@@ -1,7 +1,8 @@
 """The layout in which qmix writes each kind of weight, and the settings that describe the whole.
 
-NF4 and FP4 are written as bitsandbytes, Int4 and Int8 as GPTQ, dense weights as they are. The
-quantizers, `save_pretrained` and synthetic checkpoints share this table. Knows nothing of files.
+NF4 and FP4 are written as bitsandbytes, integers of 2, 3, 4 and 8 bits as GPTQ, dense weights as
+they are. The quantizers, `save_pretrained` and synthetic checkpoints share this table. Knows
+nothing of files.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from qmix.weights.dense import Dense, Weight
 from qmix.weights.scheme import DENSE, Scheme
 from qmix.weights.table import Table
 
-_WRITTEN = ("nf4", "fp4", "int4", "int8")
+_WRITTEN = ("nf4", "fp4", "int2", "int3", "int4", "int8")
 WrittenLayout = Literal["bitsandbytes", "GPTQ"]
 
 
@@ -38,7 +39,7 @@ def layout_of(schemes: Mapping[str, Scheme]) -> WrittenLayout | None:
     if len(examples) > 1:
         raise UnsupportedError(
             "two layouts do not fit into one checkpoint",
-            expected="NF4 or FP4 weights (bitsandbytes), or Int4 and Int8 weights (GPTQ)",
+            expected="NF4 or FP4 weights (bitsandbytes), or integers (GPTQ)",
             found=" and ".join(f"{module} is {schemes[module]}" for module in examples.values()),
             remedy="Quantize the original checkpoint with one method.",
         )
@@ -65,7 +66,7 @@ def packed_specs(
     if embedding or scheme.kind not in _WRITTEN or scheme.group_bits is not None:
         raise UnsupportedError(
             f"module {prefix}: no layout that qmix writes holds such a weight",
-            expected="NF4, FP4, or integers of 4 or 8 bits with plain scales and whole zeros",
+            expected="NF4, FP4, or integers of 2, 3, 4 or 8 bits with plain scales and whole zeros",
             found=f"{scheme}, {scheme.bits_per_weight:g} bits a weight",
             remedy="Copy the folder that the model was loaded from: it holds the same weights.",
         )

@@ -104,4 +104,4 @@ def _stored(kind: TableKind) -> StoredTable:
     return StoredTable(stretch, numbers, tuple(of_code[code] for code in numbers))
 
 
-TABLES: Mapping[TableKind, StoredTable] = {kind: _stored(kind) for kind in VALUES}
+TABLES: Mapping[TableKind, StoredTable] = {kind: _stored(kind) for kind in _STRETCH}

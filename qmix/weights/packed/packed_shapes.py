@@ -24,12 +24,15 @@ from qmix.weights.packed.tile_format import (
 )
 from qmix.weights.scheme import Kind
 
+# Kinds whose values every matrix brings with it; they are integers of eight bits.
+_GRIDS: tuple[Kind, ...] = ("iq3_xxs", "iq3_s", "iq2", "iq1")
 # Integers of fewer bits are widened to four, or to eight.
 _TILE_KINDS: Mapping[Kind, TileKind] = {
     "nf4": "nf4",
     "fp4": "fp4",
     "e2m1": "e2m1",
     "iq4": "iq4",
+    **dict.fromkeys(_GRIDS, "iq4"),
     "int2": "int4",
     "int3": "int4",
     "int4": "int4",
@@ -46,6 +49,7 @@ _AS_INTEGERS: Mapping[Kind, Kind] = {
     "int6": "int8",
     "int8": "int8",
     "iq4": "int8",
+    **dict.fromkeys(_GRIDS, "int8"),
 }
 
 
@@ -101,7 +105,7 @@ def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PA
         spec.shape,
         group=spec.group,
         symmetric=spec.symmetric,
-        own_table=spec.own_table,
+        own_table=spec.own_table or spec.kind in _GRIDS,
         rows=rows,
         where=where,
     )

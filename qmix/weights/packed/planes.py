@@ -21,9 +21,11 @@ from qmix.weights.table import VALUES, Table, TableKind
 
 CHUNK_ELEMENTS = 1 << 22  # of codes that are translated at a time: 16 MiB of indices
 _LARGEST_SHIFT = 32768  # of float16, which is exact to 2^-11 of that
+_INTEGER_TABLES: tuple[TableKind, ...] = ("iq4", "iq3_xxs", "iq3_s", "iq2", "iq1")
 # The code of eight bits of each value of a table of integers.
 _INTEGER_CODES: Mapping[TableKind, tuple[int, ...]] = {
-    "iq4": tuple(int(value) + HALF_RANGE["int8"] for value in VALUES["iq4"])
+    kind: tuple(int(value) + HALF_RANGE["int8"] for value in VALUES[kind])
+    for kind in _INTEGER_TABLES
 }
 
 

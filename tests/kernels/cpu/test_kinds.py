@@ -34,6 +34,10 @@ LAYOUTS = {
     "Q5_K": partial(random_affine, bits=5, group=32, scales="6 bits of 8", biases="6 bits of 8"),
     "Q6_K": partial(random_affine, bits=6, group=16, scales="8 bits of 16"),
     "Q8_0": partial(random_affine, bits=8, group=32),
+    "Q2_K": partial(random_affine, bits=2, group=16, scales="6 bits of 16", biases="6 bits of 16"),
+    "Q3_K": partial(random_affine, bits=3, group=16, scales="6 bits of 16"),
+    "IQ3_XXS": partial(random_table, kind="iq3_xxs", block=32, scales="6 bits of 8"),
+    "IQ2_XS": partial(random_table, kind="iq2", block=16, scales="6 bits of 16"),
 }
 
 
@@ -84,7 +88,7 @@ def test_tables_of_every_block(isa, kind, high_first):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_at_every_number_of_tokens(isa, layout):
     """Odd rows; inputs that end within a chunk, where codes of six bits allow it."""
-    k = 384 if layout in ("Q4_K", "Q5_K", "IQ4_XS") else 320
+    k = 384 if layout in ("Q4_K", "Q5_K", "IQ4_XS", "IQ3_XXS") else 320
     fallbacks = check(LAYOUTS[layout](7, k), range(1, 41), (torch.float32, torch.bfloat16))
     assert fallbacks == (80 if isa == "torch" else 0)
     for n, k in ((1, 256), (33, 768), (130, 2304)):

@@ -12,21 +12,24 @@ from torch.nn import functional
 from qmix import kernels
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.commands.checkpoint.verify import verify
-from qmix.errors import UsageError
+from qmix.errors import UnsupportedError, UsageError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import gptq_config
 from qmix.formats.names import layer_tensors
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.quantize.calibrated.bit_allocation import (
-    SCHEMES,
+    NARROW,
+    WIDE,
+    Choices,
     QuantGroup,
     allocate_bits,
-    check_bits,
+    choices_for,
 )
 from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
 from qmix.quantize.rounding import rtn
 from qmix.weights.dense import Dense
+from qmix.weights.scheme import Scheme
 from tests.support.calibration import TEXT
 from tests.support.models import write_dense
 from tests.support.process import qmix
@@ -54,7 +57,17 @@ def ids():
 
 @pytest.fixture(scope="module")
 def units(source, ids):
-    return Sensitivity(open_checkpoint(source), ids, attention=True, device=CPU).groups()
+    return groups(source, ids, Choices(WIDE, WIDE[0]))
+
+
+def groups(source, ids, choices, *, attention=True):
+    checkpoint = open_checkpoint(source)
+    return Sensitivity(checkpoint, ids, choices, attention=attention, device=CPU).groups()
+
+
+@pytest.fixture(scope="module")
+def narrow_units(source, ids):
+    return groups(source, ids, choices_for(3))
 
 
 def names_of(unit):
@@ -87,9 +100,9 @@ def load(source):
 
 
 @torch.no_grad()
-def divergence(source, ids, names):
+def divergence(source, ids, names, scheme):
     exact, model = load(source), load(source)
-    rounded(model, names, SCHEMES[0])
+    rounded(model, names, scheme)
     before, after = (one(input_ids=ids).logits.log_softmax(-1) for one in (exact, model))
     return float((before.exp() * (before - after)).sum(-1).mean())
 
@@ -109,9 +122,22 @@ def group_of(unit):
 def test_the_losses_of_a_group_are_the_whole_models_divergence(source, ids, units, layer, group):
     mine = [unit for unit in units if group_of(unit) == (layer, group)]
     names = [tensor.name for unit in mine for tensor in unit.tensors]
-    expected = divergence(source, ids, names)
+    expected = divergence(source, ids, names, WIDE[0])
     assert expected > 1e-5
     assert sum(unit.losses[0] for unit in mine) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_small_budget_is_measured_with_its_typical_scheme(source, ids, narrow_units):
+    typical = choices_for(3).typical
+    assert typical == Scheme(kind="int2", group_size=32)
+    assert choices_for(3.5).typical == Scheme(kind="int3", group_size=32)
+    mine = [unit for unit in narrow_units if group_of(unit) == (0, "w2")]
+    names = [tensor.name for unit in mine for tensor in unit.tensors]
+    expected = divergence(source, ids, names, typical)
+    losses = [unit.losses[unit.schemes.index(typical)] for unit in mine]
+    assert sum(losses) == pytest.approx(expected, rel=0.02)
+    for unit in narrow_units:
+        assert list(unit.losses) == sorted(unit.losses, reverse=True)
 
 
 def ratios(changes):
@@ -131,7 +157,7 @@ def test_within_a_group_the_change_of_the_blocks_output_divides(source, ids, uni
 
     def changes(weight, x, share=1.0):
         found = []
-        for scheme in SCHEMES:
+        for scheme in WIDE:
             other = rtn.quantize(weight, scheme, search=True).dequantize(torch.float32)
             found.append(float((functional.linear(x, other - weight) * share).square().sum()))
         return found
@@ -156,12 +182,12 @@ def test_within_a_group_the_change_of_the_blocks_output_divides(source, ids, uni
 
 
 def test_measuring_changes_nothing_and_is_the_same_twice(source, ids, units):
-    again = Sensitivity(open_checkpoint(source), ids, attention=True, device=CPU).groups()
+    again = groups(source, ids, Choices(WIDE, WIDE[0]))
     assert [unit.losses for unit in again] == [unit.losses for unit in units]
 
 
 def test_without_the_attention_its_matrices_are_no_units(source, ids, units):
-    found = Sensitivity(open_checkpoint(source), ids, attention=False, device=CPU).groups()
+    found = groups(source, ids, Choices(WIDE, WIDE[0]), attention=False)
     experts = [unit for unit in units if group_of(unit)[1] in ("w1 w3", "w2")]
     assert [names_of(unit) for unit in found] == [names_of(unit) for unit in experts]
     for one, other in zip(found, experts, strict=True):
@@ -175,18 +201,34 @@ def outcome(units, bits):
     for unit in units:
         (scheme,) = {recipe.scheme_of(tensor.name) for tensor in unit.tensors}
         spent += unit.parameters * scheme.bits_per_weight
-        loss += unit.losses[SCHEMES.index(scheme)]
+        loss += unit.losses[unit.schemes.index(scheme)]
     return spent / sum(unit.parameters for unit in units), loss
 
 
 BUDGETS = (4.125, 4.13, 4.2, 4.25, 4.4, 4.5, 5, 6, 7.5, 8.125)
+SMALL_BUDGETS = (2.5, 2.75, 2.9, 3, 3.25, 3.5, 4)
+
+
+def within(budgets, found):
+    for budget, (bits, _) in zip(budgets, found, strict=True):
+        assert bits <= budget + 1e-9
+        assert bits > budget - 0.13  # less than one step of the largest unit is left
+
+
+def test_a_small_budget_holds_and_more_of_it_loses_less(narrow_units):
+    found = [outcome(narrow_units, bits) for bits in SMALL_BUDGETS]
+    within(SMALL_BUDGETS, found)
+    losses = [loss for _, loss in found]
+    assert losses == sorted(losses, reverse=True)
+    # At the bits of a uniform choice it loses less than that.
+    for bits, level in ((2.5, 1), (3.125, 2), (3.5, 3)):
+        uniform = sum(unit.losses[level] for unit in narrow_units)
+        assert outcome(narrow_units, bits)[1] < uniform
 
 
 def test_the_budget_holds_and_more_of_it_loses_less(units):
     found = [outcome(units, bits) for bits in BUDGETS]
-    for budget, (bits, _) in zip(BUDGETS, found, strict=True):
-        assert bits <= budget + 1e-9
-        assert bits > budget - 0.13  # less than one step of the largest unit is left
+    within(BUDGETS, found)
     losses = [loss for _, loss in found]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] == pytest.approx(sum(unit.losses[0] for unit in units))
@@ -201,11 +243,11 @@ def test_close_to_the_best_of_all_recipes(units):
     total = sum(unit.parameters for unit in few)
     every = [
         (
-            sum(unit.parameters * SCHEMES[level].bits_per_weight
+            sum(unit.parameters * WIDE[level].bits_per_weight
                 for unit, level in zip(few, levels, strict=True)) / total,
             sum(unit.losses[level] for unit, level in zip(few, levels, strict=True)),
         )
-        for levels in itertools.product(range(len(SCHEMES)), repeat=len(few))
+        for levels in itertools.product(range(len(WIDE)), repeat=len(few))
     ]  # fmt: skip
     start = sum(unit.losses[0] for unit in few)
     for budget in (4.25, 4.4, 5, 6):
@@ -216,28 +258,35 @@ def test_close_to_the_best_of_all_recipes(units):
 def test_what_costs_nothing_gets_no_bits(source):
     tensors = layer_tensors(open_checkpoint(source).config, 0)
     linear = [tensor for tensor in tensors if tensor.name.endswith("w2.weight")][:2]
-    free, dear = (QuantGroup((tensor,), losses) for tensor, losses in zip(
+    free, dear = (QuantGroup((tensor,), losses, WIDE) for tensor, losses in zip(
         linear, [(0.0, 0.0, 0.0, 0.0), (4.0, 3.0, 2.0, 0.1)], strict=True))  # fmt: skip
     recipe = allocate_bits([free, dear], 8.125)
-    assert recipe.scheme_of(linear[0].name) == SCHEMES[0]
-    assert recipe.scheme_of(linear[1].name) == SCHEMES[-1]
+    assert recipe.scheme_of(linear[0].name) == WIDE[0]
+    assert recipe.scheme_of(linear[1].name) == WIDE[-1]
 
 
-@pytest.mark.parametrize("bits", [0.0, 4, 4.1249, 8.126, -1, 16, math.inf, math.nan])
+@pytest.mark.parametrize("bits", [0.0, 2, 2.499, 8.126, -1, 16, math.inf, math.nan])
 def test_a_budget_that_no_recipe_meets_is_refused(source, tmp_path, bits):
-    with pytest.raises(UsageError, match=r"--bits: out of range; expected 4\.125 to 8\.125"):
-        check_bits(bits)
-    request = QuantizeRequest(method="auto", bits=bits, samples=2, seqlen=32, device="cpu")
-    with pytest.raises(UsageError, match="--bits: out of range"):
+    with pytest.raises(UsageError, match=r"--bits: out of range; expected 2\.5 to 8\.125"):
+        QuantizeRequest(method="auto", bits=bits)
+
+
+def test_a_width_that_a_scheme_does_not_fit_is_refused_before_anything_is_measured(tmp_path):
+    source = write_dense(
+        tmp_path / "source", hidden_size=64, intermediate_size=64, num_hidden_layers=1
+    )
+    request = QuantizeRequest(method="auto", bits=2.9, samples=2, seqlen=32, device="cpu")
+    with pytest.raises(UnsupportedError, match="cannot be written as GPTQ"):
         quantize_checkpoint(source, tmp_path / "out", request, TEXT)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_path):
+@pytest.mark.parametrize("budget", [4.7, 2.9])
+def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_path, budget):
     (tmp_path / "text.txt").write_text(TEXT)
     out = tmp_path / "out"
     command = [
-        "quantize", source, out, "--method", "auto", "--bits", "4.7", "--samples", "4",
+        "quantize", source, out, "--method", "auto", "--bits", str(budget), "--samples", "4",
         "--seqlen", "32", "--device", "cpu", "--calibration", tmp_path / "text.txt", "--json",
     ]  # fmt: skip
     result = qmix(*command)
@@ -257,13 +306,17 @@ def test_what_is_written_has_rules_that_every_reader_agrees_with(source, tmp_pat
         assert said.scheme_of(tensor.prefix) in (
             scheme,
             # one group of 128 inputs is all of them: the tensors cannot tell the two apart
-            *(SCHEMES[:1] if scheme.group_size == -1 else ()),
+            *(
+                each
+                for each in (*NARROW, *WIDE)
+                if scheme.group_size == -1 and (each.bits, each.group_size) == (scheme.bits, 128)
+            ),
         ), tensor.name
         schemes.add(scheme)
         bits += math.prod(tensor.shape) * scheme.bits_per_weight
         weights += math.prod(tensor.shape)
     assert len(schemes) > 1
-    assert bits / weights <= 4.7
+    assert bits / weights <= budget
     shown = qmix("inspect", out)
     assert shown.returncode == 0, shown.stderr
     kinds = {group.scheme for group in inspect(out).groups if group.layout == "GPTQ"}
