@@ -4,12 +4,12 @@ llama-cpp-python runs in an interpreter of its own (`llama_quantize`). Knows not
 """
 
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from qmix.commands.checkpoint.export import export_checkpoint
 from qmix.errors import ResourceError
 from qmix.evals.quality import llama_quantize
 from qmix.evals.quality.importance import importance
@@ -43,10 +43,12 @@ def quantized(
     Raises:
         ResourceError: the interpreter does not run, or has no llama-cpp-python.
     """
-    export_checkpoint(source, scratch / "exact", "gguf")
+    exact = scratch / "exact"
+    export = (sys.executable, "-m", "qmix", "export", str(source), str(exact), "--format", "gguf")
+    subprocess.run(export, check=True, capture_output=True)
     weights = importance(source, calibration.ids)
     np.savez(scratch / "importance.npz", **{name: weights[name].numpy() for name in weights})  # type: ignore[arg-type]
-    files = (scratch / "exact" / "model.gguf", scratch / "importance.npz", scratch)
+    files = (exact / "model.gguf", scratch / "importance.npz", scratch)
     command = [str(python), llama_quantize.__file__, *map(str, files), *kinds]
     try:
         with subprocess.Popen(

@@ -22,7 +22,6 @@ from qmix.weights.scheme import DENSE, GGUF_TABLES, NESTED_BLOCK, Recipe, Scheme
 ITEM_BYTES = dict(DTYPES.values())
 _TABLE_BYTES = 16 * 4  # the values of a table weight's codes
 _MAP_BYTES = 256 * 4  # the values of nested scales' codes
-_SMALL_MAP_BYTES = 64 * 4  # the same of codes of six bits
 _STATE_BYTES = 170  # bitsandbytes' description of one weight, as JSON; half without nested scales
 
 
@@ -103,12 +102,12 @@ class StoredWeight:
     def _table_bytes(self) -> int:
         """Bytes of the tables that the weight has for itself: of its codes, and of nested scales'.
 
-        Those of affine weights are constants that all weights share.
+        Those of affine weights, and the maps of GGUF's scales, are constants that all share.
         """
         scheme = self.scheme
         if scheme.kind == "dense" or scheme.integer:
             return 0
-        nested = _SMALL_MAP_BYTES if scheme.kind in GGUF_TABLES else _MAP_BYTES
+        nested = 0 if scheme.kind in GGUF_TABLES else _MAP_BYTES
         return _TABLE_BYTES + (nested if scheme.double_quant else 0)
 
 

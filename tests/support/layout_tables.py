@@ -76,7 +76,7 @@ ROWS = (
         tuple(f"gguf {kind}" for kind in QUANTIZED if kind[:2] in ("Q5", "Q6", "Q8")),
     ),
     Row("GGUF Q2_K and Q3_K", ("gguf Q2_K", "gguf Q3_K")),
-    Row("GGUF IQ1, IQ2, IQ3", tuple(f"gguf {kind}" for kind in QUANTIZED if kind[:3] in ("IQ1", "IQ2", "IQ3"))),
+    Row("GGUF IQ1, IQ2, IQ3", ("gguf IQ2_XS", "gguf IQ3_S")),  # IQ1 has the bytes of IQ2
     Row("GGUF MXFP4", ("gguf MXFP4",)),
     Row(
         "FP8",

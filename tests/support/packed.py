@@ -42,7 +42,9 @@ def as_computed(packed):
     if tile.bits == 8:
         values = torch.arange(-128.0, 128.0)
     elif tile.table is None or tile.own_table:
-        values = torch.tensor(packed.values)
+        factor, _, power, _ = packed.blob[:16].view(torch.float32).tolist()
+        stretch = power / factor  # 1 for integers
+        values = torch.tensor(packed.values) * stretch
     else:
         values, stretch = torch.tensor(TABLES[tile.table].values), TABLES[tile.table].stretch
     device = packed.blob.device
@@ -141,7 +143,7 @@ OTHERS = {
     "own table b16": partial(own_table, block=16),
     "e2m1 b16": partial(table, "e2m1", block=16),
     "iq3_s": partial(table, "iq3_s", block=32),
-    "iq2 b16": partial(table, "iq2", block=16),
+    "iq3_xxs b16": partial(table, "iq3_xxs", block=16),
     "int2 biases g16": partial(affine, bits=2, group=16),
     "int3 nested g16": partial(affine, bits=3, group=16, how="nested"),
     "int8": partial(affine, bits=8, how="symmetric"),

@@ -31,6 +31,7 @@ from qmix.weights.scales import NestedScales, Scales
 from qmix.weights.table import Table
 
 _SIX_BITS = torch.arange(64, dtype=torch.float32)
+_SIGNED = _SIX_BITS - 32
 _SUBTRACTED = -_SIX_BITS  # of biases
 _LARGEST_POWER = 2.0**125  # of MXFP4: six times the next one is infinite
 _EIGHT_BITS = torch.arange(256, dtype=torch.float32) - 128
@@ -146,7 +147,7 @@ def _q3_k(blocks: Blocks) -> Affine:
     # Of 16 scales of six bits, the lower four are in eight bytes, the upper two in four.
     lower = fields_of(blocks.field(96, 104), 4).reshape(*blocks.data.shape[:2], 16)
     upper = fields_of(blocks.field(104, 108), 2).reshape(lower.shape)
-    scales = six_bits(lower | upper << np.uint8(4), blocks.half(108), _SIX_BITS - 32)
+    scales = six_bits(lower | upper << np.uint8(4), blocks.half(108), _SIGNED)
     return Affine(codes=codes_of(blocks, _q3_k_codes), scales=scales, bits=3)
 
 
@@ -214,7 +215,7 @@ def _iq4_xs(blocks: Blocks) -> Table:
     high = np.ascontiguousarray(blocks.field(2, 4)).view(np.uint16)  # two bits of each scale
     upper = (high >> np.arange(0, 16, 2, dtype=np.uint16) & 3).astype(np.uint8)
     codes = halves_of(blocks.field(4, 8)) | upper << np.uint8(4)
-    scales = six_bits(codes, blocks.half(0), _SIX_BITS - 32)
+    scales = six_bits(codes, blocks.half(0), _SIGNED)
     return table_weight(blocks, lambda part: neighbours(part.field(8, 136), 16), scales, "iq4")
 
 

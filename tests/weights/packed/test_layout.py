@@ -341,7 +341,7 @@ MIXED = {
     "Q4_K_M": [("int4 biases", 256), ("int8", 128), ("int8", 128)],
     "IQ4_XS": [("iq4", 256), ("int8", 128), ("int6 nested g16", 128)],
     "Q2_K": [("int2 biases g16", 128), ("int4 zeros", 128), ("int3 nested g16", 256)],
-    "IQ3_XXS": [("iq3_s", 256), ("iq2 b16", 128), ("int4 biases", 128)],
+    "IQ3_XXS": [("iq3_s", 256), ("iq3_xxs b16", 128), ("int4 biases", 128)],
     "nested": [("int4 nested", 256), ("int4 nested", 128), ("int4 nested", 128)],
     "own tables": [("own table", 128), ("own table", 128), ("own table b16", 128)],
 }
