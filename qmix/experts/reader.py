@@ -77,11 +77,12 @@ class ExpertReader:
     Attributes:
         cached_share: the share of experts that the page cache is to keep, of 1. What it does not
             hold of the others is read past it.
+        apart: read each tensor for itself and through the cache.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish) -> None:
         self._checkpoint, self._dtype, self._finish = checkpoint, dtype, finish
-        self.cached_share = 1.0
+        self.cached_share, self.apart = 1.0, False
         experts = [tensor for tensor in checkpoint.tensors if tensor.kind == "expert"]
         # They come expert by expert, as w1, w2 and w3.
         self._tensors = [tuple(experts[i : i + 3]) for i in range(0, len(experts), 3)]
@@ -122,9 +123,9 @@ class ExpertReader:
         return Expert(w1=w1, w2=w2, w3=w3)
 
     def _stored_names(self, expert: int) -> list[str] | None:
-        """The tensors of an expert that is kept as it is stored; None if it is not."""
+        """The tensors of an expert that may be read together; None if it is not kept as stored."""
         tensors = self._tensors[expert]
-        if not all(map(self._is_as_stored, tensors)):
+        if self.apart or not all(map(self._is_as_stored, tensors)):
             return None
         return [name for tensor in tensors for name in self._checkpoint.stored(tensor)]
 

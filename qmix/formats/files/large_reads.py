@@ -1,7 +1,7 @@
 """Reads of whole pages of a file, many megabytes at a time, through the page cache or past it.
 
-A read past the cache copies what the cache holds, and has the disk write the rest straight into its
-memory: no core copies, and nothing that is useful to others is driven out. Knows no tensors.
+Past the cache the disk writes straight into the memory that is read into: no core copies, and
+nothing that is useful to others is driven out. Knows no tensors.
 """
 
 import errno
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmix.files.regular_file import UNREADABLE, open_regular
+from qmix.formats.files.page_cache import cached_pages
 from qmix.weights.blob import PAGE_BYTES, aligned
 
 _PIECE_BYTES = 8 << 20  # a disk takes it apart, and a read that nobody wants any more ends soon
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_CACHED_ONLY = getattr(os, "RWF_NOWAIT", 0)
 
 
 @dataclass(frozen=True)
@@ -54,52 +54,48 @@ class PageReader:
     def __init__(self, descriptor: int, past: int | None) -> None:
         self._descriptor, self._past = descriptor, past
 
+    @property
+    def is_past_cache(self) -> bool:
+        """Whether `read` leaves the cache as it is."""
+        return self._past is not None
+
+    def is_cached(self, start: int, stop: int) -> bool:
+        """Whether the cache holds all pages of [start, stop)."""
+        return all(page & 1 for page in cached_pages(self._descriptor, start, stop - start))
+
+    def copy(self, memory: memoryview, start: int) -> int:
+        """`read` through the cache, which holds these pages."""
+        return _filled(self._descriptor, memory, start)
+
     def read(self, memory: memoryview, start: int) -> int:
         """Fill memory from page `start` on; returns the bytes, fewer only at the file's end.
 
         Past the cache, the memory must begin on a page.
         """
-        done = 0
         if self._past is not None:
-            done = self._cached(memory, start)
             with suppress(_NotPossible):
-                return self._direct(memory, start, done)
-        while done < len(memory):
-            nbytes = os.preadv(self._descriptor, [memory[done:]], start + done)
-            if not nbytes:
-                break
-            done += nbytes
-        return done
+                return _filled(self._past, memory, start)
+            self._past = None
+        return _filled(self._descriptor, memory, start)
 
-    def _cached(self, memory: memoryview, start: int) -> int:
-        """How much of the beginning the cache held, in whole pages; that has been copied."""
-        if not _CACHED_ONLY:
-            return 0
+
+def _filled(descriptor: int, memory: memoryview, start: int) -> int:
+    done = 0
+    while done < len(memory):
         try:
-            nbytes = os.preadv(self._descriptor, [memory], start, _CACHED_ONLY)
+            nbytes = os.preadv(descriptor, [memory[done:]], start + done)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
-                return 0
+            if error.errno == errno.EINVAL:
+                raise _NotPossible from error
             raise
-        return nbytes - nbytes % PAGE_BYTES
-
-    def _direct(self, memory: memoryview, start: int, done: int) -> int:
-        assert self._past is not None
-        while done < len(memory):
-            try:
-                nbytes = os.preadv(self._past, [memory[done:]], start + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL:  # the file system, or its pages, are others
-                    raise _NotPossible from None
-                raise
-            done += nbytes
-            if not nbytes or nbytes % PAGE_BYTES:
-                break
-        return done
+        done += nbytes
+        if not nbytes or nbytes % PAGE_BYTES:  # the end
+            break
+    return done
 
 
-class _NotPossible(Exception):  # noqa: N818  it is read in the other way
-    """The file cannot be read past the cache."""
+class _NotPossible(OSError):  # noqa: N818  it is read in the other way
+    """The file, or its file system, cannot be read past the cache: its pages are others."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from qmix.errors import CheckpointError
-from qmix.formats.files.large_reads import PageReader, Span, opened
+from qmix.formats.files.large_reads import Span, opened
 from qmix.formats.files.shards import Entry
 from qmix.weights.blob import TOGETHER_BYTES, TOGETHER_RUNS
 
@@ -50,8 +50,8 @@ def read_span(span: Span, what: str, pages: Tensor, spread: Spread, *, past_cach
     """
     memory = pages.numpy().data
 
-    def read(reader: PageReader, start: int, stop: int) -> None:
-        nbytes = reader.read(memory[start:stop], span.first + start)
+    def read(way: Callable[[memoryview, int], int], start: int, stop: int) -> None:
+        nbytes = way(memory[start:stop], span.first + start)
         if span.first + start + nbytes < min(span.first + stop, span.stop):
             raise CheckpointError(
                 f"{what} ends early",
@@ -62,4 +62,16 @@ def read_span(span: Span, what: str, pages: Tensor, spread: Spread, *, past_cach
             )
 
     with opened(span.file, past_cache=past_cache, what=f"{what} cannot be read") as reader:
-        spread([partial(read, reader, *piece) for piece in span.pieces()])
+        copies: list[Callable[[], None]] = []
+        reads: list[Callable[[], None]] = []
+        for start, stop in span.pieces():
+            if reader.is_cached(span.first + start, span.first + stop):
+                copies.append(partial(read, reader.copy, start, stop))
+            else:
+                reads.append(partial(read, reader.read, start, stop))
+        if reader.is_past_cache:
+            spread([*reads, *copies])
+            return
+        spread(copies)
+        for part in reads:  # the system reads ahead of one reader, and not of several
+            spread([part])

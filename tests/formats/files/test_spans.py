@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from qmix.errors import CheckpointError
 from qmix.formats.files import large_reads
+from qmix.formats.files.page_cache import cached_pages
 from qmix.formats.files.shards import read_entries
 from qmix.formats.files.spans import in_turn, read_span, spans
 
@@ -72,9 +73,7 @@ def test_where_a_file_cannot_be_read_past_the_cache_it_is_read_through_it(file, 
     ((span, _),) = spans(entries)
     preadv, refused = os.preadv, []
 
-    def refuse(descriptor, buffers, offset, flags=0):
-        if flags or os.get_blocking(descriptor) is None:
-            raise OSError(errno.EOPNOTSUPP, "not here")
+    def refuse(descriptor, buffers, offset):
         if descriptor in direct:
             refused.append(offset)
             raise OSError(errno.EINVAL, "not here")
@@ -88,6 +87,7 @@ def test_where_a_file_cannot_be_read_past_the_cache_it_is_read_through_it(file, 
             direct.add(descriptor)
         return descriptor
 
+    drop(path)
     monkeypatch.setattr(os, "preadv", refuse)
     monkeypatch.setattr(os, "open", opened)
     pages = pages_of(span)
@@ -107,3 +107,16 @@ def test_a_file_that_has_become_shorter_is_an_error(file, past_cache):
     path.unlink()
     with pytest.raises(CheckpointError, match="no such file"):
         read_span(span, "it", pages_of(span), in_turn, past_cache=past_cache)
+
+
+def test_the_page_cache_is_asked_without_a_read(file):
+    path, _ = file
+    with path.open("rb") as stream:
+        size = path.stat().st_size
+        stream.read()
+        held = cached_pages(stream.fileno(), 0, size)
+        assert len(held) == -(-size // mmap.PAGESIZE)
+        assert set(held) <= {0, 1}
+        drop(path)
+        assert sum(cached_pages(stream.fileno(), 0, size)) <= sum(held)
+    assert not any(cached_pages(-1, 0, 5000))
