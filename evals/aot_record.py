@@ -78,7 +78,8 @@ def table() -> str:
             arch, rest = name.split(" ", 1)
             if "8 columns, 2 warps" not in rest or "sorted" in rest:
                 continue
-            kind = "NF4" if " nf4 64" in rest else "Int4" if " int4 128," in rest else ""
+            plain = " nf4 64," in rest and " own " not in rest
+            kind = "NF4" if plain else "Int4" if " int4 128," in rest else ""
             cost, registers = worst.get((arch, kind), (0.0, 0))
             worst[arch, kind] = max(cost, line.per_weight), max(registers, line.registers)
         for kind in ("NF4", "Int4"):
