@@ -1,6 +1,6 @@
 // The conversation: pairs of message and reply. An exchange without any text changes nothing.
 const log = byId("log"), composer = byId("composer"), message = byId("message");
-let turns = []; // {role, content, element}
+let turns = []; // {role, content, element, reply}: the last of a reply alone
 let running = null; // the AbortController of the reply that comes
 let editing = false;
 
@@ -10,7 +10,9 @@ const complain = (text) => { byId("alert").textContent = text; };
 function update() {
   for (const [id, enabled] of [["send", !running], ["stop", running],
     ["regenerate", !running && turns.length], ["edit", !running && turns.length],
-    ["clear", !running && turns.length]]) byId(id).disabled = !enabled;
+    ["clear", !running && turns.length],
+    ["continue", !running && turns.length && turns.at(-1).reply.finish !== "stop"]])
+    byId(id).disabled = !enabled;
   byId("send").textContent = editing ? "Send edited" : "Send";
   byId("message-label").textContent = editing ? "Edited message (Esc keeps the old)" : "Message";
   byId("empty").hidden = turns.length > 0;
@@ -24,9 +26,9 @@ function articleOf(role, ...children) {
   return article;
 }
 
-function addTurn(role, content, made) {
-  turns.push({ role, content, element: made });
-  log.append(made);
+function addTurn(turn) {
+  turns.push(turn);
+  log.append(turn.element);
 }
 
 function settings() {
@@ -76,23 +78,28 @@ async function receive(reply, body) {
   }
 }
 
-// Send a message that takes the place of the last `replaced` turns.
+// Send a message in the place of the last `replaced` turns; null goes on with the last reply.
 async function exchange(content, replaced) {
   const given = settings();
   if (running || given === null) return;
+  const last = content === null ? turns.at(-1) : null;
   const kept = turns.splice(turns.length - replaced);
   kept.forEach((turn) => turn.element.remove());
   complain("");
-  editing = false;
-  message.value = "";
-  const asked = element("div", { className: "text", textContent: content });
-  addTurn("user", content, articleOf("user", asked));
-  const text = element("div", { className: "text" });
+  if (last) given.continue_final_message = true;
+  else {
+    editing = false;
+    message.value = "";
+    const asked = element("div", { className: "text", textContent: content });
+    addTurn({ role: "user", content, element: articleOf("user", asked) });
+  }
+  const reply = last?.reply ?? { shown: new ReplyText(element("div", { className: "text" })) };
   const stats = element("p", { className: "stats" });
-  const article = articleOf("assistant", text, stats);
+  const article = last?.element ?? articleOf("assistant", reply.shown.element, stats);
+  const before = reply.shown.text;
+  Object.assign(reply, { begun: performance.now(), first: undefined, finish: undefined });
   log.append(article);
   log.scrollTop = log.scrollHeight;
-  const reply = { shown: new ReplyText(text), begun: performance.now() };
   running = new AbortController();
   log.setAttribute("aria-busy", "true"); // read out once it is whole
   update();
@@ -109,16 +116,21 @@ async function exchange(content, replaced) {
   }
   running = null;
   reply.shown.end();
-  if (reply.shown.text || reply.finish) {
-    stats.textContent = statsOf(reply);
+  if (reply.shown.text !== before || reply.finish) {
+    article.querySelector(".stats").textContent = statsOf(reply);
+    article.querySelector(".experts")?.remove();
     if (reply.experts) article.append(heatmap(reply.experts));
-    turns.push({ role: "assistant", content: reply.shown.text, element: article });
-    say(reply.finish ? "The reply is complete." : "Stopped; what was written stays.");
+    if (last) last.content = reply.shown.text;
+    else turns.push({ role: "assistant", content: reply.shown.text, element: article, reply });
+    const how = { stop: "The reply is complete.", length: "Cut by its length; Continue goes on." };
+    say(how[reply.finish] ?? "Stopped; what was written stays.");
   } else {
-    article.remove();
-    turns.pop().element.remove();
-    kept.forEach((turn) => addTurn(turn.role, turn.content, turn.element));
-    if (!replaced || content !== kept[0].content) message.value = content;
+    if (!last) {
+      article.remove();
+      turns.pop().element.remove();
+      kept.forEach(addTurn);
+      if (!replaced || content !== kept[0].content) message.value = content;
+    }
     say("Stopped before the first token; the conversation is as it was.");
   }
   log.setAttribute("aria-busy", "false");
@@ -132,13 +144,8 @@ async function exchange(content, replaced) {
   }
 }
 
-function send() {
-  if (message.value.trim()) exchange(message.value, editing ? 2 : 0);
-}
-
-function stop() {
-  running?.abort();
-}
+const send = () => message.value.trim() && exchange(message.value, editing ? 2 : 0);
+const stop = () => running?.abort();
 
 composer.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -159,6 +166,7 @@ document.addEventListener("keydown", (event) => {
   stop();
 });
 byId("stop").addEventListener("click", stop);
+byId("continue").addEventListener("click", () => exchange(null, 0));
 byId("regenerate").addEventListener("click", () => exchange(turns.at(-2).content, 2));
 byId("edit").addEventListener("click", () => {
   editing = true;
@@ -177,9 +185,7 @@ byId("clear").addEventListener("click", () => {
 });
 byId("fields").addEventListener("submit", (event) => event.preventDefault());
 
-function askForKey() {
-  if (!byId("key-dialog").open) byId("key-dialog").showModal();
-}
+const askForKey = () => byId("key-dialog").open || byId("key-dialog").showModal();
 
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -14,7 +14,7 @@ from importlib import resources
 from qmix.pages import theme
 
 # Joined in this order into one module.
-SCRIPTS = ("server.js", "tokens.js", "experts.js", "slots.js", "chat.js")
+SCRIPTS = ("server.js", "tokens.js", "markdown.js", "experts.js", "slots.js", "chat.js")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,7 @@
 // The API as the page needs it. Knows no elements. The key is in this variable and nowhere else.
 let key = "";
 
-class RefusedError extends Error {
-  constructor(message, status) {
-    super(message);
-    this.status = status;
-  }
-}
+const refused = (message, status) => Object.assign(new Error(message), { status });
 
 async function request(path, { body, signal } = {}) {
   const headers = key ? { authorization: `Bearer ${key}` } : {};
@@ -21,7 +16,7 @@ async function request(path, { body, signal } = {}) {
   } catch {
     // A proxy's page: the status says enough.
   }
-  throw new RefusedError(message, response.status);
+  throw refused(message, response.status);
 }
 
 // The documents of a chat's stream; throws where it ends without its last event.
@@ -39,7 +34,7 @@ async function* chunks(body, signal) {
       const data = event.slice("data: ".length);
       if (data === "[DONE]") return;
       const document = JSON.parse(data);
-      if (document.error) throw new RefusedError(document.error.message, 500);
+      if (document.error) throw refused(document.error.message, 500);
       yield document;
     }
   }

@@ -27,6 +27,7 @@ class ReplyText {
 
   end() {
     if (this.waiting.length) this.#put("").classList.add("end");
+    this.element.replaceChildren(...drawn(this.text, piecesOf(this.element)));
   }
 
   #put(text) {
@@ -77,7 +78,7 @@ function hideTip() {
 }
 
 function moveAlong(event) {
-  const tokens = [...event.target.parentElement.querySelectorAll(".token")];
+  const tokens = [...event.target.closest(".text").querySelectorAll(".token")];
   const here = tokens.indexOf(event.target);
   const to = { ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: tokens.length - 1 };
   const next = tokens[to[event.key]];

@@ -200,6 +200,53 @@ def told(submit, tokens):
     return told_submit
 
 
+MARKDOWN = (
+    "# A title\n- **bold** and `x*y`\n1. one\n```py\n**no** `no`\n```\nends **open\n```\na < b"
+)
+
+
+def test_markdown_is_drawn_and_its_text_stays(page, served, monkeypatch):
+    tokens = served.tokenizer.encode(MARKDOWN, add_special_tokens=False)
+    monkeypatch.setattr(type(served.engine), "submit", told(type(served.engine).submit, tokens))
+    ask(page, "with probabilities", tokens=len(tokens))
+    page.click("#logprobs")
+    ask(page, "without", tokens=len(tokens))
+    drawn = {"strong": ["A title", "bold"], "code": ["x*y", "**no** `no`\n", "a < b"]}
+    for place in ("nth-of-type(2)", "nth-of-type(4)"):
+        reply = f"article:{place} .text"
+        assert contents(page, reply) == [MARKDOWN]
+        for tag, texts in drawn.items():
+            assert contents(page, f"{reply} {tag}") == texts
+    shown = "document.querySelector('article:nth-of-type(4) .text').innerText"
+    assert list(filter(None, page.evaluate(shown).split("\n"))) == [
+        *("A title", "- bold and x*y", "1. one", "**no** `no`", "ends **open", "a < b"),
+    ]
+    assert "".join(contents(page, ".token")) == MARKDOWN
+    page.hover("article:nth-of-type(2) code .token")
+    assert "%" in page.text("#tip")
+
+
+def test_a_reply_that_was_cut_goes_on(served, page):
+    ask(page, "def add(a, b):", tokens=4)
+    (begun,) = contents(page, REPLY)
+    page.click("#continue")
+    page.until(f"{DONE} && document.querySelector('{REPLY}').textContent !== {json.dumps(begun)}")
+    messages = [
+        {"role": "user", "content": "def add(a, b):"},
+        {"role": "assistant", "content": begun},
+    ]
+    body = {"messages": messages, "max_tokens": 4, "temperature": 0, "continue_final_message": True}
+    rest = served.post("/v1/chat/completions", body)[1]["choices"][0]["message"]["content"]
+    assert contents(page, REPLY) == [begun + rest]
+    assert len(contents(page, "article")) == 2
+    page.until("!document.querySelector('#continue').disabled")
+    page.evaluate("document.querySelector('#system').value = 'word '.repeat(300)")
+    page.click("#continue")
+    page.until("document.querySelector('#alert').textContent")
+    assert contents(page, REPLY) == [begun + rest]
+    page.problems.clear()
+
+
 def test_an_error_is_said_and_the_message_comes_back(page):
     page.evaluate("document.querySelector('#max_tokens').value = 4")
     page.click("#message")
@@ -282,7 +329,17 @@ def test_everything_is_reached_by_tab_and_a_narrow_screen_does_not_scroll_sidewa
     for _ in range(40):
         page.key("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
-    wanted = {"log", "message", "send", "regenerate", "edit", "clear", "system", "temperature"}
+    wanted = {
+        "log",
+        "message",
+        "send",
+        "continue",
+        "regenerate",
+        "edit",
+        "clear",
+        "system",
+        "temperature",
+    }
     assert wanted | {"seed", "logprobs", "expert_counts", "SUMMARY", "SPAN"} <= set(reached)
     for width in (360, 400, 1400):
         page.resize(width, 800)
