@@ -97,6 +97,13 @@ class MixtralForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
 
     def __init__(self, model: causal_lm.MixtralForCausalLM) -> None:
         document = {k: v for k, v in model.config.to_dict().items() if k not in _LEFT_OUT}
+        if model.model.kv != "16":
+            raise UnsupportedError(
+                "the caches of transformers keep 16 bits",
+                where="kv",
+                found=model.model.kv,
+                remedy="Load the model without kv=, or let qmix generate.",
+            )
         super().__init__(transformers.MixtralConfig(**document))
         self.runtime = model
         own = model.generation_config

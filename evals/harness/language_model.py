@@ -36,6 +36,7 @@ class QmixLM(HFLM):  # type: ignore[misc]
         vram: str | int | None = None,
         ram: str | int | None = None,
         backend: str | None = None,
+        kv: str | None = None,
         softmax_dtype: str = "float32",
         **options: Any,
     ) -> None:
@@ -43,14 +44,14 @@ class QmixLM(HFLM):  # type: ignore[misc]
 
         Args:
             pretrained: a folder, a GGUF file, or ORG/NAME of the hub.
-            dtype, device, vram, ram, backend: as of `qmix.LoadOptions`.
+            dtype, device, vram, ram, backend, kv: as of `qmix.LoadOptions`.
             softmax_dtype: of the log-probabilities; HFLM's default is the model's own.
             options: of HFLM, such as batch_size, max_length, add_bos_token and prefix_token_id.
 
         Raises:
             QmixError: see `qmix.load`.
         """
-        memory = {"vram": vram, "ram": ram, "backend": backend}
+        memory = {"vram": vram, "ram": ram, "backend": backend, "kv": kv}
         model, tokenizer = qmix.load(pretrained, dtype=dtype, device=device, **memory)
         self._ids_to_text = tokenizer
         words = hf.tokenizer(tokenizer)

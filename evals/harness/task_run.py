@@ -57,13 +57,14 @@ def run_tasks(
     dtype: str | None = None,
     device: str | None = None,
     backend: str | None = None,
+    kv: str | None = None,
 ) -> tuple[MetricScore, ...]:
     """Score a checkpoint by the tasks of YAML files.
 
     Args:
         files: lm_eval's task files. Data files in them are looked for beside them, then here.
         limit: documents of a task at most.
-        dtype, device, backend: as of `qmix.LoadOptions`.
+        dtype, device, backend, kv: as of `qmix.LoadOptions`.
 
     Raises:
         UnsupportedError: lm_eval is not installed.
@@ -79,7 +80,14 @@ def run_tasks(
         manager = TaskManager(include_defaults=False)
         tasks = [task for path in files for task in _tasks(manager, path)]
         found = simple_evaluate(
-            QmixLM(str(model), dtype=dtype, device=device, backend=backend, batch_size=batch_size),
+            QmixLM(
+                str(model),
+                dtype=dtype,
+                device=device,
+                backend=backend,
+                kv=kv,
+                batch_size=batch_size,
+            ),
             tasks=tasks,
             task_manager=manager,
             limit=limit,

@@ -6,7 +6,7 @@ Knows nothing of averages and of printing.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qmix.evals.quality.layer_streaming import Scorer
 from qmix.evals.quality.perplexity import Perplexity
@@ -15,6 +15,7 @@ from qmix.evals.quality.token_scores import TokenScores, token_scores
 from qmix.evals.quality.windows import ScoringWindows, open_comparable, text_windows
 from qmix.formats import Checkpoint, open_checkpoint
 from qmix.kernels.backend import named
+from qmix.kv_format import named as named_kv
 from qmix.models.options import parse_dtype
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -66,6 +67,7 @@ def evaluate(
     dtype: str | None = None,
     device: str | None = None,
     backend: str | None = None,
+    kv: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Score a text with a checkpoint, and compare with a reference checkpoint.
@@ -76,6 +78,7 @@ def evaluate(
         stride: tokens from one window to the next; by default the window.
         dtype, device: as `qmix.LoadOptions`.
         backend: the same; the reference takes the best that there is.
+        kv: the same; the reference takes "16".
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -89,6 +92,7 @@ def evaluate(
         dtype=dtype,
         device=device,
         backend=backend,
+        kv=kv,
         progress=progress,
     )
     return Perplexity.of(scores, windows, text.sha256)
@@ -102,6 +106,7 @@ def score_all(
     dtype: str | None = None,
     device: str | None = None,
     backend: str | None = None,
+    kv: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[ScoringWindows, tuple[TokenScores, ...]]:
     """Every scored token of the material, by each checkpoint; see `evaluate`.
@@ -109,7 +114,7 @@ def score_all(
     Returns:
         The windows, which are cut for the first checkpoint, and the scores.
     """
-    weight_dtype, asked = parse_dtype(dtype), named(backend)
+    weight_dtype, asked, asked_kv = parse_dtype(dtype), named(backend), named_kv(kv)
     first = open_checkpoint(directories[0])
     tokenizer = LlamaTokenizer.from_pretrained(directories[0])
     ids = tokenizer.encode(material.text.content)
@@ -122,8 +127,8 @@ def score_all(
     def scored(checkpoint: Checkpoint) -> Scorer:
         nonlocal done
         before, done = done, done + checkpoint.config.num_hidden_layers
-        own = None if checkpoint is base else asked
-        scorer = Scorer(checkpoint, windows.ids, dtype=weight_dtype, device=device, backend=own)
+        own: dict[str, Any] = {} if checkpoint is base else {"backend": asked, "kv": asked_kv}
+        scorer = Scorer(checkpoint, windows.ids, dtype=weight_dtype, device=device, **own)
         scorer.run(lambda layers, _: progress(before + layers, total))
         return scorer
 

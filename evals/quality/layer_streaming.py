@@ -14,6 +14,7 @@ from qmix import kernels
 from qmix.formats import Checkpoint
 from qmix.kernels.backend import Backend, preferred
 from qmix.kernels.choice import choose
+from qmix.kv_format import KVFormat, check_width
 from qmix.models import load, offload
 from qmix.models.options import parse_device
 from qmix.nn.attention import ForwardContext
@@ -35,10 +36,12 @@ class Scorer:
         ids: int64 (W, S).
         dtype: of the computation; None means the checkpoint's.
         backend: whose code multiplies; None: the best that is right on the device.
+        kv: what a cache makes of keys and values, which every position sees.
 
     Raises:
         ResourceError: too little memory for one layer and the windows.
         UnsupportedError: the named backend cannot run.
+        UsageError: the heads do not fit `kv`.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class Scorer:
         dtype: torch.dtype | None,
         device: torch.device | str | None,
         backend: Backend | None = None,
+        kv: KVFormat = "16",
     ) -> None:
+        check_width(kv, checkpoint.config.head_dim)
         self._checkpoint = checkpoint
         self._done = 0
         self._device = parse_device(device)
@@ -64,7 +69,7 @@ class Scorer:
         # The embedding stays on the host, as the hidden states do.
         self._hidden = embedding(ids, self._embedding(), self._dtype)
         self._context = ForwardContext.without_past(
-            checkpoint.config, ids.shape[1], self._device, self._dtype
+            checkpoint.config, ids.shape[1], self._device, self._dtype, kv
         )
 
     @property

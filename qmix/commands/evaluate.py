@@ -175,6 +175,7 @@ class Computation(options.Group):
     dtype: options.Dtype = None
     device: options.Device = None
     backend: options.Backend = None
+    kv: options.KV = None
 
 
 @options.grouped
@@ -211,6 +212,8 @@ def evaluate(
         raise UsageError("--max-kl needs --reference")
     if not scored.has_perplexity and (by_position or gates != Gates()):
         raise UsageError("--needle and --tasks take no --by-position, --max-perplexity or --max-kl")
+    if scored.tasks and computation.kv == "int8":
+        raise UsageError("--tasks takes no --kv int8: lm_eval brings caches of its own")
     if scored.tasks:
         from qmix.evals.harness.extra import check_extra
 

@@ -95,6 +95,14 @@ Backend = Annotated[
         rich_help_panel=_MACHINE,
     ),
 ]
+KV = Annotated[
+    Literal["16", "int8"] | None,
+    typer.Option(
+        help="Bits of keys and values in the cache: 16, or int8, which takes half the memory.",
+        show_default="16",
+        rich_help_panel=_MACHINE,
+    ),
+]
 ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")]
 Template = Annotated[
     str | None,
@@ -155,6 +163,7 @@ class Load(Group):
         ),
     ] = None
     backend: Backend = None
+    kv: KV = None
 
     def parse(self, max_context: int | None = None, max_batch: int = 1) -> "LoadOptions":
         """The options of a load.

@@ -10,6 +10,7 @@ import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.errors import UsageError
+from qmix.kv_format import named as named_kv
 
 Source = Annotated[
     Path,
@@ -56,6 +57,7 @@ def plan(
     card: Card = None,
     ctx: Context = None,
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    kv: options.KV = None,
     method: Method = None,
     group_size: Annotated[
         int | None, typer.Option(help="gptq: inputs per scale.", show_default="128")
@@ -97,6 +99,7 @@ def plan(
             card=card,
             context=ctx,
             batch=batch,
+            kv=named_kv(kv),
             method=method or ("nf4" if program is None else "gptq"),
             group_size=group_size,
         )

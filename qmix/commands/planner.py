@@ -16,6 +16,7 @@ from qmix.formats.files.shard_names import INDEX
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
 from qmix.gguf.files import is_gguf
+from qmix.kv_format import KVFormat
 from qmix.planning import gpus, machine
 from qmix.planning.byte_sizes import parse_size, show
 from qmix.planning.estimate import Estimate, estimate
@@ -44,6 +45,7 @@ class PlanRequest:
         source: a checkpoint's folder, a GGUF file, or a config.json.
         vram, ram: budgets, such as "24G".
         card: a GPU by name.
+        kv: how the cache keeps keys and values.
         method, group_size: how a model that is not quantized yet would be.
     """
 
@@ -53,6 +55,7 @@ class PlanRequest:
     card: str | None = None
     context: int | None = None
     batch: int = 1
+    kv: KVFormat = "16"
     method: str = "nf4"
     group_size: int | None = None
 
@@ -91,6 +94,7 @@ def answer(request: PlanRequest) -> PlanAnswer:
         ram=target.ram,
         context=request.context,
         batch=request.batch,
+        kv=request.kv,
     )
     return PlanAnswer(
         estimate=estimate(planned, target.rates(), dense),

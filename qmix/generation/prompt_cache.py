@@ -105,7 +105,7 @@ class PromptCache:
             WriteError: the file cannot be written.
         """
         ids = tuple(ids[: cache.length])
-        nbytes = sum(keys.nbytes + values.nbytes for keys, values in cache)
+        nbytes = sum(part.nbytes for layer in range(len(cache)) for part in cache.view(layer))
         if len(ids) < LEAST or nbytes > self._limit:
             return False
         shorter: list[Path] = []
@@ -142,7 +142,8 @@ class PromptCache:
 
     def _write(self, cache: KVCache, ids: Sequence[int]) -> None:
         tensors = {"ids": torch.tensor(ids, dtype=torch.int32)}
-        for layer, (keys, values) in enumerate(cache):
+        for layer in range(len(cache)):
+            keys, values = cache.view(layer)
             tensors |= {f"keys.{layer}": keys, f"values.{layer}": values}
         specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
         partial = self._folder / f"{secrets.token_hex(8)}.writing"

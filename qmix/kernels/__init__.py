@@ -220,6 +220,7 @@ def attend(
     """See attention.attend_with.
 
     `sdpa` leaves to our kernels what it would need a mask for on a GPU, and single tokens on a CPU.
+    k and v may be rows of codes, see kv_rows.
 
     Raises:
         UnsupportedError: `triton`, where our kernels do not run.

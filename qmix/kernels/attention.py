@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError, UsageError
-from qmix.kernels import flash
+from qmix.kernels import flash, kv_rows
 from qmix.kernels.gradients import needs_grad
 
 Implementation = Literal["eager", "sdpa", "flash_attention_2", "triton"]
+
+_NUMBERS = 4 << 20  # keys, and as many values, that lie dequantized at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,12 @@ class AttentionMask:
     def only_causal(self, keys: int) -> bool:
         """Whether causality alone decides over L keys: no tensor does, the window hides none."""
         return not self.is_explicit and (self.window is None or keys <= self.window)
+
+    def of_heads(self, heads: slice) -> "AttentionMask":
+        """The mask over some of the H heads."""
+        if self.attn_mask is None or self.attn_mask.shape[1] == 1:
+            return self
+        return replace(self, attn_mask=self.attn_mask[:, heads])
 
     def in_window(self, keys: int, queries: int) -> tuple["AttentionMask", int]:
         """How many of L keys, the newest ones, any query can see, and the mask over these alone."""
@@ -118,9 +126,11 @@ def attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """Attention step by step, with its weights: (B, H, S, d) and (B, H, S, L).
 
-    The softmax is float32. Heads that share keys are rows of one matrix product; keys are not
-    repeated. A query that sees no key gives zeros.
+    k and v may be rows of codes, all of which become numbers: the weights take more memory. The
+    softmax is float32. Heads that share keys are rows of one matrix product; keys are not repeated.
+    A query that sees no key gives zeros.
     """
+    k, v = kv_rows.dequantized(k, q.dtype), kv_rows.dequantized(v, q.dtype)
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     rows = heads // kv_heads * queries
@@ -238,13 +248,33 @@ def attend_with(
     """Attention of the last S columns over all L: (B, H, S, d) with (B, G, L, d) -> (B, H, S, d).
 
     Args:
+        k, v: may be rows of codes [B, G, L, d + 4].
         implementation: which entry of the table; all of them compute the same.
         dropout: the probability that an attention weight is zeroed.
     """
     mask, seen = mask.in_window(k.shape[2], q.shape[2])
     if seen < k.shape[2]:
         k, v = k[:, :, -seen:], v[:, :, -seen:]
-    return _IMPLEMENTATIONS[implementation](q, k, v, mask, dropout)
+    attend = _IMPLEMENTATIONS[implementation]
+    if kv_rows.is_rows(k) and implementation != "triton":
+        return _by_key_heads(attend, q, k, v, mask, dropout)
+    return attend(q, k, v, mask, dropout)
+
+
+def _by_key_heads(
+    attend: Attention, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float
+) -> Tensor:
+    """`attend` over rows of codes, of which a few heads at a time become numbers."""
+    batch, shared, keys = k.shape[:3]
+    group_heads = q.shape[1] // shared
+    step = max(1, _NUMBERS // (batch * keys * q.shape[3]))
+    parts = []
+    for first in range(0, shared, step):
+        last = min(first + step, shared)
+        own = slice(first * group_heads, last * group_heads)
+        keys_of, values_of = (kv_rows.dequantized(t[:, first:last], q.dtype) for t in (k, v))
+        parts.append(attend(q[:, own], keys_of, values_of, mask.of_heads(own), dropout))
+    return torch.cat(parts, 1)
 
 
 def _seen_and_bias(

@@ -86,7 +86,7 @@ def config_changes(
                 f"from_pretrained has no option {name!r}"
                 + (f" but {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""),
                 expected="torch_dtype, dtype, device, device_map, max_memory, attn_implementation, "
-                "vram, ram, max_context, backend, load_in_4bit, quantization_config, config, "
+                "vram, ram, max_context, backend, kv, load_in_4bit, quantization_config, config, "
                 + ", ".join(OVERRIDES),
             )
     if options.get("trust_remote_code"):
@@ -149,6 +149,7 @@ def load_options(options: LoadOptions | None, given: dict[str, Any]) -> LoadOpti
         ram=ram,
         max_context=given["max_context"],
         backend=given["backend"],
+        kv=given["kv"],
     )
 
 

@@ -295,7 +295,7 @@ class MixtralForCausalLM(PreTrainedModel):
 
     def _generation_cache(self, past: KVCache | Pairs | None) -> KVCache | None:
         if isinstance(past, (tuple, list)):
-            return KVCache.from_legacy_cache(self.config, past)
+            return KVCache.from_legacy_cache(self.config, past, self.model.kv)
         if past is None or isinstance(past, KVCache):
             return past
         raise UsageError("not a cache of qmix", where="past_key_values", found=type(past).__name__)

@@ -120,7 +120,7 @@ class MixtralModel(PreTrainedModel, Decoder):
         self, past: Past | None, use_cache: bool | None, batch: int, new: int
     ) -> Cache | None:
         if isinstance(past, (tuple, list)):
-            past = KVCache.from_legacy_cache(self.config, past)
+            past = KVCache.from_legacy_cache(self.config, past, self.kv)
         if isinstance(past, KVCache):
             past.check_compatible(self.new_cache(batch))
         elif past is not None and not isinstance(past, Cache):

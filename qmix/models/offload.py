@@ -83,6 +83,7 @@ def plan_tiers(checkpoint: Checkpoint, options: LoadOptions) -> Tiers | None:
         # Without a budget nothing is promised: only what is short of one prompt chunk is refused.
         context=options.max_context or (None if budgeted else min(PREFILL_CHUNK, positions)),
         batch=options.max_batch,
+        kv=options.kv,
     )
     if isinstance(checkpoint, QuantizedCheckpoint) and not planned.resident:
         raise ResourceError(

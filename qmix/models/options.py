@@ -11,6 +11,8 @@ from qmix.config_rules import MAX_POSITIONS
 from qmix.errors import ResourceError, UsageError
 from qmix.kernels.backend import Backend
 from qmix.kernels.backend import named as named_backend
+from qmix.kv_format import KVFormat
+from qmix.kv_format import named as named_kv
 from qmix.models import option_names
 from qmix.planning.byte_sizes import parse_size
 
@@ -27,6 +29,7 @@ class LoadOptions:
         max_context: positions that the budgets leave room for; None: 4096, or the model's if fewer.
         max_batch: rows of so many positions that they leave room for.
         backend: whose code multiplies; None: the best that is right on the device.
+        kv: how the model's caches keep keys and values.
     """
 
     dtype: torch.dtype | None
@@ -36,6 +39,7 @@ class LoadOptions:
     max_context: int | None
     max_batch: int
     backend: Backend | None
+    kv: KVFormat
 
     def __init__(
         self,
@@ -47,15 +51,17 @@ class LoadOptions:
         max_context: int | None = None,
         max_batch: int = 1,
         backend: str | None = None,
+        kv: str | None = None,
     ) -> None:
-        """Parse names of dtypes, devices and backends, and sizes: "16GiB", "16GB" or bytes.
+        """Parse names of dtypes, devices, backends and caches, and sizes: "16GiB", "16GB" or bytes.
 
         Args:
             backend: None: what QMIX_BACKEND names, or `auto`.
+            kv: "16" or "int8"; None: "16".
 
         Raises:
-            UsageError: an unknown dtype, device or backend, a malformed size, or vram without a
-                GPU.
+            UsageError: an unknown dtype, device, backend or cache, a malformed size, or vram
+                without a GPU.
             ResourceError: a CUDA device is asked for and none is available.
         """
         target = parse_device(device)
@@ -77,6 +83,7 @@ class LoadOptions:
             "max_context": max_context,
             "max_batch": max_batch,
             "backend": named_backend(backend),
+            "kv": named_kv(kv),
         }
         for name, value in parsed.items():
             object.__setattr__(self, name, value)

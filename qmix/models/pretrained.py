@@ -81,6 +81,7 @@ class PreTrainedModel(nn.Module):
         ram: str | int | None = None,
         max_context: int | None = None,
         backend: str | None = None,
+        kv: str | None = None,
         load_options: LoadOptions | None = None,
         progress: load.Progress | None = None,
         **options: Any,
@@ -99,7 +100,8 @@ class PreTrainedModel(nn.Module):
             max_context: positions that the budgets leave room for; default: 4096, or the model's.
             backend: whose code multiplies, "qmix", "bitsandbytes" or "torch"; default: what
                 QMIX_BACKEND names, or "auto", the first of these that is right on the device.
-            load_options: dtype, device, vram, ram, max_context and backend as one object.
+            kv: how caches keep keys and values, "16" (default: in the model's dtype) or "int8".
+            load_options: dtype, device, vram, ram, max_context, backend and kv as one object.
             progress: called with the bytes that are there, and all that will be.
             options: fields of the config that no shape depends on, such as `sliding_window` or
                 `num_labels`. `config`: one with other such values. The hub's: `revision`, `token`,
@@ -117,7 +119,7 @@ class PreTrainedModel(nn.Module):
         hub = HubOptions.taken(options)
         given: dict[str, Any] = {"dtype": dtype, "device": device, "vram": vram, "ram": ram}
         given |= {"torch_dtype": torch_dtype, "device_map": device_map, "max_context": max_context}
-        given |= {"max_memory": options.pop("max_memory", None), "backend": backend}
+        given |= {"max_memory": options.pop("max_memory", None), "backend": backend, "kv": kv}
         placed = arguments.load_options(load_options, given)
         asked, config = quantization.taken(options), options.pop("config", None)
         changes = arguments.config_changes(options, attn_implementation)
@@ -176,7 +178,7 @@ class PreTrainedModel(nn.Module):
             tiers = offload.plan_tiers(checkpoint, options)
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(**changes))
-        model._decoder.backend = backend
+        model._decoder.backend, model._decoder.kv = backend, options.kv
         modules = model.checkpoint_modules()
         load.fill_model(modules, checkpoint, dtype, options.device, tiers, backend, progress)
         if tiers is not None:
@@ -377,22 +379,22 @@ class PreTrainedModel(nn.Module):
     def new_cache(self, batch: int = 1, capacity: int = 0) -> KVCache:
         """An empty cache for this model, with storage for `capacity` positions.
 
-        Raises:
-            UnsupportedError: as Decoder.decode, after a fork.
+        Raises UnsupportedError as Decoder.decode, after a fork.
         """
         self.check_process()
-        return KVCache(self.config, batch, dtype=self.dtype, device=self.device, capacity=capacity)
+        return KVCache(self.config, batch, capacity=capacity, **self._cache_form)
 
     def new_rows(self, rows: int, positions: int) -> Sequence[KVCache]:
         """Empty caches of one row each, whose next positions can be computed together.
 
-        On a GPU they have storage for `positions` from the start, and one for all.
-
-        Raises:
-            UnsupportedError: as `new_cache`.
+        On a GPU they have storage for `positions` from the start, and one for all. Raises as
+        `new_cache`.
         """
         if self.device.type != "cuda":
             return [self.new_cache() for _ in range(rows)]
         self.check_process()
-        slab = CacheSlab(self.config, rows, positions, dtype=self.dtype, device=self.device)
-        return slab.rows
+        return CacheSlab(self.config, rows, positions, **self._cache_form).rows
+
+    @property
+    def _cache_form(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device, "kv": self._decoder.kv}

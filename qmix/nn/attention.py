@@ -14,7 +14,9 @@ from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.kernels import PackedWeight
 from qmix.kernels.attention import AttentionMask, Implementation, attention_with_weights
+from qmix.kv_format import KVFormat
 from qmix.nn.cache import Cache
+from qmix.nn.cache_pass import CachePass
 from qmix.nn.cache_rows import CacheRows
 from qmix.nn.linear import Linear, is_observed
 
@@ -42,12 +44,21 @@ class ForwardContext:
 
     @classmethod
     def without_past(
-        cls, config: MixtralConfig, tokens: int, device: torch.device, dtype: torch.dtype
+        cls,
+        config: MixtralConfig,
+        tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kv: KVFormat = "16",
     ) -> "ForwardContext":
-        """The context of a pass over the first `tokens` positions."""
+        """The context of a pass over the first `tokens` positions.
+
+        Args:
+            kv: what a cache would make of their keys and values.
+        """
         positions = torch.arange(tokens, device=device)[None]
         cos, sin = kernels.rotary(positions, config.head_dim, config.rope_theta, dtype)
-        return cls(cos=cos, sin=sin)
+        return cls(cos=cos, sin=sin, cache=None if kv == "16" else CachePass(kv))
 
 
 class Attention(nn.Module):

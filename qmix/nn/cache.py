@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qmix.config import MixtralConfig
 from qmix.errors import UsageError
+from qmix.kernels import kv_rows
+from qmix.kv_format import KVFormat, check_width
 from qmix.quantities import counted
 
 _FIRST_CAPACITY = 256
@@ -40,7 +42,10 @@ class KVCache:
     Layers append during a forward pass; `advance` counts the new positions once all layers have
     appended them, so that an interrupted pass leaves the cache as it was.
 
-    Indexing and iterating give (keys, values) of each layer, oldest position first.
+    In 8 bits (`kv`) it stores rows of codes, see kernels.kv_rows, and every pass attends to these:
+    what a position sees does not depend on whether it was computed in the same pass.
+
+    Indexing and iterating give (keys, values) of each layer, oldest position first, in numbers.
     """
 
     def __init__(
@@ -51,27 +56,39 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         capacity: int = 0,
+        kv: KVFormat = "16",
     ) -> None:
         """An empty cache.
 
         Args:
+            dtype: of the keys and values that are appended.
             capacity: positions that fit before it grows, or W if that is fewer.
+            kv: how they are stored.
+
+        Raises:
+            UsageError: the model's heads do not fit the format.
         """
+        check_width(kv, config.head_dim)
         self.length = 0
         self.window = config.sliding_window
+        self.kv, self.dtype = kv, dtype
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         # New positions whose slots hold others that the current pass still reads.
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
         slots = self._within_window(max(capacity, 0))
-        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+        width, stored = kv_rows.storage(kv, config.head_dim, dtype)
+        shape = (batch, config.num_key_value_heads, slots, width)
         for _ in range(config.num_hidden_layers):
-            self._keys.append(torch.empty(shape, dtype=dtype, device=device))
-            self._values.append(torch.empty(shape, dtype=dtype, device=device))
+            self._keys.append(torch.empty(shape, dtype=stored, device=device))
+            self._values.append(torch.empty(shape, dtype=stored, device=device))
 
     @classmethod
     def from_legacy_cache(
-        cls, config: MixtralConfig, past_key_values: Sequence[tuple[Tensor, Tensor]]
+        cls,
+        config: MixtralConfig,
+        past_key_values: Sequence[tuple[Tensor, Tensor]],
+        kv: KVFormat = "16",
     ) -> "KVCache":
         """From (keys, values) of each layer, [B, G, L, d] each, positions 0 .. L - 1.
 
@@ -93,7 +110,8 @@ class KVCache:
                 f"{config.num_key_value_heads}, positions, {config.head_dim}]",
                 found=f"{counted(len(past_key_values), 'pair')}, the first {list(first.shape)}",
             )
-        cache = cls(config, batch, dtype=first.dtype, device=first.device, capacity=length)
+        dtype, device = first.dtype, first.device
+        cache = cls(config, batch, dtype=dtype, device=device, capacity=length, kv=kv)
         for layer, (keys, values) in enumerate(past_key_values):
             cache.append(layer, keys, values)
         cache.advance(length)
@@ -114,8 +132,11 @@ class KVCache:
             )
 
     def __str__(self) -> str:
-        batch, heads, _, width = self._keys[0].shape
-        kind = f"{self._keys[0].dtype} on {self._keys[0].device}".removeprefix("torch.")
+        batch, heads, _, stored = self._keys[0].shape
+        width = kv_rows.head_width(self.kv, stored)
+        kind = f"{self.dtype} on {self._keys[0].device}".removeprefix("torch.")
+        if self.kv != "16":
+            kind = f"{self.kv} of {kind}"
         window = f", window {self.window}" if self.window else ""
         return (
             f"{counted(len(self), 'layer')} [{batch}, {heads}, positions, {width}]{window}, {kind}"
@@ -147,9 +168,14 @@ class KVCache:
         """Add S new positions [B, G, S, d] to one layer.
 
         Returns the keys and values that the new positions may attend to: views or copies, oldest
-        position first, so that the last S are the new ones. One new position on a full ring gets
-        the ring in slot order, since softmax is order-independent; `in_order` copies it into order.
+        position first, so that the last S are the new ones; in 8 bits rows of codes. One new
+        position on a full ring gets the ring in slot order, since softmax is order-independent;
+        `in_order` copies it into order.
+
+        Raises:
+            UnsupportedError: gradients are recorded, and codes have none.
         """
+        keys, values = kv_rows.encoded(self.kv, keys), kv_rows.encoded(self.kv, values)
         new, end = keys.shape[2], self.length + keys.shape[2]
         self._pending.pop(layer, None)  # left by an interrupted pass
         if self.window is None or end <= self.window:
@@ -216,7 +242,9 @@ class KVCache:
         self.length = end
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Stored keys and values of one layer, [B, G, positions, d] each, oldest position first."""
+        """Keys and values of one layer as they are stored, [B, G, positions, d] each, or
+        [B, G, positions, d + 4] in 8 bits; oldest position first.
+        """
         if self.window is None or self.length <= self.window:
             return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
         return (
@@ -225,7 +253,9 @@ class KVCache:
         )
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The tensors [B, G, slots, d] of one layer: position p lies in slot p mod slots."""
+        """The tensors of one layer, [B, G, slots, d] each, or [B, G, slots, d + 4] in 8 bits:
+        position p lies in slot p mod slots.
+        """
         return self._keys[layer], self._values[layer]
 
     def reserve(self, positions: int) -> None:
@@ -313,10 +343,11 @@ class KVCache:
         return self.length
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.view(range(len(self))[layer])
+        keys, values = self.view(range(len(self))[layer])
+        return kv_rows.dequantized(keys, self.dtype), kv_rows.dequantized(values, self.dtype)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self.view(layer) for layer in range(len(self)))
+        return (self[layer] for layer in range(len(self)))
 
     def __len__(self) -> int:
         return len(self._keys)

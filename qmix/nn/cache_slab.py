@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from qmix.config import MixtralConfig
+from qmix.kernels import kv_rows
+from qmix.kv_format import KVFormat
 from qmix.nn.cache import KVCache
 
-Storage = list[tuple[Tensor, Tensor]]  # of each layer: keys and values, [rows, G, positions, d]
+# Of each layer: keys and values, [rows, G, positions, d], or d + 4 in 8 bits.
+Storage = list[tuple[Tensor, Tensor]]
 
 
 class SlabRow(KVCache):
@@ -25,7 +28,7 @@ class SlabRow(KVCache):
 
     def __init__(self, config: MixtralConfig, slab: "CacheSlab", place: int) -> None:
         keys = slab.storage[0][0]
-        super().__init__(config, 1, dtype=keys.dtype, device=keys.device)
+        super().__init__(config, 1, dtype=slab.dtype, device=keys.device, kv=slab.kv)
         self.slab = slab
         self.move(place)
 
@@ -68,7 +71,7 @@ class CacheSlab:
     """Caches of one row each, in one storage.
 
     Attributes:
-        storage: of each layer, keys and values [rows, G, positions, d].
+        storage: of each layer, keys and values; see KVCache.storage.
         rows: the caches.
     """
 
@@ -80,18 +83,22 @@ class CacheSlab:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        kv: KVFormat = "16",
     ) -> None:
         """Empty caches.
 
         Args:
             positions: that fit into each, or W if that is fewer.
+            dtype, kv: see KVCache.
         """
+        self.kv, self.dtype = kv, dtype
+        width, stored = kv_rows.storage(kv, config.head_dim, dtype)
         slots = min(positions, config.sliding_window or positions)
-        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        shape = (rows, config.num_key_value_heads, slots, width)
         self.storage: Storage = [
             (
-                torch.empty(shape, dtype=dtype, device=device),
-                torch.empty(shape, dtype=dtype, device=device),
+                torch.empty(shape, dtype=stored, device=device),
+                torch.empty(shape, dtype=stored, device=device),
             )
             for _ in range(config.num_hidden_layers)
         ]

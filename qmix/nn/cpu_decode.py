@@ -223,8 +223,7 @@ def _cached_rows(x: Tensor, cache: Cache | None) -> list[tuple[KVCache, int]] | 
         rows = [(row, 0) for row in cache.rows]
     else:
         return None
-    stored = [row.storage(0)[0] for row, _ in rows]
-    fits = all(keys.is_cpu and keys.dtype == x.dtype for keys in stored)
+    fits = all(row.dtype == x.dtype and row.storage(0)[0].is_cpu for row, _ in rows)
     return rows if fits and len(rows) == len(x) else None
 
 

@@ -15,6 +15,7 @@ from qmix.config import MixtralConfig
 from qmix.experts.store import Store
 from qmix.kernels.attention import Implementation
 from qmix.kernels.backend import Backend, preferred
+from qmix.kv_format import KVFormat
 from qmix.nn.attention import ForwardContext
 from qmix.nn.cache import Cache
 from qmix.nn.cpu_decode import WhyNot, decode_tokens
@@ -67,6 +68,7 @@ class Decoder(nn.Module):
         config.mark_built()
         self.attn_implementation: Implementation = "sdpa"
         self.backend: Backend = "qmix"
+        self.kv: KVFormat = "16"  # of caches that are made for it
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)

@@ -4,11 +4,12 @@ A plan promises its memory breakdowns, and that they stay within the budgets. It
 shapes: no torch, no file, no clock. Only `check_memory` looks at the machine.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmix.errors import ResourceError, UsageError
 from qmix.formats.metadata import CheckpointMetadata
+from qmix.kv_format import KVFormat, check_width
 from qmix.planning import machine
 from qmix.planning.budget import MemoryBreakdown
 from qmix.planning.byte_sizes import show
@@ -75,6 +76,7 @@ class Plan:
             "ram": self.ram,
             "context": self.context,
             "batch": self.batch,
+            "kv": self.model.kv,
             "resident": self.resident,
             "experts": {
                 "all": self.experts,
@@ -101,6 +103,7 @@ def plan(
     context: int | None = None,
     batch: int = 1,
     dtype: str | None = None,
+    kv: KVFormat | None = None,
 ) -> Plan:
     """Fit a model into its budgets.
 
@@ -111,12 +114,15 @@ def plan(
             None is no limit.
         context: positions a row; default: 4096, or the model's if it has fewer.
         dtype: of activations and dense weights; default: the checkpoint's.
+        kv: how the cache keeps keys and values; default: as the source says, or "16".
 
     Raises:
         ResourceError: it cannot fit; the message says what would.
-        UsageError: the context or the batch is out of range.
+        UsageError: the context or the batch is out of range, or the heads do not fit `kv`.
     """
     model = source if isinstance(source, StoredModel) else StoredModel.of(source, dtype)
+    model = model if kv is None else replace(model, kv=kv)
+    check_width(model.kv, model.config.head_dim)
     positions = model.config.max_position_embeddings
     if context is not None and not 1 <= context <= positions:
         raise UsageError(

@@ -15,6 +15,7 @@ from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.metadata import CheckpointMetadata
 from qmix.formats.names import ModelTensor, model_tensors
 from qmix.hub.local import shown_name
+from qmix.kv_format import KVFormat, row_bytes
 from qmix.weights.blob import blob_bytes, quantized_bytes
 from qmix.weights.packed.packed_shapes import MatrixSpec
 from qmix.weights.scheme import DENSE, GGUF_TABLES, NESTED_BLOCK, Recipe, Scheme
@@ -120,6 +121,7 @@ class StoredModel:
         weights: in the order of the model's modules.
         assumed: the scheme, if it was assumed; None if files say it.
         rounding: bytes that the largest weight takes while it is rounded on its way into memory.
+        kv: how caches keep keys and values.
     """
 
     name: str
@@ -128,6 +130,7 @@ class StoredModel:
     weights: tuple[StoredWeight, ...]
     assumed: Scheme | None = None
     rounding: int = 0
+    kv: KVFormat = "16"
 
     @classmethod
     def of(cls, metadata: CheckpointMetadata, dtype: str | None = None) -> "StoredModel":
@@ -234,8 +237,8 @@ class StoredModel:
         """
         config = self.config
         positions = min(context, config.sliding_window or context)
-        width = 2 * config.num_key_value_heads * config.head_dim
-        return batch * positions * width * config.num_hidden_layers * self.item
+        rows = 2 * config.num_key_value_heads * config.num_hidden_layers
+        return batch * positions * rows * row_bytes(self.kv, config.head_dim, self.item)
 
 
 def _stored(metadata: CheckpointMetadata, tensor: ModelTensor) -> StoredWeight:

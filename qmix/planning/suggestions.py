@@ -63,6 +63,7 @@ def _other_scheme(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
             ram=planned.ram,
             context=planned.context,
             batch=planned.batch,
+            kv=planned.model.kv,
         )
     except ResourceError:
         return

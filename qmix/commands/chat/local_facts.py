@@ -66,6 +66,7 @@ def bound(model: "LocalModel", positions: int, experts: Statistics | None) -> Bo
     on_gpu = model.causal_lm.device.type == "cuda"
     dtype = str(model.causal_lm.dtype).removeprefix("torch.")
     stored = StoredModel.of(open_checkpoint(model.source.directory).metadata, dtype)
+    stored = replace(stored, kv=model.cache.kv)
     planned = plan(stored, gpu=on_gpu, vram=None, ram=None, context=None, batch=1)
     read = planned.step_cost.dense + stored.kv_bytes(positions)
     cost = replace(planned.step_cost, dense=read, wait_s=0.0)

@@ -124,6 +124,7 @@ class TokenCache(Structure):
         ("pitch", c_int64),
         ("slot", c_int64),
         ("positions", c_int64),
+        ("codes", c_int32),
     )
 
 
@@ -149,6 +150,7 @@ class TokenAttention(Structure):
         ("width", c_int64),
         ("positions", c_int64),
         ("pitch", c_int64),
+        ("codes", c_int32),
     )
 
 

@@ -42,6 +42,7 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
     "tokens_as_alone": (POINTER(structs.Matrix), POINTER(c_int64)),
     "decode_tokens": (c_void_p, c_int64, POINTER(structs.TokenStep)),
     "attend": (POINTER(structs.TokenAttention),),
+    "quantize_rows": (c_void_p, c_void_p, c_int64, c_int64),
     "read": (c_void_p, c_int64, POINTER(c_uint64)),
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ class TokenSlot:
     """Where one text's next token goes in the cache of a layer.
 
     Attributes:
-        keys, values: [G, slots, d], bfloat16.
+        keys, values: [G, slots, d], bfloat16, or rows of codes [G, slots, d + 4].
         slot: of the token's own keys and values.
         seen: how many slots it attends to, from the first on.
     """
@@ -229,6 +229,7 @@ class Library:
                     cache.keys.stride(0),
                     cache.slot,
                     cache.seen,
+                    cache.keys.dtype == torch.int8,
                 )
                 for cache in caches
             )
@@ -254,8 +255,8 @@ class Library:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of single tokens to all of k and v: (B, H, 1, d), (B, G, L, d) -> (B, H, 1, d).
 
-        All bfloat16. In k and v the positions of a head lie behind one another, and the heads, G of
-        each batch entry, equally far apart.
+        All bfloat16, or k and v rows of codes. In these the positions of a head lie behind one
+        another, and the heads, G of each batch entry, equally far apart.
         """
         batch, heads, _, width = q.shape
         q = q.contiguous()
@@ -270,9 +271,14 @@ class Library:
             width,
             k.shape[2],
             k.stride(1),
+            k.dtype == torch.int8,
         )
         self._call("attend", attention)
         return out
+
+    def quantize_rows(self, x: Tensor, rows: Tensor) -> None:
+        """kv_rows.quantized of bfloat16 [..., d], into int8 [..., d + 4]; both contiguous."""
+        self._call("quantize_rows", x, rows, x.numel() // x.shape[-1], x.shape[-1])
 
     def read(self, memory: Tensor) -> int:
         """Read a contiguous tensor of whole MiB once, on torch's threads; the xor of its words."""
@@ -332,7 +338,9 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         q.is_cpu
         and q.shape[2] == 1
-        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and q.dtype == torch.bfloat16
+        and k.dtype == v.dtype
+        and k.dtype in (torch.bfloat16, torch.int8)
         and k.stride() == v.stride()
         and k.stride(3) == 1
         and (positions == 1 or k.stride(2) == width)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "float_math.h"
+#include "kv_rows.h"
 #include "matrix.h"
 #include "structs.h"
 #include "threads.h"
@@ -20,16 +21,16 @@ constexpr int64_t PIECE = 128;        // positions: 32 KiB of keys at a width of
 constexpr int64_t HEADS_AT_ONCE = 4;  // heads of a group that read keys and values together
 
 // Columns [column, column + 16 * VECTORS) of the weighted sums of `count` values, for HEADS heads.
-template <int HEADS, int VECTORS>
-QMIX_INLINE void weighted_values(const TokenAttention& attention, const uint16_t* values,
-                                 int64_t count, int64_t column, const float (*weights)[PIECE],
-                                 float* out) {
-    const int64_t width = attention.width;
+template <class Rows, int HEADS, int VECTORS>
+QMIX_INLINE void weighted_values(const TokenAttention& attention,
+                                 const typename Rows::Element* values, int64_t count,
+                                 int64_t column, const float (*weights)[PIECE], float* out) {
+    const int64_t width = attention.width, size = Rows::size(width);
     Floats sums[HEADS][VECTORS] = {};
     for (int64_t p = 0; p < count; p++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
-            const Floats value = load16(values + p * width + column + 16 * v);
+            const Floats value = load16(values + p * size + column + 16 * v);
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) sums[h][v] += weights[h][p] * value;
         }
@@ -41,11 +42,11 @@ QMIX_INLINE void weighted_values(const TokenAttention& attention, const uint16_t
 }
 
 // scores [HEADS][count]: q K^T.
-template <int HEADS>
-QMIX_INLINE void score_keys(const uint16_t* keys, int64_t count, int64_t width, const float* q,
-                            float (*scores)[PIECE]) {
+template <class Rows, int HEADS>
+QMIX_INLINE void score_keys(const typename Rows::Element* keys, int64_t count, int64_t width,
+                            const float* q, float (*scores)[PIECE]) {
     for (int64_t p = 0; p < count; p++) {
-        const uint16_t* key = keys + p * width;
+        const typename Rows::Element* key = keys + p * Rows::size(width);
         Floats sums[HEADS] = {};
         int64_t i = 0;
         for (; i + 16 <= width; i += 16) {
@@ -57,7 +58,8 @@ QMIX_INLINE void score_keys(const uint16_t* keys, int64_t count, int64_t width, 
         for (int h = 0; h < HEADS; h++) {
             scores[h][p] = sum16(sums[h]);
             for (int64_t k = i; k < width; k++)
-                scores[h][p] += q[h * width + k] * bfloat16_to_float(key[k]);
+                scores[h][p] += q[h * width + k] * Rows::value(key[k]);
+            if (Rows::HAS_STEPS) scores[h][p] *= Rows::step(key, width);
         }
     }
 }
@@ -83,40 +85,47 @@ QMIX_INLINE void exponentiate(float* scores, int64_t count, float* stats) {
 
 // One piece of the positions for HEADS heads of a group: stats [HEADS][2], and out [HEADS][width],
 // the sum of values weighted by exponentials.
-template <int HEADS>
+template <class Rows, int HEADS>
 QMIX_INLINE void attend_heads(const TokenAttention& attention, int64_t group, int64_t piece,
                               const float* q, float* stats, float* out) {
     const int64_t first = piece * PIECE, width = attention.width;
     const int64_t left = attention.positions - first, count = left < PIECE ? left : PIECE;
-    const uint16_t* keys = attention.keys + group * attention.pitch + first * width;
-    const uint16_t* values = attention.values + group * attention.pitch + first * width;
+    typedef const typename Rows::Element* Place;
+    const int64_t size = Rows::size(width), start = group * attention.pitch + first * size;
+    const Place keys = Place(attention.keys) + start, values = Place(attention.values) + start;
     float weights[HEADS][PIECE];
-    score_keys<HEADS>(keys, count, width, q, weights);
+    score_keys<Rows, HEADS>(keys, count, width, q, weights);
     for (int h = 0; h < HEADS; h++) exponentiate(weights[h], count, stats + 2 * h);
+    if (Rows::HAS_STEPS)
+        for (int64_t p = 0; p < count; p++) {
+            const float step = Rows::step(values + p * size, width);
+            for (int h = 0; h < HEADS; h++) weights[h][p] *= step;
+        }
     int64_t column = 0;
     for (; column + 64 <= width; column += 64)
-        weighted_values<HEADS, 4>(attention, values, count, column, weights, out);
+        weighted_values<Rows, HEADS, 4>(attention, values, count, column, weights, out);
     for (; column + 16 <= width; column += 16)
-        weighted_values<HEADS, 1>(attention, values, count, column, weights, out);
+        weighted_values<Rows, HEADS, 1>(attention, values, count, column, weights, out);
     for (; column < width; column++)
         for (int h = 0; h < HEADS; h++) {
             out[h * width + column] = 0;
             for (int64_t p = 0; p < count; p++)
                 out[h * width + column] +=
-                    weights[h][p] * bfloat16_to_float(values[p * width + column]);
+                    weights[h][p] * Rows::value(values[p * size + column]);
         }
 }
 
 // All heads of a group.
+template <class Rows>
 QMIX_INLINE void attend_group(const TokenAttention& attention, int64_t group, int64_t piece,
                               const float* q, float* stats, float* out) {
     const int64_t heads = attention.heads / attention.groups, width = attention.width;
     int64_t head = 0;
     for (; head + HEADS_AT_ONCE <= heads; head += HEADS_AT_ONCE)
-        attend_heads<HEADS_AT_ONCE>(attention, group, piece, q + head * width, stats + 2 * head,
+        attend_heads<Rows, HEADS_AT_ONCE>(attention, group, piece, q + head * width, stats + 2 * head,
                                     out + head * width);
     for (; head < heads; head++)
-        attend_heads<1>(attention, group, piece, q + head * width, stats + 2 * head,
+        attend_heads<Rows, 1>(attention, group, piece, q + head * width, stats + 2 * head,
                         out + head * width);
 }
 
@@ -155,8 +164,13 @@ void attend(const TokenAttention& attention, int threads, Fork fork) {
     parallel_for(attention.groups * pieces, threads, fork, [&](int64_t task, int) {
         const int64_t group = task / pieces, piece = task % pieces;
         const int64_t head = piece * heads + group * group_heads;
-        attend_group(attention, group, piece, q.data() + group * group_heads * width,
-                     stats + 2 * head, sums + head * width);
+        const float* own = q.data() + group * group_heads * width;
+        if (attention.codes)
+            attend_group<CodeRows>(attention, group, piece, own, stats + 2 * head,
+                                   sums + head * width);
+        else
+            attend_group<HalfRows>(attention, group, piece, own, stats + 2 * head,
+                                   sums + head * width);
     });
     parallel_for(heads, pieces > 8 ? threads : 1, fork, [&](int64_t head, int) {
         merge_pieces(attention, pieces, head, stats, sums, q.data() + head * width);

@@ -226,6 +226,21 @@ void after_attention(const TokenLayer& layer, const TokenRoute& out, int64_t tok
     add_rounded(out.residual, sum, out.residual);
 }
 
+// A token's keys or values [groups][width] into their slot of a cache.
+inline void store_heads(const TokenCache& cache, void* place, const uint16_t* heads, int64_t groups,
+                        int64_t width) {
+    for (int64_t g = 0; g < groups; g++) {
+        const uint16_t* head = heads + g * width;
+        const int64_t start = g * cache.pitch;
+        if (cache.codes)
+            quantize_row(head, width,
+                         static_cast<int8_t*>(place) + start + cache.slot * CodeRows::size(width));
+        else
+            memcpy(static_cast<uint16_t*>(place) + start + cache.slot * width, head,
+                   sizeof(uint16_t) * width);
+    }
+}
+
 // All of several layers, whose experts must be among them.
 template <class Kernels>
 void decode_tokens(const TokenLayer* const* layers, int64_t count, const TokenStep& step,
@@ -253,15 +268,13 @@ void decode_tokens(const TokenLayer* const* layers, int64_t count, const TokenSt
                                      groups,
                                      width,
                                      1,
-                                     width};
+                                     width,
+                                     0};
             if (step.caches) {
                 const TokenCache& cache = step.caches[i * tokens + t];
-                const size_t bytes = sizeof(uint16_t) * width;
-                for (int64_t g = 0; g < groups; g++) {
-                    const int64_t at = g * cache.pitch + cache.slot * width;
-                    memcpy(cache.keys + at, keys + g * width, bytes);
-                    memcpy(cache.values + at, values + g * width, bytes);
-                }
+                store_heads(cache, cache.keys, keys, groups, width);
+                store_heads(cache, cache.values, values, groups, width);
+                attention.codes = cache.codes;
                 attention.keys = cache.keys;
                 attention.values = cache.values;
                 attention.positions = cache.positions;

@@ -16,6 +16,14 @@ QMIX_INLINE Floats load16(const uint16_t* source) {
     return Floats(__builtin_convertvector(bits, Words) << 16);
 }
 
+QMIX_INLINE Floats load16(const int8_t* source) {
+    typedef int8_t Codes __attribute__((vector_size(16)));
+    typedef int32_t Integers __attribute__((vector_size(64)));
+    Codes codes;
+    memcpy(&codes, source, sizeof codes);
+    return __builtin_convertvector(__builtin_convertvector(codes, Integers), Floats);
+}
+
 QMIX_INLINE Floats load16(const float* source) {
     Floats values;
     memcpy(&values, source, sizeof values);

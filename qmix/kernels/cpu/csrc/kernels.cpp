@@ -164,6 +164,19 @@ int32_t qmix_attend(const TokenAttention* attention, int32_t threads, Fork fork)
     return status_of([&] { attend(*attention, threads, fork); });
 }
 
+// Rows of codes of x [rows, width], bfloat16.
+int32_t qmix_quantize_rows(const uint16_t* x, int8_t* out, int64_t rows, int64_t width,
+                           int32_t threads, Fork fork) {
+    constexpr int64_t STEP = 64;
+    parallel_for(round_up(rows, STEP) / STEP, rows * width < MIN_PARALLEL ? 1 : threads, fork,
+                 [&](int64_t task, int) {
+                     const int64_t last = (task + 1) * STEP;
+                     for (int64_t row = task * STEP; row < (last < rows ? last : rows); row++)
+                         quantize_row(x + row * width, width, out + row * CodeRows::size(width));
+                 });
+    return 0;
+}
+
 // Reads [bytes / 64][64] once and xors its words. A part of less than 1 MiB at the end is left out.
 int32_t qmix_read(const uint8_t* source, int64_t bytes, uint64_t* out, int32_t threads,
                   Fork fork) {

@@ -123,13 +123,16 @@ struct TokenRoute {
     float* routing_weights;  // [tokens, experts_per_token]
 };
 
-// A token's cache in a layer, [groups][slots][head_dim], each group's `pitch` elements apart.
+// A token's cache in a layer, [groups][slots][head_dim], each group's `pitch` elements apart. Elements
+// are bfloat16; or, with `codes`, int8, and a slot holds the codes and the bytes of a float behind
+// them, their step: kernels/kv_rows.py.
 struct TokenCache {
-    uint16_t* keys;
-    uint16_t* values;
+    void* keys;
+    void* values;
     int64_t pitch;
     int64_t slot;       // where the token's keys and values go
     int64_t positions;  // how many slots it attends to, from the first on
+    int32_t codes;
 };
 
 // One decode step through all layers: one new token of each of several texts.
@@ -142,17 +145,18 @@ struct TokenStep {
     int64_t tokens;
 };
 
-// Attention of one token, all in bfloat16.
+// Attention of one token, in bfloat16; keys and values may be codes.
 struct TokenAttention {
-    const uint16_t* q;       // [heads, width]
-    const uint16_t* keys;    // [groups][positions][width], each group's `pitch` elements apart
-    const uint16_t* values;  // likewise
-    uint16_t* out;           // [heads, width]
+    const uint16_t* q;   // [heads, width]
+    const void* keys;    // [groups][positions][width], as in TokenCache
+    const void* values;  // likewise
+    uint16_t* out;       // [heads, width]
     int64_t heads;
     int64_t groups;
     int64_t width;
     int64_t positions;
     int64_t pitch;
+    int32_t codes;
 };
 
 }  // extern "C"
