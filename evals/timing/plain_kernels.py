@@ -4,9 +4,9 @@ All have the 8x7B's shapes. evals.aot compiles them; nothing is compiled here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,10 +31,14 @@ _POINTERS = {
     "squares": "*fp32",
     "scale": "*fp32",
 }
+_STEPS, _NEW = ("key_steps", "value_steps"), ("new_keys", "new_values")
+_CODES = dict.fromkeys(("keys", "values"), "*i8") | dict.fromkeys(_STEPS, "*fp32")
 _MODEL_POINTERS = (
     "q",
     "keys",
     "values",
+    "new_keys",
+    "new_values",
     "out",
     "x",
     "weight",
@@ -48,7 +52,11 @@ _MODEL_POINTERS = (
 
 @dataclass(frozen=True)
 class PlainKernel:
-    """A kernel that reads no weights, with its constants and the tensors that are not passed."""
+    """A kernel that reads no weights, with its constants and the tensors that are not passed.
+
+    Attributes:
+        codes: keys and values are rows of codes; of one new column, "new", they are stored first.
+    """
 
     kernel: str
     dtype: torch.dtype
@@ -57,11 +65,13 @@ class PlainKernel:
     warps: int
     stages: int
     arch: int
+    codes: Literal["", "codes", "new codes"] = ""
 
     def __str__(self) -> str:
         shape = " ".join(f"{name} {value}" for name, value in self.constants)
         without = f", no {' '.join(self.absent)}" if self.absent else ""
-        return f"sm_{self.arch} {self.kernel} {_TYPES[self.dtype]} {shape}{without}"
+        codes = f" {self.codes}" if self.codes else ""
+        return f"sm_{self.arch} {self.kernel} {_TYPES[self.dtype]}{codes} {shape}{without}"
 
     def source(self) -> KernelSource:
         """The kernel in the form that is compiled."""
@@ -69,14 +79,19 @@ class PlainKernel:
         function: Any = next(filter(None, (getattr(m, self.kernel, None) for m in modules)))
         constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
         pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS
+        if self.codes:
+            pointers |= _CODES
+        if not self.codes.startswith("new"):
+            constants |= dict.fromkeys(_NEW if self.codes else (*_NEW, *_STEPS))
         names = [name for name in function.arg_names if name not in constants]
         types = {name: "fp32" if name == "eps" else pointers.get(name, "i32") for name in names}
         sizes = ("D", *(name for name in names if name.endswith(("_batch", "_head", "_row"))))
         tile = dict(self.constants)
-        key_and_value_bytes = 2 * tile.get("COLUMNS", 0) * tile.get("D", 0) * self.dtype.itemsize
+        # Rows of codes are read in 32 bits: their size is no multiple of more.
+        elements = 0 if self.codes else 2 * tile.get("COLUMNS", 0) * tile.get("D", 0)
         return KernelSource(
             function, constants, types, {*pointers, *sizes}, self.warps, self.stages, self.arch,
-            weights=0, copies=key_and_value_bytes // (16 * 32 * self.warps),
+            weights=0, copies=elements * self.dtype.itemsize // (16 * 32 * self.warps),
         )  # fmt: skip
 
 
@@ -86,7 +101,12 @@ def plain_kernels(
     """All kernels that `qmix.kernels.gpu.attention` and `.pointwise` can launch."""
     for arch, dtype in product(archs, dtypes):
         for kernel, warps, stages, constants, absent in _kernels(dtype):
-            yield PlainKernel(kernel, dtype, tuple(constants.items()), absent, warps, stages, arch)
+            one = PlainKernel(kernel, dtype, tuple(constants.items()), absent, warps, stages, arch)
+            yield one
+            if kernel in ("split", "prefill"):
+                yield replace(one, codes="codes")
+            if kernel == "split" and "past" not in absent:
+                yield replace(one, codes="new codes")
 
 
 def _kernels(

@@ -84,6 +84,8 @@ def plan(
 
     if tp is not None and program is None:
         raise UsageError("--tp is for --for: qmix itself runs on one GPU")
+    if kv == "int8" and program is not None:
+        raise UsageError("--kv is for qmix itself, not for --for")
     if plot is not None and program is not None:
         raise UsageError("--plot does not draw --for")
     if plot is not None:

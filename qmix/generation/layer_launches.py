@@ -17,6 +17,7 @@ from qmix.generation.packed_layers import LayerWeights, Projection
 from qmix.kernels.gpu.grid import Tuning, most_blocks
 from qmix.kernels.gpu.launch import can_depend
 from qmix.kernels.gpu.step_tuning import StepTuning
+from qmix.kernels.kv_rows import is_rows
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import PANEL
@@ -58,10 +59,12 @@ class LayerLaunches:
         settings: StepSettings,
         tuning: StepTuning,
     ) -> None:
-        """`storage` holds each layer's keys and values, [B, G, slots, d]."""
+        """`storage` holds each layer's keys and values, [B, G, slots, d], or rows of codes."""
         self._layers, self._storage, self._settings = layers, storage, settings
         self._tuning = tuning
-        batch, shared, _, width = storage[0][0].shape
+        keys = storage[0][0]
+        batch, shared = keys.shape[:2]
+        width = settings.cos.shape[-1]
         device, hidden = settings.past.device, len(settings.last_norm)
         packed = [layer.projections for layer in layers]
         fits = width == PANEL and batch <= DECODE_TOKENS and None not in packed
@@ -80,6 +83,11 @@ class LayerLaunches:
         self._gate_arrivals = (
             torch.zeros(blocks, dtype=torch.int32, device=device) if tuning.split_gate else None
         )
+        # Attention makes codes of a step's keys and values, which wait here for it.
+        self._new: tuple[Tensor, Tensor] | None = None
+        if is_rows(keys):
+            new = torch.empty(2, batch, shared, 1, width, dtype=settings.cos.dtype, device=device)
+            self._new = new[0], new[1]
         self._no_partials = torch.zeros(batch, hidden, device=device)
         self._dependent = tuning.dependent and can_depend(device)
 
@@ -165,7 +173,7 @@ class LayerLaunches:
         from qmix.kernels.gpu import fused, pointwise
 
         shared, weight = self._settings, self._layers[index].qkv
-        keys, values = self._storage[index]
+        keys, values = self._new or self._storage[index]
         places = (keys, values, shared.cos, shared.sin, shared.past)
         if self._rotates_in_qkv:
             assert isinstance(weight, PackedMatrix)
@@ -204,6 +212,7 @@ class LayerLaunches:
             arrivals=self._split_arrivals,
             dependent=self._dependent,
             tuning=self._tuning.attention,
+            new=self._new,
         )
         return attended.view(len(q), -1)
 

@@ -83,7 +83,7 @@ class StaticDecoders:
             attention_mask: bool (B, L or L + 1), False at padding on the left.
             sample_fn: makes a step choose the next id, too; another function needs another decoder.
         """
-        if not _is_possible(model, head) or cache.kv != "16":
+        if not _is_possible(model, head):
             return None
         cache.reserve(cache.length + 1)
         shared, padded = self._by_cache.setdefault(cache, _OfCache()), attention_mask is not None
@@ -103,7 +103,7 @@ class StaticDecoders:
         There is one for each number of rows. The rows may change places: its ids and logits are in
         the order of these.
         """
-        if not _is_possible(model, head) or rows[0].kv != "16":
+        if not _is_possible(model, head):
             return None
         slab = rows[0].slab
         front, shared = slab.front(rows), self._by_cache.setdefault(slab, _OfCache())

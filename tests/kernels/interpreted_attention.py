@@ -22,6 +22,7 @@ from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.errors import UnsupportedError
 from qmix.kernels import attention as rows
+from qmix.kernels import kv_rows
 from qmix.kernels.gpu import attention as gpu
 from qmix.kernels.gpu import pointwise
 from qmix.nn.cache import KVCache
@@ -189,6 +190,44 @@ def test_decode_over_a_cache(window):
     narrow = gpu.splits_for(8, slots, 16, 8)
     assert narrow == 1  # the same shares for all: then the same bits wherever columns lie
     assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("dtype", one_in(2, DTYPES), ids=str)
+@pytest.mark.parametrize("window", [None, 8])
+def test_codes_are_numbers(window, dtype):
+    """A prompt and its last token over rows of codes, beside the numbers that they stand for."""
+    k, v = (kv_rows.quantized(drawn(2, 2, 33, 32, seed=seed, dtype=dtype)) for seed in (2, 3))
+    numbers = [kv_rows.dequantized(each, torch.float32) for each in (k, v)]
+    for queries in (1, 33):
+        q = drawn(2, 4, queries, 32, dtype=dtype)
+        out = gpu.attend(q, k, v, window=window, padding_mask=None, tuning=SMALL)
+        assert error(out, oracle(q, *numbers, window, None)) <= bound(dtype)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_step_makes_codes_of_its_key_and_value(window):
+    """To the bit those of a cache; a row of zeros and one of NaN among them; split or not."""
+    past, slots = torch.tensor([0, 23, 41], dtype=torch.int32, device=DEVICE), window or 64
+    k, v = drawn(3, 2, 42, 32, seed=2), drawn(3, 2, 42, 32, seed=3)
+    k[0, 0, 0] = 0.0
+    codes = [kv_rows.quantized(each) for each in (k, v)]
+    held = [ring(each, slots, past) for each in (k, v)]
+    rings = [kv_rows.quantized(each) for each in held]
+    new = [
+        torch.stack([each[row, :, int(at)] for row, at in enumerate(past)])[:, :, None].contiguous()
+        for each in (k, v)
+    ]
+    q = drawn(3, 1, 4, 32)
+    out = gpu.attend_cached(q, *rings, past, window=window, tuning=SMALL, new=(new[0], new[1]))
+    for found, expected in zip(rings, codes, strict=True):
+        for row, at in enumerate(past.tolist()):
+            assert torch.equal(found[row, :, at % slots], expected[row, :, at])
+    numbers = [kv_rows.dequantized(each, torch.float32) for each in codes]
+    assert error(out, one_by_one(q, *numbers, past, None, window)) <= ORDER_BOUND
+    new[0][1, 1, 0, 3] = float("nan")
+    out = gpu.attend_cached(q, *rings, past, window=window, tuning=SMALL, new=(new[0], new[1]))
+    assert out[1, 0, 2:].isnan().all()
+    assert out[1, 0, :2].isfinite().all()
 
 
 @pytest.mark.parametrize("batch", one_in(5, [4, 1, 2, 8, 16]))

@@ -97,6 +97,21 @@ def prefilled(model, prompt, attention_mask, capacity=32):
 PROMPT = torch.tensor([[3, 17, 90, 41, 8], [5, 9, 11, 77, 21]])
 
 
+@pytest.mark.parametrize(("window", "norms"), [(4, False), (None, True)])
+def test_a_cache_in_8_bits_is_written_and_read_by_the_step(window, norms):
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+    model = packed_model(nf4, sliding_window=window, **heads)
+    model.model.kv = "int8"
+    expected = reference_steps(model, PROMPT.to(DEVICE), None, 3)
+    cache = prefilled(model, PROMPT.to(DEVICE), None)
+    tuning = StepTuning(rotate_in_qkv=norms, norm_in_products=norms)
+    step = StaticDecoder(model.model, model.lm_head, cache, tuning=tuning)
+    for before, after in pairwise(expected):
+        logits = step.step(before.argmax(-1))
+        cache.advance(1)
+        assert error(logits, after) <= 4 * BOUND  # a code more or less where a rounding decides
+
+
 @pytest.mark.diagonal
 @pytest.mark.parametrize("make", [nf4, int4, act_order])
 @pytest.mark.parametrize("window", [None, 4])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UnsupportedError
+from qmix.kernels import kv_rows
 from qmix.kernels.gpu import attention_triton as kernels
 from qmix.kernels.gpu.attention_tuning import UNTUNED, Tuning
 from qmix.kernels.gpu.launch import dependency, launch, multiprocessors, power_of_2
@@ -69,6 +70,8 @@ def splits_for(unsplit: int, slots: int, columns: int, wanted: int) -> int:
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse queries (B, H, S, d), keys and values (B, G, L, d) that the kernels do not support.
 
+    Keys and values may be rows of codes.
+
     Raises:
         UnsupportedError: another dtype, mixed dtypes, a head width that is no power of 2 from 16 to
             128, or gradients are wanted.
@@ -76,7 +79,7 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     differentiated = needs_grad(q, k, v)
     if (
         q.dtype in DTYPES
-        and k.dtype == q.dtype
+        and (k.dtype == q.dtype or kv_rows.is_rows(k))
         and q.shape[-1] in HEAD_WIDTHS
         and not differentiated
     ):
@@ -85,7 +88,7 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     raise UnsupportedError(
         "the Triton attention kernel does not fit",
         where="attn_implementation",
-        expected="float16, bfloat16 or float32, heads of 16, 32, 64 or 128, no gradients",
+        expected="float16, bfloat16 or float32, or rows of codes, heads of 16, 32, 64 or 128, no gradients",
         found=found + (", gradients" if differentiated else ""),
         remedy="Use attn_implementation='sdpa', which means the same.",
     )
@@ -126,12 +129,13 @@ def attend_cached(
     arrivals: Tensor | None = None,
     dependent: bool = False,
     tuning: Tuning = UNTUNED,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of S new columns over a cache that holds them: [B, S, H, d] -> [B, S, H, d].
 
     Args:
-        keys, values: [B, G, R, d], column c in slot c mod R. A cache that has rolled must hold
-            every column that the new ones see: R >= window + S - 1.
+        keys, values: [B, G, R, d], or rows of codes, column c in slot c mod R. A cache that has
+            rolled must hold every column that the new ones see: R >= window + S - 1.
         past: int32 [B] on the device, columns before the new ones.
         starts: int32 [B] on the device, columns of padding on the left; None is none.
         dtype: of the result; None is that of q. Packed matmuls take float16.
@@ -139,13 +143,17 @@ def attend_cached(
             one new column merges the others. None: a launch of its own does, to the same bits.
         dependent: a step of one new column may start while the launch before drains; see
             `launch.can_depend`.
+        new: keys and values [B, G, 1, d] of one new column, contiguous, which are stored as codes
+            first.
 
     Raises:
         UnsupportedError: as `check`.
     """
     q = q.transpose(1, 2)
     dtype = dtype or q.dtype
-    return _attend(q, keys, values, past, starts, window, None, dtype, tuning, arrivals, dependent)
+    return _attend(
+        q, keys, values, past, starts, window, None, dtype, tuning, arrivals, dependent, new
+    )
 
 
 def _attend(
@@ -160,6 +168,7 @@ def _attend(
     tuning: Tuning,
     arrivals: Tensor | None = None,
     dependent: bool = False,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """(B, H, S, d) over (B, G, R, d): [B, S, H, d]."""
     check(q, k, v)
@@ -173,12 +182,15 @@ def _attend(
     reach = _EVERYTHING if window is None else window
     q_strides = (q.stride(0), q.stride(1))
     mask_stride = 0 if mask_bytes is None else mask_bytes.stride(0)
+    steps = (_steps(k), _steps(v))
+    new_keys, new_values = (None, None) if new is None else new
+    assert new is None or (queries == 1 and past is not None and kv_rows.is_rows(k))
     kv_mask_strides = (*k.stride()[:3], *v.stride()[:3], mask_stride)
     if queries > 1:
         shape = blocks_for(queries, q.dtype, tuning)
         launch(
             kernels.prefill, (-(-queries // shape.rows), heads, batch),
-            q, k, v, mask_bytes, past, starts, out, slots, queries, reach, slots,
+            q, k, v, *steps, mask_bytes, past, starts, out, slots, queries, reach, slots,
             *q_strides, q.stride(2), *kv_mask_strides,
             GROUP_HEADS=group_heads, D=width, QUERIES=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages,
             num_warps=shape.warps,
@@ -193,7 +205,7 @@ def _attend(
     assert arrivals is None or arrivals.numel() >= batch * shared
     launch(
         kernels.split, (shared, splits, batch),
-        q, k, v, mask_bytes, past, starts, sums, peaks, totals,
+        q, k, v, *steps, new_keys, new_values, mask_bytes, past, starts, sums, peaks, totals,
         None if arrivals is None else out, arrivals, slots, reach, slots, splits,
         *q_strides, *kv_mask_strides,
         GROUP_HEADS=group_heads, ROWS=max(_SMALLEST_TILE, power_of_2(group_heads)), D=width,
@@ -207,3 +219,11 @@ def _attend(
         PARTS=power_of_2(splits), D=width, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _steps(rows: Tensor) -> Tensor | None:
+    """Rows of codes as float32, in which their steps lie; None of numbers."""
+    if not kv_rows.is_rows(rows):
+        return None
+    assert rows.stride(2) == rows.shape[3]
+    return rows.view(torch.float32)

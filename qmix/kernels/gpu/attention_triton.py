@@ -11,6 +11,10 @@ The query heads of a key-value head are rows of one tile, so each key is read on
 The softmax is float32 and computed on the way (FlashAttention, arXiv 2205.14135): a row keeps the
 largest score so far, the sum of exponentials and the weighted sum of values.
 
+Keys and values may be rows of codes (qmix.kernels.kv_rows): `steps` are the same memory as float32,
+and absent otherwise. Codes are whole numbers in any dtype; a key's step multiplies its scores, a
+value's step its weights.
+
 Shape letters: see qmix.kernels.
 """
 
@@ -26,9 +30,39 @@ _LENGTHS = ["columns", "queries", "window", "R", "mask_batch", "SPLITS"]
 
 
 @triton.jit
+def _step_of(D: tl.constexpr, slot):
+    """Where the step of a slot lies, in float32: behind d codes."""
+    return slot * (D // 4 + 1) + D // 4
+
+
+@triton.jit
+def _place_of(slot, row, D: tl.constexpr, CODES: tl.constexpr):
+    """Where the elements of a slot begin. A row of codes has a known size: loads of 32 bits."""
+    if CODES:
+        return slot * (D + 4)
+    return slot * row
+
+
+@triton.jit
+def _store_codes(new, rows, steps, slot, D: tl.constexpr):
+    """The numbers new [d] as the row of codes of a slot: what kv_rows.quantized gives."""
+    dim = tl.arange(0, D)
+    number = tl.load(new + dim, cache_modifier=".cg").to(tl.float32)
+    # The largest as bits without a sign: NaN is larger than infinity.
+    bits = number.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    step = tl.div_rn(tl.max(bits, 0).to(tl.float32, bitcast=True), 127.0)
+    step = tl.where(step < 1.1754943508222875e-38, 1.1754943508222875e-38, step)
+    scaled = number * tl.div_rn(1.0, step)
+    code = (scaled + 12582912.0) - 12582912.0  # rounds to even, below 2^22
+    code = tl.where(code == code, code, 0.0).to(tl.int8)
+    tl.store(rows + slot * (D + 4) + dim, code)
+    tl.store(steps + _step_of(D, slot), step)
+
+
+@triton.jit
 def _walk(
-    q, at, keys, values, padding_mask, lowest, first, last, end, window, R, k_row, v_row,
-    D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    q, at, keys, values, key_steps, value_steps, padding_mask, lowest, first, last, end, window, R,
+    k_row, v_row, D: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to tiles [first, last) of the columns from `lowest` to `end`.
 
@@ -40,14 +74,22 @@ def _walk(
     largest = tl.full([q.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     scale = _LOG2_E / tl.sqrt(D * 1.0)
+    CODES: tl.constexpr = key_steps is not None
     for tile in tl.range(first, last, num_stages=STAGES):
         start = lowest + tile * COLUMNS
         column = start + tl.arange(0, COLUMNS)
         valid = column < end
         slot = start % R + tl.arange(0, COLUMNS)
         slot = tl.where(slot >= R, slot - R, slot)  # no more than R columns are walked
-        key = tl.load(keys + slot[None, :] * k_row + dim[:, None], mask=valid[None, :], other=0.0)
-        scores = tl.dot(q, key, input_precision="ieee") * scale
+        key = tl.load(
+            keys + _place_of(slot, k_row, D, CODES)[None, :] + dim[:, None],
+            mask=valid[None, :],
+            other=0,
+        )
+        scores = tl.dot(q, key.to(q.dtype), input_precision="ieee") * scale
+        if CODES:
+            steps = tl.load(key_steps + _step_of(D, slot), mask=valid, other=0.0)
+            scores = scores * steps[None, :]
         seen = valid[None, :] & (column[None, :] <= at[:, None])
         seen = seen & (column[None, :] > at[:, None] - window)
         if padding_mask is not None:
@@ -60,10 +102,15 @@ def _walk(
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(weight, 1)
         value = tl.load(
-            values + slot[:, None] * v_row + dim[None, :], mask=valid[:, None], other=0.0
+            values + _place_of(slot, v_row, D, CODES)[:, None] + dim[None, :],
+            mask=valid[:, None],
+            other=0,
         )
+        if CODES:
+            steps = tl.load(value_steps + _step_of(D, slot), mask=valid, other=0.0)
+            weight = weight * steps[None, :]
         summed = summed * shrink[:, None]
-        summed += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        summed += tl.dot(weight.to(q.dtype), value.to(q.dtype), input_precision="ieee")
         largest = higher
     return summed, largest, total
 
@@ -92,8 +139,8 @@ def _merge_head(sums, peaks, totals, out, head, SPLITS, PARTS: tl.constexpr, D: 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def split(
-    q, keys, values, padding_mask, past, starts, sums, peaks, totals, out, arrivals,
-    columns, window, R, SPLITS,
+    q, keys, values, key_steps, value_steps, new_keys, new_values, padding_mask, past, starts,
+    sums, peaks, totals, out, arrivals, columns, window, R, SPLITS,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch,
     GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -101,7 +148,8 @@ def split(
     """One query a row, one split of the columns: sums [B, H, Z, d], peaks and totals [B, H, Z].
 
     Grid (G, Z, B). The new column is the last of `columns`, or column past[b] where `past` is
-    given. With `arrivals`, zeros [B, G], the last split does what `merge` does; PARTS >= Z.
+    given. With `arrivals`, zeros [B, G], the last split does what `merge` does; PARTS >= Z. With
+    new_keys and new_values [B, G, d], the last split stores them as codes of the new column first.
     """
     await_previous(DEPENDENT)
     shared, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -122,11 +170,21 @@ def split(
         mask=used[:, None],
         other=0.0,
     )
+    k_place = batch.to(tl.int64) * k_batch + shared.to(tl.int64) * k_head
+    v_place = batch.to(tl.int64) * v_batch + shared.to(tl.int64) * v_head
+    keys, values = keys + k_place, values + v_place
+    if key_steps is not None:
+        key_steps, value_steps = key_steps + k_place // 4, value_steps + v_place // 4
+        keys, values = tl.multiple_of(keys, 4), tl.multiple_of(values, 4)
+    if new_keys is not None:  # noqa: SIM102  one is known to the compiler, one is not
+        if part == SPLITS - 1:  # no other split sees the new column
+            new, slot = (batch * tl.num_programs(0) + shared) * D, (end - 1) % R
+            _store_codes(new_keys + new, keys, key_steps, slot, D)
+            _store_codes(new_values + new, values, value_steps, slot, D)
+            tl.debug_barrier()
     summed, largest, total = _walk(
-        query, row * 0 + end - 1,
-        keys + batch.to(tl.int64) * k_batch + shared.to(tl.int64) * k_head,
-        values + batch.to(tl.int64) * v_batch + shared.to(tl.int64) * v_head,
-        padding_mask, lowest, part * tiles // SPLITS, (part + 1) * tiles // SPLITS, end, window, R,
+        query, row * 0 + end - 1, keys, values, key_steps, value_steps, padding_mask,
+        lowest, part * tiles // SPLITS, (part + 1) * tiles // SPLITS, end, window, R,
         k_row, v_row, D, COLUMNS, STAGES,
     )  # fmt: skip
     place = (batch * tl.num_programs(0) * GROUP_HEADS + head) * SPLITS + part
@@ -149,7 +207,8 @@ def merge(sums, peaks, totals, out, SPLITS, PARTS: tl.constexpr, D: tl.constexpr
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def prefill(
-    q, keys, values, padding_mask, past, starts, out, columns, queries, window, R,
+    q, keys, values, key_steps, value_steps, padding_mask, past, starts, out,
+    columns, queries, window, R,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch,
     GROUP_HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -178,11 +237,15 @@ def prefill(
         mask=used[:, None], other=0.0,
     )  # fmt: skip
     shared = (head // GROUP_HEADS).to(tl.int64)
+    k_place = batch.to(tl.int64) * k_batch + shared * k_head
+    v_place = batch.to(tl.int64) * v_batch + shared * v_head
+    keys, values = keys + k_place, values + v_place
+    if key_steps is not None:
+        key_steps, value_steps = key_steps + k_place // 4, value_steps + v_place // 4
+        keys, values = tl.multiple_of(keys, 4), tl.multiple_of(values, 4)
     summed, _, total = _walk(
-        query, before + row,
-        keys + batch.to(tl.int64) * k_batch + shared * k_head,
-        values + batch.to(tl.int64) * v_batch + shared * v_head,
-        padding_mask, lowest, 0, tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS), end, window, R,
+        query, before + row, keys, values, key_steps, value_steps, padding_mask,
+        lowest, 0, tl.cdiv(tl.maximum(end - lowest, 0), COLUMNS), end, window, R,
         k_row, v_row, D, COLUMNS, STAGES,
     )  # fmt: skip
     result = summed / tl.where(total == 0, 1.0, total)[:, None]  # no visible column: zeros
