@@ -82,12 +82,7 @@ def plan(
     from qmix.commands.plan_text import text
     from qmix.commands.planner import PlanRequest, answer
 
-    if tp is not None and program is None:
-        raise UsageError("--tp is for --for: qmix itself runs on one GPU")
-    if kv == "int8" and program is not None:
-        raise UsageError("--kv is for qmix itself, not for --for")
-    if plot is not None and program is not None:
-        raise UsageError("--plot does not draw --for")
+    _check(program, tp, plot, kv)
     if plot is not None:
         from qmix.commands import plan_plot
         from qmix.pages import output_file
@@ -114,3 +109,16 @@ def plan(
     if plot is not None:
         plan_plot.write(plan_answer, plot)
         terminal.message(f"the picture: {plot}")
+
+
+def _check(program: str | None, tp: int | None, plot: Path | None, kv: str | None) -> None:
+    """
+    Raises:
+        UsageError: an option goes with qmix alone, or with another program alone.
+    """
+    if tp is not None and program is None:
+        raise UsageError("--tp is for --for: qmix itself runs on one GPU")
+    if kv == "int8" and program is not None:
+        raise UsageError("--kv is for qmix itself, not for --for")
+    if plot is not None and program is not None:
+        raise UsageError("--plot does not draw --for")

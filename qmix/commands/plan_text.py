@@ -1,9 +1,13 @@
 """The answer of `qmix plan` in words. Knows what it says, and not how it was computed."""
 
+from dataclasses import replace
+
 from qmix.commands.planner import PlanAnswer
+from qmix.kv_format import INT8_KL, NF4_KL
 from qmix.planning.budget import MemoryBreakdown
 from qmix.planning.byte_sizes import show
 from qmix.planning.estimate import Estimate, Quantization
+from qmix.planning.plan import Plan
 from qmix.planning.speed import Speed, figure, rates_used
 from qmix.printable import escaped
 from qmix.quantities import counted
@@ -38,7 +42,7 @@ def text(answer: PlanAnswer) -> str:
         lines += _memory("device memory", planned.device_memory, planned.vram)
         lines.append("")
     lines += _memory("host memory", planned.host_memory, planned.ram)
-    lines += ["", *_speeds(estimate)]
+    lines += ["", *_speeds(estimate), *_cache(planned)]
     lines += map(_quantization, estimate.quantization)
     lines += [f"would help  {each.change}: {each.yields}" for each in estimate.suggestions]
     lines += [f"note        {note}" for note in answer.notes]
@@ -91,6 +95,19 @@ def _speed(speed: Speed) -> str:
         f"({figure(speed.bound_full)} with the context full); the goal, "
         f"{100 * speed.share:.0f} % of it, is {figure(speed.expected)}"
     )
+
+
+def _cache(planned: Plan) -> list[str]:
+    """What a cache in 8 bits saves and costs, where that is planned."""
+    if planned.model.kv == "16":
+        return []
+    context, batch = planned.context, planned.batch
+    plain = replace(planned.model, kv="16")
+    saved = plain.kv_bytes(context, batch) - planned.model.kv_bytes(context, batch)
+    return [
+        f"KV cache    8 bits take {show(saved)} less than 16; KL {INT8_KL:.1g} nats a token on the "
+        f"tiny model, {INT8_KL / NF4_KL:.0%} of what NF4's weights cost it"
+    ]
 
 
 def _quantization(cost: Quantization) -> str:

@@ -91,8 +91,7 @@ class PreTrainedModel(nn.Module):
         Args:
             directory: a folder, a GGUF file, or ORG/NAME of the hub, downloaded if need be.
             torch_dtype, dtype: of the activations and dense weights; default: the checkpoint's.
-            device: default: the GPU if there is one.
-            device_map: the device in transformers' words: "auto", a device, or {"": device}.
+            device: default: the GPU if there is one. device_map: "auto", a device or {"": device}.
             attn_implementation: "eager", "sdpa" (default), "flash_attention_2" or "triton".
             vram, ram: memory to use at most on the GPU and on the host: "16GiB", "16GB" or bytes.
                 Experts that do not fit stay in host memory or in the file until the router chooses
@@ -106,9 +105,8 @@ class PreTrainedModel(nn.Module):
             options: fields of the config that no shape depends on, such as `sliding_window` or
                 `num_labels`. `config`: one with other such values. The hub's: `revision`, `token`,
                 `cache_dir`, `local_files_only`, `force_download`. Accelerate's `max_memory`.
-                `load_in_4bit=True`, or `quantization_config` (a BitsAndBytesConfig or its fields as
-                a dictionary): round each matrix as it is read, as `qmix quantize` would.
-                Options of transformers that cannot change anything here are accepted.
+                `load_in_4bit=True`, or `quantization_config`: round each matrix as it is read, as
+                `qmix quantize` would. Options of transformers that change nothing are accepted.
 
         Raises:
             CheckpointError: a file is missing, damaged, or its tensors are not the model's.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qmix.errors import ResourceError
+from qmix.kv_format import INT8_KL
 from qmix.planning import gpus, roofline
 from qmix.planning.byte_sizes import as_option
 from qmix.planning.fitting import Fitting
@@ -28,7 +29,10 @@ class Suggestion:
 
 
 def suggestions(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
-    """What would help a plan that does not hold all experts in the fastest memory."""
+    """What would help a plan that does not hold all experts in the fastest memory, or whose longest
+    context is not the model's.
+    """
+    yield from _smaller_cache(planned, rates)
     if planned.resident:
         return
     yield from _shorter_context(planned, rates)
@@ -37,6 +41,23 @@ def suggestions(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
         yield from _other_gpus(planned, rates)
     if planned.disk:
         yield from _more_host_memory(planned, rates)
+
+
+def _smaller_cache(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
+    if planned.model.kv != "16" or planned.model.config.head_dim % 4:
+        return
+    model = replace(planned.model, kv="int8")
+    other = _fitted(replace(planned.fitting, model=model), planned.context)
+    if other is None:
+        return
+    more = other.slots - planned.slots if planned.gpu else other.host - planned.host
+    if more > 0:
+        yields = f"{more} more of {planned.experts} experts, {_rate(other, rates)}"
+    elif planned.resident and other.resident_context > planned.resident_context:
+        yields = f"contexts of {other.resident_context} instead of {planned.resident_context}"
+    else:
+        return
+    yield Suggestion(change=f"--kv int8 (KL {INT8_KL:.1g} on the tiny model)", yields=yields)
 
 
 def _shorter_context(planned: Plan, rates: Rates) -> Iterator[Suggestion]:

@@ -44,6 +44,7 @@ def here(monkeypatch, tmp_path):
         (["evals/tiny", "--card", "abacus"], 2, "--card: unknown GPU"),
         (["evals/tiny", "--ctx", "100000"], 2, "context: out of range"),
         (["evals/tiny", "--batch", "0"], 2, "batch: out of range"),
+        (["evals/tiny", "--kv", "int8", "--for", "vllm"], 2, "--kv is for qmix itself"),
         (["evals/tiny", "--group-size", "64"], 2, "--group-size does not apply"),
         (["evals/tiny", "--method", "gptq", "--group-size", "5"], 2, "no such group size"),
     ],
@@ -213,3 +214,13 @@ def test_for_another_server_what_does_not_fit_or_is_not_loaded_is_said(full, tin
         ("--for", "vllm", "--ram", "1G"),
     ):
         assert qmix("plan", full, *wrong).returncode == 2
+
+
+def test_a_cache_in_8_bits_is_told_with_its_price(full, here):
+    eight = answer(PlanRequest(source=full, card="3090", ram="64G", context=32768, kv="int8"))
+    text = plan_text.text(eight)
+    assert "KV cache                     2.06 GiB" in text
+    assert "8 bits take 1.94 GiB less than 16; KL 0.0006 nats a token on the tiny model" in text
+    plain = plan_text.text(answer(PlanRequest(source=full, card="3090", context=32768)))
+    assert "8 bits take" not in plain
+    assert "--kv int8" in plain

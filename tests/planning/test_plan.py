@@ -310,6 +310,23 @@ def test_a_shorter_context_is_suggested_where_it_helps():
     assert plan(MIXTRAL, gpu=False, ram=whole, context=context).resident
 
 
+def test_a_cache_in_8_bits_is_suggested_where_it_makes_room():
+    """24 GiB hold 8-bit keys and values of 32k beside more experts, or a longer context."""
+    sixteen = plan(MIXTRAL, gpu=True, vram=24 * GIB, context=32768)
+    eight = plan(MIXTRAL, gpu=True, vram=24 * GIB, context=32768, kv="int8")
+    saved = 32768 * 32 * 8 * 2 * (2 * 128 - 132)
+    assert sixteen.device_memory["KV cache"] - eight.device_memory["KV cache"] == saved
+    assert eight.slots > sixteen.slots
+    assert eight.to_dict()["kv"] == "int8"
+    (kv,) = [s for s in estimate(sixteen, RATES).suggestions if s.change.startswith("--kv")]
+    assert f"{eight.slots - sixteen.slots} more of 256 experts" in kv.yields
+    assert not [s for s in estimate(eight, RATES).suggestions if s.change.startswith("--kv")]
+    held = plan(MIXTRAL, gpu=True, vram=26 * GIB, context=4096)
+    (kv,) = estimate(held, RATES).suggestions
+    longer = plan(MIXTRAL, gpu=True, vram=26 * GIB, context=4096, kv="int8").resident_context
+    assert kv.yields == f"contexts of {longer} instead of {held.resident_context}"
+
+
 def test_nothing_is_suggested_where_all_fits():
     assert estimate(plan(MIXTRAL, gpu=True, vram=80 * GIB), RATES).suggestions == ()
 

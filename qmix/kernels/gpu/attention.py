@@ -175,15 +175,12 @@ def _attend(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, queries, width), (shared, slots) = q.shape, k.shape[1:3]
     group_heads = heads // shared
-    mask_bytes = (
-        None if padding_mask is None else padding_mask.to(q.device).contiguous().view(torch.uint8)
-    )
+    mask_bytes = None if padding_mask is None else _as_bytes(padding_mask, q.device)
     out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
     reach = _EVERYTHING if window is None else window
     q_strides = (q.stride(0), q.stride(1))
     mask_stride = 0 if mask_bytes is None else mask_bytes.stride(0)
     steps = (_steps(k), _steps(v))
-    new_keys, new_values = (None, None) if new is None else new
     assert new is None or (queries == 1 and past is not None and kv_rows.is_rows(k))
     kv_mask_strides = (*k.stride()[:3], *v.stride()[:3], mask_stride)
     if queries > 1:
@@ -205,7 +202,7 @@ def _attend(
     assert arrivals is None or arrivals.numel() >= batch * shared
     launch(
         kernels.split, (shared, splits, batch),
-        q, k, v, *steps, new_keys, new_values, mask_bytes, past, starts, sums, peaks, totals,
+        q, k, v, *steps, *(new or (None, None)), mask_bytes, past, starts, sums, peaks, totals,
         None if arrivals is None else out, arrivals, slots, reach, slots, splits,
         *q_strides, *kv_mask_strides,
         GROUP_HEADS=group_heads, ROWS=max(_SMALLEST_TILE, power_of_2(group_heads)), D=width,
@@ -219,6 +216,10 @@ def _attend(
         PARTS=power_of_2(splits), D=width, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _as_bytes(padding_mask: Tensor, device: torch.device) -> Tensor:
+    return padding_mask.to(device).contiguous().view(torch.uint8)
 
 
 def _steps(rows: Tensor) -> Tensor | None:

@@ -186,3 +186,12 @@ def test_every_target_is_scored_once_whatever_the_cut():
 def test_the_protocol_separates_its_clauses_by_commas():
     words = scoring_windows(list(range(40)), 8, 8).protocol
     assert "non-overlapping, BOS" in words
+
+
+def test_a_cache_in_8_bits_is_scored_at_every_position(folder, text, tmp_path):
+    """The reference keeps 16 bits, so the divergence is the cache's alone."""
+    plain, coded = (evaluate(folder, text, reference=folder, kv=kv) for kv in (None, "int8"))
+    assert plain.reference.kl_mean == 0
+    assert 0 < coded.reference.kl_mean < 0.05
+    with pytest.raises(UsageError, match="16 or int8"):
+        evaluate(folder, text, kv="fp8")
