@@ -61,10 +61,11 @@ def _peer_steps() -> Iterator[Step]:
 
 # Measurements before tests: a wrong kernel shows in the perplexity of the tiny model, too.
 STEPS = (
-    Step("self-check", "self_checks", 45),
+    Step("self-check", "self_checks", 60),
     Step("bandwidth", "bounds", 20, needs_gpu=False),
     *_model_steps("nf4"),
     Step("nf4 profile", "token_profile", 40, {"weights": "nf4"}),
+    Step("nf4 slots", "serving_slots", 40, {"weights": "nf4"}),
     *_model_steps("int4"),
     Step("tiny perplexity", "tiny_perplexity", 40),
     Step("offload", "half_resident", 45),

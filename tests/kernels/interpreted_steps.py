@@ -15,6 +15,7 @@ from qmix.evals.steps import (
     moe_block,
     peers,
     self_checks,
+    serving_slots,
     step_search,
     tiny_perplexity,
     token_profile,
@@ -66,6 +67,20 @@ def test_the_model(setting):
     assert third["test"] == "pp4"
     setting.release()
     assert len(list(full_model.results(setting, "nf4", "pp", 512))) == 2
+
+
+def test_slots(setting, monkeypatch):
+    """Rows whose ids went to others are told."""
+    found = list(serving_slots.results(setting, "nf4"))
+    assert [row["requests"] for row in found] == [1, 4]
+    assert all(row["largest_error"] < 0.01 and "failed" not in row for row in found)
+    model = setting.model("nf4")
+    right = model.next_logits_with_experts
+    monkeypatch.setattr(
+        model, "next_logits_with_experts", lambda ids, *rest: right(ids.flip(0), *rest)
+    )
+    *_, wrong = serving_slots.results(setting, "nf4")
+    assert "differ by" in wrong["failed"]
 
 
 @pytest.mark.soak
