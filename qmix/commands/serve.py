@@ -104,6 +104,7 @@ def serve(
     log_prompts: LogPrompts = None,
     quiet: options.Quiet = False,
     yes: options.Yes = False,
+    reuse: options.Reuse = options.REUSE,
     load: options.Load = options.LOAD,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
@@ -128,20 +129,18 @@ def serve(
     from qmix.serving.http.served_model import ServedModel
 
     limits = _limits(source, ctx, slots, queue)
-    prompts = _prompt_log(log_prompts)
+    prompts, kept = _prompt_log(log_prompts), reuse.prompts(source)
     with server.listening(host, port) as listener:
         with load_bar(quiet=quiet) as bar:
-            load_options = load.parse(limits.context, limits.slots)
+            copies = int(kept is not None)  # of a text that is being written
+            load_options = load.parse(limits.context, slots + copies)
             loaded, tokenizer = load_model(source, load_options=load_options, progress=bar)
+        named, now = name or source.resolve().name, int(time.time())
         served = ServedModel.of(
-            loaded,
-            tokenizer,
-            limits,
-            name=name or source.resolve().name,
-            created=int(time.time()),
-            template=template,
+            loaded, tokenizer, limits, name=named, created=now, template=template
         )
-        engine = Engine(loaded, tokenizer, limits)
+        speculate = reuse.speculate != "off"
+        engine = Engine(loaded, tokenizer, limits, speculate=speculate, prompts=kept)
         access = Access(key, frozenset(map(str.lower, host_name or ())))
         application = app(engine, served, access, deadline_s=timeout, prompts=prompts)
         announce = partial(_announce, served.name, listener.getsockname(), limits, quiet=quiet)

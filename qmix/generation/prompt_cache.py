@@ -59,6 +59,14 @@ class Stored:
     entries: dict[str, Entry]
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The beginning of a text, for KVCache.fill: positions, and keys and values of each layer."""
+
+    length: int
+    layers: list[tuple[Tensor, Tensor]]
+
+
 class PromptCache:
     """A folder of texts' caches, for one model.
 
@@ -74,27 +82,39 @@ class PromptCache:
         self._folder, self._model, self._limit = folder.absolute(), model, limit_bytes
         user_files.prepare(self._folder / "any")
 
-    def restore(self, cache: KVCache, ids: Sequence[int], held: int = 0) -> int:
-        """Fill a cache with the longest beginning of a text that is stored; its positions.
+    def find(self, kind: KVCache, ids: Sequence[int], held: int = 0) -> "Found | None":
+        """Read the longest beginning of a text that is stored; None: there is none.
 
-        0 leaves the cache as it is. One id of the text at least is left to be computed.
+        One id of the text at least is left to be computed.
 
         Args:
+            kind: a cache that such a file has to fit; it may be empty.
             held: positions of the text that the cache has already; a file has to give LEAST more.
         """
         least, wanted = held + LEAST, tuple(ids[:-1])
         while len(wanted) >= least:
-            found = self._longest(cache, wanted)
+            found = self._longest(kind, wanted)
             if found is None or found[1] < least:
                 break
             stored, length = found
             if _is_whole(stored.path):
                 with suppress(CheckpointError, OSError):
-                    cache.fill(length, list(_layers(stored, cache)))
+                    layers = list(_layers(stored, kind))
                     os.utime(stored.path)
-                    return length
+                    return Found(length, layers)
             stored.path.unlink(missing_ok=True)
-        return 0
+        return None
+
+    def restore(self, cache: KVCache, ids: Sequence[int], held: int = 0) -> int:
+        """Fill a cache with what `find` finds; its positions.
+
+        0 leaves the cache as it is.
+        """
+        found = self.find(cache, ids, held)
+        if found is None:
+            return 0
+        cache.fill(found.length, found.layers)
+        return found.length
 
     def store(self, cache: KVCache, ids: Sequence[int]) -> bool:
         """Keep what a cache holds, whose positions have these ids; whether it was worth a file.
@@ -162,17 +182,24 @@ class PromptCache:
 
     def _trim(self) -> None:
         """Remove what is unused for longest, until the rest fits the limit."""
-        with suppress(OSError):  # another process trims too
-            for path in self._folder.glob("*.writing"):
-                if time.time() - path.stat().st_mtime > _ABANDONED_S:
-                    path.unlink(missing_ok=True)
-            files = [(path, path.stat()) for path in self._folder.glob("*.safetensors")]
-            total = sum(found.st_size for _, found in files)
-            for path, found in sorted(files, key=lambda file: file[1].st_mtime_ns):
-                if total <= self._limit:
-                    return
+        for path, found in self._files("*.writing"):
+            if time.time() - found.st_mtime > _ABANDONED_S:
                 path.unlink(missing_ok=True)
-                total -= found.st_size
+        files = self._files("*.safetensors")
+        total = sum(found.st_size for _, found in files)
+        for path, found in sorted(files, key=lambda file: file[1].st_mtime_ns):
+            if total <= self._limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= found.st_size
+
+    def _files(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
+        """Those that are there: other processes write and trim too."""
+        files = []
+        for path in self._folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                files.append((path, path.stat()))
+        return files
 
 
 def _usable(cache: KVCache, held: tuple[int, ...], ids: tuple[int, ...]) -> int:

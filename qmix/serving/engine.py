@@ -8,10 +8,12 @@ import time
 from types import TracebackType
 
 from qmix.errors import QmixError, UsageError
+from qmix.generation.prompt_cache import PromptCache
 from qmix.models.causal_lm import MixtralForCausalLM
+from qmix.serving.counts import Counts
 from qmix.serving.limits import Limits
 from qmix.serving.request import BusyError, Listener, Request, Ticket
-from qmix.serving.scheduler import Counts, Scheduler
+from qmix.serving.scheduler import Scheduler
 from qmix.serving.slot import SlotState
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -32,17 +34,20 @@ class Engine:
         limits: Limits,
         *,
         speculate: bool = True,
+        prompts: PromptCache | None = None,
     ) -> None:
         """
         Args:
-            speculate: see Scheduler.
+            speculate, prompts: see Scheduler.
 
         Raises:
             UsageError: a context beyond the model's.
         """
         self.failure: QmixError | None = None
-        self._scheduler = Scheduler(model, tokenizer, limits, speculate=speculate)
         self._changed = threading.Condition()
+        self._scheduler = Scheduler(
+            model, tokenizer, limits, speculate=speculate, prompts=prompts, wake=self._wake
+        )
         self._closing_at: float | None = None  # monotonic; requests end then
         self._thread = threading.Thread(target=self._run, name="qmix-engine", daemon=True)
         self._thread.start()
@@ -110,6 +115,10 @@ class Engine:
     ) -> None:
         self.close(0.0 if error is not None else DRAIN_S)
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
     def _check_healthy(self) -> None:
         if not self.healthy:
             raise BusyError("the engine takes no requests", found=self.failure or "shutdown")
@@ -125,9 +134,12 @@ class Engine:
             with self._changed:
                 self.failure = said
                 self._scheduler.end_all("error", said)
+            self._scheduler.close()
             return
         with self._changed:
             self._scheduler.end_all("shutdown")
+            until = self._closing_at
+        self._scheduler.close(until or 0.0)
 
     def _wait(self) -> bool:
         """Wait for something to do; False once the engine is to end."""

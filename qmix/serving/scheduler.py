@@ -12,44 +12,31 @@ logits are as good as equal.
 """
 
 import threading
-from array import array
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qmix.errors import LostDeviceError, QmixError, ResourceError, UsageError, of_device
+from qmix.generation.prompt_cache import PromptCache
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache_rows import CacheRows
 from qmix.nn.cache_slab import only_slab_rows
 from qmix.nn.embedding import check_ids
 from qmix.quantities import counted
+from qmix.serving.beginnings import Beginnings
+from qmix.serving.counts import Counts
 from qmix.serving.decode_pass import DecodePass
 from qmix.serving.limits import Limits
+from qmix.serving.prompt_store import PromptStore
 from qmix.serving.request import BusyError, Ended, Finish, Ticket
 from qmix.serving.running import Running
 from qmix.serving.slot import Slot, SlotState
 from qmix.text.tokenizer import LlamaTokenizer
 
-
-@dataclass(frozen=True)
-class Counts:
-    """What has happened since the start; `running` and `waiting` are of the moment."""
-
-    running: int = 0
-    waiting: int = 0
-    requests: int = 0
-    refused: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    decode_steps: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
+_PATIENCE_S = 0.05  # for a folder's answer, where nobody else waits for a token
 
 
 class Scheduler:
@@ -66,10 +53,14 @@ class Scheduler:
         limits: Limits,
         *,
         speculate: bool = True,
+        prompts: PromptCache | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             speculate: draft what texts repeat, where that is faster and changes no id.
+            prompts: where texts are kept.
+            wake: called in another thread, when `idle` may have changed.
 
         Raises:
             UsageError: a context beyond the model's.
@@ -86,6 +77,8 @@ class Scheduler:
         self._tokenizer = tokenizer
         self._slots = [Slot(cache) for cache in model.new_rows(limits.slots, limits.context)]
         self._pass = DecodePass(model, self._slots, speculate=speculate)
+        self._store = None if prompts is None else PromptStore(prompts, model, self._slots, wake)
+        self._beginnings = Beginnings(self._slots, self._store)
         self._waiting: deque[Ticket] = deque()
         self._admitted: list[Slot] = []  # slots that run, by arrival
         self._ended = 0
@@ -94,7 +87,8 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
-        return not self._waiting and not self._admitted
+        is_due = self._store is not None and self._store.due
+        return not self._waiting and not self._admitted and not is_due
 
     @property
     def slots(self) -> tuple[SlotState, ...]:
@@ -152,6 +146,9 @@ class Scheduler:
             self._choose_late()
             self._read_chunk()
             self._decode([slot for slot in self._admitted if slot.decodes])
+            if self._store is not None:
+                stored, refused = self._store.write_next()
+                self._count(stored_prompts=stored, refused_prompts=refused)
 
     def end_all(self, finish: Finish, error: QmixError | None = None) -> None:
         """End every request that runs or waits."""
@@ -159,6 +156,14 @@ class Scheduler:
             self._end(slot, finish, error)
         while self._waiting:
             self._end_waiting(self._waiting.popleft(), finish, error)
+
+    def close(self, until: float = 0.0) -> None:
+        """Write texts into the folder that are not there yet, as long as there is time (monotonic).
+
+        No step follows.
+        """
+        if self._store is not None:
+            self._store.close(until)
 
     def _record_steps(self) -> None:
         """On a GPU, record the step of each number of requests before somebody waits for it."""
@@ -189,7 +194,7 @@ class Scheduler:
                 self._end(slot, finish)
 
     def _start(self, ticket: Ticket) -> None:
-        slot = self._slot_for(ticket.ids)
+        slot = self._beginnings.slot_for(ticket.ids)
         try:
             running = Running(
                 ticket, self._tokenizer, context=self.limits.context, device=self._model.device
@@ -203,32 +208,18 @@ class Scheduler:
         self._admitted.append(slot)
         self._count(waiting=-1, running=1, prompt_tokens=running.prompt_tokens)
 
-    def _slot_for(self, ids: "array[int]") -> Slot:
-        """The free slot that the prompt goes on from, or else the one unused for longest.
-
-        A slot that holds far more than the prompt belongs to another conversation, which may come
-        back: the prompt then takes a copy.
-        """
-        free = [slot for slot in self._slots if slot.running is None]
-        best = max(free, key=lambda slot: slot.reusable(ids))
-        if 2 * best.reusable(ids) > len(best.held):
-            return best
-        return min(free, key=lambda slot: slot.used)
-
-    def _reuse(self, slot: Slot) -> None:
-        """Begin a prompt with what any slot holds of it, at the moment it is read."""
+    def _begin(self, slot: Slot) -> bool:
+        """Begin a slot's prompt with what is held of it; False where the folder is still asked."""
+        idle = not any(other.decodes for other in self._admitted)
+        if not self._beginnings.are_known(slot, _PATIENCE_S if idle else 0.0):
+            return False
         running = slot.running
         assert running is not None
-        ids = running.ticket.ids
-        if not running.ticket.request.prompt_logprobs:
-            source = max(self._slots, key=lambda other: (other.reusable(ids), other is slot))
-            running.cached_tokens = source.reusable(ids)
-            if source is not slot:
-                slot.cache.take(source.cache, running.cached_tokens)
-        slot.cache.rewind(running.cached_tokens)
-        slot.reading = True
+        running.cached_tokens, restored = self._beginnings.take(slot)
+        slot.begin()
         self._pass.begin(slot)
-        self._count(cached_tokens=running.cached_tokens)
+        self._count(cached_tokens=running.cached_tokens, restored_tokens=restored)
+        return True
 
     def _read_chunk(self) -> None:
         """Read the next chunk of the earliest prompt that has not been read."""
@@ -238,8 +229,8 @@ class Scheduler:
         running = slot.running
         assert running is not None
         try:
-            if not slot.reading:
-                self._reuse(slot)
+            if not slot.reading and not self._begin(slot):
+                return
             start = slot.cache.length
             chunk = torch.tensor([running.ids[start : start + self.limits.chunk].tolist()])
             if running.ticket.request.looks_inside:
@@ -343,6 +334,8 @@ class Scheduler:
         running = slot.running
         assert running is not None
         self._ended += 1
+        if self._store is not None:
+            self._store.forget(slot)
         slot.free(self._ended)
         self._admitted.remove(slot)
         self._count(running=-1, cancelled=int(finish == "cancelled"))

@@ -38,6 +38,7 @@ class Slot:
         reading: whether the cache is the request's; before, it still is that of the last one.
         late: logits (1, V) of the next id, which wait for the request's mask; None: none do.
         drafts: of its request; None: none are made for it.
+        is_kept: whether what the cache holds was given to a folder, or is not worth it.
         used: a counter of the scheduler's when its last request ended; 0: never used.
     """
 
@@ -47,6 +48,7 @@ class Slot:
         self.reading = False
         self.late: Tensor | None = None
         self.drafts: DraftedText | None = None
+        self.is_kept = True
         self.used = 0
         self._held = array("q")
 
@@ -105,12 +107,18 @@ class Slot:
         """Its request has chosen an id: the logits (1, V) after it, if a draft gave them."""
         return None if self.drafts is None else self.drafts.put(newest)
 
+    def begin(self) -> None:
+        """Let the cache be its request's."""
+        self.reading, self.is_kept = True, True
+
     def free(self, used: int) -> None:
         """Take it from its request; the cache keeps what it holds."""
         if self.drafts is not None:
             self.drafts.drop()
         self.drafts = None
         self._held = self.held
+        if self.reading:
+            self.is_kept = False
         self.running = None
         self.reading = False
         self.late = None

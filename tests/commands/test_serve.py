@@ -1,5 +1,6 @@
 """`qmix serve`: what it refuses before it loads anything, and its end by a signal."""
 
+import json
 import os
 import signal
 import threading
@@ -89,6 +90,39 @@ def test_sigterm_ends_it_with_exit_code_0(monkeypatch):
     assert seen == [200, False]
     assert "serving tiny at http://127.0.0.1:" in done.stderr
     assert "2 slots of 64 tokens" in done.stderr
+
+
+def test_a_second_server_goes_on_from_the_folder_of_the_first(monkeypatch, tmp_path):
+    from qmix.serving.http import server
+
+    serve_until_a_signal, answers, engines = server.serve, [], []
+
+    def asked(app, engine, listener, started):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+        body = {"prompt": "def area(width, height):\n" * 4, "max_tokens": 8, "temperature": 0}
+
+        def ask_and_end():
+            request = urllib.request.Request(url, json.dumps(body).encode())
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request) as answer:
+                answers.append(json.load(answer))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=ask_and_end)
+        thread.start()
+        serve_until_a_signal(app, engine, listener, started)
+        thread.join()
+        engines.append(engine.counts)
+
+    monkeypatch.setattr(server, "serve", asked)
+    for options in ((), ("--speculate", "off")):
+        folder = ("--prompt-cache", tmp_path / "prompts")
+        done = qmix("serve", "--demo", "--port", 0, "--slots", 1, "--ctx", 256, *folder, *options)
+        assert done.returncode == 0, done.stderr
+    assert [counts.restored_tokens > 30 for counts in engines] == [False, True]
+    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in answers]
+    assert cached[1] == engines[1].restored_tokens == engines[1].prompt_tokens - 1
+    assert answers[0]["choices"][0]["text"] == answers[1]["choices"][0]["text"]
 
 
 def test_a_signal_that_comes_as_it_says_that_it_serves_ends_it(monkeypatch):

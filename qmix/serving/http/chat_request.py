@@ -73,6 +73,7 @@ _OLD_TOOLS = "give tools and tool_choice"
 OTHERS = Others(
     ignored={
         **IGNORED,
+        "prediction": "Drafts come from the messages and the reply.",
         **dict.fromkeys(
             ("prompt_cache_key", "prompt_cache_retention"), "Prefixes are found by themselves."
         ),
@@ -82,7 +83,6 @@ OTHERS = Others(
         "function_call": Refused(_OLD_TOOLS, ("none", "auto")),
         "modalities": Refused("replies are text", (["text"],)),
         "audio": Refused("replies are text"),
-        "prediction": Refused("there is no speculative decoding"),
         "reasoning_effort": Refused("the model does not reason apart", ("none",)),
         "verbosity": Refused("the model has no such setting", ("medium",)),
         "web_search_options": Refused("nothing is searched"),
