@@ -7,7 +7,8 @@ of other quantizers in DIR (`make rivals` writes some) are scored beside them, a
 PYTHON` what llama.cpp makes of the same model in its types of 2 to 4 bits (`make llama`).
 `--ablations` instead leaves out one part of GPTQ after another. `--overfit` scores on the
 calibration text too: how much higher KL is on the held-out text, beside a method that needs no
-calibration, shows what was fitted too closely.
+calibration, shows what was fitted too closely. `--calibrations C` calibrates each method C times,
+on parts of the training text that have no document in common, and adds a row of their mean.
 
 Scores differ with the text, which comes with Python, so the record names its SHA-256.
 """
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from qmix import strict_json
 from qmix.errors import UsageError
 from qmix.evals import corpus
 from qmix.evals.command import exit_code, say
+from qmix.evals.quality.calibrations import averaged
 from qmix.evals.quality.llama_quantizers import quantized
 from qmix.evals.quality.scores import (
     VariantScore,
@@ -117,6 +119,23 @@ def _scores(
     return scores
 
 
+def _calibrated_again(
+    chosen: Sequence[Variant], options: argparse.Namespace, source: Path, text: Text
+) -> list[VariantScore]:
+    """The scores of each method on several calibration texts, and their mean."""
+    scores = []
+    parts = corpus.training_parts(options.calibrations)
+    lists = [method_variants(part, options.samples, options.seqlen) for part in parts]
+    for variant in chosen:
+        each = [
+            replace(matching(variants, [variant.name])[0], name=f"{variant.name} {number}")
+            for number, variants in enumerate(lists, 1)
+        ]
+        found = _scores(each, (), source, text, None)
+        scores += [*found, averaged(f"{variant.name}, mean of {len(parts)}", found)]
+    return scores
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m qmix.evals.accuracy", description=(__doc__ or "").partition("\n\n")[0]
@@ -137,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", default=[], metavar="NAME", help="rows to measure; * matches all"
     )
     parser.add_argument("--overfit", action="store_true", help="score on the calibration text too")
+    parser.add_argument(
+        "--calibrations", type=int, default=1, metavar="C", help="texts to calibrate on"
+    )
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of each window")
     parser.add_argument("--json", action="store_true", help="print the record, not the table")
@@ -151,6 +173,7 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--rivals DIR"] if options.rivals else []
     words += ["--llama PYTHON"] if options.llama else []
     words += ["--only", *options.only] if options.only else []
+    words += [f"--calibrations {options.calibrations}"] if options.calibrations > 1 else []
     return " ".join([*words, f"--samples {options.samples} --seqlen {options.seqlen}"])
 
 
@@ -161,6 +184,9 @@ def measure(options: argparse.Namespace) -> None:
         QmixError: no such row, no checkpoints in `rivals`, too little text, or a damaged
         checkpoint.
     """
+    again = options.calibrations > 1
+    if again and (options.ablations or options.overfit):
+        raise UsageError("the methods alone are calibrated again", where="--calibrations")
     for name in ("rivals", "llama"):
         if options.ablations and getattr(options, name):
             raise UsageError("the ablations are compared with no rival", where=f"--{name}")
@@ -177,13 +203,16 @@ def measure(options: argparse.Namespace) -> None:
         else method_variants(training, options.samples, options.seqlen)
     )
     chosen = matching(variants, options.only)
+    heldout = Text.of(corpus.heldout_text())
     rivals = rival_directories(options.rivals) if options.rivals else ()
     fitted = calibration if options.overfit else None
     with tempfile.TemporaryDirectory() as scratch:
         if options.llama:
             files = quantized(options.llama, source, Path(scratch), calibration, say=say)
             rivals = (*rivals, *files)
-        scores = _scores(chosen, rivals, source, Text.of(corpus.heldout_text()), fitted)
+        scores = _scores(() if again else chosen, rivals, source, heldout, fitted)
+    if again:
+        scores += _calibrated_again(chosen, options, source, heldout)
     body = ablation_table(scores) if options.ablations else score_table(scores)
     document = record(scores, calibration, _command(options), body)
     sys.stdout.write(json.dumps(document, indent=2) + "\n" if options.json else _table(document))

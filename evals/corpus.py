@@ -92,6 +92,12 @@ def training_text() -> str:
     return _joined(training_documents())
 
 
+def training_parts(count: int) -> tuple[str, ...]:
+    """The training text in `count` parts of about one length that have no document in common."""
+    documents = training_documents()
+    return tuple(_joined(documents[index::count]) for index in range(count))
+
+
 def heldout_text() -> str:
     """The text on which models are scored; the training text repeats none of its paragraphs."""
     return _joined(heldout_documents())

@@ -41,7 +41,7 @@ class QuantizeRequest:
         bits: bits a weight for `auto`; None means 4.25.
         calibration: the file of the user's calibration text, which the caller reads.
         objective: what a calibrated method should change least: the outputs of each matrix
-            ("layer") or the model's predictions ("loss"); None means "layer".
+            ("layer") or the model's predictions ("loss"); None means "loss".
         samples: windows of calibration text; None means 256.
         seqlen: tokens of a window; None means 2048, or the model's positions if they are fewer.
         adapter: the folder of a LoRA that is merged into the weights before they are rounded.

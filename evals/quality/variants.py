@@ -23,24 +23,26 @@ METHODS = {
     "rtn-g128": QuantizeRequest(method="rtn", group_size=128),
     "rtn-g32": QuantizeRequest(method="rtn", group_size=32),
     "nf4": QuantizeRequest(method="nf4"),
-    "gptq-g128": QuantizeRequest(method="gptq", group_size=128),
-    "gptq-g128-asymmetric": QuantizeRequest(method="gptq", group_size=128, asymmetric=True),
-    "gptq-g32": QuantizeRequest(method="gptq", group_size=32),
-    "gptq-g128-loss": QuantizeRequest(method="gptq", group_size=128, objective="loss"),
-    "gptq-g32-loss": QuantizeRequest(method="gptq", group_size=32, objective="loss"),
-    "auto-4.25-loss": QuantizeRequest(method="auto", bits=4.25, objective="loss"),
-    "auto-2.9": QuantizeRequest(method="auto", bits=2.9),
-    "auto-3": QuantizeRequest(method="auto", bits=3),
-    "auto-3.5": QuantizeRequest(method="auto", bits=3.5),
-    "auto-4.25": QuantizeRequest(method="auto", bits=4.25),
-    "auto-4.5": QuantizeRequest(method="auto", bits=4.5),
+    "gptq-g128": QuantizeRequest(method="gptq", group_size=128, objective="loss"),
+    "gptq-g128-layer": QuantizeRequest(method="gptq", group_size=128, objective="layer"),
+    "gptq-g128-asymmetric": QuantizeRequest(
+        method="gptq", group_size=128, asymmetric=True, objective="loss"
+    ),
+    "gptq-g32": QuantizeRequest(method="gptq", group_size=32, objective="loss"),
+    "gptq-g32-layer": QuantizeRequest(method="gptq", group_size=32, objective="layer"),
+    "auto-2.9": QuantizeRequest(method="auto", bits=2.9, objective="loss"),
+    "auto-3": QuantizeRequest(method="auto", bits=3, objective="loss"),
+    "auto-3.5": QuantizeRequest(method="auto", bits=3.5, objective="loss"),
+    "auto-4.25": QuantizeRequest(method="auto", bits=4.25, objective="loss"),
+    "auto-4.25-layer": QuantizeRequest(method="auto", bits=4.25, objective="layer"),
+    "auto-4.5": QuantizeRequest(method="auto", bits=4.5, objective="loss"),
 }
 # Each row changes one default. `plain` is the paper's algorithm and nothing more.
 ABLATIONS: dict[str, LayerOptions] = {
     "full": LayerOptions(),
     "weighting-none": LayerOptions(weighting="none"),
     "weighting-square": LayerOptions(weighting="square"),
-    "objective-loss": LayerOptions(objective="loss"),
+    "objective-layer": LayerOptions(objective="layer"),
     "no-act-order": LayerOptions(rounding=RoundingOptions(act_order=False)),
     "no-live-scales": LayerOptions(rounding=RoundingOptions(live_scales=False)),
     "no-scale-search": LayerOptions(rounding=RoundingOptions(scale_search=False)),
@@ -48,6 +50,7 @@ ABLATIONS: dict[str, LayerOptions] = {
     "no-refinement": LayerOptions(rounding=RoundingOptions(refine=0)),
     "no-correction": LayerOptions(correct=False),
     "plain": LayerOptions(
+        objective="layer",
         weighting="none",
         correct=False,
         rounding=RoundingOptions(

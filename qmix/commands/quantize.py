@@ -84,7 +84,7 @@ Objective = Annotated[
     Literal["layer", "loss"] | None,
     typer.Option(
         help="What changes least: outputs of each matrix, or predictions.",
-        show_default="layer",
+        show_default="loss",
         rich_help_panel=_CALIBRATION,
     ),
 ]

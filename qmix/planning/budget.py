@@ -157,9 +157,11 @@ def for_backward(config: MixtralConfig, in_memory: int) -> MemoryBreakdown:
     )
 
 
-def for_calibration(config: MixtralConfig, tokens: int, in_memory: int) -> MemoryBreakdown:
+def for_calibration(
+    config: MixtralConfig, tokens: int, in_memory: int, *, by_loss: bool = True
+) -> MemoryBreakdown:
     """The host memory of GPTQ: the arrays of one matrix, and `in_memory` bytes of tokens."""
-    work = quantize_cost.work(config, tokens)
+    work = quantize_cost.work(config, tokens, by_loss=by_loss)
     return MemoryBreakdown(
         (
             Item("arrays of a matrix", work.peak_bytes),

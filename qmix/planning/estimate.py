@@ -106,14 +106,19 @@ def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantiza
     layers = target.config.num_hidden_layers
     tokens = quantize_cost.token_bytes(target.config, _CALIBRATION)
     in_memory = tokens if tokens <= quantize_cost.ACTIVATION_BYTES else 0
+    states = quantize_cost.state_bytes(target.config, quantize_cost.GRADIENT_TOKENS)
+    passed = states + layers * quantize_cost.gradient_bytes(target.config)
     fitted = StoredModel.assume(target.name, target.config, integers)
     yield Quantization(
         method="gptq",
         scheme=str(integers),
         bytes_in=bytes_in,
         bytes_out=fitted.file_bytes,
-        scratch=0 if in_memory else tokens,
-        peak=budget.for_calibration(target.config, _CALIBRATION, in_memory).total,
+        scratch=passed + (0 if in_memory else tokens),
+        peak=max(
+            budget.for_calibration(target.config, _CALIBRATION, in_memory).total,
+            budget.for_backward(target.config, 0).total,
+        ),
         seconds=layers * work.flops / CPU_FLOPS,
         gpu_seconds=work.gpu_seconds(layers),
         source=f"{layers * work.flops / 1e15:.3g} PFLOP at {CPU_FLOPS / 1e9:.0f} GFLOP/s, or "

@@ -3,7 +3,7 @@
 T are calibration tokens. Knows no torch, no files and no measurements.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmix.config import MixtralConfig
 
@@ -11,12 +11,14 @@ from qmix.config import MixtralConfig
 # tokens from which on they are kept in files.
 CALIBRATION_WINDOWS, CALIBRATION_POSITIONS = 256, 2048
 ACTIVATION_BYTES = 4 << 30
+GRADIENT_TOKENS = 65536  # at most, of the backward pass
 # What an H100 SXM may reach: of its data sheet's 67 TFLOP/s of float32 60 %, of the 494 of
 # TensorFloat-32 and the 989 of bfloat16 (dense) 40 %, and of 64 GB/s of PCIe a third.
 GPU_FLOPS, GPU_TF32_FLOPS, GPU_BF16_FLOPS = 40e12, 200e12, 400e12
 GPU_LINK, GPU_DISK = 20e9, 2e9  # bytes a second
 GPU_LAUNCH_S = 6e-6
-_GREEDY_LAUNCHES, _REFINE_LAUNCHES = 8, 6  # for each input
+_GREEDY_LAUNCHES, _REFINE_LAUNCHES = 5, 6  # for each input
+_OUTPUT_BLOCKS = 8  # in which the outputs of a matrix are rounded for the loss at the end
 
 
 def token_bytes(config: MixtralConfig, tokens: int, *, correct: bool = True) -> int:
@@ -30,10 +32,27 @@ def token_bytes(config: MixtralConfig, tokens: int, *, correct: bool = True) -> 
     return 4 * tokens * config.hidden_size * arrays
 
 
+def state_bytes(config: MixtralConfig, tokens: int) -> int:
+    """Bytes of all bfloat16 arrays [T, D] that a backward pass keeps at once.
+
+    They are the states before and after each layer, and one gradient.
+    """
+    return 2 * tokens * config.hidden_size * (config.num_hidden_layers + 2)
+
+
+def gradient_bytes(config: MixtralConfig) -> int:
+    """Bytes of the sums that a backward pass leaves of a layer."""
+    return 4 * (_qkv_width(config) ** 2 + 2 * config.hidden_size**2)
+
+
+def _qkv_width(config: MixtralConfig) -> int:
+    return (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+
+
 def backward_bytes(config: MixtralConfig) -> int:
     """Bytes of a layer and of what autograd keeps of 2048 tokens, in float32."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    heads = config.num_attention_heads * config.head_dim + _qkv_width(config)
     weights = hidden * heads + 3 * config.num_local_experts * hidden * inner
     kept = 2048 * (config.num_experts_per_tok * (5 * inner + 2 * hidden) + 8 * hidden + 2 * heads)
     return 4 * (weights + kept)
@@ -48,9 +67,9 @@ class Work:
         moment_flops: of second moments, in TensorFloat-32 there.
         solve_flops: of factors and rounding, in float32.
         launches: kernels that a GPU starts, one for all experts' matrices of a kind.
-        peak_bytes: of all arrays while w2 is rounded, with one expert at a time.
+        peak_bytes: of all arrays while a matrix is rounded, with one expert at a time.
         copied_bytes: of tokens that go to a GPU and back if its memory does not hold them.
-        saved_bytes: of tokens that are written after the layer, so that a run can be resumed.
+        saved_bytes: of what is written after the layer, so that a run can be resumed.
     """
 
     forward_flops: float
@@ -82,12 +101,26 @@ class Work:
         return layers * (seconds + (0 if tokens_fit else self.copied_bytes / GPU_LINK))
 
 
-def work(config: MixtralConfig, tokens: int, *, correct: bool = True, refine: int = 3) -> Work:
+def work(
+    config: MixtralConfig,
+    tokens: int,
+    *,
+    correct: bool = True,
+    refine: int = 3,
+    by_loss: bool = True,
+) -> Work:
     """The arithmetic of `quantize.calibrated.layer` and `quantize.rounding.gptq`, term by term.
 
     Args:
         tokens: T. correct, refine: as in `LayerOptions` and `RoundingOptions` of qmix.quantize.
+        by_loss: whether the objective is the loss at the end of the model.
     """
+    each = _for_outputs(config, tokens, correct=correct, refine=refine)
+    return _with_gradients(each, config, tokens) if by_loss else each
+
+
+def _for_outputs(config: MixtralConfig, tokens: int, *, correct: bool, refine: int) -> Work:
+    """The work of keeping the outputs of each matrix."""
     hidden, inner, experts = (
         config.hidden_size,
         config.intermediate_size,
@@ -129,4 +162,37 @@ def work(config: MixtralConfig, tokens: int, *, correct: bool = True, refine: in
         peak_bytes=moments + state + rounded,
         copied_bytes=4 * hidden * rows_moved,
         saved_bytes=4 * hidden * tokens * sums,
+    )
+
+
+def _with_gradients(each: Work, config: MixtralConfig, tokens: int) -> Work:
+    """The same, and what the loss at the end of the model adds; see `qmix.quantize`."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    experts, qkv = config.num_local_experts, _qkv_width(config)
+    heads = config.num_attention_heads * config.head_dim
+    pairs, passed = tokens * config.num_experts_per_tok, min(tokens, GRADIENT_TOKENS)
+    # One pass forward, and one forward and back; w1 and w3 of each pair once more.
+    layer = hidden * (heads + qkv) + config.num_experts_per_tok * 3 * hidden * inner
+    forward_flops = 6.0 * passed * layer + 4.0 * pairs * hidden * inner
+    moment_flops = 2.0 * passed * (qkv**2 + 2 * hidden**2) + 4.0 * pairs * inner**2
+    matrices = (  # (count, K, N)
+        (1, hidden, qkv),
+        (1, heads, hidden),
+        (2 * experts, hidden, inner),
+        (experts, inner, hidden),
+    )
+    factors = sum(count * (rows**3 / 3 + columns * rows**2) for count, columns, rows in matrices)
+    # H of w1 and w3 twice, and the sum of gradients in front of w2.
+    twice = experts * (hidden**3 / 3 + 2.0 * inner * hidden * (hidden + inner))
+    # Of w1 and w3 those sums, a factor and a reordered sum, with targets and errors in turn.
+    matrix = 4 * (4 * inner**2 + 6 * hidden**2) + 26 * inner * hidden
+    rounded = 3 * experts * inner * hidden // 2
+    return replace(
+        each,
+        forward_flops=each.forward_flops + forward_flops,
+        moment_flops=each.moment_flops + moment_flops,
+        solve_flops=each.solve_flops + factors + twice,
+        launches=each.launches * _OUTPUT_BLOCKS,
+        peak_bytes=max(each.peak_bytes + 12 * inner * hidden, matrix + rounded),
+        saved_bytes=each.saved_bytes + 4 * passed * hidden + gradient_bytes(config),
     )

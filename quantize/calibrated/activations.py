@@ -27,13 +27,14 @@ _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
 
 
 class Activations:
-    """An array of float32 [T, D].
+    """An array [T, D].
 
     Args:
         tokens, width: T and D.
         path: the file that holds the array; None keeps it in memory. An existing file must have
             exactly the right size; a missing one is created.
         device: whose memory holds the array, if no file does.
+        dtype: of the array.
 
     Raises:
         CheckpointError: the file has another size.
@@ -46,13 +47,14 @@ class Activations:
         path: Path | None = None,
         *,
         device: torch.device = _HOST,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.tokens, self.width, self.path = tokens, width, path
-        self._row_bytes = 4 * width
+        self._dtype, self._row_bytes = dtype, dtype.itemsize * width
         self._data: Tensor | None = None
         self._digest, self._final_rows = hashlib.sha256(), 0
         if path is None:
-            self._data = torch.zeros(tokens, width, device=device)
+            self._data = torch.zeros(tokens, width, device=device, dtype=dtype)
             return
         expected = tokens * self._row_bytes
         if path.exists() and path.stat().st_size != expected:
@@ -74,7 +76,7 @@ class Activations:
         """Rows [start, stop), in fresh memory of the device that holds the array."""
         if self._data is not None:
             return self._data[start:stop].clone()
-        out = torch.empty(stop - start, self.width)
+        out = torch.empty(stop - start, self.width, dtype=self._dtype)
         with self._open(os.O_RDONLY) as descriptor:
             self._read(descriptor, out, start)
         return out
@@ -83,7 +85,7 @@ class Activations:
         """The rows [n, D] at an ascending int64 index [n]."""
         if self._data is not None:
             return self._data[index.to(self._data.device)]
-        out = torch.empty(len(index), self.width)
+        out = torch.empty(len(index), self.width, dtype=self._dtype)
         breaks = (index[1:] != index[:-1] + 1).nonzero()[:, 0].add_(1).tolist()
         bounds = [0, *breaks, len(index)] if len(index) else []
         with self._open(os.O_RDONLY) as descriptor:
@@ -96,15 +98,13 @@ class Activations:
         if self._data is not None:
             self._data[start : start + len(values)] = values
             return
-        values = values.to(_HOST, torch.float32).contiguous()
         with self._open(os.O_RDWR) as descriptor:
-            self._write(descriptor, values.numpy().view("u1").reshape(-1), start)
+            self._write(descriptor, self._bytes(values), start)
 
     def write_final(self, start: int, values: Tensor) -> None:
         """`write` values that `save` will save: every row once, from the first to the last."""
         assert start == self._final_rows, "in order"
-        host = values.to(_HOST, torch.float32).contiguous()
-        self._digest.update(host.numpy().view("u1").reshape(-1).data)
+        self._digest.update(self._bytes(values).data)
         self._final_rows += len(values)
         self.write(start, values)
 
@@ -112,10 +112,10 @@ class Activations:
         """Add `values` [n, D], from any device, to the rows at an ascending index [n]."""
         if self._data is not None:
             device = self._data.device
-            self._data.index_add_(0, index.to(device), values.to(device, torch.float32))
+            self._data.index_add_(0, index.to(device), values.to(device, self._dtype))
             return
-        values = values.to(_HOST, torch.float32)
-        total = self.rows(index).add_(values).numpy().view("u1").reshape(-1, self._row_bytes)
+        total = self._bytes(self.rows(index).add_(values.to(_HOST, self._dtype)))
+        total = total.reshape(-1, self._row_bytes)
         with self._open(os.O_RDWR) as descriptor:
             for row, data in zip(index.tolist(), total, strict=True):
                 self._write(descriptor, data, row)
@@ -130,7 +130,7 @@ class Activations:
         """
         assert self._final_rows == self.tokens, "every row is final"
         if self._data is not None:
-            atomic_file.write(path, self._data.cpu().numpy().data)
+            atomic_file.write(path, self._bytes(self._data).data)
         else:
             assert self.path is not None
             with self._open(os.O_RDWR) as descriptor:
@@ -141,7 +141,14 @@ class Activations:
 
     @classmethod
     def load(
-        cls, path: Path, tokens: int, width: int, *, in_memory: bool, device: torch.device = _HOST
+        cls,
+        path: Path,
+        tokens: int,
+        width: int,
+        *,
+        in_memory: bool,
+        device: torch.device = _HOST,
+        dtype: torch.dtype = torch.float32,
     ) -> "Activations":
         """Read what `save` wrote, into a device's memory or as it lies in the file.
 
@@ -152,15 +159,22 @@ class Activations:
             raise CheckpointError(
                 "missing", where=str(path), remedy="Remove the interrupted run and start again."
             )
-        stored = cls(tokens, width, path)
+        stored = cls(tokens, width, path, dtype=dtype)
         if not in_memory:
             return stored
-        loaded = cls(tokens, width, device=device)
+        loaded = cls(tokens, width, device=device, dtype=dtype)
         loaded.write(0, stored.read(0, tokens))
         return loaded
 
+    def _bytes(self, values: Tensor) -> NDArray[np.uint8]:
+        """Values [n, D] of any device and dtype, as the file holds them."""
+        host = values.to(_HOST, self._dtype).contiguous()
+        raw: NDArray[np.uint8] = host.view(torch.uint8).numpy().reshape(-1)
+        return raw
+
     def _read(self, descriptor: int, out: Tensor, row: int) -> None:
-        view, done, offset = out.numpy().view("u1").reshape(-1), 0, row * self._row_bytes
+        view, done = out.view(torch.uint8).numpy().reshape(-1), 0
+        offset = row * self._row_bytes
         while done < view.size:
             chunk = view[done : done + _CHUNK_BYTES].data
             count = os.preadv(descriptor, [chunk], offset + done)

@@ -197,7 +197,11 @@ class LayerQuantizer:
         jobs = []
         for expert in experts:
             jobs += self._inner_jobs(expert, routes)
-        self._tensors.round(jobs)
+        if len(experts) > 1:
+            self._tensors.round(jobs)
+        else:  # w1 and w3 one after the other: all that one of them needs may have 5 GB
+            for job in jobs:
+                self._tensors.round([job])
         jobs = []
         for expert in experts:
             names = [self._expert(expert, part) for part in ("w1", "w3")]

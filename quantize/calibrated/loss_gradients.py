@@ -27,6 +27,8 @@ from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.embedding import embedding
 from qmix.nn.linear import RMSNorm
 from qmix.nn.stored import StoredModule
+from qmix.planning import quantize_cost
+from qmix.planning.quantize_cost import GRADIENT_TOKENS
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer_gradients import LayerGradients
 from qmix.quantize.calibrated.layer_work import PASS, LayerWork
@@ -36,7 +38,7 @@ from qmix.quantize.output_checkpoint import read_finite
 from qmix.weights.dense import Dense
 from qmix.work_meter import WorkMeter
 
-TOKENS = 65536  # at most: 1.07 GB of float32 for each layer of Mixtral-8x7B
+_DTYPE = torch.bfloat16  # of states and gradients between layers
 _BATCH_TOKENS = 2048  # that autograd remembers: 3 GB at F = 14336
 _POSITIONS = 512  # of logits at a time: 66 MB at V = 32000
 _SEED = 0  # of the random signs
@@ -48,7 +50,7 @@ class LossGradients:
     """The backward pass of one run.
 
     Args:
-        ids: int64 (W, S), the calibration windows; evenly chosen ones of 65536 tokens are used.
+        ids: int64 (W, S), the calibration windows; evenly chosen ones of GRADIENT_TOKENS are used.
         folder: where the files are.
         digests: SHA-256 of the files that earlier steps left, by name; kept up to date.
         keep: called after each step with the files that the next steps need.
@@ -65,7 +67,7 @@ class LossGradients:
         meter: WorkMeter,
     ) -> None:
         self._checkpoint, self._config = checkpoint, checkpoint.config
-        self._ids, self._folder = thinned(ids, TOKENS), folder
+        self._ids, self._folder = thinned(ids, GRADIENT_TOKENS), folder
         self._device, self._dtype = options.device, options.forward_dtype
         self._digests, self._keep, self._meter = digests, keep, meter
         work = LayerWork(checkpoint.config, options.layer, ids.shape[1])
@@ -204,7 +206,9 @@ class LossGradients:
         path = self._folder / f"{name}.writing"
         path.unlink(missing_ok=True)
         tokens, width = self._ids.numel(), self._config.hidden_size
-        self._arrays[name] = Activations(tokens, width, None if self._in_memory else path)
+        self._arrays[name] = Activations(
+            tokens, width, None if self._in_memory else path, dtype=_DTYPE
+        )
         return self._arrays[name]
 
     def _read(self, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -215,6 +219,7 @@ class LossGradients:
                 self._ids.numel(),
                 self._config.hidden_size,
                 in_memory=self._in_memory,
+                dtype=_DTYPE,
             )
         window, array = self._ids.shape[1], self._arrays[name]
         for first in range(0, array.tokens, _rows(window)):
@@ -244,25 +249,24 @@ def is_file_of_pass(name: str) -> bool:
 
 def scratch_bytes(checkpoint: Checkpoint, ids: Tensor) -> int:
     """Bytes of all arrays that exist at once."""
-    layers = checkpoint.config.num_hidden_layers
-    return 4 * thinned(ids, TOKENS).numel() * checkpoint.config.hidden_size * (layers + 2)
+    tokens = thinned(ids, GRADIENT_TOKENS).numel()
+    return quantize_cost.state_bytes(checkpoint.config, tokens)
 
 
 def disk_bytes(checkpoint: Checkpoint, ids: Tensor) -> int:
     """Bytes of all files that exist at once."""
-    sums = LayerGradients.zeros(checkpoint.config, torch.device("meta"))
-    each = sums.qkv.nbytes + sums.attention.nbytes + sums.experts.nbytes
-    return scratch_bytes(checkpoint, ids) + each * checkpoint.config.num_hidden_layers
+    sums = checkpoint.config.num_hidden_layers * quantize_cost.gradient_bytes(checkpoint.config)
+    return scratch_bytes(checkpoint, ids) + sums
 
 
 def _states_name(layer: int) -> str:
     """The file of the hidden states before a layer."""
-    return f"states-{layer:05d}.f32"
+    return f"states-{layer:05d}.bf16"
 
 
 def _gradient_name(layer: int) -> str:
     """The file of the gradient with respect to the states before a layer."""
-    return f"gradient-{layer:05d}.f32"
+    return f"gradient-{layer:05d}.bf16"
 
 
 def _rows(window: int) -> int:

@@ -28,7 +28,7 @@ class LayerOptions:
 
     weighting: Weighting = "score"
     correct: bool = True
-    objective: Objective = "layer"
+    objective: Objective = "loss"
     rounding: gptq.RoundingOptions = field(default_factory=gptq.RoundingOptions)
 
 

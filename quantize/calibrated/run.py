@@ -127,8 +127,10 @@ def prepare(
     output_dir.check_space(out, files.bytes_out + files.token_bytes + files.gradient_bytes)
     if options.device.type == "cpu":
         in_memory = files.token_bytes if files.in_memory else 0
-        check_memory(budget.for_calibration(source.config, files.ids.numel(), in_memory))
-        if options.layer.objective == "loss":
+        by_loss = options.layer.objective == "loss"
+        tokens = files.ids.numel()
+        check_memory(budget.for_calibration(source.config, tokens, in_memory, by_loss=by_loss))
+        if by_loss:
             states = loss_gradients.scratch_bytes(source, files.ids)
             states = states if states <= options.activation_bytes else 0
             check_memory(budget.for_backward(source.config, states))
@@ -199,6 +201,7 @@ def _effort(
         calibration.ids.numel(),
         correct=options.layer.correct,
         refine=options.layer.rounding.refine,
+        by_loss=options.layer.objective == "loss",
     )
     return Effort(
         layers=layers,

@@ -104,6 +104,21 @@ def test_the_table_has_a_row_for_each_and_the_record_says_on_what(capsys, tmp_pa
     assert str(tmp_path) not in out.read_text()
 
 
+def test_a_method_is_calibrated_on_texts_of_their_own(capsys, monkeypatch):
+    texts = [WORDS * 40, "An object is what a name refers to. " * 40]
+    monkeypatch.setattr(corpus, "training_parts", lambda count: tuple(texts[:count]))
+    options = "--calibrations 2 --only gptq-g128-layer --samples 2 --seqlen 32 --json"
+    assert accuracy.main(options.split()) == 0
+    document = json.loads(capsys.readouterr().out)
+    first, second, mean = document["scores"]
+    assert [each["name"][-3:] for each in (first, second, mean)] == ["r 1", "r 2", "f 2"]
+    assert first["kl_mean"] != second["kl_mean"]
+    assert mean["kl_mean"] == pytest.approx((first["kl_mean"] + second["kl_mean"]) / 2)
+    root = (first["perplexity"] * second["perplexity"]) ** 0.5
+    assert mean["perplexity"] == pytest.approx(root)
+    assert "--calibrations 2" in document["command"]
+
+
 def test_the_calibration_text_is_scored_beside_the_held_out_one(capsys):
     options = "--overfit --only nf4 --samples 2 --seqlen 32"
     assert accuracy.main([*options.split(), "--json"]) == 0

@@ -186,3 +186,11 @@ def test_an_epoch_is_drawn_without_repeating_a_window(tokenizer):
     count = (length - plan.window) // plan.window // plan.batch
     rows = [tuple(r) for b in islice(stream.batches(count), count) for r in b.tolist()]
     assert len(set(rows)) == len(rows) == count * plan.batch
+
+
+def test_parts_of_the_training_text_have_no_document_in_common():
+    first, second = corpus.training_parts(2)
+    texts = [document.text for document in corpus.training_documents()]
+    assert first.startswith(texts[0])
+    assert second.startswith(texts[1])
+    assert len(first) + len(second) == len(corpus.training_text()) - len(corpus.SEPARATOR) + 1

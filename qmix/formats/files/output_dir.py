@@ -25,7 +25,7 @@ from qmix.formats.files.manifest import MARKER, STATE
 _SLACK_BYTES = 64 << 20
 # What runs write into OUT.partial; nothing else in it is ever removed.
 _WORK = re.compile(
-    r".*\.(safetensors|gguf|json|model|jinja|f32|writing)|README\.md|qmix_report\.html|\.qmix-partial"
+    r".*\.(safetensors|gguf|json|model|jinja|f32|bf16|writing)|README\.md|qmix_report\.html|\.qmix-partial"
 )
 
 

@@ -49,6 +49,25 @@ def test_rows_are_read_and_added_to_alike(pair, index):
         assert torch.equal(array.read(13, 29), expected[13:29])
 
 
+def test_16_bits_are_kept_in_16_bits(tmp_path):
+    path, expected = tmp_path / "tokens.bf16", values(TOKENS).bfloat16()
+    for array in (
+        Activations(TOKENS, WIDTH, dtype=torch.bfloat16),
+        Activations(TOKENS, WIDTH, tmp_path / "writing", dtype=torch.bfloat16),
+    ):
+        array.write_final(0, values(TOKENS))
+        assert array.save(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert path.stat().st_size == 2 * TOKENS * WIDTH == array.nbytes
+        for in_memory in (True, False):  # the file itself changes last
+            loaded = Activations.load(
+                path, TOKENS, WIDTH, in_memory=in_memory, dtype=torch.bfloat16
+            )
+            assert torch.equal(loaded.read(0, TOKENS), expected)
+            loaded.add_rows(torch.tensor([1, 4]), expected[:2])
+            assert torch.equal(loaded.rows(torch.tensor([4]))[0], expected[4] + expected[1])
+        path.write_bytes(expected.view(torch.uint8).numpy().tobytes())
+
+
 def test_what_is_read_is_no_view_and_any_dtype_is_written(pair):
     for array in pair:
         array.write(10, values(5).double())
