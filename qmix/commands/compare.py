@@ -15,6 +15,8 @@ from qmix.quantities import gigabytes
 if TYPE_CHECKING:
     from qmix.evals.quality.comparison import Comparison
 
+_NAME = 32  # columns
+
 Models = Annotated[
     list[Path],
     typer.Argument(metavar="MODEL...", help="Folders, GGUF files, or ORG/NAME of the hub."),
@@ -97,14 +99,15 @@ def _ordered(models: list[Path], reference: Path | None) -> list[Path]:
 
 
 def _text(result: "Comparison") -> str:
-    lines = [f"{'':32} {'size':>9} {'bits':>7} {'perplexity':>11} {'mean KL':>9} {'top-1':>8}"]
-    for model in result.models:
+    lines = [f"{'':{_NAME}} {'size':>9} {'bits':>7} {'perplexity':>11} {'mean KL':>9} {'top-1':>8}"]
+    names = terminal.cells([model.name for model in result.models], _NAME)
+    for name, model in zip(names, result.models, strict=True):
         other = model.score.reference
         compared = f"{'-':>9} {'-':>8}"
         if other is not None:
             compared = f"{other.kl_mean:9.5f} {100 * other.top1_agreement:6.2f} %"
         lines.append(
-            f"{model.name[:32]:32} {gigabytes(model.nbytes):>9} {model.bits_per_weight:7.3f} "
+            f"{name} {gigabytes(model.nbytes):>9} {model.bits_per_weight:7.3f} "
             f"{model.score.perplexity:11.4f} {compared}"
         )
     return "\n".join(lines) + "\n"

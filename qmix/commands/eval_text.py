@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qmix.commands import terminal
 from qmix.quantities import counted
 
 if TYPE_CHECKING:
@@ -92,11 +93,13 @@ def task_lines(
     less: "Sequence[tuple[str, Sequence[Estimate | None]]]",
 ) -> list[str]:
     """Scores by metric, a column for each model; then how the first differs from the others."""
-    header = " ".join(f"{name[:24]:>24}" for name, _ in named)
+    header = " ".join(terminal.cells([name for name, _ in named], 24, right=True))
     lines = [f"{'':36} {header}"]
     for row in zip(*(scores for _, scores in named), strict=True):
         title = f"{row[0].task} {row[0].metric} ({len(row[0].documents)})"
-        lines.append(f"{title[:36]:36} " + " ".join(f"{_scored(each):>24}" for each in row))
+        lines.append(
+            f"{terminal.cells([title], 36)[0]} " + " ".join(f"{_scored(each):>24}" for each in row)
+        )
     for name, found in less:
         lines += ["", f"{named[0][0]} beside {name}, paired bootstrap over documents:"]
         for score, difference in zip(named[0][1], found, strict=True):

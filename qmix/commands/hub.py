@@ -180,10 +180,10 @@ def _listed(name: str, place: Literal["hub", "folder"], folder: Path, nbytes: in
 def _table(rows: list[Listed]) -> str:
     if not rows:
         return "no models: qmix pull ORG/NAME fetches one, and qmix quantize makes one\n"
-    width = max(len(escaped(row.name)) for row in rows)
+    names = terminal.cells([row.name for row in rows])
     lines = [
-        f"{escaped(row.name):{width}}  {gigabytes(row.nbytes):>9}  "
+        f"{name}  {gigabytes(row.nbytes):>9}  "
         f"{'' if row.bits is None else f'{row.bits:.2f} bits':>10}  {escaped(row.layout)}"
-        for row in rows
+        for name, row in zip(names, rows, strict=True)
     ]
     return "\n".join(lines) + "\n"

@@ -86,18 +86,54 @@ def _width(screen: "Console") -> int:
 def show_lines(text: str, screen: "Console", style: str = "", end: str = "\n") -> None:
     """Lines for a person, each escaped; a terminal gets them wrapped between words.
 
+    A line of parts that " · " separates is broken between two of them, where it can be.
+
     A screen that cannot be written to is no error.
     """
-    whole = not screen.is_terminal
+    whole, shown = not screen.is_terminal, escaped_lines(text)
+    if not whole and _BETWEEN in shown:
+        width = _width(screen)
+        shown = "\n".join("\n".join(_parted(line, width)) for line in shown.split("\n"))
     with suppress(OSError):
         screen.print(
-            escaped_lines(text),
+            shown,
             style=style,
             end=end,
             markup=False,
             highlight=False,
             soft_wrap=whole,
         )
+
+
+def _parted(line: str, width: int) -> list[str]:
+    """A line in lines of as many of its parts as fit on each."""
+    from rich.cells import cell_len
+
+    first, *others = line.split(_BETWEEN)
+    lines = [first]
+    for part in others:
+        longer = f"{lines[-1]}{_BETWEEN}{part}"
+        if cell_len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
+def cells(texts: Sequence[str], width: int | None = None, *, right: bool = False) -> list[str]:
+    """Escaped texts of one width on a terminal, where some characters take two columns or none.
+
+    Args:
+        width: columns; what is wider is cut. None: those of the widest.
+        right: texts end together, and do not begin together.
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    shown = [escaped(text) for text in texts]
+    most = max(map(cell_len, shown), default=0) if width is None else width
+    cut = [text if cell_len(text) <= most else set_cell_size(text, most) for text in shown]
+    gaps = [" " * (most - cell_len(text)) for text in cut]
+    return [gap + text if right else text + gap for text, gap in zip(cut, gaps, strict=True)]
 
 
 def show_status(text: str, screen: "Console") -> None:

@@ -184,3 +184,28 @@ def test_a_status_never_takes_a_second_line_of_a_terminal(width, shown):
     log = Console(file=io.StringIO(), width=width, color_system=None)
     terminal.show_status(text, log)
     assert log.file.getvalue() == text + "\n"
+
+
+def test_names_of_any_script_have_the_same_columns():
+    from rich.cells import cell_len
+
+    names = ["mixtral-nf4", "模型-四位", "نموذج", "e\u0301te\u0301", "\x1b[31mred"]
+    for options in ({}, {"width": 8}, {"width": 20, "right": True}):
+        found = terminal.cells(names, **options)
+        assert {cell_len(each) for each in found} == {options.get("width", cell_len(found[0]))}
+        assert "\x1b" not in "".join(found)
+    assert terminal.cells(["模型", "abc"], right=True) == ["模型", " abc"]
+    assert terminal.cells(["模型"], 3) == ["模 "]
+    assert terminal.cells([]) == []
+
+
+@pytest.mark.parametrize("width", range(20, 60))
+def test_a_line_of_parts_breaks_between_parts(width):
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    text = "reply         128 tokens · 61.1 tok/s · first token 0.04 s · context 300/300 (100 %)"
+    terminal.show_lines(text, screen)
+    lines = screen.file.getvalue().splitlines()
+    assert not any(line.strip().startswith("·") or line.rstrip().endswith("·") for line in lines)
+    assert " ".join(" ".join(lines).split()).replace("· ", "") == (
+        " ".join(text.split()).replace("· ", "")
+    )

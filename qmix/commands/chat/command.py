@@ -15,6 +15,7 @@ import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.commands.api_key import read_key
+from qmix.commands.line_editing.held_input import held_input
 from qmix.errors import CTRL_C, CUT_REPLY, UsageError
 from qmix.formats.metadata import read_metadata
 from qmix.formats.mistral.detect import refuse_raw
@@ -135,32 +136,31 @@ def chat(
       qmix chat --connect http://127.0.0.1:8000
     """
     given = sampling.parse(max_new_tokens)
-    directory = None
     if connect is not None:
         _check_remote(text, template, ctx, reuse, load)
         text = model
     interactive = sys.stdin.isatty() and text is None
     _check(text, lines=lines, as_json=as_json, interactive=interactive)
-    if connect is None:
-        directory = _local(model, ctx, yes=yes)
+    directory = None if connect is not None else _local(model, ctx, yes=yes)
     message = None if interactive or lines else _message(text)
     if sys.stdin.isatty():
         terminal.enable_ctrl_c()
     if quiet:
         logging.getLogger("qmix").setLevel(logging.WARNING)
-    from qmix.commands.repl import Repl, Streams
-
-    typed = sys.stdin if message is None else io.StringIO()  # one message is no conversation
-    streams = Streams(typed, sys.stdout, terminal.console(), plain, as_json, quiet)
     with ExitStack() as stack:
-        if directory is None:
-            assert connect is not None
-            key = read_key(api_key_file)
-            repl = Repl(stack.enter_context(_connected(connect, served, key, given)), streams)
-            repl.session.system = system
-        else:
-            loader = _loader(load, ctx, template, reuse)
-            repl = Repl.loaded(loader, directory, given, streams, system)
+        with held_input(sys.stdin, raw=False):  # what is typed is shown once, behind the prompt
+            from qmix.commands.repl import Repl, Streams
+
+            typed = sys.stdin if message is None else io.StringIO()  # nothing more than it
+            streams = Streams(typed, sys.stdout, terminal.console(), plain, as_json, quiet)
+            if directory is None:
+                assert connect is not None
+                remote = _connected(connect, served, read_key(api_key_file), given)
+                repl = Repl(stack.enter_context(remote), streams)
+                repl.session.system = system
+            else:
+                loader = _loader(load, ctx, template, reuse)
+                repl = Repl.loaded(loader, directory, given, streams, system)
         _talk(repl, message)
     if repl.has_cut_replies and not interactive:
         raise typer.Exit(CUT_REPLY)

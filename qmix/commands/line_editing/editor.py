@@ -23,6 +23,7 @@ from prompt_toolkit.formatted_text import AnyFormattedText, StyleAndTextTuples
 from prompt_toolkit.history import History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.input.defaults import create_input
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.vt100 import Vt100_Output
@@ -48,7 +49,9 @@ class LineEditor:
     """Edits messages on a terminal.
 
     Enter ends a message, unless it came in the middle of a paste, behind a backslash or in a fence
-    that is still open. Alt-Enter adds a line, Ctrl-G opens the user's editor, Ctrl-R searches.
+    that is still open. So it does between messages: what is typed there becomes the next ones, in
+    turn, and a paste stays one block as long as the terminal marks it.
+    Alt-Enter adds a line, Ctrl-G opens the user's editor, Ctrl-R searches.
 
     Nothing is drawn and no file is touched before the first `read`.
 
@@ -79,6 +82,7 @@ class LineEditor:
         self._in_pipeline = in_pipeline
         self._typed = Document()  # before the prompt was interrupted
         self._is_in_editor = False
+        self._held_keys = 0  # of those that have not been read, how many came between messages
 
     @classmethod
     def on_terminal(
@@ -180,7 +184,7 @@ class LineEditor:
 
     @cached_property
     def _session(self) -> "PromptSession[str]":
-        return PromptSession(
+        session: PromptSession[str] = PromptSession(
             multiline=True,
             prompt_continuation=CONTINUED,
             history=self._history(),
@@ -193,15 +197,34 @@ class LineEditor:
             input=self._keyboard,
             output=self._screen,
         )
+        session.app.key_processor.after_key_press += self._count_key
+        return session
+
+    def _count_key(self, _: object) -> None:
+        self._held_keys = max(0, self._held_keys - 1)
+
+    def _take_held_keys(self) -> None:
+        """Keep what waits for the next `read`, and how much it is."""
+        keys = get_typeahead(self._keyboard)
+        while more := self._keyboard.read_keys():
+            keys += more
+        store_typeahead(self._keyboard, keys)
+        self._held_keys = len(keys)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         with ExitStack() as stack:
             if self._held is not None:
+                self._screen.enable_bracketed_paste()
+                self._screen.flush()
+                stack.callback(self._screen.flush)
+                stack.callback(self._screen.disable_bracketed_paste)
+            if self._held is not None:
                 alone = not self._in_pipeline
                 stack.enter_context(held_input(self._held, raw=True, interrupts=alone))
             if self._in_pipeline:
                 stack.enter_context(interrupt_key(self._keyboard))
+            stack.callback(self._take_held_keys)
             yield
 
     def _keys(self) -> KeyBindings:
@@ -211,7 +234,8 @@ class LineEditor:
         @keys.add("enter", filter=in_message)
         def end_or_go_on(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
-            if _more_is_coming(event) or is_open_fence(buffer.text):
+            is_pasted = not self._held_keys and _more_is_coming(event)
+            if is_pasted or is_open_fence(buffer.text):
                 buffer.insert_text("\n")
             elif buffer.document.is_cursor_at_the_end and ends_in_backslash(buffer.text):
                 buffer.delete_before_cursor()

@@ -269,6 +269,19 @@ def test_the_editor_draws_nothing_before_it_is_read_from(keyboard):
         assert screen.getvalue() == ""
 
 
+def test_messages_typed_during_a_reply_are_messages_of_their_own(keyboard):
+    """A paste that the terminal marks stays one; what has no Enter yet begins the next message."""
+    reading = editor(keyboard)
+    with reading.held():
+        keyboard.send_text("one\r" + PASTE.format("two\nlines") + " more\rth")
+    assert reading.read(">>> ") == "one"
+    with reading.held():
+        keyboard.send_text("r")
+    assert reading.read(">>> ") == "two\nlines more"
+    keyboard.send_text("ee\rpasted\r")  # as an old terminal pastes
+    assert reading.read(">>> ") == "three\npasted"
+
+
 def test_in_a_pipeline_ctrl_c_is_a_key_and_the_others_wait(keyboard):
     reading = editor(keyboard, in_pipeline=True)
 
