@@ -16,10 +16,10 @@ pytest.importorskip("triton")
 from qmix.evals import aot, aot_record
 from qmix.evals.timing.machine_code import SHARED_LIMIT, TRITON_VERSION, compiled
 from qmix.evals.timing.plain_kernels import plain_kernels
-from qmix.evals.timing.weight_kernels import FORMATS, FUSED, weight_kernels
+from qmix.evals.timing.weight_kernels import FORMATS, FUSED, WeightKernel, weight_kernels
 from qmix.kernels.gpu import moe as gpu
 from qmix.kernels.gpu import moe_triton
-from qmix.kernels.gpu.grid import EVEN, balance, columns_for, grid_for
+from qmix.kernels.gpu.grid import EVEN, Config, balance, columns_for, configs, grid_for
 from qmix.kernels.gpu.launch import launch
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.layout import PackedMatrix
@@ -237,6 +237,21 @@ def test_the_record_has_every_kernel_of_a_decode_step():
         assert archs
         missing = {str(variant) for variant in aot.decode_kernels(archs)} - names
         assert not missing, "python -m qmix.evals.aot --decode --write"
+
+
+def test_whatever_a_decode_step_can_choose_is_compiled_and_recorded():
+    """In every form, where registers are shortest: behind the loops of products that do more."""
+    usual = {
+        (v.kernel, v.is_split, v.tile_format, v.config)
+        for v in aot.usual_kernels([90])
+        if isinstance(v, WeightKernel)
+    }
+    for plan in FORMATS:
+        assert ("dequantize", False, plan, Config(0, 4, 1)) in usual
+        for config in configs(plan):
+            if config.columns <= DECODE_TOKENS:
+                assert {(kernel, False, plan, config) for kernel in FUSED} <= usual
+                assert ("gate_up", True, plan, config) in usual
 
 
 def test_every_selectable_variant_is_listed():

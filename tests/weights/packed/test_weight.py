@@ -21,7 +21,7 @@ from qmix.weights.packed import weight as packed
 from qmix.weights.scales import NestedScales
 from qmix.weights.table import Table
 from tests.support.models import small_model
-from tests.support.packed import KINDS, OTHERS, act_order, int4, nf4
+from tests.support.packed import KINDS, OTHERS, act_order, int4, int8, nf4
 from tests.support.process import succeeds
 
 
@@ -256,6 +256,21 @@ def test_the_kernels_are_asked_without_gradients(monkeypatch):
 def test_loading_packed_weights_imports_no_triton():
     code = "import sys, qmix.models.load, qmix.models.pack; sys.exit('triton' in sys.modules)"
     succeeds(code)
+
+
+def test_a_model_whose_experts_have_several_forms_is_packed_whole():
+    """As `--method auto` makes them: also for a recorded step."""
+    makes, model = (nf4, int4, int8), quantized_model()
+    for layer in model.model.layers:
+        for index, module in enumerate(layer.block_sparse_moe.experts):
+            (expert,) = layer_of(makes[index % 3], 1, width=128)
+            for name, weight in vars(expert).items():
+                getattr(module, name).store(weight)
+    packer = place(model)
+    assert packer.complete
+    tables = [layer.block_sparse_moe.stored.packed.table for layer in model.model.layers]
+    assert [len(table.gate_up) for table in tables] == [3, 3]
+    assert all(layer_weights(layer) is not None for layer in model.model.layers)
 
 
 def test_experts_of_several_forms_are_packed_but_do_not_go_into_slots():
