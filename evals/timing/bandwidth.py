@@ -7,13 +7,18 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from qmix.experts.arena import HostArena
+from qmix.formats.files.large_reads import Span
+from qmix.formats.files.spans import read_span
+
 _REPETITIONS = 10
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES, _READERS = 64 << 20, 4
 
 
 def synchronize(device: torch.device) -> None:
@@ -70,13 +75,13 @@ def interconnect_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float
 def disk_bandwidth(folder: Path, nbytes: int = 512 << 20) -> float:
     """Bytes a second of reads from a file in `folder`, none of which is in the page cache.
 
-    The file is written first and removed afterwards. Each read has 16 MiB, as an expert's tensors
-    do.
+    The file is written first and removed afterwards. It is read as experts are that stay in their
+    file: past the cache where that is possible, and on several threads.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.NamedTemporaryFile(dir=folder) as file, ThreadPoolExecutor(_READERS) as pool:
         block, descriptor = os.urandom(_BLOCK_BYTES), file.fileno()
         for _ in range(nbytes // _BLOCK_BYTES):
             file.write(block)
@@ -84,10 +89,15 @@ def disk_bandwidth(folder: Path, nbytes: int = 512 << 20) -> float:
         os.fsync(descriptor)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(_BLOCK_BYTES)
+        memory = HostArena(1, _BLOCK_BYTES).blob(0).zero_()
+
+        def spread(parts: Sequence[Callable[[], None]]) -> None:
+            list(pool.map(lambda part: part(), parts))
+
         begun = time.perf_counter()
         for start in range(0, nbytes // _BLOCK_BYTES * _BLOCK_BYTES, _BLOCK_BYTES):
-            os.preadv(descriptor, [buffer], start)
+            span = Span(Path(file.name), start, start + _BLOCK_BYTES)
+            read_span(span, "the file", memory, spread, past_cache=True)
         return nbytes / (time.perf_counter() - begun)
 
 
