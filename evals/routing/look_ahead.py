@@ -72,8 +72,8 @@ def token_ms(
     lot, layers = Random(0), len(tokens[0])
     policy = Policy(layers * per_layer, replace(HEAT, uploads=0))
     residency, disk, now = Residency(layers * per_layer, slots, policy), Disk(read_ms), 0.0
-    for upload in residency.warm(policy.order(per_layer)):
-        residency.ready(upload)
+    for warmed in residency.warm(policy.order(per_layer)):
+        residency.ready(warmed)
     for token in tokens:
         for layer, ids in enumerate(token):
             now += _ROUTER_MS

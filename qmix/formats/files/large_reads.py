@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmix.files.regular_file import UNREADABLE, open_regular
-from qmix.formats.files.page_cache import cached_pages
+from qmix.formats.files.page_cache import is_cached
 from qmix.weights.blob import PAGE_BYTES, aligned
 
 _PIECE_BYTES = 8 << 20  # a disk takes it apart, and a read that nobody wants any more ends soon
@@ -61,7 +61,7 @@ class PageReader:
 
     def is_cached(self, start: int, stop: int) -> bool:
         """Whether the cache holds all pages of [start, stop)."""
-        return all(page & 1 for page in cached_pages(self._descriptor, start, stop - start))
+        return is_cached(self._descriptor, start, stop)
 
     def copy(self, memory: memoryview, start: int) -> int:
         """`read` through the cache, which holds these pages."""

@@ -31,6 +31,12 @@ def cached_pages(descriptor: int, start: int, nbytes: int) -> bytes:
     return bytes(pages) if failed else found.raw
 
 
+def is_cached(descriptor: int, start: int, stop: int) -> bool:
+    """Whether the cache holds all pages with bytes of [start, stop)."""
+    first = start - start % mmap.PAGESIZE
+    return all(page & 1 for page in cached_pages(descriptor, first, stop - first))
+
+
 @cache
 def _system() -> ctypes.CDLL:
     library = ctypes.CDLL(None)
