@@ -16,6 +16,7 @@ import typer
 
 from qmix import __version__
 from qmix.commands import (
+    batch,
     bench,
     compare,
     doctor,
@@ -37,8 +38,8 @@ from qmix.files.file_errors import FULL
 
 app = help_page.HelpedApp(
     help="Mixtral-8x7B in 4 bits on one GPU: quantize, chat, evaluate.",
-    epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input or checkpoint, 4 resources, "
-    "5 quality gate failed, 6 a reply was cut short, 75 interrupted but resumable, 130 Ctrl-C.",
+    epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input, 4 resources, 5 quality gate, "
+    "6 a cut reply, 75 interrupted but resumable, 130 Ctrl-C.",
     pretty_exceptions_enable=False,
 )
 
@@ -48,6 +49,7 @@ app.command("quantize", rich_help_panel=_RUN)(quantize.quantize)
 app.command("chat", rich_help_panel=_RUN)(command.chat)
 app.command("generate", rich_help_panel=_RUN)(generate.generate)
 app.command("serve", rich_help_panel=_RUN)(serve.serve)
+app.command("batch", rich_help_panel=_RUN)(batch.batch)
 app.command("convert", rich_help_panel=_RUN)(files.convert)
 app.command("export", rich_help_panel=_RUN)(files.export)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)

@@ -1,16 +1,18 @@
 """Mixtral checkpoints of the real widths with seeded weights, to test memory and speed offline.
 
-`python -m qmix.evals.synthetic OUT --layers N [--packed nf4] [--seed S]`. The weights are Gaussian
-with outlier channels, so sizes, statistics and times are realistic; the text of such a model is
-noise. Shape letters: N outputs, K inputs. Knows nothing of what the checkpoint is for.
+`python -m qmix.evals.synthetic OUT --layers N [--model 8x22B] [--packed nf4] [--seed S]`. The
+weights are Gaussian with outlier channels, so sizes, statistics and times are realistic; the text
+of such a model is noise. Shape letters: N outputs, K inputs. Knows nothing of what the checkpoint
+is for.
 """
 
 import argparse
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,29 +35,49 @@ from qmix.weights.table import Table
 # One input channel in 256 is eight times as strong, as in trained transformers
 # (https://arxiv.org/abs/2208.07339, section 3).
 _OUTLIER_EVERY, _OUTLIER_FACTOR = 256, 8.0
+Model = Literal["8x7B", "8x22B"]
+
+# What their config.json have besides the defaults: https://huggingface.co/mistralai/Mixtral-8x22B-v0.1
+_MODELS: Mapping[Model, Mapping[str, int]] = {
+    "8x7B": {"max_position_embeddings": 32768},
+    "8x22B": {
+        "hidden_size": 6144,
+        "intermediate_size": 16384,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "vocab_size": 32768,
+        "max_position_embeddings": 65536,
+    },
+}
 
 
-def config(layers: int, *, packed: bool) -> MixtralConfig:
-    """Mixtral-8x7B's configuration with `layers` layers."""
+def config(layers: int, *, packed: bool, model: Model = "8x7B") -> MixtralConfig:
+    """A released Mixtral's configuration with `layers` layers."""
     quantization = bnb.quantization_config(NF4_SCHEME, torch.bfloat16) if packed else None
-    return MixtralConfig(
-        num_hidden_layers=layers,
-        max_position_embeddings=32768,
-        dtype="bfloat16",
-        quantization_config=quantization,
+    return MixtralConfig.from_dict(
+        {
+            **_MODELS[model],
+            "model_type": "mixtral",
+            "num_hidden_layers": layers,
+            "dtype": "bfloat16",
+            "quantization_config": quantization,
+        }
     )
 
 
-def write_synthetic(out: Path, layers: int, *, packed: bool, seed: int) -> None:
+def write_synthetic(
+    out: Path, layers: int, *, packed: bool, seed: int, model: Model = "8x7B"
+) -> None:
     """Write a checkpoint directory, with one matrix at a time in memory.
 
     Args:
+        model: whose widths it has.
         packed: make random NF4 codes and scales instead of 16-bit weights.
 
     Raises:
         UsageError: OUT exists. ResourceError: the disk is too small.
     """
-    shape = config(layers, packed=packed)
+    shape = config(layers, packed=packed, model=model)
     recipe = Recipe.uniform(NF4_SCHEME, attention=True) if packed else Recipe(())
     tensors = list(model_tensors(shape))
     groups = [
@@ -150,13 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qmix.evals.synthetic", description=__doc__)
     parser.add_argument("out", type=Path, help="directory to write; must not exist")
     parser.add_argument("--layers", type=int, required=True, help="number of layers")
+    parser.add_argument("--model", choices=("8x7B", "8x22B"), default="8x7B", help="its widths")
     parser.add_argument("--packed", choices=("nf4",), help="write 4-bit weights, not bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
     options = parser.parse_args(arguments)
     packed = options.packed is not None
     return exit_code(
         "synthetic",
-        lambda: write_synthetic(options.out, options.layers, packed=packed, seed=options.seed),
+        lambda: write_synthetic(
+            options.out, options.layers, packed=packed, seed=options.seed, model=options.model
+        ),
     )
 
 

@@ -34,6 +34,7 @@ SHORTER = {
     ("bench", None): ["-r", "1", "-n", "4", "-p", "64"],
     ("bench", "--attention"): ["-r", "1", "-p", "64"],
     ("generate", None): ["--max-new-tokens", "4"],
+    ("batch", None): ["--max-new-tokens", "2"],
     ("chat", None): ["--max-new-tokens", "2"],
 }
 MAKES_OUT = ("quantize", "convert", "export")
@@ -99,6 +100,7 @@ def desk(tmp_path_factory, tiny, tiny_nf4):
     raw = folder / "Mixtral-8x7B-v0.1-raw"
     raw_mistral.write(raw, small_model(vocab_size=len(words)), tokenizer=tiny / "tokenizer.model")
     MixtralConfig(max_position_embeddings=32768).save_pretrained(folder)
+    (folder / "prompts.jsonl").write_text('{"prompt": "Once"}\n')
     for name in ("books.txt", "wiki.test.raw"):
         (folder / name).write_text("Return a list of the names in the current scope. " * 20)
     return folder

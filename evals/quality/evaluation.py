@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from qmix.evals.quality.layer_streaming import Scorer
 from qmix.evals.quality.perplexity import Perplexity
 from qmix.evals.quality.texts import Text
@@ -55,6 +57,15 @@ class WholeText:
     ) -> ScoringWindows:
         """See Material."""
         return text_windows(checkpoint, tokenizer, ids, self.window, self.stride)
+
+
+Score = Callable[[ScoringWindows], tuple[TokenScores, ...]]
+Share = Callable[[ScoringWindows, Score], tuple[TokenScores, ...]]
+
+
+def alone(windows: ScoringWindows, score: Score) -> tuple[TokenScores, ...]:
+    """Score all windows in this process."""
+    return score(windows)
 
 
 def evaluate(
@@ -107,9 +118,13 @@ def score_all(
     device: str | None = None,
     backend: str | None = None,
     kv: str | None = None,
+    share: Share = alone,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[ScoringWindows, tuple[TokenScores, ...]]:
     """Every scored token of the material, by each checkpoint; see `evaluate`.
+
+    Args:
+        share: who scores which windows.
 
     Returns:
         The windows, which are cut for the first checkpoint, and the scores.
@@ -121,16 +136,47 @@ def score_all(
     windows = material.windows(first, tokenizer, ids)
     others = [*directories[1:], *([] if reference is None else [reference])]
     opened = [first, *(open_comparable(path, first, material.text.content, ids) for path in others)]
-    total, done = sum(each.config.num_hidden_layers for each in opened), 0
     base = None if reference is None else opened.pop()
 
-    def scored(checkpoint: Checkpoint) -> Scorer:
+    def score(part: ScoringWindows) -> tuple[TokenScores, ...]:
+        return _scored(
+            part,
+            opened,
+            base,
+            dtype=weight_dtype,
+            device=device,
+            computed={"backend": asked, "kv": asked_kv},
+            progress=progress,
+        )
+
+    return windows, share(windows, score)
+
+
+def _scored(
+    windows: ScoringWindows,
+    opened: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    *,
+    dtype: torch.dtype | None,
+    device: str | None,
+    computed: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> tuple[TokenScores, ...]:
+    """The scores of some windows by each checkpoint, beside the reference's.
+
+    Args:
+        computed: what the reference does not share: the backend, and the form of keys and values.
+    """
+    everyone = [*opened, *([] if base is None else [base])]
+    total, done = sum(each.config.num_hidden_layers for each in everyone), 0
+
+    def run(checkpoint: Checkpoint) -> Scorer:
         nonlocal done
         before, done = done, done + checkpoint.config.num_hidden_layers
-        own: dict[str, Any] = {} if checkpoint is base else {"backend": asked, "kv": asked_kv}
-        scorer = Scorer(checkpoint, windows.ids, dtype=weight_dtype, device=device, **own)
+        own: dict[str, Any] = {} if checkpoint is base else computed
+        scorer = Scorer(checkpoint, windows.ids, dtype=dtype, device=device, **own)
         scorer.run(lambda layers, _: progress(before + layers, total))
         return scorer
 
-    compared = None if base is None else scored(base)
-    return windows, tuple(token_scores(windows, scored(each), compared) for each in opened)
+    compared = None if base is None else run(base)
+    return tuple(token_scores(windows, run(each), compared) for each in opened)

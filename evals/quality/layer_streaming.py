@@ -29,6 +29,11 @@ from qmix.weights.dense import Dense, Weight
 BATCH_TOKENS = 4096  # tokens of a pass, which give each of 8 experts several hundred
 
 
+def windows_a_pass(size: int) -> int:
+    """Windows of `size` tokens that a pass computes; no pass depends on another."""
+    return max(1, BATCH_TOKENS // size)
+
+
 class Scorer:
     """Computes a checkpoint's logits over fixed windows, once `advance` has run every layer.
 
@@ -96,7 +101,7 @@ class Scorer:
         config = self._checkpoint.config
         layer = self._layer(self._done)
         tokens = torch.zeros(config.num_local_experts, dtype=torch.int64)
-        batch = max(1, BATCH_TOKENS // self._hidden.shape[1])
+        batch = windows_a_pass(self._hidden.shape[1])
         for first in range(0, len(self._hidden), batch):
             part = self._hidden[first : first + batch]
             with preferred(self._backend):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmix.commands import eval_text, options, sources, terminal
+from qmix.commands.eval_sharing import SHARING, Sharing, launched, prints, shared
 from qmix.errors import UsageError
 from qmix.hub.local import shown_name
 
@@ -194,6 +195,7 @@ def evaluate(
     gates: Gates = Gates(),
     as_json: options.AsJson = False,
     computation: Computation = Computation(),
+    sharing: Sharing = SHARING,
     yes: options.Yes = False,
 ) -> None:
     """Measure perplexity, and the divergence from a reference model.
@@ -206,6 +208,7 @@ def evaluate(
       qmix eval mixtral-nf4 --chats chats.jsonl --reference Mixtral-8x7B-v0.1
       qmix eval mixtral-nf4 --data book.txt --needle 5 --ctx 16k
       qmix eval mixtral-nf4 --tasks arc.yaml --against mixtral-gptq
+      qmix eval mixtral-nf4 --data wiki.test.raw --processes 4 --scores scores
     """
     scored.check()
     if gates.max_kl is not None and reference is None:
@@ -214,6 +217,7 @@ def evaluate(
         raise UsageError("--needle and --tasks take no --by-position, --max-perplexity or --max-kl")
     if scored.tasks and computation.kv == "int8":
         raise UsageError("--tasks takes no --kv int8: lm_eval brings caches of its own")
+    sharing.check(scored.has_perplexity)
     if scored.tasks:
         from qmix.evals.harness.extra import check_extra
 
@@ -226,7 +230,13 @@ def evaluate(
     elif scored.needle is not None:
         shown = _needles(everyone, scored, computation)
     else:
-        shown = _perplexities(models, base, scored, computation, by_position=by_position)
+        if launched(sharing):
+            return
+        shown = _perplexities(
+            models, base, scored, computation, sharing.scores, by_position=by_position
+        )
+    if not prints():
+        return
     failure = None if shown.result is None else shown.result.gate(**vars(gates))
     text = "\n".join(shown.lines) + "\n"
     terminal.print_result(text, shown.document, as_json=as_json, failure=failure)
@@ -246,6 +256,7 @@ def _perplexities(
     reference: Path | None,
     scored: Scored,
     computation: Computation,
+    kept: Path | None,
     *,
     by_position: bool,
 ) -> _Shown:
@@ -256,8 +267,14 @@ def _perplexities(
 
     material = scored.material()
     with _layers() as progress:
+        everyone = models if reference is None else [*models, reference]
         windows, scores = score_all(
-            models, material, reference=reference, progress=progress, **vars(computation)
+            models,
+            material,
+            reference=reference,
+            share=shared(kept, everyone, tuple(vars(computation).values())),
+            progress=progress,
+            **vars(computation),
         )
     result, *others = (Perplexity.of(each, windows, material.text.sha256) for each in scores)
     document = result.to_dict()
@@ -324,6 +341,9 @@ def _tasks(models: Sequence[Path], scored: Scored, computation: Computation) -> 
 @contextmanager
 def _layers() -> Iterator[Callable[[int, int], None]]:
     """Yield progress(layers done, layers in all)."""
+    if not prints():
+        yield lambda *_: None
+        return
     with terminal.progress() as show:
         show("tokenizing", 0, 0)
         yield lambda done, total: show(f"layer {done} of {total}", done, total)

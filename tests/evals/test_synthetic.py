@@ -16,7 +16,7 @@ def narrow(monkeypatch):
     """The same code on an eighth of the width."""
     original = synthetic.config
 
-    def config(layers, *, packed):
+    def config(layers, *, packed, model):
         wide = original(layers, packed=packed)
         return MixtralConfig(**{
             **wide.to_dict(), "hidden_size": 512, "intermediate_size": 1792, "head_dim": 64,
@@ -34,6 +34,9 @@ def test_the_true_configuration_is_mixtrals():
         config.intermediate_size,
     )
     assert true.num_hidden_layers == 3
+    large = synthetic.config.__closure__[0].cell_contents(2, packed=False, model="8x22B")
+    assert (large.hidden_size, large.intermediate_size, large.head_dim) == (6144, 16384, 128)
+    assert (large.num_attention_heads, large.num_key_value_heads) == (48, 8)
 
 
 @pytest.mark.parametrize("packed", [False, True])

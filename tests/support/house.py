@@ -83,8 +83,10 @@ OWNERS: Mapping[str, set[str]] = {
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
         *("qmix.commands.bench", "qmix.commands.evaluate", "qmix.commands.generate"),
+        "qmix.commands.eval_sharing",
         "qmix.commands.plan",
         "qmix.commands.serve",
+        "qmix.commands.batch",
         *(
             "qmix.commands.doctor",
             "qmix.commands.trace",
@@ -103,6 +105,8 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.evals.harness.__main__", "qmix.evals.harness.language_model"),
         "qmix.evals.harness.task_run",
     },
+    "ray": {"qmix.serving.batch.ray_workers"},
+    "accelerate": {"qmix.evals.sharing.process_group"},
     "llguidance": {"qmix.serving.grammar", "qmix.serving.grammar_worker"},
     "prometheus_client": {"qmix.serving.http.metrics"},
     "uvicorn": {"qmix.serving.http.connection", "qmix.serving.http.server"},
@@ -125,6 +129,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.evals.acceptance.interpreted_codes",
     },
     "numpy": {
+        "qmix.evals.sharing.score_folder",
         "qmix.weights.table",
         "qmix.weights.affine",
         "qmix.weights.float8",

@@ -1,0 +1,110 @@
+"""`qmix eval` in several processes, and its scores in a folder: the options, and what follows.
+
+Heavy imports stay inside the functions.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qmix import __version__
+from qmix.commands import options
+from qmix.errors import UsageError
+
+if TYPE_CHECKING:
+    from qmix.evals.quality.evaluation import Score, Share
+    from qmix.evals.quality.token_scores import TokenScores
+    from qmix.evals.quality.windows import ScoringWindows
+
+_SHARED = "Several processes, and runs that go on"
+
+
+@dataclass(frozen=True)
+class Sharing(options.Group):
+    """Who scores what, as written."""
+
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Share the windows among processes. Needs the extra scale.",
+            show_default="1",
+            rich_help_panel=_SHARED,
+        ),
+    ] = None
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep scores there as they come; the same command goes on with them.",
+            show_default=False,
+            rich_help_panel=_SHARED,
+        ),
+    ] = None
+
+    def check(self, shareable: bool) -> None:
+        """
+        Raises:
+            UsageError: what is scored is not shared.
+        """
+        if not shareable and self != SHARING:
+            raise UsageError("--needle and --tasks take no --processes and no --scores")
+
+
+SHARING = Sharing()
+
+
+def prints() -> bool:
+    """Whether this process prints: the first of several does."""
+    from qmix.evals.sharing.process_group import is_first
+
+    return is_first()
+
+
+def launched(sharing: Sharing) -> bool:
+    """Whether this command has been run by several processes, and is done.
+
+    Raises:
+        QmixError: a process was lost.
+    """
+    from qmix.evals.sharing import launch, process_group
+
+    if sharing.processes in (None, 1) and process_group.processes() == 1:
+        return False
+    process_group.check_extra()
+    if process_group.processes() > 1:
+        return False
+    assert sharing.processes is not None
+    try:
+        launch.launch(launch.without_option(sys.argv[1:], "--processes"), sharing.processes)
+    except launch.EndedError as ended:
+        raise typer.Exit(ended.exit_code) from None
+    return True
+
+
+def shared(kept: Path | None, models: Sequence[Path], computation: Sequence[object]) -> "Share":
+    """How windows are shared among processes, and where scores are kept.
+
+    Args:
+        kept: the folder; None: nowhere.
+        models: all of them, the reference last.
+        computation: what decides how they are computed.
+    """
+    import torch
+
+    from qmix.evals.sharing.process_group import score_together
+    from qmix.evals.sharing.score_folder import ScoreFolder, run_name
+
+    def share(windows: "ScoringWindows", score: "Score") -> "tuple[TokenScores, ...]":
+        folder = None
+        if kept is not None:
+            computed = (*computation, __version__, torch.__version__)
+            folder = ScoreFolder(kept, run_name(models, windows, computed))
+        return score_together(windows, score, folder)
+
+    return share

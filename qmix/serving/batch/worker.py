@@ -1,0 +1,81 @@
+"""A model that answers lines: loaded once, in this process or in one of Ray's.
+
+Knows no file of results.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from qmix.generation.config import GenerationConfig
+from qmix.models.auto import load
+from qmix.models.options import LoadOptions
+from qmix.serving.batch.answering import ahead, answers
+from qmix.serving.batch.prompt_lines import Asking, PromptLine
+from qmix.serving.engine import Engine
+from qmix.serving.limits import Limits
+
+# What neither the command line nor generation_config.json says: as `qmix generate`.
+_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What decides a result, and how the model is run; it goes to other processes as it is.
+
+    Attributes:
+        source: the checkpoint.
+        config: how replies are chosen, where a line does not say.
+        slots, context: see qmix.serving.limits.
+    """
+
+    source: Path
+    config: GenerationConfig
+    template: str | None
+    slots: int
+    context: int
+    load: LoadOptions
+
+    @property
+    def said(self) -> str:
+        """What decides a result, besides the line."""
+        named = (self.source.name, self.config, self.template, self.context, self.load.dtype)
+        return repr(named)
+
+
+class Worker:
+    """An engine with its model. As a context manager it closes at the end."""
+
+    def __init__(
+        self, settings: WorkerSettings, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """
+        Raises:
+            QmixError: the model cannot be loaded.
+        """
+        self._said = settings.said
+        model, tokenizer = load(settings.source, load_options=settings.load, progress=progress)
+        limits = Limits(
+            context=settings.context, slots=settings.slots, waiting=ahead(settings.slots)
+        )
+        defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
+        config = settings.config.filled_from(model.generation_config).filled_from(defaults)
+        self._asking = Asking(tokenizer, config, settings.template)
+        self._engine = Engine(model, tokenizer, limits)
+
+    def answers(self, lines: Iterable[PromptLine]) -> Iterator[dict[str, Any]]:
+        """The result of each line, in order; see `answering.answers`."""
+        return answers(self._engine, self._asking, lines, self._said)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._engine.close(0.0)
