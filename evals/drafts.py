@@ -55,10 +55,11 @@ class Script:
 
 @dataclass(frozen=True)
 class Turn:
-    """One reply: seconds after the first token by two clocks, and its drafts."""
+    """One reply: seconds after the first token by two clocks, reads of experts, and its drafts."""
 
     processor_s: float
     wall_s: float
+    expert_reads: int
     drafts: DraftCounts | None
 
 
@@ -69,6 +70,7 @@ class TaskRecord:
     Attributes:
         ratio: plain to drafted, median and interval, of the processor's time. wall_ratio: likewise
             of the clock on the wall.
+        expert_reads: from the file, for each id after the first: plain and drafted.
     """
 
     name: str
@@ -80,6 +82,7 @@ class TaskRecord:
     drafted: int
     accepted: int
     tokens_per_pass: float
+    expert_reads: tuple[float, float]
 
     def __str__(self) -> str:
         middle, low, high = self.ratio
@@ -87,6 +90,11 @@ class TaskRecord:
             f"{self.name}: {middle:.2f} ({low:.2f} to {high:.2f}) of plain, on the wall "
             f"{self.wall_ratio[0]:.2f}; {self.new_tokens} tokens after {self.prompt_tokens}, "
             f"{self.tokens_per_pass:.2f} a pass, {self.accepted} of {self.drafted} drafted accepted"
+            + (
+                f"; {self.expert_reads[1]:.2f} expert reads a token, plain {self.expert_reads[0]:.2f}"
+                if any(self.expert_reads)
+                else ""
+            )
         )
 
 
@@ -137,13 +145,27 @@ class Comparison:
         tokens, found = stream(self._model, inputs), []
         last = next(tokens)
         found.append(int(last.ids))
+        reads = self._expert_reads()
         processor, wall = time.process_time(), time.perf_counter()
         for last in tokens:
             found.append(int(last.ids))
-        turn = Turn(time.process_time() - processor, time.perf_counter() - wall, last.drafts)
+        seconds = time.process_time() - processor, time.perf_counter() - wall
+        turn = Turn(*seconds, self._expert_reads() - reads, last.drafts)
         if found != reply:
             raise QualityError("drafts changed the text", where=task.name)
         return turn
+
+    @staticmethod
+    def _reads(turns: Sequence[Turn], reply: Sequence[int]) -> float:
+        """Experts read for each id after the first."""
+        return sum(turn.expert_reads for turn in turns) / (len(turns) * max(len(reply) - 1, 1))
+
+    def _expert_reads(self) -> int:
+        """Experts that have been read from the file so far; 0: all are in memory."""
+        if self._model.store is None:
+            return 0
+        found = self._model.store.statistics()
+        return int((found.disk_bytes + found.prefill_disk_bytes) // found.expert_bytes)
 
     def record(self, task: DraftTask, pairs: int) -> TaskRecord:
         """Pairs of turns, after one that warms up."""
@@ -166,6 +188,7 @@ class Comparison:
             drafted=counts.drafted // pairs,
             accepted=counts.accepted // pairs,
             tokens_per_pass=counts.ids_per_pass,
+            expert_reads=(self._reads(plain, reply), self._reads(drafted, reply)),
         )
 
 

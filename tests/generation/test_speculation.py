@@ -282,3 +282,47 @@ def test_no_pass_runs_beyond_the_last_id():
     )
     list(stream(model, inputs))
     assert sizes == [(1, 12), (9, 1)]
+
+
+def chi_square(counts, expected):
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@torch.no_grad()
+def test_drafted_ids_have_the_distribution_of_sampled_ones():
+    """Chi-square of the id after a first one, which a draft foretells, over many seeds.
+
+    The same statistic finds the usual mistake, a second sample where the draft is refused.
+    """
+    times, vocabulary, limit = 150, 8, 26.1  # 7 degrees of freedom: one in 2,000 lies above
+    model = small_model(num_hidden_layers=1, vocab_size=vocabulary)
+    prompt = ids(6) % vocabulary
+    first = int(model.generate(prompt, max_new_tokens=1)[0, -1])
+    text = torch.cat((prompt, torch.tensor([[first]])), 1)
+    chances = (model(text).logits[0, -1] * 0.5).softmax(-1).double()
+    foretold = int(chances.argmax())
+    assert 0.2 < chances[foretold] < 0.8
+    counts, accepted = torch.zeros(vocabulary, dtype=torch.float64), 0
+
+    def starts(input_ids, scores):
+        """The first id is fixed; the scores of others are a text's own, made less even."""
+        if input_ids.shape[1] > prompt.shape[1]:
+            return scores * 0.5
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([first]), 0.0)
+
+    for seed in range(times):
+        inputs = GenerationInputs(
+            prompt,
+            config_of(do_sample=True, max_new_tokens=3, seed=seed),
+            logits_processor=[starts],
+            drafter=drafter([*text[0].tolist(), foretold, 1, 1]),
+        )
+        tokens = list(stream(model, inputs))
+        counts[int(tokens[1].ids)] += 1
+        assert tokens[-1].drafts.drafted > 0
+        accepted += tokens[-1].drafts.accepted > 0
+    assert chi_square(counts, times * chances) < limit
+    assert accepted == counts[foretold]
+    mistaken = (1 - chances[foretold]) * chances
+    mistaken[foretold] += chances[foretold]
+    assert chi_square(times * mistaken, times * chances) > limit
