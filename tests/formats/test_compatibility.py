@@ -105,7 +105,7 @@ TABLE = {
         pack_quantized(uniform(ASYMMETRIC), LINEAR), "loads", "refuses", "refuses", "unknown",
     ),
     "compressed-tensors, layers": (
-        pack_quantized(uniform(INT8) | layer(1, INT4)), "loads", "refuses", "refuses", "unknown",
+        pack_quantized(uniform(INT8) | layer(1, INT4)), "loads", "loads", "refuses", "unknown",
     ),
     "compressed-tensors, layers, class first": (
         pack_quantized(uniform(INT8) | layer(1, INT4), NOISE), "loads", "refuses", "noise", "unknown",

@@ -1,21 +1,23 @@
 """What SGLang 0.5.23 demands of a Mixtral: read in its source (see `programs`), never run.
 
 On an NVIDIA GPU. Its loader is a copy of vLLM's of 2024 and has gone its own way since: act-order
-is still there, and experts follow no rule of their own. Knows summaries of headers and settings
-only.
+is still there, and GPTQ's experts follow no rule of their own. Knows summaries of headers and
+settings only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from qmix.errors import QmixError
 from qmix.formats.layouts import gptq_config
+from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.settings import Settings
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.readers.storage import EXPERT, StorageSummary, fused_name, missing_fields
 from qmix.formats.readers.vllm import awq_problems, mixed_fusions
 from qmix.weights.scheme import DENSE, GROUP_SIZES
 
+_EXPRESSION = "re:"  # before a target that is a regular expression
 _GPTQ_FIELDS = ("quant_method", "bits", "group_size", "desc_act", "sym")
 _EXAMINED: frozenset[Layout] = frozenset(
     ("GPTQ", "AWQ", "compressed-tensors", "bitsandbytes", "HQQ", "MLX")
@@ -87,26 +89,43 @@ def _awq_problems(summary: StorageSummary) -> Iterator[str]:
 
 
 def _compressed_problems(summary: StorageSummary) -> Iterator[str]:
-    """Experts are asked for as `experts.0.gate_proj`, which no rule for `w1` matches.
+    """A layer's experts are looked up as `experts.0.gate_proj`, whatever the files call them.
 
-    They take the scheme of the group of all linear layers.
+    An expression that matches this name decides, or else the group of all linear layers.
     """
     settings = summary.settings
     missing = list(missing_fields(settings, ("config_groups",)))
     if missing or settings is None:
         yield from missing
         return
-    groups = Settings(settings, "quantization_config").inner("config_groups")
-    listed = [groups.inner(name) for name in groups.fields] if groups else []
-    general = next((g for g in listed if g and "Linear" in g.strings("targets")), None)
-    weights = general.inner("weights") if general else None
-    experts = summary.expert_schemes.values()
+    parsed = Settings(settings, "quantization_config")
+    groups = parsed.inner("config_groups")
+    listed = [g for g in map(groups.inner, groups.fields) if g] if groups else []
+    targets = [(target, group) for group in listed for target in group.strings("targets")]
+    named = [(target, group) for target, group in targets if target.startswith(_EXPRESSION)]
+    general = next((group for target, group in targets if target == "Linear"), None)
+    rules = _matcher([target for target, _ in named])
+    ignored = _matcher([t for t in parsed.strings("ignore") if t.startswith(_EXPRESSION)])
+    for module, scheme in summary.expert_schemes.items():
+        layer = fused_name(module)
+        asked = f"{layer}.0.gate_proj"
+        found = rules.first(asked)
+        group = general if found is None else named[found][1]
+        assumed = "16-bit" if ignored.first(asked) is not None else _said(group)
+        stored = "16-bit" if scheme == DENSE else f"int{scheme.bits} g{scheme.group_size}"
+        if assumed != stored and (scheme == DENSE or scheme.integer):
+            yield f"it takes {layer} for {assumed}, but {module} is {stored}"
+            return
+
+
+def _matcher(targets: Sequence[str]) -> NameMatcher:
+    expressions = ((target, target.removeprefix(_EXPRESSION)) for target in targets)
+    return NameMatcher(tuple(expressions), "quantization_config")
+
+
+def _said(group: Settings | None) -> str:
+    """The bits and the group size that a group of the settings gives."""
+    weights = group.inner("weights") if group else None
     if weights is None:
-        yield "it takes experts from a group for Linear, and there is none"
-        return
-    bits, size = weights.get("num_bits", None), weights.get("group_size", None) or -1
-    for scheme in dict.fromkeys(experts):
-        if scheme == DENSE:
-            yield "it knows no dense experts beside packed layers"
-        elif scheme.integer and (scheme.bits, scheme.group_size) != (bits, size):
-            yield f"it takes all experts for int{bits} g{size}, found {scheme}"
+        return "nothing that its settings say"
+    return f"int{weights.get('num_bits')} g{weights.get('group_size', -1)}"

@@ -56,7 +56,7 @@ SOURCES = {
         packers.gptq,
         EXPERT_RULES,
         {"own": experts_of_8_bits},
-        ("gptq", "int8 g32", "unpacks all experts by one group", "gguf"),
+        ("gptq", "compressed-tensors", "unpacks all experts by one group", "gguf"),
     ),
     "8-bit attention": (
         packers.gptq,
