@@ -28,6 +28,7 @@ from qmix.experts.statistics import Statistics
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import Token, stream
+from qmix.kernels.kv_rows import fill_randomly
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.nn.cache import KVCache
 from qmix.planning.byte_sizes import parse_count, show
@@ -343,7 +344,7 @@ def fill_cache(cache: KVCache, length: int) -> None:
     cache.reserve(length)
     for layer in range(len(cache)):
         for stored in cache.storage(layer):
-            stored[:, :, :length].normal_()
+            fill_randomly(stored[:, :, :length])
     cache.advance(length)
 
 

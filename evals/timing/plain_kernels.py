@@ -81,8 +81,8 @@ class PlainKernel:
         pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS
         if self.codes:
             pointers |= _CODES
-        if not self.codes.startswith("new"):
-            constants |= dict.fromkeys(_NEW if self.codes else (*_NEW, *_STEPS))
+        absent = () if self.codes.startswith("new") else _NEW if self.codes else (*_NEW, *_STEPS)
+        constants |= {name: None for name in absent if name in function.arg_names}
         names = [name for name in function.arg_names if name not in constants]
         types = {name: "fp32" if name == "eps" else pointers.get(name, "i32") for name in names}
         sizes = ("D", *(name for name in names if name.endswith(("_batch", "_head", "_row"))))

@@ -16,6 +16,7 @@ from qmix.generation.static_decoder import RotaryTables, StaticDecoder
 from qmix.kernels.gpu.compile_ahead import compiling_ahead
 from qmix.kernels.gpu.current_device import on
 from qmix.kernels.gpu.step_tuning import StepTuning
+from qmix.kernels.kv_rows import fill_randomly
 from qmix.nn.cache import KVCache
 from qmix.nn.decoder import Decoder
 from qmix.nn.linear import Linear
@@ -71,12 +72,13 @@ class StepTrials:
             dtype=weight.dtype,
             device=weight.device,
             capacity=self._depth + rounds.steps,
+            kv=model.kv,
         )
         # A generator of their own: what the user seeded goes on as without a search.
         generator = torch.Generator(weight.device).manual_seed(0)
         for layer in range(len(self._cache)):
             for stored in self._cache.storage(layer):
-                stored.normal_(generator=generator)
+                fill_randomly(stored, generator)
         self._cache.advance(self._depth)
         vocabulary = model.embed_tokens.num_embeddings
         shape = (rounds.steps, batch)

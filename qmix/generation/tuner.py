@@ -240,6 +240,7 @@ def shapes_of(model: Decoder, rows: int) -> str:
         f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}, "
         f"{' / '.join(map(str, formats))}{', act-order' if any(p is not None for p in ordered) else ''}, "
         f"{str(model.norm.weight.dtype).removeprefix('torch.')}, {rows} rows"
+        + ("" if model.kv == "16" else f", {model.kv} cache")
     )
 
 

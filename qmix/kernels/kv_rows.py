@@ -74,4 +74,13 @@ def dequantized(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers [..., d] of rows, or numbers in 16 or 32 bits as they are."""
     if not is_rows(rows):
         return rows
-    return (rows[..., :-STEP_BYTES] * steps(rows)).to(dtype)
+    return rows[..., :-STEP_BYTES].float().mul_(steps(rows)).to(dtype)
+
+
+def fill_randomly(stored: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fill stored keys or values with numbers of the standard normal distribution."""
+    if not is_rows(stored):
+        stored.normal_(generator=generator)
+        return
+    shape = (*stored.shape[:-1], stored.shape[-1] - STEP_BYTES)
+    stored.copy_(quantized(torch.empty(shape, device=stored.device).normal_(generator=generator)))

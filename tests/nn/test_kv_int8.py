@@ -7,6 +7,7 @@ import torch
 
 import qmix
 from qmix.errors import UnsupportedError, UsageError
+from qmix.evals.timing.bench import fill_cache
 from qmix.formats import open_checkpoint
 from qmix.formats.metadata import read_metadata
 from qmix.generation.config import GenerationConfig
@@ -222,3 +223,12 @@ def test_loading_says_which_and_the_plan_counts_it(nf4):
     narrow = dataclasses.replace(stored, config=small_config(head_dim=6))
     with pytest.raises(UsageError, match="multiple of 4"):
         plan(narrow, gpu=False, kv="int8")
+
+
+def test_a_cache_for_timing_is_filled_with_numbers():
+    cache = eight_bits().new_cache(1, 64)
+    fill_cache(cache, 50)
+    keys, values = cache[1]
+    assert cache.length == 50
+    for found in (keys, values):
+        assert 0.8 < found.std() < 1.2

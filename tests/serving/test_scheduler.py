@@ -359,9 +359,10 @@ def test_a_listener_that_raises_has_left(scheduler):
     assert together.counts.cancelled == 1
 
 
-def test_ids_of_4_bit_weights_do_not_depend_on_the_company(tiny_nf4, tokenizer):
+@pytest.mark.parametrize("kv", ["16", "int8"])
+def test_ids_of_4_bit_weights_do_not_depend_on_the_company(tiny_nf4, tokenizer, kv):
     """In bfloat16: the steps of a batch compute what the steps of one row do."""
-    model, _ = qmix.load(tiny_nf4)
+    model, _ = qmix.load(tiny_nf4, kv=kv)
     limits = Limits(context=64, slots=8)
     prompts = [[100 + index, *ids] for index, ids in enumerate(PROMPTS)]  # they share nothing
     callers = [Caller(ids) for ids in prompts]

@@ -16,12 +16,27 @@ QMIX_INLINE Floats load16(const uint16_t* source) {
     return Floats(__builtin_convertvector(bits, Words) << 16);
 }
 
+// GCC makes twenty instructions of the conversion that processors do in one.
 QMIX_INLINE Floats load16(const int8_t* source) {
+#if defined(__AVX512F__)
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+#elif defined(__AVX2__)
+    __m256 halves[2];
+    for (int i = 0; i < 2; i++) {
+        const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source + 8 * i));
+        halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    }
+    Floats values;
+    memcpy(&values, halves, sizeof values);
+    return values;
+#else
     typedef int8_t Codes __attribute__((vector_size(16)));
     typedef int32_t Integers __attribute__((vector_size(64)));
     Codes codes;
     memcpy(&codes, source, sizeof codes);
     return __builtin_convertvector(__builtin_convertvector(codes, Integers), Floats);
+#endif
 }
 
 QMIX_INLINE Floats load16(const float* source) {
