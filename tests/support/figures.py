@@ -19,6 +19,7 @@ from qmix.config import MixtralConfig
 from qmix.errors import ResourceError
 from qmix.evals import aot_record, layouts, markdown, prediction, speed
 from qmix.kernels.gpu.grid import balance, grid_for
+from qmix.kv_format import KVFormat
 from qmix.weights.packed.tile_format import TileFormat
 from tests.support import layout_tables
 from tests.support.house import ROOT
@@ -254,23 +255,27 @@ def cards() -> str:
     rows = []
     for card in ("H100", "A100-40", "3090", "20GiB", "16GiB", "12GiB", "8GiB"):
         short, long = _plan(card, 4096), _plan(card, 32768)
+        coded = _plan(card, 32768, "int8")
         assert short is not None
         label = f"{short.estimate.plan.vram / _GIB:.0f} GiB"
         if not card.endswith("GiB"):
             label += f" ({card})"
-        rows.append((label, _experts(short), _experts(long), _bound(short)))
-    header = ("device memory", "experts on the GPU at 4k", "at 32k", "bound at 4k, tok/s")
+        rows.append((label, *map(_experts, (short, long, coded)), _bound(short)))
+    wide = ("experts on the GPU at 4k", "at 32k", "at 32k, `--kv int8`")
+    header = ("device memory", *wide, "bound at 4k, tok/s")
     return markdown.table(header, rows)
 
 
-def _plan(card: str, context: int) -> planner.PlanAnswer | None:
+def _plan(card: str, context: int, kv: KVFormat = "16") -> planner.PlanAnswer | None:
     """For a card by its name, or for one of a size."""
     where = {"vram": card} if card.endswith("GiB") else {"card": card}
     with TemporaryDirectory() as scratch:
         MixtralConfig(max_position_embeddings=32768).save_pretrained(Path(scratch))
         try:
             return planner.answer(
-                planner.PlanRequest(source=Path(scratch), ram="64GiB", context=context, **where)
+                planner.PlanRequest(
+                    source=Path(scratch), ram="64GiB", context=context, kv=kv, **where
+                )
             )
         except ResourceError:
             return None
