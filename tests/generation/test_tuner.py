@@ -76,6 +76,7 @@ def on_a_card(causal_lm, monkeypatch):
         experts_store=None,
         config=causal_lm.config,
         layers=causal_lm.model.layers,
+        kv="16",
     )
 
 
