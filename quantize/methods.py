@@ -11,7 +11,12 @@ from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models.options import parse_device
 from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDOWS
 from qmix.quantize.adapter import with_adapter
-from qmix.quantize.calibrated.bit_allocation import Choices, allocate_bits, choices_for
+from qmix.quantize.calibrated.bit_allocation import (
+    DEFAULT_BITS,
+    Choices,
+    allocate_bits,
+    choices_for,
+)
 from qmix.quantize.calibrated.layer_work import EXPECTED, LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions, Objective
 from qmix.quantize.calibrated.run import prepare, quantize_calibrated
@@ -27,8 +32,6 @@ from qmix.weights.scheme import Recipe, Scheme, check_group_size
 from qmix.work_meter import Progress, WorkMeter
 
 Method = Literal["nf4", "fp4", "gptq", "rtn", "auto"]
-
-_DEFAULT_BITS = 4.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class QuantizeRequest:
     @property
     def budget(self) -> float:
         """Bits a weight for `auto`."""
-        return _DEFAULT_BITS if self.bits is None else self.bits
+        return DEFAULT_BITS if self.bits is None else self.bits
 
     @property
     def choices(self) -> Choices:

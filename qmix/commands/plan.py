@@ -35,10 +35,13 @@ Plot = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Draw it too: a new .html, .svg or .png.")
 ]
 Method = Annotated[
-    Literal["nf4", "gptq"] | None,
+    Literal["nf4", "gptq", "auto"] | None,
     typer.Option(
         help="For a model that is not quantized yet.", show_default="nf4; gptq with --for"
     ),
+]
+Bits = Annotated[
+    float | None, typer.Option(help="auto: bits per quantized weight.", show_default="4.25")
 ]
 Server = Annotated[
     Literal["vllm", "sglang"] | None,
@@ -62,6 +65,7 @@ def plan(
     group_size: Annotated[
         int | None, typer.Option(help="gptq: inputs per scale.", show_default="128")
     ] = None,
+    bits: Bits = None,
     program: Server = None,
     tp: Gpus = None,
     plot: Plot = None,
@@ -76,6 +80,7 @@ def plan(
     Examples:
       qmix plan mixtral-nf4
       qmix plan config.json --card 3090 --ram 64G --ctx 8192 --plot plan.svg
+      qmix plan config.json --method auto --bits 2.75 --ram 16G
       qmix plan mixtral-vllm --for vllm --tp 2 --card 4090
     """
     from qmix.commands import plan_served
@@ -99,6 +104,7 @@ def plan(
             kv=named_kv(kv),
             method=method or ("nf4" if program is None else "gptq"),
             group_size=group_size,
+            bits=bits,
         )
         if program is not None:
             planned = plan_served.served_plan(request, program, tp or 1)

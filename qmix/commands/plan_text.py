@@ -28,7 +28,7 @@ def text(answer: PlanAnswer) -> str:
     """The answer for a person to read."""
     estimate = answer.estimate
     planned, model = estimate.plan, estimate.plan.model
-    how = "as stored" if model.assumed is None else f"as {model.assumed}, assumed"
+    how = "as stored" if model.assumption is None else f"as {model.assumption}, assumed"
     layers, experts = model.config.num_hidden_layers, model.config.num_local_experts
     batch = f", batch {planned.batch}" if planned.batch > 1 else ""
     lines = [

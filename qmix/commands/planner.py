@@ -25,6 +25,7 @@ from qmix.planning.plan import plan
 from qmix.planning.roofline import Rate, Rates
 from qmix.planning.stored_model import StoredModel
 from qmix.quantities import counted
+from qmix.quantize.calibrated.bit_allocation import DEFAULT_BITS, alike, choices_for
 from qmix.weights.scheme import DENSE, Scheme, check_group_size
 
 # Where nothing was measured: two channels of DDR4 as a matrix-vector product reads them (38 GB/s),
@@ -46,7 +47,7 @@ class PlanRequest:
         vram, ram: budgets, such as "24G".
         card: a GPU by name.
         kv: how the cache keeps keys and values.
-        method, group_size: how a model that is not quantized yet would be.
+        method, group_size, bits: how a model that is not quantized yet would be.
     """
 
     source: Path
@@ -58,6 +59,7 @@ class PlanRequest:
     kv: KVFormat = "16"
     method: str = "nf4"
     group_size: int | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,13 @@ def models_of(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
         QmixError: the source is damaged or no Mixtral.
     """
     path = request.source
-    scheme = _scheme(request)
+    if request.bits is not None and request.method != "auto":
+        raise UsageError(f"--bits does not apply to --method {request.method}")
+    if request.group_size is not None and request.method != "gptq":
+        raise UsageError(f"--group-size does not apply to --method {request.method}")
+    check_group_size(128 if request.group_size is None else request.group_size)
+    budget = DEFAULT_BITS if request.bits is None else request.bits
+    choices_for(budget)
     if not regular_file.exists(path):
         raise _no_source("no such directory or file", path)
     if path.is_dir() or is_gguf(path):
@@ -124,7 +132,7 @@ def models_of(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
             stored = StoredModel.of(read_metadata(path))
             if not stored.dense:
                 return stored, None
-            return StoredModel.assume(stored.name, stored.config, scheme), stored
+            return _assumed(request, stored.name, stored.config, budget), stored
     file = path / "config.json" if path.is_dir() else path
     if not regular_file.exists(file):
         raise _no_source("neither a checkpoint nor a config.json there", path)
@@ -137,7 +145,8 @@ def models_of(request: PlanRequest) -> tuple[StoredModel, StoredModel | None]:
             found=names.count(config),
         )
     name = file.resolve().parent.name
-    return StoredModel.assume(name, config, scheme), StoredModel.assume(name, config, DENSE)
+    dense = StoredModel.assume(name, config, DENSE)
+    return _assumed(request, name, config, budget), dense
 
 
 def _no_source(what: str, path: Path) -> CheckpointError:
@@ -150,15 +159,15 @@ def _has_weights(folder: Path) -> bool:
     return (folder / INDEX).is_file() or bool(visible(folder, "*.safetensors"))
 
 
-def _scheme(request: PlanRequest) -> Scheme:
-    """How a model that is not quantized yet would be stored."""
+def _assumed(request: PlanRequest, name: str, config: MixtralConfig, budget: float) -> StoredModel:
+    """The model as it would be quantized."""
+    if request.method == "auto":
+        scheme, recipe = choices_for(budget).typical, alike(config, budget)
+        return StoredModel.assume(name, config, scheme, recipe=recipe)
     if request.method == "nf4":
-        if request.group_size is not None:
-            raise UsageError("--group-size does not apply to --method nf4")
-        return Scheme(kind="nf4")
-    size = 128 if request.group_size is None else request.group_size
-    check_group_size(size)
-    return Scheme(kind="int4", group_size=size)
+        return StoredModel.assume(name, config, Scheme(kind="nf4"))
+    scheme = Scheme(kind="int4", group_size=request.group_size or 128)
+    return StoredModel.assume(name, config, scheme)
 
 
 @dataclass(frozen=True, kw_only=True)

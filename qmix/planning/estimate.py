@@ -61,7 +61,7 @@ class Estimate:
         used = sorted(rates_used(self.speeds))
         return {
             "model": model.name,
-            "assumed": None if model.assumed is None else str(model.assumed),
+            "assumed": model.assumption,
             "weights_bytes": model.file_bytes,
             **self.plan.to_dict(),
             "rates": {name: asdict(getattr(self.rates, name)) for name in used},
@@ -90,17 +90,18 @@ def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantiza
     assumed = target.assumed
     assert assumed is not None
     bytes_in = source.file_bytes
-    yield Quantization(
-        method="nf4" if assumed.kind == "nf4" else "rtn",
-        scheme=str(assumed),
-        bytes_in=bytes_in,
-        bytes_out=target.file_bytes,
-        scratch=0,
-        peak=budget.for_rewriting(source.largest).total,
-        seconds=bytes_in / REWRITE_BANDWIDTH,
-        gpu_seconds=None,
-        source="0.256 GB/s, measured on two processors",
-    )
+    if not target.mixed:
+        yield Quantization(
+            method="nf4" if assumed.kind == "nf4" else "rtn",
+            scheme=str(assumed),
+            bytes_in=bytes_in,
+            bytes_out=target.file_bytes,
+            scratch=0,
+            peak=budget.for_rewriting(source.largest).total,
+            seconds=bytes_in / REWRITE_BANDWIDTH,
+            gpu_seconds=None,
+            source="0.256 GB/s, measured on two processors",
+        )
     integers = assumed if assumed.kind == "int4" else Scheme(kind="int4")
     work = quantize_cost.work(target.config, _CALIBRATION)
     layers = target.config.num_hidden_layers
@@ -108,10 +109,12 @@ def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantiza
     in_memory = tokens if tokens <= quantize_cost.ACTIVATION_BYTES else 0
     states = quantize_cost.state_bytes(target.config, quantize_cost.GRADIENT_TOKENS)
     passed = states + layers * quantize_cost.gradient_bytes(target.config)
-    fitted = StoredModel.assume(target.name, target.config, integers)
+    fitted = target
+    if not target.mixed:
+        fitted = StoredModel.assume(target.name, target.config, integers)
     yield Quantization(
-        method="gptq",
-        scheme=str(integers),
+        method="auto" if target.mixed else "gptq",
+        scheme=fitted.assumption or "",
         bytes_in=bytes_in,
         bytes_out=fitted.file_bytes,
         scratch=passed + (0 if in_memory else tokens),
@@ -122,5 +125,5 @@ def _quantization(target: StoredModel, source: StoredModel) -> Iterator[Quantiza
         seconds=layers * work.flops / CPU_FLOPS,
         gpu_seconds=work.gpu_seconds(layers),
         source=f"{layers * work.flops / 1e15:.3g} PFLOP at {CPU_FLOPS / 1e9:.0f} GFLOP/s, or "
-        "on an H100 with 80 GB: by arithmetic",
+        "on an H100 with 80 GB: by arithmetic" + (", rounding alone" if target.mixed else ""),
     )

@@ -148,17 +148,30 @@ class StoredModel:
 
     @classmethod
     def assume(
-        cls, name: str, config: MixtralConfig, scheme: Scheme, *, attention: bool = True
+        cls,
+        name: str,
+        config: MixtralConfig,
+        scheme: Scheme,
+        *,
+        attention: bool = True,
+        recipe: Recipe | None = None,
     ) -> "StoredModel":
-        """The model as `qmix quantize` would store it."""
-        recipe, dtype = Recipe.uniform(scheme, attention=attention), config.dtype or "bfloat16"
+        """The model as `qmix quantize` would store it.
+
+        Args:
+            recipe: where not every weight is stored in `scheme`; that is the typical one then.
+        """
+        recipe = recipe or Recipe.uniform(scheme, attention=attention)
+        dtype = config.dtype or "bfloat16"
         if dtype == "float32":
             dtype = "bfloat16"  # a 4-bit model computes in 16 bits
         weights = []
         for tensor in model_tensors(config):
             weight = StoredWeight(tensor, recipe.scheme_of(tensor.name), (), 2)
             weights.append(replace(weight, tensor_bytes=_assumed_bytes(weight)))
-        return cls(name=name, config=config, dtype=dtype, weights=tuple(weights), assumed=scheme)
+        found = {weight.scheme for weight in weights} - {DENSE}
+        assumed = found.pop() if len(found) == 1 else scheme
+        return cls(name=name, config=config, dtype=dtype, weights=tuple(weights), assumed=assumed)
 
     @classmethod
     def rounded(cls, metadata: CheckpointMetadata, recipe: Recipe, dtype: str) -> "StoredModel":
@@ -179,6 +192,25 @@ class StoredModel:
     def dense(self) -> bool:
         """Whether nothing is quantized."""
         return all(weight.scheme == DENSE for weight in self.weights)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its weights are quantized in several schemes."""
+        return len({weight.scheme for weight in self.weights} - {DENSE}) > 1
+
+    @property
+    def assumption(self) -> str | None:
+        """What was assumed of its quantized weights, in words; None if files say it."""
+        if self.assumed is None or not self.mixed:
+            return None if self.assumed is None else str(self.assumed)
+        return f"integers of {self.bits_per_weight:.3g} bits on average"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a quantized weight, on average, scales included."""
+        quantized = [weight for weight in self.weights if weight.scheme != DENSE]
+        bits = sum(weight.scheme.bits_per_weight * weight.elements for weight in quantized)
+        return bits / sum(weight.elements for weight in quantized)
 
     @property
     def file_bytes(self) -> int:

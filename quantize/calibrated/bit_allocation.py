@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qmix.config import MixtralConfig
 from qmix.errors import UsageError
-from qmix.formats.names import ModelTensor
+from qmix.formats.names import ModelTensor, model_tensors
 from qmix.weights.scheme import Recipe, Scheme
 
 
@@ -27,6 +28,7 @@ NARROW = (
     _integers("int8", 128),
 )
 WIDE = (*(_integers("int4", size) for size in (128, 64, 32)), _integers("int8", 128))
+DEFAULT_BITS = 4.25
 LEAST_BITS, MOST_BITS = 2.5, WIDE[-1].bits_per_weight
 
 
@@ -89,12 +91,27 @@ def allocate_bits(groups: Sequence[QuantGroup], bits: float) -> Recipe:
         levels[index] = level
         if following := _best_step(groups[index], index, level):
             heapq.heappush(steps, following)
-    rules = [
-        (re.escape(tensor.name), group.schemes[level])
-        for group, level in zip(groups, levels, strict=True)
-        for tensor in group.tensors
-    ]
-    return Recipe(tuple(rules))
+    names: dict[Scheme, list[str]] = {}
+    for group, level in zip(groups, levels, strict=True):
+        found = names.setdefault(group.schemes[level], [])
+        found += (re.escape(tensor.name) for tensor in group.tensors)
+    return Recipe(tuple(("|".join(found), scheme) for scheme, found in names.items()))
+
+
+def alike(config: MixtralConfig, bits: float) -> Recipe:
+    """What a budget would buy if every weight deserved the same; nothing is measured.
+
+    Raises:
+        UsageError: as `choices_for`.
+    """
+    schemes = choices_for(bits).schemes
+    losses = [4.0**-scheme.bits_per_weight for scheme in schemes]
+    groups = []
+    for tensor in model_tensors(config):
+        if tensor.kind in ("attention", "expert"):
+            size = tensor.shape[0] * tensor.shape[1]
+            groups.append(QuantGroup((tensor,), tuple(size * loss for loss in losses), schemes))
+    return allocate_bits(groups, bits)
 
 
 def _best_step(group: QuantGroup, index: int, level: int) -> tuple[float, int, int, float] | None:

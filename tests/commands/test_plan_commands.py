@@ -22,6 +22,20 @@ def full(tmp_path):
     return path
 
 
+@pytest.mark.parametrize(("bits", "whole"), [(2.65, True), (2.7, False), (4.25, False)])
+def test_the_8x7b_fits_16_gib_whole_where_few_bits_are_asked(full, here, bits, whole):
+    request = PlanRequest(source=full, method="auto", bits=bits, ram="16G")
+    found = answer(request)
+    model = found.estimate.plan.model
+    assert bits - 0.01 < model.bits_per_weight <= bits
+    average = f"integers of {model.bits_per_weight:.3g} bits on average"
+    assert model.assumption == (average if bits < 4 else "int4 g64")
+    assert ("all 256 experts in host memory" in plan_text.text(found)) == whole
+    *_, method = found.estimate.quantization
+    assert method.method == ("auto" if bits < 4 else "gptq")
+    assert method.bytes_out == model.file_bytes
+
+
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """A desktop without a GPU that nobody measured."""
@@ -47,6 +61,8 @@ def here(monkeypatch, tmp_path):
         (["evals/tiny", "--kv", "int8", "--for", "vllm"], 2, "--kv is for qmix itself"),
         (["evals/tiny", "--group-size", "64"], 2, "--group-size does not apply"),
         (["evals/tiny", "--method", "gptq", "--group-size", "5"], 2, "no such group size"),
+        (["evals/tiny", "--bits", "3"], 2, "--bits does not apply to --method nf4"),
+        (["evals/tiny", "--method", "auto", "--bits", "nan"], 2, "--bits: out of range"),
     ],
 )
 def test_bad_input_gets_one_line_and_its_exit_code(arguments, code, words):
