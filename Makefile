@@ -98,6 +98,10 @@ rivals: $(READY) .oracles/gptqmodel/.packed
 	  $(BIN)/qmix eval $$out --data $(RIVALS)/heldout.txt --reference evals/tiny --dtype float32 || exit 1; \
 	done; done
 
+# What llama.cpp's quantizers make of the tiny model, scored beside `auto`.
+llama: $(READY) .oracles/gguf/.ready
+	$(BIN)/python -m qmix.evals.accuracy --llama .oracles/gguf/bin/python --only 'auto*'
+
 clients: .oracles/clients/.ready
 	.oracles/clients/bin/python -m pytest tests/evals/harness tests/serving/http/test_lm_eval_client.py tests/serving/http/test_litellm_client.py $(PYTEST)
 

@@ -40,6 +40,7 @@ Method = Annotated[
         help="For a model that is not quantized yet.", show_default="nf4; gptq with --for"
     ),
 ]
+GroupSize = Annotated[int | None, typer.Option(help="gptq: inputs per scale.", show_default="128")]
 Bits = Annotated[
     float | None, typer.Option(help="auto: bits per quantized weight.", show_default="4.25")
 ]
@@ -62,9 +63,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
     kv: options.KV = None,
     method: Method = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="gptq: inputs per scale.", show_default="128")
-    ] = None,
+    group_size: GroupSize = None,
     bits: Bits = None,
     program: Server = None,
     tp: Gpus = None,
