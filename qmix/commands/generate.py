@@ -4,6 +4,7 @@ Heavy imports stay inside the functions.
 """
 
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,11 +82,12 @@ def generate(
     config = reuse.drafting(config.with_ends(ends), model)
     config = _fitting(config, len(ids), model.config.max_position_embeddings)
     cache = model.new_cache(1, len(ids))
+    begun = time.perf_counter()
     cached = 0 if prompts is None else prompts.restore(cache, ids)
     inputs = GenerationInputs(
         torch.tensor([ids]), config, cache=cache, tokenizer=tokenizer, starts_new_text=chat
     )
-    done, new = _written(stream(model, inputs), len(ids), cached, as_json=as_json)
+    done, new = _written(stream(model, inputs), len(ids), cached, begun, as_json=as_json)
     if prompts is not None:
         prompts.store(cache, [*ids, *new])
     if not quiet and not as_json:
@@ -96,7 +98,7 @@ def generate(
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """A text that was generated; times in seconds."""
+    """A text that was generated; seconds from its ids on, with what a folder of prompts took."""
 
     text: str
     finish: str
@@ -114,14 +116,19 @@ class Continuation:
 
 
 def _written(
-    tokens: "Iterable[Token]", prompt_tokens: int, cached_tokens: int, *, as_json: bool
+    tokens: "Iterable[Token]",
+    prompt_tokens: int,
+    cached_tokens: int,
+    begun: float,
+    *,
+    as_json: bool,
 ) -> tuple[Continuation, list[int]]:
     """Write tokens to stdout as they come, or at the end as JSON; returns their ids too."""
     pieces, ids, first_s, last = [], [], 0.0, None
     for last in tokens:
         ids.append(int(last.ids))
         pieces.append(last.texts[0])
-        first_s = first_s or last.elapsed_s
+        first_s = first_s or time.perf_counter() - begun
         if not as_json:
             terminal.write(pieces[-1])
     assert last is not None
@@ -133,7 +140,7 @@ def _written(
         cached_tokens=cached_tokens,
         new_tokens=len(pieces),
         first_token_s=first_s,
-        elapsed_s=last.elapsed_s,
+        elapsed_s=time.perf_counter() - begun,
         drafts=last.drafts,
     )
     if as_json:
