@@ -103,10 +103,15 @@ def plain_kernels(
         for kernel, warps, stages, constants, absent in _kernels(dtype):
             one = PlainKernel(kernel, dtype, tuple(constants.items()), absent, warps, stages, arch)
             yield one
-            if kernel in ("split", "prefill"):
-                yield replace(one, codes="codes")
+            if kernel not in ("split", "prefill"):
+                continue
+            shape = attention.blocks_for(constants.get("QUERIES", 1), dtype, codes=True)
+            coded = replace(
+                one, constants=tuple({**constants, "COLUMNS": shape.columns}.items()), codes="codes"
+            )
+            yield coded
             if kernel == "split" and "past" not in absent:
-                yield replace(one, codes="new codes")
+                yield replace(coded, codes="new codes")
 
 
 def _kernels(

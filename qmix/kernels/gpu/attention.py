@@ -39,11 +39,14 @@ class BlockShape:
     stages: int
 
 
-def blocks_for(queries: int, dtype: torch.dtype, tuning: Tuning = UNTUNED) -> BlockShape:
+def blocks_for(
+    queries: int, dtype: torch.dtype, tuning: Tuning = UNTUNED, *, codes: bool = False
+) -> BlockShape:
     """The shape of blocks for this many queries.
 
     Other shapes spill registers (python -m qmix.evals.aot): 64 rows in four warps on compute
-    capability 8, and most tiles of float32, which the matrix units do not multiply.
+    capability 8, most tiles of float32, which the matrix units do not multiply, and 64 columns of
+    codes under 128 queries.
     """
     is_short = queries <= _SMALLEST_TILE
     if dtype == torch.float32:
@@ -51,7 +54,8 @@ def blocks_for(queries: int, dtype: torch.dtype, tuning: Tuning = UNTUNED) -> Bl
             _SMALLEST_TILE if is_short else 32, tuning.columns or 16, 8, tuning.stages
         )
     rows, warps = (_SMALLEST_TILE, 4) if is_short else (128, 8)
-    return BlockShape(rows, tuning.columns or 64, warps, tuning.stages)
+    columns = 32 if codes and not is_short else 64
+    return BlockShape(rows, tuning.columns or columns, warps, tuning.stages)
 
 
 def blocks(dtype: torch.dtype) -> tuple[BlockShape, BlockShape]:
@@ -184,7 +188,7 @@ def _attend(
     assert new is None or (queries == 1 and past is not None and kv_rows.is_rows(k))
     kv_mask_strides = (*k.stride()[:3], *v.stride()[:3], mask_stride)
     if queries > 1:
-        shape = blocks_for(queries, q.dtype, tuning)
+        shape = blocks_for(queries, q.dtype, tuning, codes=kv_rows.is_rows(k))
         launch(
             kernels.prefill, (-(-queries // shape.rows), heads, batch),
             q, k, v, *steps, mask_bytes, past, starts, out, slots, queries, reach, slots,
