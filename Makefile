@@ -28,7 +28,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 AOT    ?=
 PIP    := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint quick soak newest aot clients setup goldens rivals clean
+.PHONY: demo test lint quick soak newest aot clients setup goldens rivals llama clean
 
 demo: $(RUN)
 	$(BIN)/qmix demo
