@@ -44,12 +44,18 @@ _ESCAPES = re.compile(r"\x1b\[\?\d+[hl]|\x1b\][^\x07]*\x07|\x1b[=>]")
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One command in a terminal of `width` columns; `lines` are typed, each at a prompt."""
+    """One command in a terminal of `width` columns.
+
+    Attributes:
+        lines: typed, each at a prompt.
+        ready: what stands there before the first one is.
+    """
 
     title: str
     command: str
     width: int
     lines: tuple[str, ...] = ()
+    ready: str = ""
 
 
 # Greedy and in float32: the same words on every processor and number of threads.
@@ -58,6 +64,7 @@ CHAT = Scene(
     command="qmix chat tiny-nf4 --temperature 0 --dtype float32",
     width=84,
     lines=("What does os.path.join do?", "How do I open a file?", "/exit"),
+    ready="context 1,024",
 )
 PLAN = Scene(
     title="qmix plan",
@@ -116,7 +123,7 @@ def played(scene: Scene, folder: Path) -> str:
     )
     os.close(theirs)
     try:
-        shown = "".join(_seen(ours, scene.lines))
+        shown = "".join(_seen(ours, scene))
         if child.wait(timeout=_LIMIT_S):
             raise RuntimeError(f"{scene.command} failed:\n{shown}")
     finally:
@@ -151,12 +158,13 @@ def _environment(folder: Path) -> Mapping[str, str]:
     return {**kept, **hidden, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
 
 
-def _seen(terminal: int, lines: Sequence[str]) -> Iterator[str]:
+def _seen(terminal: int, scene: Scene) -> Iterator[str]:
     """What comes out of the terminal, but for the line editor's drawing, which it erases itself.
 
     At each prompt the next line is typed.
     """
-    deadline, waiting, left = time.monotonic() + _LIMIT_S, "", list(lines)
+    deadline, waiting, left = time.monotonic() + _LIMIT_S, "", list(scene.lines)
+    is_ready = not scene.ready
     while True:
         ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
         if not ready:
@@ -169,8 +177,15 @@ def _seen(terminal: int, lines: Sequence[str]) -> Iterator[str]:
             yield _ESCAPES.sub("", waiting)
             return
         waiting += data.decode("utf-8", "replace")
-        before, opens, drawn = waiting.partition(_EDITOR_OPENS)
-        if opens and left and PROMPT.strip() in drawn:
+        while _EDITOR_CLOSES in waiting:
+            before, _, drawn = waiting.partition(_EDITOR_OPENS)
+            drawn, _, waiting = drawn.partition(_EDITOR_CLOSES)
+            shown = before if PROMPT.strip() in drawn else before + drawn
+            is_ready |= scene.ready in shown
+            yield _ESCAPES.sub("", shown)
+        before, _, drawn = waiting.partition(_EDITOR_OPENS)
+        is_ready |= scene.ready in before
+        if is_ready and left and PROMPT.strip() in drawn:
             yield _ESCAPES.sub("", before)
             os.write(terminal, f"{left.pop(0)}\n".encode())
             waiting = _after(_EDITOR_CLOSES, terminal, deadline)
