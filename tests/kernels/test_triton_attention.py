@@ -118,7 +118,7 @@ def test_columns_are_split_where_thread_blocks_are_few():
 # and elsewhere. 128 registers are still four thread blocks of four warps a multiprocessor.
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 REACHED = {"split": (96 if TRITON >= (3, 7) else 112, 530), "prefill": (240, 1060)}
-ELSEWHERE = 128, 540
+ELSEWHERE = 128, 560
 
 
 @pytest.mark.slow
