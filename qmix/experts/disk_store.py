@@ -120,6 +120,8 @@ class DiskStore(Store):
     def read_ahead(self, expected: Collection[int]) -> None:
         """Start to read what is missing of the experts that the next layer may choose.
 
+        Only past the page cache: a copy out of it takes the cores from the layer under way.
+
         Args:
             expected: the likeliest first.
         """
@@ -128,7 +130,9 @@ class DiskStore(Store):
         if not (self.looks_ahead and self._foresight.pays):
             return
         slots = len(self._in_slots)
-        missing = [e for e in expected if not self.residency.in_slot(e)]
+        missing = [
+            e for e in expected if self.reader.is_past_cache(e) and not self.residency.in_slot(e)
+        ]
         for buffer, expert in enumerate(missing[:READ_BUFFERS], slots):
             self._ahead[expert] = buffer, self._blob_reads.start(expert, self._blobs[buffer])
 

@@ -101,6 +101,10 @@ class ExpertReader:
         """Bytes that are read from the disk for an expert."""
         return sum(self._stored(tensor) for tensor in self._tensors[expert])
 
+    def is_past_cache(self, expert: int) -> bool:
+        """Whether it is not among those of the cache, which are spread evenly."""
+        return int((expert + 1) * self.cached_share) == int(expert * self.cached_share)
+
     def read(self, expert: int, blob: Tensor, spread: Spread = in_turn) -> Expert:
         """Read an expert into a blob of `blob_bytes`; its weights are views of the blob.
 
@@ -114,7 +118,9 @@ class ExpertReader:
         if names is None:
             weights = [region.moved_in(self._weight(t, region)) for t in self._tensors[expert]]
         else:
-            stored = self._read_together(names, region, spread, past_cache=self._past_cache(expert))
+            stored = self._read_together(
+                names, region, spread, past_cache=self.is_past_cache(expert)
+            )
             weights = [
                 self._finish(self._checkpoint.built(t, stored), t) for t in self._tensors[expert]
             ]
@@ -128,10 +134,6 @@ class ExpertReader:
         if self.apart or not all(map(self._is_as_stored, tensors)):
             return None
         return [name for tensor in tensors for name in self._checkpoint.stored(tensor)]
-
-    def _past_cache(self, expert: int) -> bool:
-        """Whether it is not among those of the cache, which are spread evenly."""
-        return int((expert + 1) * self.cached_share) == int(expert * self.cached_share)
 
     def _is_as_stored(self, tensor: ModelTensor) -> bool:
         packed = self._checkpoint.packing(tensor)

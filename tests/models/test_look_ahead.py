@@ -23,6 +23,7 @@ def offloaded(folder, expect=None):
         expect: what each layer expects of the next one; default: what the routers say.
     """
     model = load_in_tiers(folder, "cpu", tiers=Tiers(device=0, host=6))
+    model.store.reader.cached_share = 0.0
     if expect is not None:
         for layer in model.model.layers[:-1]:
             layer.block_sparse_moe.stored._expect = expect
@@ -56,6 +57,13 @@ def test_reads_ahead_change_no_bit_and_no_slot(folder, expected):
     assert plain.store.residency.id_of_slot == model.store.residency.id_of_slot
     assert plain.store.statistics().disk_bytes == done.disk_bytes
     assert sorted(model.store._blobs) == list(range(8))
+
+
+def test_nothing_is_copied_ahead_that_the_page_cache_keeps(folder, expected):
+    model = offloaded(folder)
+    model.store.reader.cached_share = 1.0
+    assert all(map(torch.equal, logits(model), expected))
+    assert model.store.statistics().ahead == model.store.statistics().dropped == 0
 
 
 def test_wrong_expectations_are_given_up(folder, expected):
