@@ -212,6 +212,10 @@ def _bits():
             if kind[0] != "b":
                 dtype = TYPES[target]
                 add(f"cvt.{target}.{kind}", lambda a, d=dtype: a.astype(d), kind, target)
+        if kind[0] == "s":  # bytes lie in registers of 16 bits, which the sign fills
+            dtype = TYPES[kind]
+            add(f"cvt.s8.{kind}", lambda a: a.astype(np.int8).astype(np.int16), kind, "s16")
+            add(f"cvt.{kind}.s8", lambda a, d=dtype: a.astype(np.int8).astype(d), "s16", kind)
 
 
 def _comparisons():
@@ -279,7 +283,8 @@ def _floats():
         add(f"{name}.f32", function, "f32", "f32")
         add(f"{name}.ftz.f32", _flushed(function), "f32", "f32")
     add("sqrt.rn.f32", np.sqrt, "f32", "f32")
-    for kind in ("s32", "u32", "s64", "u64"):
+    add("cvt.rn.f32.s8", lambda a: a.astype(np.int8).astype(np.float32), "s16", "f32")
+    for kind in ("s16", "s32", "u32", "s64", "u64"):
         add(f"cvt.rn.f32.{kind}", lambda a: a.astype(np.float32), kind, "f32")
         add(f"cvt.rzi.{kind}.f32", _truncated(TYPES[kind]), "f32", kind)
 
