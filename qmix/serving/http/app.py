@@ -166,7 +166,7 @@ class Api:
 
         try:
             async with self._bodies.read(request) as body:
-                self._check_room()
+                self._flights.check_room()
                 asked, grammar = await self._bodies.run(partial(read, body))
                 matcher = None if grammar is None else await self._compiled(grammar)
                 requests, form = await self._bodies.run(partial(prepare, asked, matcher))
@@ -180,16 +180,6 @@ class Api:
             return JSONResponse(document)
         except LeftError:
             return Response(status_code=_LEFT)
-
-    def _check_room(self) -> None:
-        """
-        Raises:
-            ApiError: the engine would refuse a request.
-        """
-        try:
-            self._engine.check_room()
-        except QmixError as error:
-            raise ApiError.of(error, takes_requests=self._engine.healthy) from error
 
     async def _compiled(self, grammar: Grammar) -> "LLMatcher":
         """

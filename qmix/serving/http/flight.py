@@ -4,7 +4,8 @@ Carries events from the engine's thread to the event loop. Knows no documents.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -23,6 +24,15 @@ class LeftError(Exception):
     """The client has closed its connection."""
 
 
+@contextmanager
+def _refusals(engine: Engine) -> Iterator[None]:
+    """What the engine refuses is told as ApiError."""
+    try:
+        yield
+    except QmixError as error:
+        raise ApiError.of(error, takes_requests=engine.healthy) from error
+
+
 class Flights:
     """All that come from one event loop.
 
@@ -33,6 +43,15 @@ class Flights:
     def __init__(self, engine: Engine, observe: Callable[[Ended], None]) -> None:
         self._engine, self._observe = engine, observe
         self._calls: LoopCalls | None = None
+
+    def check_room(self) -> None:
+        """Refuse requests before they are prepared.
+
+        Raises:
+            ApiError: the engine would not take one.
+        """
+        with _refusals(self._engine):
+            self._engine.check_room()
 
     def begin(self, requests: Sequence[Request]) -> "Flight":
         """Submit requests.
@@ -63,11 +82,12 @@ class Flight:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         try:
-            for index, request in enumerate(requests):
-                self._tickets.append(engine.submit(request, self._listener(index)))
-        except QmixError as error:
+            with _refusals(engine):
+                for index, request in enumerate(requests):
+                    self._tickets.append(engine.submit(request, self._listener(index)))
+        except ApiError:
             self.cancel()
-            raise ApiError.of(error, takes_requests=engine.healthy) from error
+            raise
 
     def __len__(self) -> int:
         return len(self._tickets)

@@ -14,7 +14,7 @@ from qmix.serving import grammar
 from qmix.serving.biases import LogitBias, OccurrencePenalties
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.fields import Items, Number, Whole, WrongValueError, at, flag, taken, text
-from qmix.serving.tools import ANY_OBJECT
+from qmix.serving.tools import ANY_OBJECT, ToolUse
 
 MAX_CHOICES = 16
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
@@ -128,6 +128,11 @@ class SamplingFields:
         Short(_MAX_GRAMMAR_CHARACTERS),
         "The same in the syntax of Lark or GBNF, of at most 16384 characters.",
     )
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the reply may call; None: nothing."""
+        return None
 
     @property
     def form(self) -> str | None:

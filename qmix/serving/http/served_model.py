@@ -22,7 +22,7 @@ from qmix.serving.http.token_request import DetokenizeRequest, TokenizeRequest
 from qmix.serving.limits import Limits
 from qmix.serving.request import Request
 from qmix.serving.tool_format import CallFormat, call_format
-from qmix.serving.tools import Tool, ToolUse, Turn
+from qmix.serving.tools import Tool, Turn
 from qmix.text.chat_encoder import INST
 from qmix.text.chat_format import chosen_template
 from qmix.text.chat_template import Message
@@ -142,7 +142,7 @@ class ServedModel:
         Raises:
             ApiError: there are two grammars, or it is none.
         """
-        form, use = asked.form, _tool_use(asked)
+        form, use = asked.form, asked.tool_use
         if use is not None and form not in (None, "response_format"):
             raise ApiError(f"give tools or {form}", param=form, code="invalid_value")
         field = form if use is None else "tools"
@@ -351,7 +351,3 @@ class ServedModel:
                 param=param,
                 code="context_length_exceeded",
             )
-
-
-def _tool_use(asked: SamplingFields) -> ToolUse | None:
-    return asked.tool_use if isinstance(asked, ChatRequest) else None
