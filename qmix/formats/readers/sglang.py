@@ -8,12 +8,16 @@ settings only.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from qmix.errors import QmixError
-from qmix.formats.layouts import gptq_config
 from qmix.formats.layouts.name_matcher import NameMatcher
 from qmix.formats.layouts.settings import Settings
 from qmix.formats.layouts.tensor_names import Layout
-from qmix.formats.readers.storage import EXPERT, StorageSummary, fused_name, missing_fields
+from qmix.formats.readers.storage import (
+    EXPERT,
+    StorageSummary,
+    fused_name,
+    gptq_settings,
+    missing_fields,
+)
 from qmix.formats.readers.vllm import awq_problems, mixed_fusions
 from qmix.weights.scheme import DENSE, GROUP_SIZES
 
@@ -53,15 +57,9 @@ def problems(summary: StorageSummary) -> Iterator[str]:
 
 def _gptq_problems(summary: StorageSummary) -> Iterator[str]:
     """All of GPTQ goes through `gptq_marlin`; plain `gptq` is left for other hardware."""
-    settings = summary.settings
-    missing = list(missing_fields(settings, _GPTQ_FIELDS))
-    if missing or settings is None:
-        yield from missing
-        return
-    try:
-        config = gptq_config.parse(settings, "quantization_config")
-    except QmixError as error:
-        yield str(error)
+    config, unreadable = gptq_settings(summary, _GPTQ_FIELDS)
+    if config is None:
+        yield from unreadable
         return
     for scheme in dict.fromkeys(s for s in summary.schemes.values() if s.integer):
         if not scheme.symmetric or scheme.bits not in (4, 8):

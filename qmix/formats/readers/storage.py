@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qmix.formats.layouts import auto_round_config
+from qmix.errors import QmixError
+from qmix.formats.layouts import auto_round_config, gptq_config
 from qmix.formats.layouts.headers import LAYOUT_OF
 from qmix.formats.layouts.tensor_names import Layout
 from qmix.formats.metadata import CheckpointMetadata
@@ -105,6 +106,24 @@ def fused_name(module: str) -> str:
         return expert[1]
     qkv = _QKV.fullmatch(module)
     return f"{qkv[1]}qkv_proj" if qkv else module
+
+
+def gptq_settings(
+    summary: StorageSummary, fields: tuple[str, ...]
+) -> tuple[gptq_config.GPTQConfig | None, list[str]]:
+    """What GPTQ's settings say, or None and why a program cannot read them.
+
+    Args:
+        fields: that the program wants, see missing_fields.
+    """
+    settings = summary.settings
+    missing = list(missing_fields(settings, fields))
+    if missing or settings is None:
+        return None, missing
+    try:
+        return gptq_config.parse(settings, "quantization_config"), []
+    except QmixError as error:
+        return None, [str(error)]
 
 
 def missing_fields(settings: Mapping[str, Any] | None, fields: tuple[str, ...]) -> Iterator[str]:

@@ -5,10 +5,15 @@ Knows summaries of headers and settings only.
 
 from collections.abc import Callable, Iterator
 
-from qmix.errors import QmixError
 from qmix.formats.layouts import gptq_config
 from qmix.formats.layouts.tensor_names import Layout
-from qmix.formats.readers.storage import EXPERT, StorageSummary, fused_name, missing_fields
+from qmix.formats.readers.storage import (
+    EXPERT,
+    StorageSummary,
+    fused_name,
+    gptq_settings,
+    missing_fields,
+)
 from qmix.weights.scheme import GROUP_SIZES, Scheme
 
 _GPTQ_FIELDS = ("bits", "group_size", "desc_act", "sym")
@@ -49,16 +54,12 @@ def awq_problems(summary: StorageSummary) -> Iterator[str]:
 
 def gptq_problems(summary: StorageSummary) -> Iterator[str]:
     """What vLLM 0.33's GPTQ loader demands and the checkpoint does not meet."""
+    config, unreadable = gptq_settings(summary, _GPTQ_FIELDS)
+    if config is None:
+        yield from unreadable
+        return
     settings = summary.settings
-    missing = list(missing_fields(settings, _GPTQ_FIELDS))
-    if missing or settings is None:
-        yield from missing
-        return
-    try:
-        config = gptq_config.parse(settings, "quantization_config")
-    except QmixError as error:
-        yield str(error)
-        return
+    assert settings is not None
     if any(isinstance(settings[name], list) for name in _GPTQ_FIELDS):
         yield "its settings are lists of one element"
     act_order = settings["desc_act"] not in (False, [False])
