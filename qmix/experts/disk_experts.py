@@ -41,7 +41,7 @@ class DiskExperts(StoredExperts):
         """The CPU multiplies, also for a model whose other layers are on a GPU."""
         here = Routes(routes.ids.cpu(), routes.weights.cpu())
         view = self._view(here)
-        if isinstance(view, _FromSlots):
+        if isinstance(view, _FromSlots) and self.store.reads_ahead:
             following = self._first + self.store.per_layer
             self.store.read_ahead([following + index for index in self._expect(x)])
         out = kernels.experts(x.cpu(), here, view, act, resident=False)

@@ -34,7 +34,7 @@ class DiskStore(Store):
         per_layer: E.
 
     Attributes:
-        looks_ahead: whether expected experts are read.
+        looks_ahead: whether expected experts are read, where `reads_ahead` has a use for them.
     """
 
     def __init__(
@@ -117,17 +117,23 @@ class DiskStore(Store):
                 self._moved.disk += self.reader.file_bytes(expert)
         self.forget_ahead()
 
-    def read_ahead(self, expected: Collection[int]) -> None:
-        """Start to read what is missing of the experts that the next layer may choose.
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `read_ahead` has a use for what is expected.
 
         Only past the page cache: a copy out of it takes the cores from the layer under way.
+        """
+        return self.looks_ahead and self.reader.cached_share < 1
+
+    def read_ahead(self, expected: Collection[int]) -> None:
+        """Start to read what is missing of the experts that the next layer may choose.
 
         Args:
             expected: the likeliest first.
         """
         assert not self._ahead
         self._expected = frozenset(expected)
-        if not (self.looks_ahead and self._foresight.pays):
+        if not self._foresight.pays:
             return
         slots = len(self._in_slots)
         missing = [
