@@ -5,7 +5,6 @@ Knows neither HTTP nor the steps of a schedule.
 
 import threading
 import time
-from types import TracebackType
 
 from qmix.errors import QmixError, UsageError
 from qmix.generation.prompt_cache import PromptCache
@@ -21,7 +20,7 @@ DRAIN_S = 10.0  # how long `close` lets requests go on
 
 
 class Engine:
-    """Runs requests of many threads on one model. As a context manager it closes at the end.
+    """Runs requests of many threads on one model, until it is closed.
 
     Attributes:
         failure: what ended the engine, if something did; every request has been told.
@@ -103,17 +102,6 @@ class Engine:
             self._closing_at = time.monotonic() + drain_s
             self._changed.notify()
         self._thread.join()
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(0.0 if error is not None else DRAIN_S)
 
     def _wake(self) -> None:
         with self._changed:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from contextlib import closing
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def model():
 @pytest.fixture
 def engine(model):
     limits = Limits(context=64, slots=4, waiting=100, chunk=8)
-    with Engine(model, LlamaTokenizer.from_pretrained(TINY), limits) as engine:
+    with closing(Engine(model, LlamaTokenizer.from_pretrained(TINY), limits)) as engine:
         yield engine
 
 
@@ -103,7 +104,7 @@ def test_closing_ends_what_runs_and_refuses_what_comes(model):
 
 
 def test_closing_lets_what_runs_come_to_its_end(model):
-    with Engine(model, LlamaTokenizer.from_pretrained(TINY), Limits(context=64)) as engine:
+    with closing(Engine(model, LlamaTokenizer.from_pretrained(TINY), Limits(context=64))) as engine:
         events = Events()
         engine.submit(request([5, 6]), events)
     *_, end = events

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -192,7 +193,7 @@ def test_an_id_is_chosen_although_the_folder_cannot_be_written(scheduler, folder
 
 
 def test_an_engine_keeps_its_texts_while_it_waits_and_counts_them(model, tokenizer, folder):
-    with Engine(model, tokenizer, LIMITS, prompts=PromptCache(folder, "m")) as engine:
+    with closing(Engine(model, tokenizer, LIMITS, prompts=PromptCache(folder, "m"))) as engine:
         for text in (LONG, LONG[1:], LONG[2:]):
             events = Events()
             engine.submit(Caller(text, new=4).request, events)

@@ -1,6 +1,7 @@
 """Replies of the tiny model, drawn at random, hold the schemas that they were asked to follow."""
 
 import json
+from contextlib import closing
 
 import jsonschema
 import pytest
@@ -22,7 +23,7 @@ _NEW_TOKENS = 300
 def served():
     model, tokenizer = qmix.load(TINY, device="cpu", dtype="float32")
     limits = Limits(context=512, slots=BATCH)
-    with Engine(model, tokenizer, limits) as engine:
+    with closing(Engine(model, tokenizer, limits)) as engine:
         yield engine, tokenizer, Grammars(tokenizer, model.generation_config.eos_ids)
 
 

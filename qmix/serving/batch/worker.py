@@ -6,7 +6,6 @@ Knows no file of results.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from qmix.generation.config import GenerationConfig
@@ -46,7 +45,7 @@ class WorkerSettings:
 
 
 class Worker:
-    """An engine with its model. As a context manager it closes at the end."""
+    """An engine with its model."""
 
     def __init__(
         self, settings: WorkerSettings, progress: Callable[[int, int], None] | None = None
@@ -69,13 +68,6 @@ class Worker:
         """The result of each line, in order; see `answering.answers`."""
         return answers(self._engine, self._asking, lines, self._said)
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what runs."""
         self._engine.close(0.0)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import closing
 
 import pytest
 
@@ -134,7 +135,7 @@ def test_a_line_that_asks_for_nothing_sensible_is_named(data):
 def test_an_engine_that_fails_ends_the_batch_without_results():
     limits = Limits(context=64, slots=2, waiting=ahead(2))
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
-    with Engine(small_model(vocab_size=len(tokenizer)), tokenizer, limits) as engine:
+    with closing(Engine(small_model(vocab_size=len(tokenizer)), tokenizer, limits)) as engine:
         asking = Asking(tokenizer, GenerationConfig(max_new_tokens=4))
         lines = prompt_lines(json.dumps({"prompt": prompt}).encode() for prompt in PROMPTS)
         found = answers(engine, asking, lines, "s")

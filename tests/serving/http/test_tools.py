@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import closing
 from dataclasses import replace
 from typing import Literal
 
@@ -241,7 +242,7 @@ def test_calls_behind_a_control_token_are_begun_by_the_model_itself(served):
         model, calls=CallFormat("<unk>", "", True, 0), tool_template=MISTRAL_TOOLS, template="inst"
     )
     asked = {"tools": [function("clock", CLOCK, strict=True)], "parallel_tool_calls": False}
-    with Engine(served.model, tokenizer, limits) as engine:
+    with closing(Engine(served.model, tokenizer, limits)) as engine:
         choice = replied(marked, engine, **asked, logit_bias={"0": 100})
         text = replied(marked, engine, **asked, logit_bias={"0": -100}, max_tokens=5)
     assert choice["finish_reason"] == "tool_calls"
