@@ -5,7 +5,7 @@ Heavy imports stay inside the functions.
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,17 +22,6 @@ if TYPE_CHECKING:
     from qmix.serving.batch.result_file import ResultFile
     from qmix.serving.batch.worker import WorkerSettings
 
-_CONTEXT = 4096
-
-Slots = Annotated[int, typer.Option(min=1, max=16, help="Requests at a time.")]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        parser=options.token_count,
-        help="Tokens of a prompt and its reply: 8k.",
-        show_default="4096, or the model's",
-    ),
-]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -50,8 +39,8 @@ def batch(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="JSON lines: a result each.")],
     max_new_tokens: NewTokens = None,
     template: options.Template = None,
-    slots: Slots = 8,
-    ctx: Context = None,
+    slots: options.Slots = 8,
+    ctx: options.ServedContext = None,
     ray: Workers = None,
     sampling: options.Sampling = options.SAMPLING,
     force: options.Force = False,
@@ -105,19 +94,11 @@ def _settings(
 ) -> "WorkerSettings":
     """
     Raises:
-        UsageError: the context is larger than the model's.
-        CheckpointError: it is no checkpoint.
+        QmixError: see sources.checked_context.
     """
-    from qmix.formats.metadata import read_metadata
-    from qmix.formats.mistral.detect import refuse_raw
-    from qmix.gguf.files import checked_source
     from qmix.serving.batch.worker import WorkerSettings
 
-    refuse_raw(checked_source(source))
-    most = read_metadata(source).config.max_position_embeddings
-    if context is not None and context > most:
-        raise UsageError("out of range", where="--ctx", expected=f"16 to {most}", found=context)
-    context = context or min(_CONTEXT, most)
+    context = sources.checked_context(source, context, default=options.SERVED_CONTEXT)
     return WorkerSettings(
         source=source.absolute(),
         config=config,
@@ -184,5 +165,5 @@ def _results(
 
     with load_bar(quiet=quiet) as bar:
         worker = Worker(settings, bar)
-    with worker:
+    with closing(worker):
         yield from worker.answers(lines)

@@ -66,7 +66,8 @@ def _parsed(parse: Callable[[str], _Value], text: str) -> _Value:
 
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Download without asking.")]
 # Panels of the help pages; see qmix.commands.help_page.
-_MACHINE, _SAMPLING = "Device and memory", "Sampling"
+_MACHINE, _SAMPLING, _REQUESTS = "Device and memory", "Sampling", "Requests"
+SERVED_CONTEXT = 4096  # of a prompt and its reply, where the model has as much
 
 Device = Annotated[
     str | None,
@@ -101,6 +102,18 @@ KV = Annotated[
         help="Bits of keys and values in the cache: 16, or int8, which takes half the memory.",
         show_default="16",
         rich_help_panel=_MACHINE,
+    ),
+]
+Slots = Annotated[
+    int, typer.Option(min=1, max=16, help="Requests at a time.", rich_help_panel=_REQUESTS)
+]
+ServedContext = Annotated[
+    int | None,
+    typer.Option(
+        parser=token_count,
+        help="Tokens of a prompt and its reply: 8k.",
+        show_default=f"{SERVED_CONTEXT}, or the model's",
+        rich_help_panel=_REQUESTS,
     ),
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest output file: 5GB, 500MB.")]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from qmix.serving.http.prompt_log import PromptLog
     from qmix.serving.limits import Limits
 
-_CONTEXT = 4096
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
 _NET, _WORK = "Network", "Requests"
 
@@ -57,18 +56,6 @@ HostName = Annotated[
 Name = Annotated[
     str | None, typer.Option(help="The model's name.", show_default="MODEL's last part")
 ]
-Slots = Annotated[
-    int, typer.Option(min=1, max=16, help="Requests at a time.", rich_help_panel=_WORK)
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        parser=options.token_count,
-        help="Tokens of a prompt and its reply: 8k.",
-        show_default="4096, or the model's",
-        rich_help_panel=_WORK,
-    ),
-]
 Queue = Annotated[
     int, typer.Option(min=0, max=1 << 20, help="Requests that may wait.", rich_help_panel=_WORK)
 ]
@@ -97,8 +84,8 @@ def serve(
     host_name: HostName = None,
     name: Name = None,
     template: options.Template = None,
-    slots: Slots = 8,
-    ctx: Context = None,
+    slots: options.Slots = 8,
+    ctx: options.ServedContext = None,
     queue: Queue = 64,
     timeout: Timeout = 600.0,
     log_prompts: LogPrompts = None,
@@ -206,19 +193,12 @@ def _check_extra() -> None:
 def _limits(source: Path, context: int | None, slots: int, queue: int) -> "Limits":
     """
     Raises:
-        CheckpointError: it is no checkpoint.
-        UsageError: the context is too small, or larger than the model's.
+        QmixError: see sources.checked_context.
     """
-    from qmix.formats.metadata import read_metadata
-    from qmix.formats.mistral.detect import refuse_raw
-    from qmix.gguf.files import checked_source
     from qmix.serving.limits import Limits
 
-    refuse_raw(checked_source(source))
-    most = read_metadata(source).config.max_position_embeddings
-    if context is not None and context > most:
-        raise UsageError("out of range", where="--ctx", expected=f"16 to {most}", found=context)
-    return Limits(context=context or min(_CONTEXT, most), slots=slots, waiting=queue)
+    context = sources.checked_context(source, context, default=options.SERVED_CONTEXT)
+    return Limits(context=context, slots=slots, waiting=queue)
 
 
 def _prompt_log(file: Path | None) -> "PromptLog | None":

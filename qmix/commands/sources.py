@@ -11,6 +11,9 @@ from pathlib import Path
 from qmix.commands import terminal
 from qmix.errors import QmixError, UsageError
 from qmix.files import regular_file
+from qmix.formats.metadata import read_metadata
+from qmix.formats.mistral.detect import refuse_raw
+from qmix.gguf.files import checked_source
 from qmix.hub import header_folder, other_folders
 from qmix.hub import source as door
 from qmix.hub.download import Confirm, Download
@@ -18,6 +21,8 @@ from qmix.hub.header_folder import HeaderFolder
 from qmix.hub.remote import HubOptions
 from qmix.hub.repo_id import RepoId
 from qmix.hub.selection import Need
+
+_LEAST_CONTEXT = 16
 
 
 def local(source: Path, *, yes: bool = False, need: Need = "model") -> Path:
@@ -65,6 +70,27 @@ def shard_by_shard(source: Path, *, yes: bool) -> Iterator[HeaderFolder]:
             raise UsageError("--discard-source does not apply to GGUF files", where=str(repo))
         confirmation(yes=yes)(headers.download())
         yield headers
+
+
+def checked_context(source: Path, context: int | None, *, default: int | None = None) -> int:
+    """The context for a model that is not loaded yet.
+
+    Args:
+        context: what the user asked for; None: `default`, or as much of it as the model has.
+        default: None: all that the model has.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or not there.
+        UsageError: the context is too small, or larger than the model's.
+    """
+    refuse_raw(checked_source(source))
+    most = read_metadata(source).config.max_position_embeddings
+    if context is None:
+        return min(default or most, most)
+    if not _LEAST_CONTEXT <= context <= most:
+        expected = f"{_LEAST_CONTEXT} to {most}"
+        raise UsageError("out of range", where="--ctx", expected=expected, found=context)
+    return context
 
 
 def is_terminal() -> bool:

@@ -5,6 +5,9 @@ import os
 import signal
 import threading
 import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 
@@ -65,64 +68,65 @@ def free_port():
         yield taken
 
 
-def test_sigterm_ends_it_with_exit_code_0(monkeypatch):
+@dataclass
+class Asked:
+    """What servers answered, and their engines."""
+
+    answers: list = field(default_factory=list)
+    engines: list = field(default_factory=list)
+
+
+@contextmanager
+def asked_and_ended(path, body=None):
+    """Servers started here are asked once, and then end themselves by SIGTERM."""
     from qmix.serving.http import server
 
-    serve_until_a_signal, seen = server.serve, []
+    serve_until_a_signal, asked = server.serve, Asked()
 
-    def watched(app, engine, listener, started):
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
+    def served(app, engine, listener, started):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}{path}"
+        request = urllib.request.Request(url, body and json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
 
         def ask_and_end():
-            with urllib.request.urlopen(url) as answer:
-                seen.append(answer.status)
-            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    asked.answers.append(json.load(answer))
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         thread = threading.Thread(target=ask_and_end)
         thread.start()
         serve_until_a_signal(app, engine, listener, started)
         thread.join()
-        seen.append(engine.healthy)
+        asked.engines.append(engine)
 
-    monkeypatch.setattr(server, "serve", watched)
-    done = qmix("serve", "--demo", "--port", "0", "--slots", "2", "--ctx", "64")
+    with mock.patch.object(server, "serve", served):
+        yield asked
+
+
+def test_sigterm_ends_it_with_exit_code_0():
+    with asked_and_ended("/health") as asked:
+        done = qmix("serve", "--demo", "--port", "0", "--slots", "2", "--ctx", "64")
     assert done.returncode == 0, done.stderr
-    assert seen == [200, False]
+    assert len(asked.answers) == 1
+    assert not asked.engines[0].healthy
     assert "serving tiny at http://127.0.0.1:" in done.stderr
     assert "2 slots of 64 tokens" in done.stderr
 
 
-def test_a_second_server_goes_on_from_the_folder_of_the_first(monkeypatch, tmp_path):
-    from qmix.serving.http import server
-
-    serve_until_a_signal, answers, engines = server.serve, [], []
-
-    def asked(app, engine, listener, started):
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
-        body = {"prompt": "def area(width, height):\n" * 4, "max_tokens": 8, "temperature": 0}
-
-        def ask_and_end():
-            request = urllib.request.Request(url, json.dumps(body).encode())
-            request.add_header("Content-Type", "application/json")
-            with urllib.request.urlopen(request) as answer:
-                answers.append(json.load(answer))
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        thread = threading.Thread(target=ask_and_end)
-        thread.start()
-        serve_until_a_signal(app, engine, listener, started)
-        thread.join()
-        engines.append(engine.counts)
-
-    monkeypatch.setattr(server, "serve", asked)
-    for options in ((), ("--speculate", "off")):
-        folder = ("--prompt-cache", tmp_path / "prompts")
-        done = qmix("serve", "--demo", "--port", 0, "--slots", 1, "--ctx", 256, *folder, *options)
-        assert done.returncode == 0, done.stderr
-    assert [counts.restored_tokens > 30 for counts in engines] == [False, True]
-    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in answers]
-    assert cached[1] == engines[1].restored_tokens == engines[1].prompt_tokens - 1
-    assert answers[0]["choices"][0]["text"] == answers[1]["choices"][0]["text"]
+def test_a_second_server_goes_on_from_the_folder_of_the_first(tmp_path):
+    body = {"prompt": "def area(width, height):\n" * 4, "max_tokens": 8, "temperature": 0}
+    arguments = ("--demo", "--port", 0, "--slots", 1, "--ctx", 256)
+    with asked_and_ended("/v1/completions", body) as asked:
+        for more in ((), ("--speculate", "off")):
+            done = qmix("serve", *arguments, "--prompt-cache", tmp_path / "prompts", *more)
+            assert done.returncode == 0, done.stderr
+    first, second = (engine.counts for engine in asked.engines)
+    assert first.restored_tokens <= 30 < second.restored_tokens == second.prompt_tokens - 1
+    before, after = asked.answers
+    assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == second.restored_tokens
+    assert before["choices"][0]["text"] == after["choices"][0]["text"]
 
 
 def test_a_signal_that_comes_as_it_says_that_it_serves_ends_it(monkeypatch):

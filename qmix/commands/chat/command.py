@@ -17,9 +17,6 @@ from qmix.commands import options, sources, terminal
 from qmix.commands.api_key import read_key
 from qmix.commands.line_editing.held_input import held_input
 from qmix.errors import CTRL_C, CUT_REPLY, UsageError
-from qmix.formats.metadata import read_metadata
-from qmix.formats.mistral.detect import refuse_raw
-from qmix.gguf.files import checked_source
 
 if TYPE_CHECKING:
     from qmix import GenerationConfig
@@ -35,7 +32,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "min_p": 0.05,
     "max_new_tokens": 1024,
 }
-LEAST_CONTEXT = 16
 _STDIN_CHARACTERS = 4 << 20  # more than any context holds
 
 _SERVER = "Server"
@@ -214,13 +210,13 @@ def _local(model: str | None, ctx: int | None, *, yes: bool) -> Path:
     """The checkpoint, on this machine.
 
     Raises:
-        UsageError: there is none; see _check_context.
+        UsageError: there is none; see sources.checked_context.
         QmixError: see sources.local.
     """
     if model is None:
         raise UsageError("nobody to talk to", expected="MODEL or --connect URL", found="neither")
     directory = sources.local(Path(model), yes=yes)
-    _check_context(ctx, directory)
+    sources.checked_context(directory, ctx)
     return directory
 
 
@@ -264,20 +260,6 @@ def _check(text: str | None, *, lines: bool, as_json: bool, interactive: bool) -
         raise UsageError("--lines takes its messages from stdin alone", found="TEXT")
     if as_json and interactive:
         raise UsageError("--json needs TEXT, or a pipe", found="a terminal")
-
-
-def _check_context(ctx: int | None, directory: Path) -> None:
-    """Refuse a checkpoint that is none, and a context that it does not have, before it is loaded.
-
-    Raises:
-        CheckpointError: it is damaged, or not there.
-        UsageError: the context is too small, or larger than the model's.
-    """
-    refuse_raw(checked_source(directory))
-    limit = read_metadata(directory).config.max_position_embeddings
-    if ctx is not None and not LEAST_CONTEXT <= ctx <= limit:
-        expected = f"{LEAST_CONTEXT} to {limit}"
-        raise UsageError("out of range", where="--ctx", expected=expected, found=ctx)
 
 
 def _message(text: str | None) -> str:
