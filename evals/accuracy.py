@@ -9,6 +9,8 @@ PYTHON` what llama.cpp makes of the same model in its types of 2 to 4 bits (`mak
 calibration text too: how much higher KL is on the held-out text, beside a method that needs no
 calibration, shows what was fitted too closely. `--calibrations C` calibrates each method C times,
 on parts of the training text that have no document in common, and adds a row of their mean.
+`--budgets BITS ...` sets the KL that `auto` predicts at each budget beside what is measured, and
+`--picture FILE` draws both.
 
 Scores differ with the text, which comes with Python, so the record names its SHA-256.
 """
@@ -31,6 +33,13 @@ from qmix import strict_json
 from qmix.errors import UsageError
 from qmix.evals import corpus
 from qmix.evals.command import exit_code, say
+from qmix.evals.quality.budgets import (
+    budget_documents,
+    budget_table,
+    check_budgets,
+    fit,
+    score_budgets,
+)
 from qmix.evals.quality.calibrations import averaged
 from qmix.evals.quality.llama_quantizers import quantized
 from qmix.evals.quality.scores import (
@@ -45,8 +54,10 @@ from qmix.evals.quality.scores import (
 )
 from qmix.evals.quality.texts import Text
 from qmix.evals.quality.variants import Variant, ablated_variants, matching, method_variants
+from qmix.evals.report.budget_chart import ALT, budget_chart
 from qmix.evals.training import tiny_model
 from qmix.gguf.files import is_gguf
+from qmix.pages import output_file
 from qmix.quantize.calibrated.windows import Calibration, calibration_windows
 from qmix.text.tokenizer import LlamaTokenizer
 
@@ -159,6 +170,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrations", type=int, default=1, metavar="C", help="texts to calibrate on"
     )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="BITS",
+        help="compare what auto predicts with what is measured",
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw that as FILE.svg or FILE.png"
+    )
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of each window")
     parser.add_argument("--json", action="store_true", help="print the record, not the table")
@@ -173,8 +195,31 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--rivals DIR"] if options.rivals else []
     words += ["--llama PYTHON"] if options.llama else []
     words += ["--only", *options.only] if options.only else []
+    words += ["--budgets", *(f"{bits:g}" for bits in options.budgets)] if options.budgets else []
     words += [f"--calibrations {options.calibrations}"] if options.calibrations > 1 else []
     return " ".join([*words, f"--samples {options.samples} --seqlen {options.seqlen}"])
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together, before anything is computed."""
+    if options.calibrations > 1 and (options.ablations or options.overfit):
+        raise UsageError("the methods alone are calibrated again", where="--calibrations")
+    for name in ("rivals", "llama"):
+        if options.ablations and getattr(options, name):
+            raise UsageError("the ablations are compared with no rival", where=f"--{name}")
+    if options.budgets:
+        for name in ("ablations", "rivals", "llama", "only", "overfit"):
+            if getattr(options, name):
+                raise UsageError("does not apply to --budgets", where=f"--{name}")
+        if options.calibrations > 1:
+            raise UsageError("does not apply to --budgets", where="--calibrations")
+        check_budgets(options.budgets)
+    if options.picture:
+        if not options.budgets:
+            raise UsageError("applies to --budgets only", where="--picture")
+        output_file.check(options.picture, output_file.PICTURES, force=True, where="--picture")
+    if options.out and not options.out.parent.is_dir():
+        raise UsageError("no such directory", where="--out", found=str(options.out.parent))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -184,26 +229,23 @@ def measure(options: argparse.Namespace) -> None:
         QmixError: no such row, no checkpoints in `rivals`, too little text, or a damaged
         checkpoint.
     """
+    _check(options)
     again = options.calibrations > 1
-    if again and (options.ablations or options.overfit):
-        raise UsageError("the methods alone are calibrated again", where="--calibrations")
-    for name in ("rivals", "llama"):
-        if options.ablations and getattr(options, name):
-            raise UsageError("the ablations are compared with no rival", where=f"--{name}")
-    if options.out and not options.out.parent.is_dir():
-        raise UsageError("no such directory", where="--out", found=str(options.out.parent))
     source, training = tiny_model.directory(), corpus.training_text()
     encode = LlamaTokenizer.from_pretrained(source).encode
     calibration = calibration_windows(
         training, encode, samples=options.samples, seqlen=options.seqlen
     )
+    heldout = Text.of(corpus.heldout_text())
+    if options.budgets:
+        _compare_budgets(options, source, calibration, heldout)
+        return
     variants = (
         ablated_variants(calibration)
         if options.ablations
         else method_variants(training, options.samples, options.seqlen)
     )
     chosen = matching(variants, options.only)
-    heldout = Text.of(corpus.heldout_text())
     rivals = rival_directories(options.rivals) if options.rivals else ()
     fitted = calibration if options.overfit else None
     with tempfile.TemporaryDirectory() as scratch:
@@ -214,7 +256,27 @@ def measure(options: argparse.Namespace) -> None:
     if again:
         scores += _calibrated_again(chosen, options, source, heldout)
     body = ablation_table(scores) if options.ablations else score_table(scores)
-    document = record(scores, calibration, _command(options), body)
+    _finish(record(scores, calibration, _command(options), body), options)
+
+
+def _compare_budgets(
+    options: argparse.Namespace, source: Path, calibration: Calibration, heldout: Text
+) -> None:
+    """What `auto` predicts, and what is measured."""
+    scores = []
+    for each in score_budgets(options.budgets, source, calibration, heldout, say=say):
+        say(f"{each.score.name}: predicted KL {each.predicted:.5f}, measured {each.score.kl:.5f}")
+        scores.append(each)
+    line = fit(scores)
+    body = f"{budget_table(scores)}\n{line}"
+    document = record([each.score for each in scores], calibration, _command(options), body)
+    _finish(document | {"budgets": budget_documents(scores), "fit": asdict(line)}, options)
+    if options.picture:
+        output_file.write_picture(options.picture, budget_chart(scores), ALT)
+
+
+def _finish(document: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Print, then write the record."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n" if options.json else _table(document))
     if options.out:
         strict_json.write(options.out, document)

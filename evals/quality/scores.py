@@ -25,7 +25,7 @@ from qmix.quantize.calibrated.windows import Calibration
 from qmix.text.tokenizer import LlamaTokenizer
 from qmix.weights.scheme import Scheme
 
-_HEADER = ("model", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+SCORE_COLUMNS = ("model", "bits/weight", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ def kl_ratio(ours: VariantScore, other: VariantScore) -> Estimate:
 
 def score_table(scores: Sequence[VariantScore]) -> str:
     """All scores as a markdown table, the 16-bit model first."""
-    header: tuple[str, ...] = _HEADER
+    header: tuple[str, ...] = SCORE_COLUMNS
     source = scores[0].reference
     rows: list[tuple[str, ...]] = [("bf16", "16.000", f"{source.perplexity:.4f}", "-", "-", "-")]
     rows += [each.cells() for each in scores]
@@ -294,7 +294,7 @@ def ablation_table(scores: Sequence[VariantScore]) -> str:
         base = full.get(each.group_size)
         ratio = "-" if base is None else _within(kl_ratio(each, base), ".3f")
         rows.append((*each.cells(), ratio))
-    return markdown.table(("GPTQ", *_HEADER[1:], "KL over full"), rows)
+    return markdown.table(("GPTQ", *SCORE_COLUMNS[1:], "KL over full"), rows)
 
 
 def _fit(each: VariantScore) -> tuple[str, str]:

@@ -98,6 +98,15 @@ def allocate_bits(groups: Sequence[QuantGroup], bits: float) -> Recipe:
     return Recipe(tuple(("|".join(found), scheme) for scheme, found in names.items()))
 
 
+def loss_of(groups: Sequence[QuantGroup], recipe: Recipe) -> float:
+    """The loss that a recipe should have: the sum of its groups' losses."""
+    chosen = (recipe.scheme_of(group.tensors[0].name) for group in groups)
+    return sum(
+        group.losses[group.schemes.index(scheme)]
+        for group, scheme in zip(groups, chosen, strict=True)
+    )
+
+
 def alike(config: MixtralConfig, bits: float) -> Recipe:
     """What a budget would buy if every weight deserved the same; nothing is measured.
 

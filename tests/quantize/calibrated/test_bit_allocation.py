@@ -24,6 +24,7 @@ from qmix.quantize.calibrated.bit_allocation import (
     QuantGroup,
     allocate_bits,
     choices_for,
+    loss_of,
 )
 from qmix.quantize.calibrated.sensitivity import Sensitivity
 from qmix.quantize.methods import QuantizeRequest, quantize_checkpoint
@@ -197,12 +198,11 @@ def test_without_the_attention_its_matrices_are_no_units(source, ids, units):
 def outcome(units, bits):
     """(bits a weight, loss) of the recipe, by its rules."""
     recipe = allocate_bits(units, bits)
-    spent = loss = 0.0
+    spent = 0.0
     for unit in units:
         (scheme,) = {recipe.scheme_of(tensor.name) for tensor in unit.tensors}
         spent += unit.parameters * scheme.bits_per_weight
-        loss += unit.losses[unit.schemes.index(scheme)]
-    return spent / sum(unit.parameters for unit in units), loss
+    return spent / sum(unit.parameters for unit in units), loss_of(units, recipe)
 
 
 BUDGETS = (4.125, 4.13, 4.2, 4.25, 4.4, 4.5, 5, 6, 7.5, 8.125)
