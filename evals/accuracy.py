@@ -5,10 +5,10 @@ model by each method on the same windows of the corpus's training split. It scor
 float32 against the 16-bit model on the held-out split and prints a markdown table. The checkpoints
 of other quantizers in DIR (`make rivals` writes some) are scored beside them, and with `--llama
 PYTHON` what llama.cpp makes of the same model in its types of 2 to 4 bits (`make llama`).
-`--ablations` instead leaves out one part of GPTQ after another. `--overfit` scores on the
-calibration text too: how much higher KL is on the held-out text, beside a method that needs no
-calibration, shows what was fitted too closely. `--calibrations C` calibrates each method C times,
-on parts of the training text that have no document in common, and adds a row of their mean.
+`--ablations` instead leaves out one part of GPTQ after another, and tries each alone. `--overfit`
+scores on the calibration text too: how much higher KL is on the held-out text, beside a method that
+needs no calibration, shows what was fitted too closely. `--calibrations C` calibrates each method C
+times, on parts of the training text that have no document in common, and adds a row of their mean.
 `--budgets BITS ...` sets the KL that `auto` predicts at each budget beside what is measured, and
 `--picture FILE` draws both.
 
@@ -48,7 +48,6 @@ from qmix.evals.quality.scores import (
     kl_ratio,
     rival_directories,
     rival_to_beat,
-    score,
     score_each,
     score_table,
 )
@@ -119,14 +118,17 @@ def _scores(
         named = {path.stem if is_gguf(path) else path.name: path for path in rivals}
         for each in score_each(named, text, source, rival=True, calibration=calibration):
             add(each)
-    for variant in variants:
-        say(f"{variant.name}: quantizing")
-        with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
+        written = {variant.name: Path(scratch) / variant.name for variant in variants}
+        for variant in variants:
             begun = time.process_time()
-            out = Path(scratch) / variant.name
-            variant.write(source, out)
-            say(f"{variant.name}: {time.process_time() - begun:.0f} s of processor time; scoring")
-            add(score(variant.name, out, text, source, rival=False, calibration=calibration))
+            say(f"{variant.name}: quantizing")
+            variant.write(source, written[variant.name])
+            say(f"{variant.name}: {time.process_time() - begun:.0f} s of processor time")
+        if written:  # together, so that the source is run once
+            say("scoring")
+            for each in score_each(written, text, source, rival=False, calibration=calibration):
+                add(each)
     return scores
 
 
@@ -263,10 +265,7 @@ def _compare_budgets(
     options: argparse.Namespace, source: Path, calibration: Calibration, heldout: Text
 ) -> None:
     """What `auto` predicts, and what is measured."""
-    scores = []
-    for each in score_budgets(options.budgets, source, calibration, heldout, say=say):
-        say(f"{each.score.name}: predicted KL {each.predicted:.5f}, measured {each.score.kl:.5f}")
-        scores.append(each)
+    scores = score_budgets(options.budgets, source, calibration, heldout, say=say)
     line = fit(scores)
     body = f"{budget_table(scores)}\n{line}"
     document = record([each.score for each in scores], calibration, _command(options), body)

@@ -8,7 +8,7 @@ is lower by one factor at every budget. Knows nothing of pictures.
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from qmix.errors import UsageError
 from qmix.evals import markdown
-from qmix.evals.quality.scores import SCORE_COLUMNS, VariantScore, score
+from qmix.evals.quality.scores import SCORE_COLUMNS, VariantScore, score_each
 from qmix.evals.quality.texts import Text
 from qmix.quantize.calibrated.bit_allocation import (
     Choices,
@@ -82,12 +82,12 @@ def check_budgets(budgets: Sequence[float]) -> None:
     """
     for bits in budgets:
         choices_for(bits)
-    if len(set(budgets)) < LEAST_BUDGETS:
+    if len(set(budgets)) < max(LEAST_BUDGETS, len(budgets)):
         raise UsageError(
-            "too few to compare",
+            "too few, or one twice",
             where="--budgets",
-            expected=f"{LEAST_BUDGETS} different ones",
-            found=len(set(budgets)),
+            expected=f"{LEAST_BUDGETS} or more different ones",
+            found=" ".join(f"{bits:g}" for bits in budgets),
         )
 
 
@@ -98,26 +98,31 @@ def score_budgets(
     text: Text,
     *,
     say: Callable[[str], None],
-) -> Iterator[BudgetScore]:
+) -> list[BudgetScore]:
     """Quantize and score at each budget as `auto` does, with one measurement for equal choices."""
     opened, host = open_source(source), torch.device("cpu")
     measured: dict[Choices, list[QuantGroup]] = {}
-    for bits in budgets:
-        name, choices = f"auto-{bits:g}", choices_for(bits)
-        if choices not in measured:
-            say(f"{name}: measuring the groups")
-            measured[choices] = Sensitivity(
-                opened, calibration.ids, choices, attention=True, device=host
-            ).groups()
-        groups = measured[choices]
-        recipe = allocate_bits(groups, bits)
-        say(f"{name}: quantizing")
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(scratch) / name
+    predicted = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        written = {f"auto-{bits:g}": Path(scratch) / f"auto-{bits:g}" for bits in budgets}
+        for bits, (name, out) in zip(budgets, written.items(), strict=True):
+            choices = choices_for(bits)
+            if choices not in measured:
+                say(f"{name}: measuring the groups")
+                measured[choices] = Sensitivity(
+                    opened, calibration.ids, choices, attention=True, device=host
+                ).groups()
+            recipe = allocate_bits(measured[choices], bits)
+            predicted[name] = loss_of(measured[choices], recipe)
+            say(f"{name}: quantizing; predicted KL {predicted[name]:.5f}")
             options = CalibratedOptions(device=host)
             quantize_calibrated(opened, out, recipe, calibration, options, method="auto")
-            found = score(name, out, text, source, rival=False)
-        yield BudgetScore(budget=bits, predicted=loss_of(groups, recipe), score=found)
+        say("scoring")
+        scores = score_each(written, text, source, rival=False)  # the source is run once
+    return [
+        BudgetScore(budget=bits, predicted=predicted[each.name], score=each)
+        for bits, each in zip(budgets, scores, strict=True)
+    ]
 
 
 def fit(scores: Sequence[BudgetScore]) -> Fit:
@@ -134,9 +139,7 @@ def fit(scores: Sequence[BudgetScore]) -> Fit:
 
 def budget_table(scores: Sequence[BudgetScore]) -> str:
     """The scores as a markdown table, with the predicted KL beside the measured one."""
-    rows = [
-        (*each.score.cells(), f"{each.predicted:.5f}", f"{each.ratio:.3f}") for each in scores
-    ]
+    rows = [(*each.score.cells(), f"{each.predicted:.5f}", f"{each.ratio:.3f}") for each in scores]
     return markdown.table((*SCORE_COLUMNS, "predicted KL", "measured over it"), rows)
 
 

@@ -37,32 +37,50 @@ METHODS = {
     "auto-4.25-layer": QuantizeRequest(method="auto", bits=4.25, objective="layer"),
     "auto-4.5": QuantizeRequest(method="auto", bits=4.5, objective="loss"),
 }
-# Each row changes one default. `plain` is the paper's algorithm and nothing more.
-ABLATIONS: dict[str, LayerOptions] = {
-    "full": LayerOptions(),
-    "weighting-none": LayerOptions(weighting="none"),
-    "weighting-square": LayerOptions(weighting="square"),
-    "objective-layer": LayerOptions(objective="layer"),
-    "no-act-order": LayerOptions(rounding=RoundingOptions(act_order=False)),
-    "no-live-scales": LayerOptions(rounding=RoundingOptions(live_scales=False)),
-    "no-scale-search": LayerOptions(rounding=RoundingOptions(scale_search=False)),
-    "one-trial": LayerOptions(rounding=RoundingOptions(trials=1)),
-    "no-refinement": LayerOptions(rounding=RoundingOptions(refine=0)),
-    "no-correction": LayerOptions(correct=False),
-    "plain": LayerOptions(
-        objective="layer",
-        weighting="none",
-        correct=False,
-        rounding=RoundingOptions(
-            damping=0.01,
-            act_order=False,
-            live_scales=False,
-            scale_search=False,
-            trials=1,
-            refine=0,
-        ),
-    ),
+# What GPTQ is made of: each part is the option of its name. `PLAIN` is the paper's algorithm.
+PARTS = {
+    "loss": "objective",
+    "weighting": "weighting",
+    "correction": "correct",
+    "act-order": "act_order",
+    "live-scales": "live_scales",
+    "scale-search": "scale_search",
+    "trials": "trials",
+    "refinement": "refine",
 }
+FULL = LayerOptions()
+PLAIN = LayerOptions(
+    objective="layer",
+    weighting="none",
+    correct=False,
+    rounding=RoundingOptions(
+        damping=0.01, act_order=False, live_scales=False, scale_search=False, trials=1, refine=0
+    ),
+)
+
+
+def with_part_of(options: LayerOptions, part: str, other: LayerOptions) -> LayerOptions:
+    """The options with one part as it is in `other`."""
+    name = PARTS[part]
+    if hasattr(other, name):
+        return replace(options, **{name: getattr(other, name)})
+    rounding = replace(options.rounding, **{name: getattr(other.rounding, name)})
+    return replace(options, rounding=rounding)
+
+
+def ablations() -> dict[str, LayerOptions]:
+    """Each part left out of the whole and alone, and left out where the objective is a layer's."""
+    layer = with_part_of(FULL, "loss", PLAIN)
+    others = [part for part in PARTS if part != "loss"]
+    return {
+        "full": FULL,
+        **{f"no-{part}": with_part_of(FULL, part, PLAIN) for part in others},
+        "weighting-square": replace(FULL, weighting="square"),
+        "layer": layer,
+        **{f"layer-no-{part}": with_part_of(layer, part, PLAIN) for part in others},
+        "plain": PLAIN,
+        **{f"only-{part}": with_part_of(PLAIN, part, FULL) for part in PARTS},
+    }
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ def method_variants(text: str, samples: int, seqlen: int) -> tuple[Variant, ...]
 
 
 def ablated_variants(calibration: Calibration) -> tuple[Variant, ...]:
-    """GPTQ at both group sizes, with one part after another left out."""
+    """GPTQ at both group sizes, with one part after another left out, and alone."""
 
     def variant(group_size: int, name: str, layer: LayerOptions) -> Variant:
         recipe = Recipe.uniform(Scheme(kind="int4", group_size=group_size), attention=True)
@@ -105,7 +123,7 @@ def ablated_variants(calibration: Calibration) -> tuple[Variant, ...]:
     return tuple(
         variant(group_size, name, layer)
         for group_size in GROUP_SIZES
-        for name, layer in ABLATIONS.items()
+        for name, layer in ablations().items()
     )
 
 

@@ -17,7 +17,7 @@ from qmix.evals.quality.scores import (
     rival_to_beat,
     score_table,
 )
-from qmix.evals.quality.variants import ABLATIONS
+from qmix.evals.quality.variants import FULL, PARTS, PLAIN, ablations, with_part_of
 from qmix.evals.quality.window_scores import WindowScore
 
 WORDS = "Return a list of the names in the current scope. "
@@ -224,11 +224,14 @@ def test_the_ablations_are_set_against_their_own_full_row():
     assert cells(ablation_table(scores[1:2]).splitlines()[2])[-1] == "-"
 
 
-def test_every_ablation_differs_from_the_full_method():
-    full = dataclasses.asdict(ABLATIONS["full"])
-    documents = [dataclasses.asdict(options) for options in ABLATIONS.values()]
-    assert documents.count(full) == 1
-    assert len({json.dumps(document) for document in documents}) == len(documents)
+def test_every_ablation_differs_and_all_parts_make_the_whole():
+    documents = [json.dumps(dataclasses.asdict(options)) for options in ablations().values()]
+    assert len(set(documents)) == len(documents)
+    options = PLAIN
+    for part in PARTS:
+        options = with_part_of(options, part, FULL)
+    damped = dataclasses.replace(options.rounding, damping=FULL.rounding.damping)
+    assert dataclasses.replace(options, rounding=damped) == FULL
 
 
 def test_an_ablation_runs(capsys):
