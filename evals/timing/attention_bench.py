@@ -22,7 +22,8 @@ from qmix.evals import markdown
 from qmix.evals.timing.bandwidth import seconds
 from qmix.evals.timing.bench import device_name, parse_lengths
 from qmix.kernels import attention
-from qmix.kernels.attention import AttentionMask, Implementation
+from qmix.kernels.attention import Implementation
+from qmix.kernels.attention_mask import AttentionMask
 from qmix.models.options import parse_device, parse_dtype
 from qmix.planning import machine
 from qmix.planning.process_memory import peak_resident_bytes, resident_bytes

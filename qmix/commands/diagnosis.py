@@ -46,6 +46,7 @@ class Facts:
         folder: where disk space was looked at.
         versions: of torch and PACKAGES; None: not installed.
         instruction_sets: those that the CPU kernels may use, the best one first.
+        nodes: the NUMA nodes that this process may run on, as in machine.numa_nodes.
         compiler: the command that compiles the CPU kernels; None: it is not there.
         torch_sees_cuda: whether this torch can use a GPU.
         backends: what would multiply on the CPU and on each GPU; empty without torch.
@@ -62,6 +63,7 @@ class Facts:
     gpus: tuple[Gpu, ...]
     torch_sees_cuda: bool
     backends: tuple["Verdict", ...] = ()
+    nodes: tuple[int, ...] = ()
 
     @classmethod
     def gather(cls, folder: Path) -> "Facts":
@@ -73,6 +75,7 @@ class Facts:
             processor=machine.processor(),
             instruction_sets=tuple(each.name for each in instruction_sets.candidates()),
             cores=machine.cores(),
+            nodes=machine.numa_nodes(),
             compiler=_compiler(),
             memory=machine.memory(),
             disk_free=machine.disk_free(folder),
@@ -170,6 +173,21 @@ CHECKS: tuple[Check[Facts], ...] = (
                 lambda facts: facts.instruction_sets[:1] in ((), ("portable",)),
                 "slow",
                 "The fast 4-bit CPU kernels need AVX2, or Arm's dot products of bytes.",
+            ),
+        ),
+    ),
+    Check(
+        "NUMA",
+        lambda facts: (
+            f"{counted(len(facts.nodes), 'node')} of memory" if len(facts.nodes) > 1 else None
+        ),
+        (
+            Rule(
+                lambda _: True,
+                "note",
+                "Weights may all lie on one node, which the cores of the others then share: start "
+                "with `numactl --interleave=all qmix ...`, or, if the model fits one node, with "
+                "`numactl --cpunodebind=0 --membind=0 qmix ...`; see docs/speed.md.",
             ),
         ),
     ),

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError
 from qmix.kernels import attention, bnb, dense, pointwise, reference, tiles
-from qmix.kernels.attention import CAUSAL, AttentionMask, Implementation, visible
+from qmix.kernels.attention import Implementation
+from qmix.kernels.attention_mask import CAUSAL, AttentionMask, keys_in_window, visible
 from qmix.kernels.backend import current, overridden, override
 from qmix.kernels.cpu import matmul
 from qmix.kernels.cpu.library import DENSE_TOKENS, attends, library
@@ -232,7 +233,7 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     replaceable = implementation == "sdpa" and mask.attn_mask is None and not dropout
     if replaceable and not mask.is_explicit and _single(q, k, v):
-        seen = attention.keys_in_window(keys, queries, mask.window)
+        seen = keys_in_window(keys, queries, mask.window)
         return library().attend(q, k[:, :, -seen:], v[:, :, -seen:])
     if replaceable and _fused(q, k, v):
         from qmix.kernels.gpu import attention as gpu

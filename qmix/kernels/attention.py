@@ -6,7 +6,6 @@ caches: the S queries are the last S of the L columns. Shape letters: see qmix.k
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -14,55 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qmix.errors import UnsupportedError, UsageError
-from qmix.kernels import flash, kv_rows
+from qmix.kernels import chunk_attention, flash, kv_rows
+from qmix.kernels.attention_mask import CAUSAL, AttentionMask, visible
 from qmix.kernels.gradients import needs_grad
 
 Implementation = Literal["eager", "sdpa", "flash_attention_2", "triton"]
 
 _NUMBERS = 4 << 20  # keys, and as many values, that lie dequantized at a time
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionMask:
-    """Which keys each query may see; the default is plain causality.
-
-    Attributes:
-        window: each query sees this many keys, itself included; None: all before it.
-        padding_mask: bool (B, L), False at padding; None: no padding.
-        attn_mask: (B or 1, H or 1, S, L), replaces causality, window and padding_mask: bool, True
-            where a key is seen, or floats that are added to the scores; None: not replaced.
-    """
-
-    window: int | None = None
-    padding_mask: Tensor | None = None
-    attn_mask: Tensor | None = None
-
-    @property
-    def is_explicit(self) -> bool:
-        """Whether it depends on tensors, and not on the shapes and the window alone."""
-        return self.padding_mask is not None or self.attn_mask is not None
-
-    def only_causal(self, keys: int) -> bool:
-        """Whether causality alone decides over L keys: no tensor does, the window hides none."""
-        return not self.is_explicit and (self.window is None or keys <= self.window)
-
-    def of_heads(self, heads: slice) -> "AttentionMask":
-        """The mask over some of the H heads."""
-        if self.attn_mask is None or self.attn_mask.shape[1] == 1:
-            return self
-        return replace(self, attn_mask=self.attn_mask[:, heads])
-
-    def in_window(self, keys: int, queries: int) -> tuple["AttentionMask", int]:
-        """How many of L keys, the newest ones, any query can see, and the mask over these alone."""
-        if self.attn_mask is not None:
-            return self, keys
-        seen = keys_in_window(keys, queries, self.window)
-        if self.padding_mask is None or seen == keys:
-            return self, seen
-        return replace(self, padding_mask=self.padding_mask[:, -seen:]), seen
-
-
-CAUSAL = AttentionMask()
 
 
 class Attention(Protocol):
@@ -71,38 +28,6 @@ class Attention(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float, /
     ) -> Tensor: ...
-
-
-def visible(
-    queries: int,
-    keys: int,
-    window: int | None,
-    padding_mask: Tensor | None,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Which key each query may see: bool (B or 1, 1, S, L), on the device of `padding_mask`.
-
-    The S queries are the last columns of the L keys. Key j is visible to query i exactly if
-    `i - window < j <= i` and `padding_mask[:, j]` (bool (B, L), None: all True).
-
-    Args:
-        device: of the result where `padding_mask` is None.
-    """
-    if padding_mask is not None:
-        device = padding_mask.device
-    j = torch.arange(keys, device=device)
-    i = torch.arange(keys - queries, keys, device=device)[:, None]
-    mask = j <= i
-    if window is not None:
-        mask = mask & (j > i - window)
-    if padding_mask is None:
-        return mask[None, None]
-    return mask[None, None] & padding_mask[:, None, None, :]
-
-
-def keys_in_window(keys: int, queries: int, window: int | None) -> int:
-    """How many of the keys any query sees; older ones are outside every window."""
-    return keys if window is None else min(keys, window + queries - 1)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -159,6 +84,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=grouped, dropout_p=dropout
         )
+    if mask.attn_mask is None and not dropout and chunk_attention.takes(q, k, v):
+        return chunk_attention.attend(q, k, v, mask)
     seen, bias = _seen_and_bias(queries, keys, mask, q.device)
     attn_mask = seen if bias is None else bias.to(q.dtype)
     out = F.scaled_dot_product_attention(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.kernels import PackedWeight
-from qmix.kernels.attention import AttentionMask, Implementation, attention_with_weights
+from qmix.kernels.attention import Implementation, attention_with_weights
+from qmix.kernels.attention_mask import AttentionMask
 from qmix.kv_format import KVFormat
 from qmix.nn.cache import Cache
 from qmix.nn.cache_pass import CachePass

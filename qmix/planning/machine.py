@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from qmix.files import user_files
 FILE = "machine.json"
 _VERSION = 1
 _CGROUP = Path("/sys/fs/cgroup")
+_NODES = Path("/sys/devices/system/node")
 _UNLIMITED = 1 << 60  # cgroup v1 writes the largest page count where there is no limit
 _NVIDIA_SMI_S = 10
 
@@ -137,6 +138,36 @@ def _inactive(folder: Path, name: str) -> int:
             if line.startswith(f"{name} "):
                 return int(line.split()[1])
     return 0
+
+
+def numa_nodes(root: Path = _NODES, cpus: Collection[int] | None = None) -> tuple[int, ...]:
+    """The NUMA nodes that have memory and processors which this process may run on.
+
+    Empty where the system does not say. Fields: kernel.org/doc/Documentation/ABI/stable/
+    sysfs-devices-node.
+
+    Args:
+        cpus: those that it may run on; None asks the system.
+    """
+    if cpus is None:
+        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    nodes = []
+    with suppress(OSError, ValueError):
+        with_memory = _listed((root / "has_memory").read_text(encoding="ascii"))
+        for node in sorted(with_memory):
+            own = _listed((root / f"node{node}" / "cpulist").read_text(encoding="ascii"))
+            if not own.isdisjoint(cpus):
+                nodes.append(node)
+    return tuple(nodes)
+
+
+def _listed(text: str) -> set[int]:
+    """The numbers of a list such as 0-3,8."""
+    numbers: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 def gpus(run: Callable[..., Any] = subprocess.run) -> tuple[Gpu, ...]:

@@ -72,6 +72,8 @@ def test_a_good_machine_has_nothing_to_mend(good):
         (with_torch("2.9.1"), "torch", "note", "2.10"),
         (with_torch("3.0"), "torch", "note", "Tested"),
         ({"compiler": None}, "compiler", "slow", "g++"),
+        ({"nodes": (0, 1)}, "NUMA", "note", "2 nodes of memory"),
+        ({"nodes": (0, 1)}, "NUMA", "note", "numactl --interleave=all"),
         ({"disk_free": GIB}, "disk", "note", "24 GB"),
     ],
     ids=str,

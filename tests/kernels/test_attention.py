@@ -11,12 +11,11 @@ from qmix import kernels
 from qmix.errors import UnsupportedError, UsageError
 from qmix.kernels import attention, flash
 from qmix.kernels.attention import (
-    AttentionMask,
     attend_with,
     attention_with_weights,
     reference,
-    visible,
 )
+from qmix.kernels.attention_mask import AttentionMask, visible
 from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support.flash import flash_attn
 from tests.support.models import TINY, ids, small_model

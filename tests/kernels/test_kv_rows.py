@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qmix import kernels
 from qmix.errors import UsageError
 from qmix.kernels import attention, kv_rows
-from qmix.kernels.attention import AttentionMask
+from qmix.kernels.attention_mask import AttentionMask
 from qmix.kernels.cpu.library import library
 from qmix.kv_format import check_width, named, row_bytes
 from tests.support.cpu_kernels import seeded

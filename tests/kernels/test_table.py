@@ -6,7 +6,8 @@ import torch
 from qmix import kernels
 from qmix.errors import UsageError
 from qmix.kernels import Routes, tiles
-from qmix.kernels.attention import AttentionMask, attend_with, reference, visible
+from qmix.kernels.attention import attend_with, reference
+from qmix.kernels.attention_mask import AttentionMask, visible
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.nf4 import quantize

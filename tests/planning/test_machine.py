@@ -210,3 +210,20 @@ def test_the_place_of_the_file(tmp_path):
 def test_what_is_written_is_plain_json(tmp_path):
     path = machine.save(Measured(key="a", host_read=1e9), tmp_path / "machine.json")
     assert json.loads(path.read_text())["machines"][0]["host_read"] == 1e9
+
+
+def node_tree(root, with_memory, **cpulists):
+    for node, cpus in cpulists.items():
+        (root / node).mkdir()
+        (root / node / "cpulist").write_text(f"{cpus}\n")
+    (root / "has_memory").write_text(f"{with_memory}\n")
+    return root
+
+
+def test_numa_nodes_are_those_with_memory_and_processors_of_this_process(tmp_path):
+    root = node_tree(tmp_path, "0-1,3", node0="0-3,8-11", node1="4-7,12-15", node2="16", node3="")
+    assert machine.numa_nodes(root, range(17)) == (0, 1)
+    assert machine.numa_nodes(root, (5, 12)) == (1,)
+    assert machine.numa_nodes(root / "missing", range(17)) == ()
+    (root / "node1" / "cpulist").write_text("nonsense\n")
+    assert machine.numa_nodes(root, range(17)) == (0,)

@@ -14,7 +14,7 @@ from qmix.errors import UnsupportedError
 from qmix.kernels import pointwise as plain
 from qmix.kernels import reference
 from qmix.kernels.attention import reference as plain_attention
-from qmix.kernels.attention import visible
+from qmix.kernels.attention_mask import visible
 from qmix.kernels.gpu import attention, moe, pointwise, self_check_fused
 from qmix.kernels.trial import TOKENS, Comparison, Draw, first_beyond, inputs_of, weight_of
 from qmix.weights.expert import Expert
