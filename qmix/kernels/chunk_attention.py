@@ -1,9 +1,9 @@
 """Attention of a prompt's chunk on a CPU: the keys that all queries see, and the others, merged.
 
 All queries of a chunk see most keys of a long text. Those need no mask, and heads that share them
-are rows of one product: 0.49 of the time of one masked product at 32k. The others are the chunk's own, those
-at the edge of a sliding window, and padding; they are masked. torch's kernel returns the logarithm
-of each softmax's sum besides, by which two results become one.
+are rows of one product: 0.49 of the time of one masked product at 32k. The others are the chunk's
+own, those at the edge of a sliding window, and padding; they are masked. torch's kernel returns the
+logarithm of each softmax's sum besides, by which two results become one.
 
 Queries go in blocks, so that no mask grows with the square of a prompt. Knows no caches, no codes
 and no gradients. Shape letters: see qmix.kernels.
