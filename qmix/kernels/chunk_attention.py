@@ -101,11 +101,17 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _with_sums(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same over the keys that are seen, (B or 1, 1, S, L); None: as many as queries, causal."""
     if seen is None:
-        return _flash(q, k, v, is_causal=True)
+        return _flash(q, k, v, causal=True)
     added = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-    out, sums = _flash(q, k, v, attn_mask=added)
+    out, sums = _flash(q, k, v, added)
     nothing = ~seen.any(-1)  # for which the kernel promises no numbers
     return out.masked_fill(nothing[..., None], 0.0), sums.masked_fill(nothing, -torch.inf)
 
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """torch's kernel, with what is added to the scores, and the logarithms of the sums."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = kernel(q, k, v, is_causal=causal, attn_mask=added)
+    return out, sums
