@@ -245,7 +245,7 @@ def _measured_recipe(
     )
     # The rounding, which is planned again when it begins, counts from the start.
     tokens, window = calibration.ids.numel(), calibration.ids.shape[1]
-    each = LayerWork(source.config, options.layer, window)
+    each = LayerWork(source.config, options.layer, window, options.device)
     recipe = Recipe.uniform(request.scheme, attention=request.attention)
     rounding = each.totals(range(source.config.num_hidden_layers), tokens, recipe)
     meter.plan(rounding)

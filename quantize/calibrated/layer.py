@@ -75,7 +75,7 @@ class LayerQuantizer:
         self._expert_sum = None if exact is None else exact[1]
         self._recipe, self._options = recipe, options
         self._device, self._dtype = device, dtype
-        self._meter, self._work = meter, LayerWork(checkpoint.config, options, seqlen)
+        self._meter, self._work = meter, LayerWork(checkpoint.config, options, seqlen, device)
         self._what = f"layer {layer + 1} of {self._config.num_hidden_layers}"
         self._gradients = gradients
         self._tensors = LayerTensors(

@@ -6,34 +6,45 @@ D hidden width, F expert width, H width of all heads, V vocabulary, K inputs and
 matrix. Knows no files and no measurements.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from qmix.config import MixtralConfig
 from qmix.formats import names
+from qmix.quantize.calibrated.array_memory import experts_at_once
 from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.rounding.output_feedback import BLOCKS
 from qmix.weights.scheme import Recipe, Scheme
 
 PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
 # Seconds a unit, for kinds that were not measured yet. These and the constants below are of one
-# core (AVX-512, 2026-11-29). A solve took 370 us an input and 0.36 us a weight besides its
-# arithmetic, which reached 150 GFLOP/s on a quiet machine and 45 on a busy one: 60 is between.
+# core (AVX-512). A solve took 200 us an input of all matrices that are rounded together, and 0.65
+# us a weight on a busy machine (2026-11-30), besides its arithmetic, which reached 150 GFLOP/s on a
+# quiet machine and 45 on a busy one: 60 is between.
 EXPECTED: Mapping[str, float] = {PASS: 1 / 70e9, SOLVE: 1 / 60e9, ROUND: 1 / 2.5e6, HASH: 1 / 5e8}
 # What is done once with each number of a hidden state (norms, activations, gathering) takes as long
 # as so many operations of a matmul: a third of the tiny model's expert, 2 % at true width.
 _NUMBER_WORK = 400.0
-_INPUT_WORK, _WEIGHT_WORK = 22e6, 22e3  # in operations
+_INPUT_WORK, _WEIGHT_WORK = 12e6, 39e3  # in operations
 _CACHED_ROWS = 40_000  # at so many outputs a weight takes twice as long: groups leave the cache
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """The work of one layer, for each token where T is not given; `window` is S."""
+    """The work of one layer, for each token where T is not given.
+
+    Attributes:
+        window: S.
+        device: where the layer is computed; its memory says how many experts are rounded together.
+    """
 
     config: MixtralConfig
     options: LayerOptions
     window: int
+    device: torch.device
 
     @property
     def _models(self) -> int:
@@ -87,7 +98,7 @@ class LayerWork:
         return self.expert * 2 / 3 + 4.0 * inner**2
 
     def solve(self, columns: int, rows: int, count: int = 1) -> float:
-        """Of rounding matrices [N, K]: the factor, the greedy pass, and the rounds after."""
+        """Of rounding matrices [N, K] together: factors, the greedy pass, and the rounds after."""
         each = 1 + 2 * self.options.rounding.refine + (4 if self.options.correct else 0)
         arithmetic = columns**3 / 3 + each * rows * columns**2
         weight_work = _WEIGHT_WORK * (1 + rows / _CACHED_ROWS)
@@ -95,40 +106,55 @@ class LayerWork:
         if self._by_gradients:
             arithmetic += rows**3 / 3 + 2 * columns * rows**2
             input_work *= BLOCKS
-        return count * (arithmetic + input_work + weight_work * rows * columns)
+        return input_work + count * (arithmetic + weight_work * rows * columns)
 
     def total(self, layer: int, tokens: int, recipe: Recipe) -> dict[str, float]:
         """Of a whole layer and T tokens, by kind."""
-        tensors = {tensor.name: tensor for tensor in names.layer_tensors(self.config, layer)}
         base = f"model.layers.{layer}"
         qkv = [f"{base}.self_attn.{part}_proj.weight" for part in "qkv"]
         output = f"{base}.self_attn.o_proj.weight"
-        rounded = [
-            list(schemes_of(qkv, recipe).items()),
-            list(schemes_of([output], recipe).items()),
-        ]
         passes = self.both_attentions
-        if any(scheme.kind != "dense" for group in rounded for scheme, _ in group):
-            passes += self.attention + self.moments(self.config.hidden_size)
-            passes += self.moments(tensors[output].shape[1])
+        if any(recipe.scheme_of(name).kind != "dense" for name in (*qkv, output)):
+            heads = self.config.num_attention_heads * self.config.head_dim
+            passes += self.attention + self.moments(self.config.hidden_size) + self.moments(heads)
         pairs = self.config.num_experts_per_tok
         passes += pairs * (self.moments(self.config.hidden_size) + self.inner_moments)
         passes += pairs * self._models * self.expert
         passes += pairs * self.inner_gradients if self._by_gradients else 0
-        for expert in range(self.config.num_local_experts):
-            prefix = f"{base}.block_sparse_moe.experts.{expert}"
-            # Gradients of w1 and w3 differ, so these are then rounded apart.
-            inner = (("w1",), ("w3",)) if self._by_gradients else (("w1", "w3"),)
-            for parts in (*inner, ("w2",)):
-                matrices = [f"{prefix}.{part}.weight" for part in parts]
-                rounded.append(list(schemes_of(matrices, recipe).items()))
-        solves = sum(
-            self.solve(tensors[members[0]].shape[1], sum(tensors[m].shape[0] for m in members))
-            for group in rounded
-            for scheme, members in group
+        together = [[qkv], [[output]]]
+        experts = [
+            f"{base}.block_sparse_moe.experts.{expert}"
+            for expert in range(self.config.num_local_experts)
+        ]
+        # Gradients of w1 and w3 differ, so these are then rounded apart.
+        inner = (("w1",), ("w3",)) if self._by_gradients else (("w1", "w3"),)
+        step = experts_at_once(self.config, self.options, self.device)
+        for first in range(0, len(experts), step):
+            some = experts[first : first + step]
+            jobs = [[f"{e}.{part}.weight" for part in parts] for e in some for parts in inner]
+            together += [jobs] if len(some) > 1 else [[job] for job in jobs]
+            together.append([[f"{expert}.w2.weight"] for expert in some])
+        shapes = {t.name: t.shape for t in names.layer_tensors(self.config, layer)}
+        solves = sum(self._solves(jobs, shapes, recipe) for jobs in together)
+        return {PASS: tokens * passes, SOLVE: solves}
+
+    def _solves(
+        self,
+        jobs: Sequence[Sequence[str]],
+        shapes: Mapping[str, tuple[int, ...]],
+        recipe: Recipe,
+    ) -> float:
+        """Of rounding jobs together, each a list of matrices with the same inputs."""
+        batches = Counter(
+            (scheme, tuple(shapes[name] for name in members))
+            for job in jobs
+            for scheme, members in schemes_of(job, recipe).items()
             if scheme.kind != "dense"
         )
-        return {PASS: tokens * passes, SOLVE: solves}
+        return sum(
+            self.solve(members[0][1], sum(rows for rows, _ in members), count)
+            for (_, members), count in batches.items()
+        )
 
     def totals(self, layers: Sequence[int], tokens: int, recipe: Recipe) -> dict[str, float]:
         """Of several layers."""

@@ -70,7 +70,7 @@ class LossGradients:
         self._ids, self._folder = thinned(ids, GRADIENT_TOKENS), folder
         self._device, self._dtype = options.device, options.forward_dtype
         self._digests, self._keep, self._meter = digests, keep, meter
-        work = LayerWork(checkpoint.config, options.layer, ids.shape[1])
+        work = LayerWork(checkpoint.config, options.layer, ids.shape[1], options.device)
         pairs = checkpoint.config.num_experts_per_tok
         self._work_of_layer = work.attention + pairs * work.expert  # for each token
         self._in_memory = scratch_bytes(checkpoint, ids) <= options.activation_bytes

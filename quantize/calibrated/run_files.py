@@ -86,7 +86,8 @@ class RunFiles:
     @property
     def work_of_a_layer(self) -> LayerWork:
         """How much work the parts of a layer are."""
-        return LayerWork(self.checkpoint.config, self.options.layer, self.ids.shape[1])
+        options, window = self.options, self.ids.shape[1]
+        return LayerWork(self.checkpoint.config, options.layer, window, options.device)
 
     def finished(self, folder: Path, state: RunState) -> list[list[TensorResult]]:
         """The results of the layers that an earlier run finished.

@@ -94,7 +94,7 @@ class Sensitivity:
         # The first windows are copied; every window is as good as another.
         self._copied = max(1, min(len(self._ids), copied // ids.shape[1]))
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-        self._work = LayerWork(checkpoint.config, LayerOptions(), ids.shape[1])
+        self._work = LayerWork(checkpoint.config, LayerOptions(), ids.shape[1], device)
         self._meter, self._what = WorkMeter(EXPECTED), ""
 
     def work(self) -> dict[str, float]:
