@@ -10,6 +10,7 @@ from qmix.formats.files import output_dir
 from qmix.formats.files.shard_names import SHARD_BYTES
 from qmix.models.options import parse_device
 from qmix.planning.quantize_cost import CALIBRATION_POSITIONS, CALIBRATION_WINDOWS
+from qmix.processes.group import ALONE, Group
 from qmix.quantize.adapter import with_adapter
 from qmix.quantize.calibrated.bit_allocation import (
     DEFAULT_BITS,
@@ -17,6 +18,7 @@ from qmix.quantize.calibrated.bit_allocation import (
     allocate_bits,
     choices_for,
 )
+from qmix.quantize.calibrated.helper import help_quantize
 from qmix.quantize.calibrated.layer_work import EXPECTED, LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions, Objective
 from qmix.quantize.calibrated.run import prepare, quantize_calibrated
@@ -133,10 +135,12 @@ def quantize_checkpoint(
     interrupted: Callable[[], bool] = lambda: False,
     progress: Progress = lambda what, done, total: None,
     supply: ShardSupply | None = None,
+    group: Group = ALONE,
 ) -> QuantizeReport:
     """Quantize the checkpoint directory `source` into `out`.
 
     Args:
+        group: this process, and those that call `help_quantize_checkpoint`; of a calibrated method.
         supply: see `quantize_streaming`; the calibrated methods need every file to the end.
         text: the calibration text; None for a method that needs none.
         interrupted: see `quantize_calibrated`.
@@ -162,7 +166,21 @@ def quantize_checkpoint(
             documents=request.documents,
         )
     assert text is not None
-    return _calibrated(source, out, request, text, recipe, interrupted, progress)
+    return _calibrated(source, out, request, text, recipe, interrupted, progress, group)
+
+
+def help_quantize_checkpoint(
+    source: Callable[[], Path], request: QuantizeRequest, group: Group
+) -> None:
+    """Do this process's share of what the first of the group quantizes.
+
+    Args:
+        source: gives the directory of the checkpoint; called when the first process has it.
+
+    Raises:
+        QmixError: see `help_quantize`.
+    """
+    help_quantize(lambda: _opened(source(), request), _options(request), group)
 
 
 def _calibrated(
@@ -173,20 +191,14 @@ def _calibrated(
     recipe: Recipe,
     interrupted: Callable[[], bool],
     progress: Progress,
+    group: Group,
 ) -> QuantizeReport:
     """By a method that needs calibration text."""
     output_dir.check_paths(source, out, force=request.force)  # before an hour of measuring
-    opened = open_source(source)
-    if request.adapter is not None:
-        opened = with_adapter(opened, request.adapter)
+    opened = _opened(source, request)
     progress("tokenizing", 0.0, 0.0)
     calibration = _calibration(opened, request, text)
-    options = CalibratedOptions(
-        layer=LayerOptions(objective=request.objective or LayerOptions.objective),
-        device=parse_device(request.device),
-        shard_bytes=request.shard_bytes,
-        requantize=request.requantize,
-    )
+    options = _options(request)
     meter = WorkMeter(EXPECTED, progress)
     if request.method == "auto":
         # Refused before an hour of measuring: what fits no scheme, or not even at the fewest bits.
@@ -196,7 +208,7 @@ def _calibrated(
         ]
         for each in recipes:
             plan_outputs(opened, each, requantize=request.requantize)
-        prepare(opened, out, recipes[0], calibration, options)
+        prepare(opened, out, recipes[0], calibration, options, group)
         recipe = _measured_recipe(opened, calibration, request, options, meter)
     return quantize_calibrated(
         opened,
@@ -210,6 +222,21 @@ def _calibrated(
         documents=request.documents,
         interrupted=interrupted,
         meter=meter,
+        group=group,
+    )
+
+
+def _opened(source: Path, request: QuantizeRequest) -> Source:
+    opened = open_source(source)
+    return opened if request.adapter is None else with_adapter(opened, request.adapter)
+
+
+def _options(request: QuantizeRequest) -> CalibratedOptions:
+    return CalibratedOptions(
+        layer=LayerOptions(objective=request.objective or LayerOptions.objective),
+        device=parse_device(request.device),
+        shard_bytes=request.shard_bytes,
+        requantize=request.requantize,
     )
 
 

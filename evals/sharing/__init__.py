@@ -1,4 +1,4 @@
 """Windows scored by several processes, and kept as they are scored. Knows no checkpoint's numbers.
 
-The processes and their exchange are accelerate's and torch's.
+The processes and their exchange are `qmix.processes`.
 """

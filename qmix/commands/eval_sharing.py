@@ -3,7 +3,6 @@
 Heavy imports stay inside the functions.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,34 +56,7 @@ class Sharing(options.Group):
 
 
 SHARING = Sharing()
-
-
-def prints() -> bool:
-    """Whether this process prints: the first of several does."""
-    from qmix.evals.sharing.process_group import is_first
-
-    return is_first()
-
-
-def launched(sharing: Sharing) -> bool:
-    """Whether this command has been run by several processes, and is done.
-
-    Raises:
-        QmixError: a process was lost.
-    """
-    from qmix.evals.sharing import launch, process_group
-
-    if sharing.processes in (None, 1) and process_group.processes() == 1:
-        return False
-    process_group.check_extra()
-    if process_group.processes() > 1:
-        return False
-    assert sharing.processes is not None
-    try:
-        launch.launch(launch.without_option(sys.argv[1:], "--processes"), sharing.processes)
-    except launch.EndedError as ended:
-        raise typer.Exit(ended.exit_code) from None
-    return True
+KEPT = "Scores that --scores DIR kept are not computed again."  # of a run that was lost
 
 
 def shared(kept: Path | None, models: Sequence[Path], computation: Sequence[object]) -> "Share":
@@ -97,14 +69,15 @@ def shared(kept: Path | None, models: Sequence[Path], computation: Sequence[obje
     """
     import torch
 
-    from qmix.evals.sharing.process_group import score_together
     from qmix.evals.sharing.score_folder import ScoreFolder, run_name
+    from qmix.evals.sharing.score_together import score_together
+    from qmix.processes.group import current
 
     def share(windows: "ScoringWindows", score: "Score") -> "tuple[TokenScores, ...]":
         folder = None
         if kept is not None:
             computed = (*computation, __version__, torch.__version__)
             folder = ScoreFolder(kept, run_name(models, windows, computed))
-        return score_together(windows, score, folder)
+        return score_together(windows, score, folder, current())
 
     return share

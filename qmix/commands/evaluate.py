@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmix.commands import eval_text, options, sources, terminal
-from qmix.commands.eval_sharing import SHARING, Sharing, launched, prints, shared
+from qmix.commands.eval_sharing import KEPT, SHARING, Sharing, shared
+from qmix.commands.processes import launched, prints
 from qmix.errors import UsageError
 from qmix.hub.local import shown_name
 
@@ -230,7 +231,7 @@ def evaluate(
     elif scored.needle is not None:
         shown = _needles(everyone, scored, computation)
     else:
-        if launched(sharing):
+        if launched(sharing.processes, kept=KEPT):
             return
         shown = _perplexities(
             models, base, scored, computation, sharing.scores, by_position=by_position

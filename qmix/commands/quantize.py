@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qmix.commands import options, sources, terminal
+from qmix.commands.processes import Processes, launched
+from qmix.errors import UnsupportedError, UsageError
 from qmix.hub import made
 from qmix.quantities import a_second, duration, gigabytes, weights
 
 if TYPE_CHECKING:
+    from qmix.processes.group import Group
     from qmix.quantize.methods import QuantizeRequest
     from qmix.quantize.report import QuantizeReport
 
@@ -145,6 +148,7 @@ def quantize(
     samples: Samples = None,
     seqlen: Seqlen = None,
     resume: Resume = False,
+    processes: Processes = None,
     adapter: Adapter = None,
     requantize: Requantize = False,
     device: options.Device = None,
@@ -161,7 +165,7 @@ def quantize(
 
     Examples:
       qmix quantize Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
-      qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq
+      qmix quantize Mixtral-8x7B-v0.1 mixtral-gptq --method gptq --processes 4
       qmix quantize mistralai/Mixtral-8x7B-v0.1 mixtral-nf4 --discard-source
       qmix quantize Mixtral-8x7B-v0.1 mine-nf4 --adapter my-lora
     """
@@ -188,8 +192,60 @@ def quantize(
         discard_source=discard_source,
         documents=True,
     )
-    report = _run(source, out, request, yes=yes)
-    _say_written(report, out, as_json=as_json)
+    _quantize(source, out, request, processes, as_json=as_json, yes=yes)
+
+
+def _quantize(
+    source: Path,
+    out: Path,
+    request: "QuantizeRequest",
+    processes: int | None,
+    *,
+    as_json: bool,
+    yes: bool,
+) -> None:
+    """In one process, or as one of several, or by starting them."""
+    group = _group(request, processes)
+    if group is None:
+        return
+    if group.is_first:
+        report = _run(source, out, request, group, yes=yes)
+        _say_written(report, out, as_json=as_json)
+    else:
+        _help(source, request, group, yes=yes)
+
+
+def _help(source: Path, request: "QuantizeRequest", group: "Group", *, yes: bool) -> None:
+    """Do this process's share, which the first one leads, reports and ends."""
+    from qmix.quantize.methods import help_quantize_checkpoint
+
+    with terminal.interruptible():
+        help_quantize_checkpoint(lambda: sources.local(source, yes=yes), request, group)
+
+
+def _group(request: "QuantizeRequest", processes: int | None) -> "Group | None":
+    """The processes that quantize; None if those that this one has started have done it.
+
+    Raises:
+        UsageError: the method is not shared.
+        UnsupportedError: the processes run on several machines.
+        QmixError: a process was lost.
+    """
+    from qmix.processes import group
+
+    if not request.calibrated:
+        if processes not in (None, 1) or group.processes() > 1:
+            raise UsageError(f"--processes does not apply to --method {request.method}")
+        return group.ALONE
+    if not group.on_one_machine():
+        raise UnsupportedError(
+            "quantization is shared by the processes of one machine",
+            found="processes on several machines",
+            remedy="Give accelerate launch --num_machines 1.",
+        )
+    if launched(processes, kept="Finished layers are kept: continue with --resume."):
+        return None
+    return group.current()
 
 
 def _say_written(report: "QuantizeReport", out: Path, *, as_json: bool) -> None:
@@ -200,7 +256,9 @@ def _say_written(report: "QuantizeReport", out: Path, *, as_json: bool) -> None:
         terminal.print_json(report.to_dict())
 
 
-def _run(source: Path, out: Path, request: "QuantizeRequest", *, yes: bool) -> "QuantizeReport":
+def _run(
+    source: Path, out: Path, request: "QuantizeRequest", group: "Group", *, yes: bool
+) -> "QuantizeReport":
     from qmix.formats.files import output_dir
     from qmix.quantize.methods import quantize_checkpoint
 
@@ -221,6 +279,7 @@ def _run(source: Path, out: Path, request: "QuantizeRequest", *, yes: bool) -> "
             interrupted=interrupted,
             progress=show,
             supply=supply,
+            group=group,
         )
 
 

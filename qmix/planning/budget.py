@@ -57,6 +57,15 @@ class MemoryBreakdown:
     def __getitem__(self, what: str) -> int:
         return next((item.nbytes for item in self.items if item.what == what), 0)
 
+    def times(self, processes: int) -> "MemoryBreakdown":
+        """What as many processes take, of which one stands."""
+        return MemoryBreakdown(
+            tuple(
+                Item(item.what, item.nbytes * (1 if item.standing else processes), item.standing)
+                for item in self.items
+            )
+        )
+
     def to_dict(self) -> dict[str, int]:
         return {item.what: item.nbytes for item in self.items}
 

@@ -35,6 +35,7 @@ class Activations:
             exactly the right size; a missing one is created.
         device: whose memory holds the array, if no file does.
         dtype: of the array.
+        shared: other processes write rows of the file too, so it is hashed when it is saved.
 
     Raises:
         CheckpointError: the file has another size.
@@ -48,10 +49,12 @@ class Activations:
         *,
         device: torch.device = _HOST,
         dtype: torch.dtype = torch.float32,
+        shared: bool = False,
     ) -> None:
         self.tokens, self.width, self.path = tokens, width, path
         self._dtype, self._row_bytes = dtype, dtype.itemsize * width
         self._data: Tensor | None = None
+        self._shared = shared
         self._digest, self._final_rows = hashlib.sha256(), 0
         if path is None:
             self._data = torch.zeros(tokens, width, device=device, dtype=dtype)
@@ -102,7 +105,13 @@ class Activations:
             self._write(descriptor, self._bytes(values), start)
 
     def write_final(self, start: int, values: Tensor) -> None:
-        """`write` values that `save` will save: every row once, from the first to the last."""
+        """`write` values that `save` will save: every row once, from the first to the last.
+
+        If the array is shared, every row is written once by one of the processes.
+        """
+        if self._shared:
+            self.write(start, values)
+            return
         assert start == self._final_rows, "in order"
         self._digest.update(self._bytes(values).data)
         self._final_rows += len(values)
@@ -128,7 +137,7 @@ class Activations:
         Returns:
             SHA-256 of the file, in hexadecimal.
         """
-        assert self._final_rows == self.tokens, "every row is final"
+        assert self._shared or self._final_rows == self.tokens, "every row is final"
         if self._data is not None:
             atomic_file.write(path, self._bytes(self._data).data)
         else:
@@ -137,7 +146,7 @@ class Activations:
                 os.fsync(descriptor)
             self.path.rename(path)
             self.path = path
-        return self._digest.hexdigest()
+        return self._file_digest() if self._shared else self._digest.hexdigest()
 
     @classmethod
     def load(
@@ -165,6 +174,11 @@ class Activations:
         loaded = cls(tokens, width, device=device, dtype=dtype)
         loaded.write(0, stored.read(0, tokens))
         return loaded
+
+    def _file_digest(self) -> str:
+        assert self.path is not None
+        with reading(self.path), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _bytes(self, values: Tensor) -> NDArray[np.uint8]:
         """Values [n, D] of any device and dtype, as the file holds them."""

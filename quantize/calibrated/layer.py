@@ -5,7 +5,8 @@ matrices before it compute, and tokens are routed by what the rounded attention 
 The unrounded model runs beside it on the same tokens, and each matrix is fitted to *its* outputs
 (https://arxiv.org/abs/2504.02692), so that a layer takes back part of the errors of earlier layers.
 
-One expert is in memory at a time. Shape letters: T tokens, S window, D hidden width, F expert
+One expert is in memory at a time. Several processes share the windows and the experts of a layer;
+the attention is rounded by one of them. Shape letters: T tokens, S window, D hidden width, F expert
 width, E experts, K inputs of a matrix, n tokens of a batch. Knows the checkpoint, but no other
 files.
 """
@@ -23,19 +24,23 @@ from qmix.kernels import Routes
 from qmix.nn.attention import Attention, ForwardContext
 from qmix.nn.linear import Linear, RMSNorm
 from qmix.nn.moe import ACTIVATIONS, SparseMoeBlock
+from qmix.processes.group import ALONE, Group
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.array_memory import experts_at_once
+from qmix.quantize.calibrated.expert_sum import ExpertSum
 from qmix.quantize.calibrated.layer_gradients import InnerGradients, LayerGradients
 from qmix.quantize.calibrated.layer_tensors import LayerTensors, RoundingJob
 from qmix.quantize.calibrated.layer_work import PASS, LayerWork
 from qmix.quantize.calibrated.options import LayerOptions
 from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
-from qmix.quantize.calibrated.token_stream import TokenStream, token_batches, window_batches
+from qmix.quantize.calibrated.shared_windows import SharedWindows
+from qmix.quantize.calibrated.token_stream import TokenStream, token_batches
 from qmix.quantize.rounding.hessian import Moments
 from qmix.weights.dense import Weight, all_finite
 from qmix.weights.scheme import Recipe
 from qmix.work_meter import WorkMeter
 
+_PARTS = ("w1", "w2", "w3")
 _Batch = TypeVar("_Batch", bound=tuple[Any, ...])
 
 
@@ -45,11 +50,13 @@ class LayerQuantizer:
     Args:
         rounded: the tokens of the model that is being rounded, in windows of `seqlen`.
         gradients: of the loss at the end; None unless they are the objective.
-        exact: the tokens of the unrounded model, and an array [T, D] for the sum of its experts'
-            outputs; None without correction.
+        exact: the tokens of the unrounded model, and the sum of its experts' outputs; None without
+            correction.
         device: where everything is computed.
         dtype: of forward passes; what is summed or solved is float32.
         meter: counts the work; LayerWork says how much there is.
+        group: the processes that share the layer; each of them calls the same methods, and tokens
+            lie in files that all of them see.
     """
 
     def __init__(
@@ -57,7 +64,7 @@ class LayerQuantizer:
         checkpoint: Checkpoint,
         layer: int,
         rounded: TokenStream,
-        exact: tuple[TokenStream, Activations] | None,
+        exact: tuple[TokenStream, ExpertSum] | None,
         *,
         seqlen: int,
         recipe: Recipe,
@@ -66,6 +73,7 @@ class LayerQuantizer:
         dtype: torch.dtype,
         meter: WorkMeter,
         gradients: LayerGradients | None = None,
+        group: Group = ALONE,
     ) -> None:
         assert options.correct == (exact is not None)
         self._checkpoint, self._config = checkpoint, checkpoint.config
@@ -77,9 +85,17 @@ class LayerQuantizer:
         self._device, self._dtype = device, dtype
         self._meter, self._work = meter, LayerWork(checkpoint.config, options, seqlen, device)
         self._what = f"layer {layer + 1} of {self._config.num_hidden_layers}"
-        self._gradients = gradients
+        self._gradients, self._group = gradients, group
+        self._windows = SharedWindows(rounded, self._exact, seqlen, device, group, self._counted)
         self._tensors = LayerTensors(
-            checkpoint, layer, recipe, self._work, device=device, dtype=dtype, meter=meter
+            checkpoint,
+            layer,
+            recipe,
+            self._work,
+            device=device,
+            dtype=dtype,
+            meter=meter,
+            processes=group.size,
         )
 
     @torch.no_grad()
@@ -92,11 +108,13 @@ class LayerQuantizer:
         self._round_attention()
         routes = self._route(self._rounded.after)
         exact_routes = self._route(self._exact.after) if self._exact else None
-        experts = range(self._config.num_local_experts)
+        experts = self._group.share(range(self._config.num_local_experts))
         step = experts_at_once(self._config, self._options, self._device)
         for first in range(0, len(experts), step):
             self._round_experts(experts[first : first + step], routes, exact_routes)
-        self._add_experts()
+        self._exchange([self._expert(expert, part) for expert in experts for part in _PARTS])
+        self._add_experts(exact_routes)
+        self._group.wait()
         return self._tensors.results
 
     @torch.no_grad()
@@ -108,13 +126,13 @@ class LayerQuantizer:
         """
         self._tensors.take(weights)
         self._run_attention()
-        if self._exact is not None:
-            routes = self._route(self._exact.after)
+        routes = self._route(self._exact.after) if self._exact else None
+        if routes is not None:
             for expert in range(self._config.num_local_experts):
                 names = [self._expert(expert, part) for part in ("w1", "w3")]
                 inner = self._swiglu(*(self._tensors.exact(name) for name in names))
                 self._sum_exact(expert, inner, routes)
-        self._add_experts()
+        self._add_experts(routes)
 
     def _run_attention(self) -> None:
         """Leave the input plus the attention's output in `after`, for both models."""
@@ -128,7 +146,7 @@ class LayerQuantizer:
                 linear = exact.get_submodule(f"{part}_proj")
                 assert isinstance(linear, Linear)
                 linear.store(self._tensors.exact(name))
-        for start, x, e in self._windows(self._work.both_attentions):
+        for start, x, e in self._windows.each(self._work.both_attentions):
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
             if e is not None:
                 assert self._exact is not None
@@ -149,46 +167,64 @@ class LayerQuantizer:
             linear = exact.get_submodule(name.split(".")[-2])
             assert isinstance(linear, Linear)
             linear.store(self._tensors.exact(name))
-        moments = self._moments(self._config.hidden_size)
-        for _, x, e in self._windows(self._work.moments(self._config.hidden_size)):
-            moments.add(norm(x), exact=None if e is None else norm(e))
-        self._tensors.round([RoundingJob(names[:3], moments, self._of_outputs("qkv"))])
+        width = self._config.hidden_size
+        moments = self._windows.summed(
+            lambda: self._moments(width),
+            self._work.moments(width),
+            lambda sums, _, x, e: sums.add(norm(x), exact=None if e is None else norm(e)),
+        )
+        self._round_first(names[:3], moments, self._of_outputs("qkv"))
         for name in names[:3]:
             self._tensors.store(attention.get_submodule(name.split(".")[-2]), name)
 
         attention.o_proj.store(exact.o_proj.stored)
-        moments = self._moments(attention.o_proj.in_features)
         o_inputs: list[Tensor] = []
         hooks = [
             module.o_proj.register_forward_pre_hook(lambda _, args: o_inputs.append(args[0]))
             for module in (attention, exact)
         ]
-        work = self._work.both_attentions + self._work.moments(attention.o_proj.in_features)
-        for start, x, e in self._windows(work):
+
+        def attend(sums: Moments, start: int, x: Tensor, e: Tensor | None) -> None:
             attention(norm(x), context)
             if e is not None:
                 assert self._exact is not None
                 self._exact.after.write(start, (e + exact(norm(e), context)).flatten(0, 1))
-            moments.add(o_inputs[0], exact=o_inputs[1] if e is not None else None)
+            sums.add(o_inputs[0], exact=o_inputs[1] if e is not None else None)
             o_inputs.clear()
+
+        heads = attention.o_proj.in_features
+        work = self._work.both_attentions + self._work.moments(heads)
+        moments = self._windows.summed(lambda: self._moments(heads), work, attend)
         for hook in hooks:
             hook.remove()
-        self._tensors.round([RoundingJob(names[3:], moments, self._of_outputs("attention"))])
+        self._round_first(names[3:], moments, self._of_outputs("attention"))
         self._tensors.store(attention.o_proj, names[3])
-        for start, x, _ in self._windows(self._work.attention):
+        for start, x, _ in self._windows.each(self._work.attention):
             self._rounded.after.write(start, (x + attention(norm(x), context)).flatten(0, 1))
+
+    def _round_first(
+        self, names: Sequence[str], moments: Moments, gradients: Tensor | None
+    ) -> None:
+        """Round matrices of the attention, a hundredth of a layer's, in the first process."""
+        mine = names if self._group.is_first else []
+        if mine:
+            self._tensors.round([RoundingJob(mine, moments, gradients)])
+        self._exchange(mine)
+
+    def _exchange(self, mine: Sequence[str]) -> None:
+        """Give the tensors that were rounded here to the other processes, and take theirs."""
+        self._tensors.accept(self._group.gathered(self._tensors.of(mine)))
 
     def _route(self, tokens: Activations) -> Routes:
         """The router's choice for each token, on the CPU."""
         norm, gate = self._norm("post_attention_layernorm"), self._gate()
-        routes = [
+        mine = [
             kernels.route(gate(norm(x)), self._config.num_experts_per_tok)
-            for _, x in self._batches(tokens)
+            for _, x in self._windows.read(tokens)
         ]
-        return Routes(
-            torch.cat([batch.ids.cpu() for batch in routes]),
-            torch.cat([batch.weights.cpu() for batch in routes]),
-        )
+        routes = self._group.gathered([(batch.ids.cpu(), batch.weights.cpu()) for batch in mine])
+        ids, weights = zip(*routes, strict=True)
+        return Routes(torch.cat(ids), torch.cat(weights))
 
     def _round_experts(
         self, experts: Sequence[int], routes: Routes, exact_routes: Routes | None
@@ -251,31 +287,33 @@ class LayerQuantizer:
         down = self._tensors.exact(self._expert(expert, "w2"))
         norm = self._norm("post_attention_layernorm")
         token, slot = torch.where(routes.ids == expert)
-        batches = token_batches(token, routes.weights[token, slot])
+        batches, first = token_batches(token, routes.weights[token, slot]), 0
         for index, score in self._counted(batches, self._work.expert):
             x = norm(self._exact.after.rows(index).to(self._device))
             y = kernels.linear(inner(x), down) * score.to(self._device)[:, None]
-            self._expert_sum.add_rows(index, y)
+            self._expert_sum.add(expert, token, first, y)
+            first += len(index)
 
-    def _add_experts(self) -> None:
+    def _add_experts(self, exact_routes: Routes | None) -> None:
         """Add the experts' outputs to `after` of both models."""
         norm = self._norm("post_attention_layernorm")
         with torch.device("meta"):
             moe = SparseMoeBlock(self._config)
         moe.gate = self._gate()
         for expert in range(self._config.num_local_experts):
-            for part in ("w1", "w2", "w3"):
+            for part in _PARTS:
                 name = self._expert(expert, part)
                 self._tensors.store(moe.get_submodule(f"experts.{expert}.{part}"), name)
         moe.eval()
         work = self._config.num_experts_per_tok * self._work.expert
-        for start, x in self._counted(self._batches(self._rounded.after), work):
+        for start, x in self._counted(self._windows.read(self._rounded.after), work):
             y, _ = moe(norm(x)[None])
             self._write(self._rounded.after, start, x + y[0])
-        if self._exact is not None:
+        if exact_routes is not None:
+            assert self._exact is not None
             assert self._expert_sum is not None
-            for start, x in self._batches(self._exact.after):
-                y = self._expert_sum.read(start, start + len(x)).to(self._device)
+            for start, x in self._windows.read(self._exact.after):
+                y = self._expert_sum.read(start, start + len(x), exact_routes).to(self._device)
                 self._write(self._exact.after, start, x + y)
 
     def _write(self, target: Activations, start: int, values: Tensor) -> None:
@@ -322,24 +360,10 @@ class LayerQuantizer:
     def _context(self) -> ForwardContext:
         return ForwardContext.without_past(self._config, self._seqlen, self._device, self._dtype)
 
-    def _batches(self, tokens: Activations) -> Iterator[tuple[int, Tensor]]:
-        return window_batches(tokens, self._seqlen, self._device)
-
     def _counted(self, batches: Iterable[_Batch], work: float) -> Iterator[_Batch]:
-        """The batches; `work` is done with each row of their last tensor."""
+        """The batches; `work` is done with each row of their last tensor, in each process."""
+        work *= self._group.size
         return self._meter.each(self._what, PASS, batches, lambda batch: work * len(batch[-1]))
-
-    def _windows(self, work: float) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(first row, inputs in this model, inputs in the unrounded one) of whole windows.
-
-        Both inputs have the shape (windows, S, D). `work` is done with each token.
-        """
-        shape = (-1, self._seqlen, self._config.hidden_size)
-        for start, x in self._counted(self._batches(self._rounded.before), work):
-            exact = None
-            if self._exact is not None:
-                exact = self._exact.before.read(start, start + len(x)).to(self._device).view(shape)
-            yield start, x.view(shape), exact
 
     def _expert_inputs(
         self, expert: int, routes: Routes, work: float

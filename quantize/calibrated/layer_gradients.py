@@ -42,6 +42,11 @@ class LayerGradients:
         widths = (heads * config.head_dim, config.hidden_size, config.hidden_size)
         return cls(*(torch.zeros(width, width, device=device) for width in widths))
 
+    def merge(self, other: "LayerGradients") -> None:
+        """Add the sums over other tokens."""
+        for field in fields(self):
+            getattr(self, field.name).add_(getattr(other, field.name))
+
     def write(self, path: Path) -> str:
         """Write a file, and return its SHA-256; see `shard_writer.file_digest`."""
         sums = {field.name: getattr(self, field.name).cpu() for field in fields(self)}

@@ -44,6 +44,7 @@ class LayerTensors:
     Args:
         device, dtype: of exact weights, and of the dense ones among the rounded.
         work: how much the solves are. meter: counts them.
+        processes: how many round matrices of this layer side by side.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class LayerTensors:
         device: torch.device,
         dtype: torch.dtype,
         meter: WorkMeter,
+        processes: int = 1,
     ) -> None:
         self._checkpoint, self._recipe = checkpoint, recipe
         self._work, self._options = work, work.options
         self._device, self._dtype, self._meter = device, dtype, meter
+        self._processes = processes
         self._what = f"layer {layer + 1} of {checkpoint.config.num_hidden_layers}"
         self._tensors = {t.name: t for t in names.layer_tensors(checkpoint.config, layer)}
         self._results: dict[str, RoundedTensor] = {}
@@ -96,6 +99,14 @@ class LayerTensors:
         weight = self._results[name].weight
         assert isinstance(weight, Dense)
         return weight
+
+    def of(self, rounded: Sequence[str]) -> list[RoundedTensor]:
+        """What became of some tensors that were rounded."""
+        return [self._results[name] for name in rounded]
+
+    def accept(self, rounded: Sequence[RoundedTensor]) -> None:
+        """Take tensors of this layer that another process has rounded."""
+        self._results |= {each.tensor.name: each for each in rounded}
 
     def take(self, weights: Mapping[str, Weight]) -> None:
         """Take weights that were rounded before, by name; all others stay as they are."""
@@ -137,7 +148,7 @@ class LayerTensors:
         rows = [self._tensors[name].shape[0] for name in first]
         work = self._work.solve(self._tensors[first[0]].shape[1], sum(rows), len(batch))
         gradients = [job.gradients for job in batch if job.gradients is not None]
-        with self._meter.doing(self._what, SOLVE, work) as tell:
+        with self._meter.doing(self._what, SOLVE, work * self._processes) as tell:
             stacked = [torch.cat([self._read(name) for name in job.names]) for job in batch]
             solutions = gptq.solve(
                 torch.stack([weight.to(self._device) for weight in stacked]),

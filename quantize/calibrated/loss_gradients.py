@@ -12,7 +12,7 @@ Shape letters: W windows, S window, T = W S tokens, D hidden width, V vocabulary
 rounding.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -29,10 +29,16 @@ from qmix.nn.linear import RMSNorm
 from qmix.nn.stored import StoredModule
 from qmix.planning import quantize_cost
 from qmix.planning.quantize_cost import GRADIENT_TOKENS
+from qmix.processes.group import ALONE, Group
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.layer_gradients import LayerGradients
 from qmix.quantize.calibrated.layer_work import PASS, LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions
+from qmix.quantize.calibrated.token_stream import (
+    batches_of_windows,
+    read_batches,
+    summed_parts,
+)
 from qmix.quantize.calibrated.windows import thinned
 from qmix.quantize.output_checkpoint import read_finite
 from qmix.weights.dense import Dense
@@ -54,6 +60,8 @@ class LossGradients:
         folder: where the files are.
         digests: SHA-256 of the files that earlier steps left, by name; kept up to date.
         keep: called after each step with the files that the next steps need.
+        group: the processes that share the windows of each layer. The first one calls `run`, the
+            others `help_forward` and `help_back` as it tells them.
     """
 
     def __init__(
@@ -65,15 +73,18 @@ class LossGradients:
         digests: dict[str, str],
         keep: Callable[[Mapping[str, str]], None],
         meter: WorkMeter,
+        group: Group = ALONE,
     ) -> None:
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self._ids, self._folder = thinned(ids, GRADIENT_TOKENS), folder
         self._device, self._dtype = options.device, options.forward_dtype
-        self._digests, self._keep, self._meter = digests, keep, meter
+        self._digests, self._keep, self._meter, self._group = digests, keep, meter, group
+        self._batches = batches_of_windows(self._ids.numel(), ids.shape[1], _BATCH_TOKENS)
         work = LayerWork(checkpoint.config, options.layer, ids.shape[1], options.device)
         pairs = checkpoint.config.num_experts_per_tok
         self._work_of_layer = work.attention + pairs * work.expert  # for each token
-        self._in_memory = scratch_bytes(checkpoint, ids) <= options.activation_bytes
+        in_memory = scratch_bytes(checkpoint, ids) <= options.activation_bytes
+        self._in_memory = in_memory and group.size == 1
         self._arrays: dict[str, Activations] = {}
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
 
@@ -110,18 +121,29 @@ class LossGradients:
         (tensor,) = (t for t in self._checkpoint.tensors if t.kind == "embedding")
         table = Dense(read_finite(self._checkpoint, tensor).float())
         entered = self._array(_states_name(0))
-        for first, batch in _batches(self._ids):
-            entered.write_final(first, embedding(batch, table, torch.float32).flatten(0, 1))
+        for batch in self._batches:
+            ids = self._ids.view(-1)[batch.start : batch.stop]
+            entered.write_final(batch.start, embedding(ids, table, torch.float32))
         self._save(_states_name(0), drop=())
 
     def _go_forward(self, layer: int) -> None:
         """Keep the hidden states after a layer."""
-        module, context = self._layer(layer), self._context()
-        after = self._array(_states_name(layer + 1))
-        with torch.no_grad():
-            for first, x in self._counted(self._read(_states_name(layer)), layer, 1):
-                after.write_final(first, module(x, context)[0].flatten(0, 1))
+        after = self._array(_states_name(layer + 1), shared=self._group.size > 1)
+        self._group.told(("forward", layer))
+        self._pass_forward(layer, after)
         self._save(_states_name(layer + 1), drop=())
+
+    def help_forward(self, layer: int) -> None:
+        """Do this process's part of a layer's forward pass."""
+        self._pass_forward(layer, self._shared_array(_states_name(layer + 1)))
+
+    def _pass_forward(self, layer: int, after: Activations) -> None:
+        module, context = self._layer(layer), self._context()
+        states = self._read(_states_name(layer), self._group.share(self._batches))
+        with torch.no_grad():
+            for first, x in self._counted(states, layer, 1):
+                after.write_final(first, module(x, context)[0].flatten(0, 1))
+        self._group.wait()
 
     def _start_backward(self) -> None:
         """The gradient with respect to the states after the last layer."""
@@ -132,7 +154,7 @@ class LossGradients:
         head = Dense(self._weight("model.embed_tokens.weight" if tied else "lm_head.weight"))
         signs = torch.Generator().manual_seed(_SEED)
         target = self._array(_gradient_name(layers))
-        for first, x in self._read(_states_name(layers)):
+        for first, x in self._read(_states_name(layers), self._batches):
             flat = x.flatten(0, 1)
             parts = []
             for start in range(0, len(flat), _POSITIONS):
@@ -146,15 +168,43 @@ class LossGradients:
 
     def _go_back(self, layer: int) -> None:
         """Keep the layer's moments, and the gradient in front of the layer."""
-        module, context = self._layer(layer), self._context()
-        sums = LayerGradients.zeros(self._config, self._device)
-        before = self._array(_gradient_name(layer))
+        before = self._array(_gradient_name(layer), shared=self._group.size > 1)
+        self._group.told(("back", layer))
+        sums, name = self._pass_back(layer, before), moments_name(layer)
+        self._digests[name] = sums.write(self._folder / name)
+        self._save(_gradient_name(layer), drop=(_gradient_name(layer + 1), _states_name(layer)))
+
+    def help_back(self, layer: int) -> None:
+        """Do this process's part of a layer's backward pass."""
+        self._pass_back(layer, self._shared_array(_gradient_name(layer)))
+
+    def _pass_back(self, layer: int, before: Activations) -> LayerGradients:
+        """Write the gradient in front of a layer, and return the layer's moments.
+
+        They are those of parts of the windows, added in their order.
+        """
+        module, total = self._layer(layer), LayerGradients.zeros(self._config, self._device)
         outputs: dict[str, Tensor] = {}
         for part in "qkvo":
             linear = module.self_attn.get_submodule(f"{part}_proj")
             linear.register_forward_hook(partial(_remember, outputs, part))
-        gradients = self._read(_gradient_name(layer + 1))
-        batches = zip(self._read(_states_name(layer)), gradients, strict=True)
+        for mine in self._group.rounds(summed_parts(self._batches)):
+            parts = [self._back_part(layer, module, outputs, batches, before) for batches in mine]
+            for sums in self._group.gathered(parts):
+                total.merge(sums)
+        return total
+
+    def _back_part(
+        self,
+        layer: int,
+        module: DecoderLayer,
+        outputs: Mapping[str, Tensor],
+        rows: Sequence[range],
+        before: Activations,
+    ) -> LayerGradients:
+        sums, context = LayerGradients.zeros(self._config, self._device), self._context()
+        gradients = self._read(_gradient_name(layer + 1), rows)
+        batches = zip(self._read(_states_name(layer), rows), gradients, strict=True)
         for (first, x), (_, after) in self._counted(batches, layer, 3):
             with torch.enable_grad():
                 out, logits = module(x.requires_grad_(), context)
@@ -164,16 +214,14 @@ class LossGradients:
             routes = kernels.route(logits.detach(), self._config.num_experts_per_tok)
             shares = routes.weights.square().sum(1, keepdim=True).sqrt()
             experts = after.flatten(0, 1) * shares
-            for total, rows in (
+            for total, values in (
                 (sums.qkv, torch.cat((q, k, v), 1)),
                 (sums.attention, o),
                 (sums.experts, experts),
             ):
-                total.addmm_(rows.float().T, rows.float())
+                total.addmm_(values.float().T, values.float())
             before.write_final(first, in_front)
-        name = moments_name(layer)
-        self._digests[name] = sums.write(self._folder / name)
-        self._save(_gradient_name(layer), drop=(_gradient_name(layer + 1), _states_name(layer)))
+        return sums
 
     def _layer(self, index: int) -> DecoderLayer:
         with torch.device("meta"):
@@ -198,21 +246,26 @@ class LossGradients:
     def _counted(self, batches: Iterator[_Batch], layer: int, passes: int) -> Iterator[_Batch]:
         """The batches; a pass back is twice the work of one forward."""
         what = f"gradients of layer {layer + 1} of {self._config.num_hidden_layers}"
-        count = -(-self._ids.numel() // _rows(self._ids.shape[1]))
-        work = passes * self._work_of_layer * self._ids.numel() / count
+        work = passes * self._work_of_layer * self._ids.numel() / len(self._batches)
+        work *= self._group.size  # the others' part
         return self._meter.each(what, PASS, batches, lambda _: work)
 
-    def _array(self, name: str) -> Activations:
+    def _array(self, name: str, *, shared: bool = False) -> Activations:
         path = self._folder / f"{name}.writing"
         path.unlink(missing_ok=True)
         tokens, width = self._ids.numel(), self._config.hidden_size
         self._arrays[name] = Activations(
-            tokens, width, None if self._in_memory else path, dtype=_DTYPE
+            tokens, width, None if self._in_memory else path, dtype=_DTYPE, shared=shared
         )
         return self._arrays[name]
 
-    def _read(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, values (W, S, D)) of an array, in batches of whole windows."""
+    def _shared_array(self, name: str) -> Activations:
+        """An array that the first process has made and will save."""
+        path, tokens = self._folder / f"{name}.writing", self._ids.numel()
+        return Activations(tokens, self._config.hidden_size, path, dtype=_DTYPE, shared=True)
+
+    def _read(self, name: str, batches: Sequence[range]) -> Iterator[tuple[int, Tensor]]:
+        """(first row, values (W, S, D)) of batches of an array."""
         if name not in self._arrays:
             self._arrays[name] = Activations.load(
                 self._folder / name,
@@ -221,10 +274,9 @@ class LossGradients:
                 in_memory=self._in_memory,
                 dtype=_DTYPE,
             )
-        window, array = self._ids.shape[1], self._arrays[name]
-        for first in range(0, array.tokens, _rows(window)):
-            rows = array.read(first, min(first + _rows(window), array.tokens))
-            yield first, rows.view(-1, window, array.width).to(self._device, self._dtype)
+        shape = (-1, self._ids.shape[1], self._config.hidden_size)
+        for first, rows in read_batches(self._arrays[name], batches, self._device):
+            yield first, rows.view(shape).to(self._dtype)
 
     def _save(self, name: str, drop: tuple[str, ...]) -> None:
         """Put an array on the disk, and let go of those that nobody needs any more."""
@@ -267,18 +319,6 @@ def _states_name(layer: int) -> str:
 def _gradient_name(layer: int) -> str:
     """The file of the gradient with respect to the states before a layer."""
     return f"gradient-{layer:05d}.bf16"
-
-
-def _rows(window: int) -> int:
-    """The tokens of a batch of whole windows."""
-    return max(1, _BATCH_TOKENS // window) * window
-
-
-def _batches(ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first token, ids (W, S)) of whole windows."""
-    step = _rows(ids.shape[1]) // ids.shape[1]
-    for first in range(0, len(ids), step):
-        yield first * ids.shape[1], ids[first : first + step]
 
 
 def _remember(

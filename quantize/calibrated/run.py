@@ -22,8 +22,10 @@ from qmix.formats.files import output_dir
 from qmix.planning import budget, quantize_cost
 from qmix.planning.plan import check_memory
 from qmix.planning.process_memory import peak_resident_bytes
+from qmix.processes.group import ALONE, Group
 from qmix.quantize.adapter import check_adapter, facts_of
 from qmix.quantize.calibrated import loss_gradients
+from qmix.quantize.calibrated.helper import Start
 from qmix.quantize.calibrated.layer_work import EXPECTED, HASH
 from qmix.quantize.calibrated.loss_gradients import LossGradients
 from qmix.quantize.calibrated.options import CalibratedOptions
@@ -54,6 +56,7 @@ def quantize_calibrated(
     documents: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
     meter: WorkMeter | None = None,
+    group: Group = ALONE,
 ) -> QuantizeReport:
     """Quantize a 16- or 32-bit checkpoint directory into a new one, by what its matrices see.
 
@@ -67,6 +70,7 @@ def quantize_calibrated(
         documents: write a model card and a page with pictures too.
         interrupted: called after every layer; True ends the run there.
         meter: counts the work, by the kinds of layer_work.EXPECTED.
+        group: this process leads; the others call `helper.help_quantize`.
 
     Raises:
         UsageError: an unsuitable path, or an interrupted run of other settings or another source.
@@ -77,15 +81,14 @@ def quantize_calibrated(
     """
     begun, meter = time.perf_counter(), meter or WorkMeter(EXPECTED)
     output_dir.check_paths(source.shards.directory, out, force=force)
-    files = prepare(source, out, recipe, calibration, options)
+    files = prepare(source, out, recipe, calibration, options, group)
     settings = _settings(recipe, calibration, options, method) | facts_of(source)
     with output_dir.partial(out, force=force, resume=resumed) as folder:
         _hash_source(source, files, meter)
         state = read_state(folder, settings, source)
         done = files.finished(folder, state)
-        meter.drop(files.work(range(len(done))))
-        repair(files, folder, state, meter)
-        _measure_gradients(files, folder, state, meter)
+        group.told(Start(folder, recipe, calibration))
+        _go_on(files, folder, state, meter)
         count, seconds = _quantize_layers(files, folder, state, done, interrupted, meter)
         with meter.doing("checksums", HASH, files.bytes_out):
             first, last = files.write_ends(folder)
@@ -113,6 +116,7 @@ def prepare(
     recipe: Recipe,
     calibration: Calibration,
     options: CalibratedOptions,
+    group: Group = ALONE,
 ) -> RunFiles:
     """Plan the files of a run and check that they fit, before any tensor is read.
 
@@ -123,17 +127,18 @@ def prepare(
     """
     outputs = plan_outputs(source, recipe, requantize=options.requantize)
     _check_layer_sizes(source, outputs, options.shard_bytes)
-    files = RunFiles(source, outputs, recipe, calibration, options)
+    files = RunFiles(source, outputs, recipe, calibration, options, group)
     output_dir.check_space(out, files.bytes_out + files.token_bytes + files.gradient_bytes)
     if options.device.type == "cpu":
         in_memory = files.token_bytes if files.in_memory else 0
         by_loss = options.layer.objective == "loss"
         tokens = files.ids.numel()
-        check_memory(budget.for_calibration(source.config, tokens, in_memory, by_loss=by_loss))
+        each = budget.for_calibration(source.config, tokens, in_memory, by_loss=by_loss)
+        check_memory(each.times(group.size))
         if by_loss:
             states = loss_gradients.scratch_bytes(source, files.ids)
-            states = states if states <= options.activation_bytes else 0
-            check_memory(budget.for_backward(source.config, states))
+            states = states if states <= options.activation_bytes and group.size == 1 else 0
+            check_memory(budget.for_backward(source.config, states).times(group.size))
     return files
 
 
@@ -145,8 +150,10 @@ def _hash_source(source: Source, files: RunFiles, meter: WorkMeter) -> None:
         source.hash_unread(lambda done, total: tell(done / total))
 
 
-def _measure_gradients(files: RunFiles, folder: Path, state: RunState, meter: WorkMeter) -> None:
-    """Run the backward pass, or what is left of it, unless layers are finished already."""
+def _go_on(files: RunFiles, folder: Path, state: RunState, meter: WorkMeter) -> None:
+    """Check what an earlier run left, and run what is left of the backward pass."""
+    meter.drop(files.work(range(len(state.results))))
+    repair(files, folder, state, meter)
     if files.options.layer.objective != "loss" or state.results:
         return
 
@@ -154,7 +161,7 @@ def _measure_gradients(files: RunFiles, folder: Path, state: RunState, meter: Wo
         RunState(state.settings, state.source, (), dict(digests)).write(folder)
 
     LossGradients(
-        files.checkpoint, files.ids, files.options, folder, files.digests, keep, meter
+        files.checkpoint, files.ids, files.options, folder, files.digests, keep, meter, files.group
     ).run()
 
 
@@ -181,11 +188,13 @@ def _quantize_layers(
         RunState(state.settings, state.source, stored, files.needed(len(done))).write(folder)
         files.remove_others(folder, len(done))
         if interrupted() and layer + 1 < files.layers:
+            files.group.told()
             raise InterruptedRunError(
                 f"interrupted after layer {layer + 1} of {files.layers}, which is kept",
                 where=str(folder),
                 remedy="Run the same command with --resume to continue.",
             )
+    files.group.told()  # that nothing is left to do
     return len(done) - before, time.perf_counter() - begun
 
 

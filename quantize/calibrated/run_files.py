@@ -21,9 +21,11 @@ from qmix.formats.files.shard_writer import ShardWriter
 from qmix.formats.names import ModelTensor
 from qmix.nn.embedding import embedding
 from qmix.planning import quantize_cost
-from qmix.quantize.calibrated import loss_gradients
+from qmix.processes.group import ALONE, Group
+from qmix.quantize.calibrated import expert_sum, loss_gradients
 from qmix.quantize.calibrated.activations import Activations
 from qmix.quantize.calibrated.array_memory import fitting_device
+from qmix.quantize.calibrated.expert_sum import ExpertSum, KeptApart, SummedAtOnce
 from qmix.quantize.calibrated.layer import LayerQuantizer
 from qmix.quantize.calibrated.layer_gradients import LayerGradients
 from qmix.quantize.calibrated.layer_work import LayerWork
@@ -46,6 +48,8 @@ class RunFiles:
     """Writes the shards of one run, layer by layer, into a folder.
 
     Attributes:
+        group: the processes that share each layer. The first one writes the shards; the others
+            call `help_with` when it calls `quantize_layer`.
         bytes_in: of the source's tensors. bytes_out: of the output's.
         token_bytes: of all arrays of tokens that exist at once.
         gradient_bytes: of the files of the backward pass, if there is one.
@@ -60,7 +64,9 @@ class RunFiles:
         recipe: Recipe,
         calibration: Calibration,
         options: CalibratedOptions,
+        group: Group = ALONE,
     ) -> None:
+        self.group = group
         self.checkpoint, self.outputs, self.recipe = checkpoint, outputs, recipe
         self.ids, self.options = calibration.ids, options
         self.width = checkpoint.config.hidden_size
@@ -71,12 +77,17 @@ class RunFiles:
         self.token_bytes = quantize_cost.token_bytes(
             checkpoint.config, self.ids.numel(), correct=options.layer.correct
         )
+        if group.size > 1 and options.layer.correct:  # see `KeptApart`
+            apart = checkpoint.config.num_experts_per_tok - 1
+            self.token_bytes += 4 * apart * self.ids.numel() * self.width
         self.gradient_bytes = 0
         if options.layer.objective == "loss":
             self.gradient_bytes = loss_gradients.disk_bytes(checkpoint, self.ids)
-        self.array_device = fitting_device(options.device, self.token_bytes)
-        on_device = self.array_device.type != "cpu"
-        self.in_memory = on_device or self.token_bytes <= options.activation_bytes
+        self.array_device, self.in_memory = torch.device("cpu"), False
+        if group.size == 1:
+            self.array_device = fitting_device(options.device, self.token_bytes)
+            on_device = self.array_device.type != "cpu"
+            self.in_memory = on_device or self.token_bytes <= options.activation_bytes
         self.digests: dict[str, str] = {}
 
     def work(self, layers: Sequence[int]) -> dict[str, float]:
@@ -152,11 +163,30 @@ class RunFiles:
         meter: WorkMeter,
     ) -> tuple[list[TensorResult], dict[str, Activations]]:
         """Round one layer, and put its shard and the tokens after it on the disk."""
-        quantizer, after = self._quantizer(folder, layer, tokens, meter)
-        rounded = quantizer.quantize()
+        planned = self.work([layer])
+        left = {kind: meter.left[kind] - planned[kind] for kind in planned}
+        after = self._arrays_after(folder, layer, shared=self.group.size > 1)
+        self.group.told(("layer", layer))
+        rounded = self._quantizer(folder, layer, tokens, after, meter, self.group).quantize()
+        meter.drop({kind: meter.left[kind] - left[kind] for kind in left})  # what others did
         results = self._write_shard(folder, layer + 1, self.layer_outputs(layer), iter(rounded))
         self._save(folder, layer, after)
         return results, after
+
+    def help_with(self, folder: Path, layer: int, meter: WorkMeter) -> None:
+        """Do this process's part of a layer that the first one quantizes."""
+        count = self.ids.numel()
+        before, after = (
+            {
+                name: Activations(count, self.width, folder / file(name), shared=True)
+                for name in self.streams
+            }
+            for file in (
+                lambda name: _tokens_name(name, layer),
+                lambda name: f"{_tokens_name(name, layer + 1)}.writing",
+            )
+        )
+        self._quantizer(folder, layer, before, after, meter, self.group).quantize()
 
     def pass_layer(
         self,
@@ -167,30 +197,47 @@ class RunFiles:
         meter: WorkMeter,
     ) -> dict[str, Activations]:
         """Put the tokens after a layer that was rounded to `weights` before on the disk."""
-        quantizer, after = self._quantizer(folder, layer, tokens, meter)
-        quantizer.run(weights)
+        after = self._arrays_after(folder, layer, shared=False)
+        self._quantizer(folder, layer, tokens, after, meter, ALONE).run(weights)
         self._save(folder, layer, after)
         return after
+
+    def _arrays_after(self, folder: Path, layer: int, *, shared: bool) -> dict[str, Activations]:
+        """Where the tokens after a layer will be."""
+        return {
+            stream: self._new_array(
+                folder / f"{_tokens_name(stream, layer + 1)}.writing", shared=shared
+            )
+            for stream in self.streams
+        }
 
     def _quantizer(
         self,
         folder: Path,
         layer: int,
         tokens: Mapping[str, Activations],
+        after: Mapping[str, Activations],
         meter: WorkMeter,
-    ) -> tuple[LayerQuantizer, dict[str, Activations]]:
-        """What rounds a layer, and where the tokens after it will be."""
-        after = {
-            stream: self._new_array(folder / f"{_tokens_name(stream, layer + 1)}.writing")
-            for stream in self.streams
-        }
+        group: Group,
+    ) -> LayerQuantizer:
+        """What rounds a layer."""
         streams = {name: TokenStream(tokens[name], after[name]) for name in self.streams}
-        scratch = self._new_array(folder / _SCRATCH) if "exact" in streams else None
-        quantizer = LayerQuantizer(
+        exact: tuple[TokenStream, ExpertSum] | None = None
+        if "exact" in streams:
+            at_once = group.size == 1
+            exact = (
+                streams["exact"],
+                (
+                    SummedAtOnce(self._new_array(folder / _SCRATCH))
+                    if at_once
+                    else KeptApart(folder, self.width)
+                ),
+            )
+        return LayerQuantizer(
             self.checkpoint,
             layer,
             streams["tokens"],
-            None if scratch is None else (streams["exact"], scratch),
+            exact,
             seqlen=self.ids.shape[1],
             recipe=self.recipe,
             options=self.options.layer,
@@ -198,8 +245,8 @@ class RunFiles:
             dtype=self.options.forward_dtype,
             meter=meter,
             gradients=self._gradients(folder, layer),
+            group=group,
         )
-        return quantizer, after
 
     def _gradients(self, folder: Path, layer: int) -> LayerGradients | None:
         """What the backward pass left of a layer; None unless that is the objective.
@@ -219,6 +266,7 @@ class RunFiles:
             name = _tokens_name(stream, layer + 1)
             self.digests[name] = array.save(folder / name)
         (folder / _SCRATCH).unlink(missing_ok=True)
+        expert_sum.remove_outputs(folder)
 
     def write_ends(self, folder: Path) -> tuple[list[TensorResult], list[TensorResult]]:
         """Write the shards before and after the layers, and the index."""
@@ -264,13 +312,14 @@ class RunFiles:
             names += [loss_gradients.moments_name(layer) for layer in range(self.layers)]
         return {name: self.digests[name] for name in names}
 
-    def _new_array(self, path: Path) -> Activations:
+    def _new_array(self, path: Path, *, shared: bool = False) -> Activations:
         path.unlink(missing_ok=True)
         return Activations(
             self.ids.numel(),
             self.width,
             None if self.in_memory else path,
             device=self.array_device,
+            shared=shared,
         )
 
     def _shard(self, tensor: ModelTensor) -> int:

@@ -4,7 +4,7 @@ Shape letters: T tokens, S window, D hidden width, n tokens of a batch. Knows no
 layer does with them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from qmix.quantize.calibrated.activations import Activations
 
 BATCH_TOKENS = 4096  # tokens that go through a layer at a time
+# Parts of the tokens at most, whose sums are added in order. One process sums the same parts as
+# several do, because floating-point sums depend on their order.
+_PARTS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +26,24 @@ class TokenStream:
     after: Activations
 
 
-def window_batches(
-    tokens: Activations, seqlen: int, device: torch.device
+def batches_of_windows(tokens: int, window: int, batch: int) -> list[range]:
+    """The rows of each batch of whole windows, of at most `batch` tokens, in order."""
+    step = max(1, batch // window) * window
+    return [range(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def summed_parts(batches: Sequence[range]) -> list[list[range]]:
+    """Consecutive batches that are summed together."""
+    step = -(-len(batches) // _PARTS)
+    return [list(batches[start : start + step]) for start in range(0, len(batches), step)]
+
+
+def read_batches(
+    tokens: Activations, batches: Sequence[range], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows [n, D]) of whole windows, in order."""
-    step = max(1, BATCH_TOKENS // seqlen) * seqlen
-    for start in range(0, tokens.tokens, step):
-        rows = tokens.read(start, min(start + step, tokens.tokens))
-        yield start, rows.to(device)
+    """(first row, rows [n, D]) of each batch."""
+    for batch in batches:
+        yield batch.start, tokens.read(batch.start, batch.stop).to(device)
 
 
 def token_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

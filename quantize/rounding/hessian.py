@@ -60,6 +60,15 @@ class Moments:
             if self.cross is not None and exact_rows is not None:
                 self.cross.addmm_(exact_rows.T, rows)
 
+    def merge(self, other: "Moments") -> None:
+        """Add the sums over other inputs of the same matrix."""
+        self.hessian += other.hessian
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+        self.tokens += other.tokens
+        self._weight_sum += other._weight_sum
+        self._square_sum += other._square_sum
+
     @property
     def samples(self) -> float:
         """The number of equally weighted inputs worth as much (Kish's effective sample size)."""

@@ -10,10 +10,12 @@ from qmix.evals.quality.evaluation import WholeText, score_all
 from qmix.evals.quality.texts import Text
 from qmix.evals.quality.token_scores import TokenScores
 from qmix.evals.quality.windows import ScoringWindows, whole_windows
-from qmix.evals.sharing import launch, process_group
+from qmix.evals.sharing import score_together as together
 from qmix.evals.sharing.batches import apart, batches, chosen, flat, joined
-from qmix.evals.sharing.process_group import score_together
 from qmix.evals.sharing.score_folder import ScoreFolder, run_name
+from qmix.evals.sharing.score_together import score_together
+from qmix.processes import group, launch
+from qmix.processes.group import ALONE
 from tests.support.process import qmix, qmix_apart
 
 WINDOWS = whole_windows(torch.arange(10 * 1024).reshape(10, 1024), "ten windows")
@@ -55,7 +57,7 @@ def test_what_a_folder_holds_is_not_computed_again(tmp_path):
 
     expected = told(WINDOWS)
     for counts in ([10], []):
-        found = score_together(WINDOWS, score, folder)
+        found = score_together(WINDOWS, score, folder, ALONE)
         assert (asked, [same(*pair) for pair in zip(found, expected, strict=True)]) == (
             counts,
             [True, True],
@@ -64,14 +66,14 @@ def test_what_a_folder_holds_is_not_computed_again(tmp_path):
     files = sorted(tmp_path.rglob("*.npz"))
     files[0].write_bytes(files[0].read_bytes()[:50])  # a damaged one counts as missing
     files[2].unlink()
-    assert same(score_together(WINDOWS, score, folder)[1], expected[1])
+    assert same(score_together(WINDOWS, score, folder, ALONE)[1], expected[1])
     assert asked == [6]
-    score_together(WINDOWS, score, ScoreFolder(tmp_path, "b run"))
+    score_together(WINDOWS, score, ScoreFolder(tmp_path, "b run"), ALONE)
     assert asked == [6, 10]
 
 
 def test_a_run_that_fails_keeps_what_it_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(process_group, "_KEPT_TOGETHER", 1)
+    monkeypatch.setattr(together, "_KEPT_TOGETHER", 1)
     folder = ScoreFolder(tmp_path, "a run")
 
     def score(windows, *, limit):
@@ -80,9 +82,9 @@ def test_a_run_that_fails_keeps_what_it_had(tmp_path, monkeypatch):
         return told(windows)
 
     with pytest.raises(QmixError, match="power"):
-        score_together(WINDOWS, partial(score, limit=8 * 1024), folder)
+        score_together(WINDOWS, partial(score, limit=8 * 1024), folder, ALONE)
     assert len(list(tmp_path.rglob("*.npz"))) == 2
-    assert same(score_together(WINDOWS, told, folder)[0], told(WINDOWS)[0])
+    assert same(score_together(WINDOWS, told, folder, ALONE)[0], told(WINDOWS)[0])
 
 
 def test_runs_differ_by_model_text_and_computation(tiny, tiny_nf4):
@@ -137,7 +139,7 @@ def test_the_command_goes_on_from_a_folder_and_says_what_is_missing(
     assert plain.stdout == kept.stdout == again.stdout
     assert len(list((tmp_path / "s").rglob("*.npz"))) == 1
     assert qmix(*command, "--needle", "1", "--processes", "2").returncode == 2
-    monkeypatch.setattr(process_group, "find_spec", lambda name: None)
+    monkeypatch.setattr(group, "find_spec", lambda name: None)
     refused = qmix(*command, "--processes", "2")
     assert refused.returncode == 3
     assert "pip install 'qmix-runtime[scale]'" in refused.stdout
