@@ -87,8 +87,7 @@ def quantize_calibrated(
         _hash_source(source, files, meter)
         state = read_state(folder, settings, source)
         done = files.finished(folder, state)
-        group.told(Start(folder, recipe, calibration))
-        _go_on(files, folder, state, meter)
+        _go_on(files, folder, state, meter, Start(folder, recipe, calibration))
         count, seconds = _quantize_layers(files, folder, state, done, interrupted, meter)
         with meter.doing("checksums", HASH, files.bytes_out):
             first, last = files.write_ends(folder)
@@ -150,8 +149,9 @@ def _hash_source(source: Source, files: RunFiles, meter: WorkMeter) -> None:
         source.hash_unread(lambda done, total: tell(done / total))
 
 
-def _go_on(files: RunFiles, folder: Path, state: RunState, meter: WorkMeter) -> None:
-    """Check what an earlier run left, and run what is left of the backward pass."""
+def _go_on(files: RunFiles, folder: Path, state: RunState, meter: WorkMeter, start: Start) -> None:
+    """Tell the others; check what an earlier run left, and end its backward pass."""
+    files.group.told(start)
     meter.drop(files.work(range(len(state.results))))
     repair(files, folder, state, meter)
     if files.options.layer.objective != "loss" or state.results:

@@ -175,17 +175,8 @@ class RunFiles:
 
     def help_with(self, folder: Path, layer: int, meter: WorkMeter) -> None:
         """Do this process's part of a layer that the first one quantizes."""
-        count = self.ids.numel()
-        before, after = (
-            {
-                name: Activations(count, self.width, folder / file(name), shared=True)
-                for name in self.streams
-            }
-            for file in (
-                lambda name: _tokens_name(name, layer),
-                lambda name: f"{_tokens_name(name, layer + 1)}.writing",
-            )
-        )
+        before = self._shared_arrays(folder, layer, "")
+        after = self._shared_arrays(folder, layer + 1, ".writing")
         self._quantizer(folder, layer, before, after, meter, self.group).quantize()
 
     def pass_layer(
@@ -201,6 +192,18 @@ class RunFiles:
         self._quantizer(folder, layer, tokens, after, meter, ALONE).run(weights)
         self._save(folder, layer, after)
         return after
+
+    def _shared_arrays(self, folder: Path, done: int, suffix: str) -> dict[str, Activations]:
+        """The tokens after `done` layers, in files that the first process made."""
+        return {
+            name: Activations(
+                self.ids.numel(),
+                self.width,
+                folder / f"{_tokens_name(name, done)}{suffix}",
+                shared=True,
+            )
+            for name in self.streams
+        }
 
     def _arrays_after(self, folder: Path, layer: int, *, shared: bool) -> dict[str, Activations]:
         """Where the tokens after a layer will be."""
