@@ -4,7 +4,6 @@ Heavy imports stay inside the functions.
 """
 
 import ipaddress
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +15,6 @@ from qmix.commands.api_key import VARIABLE, read_key
 from qmix.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from qmix.serving.http.prompt_log import PromptLog
     from qmix.serving.limits import Limits
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
@@ -108,30 +106,29 @@ def serve(
     source = _source(model, demo=demo, yes=yes)
     _check_extra()
     from qmix.commands.load_bar import load_bar
-    from qmix.models.auto import load as load_model
-    from qmix.serving.engine import Engine
     from qmix.serving.http import server
-    from qmix.serving.http.app import app
     from qmix.serving.http.guard import Access
-    from qmix.serving.http.served_model import ServedModel
+    from qmix.serving.http.service import Service, ServiceSettings
 
     limits = _limits(source, ctx, slots, queue)
-    prompts, kept = _prompt_log(log_prompts), reuse.prompts(source)
+    copies = int(reuse.prompt_cache is not None)  # of a text that is being written
+    settings = ServiceSettings(
+        source=source,
+        name=name or source.resolve().name,
+        template=template,
+        limits=limits,
+        load=partial(load.parse, limits.context, slots + copies),
+        prompts=partial(reuse.prompts, source),
+        speculate=reuse.speculate != "off",
+        access=Access(key, frozenset(map(str.lower, host_name or ()))),
+        deadline_s=timeout,
+        prompt_log=log_prompts,
+    )
     with server.listening(host, port) as listener:
         with load_bar(quiet=quiet) as bar:
-            copies = int(kept is not None)  # of a text that is being written
-            load_options = load.parse(limits.context, slots + copies)
-            loaded, tokenizer = load_model(source, load_options=load_options, progress=bar)
-        named, now = name or source.resolve().name, int(time.time())
-        served = ServedModel.of(
-            loaded, tokenizer, limits, name=named, created=now, template=template
-        )
-        speculate = reuse.speculate != "off"
-        engine = Engine(loaded, tokenizer, limits, speculate=speculate, prompts=kept)
-        access = Access(key, frozenset(map(str.lower, host_name or ())))
-        application = app(engine, served, access, deadline_s=timeout, prompts=prompts)
-        announce = partial(_announce, served.name, listener.getsockname(), limits, quiet=quiet)
-        server.serve(application, engine, listener, announce)
+            service = Service.begun(settings, bar)
+        announce = partial(_announce, settings.name, listener.getsockname(), limits, quiet=quiet)
+        server.serve(service.app, service.engine, listener, announce)
 
 
 def _source(model: Path | None, *, demo: bool, yes: bool) -> Path:
@@ -199,16 +196,6 @@ def _limits(source: Path, context: int | None, slots: int, queue: int) -> "Limit
 
     context = sources.checked_context(source, context, default=options.SERVED_CONTEXT)
     return Limits(context=context, slots=slots, waiting=queue)
-
-
-def _prompt_log(file: Path | None) -> "PromptLog | None":
-    """
-    Raises:
-        WriteError: it cannot be opened.
-    """
-    from qmix.serving.http.prompt_log import PromptLog
-
-    return None if file is None else PromptLog(file)
 
 
 def _announce(name: str, address: tuple[str, int], limits: "Limits", *, quiet: bool) -> None:

@@ -99,7 +99,7 @@ OWNERS: Mapping[str, set[str]] = {
     "starlette": {
         *("qmix.serving.http.app", "qmix.serving.http.body", "qmix.serving.http.errors"),
         *("qmix.serving.http.event_stream", "qmix.serving.http.flight", "qmix.serving.http.guard"),
-        "qmix.serving.http.server",
+        *("qmix.serving.http.server", "qmix.serving.http.service"),
     },
     "httpx": {"qmix.commands.chat.server"},
     "lm_eval": {

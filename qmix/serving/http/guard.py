@@ -95,10 +95,11 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        assert scope["type"] == "http"
-        try:
-            self._access.check(Headers(scope=scope), scope["path"])
-        except ApiError as error:
-            await error.response(scope["path"])(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            try:
+                self._access.check(Headers(scope=scope), scope["path"])
+            except ApiError as error:
+                await error.response(scope["path"])(scope, receive, send)
+                return
+        # Or the server's own start and end; there is no route for a WebSocket.
         await self._app(scope, receive, send)
