@@ -22,6 +22,10 @@ class Address:
     host: str = "127.0.0.1"
 
 
+class SilentEndError(EOFError):
+    """A caller cannot tell this end from that of a whole answer."""
+
+
 class HttpCall:
     """A connection that carries one request. Leaving it closes the connection, whatever came.
 
@@ -104,7 +108,8 @@ class HttpCall:
         """The documents of a stream, up to its [DONE].
 
         Raises:
-            EOFError: the stream ended without it.
+            OSError, EOFError: the connection was lost in the middle.
+            SilentEndError: the stream ended in order, but without it.
         """
         rest = b""
         async for part in self._chunks():
@@ -114,7 +119,7 @@ class HttpCall:
                     return
                 if event.startswith(b"data: "):
                     yield json.loads(event.removeprefix(b"data: "))
-        raise EOFError("a stream ended without [DONE]")
+        raise SilentEndError("a stream ended without [DONE]")
 
     async def _read_head(self) -> None:
         words = (await self._reader.readline()).split()
@@ -129,6 +134,10 @@ class HttpCall:
                 self.retry_s = float(value)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        while size := int(await self._reader.readline() or b"0", 16):
+        while line := await self._reader.readline():
+            size = int(line, 16)
+            if size == 0:
+                return
             yield await self._reader.readexactly(size)
             await self._reader.readexactly(2)
+        raise ConnectionResetError("the answer was cut off")

@@ -62,7 +62,7 @@ def batch(
     """
     config = sampling.parse(max_new_tokens)
     if ray is not None:
-        from qmix.serving.batch.ray_workers import check_extra
+        from qmix.serving.ray_cluster import check_extra
 
         check_extra()
     settings = _settings(

@@ -12,10 +12,12 @@ import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.commands.api_key import VARIABLE, read_key
+from qmix.commands.serve_ray import RAY, RayOptions, serve_ray
+from qmix.commands.service_settings import QUEUE, SLOTS, TIMEOUT_S, service_settings
 from qmix.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from qmix.serving.limits import Limits
+    from qmix.serving.http.service import ServiceSettings
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
 _NET, _WORK = "Network", "Requests"
@@ -82,11 +84,12 @@ def serve(
     host_name: HostName = None,
     name: Name = None,
     template: options.Template = None,
-    slots: options.Slots = 8,
+    slots: options.Slots = SLOTS,
     ctx: options.ServedContext = None,
-    queue: Queue = 64,
-    timeout: Timeout = 600.0,
+    queue: Queue = QUEUE,
+    timeout: Timeout = TIMEOUT_S,
     log_prompts: LogPrompts = None,
+    ray: RayOptions = RAY,
     quiet: options.Quiet = False,
     yes: options.Yes = False,
     reuse: options.Reuse = options.REUSE,
@@ -95,39 +98,44 @@ def serve(
     """Serve a model to programs that speak OpenAI's API.
 
     Requests run together, in slots. Only this machine can call, unless --host says otherwise; then
-    a key is needed. Ctrl-C or SIGTERM lets requests go on for 6 seconds and ends.
+    a key is needed. Ctrl-C or SIGTERM lets requests go on for 6 seconds and ends; with --ray, for
+    as long as they take.
 
     Examples:
       qmix serve mixtral-nf4
       qmix serve --demo --port 8080
       qmix serve mixtral-nf4 --host 0.0.0.0 --api-key-file key.txt
+      qmix serve mixtral-nf4 --ray --replicas 4
     """
+    replicas = ray.parse()
     key = _checked_key(host, api_key, api_key_file)
     source = _source(model, demo=demo, yes=yes)
     _check_extra()
     from qmix.commands.load_bar import load_bar
     from qmix.serving.http import server
     from qmix.serving.http.guard import Access
-    from qmix.serving.http.service import Service, ServiceSettings
+    from qmix.serving.http.service import Service
 
-    limits = _limits(source, ctx, slots, queue)
-    copies = int(reuse.prompt_cache is not None)  # of a text that is being written
-    settings = ServiceSettings(
-        source=source,
-        name=name or source.resolve().name,
+    settings = service_settings(
+        source,
+        Access(key, frozenset(map(str.lower, host_name or ()))),
+        name=name,
         template=template,
-        limits=limits,
-        load=partial(load.parse, limits.context, slots + copies),
-        prompts=partial(reuse.prompts, source),
-        speculate=reuse.speculate != "off",
-        access=Access(key, frozenset(map(str.lower, host_name or ()))),
-        deadline_s=timeout,
-        prompt_log=log_prompts,
+        ctx=ctx,
+        slots=slots,
+        queue=queue,
+        timeout=timeout,
+        log_prompts=log_prompts,
+        reuse=reuse,
+        load=load,
     )
+    if replicas is not None:
+        serve_ray(settings, replicas, host, port, device=load.device, quiet=quiet)
+        return
     with server.listening(host, port) as listener:
         with load_bar(quiet=quiet) as bar:
             service = Service.begun(settings, bar)
-        announce = partial(_announce, settings.name, listener.getsockname(), limits, quiet=quiet)
+        announce = partial(_announce, settings, listener.getsockname(), quiet=quiet)
         server.serve(service.app, service.engine, listener, announce)
 
 
@@ -187,23 +195,12 @@ def _check_extra() -> None:
         )
 
 
-def _limits(source: Path, context: int | None, slots: int, queue: int) -> "Limits":
-    """
-    Raises:
-        QmixError: see sources.checked_context.
-    """
-    from qmix.serving.limits import Limits
-
-    context = sources.checked_context(source, context, default=options.SERVED_CONTEXT)
-    return Limits(context=context, slots=slots, waiting=queue)
-
-
-def _announce(name: str, address: tuple[str, int], limits: "Limits", *, quiet: bool) -> None:
+def _announce(settings: "ServiceSettings", address: tuple[str, int], *, quiet: bool) -> None:
     """Say where the server is, unless nobody wants to know."""
     host, port = address[:2]
     shown = f"[{host}]" if ":" in host else host
     if not quiet:
         terminal.message(
-            f"serving {name} at http://{shown}:{port}/v1 · {limits.slots} slots of "
-            f"{limits.context:,} tokens · Ctrl-C ends it"
+            f"serving {settings.name} at http://{shown}:{port}/v1 · {settings.limits.slots} slots of "
+            f"{settings.limits.context:,} tokens · Ctrl-C ends it"
         )

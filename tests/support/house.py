@@ -86,7 +86,7 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.commands.bench", "qmix.commands.evaluate", "qmix.commands.generate"),
         *("qmix.commands.eval_sharing", "qmix.commands.processes"),
         "qmix.commands.plan",
-        "qmix.commands.serve",
+        *("qmix.commands.serve", "qmix.commands.serve_ray"),
         "qmix.commands.batch",
         *(
             "qmix.commands.doctor",
@@ -100,13 +100,18 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.serving.http.app", "qmix.serving.http.body", "qmix.serving.http.errors"),
         *("qmix.serving.http.event_stream", "qmix.serving.http.flight", "qmix.serving.http.guard"),
         *("qmix.serving.http.server", "qmix.serving.http.service"),
+        "qmix.serving.http.cluster.replica",
     },
     "httpx": {"qmix.commands.chat.server"},
     "lm_eval": {
         *("qmix.evals.harness.__main__", "qmix.evals.harness.language_model"),
         "qmix.evals.harness.task_run",
     },
-    "ray": {"qmix.serving.batch.ray_workers"},
+    "ray": {
+        *("qmix.serving.batch.ray_workers", "qmix.serving.ray_cluster"),
+        *("qmix.serving.http.cluster.application", "qmix.serving.http.cluster.foreground"),
+        "qmix.commands.ray_config",  # for type checking
+    },
     "accelerate": {"qmix.processes.group"},
     "llguidance": {"qmix.serving.grammar", "qmix.serving.grammar_worker"},
     "prometheus_client": {"qmix.serving.http.metrics"},

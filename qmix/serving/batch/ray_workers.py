@@ -5,10 +5,10 @@ Ray Data keeps the order and restarts workers. Knows no file of results.
 
 import logging
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
-from qmix.errors import QmixError, UnsupportedError
+from qmix.errors import QmixError
+from qmix.serving import ray_cluster
 from qmix.serving.batch.prompt_lines import PromptLine
 from qmix.serving.batch.worker import Worker, WorkerSettings
 
@@ -16,46 +16,33 @@ from qmix.serving.batch.worker import Worker, WorkerSettings
 _LINES = 16
 
 
-def check_extra() -> None:
-    """
-    Raises:
-        UnsupportedError: Ray is missing.
-    """
-    if find_spec("ray") is None:
-        raise UnsupportedError("--ray needs ray", remedy="Run: pip install 'qmix-runtime[ray]'")
-
-
 def answers_of_workers(
     lines: Iterable[PromptLine], settings: WorkerSettings, workers: int
 ) -> Iterator[dict[str, Any]]:
     """The result of each line, in order.
 
-    Joins the cluster that RAY_ADDRESS names, or else starts one on this machine. Each worker takes
-    a GPU where the cluster has any.
+    Each worker takes a GPU where the cluster has any; see ray_cluster for which cluster.
 
     Args:
         workers: models at a time; the cluster must have room for them.
+
+    Raises:
+        QmixError: there is no cluster, or its workers failed.
     """
     import ray
 
-    ray.init(
-        ignore_reinit_error=True,
-        log_to_driver=False,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-    )
+    ray_cluster.join()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"number": line.number, "data": line.data} for line in lines]
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
     answered = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _LINES)).map_batches(
         _Answering,
         fn_constructor_args=(settings,),
         batch_size=_LINES,
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_gpus=gpus,
+        num_gpus=int(ray_cluster.has_gpus()),
     )
     try:
         for row in answered.iter_rows():
