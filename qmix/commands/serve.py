@@ -111,10 +111,7 @@ def serve(
     key = _checked_key(host, api_key, api_key_file)
     source = _source(model, demo=demo, yes=yes)
     _check_extra()
-    from qmix.commands.load_bar import load_bar
-    from qmix.serving.http import server
     from qmix.serving.http.guard import Access
-    from qmix.serving.http.service import Service
 
     settings = service_settings(
         source,
@@ -131,7 +128,20 @@ def serve(
     )
     if replicas is not None:
         serve_ray(settings, replicas, host, port, device=load.device, quiet=quiet)
-        return
+    else:
+        _serve_here(settings, host, port, quiet=quiet)
+
+
+def _serve_here(settings: "ServiceSettings", host: str, port: int, *, quiet: bool) -> None:
+    """Serve in this process until a signal.
+
+    Raises:
+        QmixError: see Service.begun and server.serve.
+    """
+    from qmix.commands.load_bar import load_bar
+    from qmix.serving.http import server
+    from qmix.serving.http.service import Service
+
     with server.listening(host, port) as listener:
         with load_bar(quiet=quiet) as bar:
             service = Service.begun(settings, bar)
