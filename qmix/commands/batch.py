@@ -6,6 +6,7 @@ Heavy imports stay inside the functions.
 import itertools
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,7 @@ def _settings(
     Raises:
         QmixError: see sources.checked_context.
     """
+    from qmix.models.options import parse_dtype
     from qmix.serving.batch.worker import WorkerSettings
 
     context = sources.checked_context(source, context, default=options.SERVED_CONTEXT)
@@ -105,7 +107,8 @@ def _settings(
         template=template,
         slots=slots,
         context=context,
-        load=load.parse(context, slots),
+        dtype=parse_dtype(load.dtype),
+        load=partial(load.parse, context, slots),
     )
 
 

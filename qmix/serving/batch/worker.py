@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qmix.generation.config import GenerationConfig
 from qmix.models.auto import load
 from qmix.models.options import LoadOptions
@@ -28,6 +30,8 @@ class WorkerSettings:
         source: the checkpoint.
         config: how replies are chosen, where a line does not say.
         slots, context: see qmix.serving.limits.
+        dtype: of the model, where it is not the checkpoint's.
+        load: called where the worker is, whose devices it is about.
     """
 
     source: Path
@@ -35,12 +39,13 @@ class WorkerSettings:
     template: str | None
     slots: int
     context: int
-    load: LoadOptions
+    dtype: torch.dtype | None
+    load: Callable[[], LoadOptions]
 
     @property
     def said(self) -> str:
         """What decides a result, besides the line."""
-        named = (self.source.name, self.config, self.template, self.context, self.load.dtype)
+        named = (self.source.name, self.config, self.template, self.context, self.dtype)
         return repr(named)
 
 
@@ -55,7 +60,7 @@ class Worker:
             QmixError: the model cannot be loaded.
         """
         self._said = settings.said
-        model, tokenizer = load(settings.source, load_options=settings.load, progress=progress)
+        model, tokenizer = load(settings.source, load_options=settings.load(), progress=progress)
         limits = Limits(
             context=settings.context, slots=settings.slots, waiting=ahead(settings.slots)
         )
