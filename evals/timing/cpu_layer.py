@@ -190,23 +190,18 @@ def time_layer(
         layers: three layers of one format.
     """
     context = ForwardContext.without_past(config, tokens, _CPU, torch.bfloat16)
-    nbytes = _bytes_of_token(layers[0])
+    nbytes = bytes_of_token(layers[0])
     fractions: list[float] = []
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
-
-    def forward(x: Tensor, stack: Sequence[DecoderLayer]) -> None:
-        if isinstance(decode_tokens(map(compiled_whole, stack), x, context), WhyNot):
-            for layer in stack:
-                x, _ = layer(x, context)
 
     with torch.no_grad():
         for turn in range(_LAYER_TURNS.get(tokens, 5) + 1):
             x = torch.randn(1, tokens, config.hidden_size).bfloat16()
             time.sleep(_PAUSE)
             read = reads.rate() if tokens == 1 and not turn % 3 else None
-            one = seconds(partial(forward, x, layers[:1]), _CPU)
-            three = seconds(partial(forward, x, layers), _CPU)
+            one = seconds(partial(forward_layers, layers[:1], x, context), _CPU)
+            three = seconds(partial(forward_layers, layers, x, context), _CPU)
             time.sleep(_PAUSE)
             peer_times = peer.seconds(tokens)
             if turn:
@@ -231,7 +226,14 @@ def time_layer(
     ]
 
 
-def _bytes_of_token(layer: DecoderLayer) -> int:
+def forward_layers(layers: Sequence[DecoderLayer], x: Tensor, context: ForwardContext) -> None:
+    """x [1, T, D] through layers as a model takes it: a token in one call, if that may be."""
+    if isinstance(decode_tokens(map(compiled_whole, layers), x, context), WhyNot):
+        for layer in layers:
+            x, _ = layer(x, context)
+
+
+def bytes_of_token(layer: DecoderLayer) -> int:
     """The bytes of weights that one token reads in a layer."""
     attention: int = sum(
         module.stored.nbytes for module in layer.self_attn.modules() if isinstance(module, Linear)

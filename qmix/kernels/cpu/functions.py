@@ -55,12 +55,14 @@ class Functions:
         isa: the instruction set that they are compiled for, one of ISAS.
         fork: the entry to torch's threads; None starts threads for every call.
         process: the process whose threads those are.
+        threads: how many a call is split for; None: torch's number.
     """
 
     library: ctypes.CDLL
     isa: str
     fork: int | None
     process: int = field(default_factory=os.getpid)
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name, arguments in _ARGUMENTS.items():
@@ -74,7 +76,7 @@ class Functions:
         """
         failed = self._function(name)(
             *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments),
-            torch.get_num_threads(),
+            torch.get_num_threads() if self.threads is None else self.threads,
             self.fork if os.getpid() == self.process else None,  # a forked child has no threads
         )
         if failed:
