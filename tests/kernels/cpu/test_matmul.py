@@ -128,14 +128,15 @@ def test_threads_and_repetition_change_no_bit(isa):
     weights = [
         random_nf4(2099, 512, nested=True),
         random_int4(2099, 512, 4, zeros=True),
+        random_int4(1050, 1024, 8),  # sixteen threads take smaller tiles of it
     ]  # threaded
     try:
         for weight in weights:
             for count in (1, 4, 33):
-                x = torch.randn(count, 512, generator=seeded())
+                x = torch.randn(count, weight.shape[1], generator=seeded())
                 for rows in (x, x.bfloat16()):
                     outs = []
-                    for threads in (1, 2, 3, 2):
+                    for threads in (1, 2, 3, 5, 16, 2):
                         torch.set_num_threads(threads)
                         outs.append(kernels.linear(rows, weight))
                     assert all(torch.equal(out, outs[0]) for out in outs)
