@@ -67,8 +67,8 @@ def predictions(
 def _rows(tokens: int, found: Sequence[Prediction]) -> list[tuple[str, ...]]:
     rows = []
     for each in found:
-        parts = (each.work, each.idle, each.counter, each.memory)
-        parts = (*parts, each.forks, each.serial, each.outside)
+        regions = (each.work, each.idle, each.counter, each.memory, each.forks)
+        parts = (*regions, each.serial, each.outside)
         faster = found[0].seconds * found[0].threads / each.seconds
         rows.append(
             (
