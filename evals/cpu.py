@@ -17,17 +17,17 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from qmix import instruction_sets, strict_json
+from qmix import instruction_sets
 from qmix.config import MixtralConfig
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, say
+from qmix.evals.command import command_line, exit_code, publish, say
 from qmix.evals.timing.cpu_layer import CpuTiming, PlainRead, time_experts, time_layer
 from qmix.evals.timing.llama import LlamaPeer, start_llama
 from qmix.evals.timing.random_layer import FORMATS, random_layer
@@ -135,7 +135,7 @@ def measure_cpu(
             versions.update(peer.versions)
             timings += _beside_llama(config, beside, tokens, peer, reads, progress)
     return CpuReport(
-        command=" ".join(("python -m qmix.evals.cpu", *sys.argv[1:])),
+        command=command_line("cpu"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=machine.processor(),
         threads=torch.get_num_threads(),
@@ -213,9 +213,7 @@ def _print(options: argparse.Namespace) -> None:
         parts=options.part or PARTS,
         progress=say,
     )
-    sys.stdout.write(str(report))
-    if options.json:
-        strict_json.write(options.json, asdict(report), indent=1)
+    publish(report, options.json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from qmix import kernels, strict_json
+from qmix import kernels
 from qmix.config import MixtralConfig
 from qmix.errors import ResourceError
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, say
+from qmix.evals.command import command_line, exit_code, publish, say
 from qmix.evals.timing import stored_experts
 from qmix.evals.timing.bandwidth import seconds
 from qmix.evals.timing.stored_experts import LAYOUTS, Stored, write_experts
@@ -134,7 +134,7 @@ def measure_layouts(
         with tempfile.TemporaryDirectory() as scratch:
             timings.append(_measure(name, _reader(Path(scratch), stored, config), nf4))
     return LayoutReport(
-        command=" ".join(("python -m qmix.evals.layouts", *sys.argv[1:])),
+        command=command_line("layouts"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=machine.processor(),
         threads=torch.get_num_threads(),
@@ -216,9 +216,7 @@ def _token_times(experts: Sequence[Expert], nf4: Sequence[Expert]) -> tuple[floa
 
 def _print(note: str, record: Path | None) -> None:
     report = measure_layouts(stored_experts.shape(), note=note, progress=say)
-    sys.stdout.write(str(report))
-    if record:
-        strict_json.write(record, asdict(report), indent=1)
+    publish(report, record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 
-from qmix import strict_json
 from qmix.errors import QualityError
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, say
+from qmix.evals.command import command_line, exit_code, publish, say
 from qmix.evals.serving.load import Outcome, put_load
 from qmix.evals.serving.questions import Reply, right_replies
 from qmix.evals.serving.server_process import Held, ServerProcess, qmix_server
@@ -134,7 +133,7 @@ def measure_load(
         new_tokens = server.metrics()["qmix_new_tokens_total"] - made_before
         code, stop_s = server.stop()
     return LoadRecord(
-        command=" ".join(("python -m qmix.evals.serve_load", *sys.argv[1:])),
+        command=command_line("serve_load"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=machine.processor(),
         versions={"torch": torch.__version__, "python": platform.python_version()},
@@ -188,9 +187,7 @@ def _print(model: Path | None, options: argparse.Namespace) -> None:
         seed=options.seed,
         dtype=options.dtype,
     )
-    sys.stdout.write(str(record))
-    if options.json:
-        strict_json.write(options.json, asdict(record), indent=1)
+    publish(record, options.json)
     problems = [*record.wrong, *record.leaks]
     if record.exit_code:
         problems.append(f"exit code {record.exit_code}")

@@ -15,17 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from qmix import strict_json
 from qmix.errors import QualityError
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, numbers, say
+from qmix.evals.command import command_line, exit_code, numbers, publish, say
 from qmix.evals.serving.http_call import Address, HttpCall
 from qmix.evals.serving.questions import COMPLETIONS
 from qmix.evals.serving.server_process import llama_server, qmix_server
@@ -126,7 +125,7 @@ def measure_peer(
                 if turn:
                     found[count, server].append(measured)
     return PeerRecord(
-        command=" ".join(("python -m qmix.evals.serve_peer", *sys.argv[1:])),
+        command=command_line("serve_peer"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=machine.processor(),
         threads=threads,
@@ -214,9 +213,7 @@ def _print(options: argparse.Namespace) -> None:
         turns=options.turns,
         new=options.new,
     )
-    sys.stdout.write(str(record))
-    if options.json:
-        strict_json.write(options.json, asdict(record), indent=1)
+    publish(record, options.json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,16 +11,15 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from qmix import strict_json
 from qmix.errors import QualityError
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, numbers, say
+from qmix.evals.command import command_line, exit_code, numbers, publish, say
 from qmix.evals.training import tiny_model
 from qmix.generation.config import GenerationConfig
 from qmix.hub.local import shown_name
@@ -166,7 +165,7 @@ def measure_slots(
             elif loaded.store is None:
                 experts[count] = _experts_a_step(loaded, run.ids)
     return SlotsRecord(
-        command=" ".join(("python -m qmix.evals.serve_slots", *sys.argv[1:])),
+        command=command_line("serve_slots"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=machine.processor(),
         device=str(loaded.device),
@@ -201,9 +200,7 @@ def _print(options: argparse.Namespace) -> None:
         new=options.new,
         ram=options.ram,
     )
-    sys.stdout.write(str(record))
-    if options.json:
-        strict_json.write(options.json, asdict(record), indent=1)
+    publish(record, options.json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from qmix import MixtralForCausalLM
 from qmix.evals import accuracy, corpus
 from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
 from qmix.evals.quality.scores import (
@@ -19,22 +20,38 @@ from qmix.evals.quality.scores import (
 )
 from qmix.evals.quality.variants import FULL, PARTS, PLAIN, ablations, with_part_of
 from qmix.evals.quality.window_scores import WindowScore
+from qmix.evals.training import tiny_model
+from tests.support.models import TINY, quantized
 
 WORDS = "Return a list of the names in the current scope. "
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """The first layer of the tiny model, as a model."""
+    folder = tmp_path_factory.mktemp("accuracy") / "one-layer"
+    model = MixtralForCausalLM.from_pretrained(TINY)
+    model.model.layers = model.model.layers[:1]
+    model.config = model.config.replace(num_hidden_layers=1)
+    model.save_pretrained(folder)
+    shutil.copy(TINY / "tokenizer.model", folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def little_text(monkeypatch):
+def little(monkeypatch, one_layer):
+    monkeypatch.setattr(tiny_model, "directory", lambda: one_layer)
     monkeypatch.setattr(corpus, "training_text", lambda: WORDS * 40)
     monkeypatch.setattr(corpus, "heldout_text", lambda: "Delete the names of that scope. " * 20)
 
 
 @pytest.fixture
-def rivals(tmp_path, tiny_nf4):
+def rivals(tmp_path, one_layer):
     """Two checkpoints, a folder that is none, and a file."""
     parent = tmp_path / "rivals"
-    for name in ("b", "a"):
-        shutil.copytree(tiny_nf4, parent / name)
+    parent.mkdir()
+    quantized(one_layer, parent / "b")
+    shutil.copytree(parent / "b", parent / "a")
     (parent / "logs").mkdir()
     (parent / "train.txt").write_text("text")
     return parent
@@ -96,7 +113,7 @@ def test_the_table_has_a_row_for_each_and_the_record_says_on_what(capsys, tmp_pa
     assert record["text"]["sha256"] in captured.out
     assert [one["name"] for one in record["scores"]] == ["rtn-g32", "gptq-g128"]
     assert all(0 < one["kl_mean"] < 1 for one in record["scores"])
-    assert record["scores"][1]["schemes"] == {"int4 g128": 84}
+    assert record["scores"][1]["schemes"] == {"int4 g128": 28}
     printed = [cells(row)[2] for row in rows]
     assert [f"{one['perplexity']:.4f}" for one in record["scores"]] == printed[1:]
     assert f"{record['text']['bf16_perplexity']:.4f}" == printed[0]
