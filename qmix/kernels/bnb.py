@@ -6,7 +6,6 @@ and happens with the first question. Shape letters: see qmix.kernels.
 
 from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,11 +40,6 @@ def package() -> Any:
             remedy="Run: pip install bitsandbytes",
         ) from None
     return bitsandbytes
-
-
-def is_installed() -> bool:
-    """Whether the package is there; it is not imported."""
-    return find_spec("bitsandbytes") is not None
 
 
 def why_not(

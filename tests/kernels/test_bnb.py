@@ -15,14 +15,11 @@ from qmix.weights.expert import Expert
 from qmix.weights.nf4 import quantize
 from qmix.weights.scheme import Scheme
 from qmix.weights.table import Table
+from tests.support.oracles import needs_bitsandbytes
 from tests.support.packed import int4
 
 CPU = torch.device("cpu")
 NF4, FP4, INT4 = (Scheme(kind=kind) for kind in ("nf4", "fp4", "int4"))
-
-installed = pytest.mark.skipif(
-    not bnb.is_installed(), reason="bitsandbytes is not installed: pip install bitsandbytes"
-)
 
 
 def drawn(kind="nf4", shape=(130, 192), nested=True, block=64):
@@ -33,7 +30,7 @@ def drawn(kind="nf4", shape=(130, 192), nested=True, block=64):
     return weight_of(Scheme(kind=kind, block_size=block), shape, Draw(CPU))
 
 
-@installed
+@needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,7 +47,7 @@ def test_its_products_are_those_of_the_dequantized_weight(kind, nested, dtype):
         assert (out.float() - oracle).abs().max() <= bound * oracle.abs().max()
 
 
-@installed
+@needs_bitsandbytes
 def test_it_is_the_package_that_multiplies(monkeypatch):
     weight, x = drawn(), torch.ones(2, 192)
     assert bnb.takes(weight)
@@ -59,7 +56,7 @@ def test_it_is_the_package_that_multiplies(monkeypatch):
         assert kernels.linear(x, weight) == "the package's"
 
 
-@installed
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     ("weight", "why"),
     [
@@ -81,7 +78,7 @@ def test_torch_multiplies_what_it_does_not_take(weight, why):
     assert (out - oracle).abs().max() <= 1e-5 * oracle.abs().max()
 
 
-@installed
+@needs_bitsandbytes
 def test_its_products_have_gradients():
     weight = drawn()
     x = Draw(CPU).normal(3, 192).requires_grad_()
@@ -91,7 +88,7 @@ def test_its_products_have_gradients():
     assert torch.allclose(x.grad, wanted.expand(3, -1), atol=5e-3)  # its weights are bfloat16
 
 
-@installed
+@needs_bitsandbytes
 def test_experts_go_through_it(monkeypatch):
     experts = [Expert(*(drawn(shape=(64, 64)) for _ in range(3))) for _ in range(4)]
     draw = Draw(CPU)
@@ -104,13 +101,13 @@ def test_experts_go_through_it(monkeypatch):
     assert torch.allclose(out, oracle, atol=1e-5)
 
 
-@installed
+@needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_is_tried_on_small_matrices_first(dtype):
     assert bnb.why_not(CPU, dtype, (NF4, FP4, INT4)) is None
 
 
-@installed
+@needs_bitsandbytes
 def test_wrong_results_are_a_reason(monkeypatch):
     bnb._failure.cache_clear()
     monkeypatch.setattr(trial, "BOUND", 0.0)
@@ -119,7 +116,7 @@ def test_wrong_results_are_a_reason(monkeypatch):
     assert "wrong results: matmul of 1 tokens and nf4" in said
 
 
-@installed
+@needs_bitsandbytes
 def test_a_failure_is_a_reason(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no kernel for this card\nand more")
@@ -152,9 +149,8 @@ def test_a_missing_package_is_a_reason(monkeypatch):
     assert "pip install bitsandbytes" in str(error)
 
 
+@needs_bitsandbytes
 def test_descriptions_live_as_long_as_their_weights():
-    if not bnb.is_installed():
-        pytest.skip("bitsandbytes is not installed")
     before = len(bnb._states._made)
     weight = drawn()
     assert isinstance(weight, Table)

@@ -11,13 +11,10 @@ from qmix.kernels.backend import VARIABLE
 from qmix.kernels.cpu import matmul
 from qmix.weights.scheme import Scheme
 from tests.support.models import quantized, write_dense
+from tests.support.oracles import needs_bitsandbytes
 from tests.support.process import qmix as command
 
 PROMPT = "the model reads a text and"
-
-needs_bitsandbytes = pytest.mark.skipif(
-    not bnb.is_installed(), reason="bitsandbytes is not installed: pip install bitsandbytes"
-)
 
 
 def loaded(folder, backend, **options):

@@ -1,9 +1,15 @@
 """Other packages whose bytes and values are ours: bitsandbytes, without compiling."""
 
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
 import torch
+
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: pip install bitsandbytes",
+)
 
 
 def _uncompiled(function=None, **_):

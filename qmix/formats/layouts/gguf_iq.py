@@ -31,7 +31,6 @@ _QUARTERS = (_CODES + 0.5) / 4
 _HALVES = (_CODES + 0.5) / 2
 _ODD = 2 * _CODES + 1
 _ODD_EIGHTHS = _ODD / 8
-_NEGATIVE = 8  # what the sign adds to a code
 _DELTA_BELOW = 3  # what an offset of -1/8 instead of 1/8 adds to a code of IQ1
 _SIGN_BITS = (np.arange(256, dtype=np.uint32)[:, None] >> np.arange(8, dtype=np.uint32)) & 1
 # Of a byte of signs: the signs of eight codes, four bits each.
