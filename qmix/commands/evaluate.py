@@ -60,7 +60,6 @@ class Scored(options.Group):
             rich_help_panel=_OTHERS,
         ),
     ] = None
-
     tasks: Annotated[
         list[Path] | None,
         typer.Option(

@@ -5,9 +5,9 @@ Heavy imports stay inside the functions.
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from qmix import GenerationConfig, LlamaTokenizer
     from qmix.generation.draft_counts import DraftCounts
     from qmix.generation.loop import Token
-
-# What neither the command line nor the checkpoint's generation_config.json says.
-_GENERATE: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
 
 NewTokens = Annotated[
     int | None,
@@ -69,6 +66,7 @@ def generate(
 
     import qmix
     from qmix.commands.load_bar import load_bar
+    from qmix.generation.config import CONTINUATION
     from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
 
@@ -76,7 +74,7 @@ def generate(
     text = _stdin() if prompt == "-" else prompt
     with load_bar(quiet=quiet) as bar:
         model, tokenizer = qmix.load(directory, load_options=load_options, progress=bar)
-    config = config.filled_from(model.generation_config).filled_from(_defaults(_GENERATE))
+    config = config.filled_from(model.generation_config).filled_from(CONTINUATION)
     chat = chat or template is not None
     ids, ends = _asked(tokenizer, text, template) if chat else (tokenizer.encode(text), ())
     config = reuse.drafting(config.with_ends(ends), model)
@@ -154,12 +152,6 @@ def _stdin() -> str:
     """The text on stdin without the newline that `echo` ends it with."""
     terminal.decode_utf8(sys.stdin)
     return sys.stdin.read().removesuffix("\n")
-
-
-def _defaults(values: Mapping[str, Any]) -> "GenerationConfig":
-    from qmix import GenerationConfig
-
-    return GenerationConfig(**values).attributed("qmix")
 
 
 def _asked(

@@ -391,3 +391,7 @@ def _is_word(word: object) -> bool:
 
 def _is_id(index: object, least: int = 0) -> bool:
     return type(index) is int and least <= index <= _MAX_ID
+
+
+# How `qmix generate` and `qmix batch` go on where neither user nor checkpoint says.
+CONTINUATION = GenerationConfig(do_sample=False, top_k=0, max_new_tokens=256).attributed("qmix")

@@ -57,14 +57,9 @@ class StepTrials:
         rounds: Rounds = _ROUNDS,
         record: bool = True,
     ) -> None:
-        self._model, self._head, self._clock, self._record = (
-            _first_layers(model),
-            head,
-            clock,
-            record,
-        )
+        self._model, self._head = _first_layers(model), head
+        self._clock, self._rounds, self._record = clock, rounds, record
         weight = model.norm.weight
-        self._rounds = rounds
         self._depth = min(_DEPTH, model.config.max_position_embeddings - rounds.steps)
         self._cache = KVCache(
             self._model.config.replace(num_hidden_layers=len(self._model.layers)),

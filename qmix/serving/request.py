@@ -181,7 +181,7 @@ class Ticket:
         self._cancelled.set()
 
     @property
-    def left(self) -> Finish | None:
+    def early_finish(self) -> Finish | None:
         """How it ends without having come to its end: its caller left, or its deadline passed."""
         limit = self.request.deadline_s
         if self._cancelled.is_set():

@@ -183,13 +183,13 @@ class Scheduler:
 
     def _drop_ended(self) -> None:
         for ticket in list(self._waiting):
-            finish = ticket.left
+            finish = ticket.early_finish
             if finish is not None:
                 self._waiting.remove(ticket)
                 self._end_waiting(ticket, finish)
         for slot in list(self._admitted):
             assert slot.running is not None
-            finish = slot.running.ticket.left
+            finish = slot.running.ticket.early_finish
             if finish is not None:
                 self._end(slot, finish)
 

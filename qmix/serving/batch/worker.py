@@ -3,23 +3,20 @@
 Knows no file of results.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qmix.generation.config import GenerationConfig
+from qmix.generation.config import CONTINUATION, GenerationConfig
 from qmix.models.auto import load
 from qmix.models.options import LoadOptions
 from qmix.serving.batch.answering import ahead, answers
 from qmix.serving.batch.prompt_lines import Asking, PromptLine
 from qmix.serving.engine import Engine
 from qmix.serving.limits import Limits
-
-# What neither the command line nor generation_config.json says: as `qmix generate`.
-_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "top_k": 0, "max_new_tokens": 256}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +61,7 @@ class Worker:
         limits = Limits(
             context=settings.context, slots=settings.slots, waiting=ahead(settings.slots)
         )
-        defaults = GenerationConfig(**_DEFAULTS).attributed("qmix")
-        config = settings.config.filled_from(model.generation_config).filled_from(defaults)
+        config = settings.config.filled_from(model.generation_config).filled_from(CONTINUATION)
         self._asking = Asking(tokenizer, config, settings.template)
         self._engine = Engine(model, tokenizer, limits)
 
