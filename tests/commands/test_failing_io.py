@@ -66,7 +66,7 @@ def swept(shim, root, command, number, points, counted, kinds, seed=SEED):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "name", "soak"), gate_and_soak(FAILING[::30], FAILING))
+@pytest.mark.parametrize(("command", "name", "soak"), gate_and_soak(FAILING[::45], FAILING))
 def test_a_disk_that_fails_at_any_call_is_said_and_the_next_run_is_whole(
     shim, tmp_path, counted, command, name, soak
 ):
@@ -78,7 +78,7 @@ def test_a_disk_that_fails_at_any_call_is_said_and_the_next_run_is_whole(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "name", "part", "soak"), gate_and_soak(KILLED[: len(WRITERS) : 3], KILLED)
+    ("command", "name", "part", "soak"), gate_and_soak(KILLED[: len(WRITERS) : 4], KILLED)
 )
 def test_a_run_killed_at_any_call_is_made_whole_by_the_next(
     shim, tmp_path, counted, command, name, part, soak

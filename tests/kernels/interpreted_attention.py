@@ -117,9 +117,9 @@ def test_padding(length, window, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 2])
-def test_mixtrals_heads(queries, dtype):
-    q = drawn(1, 32, queries, 128, dtype=dtype)
-    k, v = drawn(1, 8, 67, 128, seed=2, dtype=dtype), drawn(1, 8, 67, 128, seed=3, dtype=dtype)
+def test_two_groups_of_mixtrals_heads(queries, dtype):
+    q = drawn(1, 8, queries, 128, dtype=dtype)
+    k, v = drawn(1, 2, 67, 128, seed=2, dtype=dtype), drawn(1, 2, 67, 128, seed=3, dtype=dtype)
     out = gpu.attend(q, k, v, window=None, padding_mask=None)
     assert error(out, oracle(q, k, v, None, None)) <= bound(dtype)
 
@@ -388,7 +388,7 @@ def test_rotate_store_writes_what_a_cache_holds(window, dtype):
     keys, values = torch.full((2, 2, 2, slots, 16), float("nan"), dtype=dtype, device=DEVICE)
     table = kernels.rotary(torch.arange(24, device=DEVICE)[None], 16, 1e4, dtype)
     starts = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)
-    for new in (4, 1, 1, 1, 9, 1, 1):
+    for new in (4, 1, 7, 1):
         length = cache.length
         splits = 1 + new % 3
         partials = drawn(splits, 2 * new, 8 * 16, seed=length)
@@ -433,7 +433,7 @@ def test_a_model_says_the_same_tokens(window, monkeypatch):
     mask[1, :2] = 0
 
     def greedy():
-        return model.generate(prompt, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        return model.generate(prompt, attention_mask=mask, max_new_tokens=2, do_sample=False)
 
     def logits():
         return model(input_ids=prompt, attention_mask=mask).logits
@@ -452,4 +452,4 @@ def test_a_model_says_the_same_tokens(window, monkeypatch):
         monkeypatch.setattr(kernels, "attend", attend)
         assert torch.equal(greedy(), expected)
         assert error(logits(), expected_logits) <= ORDER_BOUND
-    assert calls == [7] + 3 * [1] + [7]
+    assert calls == [7, 1, 7]

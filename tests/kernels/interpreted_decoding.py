@@ -100,7 +100,7 @@ PROMPT = torch.tensor([[3, 17, 90, 41, 8], [5, 9, 11, 77, 21]])
 @pytest.mark.parametrize(("window", "norms"), [(4, False), (None, True)])
 def test_a_cache_in_8_bits_is_written_and_read_by_the_step(window, norms):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
-    model = packed_model(nf4, sliding_window=window, **heads)
+    model = packed_model(nf4, sliding_window=window, num_hidden_layers=1, **heads)
     model.model.kv = "int8"
     expected = reference_steps(model, PROMPT.to(DEVICE), None, 3)
     cache = prefilled(model, PROMPT.to(DEVICE), None)
@@ -187,7 +187,7 @@ def reference_use(model, ids):
         return decoded.expert_use(model.config.num_experts_per_tok)[:, -1]
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", one_in(2, [4, None]))
 def test_rows_of_a_slab_are_decoded_together_as_each_alone(monkeypatch, window):
     """Rows join, leave and change places; the logits come in the order of the call."""
     monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
@@ -247,7 +247,8 @@ def test_a_step_is_repeatable_and_can_go_back():
     one_in(3, [{"do_sample": True, "top_k": 5, "seed": 3}, {}, {"repetition_penalty": 1.2}]),
     ids=str,
 )
-def test_generate_takes_the_step(monkeypatch, options):
+@pytest.mark.parametrize("padded", one_in(2, [True, False]))
+def test_generate_takes_the_step(monkeypatch, options, padded):
     """Through the loop, with a cache that grows on the way: the reference's tokens.
 
     With the choice inside the step, or, where it needs the whole context, after it.
@@ -260,19 +261,17 @@ def test_generate_takes_the_step(monkeypatch, options):
     )
     if INTERPRETED:
         monkeypatch.setattr("qmix.generation.static_decoders._on_gpu", lambda weight: True)
-    attention_mask = torch.ones_like(PROMPT)
-    attention_mask[0, :1] = 0
-    for mask in (None, attention_mask.to(DEVICE)):
-        config = GenerationConfig(max_new_tokens=3, **options)
-        inputs = GenerationInputs(PROMPT.to(DEVICE), config, attention_mask=mask)
-        with torch.no_grad():
-            with kernels.override("reference"):
-                expected = generate(model, inputs)
-            assert not taken
-            found = generate(model, replace(inputs, cache=model.new_cache(2, 6)))
-        assert torch.equal(found, expected)
-        assert len(taken) == 2
-        taken.clear()
+    mask = torch.ones_like(PROMPT)
+    mask[0, :1] = int(not padded)
+    config = GenerationConfig(max_new_tokens=3, **options)
+    inputs = GenerationInputs(PROMPT.to(DEVICE), config, attention_mask=mask.to(DEVICE))
+    with torch.no_grad():
+        with kernels.override("reference"):
+            expected = generate(model, inputs)
+        assert not taken
+        found = generate(model, replace(inputs, cache=model.new_cache(2, 6)))
+    assert torch.equal(found, expected)
+    assert len(taken) == 2
 
 
 def test_a_model_that_is_not_packed_is_left_alone(monkeypatch):

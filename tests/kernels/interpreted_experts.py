@@ -189,7 +189,7 @@ def test_experts_of_several_forms(how, tokens):
 
 @pytest.mark.diagonal
 @pytest.mark.parametrize("how", ["all to one", "none to some", "the same twice"])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33])
+@pytest.mark.parametrize("tokens", [1, 16, 17])
 def test_routing(how, tokens):
     experts, table = experts_of(nf4, 4, 128, 64)
     x, chosen = drawn(tokens, 128), routes(tokens, 4, 2, how)

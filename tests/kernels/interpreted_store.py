@@ -33,7 +33,7 @@ def on_the_cpu_too(monkeypatch):
 def directory(tmp_path_factory):
     root = tmp_path_factory.mktemp("store")
     widths = {"hidden_size": 128, "intermediate_size": 64, "num_local_experts": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
     model = small_model(**widths, **heads, num_hidden_layers=2)
     model.half().save_pretrained(root / "dense")
     return quantized(root / "dense", root / "nf4")

@@ -188,23 +188,28 @@ def test_the_committed_trace_is_what_the_tiny_model_chooses(tmp_path):
     assert sum(same) >= 0.98 * len(same)
 
 
-@pytest.mark.parametrize("name", ["heat", "lru", "lfu"])
-def test_a_replay_predicts_what_the_store_counts(tmp_path, name):
-    """The disk tier decodes; the trace of the same tokens through the same policy hits as often."""
-    whole = MixtralForCausalLM.from_pretrained(TINY)
+NEW = 110
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    """The ids of a prompt, and the trace of NEW tokens that the tiny model writes after it."""
+    model = MixtralForCausalLM.from_pretrained(TINY)
     tokenizer = LlamaTokenizer.from_pretrained(TINY)
-    prompt, slots, new = (ROOT / "LICENSE").read_text()[:400], 11, 150
-    record.record_trace(
-        whole, tokenizer, tmp_path / "t", name="tiny", max_new_tokens=new, prompt=prompt
-    )
+    path, prompt = tmp_path_factory.mktemp("trace") / "t", (ROOT / "LICENSE").read_text()[:400]
+    record.record_trace(model, tokenizer, path, name="tiny", max_new_tokens=NEW, prompt=prompt)
+    return torch.tensor([tokenizer.encode(prompt)]), trace.read_trace(path)
+
+
+@pytest.mark.parametrize("name", ["heat", "lru", "lfu"])
+def test_a_replay_predicts_what_the_store_counts(decoded, name):
+    """The disk tier decodes; the trace of the same tokens through the same policy hits as often."""
+    (ids, routed), slots = decoded, 11
     chosen = replace(PRESETS[name], uploads=0)
-    predicted = replay.replay(
-        trace.read_trace(tmp_path / "t"), slots, chosen, SimulatedMachine(), name=name, path="copy"
-    )
+    predicted = replay.replay(routed, slots, chosen, SimulatedMachine(), name=name, path="copy")
     tiers = Tiers(device=0, host=slots, settings=chosen)
     model = load_in_tiers(TINY, "cpu", tiers=tiers)
-    ids = torch.tensor([tokenizer.encode(prompt)])
-    model.generate(ids, max_new_tokens=new)
+    model.generate(ids, max_new_tokens=NEW)
     counted = model.store.statistics()
     assert counted.tokens == predicted.tokens > 100
     assert counted.hits + counted.misses == predicted.hits + predicted.misses
