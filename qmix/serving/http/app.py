@@ -22,6 +22,7 @@ from qmix.serving.http import (
     completion_request,
     messages_request,
     replies,
+    token_answers,
     token_request,
 )
 from qmix.serving.http.body import Bodies, parsed
@@ -118,19 +119,23 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
-        return await self._documented(
-            request, lambda given: self._model.tokenized(token_request.parse_tokenize(given))
-        )
+
+        def ids(document: dict[str, Any]) -> dict[str, Any]:
+            return token_answers.tokenized(self._model, token_request.parse_tokenize(document))
+
+        return await self._documented(request, ids)
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
-        return await self._documented(
-            request, lambda given: self._model.detokenized(token_request.parse_detokenize(given))
-        )
+
+        def text(document: dict[str, Any]) -> dict[str, Any]:
+            return token_answers.detokenized(self._model, token_request.parse_detokenize(document))
+
+        return await self._documented(request, text)
 
     async def tokenizer(self, _: Request) -> Response:
         """GET /tokenizer_info"""
-        return JSONResponse(self._model.tokenizer_document)
+        return JSONResponse(token_answers.described(self._model))
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics"""

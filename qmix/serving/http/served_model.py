@@ -18,7 +18,6 @@ from qmix.serving.http.chat_request import ChatRequest
 from qmix.serving.http.completion_request import CompletionRequest, Prompt
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.sampling_fields import SamplingFields
-from qmix.serving.http.token_request import DetokenizeRequest, TokenizeRequest
 from qmix.serving.limits import Limits
 from qmix.serving.request import Request
 from qmix.serving.tool_format import CallFormat, call_format
@@ -270,48 +269,6 @@ class ServedModel:
             for ids in map(self._prompt_ids, asked.prompt)
             for choice in range(asked.n)
         ]
-
-    @property
-    def tokenizer_document(self) -> dict[str, Any]:
-        """What /tokenizer_info says, as vLLM does."""
-        tokenizer = self.tokenizer
-        return {
-            "tokenizer_class": type(tokenizer).__name__,
-            "bos_token": tokenizer.bos_token,
-            "eos_token": tokenizer.eos_token,
-            "unk_token": tokenizer.unk_token,
-            "pad_token": tokenizer.pad_token,
-            "chat_template": None if self.template == INST else self.template,
-            "model_max_length": self.limits.context,
-        }
-
-    def tokenized(self, asked: TokenizeRequest) -> dict[str, Any]:
-        """The answer of /tokenize.
-
-        Raises:
-            ApiError: the conversation does not fit the template, or the model is another.
-        """
-        self.check_name(asked.model)
-        if asked.prompt is None:
-            ids = self.chat_ids(asked.messages)
-        else:
-            ids = self.tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
-        names = self.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
-        return {
-            "count": len(ids),
-            "max_model_len": self.limits.context,
-            "tokens": ids,
-            "token_strs": names,
-        }
-
-    def detokenized(self, asked: DetokenizeRequest) -> dict[str, Any]:
-        """The answer of /detokenize.
-
-        Raises:
-            ApiError: the model is another.
-        """
-        self.check_name(asked.model)
-        return {"prompt": self.tokenizer.decode(asked.tokens)}
 
     def echoes(self, asked: CompletionRequest) -> list[str]:
         """The text of each choice's prompt."""
