@@ -6,7 +6,7 @@ from typing import Any
 
 from qmix.formats.names import TensorKind
 from qmix.planning.byte_sizes import show
-from qmix.quantities import amount, counted, duration
+from qmix.quantities import amount, counted, duration, weights
 from qmix.weights.scheme import Scheme
 
 
@@ -63,6 +63,13 @@ class TensorResult:
         }
 
 
+# Of KindSummary.cells. The last is for methods that are calibrated.
+KIND_HEADER = (
+    *("tensors", "stored as", "count", "weights", "bits/weight", "relative error"),
+    "output error",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KindSummary:
     """All tensors of one kind and scheme; `output_error` is the root mean square over them."""
@@ -74,6 +81,19 @@ class KindSummary:
     bits_per_weight: float
     relative_error: float
     output_error: float | None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table under KIND_HEADER."""
+        return (
+            self.kind,
+            self.scheme,
+            str(self.tensors),
+            weights(self.parameters),
+            f"{self.bits_per_weight:.3f}",
+            f"{self.relative_error:.4f}" if self.relative_error else "-",
+            "-" if self.output_error is None else f"{self.output_error:.4f}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

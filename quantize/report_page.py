@@ -10,8 +10,8 @@ from qmix.pages import charts
 from qmix.pages.charts import Series
 from qmix.pages.model_grids import Words, expert_picture, matrix_picture
 from qmix.pages.page import Page, Picture, Section, Table, series_table
-from qmix.quantities import counted, gigabytes, weights
-from qmix.quantize.report import QuantizeReport, TensorResult
+from qmix.quantities import counted, gigabytes
+from qmix.quantize.report import KIND_HEADER, QuantizeReport, TensorResult
 
 _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
 
@@ -41,21 +41,8 @@ def report_page(report: QuantizeReport, name: str, source: str, version: str) ->
 
 
 def _kinds(report: QuantizeReport) -> Table:
-    rows = tuple(
-        (
-            kind.kind,
-            kind.scheme,
-            str(kind.tensors),
-            weights(kind.parameters),
-            f"{kind.bits_per_weight:.3f}",
-            f"{kind.relative_error:.4f}" if kind.relative_error else "-",
-            "-" if kind.output_error is None else f"{kind.output_error:.4f}",
-        )
-        for kind in report.kinds()
-    )
-    header = ("tensors", "stored as", "count", "weights", "bits/weight", "relative error",
-              "output error")  # fmt: skip
-    return Table("All tensors; errors are relative, in the Frobenius norm", header, rows)
+    rows = tuple(kind.cells for kind in report.kinds())
+    return Table("All tensors; errors are relative, in the Frobenius norm", KIND_HEADER, rows)
 
 
 def _errors(rounded: Sequence[TensorResult]) -> Section:

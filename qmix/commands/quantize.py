@@ -14,7 +14,7 @@ from qmix.commands import options, sources, terminal
 from qmix.commands.processes import Processes, launched
 from qmix.errors import UnsupportedError, UsageError
 from qmix.hub import made
-from qmix.quantities import a_second, duration, gigabytes, weights
+from qmix.quantities import a_second, duration, gigabytes
 
 if TYPE_CHECKING:
     from qmix.processes.group import Group
@@ -302,25 +302,12 @@ def _calibration_text(path: Path | None) -> str:
 
 def draw_report(report: "QuantizeReport", out: Path) -> None:
     """What was written, a row a kind of tensor, on stderr."""
+    from qmix.quantize.report import KIND_HEADER
+
     kinds = report.kinds()
     calibrated = any(kind.output_error is not None for kind in kinds)
-    header = ["tensors", "stored as", "count", "weights", "bits/weight", "relative error"]
-    if calibrated:
-        header.append("output error")
-    rows = []
-    for kind in kinds:
-        cells = [
-            kind.kind,
-            kind.scheme,
-            str(kind.tensors),
-            weights(kind.parameters),
-            f"{kind.bits_per_weight:.3f}",
-            f"{kind.relative_error:.4f}" if kind.relative_error else "-",
-        ]
-        if calibrated:
-            cells.append("-" if kind.output_error is None else f"{kind.output_error:.4f}")
-        rows.append(cells)
-    terminal.table(header, rows)
+    shown = len(KIND_HEADER) - (not calibrated)
+    terminal.table(KIND_HEADER[:shown], [kind.cells[:shown] for kind in kinds])
     terminal.message(
         f"{out}: {gigabytes(report.bytes_in)} in, {gigabytes(report.bytes_out)} out, "
         f"{report.bits_per_weight:.2f} bits a weight in all, {duration(report.seconds)} "
