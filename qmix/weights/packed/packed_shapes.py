@@ -27,12 +27,7 @@ from qmix.weights.scheme import Kind
 # Kinds whose values every matrix brings with it; they are integers of eight bits.
 _GRIDS: tuple[Kind, ...] = ("iq3_xxs", "iq3_s", "iq2", "iq1")
 # Integers of fewer bits are widened to four, or to eight.
-_TILE_KINDS: Mapping[Kind, TileKind] = {
-    "nf4": "nf4",
-    "fp4": "fp4",
-    "e2m1": "e2m1",
-    "iq4": "iq4",
-    **dict.fromkeys(_GRIDS, "iq4"),
+_WIDENED: Mapping[Kind, TileKind] = {
     "int2": "int4",
     "int3": "int4",
     "int4": "int4",
@@ -40,14 +35,17 @@ _TILE_KINDS: Mapping[Kind, TileKind] = {
     "int6": "int8",
     "int8": "int8",
 }
+_TILE_KINDS: Mapping[Kind, TileKind] = {
+    "nf4": "nf4",
+    "fp4": "fp4",
+    "e2m1": "e2m1",
+    "iq4": "iq4",
+    **dict.fromkeys(_GRIDS, "iq4"),
+    **_WIDENED,
+}
 # What a matrix is packed as beside one of another kind. IQ4's values are integers of eight bits.
-_AS_INTEGERS: Mapping[Kind, Kind] = {
-    "int2": "int4",
-    "int3": "int4",
-    "int4": "int4",
-    "int5": "int8",
-    "int6": "int8",
-    "int8": "int8",
+_AS_INTEGERS: Mapping[Kind, TileKind] = {
+    **_WIDENED,
     "iq4": "int8",
     **dict.fromkeys(_GRIDS, "int8"),
 }
