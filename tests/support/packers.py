@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import save_file
 
+from qmix import MixtralForCausalLM
 from qmix.formats import open_checkpoint
 from qmix.weights.dense import Dense
 from qmix.weights.scheme import DENSE
@@ -195,6 +196,22 @@ def checkpoint(
         document["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(document))
     return model
+
+
+IDS = torch.tensor([[5, 6, 7, 99, 3]])
+
+
+def logits(folder):
+    """What a checkpoint says to IDS, in float32."""
+    model = MixtralForCausalLM.from_pretrained(folder, dtype="float32", device="cpu")
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def dense_values(folder):
+    """All tensors of a checkpoint in float32, by name."""
+    opened = open_checkpoint(folder)
+    return {tensor.name: opened.dense(tensor).float() for tensor in opened.tensors}
 
 
 def equal(first, second):

@@ -1,5 +1,6 @@
 """A tokenizer.model of any size, for models whose vocabulary is smaller than a real one's."""
 
+from qmix.formats import open_checkpoint
 from qmix.text.vocabulary import CONTROL, NORMAL, UNKNOWN, Vocabulary, model_bytes
 
 
@@ -18,3 +19,9 @@ def small_tokenizer(size):
         where="tokenizer.model",
     )
     return model_bytes(vocabulary)
+
+
+def add_tokenizer(folder):
+    """Put a tokenizer of its vocabulary's size beside a checkpoint."""
+    size = open_checkpoint(folder).config.vocab_size
+    (folder / "tokenizer.model").write_bytes(small_tokenizer(size))

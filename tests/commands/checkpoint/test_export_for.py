@@ -8,13 +8,12 @@ import torch
 from qmix.commands.checkpoint.export_for import export_for
 from qmix.commands.checkpoint.inspect import inspect
 from qmix.errors import UnsupportedError
-from qmix.formats import open_checkpoint
 from tests.support import packers
 from tests.support.golden import MLX
 from tests.support.models import small_model
-from tests.support.packers import AWQ, MIXED
+from tests.support.packers import AWQ, MIXED, dense_values
 from tests.support.process import qmix
-from tests.support.small_tokenizer import small_tokenizer
+from tests.support.small_tokenizer import add_tokenizer
 
 
 def experts_of_8_bits(prefix):
@@ -72,14 +71,8 @@ CASES = [(name, program) for name in SOURCES for program in PROGRAMS]
 def write(folder, name):
     pack, settings, options, _ = SOURCES[name]
     packers.checkpoint(folder, pack, settings, **options)
-    size = open_checkpoint(folder).config.vocab_size
-    (folder / "tokenizer.model").write_bytes(small_tokenizer(size))
+    add_tokenizer(folder)
     return folder
-
-
-def values(folder):
-    checkpoint = open_checkpoint(folder)
-    return {tensor.name: checkpoint.dense(tensor).float() for tensor in checkpoint.tensors}
 
 
 @pytest.mark.diagonal
@@ -102,7 +95,7 @@ def test_it_is_loaded_and_every_bit_is_kept_or_the_reason_is_said(tmp_path, name
     written, result = export_for(source, out, program)
     assert (written, result.rounded) == (expected, ())
     assert inspect(out).support_of(program).outcome == "loads"
-    before, after = values(source), values(out)
+    before, after = dense_values(source), dense_values(out)
     for tensor, value in before.items():
         assert torch.equal(value, after[tensor]), tensor
 
@@ -128,8 +121,7 @@ def test_codes_of_mlx_are_rounded_only_if_that_is_asked(tmp_path):
 
 def test_16_bits_need_no_export_but_for_llama_cpp(tmp_path):
     small_model().bfloat16().save_pretrained(tmp_path / "in")
-    size = open_checkpoint(tmp_path / "in").config.vocab_size
-    (tmp_path / "in" / "tokenizer.model").write_bytes(small_tokenizer(size))
+    add_tokenizer(tmp_path / "in")
     write_for = partial(export_for, tmp_path / "in", tmp_path / "out")
     with pytest.raises(UnsupportedError, match="SGLang loads this folder as it is, in 16 bits"):
         write_for("sglang")

@@ -22,9 +22,9 @@ from tests.support import packers
 from tests.support.gguf_files import GOLDEN, write_mixtral
 from tests.support.golden import MLX
 from tests.support.models import ids, small_model
-from tests.support.packers import AWQ, GPTQ, MIXED
+from tests.support.packers import AWQ, GPTQ, MIXED, dense_values
 from tests.support.process import qmix
-from tests.support.small_tokenizer import small_tokenizer
+from tests.support.small_tokenizer import add_tokenizer, small_tokenizer
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
 CT_MXFP4 = GOLDEN / "compressed-tensors-0.20.0" / "mxfp4"
@@ -81,18 +81,12 @@ LOSSES = {
 def write(folder, name):
     pack, settings, options, _ = SOURCES[name]
     packers.checkpoint(folder, pack, settings, **options)
-    size = open_checkpoint(folder).config.vocab_size
-    (folder / "tokenizer.model").write_bytes(small_tokenizer(size))
+    add_tokenizer(folder)
     return folder
 
 
-def values(folder):
-    checkpoint = open_checkpoint(folder)
-    return {tensor.name: checkpoint.dense(tensor).float() for tensor in checkpoint.tensors}
-
-
 def assert_equal(first, second):
-    ours, theirs = values(first), values(second)
+    ours, theirs = dense_values(first), dense_values(second)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
@@ -125,7 +119,7 @@ def test_a_loss_is_refused_by_kind_and_nothing_is_written(tmp_path, name, layout
 def test_the_errors_of_rounding_are_those_of_the_files(tmp_path, name, layout):
     source, out = write(tmp_path / "in", name), tmp_path / "out"
     result = export_checkpoint(source, out, layout, requantize=True)
-    before, after = values(source), values(out)
+    before, after = dense_values(source), dense_values(out)
     report = json.loads((out / manifest.REPORT).read_text())
     assert len(report["tensors"]) == len(result.rounded) > 0
     error = norm = 0.0
@@ -220,7 +214,7 @@ def test_one_weight_that_awq_does_not_hold_changes_no_other(tmp_path):
     result = export_checkpoint(MLX / "affine4", tmp_path / "out", "awq", requantize=True)
     lost = {weight.name: weight.loss for weight in result.rounded}
     assert set(lost.values()) == {"free biases", "widths that fill no whole words"}
-    before, after = values(MLX / "affine4"), values(tmp_path / "out")
+    before, after = dense_values(MLX / "affine4"), dense_values(tmp_path / "out")
     for name in before:
         same = torch.equal(before[name], after[name])
         assert same == (name.removesuffix(".weight") not in lost), name
@@ -234,8 +228,7 @@ def test_experts_of_one_stack_share_a_form(tmp_path):
 
     settings = {**GPTQ, "sym": False}
     packers.checkpoint(tmp_path / "in", powers, settings, own=own)
-    size = open_checkpoint(tmp_path / "in").config.vocab_size
-    (tmp_path / "in" / "tokenizer.model").write_bytes(small_tokenizer(size))
+    add_tokenizer(tmp_path / "in")
     for layout in ("gguf", "mlx"):
         export_checkpoint(tmp_path / "in", tmp_path / layout, layout)
         assert_equal(tmp_path / "in", tmp_path / layout)

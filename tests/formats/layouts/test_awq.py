@@ -10,9 +10,8 @@ from qmix.errors import CheckpointError, QmixError, UnsupportedError
 from qmix.formats import open_checkpoint
 from qmix.formats.layouts import awq, awq_config, gptq, tensor_names
 from qmix.formats.layouts.gptq_config import GPTQConfig
-from qmix.models.causal_lm import MixtralForCausalLM
 from tests.support import packers
-from tests.support.packers import plain
+from tests.support.packers import IDS, logits, plain
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 FILE = "model-00001-of-00002.safetensors"
@@ -125,15 +124,6 @@ def test_other_settings_are_refused(document, named):
 def test_the_settings_that_files_have():
     for document in (None, CONFIG, {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, {}):
         awq_config.read(document, "config.json")
-
-
-IDS = torch.tensor([[5, 6, 7, 99, 3]])
-
-
-def logits(folder):
-    model = MixtralForCausalLM.from_pretrained(folder, dtype="float32", device="cpu")
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

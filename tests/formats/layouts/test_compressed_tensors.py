@@ -9,12 +9,11 @@ from qmix.formats import open_checkpoint
 from qmix.formats.layouts import compressed_config, compressed_tensors, gptq, tensor_names
 from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.affine import Affine
 from qmix.weights.scheme import DENSE, Scheme
 from tests.support import packers
 from tests.support.models import GOLDEN
-from tests.support.packers import MATRICES, plain, uniform
+from tests.support.packers import IDS, MATRICES, logits, plain, uniform
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 FILE = "model-00001-of-00002.safetensors"
@@ -209,15 +208,6 @@ def test_a_missing_tensor_is_named(tmp_path, suffix):
 def test_other_settings_are_refused(document, named):
     with pytest.raises(QmixError, match=named):
         compressed_config.read(document, "config.json")
-
-
-IDS = torch.tensor([[5, 6, 7, 99, 3]])
-
-
-def logits(folder):
-    model = MixtralForCausalLM.from_pretrained(folder, dtype="float32", device="cpu")
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

@@ -13,11 +13,10 @@ from qmix.formats.layouts.gptq_config import GPTQConfig
 from qmix.formats.layouts.tensor_names import gptq_names
 from qmix.formats.names import spellings
 from qmix.formats.tensor_spec import TensorSpec
-from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scheme import Scheme
 from tests.support import packers
-from tests.support.packers import Plain, plain
+from tests.support.packers import IDS, Plain, logits, plain
 
 P = "model.layers.1.block_sparse_moe.experts.3.w2"
 FILE = "model-00001-of-00002.safetensors"
@@ -257,16 +256,6 @@ def test_the_declared_group_size_must_be_that_of_the_scales():
         CheckpointError, match=r"scales: not the group size of a/config\.json.*64.*4 groups"
     ):
         read(tensors, (16, 128), group_size=64, where="a/config.json")  # fmt: skip
-
-
-IDS = torch.tensor([[5, 6, 7, 99, 3]])
-
-
-def logits(folder):
-    with torch.no_grad():
-        return MixtralForCausalLM.from_pretrained(folder, dtype="float32", device="cpu")(
-            input_ids=IDS
-        ).logits
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
