@@ -35,6 +35,7 @@ from qmix.planning import machine
 
 _SCATTER = 100.0
 _LEAST_RATIO = 0.97
+_REPETITIONS = 9  # of a pass, whose median counts
 
 
 class Script:
@@ -192,7 +193,7 @@ class Comparison:
         )
 
 
-def pass_costs(model: Any, repeats: int = 9) -> dict[int, float]:
+def pass_costs(model: Any) -> dict[int, float]:
     """The processor's time of a pass over n rows of one text beside one row, by n."""
     from qmix.nn.cache_ahead import CacheAhead
 
@@ -200,7 +201,7 @@ def pass_costs(model: Any, repeats: int = 9) -> dict[int, float]:
     ids = torch.randint(3, model.config.vocab_size, (1, 144), generator=torch.Generator())
     model.next_logits(ids[:, :128], cache)
     times: dict[int, list[float]] = {1: [], 2: [], 4: [], 8: [], 12: [], 16: []}
-    for index in range(repeats):
+    for index in range(_REPETITIONS):
         for rows, found in times.items() if index % 2 else reversed(times.items()):
             ahead = CacheAhead(cache, rows)
             start = time.process_time()

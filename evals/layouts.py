@@ -114,7 +114,6 @@ def _cells(timing: LayoutTiming) -> tuple[str, ...]:
 
 def measure_layouts(
     config: MixtralConfig,
-    layouts: Mapping[str, Stored] = LAYOUTS,
     *,
     note: str = "",
     progress: Callable[[str], None] = lambda what: None,
@@ -129,7 +128,7 @@ def measure_layouts(
     with tempfile.TemporaryDirectory() as scratch:
         nf4 = _experts(_reader(Path(scratch), LAYOUTS[NF4], config))
     timings = []
-    for name, stored in layouts.items():
+    for name, stored in LAYOUTS.items():
         progress(name)
         with tempfile.TemporaryDirectory() as scratch:
             timings.append(_measure(name, _reader(Path(scratch), stored, config), nf4))

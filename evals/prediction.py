@@ -137,9 +137,9 @@ def bound(card: str, kind: str) -> float:
     return 1 / step.seconds("resident", Rates(device=rate, interconnect=rate, host=rate, disk=rate))
 
 
-def launch_table(card: str = "H100") -> str:
-    """Every launch of a layer with its bytes, instructions and predicted time."""
-    rows = []
+def launch_table() -> str:
+    """Every launch of a layer on an H100 with its bytes, instructions and predicted time."""
+    card, rows = "H100", []
     ways: tuple[Way, ...] = ("before", "now")
     for way in ways:
         found = {kind: launches(each, DEVICES[card][0], way) for kind, each in FORMATS.items()}

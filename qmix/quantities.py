@@ -20,9 +20,9 @@ def gigabytes(nbytes: float) -> str:
     return _scaled(nbytes, "B", _DECIMAL)
 
 
-def a_second(amount: float, seconds: float, unit: str = "B") -> str:
+def a_second(nbytes: float, seconds: float) -> str:
     """A rate: "1.204 GB/s". Nothing that took no time has one: "-"."""
-    return f"{_scaled(amount / seconds, unit, _DECIMAL)}/s" if seconds > 0 else "-"
+    return f"{gigabytes(nbytes / seconds)}/s" if seconds > 0 else "-"
 
 
 def amount(value: float, unit: str) -> str:

@@ -14,6 +14,7 @@ from qmix.evals.quality.windows import ScoringWindows
 from qmix.text.tokenizer import LlamaTokenizer
 
 _BEFORE, _AFTER = 32, 8  # tokens of context
+_COUNT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,13 @@ def worst_tokens(
     scorer: Scorer,
     reference: Scorer,
     tokenizer: LlamaTokenizer,
-    count: int = 8,
 ) -> tuple[WorstToken, ...]:
-    """The `count` tokens of largest KL, the largest first; none without a reference."""
+    """The tokens of largest KL, the largest first; none without a reference."""
     if scores.divergences is None:
         return ()
     kl = scores.divergences.kl
     found = []
-    for index in kl.topk(min(count, len(kl))).indices.tolist():
+    for index in kl.topk(min(_COUNT, len(kl))).indices.tolist():
         window, position = int(scores.window[index]), int(scores.position[index])
         ids = windows.ids[window].tolist()
         before = tokenizer.decode(ids[max(0, position - _BEFORE) : position], True)

@@ -45,14 +45,13 @@ class HttpCall:
         path: str,
         body: dict[str, Any] | bytes,
         *,
-        content_type: str = "application/json",
         receive_bytes: int | None = None,
     ) -> None:
         self._address, self._receive_bytes = address, receive_bytes
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-            f"content-type: {content_type}\r\ncontent-length: {len(data)}\r\n\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
         )
         self._request = head.encode() + data
         self._is_chunked = False

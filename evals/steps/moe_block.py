@@ -19,11 +19,11 @@ from qmix.kernels.gpu.grid import UNTUNED
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 
 
-def random_routes(setting: Setting, tokens: int, seed: int = 0) -> Routes:
+def random_routes(setting: Setting, tokens: int) -> Routes:
     """The routes of every candidate: distinct, equally likely experts, weights that sum to 1."""
     config = setting.widths.config
     experts, chosen = config.num_local_experts, config.num_experts_per_tok
-    generator = torch.Generator().manual_seed(seed + tokens)
+    generator = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :chosen].contiguous()
     weights = torch.rand(tokens, chosen, generator=generator) + 0.1
     weights /= weights.sum(-1, keepdim=True)

@@ -60,16 +60,16 @@ def read_bandwidth(device: torch.device, nbytes: int = 512 << 20) -> float:
     return source.nbytes / min(seconds(source.sum, device) for _ in range(_REPETITIONS))
 
 
-def interconnect_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
+def interconnect_bandwidth(device: torch.device) -> float:
     """Bytes a second of a copy from pinned host memory to a GPU; the median of ten."""
-    source = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    source = torch.zeros(1 << 30, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
     target.copy_(source, non_blocking=True)
     times = [
         seconds(lambda: target.copy_(source, non_blocking=True), device)
         for _ in range(_REPETITIONS)
     ]
-    return nbytes / statistics.median(times)
+    return source.nbytes / statistics.median(times)
 
 
 def disk_bandwidth(folder: Path, nbytes: int = 512 << 20) -> float:

@@ -7,7 +7,6 @@ which ids only as far as a pass over several rows rounds otherwise than one over
 """
 
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -46,7 +45,6 @@ class Speculation:
         drafter: Drafter,
         *,
         most: int,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """
         Args:
@@ -55,7 +53,6 @@ class Speculation:
         """
         self._model, self._cache, self._times = model, cache, drafter.length.times
         self._text = DraftedText(cache, drafter, most=min(most, MOST_DRAFTED))
-        self._clock = clock
         self._passes = 0
 
     @property
@@ -73,14 +70,14 @@ class Speculation:
         if found is not None:
             return found
         draft = self._text.draft(left)
-        start = self._clock()
+        start = time.perf_counter()
         if draft:
             logits = self._verified(newest, draft)
         else:
             logits = self._model.next_logits(newest.to(self._model.device), self._cache)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
-        self._times.took(1 + len(draft), self._clock() - start)
+        self._times.took(1 + len(draft), time.perf_counter() - start)
         self._passes += 1
         return logits
 

@@ -200,13 +200,13 @@ def rows_for(batch: int) -> int | None:
     return next((rows for rows in BATCHES if batch <= rows), None)
 
 
-def is_wanted(environment: Mapping[str, str] = os.environ) -> bool:
+def is_wanted() -> bool:
     """Whether tunings are used, and searched for.
 
     Raises:
         UsageError: QMIX_TUNE is neither 0 nor 1.
     """
-    value = environment.get(VARIABLE, "") or "1"
+    value = os.environ.get(VARIABLE, "") or "1"
     if value not in ("0", "1"):
         raise UsageError("unknown value", where=VARIABLE, expected="0 or 1", found=value)
     return value == "1"

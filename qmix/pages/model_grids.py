@@ -52,7 +52,7 @@ def expert_picture(
     return Picture(words.name, words.title, words.caption, words.alt, shades(grid), (table,))
 
 
-def matrix_picture(words: Words, values: Mapping[str, float], y: str, digits: int = 2) -> Picture:
+def matrix_picture(words: Words, values: Mapping[str, float], y: str) -> Picture:
     """Layers across, the matrices of a layer down, each a shade of its value.
 
     Args:
@@ -70,7 +70,7 @@ def matrix_picture(words: Words, values: Mapping[str, float], y: str, digits: in
     known = [value for row in cells for value in row if value is not None]
     grid = Grid(cells, labels, "layer", "matrix", min(known), max(known))
     rows = tuple(
-        (label, *("" if value is None else f"{value:.{digits}f}" for value in row))
+        (label, *("" if value is None else f"{value:.2f}" for value in row))
         for label, row in zip(labels, cells, strict=True)
     )
     table = Table(f"{words.title}: {y}", ("matrix", *map(str, range(layers))), rows)

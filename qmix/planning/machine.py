@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -230,9 +230,9 @@ def key(gpu: str | None = None) -> str:
     return " / ".join((socket.gethostname(), model, f"{cores()} cores", gpu or "no GPU"))
 
 
-def measurements_path(environment: Mapping[str, str] = os.environ) -> Path:
+def measurements_path() -> Path:
     """The user's file of measurements: machine.json in qmix's cache directory."""
-    return user_files.cache_directory(environment) / FILE
+    return user_files.cache_directory() / FILE
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ change no id. Knows no queue and no ends of requests.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,14 +35,13 @@ class DecodePass:
         slots: Sequence[Slot],
         *,
         speculate: bool,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """
         Args:
             speculate: make drafts, if the model has passes that change no id.
         """
         self.drafted = 0
-        self._model, self._clock = model, clock
+        self._model, self._clock = model, time.perf_counter
         self._most = min(model.exact_rows(), DECODE_TOKENS) if speculate else 1
         self._times = PassTimes()
         # A slot drafts from its own request alone: what others wrote must not show in its times.

@@ -88,9 +88,9 @@ def kernel_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def default_path(environment: Mapping[str, str] = os.environ) -> Path:
+def default_path() -> Path:
     """The file in qmix's cache directory."""
-    return user_files.cache_directory(environment) / FILE
+    return user_files.cache_directory() / FILE
 
 
 def load(path: Path | None = None) -> SavedTunings:
