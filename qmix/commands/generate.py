@@ -13,6 +13,7 @@ import typer
 
 from qmix.commands import options, sources, terminal
 from qmix.errors import CUT_REPLY, UsageError
+from qmix.generation.config import CONTINUATION
 from qmix.quantities import counted
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def generate(
 
     import qmix
     from qmix.commands.load_bar import load_bar
-    from qmix.generation.config import CONTINUATION
     from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
 
