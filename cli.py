@@ -25,6 +25,7 @@ from qmix.commands import (
     generate,
     help_page,
     hub,
+    json_log,
     plan,
     quantize,
     serve,
@@ -160,7 +161,9 @@ def _fail(error: Exception) -> NoReturn:
     debug = bool(os.environ.get("QMIX_DEBUG"))
     if as_json:
         terminal.print_error_as_json(error, _exit_code(error))
-    if debug or not as_json:
+    if json_log.is_on():
+        json_log.failed(error, _exit_code(error))
+    elif debug or not as_json:
         terminal.print_error(error, with_traceback=debug)
     sys.exit(_exit_code(error))
 

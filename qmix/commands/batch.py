@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qmix.commands import options, sources, terminal
+from qmix.commands import json_log, options, sources, terminal
 from qmix.commands.generate import NewTokens
 from qmix.errors import InterruptedRunError, UsageError
 from qmix.quantities import counted
@@ -46,6 +46,7 @@ def batch(
     sampling: options.Sampling = options.SAMPLING,
     force: options.Force = False,
     as_json: options.AsJson = False,
+    log_json: json_log.LogJson = False,
     quiet: options.Quiet = False,
     yes: options.Yes = False,
     load: options.Load = options.LOAD,
@@ -71,7 +72,7 @@ def batch(
     )
     with _open(prompts, out, settings.said, force=force) as (lines, file):
         try:
-            _write(lines, file, settings, ray, quiet=quiet)
+            _write(lines, file, settings, ray, quiet=quiet or log_json)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"interrupted after {counted(file.done, 'result')}",
@@ -80,7 +81,9 @@ def batch(
             ) from None
     if as_json:
         terminal.print_json({"out": str(out), "results": file.done})
-    elif not quiet:
+    if json_log.is_on():
+        json_log.tell("done", out=str(out), results=file.done)
+    elif not as_json and not quiet:
         terminal.message(f"{out}: {counted(file.done, 'result')}")
 
 
@@ -153,6 +156,15 @@ def _write(
         return
     for result in _results(itertools.chain([first], lines), settings, ray, quiet=quiet):
         file.append(result)
+        if json_log.is_on():
+            json_log.tell("result", **_told(result))
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    """What the log says of a result: no text of a prompt or a reply."""
+    named = ("line", "finish", "prompt_tokens", "new_tokens", "error")
+    told = {name: result[name] for name in named if name in result}
+    return {"request_id": str(result.get("id", result["line"])), **told}
 
 
 def _results(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qmix.commands import options, sources, terminal
+from qmix.commands import json_log, options, sources, terminal
 from qmix.commands.api_key import VARIABLE, read_key
 from qmix.commands.serve_ray import RAY, RayOptions, serve_ray
 from qmix.commands.service_settings import QUEUE, SLOTS, TIMEOUT_S, service_settings
@@ -90,6 +90,7 @@ def serve(
     timeout: Timeout = TIMEOUT_S,
     log_prompts: LogPrompts = None,
     ray: RayOptions = RAY,
+    log_json: json_log.LogJson = False,
     quiet: options.Quiet = False,
     yes: options.Yes = False,
     reuse: options.Reuse = options.REUSE,
@@ -107,7 +108,7 @@ def serve(
       qmix serve mixtral-nf4 --host 0.0.0.0 --api-key-file key.txt
       qmix serve mixtral-nf4 --ray --replicas 4
     """
-    replicas = ray.parse()
+    replicas = ray.parse(log_json=log_json)
     key = _checked_key(host, api_key, api_key_file)
     source = _source(model, demo=demo, yes=yes)
     _check_extra()
@@ -143,7 +144,7 @@ def _serve_here(settings: "ServiceSettings", host: str, port: int, *, quiet: boo
     from qmix.serving.http.service import Service
 
     with server.listening(host, port) as listener:
-        with load_bar(quiet=quiet) as bar:
+        with load_bar(quiet=quiet or json_log.is_on()) as bar:
             service = Service.begun(settings, bar)
         announce = partial(_announce, settings, listener.getsockname(), quiet=quiet)
         server.serve(service.app, service.engine, listener, announce)
@@ -209,7 +210,15 @@ def _announce(settings: "ServiceSettings", address: tuple[str, int], *, quiet: b
     """Say where the server is, unless nobody wants to know."""
     host, port = address[:2]
     shown = f"[{host}]" if ":" in host else host
-    if not quiet:
+    if json_log.is_on():
+        json_log.tell(
+            "serving",
+            model=settings.name,
+            url=f"http://{shown}:{port}/v1",
+            slots=settings.limits.slots,
+            context=settings.limits.context,
+        )
+    elif not quiet:
         terminal.message(
             f"serving {settings.name} at http://{shown}:{port}/v1 · {settings.limits.slots} slots of "
             f"{settings.limits.context:,} tokens · Ctrl-C ends it"

@@ -70,8 +70,11 @@ class RayOptions(options.Group):
         ),
     ] = None
 
-    def parse(self) -> Replicas | None:
+    def parse(self, *, log_json: bool = False) -> Replicas | None:
         """What they say; None without --ray.
+
+        Args:
+            log_json: whether --log-json was given.
 
         Raises:
             UsageError: an option without --ray, two numbers of replicas, or no MIN:MAX.
@@ -82,6 +85,11 @@ class RayOptions(options.Group):
                 if getattr(self, name) is not None:
                     raise UsageError("only for --ray", where=f"--{name}")
             return None
+        if log_json:
+            raise UsageError(
+                "--ray takes no --log-json: Ray logs what its replicas do",
+                remedy="Set RAY_SERVE_LOG_ENCODING=JSON.",
+            )
         if self.replicas is not None and self.autoscale is not None:
             raise UsageError("--replicas and --autoscale contradict each other")
         count = self.replicas or 1

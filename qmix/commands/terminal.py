@@ -58,6 +58,7 @@ def show_logged() -> None:
     logger = logging.getLogger("qmix")
     logger.setLevel(logging.INFO)
     logger.handlers = [_Notices()]
+    logging.getLogger("qmix.requests").setLevel(logging.CRITICAL)  # see --log-json
 
 
 def notice_changes(path: object, changes: Sequence[str], remedy: str | None = None) -> None:

@@ -84,7 +84,7 @@ OWNERS: Mapping[str, set[str]] = {
     "typer": {
         *("qmix.cli", "qmix.commands.options", "qmix.commands.quantize", "qmix.commands.files"),
         *("qmix.commands.bench", "qmix.commands.evaluate", "qmix.commands.generate"),
-        *("qmix.commands.eval_sharing", "qmix.commands.processes"),
+        *("qmix.commands.eval_sharing", "qmix.commands.processes", "qmix.commands.json_log"),
         "qmix.commands.plan",
         *("qmix.commands.serve", "qmix.commands.serve_ray"),
         "qmix.commands.batch",
@@ -112,6 +112,7 @@ OWNERS: Mapping[str, set[str]] = {
         *("qmix.serving.http.cluster.application", "qmix.serving.http.cluster.foreground"),
         "qmix.commands.ray_config",  # for type checking
     },
+    "opentelemetry": {"qmix.serving.http.app", "qmix.serving.http.tracing"},
     "accelerate": {"qmix.processes.group"},
     "llguidance": {"qmix.serving.grammar", "qmix.serving.grammar_worker"},
     "prometheus_client": {"qmix.serving.http.metrics"},

@@ -26,6 +26,8 @@ from qmix.serving.http import (
     token_request,
 )
 from qmix.serving.http.body import Bodies, parsed
+from qmix.serving.http.call_record import Call as EngineCall
+from qmix.serving.http.call_record import CallRecord
 from qmix.serving.http.chat_reply import ChatReply
 from qmix.serving.http.chat_request import ChatRequest
 from qmix.serving.http.completion_request import CompletionRequest
@@ -44,6 +46,7 @@ from qmix.serving.tools import new_id
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+    from opentelemetry.trace import Tracer
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 Call = tuple[list[EngineRequest], ReplyFormat]
@@ -58,6 +61,7 @@ class Api:
     Args:
         deadline_s: seconds that a request may take.
         prompts: where they are logged; None: nowhere.
+        tracer: what makes spans of calls; None: there are none.
     """
 
     def __init__(
@@ -66,9 +70,10 @@ class Api:
         model: ServedModel,
         deadline_s: float,
         prompts: PromptLog | None = None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self._engine, self._model, self._deadline_s = engine, model, deadline_s
-        self._prompts = prompts
+        self._prompts, self._tracer = prompts, tracer
         self._bodies = Bodies()
         self._metrics = Metrics(engine)
         self._flights = Flights(engine, self._metrics.observe)
@@ -175,7 +180,7 @@ class Api:
                 asked, grammar = await self._bodies.run(partial(read, body))
                 matcher = None if grammar is None else await self._compiled(grammar)
                 requests, form = await self._bodies.run(partial(prepare, asked, matcher))
-            flight = self._flights.begin(requests)
+            flight = self._flights.begin(requests, self._record(request, asked, requests, form))
             if asked.stream:
                 return EventStream(replies.chunks(flight, form), flight.cancel, request.url.path)
             try:
@@ -185,6 +190,17 @@ class Api:
             return JSONResponse(document)
         except LeftError:
             return Response(status_code=_LEFT)
+
+    def _record(
+        self, request: Request, asked: Asked, requests: list[EngineRequest], form: ReplyFormat
+    ) -> CallRecord:
+        name, path = self._model.name, request.url.path
+        call = EngineCall(form.id, path, name, asked.stream, requests, request.headers)
+        if self._tracer is None:
+            return CallRecord(call)
+        from qmix.serving.http.tracing import CallTrace
+
+        return CallRecord(call, CallTrace(self._tracer, call))
 
     async def _compiled(self, grammar: Grammar) -> "LLMatcher":
         """
@@ -245,9 +261,10 @@ def app(
     *,
     deadline_s: float,
     prompts: PromptLog | None = None,
+    tracer: "Tracer | None" = None,
 ) -> Starlette:
     """The application for a server of ASGI; see Api."""
-    api = Api(engine, model, deadline_s, prompts)
+    api = Api(engine, model, deadline_s, prompts, tracer)
     return Starlette(
         routes=[
             Route("/v1/models", api.models),

@@ -26,6 +26,11 @@ class ChatReply:
     includes_usage: bool
     readers: Sequence[CallReader] = ()
 
+    @property
+    def id(self) -> str:
+        """See ReplyFormat."""
+        return self.head.id
+
     def whole(self, choices: Sequence[Choice], usage: Document) -> Document:
         """See ReplyFormat."""
         listed = [

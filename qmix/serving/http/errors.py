@@ -8,6 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from qmix.errors import QmixError, UsageError
+from qmix.serving.http.call_record import refused
 from qmix.serving.request import BusyError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -74,6 +75,7 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response(self, path: str) -> JSONResponse:
-        """The answer to a call of a path."""
+        """The answer to a call of a path, which is logged."""
+        refused(path, self.status, self.code, self.message)
         headers = {"retry-after": _RETRY_S} if self.status == 429 else None
         return JSONResponse(self.document_at(path), self.status, headers)

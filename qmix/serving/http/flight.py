@@ -12,6 +12,7 @@ from starlette.types import Receive
 
 from qmix.errors import QmixError
 from qmix.serving.engine import Engine
+from qmix.serving.http.call_record import CallRecord
 from qmix.serving.http.errors import ApiError
 from qmix.serving.http.loop_calls import LoopCalls
 from qmix.serving.request import Ended, Event, Listener, Request, Ticket
@@ -53,15 +54,18 @@ class Flights:
         with _refusals(self._engine):
             self._engine.check_room()
 
-    def begin(self, requests: Sequence[Request]) -> "Flight":
+    def begin(self, requests: Sequence[Request], record: CallRecord) -> "Flight":
         """Submit requests.
+
+        Args:
+            record: told of what becomes of them.
 
         Raises:
             ApiError: the engine does not take them; none is left behind.
         """
         if self._calls is None:
             self._calls = LoopCalls(asyncio.get_running_loop())
-        return Flight(self._engine, requests, self._observe, self._calls)
+        return Flight(self._engine, requests, self._observe, self._calls, record)
 
 
 class Flight:
@@ -77,7 +81,9 @@ class Flight:
         requests: Sequence[Request],
         observe: Callable[[Ended], None],
         calls: LoopCalls,
+        record: CallRecord,
     ) -> None:
+        self._record = record
         self._observe, self._calls = observe, calls
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
@@ -86,7 +92,7 @@ class Flight:
                 for index, request in enumerate(requests):
                     self._tickets.append(engine.submit(request, self._listener(index)))
         except ApiError:
-            self.cancel()
+            self._cancel()
             raise
 
     def __len__(self) -> int:
@@ -94,6 +100,10 @@ class Flight:
 
     def cancel(self) -> None:
         """End the requests that have not ended."""
+        self._cancel()
+        self._record.close()
+
+    def _cancel(self) -> None:
         for ticket in self._tickets:
             ticket.cancel()
 
@@ -112,6 +122,7 @@ class Flight:
             except TimeoutError:
                 yield None
                 continue
+            self._record.put(index, event)
             if isinstance(event, Ended):
                 self._observe(event)
                 _check(event)

@@ -30,6 +30,11 @@ class MessagesReply:
         self._blocks = 0  # that have begun
         self._open: str | None = None  # what the last of them holds
 
+    @property
+    def id(self) -> str:
+        """See ReplyFormat."""
+        return str(self._head["id"])
+
     def whole(self, choices: Sequence[Choice], usage: Document) -> Document:
         """See ReplyFormat."""
         (choice,) = choices

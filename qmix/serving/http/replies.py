@@ -46,6 +46,11 @@ class ReplyFormat(Protocol):
     """What differs between chats and completions."""
 
     @property
+    def id(self) -> str:
+        """The reply's."""
+        ...
+
+    @property
     def choices_per_prompt(self) -> int: ...
 
     def whole(self, choices: Sequence[Choice], usage: Document) -> Document:
@@ -79,10 +84,15 @@ class Head:
     serial: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def id(self) -> str:
+        """Of the reply."""
+        return self.prefix + self.serial
+
     def document(self, choices: list[Document], **more: Any) -> Document:
         """One with these choices."""
         return {
-            "id": self.prefix + self.serial,
+            "id": self.id,
             "object": self.object,
             "created": self.created,
             "model": self.model,
@@ -111,6 +121,11 @@ class CompletionReply:
     echo_only: bool
     choices_per_prompt: int
     includes_usage: bool
+
+    @property
+    def id(self) -> str:
+        """See ReplyFormat."""
+        return self.head.id
 
     def whole(self, choices: Sequence[Choice], usage: Document) -> Document:
         """See ReplyFormat."""

@@ -18,6 +18,7 @@ from qmix.serving.http.app import app
 from qmix.serving.http.guard import Access
 from qmix.serving.http.prompt_log import PromptLog
 from qmix.serving.http.served_model import ServedModel
+from qmix.serving.http.tracing import tracer
 from qmix.serving.limits import Limits
 
 
@@ -67,7 +68,7 @@ class Service:
             QmixError: the model cannot be loaded, or a file or folder not be written to.
         """
         log = None if settings.prompt_log is None else PromptLog(settings.prompt_log)
-        prompts, limits = settings.prompts(), settings.limits
+        prompts, limits, spans = settings.prompts(), settings.limits, tracer()
         model, tokenizer = load(settings.source, load_options=settings.load(), progress=progress)
         served = ServedModel.of(
             model,
@@ -78,5 +79,12 @@ class Service:
             template=settings.template,
         )
         engine = Engine(model, tokenizer, limits, speculate=settings.speculate, prompts=prompts)
-        deadline_s = settings.deadline_s
-        return cls(engine, app(engine, served, settings.access, deadline_s=deadline_s, prompts=log))
+        application = app(
+            engine,
+            served,
+            settings.access,
+            deadline_s=settings.deadline_s,
+            prompts=log,
+            tracer=spans,
+        )
+        return cls(engine, application)
