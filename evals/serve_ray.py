@@ -1,8 +1,8 @@
 """`qmix serve --ray` where things go wrong: does every caller get its answer, or an error?
 
 `python -m qmix.evals.serve_ray [MODEL] [--callers 20] [--requests 10] [--json FILE]` starts a Ray
-cluster on this machine and two replicas. Callers ask, every other one for a stream, while a replica
-is killed by SIGKILL; then while both are replaced by those of a copy of the model; then while the
+cluster on this machine and two replicas. Callers ask, every other one for a stream, while replicas
+are killed by SIGKILL, three one after the other; then while both are replaced by those of a copy of the model; then while the
 server gets SIGTERM. An answer must be, to the letter, that of a run of the model alone; in float32
 no rounding of a batch reaches a choice. What is lost must be an error to its caller: a status, an
 event, or a connection that is cut off. The exit code is 5 if an answer is wrong, ends as if it were
@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,12 +30,12 @@ from qmix.errors import QualityError
 from qmix.evals.command import exit_code, say
 from qmix.evals.serving.http_call import Address, HttpCall, SilentEndError
 from qmix.evals.serving.questions import COMPLETIONS, Reply, right_replies
-from qmix.evals.serving.ray_processes import free_port, ray_processes, until
+from qmix.evals.serving.ray_processes import RayProcesses, free_port, ray_processes, until
 from qmix.evals.training import tiny_model
 from qmix.models.auto import load
 from qmix.planning import machine
 
-_REPLICAS = 2
+_REPLICAS, _KILLS = 2, 3
 _PATIENCE_S = 300.0  # for one answer; beyond it the server counts as hanging
 _PACKAGES = ("ray", "torch", "starlette", "uvicorn")
 _OPTIONS = "--device cpu --dtype fp32 --slots 4 --queue 256 --ctx 512 --name served"
@@ -77,8 +78,8 @@ class RayRecord:
     """One run.
 
     Attributes:
-        killed: while a replica was killed; `restored_s` until there were two again, and
-            `afterwards` what came of requests then.
+        killed: while replicas were killed, one after the other, until there were two again,
+            `restored_s` after the last; `afterwards` what came of requests then.
         updated: while the replicas were replaced; `first_exit_code` is of the server of before.
         ended: while the server got SIGTERM; requests that came after it count as errors.
         exit_code, stop_s: of the server, after SIGTERM.
@@ -110,7 +111,7 @@ class RayRecord:
 
     def __str__(self) -> str:
         return (
-            f"a replica killed: {self.killed}; two again after {self.restored_s:.0f} s\n"
+            f"{_KILLS} replicas killed: {self.killed}; two again after {self.restored_s:.0f} s\n"
             f"after it: {self.afterwards}\n"
             f"a rolling update: {self.updated}\n"
             f"SIGTERM: {self.ended}; exit code {self.exit_code} after {self.stop_s:.0f} s\n"
@@ -137,9 +138,9 @@ def measure_ray(model: Path, *, callers: int, requests: int) -> RayRecord:
         cluster = stack.enter_context(ray_processes(2 * _REPLICAS))
         say("a server of two replicas")
         first = stack.enter_context(cluster.serving(address, str(model), *options))
-        say("a replica is killed")
-        killed = asked(cluster.kill_replica)
-        restored_s = until(lambda: len(cluster.replicas()) == _REPLICAS, "two replicas")
+        say("replicas are killed")
+        restored: list[float] = []
+        killed = asked(lambda: restored.append(_kill(cluster)))
         say("after it")
         afterwards = asked(lambda: None)
         say("a rolling update")
@@ -160,7 +161,7 @@ def measure_ray(model: Path, *, callers: int, requests: int) -> RayRecord:
         versions={name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
         killed=killed,
-        restored_s=restored_s,
+        restored_s=restored[0],
         afterwards=afterwards,
         updated=updated,
         first_exit_code=first_exit_code,
@@ -168,6 +169,23 @@ def measure_ray(model: Path, *, callers: int, requests: int) -> RayRecord:
         exit_code=code,
         stop_s=stop_s,
     )
+
+
+def _kill(cluster: RayProcesses) -> float:
+    """Kill replicas, one after the other. Returns the seconds until there are as many again.
+
+    Raises:
+        ResourceError: there are not.
+    """
+    seconds = 0.0
+    for _ in range(_KILLS):
+        number = cluster.kill_replica()
+        seconds = until(partial(_is_whole, cluster, number), "another replica")
+    return seconds
+
+
+def _is_whole(cluster: RayProcesses, killed: int) -> bool:
+    return len({*cluster.replicas()} - {killed}) == _REPLICAS
 
 
 async def _load(
@@ -209,7 +227,7 @@ async def _load(
     return Phase(
         asked=len(ends),
         streamed=streamed,
-        ends=Counter(name for name, _ in ends),
+        ends=dict(Counter(name for name, _ in ends)),
         details=tuple(details[:10]),
     )
 

@@ -22,7 +22,8 @@ from qmix.evals.serving.http_call import Address
 
 _PATIENCE_S = 600.0
 _POLL_S = 0.2
-_REPLICA = re.compile("ray::.*ServeReplica:")  # title of a process
+# The title of a process that holds a model; before, it names what makes the replica.
+_REPLICA = re.compile(r"ray::ServeReplica:(?!.*(__init__|initialize))")
 # A busy machine takes longer to start processes than Ray waits.
 _PATIENT = {
     "RAY_worker_register_timeout_seconds": "300",

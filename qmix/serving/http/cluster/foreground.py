@@ -1,6 +1,7 @@
 """An application of Ray Serve's that lives as long as this process wants it. Knows no models."""
 
 import logging
+import secrets
 import signal
 import time
 import urllib.request
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmix.errors import QmixError, ResourceError
 
@@ -73,9 +74,9 @@ def serve(
         is_update = NAME in ray_serve.status().applications
         try:
             with _terminable():
-                begun = _deployed(application, address, say)
+                run = _deployed(application, address, say)
                 started()
-                while _is_latest(begun):
+                while _is_latest(run):
                     time.sleep(_LOOK_S)
             return
         except (QmixError, _TerminatedError, KeyboardInterrupt) as error:
@@ -115,12 +116,13 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _deployed(application: "Application", address: Address, say: Callable[[str], None]) -> float:
-    """Deploy it and wait until it answers. Returns the time of its deployment.
+def _deployed(application: "Application", address: Address, say: Callable[[str], None]) -> str:
+    """Deploy it and wait until it answers. Returns the name of this run.
 
     Raises:
         QmixError: it does not come to run, or no proxy answers here.
     """
+    import ray
     from ray import serve as ray_serve
 
     ray_serve.start(
@@ -132,13 +134,14 @@ def _deployed(application: "Application", address: Address, say: Callable[[str],
     )
     target = ray_serve.RunTarget(application, NAME, "/")
     ray_serve.run_many([target], wait_for_applications_running=False)
-    begun: float = ray_serve.status().applications[NAME].last_deployed_time_s
+    run = secrets.token_hex(8)
+    ray.get(_latest_run().set.remote(run))
     said = ""
     while True:
         status = ray_serve.status().applications[NAME]
         if status.status == "RUNNING":
             break
-        told = "; ".join(filter(None, (each.message for each in status.deployments.values())))
+        told = " ".join(" ".join(each.message for each in status.deployments.values()).split())
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise QmixError("no replica can run", found=(told or status.message)[-600:])
         if told != said:
@@ -146,7 +149,7 @@ def _deployed(application: "Application", address: Address, say: Callable[[str],
             said = told
         time.sleep(_LOOK_S)
     _check_proxy(address)
-    return begun
+    return run
 
 
 def _check_proxy(address: Address) -> None:
@@ -169,18 +172,41 @@ def _check_proxy(address: Address) -> None:
     )
 
 
-def _is_latest(begun: float) -> bool:
-    """Whether nobody has deployed the application again.
+class LatestRun:
+    """An actor that knows which run of `serve` is the application's latest."""
+
+    def __init__(self) -> None:
+        self._run = ""
+
+    def get(self) -> str:
+        """Its name."""
+        return self._run
+
+    def set(self, run: str) -> None:
+        """Another takes over."""
+        self._run = run
+
+
+def _latest_run() -> Any:
+    """The cluster's LatestRun: Ray tells when an application was made, not when it was replaced."""
+    import ray
+
+    chosen: dict[str, Any] = {"name": NAME, "namespace": NAME, "get_if_exists": True}
+    return ray.remote(LatestRun).options(**chosen, lifetime="detached", num_cpus=0).remote()
+
+
+def _is_latest(run: str) -> bool:
+    """Whether no other run has deployed the application since.
 
     Raises:
         QmixError: somebody has deleted it.
     """
+    import ray
     from ray import serve as ray_serve
 
-    status = ray_serve.status().applications.get(NAME)
-    if status is None:
+    if NAME not in ray_serve.status().applications:
         raise QmixError("the application was deleted", where=NAME)
-    return bool(status.last_deployed_time_s == begun)
+    return bool(ray.get(_latest_run().get.remote()) == run)
 
 
 def _end() -> None:
@@ -192,6 +218,7 @@ def _end() -> None:
         ray_serve.delete(NAME, _blocking=False)
     while NAME in ray_serve.status().applications:
         time.sleep(_LOOK_S / 5)
+    ray.kill(_latest_run())
     if not ray_serve.status().applications:
         ray_serve.shutdown()
     ray.shutdown()
