@@ -1,12 +1,12 @@
 """`qmix serve --ray` where things go wrong: does every caller get its answer, or an error?
 
 `python -m qmix.evals.serve_ray [MODEL] [--callers 20] [--requests 10] [--json FILE]` starts a Ray
-cluster on this machine and two replicas. Callers ask, every other one for a stream, while replicas
-are killed by SIGKILL, three one after the other; then while both are replaced by those of a copy of the model; then while the
-server gets SIGTERM. An answer must be, to the letter, that of a run of the model alone; in float32
-no rounding of a batch reaches a choice. What is lost must be an error to its caller: a status, an
-event, or a connection that is cut off. The exit code is 5 if an answer is wrong, ends as if it were
-whole, or does not come, or if a request fails in the rolling update.
+cluster on this machine and two replicas. Callers ask, every other one for a stream, while three
+replicas are killed by SIGKILL, one after the other; then while both are replaced by those of a copy
+of the model; then while the server gets SIGTERM. An answer must be, to the letter, that of a run of
+the model alone; in float32 no rounding of a batch reaches a choice. What is lost must be an error
+to its caller: a status, an event, or a connection that is cut off. The exit code is 5 if an answer
+is wrong, ends as if it were whole, or does not come, or if a request fails in the rolling update.
 """
 
 import argparse
