@@ -6,7 +6,7 @@ qmix has written is one read. GPTQ and AWQ are transposed beside the blob and co
 tiers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from qmix.formats import Checkpoint
 from qmix.formats.files.shards import fresh
-from qmix.formats.files.spans import Spread, in_turn, read_span, spans
+from qmix.formats.files.spans import Spread, Together, in_turn
 from qmix.formats.layouts.unpacking import as_stored
 from qmix.formats.names import ModelTensor
-from qmix.weights.blob import PAGE_BYTES, aligned, blob_bytes, expert_bytes, quantized_bytes
+from qmix.weights.blob import aligned, blob_bytes, expert_bytes, quantized_bytes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.scheme import DENSE, Scheme
@@ -35,11 +35,6 @@ class Region:
 
     def __init__(self, blob: Tensor) -> None:
         self._blob, self._end = blob, 0
-
-    @property
-    def is_on_page(self) -> bool:
-        """Whether the blob begins on a page of memory."""
-        return self._blob.data_ptr() % PAGE_BYTES == 0
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 [nbytes], the next piece."""
@@ -118,9 +113,8 @@ class ExpertReader:
         if names is None:
             weights = [region.moved_in(self._weight(t, region)) for t in self._tensors[expert]]
         else:
-            stored = self._read_together(
-                names, region, spread, past_cache=self.is_past_cache(expert)
-            )
+            together = Together(spread, self.is_past_cache(expert))
+            stored = self._checkpoint.read_together(names, region.take, together)
             weights = [
                 self._finish(self._checkpoint.built(t, stored), t) for t in self._tensors[expert]
             ]
@@ -138,25 +132,6 @@ class ExpertReader:
     def _is_as_stored(self, tensor: ModelTensor) -> bool:
         packed = self._checkpoint.packing(tensor)
         return self._entry_dtype(tensor) == self._dtype if packed is None else as_stored(packed)
-
-    def _read_together(
-        self, names: Sequence[str], region: Region, spread: Spread, *, past_cache: bool
-    ) -> dict[str, Tensor]:
-        """Tensors by name, in the region: those that lie together, and then each of the others."""
-        entries = {name: self._checkpoint.entry(name) for name in names}
-        stored: dict[str, Tensor] = {}
-        for span, within in spans(entries):
-            pages = region.take(span.nbytes)
-            what = f"the data of {within[0]} to {within[-1]}"
-            read_span(span, what, pages, spread, past_cache=past_cache and region.is_on_page)
-            for name in within:
-                entry = entries[name]
-                data = pages[entry.start - span.first : entry.stop - span.first]
-                stored[name] = data.view(entry.dtype).view(entry.shape)
-        for name in names:
-            if name not in stored:
-                stored[name] = self._checkpoint.read(name, region.take)
-        return stored
 
     def load(self, expert: int) -> Expert:
         """Read an expert into memory of its own."""

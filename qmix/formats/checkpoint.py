@@ -4,7 +4,7 @@ How a weight is stored is decided from its tensors, never from the config. Knows
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from qmix.config import MixtralConfig
 from qmix.errors import CheckpointError
 from qmix.formats.files.shards import Allocate, Entry, Shards, fresh
+from qmix.formats.files.spans import Together
 from qmix.formats.layouts.packed_tensors import PackedTensors
 from qmix.formats.layouts.unpacking import UNPACK, as_stored, on_any_device
 from qmix.formats.metadata import CheckpointMetadata, read_metadata
@@ -73,7 +74,9 @@ class Checkpoint:
 
         See shards.read_entry.
         """
-        data = self.read_stored(name, into)
+        return self._in_order(name, self.read_stored(name, into))
+
+    def _in_order(self, name: str, data: Tensor) -> Tensor:
         heads = self.metadata.tensor_info(name).heads
         return half_split(data, heads) if heads else data
 
@@ -152,6 +155,21 @@ class Checkpoint:
     def read_all(self, tensor: ModelTensor, into: Allocate = fresh) -> dict[str, Tensor]:
         """The tensors that hold a weight, by their canonical names; see `read`."""
         return {name: self.read(name, into) for name in self.stored(tensor)}
+
+    def read_together(
+        self, names: Iterable[str], into: Allocate, together: Together
+    ) -> dict[str, Tensor]:
+        """`read` of several tensors, those first that lie together in a file.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        entries = {name: self.entry(name) for name in names}
+        read = together.read(entries, into)
+        return {
+            name: self._in_order(name, read[name]) if name in read else self.read(name, into)
+            for name in entries
+        }
 
     def built(self, tensor: ModelTensor, tensors: Mapping[str, Tensor]) -> Weight:
         """The weight that `read_all` read, where its tensors lie.

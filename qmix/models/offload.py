@@ -29,8 +29,6 @@ from qmix.planning.stored_model import StoredModel
 from qmix.weights.blob import READ_BUFFERS
 from qmix.weights.scheme import Scheme
 
-_CACHE_USE = 0.75  # of the memory that is free: others want some, too
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tiers:
@@ -154,10 +152,7 @@ def _expected(block: SparseMoeBlock, x: Tensor) -> list[int]:
 
 
 def _cached_share(reader: ExpertReader, host: int) -> float:
-    """The share of the experts in the file for which the page cache has room beside the others.
-
-    A cache that is too small for what passes through it holds nothing when it is asked again.
-    """
+    """The share of the experts in the file for which the page cache has room beside the others."""
     rest = sum(map(reader.file_bytes, range(len(reader)))) * (1 - host / len(reader))
-    free = machine.memory().available - host * reader.blob_bytes
-    return max(0.0, min(1.0, _CACHE_USE * free / rest)) if rest else 1.0
+    room = machine.cache_room(beside=host * reader.blob_bytes)
+    return min(1.0, room / rest) if rest else 1.0

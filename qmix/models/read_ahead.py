@@ -1,7 +1,7 @@
 """A checkpoint's tensors in order on a device, each read while the one before is being used.
 
-A thread reads the files into two buffers of pinned memory in turn, from where the device copies.
-Knows no modules.
+A thread reads the files: on the CPU into the memory of the weights, for a GPU into two buffers of
+pinned memory in turn, from where the device copies. Knows no modules.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,13 @@ from qmix.experts import cuda_memory
 from qmix.experts.arena import HostArena
 from qmix.experts.reader import Region
 from qmix.formats import Checkpoint
-from qmix.formats.files.shards import fresh
+from qmix.formats.files.shards import fresh, fresh_pages
+from qmix.formats.files.spans import Together
 from qmix.formats.names import ModelTensor
 from qmix.kernels.gpu.current_device import on
+from qmix.planning import machine
 from qmix.planning.budget import READ_AHEAD
-from qmix.weights.blob import aligned
+from qmix.weights.blob import aligned, expert_bytes
 
 Read = dict[str, Tensor]
 
@@ -75,43 +77,62 @@ def read_all(
 ) -> Iterator[tuple[ModelTensor, Read]]:
     """The stored tensors of each weight, by name: on the device if it is built there.
 
+    They are read through the page cache if it has room for them, so that the next load is a copy;
+    if not, past it, at the disk's own rate.
+
     Raises:
         CheckpointError: a file is damaged.
     """
-    if device.type != "cuda":
-        for tensor in tensors:
-            yield tensor, checkpoint.read_all(tensor)
+    nbytes = sum(map(checkpoint.stored_bytes, tensors))
+    on_host = device.type != "cuda"
+    is_kept = machine.cache_room(beside=nbytes if on_host else 0) >= nbytes
+    together = None if is_kept else Together(past_cache=True)
+    if on_host:
+        yield from read_ahead(checkpoint, tensors, together)
         return
     with CudaUpload.opened(buffer_bytes(checkpoint, tensors), device) as upload:
-        yield from read_ahead(checkpoint, tensors, upload)
+        yield from read_ahead(checkpoint, tensors, together, upload)
 
 
 def buffer_bytes(checkpoint: Checkpoint, tensors: Sequence[ModelTensor]) -> int:
-    """What a buffer must hold: all tensors of any weight."""
+    """What a buffer must hold: all tensors of any weight, and the pages around them."""
     return max(
-        sum(aligned(checkpoint.entry(name).nbytes) for name in checkpoint.stored(tensor))
+        expert_bytes(aligned(checkpoint.entry(name).nbytes) for name in checkpoint.stored(tensor))
         for tensor in tensors
     )
 
 
 def read_ahead(
-    checkpoint: Checkpoint, tensors: Sequence[ModelTensor], upload: Upload
+    checkpoint: Checkpoint,
+    tensors: Sequence[ModelTensor],
+    together: Together | None,
+    upload: Upload | None = None,
 ) -> Iterator[tuple[ModelTensor, Read]]:
-    """`read_all`, with a thread that is one weight ahead."""
+    """`read_all`, with a thread that is one weight ahead.
+
+    Args:
+        together: how what lies together is read; None: each tensor is read for itself.
+    """
+
+    def uploaded(tensor: ModelTensor) -> Upload | None:
+        return upload if checkpoint.built_anywhere(tensor) else None
+
     with ThreadPoolExecutor(1, "qmix-reader") as pool:
 
         def start(index: int) -> Future[Read]:
             tensor = tensors[index]
-            into = fresh
-            if checkpoint.built_anywhere(tensor):
-                into = Region(upload.buffer(index % READ_AHEAD)).take
-            return pool.submit(checkpoint.read_all, tensor, into)
+            into, copies = fresh_pages if together else fresh, uploaded(tensor)
+            if copies is not None:
+                into = Region(copies.buffer(index % READ_AHEAD)).take
+            if together is None:
+                return pool.submit(checkpoint.read_all, tensor, into)
+            names = checkpoint.stored(tensor)
+            return pool.submit(checkpoint.read_together, names, into, together)
 
         ahead = start(0)
         for index, tensor in enumerate(tensors):
             read = ahead.result()
             if index + 1 < len(tensors):
                 ahead = start(index + 1)
-            if checkpoint.built_anywhere(tensor):
-                read = upload.copied(index % READ_AHEAD, read)
-            yield tensor, read
+            copies = uploaded(tensor)
+            yield tensor, read if copies is None else copies.copied(index % READ_AHEAD, read)

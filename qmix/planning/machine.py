@@ -25,6 +25,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _NODES = Path("/sys/devices/system/node")
 _UNLIMITED = 1 << 60  # cgroup v1 writes the largest page count where there is no limit
 _NVIDIA_SMI_S = 10
+_CACHE_USE = 0.75  # of the memory that is free: others want some, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,17 @@ def memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> HostMemory:
         elif limit - used < host.available:
             host = HostMemory(total=host.total, available=max(0, limit - used), limit="cgroup")
     return host
+
+
+def cache_room(*, beside: int) -> int:
+    """Bytes that the page cache may be asked to keep.
+
+    A cache that is too small for what passes through it holds nothing when it is asked again.
+
+    Args:
+        beside: bytes that the process is going to take.
+    """
+    return int(_CACHE_USE * max(0, memory().available - beside))
 
 
 def _system(proc: Path) -> HostMemory:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qmix.formats import open_checkpoint
+from qmix.formats.files.spans import Together
 from qmix.models import load, read_ahead
 from qmix.models.causal_lm import MixtralForCausalLM
 from qmix.models.pack import Packer
@@ -66,7 +67,9 @@ def loaded(folder, monkeypatch):
     checkpoint = open_checkpoint(folder)
     upload = Upload(read_ahead.buffer_bytes(checkpoint, checkpoint.tensors))
     monkeypatch.setattr(
-        load, "read_all", lambda own, tensors, _: read_ahead.read_ahead(own, tensors, upload)
+        load,
+        "read_all",
+        lambda own, tensors, _: read_ahead.read_ahead(own, tensors, Together(), upload),
     )
     with torch.device("meta"):
         model = MixtralForCausalLM(checkpoint.config)

@@ -10,13 +10,15 @@ from torch.overrides import TorchFunctionMode
 
 from qmix.errors import CheckpointError
 from qmix.formats import open_checkpoint
+from qmix.formats.files import spans
+from qmix.formats.files.spans import Together
 from qmix.models import read_ahead as ahead
 from qmix.models.quantization import BitsAndBytesConfig, of_checkpoint
 from qmix.planning.budget import READ_AHEAD
 from qmix.weights.affine import Affine, reorder_codes
 from qmix.weights.scheme import NF4, Scheme
 from qmix.weights.table import Table
-from tests.support.models import TINY, quantized, write_dense
+from tests.support.models import quantized, write_dense
 from tests.support.process import PATIENCE
 
 INT4 = Scheme(kind="int4", group_size=32, symmetric=False)
@@ -79,7 +81,8 @@ class Late:
 
 def uploaded(checkpoint, tensors, on_device=OnDevice):
     upload = Late(ahead.buffer_bytes(checkpoint, tensors), on_device)
-    for index, (tensor, read) in enumerate(ahead.read_ahead(checkpoint, tensors, upload)):
+    reading = ahead.read_ahead(checkpoint, tensors, Together(), upload)
+    for index, (tensor, read) in enumerate(reading):
         upload.arrive(index % READ_AHEAD)
         yield tensor, read
 
@@ -140,9 +143,9 @@ def test_the_next_weight_is_read_while_this_one_is_used(folders):
     begun = [threading.Event() for _ in checkpoint.tensors]
 
     class Watched(type(checkpoint)):
-        def read_all(self, tensor, into):
-            begun[self.tensors.index(tensor)].set()
-            return super().read_all(tensor, into)
+        def read_together(self, names, into, together):
+            begun[list(map(self.stored, self.tensors)).index(names)].set()
+            return super().read_together(names, into, together)
 
     watched = Watched(**vars(checkpoint))
     for index, _ in enumerate(uploaded(watched, watched.tensors, Tensor)):
@@ -175,11 +178,44 @@ def test_a_loader_that_is_stopped_leaves_no_thread(folders):
     assert not [t for t in threading.enumerate() if t.name.startswith("qmix-reader")]
 
 
-def test_on_the_cpu_nothing_is_read_ahead():
-    checkpoint = open_checkpoint(TINY)
-    for _, read in ahead.read_all(checkpoint, checkpoint.tensors[:2], torch.device("cpu")):
-        assert read
-        assert not [t for t in threading.enumerate() if t.name.startswith("qmix-reader")]
+@pytest.mark.parametrize("room", [0, 1 << 60], ids=["past the cache", "through it"])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "gptq"])
+def test_the_host_reads_what_the_files_hold_into_memory_of_the_weights(
+    folders, kind, room, monkeypatch
+):
+    checkpoint = open_checkpoint(folders[kind])
+    ways, opened = set(), spans.opened
+
+    def watched(file, *, past_cache, what):
+        ways.add(past_cache)
+        return opened(file, past_cache=past_cache, what=what)
+
+    monkeypatch.setattr(spans, "opened", watched)
+    monkeypatch.setattr(ahead.machine, "cache_room", lambda *, beside: room - beside)
+    read = list(ahead.read_all(checkpoint, checkpoint.tensors, torch.device("cpu")))
+    assert ways == (set() if room else {True})
+    assert [tensor for tensor, _ in read] == list(checkpoint.tensors)
+    starts = [part.data_ptr() for _, parts in read for part in parts.values()]
+    assert len(set(starts)) == len(starts)  # nothing is overwritten by what is read later
+    for tensor, parts_read in read:
+        for name, own in checkpoint.read_all(tensor).items():
+            assert torch.equal(parts_read[name], own)
+
+
+def test_the_host_keeps_in_the_cache_what_has_room_beside_the_model(folders, monkeypatch):
+    checkpoint, asked = open_checkpoint(folders["nf4"]), []
+    nbytes = sum(map(checkpoint.stored_bytes, checkpoint.tensors))
+
+    def room(*, beside):
+        asked.append(beside)
+        return nbytes
+
+    monkeypatch.setattr(ahead.machine, "cache_room", room)
+    reading = ahead.read_all(checkpoint, checkpoint.tensors, torch.device("cpu"))
+    next(reading)
+    reading.close()
+    assert asked == [nbytes]
+    assert not [t for t in threading.enumerate() if t.name.startswith("qmix-reader")]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

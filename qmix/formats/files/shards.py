@@ -17,6 +17,7 @@ from qmix.files.regular_file import open_regular
 from qmix.formats.files import safetensors_header
 from qmix.formats.files.safetensors_header import TensorInfo
 from qmix.weights import huge_pages
+from qmix.weights.blob import PAGE_BYTES, TOGETHER_BYTES
 from qmix.weights.dense import all_finite
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -31,6 +32,15 @@ def fresh(nbytes: int) -> Tensor:
     memory = torch.empty(nbytes, dtype=torch.uint8)
     huge_pages.ask(memory)
     return memory
+
+
+def fresh_pages(nbytes: int) -> Tensor:
+    """New memory that begins on a page, if it is worth one: uint8 [nbytes]."""
+    if nbytes < TOGETHER_BYTES:
+        return fresh(nbytes)
+    memory = fresh(nbytes + PAGE_BYTES)
+    first = -memory.data_ptr() % PAGE_BYTES
+    return memory[first : first + nbytes]
 
 
 @dataclass(frozen=True)

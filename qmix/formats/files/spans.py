@@ -4,14 +4,15 @@ Knows nothing of models.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.formats.files.large_reads import Span, opened
-from qmix.formats.files.shards import Entry
-from qmix.weights.blob import TOGETHER_BYTES, TOGETHER_RUNS
+from qmix.formats.files.shards import Allocate, Entry
+from qmix.weights.blob import PAGE_BYTES, TOGETHER_BYTES, TOGETHER_RUNS
 
 Spread = Callable[[Sequence[Callable[[], None]]], None]
 
@@ -20,6 +21,41 @@ def in_turn(parts: Sequence[Callable[[], None]]) -> None:
     """Do the parts of a read one after another."""
     for part in parts:
         part()
+
+
+@dataclass(frozen=True)
+class Together:
+    """How tensors that lie together are read.
+
+    Attributes:
+        spread: does the parts of a read, and waits for all of them.
+        past_cache: what the page cache does not hold is read past it.
+    """
+
+    spread: Spread = in_turn
+    past_cache: bool = False
+
+    def read(self, entries: Mapping[str, Entry], into: Allocate) -> dict[str, Tensor]:
+        """The tensors that lie in long runs, as views of the runs' pages; no others.
+
+        Args:
+            into: returns uint8 memory of the given number of bytes. Only what begins on a page is
+                read past the cache.
+
+        Raises:
+            CheckpointError: see read_span.
+        """
+        read: dict[str, Tensor] = {}
+        for span, within in spans(entries):
+            pages = into(span.nbytes)
+            past_cache = self.past_cache and pages.data_ptr() % PAGE_BYTES == 0
+            what = f"the data of {within[0]} to {within[-1]}"
+            read_span(span, what, pages, self.spread, past_cache=past_cache)
+            for name in within:
+                entry = entries[name]
+                data = pages[entry.start - span.first : entry.stop - span.first]
+                read[name] = data.view(entry.dtype).view(entry.shape)
+        return read
 
 
 def spans(entries: Mapping[str, Entry]) -> list[tuple[Span, list[str]]]:
