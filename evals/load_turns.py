@@ -81,8 +81,8 @@ class Loads:
         self.tensors = _first(self.checkpoint, nbytes)
         self.nbytes = sum(map(self.checkpoint.stored_bytes, self.tensors))
         self._upload = HostUpload(buffer_bytes(self.checkpoint, self.tensors))
-        self._source = torch.ones(_COPIED, dtype=torch.uint8)
-        self._target = torch.ones(_COPIED, dtype=torch.uint8)
+        self._source = torch.ones(min(_COPIED, self.nbytes), dtype=torch.uint8)
+        self._target = torch.ones_like(self._source)
 
     def read(self, way: str) -> Read:
         """Read all weights in one way; the tensors of the last one."""
