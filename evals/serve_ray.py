@@ -29,8 +29,9 @@ from qmix import strict_json
 from qmix.errors import QualityError
 from qmix.evals.command import exit_code, say
 from qmix.evals.serving.http_call import Address, HttpCall, SilentEndError
+from qmix.evals.serving.ports import free_port
 from qmix.evals.serving.questions import COMPLETIONS, Reply, right_replies
-from qmix.evals.serving.ray_processes import RayProcesses, free_port, ray_processes, until
+from qmix.evals.serving.ray_processes import RayProcesses, ray_processes, until
 from qmix.evals.training import tiny_model
 from qmix.models.auto import load
 from qmix.planning import machine

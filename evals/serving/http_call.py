@@ -16,7 +16,7 @@ _LINE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Address:
-    """A server's, and what its callers must show."""
+    """Where a server listens."""
 
     port: int
     host: str = "127.0.0.1"

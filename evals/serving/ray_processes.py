@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from qmix.errors import ResourceError
 from qmix.evals.serving.http_call import Address
+from qmix.evals.serving.ports import free_port, listens
 
 _PATIENCE_S = 600.0
 _POLL_S = 0.2
@@ -94,16 +94,9 @@ def ray_processes(cpus: int) -> Iterator[RayProcesses]:
         log = folder / "ray-log"
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         with _process((*ray, *options, *quiet), log, {**token, **_PATIENT}) as leader:
-            _until(lambda: _listens(port), leader, log)
+            _until(lambda: listens(port), leader, log)
             address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
             yield RayProcesses(leader, {**token, **address}, folder)
-
-
-def free_port() -> int:
-    """A port of this machine at which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
 
 
 def until(condition: Callable[[], bool], what: str) -> float:
@@ -172,11 +165,3 @@ def _descendants(leader: int) -> list[int]:
         fresh = [number for number, parent in parents.items() if parent in fresh]
         found += fresh
     return found
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True

@@ -5,7 +5,6 @@ Knows nothing of its callers.
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from qmix.errors import ResourceError
 from qmix.evals.serving.http_call import Address
+from qmix.evals.serving.ports import free_port, listens
 
 _STOP_S = 30.0
 _POLL_S = 0.1
@@ -109,11 +109,10 @@ def llama_server(python: str, *arguments: str) -> Iterator[ServerProcess]:
     Raises:
         ResourceError: it does not start.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = (python, "-m", "llama_cpp.server", "--port", str(port), *arguments)
     with _started(command) as (process, log):
-        while not _listens(port):
+        while not listens(port):
             _wait(process, log)
         yield ServerProcess(process, Address(port))
 
@@ -143,11 +142,3 @@ def _wait(process: "subprocess.Popen[bytes]", log: Path) -> None:
         said = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise ResourceError("the server did not start", where=str(process.args), found=said[:400])
     time.sleep(_POLL_S)
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True

@@ -66,7 +66,7 @@ def swept(shim, root, command, number, points, counted, kinds, seed=SEED):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "name", "soak"), gate_and_soak(FAILING[::45], FAILING))
+@pytest.mark.parametrize(("command", "name", "soak"), gate_and_soak(FAILING[::90], FAILING))
 def test_a_disk_that_fails_at_any_call_is_said_and_the_next_run_is_whole(
     shim, tmp_path, counted, command, name, soak
 ):
