@@ -40,7 +40,7 @@ _HEADER = (
     *("matrix instruction", "128-bit", "exchanges", "faults"),
 )
 
-_GENERATIONS = (80, 90, 120)
+GENERATIONS = (80, 90, 120)
 
 AnyKernel = TypeVar("AnyKernel", WeightKernel, PlainKernel, WeightKernel | PlainKernel)
 
@@ -55,17 +55,19 @@ def usual_kernels(archs: Sequence[int]) -> Iterator[WeightKernel | PlainKernel]:
 def _decodes(variant: WeightKernel) -> bool:
     """Whether a decode step launches it: usually two warps of 8 columns.
 
-    Other blocks are compiled where a product does more after its loop, which costs registers, and
-    for three generations only: the others have the same registers.
+    Other blocks, and the largest, are compiled where a product does more after its loop, which
+    costs registers, and for three generations only: the others have the same registers.
     """
     if variant.is_sorted:
         return False
     columns, warps = variant.config.columns, variant.config.warps
+    if variant.is_padded or variant.is_largest:
+        return columns == 8 and not variant.early and variant.arch in GENERATIONS
     if variant.kernel == "dequantize" or (columns, warps) == (8, 2):
         return True
     finishes = variant.kernel in FUSED or variant.is_split
     return (
-        columns <= DECODE_TOKENS and finishes and not variant.early and variant.arch in _GENERATIONS
+        columns <= DECODE_TOKENS and finishes and not variant.early and variant.arch in GENERATIONS
     )
 
 
@@ -73,7 +75,17 @@ def decode_kernels(archs: Sequence[int]) -> Iterator[WeightKernel]:
     """What a decode step of up to 8 tokens launches, in the two usual formats, one by one."""
     for variant in weight_kernels(archs, FORMATS[:2]):
         usual = (variant.config.columns, variant.config.warps, variant.is_sorted) == (8, 2, False)
-        if usual and not variant.early:
+        if usual and not (variant.early or variant.is_padded or variant.is_largest):
+            yield variant
+
+
+def attention_over_codes(archs: Sequence[int]) -> Iterator[PlainKernel]:
+    """What reads keys and values in 8 bits, in a decode step and for a prompt without padding."""
+    for variant in plain_kernels(archs):
+        usual = {"padding_mask", "starts"} <= set(variant.absent)
+        step = dict(variant.constants).get("PARTS", 0) > 1 and variant.codes == "new codes"
+        early = dict(variant.constants).get("DEPENDENT", 0)
+        if usual and variant.codes and not early and (step or variant.kernel == "prefill"):
             yield variant
 
 

@@ -89,7 +89,7 @@ def disk_bandwidth(folder: Path, nbytes: int = 512 << 20) -> float:
         os.fsync(descriptor)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        memory = HostArena(1, _BLOCK_BYTES).blob(0).zero_()
+        memory = HostArena([_BLOCK_BYTES]).blob(0).zero_()
 
         def spread(parts: Sequence[Callable[[], None]]) -> None:
             list(pool.map(lambda part: part(), parts))

@@ -11,7 +11,16 @@ from typing import Any, Literal
 import torch
 
 from qmix.evals.timing.machine_code import KernelSource
-from qmix.kernels.gpu import attention, attention_triton, fused_triton, pointwise, pointwise_triton
+from qmix.kernels.gpu import (
+    attention,
+    attention_triton,
+    fused_triton,
+    grid,
+    moe,
+    moe_triton,
+    pointwise,
+    pointwise_triton,
+)
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _HIDDEN, _EXPERTS, _EXPERTS_PER_TOKEN = 32, 8, 128, 4096, 8, 2
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -26,15 +35,16 @@ _POINTERS = {
     "partials": "*fp32",
     "ids": "*i64",
     "weights": "*fp32",
-    "normed": "*fp16",
     "weighted": "*fp16",
     "squares": "*fp32",
     "scale": "*fp32",
 }
+_APART = ("out", "arrivals")  # the splits are merged by a launch of its own
 _STEPS, _NEW = ("key_steps", "value_steps"), ("new_keys", "new_values")
 _CODES = dict.fromkeys(("keys", "values"), "*i8") | dict.fromkeys(_STEPS, "*fp32")
 _MODEL_POINTERS = (
     "q",
+    "normed",
     "keys",
     "values",
     "new_keys",
@@ -56,6 +66,7 @@ class PlainKernel:
 
     Attributes:
         codes: keys and values are rows of codes; of one new column, "new", they are stored first.
+        half: the result is float16, as a packed product takes it; else it is of `dtype`.
     """
 
     kernel: str
@@ -66,26 +77,34 @@ class PlainKernel:
     stages: int
     arch: int
     codes: Literal["", "codes", "new codes"] = ""
+    half: bool = False
 
     def __str__(self) -> str:
         shape = " ".join(f"{name} {value}" for name, value in self.constants)
         without = f", no {' '.join(self.absent)}" if self.absent else ""
         codes = f" {self.codes}" if self.codes else ""
-        return f"sm_{self.arch} {self.kernel} {_TYPES[self.dtype]}{codes} {shape}{without}"
+        types = _TYPES[self.dtype] + " to fp16" * self.half
+        return f"sm_{self.arch} {self.kernel} {types}{codes} {shape}{without}"
 
     def source(self) -> KernelSource:
         """The kernel in the form that is compiled."""
-        modules = (attention_triton, pointwise_triton, fused_triton)
+        modules = (attention_triton, pointwise_triton, fused_triton, moe_triton)
         function: Any = next(filter(None, (getattr(m, self.kernel, None) for m in modules)))
         constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
         pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS
+        if self.half:
+            pointers |= dict.fromkeys(("out", "normed"), "*fp16")
         if self.codes:
             pointers |= _CODES
         absent = () if self.codes.startswith("new") else _NEW if self.codes else (*_NEW, *_STEPS)
         constants |= {name: None for name in absent if name in function.arg_names}
         names = [name for name in function.arg_names if name not in constants]
         types = {name: "fp32" if name == "eps" else pointers.get(name, "i32") for name in names}
-        sizes = ("D", *(name for name in names if name.endswith(("_batch", "_head", "_row"))))
+        sizes = {name for name in names if name.endswith(("_batch", "_head", "_row"))} | {"D"}
+        if self.kernel == "combine":
+            sizes |= {"N"}
+        if self.codes:  # of d + 4 bytes
+            sizes -= {"k_row", "v_row"}
         tile = dict(self.constants)
         # Rows of codes are read in 32 bits: their size is no multiple of more.
         elements = 0 if self.codes else 2 * tile.get("COLUMNS", 0) * tile.get("D", 0)
@@ -98,64 +117,78 @@ class PlainKernel:
 def plain_kernels(
     archs: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
 ) -> Iterator[PlainKernel]:
-    """All kernels that `qmix.kernels.gpu.attention` and `.pointwise` can launch."""
+    """All kernels that `qmix.kernels.gpu.attention` and `.pointwise` can launch, and `combine`.
+
+    Where a constant counts the rounds of an unrolled loop, it has the most that occur.
+    """
     for arch, dtype in product(archs, dtypes):
-        for kernel, warps, stages, constants, absent in _kernels(dtype):
-            one = PlainKernel(kernel, dtype, tuple(constants.items()), absent, warps, stages, arch)
-            yield one
-            if kernel not in ("split", "prefill"):
-                continue
-            shape = attention.blocks_for(constants.get("QUERIES", 1), dtype, codes=True)
-            coded = replace(
-                one, constants=tuple({**constants, "COLUMNS": shape.columns}.items()), codes="codes"
-            )
-            yield coded
-            if kernel == "split" and "past" not in absent:
-                yield replace(coded, codes="new codes")
+        yield from _attention(dtype, arch)
+        for kernel, warps, constants, absent, half in _pointwise():
+            shape = tuple(constants.items())
+            yield PlainKernel(kernel, dtype, shape, absent, warps, 1, arch, half=half)
 
 
-def _kernels(
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, int, int, Mapping[str, int], tuple[str, ...]]]:
-    """Name, warps, stages, constants, and the tensors that are not passed."""
-    tile = {"GROUP_HEADS": _HEADS // _KV_HEADS, "D": _HEAD_DIM}
-    decode, prefill = attention.blocks(dtype)
-    for absent in (("padding_mask",), ("past", "starts")):
-        for shape, name, rows in (
-            (decode, "split", "ROWS"),
-            (decode, "prefill", "QUERIES"),
-            (prefill, "prefill", "QUERIES"),
-        ):
-            size = {rows: shape.rows, "COLUMNS": shape.columns, "STAGES": shape.stages}
-            if name == "prefill":
-                yield name, shape.warps, shape.stages, size | tile, absent
-                continue
-            apart = {"PARTS": 1, "DEPENDENT": 0}, (*absent, "out", "arrivals")
-            merging = {"PARTS": attention.LARGEST_SPLIT, "DEPENDENT": 0}, absent
-            for parts, without in (apart, merging):
-                yield name, shape.warps, shape.stages, size | tile | parts, without
-    for power in range(attention.LARGEST_SPLIT.bit_length()):
-        yield "merge", 4, 1, {"PARTS": 1 << power, "D": _HEAD_DIM}, ()
+def _attention(dtype: torch.dtype, arch: int) -> Iterator[PlainKernel]:
+    """Over a cache in a decode step, and over all columns; in 16 bits and in codes."""
+    merging = {"PARTS": attention.LARGEST_SPLIT}
+    for codes in (False, True):
+        shape, new = attention.blocks_for(1, dtype, codes=codes), "new codes" if codes else ""
+        plain = PlainKernel("split", dtype, (), (), shape.warps, shape.stages, arch)
+        split = {"ROWS": shape.rows, **_tile(shape), "PARTS": 1, "DEPENDENT": 0}
+        for early, starts in product(range(1 + (arch >= 90)), (("starts",), ())):
+            apart = split | {"DEPENDENT": early}
+            absent = ("padding_mask", *starts)
+            for parts, without in ((apart, (*absent, *_APART)), (apart | merging, absent)):
+                constants = tuple(parts.items())
+                half = without == absent
+                yield replace(plain, constants=constants, absent=without, codes=new, half=half)
+        old = "codes" if codes else ""
+        for mask in (("padding_mask",), ()):
+            absent = (*mask, "past", "starts")
+            constants = tuple(split.items())
+            yield replace(plain, constants=constants, absent=(*absent, *_APART), codes=old)
+            for queries in (attention.SMALLEST_TILE, attention.SMALLEST_TILE + 1):
+                shape = attention.blocks_for(queries, dtype, codes=codes)
+                prefill = {"QUERIES": shape.rows, **_tile(shape)}
+                yield PlainKernel(
+                    *("prefill", dtype, tuple(prefill.items()), absent),
+                    *(shape.warps, shape.stages, arch, old),
+                )
+
+
+def _tile(shape: attention.BlockShape) -> dict[str, int]:
+    group_heads = _HEADS // _KV_HEADS
+    tile = {"COLUMNS": shape.columns, "STAGES": shape.stages}
+    return {**tile, "GROUP_HEADS": group_heads, "D": _HEAD_DIM}
+
+
+def _pointwise() -> Iterator[tuple[str, int, Mapping[str, int], tuple[str, ...], bool]]:
+    """Name, warps, constants, the tensors that are not passed, whether the result is float16."""
+    for power, half in product(range(attention.LARGEST_SPLIT.bit_length()), (False, True)):
+        yield "merge", 4, {"PARTS": 1 << power, "D": _HEAD_DIM}, (), half
     warps = pointwise.norm_warps(_HIDDEN)
-    norm = {"BLOCK": _HIDDEN, "EXPERTS": _EXPERTS, "E": _EXPERTS, "CHOSEN": _EXPERTS_PER_TOKEN}
-    single, of_experts = {"SPLITS": 1, "CHOICES": 1}, {"CHOICES": _EXPERTS_PER_TOKEN}
+    routed = {"EXPERTS": _EXPERTS, "E": _EXPERTS, "CHOSEN": _EXPERTS_PER_TOKEN}
+    unrouted = dict.fromkeys(routed, 1)
+    block, of_experts = {"BLOCK": _HIDDEN}, {"CHOICES": _EXPERTS_PER_TOKEN}
     no_router = ("gate", "logits", "ids", "weights")
-    yield "residual_norm", warps, 1, norm | single, ("partials", "total", *no_router)
-    yield "start_norm", warps, 1, {"BLOCK": _HIDDEN}, ()
+    single = {"SPLITS": 1, "CHOICES": 1}
+    yield "residual_norm", warps, block | unrouted | single, ("partials", *no_router), False
+    yield "residual_norm", warps, block | unrouted | single, no_router, True
+    yield "start_norm", warps, block, (), False
     rotations = tuple({"D": _HEAD_DIM, "ROWS": rows} for rows in (1, 16))
     for splits in (1, 2, 4, 8, 16):
         split = {**single, "SPLITS": splits}
-        yield "residual_norm", warps, 1, norm | split | of_experts, no_router
-        yield "residual_norm", warps, 1, norm | split, ()
+        for half in (False, True):
+            yield "residual_norm", warps, block | unrouted | split | of_experts, no_router, half
+        yield "residual_norm", warps, block | routed | split, (), True
         for rotation in rotations:
             heads = {"SPLITS": splits, "H": _HEADS, "G": _KV_HEADS}
-            yield (
-                "rotate_store",
-                pointwise.rotation_warps(rotation["ROWS"]),
-                1,
-                heads | rotation,
-                (),
-            )
+            count = pointwise.rotation_warps(rotation["ROWS"])
+            for absent in ((), ("starts",)):
+                yield "rotate_store", count, heads | rotation, absent, False
     for rotation in rotations:
-        yield "rotate", pointwise.rotation_warps(rotation["ROWS"]), 1, rotation, ()
-    yield "route", 1, 1, {"E": _EXPERTS, "CHOSEN": _EXPERTS_PER_TOKEN, "EXPERTS": _EXPERTS}, ()
+        yield "rotate", pointwise.rotation_warps(rotation["ROWS"]), rotation, (), False
+    yield "route", 1, routed, (), False
+    for choices in (1, _EXPERTS_PER_TOKEN):
+        sums = {"SPLITS": grid.LARGEST_SPLIT, "CHOICES": choices, "BLOCK": moe.COMBINED}
+        yield "combine", 4, sums, (), False

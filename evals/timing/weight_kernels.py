@@ -1,12 +1,12 @@
 """The GPU kernels that read packed weights, in all variants. Nothing is compiled here."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qmix.evals.timing.machine_code import KernelSource
 from qmix.kernels.gpu import fused_triton, moe, moe_triton
-from qmix.kernels.gpu.grid import Config, configs, roomy
+from qmix.kernels.gpu.grid import LARGEST_SPLIT, Config, configs, roomy
 from qmix.kernels.moe import DECODE_TOKENS
 from qmix.weights.packed.tile_format import TileFormat
 
@@ -61,6 +61,10 @@ class WeightKernel:
     Attributes:
         is_split: K is split, and the last split adds all of them up.
         early: it is a dependent launch, and asks for its weights before it waits.
+        is_normed: its input is still to be divided by the root of the mean square.
+        is_padded: rows may have padding on the left.
+        is_largest: the loops that are unrolled (splits that are added up, shares of a norm) have
+            the most rounds that occur, where otherwise they have those of an H100.
     """
 
     kernel: str
@@ -70,10 +74,14 @@ class WeightKernel:
     arch: int
     is_split: bool = False
     early: bool = False
+    is_normed: bool = False
+    is_padded: bool = False
+    is_largest: bool = False
 
     def __str__(self) -> str:
         how = " sorted" if self.is_sorted else " split" if self.is_split else ""
-        how += " dependent" if self.early else ""
+        how += " dependent" * self.early + " normed" * self.is_normed + " padded" * self.is_padded
+        how += " largest" * self.is_largest
         return (
             f"sm_{self.arch} {self.kernel}{how} {self.tile_format}, "
             f"{self.config.columns} columns, {self.config.warps} warps"
@@ -101,6 +109,8 @@ class WeightKernel:
         }
         if self.kernel == "gate_up" and not self.is_split:
             constants |= {"sums": None, "arrivals": None}
+        if self.kernel == "matmul_rotate_store" and not self.is_padded:
+            constants |= {"starts": None}
         names = function.arg_names
         types = {name: "fp32" if name == "eps" else _POINTERS.get(name, "i32") for name in names}
         unaligned = function.do_not_specialize_on_alignment
@@ -119,11 +129,15 @@ class WeightKernel:
 
     def _norm_and_heads(self) -> dict[str, object]:
         """Constants of the 8x7B beyond a product's, and the tensors that are not passed."""
-        if self.kernel not in FUSED:
+        if not (self.is_normed or self.kernel in FUSED):
             return {"squares": None, "S": 1, "SLICES": 1}
-        slices = 32 * 4 // self.config.warps
-        norm = {"S": slices, "SLICES": slices, "LAST_S": slices, "LAST_SLICES": slices}
-        return {"starts": None, "Z": 8, "H": 32, "G": 8, "EXPERTS": 8, "CHOSEN": 2, **norm}
+        own = 32 * 4 // self.config.warps  # shares of a norm: one for each block of a product
+        read = 32 * 4 if self.is_largest else own
+        reads = self.kernel in ("gate_up", "matmul_rotate_store")
+        slices = dict.fromkeys(("S", "SLICES"), read if reads else own)
+        last = dict.fromkeys(("LAST_S", "LAST_SLICES"), read)
+        model = {"H": 32, "G": 8, "EXPERTS": 8, "CHOSEN": 2}
+        return {"Z": LARGEST_SPLIT if self.is_largest else 8, **model, **slices, **last}
 
 
 def weight_kernels(
@@ -143,10 +157,20 @@ def weight_kernels(
                     if config.columns <= DECODE_TOKENS:
                         yield WeightKernel(kernel, tile_format, config, False, arch)
                 if config.columns <= DECODE_TOKENS:
-                    for kernel in FUSED:
-                        yield WeightKernel(kernel, tile_format, config, False, arch)
-                    yield WeightKernel("gate_up", tile_format, config, False, arch, is_split=True)
-                if config.columns == 8 and arch >= 90:
-                    for kernel in (*FUSED, "gate_up"):
-                        yield WeightKernel(kernel, tile_format, config, False, arch, early=True)
+                    yield from _of_a_step(tile_format, config, arch)
             yield WeightKernel("dequantize", tile_format, Config(0, 4, 1), False, arch)
+
+
+def _of_a_step(tile_format: TileFormat, config: Config, arch: int) -> Iterator[WeightKernel]:
+    """What fused launches add; from compute capability 9.0 on they can be dependent ones."""
+    gate_up = WeightKernel("gate_up", tile_format, config, False, arch)
+    for early in (False, True)[: 1 + (arch >= 90)]:
+        normed = replace(gate_up, early=early, is_normed=True)
+        fused = [replace(gate_up, kernel=kernel, early=early) for kernel in FUSED]
+        padded = replace(fused[0], is_padded=True)
+        for one in (*fused, padded, normed, replace(normed, is_split=True)):
+            yield one
+            yield replace(one, is_largest=True)
+        yield replace(gate_up, early=early, is_split=True)
+        if early:
+            yield replace(gate_up, early=True)

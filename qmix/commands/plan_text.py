@@ -40,6 +40,8 @@ def text(answer: PlanAnswer) -> str:
     ]
     if planned.gpu:
         lines += _memory("device memory", planned.device_memory, planned.vram)
+        widened = planned.fitting.footprint.widened
+        lines += [] if widened is None else [f"  {widened}"]
         lines.append("")
     lines += _memory("host memory", planned.host_memory, planned.ram)
     lines += ["", *_speeds(estimate), *_cache(planned)]

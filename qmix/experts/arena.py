@@ -6,6 +6,9 @@ Knows bytes only; the store knows what a blob means and which expert is in it.
 
 import mmap
 import warnings
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -33,29 +36,28 @@ class Runtime(Protocol):
 
 
 class HostArena:
-    """`blobs` blobs of `nbytes` each in host memory, each on a page of its own.
+    """Blobs of these sizes in host memory, each on pages of its own.
 
     It is private anonymous memory, in huge pages if the system has them; a page counts as resident
     once it is written. The device reads pinned memory in place, at an address that its driver tells
     (not the host's on every system), and copies it without a staging buffer.
 
     Attributes:
-        stride: bytes from one blob to the next.
+        nbytes: of the largest blob.
         pinned_bytes: 0, or all bytes. unpinned_bytes: bytes that should have been pinned.
 
     Raises:
         ResourceError: the system does not provide so much memory.
     """
 
-    def __init__(self, blobs: int, nbytes: int) -> None:
-        self.stride = aligned(nbytes, PAGE_BYTES)
-        self.nbytes = nbytes
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes, self.nbytes = tuple(sizes), max(sizes, default=0)
+        self._starts = [0, *accumulate(aligned(size, PAGE_BYTES) for size in sizes)]
         self.pinned_bytes = self.unpinned_bytes = 0
         self._runtime: Runtime | None = None
+        self._chunks = self._whole_blobs()
         self._device_pointers: list[int] = []  # of each chunk
-        self._count = blobs
-        self._chunk = max(1, PIN_BYTES // self.stride) * self.stride
-        total = max(blobs * self.stride, PAGE_BYTES)
+        total = max(self._starts[-1], PAGE_BYTES)
         try:
             self._map = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -71,13 +73,23 @@ class HostArena:
             self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._sizes)
+
+    def _whole_blobs(self) -> list[int]:
+        """Where chunks begin, and where the last one ends: whole blobs, at most PIN_BYTES."""
+        chunks = [0]
+        if not self._sizes:
+            return chunks
+        for start, end in pairwise(self._starts):
+            if end - chunks[-1] > PIN_BYTES and start > chunks[-1]:
+                chunks.append(start)
+        return [*chunks, self._starts[-1]]
 
     def blob(self, index: int) -> Tensor:
-        """uint8 [nbytes], a view."""
-        assert 0 <= index < self._count, index
-        start = index * self.stride
-        return self._memory[start : start + self.nbytes]
+        """uint8 [size], a view."""
+        assert 0 <= index < len(self), index
+        start = self._starts[index]
+        return self._memory[start : start + self._sizes[index]]
 
     def pin(
         self,
@@ -98,12 +110,12 @@ class HostArena:
         Returns:
             whether the arena is pinned.
         """
-        whole = self._count * self.stride
+        whole = self._starts[-1]
         registered: list[int] = []
         device_pointers: list[int] = []
-        for start in range(0, whole, self._chunk):
+        for start, end in pairwise(self._chunks):
             pointer = self._memory.data_ptr() + start
-            code = runtime.register(pointer, min(self._chunk, whole - start))
+            code = runtime.register(pointer, end - start)
             if not code:
                 registered.append(pointer)
             device_pointer: int | None = pointer
@@ -132,17 +144,18 @@ class HostArena:
 
     def device_address(self, index: int) -> int:
         """Where the device reads a blob: the host's own address unless the memory is pinned."""
-        assert 0 <= index < self._count, index
+        assert 0 <= index < len(self), index
+        start = self._starts[index]
         if not self.pinned:
-            return self._memory.data_ptr() + index * self.stride
-        chunk, within = divmod(index * self.stride, self._chunk)
-        return self._device_pointers[chunk] + within
+            return self._memory.data_ptr() + start
+        chunk = bisect_right(self._chunks, start, hi=len(self._device_pointers)) - 1
+        return self._device_pointers[chunk] + start - self._chunks[chunk]
 
     def unpin(self) -> None:
         """Undo the registrations. The memory itself is freed with its last view."""
         if self._runtime is None:
             return
-        for start in range(0, self._count * self.stride, self._chunk):
+        for start in self._chunks[:-1]:
             self._runtime.unregister(self._memory.data_ptr() + start)
         self._runtime, self.pinned_bytes, self._device_pointers = None, 0, []
 

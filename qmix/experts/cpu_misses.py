@@ -17,10 +17,10 @@ from qmix.kernels.gpu import packed_matmul
 
 @dataclass(frozen=True, eq=False)
 class SplitOutput:
-    """The output [T, D]; how many experts the CPU read for it, and the seconds that this took."""
+    """The output [T, D]; the experts that the CPU read for it, and the seconds that this took."""
 
     out: Tensor
-    missed: int
+    missed: Sequence[int]
     seconds: float
 
 
@@ -48,27 +48,28 @@ def forward(
         ids = routes.ids.masked_fill(on_cpu, in_slot.index(True))
         weights = routes.weights.masked_fill(on_cpu, 0)
         out += packed_matmul.expert_pairs(x, Routes(ids, weights), experts)
-    count, seconds = 0, 0.0
+    read: Sequence[int] = ()
+    seconds = 0.0
     if on_host is not None:
         begun = time.perf_counter()
-        outputs, count = pairs_on_host(*on_host, experts, missed)
+        outputs, read = pairs_on_host(*on_host, experts, missed)
         seconds = time.perf_counter() - begun
         out[on_cpu] = outputs.to(x.device)
-    return SplitOutput(out.sum(1).to(x.dtype), count, seconds)
+    return SplitOutput(out.sum(1).to(x.dtype), read, seconds)
 
 
 def pairs_on_host(
     x: Tensor, routes: Routes, experts: PackedExperts, chosen: Tensor
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, list[int]]:
     """The outputs of the (token, choice) pairs that `chosen`, bool [T, k], marks, from host blobs.
 
     Returns:
-        float32 [pairs, D], each times its routing weight; and how many experts were read.
+        float32 [pairs, D], each times its routing weight; and the experts that were read.
     """
     out = torch.zeros(*routes.ids.shape, x.shape[1], dtype=torch.float32)
-    indices = torch.unique(routes.ids[chosen]).tolist()
+    indices: list[int] = torch.unique(routes.ids[chosen]).tolist()
     for index in indices:
         token, choice = torch.where((routes.ids == index) & chosen)
         pair_routes = Routes(routes.ids[token, choice, None], routes.weights[token, choice, None])
         out[token, choice] = packed_moe.experts(x[token], pair_routes, experts.packed)
-    return out[chosen], len(indices)
+    return out[chosen], indices

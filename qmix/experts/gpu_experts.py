@@ -50,6 +50,7 @@ class DeviceExperts(StoredExperts):
         elif store.path.current == "cpu" and act is F.silu and not kernels.overridden():
             in_slot = [store.residency.in_slot(first + e) for e in range(store.per_layer)]
             split = cpu_misses.forward(x, routes, self._through_table, in_slot)
-            store.path.observe("cpu", split.missed * store.slots.nbytes, split.seconds)
+            missed = store.nbytes(first + expert for expert in split.missed)
+            store.path.observe("cpu", missed, split.seconds)
             return split.out
         return kernels.packed_experts(x, routes, self._through_table, act)

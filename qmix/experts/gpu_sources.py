@@ -3,7 +3,7 @@
 Knows no layer, no step and no policy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,13 +21,18 @@ class ExpertSources:
 
     Args:
         blobs: each expert's blob in host memory; None if it is only in the file.
+        sizes: bytes of each expert.
         fill: reads an expert from the file; needed if a blob is None.
     """
 
     def __init__(
-        self, blobs: Sequence[Tensor | None], copier: Copier, fill: Fill | None = None
+        self,
+        blobs: Sequence[Tensor | None],
+        sizes: Sequence[int],
+        copier: Copier,
+        fill: Fill | None = None,
     ) -> None:
-        self.blobs, self._copier, self._fill = blobs, copier, fill
+        self.blobs, self._sizes, self._copier, self._fill = blobs, sizes, copier, fill
 
     def __len__(self) -> int:
         return len(self.blobs)
@@ -37,9 +42,13 @@ class ExpertSources:
         """The number of experts in host memory."""
         return sum(blob is not None for blob in self.blobs)
 
-    def copy(self, expert: int, target: Tensor) -> PendingCopy:
-        """Start to copy an expert into a blob of the device."""
-        blob = self.blobs[expert]
+    def nbytes(self, experts: Iterable[int]) -> int:
+        """The bytes of experts together."""
+        return sum(self._sizes[expert] for expert in experts)
+
+    def copy(self, expert: int, slot: Tensor) -> PendingCopy:
+        """Start to copy an expert to the beginning of a slot."""
+        blob, target = self.blobs[expert], slot[: self._sizes[expert]]
         if blob is not None:
             return self._copier.copy(blob, target)
         assert self._fill is not None

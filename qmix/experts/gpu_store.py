@@ -12,7 +12,7 @@ is copied into a slot before it is multiplied, and the host waits for the router
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from weakref import finalize
 
 import torch
@@ -32,8 +32,11 @@ from qmix.kernels import Routes
 class DeviceStore(Store):
     """Slots over host memory.
 
+    Experts may differ in size; a slot holds the largest.
+
     Args:
         blobs: each expert's blob in host memory; None if it is only in the file.
+        sizes: bytes of each expert; None: those of a slot.
         addresses: int64 [layers, E] on the device.
         in_place: the device can read every blob.
         fill: writes an expert from its file into a slot; needed if a blob is None.
@@ -53,6 +56,7 @@ class DeviceStore(Store):
         copier: Copier,
         *,
         in_place: bool,
+        sizes: Sequence[int] | None = None,
         fill: Fill | None = None,
         arena: HostArena | None = None,
         host_addresses: Sequence[int] | None = None,
@@ -66,7 +70,9 @@ class DeviceStore(Store):
         if arena is not None:  # registered memory that is unmapped could not be registered again
             finalize(self, arena.unpin).atexit = False
         self._copier = copier
-        self._sources = ExpertSources(blobs, copier, fill)
+        sizes = [slots.nbytes] * len(blobs) if sizes is None else sizes
+        assert max(sizes) <= slots.nbytes
+        self._sources = ExpertSources(blobs, sizes, copier, fill)
         if host_addresses is None:
             host_addresses = [0 if blob is None else blob.data_ptr() for blob in blobs]
         self._table = AddressTable(
@@ -105,7 +111,11 @@ class DeviceStore(Store):
         """
         uploads = self.residency.warm(order)
         self._start(uploads)
-        return len(uploads) * self.slots.nbytes
+        return self.nbytes(upload.expert for upload in uploads)
+
+    def nbytes(self, experts: Iterable[int]) -> int:
+        """The bytes of experts, by their ids over all layers."""
+        return self._sources.nbytes(experts)
 
     def on_token_end(self) -> None:
         """Between two decode steps: update heat, admit experts, publish copies. Never waits."""
@@ -114,18 +124,17 @@ class DeviceStore(Store):
             routes, _ = self._logs.popleft()
             chosen = routes.view(self.layers, -1).tolist()
             ids = [layer * self.per_layer + e for layer, row in enumerate(chosen) for e in row]
-            before = self.residency.counts.misses
-            uploads += self.residency.token(ids)
-            missed = (self.residency.counts.misses - before) * self.slots.nbytes
             if self.path.current == "zero-copy":
-                self._moved.in_place += missed
+                missed = (e for e in dict.fromkeys(ids) if not self.residency.in_slot(e))
+                self._moved.in_place += self.nbytes(missed)
+            uploads += self.residency.token(ids)
         if self._prefill.end():
             order = self.residency.policy.order(self.per_layer)
             self._moved.prefill_interconnect += self.warm(order)
         self._finish()
         self._table.write()
         self._start(uploads)
-        self._moved.interconnect += len(uploads) * self.slots.nbytes
+        self._moved.interconnect += self.nbytes(upload.expert for upload in uploads)
         self.path.choose()
 
     def log(self, routes: Tensor) -> None:
@@ -157,7 +166,7 @@ class DeviceStore(Store):
             upload = self.residency.fetch(expert, experts)
             if upload is not None:
                 self._sources.copy(expert, self.slots.blob(upload.slot)).join()
-                self._moved.interconnect += self.slots.nbytes
+                self._moved.interconnect += self.nbytes([expert])
                 self.residency.ready(upload)
         self._table.write()
 

@@ -73,7 +73,7 @@ class PrefillStream:
             else:
                 row.append(self._table.address(expert))
                 if not self._residency.in_slot(expert):
-                    self._moved.prefill_interconnect += self._slots.nbytes
+                    self._moved.prefill_interconnect += self._sources.nbytes([expert])
         if layer == self._layers - 1:
             self._layer = -1
         return self._table.row(row)
@@ -103,5 +103,5 @@ class PrefillStream:
         for expert, slot in zip(self._experts(layer), buffers, strict=True):
             if not self._residency.in_slot(expert):
                 sent[expert] = slot, self._sources.copy(expert, self._slots.blob(slot))
-                self._moved.prefill_interconnect += self._slots.nbytes
+                self._moved.prefill_interconnect += self._sources.nbytes([expert])
         self._ahead[layer] = sent

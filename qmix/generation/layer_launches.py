@@ -19,6 +19,7 @@ from qmix.kernels.gpu.launch import can_depend
 from qmix.kernels.gpu.step_tuning import StepTuning
 from qmix.kernels.kv_rows import is_rows
 from qmix.kernels.moe import DECODE_TOKENS
+from qmix.weights.blob import aligned
 from qmix.weights.packed.layout import PackedMatrix
 from qmix.weights.packed.tile_format import PANEL
 
@@ -73,9 +74,9 @@ class LayerLaunches:
         # Counters, zero before and after every launch. No launch shares them with its neighbour.
         rows = [each.shape[0] for pair in packed if pair is not None for each in pair]
         panels = max([hidden, *rows]) // PANEL
-        zeros = torch.zeros(
-            3, max(batch * shared, 4 * panels + 1), dtype=torch.int32, device=device
-        )
+        # Each begins at a multiple of 16 bytes: Triton compiles others anew.
+        count = aligned(max(batch * shared, 4 * panels + 1), 4)
+        zeros = torch.zeros(3, count, dtype=torch.int32, device=device)
         self._split_arrivals = zeros[0] if tuning.merge_in_split else None
         self._arrivals, self._down_arrivals = zeros[1], zeros[2]
         experts = layers[0].experts.table

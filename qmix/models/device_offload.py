@@ -4,6 +4,7 @@ At no time is more than one layer's experts on the device beside the slots.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,7 @@ class DeviceOffload:
     Args:
         reader: reads the experts that do not fit host memory, whenever they are needed.
         layers: how many there are.
+        sizes: bytes of each expert in the packed layout.
         policy: decides which experts host memory keeps, and which start in slots.
         device: holds the slots; on the CPU, host memory stands in for it.
     """
@@ -41,11 +43,13 @@ class DeviceOffload:
         self,
         reader: ExpertReader,
         layers: int,
+        sizes: Sequence[int],
         tiers: Tiers,
         policy: Policy,
         device: torch.device,
     ) -> None:
         self._reader, self._tiers, self._device = reader, tiers, device
+        self._sizes = sizes
         self._layers, self._per_layer = layers, len(reader) // layers
         self._policy = policy
         hottest = policy.order(self._per_layer)[: tiers.host]
@@ -62,31 +66,22 @@ class DeviceOffload:
         """Move the next layer's experts to host memory, and free their device memory.
 
         Raises:
-            UnsupportedError: they are not in the packed layout, or their size differs from that of
-                the other experts.
+            UnsupportedError: they are not in the packed layout.
             ResourceError: there is too little host memory.
         """
-        where = f"layer {len(self._packed)}"
         experts = block.stored.packed
         if experts is None:
             raise UnsupportedError(
                 "slots hold experts in the packed layout only",
-                where=where,
+                where=f"layer {len(self._packed)}",
                 found=str(block.stored[0].w1.scheme),
             )
-        sizes = {len(expert.blob) for expert in experts.packed}
         if self._arena is None:
-            self._arena = self._pinned(HostArena(len(self._blob_of), max(sizes)))
-        if sizes != {self._arena.nbytes}:
-            raise UnsupportedError(
-                "slots hold experts of one size only",
-                where=where,
-                expected=f"{self._arena.nbytes} B",
-                found=", ".join(map(str, sorted(sizes))),
-            )
+            self._arena = self._pinned(HostArena([self._sizes[each] for each in self._blob_of]))
         first = len(self._packed) * self._per_layer
         blobs = []
         for expert, packed in enumerate(experts.packed, first):
+            assert len(packed.blob) == self._sizes[expert], (len(packed.blob), expert)
             index = self._blob_of.get(expert)
             blob = None if index is None else self._arena.blob(index).copy_(packed.blob)
             self._blobs[expert] = blob
@@ -139,11 +134,12 @@ class DeviceOffload:
         slots = self._tiers.device
         return DeviceStore(
             self._blobs,
-            SlotArena(slots, arena.nbytes, self._device),
+            SlotArena(slots, max(self._sizes), self._device),
             Residency(len(self._blobs), slots, self._policy),
             torch.zeros(self._layers, self._per_layer, dtype=torch.int64, device=self._device),
             CudaCopier(self._device) if self._cuda else HostCopier(),
             in_place=in_place,
+            sizes=self._sizes,
             fill=self._fill,
             arena=arena,
             host_addresses=self._host_addresses(arena) if in_place else None,
@@ -170,10 +166,10 @@ class DeviceOffload:
     def _measure_cpu(self, store: DeviceStore) -> None:
         """Time how fast the CPU multiplies a host blob; the second of two runs, on warm threads.
 
-        Not where it has to unpack the blob: then misses are never left to it.
+        Not where it has to unpack one of them: then misses are never left to it.
         """
         experts = self._packed[0]
-        if not packed_moe.is_compiled(experts.packed[0]):
+        if not all(packed_moe.is_compiled(each) for layer in self._packed for each in layer.packed):
             return
         x = torch.ones(1, experts.table.shape[1])
         routes = Routes(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
@@ -182,4 +178,4 @@ class DeviceOffload:
             begun = time.perf_counter()
             pairs_on_host(x, routes, experts, chosen)
             seconds = time.perf_counter() - begun
-        store.path.observe("cpu", store.slots.nbytes, seconds)
+        store.path.observe("cpu", self._sizes[0], seconds)

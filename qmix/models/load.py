@@ -54,7 +54,8 @@ def fill_model(
         CheckpointError: a tensor is damaged, or not finite in `dtype`.
         ResourceError: the tiers do not fit.
     """
-    for hint in _hints(checkpoint, dtype):
+    packs = device.type == "cuda" and backend == "qmix"
+    for hint in _hints(checkpoint, dtype, packs=packs):
         warnings.warn(hint, stacklevel=5)
     on_cpu = tiers is not None or device.type == "cpu"
     compiled = dtype == torch.bfloat16 or any(map(checkpoint.packing, checkpoint.tensors))
@@ -63,7 +64,7 @@ def fill_model(
     packer = Packer()
     on_read = _counted(checkpoint, modules, tiers, progress)
     if tiers is None:
-        pack = packer.pack if device.type == "cuda" and backend == "qmix" else None
+        pack = packer.pack if packs else None
         fill(modules, checkpoint, dtype, device, pack, on_read=on_read)
     else:
         packer_of_slots = packer if backend == "qmix" else None
@@ -104,8 +105,12 @@ def _uncounted(nbytes: int) -> None:
     """Nobody wants to know."""
 
 
-def _hints(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[str]:
-    """What a user should know of a checkpoint that loads in another way than its files say."""
+def _hints(checkpoint: Checkpoint, dtype: torch.dtype, *, packs: bool) -> Iterator[str]:
+    """What a user should know of a checkpoint that loads in another way than its files say.
+
+    Args:
+        packs: its weights are brought into a GPU's packed layout.
+    """
     metadata, folder = checkpoint.metadata, checkpoint.metadata.directory.name
     bits = 8 * dtype.itemsize
     scales = {
@@ -116,6 +121,9 @@ def _hints(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[str]:
     if found:
         verb = "is" if sum(scales.values()) == 1 else "are"
         yield f"{folder}: {' and '.join(found)} {verb} not used: qmix computes in {bits} bits"
+    widened = offload.packed_footprint(checkpoint, dtype).widened if packs else None
+    if widened is not None:
+        yield f"{folder}: {widened}"
     packings = map(checkpoint.packing, checkpoint.tensors)
     if not isinstance(checkpoint, QuantizedCheckpoint) and any(
         packing is not None and packing.dense for packing in packings
@@ -153,10 +161,11 @@ def _offload(
     blocks = offload.blocks_of(modules)
     heat = HeatRecord(checkpoint, tiers.settings, persistent=tiers.persistent)
     if tiers.device and packer is not None:
+        sizes = offload.packed_footprint(checkpoint, dtype).experts
         try:
             offloading = _filled_in_slots(
                 modules, checkpoint, dtype, device, packer, on_read,
-                DeviceOffload(reader, len(blocks), tiers, heat.policy, device),
+                DeviceOffload(reader, len(blocks), sizes, tiers, heat.policy, device),
             )  # fmt: skip
         except UnsupportedError as error:
             warnings.warn(

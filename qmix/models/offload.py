@@ -25,6 +25,8 @@ from qmix.nn.linear import Linear
 from qmix.nn.moe import SparseMoeBlock
 from qmix.planning import machine, plan
 from qmix.planning.budget import PREFILL_CHUNK
+from qmix.planning.device_footprint import on_device
+from qmix.planning.footprint import Footprint
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.blob import READ_BUFFERS
 from qmix.weights.scheme import Scheme
@@ -55,6 +57,11 @@ def schemes(checkpoint: Checkpoint, dtype: torch.dtype) -> frozenset[Scheme]:
         for weight in model.weights
         if weight.tensor.linear and weight.scheme.kind != "dense"
     )
+
+
+def packed_footprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Footprint:
+    """What the model takes in a GPU's packed layout."""
+    return on_device(_stored_model(checkpoint, dtype))
 
 
 def _stored_model(checkpoint: Checkpoint, dtype: torch.dtype) -> StoredModel:
@@ -128,7 +135,7 @@ def offload_to_host(
         )
     policy.settings = replace(policy.settings, uploads=0)
     reader.cached_share = _cached_share(reader, tiers.host)
-    arena = HostArena(tiers.host + READ_BUFFERS, reader.blob_bytes)
+    arena = HostArena([reader.blob_bytes] * (tiers.host + READ_BUFFERS))
     store = DiskStore(reader, arena, Residency(len(reader), tiers.host, policy), per_layer)
     for layer, block in enumerate(blocks):
         following = (partial(_expected, each) for each in blocks[layer + 1 : layer + 2])

@@ -48,7 +48,7 @@ class CudaUpload:
     @contextmanager
     def opened(cls, nbytes: int, device: torch.device) -> Iterator["CudaUpload"]:
         """With buffers of so many bytes, which are freed at the end."""
-        arena = HostArena(READ_AHEAD, nbytes)
+        arena = HostArena([nbytes] * READ_AHEAD)
         cost = "The weights are copied to the GPU more slowly"
         cuda_memory.pin(arena, device, in_place=False, cost=cost)
         try:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from qmix.errors import UnsupportedError
 from qmix.formats.names import TensorKind
-from qmix.planning.footprint import Footprint, with_tied_head
+from qmix.planning.footprint import Footprint, Widening, with_tied_head
 from qmix.planning.stored_model import StoredModel, StoredWeight
 from qmix.weights.blob import PAGE_BYTES, aligned
 from qmix.weights.packed.packed_shapes import (
+    code_bits,
     expert_format,
     joined,
     matrix_format,
@@ -53,7 +54,20 @@ def on_device(model: StoredModel) -> Footprint:
         device,
         sum(nbytes.host for nbytes in (*experts, *kinds.values())),
         reason,
+        _widened(model),
     )
+
+
+def _widened(model: StoredModel) -> Widening | None:
+    """Of integers of 2, 3, 5 and 6 bits, which the packed layout holds in 4 or 8."""
+    bits: set[tuple[int, int]] = set()
+    nbytes = 0
+    for weight in model.weights:
+        stored, packed = weight.scheme.bits, code_bits(weight.scheme.kind)
+        if weight.tensor.linear and packed is not None and packed > stored:
+            bits.add((stored, packed))
+            nbytes += weight.elements * (packed - stored) // 8
+    return Widening(tuple(sorted(bits)), nbytes) if bits else None
 
 
 def _single(weight: StoredWeight, item: int) -> _Bytes:
@@ -100,12 +114,8 @@ def _experts(model: StoredModel) -> tuple[list[_Bytes], str | None]:
             reasons.append(error.what)
             sizes += [_singles(weights, model.item) for weights in experts]
             continue
-        if len(set(formats)) > 1:
-            reasons.append("slots hold experts of one format only")
         sizes += [
             _Bytes(of.nbytes, sum(w.scale_bytes for w in weights))
             for of, weights in zip(formats, experts, strict=True)
         ]
-    if not reasons and len({nbytes.device for nbytes in sizes}) > 1:
-        reasons.append("slots hold experts of one size only")
     return sizes, reasons[0] if reasons else None

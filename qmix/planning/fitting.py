@@ -88,12 +88,22 @@ class Fitting:
         in_slots = self.footprint.why_no_slots is None  # else the CPU multiplies them
         if slots < (self._least_slots if in_slots else 0):
             return None
-        host = experts if self.ram is None else (self.ram - on_host) // blob
-        if host < experts or (self.ram is not None and not in_slots):
-            host -= READ_BUFFERS
+        host = experts
+        if self.ram is not None:
+            room = self.ram - on_host
+            # Without slots there are buffers even where all experts fit.
+            if not in_slots or self._blobs(experts) > room:
+                host = room // blob - READ_BUFFERS
         if host < self._least_host:
             return None
         return Split(min(slots, experts) if in_slots else 0, min(host, experts), arena=True)
+
+    def _blobs(self, host: int) -> int:
+        """Bytes of so many experts in host memory; which, is known of all of them only."""
+        has_sizes = self.gpu and self.footprint.why_no_slots is None
+        if has_sizes and host == self.model.experts:
+            return self.footprint.all_blobs
+        return host * self.footprint.blob
 
     def device_memory(self, context: int, split: Split) -> MemoryBreakdown:
         """What the plan takes of device memory; nothing without a device."""
@@ -110,7 +120,7 @@ class Fitting:
             if self.gpu:
                 return MemoryBreakdown(items)
             return MemoryBreakdown((Item("experts", self.footprint.all_experts), *items))
-        blobs = [Item("experts", split.host * self.footprint.blob)]
+        blobs = [Item("experts", self._blobs(split.host))]
         if split.host < self.model.experts:
             blobs.append(Item("read buffers", READ_BUFFERS * self.footprint.blob))
         return MemoryBreakdown((*blobs, *items))

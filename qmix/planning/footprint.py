@@ -9,8 +9,29 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qmix.formats.names import TensorKind
+from qmix.planning.byte_sizes import show
 from qmix.planning.stored_model import StoredModel
 from qmix.weights.blob import PAGE_BYTES, aligned, expert_bytes
+
+
+@dataclass(frozen=True)
+class Widening:
+    """Codes that take more bits on a GPU than where they are stored.
+
+    Attributes:
+        bits: pairs of the bits of a code as it is stored, and on a GPU, in ascending order.
+        nbytes: what that takes more.
+    """
+
+    bits: tuple[tuple[int, int], ...]
+    nbytes: int
+
+    def __str__(self) -> str:
+        parts = []
+        for wide in sorted({wide for _, wide in self.bits}):
+            stored = [str(narrow) for narrow, to in self.bits if to == wide]
+            parts.append(f"codes of {' and '.join(stored)} bits take {wide} on a GPU")
+        return f"{', '.join(parts)}: {show(self.nbytes)} more than as they are stored"
 
 
 @dataclass(frozen=True)
@@ -19,11 +40,12 @@ class Footprint:
 
     Attributes:
         experts: of each expert, by layer * E + expert.
-        blob: what an arena keeps for each expert, in whole pages.
+        blob: what an arena keeps for the largest expert, in whole pages.
         kinds: of the other weights, by kind.
         host_bytes: of what stays on the host beside a model on a GPU: the scales as they were read.
         why_no_slots: why slots of a GPU's memory cannot hold the experts; None if they can, and
             without a GPU.
+        widened: what codes of few bits take more there; None if none do.
     """
 
     experts: tuple[int, ...]
@@ -31,11 +53,17 @@ class Footprint:
     kinds: Mapping[TensorKind, int]
     host_bytes: int = 0
     why_no_slots: str | None = None
+    widened: Widening | None = None
 
     @cached_property
     def all_experts(self) -> int:
         """Bytes of all experts."""
         return sum(self.experts)
+
+    @cached_property
+    def all_blobs(self) -> int:
+        """Bytes of an arena of all packed experts, each on pages of its own."""
+        return sum(aligned(size, PAGE_BYTES) for size in self.experts)
 
     @property
     def total(self) -> int:

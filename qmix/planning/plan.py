@@ -68,6 +68,12 @@ class Plan:
         """Whether all experts lie in the fastest memory."""
         return self.experts == (self.slots if self.gpu else self.host)
 
+    @property
+    def widened_bytes(self) -> int:
+        """What codes take more on a GPU than as they are stored."""
+        widened = self.fitting.footprint.widened
+        return 0 if widened is None else widened.nbytes
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON document."""
         return {
@@ -87,6 +93,7 @@ class Plan:
             },
             "device": self.device_memory.to_dict(),
             "host": self.host_memory.to_dict(),
+            "widened_bytes": self.widened_bytes,
             "device_bytes": self.device_memory.total,
             "host_bytes": self.host_memory.total,
             "largest_context": self.largest_context,

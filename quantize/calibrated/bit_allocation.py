@@ -110,16 +110,22 @@ def loss_of(groups: Sequence[QuantGroup], recipe: Recipe) -> float:
 def alike(config: MixtralConfig, bits: float) -> Recipe:
     """What a budget would buy if every weight deserved the same; nothing is measured.
 
+    As where it is measured, q, k and v share a scheme, and so do w1 and w3 of an expert.
+
     Raises:
         UsageError: as `choices_for`.
     """
     schemes = choices_for(bits).schemes
     losses = [4.0**-scheme.bits_per_weight for scheme in schemes]
-    groups = []
+    together: dict[str, list[ModelTensor]] = {}
     for tensor in model_tensors(config):
         if tensor.kind in ("attention", "expert"):
-            size = tensor.shape[0] * tensor.shape[1]
-            groups.append(QuantGroup((tensor,), tuple(size * loss for loss in losses), schemes))
+            name = re.sub(r"\bw3\b", "w1", re.sub(r"\b[kv]_proj\b", "q_proj", tensor.name))
+            together.setdefault(name, []).append(tensor)
+    groups = []
+    for tensors in together.values():
+        size = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors)
+        groups.append(QuantGroup(tuple(tensors), tuple(size * loss for loss in losses), schemes))
     return allocate_bits(groups, bits)
 
 

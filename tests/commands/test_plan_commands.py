@@ -36,6 +36,16 @@ def test_the_8x7b_fits_16_gib_whole_where_few_bits_are_asked(full, here, bits, w
     assert method.bytes_out == model.file_bytes
 
 
+def test_few_bits_are_not_promised_to_a_gpu(full, here):
+    """They take four there, and the plan says so; half of the experts have slots."""
+    request = PlanRequest(source=full, method="auto", bits=2.65, vram="16G", ram="64G")
+    found = answer(request)
+    assert not found.estimate.plan.resident
+    assert 100 < found.estimate.plan.slots < 160
+    said = "codes of 2 and 3 bits take 4 on a GPU: 9.52 GiB more than as they are stored"
+    assert said in plan_text.text(found)
+
+
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """A desktop without a GPU that nobody measured."""

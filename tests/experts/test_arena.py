@@ -32,8 +32,8 @@ class Cuda:
 
 def test_an_arena_is_pinned_in_chunks_of_whole_blobs(monkeypatch):
     monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cuda()
-    assert own.stride == 32768
+    own, runtime = HostArena([30_000] * 20), Cuda()
+    assert own.blob(1).data_ptr() - own.blob(0).data_ptr() == 32768
     assert own.pin(runtime)
     assert own.pinned
     assert sorted(runtime.held.values()) == [2 * 32768] + [3 * 32768] * 6
@@ -50,7 +50,7 @@ def test_an_arena_is_pinned_in_chunks_of_whole_blobs(monkeypatch):
 
 def test_a_failure_to_pin_is_loud_counted_and_takes_everything_back(monkeypatch):
     monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cuda(limit=300_000)
+    own, runtime = HostArena([30_000] * 20), Cuda(limit=300_000)
     with pytest.warns(UserWarning, match=r"could not be pinned.*0\.00 GiB.*error 2.*ulimit -l"):
         assert not own.pin(runtime)
     assert not runtime.held
@@ -61,7 +61,7 @@ def test_a_failure_to_pin_is_loud_counted_and_takes_everything_back(monkeypatch)
 
 def test_the_device_is_asked_where_it_reads_a_blob(monkeypatch):
     monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cuda()
+    own, runtime = HostArena([30_000] * 20), Cuda()
     assert [own.device_address(i) for i in range(20)] == [own.blob(i).data_ptr() for i in range(20)]
     assert own.pin(runtime)
     for index in range(20):
@@ -74,7 +74,7 @@ def test_the_device_is_asked_where_it_reads_a_blob(monkeypatch):
 
 def test_memory_that_the_device_does_not_see_is_not_pinned(monkeypatch):
     monkeypatch.setattr(arena, "PIN_BYTES", 100_000)
-    own, runtime = HostArena(20, 30_000), Cuda(unseen=4)
+    own, runtime = HostArena([30_000] * 20), Cuda(unseen=4)
     with pytest.warns(UserWarning, match=r"could not be pinned.*no address for the device"):
         assert not own.pin(runtime)
     assert not runtime.held
@@ -82,15 +82,35 @@ def test_memory_that_the_device_does_not_see_is_not_pinned(monkeypatch):
     assert own.pin(runtime, in_place=False)  # it may still be copied
 
 
+def test_blobs_have_sizes_of_their_own(monkeypatch):
+    """Each on pages of its own, none across two registrations, though one fills a whole one."""
+    monkeypatch.setattr(arena, "PIN_BYTES", 5 * 4096)
+    sizes = [3, 4096, 4097, 30_000, 1, 4096 * 4]
+    own, runtime = HostArena(sizes), Cuda()
+    starts = [own.blob(i).data_ptr() - own.blob(0).data_ptr() for i in range(6)]
+    assert starts == [0, 4096, 2 * 4096, 4 * 4096, 12 * 4096, 13 * 4096]
+    assert [len(own.blob(i)) for i in range(6)] == sizes
+    assert own.nbytes == 30_000
+    assert own.pin(runtime)
+    assert list(runtime.held.values()) == [4 * 4096, 8 * 4096, 5 * 4096]
+    assert own.pinned_bytes == 17 * 4096
+    for index in range(6):
+        pointer = own.blob(index).data_ptr()
+        chunk = max(p for p in runtime.held if p <= pointer)
+        assert own.device_address(index) == runtime.seen[chunk] + pointer - chunk
+    own.unpin()
+    assert not runtime.held
+
+
 def test_no_memory_is_one_clear_error():
     with pytest.raises(ResourceError, match=r"no host memory for the experts.*smaller ram"):
-        HostArena(1 << 20, 1 << 40)
+        HostArena([1 << 40] * (1 << 20))
 
 
 def test_memory_that_was_not_written_is_not_resident():
-    own = HostArena(64, 4 << 20)
+    own = HostArena([4 << 20] * 64)
     own.blob(3).fill_(1)
-    assert own.blob(2).data_ptr() + own.stride == own.blob(3).data_ptr()
+    assert own.blob(2).data_ptr() + (4 << 20) == own.blob(3).data_ptr()
     assert len(own) == 64
 
 

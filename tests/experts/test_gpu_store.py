@@ -6,6 +6,7 @@ address gives wrong logits, not an error.
 
 import ctypes
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -31,7 +32,7 @@ from tests.support.interpreter import run_apart
 from tests.support.interruption import interrupted_after
 from tests.support.late_copies import Late
 from tests.support.models import small_model
-from tests.support.packed import act_order, int4, nf4
+from tests.support.packed import act_order, int4, int8, nf4
 from tests.support.soak import both, examples
 
 LAYERS, EXPERTS = 3, 4
@@ -64,14 +65,25 @@ def through_the_table(monkeypatch):
     monkeypatch.setattr(packed_matmul, "experts", lambda x, r, w: pairs(x, r, w).sum(1).to(x.dtype))
 
 
+# An expert's weight by its number: three forms of three sizes in one layer, as `auto` makes them.
+MIXED = (nf4, int8, int4, int8)
+
+
 def whole_model(make):
-    """A small model in the packed layout; only its experts, so that torch multiplies the rest."""
+    """A small model in the packed layout; only its experts, so that torch multiplies the rest.
+
+    Of several makes an expert has its own; in the second layer all have the first.
+    """
     model = small_model(
         hidden_size=128, intermediate_size=64, num_local_experts=EXPERTS, head_dim=16
     )
     for seed, (name, module) in enumerate(model.named_modules()):
         if isinstance(module, Linear) and ".experts." in name:
-            module.store(make(module.out_features, module.in_features, seed))
+            of = make
+            if isinstance(make, tuple):
+                layer, expert = re.findall(r"\d+", name)[:2]
+                of = make[0 if layer == "1" else int(expert)]
+            module.store(of(module.out_features, module.in_features, seed))
     packer = Packer()
     for layer in model.model.layers:
         packer._pack_experts(layer.block_sparse_moe)
@@ -86,8 +98,8 @@ def blobs_of(block):
 def store_of(model, slots, *, copier, settings=HEAT, in_place=True, held=None, fill=None):
     """Offload the model's experts; returns the store."""
     blocks = [layer.block_sparse_moe for layer in model.model.layers]
-    size = len(blobs_of(blocks[0])[0])
-    host = HostArena(LAYERS * EXPERTS, size)
+    sizes = [len(blob) for block in blocks for blob in blobs_of(block)]
+    host = HostArena(sizes)
     sources = []
     for index, block in enumerate(blocks):
         sources += [host.blob(index * EXPERTS + e).copy_(b) for e, b in enumerate(blobs_of(block))]
@@ -95,11 +107,12 @@ def store_of(model, slots, *, copier, settings=HEAT, in_place=True, held=None, f
     addresses = torch.zeros(LAYERS, EXPERTS, dtype=torch.int64)
     store = DeviceStore(
         sources,
-        SlotArena(slots, size, torch.device("cpu")),
+        SlotArena(slots, max(sizes), torch.device("cpu")),
         Residency(len(sources), slots, policy),
         addresses,
         copier,
         in_place=in_place,
+        sizes=sizes,
         fill=fill,
     )
     for index, block in enumerate(blocks):
@@ -119,7 +132,9 @@ def greedy(model, prompt=PROMPT, count=10):
 
 
 @pytest.mark.diagonal
-@pytest.mark.parametrize("make", [nf4, int4, act_order], ids=["nf4", "int4", "act-order"])
+@pytest.mark.parametrize(
+    "make", [nf4, int4, act_order, MIXED], ids=["nf4", "int4", "act-order", "mixed"]
+)
 @pytest.mark.parametrize("slots", [0, 2, 5, 12])
 def test_logits_are_equal_bits_whatever_has_a_slot(make, slots):
     reference = greedy(whole_model(make))

@@ -16,7 +16,7 @@ from qmix.planning.footprint import on_host
 from qmix.planning.plan import Plan, check_memory, plan
 from qmix.planning.roofline import Rate, Rates
 from qmix.planning.stored_model import StoredModel
-from qmix.weights.scheme import DENSE, NF4, Scheme
+from qmix.weights.scheme import DENSE, NF4, Recipe, Scheme
 from tests.support.process import succeeds
 
 GIB = 1 << 30
@@ -195,6 +195,44 @@ def test_a_named_context_fits():
     assert plan(MIXTRAL, gpu=False, ram=int(2.4 * GIB), context=context).context == context
     with pytest.raises(ResourceError):
         plan(MIXTRAL, gpu=False, ram=int(2.4 * GIB), context=context + 1)
+
+
+def mixed(kinds):
+    """Experts of these integers in turn, w1 with w3 and w2 alike."""
+    rules = [
+        (rf".*experts\.[{''.join(str(e) for e in range(8) if e % len(kinds) == n)}]\..*", scheme)
+        for n, scheme in enumerate(Scheme(kind=kind, group_size=64) for kind in kinds)
+    ]
+    recipe = Recipe((*rules, (".*_proj.*", Scheme(kind="int4"))))
+    return StoredModel.assume("x", FULL, Scheme(kind="int4"), recipe=recipe)
+
+
+def test_experts_of_several_sizes_have_slots_of_the_largest():
+    found = plan(mixed(["int4", "int8"]), gpu=True, vram=24 * GIB, ram=64 * GIB)
+    alike = plan(mixed(["int8"]), gpu=True, vram=24 * GIB, ram=64 * GIB)
+    assert found.host == 256
+    assert 0 <= found.slots - alike.slots <= 3  # less is read at a time
+    assert found.expert_bytes == alike.expert_bytes
+    experts = found.fitting.footprint.experts
+    assert experts[1] > 1.9 * experts[0]
+    # All of them are in host memory, each in its own size.
+    assert 0 <= found.host_memory["experts"] - sum(experts) <= 256 * 4096
+    less = plan(mixed(["int4", "int8"]), gpu=True, vram=24 * GIB, ram=32 * GIB)
+    assert less.host_memory.total <= 32 * GIB
+    assert 8 <= less.host < 256
+
+
+def test_what_codes_of_few_bits_take_more_on_a_gpu_is_counted():
+    model = mixed(["int2", "int3", "int4", "int6"])
+    widened = on_device(model).widened
+    assert widened.bits == ((2, 4), (3, 4), (6, 8))
+    elements = 32 * 2 * 3 * 4096 * 14336  # of each kind
+    assert widened.nbytes == elements * (2 + 1 + 0 + 2) // 8
+    text = "codes of 2 and 3 bits take 4 on a GPU, codes of 6 bits take 8 on a GPU: "
+    assert str(widened).startswith(text)
+    assert plan(model, gpu=True).to_dict()["widened_bytes"] == widened.nbytes
+    assert plan(model, gpu=False).to_dict()["widened_bytes"] == 0
+    assert on_device(mixed(["int4", "int8"])).widened is None
 
 
 def test_experts_without_a_packed_layout_stay_on_the_host():

@@ -26,7 +26,7 @@ HEAD_WIDTHS = (16, 32, 64, 128)
 LARGEST_SPLIT = 64
 
 _EVERYTHING = 2**30  # a window that no context fills
-_SMALLEST_TILE = 16  # rows of a matrix instruction
+SMALLEST_TILE = 16  # rows of a matrix instruction
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,17 @@ def blocks_for(
     """The shape of blocks for this many queries.
 
     Other shapes spill registers (python -m qmix.evals.aot): 64 rows in four warps on compute
-    capability 8, most tiles of float32, which the matrix units do not multiply, and 64 columns of
-    codes under 128 queries.
+    capability 8, most tiles of float32, which the matrix units do not multiply, and of codes 64
+    columns under more than one query and 32 under more than 16.
     """
-    is_short = queries <= _SMALLEST_TILE
+    is_short = queries <= SMALLEST_TILE
     if dtype == torch.float32:
-        return BlockShape(
-            _SMALLEST_TILE if is_short else 32, tuning.columns or 16, 8, tuning.stages
-        )
-    rows, warps = (_SMALLEST_TILE, 4) if is_short else (128, 8)
-    columns = 32 if codes and not is_short else 64
+        return BlockShape(SMALLEST_TILE if is_short else 32, tuning.columns or 16, 8, tuning.stages)
+    rows, warps = (SMALLEST_TILE, 4) if is_short else (128, 8)
+    columns = 64
+    if codes and queries > 1:
+        columns = 32 if is_short else 16
     return BlockShape(rows, tuning.columns or columns, warps, tuning.stages)
-
-
-def blocks(dtype: torch.dtype) -> tuple[BlockShape, BlockShape]:
-    """Every shape that can be chosen; decode steps use the first."""
-    return blocks_for(1, dtype), blocks_for(_SMALLEST_TILE + 1, dtype)
 
 
 def splits_for(unsplit: int, slots: int, columns: int, wanted: int) -> int:
@@ -209,7 +204,7 @@ def _attend(
         q, k, v, *steps, *(new or (None, None)), mask_bytes, past, starts, sums, peaks, totals,
         None if arrivals is None else out, arrivals, slots, reach, slots, splits,
         *q_strides, *kv_mask_strides,
-        GROUP_HEADS=group_heads, ROWS=max(_SMALLEST_TILE, power_of_2(group_heads)), D=width,
+        GROUP_HEADS=group_heads, ROWS=max(SMALLEST_TILE, power_of_2(group_heads)), D=width,
         COLUMNS=shape.columns, STAGES=shape.stages,
         PARTS=1 if arrivals is None else power_of_2(splits), num_warps=shape.warps, **dependency(dependent),
     )  # fmt: skip

@@ -29,6 +29,7 @@ from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat
 # below 6e-5. Multiplied by 2^-2 they reach 262000 (larger ones become infinite, they are not
 # clamped), and their error stays below that of bfloat16 as long as the token has values above 1e-4.
 SHRINK = 2.0**-2
+COMBINED = 512  # outputs of a block that adds up splits and choices
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,8 @@ def expert_partials(
         finish: what `down` is replaced by; at most DECODE_TOKENS tokens.
         arrivals: int32 zeros [E * grid.most_blocks] on the device, and zeros again after: w1 and
             w3 are split too where that occupies the device more evenly.
-        dependent: `gate_up` may start while the launch before drains; see `can_depend`.
+        dependent: `gate_up` may start while the launch before drains, see `can_depend`; not where
+            torch sorts the pairs in between.
     """
     assert x.dtype == torch.float16, x.dtype
     grouped = _grouped(routes.ids, table)
@@ -142,7 +144,7 @@ def _down(
         how = finish(grid) if finish and is_last else Finish(moe_triton.down, (), {})
         launch(
             how.kernel, (grid.rows, groups.count, splits),
-            form.addresses[layer], form.offset, x, partials, ids,
+            form.at(layer), form.offset, x, partials, ids,
             routes.weights.contiguous(), *groups.tensors, tokens, hidden, width, splits,
             *how.arguments, **_constants(form.format, grid.config), **_choice(routes, table, groups),
             **how.constants, GROW=1 / SHRINK,
@@ -181,11 +183,11 @@ def _gate_up(
             merged = torch.empty(shape, dtype=torch.float32, device=x.device), arrivals
         launch(
             moe_triton.gate_up, (grid.rows, groups.count, grid.splits),
-            form.addresses[layer], x16, inner, *merged, ids, *groups.tensors, squares,
+            form.at(layer), x16, inner, *merged, ids, *groups.tensors, squares,
             tokens, hidden, width, grid.splits,
             **_constants(form.format, grid.config), **_choice(routes, table, groups),
-            **slices(squares), **dependency(dependent), **roomy(grid.config),
-            SHRINK=SHRINK, SHARED=sharing,
+            **slices(squares), **dependency(dependent and not groups.is_sorted),
+            **roomy(grid.config), SHRINK=SHRINK, SHARED=sharing,
         )  # fmt: skip
         dependent = False  # of the launches here only the first
     return inner
@@ -294,10 +296,9 @@ def _combine(partials: Tensor, tokens: int, choices: int, dtype: torch.dtype) ->
     """Sum float32 [Z, M, N] over splits and choices: [T, N]."""
     splits, pairs, width = partials.shape
     out = torch.empty(tokens, width, dtype=dtype, device=partials.device)
-    block = 512
     launch(
-        moe_triton.combine, (tokens, -(-width // block)),
-        partials, out, pairs, width, SPLITS=splits, CHOICES=choices, BLOCK=block, num_warps=4,
+        moe_triton.combine, (tokens, -(-width // COMBINED)),
+        partials, out, pairs, width, SPLITS=splits, CHOICES=choices, BLOCK=COMBINED, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -17,6 +17,7 @@ from qmix.errors import UnsupportedError
 from qmix.weights.packed.tile_format import (
     BYTE_ROWS,
     PANEL,
+    SMALLEST_GROUP,
     TileFormat,
     TileKind,
     refusal,
@@ -82,6 +83,12 @@ class ExpertFormat:
         """Bytes of the expert's blob."""
         rows, hidden = self.shape
         return self.gate_up.matrix_bytes(self.shape) + self.down.matrix_bytes((hidden, rows // 2))
+
+
+def code_bits(kind: Kind) -> int | None:
+    """Bits of a code in the packed layout; None if there is no such kind."""
+    packed = _TILE_KINDS.get(kind)
+    return None if packed is None else TileFormat(packed, SMALLEST_GROUP).bits
 
 
 def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PANEL) -> TileFormat:

@@ -7,7 +7,7 @@ that the device can read; the result of a kernel does not depend on it.
 Knows torch, and no kernel. Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,10 +25,11 @@ class TableForm:
 
     Attributes:
         count: how many experts these are.
-        addresses: int64 [layers, E] on the device, of all experts.
+        addresses: int64 [layers, E] on the device, those of the table, which a store changes.
         offset: bytes from an address to the matrix.
         members: int64 [E] on the device, an expert's own number, or E if it has another format;
             None: all experts have this one.
+        offsets: int64 [E] on the device, in the place of `offset` where experts differ in it.
     """
 
     format: TileFormat
@@ -36,6 +37,12 @@ class TableForm:
     addresses: Tensor
     offset: int
     members: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def at(self, layer: int) -> Tensor:
+        """Where a layer's experts lie now, int64 [E], without `offset`."""
+        row = self.addresses[layer]
+        return row if self.offsets is None else row + self.offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +86,6 @@ class ExpertTable:
         """(2F, D), the shape of w1 and w3 packed together; w2 is (D, F)."""
         return self.formats[0].shape
 
-    @property
-    def alike(self) -> bool:
-        """Whether all experts have one format."""
-        return len(set(self.formats)) == 1
-
     def down_offset(self, expert: int) -> int:
         """Bytes from the start of an expert to its w2."""
         return self.formats[expert].gate_up.matrix_bytes(self.shape)
@@ -91,29 +93,26 @@ class ExpertTable:
     @cached_property
     def gate_up(self) -> tuple[TableForm, ...]:
         """The forms of w1 with w3."""
-        return self._forms(lambda of: of.gate_up, [0] * len(self.formats))
+        return self._forms([of.gate_up for of in self.formats], [0] * len(self.formats))
 
     @cached_property
     def down(self) -> tuple[TableForm, ...]:
         """The forms of w2."""
-        return self._forms(
-            lambda of: of.down, list(map(self.down_offset, range(len(self.formats))))
-        )
+        offsets = [self.down_offset(expert) for expert in range(len(self.formats))]
+        return self._forms([of.down for of in self.formats], offsets)
 
-    def _forms(
-        self, matrix: Callable[[ExpertFormat], TileFormat], offsets: list[int]
-    ) -> tuple[TableForm, ...]:
-        found = list(map(matrix, self.formats))
-        addresses, offset = self.addresses, offsets[0]
+    def _forms(self, found: Sequence[TileFormat], offsets: Sequence[int]) -> tuple[TableForm, ...]:
+        """Experts with one format together; `found` and `offsets` tell both of each expert."""
+        offset, apart = offsets[0], None
         if len(set(offsets)) > 1:
-            addresses, offset = addresses + addresses.new_tensor(offsets), 0
+            offset, apart = 0, self.addresses.new_tensor(offsets)
         if len(set(found)) == 1:
-            return (TableForm(found[0], len(found), addresses, offset),)
+            return (TableForm(found[0], len(found), self.addresses, offset, offsets=apart),)
         forms = []
         for each in dict.fromkeys(found):
             ids = [expert if of == each else len(found) for expert, of in enumerate(found)]
             members = self.addresses.new_tensor(ids)
-            forms.append(TableForm(each, found.count(each), addresses, offset, members))
+            forms.append(TableForm(each, found.count(each), self.addresses, offset, members, apart))
         return tuple(forms)
 
 

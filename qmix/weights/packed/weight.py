@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qmix.errors import UnsupportedError
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert, ExpertSequence
@@ -176,18 +175,7 @@ class PackedExperts(ExpertSequence):
         return cls(packed, templates)
 
     def moved_to(self, blobs: Sequence[Tensor], addresses: Tensor) -> "PackedExperts":
-        """The experts with their bytes in `blobs`, read by kernels at `addresses`, int64 [1, E].
-
-        Raises:
-            UnsupportedError: they have several formats, whose addresses are computed once.
-        """
-        if not self.table.alike:
-            raise UnsupportedError(
-                "slots hold experts of one format only",
-                found=", ".join(
-                    sorted({f"{of.gate_up} with {of.down}" for of in self.table.formats})
-                ),
-            )
+        """The experts with their bytes in `blobs`, read by kernels at `addresses`, int64 [1, E]."""
         moved = [with_blob(expert, blob) for expert, blob in zip(self.packed, blobs, strict=True)]
         table = replace(self.table, addresses=addresses, blobs=[list(blobs)])
         return PackedExperts(moved, self._templates, table)
