@@ -148,6 +148,24 @@ def test_logits_are_equal_bits_whatever_has_a_slot(make, slots):
         assert store.statistics().tokens >= 16
 
 
+def test_a_slot_takes_experts_of_other_forms_and_sizes(monkeypatch):
+    """The same bits as where all stay in memory, and every byte that moved is counted."""
+    prompt = PROMPT[:, :5]
+    reference, model = greedy(whole_model(MIXED), prompt), whole_model(MIXED)
+    store = store_of(model, 3, copier=Late(1), settings=PRESETS["lru"])
+    taken, plain = {}, store._sources.copy
+
+    def copy(expert, slot):
+        taken.setdefault(slot.data_ptr(), []).append(store.nbytes([expert]))
+        return plain(expert, slot)
+
+    monkeypatch.setattr(store._sources, "copy", copy)
+    found = greedy(model, prompt)
+    assert torch.equal(found[1], reference[1])
+    assert any(len(set(sizes)) > 1 for sizes in taken.values())
+    assert store.statistics().interconnect_bytes == sum(map(sum, taken.values()))
+
+
 @examples(12)
 @given(
     slots=st.integers(0, LAYERS * EXPERTS),

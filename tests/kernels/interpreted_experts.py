@@ -245,8 +245,12 @@ def test_the_last_split_of_w1_and_w3_adds_all_of_them(kind):
     assert error(out, whole) <= 1e-3  # inner activations are rounded to float16
 
 
-def test_where_an_expert_lies_changes_no_bit():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_where_an_expert_lies_changes_no_bit(mixed):
+    """Also of several forms, whose w2 begin at places of their own."""
     _, table = experts_of(nf4, 4, 128, 64)
+    if mixed:
+        table = ExpertTable.build([list(map(pack_expert, mixed_experts(64, 128, DEVICE)))])
     x, chosen = drawn(2, 128), routes(2, 4, 2, "spread")
     before = gpu.experts(x, chosen, table, 0)
     for expert in range(4):
