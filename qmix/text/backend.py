@@ -4,11 +4,12 @@ One of sentencepiece, one of the tokenizers library; LlamaTokenizer is the same 
 """
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
-
-from tokenizers import AddedToken
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from qmix.text.detokenizer import Pieces
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 # Which added tokens a text may name: all, those that are not special, or none of them.
 Match = Literal["all", "not special", "none"]
@@ -37,7 +38,7 @@ class Backend(Protocol):
         ...
 
     @property
-    def added(self) -> Mapping[int, AddedToken]:
+    def added(self) -> "Mapping[int, AddedToken]":
         """The added tokens by id, special ones and others."""
         ...
 

@@ -5,15 +5,17 @@ The tokenizers library finds the added tokens in a text. Knows no files.
 
 from collections.abc import Iterator
 from functools import cached_property
-
-import sentencepiece
-from tokenizers import AddedToken, Tokenizer, models
+from typing import TYPE_CHECKING
 
 from qmix.text.backend import MAX_PIECES, SPACE_MARK, Match, byte_of
 from qmix.text.detokenizer import Pieces
 from qmix.text.sentencepiece_file import check_model, damaged
 from qmix.text.tokenizer_config import TokenizerConfig
 from qmix.text.vocabulary import without_space_prefix
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer
 
 _ORDINARY = "ordinary text"  # the one word of the model that finds added tokens
 
@@ -31,10 +33,12 @@ class SentencePieceBackend:
     """
 
     def __init__(self, model: bytes, config: TokenizerConfig, *, where: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
         check_model(model, where)
         self._model = model
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._sp = SentencePieceProcessor(model_proto=model)
             self.vocab_size = int(self._sp.get_piece_size())
             if self.vocab_size > MAX_PIECES:
                 raise ValueError(f"{self.vocab_size} pieces")
@@ -83,12 +87,16 @@ class SentencePieceBackend:
                 yield "", self._added_ids[str(name)]
 
     @cached_property
-    def _continued(self) -> sentencepiece.SentencePieceProcessor:
+    def _continued(self) -> "SentencePieceProcessor":
         """The same model, which puts no space in front of a text."""
-        return sentencepiece.SentencePieceProcessor(model_proto=without_space_prefix(self._model))
+        from sentencepiece import SentencePieceProcessor
 
-    def _added(self, names: list[str], config: TokenizerConfig) -> dict[int, AddedToken]:
+        return SentencePieceProcessor(model_proto=without_space_prefix(self._model))
+
+    def _added(self, names: list[str], config: TokenizerConfig) -> "dict[int, AddedToken]":
         """The model's control tokens and its unknown one, then what the config adds."""
+        from tokenizers import AddedToken
+
         sp = self._sp
         added = {
             index: AddedToken(name, special=True, normalized=False)
@@ -121,8 +129,10 @@ class SentencePieceBackend:
         )
 
 
-def _finder(tokens: list[AddedToken]) -> Tokenizer | None:
+def _finder(tokens: "list[AddedToken]") -> "Tokenizer | None":
     """A tokenizer of one word that knows the added tokens only."""
+    from tokenizers import Tokenizer, models
+
     if not tokens:
         return None
     finder = Tokenizer(models.WordLevel({_ORDINARY: 0}, _ORDINARY))

@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken
-
 from qmix.errors import UsageError, wrong_value
 from qmix.text.backend import Backend
 from qmix.text.detokenizer import Pieces, StreamDetokenizer
 from qmix.text.tokenizer_config import SPECIAL_TOKENS, TokenizerConfig
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from torch import Tensor
 
 
@@ -120,7 +119,7 @@ class TokenTable:
         return [self._ids[token] for token in self.all_special_tokens]
 
     @property
-    def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+    def added_tokens_decoder(self) -> "Mapping[int, AddedToken]":
         """The added tokens by id."""
         return dict(sorted(self._added.items()))
 
@@ -212,6 +211,8 @@ class TokenTable:
         return name
 
     def _set(self, name: str, token: object) -> None:
+        from tokenizers import AddedToken
+
         if isinstance(token, AddedToken):
             token = token.content
         if token is None:

@@ -6,13 +6,14 @@ nothing of encoding.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers import AddedToken
+from typing import TYPE_CHECKING, Any
 
 from qmix import strict_json
 from qmix.errors import CheckpointError, UsageError
 from qmix.files import regular_file
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
@@ -114,7 +115,7 @@ class TokenizerConfig:
             raise self._wrong_entry("model_max_length", "a number of at least 1", value)
         return int(value)
 
-    def special_tokens(self) -> dict[str, AddedToken]:
+    def special_tokens(self) -> "dict[str, AddedToken]":
         """The special tokens that the config names, by their entry: bos_token and so on.
 
         Raises:
@@ -123,7 +124,7 @@ class TokenizerConfig:
         named = [name for name in SPECIAL_TOKENS if self.document.get(name) is not None]
         return {name: self._token(name, self.document[name], special=True) for name in named}
 
-    def extra_special_tokens(self) -> list[AddedToken]:
+    def extra_special_tokens(self) -> "list[AddedToken]":
         """The special tokens that have no entry of their own.
 
         Raises:
@@ -141,7 +142,7 @@ class TokenizerConfig:
         ]
         return [self._token(_EXTRA_BEFORE_5, value, special=True) for value in (*extra, *more)]
 
-    def added_tokens(self) -> dict[int, AddedToken]:
+    def added_tokens(self) -> "dict[int, AddedToken]":
         """The entries of added_tokens_decoder, in the order of their ids.
 
         Raises:
@@ -159,7 +160,7 @@ class TokenizerConfig:
             added[int(key)] = self._token(f"{_DECODER}.{key}", entry)
         return dict(sorted(added.items()))
 
-    def added_above(self, vocab_size: int) -> dict[int, AddedToken]:
+    def added_above(self, vocab_size: int) -> "dict[int, AddedToken]":
         """All added tokens of a vocabulary of that size, which go on where it ends.
 
         Raises:
@@ -177,8 +178,10 @@ class TokenizerConfig:
         expected = "a token of the vocabulary or of added_tokens_decoder"
         return self._wrong_entry(name, expected, self.document.get(name))
 
-    def _token(self, name: str, value: object, *, special: bool | None = None) -> AddedToken:
+    def _token(self, name: str, value: object, *, special: bool | None = None) -> "AddedToken":
         """A token as it is written: its text, or an object with content and flags."""
+        from tokenizers import AddedToken
+
         entry: Mapping[str, Any] = value if isinstance(value, Mapping) else {"content": value}
         content = entry.get("content")
         if not isinstance(content, str) or not content or not _is_unicode(content):

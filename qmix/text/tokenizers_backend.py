@@ -7,13 +7,14 @@ agree; its decoders that sentencepiece and byte-level vocabularies need are read
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
-
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+from typing import TYPE_CHECKING, Any
 
 from qmix.errors import CheckpointError, UnsupportedError
 from qmix.text.backend import MAX_PIECES, SPACE_MARK, Match, byte_of
 from qmix.text.detokenizer import Pieces
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
 
 JSON_FILE = "tokenizer.json"
 _READ = ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "ByteLevel")
@@ -35,7 +36,7 @@ class TokenizersBackend:
         UnsupportedError: a decoder that is not read.
     """
 
-    def __init__(self, data: bytes, added: Sequence[AddedToken], *, where: str) -> None:
+    def __init__(self, data: bytes, added: "Sequence[AddedToken]", *, where: str) -> None:
         self._tokenizer = _parsed(data, where)
         padding = self._tokenizer.padding
         self.defaults = {} if padding is None else {"pad_token": str(padding["pad_token"])}
@@ -66,6 +67,8 @@ class TokenizersBackend:
         Args:
             before, after: ids by token.
         """
+        from tokenizers import Tokenizer, processors
+
         copy = Tokenizer.from_str(self._tokenizer.to_str())
         copy.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
@@ -75,8 +78,10 @@ class TokenizersBackend:
         return copy.to_str(pretty=True).encode()
 
     @cached_property
-    def _splitting(self) -> Tokenizer:
+    def _splitting(self) -> "Tokenizer":
         """The same tokenizer, for which special tokens in a text are ordinary characters."""
+        from tokenizers import Tokenizer
+
         copy = Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = True
         return copy
@@ -99,7 +104,7 @@ class TokenizersBackend:
         return [token.id for word in words for token in tokenizer.model.tokenize(word)]
 
 
-def _around(tokenizer: Tokenizer, size: int, where: str) -> tuple[list[int], list[int]]:
+def _around(tokenizer: "Tokenizer", size: int, where: str) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text, as its settings say.
 
     Asking it would end the process where its settings name tokens that they do not describe.
@@ -129,7 +134,9 @@ def _around(tokenizer: Tokenizer, size: int, where: str) -> tuple[list[int], lis
     return sides
 
 
-def _parsed(data: bytes, where: str) -> Tokenizer:
+def _parsed(data: bytes, where: str) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
     try:
         return Tokenizer.from_buffer(data)
     except Exception as error:  # noqa: BLE001 - the library raises Exception itself
@@ -146,7 +153,7 @@ def _damaged(where: str, found: object) -> CheckpointError:
 
 
 def _pieces(
-    tokenizer: Tokenizer, ids: Mapping[str, int], added: Mapping[int, AddedToken], where: str
+    tokenizer: "Tokenizer", ids: Mapping[str, int], added: "Mapping[int, AddedToken]", where: str
 ) -> Pieces:
     size = max(ids.values(), default=-1) + 1
     if not 0 < size <= MAX_PIECES:
@@ -173,7 +180,7 @@ def _pieces(
     )
 
 
-def _decoders(tokenizer: Tokenizer, where: str) -> list[dict[str, Any]]:
+def _decoders(tokenizer: "Tokenizer", where: str) -> list[dict[str, Any]]:
     """The steps of the decoder, one after the other.
 
     Raises:
@@ -214,6 +221,8 @@ def _byte_fallback(names: Sequence[str]) -> dict[int, bytes]:
 
 def _byte_level(names: Sequence[str], controls: frozenset[int]) -> dict[int, bytes]:
     """The bytes of the pieces of a byte-level vocabulary, which spells each byte with a letter."""
+    from tokenizers import pre_tokenizers
+
     # The letters of bytes that are no printable character follow U+0100, in the bytes' order.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     own = [letter for letter in letters if ord(letter) < 256]

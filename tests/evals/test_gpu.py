@@ -17,6 +17,18 @@ from qmix.evals import gpu
 from qmix.evals.acceptance.step import STEPS, Step
 
 HAS_GPU = torch.cuda.is_available()
+# What torch and Triton bring is all that a bare checkout has.
+MISSING = ("tokenizers", "sentencepiece", "safetensors", "typer", "prompt_toolkit", "starlette")
+
+
+def test_a_bare_checkout_imports_no_other_library():
+    """Modules that a worker imports do so where they need one, and not at their top."""
+    found = []
+    for path in [*(ROOT / "qmix").glob("[!cs]*/**/*.py"), *(ROOT / "evals").glob("[ast]*/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        lines = [f"{kind} {name}" for name in MISSING for kind in ("import", "from")]
+        found += [(path.name, line) for line in text.splitlines() if line.startswith(tuple(lines))]
+    assert set(found) == {("train_tokenizer.py", "import sentencepiece")}
 
 
 @pytest.fixture(scope="module")
