@@ -44,7 +44,7 @@ class HostUpload:
     """Buffers that are used in turn, and nothing that copies from them."""
 
     def __init__(self, nbytes: int) -> None:
-        self._arena = HostArena(READ_AHEAD, nbytes)
+        self._arena = HostArena([nbytes] * READ_AHEAD)
         for index in range(READ_AHEAD):
             self.buffer(index).fill_(1)  # the system gives the memory now
 

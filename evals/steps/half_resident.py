@@ -66,9 +66,11 @@ def offloaded(model: MixtralForCausalLM, device: torch.device, slots: int) -> De
     """Move a packed model's experts to host memory, with `slots` of them on the device too."""
     blocks = blocks_of(dict(model.named_modules()))
     count = len(blocks) * model.config.num_local_experts
+    packed = [block.stored.packed for block in blocks]
+    sizes = [len(each.blob) for layer in packed if layer is not None for each in layer.packed]
     reader = cast(ExpertReader, _AllOnHost(count))
     offloading = DeviceOffload(
-        reader, len(blocks), Tiers(device=slots, host=count), Policy(count), device
+        reader, len(blocks), sizes, Tiers(device=slots, host=count), Policy(count), device
     )
     for block in blocks:
         offloading.take(block)

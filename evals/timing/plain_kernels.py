@@ -60,6 +60,9 @@ _MODEL_POINTERS = (
 )
 
 
+Codes = Literal["", "codes", "new codes"]
+
+
 @dataclass(frozen=True)
 class PlainKernel:
     """A kernel that reads no weights, with its constants and the tensors that are not passed.
@@ -76,7 +79,7 @@ class PlainKernel:
     warps: int
     stages: int
     arch: int
-    codes: Literal["", "codes", "new codes"] = ""
+    codes: Codes = ""
     half: bool = False
 
     def __str__(self) -> str:
@@ -131,8 +134,10 @@ def plain_kernels(
 def _attention(dtype: torch.dtype, arch: int) -> Iterator[PlainKernel]:
     """Over a cache in a decode step, and over all columns; in 16 bits and in codes."""
     merging = {"PARTS": attention.LARGEST_SPLIT}
-    for codes in (False, True):
-        shape, new = attention.blocks_for(1, dtype, codes=codes), "new codes" if codes else ""
+    kinds: tuple[tuple[Codes, Codes], ...] = (("", ""), ("codes", "new codes"))
+    for old, new in kinds:
+        codes = bool(old)
+        shape = attention.blocks_for(1, dtype, codes=codes)
         plain = PlainKernel("split", dtype, (), (), shape.warps, shape.stages, arch)
         split = {"ROWS": shape.rows, **_tile(shape), "PARTS": 1, "DEPENDENT": 0}
         for early, starts in product(range(1 + (arch >= 90)), (("starts",), ())):
@@ -142,7 +147,6 @@ def _attention(dtype: torch.dtype, arch: int) -> Iterator[PlainKernel]:
                 constants = tuple(parts.items())
                 half = without == absent
                 yield replace(plain, constants=constants, absent=without, codes=new, half=half)
-        old = "codes" if codes else ""
         for mask in (("padding_mask",), ()):
             absent = (*mask, "past", "starts")
             constants = tuple(split.items())
@@ -150,10 +154,11 @@ def _attention(dtype: torch.dtype, arch: int) -> Iterator[PlainKernel]:
             for queries in (attention.SMALLEST_TILE, attention.SMALLEST_TILE + 1):
                 shape = attention.blocks_for(queries, dtype, codes=codes)
                 prefill = {"QUERIES": shape.rows, **_tile(shape)}
-                yield PlainKernel(
-                    *("prefill", dtype, tuple(prefill.items()), absent),
-                    *(shape.warps, shape.stages, arch, old),
-                )
+                constants = tuple(prefill.items())
+                yield replace(
+                    plain, kernel="prefill", constants=constants, absent=absent, warps=shape.warps,
+                    stages=shape.stages, codes=old,
+                )  # fmt: skip
 
 
 def _tile(shape: attention.BlockShape) -> dict[str, int]:
