@@ -132,5 +132,5 @@ def _exchange(items: list[Any]) -> list[Any]:
     try:
         gathered: list[Any] = gather_object(items)
     except RuntimeError as error:  # a connection that ended
-        raise LostPeerError("another process was lost", found=str(error)) from error
+        raise LostPeerError("another process was lost; what started them says which") from error
     return gathered
