@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -49,41 +50,44 @@ void moe(const std::vector<ChosenExpert>& chosen, const float* x, float* y,
     const size_t count = chosen.size();
     int64_t rows = 0;  // a token counts once for each of its experts
     for (const ChosenExpert& one : chosen) rows += one.count();
-    std::vector<float> gathered(size_t(rows * inputs)), downs(size_t(rows * outputs));
-    std::vector<float> gates(size_t(rows * width)), ups(gates.size()), values(gates.size());
+    // All of it is written before it is read; filling it with zeros would take one thread's time.
+    const std::unique_ptr<float[]> memory(new float[size_t(rows * (inputs + outputs + 3 * width))]);
+    float *gathered = memory.get(), *downs = gathered + rows * inputs;
+    float *gates = downs + rows * outputs, *ups = gates + rows * width;
+    float* values = ups + rows * width;
     std::vector<std::vector<float>> moved(2 * count);
     std::vector<Matmul> matmuls;
     int64_t row = 0;
     for (size_t e = 0; e < count; e++) {
         const ChosenExpert& one = chosen[e];
         const ExpertMatrices& expert = *one.expert;
-        float* own = gathered.data() + row * inputs;
+        float* own = gathered + row * inputs;
         for (int64_t t = 0; t < one.count(); t++)
             memcpy(own + t * inputs, x + one.tokens[t] * inputs, sizeof(float) * inputs);
         const float* gate_x = permuted(own, one.count(), inputs, expert.gate_perm, moved[2 * e]);
         const float* up_x = permuted(own, one.count(), inputs, expert.up_perm, moved[2 * e + 1]);
         matmuls.push_back(
-            {expert.gate, gate_x, gates.data() + row * width, one.count(), quantize_activations});
+            {expert.gate, gate_x, gates + row * width, one.count(), quantize_activations});
         matmuls.push_back(
-            {expert.up, up_x, ups.data() + row * width, one.count(), quantize_activations});
+            {expert.up, up_x, ups + row * width, one.count(), quantize_activations});
         row += one.count();
     }
     multiply_all<Kernels>(matmuls.data(), int64_t(matmuls.size()), threads, fork);
     const int64_t steps = round_up(width, STEP) / STEP;
     parallel_for(rows * steps, threads, fork, [&](int64_t task, int) {
         const int64_t within = task % steps * STEP, first = task / steps * width + within;
-        Kernels::swiglu(gates.data() + first, ups.data() + first,
-                        width - within < STEP ? width - within : STEP, values.data() + first);
+        Kernels::swiglu(gates + first, ups + first, width - within < STEP ? width - within : STEP,
+                        values + first);
     });
     matmuls.clear();
     row = 0;
     for (size_t e = 0; e < count; e++) {
         const int64_t tokens = chosen[e].count();
         const ExpertMatrices& expert = *chosen[e].expert;
-        const float* down_x = permuted(values.data() + row * width, tokens, width,
-                                       expert.down_perm, moved[e]);
+        const float* down_x =
+            permuted(values + row * width, tokens, width, expert.down_perm, moved[e]);
         matmuls.push_back(
-            {expert.down, down_x, downs.data() + row * outputs, tokens, quantize_activations});
+            {expert.down, down_x, downs + row * outputs, tokens, quantize_activations});
         row += tokens;
     }
     multiply_all<Kernels>(matmuls.data(), int64_t(count), threads, fork);

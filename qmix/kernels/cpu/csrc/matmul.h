@@ -77,14 +77,14 @@ struct MatmulPass {
 };
 
 template <class Kernels>
-void quantize_inputs(const MatmulPass& pass, int64_t token) {
+void quantize_inputs(const MatmulPass& pass, int64_t token, int64_t first, int64_t last) {
     const Matrix& weight = pass.matmul->weight;
     const IntegerTable table(weight);
     const auto quantize = pass.chunk == CHUNK_BYTES ? Kernels::template quantize_chunk<8>
                                                     : Kernels::template quantize_chunk<4>;
     const float* x = pass.matmul->x + (pass.first_token + token) * weight.inputs;
-    for (int64_t c = 0, left = weight.inputs; c < pass.chunks; c++, left -= pass.chunk) {
-        const int64_t at = token * pass.chunks + c;
+    for (int64_t c = first / pass.chunk; c < last / pass.chunk; c++) {
+        const int64_t at = token * pass.chunks + c, left = weight.inputs - c * pass.chunk;
         int16_t* out = reinterpret_cast<int16_t*>(pass.arranged) + at * pass.chunk;
         pass.input_scales[at] =
             quantize(x + c * pass.chunk, left < pass.chunk ? left : pass.chunk, weight.high_first,
@@ -92,9 +92,10 @@ void quantize_inputs(const MatmulPass& pass, int64_t token) {
     }
 }
 
-// A panel of tokens for tiles of integers, as [places / 2][lanes][2].
+// Places [start, last) of a panel of tokens for tiles of integers, as [places / 2][lanes][2].
 template <class Kernels>
-void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens) {
+void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens, int64_t start,
+                    int64_t last) {
     const Matrix& weight = pass.matmul->weight;
     const IntegerTable table(weight, TILE_VALUE);
     const int64_t first = panel * panel_tokens, left = pass.tokens - first;
@@ -103,12 +104,14 @@ void quantize_panel(const MatmulPass& pass, int64_t panel, int64_t panel_tokens)
     const int64_t units = pass.places() / pass.unit;
     int16_t* out = reinterpret_cast<int16_t*>(pass.arranged) + first * pass.places();
     float *scales = pass.input_scales + first * units, *totals = pass.totals + first * units;
-    memset(out, 0, sizeof(int16_t) * lanes * pass.places());
-    memset(scales, 0, sizeof(float) * lanes * units);
-    memset(totals, 0, sizeof(float) * lanes * units);
+    const int64_t first_unit = start / pass.unit, count = (last - start) / pass.unit;
+    const int64_t stop = last < weight.inputs ? last : weight.inputs;
+    memset(out + start * lanes, 0, sizeof(int16_t) * lanes * (last - start));
+    memset(scales + first_unit * lanes, 0, sizeof(float) * lanes * count);
+    memset(totals + first_unit * lanes, 0, sizeof(float) * lanes * count);
     for (int64_t t = 0; t < tokens; t++) {
         const float* x = pass.matmul->x + (pass.first_token + first + t) * weight.inputs;
-        for (int64_t u = 0; u < weight.inputs / pass.unit; u++)
+        for (int64_t u = first_unit; u < stop / pass.unit; u++)
             Kernels::quantize_unit(weight, table, pass.most_value, x + u * pass.unit, pass.unit, lanes,
                                    out + u * pass.unit * lanes + 2 * t, scales + u * lanes + t,
                                    totals + u * lanes + t);
@@ -262,8 +265,8 @@ void multiply_tiles(const Tiles& tiles, int64_t task, int64_t panel_tokens) {
     const MatmulPass& pass = tiles.pass;
     const Scratch& scratch = tiles.scratch;
     const Matrix& weight = pass.matmul->weight;
-    const int64_t first = task * TILE_ROWS;
-    const int64_t rows = weight.rows - first < TILE_ROWS ? weight.rows - first : TILE_ROWS;
+    const int64_t first = task * pass.task_rows;
+    const int64_t left = weight.rows - first, rows = left < pass.task_rows ? left : pass.task_rows;
     const int64_t padded = round_up(rows, 12), places = pass.places();
     memset(scratch.sums, 0, sizeof(float) * TILE_ROWS * pass.padded);
     if (padded > rows || places > weight.inputs)
@@ -294,9 +297,39 @@ int64_t tokens_as_alone(const Matrix& weight) {
     return 1;
 }
 
+// The bytes of codes that a thread takes at a time from all matrices together: a few times as many
+// tasks as threads, because every task moves the loop's counter from one core to another.
+int64_t balanced_task_bytes(const Matmul* matmuls, int64_t count, int threads) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; i++)
+        bytes += matmuls[i].weight.rows * row_bytes(matmuls[i].weight);
+    bytes /= 8 * threads;
+    return bytes > MAX_TASK_BYTES   ? MAX_TASK_BYTES
+           : bytes < MIN_TASK_BYTES ? MIN_TASK_BYTES
+                                    : bytes;
+}
+
+// The rows of a tile, a multiple of what the register tiles take: fewer than TILE_ROWS, for which
+// inputs are loaded more often, where that ends a tenth sooner.
+int64_t balanced_tile_rows(const Matmul* matmuls, int64_t count, int threads) {
+    int64_t best = TILE_ROWS, least = 0;
+    for (int64_t rows = TILE_ROWS; rows; rows -= 12) {
+        int64_t tiles = 0;
+        for (int64_t i = 0; i < count; i++)
+            tiles += round_up(matmuls[i].tokens, MAX_TOKENS) / MAX_TOKENS *
+                     (round_up(matmuls[i].weight.rows, rows) / rows);
+        const int64_t longest = round_up(tiles, threads) / threads * rows;
+        if (least && longest * 10 > least * 9) continue;
+        best = rows, least = longest;
+    }
+    return best;
+}
+
 template <class Kernels>
 std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int threads) {
     const int64_t panel_tokens = Kernels::lanes(MAX_TOKENS);
+    const int64_t task_bytes = balanced_task_bytes(matmuls, count, threads);
+    const int64_t tile_rows = balanced_tile_rows(matmuls, count, threads);
     std::vector<MatmulPass> passes;
     for (int64_t i = 0; i < count; i++) {
         const Matrix& weight = matmuls[i].weight;
@@ -335,13 +368,10 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
             if (tiles) {
                 pass.padded = round_up(pass.tokens, panel_tokens);
                 pass.lanes = Kernels::lanes((pass.tokens - 1) % panel_tokens + 1);
-                pass.task_rows = TILE_ROWS;
+                pass.task_rows = tile_rows;
             } else {
-                int64_t bytes = weight.rows * row_bytes(weight) / (16 * threads);
-                bytes = bytes > MAX_TASK_BYTES   ? MAX_TASK_BYTES
-                        : bytes < MIN_TASK_BYTES ? MIN_TASK_BYTES
-                                                 : bytes;
-                pass.task_rows = round_up(bytes / (row_bytes(weight) + 1) + 1, ROWS_AT_ONCE);
+                pass.task_rows =
+                    round_up(task_bytes / (row_bytes(weight) + 1) + 1, ROWS_AT_ONCE);
             }
             pass.tasks = round_up(weight.rows, pass.task_rows) / pass.task_rows;
             passes.push_back(pass);
@@ -408,10 +438,11 @@ bool same_inputs(const MatmulPass& one, const MatmulPass& other) {
            (!one.int16 || !memcmp(weight.table, other_weight.table, 16 * sizeof(float)));
 }
 
-// A panel of a pass, or one token of a pass without panels.
+// A panel of a pass, or one token of a pass without panels: places [first, last) of it, which are
+// few where integers are made, so that many threads share a panel.
 struct Panel {
     const MatmulPass* pass;
-    int64_t index;
+    int64_t index, first, last;
 };
 
 // Gives every pass its place in the workspace; returns the panels that are to be arranged there.
@@ -432,7 +463,10 @@ std::vector<Panel> place_inputs(std::vector<MatmulPass>& passes, float* memory,
         pass.input_scales = memory;
         pass.totals = memory + pass.scales();
         memory += pass.int16_floats();
-        for (int64_t p = 0; p * panel < pass.tokens; p++) panels.push_back({&pass, p});
+        const int64_t places = pass.places(), step = pass.int16 ? PART_INPUTS : places;
+        for (int64_t p = 0; p * panel < pass.tokens; p++)
+            for (int64_t at = 0; at < places; at += step)
+                panels.push_back({&pass, p, at, at + step < places ? at + step : places});
     }
     return panels;
 }
@@ -451,16 +485,21 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
     int64_t tasks = 0, arranged = 0;
     for (const MatmulPass& pass : passes) tasks += pass.tasks;
     for (const Panel& panel : panels)
-        if (!panel.index) arranged += panel.pass->tokens * panel.pass->places();
+        if (!panel.index && !panel.first)
+            arranged += panel.pass->tokens * panel.pass->places();
     const auto arrange = [&](int64_t i, int) {
-        const MatmulPass& pass = *panels[i].pass;
+        const Panel& panel = panels[i];
+        const MatmulPass& pass = *panel.pass;
         if constexpr (Kernels::INT16)
-            if (pass.int16 && !pass.lanes) return quantize_inputs<Kernels>(pass, panels[i].index);
+            if (pass.int16 && !pass.lanes)
+                return quantize_inputs<Kernels>(pass, panel.index, panel.first, panel.last);
         if constexpr (Kernels::INT16_TILES)
-            if (pass.int16) return quantize_panel<Kernels>(pass, panels[i].index, panel_tokens);
-        arrange_inputs<Kernels>(pass, panels[i].index, pass.lanes ? panel_tokens : 1);
+            if (pass.int16)
+                return quantize_panel<Kernels>(pass, panel.index, panel_tokens, panel.first,
+                                               panel.last);
+        arrange_inputs<Kernels>(pass, panel.index, pass.lanes ? panel_tokens : 1);
     };
-    parallel_for(int64_t(panels.size()), arranged > (1 << 16) ? threads : 1, fork, arrange);
+    parallel_for(int64_t(panels.size()), arranged > (1 << 14) ? threads : 1, fork, arrange);
     parallel_for(tasks, threads, fork, [&](int64_t task, int thread) {
         const MatmulPass* pass = passes.data();
         while (task >= pass->tasks) task -= pass++->tasks;

@@ -24,6 +24,7 @@ constexpr int64_t PANEL_TOKENS = 32;  // at most, in the panels of a tiled matmu
 constexpr int64_t TILE_ROWS = 48;     // of a decoded tile: a multiple of every register tile's
 constexpr int64_t TILE_INPUTS = 512;  // of a decoded tile
 constexpr int64_t TILE_PITCH = TILE_INPUTS + 16;  // a power of two would share cache sets
+constexpr int64_t PART_INPUTS = 1024;  // that a thread makes integers of at a time
 constexpr int64_t MAX_TASK_BYTES = 256 << 10;     // codes that a thread takes at a time
 constexpr int64_t MIN_TASK_BYTES = 16 << 10;
 
