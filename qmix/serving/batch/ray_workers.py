@@ -32,10 +32,10 @@ def answers_of_workers(
     import ray
 
     ray_cluster.join()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # which the import has set
     rows = [{"number": line.number, "data": line.data} for line in lines]
     answered = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _LINES)).map_batches(
         _Answering,
