@@ -19,15 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from qmix import strict_json
 from qmix.errors import QualityError
-from qmix.evals.command import exit_code, say
+from qmix.evals.command import command_line, exit_code, publish, say
 from qmix.evals.serving.http_call import Address, HttpCall, SilentEndError
 from qmix.evals.serving.ports import free_port
 from qmix.evals.serving.questions import COMPLETIONS, Reply, right_replies
@@ -156,7 +155,7 @@ def measure_ray(model: Path, *, callers: int, requests: int) -> RayRecord:
         code = second.wait(_PATIENCE_S)
         stop_s = time.monotonic() - begun
     return RayRecord(
-        command=" ".join(("python -m qmix.evals.serve_ray", *sys.argv[1:])),
+        command=command_line("serve_ray"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=machine.processor(),
         versions={name: version(name) for name in _PACKAGES}
@@ -267,9 +266,7 @@ def _print(model: Path | None, options: argparse.Namespace) -> None:
     record = measure_ray(
         model or tiny_model.directory(), callers=options.callers, requests=options.requests
     )
-    sys.stdout.write(str(record))
-    if options.json:
-        strict_json.write(options.json, asdict(record), indent=1)
+    publish(record, options.json)
     if record.problems:
         raise QualityError(
             "a caller was not told the truth, or an update failed requests",

@@ -10,8 +10,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from qmix.evals.serving.ports import free_port
 from tests.support.http_server import all_of, request, until
-from tests.support.server_process import SLOW, free_port, of_session, server_process
+from tests.support.server_process import SLOW, of_session, server_process
 
 pytestmark = pytest.mark.soak
 

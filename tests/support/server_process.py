@@ -1,11 +1,11 @@
 """`qmix serve` as a process of its own, with faults that are put into it before it starts."""
 
-import socket
 import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qmix.evals.serving.ports import free_port
 from tests.support.http_server import Caller
 from tests.support.models import TINY
 from tests.support.process import PATIENCE, QMIX, started
@@ -38,11 +38,6 @@ class ServerProcess(Caller):
         """Its exit code, once it has ended, and the seconds until then."""
         begun = time.monotonic()
         return self.process.wait(PATIENCE), time.monotonic() - begun
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 @contextmanager
