@@ -199,12 +199,15 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_place_of_the_file(tmp_path):
-    at = machine.measurements_path
-    assert at({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "qmix" / "machine.json"
+def test_the_place_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.measurements_path() == tmp_path / "qmix" / "machine.json"
+    monkeypatch.setenv("HOME", str(tmp_path))
     home = tmp_path / ".cache" / "qmix" / "machine.json"
-    assert at({"HOME": str(tmp_path)}) == home
-    assert at({"HOME": str(tmp_path), "XDG_CACHE_HOME": "relative"}) == home
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert machine.measurements_path() == home
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert machine.measurements_path() == home
 
 
 def test_what_is_written_is_plain_json(tmp_path):
@@ -227,3 +230,10 @@ def test_numa_nodes_are_those_with_memory_and_processors_of_this_process(tmp_pat
     assert machine.numa_nodes(root / "missing", range(17)) == ()
     (root / "node1" / "cpulist").write_text("nonsense\n")
     assert machine.numa_nodes(root, range(17)) == (0,)
+
+
+def test_the_page_cache_has_room_in_most_of_what_is_left(monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: machine.HostMemory(total=100, available=80))
+    assert machine.cache_room(beside=0) == 60
+    assert machine.cache_room(beside=40) == 30
+    assert machine.cache_room(beside=100) == 0
