@@ -6,6 +6,7 @@ used, unless `QMIX_CPU_PATH` names another, for tests and comparisons; `torch` t
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ VARIABLE = "QMIX_CPU_PATH"
 TORCH = "torch"
 
 _CPUINFO = Path("/proc/cpuinfo")
+# arch_prctl on x86-64, and ARCH_REQ_XCOMP_PERM:
+# https://docs.kernel.org/arch/x86/xstate.html
+_ARCH_PRCTL, _REQUEST_STATE = 158, 0x1023
 _X86 = ("x86_64", "AMD64")
 _ARM = ("aarch64", "arm64")
 _ALL: frozenset[str] = frozenset()
@@ -31,19 +35,21 @@ class InstructionSet:
         machines: what platform.machine() calls the processors that may have it; empty: all.
         needs: the features that it uses, as /proc/cpuinfo calls them.
         flags: what the compiler is told.
+        state: the number of the registers that a process must ask Linux for; None: nothing to ask.
     """
 
     name: str
     machines: tuple[str, ...] = ()
     needs: frozenset[str] = _ALL
     flags: tuple[str, ...] = ()
+    state: int | None = None
 
 
 def _extended(
-    base: InstructionSet, name: str, needs: str, flags: tuple[str, ...]
+    base: InstructionSet, name: str, needs: str, flags: tuple[str, ...], state: int | None = None
 ) -> InstructionSet:
     return InstructionSet(
-        name, base.machines, base.needs | set(needs.split()), (*base.flags, *flags)
+        name, base.machines, base.needs | set(needs.split()), (*base.flags, *flags), state
     )
 
 
@@ -61,9 +67,12 @@ _AVX512 = _extended(
     ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 )
 _VNNI = _extended(_AVX512, "vnni", "avx512_vnni", ("-mavx512vnni",))
+_AMX = _extended(_VNNI, "amx", "amx_tile amx_bf16", ("-mamx-tile", "-mamx-bf16"), 18)
 
 # A processor's best one is the last that it has.
-ISAS = {each.name: each for each in (_PORTABLE, _NEON, _I8MM, _AVX2, _AVX_VNNI, _AVX512, _VNNI)}
+ISAS = {
+    each.name: each for each in (_PORTABLE, _NEON, _I8MM, _AVX2, _AVX_VNNI, _AVX512, _VNNI, _AMX)
+}
 
 NEEDED = frozenset().union(*(each.needs for each in ISAS.values()))
 
@@ -97,16 +106,36 @@ def of_architecture(machine: str) -> tuple[InstructionSet, ...]:
 
 
 def supported() -> tuple[InstructionSet, ...]:
-    """Those that this processor has, the best one first."""
+    """Those that this processor has and the system lets this process use, the best one first."""
+    return tuple(each for each in _of_processor() if each.state is None or granted(each.state))
+
+
+def refused() -> tuple[str, ...]:
+    """Those that this processor has, but whose registers the system refuses to this process."""
+    allowed = supported()
+    return tuple(each.name for each in _of_processor() if each not in allowed)
+
+
+def _of_processor() -> tuple[InstructionSet, ...]:
     found = features()
     return tuple(each for each in of_architecture(platform.machine()) if each.needs <= found)
+
+
+def granted(state: int) -> bool:
+    """Whether Linux lets this process use some registers, asked for here.
+
+    A sandbox may forbid the question, and a kernel older than 5.16 does not know it.
+    """
+    from ctypes import CDLL
+
+    return sys.platform == "linux" and not CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_STATE, state)
 
 
 def candidates() -> tuple[InstructionSet, ...]:
     """Those that may be used, the best one first: none for `torch`, one if one is named.
 
     Raises:
-        UsageError: the variable names something else, or one that this processor lacks.
+        UsageError: the variable names something else, or one that cannot be used here.
     """
     name, here = os.environ.get(VARIABLE) or None, supported()
     if name is None:
@@ -115,8 +144,13 @@ def candidates() -> tuple[InstructionSet, ...]:
         return ()
     found = tuple(each for each in here if each.name == name)
     if not found:
+        known = (
+            "the system refuses such kernels their registers"
+            if name in refused()
+            else "this processor lacks such kernels"
+        )
         raise UsageError(
-            "this processor lacks such kernels" if name in ISAS else "no such CPU kernels",
+            known if name in ISAS else "no such CPU kernels",
             where=VARIABLE,
             expected=", ".join((TORCH, *(each.name for each in reversed(here)))),
             found=name,

@@ -315,7 +315,9 @@ def _used(names: Sequence[str]) -> str:
     if forced:
         return f"{forced} ({instruction_sets.VARIABLE})"
     best, *others = names
-    return f"{best} (the best of it and {', '.join(others)})" if others else best
+    reasons = [f"the best of it and {', '.join(others)}"] if others else []
+    reasons += [f"the system refuses {name} its registers" for name in instruction_sets.refused()]
+    return f"{best} ({'; '.join(reasons)})" if reasons else best
 
 
 def _compiler() -> str | None:

@@ -105,6 +105,15 @@ def test_each_device_has_its_backend_and_the_reason(good):
     assert found[2].found.startswith("cuda:1, T4: none, because")
 
 
+def test_an_instruction_set_that_the_system_refuses_is_named(monkeypatch, good):
+    monkeypatch.delenv("QMIX_CPU_PATH", raising=False)
+    monkeypatch.setattr(diagnosis.instruction_sets, "refused", lambda: ("amx",))
+    found = next(f for f in diagnose(good) if f.what == "processor")
+    assert found.found.endswith(
+        "4-bit kernels for avx2 (the best of it and portable; the system refuses amx its registers)"
+    )
+
+
 def compiler_found(folder):
     return Facts.gather(folder).compiler
 

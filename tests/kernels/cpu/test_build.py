@@ -378,6 +378,7 @@ def test_a_compiler_older_than_the_processor_gives_the_next_best(cache, tmp_path
 
 def test_the_best_that_a_processor_has_comes_first(monkeypatch, tmp_path):
     flags = ("avx2 fma f16c", "avx512f avx512bw avx512dq avx512vl", "avx512_vnni", "avx_vnni")
+    matrices = "amx_tile amx_bf16"
     ranks = (
         ("", ["portable"]),
         (flags[0], ["avx2", "portable"]),
@@ -385,7 +386,13 @@ def test_the_best_that_a_processor_has_comes_first(monkeypatch, tmp_path):
         (f"{flags[0]} {flags[1]}", ["avx512", "avx2", "portable"]),
         (" ".join(flags), ["vnni", "avx512", "avx_vnni", "avx2", "portable"]),
         ("avx512f avx512_vnni", ["portable"]),
+        (f"{flags[0]} {matrices}", ["avx2", "portable"]),
+        (
+            " ".join((*flags, matrices)),
+            ["amx", "vnni", "avx512", "avx_vnni", "avx2", "portable"],
+        ),
     )
+    monkeypatch.setattr(instruction_sets, "granted", lambda state: state == 18)
     cpuinfo = tmp_path / "cpuinfo"
     monkeypatch.setattr(instruction_sets, "_CPUINFO", cpuinfo)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
@@ -397,6 +404,24 @@ def test_the_best_that_a_processor_has_comes_first(monkeypatch, tmp_path):
     assert [each.name for each in supported()] == ["i8mm", "neon", "portable"]
     cpuinfo.unlink()
     assert [each.name for each in supported()] == ["neon", "portable"]
+
+
+def test_what_the_system_refuses_is_passed_over_and_said_by_name(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : {' '.join(ISAS['amx'].needs)}\n")
+    monkeypatch.setattr(instruction_sets, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(instruction_sets, "granted", lambda _: False)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert [each.name for each in instruction_sets.candidates()][:2] == ["vnni", "avx512"]
+    assert instruction_sets.refused() == ("amx",)
+    monkeypatch.setenv(VARIABLE, "amx")
+    with pytest.raises(UsageError, match="refuses"):
+        instruction_sets.candidates()
+
+
+def test_registers_that_no_processor_has_are_not_granted():
+    assert not instruction_sets.granted(62)
 
 
 def test_torch_by_choice_is_no_reason_to_warn(cache, monkeypatch):

@@ -10,6 +10,8 @@ namespace {
 
 struct Avx512 {
     static constexpr bool VECTORS = true, INT16 = false, INT16_TILES = false;
+    static constexpr bool BFLOAT16_TILES = false;
+    static constexpr int64_t BFLOAT16_ROWS = 0, BFLOAT16_TOKENS = 0;
     static constexpr int64_t lanes(int64_t tokens) { return tokens <= 16 ? 16 : PANEL_TOKENS; }
 
     // The values of the p-th codes of sixteen words.

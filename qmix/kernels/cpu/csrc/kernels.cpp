@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bandwidth.h"
+#include "bfloat16_tiles.h"
 #include "decode_layer.h"
 #include "dense.h"
 #include "matmul.h"
@@ -38,7 +39,9 @@ int32_t status_of(const Body& body) {
 }
 
 // The kernels of the instruction set that this library is compiled for.
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+typedef amx::Kernels Kernels;
+#elif defined(__AVX512F__)
 typedef avx512::Kernels Kernels;
 #elif defined(__AVX2__)
 typedef avx2::Kernels Kernels;

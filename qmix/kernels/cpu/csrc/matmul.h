@@ -6,7 +6,8 @@
 // Where the caller allows `quantize_activations` (its inputs and outputs have 16 bits) and the
 // processor has the instructions, both are done in 16-bit integers instead: inputs with a scale for
 // each chunk (rows) or unit (tiles), the table with one scale, integers as they are; sums are
-// exact. The result errs by 0.01 % (rounding an output to bfloat16: 0.1 %).
+// exact. The result errs by 0.01 % (rounding an output to bfloat16: 0.1 %). A processor with AMX
+// multiplies tiles in bfloat16 instead: bfloat16_tiles.h.
 
 #pragma once
 
@@ -60,16 +61,18 @@ struct MatmulPass {
     int64_t chunk, chunks;  // inputs of a chunk, and how many hold those of a row
     int64_t lanes;  // tokens of the last panel; 0: no panels, codes are looked up as they are used
     bool int16;
+    bool bfloat16;       // tiles of bfloat16, in the order of Kernels::arrange_bfloat16
     bool folded;         // tiles of integers: their values include the integers of scales
     int32_t most_value;  // of such a tile
     float* arranged;      // [tokens][places], or panels [places][lanes]
     float* input_scales;  // int16: [tokens][chunks], or panels [units][lanes]; `arranged` holds int16
+                          // bfloat16: [panels], whether there are lower halves
     float* totals;        // int16: [tokens][chunks][MAX_UNITS], or panels [units][lanes]
     int64_t tasks, task_rows;
 
     int64_t places() const { return chunks * chunk; }
     int64_t scales() const {
-        return !int16 ? 0 : lanes ? padded * places() / unit : tokens * chunks;
+        return bfloat16 ? padded : !int16 ? 0 : lanes ? padded * places() / unit : tokens * chunks;
     }
     int64_t int16_floats() const {  // of scales and totals
         return round_up((lanes ? 2 : 1 + MAX_UNITS) * scales(), 16);
@@ -353,6 +356,10 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
                 if (folded || (int16 && !table.linear && unit > Kernels::TILE_UNIT))
                     unit = Kernels::TILE_UNIT;
             }
+        const bool bfloat16 =
+            Kernels::BFLOAT16_TILES && matmuls[i].quantize_activations && tiles &&
+            (!int16 || matmuls[i].tokens >= Kernels::BFLOAT16_TOKENS);
+        if (bfloat16) unit = scale_unit(weight), int16 = folded = false, most_value = 0;
         for (int64_t first = 0; first < matmuls[i].tokens; first += MAX_TOKENS) {
             MatmulPass pass{};
             const int64_t left = matmuls[i].tokens - first;
@@ -363,12 +370,12 @@ std::vector<MatmulPass> plan_passes(const Matmul* matmuls, int64_t count, int th
             pass.folded = folded, pass.most_value = most_value;
             pass.chunk = int16 && !tiles && in_planes(weight) ? 2 * CHUNK_BYTES : chunk_of(weight);
             pass.chunks = round_up(weight.inputs, pass.chunk) / pass.chunk;
-            pass.int16 = int16;
+            pass.int16 = int16, pass.bfloat16 = bfloat16;
             pass.padded = pass.tokens;
             if (tiles) {
                 pass.padded = round_up(pass.tokens, panel_tokens);
                 pass.lanes = Kernels::lanes((pass.tokens - 1) % panel_tokens + 1);
-                pass.task_rows = tile_rows;
+                pass.task_rows = bfloat16 ? Kernels::BFLOAT16_ROWS : tile_rows;
             } else {
                 pass.task_rows =
                     round_up(task_bytes / (row_bytes(weight) + 1) + 1, ROWS_AT_ONCE);
@@ -391,7 +398,8 @@ struct Workspace {
         int64_t units = 0;
         for (const MatmulPass& pass : passes) {
             arranged += pass.padded * pass.places() + pass.int16_floats();
-            if (pass.lanes && sums < TILE_ROWS * pass.padded) sums = TILE_ROWS * pass.padded;
+            const int64_t rows = pass.task_rows < TILE_ROWS ? TILE_ROWS : pass.task_rows;
+            if (pass.lanes && sums < rows * pass.padded) sums = rows * pass.padded;
             if (pass.unit && units < pass.matmul->weight.inputs / pass.unit)
                 units = pass.matmul->weight.inputs / pass.unit;
             const Matrix& weight = pass.matmul->weight;
@@ -432,7 +440,8 @@ bool same_inputs(const MatmulPass& one, const MatmulPass& other) {
     const Matrix &weight = one.matmul->weight, &other_weight = other.matmul->weight;
     return one.matmul->x == other.matmul->x && one.first_token == other.first_token &&
            one.tokens == other.tokens && weight.inputs == other_weight.inputs &&
-           one.int16 == other.int16 && (!one.int16 || one.unit == other.unit) &&
+           one.int16 == other.int16 && one.bfloat16 == other.bfloat16 &&
+           (!one.int16 || one.unit == other.unit) &&
            one.most_value == other.most_value &&
            weight.high_first == other_weight.high_first && one.chunk == other.chunk &&
            (!one.int16 || !memcmp(weight.table, other_weight.table, 16 * sizeof(float)));
@@ -493,6 +502,8 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
         if constexpr (Kernels::INT16)
             if (pass.int16 && !pass.lanes)
                 return quantize_inputs<Kernels>(pass, panel.index, panel.first, panel.last);
+        if constexpr (Kernels::BFLOAT16_TILES)
+            if (pass.bfloat16) return Kernels::arrange_bfloat16(pass, panel.index, panel_tokens);
         if constexpr (Kernels::INT16_TILES)
             if (pass.int16)
                 return quantize_panel<Kernels>(pass, panel.index, panel_tokens, panel.first,
@@ -506,6 +517,9 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
         const Scratch scratch = workspace.scratch(thread);
         if constexpr (Kernels::INT16)
             if (pass->int16 && !pass->lanes) return multiply_int16<Kernels>(*pass, task, scratch);
+        if constexpr (Kernels::BFLOAT16_TILES)
+            if (pass->bfloat16)
+                return Kernels::multiply_bfloat16(*pass, task, panel_tokens, scratch);
         if constexpr (Kernels::INT16_TILES)
             if (pass->int16)
                 return multiply_tiles(IntegerTiles<Kernels>{*pass, scratch}, task, panel_tokens);

@@ -8,6 +8,8 @@ namespace {
 
 struct Portable {
     static constexpr bool VECTORS = false, INT16 = false, INT16_TILES = false;
+    static constexpr bool BFLOAT16_TILES = false;
+    static constexpr int64_t BFLOAT16_ROWS = 0, BFLOAT16_TOKENS = 0;
     static constexpr int64_t lanes(int64_t) { return 8; }
 
     // Decodes the 64 bytes of a chunk into arranged float32. Scales and shifts are those of its
