@@ -91,8 +91,9 @@ RIVALS := .oracles/rivals
 rivals: $(READY) .oracles/gptqmodel/.packed
 	mkdir -p $(RIVALS)
 	for part in train heldout; do $(BIN)/python -m qmix.evals.corpus $$part > $(RIVALS)/$$part.txt || exit 1; done
-	for group in 128 32; do for more in '' ', "desc_act": true, "mse": 2.4'; do \
-	  out=$(RIVALS)/gptqmodel-g$$group$${more:+-act-mse}; rm -rf $$out; \
+	for group in 128 32; do for variant in ':' '-act-mse:, "desc_act": true, "mse": 2.4' \
+	  '-act-static-mse:, "desc_act": true, "static_groups": true, "mse": 2.4'; do \
+	  out=$(RIVALS)/gptqmodel-g$$group$${variant%%:*}; more=$${variant#*:}; rm -rf $$out; \
 	  .oracles/gptqmodel/bin/python tests/golden/make_gptqmodel.py evals/tiny $(RIVALS)/train.txt $$out \
 	    "{\"group_size\": $$group$$more}" > $$out.log 2>&1 || { tail $$out.log; exit 1; }; \
 	  $(BIN)/qmix eval $$out --data $(RIVALS)/heldout.txt --reference evals/tiny --dtype float32 || exit 1; \

@@ -292,7 +292,10 @@ def rival(source, text, out, options="{}"):
         Path(text).read_text(encoding="utf-8"), encode, samples=SAMPLES, seqlen=SEQLEN
     )
     done = quantize(source, windows.ids, out, json.loads(options))
-    shutil.copy(source / "tokenizer.model", out)
+    # transformers 5 saves a tokenizer.json that splits some texts otherwise than its source.
+    (out / "tokenizer.json").unlink(missing_ok=True)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(source / name, out)
     seen = min(int(row["samples"]) for row in done)
     print(f"{out}: {len(done)} weights, each from {seen} tokens or more")
 
