@@ -18,7 +18,7 @@ from qmix.quantize.calibrated.bit_allocation import (
     allocate_bits,
     choices_for,
 )
-from qmix.quantize.calibrated.helper import help_quantize
+from qmix.quantize.calibrated.follower import follow_quantize
 from qmix.quantize.calibrated.layer_work import EXPECTED, LayerWork
 from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions, Objective
 from qmix.quantize.calibrated.run import prepare, quantize_calibrated
@@ -140,7 +140,7 @@ def quantize_checkpoint(
     """Quantize the checkpoint directory `source` into `out`.
 
     Args:
-        group: this process, and those that call `help_quantize_checkpoint`; of a calibrated method.
+        group: this process, and those that call `follow_quantize_checkpoint`.
         supply: see `quantize_streaming`; the calibrated methods need every file to the end.
         text: the calibration text; None for a method that needs none.
         interrupted: see `quantize_calibrated`.
@@ -169,7 +169,7 @@ def quantize_checkpoint(
     return _calibrated(source, out, request, text, recipe, interrupted, progress, group)
 
 
-def help_quantize_checkpoint(
+def follow_quantize_checkpoint(
     source: Callable[[], Path], request: QuantizeRequest, group: Group
 ) -> None:
     """Do this process's share of what the first of the group quantizes.
@@ -178,9 +178,9 @@ def help_quantize_checkpoint(
         source: gives the directory of the checkpoint; called when the first process has it.
 
     Raises:
-        QmixError: see `help_quantize`.
+        QmixError: see `follow_quantize`.
     """
-    help_quantize(lambda: _opened(source(), request), _options(request), group)
+    follow_quantize(lambda: _opened(source(), request), _options(request), group)
 
 
 def _calibrated(

@@ -217,10 +217,10 @@ def _quantize(
 
 def _help(source: Path, request: "QuantizeRequest", group: "Group", *, yes: bool) -> None:
     """Do this process's share, which the first one leads, reports and ends."""
-    from qmix.quantize.methods import help_quantize_checkpoint
+    from qmix.quantize.methods import follow_quantize_checkpoint
 
     with terminal.interruptible():
-        help_quantize_checkpoint(lambda: sources.local(source, yes=yes), request, group)
+        follow_quantize_checkpoint(lambda: sources.local(source, yes=yes), request, group)
 
 
 def _group(request: "QuantizeRequest", processes: int | None) -> "Group | None":

@@ -61,7 +61,7 @@ class LossGradients:
         digests: SHA-256 of the files that earlier steps left, by name; kept up to date.
         keep: called after each step with the files that the next steps need.
         group: the processes that share the windows of each layer. The first one calls `run`, the
-            others `help_forward` and `help_back` as it tells them.
+            others `follow_forward` and `follow_back` as it tells them.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class LossGradients:
         self._pass_forward(layer, after)
         self._save(_states_name(layer + 1), drop=())
 
-    def help_forward(self, layer: int) -> None:
+    def follow_forward(self, layer: int) -> None:
         """Do this process's part of a layer's forward pass."""
         self._pass_forward(layer, self._shared_array(_states_name(layer + 1)))
 
@@ -174,7 +174,7 @@ class LossGradients:
         self._digests[name] = sums.write(self._folder / name)
         self._save(_gradient_name(layer), drop=(_gradient_name(layer + 1), _states_name(layer)))
 
-    def help_back(self, layer: int) -> None:
+    def follow_back(self, layer: int) -> None:
         """Do this process's part of a layer's backward pass."""
         self._pass_back(layer, self._shared_array(_gradient_name(layer)))
 

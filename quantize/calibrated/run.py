@@ -25,7 +25,7 @@ from qmix.planning.process_memory import peak_resident_bytes
 from qmix.processes.group import ALONE, Group
 from qmix.quantize.adapter import check_adapter, facts_of
 from qmix.quantize.calibrated import loss_gradients
-from qmix.quantize.calibrated.helper import Start
+from qmix.quantize.calibrated.follower import Start
 from qmix.quantize.calibrated.layer_work import EXPECTED, HASH
 from qmix.quantize.calibrated.loss_gradients import LossGradients
 from qmix.quantize.calibrated.options import CalibratedOptions
@@ -70,7 +70,7 @@ def quantize_calibrated(
         documents: write a model card and a page with pictures too.
         interrupted: called after every layer; True ends the run there.
         meter: counts the work, by the kinds of layer_work.EXPECTED.
-        group: this process leads; the others call `helper.help_quantize`.
+        group: this process leads; the others call `follower.follow_quantize`.
 
     Raises:
         UsageError: an unsuitable path, or an interrupted run of other settings or another source.

@@ -49,7 +49,7 @@ class RunFiles:
 
     Attributes:
         group: the processes that share each layer. The first one writes the shards; the others
-            call `help_with` when it calls `quantize_layer`.
+            call `follow_layer` when it calls `quantize_layer`.
         bytes_in: of the source's tensors. bytes_out: of the output's.
         token_bytes: of all arrays of tokens that exist at once.
         gradient_bytes: of the files of the backward pass, if there is one.
@@ -173,7 +173,7 @@ class RunFiles:
         self._save(folder, layer, after)
         return results, after
 
-    def help_with(self, folder: Path, layer: int, meter: WorkMeter) -> None:
+    def follow_layer(self, folder: Path, layer: int, meter: WorkMeter) -> None:
         """Do this process's part of a layer that the first one quantizes."""
         before = self._shared_arrays(folder, layer, "")
         after = self._shared_arrays(folder, layer + 1, ".writing")

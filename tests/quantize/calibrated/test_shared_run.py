@@ -13,7 +13,7 @@ import pytest
 
 from qmix.errors import CheckpointError, InterruptedRunError
 from qmix.processes.group import Group
-from qmix.quantize.calibrated.helper import help_quantize
+from qmix.quantize.calibrated.follower import follow_quantize
 from qmix.quantize.calibrated.options import CalibratedOptions, LayerOptions
 from qmix.quantize.source import open_source
 from tests.support.calibration import QUICK, TEXT, WINDOW, contents, run, spoil, write_source
@@ -40,10 +40,10 @@ def source(tmp_path):
 
 def shared(source, out, processes, **options):
     lead = partial(run, source, out, objective="loss", **options)
-    follow = partial(help_quantize, lambda: open_source(source), LOSS)
+    follow = partial(follow_quantize, lambda: open_source(source), LOSS)
     leader = lambda group: lead(group=group)  # noqa: E731
-    helper = lambda group: follow(group=group)  # noqa: E731
-    return together(leader, *[helper] * (processes - 1))[0]
+    follower = lambda group: follow(group=group)  # noqa: E731
+    return together(leader, *[follower] * (processes - 1))[0]
 
 
 def test_several_processes_write_the_bytes_of_one_also_after_one_was_lost(source, tmp_path):
@@ -66,7 +66,7 @@ def test_several_processes_write_the_bytes_of_one_also_after_one_was_lost(source
             return found
 
         lossy = Group(group.rank, group.size, exchange)
-        help_quantize(lambda: open_source(source), LOSS, lossy)
+        follow_quantize(lambda: open_source(source), LOSS, lossy)
 
     with pytest.raises(SystemExit):
         together(

@@ -28,7 +28,7 @@ class Start:
     calibration: Calibration
 
 
-def help_quantize(
+def follow_quantize(
     open_source: Callable[[], Source], options: CalibratedOptions, group: Group
 ) -> None:
     """Do this process's share of a run, whose result the first process writes.
@@ -48,9 +48,9 @@ def help_quantize(
         source, files.ids, options, start.folder, {}, lambda _: None, meter, group
     )
     steps: dict[str, Callable[[int], None]] = {
-        "forward": gradients.help_forward,
-        "back": gradients.help_back,
-        "layer": lambda layer: files.help_with(start.folder, layer, meter),
+        "forward": gradients.follow_forward,
+        "back": gradients.follow_back,
+        "layer": lambda layer: files.follow_layer(start.folder, layer, meter),
     }
     while (told := group.told()) is not None:
         step, layer = told
