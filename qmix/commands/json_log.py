@@ -5,24 +5,23 @@ Its fields are documented in docs/serving.md. Knows no command.
 
 import json
 import logging
-import sys
-from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from qmix.errors import QmixError
 
 
-class _Lines(logging.Handler):
-    """Writes a line a record, and loses it where nobody reads."""
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes a line a record to stderr, and loses it where nobody reads."""
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def format(self, record: logging.LogRecord) -> str:
         """See logging."""
-        with suppress(OSError, ValueError):
-            sys.stderr.write(line(record) + "\n")
-            sys.stderr.flush()
+        return line(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """See logging."""
 
 
 def line(record: logging.LogRecord) -> str:

@@ -108,7 +108,7 @@ def test_a_typo_of_a_path_says_that_there_is_no_such_folder(hub):
 def test_ctrl_c_ends_a_download_at_once(hub, tiny, tmp_path):
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
-    files = {name: fake_hub.Virtual(b"", 1 << 33) for name in shards}
+    files = {name: fake_hub.Virtual(b"", 1 << 30) for name in shards}
     hub.add("org/long", tiny, **{"model.safetensors.index.json": index, **files})
     hub.pause_s = 0.001
     command = [*QMIX, "pull", "org/long"]

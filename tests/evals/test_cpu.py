@@ -117,7 +117,7 @@ def test_a_peer_is_compared_turn_by_turn(monkeypatch):
     monkeypatch.setattr(cpu_layer, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(cpu_layer, "_LAYER_TURNS", {1: 3})
     monkeypatch.setattr(
-        cpu_layer, "seconds", lambda work, device: work() or 1.0 + len(work.args[1])
+        cpu_layer, "seconds", lambda work, device: work() or 1.0 + len(work.args[0])
     )
     layers = [random_layer(SMALL, "nf4") for _ in range(3)]
     reads = PlainRead.__new__(PlainRead)

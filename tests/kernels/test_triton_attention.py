@@ -185,6 +185,7 @@ def test_pointwise_kernels_ahead_of_time(arch, widest, tmp_path, monkeypatch):
         and dict(variant.constants).get("PARTS", 64) in parts
     ]
     assert {v.kernel for v in chosen} == {
+        "combine",
         "merge",
         "residual_norm",
         "rotate",

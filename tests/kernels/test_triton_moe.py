@@ -182,7 +182,7 @@ def test_decode_kernels_ahead_of_time(arch, columns, kernels, tmp_path, monkeypa
         and variant.config.columns == columns
         and variant.config.warps == 2
         and not variant.is_sorted
-        and not (variant.early or variant.is_padded)
+        and not (variant.early or variant.is_padded or variant.is_largest)
     ]
     assert len(chosen) == 2 * len(kernels)
     recorded = aot_record.recorded(TRITON_VERSION)
