@@ -132,9 +132,7 @@ def shared():
     return SHARED / "data"
 
 
-@pytest.fixture(
-    params=("torch", "portable", "neon", "i8mm", "avx2", "avx_vnni", "avx512", "vnni", "amx")
-)
+@pytest.fixture(params=("torch", "portable", "neon", "i8mm", "avx2", "avx_vnni", "avx512", "vnni"))
 def isa(request, monkeypatch, two_threads):
     """Each instruction set that this processor has; the library is looked up before and after."""
     from qmix.instruction_sets import TORCH, VARIABLE

@@ -383,7 +383,7 @@ def most_rows(isa, kind):
     """What exact_rows should say of a model in a kind of weights."""
     if isa in ("torch", "portable"):
         return 1
-    return {"vnni": (16, 8), "amx": (16, 8), "avx512": (12, 8)}.get(isa, (12, 5))[kind == "mixed"]
+    return {"vnni": (16, 8), "avx512": (12, 8)}.get(isa, (12, 5))[kind == "mixed"]
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def _baselines() -> Mapping[str, float]:
 
 def rivals() -> str:
     """Every method beside gptqmodel's, as the record has it."""
-    return "\n".join(_record("2026-11-22-cpu-accuracy")["table"]) + "\n"
+    return "\n".join(_record("2026-11-30-cpu-accuracy")["table"]) + "\n"
 
 
 def attention() -> str:

@@ -44,7 +44,7 @@ def inputs(tokens, width, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_err_by_what_two_halves_leave_out(amx, kind, dtype):
     """Rows and inputs that fill no tile, panels of one and of two tiles of tokens."""
-    for rows, width, tokens in ((50, 320, 64), (33, 576, 77), (130, 1088, 97)):
+    for rows, width, tokens in ((50, 320, 96), (33, 576, 109), (130, 1088, 129)):
         weight, x = WEIGHTS[kind](rows, width), inputs(tokens, width, dtype)
         dense = weight.dequantize(torch.float32).double()
         exact = x.double() @ dense.T
@@ -58,7 +58,7 @@ def test_products_err_by_what_two_halves_leave_out(amx, kind, dtype):
 def test_a_token_of_a_prompt_does_not_depend_on_the_others(amx, kind):
     weight, x = WEIGHTS[kind](112, 320), inputs(600, 320)
     out = kernels.linear(x, weight)
-    for first, last in ((0, 64), (5, 82), (500, 600)):
+    for first, last in ((0, 96), (5, 114), (500, 600)):
         assert torch.equal(kernels.linear(x[first:last], weight), out[first:last])
     x[20] = torch.nan
     poisoned = kernels.linear(x, weight)
@@ -70,7 +70,7 @@ def test_a_token_of_a_prompt_does_not_depend_on_the_others(amx, kind):
 def test_few_tokens_and_float32_are_those_of_vnni(amx, monkeypatch):
     weights = {kind: make(96, 256) for kind, make in WEIGHTS.items()}
     cases = [(kind, inputs(8, 256)) for kind in WEIGHTS]
-    cases += [("nf4", inputs(63, 256)), ("int4", inputs(80, 256, torch.float32))]
+    cases += [("nf4", inputs(95, 256)), ("int4", inputs(112, 256, torch.float32))]
     found = [kernels.linear(x, weights[kind]) for kind, x in cases]
     monkeypatch.setenv(VARIABLE, "vnni")
     library.cache_clear()

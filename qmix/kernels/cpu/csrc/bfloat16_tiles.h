@@ -72,7 +72,7 @@ struct Kernels : avx512::Kernels {
     static constexpr bool BFLOAT16_TILES = true;
     static constexpr int64_t BFLOAT16_ROWS = ROWS;
     // Fewer are multiplied as fast in tiles of integers, where these take the weight: measured.
-    static constexpr int64_t BFLOAT16_TOKENS = 64;
+    static constexpr int64_t BFLOAT16_TOKENS = 96;
 
     // Writes a panel of tokens as TokenTiles.
     static void arrange_bfloat16(const MatmulPass& pass, int64_t panel, int64_t panel_tokens) {
