@@ -20,7 +20,7 @@ class _Lines(logging.StreamHandler[TextIO]):
         """See logging."""
         return line(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """See logging."""
 
 
