@@ -12,6 +12,7 @@ import typer
 
 from qmix import __version__
 from qmix.commands import options
+from qmix.commands.processes import PANEL, Processes
 from qmix.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,30 +20,19 @@ if TYPE_CHECKING:
     from qmix.evals.quality.token_scores import TokenScores
     from qmix.evals.quality.windows import ScoringWindows
 
-_SHARED = "Several processes, and runs that go on"
-
 
 @dataclass(frozen=True)
 class Sharing(options.Group):
     """Who scores what, as written."""
 
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1024,
-            help="Share the windows among processes. Needs the extra scale.",
-            show_default="1",
-            rich_help_panel=_SHARED,
-        ),
-    ] = None
+    processes: Processes = None
     scores: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             help="Keep scores there as they come; the same command goes on with them.",
             show_default=False,
-            rich_help_panel=_SHARED,
+            rich_help_panel=PANEL,
         ),
     ] = None
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+PANEL = "Several processes"
 Processes = Annotated[
     int | None,
     typer.Option(
@@ -16,6 +17,7 @@ Processes = Annotated[
         metavar="N",
         help="Share the work among N processes. Needs the extra scale.",
         show_default="1",
+        rich_help_panel=PANEL,
     ),
 ]
 
