@@ -56,10 +56,10 @@ def test_every_piece_is_recorded_and_computed(compiled):
 
 
 def test_a_prompt_reads_each_row_of_a_weight_once(compiled):
-    """Of 512 tokens: as many pieces as of 65, and one piece decodes its rows for all of them."""
+    """Of 512 tokens: as many pieces as of 129, and one piece decodes its rows for all of them."""
     weight = random_int4(960, 512, 4)
     pieces = []
-    for tokens in (65, 512):
+    for tokens in (129, 512):
         x = torch.randn(tokens, 512, generator=seeded()).bfloat16()
         found = split_of(lambda x=x: kernels.linear(x, weight), 2, turns=1)
         pieces.append(found.regions[-1].pieces)
