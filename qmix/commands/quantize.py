@@ -212,10 +212,10 @@ def _quantize(
         report = _run(source, out, request, group, yes=yes)
         _say_written(report, out, as_json=as_json)
     else:
-        _help(source, request, group, yes=yes)
+        _follow(source, request, group, yes=yes)
 
 
-def _help(source: Path, request: "QuantizeRequest", group: "Group", *, yes: bool) -> None:
+def _follow(source: Path, request: "QuantizeRequest", group: "Group", *, yes: bool) -> None:
     """Do this process's share, which the first one leads, reports and ends."""
     from qmix.quantize.methods import follow_quantize_checkpoint
 

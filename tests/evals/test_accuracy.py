@@ -10,9 +10,7 @@ import torch
 
 from qmix import MixtralForCausalLM
 from qmix.evals import accuracy, corpus
-from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
 from qmix.evals.quality.scores import (
-    VariantScore,
     ablation_table,
     kl_ratio,
     rival_to_beat,
@@ -22,6 +20,7 @@ from qmix.evals.quality.variants import FULL, PARTS, PLAIN, ablations, with_part
 from qmix.evals.quality.window_scores import WindowScore
 from qmix.evals.training import tiny_model
 from tests.support.models import TINY, quantized
+from tests.support.variant_scores import score
 
 WORDS = "Return a list of the names in the current scope. "
 
@@ -67,29 +66,6 @@ def windows(kl, seed):
     return tuple(
         WindowScore(tokens=100, loss=300.0, reference_loss=299.0, kl=100 * kl * (0.95 + 0.1 * x))
         for x in noise
-    )
-
-
-def score(name, kl, *, bits=4.125, group=128, rival=False, schemes=None, by_window=()):
-    reference = ReferenceScore(
-        perplexity=20.0, kl_mean=kl, kl_median=kl, kl_p99=kl, top1_agreement=0.95
-    )
-    result = Perplexity(
-        perplexity=20.5,
-        stderr=0.1,
-        tokens=100,
-        protocol="one window",
-        text_sha256="0" * 64,
-        reference=reference,
-        windows=by_window,
-    )
-    return VariantScore(
-        name=name,
-        bits_per_weight=bits,
-        schemes=schemes or {f"int4 g{group}": 84},
-        group_size=group,
-        rival=rival,
-        result=result,
     )
 
 

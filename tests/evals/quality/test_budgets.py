@@ -8,40 +8,20 @@ import pytest
 from qmix.evals import accuracy, corpus
 from qmix.evals.quality import budgets
 from qmix.evals.quality.budgets import BudgetScore, budget_table, fit, score_budgets
-from qmix.evals.quality.perplexity import Perplexity, ReferenceScore
-from qmix.evals.quality.scores import VariantScore
 from qmix.evals.quality.texts import Text
 from qmix.quantize.calibrated.windows import calibration_windows
 from qmix.quantize.streaming import quantize_streaming
 from qmix.text.tokenizer import LlamaTokenizer
 from tests.support.calibration import TEXT
 from tests.support.models import write_dense
+from tests.support.variant_scores import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def budget_score(bits, predicted, measured):
-    reference = ReferenceScore(
-        perplexity=20.0, kl_mean=measured, kl_median=0.0, kl_p99=0.1, top1_agreement=0.95
-    )
-    result = Perplexity(
-        perplexity=20.5,
-        stderr=0.1,
-        tokens=100,
-        protocol="one window",
-        text_sha256="0" * 64,
-        reference=reference,
-        windows=(),
-    )
-    score = VariantScore(
-        name=f"auto-{bits:g}",
-        bits_per_weight=bits,
-        schemes={"int4 g128": 84},
-        group_size=None,
-        rival=False,
-        result=result,
-    )
-    return BudgetScore(budget=bits, predicted=predicted, score=score)
+    found = score(f"auto-{bits:g}", measured, bits=bits, group=None, schemes={"int4 g128": 84})
+    return BudgetScore(budget=bits, predicted=predicted, score=found)
 
 
 SCORES = [budget_score(bits, p, 0.25 * p**0.9) for bits, p in ((2.5, 0.2), (4.25, 0.02), (6, 0.01))]
