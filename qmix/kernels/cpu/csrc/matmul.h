@@ -240,7 +240,7 @@ void multiply_all(const Matmul* matmuls, int64_t count, int threads, Fork fork) 
                                                panel.last);
         arrange_inputs<Kernels>(pass, panel.index, pass.lanes ? panel_tokens : 1);
     };
-    parallel_for(int64_t(panels.size()), arranged > (1 << 14) ? threads : 1, fork, arrange);
+    parallel_for(int64_t(panels.size()), arranged > MIN_SHARED ? threads : 1, fork, arrange);
     parallel_for(tasks, threads, fork, [&](int64_t task, int thread) {
         const MatmulPass* pass = passes.data();
         while (task >= pass->tasks) task -= pass++->tasks;
