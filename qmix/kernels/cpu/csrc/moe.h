@@ -1,8 +1,8 @@
 // Experts and the tokens that go through them, in a decode step or in a prompt.
 //
 // A token has a row for each of its experts. Rows lie expert by expert, so that each expert is read
-// once for all of its tokens, and several experts share the parallel regions. What a row becomes
-// does not depend on the other experts. Within an expert values are float32.
+// once for all of its tokens. What a row becomes does not depend on the other rows' experts. Within
+// an expert values are float32.
 
 #pragma once
 
@@ -13,8 +13,11 @@
 
 namespace {
 
-// Experts with no more rows than this are multiplied together: what bounds a prompt's memory.
-constexpr int64_t GROUP_ROWS = 512;
+// Experts that have no more rows together are a group. Its values then fit memory that the process
+// has already: for 67 MB, 512 rows of Mixtral's, the system takes longer than this saves.
+constexpr int64_t GROUP_ROWS = 128;
+// Below this many values, 20 us of SwiGLU on one core, no other thread is woken.
+constexpr int64_t MIN_VALUES = 1 << 16;
 constexpr int64_t SUM_OUTPUTS = 64;  // that a thread adds up at a time, of all rows
 
 // An expert and the tokens that go through it.
@@ -31,13 +34,6 @@ struct ExpertRounding {
     int32_t bfloat16_hidden;       // what comes of SwiGLU becomes bfloat16
 };
 
-// A token's row in one of its experts.
-struct ExpertRow {
-    const ExpertMatrices* expert;
-    int64_t token;
-    float routing_weight;
-};
-
 // The inputs of a matmul in the order that its weight stores them.
 inline void copy_permuted(const float* x, int64_t count, const int32_t* perm, float* out) {
     if (!perm) {
@@ -47,105 +43,135 @@ inline void copy_permuted(const float* x, int64_t count, const int32_t* perm, fl
     for (int64_t i = 0; i < count; i++) out[i] = x[perm[i]];
 }
 
-// The values of rows. Those that share a place are never needed at once.
-struct RowValues {
-    int64_t inputs, width, outputs;
-    std::unique_ptr<float[]> memory;  // written before it is read: zeros would take time
-    float *gate_x, *up_x;             // [rows][inputs], in one place where no weight has an order
-    float *gates, *ups;               // [rows][width]
-    float *hidden, *downs;            // in place of `gates`; [rows][outputs] in place of `ups`
-    float* spare;                     // [threads][width]
-
-    RowValues(const std::vector<ExpertRow>& rows, int threads) {
-        const ExpertMatrices& first = *rows[0].expert;
-        inputs = first.gate.inputs, width = first.gate.rows, outputs = first.down.rows;
+// Experts [first, last), all of the same sizes, and the values of their rows.
+class ExpertGroup {
+public:
+    ExpertGroup(const ChosenExpert* first, const ChosenExpert* last, int threads, Fork fork)
+        : first_(first), last_(last), threads_(threads), fork_(fork) {
+        const ExpertMatrices& sizes = *first->expert;
+        inputs_ = sizes.gate.inputs, width_ = sizes.gate.rows, outputs_ = sizes.down.rows;
         bool ordered = false;
-        for (const ExpertRow& row : rows)
-            ordered = ordered || row.expert->gate_perm || row.expert->up_perm;
-        const int64_t count = int64_t(rows.size()), wider = width > outputs ? width : outputs;
-        const int64_t floats = count * ((ordered ? 2 : 1) * inputs + width + wider);
-        memory.reset(new float[size_t(floats + threads * width)]);
-        hidden = gates = memory.get();
-        downs = ups = gates + count * width;
-        gate_x = ups + count * wider;
-        up_x = ordered ? gate_x + count * inputs : gate_x;
-        spare = memory.get() + floats;
+        for (const ChosenExpert* one = first; one < last; one++) {
+            ordered = ordered || one->expert->gate_perm || one->expert->up_perm;
+            for (int64_t t = 0; t < one->count; t++) rows_.push_back({one, t});
+        }
+        // All of it is written before it is read; filling it with zeros would take one thread's time.
+        const int64_t wider = width_ > outputs_ ? width_ : outputs_;
+        const int64_t each = width_ + wider + (ordered ? 2 : 1) * inputs_;
+        memory_.reset(new float[size_t(count() * each + threads * width_)]);
+        gates_ = memory_.get();
+        ups_ = gates_ + count() * width_;
+        gate_x_ = ups_ + count() * wider;
+        up_x_ = ordered ? gate_x_ + count() * inputs_ : gate_x_;
+        spare_ = memory_.get() + count() * each;
     }
 
-    void gather(const ExpertRow& row, int64_t index, const float* x) {
-        x += row.token * inputs;
-        copy_permuted(x, inputs, row.expert->gate_perm, gate_x + index * inputs);
-        if (up_x != gate_x)
-            copy_permuted(x, inputs, row.expert->up_perm, up_x + index * inputs);
+    void gather(const float* x) {
+        for_rows(inputs_, [&](const Row& row, int64_t i, int) {
+            const float* own = x + row.chosen->tokens[row.index] * inputs_;
+            const ExpertMatrices& expert = *row.chosen->expert;
+            copy_permuted(own, inputs_, expert.gate_perm, gate_x_ + i * inputs_);
+            if (up_x_ != gate_x_)
+                copy_permuted(own, inputs_, expert.up_perm, up_x_ + i * inputs_);
+        });
     }
 
-    void activate(const ExpertRow& row, int64_t index, bool to_bfloat16, int thread) {
-        float* out = hidden + index * width;
-        float* values = row.expert->down_perm ? spare + thread * width : out;
-        swiglu(gates + index * width, ups + index * width, width, values);
-        for (int64_t i = 0; to_bfloat16 && i < width; i++) values[i] = round_to_bfloat16(values[i]);
-        if (values != out) copy_permuted(values, width, row.expert->down_perm, out);
+    void append_gate_and_up(int32_t quantize, std::vector<Matmul>& matmuls) const {
+        int64_t row = 0;
+        for (const ChosenExpert* one = first_; one < last_; row += one++->count) {
+            const float *gate_x = gate_x_ + row * inputs_, *up_x = up_x_ + row * inputs_;
+            float *gates = gates_ + row * width_, *ups = ups_ + row * width_;
+            matmuls.push_back({one->expert->gate, gate_x, gates, one->count, quantize});
+            matmuls.push_back({one->expert->up, up_x, ups, one->count, quantize});
+        }
     }
+
+    // SwiGLU, in the order of the inputs of `down`, in place of the gates.
+    void activate(bool to_bfloat16) {
+        for_rows(width_, [&](const Row& row, int64_t i, int thread) {
+            const int32_t* perm = row.chosen->expert->down_perm;
+            float* out = gates_ + i * width_;
+            float* values = perm ? spare_ + thread * width_ : out;
+            swiglu(out, ups_ + i * width_, width_, values);
+            if (to_bfloat16)
+                for (int64_t k = 0; k < width_; k++) values[k] = round_to_bfloat16(values[k]);
+            if (perm) copy_permuted(values, width_, perm, out);
+        });
+    }
+
+    // Its outputs take the place of the ups.
+    void append_down(int32_t quantize, std::vector<Matmul>& matmuls) const {
+        int64_t row = 0;
+        for (const ChosenExpert* one = first_; one < last_; row += one++->count)
+            matmuls.push_back({one->expert->down, gates_ + row * width_, ups_ + row * outputs_,
+                               one->count, quantize});
+    }
+
+    // Adds the weighted outputs to y [tokens, outputs], a token's in the order of its experts.
+    void add(float* y) const {
+        const int64_t tasks = round_up(outputs_, SUM_OUTPUTS) / SUM_OUTPUTS;
+        parallel_for(tasks, threads_for(outputs_), fork_, [&](int64_t task, int) {
+            const int64_t start = task * SUM_OUTPUTS, end = start + SUM_OUTPUTS;
+            const int64_t stop = end < outputs_ ? end : outputs_;
+            for (int64_t i = 0; i < count(); i++) {
+                const Row& row = rows_[i];
+                const float weight = row.chosen->routing_weights[row.index];
+                float* sums = y + row.chosen->tokens[row.index] * outputs_;
+                for (int64_t k = start; k < stop; k++) sums[k] += weight * ups_[i * outputs_ + k];
+            }
+        });
+    }
+
+private:
+    struct Row {
+        const ChosenExpert* chosen;
+        int64_t index;  // among the expert's
+    };
+
+    int64_t count() const { return int64_t(rows_.size()); }
+    int threads_for(int64_t each) const { return count() * each < MIN_VALUES ? 1 : threads_; }
+
+    template <class Body>
+    void for_rows(int64_t each, const Body& body) const {
+        parallel_for(count(), threads_for(each), fork_,
+                     [&](int64_t i, int thread) { body(rows_[i], i, thread); });
+    }
+
+    const ChosenExpert *first_, *last_;
+    int threads_;
+    Fork fork_;
+    int64_t inputs_, width_, outputs_;
+    std::vector<Row> rows_;
+    std::unique_ptr<float[]> memory_;
+    float *gate_x_, *up_x_;  // [rows][inputs], in one place where no weight has an order of its own
+    float *gates_, *ups_;    // [rows][width]
+    float* spare_;           // [threads][width]
 };
 
-// Adds the weighted outputs of a few experts to y, in their order.
-template <class Kernels>
-void add_group(const ChosenExpert* first, const ChosenExpert* last, const float* x, float* y,
-               const ExpertRounding& rounding, int threads, Fork fork) {
-    std::vector<ExpertRow> rows;
-    for (const ChosenExpert* one = first; one < last; one++)
-        for (int64_t t = 0; t < one->count; t++)
-            rows.push_back({one->expert, one->tokens[t], one->routing_weights[t]});
-    const int64_t count = int64_t(rows.size());
-    RowValues values(rows, threads);
-    const int64_t inputs = values.inputs, width = values.width, outputs = values.outputs;
-    const auto of_values = [&](int64_t each) { return count * each < MIN_SHARED ? 1 : threads; };
-    const int32_t quantize = rounding.quantize_activations;
-
-    parallel_for(count, of_values(inputs), fork,
-                 [&](int64_t row, int) { values.gather(rows[row], row, x); });
-    std::vector<Matmul> matmuls;
-    int64_t row = 0;
-    for (const ChosenExpert* one = first; one < last; row += one++->count) {
-        const float *gate_x = values.gate_x + row * inputs, *up_x = values.up_x + row * inputs;
-        float *gates = values.gates + row * width, *ups = values.ups + row * width;
-        matmuls.push_back({one->expert->gate, gate_x, gates, one->count, quantize});
-        matmuls.push_back({one->expert->up, up_x, ups, one->count, quantize});
-    }
-    multiply_all<Kernels>(matmuls.data(), int64_t(matmuls.size()), threads, fork);
-    parallel_for(count, of_values(width), fork, [&](int64_t each, int thread) {
-        values.activate(rows[each], each, rounding.bfloat16_hidden, thread);
-    });
-    matmuls.clear();
-    row = 0;
-    for (const ChosenExpert* one = first; one < last; row += one++->count)
-        matmuls.push_back({one->expert->down, values.hidden + row * width,
-                           values.downs + row * outputs, one->count, quantize});
-    multiply_all<Kernels>(matmuls.data(), int64_t(matmuls.size()), threads, fork);
-    parallel_for(round_up(outputs, SUM_OUTPUTS) / SUM_OUTPUTS, of_values(outputs), fork,
-                 [&](int64_t task, int) {
-                     const int64_t start = task * SUM_OUTPUTS, end = start + SUM_OUTPUTS;
-                     for (int64_t each = 0; each < count; each++) {
-                         const float* own = values.downs + each * outputs;
-                         float* sums = y + rows[each].token * outputs;
-                         for (int64_t i = start; i < (end < outputs ? end : outputs); i++)
-                             sums[i] += rows[each].routing_weight * own[i];
-                     }
-                 });
-}
-
 // Adds the weighted outputs of experts to y [tokens, outputs], in their order. All experts have the
-// sizes of the first.
+// sizes of the first. One group's `down` shares its region with the next one's `gate` and `up`: the
+// more tasks a region has, the less its threads wait for the last.
 template <class Kernels>
 void add_experts(const std::vector<ChosenExpert>& chosen, const float* x, float* y,
                  const ExpertRounding& rounding, int threads, Fork fork) {
     const ChosenExpert *first = chosen.data(), *const end = first + chosen.size();
-    while (first < end) {
-        const ChosenExpert* last = first + 1;
-        for (int64_t rows = first->count; last < end; last++)
-            if ((rows += last->count) > GROUP_ROWS) break;
-        add_group<Kernels>(first, last, x, y, rounding, threads, fork);
-        first = last;
+    std::unique_ptr<ExpertGroup> group, before;
+    while (first < end || before) {
+        std::vector<Matmul> matmuls;
+        if (first < end) {
+            const ChosenExpert* last = first + 1;
+            for (int64_t rows = first->count; last < end; last++)
+                if ((rows += last->count) > GROUP_ROWS) break;
+            group.reset(new ExpertGroup(first, last, threads, fork));
+            group->gather(x);
+            group->append_gate_and_up(rounding.quantize_activations, matmuls);
+            first = last;
+        }
+        if (before) before->append_down(rounding.quantize_activations, matmuls);
+        multiply_all<Kernels>(matmuls.data(), int64_t(matmuls.size()), threads, fork);
+        if (before) before->add(y);
+        if (group) group->activate(rounding.bfloat16_hidden);
+        before = std::move(group);
     }
 }
 

@@ -50,6 +50,5 @@ void parallel_for(int64_t tasks, int threads, Fork fork, const Body& body) {
 
 // Below this many multiplications (30 us on one core) no other thread is woken.
 constexpr int64_t MIN_PARALLEL = 1 << 20;
-constexpr int64_t MIN_SHARED = 1 << 14;  // nor below this many values that are copied or rounded
 
 }  // namespace
