@@ -67,7 +67,8 @@ class ExpertTokens:
 
     def each(self) -> Iterator["ExpertTokens"]:
         """The tokens of one expert after another."""
-        parts = (part.split(list(self.counts)) for part in (self.tokens, self.routing_weights))
+        both = self.tokens, self.routing_weights
+        parts = (part.split_with_sizes(list(self.counts)) for part in both)
         for count, tokens, weights in zip(self.counts, *parts, strict=True):
             yield ExpertTokens((count,), tokens, weights)
 
