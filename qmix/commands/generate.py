@@ -87,7 +87,7 @@ def generate(
     )
     done, new = _written(stream(model, inputs), len(ids), cached, begun, as_json=as_json)
     if prompts is not None:
-        prompts.store(cache, [*ids, *new])
+        prompts.keep(cache, [*ids, *new])
     if not quiet and not as_json:
         terminal.notice(str(done))
     if chat and done.finish == "length":
