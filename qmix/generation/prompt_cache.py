@@ -196,6 +196,7 @@ class PromptCache:
             tensors |= {f"keys.{layer}": keys, f"values.{layer}": values}
         specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
         partial = self._folder / f"{secrets.token_hex(8)}.writing"
+        user_files.prepare(partial)  # somebody may have removed the folder, or opened it to others
         digest = hashlib.sha256()
         try:
             with writing(partial):

@@ -222,6 +222,18 @@ def test_what_others_keep_in_the_folder_stays(folder):
     assert all((folder / name).exists() for name in others)
 
 
+def test_a_folder_that_was_removed_is_made_again_and_one_that_was_opened_is_refused(folder):
+    model = small_model()
+    prompts = PromptCache(folder, "m")
+    folder.rmdir()
+    assert prompts.store(read(model, TEXT), TEXT)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(WriteError, match="others can write"):
+        prompts.store(read(model, TEXT[1:]), TEXT[1:])
+    assert prompts.restore(model.new_cache(1), [*TEXT, 1]) == 0
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "prompts").write_text("mine")
     with pytest.raises(WriteError, match="Not a directory"):
