@@ -64,7 +64,7 @@ def generate(
     """
     config = sampling.parse(max_new_tokens)
     directory = sources.local(directory, yes=yes)
-    sources.checked_context(directory, ctx)
+    context = sources.checked_context(directory, ctx, default=load.context(None))
     import torch
 
     import qmix
@@ -79,11 +79,8 @@ def generate(
     config = config.filled_from(model.generation_config).filled_from(CONTINUATION)
     chat = chat or template is not None
     ids, ends = _asked(tokenizer, text, template) if chat else (tokenizer.encode(text), ())
-    config = reuse.drafting(config.with_ends(ends), model)
-    positions = model.config.max_position_embeddings
-    config = _fitting(config, len(ids), min(load.context(ctx) or positions, positions))
-    cache = model.new_cache(1, len(ids))
-    begun = time.perf_counter()
+    config = _fitting(reuse.drafting(config.with_ends(ends), model), len(ids), context)
+    cache, begun = model.new_cache(1, len(ids)), time.perf_counter()
     cached = 0 if prompts is None else prompts.restore(cache, ids)
     inputs = GenerationInputs(
         torch.tensor([ids]), config, cache=cache, tokenizer=tokenizer, starts_new_text=chat
