@@ -18,17 +18,21 @@ import triton.language as tl
 
 from qmix.kernels.gpu.arrivals_triton import is_last
 from qmix.kernels.gpu.dependent_triton import await_previous, prefetch
+from qmix.kernels.gpu.slices_triton import block_inputs
 from qmix.kernels.gpu.tiles_triton import (
     BYTE_ROWS,
     HEADER,
+    bits_of,
     both_planes,
     codes_at,
     decode,
     decoding_words,
+    load_blocks,
     of_inputs,
     operand,
     pair_places,
     plane_pairs,
+    tile_words,
 )
 
 # These change from step to step: 1 and multiples of 16 get no compilation of their own.
@@ -49,12 +53,18 @@ def accumulate(
     four warps.
     """
     ROWS: tl.constexpr = WARPS * 16
-    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    CODES: tl.constexpr = BYTE_ROWS * C * bits_of(KIND) // 4
     SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
-    places = codes_at(part, WARPS, C // 32)
-    inputs = tl.arange(0, C)
-    pairs = pair_places(part * ROWS + tl.arange(0, ROWS), C, GROUP)
+    WIDTH: tl.constexpr = block_inputs(KIND, C)
+    BLOCKS: tl.constexpr = C // WIDTH
+    # A load of scales is of a group, or of the groups of a block.
+    SCALED: tl.constexpr = GROUP if GROUP > WIDTH else WIDTH
+    PART: tl.constexpr = GROUP if GROUP < WIDTH else WIDTH
+    STEP: tl.constexpr = BYTE_ROWS * (SCALED // GROUP)
+    places = codes_at(part, WARPS, WIDTH // 32)
+    inputs = tl.arange(0, WIDTH)
+    pairs = pair_places(part * ROWS + tl.arange(0, ROWS), WIDTH, PART)
     tile = matrix + HEADER + (panel.to(tl.int64) * (K // C) + first) * TILE
     x = x + x_row[None, :] + first * C + inputs[:, None]
     low = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -63,23 +73,33 @@ def accumulate(
     scales = plane_pairs(tile + CODES, pairs)
     # With the number of stages set on the loop, scales are copied asynchronously too.
     for _ in tl.range(0, last - first, num_stages=STAGES):
-        word = tl.load(tile + places)
-        upper = tl.load(tile + CODES // 2 + places) if KIND == "int8" else word
-        tokens = tl.load(x)
-        low_scale, high_scale = both_planes(tl.load(scales))
-        low_word, high_word = decode(word, upper, table, KIND)
-        low_weight = operand(low_word, WARPS, C // 32)
-        high_weight = operand(high_word, WARPS, C // 32)
+        words = tile_words(tile, places, KIND, C)
+        tokens = load_blocks(x, WIDTH, BLOCKS)
+        scale_pairs = load_blocks(scales, STEP, C // SCALED)
+        values = decode(words, table, KIND)
         if not SYMMETRIC:
-            low_zero, high_zero = both_planes(tl.load(plane_pairs(tile + CODES + SCALES, pairs)))
-            low_weight += of_inputs(low_zero, C, GROUP)
-            high_weight += of_inputs(high_zero, C, GROUP)
-        if GROUP == C:
-            low += tl.dot(low_weight, tokens) * low_scale.to(tl.float32)[:, None]
-            high += tl.dot(high_weight, tokens) * high_scale.to(tl.float32)[:, None]
-        else:
-            low = tl.dot(low_weight * of_inputs(low_scale, C, GROUP), tokens, low)
-            high = tl.dot(high_weight * of_inputs(high_scale, C, GROUP), tokens, high)
+            zero_pairs = load_blocks(plane_pairs(tile + CODES + SCALES, pairs), STEP, C // SCALED)
+        low_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+        high_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for block in tl.static_range(BLOCKS):
+            low_scale, high_scale = both_planes(scale_pairs[block * WIDTH // SCALED])
+            low_weight = operand(values[2 * block], WARPS, WIDTH // 32)
+            high_weight = operand(values[2 * block + 1], WARPS, WIDTH // 32)
+            if not SYMMETRIC:
+                low_zero, high_zero = both_planes(zero_pairs[block * WIDTH // SCALED])
+                low_weight += of_inputs(low_zero, WIDTH, PART)
+                high_weight += of_inputs(high_zero, WIDTH, PART)
+            if GROUP < WIDTH:
+                low = tl.dot(low_weight * of_inputs(low_scale, WIDTH, PART), tokens[block], low)
+                high = tl.dot(high_weight * of_inputs(high_scale, WIDTH, PART), tokens[block], high)
+            else:
+                low_sum = tl.dot(low_weight, tokens[block], low_sum)
+                high_sum = tl.dot(high_weight, tokens[block], high_sum)
+                if (block + 1) * WIDTH % GROUP == 0:
+                    low += low_sum * low_scale.to(tl.float32)[:, None]
+                    high += high_sum * high_scale.to(tl.float32)[:, None]
+                    low_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+                    high_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
         tile += TILE
         scales += TILE // 4
         x += C
@@ -248,7 +268,7 @@ def prefetch_product(
 ):  # fmt: skip
     """Ask the second-level cache for what this block's part of `packed_matmul` will read."""
     PARTS: tl.constexpr = 4 // WARPS
-    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    CODES: tl.constexpr = BYTE_ROWS * C * bits_of(KIND) // 4
     SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
     panel, part, split = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(2)
@@ -348,30 +368,34 @@ def dequantize(
 
     A row of the high plane lies SECOND rows behind that of the low one: F of w1 and w3, else 64.
     """
-    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    CODES: tl.constexpr = BYTE_ROWS * C * bits_of(KIND) // 4
     SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
     panel, tile = tl.program_id(0), tl.program_id(1)
     matrix = _matrix(addresses, expert, offset)
     source = matrix + HEADER + (panel.to(tl.int64) * (K // C) + tile) * TILE
-    rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, C)
-    places, pairs = codes_at(0, 4, C // 32), pair_places(rows, C, GROUP)
-    word = tl.load(source + places)
-    upper = tl.load(source + CODES // 2 + places) if KIND == "int8" else word
-    low_word, high_word = decode(word, upper, decoding_words(matrix, KIND), KIND)
-    low, high = operand(low_word, 4, C // 32), operand(high_word, 4, C // 32)
-    if not SYMMETRIC:
-        low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, pairs)))
-        low += of_inputs(low_zero, C, GROUP)
-        high += of_inputs(high_zero, C, GROUP)
-    low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, pairs)))
+    WIDTH: tl.constexpr = block_inputs(KIND, C)
+    PART: tl.constexpr = GROUP if GROUP < WIDTH else WIDTH
+    rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, WIDTH)
+    places, pairs = codes_at(0, 4, WIDTH // 32), pair_places(rows, WIDTH, PART)
     factors = matrix.to(tl.pointer_type(tl.float32))
-    low_scale = low_scale.to(tl.float32) * tl.load(factors)
-    high_scale = high_scale.to(tl.float32) * tl.load(factors + 1)
-    low = low.to(tl.float32) * of_inputs(low_scale, C, GROUP)
-    high = high.to(tl.float32) * of_inputs(high_scale, C, GROUP)
     panel_rows = tl.where(SECOND == BYTE_ROWS, 2 * BYTE_ROWS, BYTE_ROWS)
     row = (panel * panel_rows + rows).to(tl.int64)
     at = out + row[:, None] * K + (tile * C + inputs)[None, :]
-    tl.store(at, low.to(out.dtype.element_ty))
-    tl.store(at + SECOND.to(tl.int64) * K, high.to(out.dtype.element_ty))
+    words = tile_words(source, places, KIND, C)
+    values = decode(words, decoding_words(matrix, KIND), KIND)
+    for block in tl.static_range(C // WIDTH):
+        here = pairs + BYTE_ROWS * (block * WIDTH // GROUP)
+        low = operand(values[2 * block], 4, WIDTH // 32)
+        high = operand(values[2 * block + 1], 4, WIDTH // 32)
+        if not SYMMETRIC:
+            low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, here)))
+            low += of_inputs(low_zero, WIDTH, PART)
+            high += of_inputs(high_zero, WIDTH, PART)
+        low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, here)))
+        low_scale = low_scale.to(tl.float32) * tl.load(factors)
+        high_scale = high_scale.to(tl.float32) * tl.load(factors + 1)
+        low = low.to(tl.float32) * of_inputs(low_scale, WIDTH, PART)
+        high = high.to(tl.float32) * of_inputs(high_scale, WIDTH, PART)
+        tl.store(at + block * WIDTH, low.to(out.dtype.element_ty))
+        tl.store(at + block * WIDTH + SECOND.to(tl.int64) * K, high.to(out.dtype.element_ty))
