@@ -124,9 +124,9 @@ class RandomWeights:
         blob[len(header) : len(header) + len(words)] = words.to(self._device)
         panels, tiles = shape[0] // PANEL, shape[1] // tile_format.inputs
         tile = blob[HEADER_BYTES:].view(panels, tiles, tile_format.tile_bytes)
-        scales = tile[:, :, tile_format.code_bytes : tile_format.code_bytes + tile_format.scale_bytes].view(
-            torch.float16
-        )
+        scales = tile[
+            :, :, tile_format.code_bytes : tile_format.code_bytes + tile_format.scale_bytes
+        ].view(torch.float16)
         size = 1 / (_rms(tile_format.kind) * math.sqrt(shape[1]))
         scales.uniform_(0.8 * size, 1.2 * size, generator=self._generator)
         assert tile_format.symmetric

@@ -55,7 +55,9 @@ def as_computed(packed):
             zeros = plane.zeros.repeat_interleave(tile.group_inputs, 1)
             weight = (weight + zeros).half().float()
         weight = weight * (scales / power)
-        planes.append((weight.half().float() if tile.scales_weights else weight) * (power / stretch))
+        planes.append(
+            (weight.half().float() if tile.scales_weights else weight) * (power / stretch)
+        )
     rows = torch.arange(packed.shape[0], device=device).view(2, -1, BYTE_ROWS)
     weight = torch.cat(planes)[rows.transpose(0, 1).flatten()]
     return weight if packed.perm is None else weight[:, torch.argsort(packed.perm.long())]

@@ -4,8 +4,7 @@
 
 A block owns WARPS * 16 byte rows (twice as many matrix rows: a low and a high plane) and COLUMNS
 tokens. Weights are the first operand of the matrix instruction and tokens the second, so that few
-tokens fill a tile that is 8 or 16 wide, where the other way round it would be 64 or more high. The
-matrix units sum a tile, and the sum is multiplied by the scales of the tile once, in float32.
+tokens fill a tile that is 8 or 16 wide, where the other way round it would be 64 or more high.
 
 Activations are float16. Its 11 bits of mantissa hold a bfloat16 activation exactly. The tables are
 float16 too.
@@ -18,6 +17,7 @@ import triton.language as tl
 
 from qmix.kernels.gpu.arrivals_triton import is_last
 from qmix.kernels.gpu.dependent_triton import await_previous, prefetch
+from qmix.kernels.gpu.panel_triton import accumulate
 from qmix.kernels.gpu.slices_triton import block_inputs
 from qmix.kernels.gpu.tiles_triton import (
     BYTE_ROWS,
@@ -27,7 +27,6 @@ from qmix.kernels.gpu.tiles_triton import (
     codes_at,
     decode,
     decoding_words,
-    load_blocks,
     of_inputs,
     operand,
     pair_places,
@@ -38,73 +37,6 @@ from qmix.kernels.gpu.tiles_triton import (
 # These change from step to step: 1 and multiples of 16 get no compilation of their own.
 _COUNTS = ["T", "M", "SPLITS", "expert"]
 _UNALIGNED = ["addresses"]  # a layer's row of a table
-
-
-@triton.jit
-def accumulate(
-    matrix, x, x_row, panel, part, first, last, K,
-    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
-    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Both planes of a panel times x over tiles [first, last): two float32 [rows, COLUMNS].
-
-    x_row [COLUMNS] are the offsets of rows of x. A column that nobody wants reads one of them too:
-    a mask in the loop would cost four instructions a tile. `part` is which WARPS of the panel's
-    four warps.
-    """
-    ROWS: tl.constexpr = WARPS * 16
-    CODES: tl.constexpr = BYTE_ROWS * C * bits_of(KIND) // 4
-    SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
-    TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
-    WIDTH: tl.constexpr = block_inputs(KIND, C)
-    BLOCKS: tl.constexpr = C // WIDTH
-    # A load of scales is of a group, or of the groups of a block.
-    SCALED: tl.constexpr = GROUP if GROUP > WIDTH else WIDTH
-    PART: tl.constexpr = GROUP if GROUP < WIDTH else WIDTH
-    STEP: tl.constexpr = BYTE_ROWS * (SCALED // GROUP)
-    places = codes_at(part, WARPS, WIDTH // 32)
-    inputs = tl.arange(0, WIDTH)
-    pairs = pair_places(part * ROWS + tl.arange(0, ROWS), WIDTH, PART)
-    tile = matrix + HEADER + (panel.to(tl.int64) * (K // C) + first) * TILE
-    x = x + x_row[None, :] + first * C + inputs[:, None]
-    low = tl.zeros([ROWS, COLUMNS], tl.float32)
-    high = tl.zeros([ROWS, COLUMNS], tl.float32)
-    table = decoding_words(matrix, KIND)
-    scales = plane_pairs(tile + CODES, pairs)
-    # With the number of stages set on the loop, scales are copied asynchronously too.
-    for _ in tl.range(0, last - first, num_stages=STAGES):
-        words = tile_words(tile, places, KIND, C)
-        tokens = load_blocks(x, WIDTH, BLOCKS)
-        scale_pairs = load_blocks(scales, STEP, C // SCALED)
-        values = decode(words, table, KIND)
-        if not SYMMETRIC:
-            zero_pairs = load_blocks(plane_pairs(tile + CODES + SCALES, pairs), STEP, C // SCALED)
-        low_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-        high_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for block in tl.static_range(BLOCKS):
-            low_scale, high_scale = both_planes(scale_pairs[block * WIDTH // SCALED])
-            low_weight = operand(values[2 * block], WARPS, WIDTH // 32)
-            high_weight = operand(values[2 * block + 1], WARPS, WIDTH // 32)
-            if not SYMMETRIC:
-                low_zero, high_zero = both_planes(zero_pairs[block * WIDTH // SCALED])
-                low_weight += of_inputs(low_zero, WIDTH, PART)
-                high_weight += of_inputs(high_zero, WIDTH, PART)
-            if GROUP < WIDTH:
-                low = tl.dot(low_weight * of_inputs(low_scale, WIDTH, PART), tokens[block], low)
-                high = tl.dot(high_weight * of_inputs(high_scale, WIDTH, PART), tokens[block], high)
-            else:
-                low_sum = tl.dot(low_weight, tokens[block], low_sum)
-                high_sum = tl.dot(high_weight, tokens[block], high_sum)
-                if (block + 1) * WIDTH % GROUP == 0:
-                    low += low_sum * low_scale.to(tl.float32)[:, None]
-                    high += high_sum * high_scale.to(tl.float32)[:, None]
-                    low_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-                    high_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-        tile += TILE
-        scales += TILE // 4
-        x += C
-    factors = matrix.to(tl.pointer_type(tl.float32))
-    return low * tl.load(factors), high * tl.load(factors + 1)
 
 
 @triton.jit
@@ -375,9 +307,9 @@ def dequantize(
     matrix = _matrix(addresses, expert, offset)
     source = matrix + HEADER + (panel.to(tl.int64) * (K // C) + tile) * TILE
     WIDTH: tl.constexpr = block_inputs(KIND, C)
-    PART: tl.constexpr = GROUP if GROUP < WIDTH else WIDTH
+    SPAN: tl.constexpr = GROUP if GROUP < WIDTH else WIDTH
     rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, WIDTH)
-    places, pairs = codes_at(0, 4, WIDTH // 32), pair_places(rows, WIDTH, PART)
+    places, pairs = codes_at(0, 4, WIDTH // 32), pair_places(rows, WIDTH, SPAN)
     factors = matrix.to(tl.pointer_type(tl.float32))
     panel_rows = tl.where(SECOND == BYTE_ROWS, 2 * BYTE_ROWS, BYTE_ROWS)
     row = (panel * panel_rows + rows).to(tl.int64)
@@ -390,12 +322,12 @@ def dequantize(
         high = operand(values[2 * block + 1], 4, WIDTH // 32)
         if not SYMMETRIC:
             low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, here)))
-            low += of_inputs(low_zero, WIDTH, PART)
-            high += of_inputs(high_zero, WIDTH, PART)
+            low += of_inputs(low_zero, WIDTH, SPAN)
+            high += of_inputs(high_zero, WIDTH, SPAN)
         low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, here)))
         low_scale = low_scale.to(tl.float32) * tl.load(factors)
         high_scale = high_scale.to(tl.float32) * tl.load(factors + 1)
-        low = low.to(tl.float32) * of_inputs(low_scale, WIDTH, PART)
-        high = high.to(tl.float32) * of_inputs(high_scale, WIDTH, PART)
+        low = low.to(tl.float32) * of_inputs(low_scale, WIDTH, SPAN)
+        high = high.to(tl.float32) * of_inputs(high_scale, WIDTH, SPAN)
         tl.store(at + block * WIDTH, low.to(out.dtype.element_ty))
         tl.store(at + block * WIDTH + SECOND.to(tl.int64) * K, high.to(out.dtype.element_ty))

@@ -4,7 +4,8 @@ Knows nothing of torch or triton. A word is four bytes of a tile; byte i holds a
 plane in its low nibble and one of the high plane in its high nibble. Each instruction string reads
 the word `$4` and writes four registers of two float16 values: `$0` and `$1` are the codes of the
 low plane of bytes 0, 1 and 2, 3; `$2` and `$3` are those of the high plane. A byte that is a code
-of its own gives two registers, `$0` and `$1`, of the word `$2`.
+of its own gives two registers, `$0` and `$1`, of the word `$2`. Codes that are cut into slices of
+bits give sixteen registers of as many words as they have bits (weights.packed.bit_slices).
 
 NF4, FP4, E2M1 and IQ4 are tables of 16 float16 values, kept as two planes of 16 bytes. A byte
 permutation (`prmt`) picks four bytes out of eight, so a plane takes two of them, for codes 0 to 7

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu import ptx
-from qmix.weights.packed import bit_slices
 
 _INSTRUCTIONS_2 = tl.constexpr(ptx.SLICED_INSTRUCTIONS[2])
 _INSTRUCTIONS_3 = tl.constexpr(ptx.SLICED_INSTRUCTIONS[3])
@@ -25,8 +24,6 @@ _CONSTRAINTS_5 = tl.constexpr(ptx.SLICED_CONSTRAINTS[5])
 _CONSTRAINTS_6 = tl.constexpr(ptx.SLICED_CONSTRAINTS[6])
 _WORDS_2 = tl.constexpr(ptx.SLICED_WORDS[2])  # and of codes of three bits
 _WORDS_6 = tl.constexpr(ptx.SLICED_WORDS[6])  # and of five
-_BLOCK = tl.constexpr(bit_slices.BLOCK_INPUTS)
-_SLICE_BYTES = tl.constexpr(bit_slices.SLICE_BYTES)
 
 
 @triton.constexpr_function
@@ -39,15 +36,6 @@ def is_sliced(KIND):
 def block_inputs(KIND, C):
     """Inputs whose decoded codes are one operand."""
     return 32 if is_sliced(KIND) else C
-
-
-@triton.jit
-def slice_words(tile, places, BITS: tl.constexpr):
-    """The words of all slices, a tensor of bytes for each bit of a code."""
-    words = ()
-    for bit in tl.static_range(BITS):
-        words = words + (tl.load(tile + bit * _SLICE_BYTES + places),)
-    return words
 
 
 @triton.jit

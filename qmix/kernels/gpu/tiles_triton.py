@@ -13,9 +13,8 @@ from qmix.kernels.gpu.slices_triton import (
     decode_slices,
     is_sliced,
     slice_decoding_words,
-    slice_words,
 )
-from qmix.weights.packed import tile_format
+from qmix.weights.packed import bit_slices, tile_format
 
 NF4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["nf4"])
 FP4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["fp4"])
@@ -29,6 +28,7 @@ ANY_TABLE_CONSTRAINTS = tl.constexpr(ptx.ANY_TABLE_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
 INT8_CONSTRAINTS = tl.constexpr(ptx.INT8_CONSTRAINTS)
 INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
+SLICE_BYTES = tl.constexpr(bit_slices.SLICE_BYTES)
 BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
 HEADER = tl.constexpr(tile_format.HEADER_BYTES)
 
@@ -40,10 +40,19 @@ def bits_of(KIND):
 
 
 @triton.jit
+def load_blocks(pointers, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """What so many pointers to blocks, each STEP behind the last, point to."""
+    found = ()
+    for block in tl.static_range(COUNT):
+        found += (tl.load(pointers + block * STEP),)
+    return found
+
+
+@triton.jit
 def tile_words(tile, places, KIND: tl.constexpr, C: tl.constexpr):
     """The bytes of a tile's codes: those at `places`, and at the same places of further parts."""
     if is_sliced(KIND):
-        return slice_words(tile, places, bits_of(KIND))
+        return load_blocks(tile + places, SLICE_BYTES, bits_of(KIND))
     elif KIND == "int8":
         return tl.load(tile + places), tl.load(tile + BYTE_ROWS * C + places)
     else:
@@ -141,19 +150,24 @@ def codes_at(part, WARPS: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(pointers, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """What so many pointers to blocks, each STEP behind the last, point to."""
-    found = ()
-    for block in tl.static_range(COUNT):
-        found = found + (tl.load(pointers + block * STEP),)
-    return found
-
-
-@triton.jit
 def both_planes(pair):
     """Scales or zeros of byte rows, int32: float16 of the low plane and of the high one."""
     low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     return low, ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def load_planes(pointers, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, EACH: tl.constexpr):
+    """Scales or zeros of both planes of each block in turn: one load for EACH blocks.
+
+    `pointers` are to the pairs of the first one, which has so many groups.
+    """
+    found = ()
+    for load in tl.static_range(BLOCKS // EACH):
+        planes = both_planes(tl.load(pointers + load * (BYTE_ROWS * GROUPS)))
+        for _ in tl.static_range(EACH):
+            found += planes
+    return found
 
 
 @triton.jit

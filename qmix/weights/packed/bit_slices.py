@@ -6,13 +6,14 @@
     5       4              1
     6       4              2
 
-A lane of the kernels holds, of rows 8r + g of both planes and of 128 inputs, 32 codes: 16 pairs of
-neighbours, pair 4b + 2h + j those of input block b, plane h and half j of a block. A slice of b
-bits of them fills b words. The two codes of a pair lie 16 bits apart, so that one instruction takes
-the bits of both out of a word, and `Field` says where. Words are rotated before: of the pairs that
-one rotation serves, the upper bits then lie directly above the lower ones, and one instruction puts
-them there. Turned by 0 and 8, a word of a lower slice gives all of its pairs in the lower byte of
-each half, which leaves room for the upper slice within the mantissa of a float16.
+Of the codes that a lane holds (`lanes`), those with the same r and c are 32 of both planes and of
+128 inputs: 16 pairs of neighbours. Pair 4b + 2h + j is of block b of 32 inputs, plane h, half j. A
+slice of w bits of them fills w words. The two codes of a pair lie 16 bits apart, so that one
+instruction takes the bits of both out of a word, and `Field` says where.
+
+A word is rotated first. Rotated by 0 and by 8, that of a lower slice has all of its pairs in the
+lower byte of each half, so that there is room for the upper bits in the mantissa of a float16. And
+that of an upper slice has the bits of as many pairs as a lower word directly above them.
 
 Knows no torch. `lanes` makes the words, kernels.gpu.ptx the instructions that read them.
 """

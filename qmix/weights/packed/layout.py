@@ -4,20 +4,21 @@ A matrix is cut into panels of 128 rows, and a panel into tiles of 32, 64 or 128
 tile holds the codes of two rows: that of the low plane in its low nibble, that of the high plane in
 its high nibble. In an expert's w1 and w3 they are the same row of both, so that one thread ends up
 with a gate and its up projection; in any other matrix they are rows r and r + 64 of the panel.
-Codes of eight bits have a byte each: those of the low plane, then those of the high one. A matrix
-is
+Codes of eight bits have a byte each: those of the low plane, then those of the high one. Codes of
+2, 3, 5 and 6 bits are cut into slices of bits (`bit_slices`), in tiles of 128 inputs. A matrix is
 
     header   128 bytes: float32 [2], the factors of the sums of the low and of the high plane;
              float32 [2], the powers of two by which the scales of the planes were divided;
              int32 [8], the words of a table that the kernels keep in registers: four of those that
              the instructions know, eight of others
     panels   [N / 128][K / C] tiles, each
-             codes   [C / 32][4 warps][32 lanes][16 bytes], twice where they have eight bits
+             codes   [C / 32][4 warps][32 lanes][16 bytes], twice where they have eight bits; of
+                     slices [bits][4 warps][32 lanes][16 bytes]
              scales  [groups][64] pairs of float16: low plane, high plane
-             zeros   the same, only if asymmetric: half of the codes' range (8 or 128) minus the
+             zeros   the same, only if asymmetric: half of the codes' range (2 to 128) minus the
                      zero, or plus the bias over the scale
 
-A tile is one group, or groups of 16 inputs. An expert is the matrix of w1 and w3, then the matrix
+A tile is one group, or groups of 16 inputs, or of 16, 32 or 64 where codes are sliced. An expert is the matrix of w1 and w3, then the matrix
 of w2. Every section is a multiple of 128 bytes. The 16 bytes of a lane are its codes of 16 rows and
 32 inputs, in the order of its registers as the first operand of mma.m16n8k16: one 128-bit load, and
 no exchange between threads.

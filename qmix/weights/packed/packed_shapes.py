@@ -17,7 +17,6 @@ from qmix.errors import UnsupportedError
 from qmix.weights.packed.tile_format import (
     BYTE_ROWS,
     PANEL,
-    SMALLEST_GROUP,
     TileFormat,
     TileKind,
     refusal,

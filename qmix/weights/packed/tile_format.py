@@ -143,9 +143,7 @@ def tile_format(
     return TileFormat(kind, inputs, symmetric, SMALLEST_GROUP if of_16 else 0, own_table)
 
 
-def _sliced(
-    kind: TileKind, in_features: int, group: int, symmetric: bool
-) -> TileFormat | None:
+def _sliced(kind: TileKind, in_features: int, group: int, symmetric: bool) -> TileFormat | None:
     """The format of slices of bits; None if codes have four or eight bits, or it does not fit."""
     found = TileFormat(kind, SLICED_INPUTS, symmetric)
     shared = next((size for size in _SLICED_GROUPS if group % size == 0), None)

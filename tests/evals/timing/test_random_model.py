@@ -51,7 +51,7 @@ def random_model_reference():
 
 @pytest.mark.parametrize("name", random_model.FORMATS)
 def test_the_whole_mixtral_on_meta(name):
-    """46.7 B weights, as in the 8x7B, with 4.25, 4.125 or 3.125 bits each except the 16-bit ones."""
+    """46.7 B weights, as in the 8x7B, with 3.125 to 4.25 bits each except the 16-bit ones."""
     model = random_model.build_random_model(
         MixtralConfig(), random_model.FORMATS[name], torch.device("meta")
     )

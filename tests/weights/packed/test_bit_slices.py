@@ -48,7 +48,9 @@ def test_what_is_rotated_lies_together_and_within_a_mantissa(bits):
 def values_of(text, codes, bits):
     """What the instructions make of pairs of codes [lanes, 16, 2]: float16 of the same shape."""
     words = lanes._to_words(codes, bits).numpy().view(np.uint32)
-    kept = [np.full(len(codes), word, np.uint32) for word in ptx.SLICED_WORDS[bits] for _ in range(4)]
+    kept = [
+        np.full(len(codes), word, np.uint32) for word in ptx.SLICED_WORDS[bits] for _ in range(4)
+    ]
     found = inline_assembly.run(text, [*np.ascontiguousarray(words.T), *kept], PAIRS)
     return np.stack(found, 1).view(np.float16).reshape(codes.shape)
 
