@@ -18,10 +18,11 @@ Codes of eight bits have a byte each: those of the low plane, then those of the 
              zeros   the same, only if asymmetric: half of the codes' range (2 to 128) minus the
                      zero, or plus the bias over the scale
 
-A tile is one group, or groups of 16 inputs, or of 16, 32 or 64 where codes are sliced. An expert is the matrix of w1 and w3, then the matrix
-of w2. Every section is a multiple of 128 bytes. The 16 bytes of a lane are its codes of 16 rows and
-32 inputs, in the order of its registers as the first operand of mma.m16n8k16: one 128-bit load, and
-no exchange between threads.
+A tile is one group, or groups of 16 inputs, or of 16, 32 or 64 where codes are sliced. An expert is
+the matrix of w1 and w3, then the matrix of w2. Every section is a multiple of 128 bytes. The 16
+bytes of a lane are its codes of 16 rows and 32 inputs (or slices of those of 128 inputs), in the
+order of its registers as the first operand of mma.m16n8k16: one 128-bit load, and no exchange
+between threads.
 
 A scale is stored as float16 times a power of two that all scales of the plane share. That is exact
 for scales that are float16 or bfloat16 already, as those of Int4 are; the absmax of NF4 is rounded,
