@@ -14,6 +14,8 @@ from qmix.nn.cache import KVCache
 from qmix.serving.running import Running
 from qmix.text.common_prefix import common_prefix
 
+_LEAST_REUSED = 8  # positions
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlotState:
@@ -101,11 +103,15 @@ class Slot:
         """Positions of the cache that a request with these ids may start from.
 
         One id at least is left to be read: its logits choose the first new id. A full ring that a
-        draft has written into can give nothing.
+        draft has written into can give nothing. So few positions as any two prompts share (the
+        begin token, "[INST]") are read anew: they save nothing, and a prompt that is read in other
+        pieces rounds otherwise.
         """
         if self.drafts is not None and self.drafts.verified and self.cache.window is not None:
             return 0
         common = common_prefix(ids, self.held)
+        if common < _LEAST_REUSED:
+            return 0
         return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
     def start(self, running: Running) -> None:
