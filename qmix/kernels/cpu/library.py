@@ -99,7 +99,7 @@ class Library:
         """x [T, K], float32 and contiguous, times a matrix in the packed layout in host memory.
 
         Args:
-            table: float32 [16], the value of each packed code; of fewer bits, as if there were more.
+            table: float32 [16], the value of each code; of fewer bits, as if it had four.
 
         Returns:
             float32 [T, 2, N / 2]: the rows of the low plane, then those of the high one.
