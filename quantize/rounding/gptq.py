@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
+from qmix.quantize.rounding.gptq_choice import group_steps
+from qmix.quantize.rounding.gptq_group import GroupOptions, GroupSteps
 from qmix.quantize.rounding.hessian import Moments
 from qmix.quantize.rounding.output_feedback import OutputFeedback
 from qmix.quantize.rounding.solver import Solver
@@ -132,7 +134,13 @@ def solve(
         for index, (moment, weight, perm) in enumerate(zip(moments, weights, order, strict=True))
     ]
     hessians = _stacked([moment.hessian for moment in moments])
-    problem = _Problem(hessians, lower, scheme, size, options)
+    steps = group_steps(
+        weights.device,
+        size,
+        scheme,
+        GroupOptions(options.live_scales, options.scale_search, options.trials),
+    )
+    problem = _Problem(hessians, lower, scheme, size, steps, options.refine)
     del lower  # 0.8 GB for w2
     tell_rest = partial(_tell_part, tell, _FACTOR_SHARE, 1 - _FACTOR_SHARE)
     if output_moments is None:
@@ -153,6 +161,7 @@ class _Problem:
     Args:
         hessians, lower: [B, K, K], damped, and their Cholesky factors.
         size: inputs of a group.
+        steps: do what is done with each group. refine: rounds of it.
     """
 
     def __init__(
@@ -161,11 +170,12 @@ class _Problem:
         lower: Tensor,
         scheme: Scheme,
         size: int,
-        options: RoundingOptions,
+        steps: GroupSteps,
+        refine: int,
     ) -> None:
         self._hessians, self._scheme, self._size = hessians, scheme, size
         self._lower: Tensor | None = lower
-        self._options = options
+        self._steps, self._refine = steps, refine
 
     def rounded(self, weights: Tensor, tell: Callable[[float], None], *, last: bool) -> Solver:
         """Round weights [B, K, N], each output by itself.
@@ -173,7 +183,7 @@ class _Problem:
         Args:
             last: nothing is rounded after these weights, so that the factors can go.
         """
-        solver, refine = self._solver(weights), self._options.refine
+        solver, refine = self._solver(weights), self._refine
         assert self._lower is not None
         solver.round_greedily(self._lower, partial(_tell_part, tell, 0, _GREEDY_SHARE))
         if last:
@@ -203,15 +213,7 @@ class _Problem:
         return whole
 
     def _solver(self, weights: Tensor) -> Solver:
-        return Solver(
-            weights,
-            self._hessians,
-            self._scheme,
-            self._size,
-            live_scales=self._options.live_scales,
-            scale_search=self._options.scale_search,
-            trials=self._options.trials,
-        )
+        return Solver(weights, self._hessians, self._scheme, self._size, self._steps)
 
 
 def _solution(
