@@ -48,8 +48,8 @@ class GroupKernels:
         parts = (inputs - begin) // _CHUNK
         sums = errors.new_empty(count, parts, size, outputs)
         for matrix in range(count):
-            left = factors[matrix, begin:].unflatten(0, (parts, _CHUNK)).mT
-            right = errors[matrix, begin:].unflatten(0, (parts, _CHUNK))
+            left = factors[matrix, begin:].view(parts, _CHUNK, size).mT
+            right = errors[matrix, begin:].view(parts, _CHUNK, outputs)
             torch.bmm(left, right, out=sums[matrix])
         return sums.sum(1)
 
@@ -63,7 +63,7 @@ class GroupKernels:
         padded = power_of_2(trials)
         columns = max(COLUMNS, padded)
         launch(
-            kernels.greedy, (-(-outputs * padded // columns), count),
+            kernels.round_group, (-(-outputs * padded // columns), count),
             group.weights, carried, upper, self._factors, grid.scale, low, kept,
             group.codes, group.errors, outputs, _matrix_stride(group),
             SIZE=size, BITS=self._bits, SYMMETRIC=self._symmetric, TRIALS=trials, R=padded,
@@ -76,7 +76,7 @@ class GroupKernels:
         count, size, outputs = group.weights.shape
         moved, low = torch.empty_like(grid.scale), None if self._symmetric else grid.low
         launch(
-            kernels.refine, (-(-outputs // COLUMNS), count),
+            kernels.refine_group, (-(-outputs // COLUMNS), count),
             group.weights, gradient, hessian, grid.scale, low, moved, group.codes, group.errors,
             outputs, _matrix_stride(group), hessian.stride(0), hessian.stride(1),
             SIZE=size, BITS=self._bits, SYMMETRIC=self._symmetric, COLUMNS=COLUMNS, num_warps=1,
@@ -89,7 +89,7 @@ class GroupKernels:
         low, high = self._bounds if self._symmetric else (torch.empty_like(scale) for _ in range(2))
         both = self._symmetric and self._options.scale_search
         launch(
-            kernels.search, (-(-outputs // COLUMNS), count),
+            kernels.search_grid, (-(-outputs // COLUMNS), count),
             weights, carried, upper, self._clips, scale,
             *((None, None) if self._symmetric else (low, high)),
             outputs, weights.stride(0), self._clips.shape[1], other_sign(self._bits),

@@ -31,14 +31,14 @@ def clamped(value, low, high):
 
 @triton.jit
 def float16_scale(scale):
-    """As `grid.float16_scale`."""
-    rounded = scale.to(tl.float16).to(tl.float32)
+    """As `grid.float16_scale`: what is at most half of the smallest float16 would become 0."""
     smallest = tl.where(scale < 0, -5.9604644775390625e-8, 5.9604644775390625e-8)
-    return tl.where(rounded == 0, smallest, rounded)
+    rounded = scale.to(tl.float16).to(tl.float32)
+    return tl.where(tl.abs(scale) <= 2.98023223876953125e-8, smallest, rounded)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def search(
+def search_grid(
     weights, carried, upper, clips, scale, low, high, N, matrix_stride, candidates, other_sign,
     SIZE: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, LIVE: tl.constexpr,
     SIGNS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -109,7 +109,7 @@ def search(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def greedy(
+def round_group(
     weights, carried, upper, factors, scale, low, kept, codes, errors, N, matrix_stride,
     SIZE: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TRIALS: tl.constexpr,
     R: tl.constexpr, COLUMNS: tl.constexpr,
@@ -120,7 +120,7 @@ def greedy(
 
     Args:
         weights, codes, errors: [B, g, N] in rows of [B, K, N]. carried: [B, g, N].
-        upper: as in `search`. factors: [TRIALS], of the scales.
+        upper: as in `search_grid`. factors: [TRIALS], of the scales.
         scale, low, kept: [B, N]; kept are the scales that were best.
     """
     OUTPUTS: tl.constexpr = COLUMNS // R
@@ -175,7 +175,7 @@ def greedy(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def refine(
+def refine_group(
     weights, gradient, hessian, scale, low, moved, codes, errors, N, matrix_stride, hessian_stride,
     row_stride,
     SIZE: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, COLUMNS: tl.constexpr,
