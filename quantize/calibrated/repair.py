@@ -52,6 +52,7 @@ def repair(
             outputs = files.layer_outputs(layer)
             weights = _rounded_weights(folder / files.layer_shard(layer), outputs)
             tokens = files.pass_layer(folder, layer, tokens, weights, meter)
+        files.save_tokens(folder, layer, tokens)
         for array in before.values():
             if array.path is not None:
                 array.path.unlink()

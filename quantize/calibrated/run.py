@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from qmix.planning.process_memory import peak_resident_bytes
 from qmix.processes.group import ALONE, Group
 from qmix.quantize.adapter import check_adapter, facts_of
 from qmix.quantize.calibrated import loss_gradients
+from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.background import Background
 from qmix.quantize.calibrated.follower import Start
 from qmix.quantize.calibrated.layer_work import EXPECTED, HASH
 from qmix.quantize.calibrated.loss_gradients import LossGradients
@@ -181,21 +184,39 @@ def _quantize_layers(
     before, begun = len(done), time.perf_counter()
     files.remove_others(folder, len(done))
     tokens = files.enter(folder, len(done)) if len(done) < files.layers else {}
-    for layer in range(len(done), files.layers):
-        results, tokens = files.quantize_layer(folder, layer, tokens, meter)
-        done.append(results)
-        stored = [[asdict(result) for result in results] for results in done]
-        RunState(state.settings, state.source, stored, files.needed(len(done))).write(folder)
-        files.remove_others(folder, len(done))
-        if interrupted() and layer + 1 < files.layers:
-            files.group.told()
-            raise InterruptedRunError(
-                f"interrupted after layer {layer + 1} of {files.layers}, which is kept",
-                where=str(folder),
-                remedy="Run the same command with --resume to continue.",
-            )
+    with Background(files.in_memory) as background:
+        for layer in range(len(done), files.layers):
+            results, tokens = files.quantize_layer(folder, layer, tokens, meter)
+            done.append(results)
+            stored = [[asdict(result) for result in results] for results in done]
+            background.run(partial(_keep, files, folder, state, stored, tokens))
+            if interrupted() and layer + 1 < files.layers:
+                background.wait()
+                files.group.told()
+                raise InterruptedRunError(
+                    f"interrupted after layer {layer + 1} of {files.layers}, which is kept",
+                    where=str(folder),
+                    remedy="Run the same command with --resume to continue.",
+                )
+        background.wait()
+    files.remove_others(folder, files.layers)
     files.group.told()  # that nothing is left to do
     return len(done) - before, time.perf_counter() - begun
+
+
+def _keep(
+    files: RunFiles,
+    folder: Path,
+    state: RunState,
+    results: Sequence[Any],
+    tokens: Mapping[str, Activations],
+) -> None:
+    """Put what a resumed run needs after these layers on the disk, the state last."""
+    done = len(results)
+    if done < files.layers:
+        files.save_tokens(folder, done - 1, tokens)
+    RunState(state.settings, state.source, results, files.needed(done)).write(folder)
+    files.remove_tokens(folder, done)
 
 
 def _effort(
