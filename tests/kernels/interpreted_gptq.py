@@ -109,12 +109,12 @@ def by_kernels(monkeypatch):
     assert used
 
 
-def solved(outputs=11, options=RoundingOptions()):
+def solved(outputs=11):
     x = drawn(300, 64) @ drawn(64, 64, seed=2) / 8
     gradients = drawn(outputs, 50, seed=5)
     ((solution,),) = gptq.solve(
         drawn(1, outputs, 64, seed=3), [moments_of(x)], Scheme(kind="int4", group_size=32),
-        options, where=["f: w"], output_moments=[gradients @ gradients.T],
+        RoundingOptions(), where=["f: w"], output_moments=[gradients @ gradients.T],
     )  # fmt: skip
     return solution
 

@@ -24,10 +24,10 @@ from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels import Routes
 from qmix.kernels.gpu import attention, fused, moe, pointwise
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
-from qmix.tuning.axes import SEPARATE
 from qmix.quantize.rounding import gptq_kernels
 from qmix.quantize.rounding.gptq_group import GroupOptions
 from qmix.quantize.rounding.solver import Solver
+from qmix.tuning.axes import SEPARATE
 from qmix.weights.packed.packed_shapes import ExpertFormat
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme

@@ -34,9 +34,14 @@ def test_not_beside_a_piece_ends_before_its_caller_goes_on():
 @both
 def test_an_error_reaches_the_caller_before_the_next_piece_begins(beside):
     begun = []
-    with pytest.raises(ValueError, match="no room"), Background(beside) as background:
-        background.run(fail)
-        background.run(lambda: begun.append(1))
+
+    def caller():
+        with Background(beside) as background:
+            background.run(fail)
+            background.run(lambda: begun.append(1))
+
+    with pytest.raises(ValueError, match="no room"):
+        caller()
     assert begun == []
 
 
@@ -51,7 +56,12 @@ def test_an_error_is_raised_once():
 @both
 def test_the_piece_at_work_ends_if_its_caller_fails(beside):
     done = []
-    with pytest.raises(KeyboardInterrupt), Background(beside) as background:
-        background.run(lambda: done.append(1))
-        raise KeyboardInterrupt
+
+    def caller():
+        with Background(beside) as background:
+            background.run(lambda: done.append(1))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        caller()
     assert done == [1]
