@@ -182,8 +182,9 @@ class Activations:
     def _hashed_parts(self, data: Tensor) -> Iterator[memoryview]:
         """The bytes of an array in memory, a few megabytes at a time."""
         self._digest = hashlib.sha256()
-        for rows in data.split(max(1, _CHUNK_BYTES // self._row_bytes)):
-            part = self._bytes(rows).data
+        step = max(1, _CHUNK_BYTES // self._row_bytes)
+        for start in range(0, self.tokens, step):
+            part = self._bytes(data[start : start + step]).data
             self._digest.update(part)
             yield part
 

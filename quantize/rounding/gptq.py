@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qmix.errors import CheckpointError
 from qmix.quantize.rounding.gptq_choice import group_steps
-from qmix.quantize.rounding.gptq_group import GroupOptions, GroupSteps
+from qmix.quantize.rounding.gptq_group import GroupOptions
 from qmix.quantize.rounding.hessian import Moments
 from qmix.quantize.rounding.output_feedback import OutputFeedback
 from qmix.quantize.rounding.solver import Solver
@@ -56,6 +56,11 @@ class RoundingOptions:
     scale_search: bool = True
     trials: int = 8
     refine: int = 3
+
+    @property
+    def of_group(self) -> GroupOptions:
+        """What of them a group's steps need."""
+        return GroupOptions(self.live_scales, self.scale_search, self.trials)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,13 +139,7 @@ def solve(
         for index, (moment, weight, perm) in enumerate(zip(moments, weights, order, strict=True))
     ]
     hessians = _stacked([moment.hessian for moment in moments])
-    steps = group_steps(
-        weights.device,
-        size,
-        scheme,
-        GroupOptions(options.live_scales, options.scale_search, options.trials),
-    )
-    problem = _Problem(hessians, lower, scheme, size, steps, options.refine)
+    problem = _Problem(hessians, lower, scheme, size, options)
     del lower  # 0.8 GB for w2
     tell_rest = partial(_tell_part, tell, _FACTOR_SHARE, 1 - _FACTOR_SHARE)
     if output_moments is None:
@@ -161,7 +160,6 @@ class _Problem:
     Args:
         hessians, lower: [B, K, K], damped, and their Cholesky factors.
         size: inputs of a group.
-        steps: do what is done with each group. refine: rounds of it.
     """
 
     def __init__(
@@ -170,12 +168,12 @@ class _Problem:
         lower: Tensor,
         scheme: Scheme,
         size: int,
-        steps: GroupSteps,
-        refine: int,
+        options: RoundingOptions,
     ) -> None:
         self._hessians, self._scheme, self._size = hessians, scheme, size
         self._lower: Tensor | None = lower
-        self._steps, self._refine = steps, refine
+        self._steps = group_steps(hessians.device, size, scheme, options.of_group)
+        self._refine = options.refine
 
     def rounded(self, weights: Tensor, tell: Callable[[float], None], *, last: bool) -> Solver:
         """Round weights [B, K, N], each output by itself.

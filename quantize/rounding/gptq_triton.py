@@ -37,6 +37,34 @@ def float16_scale(scale):
     return tl.where(tl.abs(scale) <= 2.98023223876953125e-8, smallest, rounded)
 
 
+@triton.jit
+def lowest(low, place, used, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """The first code of each column, float32; `low` is not read where it is the same of all."""
+    if SYMMETRIC:
+        first = tl.zeros(place.shape, tl.float32) - (1 << (BITS - 1))
+    else:
+        first = tl.load(low + place, mask=used, other=0.0)
+    return first
+
+
+@triton.jit
+def solved(carried, upper, used, N, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """The x of `upper x = carried`, [SIZE, COLUMNS]; `carried` are the places of row 0."""
+    at = tl.arange(0, SIZE)
+    carried += (SIZE - 1) * N
+    row, pivot = upper + (SIZE - 1) * SIZE, upper + SIZE * SIZE - 1
+    found = tl.zeros([SIZE, COLUMNS], tl.float32)
+    for back in range(SIZE):
+        value = tl.load(carried, mask=used, other=0.0)
+        value -= tl.sum(tl.load(row + at)[:, None] * found, 0)
+        value = value / tl.load(pivot)
+        found = tl.where(at[:, None] == SIZE - 1 - back, value[None, :], found)
+        carried -= N
+        row -= SIZE
+        pivot -= SIZE + 1
+    return found
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def search_grid(
     weights, carried, upper, clips, scale, low, high, N, matrix_stride, candidates, other_sign,
@@ -56,21 +84,11 @@ def search_grid(
     output = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     used, at = output < N, tl.arange(0, SIZE)
     upper += matrix * SIZE * SIZE
-    weights += matrix * matrix_stride + output
-    carried += matrix * SIZE * N + output
-    group = tl.zeros([SIZE, COLUMNS], tl.float32)
-    if LIVE:  # upper x = carried
-        carried += (SIZE - 1) * N
-        row, pivot = upper + (SIZE - 1) * SIZE, upper + SIZE * SIZE - 1
-        for back in range(SIZE):
-            value = tl.load(carried, mask=used, other=0.0)
-            value -= tl.sum(tl.load(row + at)[:, None] * group, 0)
-            value = value / tl.load(pivot)
-            group = tl.where(at[:, None] == SIZE - 1 - back, value[None, :], group)
-            carried -= N
-            row -= SIZE
-            pivot -= SIZE + 1
-    rows = weights[None, :] + at[:, None] * N
+    if LIVE:
+        group = solved(carried + matrix * SIZE * N + output, upper, used, N, SIZE, COLUMNS)
+    else:
+        group = tl.zeros([SIZE, COLUMNS], tl.float32)
+    rows = weights + matrix * matrix_stride + output[None, :] + at[:, None] * N
     group += tl.load(rows, mask=used[None, :], other=0.0)
     pivots = tl.load(upper + at * SIZE + at)
     importance = pivots * pivots
@@ -108,6 +126,15 @@ def search_grid(
         tl.store(high + matrix * N + output, best_low + last, mask=used)
 
 
+@triton.jit
+def least_of_each(loss, TRIALS: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether a column's loss is the first of the least among the R of its output."""
+    losses = tl.reshape(loss, [COLUMNS // R, R])
+    trials = tl.arange(0, R)[None, :]
+    ties = tl.where(losses == tl.min(losses, 1)[:, None], trials, TRIALS - 1)  # of NaN: the last
+    return tl.reshape(trials == tl.min(ties, 1)[:, None], [COLUMNS])
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def round_group(
     weights, carried, upper, factors, scale, low, kept, codes, errors, N, matrix_stride,
@@ -135,10 +162,7 @@ def round_group(
     tried = tl.load(scale + matrix * N + output, mask=used, other=1.0)
     tried = float16_scale(tried * factor)
     last = (1 << BITS) - 1
-    if SYMMETRIC:
-        first = tl.zeros([COLUMNS], tl.float32) - (1 << (BITS - 1))
-    else:
-        first = tl.load(low + matrix * N + output, mask=used, other=0.0)
+    first = lowest(low, matrix * N + output, used, BITS, SYMMETRIC)
     inverse = tl.div_rn(1.0, tried)
     missed = tl.zeros([SIZE, COLUMNS], tl.float32)  # weights minus codes, in steps
     loss = tl.zeros([COLUMNS], tl.float32)
@@ -160,10 +184,7 @@ def round_group(
         row -= SIZE
         diagonal -= SIZE + 1
     loss = tl.where(trial < TRIALS, loss * tried * tried, float("inf"))
-    losses = tl.reshape(loss, [OUTPUTS, R])
-    trials = tl.arange(0, R)[None, :]
-    ties = tl.where(losses == tl.min(losses, 1)[:, None], trials, TRIALS - 1)  # of NaN: the last
-    best = tl.reshape(trials == tl.min(ties, 1)[:, None], [COLUMNS]) & used
+    best = least_of_each(loss, TRIALS, R, COLUMNS) & used
     tl.store(kept + matrix * N + output, tried, mask=best)
     place = at[:, None] * N
     exact = tl.load(weights[None, :] + place, mask=best[None, :], other=0.0)
@@ -172,6 +193,25 @@ def round_group(
     place += matrix * matrix_stride + output[None, :]
     tl.store(codes + place, code.to(tl.int16), mask=best[None, :])
     tl.store(errors + place, exact - code * tried[None, :], mask=best[None, :])
+
+
+@triton.jit
+def scale_change(
+    chosen, code_row, gradient_row, row, used, N, row_stride,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What moves the scale of codes `chosen` [SIZE, COLUMNS] to its optimum; the rows are row 0."""
+    at = tl.arange(0, SIZE)
+    slope = tl.zeros([COLUMNS], tl.float32)
+    curvature = tl.zeros([COLUMNS], tl.float32)
+    for _ in range(SIZE):
+        code = tl.load(code_row, mask=used, other=0).to(tl.float32)
+        curvature += tl.sum(tl.load(row + at)[:, None] * chosen, 0) * code
+        slope += tl.load(gradient_row, mask=used, other=0.0) * code
+        code_row += N
+        gradient_row += N
+        row += row_stride
+    return tl.where(curvature > 0, slope / tl.where(curvature > 0, curvature, 1.0), 0.0)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -196,25 +236,14 @@ def refine_group(
     base = matrix * matrix_stride + output
     places = base[None, :] + at[:, None] * N
     chosen = tl.load(codes + places, mask=used[None, :], other=0).to(tl.float32)
-    slope = tl.zeros([COLUMNS], tl.float32)
-    curvature = tl.zeros([COLUMNS], tl.float32)
-    code_row, gradient_row, row = codes + base, gradient, hessian
-    for _ in range(SIZE):
-        code = tl.load(code_row, mask=used, other=0).to(tl.float32)
-        curvature += tl.sum(tl.load(row + at)[:, None] * chosen, 0) * code
-        slope += tl.load(gradient_row, mask=used, other=0.0) * code
-        code_row += N
-        gradient_row += N
-        row += row_stride
+    change = scale_change(
+        chosen, codes + base, gradient, hessian, used, N, row_stride, SIZE, COLUMNS
+    )
     before = tl.load(scale + matrix * N + output, mask=used, other=1.0)
-    change = tl.where(curvature > 0, slope / tl.where(curvature > 0, curvature, 1.0), 0.0)
     step = float16_scale(before + change)
     tl.store(moved + matrix * N + output, step, mask=used)
     last = (1 << BITS) - 1
-    if SYMMETRIC:
-        first = tl.zeros([COLUMNS], tl.float32) - (1 << (BITS - 1))
-    else:
-        first = tl.load(low + matrix * N + output, mask=used, other=0.0)
+    first = lowest(low, matrix * N + output, used, BITS, SYMMETRIC)
     inverse = tl.div_rn(1.0, step)
     shift = before - step
     changes = chosen * shift[None, :]  # of the errors, since the gradient was taken

@@ -28,7 +28,7 @@ def side_stream(device: torch.device) -> Iterator[None]:
         yield
         return
     with on(device):
-        stream = torch.cuda.Stream(device)
+        stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.default_stream(device))
         with torch.cuda.stream(stream):
             yield
