@@ -14,9 +14,9 @@ import torch
 
 from qmix.config import MixtralConfig
 from qmix.formats import names
+from qmix.planning.rounding_cost import OUTPUT_BLOCKS
 from qmix.quantize.calibrated.array_memory import experts_at_once
 from qmix.quantize.calibrated.options import LayerOptions
-from qmix.quantize.rounding.output_feedback import BLOCKS
 from qmix.weights.scheme import Recipe, Scheme
 
 PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
@@ -105,7 +105,7 @@ class LayerWork:
         input_work = _INPUT_WORK * columns
         if self._by_gradients:
             arithmetic += rows**3 / 3 + 2 * columns * rows**2
-            input_work *= BLOCKS
+            input_work *= OUTPUT_BLOCKS
         return input_work + count * (arithmetic + weight_work * rows * columns)
 
     def total(self, layer: int, tokens: int, recipe: Recipe) -> dict[str, float]:

@@ -47,7 +47,8 @@ def repair(
     for layer in range(last + 1):
         before = tokens
         if layer in lost:
-            _, tokens = files.quantize_layer(folder, layer, tokens, meter)
+            rounded, tokens = files.quantize_layer(folder, layer, tokens, meter)
+            files.write_layer(folder, layer, rounded)
         else:
             outputs = files.layer_outputs(layer)
             weights = _rounded_weights(folder / files.layer_shard(layer), outputs)

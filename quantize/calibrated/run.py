@@ -34,6 +34,7 @@ from qmix.quantize.calibrated.loss_gradients import LossGradients
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.repair import repair
 from qmix.quantize.calibrated.resume import RunState, read_state
+from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.calibrated.run_files import RunFiles
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.output_checkpoint import OutputTensor, complete, plan_outputs
@@ -186,10 +187,8 @@ def _quantize_layers(
     tokens = files.enter(folder, len(done)) if len(done) < files.layers else {}
     with Background(files.in_memory) as background:
         for layer in range(len(done), files.layers):
-            results, tokens = files.quantize_layer(folder, layer, tokens, meter)
-            done.append(results)
-            stored = [[asdict(result) for result in results] for results in done]
-            background.run(partial(_keep, files, folder, state, stored, tokens))
+            rounded, tokens = files.quantize_layer(folder, layer, tokens, meter)
+            background.run(partial(_keep, files, folder, state, done, rounded, tokens))
             if interrupted() and layer + 1 < files.layers:
                 background.wait()
                 files.group.told()
@@ -208,15 +207,22 @@ def _keep(
     files: RunFiles,
     folder: Path,
     state: RunState,
-    results: Sequence[Any],
+    done: list[list[TensorResult]],
+    rounded: Sequence[RoundedTensor],
     tokens: Mapping[str, Activations],
 ) -> None:
-    """Put what a resumed run needs after these layers on the disk, the state last."""
-    done = len(results)
-    if done < files.layers:
-        files.save_tokens(folder, done - 1, tokens)
-    RunState(state.settings, state.source, results, files.needed(done)).write(folder)
-    files.remove_tokens(folder, done)
+    """Put a layer and what a resumed run needs after it on the disk, the state last.
+
+    Args:
+        done: the results of the layers before it, to which the layer's own are appended.
+    """
+    layer = len(done)
+    done.append(files.write_layer(folder, layer, rounded))
+    if layer + 1 < files.layers:
+        files.save_tokens(folder, layer, tokens)
+    stored = [[asdict(result) for result in results] for results in done]
+    RunState(state.settings, state.source, stored, files.needed(layer + 1)).write(folder)
+    files.remove_tokens(folder, layer + 1)
 
 
 def _effort(

@@ -162,16 +162,21 @@ class RunFiles:
         layer: int,
         tokens: Mapping[str, Activations],
         meter: WorkMeter,
-    ) -> tuple[list[TensorResult], dict[str, Activations]]:
-        """Round one layer and put its shard on the disk. Its tokens are still to be saved."""
+    ) -> tuple[Sequence[RoundedTensor], dict[str, Activations]]:
+        """Round one layer. Its tensors and the tokens after it are still to be written."""
         planned = self.work([layer])
         left = {kind: meter.left[kind] - planned[kind] for kind in planned}
         after = self._arrays_after(folder, layer, shared=self.group.size > 1)
         self.group.told(("layer", layer))
         rounded = self._quantizer(folder, layer, tokens, after, meter, self.group).quantize()
         meter.drop({kind: meter.left[kind] - left[kind] for kind in left})  # what others did
-        results = self._write_shard(folder, layer + 1, self.layer_outputs(layer), iter(rounded))
-        return results, after
+        return rounded, after
+
+    def write_layer(
+        self, folder: Path, layer: int, rounded: Sequence[RoundedTensor]
+    ) -> list[TensorResult]:
+        """Put the shard of a layer on the disk."""
+        return self._write_shard(folder, layer + 1, self.layer_outputs(layer), iter(rounded))
 
     def follow_layer(self, folder: Path, layer: int, meter: WorkMeter) -> None:
         """Do this process's part of a layer that the first one quantizes."""

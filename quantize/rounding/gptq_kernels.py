@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels.gpu.launch import launch, power_of_2
+from qmix.planning.rounding_cost import PART_INPUTS, is_split
 from qmix.quantize.rounding import gptq_triton as kernels
 from qmix.quantize.rounding.gptq_group import Group, GroupOptions, trial_factors
 from qmix.quantize.rounding.grid import Grid, clip_factors, other_sign
@@ -17,8 +18,6 @@ from qmix.weights.scheme import Scheme
 # Columns of a warp: four lanes share one, with 32 registers each at 128 inputs. Half as many take
 # longer for each, and twice as many spill.
 COLUMNS = 8
-_CHUNK = 256  # inputs that one part of a split matmul sums
-_TILES = 128  # of 128 x 128 outputs that a matmul should have, so that it fills a GPU
 
 
 class GroupKernels:
@@ -41,15 +40,14 @@ class GroupKernels:
         """See `GroupSteps`. Few outputs are split over the inputs, which fills the GPU."""
         count, inputs, size = factors.shape
         outputs = errors.shape[2]
-        tiles = count * -(-outputs // 128)
-        if tiles >= _TILES or inputs % _CHUNK or first == inputs:
+        if not is_split(count, outputs, inputs) or first == inputs:
             return factors[:, first:].mT @ errors[:, first:]
-        begin = first // _CHUNK * _CHUNK  # the errors before `first` are zeros
-        parts = (inputs - begin) // _CHUNK
+        begin = first // PART_INPUTS * PART_INPUTS  # the errors before `first` are zeros
+        parts = (inputs - begin) // PART_INPUTS
         sums = errors.new_empty(count, parts, size, outputs)
         for matrix in range(count):
-            left = factors[matrix, begin:].view(parts, _CHUNK, size).mT
-            right = errors[matrix, begin:].view(parts, _CHUNK, outputs)
+            left = factors[matrix, begin:].view(parts, PART_INPUTS, size).mT
+            right = errors[matrix, begin:].view(parts, PART_INPUTS, outputs)
             torch.bmm(left, right, out=sums[matrix])
         return sums.sum(1)
 

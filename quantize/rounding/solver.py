@@ -84,8 +84,8 @@ class Solver:
 
     def scale_overflows(self) -> list[bool]:
         """For each matrix, whether a scale is too large for float16."""
-        finite = [torch.isfinite(grid.scale).all(1) for grid in self.grids.values()]
-        return torch.stack(finite).all(0).logical_not().tolist()
+        scales = torch.stack([grid.scale for grid in self.grids.values()])
+        return scales.isfinite().all(2).all(0).logical_not().tolist()
 
     def weight(self, index: int, rows: slice, order: Tensor) -> Affine:
         """Outputs `rows` of matrix `index`, on the CPU.
