@@ -39,6 +39,7 @@ from qmix.quantize.calibrated.run_files import RunFiles
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.output_checkpoint import OutputTensor, complete, plan_outputs
 from qmix.quantize.report import Effort, QuantizeReport, TensorResult
+from qmix.quantize.rounding import gptq_choice
 from qmix.quantize.source import Source
 from qmix.weights.scheme import Recipe
 from qmix.work_meter import WorkMeter
@@ -275,6 +276,7 @@ def _settings(
         "qmix version": qmix.__version__,
         "torch version": torch.__version__.split("+")[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernels": gptq_choice.kernels_of(device),
         "forward passes": str(options.forward_dtype).removeprefix("torch."),
         "number of threads": torch.get_num_threads() if device.type == "cpu" else None,
         "method": method,

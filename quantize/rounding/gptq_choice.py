@@ -36,14 +36,26 @@ def group_steps(
         UsageError: the environment names no backend.
         ResourceError: the device answers to nothing any more.
     """
-    kernels_wanted = device.type == "cuda" and named(None) in (None, "qmix")
-    if not kernels_wanted or size not in KERNEL_SIZES:
+    if not _wanted(device) or size not in KERNEL_SIZES:
         return GroupLoops(scheme, options)
     if not _usable(probe.indexed(device), size, scheme, options):
         return GroupLoops(scheme, options)
     from qmix.quantize.rounding.gptq_kernels import GroupKernels
 
     return GroupKernels(scheme, options, device)
+
+
+def kernels_of(device: torch.device) -> str | None:
+    """Whose kernels round on a device if they are right: they decide the bytes. None: torch's.
+
+    Raises:
+        UsageError: the environment names no backend.
+    """
+    return f"Triton {probe.card(probe.indexed(device)).triton}" if _wanted(device) else None
+
+
+def _wanted(device: torch.device) -> bool:
+    return device.type == "cuda" and named(None) in (None, "qmix")
 
 
 @cache

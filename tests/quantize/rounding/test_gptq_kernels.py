@@ -11,7 +11,7 @@ from qmix.kernels.gpu import probe
 from qmix.kernels.gpu.card import Card
 from qmix.kernels.trial import Comparison
 from qmix.quantize.rounding import gptq_choice, gptq_kernels
-from qmix.quantize.rounding.gptq_choice import KERNEL_SIZES, group_steps
+from qmix.quantize.rounding.gptq_choice import KERNEL_SIZES, group_steps, kernels_of
 from qmix.quantize.rounding.gptq_group import GroupLoops, GroupOptions
 from qmix.quantize.rounding.gptq_kernels import GroupKernels
 from qmix.weights.scheme import Scheme
@@ -101,6 +101,13 @@ def test_torch_rounds_what_the_kernels_do_not(gpu, monkeypatch):
     monkeypatch.setenv("QMIX_BACKEND", "torch")
     assert isinstance(group_steps(CUDA, 128, INT4, DEFAULTS), GroupLoops)
     assert trials == []
+
+
+def test_a_run_knows_whose_kernels_made_its_bytes(gpu, monkeypatch):
+    assert kernels_of(CUDA) == "Triton 3.7.1"
+    assert kernels_of(CPU) is None
+    monkeypatch.setenv("QMIX_BACKEND", "torch")
+    assert kernels_of(CUDA) is None
 
 
 WRONG = Comparison("codes after rounding groups of 128", torch.zeros(3), torch.ones(3))

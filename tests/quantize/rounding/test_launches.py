@@ -1,6 +1,6 @@
 """The kernels that a solve starts on a GPU are as many as the plan counts.
 
-Torch's operations are counted on the CPU, where each stands for one kernel, and our own launches are
+Torch's operations are counted on the CPU, where each stands for one kernel. Our own launches are
 replaced by something that only fills their results.
 """
 
