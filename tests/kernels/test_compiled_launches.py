@@ -32,7 +32,7 @@ from qmix.weights.packed.packed_shapes import ExpertFormat
 from qmix.weights.packed.table import ExpertTable
 from qmix.weights.scheme import Scheme
 
-NF4, INT4 = random_model.NF4, random_model.INT4
+NF4, INT4, INT3 = random_model.NF4, random_model.INT4, random_model.INT3
 META = torch.device("meta")
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -117,7 +117,7 @@ def of_source(source):
 def compiled():
     """The counts that each kernel is compiled with, by the kernel."""
     found = defaultdict(list)
-    for variant in (*weight_kernels([90], [NF4, INT4]), *plain_kernels([90])):
+    for variant in (*weight_kernels([90], [NF4, INT4, INT3]), *plain_kernels([90])):
         one = of_source(variant.source())
         found[one.without_counts].append(one.counts)
     return found
@@ -160,7 +160,7 @@ MULTIPROCESSORS = (82, 108, 128, 132, 148, 170)
 DEPENDENT = StepTuning(dependent=True, prefetch=True)  # where the tuner turns them on
 
 
-@pytest.mark.parametrize("plan", [NF4, INT4], ids=str)
+@pytest.mark.parametrize("plan", [NF4, INT4, INT3], ids=str)
 @pytest.mark.parametrize("kv", ["16", "int8"])
 def test_every_launch_of_a_step_is_compiled(plan, kv, launched, compiled, monkeypatch):
     model = random_model.build_random_model(MixtralConfig(num_hidden_layers=2), plan, META)
@@ -189,10 +189,10 @@ def meta(*shape, dtype=torch.bfloat16):
 def test_every_launch_of_a_prompt_is_compiled(tokens, launched, compiled, monkeypatch):
     """And of experts in two forms, with and without padding, over numbers and over codes."""
     have_multiprocessors(132, monkeypatch)
-    of = [ExpertFormat(plan, plan, (28672, 4096)) for plan in (NF4, INT4)]
+    of = [ExpertFormat(plan, plan, (28672, 4096)) for plan in (NF4, INT4, INT3)]
     x = meta(tokens, 4096)
     routes = Routes(meta(tokens, 2, dtype=torch.int64), meta(tokens, 2, dtype=torch.float32))
-    for formats in ((of[0],) * 8, (*of, of[1]) + (of[0],) * 5):
+    for formats in ((of[0],) * 8, (*of, *of) + (of[0],) * 2):
         moe.experts(x, routes, ExpertTable(meta(1, 8, dtype=torch.int64), formats, []), 0)
     pointwise.rms_norm(x, x[0], 1e-5)
     pointwise.route(meta(tokens, 8), 2)

@@ -128,6 +128,8 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.kernels.gpu.arrivals_triton",
         "qmix.kernels.gpu.compile_ahead",
         "qmix.kernels.gpu.moe_triton",
+        "qmix.kernels.gpu.panel_triton",
+        "qmix.kernels.gpu.slices_triton",
         "qmix.kernels.gpu.tiles_triton",
         "qmix.kernels.gpu.attention_triton",
         "qmix.kernels.gpu.pointwise_triton",
