@@ -16,6 +16,7 @@ from qmix.planning.footprint import on_host
 from qmix.planning.plan import Plan, check_memory, plan
 from qmix.planning.roofline import Rate, Rates
 from qmix.planning.stored_model import StoredModel
+from qmix.quantize.calibrated.bit_allocation import alike, choices_for
 from qmix.weights.scheme import DENSE, NF4, Recipe, Scheme
 from tests.support.process import succeeds
 
@@ -42,6 +43,14 @@ RATES = Rates(
     host=Rate(38e9, "test"),
     disk=Rate(2e9, "test"),
 )
+
+
+def in_bits(bits):
+    return StoredModel.assume("8x7B", FULL, choices_for(bits).typical, recipe=alike(FULL, bits))
+
+
+def estimated(planned, source=None):
+    return estimate(planned, RATES, in_bits, source)
 
 
 def refused(*arguments, **options):
@@ -158,7 +167,7 @@ def test_more_memory_never_holds_less(gpu, vram, ram, more, context):
         assert after.largest_context >= before.largest_context
         assert after.resident_context >= before.resident_context
         speed, slower = (
-            {one.path: one.bound for one in estimate(p, RATES).speeds} for p in (after, before)
+            {one.path: one.bound for one in estimated(p).speeds} for p in (after, before)
         )
         assert max(speed.values()) >= max(slower.values()) * (1 - 1e-12)
 
@@ -318,10 +327,8 @@ def test_the_small_model_is_never_refused_for_memory():
 
 
 def test_the_estimate_for_a_gpu_that_is_too_small():
-    found = estimate(
-        plan(MIXTRAL, gpu=True, vram=16 * GIB, ram=16 * GIB),
-        RATES,
-        StoredModel.assume("x", FULL, DENSE),
+    found = estimated(
+        plan(MIXTRAL, gpu=True, vram=16 * GIB, ram=16 * GIB), StoredModel.assume("x", FULL, DENSE)
     )
     assert {speed.path for speed in found.speeds} == {"interconnect", "cpu"}
     for speed in found.speeds:
@@ -343,9 +350,25 @@ def test_the_estimate_for_a_gpu_that_is_too_small():
     assert found.to_dict()["experts"]["device"] == found.plan.slots
 
 
+def test_as_many_bits_are_suggested_as_have_room():
+    """24 GiB hold all experts in 3.9 bits and a context of 4096; 80 GiB hold them in NF4."""
+    (auto,) = [
+        one
+        for one in estimated(plan(MIXTRAL, gpu=True, vram=24 * GIB)).suggestions
+        if "--method auto" in one.change
+    ]
+    assert auto.change == "qmix quantize --method auto --bits 3.9"
+    assert auto.yields.startswith("all experts in device memory, about ")
+    held, over = (plan(in_bits(bits), gpu=True, vram=24 * GIB).resident for bits in (3.9, 4.0))
+    assert held
+    assert not over
+    small = estimated(plan(MIXTRAL, gpu=True, vram=12 * GIB)).suggestions
+    assert not [one for one in small if "--method auto" in one.change]
+
+
 def test_a_shorter_context_is_suggested_where_it_helps():
     whole = plan(MIXTRAL, gpu=False, context=1024).host_memory.total
-    found = estimate(plan(MIXTRAL, gpu=False, ram=whole, context=8192), RATES)
+    found = estimated(plan(MIXTRAL, gpu=False, ram=whole, context=8192))
     (ctx,) = [one for one in found.suggestions if one.change.startswith("--ctx")]
     context = int(ctx.change.split()[1])
     assert 1024 <= context < 8192
@@ -360,22 +383,22 @@ def test_a_cache_in_8_bits_is_suggested_where_it_makes_room():
     assert sixteen.device_memory["KV cache"] - eight.device_memory["KV cache"] == saved
     assert eight.slots > sixteen.slots
     assert eight.to_dict()["kv"] == "int8"
-    (kv,) = [s for s in estimate(sixteen, RATES).suggestions if s.change.startswith("--kv")]
+    (kv,) = [s for s in estimated(sixteen).suggestions if s.change.startswith("--kv")]
     assert f"{eight.slots - sixteen.slots} more of 256 experts" in kv.yields
-    assert not [s for s in estimate(eight, RATES).suggestions if s.change.startswith("--kv")]
+    assert not [s for s in estimated(eight).suggestions if s.change.startswith("--kv")]
     held = plan(MIXTRAL, gpu=True, vram=26 * GIB, context=4096)
-    (kv,) = estimate(held, RATES).suggestions
+    (kv,) = estimated(held).suggestions
     longer = plan(MIXTRAL, gpu=True, vram=26 * GIB, context=4096, kv="int8").resident_context
     assert kv.yields == f"contexts of {longer} instead of {held.resident_context}"
 
 
 def test_nothing_is_suggested_where_all_fits():
-    assert estimate(plan(MIXTRAL, gpu=True, vram=80 * GIB), RATES).suggestions == ()
+    assert estimated(plan(MIXTRAL, gpu=True, vram=80 * GIB)).suggestions == ()
 
 
 def test_the_disk_is_counted_in_the_bound():
     found = plan(MIXTRAL, gpu=False, ram=16 * GIB)
-    (speed,) = estimate(found, RATES).speeds
+    (speed,) = estimated(found).speeds
     step = found.step_cost
     seconds = (step.dense + 64 * step.expert) / 38e9 + found.disk / 256 * 64 * step.expert / 2e9
     assert 1 / speed.bound == pytest.approx(seconds, rel=1e-9)
