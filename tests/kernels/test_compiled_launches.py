@@ -24,9 +24,13 @@ from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels import Routes
 from qmix.kernels.gpu import attention, fused, moe, pointwise
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
+from qmix.quantize.rounding import gptq_kernels
+from qmix.quantize.rounding.gptq_group import GroupOptions
+from qmix.quantize.rounding.solver import Solver
 from qmix.tuning.axes import SEPARATE
 from qmix.weights.packed.packed_shapes import ExpertFormat
 from qmix.weights.packed.table import ExpertTable
+from qmix.weights.scheme import Scheme
 
 NF4, INT4, INT3 = random_model.NF4, random_model.INT4, random_model.INT3
 META = torch.device("meta")
@@ -38,6 +42,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int16: "*i16",
 }
 # Constants that count: rounds of unrolled loops, elements of a vector. Fewer cost no more.
 COUNTS = {"Z", "S", "SLICES", "LAST_S", "LAST_SLICES", "PARTS", "SPLITS", "SHARED"}
@@ -126,7 +131,7 @@ def launched(monkeypatch):
     def launch(kernel, grid, *arguments, **named):
         found.add(of_launch(kernel, arguments, named))
 
-    for module in (attention, fused, moe, pointwise):
+    for module in (attention, fused, gptq_kernels, moe, pointwise):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setitem(kernels._LINEAR, (Dense, "meta"), dense.linear)  # the head's
     monkeypatch.setattr("qmix.generation.layer_launches.can_depend", lambda device: True)
@@ -204,3 +209,18 @@ def test_what_is_not_compiled_is_found(launched, compiled, monkeypatch):
     pointwise.rms_norm(meta(3, 2048), meta(2048), 1e-5)
     (found,) = missing(launched, compiled)
     assert found.startswith("residual_norm")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_every_launch_of_quantizing_is_compiled(size, symmetric, launched, compiled):
+    scheme = Scheme(kind="int4", group_size=size, symmetric=symmetric)
+    options = GroupOptions(live_scales=True, scale_search=True, trials=8)
+    steps = gptq_kernels.GroupKernels(scheme, options, META)
+    weights = meta(3, 512, 1792, dtype=torch.float32)
+    hessians = meta(3, 512, 512, dtype=torch.float32)
+    solver = Solver(weights, hessians, scheme, size, steps)
+    solver.round_greedily(hessians, lambda _: None)
+    solver.refine(lambda _: None)
+    assert {one.kernel for one in launched} == {"search_grid", "round_group", "refine_group"}
+    assert missing(launched, compiled) == []

@@ -133,6 +133,7 @@ OWNERS: Mapping[str, set[str]] = {
         "qmix.kernels.gpu.tiles_triton",
         "qmix.kernels.gpu.attention_triton",
         "qmix.kernels.gpu.pointwise_triton",
+        "qmix.quantize.rounding.gptq_triton",
         "qmix.evals.timing.machine_code",
         "qmix.kernels.gpu.card",
         "qmix.evals.acceptance.interpreted_codes",
