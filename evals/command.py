@@ -3,6 +3,7 @@
 Knows nothing of any command.
 """
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -49,8 +50,8 @@ def publish(record: "DataclassInstance", file: Path | None) -> None:
 
 
 def command_line(name: str) -> str:
-    """How this process's command, `python -m qmix.evals.NAME`, was called."""
-    return " ".join((f"python -m qmix.evals.{name}", *sys.argv[1:]))
+    """How this process's command, `python -m qmix.evals.NAME`, was called, as a shell takes it."""
+    return shlex.join(("python", "-m", f"qmix.evals.{name}", *sys.argv[1:]))
 
 
 def numbers(text: str) -> tuple[int, ...]:

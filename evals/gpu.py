@@ -11,6 +11,7 @@ Knows the steps by name; what they measure is in qmix.evals.steps.
 
 import argparse
 import datetime
+import shlex
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = [step for step in STEPS if not options.only or step.name in options.only]
     if options.rehearse:  # the interpreter's pace says nothing
         steps = [replace(step, seconds=_REHEARSED * step.seconds) for step in steps]
-    command = " ".join(("python3 -m qmix.evals.gpu", *given))
+    command = shlex.join(("python3", "-m", "qmix.evals.gpu", *given))
     record = run_steps(steps, out, options.budget, command, _starter(options))
     sys.stdout.write(record.markdown())
     statuses = {outcome.status for outcome in record.steps.values()}

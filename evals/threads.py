@@ -18,7 +18,7 @@ import torch
 from qmix import strict_json
 from qmix.config import MixtralConfig
 from qmix.evals import markdown
-from qmix.evals.command import exit_code, numbers, say
+from qmix.evals.command import command_line, exit_code, numbers, say
 from qmix.evals.timing.cpu_layer import bytes_of_token, forward_layers
 from qmix.evals.timing.random_layer import FORMATS, random_layer
 from qmix.evals.timing.thread_split import Machine, Prediction, predict, split_of
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"predicted, in ms:\n\n{markdown.table(_HEADER, rows)}\n")
         if options.json:
             record = {str(tokens): [asdict(one) for one in each] for tokens, each in found.items()}
-            command = " ".join(("python -m qmix.evals.threads", *sys.argv[1:]))
+            command = command_line("threads")
             strict_json.write(options.json, {"command": command, "predictions": record})
 
     return exit_code("threads", work)

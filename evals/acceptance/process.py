@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -80,14 +81,14 @@ class WorkerProcess:
         """End the process and whatever it started; what it printed last."""
         if self._said.closed:
             return ""
-        if self._process.stdin is not None:
-            with suppress(BrokenPipeError):
-                self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):  # by itself, if it has closed the pipe
             self._process.wait(0 if self._open() else 1)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        if self._process.stdin is not None:  # open until now, so that its exit code is its own
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
         os.close(self._pipe)
         with self._said as said:
             size = said.seek(0, os.SEEK_END)
@@ -97,6 +98,22 @@ class WorkerProcess:
     def _open(self) -> bool:
         """Whether the process still holds its end of the pipe."""
         return not select.select([self._pipe], [], [], 0)[0] or bool(self._buffer)
+
+
+def end_with_parent() -> None:
+    """End this process, and whatever it started, when nobody can ask it for a step any more.
+
+    A command that is killed cannot end its worker, which would go on with its step beside the
+    command that continues the journal, and take memory and time of the same device.
+    """
+    requests = select.poll()
+    requests.register(sys.stdin, 0)  # of no event but the hang-up, which is always told
+
+    def watch() -> None:
+        requests.poll()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def python(module: str, *arguments: str) -> list[str]:

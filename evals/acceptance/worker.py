@@ -21,6 +21,7 @@ from typing import TextIO
 
 import torch
 
+from qmix.evals.acceptance.process import end_with_parent
 from qmix.evals.acceptance.step import Step, step_named
 from qmix.evals.steps.setting import NotHereError, Setting
 
@@ -141,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fail", metavar="STEP=HOW")
     parser.add_argument("descriptor", type=int)
     options = parser.parse_args(arguments)
+    end_with_parent()
     name, _, how = (options.fail or "").partition("=")
     if options.rehearse:
         from qmix.evals.acceptance import interpreted_codes  # needs triton, which a worker may lack

@@ -12,6 +12,8 @@ _SCHEMES = (
     Scheme(kind="nf4"),
     Scheme(kind="int4"),
     Scheme(kind="int4", symmetric=False),
+    Scheme(kind="int2", group_size=64),
+    Scheme(kind="int3"),
     Scheme(kind="int8"),
     Scheme(kind="int6", group_size=16),
     Scheme(kind="e2m1", block_size=16),

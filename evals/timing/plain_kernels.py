@@ -1,6 +1,7 @@
-"""The GPU kernels that read no weights, in all variants: attention, norms, rotary, router.
+"""The GPU kernels that read no packed weights, in all variants: attention, norms, rotary, router.
 
-All have the 8x7B's shapes. evals.aot compiles them; nothing is compiled here.
+All have the 8x7B's shapes. Those that quantize by GPTQ are among them. evals.aot compiles them;
+nothing is compiled here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,10 @@ from qmix.kernels.gpu import (
     pointwise,
     pointwise_triton,
 )
+from qmix.kernels.gpu.launch import power_of_2
+from qmix.quantize.rounding import gptq_kernels, gptq_triton
+from qmix.quantize.rounding.gptq import RoundingOptions
+from qmix.quantize.rounding.gptq_choice import KERNEL_SIZES
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _HIDDEN, _EXPERTS, _EXPERTS_PER_TOKEN = 32, 8, 128, 4096, 8, 2
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -39,6 +44,12 @@ _POINTERS = {
     "squares": "*fp32",
     "scale": "*fp32",
 }
+_ROUNDING_POINTERS = {
+    **dict.fromkeys(("weights", "carried", "upper", "clips", "factors", "errors"), "*fp32"),
+    **dict.fromkeys(("scale", "low", "high", "kept", "moved", "gradient", "hessian"), "*fp32"),
+    "codes": "*i16",
+}
+_FLOATS = ("eps", "other_sign")
 _APART = ("out", "arrivals")  # the splits are merged by a launch of its own
 _STEPS, _NEW = ("key_steps", "value_steps"), ("new_keys", "new_values")
 _CODES = dict.fromkeys(("keys", "values"), "*i8") | dict.fromkeys(_STEPS, "*fp32")
@@ -91,10 +102,11 @@ class PlainKernel:
 
     def source(self) -> KernelSource:
         """The kernel in the form that is compiled."""
-        modules = (attention_triton, pointwise_triton, fused_triton, moe_triton)
+        modules = (attention_triton, pointwise_triton, fused_triton, moe_triton, gptq_triton)
         function: Any = next(filter(None, (getattr(m, self.kernel, None) for m in modules)))
         constants: dict[str, object] = {**dict(self.constants), **dict.fromkeys(self.absent)}
         pointers = dict.fromkeys(_MODEL_POINTERS, f"*{_TYPES[self.dtype]}") | _POINTERS
+        pointers |= _ROUNDING_POINTERS
         if self.half:
             pointers |= dict.fromkeys(("out", "normed"), "*fp16")
         if self.codes:
@@ -102,8 +114,9 @@ class PlainKernel:
         absent = () if self.codes.startswith("new") else _NEW if self.codes else (*_NEW, *_STEPS)
         constants |= {name: None for name in absent if name in function.arg_names}
         names = [name for name in function.arg_names if name not in constants]
-        types = {name: "fp32" if name == "eps" else pointers.get(name, "i32") for name in names}
-        sizes = {name for name in names if name.endswith(("_batch", "_head", "_row"))} | {"D"}
+        types = {name: "fp32" if name in _FLOATS else pointers.get(name, "i32") for name in names}
+        multiples = ("_batch", "_head", "_row", "_stride")
+        sizes = {name for name in names if name.endswith(multiples)} | {"D"}
         if self.kernel == "combine":
             sizes |= {"N"}
         if self.codes:  # of d + 4 bytes
@@ -122,8 +135,12 @@ def plain_kernels(
 ) -> Iterator[PlainKernel]:
     """All kernels that `qmix.kernels.gpu.attention` and `.pointwise` can launch, and `combine`.
 
+    And those of `qmix.quantize.rounding.gptq_kernels`, which are of float32 whatever the dtypes.
+
     Where a constant counts the rounds of an unrolled loop, it has the most that occur.
     """
+    for arch in archs:
+        yield from _rounding(arch)
     for arch, dtype in product(archs, dtypes):
         yield from _attention(dtype, arch)
         for kernel, warps, constants, absent, half in _pointwise():
@@ -159,6 +176,24 @@ def _attention(dtype: torch.dtype, arch: int) -> Iterator[PlainKernel]:
                     plain, kernel="prefill", constants=constants, absent=absent, warps=shape.warps,
                     stages=shape.stages, codes=old,
                 )  # fmt: skip
+
+
+def _rounding(arch: int) -> Iterator[PlainKernel]:
+    """Groups of every size, in 4 bits as `qmix quantize` rounds them."""
+    trials = RoundingOptions().trials
+    for size, symmetric in product(KERNEL_SIZES, (True, False)):
+        shape = {"SIZE": size, "BITS": 4, "SYMMETRIC": int(symmetric)}
+        columns = {"COLUMNS": gptq_kernels.COLUMNS}
+        search = shape | {"LIVE": 1, "SIGNS": 1 + symmetric} | columns
+        rounding = shape | {"TRIALS": trials, "R": power_of_2(trials)} | columns
+        for kernel, constants, unused in (
+            ("search_grid", search, ("low", "high")),
+            ("round_group", rounding, ("low",)),
+            ("refine_group", shape | columns, ("low",)),
+        ):
+            absent = unused if symmetric else ()
+            fixed = tuple(constants.items())
+            yield PlainKernel(kernel, torch.float32, fixed, absent, 1, 1, arch)
 
 
 def _tile(shape: attention.BlockShape) -> dict[str, int]:

@@ -8,6 +8,7 @@ Shape letters: N outputs, K inputs, D hidden width, F expert width.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,21 @@ from qmix.nn.decoder_layer import DecoderLayer
 from qmix.nn.linear import Linear
 from qmix.weights.packed import codes
 from qmix.weights.packed.layout import PackedExpert, PackedMatrix
-from qmix.weights.packed.tile_format import BYTE_ROWS, HEADER_BYTES, PANEL, TileFormat
+from qmix.weights.packed.tile_format import HEADER_BYTES, PANEL, TileFormat, TileKind
 from qmix.weights.table import NF4_VALUES
 
 NF4 = TileFormat("nf4", 64)
 INT4 = TileFormat("int4", 128)
-FORMATS = {"nf4": NF4, "int4": INT4}
+INT3 = TileFormat("int3", 128)
+FORMATS = {"nf4": NF4, "int4": INT4, "int3": INT3}
 
-# Root mean square of the values of equally likely codes.
-_RMS = {
-    "nf4": math.sqrt(sum(v * v for v in NF4_VALUES) / 16),
-    "int4": math.sqrt(sum((c - codes.HALF_RANGE["int4"]) ** 2 for c in range(16)) / 16),
-}
+
+def _rms(kind: TileKind) -> float:
+    """Root mean square of the values of equally likely codes."""
+    values: Sequence[float] = NF4_VALUES
+    if kind != "nf4":
+        values = [code - codes.HALF_RANGE[kind] for code in range(2 * codes.HALF_RANGE[kind])]
+    return math.sqrt(sum(value * value for value in values) / len(values))
 
 
 def build_random_model(
@@ -120,13 +124,13 @@ class RandomWeights:
         blob[len(header) : len(header) + len(words)] = words.to(self._device)
         panels, tiles = shape[0] // PANEL, shape[1] // tile_format.inputs
         tile = blob[HEADER_BYTES:].view(panels, tiles, tile_format.tile_bytes)
-        scales = tile[:, :, tile_format.code_bytes : tile_format.code_bytes + 4 * BYTE_ROWS].view(
-            torch.float16
-        )
-        size = 1 / (_RMS[tile_format.kind] * math.sqrt(shape[1]))
+        scales = tile[
+            :, :, tile_format.code_bytes : tile_format.code_bytes + tile_format.scale_bytes
+        ].view(torch.float16)
+        size = 1 / (_rms(tile_format.kind) * math.sqrt(shape[1]))
         scales.uniform_(0.8 * size, 1.2 * size, generator=self._generator)
         assert tile_format.symmetric
-        return PackedMatrix(blob, tile_format, shape, tile_format.inputs, self._dtype)
+        return PackedMatrix(blob, tile_format, shape, tile_format.group_inputs, self._dtype)
 
 
 def _shape(module: Linear) -> tuple[int, int]:

@@ -20,11 +20,19 @@ FORMATS = (
     TileFormat("int4", 32, symmetric=False),  # Q4_K
     TileFormat("nf4", 64, own_table=True),
     TileFormat("e2m1", 64, group=16),  # NVFP4
-    TileFormat("int4", 64, symmetric=False, group=16),  # Q2_K
+    TileFormat("int4", 64, symmetric=False, group=16),
     TileFormat("int8", 64),
     TileFormat("int8", 64, symmetric=False),
     TileFormat("int8", 32),  # Q8_0
-    TileFormat("int8", 64, group=16),  # Q6_K
+    TileFormat("int8", 64, group=16),
+    TileFormat("int2", 128, group=64),  # of `--method auto`, and the next three
+    TileFormat("int2", 128, group=32),
+    TileFormat("int3", 128),
+    TileFormat("int3", 128, group=32),
+    TileFormat("int2", 128, symmetric=False, group=16),  # Q2_K
+    TileFormat("int3", 128, group=16),  # Q3_K
+    TileFormat("int5", 128, symmetric=False, group=32),  # Q5_K
+    TileFormat("int6", 128, group=16),  # Q6_K
 )
 
 _POINTERS = {

@@ -46,6 +46,7 @@ def generate(
         bool, typer.Option("--chat", help="Ask it as a user does in a chat, by the template.")
     ] = False,
     template: options.Template = None,
+    ctx: options.Context = None,
     reuse: options.Reuse = options.REUSE,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -63,6 +64,7 @@ def generate(
     """
     config = sampling.parse(max_new_tokens)
     directory = sources.local(directory, yes=yes)
+    context = sources.checked_context(directory, ctx, default=load.context(None))
     import torch
 
     import qmix
@@ -70,24 +72,22 @@ def generate(
     from qmix.generation.inputs import GenerationInputs
     from qmix.generation.loop import stream
 
-    prompts, load_options = reuse.prompts(directory), load.parse()
+    prompts, load_options = reuse.prompts(directory), load.parse(ctx)
     text = _stdin() if prompt == "-" else prompt
     with load_bar(quiet=quiet) as bar:
         model, tokenizer = qmix.load(directory, load_options=load_options, progress=bar)
     config = config.filled_from(model.generation_config).filled_from(CONTINUATION)
     chat = chat or template is not None
     ids, ends = _asked(tokenizer, text, template) if chat else (tokenizer.encode(text), ())
-    config = reuse.drafting(config.with_ends(ends), model)
-    config = _fitting(config, len(ids), model.config.max_position_embeddings)
-    cache = model.new_cache(1, len(ids))
-    begun = time.perf_counter()
+    config = _fitting(reuse.drafting(config.with_ends(ends), model), len(ids), context)
+    cache, begun = model.new_cache(1, len(ids)), time.perf_counter()
     cached = 0 if prompts is None else prompts.restore(cache, ids)
     inputs = GenerationInputs(
         torch.tensor([ids]), config, cache=cache, tokenizer=tokenizer, starts_new_text=chat
     )
     done, new = _written(stream(model, inputs), len(ids), cached, begun, as_json=as_json)
     if prompts is not None:
-        prompts.store(cache, [*ids, *new])
+        prompts.keep(cache, [*ids, *new])
     if not quiet and not as_json:
         terminal.notice(str(done))
     if chat and done.finish == "length":
@@ -165,20 +165,21 @@ def _asked(
     return form.prompt([Message("user", text)]), form.end_ids
 
 
-def _fitting(config: "GenerationConfig", prompt: int, positions: int) -> "GenerationConfig":
-    """The configuration with no more new tokens than the model has positions for.
+def _fitting(config: "GenerationConfig", prompt: int, context: int) -> "GenerationConfig":
+    """The configuration with no more new tokens than the context holds.
 
     Raises:
         UsageError: the prompt leaves none, or fewer than the command line asks for.
     """
-    new, space = config.new_tokens(prompt), positions - prompt
+    new, space = config.new_tokens(prompt), context - prompt
     if new <= space:
         return config
     if space > 0 and config.given["max_new_tokens"] != options.GIVEN:
         return config.updated({"max_new_tokens": space})
     raise UsageError(
-        "the prompt and the new tokens exceed the model's positions",
-        expected=f"at most {positions}",
+        "the prompt and the new tokens exceed the context",
+        where="--ctx",
+        expected=f"at most {context}",
         found=f"{prompt} + {new}",
-        remedy="Shorten the prompt or lower --max-new-tokens.",
+        remedy="Shorten the prompt, lower --max-new-tokens, or give a larger --ctx.",
     )

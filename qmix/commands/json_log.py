@@ -30,7 +30,8 @@ def line(record: logging.LogRecord) -> str:
     A record that names no event is a `notice` with a `message`.
     """
     at = datetime.fromtimestamp(record.created, UTC)
-    fields = dict(getattr(record, "fields", {"message": record.getMessage()}))
+    message = record.getMessage().removeprefix("warning: ").rstrip()  # of a Python warning
+    fields = dict(getattr(record, "fields", {"message": message}))
     document: dict[str, Any] = {
         "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": record.levelname.lower(),

@@ -107,6 +107,14 @@ KV = Annotated[
 Slots = Annotated[
     int, typer.Option(min=1, max=16, help="Requests at a time.", rich_help_panel=_REQUESTS)
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        parser=token_count,
+        help="Context in tokens: 8k.",
+        show_default="the model's, or 4096 with --vram or --ram",
+    ),
+]
 ServedContext = Annotated[
     int | None,
     typer.Option(
@@ -177,6 +185,16 @@ class Load(Group):
     ] = None
     backend: Backend = None
     kv: KV = None
+
+    def context(self, given: int | None) -> int | None:
+        """Tokens of a text at most: what is given, or as many as a budget leaves room for.
+
+        None: all that the model has positions for.
+        """
+        from qmix.planning.plan import CONTEXT
+
+        is_budgeted = self.vram is not None or self.ram is not None
+        return CONTEXT if given is None and is_budgeted else given
 
     def parse(self, max_context: int | None = None, max_batch: int = 1) -> "LoadOptions":
         """The options of a load.

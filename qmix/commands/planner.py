@@ -4,6 +4,7 @@ Looks at files' headers and at this machine; qmix.planning computes. Knows no to
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qmix import strict_json
@@ -99,7 +100,9 @@ def answer(request: PlanRequest) -> PlanAnswer:
         kv=request.kv,
     )
     return PlanAnswer(
-        estimate=estimate(planned, target.rates(), dense),
+        estimate=estimate(
+            planned, target.rates(), partial(_in_bits, model.name, model.config), dense
+        ),
         place=target.describe(),
         notes=target.notes,
     )
@@ -162,12 +165,17 @@ def _has_weights(folder: Path) -> bool:
 def _assumed(request: PlanRequest, name: str, config: MixtralConfig, budget: float) -> StoredModel:
     """The model as it would be quantized."""
     if request.method == "auto":
-        scheme, recipe = choices_for(budget).typical, alike(config, budget)
-        return StoredModel.assume(name, config, scheme, recipe=recipe)
+        return _in_bits(name, config, budget)
     if request.method == "nf4":
         return StoredModel.assume(name, config, Scheme(kind="nf4"))
     scheme = Scheme(kind="int4", group_size=request.group_size or 128)
     return StoredModel.assume(name, config, scheme)
+
+
+def _in_bits(name: str, config: MixtralConfig, bits: float) -> StoredModel:
+    """The model as `--method auto` would quantize it if every weight deserved the same."""
+    scheme, recipe = choices_for(bits).typical, alike(config, bits)
+    return StoredModel.assume(name, config, scheme, recipe=recipe)
 
 
 @dataclass(frozen=True, kw_only=True)

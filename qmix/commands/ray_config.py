@@ -47,8 +47,8 @@ def application(arguments: Mapping[str, Any]) -> "Application":
             where="args",
             expected=f"api_key_file, or {VARIABLE} in the environment",
         )
-    from qmix.serving.http.cluster.application import Scale
     from qmix.serving.http.cluster.application import application as of
+    from qmix.serving.http.cluster.scale import Scale
     from qmix.serving.http.guard import Access
 
     def chosen(names: list[str] | tuple[str, ...]) -> dict[str, Any]:

@@ -183,15 +183,11 @@ class Repl:
             raise NotLoaded(error) from None
 
     def close(self) -> None:
-        """Give up a model that is being loaded; keep what was computed, where somebody wants that.
-
-        Raises:
-            WriteError: it cannot be written.
-        """
+        """Give up a model that is being loaded, or keep what was computed if somebody wants it."""
         if isinstance(self._session, BackgroundLoad):
             self._session.cancel()
         else:
-            self._session.model.keep_cache()
+            self._session.keep_cache()
 
     @property
     def start_line(self) -> str:

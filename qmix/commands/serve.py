@@ -108,7 +108,7 @@ def serve(
       qmix serve mixtral-nf4 --host 0.0.0.0 --api-key-file key.txt
       qmix serve mixtral-nf4 --ray --replicas 4
     """
-    replicas = ray.parse(log_json=log_json)
+    scale = ray.parse(log_json=log_json)
     key = _checked_key(host, api_key, api_key_file)
     source = _source(model, demo=demo, yes=yes)
     _check_extra()
@@ -127,8 +127,8 @@ def serve(
         reuse=reuse,
         load=load,
     )
-    if replicas is not None:
-        serve_ray(settings, replicas, host, port, device=load.device, quiet=quiet)
+    if scale is not None:
+        serve_ray(settings, scale, host, port, device=load.device, quiet=quiet)
     else:
         _serve_here(settings, host, port, quiet=quiet)
 

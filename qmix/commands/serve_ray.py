@@ -3,7 +3,7 @@
 Heavy imports stay inside the functions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,19 +13,11 @@ from qmix.errors import UsageError
 from qmix.quantities import counted
 
 if TYPE_CHECKING:
+    from qmix.serving.http.cluster.scale import Scale
     from qmix.serving.http.service import ServiceSettings
 
 _PANEL = "Ray"
 _MOST = 4096
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """How many there are, and the CPUs of each."""
-
-    least: int
-    most: int
-    cpus: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class RayOptions(options.Group):
         ),
     ] = None
 
-    def parse(self, *, log_json: bool = False) -> Replicas | None:
+    def parse(self, *, log_json: bool = False) -> "Scale | None":
         """What they say; None without --ray.
 
         Args:
@@ -94,10 +86,11 @@ class RayOptions(options.Group):
             raise UsageError("--replicas and --autoscale contradict each other")
         count = self.replicas or 1
         bounds = (count, count) if self.autoscale is None else _bounds(self.autoscale)
+        from qmix.serving.http.cluster.scale import Scale
         from qmix.serving.ray_cluster import check_extra
 
         check_extra()
-        return Replicas(*bounds, self.cpus or 1)
+        return Scale(least=bounds[0], most=bounds[1], cpus=self.cpus or 1)
 
 
 RAY = RayOptions()
@@ -122,7 +115,7 @@ def _bounds(text: str) -> tuple[int, int]:
 
 def serve_ray(
     settings: "ServiceSettings",
-    replicas: Replicas,
+    scale: "Scale",
     host: str,
     port: int,
     *,
@@ -132,6 +125,7 @@ def serve_ray(
     """Serve by replicas until a signal.
 
     Args:
+        scale: without GPUs.
         device: that was asked for.
 
     Raises:
@@ -143,14 +137,14 @@ def serve_ray(
         raise UsageError("wrong value", where="--port", expected="1 to 65535 with --ray", found=0)
     from qmix.serving import ray_cluster
     from qmix.serving.http import server
-    from qmix.serving.http.cluster.application import Scale, application
+    from qmix.serving.http.cluster.application import application
     from qmix.serving.http.cluster.foreground import Address, serve
 
     if ray_cluster.is_own():
         server.listening(host, port).close()  # Ray itself would only say that it waits
     ray_cluster.join()
     gpus = int(ray_cluster.has_gpus() and device != "cpu")
-    scale = Scale(least=replicas.least, most=replicas.most, cpus=replicas.cpus, gpus=gpus)
+    scale = replace(scale, gpus=gpus)
     address = Address(host=host, port=port, deadline_s=settings.deadline_s)
 
     def say(text: str) -> None:
@@ -159,13 +153,13 @@ def serve_ray(
 
     def started() -> None:
         say(
-            f"serving {settings.name} at {address.url}/v1 · {_said(replicas)} of "
+            f"serving {settings.name} at {address.url}/v1 · {_said(scale)} of "
             f"{settings.limits.slots} slots · Ctrl-C ends it"
         )
 
     serve(application(settings, scale), address, started=started, say=say)
 
 
-def _said(replicas: Replicas) -> str:
-    least, most = replicas.least, replicas.most
+def _said(scale: "Scale") -> str:
+    least, most = scale.least, scale.most
     return f"{least} to {most} replicas" if least < most else counted(least, "replica")

@@ -78,6 +78,10 @@ class Session:
         self.replies.clear()
         self.last = None
 
+    def keep_cache(self) -> int:
+        """Keep what was computed of the turns, see ChatModel; of none, nothing is kept."""
+        return self.model.keep_cache() if self.turns else 0
+
     def release(self) -> None:
         """Let go of the model, so that another one has room; the turns go too."""
         self.clear()

@@ -5,6 +5,7 @@ Knows nothing of what is written.
 
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def made_folder(directory: str | Path) -> Path:
 
 
 def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
+    """`write_parts` of one part."""
+    write_parts(path, (data,), private=private)
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview], *, private: bool = False) -> None:
     """Replace `path` in one step; the old file stands until the new one is on the disk.
 
     A link at `path` is replaced, not followed. A process that is killed may leave `NAME.*.writing`
@@ -43,7 +49,8 @@ def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> Non
         try:
             descriptor = os.open(partial, flags, _FOR_THE_OWNER if private else _FOR_ALL)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                for part in parts:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

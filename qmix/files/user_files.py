@@ -4,6 +4,7 @@ One is read back only if nobody but the user and root can have written it. Knows
 the files hold.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +124,9 @@ def prepare(path: Path) -> None:
         for folder in reversed(path.parents):
             if not folder.exists():
                 folder.mkdir(mode=0o700, exist_ok=True)
+        if not path.parent.is_dir():
+            reason = os.strerror(errno.ENOTDIR)
+            raise NotADirectoryError(errno.ENOTDIR, reason, str(path.parent))
         why = doubt(path.with_name(".none"))
         if why is not None:
             raise PermissionError(f"what lies there cannot be trusted: {why}")

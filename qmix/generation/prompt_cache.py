@@ -2,52 +2,70 @@
 
 A file holds the ids of one text and the cache behind them, as safetensors. Its name says what it
 can be used for and what it holds: `MODEL-DIGEST.safetensors`. A file that is not what its name says
-is no use, and is removed. The folder has a limit; the files unused for longest go first. Knows
-models by a name that is given.
+is no use, and is removed. The folder has a limit; the files unused for longest go first. Files of
+other names are left alone. Knows models by a name that is given.
 """
 
 import hashlib
 import os
+import re
 import secrets
 import time
+import warnings
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, WriteError
 from qmix.files import user_files
 from qmix.files.file_errors import writing
 from qmix.formats.files.shard_writer import ShardWriter, file_digest
-from qmix.formats.files.shards import Entry, read_entries, read_entry
+from qmix.formats.files.shards import read_entries, read_entry
 from qmix.formats.tensor_spec import TensorSpec
+from qmix.gguf.files import gguf_files
 from qmix.nn.cache import KVCache
 from qmix.text.common_prefix import common_prefix
 
 LIMIT_BYTES = 16 << 30
 LEAST = 32  # positions that are worth a file
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_DESCRIPTIONS = ("config.json", "qmix_manifest.json")
+_DESCRIPTIONS = ("*config.json", "params.json", "qmix_manifest.json")
+# Of a weight file: they tell a fine-tuned model from its parent, and take milliseconds.
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _ABANDONED_S = 24 * 3600.0  # after which a file that is being written has no writer any more
+_TEXT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.safetensors")
+_PARTIAL = re.compile(r"[0-9a-f]{16}\.writing")
 
 
 def checkpoint_name(path: Path) -> str:
     """A name that another checkpoint, or a changed one, does not have: a SHA-256.
 
-    It is made of what describes the checkpoint, and of its weight files' names, sizes and times.
+    It is made of what describes the checkpoint, and of its weight files' names, sizes, times and a
+    sample of their bytes, since archives and container images give many files the same time.
     """
-    files = [path] if path.is_file() else sorted(path.iterdir())
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(path.iterdir()) if path.is_dir() else gguf_files(path):
         if file.suffix in _WEIGHTS:
             found = file.stat()
             digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
-        elif file.name in _DESCRIPTIONS:
+            _sample(file, found.st_size, digest)
+        elif any(fnmatch(file.name, pattern) for pattern in _DESCRIPTIONS):
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _sample(file: Path, size: int, digest: "hashlib._Hash") -> None:
+    """Hash some bytes of a file, from its beginning to its end."""
+    with file.open("rb") as data:
+        for part in range(_SAMPLES):
+            data.seek(part * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+            digest.update(data.read(_SAMPLE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -55,8 +73,7 @@ class Stored:
     """A file, and the ids of its text."""
 
     path: Path
-    ids: tuple[int, ...]
-    entries: dict[str, Entry]
+    ids: "array[int]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +97,8 @@ class PromptCache:
 
     def __init__(self, folder: Path, model: str, limit_bytes: int = LIMIT_BYTES) -> None:
         self._folder, self._model, self._limit = folder.absolute(), model, limit_bytes
+        # What was read of each file: a folder may hold thousands, and a request asks for them all.
+        self._known: dict[tuple[str, int, int], array[int]] = {}
         user_files.prepare(self._folder / "any")
 
     def find(self, kind: KVCache, ids: Sequence[int], held: int = 0) -> "Found | None":
@@ -91,18 +110,20 @@ class PromptCache:
             kind: a cache that such a file has to fit; it may be empty.
             held: positions of the text that the cache has already; a file has to give LEAST more.
         """
-        least, wanted = held + LEAST, tuple(ids[:-1])
-        while len(wanted) >= least:
-            found = self._longest(kind, wanted)
-            if found is None or found[1] < least:
+        least, wanted = held + LEAST, array("i", ids[:-1])
+        if len(wanted) < least:
+            return None
+        usable = [(_usable(kind, stored.ids, wanted), stored) for stored in self._of_kind(kind)]
+        for length, stored in sorted(usable, key=lambda each: each[0], reverse=True):
+            if length < least:
                 break
-            stored, length = found
             if _is_whole(stored.path):
-                with suppress(CheckpointError, OSError):
-                    layers = list(_layers(stored, kind))
-                    os.utime(stored.path)
+                with suppress(CheckpointError):
+                    user_files.check(stored.path)
+                    layers = list(_layers(stored.path, kind))
+                    _mark_used(stored.path)
                     return Found(length, layers)
-            stored.path.unlink(missing_ok=True)
+            _remove(stored.path)
         return None
 
     def restore(self, cache: KVCache, ids: Sequence[int], held: int = 0) -> int:
@@ -117,48 +138,60 @@ class PromptCache:
         return found.length
 
     def store(self, cache: KVCache, ids: Sequence[int]) -> bool:
-        """Keep what a cache holds, whose positions have these ids; whether it was worth a file.
+        """Keep what a cache holds, whose positions have these ids; whether a file was written.
 
-        A file of a beginning of this text, which this one can stand for, is removed.
+        None is for a text that is too short or too long, or that the folder has. A file of a
+        beginning of this text, which this one can stand for, is removed.
 
         Raises:
             WriteError: the file cannot be written.
         """
-        ids = tuple(ids[: cache.length])
+        ids = array("i", ids[: cache.length])
         nbytes = sum(part.nbytes for layer in range(len(cache)) for part in cache.view(layer))
         if len(ids) < LEAST or nbytes > self._limit:
             return False
         shorter: list[Path] = []
         for stored in self._of_kind(cache):
             if _usable(cache, stored.ids, ids) == len(ids):
-                with suppress(OSError):
-                    os.utime(stored.path)
+                _mark_used(stored.path)
                 return False
             if _usable(cache, ids, stored.ids) == len(stored.ids):
                 shorter.append(stored.path)
         self._write(cache, ids)
         for path in shorter:
-            path.unlink(missing_ok=True)
+            _remove(path)
         self._trim()
         return True
 
-    def _longest(self, cache: KVCache, ids: tuple[int, ...]) -> tuple[Stored, int] | None:
-        """The file that gives the most positions of a text, and how many; None: there is none."""
-        each = ((stored, _usable(cache, stored.ids, ids)) for stored in self._of_kind(cache))
-        return max(each, key=lambda found: found[1], default=None)
+    def keep(self, cache: KVCache, ids: Sequence[int]) -> int:
+        """Store a text; how many of its positions the folder has then, all or none.
+
+        A folder that cannot be written is warned of: the text only takes longer to read again.
+        """
+        try:
+            self.store(cache, ids)
+        except WriteError as error:
+            warnings.warn(f"a prompt was not kept: {error}", stacklevel=2)
+        text = array("i", ids[: cache.length])
+        has = any(_usable(cache, held.ids, text) == len(text) for held in self._of_kind(cache))
+        return len(text) if has else 0
 
     def _kind(self, cache: KVCache) -> str:
         """What the name of a file begins with that such a cache can take."""
         return hashlib.sha256(f"{self._model} {cache}".encode()).hexdigest()[:16]
 
-    def _of_kind(self, cache: KVCache) -> Iterator[Stored]:
+    def _of_kind(self, cache: KVCache) -> list[Stored]:
         """The files that such a cache can take; damaged ones are left out."""
-        for path in sorted(self._folder.glob(f"{self._kind(cache)}-*.safetensors")):
-            with suppress(CheckpointError, KeyError):
-                user_files.check(path)
-                entries = read_entries(path)
-                ids = read_entry("ids", entries["ids"]).tolist()
-                yield Stored(path, tuple(ids), entries)
+        kind, known = self._kind(cache), {}
+        stored: list[Stored] = []
+        for path, found in self._files(_TEXT):
+            key = (path.name, found.st_ino, found.st_mtime_ns)
+            if path.name.startswith(kind):
+                with suppress(CheckpointError, KeyError):
+                    known[key] = self._known[key] if key in self._known else _ids(path)
+                    stored.append(Stored(path, known[key]))
+        self._known = known
+        return stored
 
     def _write(self, cache: KVCache, ids: Sequence[int]) -> None:
         tensors = {"ids": torch.tensor(ids, dtype=torch.int32)}
@@ -167,42 +200,56 @@ class PromptCache:
             tensors |= {f"keys.{layer}": keys, f"values.{layer}": values}
         specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
         partial = self._folder / f"{secrets.token_hex(8)}.writing"
+        user_files.prepare(partial)  # somebody may have removed the folder, or opened it to others
         digest = hashlib.sha256()
         try:
-            with ShardWriter(partial, specs, digest) as writer:
-                partial.chmod(0o600)
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
             with writing(partial):
-                partial.replace(
-                    self._folder / f"{self._kind(cache)}-{digest.hexdigest()}.safetensors"
-                )
+                with ShardWriter(partial, specs, digest) as writer:
+                    partial.chmod(0o600)
+                    for name, tensor in tensors.items():
+                        writer.write(name, tensor)
+                whole = f"{self._kind(cache)}-{digest.hexdigest()}.safetensors"
+                partial.replace(self._folder / whole)
         finally:
-            partial.unlink(missing_ok=True)
+            _remove(partial)
 
     def _trim(self) -> None:
         """Remove what is unused for longest, until the rest fits the limit."""
-        for path, found in self._files("*.writing"):
+        for path, found in self._files(_PARTIAL):
             if time.time() - found.st_mtime > _ABANDONED_S:
-                path.unlink(missing_ok=True)
-        files = self._files("*.safetensors")
+                _remove(path)
+        files = self._files(_TEXT)
         total = sum(found.st_size for _, found in files)
         for path, found in sorted(files, key=lambda file: file[1].st_mtime_ns):
             if total <= self._limit:
                 return
-            path.unlink(missing_ok=True)
+            _remove(path)
             total -= found.st_size
 
-    def _files(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
-        """Those that are there: other processes write and trim too."""
+    def _files(self, name: re.Pattern[str]) -> list[tuple[Path, os.stat_result]]:
+        """Those of a name that are there: other processes write and trim too."""
         files = []
-        for path in self._folder.glob(pattern):
-            with suppress(FileNotFoundError):
-                files.append((path, path.stat()))
+        with suppress(OSError):  # the folder was removed, or its disk fails
+            for path in sorted(self._folder.iterdir()):
+                if name.fullmatch(path.name):
+                    with suppress(OSError):
+                        files.append((path, path.stat()))
         return files
 
 
-def _usable(cache: KVCache, held: tuple[int, ...], ids: tuple[int, ...]) -> int:
+def _remove(path: Path) -> None:
+    """Remove a file, unless the folder can only be read."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def _mark_used(path: Path) -> None:
+    """Let a file count as used now, unless the folder can only be read."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def _usable(cache: KVCache, held: "array[int]", ids: "array[int]") -> int:
     """How many positions of a text a cache that holds another one can give."""
     common = common_prefix(held, ids)
     is_full_ring = cache.window is not None and len(held) >= cache.window
@@ -217,9 +264,22 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _layers(stored: Stored, cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
+def _ids(path: Path) -> "array[int]":
+    """The ids of a file's text.
+
+    Raises:
+        CheckpointError: the file is damaged, or may be another user's.
+        KeyError: it has none.
+    """
+    user_files.check(path)
+    ids = read_entry("ids", read_entries(path)["ids"])
+    return array("i", ids.to(torch.int32).flatten().tolist())
+
+
+def _layers(path: Path, cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, as KVCache.fill takes them."""
+    entries = read_entries(path)
     for layer in range(len(cache)):
         names = (f"keys.{layer}", f"values.{layer}")
-        keys, values = (read_entry(name, stored.entries[name]) for name in names)
+        keys, values = (read_entry(name, entries[name]) for name in names)
         yield keys, values

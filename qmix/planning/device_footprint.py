@@ -13,8 +13,8 @@ from qmix.formats.names import TensorKind
 from qmix.planning.footprint import Footprint, Widening, with_tied_head
 from qmix.planning.stored_model import StoredModel, StoredWeight
 from qmix.weights.blob import PAGE_BYTES, aligned
+from qmix.weights.packed.bit_slices import SLICES
 from qmix.weights.packed.packed_shapes import (
-    code_bits,
     expert_format,
     joined,
     matrix_format,
@@ -59,12 +59,18 @@ def on_device(model: StoredModel) -> Footprint:
 
 
 def _widened(model: StoredModel) -> Widening | None:
-    """Of integers of 2, 3, 5 and 6 bits, which the packed layout holds in 4 or 8."""
+    """Of integers of 2, 3, 5 and 6 bits where the packed layout has no slices for their shape."""
     bits: set[tuple[int, int]] = set()
     nbytes = 0
     for weight in model.weights:
-        stored, packed = weight.scheme.bits, code_bits(weight.scheme.kind)
-        if weight.tensor.linear and packed is not None and packed > stored:
+        stored = weight.scheme.bits
+        if not weight.tensor.linear or stored not in SLICES:
+            continue
+        try:
+            packed = matrix_format(padded(weight.spec)).bits
+        except UnsupportedError:
+            continue
+        if packed > stored:
             bits.add((stored, packed))
             nbytes += weight.elements * (packed - stored) // 8
     return Widening(tuple(sorted(bits)), nbytes) if bits else None

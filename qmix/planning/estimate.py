@@ -3,7 +3,7 @@
 Pure arithmetic over plans and rates. Knows no torch and does not look at the machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,10 +71,16 @@ class Estimate:
         }
 
 
-def estimate(planned: Plan, rates: Rates, source: StoredModel | None = None) -> Estimate:
+def estimate(
+    planned: Plan,
+    rates: Rates,
+    in_bits: Callable[[float], StoredModel],
+    source: StoredModel | None = None,
+) -> Estimate:
     """All that follows from a plan.
 
     Args:
+        in_bits: the model as `--method auto` stores it in so many bits a weight.
         source: the 16-bit checkpoint, if the planned one is still to be quantized from it.
     """
     return Estimate(
@@ -82,7 +88,7 @@ def estimate(planned: Plan, rates: Rates, source: StoredModel | None = None) -> 
         rates=rates,
         speeds=tuple(speeds(planned, rates)),
         quantization=tuple(_quantization(planned.model, source)) if source else (),
-        suggestions=tuple(suggestions(planned, rates)),
+        suggestions=tuple(suggestions(planned, rates, in_bits)),
     )
 
 

@@ -3,7 +3,8 @@
 Each suggestion is a plan of its own. Knows no torch and does not look at the machine.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from qmix.errors import ResourceError
@@ -18,6 +19,7 @@ from qmix.planning.stored_model import StoredModel
 from qmix.weights.scheme import Scheme
 
 _LEAST_CONTEXT = 256  # shorter ones are not worth suggesting
+_FEWER_BITS = [tenths / 10 for tenths in range(25, 42)]  # than GPTQ's; --method auto takes no fewer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +30,21 @@ class Suggestion:
     yields: str
 
 
-def suggestions(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
+def suggestions(
+    planned: Plan, rates: Rates, in_bits: Callable[[float], StoredModel]
+) -> Iterator[Suggestion]:
     """What would help a plan that does not hold all experts in the fastest memory, or whose longest
     context is not the model's.
+
+    Args:
+        in_bits: the model as `--method auto` stores it in so many bits a weight.
     """
     yield from _smaller_cache(planned, rates)
     if planned.resident:
         return
     yield from _shorter_context(planned, rates)
     yield from _other_scheme(planned, rates)
+    yield from _fewer_bits(planned, rates, in_bits)
     if planned.gpu:
         yield from _other_gpus(planned, rates)
     if planned.disk:
@@ -76,23 +84,33 @@ def _other_scheme(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
     """Groups of 128 take fewer bytes than NF4's blocks of 64: suggested if more experts fit."""
     scheme = Scheme(kind="int4")
     model = StoredModel.assume(planned.model.name, planned.model.config, scheme)
-    try:
-        other = plan(
-            model,
-            gpu=planned.gpu,
-            vram=planned.vram,
-            ram=planned.ram,
-            context=planned.context,
-            batch=planned.batch,
-            kv=planned.model.kv,
-        )
-    except ResourceError:
+    other = _of_model(planned, model)
+    if other is None:
         return
     more = other.slots - planned.slots if planned.gpu else other.host - planned.host
     if more > 0:
         yield Suggestion(
             change=f"qmix quantize --method gptq ({scheme.bits_per_weight:.4g} bits a weight)",
             yields=f"{more} more of {planned.experts} experts, {_rate(other, rates)}",
+        )
+
+
+def _fewer_bits(
+    planned: Plan, rates: Rates, in_bits: Callable[[float], StoredModel]
+) -> Iterator[Suggestion]:
+    """The most bits a weight, in tenths, with which all experts fit."""
+
+    def is_too_large(bits: float) -> bool:
+        found = _of_model(planned, in_bits(bits))
+        return found is None or not found.resident
+
+    fitting = bisect_left(_FEWER_BITS, True, key=is_too_large)
+    narrower = _of_model(planned, in_bits(_FEWER_BITS[fitting - 1])) if fitting else None
+    if narrower is not None:
+        place = "device memory" if planned.gpu else "host memory"
+        yield Suggestion(
+            change=f"qmix quantize --method auto --bits {_FEWER_BITS[fitting - 1]}",
+            yields=f"all experts in {place}, {_rate(narrower, rates)}",
         )
 
 
@@ -129,6 +147,22 @@ def _more_host_memory(planned: Plan, rates: Rates) -> Iterator[Suggestion]:
         change=f"--ram {as_option(whole.host_memory.total)}",
         yields=f"nothing is read from the disk, {_rate(whole, rates)} instead of {now}",
     )
+
+
+def _of_model(planned: Plan, model: StoredModel) -> Plan | None:
+    """The plan of another model in the same budgets."""
+    try:
+        return plan(
+            model,
+            gpu=planned.gpu,
+            vram=planned.vram,
+            ram=planned.ram,
+            context=planned.context,
+            batch=planned.batch,
+            kv=planned.model.kv,
+        )
+    except ResourceError:
+        return None
 
 
 def _fitted(fitting: Fitting, context: int) -> Plan | None:

@@ -22,7 +22,7 @@ class Beginnings:
         A slot that holds far more than the prompt belongs to another conversation, which may come
         back: the prompt then takes a copy.
         """
-        free = [slot for slot in self._slots if slot.running is None]
+        free = [slot for slot in self._slots if slot.is_free]
         best = max(free, key=lambda slot: slot.reusable(ids))
         if 2 * best.reusable(ids) > len(best.held):
             return best
@@ -65,11 +65,9 @@ class Beginnings:
 
 def _ids(slot: Slot) -> "array[int]":
     """The prompt of a slot's request."""
-    assert slot.running is not None
     return slot.running.ticket.ids
 
 
 def _shares(slot: Slot) -> bool:
     """Whether a prompt may be taken from elsewhere: not if its own logits are wanted."""
-    assert slot.running is not None
     return not slot.running.ticket.request.prompt_logprobs

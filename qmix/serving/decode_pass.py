@@ -50,7 +50,6 @@ class DecodePass:
     def begin(self, slot: Slot) -> None:
         """Have the texts of a slot's request drafted from, if drafts are made for it."""
         running = slot.running
-        assert running is not None
         if self._most > 1 and not running.ticket.request.expert_counts:
             drafter = self._drafters[slot]
             drafter.lookup.begin(running.ids.tolist())
@@ -74,7 +73,6 @@ class DecodePass:
         found: dict[Slot, list[int]] = {}
         drafting = [(slot.drafts, slot) for slot in slots if slot.drafts and slot.drafts.matched]
         for text, slot in sorted(drafting, key=lambda each: -each[0].matched):
-            assert slot.running is not None
             left = min(slot.running.left, 1 + self._most - rows)
             draft = found[slot] = text.draft(left, rows, ids)
             rows, ids = rows + len(draft), ids + text.expected(draft)
@@ -86,7 +84,6 @@ class DecodePass:
         firsts: list[int] = []
         running: list[Running] = []
         for slot, draft in zip(slots, drafts, strict=True):
-            assert slot.running is not None
             running.append(slot.running)
             firsts.append(len(rows))
             rows += slot.drafts.rows(draft) if draft and slot.drafts else [slot.cache]

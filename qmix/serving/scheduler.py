@@ -188,7 +188,6 @@ class Scheduler:
                 self._waiting.remove(ticket)
                 self._end_waiting(ticket, finish)
         for slot in list(self._admitted):
-            assert slot.running is not None
             finish = slot.running.ticket.early_finish
             if finish is not None:
                 self._end(slot, finish)
@@ -214,7 +213,6 @@ class Scheduler:
         if not self._beginnings.are_known(slot, _PATIENCE_S if idle else 0.0):
             return False
         running = slot.running
-        assert running is not None
         running.cached_tokens, restored = self._beginnings.take(slot)
         slot.begin()
         self._pass.begin(slot)
@@ -227,7 +225,6 @@ class Scheduler:
         if slot is None:
             return
         running = slot.running
-        assert running is not None
         try:
             if not slot.reading and not self._begin(slot):
                 return
@@ -281,7 +278,6 @@ class Scheduler:
         """Choose an id where a mask has become ready; wait for one if there is nothing else."""
         late = [slot for slot in self._admitted if slot.late is not None]
         if late and len(late) == len(self._admitted):
-            assert late[0].running is not None
             late[0].running.wait()
         for slot in late:
             row, slot.late = slot.late, None
@@ -295,7 +291,6 @@ class Scheduler:
         others do not.
         """
         running = slot.running
-        assert running is not None
         following: Tensor | None = logits
         while following is not None:
             if not running.ready:
@@ -332,7 +327,6 @@ class Scheduler:
 
     def _end(self, slot: Slot, finish: Finish, error: QmixError | None = None) -> None:
         running = slot.running
-        assert running is not None
         self._ended += 1
         if self._store is not None:
             self._store.forget(slot)

@@ -14,6 +14,8 @@ from qmix.nn.cache import KVCache
 from qmix.serving.running import Running
 from qmix.text.common_prefix import common_prefix
 
+_LEAST_REUSED = 8  # positions
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlotState:
@@ -34,7 +36,6 @@ class Slot:
     """A cache of one row, and the request that fills it.
 
     Attributes:
-        running: the request; None: the slot is free.
         reading: whether the cache is the request's; before, it still is that of the last one.
         late: logits (1, V) of the next id, which wait for the request's mask; None: none do.
         drafts: of its request; None: none are made for it.
@@ -44,7 +45,7 @@ class Slot:
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        self.running: Running | None = None
+        self._running: Running | None = None
         self.reading = False
         self.late: Tensor | None = None
         self.drafts: DraftedText | None = None
@@ -53,16 +54,27 @@ class Slot:
         self._held = array("q")
 
     @property
+    def is_free(self) -> bool:
+        """Whether it has no request."""
+        return self._running is None
+
+    @property
+    def running(self) -> Running:
+        """Its request; it must have one."""
+        assert self._running is not None
+        return self._running
+
+    @property
     def held(self) -> "array[int]":
         """The ids of the cache's positions."""
-        if self.running is not None and self.reading:
+        if not self.is_free and self.reading:
             return self.running.ids[: self.cache.length]
         return self._held[: self.cache.length]
 
     @property
     def state(self) -> SlotState:
         """What it does at this moment."""
-        running, held = self.running, self.cache.length
+        running, held = self._running, self.cache.length
         if running is None:
             return SlotState(state="free", held_tokens=held)
         return SlotState(
@@ -75,32 +87,36 @@ class Slot:
     @property
     def unread(self) -> int:
         """Ids of its request that the cache does not hold: 1 where it decodes."""
-        return 0 if self.running is None else len(self.running.ids) - self.cache.length
+        return 0 if self.is_free else len(self.running.ids) - self.cache.length
 
     @property
     def reads(self) -> bool:
         """Whether its prompt has not been read."""
-        return self.running is not None and not self.running.new_tokens and self.late is None
+        return not self.is_free and not self.running.new_tokens and self.late is None
 
     @property
     def decodes(self) -> bool:
         """Whether its newest id is to be read."""
-        return self.running is not None and bool(self.running.new_tokens) and self.late is None
+        return not self.is_free and bool(self.running.new_tokens) and self.late is None
 
     def reusable(self, ids: "array[int]") -> int:
         """Positions of the cache that a request with these ids may start from.
 
         One id at least is left to be read: its logits choose the first new id. A full ring that a
-        draft has written into can give nothing.
+        draft has written into can give nothing. So few positions as any two prompts share (the
+        begin token, "[INST]") are read anew: they save nothing, and a prompt that is read in other
+        pieces rounds otherwise.
         """
         if self.drafts is not None and self.drafts.verified and self.cache.window is not None:
             return 0
         common = common_prefix(ids, self.held)
+        if common < _LEAST_REUSED:
+            return 0
         return self.cache.longest_rewindable(min(common, len(ids) - 1))
 
     def start(self, running: Running) -> None:
         """Give it to a request."""
-        self.running = running
+        self._running = running
         self.reading = False
 
     def go_on(self, newest: int) -> Tensor | None:
@@ -119,7 +135,7 @@ class Slot:
         self._held = self.held
         if self.reading:
             self.is_kept = False
-        self.running = None
+        self._running = None
         self.reading = False
         self.late = None
         self.used = used

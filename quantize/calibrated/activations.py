@@ -1,8 +1,9 @@
 """One vector for each calibration token: in memory, on a GPU or, beyond a budget, in a file.
 
 The file is read and written by explicit calls and never mapped, because mapped pages count as
-resident memory. Final values are hashed as they are written, so that saving them needs no second
-reading. Shape letters: T tokens, D width, n rows of one call. Knows nothing of layers.
+resident memory. Final values are hashed as they are written to it, so that saving them needs no
+second reading. An array in memory is hashed as it is saved, which another thread may do while its
+values are read. Shape letters: T tokens, D width, n rows of one call. Knows nothing of layers.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from qmix.errors import CheckpointError
 from qmix.files import atomic_file
 from qmix.files.file_errors import writing
 from qmix.files.regular_file import reading
+from qmix.kernels.gpu.current_device import side_stream
 
 _HOST = torch.device("cpu")
 _CHUNK_BYTES = 1 << 24  # of one system call, where rows are consecutive
@@ -113,7 +115,8 @@ class Activations:
             self.write(start, values)
             return
         assert start == self._final_rows, "in order"
-        self._digest.update(self._bytes(values).data)
+        if self._data is None:
+            self._digest.update(self._bytes(values).data)
         self._final_rows += len(values)
         self.write(start, values)
 
@@ -139,13 +142,14 @@ class Activations:
         """
         assert self._shared or self._final_rows == self.tokens, "every row is final"
         if self._data is not None:
-            atomic_file.write(path, self._bytes(self._data).data)
-        else:
-            assert self.path is not None
-            with self._open(os.O_RDWR) as descriptor:
-                os.fsync(descriptor)
-            self.path.rename(path)
-            self.path = path
+            with side_stream(self._data.device):
+                atomic_file.write_parts(path, self._hashed_parts(self._data))
+            return self._digest.hexdigest()
+        assert self.path is not None
+        with self._open(os.O_RDWR) as descriptor:
+            os.fsync(descriptor)
+        self.path.rename(path)
+        self.path = path
         return self._file_digest() if self._shared else self._digest.hexdigest()
 
     @classmethod
@@ -174,6 +178,15 @@ class Activations:
         loaded = cls(tokens, width, device=device, dtype=dtype)
         loaded.write(0, stored.read(0, tokens))
         return loaded
+
+    def _hashed_parts(self, data: Tensor) -> Iterator[memoryview]:
+        """The bytes of an array in memory, a few megabytes at a time."""
+        self._digest = hashlib.sha256()
+        step = max(1, _CHUNK_BYTES // self._row_bytes)
+        for start in range(0, self.tokens, step):
+            part = self._bytes(data[start : start + step]).data
+            self._digest.update(part)
+            yield part
 
     def _file_digest(self) -> str:
         assert self.path is not None

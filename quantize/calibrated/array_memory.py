@@ -1,11 +1,9 @@
-"""What of a calibrated run fits a memory. Knows nothing of how a layer is rounded.
-
-Shape letters: D hidden width, F expert width.
-"""
+"""What of a calibrated run fits a memory. Knows nothing of how a layer is rounded."""
 
 import torch
 
 from qmix.config import MixtralConfig
+from qmix.planning import quantize_cost
 from qmix.quantize.calibrated.options import LayerOptions
 
 # On the CPU. Small matrices are rounded two to six times as fast together as one after the other;
@@ -21,17 +19,8 @@ def experts_at_once(config: MixtralConfig, options: LayerOptions, device: torch.
 
 def expert_bytes(config: MixtralConfig, options: LayerOptions) -> int:
     """The most that all arrays of an expert take while its matrices are rounded."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    weights, wide = hidden * inner, inner * inner
-    of_weights = 8 if options.objective == "layer" else 10  # arrays of the size of the weights
-    sums = 4 if options.correct else 3  # H, its factor, H again in the stack; the crossed sum
-    outer = sums * wide + of_weights * weights
-    joint = sums * hidden * hidden + 2 * of_weights * weights
-    if options.objective == "loss":
-        outer += hidden * hidden  # the factor of G
-        # w1 and w3 apart have two of H each; the sums of slopes, which become the G, and factors.
-        joint += sums * hidden * hidden + 4 * wide
-    return 4 * max(outer, joint)
+    by_loss = options.objective == "loss"
+    return quantize_cost.expert_bytes(config, correct=options.correct, by_loss=by_loss)
 
 
 def fitting_device(device: torch.device, token_bytes: int) -> torch.device:

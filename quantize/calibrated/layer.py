@@ -132,6 +132,7 @@ class LayerQuantizer:
                 names = [self._expert(expert, part) for part in ("w1", "w3")]
                 inner = self._swiglu(*(self._tensors.exact(name) for name in names))
                 self._sum_exact(expert, inner, routes)
+                self._tensors.let_go()
         self._add_experts(routes)
 
     def _run_attention(self) -> None:
@@ -255,6 +256,7 @@ class LayerQuantizer:
             jobs.append(RoundingJob(down, moments, self._of_outputs("experts")))
             del exact, inner  # 0.7 GB
         self._tensors.round(jobs)
+        self._tensors.let_go()
 
     def _inner_jobs(self, expert: int, routes: Routes) -> list[RoundingJob]:
         """w1 and w3 of an expert: together, or with gradients of each of them."""

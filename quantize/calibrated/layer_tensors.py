@@ -66,11 +66,16 @@ class LayerTensors:
         self._what = f"layer {layer + 1} of {checkpoint.config.num_hidden_layers}"
         self._tensors = {t.name: t for t in names.layer_tensors(checkpoint.config, layer)}
         self._results: dict[str, RoundedTensor] = {}
+        self._kept: dict[str, Tensor] = {}
 
     @property
     def results(self) -> tuple[RoundedTensor, ...]:
         """What became of every tensor, in the model's order."""
         return tuple(self._results[name] for name in self._tensors)
+
+    def let_go(self) -> None:
+        """Forget what was kept of the source: these matrices are rounded."""
+        self._kept.clear()
 
     def exact(self, name: str) -> Dense:
         """A weight as it is in the source."""
@@ -177,4 +182,13 @@ class LayerTensors:
         return f"{self._checkpoint.file_of(self._tensors[name])}: {name}"
 
     def _read(self, name: str) -> Tensor:
-        return read_finite(self._checkpoint, self._tensors[name])
+        """A tensor of the source. It is read three times while it is rounded.
+
+        A GPU's host has memory to keep it until `let_go`; a CPU's needs that for the rounding.
+        """
+        if name in self._kept:
+            return self._kept[name]
+        data = read_finite(self._checkpoint, self._tensors[name])
+        if self._device.type != "cpu":
+            self._kept[name] = data
+        return data

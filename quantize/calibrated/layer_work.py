@@ -14,9 +14,10 @@ import torch
 
 from qmix.config import MixtralConfig
 from qmix.formats import names
+from qmix.planning import quantize_cost
+from qmix.planning.rounding_cost import OUTPUT_BLOCKS
 from qmix.quantize.calibrated.array_memory import experts_at_once
 from qmix.quantize.calibrated.options import LayerOptions
-from qmix.quantize.rounding.output_feedback import BLOCKS
 from qmix.weights.scheme import Recipe, Scheme
 
 PASS, SOLVE, ROUND, HASH = "pass", "solve", "round", "hash"
@@ -84,7 +85,9 @@ class LayerWork:
 
     def moments(self, columns: int) -> float:
         """Of adding an input [K] to the sums that matrices are rounded by."""
-        return self._models * (2.0 * columns**2 + _NUMBER_WORK * columns)
+        crossed = 2.0 * columns**2 if self.options.correct else 0.0
+        numbers = self._models * _NUMBER_WORK * columns
+        return quantize_cost.symmetric_work(columns) + crossed + numbers
 
     @property
     def inner_moments(self) -> float:
@@ -95,7 +98,7 @@ class LayerWork:
     def inner_gradients(self) -> float:
         """Of the gradients at w1 and w3 for an input [D]."""
         inner = self.config.intermediate_size
-        return self.expert * 2 / 3 + 4.0 * inner**2
+        return self.expert * 2 / 3 + 2 * quantize_cost.symmetric_work(inner)
 
     def solve(self, columns: int, rows: int, count: int = 1) -> float:
         """Of rounding matrices [N, K] together: factors, the greedy pass, and the rounds after."""
@@ -105,7 +108,7 @@ class LayerWork:
         input_work = _INPUT_WORK * columns
         if self._by_gradients:
             arithmetic += rows**3 / 3 + 2 * columns * rows**2
-            input_work *= BLOCKS
+            input_work *= OUTPUT_BLOCKS
         return input_work + count * (arithmetic + weight_work * rows * columns)
 
     def total(self, layer: int, tokens: int, recipe: Recipe) -> dict[str, float]:

@@ -41,6 +41,7 @@ from qmix.quantize.calibrated.token_stream import (
 )
 from qmix.quantize.calibrated.windows import thinned
 from qmix.quantize.output_checkpoint import read_finite
+from qmix.quantize.rounding.hessian import add_symmetric
 from qmix.weights.dense import Dense
 from qmix.work_meter import WorkMeter
 
@@ -219,7 +220,7 @@ class LossGradients:
                 (sums.attention, o),
                 (sums.experts, experts),
             ):
-                total.addmm_(values.float().T, values.float())
+                add_symmetric(total, values.float())
             before.write_final(first, in_front)
         return sums
 

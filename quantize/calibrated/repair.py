@@ -47,11 +47,13 @@ def repair(
     for layer in range(last + 1):
         before = tokens
         if layer in lost:
-            _, tokens = files.quantize_layer(folder, layer, tokens, meter)
+            rounded, tokens = files.quantize_layer(folder, layer, tokens, meter)
+            files.write_layer(folder, layer, rounded)
         else:
             outputs = files.layer_outputs(layer)
             weights = _rounded_weights(folder / files.layer_shard(layer), outputs)
             tokens = files.pass_layer(folder, layer, tokens, weights, meter)
+        files.save_tokens(folder, layer, tokens)
         for array in before.values():
             if array.path is not None:
                 array.path.unlink()

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ from qmix.planning.process_memory import peak_resident_bytes
 from qmix.processes.group import ALONE, Group
 from qmix.quantize.adapter import check_adapter, facts_of
 from qmix.quantize.calibrated import loss_gradients
+from qmix.quantize.calibrated.activations import Activations
+from qmix.quantize.calibrated.background import Background
 from qmix.quantize.calibrated.follower import Start
 from qmix.quantize.calibrated.layer_work import EXPECTED, HASH
 from qmix.quantize.calibrated.loss_gradients import LossGradients
 from qmix.quantize.calibrated.options import CalibratedOptions
 from qmix.quantize.calibrated.repair import repair
 from qmix.quantize.calibrated.resume import RunState, read_state
+from qmix.quantize.calibrated.rounded_tensor import RoundedTensor
 from qmix.quantize.calibrated.run_files import RunFiles
 from qmix.quantize.calibrated.windows import Calibration
 from qmix.quantize.output_checkpoint import OutputTensor, complete, plan_outputs
 from qmix.quantize.report import Effort, QuantizeReport, TensorResult
+from qmix.quantize.rounding import gptq_choice
 from qmix.quantize.source import Source
 from qmix.weights.scheme import Recipe
 from qmix.work_meter import WorkMeter
@@ -181,21 +186,44 @@ def _quantize_layers(
     before, begun = len(done), time.perf_counter()
     files.remove_others(folder, len(done))
     tokens = files.enter(folder, len(done)) if len(done) < files.layers else {}
-    for layer in range(len(done), files.layers):
-        results, tokens = files.quantize_layer(folder, layer, tokens, meter)
-        done.append(results)
-        stored = [[asdict(result) for result in results] for results in done]
-        RunState(state.settings, state.source, stored, files.needed(len(done))).write(folder)
-        files.remove_others(folder, len(done))
-        if interrupted() and layer + 1 < files.layers:
-            files.group.told()
-            raise InterruptedRunError(
-                f"interrupted after layer {layer + 1} of {files.layers}, which is kept",
-                where=str(folder),
-                remedy="Run the same command with --resume to continue.",
-            )
+    with Background(files.in_memory) as background:
+        for layer in range(len(done), files.layers):
+            rounded, tokens = files.quantize_layer(folder, layer, tokens, meter)
+            background.run(partial(_keep, files, folder, state, done, rounded, tokens))
+            if interrupted() and layer + 1 < files.layers:
+                background.wait()
+                files.group.told()
+                raise InterruptedRunError(
+                    f"interrupted after layer {layer + 1} of {files.layers}, which is kept",
+                    where=str(folder),
+                    remedy="Run the same command with --resume to continue.",
+                )
+        background.wait()
+    files.remove_others(folder, files.layers)
     files.group.told()  # that nothing is left to do
     return len(done) - before, time.perf_counter() - begun
+
+
+def _keep(
+    files: RunFiles,
+    folder: Path,
+    state: RunState,
+    done: list[list[TensorResult]],
+    rounded: Sequence[RoundedTensor],
+    tokens: Mapping[str, Activations],
+) -> None:
+    """Put a layer and what a resumed run needs after it on the disk, the state last.
+
+    Args:
+        done: the results of the layers before it, to which the layer's own are appended.
+    """
+    layer = len(done)
+    done.append(files.write_layer(folder, layer, rounded))
+    if layer + 1 < files.layers:
+        files.save_tokens(folder, layer, tokens)
+    stored = [[asdict(result) for result in results] for results in done]
+    RunState(state.settings, state.source, stored, files.needed(layer + 1)).write(folder)
+    files.remove_tokens(folder, layer + 1)
 
 
 def _effort(
@@ -248,6 +276,7 @@ def _settings(
         "qmix version": qmix.__version__,
         "torch version": torch.__version__.split("+")[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernels": gptq_choice.kernels_of(device),
         "forward passes": str(options.forward_dtype).removeprefix("torch."),
         "number of threads": torch.get_num_threads() if device.type == "cpu" else None,
         "method": method,

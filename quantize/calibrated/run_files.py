@@ -7,6 +7,7 @@ bytes. Shape letters: T calibration tokens, D hidden width. Knows nothing of set
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -161,17 +162,21 @@ class RunFiles:
         layer: int,
         tokens: Mapping[str, Activations],
         meter: WorkMeter,
-    ) -> tuple[list[TensorResult], dict[str, Activations]]:
-        """Round one layer, and put its shard and the tokens after it on the disk."""
+    ) -> tuple[Sequence[RoundedTensor], dict[str, Activations]]:
+        """Round one layer. Its tensors and the tokens after it are still to be written."""
         planned = self.work([layer])
         left = {kind: meter.left[kind] - planned[kind] for kind in planned}
         after = self._arrays_after(folder, layer, shared=self.group.size > 1)
         self.group.told(("layer", layer))
         rounded = self._quantizer(folder, layer, tokens, after, meter, self.group).quantize()
         meter.drop({kind: meter.left[kind] - left[kind] for kind in left})  # what others did
-        results = self._write_shard(folder, layer + 1, self.layer_outputs(layer), iter(rounded))
-        self._save(folder, layer, after)
-        return results, after
+        return rounded, after
+
+    def write_layer(
+        self, folder: Path, layer: int, rounded: Sequence[RoundedTensor]
+    ) -> list[TensorResult]:
+        """Put the shard of a layer on the disk."""
+        return self._write_shard(folder, layer + 1, self.layer_outputs(layer), iter(rounded))
 
     def follow_layer(self, folder: Path, layer: int, meter: WorkMeter) -> None:
         """Do this process's part of a layer that the first one quantizes."""
@@ -187,10 +192,9 @@ class RunFiles:
         weights: Mapping[str, Weight],
         meter: WorkMeter,
     ) -> dict[str, Activations]:
-        """Put the tokens after a layer that was rounded to `weights` before on the disk."""
+        """Run the tokens through a layer that was rounded to `weights` before."""
         after = self._arrays_after(folder, layer, shared=False)
         self._quantizer(folder, layer, tokens, after, meter, ALONE).run(weights)
-        self._save(folder, layer, after)
         return after
 
     def _shared_arrays(self, folder: Path, done: int, suffix: str) -> dict[str, Activations]:
@@ -264,12 +268,22 @@ class RunFiles:
             raise CheckpointError("missing", where=str(path), remedy=START_AGAIN)
         return LayerGradients.read(path, self.options.device)
 
-    def _save(self, folder: Path, layer: int, after: Mapping[str, Activations]) -> None:
-        for stream, array in after.items():
-            name = _tokens_name(stream, layer + 1)
-            self.digests[name] = array.save(folder / name)
+    def save_tokens(self, folder: Path, layer: int, after: Mapping[str, Activations]) -> None:
+        """Put the tokens after a layer on the disk, the streams side by side."""
+        names = [_tokens_name(stream, layer + 1) for stream in after]
+        with ThreadPoolExecutor(len(names)) as threads:
+            save = [
+                threads.submit(array.save, folder / name)
+                for name, array in zip(names, after.values(), strict=True)
+            ]
+        self.digests |= {name: each.result() for name, each in zip(names, save, strict=True)}
         (folder / _SCRATCH).unlink(missing_ok=True)
         expert_sum.remove_outputs(folder)
+
+    def remove_tokens(self, folder: Path, done: int) -> None:
+        """Remove the tokens that the layers after `done` no longer need."""
+        for stream in self.streams:
+            (folder / _tokens_name(stream, done - 1)).unlink(missing_ok=True)
 
     def write_ends(self, folder: Path) -> tuple[list[TensorResult], list[TensorResult]]:
         """Write the shards before and after the layers, and the index."""

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from qmix.errors import CheckpointError
+from qmix.quantize.rounding.gptq_choice import group_steps
+from qmix.quantize.rounding.gptq_group import GroupOptions
 from qmix.quantize.rounding.hessian import Moments
 from qmix.quantize.rounding.output_feedback import OutputFeedback
 from qmix.quantize.rounding.solver import Solver
@@ -54,6 +56,11 @@ class RoundingOptions:
     scale_search: bool = True
     trials: int = 8
     refine: int = 3
+
+    @property
+    def of_group(self) -> GroupOptions:
+        """What of them a group's steps need."""
+        return GroupOptions(self.live_scales, self.scale_search, self.trials)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +172,8 @@ class _Problem:
     ) -> None:
         self._hessians, self._scheme, self._size = hessians, scheme, size
         self._lower: Tensor | None = lower
-        self._options = options
+        self._steps = group_steps(hessians.device, size, scheme, options.of_group)
+        self._refine = options.refine
 
     def rounded(self, weights: Tensor, tell: Callable[[float], None], *, last: bool) -> Solver:
         """Round weights [B, K, N], each output by itself.
@@ -173,7 +181,7 @@ class _Problem:
         Args:
             last: nothing is rounded after these weights, so that the factors can go.
         """
-        solver, refine = self._solver(weights), self._options.refine
+        solver, refine = self._solver(weights), self._refine
         assert self._lower is not None
         solver.round_greedily(self._lower, partial(_tell_part, tell, 0, _GREEDY_SHARE))
         if last:
@@ -203,15 +211,7 @@ class _Problem:
         return whole
 
     def _solver(self, weights: Tensor) -> Solver:
-        return Solver(
-            weights,
-            self._hessians,
-            self._scheme,
-            self._size,
-            live_scales=self._options.live_scales,
-            scale_search=self._options.scale_search,
-            trials=self._options.trials,
-        )
+        return Solver(weights, self._hessians, self._scheme, self._size, self._steps)
 
 
 def _solution(

@@ -1,18 +1,120 @@
 """The inner loops of GPTQ: rounding a group of inputs, and a pass of coordinate descent over it.
 
-Shape letters: B matrices at once, N outputs, n outputs of a slab, g inputs of a group, R trials.
-Knows nothing of the order of groups or of the matrix around them.
+`GroupLoops` does both in torch. On a GPU they are kernels (gptq_kernels), for which the loops are
+the oracle. Shape letters: B matrices at once, N outputs, n outputs of a slab, K inputs, g inputs of
+a group, R trials. Knows nothing of the order of groups.
 """
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qmix.quantize.rounding.grid import Grid
+from qmix.quantize.rounding.grid import Grid, absmax_grid, search_grid
+from qmix.weights.scheme import Scheme
 
 _BLOCK = 32  # inputs rounded one by one before one matmul updates the rest of their group
 _TRIAL_SPAN = 0.05  # of scales around the best; 0.2 gains a tenth less, 0.02 a third less
 # Weights in one slab of trials. 4 MiB of float32 stay in a CPU's cache; a GPU prefers few launches.
 _TRIAL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Views [B, g, N] of the inputs of a group: what is rounded, and what became of it.
+
+    Attributes:
+        codes: int16. errors: weights minus rounded weights. Both are overwritten.
+    """
+
+    weights: Tensor
+    codes: Tensor
+    errors: Tensor
+
+    def keep(self, codes: Tensor, scale: Tensor) -> None:
+        """Keep codes [B, g, N], as floats, and the errors that they make with a scale [B, N]."""
+        self.codes.copy_(codes)
+        torch.sub(self.weights, codes * scale[:, None], out=self.errors)
+
+
+class GroupSteps(Protocol):
+    """What a solve does with one group of inputs of all outputs."""
+
+    def product(self, factors: Tensor, errors: Tensor, first: int) -> Tensor:
+        """`factors^T errors` [B, g, N] over the inputs from `first` on.
+
+        Args:
+            factors: [B, K, g].
+            errors: [B, K, N], zeros before `first`.
+        """
+
+    def round(self, group: Group, carried: Tensor, lower: Tensor) -> Grid:
+        """Choose the group's grid and round its inputs, starting with the last one.
+
+        Args:
+            carried: [B, g, N], what the errors of later groups weigh here; overwritten.
+            lower: [B, g, g], the group's block of the Cholesky factor of H.
+        """
+
+    def refine(self, group: Group, gradient: Tensor, hessian: Tensor, grid: Grid) -> Grid:
+        """Move the scales to their optimum, then each code, all else fixed.
+
+        Args:
+            gradient: [B, g, N], H times all errors of the matrix; overwritten.
+            hessian: [B, g, g], the group's block of H.
+
+        Returns:
+            The new grid.
+        """
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """How a group is rounded; see `gptq.RoundingOptions`."""
+
+    live_scales: bool
+    scale_search: bool
+    trials: int
+
+
+class GroupLoops:
+    """`GroupSteps` in torch, input by input."""
+
+    def __init__(self, scheme: Scheme, options: GroupOptions) -> None:
+        self._scheme, self._options = scheme, options
+
+    def product(self, factors: Tensor, errors: Tensor, first: int) -> Tensor:
+        """See `GroupSteps`."""
+        return factors[:, first:].mT @ errors[:, first:]
+
+    def round(self, group: Group, carried: Tensor, lower: Tensor) -> Grid:
+        """See `GroupSteps`."""
+        pivots = lower.diagonal(dim1=1, dim2=2)[:, :, None]
+        live = group.weights
+        if self._options.live_scales:
+            live = live + torch.linalg.solve_triangular(lower.mT, carried, upper=True)
+        grid = (
+            search_grid(live, pivots.square(), self._scheme)
+            if self._options.scale_search
+            else absmax_grid(live, self._scheme)
+        )
+        targets = carried.div_(pivots).add_(group.weights)
+        codes, grid = round_group(group.weights, targets, grid, lower, self._options.trials)
+        group.keep(codes, grid.scale)
+        return grid
+
+    def refine(self, group: Group, gradient: Tensor, hessian: Tensor, grid: Grid) -> Grid:
+        """See `GroupSteps`."""
+        codes = group.codes.float()
+        hessian_codes = hessian @ codes
+        curvature = (hessian_codes * codes).sum(1)
+        change = (gradient * codes).sum(1) / curvature
+        better = grid.rescaled(grid.scale + torch.where(curvature > 0, change, 0))
+        moved = (better.scale - grid.scale)[:, None]
+        gradient.addcmul_(hessian_codes, moved, value=-1)
+        group.keep(descend(codes, gradient, hessian, better), better.scale)
+        return better
 
 
 def round_group(
@@ -30,9 +132,7 @@ def round_group(
         The codes [B, g, N], and the grid with the scales that were kept.
     """
     device, outputs = weights.device, weights.shape[2]
-    factors = torch.ones(1, device=device)
-    if trials > 1:
-        factors = 1 + torch.linspace(-_TRIAL_SPAN, _TRIAL_SPAN, trials, device=device)
+    factors = trial_factors(trials, device)
     step = max(1, _TRIAL_ELEMENTS[device.type] // (weights[:, :, 0].numel() * trials))
     codes, grids = [], []
     for start in range(0, outputs, step):
@@ -43,6 +143,13 @@ def round_group(
         codes.append(slab_codes)
         grids.append(slab_grid)
     return torch.cat(codes, 2), Grid.concatenated(grids)
+
+
+def trial_factors(trials: int, device: torch.device) -> Tensor:
+    """By which the trials multiply a scale: [R], in ascending order."""
+    if trials == 1:
+        return torch.ones(1, device=device)
+    return 1 + torch.linspace(-_TRIAL_SPAN, _TRIAL_SPAN, trials, device=device)
 
 
 def _round_slab(

@@ -133,9 +133,31 @@ def _candidates(group: Tensor, scheme: Scheme) -> Iterator[Grid]:
     for grid in _clipped_grids(group, scheme, _CLIP_RATIOS):
         yield grid
         if scheme.symmetric:
-            # The other sign: the largest magnitude gets the code of the longer side, -8 in 4 bits.
-            half = 1 << scheme.bits - 1
-            yield grid.rescaled(grid.scale * -((half - 0.5) / half))
+            yield grid.rescaled(grid.scale * other_sign(scheme.bits))
+
+
+def other_sign(bits: int) -> float:
+    """What turns a symmetric scale into the one of the other sign.
+
+    The largest magnitude then gets the code of the longer side, -8 in 4 bits.
+    """
+    half = 1 << bits - 1
+    return -((half - 0.5) / half)
+
+
+def clip_factors(scheme: Scheme, *, search: bool) -> tuple[list[float], list[float]]:
+    """Each clipping that is tried, and the scale that it makes of an extreme of 1.
+
+    Args:
+        search: all of `search_grid`; otherwise the one of `absmax_grid`.
+    """
+    ratios = list(_CLIP_RATIOS if search else (1.0,))
+    return ratios, [_scale_factor(ratio, scheme) for ratio in ratios]
+
+
+def _scale_factor(ratio: float, scheme: Scheme) -> float:
+    last = (1 << scheme.bits) - 1
+    return 2 * ratio / last if scheme.symmetric else ratio / last
 
 
 def _clipped_grids(group: Tensor, scheme: Scheme, ratios: Iterable[float]) -> Iterator[Grid]:
@@ -147,10 +169,10 @@ def _clipped_grids(group: Tensor, scheme: Scheme, ratios: Iterable[float]) -> It
         # sign.
         extreme = torch.where(largest >= -smallest, largest, smallest)
         for ratio in ratios:
-            yield Grid(float16_scale(extreme * (2 * ratio / last)), -half, half - 1)
+            yield Grid(float16_scale(extreme * _scale_factor(ratio, scheme)), -half, half - 1)
         return
     low, high = smallest.clamp(max=0), largest.clamp(min=0)
     for ratio in ratios:
-        scale = float16_scale((high - low) * (ratio / last))
+        scale = float16_scale((high - low) * _scale_factor(ratio, scheme))
         zero = (low * -ratio / scale).round_().clamp_(1, last)
         yield Grid(scale, -zero, last - zero)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qmix.planning.quantize_cost import SYMMETRIC_PANEL
+
 
 class Moments:
     """Running sums of `t x x^T` and `t e x^T` over the inputs x of a matrix.
@@ -55,9 +57,9 @@ class Moments:
             root = token_weights.sqrt()[:, None]
             rows, exact_rows = rows * root, None if exact_rows is None else exact_rows * root
         assert (exact_rows is None) == (self.cross is None)
-        with _tensor_cores(rows.device):
-            self.hessian.addmm_(rows.T, rows)
-            if self.cross is not None and exact_rows is not None:
+        add_symmetric(self.hessian, rows)
+        if self.cross is not None and exact_rows is not None:
+            with _tensor_cores(rows.device):
                 self.cross.addmm_(exact_rows.T, rows)
 
     def merge(self, other: "Moments") -> None:
@@ -81,6 +83,23 @@ class Moments:
         duplicate.hessian = self.hessian.clone()
         duplicate.cross = None if self.cross is None else self.cross.clone()
         return duplicate
+
+
+def add_symmetric(total: Tensor, rows: Tensor) -> None:
+    """Add `rows^T rows` to `total` [K, K], which is symmetric, with half the work if K is large.
+
+    Panels of columns are multiplied down to the diagonal, and what lies above it is mirrored.
+
+    Args:
+        rows: float32 [n, K].
+    """
+    width = total.shape[0]
+    with _tensor_cores(rows.device):
+        for start in range(0, width, SYMMETRIC_PANEL):
+            stop = min(start + SYMMETRIC_PANEL, width)
+            total[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+            if stop < width:
+                total[start:stop, stop:].copy_(total[stop:, start:stop].T)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-BLOCKS = 8
+from qmix.planning.rounding_cost import OUTPUT_BLOCKS
+
 _LEAST_BLOCK = 32  # outputs: fewer would leave a step without work
 DAMPING = 0.02  # of G's mean diagonal, at least
 
@@ -45,7 +46,7 @@ class OutputFeedback:
     def blocks(self) -> Iterator[slice]:
         """The outputs of each block, in processing order from the last block on."""
         outputs = self.order.shape[1]
-        step = max(_LEAST_BLOCK, -(-outputs // BLOCKS))
+        step = max(_LEAST_BLOCK, -(-outputs // OUTPUT_BLOCKS))
         for stop in range(outputs, 0, -step):
             yield slice(max(0, stop - step), stop)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qmix.quantize.rounding.gptq_group import descend, round_group
-from qmix.quantize.rounding.grid import Grid, absmax_grid, search_grid
+from qmix.quantize.rounding.gptq_group import Group, GroupSteps
+from qmix.quantize.rounding.grid import Grid
 from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.scheme import Scheme
 
@@ -24,24 +24,15 @@ class Solver:
         weights: [B, K, N], the weights to be rounded, with the inputs in processing order.
         hessians: [B, K, K], damped, in the same order.
         size: g.
-        live_scales, scale_search, trials: see `gptq.RoundingOptions`.
+        steps: do what is done with each group.
     """
 
     def __init__(
-        self,
-        weights: Tensor,
-        hessians: Tensor,
-        scheme: Scheme,
-        size: int,
-        *,
-        live_scales: bool,
-        scale_search: bool,
-        trials: int,
+        self, weights: Tensor, hessians: Tensor, scheme: Scheme, size: int, steps: GroupSteps
     ) -> None:
         self.weights, self.hessians = weights, hessians
         self.scheme, self.size = scheme, size
-        self._live_scales, self._scale_search = live_scales, scale_search
-        self._trials = trials
+        self._steps = steps
         self.errors = torch.zeros_like(weights)
         self.codes = torch.zeros_like(weights, dtype=torch.int16)
         self.grids: dict[int, Grid] = {}  # by first input of the group
@@ -54,48 +45,23 @@ class Solver:
         """
         columns = self.weights.shape[1]
         for first in range(columns - self.size, -1, -self.size):
-            tell(1 - (first + self.size) / columns)
-            part = slice(first, first + self.size)
-            weights, block = self.weights[:, part], lower[:, part, part]
-            pivots = block.diagonal(dim1=1, dim2=2)[:, :, None]
-            after = slice(first + self.size, columns)
-            carried = lower[:, after, part].mT @ self.errors[:, after]
-            live = weights
-            if self._live_scales:
-                live = weights + torch.linalg.solve_triangular(block.mT, carried, upper=True)
-            grid = (
-                search_grid(live, pivots.square(), self.scheme)
-                if self._scale_search
-                else absmax_grid(live, self.scheme)
-            )
-            targets = carried.div_(pivots).add_(weights)
-            codes, grid = round_group(weights, targets, grid, block, self._trials)
-            self.codes[:, part] = codes
-            self.grids[first] = grid
-            self._refresh_errors(part)
+            after = first + self.size
+            tell(1 - after / columns)
+            part = slice(first, after)
+            carried = self._steps.product(lower[:, :, part], self.errors, after)
+            self.grids[first] = self._steps.round(self._group(part), carried, lower[:, part, part])
 
     def refine(self, tell: Callable[[float], None]) -> None:
         """One round: move each group's scale to its optimum, then each code, all else fixed."""
         for done, (first, grid) in enumerate(self.grids.items()):
             tell(done / len(self.grids))
             part = slice(first, first + self.size)
+            gradient = self._steps.product(self.hessians[:, part].mT, self.errors, 0)
             block = self.hessians[:, part, part]
-            gradient = self.hessians[:, part] @ self.errors
-            codes = self.codes[:, part].float()
-            hessian_codes = block @ codes
-            curvature = (hessian_codes * codes).sum(1)
-            change = (gradient * codes).sum(1) / curvature
-            scale = grid.scale + torch.where(curvature > 0, change, 0)
-            better = grid.rescaled(scale)
-            moved = (better.scale - grid.scale)[:, None]
-            gradient.addcmul_(hessian_codes, moved, value=-1)
-            self.grids[first] = better
-            self.codes[:, part] = descend(codes, gradient, block, better)
-            self._refresh_errors(part)
+            self.grids[first] = self._steps.refine(self._group(part), gradient, block, grid)
 
-    def _refresh_errors(self, part: slice) -> None:
-        scale = self.grids[part.start].scale[:, None]
-        self.errors[:, part] = self.weights[:, part] - self.codes[:, part] * scale
+    def _group(self, part: slice) -> Group:
+        return Group(self.weights[:, part], self.codes[:, part], self.errors[:, part])
 
     def take(self, parts: Sequence["Solver"], order: Tensor) -> None:
         """Take over what `parts` found for consecutive blocks of outputs.
@@ -113,12 +79,13 @@ class Solver:
         for first in parts[0].grids:
             grid = Grid.concatenated([part.grids[first] for part in parts])
             self.grids[first] = grid.gathered(back)
-            self._refresh_errors(slice(first, first + self.size))
+            part = slice(first, first + self.size)
+            self._group(part).keep(self.codes[:, part].float(), self.grids[first].scale)
 
     def scale_overflows(self) -> list[bool]:
         """For each matrix, whether a scale is too large for float16."""
-        finite = [torch.isfinite(grid.scale).all(1) for grid in self.grids.values()]
-        return torch.stack(finite).all(0).logical_not().tolist()
+        scales = torch.stack([grid.scale for grid in self.grids.values()])
+        return scales.isfinite().all(2).all(0).logical_not().tolist()
 
     def weight(self, index: int, rows: slice, order: Tensor) -> Affine:
         """Outputs `rows` of matrix `index`, on the CPU.

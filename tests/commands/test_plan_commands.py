@@ -36,14 +36,24 @@ def test_the_8x7b_fits_16_gib_whole_where_few_bits_are_asked(full, here, bits, w
     assert method.bytes_out == model.file_bytes
 
 
-def test_few_bits_are_not_promised_to_a_gpu(full, here):
-    """They take four there, and the plan says so; half of the experts have slots."""
-    request = PlanRequest(source=full, method="auto", bits=2.65, vram="16G", ram="64G")
-    found = answer(request)
-    assert not found.estimate.plan.resident
-    assert 100 < found.estimate.plan.slots < 160
-    said = "codes of 2 and 3 bits take 4 on a GPU: 9.52 GiB more than as they are stored"
-    assert said in plan_text.text(found)
+@pytest.mark.parametrize(
+    ("bits", "vram", "context", "whole"),
+    [
+        (3.5, "24G", 8192, True),
+        (3.7, "24G", 8192, True),
+        (4.25, "24G", 8192, False),
+        (2.5, "16G", 2048, True),
+        (2.65, "16G", 2048, False),
+    ],
+)
+def test_few_bits_are_as_few_on_a_gpu(full, here, bits, vram, context, whole):
+    request = PlanRequest(
+        source=full, method="auto", bits=bits, vram=vram, ram="64G", context=context
+    )
+    found = answer(request).estimate.plan
+    assert found.resident == whole
+    assert found.widened_bytes == 0
+    assert found.slots > 150
 
 
 @pytest.fixture

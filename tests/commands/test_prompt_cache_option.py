@@ -49,7 +49,7 @@ def test_a_chat_goes_on_from_what_was_saved(tmp_path):
     first = conversation(PromptCache(tmp_path / "prompts", "m"))
     for text in (PROMPT, "And then?"):
         list(first.reply(first.prepare(text)))
-    assert first.model.keep_cache() == first.model.cache.length
+    assert first.keep_cache() == first.model.cache.length
     texts = [(turn.user, first.text_of(turn)) for turn in first.turns]
     answers = []
     for prompts, least in ((None, 0), (PromptCache(tmp_path / "prompts", "m"), 60)):
@@ -60,7 +60,33 @@ def test_a_chat_goes_on_from_what_was_saved(tmp_path):
         assert (prepared.cached_tokens == 0) == (prompts is None)
         answers.append("".join(loaded.reply(prepared)))
     assert answers[0] == answers[1]
-    assert conversation(None).model.keep_cache() == 0
+    assert conversation(None).keep_cache() == 0
+
+
+def test_a_conversation_that_was_cleared_is_not_kept(tmp_path):
+    model = small_model(vocab_size=len(LlamaTokenizer.from_pretrained(TINY)))
+    session = session_of(
+        model,
+        LlamaTokenizer.from_pretrained(TINY),
+        GenerationConfig(max_new_tokens=20, eos_token_id=2),
+        prompts=PromptCache(tmp_path / "prompts", "m"),
+    )
+    list(session.reply(session.prepare(PROMPT)))
+    session.clear()
+    assert session.keep_cache() == 0
+    assert list((tmp_path / "prompts").iterdir()) == []
+
+
+def test_a_reply_stands_although_its_prompt_cannot_be_kept(tiny_nf4, kept, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qmix.formats.files.shard_writer.os.fsync", full)
+    for command in ("generate", "chat"):
+        with pytest.warns(UserWarning, match="a prompt was not kept: .*No space left"):
+            documents, done = said(command, tiny_nf4, PROMPT, "--max-new-tokens", 12, *kept)
+        assert documents[0]["new_tokens"] == 12
+        assert done.returncode == (0 if command == "generate" else 6)
 
 
 def test_drafts_are_told_and_can_be_left_out(tiny_nf4):

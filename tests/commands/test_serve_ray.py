@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from qmix.commands import ray_config
-from qmix.commands.serve_ray import RayOptions, Replicas
+from qmix.commands.serve_ray import RayOptions
 from qmix.errors import QmixError, UsageError
+from qmix.serving.http.cluster.scale import Scale
 from tests.support.models import TINY
 from tests.support.process import qmix
 
@@ -19,9 +20,9 @@ def _with_ray(monkeypatch):
 @pytest.mark.usefixtures("_with_ray")
 def test_replicas_are_a_number_or_bounds():
     assert RayOptions().parse() is None
-    assert RayOptions(ray=True).parse() == Replicas(1, 1, 1)
-    assert RayOptions(ray=True, replicas=3, cpus=8).parse() == Replicas(3, 3, 8)
-    assert RayOptions(ray=True, autoscale="2:5").parse() == Replicas(2, 5, 1)
+    assert RayOptions(ray=True).parse() == Scale()
+    assert RayOptions(ray=True, replicas=3, cpus=8).parse() == Scale(least=3, most=3, cpus=8)
+    assert RayOptions(ray=True, autoscale="2:5").parse() == Scale(least=2, most=5)
     for wrong in ("", "2", "2:", ":2", "3:2", "0:2", "1:2:3", "a:b", "-1:2", "²:3", "1:99999"):
         with pytest.raises(UsageError, match="--autoscale"):
             RayOptions(ray=True, autoscale=wrong).parse()

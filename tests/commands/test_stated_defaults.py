@@ -66,7 +66,18 @@ def test_what_nobody_asked_for_is_cut_to_the_models_positions(stating):
     assert tokens(qmix("generate", folder, "a")) < 32
     refused = qmix("generate", folder, "a", "--max-new-tokens", 10_000)
     assert refused.returncode == 2
-    assert "exceed the model's positions" in refused.stderr
+    assert "exceed the context; expected at most 32;" in refused.stderr
+
+
+def test_a_text_is_as_long_as_the_budget_leaves_room_for(stating, monkeypatch):
+    folder = stating(max_new_tokens=10_000, eos_token_id=-1)
+    monkeypatch.setattr("qmix.planning.plan.CONTEXT", 40)
+    assert tokens(qmix("generate", folder, "a", "--ctx", 20)) == 18
+    assert tokens(qmix("generate", folder, "a", "--ram", "1G")) == 38
+    assert tokens(qmix("generate", folder, "a", "--ram", "1G", "--ctx", 50)) == 48
+    refused = qmix("generate", folder, "a", "--ram", "1G", "--max-new-tokens", 39)
+    assert refused.returncode == 2
+    assert "--ctx" in refused.stderr
 
 
 def test_set_says_who_gave_each_value(stating, chat):

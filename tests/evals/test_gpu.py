@@ -1,6 +1,7 @@
 """The GPU acceptance command where there is no GPU: skipped visibly, and rehearsed."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def record_in(out):
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
 def test_without_a_gpu_all_but_the_bandwidth_is_skipped(checkout, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "a folder"
     done = command(checkout, "--out", out, "--budget", "120")
     assert done.returncode == 0, done.stderr
     path, record = record_in(out)
@@ -72,7 +73,8 @@ def test_without_a_gpu_all_but_the_bandwidth_is_skipped(checkout, tmp_path):
     assert copied["gigabytes_per_second"] > 0.1
     assert record["revision"] is None
     assert record["versions"]["torch"] == torch.__version__
-    assert "qmix.evals.gpu --out" in record["command"]
+    given = ["--out", str(out), "--budget", "120"]
+    assert shlex.split(record["command"]) == ["python3", "-m", "qmix.evals.gpu", *given]
     table = path.with_suffix(".md").read_text()
     assert table == done.stdout
     assert "## experts: skipped" in table

@@ -89,3 +89,18 @@ def test_a_file_in_the_way_of_a_folder_is_an_error_that_names_it(tmp_path):
         with pytest.raises(WriteError, match=rf"^{re.escape(str(folder))}: cannot be written"):
             atomic_file.made_folder(folder)
     assert file.is_file()
+
+
+def test_parts_become_one_file_and_none_if_one_cannot_be_made(tmp_path):
+    path = tmp_path / "x.bin"
+    atomic_file.write_parts(path, iter([b"one", memoryview(b"two")]))
+    assert path.read_bytes() == b"onetwo"
+
+    def parts():
+        yield b"more"
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        atomic_file.write_parts(path, parts())
+    assert path.read_bytes() == b"onetwo"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,13 +1,16 @@
 """Keys and values in a folder: what is found again, what is refused, and what is thrown away."""
 
+import errno
 import os
 import stat
 import time
+from collections import Counter
 
 import pytest
 import torch
 
 from qmix.errors import WriteError
+from qmix.formats.files import safetensors_header
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
@@ -132,6 +135,30 @@ def test_a_flipped_byte_anywhere_is_a_miss_and_the_file_goes(folder):
     assert prompts.restore(model.new_cache(1), [*TEXT[:33], 1]) == 33
 
 
+def test_a_file_that_is_not_used_is_looked_into_once(folder, monkeypatch):
+    model = small_model()
+    prompts = PromptCache(folder, "m")
+    texts = [ids(40, seed=seed)[0].tolist() for seed in range(11, 16)]
+    for text in texts:
+        prompts.store(read(model, text), text)
+    read_header = safetensors_header.read_header
+    looked = Counter()
+
+    def counted(path):
+        looked[path] += 1
+        return read_header(path)
+
+    monkeypatch.setattr(safetensors_header, "read_header", counted)
+    fresh = PromptCache(folder, "m")
+    for _ in range(3):
+        assert fresh.restore(model.new_cache(1), [*TEXT, 1]) == 0
+    assert set(looked.values()) == {1}
+    assert len(looked) == 5
+    assert fresh.restore(model.new_cache(1), [*texts[0], 1]) == 40
+    prompts.store(read(model, TEXT), TEXT)  # another process' file is seen
+    assert fresh.restore(model.new_cache(1), [*TEXT, 1]) == 60
+
+
 def test_only_its_owner_can_read_it(folder):
     model = small_model()
     before = os.umask(0o022)
@@ -157,7 +184,7 @@ def test_what_is_unused_for_longest_makes_room(folder):
         for path in files(folder):
             os.utime(path, (time.time() - 100 + 10 * age,) * 2)
     assert prompts.restore(model.new_cache(1), [*texts[0], 1]) == 40  # used: it stays
-    left = folder / "left.writing"
+    left = folder / f"{'a' * 16}.writing"
     left.write_bytes(b"")
     os.utime(left, (0, 0))
     prompts.store(read(model, texts[3]), texts[3])
@@ -183,6 +210,64 @@ def test_a_write_that_fails_leaves_nothing(folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_folder_that_can_only_be_read_gives_what_it_has(folder, monkeypatch, number):
+    model = small_model()
+    prompts = PromptCache(folder, "m")
+    kept = read(model, TEXT)
+    prompts.store(kept, TEXT)
+    (path,) = files(folder)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    for name in ("utime", "unlink", "chmod", "replace"):
+        monkeypatch.setattr(f"os.{name}", refuse)
+    assert prompts.restore(model.new_cache(1), [*TEXT, 1]) == 60
+    assert prompts.keep(kept, TEXT) == 60  # it is there already
+    other = ids(60, seed=3)[0].tolist()
+    with pytest.warns(UserWarning, match="a prompt was not kept: .*cannot be written"):
+        assert prompts.keep(read(model, other), other) == 0
+    path.write_bytes(path.read_bytes()[:-1])
+    assert prompts.restore(model.new_cache(1), [*TEXT, 1]) == 0  # damaged, and it stays
+    assert path.exists()
+
+
+def test_what_others_keep_in_the_folder_stays(folder):
+    model = small_model()
+    PromptCache(folder, "m").store(read(model, TEXT), TEXT)
+    (path,) = files(folder)
+    others = ["model-00001-of-00002.safetensors", "a.writing", f"{path.name}.safetensors"]
+    for name in others:
+        (folder / name).write_bytes(bytes(path.stat().st_size))
+        os.utime(folder / name, (0, 0))
+    other = ids(60, seed=3)[0].tolist()
+    limited = PromptCache(folder, "m", limit_bytes=path.stat().st_size)
+    assert limited.store(read(model, other), other)
+    assert not path.exists()
+    assert all((folder / name).exists() for name in others)
+
+
+def test_a_folder_that_was_removed_is_made_again_and_one_that_was_opened_is_refused(folder):
+    model = small_model()
+    prompts = PromptCache(folder, "m")
+    folder.rmdir()
+    assert prompts.store(read(model, TEXT), TEXT)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(WriteError, match="others can write"):
+        prompts.store(read(model, TEXT[1:]), TEXT[1:])
+    assert prompts.restore(model.new_cache(1), [*TEXT, 1]) == 0
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "prompts").write_text("mine")
+    with pytest.raises(WriteError, match="Not a directory"):
+        PromptCache(tmp_path / "prompts", "m")
+    with pytest.raises(WriteError, match="Not a directory"):
+        PromptCache(tmp_path / "prompts" / "deeper", "m")
+
+
 def test_a_checkpoint_that_changes_has_another_name(tmp_path):
     for name in ("config.json", "model.safetensors", "README.md"):
         (tmp_path / name).write_text(name)
@@ -192,5 +277,27 @@ def test_a_checkpoint_that_changes_has_another_name(tmp_path):
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
     second = checkpoint_name(tmp_path)
     (tmp_path / "config.json").write_text("other")
-    assert len({first, second, checkpoint_name(tmp_path)}) == 3
-    assert checkpoint_name(tmp_path / "model.safetensors") != second
+    third = checkpoint_name(tmp_path)
+    (tmp_path / "quantize_config.json").write_text("{}")
+    assert len({first, second, third, checkpoint_name(tmp_path)}) == 4
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4097, 300_000])
+def test_a_checkpoint_of_the_same_sizes_and_times_has_another_name(tmp_path, size):
+    def name_of(data):
+        (tmp_path / "model.safetensors").write_bytes(data)
+        os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+        return checkpoint_name(tmp_path)
+
+    plain = bytes(size)
+    trained = [plain[:-1] + b"1", b"1" + plain[1:], b"1" * size]
+    assert len({name_of(data) for data in (plain, *trained)}) == (4 if size > 1 else 2)
+
+
+def test_every_shard_of_a_gguf_model_counts(tmp_path):
+    shards = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for shard in shards:
+        shard.write_text("one")
+    first = checkpoint_name(shards[0])
+    shards[1].write_text("two")
+    assert checkpoint_name(shards[0]) != first

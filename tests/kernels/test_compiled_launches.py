@@ -24,11 +24,15 @@ from qmix.generation.static_decoder import StaticDecoder
 from qmix.kernels import Routes
 from qmix.kernels.gpu import attention, fused, moe, pointwise
 from qmix.kernels.gpu.step_tuning import UNTUNED, StepTuning
+from qmix.quantize.rounding import gptq_kernels
+from qmix.quantize.rounding.gptq_group import GroupOptions
+from qmix.quantize.rounding.solver import Solver
 from qmix.tuning.axes import SEPARATE
 from qmix.weights.packed.packed_shapes import ExpertFormat
 from qmix.weights.packed.table import ExpertTable
+from qmix.weights.scheme import Scheme
 
-NF4, INT4 = random_model.NF4, random_model.INT4
+NF4, INT4, INT3 = random_model.NF4, random_model.INT4, random_model.INT3
 META = torch.device("meta")
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -38,6 +42,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int16: "*i16",
 }
 # Constants that count: rounds of unrolled loops, elements of a vector. Fewer cost no more.
 COUNTS = {"Z", "S", "SLICES", "LAST_S", "LAST_SLICES", "PARTS", "SPLITS", "SHARED"}
@@ -112,7 +117,7 @@ def of_source(source):
 def compiled():
     """The counts that each kernel is compiled with, by the kernel."""
     found = defaultdict(list)
-    for variant in (*weight_kernels([90], [NF4, INT4]), *plain_kernels([90])):
+    for variant in (*weight_kernels([90], [NF4, INT4, INT3]), *plain_kernels([90])):
         one = of_source(variant.source())
         found[one.without_counts].append(one.counts)
     return found
@@ -126,7 +131,7 @@ def launched(monkeypatch):
     def launch(kernel, grid, *arguments, **named):
         found.add(of_launch(kernel, arguments, named))
 
-    for module in (attention, fused, moe, pointwise):
+    for module in (attention, fused, gptq_kernels, moe, pointwise):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setitem(kernels._LINEAR, (Dense, "meta"), dense.linear)  # the head's
     monkeypatch.setattr("qmix.generation.layer_launches.can_depend", lambda device: True)
@@ -155,7 +160,7 @@ MULTIPROCESSORS = (82, 108, 128, 132, 148, 170)
 DEPENDENT = StepTuning(dependent=True, prefetch=True)  # where the tuner turns them on
 
 
-@pytest.mark.parametrize("plan", [NF4, INT4], ids=str)
+@pytest.mark.parametrize("plan", [NF4, INT4, INT3], ids=str)
 @pytest.mark.parametrize("kv", ["16", "int8"])
 def test_every_launch_of_a_step_is_compiled(plan, kv, launched, compiled, monkeypatch):
     model = random_model.build_random_model(MixtralConfig(num_hidden_layers=2), plan, META)
@@ -184,10 +189,10 @@ def meta(*shape, dtype=torch.bfloat16):
 def test_every_launch_of_a_prompt_is_compiled(tokens, launched, compiled, monkeypatch):
     """And of experts in two forms, with and without padding, over numbers and over codes."""
     have_multiprocessors(132, monkeypatch)
-    of = [ExpertFormat(plan, plan, (28672, 4096)) for plan in (NF4, INT4)]
+    of = [ExpertFormat(plan, plan, (28672, 4096)) for plan in (NF4, INT4, INT3)]
     x = meta(tokens, 4096)
     routes = Routes(meta(tokens, 2, dtype=torch.int64), meta(tokens, 2, dtype=torch.float32))
-    for formats in ((of[0],) * 8, (*of, of[1]) + (of[0],) * 5):
+    for formats in ((of[0],) * 8, (*of, *of) + (of[0],) * 2):
         moe.experts(x, routes, ExpertTable(meta(1, 8, dtype=torch.int64), formats, []), 0)
     pointwise.rms_norm(x, x[0], 1e-5)
     pointwise.route(meta(tokens, 8), 2)
@@ -204,3 +209,18 @@ def test_what_is_not_compiled_is_found(launched, compiled, monkeypatch):
     pointwise.rms_norm(meta(3, 2048), meta(2048), 1e-5)
     (found,) = missing(launched, compiled)
     assert found.startswith("residual_norm")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_every_launch_of_quantizing_is_compiled(size, symmetric, launched, compiled):
+    scheme = Scheme(kind="int4", group_size=size, symmetric=symmetric)
+    options = GroupOptions(live_scales=True, scale_search=True, trials=8)
+    steps = gptq_kernels.GroupKernels(scheme, options, META)
+    weights = meta(3, 512, 1792, dtype=torch.float32)
+    hessians = meta(3, 512, 512, dtype=torch.float32)
+    solver = Solver(weights, hessians, scheme, size, steps)
+    solver.round_greedily(hessians, lambda _: None)
+    solver.refine(lambda _: None)
+    assert {one.kernel for one in launched} == {"search_grid", "round_group", "refine_group"}
+    assert missing(launched, compiled) == []

@@ -10,7 +10,7 @@ from qmix.experts import cuda_memory
 from qmix.experts.copiers import CudaCopier
 from qmix.generation import host_copy
 from qmix.generation.static_decoder import StaticDecoder
-from qmix.kernels.gpu.current_device import on
+from qmix.kernels.gpu.current_device import on, side_stream
 from qmix.kernels.gpu.launch import launch
 from qmix.models.read_ahead import CudaUpload
 from qmix.tuning.device_clock import CudaClock
@@ -121,6 +121,16 @@ def test_the_copier_works_under_its_device(used):
     copier.read(second(1))
     assert {"Stream", "Event", "Event.record", "pin"} <= {what for what, _ in used}
     assert {device for _, device in used} == {1}
+
+
+def test_a_side_stream_is_its_devices_and_follows_what_was_enqueued(used, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: Gpus.made("default")())
+    with side_stream(SECOND):
+        assert Gpus.current == 1
+    assert ("Stream.wait", 1) in used
+    assert {device for _, device in used} == {1}
+    with side_stream(torch.device("cpu")):
+        assert Gpus.current == 0
 
 
 def test_values_on_their_way_to_the_host_are_under_their_device(used):

@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -195,6 +196,40 @@ def test_decode_kernels_ahead_of_time(arch, columns, kernels, tmp_path, monkeypa
         assert cost.per_weight <= GOALS[variant.tile_format, variant.config.columns], (
             f"{variant}: {cost}"
         )
+
+
+# The same of codes in slices of bits, by form; 3.6 needs the most.
+SLICED_GOALS = {
+    "int2 128 g64": 2.05,
+    "int2 128 g32": 2.35,
+    "int3 128": 2.5,
+    "int3 128 g32": 3.0,
+    "int2 128 g16 asymmetric": 3.05,
+    "int3 128 g16": 3.0,
+    "int5 128 g32 asymmetric": 4.1,
+    "int6 128 g16": 3.25,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", one_in(8, sorted(SLICED_GOALS, key=lambda name: name != "int3 128"))
+)
+def test_slices_of_bits_ahead_of_time(name, tmp_path, monkeypatch):
+    """As above: what a step launches, on three generations."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (tile_format,) = (each for each in FORMATS if str(each) == name)
+    recorded = aot_record.recorded(TRITON_VERSION)
+    for arch, kernel in product(aot.GENERATIONS, ("packed_matmul", "gate_up")):
+        variant = WeightKernel(kernel, tile_format, Config(8, 2, 4), False, arch)
+        cost = aot.compile_variant(variant)
+        assert not aot.faults(variant, cost), f"{variant}: {cost}"
+        assert not list(aot_record.worse(cost, recorded.get(str(variant)))), f"{variant}: {cost}"
+        assert 0 < cost.per_weight <= SLICED_GOALS[name], f"{variant}: {cost}"
+
+
+def test_every_form_of_slices_has_a_goal():
+    assert SLICED_GOALS.keys() == {str(each) for each in FORMATS if each.sliced}
 
 
 _READS = re.compile(r"(ld|st|atom|red|cp\.async)\S*\.global|ldmatrix")

@@ -1,5 +1,6 @@
 """A folder of prompts beside the steps: found again after a restart, and nobody waits for it."""
 
+import shutil
 import threading
 import time
 from contextlib import closing
@@ -183,9 +184,8 @@ def test_no_stream_waits_for_the_disk(scheduler, folder):
 def test_an_id_is_chosen_although_the_folder_cannot_be_written(scheduler, folder, recwarn):
     server = scheduler()
     run(server, [Caller([3, 4])])
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
+    folder.write_text("somebody's file")
     run(server, [first := Caller(LONG)])
     close(server)
     assert len(first.ids) == 12

@@ -86,6 +86,16 @@ def test_a_prompt_that_many_ask_for_at_once_is_read_once(model, scheduler):
     assert all(c.ids == callers[0].ids for c in same)
 
 
+@pytest.mark.parametrize("shared", [1, 7, 8])
+def test_what_any_two_prompts_share_is_read_anew_and_changes_no_bit(scheduler, shared):
+    server, text = scheduler(slots=1), PROMPTS[5]
+    first, again = Caller(text, top_logprobs=2), Caller(text, top_logprobs=2)
+    run(server, [first, Caller([*text[:shared], 60, 61]), again], every=20)
+    assert again.end.cached_tokens == (shared if shared >= 8 else 0)
+    if shared < 8:
+        assert again.events[:-1] == first.events[:-1]
+
+
 def test_a_new_conversation_copies_what_it_shares_and_leaves_the_old_one(scheduler):
     together = scheduler(slots=2)
     system = PROMPTS[5]

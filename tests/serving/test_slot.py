@@ -24,13 +24,14 @@ def slot_of(ids):
 
 @examples(50)
 @given(
-    st.lists(st.integers(0, 2), max_size=20), st.lists(st.integers(0, 2), min_size=1, max_size=20)
+    st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), min_size=1, max_size=20)
 )
-def test_what_is_reusable_is_the_common_beginning_and_leaves_one_id_to_be_read(held, ids):
+def test_a_common_beginning_of_some_length_is_reusable_and_leaves_one_id_to_be_read(held, ids):
     common = 0
     while common < min(len(held), len(ids)) and held[common] == ids[common]:
         common += 1
-    assert slot_of(held).reusable(array("q", ids)) == min(common, len(ids) - 1)
+    expected = min(common, len(ids) - 1) if common >= 8 else 0
+    assert slot_of(held).reusable(array("q", ids)) == expected
 
 
 def test_a_long_prompt_is_compared_with_all_slots_at_once():

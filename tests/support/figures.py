@@ -29,6 +29,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _MARKS = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
 _GIB = 2**30
 _ACCURACY = "2026-11-30-cpu-accuracy"
+_BUDGETS = "2026-11-30-cpu-budgets"
 # Matrices of the 8x7B that a token reads, [N, K], and how many of them.
 _MATRICES = {
     "q, k and v": ((6144, 4096), 1),
@@ -52,7 +53,8 @@ def summary() -> str:
     rows = [
         (
             "memory, all on one GPU",
-            f"{_planned('A100-40', 4096)} with 4k of context, by arithmetic",
+            f"{_planned('A100-40', 4096)} with 4k of context; 24 GiB in {_most_bits('4090')} bits; by "
+            "arithmetic",
             "[memory](docs/memory-and-offload.md)",
         ),
         (
@@ -268,15 +270,34 @@ def cards() -> str:
     return markdown.table(header, rows)
 
 
-def _plan(card: str, context: int, kv: KVFormat = "16") -> planner.PlanAnswer | None:
-    """For a card by its name, or for one of a size."""
+def fewer_bits() -> str:
+    """What fits of `--method auto`, and what was measured of its accuracy."""
+    scores = {each["name"]: each["kl_mean"] for each in _record(_BUDGETS)["scores"]}
+    rows = []
+    for bits in (4.25, 4, 3.5, 3, 2.5):
+        large, small = (_plan(card, 4096, bits=bits) for card in ("4090", "16GiB"))
+        assert large is not None
+        assert small is not None
+        plan = large.estimate.plan
+        context = f"{plan.resident_context}" if plan.resident else "-"
+        kl = f"{scores[f'auto-{bits}']:.4f}"
+        rows.append((f"{bits}", kl, _experts(large), context, _bound(large), _experts(small)))
+    header = ("bits", "KL, tiny model", "experts on a 4090 at 4k", "longest context with all")
+    return markdown.table((*header, "bound at 4k, tok/s", "experts on 16 GiB at 4k"), rows)
+
+
+def _plan(
+    card: str, context: int, kv: KVFormat = "16", bits: float | None = None
+) -> planner.PlanAnswer | None:
+    """For a card by its name, or for one of a size; in NF4, or in so many bits."""
+    method = {} if bits is None else {"method": "auto", "bits": bits}
     where = {"vram": card} if card.endswith("GiB") else {"card": card}
     with TemporaryDirectory() as scratch:
         MixtralConfig(max_position_embeddings=32768).save_pretrained(Path(scratch))
         try:
             return planner.answer(
                 planner.PlanRequest(
-                    source=Path(scratch), ram="64GiB", context=context, kv=kv, **where
+                    source=Path(scratch), ram="64GiB", context=context, kv=kv, **where, **method
                 )
             )
         except ResourceError:
@@ -287,6 +308,13 @@ def _planned(card: str, context: int) -> str:
     answer = _plan(card, context)
     assert answer is not None
     return f"{answer.estimate.plan.device_memory.total / _GIB:.1f} GiB"
+
+
+def _most_bits(card: str) -> str:
+    answer = _plan(card, 4096)
+    assert answer is not None
+    changes = (one.change for one in answer.estimate.suggestions)
+    return next(change for change in changes if "--method auto" in change).split()[-1]
 
 
 def _experts(answer: planner.PlanAnswer | None) -> str:
@@ -347,6 +375,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             experts,
             true_width,
             offload,
+            fewer_bits,
             cards,
             gpu_kernels,
             gpu_grids,

@@ -39,9 +39,7 @@ def act_order(rows, columns, seed=0):
 def as_computed(packed):
     """The weight with the table, the scales and the roundings of the kernels, float32."""
     tile, stretch = packed.format, 1.0
-    if tile.bits == 8:
-        values = torch.arange(-128.0, 128.0)
-    elif tile.table is None or tile.own_table:
+    if tile.table is None or tile.own_table:
         factor, _, power, _ = packed.blob[:16].view(torch.float32).tolist()
         stretch = power / factor  # 1 for integers
         values = torch.tensor(packed.values) * stretch
@@ -57,7 +55,9 @@ def as_computed(packed):
             zeros = plane.zeros.repeat_interleave(tile.group_inputs, 1)
             weight = (weight + zeros).half().float()
         weight = weight * (scales / power)
-        planes.append((weight.half().float() if tile.group else weight) * (power / stretch))
+        planes.append(
+            (weight.half().float() if tile.scales_weights else weight) * (power / stretch)
+        )
     rows = torch.arange(packed.shape[0], device=device).view(2, -1, BYTE_ROWS)
     weight = torch.cat(planes)[rows.transpose(0, 1).flatten()]
     return weight if packed.perm is None else weight[:, torch.argsort(packed.perm.long())]
@@ -137,6 +137,8 @@ OTHERS = {
     "nf4 b256": partial(nf4, block=256),  # blocks straddle the rows of a narrow weight
     "int4 g32": partial(int4, group=32),
     **{f"int4 {how}": partial(affine, how=how) for how in ("biases", "zeros", "nested")},
+    "int2 g64": partial(affine, bits=2, group=64, how="symmetric"),
+    "int3 g128": partial(affine, bits=3, group=128, how="symmetric"),
     "int3 symmetric": partial(affine, bits=3, how="symmetric"),
     "int2 biases": partial(affine, bits=2, group=64),
     "own table": own_table,

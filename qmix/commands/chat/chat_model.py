@@ -198,8 +198,7 @@ class ChatModel(Protocol):
     def keep_cache(self) -> int:
         """Keep what was computed of the conversation, where somebody asked for that; its tokens.
 
-        Raises:
-            WriteError: it cannot be written.
+        A failure is a warning: the conversation is not lost with it.
         """
         ...
 

@@ -51,12 +51,6 @@ Text = Annotated[
         metavar="TEXT", help="One message: print the reply and leave.", show_default=False
     ),
 ]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        parser=options.token_count, help="Context in tokens: 8k.", show_default="the model's"
-    ),
-]
 LongestReply = Annotated[
     int | None,
     typer.Option(
@@ -109,7 +103,7 @@ def chat(
     api_key_file: KeyFile = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     template: options.Template = None,
-    ctx: Context = None,
+    ctx: options.Context = None,
     max_new_tokens: LongestReply = None,
     sampling: options.Sampling = options.SAMPLING,
     reuse: options.Reuse = options.REUSE,

@@ -33,7 +33,7 @@ def save(repl: "Repl", argument: str) -> None:
             settings=settings.to_json(session.config),
         ),
     )
-    kept = session.model.keep_cache()
+    kept = session.keep_cache()
     also = f"; {counted(kept, 'token')} of it need not be computed again" if kept else ""
     repl.notice(f"saved {counted(len(session.turns), 'turn')} to {path}{also}")
 

@@ -25,7 +25,7 @@ class ChatLoader:
     """Loads models as the command line says.
 
     Attributes:
-        context: in tokens; a model with fewer positions has those. None: each model's.
+        context: in tokens; a model with fewer positions has those. None: see options.Load.context.
         template: see chat_format.
         defaults: of the sampling, where neither the user nor the checkpoint says anything.
         reuse: whether ids are drafted, and where caches of conversations are kept.
@@ -54,23 +54,26 @@ class ChatLoader:
         """
         from qmix.commands.chat.local_model import LocalModel, ModelSource
         from qmix.formats import open_checkpoint
+        from qmix.formats.metadata import read_metadata
         from qmix.models.auto import load
         from qmix.models.heat_record import fingerprint
         from qmix.text.chat_format import chat_format
 
-        load_options = self.options.parse(max_context=self.context)
+        positions = read_metadata(directory).config.max_position_embeddings
+        asked = None if self.context is None else min(self.context, positions)
+        load_options = self.options.parse(max_context=asked)
         model, tokenizer = load(directory, load_options=load_options, progress=progress)
         form = chat_format(tokenizer, self.template)
         config = given.filled_from(model.generation_config).filled_from(self.defaults)
         identity = ModelIdentity(directory.resolve().name, fingerprint(open_checkpoint(directory)))
         rehearse(model)
-        limit = model.config.max_position_embeddings
+        context = self.options.context(asked)
         local = LocalModel(
             ModelSource(directory, identity),
             model,
             tokenizer,
             chat_format=form,
-            context=None if self.context is None else min(self.context, limit),
+            context=None if context is None else min(context, positions),
             prompts=self.reuse.prompts(directory),
         )
         return local, self.reuse.drafting(config.with_ends(form.end_ids), model)

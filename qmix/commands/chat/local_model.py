@@ -140,8 +140,7 @@ class LocalModel:
         """See ChatModel."""
         if self._prompts is None:
             return 0
-        self._prompts.store(self.cache, self.cached)
-        return self.cache.length
+        return self._prompts.keep(self.cache, self.cached)
 
     def _held(self, ids: tuple[int, ...]) -> int:
         """How much of a prompt the cache holds, once what is kept of it has been read."""

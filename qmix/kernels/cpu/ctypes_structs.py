@@ -65,6 +65,8 @@ class TiledMatrix(Structure):
         ("byte_rows", c_int64),
         ("inputs", c_int64),
         ("tile_inputs", c_int64),
+        ("group_inputs", c_int64),
+        ("bits", c_int32),
         ("zeros", c_int32),
     )
 

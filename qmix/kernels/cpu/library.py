@@ -99,7 +99,7 @@ class Library:
         """x [T, K], float32 and contiguous, times a matrix in the packed layout in host memory.
 
         Args:
-            table: float32 [16], the value of each packed code, 8 being the zero of Int4.
+            table: float32 [16], the value of each code; of fewer bits, as if it had four.
 
         Returns:
             float32 [T, 2, N / 2]: the rows of the low plane, then those of the high one.
@@ -114,6 +114,8 @@ class Library:
             byte_rows=rows // 2,
             inputs=inputs,
             tile_inputs=matrix.format.inputs,
+            group_inputs=matrix.format.group_inputs,
+            bits=matrix.format.bits,
             zeros=not matrix.format.symmetric,
         )
         self._call("matmul_packed", tiled, x, out, len(x))

@@ -35,10 +35,10 @@ def experts(x: Tensor, routes: Routes, weights: Sequence[PackedExpert]) -> Tenso
 def is_compiled(packed: PackedExpert) -> bool:
     """Whether a compiled kernel multiplies the expert; if not, it is unpacked, which takes seconds.
 
-    It knows four bits, one group a tile, and zeros that are codes.
+    It knows two to four bits, groups of 32 and more, and zeros that are codes.
     """
     return library().isa is not None and all(
-        matrix.format.bits == 4 and not matrix.format.group and not matrix.free_zeros
+        matrix.format.bits <= 4 and not matrix.format.scales_weights and not matrix.free_zeros
         for matrix in (packed.gate_up, packed.down)
     )
 
@@ -52,7 +52,10 @@ def _expert(x: Tensor, packed: PackedExpert) -> Tensor:
         return tiles.linear(F.silu(gate) * up, expert.w2)
 
     def matmul(x: Tensor, matrix: PackedMatrix) -> Tensor:
-        return compiled.matmul_packed(x, matrix, torch.tensor(matrix.values))
+        values = torch.tensor(matrix.values)
+        if matrix.format.bits < 4:
+            values = values[0] + torch.arange(16.0)
+        return compiled.matmul_packed(x, matrix, values)
 
     perm = packed.gate_up.perm
     both = matmul(x if perm is None else x.index_select(1, perm), packed.gate_up)

@@ -4,8 +4,7 @@
 
 A block owns WARPS * 16 byte rows (twice as many matrix rows: a low and a high plane) and COLUMNS
 tokens. Weights are the first operand of the matrix instruction and tokens the second, so that few
-tokens fill a tile that is 8 or 16 wide, where the other way round it would be 64 or more high. The
-matrix units sum a tile, and the sum is multiplied by the scales of the tile once, in float32.
+tokens fill a tile that is 8 or 16 wide, where the other way round it would be 64 or more high.
 
 Activations are float16. Its 11 bits of mantissa hold a bfloat16 activation exactly. The tables are
 float16 too.
@@ -18,9 +17,12 @@ import triton.language as tl
 
 from qmix.kernels.gpu.arrivals_triton import is_last
 from qmix.kernels.gpu.dependent_triton import await_previous, prefetch
+from qmix.kernels.gpu.panel_triton import accumulate
+from qmix.kernels.gpu.slices_triton import block_inputs
 from qmix.kernels.gpu.tiles_triton import (
     BYTE_ROWS,
     HEADER,
+    bits_of,
     both_planes,
     codes_at,
     decode,
@@ -29,62 +31,12 @@ from qmix.kernels.gpu.tiles_triton import (
     operand,
     pair_places,
     plane_pairs,
+    tile_words,
 )
 
 # These change from step to step: 1 and multiples of 16 get no compilation of their own.
 _COUNTS = ["T", "M", "SPLITS", "expert"]
 _UNALIGNED = ["addresses"]  # a layer's row of a table
-
-
-@triton.jit
-def accumulate(
-    matrix, x, x_row, panel, part, first, last, K,
-    KIND: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
-    WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Both planes of a panel times x over tiles [first, last): two float32 [rows, COLUMNS].
-
-    x_row [COLUMNS] are the offsets of rows of x. A column that nobody wants reads one of them too:
-    a mask in the loop would cost four instructions a tile. `part` is which WARPS of the panel's
-    four warps.
-    """
-    ROWS: tl.constexpr = WARPS * 16
-    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
-    SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
-    TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
-    places = codes_at(part, WARPS, C // 32)
-    inputs = tl.arange(0, C)
-    pairs = pair_places(part * ROWS + tl.arange(0, ROWS), C, GROUP)
-    tile = matrix + HEADER + (panel.to(tl.int64) * (K // C) + first) * TILE
-    x = x + x_row[None, :] + first * C + inputs[:, None]
-    low = tl.zeros([ROWS, COLUMNS], tl.float32)
-    high = tl.zeros([ROWS, COLUMNS], tl.float32)
-    table = decoding_words(matrix, KIND)
-    scales = plane_pairs(tile + CODES, pairs)
-    # With the number of stages set on the loop, scales are copied asynchronously too.
-    for _ in tl.range(0, last - first, num_stages=STAGES):
-        word = tl.load(tile + places)
-        upper = tl.load(tile + CODES // 2 + places) if KIND == "int8" else word
-        tokens = tl.load(x)
-        low_scale, high_scale = both_planes(tl.load(scales))
-        low_word, high_word = decode(word, upper, table, KIND)
-        low_weight = operand(low_word, WARPS, C // 32)
-        high_weight = operand(high_word, WARPS, C // 32)
-        if not SYMMETRIC:
-            low_zero, high_zero = both_planes(tl.load(plane_pairs(tile + CODES + SCALES, pairs)))
-            low_weight += of_inputs(low_zero, C, GROUP)
-            high_weight += of_inputs(high_zero, C, GROUP)
-        if GROUP == C:
-            low += tl.dot(low_weight, tokens) * low_scale.to(tl.float32)[:, None]
-            high += tl.dot(high_weight, tokens) * high_scale.to(tl.float32)[:, None]
-        else:
-            low = tl.dot(low_weight * of_inputs(low_scale, C, GROUP), tokens, low)
-            high = tl.dot(high_weight * of_inputs(high_scale, C, GROUP), tokens, high)
-        tile += TILE
-        scales += TILE // 4
-        x += C
-    factors = matrix.to(tl.pointer_type(tl.float32))
-    return low * tl.load(factors), high * tl.load(factors + 1)
 
 
 @triton.jit
@@ -248,7 +200,7 @@ def prefetch_product(
 ):  # fmt: skip
     """Ask the second-level cache for what this block's part of `packed_matmul` will read."""
     PARTS: tl.constexpr = 4 // WARPS
-    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    CODES: tl.constexpr = BYTE_ROWS * C * bits_of(KIND) // 4
     SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
     panel, part, split = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(2)
@@ -348,30 +300,36 @@ def dequantize(
 
     A row of the high plane lies SECOND rows behind that of the low one: F of w1 and w3, else 64.
     """
-    CODES: tl.constexpr = BYTE_ROWS * C * (2 if KIND == "int8" else 1)
+    CODES: tl.constexpr = BYTE_ROWS * C * bits_of(KIND) // 4
     SCALES: tl.constexpr = BYTE_ROWS * 4 * (C // GROUP)
     TILE: tl.constexpr = CODES + (SCALES if SYMMETRIC else 2 * SCALES)
     panel, tile = tl.program_id(0), tl.program_id(1)
     matrix = _matrix(addresses, expert, offset)
     source = matrix + HEADER + (panel.to(tl.int64) * (K // C) + tile) * TILE
-    rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, C)
-    places, pairs = codes_at(0, 4, C // 32), pair_places(rows, C, GROUP)
-    word = tl.load(source + places)
-    upper = tl.load(source + CODES // 2 + places) if KIND == "int8" else word
-    low_word, high_word = decode(word, upper, decoding_words(matrix, KIND), KIND)
-    low, high = operand(low_word, 4, C // 32), operand(high_word, 4, C // 32)
-    if not SYMMETRIC:
-        low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, pairs)))
-        low += of_inputs(low_zero, C, GROUP)
-        high += of_inputs(high_zero, C, GROUP)
-    low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, pairs)))
+    WIDTH: tl.constexpr = block_inputs(KIND, C)
+    SPAN: tl.constexpr = GROUP if GROUP < WIDTH else WIDTH
+    rows, inputs = tl.arange(0, BYTE_ROWS), tl.arange(0, WIDTH)
+    places, pairs = codes_at(0, 4, WIDTH // 32), pair_places(rows, WIDTH, SPAN)
+    words = tile_words(source, places, KIND, C)
+    values = decode(words, decoding_words(matrix, KIND), KIND)
     factors = matrix.to(tl.pointer_type(tl.float32))
-    low_scale = low_scale.to(tl.float32) * tl.load(factors)
-    high_scale = high_scale.to(tl.float32) * tl.load(factors + 1)
-    low = low.to(tl.float32) * of_inputs(low_scale, C, GROUP)
-    high = high.to(tl.float32) * of_inputs(high_scale, C, GROUP)
-    panel_rows = tl.where(SECOND == BYTE_ROWS, 2 * BYTE_ROWS, BYTE_ROWS)
-    row = (panel * panel_rows + rows).to(tl.int64)
-    at = out + row[:, None] * K + (tile * C + inputs)[None, :]
-    tl.store(at, low.to(out.dtype.element_ty))
-    tl.store(at + SECOND.to(tl.int64) * K, high.to(out.dtype.element_ty))
+    for block in tl.static_range(C // WIDTH):
+        here = pairs + BYTE_ROWS * (block * WIDTH // GROUP)
+        low = operand(values[2 * block], 4, WIDTH // 32)
+        high = operand(values[2 * block + 1], 4, WIDTH // 32)
+        if not SYMMETRIC:
+            low_zero, high_zero = both_planes(tl.load(plane_pairs(source + CODES + SCALES, here)))
+            low += of_inputs(low_zero, WIDTH, SPAN)
+            high += of_inputs(high_zero, WIDTH, SPAN)
+        low_scale, high_scale = both_planes(tl.load(plane_pairs(source + CODES, here)))
+        low_scale = low_scale.to(tl.float32) * tl.load(factors)
+        high_scale = high_scale.to(tl.float32) * tl.load(factors + 1)
+        low = low.to(tl.float32) * of_inputs(low_scale, WIDTH, SPAN)
+        high = high.to(tl.float32) * of_inputs(high_scale, WIDTH, SPAN)
+        # Computed before the loads, addresses would be held meanwhile: Int4 took 128 registers on
+        # sm_80 (Triton 3.7), in place of 80.
+        panel_rows = tl.where(SECOND == BYTE_ROWS, 2 * BYTE_ROWS, BYTE_ROWS)
+        row = (panel * panel_rows + rows).to(tl.int64)
+        at = out + row[:, None] * K + (tile * C + block * WIDTH + inputs)[None, :]
+        tl.store(at, low.to(out.dtype.element_ty))
+        tl.store(at + SECOND.to(tl.int64) * K, high.to(out.dtype.element_ty))

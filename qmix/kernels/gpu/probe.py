@@ -5,7 +5,7 @@ no checkpoint: which kinds of weights are tried is handed in.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from qmix.errors import ResourceError, UnsupportedError
 from qmix.kernels.gpu.card import Card
 from qmix.kernels.gpu.current_device import on
+from qmix.kernels.trial import Comparison
 from qmix.weights.scheme import Scheme
 
 
@@ -28,13 +29,17 @@ def why_not(
     Raises:
         ResourceError: the device answers to nothing any more.
     """
-    index: int | None = device.index
-    if index is None:
-        device = torch.device(device.type, torch.cuda.current_device())
+    device = indexed(device)
     error = card(device).refusal() or _failure(device, dtype, None)
     for scheme in schemes:
         error = error or _failure(device, dtype, scheme)
     return error
+
+
+def indexed(device: torch.device) -> torch.device:
+    """A CUDA device with its index; without one it is the current device."""
+    index: int | None = device.index
+    return device if index is not None else torch.device(device.type, torch.cuda.current_device())
 
 
 @cache
@@ -57,11 +62,30 @@ def _failure(
     device: torch.device, dtype: torch.dtype, scheme: Scheme | None
 ) -> UnsupportedError | None:
     """Why the kernels fail on weights of one scheme; None for the kernels without weights."""
-    try:
-        from qmix.kernels.gpu.self_check import first_miss
 
+    def first_miss() -> Comparison | None:
+        from qmix.kernels.gpu import self_check
+
+        return self_check.first_miss(device, dtype, scheme)
+
+    return failure(device, first_miss)
+
+
+def failure(
+    device: torch.device, first_miss: Callable[[], Comparison | None]
+) -> UnsupportedError | None:
+    """Why a trial of kernels fails on a CUDA device; None: they are right.
+
+    Args:
+        device: with an index.
+        first_miss: tries them, and returns the first comparison that misses the bound.
+
+    Raises:
+        ResourceError: the device answers to nothing any more.
+    """
+    try:
         with torch.no_grad(), on(device):
-            miss = first_miss(device, dtype, scheme)
+            miss = first_miss()
             torch.cuda.synchronize(device)
     except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a launch may raise
         if not _answers(device):

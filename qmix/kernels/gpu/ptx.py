@@ -4,7 +4,8 @@ Knows nothing of torch or triton. A word is four bytes of a tile; byte i holds a
 plane in its low nibble and one of the high plane in its high nibble. Each instruction string reads
 the word `$4` and writes four registers of two float16 values: `$0` and `$1` are the codes of the
 low plane of bytes 0, 1 and 2, 3; `$2` and `$3` are those of the high plane. A byte that is a code
-of its own gives two registers, `$0` and `$1`, of the word `$2`.
+of its own gives two registers, `$0` and `$1`, of the word `$2`. Codes that are cut into slices of
+bits give sixteen registers of as many words as they have bits (weights.packed.bit_slices).
 
 NF4, FP4, E2M1 and IQ4 are tables of 16 float16 values, kept as two planes of 16 bytes. A byte
 permutation (`prmt`) picks four bytes out of eight, so a plane takes two of them, for codes 0 to 7
@@ -18,7 +19,8 @@ take 21: both halves are picked by the lower three bits, and a permutation choos
 
 from collections.abc import Mapping
 
-from qmix.weights.packed.codes import TABLES, StoredTable
+from qmix.weights.packed.bit_slices import PAIRS, SLICES, fields
+from qmix.weights.packed.codes import TABLES, StoredTable, half_bits
 from qmix.weights.table import TableKind
 
 
@@ -89,6 +91,49 @@ def _int8() -> str:
     return "\n".join([*lines, "}"])
 
 
+def _sliced(bits: int) -> str:
+    """Codes of 32 weights out of slices of bits: `$0` to `$15` are the pairs, see `bit_slices`.
+
+    `$16` on are the words. Behind them are the floats whose mantissa's bit 0, 2, 4 or 6 is worth 1
+    (of a lower slice of four bits, 0 or 4): with a code in the bits from there on, such a float is
+    itself plus the code.
+    """
+    lines, turned = ["{", ".reg .b32 t0, t1, m0, m2, m4, m6;"], [(-1, -1)] * 2
+    for place in _places(bits):
+        wrong = -_one_at(place) - (1 << bits - 1)
+        lines.append(f"mov.b32 m{place}, 0x{_twice(wrong):08x};")
+    for pair, parts in enumerate(fields(bits)):
+        place = parts[0].at
+        beside = f"${PAIRS + bits + 4 * _places(bits).index(place)}"
+        for part, field in enumerate(parts):
+            word = source = f"${PAIRS + field.word}"
+            if field.rotation:
+                source = f"t{part}"
+                if turned[part] != (field.word, field.rotation):
+                    turned[part] = field.word, field.rotation
+                    lines.append(f"shf.r.wrap.b32 {source}, {word}, {word}, {field.rotation};")
+            mask = ((1 << field.width) - 1 << field.at) * 0x10001
+            lines.append(f"lop3.b32 ${pair}, {source}, 0x{mask:08x}, {beside}, 0xea;")  # and, or
+            beside = f"${pair}"
+        lines.append(f"add.f16x2 ${pair}, ${pair}, m{place};")
+    return "\n".join([*lines, "}"])
+
+
+def _places(bits: int) -> range:
+    """The mantissa's bits at which a code can begin."""
+    return range(0, 8, SLICES[bits][0])
+
+
+def _one_at(place: int) -> float:
+    """The float16 whose mantissa's bit `place` is worth 1."""
+    return 2.0 ** (10 - place)
+
+
+def _twice(value: float) -> int:
+    """A word of two float16."""
+    return half_bits(value) * 0x10001
+
+
 TABLE_INSTRUCTIONS: Mapping[TableKind, str] = {
     kind: _looked_up(table) for kind, table in TABLES.items()
 }
@@ -100,8 +145,16 @@ INT8_INSTRUCTIONS = _int8()
 INT4_WORDS = (0x64006400, 0x54005400)
 # Outputs are written before the inputs are read for the last time. A word is an operand four times,
 # once for every byte.
+SLICED_INSTRUCTIONS: Mapping[int, str] = {bits: _sliced(bits) for bits in SLICES}
+SLICED_WORDS: Mapping[int, tuple[int, ...]] = {
+    bits: tuple(_twice(_one_at(place)) for place in _places(bits)) for bits in SLICES
+}
 _OPERANDS = "=&r,=&r,=&r,=&r,r"
 INT4_CONSTRAINTS = _OPERANDS + 8 * ",r"
 INT8_CONSTRAINTS = "=&r,=&r,r" + 4 * ",r"
 TABLE_CONSTRAINTS = _OPERANDS + 16 * ",r"
 ANY_TABLE_CONSTRAINTS = _OPERANDS + 32 * ",r"
+SLICED_CONSTRAINTS: Mapping[int, str] = {
+    bits: ",".join(["=&r"] * PAIRS + ["r"] * (bits + 4 * len(SLICED_WORDS[bits])))
+    for bits in SLICES
+}

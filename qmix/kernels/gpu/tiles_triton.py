@@ -9,7 +9,12 @@ import triton
 import triton.language as tl
 
 from qmix.kernels.gpu import ptx
-from qmix.weights.packed import tile_format
+from qmix.kernels.gpu.slices_triton import (
+    decode_slices,
+    is_sliced,
+    slice_decoding_words,
+)
+from qmix.weights.packed import bit_slices, tile_format
 
 NF4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["nf4"])
 FP4_INSTRUCTIONS = tl.constexpr(ptx.TABLE_INSTRUCTIONS["fp4"])
@@ -23,19 +28,48 @@ ANY_TABLE_CONSTRAINTS = tl.constexpr(ptx.ANY_TABLE_CONSTRAINTS)
 INT4_CONSTRAINTS = tl.constexpr(ptx.INT4_CONSTRAINTS)
 INT8_CONSTRAINTS = tl.constexpr(ptx.INT8_CONSTRAINTS)
 INT4_WORDS = tl.constexpr(ptx.INT4_WORDS)
+SLICE_BYTES = tl.constexpr(bit_slices.SLICE_BYTES)
 BYTE_ROWS = tl.constexpr(tile_format.BYTE_ROWS)
 HEADER = tl.constexpr(tile_format.HEADER_BYTES)
 
 
-@triton.jit
-def decode(word, upper, table, KIND: tl.constexpr):
-    """uint8 codes -> float16 values of the low and of the high plane.
+@triton.constexpr_function
+def bits_of(KIND):
+    """Bits of a code; tables have four."""
+    return int(KIND[3:]) if KIND[:3] == "int" else 4
 
-    The codes of both planes share the bytes of `word`, or of eight bits those of the high plane are
-    in `upper`.
+
+@triton.jit
+def load_blocks(pointers, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """What so many pointers to blocks, each STEP behind the last, point to."""
+    found = ()
+    for block in tl.static_range(COUNT):
+        found += (tl.load(pointers + block * STEP),)
+    return found
+
+
+@triton.jit
+def tile_words(tile, places, KIND: tl.constexpr, C: tl.constexpr):
+    """The bytes of a tile's codes: those at `places`, and at the same places of further parts."""
+    if is_sliced(KIND):
+        return load_blocks(tile + places, SLICE_BYTES, bits_of(KIND))
+    elif KIND == "int8":
+        return tl.load(tile + places), tl.load(tile + BYTE_ROWS * C + places)
+    else:
+        return (tl.load(tile + places),)
+
+
+@triton.jit
+def decode(words, table, KIND: tl.constexpr):
+    """`tile_words` -> float16 values of the low and of the high plane, of each block in turn.
+
+    A byte holds codes of both planes, or one of eight bits, or parts of many codes.
     """
-    if KIND == "int8":
-        return _byte(word, table), _byte(upper, table)
+    word = words[0]
+    if is_sliced(KIND):
+        return decode_slices(words, table, KIND)
+    elif KIND == "int8":
+        return _byte(word, table), _byte(words[1], table)
     elif KIND == "int4":
         return tl.inline_asm_elementwise(
             INT4_INSTRUCTIONS, INT4_CONSTRAINTS, [word, table[0], table[1]],
@@ -84,6 +118,8 @@ def decoding_words(matrix, KIND: tl.constexpr):
     zero = tl.sum(tl.arange(0, 32).to(tl.float32), 0).to(tl.int32) - 496
     if KIND == "int4" or KIND == "int8":
         return zero + INT4_WORDS[0], zero + INT4_WORDS[1]
+    elif is_sliced(KIND):
+        return slice_decoding_words(zero, KIND)
     elif KIND == "table":
         words = (matrix + 16).to(tl.pointer_type(tl.int32)) + zero
         return (
@@ -118,6 +154,20 @@ def both_planes(pair):
     """Scales or zeros of byte rows, int32: float16 of the low plane and of the high one."""
     low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     return low, ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def load_planes(pointers, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, EACH: tl.constexpr):
+    """Scales or zeros of both planes of each block in turn: one load for EACH blocks.
+
+    `pointers` are to the pairs of the first one, which has so many groups.
+    """
+    found = ()
+    for load in tl.static_range(BLOCKS // EACH):
+        planes = both_planes(tl.load(pointers + load * (BYTE_ROWS * GROUPS)))
+        for _ in tl.static_range(EACH):
+            found += planes
+    return found
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 Knows no routes. A signal lets requests go on for a while; then their streams end with an error.
 """
 
+import logging
 import signal
 import socket
 import threading
@@ -84,6 +85,8 @@ def serve(
         KeyboardInterrupt: it was Ctrl-C.
     """
     descriptors.raise_limit()
+    # What asyncio warns of is a write to a client that has just gone: no fault of anybody's here.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     server = Server(app, engine, started)
     with _terminable(server):
         server.run(sockets=[listener])

@@ -12,7 +12,14 @@ from qmix.weights.packed.tile_format import TileKind
 from qmix.weights.table import VALUES, TableKind
 
 # Half of the range of integers: the zero of symmetric ones.
-HALF_RANGE: Mapping[TileKind, int] = {"int4": 8, "int8": 128}
+HALF_RANGE: Mapping[TileKind, int] = {
+    "int2": 2,
+    "int3": 4,
+    "int4": 8,
+    "int5": 16,
+    "int6": 32,
+    "int8": 128,
+}
 
 # What a table is multiplied by, so that its codes can be paired; the scales take it back. NF4:
 # among the 16.8 M factors in [1, 2) that allow the pairing, the one with the smallest maximum
@@ -70,11 +77,12 @@ def own_table(values: Sequence[float]) -> StoredTable:
     """Any 16 values, with the codes as they are; the largest is brought into [1, 2)."""
     largest = max(map(abs, values))
     stretch = math.ldexp(1.0, 1 - math.frexp(largest)[1]) if largest else 1.0
-    bits = tuple(_half_bits(stretch * value) for value in values)
+    bits = tuple(half_bits(stretch * value) for value in values)
     return StoredTable(stretch, tuple(range(16)), bits, folded=False)
 
 
-def _half_bits(value: float) -> int:
+def half_bits(value: float) -> int:
+    """The bits of the float16 nearest to a value."""
     bits: int = struct.unpack("<H", struct.pack("<e", value))[0]
     return bits
 
@@ -90,7 +98,7 @@ def _signed_zeros(values: Sequence[float]) -> list[float]:
 def _stored(kind: TableKind) -> StoredTable:
     """The stored codes c and c + 8 have the same top bits in both bytes."""
     stretch = _STRETCH[kind]
-    of_code = [_half_bits(stretch * value) for value in _signed_zeros(VALUES[kind])]
+    of_code = [half_bits(stretch * value) for value in _signed_zeros(VALUES[kind])]
     classes: dict[int, list[int]] = {}
     for code, bits in enumerate(of_code):
         classes.setdefault(bits & 0x8080, []).append(code)

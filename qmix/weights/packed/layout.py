@@ -4,23 +4,25 @@ A matrix is cut into panels of 128 rows, and a panel into tiles of 32, 64 or 128
 tile holds the codes of two rows: that of the low plane in its low nibble, that of the high plane in
 its high nibble. In an expert's w1 and w3 they are the same row of both, so that one thread ends up
 with a gate and its up projection; in any other matrix they are rows r and r + 64 of the panel.
-Codes of eight bits have a byte each: those of the low plane, then those of the high one. A matrix
-is
+Codes of eight bits have a byte each: those of the low plane, then those of the high one. Codes of
+2, 3, 5 and 6 bits are cut into slices of bits (`bit_slices`), in tiles of 128 inputs. A matrix is
 
     header   128 bytes: float32 [2], the factors of the sums of the low and of the high plane;
              float32 [2], the powers of two by which the scales of the planes were divided;
              int32 [8], the words of a table that the kernels keep in registers: four of those that
              the instructions know, eight of others
     panels   [N / 128][K / C] tiles, each
-             codes   [C / 32][4 warps][32 lanes][16 bytes], twice where they have eight bits
+             codes   [C / 32][4 warps][32 lanes][16 bytes], twice where they have eight bits; of
+                     slices [bits][4 warps][32 lanes][16 bytes]
              scales  [groups][64] pairs of float16: low plane, high plane
-             zeros   the same, only if asymmetric: half of the codes' range (8 or 128) minus the
+             zeros   the same, only if asymmetric: half of the codes' range (2 to 128) minus the
                      zero, or plus the bias over the scale
 
-A tile is one group, or groups of 16 inputs. An expert is the matrix of w1 and w3, then the matrix
-of w2. Every section is a multiple of 128 bytes. The 16 bytes of a lane are its codes of 16 rows and
-32 inputs, in the order of its registers as the first operand of mma.m16n8k16: one 128-bit load, and
-no exchange between threads.
+A tile is one group, or groups of 16 inputs, or of 16, 32 or 64 where codes are sliced. An expert is
+the matrix of w1 and w3, then the matrix of w2. Every section is a multiple of 128 bytes. The 16
+bytes of a lane are its codes of 16 rows and 32 inputs (or slices of those of 128 inputs), in the
+order of its registers as the first operand of mma.m16n8k16: one 128-bit load, and no exchange
+between threads.
 
 A scale is stored as float16 times a power of two that all scales of the plane share. That is exact
 for scales that are float16 or bfloat16 already, as those of Int4 are; the absmax of NF4 is rounded,
@@ -48,6 +50,7 @@ from qmix.weights.affine import Affine, pack_codes
 from qmix.weights.dense import Weight
 from qmix.weights.expert import Expert
 from qmix.weights.packed.codes import HALF_RANGE, TABLES, StoredTable
+from qmix.weights.packed.lanes import from_lanes, to_lanes
 from qmix.weights.packed.packed_shapes import (
     ExpertFormat,
     expert_format,
@@ -100,10 +103,11 @@ class PackedMatrix:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The value of each packed code of four bits, before scales and zeros."""
+        """The value of each packed code, before scales and zeros."""
         kind = self.format.table
         if kind is None:
-            return tuple(float(code - HALF_RANGE["int4"]) for code in range(16))
+            half = HALF_RANGE[self.format.kind]
+            return tuple(float(code - half) for code in range(2 * half))
         if not self.format.own_table:
             return tuple(VALUES[kind][code] for code in TABLES[kind].code_of_stored)
         high, low = self.blob[16:48].cpu().view(2, 16)
@@ -268,31 +272,18 @@ def _weight_of(packed: PackedMatrix, rows: Plane) -> Weight:
     )
 
 
-# Dimensions of a matrix of bytes: panel, warp, r, g; tile, 32 inputs, j, c, t, p. Lane 4g + t holds
-# rows 8r + g and inputs 16j + 8c + 2t + p, in the order c, r, j, p.
-_TO_LANES = (0, 4, 5, 1, 3, 8, 7, 2, 6, 9)
-_FROM_LANES = tuple(_TO_LANES.index(dim) for dim in range(len(_TO_LANES)))
-
-
 def _pack(low: Plane, high: Plane, tile_format: TileFormat, table: StoredTable | None) -> Tensor:
     """Two planes as a blob."""
     rows, in_features = low.codes.shape
     inputs, group = tile_format.inputs, tile_format.group_inputs
     panels, tiles = rows // BYTE_ROWS, in_features // inputs
 
-    def lanes(codes: Tensor) -> Tensor:
-        parts = codes.view(panels, 4, 2, 8, tiles, inputs // 32, 2, 2, 4, 2)
-        return parts.permute(_TO_LANES).reshape(panels, tiles, -1)
-
     def pairs(first: Tensor, second: Tensor) -> Tensor:
         both = torch.stack((first.half(), second.half()), -1)
         both = both.view(panels, BYTE_ROWS, tiles, inputs // group, 2).permute(0, 2, 3, 1, 4)
         return both.reshape(panels, tiles, -1).view(torch.uint8)
 
-    if tile_format.bits == 8:
-        sections = [lanes(low.codes), lanes(high.codes)]
-    else:
-        sections = [lanes(low.codes | high.codes << 4)]
+    sections = to_lanes(low.codes, high.codes, tile_format)
     exponents = torch.stack([_exponent(plane, tile_format, table) for plane in (low, high)])
     scales = (torch.ldexp(low.scales, -exponents[0]), torch.ldexp(high.scales, -exponents[1]))
     sections.append(pairs(*scales))
@@ -314,7 +305,7 @@ def _exponent(plane: Plane, tile_format: TileFormat, table: StoredTable | None) 
     Or, where weights are multiplied by their scale in float16, the largest that a group's can be.
     """
     largest = plane.scales.abs()
-    if tile_format.group:
+    if tile_format.scales_weights:
         reach = HALF_RANGE[tile_format.kind] if table is None else max(map(abs, table.values))
         largest = largest * (reach if plane.zeros is None else reach + plane.zeros.abs())
     exponent = torch.frexp(largest.max()).exponent - _LARGEST_EXPONENT
@@ -330,21 +321,12 @@ def _unpack(packed: PackedMatrix) -> tuple[Plane, Plane]:
     powers = packed.blob[8:16].view(torch.float32)
     tile = packed.blob[HEADER_BYTES:].view(panels, tiles, tile_format.tile_bytes)
 
-    def lanes(section: Tensor) -> Tensor:
-        codes = section.reshape(panels, tiles, inputs // 32, 4, 8, 4, 2, 2, 2, 2)
-        return codes.permute(_FROM_LANES).reshape(rows, in_features)
-
     def pairs(section: Tensor) -> Tensor:
         both = section.contiguous().view(torch.float16)
         both = both.view(panels, tiles, inputs // group, BYTE_ROWS, 2).permute(0, 3, 1, 2, 4)
         return both.reshape(rows, in_features // group, 2).float()
 
-    codes = tile[:, :, : tile_format.code_bytes]
-    if tile_format.bits == 8:
-        planes = [lanes(section) for section in codes.chunk(2, 2)]
-    else:
-        both = lanes(codes)
-        planes = [both & 15, both >> 4]
+    planes = from_lanes(tile[:, :, : tile_format.code_bytes], tile_format)
     scale_end = tile_format.code_bytes + tile_format.scale_bytes
     scales = pairs(tile[:, :, tile_format.code_bytes : scale_end]) * powers
     zeros = None if tile_format.symmetric else pairs(tile[:, :, scale_end:])

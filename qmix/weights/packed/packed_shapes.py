@@ -17,7 +17,6 @@ from qmix.errors import UnsupportedError
 from qmix.weights.packed.tile_format import (
     BYTE_ROWS,
     PANEL,
-    SMALLEST_GROUP,
     TileFormat,
     TileKind,
     refusal,
@@ -27,26 +26,20 @@ from qmix.weights.scheme import Kind
 
 # Kinds whose values every matrix brings with it; they are integers of eight bits.
 _GRIDS: tuple[Kind, ...] = ("iq3_xxs", "iq3_s", "iq2", "iq1")
-# Integers of fewer bits are widened to four, or to eight.
-_WIDENED: Mapping[Kind, TileKind] = {
-    "int2": "int4",
-    "int3": "int4",
-    "int4": "int4",
-    "int5": "int8",
-    "int6": "int8",
-    "int8": "int8",
-}
+# Fewer bits first.
+_INTEGERS: tuple[TileKind, ...] = ("int2", "int3", "int4", "int5", "int6", "int8")
+_OF_INTEGERS: Mapping[Kind, TileKind] = {kind: kind for kind in _INTEGERS}
 _TILE_KINDS: Mapping[Kind, TileKind] = {
     "nf4": "nf4",
     "fp4": "fp4",
     "e2m1": "e2m1",
     "iq4": "iq4",
     **dict.fromkeys(_GRIDS, "iq4"),
-    **_WIDENED,
+    **_OF_INTEGERS,
 }
 # What a matrix is packed as beside one of another kind. IQ4's values are integers of eight bits.
 _AS_INTEGERS: Mapping[Kind, TileKind] = {
-    **_WIDENED,
+    **_OF_INTEGERS,
     "iq4": "int8",
     **dict.fromkeys(_GRIDS, "int8"),
 }
@@ -83,12 +76,6 @@ class ExpertFormat:
         """Bytes of the expert's blob."""
         rows, hidden = self.shape
         return self.gate_up.matrix_bytes(self.shape) + self.down.matrix_bytes((hidden, rows // 2))
-
-
-def code_bits(kind: Kind) -> int | None:
-    """Bits of a code in the packed layout; None if there is no such kind."""
-    packed = _TILE_KINDS.get(kind)
-    return None if packed is None else TileFormat(packed, SMALLEST_GROUP).bits
 
 
 def matrix_format(spec: MatrixSpec, where: str = "the weight", *, rows: int = PANEL) -> TileFormat:
@@ -128,16 +115,11 @@ def joined(specs: Sequence[MatrixSpec]) -> MatrixSpec:
     Raises:
         UnsupportedError: there is no such form, or a block would belong to two of them.
     """
-    first = specs[0]
-    kinds: set[Kind | None] = {spec.kind for spec in specs}
-    if len(kinds) > 1:
-        kinds = {_AS_INTEGERS.get(spec.kind) for spec in specs}
-        kinds = {"int8"} if kinds == {"int4", "int8"} else kinds
-    kind = kinds.pop()
+    first, kind = specs[0], _kind_of_all(specs)
     same_inputs = all(spec.shape[1] == first.shape[1] for spec in specs)
     straddling = any(spec.shape[0] * spec.shape[1] % spec.group for spec in specs)
     mixed = len({spec.own_table for spec in specs}) > 1
-    if kind is None or kinds or not same_inputs or straddling or mixed:
+    if kind is None or not same_inputs or straddling or mixed:
         raise UnsupportedError("no packed layout holds all of the matrices that are joined")
     return MatrixSpec(
         kind,
@@ -148,12 +130,28 @@ def joined(specs: Sequence[MatrixSpec]) -> MatrixSpec:
     )
 
 
+def _kind_of_all(specs: Sequence[MatrixSpec]) -> Kind | None:
+    """The kind of matrices that are packed as one: theirs, or the narrowest integers that hold all.
+
+    None: there is none.
+    """
+    kinds = {spec.kind for spec in specs}
+    if len(kinds) == 1:
+        return specs[0].kind
+    if not kinds <= _AS_INTEGERS.keys():
+        return None
+    return max((_AS_INTEGERS[kind] for kind in kinds), key=_INTEGERS.index)
+
+
 def expert_format(w1: MatrixSpec, w2: MatrixSpec, w3: MatrixSpec) -> ExpertFormat:
     """The format of an expert.
 
     Raises:
         UnsupportedError: a matrix has no packed layout, or w1 and w3 are stored differently.
     """
+    kind = _kind_of_all((w1, w3))
+    if kind is not None:
+        w1, w3 = replace(w1, kind=kind), replace(w3, kind=kind)
     gate = matrix_format(w1, "w1", rows=BYTE_ROWS)
     up = matrix_format(w3, "w3", rows=BYTE_ROWS)
     if (gate, w1.group) != (up, w3.group):

@@ -1,7 +1,7 @@
-"""A weight's rows as packing wants them: codes of 4 or 8 bits, a scale and a zero for every group.
+"""A weight's rows as packing wants them: codes, and a scale and a zero for every group.
 
-Tables are renumbered, integers of fewer bits widened, nested scales and biases brought into plain
-scales and zeros. Knows nothing of bytes. Shape letters: see qmix.kernels.
+Tables are renumbered, integers widened if the tile's codes have more bits, nested scales and biases
+brought into plain scales and zeros. Knows nothing of bytes. Shape letters: see qmix.kernels.
 """
 
 from collections.abc import Mapping, Sequence

@@ -31,7 +31,7 @@ from qmix.weights.packed.layout import (
 from qmix.weights.packed.packed_shapes import table_formats
 from qmix.weights.packed.planes import with_codes_of
 from qmix.weights.packed.table import ExpertTable
-from qmix.weights.scheme import Kind, Scheme
+from qmix.weights.scheme import Scheme
 from qmix.weights.stacked import Stacked
 from qmix.weights.table import Table
 
@@ -81,8 +81,7 @@ class PackedWeight:
         tile_format, group = self.matrix.format, self.matrix.group
         if tile_format.table is not None:
             return Scheme(kind=tile_format.table, block_size=group, double_quant=False)
-        kind: Kind = "int8" if tile_format.bits == 8 else "int4"
-        return Scheme(kind=kind, group_size=group, symmetric=tile_format.symmetric)
+        return Scheme(kind=tile_format.kind, group_size=group, symmetric=tile_format.symmetric)
 
     @property
     def dtype(self) -> torch.dtype:

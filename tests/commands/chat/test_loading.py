@@ -21,9 +21,9 @@ def chat(tiny_nf4, monkeypatch):
     """Starts a chat with the tiny model in 4 bits: typed lines -> (chat, notices)."""
     monkeypatch.setenv("TERM", "dumb")
 
-    def start(lines, **load):
+    def start(lines, context=None, **load):
         defaults = GenerationConfig(do_sample=False, max_new_tokens=3).attributed("qmix")
-        loader = ChatLoader(options.Load(device="cpu", **load), None, None, defaults)
+        loader = ChatLoader(options.Load(device="cpu", **load), context, None, defaults)
         notices = io.StringIO()
         console = Console(file=notices, width=120, color_system=None)
         streams = Streams(Keyboard(lines), io.StringIO(), console)
@@ -50,6 +50,24 @@ def test_an_offloaded_model_says_where_its_experts_are(chat):
     assert "on disk" in repl.start_line
     slow = bound(repl.session.model, 0, statistics)
     assert 0 < slow.tokens_per_s < bound(repl.session.model, 0, None).tokens_per_s
+
+
+def test_a_conversation_is_as_long_as_the_budget_leaves_room_for(chat, monkeypatch):
+    monkeypatch.setattr("qmix.planning.plan.CONTEXT", 128)
+    for given, context in (
+        ({}, 1024),
+        ({"ram": "463MiB"}, 128),
+        ({"ram": "463MiB", "context": 256}, 256),
+    ):
+        repl, _ = chat("Hi\n", **given)
+        assert repl.session.context == context
+        assert repl.session.stats.context_limit == context
+
+
+@pytest.mark.parametrize("load", [{}, {"ram": "1G"}])
+def test_a_model_with_fewer_positions_than_the_context_has_those(chat, load):
+    repl, _ = chat("Hi\n", context=1 << 14, **load)
+    assert repl.session.context == 1024
 
 
 def test_another_model_takes_over_the_words_and_the_settings(chat):

@@ -34,3 +34,16 @@ def test_every_code_has_its_value(kind):
     given = (None, assembly, constraints, operands(words), [tl.float16, tl.float16], False, 4)
     for looked_up, executed in zip(look_up(*given).handles, execute(*given).handles, strict=True):
         assert (looked_up.data == executed.data).all()
+
+
+@pytest.mark.parametrize("bits", ptx.SLICED_INSTRUCTIONS)
+def test_every_code_in_slices_has_its_value(bits):
+    drawn = np.random.default_rng(0).integers(0, 256, (bits, 4096), np.uint8)
+    kept = [np.full(4096, word, "u4") for word in ptx.SLICED_WORDS[bits]]
+    given = [SimpleNamespace(data=data) for data in (*drawn, *kept)]
+    texts = ptx.SLICED_INSTRUCTIONS[bits], ptx.SLICED_CONSTRAINTS[bits]
+    arguments = (None, *texts, given, [tl.float16] * 8, False, 4)
+    found = look_up(*arguments).handles
+    assert len(found) == 8
+    for looked_up, executed in zip(found, execute(*arguments).handles, strict=True):
+        assert (looked_up.data == executed.data).all()

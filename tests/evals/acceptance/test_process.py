@@ -2,16 +2,20 @@
 
 import os
 import select
+import signal
+import subprocess
 import sys
 
 import pytest
 
 from qmix.evals.acceptance.process import WorkerProcess
 from qmix.evals.acceptance.supervisor import WorkerGoneError
-from tests.support.process import PATIENCE
+from tests.support.process import PATIENCE, started
 
 CODE = """
 import json, os, subprocess, sys
+from qmix.evals.acceptance.process import end_with_parent
+end_with_parent()
 pipe = os.fdopen(int(sys.argv[1]), "w")
 print("hello from", os.getpid(), flush=True)
 def say(**message):
@@ -25,8 +29,7 @@ for line in sys.stdin:
     if what == "leave":
         sys.exit(3)
     if what.startswith("hang"):
-        child = "import sys; pipe = open(sys.argv[1], 'w'); print('x', file=pipe, flush=True); input()"
-        subprocess.run([sys.executable, "-c", child, what.split()[1]], stdin=subprocess.PIPE)
+        subprocess.run(["sh", "-c", "echo x; exec sleep 600"], stdout=open(what.split()[1], "w"))
     say(end="ok", error=None, fatal=False)
 """
 
@@ -37,6 +40,33 @@ def worker(tmp_path):
     assert worker.receive(PATIENCE) == {"machine": {"gpu": None}}
     yield worker
     worker.end()
+
+
+# The command that starts a worker has it hang, and waits.
+COMMAND = """
+import sys
+from pathlib import Path
+from qmix.evals.acceptance.process import WorkerProcess
+worker = WorkerProcess([sys.executable, "-c", sys.argv[1]], cwd=Path())
+worker.request(sys.argv[2])
+input()
+"""
+
+
+@pytest.fixture
+def alive(tmp_path):
+    """A pipe that a process which hangs writes to once, and the request that starts it."""
+    path = tmp_path / "alive"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    yield pipe, f"hang {path}"
+    os.close(pipe)
+
+
+def next_bytes(pipe):
+    """What is written next; empty when nobody is left who could write."""
+    assert select.select([pipe], [], [], PATIENCE)[0]
+    return os.read(pipe, 100)
 
 
 def test_it_runs_one_step_after_another(worker):
@@ -57,17 +87,19 @@ def test_its_death_is_told_after_its_results(worker, how, said):
     assert worker.end() == ""
 
 
-def test_it_is_ended_with_what_it_started(worker, tmp_path):
-    alive = tmp_path / "alive"
-    os.mkfifo(alive)
-    pipe = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        worker.request(f"hang {alive}")
-        worker.receive(PATIENCE)
-        assert select.select([pipe], [], [], PATIENCE)[0]
-        assert os.read(pipe, 100) == b"x\n"
-        worker.end()
-        assert select.select([pipe], [], [], PATIENCE)[0]
-        assert os.read(pipe, 100) == b""  # nobody is left who could write
-    finally:
-        os.close(pipe)
+def test_it_is_ended_with_what_it_started(worker, alive):
+    pipe, hang = alive
+    worker.request(hang)
+    assert next_bytes(pipe) == b"x\n"
+    worker.end()
+    assert next_bytes(pipe) == b""
+
+
+def test_it_does_not_outlive_a_command_that_is_killed(alive):
+    """It would share the device with the command that goes on with the journal."""
+    pipe, hang = alive
+    code = [sys.executable, "-c", COMMAND, CODE, hang]
+    with started(code, stdin=subprocess.PIPE) as command:
+        assert next_bytes(pipe) == b"x\n"
+        command.send_signal(signal.SIGKILL)
+    assert next_bytes(pipe) == b""

@@ -1,5 +1,8 @@
 """Experts in the packed layout on the CPU against what unpacking them gives."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,18 +12,29 @@ from qmix.kernels.cpu.library import library
 from qmix.weights.expert import Expert
 from qmix.weights.packed.layout import pack_expert, unpack_expert
 from tests.support.cpu_kernels import random_int4, random_nf4, seeded
-from tests.support.packed import OTHERS
+from tests.support.packed import OTHERS, affine
 
 D, WIDTH = 256, 384
 
 
 def expert(kind, group=64, width=WIDTH):
     shapes = ((width, D), (D, width), (width, D))
+    if kind.startswith(("int2", "int3")):
+        return Expert(*(sliced(n, k, kind, group, seed) for seed, (n, k) in enumerate(shapes)))
     if kind == "nf4":
         return Expert(*(random_nf4(n, k, group) for n, k in shapes))
     zeros, perm = "zeros" in kind, "perm" in kind
     w1, w2, w3 = (random_int4(n, k, k // group, zeros=zeros, perm=perm) for n, k in shapes)
     return Expert(w1=w1, w2=w2, w3=w3)
+
+
+def sliced(rows, inputs, kind, group, seed):
+    """Codes in slices of bits, in a matrix of which neither plane is like the other."""
+    weight = affine(rows, inputs, seed, bits=int(kind[3]), group=group, how="symmetric")
+    if "zeros" not in kind:
+        return weight
+    zeros = torch.randint(0, 1 << weight.bits, weight.scales.shape, generator=seeded(seed))
+    return replace(weight, zeros=zeros.to(torch.uint8))
 
 
 def oracle(x, routes, experts):
@@ -35,11 +49,17 @@ def oracle(x, routes, experts):
     return out
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int4", "int4 zeros", "int4 perm zeros"])
-@pytest.mark.parametrize("group", [64, 128])
+KINDS = ["nf4", "int4", "int4 zeros", "int4 perm zeros"]
+SLICED = ["int2", "int2 zeros", "int3", "int3 zeros"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "group"), [*product(KINDS, (64, 128)), *product(SLICED, (32, 64, 128))]
+)
 @pytest.mark.parametrize("tokens", [1, 2, 11])
 def test_packed_experts_are_what_unpacking_gives(isa, kind, group, tokens):
     blobs = [pack_expert(expert(kind, group)) for _ in range(3)]
+    assert blobs[0].gate_up.format.sliced == (kind in SLICED)
     ids = torch.stack([torch.randperm(3, generator=seeded(i))[:2] for i in range(tokens)])
     routes = Routes(ids, torch.tensor([[0.7, 0.3]]).expand(tokens, 2))
     x = torch.randn(tokens, D, generator=seeded())
@@ -57,6 +77,8 @@ def test_packed_experts_are_what_unpacking_gives(isa, kind, group, tokens):
 
 COMPILED = {"own table": True, "fp4": True, "nf4 b256": True, "int2 biases": False}
 COMPILED |= {"e2m1 b16": False, "int8 asymmetric": False, "int6 nested g16": False}
+COMPILED |= {"int3 symmetric": True, "int2 g64": True, "int3 nested g16": False}
+COMPILED |= {"int5 biases": False}
 
 
 @pytest.mark.parametrize("kind", COMPILED)

@@ -139,7 +139,7 @@ def test_what_triton_interprets(name, soak):
     run_apart(name, interpreted=False, as_ptx=True, soak=soak)
 
 
-@pytest.mark.parametrize("name", one_in(2, ["matmul nf4", "matmul int4"]))
+@pytest.mark.parametrize("name", one_in(3, ["matmul nf4", "matmul int4", "matmul int3"]))
 def test_mistakes_are_caught(name):
     """Those that are mistakes wherever they are made, at one place each."""
     campaign = mutations.CAMPAIGNS[name]

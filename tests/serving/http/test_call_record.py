@@ -95,7 +95,9 @@ def test_a_failure_is_an_error_and_what_modules_say_is_a_notice(lines):
     record = CallRecord(call())
     record.put(0, Ended(finish="error", prompt_tokens=3, error=QmixError("the disk is gone")))
     logging.getLogger("qmix.nn").warning("%s: slow", "a disk")
-    failed, notice = lines
+    logging.getLogger("py.warnings").warning("%s", "warning: a prompt was not kept: no space\n")
+    failed, notice, warned = lines
+    assert warned["message"] == "a prompt was not kept: no space"
     assert (failed["level"], failed["error"]) == ("error", "the disk is gone")
     assert (notice["event"], notice["message"], notice["request_id"]) == (
         "notice",

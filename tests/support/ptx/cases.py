@@ -42,6 +42,9 @@ WEIGHTS = {
     "int8 asymmetric": (OTHERS["int8 asymmetric"], HALF),
     "int8 g32": (lambda n, k, seed=0: affine(n, k, seed, bits=8, how="symmetric"), HALF),
     "int6 nested g16": (OTHERS["int6 nested g16"], 2 * HALF),
+    "int2 g64": (OTHERS["int2 g64"], HALF),
+    "int3 g128": (OTHERS["int3 g128"], HALF),
+    "int5 biases g32": (OTHERS["int5 biases"], 2 * HALF),
 }
 
 

@@ -116,6 +116,15 @@ INT8 = (
     Mutation("the pair of bytes", r"0x7352", "0x7150"),
     Mutation("the constant that is subtracted", r"0xe480e480", "0xe481e480"),
 )
+SLICES = (
+    Mutation("the lower bits of the next code", r"0x00030003", "0x000c000c"),
+    Mutation("the upper bit of the next code", r"0x00100010", "0x00080008"),
+    Mutation("bits of a code lost", r"0x00c000c0", "0x00400040"),
+    Mutation("the logic of lop3", r"(lop3\.b32 .*, )0xea", r"\g<1>0xe8"),
+    Mutation("a rotation", r"(shf\.r\.wrap\.b32 .*, )(\d+);", lambda m: f"{m[1]}{int(m[2]) ^ 1};"),
+    Mutation("the constant that is subtracted", r"0xdc10dc10", "0xdc11dc11"),
+    Mutation("the constant of one code", r"0xcd00cd00", "0xcd01cd00"),
+)
 ANY_TABLE = (
     *NF4[:3],
     Mutation("the top bit of a code lost", r"0x44444444", "0x44444404"),
@@ -192,6 +201,7 @@ CAMPAIGNS = {
         _linear("int4 asymmetric g64"), "packed_matmul", (*LOOP, *COLUMNS, *INT4)
     ),
     "matmul int8": Campaign(_linear("int8 asymmetric"), "packed_matmul", (*LOOP, *INT8)),
+    "matmul int3": Campaign(_linear("int3 g128"), "packed_matmul", (*LOOP, *COLUMNS, *SLICES)),
     "matmul of a table": Campaign(_linear("own table"), "packed_matmul", ANY_TABLE),
     "matmul in groups of 16": Campaign(
         _linear("int6 nested g16"), "packed_matmul", (*COLUMNS, *INT8, *GROUPS)

@@ -111,6 +111,12 @@ def _insert(field, into, start, length):
     return ((into & ~mask) | (moved & mask)).astype(np.uint32)
 
 
+def _funnel(low, high, distance):
+    """shf.r.wrap: the low half of both, shifted right by the distance modulo 32."""
+    both = high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
+    return (both >> (distance & np.uint32(31)).astype(np.uint64)).astype(np.uint32)
+
+
 def _permute(a, b, selector):
     """prmt: each result byte is one of the eight of b and a, or copies of its highest bit."""
     a, b, selector = np.broadcast_arrays(a, b, selector)
@@ -188,6 +194,7 @@ def _integers():
         add(f"shr.b{bits}", _right, f"b{bits} u32", f"b{bits}")
     for sign in "su":
         add(f"bfe.{sign}32", _extract, f"{sign}32 u32 u32", f"{sign}32")
+    add("shf.r.wrap.b32", _funnel, "b32 b32 u32", "b32")
     add("bfi.b32", _insert, "b32 b32 u32 u32", "b32")
     add("prmt.b32", _permute, "b32 b32 b32", "b32")
     add("lop3.b32", _logic, "b32 b32 b32 b32", "b32")

@@ -73,23 +73,23 @@ int32_t qmix_matmul_packed(const TiledMatrix* packed, const float* x, float* y, 
                            int32_t threads, Fork fork) {
     const TiledMatrix& matrix = *packed;
     const int64_t inputs = matrix.inputs, rows = matrix.byte_rows;
-    const int64_t tiles = inputs / matrix.tile_inputs;
+    const int64_t groups = inputs / matrix.group_inputs;
     IntegerTable table(matrix.table);
-    if (table.factor != 1 && matrix.tile_inputs > 64)
+    if (table.factor != 1 && matrix.group_inputs > 64)
         table.max_activation = 8191;  // twice as many products a sum
     if (tokens * 2 * rows * inputs < MIN_PARALLEL) threads = 1;
     return status_of([&] {
         std::vector<int16_t> arranged(size_t(tokens * 2 * inputs));
-        std::vector<float> scales(size_t(tokens * tiles));
+        std::vector<float> scales(size_t(tokens * groups));
         parallel_for(tokens, tokens > 8 ? threads : 1, fork, [&](int64_t t, int) {
             quantize_tiles(matrix, table, x + t * inputs, arranged.data() + t * 2 * inputs,
-                           scales.data() + t * tiles);
+                           scales.data() + t * groups);
         });
         parallel_for(rows / PANEL, threads, fork, [&](int64_t panel, int) {
             for (int64_t t = 0; t < tokens; t++) {
                 float* low = y + 2 * t * rows + panel * PANEL;
                 const QuantizedTiles in{arranged.data() + t * 2 * inputs,
-                                        scales.data() + t * tiles};
+                                        scales.data() + t * groups};
                 multiply_panel(matrix, table, panel, in, low, low + rows);
             }
         });

@@ -3,8 +3,10 @@
 //
 // A byte holds the codes of two rows, one in each plane; the 16 bytes of a lane hold rows g and g +
 // 8 and 32 inputs. Four lanes together, 64 bytes, are one register: 32 words, word t * 8 + c * 4 +
-// r * 2 + j of row 8 r + g and inputs 16 j + 8 c + 2 t + {0, 1}. Packing has rounded the scales
-// already, so inputs are always 16-bit integers with a scale for each tile.
+// r * 2 + j of row 8 r + g and inputs 16 j + 8 c + 2 t + {0, 1}. Codes of two and three bits, which
+// are slices of bits (qmix/weights/packed/bit_slices.py), become such bytes, a tile at a time.
+// Packing has rounded the scales already, so inputs are always 16-bit integers with a scale for
+// each group.
 
 #pragma once
 
@@ -21,12 +23,91 @@ constexpr int64_t PANEL = 64;  // byte rows
 // One token as 16-bit integers.
 struct QuantizedTiles {
     const int16_t* x;     // [inputs / 32][64 places]
-    const float* scales;  // [tiles]
+    const float* scales;  // [groups]
 };
 
-int64_t tile_bytes(const TiledMatrix& matrix) {
-    return PANEL * matrix.tile_inputs + PANEL * 4 * (matrix.zeros ? 2 : 1);
+constexpr int64_t SLICED_INPUTS = 128;  // of a tile
+constexpr int64_t SLICE_BYTES = 2048;   // of one bit of a tile
+
+// Bytes of a tile's codes; those of its scales, and of its zeros.
+int64_t code_bytes(const TiledMatrix& matrix) {
+    return PANEL * matrix.tile_inputs * matrix.bits / 4;
 }
+int64_t scale_bytes(const TiledMatrix& matrix) {
+    return PANEL * 4 * (matrix.tile_inputs / matrix.group_inputs);
+}
+
+// A tile in slices as bytes of two codes. In a word of a slice, block b of 32 inputs has in each
+// half the pairs (plane, j) = (0, 0), (0, 1), (1, 0), (1, 1) at bits 0, 2, 4 and 6 once it is
+// rotated: the two of a j are as far apart as they are in a byte.
+template <int BITS>
+void bytes_of_slices(const uint8_t* tile, uint8_t* bytes) {
+    const uint32_t* slices = reinterpret_cast<const uint32_t*>(tile);
+    uint32_t* out = reinterpret_cast<uint32_t*>(bytes);
+    constexpr int64_t WORDS = SLICE_BYTES / 4;
+    constexpr int UPPER_ROTATIONS[4] = {0, 1, 8, 9};
+    for (int64_t block = 0; block < 4; block++, out += WORDS) {
+        const uint32_t* lower = slices + block / 2 * WORDS;
+        const uint32_t* upper = slices + 2 * WORDS;
+        const int shift = block % 2 * 8, rotation = UPPER_ROTATIONS[block];
+        for (int64_t i = 0; i < WORDS; i++) {
+            const uint32_t low = lower[i] >> shift;
+            uint32_t even = low & 0x00330033, odd = low >> 2 & 0x00330033;
+            if (BITS == 3) {
+                const uint32_t high = upper[i] >> rotation | upper[i] << (32 - rotation) % 32;
+                even |= high & 0x00440044;
+                odd |= high >> 2 & 0x00440044;
+            }
+            // The bytes of both p of j = 0, then those of j = 1.
+            out[i] = (even | even >> 8) & 0xffff | (odd << 8 | odd << 16) & 0xffff0000;
+        }
+    }
+}
+
+// One group of a panel's rows: its codes as bytes, its scales and its zeros.
+struct TileGroup {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const uint8_t* zeros;
+};
+
+// The groups of a panel in order.
+class TileGroups {
+public:
+    TileGroups(const TiledMatrix& matrix, int64_t panel)
+        : matrix_(matrix), per_tile_(matrix.tile_inputs / matrix.group_inputs) {
+        const int64_t tiles = matrix.inputs / matrix.tile_inputs;
+        bytes_ = code_bytes(matrix) + scale_bytes(matrix) * (matrix.zeros ? 2 : 1);
+        first_ = matrix.tiles + panel * tiles * bytes_;
+    }
+
+    // Asked for one after the other.
+    TileGroup group(int64_t number) {
+        const uint8_t* tile = first_ + number / per_tile_ * bytes_;
+        const int64_t within = number % per_tile_;
+        const uint8_t* codes = tile;
+        if (matrix_.bits < 4) {
+            if (!within) prefetch_tile(tile);
+            if (!within && matrix_.bits == 2) bytes_of_slices<2>(tile, expanded_);
+            if (!within && matrix_.bits == 3) bytes_of_slices<3>(tile, expanded_);
+            codes = expanded_;
+        }
+        const uint8_t* scales = tile + code_bytes(matrix_) + within * PANEL * 4;
+        return {codes + within * PANEL * matrix_.group_inputs, scales,
+                scales + scale_bytes(matrix_)};
+    }
+
+private:
+    // The next tile; the others are asked for as they are read.
+    void prefetch_tile(const uint8_t* tile) const {
+        for (int64_t line = 0; line < bytes_; line += 64) prefetch_codes(tile + line);
+    }
+
+    const TiledMatrix& matrix_;
+    const uint8_t* first_;
+    int64_t bytes_, per_tile_;
+    alignas(64) uint8_t expanded_[PANEL * SLICED_INPUTS];
+};
 
 int64_t packed_input_at(int64_t p, int64_t word) {
     return 16 * (word % 2) + 8 * (word / 4 % 2) + 2 * (word / 8) + p;
@@ -45,18 +126,18 @@ int64_t byte_at(int64_t place) {
 // Quantizes the inputs of one token; each stands twice, once for either row of a lane.
 void quantize_tiles(const TiledMatrix& matrix, const IntegerTable& table, const float* x,
                     int16_t* out, float* scales) {
-    for (int64_t tile = 0; tile < matrix.inputs / matrix.tile_inputs;
-         tile++, x += matrix.tile_inputs) {
+    for (int64_t group = 0; group < matrix.inputs / matrix.group_inputs;
+         group++, x += matrix.group_inputs) {
         float largest = 0, poison = 0;
-        for (int64_t i = 0; i < matrix.tile_inputs; i++) {
+        for (int64_t i = 0; i < matrix.group_inputs; i++) {
             const float magnitude = x[i] < 0 ? -x[i] : x[i];
             largest = magnitude > largest ? magnitude : largest;
             poison += x[i] * 0;
         }
         const float factor = largest > 0 ? table.max_activation / largest : 0;
         const bool finite = poison == 0 && factor < 3e38f;
-        scales[tile] = poison + (finite ? largest / (table.max_activation * table.factor) : 0);
-        for (int64_t first = 0; first < matrix.tile_inputs; first += 32)
+        scales[group] = poison + (finite ? largest / (table.max_activation * table.factor) : 0);
+        for (int64_t first = 0; first < matrix.group_inputs; first += 32)
             for (int64_t place = 0; place < 64; place++) {
                 const int64_t byte = byte_at(place);
                 const float input = x[first + packed_input_at(byte % 2, byte / 2)];
@@ -65,7 +146,7 @@ void quantize_tiles(const TiledMatrix& matrix, const IntegerTable& table, const 
     }
 }
 
-// The scales (or zeros) of a tile as [warp][g][plane][r].
+// The scales (or zeros) of a group as [warp][g][plane][r].
 void read_tile_scales(const uint8_t* section, float* out) {
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(section);
     for (int64_t row = 0; row < PANEL; row++)
@@ -76,23 +157,24 @@ void read_tile_scales(const uint8_t* section, float* out) {
 
 void multiply_panel_portable(const TiledMatrix& matrix, const IntegerTable& table, int64_t panel,
                              const QuantizedTiles& in, float* low, float* high) {
-    const int64_t tiles = matrix.inputs / matrix.tile_inputs, bytes = tile_bytes(matrix);
-    const uint8_t* tile = matrix.tiles + panel * tiles * bytes;
+    const int64_t groups = matrix.inputs / matrix.group_inputs;
+    TileGroups of_panel(matrix, panel);
     float sums[2][PANEL] = {}, scales[2 * PANEL], zeros[2 * PANEL] = {};
-    for (int64_t i = 0; i < tiles; i++, tile += bytes) {
-        read_tile_scales(tile + PANEL * matrix.tile_inputs, scales);
-        if (matrix.zeros) read_tile_scales(tile + PANEL * matrix.tile_inputs + PANEL * 4, zeros);
+    for (int64_t i = 0; i < groups; i++) {
+        const TileGroup group = of_panel.group(i);
+        read_tile_scales(group.scales, scales);
+        if (matrix.zeros) read_tile_scales(group.zeros, zeros);
         for (int64_t row = 0; row < PANEL; row++) {
             const int64_t warp = row / 16, r = row / 8 % 2, g = row % 8;
             const int64_t at = warp * 32 + g * 4 + r;
             int64_t plane_sums[2] = {};  // 64 products of 16383 * 16383 do not fit 32 bits
-            for (int64_t part = 0; part < matrix.tile_inputs / 32; part++)
+            for (int64_t part = 0; part < matrix.group_inputs / 32; part++)
                 for (int64_t word = 2 * r; word < 32; word += word % 2 ? 3 : 1)
                     for (int64_t p = 0; p < 2; p++) {
                         const uint8_t codes =
-                            tile[part * 2048 + warp * 512 + g * 64 + 2 * word + p];
+                            group.codes[part * 2048 + warp * 512 + g * 64 + 2 * word + p];
                         const int32_t x =
-                            in.x[i * 2 * matrix.tile_inputs + part * 64 + p * 32 + word];
+                            in.x[i * 2 * matrix.group_inputs + part * 64 + p * 32 + word];
                         plane_sums[0] += (table.values[codes & 15] + int32_t(zeros[at])) * x;
                         plane_sums[1] += (table.values[codes >> 4] + int32_t(zeros[at + 2])) * x;
                     }
@@ -119,14 +201,15 @@ template <bool ZEROS>
 void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerTable& integers,
                                        int64_t panel, const QuantizedTiles& in, float* low,
                                        float* high) {
-    const int64_t tiles = matrix.inputs / matrix.tile_inputs, bytes = tile_bytes(matrix);
-    const uint8_t* tile = matrix.tiles + panel * tiles * bytes;
+    const int64_t groups = matrix.inputs / matrix.group_inputs;
+    TileGroups of_panel(matrix, panel);
     const __m512i table = _mm512_loadu_si512(integers.values);
     alignas(64) float sums[32][2][16] = {};
     alignas(64) float scales[2 * PANEL], zeros[2 * PANEL];
-    for (int64_t i = 0; i < tiles; i++, tile += bytes) {
-        read_tile_scales(tile + PANEL * matrix.tile_inputs, scales);
-        if (ZEROS) read_tile_scales(tile + PANEL * matrix.tile_inputs + PANEL * 4, zeros);
+    for (int64_t i = 0; i < groups; i++) {
+        const TileGroup group = of_panel.group(i);
+        read_tile_scales(group.scales, scales);
+        if (ZEROS) read_tile_scales(group.zeros, zeros);
         const __m512 input_scale = _mm512_set1_ps(in.scales[i]);
         for (int64_t at = 0; at < 32; at++) {  // warp * 8 + g
             __m512i plane_sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -138,9 +221,9 @@ void multiply_panel_avx512(const TiledMatrix& matrix, const IntegerTable& intege
                         _mm512_or_si512(_mm512_slli_epi32(zero[plane], 16),
                                         _mm512_and_si512(zero[plane], _mm512_set1_epi32(0xffff)));
                 }
-            const int16_t* x = in.x + i * 2 * matrix.tile_inputs;
-            for (int64_t part = 0; part < matrix.tile_inputs / 32; part++, x += 64) {
-                const uint8_t* source = tile + part * 2048 + at * 64;
+            const int16_t* x = in.x + i * 2 * matrix.group_inputs;
+            for (int64_t part = 0; part < matrix.group_inputs / 32; part++, x += 64) {
+                const uint8_t* source = group.codes + part * 2048 + at * 64;
                 prefetch_codes(source);
                 const __m512i words = _mm512_loadu_si512(source);
 #pragma GCC unroll 4
@@ -185,13 +268,14 @@ template <bool ZEROS>
 void multiply_panel_avx2(const TiledMatrix& matrix, const IntegerTable& integers, int64_t panel,
                          const QuantizedTiles& in, float* low, float* high) {
     typedef avx2::Width Width;
-    const int64_t tiles = matrix.inputs / matrix.tile_inputs, bytes = tile_bytes(matrix);
-    const uint8_t* tile = matrix.tiles + panel * tiles * bytes;
+    const int64_t groups = matrix.inputs / matrix.group_inputs;
+    TileGroups of_panel(matrix, panel);
     const Width::Table table(integers);
     float sums[32][2][8] = {}, scales[2 * PANEL], zeros[2 * PANEL] = {};
-    for (int64_t i = 0; i < tiles; i++, tile += bytes) {
-        read_tile_scales(tile + PANEL * matrix.tile_inputs, scales);
-        if (ZEROS) read_tile_scales(tile + PANEL * matrix.tile_inputs + PANEL * 4, zeros);
+    for (int64_t i = 0; i < groups; i++) {
+        const TileGroup group = of_panel.group(i);
+        read_tile_scales(group.scales, scales);
+        if (ZEROS) read_tile_scales(group.zeros, zeros);
         for (int64_t at = 0; at < 32; at++) {  // warp * 8 + g
             __m256 plane_sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
             __m256i zero[2];
@@ -201,9 +285,9 @@ void multiply_panel_avx2(const TiledMatrix& matrix, const IntegerTable& integers
                 zero[plane] = _mm256_unpacklo_epi32(zero[plane], zero[plane]);
             }
             const __m256i* x =
-                reinterpret_cast<const __m256i*>(in.x + i * 2 * matrix.tile_inputs);
-            for (int64_t part = 0; part < matrix.tile_inputs / 32; part++, x += 4) {
-                const uint8_t* source = tile + part * 2048 + at * 64;
+                reinterpret_cast<const __m256i*>(in.x + i * 2 * matrix.group_inputs);
+            for (int64_t part = 0; part < matrix.group_inputs / 32; part++, x += 4) {
+                const uint8_t* source = group.codes + part * 2048 + at * 64;
                 prefetch_codes(source);
                 __m256i products[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
 #pragma GCC unroll 2

@@ -76,6 +76,8 @@ struct TiledMatrix {
     int64_t byte_rows;
     int64_t inputs;
     int64_t tile_inputs;
+    int64_t group_inputs;  // 32 or more
+    int32_t bits;          // of a code: 4, or 2 and 3 in slices
     int32_t zeros;  // whether tiles hold zeros: 8 minus the zero, to be added to a value
 };
 

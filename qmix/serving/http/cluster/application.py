@@ -4,11 +4,11 @@ Written for Ray 2.60. Requests go by Ray's power of two choices: of two replicas
 the one with fewer. Its prefix-aware router reads the requests of vLLM and SGLang only.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qmix.errors import UsageError
 from qmix.serving.http.cluster.replica import Replica
+from qmix.serving.http.cluster.scale import Scale
 from qmix.serving.http.service import ServiceSettings
 
 if TYPE_CHECKING:
@@ -19,34 +19,6 @@ _HEALTH_PERIOD_S = 5.0
 _RETRY_S = 1.0
 # A checkpoint that cannot be loaded once cannot be loaded the next time either.
 _ATTEMPTS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """How many replicas there are, and what each takes.
-
-    Attributes:
-        least, most: replicas; where they differ, Ray adds one when more requests run and wait than
-            the slots of those that are there, and removes one when fewer do.
-        cpus, gpus: of each replica. Ray lets a replica compute by as many threads as it has CPUs.
-
-    Raises:
-        UsageError: out of range.
-    """
-
-    least: int = 1
-    most: int = 1
-    cpus: int = 1
-    gpus: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most:
-            raise UsageError(
-                "out of range",
-                where="replicas",
-                expected="1 <= MIN <= MAX",
-                found=f"{self.least}:{self.most}",
-            )
 
 
 def options(settings: ServiceSettings, scale: Scale) -> dict[str, Any]:
