@@ -176,9 +176,8 @@ def matmul_add_route(
             place = (token * S + tl.program_id(0)) * EXPERTS + expert
             tl.store(shares + place, score, mask=used)
         if is_last(arrivals + tl.num_programs(0), tl.num_programs(0)):
-            # A few shares at a time, for 8 tokens in 8 registers of a thread: all at once are 256,
-            # 16 spill 8 bytes (NF4, one warp, sm_80, Triton 3.9), and so do 4 (two warps, sm_120).
-            SOME: tl.constexpr = min(SLICES, 4 * WARPS)
+            # A few shares at a time: all at once are 256 registers of a thread of one warp.
+            SOME: tl.constexpr = min(SLICES, 8)
             every = tl.arange(0, EXPERTS)[None, None, :]
             scores = tl.zeros([COLUMNS, SOME, EXPERTS], tl.float32)
             for first in tl.static_range(0, SLICES, SOME):
