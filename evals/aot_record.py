@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmix.evals.timing.machine_code import KernelCost
 
 _ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+_KINDS = {"nf4 64": "NF4", "int4 128": "Int4", "int3 128": "Int3", "int2 128 g64": "Int2 g64"}
 PATH = Path(__file__).parent / "records" / "aot.json"
 
 
@@ -76,16 +77,16 @@ def table() -> str:
         worst: dict[tuple[str, str], tuple[float, int]] = {}
         for name, line in recorded(version).items():
             arch, rest = name.split(" ", 1)
-            if "8 columns, 2 warps" not in rest or "sorted" in rest:
+            if "8 columns, 2 warps" not in rest or "sorted" in rest or " own " in rest:
                 continue
-            plain = " nf4 64," in rest and " own " not in rest
-            kind = "NF4" if plain else "Int4" if " int4 128," in rest else ""
+            kind = next((kind for form, kind in _KINDS.items() if f" {form}," in rest), "")
             cost, registers = worst.get((arch, kind), (0.0, 0))
             worst[arch, kind] = max(cost, line.per_weight), max(registers, line.registers)
-        for kind in ("NF4", "Int4"):
-            cells = (worst.get((arch, kind)) for arch in _ARCHS)
-            shown = ("-" if found is None else f"{found[0]:.2f} ({found[1]})" for found in cells)
-            rows.append((f"{kind}, Triton {version}", *shown))
+        for kind in _KINDS.values():
+            cells = [worst.get((arch, kind)) for arch in _ARCHS]
+            if any(cells):
+                shown = ("-" if each is None else f"{each[0]:.2f} ({each[1]})" for each in cells)
+                rows.append((f"{kind}, Triton {version}", *shown))
     return markdown.table(("instructions a weight (registers)", *_ARCHS), rows)
 
 

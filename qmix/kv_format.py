@@ -25,7 +25,7 @@ def named(name: object) -> KVFormat:
     """
     known: dict[object, KVFormat] = {None: "16", **{each: each for each in get_args(KVFormat)}}
     if not isinstance(name, str | None) or name not in known:
-        expected = " or ".join(get_args(KVFormat))
+        expected = " or ".join(map(repr, get_args(KVFormat)))
         raise UsageError("no such cache", where="kv", expected=expected, found=repr(name)[:80])
     return known[name]
 

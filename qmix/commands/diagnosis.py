@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import qmix
 from qmix import instruction_sets
+from qmix.errors import UsageError
 from qmix.planning import machine
 from qmix.planning.byte_sizes import show
 from qmix.planning.machine import Gpu, HostMemory
@@ -73,7 +74,7 @@ class Facts:
             folder=folder,
             versions=versions,
             processor=machine.processor(),
-            instruction_sets=tuple(each.name for each in instruction_sets.candidates()),
+            instruction_sets=_instruction_sets(),
             cores=machine.cores(),
             nodes=machine.numa_nodes(),
             compiler=_compiler(),
@@ -170,7 +171,14 @@ CHECKS: tuple[Check[Facts], ...] = (
         ),
         (
             Rule(
-                lambda facts: facts.instruction_sets[:1] in ((), ("portable",)),
+                lambda facts: (
+                    not _is_fast(facts) and bool(os.environ.get(instruction_sets.VARIABLE))
+                ),
+                "slow",
+                f"{instruction_sets.VARIABLE} says so; the fast kernels run where it is unset.",
+            ),
+            Rule(
+                lambda facts: not _is_fast(facts),
                 "slow",
                 "The fast 4-bit CPU kernels need AVX2, or Arm's dot products of bytes.",
             ),
@@ -302,11 +310,23 @@ def diagnose(facts: Facts) -> tuple[Finding, ...]:
     )
 
 
+def _is_fast(facts: Facts) -> bool:
+    return facts.instruction_sets[:1] not in ((), ("portable",))
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    """The names of those that may be used; none where a variable names what is not there."""
+    try:
+        return tuple(each.name for each in instruction_sets.candidates())
+    except UsageError:
+        return ()  # the backend's finding says it
 
 
 def _used(names: Sequence[str]) -> str:

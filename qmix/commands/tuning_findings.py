@@ -3,15 +3,15 @@
 Reads the user's file. Knows no torch.
 """
 
-import os
 from collections.abc import Iterator
 
 from qmix.commands.diagnosis import Facts, Finding
+from qmix.errors import UsageError
 from qmix.planning.machine import Gpu
 from qmix.tuning import cache_file
 from qmix.tuning.cache_file import Entry, SavedTunings, TuningKey
+from qmix.tuning.switch import VARIABLE, is_wanted
 
-_VARIABLE = "QMIX_TUNE"
 _WHAT = "tuning"
 
 
@@ -19,8 +19,13 @@ def tunings(facts: Facts) -> Iterator[Finding]:
     """A finding for each GPU, or for the file that holds them all."""
     if not facts.gpus or facts.versions["triton"] is None:
         return
-    if os.environ.get(_VARIABLE) == "0":
-        yield Finding(what=_WHAT, found=f"the defaults, as {_VARIABLE}=0 says")
+    try:
+        wanted = is_wanted()
+    except UsageError as error:  # it ends a load
+        yield Finding(what=_WHAT, found=f"{error}", state="fails", remedy=f"Unset {VARIABLE}.")
+        return
+    if not wanted:
+        yield Finding(what=_WHAT, found=f"the defaults, as {VARIABLE}=0 says")
         return
     saved = cache_file.load()
     if saved.trouble is not None:

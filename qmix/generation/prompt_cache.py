@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 import warnings
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from qmix.errors import CheckpointError, WriteError
 from qmix.files import user_files
 from qmix.files.file_errors import writing
 from qmix.formats.files.shard_writer import ShardWriter, file_digest
-from qmix.formats.files.shards import Entry, read_entries, read_entry
+from qmix.formats.files.shards import read_entries, read_entry
 from qmix.formats.tensor_spec import TensorSpec
 from qmix.gguf.files import gguf_files
 from qmix.nn.cache import KVCache
@@ -72,8 +73,7 @@ class Stored:
     """A file, and the ids of its text."""
 
     path: Path
-    ids: tuple[int, ...]
-    entries: dict[str, Entry]
+    ids: "array[int]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +97,8 @@ class PromptCache:
 
     def __init__(self, folder: Path, model: str, limit_bytes: int = LIMIT_BYTES) -> None:
         self._folder, self._model, self._limit = folder.absolute(), model, limit_bytes
+        # What was read of each file: a folder may hold thousands, and a request asks for them all.
+        self._known: dict[tuple[str, int, int], array[int]] = {}
         user_files.prepare(self._folder / "any")
 
     def find(self, kind: KVCache, ids: Sequence[int], held: int = 0) -> "Found | None":
@@ -108,7 +110,7 @@ class PromptCache:
             kind: a cache that such a file has to fit; it may be empty.
             held: positions of the text that the cache has already; a file has to give LEAST more.
         """
-        least, wanted = held + LEAST, tuple(ids[:-1])
+        least, wanted = held + LEAST, array("i", ids[:-1])
         if len(wanted) < least:
             return None
         usable = [(_usable(kind, stored.ids, wanted), stored) for stored in self._of_kind(kind)]
@@ -117,7 +119,8 @@ class PromptCache:
                 break
             if _is_whole(stored.path):
                 with suppress(CheckpointError):
-                    layers = list(_layers(stored, kind))
+                    user_files.check(stored.path)
+                    layers = list(_layers(stored.path, kind))
                     _mark_used(stored.path)
                     return Found(length, layers)
             _remove(stored.path)
@@ -143,7 +146,7 @@ class PromptCache:
         Raises:
             WriteError: the file cannot be written.
         """
-        ids = tuple(ids[: cache.length])
+        ids = array("i", ids[: cache.length])
         nbytes = sum(part.nbytes for layer in range(len(cache)) for part in cache.view(layer))
         if len(ids) < LEAST or nbytes > self._limit:
             return False
@@ -169,7 +172,7 @@ class PromptCache:
             self.store(cache, ids)
         except WriteError as error:
             warnings.warn(f"a prompt was not kept: {error}", stacklevel=2)
-        text = tuple(ids[: cache.length])
+        text = array("i", ids[: cache.length])
         has = any(_usable(cache, held.ids, text) == len(text) for held in self._of_kind(cache))
         return len(text) if has else 0
 
@@ -177,17 +180,18 @@ class PromptCache:
         """What the name of a file begins with that such a cache can take."""
         return hashlib.sha256(f"{self._model} {cache}".encode()).hexdigest()[:16]
 
-    def _of_kind(self, cache: KVCache) -> Iterator[Stored]:
+    def _of_kind(self, cache: KVCache) -> list[Stored]:
         """The files that such a cache can take; damaged ones are left out."""
-        kind = self._kind(cache)
-        for path, _ in self._files(_TEXT):
-            if not path.name.startswith(kind):
-                continue
-            with suppress(CheckpointError, KeyError):
-                user_files.check(path)
-                entries = read_entries(path)
-                ids = read_entry("ids", entries["ids"]).tolist()
-                yield Stored(path, tuple(ids), entries)
+        kind, known = self._kind(cache), {}
+        stored: list[Stored] = []
+        for path, found in self._files(_TEXT):
+            key = (path.name, found.st_ino, found.st_mtime_ns)
+            if path.name.startswith(kind):
+                with suppress(CheckpointError, KeyError):
+                    known[key] = self._known[key] if key in self._known else _ids(path)
+                    stored.append(Stored(path, known[key]))
+        self._known = known
+        return stored
 
     def _write(self, cache: KVCache, ids: Sequence[int]) -> None:
         tensors = {"ids": torch.tensor(ids, dtype=torch.int32)}
@@ -245,7 +249,7 @@ def _mark_used(path: Path) -> None:
         os.utime(path)
 
 
-def _usable(cache: KVCache, held: tuple[int, ...], ids: tuple[int, ...]) -> int:
+def _usable(cache: KVCache, held: "array[int]", ids: "array[int]") -> int:
     """How many positions of a text a cache that holds another one can give."""
     common = common_prefix(held, ids)
     is_full_ring = cache.window is not None and len(held) >= cache.window
@@ -260,9 +264,22 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _layers(stored: Stored, cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
+def _ids(path: Path) -> "array[int]":
+    """The ids of a file's text.
+
+    Raises:
+        CheckpointError: the file is damaged, or may be another user's.
+        KeyError: it has none.
+    """
+    user_files.check(path)
+    ids = read_entry("ids", read_entries(path)["ids"])
+    return array("i", ids.to(torch.int32).flatten().tolist())
+
+
+def _layers(path: Path, cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, as KVCache.fill takes them."""
+    entries = read_entries(path)
     for layer in range(len(cache)):
         names = (f"keys.{layer}", f"values.{layer}")
-        keys, values = (read_entry(name, stored.entries[name]) for name in names)
+        keys, values = (read_entry(name, entries[name]) for name in names)
         yield keys, values

@@ -4,7 +4,6 @@ The first step on a card searches, for at most 20 s, and says so; QMIX_TUNE=0 ta
 searches never. Knows a model's shapes, and trials only as something to search with.
 """
 
-import os
 import sys
 import time
 import warnings
@@ -17,7 +16,7 @@ from typing import Protocol, TextIO
 
 import torch
 
-from qmix.errors import ResourceError, UnsupportedError, UsageError, WriteError
+from qmix.errors import ResourceError, UnsupportedError, WriteError
 from qmix.generation.packed_layers import layer_weights
 from qmix.generation.step_trials import StepTrials
 from qmix.kernels.gpu import probe
@@ -30,8 +29,8 @@ from qmix.tuning import axes, cache_file
 from qmix.tuning.cache_file import Entry, TuningKey
 from qmix.tuning.device_clock import CudaClock
 from qmix.tuning.search import DeviceLostError, Search, Trials
+from qmix.tuning.switch import VARIABLE, is_wanted
 
-VARIABLE = "QMIX_TUNE"
 SECONDS = 20.0  # of a search that nobody asked for
 FULL_SECONDS = 180.0
 # A step is tuned for so many rows; one of fewer rows takes the choices of the next.
@@ -198,18 +197,6 @@ def _untimed(key: TuningKey, why: str) -> UnsupportedError:
 def rows_for(batch: int) -> int | None:
     """The number of rows whose choices a step with `batch` rows takes; None: the defaults."""
     return next((rows for rows in BATCHES if batch <= rows), None)
-
-
-def is_wanted() -> bool:
-    """Whether tunings are used, and searched for.
-
-    Raises:
-        UsageError: QMIX_TUNE is neither 0 nor 1.
-    """
-    value = os.environ.get(VARIABLE, "") or "1"
-    if value not in ("0", "1"):
-        raise UsageError("unknown value", where=VARIABLE, expected="0 or 1", found=value)
-    return value == "1"
 
 
 def key_of(model: Decoder, rows: int, device: torch.device) -> TuningKey:

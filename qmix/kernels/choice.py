@@ -41,8 +41,7 @@ class Verdict:
 def survey() -> tuple[Verdict, ...]:
     """The verdict for the CPU and for each GPU that torch sees, for the weights that qmix writes.
 
-    Raises:
-        UsageError: the environment names no backend.
+    What ends a load, such as a variable that names no backend, is the verdict's refusal.
     """
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -54,6 +53,13 @@ def _verdict(device: torch.device) -> Verdict:
     name = str(device)
     if device.type == "cuda":
         name += f", {torch.cuda.get_device_name(device)}"
+    try:
+        return _of_device(device, name)
+    except QmixError as error:
+        return Verdict(name, None, error)
+
+
+def _of_device(device: torch.device, name: str) -> Verdict:
     asked, first = named(None), None
     for backend in BACKENDS if asked is None else (asked,):
         with warnings.catch_warnings():
@@ -121,5 +127,5 @@ def why_not(
         where="backend",
         expected="a C++ compiler, and an instruction set in "
         f"{instruction_sets.VARIABLE} unless it is empty",
-        remedy="qmix doctor says what is missing.",
+        remedy=f"Install g++ or clang++, or unset {instruction_sets.VARIABLE}.",
     )

@@ -10,6 +10,7 @@ from qmix.commands.diagnosis import Facts, diagnose
 from qmix.errors import UnsupportedError
 from qmix.kernels.choice import Verdict
 from qmix.kernels.cpu import build
+from qmix.kernels.cpu.library import library
 from qmix.planning import machine
 from qmix.planning.machine import Gpu, HostMemory, Measured
 from tests.support.process import CARD, GIB, qmix
@@ -103,6 +104,34 @@ def test_each_device_has_its_backend_and_the_reason(good):
     assert found[1].found == "cuda:0, T4: torch, because T4: too old; found 7.5"
     assert found[1].remedy == "Install bitsandbytes."
     assert found[2].found.startswith("cuda:1, T4: none, because")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "what"),
+    [
+        ("QMIX_BACKEND", "cuda", "backend"),
+        ("QMIX_CPU_PATH", "sse2", "backend"),
+        ("QMIX_CPU_PATH", "sse2", "processor"),
+        ("QMIX_CPU_PATH", "torch", "processor"),
+        ("QMIX_TUNE", "often", "tuning"),
+    ],
+)
+def test_a_variable_that_ends_a_load_is_a_finding_and_not_the_end(
+    monkeypatch, tmp_path, variable, value, what
+):
+    monkeypatch.setenv(variable, value)
+    library.cache_clear()
+    try:
+        monkeypatch.setattr(machine, "gpus", lambda: (CARD,))
+        findings = doctor.examine(tmp_path).findings
+    finally:
+        library.cache_clear()
+    assert {"qmix", "processor", "backend", "host memory"} <= {f.what for f in findings}
+    found = next(f for f in findings if f.what == what)
+    assert found.state == ("slow" if what == "processor" else "fails")
+    assert variable in f"{found.found} {found.remedy}"
+    assert value in found.found
+    assert "AVX2" not in str(found.remedy)
 
 
 def test_an_instruction_set_that_the_system_refuses_is_named(monkeypatch, good):

@@ -4,11 +4,13 @@ import errno
 import os
 import stat
 import time
+from collections import Counter
 
 import pytest
 import torch
 
 from qmix.errors import WriteError
+from qmix.formats.files import safetensors_header
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
 from qmix.generation.loop import stream
@@ -131,6 +133,30 @@ def test_a_flipped_byte_anywhere_is_a_miss_and_the_file_goes(folder):
     assert prompts.restore(model.new_cache(1), [*TEXT[:33], 1]) == 0
     path.write_bytes(whole)
     assert prompts.restore(model.new_cache(1), [*TEXT[:33], 1]) == 33
+
+
+def test_a_file_that_is_not_used_is_looked_into_once(folder, monkeypatch):
+    model = small_model()
+    prompts = PromptCache(folder, "m")
+    texts = [ids(40, seed=seed)[0].tolist() for seed in range(11, 16)]
+    for text in texts:
+        prompts.store(read(model, text), text)
+    read_header = safetensors_header.read_header
+    looked = Counter()
+
+    def counted(path):
+        looked[path] += 1
+        return read_header(path)
+
+    monkeypatch.setattr(safetensors_header, "read_header", counted)
+    fresh = PromptCache(folder, "m")
+    for _ in range(3):
+        assert fresh.restore(model.new_cache(1), [*TEXT, 1]) == 0
+    assert set(looked.values()) == {1}
+    assert len(looked) == 5
+    assert fresh.restore(model.new_cache(1), [*texts[0], 1]) == 40
+    prompts.store(read(model, TEXT), TEXT)  # another process' file is seen
+    assert fresh.restore(model.new_cache(1), [*TEXT, 1]) == 60
 
 
 def test_only_its_owner_can_read_it(folder):

@@ -99,7 +99,7 @@ def test_a_few_heads_at_a_time_are_all_heads(implementation, mask, at_once, monk
 def test_other_names_and_widths_are_refused():
     assert named(None) == named("16") == "16"
     for name in (16, "int4", "", ["int8"], True):
-        with pytest.raises(UsageError, match="16 or int8"):
+        with pytest.raises(UsageError, match="'16' or 'int8'"):
             named(name)
     check_width("16", 6)
     with pytest.raises(UsageError, match="multiple of 4"):

@@ -193,5 +193,5 @@ def test_a_cache_in_8_bits_is_scored_at_every_position(folder, text, tmp_path):
     plain, coded = (evaluate(folder, text, reference=folder, kv=kv) for kv in (None, "int8"))
     assert plain.reference.kl_mean == 0
     assert 0 < coded.reference.kl_mean < 0.05
-    with pytest.raises(UsageError, match="16 or int8"):
+    with pytest.raises(UsageError, match="'16' or 'int8'"):
         evaluate(folder, text, kv="fp8")

@@ -202,7 +202,9 @@ def test_a_router_is_not_packed_and_is_no_reason_to_warn():
     assert torch.equal(weights.gate, gate.stored.dequantize(torch.float32))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int6 nested g16", "e2m1 b16", "own table"])
+@pytest.mark.parametrize(
+    "kind", ["int8", "int6 nested g16", "int2 g64", "int3 g128", "e2m1 b16", "own table"]
+)
 def test_a_model_of_any_kind_is_packed_whole(kind):
     model, twin = (quantized_model(OTHERS[kind], num_hidden_layers=1) for _ in range(2))
     packer = place(model)
