@@ -169,7 +169,7 @@ def test_only_its_owner_can_read_it(folder):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [stat.S_IMODE(path.stat().st_mode) for path in files(folder)] == [0o600]
     folder.chmod(0o777)
-    with pytest.raises(WriteError, match="others can write"):
+    with pytest.raises(WriteError, match=f"{folder}: .*others can write"):
         PromptCache(folder, "m")
 
 

@@ -10,6 +10,8 @@ from qmix.kernels.gpu import ptx
 from qmix.weights.packed import lanes
 from qmix.weights.packed.bit_slices import PAIRS, SLICE_BYTES, SLICES, fields
 from qmix.weights.packed.tile_format import BYTE_ROWS, PANEL, TileFormat
+from qmix.weights.packed.weight import pack
+from tests.support.packed import affine, as_computed
 from tests.support.ptx import inline_assembly
 
 BITS = tuple(SLICES)
@@ -108,6 +110,23 @@ def test_codes_come_back_from_lanes(tile_format):
     assert section.shape == (2, 3, tile_format.code_bytes)
     for back, codes in zip(lanes.from_lanes(section, tile_format), (low, high), strict=True):
         assert torch.equal(back, codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("how", ["symmetric", "zeros", "biases", "nested"])
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 128, 384])
+def test_a_weight_comes_back_bit_for_bit(bits, how, group):
+    weight = affine(128, 384, bits, bits=bits, group=group, how=how)
+    packed = pack(weight)
+    assert packed.matrix.format.sliced
+    assert packed.matrix.blob.nbytes == packed.matrix.format.matrix_bytes((128, 384))
+    back = packed.unpack()
+    assert back.scheme == weight.scheme
+    assert torch.equal(back.codes, weight.codes)
+    meant = weight.dequantize(torch.float32)
+    assert torch.equal(back.dequantize(torch.float32), meant)
+    found = as_computed(packed.matrix)  # scales, zeros and their product in float16
+    assert (found - meant).norm() <= 2**-10 * meant.norm()
 
 
 @pytest.mark.parametrize("bits", BITS)

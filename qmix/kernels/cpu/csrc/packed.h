@@ -87,7 +87,6 @@ public:
         const int64_t within = number % per_tile_;
         const uint8_t* codes = tile;
         if (matrix_.bits < 4) {
-            if (!within) prefetch_tile(tile);
             if (!within && matrix_.bits == 2) bytes_of_slices<2>(tile, expanded_);
             if (!within && matrix_.bits == 3) bytes_of_slices<3>(tile, expanded_);
             codes = expanded_;
@@ -98,11 +97,6 @@ public:
     }
 
 private:
-    // The next tile; the others are asked for as they are read.
-    void prefetch_tile(const uint8_t* tile) const {
-        for (int64_t line = 0; line < bytes_; line += 64) prefetch_codes(tile + line);
-    }
-
     const TiledMatrix& matrix_;
     const uint8_t* first_;
     int64_t bytes_, per_tile_;
