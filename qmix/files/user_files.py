@@ -129,4 +129,5 @@ def prepare(path: Path) -> None:
             raise NotADirectoryError(errno.ENOTDIR, reason, str(path.parent))
         why = doubt(path.with_name(".none"))
         if why is not None:
-            raise PermissionError(f"what lies there cannot be trusted: {why}")
+            trust = f"what lies there cannot be trusted: {why}"
+            raise PermissionError(errno.EPERM, trust, str(path.parent))

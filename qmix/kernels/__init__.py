@@ -29,7 +29,7 @@ from qmix.kernels.cpu.library import DENSE_TOKENS, attends, library
 from qmix.kernels.cpu.pointers import takes
 from qmix.kernels.gpu import packed_matmul, probe
 from qmix.kernels.gradients import needs_grad
-from qmix.kernels.moe import ExpertTokens, Routes, moe_forward, moe_forward_few
+from qmix.kernels.moe import ExpertTokens, Routes, moe_forward, moe_forward_sorted
 from qmix.kernels.pointwise import rotary
 from qmix.weights.affine import Affine
 from qmix.weights.dense import Dense, Weight
@@ -147,9 +147,9 @@ def experts(
         return reference.experts(x, routes, weights, act)
     if overridden():
         return moe_forward(x, routes, weights, act, linears)
-    few = 0 < len(x) <= DENSE_TOKENS and x.is_cpu and library().isa is not None
-    if few and act is F.silu and not needs_grad(x):
-        return moe_forward_few(x, routes, weights, _add_experts, resident=resident)
+    compiled = len(x) > 0 and x.is_cpu and library().isa is not None
+    if compiled and act is F.silu and not needs_grad(x):
+        return moe_forward_sorted(x, routes, weights, _add_experts, resident=resident)
     return moe_forward(x, routes, weights, act, linears)
 
 
@@ -168,16 +168,14 @@ def packed_experts(
     return moe_forward(x, routes, weights, act, linears)
 
 
-def _add_experts(
-    x: Tensor, chosen: Sequence[Expert], through: Sequence[ExpertTokens], out: Tensor
-) -> None:
-    if all(_compiled(x, (expert.w1, expert.w2, expert.w3)) for expert in chosen):
+def _add_experts(x: Tensor, chosen: Sequence[Expert], through: ExpertTokens, out: Tensor) -> None:
+    if matmul.takes_experts(x, chosen, through):
         matmul.add_experts(x, chosen, through, out)
         return
-    for expert, own in zip(chosen, through, strict=True):
-        gate, up = linears(x[list(own.tokens)], (expert.w1, expert.w3))
+    for expert, own in zip(chosen, through.each(), strict=True):
+        gate, up = linears(x[own.tokens], (expert.w1, expert.w3))
         y = linear(F.silu(gate) * up, expert.w2).float()
-        out.index_add_(0, torch.tensor(own.tokens), y * torch.tensor(own.routing_weights)[:, None])
+        out.index_add_(0, own.tokens, y * own.routing_weights[:, None])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 Knows no bits: the matmuls are handed in. Shape letters: see qmix.kernels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,38 +51,52 @@ def moe_forward(
     return out.to(x.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertTokens:
-    """Which tokens of a batch go through an expert, and with which routing weights."""
+    """Which tokens of a batch go through each of several experts, sorted by expert.
 
-    tokens: tuple[int, ...]
-    routing_weights: tuple[float, ...]
+    Attributes:
+        counts: how many go through each expert.
+        tokens: int64, those of the first expert, then those of the second.
+        routing_weights: float32, likewise.
+    """
+
+    counts: Sequence[int]
+    tokens: Tensor
+    routing_weights: Tensor
+
+    def each(self) -> Iterator["ExpertTokens"]:
+        """The tokens of one expert after another."""
+        both = self.tokens, self.routing_weights
+        parts = (part.split_with_sizes(list(self.counts)) for part in both)
+        for count, tokens, weights in zip(self.counts, *parts, strict=True):
+            yield ExpertTokens((count,), tokens, weights)
 
 
-def moe_forward_few(
+def moe_forward_sorted(
     x: Tensor,
     routes: Routes,
     weights: Sequence[Expert],
-    add_experts: Callable[[Tensor, Sequence[Expert], Sequence[ExpertTokens], Tensor], None],
+    add_experts: Callable[[Tensor, Sequence[Expert], ExpertTokens, Tensor], None],
     *,
     resident: bool,
 ) -> Tensor:
-    """`moe_forward` of a few tokens: (T, D) -> (T, D).
+    """`moe_forward` with the tokens sorted by expert beforehand: (T, D) -> (T, D).
 
     Args:
         add_experts: adds the experts' outputs for their tokens of x, times the routing weights, to
             a float32 sum [T, D].
         resident: hand it all experts at once; otherwise one after the other, in ascending order.
     """
-    through: dict[int, list[tuple[int, float]]] = {}
-    for token, (ids, shares) in enumerate(
-        zip(routes.ids.tolist(), routes.weights.tolist(), strict=True)
-    ):
-        for index, share in zip(ids, shares, strict=True):
-            through.setdefault(index, []).append((token, share))
-    chosen = sorted(through)
+    ids = routes.ids.flatten()
+    chosen, counts = torch.unique(ids, return_counts=True)
+    order = ids.argsort(stable=True)
+    shares = routes.weights.float().flatten()[order]
+    through = ExpertTokens(counts.tolist(), order // routes.ids.shape[1], shares)
     out = torch.zeros(x.shape, dtype=torch.float32)
-    for group in [chosen] if resident else [[index] for index in chosen]:
-        tokens = [ExpertTokens(*zip(*through[index], strict=True)) for index in group]
-        add_experts(x, [weights[index] for index in group], tokens, out)
+    if resident:
+        add_experts(x, [weights[index] for index in chosen.tolist()], through, out)
+    else:
+        for index, own in zip(chosen.tolist(), through.each(), strict=True):
+            add_experts(x, [weights[index]], own, out)
     return out.to(x.dtype)

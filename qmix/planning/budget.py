@@ -203,10 +203,15 @@ def _device_prefill(model: StoredModel, context: int, batch: int) -> int:
 
 
 def _host_prefill(model: StoredModel, context: int, batch: int) -> int:
-    """A prompt chunk's workspace: float32 activations of one expert, a mask, tiles and logits."""
+    """A prompt chunk's workspace: float32 activations, a mask, tiles and logits.
+
+    The activations are those of two experts that take all tokens (gate, up, the copied inputs, and
+    one's inputs as the kernels arrange them), or those of attention, if they are more.
+    """
     config, chunk = model.config, min(PREFILL_CHUNK, context)
     columns = min(context, config.sliding_window or context) + chunk
     wide = config.num_attention_heads * config.head_dim
-    row = 4 * (3 * config.intermediate_size + 8 * config.hidden_size + 4 * wide)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    row = 4 * max(5 * (inner + hidden), 8 * hidden + 4 * wide)
     mask = batch * chunk * columns * 5  # as booleans, and as the floats that are added
     return batch * chunk * row + mask + 3 * 4 * batch * config.vocab_size + _TILE_BYTES

@@ -121,7 +121,7 @@ def test_the_same_bits_where_the_compiled_kernels_take_every_row(tiny_nf4, token
     ids = tokenizer.encode(text + "def area(width")
     kinds = ({}, SAMPLED, {"repetition_penalty": 1.2})
     made = [
-        [Caller([3 + i, *ids], new=16, top_logprobs=2, **kind) for i, kind in enumerate(kinds)]
+        [Caller([3 + i, *ids], new=32, top_logprobs=2, **kind) for i, kind in enumerate(kinds)]
         for _ in range(2)
     ]
     for callers, speculate in zip(made, (False, True), strict=True):

@@ -62,6 +62,7 @@ class ChatLoader:
         positions = read_metadata(directory).config.max_position_embeddings
         asked = None if self.context is None else min(self.context, positions)
         load_options = self.options.parse(max_context=asked)
+        prompts = self.reuse.prompts(directory)  # what is wrong with the folder is said first
         model, tokenizer = load(directory, load_options=load_options, progress=progress)
         form = chat_format(tokenizer, self.template)
         config = given.filled_from(model.generation_config).filled_from(self.defaults)
@@ -74,7 +75,7 @@ class ChatLoader:
             tokenizer,
             chat_format=form,
             context=None if context is None else min(context, positions),
-            prompts=self.reuse.prompts(directory),
+            prompts=prompts,
         )
         return local, self.reuse.drafting(config.with_ends(form.end_ids), model)
 

@@ -32,6 +32,7 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
         c_void_p,
         c_void_p,
         c_int32,
+        c_int32,
     ),
     "before_attention": (
         POINTER(structs.TokenLayer), c_void_p, c_int64, c_void_p, c_void_p, c_void_p,

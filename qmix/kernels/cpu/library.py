@@ -144,28 +144,31 @@ class Library:
         self,
         x: Tensor,
         experts: Sequence[tuple[Table | Affine, Table | Affine, Table | Affine]],
-        through: Sequence[ExpertTokens],
+        through: ExpertTokens,
         out: Tensor,
         *,
         quantize_activations: bool,
+        bfloat16_hidden: bool,
     ) -> None:
         """Add `routing_weight * down(silu(gate x) * (up x))` of each expert to `out`, in order.
 
         Args:
-            x: a few tokens [T, D], float32 and contiguous; `out` likewise.
+            x: [T, D], float32 and contiguous; `out` likewise.
             experts: gate, up and down of each.
             through: which tokens go through each.
             quantize_activations: whether 16-bit integers may stand for activations and table.
+            bfloat16_hidden: whether the inputs of `down` become bfloat16, whose tiles take two
+                products on AMX and not three.
         """
         references: list[Tensor] = []  # what the pointers point to
         array = (structs.ExpertMatrices * len(experts))(
             *(expert_of(expert, references) for expert in experts)
         )
-        counts = torch.tensor([len(one.tokens) for one in through])
-        tokens = torch.tensor([token for one in through for token in one.tokens])
-        weights = torch.tensor([weight for one in through for weight in one.routing_weights])
+        counts = torch.tensor(through.counts)
+        tokens, weights = through.tokens.contiguous(), through.routing_weights.contiguous()
         pointers = structs.ExpertTokens(*(part.data_ptr() for part in (counts, tokens, weights)))
-        self._call("add_experts", array, len(experts), pointers, x, out, quantize_activations)
+        flags = quantize_activations, bfloat16_hidden
+        self._call("add_experts", array, len(experts), pointers, x, out, *flags)
 
     def before_attention(self, layer: TokenLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Norm, projections and rotation of x [B, 1, D]: a row of queries, keys and values each.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qmix.kernels import tiles
-from qmix.kernels.cpu.library import library
+from qmix.kernels.cpu.library import DENSE_TOKENS, library
 from qmix.kernels.cpu.pointers import takes
 from qmix.kernels.gradients import needs_grad
 from qmix.kernels.moe import ExpertTokens
@@ -48,12 +48,18 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     return _multiplied(x, weights)
 
 
-def add_experts(
-    x: Tensor, experts: Sequence[Expert], through: Sequence[ExpertTokens], out: Tensor
-) -> None:
+def takes_experts(x: Tensor, experts: Sequence[Expert], through: ExpertTokens) -> bool:
+    """Whether `add_experts` takes all of these, and is not slower than `linears`."""
+    if x.dtype == torch.float32 and max(through.counts) >= _TILED_ROWS:
+        return False
+    return all(takes(w) for expert in experts for w in (expert.w1, expert.w2, expert.w3))
+
+
+def add_experts(x: Tensor, experts: Sequence[Expert], through: ExpertTokens, out: Tensor) -> None:
     """Add `routing_weight * w2(silu(w1 x) * w3 x)` of each 4-bit expert to `out`, in order.
 
-    x is a few tokens [T, D], out float32 [T, D]; no value between them is rounded to x's dtype.
+    x is [T, D], out float32 [T, D]. No value between them is rounded to x's dtype, but for what
+    comes of SwiGLU where a prompt is bfloat16: see Library.add_experts.
     """
     compiled = library()
     assert compiled.isa is not None
@@ -64,6 +70,7 @@ def add_experts(
         through,
         out,
         quantize_activations=x.dtype.itemsize == 2,
+        bfloat16_hidden=x.dtype == torch.bfloat16 and len(x) > DENSE_TOKENS,
     )
 
 

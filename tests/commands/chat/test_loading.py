@@ -10,7 +10,7 @@ from qmix.commands import options
 from qmix.commands.chat.loading import ChatLoader
 from qmix.commands.chat.local_facts import bound
 from qmix.commands.repl import Repl, Streams
-from qmix.errors import ResourceError
+from qmix.errors import ResourceError, WriteError
 from qmix.models import auto
 from tests.support.models import TINY
 from tests.support.process import Keyboard, without_prompts
@@ -21,9 +21,9 @@ def chat(tiny_nf4, monkeypatch):
     """Starts a chat with the tiny model in 4 bits: typed lines -> (chat, notices)."""
     monkeypatch.setenv("TERM", "dumb")
 
-    def start(lines, context=None, **load):
+    def start(lines, context=None, reuse=options.REUSE, **load):
         defaults = GenerationConfig(do_sample=False, max_new_tokens=3).attributed("qmix")
-        loader = ChatLoader(options.Load(device="cpu", **load), context, None, defaults)
+        loader = ChatLoader(options.Load(device="cpu", **load), context, None, defaults, reuse)
         notices = io.StringIO()
         console = Console(file=notices, width=120, color_system=None)
         streams = Streams(Keyboard(lines), io.StringIO(), console)
@@ -68,6 +68,13 @@ def test_a_conversation_is_as_long_as_the_budget_leaves_room_for(chat, monkeypat
 def test_a_model_with_fewer_positions_than_the_context_has_those(chat, load):
     repl, _ = chat("Hi\n", context=1 << 14, **load)
     assert repl.session.context == 1024
+
+
+def test_a_folder_of_prompts_is_refused_before_the_model_is_read(chat, tmp_path, monkeypatch):
+    monkeypatch.setattr(auto, "load", None)
+    (tmp_path / "prompts").write_text("a file")
+    with pytest.raises(WriteError, match="Not a directory"):
+        chat("Hi\n", reuse=options.Reuse(prompt_cache=tmp_path / "prompts"))
 
 
 def test_another_model_takes_over_the_words_and_the_settings(chat):

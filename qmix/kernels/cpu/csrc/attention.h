@@ -74,9 +74,12 @@ QMIX_INLINE void exponentiate(float* scores, int64_t count, float* stats) {
     }
     float highest = largest[0];
     for (int i = 1; i < 16; i++) highest = largest[i] > highest ? largest[i] : highest;
-    for (int64_t p = 0; p < round_up(count, 16); p++) {
-        const float below = scores[p] - highest;
-        scores[p] = below == below ? exp_approx(below) : below;  // NaN stays NaN
+    for (int64_t p = 0; p < round_up(count, 16); p += REGISTER_FLOATS) {
+        FloatRegister below;
+        memcpy(&below, scores + p, sizeof below);
+        below -= highest;
+        below = below == below ? exp_approx(below) : below;  // NaN stays NaN
+        memcpy(scores + p, &below, sizeof below);
     }
     for (int64_t p = 0; p < count; p += 16) sums += load16(scores + p);
     stats[0] = highest;

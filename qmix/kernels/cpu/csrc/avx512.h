@@ -115,10 +115,6 @@ struct Avx512 {
             for (int v = 0; v < V; v++) _mm512_storeu_ps(sums + 16 * (V * r + v), sum[r][v]);
     }
 
-    static void swiglu(const float* gate, const float* up, int64_t count, float* out) {
-        swiglu_values(gate, up, count, out);
-    }
-
     static void multiply_tile(const float* tile, int64_t rows, int64_t depth, const float* x,
                               int64_t lanes, float* sums) {
         for (int64_t r = 0; r < rows; r += 12)

@@ -9,13 +9,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "dense.h"
-#include "matmul.h"
+#include "moe.h"
 
 namespace {
 
@@ -25,77 +24,8 @@ inline const float* permuted(const float* x, int64_t tokens, int64_t count, cons
     if (!perm) return x;
     out.resize(size_t(tokens * count));
     for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < count; i++) out[t * count + i] = x[t * count + perm[i]];
+        copy_permuted(x + t * count, count, perm, out.data() + t * count);
     return out.data();
-}
-
-// An expert and the tokens that go through it.
-struct ChosenExpert {
-    const ExpertMatrices* expert;
-    std::vector<int64_t> tokens;
-    std::vector<float> routing_weights;
-
-    int64_t count() const { return int64_t(tokens.size()); }
-};
-
-// Adds the weighted outputs of experts to y [tokens, outputs], in their order. All experts have the
-// sizes of the first.
-template <class Kernels>
-void moe(const std::vector<ChosenExpert>& chosen, const float* x, float* y,
-         int32_t quantize_activations, int threads, Fork fork) {
-    constexpr int64_t STEP = 2048;
-    const Matrix& first_gate = chosen[0].expert->gate;
-    const int64_t inputs = first_gate.inputs, width = first_gate.rows;
-    const int64_t outputs = chosen[0].expert->down.rows;
-    const size_t count = chosen.size();
-    int64_t rows = 0;  // a token counts once for each of its experts
-    for (const ChosenExpert& one : chosen) rows += one.count();
-    // All of it is written before it is read; filling it with zeros would take one thread's time.
-    const std::unique_ptr<float[]> memory(new float[size_t(rows * (inputs + outputs + 3 * width))]);
-    float *gathered = memory.get(), *downs = gathered + rows * inputs;
-    float *gates = downs + rows * outputs, *ups = gates + rows * width;
-    float* values = ups + rows * width;
-    std::vector<std::vector<float>> moved(2 * count);
-    std::vector<Matmul> matmuls;
-    int64_t row = 0;
-    for (size_t e = 0; e < count; e++) {
-        const ChosenExpert& one = chosen[e];
-        const ExpertMatrices& expert = *one.expert;
-        float* own = gathered + row * inputs;
-        for (int64_t t = 0; t < one.count(); t++)
-            memcpy(own + t * inputs, x + one.tokens[t] * inputs, sizeof(float) * inputs);
-        const float* gate_x = permuted(own, one.count(), inputs, expert.gate_perm, moved[2 * e]);
-        const float* up_x = permuted(own, one.count(), inputs, expert.up_perm, moved[2 * e + 1]);
-        matmuls.push_back(
-            {expert.gate, gate_x, gates + row * width, one.count(), quantize_activations});
-        matmuls.push_back(
-            {expert.up, up_x, ups + row * width, one.count(), quantize_activations});
-        row += one.count();
-    }
-    multiply_all<Kernels>(matmuls.data(), int64_t(matmuls.size()), threads, fork);
-    const int64_t steps = round_up(width, STEP) / STEP;
-    parallel_for(rows * steps, threads, fork, [&](int64_t task, int) {
-        const int64_t within = task % steps * STEP, first = task / steps * width + within;
-        Kernels::swiglu(gates + first, ups + first, width - within < STEP ? width - within : STEP,
-                        values + first);
-    });
-    matmuls.clear();
-    row = 0;
-    for (size_t e = 0; e < count; e++) {
-        const int64_t tokens = chosen[e].count();
-        const ExpertMatrices& expert = *chosen[e].expert;
-        const float* down_x =
-            permuted(values + row * width, tokens, width, expert.down_perm, moved[e]);
-        matmuls.push_back(
-            {expert.down, down_x, downs + row * outputs, tokens, quantize_activations});
-        row += tokens;
-    }
-    multiply_all<Kernels>(matmuls.data(), int64_t(count), threads, fork);
-    row = 0;
-    for (const ChosenExpert& one : chosen)
-        for (int64_t t = 0; t < one.count(); t++, row++)
-            for (int64_t i = 0; i < outputs; i++)
-                y[one.tokens[t] * outputs + i] += one.routing_weights[t] * downs[row * outputs + i];
 }
 
 // x [width] turned by its position: queries or keys of a head, rounded as torch rounds them.
@@ -179,21 +109,29 @@ inline void route(const uint16_t* logits, int64_t num_experts, int64_t chosen, i
     for (int64_t i = 0; i < chosen; i++) weights[i] /= chosen_sum;
 }
 
-// The experts that any of the tokens chose, in ascending order.
-inline std::vector<ChosenExpert> chosen_experts(const TokenLayer& layer, const TokenRoute& out,
-                                                int64_t tokens) {
-    std::vector<ChosenExpert> chosen;
-    for (int64_t e = 0; e < layer.num_experts; e++) {
-        ChosenExpert one{&layer.experts[e], {}, {}};
-        for (int64_t i = 0; i < tokens * layer.experts_per_token; i++)
-            if (out.ids[i] == e) {
-                one.tokens.push_back(i / layer.experts_per_token);
-                one.routing_weights.push_back(out.routing_weights[i]);
-            }
-        if (one.count()) chosen.push_back(one);
+// The experts that any of the tokens chose, in ascending order, and the tokens of each.
+struct Choice {
+    std::vector<ChosenExpert> experts;
+    std::vector<int64_t> tokens;
+    std::vector<float> routing_weights;
+
+    Choice(const TokenLayer& layer, const TokenRoute& out, int64_t count) {
+        const int64_t pairs = count * layer.experts_per_token;
+        tokens.reserve(size_t(pairs)), routing_weights.reserve(size_t(pairs));
+        for (int64_t e = 0; e < layer.num_experts; e++) {
+            const size_t first = tokens.size();
+            for (int64_t i = 0; i < pairs; i++)
+                if (out.ids[i] == e) {
+                    tokens.push_back(i / layer.experts_per_token);
+                    routing_weights.push_back(out.routing_weights[i]);
+                }
+            const int64_t own = int64_t(tokens.size() - first);
+            if (own)
+                experts.push_back({&layer.experts[e], tokens.data() + first,
+                                   routing_weights.data() + first, own});
+        }
     }
-    return chosen;
-}
+};
 
 // x plus y, both bfloat16 before they are added, y [count] in float32.
 inline void add_rounded(const uint16_t* x, const std::vector<float>& y, uint16_t* out) {
@@ -226,7 +164,8 @@ void after_attention(const TokenLayer& layer, const TokenRoute& out, int64_t tok
               out.routing_weights + t * chosen);
     if (!layer.experts) return;
     std::vector<float> sum(values.size());
-    moe<Kernels>(chosen_experts(layer, out, tokens), values.data(), sum.data(), 1, threads, fork);
+    const Choice choice(layer, out, tokens);
+    add_experts<Kernels>(choice.experts, values.data(), sum.data(), {1, 0}, threads, fork);
     add_rounded(out.residual, sum, out.residual);
 }
 

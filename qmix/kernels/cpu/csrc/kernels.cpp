@@ -118,19 +118,19 @@ int32_t qmix_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, in
 
 // Adds the weighted outputs of experts to y, for the tokens of x that go through them.
 int32_t qmix_add_experts(const ExpertMatrices* experts, int64_t count, const ExpertTokens* through,
-                         const float* x, float* y, int32_t quantize_activations, int32_t threads,
-                         Fork fork) {
+                         const float* x, float* y, int32_t quantize_activations,
+                         int32_t bfloat16_hidden, int32_t threads, Fork fork) {
     return status_of([&] {
         std::vector<ChosenExpert> chosen;
         const int64_t* tokens = through->tokens;
         const float* weights = through->routing_weights;
         for (int64_t e = 0; e < count; e++) {
             const int64_t own = through->counts[e];
-            chosen.push_back({experts + e, {tokens, tokens + own}, {weights, weights + own}});
+            chosen.push_back({experts + e, tokens, weights, own});
             tokens += own;
             weights += own;
         }
-        moe<Kernels>(chosen, x, y, quantize_activations, threads, fork);
+        add_experts<Kernels>(chosen, x, y, {quantize_activations, bfloat16_hidden}, threads, fork);
     });
 }
 

@@ -127,7 +127,7 @@ struct Workspace {
     Workspace(const std::vector<MatmulPass>& passes, int threads) {
         int64_t units = 0;
         for (const MatmulPass& pass : passes) {
-            arranged += pass.padded * pass.places() + pass.int16_floats();
+            arranged += pass.inputs() + pass.int16_floats();
             const int64_t rows = pass.task_rows < TILE_ROWS ? TILE_ROWS : pass.task_rows;
             if (pass.lanes && sums < rows * pass.padded) sums = rows * pass.padded;
             if (pass.unit && units < pass.matmul->weight.inputs / pass.unit)
@@ -198,7 +198,7 @@ std::vector<Panel> place_inputs(std::vector<MatmulPass>& passes, float* memory,
         }
         const int64_t panel = pass.lanes ? panel_tokens : 1;
         pass.arranged = memory;
-        memory += pass.padded * pass.places();
+        memory += pass.inputs();
         pass.input_scales = memory;
         pass.totals = memory + pass.scales();
         memory += pass.int16_floats();

@@ -58,6 +58,7 @@ struct MatmulPass {
     int64_t tasks, task_rows;
 
     int64_t places() const { return chunks * chunk; }
+    int64_t inputs() const { return padded * places() / (int16 ? 2 : 1); }  // floats of `arranged`
     int64_t scales() const {
         return bfloat16 ? padded : !int16 ? 0 : lanes ? padded * places() / unit : tokens * chunks;
     }

@@ -62,10 +62,6 @@ struct Portable {
         }
     }
 
-    static void swiglu(const float* gate, const float* up, int64_t count, float* out) {
-        swiglu_values(gate, up, count, out);
-    }
-
     // sums [rows][lanes] += a decoded tile [rows, depth] times a panel of tokens x [depth][lanes].
     static void multiply_tile(const float* tile, int64_t rows, int64_t depth, const float* x,
                               int64_t, float* sums) {
