@@ -11,6 +11,7 @@ Knows the steps by name; what they measure is in qmix.evals.steps.
 
 import argparse
 import datetime
+import math
 import shlex
 import shutil
 import subprocess
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--continue", type=Path, metavar="DIR", dest="resumed", help="go on with a folder's journal"
     )
     parser.add_argument(
-        "--budget", type=float, default=BUDGET_SECONDS, help="seconds in total (540)"
+        "--budget", type=_seconds, default=BUDGET_SECONDS, help="seconds in total (540)"
     )
     parser.add_argument(
         "--only",
@@ -143,17 +144,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, found {text}")
+    return seconds
+
+
+def _check_folder(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """A new record goes into a folder without a journal; one that is continued has one."""
+    if options.resumed is not None:
+        if not Journal.is_in(options.resumed):
+            parser.error(f"{options.resumed} holds no journal to continue")
+        return
+    out: Path = options.out
+    if Journal.is_in(out):
+        parser.error(f"{out} holds a journal already: --continue {out}, or another folder")
+    if out.exists() and not out.is_dir():
+        parser.error(f"{out} is no folder")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see the module's docstring."""
+    """Run the command; see the module's docstring.
+
+    Returns:
+        0: something was measured, and no step failed or took too long.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options = parser.parse_args(given)
+    _check_folder(options, parser)
     out = options.out or options.resumed
-    has_journal = Journal.is_in(out)
-    if options.out is not None and has_journal:
-        parser.error(f"{out} holds a journal already: --continue {out}, or another folder")
-    if options.resumed is not None and not has_journal:
-        parser.error(f"{out} holds no journal to continue")
     steps = [step for step in STEPS if not options.only or step.name in options.only]
     if options.rehearse:  # the interpreter's pace says nothing
         steps = [replace(step, seconds=_REHEARSED * step.seconds) for step in steps]
@@ -161,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = run_steps(steps, out, options.budget, command, _starter(options))
     sys.stdout.write(record.markdown())
     statuses = {outcome.status for outcome in record.steps.values()}
-    return 1 if statuses & {"failed", "timeout"} else 0
+    return 0 if "ok" in statuses and not statuses & {"failed", "timeout"} else 1
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ STEPS = (
     Step("offload", "half_resident", 45),
     *_peer_steps(),
     Step("experts", "moe_block", 40),
+    Step("group rounding", "group_rounding", 30),
     Step("tests", "gpu_tests", 150),
     Step("attention", "attention", 40),
     Step("int4 profile", "token_profile", 40, {"weights": "int4"}),

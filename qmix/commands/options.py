@@ -52,6 +52,17 @@ def device_name(text: str) -> str:
     return _parsed(option_names.device_name, text)
 
 
+def folder(text: str) -> Path:
+    """An option's folder. An empty name, as of an unset variable, is not the working folder.
+
+    Raises:
+        BadParameter: it is empty.
+    """
+    if not text:
+        raise typer.BadParameter("expected a folder; found nothing")
+    return Path(text)
+
+
 def byte_count(text: str) -> int:
     """An option's bytes: 24G, 500MB."""
     return _parsed(lambda text: parse_size(text, where="size"), text)
@@ -291,6 +302,7 @@ class Reuse(Group):
     prompt_cache: Annotated[
         Path | None,
         typer.Option(
+            parser=folder,
             metavar="DIR",
             help="Keep what was computed of prompts in DIR, and go on from there.",
             show_default="nothing is kept",

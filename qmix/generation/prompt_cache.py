@@ -25,6 +25,7 @@ from torch import Tensor
 from qmix.errors import CheckpointError, WriteError
 from qmix.files import user_files
 from qmix.files.file_errors import writing
+from qmix.files.regular_file import reading
 from qmix.formats.files.shard_writer import ShardWriter, file_digest
 from qmix.formats.files.shards import read_entries, read_entry
 from qmix.formats.tensor_spec import TensorSpec
@@ -48,23 +49,29 @@ def checkpoint_name(path: Path) -> str:
 
     It is made of what describes the checkpoint, and of its weight files' names, sizes, times and a
     sample of their bytes, since archives and container images give many files the same time.
+
+    Raises:
+        CheckpointError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else gguf_files(path):
-        if file.suffix in _WEIGHTS:
-            found = file.stat()
-            digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
-            _sample(file, found.st_size, digest)
-        elif any(fnmatch(file.name, pattern) for pattern in _DESCRIPTIONS):
-            digest.update(file.read_bytes())
+    with reading(path):
+        files = sorted(path.iterdir()) if path.is_dir() else gguf_files(path)
+    for file in filter(Path.is_file, files):  # a link that leads nowhere is none
+        with reading(file):
+            if file.suffix in _WEIGHTS:
+                _sample(file, digest)
+            elif any(fnmatch(file.name, pattern) for pattern in _DESCRIPTIONS):
+                digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _sample(file: Path, size: int, digest: "hashlib._Hash") -> None:
-    """Hash some bytes of a file, from its beginning to its end."""
+def _sample(file: Path, digest: "hashlib._Hash") -> None:
+    """Hash a weight file's name, size and time, and bytes from its beginning to its end."""
+    about = file.stat()
+    digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     with file.open("rb") as data:
         for part in range(_SAMPLES):
-            data.seek(part * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+            data.seek(part * max(about.st_size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
             digest.update(data.read(_SAMPLE_BYTES))
 
 

@@ -89,6 +89,13 @@ def test_a_reply_stands_although_its_prompt_cannot_be_kept(tiny_nf4, kept, monke
         assert done.returncode == (0 if command == "generate" else 6)
 
 
+def test_an_unset_variable_is_not_the_working_folder(tiny_nf4, tmp_path):
+    done = qmix("generate", tiny_nf4, PROMPT, "--prompt-cache", "", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--prompt-cache" in done.stderr
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
 def test_drafts_are_told_and_can_be_left_out(tiny_nf4):
     new = ("--max-new-tokens", 40)
     (drafted,), _ = said("generate", tiny_nf4, PROMPT, *new)

@@ -15,6 +15,7 @@ from tests.support.models import ROOT
 pytest.importorskip("triton")
 
 from qmix.evals import gpu
+from qmix.evals.acceptance.record import AcceptanceRecord, StepOutcome
 from qmix.evals.acceptance.step import STEPS, Step
 
 HAS_GPU = torch.cuda.is_available()
@@ -133,6 +134,32 @@ def test_a_folder_without_a_journal_is_not_continued(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--continue", str(tmp_path)])
     assert "no journal" in capsys.readouterr().err
+
+
+def test_a_record_goes_into_a_folder(tmp_path, capsys):
+    file = tmp_path / "record"
+    file.write_text("")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(file)])
+    assert "no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan", "inf", "long"])
+def test_a_budget_is_a_positive_number(tmp_path, capsys, seconds):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out"), f"--budget={seconds}"])
+    assert "--budget" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_measured_is_no_success(tmp_path, monkeypatch, capsys):
+    skipped = AcceptanceRecord(
+        command="", date="", gpu=None, driver=None, versions={}, revision=None, budget=1.0,
+        machine={}, steps={"a": StepOutcome("skipped")},
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "run_steps", lambda *given: skipped)
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert "skipped" in capsys.readouterr().out
 
 
 def test_steps_that_were_tried_come_last(tmp_path):

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from qmix.errors import WriteError
+from qmix.errors import CheckpointError, WriteError
 from qmix.formats.files import safetensors_header
 from qmix.generation.config import GenerationConfig
 from qmix.generation.inputs import GenerationInputs
@@ -273,6 +273,8 @@ def test_a_checkpoint_that_changes_has_another_name(tmp_path):
         (tmp_path / name).write_text(name)
     first = checkpoint_name(tmp_path)
     (tmp_path / "README.md").write_text("other")
+    (tmp_path / "folder.bin").mkdir()
+    (tmp_path / "adapter.safetensors").symlink_to("nowhere")
     assert checkpoint_name(tmp_path) == first
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
     second = checkpoint_name(tmp_path)
@@ -280,6 +282,17 @@ def test_a_checkpoint_that_changes_has_another_name(tmp_path):
     third = checkpoint_name(tmp_path)
     (tmp_path / "quantize_config.json").write_text("{}")
     assert len({first, second, third, checkpoint_name(tmp_path)}) == 4
+
+
+def test_a_weight_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_text("weights")
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*Permission denied"):
+        checkpoint_name(tmp_path)
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4097, 300_000])

@@ -34,11 +34,13 @@ CASES = [
 ]
 COMPILED = [
     (1, 128, 4, True, DEFAULTS),
+    (1, 64, 2, False, DEFAULTS),
+]
+LEFT_TO_SOAK = [
     (3, 128, 4, False, DEFAULTS),
     (1, 128, 8, True, DEFAULTS),
     (1, 64, 3, True, GroupOptions(live_scales=False, scale_search=True, trials=16)),
     (1, 32, 8, True, GroupOptions(live_scales=True, scale_search=False, trials=2)),
-    (1, 64, 2, False, DEFAULTS),
 ]
 
 
@@ -69,7 +71,12 @@ def alike(found, wanted):
 
 
 @pytest.mark.parametrize(
-    ("matrices", "size", "bits", "symmetric", "options"), CASES + (COMPILED if AS_PTX else [])
+    ("matrices", "size", "bits", "symmetric", "options"),
+    [
+        *CASES,
+        *(COMPILED if AS_PTX else []),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in LEFT_TO_SOAK),
+    ],
 )
 def test_groups(matrices, size, bits, symmetric, options):
     """13 outputs leave columns of the last program empty."""
@@ -129,6 +136,7 @@ def test_a_whole_solve(by_kernels, monkeypatch):
     assert found.output_error == pytest.approx(wanted.output_error, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value|All-NaN slice) :RuntimeWarning")
 def test_weights_beyond_float16_scales_are_named(by_kernels):
     weights = drawn(1, 5, 64)
     weights[0, 2, 3] = 1e6
@@ -171,6 +179,7 @@ def test_a_layer(by_kernels, monkeypatch, tmp_path):
         assert one.relative_error == pytest.approx(other.relative_error, rel=1e-3)
 
 
+@pytest.mark.soak
 def test_the_self_check_passes():
     scheme = Scheme(kind="int4", group_size=32)
     assert gptq_choice.first_miss(DEVICE, 32, scheme, DEFAULTS) is None

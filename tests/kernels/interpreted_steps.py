@@ -11,6 +11,7 @@ from qmix.evals.steps import (
     attention,
     bounds,
     full_model,
+    group_rounding,
     half_resident,
     moe_block,
     peers,
@@ -90,6 +91,18 @@ def test_the_block(setting):
         (f"qmix {name}", tokens) for tokens in (1, 2, 4) for name in ("nf4", "int4")
     ]
     assert found[1]["bits_per_weight"] < found[0]["bits_per_weight"] < 4.5
+
+
+@pytest.mark.soak
+def test_the_rounding_of_a_group(setting, monkeypatch):
+    monkeypatch.setattr(group_rounding, "first_miss", lambda *_: None)
+    check, *rows = group_rounding.results(setting)
+    assert check == {"matrix": "self-check"}
+    assert [row["matrix"] for row in rows] == ["w1", "w2"]
+    assert all(row["microseconds"] > 0 and row["predicted"] > 0 for row in rows)
+    miss = Comparison("codes", torch.ones(3), torch.zeros(3))
+    monkeypatch.setattr(group_rounding, "first_miss", lambda *_: miss)
+    assert "codes: an error of" in next(group_rounding.results(setting))["failed"]
 
 
 @pytest.mark.soak

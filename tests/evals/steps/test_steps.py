@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from qmix.evals.steps import gpu_tests, moe_block, peers
 from qmix.evals.steps.graph_timing import HOST_CLOCK, CallTiming
 from qmix.evals.steps.setting import MIXTRAL, NotHereError, Setting
+from qmix.evals.timing.random_model import FORMATS
 from tests.support.steps import rehearsal
 
 
@@ -33,7 +34,7 @@ def test_the_block_is_asked_layer_by_layer(setting, monkeypatch):
     monkeypatch.setattr(moe_block, "timed", timed)
     found = [row for row in moe_block.results(setting) if row["kernel"] == "qmix nf4"]
     assert [row["tokens"] for row in found] == [1, 2, 4]
-    assert len({id(table) for table in asked}) == 2 * setting.widths.turns
+    assert len({id(table) for table in asked}) == len(FORMATS) * setting.widths.turns
     first = found[0]
     assert first["distinct_experts"] == 2
     assert first["bits_per_weight"] == pytest.approx(4.25, rel=0.02)

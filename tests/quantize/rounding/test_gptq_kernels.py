@@ -16,6 +16,7 @@ from qmix.quantize.rounding.gptq_group import GroupLoops, GroupOptions
 from qmix.quantize.rounding.gptq_kernels import GroupKernels
 from qmix.weights.scheme import Scheme
 from tests.support.interpreter import run_apart
+from tests.support.soak import both
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INT4 = Scheme(kind="int4", group_size=128)
@@ -23,13 +24,15 @@ DEFAULTS = GroupOptions(live_scales=True, scale_search=True, trials=8)
 
 
 @pytest.mark.slow
-def test_the_kernels_in_the_interpreter():
-    assert "skipped" in run_apart("gptq", interpreted=True)  # the layer, which takes too long
+@both
+def test_the_kernels_in_the_interpreter(soak):
+    run_apart("gptq", interpreted=True, soak=soak)
 
 
 @pytest.mark.slow
-def test_the_kernels_as_ptx():
-    assert "skipped" not in run_apart("gptq", interpreted=False, as_ptx=True)
+@both
+def test_the_kernels_as_ptx(soak):
+    assert "skipped" not in run_apart("gptq", interpreted=False, as_ptx=True, soak=soak)
 
 
 @pytest.mark.gpu

@@ -108,9 +108,9 @@ def test_many_outputs_are_one_product(by_kernels, monkeypatch):
     assert found["bmm"] == pytest.approx(4 * 16, abs=4)
 
 
-def test_a_large_model_takes_a_hundredth_of_what_torchs_loops_would(monkeypatch):
+def test_torchs_loops_would_start_forty_times_as_many(monkeypatch):
     """Input by input, with 48 grids tried for each group."""
     monkeypatch.setattr(gptq, "group_steps", lambda d, size, *rest: GroupLoops(*rest))
-    found = sum(counted(512, 256, 1, parts=1, refine=3, blocks=8).values())
-    cost = solve_cost(512, 256, 1, refine=3, blocks=8, group=GROUP)
+    found = sum(counted(256, 128, 1, parts=1, refine=1, blocks=4).values())
+    cost = solve_cost(256, 128, 1, refine=1, blocks=4, group=GROUP)
     assert found > 40 * cost.launches
