@@ -55,7 +55,7 @@ public:
             ordered = ordered || one->expert->gate_perm || one->expert->up_perm;
             for (int64_t t = 0; t < one->count; t++) rows_.push_back({one, t});
         }
-        // All of it is written before it is read; filling it with zeros would take one thread's time.
+        // All of it is written before it is read; zeros would take one thread's time.
         const int64_t wider = width_ > outputs_ ? width_ : outputs_;
         const int64_t each = width_ + wider + (ordered ? 2 : 1) * inputs_;
         memory_.reset(new float[size_t(count() * each + threads * width_)]);
