@@ -256,7 +256,7 @@ def test_a_cache_in_8_bits_is_told_with_its_price(full, here):
     eight = answer(PlanRequest(source=full, card="3090", ram="64G", context=32768, kv="int8"))
     text = plan_text.text(eight)
     assert "KV cache                     2.06 GiB" in text
-    assert "8 bits take 1.94 GiB less than 16; KL 0.0006 nats a token on the tiny model" in text
+    assert "8 bits take 1.94 GiB less than 16; KL 0.0008 nats a token on the tiny model" in text
     plain = plan_text.text(answer(PlanRequest(source=full, card="3090", context=32768)))
     assert "8 bits take" not in plain
     assert "--kv int8" in plain
