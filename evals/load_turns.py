@@ -5,7 +5,7 @@ each tensor for itself and through the page cache, as a load does where the cach
 files; `past`, what lies together at once and past the cache, as it does elsewhere. Each turn reads
 the first weights in each way, once with nothing of the files in the page cache and once with
 everything, and beside each way reads as many bytes as `dd iflag=direct bs=4M` does, or copies as
-many in memory. The buffers are two that a GPU's load would pin, so no new memory is taken: what
+many in memory. The buffers are those that a GPU's load would pin, so no new memory is taken: what
 that costs is the system's own. Ratios are of speeds.
 """
 

@@ -1,9 +1,12 @@
-"""A checkpoint's tensors in order on a device, each read while the one before is being used.
+"""A checkpoint's tensors in order on a device, the next two read while one is being used.
 
-A thread reads the files: on the CPU into the memory of the weights, for a GPU into two buffers of
-pinned memory in turn, from where the device copies. Knows no modules.
+Threads read the files: on the CPU into the memory of the weights, for a GPU into buffers of pinned
+memory in turn, from where the device copies. Two threads together are faster than the disk, where
+one spends as long on copies from the page cache and on new memory as on waiting (evals/LOG.md).
+Knows no modules.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from qmix.planning.budget import READ_AHEAD
 from qmix.weights.blob import aligned, expert_bytes
 
 Read = dict[str, Tensor]
+_READERS = READ_AHEAD - 1
 
 
 class Upload(Protocol):
@@ -108,7 +112,7 @@ def read_ahead(
     together: Together | None,
     upload: Upload | None = None,
 ) -> Iterator[tuple[ModelTensor, Read]]:
-    """`read_all`, with a thread that is one weight ahead.
+    """`read_all`, with two threads that are a weight and two ahead.
 
     Args:
         together: how what lies together is read; None: each tensor is read for itself.
@@ -117,7 +121,7 @@ def read_ahead(
     def uploaded(tensor: ModelTensor) -> Upload | None:
         return upload if checkpoint.built_anywhere(tensor) else None
 
-    with ThreadPoolExecutor(1, "qmix-reader") as pool:
+    with ThreadPoolExecutor(_READERS, "qmix-reader") as pool:
 
         def start(index: int) -> Future[Read]:
             tensor = tensors[index]
@@ -129,10 +133,10 @@ def read_ahead(
             names = checkpoint.stored(tensor)
             return pool.submit(checkpoint.read_together, names, into, together)
 
-        ahead = start(0)
+        ahead = deque(start(index) for index in range(min(_READERS, len(tensors))))
         for index, tensor in enumerate(tensors):
-            read = ahead.result()
-            if index + 1 < len(tensors):
-                ahead = start(index + 1)
+            read = ahead.popleft().result()
+            if index + _READERS < len(tensors):
+                ahead.append(start(index + _READERS))
             copies = uploaded(tensor)
             yield tensor, read if copies is None else copies.copied(index % READ_AHEAD, read)

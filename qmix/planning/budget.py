@@ -20,7 +20,7 @@ PREFILL_CHUNK, GPU_PREFILL_CHUNK = 512, 4096
 PROCESS_BYTES, CUDA_PROCESS_BYTES = 384 << 20, 2 << 30
 # CUDA's own memory on the device, 300 to 500 MB depending on driver and GPU; and fragmentation.
 CUDA_CONTEXT_BYTES, RESERVE_BYTES = 512 << 20, 256 << 20
-READ_AHEAD = 2  # weights in pinned memory while a GPU's model is loaded
+READ_AHEAD = 3  # weights in memory, of a GPU's model pinned, while one of them is built
 _TILE_BYTES = 64 << 20  # float32 tiles of the CPU's products, a few a thread
 _GRAPH_BYTES = 64 << 20  # a CUDA graph's private pool
 

@@ -60,8 +60,9 @@ class Late:
     """Copies from a buffer when it is asked for again, and not before."""
 
     def __init__(self, nbytes, on_device=OnDevice):
-        self._buffers = [torch.full((nbytes,), 0xEE, dtype=torch.uint8) for _ in range(2)]
-        self._pending, self._on_device = [[], []], on_device
+        self._buffers = [torch.full((nbytes,), 0xEE, dtype=torch.uint8) for _ in range(READ_AHEAD)]
+        self._pending: list = [[] for _ in range(READ_AHEAD)]
+        self._on_device = on_device
 
     def buffer(self, index):
         self.arrive(index)
@@ -138,7 +139,7 @@ def test_what_the_host_rounds_is_read_beside_the_buffers(folders):
     assert kinds == {True, False}
 
 
-def test_the_next_weight_is_read_while_this_one_is_used(folders):
+def test_the_next_weights_are_read_while_this_one_is_used(folders):
     checkpoint = open_checkpoint(folders["nf4"])
     begun = [threading.Event() for _ in checkpoint.tensors]
 
@@ -149,9 +150,11 @@ def test_the_next_weight_is_read_while_this_one_is_used(folders):
 
     watched = Watched(**vars(checkpoint))
     for index, _ in enumerate(uploaded(watched, watched.tensors, Tensor)):
-        for following in begun[index : index + 2]:
+        for following in begun[index : index + READ_AHEAD]:
             assert following.wait(PATIENCE)
-        assert not any(event.is_set() for event in begun[index + 2 :])  # its buffer is in use
+        assert not any(
+            event.is_set() for event in begun[index + READ_AHEAD :]
+        )  # its buffer is in use
 
 
 def test_a_damaged_file_is_the_loaders_error(folders, tmp_path):
