@@ -143,10 +143,11 @@ def isa(request, monkeypatch, two_threads):
 
     if request.param not in (TORCH, *available()):
         pytest.skip(f"no {request.param} on this processor, or no compiler")
-    monkeypatch.setenv(VARIABLE, request.param)
-    library.cache_clear()
-    yield request.param
-    library.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setenv(VARIABLE, request.param)
+        library.cache_clear()
+        yield request.param
+    library.cache_clear()  # now, or a thread that is at work still would keep what was asked for
 
 
 @pytest.fixture

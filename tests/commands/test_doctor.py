@@ -119,13 +119,12 @@ def test_each_device_has_its_backend_and_the_reason(good):
 def test_a_variable_that_ends_a_load_is_a_finding_and_not_the_end(
     monkeypatch, tmp_path, variable, value, what
 ):
-    monkeypatch.setenv(variable, value)
-    library.cache_clear()
-    try:
-        monkeypatch.setattr(machine, "gpus", lambda: (CARD,))
-        findings = doctor.examine(tmp_path).findings
-    finally:
+    monkeypatch.setattr(machine, "gpus", lambda: (CARD,))
+    with monkeypatch.context() as patched:
+        patched.setenv(variable, value)
         library.cache_clear()
+        findings = doctor.examine(tmp_path).findings
+    library.cache_clear()
     assert {"qmix", "processor", "backend", "host memory"} <= {f.what for f in findings}
     found = next(f for f in findings if f.what == what)
     assert found.state == ("slow" if what == "processor" else "fails")

@@ -99,14 +99,13 @@ def test_a_named_backend_is_no_other(refusals):
 
 def test_on_the_cpu_our_kernels_are_taken_and_without_a_compiler_torch_for_them(monkeypatch):
     assert choice.choose(None, CPU, torch.bfloat16, {NF4}) == "qmix"
-    monkeypatch.setenv("QMIX_CPU_PATH", "torch")
-    library.cache_clear()
-    try:
+    with monkeypatch.context() as patched:
+        patched.setenv("QMIX_CPU_PATH", "torch")
+        library.cache_clear()
         assert choice.choose(None, CPU, torch.bfloat16, {NF4}) == "qmix"
         with pytest.raises(UnsupportedError, match="no compiled kernels"):
             choice.choose("qmix", CPU, torch.bfloat16, {NF4})
-    finally:
-        library.cache_clear()
+    library.cache_clear()
 
 
 def test_the_verdict_of_each_device_names_the_reason(refusals, monkeypatch):

@@ -30,9 +30,10 @@ def amx(monkeypatch, two_threads):
     """The library for AMX; it is looked up before and after."""
     if "amx" not in available():
         pytest.skip("no AMX on this processor, the system refuses it, or no compiler")
-    monkeypatch.setenv(VARIABLE, "amx")
-    library.cache_clear()
-    yield library()
+    with monkeypatch.context() as patched:
+        patched.setenv(VARIABLE, "amx")
+        library.cache_clear()
+        yield library()
     library.cache_clear()
 
 

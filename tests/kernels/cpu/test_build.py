@@ -40,11 +40,12 @@ needs_compiler = pytest.mark.skipif(not COMPILES, reason="no C++ compiler")
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache directory; the library is found anew in it, and elsewhere after it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # four times as fast
-    library.cache_clear()
-    yield tmp_path / "cache" / "qmix"
+    with monkeypatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        patched.delenv(VARIABLE, raising=False)
+        patched.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # four times as fast
+        library.cache_clear()
+        yield tmp_path / "cache" / "qmix"
     library.cache_clear()
 
 
