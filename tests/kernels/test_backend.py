@@ -106,6 +106,7 @@ def test_on_the_cpu_our_kernels_are_taken_and_without_a_compiler_torch_for_them(
         with pytest.raises(UnsupportedError, match="no compiled kernels"):
             choice.choose("qmix", CPU, torch.bfloat16, {NF4})
     library.cache_clear()
+    library()
 
 
 def test_the_verdict_of_each_device_names_the_reason(refusals, monkeypatch):
