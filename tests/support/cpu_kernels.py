@@ -1,5 +1,6 @@
 """Random 4-bit weights for the CPU kernels, and the best instruction set of this processor."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -9,6 +10,20 @@ from qmix.kernels.cpu.library import library
 from qmix.weights.affine import Affine
 from qmix.weights.scales import NestedScales
 from qmix.weights.table import VALUES, Table
+
+
+class View(Sequence):
+    """Experts that come one at a time, as a store's do."""
+
+    def __init__(self, experts):
+        self.experts, self.asked = experts, []
+
+    def __len__(self):
+        return len(self.experts)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.experts[index]
 
 
 @cache

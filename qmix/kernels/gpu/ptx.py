@@ -143,12 +143,12 @@ INT8_INSTRUCTIONS = _int8()
 # Words that the instructions want in registers: as constants they would be moved there in every
 # iteration of the loop.
 INT4_WORDS = (0x64006400, 0x54005400)
-# Outputs are written before the inputs are read for the last time. A word is an operand four times,
-# once for every byte.
 SLICED_INSTRUCTIONS: Mapping[int, str] = {bits: _sliced(bits) for bits in SLICES}
 SLICED_WORDS: Mapping[int, tuple[int, ...]] = {
     bits: tuple(_twice(_one_at(place)) for place in _places(bits)) for bits in SLICES
 }
+# Outputs are written before the inputs are read for the last time. A word is an operand four times,
+# once for every byte.
 _OPERANDS = "=&r,=&r,=&r,=&r,r"
 INT4_CONSTRAINTS = _OPERANDS + 8 * ",r"
 INT8_CONSTRAINTS = "=&r,=&r,r" + 4 * ",r"

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,7 @@ from qmix.kernels.cpu.library import library
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from qmix.weights.table import Table
-from tests.support.cpu_kernels import random_int4, random_nf4, seeded
+from tests.support.cpu_kernels import View, random_int4, random_nf4, seeded
 from tests.support.models import TINY
 from tests.support.process import succeeds
 
@@ -210,20 +209,6 @@ EXPERTS = {
     "act-order": lambda n, k: random_int4(n, k, 2, zeros=True, perm=True),
     "bfloat16": lambda n, k: Dense(torch.randn(n, k, generator=seeded(n)).bfloat16() / k**0.5),
 }
-
-
-class View(Sequence):
-    """Experts that come one at a time, as a store's do."""
-
-    def __init__(self, experts):
-        self.experts, self.asked = experts, []
-
-    def __len__(self):
-        return len(self.experts)
-
-    def __getitem__(self, index):
-        self.asked.append(index)
-        return self.experts[index]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The experts of a prompt in one call of the compiled kernels, on every instruction set."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -15,6 +14,7 @@ from qmix.kernels.moe import moe_forward
 from qmix.weights.dense import Dense
 from qmix.weights.expert import Expert
 from tests.support.cpu_kernels import (
+    View,
     random_affine,
     random_int4,
     random_nf4,
@@ -35,20 +35,6 @@ WEIGHTS = {
     "int3": partial(random_affine, bits=3, group=64, biases=torch.bfloat16),
     "int6": partial(random_affine, bits=6, group=16, scales="8 bits of 16"),
 }
-
-
-class View(Sequence):
-    """Experts that come one at a time, as a store's do."""
-
-    def __init__(self, experts):
-        self.experts, self.asked = experts, []
-
-    def __len__(self):
-        return len(self.experts)
-
-    def __getitem__(self, index):
-        self.asked.append(index)
-        return self.experts[index]
 
 
 def random_expert(kind, index=0):
